@@ -1,0 +1,376 @@
+"""Typed configuration of a sweep: defaults <- YAML files <- command line, unknown keys refused.
+
+Every field below says its meaning and unit; ``python launch/sweep.py --help`` names the ones with a flag of their own,
+all others are reached with ``--set section.key=value``.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hfprune_dist.errors import UserError, did_you_mean
+
+Dtype = Literal["float32", "bfloat16"]
+Positive = Annotated[int, Field(ge=1)]
+Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+# Keys whose value is a path: relative ones are taken from the folder of the YAML file that names them, or from the
+# current folder when they come from the command line.
+PATH_KEYS = ("calibration.path", "recovery.path", "evaluation.include_path", "evaluation.fidelity.path")
+
+
+class Section(BaseModel):
+    """A group of keys: immutable, no conversions between types, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class TextSource(Section):
+    """Where text comes from: a local file (``path``) if given, else a data set of the Hugging Face hub."""
+
+    path: str | None = None
+    """A .jsonl file with one object a line, or any other file as plain text (one document)."""
+    dataset: str | None = None
+    """Hub id of a data set; streamed, so only the documents that are used are downloaded."""
+    name: str | None = None
+    """Configuration name of the data set."""
+    split: str = "train"
+    """Split of the data set."""
+    revision: str | None = None
+    """Commit of the data set; pin it for results that can be repeated."""
+    text_field: str = "text"
+    """Field that holds the text, in a .jsonl file or a data set."""
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> TextSource:
+        if self.path is None and self.dataset is None:
+            raise ValueError("needs a path (a .jsonl or text file) or a dataset (a hub id)")
+        return self
+
+
+class CalibrationConfig(TextSource):
+    """The text over which importance is accumulated."""
+
+    dataset: str | None = "allenai/c4"
+    name: str | None = "en"
+    samples: Positive = 1024
+    """Number of calibration windows."""
+    sequence_length: Annotated[int, Field(ge=8)] = 1024
+    """Tokens per window, the beginning-of-sequence token included."""
+    micro_batch_size: Positive = 1
+    """Windows per forward pass of one rank."""
+    shard_size: Positive = 4
+    """Micro-batches whose scores are summed before they are reduced over ranks and saved for a resume."""
+
+
+class ImportanceConfig(Section):
+    """How neurons are scored."""
+
+    criteria: list[Literal["entropy"]] = Field(default=["entropy"], min_length=1)
+    """Scores to compute in the calibration pass. entropy: sum over tokens of |h * dH/dh| (HFPrune)."""
+    dtype: Dtype = "bfloat16"
+    """Compute dtype of forward and backward; scores are accumulated in float64 in any case."""
+
+
+class PruneConfig(Section):
+    """How scores become a smaller checkpoint."""
+
+    criterion: Literal["entropy"] = "entropy"
+    """The score that selects; one of importance.criteria."""
+    allocation: Literal["uniform"] = "uniform"
+    """How the removed parameters are spread over layers. uniform: the same width in every layer."""
+    refit: Literal["none"] = "none"
+    """Correction of the kept weights after selection."""
+    multiple_of: Positive = 1
+    """Round intermediate_size to a multiple of this (64 or 128 suit GPU kernels)."""
+
+
+class RecoveryConfig(TextSource):
+    """Fine-tuning after pruning; the defaults are the paper's recipe."""
+
+    method: Literal["none", "lora"] = "lora"
+    """lora: LoRA on all attention and MLP projections, merged afterwards. none: no recovery."""
+    dataset: str | None = "MBZUAI/LaMini-instruction"
+    instruction_field: str = "instruction"
+    """Field that holds the instruction."""
+    response_field: str = "response"
+    """Field that holds the response; the loss is taken on its tokens only."""
+    text_field: str = "response"
+    samples: Positive | None = None
+    """Use the first so many instruction pairs; null uses all of them."""
+    sequence_length: Annotated[int, Field(ge=8)] = 1024
+    """Pairs are packed into rows of this many tokens; attention does not cross pairs."""
+    epochs: Annotated[float, Field(gt=0)] = 2.0
+    """Passes over the packed rows."""
+    max_steps: Positive | None = None
+    """Stop after so many optimizer steps; overrides epochs."""
+    batch_size: Positive = 128
+    """Packed rows per optimizer step, over all ranks together."""
+    micro_batch_size: Positive = 1
+    """Packed rows per forward pass of one rank."""
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    """Peak learning rate; decays to zero along a cosine."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW weight decay."""
+    rank: Positive = 32
+    """LoRA rank r."""
+    alpha: Positive = 64
+    """LoRA alpha; updates are scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """LoRA dropout."""
+    dtype: Dtype = "bfloat16"
+    """Compute dtype; LoRA weights and optimizer states are float32 in any case."""
+
+
+class FidelityConfig(TextSource):
+    """Held-out text on which a model is compared with its dense original, token by token."""
+
+    dataset: str | None = "Salesforce/wikitext"
+    name: str | None = "wikitext-2-raw-v1"
+    split: str = "test"
+    windows: Positive = 64
+    """Number of held-out windows."""
+    sequence_length: Annotated[int, Field(ge=8)] = 1024
+    """Tokens per window, the beginning-of-sequence token included."""
+
+
+class EvaluationConfig(Section):
+    """lm-eval tasks, and fidelity to the dense model."""
+
+    tasks: list[str] = [
+        "arc_challenge",
+        "arc_easy",
+        "boolq",
+        "crows_pairs_english",
+        "openbookqa",
+        "piqa",
+        "race",
+        "social_iqa",
+        "truthfulqa_mc2",
+        "winogrande",
+    ]
+    """lm-eval task names; the default is the paper's suite. May be empty: then only fidelity is measured."""
+    include_path: str | None = None
+    """Folder with further lm-eval task YAML files."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = 0
+    """Examples in the prompt; null leaves it to each task."""
+    add_bos_token: bool = True
+    """Begin every sequence with the tokenizer's BOS token, here and in calibration."""
+    apply_chat_template: bool = False
+    """Format prompts with the tokenizer's chat template."""
+    limit: Positive | None = None
+    """Use only the first so many documents of each task (for tests: such scores can't be published)."""
+    batch_size: Positive = 8
+    """Requests per forward pass of one rank."""
+    dtype: Dtype = "bfloat16"
+    """Compute dtype."""
+    fidelity: FidelityConfig = FidelityConfig()
+
+
+class RuntimeConfig(Section):
+    """How stages run. Nothing in this section changes a result, so nothing in it is part of a fingerprint."""
+
+    ranks: Positive | None = None
+    """Processes per stage; null: one per GPU, or 1 without a GPU."""
+    threads_per_rank: Positive | None = None
+    """CPU threads of each rank; null: OMP_NUM_THREADS if set, else the cores divided by the ranks."""
+    sharding: Literal["auto", "replicate", "zero3"] = "auto"
+    """Evaluation: replicate the model on every rank, shard it with ZeRO-3, or decide by its size (auto)."""
+    save_every_steps: Positive = 50
+    """Optimizer steps between recovery checkpoints."""
+    collective_timeout_minutes: Positive = 10
+    """A collective that takes longer than this ends the stage (a lost rank would hang the others)."""
+
+
+class ModelAlias(Section):
+    """A short name for a model: a local checkpoint folder or a hub id."""
+
+    path: str | None = None
+    """Folder with a Hugging Face checkpoint (config.json, *.safetensors, tokenizer)."""
+    hub_id: str | None = None
+    """Model id on the Hugging Face hub."""
+    revision: str = "main"
+    """Commit, tag or branch on the hub."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> ModelAlias:
+        if (self.path is None) == (self.hub_id is None):
+            raise ValueError("needs exactly one of path and hub_id")
+        return self
+
+
+class SweepConfig(Section):
+    """Everything a sweep needs to know."""
+
+    models: list[str] = Field(default=["llama", "qwen"], min_length=1)
+    """Aliases (configs/models/*.yaml, or the aliases section) or folders of Hugging Face checkpoints."""
+    ratios: list[Ratio] = Field(default=[0.2, 0.3], min_length=1)
+    """Removed parameters / all parameters of the model, for each pruned row."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seeds the calibration windows, the order of the recovery data and the LoRA initialisation."""
+    aliases: dict[str, ModelAlias] = {}
+    """Further model aliases; they win over those shipped in configs/models."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    importance: ImportanceConfig = ImportanceConfig()
+    prune: PruneConfig = PruneConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @field_validator("models", "ratios")
+    @classmethod
+    def _no_duplicates(cls, values: list[Any]) -> list[Any]:
+        repeated = sorted({value for value in values if values.count(value) > 1})
+        if repeated:
+            raise ValueError(f"{repeated[0]} is listed twice")
+        return values
+
+    @model_validator(mode="after")
+    def _criterion_is_computed(self) -> SweepConfig:
+        if self.prune.criterion not in self.importance.criteria:
+            raise ValueError(f"prune.criterion {self.prune.criterion!r} is not in importance.criteria")
+        return self
+
+
+def load_config(files: Sequence[Path], overrides: Mapping[str, Any]) -> SweepConfig:
+    """Merge defaults, YAML files in order, and dotted command-line overrides into a checked configuration.
+
+    Args:
+        files: YAML files; later ones win, sections are merged key by key.
+        overrides: dotted key -> value, e.g. ``{"calibration.samples": 16}``; wins over every file.
+
+    Raises:
+        UserError: for an unreadable file, an unknown key, a wrong type or a value out of range.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged = _merge(merged, _resolve_paths(_read_yaml(file), file.resolve().parent))
+    command_line: dict[str, Any] = {}
+    for key, value in overrides.items():
+        _set_dotted(command_line, key, value)
+    merged = _merge(merged, _resolve_paths(command_line, Path.cwd()))
+    where = ", ".join([str(file) for file in files] + (["command line"] if overrides else []))
+    return parse(SweepConfig, merged, where or "defaults")
+
+
+SectionT = typing.TypeVar("SectionT", bound=Section)
+
+
+def parse(schema: type[SectionT], raw: Mapping[str, Any], where: str) -> SectionT:
+    """Check ``raw`` against ``schema``; every problem becomes a line of one ``UserError``."""
+    try:
+        return schema.model_validate(dict(raw))
+    except ValidationError as error:
+        lines = [_explain(schema, problem) for problem in error.errors()]
+        raise UserError(f"configuration ({where}):\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def parse_assignment(assignment: str) -> tuple[str, Any]:
+    """Split a ``--set key=value`` argument; the value is read as YAML."""
+    key, separator, text = assignment.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {assignment!r}: write it as key=value, e.g. --set calibration.samples=64")
+    try:
+        return key.strip(), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {key}: {text!r} is not a YAML value ({error})") from None
+
+
+def parse_list(flag: str, text: str) -> list[str]:
+    """Split a comma-separated flag; an empty list or item is refused."""
+    items = [item.strip() for item in text.split(",")]
+    if not all(items):
+        raise UserError(f"{flag} {text!r}: give one or more values separated by commas, without empty ones")
+    return items
+
+
+def parse_ratios(text: str) -> list[float]:
+    """Read ``--ratios 0.2,0.5``."""
+    try:
+        return [float(item) for item in parse_list("--ratios", text)]
+    except ValueError:
+        raise UserError(f"--ratios {text!r}: give numbers between 0 and 1, e.g. --ratios 0.2,0.5") from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {file}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file}: not valid YAML: {error}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise UserError(f"--config {file}: expected keys and values at the top level, found {type(raw).__name__}")
+    return raw
+
+
+def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in update.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _set_dotted(target: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = target.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {key}: {parent!r} is already set to a value, it can't hold keys")
+        target = child
+    target[leaf] = value
+
+
+def _resolve_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Make the relative paths in ``raw`` absolute, seen from ``base``."""
+    for key in PATH_KEYS:
+        *parents, leaf = key.split(".")
+        section: Any = raw
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        _resolve_key(section, leaf, base)
+    aliases = raw.get("aliases")
+    for alias in aliases.values() if isinstance(aliases, dict) else ():
+        _resolve_key(alias, "path", base)
+    return raw
+
+
+def _resolve_key(section: Any, key: str, base: Path) -> None:
+    if isinstance(section, dict) and isinstance(section.get(key), str):
+        section[key] = str((base / Path(section[key]).expanduser()).resolve())
+
+
+def _explain(schema: type[Section], problem: Mapping[str, Any]) -> str:
+    """Turn one pydantic problem into a line in our words."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        valid = sorted(_fields_at(schema, location[:-1]))
+        hint = did_you_mean(location[-1], valid)
+        return f"unknown key {key!r}{hint} valid keys: {', '.join(valid)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if key and "input" in problem and problem["type"] not in ("value_error", "missing"):
+        return f"{key}: {message} (got {problem['input']!r})"
+    return f"{key}: {message}" if key else message
+
+
+def _fields_at(schema: type[BaseModel], location: Iterable[str]) -> list[str]:
+    """Return the valid keys of the section that ``location`` leads to."""
+    annotation: Any = schema
+    for part in location:
+        if typing.get_origin(annotation) is dict:
+            annotation = typing.get_args(annotation)[1]
+        elif issubclass(annotation, BaseModel) and part in annotation.model_fields:
+            annotation = annotation.model_fields[part].annotation
+    return list(annotation.model_fields)

@@ -1,0 +1,1 @@
+"""The mathematics of the method: pure torch, no files, no processes."""

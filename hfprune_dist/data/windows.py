@@ -1,0 +1,78 @@
+"""Windows of tokens cut from long documents: what importance is accumulated over and fidelity is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfprune_dist.errors import UserError
+
+Tokenize = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows and what they were cut from.
+
+    Attributes:
+        input_ids_ST: int64 [samples, sequence_length].
+        documents_read: documents that were tokenized.
+        documents_used: documents that were long enough.
+    """
+
+    input_ids_ST: Tensor
+    documents_read: int
+    documents_used: int
+
+
+def sample_windows(
+    texts: Iterable[str], tokenize: Tokenize, bos: int | None, samples: int, sequence_length: int, seed: int, where: str
+) -> Windows:
+    """Cut one random window from each document that is long enough; go round again where documents run out.
+
+    Args:
+        texts: documents in the order in which they are used.
+        tokenize: text -> token ids without special tokens.
+        bos: first token of every window; None where the model has none.
+        samples: number of windows.
+        sequence_length: tokens per window, ``bos`` included.
+        seed: decides where each window begins.
+        where: the source, for messages.
+
+    Raises:
+        UserError: where no document is long enough; the message tells the longest one's length.
+    """
+    body = sequence_length - (bos is not None)
+    documents: list[list[int]] = []
+    read = longest = 0
+    for text in texts:
+        if len(documents) == samples:
+            break
+        ids = tokenize(text)
+        read += 1
+        longest = max(longest, len(ids))
+        if len(ids) >= body:
+            documents.append(ids)
+    if not documents:
+        raise UserError(
+            f"{where}: no document has {body} tokens ({read} read, the longest has {longest}); "
+            "use longer documents or a smaller sequence_length"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    rows = [_window(documents[index % len(documents)], body, bos, generator) for index in range(samples)]
+    return Windows(torch.tensor(rows, dtype=torch.int64), read, len(documents))
+
+
+def in_random_order(texts: Iterable[str], seed: int) -> list[str]:
+    """All texts in an order that depends on the seed alone."""
+    listed = list(texts)
+    order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(seed))
+    return [listed[index] for index in order.tolist()]
+
+
+def _window(ids: list[int], body: int, bos: int | None, generator: torch.Generator) -> list[int]:
+    start = int(torch.randint(len(ids) - body + 1, (), generator=generator))
+    return ([] if bos is None else [bos]) + ids[start : start + body]

@@ -1,0 +1,37 @@
+"""The one exception that means: the user can fix this."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+from collections.abc import Iterable
+
+_MENDABLE = {
+    errno.ENOSPC: "make room on the disk and run the sweep again, it goes on where it stopped",
+    errno.EDQUOT: "make room in your quota and run the sweep again, it goes on where it stopped",
+    errno.EACCES: "check the permissions",
+    errno.EROFS: "choose a folder on a writable file system",
+}
+
+
+class UserError(Exception):
+    """Bad input, with a message that says what is wrong, where, and what to do about it.
+
+    Commands print the message without a traceback and exit with code 2 (``EXIT_CODE``).
+    """
+
+    EXIT_CODE = 2
+
+
+def did_you_mean(word: str, valid: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` where a valid word is close to ``word``, else an empty string."""
+    close = difflib.get_close_matches(word, list(valid), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def from_os_error(error: Exception) -> Exception:
+    """Turn an operating system's refusal that the user can mend into a ``UserError``; pass other errors through."""
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        where = f"{error.filename}: " if error.filename else ""
+        return UserError(f"{where}{error.strerror}; {_MENDABLE[error.errno]}")
+    return error

@@ -1,0 +1,179 @@
+"""Reading the files of a Hugging Face checkpoint without torch: which tensors, of what shape, where."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.families import Family, family_of
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Small files that make a checkpoint complete; they are part of its identity and travel with every pruned copy.
+COMPANION_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a safetensors file; ``dtype`` is the file format's own name (F32, BF16, ...)."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with config.json, safetensors weights and a tokenizer, checked to be whole."""
+
+    path: Path
+    config: dict[str, Any]
+    family: Family
+    tensors: Mapping[str, TensorInfo]
+
+    @cached_property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @cached_property
+    def intermediate_size(self) -> int:
+        return int(self.config["intermediate_size"])
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of distinct parameters; a head tied to the embedding counts once."""
+        tied_head = f"{self.family.head}.weight" if self.config.get("tie_word_embeddings") else None
+        return sum(info.numel for name, info in self.tensors.items() if name != tied_head)
+
+    @cached_property
+    def parameters_per_neuron(self) -> int:
+        """Parameters that go when one neuron of one layer goes."""
+        owned = [self.tensors[self.family.column_tensor(0)]]
+        owned += [self.tensors[name] for name in self.family.row_tensors(0) if name in self.tensors]
+        return sum(info.numel for info in owned) // self.intermediate_size
+
+    @cached_property
+    def weight_files(self) -> list[str]:
+        return sorted({info.file for info in self.tensors.values()})
+
+    @cached_property
+    def companion_files(self) -> list[str]:
+        found = {file.name for pattern in COMPANION_PATTERNS for file in self.path.glob(pattern) if file.is_file()}
+        return sorted(found)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's config and safetensors headers, and check that nothing is missing or cut short.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a Hugging Face checkpoint folder (config.json, *.safetensors)")
+    config = _read_json(path / "config.json", "every Hugging Face checkpoint has one")
+    family = family_of(config, str(path / "config.json"))
+    if config.get("quantization_config"):
+        raise UserError(f"{path / 'config.json'}: quantized weights can't be pruned; use the unquantized checkpoint")
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is needed")
+    tensors = {
+        name: info for file in _weight_files(path) for name, info in read_safetensors_header(path / file).items()
+    }
+    checkpoint = Checkpoint(path, config, family, tensors)
+    _check_mlp_shapes(checkpoint)
+    return checkpoint
+
+
+def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a safetensors file, and check that the file is as long as its header says.
+
+    Raises:
+        UserError: where the file is missing, damaged or truncated.
+    """
+    try:
+        with file.open("rb") as stream:
+            (header_bytes,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(header_bytes))
+        size = file.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing; download the checkpoint again") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    except (struct.error, ValueError, OverflowError, MemoryError):
+        raise UserError(f"{file}: not a whole safetensors file (its header is damaged); download it again") from None
+    header.pop("__metadata__", None)
+    tensors = {
+        name: TensorInfo(file.name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+    expected = 8 + header_bytes + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != expected:
+        raise UserError(f"{file}: {size:,} bytes, but its header announces {expected:,}; truncated? download it again")
+    return tensors
+
+
+def _weight_files(path: Path) -> list[str]:
+    if (path / INDEX_FILE).is_file():
+        index = _read_json(path / INDEX_FILE, "")
+        return sorted(set(index.get("weight_map", {}).values()))
+    if (path / SINGLE_FILE).is_file():
+        return [SINGLE_FILE]
+    raise UserError(f"{path}: no {SINGLE_FILE} or {INDEX_FILE}; only safetensors weights are supported")
+
+
+def _read_json(file: Path, why: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing" + (f"; {why}" if why else "")) from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return content
+
+
+def _check_mlp_shapes(checkpoint: Checkpoint) -> None:
+    """Every layer must have its MLP tensors, of the width that the config states."""
+    for key in ("num_hidden_layers", "intermediate_size", "hidden_size"):
+        if not isinstance(checkpoint.config.get(key), int):
+            raise UserError(f"{checkpoint.path / 'config.json'}: {key} must be an integer")
+    family, width = checkpoint.family, checkpoint.intermediate_size
+    for layer in range(checkpoint.num_layers):
+        column = family.column_tensor(layer)
+        rows = [name for name in family.row_tensors(layer) if name.endswith(".weight")]
+        for name, dimension in [(column, 1), *((row, 0) for row in rows)]:
+            info = checkpoint.tensors.get(name)
+            if info is None:
+                raise UserError(f"{checkpoint.path}: tensor {name} is missing from the weight files")
+            if info.shape[dimension] != width:
+                raise UserError(
+                    f"{checkpoint.path}: {name} has shape {list(info.shape)}, but config.json says "
+                    f"intermediate_size {width}"
+                )

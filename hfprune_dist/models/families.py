@@ -1,0 +1,77 @@
+"""The one adapter between an architecture and the rest: where the MLPs of a family are, in a module and in a file.
+
+Adding a family whose MLP computes ``down(act(gate(x)) * up(x))`` is one line in ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hfprune_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of the parts of a decoder-only architecture with gated MLPs.
+
+    A neuron is one channel of the vector between ``row_projections`` and ``down_projection``: it owns one row of each
+    row projection (weight and, where present, bias) and one column of the down projection.
+    """
+
+    model_type: str
+    body: str = "model"
+    head: str = "lm_head"
+    layers: str = "model.layers"
+    mlp: str = "mlp"
+    row_projections: tuple[str, ...] = ("gate_proj", "up_proj")
+    down_projection: str = "down_proj"
+
+    def mlp_prefix(self, layer: int) -> str:
+        """Name of layer ``layer``'s MLP, as a submodule and as a prefix of its tensors."""
+        return f"{self.layers}.{layer}.{self.mlp}"
+
+    def row_tensors(self, layer: int) -> list[str]:
+        """Tensors whose dimension 0 is intermediate_size (biases exist in some checkpoints only)."""
+        prefix = self.mlp_prefix(layer)
+        return [f"{prefix}.{name}.{part}" for name in self.row_projections for part in ("weight", "bias")]
+
+    def column_tensor(self, layer: int) -> str:
+        """The tensor whose dimension 1 is intermediate_size."""
+        return f"{self.mlp_prefix(layer)}.{self.down_projection}.weight"
+
+    def body_of(self, model: nn.Module) -> nn.Module:
+        """The decoder without its head: input_ids -> last_hidden_state, final norm included."""
+        return model.get_submodule(self.body)
+
+    def head_of(self, model: nn.Module) -> nn.Module:
+        """The projection to the vocabulary."""
+        return model.get_submodule(self.head)
+
+    def down_projections(self, model: nn.Module) -> list[nn.Module]:
+        """The modules whose inputs are the neurons' activations, one per layer."""
+        layers = model.get_submodule(self.layers)
+        return [layer.get_submodule(f"{self.mlp}.{self.down_projection}") for layer in layers.children()]
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (Family("llama"), Family("mistral"), Family("qwen2"), Family("qwen3"))
+}
+
+
+def family_of(config: dict[str, Any], where: str) -> Family:
+    """Return the family of a checkpoint's ``config.json``.
+
+    Raises:
+        UserError: for an architecture without an adapter; the message lists those with one.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[model_type]

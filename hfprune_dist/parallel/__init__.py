@@ -1,0 +1,1 @@
+"""Processes that work on one stage together: the process group, and models sharded over it with ZeRO-3."""

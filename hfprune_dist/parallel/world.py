@@ -1,0 +1,79 @@
+"""The process group of a stage, as an object that is passed in and never looked up."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of one stage, as seen from one of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        self.broadcast(None)
+        self.gather(None)
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """The value that rank ``source`` passed (any picklable object)."""
+        box = [value]
+        dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
+        return box[0]
+
+    def broadcast_tensor(self, tensor: torch.Tensor, source: int) -> None:
+        """Overwrite a CPU tensor of every rank with that of rank ``source``."""
+        dist.broadcast(tensor, src=source)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in rank order, on every rank (any picklable object)."""
+        boxes: list[T] = [value] * self.size
+        dist.all_gather_object(boxes, value)
+        return boxes
+
+
+def join_world(environment: Mapping[str, str], timeout_minutes: int) -> World:
+    """Join the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+
+    CPU tensors travel over gloo in any case, so that float64 sums and decisions never depend on the accelerator.
+
+    Args:
+        timeout_minutes: a collective that takes longer raises; a lost rank would else hang the others.
+    """
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes)
+    )
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        local_rank=local_rank,
+        local_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
+        device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
+    )
+
+
+def leave_world() -> None:
+    """Close the process group."""
+    dist.destroy_process_group()

@@ -1,0 +1,48 @@
+"""Models sharded over all ranks with DeepSpeed ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+
+from hfprune_dist.parallel.world import World
+
+
+def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
+    """DeepSpeed configuration for frozen models: parameters sharded, gathered layer by layer when used."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": False},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+
+
+def load_frozen(checkpoint: Path, dtype: torch.dtype, micro_batch_size: int, world: World) -> nn.Module:
+    """Load a checkpoint sharded over the world, with no parameter that needs a gradient.
+
+    Run the returned module itself: its hooks gather and release parameters, forward and backward.
+    """
+    config = zero3_config(dtype, micro_batch_size)
+    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
+    keep_alive = HfDeepSpeedConfig(config)  # from_pretrained shards while such an object exists
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="sdpa")
+    del keep_alive
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return engine.module.eval()
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The whole weight and bias of a sharded linear layer, for as long as the context lasts."""
+    with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False))):
+        yield module.weight.data, None if module.bias is None else module.bias.data

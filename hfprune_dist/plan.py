@@ -1,0 +1,226 @@
+"""The plan: which stages a sweep's table needs, each named by what its result depends on.
+
+Pure and instant: no torch, no clock, nothing written. Two sweeps that want the same result plan the same stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hfprune_dist.budget import ModelSize, uniform_width
+from hfprune_dist.config import SweepConfig, TextSource
+from hfprune_dist.identity import FileHashes, digest_of
+from hfprune_dist.models.checkpoint import Checkpoint
+from hfprune_dist.models.sources import ModelSource
+
+# Raise a stage's version when its code changes its result: artifacts of the old version are then not reused.
+STAGE_VERSIONS = {"importance": 1, "prune": 1, "recover": 1, "evaluate": 1}
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something a stage reads. ``identity`` is part of the fingerprint, ``location`` is not.
+
+    For an artifact of another stage both are its id; for files, the digest of their content and their path.
+    """
+
+    identity: str
+    location: str
+
+    @property
+    def is_stage(self) -> bool:
+        return self.identity == self.location
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One unit of work with one artifact.
+
+    Attributes:
+        kind: importance, prune, recover or evaluate.
+        label: for people; not part of the fingerprint.
+        params: every setting that affects the result.
+        inputs: role -> what is read.
+    """
+
+    kind: str
+    label: str
+    params: Mapping[str, Any]
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """20 hex digits of the sha256 over version, settings and input identities."""
+        identities = {role: source.identity for role, source in self.inputs.items()}
+        content = {"version": STAGE_VERSIONS[self.kind], "kind": self.kind, "params": self.params, "inputs": identities}
+        return digest_of(content)[:20]
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}/{self.fingerprint}"
+
+    @property
+    def needs(self) -> list[str]:
+        """Ids of the stages whose artifacts this one reads."""
+        return [source.location for source in self.inputs.values() if source.is_stage]
+
+    def as_input(self) -> Input:
+        return Input(self.id, self.id)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "version": STAGE_VERSIONS[self.kind],
+            "label": self.label,
+            "params": dict(self.params),
+            "inputs": {role: asdict(source) for role, source in self.inputs.items()},
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Stage:
+        inputs = {role: Input(**source) for role, source in record["inputs"].items()}
+        stage = cls(record["kind"], record["label"], record["params"], inputs)
+        assert stage.fingerprint == record["fingerprint"], "stage file and code disagree about the fingerprint"
+        return stage
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the result table: a checkpoint and its evaluation.
+
+    ``ratio`` is None for the dense model; ``producers`` are the stages whose cost the row carries, in order.
+    """
+
+    model: str
+    ratio: float | None
+    criterion: str | None
+    recovery: str
+    producers: tuple[str, ...]
+    evaluate: str
+
+    @property
+    def label(self) -> str:
+        shape = "dense" if self.ratio is None else f"{self.ratio:g}"
+        return f"{self.model} {shape}" + ("" if self.recovery == "none" else f" + {self.recovery}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages in an order in which they can run, and the cells they serve."""
+
+    stages: Mapping[str, Stage]
+    cells: tuple[Cell, ...]
+
+
+def build_plan(config: SweepConfig, models: list[ModelSource], hashes: FileHashes) -> Plan:
+    """Expand a sweep into stages and cells; stages that several cells need appear once.
+
+    Raises:
+        UserError: for a ratio that a model can't reach, or input text that can't be read.
+    """
+    planner = _Planner(config, hashes)
+    cells = [cell for model in models for cell in planner.cells(model)]
+    return Plan(planner.stages, tuple(cells))
+
+
+class _Planner:
+    """Collects stages by id while the cells of each model are laid out."""
+
+    def __init__(self, config: SweepConfig, hashes: FileHashes) -> None:
+        self.config = config
+        self.hashes = hashes
+        self.stages: dict[str, Stage] = {}
+
+    def cells(self, model: ModelSource) -> list[Cell]:
+        dense = Input(model.identity, str(model.checkpoint.path))
+        variants: list[tuple[float | None, Input, tuple[str, ...]]] = [(None, dense, ())]
+        widths = {
+            ratio: uniform_width(
+                size_of(model.checkpoint), ratio, self.config.prune.multiple_of, f"model {model.name!r}"
+            )
+            for ratio in self.config.ratios
+        }
+        importance = self._importance(model, dense)
+        for ratio in widths:
+            prune = self._prune(model, dense, importance, ratio)
+            variants.append((ratio, prune.as_input(), (importance.id, prune.id)))
+        return [cell for variant in variants for cell in self._finish(model, dense, *variant)]
+
+    def _finish(
+        self, model: ModelSource, dense: Input, ratio: float | None, checkpoint: Input, producers: tuple[str, ...]
+    ) -> list[Cell]:
+        """Lay out recovery and evaluation of one checkpoint; the dense model is also evaluated as it is."""
+        label = f"{model.name} {'dense' if ratio is None else format(ratio, 'g')}"
+        criterion = None if ratio is None else self.config.prune.criterion
+        method = self.config.recovery.method
+        cells = []
+        if ratio is None or method == "none":
+            evaluate = self._evaluate(label, checkpoint, dense)
+            cells.append(Cell(model.name, ratio, criterion, "none", producers, evaluate.id))
+        if method != "none":
+            recover = self._recover(label, checkpoint)
+            evaluate = self._evaluate(f"{label} + {method}", recover.as_input(), dense)
+            cells.append(Cell(model.name, ratio, criterion, method, (*producers, recover.id), evaluate.id))
+        return cells
+
+    def _add(self, stage: Stage) -> Stage:
+        return self.stages.setdefault(stage.id, stage)
+
+    def _importance(self, model: ModelSource, dense: Input) -> Stage:
+        config = self.config
+        calibration, text = self._text(config.calibration)
+        params = {
+            "calibration": calibration,
+            "criteria": list(config.importance.criteria),
+            "dtype": config.importance.dtype,
+            "add_bos_token": config.evaluation.add_bos_token,
+            "seed": config.seed,
+        }
+        return self._add(Stage("importance", model.name, params, {"model": dense, **_role("calibration", text)}))
+
+    def _prune(self, model: ModelSource, dense: Input, importance: Stage, ratio: float) -> Stage:
+        params = {"ratio": ratio, **self.config.prune.model_dump()}
+        inputs = {"model": dense, "importance": importance.as_input()}
+        return self._add(Stage("prune", f"{model.name} {ratio:g}", params, inputs))
+
+    def _recover(self, label: str, checkpoint: Input) -> Stage:
+        recovery, text = self._text(self.config.recovery)
+        params = {"recovery": recovery, "seed": self.config.seed}
+        return self._add(Stage("recover", label, params, {"model": checkpoint, **_role("instructions", text)}))
+
+    def _evaluate(self, label: str, checkpoint: Input, dense: Input) -> Stage:
+        evaluation = self.config.evaluation
+        fidelity, text = self._text(evaluation.fidelity)
+        params = evaluation.model_dump(exclude={"include_path", "fidelity"}) | {"fidelity": fidelity}
+        inputs = {"model": checkpoint, "dense": dense, **_role("fidelity", text)}
+        if evaluation.include_path is not None:
+            folder = Path(evaluation.include_path)
+            inputs["tasks"] = Input(self.hashes.of_folder(folder), str(folder))
+        return self._add(Stage("evaluate", label, params, inputs))
+
+    def _text(self, source: TextSource) -> tuple[dict[str, Any], Input | None]:
+        """Split a text source into settings and, for a local file, an input known by its content."""
+        if source.path is None:
+            return source.model_dump(exclude={"path"}), None
+        file = Path(source.path)
+        settings = source.model_dump(exclude={"path", "dataset", "name", "split", "revision"})
+        return settings, Input(self.hashes.of_file(file), str(file))
+
+
+def size_of(checkpoint: Checkpoint) -> ModelSize:
+    """The numbers of a checkpoint that ratios are computed from."""
+    return ModelSize(
+        checkpoint.parameters,
+        checkpoint.num_layers,
+        checkpoint.intermediate_size,
+        checkpoint.parameters_per_neuron,
+    )
+
+
+def _role(role: str, source: Input | None) -> dict[str, Input]:
+    return {} if source is None else {role: source}

@@ -1,0 +1,87 @@
+"""Run one stage on the ranks that torchrun or Slurm started; normally called by a backend, never by hand.
+
+To run one in the foreground:  torchrun --standalone --nproc-per-node 2 launch/stage.py runs/demo/store prune/<id>
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+from hfprune_dist.artifacts import Store
+from hfprune_dist.config import RuntimeConfig
+from hfprune_dist.errors import UserError, from_os_error
+from hfprune_dist.files import read_json
+from hfprune_dist.plan import Stage
+from hfprune_dist.progress import Progress, write_failure
+
+STAGE_FILE = "stage.json"
+
+
+def main() -> int:
+    """Run the stage; a failure is left as a file in its work folder, with a cause, before the process ends."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path, help="the sweep's store, e.g. runs/demo/store")
+    parser.add_argument("stage", help="id of the stage, e.g. prune/0123456789abcdef0123")
+    arguments = parser.parse_args()
+    _die_with_parent()
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    store, rank = Store(arguments.store), int(os.environ.get("RANK", "0"))
+    try:
+        run_stage(store, arguments.stage)
+    except Exception as error:
+        mended = from_os_error(error)
+        write_failure(store.work(arguments.stage), mended, rank)
+        if isinstance(mended, UserError):
+            print(f"error: {mended}", file=sys.stderr, flush=True)
+            # The other ranks may hang in a collective with this one: leave without the process group's farewell.
+            os._exit(UserError.EXIT_CODE)
+        raise
+    return 0
+
+
+def run_stage(store: Store, stage_id: str) -> None:
+    """Join the ranks, then hand over to ``hfprune_dist.stages.<kind>``."""
+    from hfprune_dist.parallel.world import join_world, leave_world
+    from hfprune_dist.stages.context import Context
+
+    record = read_json(store.work(stage_id) / STAGE_FILE)
+    if record is None:
+        raise UserError(f"{store.work(stage_id)}: no {STAGE_FILE}; stages are laid out by launch/sweep.py")
+    runtime = RuntimeConfig.model_validate(record["runtime"])
+    single_process = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for key, value in single_process.items():
+        os.environ.setdefault(key, value)
+    world = join_world(os.environ, runtime.collective_timeout_minutes)
+    context = Context(
+        stage=Stage.from_json(record["stage"]),
+        store=store,
+        world=world,
+        runtime=runtime,
+        progress=Progress(store.work(stage_id) if world.is_first else None),
+        config=record["config"],
+        code=record["code"],
+        attempt=record["attempt"],
+    )
+    context.check_inputs()
+    importlib.import_module(f"hfprune_dist.stages.{context.stage.kind}").run(context)
+    leave_world()
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its launcher dies, however that one dies."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
