@@ -1,10 +1,10 @@
 """The store: one folder per finished result, written whole or not at all, verified before it is trusted.
 
-    <store>/<kind>/<fingerprint>/           an artifact; manifest.json is written last
-    <store>/<kind>/.draft-<fingerprint>-*/  one being written
-    <store>/work/<kind>/<fingerprint>/      progress inside a stage, kept until its artifact is committed
-    <store>/quarantine/                     artifacts that failed verification, set aside
-    <store>/hashes/                         sha256 of files seen before
+<store>/<kind>/<fingerprint>/           an artifact; manifest.json is written last
+<store>/<kind>/.draft-<fingerprint>-*/  one being written
+<store>/work/<kind>/<fingerprint>/      progress inside a stage, kept until its artifact is committed
+<store>/quarantine/                     artifacts that failed verification, set aside
+<store>/hashes/                         sha256 of files seen before
 """
 
 from __future__ import annotations

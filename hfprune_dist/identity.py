@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.files import write_json
+from hfprune_dist.files import read_json, write_json
 
 
 def digest_of(value: Any) -> str:
@@ -22,11 +22,13 @@ class FileHashes:
     """sha256 of files, remembered by path, size, modification time and inode, so that a re-run reads none of them.
 
     Args:
-        cache: folder that keeps one small JSON file per hashed file; None remembers nothing.
+        cache: folder with one small JSON file per file hashed before; None recalls nothing. Nothing is written to it
+            before ``save``.
     """
 
     def __init__(self, cache: Path | None) -> None:
         self._cache = cache
+        self._fresh: dict[str, dict[str, Any]] = {}
 
     def of_file(self, file: Path) -> str:
         """sha256 of a file's content.
@@ -37,14 +39,9 @@ class FileHashes:
         try:
             stat = file.stat()
             key = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
-            known = self._recall(key)
-            if known is None:
-                with file.open("rb") as stream:
-                    known = hashlib.file_digest(stream, "sha256").hexdigest()
-                self._remember(key, known)
+            return self._recall(key) or self._compute(file, key)
         except OSError as error:
             raise UserError(f"{file}: {error.strerror or error}") from None
-        return known
 
     def of_files(self, folder: Path, names: Iterable[str]) -> str:
         """One digest for the named files of a folder, names included."""
@@ -54,24 +51,33 @@ class FileHashes:
         """One digest for all files below a folder, hidden and compiled ones left out."""
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
-        names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
-        return self.of_files(folder, sorted(name for name in names if "__pycache__" not in name and name[0] != "."))
+        names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+        visible = [str(name) for name in names if not any(part[0] in "._" for part in name.parts)]
+        return self.of_files(folder, visible)
 
-    def _entry(self, key: list[Any]) -> Path | None:
-        return self._cache / f"{digest_of(key[0])[:32]}.json" if self._cache else None
+    def save(self) -> None:
+        """Write what was hashed since the last call to the cache folder."""
+        if self._cache is not None and self._fresh:
+            self._cache.mkdir(parents=True, exist_ok=True)
+            for name, entry in self._fresh.items():
+                write_json(self._cache / name, entry)
+            self._fresh.clear()
+
+    def _compute(self, file: Path, key: list[Any]) -> str:
+        with file.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        self._fresh[self._entry_name(key)] = {"key": key, "sha256": sha256}
+        return sha256
 
     def _recall(self, key: list[Any]) -> str | None:
-        entry = self._entry(key)
-        if entry is None or not entry.is_file():
-            return None
-        try:
-            remembered = json.loads(entry.read_text(encoding="utf-8"))
-            return str(remembered["sha256"]) if remembered["key"] == key else None
-        except (ValueError, KeyError):
-            return None
+        name = self._entry_name(key)
+        entry = self._fresh.get(name)
+        if entry is None and self._cache is not None:
+            try:
+                entry = read_json(self._cache / name)
+            except ValueError:
+                entry = None
+        return str(entry["sha256"]) if entry and entry["key"] == key else None
 
-    def _remember(self, key: list[Any], sha256: str) -> None:
-        entry = self._entry(key)
-        if entry is not None:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            write_json(entry, {"key": key, "sha256": sha256})
+    def _entry_name(self, key: list[Any]) -> str:
+        return f"{digest_of(key[0])[:32]}.json"

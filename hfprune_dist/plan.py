@@ -13,6 +13,7 @@ from typing import Any
 
 from hfprune_dist.budget import ModelSize, uniform_width
 from hfprune_dist.config import SweepConfig, TextSource
+from hfprune_dist.errors import UserError
 from hfprune_dist.identity import FileHashes, digest_of
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.sources import ModelSource
@@ -83,9 +84,16 @@ class Stage:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Stage:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            UserError: where the fingerprint was computed by other rules than today's.
+        """
         inputs = {role: Input(**source) for role, source in record["inputs"].items()}
         stage = cls(record["kind"], record["label"], record["params"], inputs)
-        assert stage.fingerprint == record["fingerprint"], "stage file and code disagree about the fingerprint"
+        if stage.fingerprint != record["fingerprint"]:
+            planned = f"{record['kind']}/{record['fingerprint']}"
+            raise UserError(f"{planned} was planned by another version of the code; run sweep.py again")
         return stage
 
 
@@ -115,6 +123,16 @@ class Plan:
 
     stages: Mapping[str, Stage]
     cells: tuple[Cell, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        stages = [stage.to_json() for stage in self.stages.values()]
+        return {"stages": stages, "cells": [asdict(cell) for cell in self.cells]}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Plan:
+        stages = [Stage.from_json(stage) for stage in record["stages"]]
+        cells = [Cell(**{**cell, "producers": tuple(cell["producers"])}) for cell in record["cells"]]
+        return cls({stage.id: stage for stage in stages}, tuple(cells))
 
 
 def build_plan(config: SweepConfig, models: list[ModelSource], hashes: FileHashes) -> Plan:

@@ -51,7 +51,10 @@ def read_heartbeat(work: Path) -> Heartbeat | None:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank gave up: ``cause`` is input (the user can fix it) or code (we must)."""
+    """Why a stage ended early: ``cause`` is input (the user can fix it), code (we must) or killed (from outside).
+
+    ``rank`` is -1 where the launcher noticed, not a rank.
+    """
 
     cause: str
     message: str
@@ -65,7 +68,12 @@ def write_failure(work: Path, error: BaseException, rank: int) -> None:
         failure = Failure("input", str(error), rank, time.time())
     else:
         failure = Failure("code", "".join(traceback.format_exception(error)[-3:]).strip(), rank, time.time())
-    write_json(work / f"failure.{rank}.json", asdict(failure))
+    write_failure_record(work, failure)
+
+
+def write_failure_record(work: Path, failure: Failure) -> None:
+    """Leave a failure in the work folder, where the report finds it."""
+    write_json(work / f"failure.{failure.rank}.json", asdict(failure))
 
 
 def clear_failures(work: Path) -> None:

@@ -24,7 +24,7 @@ def code_version(root: Path) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Versions of Python and of every package that can change a number."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

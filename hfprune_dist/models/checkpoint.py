@@ -127,13 +127,20 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
         raise UserError(f"{file}: not a whole safetensors file (its header is damaged); download it again") from None
     header.pop("__metadata__", None)
     tensors = {
-        name: TensorInfo(file.name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+        name: TensorInfo(
+            file.name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
+        )
         for name, entry in header.items()
     }
     expected = 8 + header_bytes + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != expected:
         raise UserError(f"{file}: {size:,} bytes, but its header announces {expected:,}; truncated? download it again")
     return tensors
+
+
+def _tensor_info(file: str, entry: Mapping[str, Any]) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    return TensorInfo(file, entry["dtype"], tuple(entry["shape"]), end - begin)
 
 
 def _weight_files(path: Path) -> list[str]:

@@ -6,7 +6,7 @@ Adding a family whose MLP computes ``down(act(gate(x)) * up(x))`` is one line in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hfprune_dist.errors import UserError
 
@@ -47,9 +47,9 @@ class Family:
         """The decoder without its head: input_ids -> last_hidden_state, final norm included."""
         return model.get_submodule(self.body)
 
-    def head_of(self, model: nn.Module) -> nn.Module:
+    def head_of(self, model: nn.Module) -> nn.Linear:
         """The projection to the vocabulary."""
-        return model.get_submodule(self.head)
+        return cast("nn.Linear", model.get_submodule(self.head))
 
     def down_projections(self, model: nn.Module) -> list[nn.Module]:
         """The modules whose inputs are the neurons' activations, one per layer."""
@@ -58,8 +58,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (Family("llama"), Family("mistral"), Family("qwen2"), Family("qwen3"))
+    family.model_type: family for family in (Family("llama"), Family("mistral"), Family("qwen2"), Family("qwen3"))
 }
 
 

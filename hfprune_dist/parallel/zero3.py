@@ -25,24 +25,33 @@ def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
     }
 
 
+def init_deepspeed(world: World) -> None:
+    """Let DeepSpeed use the process group that the world has joined."""
+    # DeepSpeed would compile a shared-memory all-reduce that its inference engine alone uses: half a minute, and a
+    # compiler that not every node has.
+    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
+
+
 def load_frozen(checkpoint: Path, dtype: torch.dtype, micro_batch_size: int, world: World) -> nn.Module:
     """Load a checkpoint sharded over the world, with no parameter that needs a gradient.
 
     Run the returned module itself: its hooks gather and release parameters, forward and backward.
     """
     config = zero3_config(dtype, micro_batch_size)
-    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
+    init_deepspeed(world)
     keep_alive = HfDeepSpeedConfig(config)  # from_pretrained shards while such an object exists
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="sdpa")
     del keep_alive
     model.requires_grad_(False)
     model.config.use_cache = False
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine.module.eval()
+    module: nn.Module = engine.module
+    return module.eval()
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+def gathered(linear: nn.Linear) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """The whole weight and bias of a sharded linear layer, for as long as the context lasts."""
-    with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False))):
-        yield module.weight.data, None if module.bias is None else module.bias.data
+    with deepspeed.zero.GatheredParameters(list(linear.parameters(recurse=False))):
+        yield linear.weight.data, None if linear.bias is None else linear.bias.data

@@ -1,13 +1,12 @@
 """Importance: score every MLP neuron over the calibration windows, on a model sharded over all ranks.
 
-Windows are cut into fixed shards, whatever the number of ranks; ranks work on consecutive shards, and the shards' scores
-are added in shard order. So the sum has the same bits on any number of ranks, and a resume goes on at a shard.
+Windows are cut into fixed shards, whatever the number of ranks; ranks work on consecutive shards, and the shards'
+scores are added in shard order. So the sum has the same bits on any number of ranks, and a resume goes on at a shard.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -130,14 +129,12 @@ def _explained(calibration: _Pass, shard: list[Tensor], number: int) -> tuple[Te
     try:
         return calibration.score(shard)
     except NonFiniteError as error:
-        raise UserError(
-            f"importance, calibration shard {number}: {error}; check the checkpoint's weights"
-        ) from None
+        raise UserError(f"importance, calibration shard {number}: {error}; check the checkpoint's weights") from None
 
 
 def _resume(context: Context, shape: tuple[int, int]) -> tuple[int, Tensor, float]:
     """Where an earlier attempt stopped: next shard, scores so far, entropy so far (rank 0 reads, all learn)."""
-    state: Any = (0, torch.zeros(shape, dtype=torch.float64), 0.0)
+    state = (0, torch.zeros(shape, dtype=torch.float64), 0.0)
     if context.world.is_first and (context.work / PARTIAL).is_file():
         saved = load_file(context.work / PARTIAL)
         state = (int(saved["next_shard"]), saved["scores"], float(saved["entropy"]))

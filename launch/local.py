@@ -1,0 +1,191 @@
+"""The local backend: one stage at a time, its ranks started and watched by torchrun."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hfprune_dist.artifacts import Store
+from hfprune_dist.claims import Claim, Holder, try_claim
+from hfprune_dist.config import RuntimeConfig
+from hfprune_dist.errors import UserError
+from hfprune_dist.files import read_json, write_json
+from hfprune_dist.plan import Stage
+from hfprune_dist.progress import (
+    Failure,
+    Heartbeat,
+    clear_failures,
+    read_failure,
+    read_heartbeat,
+    write_failure_record,
+)
+from launch.stage import STAGE_FILE
+
+STAGE_SCRIPT = Path(__file__).with_name("stage.py")
+POLL_S = 0.1
+RENEW_CLAIM_S = 60.0
+TERMINATION_GRACE_S = 20.0
+LOG_TAIL_LINES = 12
+
+OnHeartbeat = Callable[[Heartbeat | None], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt at a stage ended; ``failure`` says why where it isn't done."""
+
+    state: Literal["done", "failed"]
+    seconds: float
+    failure: Failure | None = None
+
+
+class LocalBackend:
+    """Runs stages on this machine.
+
+    Args:
+        logs: folder that receives one log per stage and attempt.
+        config: the sweep's resolved configuration, kept in every manifest.
+        code: provenance of the code, kept in every manifest.
+    """
+
+    def __init__(
+        self, store: Store, logs: Path, runtime: RuntimeConfig, config: Mapping[str, Any], code: Mapping[str, Any]
+    ) -> None:
+        self._store = store
+        self._logs = logs
+        self._runtime = runtime
+        self._config = config
+        self._code = code
+        self.ranks = _ranks(runtime)
+
+    def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Outcome:
+        """Claim a stage, run it on all ranks, and tell how it ended; success is a verified artifact, nothing else."""
+        started = time.time()
+        claim = self._claim(stage, on_heartbeat)
+        try:
+            if self._store.verify(stage.id).state == "done":  # another sweep was faster
+                return Outcome("done", time.time() - started)
+            log = self._lay_out(stage)
+            self._watch(self._start(stage, log), claim, stage, on_heartbeat)
+            return self._outcome(stage, log, started)
+        finally:
+            claim.release()
+
+    def _claim(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Claim:
+        """Wait until no other sweep works on this stage, showing its progress meanwhile."""
+        work = self._store.work(stage.id)
+        while isinstance(claim := try_claim(work), Holder):
+            on_heartbeat(read_heartbeat(work))
+            time.sleep(POLL_S)
+        return claim
+
+    def _lay_out(self, stage: Stage) -> Path:
+        """Write what the ranks need to know into the stage's work folder; return the attempt's log file."""
+        work = self._store.work(stage.id)
+        clear_failures(work)
+        previous = read_json(work / STAGE_FILE)
+        attempt = 1 if previous is None else previous["attempt"] + 1
+        record = {
+            "stage": stage.to_json(),
+            "runtime": self._runtime.model_dump(),
+            "config": self._config,
+            "code": self._code,
+            "attempt": attempt,
+        }
+        write_json(work / STAGE_FILE, record)
+        self._logs.mkdir(parents=True, exist_ok=True)
+        return self._logs / f"{stage.kind}-{stage.fingerprint}.{attempt}.log"
+
+    def _start(self, stage: Stage, log: Path) -> subprocess.Popen[bytes]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
+        with log.open("wb") as stream:
+            return subprocess.Popen(
+                [*torchrun, str(STAGE_SCRIPT), str(self._store.root.resolve()), stage.id],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,  # Ctrl-C reaches this process only, which then ends the ranks in order
+                preexec_fn=_end_with_parent,
+            )
+
+    def _environment(self) -> dict[str, str]:
+        """The ranks' environment: threads, and a project that can be imported from wherever the sweep was started."""
+        threads = self._runtime.threads_per_rank or int(os.environ.get("OMP_NUM_THREADS") or 0)
+        threads = threads or max(1, (os.cpu_count() or 1) // self.ranks)
+        return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+
+    def _watch(self, process: subprocess.Popen[bytes], claim: Claim, stage: Stage, on_heartbeat: OnHeartbeat) -> None:
+        """Wait for the end of all ranks; if this process is interrupted, end them first."""
+        renewed = time.monotonic()
+        try:
+            while process.poll() is None:
+                on_heartbeat(read_heartbeat(self._store.work(stage.id)))
+                if time.monotonic() - renewed > RENEW_CLAIM_S:
+                    claim.renew()
+                    renewed = time.monotonic()
+                time.sleep(POLL_S)
+        except BaseException:
+            _terminate(process)
+            self._store.discard_drafts(stage.id)
+            raise
+
+    def _outcome(self, stage: Stage, log: Path, started: float) -> Outcome:
+        seconds = time.time() - started
+        if self._store.verify(stage.id).state == "done":
+            return Outcome("done", seconds)
+        work = self._store.work(stage.id)
+        self._store.discard_drafts(stage.id)
+        failure = read_failure(work)
+        if failure is None:
+            failure = Failure(
+                "killed", f"a rank died without a message; {log} ends with:\n{_tail(log)}", -1, time.time()
+            )
+            write_failure_record(work, failure)
+        return Outcome("failed", seconds, failure)
+
+
+def _ranks(runtime: RuntimeConfig) -> int:
+    gpus = _count_gpus()
+    ranks = runtime.ranks or gpus or 1
+    if gpus and ranks > gpus:
+        raise UserError(f"--ranks {ranks}: this machine has {gpus} GPUs, a rank needs one of its own")
+    return ranks
+
+
+def _count_gpus() -> int:
+    """GPUs that ranks may use, found without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip()])
+    driver = Path("/proc/driver/nvidia/gpus")
+    return len(list(driver.iterdir())) if driver.is_dir() else 0
+
+
+def _end_with_parent() -> None:
+    """In the child, before torchrun begins: be ended when the launcher dies, even by kill -9."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _terminate(process: subprocess.Popen[bytes]) -> None:
+    """End torchrun, which ends its ranks; a second kill for what does not listen."""
+    process.terminate()
+    try:
+        process.wait(TERMINATION_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _tail(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:])

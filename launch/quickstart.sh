@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# From a fresh clone to the demo's table of results: installs into .venv, makes the demo's models and text, runs the sweep.
+# Running it again resumes; further arguments go to launch/sweep.py.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/setup.sh
+"$PYTHON" launch/demo_assets.py
+exec "$PYTHON" launch/sweep.py --models llama,qwen --ratios 0.2,0.5 --config configs/demo.yaml "$@"

@@ -1,0 +1,102 @@
+"""What the commands show: the plan, progress while stages run, and the table of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hfprune_dist.artifacts import Verdict
+from hfprune_dist.plan import Plan, Stage
+from hfprune_dist.progress import Heartbeat
+from hfprune_dist.report import Row, table
+from launch.local import Outcome
+
+
+def show_plan(console: Console, plan: Plan, verdicts: Mapping[str, Verdict]) -> None:
+    """One line per stage: reuse or run, and the reason."""
+    lines = Table("stage", "for", "id", "action", "reason", box=None, pad_edge=False)
+    for stage in plan.stages.values():
+        verdict = verdicts[stage.id]
+        action = "reuse" if verdict.state == "done" else "run"
+        lines.add_row(stage.kind, escape(stage.label), stage.fingerprint, action, escape(verdict.reason))
+    console.print(lines)
+    todo = sum(verdict.state != "done" for verdict in verdicts.values())
+    console.print(f"{len(plan.cells)} cells, {len(plan.stages)} stages: {len(plan.stages) - todo} reuse, {todo} run")
+
+
+class StageScreen:
+    """Progress of a sweep: a live bar on a terminal, one line per finished stage anywhere."""
+
+    def __init__(self, console: Console, progress: Progress, total: int) -> None:
+        self._console = console
+        self._progress = progress
+        self._total = total
+        self._finished = 0
+        self._bar: TaskID | None = None
+
+    def begin(self, stage: Stage) -> None:
+        self._bar = self._progress.add_task(f"{stage.kind} {escape(stage.label)}", total=None, phase="starting")
+
+    def beat(self, heartbeat: Heartbeat | None) -> None:
+        if heartbeat is not None and self._bar is not None:
+            self._progress.update(
+                self._bar, completed=heartbeat.done, total=heartbeat.total, phase=escape(heartbeat.phase)
+            )
+
+    def end(self, stage: Stage, outcome: Outcome) -> None:
+        self._close_bar()
+        mark = "[green]done[/]" if outcome.state == "done" else "[red]failed[/]"
+        self._line(f"{mark} {stage.kind} {escape(stage.label)} ({outcome.seconds:.1f} s)")
+        if outcome.failure is not None:
+            self._console.print(f"  {escape(outcome.failure.message)}", highlight=False, soft_wrap=True)
+
+    def skip(self, stage: Stage, waiting_for: Stage) -> None:
+        self._line(
+            f"[yellow]skipped[/] {stage.kind} {escape(stage.label)}: {waiting_for.kind} {escape(waiting_for.label)} "
+            "is missing"
+        )
+
+    def _line(self, text: str) -> None:
+        self._finished += 1
+        self._console.print(f"[{self._finished}/{self._total}] {text}", highlight=False)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._progress.remove_task(self._bar)
+            self._bar = None
+
+
+@contextmanager
+def stage_screen(console: Console, total: int) -> Iterator[StageScreen]:
+    """Show progress for as long as stages run."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[phase]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield StageScreen(console, progress, total)
+
+
+def show_results(console: Console, rows: Sequence[Row]) -> None:
+    """The table of results; cells without a result are listed below it with their cause."""
+    headers, body = table(rows)
+    lines = Table(*headers, box=None, pad_edge=False)
+    for cells, row in zip(body, rows, strict=True):
+        if row["status"] == "done":
+            lines.add_row(*(escape(cell) for cell in cells))
+        else:
+            lines.add_row(*(escape(cell) for cell in cells[:-1]), "[red]missing[/]")
+    # A pipe has no width of its own: let the table be as wide as it is rather than cut its cells.
+    width = console.width if console.is_terminal else 240
+    console.print(lines, width=max(width, 100), crop=False, no_wrap=True)
+    for row in rows:
+        if row["status"] == "missing":
+            console.print(f"missing: {row['label']}: {row['cause']}", highlight=False, markup=False, soft_wrap=True)

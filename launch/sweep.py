@@ -1,0 +1,192 @@
+"""Prune, recover and evaluate models at several ratios, and print the table. Run it again to resume: only what is
+missing runs.
+
+examples:
+  python launch/sweep.py --models llama,qwen --ratios 0.2,0.5 --config configs/demo.yaml
+  python launch/sweep.py --models /data/my-llama --ratios 0.2 --set calibration.path=text.jsonl --out runs/mine
+  python launch/sweep.py --config configs/demo.yaml --dry-run
+
+exit codes: 0 every cell has its result; 1 a stage failed; 2 bad input; 130 interrupted
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from hfprune_dist.artifacts import Store, Verdict, require_writable
+from hfprune_dist.config import SweepConfig, load_config, parse_assignment, parse_list, parse_ratios
+from hfprune_dist.errors import UserError, from_os_error
+from hfprune_dist.files import write_json, write_text
+from hfprune_dist.models.sources import ModelSource, resolve_models
+from hfprune_dist.plan import Plan, build_plan
+from hfprune_dist.progress import read_failure
+from hfprune_dist.provenance import code_version
+from hfprune_dist.report import DenseModel, collect_rows, write_reports
+from launch.local import LocalBackend
+from launch.screen import StageScreen, show_plan, show_results, stage_screen
+
+PROJECT = Path(__file__).resolve().parents[1]
+SWEEP_FILE = "sweep.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run the sweep; problems that the user can fix are one message, never a traceback."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return run_sweep(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        mended = from_os_error(error)
+        if not isinstance(mended, UserError):
+            raise
+        print(f"error: {mended}", file=sys.stderr)
+        return UserError.EXIT_CODE
+
+
+def run_sweep(arguments: argparse.Namespace) -> int:
+    """config -> plan -> stages -> artifacts -> report."""
+    console = Console()
+    config = load_config(arguments.config, _overrides(arguments))
+    out = arguments.out or Path("runs") / (arguments.config[0].stem if arguments.config else "default")
+    store = Store(out / "store")
+    models = resolve_models(config, PROJECT / "configs" / "models", store.hashes, download=not arguments.dry_run)
+    plan = build_plan(config, models, store.hashes)
+    verdicts = {stage_id: store.verify(stage_id) for stage_id in plan.stages}
+    if arguments.dry_run:
+        show_plan(console, plan, verdicts)
+        return 0
+    todo = [stage_id for stage_id, verdict in verdicts.items() if verdict.state != "done"]
+    if config.evaluation.tasks and any(stage_id.startswith("evaluate/") for stage_id in todo):
+        _check_tasks(config)
+    require_writable(out)
+    _record(out, config, plan, models)
+    _set_aside_corrupt(console, store, verdicts)
+    if todo:
+        runtime = config.runtime
+        backend = LocalBackend(store, out / "logs", runtime, config.model_dump(), code_version(PROJECT))
+        console.print(
+            f"{len(todo)} of {len(plan.stages)} stages to run, {backend.ranks} ranks each; logs in {out / 'logs'}"
+        )
+        with stage_screen(console, len(todo)) as screen:
+            _run_stages(plan, todo, store, backend, screen)
+    store.hashes.save()
+    rows = collect_rows(plan, store, _dense(models))
+    write_reports(rows, out)
+    show_results(console, rows)
+    console.print(f"written: {out / 'results.csv'}, results.md, results.json", highlight=False)
+    return _exit_code(plan, store)
+
+
+def _run_stages(plan: Plan, todo: Sequence[str], store: Store, backend: LocalBackend, screen: StageScreen) -> None:
+    """Run missing stages in plan order; a failed one keeps back only those that need its artifact."""
+    for stage_id in todo:
+        stage = plan.stages[stage_id]
+        missing = next((need for need in stage.needs if store.verify(need).state != "done"), None)
+        if missing is not None:
+            screen.skip(stage, plan.stages[missing])
+            continue
+        screen.begin(stage)
+        screen.end(stage, backend.run(stage, screen.beat))
+
+
+def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Command-line flags as dotted keys; a flag of its own wins over --set."""
+    overrides = dict(parse_assignment(assignment) for assignment in arguments.set)
+    if arguments.models is not None:
+        overrides["models"] = parse_list("--models", arguments.models)
+    if arguments.ratios is not None:
+        overrides["ratios"] = parse_ratios(arguments.ratios)
+    if arguments.ranks is not None:
+        overrides["runtime.ranks"] = arguments.ranks
+    return overrides
+
+
+def _check_tasks(config: SweepConfig) -> None:
+    """Refuse unknown lm-eval tasks before hours of work; imported here, since lm-eval takes seconds to import."""
+    from hfprune_dist.evaluation import check_tasks
+
+    include_path = config.evaluation.include_path
+    check_tasks(config.evaluation.tasks, Path(include_path) if include_path else None)
+
+
+def _record(out: Path, config: SweepConfig, plan: Plan, models: Sequence[ModelSource]) -> None:
+    """Keep the resolved configuration, and the plan in a form from which the report can be made again."""
+    import yaml
+
+    write_text(out / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
+    write_json(
+        out / SWEEP_FILE,
+        {**plan.to_json(), "dense": {name: vars(facts) for name, facts in _dense(models).items()}},
+    )
+
+
+def _dense(models: Sequence[ModelSource]) -> dict[str, DenseModel]:
+    return {model.name: DenseModel(model.checkpoint.parameters, model.checkpoint.intermediate_size) for model in models}
+
+
+def _set_aside_corrupt(console: Console, store: Store, verdicts: Mapping[str, Verdict]) -> None:
+    for stage_id, verdict in verdicts.items():
+        if verdict.state == "corrupt":
+            aside = store.set_aside(stage_id)
+            console.print(
+                f"corrupt artifact {stage_id} ({verdict.reason}): set aside as {aside}, made again", markup=False
+            )
+
+
+def _exit_code(plan: Plan, store: Store) -> int:
+    missing = [stage_id for stage_id in plan.stages if store.manifest(stage_id) is None]
+    failures = [read_failure(store.work(stage_id)) for stage_id in missing]
+    if any(failure is not None and failure.cause == "input" for failure in failures):
+        return UserError.EXIT_CODE
+    return 1 if missing else 0
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", metavar="A,B", help="aliases (configs/models) or checkpoint folders; default: llama,qwen"
+    )
+    parser.add_argument(
+        "--ratios", metavar="R,R", help="removed / all parameters of the model, each in (0, 1); default: 0.2,0.3"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="YAML configuration; may be repeated, later files win key by key",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="set any key, e.g. --set calibration.samples=64 (value in YAML); wins over files",
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, help="results and store; default: runs/<config name>")
+    parser.add_argument(
+        "--backend", choices=("auto", "local"), default="auto", help="where stages run; auto: on this machine"
+    )
+    parser.add_argument("--ranks", metavar="N", type=int, help="processes per stage; default: one per GPU, or 1")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan with reasons; writes and runs nothing")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

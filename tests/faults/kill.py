@@ -1,0 +1,43 @@
+"""Death at a chosen file-system operation: the points between which a crash can leave different files behind."""
+
+import os
+import signal
+
+OPERATIONS = ("fsync", "rename", "replace", "link", "unlink", "mkdir", "rmdir")
+
+
+def arm(kill_at, match):
+    """From now on, count operations on paths that contain ``match`` and die before the ``kill_at``-th."""
+    state = {"count": 0}
+
+    def wrap(name):
+        original = getattr(os, name)
+
+        def wrapper(target, *args, **kwargs):
+            path = os.readlink(f"/proc/self/fd/{target}") if name == "fsync" else str(target)
+            if match in path:
+                state["count"] += 1
+                if state["count"] == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return original(target, *args, **kwargs)
+
+        setattr(os, name, wrapper)
+
+    for name in OPERATIONS:
+        wrap(name)
+
+
+def die_in_fork(action, kill_at, store):
+    """Run ``action`` in a forked child that dies at its ``kill_at``-th operation; return whether it died."""
+    child = os.fork()
+    if child == 0:
+        try:
+            import torch
+
+            torch.set_num_threads(1)  # the parent's thread pool did not survive the fork
+            arm(kill_at, str(store))
+            action()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)

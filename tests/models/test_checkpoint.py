@@ -1,0 +1,84 @@
+import json
+import struct
+
+import pytest
+from tiny import save_tiny
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.checkpoint import open_checkpoint, read_safetensors_header
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_tiny(tmp_path / "model")
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def refusal(folder):
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(folder)
+    return str(caught.value)
+
+
+def test_a_whole_checkpoint_opens(folder):
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.num_layers, checkpoint.intermediate_size) == (2, 48)
+    assert checkpoint.parameters_per_neuron == 3 * 32
+
+
+def test_biases_belong_to_their_neurons(tmp_path):
+    assert open_checkpoint(save_tiny(tmp_path / "m", "llama-tied-biases")).parameters_per_neuron == 3 * 32 + 2
+
+
+def test_an_unknown_family_lists_the_known_ones(folder):
+    edit_config(folder, model_type="mamba")
+    assert "'mamba'" in refusal(folder) and "llama, mistral, qwen2, qwen3" in refusal(folder)
+
+
+def test_missing_pieces_are_named(folder, tmp_path):
+    assert "no such folder" in refusal(tmp_path / "nowhere")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer" in refusal(folder)
+    (folder / "config.json").unlink()
+    assert "config.json" in refusal(folder)
+
+
+def test_missing_weights(folder):
+    (folder / "model.safetensors").unlink()
+    assert "only safetensors" in refusal(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = save_tiny(tmp_path / "m", shard_size="20KB")
+    victim = sorted(folder.glob("model-*.safetensors"))[1]
+    victim.unlink()
+    assert victim.name in refusal(folder) and "missing" in refusal(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, 20_000])
+def test_truncated_weights(folder, keep):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert "model.safetensors" in refusal(folder)
+
+
+def test_a_header_that_announces_nonsense(tmp_path):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    with pytest.raises(UserError, match="header is damaged"):
+        read_safetensors_header(file)
+
+
+def test_config_and_weights_must_agree(folder):
+    edit_config(folder, intermediate_size=64)
+    assert "intermediate_size 64" in refusal(folder)
+
+
+def test_quantized_weights_are_refused(folder):
+    edit_config(folder, quantization_config={"quant_method": "awq"})
+    assert "quantized" in refusal(folder)

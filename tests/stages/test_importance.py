@@ -1,0 +1,128 @@
+"""The importance stage on real ZeRO-3 ranks."""
+
+import pytest
+import torch
+from core_definition import definition
+from ranks import failure_of, killing, run_stage
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_model, write_documents
+
+from hfprune_dist.artifacts import Store
+from hfprune_dist.identity import FileHashes
+from hfprune_dist.models.checkpoint import open_checkpoint
+from hfprune_dist.plan import Input, Stage
+
+pytestmark = pytest.mark.slow
+
+
+def make_stage(folder, variant="llama", **calibration):
+    model, text = folder / "model", folder / "text.jsonl"
+    if not model.exists():
+        save_tiny(model, variant)
+        write_documents(text)
+    settings = {"samples": 11, "sequence_length": 32, "micro_batch_size": 2, "shard_size": 1, "text_field": "text"}
+    params = {
+        "calibration": settings | calibration,
+        "criteria": ["entropy"],
+        "dtype": "float32",
+        "add_bos_token": True,
+        "seed": 3,
+    }
+    hashes = FileHashes(None)
+    inputs = {
+        "model": Input(hashes.of_folder(model), str(model)),
+        "calibration": Input(hashes.of_file(text), str(text)),
+    }
+    return Stage("importance", variant, params, inputs)
+
+
+def scores_of(store, stage):
+    return load_file(store.path(stage.id) / "importance.safetensors")
+
+
+def run_in(folder, stage, ranks, **options):
+    store = Store(folder)
+    result = run_stage(store, stage, ranks, **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return store
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("importance")
+    stage = make_stage(folder)
+    return folder, stage, run_in(folder / "one", stage, 1)
+
+
+def test_anyone_can_recompute_the_scores_from_the_windows(on_one_rank):
+    _, stage, store = on_one_rank
+    windows = load_file(store.path(stage.id) / "windows.safetensors")["input_ids"]
+    assert windows.shape == (11, 32) and windows.dtype == torch.int64
+    assert (windows[:, 0] == 1).all(), "every window begins with BOS, as in evaluation"
+    expected = definition(tiny_model("llama"), windows)
+    scores = scores_of(store, stage)
+    assert list(scores) == ["layers.0.entropy", "layers.1.entropy"]
+    for layer in range(2):
+        assert scores[f"layers.{layer}.entropy"].dtype == torch.float64
+        difference = scores[f"layers.{layer}.entropy"] - expected[layer]
+        assert difference.norm() / expected[layer].norm() < 1e-5
+    metrics = store.manifest(stage.id)["metrics"]
+    assert metrics["tokens"] == 11 * 32 and metrics["documents_used"] == 11
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_any_number_of_ranks_gives_the_same_bits(on_one_rank, ranks):
+    folder, stage, one = on_one_rank
+    many = run_in(folder / str(ranks), stage, ranks)
+    assert many.manifest(stage.id)["world_size"] == ranks
+    for name, expected in scores_of(one, stage).items():
+        assert torch.equal(scores_of(many, stage)[name], expected), name
+    windows = "windows.safetensors"
+    assert (many.path(stage.id) / windows).read_bytes() == (one.path(stage.id) / windows).read_bytes()
+
+
+@pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen2", "qwen3", "mistral"])
+def test_every_family_matches_its_definition_on_two_ranks(tmp_path, variant):
+    stage = make_stage(tmp_path, variant, samples=4)
+    store = run_in(tmp_path / "store", stage, 2)
+    windows = load_file(store.path(stage.id) / "windows.safetensors")["input_ids"]
+    expected = definition(tiny_model(variant), windows)
+    for layer in range(2):
+        difference = scores_of(store, stage)[f"layers.{layer}.entropy"] - expected[layer]
+        assert difference.norm() / expected[layer].norm() < 1e-5
+
+
+@pytest.mark.parametrize(("ranks_before", "ranks_after"), [(2, 1), (1, 2)])
+def test_killed_in_mid_pass_and_resumed_on_another_number_of_ranks(on_one_rank, tmp_path, ranks_before, ranks_after):
+    _, stage, one = on_one_rank
+    store = Store(tmp_path / "store")
+    environment = killing(rank=0, kill_at=3, match="partial.draft")
+    result = run_stage(store, stage, ranks_before, environment=environment)
+    assert result.returncode != 0 and store.verify(stage.id).state == "missing"
+    saved = load_file(store.work(stage.id) / "partial.safetensors")
+    assert saved["next_shard"] == 2 * ranks_before < 6, "killed before its third save"
+    run_in(store.root, stage, ranks_after)
+    for name, expected in scores_of(one, stage).items():
+        assert torch.equal(scores_of(store, stage)[name], expected), name
+
+
+def test_nan_weights_end_the_stage_with_the_layers_name(tmp_path):
+    stage = make_stage(tmp_path, samples=2)
+    file = tmp_path / "model" / "model.safetensors"
+    state = load_file(file)
+    state["model.layers.1.mlp.gate_proj.weight"][0, 0] = float("nan")
+    save_file(state, file, {"format": "pt"})
+    assert open_checkpoint(tmp_path / "model")
+    store = Store(tmp_path / "store")
+    result = run_stage(store, stage)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert failure_of(store, stage)["cause"] == "input"
+    assert "layer 1" in failure_of(store, stage)["message"]
+
+
+def test_no_long_enough_document(tmp_path):
+    stage = make_stage(tmp_path, samples=2, sequence_length=5000)
+    store = Store(tmp_path / "store")
+    result = run_stage(store, stage)
+    assert result.returncode == 2
+    assert "no document has 4999 tokens" in failure_of(store, stage)["message"]

@@ -1,0 +1,122 @@
+import pytest
+from tiny import save_tiny, write_documents, write_pairs
+
+from hfprune_dist.config import load_config
+from hfprune_dist.errors import UserError
+from hfprune_dist.identity import FileHashes
+from hfprune_dist.models.sources import resolve_models
+from hfprune_dist.plan import Plan, build_plan
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    save_tiny(folder / "a", "llama")
+    save_tiny(folder / "b", "qwen2")
+    write_documents(folder / "text.jsonl")
+    write_documents(folder / "held.jsonl", seed=1)
+    write_pairs(folder / "pairs.jsonl")
+    return folder
+
+
+def plan_of(world, **overrides):
+    base = {
+        "models": ["a", "b"],
+        "ratios": [0.1, 0.2],
+        "aliases.a.path": str(world / "a"),
+        "aliases.b.path": str(world / "b"),
+        "calibration.path": str(world / "text.jsonl"),
+        "recovery.path": str(world / "pairs.jsonl"),
+        "evaluation.fidelity.path": str(world / "held.jsonl"),
+    }
+    config = load_config([], base | {key.replace("__", "."): value for key, value in overrides.items()})
+    hashes = FileHashes(None)
+    return build_plan(config, resolve_models(config, world / "none", hashes, download=False), hashes)
+
+
+def kinds(plan):
+    return [stage.kind for stage in plan.stages.values()]
+
+
+def test_work_is_shared_and_every_table_has_its_baselines(world):
+    plan = plan_of(world)
+    assert {kind: kinds(plan).count(kind) for kind in set(kinds(plan))} == {
+        "importance": 2,
+        "prune": 4,
+        "recover": 6,
+        "evaluate": 8,
+    }
+    rows = [(cell.model, cell.ratio, cell.recovery) for cell in plan.cells]
+    for model in "ab":
+        assert (model, None, "none") in rows and (model, None, "lora") in rows
+        assert (model, 0.1, "lora") in rows and (model, 0.2, "lora") in rows
+    assert len(rows) == 8
+
+
+def test_stages_come_after_what_they_need(world):
+    seen = set()
+    for stage in plan_of(world).stages.values():
+        assert set(stage.needs) <= seen
+        seen.add(stage.id)
+
+
+def test_without_recovery_pruned_models_are_evaluated_as_they_are(world):
+    plan = plan_of(world, recovery__method="none")
+    assert "recover" not in kinds(plan) and len(plan.cells) == 6
+
+
+def test_a_further_ratio_reuses_all_that_is_there(world):
+    small, large = plan_of(world), plan_of(world, ratios=[0.1, 0.2, 0.25])
+    assert set(small.stages) < set(large.stages)
+    assert len(large.stages) - len(small.stages) == 6
+
+
+def test_paths_names_and_runtime_stay_out_of_fingerprints(world, tmp_path):
+    moved = tmp_path / "renamed.jsonl"
+    moved.write_bytes((world / "text.jsonl").read_bytes())
+    plan = plan_of(world)
+    same = plan_of(world, calibration__path=str(moved), runtime__ranks=7, runtime__save_every_steps=3)
+    assert list(plan.stages) == list(same.stages)
+
+
+@pytest.mark.parametrize(
+    ("change", "untouched"),
+    [
+        ({"seed": 1}, set()),
+        ({"calibration__samples": 5}, {"dense"}),
+        ({"importance__dtype": "float32"}, {"dense"}),
+        ({"prune__multiple_of": 4}, {"dense", "importance"}),
+        ({"recovery__rank": 4}, {"importance", "prune"}),
+        ({"evaluation__limit": 3}, {"importance", "prune", "recover"}),
+    ],
+)
+def test_what_affects_a_result_changes_its_fingerprint_and_no_other(world, change, untouched):
+    before, after = plan_of(world), plan_of(world, **change)
+    kept = {before.stages[stage_id].kind for stage_id in set(before.stages) & set(after.stages)}
+    assert untouched - {"dense"} <= kept
+    assert set(before.stages) != set(after.stages)
+    if "dense" in untouched:  # recovery and evaluation of the dense model
+        assert {"recover", "evaluate"} <= kept
+
+
+def test_the_content_of_inputs_is_what_counts(world, tmp_path):
+    edited = tmp_path / "text.jsonl"
+    edited.write_text((world / "text.jsonl").read_text() + '{"text": "one more"}\n')
+    before, after = plan_of(world), plan_of(world, calibration__path=str(edited))
+    assert not any(stage_id.startswith(("importance", "prune")) for stage_id in set(before.stages) & set(after.stages))
+
+
+def test_plans_survive_the_round_trip_to_json(world):
+    plan = plan_of(world)
+    again = Plan.from_json(plan.to_json())
+    assert list(again.stages) == list(plan.stages) and again.cells == plan.cells
+
+
+def test_an_unreachable_ratio_is_refused(world):
+    with pytest.raises(UserError, match=r"model 'a'.*largest possible is 0\.2845"):
+        plan_of(world, ratios=[0.5])
+
+
+def test_an_unknown_alias_lists_the_known_ones(world):
+    with pytest.raises(UserError, match="unknown model 'c'.*valid: a, b"):
+        plan_of(world, models=["c"])

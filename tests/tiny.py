@@ -1,0 +1,112 @@
+"""Tiny random models, tokenizers and texts: real architectures and files, milliseconds of work."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+# One token per byte: the only tokenizer that every family's tokenizer class builds in the same way.
+VOCABULARY = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+WORDS = [a + b + c for a in "bdfgklmnprstv" for b in "aeiou" for c in "nrstl"]
+SHAPE = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Every family, with and without biases and tied embeddings.
+VARIANTS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": False}),
+    "llama-tied-biases": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"tie_word_embeddings": True, "mlp_bias": True, "attention_bias": True},
+    ),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": False, "head_dim": 16}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"tie_word_embeddings": False, "sliding_window": None}),
+}
+
+
+def tiny_model(variant: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random float32 model whose outputs are far from uniform."""
+    config_class, model_class, options = VARIANTS[variant]
+    torch.manual_seed(seed)
+    model = model_class(config_class(**{**SHAPE, **options, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1))
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(1.0)
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE without merges."""
+    vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def save_tiny(
+    folder: Path,
+    variant: str = "llama",
+    *,
+    shard_size: str = "5GB",
+    dtype: torch.dtype = torch.float32,
+    **options: object,
+) -> Path:
+    """A checkpoint folder as a user has it."""
+    tiny_model(variant, **options).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_text(words: int, seed: int) -> str:
+    generator = random.Random(seed)
+    return " ".join(generator.choice(WORDS) for _ in range(words))
+
+
+def write_documents(file: Path, count: int = 12, words: int = 40, seed: int = 0) -> Path:
+    """A jsonl file of random documents."""
+    lines = [json.dumps({"text": tiny_text(words, seed * 1000 + number)}) for number in range(count)]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def write_pairs(file: Path, count: int = 40, seed: int = 0) -> Path:
+    """A jsonl file of random instruction pairs."""
+    generator = random.Random(seed)
+    lines = []
+    for number in range(count):
+        pair = {
+            "instruction": tiny_text(6, seed + number),
+            "response": tiny_text(generator.randint(3, 12), seed - number),
+        }
+        lines.append(json.dumps(pair))
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
