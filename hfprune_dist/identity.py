@@ -75,7 +75,7 @@ class FileHashes:
         if entry is None and self._cache is not None:
             try:
                 entry = read_json(self._cache / name)
-            except ValueError:
+            except (ValueError, OSError):
                 entry = None
         return str(entry["sha256"]) if entry and entry["key"] == key else None
 

@@ -1,0 +1,233 @@
+"""The whole sweep on real ranks: results, resumption, and death at random moments."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from sweeps import artifacts, command, make_inputs, results, sweep
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """An undisturbed sweep: every fault below must end where this one ends."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    result = sweep(config, out)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out, result
+
+
+@pytest.fixture
+def one_cell(config, tmp_path):
+    """A smaller sweep of the same stages: one model, one ratio."""
+    return ["--models", "alpha", "--ratios", "0.2"], tmp_path / "out"
+
+
+def assert_same_as(finished_out, out):
+    """Whatever happened on the way: the same scores, pruned weights and recovered weights, bit for bit."""
+    for kind in ("importance", "prune", "recover"):
+        ours, theirs = artifacts(out, kind), artifacts(finished_out, kind)
+        assert ours and all(theirs[name] == content for name, content in ours.items())
+
+
+def test_one_row_per_cell_with_its_baselines(finished):
+    out, _ = finished
+    rows = results(out)
+    assert [(row["model"], row["ratio"], row["recovery"]) for row in rows[:4]] == [
+        ("alpha", "0.0", "none"),
+        ("alpha", "0.0", "lora"),
+        ("alpha", "0.1", "lora"),
+        ("alpha", "0.2", "lora"),
+    ]
+    assert len(rows) == 8 and {row["status"] for row in rows} == {"done"}
+    for row in rows:
+        assert float(row["perplexity"]) > 1 and 0 <= float(row["top1_agreement"]) <= 1
+        assert 0 <= float(row["tiny_choice/acc"]) <= 1 and row["tiny_choice/acc_stderr"]
+    dense, control, pruned = rows[0], rows[1], rows[3]
+    assert float(dense["kl"]) == 0 and float(dense["top1_agreement"]) == 1
+    assert float(control["kl"]) > 0 and float(pruned["kl"]) > float(control["kl"])
+    assert int(pruned["parameters"]) < int(dense["parameters"])
+    assert float(pruned["ratio_reached"]) == pytest.approx(0.2, abs=0.01)
+
+
+def test_checkpoints_load_with_plain_transformers(finished):
+    out, _ = finished
+    for row in results(out):
+        if row["checkpoint"]:
+            model = AutoModelForCausalLM.from_pretrained(row["checkpoint"])
+            assert sum(p.numel() for p in model.parameters()) == int(row["parameters"])
+
+
+def test_all_three_reports_agree_and_keep_the_configuration(finished, config):
+    out, result = finished
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["kl"] for row in rows] == [float(row["kl"]) for row in results(out)]
+    assert (out / "results.md").read_text().count("\n") == 10
+    assert "alpha" in result.stdout and "tiny_choice" in result.stdout
+    resolved = yaml.safe_load((out / "config.yaml").read_text())
+    assert resolved["recovery"]["learning_rate"] == 4e-4
+    manifest = json.loads(next((out / "store" / "prune").glob("*/manifest.json")).read_text())
+    assert manifest["config"] == resolved and manifest["provenance"]["packages"]["torch"]
+
+
+def test_a_second_run_runs_nothing(finished, config):
+    out, _ = finished
+    before = {file: file.stat().st_mtime_ns for file in (out / "store").rglob("*") if file.is_file()}
+    result = sweep(config, out)
+    assert result.returncode == 0 and "stages to run" not in result.stdout
+    after = {file: file.stat().st_mtime_ns for file in (out / "store").rglob("*") if file.is_file()}
+    assert after == before
+
+
+def test_report_command_makes_the_same_tables(finished):
+    out, _ = finished
+    expected = {name: (out / name).read_bytes() for name in ("results.csv", "results.md", "results.json")}
+    for name in expected:
+        (out / name).unlink()
+    script = Path(command(None, out)[1]).with_name("report.py")
+    shown = subprocess.run([command(None, out)[0], script, out, "--published"], capture_output=True, text=True, check=True)
+    assert {name: (out / name).read_bytes() for name in expected} == expected
+    assert "HFPrune" in shown.stdout and "59.0" in shown.stdout
+
+
+def test_a_corrupt_artifact_is_set_aside_and_made_again(finished, config, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    victim = next((out / "store" / "prune").glob("*/model.safetensors"))
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    result = sweep(config, out)
+    assert result.returncode == 0 and "content changed since it was committed" in result.stdout
+    assert "1 of 20 stages to run" in result.stdout
+    assert len(list((out / "store" / "quarantine").iterdir())) == 1
+    assert_same_as(finished[0], out)
+
+
+def descendants_of(process):
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def start(config, out, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(config, out, *arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def all_gone(processes):
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def test_killing_the_launcher_at_random_moments(finished, config, one_cell):
+    arguments, out = one_cell
+    generator = random.Random(os.environ.get("HFPRUNE_TEST_SEED", "0"))
+    for _ in range(5):
+        launcher = start(config, out, *arguments)
+        time.sleep(generator.uniform(1, 14))
+        started = descendants_of(launcher)
+        launcher.kill()
+        launcher.communicate()
+        wait_for(lambda started=started: all_gone(started), 30)
+    result = sweep(config, out, *arguments)
+    assert result.returncode == 0, result.stdout
+    assert_same_as(finished[0], out)
+    assert len(results(out)) == 3
+
+
+@pytest.mark.parametrize("kind", ["importance", "recover", "evaluate"])
+def test_killing_a_rank(finished, config, one_cell, kind):
+    arguments, out = one_cell
+    launcher = start(config, out, *arguments)
+
+    def rank_at_work():
+        work = list((out / "store" / "work" / kind).glob("*/progress.json"))
+        ranks = [p for p in descendants_of(launcher) if "stage.py" in " ".join(p.cmdline()[1:3])] if work else []
+        return ranks[-1:] or None
+
+    (rank,) = wait_for(rank_at_work)
+    rank.send_signal(signal.SIGKILL)
+    output, _ = launcher.communicate(timeout=300)
+    assert launcher.returncode == 1
+    assert f"failed {kind}" in output and "a rank died without a message" in output
+    missing = [row for row in results(out) if row["status"] == "missing"]
+    assert missing and all(f"{kind} failed (killed)" in row["cause"] for row in missing)
+    result = sweep(config, out, *arguments)
+    assert result.returncode == 0, result.stdout
+    assert_same_as(finished[0], out)
+
+
+def test_ctrl_c_leaves_nothing_running_and_nothing_half_written(finished, config, one_cell):
+    arguments, out = one_cell
+    launcher = start(config, out, *arguments)
+    wait_for(lambda: list((out / "store" / "work").glob("*/*/stage.json")) and len(descendants_of(launcher)) >= 3)
+    started = descendants_of(launcher)
+    launcher.send_signal(signal.SIGINT)
+    output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130 and "run the same command again" in output and "Traceback" not in output
+    assert all_gone(started)
+    assert not list((out / "store").rglob(".draft*"))
+    assert sweep(config, out, *arguments).returncode == 0
+    assert_same_as(finished[0], out)
+
+
+def test_two_sweeps_at_once_share_the_work(finished, config, one_cell):
+    arguments, out = one_cell
+    sweeps = [start(config, out, *arguments) for _ in range(2)]
+    outputs = [process.communicate(timeout=600)[0] for process in sweeps]
+    assert [process.returncode for process in sweeps] == [0, 0], outputs
+    logs = [log.name for log in (out / "logs").iterdir()]
+    assert all(log.endswith(".1.log") for log in logs) and len(logs) == 7, "every stage ran once"
+    assert_same_as(finished[0], out)
+
+
+def test_one_failed_cell_never_blocks_its_siblings(config, tmp_path):
+    out = tmp_path / "out"
+    text = tmp_path / "short.jsonl"
+    text.write_text('{"text": "too short"}\n')
+    result = sweep(config, out, "--models", "alpha", "--ratios", "0.2", "--set", f"calibration.path={text}")
+    assert result.returncode == 2 and "no document has 31 tokens" in result.stdout
+    rows = results(out)
+    assert [row["status"] for row in rows] == ["done", "done", "missing"]
+    assert "importance failed (input)" in rows[2]["cause"] and rows[2]["kl"] == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
+def test_a_full_disk(config, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)], check=True)
+    try:
+        arguments = ["--models", "alpha", "--ratios", "0.2", "--set", "recovery.method=none"]
+        result = sweep(config, disk / "out", *arguments)
+        assert result.returncode == 2, result.stdout
+        assert "No space left on device" in result.stdout + result.stderr and "Traceback" not in result.stderr
+        assert not list((disk / "out" / "store").rglob(".draft*"))
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        result = sweep(config, disk / "out", *arguments)
+        assert result.returncode == 0, result.stdout
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

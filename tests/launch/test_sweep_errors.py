@@ -1,0 +1,94 @@
+"""Damaged input: one clear message, exit code 2, no traceback, nothing written."""
+
+import pytest
+from sweeps import make_inputs, sweep
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def refused(config, out, *arguments):
+    result = sweep(config, out, *arguments)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert not out.exists(), "nothing is written"
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--models", "lama"], ["unknown model 'lama'", "llama", "folder of a Hugging Face checkpoint"]),
+        (["--models", ""], ["--models", "one or more values"]),
+        (["--ratios", ""], ["--ratios", "one or more values"]),
+        (["--ratios", "0"], ["ratios.0", "greater than 0"]),
+        (["--ratios", "1.5"], ["ratios.0", "less than 1"]),
+        (["--ratios", "0.9"], ["ratio 0.9", "largest possible is 0.28"]),
+        (["--ratios", "0.1,0.1"], ["ratios", "listed twice"]),
+        (["--ratios", "a lot"], ["--ratios 'a lot'"]),
+        (["--set", "calibration.sample=3"], ["unknown key 'calibration.sample'", "did you mean 'samples'"]),
+        (["--set", "calibration.samples=few"], ["calibration.samples", "integer"]),
+        (["--set", "samples"], ["--set 'samples'", "key=value"]),
+        (["--set", "calibration.path=nowhere.jsonl"], ["nowhere.jsonl", "No such file"]),
+        (["--set", "evaluation.tasks=[tiny_choise]"], ["tiny_choise", "tiny_choice"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+        (["--ranks", "0"], ["runtime.ranks", "greater than or equal to 1"]),
+    ],
+)
+def test_bad_arguments(config, tmp_path, arguments, expected):
+    message = refused(config, tmp_path / "out", *arguments)
+    for part in expected:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda model: (model / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"\0" * 4), "header is damaged"),
+        (lambda model: (model / "config.json").write_text("{"), "not valid JSON"),
+        (lambda model: (model / "config.json").write_text('{"model_type": "gpt2"}'), "supported: llama"),
+        (lambda model: [file.unlink() for file in model.glob("tokenizer*")], "no tokenizer"),
+    ],
+)
+def test_damaged_checkpoints(tmp_path, damage, expected):
+    config = make_inputs(tmp_path)
+    damage(tmp_path / "alpha")
+    assert expected in refused(config, tmp_path / "out")
+
+
+def test_a_truncated_checkpoint_tells_both_sizes(tmp_path):
+    config = make_inputs(tmp_path)
+    file = tmp_path / "beta" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "truncated" in refused(config, tmp_path / "out")
+
+
+def test_an_unwritable_output_folder(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = sweep(config, tmp_path / "file" / "out")
+    assert result.returncode == 2 and "can't be written to" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_yaml_that_is_none(tmp_path):
+    config = tmp_path / "bad.yaml"
+    config.write_text("models: [a\n")
+    assert "not valid YAML" in refused(config, tmp_path / "out")
+
+
+def test_help_names_every_flag():
+    result = sweep(None, "unused", "--help")
+    assert result.returncode == 0
+    for flag in ("--models", "--ratios", "--config", "--set", "--out", "--backend", "--ranks", "--dry-run"):
+        assert flag in result.stdout
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path):
+    result = sweep(config, tmp_path / "out", "--dry-run")
+    assert result.returncode == 0 and not (tmp_path / "out").exists()
+    assert "8 cells, 20 stages: 0 reuse, 20 run" in result.stdout
+    assert result.stdout.count("not made yet") == 20
+
+

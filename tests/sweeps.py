@@ -1,0 +1,93 @@
+"""Whole sweeps over tiny models, as a user starts them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from ranks import ROOT
+from tiny import save_tiny, write_documents, write_pairs
+
+TASK = """task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {data}}}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+def make_inputs(folder: Path) -> Path:
+    """Models, texts, an lm-eval task and a configuration that uses them; returns the configuration's file."""
+    save_tiny(folder / "alpha", "llama")
+    save_tiny(folder / "beta", "qwen2")
+    write_documents(folder / "calibration.jsonl")
+    write_documents(folder / "heldout.jsonl", seed=7)
+    write_pairs(folder / "pairs.jsonl")
+    (folder / "tasks").mkdir()
+    lines = [f'{{"question": "ban der", "choices": ["kin", "gos t"], "answer": {number % 2}}}' for number in range(6)]
+    (folder / "tasks" / "choice.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "tasks" / "choice.yaml").write_text(TASK.format(data=folder / "tasks" / "choice.jsonl"))
+    config = {
+        "models": ["alpha", "beta"],
+        "aliases": {"alpha": {"path": "alpha"}, "beta": {"path": "beta"}},
+        "ratios": [0.1, 0.2],
+        "calibration": {"path": "calibration.jsonl", "samples": 8, "sequence_length": 32, "shard_size": 1},
+        "importance": {"dtype": "float32"},
+        "recovery": {
+            "path": "pairs.jsonl",
+            "sequence_length": 96,
+            "batch_size": 2,
+            "max_steps": 4,
+            "rank": 4,
+            "alpha": 8,
+            "dtype": "float32",
+        },
+        "evaluation": {
+            "tasks": ["tiny_choice"],
+            "include_path": "tasks",
+            "dtype": "float32",
+            "fidelity": {"path": "heldout.jsonl", "windows": 4, "sequence_length": 32},
+        },
+        "runtime": {"ranks": 2, "save_every_steps": 1},
+    }
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def command(config: Path | None, out: Path, *arguments: str) -> list[str]:
+    configuration = ["--config", str(config)] if config else []
+    return [sys.executable, str(ROOT / "launch" / "sweep.py"), *configuration, "--out", str(out), *arguments]
+
+
+def sweep(
+    config: Path | None, out: Path, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a sweep to its end, one thread per rank so that its bits can be compared."""
+    return subprocess.run(
+        command(config, out, *arguments),
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def results(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def artifacts(out: Path, kind: str) -> dict[str, bytes]:
+    """Every weight and score of one kind of stage, by artifact and file name."""
+    folder = out / "store" / kind
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}
