@@ -133,9 +133,9 @@ class RecoveryConfig(TextSource):
 class FidelityConfig(TextSource):
     """Held-out text on which a model is compared with its dense original, token by token."""
 
-    dataset: str | None = "Salesforce/wikitext"
-    name: str | None = "wikitext-2-raw-v1"
-    split: str = "test"
+    dataset: str | None = "allenai/c4"
+    name: str | None = "en"
+    split: str = "validation"
     windows: Positive = 64
     """Number of held-out windows."""
     sequence_length: Annotated[int, Field(ge=8)] = 1024

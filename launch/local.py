@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,9 @@ POLL_S = 0.1
 RENEW_CLAIM_S = 60.0
 TERMINATION_GRACE_S = 20.0
 LOG_TAIL_LINES = 12
+
+# In torchrun's summary of a rank that ended by a signal.
+_KILLED = re.compile(r"Signal \d+ \(SIG(KILL|BUS|SEGV|ABRT)\) received by PID")
 
 OnHeartbeat = Callable[[Heartbeat | None], None]
 
@@ -145,10 +149,11 @@ class LocalBackend:
         work = self._store.work(stage.id)
         self._store.discard_drafts(stage.id)
         failure = read_failure(work)
-        if failure is None:
-            failure = Failure(
-                "killed", f"a rank died without a message; {log} ends with:\n{_tail(log)}", -1, time.time()
-            )
+        # The ranks that survive a killed one fail too, in a collective: the kill explains their errors.
+        if failure is None or (failure.cause == "code" and _KILLED.search(_read(log))):
+            clear_failures(work)
+            message = f"a rank died without a message; {log} ends with:\n{_tail(log)}"
+            failure = Failure("killed", message, -1, time.time())
             write_failure_record(work, failure)
         return Outcome("failed", seconds, failure)
 
@@ -186,6 +191,10 @@ def _terminate(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def _read(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
+
+
 def _tail(log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line for line in _read(log).splitlines() if line.strip()]
     return "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:])

@@ -19,7 +19,7 @@ from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.files import read_json
 from hfprune_dist.plan import Plan
 from hfprune_dist.report import DenseModel, collect_rows, write_reports
-from launch.screen import show_results
+from launch.screen import make_console, show_results
 from launch.sweep import PROJECT, SWEEP_FILE
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(out: Path, published: bool) -> None:
     """Read the plan that sweep.py left, collect what is there, write and show it."""
-    console = Console()
+    console = make_console()
     record = read_json(out / SWEEP_FILE)
     if record is None:
         raise UserError(f"{out}: no {SWEEP_FILE}; give the folder of a sweep that launch/sweep.py has started")
@@ -62,7 +62,7 @@ def _show_published(console: Console) -> None:
         scores = [f"{score:.1f}" for score in row.get("scores", [])] or ["-"] * len(tasks)
         lines.add_row(row["method"], f"{row['ratio']:g}", row["recovery"], *scores, f"{row['average']:.1f}")
     console.print("\nLLaMA-2-7B, arXiv 2603.08083, 10-task average; crows_pairs_english: lower is better")
-    console.print(lines, width=max(console.width, 160), crop=False, no_wrap=True)
+    console.print(lines)
 
 
 if __name__ == "__main__":

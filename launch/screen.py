@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -15,6 +16,11 @@ from hfprune_dist.plan import Plan, Stage
 from hfprune_dist.progress import Heartbeat
 from hfprune_dist.report import Row, table
 from launch.local import Outcome
+
+
+def make_console() -> Console:
+    """A console as wide as the terminal; a pipe or file has no width, so tables there are as wide as they are."""
+    return Console() if sys.stdout.isatty() else Console(width=400)
 
 
 def show_plan(console: Console, plan: Plan, verdicts: Mapping[str, Verdict]) -> None:
@@ -94,9 +100,7 @@ def show_results(console: Console, rows: Sequence[Row]) -> None:
             lines.add_row(*(escape(cell) for cell in cells))
         else:
             lines.add_row(*(escape(cell) for cell in cells[:-1]), "[red]missing[/]")
-    # A pipe has no width of its own: let the table be as wide as it is rather than cut its cells.
-    width = console.width if console.is_terminal else 240
-    console.print(lines, width=max(width, 100), crop=False, no_wrap=True)
+    console.print(lines)
     for row in rows:
         if row["status"] == "missing":
             console.print(f"missing: {row['label']}: {row['cause']}", highlight=False, markup=False, soft_wrap=True)

@@ -31,7 +31,7 @@ from hfprune_dist.progress import read_failure
 from hfprune_dist.provenance import code_version
 from hfprune_dist.report import DenseModel, collect_rows, write_reports
 from launch.local import LocalBackend
-from launch.screen import StageScreen, show_plan, show_results, stage_screen
+from launch.screen import StageScreen, make_console, show_plan, show_results, stage_screen
 
 PROJECT = Path(__file__).resolve().parents[1]
 SWEEP_FILE = "sweep.json"
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_sweep(arguments: argparse.Namespace) -> int:
     """config -> plan -> stages -> artifacts -> report."""
-    console = Console()
+    console = make_console()
     config = load_config(arguments.config, _overrides(arguments))
     out = arguments.out or Path("runs") / (arguments.config[0].stem if arguments.config else "default")
     store = Store(out / "store")

@@ -43,7 +43,7 @@ def make_inputs(folder: Path) -> Path:
         "importance": {"dtype": "float32"},
         "recovery": {
             "path": "pairs.jsonl",
-            "sequence_length": 96,
+            "sequence_length": 320,
             "batch_size": 2,
             "max_steps": 4,
             "rank": 4,

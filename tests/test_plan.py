@@ -118,5 +118,5 @@ def test_an_unreachable_ratio_is_refused(world):
 
 
 def test_an_unknown_alias_lists_the_known_ones(world):
-    with pytest.raises(UserError, match="unknown model 'c'.*valid: a, b"):
+    with pytest.raises(UserError, match=r"unknown model 'c'.*valid: a, b"):
         plan_of(world, models=["c"])

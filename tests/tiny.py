@@ -25,13 +25,14 @@ from transformers import (
 VOCABULARY = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
 WORDS = [a + b + c for a in "bdfgklmnprstv" for b in "aeiou" for c in "nrstl"]
 SHAPE = {
-    "vocab_size": len(VOCABULARY),
+    "vocab_size": 264,  # room for the special tokens that tokenizer classes add by themselves
+    "hidden_act": "silu",
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }

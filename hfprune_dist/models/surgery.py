@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,29 @@ def mlp_cuts(checkpoint: Checkpoint, kept: Sequence[Tensor]) -> dict[str, Cut]:
 
 
 def write_weight_file(checkpoint: Checkpoint, file: str, cuts: Mapping[str, Cut], target: Path) -> None:
-    """Write one safetensors file of the smaller checkpoint; peak memory is one tensor and its cut copy."""
+    """Write one safetensors file of the smaller checkpoint."""
+    shapes = {name: cut.shape(checkpoint.tensors[name].shape) for name, cut in cuts.items()}
+    stream_weight_file(checkpoint, file, shapes, lambda name, tensor: cut_tensor(name, tensor, cuts), target)
+
+
+def stream_weight_file(
+    checkpoint: Checkpoint,
+    file: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    transform: Callable[[str, Tensor], Tensor],
+    target: Path,
+) -> None:
+    """Write one safetensors file with every tensor transformed; peak memory is one tensor and its transformed copy.
+
+    Args:
+        shapes: the shapes of the tensors whose shape ``transform`` changes.
+        transform: name, tensor -> the tensor to write, of the same dtype.
+    """
     infos = {name: info for name, info in checkpoint.tensors.items() if info.file == file}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, info in infos.items():
-        shape = cuts[name].shape(info.shape) if name in cuts else info.shape
+        shape = shapes.get(name, info.shape)
         size = info.bytes // info.numel * torch.Size(shape).numel()
         header[name] = {"dtype": info.dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
@@ -42,7 +59,7 @@ def write_weight_file(checkpoint: Checkpoint, file: str, cuts: Mapping[str, Cut]
     with safe_open(checkpoint.path / file, framework="pt") as source, (target / file).open("wb") as stream:
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in infos:
-            tensor = cut_tensor(name, source.get_tensor(name), cuts).contiguous()
+            tensor = transform(name, source.get_tensor(name)).contiguous()
             stream.write(tensor.view(torch.uint8).numpy().data)
 
 

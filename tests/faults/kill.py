@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 OPERATIONS = ("fsync", "rename", "replace", "link", "unlink", "mkdir", "rmdir")
 
@@ -14,7 +15,7 @@ def arm(kill_at, match):
         original = getattr(os, name)
 
         def wrapper(target, *args, **kwargs):
-            path = os.readlink(f"/proc/self/fd/{target}") if name == "fsync" else str(target)
+            path = str(Path(f"/proc/self/fd/{target}").readlink()) if name == "fsync" else str(target)
             if match in path:
                 state["count"] += 1
                 if state["count"] == kill_at:

@@ -100,7 +100,8 @@ def test_report_command_makes_the_same_tables(finished):
     for name in expected:
         (out / name).unlink()
     script = Path(command(None, out)[1]).with_name("report.py")
-    shown = subprocess.run([command(None, out)[0], script, out, "--published"], capture_output=True, text=True, check=True)
+    report = [command(None, out)[0], script, out, "--published"]
+    shown = subprocess.run(report, capture_output=True, text=True, check=True)
     assert {name: (out / name).read_bytes() for name in expected} == expected
     assert "HFPrune" in shown.stdout and "59.0" in shown.stdout
 

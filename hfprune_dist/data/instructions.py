@@ -1,0 +1,239 @@
+"""Instruction pairs -> tokens -> packed rows -> the order in which training sees them.
+
+A pair is ``[BOS] prompt response EOS`` and its loss is taken on response and EOS alone. Several pairs share a row;
+their positions restart at 0, from which transformers builds an attention mask that keeps each pair to itself.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hfprune_dist.data.text import Record, field_of
+
+TokenizeAll = Callable[[list[str]], list[list[int]]]
+
+# Alpaca's template for instructions without an input.
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+IGNORED = -100  # the label that transformers leaves out of the loss
+PACKING_BUFFER = 8192  # pairs that are packed together: enough to fill rows well, few enough to keep them mixed
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The tokens of one instruction and its response; the first ``prompt_length`` of them carry no loss."""
+
+    input_ids_T: NDArray[np.int32]
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What became of the pairs.
+
+    Attributes:
+        pairs: pairs that are trained on.
+        dropped_pairs: pairs without a response token inside sequence_length.
+        rows: packed rows.
+        tokens: tokens of all pairs, padding left out.
+        trained_tokens: tokens that carry loss.
+        packing_efficiency: share of the rows' tokens that is not padding.
+    """
+
+    pairs: int
+    dropped_pairs: int
+    rows: int
+    tokens: int
+    trained_tokens: int
+    packing_efficiency: float
+
+
+def text_of(record: Record, instruction_field: str, response_field: str, where: str) -> tuple[str, str]:
+    """The prompt and the response of a record.
+
+    Raises:
+        UserError: where a field is missing.
+    """
+    prompt = PROMPT.format_map({"instruction": field_of(record, instruction_field, where)})
+    return prompt, field_of(record, response_field, where)
+
+
+def encode_pairs(
+    texts: Iterable[tuple[str, str]], tokenize: TokenizeAll, bos: int | None, eos: int, sequence_length: int
+) -> list[Pair | None]:
+    """Tokenize prompts and responses, cut to ``sequence_length``; None for a pair without a response token left.
+
+    Prompt and response are tokenized as one text, as a reader of the template would: the response begins with the first
+    token that holds one of its characters.
+    """
+    answered = [(prompt, prompt + response if response.strip() else "") for prompt, response in texts]
+    prompts = tokenize([prompt for prompt, _ in answered])
+    wholes = tokenize([whole for _, whole in answered])
+    return [_pair(prompt, whole, bos, eos, sequence_length) for prompt, whole in zip(prompts, wholes, strict=True)]
+
+
+def _pair(prompt: list[int], whole: list[int], bos: int | None, eos: int, sequence_length: int) -> Pair | None:
+    begin = [] if bos is None else [bos]
+    common = next((place for place, ids in enumerate(zip(prompt, whole, strict=False)) if ids[0] != ids[1]), None)
+    prompt_length = len(begin) + (min(len(prompt), len(whole)) if common is None else common)
+    input_ids = [*begin, *whole, eos][:sequence_length]
+    if not whole or prompt_length >= len(input_ids):
+        return None
+    return Pair(np.asarray(input_ids, dtype=np.int32), prompt_length)
+
+
+def assign_rows(lengths: Sequence[int], sequence_length: int, seed: int) -> list[list[int]]:
+    """Decide which pairs share a row: best-fit-decreasing inside buffers of shuffled pairs.
+
+    Args:
+        lengths: tokens of each pair, at most ``sequence_length``.
+
+    Returns:
+        Indices of the pairs of each row.
+    """
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    buffers = [order[start : start + PACKING_BUFFER] for start in range(0, len(order), PACKING_BUFFER)]
+    return [row for buffer in buffers for row in _best_fit_decreasing(buffer, lengths, sequence_length)]
+
+
+def _best_fit_decreasing(pairs: list[int], lengths: Sequence[int], sequence_length: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    for pair in sorted(pairs, key=lambda pair: -lengths[pair]):
+        place = bisect.bisect_left(spaces, (lengths[pair], 0))
+        free, row = spaces.pop(place) if place < len(spaces) else (sequence_length, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(pair)
+        bisect.insort(spaces, (free - lengths[pair], row))
+    return rows
+
+
+def fill_rows(
+    pairs: Sequence[Pair], rows: Sequence[Sequence[int]], sequence_length: int, pad: int
+) -> dict[str, Tensor]:
+    """Lay pairs out in rows.
+
+    Returns:
+        ``input_ids``, ``position_ids`` and ``labels``, each int32 [rows, sequence_length]. Labels are not shifted.
+        Padding is a sequence of its own at the row's end, without loss.
+    """
+    shape = (len(rows), sequence_length)
+    input_ids_RT = np.full(shape, pad, dtype=np.int32)
+    labels_RT = np.full(shape, IGNORED, dtype=np.int32)
+    position_ids_RT = np.empty(shape, dtype=np.int32)
+    for row, members in enumerate(rows):
+        start = 0
+        for pair in (pairs[member] for member in members):
+            end = start + len(pair.input_ids_T)
+            input_ids_RT[row, start:end] = pair.input_ids_T
+            labels_RT[row, start + pair.prompt_length : end] = pair.input_ids_T[pair.prompt_length :]
+            position_ids_RT[row, start:end] = np.arange(end - start)
+            start = end
+        position_ids_RT[row, start:] = np.arange(sequence_length - start)
+    arrays = {"input_ids": input_ids_RT, "position_ids": position_ids_RT, "labels": labels_RT}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def save_rows(file: Path, encoded: Sequence[Pair | None], sequence_length: int, pad: int, seed: int) -> RowCounts:
+    """Pack the usable pairs (at least one) into rows and write them; the file appears whole or not at all."""
+    pairs = [pair for pair in encoded if pair is not None]
+    rows = assign_rows([len(pair.input_ids_T) for pair in pairs], sequence_length, seed)
+    tokens = sum(len(pair.input_ids_T) for pair in pairs)
+    counts = RowCounts(
+        pairs=len(pairs),
+        dropped_pairs=len(encoded) - len(pairs),
+        rows=len(rows),
+        tokens=tokens,
+        trained_tokens=tokens - sum(pair.prompt_length for pair in pairs),
+        packing_efficiency=tokens / (len(rows) * sequence_length),
+    )
+    draft = file.with_name(f".{file.name}.draft")
+    save_file(fill_rows(pairs, rows, sequence_length, pad), draft, {"counts": json.dumps(asdict(counts))})
+    draft.replace(file)
+    return counts
+
+
+def read_counts(file: Path) -> RowCounts:
+    """The counts that ``save_rows`` left in its file."""
+    with safe_open(file, framework="pt") as stream:
+        return RowCounts(**json.loads(stream.metadata()["counts"]))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows each optimizer step sees; depends on the seed, never on the number of ranks.
+
+    An epoch is a shuffle of all rows, cut into ceil(rows / batch_size) steps whose sizes differ by one row at most. So
+    with fewer rows than ``batch_size``, each epoch is one step over all of them.
+    """
+
+    rows: int
+    batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows // self.batch_size)
+
+    @property
+    def largest_step(self) -> int:
+        """Rows of the largest step."""
+        return -(-self.rows // self.steps_per_epoch)
+
+    def rows_of(self, step: int) -> list[int]:
+        """Rows of optimizer step ``step``, counted from 0 over all epochs."""
+        epoch, part = divmod(step, self.steps_per_epoch)
+        first, last = (self.rows * edge // self.steps_per_epoch for edge in (part, part + 1))
+        return _shuffled(self.rows, self.seed, epoch)[first:last].tolist()
+
+
+@lru_cache(maxsize=2)
+def _shuffled(rows: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+    return torch.randperm(rows, generator=generator)
+
+
+class ScheduledRows(Dataset[Mapping[str, Tensor]]):
+    """The rows of optimizer steps ``first_step`` to ``last_step`` (exclusive), in order.
+
+    Every step has the same number of ``slots``, a multiple of ``multiple_of``; those that its rows leave free hold a
+    row without loss. An item has int64 ``input_ids``, ``position_ids`` and ``labels``, each [sequence_length], and
+    ``place`` [2]: its step and its slot.
+    """
+
+    def __init__(self, file: Path, schedule: Schedule, first_step: int, last_step: int, multiple_of: int) -> None:
+        self._stream = safe_open(file, framework="pt")
+        self._schedule = schedule
+        self._first_step = first_step
+        self._steps = last_step - first_step
+        self.slots = -(-schedule.largest_step // multiple_of) * multiple_of
+
+    def __len__(self) -> int:
+        return self._steps * self.slots
+
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]:
+        step, slot = self._first_step + index // self.slots, index % self.slots
+        rows = self._schedule.rows_of(step)
+        row = self._read(rows[slot] if slot < len(rows) else rows[0])
+        if slot >= len(rows):
+            row["labels"].fill_(IGNORED)
+        return {**row, "place": torch.tensor([step, slot])}
+
+    def _read(self, row: int) -> dict[str, Tensor]:
+        return {name: self._stream.get_slice(name)[row].long() for name in ("input_ids", "position_ids", "labels")}

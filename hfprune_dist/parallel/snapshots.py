@@ -1,0 +1,80 @@
+"""The state of LoRA training between two optimizer steps, as files that any number of ranks can take up."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.files import fsync_path
+from hfprune_dist.models.checkpoint import read_safetensors_header
+
+KEPT_SNAPSHOTS = 2
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+LossLine = dict[str, float | int]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of training after optimizer step ``step``.
+
+    Attributes:
+        weights: LoRA parameters, whole, float32, under the names that they have in a ``PeftModel``.
+        moments: AdamW's ``<parameter>.exp_avg`` and ``<parameter>.exp_avg_sq``, float32.
+        losses: one line per step so far.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    losses: list[LossLine]
+
+
+class Snapshots:
+    """The newest snapshots in a folder, one file each; a file that has a snapshot's name is complete."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Write a snapshot, then delete all but the newest two."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / ".draft"
+        metadata = {"step": str(snapshot.step), "losses": json.dumps(snapshot.losses)}
+        save_file({**snapshot.weights, **snapshot.moments}, draft, metadata)
+        fsync_path(draft)
+        draft.replace(self.folder / f"step-{snapshot.step:08d}.safetensors")
+        fsync_path(self.folder)
+        for outdated in self._files()[KEPT_SNAPSHOTS:]:
+            outdated.unlink()
+
+    def newest(self) -> Path | None:
+        """The newest snapshot whose file is whole; None where there is none."""
+        return next((file for file in self._files() if _is_whole(file)), None)
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
+
+
+def read_snapshot(file: Path) -> Snapshot:
+    """Read the file of a snapshot."""
+    with safe_open(file, framework="pt") as stream:
+        metadata = stream.metadata()
+    tensors = load_file(file)
+    moments = {name: tensor for name, tensor in tensors.items() if name.endswith(MOMENTS)}
+    weights = {name: tensor for name, tensor in tensors.items() if name not in moments}
+    return Snapshot(int(metadata["step"]), weights, moments, json.loads(metadata["losses"]))
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        read_safetensors_header(file)
+    except UserError:
+        return False
+    return True

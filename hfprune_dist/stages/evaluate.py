@@ -1,0 +1,226 @@
+"""Evaluate: fidelity to the dense model on held-out text, and lm-eval tasks, on a model that is loaded once.
+
+What is finished is kept in the work folder: a killed stage goes on at the next chunk of requests of its current task.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, next_ids
+from hfprune_dist.data.text import field_of, read_records
+from hfprune_dist.data.windows import sample_windows
+from hfprune_dist.errors import UserError
+from hfprune_dist.evaluation import TaskLoader, details_of, explain, plain, scores_of
+from hfprune_dist.files import read_json, write_json
+from hfprune_dist.models.checkpoint import open_checkpoint
+from hfprune_dist.models.tokenizer import bos_id, load_tokenizer, plain_ids
+from hfprune_dist.parallel.inference import FrozenModel, Sharding, choose_sharding
+from hfprune_dist.parallel.world import World
+from hfprune_dist.stages.context import Context
+
+FIDELITY = "fidelity.json"
+RESULTS = "results.json"
+TASKS = "tasks"
+SEED = 0
+# Resamples for standard errors that have no closed form (e.g. of f1); lm-eval's 100,000 take minutes.
+BOOTSTRAP_ITERATIONS = 1000
+
+
+def run(context: Context) -> None:
+    """Write ``results.json`` and lm-eval's own results, ``tasks/<task>.json``."""
+    _be_quiet()
+    sharding = choose_sharding(
+        context.runtime.sharding, open_checkpoint(context.input_path("model")), _dtype(context), context.world
+    )
+    fidelity_done, tasks = context.world.broadcast(_progress(context) if context.world.is_first else (False, []))
+    model = None
+    if not fidelity_done:
+        model = _measure_fidelity(context, sharding)
+    if tasks:
+        _evaluate_tasks(context, model or _load(context, "model", sharding), tasks)
+    _commit(context, sharding)
+
+
+def _progress(context: Context) -> tuple[bool, list[str]]:
+    """What earlier attempts left to do: (fidelity is done, tasks that aren't)."""
+    tasks = [task for task in context.params["tasks"] if not _task_file(context.work, task).is_file()]
+    return (context.work / FIDELITY).is_file(), list(dict.fromkeys(tasks))
+
+
+def _dtype(context: Context) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, context.params["dtype"])
+    return dtype
+
+
+def _load(context: Context, role: str, sharding: Sharding) -> FrozenModel:
+    checkpoint = open_checkpoint(context.input_path(role))
+    return FrozenModel(checkpoint, _dtype(context), context.params["batch_size"], sharding, context.world)
+
+
+def _commit(context: Context, sharding: Sharding) -> None:
+    draft = context.open_draft()
+    metrics: dict[str, Any] = {}
+    if context.world.is_first:
+        results = {task: read_json(_task_file(context.work, task)) for task in context.params["tasks"]}
+        fidelity = read_json(context.work / FIDELITY)
+        (draft / TASKS).mkdir()
+        for task, result in results.items():
+            write_json(_task_file(draft, task), result)
+        details = {task: details_of(result) for task, result in results.items()}
+        write_json(draft / RESULTS, {"fidelity": fidelity, "tasks": details, "limit": context.params["limit"]})
+        scores = {name: score for task in results for name, score in scores_of(task, results[task]).items()}
+        metrics = {"fidelity": fidelity, "tasks": scores, "sharding": sharding}
+    context.commit(draft, metrics)
+
+
+# Fidelity.
+
+
+def _measure_fidelity(context: Context, sharding: Sharding) -> FrozenModel:
+    """Compare the model with its dense original and keep the result; return the model, still loaded.
+
+    One model is in memory at a time: of the dense one, final hidden states and the head stay.
+    """
+    windows_ST = _held_out_windows(context)
+    mine = _my_windows(len(windows_ST), context.world)
+    dense = _load(context, "dense", sharding)
+    dense_hidden = {index: dense.final_hidden(windows_ST[index]).cpu() for index in mine}
+    with dense.head() as (weight_VC, bias_V):
+        dense_weight_VC, dense_bias_V = weight_VC.clone(), None if bias_V is None else bias_V.clone()
+    context.progress.update("fidelity", 1, 2)
+    is_dense = context.stage.inputs["model"].identity == context.stage.inputs["dense"].identity
+    model = dense
+    if not is_dense:
+        dense.release()
+        model = _load(context, "model", sharding)
+    sums: dict[int, FidelitySums] = {}
+    for index in mine:
+        hidden_TC = model.final_hidden(windows_ST[index])
+        with model.head() as (weight_VC, bias_V):
+            dense_outputs = Outputs(dense_hidden[index].to(hidden_TC.device), dense_weight_VC, dense_bias_V)
+            following_T = next_ids(windows_ST[index]).to(hidden_TC.device)
+            sums[index] = compare_outputs(dense_outputs, Outputs(hidden_TC, weight_VC, bias_V), following_T)
+    _save_fidelity(context, sums)
+    return model
+
+
+def _save_fidelity(context: Context, sums: Mapping[int, FidelitySums]) -> None:
+    """Add up in the order of the windows, so that the number of ranks changes no bit; divide once."""
+    everybody = {index: window for share in context.world.gather(dict(sums)) for index, window in share.items()}
+    if context.world.is_first:
+        total = sum((everybody[index] for index in sorted(everybody)), FidelitySums())
+        write_json(context.work / FIDELITY, plain(total.means()))
+    context.progress.update("fidelity", 2, 2)
+
+
+def _held_out_windows(context: Context) -> Tensor:
+    """Windows [windows, sequence_length] of the held-out text in its own order, cut on rank 0."""
+    if not context.world.is_first:
+        return context.world.broadcast(torch.empty(0))
+    settings = context.params["fidelity"]
+    path = context.input_path("fidelity") if context.has_input("fidelity") else None
+    where = f"fidelity {path or settings['dataset']}"
+    tokenizer = load_tokenizer(context.input_path("dense"))
+    windows = sample_windows(
+        (field_of(record, settings["text_field"], where) for record in read_records(settings, path, SEED)),
+        lambda text: plain_ids(tokenizer, text),
+        bos_id(tokenizer, context.params["add_bos_token"]),
+        settings["windows"],
+        settings["sequence_length"],
+        SEED,
+        where,
+    )
+    return context.world.broadcast(windows.input_ids_ST)
+
+
+def _my_windows(count: int, world: World) -> list[int]:
+    """Windows of this rank; ranks with fewer repeat the last, since forwards of a sharded model are collective."""
+    rounds = -(-count // world.size)
+    return [min(step * world.size + world.rank, count - 1) for step in range(rounds)]
+
+
+# Tasks.
+
+
+def _evaluate_tasks(context: Context, model: FrozenModel, tasks: list[str]) -> None:
+    """Evaluate task by task: rank 0 runs lm-eval, the others answer requests with it."""
+    from hfprune_dist.parallel.sharded_lm import ShardedLM
+
+    params = context.params
+    tokenizer = load_tokenizer(context.input_path("model"))
+    lm = ShardedLM(model, tokenizer, context.world, params["batch_size"], params["add_bos_token"])
+    if not context.world.is_first:
+        lm.serve()
+        return
+    include_path = context.input_path("tasks") if context.has_input("tasks") else None
+    loader = TaskLoader(tasks, include_path, context.work / "datasets")
+    for task in tasks:
+        context.progress.update(task, 0, 1)
+        result = _run_task(context, lm, loader, task)
+        write_json(_task_file(context.work, task), result)
+    lm.dismiss()
+
+
+def _run_task(context: Context, lm: Any, loader: TaskLoader, task: str) -> dict[str, Any]:
+    """lm-eval's result for one task or group, as a JSON value.
+
+    Raises:
+        UserError: naming the task, where its YAML file, its data or its functions fail.
+    """
+    from lm_eval.evaluator import evaluate
+
+    from hfprune_dist.parallel.sharded_lm import AnswerLog, ModelError
+
+    params = context.params
+    _seed_all()
+    loaded = loader.load(task, params["num_fewshot"])
+    answers = AnswerLog(_task_file(context.work, task).with_suffix(".answers.jsonl"))
+    with lm.task(answers, lambda done, total: context.progress.update(task, done, total)):
+        try:
+            result = evaluate(
+                lm,
+                loaded,
+                limit=params["limit"],
+                bootstrap_iters=BOOTSTRAP_ITERATIONS,
+                log_samples=False,
+                apply_chat_template=params["apply_chat_template"],
+                fewshot_as_multiturn=params["apply_chat_template"],
+            )
+        except ModelError as failure:
+            assert failure.__cause__ is not None
+            raise failure.__cause__ from None
+        except Exception as error:  # a task is code and data of others: anything can happen
+            raise UserError(f"task {task!r} can't be evaluated: {explain(error)}") from error
+    cleaned: dict[str, Any] = plain(result)
+    return cleaned
+
+
+def _task_file(folder: Path, task: str) -> Path:
+    return folder / TASKS / f"{task}.json"
+
+
+def _seed_all() -> None:
+    """lm-eval's own seeds, set anew for each task, so that a resume sees the same examples."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+
+
+def _be_quiet() -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's bootstrap would fork a process with threads and a process group

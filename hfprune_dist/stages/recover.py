@@ -1,0 +1,184 @@
+"""Recover: LoRA fine-tuning on instruction pairs, merged into a plain checkpoint of the same layout as the source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from hfprune_dist.config import RecoveryConfig
+from hfprune_dist.data.instructions import (
+    Pair,
+    RowCounts,
+    Schedule,
+    encode_pairs,
+    read_counts,
+    save_rows,
+    text_of,
+)
+from hfprune_dist.data.text import read_records
+from hfprune_dist.errors import UserError
+from hfprune_dist.files import write_text
+from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.models.merge import merge_weight_file, read_adapter, write_adapter
+from hfprune_dist.models.surgery import write_companions
+from hfprune_dist.models.tokenizer import bos_id, load_tokenizer
+from hfprune_dist.parallel.finetune import FineTuning, fine_tune
+from hfprune_dist.parallel.snapshots import LossLine, Snapshot, Snapshots, read_snapshot
+from hfprune_dist.stages.context import Context
+
+ADAPTER = "adapter"
+LOSSES = "loss.jsonl"
+ROWS = "rows.safetensors"
+PAIRS_AT_ONCE = 2000
+
+
+def run(context: Context) -> None:
+    """Write a Hugging Face folder that plain transformers loads, the ``adapter/`` in it, and ``loss.jsonl``."""
+    settings = RecoveryConfig.model_validate(context.params["recovery"])
+    checkpoint = open_checkpoint(context.input_path("model"))
+    check_batch_size(settings, context.world.size)
+    counts = _prepare_rows(context, settings)
+    trained = _train(context, checkpoint, settings, counts)
+    draft = context.open_draft()
+    if context.world.is_first:
+        write_adapter(draft / ADAPTER, trained.weights, checkpoint.family, settings.rank, settings.alpha)
+        write_text(draft / LOSSES, "".join(json.dumps(line) + "\n" for line in trained.losses))
+    context.world.barrier()
+    _merge(context, checkpoint, draft)
+    context.commit(draft, {**asdict(counts), **_metrics(trained.losses)})
+
+
+def check_batch_size(settings: RecoveryConfig, world_size: int) -> None:
+    """Check that the ranks can share the rows of an optimizer step evenly.
+
+    Raises:
+        UserError: where they can't; the message tells which values work.
+    """
+    at_once = settings.micro_batch_size * world_size
+    below = settings.batch_size // at_once * at_once
+    if below == settings.batch_size:
+        return
+    most = settings.batch_size // settings.micro_batch_size
+    rank_counts = [n for n in range(1, most + 1) if settings.batch_size % (n * settings.micro_batch_size) == 0]
+    ranks = f", or runtime.ranks to one of {', '.join(map(str, rank_counts))}" if rank_counts else ""
+    raise UserError(
+        f"recovery.batch_size {settings.batch_size} isn't a multiple of recovery.micro_batch_size "
+        f"{settings.micro_batch_size} times {world_size} ranks; set batch_size to "
+        f"{f'{below} or ' if below else ''}{below + at_once}{ranks}"
+    )
+
+
+def _prepare_rows(context: Context, settings: RecoveryConfig) -> RowCounts:
+    """Tokenize and pack on rank 0, once for all attempts; the file in the work folder is what every rank trains on."""
+    file = context.work / ROWS
+    collector = _Collector(context, settings) if context.world.is_first and not file.is_file() else None
+    # The other ranks are told after each batch, so that none of them waits longer than the collective timeout.
+    while context.world.broadcast(collector is not None and collector.take()):
+        pass
+    if collector is not None:
+        collector.save(file)
+    context.world.barrier()
+    return read_counts(file)
+
+
+class _Collector:
+    """Reads, tokenizes and packs the instruction pairs of a stage."""
+
+    def __init__(self, context: Context, settings: RecoveryConfig) -> None:
+        path = context.input_path("instructions") if context.has_input("instructions") else None
+        model = context.input_path("model")
+        self._seed = context.params["seed"]
+        self._settings = settings
+        self._progress = context.progress
+        self._where = f"recovery {path or settings.dataset}"
+        self._tokenizer = load_tokenizer(model)
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(f"{model}: the tokenizer has no end-of-sequence token; name one in tokenizer_config.json")
+        self._texts = self._read_texts(path)
+        self._encoded: list[Pair | None] = []
+
+    def take(self) -> bool:
+        """Tokenize the next pairs; False where there are no more."""
+        texts = list(islice(self._texts, PAIRS_AT_ONCE))
+        bos, eos = bos_id(self._tokenizer, add_bos_token=True), self._tokenizer.eos_token_id
+        self._encoded += encode_pairs(texts, self._tokenize, bos, eos, self._settings.sequence_length)
+        done = len(self._encoded)
+        self._progress.update("tokenizing pairs", done, self._settings.samples or done + len(texts))
+        return bool(texts)
+
+    def save(self, file: Path) -> None:
+        """Pack what was taken and write it.
+
+        Raises:
+            UserError: where no pair can be trained on.
+        """
+        if not any(self._encoded):
+            raise UserError(
+                f"{self._where}: none of {len(self._encoded)} pairs has a response token within "
+                f"recovery.sequence_length {self._settings.sequence_length}; raise it, or give other pairs"
+            )
+        pad = self._tokenizer.eos_token_id
+        save_rows(file, self._encoded, self._settings.sequence_length, pad, self._seed)
+
+    def _read_texts(self, path: Path | None) -> Iterator[tuple[str, str]]:
+        settings = self._settings
+        for record in islice(read_records(settings.model_dump(), path, self._seed), settings.samples):
+            yield text_of(record, settings.instruction_field, settings.response_field, self._where)
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+
+def _train(context: Context, checkpoint: Checkpoint, settings: RecoveryConfig, counts: RowCounts) -> Snapshot:
+    """Train from the newest snapshot on; return the last one."""
+    schedule = Schedule(counts.rows, settings.batch_size, context.params["seed"])
+    total_steps = settings.max_steps or ceil(settings.epochs * schedule.steps_per_epoch)
+    snapshots = Snapshots(context.work / "snapshots")
+    snapshot = _newest(context, snapshots)
+    if snapshot is None or snapshot.step < total_steps:
+        task = FineTuning(
+            checkpoint=checkpoint,
+            settings=settings,
+            seed=context.params["seed"],
+            rows_file=context.work / ROWS,
+            schedule=schedule,
+            start=snapshot,
+            total_steps=total_steps,
+            save_every_steps=context.runtime.save_every_steps,
+            timeout_minutes=context.runtime.collective_timeout_minutes,
+        )
+        fine_tune(task, snapshots, context.world, context.progress)
+        snapshot = _newest(context, snapshots)
+    assert snapshot is not None
+    assert snapshot.step == total_steps
+    return snapshot
+
+
+def _newest(context: Context, snapshots: Snapshots) -> Snapshot | None:
+    """The newest snapshot, on every rank the one that rank 0 found."""
+    file = context.world.broadcast(snapshots.newest() if context.world.is_first else None)
+    return None if file is None else read_snapshot(file)
+
+
+def _merge(context: Context, checkpoint: Checkpoint, draft: Path) -> None:
+    """Write the merged weight files, shared out over the ranks, and the small files around them."""
+    adapter = read_adapter(draft / ADAPTER)
+    files = checkpoint.weight_files
+    for done, file in enumerate(files[context.world.rank :: context.world.size]):
+        context.progress.update("merging", done * context.world.size, len(files))
+        merge_weight_file(checkpoint, file, adapter, draft)
+    context.world.barrier()
+    if context.world.is_first:
+        write_companions(checkpoint, draft, {})
+
+
+def _metrics(losses: list[LossLine]) -> dict[str, Any]:
+    return {"steps": len(losses), "first_loss": losses[0]["loss"], "final_loss": losses[-1]["loss"]}

@@ -1,0 +1,92 @@
+"""Parts of a folder that are whole or absent, whenever a build is killed: draft, rename, then list in the manifest."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hfprune_dist.files import fsync_path, read_json, write_json
+
+MANIFEST = "assets.json"
+DRAFT_PREFIX = ".draft-"
+
+
+class Parts:
+    """A folder of named parts (folders or files) and its manifest; a part that the manifest doesn't list isn't there.
+
+    Args:
+        root: the folder; made if missing.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Let one build at a time work here; what a killed one left as drafts is removed."""
+        with (self.root / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for draft in self.root.glob(f"{DRAFT_PREFIX}*"):
+                _remove(draft)
+            yield
+
+    def is_whole(self, name: str, made_from: Mapping[str, str]) -> bool:
+        """Whether a part was made from these sources and its files still have the sizes that they had then."""
+        entry = self._entries().get(name)
+        return entry is not None and entry["made_from"] == made_from and entry["files"] == _sizes(self.root / name)
+
+    def draft(self, name: str) -> Path:
+        """Where to make a part."""
+        return self.root / f"{DRAFT_PREFIX}{name}"
+
+    def commit(self, name: str, made_from: Mapping[str, str], details: Mapping[str, Any]) -> None:
+        """Put a part's draft in place of an older version and list it."""
+        draft, target = self.draft(name), self.root / name
+        for path in [*draft.rglob("*"), draft]:
+            fsync_path(path)
+        entries = self._entries()
+        if entries.pop(name, None) is not None:
+            self._write(entries)
+        _remove(target)
+        draft.rename(target)
+        fsync_path(self.root)
+        entry = {"made_from": dict(made_from), "files": _sizes(target), **details}
+        self._write({**entries, name: entry})
+
+    def _entries(self) -> dict[str, Any]:
+        return dict((read_json(self.root / MANIFEST) or {}).get("parts", {}))
+
+    def _write(self, entries: Mapping[str, Any]) -> None:
+        write_json(self.root / MANIFEST, {"parts": entries})
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed version of each package; ``python`` is the interpreter."""
+    return {name: platform.python_version() if name == "python" else _installed(name) for name in packages}
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _sizes(part: Path) -> dict[str, int]:
+    """Bytes of each file of a part; compiled Python, which lm-eval leaves behind, is not part of it."""
+    files = [part] if part.is_file() else sorted(file for file in part.rglob("*") if file.is_file())
+    return {str(file.relative_to(part.parent)): file.stat().st_size for file in files if file.suffix != ".pyc"}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,90 @@
+"""English prose from the Python reference in ``pydoc_data.topics``: calibration text, held-out text, passages.
+
+Topics quote each other at length, so text counts as different only paragraph by paragraph: every paragraph belongs to
+the longest topic that holds it, and topics are then split between calibration and held-out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from hfprune_dist.errors import UserError
+
+# About 900 tokens of SmolLM2: long enough for a window of 512 to begin anywhere.
+DOCUMENT_CHARACTERS = 3600
+# Of the topics, ordered by length, every third one is held out: a third of the long and a third of the short ones.
+HELD_OUT_EVERY = 3
+# Two paragraphs that share so many words in a row are the same text.
+SHINGLE_WORDS = 12
+SENTENCE = re.compile(r"[A-Z][^|=<>{}\\]*[.]")
+
+
+@dataclass(frozen=True)
+class Prose:
+    """Documents of a few pages each; no paragraph occurs in both lists."""
+
+    calibration: list[str]
+    held_out: list[str]
+
+
+def reference_prose() -> Prose:
+    """Cut this Python's reference into calibration and held-out documents.
+
+    Raises:
+        UserError: where this Python is installed without it.
+    """
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ModuleNotFoundError:
+        raise UserError("this Python lacks pydoc_data, the demo's text; use a full CPython installation") from None
+    owned = own_paragraphs(topics)
+    split: tuple[list[list[str]], list[list[str]]] = ([], [])
+    for index, paragraphs in enumerate(owned):
+        split[index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1].append(paragraphs)
+    return Prose(pack(split[0]), pack(split[1]))
+
+
+def own_paragraphs(topics: Mapping[str, str]) -> list[list[str]]:
+    """Paragraphs of each topic, longest topic first, without those that quote or are quoted by an earlier topic."""
+    owned: list[list[str]] = []
+    earlier: set[str] = set()
+    for _, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
+        blocks = [block.rstrip() for block in re.split(r"\n\s*\n", text) if block.strip()]
+        owned.append([block for block in blocks if earlier.isdisjoint(shingles(block))])
+        earlier.update(*map(shingles, owned[-1]))
+    return owned
+
+
+def shingles(text: str) -> set[str]:
+    """All runs of ``SHINGLE_WORDS`` words; none for a heading or another short line."""
+    words = text.split()
+    return {" ".join(words[end - SHINGLE_WORDS : end]) for end in range(SHINGLE_WORDS, len(words) + 1)}
+
+
+def pack(topics: Iterable[list[str]], characters: int = DOCUMENT_CHARACTERS) -> list[str]:
+    """Join paragraphs into documents of at least ``characters``; what is left over joins the last document."""
+    documents: list[list[str]] = [[]]
+    for paragraph in (paragraph for topic in topics for paragraph in topic):
+        if sum(map(len, documents[-1])) >= characters:
+            documents.append([])
+        documents[-1].append(paragraph)
+    if len(documents) > 1 and sum(map(len, documents[-1])) < characters:
+        documents[-2] += documents.pop()
+    return ["\n\n".join(paragraphs) for paragraphs in documents]
+
+
+def passages(documents: Iterable[str], min_words: int) -> Iterator[str]:
+    """Paragraphs of running text, without headings, code, tables and grammar, each on one line."""
+    for document in documents:
+        for block in document.split("\n\n"):
+            line = one_line(block)
+            if SENTENCE.fullmatch(line) and len(line.split()) >= min_words:
+                yield line
+
+
+def one_line(text: str) -> str:
+    """The text with every run of white space as one space."""
+    return " ".join(text.split())

@@ -1,0 +1,124 @@
+"""An offline lm-eval suite: two multiple-choice tasks and a perplexity, as YAML files with their data beside them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.files import write_text
+from launch.demo.docstrings import Documented, summaries
+from launch.demo.jsonl import write_jsonl
+from launch.demo.prose import passages
+
+Record = dict[str, Any]
+
+# Sizes: an evaluation of a 135M model should take seconds on two cores, so sequences are about 17 tokens long.
+DOCUMENTS = 100
+CHOICES = 4
+CONTEXT_WORDS = 9
+CONTINUATION_WORDS = 5
+SUMMARY_WORDS = range(4, 9)
+PERPLEXITY_DOCUMENTS = 2
+SEED = 0
+
+# lm-eval takes paths in `data_files` from the current folder, but a `!function` from the folder of the YAML file: so
+# the suite works wherever it lies, and its content, hence its digest, names no path.
+LOADER = '''"""Loads a task's documents from the .jsonl file beside this one."""
+
+import json
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict
+
+
+def load(name, **_):
+    """Called by lm-eval with the task's dataset_kwargs and metadata."""
+    text = Path(__file__).with_name(f"{name}.jsonl").read_text(encoding="utf-8")
+    return DatasetDict(test=Dataset.from_list([json.loads(line) for line in text.split("\\n") if line]))
+'''
+
+
+def write_tasks(folder: Path, held_out: Sequence[str], library: Sequence[Documented]) -> dict[str, int]:
+    """Write the suite into a folder; returns the number of documents of each task."""
+    suite = {
+        "demo_continuation": continuation_documents(held_out),
+        "demo_docstring": docstring_documents(library),
+        "demo_perplexity": [{"text": text} for text in held_out[:PERPLEXITY_DOCUMENTS]],
+    }
+    write_text(folder / "demo_data.py", LOADER)
+    for name, documents in suite.items():
+        write_jsonl(folder / f"{name}.jsonl", documents)
+        settings = PERPLEXITY if name == "demo_perplexity" else MULTIPLE_CHOICE
+        write_text(folder / f"{name}.yaml", task_yaml(name, settings))
+    return {name: len(documents) for name, documents in suite.items()}
+
+
+def continuation_documents(held_out: Sequence[str]) -> list[Record]:
+    """Which words go on a passage? The wrong choices are what goes on other passages."""
+    end = CONTEXT_WORDS + CONTINUATION_WORDS
+    words = [passage.split() for passage in passages(held_out, min_words=end)]
+    beginnings = [" ".join(passage[:CONTEXT_WORDS]) for passage in words]
+    endings = [" ".join(passage[CONTEXT_WORDS:end]) for passage in words]
+    return multiple_choice("demo_continuation", beginnings, endings)
+
+
+def docstring_documents(library: Sequence[Documented]) -> list[Record]:
+    """Which summary belongs to a definition? The wrong choices are summaries of other definitions."""
+    items = summaries(library, SUMMARY_WORDS)
+    beginnings = [f'{item.signature}:\n    """' for item, _ in items]
+    return multiple_choice("demo_docstring", beginnings, [summary for _, summary in items])
+
+
+def multiple_choice(name: str, contexts: Sequence[str], answers: Sequence[str]) -> list[Record]:
+    """Draw documents, and for each the answers of others as wrong choices; the same on every machine.
+
+    Raises:
+        UserError: where the installation has too little text.
+    """
+    if len(answers) < DOCUMENTS:
+        raise UserError(
+            f"{name}: this Python's documentation gives {len(answers)} documents, {DOCUMENTS} are needed; "
+            "build the demo's assets with a full CPython installation"
+        )
+    generator = random.Random(SEED)
+    documents = []
+    for index in generator.sample(range(len(answers)), DOCUMENTS):
+        others = [answer for answer in answers if answer != answers[index]]
+        choices = [answers[index], *generator.sample(others, CHOICES - 1)]
+        generator.shuffle(choices)
+        documents.append({"context": contexts[index], "choices": choices, "label": choices.index(answers[index])})
+    return documents
+
+
+MULTIPLE_CHOICE: Record = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "context",
+    "doc_to_choice": "choices",
+    "doc_to_target": "label",
+    "metric_list": [
+        {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+    ],
+}
+PERPLEXITY: Record = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "text",
+    "metric_list": [
+        {"metric": metric, "aggregation": aggregation, "higher_is_better": False}
+        for metric, aggregation in (("word_perplexity", "weighted_perplexity"), ("bits_per_byte", "bits_per_byte"))
+    ],
+}
+
+
+def task_yaml(name: str, settings: Record) -> str:
+    """A task file of lm-eval; its `!function` tag is why it isn't simply dumped."""
+    # A docstring follows its quotes directly, a passage goes on after a space.
+    delimiter = {"target_delimiter": ""} if name == "demo_docstring" else {}
+    common = {"task": name, "dataset_kwargs": {"name": name}, "test_split": "test", "metadata": {"version": 1.0}}
+    body = yaml.safe_dump({**common, **settings, **delimiter}, sort_keys=False)
+    return f"custom_dataset: !function demo_data.load\n{body}"

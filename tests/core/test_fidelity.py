@@ -1,0 +1,78 @@
+import math
+
+import pytest
+import torch
+
+from hfprune_dist.core import head
+from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_logits, compare_outputs, next_ids
+
+
+def outputs(seed, tokens=13, hidden=8, vocabulary=17, bias=True):
+    generator = torch.Generator().manual_seed(seed)
+    hidden_NC, weight_VC, bias_V = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((tokens, hidden), (vocabulary, hidden), (vocabulary,))
+    )
+    return Outputs(hidden_NC, weight_VC, bias_V if bias else None)
+
+
+def following(tokens=13, vocabulary=17):
+    return next_ids(torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(9)))
+
+
+def reference(dense_NV, model_NV, next_ids_N):
+    """The definitions, token by token in plain Python."""
+    kl = nll = agree = 0.0
+    for p_row, q_row, following_id in zip(dense_NV.softmax(-1), model_NV.softmax(-1), next_ids_N.tolist(), strict=True):
+        kl += sum(p * math.log(p / q) for p, q in zip(p_row.tolist(), q_row.tolist(), strict=True))
+        agree += p_row.argmax().item() == q_row.argmax().item()
+        nll -= math.log(q_row[following_id].item()) if following_id >= 0 else 0.0
+    return kl, agree, nll
+
+
+def test_sums_match_their_definitions():
+    dense, model = outputs(0), outputs(1)
+    logits = [o.hidden_NC @ o.weight_VC.T + o.bias_V for o in (dense, model)]
+    sums = compare_outputs(dense, model, following())
+    kl, agree, nll = reference(*logits, following())
+    assert sums.kl == pytest.approx(kl, rel=1e-12)
+    assert sums.nll == pytest.approx(nll, rel=1e-12)
+    assert (sums.agree, sums.tokens, sums.predicted) == (agree, 13, 12)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 13, 100])
+def test_chunks_change_nothing(monkeypatch, rows):
+    whole = compare_outputs(outputs(0), outputs(1), following())
+    monkeypatch.setattr(head, "CHUNK_BYTES", rows * 17 * 8)
+    chunked = compare_outputs(outputs(0), outputs(1), following())
+    assert chunked.kl == pytest.approx(whole.kl, rel=1e-12)
+    assert chunked.nll == pytest.approx(whole.nll, rel=1e-12)
+    assert (chunked.agree, chunked.tokens, chunked.predicted) == (whole.agree, whole.tokens, whole.predicted)
+
+
+def test_a_model_agrees_with_itself():
+    means = compare_outputs(outputs(0, bias=False), outputs(0, bias=False), following()).means()
+    assert (means["kl"], means["top1_agreement"], means["tokens"]) == (0.0, 1.0, 13)
+
+
+def test_certain_wrong_models_are_infinitely_far_not_nan():
+    dense_NV = torch.tensor([[0.0, 1000.0]])
+    model_NV = torch.tensor([[5000.0, 0.0]])
+    sums = compare_logits(dense_NV, model_NV, torch.tensor([1]))
+    assert sums.kl == pytest.approx(5000.0)
+    assert sums.means()["perplexity"] == math.inf
+
+
+def test_sums_add_up_and_divide_once():
+    total = FidelitySums(1.0, 2, 3.0, 4, 3) + FidelitySums(0.5, 1, 1.0, 4, 2)
+    assert total == FidelitySums(1.5, 3, 4.0, 8, 5)
+    assert total.means() == {
+        "perplexity": pytest.approx(math.exp(4.0 / 5)),
+        "kl": 1.5 / 8,
+        "top1_agreement": 3 / 8,
+        "tokens": 8,
+    }
+
+
+def test_the_last_position_has_no_next_token():
+    assert next_ids(torch.tensor([5, 6, 7])).tolist() == [6, 7, -1]

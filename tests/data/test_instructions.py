@@ -1,0 +1,164 @@
+"""Template, boundaries of the loss, packing, and the order in which rows are seen."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from hfprune_dist.data.instructions import (
+    IGNORED,
+    Schedule,
+    ScheduledRows,
+    assign_rows,
+    encode_pairs,
+    fill_rows,
+    read_counts,
+    save_rows,
+    text_of,
+)
+from hfprune_dist.errors import UserError
+
+BOS, EOS = 1, 2
+
+
+def tokenize(texts: list[str]) -> list[list[int]]:
+    tokenizer = tiny_tokenizer()
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def encode(texts, sequence_length=64, bos=BOS):
+    return encode_pairs(texts, tokenize, bos, EOS, sequence_length)
+
+
+def test_prompt_is_alpacas_template():
+    prompt, response = text_of({"instruction": "Add {1} and 2.", "response": "3"}, "instruction", "response", "here")
+    assert prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nAdd {1} and 2.\n\n### Response:\n"
+    )
+    assert response == "3"
+
+
+def test_missing_field_is_named():
+    with pytest.raises(UserError, match=r"'response'.*instruction, output"):
+        text_of({"instruction": "a", "output": "b"}, "instruction", "response", "here")
+
+
+def test_pair_is_bos_prompt_response_eos():
+    (pair,) = encode([("ask\n", "tell")])
+    assert pair.input_ids_T.tolist() == [BOS, *tokenize(["ask\ntell"])[0], EOS]
+    assert pair.input_ids_T[pair.prompt_length :].tolist() == [*tokenize(["tell"])[0], EOS]
+
+
+def test_a_tokenizer_without_bos_gets_none():
+    (pair,) = encode([("ask\n", "tell")], bos=None)
+    assert pair.input_ids_T[0] == tokenize(["a"])[0][0]
+    assert pair.prompt_length == 4
+
+
+def test_a_token_that_straddles_the_boundary_is_trained():
+    def merging(texts):
+        return [[ord(letter) for letter in text.replace("\n\n", "\r")] for text in texts]
+
+    (pair,) = encode_pairs([("ask\n", "\ntell")], merging, None, EOS, 64)
+    assert pair.prompt_length == 3
+
+
+def test_long_pairs_are_cut_and_pairs_without_response_dropped():
+    cut, no_room, empty = encode([("ask\n", "x" * 100), ("y" * 100, "tell"), ("ask\n", " \n")], sequence_length=16)
+    assert len(cut.input_ids_T) == 16
+    assert cut.input_ids_T[-1] != EOS
+    assert no_room is None
+    assert empty is None
+
+
+def test_packing_places_every_pair_once_and_fills_rows_well():
+    generator = random.Random(0)
+    lengths = [generator.randint(5, 100) for _ in range(3000)]
+    rows = assign_rows(lengths, 128, seed=0)
+    assert sorted(pair for row in rows for pair in row) == list(range(3000))
+    assert max(sum(lengths[pair] for pair in row) for row in rows) <= 128
+    assert sum(lengths) / (len(rows) * 128) > 0.95
+    assert rows == assign_rows(lengths, 128, seed=0)
+    assert rows != assign_rows(lengths, 128, seed=1)
+
+
+def test_rows_restart_positions_and_train_responses_only():
+    pairs = encode([("ab", "c"), ("d", "ef")])
+    rows = fill_rows(pairs, [[0, 1]], 12, pad=EOS)
+    a, b, c, d, e, f = (ids[0] for ids in tokenize(list("abcdef")))
+    assert rows["input_ids"].tolist() == [[BOS, a, b, c, EOS, BOS, d, e, f, EOS, EOS, EOS]]
+    assert rows["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]]
+    ignored = IGNORED
+    assert rows["labels"].tolist() == [
+        [ignored, ignored, ignored, c, EOS, ignored, ignored, e, f, EOS, ignored, ignored]
+    ]
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "mistral"])
+def test_attention_does_not_cross_pairs(variant):
+    """A packed row's logits are those of its pairs alone."""
+    pairs = encode([("ask one\n", "tell"), ("a\n", "b"), ("third question\n", "and its answer")])
+    rows = fill_rows(pairs, [[0, 1, 2]], 60, pad=EOS)
+    model = tiny_model(variant)
+    model.config.use_cache = False
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        packed_BTV = model(input_ids=rows["input_ids"].long(), position_ids=rows["position_ids"].long()).logits
+        start = 0
+        for pair in pairs:
+            alone_BTV = model(input_ids=torch.from_numpy(pair.input_ids_T).long()[None]).logits
+            end = start + alone_BTV.shape[1]
+            torch.testing.assert_close(packed_BTV[:, start:end], alone_BTV, rtol=1e-4, atol=1e-4)
+            start = end
+    assert packed_BTV.isfinite().all()
+
+
+def test_saved_rows_and_their_counts(tmp_path):
+    encoded = [*encode([("ab", "c"), ("d", "ef")], sequence_length=8), None]
+    counts = save_rows(tmp_path / "rows.safetensors", encoded, 8, EOS, seed=0)
+    assert read_counts(tmp_path / "rows.safetensors") == counts
+    assert (counts.pairs, counts.dropped_pairs, counts.rows) == (2, 1, 2)
+    assert (counts.tokens, counts.trained_tokens) == (10, 5)
+    assert counts.packing_efficiency == 10 / 16
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.safetensors"]
+
+
+def test_an_epoch_sees_every_row_once_in_even_steps():
+    schedule = Schedule(rows=130, batch_size=128, seed=3)
+    assert schedule.steps_per_epoch == 2
+    assert [len(schedule.rows_of(step)) for step in (0, 1)] == [65, 65]
+    first_epoch = schedule.rows_of(0) + schedule.rows_of(1)
+    assert sorted(first_epoch) == list(range(130))
+    second_epoch = schedule.rows_of(2) + schedule.rows_of(3)
+    assert sorted(second_epoch) == list(range(130))
+    assert second_epoch != first_epoch
+
+
+def test_fewer_rows_than_a_batch_make_one_step_of_all_rows():
+    schedule = Schedule(rows=5, batch_size=128, seed=0)
+    assert schedule.steps_per_epoch == 1
+    assert sorted(schedule.rows_of(0)) == sorted(schedule.rows_of(1)) == list(range(5))
+
+
+def test_every_number_of_ranks_and_every_resume_sees_the_same_rows(tmp_path):
+    file = tmp_path / "rows.safetensors"
+    save_rows(file, encode([("ask\n", letter) for letter in "abcdefg"], sequence_length=8), 8, EOS, seed=0)
+    schedule = Schedule(rows=7, batch_size=4, seed=0)
+
+    def steps(first, multiple_of):
+        rows = ScheduledRows(file, schedule, first, 4, multiple_of)
+        seen = {step: [] for step in range(first, 4)}
+        for index in range(len(rows)):
+            item = rows[index]
+            if (item["labels"] != IGNORED).any():
+                seen[int(item["place"][0])].append(item["input_ids"].tolist())
+        return seen
+
+    whole = steps(0, 1)
+    assert [len(rows) for rows in whole.values()] == [3, 4, 3, 4]
+    assert steps(0, 2) == steps(0, 3) == whole
+    assert steps(2, 2) == {step: whole[step] for step in (2, 3)}

