@@ -1,4 +1,4 @@
-"""Exclusive claims, so that two sweeps on one store never run the same stage at once.
+"""Exclusive claims, so that two sweeps or jobs on one store never run the same stage at once.
 
 A claim is a file ``claim.<generation>`` created by hard link (atomic on local disks, NFS and Lustre). The highest
 generation holds; a dead holder is succeeded by creating the next one, so nothing is ever deleted under a competitor.
@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,15 +24,16 @@ RENEWAL_LIMIT_S = 300.0
 
 @dataclass(frozen=True)
 class Holder:
-    """A process: host, id and start time (ids are reused, the pair is not)."""
+    """A process: host, id and start time (ids are reused, the pair is not), and its job in a batch system, if any."""
 
     host: str
     pid: int
     started: float | None
+    job: str | None = None
 
     @classmethod
-    def me(cls) -> Holder:
-        return cls(socket.gethostname(), os.getpid(), _start_time(os.getpid()))
+    def me(cls, job: str | None = None) -> Holder:
+        return cls(socket.gethostname(), os.getpid(), _start_time(os.getpid()), job)
 
     def is_alive(self, renewed_at: float) -> bool:
         if self.host == socket.gethostname():
@@ -57,18 +59,20 @@ class Claim:
             write_json(self._file, asdict(self._holder) | {"released": True})
 
 
-def try_claim(folder: Path) -> Claim | Holder:
+def try_claim(folder: Path, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:
     """Claim ``folder`` (created if need be), or return who holds it.
 
     Args:
         folder: the stage's work folder.
+        job: the batch job that claims, if any; it succeeds itself when it was requeued.
+        ended_jobs: jobs known to have ended: what they hold is free, however lately it was renewed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         generation, holder = _current(folder)
-        if holder is not None:
+        if holder is not None and (holder.job is None or holder.job not in {job, *ended_jobs}):
             return holder
-        me = Holder.me()
+        me = Holder.me(job)
         file = folder / f"claim.{generation + 1}"
         if _create(file, json.dumps(asdict(me))):
             return Claim(file, me)

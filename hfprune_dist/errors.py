@@ -21,6 +21,14 @@ class UserError(Exception):
     """
 
     EXIT_CODE = 2
+    CAUSE = "input"
+    """What a failed stage records; see ``progress.Failure``."""
+
+
+class LostInputError(UserError):
+    """An artifact that a stage reads is gone or damaged: it is made again, then the stage can run."""
+
+    CAUSE = "lost input"
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:

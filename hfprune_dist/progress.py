@@ -51,7 +51,8 @@ def read_heartbeat(work: Path) -> Heartbeat | None:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a stage ended early: ``cause`` is input (the user can fix it), code (we must) or killed (from outside).
+    """Why a stage ended early: ``cause`` is input (the user can fix it), lost input (an artifact must be made again),
+    code (we must fix it) or killed (from outside); a backend may know more, e.g. node failure.
 
     ``rank`` is -1 where the launcher noticed, not a rank.
     """
@@ -65,7 +66,7 @@ class Failure:
 def write_failure(work: Path, error: BaseException, rank: int) -> None:
     """Leave the reason of a failed rank for the launcher."""
     if isinstance(error, UserError):
-        failure = Failure("input", str(error), rank, time.time())
+        failure = Failure(error.CAUSE, str(error), rank, time.time())
     else:
         failure = Failure("code", "".join(traceback.format_exception(error)[-3:]).strip(), rank, time.time())
     write_failure_record(work, failure)
@@ -85,4 +86,4 @@ def clear_failures(work: Path) -> None:
 def read_failure(work: Path) -> Failure | None:
     """The failure that came first: the others are its consequences. Bad input explains more than any of them."""
     failures = [Failure(**read_json(file)) for file in work.glob("failure.*.json")]
-    return min(failures, key=lambda failure: (failure.cause != "input", failure.at), default=None)
+    return min(failures, key=lambda failure: (not failure.cause.endswith("input"), failure.at), default=None)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.claims import Claim, Holder, try_claim
 from hfprune_dist.config import RuntimeConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.files import read_json, write_json
 from hfprune_dist.plan import Stage
 from hfprune_dist.progress import (
     Failure,
@@ -28,13 +28,14 @@ from hfprune_dist.progress import (
     read_heartbeat,
     write_failure_record,
 )
-from launch.stage import STAGE_FILE
+from launch.layout import Origin, attempts_so_far, lay_out
 
 STAGE_SCRIPT = Path(__file__).with_name("stage.py")
 POLL_S = 0.1
 RENEW_CLAIM_S = 60.0
 TERMINATION_GRACE_S = 20.0
 LOG_TAIL_LINES = 12
+FULL_DISK_BYTES = 64 * 1024
 
 # In torchrun's summary of a rank that ended by a signal.
 _KILLED = re.compile(r"Signal \d+ \(SIG(KILL|BUS|SEGV|ABRT)\) received by PID")
@@ -56,19 +57,13 @@ class LocalBackend:
 
     Args:
         logs: folder that receives one log per stage and attempt.
-        config: the sweep's resolved configuration, kept in every manifest.
-        code: provenance of the code, kept in every manifest.
     """
 
-    def __init__(
-        self, store: Store, logs: Path, runtime: RuntimeConfig, config: Mapping[str, Any], code: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, store: Store, logs: Path, origin: Origin) -> None:
         self._store = store
         self._logs = logs
-        self._runtime = runtime
-        self._config = config
-        self._code = code
-        self.ranks = _ranks(runtime)
+        self._origin = origin
+        self.ranks = _ranks(origin.runtime)
 
     def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Outcome:
         """Claim a stage, run it on all ranks, and tell how it ended; success is a verified artifact, nothing else."""
@@ -93,18 +88,8 @@ class LocalBackend:
 
     def _lay_out(self, stage: Stage) -> Path:
         """Write what the ranks need to know into the stage's work folder; return the attempt's log file."""
-        work = self._store.work(stage.id)
-        clear_failures(work)
-        previous = read_json(work / STAGE_FILE)
-        attempt = 1 if previous is None else previous["attempt"] + 1
-        record = {
-            "stage": stage.to_json(),
-            "runtime": self._runtime.model_dump(),
-            "config": self._config,
-            "code": self._code,
-            "attempt": attempt,
-        }
-        write_json(work / STAGE_FILE, record)
+        attempt = attempts_so_far(self._store, stage.id) + 1
+        lay_out(self._store, stage, self._origin, attempt)
         self._logs.mkdir(parents=True, exist_ok=True)
         return self._logs / f"{stage.kind}-{stage.fingerprint}.{attempt}.log"
 
@@ -123,7 +108,7 @@ class LocalBackend:
 
     def _environment(self) -> dict[str, str]:
         """The ranks' environment: threads, and a project that can be imported from wherever the sweep was started."""
-        threads = self._runtime.threads_per_rank or int(os.environ.get("OMP_NUM_THREADS") or 0)
+        threads = self._origin.runtime.threads_per_rank or int(os.environ.get("OMP_NUM_THREADS") or 0)
         threads = threads or max(1, (os.cpu_count() or 1) // self.ranks)
         return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
@@ -147,15 +132,24 @@ class LocalBackend:
         if self._store.verify(stage.id).state == "done":
             return Outcome("done", seconds)
         work = self._store.work(stage.id)
-        self._store.discard_drafts(stage.id)
-        failure = read_failure(work)
+        failure = read_failure(work) or self._full_disk()
+        self._store.discard_drafts(stage.id)  # makes room for what is written below
         # The ranks that survive a killed one fail too, in a collective: the kill explains their errors.
         if failure is None or (failure.cause == "code" and _KILLED.search(_read(log))):
             clear_failures(work)
             message = f"a rank died without a message; {log} ends with:\n{_tail(log)}"
             failure = Failure("killed", message, -1, time.time())
+        if failure.rank < 0:
             write_failure_record(work, failure)
         return Outcome("failed", seconds, failure)
+
+    def _full_disk(self) -> Failure | None:
+        """On a disk too full for a rank to leave its reason, the reason is that."""
+        free = shutil.disk_usage(self._store.root).free
+        if free > FULL_DISK_BYTES:
+            return None
+        message = f"{self._store.root}: No space left on device ({free:,} bytes); make room and run the sweep again"
+        return Failure("input", message, -1, time.time())
 
 
 def _ranks(runtime: RuntimeConfig) -> int:

@@ -6,21 +6,27 @@ To run one in the foreground:  torchrun --standalone --nproc-per-node 2 launch/s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import importlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.config import RuntimeConfig
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.files import read_json
+from hfprune_dist.parallel.interruption import Interruption
 from hfprune_dist.plan import Stage
 from hfprune_dist.progress import Progress, write_failure
+from launch.layout import STAGE_FILE
 
-STAGE_FILE = "stage.json"
+if TYPE_CHECKING:  # torch takes seconds to import; a rank that can't run should say so at once
+    from hfprune_dist.parallel.world import World
 
 
 def main() -> int:
@@ -29,15 +35,15 @@ def main() -> int:
     parser.add_argument("store", type=Path, help="the sweep's store, e.g. runs/demo/store")
     parser.add_argument("stage", help="id of the stage, e.g. prune/0123456789abcdef0123")
     arguments = parser.parse_args()
-    _die_with_parent()
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    store, rank = Store(arguments.store), int(os.environ.get("RANK", "0"))
+    die_with_parent()
+    prepare_environment()
+    store, rank = Store(arguments.store), int(os.environ["RANK"])
     try:
-        run_stage(store, arguments.stage)
+        run_stage(store, arguments.stage, Interruption(), admit=lambda world: True)
     except Exception as error:
         mended = from_os_error(error)
-        write_failure(store.work(arguments.stage), mended, rank)
+        with contextlib.suppress(OSError):  # a full disk has no room for the reason; the launcher then finds it
+            write_failure(store.work(arguments.stage), mended, rank)
         if isinstance(mended, UserError):
             print(f"error: {mended}", file=sys.stderr, flush=True)
             # The other ranks may hang in a collective with this one: leave without the process group's farewell.
@@ -46,35 +52,56 @@ def main() -> int:
     return 0
 
 
-def run_stage(store: Store, stage_id: str) -> None:
-    """Join the ranks, then hand over to ``hfprune_dist.stages.<kind>``."""
-    from hfprune_dist.parallel.world import join_world, leave_world
-    from hfprune_dist.stages.context import Context
-
-    record = read_json(store.work(stage_id) / STAGE_FILE)
-    if record is None:
-        raise UserError(f"{store.work(stage_id)}: no {STAGE_FILE}; stages are laid out by launch/sweep.py")
-    runtime = RuntimeConfig.model_validate(record["runtime"])
+def prepare_environment() -> None:
+    """Defaults of a single process where nobody started ranks, and quiet libraries."""
     single_process = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for key, value in single_process.items():
         os.environ.setdefault(key, value)
-    world = join_world(os.environ, runtime.collective_timeout_minutes)
-    context = Context(
-        stage=Stage.from_json(record["stage"]),
-        store=store,
-        world=world,
-        runtime=runtime,
-        progress=Progress(store.work(stage_id) if world.is_first else None),
-        config=record["config"],
-        code=record["code"],
-        attempt=record["attempt"],
-    )
-    context.check_inputs()
-    importlib.import_module(f"hfprune_dist.stages.{context.stage.kind}").run(context)
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def run_stage(store: Store, stage_id: str, interruption: Interruption, admit: Callable[[World], bool]) -> None:
+    """Join the ranks, then hand over to ``hfprune_dist.stages.<kind>``.
+
+    Args:
+        admit: asked on every rank once all have joined; False on all of them: there is nothing to do.
+
+    Raises:
+        Interrupted: where the ranks have saved their work because ``interruption`` asked them to end.
+    """
+    from hfprune_dist.parallel.world import join_world, leave_world
+    from hfprune_dist.stages.context import Context
+
+    world = join_world(os.environ, _timeout_minutes(store, stage_id))
+    if admit(world):
+        record = read_json(store.work(stage_id) / STAGE_FILE)
+        if record is None:
+            raise UserError(f"{store.work(stage_id)}: no {STAGE_FILE}; stages are laid out by launch/sweep.py")
+        context = Context(
+            stage=Stage.from_json(record["stage"]),
+            store=store,
+            world=world,
+            runtime=RuntimeConfig.model_validate(record["runtime"]),
+            progress=Progress(store.work(stage_id) if world.is_first else None),
+            config=record["config"],
+            code=record["code"],
+            attempt=record["attempt"],
+            interruption=interruption,
+        )
+        context.check_inputs()
+        importlib.import_module(f"hfprune_dist.stages.{context.stage.kind}").run(context)
     leave_world()
 
 
-def _die_with_parent() -> None:
+def _timeout_minutes(store: Store, stage_id: str) -> int:
+    """The collective timeout; where the stage is not laid out (any more), the default."""
+    record = read_json(store.work(stage_id) / STAGE_FILE)
+    runtime = RuntimeConfig() if record is None else RuntimeConfig.model_validate(record["runtime"])
+    return runtime.collective_timeout_minutes
+
+
+def die_with_parent() -> None:
     """Ask Linux to kill this process when its launcher dies, however that one dies."""
     if sys.platform == "linux":
         parent = os.getppid()

@@ -5,6 +5,8 @@ examples:
   python launch/sweep.py --models llama,qwen --ratios 0.2,0.5 --config configs/demo.yaml
   python launch/sweep.py --models /data/my-llama --ratios 0.2 --set calibration.path=text.jsonl --out runs/mine
   python launch/sweep.py --config configs/demo.yaml --dry-run
+  python launch/sweep.py --config configs/demo.yaml --profile slurm/profiles/mine.yaml     on a Slurm cluster
+  python launch/sweep.py --config configs/demo.yaml --profile mine.yaml --status | --cancel
 
 exit codes: 0 every cell has its result; 1 a stage failed; 2 bad input; 130 interrupted
 """
@@ -30,10 +32,16 @@ from hfprune_dist.plan import Plan, build_plan
 from hfprune_dist.progress import read_failure
 from hfprune_dist.provenance import code_version
 from hfprune_dist.report import DenseModel, collect_rows, write_reports
+from launch.cluster import Sweep, cancel, run_on_slurm, show_jobs, show_status
+from launch.layout import Origin
 from launch.local import LocalBackend
+from launch.profiles import Profile, load_profile
 from launch.screen import StageScreen, make_console, show_plan, show_results, stage_screen
+from launch.slurm_cli import SlurmUnavailableError
+from launch.status import cell_logs
 
 PROJECT = Path(__file__).resolve().parents[1]
+PROFILES = PROJECT / "slurm" / "profiles"
 SWEEP_FILE = "sweep.json"
 
 
@@ -46,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+    except SlurmUnavailableError as error:
+        print(f"error: Slurm does not answer: {error}; run the same command again to go on", file=sys.stderr)
+        return 1
     except (UserError, OSError) as error:
         mended = from_os_error(error)
         if not isinstance(mended, UserError):
@@ -62,9 +73,16 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     store = Store(out / "store")
     models = resolve_models(config, PROJECT / "configs" / "models", store.hashes, download=not arguments.dry_run)
     plan = build_plan(config, models, store.hashes)
+    sweep = Sweep(plan, store, out)
+    if arguments.status or arguments.cancel or arguments.logs:
+        _show(console, sweep, arguments)
+        return 0
+    profile = _profile(arguments)
     verdicts = {stage_id: store.verify(stage_id) for stage_id in plan.stages}
     if arguments.dry_run:
         show_plan(console, plan, verdicts)
+        if profile is not None:
+            show_jobs(console, sweep, profile, config.runtime, verdicts)
         return 0
     todo = [stage_id for stage_id, verdict in verdicts.items() if verdict.state != "done"]
     if config.evaluation.tasks and any(stage_id.startswith("evaluate/") for stage_id in todo):
@@ -72,9 +90,15 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     require_writable(out)
     _record(out, config, plan, models)
     _set_aside_corrupt(console, store, verdicts)
-    if todo:
-        runtime = config.runtime
-        backend = LocalBackend(store, out / "logs", runtime, config.model_dump(), code_version(PROJECT))
+    origin = Origin(config.runtime, config.model_dump(), code_version(PROJECT))
+    if todo and profile is not None:
+        console.print(f"{len(todo)} of {len(plan.stages)} stages to run on Slurm; logs in {store.root / 'attempts'}")
+        limit = arguments.max_running or profile.max_running
+        if not run_on_slurm(console, sweep, origin, profile, limit, PROJECT, arguments.follow):
+            console.print("jobs are submitted; --status shows them, the same command again follows them")
+            return 0
+    elif todo:
+        backend = LocalBackend(store, out / "logs", origin)
         console.print(
             f"{len(todo)} of {len(plan.stages)} stages to run, {backend.ranks} ranks each; logs in {out / 'logs'}"
         )
@@ -98,6 +122,26 @@ def _run_stages(plan: Plan, todo: Sequence[str], store: Store, backend: LocalBac
             continue
         screen.begin(stage)
         screen.end(stage, backend.run(stage, screen.beat))
+
+
+def _profile(arguments: argparse.Namespace) -> Profile | None:
+    """The profile of the cluster to run on; None runs on this machine."""
+    if arguments.backend == "slurm" and arguments.profile is None:
+        raise UserError("--backend slurm: needs --profile, which says what to ask the cluster for (slurm/profiles)")
+    if arguments.profile is None or arguments.backend == "local":
+        return None
+    return load_profile(arguments.profile, PROFILES)
+
+
+def _show(console: Console, sweep: Sweep, arguments: argparse.Namespace) -> None:
+    """The commands that look at a sweep or stop it, and start nothing."""
+    if arguments.logs:
+        text = cell_logs(sweep.plan, sweep.store, sweep.out / "logs", arguments.logs, lines=40)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    elif arguments.cancel:
+        cancel(console, sweep)
+    else:
+        show_status(console, sweep, keep_on=bool(arguments.follow))
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -181,10 +225,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", metavar="DIR", type=Path, help="results and store; default: runs/<config name>")
     parser.add_argument(
-        "--backend", choices=("auto", "local"), default="auto", help="where stages run; auto: on this machine"
+        "--backend",
+        choices=("auto", "local", "slurm"),
+        default="auto",
+        help="where stages run; auto: on Slurm with --profile, else on this machine",
     )
     parser.add_argument("--ranks", metavar="N", type=int, help="processes per stage; default: one per GPU, or 1")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan with reasons; writes and runs nothing")
+    parser.add_argument(
+        "--profile", metavar="NAME", help="run on Slurm, as slurm/profiles/NAME.yaml or a YAML file says"
+    )
+    parser.add_argument("--max-running", metavar="N", type=int, help="the most jobs of this sweep that run at once")
+    parser.add_argument(
+        "--follow",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="stay until all jobs have ended and show the table (default), or submit and leave; with --status: live",
+    )
+    parser.add_argument("--status", action="store_true", help="show the state of every stage; starts nothing")
+    parser.add_argument("--cancel", action="store_true", help="cancel the sweep's jobs; saved work stays")
+    parser.add_argument("--logs", metavar="CELL", help="show the last lines of a cell's logs, e.g. 'llama 0.2 + lora'")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan with reasons, and every job; runs nothing"
+    )
     return parser
 
 

@@ -3,6 +3,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
+# The tests bring up a Slurm cluster of their own; without Slurm they are skipped, or fail where CI is set.
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    slurm/cluster.sh install
+fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy

@@ -7,6 +7,7 @@ dropout follow from the optimizer step. So training can be taken up again on any
 from __future__ import annotations
 
 import datetime
+import gc
 import math
 import os
 import warnings
@@ -35,6 +36,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.identity import digest_of
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.merge import lora_targets
+from hfprune_dist.parallel.interruption import Interrupted, Interruption
 from hfprune_dist.parallel.snapshots import MOMENTS, LossLine, Snapshot, Snapshots
 from hfprune_dist.parallel.world import World
 from hfprune_dist.parallel.zero3 import init_deepspeed
@@ -71,18 +73,25 @@ class FineTuning:
         return 0 if self.start is None else self.start.step
 
 
-def fine_tune(task: FineTuning, snapshots: Snapshots, world: World, progress: Progress) -> None:
+def fine_tune(
+    task: FineTuning, snapshots: Snapshots, world: World, progress: Progress, interruption: Interruption
+) -> None:
     """Train to the last step, whose snapshot holds the result.
 
     Raises:
         UserError: where loss or gradient are no longer finite.
+        Interrupted: after a step and its snapshot, where any rank was asked to end early.
     """
     _prepare_process()
     rows_at_once = task.settings.micro_batch_size * world.size
     rows = ScheduledRows(task.rows_file, task.schedule, task.first_step, task.total_steps, multiple_of=rows_at_once)
     arguments = _arguments(task, rows.slots // rows_at_once, snapshots.folder, world)
     model = _load_model(task)
-    _LoraTrainer(task, snapshots, world, progress, model=model, args=arguments, train_dataset=rows).train()
+    trainer = _LoraTrainer(
+        task, snapshots, world, progress, interruption, model=model, args=arguments, train_dataset=rows
+    )
+    gc.freeze()  # else Python walks all modules and parameters again and again: a seventh of the time on CPU
+    trainer.train()
 
 
 def learning_rate_share(step: int, warmup_steps: int, total_steps: int) -> float:
@@ -171,7 +180,13 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
     lr_scheduler: LambdaLR | None
 
     def __init__(
-        self, task: FineTuning, snapshots: Snapshots, world: World, progress: Progress, **trainer_arguments: Any
+        self,
+        task: FineTuning,
+        snapshots: Snapshots,
+        world: World,
+        progress: Progress,
+        interruption: Interruption,
+        **trainer_arguments: Any,
     ) -> None:
         super().__init__(**trainer_arguments, data_collator=_stack, callbacks=[_PrepareEngine(task, world)])
         self.remove_callback(PrinterCallback)
@@ -179,6 +194,7 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
         self._snapshots = snapshots
         self._world = world
         self._progress = progress
+        self._interruption = interruption
         self._losses: list[LossLine] = [] if task.start is None else list(task.start.losses)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
@@ -207,8 +223,11 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
         self._progress.update("recovery", step, task.total_steps)
         if self._world.is_first:
             print(f"recovery: step {step}/{task.total_steps}, loss {logs['loss']:.4f}", flush=True)
-        if step % task.save_every_steps == 0 or step == task.total_steps:
+        interrupted = self._interruption.agreed(self._world)
+        if step % task.save_every_steps == 0 or step == task.total_steps or interrupted:
             self._save_snapshot(step)
+        if interrupted:
+            raise Interrupted
 
     def _save_snapshot(self, step: int) -> None:
         """Gather the state parameter by parameter and write it on rank 0; the others wait, so that none runs ahead."""

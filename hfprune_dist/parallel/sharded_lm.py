@@ -20,6 +20,7 @@ from lm_eval.models.huggingface import HFLM
 
 from hfprune_dist.identity import digest_of
 from hfprune_dist.parallel.inference import FrozenModel
+from hfprune_dist.parallel.interruption import Interruption
 from hfprune_dist.parallel.world import World
 
 # Batches per chunk. Choices of one letter share a forward where they share a chunk: several batches keep them together.
@@ -60,11 +61,20 @@ class ShardedLM(HFLM):  # type: ignore[misc]
 
     Args:
         tokenizer: the model's; it is told whether to add BOS.
+        interruption: looked at after every round of chunks, on all ranks.
         batch_size: requests per forward of one rank.
         add_bos_token: begin every sequence with BOS, where the tokenizer has one.
     """
 
-    def __init__(self, model: FrozenModel, tokenizer: Any, world: World, batch_size: int, add_bos_token: bool) -> None:
+    def __init__(
+        self,
+        model: FrozenModel,
+        tokenizer: Any,
+        world: World,
+        interruption: Interruption,
+        batch_size: int,
+        add_bos_token: bool,
+    ) -> None:
         if tokenizer.bos_token_id is not None:
             tokenizer.add_bos_token = add_bos_token  # some tokenizers add none unless told so
         super().__init__(
@@ -77,6 +87,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         self._device = world.device
         self._wants_bos = add_bos_token
         self._world = world
+        self._interruption = interruption
         self._frozen = model
         self._log: AnswerLog | None = None
         self._report: Callable[[int, int], None] = lambda done, total: None
@@ -123,6 +134,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             now = missing[start : start + self._world.size]
             answers = self._share([chunks[number] for number in now])
             self._log.add([chunks[number] for number in now], answers)
+            self._interruption.stop_if_agreed(self._world)
             for number, chunk_answers in zip(now, answers, strict=True):
                 known[number] = chunk_answers
         self._report(len(requests), len(requests))
@@ -134,6 +146,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         """Answer with rank 0 until it dismisses this rank."""
         while (chunks := self._world.broadcast(None)) is not None:
             self._answer_mine(chunks)
+            self._interruption.stop_if_agreed(self._world)
 
     def _share(self, chunks: list[Chunk]) -> list[list[Any]]:
         return self._answer_mine(self._world.broadcast(chunks))

@@ -9,7 +9,8 @@ from typing import Any
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.config import RuntimeConfig
-from hfprune_dist.errors import UserError
+from hfprune_dist.errors import LostInputError
+from hfprune_dist.parallel.interruption import Interruption
 from hfprune_dist.parallel.world import World
 from hfprune_dist.plan import Stage
 from hfprune_dist.progress import Progress
@@ -24,6 +25,7 @@ class Context:
         config: the resolved configuration of the sweep, kept in the manifest.
         code: provenance of the code (commit, dirty diff), kept in the manifest.
         attempt: 1 for the first.
+        interruption: whether this attempt has been asked to end early.
         work: folder for progress inside the stage; survives a death and is found again by the next attempt.
     """
 
@@ -35,6 +37,7 @@ class Context:
     config: dict[str, Any]
     code: dict[str, Any]
     attempt: int
+    interruption: Interruption = field(default_factory=Interruption)
     started: float = field(default_factory=time.time)
 
     @property
@@ -57,12 +60,12 @@ class Context:
         """Verify every artifact that this stage reads, byte for byte (rank 0 reads, all ranks learn the verdict).
 
         Raises:
-            UserError: naming the artifact; it has been set aside, so that the next run of the sweep makes it again.
+            LostInputError: naming the artifact; it has been set aside, so that the sweep makes it again.
         """
         problem = self._first_problem() if self.world.is_first else None
         problem = self.world.broadcast(problem)
         if problem:
-            raise UserError(problem)
+            raise LostInputError(problem)
 
     def _first_problem(self) -> str | None:
         for stage_id in self.stage.needs:

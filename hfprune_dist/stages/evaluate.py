@@ -122,6 +122,7 @@ def _save_fidelity(context: Context, sums: Mapping[int, FidelitySums]) -> None:
         total = sum((everybody[index] for index in sorted(everybody)), FidelitySums())
         write_json(context.work / FIDELITY, plain(total.means()))
     context.progress.update("fidelity", 2, 2)
+    context.interruption.stop_if_agreed(context.world)
 
 
 def _held_out_windows(context: Context) -> Tensor:
@@ -159,7 +160,7 @@ def _evaluate_tasks(context: Context, model: FrozenModel, tasks: list[str]) -> N
 
     params = context.params
     tokenizer = load_tokenizer(context.input_path("model"))
-    lm = ShardedLM(model, tokenizer, context.world, params["batch_size"], params["add_bos_token"])
+    lm = ShardedLM(model, tokenizer, context.world, context.interruption, params["batch_size"], params["add_bos_token"])
     if not context.world.is_first:
         lm.serve()
         return

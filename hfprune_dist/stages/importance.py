@@ -121,6 +121,7 @@ def _accumulate(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) ->
         first = min(first + world.size, len(shards))
         if world.is_first:
             _save(context.work / PARTIAL, first, total_LD, entropy)
+        context.interruption.stop_if_agreed(world)
     context.progress.update("calibration", first, len(shards))
     return total_LD, entropy / len(windows_ST)
 

@@ -155,7 +155,7 @@ def _train(context: Context, checkpoint: Checkpoint, settings: RecoveryConfig, c
             save_every_steps=context.runtime.save_every_steps,
             timeout_minutes=context.runtime.collective_timeout_minutes,
         )
-        fine_tune(task, snapshots, context.world, context.progress)
+        fine_tune(task, snapshots, context.world, context.progress, context.interruption)
         snapshot = _newest(context, snapshots)
     assert snapshot is not None
     assert snapshot.step == total_steps

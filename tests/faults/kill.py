@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 OPERATIONS = ("fsync", "rename", "replace", "link", "unlink", "mkdir", "rmdir")
@@ -11,21 +12,32 @@ def arm(kill_at, match):
     """From now on, count operations on paths that contain ``match`` and die before the ``kill_at``-th."""
     state = {"count": 0}
 
-    def wrap(name):
-        original = getattr(os, name)
-
-        def wrapper(target, *args, **kwargs):
-            path = str(Path(f"/proc/self/fd/{target}").readlink()) if name == "fsync" else str(target)
-            if match in path:
-                state["count"] += 1
-                if state["count"] == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return original(target, *args, **kwargs)
-
-        setattr(os, name, wrapper)
+    def count():
+        state["count"] += 1
+        if state["count"] == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     for name in OPERATIONS:
-        wrap(name)
+        before(name, match, count)
+
+
+def slow_down(match, seconds):
+    """From now on, sleep before every replacement of a file whose path contains ``match``."""
+    for name in ("rename", "replace"):
+        before(name, match, lambda: time.sleep(seconds))
+
+
+def before(name, match, action):
+    """Wrap a function of ``os``: do something before each call with a path that contains ``match``."""
+    original = getattr(os, name)
+
+    def wrapper(target, *args, **kwargs):
+        path = str(Path(f"/proc/self/fd/{target}").readlink()) if name == "fsync" else str(target)
+        if match in path:
+            action()
+        return original(target, *args, **kwargs)
+
+    setattr(os, name, wrapper)
 
 
 def die_in_fork(action, kill_at, store):

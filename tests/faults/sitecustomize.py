@@ -1,13 +1,20 @@
-"""Put on PYTHONPATH by fault tests: kills a process with SIGKILL at a chosen file-system operation.
+"""Put on PYTHONPATH by fault tests: kills or slows down a process at chosen file-system operations.
 
-KILL_RANK=r       the process whose RANK is r ("launcher": the one without a RANK)
+KILL_RANK=r       the process whose rank is r ("launcher": the one without a rank)
 KILL_AT=n         before its n-th operation that makes something durable or visible (0: never)
 KILL_MATCH=text   counting only operations on paths that contain this text
+SLOW_MATCH=text   ranks sleep before each operation on a path that contains this text
+SLOW_S=seconds    so long
 """
 
 import os
 
-if os.environ.get("KILL_RANK") == os.environ.get("RANK", "launcher"):
+rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "launcher"
+if os.environ.get("KILL_RANK") == rank:
     from kill import arm
 
     arm(int(os.environ["KILL_AT"]), os.environ["KILL_MATCH"])
+if "SLOW_MATCH" in os.environ and rank != "launcher":
+    from kill import slow_down
+
+    slow_down(os.environ["SLOW_MATCH"], float(os.environ["SLOW_S"]))

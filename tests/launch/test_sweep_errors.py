@@ -25,7 +25,7 @@ def refused(config, out, *arguments):
         (["--ratios", ""], ["--ratios", "one or more values"]),
         (["--ratios", "0"], ["ratios.0", "greater than 0"]),
         (["--ratios", "1.5"], ["ratios.0", "less than 1"]),
-        (["--ratios", "0.9"], ["ratio 0.9", "largest possible is 0.28"]),
+        (["--ratios", "0.9"], ["ratio 0.9", "largest possible is 0.2783"]),
         (["--ratios", "0.1,0.1"], ["ratios", "listed twice"]),
         (["--ratios", "a lot"], ["--ratios 'a lot'"]),
         (["--set", "calibration.sample=3"], ["unknown key 'calibration.sample'", "did you mean 'samples'"]),
@@ -90,5 +90,3 @@ def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path):
     assert result.returncode == 0 and not (tmp_path / "out").exists()
     assert "8 cells, 20 stages: 0 reuse, 20 run" in result.stdout
     assert result.stdout.count("not made yet") == 20
-
-

@@ -1,0 +1,125 @@
+"""Profiles: what a sweep asks of a Slurm cluster, for all stages and for each kind of stage (slurm/profiles/*.yaml)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from hfprune_dist.config import Positive, Section, parse
+from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.plan import STAGE_VERSIONS
+
+Kind = Literal["importance", "prune", "recover", "evaluate"]
+Scalar = str | int | bool
+
+
+class Resources(Section):
+    """What one job asks for. Null leaves a setting to the cluster's default."""
+
+    partition: str | None = None
+    """Partition; several may be given, separated by commas."""
+    account: str | None = None
+    """Account that is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    nodes: Positive = 1
+    """Nodes of a job."""
+    tasks_per_node: Positive = 1
+    """Ranks on each node; on a GPU cluster, one per GPU."""
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    """GPUs on each node; 0 asks for none."""
+    cpus_per_task: Positive = 1
+    """CPU cores of each rank; also its number of threads, unless runtime.threads_per_rank is set."""
+    memory: str | None = None
+    """Main memory per node, in Slurm's notation, e.g. 200G."""
+    time_minutes: Positive = 60
+    """Time limit of one job. A stage that needs longer goes on in the same job, requeued, where it stopped."""
+    signal_seconds: Annotated[int, Field(ge=10)] = 120
+    """How long before the time limit a job is asked to save its work; longer than a save and the work between two."""
+    constraint: str | None = None
+    """Features that nodes must have."""
+    exclude: str | None = None
+    """Nodes that are not used, e.g. node[07-09]."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines that run on the first node of a job before the ranks start, e.g. module load cuda."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of all ranks."""
+    sbatch: dict[str, Scalar] = Field(default_factory=dict)
+    """Further sbatch options, without the dashes: {reservation: week4, exclusive: true}."""
+    srun_args: list[str] = Field(default_factory=list)
+    """Further arguments of srun."""
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def cores(self) -> int:
+        return self.ranks * self.cpus_per_task
+
+
+class _ProfileFile(Resources):
+    """A whole file: resources of all stages, and what differs for some kinds."""
+
+    max_running: Positive | None = None
+    """The most jobs of a sweep that run at once; null: as many as the cluster lets run."""
+    stages: dict[Kind, dict[str, Any]] = Field(default_factory=dict)
+    """Kind of stage -> the settings that differ for it."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A checked profile.
+
+    Attributes:
+        resources: kind of stage -> what its jobs ask for.
+        max_running: the most jobs that run at once, None for no limit.
+    """
+
+    name: str
+    resources: Mapping[str, Resources]
+    max_running: int | None
+
+
+def load_profile(name: str, shipped: Path) -> Profile:
+    """Read a profile by the name of a shipped file, or by path.
+
+    Raises:
+        UserError: for an unknown profile, an unknown key or a wrong value.
+    """
+    file = _find(name, shipped)
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--profile {file}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"--profile {file}: expected keys and values at the top level")
+    whole = parse(_ProfileFile, raw, str(file))
+    common = whole.model_dump(exclude={"stages", "max_running"})
+    resources = {
+        kind: parse(Resources, {**common, **whole.stages.get(kind, {})}, f"{file}: stages.{kind}")  # type: ignore[call-overload]
+        for kind in STAGE_VERSIONS
+    }
+    return Profile(file.stem, resources, whole.max_running)
+
+
+def _find(name: str, shipped: Path) -> Path:
+    names = sorted(file.stem for file in shipped.glob("*.yaml"))
+    if name in names:
+        return shipped / f"{name}.yaml"
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise UserError(
+            f"--profile: no profile {name!r}{did_you_mean(name, names)}; valid: {', '.join(names)} (slurm/profiles), "
+            "or the path of a YAML file"
+        )
+    return file

@@ -1,0 +1,241 @@
+#!/usr/bin/env bash
+# A real Slurm cluster on one machine, for the tests and for trying things: four nodes, partitions main and urgent
+# (urgent preempts main), all under one folder, on loopback only.
+#
+#   slurm/cluster.sh install                       Debian packages, as root
+#   slurm/cluster.sh up DIR [--no-accounting] [--grace-time SECONDS]
+#   slurm/cluster.sh start|stop DIR DAEMON         one daemon: slurmctld, slurmdbd, n1, n2, n3 or n4
+#   slurm/cluster.sh status DIR
+#   slurm/cluster.sh down DIR
+#
+# Clients find it by:  export SLURM_CONF=DIR/slurm.conf
+# PORT_BASE (default 17000) is the first of the 12 ports it uses; change it to run two clusters side by side.
+set -euo pipefail
+
+PORT_BASE=${PORT_BASE:-17000}
+NODES=(n1 n2 n3 n4)
+WAIT_SECONDS=60
+PATH=$PATH:/usr/sbin:/sbin
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+install_packages() {
+    if command -v slurmctld slurmd slurmdbd munged mariadbd sbatch >/dev/null; then return; fi
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || fail "Slurm is not installed; as root on Debian: $0 install"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        slurm-wlm slurmdbd munge mariadb-server >/dev/null
+}
+
+# Configuration.
+
+write_conf() {
+    local accounting="accounting_storage/slurmdbd"
+    [ "$ACCOUNTING" = yes ] || accounting="accounting_storage/none"
+    cat >"$DIR/slurm.conf" <<CONF
+ClusterName=hfprune
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort=$PORT_BASE
+SlurmctldParameters=preempt_send_user_signal
+SlurmUser=$(id -un)
+SlurmdUser=$(id -un)
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job waits until its old credential has expired.
+AuthInfo=socket=$DIR/munge/munge.socket,cred_expire=5
+StateSaveLocation=$DIR/state
+SlurmdSpoolDir=$DIR/spool/%n
+SlurmctldPidFile=$DIR/run/slurmctld.pid
+SlurmdPidFile=$DIR/run/%n.pid
+SlurmctldLogFile=$DIR/logs/slurmctld.log
+SlurmdLogFile=$DIR/logs/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=5
+SchedulerParameters=bf_interval=1,sched_min_interval=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+JobAcctGatherType=jobacct_gather/linux
+AccountingStorageType=$accounting
+AccountingStorageHost=localhost
+AccountingStoragePort=$((PORT_BASE + 10))
+# With munge, this "password" is the socket through which slurmdbd's clients are known.
+AccountingStoragePass=$DIR/munge/munge.socket
+NodeName=n[1-4] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((PORT_BASE + 1))-$((PORT_BASE + 4))] CPUs=2 RealMemory=4000
+PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=$GRACE_TIME
+PartitionName=urgent Nodes=n[1-4] MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
+CONF
+    echo "CgroupPlugin=disabled" >"$DIR/cgroup.conf"
+    cat >"$DIR/slurmdbd.conf" <<CONF
+DbdHost=localhost
+DbdPort=$((PORT_BASE + 10))
+SlurmUser=$(id -un)
+AuthType=auth/munge
+AuthInfo=socket=$DIR/munge/munge.socket
+PidFile=$DIR/run/slurmdbd.pid
+LogFile=$DIR/logs/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort=$((PORT_BASE + 11))
+StorageUser=slurm
+StoragePass=$(cat "$DIR/mariadb.password")
+CONF
+    chmod 600 "$DIR/slurmdbd.conf"
+}
+
+# Daemons: each leaves its pid in DIR/run, and is stopped by that pid only.
+
+is_running() {
+    local pid
+    pid=$(cat "$DIR/run/$1.pid" 2>/dev/null) && [ -n "$pid" ] && kill -0 "$pid" 2>/dev/null
+}
+
+start() {
+    is_running "$1" && return
+    case $1 in
+        munge) start_munge ;;
+        mariadb) start_mariadb ;;
+        slurmdbd) SLURM_CONF=$DIR/slurmdbd.conf slurmdbd ;;
+        slurmctld) slurmctld -f "$DIR/slurm.conf" ;;
+        n[1-4]) slurmd -N "$1" -f "$DIR/slurm.conf" ;;
+        *) fail "unknown daemon '$1'; valid: slurmctld slurmdbd ${NODES[*]}" ;;
+    esac
+}
+
+start_munge() {
+    local munge=$DIR/munge
+    [ -s "$munge/key" ] || (umask 077 && head -c 128 /dev/urandom >"$munge/key")
+    munged --socket "$munge/munge.socket" --key-file "$munge/key" --pid-file "$DIR/run/munge.pid" \
+        --log-file "$munge/munged.log" --seed-file "$munge/seed"
+}
+
+start_mariadb() {
+    local data=$DIR/mariadb
+    if [ ! -d "$data/mysql" ]; then
+        mariadb-install-db --no-defaults --datadir="$data" --user="$(id -un)" --skip-test-db >"$DIR/logs/mariadb.log" 2>&1
+    fi
+    nohup mariadbd --no-defaults --datadir="$data" --user="$(id -un)" --socket="$data/socket" \
+        --pid-file="$DIR/run/mariadb.pid" --bind-address=127.0.0.1 --port=$((PORT_BASE + 11)) --skip-name-resolve \
+        >>"$DIR/logs/mariadb.log" 2>&1 </dev/null &
+    wait_for "MariaDB" mariadb-admin --no-defaults --socket="$data/socket" ping
+    # slurmdbd can't create its database on MariaDB 11.8.
+    mariadb --no-defaults --socket="$data/socket" <<SQL
+CREATE DATABASE IF NOT EXISTS slurm_acct_db;
+CREATE USER IF NOT EXISTS slurm@'127.0.0.1' IDENTIFIED BY '$(cat "$DIR/mariadb.password")';
+GRANT ALL ON slurm_acct_db.* TO slurm@'127.0.0.1';
+SQL
+}
+
+stop() {
+    is_running "$1" || return 0
+    local pid
+    pid=$(cat "$DIR/run/$1.pid")
+    kill "$pid"
+    for _ in $(seq 100); do
+        kill -0 "$pid" 2>/dev/null || break
+        sleep 0.1
+    done
+    kill -9 "$pid" 2>/dev/null || true
+    rm -f "$DIR/run/$1.pid"
+}
+
+wait_for() {
+    local what=$1
+    shift
+    for _ in $(seq $((WAIT_SECONDS * 5))); do
+        "$@" >/dev/null 2>&1 </dev/null && return
+        sleep 0.2
+    done
+    fail "$what did not come up within $WAIT_SECONDS s; see the logs in $DIR/logs"
+}
+
+# Commands.
+
+nodes_are_usable() {
+    local states
+    states=$(sinfo --noheader --Node --partition=main --format=%T) &&
+        [ "$(wc -l <<<"$states")" = ${#NODES[@]} ] && ! grep -qvE '^(idle|mixed|allocated)$' <<<"$states"
+}
+
+slurmdbd_answers() {
+    sacctmgr --noheader --parsable2 show cluster format=cluster </dev/null
+}
+
+register_cluster() {
+    slurmdbd_answers | grep -qx hfprune || sacctmgr --immediate add cluster hfprune >/dev/null
+}
+
+up() {
+    install_packages
+    mkdir -p "$DIR"/{logs,run,state,mariadb} "${NODES[@]/#/$DIR/spool/}"
+    mkdir -p -m 755 "$DIR/munge"
+    chmod a+x "$DIR" # munged wants its socket to be reachable by all
+    [ -s "$DIR/mariadb.password" ] || (umask 077 && head -c 12 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$DIR/mariadb.password")
+    write_conf
+    start munge
+    if [ "$ACCOUNTING" = yes ]; then
+        start mariadb
+        start slurmdbd
+        wait_for "slurmdbd" slurmdbd_answers
+        register_cluster
+    fi
+    if is_running slurmctld; then scontrol reconfigure; else start slurmctld; fi
+    for node in "${NODES[@]}"; do start "$node"; done
+    wait_for "the cluster" nodes_are_usable
+    echo "up: export SLURM_CONF=$DIR/slurm.conf"
+}
+
+down() {
+    if is_running slurmctld; then
+        timeout 10 scancel --user="$(id -un)" || true
+        for _ in $(seq 50); do
+            [ -n "$(timeout 5 squeue --noheader 2>/dev/null)" ] || break
+            sleep 0.2
+        done
+    fi
+    for daemon in "${NODES[@]}" slurmctld slurmdbd mariadb munge; do stop "$daemon"; done
+    echo "down: $DIR"
+}
+
+status() {
+    for daemon in munge mariadb slurmdbd slurmctld "${NODES[@]}"; do
+        echo "$daemon $(is_running "$daemon" && echo running || echo stopped)"
+    done
+    if is_running slurmctld; then sinfo && squeue; fi
+}
+
+command=${1:-}
+[ "$command" = install ] && { install_packages; exit; }
+[ $# -ge 2 ] || fail "usage: $0 up|down|status|start|stop DIR; see the top of this file"
+mkdir -p "$2"
+DIR=$(cd "$2" && pwd)
+export SLURM_CONF=$DIR/slurm.conf
+shift 2
+ACCOUNTING=yes
+GRACE_TIME=0
+DAEMON=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --no-accounting) ACCOUNTING=no ;;
+        --grace-time) GRACE_TIME=$2 && shift ;;
+        --*) fail "unknown option '$1'; valid: --no-accounting, --grace-time SECONDS" ;;
+        *) DAEMON=$1 ;;
+    esac
+    shift
+done
+case $command in
+    up | down | status) "$command" ;;
+    start | stop) "$command" "$DAEMON" ;;
+    *) fail "unknown command '$command'; valid: install, up, down, status, start, stop" ;;
+esac

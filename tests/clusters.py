@@ -1,0 +1,161 @@
+"""The local Slurm cluster for tests, and what can be seen of a sweep that runs on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ranks import FAULTS, ROOT
+from sweeps import command
+
+from hfprune_dist.files import read_json
+
+SCRIPT = ROOT / "slurm" / "cluster.sh"
+# Ranks sleep before each heartbeat, so that there is a moment in which to disturb them.
+SLOWLY = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "progress.json", "SLOW_S": "0.5"}
+ONE_CELL = ("--models", "alpha", "--ratios", "0.2", "--set", "recovery.max_steps=12")
+
+
+class Cluster:
+    """A cluster of ``slurm/cluster.sh``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, action: str, *arguments: str) -> None:
+        log = self.folder / "commands.log"
+        with log.open("a") as stream:  # not a pipe: the daemons would hold it open
+            call = [SCRIPT, action, self.folder, *arguments]
+            result = subprocess.run(call, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, check=False)
+        assert result.returncode == 0, log.read_text()
+
+    def pid(self, daemon: str) -> int:
+        return int((self.folder / "run" / f"{daemon}.pid").read_text())
+
+    def states(self, names: set[str]) -> dict[str, str]:
+        """Job id -> state of the jobs with these names that have not ended."""
+        lines = slurm("squeue", "--noheader", "--format=%i|%T|%j").splitlines()
+        jobs = [line.split("|") for line in lines]
+        return {job_id: state for job_id, state, name in jobs if name in names}
+
+    def kill_node(self, node: str) -> None:
+        """What the death of a machine looks like: its slurmd, its slurmstepds and all of their processes are gone."""
+        daemon = psutil.Process(self.pid(node))
+        steps = [p for p in psutil.process_iter() if p.name() == "slurmstepd" and node_of(p) == node]
+        victims = [daemon, *steps, *(child for step in steps for child in step.children(recursive=True))]
+        for process in victims:
+            process.send_signal(signal.SIGKILL)
+
+
+def node_of(process: psutil.Process) -> str | None:
+    """The node on which a process runs; all of them are this machine."""
+    try:
+        environments = [p.environ() for p in [process, *process.children(recursive=True)]]
+    except psutil.Error:
+        return None
+    return next((found["SLURMD_NODENAME"] for found in environments if "SLURMD_NODENAME" in found), None)
+
+
+def slurm(*arguments: str) -> str:
+    return subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+class Submitted:
+    """A sweep on the cluster, as a process and as files."""
+
+    def __init__(
+        self, config: Path, out: Path, *arguments: str, profile: str = "local-cluster", **environment: str
+    ) -> None:
+        self.out = out
+        self._process = subprocess.Popen(
+            command(config, out, *ONE_CELL, "--profile", profile, *arguments),
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and output."""
+        output, _ = self._process.communicate(timeout=400)
+        return self._process.returncode, output
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def job_at_work(self, stage: str, beats: int = 1) -> str:
+        """Wait until a stage has made some progress; return its job."""
+        return str(wait_for(lambda: self.is_at_work(stage, beats)))
+
+    def is_at_work(self, stage: str, beats: int = 1) -> str | None:
+        """The job of a stage that has made some progress."""
+        for folder in attempt_folders(self.out, stage):
+            run = next(folder.glob("run.*.json"), None)
+            work = self.out / "store" / "work" / folder.parent.relative_to(self.out / "store" / "attempts")
+            beat = read_json(work / "progress.json")
+            # Tokenizing comes first, and is over in no time.
+            if run and beat and beat["done"] >= beats and not beat["phase"].startswith("tokenizing"):
+                return str(read(run)["job_id"])
+        return None
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+    return found
+
+
+def label_of(out: Path, folder: Path) -> str:
+    """``kind label`` of the stage whose attempts or artifact lie in a folder."""
+    stages = read(out / "sweep.json")["stages"]
+    return next(f"{s['kind']} {s['label']}" for s in stages if f"{s['kind']}/{s['fingerprint']}" in str(folder))
+
+
+def attempt_folders(out: Path, stage: str = "") -> list[Path]:
+    """Folders of all attempts, in the order of their creation; ``stage`` is the start of ``kind label``."""
+    intents = sorted((out / "store" / "attempts").glob("*/*/*/intent.json"), key=lambda file: read(file)["created"])
+    return [file.parent for file in intents if label_of(out, file.parent).startswith(stage)]
+
+
+def causes(out: Path, stage: str = "") -> list[str]:
+    """How the attempts ended, in order."""
+    return [read(folder / "end.json")["cause"] for folder in attempt_folders(out, stage)]
+
+
+def runs(out: Path, stage: str) -> list[str]:
+    """How each start of a stage's jobs ended, in order."""
+    files = [file for folder in attempt_folders(out, stage) for file in sorted(folder.glob("run.*.json"))]
+    return [read(file)["how"] for file in files]
+
+
+def job_names(out: Path) -> set[str]:
+    return {read(folder / "intent.json")["job_name"] for folder in attempt_folders(out)}
+
+
+def rank_processes(out: Path, stage: str) -> dict[int, psutil.Process]:
+    """Rank -> process of the ranks that run a stage."""
+    found = {}
+    for process in psutil.process_iter():
+        try:
+            line = process.cmdline()
+            if "submitit.core._submit" in line and any(str(f) in line for f in attempt_folders(out, stage)):
+                environment = process.environ()
+                if "SLURM_PROCID" in environment and process.name().startswith("python"):
+                    found[int(environment["SLURM_PROCID"])] = process
+        except psutil.Error:
+            continue
+    return found

@@ -1,0 +1,74 @@
+"""Fake sbatch, squeue, sacct, scancel and scontrol: shell scripts that keep jobs in a file and a log of their calls."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+SCRIPTS = {
+    "sbatch": """
+next_failure
+name=$(sed -n 's/^#SBATCH --job-name=//p' "${@: -1}")
+id=$(( $(cat last_id 2>/dev/null || echo 100) + 1 ))
+echo $id >last_id
+echo "$id|PENDING|Priority||N/A|N/A|$name" >>jobs
+after_arrival
+echo $id
+""",
+    "squeue": "next_failure\ncat jobs 2>/dev/null || true\n",
+    "sacct": "next_failure\ncat history 2>/dev/null || true\n",
+    "scancel": "next_failure\n",
+    "scontrol": "next_failure\ncat job 2>/dev/null || true\n",
+}
+PRELUDE = """#!/bin/bash
+cd {folder}
+echo "$(basename "$0") $*" >>calls
+# The first line of <command>.fail is the next failure's message.
+next_failure() {{
+    local file; file=$(basename "$0").fail
+    [ -s $file ] || return 0
+    head -n 1 $file >&2
+    sed -i 1d $file
+    exit 1
+}}
+after_arrival() {{
+    [ ! -e arrived.fail ] || {{ cat arrived.fail >&2; rm arrived.fail; exit 1; }}
+}}
+"""
+
+
+class FakeSlurm:
+    """A folder for PATH with fake commands, and what they do."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bin = folder / "bin"
+        self.bin.mkdir(parents=True)
+        for name, body in SCRIPTS.items():
+            (self.bin / name).write_text(PRELUDE.format(folder=folder) + body)
+            (self.bin / name).chmod(0o755)
+
+    def on_path(self, monkeypatch) -> FakeSlurm:
+        monkeypatch.setenv("PATH", f"{self.bin}:{os.environ['PATH']}")
+        return self
+
+    def fail_next(self, name: str, *messages: str) -> None:
+        (self.folder / f"{name}.fail").write_text("".join(f"{message}\n" for message in messages))
+
+    def calls(self, name: str = "") -> list[str]:
+        file = self.folder / "calls"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [line for line in lines if line.startswith(name)]
+
+    def jobs(self) -> dict[str, list[str]]:
+        file = self.folder / "jobs"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return {line.split("|")[0]: line.split("|") for line in lines}
+
+    def set_state(self, job_id: str, state: str, nodes: str = "n1") -> None:
+        jobs = self.jobs()
+        jobs[job_id][1], jobs[job_id][3] = state, nodes
+        (self.folder / "jobs").write_text("".join("|".join(job) + "\n" for job in jobs.values()))
+
+    def forget(self, job_id: str) -> None:
+        (self.folder / "jobs").write_text("".join("|".join(j) + "\n" for i, j in self.jobs().items() if i != job_id))

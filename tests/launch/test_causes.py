@@ -1,0 +1,140 @@
+"""How a dead attempt is told from what it left behind."""
+
+import time
+
+import pytest
+
+from hfprune_dist.artifacts import Store
+from hfprune_dist.plan import Input, Stage
+from hfprune_dist.progress import Failure, Progress, write_failure_record
+from launch.causes import RETRIES, explain_end
+from launch.ledger import End, Ledger, Run
+from launch.slurm_cli import JobInfo
+
+NEED = Stage("importance", "a", {}, {"model": Input("digest", "/somewhere")})
+STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"importance": NEED.as_input()})
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "store")
+    store.work(STAGE.id).mkdir(parents=True)
+    return store
+
+
+@pytest.fixture
+def attempt(store):
+    attempt = Ledger(store.root).open_attempt(STAGE, 8, 64, 30, None)
+    attempt.record_job("7")
+    return attempt
+
+
+def job(state, attempt, nodes="n1"):
+    return JobInfo("7", state, "None", nodes, "N/A", "N/A", attempt.intent.job_name)
+
+
+def started(attempt, nodes="n1"):
+    attempt.record_run(Run("7", 0, nodes, time.time() - 10))
+
+
+def cause(store, attempt, state):
+    return explain_end(store, STAGE, attempt, job(state, attempt) if state else None).cause
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ("NODE_FAIL", "node failure"),
+        ("BOOT_FAIL", "node failure"),
+        ("PREEMPTED", "preempted"),
+        ("OUT_OF_MEMORY", "out of memory"),
+        ("CANCELLED", "cancelled"),
+        ("FAILED", "killed"),
+        ("TIMEOUT", "time limit without progress"),
+        (None, "killed"),
+    ],
+)
+def test_by_state_of_the_job(store, attempt, state, expected):
+    started(attempt)
+    assert cause(store, attempt, state) == expected
+    assert expected in RETRIES
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO NODE FAILURE, SEE LOG ***",
+            "node failure",
+        ),
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO PREEMPTION ***", "preempted"),
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 ***", "cancelled"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out of memory"),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0", "out of memory"),
+    ],
+)
+def test_by_the_log_where_slurm_has_forgotten_the_job(store, attempt, line, expected):
+    started(attempt)
+    (attempt.folder / "7_0_log.err").write_text(f"something\n{line}\n")
+    assert cause(store, attempt, None) == expected
+
+
+@pytest.mark.parametrize(
+    ("failure", "message", "expected"),
+    [
+        ("input", "no document has 31 tokens", "input"),
+        ("lost input", "importance/x: set aside", "lost input"),
+        ("bad node", "node n1 was allocated with GPUs, but torch finds none", "bad node"),
+        ("code", "ValueError: we are wrong", "code"),
+        ("code", "RuntimeError: [gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]", "killed"),
+        ("code", "torch.OutOfMemoryError: CUDA out of memory", "out of memory"),
+    ],
+)
+def test_by_what_a_rank_said(store, attempt, failure, message, expected):
+    started(attempt)
+    write_failure_record(store.work(STAGE.id), Failure(failure, message, 1, time.time()))
+    end = explain_end(store, STAGE, attempt, job("FAILED", attempt))
+    assert end.cause == expected
+    # What a rank says that lost another one explains nothing.
+    assert message in end.message or expected == "killed"
+
+
+def test_a_failure_of_an_earlier_attempt_says_nothing(store, attempt):
+    started(attempt)
+    write_failure_record(store.work(STAGE.id), Failure("input", "long ago", 0, attempt.intent.created - 1))
+    assert cause(store, attempt, "FAILED") == "killed"
+
+
+def test_a_job_that_never_ran_went_with_what_it_depends_on(store, attempt):
+    assert cause(store, attempt, "CANCELLED") == "dependency"
+
+
+def test_the_time_limit_is_forgiven_where_the_job_got_further(store, attempt):
+    started(attempt)
+    Progress(store.work(STAGE.id)).update("calibration", 3, 9)
+    end = explain_end(store, STAGE, attempt, job("TIMEOUT", attempt))
+    assert end.cause == "time limit" and end.progress["done"] == 3
+    attempt.close(end)
+    again = Ledger(store.root).open_attempt(STAGE, 8, 64, 30, None)
+    again.record_job("8")
+    assert explain_end(store, STAGE, again, job("TIMEOUT", again)).cause == "time limit without progress"
+    Progress(store.work(STAGE.id)).update("calibration", 4, 9)
+    assert explain_end(store, STAGE, again, job("TIMEOUT", again)).cause == "time limit"
+
+
+def test_the_failing_node_is_named(store, attempt):
+    started(attempt, nodes="n[1-2]")
+    (attempt.folder / "7_0_log.err").write_text("srun: error: Node failure on n2\n")
+    assert explain_end(store, STAGE, attempt, job("NODE_FAIL", attempt)).bad_nodes == ["n2"]
+    (attempt.folder / "7_0_log.err").write_text("")
+    assert explain_end(store, STAGE, attempt, job("NODE_FAIL", attempt)).bad_nodes == []
+    started(attempt, nodes="n4")
+    assert explain_end(store, STAGE, attempt, job("NODE_FAIL", attempt)).bad_nodes == ["n4"]
+
+
+def test_gpu_seconds_count_every_start_of_the_job(store, attempt):
+    attempt.record_run(Run("7", 0, "n1", 1000.0, 1010.0, "interrupted"))
+    attempt.record_run(Run("7", 1, "n2", 1100.0, 1105.0, "failed"))
+    end = explain_end(store, STAGE, attempt, job("FAILED", attempt))
+    assert (end.run_seconds, end.gpu_seconds) == (15.0, 120.0)
+    assert isinstance(end, End)

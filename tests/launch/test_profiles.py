@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+
+from hfprune_dist.errors import UserError
+from launch.profiles import load_profile
+
+SHIPPED = Path(__file__).resolve().parents[2] / "slurm" / "profiles"
+
+
+def write(tmp_path, text):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+def test_shipped_profiles_are_valid(name):
+    profile = load_profile(name, SHIPPED)
+    assert profile.name == name and set(profile.resources) == {"importance", "prune", "recover", "evaluate"}
+
+
+def test_a_kind_of_stage_overrides_single_settings(tmp_path):
+    common = "partition: gpu\ntasks_per_node: 8\ngpus_per_node: 8\nmax_running: 3\n"
+    profile = load_profile(write(tmp_path, common + "stages: {importance: {nodes: 4}}\n"), SHIPPED)
+    importance, evaluate = profile.resources["importance"], profile.resources["evaluate"]
+    assert (importance.nodes, importance.ranks, importance.gpus, importance.partition) == (4, 32, 32, "gpu")
+    assert (evaluate.nodes, evaluate.ranks) == (1, 8)
+    assert profile.max_running == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("partitoin: gpu", ["unknown key 'partitoin'", "did you mean 'partition'", "time_minutes"]),
+        ("stages: {recover: {node: 2}}", ["stages.recover", "unknown key 'node'", "did you mean 'nodes'"]),
+        ("stages: {training: {nodes: 2}}", ["stages.training", "importance"]),
+        ("time_minutes: 4 hours", ["time_minutes", "integer"]),
+        ("nodes: 0", ["nodes", "greater than or equal to 1"]),
+        ("[a", ["not valid YAML"]),
+        ("just text", ["keys and values"]),
+    ],
+)
+def test_mistakes_are_explained(tmp_path, text, expected):
+    with pytest.raises(UserError) as caught:
+        load_profile(write(tmp_path, text), SHIPPED)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_an_unknown_profile(tmp_path):
+    with pytest.raises(UserError, match=r"no profile 'local-clutser'; did you mean 'local-cluster'"):
+        load_profile("local-clutser", SHIPPED)
