@@ -24,7 +24,7 @@ from hfprune_dist.parallel.interruption import Interrupted, Interruption
 from hfprune_dist.progress import Failure, clear_failures, read_heartbeat, write_failure, write_failure_record
 from launch.ledger import Ledger, Run, as_progress
 from launch.slurm_cli import SlurmCommands, SlurmUnavailableError
-from launch.stage import die_with_parent, prepare_environment, run_stage
+from launch.stage import die_with_parent, leave_process, prepare_environment, run_stage
 
 if TYPE_CHECKING:
     from hfprune_dist.parallel.world import World
@@ -53,7 +53,7 @@ class StageJob:
     stage_id: str
 
     def __call__(self) -> None:
-        """Run this rank; the process ends here unless the stage is done."""
+        """Run this rank; the process ends here."""
         interruption = Interruption()
         # Slurm announces the time limit and preemption by USR2, scancel and preemption by TERM; submitit's handlers go.
         interruption.listen(signal.SIGUSR2, signal.SIGTERM)
@@ -138,14 +138,16 @@ class _Rank:
             preflight(self._store, os.environ)
             run_stage(self._store, self._stage_id, self._interruption, self._admit)
         except Interrupted:
-            self._leave(0 if self._rank > 0 or self._requeue() else 1)
+            leave_process(0 if self._rank > 0 or self._requeue() else 1)
         except DuplicateError as duplicate:
             print(duplicate, file=sys.stderr)
             self._end("duplicate")
-            self._leave(DUPLICATE_EXIT_CODE)
+            leave_process(DUPLICATE_EXIT_CODE)
         except Exception as error:
             self._fail(error)
         self._end("done")
+        # Not back to submitit: it would pickle a result that nobody reads, and the exit code must not depend on it.
+        leave_process(0)
 
     def _admit(self, world: World) -> bool:
         """Whether the stage has to run: rank 0 asks until there is an answer, all ranks learn it."""
@@ -180,17 +182,11 @@ class _Rank:
         if not isinstance(mended, UserError):
             sys.excepthook(type(error), error, error.__traceback__)
         print(f"error: {mended}", file=sys.stderr)
-        self._leave(UserError.EXIT_CODE if isinstance(mended, UserError) else 1)
+        leave_process(UserError.EXIT_CODE if isinstance(mended, UserError) else 1)
 
     def _end(self, how: str) -> None:
         if self._reception is not None:
             self._reception.end(how)
-
-    def _leave(self, code: int) -> None:
-        """End at once: other ranks may hang in a collective with this one, so there is no farewell."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 class _Reception:

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.config import RuntimeConfig
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; a rank that can't run should
     from hfprune_dist.parallel.world import World
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Run the stage; a failure is left as a file in its work folder, with a cause, before the process ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path, help="the sweep's store, e.g. runs/demo/store")
@@ -45,11 +45,18 @@ def main() -> int:
         with contextlib.suppress(OSError):  # a full disk has no room for the reason; the launcher then finds it
             write_failure(store.work(arguments.stage), mended, rank)
         if isinstance(mended, UserError):
-            print(f"error: {mended}", file=sys.stderr, flush=True)
+            print(f"error: {mended}", file=sys.stderr)
             # The other ranks may hang in a collective with this one: leave without the process group's farewell.
-            os._exit(UserError.EXIT_CODE)
+            leave_process(UserError.EXIT_CODE)
         raise
-    return 0
+    leave_process(0)
+
+
+def leave_process(code: int) -> NoReturn:
+    """End at once, without the interpreter's farewell: in it, threads of gloo and DeepSpeed abort now and then."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def prepare_environment() -> None:
@@ -111,4 +118,4 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
