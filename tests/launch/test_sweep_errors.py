@@ -90,5 +90,3 @@ def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path):
     assert result.returncode == 0 and not (tmp_path / "out").exists()
     assert "8 cells, 20 stages: 0 reuse, 20 run" in result.stdout
     assert result.stdout.count("not made yet") == 20
-
-
