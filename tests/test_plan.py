@@ -113,7 +113,7 @@ def test_plans_survive_the_round_trip_to_json(world):
 
 
 def test_an_unreachable_ratio_is_refused(world):
-    with pytest.raises(UserError, match=r"model 'a'.*largest possible is 0\.2845"):
+    with pytest.raises(UserError, match=r"model 'a'.*largest possible is 0\.2783"):
         plan_of(world, ratios=[0.5])
 
 

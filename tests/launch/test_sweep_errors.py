@@ -25,7 +25,7 @@ def refused(config, out, *arguments):
         (["--ratios", ""], ["--ratios", "one or more values"]),
         (["--ratios", "0"], ["ratios.0", "greater than 0"]),
         (["--ratios", "1.5"], ["ratios.0", "less than 1"]),
-        (["--ratios", "0.9"], ["ratio 0.9", "largest possible is 0.28"]),
+        (["--ratios", "0.9"], ["ratio 0.9", "largest possible is 0.2783"]),
         (["--ratios", "0.1,0.1"], ["ratios", "listed twice"]),
         (["--ratios", "a lot"], ["--ratios 'a lot'"]),
         (["--set", "calibration.sample=3"], ["unknown key 'calibration.sample'", "did you mean 'samples'"]),
