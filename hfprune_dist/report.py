@@ -121,7 +121,7 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells of the table that people read: headline score of each task, in percent."""
+    """Headers and cells of the table that people read: headline score of each task in percent, or its perplexity."""
     tasks = list(dict.fromkeys(task for row in rows for task in row["tasks"]))
     headers = ["model", "ratio", "reached", "recovery", "params", "width", "ppl", "KL", "agree", *tasks]
     # Averages of one score, or of none, would only repeat it.
@@ -141,8 +141,8 @@ def _cells(row: Row, tasks: Sequence[str], averaged: Sequence[str]) -> list[str]
         return [*shown, f"missing: {row['cause']}"]
     shown += [_number(row["perplexity"], "{:.2f}"), _number(row["kl"], "{:.4f}")]
     shown += [_number(row["top1_agreement"], "{:.3f}")]
-    shown += [_score(headline(row["tasks"].get(task, {}))) for task in tasks]
-    shown += [_score(row[key]) for key in averaged]
+    shown += [_task_score(row["tasks"].get(task, {})) for task in tasks]
+    shown += [_percent(row[key]) for key in averaged]
     return [*shown, _number(row["wall_time_s"], "{:.0f} s")]
 
 
@@ -150,11 +150,14 @@ def _number(value: float | None, template: str) -> str:
     return "-" if value is None else template.format(value)
 
 
-def _score(value: float | None) -> str:
-    """Accuracies in percent; perplexities and the like, which exceed 1, as they are."""
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f}" if value <= 1 else f"{value:.2f}"
+def _task_score(metrics: Mapping[str, Any]) -> str:
+    """A task's headline in percent; the word perplexity of a task that has no share to show."""
+    value = headline(metrics)
+    return _number(metrics.get("word_perplexity"), "{:.2f}") if value is None else _percent(value)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -233,26 +233,25 @@ def test_the_demo_configuration_names_these_assets():
 
 
 @pytest.mark.slow
-def test_models_are_whole_equal_and_made_once(tmp_path, capsys):
+def test_models_are_whole_equal_and_made_once(real_assets, capsys):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from hfprune_dist.models.checkpoint import open_checkpoint
 
-    demo_assets.build(tmp_path)
-    written = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
-    demo_assets.build(tmp_path)
+    written = {file: file.stat().st_mtime_ns for file in real_assets.rglob("*") if file.is_file()}
+    demo_assets.build(real_assets)
     assert capsys.readouterr().out.count("in place") == len(demo_assets.PARTS)
     assert written == {file: file.stat().st_mtime_ns for file in written}
 
-    text = read_jsonl(tmp_path / "text/heldout.jsonl")[0]["text"]
+    text = read_jsonl(real_assets / "text/heldout.jsonl")[0]["text"]
     logits = {}
     for name, architecture in (("llama", "LlamaForCausalLM"), ("qwen", "Qwen2ForCausalLM")):
-        assert open_checkpoint(tmp_path / name).parameters > 134e6
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        assert open_checkpoint(real_assets / name).parameters > 134e6
+        tokenizer = transformers.AutoTokenizer.from_pretrained(real_assets / name)
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / name, dtype=torch.float32, output_loading_info=True
+            real_assets / name, dtype=torch.float32, output_loading_info=True
         )
         assert type(model).__name__ == architecture
         assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -1,0 +1,67 @@
+"""A real pretrained model, from its checkpoint to the table."""
+
+import json
+
+import pytest
+import torch
+from ranks import ROOT
+from safetensors.torch import load_file
+from sweeps import results, sweep
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = {
+    "models": "[llama]",
+    "ratios": "[0.2]",
+    "calibration.samples": "4",
+    "calibration.shard_size": "1",
+    "recovery.max_steps": "2",
+    "evaluation.tasks": "[demo_continuation]",
+    "evaluation.limit": "24",
+    "evaluation.fidelity.windows": "3",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(real_assets, tmp_path_factory):
+    out = tmp_path_factory.mktemp("real") / "out"
+    places = {
+        "aliases.llama.path": real_assets / "llama",
+        "calibration.path": real_assets / "text" / "calibration.jsonl",
+        "recovery.path": real_assets / "instructions.jsonl",
+        "evaluation.include_path": real_assets / "tasks",
+        "evaluation.fidelity.path": real_assets / "text" / "heldout.jsonl",
+    }
+    assignments = [f"--set={key}={value}" for key, value in (SETTINGS | places).items()]
+    result = sweep(ROOT / "configs" / "demo.yaml", out, *assignments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out
+
+
+def test_the_table_tells_a_pretrained_model_from_a_pruned_one(finished):
+    dense, control, pruned = results(finished)
+    assert float(dense["perplexity"]) < 40 < float(pruned["perplexity"])
+    assert float(dense["kl"]) == 0 < float(control["kl"]) < float(pruned["kl"])
+    assert float(dense["demo_continuation/acc"]) > 0.5
+    assert int(dense["parameters"]) == 134_515_008
+    assert pruned["intermediate_size"] == "1017" and float(pruned["ratio_reached"]) == pytest.approx(0.2, abs=1e-4)
+
+
+def test_the_kept_neurons_are_those_of_the_highest_scores(finished):
+    (importance,) = (finished / "store" / "importance").iterdir()
+    (prune,) = (finished / "store" / "prune").iterdir()
+    scores = load_file(importance / "importance.safetensors")
+    kept = json.loads((prune / "kept.json").read_text())["layers"]
+    for layer in range(30):
+        assert kept[layer] == sorted(scores[f"layers.{layer}.entropy"].topk(1017).indices.tolist())
+
+
+def test_the_pruned_checkpoint_still_speaks(finished):
+    checkpoint = results(finished)[2]["checkpoint"]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert model.dtype == torch.bfloat16
+    prompt = tokenizer("In Python, a list is", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0])
+    assert len(text.split()) > 6
