@@ -17,6 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hfprune_dist.errors import UserError, did_you_mean
 
 Dtype = Literal["float32", "bfloat16"]
+# The keys of hfprune_dist.core.criteria.CRITERIA, which explains them; written out here since that one imports torch.
+CriterionName = Literal[
+    "entropy",
+    "entropy_squared",
+    "cross_entropy",
+    "fisher",
+    "fisher_signs",
+    "activation",
+    "magnitude",
+    "random",
+]
 Positive = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -72,8 +83,14 @@ class CalibrationConfig(TextSource):
 class ImportanceConfig(Section):
     """How neurons are scored."""
 
-    criteria: list[Literal["entropy"]] = Field(default=["entropy"], min_length=1)
-    """Scores to compute in the calibration pass. entropy: sum over tokens of |h * dH/dh| (HFPrune)."""
+    criteria: list[CriterionName] = Field(default=["entropy"], min_length=1)
+    """Scores to compute, all in one calibration pass: one forward, and one backward for each loss.
+
+    entropy: sum over tokens of |h * dH/dh| (HFPrune). entropy_squared: sum of squares of the same terms.
+    cross_entropy: sum of |h * dCE/dh| (LLM-Pruner's first order). fisher: sum of (h * dlog p(y)/dh)^2 with y drawn
+    from p. fisher_signs: the same expectation, from random signs. activation: norm of h times the norm of the
+    down_proj column (Wanda-sp). magnitude: norm of the weights. random: a random order.
+    """
     dtype: Dtype = "bfloat16"
     """Compute dtype of forward and backward; scores are accumulated in float64 in any case."""
 
@@ -81,7 +98,7 @@ class ImportanceConfig(Section):
 class PruneConfig(Section):
     """How scores become a smaller checkpoint."""
 
-    criterion: Literal["entropy"] = "entropy"
+    criterion: CriterionName = "entropy"
     """The score that selects; one of importance.criteria."""
     allocation: Literal["uniform"] = "uniform"
     """How the removed parameters are spread over layers. uniform: the same width in every layer."""
@@ -236,7 +253,10 @@ class SweepConfig(Section):
     @model_validator(mode="after")
     def _criterion_is_computed(self) -> SweepConfig:
         if self.prune.criterion not in self.importance.criteria:
-            raise ValueError(f"prune.criterion {self.prune.criterion!r} is not in importance.criteria")
+            raise ValueError(
+                f"prune.criterion {self.prune.criterion!r} is not in importance.criteria "
+                f"({', '.join(self.importance.criteria)}): add it there, or set prune.criterion to one of them"
+            )
         return self
 
 

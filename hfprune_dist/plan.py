@@ -194,7 +194,7 @@ class _Planner:
         calibration, text = self._text(config.calibration)
         params = {
             "calibration": calibration,
-            "criteria": list(config.importance.criteria),
+            "criteria": sorted(set(config.importance.criteria)),
             "dtype": config.importance.dtype,
             "add_bos_token": config.evaluation.add_bos_token,
             "seed": config.seed,

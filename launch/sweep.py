@@ -151,6 +151,8 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         overrides["models"] = parse_list("--models", arguments.models)
     if arguments.ratios is not None:
         overrides["ratios"] = parse_ratios(arguments.ratios)
+    if arguments.criteria is not None:
+        overrides["importance.criteria"] = parse_list("--criteria", arguments.criteria)
     if arguments.ranks is not None:
         overrides["runtime.ranks"] = arguments.ranks
     return overrides
@@ -207,6 +209,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--ratios", metavar="R,R", help="removed / all parameters of the model, each in (0, 1); default: 0.2,0.3"
+    )
+    parser.add_argument(
+        "--criteria",
+        metavar="A,B",
+        help="scores to compute in one calibration pass (importance.criteria); prune.criterion must be one of them",
     )
     parser.add_argument(
         "--config",

@@ -1,16 +1,47 @@
-"""The published definition, word by word, in float64: what every implementation is held against."""
+"""The definitions, word by word, in float64 autograd: what every implementation is held against."""
 
 import copy
 
 import torch
 
+from hfprune_dist.core.losses import draw_sign_bits, draw_uniform, sample_labels, signs_of
 
-def definition(model, windows):
-    """sum over windows and tokens of |h * dH/dh|, H the mean entropy of a window, in float64."""
-    model = copy.deepcopy(model).double()
+
+def entropy(logits, _input_ids, _window, _seed):
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1).mean()
+
+
+def cross_entropy(logits, input_ids, _window, _seed):
+    return torch.nn.functional.cross_entropy(logits[:-1], input_ids[1:])
+
+
+def sampled_label(logits, _input_ids, window, seed):
+    labels = sample_labels(logits.detach(), draw_uniform(seed, window, len(logits)))
+    return logits.log_softmax(-1).gather(1, labels[:, None]).sum()
+
+
+def random_signs(logits, _input_ids, window, seed):
+    signs = signs_of(draw_sign_bits(seed, window, *logits.shape), logits.shape[1], logits.dtype)
+    return 2 * (signs * logits.softmax(-1).sqrt()).sum()
+
+
+# Criterion -> its loss, and what is summed over tokens; x is h * dL/dh.
+GRADIENT_CRITERIA = {
+    "entropy": (entropy, lambda x: x.abs()),
+    "entropy_squared": (entropy, lambda x: x**2),
+    "cross_entropy": (cross_entropy, lambda x: x.abs()),
+    "fisher": (sampled_label, lambda x: x**2),
+    "fisher_signs": (random_signs, lambda x: x**2),
+}
+
+
+def definition(model, windows, criterion="entropy", seed=0):
+    """Scores of every layer's neurons, float64 [layers, neurons]: a sum over windows and tokens."""
+    model = copy.deepcopy(model).double().requires_grad_()
     layers = model.model.layers
     scores = torch.zeros(len(layers), model.config.intermediate_size, dtype=torch.float64)
-    for window in windows:
+    for number, window in enumerate(windows):
         captured = []
 
         def keep(_module, inputs, captured=captured):
@@ -18,11 +49,22 @@ def definition(model, windows):
             captured.append(inputs[0])
 
         handles = [layer.mlp.down_proj.register_forward_pre_hook(keep) for layer in layers]
-        log_p = model(input_ids=window[None]).logits.log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1).mean()
-        entropy.backward()
+        logits = model(input_ids=window[None]).logits[0]
+        if criterion in GRADIENT_CRITERIA:
+            loss, _ = GRADIENT_CRITERIA[criterion]
+            loss(logits, window, number, seed).backward()
         for layer, hidden in enumerate(captured):
-            scores[layer] += (hidden * hidden.grad).abs().sum((0, 1)).detach()
+            scores[layer] += _summed(criterion, hidden).sum((0, 1)).detach()
         for handle in handles:
             handle.remove()
+    if criterion == "activation":
+        columns = [layer.mlp.down_proj.weight.detach() for layer in layers]
+        scores = scores.sqrt() * torch.stack([column.pow(2).sum(0).sqrt() for column in columns])
     return scores
+
+
+def _summed(criterion, hidden):
+    if criterion == "activation":
+        return hidden**2
+    _, terms = GRADIENT_CRITERIA[criterion]
+    return terms(hidden * hidden.grad)

@@ -1,7 +1,10 @@
+import typing
+
 import pytest
 import yaml
 
-from hfprune_dist.config import load_config, parse_assignment, parse_list, parse_ratios
+from hfprune_dist.config import CriterionName, load_config, parse_assignment, parse_list, parse_ratios
+from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 
 
@@ -52,6 +55,18 @@ def test_bad_configuration_is_explained(tmp_path, content, expected):
         load_config([write(tmp_path, content)], {})
     for part in expected:
         assert part in str(caught.value)
+
+
+def test_every_criterion_can_be_configured():
+    config = load_config([], {"importance.criteria": list(CRITERIA), "prune.criterion": "fisher"})
+    assert set(typing.get_args(CriterionName)) == set(CRITERIA) == set(config.importance.criteria)
+
+
+def test_pruning_needs_a_criterion_that_is_computed():
+    with pytest.raises(
+        UserError, match=r"'entropy' is not in importance.criteria \(fisher, random\).*set prune.criterion"
+    ):
+        load_config([], {"importance.criteria": ["fisher", "random"]})
 
 
 def test_every_problem_is_told_at_once(tmp_path):

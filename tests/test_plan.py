@@ -99,6 +99,14 @@ def test_what_affects_a_result_changes_its_fingerprint_and_no_other(world, chang
         assert {"recover", "evaluate"} <= kept
 
 
+def test_the_order_of_criteria_does_not_matter_but_which_they_are_does(world):
+    plans = [
+        list(plan_of(world, importance__criteria=names).stages)
+        for names in (["entropy", "fisher"], ["fisher", "entropy", "fisher"], ["entropy"])
+    ]
+    assert plans[0] == plans[1] and not set(plans[0]) & {i for i in plans[2] if i.startswith("importance")}
+
+
 def test_the_content_of_inputs_is_what_counts(world, tmp_path):
     edited = tmp_path / "text.jsonl"
     edited.write_text((world / "text.jsonl").read_text() + '{"text": "one more"}\n')

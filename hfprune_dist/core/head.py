@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-# Logits -> (loss per token [N], gradient of that loss at the logits [N, V]); may overwrite its argument.
-LogitGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+# Logits of some rows [N, V], and which rows -> (loss per token [N], its gradient at those logits [N, V]); may overwrite
+# the logits.
+LogitGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 CHUNK_BYTES = 64 * 2**20
 
 
-def head_gradient(
-    hidden_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, logit_gradient: LogitGradient
-) -> tuple[Tensor, Tensor]:
-    """Per-token loss and its gradient at the hidden states: dL/dhidden = dL/dz @ W.
+def head_gradients(
+    hidden_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, logit_gradients: Sequence[LogitGradient]
+) -> list[tuple[Tensor, Tensor]]:
+    """Per-token losses and their gradients at the hidden states, dL/dhidden = dL/dz @ W, in one pass over the logits.
+
+    Memory does not grow with the number of losses, but for the results: a chunk's logits are computed once, losses
+    overwrite a copy of them one after another, and the last one overwrites the logits themselves. Chunks have the same
+    rows whatever the losses, so that no loss changes the bits of another.
 
     Args:
         hidden_NC: final hidden states [tokens, hidden_size], float32 or bfloat16, no graph needed.
         weight_VC: the head's weight [vocabulary, hidden_size], same dtype.
         bias_V: the head's bias, if it has one.
-        logit_gradient: the loss, as a closed form on float32 logits (float64 where the model is).
+        logit_gradients: the losses, as closed forms on float32 logits (float64 where the model is).
 
     Returns:
-        loss_N in float32 (or float64) and the gradient of ``loss_N.sum()`` at ``hidden_NC``, in its dtype.
+        For each loss: loss_N in float32 (or float64), and the gradient of ``loss_N.sum()`` at ``hidden_NC``, in its
+        dtype.
     """
-    losses, gradient_NC = [], torch.empty_like(hidden_NC)
+    losses: list[list[Tensor]] = [[] for _ in logit_gradients]
+    gradients_NC = [torch.empty_like(hidden_NC) for _ in logit_gradients]
+    last = len(logit_gradients) - 1
     for rows, logits_NV in logit_chunks(hidden_NC, weight_VC, bias_V):
-        loss_N, gradient_NV = logit_gradient(logits_NV)
-        losses.append(loss_N)
-        torch.matmul(gradient_NV.to(weight_VC.dtype), weight_VC, out=gradient_NC[rows])
-    return torch.cat(losses), gradient_NC
+        for number, logit_gradient in enumerate(logit_gradients):
+            loss_N, gradient_NV = logit_gradient(logits_NV if number == last else logits_NV.clone(), rows)
+            losses[number].append(loss_N)
+            torch.matmul(gradient_NV.to(weight_VC.dtype), weight_VC, out=gradients_NC[number][rows])
+            del gradient_NV
+    return [(torch.cat(loss), gradient_NC) for loss, gradient_NC in zip(losses, gradients_NC, strict=True)]
 
 
 def logit_chunks(hidden_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Iterator[tuple[slice, Tensor]]:

@@ -1,44 +1,56 @@
-"""Scores of MLP neurons, reduced inside backward hooks so that no activation gradient outlives its layer."""
+"""Sums over tokens that score MLP neurons, reduced inside hooks so that no activation gradient outlives its layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from hfprune_dist.core.criteria import Criterion, Loss
 
 
 class NonFiniteError(ValueError):
     """Activations or gradients of a layer are NaN or infinite; the message says which."""
 
 
-class TaylorScores:
-    """Accumulates score_n = sum over tokens of |h_n * dL/dh_n| for every neuron (HFPrune, eq. for S_n, L = H).
+class NeuronSums:
+    """Accumulates, for every neuron and criterion, the sum over tokens of |x| or x^2, x = h_n * dL/dh_n or h_n.
 
     ``h`` is the input of a layer's down projection. The gradient graph begins at the first layer's ``h``: nothing
-    below it needs a gradient, and no parameter does.
+    below it needs a gradient, and no parameter does. Use::
+
+        with sums.observe():
+            hidden = body(windows)  # under no_grad where no criterion has a loss
+            sums.backward(hidden, head_gradients(...))  # where one has
 
     Args:
         down_projections: one module per layer, in order.
         intermediate_size: neurons per layer.
+        criteria: those with something to sum.
 
     Attributes:
-        scores_LD: float64 [num_layers, intermediate_size] on the CPU.
+        sums_KLD: float64 [criteria, num_layers, intermediate_size] on the CPU.
     """
 
-    def __init__(self, down_projections: Sequence[nn.Module], intermediate_size: int) -> None:
+    def __init__(
+        self, down_projections: Sequence[nn.Module], intermediate_size: int, criteria: Sequence[Criterion]
+    ) -> None:
         self._modules = down_projections
-        self.scores_LD = torch.zeros(len(down_projections), intermediate_size, dtype=torch.float64)
-        self._partial: dict[int, Tensor] = {}
+        self._criteria = criteria
+        self._needs_gradient = any(criterion.loss for criterion in criteria)
+        self.sums_KLD = torch.zeros(len(criteria), len(down_projections), intermediate_size, dtype=torch.float64)
+        self._partial: dict[tuple[str, int], Tensor] = {}
         self._activation_sum: dict[int, Tensor] = {}
+        self._loss: Loss | None = None
 
     @contextmanager
     def observe(self) -> Iterator[None]:
-        """Hook the modules for one forward and backward, then add what they saw to the scores.
+        """Hook the modules for one forward and its backwards, then add what they saw to the sums.
 
         Raises:
-            NonFiniteError: where a layer saw NaN or infinity; the scores are then left as they were.
+            NonFiniteError: where a layer saw NaN or infinity; the sums are then left as they were.
         """
         handles = [
             module.register_forward_pre_hook(self._make_hook(layer), prepend=True)
@@ -53,32 +65,84 @@ class TaylorScores:
             self._partial.clear()
             self._activation_sum.clear()
 
-    def _make_hook(self, layer: int):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    def backward(
+        self,
+        hidden_BTC: Tensor,
+        gradients: Mapping[Loss, tuple[Tensor, Tensor]],
+        before_each: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        """One backward for each loss through the graph of one forward, freed by the last.
+
+        Args:
+            hidden_BTC: final hidden states, with their graph.
+            gradients: loss -> loss per token and the gradient of its sum at the hidden states, from the head.
+            before_each: called before every backward.
+
+        Returns:
+            Loss name -> sum over windows of the loss per token.
+        """
+        values = {}
+        for number, (loss, (loss_N, gradient_NC)) in enumerate(gradients.items(), start=1):
+            terms = loss.terms(hidden_BTC.shape[1])
+            gradient_BTC = gradient_NC.view_as(hidden_BTC)
+            before_each()
+            self._loss = loss
+            hidden_BTC.backward(
+                gradient_BTC / terms if loss.reduction == "mean" else gradient_BTC,
+                retain_graph=number < len(gradients),
+            )
+            self._loss = None
+            values[loss.name] = loss_N.sum(dtype=torch.float64).item() / terms
+        return values
+
+    def _make_hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def before_down_projection(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             (hidden_BTD,) = inputs
-            if not hidden_BTD.requires_grad:
+            if self._needs_gradient and not hidden_BTD.requires_grad:
                 hidden_BTD = hidden_BTD.detach().requires_grad_()
             self._activation_sum[layer] = hidden_BTD.detach().sum()
-            hidden_BTD.register_hook(lambda gradient_BTD: self._reduce(layer, hidden_BTD.detach(), gradient_BTD))
+            self._reduce_activation(layer, hidden_BTD.detach())
+            if self._needs_gradient:
+                hidden_BTD.register_hook(lambda gradient: self._reduce_gradient(layer, hidden_BTD.detach(), gradient))
             return (hidden_BTD,)
 
         return before_down_projection
 
-    def _reduce(self, layer: int, hidden_BTD: Tensor, gradient_BTD: Tensor) -> None:
-        wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
-        self._partial[layer] = (hidden_BTD.to(wide) * gradient_BTD).abs_().flatten(0, -2).sum(dim=0)
+    def _reduce_activation(self, layer: int, hidden_BTD: Tensor) -> None:
+        for criterion in self._criteria:
+            if criterion.summed == "activation":
+                self._partial[criterion.name, layer] = _sum_over_tokens(criterion, _widened(hidden_BTD).abs())
+
+    def _reduce_gradient(self, layer: int, hidden_BTD: Tensor, gradient_BTD: Tensor) -> None:
+        assert self._loss is not None, "a backward that is not ours"
+        magnitude_BTD = (_widened(hidden_BTD) * gradient_BTD).abs_()
+        for criterion in self._criteria:
+            if criterion.loss is self._loss:
+                self._partial[criterion.name, layer] = _sum_over_tokens(criterion, magnitude_BTD)
 
     def _absorb(self) -> None:
-        """Add one backward's float32 sums to the float64 scores."""
+        """Add one micro-batch's float32 sums to the float64 ones."""
         layers = range(len(self._modules))
-        partial_LD = torch.stack([self._partial[layer] for layer in layers]).cpu()
-        if not partial_LD.isfinite().all():
-            self._explain(partial_LD)
-        self.scores_LD += partial_LD
+        partial_KLD = torch.stack(
+            [torch.stack([self._partial[criterion.name, layer] for layer in layers]) for criterion in self._criteria]
+        ).cpu()
+        if not partial_KLD.isfinite().all():
+            self._explain(partial_KLD)
+        self.sums_KLD += partial_KLD
 
-    def _explain(self, partial_LD: Tensor) -> None:
+    def _explain(self, partial_KLD: Tensor) -> None:
         finite = [bool(self._activation_sum[layer].isfinite()) for layer in range(len(self._modules))]
         if not all(finite):
             raise NonFiniteError(f"activations of layer {finite.index(False)} are NaN or infinite")
-        lost = (~partial_LD.isfinite().all(dim=1)).nonzero().max().item()
-        raise NonFiniteError(f"gradients of layer {lost} are NaN or infinite")
+        what = "gradients" if self._needs_gradient else "squared activations"
+        lost = (~partial_KLD.isfinite().all(dim=2)).any(dim=0).nonzero().max().item()
+        raise NonFiniteError(f"{what} of layer {lost} are NaN or infinite")
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _sum_over_tokens(criterion: Criterion, magnitude_BTD: Tensor) -> Tensor:
+    terms_BTD = magnitude_BTD if criterion.reduction == "abs" else magnitude_BTD.square()
+    return terms_BTD.flatten(0, -2).sum(dim=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,24 @@ def load_frozen(checkpoint: Path, dtype: torch.dtype, micro_batch_size: int, wor
     engine, *_ = deepspeed.initialize(model=model, config=config)
     module: nn.Module = engine.module
     return module.eval()
+
+
+def rearming(model: nn.Module) -> Callable[[], None]:
+    """Call it after a forward; what it returns readies the model's hooks for one more backward of that forward.
+
+    DeepSpeed counts how often each module's parameters are to be gathered and released in backward, and counts down
+    to nothing in the first one: a second backward over the same graph would find the parameters gone.
+    """
+    counters = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
+    counts = [
+        (module, name, vars(module)[name]) for module in model.modules() for name in counters if name in vars(module)
+    ]
+
+    def rearm() -> None:
+        for module, name, count in counts:
+            setattr(module, name, count)
+
+    return rearm
 
 
 @contextmanager

@@ -1,44 +1,89 @@
 """Importance: score every MLP neuron over the calibration windows, on a model sharded over all ranks.
 
-Windows are cut into fixed shards, whatever the number of ranks; ranks work on consecutive shards, and the shards'
-scores are added in shard order. So the sum has the same bits on any number of ranks, and a resume goes on at a shard.
+Any number of criteria share the pass: one forward, one pass over the logits, one backward for each loss. Windows are
+cut into fixed shards, whatever the number of ranks; ranks work on consecutive shards, and the shards' sums are added in
+shard order. So the sums have the same bits on any number of ranks, and a resume goes on at a shard.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hfprune_dist.core.entropy import entropy_gradient
-from hfprune_dist.core.head import head_gradient
-from hfprune_dist.core.importance import NonFiniteError, TaylorScores
+from hfprune_dist.core.criteria import CRITERIA, Batch, Criterion, losses_of
+from hfprune_dist.core.head import head_gradients
+from hfprune_dist.core.importance import NeuronSums, NonFiniteError
 from hfprune_dist.data.text import field_of, read_records
 from hfprune_dist.data.windows import in_random_order, sample_windows
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.models.tokenizer import bos_id, load_tokenizer, plain_ids
-from hfprune_dist.parallel.zero3 import gathered, load_frozen
+from hfprune_dist.models.weights import mlp_layer
+from hfprune_dist.parallel.zero3 import gathered, load_frozen, rearming
 from hfprune_dist.stages.context import Context
 
 PARTIAL = "partial.safetensors"
 WINDOWS = "windows.safetensors"
 
 
+@dataclass
+class _Totals:
+    """What the calibration pass has added up over the shards before ``next_shard``.
+
+    Attributes:
+        sums_KLD: float64 [criteria with a sum, num_layers, intermediate_size].
+        losses: loss name -> sum over windows of the loss per token.
+    """
+
+    sums_KLD: Tensor
+    losses: dict[str, float] = field(default_factory=dict)
+    next_shard: int = 0
+
+
 def run(context: Context) -> None:
     """Write ``importance.safetensors`` and ``windows.safetensors``."""
     checkpoint = open_checkpoint(context.input_path("model"))
+    criteria = [CRITERIA[name] for name in context.params["criteria"]]
     documents = _prepare_windows(context)
     windows_ST = load_file(context.work / WINDOWS)["input_ids"]
-    scores_LD, entropy = _accumulate(context, checkpoint, windows_ST)
+    totals = _accumulate(context, checkpoint, windows_ST, _summed(criteria))
     draft = context.open_draft()
     if context.world.is_first:
-        named = {f"layers.{layer}.entropy": row.clone() for layer, row in enumerate(scores_LD)}
-        save_file(named, draft / "importance.safetensors")
+        save_file(_scores(context, checkpoint, criteria, totals), draft / "importance.safetensors")
         save_file({"input_ids": windows_ST}, draft / WINDOWS)
-    context.commit(draft, {"tokens": windows_ST.numel(), "mean_entropy_nats": entropy, **documents})
+    losses = [loss for loss in losses_of(criteria) if loss.in_nats]
+    means = {f"mean_{loss.name}_nats": totals.losses[loss.name] / len(windows_ST) for loss in losses}
+    context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents})
+
+
+def _summed(criteria: Sequence[Criterion]) -> list[Criterion]:
+    """Criteria that need the calibration pass."""
+    return [criterion for criterion in criteria if criterion.summed != "nothing"]
+
+
+def _scores(
+    context: Context, checkpoint: Checkpoint, criteria: Sequence[Criterion], totals: _Totals
+) -> dict[str, Tensor]:
+    """``layers.<i>.<criterion>`` -> float64 [intermediate_size]; weights are read one layer at a time."""
+    sums = dict(zip([criterion.name for criterion in _summed(criteria)], totals.sums_KLD, strict=True))
+    nothing_D = torch.zeros(checkpoint.intermediate_size, dtype=torch.float64)
+    scores = {}
+    for number in range(checkpoint.num_layers):
+        layer = mlp_layer(checkpoint, number, context.params["seed"])
+        for criterion in criteria:
+            sum_D = sums[criterion.name][number] if criterion.name in sums else nothing_D
+            scores_D = criterion.finish(sum_D, layer).clone()
+            if not scores_D.isfinite().all():
+                raise UserError(
+                    f"importance: {criterion.name} of layer {number} is NaN or infinite; check the checkpoint's weights"
+                )
+            scores[f"layers.{number}.{criterion.name}"] = scores_D
+    return scores
 
 
 def _prepare_windows(context: Context) -> dict[str, int]:
@@ -67,89 +112,111 @@ def _prepare_windows(context: Context) -> dict[str, int]:
 
 
 class _Pass:
-    """The calibration pass on one rank: from a micro-batch of windows to scores."""
+    """The calibration pass on one rank: from a shard's windows to sums."""
 
-    def __init__(self, context: Context, checkpoint: Checkpoint, micro_batch_size: int) -> None:
+    def __init__(
+        self, context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]
+    ) -> None:
         dtype = getattr(torch, context.params["dtype"])
+        self.windows_ST = windows_ST
+        self.criteria = criteria
+        self.losses = losses_of(criteria)
+        self.seed = context.params["seed"]
         self.device = context.world.device
-        self.model = load_frozen(checkpoint.path, dtype, micro_batch_size, context.world)
+        self.model = load_frozen(
+            checkpoint.path, dtype, context.params["calibration"]["micro_batch_size"], context.world
+        )
         self.body = checkpoint.family.body_of(self.model)
         self.head = checkpoint.family.head_of(self.model)
         self.down_projections: list[nn.Module] = checkpoint.family.down_projections(self.model)
         self.intermediate_size = checkpoint.intermediate_size
 
-    def score(self, micro_batches: list[Tensor]) -> tuple[Tensor, float]:
-        """Scores [num_layers, intermediate_size] of some micro-batches, and the sum of their windows' entropies."""
-        taylor = TaylorScores(self.down_projections, self.intermediate_size)
-        entropy = 0.0
-        for input_ids_BT in micro_batches:
-            with taylor.observe():
-                entropy += self._forward_backward(input_ids_BT.to(self.device))
-        return taylor.scores_LD, entropy
+    def score(self, micro_batches: Sequence[range]) -> _Totals:
+        """Sums over the windows of some micro-batches."""
+        sums = NeuronSums(self.down_projections, self.intermediate_size, self.criteria)
+        losses = {loss.name: 0.0 for loss in self.losses}
+        for windows in micro_batches:
+            with sums.observe():
+                for name, value in self._forward_backward(windows, sums).items():
+                    losses[name] += value
+        return _Totals(sums.sums_KLD, losses)
 
-    def _forward_backward(self, input_ids_BT: Tensor) -> float:
-        hidden_BTC = self.body(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+    def _forward_backward(self, windows: range, sums: NeuronSums) -> dict[str, float]:
+        """One forward, and one backward for each loss; returns the losses, added up over the windows."""
+        input_ids_BT = self.windows_ST[windows.start : windows.stop].to(self.device)
+        with torch.set_grad_enabled(bool(self.losses)):
+            hidden_BTC = self.body(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        if not self.losses:
+            return {}
         hidden_NC = hidden_BTC.detach().flatten(0, 1)
         with gathered(self.head) as (weight_VC, bias_V):
-            entropy_N, gradient_NC = head_gradient(hidden_NC, weight_VC, bias_V, entropy_gradient)
-        # Entropy is the mean over a window's tokens, scores are summed over windows.
-        tokens = input_ids_BT.shape[1]
-        hidden_BTC.backward(gradient_NC.view_as(hidden_BTC) / tokens)
-        return entropy_N.sum(dtype=torch.float64).item() / tokens
+            batch = Batch(input_ids_BT, windows, weight_VC.shape[0], self.seed)
+            gradients = head_gradients(hidden_NC, weight_VC, bias_V, [loss.bind(batch) for loss in self.losses])
+        return sums.backward(hidden_BTC, dict(zip(self.losses, gradients, strict=True)), rearming(self.model))
 
 
-def _accumulate(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> tuple[Tensor, float]:
-    """Add up all shards' scores in shard order; return them and the mean entropy per token."""
-    settings = context.params["calibration"]
+def _accumulate(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]) -> _Totals:
+    """Add up all shards in shard order; nothing to do, and no model to load, where no criterion sums anything."""
+    totals = _resume(context, checkpoint, criteria)
+    if not criteria:
+        return totals
     world = context.world
-    micro_batches = list(windows_ST.split(settings["micro_batch_size"]))
-    size = settings["shard_size"]
-    shards = [micro_batches[start : start + size] for start in range(0, len(micro_batches), size)]
-    first, total_LD, entropy = _resume(context, (checkpoint.num_layers, checkpoint.intermediate_size))
-    calibration = _Pass(context, checkpoint, settings["micro_batch_size"]) if first < len(shards) else None
-    while first < len(shards):
+    shards = _shards(len(windows_ST), context.params["calibration"])
+    calibration = _Pass(context, checkpoint, windows_ST, criteria) if totals.next_shard < len(shards) else None
+    while totals.next_shard < len(shards):
         assert calibration is not None
-        context.progress.update("calibration", first, len(shards))
+        context.progress.update("calibration", totals.next_shard, len(shards))
         # Ranks beyond the last shard repeat it: under ZeRO-3 every rank must take part in every forward.
-        mine = min(first + world.rank, len(shards) - 1)
-        scores_LD, shard_entropy = _explained(calibration, shards[mine], mine)
-        for source in range(min(world.size, len(shards) - first)):
-            received_LD = scores_LD.clone()
-            world.broadcast_tensor(received_LD, source)
-            total_LD += received_LD
-        entropy += sum(world.gather(shard_entropy)[: len(shards) - first])
-        first = min(first + world.size, len(shards))
+        mine = min(totals.next_shard + world.rank, len(shards) - 1)
+        shard = _explained(calibration, shards[mine], mine)
+        losses = world.gather(shard.losses)
+        for source in range(min(world.size, len(shards) - totals.next_shard)):
+            received_KLD = shard.sums_KLD.clone()
+            world.broadcast_tensor(received_KLD, source)
+            totals.sums_KLD += received_KLD
+            totals.losses = {name: totals.losses.get(name, 0.0) + value for name, value in losses[source].items()}
+        totals.next_shard = min(totals.next_shard + world.size, len(shards))
         if world.is_first:
-            _save(context.work / PARTIAL, first, total_LD, entropy)
+            _save(context.work / PARTIAL, totals, criteria)
         context.interruption.stop_if_agreed(world)
-    context.progress.update("calibration", first, len(shards))
-    return total_LD, entropy / len(windows_ST)
+    context.progress.update("calibration", totals.next_shard, len(shards))
+    return totals
 
 
-def _explained(calibration: _Pass, shard: list[Tensor], number: int) -> tuple[Tensor, float]:
+def _shards(windows: int, settings: Mapping[str, int]) -> list[list[range]]:
+    """Numbers of the windows of each micro-batch of each shard."""
+    size = settings["micro_batch_size"]
+    micro_batches = [range(start, min(start + size, windows)) for start in range(0, windows, size)]
+    per_shard = settings["shard_size"]
+    return [micro_batches[start : start + per_shard] for start in range(0, len(micro_batches), per_shard)]
+
+
+def _explained(calibration: _Pass, shard: Sequence[range], number: int) -> _Totals:
     try:
         return calibration.score(shard)
     except NonFiniteError as error:
         raise UserError(f"importance, calibration shard {number}: {error}; check the checkpoint's weights") from None
 
 
-def _resume(context: Context, shape: tuple[int, int]) -> tuple[int, Tensor, float]:
-    """Where an earlier attempt stopped: next shard, scores so far, entropy so far (rank 0 reads, all learn)."""
-    state = (0, torch.zeros(shape, dtype=torch.float64), 0.0)
-    if context.world.is_first and (context.work / PARTIAL).is_file():
-        saved = load_file(context.work / PARTIAL)
-        state = (int(saved["next_shard"]), saved["scores"], float(saved["entropy"]))
-    return context.world.broadcast(state)
+def _resume(context: Context, checkpoint: Checkpoint, criteria: Sequence[Criterion]) -> _Totals:
+    """Where an earlier attempt stopped (rank 0 reads, all learn)."""
+    shape = (len(criteria), checkpoint.num_layers, checkpoint.intermediate_size)
+    totals = _Totals(torch.zeros(shape, dtype=torch.float64))
+    file = context.work / PARTIAL
+    saved = load_file(file) if context.world.is_first and file.is_file() else {}
+    sums = [saved.get(f"sums.{criterion.name}") for criterion in criteria]
+    if criteria and all(sum_LD is not None for sum_LD in sums):
+        totals.sums_KLD = torch.stack([sum_LD for sum_LD in sums if sum_LD is not None])
+        totals.losses = {loss.name: float(saved[f"loss.{loss.name}"]) for loss in losses_of(criteria)}
+        totals.next_shard = int(saved["next_shard"])
+    return context.world.broadcast(totals)
 
 
-def _save(file: Path, next_shard: int, scores_LD: Tensor, entropy: float) -> None:
+def _save(file: Path, totals: _Totals, criteria: Sequence[Criterion]) -> None:
     draft = file.with_suffix(".draft")
-    save_file(
-        {
-            "next_shard": torch.tensor(next_shard),
-            "scores": scores_LD,
-            "entropy": torch.tensor(entropy, dtype=torch.float64),
-        },
-        draft,
-    )
+    sums = {
+        f"sums.{criterion.name}": sum_LD.clone() for criterion, sum_LD in zip(criteria, totals.sums_KLD, strict=True)
+    }
+    losses = {f"loss.{name}": torch.tensor(value, dtype=torch.float64) for name, value in totals.losses.items()}
+    save_file({"next_shard": torch.tensor(totals.next_shard), **sums, **losses}, draft)
     draft.replace(file)

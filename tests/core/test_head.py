@@ -3,6 +3,11 @@ import torch
 
 from hfprune_dist.core import head
 from hfprune_dist.core.entropy import entropy_gradient
+from hfprune_dist.core.losses import cross_entropy_gradient
+
+
+def entropy(logits, _rows):
+    return entropy_gradient(logits)
 
 
 def by_autograd(hidden, weight, bias):
@@ -20,7 +25,7 @@ def test_chunks_give_the_gradient_of_the_whole(monkeypatch, rows_per_chunk, with
     weight = torch.randn(30, 8, dtype=torch.float64)
     bias = torch.randn(30, dtype=torch.float64) if with_bias else None
     monkeypatch.setattr(head, "CHUNK_BYTES", rows_per_chunk * 30 * 8)
-    loss, gradient = head.head_gradient(hidden, weight, bias, entropy_gradient)
+    ((loss, gradient),) = head.head_gradients(hidden, weight, bias, [entropy])
     expected_loss, expected_gradient = by_autograd(hidden, weight, bias)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
@@ -33,7 +38,26 @@ def test_no_chunk_exceeds_the_budget(monkeypatch):
 
 
 def test_bfloat16_models_get_float32_losses():
-    loss, gradient = head.head_gradient(
-        torch.randn(3, 8).bfloat16(), torch.randn(20, 8).bfloat16(), None, entropy_gradient
+    ((loss, gradient),) = head.head_gradients(
+        torch.randn(3, 8).bfloat16(), torch.randn(20, 8).bfloat16(), None, [entropy]
     )
     assert loss.dtype == torch.float32 and gradient.dtype == torch.bfloat16
+
+
+def test_losses_share_the_logits_and_leave_each_others_alone(monkeypatch):
+    hidden, weight = torch.randn(11, 8), torch.randn(30, 8)
+    labels = torch.randint(0, 30, (11,))
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 30 * 4)
+    linear, calls = torch.nn.functional.linear, []
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(1) or linear(*args))
+
+    def cross_entropy(logits, rows):
+        return cross_entropy_gradient(logits, labels[rows])
+
+    for losses in ([entropy, cross_entropy], [cross_entropy, entropy, cross_entropy]):
+        calls.clear()
+        together = head.head_gradients(hidden, weight, None, losses)
+        assert len(calls) == 3, "one computation of the logits of each of 3 chunks"
+        for loss, (loss_N, gradient_NC) in zip(losses, together, strict=True):
+            ((alone_N, alone_NC),) = head.head_gradients(hidden, weight, None, [loss])
+            assert torch.equal(loss_N, alone_N) and torch.equal(gradient_NC, alone_NC)

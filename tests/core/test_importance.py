@@ -1,67 +1,162 @@
-"""Scores against the definition: float64 autograd through the whole model, per window."""
+"""Sums against the definitions: float64 autograd through the whole model, per window."""
 
 import pytest
 import torch
-from core_definition import definition
+from core_definition import GRADIENT_CRITERIA, definition
 from tiny import VARIANTS, tiny_model
 
-from hfprune_dist.core.entropy import entropy_gradient
-from hfprune_dist.core.head import head_gradient
-from hfprune_dist.core.importance import NonFiniteError, TaylorScores
+from hfprune_dist.core import head
+from hfprune_dist.core.criteria import CRITERIA, Batch, losses_of
+from hfprune_dist.core.importance import NeuronSums, NonFiniteError
 from hfprune_dist.models.families import FAMILIES
 
+SUMMED = [name for name, criterion in CRITERIA.items() if criterion.summed != "nothing"]
 
-def ours(model, windows, micro_batch_size):
+
+def ours(model, windows, micro_batch_size, names=("entropy",), seed=0):
+    """Sums of some criteria, name -> float64 [layers, neurons]."""
     model = model.requires_grad_(False)
     family = FAMILIES[model.config.model_type]
-    taylor = TaylorScores(family.down_projections(model), model.config.intermediate_size)
-    head = family.head_of(model)
-    for batch in windows.split(micro_batch_size):
-        with taylor.observe():
-            hidden = family.body_of(model)(input_ids=batch, use_cache=False).last_hidden_state
-            _, gradient = head_gradient(hidden.detach().flatten(0, 1), head.weight, head.bias, entropy_gradient)
-            hidden.backward(gradient.view_as(hidden) / batch.shape[1])
-    return taylor.scores_LD
+    criteria = [CRITERIA[name] for name in names]
+    losses = losses_of(criteria)
+    sums = NeuronSums(family.down_projections(model), model.config.intermediate_size, criteria)
+    linear = family.head_of(model)
+    for start in range(0, len(windows), micro_batch_size):
+        input_ids = windows[start : start + micro_batch_size]
+        batch = Batch(input_ids, range(start, start + len(input_ids)), linear.out_features, seed)
+        with sums.observe(), torch.set_grad_enabled(bool(losses)):
+            hidden = family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+            if losses:
+                gradients = head.head_gradients(
+                    hidden.detach().flatten(0, 1), linear.weight, linear.bias, [loss.bind(batch) for loss in losses]
+                )
+                sums.backward(hidden, dict(zip(losses, gradients, strict=True)))
+    return dict(zip(names, sums.sums_KLD, strict=True))
+
+
+def some_windows(count=5, tokens=24):
+    return torch.randint(3, 250, (count, tokens), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_scores_match_the_definition(variant, micro_batch_size):
-    model = tiny_model(variant)
-    windows = torch.randint(3, 250, (5, 24), generator=torch.Generator().manual_seed(1))
+def test_entropy_matches_the_definition_in_every_family(variant, micro_batch_size):
+    model, windows = tiny_model(variant), some_windows()
     expected = definition(model, windows)
-    scores = ours(model, windows, micro_batch_size)
+    scores = ours(model, windows, micro_batch_size)["entropy"]
     assert scores.dtype == torch.float64 and (expected > 0).all()
     assert ((scores - expected).abs() / expected).max() < 1e-4  # a single small score may cancel; the bulk does not
     assert torch.linalg.norm(scores - expected) / torch.linalg.norm(expected) < 1e-5
 
 
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+def test_all_criteria_at_once_match_their_definitions(variant):
+    model, windows = tiny_model(variant), some_windows()
+    scores = ours(model, windows, 3, list(GRADIENT_CRITERIA), seed=4)
+    for name in GRADIENT_CRITERIA:
+        expected = definition(model, windows, name, seed=4)
+        assert (expected > 0).all(), name
+        assert torch.linalg.norm(scores[name] - expected) / torch.linalg.norm(expected) < 2e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen3"])
+def test_several_criteria_at_once_have_the_bits_of_each_alone(variant, dtype):
+    model, windows = tiny_model(variant).to(dtype), some_windows()
+    together = ours(model, windows, 2, SUMMED)
+    for name in SUMMED:
+        assert torch.equal(together[name], ours(model, windows, 2, [name])[name]), name
+
+
+def test_neither_chunks_nor_micro_batches_change_what_is_drawn(monkeypatch):
+    model, windows = tiny_model().double(), some_windows()
+    names = ["fisher", "fisher_signs"]
+    expected = ours(model, windows, 5, names)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 7 * model.config.vocab_size * 8)
+    for name, scores in ours(model, windows, 2, names).items():
+        torch.testing.assert_close(scores, expected[name], rtol=1e-5, atol=0.0)
+
+
+def test_another_seed_draws_other_labels_and_signs():
+    model, windows = tiny_model(), some_windows(1)
+    names = ["entropy", "fisher", "fisher_signs"]
+    first, second = ours(model, windows, 1, names, seed=0), ours(model, windows, 1, names, seed=1)
+    assert torch.equal(first["entropy"], second["entropy"])
+    assert not torch.isclose(first["fisher"], second["fisher"]).any()
+    assert not torch.isclose(first["fisher_signs"], second["fisher_signs"]).any()
+
+
+def exact_fisher(model, window):
+    """sum over tokens s and t of E[(h_s * dlog p(y_t)/dh_s)^2], every word of the vocabulary in turn as y_t."""
+    layers = model.model.layers
+    captured = []
+    handles = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))
+        for layer in layers
+    ]
+    log_p = model(input_ids=window[None]).logits[0].log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    scores = torch.zeros(len(layers), model.config.intermediate_size, dtype=torch.float64)
+    for log_p_of_word in log_p.flatten():
+        gradients = torch.autograd.grad(log_p_of_word, captured, retain_graph=True)
+        for layer, (hidden, gradient) in enumerate(zip(captured, gradients, strict=True)):
+            scores[layer] += (log_p_of_word.exp() * (hidden * gradient).square().sum((0, 1))).detach()
+    return scores
+
+
+@pytest.mark.parametrize("name", ["fisher", "fisher_signs"])
+def test_many_draws_average_to_the_exact_fisher_of_the_whole_model(name):
+    """Also that what one token's neuron does to several later tokens adds up, as the criteria's comment claims."""
+    model = tiny_model(vocab_size=9).double()
+    window, draws, parts = torch.tensor([3, 8, 4, 7]), 1200, 12
+    expected = exact_fisher(model, window)
+    averages = torch.stack(
+        [ours(model, window.expand(draws // parts, -1), 50, [name], seed)[name] for seed in range(parts)]
+    ) / (draws // parts)
+    difference = averages.mean(0) - expected
+    assert torch.linalg.norm(difference) / torch.linalg.norm(expected) < 0.1
+    standard_error = averages.std(0) / parts**0.5
+    assert (difference.abs() < 3 * standard_error).double().mean() > 0.95  # t distribution, 11 degrees of freedom
+
+
+def test_activations_alone_need_no_graph():
+    model, windows = tiny_model(), some_windows()
+    scores = ours(model, windows, 2, ["activation"])["activation"]
+    columns = torch.stack([layer.mlp.down_proj.weight for layer in model.model.layers]).double()
+    expected = definition(model, windows, "activation")
+    torch.testing.assert_close(scores.sqrt() * columns.norm(dim=1), expected, rtol=1e-5, atol=0.0)
+
+
 def test_no_parameter_receives_a_gradient():
     model = tiny_model()
-    ours(model, torch.randint(3, 250, (2, 16)), 1)
+    ours(model, some_windows(2), 1, SUMMED)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_hooks_are_gone_afterwards():
     model = tiny_model()
-    ours(model, torch.randint(3, 250, (1, 16)), 1)
+    ours(model, some_windows(1), 1)
     assert not any(layer.mlp.down_proj._forward_pre_hooks for layer in model.model.layers)
 
 
+@pytest.mark.parametrize("names", [["entropy"], ["activation"], SUMMED])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_layer_with_nan_weights_is_named(layer):
+def test_a_layer_with_nan_weights_is_named(layer, names):
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[layer].mlp.up_proj.weight[3, 3] = float("nan")
     with pytest.raises(NonFiniteError, match=f"layer {layer} "):
-        ours(model, torch.randint(3, 250, (1, 16)), 1)
+        ours(model, some_windows(1), 1, names)
 
 
 def test_lost_gradients_name_the_last_layer_that_has_them_not():
     model = tiny_model().requires_grad_(False)
     family = FAMILIES["llama"]
-    taylor = TaylorScores(family.down_projections(model), model.config.intermediate_size)
-    with pytest.raises(NonFiniteError, match="gradients of layer 1 "), taylor.observe():
-        hidden = family.body_of(model)(input_ids=torch.randint(3, 250, (1, 16))).last_hidden_state
-        hidden.backward(torch.full_like(hidden, float("nan")))
-    assert not taylor.scores_LD.any()
+    entropy = CRITERIA["entropy"]
+    sums = NeuronSums(family.down_projections(model), model.config.intermediate_size, [entropy])
+    with pytest.raises(NonFiniteError, match="gradients of layer 1 "), sums.observe():
+        hidden = family.body_of(model)(input_ids=some_windows(1)).last_hidden_state
+        gradient = torch.full_like(hidden.detach().flatten(0, 1), float("nan"))
+        sums.backward(hidden, {entropy.loss: (torch.zeros(24), gradient)})
+    assert not sums.sums_KLD.any()

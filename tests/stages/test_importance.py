@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from core_definition import definition
+from core_definition import GRADIENT_CRITERIA, definition
 from ranks import failure_of, killing, run_stage
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
 
 from hfprune_dist.artifacts import Store
+from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.identity import FileHashes
 from hfprune_dist.models.checkpoint import open_checkpoint
 from hfprune_dist.plan import Input, Stage
@@ -15,15 +16,19 @@ from hfprune_dist.plan import Input, Stage
 pytestmark = pytest.mark.slow
 
 
-def make_stage(folder, variant="llama", **calibration):
+# DeepSpeed shards parameters above 100,000 elements only: here, the MLPs' weights.
+SHARDED = {"hidden_size": 256, "intermediate_size": 416}
+
+
+def make_stage(folder, variant="llama", *, criteria=("entropy",), shape=None, **calibration):
     model, text = folder / "model", folder / "text.jsonl"
     if not model.exists():
-        save_tiny(model, variant)
+        save_tiny(model, variant, **(shape or {}))
         write_documents(text)
     settings = {"samples": 11, "sequence_length": 32, "micro_batch_size": 2, "shard_size": 1, "text_field": "text"}
     params = {
         "calibration": settings | calibration,
-        "criteria": ["entropy"],
+        "criteria": sorted(criteria),
         "dtype": "float32",
         "add_bos_token": True,
         "seed": 3,
@@ -90,6 +95,43 @@ def test_every_family_matches_its_definition_on_two_ranks(tmp_path, variant):
     for layer in range(2):
         difference = scores_of(store, stage)[f"layers.{layer}.entropy"] - expected[layer]
         assert difference.norm() / expected[layer].norm() < 1e-5
+
+
+def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
+    """The same bits on one rank and on two that die and go on; each as defined, from weights that are sharded."""
+    stage = make_stage(tmp_path, criteria=CRITERIA, shape=SHARDED, samples=5, micro_batch_size=1)
+    one = run_in(tmp_path / "one", stage, 1)
+    two = Store(tmp_path / "two")
+    assert run_stage(two, stage, 2, environment=killing(rank=0, kill_at=3, match="partial.draft")).returncode != 0
+    assert load_file(two.work(stage.id) / "partial.safetensors")["next_shard"] == 4
+    run_in(two.root, stage, 2)
+    scores = scores_of(one, stage)
+    assert set(scores) == {f"layers.{layer}.{name}" for layer in range(2) for name in CRITERIA}
+    for name, expected in scores.items():
+        assert torch.equal(scores_of(two, stage)[name], expected), name
+    metrics = [store.manifest(stage.id)["metrics"] for store in (one, two)]
+    assert metrics[0] == metrics[1] and 0 < metrics[0]["mean_entropy_nats"] < metrics[0]["mean_cross_entropy_nats"]
+
+    model = tiny_model("llama", **SHARDED)
+    windows = load_file(one.path(stage.id) / "windows.safetensors")["input_ids"]
+    for name in (*GRADIENT_CRITERIA, "activation"):
+        expected = definition(model, windows, name, seed=3)
+        ours = torch.stack([scores[f"layers.{layer}.{name}"] for layer in range(2)])
+        assert (ours - expected).norm() / expected.norm() < 1e-4, name
+    for layer in range(2):
+        mlp = model.model.layers[layer].mlp.double()
+        squares = mlp.gate_proj.weight.pow(2).sum(1) + mlp.up_proj.weight.pow(2).sum(1)
+        squares += mlp.down_proj.weight.pow(2).sum(0)
+        torch.testing.assert_close(scores[f"layers.{layer}.magnitude"], squares.detach().sqrt())
+    assert not torch.equal(scores["layers.0.random"], scores["layers.1.random"])
+
+
+@pytest.mark.parametrize("criteria", [["activation"], ["magnitude", "random"]])
+def test_criteria_without_a_loss_do_without_a_head(tmp_path, criteria):
+    stage = make_stage(tmp_path, criteria=criteria, samples=3)
+    store = run_in(tmp_path / "store", stage, 1)
+    assert set(scores_of(store, stage)) == {f"layers.{layer}.{name}" for layer in range(2) for name in criteria}
+    assert not any(key.startswith("mean_") for key in store.manifest(stage.id)["metrics"])
 
 
 @pytest.mark.parametrize(("ranks_before", "ranks_after"), [(2, 1), (1, 2)])

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.config import RuntimeConfig
+from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.identity import FileHashes
 from hfprune_dist.parallel.world import World
 from hfprune_dist.plan import Input, Stage
@@ -33,16 +34,17 @@ class SoloWorld(World):
         return [value]
 
 
-def prepare(folder, shard_size="5GB"):
-    """A store with an importance artifact of random scores, and the stage that prunes by them."""
+def prepare(folder, shard_size="5GB", criterion="entropy"):
+    """A store with an importance artifact of random scores by every criterion, and the stage that prunes by one."""
     store = Store(folder / "store")
     draft = store.open_draft(IMPORTANCE.id)
     generator = torch.Generator().manual_seed(0)
-    scores = {f"layers.{i}.entropy": torch.rand(48, generator=generator, dtype=torch.float64) for i in range(2)}
+    names = [f"layers.{layer}.{name}" for name in CRITERIA for layer in range(2)]
+    scores = {name: torch.rand(48, generator=generator, dtype=torch.float64) for name in names}
     save_file(scores, draft / "importance.safetensors")
     store.commit(IMPORTANCE, draft, {"metrics": {}})
     model = save_tiny(folder / "model", shard_size=shard_size)
-    params = {"ratio": 0.2, "criterion": "entropy", "allocation": "uniform", "refit": "none", "multiple_of": 1}
+    params = {"ratio": 0.2, "criterion": criterion, "allocation": "uniform", "refit": "none", "multiple_of": 1}
     identity = FileHashes(None).of_folder(model)
     stage = Stage("prune", "llama", params, {"model": Input(identity, str(model)), "importance": IMPORTANCE.as_input()})
     return store, stage, scores
@@ -67,11 +69,24 @@ def test_real_ranks_write_a_checkpoint_that_plain_transformers_loads(tmp_path, r
     kept = json.loads((store.path(stage.id) / "kept.json").read_text())["layers"]
     model = AutoModelForCausalLM.from_pretrained(store.path(stage.id))
     metrics = store.manifest(stage.id)["metrics"]
-    assert metrics["intermediate_size"] == model.config.intermediate_size == 15
+    assert metrics["intermediate_size"] == model.config.intermediate_size == 14
     assert metrics["parameters"] == sum(p.numel() for p in model.parameters())
     assert metrics["ratio_reached"] == pytest.approx(0.2, abs=0.01)
     for layer in range(2):
-        assert kept[layer] == sorted(scores[f"layers.{layer}.entropy"].topk(15).indices.tolist())
+        assert kept[layer] == sorted(scores[f"layers.{layer}.entropy"].topk(14).indices.tolist())
+
+
+def test_each_criterion_keeps_its_own_neurons(tmp_path):
+    kept_by = {}
+    for criterion in CRITERIA:
+        (tmp_path / criterion).mkdir()
+        store, stage, scores = prepare(tmp_path / criterion, criterion=criterion)
+        run_solo(store, stage)
+        kept = json.loads((store.path(stage.id) / "kept.json").read_text())["layers"]
+        for layer in range(2):
+            assert kept[layer] == sorted(scores[f"layers.{layer}.{criterion}"].topk(14).indices.tolist())
+        kept_by[criterion] = kept
+    assert len({str(kept) for kept in kept_by.values()}) == len(CRITERIA)
 
 
 def test_death_at_every_point_ends_with_the_same_weights(tmp_path):

@@ -1,0 +1,226 @@
+"""The criteria by which neurons are scored. Adding one is an entry of ``CRITERIA``; the README has a page on it.
+
+``h`` is the vector between an MLP's row projections and its down projection, a neuron is one of its channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hfprune_dist.core.entropy import entropy_gradient
+from hfprune_dist.core.fidelity import next_ids
+from hfprune_dist.core.head import LogitGradient
+from hfprune_dist.core.losses import (
+    cross_entropy_gradient,
+    draw_sign_bits,
+    draw_uniform,
+    random_signs_gradient,
+    sampled_label_gradient,
+    signs_of,
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of calibration windows, as losses see it.
+
+    Attributes:
+        input_ids_BT: int64 [windows, tokens], on the model's device.
+        windows: each window's number among all of the calibration's.
+        vocabulary: number of logits of a token.
+        seed: the sweep's.
+    """
+
+    input_ids_BT: Tensor
+    windows: Sequence[int]
+    vocabulary: int
+    seed: int
+
+    def draw(self, of_window: Callable[[int], Tensor]) -> Tensor:
+        """Random numbers of each window, one window after another, on the model's device."""
+        return torch.cat([of_window(window) for window in self.windows]).to(self.input_ids_BT.device)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A function of a model's outputs, whose gradient scores neurons. Criteria of one loss share one backward.
+
+    Attributes:
+        name: for reports.
+        bind: batch -> the loss per token of rows of that batch, and its gradient at their logits.
+        reduction: what is differentiated is a window's mean or sum over its tokens.
+        unlabelled: tokens at the end of a window that have no loss.
+        in_nats: its mean per token is a quantity worth reporting.
+    """
+
+    name: str
+    bind: Callable[[Batch], LogitGradient]
+    reduction: Literal["mean", "sum"]
+    unlabelled: int = 0
+    in_nats: bool = True
+
+    def terms(self, tokens: int) -> int:
+        """Of a window of so many tokens, those that have a loss."""
+        return tokens - self.unlabelled
+
+
+@dataclass(frozen=True)
+class MlpLayer:
+    """One layer's MLP: what scores beyond the calibration pass are made from. Weights are read when asked for.
+
+    Attributes:
+        number: of the layer.
+        intermediate_size: its neurons.
+        seed: the sweep's.
+        read_rows: -> weights of the row projections, each [intermediate_size, hidden_size].
+        read_column: -> weight of the down projection [hidden_size, intermediate_size].
+    """
+
+    number: int
+    intermediate_size: int
+    seed: int
+    read_rows: Callable[[], list[Tensor]]
+    read_column: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A score per neuron: a sum over all tokens of the calibration pass, then perhaps something done to that sum.
+
+    Attributes:
+        name: in the configuration and in the artifact.
+        description: one line, with the source.
+        summed: per token, h * dL/dh ("gradient"), h itself ("activation"), or "nothing": no calibration pass.
+        loss: L, where a gradient is summed.
+        reduction: the sum is one of absolute values or of squares.
+        finish: sum [intermediate_size], layer -> scores [intermediate_size], both float64 on the CPU.
+    """
+
+    name: str
+    description: str
+    summed: Literal["gradient", "activation", "nothing"]
+    loss: Loss | None = None
+    reduction: Literal["abs", "square"] = "abs"
+    finish: Callable[[Tensor, MlpLayer], Tensor] = lambda sum_D, _layer: sum_D
+
+    def __post_init__(self) -> None:
+        assert (self.summed == "gradient") == (self.loss is not None), self.name
+
+
+def losses_of(criteria: Sequence[Criterion]) -> list[Loss]:
+    """The losses that some criteria need, each once: one backward for each."""
+    return list(dict.fromkeys(criterion.loss for criterion in criteria if criterion.loss is not None))
+
+
+def _entropy(_batch: Batch) -> LogitGradient:
+    return lambda logits_NV, _rows: entropy_gradient(logits_NV)
+
+
+def _cross_entropy(batch: Batch) -> LogitGradient:
+    labels_N = torch.cat([next_ids(input_ids_T) for input_ids_T in batch.input_ids_BT])
+    return lambda logits_NV, rows: cross_entropy_gradient(logits_NV, labels_N[rows])
+
+
+def _sampled_label(batch: Batch) -> LogitGradient:
+    tokens = batch.input_ids_BT.shape[1]
+    uniform_N = batch.draw(lambda window: draw_uniform(batch.seed, window, tokens))
+    return lambda logits_NV, rows: sampled_label_gradient(logits_NV, uniform_N[rows])
+
+
+def _random_signs(batch: Batch) -> LogitGradient:
+    tokens = batch.input_ids_BT.shape[1]
+    bits_NB = batch.draw(lambda window: draw_sign_bits(batch.seed, window, tokens, batch.vocabulary))
+
+    def gradient(logits_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return random_signs_gradient(logits_NV, signs_of(bits_NB[rows], batch.vocabulary, logits_NV.dtype))
+
+    return gradient
+
+
+ENTROPY = Loss("entropy", _entropy, "mean")
+CROSS_ENTROPY = Loss("cross_entropy", _cross_entropy, "mean", unlabelled=1)
+# Fisher losses stay sums: the gradients of different tokens' losses are then uncorrelated terms of one sum, whose
+# square has the sum of their squares as its expectation.
+SAMPLED_LABEL = Loss("sampled_label", _sampled_label, "sum")
+RANDOM_SIGNS = Loss("random_signs", _random_signs, "sum", in_nats=False)
+
+
+def times_column_norm(sum_D: Tensor, layer: MlpLayer) -> Tensor:
+    """||h_n|| * ||W_down[:, n]||, from the sum of h_n^2 over tokens (Wanda-sp: An et al. 2023, arXiv 2312.11983)."""
+    return sum_D.sqrt() * _norm(layer.read_column(), dim=0)
+
+
+def weight_norm(_sum_D: Tensor, layer: MlpLayer) -> Tensor:
+    """Euclidean norm of all weights that a neuron owns, its rows and its column; biases don't count."""
+    norms = [_norm(weight_DC, dim=1) for weight_DC in layer.read_rows()] + [_norm(layer.read_column(), dim=0)]
+    return torch.stack(norms).square().sum(dim=0).sqrt()
+
+
+def random_scores(_sum_D: Tensor, layer: MlpLayer) -> Tensor:
+    """Uniform in [0, 1), decided by the seed and the layer's number."""
+    generator = torch.Generator().manual_seed(layer.seed * 2**16 + layer.number)
+    return torch.rand(layer.intermediate_size, generator=generator, dtype=torch.float64)
+
+
+def _norm(weight: Tensor, dim: int) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=dim, dtype=torch.float64)
+    return norms
+
+
+# A Fisher score is sum_s (h_s * d/dh_s sum_t log p(y_t))^2 over the tokens s of a window. Attention mixes tokens: the
+# gradient at token s holds the effect on every later token t. With labels drawn independently, terms of different t
+# are uncorrelated, so the expected score is sum_s sum_t E[(h_s * dlog p(y_t)/dh_s)^2]: twice the second-order KL of
+# removing the neuron at one token, added up over tokens. Products between tokens s of the neuron are left out.
+CRITERIA: dict[str, Criterion] = {
+    criterion.name: criterion
+    for criterion in (
+        Criterion(
+            "entropy",
+            "sum over tokens of |h * dH/dh|, H a window's mean entropy (HFPrune, arXiv 2603.08083)",
+            "gradient",
+            ENTROPY,
+        ),
+        Criterion(
+            "entropy_squared",
+            "sum over tokens of (h * dH/dh)^2, from the gradients of entropy",
+            "gradient",
+            ENTROPY,
+            "square",
+        ),
+        Criterion(
+            "cross_entropy",
+            "sum over tokens of |h * dCE/dh|, CE a window's mean over the text's next tokens (LLM-Pruner's first "
+            "order, arXiv 2305.11627)",
+            "gradient",
+            CROSS_ENTROPY,
+        ),
+        Criterion(
+            "fisher",
+            "sum over tokens of (h * dlog p(y)/dh)^2, labels y drawn from the model's p",
+            "gradient",
+            SAMPLED_LABEL,
+            "square",
+        ),
+        Criterion(
+            "fisher_signs",
+            "the same expectation as fisher, from random signs on the square root of p instead of labels",
+            "gradient",
+            RANDOM_SIGNS,
+            "square",
+        ),
+        Criterion(
+            "activation",
+            "norm of h over tokens times the norm of the neuron's down_proj column (Wanda-sp, arXiv 2312.11983)",
+            "activation",
+            reduction="square",
+            finish=times_column_norm,
+        ),
+        Criterion("magnitude", "norm of the neuron's weights", "nothing", finish=weight_norm),
+        Criterion("random", "a random order, the floor of any comparison", "nothing", finish=random_scores),
+    )
+}

@@ -1,0 +1,101 @@
+"""Losses on a model's output distribution p = softmax(z), each with its gradient at the logits z in closed form.
+
+What a loss draws at random is drawn per window, from a generator that the seed and the window's number decide: neither
+chunks of tokens, nor micro-batches, nor ranks change it, and it is the same on every device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def cross_entropy_gradient(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(label) and its gradient p - onehot(label); both are 0 for tokens without a label.
+
+    Args:
+        logits_NV: float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes the gradient.
+        labels_N: int64 [tokens]; -1 where there is none.
+
+    Returns:
+        The loss in nats [tokens] and its gradient [tokens, vocabulary], in the dtype of the logits.
+    """
+    has_label_N = labels_N >= 0
+    labels_N1 = labels_N.clamp(min=0)[:, None]
+    log_p_NV = torch.sub(logits_NV, torch.logsumexp(logits_NV, dim=-1, keepdim=True), out=logits_NV)
+    loss_N = -log_p_NV.gather(1, labels_N1).squeeze(1)
+    gradient_NV = log_p_NV.exp_()
+    gradient_NV.scatter_(1, labels_N1, gradient_NV.gather(1, labels_N1) - 1)
+    return loss_N.masked_fill_(~has_label_N, 0.0), gradient_NV.masked_fill_(~has_label_N[:, None], 0.0)
+
+
+def sampled_label_gradient(logits_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(y) and its gradient p - onehot(y), with y drawn from p: over y, E[g g^T] = diag(p) - p p^T.
+
+    That is the exact Fisher matrix at the logits of a token (Kunstner et al. 2019, arXiv 1905.12558).
+
+    Args:
+        logits_NV: float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes the gradient.
+        uniform_N: what decides each token's label, in [0, 1).
+
+    Returns:
+        The loss in nats [tokens] and its gradient [tokens, vocabulary], in the dtype of the logits.
+    """
+    return cross_entropy_gradient(logits_NV, sample_labels(logits_NV, uniform_N))
+
+
+def sample_labels(logits_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """Labels y ~ p = softmax(z), int64 [tokens]: p's cumulative distribution, inverted at ``uniform_N``."""
+    cumulative_NV = logits_NV.softmax(dim=-1).cumsum_(dim=-1)
+    # The last entry is 1 up to rounding. A uniform number rounded up to 1 falls on the last word of the vocabulary.
+    threshold_N1 = uniform_N[:, None].to(logits_NV.dtype) * cumulative_NV[:, -1:]
+    return torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(1).clamp_(max=logits_NV.shape[1] - 1)
+
+
+def random_signs_gradient(logits_NV: Tensor, signs_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """2 sum_v e_v sqrt(p_v) and its gradient sqrt(p) * e - p * (sqrt(p) . e), for signs e that are independently +-1.
+
+    The loss means nothing by itself. Over e its gradient's E[g g^T] = diag(p) - p p^T is the exact Fisher matrix, as
+    that of a sampled label, but it spreads over the vocabulary what a label concentrates on one word.
+
+    Args:
+        logits_NV: float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes scratch space.
+        signs_NV: e, -1 or 1, same shape and dtype. Overwritten: the buffer becomes the gradient.
+
+    Returns:
+        The loss [tokens] and its gradient [tokens, vocabulary], in the dtype of the logits.
+    """
+    log_p_NV = torch.sub(logits_NV, torch.logsumexp(logits_NV, dim=-1, keepdim=True), out=logits_NV)
+    root_p_NV = log_p_NV.mul_(0.5).exp_()
+    dot_N = torch.linalg.vecdot(root_p_NV, signs_NV)
+    gradient_NV = signs_NV.addcmul_(root_p_NV, dot_N[:, None], value=-1).mul_(root_p_NV)
+    return 2 * dot_N, gradient_NV
+
+
+def draw_uniform(seed: int, window: int, tokens: int) -> Tensor:
+    """One number in [0, 1) for each token of a calibration window, float64 on the CPU."""
+    return torch.rand(tokens, generator=_generator(seed, window, "labels"), dtype=torch.float64)
+
+
+def draw_sign_bits(seed: int, window: int, tokens: int, vocabulary: int) -> Tensor:
+    """Random bits for every token and word of a calibration window, eight to a byte: uint8 on the CPU.
+
+    Shape [tokens, bytes], with bytes a multiple of 8 that holds ``vocabulary`` bits.
+    """
+    words = torch.empty(tokens, -(-vocabulary // 64), dtype=torch.int64)
+    generator = _generator(seed, window, "signs")
+    return words.random_(torch.iinfo(torch.int64).min, None, generator=generator).view(torch.uint8)
+
+
+def signs_of(bits_NB: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """Turn packed bits into -1 and 1 [tokens, vocabulary]."""
+    places_8 = torch.arange(8, dtype=torch.uint8, device=bits_NB.device)
+    ones_NV = ((bits_NB[:, :, None] >> places_8) & 1).flatten(1)[:, :vocabulary]
+    return ones_NV.to(dtype).mul_(2).sub_(1)
+
+
+def _generator(seed: int, window: int, purpose: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {window} {purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))

@@ -1,0 +1,52 @@
+import torch
+
+from hfprune_dist.core.criteria import CRITERIA, MlpLayer, losses_of
+
+
+def some_layer(number=0, seed=0):
+    generator = torch.Generator().manual_seed(number)
+    rows = [torch.randn(6, 4, generator=generator).bfloat16() for _ in range(2)]
+    column = torch.randn(4, 6, generator=generator).bfloat16()
+    return MlpLayer(number, 6, seed, lambda: rows, lambda: column)
+
+
+def unread():
+    raise AssertionError("these weights are not needed")
+
+
+def test_criteria_of_one_loss_share_it():
+    losses = losses_of([CRITERIA[name] for name in ("fisher", "entropy", "activation", "entropy_squared", "random")])
+    assert [loss.name for loss in losses] == ["sampled_label", "entropy"]
+
+
+def test_gradient_sums_are_scores_and_need_no_weights():
+    layer, sums = MlpLayer(0, 6, 0, unread, unread), torch.rand(6, dtype=torch.float64)
+    for criterion in CRITERIA.values():
+        if criterion.summed == "gradient":
+            assert torch.equal(criterion.finish(sums, layer), sums)
+
+
+def test_activation_is_the_norm_of_what_the_neuron_adds_to_the_residual_stream():
+    """||h_n|| * ||W[:, n]||: the Frobenius norm of the outer product over tokens."""
+    layer = some_layer()
+    hidden = torch.randn(9, 6, dtype=torch.float64)
+    scores = CRITERIA["activation"].finish(hidden.square().sum(0), layer)
+    for neuron in range(6):
+        added = hidden[:, neuron].outer(layer.read_column()[:, neuron].double())
+        torch.testing.assert_close(scores[neuron], added.norm())
+
+
+def test_magnitude_is_the_norm_of_all_weights_that_go_with_the_neuron():
+    layer = some_layer()
+    scores = CRITERIA["magnitude"].finish(torch.zeros(6), layer)
+    for neuron in range(6):
+        owned = [row[neuron] for row in layer.read_rows()] + [layer.read_column()[:, neuron]]
+        torch.testing.assert_close(scores[neuron], torch.cat(owned).double().norm())
+
+
+def test_random_scores_depend_on_the_seed_and_the_layer():
+    def scores(number, seed):
+        return CRITERIA["random"].finish(torch.zeros(6), MlpLayer(number, 6, seed, unread, unread))
+
+    assert torch.equal(scores(1, 2), scores(1, 2))
+    assert not torch.equal(scores(1, 2), scores(2, 2)) and not torch.equal(scores(1, 2), scores(1, 3))

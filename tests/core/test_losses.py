@@ -1,0 +1,152 @@
+import itertools
+
+import pytest
+import torch
+
+from hfprune_dist.core.losses import (
+    cross_entropy_gradient,
+    draw_sign_bits,
+    draw_uniform,
+    random_signs_gradient,
+    sample_labels,
+    sampled_label_gradient,
+    signs_of,
+)
+
+
+def some_logits(tokens=6, vocabulary=30):
+    return torch.randn(tokens, vocabulary, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+
+
+def fisher_matrix(logits_1V):
+    p = logits_1V[0].softmax(0)
+    return p.diag() - p.outer(p)
+
+
+def compare(result, logits, loss_of):
+    """A closed form against autograd."""
+    logits = logits.clone().requires_grad_()
+    expected = loss_of(logits)
+    (gradient,) = torch.autograd.grad(expected.sum(), logits)
+    torch.testing.assert_close(result[0], expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result[1], gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_cross_entropy_matches_autograd():
+    logits, labels = some_logits(), torch.tensor([3, 0, 29, -1, 7, -1])
+    compare(
+        cross_entropy_gradient(logits.clone(), labels),
+        logits,
+        lambda z: torch.nn.functional.cross_entropy(z, labels, ignore_index=-1, reduction="none"),
+    )
+
+
+def test_sampled_labels_match_autograd():
+    logits, uniform = some_logits(), draw_uniform(0, 0, 6)
+    labels = sample_labels(logits, uniform)
+    compare(
+        sampled_label_gradient(logits.clone(), uniform),
+        logits,
+        lambda z: torch.nn.functional.cross_entropy(z, labels, reduction="none"),
+    )
+
+
+def test_random_signs_match_autograd():
+    logits = some_logits()
+    signs = signs_of(draw_sign_bits(0, 0, 6, 30), 30, torch.float64)
+    compare(
+        random_signs_gradient(logits.clone(), signs.clone()),
+        logits,
+        lambda z: 2 * (signs * z.softmax(-1).sqrt()).sum(-1),
+    )
+
+
+def test_labels_come_as_often_as_the_distribution_says():
+    logits = some_logits(1, 7)
+    grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    labels = sample_labels(logits.expand(100_000, -1), grid)
+    shares = labels.bincount(minlength=7) / 100_000
+    torch.testing.assert_close(shares.double(), logits[0].softmax(0), rtol=0.0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ends_of_the_unit_interval_are_labels_of_some_probability(dtype):
+    logits = torch.tensor([[-1e4, 0.0, 1.0, -1e4]], dtype=dtype)
+    assert sample_labels(logits, torch.zeros(1, dtype=torch.float64)).item() == 1
+    almost = torch.tensor([1.0], dtype=torch.float64).nextafter(torch.tensor(0.0, dtype=torch.float64))
+    assert sample_labels(logits, almost).item() in (2, 3)
+
+
+def test_over_all_labels_the_expectation_is_the_exact_fisher_matrix():
+    logits = some_logits(1, 5)
+    p = logits[0].softmax(0)
+    total = torch.zeros(5, 5, dtype=torch.float64)
+    for label in range(5):
+        _, gradient = cross_entropy_gradient(logits.clone(), torch.tensor([label]))
+        total += p[label] * gradient[0].outer(gradient[0])
+    torch.testing.assert_close(total, fisher_matrix(logits), rtol=1e-12, atol=1e-14)
+
+
+def test_over_all_signs_the_expectation_is_the_exact_fisher_matrix():
+    logits = some_logits(1, 5)
+    total = torch.zeros(5, 5, dtype=torch.float64)
+    for signs in itertools.product([-1.0, 1.0], repeat=5):
+        _, gradient = random_signs_gradient(logits.clone(), torch.tensor([signs], dtype=torch.float64))
+        total += gradient[0].outer(gradient[0]) / 2**5
+    torch.testing.assert_close(total, fisher_matrix(logits), rtol=1e-12, atol=1e-14)
+
+
+def test_signs_spread_less_than_labels_over_a_neuron_that_reaches_the_whole_vocabulary():
+    """Variance of the estimate (w . g)^2 of w^T F w, over all draws: what a lower variance is claimed of."""
+    logits = torch.zeros(1, 8, dtype=torch.float64)
+    logits[0, 0] = 3.0
+    weight = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    p = logits[0].softmax(0)
+    exact = weight @ fisher_matrix(logits) @ weight
+    by_label = sum(
+        p[label] * ((cross_entropy_gradient(logits.clone(), torch.tensor([label]))[1][0] @ weight) ** 2 - exact) ** 2
+        for label in range(8)
+    )
+    by_signs = sum(
+        (
+            (random_signs_gradient(logits.clone(), torch.tensor([signs], dtype=torch.float64))[1][0] @ weight) ** 2
+            - exact
+        )
+        ** 2
+        / 2**8
+        for signs in itertools.product([-1.0, 1.0], repeat=8)
+    )
+    assert by_signs < by_label
+
+
+def test_signs_are_fair_and_independent_of_each_other():
+    signs = signs_of(draw_sign_bits(0, 5, 400, 101), 101, torch.float32)
+    assert signs.shape == (400, 101) and set(signs.unique().tolist()) == {-1.0, 1.0}
+    correlation = signs.T @ signs / 400
+    assert signs.mean(0).abs().max() < 5 / 400**0.5
+    assert (correlation - torch.eye(101)).abs().max() < 5.5 / 400**0.5
+
+
+def test_what_is_drawn_depends_on_the_seed_and_the_window_alone():
+    assert torch.equal(draw_uniform(1, 2, 9), draw_uniform(1, 2, 9))
+    assert torch.equal(draw_sign_bits(1, 2, 9, 70), draw_sign_bits(1, 2, 9, 70))
+    for seed, window in ((1, 3), (2, 2), (12, 0)):
+        assert not torch.isin(draw_uniform(1, 2, 9), draw_uniform(seed, window, 9)).any()
+        assert not torch.equal(draw_sign_bits(1, 2, 9, 70), draw_sign_bits(seed, window, 9, 70))
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 4, 5])
+def test_chunks_of_tokens_get_the_labels_of_the_whole(rows_per_chunk):
+    logits, uniform = some_logits(11, 40).float(), draw_uniform(0, 0, 11)
+    pieces = zip(logits.split(rows_per_chunk), uniform.split(rows_per_chunk), strict=True)
+    assert torch.equal(torch.cat([sample_labels(*piece) for piece in pieces]), sample_labels(logits, uniform))
+
+
+def test_large_logits_stay_finite():
+    logits = torch.randn(4, 30) * 1e4
+    for loss, gradient in (
+        cross_entropy_gradient(logits.clone(), torch.tensor([0, 1, 2, -1])),
+        sampled_label_gradient(logits.clone(), draw_uniform(0, 0, 4)),
+        random_signs_gradient(logits.clone(), signs_of(draw_sign_bits(0, 0, 4, 30), 30, torch.float32)),
+    ):
+        assert loss.isfinite().all() and gradient.isfinite().all()
