@@ -81,7 +81,9 @@ def test_yaml_that_is_none(tmp_path):
 def test_help_names_every_flag():
     result = sweep(None, "unused", "--help")
     assert result.returncode == 0
-    for flag in ("--models", "--ratios", "--config", "--set", "--out", "--backend", "--ranks", "--dry-run"):
+    shared = ("--models", "--ratios", "--config", "--set", "--out", "--backend", "--ranks", "--criteria", "--dry-run")
+    slurm = ("--profile", "--max-running", "--follow", "--status", "--cancel", "--logs")
+    for flag in shared + slurm:
         assert flag in result.stdout
 
 
