@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _MENDABLE = {
     errno.ENOSPC: "make room on the disk and run the sweep again, it goes on where it stopped",
@@ -43,3 +45,16 @@ def from_os_error(error: Exception) -> Exception:
         where = f"{error.filename}: " if error.filename else ""
         return UserError(f"{where}{error.strerror}; {_MENDABLE[error.errno]}")
     return error
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """End a command with one message and exit code 2 where it fails by something that the user can mend."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        mended = from_os_error(error)
+        if not isinstance(mended, UserError):
+            raise
+        print(f"error: {mended}", file=sys.stderr)
+        sys.exit(UserError.EXIT_CODE)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.errors import UserError, from_os_error
+from hfprune_dist.errors import explained
 from hfprune_dist.models.checkpoint import SINGLE_FILE, read_safetensors_header
 from launch.demo.docstrings import Documented, instruction_pairs, standard_library
 from launch.demo.jsonl import write_jsonl
@@ -62,14 +62,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo-assets"), help="default: runs/demo-assets")
     arguments = parser.parse_args()
     os.environ.update(QUIET_AND_OFFLINE)
-    try:
+    with explained():
         build(arguments.out)
-    except (UserError, OSError) as error:
-        mended = from_os_error(error)
-        if not isinstance(mended, UserError):
-            raise
-        print(f"error: {mended}", file=sys.stderr)
-        return UserError.EXIT_CODE
     return 0
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hfprune_dist.artifacts import Store
-from hfprune_dist.errors import UserError, from_os_error
+from hfprune_dist.errors import UserError, explained
 from hfprune_dist.files import read_json
 from hfprune_dist.plan import Plan
 from hfprune_dist.report import DenseModel, collect_rows, write_reports
@@ -29,14 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder of a sweep, e.g. runs/demo")
     parser.add_argument("--published", action="store_true", help="show the paper's rows below ours")
     arguments = parser.parse_args(argv)
-    try:
+    with explained():
         report(arguments.out, arguments.published)
-    except (UserError, OSError) as error:
-        mended = from_os_error(error)
-        if not isinstance(mended, UserError):
-            raise
-        print(f"error: {mended}", file=sys.stderr)
-        return UserError.EXIT_CODE
     return 0
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from hfprune_dist.artifacts import Store, Verdict, require_writable
 from hfprune_dist.config import SweepConfig, load_config, parse_assignment, parse_list, parse_ratios
-from hfprune_dist.errors import UserError, from_os_error
+from hfprune_dist.errors import UserError, explained
 from hfprune_dist.files import write_json, write_text
 from hfprune_dist.models.sources import ModelSource, resolve_models
 from hfprune_dist.plan import Plan, build_plan
@@ -50,19 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return run_sweep(arguments)
+        with explained():
+            return run_sweep(arguments)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     except SlurmUnavailableError as error:
         print(f"error: Slurm does not answer: {error}; run the same command again to go on", file=sys.stderr)
         return 1
-    except (UserError, OSError) as error:
-        mended = from_os_error(error)
-        if not isinstance(mended, UserError):
-            raise
-        print(f"error: {mended}", file=sys.stderr)
-        return UserError.EXIT_CODE
 
 
 def run_sweep(arguments: argparse.Namespace) -> int:

