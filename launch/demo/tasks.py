@@ -18,7 +18,7 @@ from launch.demo.prose import passages
 Record = dict[str, Any]
 
 # Sizes: an evaluation of a 135M model should take seconds on two cores, so sequences are about 17 tokens long.
-DOCUMENTS = 50
+DOCUMENTS = 60
 CHOICES = 4
 CONTEXT_WORDS = 9
 CONTINUATION_WORDS = 5
