@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hfprune_dist.data.text import field_of, read_records
 from hfprune_dist.errors import UserError
+from hfprune_dist.models.tokenizer import bos_id, plain_ids
 
 Tokenize = Callable[[str], list[int]]
 
@@ -26,6 +30,39 @@ class Windows:
     input_ids_ST: Tensor
     documents_read: int
     documents_used: int
+
+
+def read_windows(
+    source: Mapping[str, Any],
+    path: Path | None,
+    tokenizer: Any,
+    add_bos_token: bool,
+    samples: int,
+    seed: int,
+    where: str,
+) -> Windows:
+    """Cut windows from a text source; a local file's documents are taken in a random order that ``seed`` decides.
+
+    Args:
+        source: settings of the source (see ``read_records``) with ``sequence_length``.
+        path: the local file; None streams the hub data set.
+        add_bos_token: begin every window with BOS, where the tokenizer has one.
+        where: what the text is for, for messages.
+
+    Raises:
+        UserError: where the text can't be read or no document is long enough.
+    """
+    where = f"{where} {path or source['dataset']}"
+    texts = (field_of(record, source["text_field"], where) for record in read_records(source, path, seed))
+    return sample_windows(
+        texts if path is None else in_random_order(texts, seed),
+        lambda text: plain_ids(tokenizer, text),
+        bos_id(tokenizer, add_bos_token),
+        samples,
+        source["sequence_length"],
+        seed,
+        where,
+    )
 
 
 def sample_windows(

@@ -83,6 +83,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             backend="causal",
             batch_size=batch_size,
             add_bos_token=add_bos_token,
+            softmax_dtype=torch.float32,  # summed over a document, bfloat16 keeps no more than three digits
         )
         self._device = world.device
         self._wants_bos = add_bos_token

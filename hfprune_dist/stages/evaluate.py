@@ -18,13 +18,12 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, next_ids
-from hfprune_dist.data.text import field_of, read_records
-from hfprune_dist.data.windows import sample_windows
+from hfprune_dist.data.windows import read_windows
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation import TaskLoader, details_of, explain, plain, scores_of
 from hfprune_dist.files import read_json, write_json
 from hfprune_dist.models.checkpoint import open_checkpoint
-from hfprune_dist.models.tokenizer import bos_id, load_tokenizer, plain_ids
+from hfprune_dist.models.tokenizer import load_tokenizer
 from hfprune_dist.parallel.inference import FrozenModel, Sharding, choose_sharding
 from hfprune_dist.parallel.world import World
 from hfprune_dist.stages.context import Context
@@ -126,21 +125,14 @@ def _save_fidelity(context: Context, sums: Mapping[int, FidelitySums]) -> None:
 
 
 def _held_out_windows(context: Context) -> Tensor:
-    """Windows [windows, sequence_length] of the held-out text in its own order, cut on rank 0."""
+    """Windows [windows, sequence_length] of the held-out text, cut on rank 0."""
     if not context.world.is_first:
         return context.world.broadcast(torch.empty(0))
     settings = context.params["fidelity"]
     path = context.input_path("fidelity") if context.has_input("fidelity") else None
-    where = f"fidelity {path or settings['dataset']}"
     tokenizer = load_tokenizer(context.input_path("dense"))
-    windows = sample_windows(
-        (field_of(record, settings["text_field"], where) for record in read_records(settings, path, SEED)),
-        lambda text: plain_ids(tokenizer, text),
-        bos_id(tokenizer, context.params["add_bos_token"]),
-        settings["windows"],
-        settings["sequence_length"],
-        SEED,
-        where,
+    windows = read_windows(
+        settings, path, tokenizer, context.params["add_bos_token"], settings["windows"], SEED, "fidelity"
     )
     return context.world.broadcast(windows.input_ids_ST)
 

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from hfprune_dist.core.criteria import CRITERIA, Batch, Criterion, losses_of
 from hfprune_dist.core.head import head_gradients
 from hfprune_dist.core.importance import NeuronSums, NonFiniteError
-from hfprune_dist.data.text import field_of, read_records
-from hfprune_dist.data.windows import in_random_order, sample_windows
+from hfprune_dist.data.windows import read_windows
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.models.tokenizer import bos_id, load_tokenizer, plain_ids
+from hfprune_dist.models.tokenizer import load_tokenizer
 from hfprune_dist.models.weights import mlp_layer
 from hfprune_dist.parallel.zero3 import gathered, load_frozen, rearming
 from hfprune_dist.stages.context import Context
@@ -92,19 +91,14 @@ def _prepare_windows(context: Context) -> dict[str, int]:
         return context.world.broadcast({})
     settings = context.params["calibration"]
     path = context.input_path("calibration") if context.has_input("calibration") else None
-    where = f"calibration {path or settings['dataset']}"
-    tokenizer = load_tokenizer(context.input_path("model"))
-    seed = context.params["seed"]
-    records = read_records(settings, path, seed)
-    texts = (field_of(record, settings["text_field"], where) for record in records)
-    windows = sample_windows(
-        texts if path is None else in_random_order(texts, seed),
-        lambda text: plain_ids(tokenizer, text),
-        bos_id(tokenizer, context.params["add_bos_token"]),
+    windows = read_windows(
+        settings,
+        path,
+        load_tokenizer(context.input_path("model")),
+        context.params["add_bos_token"],
         settings["samples"],
-        settings["sequence_length"],
-        seed,
-        where,
+        context.params["seed"],
+        "calibration",
     )
     save_file({"input_ids": windows.input_ids_ST}, context.work / WINDOWS)
     counts = {"documents_read": windows.documents_read, "documents_used": windows.documents_used}

@@ -357,6 +357,20 @@ def test_rolling_windows_begin_with_one_bos(inputs, tmp_path, monkeypatch):
     assert all(1 not in continuation for _, continuation in firsts)
 
 
+def test_a_bfloat16_model_is_scored_in_float32(inputs, tmp_path, monkeypatch):
+    answers = {}
+    original = ShardedLM.loglikelihood_rolling
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setattr(
+            ShardedLM,
+            "loglikelihood_rolling",
+            lambda *a, to=dtype, **k: answers.setdefault(to, original(*a, **k)),
+        )
+        run_alone(Store(tmp_path / dtype), lay_out(Store(tmp_path / dtype), inputs, ["tiny_rolling"], dtype=dtype))
+    assert answers["bfloat16"] == pytest.approx(answers["float32"], rel=0.01)
+    assert all(torch.tensor(answer).bfloat16().item() != answer for answer in answers["bfloat16"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
