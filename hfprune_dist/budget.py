@@ -6,6 +6,7 @@ that goes (20 % of Llama-3.2-1B is 31 % of its MLP).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hfprune_dist.errors import UserError
@@ -28,6 +29,10 @@ class ModelSize:
         """The ratio that keeps the fewest neurons a layer may have: ``multiple_of`` of them."""
         return self.total_ratio(min(multiple_of, self.intermediate_size))
 
+    def ratio_of(self, neurons: int) -> float:
+        """Share of all parameters that goes with so many neurons, whatever their layers."""
+        return neurons * self.parameters_per_neuron / self.parameters
+
 
 def uniform_width(size: ModelSize, total_ratio: float, multiple_of: int, where: str) -> int:
     """Neurons that each layer keeps so that the reached ratio is as close to ``total_ratio`` as rounding allows.
@@ -49,6 +54,32 @@ def uniform_width(size: ModelSize, total_ratio: float, multiple_of: int, where: 
             f"use a larger ratio or a smaller prune.multiple_of"
         )
     return width
+
+
+def removals(size: ModelSize, total_ratio: float, narrowest: Sequence[int], where: str) -> int:
+    """Neurons to remove from all layers together so that the reached ratio is closest to ``total_ratio``.
+
+    Args:
+        narrowest: the width below which each layer doesn't go.
+
+    Raises:
+        UserError: where the layers' floors don't let so many go.
+    """
+    wanted = round(total_ratio * size.parameters / size.parameters_per_neuron)
+    most = sum(size.intermediate_size - width for width in narrowest)
+    if wanted > most:
+        raise UserError(
+            f"{where}: ratio {total_ratio:g} can't be reached with the floors that prune.floor, protect_first and "
+            f"protect_last set; the largest possible is {_round_down(size.ratio_of(most))}"
+        )
+    return wanted
+
+
+def narrowest_widths(size: ModelSize, floor: float, protect_first: int, protect_last: int) -> list[int]:
+    """The width below which each layer doesn't go: its share ``floor``, or all of it where it is protected."""
+    least = max(1, round(floor * size.intermediate_size))
+    protected = {*range(protect_first), *range(size.num_layers - protect_last, size.num_layers)}
+    return [size.intermediate_size if layer in protected else least for layer in range(size.num_layers)]
 
 
 def _round_down(ratio: float) -> str:

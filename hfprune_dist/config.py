@@ -83,8 +83,9 @@ class CalibrationConfig(TextSource):
 class ImportanceConfig(Section):
     """How neurons are scored."""
 
-    criteria: list[CriterionName] = Field(default=["entropy"], min_length=1)
-    """Scores to compute, all in one calibration pass: one forward, and one backward for each loss.
+    criteria: list[CriterionName] = []
+    """Scores to compute besides those that the methods need, all in one calibration pass: one forward, and one
+    backward for each loss.
 
     entropy: sum over tokens of |h * dH/dh| (HFPrune). entropy_squared: sum of squares of the same terms.
     cross_entropy: sum of |h * dCE/dh| (LLM-Pruner's first order). fisher: sum of (h * dlog p(y)/dh)^2 with y drawn
@@ -95,17 +96,42 @@ class ImportanceConfig(Section):
     """Compute dtype of forward and backward; scores are accumulated in float64 in any case."""
 
 
-class PruneConfig(Section):
-    """How scores become a smaller checkpoint."""
+Allocation = Literal["uniform", "global"]
+Refit = Literal["none", "dense", "layerwise"]
 
-    criterion: CriterionName = "entropy"
-    """The score that selects; one of importance.criteria."""
-    allocation: Literal["uniform"] = "uniform"
-    """How the removed parameters are spread over layers. uniform: the same width in every layer."""
-    refit: Literal["none"] = "none"
-    """Correction of the kept weights after selection."""
+
+class Method(Section):
+    """How scores become a smaller checkpoint. ``configs/methods`` has the ones that come with the project."""
+
+    criterion: CriterionName
+    """The score that selects."""
+    allocation: Allocation = "uniform"
+    """How the removed neurons are spread over layers. uniform: the same width everywhere. global: all layers compete
+    by score; a criterion whose scores aren't in nats is divided by its layer's mean first. Such checkpoints need
+    trust_remote_code, or this package, to load."""
+    floor: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """global: the share of its neurons that a layer keeps at least."""
+    protect_first: Annotated[int, Field(ge=0)] = 0
+    """global: so many of the first layers keep all their neurons."""
+    protect_last: Annotated[int, Field(ge=0)] = 0
+    """global: so many of the last layers keep all their neurons."""
+    refit: Refit = "none"
+    """Least squares on down_proj, so that the kept neurons take over for the removed ones. dense: on the dense model's
+    activations. layerwise: on those of the pruned model, layer after layer."""
     multiple_of: Positive = 1
     """Round intermediate_size to a multiple of this (64 or 128 suit GPU kernels)."""
+
+
+class PruneConfig(Section):
+    """Settings that win over those of every method; null leaves them to the method (see ``Method``)."""
+
+    criterion: CriterionName | None = None
+    allocation: Allocation | None = None
+    floor: Annotated[float, Field(gt=0, le=1)] | None = None
+    protect_first: Annotated[int, Field(ge=0)] | None = None
+    protect_last: Annotated[int, Field(ge=0)] | None = None
+    refit: Refit | None = None
+    multiple_of: Positive | None = None
 
 
 class RecoveryConfig(TextSource):
@@ -231,6 +257,8 @@ class SweepConfig(Section):
     """Aliases (configs/models/*.yaml, or the aliases section) or folders of Hugging Face checkpoints."""
     ratios: list[Ratio] = Field(default=[0.2, 0.3], min_length=1)
     """Removed parameters / all parameters of the model, for each pruned row."""
+    methods: list[str] = Field(default=["hfprune"], min_length=1)
+    """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seeds the calibration windows, the order of the recovery data and the LoRA initialisation."""
     aliases: dict[str, ModelAlias] = {}
@@ -242,22 +270,13 @@ class SweepConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
-    @field_validator("models", "ratios")
+    @field_validator("models", "ratios", "methods")
     @classmethod
     def _no_duplicates(cls, values: list[Any]) -> list[Any]:
         repeated = sorted({value for value in values if values.count(value) > 1})
         if repeated:
             raise ValueError(f"{repeated[0]} is listed twice")
         return values
-
-    @model_validator(mode="after")
-    def _criterion_is_computed(self) -> SweepConfig:
-        if self.prune.criterion not in self.importance.criteria:
-            raise ValueError(
-                f"prune.criterion {self.prune.criterion!r} is not in importance.criteria "
-                f"({', '.join(self.importance.criteria)}): add it there, or set prune.criterion to one of them"
-            )
-        return self
 
 
 def load_config(files: Sequence[Path], overrides: Mapping[str, Any]) -> SweepConfig:
@@ -360,6 +379,9 @@ def _resolve_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
         _resolve_key(section, leaf, base)
+    methods = raw.get("methods")
+    if isinstance(methods, list):
+        raw["methods"] = [_absolute(name, base) if _is_file(name) else name for name in methods]
     aliases = raw.get("aliases")
     for alias in aliases.values() if isinstance(aliases, dict) else ():
         _resolve_key(alias, "path", base)
@@ -368,7 +390,15 @@ def _resolve_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
 
 def _resolve_key(section: Any, key: str, base: Path) -> None:
     if isinstance(section, dict) and isinstance(section.get(key), str):
-        section[key] = str((base / Path(section[key]).expanduser()).resolve())
+        section[key] = _absolute(section[key], base)
+
+
+def _is_file(method: Any) -> bool:
+    return isinstance(method, str) and method.endswith((".yaml", ".yml"))
+
+
+def _absolute(path: str, base: Path) -> str:
+    return str((base / Path(path).expanduser()).resolve())
 
 
 def _explain(schema: type[Section], problem: Mapping[str, Any]) -> str:

@@ -5,14 +5,14 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.budget import ModelSize, uniform_width
-from hfprune_dist.config import SweepConfig, TextSource
+from hfprune_dist.budget import ModelSize, narrowest_widths, removals, uniform_width
+from hfprune_dist.config import Method, SweepConfig, TextSource
 from hfprune_dist.errors import UserError
 from hfprune_dist.identity import FileHashes, digest_of
 from hfprune_dist.models.checkpoint import Checkpoint
@@ -101,20 +101,18 @@ class Stage:
 class Cell:
     """One row of the result table: a checkpoint and its evaluation.
 
-    ``ratio`` is None for the dense model; ``producers`` are the stages whose cost the row carries, in order.
+    ``label`` names it among the sweep's. ``ratio`` and ``method`` are None for the dense model; ``producers`` are the
+    stages whose cost the row carries, in order.
     """
 
+    label: str
     model: str
     ratio: float | None
+    method: str | None
     criterion: str | None
     recovery: str
     producers: tuple[str, ...]
     evaluate: str
-
-    @property
-    def label(self) -> str:
-        shape = "dense" if self.ratio is None else f"{self.ratio:g}"
-        return f"{self.model} {shape}" + ("" if self.recovery == "none" else f" + {self.recovery}")
 
 
 @dataclass(frozen=True)
@@ -135,56 +133,75 @@ class Plan:
         return cls({stage.id: stage for stage in stages}, tuple(cells))
 
 
-def build_plan(config: SweepConfig, models: list[ModelSource], hashes: FileHashes) -> Plan:
+def build_plan(
+    config: SweepConfig, models: Sequence[ModelSource], methods: Mapping[str, Method], hashes: FileHashes
+) -> Plan:
     """Expand a sweep into stages and cells; stages that several cells need appear once.
 
     Raises:
         UserError: for a ratio that a model can't reach, or input text that can't be read.
     """
-    planner = _Planner(config, hashes)
+    planner = _Planner(config, methods, hashes)
     cells = [cell for model in models for cell in planner.cells(model)]
     return Plan(planner.stages, tuple(cells))
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """A checkpoint before recovery: the dense one, or one that a method pruned at a ratio."""
+
+    label: str
+    model: str
+    dense: Input
+    checkpoint: Input
+    ratio: float | None = None
+    method: str | None = None
+    producers: tuple[str, ...] = ()
 
 
 class _Planner:
     """Collects stages by id while the cells of each model are laid out."""
 
-    def __init__(self, config: SweepConfig, hashes: FileHashes) -> None:
+    def __init__(self, config: SweepConfig, methods: Mapping[str, Method], hashes: FileHashes) -> None:
         self.config = config
+        self.methods = methods
         self.hashes = hashes
         self.stages: dict[str, Stage] = {}
 
     def cells(self, model: ModelSource) -> list[Cell]:
+        size = size_of(model.checkpoint)
+        for ratio in self.config.ratios:
+            for name, method in self.methods.items():
+                check_reachable(size, ratio, method, f"model {model.name!r}, method {name!r}")
         dense = Input(model.identity, str(model.checkpoint.path))
-        variants: list[tuple[float | None, Input, tuple[str, ...]]] = [(None, dense, ())]
-        widths = {
-            ratio: uniform_width(
-                size_of(model.checkpoint), ratio, self.config.prune.multiple_of, f"model {model.name!r}"
-            )
-            for ratio in self.config.ratios
-        }
+        cells = self._finish(_Variant(f"{model.name} dense", model.name, dense, dense))
         importance = self._importance(model, dense)
-        for ratio in widths:
-            prune = self._prune(model, dense, importance, ratio)
-            variants.append((ratio, prune.as_input(), (importance.id, prune.id)))
-        return [cell for variant in variants for cell in self._finish(model, dense, *variant)]
-
-    def _finish(
-        self, model: ModelSource, dense: Input, ratio: float | None, checkpoint: Input, producers: tuple[str, ...]
-    ) -> list[Cell]:
-        """Lay out recovery and evaluation of one checkpoint; the dense model is also evaluated as it is."""
-        label = f"{model.name} {'dense' if ratio is None else format(ratio, 'g')}"
-        criterion = None if ratio is None else self.config.prune.criterion
-        method = self.config.recovery.method
-        cells = []
-        if ratio is None or method == "none":
-            evaluate = self._evaluate(label, checkpoint, dense)
-            cells.append(Cell(model.name, ratio, criterion, "none", producers, evaluate.id))
-        if method != "none":
-            recover = self._recover(label, checkpoint)
-            evaluate = self._evaluate(f"{label} + {method}", recover.as_input(), dense)
-            cells.append(Cell(model.name, ratio, criterion, method, (*producers, recover.id), evaluate.id))
+        for ratio in self.config.ratios:
+            for name, method in self.methods.items():
+                label = f"{model.name} {ratio:g}" + (f" {name}" if len(self.methods) > 1 else "")
+                prune = self._prune(label, dense, importance, ratio, method)
+                producers = (importance.id, prune.id)
+                cells += self._finish(_Variant(label, model.name, dense, prune.as_input(), ratio, name, producers))
         return cells
+
+    def _finish(self, variant: _Variant) -> list[Cell]:
+        """Lay out recovery and evaluation of one checkpoint; the dense model is also evaluated as it is."""
+        recovery = self.config.recovery.method
+        cells = []
+        if variant.ratio is None or recovery == "none":
+            evaluate = self._evaluate(variant.label, variant.checkpoint, variant.dense)
+            cells.append(self._cell(variant, "none", variant.producers, evaluate))
+        if recovery != "none":
+            recover = self._recover(variant.label, variant.checkpoint)
+            evaluate = self._evaluate(f"{variant.label} + {recovery}", recover.as_input(), variant.dense)
+            cells.append(self._cell(variant, recovery, (*variant.producers, recover.id), evaluate))
+        return cells
+
+    def _cell(self, variant: _Variant, recovery: str, producers: tuple[str, ...], evaluate: Stage) -> Cell:
+        criterion = None if variant.method is None else self.methods[variant.method].criterion
+        return Cell(
+            evaluate.label, variant.model, variant.ratio, variant.method, criterion, recovery, producers, evaluate.id
+        )
 
     def _add(self, stage: Stage) -> Stage:
         return self.stages.setdefault(stage.id, stage)
@@ -194,17 +211,22 @@ class _Planner:
         calibration, text = self._text(config.calibration)
         params = {
             "calibration": calibration,
-            "criteria": sorted(set(config.importance.criteria)),
+            "criteria": sorted({*config.importance.criteria, *(method.criterion for method in self.methods.values())}),
             "dtype": config.importance.dtype,
             "add_bos_token": config.evaluation.add_bos_token,
             "seed": config.seed,
         }
         return self._add(Stage("importance", model.name, params, {"model": dense, **_role("calibration", text)}))
 
-    def _prune(self, model: ModelSource, dense: Input, importance: Stage, ratio: float) -> Stage:
-        params = {"ratio": ratio, **self.config.prune.model_dump()}
+    def _prune(self, label: str, dense: Input, importance: Stage, ratio: float, method: Method) -> Stage:
+        params = {"ratio": ratio, **_effective(method)}
+        if method.refit != "none":
+            params |= {
+                "dtype": self.config.importance.dtype,
+                "micro_batch_size": self.config.calibration.micro_batch_size,
+            }
         inputs = {"model": dense, "importance": importance.as_input()}
-        return self._add(Stage("prune", f"{model.name} {ratio:g}", params, inputs))
+        return self._add(Stage("prune", label, params, inputs))
 
     def _recover(self, label: str, checkpoint: Input) -> Stage:
         recovery, text = self._text(self.config.recovery)
@@ -238,6 +260,25 @@ def size_of(checkpoint: Checkpoint) -> ModelSize:
         checkpoint.intermediate_size,
         checkpoint.parameters_per_neuron,
     )
+
+
+def check_reachable(size: ModelSize, ratio: float, method: Method, where: str) -> None:
+    """Refuse a ratio that a method can't reach on a model.
+
+    Raises:
+        UserError: telling the largest ratio that it can reach.
+    """
+    if method.allocation == "uniform":
+        uniform_width(size, ratio, method.multiple_of, where)
+    else:
+        narrowest = narrowest_widths(size, method.floor, method.protect_first, method.protect_last)
+        removals(size, ratio, narrowest, where)
+
+
+def _effective(method: Method) -> dict[str, Any]:
+    """The settings of a method that affect its result."""
+    idle = {"floor", "protect_first", "protect_last"} if method.allocation == "uniform" else set()
+    return method.model_dump(exclude=idle)
 
 
 def _role(role: str, source: Input | None) -> dict[str, Input]:

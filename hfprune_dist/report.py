@@ -51,6 +51,7 @@ def _row(cell: Cell, plan: Plan, store: Store, dense: DenseModel) -> Row:
         "model": cell.model,
         "ratio": 0.0 if cell.ratio is None else cell.ratio,
         **shape,
+        "method": cell.method,
         "criterion": cell.criterion,
         "recovery": cell.recovery,
         "perplexity": fidelity.get("perplexity"),
@@ -78,10 +79,10 @@ def _cause(stage_id: str, plan: Plan, store: Store) -> str:
 def _shape(cell: Cell, manifests: Mapping[str, Mapping[str, Any] | None], dense: DenseModel) -> Row:
     """Reached ratio, parameters and width: the dense model's, or those that the prune stage reports."""
     if cell.ratio is None:
-        return {"ratio_reached": 0.0, **asdict(dense)}
+        return {"ratio_reached": 0.0, **asdict(dense), "intermediate_sizes": None}
     prune = next(found for stage_id, found in manifests.items() if stage_id.startswith("prune/"))
     metrics: Mapping[str, Any] = prune["metrics"] if prune else {}
-    return {key: metrics.get(key) for key in ("ratio_reached", "parameters", "intermediate_size")}
+    return {key: metrics.get(key) for key in ("ratio_reached", "parameters", "intermediate_size", "intermediate_sizes")}
 
 
 def _averages(tasks: Mapping[str, Mapping[str, Any]]) -> Row:
@@ -103,7 +104,7 @@ def write_reports(rows: Sequence[Row], out: Path) -> None:
 
 def flat_row(row: Row) -> Row:
     """A row with ``<task>/<metric>`` columns in place of the nested task results."""
-    flat = {key: value for key, value in row.items() if key != "tasks"}
+    flat = {key: value for key, value in row.items() if key not in ("tasks", "intermediate_sizes")}
     for task, metrics in row["tasks"].items():
         flat |= {f"{task}/{metric}": value for metric, value in metrics.items()}
     return flat
@@ -123,7 +124,7 @@ def _csv(rows: Sequence[Row]) -> str:
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Headers and cells of the table that people read: headline score of each task in percent, or its perplexity."""
     tasks = list(dict.fromkeys(task for row in rows for task in row["tasks"]))
-    headers = ["model", "ratio", "reached", "recovery", "params", "width", "ppl", "KL", "agree", *tasks]
+    headers = ["model", "ratio", "method", "reached", "recovery", "params", "width", "ppl", "KL", "agree", *tasks]
     # Averages of one score, or of none, would only repeat it.
     averaged = [key for key in ("average", "average_without_crows_pairs") if any(row[key] is not None for row in rows)]
     if all(row["average"] == row["average_without_crows_pairs"] for row in rows):
@@ -134,9 +135,9 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _cells(row: Row, tasks: Sequence[str], averaged: Sequence[str]) -> list[str]:
-    shown = [row["model"], f"{row['ratio']:g}" if row["ratio"] else "dense"]
+    shown = [row["model"], f"{row['ratio']:g}" if row["ratio"] else "dense", row["method"] or "-"]
     shown += [_number(row["ratio_reached"], "{:.4f}"), row["recovery"]]
-    shown += [_number(row["parameters"], "{:,}"), _number(row["intermediate_size"], "{}")]
+    shown += [_number(row["parameters"], "{:,}"), _width(row)]
     if row["status"] == "missing":
         return [*shown, f"missing: {row['cause']}"]
     shown += [_number(row["perplexity"], "{:.2f}"), _number(row["kl"], "{:.4f}")]
@@ -144,6 +145,14 @@ def _cells(row: Row, tasks: Sequence[str], averaged: Sequence[str]) -> list[str]
     shown += [_task_score(row["tasks"].get(task, {})) for task in tasks]
     shown += [_percent(row[key]) for key in averaged]
     return [*shown, _number(row["wall_time_s"], "{:.0f} s")]
+
+
+def _width(row: Row) -> str:
+    """The layers' width, or the narrowest and widest where they differ."""
+    widths = row["intermediate_sizes"]
+    if not widths:
+        return _number(row["intermediate_size"], "{}")
+    return f"{min(widths)}" if len(set(widths)) == 1 else f"{min(widths)}-{max(widths)}"
 
 
 def _number(value: float | None, template: str) -> str:

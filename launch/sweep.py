@@ -27,6 +27,7 @@ from hfprune_dist.artifacts import Store, Verdict, require_writable
 from hfprune_dist.config import SweepConfig, load_config, parse_assignment, parse_list, parse_ratios
 from hfprune_dist.errors import UserError, explained
 from hfprune_dist.files import write_json, write_text
+from hfprune_dist.methods import resolve_methods
 from hfprune_dist.models.sources import ModelSource, resolve_models
 from hfprune_dist.plan import Plan, build_plan
 from hfprune_dist.progress import read_failure
@@ -67,7 +68,8 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / (arguments.config[0].stem if arguments.config else "default")
     store = Store(out / "store")
     models = resolve_models(config, PROJECT / "configs" / "models", store.hashes, download=not arguments.dry_run)
-    plan = build_plan(config, models, store.hashes)
+    methods = resolve_methods(config, PROJECT / "configs" / "methods")
+    plan = build_plan(config, models, methods, store.hashes)
     sweep = Sweep(plan, store, out)
     if arguments.status or arguments.cancel or arguments.logs:
         _show(console, sweep, arguments)
@@ -146,6 +148,8 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         overrides["models"] = parse_list("--models", arguments.models)
     if arguments.ratios is not None:
         overrides["ratios"] = parse_ratios(arguments.ratios)
+    if arguments.methods is not None:
+        overrides["methods"] = parse_list("--methods", arguments.methods)
     if arguments.criteria is not None:
         overrides["importance.criteria"] = parse_list("--criteria", arguments.criteria)
     if arguments.ranks is not None:
@@ -206,9 +210,12 @@ def _parser() -> argparse.ArgumentParser:
         "--ratios", metavar="R,R", help="removed / all parameters of the model, each in (0, 1); default: 0.2,0.3"
     )
     parser.add_argument(
+        "--methods", metavar="A,B", help="pruning methods (configs/methods) or YAML files; default: hfprune"
+    )
+    parser.add_argument(
         "--criteria",
         metavar="A,B",
-        help="scores to compute in one calibration pass (importance.criteria); prune.criterion must be one of them",
+        help="further scores to compute in the calibration pass, for comparison (importance.criteria)",
     )
     parser.add_argument(
         "--config",

@@ -58,15 +58,8 @@ def test_bad_configuration_is_explained(tmp_path, content, expected):
 
 
 def test_every_criterion_can_be_configured():
-    config = load_config([], {"importance.criteria": list(CRITERIA), "prune.criterion": "fisher"})
+    config = load_config([], {"importance.criteria": list(CRITERIA)})
     assert set(typing.get_args(CriterionName)) == set(CRITERIA) == set(config.importance.criteria)
-
-
-def test_pruning_needs_a_criterion_that_is_computed():
-    with pytest.raises(
-        UserError, match=r"'entropy' is not in importance.criteria \(fisher, random\).*set prune.criterion"
-    ):
-        load_config([], {"importance.criteria": ["fisher", "random"]})
 
 
 def test_every_problem_is_told_at_once(tmp_path):

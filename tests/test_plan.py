@@ -1,11 +1,16 @@
+from pathlib import Path
+
 import pytest
 from tiny import save_tiny, write_documents, write_pairs
 
 from hfprune_dist.config import load_config
 from hfprune_dist.errors import UserError
 from hfprune_dist.identity import FileHashes
+from hfprune_dist.methods import resolve_methods
 from hfprune_dist.models.sources import resolve_models
 from hfprune_dist.plan import Plan, build_plan
+
+METHODS = Path(__file__).parents[1] / "configs" / "methods"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,8 @@ def plan_of(world, **overrides):
     }
     config = load_config([], base | {key.replace("__", "."): value for key, value in overrides.items()})
     hashes = FileHashes(None)
-    return build_plan(config, resolve_models(config, world / "none", hashes, download=False), hashes)
+    models = resolve_models(config, world / "none", hashes, download=False)
+    return build_plan(config, models, resolve_methods(config, METHODS), hashes)
 
 
 def kinds(plan):

@@ -18,8 +18,8 @@ STAGES = (IMPORTANCE, PRUNE, DENSE_EVALUATE, EVALUATE)
 PLAN = Plan(
     {stage.id: stage for stage in STAGES},
     (
-        Cell("m", None, None, "none", (), DENSE_EVALUATE.id),
-        Cell("m", 0.2, "entropy", "none", (IMPORTANCE.id, PRUNE.id), EVALUATE.id),
+        Cell("m dense", "m", None, None, None, "none", (), DENSE_EVALUATE.id),
+        Cell("m 0.2", "m", 0.2, "hfprune", "entropy", "none", (IMPORTANCE.id, PRUNE.id), EVALUATE.id),
     ),
 )
 DENSE = {"m": DenseModel(100, 48)}

@@ -98,6 +98,7 @@ class Criterion:
         summed: per token, h * dL/dh ("gradient"), h itself ("activation"), or "nothing": no calibration pass.
         loss: L, where a gradient is summed.
         reduction: the sum is one of absolute values or of squares.
+        in_nats: scores are estimates of KL divergence per token, which layers share as a unit.
         finish: sum [intermediate_size], layer -> scores [intermediate_size], both float64 on the CPU.
     """
 
@@ -106,6 +107,7 @@ class Criterion:
     summed: Literal["gradient", "activation", "nothing"]
     loss: Loss | None = None
     reduction: Literal["abs", "square"] = "abs"
+    in_nats: bool = False
     finish: Callable[[Tensor, MlpLayer], Tensor] = lambda sum_D, _layer: sum_D
 
     def __post_init__(self) -> None:

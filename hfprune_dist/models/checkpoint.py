@@ -27,6 +27,7 @@ COMPANION_PATTERNS = (
     "vocab.*",
     "merges.txt",
     "chat_template*",
+    "modeling_pruned.py",
     "LICENSE*",
     "NOTICE*",
 )
@@ -61,7 +62,19 @@ class Checkpoint:
 
     @cached_property
     def intermediate_size(self) -> int:
-        return int(self.config["intermediate_size"])
+        """Neurons of the widest layer."""
+        return max(self.intermediate_sizes)
+
+    @cached_property
+    def intermediate_sizes(self) -> list[int]:
+        """Neurons of each layer; layers differ where the config has a ``per_layer_config``."""
+        own = self.config.get("per_layer_config") or {}
+        everywhere = int(self.config["intermediate_size"])
+        return [int(own.get(str(layer), {}).get("intermediate_size", everywhere)) for layer in range(self.num_layers)]
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        return len(set(self.intermediate_sizes)) == 1
 
     @cached_property
     def parameters(self) -> int:
@@ -74,7 +87,7 @@ class Checkpoint:
         """Parameters that go when one neuron of one layer goes."""
         owned = [self.tensors[self.family.column_tensor(0)]]
         owned += [self.tensors[name] for name in self.family.row_tensors(0) if name in self.tensors]
-        return sum(info.numel for info in owned) // self.intermediate_size
+        return sum(info.numel for info in owned) // self.intermediate_sizes[0]
 
     @cached_property
     def weight_files(self) -> list[str]:
@@ -171,8 +184,8 @@ def _check_mlp_shapes(checkpoint: Checkpoint) -> None:
     for key in ("num_hidden_layers", "intermediate_size", "hidden_size"):
         if not isinstance(checkpoint.config.get(key), int):
             raise UserError(f"{checkpoint.path / 'config.json'}: {key} must be an integer")
-    family, width = checkpoint.family, checkpoint.intermediate_size
-    for layer in range(checkpoint.num_layers):
+    family = checkpoint.family
+    for layer, width in enumerate(checkpoint.intermediate_sizes):
         column = family.column_tensor(layer)
         rows = [name for name in family.row_tensors(layer) if name.endswith(".weight")]
         for name, dimension in [(column, 1), *((row, 0) for row in rows)]:
@@ -182,5 +195,5 @@ def _check_mlp_shapes(checkpoint: Checkpoint) -> None:
             if info.shape[dimension] != width:
                 raise UserError(
                     f"{checkpoint.path}: {name} has shape {list(info.shape)}, but config.json says "
-                    f"intermediate_size {width}"
+                    f"intermediate_size {width} for this layer"
                 )

@@ -23,12 +23,19 @@ class Family:
     """
 
     model_type: str
+    architecture: str
     body: str = "model"
     head: str = "lm_head"
+    embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     mlp: str = "mlp"
     row_projections: tuple[str, ...] = ("gate_proj", "up_proj")
     down_projection: str = "down_proj"
+
+    @property
+    def pruned_class(self) -> str:
+        """The class in ``modeling_pruned.py`` whose layers have MLPs of different widths."""
+        return f"Pruned{self.architecture}ForCausalLM"
 
     def mlp_prefix(self, layer: int) -> str:
         """Name of layer ``layer``'s MLP, as a submodule and as a prefix of its tensors."""
@@ -42,6 +49,10 @@ class Family:
     def column_tensor(self, layer: int) -> str:
         """The tensor whose dimension 1 is intermediate_size."""
         return f"{self.mlp_prefix(layer)}.{self.down_projection}.weight"
+
+    def embedding_tensor(self) -> str:
+        """The table of token embeddings [vocabulary, hidden_size]."""
+        return f"{self.embedding}.weight"
 
     def body_of(self, model: nn.Module) -> nn.Module:
         """The decoder without its head: input_ids -> last_hidden_state, final norm included."""
@@ -58,7 +69,13 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (Family("llama"), Family("mistral"), Family("qwen2"), Family("qwen3"))
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama"),
+        Family("mistral", "Mistral"),
+        Family("qwen2", "Qwen2"),
+        Family("qwen3", "Qwen3"),
+    )
 }
 
 

@@ -17,6 +17,9 @@ from hfprune_dist.core.surgery import Cut, cut_tensor
 from hfprune_dist.files import write_json
 from hfprune_dist.models.checkpoint import INDEX_FILE, Checkpoint, read_safetensors_header
 
+# Where layers differ in width, this module of ours travels inside the checkpoint.
+MODELING_FILE = Path(__file__).with_name("modeling_pruned.py")
+
 
 def mlp_cuts(checkpoint: Checkpoint, kept: Sequence[Tensor]) -> dict[str, Cut]:
     """The cut of every tensor that shrinks when layer ``i`` keeps the neurons ``kept[i]`` (ascending int64)."""
@@ -27,10 +30,25 @@ def mlp_cuts(checkpoint: Checkpoint, kept: Sequence[Tensor]) -> dict[str, Cut]:
     return cuts
 
 
-def write_weight_file(checkpoint: Checkpoint, file: str, cuts: Mapping[str, Cut], target: Path) -> None:
-    """Write one safetensors file of the smaller checkpoint."""
+def write_weight_file(
+    checkpoint: Checkpoint,
+    file: str,
+    cuts: Mapping[str, Cut],
+    target: Path,
+    replacements: Mapping[str, Callable[[], Tensor]] | None = None,
+) -> None:
+    """Write one safetensors file of the smaller checkpoint.
+
+    Args:
+        replacements: tensor name -> reads what is written in place of the cut tensor, of the same shape.
+    """
     shapes = {name: cut.shape(checkpoint.tensors[name].shape) for name, cut in cuts.items()}
-    stream_weight_file(checkpoint, file, shapes, lambda name, tensor: cut_tensor(name, tensor, cuts), target)
+    readers = replacements or {}
+
+    def transform(name: str, tensor: Tensor) -> Tensor:
+        return readers[name]().to(tensor.dtype) if name in readers else cut_tensor(name, tensor, cuts)
+
+    stream_weight_file(checkpoint, file, shapes, transform, target)
 
 
 def stream_weight_file(
@@ -63,12 +81,29 @@ def stream_weight_file(
             stream.write(tensor.view(torch.uint8).numpy().data)
 
 
+def config_changes(checkpoint: Checkpoint, widths: Sequence[int]) -> dict[str, Any]:
+    """What config.json says about the widths of the smaller checkpoint's layers."""
+    if len(set(widths)) == 1:
+        return {"intermediate_size": widths[0]}
+    name = checkpoint.family.pruned_class
+    return {
+        "per_layer_config": {str(layer): {"intermediate_size": width} for layer, width in enumerate(widths)},
+        "architectures": [name],
+        "auto_map": {"AutoModelForCausalLM": f"{MODELING_FILE.stem}.{name}"},
+    }
+
+
 def write_companions(checkpoint: Checkpoint, target: Path, changes: Mapping[str, Any]) -> None:
-    """Copy tokenizer, generation config and licences; write config.json with ``changes`` and the weights' index."""
+    """Copy tokenizer, generation config and licences; write config.json with ``changes`` and the weights' index.
+
+    A checkpoint whose layers have different widths gets the file that plain transformers needs to load it.
+    """
     for name in checkpoint.companion_files:
         if name != "config.json":
             shutil.copyfile(checkpoint.path / name, target / name)
     write_json(target / "config.json", {**checkpoint.config, **changes})
+    if "auto_map" in changes:
+        shutil.copyfile(MODELING_FILE, target / MODELING_FILE.name)
     if (checkpoint.path / INDEX_FILE).is_file():
         headers = [read_safetensors_header(target / file) for file in checkpoint.weight_files]
         total = sum(info.bytes for header in headers for info in header.values())

@@ -27,7 +27,7 @@ from deepspeed.utils import (
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from hfprune_dist.config import RecoveryConfig
@@ -35,6 +35,7 @@ from hfprune_dist.data.instructions import Schedule, ScheduledRows
 from hfprune_dist.errors import UserError
 from hfprune_dist.identity import digest_of
 from hfprune_dist.models.checkpoint import Checkpoint
+from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.merge import lora_targets
 from hfprune_dist.parallel.interruption import Interrupted, Interruption
 from hfprune_dist.parallel.snapshots import MOMENTS, LossLine, Snapshot, Snapshots
@@ -158,7 +159,7 @@ def _arguments(task: FineTuning, accumulation_steps: int, folder: Path, world: W
 def _load_model(task: FineTuning) -> nn.Module:
     """The sharded model with LoRA layers, which hold the weights of ``task.start`` if there is one."""
     dtype = getattr(torch, task.settings.dtype)
-    model = AutoModelForCausalLM.from_pretrained(task.checkpoint.path, dtype=dtype, attn_implementation="sdpa")
+    model = load_causal_lm(task.checkpoint.path, dtype)
     model.config.use_cache = False  # where there is a cache, transformers doesn't look for packed pairs
     set_seed(task.seed)
     adapter = LoraConfig(

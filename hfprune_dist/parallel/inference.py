@@ -10,9 +10,9 @@ from typing import Any, Literal
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from hfprune_dist.models.checkpoint import Checkpoint
+from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.parallel.world import World
 
 Sharding = Literal["replicate", "zero3"]
@@ -112,7 +112,7 @@ class FrozenModel:
 
 
 def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, attn_implementation="sdpa")
+    model = load_causal_lm(checkpoint.path, dtype)
     whole: nn.Module = model.to(world.device).requires_grad_(False).eval()
     return whole
 

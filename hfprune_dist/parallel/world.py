@@ -42,6 +42,10 @@ class World:
         """Overwrite a CPU tensor of every rank with that of rank ``source``."""
         dist.broadcast(tensor, src=source)
 
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Overwrite a tensor of every rank with the sum over all ranks; exact for integers alone."""
+        dist.all_reduce(tensor)
+
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in rank order, on every rank (any picklable object)."""
         boxes: list[T] = [value] * self.size

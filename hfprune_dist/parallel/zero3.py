@@ -10,9 +10,9 @@ from typing import Any
 import deepspeed
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
+from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.parallel.world import World
 
 
@@ -41,7 +41,7 @@ def load_frozen(checkpoint: Path, dtype: torch.dtype, micro_batch_size: int, wor
     config = zero3_config(dtype, micro_batch_size)
     init_deepspeed(world)
     keep_alive = HfDeepSpeedConfig(config)  # from_pretrained shards while such an object exists
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="sdpa")
+    model = load_causal_lm(checkpoint, dtype)
     del keep_alive
     model.requires_grad_(False)
     model.config.use_cache = False

@@ -1,36 +1,47 @@
-"""Prune: rank 0 decides which neurons stay, all ranks check the decision and write the smaller checkpoint's files."""
+"""Prune: rank 0 decides which neurons stay, all ranks check that, refit what stays, and write the checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hfprune_dist.budget import uniform_width
+from hfprune_dist.budget import narrowest_widths, removals, uniform_width
+from hfprune_dist.core.allocation import allocate_globally, layer_mean_one
+from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.selection import top_neurons
 from hfprune_dist.files import write_json
 from hfprune_dist.identity import digest_of
 from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.models.surgery import mlp_cuts, write_companions, write_weight_file
+from hfprune_dist.models.surgery import config_changes, mlp_cuts, write_companions, write_weight_file
+from hfprune_dist.parallel.layerwise import LayerStream
+from hfprune_dist.parallel.refit import Refit
 from hfprune_dist.plan import size_of
 from hfprune_dist.stages.context import Context
 
+Replacements = Mapping[str, Callable[[], Tensor]]
+
 
 def run(context: Context) -> None:
-    """Write a Hugging Face folder that plain transformers loads, and ``kept.json``: the neurons that stayed."""
+    """Write a Hugging Face folder, and ``kept.json``: the neurons that stayed."""
     checkpoint = open_checkpoint(context.input_path("model"))
     kept, kept_hash = _decide(context, checkpoint)
+    replacements, fits = _refit(context, checkpoint, kept)
     draft = context.open_draft()
     cuts = mlp_cuts(checkpoint, kept)
     files = checkpoint.weight_files
     for done, file in enumerate(files[context.world.rank :: context.world.size]):
         context.progress.update("files", done * context.world.size, len(files))
-        write_weight_file(checkpoint, file, cuts, draft)
+        write_weight_file(checkpoint, file, cuts, draft, replacements)
     context.world.barrier()
-    width = len(kept[0])
+    widths = [len(row) for row in kept]
     if context.world.is_first:
-        write_companions(checkpoint, draft, {"intermediate_size": width})
+        write_companions(checkpoint, draft, config_changes(checkpoint, widths))
         write_json(draft / "kept.json", {"layers": [row.tolist() for row in kept]})
-    context.commit(draft, _metrics(checkpoint, width) | {"kept_sha256": kept_hash})
+    context.commit(draft, _metrics(checkpoint, widths) | fits | {"kept_sha256": kept_hash})
 
 
 def _decide(context: Context, checkpoint: Checkpoint) -> tuple[list[Tensor], str]:
@@ -43,19 +54,51 @@ def _decide(context: Context, checkpoint: Checkpoint) -> tuple[list[Tensor], str
 
 
 def _select(context: Context, checkpoint: Checkpoint) -> list[Tensor]:
+    name = context.params["criterion"]
+    stored = load_file(context.input_path("importance") / "importance.safetensors")
+    scores = [stored[f"layers.{layer}.{name}"] for layer in range(checkpoint.num_layers)]
+    return [top_neurons(*pair) for pair in zip(scores, _widths(context, checkpoint, scores), strict=True)]
+
+
+def _widths(context: Context, checkpoint: Checkpoint, scores: list[Tensor]) -> list[int]:
+    """Neurons that each layer keeps."""
+    params, size, where = context.params, size_of(checkpoint), context.stage.label
+    if params["allocation"] == "uniform":
+        return [uniform_width(size, params["ratio"], params["multiple_of"], where)] * size.num_layers
+    narrowest = narrowest_widths(size, params["floor"], params["protect_first"], params["protect_last"])
+    wanted = removals(size, params["ratio"], narrowest, where)
+    comparable = scores if CRITERIA[params["criterion"]].in_nats else layer_mean_one(scores)
+    return allocate_globally(comparable, wanted, narrowest, params["multiple_of"])
+
+
+def _refit(context: Context, checkpoint: Checkpoint, kept: list[Tensor]) -> tuple[Replacements, dict[str, Any]]:
+    """Refit on the windows that the scores come from; returns the new weights, and metrics."""
     params = context.params
-    width = uniform_width(size_of(checkpoint), params["ratio"], params["multiple_of"], context.stage.label)
-    scores = load_file(context.input_path("importance") / "importance.safetensors")
-    return [
-        top_neurons(scores[f"layers.{layer}.{params['criterion']}"], width) for layer in range(checkpoint.num_layers)
-    ]
+    if params["refit"] == "none":
+        return {}, {}
+    windows_ST = load_file(context.input_path("importance") / "windows.safetensors")["input_ids"]
+    dtype = getattr(torch, params["dtype"])
+    stream = LayerStream(checkpoint, windows_ST, dtype, params["micro_batch_size"], context.world)
+    refit = Refit(checkpoint, kept, params["refit"], stream, context.work / "refit", context.world)
+
+    def after_each(done: int) -> None:
+        context.progress.update("refit", done, checkpoint.num_layers)
+        context.interruption.stop_if_agreed(context.world)
+
+    fits = refit.run(after_each)
+    return refit.replacements(), {
+        "refit_ridge": [fit.ridge for fit in fits],
+        "refit_error_before": [fit.error_before for fit in fits],
+        "refit_error_after": [fit.error_after for fit in fits],
+    }
 
 
-def _metrics(checkpoint: Checkpoint, width: int) -> dict[str, float | int]:
+def _metrics(checkpoint: Checkpoint, widths: list[int]) -> dict[str, Any]:
     size = size_of(checkpoint)
-    removed = checkpoint.num_layers * (checkpoint.intermediate_size - width) * checkpoint.parameters_per_neuron
+    removed = size.num_layers * size.intermediate_size - sum(widths)
     return {
-        "ratio_reached": size.total_ratio(width),
-        "parameters": checkpoint.parameters - removed,
-        "intermediate_size": width,
+        "ratio_reached": size.ratio_of(removed),
+        "parameters": checkpoint.parameters - removed * checkpoint.parameters_per_neuron,
+        "intermediate_size": widths[0] if len(set(widths)) == 1 else None,
+        "intermediate_sizes": widths,
     }

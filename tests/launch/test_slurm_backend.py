@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 from fake_slurm import FakeSlurm
+from ranks import ROOT
 from sweeps import make_inputs, sweep
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.claims import try_claim
 from hfprune_dist.config import RuntimeConfig, load_config
+from hfprune_dist.methods import resolve_methods
 from hfprune_dist.models.sources import resolve_models
 from hfprune_dist.plan import Cell, Input, Plan, Stage, build_plan
 from launch.cluster import cancel_jobs
@@ -215,7 +217,7 @@ def test_a_thousand_cells(fake, store, tmp_path, monkeypatch):
     )
     models = resolve_models(config, tmp_path / "none", store.hashes, download=False)
     started = time.process_time()
-    plan = build_plan(config, models, store.hashes)
+    plan = build_plan(config, models, resolve_methods(config, ROOT / "configs" / "methods"), store.hashes)
     assert all(store.verify(stage_id).state == "missing" for stage_id in plan.stages)
     assert time.process_time() - started < 2.0
     assert len(plan.cells) == 1001 and isinstance(plan.cells[0], Cell)

@@ -7,14 +7,17 @@ import pytest
 import torch
 from faults.kill import die_in_fork
 from ranks import run_stage
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.config import RuntimeConfig
 from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.refit import refit_down_projection
 from hfprune_dist.identity import FileHashes
+from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.parallel.refit import Refit
 from hfprune_dist.parallel.world import World
 from hfprune_dist.plan import Input, Stage
 from hfprune_dist.progress import Progress
@@ -33,8 +36,14 @@ class SoloWorld(World):
     def gather(self, value):
         return [value]
 
+    def broadcast_tensor(self, tensor, source):
+        pass
 
-def prepare(folder, shard_size="5GB", criterion="entropy"):
+    def add_up(self, tensor):
+        pass
+
+
+def prepare(folder, shard_size="5GB", criterion="entropy", **method):
     """A store with an importance artifact of random scores by every criterion, and the stage that prunes by one."""
     store = Store(folder / "store")
     draft = store.open_draft(IMPORTANCE.id)
@@ -42,9 +51,14 @@ def prepare(folder, shard_size="5GB", criterion="entropy"):
     names = [f"layers.{layer}.{name}" for name in CRITERIA for layer in range(2)]
     scores = {name: torch.rand(48, generator=generator, dtype=torch.float64) for name in names}
     save_file(scores, draft / "importance.safetensors")
+    windows_ST = torch.randint(264, (9, 20), generator=generator)
+    save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
     store.commit(IMPORTANCE, draft, {"metrics": {}})
     model = save_tiny(folder / "model", shard_size=shard_size)
-    params = {"ratio": 0.2, "criterion": criterion, "allocation": "uniform", "refit": "none", "multiple_of": 1}
+    settings = {"allocation": "global", "floor": 0.2, "protect_first": 0, "protect_last": 0, "multiple_of": 1}
+    calibration = {"dtype": "float32", "micro_batch_size": 2}
+    uniform = {"allocation": "uniform", "refit": "none"}
+    params = {"ratio": 0.2, "criterion": criterion, **settings, **calibration, **uniform, **method}
     identity = FileHashes(None).of_folder(model)
     stage = Stage("prune", "llama", params, {"model": Input(identity, str(model)), "importance": IMPORTANCE.as_input()})
     return store, stage, scores
@@ -74,6 +88,83 @@ def test_real_ranks_write_a_checkpoint_that_plain_transformers_loads(tmp_path, r
     assert metrics["ratio_reached"] == pytest.approx(0.2, abs=0.01)
     for layer in range(2):
         assert kept[layer] == sorted(scores[f"layers.{layer}.entropy"].topk(14).indices.tolist())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refit", ["dense", "layerwise"])
+def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit):
+    weights = []
+    for ranks in (1, 2, 4):
+        (tmp_path / str(ranks)).mkdir()
+        store, stage, _ = prepare(tmp_path / str(ranks), refit=refit, dtype="bfloat16")
+        result = run_stage(store, stage, ranks)
+        assert result.returncode == 0, result.stderr[-2000:]
+        weights.append(weights_of(store, stage))
+    assert weights[0] == weights[1] == weights[2]
+
+
+@pytest.mark.parametrize("refit", ["dense", "layerwise"])
+def test_refit_is_least_squares_on_the_activations(tmp_path, refit):
+    """Against activations of whole models, dense or pruned so far."""
+    store, stage, _ = prepare(tmp_path, refit=refit)
+    run_solo(store, stage)
+    metrics = store.manifest(stage.id)["metrics"]
+    windows = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"]
+    kept = json.loads((store.path(stage.id) / "kept.json").read_text())["layers"]
+    refitted = AutoModelForCausalLM.from_pretrained(store.path(stage.id), dtype=torch.float32)
+    running = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for number, layer in enumerate(running.model.layers):
+        seen = []
+        handle = layer.mlp.down_proj.register_forward_pre_hook(lambda _m, inputs, seen=seen: seen.append(inputs[0]))
+        with torch.no_grad():
+            running(windows)
+        handle.remove()
+        hidden = seen[0].flatten(0, 1).double()
+        weight = layer.mlp.down_proj.weight.double()
+        expected = refit_down_projection(
+            weight, hidden.T @ hidden, torch.tensor(kept[number]), metrics["refit_ridge"][number]
+        )
+        found = refitted.model.layers[number].mlp.down_proj.weight.data
+        torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-4)
+        assert metrics["refit_error_after"][number] < metrics["refit_error_before"][number]
+        if refit == "layerwise":
+            layer.mlp.down_proj.weight.data.zero_()
+            layer.mlp.down_proj.weight.data[:, kept[number]] = found
+
+
+def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):
+    fitted = []
+    original = Refit._fit
+    monkeypatch.setattr(
+        Refit, "_fit", lambda self, number, *rest: fitted.append(number) or original(self, number, *rest)
+    )
+    (tmp_path / "whole").mkdir()
+    reference, stage, _ = prepare(tmp_path / "whole", refit="layerwise")
+    run_solo(reference, stage)
+    store, stage, _ = prepare(tmp_path, refit="layerwise")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prune.LayerStream, "advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_solo(store, stage)
+    run_solo(store, stage)
+    assert fitted == [0, 1, 0, 1]
+    assert weights_of(store, stage) == weights_of(reference, stage)
+
+
+def test_layers_compete_and_the_checkpoint_loads_with_and_without_its_code(tmp_path):
+    store, stage, _ = prepare(tmp_path, ratio=0.1, allocation="global", refit="dense", protect_last=1)
+    run_solo(store, stage)
+    metrics, folder = store.manifest(stage.id)["metrics"], store.path(stage.id)
+    widths = metrics["intermediate_sizes"]
+    assert widths == [14, 48] and metrics["intermediate_size"] is None
+    assert metrics["ratio_reached"] == pytest.approx(0.1, abs=0.002)
+    ours = load_causal_lm(folder, torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    assert [layer.mlp.down_proj.in_features for layer in ours.model.layers] == widths
+    assert sum(p.numel() for p in plain.parameters()) == metrics["parameters"]
+    input_ids = torch.arange(12)[None] + 3
+    with torch.no_grad():
+        assert torch.equal(ours(input_ids).logits, plain(input_ids).logits)
+    assert plain.generate(input_ids, max_new_tokens=3).shape == (1, 15)
 
 
 def test_each_criterion_keeps_its_own_neurons(tmp_path):

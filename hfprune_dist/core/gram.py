@@ -1,0 +1,57 @@
+"""Sums of outer products whose bits don't depend on the order of their terms.
+
+Floating-point sums do, so a sum shared out over ranks changes with their number. Here every term is rounded once to
+integers, and integers add up exactly: in any order, over any number of ranks, by a plain all-reduce.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The diagonal of the sum may grow to this multiple of what the first term's diagonal lets expect; 2^20 of 2^62 leaves
+# 42 bits, more than float32 terms have.
+HEADROOM = 2.0**20
+
+
+class GramOverflowError(ValueError):
+    """A term is so much larger than the first that the sum can't hold it."""
+
+
+class ExactGram:
+    """The sum of Gram matrices x x^T of many terms, as integers at a fixed scale per row and column.
+
+    Args:
+        first_diagonal_D: float64, the diagonal of one term that all ranks agree on; it decides the scale.
+        terms: number of terms of the whole sum.
+
+    Attributes:
+        total_DD: int64; add the totals of all ranks to get the whole sum.
+    """
+
+    def __init__(self, first_diagonal_D: Tensor, terms: int) -> None:
+        diagonal_D = first_diagonal_D.double()
+        floor = diagonal_D.mean().clamp(min=1e-30) * 2.0**-10  # a neuron may be silent in the first term
+        largest_D = diagonal_D.clamp(min=float(floor)) * terms * HEADROOM
+        # A power of two, so that scaling rounds nothing.
+        self._scale_D = torch.exp2(torch.floor(31 - torch.log2(largest_D) / 2))
+        self._limit_D = largest_D / terms
+        self.total_DD = torch.zeros(len(diagonal_D), len(diagonal_D), dtype=torch.int64, device=diagonal_D.device)
+
+    def add(self, term_DD: Tensor) -> None:
+        """Add one term, a float32 or float64 Gram matrix.
+
+        Raises:
+            GramOverflowError: where it is out of range or not finite; the sum is left as it was.
+        """
+        diagonal_D = term_DD.diagonal().double()
+        if not bool((diagonal_D <= self._limit_D).all()):
+            raise GramOverflowError(
+                "values are NaN, infinite, or more than a thousand times those of the first windows"
+            )
+        scaled_DD = term_DD.double() * self._scale_D[:, None] * self._scale_D
+        self.total_DD += scaled_DD.round_().to(torch.int64)
+
+    def value(self) -> Tensor:
+        """The sum, float64."""
+        return self.total_DD.double() / self._scale_D[:, None] / self._scale_D

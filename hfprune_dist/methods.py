@@ -1,0 +1,49 @@
+"""From the names a user gives to pruning methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hfprune_dist.config import Method, SweepConfig, parse
+from hfprune_dist.errors import UserError, did_you_mean
+
+
+def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
+    """The sweep's methods by name: shipped ones or YAML files, with the keys of the ``prune`` section on top.
+
+    Args:
+        shipped: folder with the methods that come with the project, ``<name>.yaml``.
+
+    Raises:
+        UserError: for an unknown method, or a file that isn't one.
+    """
+    files = {file.stem: file for file in sorted(shipped.glob("*.yaml"))}
+    on_top = config.prune.model_dump(exclude_none=True)
+    methods: dict[str, Method] = {}
+    for name in config.methods:
+        file = files.get(name, Path(name).expanduser())
+        if name not in files and file.suffix not in (".yaml", ".yml"):
+            raise UserError(
+                f"--methods: unknown method {name!r}{did_you_mean(name, files)} valid: {', '.join(files)}, "
+                "or a YAML file"
+            )
+        if file.stem in methods:
+            raise UserError(f"--methods: two methods are called {file.stem!r}; rename one of the files")
+        methods[file.stem] = parse(Method, {**_read(file), **on_top}, str(file))
+    return methods
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--methods {file}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--methods {file}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"--methods {file}: expected the keys of a method")
+    return raw

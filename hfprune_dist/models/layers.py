@@ -1,0 +1,76 @@
+"""A checkpoint's decoder, one layer at a time: memory for one layer, whatever the model's size."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hfprune_dist.models.checkpoint import Checkpoint
+from hfprune_dist.models.weights import read_tensor
+
+
+class LayerReader:
+    """Makes the layers of a checkpoint, each as a decoder that has this layer alone and no final norm.
+
+    So a layer sees the masks and positions that its architecture makes for it.
+
+    Args:
+        dtype: of weights and activations.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._device = device
+        self._config: Any = AutoConfig.from_pretrained(checkpoint.path)
+
+    def embed(self, input_ids_BT: Tensor) -> Tensor:
+        """What the first layer reads, [windows, tokens, hidden_size] on the CPU."""
+        table_VC = read_tensor(self._checkpoint, self._checkpoint.family.embedding_tensor()).to(self._dtype)
+        return nn.functional.embedding(input_ids_BT, table_VC)
+
+    def layer(self, number: int) -> nn.Module:
+        """The decoder of one layer; call it through ``run``."""
+        family = self._checkpoint.family
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                self._layer_config(number), dtype=self._dtype, attn_implementation="sdpa"
+            )
+        body: nn.Module = family.body_of(model)
+        body.norm = nn.Identity()
+        body.embed_tokens = None  # type: ignore[assignment]
+        body.rotary_emb = type(body.rotary_emb)(body.config)  # its buffers are computed, not read
+        prefix = f"{family.layers}.{number}."
+        weights = {
+            f"layers.0.{name.removeprefix(prefix)}": read_tensor(self._checkpoint, name).to(self._device, self._dtype)
+            for name in self._checkpoint.tensors
+            if name.startswith(prefix)
+        }
+        body.load_state_dict(weights, strict=False, assign=True)
+        missing = [name for name, parameter in body.named_parameters() if parameter.is_meta]
+        assert not missing, f"layer {number}: the checkpoint lacks {missing}"
+        return body.to(self._device).requires_grad_(False).eval()
+
+    def _layer_config(self, number: int) -> Any:
+        config = copy.deepcopy(self._config.per_layer_config[number])
+        config.num_hidden_layers = 1
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[number]]
+        config.use_cache = False
+        return config
+
+
+@torch.no_grad()
+def run(layer: nn.Module, hidden_BTC: Tensor) -> Tensor:
+    """One layer's output, same shape."""
+    output_BTC: Tensor = layer(inputs_embeds=hidden_BTC, use_cache=False).last_hidden_state
+    return output_BTC
+
+
+def mlp_of(layer: nn.Module) -> nn.Module:
+    """The MLP inside what ``LayerReader.layer`` made."""
+    return layer.get_submodule("layers.0.mlp")

@@ -1,0 +1,73 @@
+import torch
+
+from hfprune_dist.core.elimination import RIDGE, eliminate, elimination_scores
+
+D, C, T = 10, 6, 400
+
+
+def layer(seed=0):
+    """Correlated neurons, a weight, gradients; all float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(D, D, generator=generator, dtype=torch.float64)
+    hidden_TD = torch.randn(T, D, generator=generator, dtype=torch.float64) @ mix
+    gradient_TC = torch.randn(T, C, generator=generator, dtype=torch.float64) * torch.arange(1, C + 1)
+    weight_CD = torch.randn(C, D, generator=generator, dtype=torch.float64)
+    gram = hidden_TD.T @ hidden_TD / T
+    return gram, gradient_TC.T @ gradient_TC / T, weight_CD
+
+
+def cost_of_removing(gram, curvature, weight, removed):
+    """1/2 tr(F E G E^T): E the change of the weight when the rest is refitted by least squares."""
+    gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(D)
+    stay = [n for n in range(D) if n not in removed]
+    refitted = torch.zeros_like(weight)
+    if stay:
+        refitted[:, stay] = weight @ gram[:, stay] @ gram[stay][:, stay].inverse()
+    error = weight - refitted
+    return 0.5 * torch.trace(curvature @ error @ gram @ error.T)
+
+
+def test_each_removal_costs_what_least_squares_says():
+    gram, curvature, weight = layer()
+    order, costs = eliminate(gram, curvature, weight, block=1)
+    removed = []
+    for neuron, cost in zip(order.tolist(), costs, strict=True):
+        before = cost_of_removing(gram, curvature, weight, removed)
+        removed.append(neuron)
+        torch.testing.assert_close(cost, cost_of_removing(gram, curvature, weight, removed) - before)
+
+
+def test_the_cheapest_goes_first():
+    gram, curvature, weight = layer()
+    order, costs = eliminate(gram, curvature, weight, block=1)
+    alone = torch.stack([cost_of_removing(gram, curvature, weight, [neuron]) for neuron in range(D)])
+    assert order[0] == alone.argmin()
+    torch.testing.assert_close(costs[0], alone.min())
+
+
+def test_a_block_costs_about_what_its_neurons_cost_together():
+    gram, curvature, weight = layer()
+    order, _ = eliminate(gram, curvature, weight, block=3)
+    again, costs = eliminate(gram, curvature, weight, block=3)
+    assert torch.equal(order, again) and sorted(order.tolist()) == list(range(D))
+    removed = order[:3].tolist()
+    alone = [cost_of_removing(gram, curvature, weight, [neuron]).item() for neuron in removed]
+    assert torch.allclose(costs[:3], torch.tensor(alone, dtype=torch.float64))
+
+
+def test_a_neuron_that_others_express_is_free():
+    gram, curvature, weight = layer()
+    twin = torch.eye(D, dtype=torch.float64)
+    twin[3] = twin[5] * 2  # h_3 = 2 h_5
+    scores = elimination_scores(twin @ gram @ twin.T, curvature, weight, block=1)
+    assert scores.argmin() in (3, 5)
+    assert scores.min() < 0.1 * scores.median()
+
+
+def test_scores_rise_strictly_in_the_order_of_removal():
+    gram, curvature, weight = layer()
+    order, _ = eliminate(gram, curvature, weight, block=2)
+    scores = elimination_scores(gram, curvature, weight, block=2)
+    assert (scores[order].diff() > 0).all()
+    nothing = elimination_scores(gram, torch.zeros_like(curvature), weight)
+    assert len(nothing.unique()) == D

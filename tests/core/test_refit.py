@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from hfprune_dist.core.refit import best_ridge, output_error, refit_down_projection
+
+D, C, T = 12, 5, 300
+
+
+def activations(seed=0, tokens=T):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(D, D, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    return torch.randn(tokens, D, generator=generator, dtype=torch.float64) @ mix
+
+
+WEIGHT = torch.randn(C, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+KEPT = torch.tensor([0, 2, 3, 7, 8, 11])
+
+
+def test_without_a_ridge_it_is_least_squares():
+    hidden = activations()
+    refitted = refit_down_projection(WEIGHT, hidden.T @ hidden, KEPT, ridge=0.0)
+    expected = torch.linalg.lstsq(hidden[:, KEPT], hidden @ WEIGHT.T).solution.T
+    torch.testing.assert_close(refitted, expected)
+
+
+def test_a_large_ridge_keeps_the_weight():
+    hidden = activations()
+    refitted = refit_down_projection(WEIGHT, hidden.T @ hidden / T, KEPT, ridge=1e9)
+    torch.testing.assert_close(refitted, WEIGHT[:, KEPT], rtol=1e-6, atol=1e-6)
+
+
+def test_keeping_everything_changes_nothing():
+    hidden = activations()
+    everything = torch.arange(D)
+    refitted = refit_down_projection(WEIGHT, hidden.T @ hidden / T, everything, ridge=1e-2)
+    torch.testing.assert_close(refitted, WEIGHT)
+
+
+def test_the_scale_of_the_gram_matrix_does_not_matter():
+    hidden = activations()
+    gram = hidden.T @ hidden
+    torch.testing.assert_close(
+        refit_down_projection(WEIGHT, gram, KEPT, 1e-2), refit_down_projection(WEIGHT, gram / T, KEPT, 1e-2)
+    )
+
+
+def test_error_is_the_lost_share_of_the_outputs_energy():
+    hidden = activations()
+    new = refit_down_projection(WEIGHT, hidden.T @ hidden, KEPT, 1e-2)
+    output, pruned = hidden @ WEIGHT.T, hidden[:, KEPT] @ new.T
+    expected = (output - pruned).square().sum() / output.square().sum()
+    assert output_error(WEIGHT, hidden.T @ hidden, KEPT, new) == pytest.approx(expected.item())
+    assert expected < output_error(WEIGHT, hidden.T @ hidden, KEPT, WEIGHT[:, KEPT])
+
+
+def test_held_out_tokens_choose_more_ridge_where_samples_are_few():
+    def chosen(tokens):
+        few, held_out = activations(seed=3, tokens=tokens), activations(seed=4)
+        return best_ridge(WEIGHT, few.T @ few / tokens, held_out.T @ held_out / T, KEPT, (1e-6, 1e-2, 1e-1))
+
+    assert chosen(tokens=7) > chosen(tokens=3000)
