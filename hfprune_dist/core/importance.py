@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.criteria import Batch, Criterion, Loss, losses_of
+from hfprune_dist.core.fused import observe_gradient
 from hfprune_dist.core.head import head_gradients
 
 
@@ -140,10 +142,11 @@ class NeuronSums:
             (hidden_BTD,) = inputs
             if self._needs_gradient and not hidden_BTD.requires_grad:
                 hidden_BTD = hidden_BTD.detach().requires_grad_()
-            self._activation_sum[layer] = hidden_BTD.detach().sum()
-            self._reduce_activation(layer, hidden_BTD.detach())
-            if self._needs_gradient:
-                hidden_BTD.register_hook(lambda gradient: self._reduce_gradient(layer, hidden_BTD.detach(), gradient))
+            if self._loss is None:  # else a checkpointed layer runs again
+                self._activation_sum[layer] = hidden_BTD.detach().sum()
+                self._reduce_activation(layer, hidden_BTD.detach())
+                if self._needs_gradient:
+                    observe_gradient(hidden_BTD, partial(self._reduce_gradient, layer))
             return (hidden_BTD,)
 
         return before_down_projection

@@ -11,14 +11,16 @@ from hfprune_dist.core import head
 from hfprune_dist.core.criteria import CRITERIA, Batch
 from hfprune_dist.core.importance import NeuronSums, NonFiniteError, ScoredModel, score_batch
 from hfprune_dist.models.families import FAMILIES
+from hfprune_dist.models.lean import checkpoint_activations, lighten
 
 SUMMED = [name for name, criterion in CRITERIA.items() if criterion.summed != "nothing"]
 
 
-def ours(model, windows, micro_batch_size, names=("entropy",), seed=0):
+def ours(model, windows, micro_batch_size, names=("entropy",), seed=0, prepare=lighten):
     """Sums of some criteria, name -> float64 [layers, neurons]."""
     model = model.requires_grad_(False)
     family = FAMILIES[model.config.model_type]
+    prepare(model, family)
     linear = family.head_of(model)
     scored = ScoredModel(
         body=lambda input_ids: family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
@@ -158,3 +160,23 @@ def test_lost_gradients_name_the_last_layer_that_has_them_not():
         gradient = torch.full_like(hidden.detach().flatten(0, 1), float("nan"))
         sums.backward(hidden, {entropy.loss: (torch.zeros(24), gradient)})
     assert not sums.sums_KLD.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointed_activations_give_the_same_bits(dtype):
+    windows = some_windows(3)
+
+    def prepare(model, family):
+        lighten(model, family)
+        checkpoint_activations(model, family)
+
+    plain = ours(tiny_model(num_hidden_layers=3).to(dtype), windows, 2, SUMMED)
+    checkpointed = ours(tiny_model(num_hidden_layers=3).to(dtype), windows, 2, SUMMED, prepare=prepare)
+    for name in SUMMED:
+        assert torch.equal(plain[name], checkpointed[name]), name
+
+
+def test_an_mlp_with_another_activation_is_left_as_it_is():
+    model, windows = tiny_model(hidden_act="gelu"), some_windows()
+    expected = definition(model, windows)
+    assert torch.linalg.norm(ours(model, windows, 2)["entropy"] - expected) / torch.linalg.norm(expected) < 1e-5

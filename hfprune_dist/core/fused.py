@@ -1,0 +1,69 @@
+"""Parts of a transformer layer whose own backward costs more than it has to: normalisation and the gated product.
+
+Both compute forward what the layer computes, bit for bit. What autograd would keep of every step is computed again from
+the inputs in backward, and frozen weights get no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.functional import silu
+
+# h and the gradient at h, both [..., intermediate_size].
+Observer = Callable[[Tensor, Tensor], None]
+
+
+class RmsNorm(Function):
+    """x / rms(x) * weight in float32, rounded to x's dtype before the weight, as Hugging Face's models do it.
+
+    Keeps x and one number per token for backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
+        wide_NC = x_NC.to(torch.float32)
+        scale_N1 = torch.rsqrt(wide_NC.pow(2).mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x_NC, weight_C, scale_N1)
+        return weight_C * (wide_NC * scale_N1).to(x_NC.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NC: Tensor) -> tuple[Tensor, None, None]:
+        """dL/dx = s (g w - s^2 x mean(g w x)), with s = 1 / rms(x)."""
+        x_NC, weight_C, scale_N1 = ctx.saved_tensors
+        weighted_NC = gradient_NC.to(torch.float32) * weight_C
+        normal_NC = x_NC * scale_N1
+        mean_N1 = torch.linalg.vecdot(weighted_NC, normal_NC)[..., None] / x_NC.shape[-1]
+        return weighted_NC.addcmul_(normal_NC, mean_N1, value=-1).mul_(scale_N1).to(x_NC.dtype), None, None
+
+
+class GatedProduct(Function):
+    """h = silu(gate) * up. Keeps gate and up; h is made again in backward, where ``observe_gradient`` shows it."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_ND: Tensor, up_ND: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_ND, up_ND)
+        ctx.observer = None
+        return silu(gate_ND) * up_ND
+
+    @staticmethod
+    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, Tensor]:
+        gate_ND, up_ND = ctx.saved_tensors
+        gated_ND = silu(gate_ND)
+        if ctx.observer is not None:
+            ctx.observer(gated_ND * up_ND, gradient_ND)
+        gate_gradient_ND = torch.ops.aten.silu_backward(gradient_ND * up_ND, gate_ND)
+        return gate_gradient_ND, gated_ND.mul_(gradient_ND)
+
+
+def observe_gradient(hidden_ND: Tensor, observer: Observer) -> None:
+    """Have ``observer`` called in backward with h and its gradient; for that a ``GatedProduct`` need not keep h."""
+    if hasattr(hidden_ND.grad_fn, "observer"):
+        hidden_ND.grad_fn.observer = observer
+    else:
+        kept_ND = hidden_ND.detach()
+        hidden_ND.register_hook(lambda gradient_ND: observer(kept_ND, gradient_ND))
