@@ -60,10 +60,23 @@ class GatedProduct(Function):
         return gate_gradient_ND, gated_ND.mul_(gradient_ND)
 
 
+def rms_norm(x_NC: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
+    """``RmsNorm`` as a function."""
+    normal_NC: Tensor = RmsNorm.apply(x_NC, weight_C, epsilon)  # type: ignore[no-untyped-call]
+    return normal_NC
+
+
+def gated_product(gate_ND: Tensor, up_ND: Tensor) -> Tensor:
+    """``GatedProduct`` as a function."""
+    h_ND: Tensor = GatedProduct.apply(gate_ND, up_ND)  # type: ignore[no-untyped-call]
+    return h_ND
+
+
 def observe_gradient(hidden_ND: Tensor, observer: Observer) -> None:
     """Have ``observer`` called in backward with h and its gradient; for that a ``GatedProduct`` need not keep h."""
-    if hasattr(hidden_ND.grad_fn, "observer"):
-        hidden_ND.grad_fn.observer = observer
+    made_by: Any = hidden_ND.grad_fn
+    if hasattr(made_by, "observer"):
+        made_by.observer = observer
     else:
         kept_ND = hidden_ND.detach()
         hidden_ND.register_hook(lambda gradient_ND: observer(kept_ND, gradient_ND))

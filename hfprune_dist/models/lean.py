@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hfprune_dist.core.fused import GatedProduct, RmsNorm
+from hfprune_dist.core.fused import gated_product, rms_norm
 from hfprune_dist.models.families import Family
 
 SILU = ("silu", "swish")
@@ -38,12 +38,11 @@ def checkpoint_activations(model: nn.Module, family: Family) -> None:
 
 
 def _normalize(norm: Any, x_NC: Tensor) -> Tensor:
-    normal_NC: Tensor = RmsNorm.apply(x_NC, norm.weight, norm.variance_epsilon)
-    return normal_NC
+    return rms_norm(x_NC, norm.weight, norm.variance_epsilon)
 
 
 def _run_mlp(gate: nn.Module, up: nn.Module, down: nn.Module, x_NC: Tensor) -> Tensor:
-    output_NC: Tensor = down(GatedProduct.apply(gate(x_NC), up(x_NC)))
+    output_NC: Tensor = down(gated_product(gate(x_NC), up(x_NC)))
     return output_NC
 
 
