@@ -11,6 +11,7 @@ from torch import Tensor
 from hfprune_dist.core.criteria import Batch, Criterion, losses_of
 from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
 from hfprune_dist.models.checkpoint import Checkpoint
+from hfprune_dist.models.lean import checkpoint_activations, lighten
 from hfprune_dist.parallel.world import World
 from hfprune_dist.parallel.zero3 import gathered, load_frozen, rearming
 
@@ -45,9 +46,13 @@ class Calibration:
         seed: int,
         micro_batch_size: int,
         world: World,
+        activation_checkpointing: bool = False,
     ) -> None:
         self.module = load_frozen(checkpoint.path, dtype, micro_batch_size, world)
         family = checkpoint.family
+        lighten(self.module, family)
+        if activation_checkpointing:
+            checkpoint_activations(self.module, family)
         body, head = family.body_of(self.module), family.head_of(self.module)
         self._model = ScoredModel(
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,

@@ -116,6 +116,7 @@ def _calibration(
         params["seed"],
         params["calibration"]["micro_batch_size"],
         context.world,
+        context.runtime.activation_checkpointing,
     )
 
 
