@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import silu
 
-# h and the gradient at h, both [..., intermediate_size].
+from hfprune_dist.core.blocks import row_blocks
+
+# Some tokens' h and the gradient at h, both [tokens, intermediate_size]; called until all tokens have been seen.
 Observer = Callable[[Tensor, Tensor], None]
 
 
@@ -35,9 +37,9 @@ class RmsNorm(Function):
     def backward(ctx: Any, gradient_NC: Tensor) -> tuple[Tensor, None, None]:
         """dL/dx = s (g w - s^2 x mean(g w x)), with s = 1 / rms(x)."""
         x_NC, weight_C, scale_N1 = ctx.saved_tensors
-        weighted_NC = gradient_NC.to(torch.float32) * weight_C
-        normal_NC = x_NC * scale_N1
-        mean_N1 = torch.linalg.vecdot(weighted_NC, normal_NC)[..., None] / x_NC.shape[-1]
+        weighted_NC = gradient_NC.to(torch.float32) * weight_C.to(torch.float32)
+        normal_NC = x_NC.to(torch.float32) * scale_N1
+        mean_N1 = (weighted_NC * normal_NC).mean(dim=-1, keepdim=True)
         return weighted_NC.addcmul_(normal_NC, mean_N1, value=-1).mul_(scale_N1).to(x_NC.dtype), None, None
 
 
@@ -52,12 +54,17 @@ class GatedProduct(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, Tensor]:
-        gate_ND, up_ND = ctx.saved_tensors
-        gated_ND = silu(gate_ND)
-        if ctx.observer is not None:
-            ctx.observer(gated_ND * up_ND, gradient_ND)
-        gate_gradient_ND = torch.ops.aten.silu_backward(gradient_ND * up_ND, gate_ND)
-        return gate_gradient_ND, gated_ND.mul_(gradient_ND)
+        shape = gradient_ND.shape
+        gate_ND, up_ND, gradient_ND = (tensor.flatten(0, -2) for tensor in (*ctx.saved_tensors, gradient_ND))
+        gate_gradient_ND, up_gradient_ND = torch.empty_like(gate_ND), torch.empty_like(up_ND)
+        for rows in row_blocks(gate_ND):
+            gate, up, gradient = gate_ND[rows], up_ND[rows], gradient_ND[rows]
+            gated = silu(gate)
+            if ctx.observer is not None:
+                ctx.observer(gated * up, gradient)
+            torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=gate_gradient_ND[rows])
+            torch.mul(gated, gradient, out=up_gradient_ND[rows])
+        return gate_gradient_ND.view(shape), up_gradient_ND.view(shape)
 
 
 def rms_norm(x_NC: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
@@ -78,5 +85,10 @@ def observe_gradient(hidden_ND: Tensor, observer: Observer) -> None:
     if hasattr(made_by, "observer"):
         made_by.observer = observer
     else:
-        kept_ND = hidden_ND.detach()
-        hidden_ND.register_hook(lambda gradient_ND: observer(kept_ND, gradient_ND))
+        kept_ND = hidden_ND.detach().flatten(0, -2)
+        hidden_ND.register_hook(lambda gradient_ND: _show_blocks(kept_ND, gradient_ND.flatten(0, -2), observer))
+
+
+def _show_blocks(hidden_ND: Tensor, gradient_ND: Tensor, observer: Observer) -> None:
+    for rows in row_blocks(hidden_ND):
+        observer(hidden_ND[rows], gradient_ND[rows])

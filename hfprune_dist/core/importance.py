@@ -156,12 +156,16 @@ class NeuronSums:
             if criterion.summed == "activation":
                 self._partial[criterion.name, layer] = _sum_over_tokens(criterion, _widened(hidden_BTD).abs())
 
-    def _reduce_gradient(self, layer: int, hidden_BTD: Tensor, gradient_BTD: Tensor) -> None:
+    def _reduce_gradient(self, layer: int, hidden_ND: Tensor, gradient_ND: Tensor) -> None:
+        """Add the sums of some tokens to those of the micro-batch."""
         assert self._loss is not None, "a backward that is not ours"
-        magnitude_BTD = (_widened(hidden_BTD) * gradient_BTD).abs_()
+        magnitude_ND = (_widened(hidden_ND) * _widened(gradient_ND)).abs_()
         for criterion in self.criteria:
             if criterion.loss is self._loss:
-                self._partial[criterion.name, layer] = _sum_over_tokens(criterion, magnitude_BTD)
+                sum_D = _sum_over_tokens(criterion, magnitude_ND)
+                if (criterion.name, layer) in self._partial:
+                    sum_D += self._partial[criterion.name, layer]
+                self._partial[criterion.name, layer] = sum_D
 
     def _absorb(self) -> None:
         """Add one micro-batch's float32 sums to the float64 ones."""
