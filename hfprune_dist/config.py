@@ -225,6 +225,8 @@ class RuntimeConfig(Section):
     """Processes per stage; null: one per GPU, or 1 without a GPU."""
     threads_per_rank: Positive | None = None
     """CPU threads of each rank; null: OMP_NUM_THREADS if set, else the cores divided by the ranks."""
+    activation_checkpointing: bool = False
+    """Importance: keep layers' inputs only and run each layer again in backward; less memory, the same bits."""
     sharding: Literal["auto", "replicate", "zero3"] = "auto"
     """Evaluation: replicate the model on every rank, shard it with ZeRO-3, or decide by its size (auto)."""
     save_every_steps: Positive = 50

@@ -33,6 +33,12 @@ class Resources(Section):
     """Ranks on each node; on a GPU cluster, one per GPU."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     """GPUs on each node; 0 asks for none."""
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory of one GPU; with it, plans that can't fit are refused before anything is submitted."""
+    gpu_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Nominal rate of one GPU in dense bfloat16 products, in TFLOP/s; with it, --dry-run estimates GPU-hours."""
+    network_gbits: Annotated[float, Field(gt=0)] | None = None
+    """Nominal rate of the network between two nodes, in Gb/s; null: not the limit."""
     cpus_per_task: Positive = 1
     """CPU cores of each rank; also its number of threads, unless runtime.threads_per_rank is set."""
     memory: str | None = None

@@ -34,6 +34,7 @@ from hfprune_dist.progress import read_failure
 from hfprune_dist.provenance import code_version
 from hfprune_dist.report import DenseModel, collect_rows, write_reports
 from launch.cluster import Sweep, cancel, run_on_slurm, show_jobs, show_status
+from launch.estimate import estimate_stages, refuse_what_cannot_fit, show_estimates
 from launch.layout import Origin
 from launch.local import LocalBackend
 from launch.profiles import Profile, load_profile
@@ -76,12 +77,16 @@ def run_sweep(arguments: argparse.Namespace) -> int:
         return 0
     profile = _profile(arguments)
     verdicts = {stage_id: store.verify(stage_id) for stage_id in plan.stages}
+    todo = [stage_id for stage_id, verdict in verdicts.items() if verdict.state != "done"]
+    estimates = estimate_stages(plan, todo, profile, config.runtime) if profile is not None else []
     if arguments.dry_run:
         show_plan(console, plan, verdicts)
         if profile is not None:
             show_jobs(console, sweep, profile, config.runtime, verdicts)
+            show_estimates(console, estimates)
+    refuse_what_cannot_fit(estimates)
+    if arguments.dry_run:
         return 0
-    todo = [stage_id for stage_id, verdict in verdicts.items() if verdict.state != "done"]
     if config.evaluation.tasks and any(stage_id.startswith("evaluate/") for stage_id in todo):
         _check_tasks(config)
     require_writable(out)

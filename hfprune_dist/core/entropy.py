@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
 def entropy_gradient(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy of every row's distribution and its gradient: dH/dz = -p * (log p + H).
+    """Entropy of every row's distribution and its gradient: dH/dz = -p * (log p + H) = p * (sum_v p_v z_v - z).
 
     Args:
-        logits_NV: float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes scratch space.
+        logits_NV: float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes the gradient.
 
     Returns:
         H_N in nats [tokens] and dH/dz [tokens, vocabulary], in the dtype of the logits.
     """
-    log_p_NV = torch.sub(logits_NV, torch.logsumexp(logits_NV, dim=-1, keepdim=True), out=logits_NV)
-    p_NV = log_p_NV.exp()
-    entropy_N = -torch.linalg.vecdot(p_NV, log_p_NV)
-    gradient_NV = log_p_NV.add_(entropy_N[:, None]).mul_(p_NV).neg_()
-    return entropy_N, gradient_NV
+    shifted_NV = logits_NV.sub_(logits_NV.amax(dim=-1, keepdim=True))
+    weight_NV = shifted_NV.exp()
+    total_N = weight_NV.sum(dim=-1)
+    mean_N = (weight_NV * shifted_NV).sum(dim=-1).div_(total_N)
+    gradient_NV = shifted_NV.sub_(mean_N[:, None]).mul_(weight_NV).mul_(total_N.reciprocal().neg_()[:, None])
+    return total_N.log().sub_(mean_N), gradient_NV
+
+
+def row_dots(a_NV: Tensor, b_NV: Tensor) -> Tensor:
+    """Dot products of rows [N], without a matrix of products."""
+    return (a_NV[:, None, :] @ b_NV[:, :, None]).flatten()

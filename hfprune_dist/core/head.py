@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hfprune_dist.core.blocks import row_blocks
+
 # Logits of some rows [N, V], and which rows -> (loss per token [N], its gradient at those logits [N, V]); may overwrite
 # the logits.
 LogitGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
-CHUNK_BYTES = 64 * 2**20
+# Of a chunk's logits. The head's weight is read twice for each chunk, so that small ones cost time.
+CHUNK_BYTES = 32 * 2**20
 
 
 def head_gradients(
@@ -19,9 +22,10 @@ def head_gradients(
 ) -> list[tuple[Tensor, Tensor]]:
     """Per-token losses and their gradients at the hidden states, dL/dhidden = dL/dz @ W, in one pass over the logits.
 
-    Memory does not grow with the number of losses, but for the results: a chunk's logits are computed once, losses
-    overwrite a copy of them one after another, and the last one overwrites the logits themselves. Chunks have the same
-    rows whatever the losses, so that no loss changes the bits of another.
+    A chunk's logits are computed once. A loss goes over them in blocks of rows that a cache holds in float32, and
+    leaves its gradient in the model's dtype; the last loss leaves it in place of the logits. So memory does not grow
+    with the number of losses, but for the results. Chunks have the same rows whatever the losses, so that no loss changes the
+    bits of another.
 
     Args:
         hidden_NC: final hidden states [tokens, hidden_size], float32 or bfloat16, no graph needed.
@@ -36,19 +40,40 @@ def head_gradients(
     losses: list[list[Tensor]] = [[] for _ in logit_gradients]
     gradients_NC = [torch.empty_like(hidden_NC) for _ in logit_gradients]
     last = len(logit_gradients) - 1
-    for rows, logits_NV in logit_chunks(hidden_NC, weight_VC, bias_V):
+    for rows in _chunks(hidden_NC, weight_VC, hidden_NC.dtype):
+        logits_NV = torch.nn.functional.linear(hidden_NC[rows], weight_VC, bias_V)
         for number, logit_gradient in enumerate(logit_gradients):
-            loss_N, gradient_NV = logit_gradient(logits_NV if number == last else logits_NV.clone(), rows)
-            losses[number].append(loss_N)
-            torch.matmul(gradient_NV.to(weight_VC.dtype), weight_VC, out=gradients_NC[number][rows])
+            gradient_NV = logits_NV if number == last else torch.empty_like(logits_NV)
+            losses[number] += _fill_gradient(gradient_NV, logits_NV, logit_gradient, rows.start)
+            torch.matmul(gradient_NV, weight_VC, out=gradients_NC[number][rows])
             del gradient_NV
+        del logits_NV  # before the next chunk's are made
     return [(torch.cat(loss), gradient_NC) for loss, gradient_NC in zip(losses, gradients_NC, strict=True)]
+
+
+def _fill_gradient(
+    gradient_NV: Tensor, logits_NV: Tensor, logit_gradient: LogitGradient, first_row: int
+) -> Iterator[Tensor]:
+    """Write a loss's gradient at some logits, which may be the same tensor; yield its losses block by block."""
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    for block in row_blocks(logits_NV):
+        wide_NV = logits_NV[block].to(wide, copy=True)
+        loss_N, wide_gradient_NV = logit_gradient(wide_NV, slice(first_row + block.start, first_row + block.stop))
+        gradient_NV[block] = wide_gradient_NV
+        yield loss_N
 
 
 def logit_chunks(hidden_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, logits of those rows) in float32 or wider, at most ``CHUNK_BYTES`` of logits at a time."""
     wide = torch.promote_types(hidden_NC.dtype, torch.float32)
-    chunk = max(1, CHUNK_BYTES // (weight_VC.shape[0] * wide.itemsize))
-    for start in range(0, hidden_NC.shape[0], chunk):
-        rows = slice(start, start + chunk)
+    for rows in _chunks(hidden_NC, weight_VC, wide):
         yield rows, torch.nn.functional.linear(hidden_NC[rows], weight_VC, bias_V).to(wide)
+
+
+def _chunks(hidden_NC: Tensor, weight_VC: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Rows whose logits in ``dtype`` take at most ``CHUNK_BYTES``, in chunks as equal as can be."""
+    tokens = hidden_NC.shape[0]
+    most = max(1, CHUNK_BYTES // (weight_VC.shape[0] * dtype.itemsize))
+    chunk = -(-tokens // -(-tokens // most))
+    for start in range(0, tokens, chunk):
+        yield slice(start, min(start + chunk, tokens))

@@ -3,16 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from hfprune_dist.core.criteria import Criterion, Loss
+from hfprune_dist.core.criteria import Batch, Criterion, Loss, losses_of
+from hfprune_dist.core.fused import observe_gradient
+from hfprune_dist.core.head import head_gradients
 
 
 class NonFiniteError(ValueError):
     """Activations or gradients of a layer are NaN or infinite; the message says which."""
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """A frozen causal language model, as the calibration pass sees it.
+
+    Attributes:
+        body: input_ids [B, T] -> final hidden states [B, T, hidden_size], the final norm included.
+        head: gives the head's weight [vocabulary, hidden_size] and bias, for as long as its context lasts.
+        down_projections: one module per layer, in order; their inputs are the neurons' activations.
+        rearming: called after a forward; what it returns is called before each backward.
+    """
+
+    body: Callable[[Tensor], Tensor]
+    head: Callable[[], AbstractContextManager[tuple[Tensor, Tensor | None]]]
+    down_projections: Sequence[nn.Module]
+    rearming: Callable[[], Callable[[], None]] = lambda: lambda: None
+
+
+def score_batch(model: ScoredModel, batch: Batch, sums: NeuronSums) -> dict[str, float]:
+    """Add a micro-batch's sums to ``sums``: one forward, one pass over the logits, one backward for each loss.
+
+    Returns:
+        Loss name -> sum over the batch's windows of the loss per token.
+
+    Raises:
+        NonFiniteError: where a layer saw NaN or infinity.
+    """
+    losses = losses_of(sums.criteria)
+    with sums.observe(), torch.set_grad_enabled(bool(losses)):
+        hidden_BTC = model.body(batch.input_ids_BT)
+        if not losses:
+            return {}
+        with model.head() as (weight_VC, bias_V):
+            bound = [loss.bind(batch) for loss in losses]
+            gradients = head_gradients(hidden_BTC.detach().flatten(0, 1), weight_VC, bias_V, bound)
+        return sums.backward(hidden_BTC, dict(zip(losses, gradients, strict=True)), model.rearming())
 
 
 class NeuronSums:
@@ -31,6 +72,7 @@ class NeuronSums:
         criteria: those with something to sum.
 
     Attributes:
+        criteria: as given.
         sums_KLD: float64 [criteria, num_layers, intermediate_size] on the CPU.
     """
 
@@ -38,7 +80,7 @@ class NeuronSums:
         self, down_projections: Sequence[nn.Module], intermediate_size: int, criteria: Sequence[Criterion]
     ) -> None:
         self._modules = down_projections
-        self._criteria = criteria
+        self.criteria = criteria
         self._needs_gradient = any(criterion.loss for criterion in criteria)
         self.sums_KLD = torch.zeros(len(criteria), len(down_projections), intermediate_size, dtype=torch.float64)
         self._partial: dict[tuple[str, int], Tensor] = {}
@@ -100,31 +142,36 @@ class NeuronSums:
             (hidden_BTD,) = inputs
             if self._needs_gradient and not hidden_BTD.requires_grad:
                 hidden_BTD = hidden_BTD.detach().requires_grad_()
-            self._activation_sum[layer] = hidden_BTD.detach().sum()
-            self._reduce_activation(layer, hidden_BTD.detach())
-            if self._needs_gradient:
-                hidden_BTD.register_hook(lambda gradient: self._reduce_gradient(layer, hidden_BTD.detach(), gradient))
+            if self._loss is None:  # else a checkpointed layer runs again
+                self._activation_sum[layer] = hidden_BTD.detach().sum()
+                self._reduce_activation(layer, hidden_BTD.detach())
+                if self._needs_gradient:
+                    observe_gradient(hidden_BTD, partial(self._reduce_gradient, layer))
             return (hidden_BTD,)
 
         return before_down_projection
 
     def _reduce_activation(self, layer: int, hidden_BTD: Tensor) -> None:
-        for criterion in self._criteria:
+        for criterion in self.criteria:
             if criterion.summed == "activation":
                 self._partial[criterion.name, layer] = _sum_over_tokens(criterion, _widened(hidden_BTD).abs())
 
-    def _reduce_gradient(self, layer: int, hidden_BTD: Tensor, gradient_BTD: Tensor) -> None:
+    def _reduce_gradient(self, layer: int, hidden_ND: Tensor, gradient_ND: Tensor) -> None:
+        """Add the sums of some tokens to those of the micro-batch."""
         assert self._loss is not None, "a backward that is not ours"
-        magnitude_BTD = (_widened(hidden_BTD) * gradient_BTD).abs_()
-        for criterion in self._criteria:
+        magnitude_ND = (_widened(hidden_ND) * _widened(gradient_ND)).abs_()
+        for criterion in self.criteria:
             if criterion.loss is self._loss:
-                self._partial[criterion.name, layer] = _sum_over_tokens(criterion, magnitude_BTD)
+                sum_D = _sum_over_tokens(criterion, magnitude_ND)
+                if (criterion.name, layer) in self._partial:
+                    sum_D += self._partial[criterion.name, layer]
+                self._partial[criterion.name, layer] = sum_D
 
     def _absorb(self) -> None:
         """Add one micro-batch's float32 sums to the float64 ones."""
         layers = range(len(self._modules))
         partial_KLD = torch.stack(
-            [torch.stack([self._partial[criterion.name, layer] for layer in layers]) for criterion in self._criteria]
+            [torch.stack([self._partial[criterion.name, layer] for layer in layers]) for criterion in self.criteria]
         ).cpu()
         if not partial_KLD.isfinite().all():
             self._explain(partial_KLD)

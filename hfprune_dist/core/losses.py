@@ -11,6 +11,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from hfprune_dist.core.entropy import row_dots
+
 
 def cross_entropy_gradient(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """-log p(label) and its gradient p - onehot(label); both are 0 for tokens without a label.
@@ -22,13 +24,17 @@ def cross_entropy_gradient(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor,
     Returns:
         The loss in nats [tokens] and its gradient [tokens, vocabulary], in the dtype of the logits.
     """
-    has_label_N = labels_N >= 0
+    has_label_N1 = (labels_N >= 0)[:, None]
     labels_N1 = labels_N.clamp(min=0)[:, None]
-    log_p_NV = torch.sub(logits_NV, torch.logsumexp(logits_NV, dim=-1, keepdim=True), out=logits_NV)
-    loss_N = -log_p_NV.gather(1, labels_N1).squeeze(1)
-    gradient_NV = log_p_NV.exp_()
-    gradient_NV.scatter_(1, labels_N1, gradient_NV.gather(1, labels_N1) - 1)
-    return loss_N.masked_fill_(~has_label_N, 0.0), gradient_NV.masked_fill_(~has_label_N[:, None], 0.0)
+    shifted_NV = logits_NV.sub_(logits_NV.amax(dim=-1, keepdim=True))
+    label_logits_N1 = shifted_NV.gather(1, labels_N1)
+    weight_NV = shifted_NV.exp_()
+    total_N1 = weight_NV.sum(dim=-1, keepdim=True)
+    # A row without a label is multiplied by 0 instead of 1 / total.
+    gradient_NV = weight_NV.mul_(has_label_N1 / total_N1)
+    gradient_NV.scatter_add_(1, labels_N1, -has_label_N1.to(gradient_NV.dtype))
+    loss_N1 = total_N1.log().sub_(label_logits_N1).mul_(has_label_N1)
+    return loss_N1.squeeze(1), gradient_NV
 
 
 def sampled_label_gradient(logits_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +75,7 @@ def random_signs_gradient(logits_NV: Tensor, signs_NV: Tensor) -> tuple[Tensor, 
     """
     log_p_NV = torch.sub(logits_NV, torch.logsumexp(logits_NV, dim=-1, keepdim=True), out=logits_NV)
     root_p_NV = log_p_NV.mul_(0.5).exp_()
-    dot_N = torch.linalg.vecdot(root_p_NV, signs_NV)
+    dot_N = row_dots(root_p_NV, signs_NV)
     gradient_NV = signs_NV.addcmul_(root_p_NV, dot_N[:, None], value=-1).mul_(root_p_NV)
     return 2 * dot_N, gradient_NV
 

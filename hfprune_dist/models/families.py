@@ -62,10 +62,13 @@ class Family:
         """The projection to the vocabulary."""
         return cast("nn.Linear", model.get_submodule(self.head))
 
+    def layers_of(self, model: nn.Module) -> list[nn.Module]:
+        """The decoder layers, in order."""
+        return list(model.get_submodule(self.layers).children())
+
     def down_projections(self, model: nn.Module) -> list[nn.Module]:
         """The modules whose inputs are the neurons' activations, one per layer."""
-        layers = model.get_submodule(self.layers)
-        return [layer.get_submodule(f"{self.mlp}.{self.down_projection}") for layer in layers.children()]
+        return [layer.get_submodule(f"{self.mlp}.{self.down_projection}") for layer in self.layers_of(model)]
 
 
 FAMILIES: dict[str, Family] = {

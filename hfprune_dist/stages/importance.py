@@ -13,17 +13,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from hfprune_dist.core.criteria import CRITERIA, Batch, Criterion, losses_of
-from hfprune_dist.core.head import head_gradients
-from hfprune_dist.core.importance import NeuronSums, NonFiniteError
+from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
+from hfprune_dist.core.importance import NonFiniteError
 from hfprune_dist.data.windows import read_windows
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.models.tokenizer import load_tokenizer
 from hfprune_dist.models.weights import mlp_layer
-from hfprune_dist.parallel.zero3 import gathered, load_frozen, rearming
+from hfprune_dist.parallel.calibration import Calibration, Sums
 from hfprune_dist.stages.context import Context
 
 PARTIAL = "partial.safetensors"
@@ -105,48 +104,20 @@ def _prepare_windows(context: Context) -> dict[str, int]:
     return context.world.broadcast(counts)
 
 
-class _Pass:
-    """The calibration pass on one rank: from a shard's windows to sums."""
-
-    def __init__(
-        self, context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]
-    ) -> None:
-        dtype = getattr(torch, context.params["dtype"])
-        self.windows_ST = windows_ST
-        self.criteria = criteria
-        self.losses = losses_of(criteria)
-        self.seed = context.params["seed"]
-        self.device = context.world.device
-        self.model = load_frozen(
-            checkpoint.path, dtype, context.params["calibration"]["micro_batch_size"], context.world
-        )
-        self.body = checkpoint.family.body_of(self.model)
-        self.head = checkpoint.family.head_of(self.model)
-        self.down_projections: list[nn.Module] = checkpoint.family.down_projections(self.model)
-        self.intermediate_size = checkpoint.intermediate_size
-
-    def score(self, micro_batches: Sequence[range]) -> _Totals:
-        """Sums over the windows of some micro-batches."""
-        sums = NeuronSums(self.down_projections, self.intermediate_size, self.criteria)
-        losses = {loss.name: 0.0 for loss in self.losses}
-        for windows in micro_batches:
-            with sums.observe():
-                for name, value in self._forward_backward(windows, sums).items():
-                    losses[name] += value
-        return _Totals(sums.sums_KLD, losses)
-
-    def _forward_backward(self, windows: range, sums: NeuronSums) -> dict[str, float]:
-        """One forward, and one backward for each loss; returns the losses, added up over the windows."""
-        input_ids_BT = self.windows_ST[windows.start : windows.stop].to(self.device)
-        with torch.set_grad_enabled(bool(self.losses)):
-            hidden_BTC = self.body(input_ids=input_ids_BT, use_cache=False).last_hidden_state
-        if not self.losses:
-            return {}
-        hidden_NC = hidden_BTC.detach().flatten(0, 1)
-        with gathered(self.head) as (weight_VC, bias_V):
-            batch = Batch(input_ids_BT, windows, weight_VC.shape[0], self.seed)
-            gradients = head_gradients(hidden_NC, weight_VC, bias_V, [loss.bind(batch) for loss in self.losses])
-        return sums.backward(hidden_BTC, dict(zip(self.losses, gradients, strict=True)), rearming(self.model))
+def _calibration(
+    context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]
+) -> Calibration:
+    params = context.params
+    return Calibration(
+        checkpoint,
+        getattr(torch, params["dtype"]),
+        windows_ST,
+        criteria,
+        params["seed"],
+        params["calibration"]["micro_batch_size"],
+        context.world,
+        context.runtime.activation_checkpointing,
+    )
 
 
 def _accumulate(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]) -> _Totals:
@@ -156,7 +127,7 @@ def _accumulate(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, cr
         return totals
     world = context.world
     shards = _shards(len(windows_ST), context.params["calibration"])
-    calibration = _Pass(context, checkpoint, windows_ST, criteria) if totals.next_shard < len(shards) else None
+    calibration = _calibration(context, checkpoint, windows_ST, criteria) if totals.next_shard < len(shards) else None
     while totals.next_shard < len(shards):
         assert calibration is not None
         context.progress.update("calibration", totals.next_shard, len(shards))
@@ -165,7 +136,7 @@ def _accumulate(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, cr
         shard = _explained(calibration, shards[mine], mine)
         losses = world.gather(shard.losses)
         for source in range(min(world.size, len(shards) - totals.next_shard)):
-            received_KLD = shard.sums_KLD.clone()
+            received_KLD = shard.neurons_KLD.clone()
             world.broadcast_tensor(received_KLD, source)
             totals.sums_KLD += received_KLD
             totals.losses = {name: totals.losses.get(name, 0.0) + value for name, value in losses[source].items()}
@@ -185,7 +156,7 @@ def _shards(windows: int, settings: Mapping[str, int]) -> list[list[range]]:
     return [micro_batches[start : start + per_shard] for start in range(0, len(micro_batches), per_shard)]
 
 
-def _explained(calibration: _Pass, shard: Sequence[range], number: int) -> _Totals:
+def _explained(calibration: Calibration, shard: Sequence[range], number: int) -> Sums:
     try:
         return calibration.score(shard)
     except NonFiniteError as error:

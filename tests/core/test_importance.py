@@ -1,36 +1,36 @@
 """Sums against the definitions: float64 autograd through the whole model, per window."""
 
+import contextlib
+
 import pytest
 import torch
 from core_definition import GRADIENT_CRITERIA, definition
 from tiny import VARIANTS, tiny_model
 
 from hfprune_dist.core import head
-from hfprune_dist.core.criteria import CRITERIA, Batch, losses_of
-from hfprune_dist.core.importance import NeuronSums, NonFiniteError
+from hfprune_dist.core.criteria import CRITERIA, Batch
+from hfprune_dist.core.importance import NeuronSums, NonFiniteError, ScoredModel, score_batch
 from hfprune_dist.models.families import FAMILIES
+from hfprune_dist.models.lean import checkpoint_activations, lighten
 
 SUMMED = [name for name, criterion in CRITERIA.items() if criterion.summed != "nothing"]
 
 
-def ours(model, windows, micro_batch_size, names=("entropy",), seed=0):
+def ours(model, windows, micro_batch_size, names=("entropy",), seed=0, prepare=lighten):
     """Sums of some criteria, name -> float64 [layers, neurons]."""
     model = model.requires_grad_(False)
     family = FAMILIES[model.config.model_type]
-    criteria = [CRITERIA[name] for name in names]
-    losses = losses_of(criteria)
-    sums = NeuronSums(family.down_projections(model), model.config.intermediate_size, criteria)
+    prepare(model, family)
     linear = family.head_of(model)
+    scored = ScoredModel(
+        body=lambda input_ids: family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
+        head=lambda: contextlib.nullcontext((linear.weight, linear.bias)),
+        down_projections=family.down_projections(model),
+    )
+    sums = NeuronSums(scored.down_projections, model.config.intermediate_size, [CRITERIA[name] for name in names])
     for start in range(0, len(windows), micro_batch_size):
         input_ids = windows[start : start + micro_batch_size]
-        batch = Batch(input_ids, range(start, start + len(input_ids)), linear.out_features, seed)
-        with sums.observe(), torch.set_grad_enabled(bool(losses)):
-            hidden = family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state
-            if losses:
-                gradients = head.head_gradients(
-                    hidden.detach().flatten(0, 1), linear.weight, linear.bias, [loss.bind(batch) for loss in losses]
-                )
-                sums.backward(hidden, dict(zip(losses, gradients, strict=True)))
+        score_batch(scored, Batch(input_ids, range(start, start + len(input_ids)), linear.out_features, seed), sums)
     return dict(zip(names, sums.sums_KLD, strict=True))
 
 
@@ -160,3 +160,23 @@ def test_lost_gradients_name_the_last_layer_that_has_them_not():
         gradient = torch.full_like(hidden.detach().flatten(0, 1), float("nan"))
         sums.backward(hidden, {entropy.loss: (torch.zeros(24), gradient)})
     assert not sums.sums_KLD.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointed_activations_give_the_same_bits(dtype):
+    windows = some_windows(3)
+
+    def prepare(model, family):
+        lighten(model, family)
+        checkpoint_activations(model, family)
+
+    plain = ours(tiny_model(num_hidden_layers=3).to(dtype), windows, 2, SUMMED)
+    checkpointed = ours(tiny_model(num_hidden_layers=3).to(dtype), windows, 2, SUMMED, prepare=prepare)
+    for name in SUMMED:
+        assert torch.equal(plain[name], checkpointed[name]), name
+
+
+def test_an_mlp_with_another_activation_is_left_as_it_is():
+    model, windows = tiny_model(hidden_act="gelu"), some_windows()
+    expected = definition(model, windows)
+    assert torch.linalg.norm(ours(model, windows, 2)["entropy"] - expected) / torch.linalg.norm(expected) < 1e-5

@@ -1,0 +1,286 @@
+"""What a stage needs of a cluster, computed from a model's shape: bytes gathered, floating-point work, memory per GPU.
+
+Estimates, not measurements: work and gathered bytes are counted exactly for what the code does; memory leaves out
+fragmentation and the runtime's own buffers, for which ``RESERVE`` is kept free; times assume ``EFFICIENCY``.
+Torch-free, so that a login node answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["importance", "recover", "evaluate"]
+
+# Of a GPU's memory: the runtime's context, communication buffers, fragmentation.
+RESERVE = 0.1
+# Of a GPU's nominal floating-point rate, what dense transformers reach in practice; and of a network's nominal rate.
+EFFICIENCY = 0.4
+NETWORK_EFFICIENCY = 0.8
+# DeepSpeed's defaults: parameters that may be gathered at a time, and those too small to be sharded, in elements.
+LIVE_PARAMETERS = 1_000_000_000
+SMALL_PARAMETER = 100_000
+# core.head: logits of a chunk in float32, its exponentials, and their copies in the model's dtype.
+HEAD_CHUNK_BYTES = 4 * 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's dimensions, as they decide memory and work."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def attention_parameters(self) -> int:
+        return self.hidden_size * self.head_size * (2 * self.num_heads + 2 * self.num_key_value_heads)
+
+    @property
+    def layer_parameters(self) -> int:
+        """The matrices of one layer; norms and biases are too few to matter."""
+        return self.attention_parameters + 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def body_parameters(self) -> int:
+        return self.num_layers * self.layer_parameters
+
+    @property
+    def head_parameters(self) -> int:
+        return self.vocabulary * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        return self.body_parameters + self.head_parameters * (1 if self.tied else 2)
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """The shape that a ``config.json`` describes."""
+    heads = int(config["num_attention_heads"])
+    return Shape(
+        hidden_size=int(config["hidden_size"]),
+        intermediate_size=int(config["intermediate_size"]),
+        num_layers=int(config["num_hidden_layers"]),
+        num_heads=heads,
+        num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+        head_size=int(config.get("head_dim") or config["hidden_size"] // heads),
+        vocabulary=int(config["vocab_size"]),
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak.
+
+    Attributes:
+        weights: this rank's shards, and what training keeps for each of them.
+        gathered: whole parameters of the layers at work.
+        activations: kept for backward, for all tokens of a micro-batch.
+        logits: of the head, with what the loss makes of them.
+    """
+
+    weights: float
+    gathered: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gathered + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one micro-batch costs one rank.
+
+    Attributes:
+        flops: floating-point operations.
+        gathered_bytes: bytes of whole parameters that ZeRO-3 gathers; of them, a rank receives (ranks - 1) / ranks.
+    """
+
+    flops: float
+    gathered_bytes: float
+
+
+@dataclass(frozen=True)
+class Importance:
+    """A calibration pass: ``windows`` of ``tokens`` at a time, a backward for each of ``losses``."""
+
+    windows: int
+    tokens: int
+    losses: int = 1
+    itemsize: int = 2
+    checkpointing: bool = False
+
+    def memory(self, shape: Shape, ranks: int) -> Memory:
+        """On one of the ranks that the model is sharded over."""
+        tokens = self.windows * self.tokens
+        return Memory(
+            weights=shape.parameters * self.itemsize / ranks,
+            gathered=_gathered_at_a_time(shape, self.itemsize, ranks),
+            activations=tokens * self.activation_bytes(shape),
+            logits=HEAD_CHUNK_BYTES + tokens * shape.hidden_size * self.itemsize * (self.losses + 2),
+        )
+
+    def activation_bytes(self, shape: Shape) -> int:
+        """Bytes a token that stay until backward. The graph begins at the first layer's neurons."""
+        first, kept = shape.intermediate_size * self.itemsize, self.layer_bytes(shape)
+        later = shape.num_layers - 1
+        return first + (later * shape.hidden_size * self.itemsize + kept if self.checkpointing else later * kept)
+
+    def layer_bytes(self, shape: Shape) -> int:
+        """Bytes a token of one layer: both norms' inputs, q, k, v and attention's output, gate and up."""
+        attention = 2 * (shape.num_heads + shape.num_key_value_heads) * shape.head_size
+        values = 2 * shape.hidden_size + attention + 2 * shape.intermediate_size
+        return values * self.itemsize + 4 * (2 + shape.num_heads)  # float32: norms' scales, log-sum-exp of each head
+
+    def work(self, shape: Shape) -> Work:
+        """Of one micro-batch: a forward, the head forward once and backward for each loss, the body's backwards."""
+        tokens = self.windows * self.tokens
+        before_graph = shape.layer_parameters - shape.hidden_size * shape.intermediate_size
+        backward_parameters = shape.body_parameters - before_graph
+        attention = _attention_flops(shape, self.tokens)
+        forwards = 2 * (shape.body_parameters + shape.head_parameters) + attention
+        # Backward of flash attention: five products for forward's two.
+        backwards = 2 * (backward_parameters + shape.head_parameters) + 2.5 * attention
+        runs = 2 if self.checkpointing else 1
+        gathered = runs * shape.body_parameters + self.losses * backward_parameters + 2 * shape.head_parameters
+        return Work(
+            tokens * (forwards + self.losses * backwards + (runs - 1) * 2 * shape.body_parameters),
+            gathered * self.itemsize,
+        )
+
+
+@dataclass(frozen=True)
+class Recover:
+    """LoRA training: ``rows`` of ``tokens`` at a time, rank ``rank`` on all projections of a layer."""
+
+    rows: int
+    tokens: int
+    rank: int
+    dropout: bool
+    itemsize: int = 2
+
+    def memory(self, shape: Shape, ranks: int) -> Memory:
+        """On one of the ranks that model, LoRA weights and optimizer are sharded over."""
+        tokens = self.rows * self.tokens
+        # In float32: the weight, its gradient and two moments; and the weight that computes.
+        lora = self.lora_parameters(shape) * (4 * 4 + self.itemsize)
+        return Memory(
+            weights=(shape.parameters * self.itemsize + lora) / ranks,
+            gathered=_gathered_at_a_time(shape, self.itemsize, ranks),
+            activations=tokens * shape.num_layers * self.layer_bytes(shape),
+            # The logits, and in float32: themselves, their log-softmax and its gradient.
+            logits=tokens * shape.vocabulary * (self.itemsize + 3 * 4),
+        )
+
+    def lora_parameters(self, shape: Shape) -> int:
+        """Of A and B of every projection."""
+        hidden, inner = shape.hidden_size, shape.intermediate_size
+        heads, groups = shape.num_heads * shape.head_size, shape.num_key_value_heads * shape.head_size
+        sides = 2 * (hidden + heads) + 2 * (hidden + groups) + 3 * (hidden + inner)
+        return shape.num_layers * self.rank * sides
+
+    def layer_bytes(self, shape: Shape) -> int:
+        """Bytes a token of one layer, as Hugging Face's layers keep them for backward."""
+        heads = shape.num_heads * shape.head_size
+        norms = 2 * 4 * shape.hidden_size
+        attention = 2 * (shape.num_heads + shape.num_key_value_heads) * shape.head_size * self.itemsize
+        gated = 3 * shape.intermediate_size * self.itemsize
+        if self.dropout:  # a dropped copy and a mask for each projection
+            inputs = (5 * shape.hidden_size + heads + shape.intermediate_size) * (self.itemsize + 1)
+        else:
+            inputs = (2 * shape.hidden_size + shape.intermediate_size) * self.itemsize
+        return norms + attention + gated + inputs
+
+    def work(self, shape: Shape) -> Work:
+        """Of one micro-batch: a forward, and a backward without gradients of frozen weights."""
+        matrices = shape.body_parameters + shape.head_parameters
+        flops = 4 * matrices + 6 * self.lora_parameters(shape) + 3.5 * _attention_flops(shape, self.tokens)
+        gathered = 2 * matrices + shape.head_parameters
+        return Work(self.rows * self.tokens * flops, gathered * self.itemsize)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Forward passes of ``sequences`` of at most ``tokens`` at a time; whole weights on each rank where they fit."""
+
+    sequences: int
+    tokens: int
+    itemsize: int = 2
+
+    def memory(self, shape: Shape, ranks: int) -> Memory:
+        """On one of the ranks that the model is sharded over."""
+        tokens = self.sequences * self.tokens
+        widest = 4 * shape.intermediate_size + 8 * shape.hidden_size
+        return Memory(
+            weights=shape.parameters * self.itemsize / ranks,
+            gathered=_gathered_at_a_time(shape, self.itemsize, ranks),
+            activations=tokens * widest * self.itemsize,
+            logits=tokens * shape.vocabulary * (self.itemsize + 2 * 4),
+        )
+
+    def work(self, shape: Shape) -> Work:
+        """Of one batch."""
+        matrices = shape.body_parameters + shape.head_parameters
+        flops = 2 * matrices + _attention_flops(shape, self.tokens)
+        return Work(self.sequences * self.tokens * flops, (matrices + shape.head_parameters) * self.itemsize)
+
+
+Job = Importance | Recover | Evaluate
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """What a job runs on.
+
+    Attributes:
+        memory: bytes of one GPU.
+        flops: nominal floating-point operations per second of one GPU in the compute dtype.
+        network: nominal bytes per second between two nodes.
+    """
+
+    nodes: int
+    per_node: int
+    memory: float
+    flops: float | None = None
+    network: float | None = None
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.per_node
+
+
+def fits(job: Job, shape: Shape, gpus: Gpus) -> bool:
+    """Whether the job's peak leaves ``RESERVE`` of a GPU's memory free."""
+    return job.memory(shape, gpus.ranks).total <= (1 - RESERVE) * gpus.memory
+
+
+def seconds(job: Job, shape: Shape, gpus: Gpus) -> tuple[float, float]:
+    """Of one micro-batch on each rank: at work, and on the network; the larger one counts where they overlap.
+
+    A ring over all ranks carries every gathered byte once through each node's link; inside a node there is none.
+    """
+    assert gpus.flops is not None, "the rate of a GPU is not known"
+    work = job.work(shape)
+    at_work = work.flops / (EFFICIENCY * gpus.flops)
+    if gpus.nodes == 1 or gpus.network is None:
+        return at_work, 0.0
+    return at_work, work.gathered_bytes * (gpus.ranks - 1) / gpus.ranks / (NETWORK_EFFICIENCY * gpus.network)
+
+
+def _gathered_at_a_time(shape: Shape, itemsize: int, ranks: int) -> float:
+    """Bytes of gathered parameters that DeepSpeed holds; one rank alone holds all as its own."""
+    return 0.0 if ranks == 1 else min(shape.parameters, LIVE_PARAMETERS + shape.head_parameters) * itemsize
+
+
+def _attention_flops(shape: Shape, tokens: int) -> float:
+    """A token's share of both products of causal attention in all layers, forward."""
+    return shape.num_layers * 2 * tokens * shape.num_heads * shape.head_size

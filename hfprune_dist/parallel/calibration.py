@@ -1,0 +1,83 @@
+"""The calibration pass on the ranks of a world: a model sharded over them, and sums over some of its windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfprune_dist.core.criteria import Batch, Criterion, losses_of
+from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
+from hfprune_dist.models.checkpoint import Checkpoint
+from hfprune_dist.models.lean import checkpoint_activations, lighten
+from hfprune_dist.parallel.world import World
+from hfprune_dist.parallel.zero3 import gathered, load_frozen, rearming
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What some micro-batches add up to.
+
+    Attributes:
+        neurons_KLD: float64 [criteria with a sum, num_layers, intermediate_size].
+        losses: loss name -> sum over windows of the loss per token.
+    """
+
+    neurons_KLD: Tensor
+    losses: dict[str, float]
+
+
+class Calibration:
+    """Scores windows on one rank; where the model is sharded, every rank must score equally many micro-batches.
+
+    Args:
+        windows_ST: int64 [windows, tokens], the same on every rank.
+        criteria: those with something to sum.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        windows_ST: Tensor,
+        criteria: Sequence[Criterion],
+        seed: int,
+        micro_batch_size: int,
+        world: World,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        self.module = load_frozen(checkpoint.path, dtype, micro_batch_size, world)
+        family = checkpoint.family
+        lighten(self.module, family)
+        if activation_checkpointing:
+            checkpoint_activations(self.module, family)
+        body, head = family.body_of(self.module), family.head_of(self.module)
+        self._model = ScoredModel(
+            body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
+            head=lambda: gathered(head),
+            down_projections=family.down_projections(self.module),
+            rearming=lambda: rearming(self.module),
+        )
+        self._vocabulary = head.out_features
+        self._intermediate_size = checkpoint.intermediate_size
+        self._windows_ST = windows_ST
+        self._criteria = criteria
+        self._seed = seed
+        self._device = world.device
+
+    def score(self, micro_batches: Sequence[range]) -> Sums:
+        """Sums over the windows of some micro-batches.
+
+        Raises:
+            NonFiniteError: where a layer saw NaN or infinity.
+        """
+        sums = NeuronSums(self._model.down_projections, self._intermediate_size, self._criteria)
+        losses = {loss.name: 0.0 for loss in losses_of(self._criteria)}
+        for windows in micro_batches:
+            input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._device)
+            batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed)
+            for name, value in score_batch(self._model, batch, sums).items():
+                losses[name] += value
+        return Sums(sums.sums_KLD, losses)

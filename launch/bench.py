@@ -1,0 +1,139 @@
+"""Measure what this project costs: the published formulation against ours, scaling, ranks, pruning, the launcher.
+
+Everything is measured side by side in one run and told as a ratio (the launcher's waiting times in seconds), so that
+what else the machine does matters little. Needs no network: the model is the demo's, made if it is missing.
+
+examples:
+  python launch/bench.py                                  all sections, under ten minutes on two cores
+  python launch/bench.py --quick --only pass,criteria
+  python launch/bench.py --model /data/my-llama --out runs/bench-llama
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfprune_dist.config import parse_list
+from hfprune_dist.errors import UserError, did_you_mean, explained
+from hfprune_dist.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from launch.benchmark.results import Findings
+    from launch.benchmark.settings import Settings
+
+SECTIONS = ("pass", "criteria", "scaling", "ranks", "prune", "launcher")
+ASSETS = Path("runs/demo-assets")
+TOKENS, ROUNDS, QUICK_ROUNDS = 1024, 5, 2
+
+
+def main() -> int:
+    """Run the chosen sections; print the table, write it with everything else to the output folder."""
+    arguments = _parser().parse_args()
+    with explained():
+        sections = _sections(arguments.only)
+        run_sections(sections, arguments)
+    return 0
+
+
+def run_sections(sections: list[str], arguments: argparse.Namespace) -> None:
+    """Measure section by section; what is done is on disk before the next begins."""
+    from launch.benchmark.plot import can_plot, plot
+    from launch.benchmark.results import Findings, markdown
+
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    findings = Findings()
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        settings = _settings(arguments, Path(scratch))
+        for section in sections:
+            started = time.monotonic()
+            findings += _measure(section, settings)
+            print(f"{section}: {time.monotonic() - started:.0f} s", flush=True)
+            write_json(out / "bench.json", {"machine": _machine(), **_told(settings), **findings.to_json()})
+    table = markdown(findings.lines)
+    write_text(out / "bench.md", table + "\n")
+    print(f"\n{table}\n\nwritten: {out / 'bench.json'}, bench.md", end="")
+    if findings.charts and can_plot():
+        plot(findings.charts, out / "bench.png")
+        print(", bench.png")
+    else:
+        print("" if can_plot() else "; for charts: pip install 'hfprune-dist[bench]'")
+
+
+def _measure(section: str, settings: Settings) -> Findings:
+    from launch.benchmark import launcher, pruning, ranks, scaling, scoring
+
+    measures: Mapping[str, Callable[[Settings], Findings]] = {
+        "pass": scoring.measure_pass,
+        "criteria": scoring.measure_criteria,
+        "scaling": scaling.measure_scaling,
+        "ranks": ranks.measure_ranks,
+        "prune": pruning.measure_prune,
+        "launcher": launcher.measure_launcher,
+    }
+    return measures[section](settings)
+
+
+def _settings(arguments: argparse.Namespace, scratch: Path) -> Settings:
+    """The demo's model and text, made if they are missing; or the user's model."""
+    from launch.benchmark.settings import Settings
+    from launch.demo.prose import reference_prose
+    from launch.demo_assets import QUIET_AND_OFFLINE, build
+
+    os.environ.update(QUIET_AND_OFFLINE)
+    if arguments.model is None:
+        build(ASSETS)
+    text = scratch / "text.txt"
+    text.write_text("\n\n".join(reference_prose().calibration), encoding="utf-8")
+    rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
+    return Settings(str(arguments.model or ASSETS / "llama"), str(text), TOKENS, rounds, arguments.quick, scratch)
+
+
+def _told(settings: Settings) -> dict[str, Any]:
+    return {
+        "settings": {"model": settings.model, "tokens": settings.tokens, "rounds": settings.rounds},
+        "quick": settings.quick,
+    }
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _sections(only: str | None) -> list[str]:
+    chosen = list(SECTIONS) if only is None else parse_list("--only", only)
+    for section in chosen:
+        if section not in SECTIONS:
+            raise UserError(
+                f"--only: no section {section!r}{did_you_mean(section, SECTIONS)} valid: {', '.join(SECTIONS)}"
+            )
+    return chosen
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", metavar="PATH", type=Path, help="a checkpoint folder; default: the demo's llama")
+    parser.add_argument("--only", metavar="A,B", help=f"sections to measure, of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and points: to see that it works")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/bench"), help="default: runs/bench")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Measuring in processes of their own, so that no measurement sees what another one left behind."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from hfprune_dist.errors import UserError
+
+# Freed memory goes back to the system at once, so that resident memory is what is in use.
+TIDY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+ANSWER = "benchmark answer: "
+
+
+def call(function: str, arguments: Mapping[str, Any], environment: Mapping[str, str], ranks: int = 1) -> Any:
+    """Call ``package.module:function`` with JSON arguments in a fresh process, or on ranks of torchrun.
+
+    Returns:
+        its result, a JSON value; of several ranks, that of the first.
+
+    Raises:
+        UserError: with the process's last words, where it fails.
+    """
+    starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *starter, __file__, function, json.dumps(arguments)]
+    result = subprocess.run(
+        command, env={**os.environ, **QUIET, **environment}, capture_output=True, text=True, check=False
+    )
+    answers = [line for line in result.stdout.splitlines() if line.startswith(ANSWER)]
+    if result.returncode != 0 or not answers:
+        raise UserError(f"{function} failed:\n" + "\n".join(result.stderr.strip().splitlines()[-12:]))
+    return json.loads(answers[0].removeprefix(ANSWER))
+
+
+def main() -> None:
+    """The process's side of ``call``."""
+    module, name = sys.argv[1].split(":")
+    answer = getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))
+    if os.environ.get("RANK", "0") == "0":
+        print(ANSWER + json.dumps(answer), flush=True)
+    # Threads of gloo and DeepSpeed abort now and then in the interpreter's farewell.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

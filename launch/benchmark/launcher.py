@@ -1,0 +1,114 @@
+"""Section ``launcher``: how long the commands keep a user waiting, in seconds."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from hfprune_dist.artifacts import Store
+from hfprune_dist.config import load_config
+from hfprune_dist.files import write_json
+from hfprune_dist.models.sources import resolve_models
+from hfprune_dist.plan import Plan, Stage, build_plan
+from launch.benchmark.results import Findings, Line
+from launch.benchmark.settings import Settings
+
+SWEEP = Path(__file__).resolve().parents[1] / "sweep.py"
+CELLS, QUICK_CELLS = 1000, 100
+FEW_CELLS = 4
+INSTANT_S, RERUN_S = 0.4, 3.0
+# What the table shows of an artifact of each kind.
+METRICS = {
+    "prune": {"ratio_reached": 0.2, "parameters": 80, "intermediate_size": 8},
+    "evaluate": {"fidelity": {"perplexity": 10.0, "kl": 0.5, "top1_agreement": 0.5}, "tasks": {}},
+}
+
+
+def measure_launcher(settings: Settings) -> Findings:
+    """Medians over fresh processes; the bare interpreter is what no command can be faster than."""
+    few, cells = settings.scratch / "few", settings.scratch / "many"
+    count = QUICK_CELLS if settings.quick else CELLS
+    small, large = _finished_sweep(few, FEW_CELLS), _finished_sweep(cells, count)
+    rounds = settings.rounds
+    return Findings(
+        [
+            Line("launcher", "the bare interpreter", _median_seconds([sys.executable, "-c", ""], rounds), "s"),
+            Line("launcher", "sweep.py --help", _median_seconds(_command("--help"), rounds), "s", INSTANT_S),
+            Line("launcher", "sweep.py --status", _median_seconds([*small, "--status"], rounds), "s", INSTANT_S),
+            Line(
+                "launcher", f"a finished sweep of {count:,} cells again", _median_seconds(large, rounds), "s", RERUN_S
+            ),
+        ]
+    )
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, str(SWEEP), *arguments]
+
+
+def _median_seconds(command: Sequence[str], rounds: int) -> float:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    seconds = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, env=environment)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def _finished_sweep(folder: Path, cells: int) -> list[str]:
+    """A sweep of that many pruned cells of one small checkpoint whose artifacts are all there; returns its command."""
+    folder.mkdir()
+    _write_checkpoint(folder / "model")
+    (folder / "text.txt").write_text("text", encoding="utf-8")
+    config = {
+        "models": ["model"],
+        "aliases": {"model": {"path": "model"}},
+        "ratios": [0.1 + 0.1 * number / cells for number in range(cells)],
+        "calibration": {"path": "text.txt"},
+        "recovery": {"path": "text.txt", "method": "none"},
+        "evaluation": {"tasks": [], "fidelity": {"path": "text.txt"}},
+    }
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    store = Store(folder / "out" / "store")
+    for stage in _plan(file, store).stages.values():
+        _commit(store, stage)
+    return _command("--config", str(file), "--out", str(folder / "out"))
+
+
+def _plan(file: Path, store: Store) -> Plan:
+    config = load_config([file], {})
+    return build_plan(config, resolve_models(config, file.parent / "none", store.hashes, download=False), store.hashes)
+
+
+def _commit(store: Store, stage: Stage) -> None:
+    draft = store.open_draft(stage.id)
+    write_json(draft / "result.json", {})
+    store.commit(stage, draft, {"metrics": METRICS.get(stage.kind, {}), "wall_time_s": 1.0})
+
+
+def _write_checkpoint(folder: Path) -> None:
+    """As little as a checkpoint may have: the sweep reads its headers only."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden_size, intermediate_size = 4, 64
+    folder.mkdir()
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": 1}
+    write_json(folder / "config.json", {"model_type": "llama", **sizes})
+    write_json(folder / "tokenizer.json", {})
+    mlp = "model.layers.0.mlp"
+    weights = {
+        f"{mlp}.gate_proj.weight": torch.zeros(intermediate_size, hidden_size),
+        f"{mlp}.up_proj.weight": torch.zeros(intermediate_size, hidden_size),
+        f"{mlp}.down_proj.weight": torch.zeros(hidden_size, intermediate_size),
+    }
+    save_file(weights, folder / "model.safetensors")

@@ -1,0 +1,64 @@
+"""Section ``prune``: writing a smaller checkpoint, against copying the bytes that it has."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from hfprune_dist.models.checkpoint import open_checkpoint
+from hfprune_dist.models.surgery import mlp_cuts, write_weight_file
+from launch.benchmark.isolated import TIDY, call
+from launch.benchmark.measure import paired_ratios, peak_anonymous_bytes
+from launch.benchmark.results import Findings, Line
+from launch.benchmark.settings import Settings
+from launch.benchmark.subject import kept_width
+
+RATIO = 0.2
+
+
+def measure_prune(settings: Settings) -> Findings:
+    """Time in copies of the output, peak anonymous memory in largest tensors."""
+    where = {"model": settings.model, "scratch": str(settings.scratch)}
+    time = call(f"{__name__}:time_prune", {**where, "rounds": settings.rounds}, {})
+    memory = call(f"{__name__}:take_memory", where, TIDY)
+    return Findings(
+        [
+            Line("prune", "writing the pruned weights, time", time, "x cp", 1.5),
+            Line("prune", "writing the pruned weights, anonymous memory", memory, "x largest tensor", 2.0),
+        ]
+    )
+
+
+def time_prune(model: str, scratch: str, rounds: int) -> float:
+    """In a process of its own: time to write the pruned files, as a multiple of the time to copy them."""
+    pruned, copied = Path(scratch) / "pruned", Path(scratch) / "copied"
+    for folder in (pruned, copied):
+        folder.mkdir(exist_ok=True)
+
+    def copy() -> None:
+        for file in pruned.iterdir():
+            shutil.copyfile(file, copied / file.name)
+
+    return paired_ratios({"prune": lambda: _write(model, pruned), "cp": copy}, "cp", rounds)["prune"]
+
+
+def take_memory(model: str, scratch: str) -> float:
+    """In a process of its own: peak anonymous memory, as a multiple of the largest tensor."""
+    target = Path(scratch) / "pruned"
+    target.mkdir(exist_ok=True)
+    largest = max(info.bytes for info in open_checkpoint(Path(model)).tensors.values())
+    return peak_anonymous_bytes(lambda: _write(model, target)) / largest
+
+
+def _write(model: str, target: Path) -> None:
+    checkpoint = open_checkpoint(Path(model))
+    width = kept_width(model, RATIO)
+    generator = torch.Generator().manual_seed(0)
+    kept = [
+        torch.randperm(checkpoint.intermediate_size, generator=generator)[:width].sort().values
+        for _ in range(checkpoint.num_layers)
+    ]
+    for file in checkpoint.weight_files:
+        write_weight_file(checkpoint, file, mlp_cuts(checkpoint, kept), target)

@@ -1,0 +1,90 @@
+"""Section ``ranks``: the pass on models sharded with ZeRO-3, on one rank and on two, one thread each."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.models.checkpoint import open_checkpoint
+from launch.benchmark.isolated import call
+from launch.benchmark.results import Findings, Line
+from launch.benchmark.settings import Settings
+from launch.benchmark.subject import load_subject, read_text
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+SHARD_SIZE = 2
+DTYPE = "bfloat16"
+
+
+def measure_ranks(settings: Settings) -> Findings:
+    """Time for the same windows, and whether the sums have the same bits."""
+    repeats = 1 if settings.quick else 2
+    where = {
+        "model": settings.model,
+        "text": settings.text,
+        "tokens": settings.tokens // 4,
+        "shards": 2 if settings.quick else 4,
+    }
+    runs: dict[int, list[Any]] = {1: [], 2: []}
+    for _ in range(repeats):
+        for ranks, done in runs.items():
+            alone = ALONE if ranks == 1 else {}
+            done.append(call(f"{__name__}:score", where, {**ONE_THREAD, **alone}, ranks))
+    plain = call(f"{__name__}:score_unsharded", where, ONE_THREAD)
+    seconds = {ranks: statistics.median(run["seconds"] for run in done) for ranks, done in runs.items()}
+    sums = {tuple(run["digests"]) for done in runs.values() for run in done}
+    return Findings(
+        [
+            Line("ranks", f"{DTYPE}: ZeRO-3 on 1 rank, time", seconds[1] / plain, "x unsharded"),
+            Line(
+                "ranks", f"{DTYPE}: ZeRO-3 on 2 ranks, time for the same windows", seconds[2] / seconds[1], "x 1 rank"
+            ),
+            Line("ranks", f"{DTYPE}: different sums among all runs", float(len(sums)), "", 1.0),
+        ]
+    )
+
+
+def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
+    """On every rank: seconds for all shards and the sums' digests, in shard order."""
+    # The ranks' process group belongs to the package; a process that only measures unsharded models needs none.
+    from hfprune_dist.parallel.calibration import Calibration
+    from hfprune_dist.parallel.world import join_world
+
+    world = join_world(os.environ, timeout_minutes=10)
+    windows_ST = read_text(model, text, shards * SHARD_SIZE, tokens)
+    calibration = Calibration(
+        open_checkpoint(Path(model)), getattr(torch, DTYPE), windows_ST, [CRITERIA["entropy"]], 0, 1, world
+    )
+    calibration.score(_micro_batches(0))  # DeepSpeed learns the order of layers
+    world.barrier()
+    started = time.perf_counter()
+    mine = {shard: calibration.score(_micro_batches(shard)) for shard in range(world.rank, shards, world.size)}
+    world.barrier()
+    seconds = time.perf_counter() - started
+    digests = {shard: hashlib.sha256(sums.neurons_KLD.numpy().tobytes()).hexdigest() for shard, sums in mine.items()}
+    everybody = {shard: digest for share in world.gather(digests) for shard, digest in share.items()}
+    return {"seconds": seconds, "digests": [everybody[shard] for shard in sorted(everybody)]}
+
+
+def score_unsharded(model: str, text: str, tokens: int, shards: int) -> float:
+    """Seconds for the same windows where the model is whole."""
+    torch.set_num_threads(1)
+    subject = load_subject(model, DTYPE)
+    windows_ST = read_text(model, text, shards * SHARD_SIZE, tokens)
+    subject.ours([windows_ST[:1]], ["entropy"])
+    started = time.perf_counter()
+    subject.ours(list(windows_ST[:, None]), ["entropy"])
+    return time.perf_counter() - started
+
+
+def _micro_batches(shard: int) -> list[range]:
+    first = shard * SHARD_SIZE
+    return [range(window, window + 1) for window in range(first, first + SHARD_SIZE)]

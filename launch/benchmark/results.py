@@ -1,0 +1,58 @@
+"""What a benchmark finds: lines of a table and charts, as values that travel between processes as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table.
+
+    Attributes:
+        unit: what ``value`` is a multiple of, e.g. "forwards"; or "share", "s", "count".
+        target: what was aimed at, in the same unit; None where nothing was.
+    """
+
+    section: str
+    what: str
+    value: float
+    unit: str
+    target: float | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over one quantity: curve name -> a value for each of ``x``."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x: Sequence[float]
+    curves: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one section found."""
+
+    lines: list[Line] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+
+    def __add__(self, other: Findings) -> Findings:
+        return Findings(self.lines + other.lines, self.charts + other.charts)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"lines": [asdict(line) for line in self.lines], "charts": [asdict(chart) for chart in self.charts]}
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The table, for a screen and for the README."""
+    rows = [
+        f"| {line.section} | {line.what} | {line.value:.2f} {line.unit} | "
+        f"{'' if line.target is None else f'{line.target:g}'} |"
+        for line in lines
+    ]
+    return "\n".join(["| section | what | measured | target |", "|---|---|---|---|", *rows])

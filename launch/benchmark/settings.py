@@ -1,0 +1,27 @@
+"""What every section of the benchmark is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of the benchmark.
+
+    Attributes:
+        model: folder of a checkpoint.
+        text: file with plain text, long enough for windows of ``tokens``.
+        tokens: per window.
+        rounds: that are measured of each comparison; medians are taken over them.
+        quick: fewer points on every axis.
+        scratch: an empty folder on the disk where results go.
+    """
+
+    model: str
+    text: str
+    tokens: int
+    rounds: int
+    quick: bool
+    scratch: Path

@@ -1,0 +1,115 @@
+"""One model, ready to be run in every way that is compared: forward alone, as published, and as we do it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from hfprune_dist.core.criteria import CRITERIA, Batch
+from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
+from hfprune_dist.data.windows import sample_windows
+from hfprune_dist.models.checkpoint import open_checkpoint
+from hfprune_dist.models.families import FAMILIES
+from hfprune_dist.models.lean import checkpoint_activations, lighten
+from hfprune_dist.models.tokenizer import bos_id, load_tokenizer, plain_ids
+from launch.benchmark.published import PublishedScores
+
+SEED = 0
+
+
+class Subject:
+    """A model in its published form and in ours, over the same weights.
+
+    Args:
+        model: a Hugging Face causal language model; nothing else may hold it.
+        checkpointing: keep layers' inputs only (``importance`` with activation checkpointing).
+    """
+
+    def __init__(self, model: nn.Module, checkpointing: bool = False) -> None:
+        self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        config: Any = model.config
+        self._family = FAMILIES[config.model_type]
+        self._intermediate_size: int = config.intermediate_size
+        self._vocabulary: int = config.vocab_size
+        self._published = PublishedScores(self._model, self._family.down_projections(self._model))
+        self._ours = self._scored(checkpointing)
+
+    @torch.no_grad()
+    def forward(self, input_ids_BT: Tensor) -> None:
+        """A forward with all logits: the unit of every other way."""
+        self._model(input_ids=input_ids_BT.to(self._device), use_cache=False)
+
+    def published(self, input_ids_BT: Tensor) -> list[Tensor]:
+        """The published formulation; returns the scores so far, [intermediate_size] for each layer."""
+        self._published.add(input_ids_BT.to(self._device))
+        return self._published.scores
+
+    def ours(self, micro_batches: Sequence[Tensor], criteria: Sequence[str]) -> Tensor:
+        """What the importance stage does with a shard; returns its sums, float64 [criteria, layers, neurons]."""
+        sums = NeuronSums(self._ours.down_projections, self._intermediate_size, [CRITERIA[name] for name in criteria])
+        for number, input_ids_BT in enumerate(micro_batches):
+            windows = range(number * len(input_ids_BT), (number + 1) * len(input_ids_BT))
+            score_batch(self._ours, Batch(input_ids_BT.to(self._device), windows, self._vocabulary, SEED), sums)
+        return sums.sums_KLD
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    def _scored(self, checkpointing: bool) -> ScoredModel:
+        """A frozen copy that shares the weights' storage."""
+        shared = {id(weight): nn.Parameter(weight.data, requires_grad=False) for weight in self._model.parameters()}
+        frozen = copy.deepcopy(self._model, shared)
+        lighten(frozen, self._family)
+        if checkpointing:
+            checkpoint_activations(frozen, self._family)
+        body, head = self._family.body_of(frozen), self._family.head_of(frozen)
+        return ScoredModel(
+            body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
+            head=lambda: contextlib.nullcontext((head.weight, head.bias)),
+            down_projections=self._family.down_projections(frozen),
+        )
+
+
+def load_subject(model: str, dtype: str, checkpointing: bool = False) -> Subject:
+    """The checkpoint in folder ``model``."""
+    logging.set_verbosity_error()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    return Subject(loaded, checkpointing)
+
+
+def random_subject(dtype: str, shape: dict[str, int], checkpointing: bool = False) -> Subject:
+    """A Llama of some shape with random weights."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(**shape, attn_implementation="sdpa", tie_word_embeddings=True)
+    return Subject(LlamaForCausalLM(config).to(getattr(torch, dtype)), checkpointing)
+
+
+def read_text(model: str, text: str, windows: int, tokens: int) -> Tensor:
+    """Windows [windows, tokens] of the text in file ``text``, as the model's tokenizer sees it."""
+    tokenizer = load_tokenizer(Path(model))
+    return sample_windows(
+        [Path(text).read_text(encoding="utf-8")],
+        lambda whole: plain_ids(tokenizer, whole),
+        bos_id(tokenizer, add_bos_token=True),
+        windows,
+        tokens,
+        SEED,
+        text,
+    ).input_ids_ST
+
+
+def kept_width(model: str, ratio: float) -> int:
+    """Neurons that each layer keeps at a ratio of all parameters."""
+    from hfprune_dist.budget import uniform_width
+    from hfprune_dist.plan import size_of
+
+    return uniform_width(size_of(open_checkpoint(Path(model))), ratio, 1, model)

@@ -1,0 +1,195 @@
+"""What a plan's stages need of the GPUs that a profile describes: estimates for a dry run, and plans that can't fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hfprune_dist.config import RuntimeConfig
+from hfprune_dist.errors import UserError
+from hfprune_dist.footprint import Evaluate, Gpus, Importance, Job, Memory, Recover, Shape, fits, seconds, shape_of
+from hfprune_dist.models.checkpoint import open_checkpoint
+from hfprune_dist.plan import Plan, Stage
+from launch.profiles import Profile, Resources
+
+GIB = 2**30
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+# Criterion -> the loss whose backward it needs; core.criteria.CRITERIA, which imports torch, has the same.
+LOSSES = {
+    "entropy": "entropy",
+    "entropy_squared": "entropy",
+    "cross_entropy": "cross_entropy",
+    "fisher": "sampled_label",
+    "fisher_signs": "random_signs",
+}
+MOST_NODES, MICRO_BATCHES = 256, (1, 2, 4, 8, 16, 32, 64)
+# Where both the job and the weights it shares are known to be small: inference.WEIGHTS_SHARE.
+WHOLE_WEIGHTS_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one stage needs, as computed.
+
+    Attributes:
+        fits: None where the profile does not say how much memory a GPU has.
+        advice: nodes and micro-batch that suit it better; empty where nothing is known to.
+        gpu_hours: None where the amount of work, or the rate of a GPU in that dtype, is not known.
+    """
+
+    stage: Stage
+    memory: Memory
+    available: float | None
+    fits: bool | None
+    advice: str
+    gpu_hours: float | None
+
+
+def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: RuntimeConfig) -> list[Estimate]:
+    """Estimates for those of some stages, by id, that run a model on GPUs; a pruned one counts as if it were dense."""
+    return [
+        _estimate(stage, shape_of(_dense_config(plan, stage)), profile.resources[stage.kind], runtime)
+        for stage in (plan.stages[stage_id] for stage_id in todo)
+        if stage.kind != "prune" and profile.resources[stage.kind].gpus
+    ]
+
+
+def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
+    """Raises UserError naming every stage that needs more memory than its GPUs have, and what would help."""
+    problems = [
+        f"{each.stage.kind} {each.stage.label}: about {each.memory.total / GIB:,.0f} GiB on each GPU, which has "
+        f"{(each.available or 0) / GIB:,.0f} GiB (gpu_memory_gib); {each.advice or 'no number of nodes is enough'}"
+        for each in estimates
+        if each.fits is False
+    ]
+    if problems:
+        raise UserError(
+            "the plan can't fit the profile's GPUs (estimates):\n" + "\n".join(f"  {it}" for it in problems)
+        )
+
+
+def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
+    """A table that says of itself that nothing in it was measured."""
+    if not estimates:
+        return
+    lines = Table("stage", "for", "memory per GPU", "fits", "suggested", "GPU-hours", box=None, pad_edge=False)
+    for each in estimates:
+        verdict = {None: "? (gpu_memory_gib)", True: "yes", False: "no"}[each.fits]
+        hours = "?" if each.gpu_hours is None else f"~{each.gpu_hours:,.2f}"
+        memory = f"~{each.memory.total / GIB:,.1f} GiB"
+        lines.add_row(each.stage.kind, escape(each.stage.label), memory, verdict, escape(each.advice), hours)
+    console.print("\nestimates from the models' shapes and the profile's GPUs; nothing here was measured:")
+    console.print(lines)
+
+
+def _estimate(stage: Stage, shape: Shape, resources: Resources, runtime: RuntimeConfig) -> Estimate:
+    job, gpus = _job(stage, runtime), _gpus(resources)
+    placed = dataclasses.replace(gpus, nodes=1, per_node=1) if _whole_on_each(job, shape, gpus, runtime) else gpus
+    return Estimate(
+        stage=stage,
+        memory=job.memory(shape, placed.ranks),
+        available=resources.gpu_memory_gib and gpus.memory,
+        fits=fits(job, shape, placed) if resources.gpu_memory_gib else None,
+        advice=_advice(job, shape, gpus) if resources.gpu_memory_gib else "",
+        gpu_hours=_gpu_hours(stage, job, shape, gpus),
+    )
+
+
+def _job(stage: Stage, runtime: RuntimeConfig) -> Job:
+    params = stage.params
+    if stage.kind == "importance":
+        losses = {LOSSES[name] for name in params["criteria"] if name in LOSSES}
+        return Importance(
+            windows=params["calibration"]["micro_batch_size"],
+            tokens=params["calibration"]["sequence_length"],
+            losses=len(losses),
+            itemsize=ITEMSIZE[params["dtype"]],
+            checkpointing=runtime.activation_checkpointing,
+        )
+    if stage.kind == "recover":
+        recovery = params["recovery"]
+        return Recover(
+            rows=recovery["micro_batch_size"],
+            tokens=recovery["sequence_length"],
+            rank=recovery["rank"],
+            dropout=recovery["dropout"] > 0,
+            itemsize=ITEMSIZE[recovery["dtype"]],
+        )
+    return Evaluate(params["batch_size"], params["fidelity"]["sequence_length"], ITEMSIZE[params["dtype"]])
+
+
+def _gpus(resources: Resources) -> Gpus:
+    return Gpus(
+        nodes=resources.nodes,
+        per_node=resources.tasks_per_node,
+        memory=(resources.gpu_memory_gib or 0.0) * GIB,
+        flops=resources.gpu_tflops and resources.gpu_tflops * 1e12,
+        network=resources.network_gbits and resources.network_gbits * 1e9 / 8,
+    )
+
+
+def _whole_on_each(job: Job, shape: Shape, gpus: Gpus, runtime: RuntimeConfig) -> bool:
+    """Whether an evaluation puts whole weights on every GPU."""
+    if not isinstance(job, Evaluate) or runtime.sharding == "zero3":
+        return False
+    small = shape.parameters * job.itemsize <= WHOLE_WEIGHTS_SHARE * gpus.memory
+    return runtime.sharding == "replicate" or small
+
+
+def _advice(job: Job, shape: Shape, gpus: Gpus) -> str:
+    """The fewest nodes that hold one window, and the micro-batch whose work hides the network's time."""
+    smallest = _resized(job, 1)
+    nodes = next((n for n in range(1, MOST_NODES) if fits(smallest, shape, dataclasses.replace(gpus, nodes=n))), None)
+    if nodes is None:
+        return ""
+    advised = dataclasses.replace(gpus, nodes=max(nodes, gpus.nodes))
+    fitting = [size for size in MICRO_BATCHES if fits(_resized(job, size), shape, advised)]
+    hidden = [size for size in fitting if gpus.flops and _is_hidden(_resized(job, size), shape, advised)]
+    size = hidden[0] if hidden else fitting[-1] if gpus.flops else fitting[0]
+    return f"nodes {advised.nodes}, micro-batch {size}"
+
+
+def _is_hidden(job: Job, shape: Shape, gpus: Gpus) -> bool:
+    at_work, on_network = seconds(job, shape, gpus)
+    return on_network <= at_work
+
+
+def _resized(job: Job, size: int) -> Job:
+    if isinstance(job, Importance):
+        return dataclasses.replace(job, windows=size)
+    if isinstance(job, Recover):
+        return dataclasses.replace(job, rows=size)
+    return dataclasses.replace(job, sequences=size)
+
+
+def _gpu_hours(stage: Stage, job: Job, shape: Shape, gpus: Gpus) -> float | None:
+    """For all micro-batches; how many an evaluation or an epoch of recovery needs is known only when it runs."""
+    micro_batches = _micro_batches(stage)
+    if micro_batches is None or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
+        return None
+    rounds = -(-micro_batches // gpus.ranks)
+    return rounds * max(seconds(job, shape, gpus)) * gpus.ranks / 3600
+
+
+def _micro_batches(stage: Stage) -> int | None:
+    if stage.kind == "importance":
+        calibration = stage.params["calibration"]
+        return int(-(-calibration["samples"] // calibration["micro_batch_size"]))
+    if stage.kind == "recover" and stage.params["recovery"]["max_steps"] is not None:
+        recovery = stage.params["recovery"]
+        return int(recovery["max_steps"] * -(-recovery["batch_size"] // recovery["micro_batch_size"]))
+    return None
+
+
+def _dense_config(plan: Plan, stage: Stage) -> Mapping[str, object]:
+    """The config of the dense checkpoint that a stage's model comes from."""
+    source = stage.inputs["model"]
+    if source.is_stage:
+        return _dense_config(plan, plan.stages[source.location])
+    return open_checkpoint(Path(source.location)).config

@@ -1,0 +1,79 @@
+import subprocess
+
+import pytest
+from sweeps import command, make_inputs
+
+from hfprune_dist.artifacts import Store
+from hfprune_dist.config import load_config
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.errors import UserError
+from hfprune_dist.identity import FileHashes
+from hfprune_dist.models.sources import resolve_models
+from hfprune_dist.plan import build_plan
+from launch.estimate import LOSSES, estimate_stages, refuse_what_cannot_fit
+from launch.profiles import load_profile
+
+GPUS = "tasks_per_node: 2\ngpus_per_node: 2\n"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("estimate")
+    return make_inputs(folder)
+
+
+def estimates(inputs, tmp_path, profile, **overrides):
+    config = load_config([inputs], {key.replace("__", "."): value for key, value in overrides.items()})
+    hashes = FileHashes(None)
+    plan = build_plan(config, resolve_models(config, tmp_path / "none", hashes, download=False), hashes)
+    file = tmp_path / "profile.yaml"
+    file.write_text(profile)
+    return estimate_stages(plan, list(plan.stages), load_profile(str(file), tmp_path / "none"), config.runtime)
+
+
+def test_losses_are_those_of_the_criteria():
+    assert {name: criterion.loss.name for name, criterion in CRITERIA.items() if criterion.loss} == LOSSES
+
+
+def test_stages_that_run_a_model_on_gpus_are_estimated(inputs, tmp_path):
+    found = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 80\ngpu_tflops: 300\n", importance__dtype="bfloat16")
+    assert {each.stage.kind for each in found} == {"importance", "recover", "evaluate"}
+    assert all(each.fits and each.memory.total > 0 for each in found)
+    hours = {each.stage.kind: each.gpu_hours for each in found}
+    assert hours["importance"] > 0 and hours["evaluate"] is None, "how many requests a task has is not known"
+    assert hours["recover"] is None, "the rate in float32 is not known"
+
+
+def test_nothing_is_claimed_that_the_profile_does_not_say(inputs, tmp_path):
+    assert all(each.fits is None and each.gpu_hours is None for each in estimates(inputs, tmp_path, GPUS))
+    assert estimates(inputs, tmp_path, "tasks_per_node: 2\n") == [], "no GPUs, no estimates"
+
+
+def test_a_plan_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path):
+    small = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 0.3\n", calibration__micro_batch_size=4096)
+    with pytest.raises(UserError, match=r"importance alpha: about .* GiB on each GPU, which has 0 GiB.*micro-batch 1"):
+        refuse_what_cannot_fit([each for each in small if each.stage.kind == "importance"])
+    none = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 0.001\n")
+    with pytest.raises(UserError, match="no number of nodes is enough"):
+        refuse_what_cannot_fit(none)
+
+
+def test_checkpointing_is_known_to_the_estimate(inputs, tmp_path):
+    plain, checkpointed = (
+        estimates(inputs, tmp_path, GPUS, runtime__activation_checkpointing=on)[0].memory for on in (False, True)
+    )
+    assert checkpointed.activations != plain.activations  # in footprint: less, from three layers on
+
+
+@pytest.mark.parametrize(("memory", "code"), [("80", 0), ("0.001", 2)])
+def test_a_dry_run_shows_estimates_and_refuses(inputs, tmp_path, memory, code):
+    profile = tmp_path / "gpus.yaml"
+    profile.write_text(GPUS + f"gpu_memory_gib: {memory}\n")
+    arguments = ["--dry-run", "--profile", str(profile)]
+    result = subprocess.run(
+        command(inputs, tmp_path / "out", *arguments), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == code, result.stderr
+    assert "nothing here was measured" in result.stdout and "Traceback" not in result.stderr
+    assert ("can't fit the profile's GPUs" in result.stderr) == (code == 2)
+    assert not Store(tmp_path / "out" / "store").root.exists()

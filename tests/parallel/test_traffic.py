@@ -1,0 +1,58 @@
+"""What two real ranks gather, against the model of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from hfprune_dist.footprint import SMALL_PARAMETER, Importance, shape_of
+from hfprune_dist.models.checkpoint import open_checkpoint
+
+pytestmark = pytest.mark.slow
+
+# Every matrix has more elements than DeepSpeed leaves unsharded.
+SHARDED = {
+    "hidden_size": 320,
+    "intermediate_size": 416,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "vocab_size": 400,
+}
+
+
+def counts(folder, criteria="entropy", checkpointing="plain"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*command, str(Path(__file__).with_name("count_gathers.py")), str(folder), criteria, checkpointing],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("counts: ")]
+    assert lines, result.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("counts: "))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("traffic") / "model", dtype=torch.bfloat16, **SHARDED)
+
+
+def test_matrices_are_large_enough_to_be_sharded(folder):
+    matrices = [info.numel for info in open_checkpoint(folder).tensors.values() if len(info.shape) == 2]
+    assert min(matrices) > SMALL_PARAMETER
+
+
+@pytest.mark.parametrize("criteria", ["entropy", "entropy,fisher"])
+def test_gathers_of_a_micro_batch(folder, criteria):
+    shape = shape_of(open_checkpoint(folder).config)
+    expected = Importance(1, 16, losses=criteria.count(",") + 1).work(shape).gathered_bytes
+    print(expected, counts(folder, criteria))
+    assert False

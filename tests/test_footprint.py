@@ -1,0 +1,155 @@
+"""The model against what small models really keep and do."""
+
+import contextlib
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from hfprune_dist import footprint
+from hfprune_dist.core.criteria import CRITERIA, Batch
+from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
+from hfprune_dist.footprint import Evaluate, Gpus, Importance, Recover, fits, seconds, shape_of
+from hfprune_dist.models.families import FAMILIES
+from hfprune_dist.models.lean import checkpoint_activations, lighten
+from hfprune_dist.models.merge import lora_targets
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 264}
+PUBLISHED = {
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+GIB = 2**30
+
+
+def published(size):
+    return shape_of(PUBLISHED[size] | {"vocab_size": 32000})
+
+
+@contextlib.contextmanager
+def kept_for_backward(model):
+    """Bytes of distinct tensors, weights aside, that autograd keeps."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(size for size, _ in kept.values())
+
+
+def scored(model):
+    family = FAMILIES[model.config.model_type]
+    head = family.head_of(model)
+    return ScoredModel(
+        body=lambda input_ids: family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
+        head=lambda: contextlib.nullcontext((head.weight, head.bias)),
+        down_projections=family.down_projections(model),
+    )
+
+
+def score(model, criteria):
+    """One micro-batch of two windows of 128 tokens."""
+    model_scored = scored(model)
+    sums = NeuronSums(model_scored.down_projections, 160, [CRITERIA[name] for name in criteria])
+    score_batch(model_scored, Batch(torch.ones(2, 128, dtype=torch.int64), range(2), 264, 0), sums)
+
+
+@pytest.mark.parametrize("size", [("7B", 6.74), ("13B", 13.0), ("70B", 69.0)])
+def test_the_parameters_of_published_models(size):
+    name, billions = size
+    assert published(name).parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2"])
+def test_kept_activations_of_the_calibration_pass(variant):
+    model = tiny_model(variant, **SHAPE).bfloat16().requires_grad_(False)
+    lighten(model, FAMILIES[model.config.model_type])
+    job = Importance(windows=2, tokens=128)
+    with kept_for_backward(model) as counted:
+        score(model, ["entropy"])
+        first_h = 2 * 128 * 160 * 2  # kept by a hook, not by autograd
+        estimate = 2 * 128 * job.activation_bytes(shape_of(model.config.to_dict()))
+        assert estimate == pytest.approx(first_h + counted(), rel=0.05)
+
+
+def test_checkpointing_keeps_the_inputs_of_layers():
+    shape = published("7B")
+    plain, checkpointed = (Importance(1, 1024, checkpointing=on).activation_bytes(shape) for on in (False, True))
+    assert checkpointed < plain / 4
+    model = tiny_model("llama", **SHAPE).bfloat16().requires_grad_(False)
+    lighten(model, FAMILIES["llama"])
+    checkpoint_activations(model, FAMILIES["llama"])
+    inputs = 3 * 2 * 128 * 64 * 2
+    seen = []
+    for layer in model.model.layers[1:]:
+        layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].nbytes))
+    scored(model).body(torch.ones(2, 128, dtype=torch.int64))
+    assert sum(seen) == inputs
+
+
+def test_kept_activations_of_lora_training():
+    model = tiny_model("llama", **SHAPE).bfloat16()
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.05, target_modules=lora_targets(FAMILIES["llama"]))
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False).train()
+    job = Recover(rows=2, tokens=128, rank=4, dropout=True)
+    shape = shape_of(model.config.to_dict())
+    with kept_for_backward(adapted) as counted:
+        adapted.base_model.model.model(torch.ones(2, 128, dtype=torch.int64), use_cache=False)
+        assert 2 * 128 * shape.num_layers * job.layer_bytes(shape) == pytest.approx(counted(), rel=0.15)
+    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    assert job.lora_parameters(shape) == trained
+
+
+@pytest.mark.parametrize("losses", [["entropy"], ["entropy", "fisher"]])
+def test_floating_point_work_of_the_calibration_pass(losses):
+    model = tiny_model("llama", **SHAPE).requires_grad_(False)
+    lighten(model, FAMILIES["llama"])
+    with FlopCounterMode(display=False) as counter:
+        score(model, losses)
+    shape = shape_of(model.config.to_dict())
+    job = Importance(windows=2, tokens=128, losses=len(losses), itemsize=4)
+    # The counter knows matrix products only; it sees no fused attention on a CPU.
+    attention = footprint._attention_flops(shape, 128) * (1 + 2.5 * len(losses)) * 2 * 128
+    assert job.work(shape).flops - attention == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_a_model_is_refused_where_it_does_not_fit_and_not_where_it_does():
+    job, shape = Importance(windows=1, tokens=1024), published("70B")
+    assert not fits(job, shape, Gpus(nodes=1, per_node=1, memory=80 * GIB))
+    assert fits(job, shape, Gpus(nodes=1, per_node=8, memory=80 * GIB))
+    assert fits(Evaluate(8, 1024), published("7B"), Gpus(nodes=1, per_node=1, memory=80 * GIB))
+
+
+def test_more_ranks_need_less_memory_each_and_more_windows_more():
+    shape, job = published("13B"), Importance(windows=1, tokens=1024)
+    totals = [job.memory(shape, ranks).total for ranks in (2, 8, 64)]
+    assert totals == sorted(totals, reverse=True)
+    assert Importance(windows=4, tokens=1024).memory(shape, 8).total > totals[1]
+
+
+def test_the_network_is_hidden_by_larger_micro_batches():
+    shape = published("7B")
+    gpus = {
+        rate: Gpus(nodes=2, per_node=8, memory=80 * GIB, flops=312e12, network=rate * 1e9 / 8) for rate in (100, 400)
+    }
+    one, many = Importance(windows=1, tokens=1024), Importance(windows=16, tokens=1024)
+    at_work, on_network = seconds(one, shape, gpus[100])
+    assert on_network > at_work, "one window does not pay for its gathers"
+    assert seconds(many, shape, gpus[100])[1] == on_network, "a micro-batch gathers once, whatever its size"
+    assert seconds(many, shape, gpus[100])[0] == pytest.approx(16 * at_work)
+    assert seconds(one, shape, gpus[400])[1] == pytest.approx(on_network / 4)
+    assert seconds(one, shape, Gpus(nodes=1, per_node=8, memory=80 * GIB, flops=312e12))[1] == 0.0
