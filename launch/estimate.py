@@ -27,6 +27,7 @@ LOSSES = {
     "cross_entropy": "cross_entropy",
     "fisher": "sampled_label",
     "fisher_signs": "random_signs",
+    "surgeon": "random_signs",
 }
 MOST_NODES, MICRO_BATCHES = 256, (1, 2, 4, 8, 16, 32, 64)
 # Where both the job and the weights it shares are known to be small: inference.WEIGHTS_SHARE.

@@ -68,3 +68,27 @@ def _summed(criterion, hidden):
         return hidden**2
     _, terms = GRADIENT_CRITERIA[criterion]
     return terms(hidden * hidden.grad)
+
+
+def moments(model, windows, seed=0):
+    """Of every layer: mean h h^T, mean g g^T at the MLP's output and mean (h dL/dh)^2, L the random signs' loss."""
+    model = copy.deepcopy(model).double().requires_grad_()
+    layers = model.model.layers
+    grams, curvatures, fishers = ([0.0] * len(layers) for _ in range(3))
+    for number, window in enumerate(windows):
+        seen = []
+
+        def keep(_module, inputs, output, seen=seen):
+            inputs[0].retain_grad()
+            output.retain_grad()
+            seen.append((inputs[0], output))
+
+        handles = [layer.mlp.down_proj.register_forward_hook(keep) for layer in layers]
+        random_signs(model(input_ids=window[None]).logits[0], window, number, seed).backward()
+        for layer, (hidden, output) in enumerate(seen):
+            grams[layer] += hidden[0].detach().T @ hidden[0].detach() / windows.numel()
+            curvatures[layer] += output.grad[0].T @ output.grad[0] / windows.numel()
+            fishers[layer] += (hidden.detach() * hidden.grad)[0].square().sum(0) / windows.numel()
+        for handle in handles:
+            handle.remove()
+    return list(zip(grams, curvatures, fishers, strict=True))

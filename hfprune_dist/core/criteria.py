@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hfprune_dist.core.elimination import elimination_scores
 from hfprune_dist.core.entropy import entropy_gradient
 from hfprune_dist.core.fidelity import next_ids
 from hfprune_dist.core.head import LogitGradient
@@ -70,6 +71,21 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Second moments of one layer over the calibration tokens.
+
+    Attributes:
+        gram_DD: float64, the mean of h h^T.
+        curvature_CC: float64, the mean of g g^T, g the gradient of the criterion's loss at the MLP's output.
+        tokens: how many.
+    """
+
+    gram_DD: Tensor
+    curvature_CC: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
 class MlpLayer:
     """One layer's MLP: what scores beyond the calibration pass are made from. Weights are read when asked for.
 
@@ -79,6 +95,7 @@ class MlpLayer:
         seed: the sweep's.
         read_rows: -> weights of the row projections, each [intermediate_size, hidden_size].
         read_column: -> weight of the down projection [hidden_size, intermediate_size].
+        moments: what a criterion that ``needs_moments`` gets to see.
     """
 
     number: int
@@ -86,6 +103,7 @@ class MlpLayer:
     seed: int
     read_rows: Callable[[], list[Tensor]]
     read_column: Callable[[], Tensor]
+    moments: Moments | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,7 @@ class Criterion:
         summed: per token, h * dL/dh ("gradient"), h itself ("activation"), or "nothing": no calibration pass.
         loss: L, where a gradient is summed.
         reduction: the sum is one of absolute values or of squares.
+        needs_moments: ``finish`` looks at the layer's ``Moments``, which cost a second walk over the windows.
         in_nats: scores are estimates of KL divergence per token, which layers share as a unit.
         finish: sum [intermediate_size], layer -> scores [intermediate_size], both float64 on the CPU.
     """
@@ -107,6 +126,7 @@ class Criterion:
     summed: Literal["gradient", "activation", "nothing"]
     loss: Loss | None = None
     reduction: Literal["abs", "square"] = "abs"
+    needs_moments: bool = False
     in_nats: bool = False
     finish: Callable[[Tensor, MlpLayer], Tensor] = lambda sum_D, _layer: sum_D
 
@@ -169,6 +189,13 @@ def random_scores(_sum_D: Tensor, layer: MlpLayer) -> Tensor:
     return torch.rand(layer.intermediate_size, generator=generator, dtype=torch.float64)
 
 
+def costs_of_removal(sum_D: Tensor, layer: MlpLayer) -> Tensor:
+    """KL divergence that each removal costs after all cheaper ones, the other neurons taking over (``elimination``)."""
+    assert layer.moments is not None
+    moments = layer.moments
+    return elimination_scores(moments.gram_DD, moments.curvature_CC, layer.read_column(), sum_D / moments.tokens).cpu()
+
+
 def _norm(weight: Tensor, dim: int) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(weight, dim=dim, dtype=torch.float64)
     return norms
@@ -221,6 +248,17 @@ CRITERIA: dict[str, Criterion] = {
             "activation",
             reduction="square",
             finish=times_column_norm,
+        ),
+        Criterion(
+            "surgeon",
+            "nats per token that removing the neuron costs after all cheaper ones, when the others are refitted "
+            "(K-FAC, arXiv 2312.17244)",
+            "gradient",
+            RANDOM_SIGNS,
+            "square",
+            needs_moments=True,
+            in_nats=True,
+            finish=costs_of_removal,
         ),
         Criterion("magnitude", "norm of the neuron's weights", "nothing", finish=weight_norm),
         Criterion("random", "a random order, the floor of any comparison", "nothing", finish=random_scores),

@@ -54,4 +54,8 @@ class ExactGram:
 
     def value(self) -> Tensor:
         """The sum, float64."""
-        return self.total_DD.double() / self._scale_D[:, None] / self._scale_D
+        return self.value_of(self.total_DD)
+
+    def value_of(self, total_DD: Tensor) -> Tensor:
+        """What another total at this scale stands for, float64."""
+        return total_DD.double() / self._scale_D[:, None] / self._scale_D

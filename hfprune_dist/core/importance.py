@@ -74,6 +74,8 @@ class NeuronSums:
     Attributes:
         criteria: as given.
         sums_KLD: float64 [criteria, num_layers, intermediate_size] on the CPU.
+        curvature_LCC: float64 [num_layers, hidden_size, hidden_size] on the CPU, the sum over tokens of g g^T, g the
+            gradient at the MLP's output of the loss of the criterion that needs it; empty where none does.
     """
 
     def __init__(
@@ -83,7 +85,13 @@ class NeuronSums:
         self.criteria = criteria
         self._needs_gradient = any(criterion.loss for criterion in criteria)
         self.sums_KLD = torch.zeros(len(criteria), len(down_projections), intermediate_size, dtype=torch.float64)
+        self._bending_loss = next((criterion.loss for criterion in criteria if criterion.needs_moments), None)
+        self.curvature_LCC = torch.zeros(0)
+        if self._bending_loss is not None:
+            hidden_size = int(down_projections[0].out_features)  # type: ignore[arg-type]
+            self.curvature_LCC = torch.zeros(len(down_projections), hidden_size, hidden_size, dtype=torch.float64)
         self._partial: dict[tuple[str, int], Tensor] = {}
+        self._bending: dict[int, Tensor] = {}
         self._activation_sum: dict[int, Tensor] = {}
         self._loss: Loss | None = None
 
@@ -98,6 +106,11 @@ class NeuronSums:
             module.register_forward_pre_hook(self._make_hook(layer), prepend=True)
             for layer, module in enumerate(self._modules)
         ]
+        if self._bending_loss is not None:
+            handles += [
+                module.register_forward_hook(self._make_output_hook(layer))
+                for layer, module in enumerate(self._modules)
+            ]
         try:
             yield
             self._absorb()
@@ -105,6 +118,7 @@ class NeuronSums:
             for handle in handles:
                 handle.remove()
             self._partial.clear()
+            self._bending.clear()
             self._activation_sum.clear()
 
     def backward(
@@ -151,6 +165,18 @@ class NeuronSums:
 
         return before_down_projection
 
+    def _make_output_hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def after_down_projection(_module: nn.Module, _inputs: tuple[Tensor, ...], output_BTC: Tensor) -> None:
+            if output_BTC.requires_grad:
+                output_BTC.register_hook(lambda gradient_BTC: self._reduce_output_gradient(layer, gradient_BTC))
+
+        return after_down_projection
+
+    def _reduce_output_gradient(self, layer: int, gradient_BTC: Tensor) -> None:
+        if self._loss is self._bending_loss:
+            gradient_NC = _widened(gradient_BTC.flatten(0, -2))
+            self._bending[layer] = (gradient_NC.T @ gradient_NC).cpu()
+
     def _reduce_activation(self, layer: int, hidden_BTD: Tensor) -> None:
         for criterion in self.criteria:
             if criterion.summed == "activation":
@@ -176,6 +202,8 @@ class NeuronSums:
         if not partial_KLD.isfinite().all():
             self._explain(partial_KLD)
         self.sums_KLD += partial_KLD
+        for layer, bending_CC in self._bending.items():
+            self.curvature_LCC[layer] += bending_CC
 
     def _explain(self, partial_KLD: Tensor) -> None:
         finite = [bool(self._activation_sum[layer].isfinite()) for layer in range(len(self._modules))]

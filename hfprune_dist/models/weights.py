@@ -5,7 +5,7 @@ from __future__ import annotations
 from safetensors import safe_open
 from torch import Tensor
 
-from hfprune_dist.core.criteria import MlpLayer
+from hfprune_dist.core.criteria import MlpLayer, Moments
 from hfprune_dist.models.checkpoint import Checkpoint
 
 
@@ -16,7 +16,7 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     return tensor
 
 
-def mlp_layer(checkpoint: Checkpoint, layer: int, seed: int) -> MlpLayer:
+def mlp_layer(checkpoint: Checkpoint, layer: int, seed: int, moments: Moments | None = None) -> MlpLayer:
     """A layer's MLP, as criteria see it."""
     family = checkpoint.family
     rows = [name for name in family.row_tensors(layer) if name.endswith(".weight")]
@@ -26,4 +26,5 @@ def mlp_layer(checkpoint: Checkpoint, layer: int, seed: int) -> MlpLayer:
         seed=seed,
         read_rows=lambda: [read_tensor(checkpoint, name) for name in rows],
         read_column=lambda: read_tensor(checkpoint, family.column_tensor(layer)),
+        moments=moments,
     )

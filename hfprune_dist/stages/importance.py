@@ -8,39 +8,26 @@ shard order. So the sums have the same bits on any number of ranks, and a resume
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
+from hfprune_dist.core.criteria import CRITERIA, Criterion, MlpLayer, Moments, losses_of
+from hfprune_dist.core.gram import GramOverflowError
 from hfprune_dist.core.importance import NonFiniteError
 from hfprune_dist.data.windows import read_windows
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.models.tokenizer import load_tokenizer
 from hfprune_dist.models.weights import mlp_layer
-from hfprune_dist.parallel.calibration import Calibration, Sums
+from hfprune_dist.parallel.accumulation import Accumulation
+from hfprune_dist.parallel.calibration import Calibration
+from hfprune_dist.parallel.layerwise import LayerStream
 from hfprune_dist.stages.context import Context
 
 PARTIAL = "partial.safetensors"
 WINDOWS = "windows.safetensors"
-
-
-@dataclass
-class _Totals:
-    """What the calibration pass has added up over the shards before ``next_shard``.
-
-    Attributes:
-        sums_KLD: float64 [criteria with a sum, num_layers, intermediate_size].
-        losses: loss name -> sum over windows of the loss per token.
-    """
-
-    sums_KLD: Tensor
-    losses: dict[str, float] = field(default_factory=dict)
-    next_shard: int = 0
 
 
 def run(context: Context) -> None:
@@ -50,9 +37,10 @@ def run(context: Context) -> None:
     documents = _prepare_windows(context)
     windows_ST = load_file(context.work / WINDOWS)["input_ids"]
     totals = _accumulate(context, checkpoint, windows_ST, _summed(criteria))
+    scores = _scores(context, checkpoint, criteria, totals, windows_ST)
     draft = context.open_draft()
     if context.world.is_first:
-        save_file(_scores(context, checkpoint, criteria, totals), draft / "importance.safetensors")
+        save_file(scores, draft / "importance.safetensors")
         save_file({"input_ids": windows_ST}, draft / WINDOWS)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
     means = {f"mean_{loss.name}_nats": totals.losses[loss.name] / len(windows_ST) for loss in losses}
@@ -62,26 +50,6 @@ def run(context: Context) -> None:
 def _summed(criteria: Sequence[Criterion]) -> list[Criterion]:
     """Criteria that need the calibration pass."""
     return [criterion for criterion in criteria if criterion.summed != "nothing"]
-
-
-def _scores(
-    context: Context, checkpoint: Checkpoint, criteria: Sequence[Criterion], totals: _Totals
-) -> dict[str, Tensor]:
-    """``layers.<i>.<criterion>`` -> float64 [intermediate_size]; weights are read one layer at a time."""
-    sums = dict(zip([criterion.name for criterion in _summed(criteria)], totals.sums_KLD, strict=True))
-    nothing_D = torch.zeros(checkpoint.intermediate_size, dtype=torch.float64)
-    scores = {}
-    for number in range(checkpoint.num_layers):
-        layer = mlp_layer(checkpoint, number, context.params["seed"])
-        for criterion in criteria:
-            sum_D = sums[criterion.name][number] if criterion.name in sums else nothing_D
-            scores_D = criterion.finish(sum_D, layer).clone()
-            if not scores_D.isfinite().all():
-                raise UserError(
-                    f"importance: {criterion.name} of layer {number} is NaN or infinite; check the checkpoint's weights"
-                )
-            scores[f"layers.{number}.{criterion.name}"] = scores_D
-    return scores
 
 
 def _prepare_windows(context: Context) -> dict[str, int]:
@@ -120,31 +88,25 @@ def _calibration(
     )
 
 
-def _accumulate(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]) -> _Totals:
-    """Add up all shards in shard order; nothing to do, and no model to load, where no criterion sums anything."""
-    totals = _resume(context, checkpoint, criteria)
-    if not criteria:
-        return totals
-    world = context.world
-    shards = _shards(len(windows_ST), context.params["calibration"])
-    calibration = _calibration(context, checkpoint, windows_ST, criteria) if totals.next_shard < len(shards) else None
-    while totals.next_shard < len(shards):
+def _accumulate(
+    context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]
+) -> Accumulation:
+    """Add up all shards; nothing to do, and no model to load, where no criterion sums anything."""
+    shards = _shards(len(windows_ST), context.params["calibration"]) if criteria else []
+    shape = (checkpoint.num_layers, checkpoint.intermediate_size)
+    totals = Accumulation(criteria, shape, len(shards), context.work / PARTIAL, context.world)
+    calibration = None if totals.is_complete else _calibration(context, checkpoint, windows_ST, criteria)
+    while not totals.is_complete:
         assert calibration is not None
         context.progress.update("calibration", totals.next_shard, len(shards))
-        # Ranks beyond the last shard repeat it: under ZeRO-3 every rank must take part in every forward.
-        mine = min(totals.next_shard + world.rank, len(shards) - 1)
-        shard = _explained(calibration, shards[mine], mine)
-        losses = world.gather(shard.losses)
-        for source in range(min(world.size, len(shards) - totals.next_shard)):
-            received_KLD = shard.neurons_KLD.clone()
-            world.broadcast_tensor(received_KLD, source)
-            totals.sums_KLD += received_KLD
-            totals.losses = {name: totals.losses.get(name, 0.0) + value for name, value in losses[source].items()}
-        totals.next_shard = min(totals.next_shard + world.size, len(shards))
-        if world.is_first:
-            _save(context.work / PARTIAL, totals, criteria)
-        context.interruption.stop_if_agreed(world)
-    context.progress.update("calibration", totals.next_shard, len(shards))
+        try:
+            totals.add_round(calibration.score(shards[totals.mine]))
+        except (NonFiniteError, GramOverflowError) as error:
+            raise UserError(
+                f"importance, calibration shard {totals.mine}: {error}; check the checkpoint's weights"
+            ) from None
+        context.interruption.stop_if_agreed(context.world)
+    context.progress.update("calibration", len(shards), len(shards))
     return totals
 
 
@@ -156,32 +118,66 @@ def _shards(windows: int, settings: Mapping[str, int]) -> list[list[range]]:
     return [micro_batches[start : start + per_shard] for start in range(0, len(micro_batches), per_shard)]
 
 
-def _explained(calibration: Calibration, shard: Sequence[range], number: int) -> Sums:
-    try:
-        return calibration.score(shard)
-    except NonFiniteError as error:
-        raise UserError(f"importance, calibration shard {number}: {error}; check the checkpoint's weights") from None
+def _scores(
+    context: Context,
+    checkpoint: Checkpoint,
+    criteria: Sequence[Criterion],
+    totals: Accumulation,
+    windows_ST: Tensor,
+) -> dict[str, Tensor]:
+    """``layers.<i>.<criterion>`` -> float64 [intermediate_size], on rank 0; weights are read one layer at a time."""
+    walk = _Walk(context, checkpoint, criteria, totals, windows_ST)
+    scores: dict[str, Tensor] = {}
+    for number in range(checkpoint.num_layers):
+        moments = walk.moments(number)
+        if context.world.is_first:
+            layer = mlp_layer(checkpoint, number, context.params["seed"], moments)
+            scores |= _layer_scores(layer, criteria, totals)
+    return scores
 
 
-def _resume(context: Context, checkpoint: Checkpoint, criteria: Sequence[Criterion]) -> _Totals:
-    """Where an earlier attempt stopped (rank 0 reads, all learn)."""
-    shape = (len(criteria), checkpoint.num_layers, checkpoint.intermediate_size)
-    totals = _Totals(torch.zeros(shape, dtype=torch.float64))
-    file = context.work / PARTIAL
-    saved = load_file(file) if context.world.is_first and file.is_file() else {}
-    sums = [saved.get(f"sums.{criterion.name}") for criterion in criteria]
-    if criteria and all(sum_LD is not None for sum_LD in sums):
-        totals.sums_KLD = torch.stack([sum_LD for sum_LD in sums if sum_LD is not None])
-        totals.losses = {loss.name: float(saved[f"loss.{loss.name}"]) for loss in losses_of(criteria)}
-        totals.next_shard = int(saved["next_shard"])
-    return context.world.broadcast(totals)
+class _Walk:
+    """The second walk over the windows, layer by layer, for the criteria that need moments."""
+
+    def __init__(
+        self,
+        context: Context,
+        checkpoint: Checkpoint,
+        criteria: Sequence[Criterion],
+        totals: Accumulation,
+        windows_ST: Tensor,
+    ) -> None:
+        self._context = context
+        self._layers = checkpoint.num_layers
+        self._tokens = windows_ST.numel()
+        self._stream = None
+        if any(criterion.needs_moments for criterion in criteria):
+            dtype = getattr(torch, context.params["dtype"])
+            size = context.params["calibration"]["micro_batch_size"]
+            self._stream = LayerStream(checkpoint, windows_ST, dtype, size, context.world)
+            self._curvature_LCC = totals.mean_curvature(self._tokens)
+
+    def moments(self, number: int) -> Moments | None:
+        """The moments of the next layer; collective."""
+        if self._stream is None:
+            return None
+        self._context.progress.update("moments", number, self._layers)
+        self._context.interruption.stop_if_agreed(self._context.world)
+        grams = self._stream.grams(number, self._stream.layer(number), advance=True)
+        return Moments(grams.whole_DD, self._curvature_LCC[number].to(grams.whole_DD.device), self._tokens)
 
 
-def _save(file: Path, totals: _Totals, criteria: Sequence[Criterion]) -> None:
-    draft = file.with_suffix(".draft")
-    sums = {
-        f"sums.{criterion.name}": sum_LD.clone() for criterion, sum_LD in zip(criteria, totals.sums_KLD, strict=True)
-    }
-    losses = {f"loss.{name}": torch.tensor(value, dtype=torch.float64) for name, value in totals.losses.items()}
-    save_file({"next_shard": torch.tensor(totals.next_shard), **sums, **losses}, draft)
-    draft.replace(file)
+def _layer_scores(layer: MlpLayer, criteria: Sequence[Criterion], totals: Accumulation) -> dict[str, Tensor]:
+    sums = dict(zip([criterion.name for criterion in _summed(criteria)], totals.sums_KLD, strict=True))
+    nothing_D = torch.zeros(layer.intermediate_size, dtype=torch.float64)
+    scores = {}
+    for criterion in criteria:
+        sum_D = sums[criterion.name][layer.number] if criterion.name in sums else nothing_D
+        scores_D = criterion.finish(sum_D, layer).clone()
+        if not scores_D.isfinite().all():
+            raise UserError(
+                f"importance: {criterion.name} of layer {layer.number} is NaN or infinite; "
+                "check the checkpoint's weights"
+            )
+        scores[f"layers.{layer.number}.{criterion.name}"] = scores_D
+    return scores

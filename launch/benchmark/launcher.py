@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from hfprune_dist.artifacts import Store
-from hfprune_dist.config import load_config
+from hfprune_dist.config import Method, load_config
 from hfprune_dist.files import write_json
 from hfprune_dist.models.sources import resolve_models
 from hfprune_dist.plan import Plan, Stage, build_plan
@@ -86,7 +86,8 @@ def _finished_sweep(folder: Path, cells: int) -> list[str]:
 
 def _plan(file: Path, store: Store) -> Plan:
     config = load_config([file], {})
-    return build_plan(config, resolve_models(config, file.parent / "none", store.hashes, download=False), store.hashes)
+    models = resolve_models(config, file.parent / "none", store.hashes, download=False)
+    return build_plan(config, models, {"hfprune": Method(criterion="entropy")}, store.hashes)
 
 
 def _commit(store: Store, stage: Stage) -> None:

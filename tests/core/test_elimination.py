@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from hfprune_dist.core.elimination import RIDGE, eliminate, elimination_scores
@@ -16,6 +17,11 @@ def layer(seed=0):
     return gram, gradient_TC.T @ gradient_TC / T, weight_CD
 
 
+def independent(gram, curvature, weight):
+    """The Fisher scores of neurons whose activations and gradients are independent: they correct nothing."""
+    return gram.diagonal() * (weight * (curvature @ weight)).sum(0)
+
+
 def cost_of_removing(gram, curvature, weight, removed):
     """1/2 tr(F E G E^T): E the change of the weight when the rest is refitted by least squares."""
     gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(D)
@@ -29,7 +35,7 @@ def cost_of_removing(gram, curvature, weight, removed):
 
 def test_each_removal_costs_what_least_squares_says():
     gram, curvature, weight = layer()
-    order, costs = eliminate(gram, curvature, weight, block=1)
+    order, costs = eliminate(gram, curvature, weight, independent(gram, curvature, weight), block=1)
     removed = []
     for neuron, cost in zip(order.tolist(), costs, strict=True):
         before = cost_of_removing(gram, curvature, weight, removed)
@@ -39,7 +45,7 @@ def test_each_removal_costs_what_least_squares_says():
 
 def test_the_cheapest_goes_first():
     gram, curvature, weight = layer()
-    order, costs = eliminate(gram, curvature, weight, block=1)
+    order, costs = eliminate(gram, curvature, weight, independent(gram, curvature, weight), block=1)
     alone = torch.stack([cost_of_removing(gram, curvature, weight, [neuron]) for neuron in range(D)])
     assert order[0] == alone.argmin()
     torch.testing.assert_close(costs[0], alone.min())
@@ -47,8 +53,8 @@ def test_the_cheapest_goes_first():
 
 def test_a_block_costs_about_what_its_neurons_cost_together():
     gram, curvature, weight = layer()
-    order, _ = eliminate(gram, curvature, weight, block=3)
-    again, costs = eliminate(gram, curvature, weight, block=3)
+    order, _ = eliminate(gram, curvature, weight, independent(gram, curvature, weight), block=3)
+    again, costs = eliminate(gram, curvature, weight, independent(gram, curvature, weight), block=3)
     assert torch.equal(order, again) and sorted(order.tolist()) == list(range(D))
     removed = order[:3].tolist()
     alone = [cost_of_removing(gram, curvature, weight, [neuron]).item() for neuron in removed]
@@ -59,15 +65,26 @@ def test_a_neuron_that_others_express_is_free():
     gram, curvature, weight = layer()
     twin = torch.eye(D, dtype=torch.float64)
     twin[3] = twin[5] * 2  # h_3 = 2 h_5
-    scores = elimination_scores(twin @ gram @ twin.T, curvature, weight, block=1)
+    gram = twin @ gram @ twin.T
+    scores = elimination_scores(gram, curvature, weight, independent(gram, curvature, weight), block=1)
     assert scores.argmin() in (3, 5)
     assert scores.min() < 0.1 * scores.median()
 
 
 def test_scores_rise_strictly_in_the_order_of_removal():
     gram, curvature, weight = layer()
-    order, _ = eliminate(gram, curvature, weight, block=2)
-    scores = elimination_scores(gram, curvature, weight, block=2)
+    order, _ = eliminate(gram, curvature, weight, independent(gram, curvature, weight), block=2)
+    scores = elimination_scores(gram, curvature, weight, independent(gram, curvature, weight), block=2)
     assert (scores[order].diff() > 0).all()
-    nothing = elimination_scores(gram, torch.zeros_like(curvature), weight)
+    nothing = elimination_scores(gram, torch.zeros_like(curvature), weight, torch.zeros(D, dtype=torch.float64))
     assert len(nothing.unique()) == D
+
+
+def test_exact_scores_correct_half_way_in_the_logarithm():
+    gram, curvature, weight = layer()
+    fisher = independent(gram, curvature, weight)
+    fisher[4] *= 1.44
+    order, costs = eliminate(gram, curvature, weight, fisher, block=D)
+    for neuron, cost in zip(order.tolist(), costs.tolist(), strict=True):
+        alone = cost_of_removing(gram, curvature, weight, [neuron]).item()
+        assert cost / alone == pytest.approx(1.2 if neuron == 4 else 1.0)

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from core_definition import GRADIENT_CRITERIA, definition
+from core_definition import GRADIENT_CRITERIA, definition, moments
 from tiny import VARIANTS, tiny_model
 
 from hfprune_dist.core import head
@@ -18,6 +18,11 @@ SUMMED = [name for name, criterion in CRITERIA.items() if criterion.summed != "n
 
 def ours(model, windows, micro_batch_size, names=("entropy",), seed=0, prepare=lighten):
     """Sums of some criteria, name -> float64 [layers, neurons]."""
+    sums = all_sums(model, windows, micro_batch_size, names, seed, prepare)
+    return dict(zip(names, sums.sums_KLD, strict=True))
+
+
+def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=lighten):
     model = model.requires_grad_(False)
     family = FAMILIES[model.config.model_type]
     prepare(model, family)
@@ -31,7 +36,7 @@ def ours(model, windows, micro_batch_size, names=("entropy",), seed=0, prepare=l
     for start in range(0, len(windows), micro_batch_size):
         input_ids = windows[start : start + micro_batch_size]
         score_batch(scored, Batch(input_ids, range(start, start + len(input_ids)), linear.out_features, seed), sums)
-    return dict(zip(names, sums.sums_KLD, strict=True))
+    return sums
 
 
 def some_windows(count=5, tokens=24):
@@ -57,6 +62,16 @@ def test_all_criteria_at_once_match_their_definitions(variant):
         expected = definition(model, windows, name, seed=4)
         assert (expected > 0).all(), name
         assert torch.linalg.norm(scores[name] - expected) / torch.linalg.norm(expected) < 2e-5, name
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+def test_curvature_is_the_second_moment_of_the_gradients_at_the_mlps_outputs(variant):
+    model, windows = tiny_model(variant), some_windows()
+    sums = all_sums(model, windows, 2, ["entropy", "surgeon"], seed=4)
+    for layer, (_, expected, fisher) in enumerate(moments(model, windows, seed=4)):
+        found = sums.curvature_LCC[layer] / windows.numel()
+        assert torch.linalg.norm(found - expected) / torch.linalg.norm(expected) < 2e-5
+        torch.testing.assert_close(sums.sums_KLD[1, layer] / windows.numel(), fisher, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from core_definition import GRADIENT_CRITERIA, definition
+from core_definition import GRADIENT_CRITERIA, definition, moments
 from ranks import failure_of, killing, run_stage
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.elimination import elimination_scores
 from hfprune_dist.identity import FileHashes
 from hfprune_dist.models.checkpoint import open_checkpoint
 from hfprune_dist.plan import Input, Stage
@@ -118,7 +119,12 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
         expected = definition(model, windows, name, seed=3)
         ours = torch.stack([scores[f"layers.{layer}.{name}"] for layer in range(2)])
         assert (ours - expected).norm() / expected.norm() < 1e-4, name
-    for layer in range(2):
+    for layer, (gram, curvature, fisher) in enumerate(moments(model, windows, seed=3)):
+        weight = model.model.layers[layer].mlp.down_proj.weight
+        expected = elimination_scores(gram, curvature, weight, fisher)
+        found = scores[f"layers.{layer}.surgeon"]
+        assert found.log().sub(expected.log()).abs().median() < 1e-3
+        assert len(set(found.topk(24).indices.tolist()) & set(expected.topk(24).indices.tolist())) >= 23
         mlp = model.model.layers[layer].mlp.double()
         squares = mlp.gate_proj.weight.pow(2).sum(1) + mlp.up_proj.weight.pow(2).sum(1)
         squares += mlp.down_proj.weight.pow(2).sum(0)

@@ -1,0 +1,139 @@
+"""What the calibration pass adds up over its shards: with the same bits on any number of ranks, and after any death."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hfprune_dist.core.criteria import Criterion, losses_of
+from hfprune_dist.core.gram import ExactGram
+from hfprune_dist.parallel.calibration import Sums
+from hfprune_dist.parallel.world import World
+
+Saved = dict[str, Tensor]
+
+
+class Accumulation:
+    """Sums over the shards before ``next_shard``; ranks work on consecutive shards, a round at a time.
+
+    Args:
+        criteria: those with something to sum.
+        shape: (num_layers, intermediate_size) of the model.
+        shards: of the whole pass.
+        file: where rank 0 saves after every round; if it is there, the pass goes on from it.
+
+    Attributes:
+        sums_KLD: float64 [criteria, num_layers, intermediate_size], added in shard order.
+        losses: loss name -> sum over windows of the loss per token.
+    """
+
+    def __init__(
+        self, criteria: Sequence[Criterion], shape: tuple[int, int], shards: int, file: Path, world: World
+    ) -> None:
+        self.sums_KLD = torch.zeros(len(criteria), *shape, dtype=torch.float64)
+        self.losses: dict[str, float] = {}
+        self.next_shard = 0
+        self.shards = shards
+        self._criteria = criteria
+        self._file = file
+        self._world = world
+        self._curvature = Curvature(shards, world) if any(it.needs_moments for it in criteria) else None
+        self._resume()
+
+    @property
+    def is_complete(self) -> bool:
+        return self.next_shard >= self.shards
+
+    @property
+    def mine(self) -> int:
+        """The shard of this rank and round; ranks beyond the last shard repeat it, since forwards are collective."""
+        return min(self.next_shard + self._world.rank, self.shards - 1)
+
+    def add_round(self, shard: Sums) -> None:
+        """Add the sums of every rank's shard of this round, and save.
+
+        Raises:
+            GramOverflowError: where output gradients are out of all proportion.
+        """
+        counted = min(self._world.size, self.shards - self.next_shard)
+        losses = self._world.gather(shard.losses)
+        for source in range(counted):
+            received_KLD = shard.neurons_KLD.clone()
+            self._world.broadcast_tensor(received_KLD, source)
+            self.sums_KLD += received_KLD
+            self.losses = {name: self.losses.get(name, 0.0) + value for name, value in losses[source].items()}
+        if self._curvature is not None:
+            self._curvature.add_round(shard.curvature_LCC, counts=self._world.rank < counted)
+        self.next_shard += counted
+        if self._world.is_first:
+            self._save()
+
+    def mean_curvature(self, tokens: int) -> Tensor:
+        """Mean of g g^T over so many tokens, float64 [num_layers, hidden_size, hidden_size]; empty if not needed."""
+        return torch.zeros(0) if self._curvature is None else self._curvature.value() / tokens
+
+    def _resume(self) -> None:
+        saved: Saved = load_file(self._file) if self._world.is_first and self._file.is_file() else {}
+        names = [f"sums.{criterion.name}" for criterion in self._criteria]
+        if names and all(name in saved for name in names):
+            self.sums_KLD = torch.stack([saved[name] for name in names])
+            self.losses = {loss.name: float(saved[f"loss.{loss.name}"]) for loss in losses_of(self._criteria)}
+            self.next_shard = int(saved["next_shard"])
+        self.sums_KLD, self.losses, self.next_shard = self._world.broadcast(
+            (self.sums_KLD, self.losses, self.next_shard)
+        )
+        if self._curvature is not None and self.next_shard:
+            self._curvature.resume(saved)
+
+    def _save(self) -> None:
+        draft = self._file.with_suffix(".draft")
+        sums = {f"sums.{it.name}": sum_LD.clone() for it, sum_LD in zip(self._criteria, self.sums_KLD, strict=True)}
+        losses = {f"loss.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.losses.items()}
+        curvature = {} if self._curvature is None else self._curvature.saved()
+        save_file({"next_shard": torch.tensor(self.next_shard), **sums, **losses, **curvature}, draft)
+        draft.replace(self._file)
+
+
+class Curvature:
+    """The sum of g g^T of every layer; too large to travel shard by shard, so it is added up as exact integers."""
+
+    FIRST, TOTAL = "curvature.first", "curvature.total"
+
+    def __init__(self, shards: int, world: World) -> None:
+        self._shards = shards
+        self._world = world
+        self._first_LC = torch.zeros(0)
+        self._own: list[ExactGram] = []
+        self._total_LCC = torch.zeros(0, dtype=torch.int64)
+
+    def add_round(self, terms_LCC: Tensor, counts: bool) -> None:
+        if not self._own:
+            self._scale(terms_LCC.diagonal(dim1=1, dim2=2))
+        if counts:
+            for gram, term_CC in zip(self._own, terms_LCC, strict=True):
+                gram.add(term_CC)
+        self._total_LCC = torch.stack([gram.total_DD for gram in self._own])
+        self._world.add_up(self._total_LCC)
+
+    def value(self) -> Tensor:
+        return torch.stack([gram.value_of(total) for gram, total in zip(self._own, self._total_LCC, strict=True)])
+
+    def saved(self) -> Saved:
+        return {self.FIRST: self._first_LC, self.TOTAL: self._total_LCC}
+
+    def resume(self, saved: Saved) -> None:
+        """Go on from what ``saved`` told; rank 0 has it, and holds the sum of all ranks from here on."""
+        self._scale(self._world.broadcast(saved.get(self.FIRST, self._first_LC)))
+        self._total_LCC = self._world.broadcast(saved.get(self.TOTAL, self._total_LCC))
+        if self._world.is_first:
+            for gram, total_CC in zip(self._own, self._total_LCC, strict=True):
+                gram.total_DD += total_CC
+
+    def _scale(self, first_LC: Tensor) -> None:
+        self._first_LC = first_LC.double().contiguous()
+        self._world.broadcast_tensor(self._first_LC, 0)
+        self._own = [ExactGram(first_C, self._shards) for first_C in self._first_LC]
