@@ -100,7 +100,7 @@ class ImportanceConfig(Section):
 
 
 Allocation = Literal["uniform", "global"]
-Refit = Literal["none", "dense", "layerwise"]
+Refit = Literal["none", "dense", "layerwise", "block"]
 
 
 class Method(Section):
@@ -120,7 +120,8 @@ class Method(Section):
     """global: so many of the last layers keep all their neurons."""
     refit: Refit = "none"
     """Least squares on down_proj, so that the kept neurons take over for the removed ones. dense: on the dense model's
-    activations. layerwise: on those of the pruned model, layer after layer."""
+    activations. layerwise: on those of the pruned model, layer after layer. block: as layerwise, and a step of
+    Gauss-Newton on gate_proj, up_proj and down_proj towards the dense MLP's outputs; takes minutes, not seconds."""
     multiple_of: Positive = 1
     """Round intermediate_size to a multiple of this (64 or 128 suit GPU kernels)."""
 

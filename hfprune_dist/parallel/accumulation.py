@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hfprune_dist.core.criteria import Criterion, losses_of
-from hfprune_dist.core.gram import ExactGram
+from hfprune_dist.core.exact import ExactGram
 from hfprune_dist.parallel.calibration import Sums
 from hfprune_dist.parallel.world import World
 
@@ -57,7 +57,7 @@ class Accumulation:
         """Add the sums of every rank's shard of this round, and save.
 
         Raises:
-            GramOverflowError: where output gradients are out of all proportion.
+            ExactOverflowError: where output gradients are out of all proportion.
         """
         counted = min(self._world.size, self.shards - self.next_shard)
         losses = self._world.gather(shard.losses)

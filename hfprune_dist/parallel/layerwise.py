@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hfprune_dist.core.gram import ExactGram, GramOverflowError
+from hfprune_dist.core.exact import ExactGram, ExactOverflowError
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.layers import LayerReader, mlp_of, run
@@ -50,7 +50,7 @@ class LayerStream:
         batches = windows_ST.split(micro_batch_size)
         self._count = len(batches)
         self._tokens = windows_ST.numel()
-        self._held_out_tokens = sum(b.numel() for i, b in enumerate(batches) if _is_held_out(i, self._count))
+        self._held_out_tokens = sum(b.numel() for i, b in enumerate(batches) if is_held_out(i, self._count))
         self._hidden = {
             index: self._reader.embed(batches[index]) for index in range(world.rank, self._count, world.size)
         }
@@ -63,6 +63,20 @@ class LayerStream:
         """Run this rank's windows through a layer."""
         for index, hidden_BTC in self._hidden.items():
             self._hidden[index] = run(layer, hidden_BTC.to(self._world.device)).cpu()
+
+    @property
+    def micro_batches(self) -> int:
+        """Of all ranks together."""
+        return self._count
+
+    def mlp_inputs(self, layer: nn.Module) -> dict[int, Tensor]:
+        """What the layer's MLP reads: micro-batch of this rank -> [tokens, hidden_size] on the CPU."""
+        inputs = {}
+        for index, hidden_BTC in self._hidden.items():
+            with _observed(mlp_of(layer)) as seen:
+                run(layer, hidden_BTC.to(self._world.device))
+            inputs[index] = seen[0].flatten(0, 1).cpu()
+        return inputs
 
     def grams(self, number: int, layer: nn.Module, advance: bool) -> Grams:
         """Add up a layer's Gram matrices over all windows of all ranks; on the way advance, or stay before the layer.
@@ -83,8 +97,8 @@ class LayerStream:
             if index not in self._hidden:
                 continue  # another rank's, run for its shape alone
             try:
-                (held_out if _is_held_out(index, self._count) else fitted).add(term_DD)
-            except GramOverflowError as error:
+                (held_out if is_held_out(index, self._count) else fitted).add(term_DD)
+            except ExactOverflowError as error:
                 raise UserError(f"activations of layer {number}: {error}; check the checkpoint's weights") from None
             if advance:
                 self._hidden[index] = output_BTC.cpu()
@@ -113,16 +127,17 @@ class LayerStream:
         return Grams(fitted_DD / fitted_tokens, held_out_DD / self._held_out_tokens, whole_DD)
 
 
-def _is_held_out(index: int, count: int) -> bool:
+def is_held_out(index: int, count: int) -> bool:
+    """Whether a micro-batch, one of ``count``, is kept apart from those that are fitted."""
     every = min(HOLD_OUT_EVERY, count)
     return count > 1 and index % every == every - 1
 
 
 @contextmanager
-def _observed(down_projection: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what goes into a down projection."""
+def _observed(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what goes into a module."""
     seen: list[Tensor] = []
-    handle = down_projection.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    handle = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     try:
         yield seen
     finally:

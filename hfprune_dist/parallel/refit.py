@@ -1,4 +1,4 @@
-"""Refit of a pruned model's down projections, one layer after another, on the activations of calibration windows."""
+"""Refit of a pruned model's MLPs, one layer after another, on the activations of calibration windows."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hfprune_dist.core.reconstruction import Biases, MlpWeights
 from hfprune_dist.core.refit import best_ridge, output_error, refit_down_projection
 from hfprune_dist.files import read_json, write_json
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.layers import mlp_of
 from hfprune_dist.parallel.layerwise import Grams, LayerStream
+from hfprune_dist.parallel.reconstruct import Reconstruction
 from hfprune_dist.parallel.world import World
-
-WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
 class LayerFit:
-    """What a refit did to one layer.
+    """What a refit did to one layer's down projection.
 
     Attributes:
         ridge: chosen on held-out windows.
         error_before: share of the MLP output's energy that pruning alone loses.
-        error_after: the share that is still lost with the refitted weight.
+        error_after: the share that is still lost after least squares.
     """
 
     ridge: float
@@ -42,7 +43,8 @@ class Refit:
 
     Args:
         kept: of each layer, ascending indices of the neurons that stay.
-        inputs: "dense": activations of the dense model. "layerwise": of the model pruned and refitted so far.
+        inputs: "dense": activations of the dense model. "layerwise": of the model pruned and refitted so far. "block":
+            the same, and after least squares on the down projection a step of Gauss-Newton on all three projections.
         folder: gets one file per layer, written by rank 0 and read by all.
     """
 
@@ -50,12 +52,13 @@ class Refit:
         self,
         checkpoint: Checkpoint,
         kept: Sequence[Tensor],
-        inputs: Literal["dense", "layerwise"],
+        inputs: Literal["dense", "layerwise", "block"],
         stream: LayerStream,
         folder: Path,
         world: World,
     ) -> None:
         self._checkpoint = checkpoint
+        self._family = checkpoint.family
         self._kept = kept
         self._inputs = inputs
         self._stream = stream
@@ -74,10 +77,8 @@ class Refit:
         for number in range(self._checkpoint.num_layers):
             layer = self._stream.layer(number)
             if number >= done:
-                grams = self._stream.grams(number, layer, advance=self._inputs == "dense")
-                self._fit(number, mlp_of(layer), grams)
-                del grams
-            if self._inputs == "layerwise":
+                self._fit(number, layer, self._stream.grams(number, layer, advance=self._inputs == "dense"))
+            if self._inputs != "dense":
                 self._install(number, mlp_of(layer))
                 self._stream.advance(layer)
             elif number < done:
@@ -87,38 +88,53 @@ class Refit:
 
     def replacements(self) -> dict[str, Callable[[], Tensor]]:
         """Name of every refitted tensor -> reads it."""
-        return {self._column(number): partial(self._weight, number) for number in range(self._checkpoint.num_layers)}
+        return {
+            name: partial(self._read, number, name)
+            for number in range(self._checkpoint.num_layers)
+            for name in self._fitted_names(number)
+        }
 
-    def _fit(self, number: int, mlp: nn.Module, grams: Grams) -> None:
-        """On rank 0: solve, and write weight and report; the report's presence says that the layer is done."""
+    def _fit(self, number: int, layer: nn.Module, grams: Grams) -> None:
+        """Solve, and have rank 0 write weights and report; the report's presence says that the layer is done."""
+        mlp = mlp_of(layer)
+        kept = self._kept[number].to(grams.whole_DD.device)
+        weight_CD = self._linear(mlp, self._family.down_projection).weight.data.double()
+        fit, down_CK = self._world.broadcast(_solve(weight_CD, grams, kept) if self._world.is_first else _nothing())
+        tensors = [down_CK]
+        if self._inputs == "block":
+            tensors = list(self._reconstructed(mlp, layer, kept, down_CK).tensors())
         if self._world.is_first:
-            weight_CD = _linear(mlp, self._checkpoint.family.down_projection).weight.data.double()
-            kept = self._kept[number].to(weight_CD.device)
-            ridge = best_ridge(weight_CD, grams.fitted_DD, grams.held_out_DD, kept)
-            new_weight = refit_down_projection(weight_CD, grams.whole_DD, kept, ridge)
-            fit = LayerFit(
-                ridge,
-                output_error(weight_CD, grams.whole_DD, kept, weight_CD[:, kept]),
-                output_error(weight_CD, grams.whole_DD, kept, new_weight),
-            )
-            dtype = getattr(torch, _torch_name(self._checkpoint.tensors[self._column(number)].dtype))
+            fitted = zip(self._fitted_names(number), tensors, strict=True)
             draft = self._weight_file(number).with_suffix(".draft")
-            save_file({WEIGHT: new_weight.to(dtype).cpu().contiguous()}, draft)
+            save_file({name: tensor.to(self._dtype(name)).cpu().contiguous() for name, tensor in fitted}, draft)
             draft.replace(self._weight_file(number))
             write_json(self._report_file(number), asdict(fit))
         self._world.barrier()
 
+    def _reconstructed(self, mlp: nn.Module, layer: nn.Module, kept: Tensor, down_CK: Tensor) -> MlpWeights:
+        """Gate, up and down of the kept neurons after a step towards the dense MLP."""
+        gate, up = (self._linear(mlp, name) for name in self._family.row_projections)
+        down = self._linear(mlp, self._family.down_projection)
+        dense = MlpWeights(*(linear.weight.data.float() for linear in (gate, up, down)))
+        biases = [None if linear.bias is None else linear.bias.data for linear in (gate, up)]
+        reconstruction = Reconstruction(
+            dense, Biases(*biases), self._stream.mlp_inputs(layer), self._stream.micro_batches, self._world
+        )
+        start = MlpWeights(dense.gate_KC[kept], dense.up_KC[kept], down_CK.to(dense.down_CK))
+        return reconstruction.improve(start, Biases(*(None if bias is None else bias[kept] for bias in biases)))
+
     def _install(self, number: int, mlp: nn.Module) -> None:
         """Turn a dense layer's MLP into the pruned and refitted one."""
-        family = self._checkpoint.family
-        for name in family.row_projections:
-            row = _linear(mlp, name)
-            kept = self._kept[number].to(row.weight.device)
-            row.weight = nn.Parameter(row.weight.data[kept], requires_grad=False)
+        prefix = f"{self._family.mlp_prefix(number)}."
+        kept = self._kept[number]
+        for name in self._family.row_projections:
+            row = self._linear(mlp, name)
+            row.weight = nn.Parameter(row.weight.data[kept.to(row.weight.device)], requires_grad=False)
             if row.bias is not None:
-                row.bias = nn.Parameter(row.bias.data[kept], requires_grad=False)
-        column = _linear(mlp, family.down_projection)
-        column.weight = nn.Parameter(self._weight(number).to(column.weight), requires_grad=False)
+                row.bias = nn.Parameter(row.bias.data[kept.to(row.bias.device)], requires_grad=False)
+        for name in self._fitted_names(number):
+            linear = self._linear(mlp, name.removeprefix(prefix).removesuffix(".weight"))
+            linear.weight = nn.Parameter(self._read(number, name).to(linear.weight), requires_grad=False)
 
     def _count_done(self) -> int:
         done = 0
@@ -126,12 +142,24 @@ class Refit:
             done += 1
         return done
 
-    def _column(self, number: int) -> str:
-        return self._checkpoint.family.column_tensor(number)
+    def _fitted_names(self, number: int) -> list[str]:
+        """Tensors of a layer that the refit changes, in the order of ``MlpWeights`` where there are three."""
+        prefix = self._family.mlp_prefix(number)
+        rows = [f"{prefix}.{name}.weight" for name in self._family.row_projections] if self._inputs == "block" else []
+        return [*rows, self._family.column_tensor(number)]
 
-    def _weight(self, number: int) -> Tensor:
-        weight: Tensor = load_file(self._weight_file(number))[WEIGHT]
-        return weight
+    def _linear(self, mlp: nn.Module, name: str) -> nn.Linear:
+        return cast("nn.Linear", mlp.get_submodule(name))
+
+    def _read(self, number: int, name: str) -> Tensor:
+        with safe_open(self._weight_file(number), framework="pt") as source:
+            tensor: Tensor = source.get_tensor(name)
+        return tensor
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor in the checkpoint's files."""
+        names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        return names[self._checkpoint.tensors[name].dtype]
 
     def _weight_file(self, number: int) -> Path:
         return self._folder / f"layer-{number}.safetensors"
@@ -140,10 +168,17 @@ class Refit:
         return self._folder / f"layer-{number}.json"
 
 
-def _linear(mlp: nn.Module, name: str) -> nn.Linear:
-    return cast("nn.Linear", mlp.get_submodule(name))
+def _solve(weight_CD: Tensor, grams: Grams, kept: Tensor) -> tuple[LayerFit, Tensor]:
+    """Least squares on the down projection, with the ridge that held-out windows choose."""
+    ridge = best_ridge(weight_CD, grams.fitted_DD, grams.held_out_DD, kept)
+    new_weight = refit_down_projection(weight_CD, grams.whole_DD, kept, ridge)
+    fit = LayerFit(
+        ridge,
+        output_error(weight_CD, grams.whole_DD, kept, weight_CD[:, kept]),
+        output_error(weight_CD, grams.whole_DD, kept, new_weight),
+    )
+    return fit, new_weight.float().cpu()
 
 
-def _torch_name(file_dtype: str) -> str:
-    """The safetensors format's name of a dtype -> torch's."""
-    return {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[file_dtype]
+def _nothing() -> tuple[LayerFit, Tensor]:
+    return LayerFit(0.0, 0.0, 0.0), torch.zeros(0)

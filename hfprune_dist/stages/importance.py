@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hfprune_dist.core.criteria import CRITERIA, Criterion, MlpLayer, Moments, losses_of
-from hfprune_dist.core.gram import GramOverflowError
+from hfprune_dist.core.exact import ExactOverflowError
 from hfprune_dist.core.importance import NonFiniteError
 from hfprune_dist.data.windows import read_windows
 from hfprune_dist.errors import UserError
@@ -101,7 +101,7 @@ def _accumulate(
         context.progress.update("calibration", totals.next_shard, len(shards))
         try:
             totals.add_round(calibration.score(shards[totals.mine]))
-        except (NonFiniteError, GramOverflowError) as error:
+        except (NonFiniteError, ExactOverflowError) as error:
             raise UserError(
                 f"importance, calibration shard {totals.mine}: {error}; check the checkpoint's weights"
             ) from None

@@ -43,7 +43,7 @@ class SoloWorld(World):
         pass
 
 
-def prepare(folder, shard_size="5GB", criterion="entropy", **method):
+def prepare(folder, shard_size="5GB", criterion="entropy", samples=9, **method):
     """A store with an importance artifact of random scores by every criterion, and the stage that prunes by one."""
     store = Store(folder / "store")
     draft = store.open_draft(IMPORTANCE.id)
@@ -51,7 +51,7 @@ def prepare(folder, shard_size="5GB", criterion="entropy", **method):
     names = [f"layers.{layer}.{name}" for name in CRITERIA for layer in range(2)]
     scores = {name: torch.rand(48, generator=generator, dtype=torch.float64) for name in names}
     save_file(scores, draft / "importance.safetensors")
-    windows_ST = torch.randint(264, (9, 20), generator=generator)
+    windows_ST = torch.randint(264, (samples, 20), generator=generator)
     save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
     store.commit(IMPORTANCE, draft, {"metrics": {}})
     model = save_tiny(folder / "model", shard_size=shard_size)
@@ -91,7 +91,7 @@ def test_real_ranks_write_a_checkpoint_that_plain_transformers_loads(tmp_path, r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refit", ["dense", "layerwise"])
+@pytest.mark.parametrize("refit", ["dense", "layerwise", "block"])
 def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit):
     weights = []
     for ranks in (1, 2, 4):
@@ -130,6 +130,23 @@ def test_refit_is_least_squares_on_the_activations(tmp_path, refit):
         if refit == "layerwise":
             layer.mlp.down_proj.weight.data.zero_()
             layer.mlp.down_proj.weight.data[:, kept[number]] = found
+
+
+def test_a_block_is_closer_to_the_dense_one_than_least_squares_alone(tmp_path):
+    errors = {}
+    for refit in ("layerwise", "block"):
+        (tmp_path / refit).mkdir()
+        store, stage, _ = prepare(tmp_path / refit, refit=refit, samples=64)
+        run_solo(store, stage)
+        dense = AutoModelForCausalLM.from_pretrained(tmp_path / refit / "model", dtype=torch.float32).model
+        pruned = AutoModelForCausalLM.from_pretrained(store.path(stage.id), dtype=torch.float32).model
+        assert not torch.equal(pruned.layers[0].mlp.up_proj.weight, dense.layers[0].mlp.up_proj.weight[:14])
+        windows = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"]
+        with torch.no_grad():
+            first = [body.layers[0].post_attention_layernorm(body.embed_tokens(windows)) for body in (dense, pruned)]
+            outputs = [body.layers[0].mlp(x) for body, x in zip((dense, pruned), first, strict=True)]
+        errors[refit] = (outputs[0] - outputs[1]).square().sum().item()
+    assert errors["block"] < 0.99 * errors["layerwise"]
 
 
 def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):

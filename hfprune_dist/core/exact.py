@@ -1,4 +1,4 @@
-"""Sums of outer products whose bits don't depend on the order of their terms.
+"""Sums whose bits don't depend on the order of their terms.
 
 Floating-point sums do, so a sum shared out over ranks changes with their number. Here every term is rounded once to
 integers, and integers add up exactly: in any order, over any number of ranks, by a plain all-reduce.
@@ -6,15 +6,18 @@ integers, and integers add up exactly: in any order, over any number of ranks, b
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 # The diagonal of the sum may grow to this multiple of what the first term's diagonal lets expect; 2^20 of 2^62 leaves
 # 42 bits, more than float32 terms have.
 HEADROOM = 2.0**20
+OUT_OF_RANGE = "values are NaN, infinite, or more than a thousand times those of the first windows"
 
 
-class GramOverflowError(ValueError):
+class ExactOverflowError(ValueError):
     """A term is so much larger than the first that the sum can't hold it."""
 
 
@@ -42,11 +45,11 @@ class ExactGram:
         """Add one term, a float32 or float64 Gram matrix.
 
         Raises:
-            GramOverflowError: where it is out of range or not finite; the sum is left as it was.
+            ExactOverflowError: where it is out of range or not finite; the sum is left as it was.
         """
         diagonal_D = term_DD.diagonal().double()
         if not bool((diagonal_D <= self._limit_D).all()):
-            raise GramOverflowError(
+            raise ExactOverflowError(
                 "values are NaN, infinite, or more than a thousand times those of the first windows"
             )
         scaled_DD = term_DD.double() * self._scale_D[:, None] * self._scale_D
@@ -59,3 +62,35 @@ class ExactGram:
     def value_of(self, total_DD: Tensor) -> Tensor:
         """What another total at this scale stands for, float64."""
         return total_DD.double() / self._scale_D[:, None] / self._scale_D
+
+
+class ExactSum:
+    """The sum of many tensors of one shape, as integers at one scale.
+
+    Args:
+        first_maximum: the largest absolute value of one term that all ranks agree on; it decides the scale.
+        terms: number of terms of the whole sum.
+
+    Attributes:
+        total: int64; add the totals of all ranks to get the whole sum.
+    """
+
+    def __init__(self, first_maximum: float, terms: int, shape: torch.Size, device: torch.device) -> None:
+        largest = max(first_maximum, 1e-30) * HEADROOM
+        self._limit = largest
+        self._scale = 2.0 ** math.floor(62 - math.log2(largest * terms))
+        self.total = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def add(self, term: Tensor) -> None:
+        """Add one term, float32 or float64.
+
+        Raises:
+            ExactOverflowError: where it is out of range or not finite; the sum is left as it was.
+        """
+        if not bool((term.abs() <= self._limit).all()):
+            raise ExactOverflowError(OUT_OF_RANGE)
+        self.total += (term.double() * self._scale).round_().to(torch.int64)
+
+    def value(self) -> Tensor:
+        """The sum, float64."""
+        return self.total.double() / self._scale

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hfprune_dist.core.gram import ExactGram, GramOverflowError
+from hfprune_dist.core.exact import ExactGram, ExactOverflowError, ExactSum
 
 
 def terms(count=12, width=9):
@@ -51,6 +51,22 @@ def test_a_neuron_that_is_silent_at_first_is_heard_later():
 def test_what_is_out_of_range_is_refused(bad):
     gram = ExactGram(torch.ones(3), 2)
     gram.add(torch.eye(3))
-    with pytest.raises(GramOverflowError):
+    with pytest.raises(ExactOverflowError):
         gram.add(torch.eye(3) * bad)
     assert torch.equal(gram.value(), torch.eye(3).double())
+
+
+def test_plain_sums_are_as_exact_and_as_free_of_order():
+    generator = torch.Generator().manual_seed(5)
+    terms = [torch.randn(4, 3, generator=generator) for _ in range(7)]
+    totals = []
+    for order in (terms, terms[::-1]):
+        exact = ExactSum(float(terms[0].abs().max()), 7, terms[0].shape, torch.device("cpu"))
+        for term in order:
+            exact.add(term)
+        totals.append(exact.value())
+    assert torch.equal(*totals)
+    assert (totals[0] - torch.stack(terms).double().sum(0)).abs().max() < 1e-10
+    with pytest.raises(ExactOverflowError):
+        exact.add(torch.full((4, 3), 1e9))
+    assert torch.equal(exact.value(), totals[0])

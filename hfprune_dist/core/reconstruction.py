@@ -1,0 +1,126 @@
+"""A pruned MLP's weights, moved so that its outputs come closer to those of the MLP before pruning.
+
+With y the old outputs, minimise the sum over tokens of ||y - D h||^2, h = silu(G x) * (U x), over gate G, up U and down
+D of the kept neurons. One step of Gauss-Newton: h is taken as linear in G and U around where they are, and the damped
+normal equations (J^T J + damping diag(J^T J)) delta = J^T r are solved by conjugate gradients, which need only products
+with J and J^T. No new parameters; biases stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+DAMPING = 1e-2
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """Gate and up [kept, hidden_size] and down [hidden_size, kept] of one layer, or a change of them; float32."""
+
+    gate_KC: Tensor
+    up_KC: Tensor
+    down_CK: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.gate_KC, self.up_KC, self.down_CK
+
+    def plus(self, other: MlpWeights, scale: float = 1.0) -> MlpWeights:
+        return MlpWeights(*(a + scale * b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
+
+    def times(self, other: MlpWeights) -> MlpWeights:
+        return MlpWeights(*(a * b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
+
+    def dot(self, other: MlpWeights) -> float:
+        return sum(
+            float((a * b).sum(dtype=torch.float64)) for a, b in zip(self.tensors(), other.tensors(), strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Of gate and up [kept], where the architecture has them."""
+
+    gate_K: Tensor | None = None
+    up_K: Tensor | None = None
+
+
+class Linearized:
+    """The MLP around some weights, on some tokens.
+
+    Args:
+        input_NC: what the MLP reads, in the dtype of all products [tokens, hidden_size].
+    """
+
+    def __init__(self, weights: MlpWeights, biases: Biases, input_NC: Tensor) -> None:
+        dtype = input_NC.dtype
+        gate_NK = linear(input_NC, weights.gate_KC.to(dtype), biases.gate_K)
+        up_NK = linear(input_NC, weights.up_KC.to(dtype), biases.up_K)
+        sigmoid_NK = gate_NK.sigmoid()
+        self._input_NC = input_NC
+        self._down_CK = weights.down_CK.to(dtype)
+        self._by_up_NK = silu(gate_NK)
+        self._by_gate_NK = sigmoid_NK * (1 + gate_NK * (1 - sigmoid_NK)) * up_NK
+        self.hidden_NK = self._by_up_NK * up_NK
+
+    def output(self) -> Tensor:
+        """[tokens, hidden_size], float32, without the down projection's bias."""
+        return linear(self.hidden_NK, self._down_CK).float()
+
+    def forward(self, change: MlpWeights) -> Tensor:
+        """J change: how the outputs move, [tokens, hidden_size], float32."""
+        dtype = self._input_NC.dtype
+        hidden_NK = linear(self._input_NC, change.gate_KC.to(dtype)).mul_(self._by_gate_NK)
+        hidden_NK += linear(self._input_NC, change.up_KC.to(dtype)).mul_(self._by_up_NK)
+        return linear(hidden_NK, self._down_CK).float() + linear(self.hidden_NK, change.down_CK.to(dtype)).float()
+
+    def backward(self, error_NC: Tensor) -> MlpWeights:
+        """J^T error, from [tokens, hidden_size]."""
+        error_NC = error_NC.to(self._input_NC.dtype)
+        hidden_NK = error_NC @ self._down_CK
+        return MlpWeights(
+            ((hidden_NK * self._by_gate_NK).T @ self._input_NC).float(),
+            ((hidden_NK * self._by_up_NK).T @ self._input_NC).float(),
+            (error_NC.T @ self.hidden_NK).float(),
+        )
+
+    def diagonal(self) -> MlpWeights:
+        """An estimate of diag(J^T J) from norms, the same along each row or column of a neuron."""
+        columns_K = self._down_CK.float().square().sum(dim=0)
+        inputs_C = self._input_NC.float().square().mean(dim=0)
+        return MlpWeights(
+            torch.outer(columns_K * self._by_gate_NK.float().square().sum(dim=0), inputs_C),
+            torch.outer(columns_K * self._by_up_NK.float().square().sum(dim=0), inputs_C),
+            self.hidden_NK.float().square().sum(dim=0).expand(self._down_CK.shape).contiguous(),
+        )
+
+
+def solve_normal_equations(
+    product: Callable[[MlpWeights], MlpWeights], right: MlpWeights, diagonal: MlpWeights, iterations: int
+) -> MlpWeights:
+    """(J^T J + DAMPING (diag + its mean)) x = right, by conjugate gradients preconditioned with that diagonal.
+
+    Args:
+        product: v -> J^T J v.
+        right: J^T of the residual.
+        diagonal: of J^T J, about.
+    """
+    damping = MlpWeights(*(DAMPING * (it + it.mean()) for it in diagonal.tensors()))
+    inverse = MlpWeights(*(1 / (a + b) for a, b in zip(diagonal.tensors(), damping.tensors(), strict=True)))
+    solution = MlpWeights(*(torch.zeros_like(it) for it in right.tensors()))
+    residual, direction = right, right.times(inverse)
+    power = residual.dot(direction)
+    for _ in range(iterations):
+        if power <= 0:  # solved, up to rounding
+            break
+        bent = product(direction).plus(damping.times(direction))
+        step = power / direction.dot(bent)
+        solution, residual = solution.plus(direction, step), residual.plus(bent, -step)
+        before, preconditioned = power, residual.times(inverse)
+        power = residual.dot(preconditioned)
+        direction = preconditioned.plus(direction, power / before)
+    return solution

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from hfprune_dist.core.reconstruction import DAMPING, Biases, Linearized, MlpWeights, solve_normal_equations
+
+K, C, N = 7, 5, 60
+
+
+def some(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weights = MlpWeights(*(torch.randn(*shape, generator=generator) for shape in ((K, C), (K, C), (C, K))))
+    return weights, torch.randn(N, C, generator=generator)
+
+
+def mlp(weights, biases, x):
+    gate, up = x @ weights.gate_KC.T, x @ weights.up_KC.T
+    gate = gate if biases.gate_K is None else gate + biases.gate_K
+    up = up if biases.up_K is None else up + biases.up_K
+    return (silu(gate) * up) @ weights.down_CK.T
+
+
+@pytest.mark.parametrize("biases", [Biases(), Biases(torch.linspace(-1, 1, K), torch.linspace(1, 2, K))])
+def test_products_with_the_jacobian_are_those_of_autograd(biases):
+    weights, x = some()
+    change, error = some(1)[0], torch.randn(N, C, generator=torch.Generator().manual_seed(2))
+    at = Linearized(weights, biases, x)
+    torch.testing.assert_close(at.output(), mlp(weights, biases, x))
+    outputs, moved = torch.func.jvp(
+        lambda *tensors: mlp(MlpWeights(*tensors), biases, x), weights.tensors(), change.tensors()
+    )
+    torch.testing.assert_close(at.forward(change), moved, rtol=1e-4, atol=1e-4)
+    _, pull = torch.func.vjp(lambda *tensors: mlp(MlpWeights(*tensors), biases, x), *weights.tensors())
+    for found, expected in zip(at.backward(error).tensors(), pull(error), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert outputs.shape == (N, C)
+
+
+def test_the_diagonal_is_about_right():
+    weights, x = some()
+    jacobian = torch.cat(
+        [
+            part.flatten(2).flatten(0, 1)
+            for part in torch.func.jacrev(lambda *t: mlp(MlpWeights(*t), Biases(), x), argnums=(0, 1, 2))(
+                *weights.tensors()
+            )
+        ],
+        dim=1,
+    )
+    exact = jacobian.square().sum(0)
+    estimate = torch.cat([it.flatten() for it in Linearized(weights, Biases(), x).diagonal().tensors()])
+    assert torch.corrcoef(torch.stack([exact.log(), estimate.log()]))[0, 1] > 0.9
+    torch.testing.assert_close(exact[2 * K * C :], estimate[2 * K * C :])
+
+
+def test_conjugate_gradients_solve_the_damped_equations():
+    weights, x = some()
+    at = Linearized(weights, Biases(), x)
+    target = mlp(some(3)[0], Biases(), x)
+    diagonal, right = at.diagonal(), at.backward(target - at.output())
+    change = solve_normal_equations(lambda v: at.backward(at.forward(v)), right, diagonal, iterations=200)
+    left = at.backward(at.forward(change))
+    for a, b, v, d in zip(left.tensors(), right.tensors(), change.tensors(), diagonal.tensors(), strict=True):
+        torch.testing.assert_close(a + DAMPING * (d + d.mean()) * v, b, rtol=1e-3, atol=1e-2)
+
+
+def test_a_step_or_two_find_weights_that_were_moved_a_little():
+    there, x = some()
+    moved = there.plus(some(3)[0], 0.05)
+    target = mlp(there, Biases(), x)
+    errors = []
+    for _ in range(3):
+        at = Linearized(moved, Biases(), x)
+        residual = target - at.output()
+        errors.append(residual.square().sum().item())
+        change = solve_normal_equations(
+            lambda v, at=at: at.backward(at.forward(v)), at.backward(residual), at.diagonal(), 30
+        )
+        moved = moved.plus(change)
+    assert errors[1] < 0.1 * errors[0] and errors[2] < errors[1]
+
+
+def test_where_nothing_is_wrong_nothing_moves():
+    weights, x = some()
+    at = Linearized(weights, Biases(), x)
+    nothing = MlpWeights(*(torch.zeros_like(it) for it in weights.tensors()))
+    solved = solve_normal_equations(lambda v: at.backward(at.forward(v)), nothing, at.diagonal(), 5)
+    assert solved.dot(solved) == 0
