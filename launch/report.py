@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -18,7 +19,7 @@ from hfprune_dist.artifacts import Store
 from hfprune_dist.errors import UserError, explained
 from hfprune_dist.files import read_json
 from hfprune_dist.plan import Plan
-from hfprune_dist.report import DenseModel, collect_rows, write_reports
+from hfprune_dist.report import DenseModel, Row, collect_rows, write_reports
 from launch.screen import make_console, show_results
 from launch.sweep import PROJECT, SWEEP_FILE
 
@@ -34,14 +35,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def report(out: Path, published: bool) -> None:
-    """Read the plan that sweep.py left, collect what is there, write and show it."""
-    console = make_console()
+@dataclass(frozen=True)
+class Finished:
+    """A sweep as its folder tells of it, finished or not."""
+
+    folder: Path
+    plan: Plan
+    rows: list[Row]
+
+
+def read_sweep(out: Path) -> Finished:
+    """Read the plan that sweep.py left, and collect what is there.
+
+    Raises:
+        UserError: where the folder is not a sweep's.
+    """
     record = read_json(out / SWEEP_FILE)
     if record is None:
         raise UserError(f"{out}: no {SWEEP_FILE}; give the folder of a sweep that launch/sweep.py has started")
     dense = {name: DenseModel(**facts) for name, facts in record["dense"].items()}
-    rows = collect_rows(Plan.from_json(record), Store(out / "store"), dense)
+    plan = Plan.from_json(record)
+    return Finished(out, plan, collect_rows(plan, Store(out / "store"), dense))
+
+
+def report(out: Path, published: bool) -> None:
+    """Write the tables of a sweep and show them."""
+    console = make_console()
+    rows = read_sweep(out).rows
     write_reports(rows, out)
     show_results(console, rows)
     if published:

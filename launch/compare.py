@@ -1,0 +1,69 @@
+"""Methods side by side over sweeps that differ in their seed, and how much criteria agree; runs nothing.
+
+example:  python launch/compare.py runs/fidelity/0 runs/fidelity/1 runs/fidelity/2 --out runs/fidelity
+
+Writes comparison.md and comparison.json: per method the mean and standard deviation of KL to the dense model, agreement
+and perplexity; per pair of criteria the rank correlation of their scores and the overlap of what they keep, by layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hfprune_dist.artifacts import Store
+from hfprune_dist.comparison import compare_criteria, compare_methods, criteria_table, methods_table, read_scores
+from hfprune_dist.errors import UserError, explained
+from hfprune_dist.files import write_text
+from launch.report import Finished, read_sweep
+from launch.screen import make_console
+
+# Criteria are compared at these shares of kept neurons.
+SHARES_KEPT = (0.8, 0.65, 0.5)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, compare, write and show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", metavar="SWEEP", type=Path, nargs="+", help="folders of sweeps")
+    parser.add_argument("--out", type=Path, required=True, help="where comparison.md and comparison.json go")
+    parser.add_argument("--reference", default="hfprune", help="the method that KL is set against; default: hfprune")
+    arguments = parser.parse_args(argv)
+    with explained():
+        compare(arguments.sweeps, arguments.out, arguments.reference)
+    return 0
+
+
+def compare(folders: Sequence[Path], out: Path, reference: str) -> None:
+    """Compare the finished cells of some sweeps."""
+    sweeps = [read_sweep(folder) for folder in folders]
+    methods = compare_methods([sweep.rows for sweep in sweeps], reference)
+    if not methods:
+        raise UserError(f"{', '.join(map(str, folders))}: no cell is finished; run the sweeps first")
+    criteria = _criteria(sweeps[0])
+    pages = [f"# Methods\n\n{methods_table(methods, reference)}"]
+    pages += [f"# Criteria: {model}\n\n{criteria_table(pairs)}" for model, pairs in criteria.items() if pairs]
+    record = {"methods": [asdict(it) for it in methods], "criteria": criteria, "sweeps": [str(it) for it in folders]}
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "comparison.json", json.dumps(record, indent=1) + "\n")
+    write_text(out / "comparison.md", "\n".join(pages))
+    console = make_console()
+    console.print("\n".join(pages), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"written: {out / 'comparison.md'}, comparison.json", highlight=False)
+
+
+def _criteria(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
+    """Model -> how its criteria agree, from the first sweep's scores."""
+    store = Store(sweep.folder / "store")
+    stages = [stage for stage in sweep.plan.stages.values() if stage.kind == "importance"]
+    done = [stage for stage in stages if store.manifest(stage.id) is not None]
+    return {stage.label: compare_criteria(read_scores(store.path(stage.id)), SHARES_KEPT) for stage in done}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
