@@ -142,7 +142,10 @@ class Importance:
         return values * self.itemsize + 4 * (2 + shape.num_heads)  # float32: norms' scales, log-sum-exp of each head
 
     def work(self, shape: Shape) -> Work:
-        """Of one micro-batch: a forward, the head forward once and backward for each loss, the body's backwards."""
+        """Of one micro-batch: a forward, the head forward once and backward for each loss, the body's backwards.
+
+        Gathered bytes are the most there can be where activations are checkpointed or a model does not stay gathered.
+        """
         tokens = self.windows * self.tokens
         before_graph = shape.layer_parameters - shape.hidden_size * shape.intermediate_size
         backward_parameters = shape.body_parameters - before_graph
@@ -152,7 +155,7 @@ class Importance:
         backwards = 2 * (backward_parameters + shape.head_parameters) + 2.5 * attention
         runs = 2 if self.checkpointing else 1
         gathered = 2 * shape.head_parameters + shape.body_parameters
-        if not _stays_gathered(shape):
+        if self.checkpointing or not _stays_gathered(shape):
             gathered += (runs - 1) * shape.body_parameters + self.losses * backward_parameters
         return Work(
             tokens * (forwards + self.losses * backwards + (runs - 1) * 2 * shape.body_parameters),

@@ -65,7 +65,8 @@ def test_gathers_of_a_micro_batch(monkeypatch, folder, criteria, losses):
         assert calls == 2
 
 
-def test_checkpointed_activations_need_no_further_gathers_where_the_model_stays_gathered(folder):
+def test_checkpointed_activations_gather_more_but_no_more_than_is_reckoned_with(folder):
     shape = shape_of(open_checkpoint(folder).config)
     *_, (_, gathered) = counts(folder, checkpointing="checkpointed")
-    assert gathered == pytest.approx(Importance(1, 16, checkpointing=True).work(shape).gathered_bytes, rel=0.002)
+    plain, most = (Importance(1, 16, checkpointing=on).work(shape).gathered_bytes for on in (False, True))
+    assert plain < gathered <= most
