@@ -142,7 +142,10 @@ class Importance:
         return values * self.itemsize + 4 * (2 + shape.num_heads)  # float32: norms' scales, log-sum-exp of each head
 
     def work(self, shape: Shape) -> Work:
-        """Of one micro-batch: a forward, the head forward once and backward for each loss, the body's backwards."""
+        """Of one micro-batch: a forward, the head forward once and backward for each loss, the body's backwards.
+
+        Gathered bytes are the most there can be where activations are checkpointed or a model does not stay gathered.
+        """
         tokens = self.windows * self.tokens
         before_graph = shape.layer_parameters - shape.hidden_size * shape.intermediate_size
         backward_parameters = shape.body_parameters - before_graph
@@ -151,7 +154,9 @@ class Importance:
         # Backward of flash attention: five products for forward's two.
         backwards = 2 * (backward_parameters + shape.head_parameters) + 2.5 * attention
         runs = 2 if self.checkpointing else 1
-        gathered = runs * shape.body_parameters + self.losses * backward_parameters + 2 * shape.head_parameters
+        gathered = 2 * shape.head_parameters + shape.body_parameters
+        if self.checkpointing or not _stays_gathered(shape):
+            gathered += (runs - 1) * shape.body_parameters + self.losses * backward_parameters
         return Work(
             tokens * (forwards + self.losses * backwards + (runs - 1) * 2 * shape.body_parameters),
             gathered * self.itemsize,
@@ -204,7 +209,7 @@ class Recover:
         """Of one micro-batch: a forward, and a backward without gradients of frozen weights."""
         matrices = shape.body_parameters + shape.head_parameters
         flops = 4 * matrices + 6 * self.lora_parameters(shape) + 3.5 * _attention_flops(shape, self.tokens)
-        gathered = 2 * matrices + shape.head_parameters
+        gathered = (1 if _stays_gathered(shape) else 2) * matrices + shape.head_parameters
         return Work(self.rows * self.tokens * flops, gathered * self.itemsize)
 
 
@@ -279,6 +284,11 @@ def seconds(job: Job, shape: Shape, gpus: Gpus) -> tuple[float, float]:
 def _gathered_at_a_time(shape: Shape, itemsize: int, ranks: int) -> float:
     """Bytes of gathered parameters that DeepSpeed holds; one rank alone holds all as its own."""
     return 0.0 if ranks == 1 else min(shape.parameters, LIVE_PARAMETERS + shape.head_parameters) * itemsize
+
+
+def _stays_gathered(shape: Shape) -> bool:
+    """Whether DeepSpeed keeps what it has gathered in forward until backward is over."""
+    return shape.parameters <= LIVE_PARAMETERS
 
 
 def _attention_flops(shape: Shape, tokens: int) -> float:

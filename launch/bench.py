@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SECTIONS = ("pass", "criteria", "scaling", "ranks", "prune", "launcher")
 ASSETS = Path("runs/demo-assets")
-TOKENS, ROUNDS, QUICK_ROUNDS = 1024, 5, 2
+TOKENS, ROUNDS, QUICK_ROUNDS = 1024, 3, 1
 
 
 def main() -> int:

@@ -16,8 +16,8 @@ from torch.nn.functional import silu
 
 from hfprune_dist.core.blocks import row_blocks
 
-# Some tokens' h and the gradient at h, both [tokens, intermediate_size]; called until all tokens have been seen.
-Observer = Callable[[Tensor, Tensor], None]
+# Some tokens' h * dL/dh in float32 or wider, [tokens, intermediate_size]; called until all tokens have been seen.
+Observer = Callable[[Tensor], None]
 
 
 class RmsNorm(Function):
@@ -27,20 +27,29 @@ class RmsNorm(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
-        wide_NC = x_NC.to(torch.float32)
-        scale_N1 = torch.rsqrt(wide_NC.pow(2).mean(-1, keepdim=True) + epsilon)
+    def forward(ctx: Any, x_BTC: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
+        x_NC = x_BTC.flatten(0, -2)
+        normal_NC = torch.empty_like(x_NC, memory_format=torch.contiguous_format)
+        scale_N1 = torch.empty(len(x_NC), 1, dtype=torch.float32, device=x_NC.device)
+        for rows in row_blocks(x_NC):
+            wide = x_NC[rows].to(torch.float32)
+            scale_N1[rows] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+            normal_NC[rows] = wide * scale_N1[rows]
         ctx.save_for_backward(x_NC, weight_C, scale_N1)
-        return weight_C * (wide_NC * scale_N1).to(x_NC.dtype)
+        return (weight_C * normal_NC).view(x_BTC.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient_NC: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient_BTC: Tensor) -> tuple[Tensor, None, None]:
         """dL/dx = s (g w - s^2 x mean(g w x)), with s = 1 / rms(x)."""
         x_NC, weight_C, scale_N1 = ctx.saved_tensors
-        weighted_NC = gradient_NC.to(torch.float32) * weight_C.to(torch.float32)
-        normal_NC = x_NC.to(torch.float32) * scale_N1
-        mean_N1 = (weighted_NC * normal_NC).mean(dim=-1, keepdim=True)
-        return weighted_NC.addcmul_(normal_NC, mean_N1, value=-1).mul_(scale_N1).to(x_NC.dtype), None, None
+        gradient_NC, wide_weight_C = gradient_BTC.flatten(0, -2), weight_C.to(torch.float32)
+        x_gradient_NC = torch.empty_like(x_NC, memory_format=torch.contiguous_format)
+        for rows in row_blocks(x_NC):
+            weighted = gradient_NC[rows].to(torch.float32) * wide_weight_C
+            normal = x_NC[rows].to(torch.float32) * scale_N1[rows]
+            mean = (weighted * normal).mean(dim=-1, keepdim=True)
+            x_gradient_NC[rows] = weighted.sub_(normal.mul_(mean)).mul_(scale_N1[rows])
+        return x_gradient_NC.view(gradient_BTC.shape), None, None
 
 
 class GatedProduct(Function):
@@ -53,18 +62,17 @@ class GatedProduct(Function):
         return silu(gate_ND) * up_ND
 
     @staticmethod
-    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, Tensor]:
-        shape = gradient_ND.shape
-        gate_ND, up_ND, gradient_ND = (tensor.flatten(0, -2) for tensor in (*ctx.saved_tensors, gradient_ND))
+    def backward(ctx: Any, gradient_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        gate_ND, up_ND, gradient_ND = (tensor.flatten(0, -2) for tensor in (*ctx.saved_tensors, gradient_BTD))
         gate_gradient_ND, up_gradient_ND = torch.empty_like(gate_ND), torch.empty_like(up_ND)
         for rows in row_blocks(gate_ND):
-            gate, up, gradient = gate_ND[rows], up_ND[rows], gradient_ND[rows]
-            gated = silu(gate)
+            gate, up, gradient = _widened(gate_ND[rows]), _widened(up_ND[rows]), _widened(gradient_ND[rows])
+            up_gradient = silu(gate).mul_(gradient)
+            up_gradient_ND[rows] = up_gradient
+            gate_gradient_ND[rows] = torch.ops.aten.silu_backward(gradient * up, gate)
             if ctx.observer is not None:
-                ctx.observer(gated * up, gradient)
-            torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=gate_gradient_ND[rows])
-            torch.mul(gated, gradient, out=up_gradient_ND[rows])
-        return gate_gradient_ND.view(shape), up_gradient_ND.view(shape)
+                ctx.observer(up_gradient.mul_(up))
+        return gate_gradient_ND.view(gradient_BTD.shape), up_gradient_ND.view(gradient_BTD.shape)
 
 
 def rms_norm(x_NC: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
@@ -79,16 +87,20 @@ def gated_product(gate_ND: Tensor, up_ND: Tensor) -> Tensor:
     return h_ND
 
 
-def observe_gradient(hidden_ND: Tensor, observer: Observer) -> None:
-    """Have ``observer`` called in backward with h and its gradient; for that a ``GatedProduct`` need not keep h."""
-    made_by: Any = hidden_ND.grad_fn
+def observe_gradient(hidden_BTD: Tensor, observer: Observer) -> None:
+    """Have ``observer`` called in backward with h * dL/dh; for that a ``GatedProduct`` need not keep its h."""
+    made_by: Any = hidden_BTD.grad_fn
     if hasattr(made_by, "observer"):
         made_by.observer = observer
     else:
-        kept_ND = hidden_ND.detach().flatten(0, -2)
-        hidden_ND.register_hook(lambda gradient_ND: _show_blocks(kept_ND, gradient_ND.flatten(0, -2), observer))
+        kept_ND = hidden_BTD.detach().flatten(0, -2)
+        hidden_BTD.register_hook(lambda gradient_BTD: _show_products(kept_ND, gradient_BTD.flatten(0, -2), observer))
 
 
-def _show_blocks(hidden_ND: Tensor, gradient_ND: Tensor, observer: Observer) -> None:
+def _show_products(hidden_ND: Tensor, gradient_ND: Tensor, observer: Observer) -> None:
     for rows in row_blocks(hidden_ND):
-        observer(hidden_ND[rows], gradient_ND[rows])
+        observer(_widened(hidden_ND[rows]) * _widened(gradient_ND[rows]))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -24,8 +24,8 @@ def head_gradients(
 
     A chunk's logits are computed once. A loss goes over them in blocks of rows that a cache holds in float32, and
     leaves its gradient in the model's dtype; the last loss leaves it in place of the logits. So memory does not grow
-    with the number of losses, but for the results. Chunks have the same rows whatever the losses, so that no loss changes the
-    bits of another.
+    with the number of losses, but for the results. Chunks have the same rows whatever the losses, so that no loss
+    changes the bits of another.
 
     Args:
         hidden_NC: final hidden states [tokens, hidden_size], float32 or bfloat16, no graph needed.

@@ -182,10 +182,10 @@ class NeuronSums:
             if criterion.summed == "activation":
                 self._partial[criterion.name, layer] = _sum_over_tokens(criterion, _widened(hidden_BTD).abs())
 
-    def _reduce_gradient(self, layer: int, hidden_ND: Tensor, gradient_ND: Tensor) -> None:
-        """Add the sums of some tokens to those of the micro-batch."""
+    def _reduce_gradient(self, layer: int, product_ND: Tensor) -> None:
+        """Add some tokens' h * dL/dh to the sums of the micro-batch."""
         assert self._loss is not None, "a backward that is not ours"
-        magnitude_ND = (_widened(hidden_ND) * _widened(gradient_ND)).abs_()
+        magnitude_ND = product_ND.abs_()
         for criterion in self.criteria:
             if criterion.loss is self._loss:
                 sum_D = _sum_over_tokens(criterion, magnitude_ND)

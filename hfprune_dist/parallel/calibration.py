@@ -50,8 +50,8 @@ class Calibration:
         world: World,
         activation_checkpointing: bool = False,
     ) -> None:
-        self.module = load_frozen(checkpoint.path, dtype, micro_batch_size, world)
         family = checkpoint.family
+        self.module = load_frozen(checkpoint.path, dtype, micro_batch_size, world, family.body_of)
         lighten(self.module, family)
         if activation_checkpointing:
             checkpoint_activations(self.module, family)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero import partition_parameters
+from deepspeed.comm import comm
 
 
 @dataclass
@@ -28,15 +28,16 @@ class Gathered:
 def counting_gathers() -> Iterator[Gathered]:
     """Count the all-gathers that DeepSpeed starts for as long as the context lasts."""
     gathered = Gathered()
-    original = partition_parameters._dist_allgather_fn
+    backend: Any = comm.cdb
+    original = backend.all_gather_function
 
-    def counted(shard: torch.Tensor, whole: torch.Tensor, group: Any = None) -> Any:
+    def counted(output_tensor: torch.Tensor, **arguments: Any) -> Any:
         gathered.calls += 1
-        gathered.bytes += whole.nbytes
-        return original(shard, whole, group)
+        gathered.bytes += output_tensor.nbytes
+        return original(output_tensor=output_tensor, **arguments)
 
-    partition_parameters._dist_allgather_fn = counted
+    backend.all_gather_function = counted
     try:
         yield gathered
     finally:
-        partition_parameters._dist_allgather_fn = original
+        backend.all_gather_function = original

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,10 +34,21 @@ def init_deepspeed(world: World) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
 
 
-def load_frozen(checkpoint: Path, dtype: torch.dtype, micro_batch_size: int, world: World) -> nn.Module:
+def load_frozen(
+    checkpoint: Path,
+    dtype: torch.dtype,
+    micro_batch_size: int,
+    world: World,
+    body_of: Callable[[nn.Module], nn.Module] | None = None,
+) -> nn.Module:
     """Load a checkpoint sharded over the world, with no parameter that needs a gradient.
 
     Run the returned module itself: its hooks gather and release parameters, forward and backward.
+
+    Args:
+        body_of: the part of the module whose forwards will be run in place of the module's. DeepSpeed learns the order
+            of layers in one step and gathers ahead in the next; a step begins with a forward of the whole module, or
+            of this part.
     """
     config = zero3_config(dtype, micro_batch_size)
     init_deepspeed(world)
@@ -47,6 +59,10 @@ def load_frozen(checkpoint: Path, dtype: torch.dtype, micro_batch_size: int, wor
     model.config.use_cache = False
     engine, *_ = deepspeed.initialize(model=model, config=config)
     module: nn.Module = engine.module
+    if body_of is not None:
+        coordinator = engine.optimizer.get_param_coordinator()
+        body_of(module).register_forward_pre_hook(lambda *_: coordinator.reset_step(), prepend=True)
+    gc.freeze()  # else Python walks all modules and parameters again and again
     return module.eval()
 
 

@@ -12,10 +12,10 @@ from launch.benchmark.results import Chart, Findings, Line
 from launch.benchmark.settings import Settings
 from launch.benchmark.subject import random_subject
 
-BASE = {"tokens": 256, "vocabulary": 16384, "width": 256, "depth": 4, "micro-batches of a shard": 1}
+BASE = {"tokens": 1024, "vocabulary": 16384, "width": 256, "depth": 4, "micro-batches of a shard": 1}
 AXES: dict[str, tuple[int, ...]] = {
-    "tokens": (128, 256, 512, 1024),
-    "vocabulary": (8192, 16384, 32768, 65536),
+    "tokens": (256, 512, 1024, 2048),
+    "vocabulary": (16384, 32768, 65536, 131072),
     "width": (128, 256, 512, 768),
     "depth": (2, 4, 8, 16),
     "micro-batches of a shard": (1, 2, 4, 8),
