@@ -1,0 +1,74 @@
+from pathlib import Path
+
+import pytest
+
+from hfprune_dist.budget import ModelSize, narrowest_widths, removals
+from hfprune_dist.config import load_config
+from hfprune_dist.errors import UserError
+from hfprune_dist.methods import resolve_methods
+
+SHIPPED = Path(__file__).parents[1] / "configs" / "methods"
+
+
+def resolved(**overrides):
+    return resolve_methods(load_config([], overrides), SHIPPED)
+
+
+def test_every_shipped_method_resolves():
+    names = [file.stem for file in SHIPPED.glob("*.yaml")]
+    assert set(resolved(methods=names)) == set(names) >= {"hfprune", "surgeon"}
+
+
+def test_hfprune_is_the_published_method():
+    method = resolved(methods=["hfprune"])["hfprune"]
+    assert (method.criterion, method.allocation, method.refit, method.multiple_of) == ("entropy", "uniform", "none", 1)
+
+
+def test_the_prune_section_wins_over_every_method():
+    methods = resolved(methods=["hfprune", "surgeon"], **{"prune.multiple_of": 64, "prune.floor": 0.5})
+    assert {(it.multiple_of, it.floor) for it in methods.values()} == {(64, 0.5)}
+
+
+def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
+    (tmp_path / "mine.yaml").write_text("criterion: fisher\nrefit: layerwise\n")
+    (tmp_path / "sweep.yaml").write_text("methods: [hfprune, mine.yaml]\n")
+    methods = resolve_methods(load_config([tmp_path / "sweep.yaml"], {}), SHIPPED)
+    assert list(methods) == ["hfprune", "mine"] and methods["mine"].refit == "layerwise"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("criterion: entropi\n", "criterion"),
+        ("criterion: entropy\nrefits: dense\n", "unknown key 'refits'.*did you mean 'refit'"),
+        ("- entropy\n", "expected the keys of a method"),
+        ("a: [\n", "not valid YAML"),
+        (None, "No such file"),
+    ],
+)
+def test_a_bad_file_is_one_message(tmp_path, content, message):
+    file = tmp_path / "mine.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=f"(?s)mine.yaml.*{message}"):
+        resolved(methods=[str(file)])
+
+
+def test_an_unknown_name_lists_the_valid_ones():
+    with pytest.raises(UserError, match=r"unknown method 'surgon'.*did you mean 'surgeon'.*valid: .*hfprune"):
+        resolved(methods=["surgon"])
+
+
+def test_two_methods_of_one_name_are_refused(tmp_path):
+    (tmp_path / "hfprune.yaml").write_text("criterion: fisher\n")
+    with pytest.raises(UserError, match="two methods are called 'hfprune'"):
+        resolved(methods=["hfprune", str(tmp_path / "hfprune.yaml")])
+
+
+def test_floors_bound_what_can_go():
+    size = ModelSize(parameters=100_000, num_layers=4, intermediate_size=100, parameters_per_neuron=100)
+    narrowest = narrowest_widths(size, 0.3, 1, 1)
+    assert narrowest == [100, 30, 30, 100]
+    assert removals(size, 0.1, narrowest, "m") == 100
+    with pytest.raises(UserError, match=r"m: ratio 0.2 .*largest possible is 0.1400"):
+        removals(size, 0.2, narrowest, "m")
