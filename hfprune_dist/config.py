@@ -79,6 +79,9 @@ class CalibrationConfig(TextSource):
     """Windows per forward pass of one rank."""
     shard_size: Positive = 4
     """Micro-batches whose scores are summed before they are reduced over ranks and saved for a resume."""
+    settled: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Stop before all samples are used, as soon as two halves of the windows so far agree on this share of the neurons
+    to keep (looked at after 2, 4, 8, ... shards); null uses all samples. The curve is reported in any case."""
 
 
 class ImportanceConfig(Section):

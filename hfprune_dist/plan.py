@@ -169,6 +169,11 @@ class _Planner:
         self.stages: dict[str, Stage] = {}
 
     def cells(self, model: ModelSource) -> list[Cell]:
+        if not model.checkpoint.is_uniform:
+            raise UserError(
+                f"model {model.name!r}: its layers differ in width, so it has been pruned already; prune the model "
+                "that it came from, at a larger ratio"
+            )
         size = size_of(model.checkpoint)
         for ratio in self.config.ratios:
             for name, method in self.methods.items():

@@ -18,13 +18,11 @@ from typing import Any
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.comparison import compare_criteria, compare_methods, criteria_table, methods_table, read_scores
+from hfprune_dist.core.settling import SHARES_KEPT
 from hfprune_dist.errors import UserError, explained
 from hfprune_dist.files import write_text
 from launch.report import Finished, read_sweep
 from launch.screen import make_console
-
-# Criteria are compared at these shares of kept neurons.
-SHARES_KEPT = (0.8, 0.65, 0.5)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,8 @@
+import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny, write_documents, write_pairs
 
 from hfprune_dist.config import load_config
@@ -134,3 +136,37 @@ def test_an_unreachable_ratio_is_refused(world):
 def test_an_unknown_alias_lists_the_known_ones(world):
     with pytest.raises(UserError, match=r"unknown model 'c'.*valid: a, b"):
         plan_of(world, models=["c"])
+
+
+def test_a_checkpoint_whose_layers_differ_in_width_is_not_pruned_again(world, tmp_path):
+    folder = save_tiny(tmp_path / "narrowed")
+    state = load_file(folder / "model.safetensors")
+    for name, dimension in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        key = f"model.layers.1.mlp.{name}.weight"
+        state[key] = state[key].narrow(dimension, 0, 20).contiguous()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["per_layer_config"] = {"1": {"intermediate_size": 20}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="layers differ in width"):
+        plan_of(world, models=["a", str(folder)])
+
+
+def test_each_method_is_a_row_and_shares_the_importance_pass(world):
+    plan = plan_of(world, models=["a"], methods=["hfprune", "surgeon"])
+    assert kinds(plan).count("importance") == 1 and kinds(plan).count("prune") == 4
+    importance = next(stage for stage in plan.stages.values() if stage.kind == "importance")
+    assert importance.params["criteria"] == ["entropy", "surgeon"]
+    labels = [cell.label for cell in plan.cells]
+    assert "a 0.1 hfprune + lora" in labels and "a 0.1 surgeon + lora" in labels
+    assert [cell.label for cell in plan_of(world, models=["a"]).cells][-1] == "a 0.2 + lora"
+
+
+def test_settings_that_a_uniform_allocation_ignores_do_not_change_its_fingerprint(world):
+    def prunes(**settings):
+        plan = plan_of(world, models=["a"], **settings)
+        return [stage.id for stage in plan.stages.values() if stage.kind == "prune"]
+
+    assert prunes() == prunes(prune__floor=0.5)
+    global_prunes = [prunes(methods=["surgeon"], ratios=[0.05], prune__floor=floor) for floor in (0.2, 0.3)]
+    assert global_prunes[0] != global_prunes[1]

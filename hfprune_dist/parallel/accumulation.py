@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hfprune_dist.core.criteria import Criterion, losses_of
 from hfprune_dist.core.exact import ExactGram
+from hfprune_dist.core.settling import SHARES_KEPT, split_half_overlap
 from hfprune_dist.parallel.calibration import Sums
 from hfprune_dist.parallel.world import World
 
@@ -26,15 +27,28 @@ class Accumulation:
         shards: of the whole pass.
         file: where rank 0 saves after every round; if it is there, the pass goes on from it.
 
+        settled: stop as soon as both halves of the shards so far keep this share of their neurons in common, by every
+            criterion and at every share; looked at when the number of shards is a power of two. None goes through all.
+
     Attributes:
         sums_KLD: float64 [criteria, num_layers, intermediate_size], added in shard order.
         losses: loss name -> sum over windows of the loss per token.
+        curve: (shards, criterion, share kept) -> overlap of the two halves (see ``core.settling``).
     """
 
     def __init__(
-        self, criteria: Sequence[Criterion], shape: tuple[int, int], shards: int, file: Path, world: World
+        self,
+        criteria: Sequence[Criterion],
+        shape: tuple[int, int],
+        shards: int,
+        file: Path,
+        world: World,
+        settled: float | None = None,
     ) -> None:
         self.sums_KLD = torch.zeros(len(criteria), *shape, dtype=torch.float64)
+        self.curve: dict[tuple[int, str, float], float] = {}
+        self._odd_KLD = torch.zeros_like(self.sums_KLD)
+        self._settled = settled
         self.losses: dict[str, float] = {}
         self.next_shard = 0
         self.shards = shards
@@ -46,7 +60,7 @@ class Accumulation:
 
     @property
     def is_complete(self) -> bool:
-        return self.next_shard >= self.shards
+        return self.next_shard >= self.shards or self._has_settled()
 
     @property
     def mine(self) -> int:
@@ -61,20 +75,40 @@ class Accumulation:
         """
         counted = min(self._world.size, self.shards - self.next_shard)
         losses = self._world.gather(shard.losses)
+        before = self.next_shard
         for source in range(counted):
             received_KLD = shard.neurons_KLD.clone()
             self._world.broadcast_tensor(received_KLD, source)
             self.sums_KLD += received_KLD
             self.losses = {name: self.losses.get(name, 0.0) + value for name, value in losses[source].items()}
+            if self.next_shard % 2:
+                self._odd_KLD += received_KLD
+            self.next_shard += 1
+            self._look_at_halves()
+            if self._has_settled():
+                break
         if self._curvature is not None:
-            self._curvature.add_round(shard.curvature_LCC, counts=self._world.rank < counted)
-        self.next_shard += counted
+            self._curvature.add_round(shard.curvature_LCC, counts=self._world.rank < self.next_shard - before)
         if self._world.is_first:
             self._save()
 
     def mean_curvature(self, tokens: int) -> Tensor:
         """Mean of g g^T over so many tokens, float64 [num_layers, hidden_size, hidden_size]; empty if not needed."""
         return torch.zeros(0) if self._curvature is None else self._curvature.value() / tokens
+
+    def _look_at_halves(self) -> None:
+        """Add a point to the curve after 2, 4, 8, ... shards."""
+        if self.next_shard < 2 or self.next_shard & (self.next_shard - 1):
+            return
+        for criterion, sum_LD, odd_LD in zip(self._criteria, self.sums_KLD, self._odd_KLD, strict=True):
+            if criterion.summed == "gradient" and not criterion.needs_moments:
+                for share in SHARES_KEPT:
+                    overlap = split_half_overlap(sum_LD - odd_LD, odd_LD, share)
+                    self.curve[self.next_shard, criterion.name, share] = overlap
+
+    def _has_settled(self) -> bool:
+        newest = [value for (shards, *_), value in self.curve.items() if shards == self.next_shard]
+        return self._settled is not None and bool(newest) and min(newest) >= self._settled
 
     def _resume(self) -> None:
         saved: Saved = load_file(self._file) if self._world.is_first and self._file.is_file() else {}
@@ -83,8 +117,10 @@ class Accumulation:
             self.sums_KLD = torch.stack([saved[name] for name in names])
             self.losses = {loss.name: float(saved[f"loss.{loss.name}"]) for loss in losses_of(self._criteria)}
             self.next_shard = int(saved["next_shard"])
-        self.sums_KLD, self.losses, self.next_shard = self._world.broadcast(
-            (self.sums_KLD, self.losses, self.next_shard)
+            self._odd_KLD = saved["odd"]
+            self.curve = _curve_of(saved["curve"], self._criteria)
+        self.sums_KLD, self._odd_KLD, self.losses, self.next_shard, self.curve = self._world.broadcast(
+            (self.sums_KLD, self._odd_KLD, self.losses, self.next_shard, self.curve)
         )
         if self._curvature is not None and self.next_shard:
             self._curvature.resume(saved)
@@ -94,8 +130,15 @@ class Accumulation:
         sums = {f"sums.{it.name}": sum_LD.clone() for it, sum_LD in zip(self._criteria, self.sums_KLD, strict=True)}
         losses = {f"loss.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.losses.items()}
         curvature = {} if self._curvature is None else self._curvature.saved()
-        save_file({"next_shard": torch.tensor(self.next_shard), **sums, **losses, **curvature}, draft)
+        places = [criterion.name for criterion in self._criteria]
+        points = [[shards, places.index(name), share, value] for (shards, name, share), value in self.curve.items()]
+        halves = {"odd": self._odd_KLD, "curve": torch.tensor(points, dtype=torch.float64)}
+        save_file({"next_shard": torch.tensor(self.next_shard), **sums, **losses, **halves, **curvature}, draft)
         draft.replace(self._file)
+
+
+def _curve_of(points: Tensor, criteria: Sequence[Criterion]) -> dict[tuple[int, str, float], float]:
+    return {(int(shards), criteria[int(place)].name, share): value for shards, place, share, value in points.tolist()}
 
 
 class Curvature:

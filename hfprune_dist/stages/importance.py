@@ -37,6 +37,7 @@ def run(context: Context) -> None:
     documents = _prepare_windows(context)
     windows_ST = load_file(context.work / WINDOWS)["input_ids"]
     totals = _accumulate(context, checkpoint, windows_ST, _summed(criteria))
+    windows_ST = windows_ST[: _windows_used(context, totals, len(windows_ST))]
     scores = _scores(context, checkpoint, criteria, totals, windows_ST)
     draft = context.open_draft()
     if context.world.is_first:
@@ -44,7 +45,26 @@ def run(context: Context) -> None:
         save_file({"input_ids": windows_ST}, draft / WINDOWS)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
     means = {f"mean_{loss.name}_nats": totals.losses[loss.name] / len(windows_ST) for loss in losses}
-    context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents})
+    context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents, **_curve(context, totals)})
+
+
+def _windows_used(context: Context, totals: Accumulation, windows: int) -> int:
+    """All of them, but where the pass ended early."""
+    return min(totals.next_shard * _windows_per_shard(context), windows) if totals.shards else windows
+
+
+def _windows_per_shard(context: Context) -> int:
+    calibration = context.params["calibration"]
+    return int(calibration["shard_size"] * calibration["micro_batch_size"])
+
+
+def _curve(context: Context, totals: Accumulation) -> dict[str, Any]:
+    """How the kept set settled: overlap of what two halves of the windows keep, by windows, criterion and share."""
+    points = [
+        {"windows": shards * _windows_per_shard(context), "criterion": name, "share_kept": share, "overlap": value}
+        for (shards, name, share), value in totals.curve.items()
+    ]
+    return {"split_half_overlap": points} if points else {}
 
 
 def _summed(criteria: Sequence[Criterion]) -> list[Criterion]:
@@ -94,7 +114,8 @@ def _accumulate(
     """Add up all shards; nothing to do, and no model to load, where no criterion sums anything."""
     shards = _shards(len(windows_ST), context.params["calibration"]) if criteria else []
     shape = (checkpoint.num_layers, checkpoint.intermediate_size)
-    totals = Accumulation(criteria, shape, len(shards), context.work / PARTIAL, context.world)
+    settled = context.params["calibration"]["settled"]
+    totals = Accumulation(criteria, shape, len(shards), context.work / PARTIAL, context.world, settled)
     calibration = None if totals.is_complete else _calibration(context, checkpoint, windows_ST, criteria)
     while not totals.is_complete:
         assert calibration is not None

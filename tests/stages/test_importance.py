@@ -27,6 +27,7 @@ def make_stage(folder, variant="llama", *, criteria=("entropy",), shape=None, **
         save_tiny(model, variant, **(shape or {}))
         write_documents(text)
     settings = {"samples": 11, "sequence_length": 32, "micro_batch_size": 2, "shard_size": 1, "text_field": "text"}
+    settings["settled"] = None
     params = {
         "calibration": settings | calibration,
         "criteria": sorted(criteria),
@@ -85,6 +86,24 @@ def test_any_number_of_ranks_gives_the_same_bits(on_one_rank, ranks):
         assert torch.equal(scores_of(many, stage)[name], expected), name
     windows = "windows.safetensors"
     assert (many.path(stage.id) / windows).read_bytes() == (one.path(stage.id) / windows).read_bytes()
+
+
+def test_the_pass_ends_when_the_kept_set_has_settled_on_any_number_of_ranks(on_one_rank, tmp_path):
+    _, stage, one = on_one_rank
+    curve = one.manifest(stage.id)["metrics"]["split_half_overlap"]
+    assert [point["windows"] for point in curve[::3]] == [4, 8]  # 2 and 4 of 6 shards
+    assert {point["share_kept"] for point in curve} == {0.8, 0.65, 0.5}
+    threshold = min(point["overlap"] for point in curve[:3])
+    early = make_stage(tmp_path, settled=threshold)
+    for ranks in (1, 2, 4):
+        store = run_in(tmp_path / str(ranks), early, ranks)
+        metrics = store.manifest(early.id)["metrics"]
+        assert metrics["tokens"] == 4 * 32 and metrics["split_half_overlap"] == curve[:3]
+        windows = load_file(store.path(early.id) / "windows.safetensors")["input_ids"]
+        expected = definition(tiny_model("llama"), windows)
+        for layer in range(2):
+            difference = scores_of(store, early)[f"layers.{layer}.entropy"] - expected[layer]
+            assert difference.norm() / expected[layer].norm() < 1e-5
 
 
 @pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen2", "qwen3", "mistral"])
