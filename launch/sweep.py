@@ -215,7 +215,9 @@ def _parser() -> argparse.ArgumentParser:
         "--ratios", metavar="R,R", help="removed / all parameters of the model, each in (0, 1); default: 0.2,0.3"
     )
     parser.add_argument(
-        "--methods", metavar="A,B", help="pruning methods (configs/methods) or YAML files; default: hfprune"
+        "--methods",
+        metavar="A,B",
+        help="pruning methods (configs/methods) or YAML files; default: surgeon-uniform; the published one: hfprune",
     )
     parser.add_argument(
         "--criteria",

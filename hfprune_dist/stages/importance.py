@@ -8,6 +8,7 @@ shard order. So the sums have the same bits on any number of ranks, and a resume
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
