@@ -82,6 +82,13 @@ def sweep(
     )
 
 
+def finish(config: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a sweep that must end well."""
+    result = sweep(config, out, *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
 def results(out: Path) -> list[dict[str, str]]:
     with (out / "results.csv").open(newline="") as stream:
         return list(csv.DictReader(stream))

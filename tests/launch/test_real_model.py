@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import ROOT
 from safetensors.torch import load_file
-from sweeps import results, sweep
+from sweeps import finish, results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
@@ -34,8 +34,7 @@ def finished(real_assets, tmp_path_factory):
         "evaluation.fidelity.path": real_assets / "text" / "heldout.jsonl",
     }
     assignments = [f"--set={key}={value}" for key, value in (SETTINGS | places).items()]
-    result = sweep(ROOT / "configs" / "demo.yaml", out, *assignments)
-    assert result.returncode == 0, result.stdout + result.stderr
+    finish(ROOT / "configs" / "demo.yaml", out, *assignments)
     return out
 
 
@@ -55,7 +54,7 @@ def test_the_kept_neurons_are_those_of_the_highest_scores(finished):
     scores = load_file(importance / "importance.safetensors")
     kept = json.loads((prune / "kept.json").read_text())["layers"]
     for layer in range(30):
-        assert kept[layer] == sorted(scores[f"layers.{layer}.entropy"].topk(1017).indices.tolist())
+        assert kept[layer] == sorted(scores[f"layers.{layer}.surgeon"].topk(1017).indices.tolist())
 
 
 def test_the_pruned_checkpoint_still_speaks(finished):
