@@ -13,14 +13,16 @@ from pathlib import Path
 import yaml
 
 from hfprune_dist.artifacts import Store
-from hfprune_dist.config import Method, load_config
+from hfprune_dist.config import load_config
 from hfprune_dist.files import write_json
+from hfprune_dist.methods import resolve_methods
 from hfprune_dist.models.sources import resolve_models
 from hfprune_dist.plan import Plan, Stage, build_plan
 from launch.benchmark.results import Findings, Line
 from launch.benchmark.settings import Settings
 
-SWEEP = Path(__file__).resolve().parents[1] / "sweep.py"
+PROJECT = Path(__file__).resolve().parents[2]
+SWEEP, METHODS = PROJECT / "launch" / "sweep.py", PROJECT / "configs" / "methods"
 CELLS, QUICK_CELLS = 1000, 100
 FEW_CELLS = 4
 INSTANT_S, RERUN_S = 0.4, 3.0
@@ -87,7 +89,7 @@ def _finished_sweep(folder: Path, cells: int) -> list[str]:
 def _plan(file: Path, store: Store) -> Plan:
     config = load_config([file], {})
     models = resolve_models(config, file.parent / "none", store.hashes, download=False)
-    return build_plan(config, models, {"hfprune": Method(criterion="entropy")}, store.hashes)
+    return build_plan(config, models, resolve_methods(config, METHODS), store.hashes)
 
 
 def _commit(store: Store, stage: Stage) -> None:

@@ -51,7 +51,7 @@ class Findings:
 def markdown(lines: Sequence[Line]) -> str:
     """The table, for a screen and for the README."""
     rows = [
-        f"| {line.section} | {line.what} | {line.value:.2f} {line.unit} | "
+        f"| {line.section} | {line.what} | {f'{line.value:.3g} {line.unit}'.strip()} | "
         f"{'' if line.target is None else f'{line.target:g}'} |"
         for line in lines
     ]

@@ -1,6 +1,7 @@
 import subprocess
 
 import pytest
+from ranks import ROOT
 from sweeps import command, make_inputs
 
 from hfprune_dist.artifacts import Store
@@ -8,11 +9,13 @@ from hfprune_dist.config import load_config
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.identity import FileHashes
+from hfprune_dist.methods import resolve_methods
 from hfprune_dist.models.sources import resolve_models
 from hfprune_dist.plan import build_plan
 from launch.estimate import LOSSES, estimate_stages, refuse_what_cannot_fit
 from launch.profiles import load_profile
 
+METHODS = ROOT / "configs" / "methods"
 GPUS = "tasks_per_node: 2\ngpus_per_node: 2\n"
 
 
@@ -25,7 +28,11 @@ def inputs(tmp_path_factory):
 def estimates(inputs, tmp_path, profile, **overrides):
     config = load_config([inputs], {key.replace("__", "."): value for key, value in overrides.items()})
     hashes = FileHashes(None)
-    plan = build_plan(config, resolve_models(config, tmp_path / "none", hashes, download=False), hashes)
+    models, methods = (
+        resolve_models(config, tmp_path / "none", hashes, download=False),
+        resolve_methods(config, METHODS),
+    )
+    plan = build_plan(config, models, methods, hashes)
     file = tmp_path / "profile.yaml"
     file.write_text(profile)
     return estimate_stages(plan, list(plan.stages), load_profile(str(file), tmp_path / "none"), config.runtime)
@@ -60,9 +67,14 @@ def test_a_plan_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path
 
 def test_checkpointing_is_known_to_the_estimate(inputs, tmp_path):
     plain, checkpointed = (
-        estimates(inputs, tmp_path, GPUS, runtime__activation_checkpointing=on)[0].memory for on in (False, True)
+        {
+            each.stage.kind: each.memory
+            for each in estimates(inputs, tmp_path, GPUS, runtime__activation_checkpointing=on)
+        }
+        for on in (False, True)
     )
-    assert checkpointed.activations != plain.activations  # in footprint: less, from three layers on
+    assert checkpointed["importance"].activations != plain["importance"].activations
+    assert checkpointed["recover"] == plain["recover"]
 
 
 @pytest.mark.parametrize(("memory", "code"), [("80", 0), ("0.001", 2)])

@@ -193,3 +193,11 @@ def test_no_long_enough_document(tmp_path):
     result = run_stage(store, stage)
     assert result.returncode == 2
     assert "no document has 4999 tokens" in failure_of(store, stage)["message"]
+
+
+def test_checkpointed_activations_on_two_ranks_have_the_bits_of_one_without(tmp_path):
+    stage = make_stage(tmp_path, criteria=["entropy", "fisher"], shape=SHARDED | {"num_hidden_layers": 3}, samples=4)
+    plain = run_in(tmp_path / "plain", stage, 1)
+    checkpointed = run_in(tmp_path / "checkpointed", stage, 2, activation_checkpointing=True)
+    for name, expected in scores_of(plain, stage).items():
+        assert torch.equal(scores_of(checkpointed, stage)[name], expected), name

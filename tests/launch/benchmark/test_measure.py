@@ -1,0 +1,22 @@
+import pytest
+import torch
+
+from launch.benchmark import measure
+from launch.benchmark.measure import paired_ratios, peak_anonymous_bytes, peak_bytes
+
+
+def test_ratios_are_medians_of_pairs_after_a_warm_up(monkeypatch):
+    # Per round: a variant's seconds, then the unit's; the machine is ten times slower in the third round.
+    seconds = iter([99.0, 1.0, 2.0, 1.0, 30.0, 10.0, 4.0, 1.0])
+    monkeypatch.setattr(measure, "_seconds", lambda run: next(seconds))
+    assert paired_ratios({"ours": lambda: None, "unit": lambda: None}, "unit", 3) == {"ours": 3.0, "unit": 1.0}
+
+
+@pytest.mark.parametrize("peak", [peak_bytes, peak_anonymous_bytes])
+def test_memory_that_is_gone_at_the_end_is_seen(peak):
+    def run():
+        block = torch.ones(2**24)  # 64 MiB
+        for _ in range(20):
+            block.mul_(1.0)
+
+    assert 2**25 < peak(run) < 2**27

@@ -1,0 +1,34 @@
+"""The two formulations that are compared do compute the same scores."""
+
+import copy
+
+import pytest
+import torch
+from core_definition import definition
+from tiny import tiny_model
+
+from launch.benchmark.scoring import GRADIENT_CRITERIA
+from launch.benchmark.subject import Subject
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_published_and_ours_agree_with_the_definition(checkpointing):
+    model = tiny_model("qwen2", num_hidden_layers=3)
+    windows = torch.randint(3, 250, (4, 24), generator=torch.Generator().manual_seed(1))
+    expected = definition(copy.deepcopy(model), windows)
+    subject = Subject(model, checkpointing)
+    for window in windows:
+        published = subject.published(window[None])
+    ours = subject.ours(list(windows[:, None]), ["entropy"])[0]
+    for scores in (torch.stack(published).double(), ours):
+        assert (scores - expected).norm() / expected.norm() < 1e-5
+
+
+def test_ours_shares_the_weights_and_gives_them_no_gradients():
+    model = tiny_model()
+    subject = Subject(model)
+    subject.ours([torch.ones(1, 8, dtype=torch.int64)], GRADIENT_CRITERIA)
+    assert all(weight.grad is None for weight in model.parameters())
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+    assert not subject.ours([torch.ones(1, 8, dtype=torch.int64)], ["entropy"]).any()
