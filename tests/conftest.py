@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from launch import demo_assets
 
@@ -15,10 +16,16 @@ def real_assets(tmp_path_factory):
     return folder
 
 
-def pytest_itemcollected(item):
+def pytest_xdist_make_scheduler(config, log):
+    return TogetherByFile(config, log)
+
+
+class TogetherByFile(LoadScopeScheduling):
     """Where several workers run the tests, those of a file stay together, and those of the one Slurm cluster."""
-    on_cluster = item.get_closest_marker("slurm") is not None
-    item.add_marker(pytest.mark.xdist_group("slurm" if on_cluster else item.path.stem))
+
+    def _split_scope(self, nodeid):
+        file = nodeid.split("::")[0]
+        return "tests/slurm" if file.startswith("tests/slurm/") else file
 
 
 def pytest_collection_modifyitems(items):

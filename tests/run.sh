@@ -10,6 +10,6 @@ fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-# Workers that tests of a file share (tests/conftest.py); one thread each, as every rank that they start.
+# Workers take whole files (tests/conftest.py); one thread each, as every rank that they start.
 export OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder "$@"
+exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --no-loadscope-reorder "$@"
