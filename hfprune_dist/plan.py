@@ -179,8 +179,8 @@ class _Planner:
             for name, method in self.methods.items():
                 check_reachable(size, ratio, method, f"model {model.name!r}, method {name!r}")
         dense = Input(model.identity, str(model.checkpoint.path))
+        importance = self._importance(model, dense)  # first of all, since most of the sweep waits for it
         cells = self._finish(_Variant(f"{model.name} dense", model.name, dense, dense))
-        importance = self._importance(model, dense)
         for ratio in self.config.ratios:
             for name, method in self.methods.items():
                 label = f"{model.name} {ratio:g}" + (f" {name}" if len(self.methods) > 1 else "")

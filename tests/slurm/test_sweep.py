@@ -40,7 +40,7 @@ def test_jobs_were_multi_node_and_ran_once(on_cluster):
     for stage, nodes in (("importance", 2), ("recover", 2), ("evaluate", 1)):
         manifest = read(next((out / "store" / stage).glob("*/manifest.json")))
         assert manifest["world_size"] == nodes
-    assert first_run(attempt_folders(out)[0])["nodes"].startswith("n[")
+    assert first_run(attempt_folders(out, "importance")[0])["nodes"].startswith("n[")
 
 
 def test_never_more_jobs_at_once_than_allowed(on_cluster):
