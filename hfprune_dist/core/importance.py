@@ -74,7 +74,7 @@ class NeuronSums:
     Attributes:
         criteria: as given.
         sums_KLD: float64 [criteria, num_layers, intermediate_size] on the CPU.
-        curvature_LCC: float64 [num_layers, hidden_size, hidden_size] on the CPU, the sum over tokens of g g^T, g the
+        curvature_LCC: float32 [num_layers, hidden_size, hidden_size] on the CPU, the sum over tokens of g g^T, g the
             gradient at the MLP's output of the loss of the criterion that needs it; empty where none does.
     """
 
@@ -89,7 +89,7 @@ class NeuronSums:
         self.curvature_LCC = torch.zeros(0)
         if self._bending_loss is not None:
             hidden_size = int(down_projections[0].out_features)  # type: ignore[arg-type]
-            self.curvature_LCC = torch.zeros(len(down_projections), hidden_size, hidden_size, dtype=torch.float64)
+            self.curvature_LCC = torch.zeros(len(down_projections), hidden_size, hidden_size, dtype=torch.float32)
         self._partial: dict[tuple[str, int], Tensor] = {}
         self._bending: dict[int, Tensor] = {}
         self._activation_sum: dict[int, Tensor] = {}

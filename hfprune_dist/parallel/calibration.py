@@ -22,7 +22,7 @@ class Sums:
 
     Attributes:
         neurons_KLD: float64 [criteria with a sum, num_layers, intermediate_size].
-        curvature_LCC: float64 [num_layers, hidden_size, hidden_size], or empty (see ``NeuronSums``).
+        curvature_LCC: float32 [num_layers, hidden_size, hidden_size], or empty (see ``NeuronSums``).
         losses: loss name -> sum over windows of the loss per token.
     """
 

@@ -45,7 +45,7 @@ class Refit:
         kept: of each layer, ascending indices of the neurons that stay.
         inputs: "dense": activations of the dense model. "layerwise": of the model pruned and refitted so far. "block":
             the same, and after least squares on the down projection a step of Gauss-Newton on all three projections.
-        folder: gets one file per layer, written by rank 0 and read by all.
+        folder: gets two files per layer, written by one rank and read by all.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Refit:
         self._stream = stream
         self._folder = folder
         self._world = world
+        self._waiting: tuple[Callable[[], tuple[LayerFit, Tensor]], int] | None = None
 
     def run(self, after_each: Callable[[int], None]) -> list[LayerFit]:
         """Refit all layers.
@@ -76,12 +77,15 @@ class Refit:
         done = self._world.broadcast(self._count_done())
         for number in range(self._checkpoint.num_layers):
             layer = self._stream.layer(number)
-            if number >= done:
-                self._fit(number, layer, self._stream.grams(number, layer, advance=self._inputs == "dense"))
-            if self._inputs != "dense":
+            if self._inputs == "dense":
+                if number >= done:
+                    self._fit_later(number, layer)
+                else:
+                    self._stream.advance(layer)
+            else:
+                if number >= done:
+                    self._fit(number, layer, self._stream.grams(number, layer, advance=False))
                 self._install(number, mlp_of(layer))
-                self._stream.advance(layer)
-            elif number < done:
                 self._stream.advance(layer)
             after_each(number + 1)
         return [LayerFit(**read_json(self._report_file(number))) for number in range(self._checkpoint.num_layers)]
@@ -94,8 +98,22 @@ class Refit:
             for name in self._fitted_names(number)
         }
 
+    def _fit_later(self, number: int, layer: nn.Module) -> None:
+        """Layers of dense activations don't wait for each other: every rank solves one, all at the same time."""
+        grams = self._stream.grams(number, layer, advance=True)
+        if number % self._world.size == self._world.rank:
+            weight_CD = self._linear(mlp_of(layer), self._family.down_projection).weight.data.double()
+            self._waiting = partial(_solve, weight_CD, grams, self._kept[number].to(weight_CD.device)), number
+        if (number + 1) % self._world.size == 0 or number + 1 == self._checkpoint.num_layers:
+            if self._waiting is not None:
+                solve, mine = self._waiting
+                fit, down_CK = solve()
+                self._write(mine, [down_CK], fit)
+                self._waiting = None
+            self._world.barrier()
+
     def _fit(self, number: int, layer: nn.Module, grams: Grams) -> None:
-        """Solve, and have rank 0 write weights and report; the report's presence says that the layer is done."""
+        """Solve on rank 0, and where all of the MLP moves, go on from there with all ranks."""
         mlp = mlp_of(layer)
         kept = self._kept[number].to(grams.whole_DD.device)
         weight_CD = self._linear(mlp, self._family.down_projection).weight.data.double()
@@ -104,12 +122,16 @@ class Refit:
         if self._inputs == "block":
             tensors = list(self._reconstructed(mlp, layer, kept, down_CK).tensors())
         if self._world.is_first:
-            fitted = zip(self._fitted_names(number), tensors, strict=True)
-            draft = self._weight_file(number).with_suffix(".draft")
-            save_file({name: tensor.to(self._dtype(name)).cpu().contiguous() for name, tensor in fitted}, draft)
-            draft.replace(self._weight_file(number))
-            write_json(self._report_file(number), asdict(fit))
+            self._write(number, tensors, fit)
         self._world.barrier()
+
+    def _write(self, number: int, tensors: Sequence[Tensor], fit: LayerFit) -> None:
+        """Write a layer's weights, then its report, whose presence says that the layer is done."""
+        fitted = zip(self._fitted_names(number), tensors, strict=True)
+        draft = self._weight_file(number).with_suffix(".draft")
+        save_file({name: tensor.to(self._dtype(name)).cpu().contiguous() for name, tensor in fitted}, draft)
+        draft.replace(self._weight_file(number))
+        write_json(self._report_file(number), asdict(fit))
 
     def _reconstructed(self, mlp: nn.Module, layer: nn.Module, kept: Tensor, down_CK: Tensor) -> MlpWeights:
         """Gate, up and down of the kept neurons after a step towards the dense MLP."""

@@ -147,15 +147,22 @@ def _scores(
     totals: Accumulation,
     windows_ST: Tensor,
 ) -> dict[str, Tensor]:
-    """``layers.<i>.<criterion>`` -> float64 [intermediate_size], on rank 0; weights are read one layer at a time."""
+    """``layers.<i>.<criterion>`` -> float64 [intermediate_size]; weights are read one layer at a time.
+
+    Ranks take turns: each finishes the scores of one layer of as many as there are ranks, all at the same time.
+    """
+    world = context.world
     walk = _Walk(context, checkpoint, criteria, totals, windows_ST)
-    scores: dict[str, Tensor] = {}
+    mine: dict[str, Tensor] = {}
+    waiting: MlpLayer | None = None
     for number in range(checkpoint.num_layers):
         moments = walk.moments(number)
-        if context.world.is_first:
-            layer = mlp_layer(checkpoint, number, context.params["seed"], moments)
-            scores |= _layer_scores(layer, criteria, totals)
-    return scores
+        if number % world.size == world.rank:
+            waiting = mlp_layer(checkpoint, number, context.params["seed"], moments)
+        if waiting is not None and ((number + 1) % world.size == 0 or number + 1 == checkpoint.num_layers):
+            mine |= _layer_scores(waiting, criteria, totals)
+            waiting = None
+    return {name: scores_D for share in world.gather(mine) for name, scores_D in share.items()}
 
 
 class _Walk:
