@@ -300,7 +300,10 @@ def load_config(files: Sequence[Path], overrides: Mapping[str, Any]) -> SweepCon
     """
     merged: dict[str, Any] = {}
     for file in files:
-        merged = _merge(merged, _resolve_paths(_read_yaml(file), file.resolve().parent))
+        merged = _merge(
+            merged,
+            _resolve_paths(read_yaml(file, "--config", "keys and values at the top level"), file.resolve().parent),
+        )
     command_line: dict[str, Any] = {}
     for key, value in overrides.items():
         _set_dotted(command_line, key, value)
@@ -348,17 +351,26 @@ def parse_ratios(text: str) -> list[float]:
         raise UserError(f"--ratios {text!r}: give numbers between 0 and 1, e.g. --ratios 0.2,0.5") from None
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path, flag: str, expected: str) -> dict[str, Any]:
+    """The keys and values of a YAML file; none where it is empty.
+
+    Args:
+        flag: the option that names the file, for messages.
+        expected: what the file should hold, for messages.
+
+    Raises:
+        UserError: where it can't be read, or holds something else.
+    """
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {file}: {error.strerror or error}") from None
+        raise UserError(f"{flag} {file}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file}: not valid YAML: {error}") from None
+        raise UserError(f"{flag} {file}: not valid YAML: {error}") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise UserError(f"--config {file}: expected keys and values at the top level, found {type(raw).__name__}")
+        raise UserError(f"{flag} {file}: expected {expected}, found {type(raw).__name__}")
     return raw
 
 

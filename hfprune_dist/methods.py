@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from hfprune_dist.config import Method, SweepConfig, parse
+from hfprune_dist.config import Method, SweepConfig, parse, read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 
 
@@ -33,17 +29,6 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
             )
         if file.stem in methods:
             raise UserError(f"--methods: two methods are called {file.stem!r}; rename one of the files")
-        methods[file.stem] = parse(Method, {**_read(file), **on_top}, str(file))
+        settings = read_yaml(file, "--methods", "the keys of a method")
+        methods[file.stem] = parse(Method, {**settings, **on_top}, str(file))
     return methods
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--methods {file}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--methods {file}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"--methods {file}: expected the keys of a method")
-    return raw

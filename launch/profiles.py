@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
-from hfprune_dist.config import Positive, Section, parse
+from hfprune_dist.config import Positive, Section, parse, read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.plan import STAGE_VERSIONS
 
@@ -103,12 +102,7 @@ def load_profile(name: str, shipped: Path) -> Profile:
         UserError: for an unknown profile, an unknown key or a wrong value.
     """
     file = _find(name, shipped)
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--profile {file}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"--profile {file}: expected keys and values at the top level")
+    raw = read_yaml(file, "--profile", "keys and values at the top level")
     whole = parse(_ProfileFile, raw, str(file))
     common = whole.model_dump(exclude={"stages", "max_running"})
     resources = {

@@ -49,9 +49,7 @@ class ExactGram:
         """
         diagonal_D = term_DD.diagonal().double()
         if not bool((diagonal_D <= self._limit_D).all()):
-            raise ExactOverflowError(
-                "values are NaN, infinite, or more than a thousand times those of the first windows"
-            )
+            raise ExactOverflowError(OUT_OF_RANGE)
         scaled_DD = term_DD.double() * self._scale_D[:, None] * self._scale_D
         self.total_DD += scaled_DD.round_().to(torch.int64)
 

@@ -151,11 +151,6 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _tensor_info(file: str, entry: Mapping[str, Any]) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    return TensorInfo(file, entry["dtype"], tuple(entry["shape"]), end - begin)
-
-
 def _weight_files(path: Path) -> list[str]:
     if (path / INDEX_FILE).is_file():
         index = _read_json(path / INDEX_FILE, "")

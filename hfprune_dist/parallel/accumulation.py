@@ -26,7 +26,6 @@ class Accumulation:
         shape: (num_layers, intermediate_size) of the model.
         shards: of the whole pass.
         file: where rank 0 saves after every round; if it is there, the pass goes on from it.
-
         settled: stop as soon as both halves of the shards so far keep this share of their neurons in common, by every
             criterion and at every share; looked at when the number of shards is a power of two. None goes through all.
 

@@ -67,7 +67,6 @@ class Reconstruction:
     def _sum(self, term_of: Callable[[int], MlpWeights]) -> MlpWeights:
         """Add up a term of every fitted micro-batch of all ranks, exactly."""
         own = [index for index in self._inputs if not is_held_out(index, self._micro_batches)]
-        sums: list[ExactSum] = []
         shapes: list[torch.Size] = []
         first = term_of(own[0]) if own else None
         maxima = torch.zeros(3, dtype=torch.float64)

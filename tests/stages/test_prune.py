@@ -197,14 +197,16 @@ def test_each_criterion_keeps_its_own_neurons(tmp_path):
     assert len({str(kept) for kept in kept_by.values()}) == len(CRITERIA)
 
 
-def test_death_at_every_point_ends_with_the_same_weights(tmp_path):
+@pytest.mark.parametrize("refit", ["none", "dense", "layerwise"])
+def test_death_at_every_point_ends_with_the_same_weights(tmp_path, refit):
+    torch.set_num_threads(1)  # a forked child has no other threads
     (tmp_path / "reference").mkdir()
-    reference, stage, _ = prepare(tmp_path / "reference")
+    reference, stage, _ = prepare(tmp_path / "reference", refit=refit)
     run_solo(reference, stage)
     expected = weights_of(reference, stage)
     for kill_at in itertools.count(1):
         (tmp_path / str(kill_at)).mkdir()
-        store, _, _ = prepare(tmp_path / str(kill_at))
+        store, _, _ = prepare(tmp_path / str(kill_at), refit=refit)
         died = die_in_fork(lambda store=store: run_solo(store, stage), kill_at, store.root)
         assert store.verify(stage.id).state in ("missing", "done")
         if store.verify(stage.id).state == "missing":
