@@ -253,7 +253,9 @@ def test_dry_run_prints_what_would_be_submitted_where_there_is_no_slurm(tmp_path
     assert result.stdout.count("#!/bin/bash") == 20 and "#SBATCH --gpus-per-node=8" in result.stdout
     assert "srun --unbuffered" in result.stdout and "--kill-on-bad-exit=1" in result.stdout
     assert "#SBATCH --dependency='afterok:<job of importance/" in result.stdout
-    assert "at most 2,560.0 GPU-hours" in result.stdout, result.stdout[-300:]
+    importance, prune, recover, evaluate = 2 * 16 * 4, 4 * 8 * 4, 6 * 32 * 12, 8 * 8 * 2  # stages * GPUs * hours
+    assert importance + prune + recover + evaluate == 2688
+    assert "at most 2,688.0 GPU-hours" in result.stdout
 
 
 def test_no_slurm_is_one_clear_message(tmp_path):
