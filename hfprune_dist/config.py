@@ -102,7 +102,7 @@ class ImportanceConfig(Section):
     """Compute dtype of forward and backward; scores are accumulated in float64 in any case."""
 
 
-Allocation = Literal["uniform", "global"]
+Allocation = Literal["uniform", "global", "searched"]
 Refit = Literal["none", "dense", "layerwise", "block"]
 
 
@@ -113,14 +113,15 @@ class Method(Section):
     """The score that selects."""
     allocation: Allocation = "uniform"
     """How the removed neurons are spread over layers. uniform: the same width everywhere. global: all layers compete
-    by score; a criterion whose scores aren't in nats is divided by its layer's mean first. Such checkpoints need
-    trust_remote_code, or this package, to load."""
-    floor: Annotated[float, Field(gt=0, le=1)] = 0.3
-    """global: the share of its neurons that a layer keeps at least."""
+    by score; a criterion whose scores aren't in nats is divided by its layer's mean first. searched: these,
+    the uniform ones and some around them are measured on calibration windows, and those closest to the dense model are
+    taken. Where layers differ in width, checkpoints need trust_remote_code, or this package, to load."""
+    floor: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """global, searched: the share of its neurons that a layer keeps at least."""
     protect_first: Annotated[int, Field(ge=0)] = 0
-    """global: so many of the first layers keep all their neurons."""
+    """global, searched: so many of the first layers keep all their neurons."""
     protect_last: Annotated[int, Field(ge=0)] = 0
-    """global: so many of the last layers keep all their neurons."""
+    """global, searched: so many of the last layers keep all their neurons."""
     refit: Refit = "none"
     """Least squares on down_proj, so that the kept neurons take over for the removed ones. dense: on the dense model's
     activations. layerwise: on those of the pruned model, layer after layer. block: as layerwise, and a step of

@@ -225,7 +225,7 @@ class _Planner:
 
     def _prune(self, label: str, dense: Input, importance: Stage, ratio: float, method: Method) -> Stage:
         params = {"ratio": ratio, **_effective(method)}
-        if method.refit != "none":
+        if method.refit != "none" or method.allocation == "searched":  # windows go through the model again
             params |= {
                 "dtype": self.config.importance.dtype,
                 "micro_batch_size": self.config.calibration.micro_batch_size,
@@ -273,9 +273,9 @@ def check_reachable(size: ModelSize, ratio: float, method: Method, where: str) -
     Raises:
         UserError: telling the largest ratio that it can reach.
     """
-    if method.allocation == "uniform":
+    if method.allocation != "global":
         uniform_width(size, ratio, method.multiple_of, where)
-    else:
+    if method.allocation != "uniform":
         narrowest = narrowest_widths(size, method.floor, method.protect_first, method.protect_last)
         removals(size, ratio, narrowest, where)
 

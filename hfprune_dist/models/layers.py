@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.models.checkpoint import Checkpoint
+from hfprune_dist.models.families import Family
 from hfprune_dist.models.weights import read_tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """The end of a model: final norm, and the projection to the vocabulary."""
+
+    norm: nn.Module
+    weight_VC: Tensor
+    bias_V: Tensor | None
+
+    def outputs(self, hidden_BTC: Tensor) -> Outputs:
+        """From what the last layer puts out."""
+        return Outputs(self.norm(hidden_BTC).flatten(0, 1), self.weight_VC, self.bias_V)
 
 
 class LayerReader:
@@ -46,7 +62,7 @@ class LayerReader:
         body.rotary_emb = type(body.rotary_emb)(body.config)  # its buffers are computed, not read
         prefix = f"{family.layers}.{number}."
         weights = {
-            f"layers.0.{name.removeprefix(prefix)}": read_tensor(self._checkpoint, name).to(self._device, self._dtype)
+            f"layers.0.{name.removeprefix(prefix)}": self._read(name)
             for name in self._checkpoint.tensors
             if name.startswith(prefix)
         }
@@ -54,6 +70,24 @@ class LayerReader:
         missing = [name for name, parameter in body.named_parameters() if parameter.is_meta]
         assert not missing, f"layer {number}: the checkpoint lacks {missing}"
         return body.to(self._device).requires_grad_(False).eval()
+
+    def head(self) -> Head:
+        """What turns the last layer's output into logits."""
+        family, names = self._checkpoint.family, self._checkpoint.tensors
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self._layer_config(0), dtype=self._dtype)
+        norm: nn.Module = family.body_of(model).get_submodule("norm")
+        norm.load_state_dict({"weight": self._read(f"{family.body}.norm.weight")}, assign=True)
+        weight = f"{family.head}.weight"
+        bias = f"{family.head}.bias"
+        return Head(
+            norm.requires_grad_(False),
+            self._read(weight if weight in names else family.embedding_tensor()),  # else tied to the embedding
+            self._read(bias) if bias in names else None,
+        )
+
+    def _read(self, name: str) -> Tensor:
+        return read_tensor(self._checkpoint, name).to(self._device, self._dtype)
 
     def _layer_config(self, number: int) -> Any:
         config = copy.deepcopy(self._config.per_layer_config[number])
@@ -74,3 +108,13 @@ def run(layer: nn.Module, hidden_BTC: Tensor) -> Tensor:
 def mlp_of(layer: nn.Module) -> nn.Module:
     """The MLP inside what ``LayerReader.layer`` made."""
     return layer.get_submodule("layers.0.mlp")
+
+
+def narrow(mlp: nn.Module, family: Family, kept: Tensor) -> None:
+    """Leave an MLP the neurons ``kept`` (ascending int64 indices) alone."""
+    for name in family.row_projections:
+        row = mlp.get_submodule(name)
+        for parameter in row.parameters():
+            parameter.data = parameter.data[kept.to(parameter.device)]
+    column = mlp.get_submodule(family.down_projection).get_parameter("weight")
+    column.data = column.data[:, kept.to(column.device)]

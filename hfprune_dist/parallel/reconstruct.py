@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from hfprune_dist.parallel.world import World
 
 # Of conjugate gradients; each costs about as much as four forwards of the MLP.
 ITERATIONS = 8
+# The curvature J^T J needs fewer tokens than the pull J^T r (Byrd et al. 2011): outputs for each unknown.
+CURVATURE_OUTPUTS = 3
 # Shares of the step that are tried on held-out windows.
 STEP_LENGTHS = (1.0, 0.5)
 
@@ -40,22 +42,30 @@ class Reconstruction:
         self._inputs = inputs
         self._micro_batches = micro_batches
         self._world = world
+        self._tokens = sum(world.gather(sum(len(input_NC) for input_NC in inputs.values())))
         self._targets = {
             index: _output(dense, dense_biases, input_NC.to(world.device)).cpu() for index, input_NC in inputs.items()
         }
 
     def improve(self, start: MlpWeights, biases: Biases) -> MlpWeights:
         """The weights after one step; ``start`` itself where no step is better on held-out windows."""
-        diagonal = self._sum(lambda index: self._at(start, biases, index).diagonal())
-        right = self._sum(lambda index: self._pull(start, biases, index))
+        fitted = [it for it in range(self._micro_batches) if not is_held_out(it, self._micro_batches)]
+        sampled = fitted[:: self._stride(start)]
+        diagonal = self._mean(sampled, lambda index: self._at(start, biases, index).diagonal())
+        right = self._mean(fitted, lambda index: self._pull(start, biases, index))
 
         def product(change: MlpWeights) -> MlpWeights:
-            return self._sum(lambda index: _bend(self._at(start, biases, index), change))
+            return self._mean(sampled, lambda index: _bend(self._at(start, biases, index), change))
 
         step = solve_normal_equations(product, right, diagonal, ITERATIONS)
         candidates = [start, *(start.plus(step, length) for length in STEP_LENGTHS)]
         errors = [self._held_out_error(candidate, biases) for candidate in candidates]
         return candidates[errors.index(min(errors))]
+
+    def _stride(self, weights: MlpWeights) -> int:
+        """The curvature is made of one of so many micro-batches."""
+        outputs = self._tokens * weights.down_CK.shape[0]
+        return max(1, outputs // (CURVATURE_OUTPUTS * sum(it.numel() for it in weights.tensors())))
 
     def _at(self, weights: MlpWeights, biases: Biases, index: int) -> Linearized:
         return Linearized(weights, biases, self._inputs[index].to(self._world.device))
@@ -64,9 +74,9 @@ class Reconstruction:
         at = self._at(weights, biases, index)
         return at.backward(self._targets[index].to(self._world.device) - at.output())
 
-    def _sum(self, term_of: Callable[[int], MlpWeights]) -> MlpWeights:
-        """Add up a term of every fitted micro-batch of all ranks, exactly."""
-        own = [index for index in self._inputs if not is_held_out(index, self._micro_batches)]
+    def _mean(self, indices: Sequence[int], term_of: Callable[[int], MlpWeights]) -> MlpWeights:
+        """Average a term over micro-batches of all ranks, exactly."""
+        own = [index for index in indices if index in self._inputs]
         shapes: list[torch.Size] = []
         first = term_of(own[0]) if own else None
         maxima = torch.zeros(3, dtype=torch.float64)
@@ -76,7 +86,7 @@ class Reconstruction:
         self._world.broadcast_tensor(maxima, 0)
         shapes = self._world.broadcast(shapes)
         sums = [
-            ExactSum(float(maximum), self._micro_batches, shape, self._world.device)
+            ExactSum(float(maximum), len(indices), shape, self._world.device)
             for maximum, shape in zip(maxima, shapes, strict=True)
         ]
         for index in own:
@@ -85,7 +95,7 @@ class Reconstruction:
                 total.add(part)
         for total in sums:
             self._world.add_up(total.total)
-        return MlpWeights(*(total.value().float() for total in sums))
+        return MlpWeights(*((total.value() / len(indices)).float() for total in sums))
 
     def _held_out_error(self, weights: MlpWeights, biases: Biases) -> float:
         """Squared error on the held-out windows of all ranks, added in their order."""

@@ -17,7 +17,7 @@ from hfprune_dist.core.reconstruction import Biases, MlpWeights
 from hfprune_dist.core.refit import best_ridge, output_error, refit_down_projection
 from hfprune_dist.files import read_json, write_json
 from hfprune_dist.models.checkpoint import Checkpoint
-from hfprune_dist.models.layers import mlp_of
+from hfprune_dist.models.layers import mlp_of, narrow
 from hfprune_dist.parallel.layerwise import Grams, LayerStream
 from hfprune_dist.parallel.reconstruct import Reconstruction
 from hfprune_dist.parallel.world import World
@@ -148,15 +148,10 @@ class Refit:
     def _install(self, number: int, mlp: nn.Module) -> None:
         """Turn a dense layer's MLP into the pruned and refitted one."""
         prefix = f"{self._family.mlp_prefix(number)}."
-        kept = self._kept[number]
-        for name in self._family.row_projections:
-            row = self._linear(mlp, name)
-            row.weight = nn.Parameter(row.weight.data[kept.to(row.weight.device)], requires_grad=False)
-            if row.bias is not None:
-                row.bias = nn.Parameter(row.bias.data[kept.to(row.bias.device)], requires_grad=False)
+        narrow(mlp, self._family, self._kept[number])
         for name in self._fitted_names(number):
-            linear = self._linear(mlp, name.removeprefix(prefix).removesuffix(".weight"))
-            linear.weight = nn.Parameter(self._read(number, name).to(linear.weight), requires_grad=False)
+            weight = self._linear(mlp, name.removeprefix(prefix).removesuffix(".weight")).weight
+            weight.data = self._read(number, name).to(weight)
 
     def _count_done(self) -> int:
         done = 0

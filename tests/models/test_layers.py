@@ -24,6 +24,20 @@ def test_layer_after_layer_is_the_whole_decoder(tmp_path, variant, dtype):
         assert torch.equal(body.norm(hidden_BTC), expected)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_head_gives_the_model_s_logits(tmp_path, variant):
+    folder = save_tiny(tmp_path, variant)
+    input_ids_BT = torch.randint(264, (2, 7), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reader = LayerReader(open_checkpoint(folder), torch.float32, CPU)
+    hidden_BTC = reader.embed(input_ids_BT)
+    for number in range(2):
+        hidden_BTC = run(reader.layer(number), hidden_BTC)
+    with torch.no_grad():
+        ((_, logits_NV),) = reader.head().outputs(hidden_BTC).logits()
+        assert torch.equal(logits_NV.view(2, 7, -1), model(input_ids_BT).logits)
+
+
 def test_a_sliding_window_is_kept(tmp_path):
     """Mistral's mask differs from a causal one where windows are longer than its sliding window."""
     folder = save_tiny(tmp_path, "mistral", sliding_window=4)

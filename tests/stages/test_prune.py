@@ -17,6 +17,7 @@ from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.refit import refit_down_projection
 from hfprune_dist.identity import FileHashes
 from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.parallel.measurement import Measurement
 from hfprune_dist.parallel.refit import Refit
 from hfprune_dist.parallel.world import World
 from hfprune_dist.plan import Input, Stage
@@ -182,6 +183,53 @@ def test_layers_compete_and_the_checkpoint_loads_with_and_without_its_code(tmp_p
     with torch.no_grad():
         assert torch.equal(ours(input_ids).logits, plain(input_ids).logits)
     assert plain.generate(input_ids, max_new_tokens=3).shape == (1, 15)
+
+
+@pytest.mark.slow
+def test_a_search_has_the_same_bits_on_any_number_of_ranks(tmp_path):
+    results = []
+    for ranks in (1, 2):
+        (tmp_path / str(ranks)).mkdir()
+        settings = {"allocation": "searched", "refit": "dense", "dtype": "bfloat16"}
+        store, stage, _ = prepare(tmp_path / str(ranks), criterion="surgeon", samples=40, **settings)
+        result = run_stage(store, stage, ranks)
+        assert result.returncode == 0, result.stderr[-2000:]
+        results.append((weights_of(store, stage), store.manifest(stage.id)["metrics"]["search_kl"]))
+    assert results[0] == results[1]
+
+
+def test_a_search_takes_the_widths_that_measure_best(tmp_path):
+    """What it measured of the winner is what the finished checkpoint has on the held-out window."""
+    store, stage, _ = prepare(tmp_path, ratio=0.15, allocation="searched")
+    run_solo(store, stage)
+    metrics, folder = store.manifest(stage.id)["metrics"], store.path(stage.id)
+    measured = metrics["search_kl"]
+    assert "uniform" in measured and "evenness 0, tilt 0, bend 0" in measured and len(measured) > 8
+    held_out = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"][8:]
+    with torch.no_grad():
+        log_p, log_q = (
+            load_causal_lm(path, torch.float32)(held_out).logits.log_softmax(-1)
+            for path in (tmp_path / "model", folder)
+        )
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    assert kl == pytest.approx(min(measured.values()), rel=1e-4)
+    assert metrics["ratio_reached"] == pytest.approx(0.15, abs=0.002)
+
+
+def test_an_interrupted_search_measures_nothing_twice(tmp_path, monkeypatch):
+    measured = []
+    original = Measurement.kl
+    monkeypatch.setattr(
+        Measurement,
+        "kl",
+        lambda self, candidates, *rest: measured.extend(candidates) or original(self, candidates, *rest),
+    )
+    store, stage, _ = prepare(tmp_path, ratio=0.15, allocation="searched")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prune, "top_neurons", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_solo(store, stage)
+    run_solo(store, stage)
+    assert len(measured) == len(set(measured)) == len(store.manifest(stage.id)["metrics"]["search_kl"])
 
 
 def test_each_criterion_keeps_its_own_neurons(tmp_path):

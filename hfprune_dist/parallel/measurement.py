@@ -1,0 +1,163 @@
+"""How far models of many widths are from the dense one, measured in one walk through the layers.
+
+The windows go through the dense layers and, beside them, through every candidate's: candidates share all layers up to
+the first in which their widths differ. Memory is that of one layer and of the windows' hidden states of each candidate.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hfprune_dist.core.fidelity import compare_outputs, next_ids
+from hfprune_dist.core.refit import best_ridge, refit_down_projection
+from hfprune_dist.core.search import Widths
+from hfprune_dist.core.selection import top_neurons
+from hfprune_dist.models.checkpoint import Checkpoint
+from hfprune_dist.models.layers import LayerReader, mlp_of, narrow, run
+from hfprune_dist.parallel.layerwise import Grams, LayerStream, is_held_out
+from hfprune_dist.parallel.world import World
+
+# On so many calibration windows candidates are compared: of those that refits keep apart to choose their ridge.
+WINDOWS = 8
+
+# Candidates that have had the same widths so far -> micro-batch of this rank -> its hidden states, on the CPU.
+Branches = dict[tuple[int, ...], dict[int, Tensor]]
+
+
+class Measurement:
+    """Measures candidates on the windows of all ranks; the same bits on any number of them.
+
+    Args:
+        scores: of each layer's neurons; a layer keeps the highest.
+        refit: whether down projections are fitted to the dense activations, on the windows that are not held out.
+        windows_ST: all calibration windows, int64 [samples, sequence_length].
+        micro_batch_size: windows per forward.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        scores: Sequence[Tensor],
+        refit: bool,
+        windows_ST: Tensor,
+        dtype: torch.dtype,
+        micro_batch_size: int,
+        world: World,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._scores = scores
+        self._refit = refit
+        self._windows_ST = windows_ST
+        self._dtype = dtype
+        self._micro_batch_size = micro_batch_size
+        self._world = world
+        self._reader = LayerReader(checkpoint, dtype, world.device)
+        batches = windows_ST.split(micro_batch_size)
+        held_out = [it for it in range(len(batches)) if is_held_out(it, len(batches))] or [0]
+        chosen = held_out[: max(1, WINDOWS // micro_batch_size)]
+        self._batches = {index: batches[index] for index in chosen[world.rank :: world.size]}
+
+    def kl(self, candidates: Sequence[Widths], after_each: Callable[[int], None]) -> list[float]:
+        """KL(dense || candidate) per token, nats, of every candidate.
+
+        Args:
+            after_each: called on every rank with the number of layers that are done.
+        """
+        dense = tuple(len(scores_D) for scores_D in self._scores)
+        everyone = [dense, *candidates]
+        branches: Branches = {
+            tuple(range(len(everyone))): {index: self._reader.embed(ids) for index, ids in self._batches.items()}
+        }
+        stream = self._stream()
+        for number in range(len(dense)):
+            layer = self._reader.layer(number)
+            widths = sorted({widths[number] for widths in everyone})
+            grams = stream.grams(number, layer, advance=True) if stream else None
+            mlps = self._mlps(number, mlp_of(layer), widths, grams)
+            branches = self._advance(layer, mlps, _split(branches, [widths[number] for widths in everyone]))
+            after_each(number + 1)
+        return self._compared(branches, len(everyone))[1:]
+
+    def _stream(self) -> LayerStream | None:
+        """The windows of the refit on their way through the dense layers."""
+        if not self._refit:
+            return None
+        return LayerStream(self._checkpoint, self._windows_ST, self._dtype, self._micro_batch_size, self._world)
+
+    def _mlps(self, number: int, mlp: nn.Module, widths: Sequence[int], grams: Grams | None) -> dict[int, nn.Module]:
+        """The layer's MLP at every width; ranks share the solving."""
+        family = self._checkpoint.family
+        dense_width = len(self._scores[number])
+        narrower = [width for width in widths if width < dense_width]
+        kept = {width: top_neurons(self._scores[number], width) for width in narrower}
+        fitted = self._fitted(mlp, kept, grams) if grams is not None and narrower else {}
+        mlps = {dense_width: mlp}
+        for width in narrower:
+            mlps[width] = copy.deepcopy(mlp)
+            narrow(mlps[width], family, kept[width])
+            if width in fitted:
+                weight = mlps[width].get_submodule(family.down_projection).get_parameter("weight")
+                weight.data = fitted[width].to(weight)
+        return mlps
+
+    def _fitted(self, mlp: nn.Module, kept: Mapping[int, Tensor], grams: Grams) -> dict[int, Tensor]:
+        """The down projection for every width, fitted on the windows that are not held out; one ridge for all."""
+        name = self._checkpoint.family.down_projection
+        weight_CD = mlp.get_submodule(name).get_parameter("weight").data.double()
+        on_device = {width: kept_K.to(weight_CD.device) for width, kept_K in kept.items()}
+        narrowest_K = on_device[min(on_device)]
+        ridge = best_ridge(weight_CD, grams.fitted_DD, grams.held_out_DD, narrowest_K) if self._world.is_first else 0.0
+        ridge = self._world.broadcast(ridge)
+        mine = {
+            width: refit_down_projection(weight_CD, grams.fitted_DD, kept_K, ridge).float().cpu()
+            for place, (width, kept_K) in enumerate(on_device.items())
+            if place % self._world.size == self._world.rank
+        }
+        return {width: weight for share in self._world.gather(mine) for width, weight in share.items()}
+
+    def _advance(self, layer: nn.Module, mlps: Mapping[int, nn.Module], branches: Mapping[int, Branches]) -> Branches:
+        """Run every branch through the layer with the MLP of its width."""
+        advanced: Branches = {}
+        for width, at_width in branches.items():
+            _replace_mlp(layer, mlps[width])
+            for members, hidden in at_width.items():
+                advanced[members] = {
+                    index: run(layer, hidden_BTC.to(self._world.device)).cpu() for index, hidden_BTC in hidden.items()
+                }
+        return advanced
+
+    def _compared(self, branches: Branches, count: int) -> list[float]:
+        """Divergence of every candidate from the first, added up in the order of the micro-batches."""
+        head = self._reader.head()
+        reference = next(hidden for members, hidden in branches.items() if 0 in members)
+        own: dict[tuple[int, int], float] = {}
+        for members, hidden in branches.items():
+            for index, hidden_BTC in hidden.items():
+                following_N = torch.cat([next_ids(ids_T) for ids_T in self._batches[index]]).to(self._world.device)
+                dense, model = (head.outputs(it.to(self._world.device)) for it in (reference[index], hidden_BTC))
+                sums = compare_outputs(dense, model, following_N)
+                own |= {(member, index): sums.kl for member in members}
+        everywhere = {key: value for share in self._world.gather(own) for key, value in share.items()}
+        tokens = sum(self._world.gather(sum(ids.numel() for ids in self._batches.values())))
+        totals = [0.0] * count
+        for member, index in sorted(everywhere):
+            totals[member] += everywhere[member, index]
+        return [total / tokens for total in totals]
+
+
+def _split(branches: Branches, widths: Sequence[int]) -> dict[int, Branches]:
+    """Width -> the branches that go on with it; ``widths`` are the candidates' in the next layer."""
+    split: dict[int, Branches] = {}
+    for members, hidden in branches.items():
+        for width in sorted({widths[member] for member in members}):
+            staying = tuple(member for member in members if widths[member] == width)
+            split.setdefault(width, {})[staying] = dict(hidden)
+    return split
+
+
+def _replace_mlp(layer: nn.Module, mlp: nn.Module) -> None:
+    layer.get_submodule("layers.0").mlp = mlp
