@@ -23,6 +23,8 @@ LIVE_PARAMETERS = 1_000_000_000
 SMALL_PARAMETER = 100_000
 # core.head: logits of a chunk in float32, its exponentials, and their copies in the model's dtype.
 HEAD_CHUNK_BYTES = 4 * 64 * 2**20
+# parallel.accumulation: a shard's curvature in float32, and its exact sum over shards in two numbers of 8 bytes.
+CURVATURE_BYTES = 20
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Importance:
-    """A calibration pass: ``windows`` of ``tokens`` at a time, a backward for each of ``losses``."""
+    """A calibration pass: ``windows`` of ``tokens`` at a time, a backward for each of ``losses``.
+
+    With ``curvature``, it also adds up g g^T at the output of every MLP.
+    """
 
     windows: int
     tokens: int
     losses: int = 1
     itemsize: int = 2
     checkpointing: bool = False
+    curvature: bool = False
+
+    def host_bytes(self, shape: Shape) -> int:
+        """Main memory that one rank's sums take, where they are too large to leave out."""
+        return CURVATURE_BYTES * shape.num_layers * shape.hidden_size**2 if self.curvature else 0
 
     def memory(self, shape: Shape, ranks: int) -> Memory:
         """On one of the ranks that the model is sharded over."""

@@ -4,7 +4,7 @@ Everything is measured side by side in one run and told as a ratio (the launcher
 what else the machine does matters little. Needs no network: the model is the demo's, made if it is missing.
 
 examples:
-  python launch/bench.py                                  all sections, about ten minutes on two cores
+  python launch/bench.py                                  all sections, ten to twenty minutes on one core
   python launch/bench.py --quick --only pass,criteria
   python launch/bench.py --model /data/my-llama --out runs/bench-llama
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,8 @@ LOSSES = {
     "fisher_signs": "random_signs",
     "surgeon": "random_signs",
 }
+# Criteria that need curvature, as core.criteria has it.
+CURVED = {"surgeon"}
 MOST_NODES, MICRO_BATCHES = 256, (1, 2, 4, 8, 16, 32, 64)
 # Where both the job and the weights it shares are known to be small: inference.WEIGHTS_SHARE.
 WHOLE_WEIGHTS_SHARE = 0.6
@@ -39,7 +41,9 @@ class Estimate:
     """What one stage needs, as computed.
 
     Attributes:
-        fits: None where the profile does not say how much memory a GPU has.
+        host_memory: bytes of main memory on one node that sums of all its ranks take.
+        host_available: of one node; None where the profile does not say.
+        fits: whether the GPUs' memory is enough; None where the profile does not say how much memory a GPU has.
         advice: nodes and micro-batch that suit it better; empty where nothing is known to.
         gpu_hours: None where the amount of work, or the rate of a GPU in that dtype, is not known.
     """
@@ -47,6 +51,8 @@ class Estimate:
     stage: Stage
     memory: Memory
     available: float | None
+    host_memory: float
+    host_available: float | None
     fits: bool | None
     advice: str
     gpu_hours: float | None
@@ -62,16 +68,27 @@ def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: 
 
 
 def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
-    """Raises UserError naming every stage that needs more memory than its GPUs have, and what would help."""
-    problems = [
-        f"{each.stage.kind} {each.stage.label}: about {each.memory.total / GIB:,.0f} GiB on each GPU, which has "
-        f"{(each.available or 0) / GIB:,.0f} GiB (gpu_memory_gib); {each.advice or 'no number of nodes is enough'}"
-        for each in estimates
-        if each.fits is False
-    ]
+    """Raises UserError naming every stage that needs more memory than its GPUs or nodes have, and what would help."""
+    problems = [problem for each in estimates for problem in _problems(each)]
     if problems:
         raise UserError(
-            "the plan can't fit the profile's GPUs (estimates):\n" + "\n".join(f"  {it}" for it in problems)
+            "the plan can't fit the profile's GPUs and nodes (estimates):\n" + "\n".join(f"  {it}" for it in problems)
+        )
+
+
+def _problems(estimate: Estimate) -> Iterator[str]:
+    stage = f"{estimate.stage.kind} {estimate.stage.label}"
+    if estimate.fits is False:
+        yield (
+            f"{stage}: about {estimate.memory.total / GIB:,.0f} GiB on each GPU, which has "
+            f"{(estimate.available or 0) / GIB:,.0f} GiB (gpu_memory_gib); "
+            f"{estimate.advice or 'no number of nodes is enough'}"
+        )
+    if estimate.host_available is not None and estimate.host_memory > estimate.host_available:
+        yield (
+            f"{stage}: about {estimate.host_memory / GIB:,.1f} GiB of curvature on each node, which has "
+            f"{estimate.host_available / GIB:,.1f} GiB (memory); fewer tasks_per_node on more nodes, or a method "
+            "without the surgeon criterion"
         )
 
 
@@ -79,12 +96,15 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
     """A table that says of itself that nothing in it was measured."""
     if not estimates:
         return
-    lines = Table("stage", "for", "memory per GPU", "fits", "suggested", "GPU-hours", box=None, pad_edge=False)
+    lines = Table(
+        "stage", "for", "memory per GPU", "host memory", "fits", "suggested", "GPU-hours", box=None, pad_edge=False
+    )
     for each in estimates:
         verdict = {None: "? (gpu_memory_gib)", True: "yes", False: "no"}[each.fits]
         hours = "?" if each.gpu_hours is None else f"~{each.gpu_hours:,.2f}"
         memory = f"~{each.memory.total / GIB:,.1f} GiB"
-        lines.add_row(each.stage.kind, escape(each.stage.label), memory, verdict, escape(each.advice), hours)
+        host = f"~{each.host_memory / GIB:,.1f} GiB" if each.host_memory else ""
+        lines.add_row(each.stage.kind, escape(each.stage.label), memory, host, verdict, escape(each.advice), hours)
     console.print("\nestimates from the models' shapes and the profile's GPUs; nothing here was measured:")
     console.print(lines)
 
@@ -96,6 +116,8 @@ def _estimate(stage: Stage, shape: Shape, resources: Resources, runtime: Runtime
         stage=stage,
         memory=job.memory(shape, placed.ranks),
         available=resources.gpu_memory_gib and gpus.memory,
+        host_memory=resources.tasks_per_node * job.host_bytes(shape) if isinstance(job, Importance) else 0,
+        host_available=resources.memory_bytes,
         fits=fits(job, shape, placed) if resources.gpu_memory_gib else None,
         advice=_advice(job, shape, gpus) if resources.gpu_memory_gib else "",
         gpu_hours=_gpu_hours(stage, job, shape, gpus),
@@ -112,6 +134,7 @@ def _job(stage: Stage, runtime: RuntimeConfig) -> Job:
             losses=len(losses),
             itemsize=ITEMSIZE[params["dtype"]],
             checkpointing=runtime.activation_checkpointing,
+            curvature=not CURVED.isdisjoint(params["criteria"]),
         )
     if stage.kind == "recover":
         recovery = params["recovery"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from hfprune_dist.plan import STAGE_VERSIONS
 
 Kind = Literal["importance", "prune", "recover", "evaluate"]
 Scalar = str | int | bool
+# Of Slurm's --mem; megabytes where none is given.
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Resources(Section):
@@ -66,6 +69,14 @@ class Resources(Section):
     @property
     def gpus(self) -> int:
         return self.nodes * self.gpus_per_node
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Main memory per node; None where it is the cluster's default, all of it, or not in Slurm's notation."""
+        found = re.fullmatch(r"(\d+)([KMGT]?)B?", self.memory or "", re.IGNORECASE)
+        if found is None or int(found[1]) == 0:
+            return None
+        return float(int(found[1]) * UNITS[found[2].upper() or "M"])
 
     @property
     def cores(self) -> int:

@@ -78,6 +78,7 @@ def test_the_parameters_of_published_models(size):
 def test_kept_activations_of_the_calibration_pass(variant):
     model = tiny_model(variant, **SHAPE).bfloat16().requires_grad_(False)
     lighten(model, FAMILIES[model.config.model_type])
+    model.config._attn_implementation = "sdpa"  # as on a GPU, whose memory is what is estimated
     job = Importance(windows=2, tokens=128)
     with kept_for_backward(model) as counted:
         score(model, ["entropy"])
@@ -101,6 +102,12 @@ def test_checkpointing_keeps_the_inputs_of_layers():
     assert sum(seen) == inputs
 
 
+def test_curvature_is_counted_as_memory_of_the_host():
+    shape = published("7B")
+    assert Importance(1, 1024).host_bytes(shape) == 0
+    assert Importance(1, 1024, curvature=True).host_bytes(shape) == 20 * 32 * 4096**2
+
+
 def test_kept_activations_of_lora_training():
     model = tiny_model("llama", **SHAPE).bfloat16()
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.05, target_modules=lora_targets(FAMILIES["llama"]))
@@ -118,6 +125,7 @@ def test_kept_activations_of_lora_training():
 def test_floating_point_work_of_the_calibration_pass(losses):
     model = tiny_model("llama", **SHAPE).requires_grad_(False)
     lighten(model, FAMILIES["llama"])
+    model.config._attn_implementation = "sdpa"  # as on a GPU: five products backward
     with FlopCounterMode(display=False) as counter:
         score(model, losses)
     shape = shape_of(model.config.to_dict())

@@ -25,6 +25,8 @@ FLAT = {"vocabulary": 1.1, "micro-batches of a shard": 1.1}
 METHODS = ("ours", "published")
 HEAD_SIZE = 32
 DTYPE = "bfloat16"
+# Times are curves of a chart, whose neighbouring points check each other; no line of the table comes from them.
+TIME_ROUNDS = 1
 
 
 def measure_scaling(settings: Settings) -> Findings:
@@ -44,7 +46,7 @@ def measure_scaling(settings: Settings) -> Findings:
             for name in METHODS
         ]
         if axis in ("tokens", "vocabulary", "width", "depth"):
-            times = call(f"{__name__}:time", {"axis": axis, "points": points, "rounds": settings.rounds}, {})
+            times = call(f"{__name__}:time", {"axis": axis, "points": points}, {})
             charts.append(Chart(f"time by {axis}", axis, "time (forward = 1)", points, times))
     return Findings(lines, charts)
 
@@ -61,13 +63,13 @@ def take_memory(axis: str, points: list[int]) -> dict[str, list[int]]:
     return taken
 
 
-def time(axis: str, points: list[int], rounds: int) -> dict[str, list[float]]:
+def time(axis: str, points: list[int]) -> dict[str, list[float]]:
     """In a process of its own: multiples of a forward, by method, at each point."""
     times: dict[str, list[float]] = {method: [] for method in METHODS}
     for point in points:
         subject, shard = _build({**BASE, axis: point})
         variants: dict[str, Any] = {method: _runner(subject, shard, method) for method in METHODS}
-        ratios = paired_ratios({"forward": lambda: subject.forward(shard[0]), **variants}, "forward", rounds)  # noqa: B023
+        ratios = paired_ratios({"forward": lambda: subject.forward(shard[0]), **variants}, "forward", TIME_ROUNDS)  # noqa: B023
         for method in METHODS:
             times[method].append(ratios[method])
     return times

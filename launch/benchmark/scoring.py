@@ -19,6 +19,7 @@ RATIO = 0.2
 GRADIENT_CRITERIA = ("entropy", "cross_entropy", "fisher", "fisher_signs")
 TIME_TARGETS = {"float32": 2.2, "bfloat16": 2.3}
 MEMORY_TARGETS = {"bfloat16": 0.25}
+CRITERIA_NUMBERS = (1, 2, 4)
 CRITERIA_TARGETS = {4: 2.6}
 METHODS = ("forward", "published", "ours", "ours, activations checkpointed")
 
@@ -58,7 +59,7 @@ def measure_criteria(settings: Settings) -> Findings:
     return Findings(
         [
             Line("criteria", f"bfloat16: {number} from one forward, time", ratio, "x one", CRITERIA_TARGETS.get(number))
-            for number, ratio in enumerate(ratios, start=1)
+            for number, ratio in zip(CRITERIA_NUMBERS, ratios, strict=True)
         ]
     )
 
@@ -102,16 +103,15 @@ def take_memory(model: str, text: str, dtype: str, tokens: int, method: str) -> 
 
 
 def time_criteria(model: str, text: str, tokens: int, rounds: int) -> list[float]:
-    """In a process of its own: 1, 2, ... gradient criteria, as multiples of one."""
+    """In a process of its own: ``CRITERIA_NUMBERS`` of gradient criteria, as multiples of one."""
     windows = read_text(model, text, 1, tokens)
     subject = load_subject(model, "bfloat16")
 
     def run(number: int) -> None:
         subject.ours([windows], GRADIENT_CRITERIA[:number])
 
-    numbers = range(1, len(GRADIENT_CRITERIA) + 1)
-    ratios = paired_ratios({str(number): lambda number=number: run(number) for number in numbers}, "1", rounds)  # type: ignore[misc]
-    return [ratios[str(number)] for number in numbers]
+    variants = {str(number): lambda number=number: run(number) for number in CRITERIA_NUMBERS}
+    return list(paired_ratios(variants, "1", rounds).values())
 
 
 def run_method(subject: Subject, method: str, input_ids_BT: Tensor) -> None:

@@ -12,7 +12,7 @@ from hfprune_dist.identity import FileHashes
 from hfprune_dist.methods import resolve_methods
 from hfprune_dist.models.sources import resolve_models
 from hfprune_dist.plan import build_plan
-from launch.estimate import LOSSES, estimate_stages, refuse_what_cannot_fit
+from launch.estimate import CURVED, LOSSES, estimate_stages, refuse_what_cannot_fit
 from launch.profiles import load_profile
 
 METHODS = ROOT / "configs" / "methods"
@@ -40,6 +40,7 @@ def estimates(inputs, tmp_path, profile, **overrides):
 
 def test_losses_are_those_of_the_criteria():
     assert {name: criterion.loss.name for name, criterion in CRITERIA.items() if criterion.loss} == LOSSES
+    assert {name for name, criterion in CRITERIA.items() if criterion.needs_moments} == CURVED
 
 
 def test_stages_that_run_a_model_on_gpus_are_estimated(inputs, tmp_path):
@@ -63,6 +64,19 @@ def test_a_plan_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path
     none = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 0.001\n")
     with pytest.raises(UserError, match="no number of nodes is enough"):
         refuse_what_cannot_fit(none)
+
+
+def test_curvature_of_all_ranks_of_a_node_must_fit_its_main_memory(inputs, tmp_path):
+    def importance(memory, **overrides):
+        found = estimates(inputs, tmp_path, GPUS + memory, **overrides)
+        return [each for each in found if each.stage.kind == "importance"]
+
+    small = importance("memory: 20K\n", importance__criteria=["surgeon"])
+    assert small[0].host_memory > 0 and small[0].host_memory % (2 * 20) == 0, "two ranks, 20 bytes a number"
+    with pytest.raises(UserError, match=r"importance alpha: .* of curvature on each node.*fewer tasks_per_node"):
+        refuse_what_cannot_fit(small)
+    refuse_what_cannot_fit(importance("memory: 2G\n", importance__criteria=["surgeon"]))
+    refuse_what_cannot_fit(importance("", importance__criteria=["surgeon"]))
 
 
 def test_checkpointing_is_known_to_the_estimate(inputs, tmp_path):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from hfprune_dist.errors import UserError
-from launch.profiles import load_profile
+from launch.profiles import Resources, load_profile
 
 SHIPPED = Path(__file__).resolve().parents[2] / "slurm" / "profiles"
 
@@ -51,3 +51,10 @@ def test_mistakes_are_explained(tmp_path, text, expected):
 def test_an_unknown_profile(tmp_path):
     with pytest.raises(UserError, match=r"no profile 'local-clutser'; did you mean 'local-cluster'"):
         load_profile("local-clutser", SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("memory", "size"), [("400G", 400 * 2**30), ("512", 512 * 2**20), ("3tb", 3 * 2**40), ("0", None), (None, None)]
+)
+def test_memory_is_read_as_slurm_reads_it(memory, size):
+    assert Resources(memory=memory).memory_bytes == size
