@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.criteria import Batch, Criterion, Loss, losses_of
-from hfprune_dist.core.fused import observe_gradient
+from hfprune_dist.core.fused import masked, observe_gradient
 from hfprune_dist.core.head import head_gradients
 
 
@@ -28,16 +28,21 @@ class ScoredModel:
         head: gives the head's weight [vocabulary, hidden_size] and bias, for as long as its context lasts.
         down_projections: one module per layer, in order; their inputs are the neurons' activations.
         rearming: called after a forward; what it returns is called before each backward.
+        student_LD: which neurons the student has, bool [num_layers, intermediate_size] on the model's device; for
+            losses of a student alone.
     """
 
     body: Callable[[Tensor], Tensor]
     head: Callable[[], AbstractContextManager[tuple[Tensor, Tensor | None]]]
     down_projections: Sequence[nn.Module]
     rearming: Callable[[], Callable[[], None]] = lambda: lambda: None
+    student_LD: Tensor | None = None
 
 
 def score_batch(model: ScoredModel, batch: Batch, sums: NeuronSums) -> dict[str, float]:
     """Add a micro-batch's sums to ``sums``: one forward, one pass over the logits, one backward for each loss.
+
+    Losses of a student cost all of that again. The dense model comes first and knows nothing of it.
 
     Returns:
         Loss name -> sum over the batch's windows of the loss per token.
@@ -46,14 +51,34 @@ def score_batch(model: ScoredModel, batch: Batch, sums: NeuronSums) -> dict[str,
         NonFiniteError: where a layer saw NaN or infinity.
     """
     losses = losses_of(sums.criteria)
-    with sums.observe(), torch.set_grad_enabled(bool(losses)):
-        hidden_BTC = model.body(batch.input_ids_BT)
-        if not losses:
-            return {}
-        with model.head() as (weight_VC, bias_V):
-            bound = [loss.bind(batch) for loss in losses]
-            gradients = head_gradients(hidden_BTC.detach().flatten(0, 1), weight_VC, bias_V, bound)
-        return sums.backward(hidden_BTC, dict(zip(losses, gradients, strict=True)), model.rearming())
+    of_dense = [loss for loss in losses if loss.of == "dense"]
+    of_student = [loss for loss in losses if loss.of == "student"]
+    with sums.observe():
+        with torch.set_grad_enabled(bool(of_dense)):
+            hidden_BTC = model.body(batch.input_ids_BT)
+        values = _differentiate(model, batch, sums, of_dense, hidden_BTC) if of_dense else {}
+        if of_student:
+            assert model.student_LD is not None
+            with sums.masking(model.student_LD):
+                student_BTC = model.body(batch.input_ids_BT)
+                values |= _differentiate(model, batch, sums, of_student, student_BTC, hidden_BTC.detach())
+    return values
+
+
+def _differentiate(
+    model: ScoredModel,
+    batch: Batch,
+    sums: NeuronSums,
+    losses: Sequence[Loss],
+    hidden_BTC: Tensor,
+    teacher_BTC: Tensor | None = None,
+) -> dict[str, float]:
+    """One pass over the logits of final hidden states, then one backward for each loss; returns the losses' values."""
+    teacher_NC = None if teacher_BTC is None else teacher_BTC.flatten(0, 1)
+    with model.head() as (weight_VC, bias_V):
+        bound = [loss.bind(batch) for loss in losses]
+        gradients = head_gradients(hidden_BTC.detach().flatten(0, 1), weight_VC, bias_V, bound, teacher_NC)
+    return sums.backward(hidden_BTC, dict(zip(losses, gradients, strict=True)), model.rearming())
 
 
 class NeuronSums:
@@ -94,6 +119,7 @@ class NeuronSums:
         self._bending: dict[int, Tensor] = {}
         self._activation_sum: dict[int, Tensor] = {}
         self._loss: Loss | None = None
+        self._keeps_LD: Tensor | None = None
 
     @contextmanager
     def observe(self) -> Iterator[None]:
@@ -120,6 +146,19 @@ class NeuronSums:
             self._partial.clear()
             self._bending.clear()
             self._activation_sum.clear()
+
+    @contextmanager
+    def masking(self, keeps_LD: Tensor) -> Iterator[None]:
+        """Inside ``observe``: forwards and their backwards are those of a student that has these neurons alone.
+
+        All neurons are scored, at the activations that they would have: one that the student lacks by what its return
+        would do to the loss.
+        """
+        self._keeps_LD = keeps_LD
+        try:
+            yield
+        finally:
+            self._keeps_LD = None
 
     def backward(
         self,
@@ -154,13 +193,16 @@ class NeuronSums:
     def _make_hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def before_down_projection(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             (hidden_BTD,) = inputs
-            if self._needs_gradient and not hidden_BTD.requires_grad:
+            is_first_run = self._loss is None  # else a checkpointed layer runs again
+            if torch.is_grad_enabled() and not hidden_BTD.requires_grad:
                 hidden_BTD = hidden_BTD.detach().requires_grad_()
-            if self._loss is None:  # else a checkpointed layer runs again
+            if self._keeps_LD is not None:
+                hidden_BTD = masked(hidden_BTD, self._keeps_LD[layer])
+            elif is_first_run:
                 self._activation_sum[layer] = hidden_BTD.detach().sum()
                 self._reduce_activation(layer, hidden_BTD.detach())
-                if self._needs_gradient:
-                    observe_gradient(hidden_BTD, partial(self._reduce_gradient, layer))
+            if is_first_run and torch.is_grad_enabled():
+                observe_gradient(hidden_BTD, partial(self._reduce_gradient, layer))
             return (hidden_BTD,)
 
         return before_down_projection

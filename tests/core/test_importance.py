@@ -31,12 +31,19 @@ def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=lighten):
         body=lambda input_ids: family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
         head=lambda: contextlib.nullcontext((linear.weight, linear.bias)),
         down_projections=family.down_projections(model),
+        student_LD=a_student(model),
     )
     sums = NeuronSums(scored.down_projections, model.config.intermediate_size, [CRITERIA[name] for name in names])
     for start in range(0, len(windows), micro_batch_size):
         input_ids = windows[start : start + micro_batch_size]
         score_batch(scored, Batch(input_ids, range(start, start + len(input_ids)), linear.out_features, seed), sums)
     return sums
+
+
+def a_student(model):
+    """Without every tenth neuron, other ones in each layer."""
+    numbers = torch.arange(model.config.intermediate_size)
+    return torch.stack([(numbers + layer) % 10 != 0 for layer in range(model.config.num_hidden_layers)])
 
 
 def some_windows(count=5, tokens=24):
@@ -59,7 +66,7 @@ def test_all_criteria_at_once_match_their_definitions(variant):
     model, windows = tiny_model(variant), some_windows()
     scores = ours(model, windows, 3, list(GRADIENT_CRITERIA), seed=4)
     for name in GRADIENT_CRITERIA:
-        expected = definition(model, windows, name, seed=4)
+        expected = definition(model, windows, name, seed=4, keeps=a_student(model))
         assert (expected > 0).all(), name
         assert torch.linalg.norm(scores[name] - expected) / torch.linalg.norm(expected) < 2e-5, name
 
@@ -141,6 +148,35 @@ def test_activations_alone_need_no_graph():
     columns = torch.stack([layer.mlp.down_proj.weight for layer in model.model.layers]).double()
     expected = definition(model, windows, "activation")
     torch.testing.assert_close(scores.sqrt() * columns.norm(dim=1), expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("lacking", [True, False])
+def test_a_students_scores_are_derivatives_by_the_mask_of_every_neuron(lacking):
+    """Of a neuron that the student lacks: what its return would do, for a window of one token."""
+    model, window = tiny_model().double(), torch.tensor([[7]])
+    keeps = a_student(model)
+    scores = ours(model, window, 1, ["self_distillation"])["self_distillation"]
+    neuron = (keeps[1] != lacking).nonzero()[0].item()
+    divergences = []
+    for step in (-1e-2, 1e-2):
+        masks = keeps.double()
+        masks[1, neuron] += step
+        divergences.append(divergence(model, window, masks))
+    assert scores[1, neuron].item() == pytest.approx(abs(divergences[1] - divergences[0]) / 2e-2, rel=1e-2)
+
+
+def divergence(model, window, masks):
+    """KL(model || model whose neurons are multiplied by masks), mean over tokens."""
+    with torch.no_grad():
+        dense = model(input_ids=window).logits.log_softmax(-1)
+        handles = [
+            layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs, mask=mask: (inputs[0] * mask,))
+            for layer, mask in zip(model.model.layers, masks, strict=True)
+        ]
+        masked = model(input_ids=window).logits.log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    return (dense.exp() * (dense - masked)).sum(-1).mean().item()
 
 
 def test_no_parameter_receives_a_gradient():
