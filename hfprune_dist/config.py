@@ -20,6 +20,7 @@ Dtype = Literal["float32", "bfloat16"]
 # The keys of hfprune_dist.core.criteria.CRITERIA, which explains them; written out here since that one imports torch.
 CriterionName = Literal[
     "entropy",
+    "entropy_bfloat16",
     "entropy_squared",
     "cross_entropy",
     "fisher",
@@ -92,7 +93,8 @@ class ImportanceConfig(Section):
     """Scores to compute besides those that the methods need, all in one calibration pass: one forward, and one
     backward for each loss.
 
-    entropy: sum over tokens of |h * dH/dh| (HFPrune). entropy_squared: sum of squares of the same terms.
+    entropy: sum over tokens of |h * dH/dh| (HFPrune). entropy_bfloat16: the same, added up over micro-batches in
+    bfloat16, to see what that does. entropy_squared: sum of squares of the same terms.
     cross_entropy: sum of |h * dCE/dh| (LLM-Pruner's first order). fisher: sum of (h * dlog p(y)/dh)^2 with y drawn
     from p. fisher_signs: the same expectation, from random signs. self_distillation: sum of |h * dKL/dh| in a student
     that lacks a tenth of its neurons, against the dense model (SDMPrune; another forward and backward). activation:
@@ -101,7 +103,7 @@ class ImportanceConfig(Section):
     layer). magnitude: norm of the weights. random: a random order.
     """
     dtype: Dtype = "bfloat16"
-    """Compute dtype of forward and backward; scores are accumulated in float64 in any case."""
+    """Compute dtype of forward and backward; scores are accumulated in float64, but for entropy_bfloat16."""
 
 
 Allocation = Literal["uniform", "global"]

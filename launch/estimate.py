@@ -23,6 +23,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 # Criterion -> the loss whose backward it needs; core.criteria.CRITERIA, which imports torch, has the same.
 LOSSES = {
     "entropy": "entropy",
+    "entropy_bfloat16": "entropy",
     "entropy_squared": "entropy",
     "cross_entropy": "cross_entropy",
     "fisher": "sampled_label",

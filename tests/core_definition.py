@@ -36,6 +36,7 @@ def self_distillation(logits, teacher, **_):
 # Criterion -> its loss, and what is summed over tokens; x is h * dL/dh.
 GRADIENT_CRITERIA = {
     "entropy": (entropy, lambda x: x.abs()),
+    "entropy_bfloat16": (entropy, lambda x: x.abs()),
     "entropy_squared": (entropy, lambda x: x**2),
     "cross_entropy": (cross_entropy, lambda x: x.abs()),
     "fisher": (sampled_label, lambda x: x**2),
@@ -75,13 +76,19 @@ def definition(model, windows, criterion="entropy", seed=0, keeps=None):
             loss, _ = GRADIENT_CRITERIA[criterion]
             loss(logits, input_ids=window, window=number, seed=seed, teacher=teacher).backward()
         for layer, (hidden, masked) in enumerate(captured):
-            scores[layer] += _summed(criterion, hidden, masked.grad).sum((0, 1)).detach()
+            terms = _summed(criterion, hidden, masked.grad).sum((0, 1)).detach()
+            scores[layer] = _added(criterion, scores[layer], terms)
         for handle in handles:
             handle.remove()
     if criterion == "activation":
         columns = [layer.mlp.down_proj.weight.detach() for layer in layers]
         scores = scores.sqrt() * torch.stack([column.pow(2).sum(0).sqrt() for column in columns])
     return scores
+
+
+def _added(criterion, total, terms):
+    """As if every window were a micro-batch."""
+    return (total.bfloat16() + terms.bfloat16()).double() if criterion == "entropy_bfloat16" else total + terms
 
 
 def _summed(criterion, hidden, gradient):

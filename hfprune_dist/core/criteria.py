@@ -129,6 +129,8 @@ class Criterion:
         reduction: the sum is one of absolute values or of squares.
         needs_moments: ``finish`` looks at the layer's ``Moments``, which cost a second walk over the windows.
         in_nats: scores are estimates of KL divergence per token, which layers share as a unit.
+        accumulated_in: dtype of the running sum over micro-batches. A narrower one than float64 is for comparison with
+            code that adds up in it: the sum is then rounded after each micro-batch, in the order of the whole pass.
         finish: sum [intermediate_size], layer -> scores [intermediate_size], both float64 on the CPU.
     """
 
@@ -139,10 +141,16 @@ class Criterion:
     reduction: Literal["abs", "square"] = "abs"
     needs_moments: bool = False
     in_nats: bool = False
+    accumulated_in: torch.dtype = torch.float64
     finish: Callable[[Tensor, MlpLayer], Tensor] = lambda sum_D, _layer: sum_D
 
     def __post_init__(self) -> None:
         assert (self.summed == "gradient") == (self.loss is not None), self.name
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether its running sum loses bits, so that it can't be added up shard by shard."""
+        return self.accumulated_in != torch.float64
 
 
 def losses_of(criteria: Sequence[Criterion]) -> list[Loss]:
@@ -244,6 +252,15 @@ CRITERIA: dict[str, Criterion] = {
             "sum over tokens of |h * dH/dh|, H a window's mean entropy (HFPrune, arXiv 2603.08083)",
             "gradient",
             ENTROPY,
+        ),
+        # The published code has one window in every micro-batch, and rounds the sum over its tokens on the way as well.
+        Criterion(
+            "entropy_bfloat16",
+            "as entropy, but the sum over micro-batches is kept in bfloat16, as the published code keeps it over "
+            "windows: what adds less than 1/256 vanishes",
+            "gradient",
+            ENTROPY,
+            accumulated_in=torch.bfloat16,
         ),
         Criterion(
             "entropy_squared",

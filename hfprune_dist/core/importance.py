@@ -98,7 +98,8 @@ class NeuronSums:
 
     Attributes:
         criteria: as given.
-        sums_KLD: float64 [criteria, num_layers, intermediate_size] on the CPU.
+        sums_KLD: float64 [criteria, num_layers, intermediate_size] on the CPU; 0 for criteria whose sum ``is_rounded``.
+        terms_JLD: of those criteria, in their order, what each micro-batch adds: one float32 tensor for each.
         curvature_LCC: float32 [num_layers, hidden_size, hidden_size] on the CPU, the sum over tokens of g g^T, g the
             gradient at the MLP's output of the loss of the criterion that needs it; empty where none does.
     """
@@ -110,6 +111,8 @@ class NeuronSums:
         self.criteria = criteria
         self._needs_gradient = any(criterion.loss for criterion in criteria)
         self.sums_KLD = torch.zeros(len(criteria), len(down_projections), intermediate_size, dtype=torch.float64)
+        self.terms_JLD: list[Tensor] = []
+        self._rounded_J = [number for number, criterion in enumerate(criteria) if criterion.is_rounded]
         self._bending_loss = next((criterion.loss for criterion in criteria if criterion.needs_moments), None)
         self.curvature_LCC = torch.zeros(0)
         if self._bending_loss is not None:
@@ -243,6 +246,9 @@ class NeuronSums:
         ).cpu()
         if not partial_KLD.isfinite().all():
             self._explain(partial_KLD)
+        if self._rounded_J:
+            self.terms_JLD.append(partial_KLD[self._rounded_J])
+            partial_KLD[self._rounded_J] = 0.0
         self.sums_KLD += partial_KLD
         for layer, bending_CC in self._bending.items():
             self.curvature_LCC[layer] += bending_CC

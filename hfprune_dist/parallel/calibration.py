@@ -30,11 +30,13 @@ class Sums:
 
     Attributes:
         neurons_KLD: float64 [criteria with a sum, num_layers, intermediate_size].
+        terms_JLD: what each micro-batch adds to rounded sums (see ``NeuronSums``).
         curvature_LCC: float32 [num_layers, hidden_size, hidden_size], or empty (see ``NeuronSums``).
         losses: loss name -> sum over windows of the loss per token.
     """
 
     neurons_KLD: Tensor
+    terms_JLD: list[Tensor]
     curvature_LCC: Tensor
     losses: dict[str, float]
 
@@ -114,4 +116,4 @@ class Calibration:
             batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed)
             for name, value in score_batch(self._model, batch, sums).items():
                 losses[name] += value
-        return Sums(sums.sums_KLD, sums.curvature_LCC, losses)
+        return Sums(sums.sums_KLD, sums.terms_JLD, sums.curvature_LCC, losses)

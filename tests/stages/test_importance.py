@@ -138,7 +138,9 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     for name in (*GRADIENT_CRITERIA, "activation"):
         expected = definition(model, windows, name, seed=3, keeps=keeps)
         ours = torch.stack([scores[f"layers.{layer}.{name}"] for layer in range(2)])
-        assert (ours - expected).norm() / expected.norm() < 1e-4, name
+        tolerance = 1e-2 if CRITERIA[name].is_rounded else 1e-4  # a term on the edge is rounded the other way
+        assert (ours - expected).norm() / expected.norm() < tolerance, name
+    assert all(value == value.bfloat16().double() for value in scores["layers.1.entropy_bfloat16"])
     for layer, (gram, curvature, fisher) in enumerate(moments(model, windows, seed=3)):
         weight = model.model.layers[layer].mlp.down_proj.weight
         expected = elimination_scores(gram, curvature, weight, fisher)
