@@ -120,3 +120,26 @@ def moments(model, windows, seed=0):
         for handle in handles:
             handle.remove()
     return list(zip(grams, curvatures, fishers, strict=True))
+
+
+def label_terms(model, window):
+    """Every word of the vocabulary in turn as the label of every token: what each neuron does to its likelihood.
+
+    Returns:
+        p(y_t) [tokens t, words, 1], and of each layer h_s * dlog p(y_t)/dh_s [tokens t, words, tokens s, neurons].
+    """
+    captured = []
+
+    def keep(_module, inputs):
+        captured.append(inputs[0].requires_grad_())
+
+    handles = [layer.mlp.down_proj.register_forward_pre_hook(keep) for layer in model.model.layers]
+    log_p = model(input_ids=window[None]).logits[0].log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    gradients = [torch.autograd.grad(word, captured, retain_graph=True) for word in log_p.flatten()]
+    products = [
+        torch.stack([hidden[0].detach() * gradient[0] for gradient in of_layer]).unflatten(0, log_p.shape)
+        for hidden, of_layer in zip(captured, zip(*gradients, strict=True), strict=True)
+    ]
+    return log_p.detach().exp()[:, :, None], products

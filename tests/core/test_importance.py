@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from core_definition import GRADIENT_CRITERIA, definition, moments
+from core_definition import GRADIENT_CRITERIA, definition, label_terms, moments
 from tiny import VARIANTS, tiny_model
 
 from hfprune_dist.core import head
@@ -117,21 +117,8 @@ def test_another_seed_draws_other_labels_and_signs():
 
 def exact_fisher(model, window):
     """sum over tokens s and t of E[(h_s * dlog p(y_t)/dh_s)^2], every word of the vocabulary in turn as y_t."""
-    layers = model.model.layers
-    captured = []
-    handles = [
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))
-        for layer in layers
-    ]
-    log_p = model(input_ids=window[None]).logits[0].log_softmax(-1)
-    for handle in handles:
-        handle.remove()
-    scores = torch.zeros(len(layers), model.config.intermediate_size, dtype=torch.float64)
-    for log_p_of_word in log_p.flatten():
-        gradients = torch.autograd.grad(log_p_of_word, captured, retain_graph=True)
-        for layer, (hidden, gradient) in enumerate(zip(captured, gradients, strict=True)):
-            scores[layer] += (log_p_of_word.exp() * (hidden * gradient).square().sum((0, 1))).detach()
-    return scores
+    p, products = label_terms(model, window)
+    return torch.stack([(p * x.square().sum(2)).sum((0, 1)) for x in products])
 
 
 @pytest.mark.parametrize("name", ["fisher", "fisher_signs"])
