@@ -20,10 +20,12 @@ Dtype = Literal["float32", "bfloat16"]
 # The keys of hfprune_dist.core.criteria.CRITERIA, which explains them; written out here since that one imports torch.
 CriterionName = Literal[
     "entropy",
+    "entropy_bfloat16",
     "entropy_squared",
     "cross_entropy",
     "fisher",
     "fisher_signs",
+    "self_distillation",
     "activation",
     "surgeon",
     "magnitude",
@@ -91,15 +93,17 @@ class ImportanceConfig(Section):
     """Scores to compute besides those that the methods need, all in one calibration pass: one forward, and one
     backward for each loss.
 
-    entropy: sum over tokens of |h * dH/dh| (HFPrune). entropy_squared: sum of squares of the same terms.
+    entropy: sum over tokens of |h * dH/dh| (HFPrune). entropy_bfloat16: the same, added up over micro-batches in
+    bfloat16, to see what that does. entropy_squared: sum of squares of the same terms.
     cross_entropy: sum of |h * dCE/dh| (LLM-Pruner's first order). fisher: sum of (h * dlog p(y)/dh)^2 with y drawn
-    from p. fisher_signs: the same expectation, from random signs. activation: norm of h times the norm of the
-    down_proj column (Wanda-sp). surgeon: KL divergence in nats that the removal costs after all cheaper ones, when the
-    neurons that stay are refitted (K-FAC; a second forward over the windows, layer by layer). magnitude: norm of the
-    weights. random: a random order.
+    from p. fisher_signs: the same expectation, from random signs. self_distillation: sum of |h * dKL/dh| in a student
+    that lacks a tenth of its neurons, against the dense model (SDMPrune; another forward and backward). activation:
+    norm of h times the norm of the down_proj column (Wanda-sp). surgeon: KL divergence in nats that the removal costs
+    after all cheaper ones, when the neurons that stay are refitted (K-FAC; a second forward over the windows, layer by
+    layer). magnitude: norm of the weights. random: a random order.
     """
     dtype: Dtype = "bfloat16"
-    """Compute dtype of forward and backward; scores are accumulated in float64 in any case."""
+    """Compute dtype of forward and backward; scores are accumulated in float64, but for entropy_bfloat16."""
 
 
 Allocation = Literal["uniform", "global", "searched"]

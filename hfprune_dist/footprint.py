@@ -116,6 +116,7 @@ class Importance:
     """A calibration pass: ``windows`` of ``tokens`` at a time, a backward for each of ``losses``.
 
     With ``curvature``, it also adds up g g^T at the output of every MLP.
+    With a ``student`` the model runs again without some neurons, forward and backward, with the dense model as teacher.
     """
 
     windows: int
@@ -124,6 +125,7 @@ class Importance:
     itemsize: int = 2
     checkpointing: bool = False
     curvature: bool = False
+    student: bool = False
 
     def host_bytes(self, shape: Shape) -> int:
         """Main memory that one rank's sums take, where they are too large to leave out."""
@@ -136,7 +138,8 @@ class Importance:
             weights=shape.parameters * self.itemsize / ranks,
             gathered=_gathered_at_a_time(shape, self.itemsize, ranks),
             activations=tokens * self.activation_bytes(shape),
-            logits=HEAD_CHUNK_BYTES + tokens * shape.hidden_size * self.itemsize * (self.losses + 2),
+            logits=HEAD_CHUNK_BYTES * (2 if self.student else 1)
+            + tokens * shape.hidden_size * self.itemsize * (self.losses + 2 + self.student),
         )
 
     def activation_bytes(self, shape: Shape) -> int:
@@ -146,9 +149,9 @@ class Importance:
         return first + (later * shape.hidden_size * self.itemsize + kept if self.checkpointing else later * kept)
 
     def layer_bytes(self, shape: Shape) -> int:
-        """Bytes a token of one layer: both norms' inputs, q, k, v and attention's output, gate and up."""
+        """Bytes a token of one layer: norms' inputs, q, k, v and attention's output, gate and up; a student's h."""
         attention = 2 * (shape.num_heads + shape.num_key_value_heads) * shape.head_size
-        values = 2 * shape.hidden_size + attention + 2 * shape.intermediate_size
+        values = 2 * shape.hidden_size + attention + (3 if self.student else 2) * shape.intermediate_size
         return values * self.itemsize + 4 * (2 + shape.num_heads)  # float32: norms' scales, log-sum-exp of each head
 
     def work(self, shape: Shape) -> Work:
@@ -160,15 +163,18 @@ class Importance:
         before_graph = shape.layer_parameters - shape.hidden_size * shape.intermediate_size
         backward_parameters = shape.body_parameters - before_graph
         attention = _attention_flops(shape, self.tokens)
-        forwards = 2 * (shape.body_parameters + shape.head_parameters) + attention
+        forward = 2 * shape.body_parameters + attention
+        # The head's forwards: once for all losses of the dense model; for a student its own and its teacher's.
+        heads = 2 * shape.head_parameters * (bool(self.losses) + 2 * self.student)
         # Backward of flash attention: five products for forward's two.
-        backwards = 2 * (backward_parameters + shape.head_parameters) + 2.5 * attention
-        runs = 2 if self.checkpointing else 1
-        gathered = 2 * shape.head_parameters + shape.body_parameters
+        backward = 2 * (backward_parameters + shape.head_parameters) + 2.5 * attention
+        passes, backwards = 1 + self.student, self.losses + self.student
+        reruns = passes if self.checkpointing else 0
+        gathered = passes * (2 * shape.head_parameters + shape.body_parameters)
         if self.checkpointing or not _stays_gathered(shape):
-            gathered += (runs - 1) * shape.body_parameters + self.losses * backward_parameters
+            gathered += reruns * shape.body_parameters + backwards * backward_parameters
         return Work(
-            tokens * (forwards + self.losses * backwards + (runs - 1) * 2 * shape.body_parameters),
+            tokens * (passes * forward + heads + backwards * backward + reruns * 2 * shape.body_parameters),
             gathered * self.itemsize,
         )
 

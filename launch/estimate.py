@@ -23,14 +23,18 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 # Criterion -> the loss whose backward it needs; core.criteria.CRITERIA, which imports torch, has the same.
 LOSSES = {
     "entropy": "entropy",
+    "entropy_bfloat16": "entropy",
     "entropy_squared": "entropy",
     "cross_entropy": "cross_entropy",
     "fisher": "sampled_label",
     "fisher_signs": "random_signs",
+    "self_distillation": "self_distillation",
     "surgeon": "random_signs",
 }
 # Criteria that need curvature, as core.criteria has it.
 CURVED = {"surgeon"}
+# That of a student, in a forward of its own.
+STUDENT_LOSS = "self_distillation"
 MOST_NODES, MICRO_BATCHES = 256, (1, 2, 4, 8, 16, 32, 64)
 # Where both the job and the weights it shares are known to be small: inference.WEIGHTS_SHARE.
 WHOLE_WEIGHTS_SHARE = 0.6
@@ -131,7 +135,8 @@ def _job(stage: Stage, runtime: RuntimeConfig) -> Job:
         return Importance(
             windows=params["calibration"]["micro_batch_size"],
             tokens=params["calibration"]["sequence_length"],
-            losses=len(losses),
+            losses=len(losses - {STUDENT_LOSS}),
+            student=STUDENT_LOSS in losses,
             itemsize=ITEMSIZE[params["dtype"]],
             checkpointing=runtime.activation_checkpointing,
             curvature=not CURVED.isdisjoint(params["criteria"]),

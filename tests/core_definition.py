@@ -1,60 +1,83 @@
 """The definitions, word by word, in float64 autograd: what every implementation is held against."""
 
 import copy
+import itertools
 
 import torch
 
+from hfprune_dist.core.criteria import student_keeps
 from hfprune_dist.core.losses import draw_sign_bits, draw_uniform, sample_labels, signs_of
 
 
-def entropy(logits, _input_ids, _window, _seed):
+def entropy(logits, **_):
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1).mean()
 
 
-def cross_entropy(logits, input_ids, _window, _seed):
+def cross_entropy(logits, input_ids, **_):
     return torch.nn.functional.cross_entropy(logits[:-1], input_ids[1:])
 
 
-def sampled_label(logits, _input_ids, window, seed):
+def sampled_label(logits, window, seed, **_):
     labels = sample_labels(logits.detach(), draw_uniform(seed, window, len(logits)))
     return logits.log_softmax(-1).gather(1, labels[:, None]).sum()
 
 
-def random_signs(logits, _input_ids, window, seed):
+def random_signs(logits, window, seed, **_):
     signs = signs_of(draw_sign_bits(seed, window, *logits.shape), logits.shape[1], logits.dtype)
     return 2 * (signs * logits.softmax(-1).sqrt()).sum()
+
+
+def self_distillation(logits, teacher, **_):
+    log_p, log_q = teacher.log_softmax(-1), logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 # Criterion -> its loss, and what is summed over tokens; x is h * dL/dh.
 GRADIENT_CRITERIA = {
     "entropy": (entropy, lambda x: x.abs()),
+    "entropy_bfloat16": (entropy, lambda x: x.abs()),
     "entropy_squared": (entropy, lambda x: x**2),
     "cross_entropy": (cross_entropy, lambda x: x.abs()),
     "fisher": (sampled_label, lambda x: x**2),
     "fisher_signs": (random_signs, lambda x: x**2),
+    "self_distillation": (self_distillation, lambda x: x.abs()),
 }
 
 
-def definition(model, windows, criterion="entropy", seed=0):
-    """Scores of every layer's neurons, float64 [layers, neurons]: a sum over windows and tokens."""
+def student(model, windows):
+    """Which neurons the student has, bool [layers, neurons]: all but the tenth that is active least in some windows."""
+    return torch.stack([student_keeps(scores) for scores in definition(model, windows, "activation")])
+
+
+def definition(model, windows, criterion="entropy", seed=0, keeps=None):
+    """Scores of every layer's neurons, float64 [layers, neurons]: a sum over windows and tokens.
+
+    ``keeps`` is the student's mask, at which self_distillation takes its derivatives by the mask.
+    """
     model = copy.deepcopy(model).double().requires_grad_()
     layers = model.model.layers
     scores = torch.zeros(len(layers), model.config.intermediate_size, dtype=torch.float64)
+    masks = iter(()) if criterion != "self_distillation" else itertools.cycle(keeps.double())
     for number, window in enumerate(windows):
         captured = []
 
         def keep(_module, inputs, captured=captured):
-            inputs[0].retain_grad()
-            captured.append(inputs[0])
+            hidden = inputs[0]
+            masked = hidden * next(masks, 1.0)
+            masked.retain_grad()
+            captured.append((hidden, masked))
+            return (masked,)
 
+        teacher = model(input_ids=window[None]).logits[0].detach()
         handles = [layer.mlp.down_proj.register_forward_pre_hook(keep) for layer in layers]
         logits = model(input_ids=window[None]).logits[0]
         if criterion in GRADIENT_CRITERIA:
             loss, _ = GRADIENT_CRITERIA[criterion]
-            loss(logits, window, number, seed).backward()
-        for layer, hidden in enumerate(captured):
-            scores[layer] += _summed(criterion, hidden).sum((0, 1)).detach()
+            loss(logits, input_ids=window, window=number, seed=seed, teacher=teacher).backward()
+        for layer, (hidden, masked) in enumerate(captured):
+            terms = _summed(criterion, hidden, masked.grad).sum((0, 1)).detach()
+            scores[layer] = _added(criterion, scores[layer], terms)
         for handle in handles:
             handle.remove()
     if criterion == "activation":
@@ -63,11 +86,16 @@ def definition(model, windows, criterion="entropy", seed=0):
     return scores
 
 
-def _summed(criterion, hidden):
+def _added(criterion, total, terms):
+    """As if every window were a micro-batch."""
+    return (total.bfloat16() + terms.bfloat16()).double() if criterion == "entropy_bfloat16" else total + terms
+
+
+def _summed(criterion, hidden, gradient):
     if criterion == "activation":
         return hidden**2
     _, terms = GRADIENT_CRITERIA[criterion]
-    return terms(hidden * hidden.grad)
+    return terms(hidden * gradient)
 
 
 def moments(model, windows, seed=0):
@@ -84,7 +112,7 @@ def moments(model, windows, seed=0):
             seen.append((inputs[0], output))
 
         handles = [layer.mlp.down_proj.register_forward_hook(keep) for layer in layers]
-        random_signs(model(input_ids=window[None]).logits[0], window, number, seed).backward()
+        random_signs(model(input_ids=window[None]).logits[0], window=number, seed=seed).backward()
         for layer, (hidden, output) in enumerate(seen):
             grams[layer] += hidden[0].detach().T @ hidden[0].detach() / windows.numel()
             curvatures[layer] += output.grad[0].T @ output.grad[0] / windows.numel()
@@ -92,3 +120,26 @@ def moments(model, windows, seed=0):
         for handle in handles:
             handle.remove()
     return list(zip(grams, curvatures, fishers, strict=True))
+
+
+def label_terms(model, window):
+    """Every word of the vocabulary in turn as the label of every token: what each neuron does to its likelihood.
+
+    Returns:
+        p(y_t) [tokens t, words, 1], and of each layer h_s * dlog p(y_t)/dh_s [tokens t, words, tokens s, neurons].
+    """
+    captured = []
+
+    def keep(_module, inputs):
+        captured.append(inputs[0].requires_grad_())
+
+    handles = [layer.mlp.down_proj.register_forward_pre_hook(keep) for layer in model.model.layers]
+    log_p = model(input_ids=window[None]).logits[0].log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    gradients = [torch.autograd.grad(word, captured, retain_graph=True) for word in log_p.flatten()]
+    products = [
+        torch.stack([hidden[0].detach() * gradient[0] for gradient in of_layer]).unflatten(0, log_p.shape)
+        for hidden, of_layer in zip(captured, zip(*gradients, strict=True), strict=True)
+    ]
+    return log_p.detach().exp()[:, :, None], products

@@ -58,6 +58,7 @@ def scored(model):
         body=lambda input_ids: family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
         head=lambda: contextlib.nullcontext((head.weight, head.bias)),
         down_projections=family.down_projections(model),
+        student_LD=torch.rand(model.config.num_hidden_layers, model.config.intermediate_size) > 0.1,
     )
 
 
@@ -72,6 +73,17 @@ def score(model, criteria):
 def test_the_parameters_of_published_models(size):
     name, billions = size
     assert published(name).parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_kept_activations_of_a_student():
+    """Also that the teacher's forward keeps nothing where no loss is the dense model's."""
+    model = tiny_model("llama", **SHAPE).bfloat16().requires_grad_(False)
+    lighten(model, FAMILIES["llama"])
+    job = Importance(windows=2, tokens=128, losses=0, student=True)
+    with kept_for_backward(model) as counted:
+        score(model, ["self_distillation"])
+        estimate = 2 * 128 * job.activation_bytes(shape_of(model.config.to_dict()))
+        assert estimate == pytest.approx(counted(), rel=0.05)
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2"])
@@ -121,7 +133,9 @@ def test_kept_activations_of_lora_training():
     assert job.lora_parameters(shape) == trained
 
 
-@pytest.mark.parametrize("losses", [["entropy"], ["entropy", "fisher"]])
+@pytest.mark.parametrize(
+    "losses", [["entropy"], ["entropy", "fisher"], ["self_distillation"], ["entropy", "self_distillation"]]
+)
 def test_floating_point_work_of_the_calibration_pass(losses):
     model = tiny_model("llama", **SHAPE).requires_grad_(False)
     lighten(model, FAMILIES["llama"])
@@ -129,9 +143,10 @@ def test_floating_point_work_of_the_calibration_pass(losses):
     with FlopCounterMode(display=False) as counter:
         score(model, losses)
     shape = shape_of(model.config.to_dict())
-    job = Importance(windows=2, tokens=128, losses=len(losses), itemsize=4)
+    student = "self_distillation" in losses
+    job = Importance(windows=2, tokens=128, losses=len(losses) - student, itemsize=4, student=student)
     # The counter knows matrix products only; it sees no fused attention on a CPU.
-    attention = footprint._attention_flops(shape, 128) * (1 + 2.5 * len(losses)) * 2 * 128
+    attention = footprint._attention_flops(shape, 128) * (1 + student + 2.5 * len(losses)) * 2 * 128
     assert job.work(shape).flops - attention == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 

@@ -75,6 +75,27 @@ class GatedProduct(Function):
         return gate_gradient_ND.view(gradient_BTD.shape), up_gradient_ND.view(gradient_BTD.shape)
 
 
+class Masked(Function):
+    """h of a layer that lacks some neurons, in their place zeros.
+
+    In backward ``observe_gradient`` sees the whole h times the gradient at the masked one: for every neuron the
+    derivative by its mask, for one that is lacking dL/dmask at mask 0, what its return would do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h_BTD: Tensor, keeps_D: Tensor) -> Tensor:
+        ctx.save_for_backward(h_BTD, keeps_D)
+        ctx.observer = None
+        return h_BTD * keeps_D
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BTD: Tensor) -> tuple[Tensor, None]:
+        h_BTD, keeps_D = ctx.saved_tensors
+        if ctx.observer is not None:
+            _show_products(h_BTD.flatten(0, -2), gradient_BTD.flatten(0, -2), ctx.observer)
+        return gradient_BTD * keeps_D, None
+
+
 def rms_norm(x_NC: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
     """``RmsNorm`` as a function."""
     normal_NC: Tensor = RmsNorm.apply(x_NC, weight_C, epsilon)  # type: ignore[no-untyped-call]
@@ -85,6 +106,12 @@ def gated_product(gate_ND: Tensor, up_ND: Tensor) -> Tensor:
     """``GatedProduct`` as a function."""
     h_ND: Tensor = GatedProduct.apply(gate_ND, up_ND)  # type: ignore[no-untyped-call]
     return h_ND
+
+
+def masked(h_BTD: Tensor, keeps_D: Tensor) -> Tensor:
+    """``Masked`` as a function."""
+    masked_BTD: Tensor = Masked.apply(h_BTD, keeps_D)  # type: ignore[no-untyped-call]
+    return masked_BTD
 
 
 def observe_gradient(hidden_BTD: Tensor, observer: Observer) -> None:

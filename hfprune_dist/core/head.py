@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hfprune_dist.core.blocks import row_blocks
 
-# Logits of some rows [N, V], and which rows -> (loss per token [N], its gradient at those logits [N, V]); may overwrite
-# the logits.
-LogitGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True)
+class Rows:
+    """Some tokens of a batch, as a loss sees them; it may overwrite their logits.
+
+    Attributes:
+        logits_NV: float32 or float64 [tokens, vocabulary].
+        numbers: which tokens of the batch they are.
+        teacher_NV: the dense model's logits for the same tokens, where the model is not the dense one.
+    """
+
+    logits_NV: Tensor
+    numbers: slice
+    teacher_NV: Tensor | None = None
+
+
+# -> (loss per token [N], its gradient at those tokens' logits [N, V])
+LogitGradient = Callable[[Rows], tuple[Tensor, Tensor]]
 
 # Of a chunk's logits. The head's weight is read twice for each chunk, so that small ones cost time.
 CHUNK_BYTES = 32 * 2**20
 
 
 def head_gradients(
-    hidden_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, logit_gradients: Sequence[LogitGradient]
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    bias_V: Tensor | None,
+    logit_gradients: Sequence[LogitGradient],
+    teacher_NC: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Per-token losses and their gradients at the hidden states, dL/dhidden = dL/dz @ W, in one pass over the logits.
 
@@ -32,6 +52,7 @@ def head_gradients(
         weight_VC: the head's weight [vocabulary, hidden_size], same dtype.
         bias_V: the head's bias, if it has one.
         logit_gradients: the losses, as closed forms on float32 logits (float64 where the model is).
+        teacher_NC: final hidden states of the dense model for the same tokens, if the losses compare with it.
 
     Returns:
         For each loss: loss_N in float32 (or float64), and the gradient of ``loss_N.sum()`` at ``hidden_NC``, in its
@@ -42,23 +63,28 @@ def head_gradients(
     last = len(logit_gradients) - 1
     for rows in _chunks(hidden_NC, weight_VC, hidden_NC.dtype):
         logits_NV = torch.nn.functional.linear(hidden_NC[rows], weight_VC, bias_V)
+        teacher_NV = None if teacher_NC is None else torch.nn.functional.linear(teacher_NC[rows], weight_VC, bias_V)
         for number, logit_gradient in enumerate(logit_gradients):
             gradient_NV = logits_NV if number == last else torch.empty_like(logits_NV)
-            losses[number] += _fill_gradient(gradient_NV, logits_NV, logit_gradient, rows.start)
+            losses[number] += _fill_gradient(gradient_NV, logits_NV, teacher_NV, logit_gradient, rows.start)
             torch.matmul(gradient_NV, weight_VC, out=gradients_NC[number][rows])
             del gradient_NV
-        del logits_NV  # before the next chunk's are made
+        del logits_NV, teacher_NV  # before the next chunk's are made
     return [(torch.cat(loss), gradient_NC) for loss, gradient_NC in zip(losses, gradients_NC, strict=True)]
 
 
 def _fill_gradient(
-    gradient_NV: Tensor, logits_NV: Tensor, logit_gradient: LogitGradient, first_row: int
+    gradient_NV: Tensor, logits_NV: Tensor, teacher_NV: Tensor | None, logit_gradient: LogitGradient, first_row: int
 ) -> Iterator[Tensor]:
     """Write a loss's gradient at some logits, which may be the same tensor; yield its losses block by block."""
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
     for block in row_blocks(logits_NV):
-        wide_NV = logits_NV[block].to(wide, copy=True)
-        loss_N, wide_gradient_NV = logit_gradient(wide_NV, slice(first_row + block.start, first_row + block.stop))
+        rows = Rows(
+            logits_NV[block].to(wide, copy=True),
+            slice(first_row + block.start, first_row + block.stop),
+            None if teacher_NV is None else teacher_NV[block].to(wide, copy=True),
+        )
+        loss_N, wide_gradient_NV = logit_gradient(rows)
         gradient_NV[block] = wide_gradient_NV
         yield loss_N
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.criteria import Batch, Criterion, Loss, losses_of
-from hfprune_dist.core.fused import observe_gradient
+from hfprune_dist.core.fused import masked, observe_gradient
 from hfprune_dist.core.head import head_gradients
 
 
@@ -28,16 +28,21 @@ class ScoredModel:
         head: gives the head's weight [vocabulary, hidden_size] and bias, for as long as its context lasts.
         down_projections: one module per layer, in order; their inputs are the neurons' activations.
         rearming: called after a forward; what it returns is called before each backward.
+        student_LD: which neurons the student has, bool [num_layers, intermediate_size] on the model's device; for
+            losses of a student alone.
     """
 
     body: Callable[[Tensor], Tensor]
     head: Callable[[], AbstractContextManager[tuple[Tensor, Tensor | None]]]
     down_projections: Sequence[nn.Module]
     rearming: Callable[[], Callable[[], None]] = lambda: lambda: None
+    student_LD: Tensor | None = None
 
 
 def score_batch(model: ScoredModel, batch: Batch, sums: NeuronSums) -> dict[str, float]:
     """Add a micro-batch's sums to ``sums``: one forward, one pass over the logits, one backward for each loss.
+
+    Losses of a student cost all of that again. The dense model comes first and knows nothing of it.
 
     Returns:
         Loss name -> sum over the batch's windows of the loss per token.
@@ -46,14 +51,34 @@ def score_batch(model: ScoredModel, batch: Batch, sums: NeuronSums) -> dict[str,
         NonFiniteError: where a layer saw NaN or infinity.
     """
     losses = losses_of(sums.criteria)
-    with sums.observe(), torch.set_grad_enabled(bool(losses)):
-        hidden_BTC = model.body(batch.input_ids_BT)
-        if not losses:
-            return {}
-        with model.head() as (weight_VC, bias_V):
-            bound = [loss.bind(batch) for loss in losses]
-            gradients = head_gradients(hidden_BTC.detach().flatten(0, 1), weight_VC, bias_V, bound)
-        return sums.backward(hidden_BTC, dict(zip(losses, gradients, strict=True)), model.rearming())
+    of_dense = [loss for loss in losses if loss.of == "dense"]
+    of_student = [loss for loss in losses if loss.of == "student"]
+    with sums.observe():
+        with torch.set_grad_enabled(bool(of_dense)):
+            hidden_BTC = model.body(batch.input_ids_BT)
+        values = _differentiate(model, batch, sums, of_dense, hidden_BTC) if of_dense else {}
+        if of_student:
+            assert model.student_LD is not None
+            with sums.masking(model.student_LD):
+                student_BTC = model.body(batch.input_ids_BT)
+                values |= _differentiate(model, batch, sums, of_student, student_BTC, hidden_BTC.detach())
+    return values
+
+
+def _differentiate(
+    model: ScoredModel,
+    batch: Batch,
+    sums: NeuronSums,
+    losses: Sequence[Loss],
+    hidden_BTC: Tensor,
+    teacher_BTC: Tensor | None = None,
+) -> dict[str, float]:
+    """One pass over the logits of final hidden states, then one backward for each loss; returns the losses' values."""
+    teacher_NC = None if teacher_BTC is None else teacher_BTC.flatten(0, 1)
+    with model.head() as (weight_VC, bias_V):
+        bound = [loss.bind(batch) for loss in losses]
+        gradients = head_gradients(hidden_BTC.detach().flatten(0, 1), weight_VC, bias_V, bound, teacher_NC)
+    return sums.backward(hidden_BTC, dict(zip(losses, gradients, strict=True)), model.rearming())
 
 
 class NeuronSums:
@@ -73,7 +98,8 @@ class NeuronSums:
 
     Attributes:
         criteria: as given.
-        sums_KLD: float64 [criteria, num_layers, intermediate_size] on the CPU.
+        sums_KLD: float64 [criteria, num_layers, intermediate_size] on the CPU; 0 for criteria whose sum ``is_rounded``.
+        terms_JLD: of those criteria, in their order, what each micro-batch adds: one float32 tensor for each.
         curvature_LCC: float32 [num_layers, hidden_size, hidden_size] on the CPU, the sum over tokens of g g^T, g the
             gradient at the MLP's output of the loss of the criterion that needs it; empty where none does.
     """
@@ -85,6 +111,8 @@ class NeuronSums:
         self.criteria = criteria
         self._needs_gradient = any(criterion.loss for criterion in criteria)
         self.sums_KLD = torch.zeros(len(criteria), len(down_projections), intermediate_size, dtype=torch.float64)
+        self.terms_JLD: list[Tensor] = []
+        self._rounded_J = [number for number, criterion in enumerate(criteria) if criterion.is_rounded]
         self._bending_loss = next((criterion.loss for criterion in criteria if criterion.needs_moments), None)
         self.curvature_LCC = torch.zeros(0)
         if self._bending_loss is not None:
@@ -94,6 +122,7 @@ class NeuronSums:
         self._bending: dict[int, Tensor] = {}
         self._activation_sum: dict[int, Tensor] = {}
         self._loss: Loss | None = None
+        self._keeps_LD: Tensor | None = None
 
     @contextmanager
     def observe(self) -> Iterator[None]:
@@ -120,6 +149,19 @@ class NeuronSums:
             self._partial.clear()
             self._bending.clear()
             self._activation_sum.clear()
+
+    @contextmanager
+    def masking(self, keeps_LD: Tensor) -> Iterator[None]:
+        """Inside ``observe``: forwards and their backwards are those of a student that has these neurons alone.
+
+        All neurons are scored, at the activations that they would have: one that the student lacks by what its return
+        would do to the loss.
+        """
+        self._keeps_LD = keeps_LD
+        try:
+            yield
+        finally:
+            self._keeps_LD = None
 
     def backward(
         self,
@@ -154,13 +196,16 @@ class NeuronSums:
     def _make_hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def before_down_projection(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             (hidden_BTD,) = inputs
-            if self._needs_gradient and not hidden_BTD.requires_grad:
+            is_first_run = self._loss is None  # else a checkpointed layer runs again
+            if torch.is_grad_enabled() and not hidden_BTD.requires_grad:
                 hidden_BTD = hidden_BTD.detach().requires_grad_()
-            if self._loss is None:  # else a checkpointed layer runs again
+            if self._keeps_LD is not None:
+                hidden_BTD = masked(hidden_BTD, self._keeps_LD[layer])
+            elif is_first_run:
                 self._activation_sum[layer] = hidden_BTD.detach().sum()
                 self._reduce_activation(layer, hidden_BTD.detach())
-                if self._needs_gradient:
-                    observe_gradient(hidden_BTD, partial(self._reduce_gradient, layer))
+            if is_first_run and torch.is_grad_enabled():
+                observe_gradient(hidden_BTD, partial(self._reduce_gradient, layer))
             return (hidden_BTD,)
 
         return before_down_projection
@@ -201,6 +246,9 @@ class NeuronSums:
         ).cpu()
         if not partial_KLD.isfinite().all():
             self._explain(partial_KLD)
+        if self._rounded_J:
+            self.terms_JLD.append(partial_KLD[self._rounded_J])
+            partial_KLD[self._rounded_J] = 0.0
         self.sums_KLD += partial_KLD
         for layer, bending_CC in self._bending.items():
             self.curvature_LCC[layer] += bending_CC

@@ -80,6 +80,24 @@ def random_signs_gradient(logits_NV: Tensor, signs_NV: Tensor) -> tuple[Tensor, 
     return 2 * dot_N, gradient_NV
 
 
+def distillation_gradient(logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(teacher || model) = sum_v p_v log(p_v / q_v) and its gradient at the model's logits, q - p.
+
+    Args:
+        logits_NV: the model's, q = softmax(z): float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes
+            the gradient.
+        teacher_NV: the teacher's, p = softmax(t), same shape and dtype. Overwritten: the buffer becomes scratch space.
+
+    Returns:
+        The divergence in nats [tokens] and its gradient [tokens, vocabulary], in the dtype of the logits.
+    """
+    log_q_NV = logits_NV.sub_(torch.logsumexp(logits_NV, dim=-1, keepdim=True))
+    log_p_NV = teacher_NV.sub_(torch.logsumexp(teacher_NV, dim=-1, keepdim=True))
+    p_NV = log_p_NV.exp()
+    loss_N = row_dots(p_NV, log_p_NV.sub_(log_q_NV))
+    return loss_N, log_q_NV.exp_().sub_(p_NV)
+
+
 def draw_uniform(seed: int, window: int, tokens: int) -> Tensor:
     """One number in [0, 1) for each token of a calibration window, float64 on the CPU."""
     return torch.rand(tokens, generator=_generator(seed, window, "labels"), dtype=torch.float64)

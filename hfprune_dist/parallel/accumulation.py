@@ -30,7 +30,8 @@ class Accumulation:
             criterion and at every share; looked at when the number of shards is a power of two. None goes through all.
 
     Attributes:
-        sums_KLD: float64 [criteria, num_layers, intermediate_size], added in shard order.
+        sums_KLD: float64 [criteria, num_layers, intermediate_size], added in shard order; of criteria that are
+            accumulated in a narrower dtype, micro-batch by micro-batch, and rounded to it each time.
         losses: loss name -> sum over windows of the loss per token.
         curve: (shards, criterion, share kept) -> overlap of the two halves (see ``core.settling``).
     """
@@ -52,6 +53,7 @@ class Accumulation:
         self.next_shard = 0
         self.shards = shards
         self._criteria = criteria
+        self._rounded = [(number, it.accumulated_in) for number, it in enumerate(criteria) if it.is_rounded]
         self._file = file
         self._world = world
         self._curvature = Curvature(shards, world) if any(it.needs_moments for it in criteria) else None
@@ -79,6 +81,8 @@ class Accumulation:
             received_KLD = shard.neurons_KLD.clone()
             self._world.broadcast_tensor(received_KLD, source)
             self.sums_KLD += received_KLD
+            if self._rounded:
+                self._add_rounded(self._world.broadcast(shard.terms_JLD, source))
             self.losses = {name: self.losses.get(name, 0.0) + value for name, value in losses[source].items()}
             if self.next_shard % 2:
                 self._odd_KLD += received_KLD
@@ -95,12 +99,17 @@ class Accumulation:
         """Mean of g g^T over so many tokens, float64 [num_layers, hidden_size, hidden_size]; empty if not needed."""
         return torch.zeros(0) if self._curvature is None else self._curvature.value() / tokens
 
+    def _add_rounded(self, terms_JLD: list[Tensor]) -> None:
+        for term_JLD in terms_JLD:
+            for (number, dtype), term_LD in zip(self._rounded, term_JLD, strict=True):
+                self.sums_KLD[number] = self.sums_KLD[number].to(dtype) + term_LD.to(dtype)
+
     def _look_at_halves(self) -> None:
         """Add a point to the curve after 2, 4, 8, ... shards."""
         if self.next_shard < 2 or self.next_shard & (self.next_shard - 1):
             return
         for criterion, sum_LD, odd_LD in zip(self._criteria, self.sums_KLD, self._odd_KLD, strict=True):
-            if criterion.summed == "gradient" and not criterion.needs_moments:
+            if criterion.summed == "gradient" and not criterion.needs_moments and not criterion.is_rounded:
                 for share in SHARES_KEPT:
                     overlap = split_half_overlap(sum_LD - odd_LD, odd_LD, share)
                     self.curve[self.next_shard, criterion.name, share] = overlap

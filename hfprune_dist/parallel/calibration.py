@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.criteria import Batch, Criterion, losses_of
+from hfprune_dist.core.criteria import (
+    CRITERIA,
+    STUDENT_CRITERION,
+    Batch,
+    Criterion,
+    losses_of,
+    student_keeps,
+)
 from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.lean import checkpoint_activations, lighten
+from hfprune_dist.models.weights import mlp_layer
 from hfprune_dist.parallel.world import World
 from hfprune_dist.parallel.zero3 import gathered, load_frozen, rearming
 
@@ -22,11 +30,13 @@ class Sums:
 
     Attributes:
         neurons_KLD: float64 [criteria with a sum, num_layers, intermediate_size].
+        terms_JLD: what each micro-batch adds to rounded sums (see ``NeuronSums``).
         curvature_LCC: float32 [num_layers, hidden_size, hidden_size], or empty (see ``NeuronSums``).
         losses: loss name -> sum over windows of the loss per token.
     """
 
     neurons_KLD: Tensor
+    terms_JLD: list[Tensor]
     curvature_LCC: Tensor
     losses: dict[str, float]
 
@@ -63,11 +73,32 @@ class Calibration:
             rearming=lambda: rearming(self.module),
         )
         self._vocabulary = head.out_features
-        self._intermediate_size = checkpoint.intermediate_size
+        self._checkpoint = checkpoint
         self._windows_ST = windows_ST
         self._criteria = criteria
         self._seed = seed
-        self._device = world.device
+        self._world = world
+
+    def choose_student(self, micro_batches: Sequence[range]) -> None:
+        """Before the first ``score``: fix the student of the losses that need one, if any does.
+
+        It lacks what scores least in these windows. They must be the same on every rank, then so is the student, on any
+        number of ranks and after a resume.
+
+        Raises:
+            NonFiniteError: where a layer saw NaN or infinity.
+        """
+        if all(loss.of != "student" for loss in losses_of(self._criteria)):
+            return
+        criterion, world = CRITERIA[STUDENT_CRITERION], self._world
+        (sums_LD,) = self._score(micro_batches, [criterion]).neurons_KLD
+        mine = {
+            number: student_keeps(criterion.finish(sums_LD[number], mlp_layer(self._checkpoint, number, self._seed)))
+            for number in range(world.rank, self._checkpoint.num_layers, world.size)
+        }
+        keeps = {number: keeps_D for share in world.gather(mine) for number, keeps_D in share.items()}
+        student_LD = torch.stack([keeps[number] for number in sorted(keeps)])
+        self._model = replace(self._model, student_LD=student_LD.to(world.device))
 
     def score(self, micro_batches: Sequence[range]) -> Sums:
         """Sums over the windows of some micro-batches.
@@ -75,11 +106,14 @@ class Calibration:
         Raises:
             NonFiniteError: where a layer saw NaN or infinity.
         """
-        sums = NeuronSums(self._model.down_projections, self._intermediate_size, self._criteria)
-        losses = {loss.name: 0.0 for loss in losses_of(self._criteria)}
+        return self._score(micro_batches, self._criteria)
+
+    def _score(self, micro_batches: Sequence[range], criteria: Sequence[Criterion]) -> Sums:
+        sums = NeuronSums(self._model.down_projections, self._checkpoint.intermediate_size, criteria)
+        losses = {loss.name: 0.0 for loss in losses_of(criteria)}
         for windows in micro_batches:
-            input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._device)
+            input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
             batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed)
             for name, value in score_batch(self._model, batch, sums).items():
                 losses[name] += value
-        return Sums(sums.sums_KLD, sums.curvature_LCC, losses)
+        return Sums(sums.sums_KLD, sums.terms_JLD, sums.curvature_LCC, losses)

@@ -1,13 +1,15 @@
 """Importance: score every MLP neuron over the calibration windows, on a model sharded over all ranks.
 
-Any number of criteria share the pass: one forward, one pass over the logits, one backward for each loss. Windows are
-cut into fixed shards, whatever the number of ranks; ranks work on consecutive shards, and the shards' sums are added in
-shard order. So the sums have the same bits on any number of ranks, and a resume goes on at a shard.
+Any number of criteria share the pass: one forward, one pass over the logits, one backward for each loss; a loss of a
+student adds a forward. Windows are cut into fixed shards, whatever the number of ranks; ranks work on consecutive
+shards, and the shards' sums are added in shard order. So the sums have the same bits on any number of ranks, and a
+resume goes on at a shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,19 +119,27 @@ def _accumulate(
     shape = (checkpoint.num_layers, checkpoint.intermediate_size)
     settled = context.params["calibration"]["settled"]
     totals = Accumulation(criteria, shape, len(shards), context.work / PARTIAL, context.world, settled)
-    calibration = None if totals.is_complete else _calibration(context, checkpoint, windows_ST, criteria)
+    calibration = None
+    if not totals.is_complete:
+        calibration = _calibration(context, checkpoint, windows_ST, criteria)
+        with _explaining(0):
+            calibration.choose_student(shards[0])
     while not totals.is_complete:
         assert calibration is not None
         context.progress.update("calibration", totals.next_shard, len(shards))
-        try:
+        with _explaining(totals.mine):
             totals.add_round(calibration.score(shards[totals.mine]))
-        except (NonFiniteError, ExactOverflowError) as error:
-            raise UserError(
-                f"importance, calibration shard {totals.mine}: {error}; check the checkpoint's weights"
-            ) from None
         context.interruption.stop_if_agreed(context.world)
     context.progress.update("calibration", len(shards), len(shards))
     return totals
+
+
+@contextmanager
+def _explaining(shard: int) -> Iterator[None]:
+    try:
+        yield
+    except (NonFiniteError, ExactOverflowError) as error:
+        raise UserError(f"importance, calibration shard {shard}: {error}; check the checkpoint's weights") from None
 
 
 def _shards(windows: int, settings: Mapping[str, int]) -> list[list[range]]:

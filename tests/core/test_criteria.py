@@ -1,6 +1,6 @@
 import torch
 
-from hfprune_dist.core.criteria import CRITERIA, MlpLayer, losses_of
+from hfprune_dist.core.criteria import CRITERIA, MlpLayer, losses_of, student_keeps
 
 
 def some_layer(number=0, seed=0):
@@ -42,6 +42,12 @@ def test_magnitude_is_the_norm_of_all_weights_that_go_with_the_neuron():
     for neuron in range(6):
         owned = [row[neuron] for row in layer.read_rows()] + [layer.read_column()[:, neuron]]
         torch.testing.assert_close(scores[neuron], torch.cat(owned).double().norm())
+
+
+def test_a_student_lacks_the_tenth_that_scores_least():
+    scores = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    keeps = student_keeps(scores)
+    assert (~keeps).sum() == 4 and scores[~keeps].max() < scores[keeps].min()
 
 
 def test_random_scores_depend_on_the_seed_and_the_layer():

@@ -5,7 +5,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hfprune_dist.core import blocks
-from hfprune_dist.core.fused import gated_product, observe_gradient, rms_norm
+from hfprune_dist.core.fused import gated_product, masked, observe_gradient, rms_norm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -57,6 +57,16 @@ def test_any_other_tensor_is_observed_too():
     observe_gradient(y, seen.append)
     (y * 3).sum().backward()
     assert torch.equal(torch.cat(seen), y * 3)
+
+
+def test_a_masked_tensor_shows_all_of_itself_and_passes_on_what_is_left():
+    x, keeps, seen = torch.randn(2, 4, requires_grad=True), torch.tensor([True, False, True, True]), []
+    y = masked(x * 2, keeps)
+    assert torch.equal(y, x * 2 * keeps)
+    observe_gradient(y, seen.append)
+    (y * 3).sum().backward()
+    assert torch.equal(torch.cat(seen), x * 6)
+    assert torch.equal(x.grad, torch.full((2, 4), 6.0) * keeps)
 
 
 def test_a_second_backward_over_one_graph_gives_the_same():

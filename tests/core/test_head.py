@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from hfprune_dist.core import head
+from hfprune_dist.core import blocks, head
 from hfprune_dist.core.entropy import entropy_gradient
-from hfprune_dist.core.losses import cross_entropy_gradient
+from hfprune_dist.core.losses import cross_entropy_gradient, distillation_gradient
 
 
-def entropy(logits, _rows):
-    return entropy_gradient(logits)
+def entropy(rows):
+    return entropy_gradient(rows.logits_NV)
 
 
 def by_autograd(hidden, weight, bias):
@@ -44,6 +44,22 @@ def test_bfloat16_models_get_float32_losses():
     assert loss.dtype == torch.float32 and gradient.dtype == torch.bfloat16
 
 
+def test_a_teachers_logits_come_chunk_by_chunk_too(monkeypatch):
+    hidden, teacher = torch.randn(2, 11, 8, dtype=torch.float64)
+    weight = torch.randn(30, 8, dtype=torch.float64)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 30 * 8)
+    monkeypatch.setattr(blocks, "CACHE_BYTES", 3 * 30 * 4)
+    ((loss, gradient),) = head.head_gradients(
+        hidden, weight, None, [lambda rows: distillation_gradient(rows.logits_NV, rows.teacher_NV)], teacher
+    )
+    z = (hidden @ weight.T).requires_grad_()
+    log_p, log_q = (teacher @ weight.T).log_softmax(-1), z.log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    expected.sum().backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, z.grad @ weight, rtol=1e-10, atol=1e-12)
+
+
 def test_losses_share_the_logits_and_leave_each_others_alone(monkeypatch):
     hidden, weight = torch.randn(11, 8), torch.randn(30, 8)
     labels = torch.randint(0, 30, (11,))
@@ -51,8 +67,8 @@ def test_losses_share_the_logits_and_leave_each_others_alone(monkeypatch):
     linear, calls = torch.nn.functional.linear, []
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(1) or linear(*args))
 
-    def cross_entropy(logits, rows):
-        return cross_entropy_gradient(logits, labels[rows])
+    def cross_entropy(rows):
+        return cross_entropy_gradient(rows.logits_NV, labels[rows.numbers])
 
     for losses in ([entropy, cross_entropy], [cross_entropy, entropy, cross_entropy]):
         calls.clear()

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from core_definition import GRADIENT_CRITERIA, definition, moments
+from core_definition import GRADIENT_CRITERIA, definition, label_terms, moments
 from tiny import VARIANTS, tiny_model
 
 from hfprune_dist.core import head
@@ -13,7 +13,7 @@ from hfprune_dist.core.importance import NeuronSums, NonFiniteError, ScoredModel
 from hfprune_dist.models.families import FAMILIES
 from hfprune_dist.models.lean import checkpoint_activations, lighten
 
-SUMMED = [name for name, criterion in CRITERIA.items() if criterion.summed != "nothing"]
+SUMMED = [name for name, it in CRITERIA.items() if it.summed != "nothing" and not it.is_rounded]
 
 
 def ours(model, windows, micro_batch_size, names=("entropy",), seed=0, prepare=lighten):
@@ -31,12 +31,19 @@ def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=lighten):
         body=lambda input_ids: family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
         head=lambda: contextlib.nullcontext((linear.weight, linear.bias)),
         down_projections=family.down_projections(model),
+        student_LD=a_student(model),
     )
     sums = NeuronSums(scored.down_projections, model.config.intermediate_size, [CRITERIA[name] for name in names])
     for start in range(0, len(windows), micro_batch_size):
         input_ids = windows[start : start + micro_batch_size]
         score_batch(scored, Batch(input_ids, range(start, start + len(input_ids)), linear.out_features, seed), sums)
     return sums
+
+
+def a_student(model):
+    """Without every tenth neuron, other ones in each layer."""
+    numbers = torch.arange(model.config.intermediate_size)
+    return torch.stack([(numbers + layer) % 10 != 0 for layer in range(model.config.num_hidden_layers)])
 
 
 def some_windows(count=5, tokens=24):
@@ -57,9 +64,10 @@ def test_entropy_matches_the_definition_in_every_family(variant, micro_batch_siz
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])
 def test_all_criteria_at_once_match_their_definitions(variant):
     model, windows = tiny_model(variant), some_windows()
-    scores = ours(model, windows, 3, list(GRADIENT_CRITERIA), seed=4)
-    for name in GRADIENT_CRITERIA:
-        expected = definition(model, windows, name, seed=4)
+    names = [name for name in GRADIENT_CRITERIA if name in SUMMED]
+    scores = ours(model, windows, 3, names, seed=4)
+    for name in names:
+        expected = definition(model, windows, name, seed=4, keeps=a_student(model))
         assert (expected > 0).all(), name
         assert torch.linalg.norm(scores[name] - expected) / torch.linalg.norm(expected) < 2e-5, name
 
@@ -83,6 +91,12 @@ def test_several_criteria_at_once_have_the_bits_of_each_alone(variant, dtype):
         assert torch.equal(together[name], ours(model, windows, 2, [name])[name]), name
 
 
+def test_rounded_sums_are_left_as_their_terms():
+    sums = all_sums(tiny_model(), some_windows(), 2, ["entropy", "entropy_bfloat16"])
+    assert not sums.sums_KLD[1].any() and len(sums.terms_JLD) == 3
+    torch.testing.assert_close(sum(term.double() for term in sums.terms_JLD)[0], sums.sums_KLD[0], rtol=0.0, atol=0.0)
+
+
 def test_neither_chunks_nor_micro_batches_change_what_is_drawn(monkeypatch):
     model, windows = tiny_model().double(), some_windows()
     names = ["fisher", "fisher_signs"]
@@ -103,21 +117,8 @@ def test_another_seed_draws_other_labels_and_signs():
 
 def exact_fisher(model, window):
     """sum over tokens s and t of E[(h_s * dlog p(y_t)/dh_s)^2], every word of the vocabulary in turn as y_t."""
-    layers = model.model.layers
-    captured = []
-    handles = [
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))
-        for layer in layers
-    ]
-    log_p = model(input_ids=window[None]).logits[0].log_softmax(-1)
-    for handle in handles:
-        handle.remove()
-    scores = torch.zeros(len(layers), model.config.intermediate_size, dtype=torch.float64)
-    for log_p_of_word in log_p.flatten():
-        gradients = torch.autograd.grad(log_p_of_word, captured, retain_graph=True)
-        for layer, (hidden, gradient) in enumerate(zip(captured, gradients, strict=True)):
-            scores[layer] += (log_p_of_word.exp() * (hidden * gradient).square().sum((0, 1))).detach()
-    return scores
+    p, products = label_terms(model, window)
+    return torch.stack([(p * x.square().sum(2)).sum((0, 1)) for x in products])
 
 
 @pytest.mark.parametrize("name", ["fisher", "fisher_signs"])
@@ -141,6 +142,35 @@ def test_activations_alone_need_no_graph():
     columns = torch.stack([layer.mlp.down_proj.weight for layer in model.model.layers]).double()
     expected = definition(model, windows, "activation")
     torch.testing.assert_close(scores.sqrt() * columns.norm(dim=1), expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("lacking", [True, False])
+def test_a_students_scores_are_derivatives_by_the_mask_of_every_neuron(lacking):
+    """Of a neuron that the student lacks: what its return would do, for a window of one token."""
+    model, window = tiny_model().double(), torch.tensor([[7]])
+    keeps = a_student(model)
+    scores = ours(model, window, 1, ["self_distillation"])["self_distillation"]
+    neuron = (keeps[1] != lacking).nonzero()[0].item()
+    divergences = []
+    for step in (-1e-2, 1e-2):
+        masks = keeps.double()
+        masks[1, neuron] += step
+        divergences.append(divergence(model, window, masks))
+    assert scores[1, neuron].item() == pytest.approx(abs(divergences[1] - divergences[0]) / 2e-2, rel=1e-2)
+
+
+def divergence(model, window, masks):
+    """KL(model || model whose neurons are multiplied by masks), mean over tokens."""
+    with torch.no_grad():
+        dense = model(input_ids=window).logits.log_softmax(-1)
+        handles = [
+            layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs, mask=mask: (inputs[0] * mask,))
+            for layer, mask in zip(model.model.layers, masks, strict=True)
+        ]
+        masked = model(input_ids=window).logits.log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    return (dense.exp() * (dense - masked)).sum(-1).mean().item()
 
 
 def test_no_parameter_receives_a_gradient():

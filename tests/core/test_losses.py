@@ -5,6 +5,7 @@ import torch
 
 from hfprune_dist.core.losses import (
     cross_entropy_gradient,
+    distillation_gradient,
     draw_sign_bits,
     draw_uniform,
     random_signs_gradient,
@@ -59,6 +60,19 @@ def test_random_signs_match_autograd():
         logits,
         lambda z: 2 * (signs * z.softmax(-1).sqrt()).sum(-1),
     )
+
+
+def test_the_divergence_from_a_teacher_matches_autograd():
+    logits, teacher = some_logits(), some_logits().flip(0)
+    compare(
+        distillation_gradient(logits.clone(), teacher.clone()),
+        logits,
+        lambda z: torch.nn.functional.kl_div(
+            z.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
+        ).sum(-1),
+    )
+    loss, gradient = distillation_gradient(logits.clone(), logits.clone())
+    assert not loss.any() and not gradient.any(), "a student that is its own teacher"
 
 
 def test_labels_come_as_often_as_the_distribution_says():
