@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from hfprune_dist.parallel.world import World
 
 # Of conjugate gradients; each costs about as much as four forwards of the MLP.
 ITERATIONS = 8
-# The curvature J^T J needs fewer tokens than the pull J^T r (Byrd et al. 2011): outputs for each unknown.
-CURVATURE_OUTPUTS = 3
 # Shares of the step that are tried on held-out windows.
 STEP_LENGTHS = (1.0, 0.5)
 
@@ -42,43 +40,34 @@ class Reconstruction:
         self._inputs = inputs
         self._micro_batches = micro_batches
         self._world = world
-        self._tokens = sum(world.gather(sum(len(input_NC) for input_NC in inputs.values())))
         self._targets = {
             index: _output(dense, dense_biases, input_NC.to(world.device)).cpu() for index, input_NC in inputs.items()
         }
 
     def improve(self, start: MlpWeights, biases: Biases) -> MlpWeights:
         """The weights after one step; ``start`` itself where no step is better on held-out windows."""
-        fitted = [it for it in range(self._micro_batches) if not is_held_out(it, self._micro_batches)]
-        sampled = fitted[:: self._stride(start)]
-        diagonal = self._mean(sampled, lambda index: self._at(start, biases, index).diagonal())
-        right = self._mean(fitted, lambda index: self._pull(start, biases, index))
+        # Kept over all iterations: 6 bytes for each of this rank's tokens and kept neurons, to save a third of the time.
+        around = {
+            index: Linearized(start, biases, input_NC.to(self._world.device))
+            for index, input_NC in self._inputs.items()
+            if not is_held_out(index, self._micro_batches)
+        }
+        diagonal = self._sum(around, lambda at, _index: at.diagonal())
+        right = self._sum(around, lambda at, index: at.backward(self._target(index) - at.output()))
 
         def product(change: MlpWeights) -> MlpWeights:
-            return self._mean(sampled, lambda index: _bend(self._at(start, biases, index), change))
+            return self._sum(around, lambda at, _index: at.backward(at.forward(change)))
 
         step = solve_normal_equations(product, right, diagonal, ITERATIONS)
         candidates = [start, *(start.plus(step, length) for length in STEP_LENGTHS)]
         errors = [self._held_out_error(candidate, biases) for candidate in candidates]
         return candidates[errors.index(min(errors))]
 
-    def _stride(self, weights: MlpWeights) -> int:
-        """The curvature is made of one of so many micro-batches."""
-        outputs = self._tokens * weights.down_CK.shape[0]
-        return max(1, outputs // (CURVATURE_OUTPUTS * sum(it.numel() for it in weights.tensors())))
-
-    def _at(self, weights: MlpWeights, biases: Biases, index: int) -> Linearized:
-        return Linearized(weights, biases, self._inputs[index].to(self._world.device))
-
-    def _pull(self, weights: MlpWeights, biases: Biases, index: int) -> MlpWeights:
-        at = self._at(weights, biases, index)
-        return at.backward(self._targets[index].to(self._world.device) - at.output())
-
-    def _mean(self, indices: Sequence[int], term_of: Callable[[int], MlpWeights]) -> MlpWeights:
-        """Average a term over micro-batches of all ranks, exactly."""
-        own = [index for index in indices if index in self._inputs]
+    def _sum(self, around: Mapping[int, Linearized], term_of: Callable[[Linearized, int], MlpWeights]) -> MlpWeights:
+        """Add up a term of every fitted micro-batch of all ranks, exactly."""
+        own = list(around)
         shapes: list[torch.Size] = []
-        first = term_of(own[0]) if own else None
+        first = term_of(around[own[0]], own[0]) if own else None
         maxima = torch.zeros(3, dtype=torch.float64)
         if first is not None:
             maxima = torch.stack([it.abs().max().double().cpu() for it in first.tensors()])
@@ -86,16 +75,19 @@ class Reconstruction:
         self._world.broadcast_tensor(maxima, 0)
         shapes = self._world.broadcast(shapes)
         sums = [
-            ExactSum(float(maximum), len(indices), shape, self._world.device)
+            ExactSum(float(maximum), self._micro_batches, shape, self._world.device)
             for maximum, shape in zip(maxima, shapes, strict=True)
         ]
         for index in own:
-            term = first if first is not None and index == own[0] else term_of(index)
+            term = first if first is not None and index == own[0] else term_of(around[index], index)
             for total, part in zip(sums, term.tensors(), strict=True):
                 total.add(part)
         for total in sums:
             self._world.add_up(total.total)
-        return MlpWeights(*((total.value() / len(indices)).float() for total in sums))
+        return MlpWeights(*(total.value().float() for total in sums))
+
+    def _target(self, index: int) -> Tensor:
+        return self._targets[index].to(self._world.device)
 
     def _held_out_error(self, weights: MlpWeights, biases: Biases) -> float:
         """Squared error on the held-out windows of all ranks, added in their order."""
@@ -109,11 +101,7 @@ class Reconstruction:
 
     def _squared_error(self, weights: MlpWeights, biases: Biases, index: int) -> float:
         output_NC = _output(weights, biases, self._inputs[index].to(self._world.device))
-        return float((self._targets[index].to(output_NC) - output_NC).square().sum(dtype=torch.float64))
-
-
-def _bend(at: Linearized, change: MlpWeights) -> MlpWeights:
-    return at.backward(at.forward(change))
+        return float((self._target(index) - output_NC).square().sum(dtype=torch.float64))
 
 
 def _output(weights: MlpWeights, biases: Biases, input_NC: Tensor) -> Tensor:
