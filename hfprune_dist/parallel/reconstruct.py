@@ -46,7 +46,7 @@ class Reconstruction:
 
     def improve(self, start: MlpWeights, biases: Biases) -> MlpWeights:
         """The weights after one step; ``start`` itself where no step is better on held-out windows."""
-        # Kept over all iterations: 6 bytes for each of this rank's tokens and kept neurons, to save a third of the time.
+        # Kept over all iterations, 6 bytes for each token and kept neuron, to save a third of the time.
         around = {
             index: Linearized(start, biases, input_NC.to(self._world.device))
             for index, input_NC in self._inputs.items()
