@@ -13,7 +13,7 @@ from hfprune_dist.budget import narrowest_widths, removals, uniform_width
 from hfprune_dist.core.allocation import allocate_globally, layer_mean_one
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.selection import top_neurons
-from hfprune_dist.files import write_json
+from hfprune_dist.files import read_json, write_json
 from hfprune_dist.identity import digest_of
 from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.models.surgery import config_changes, mlp_cuts, write_companions, write_weight_file
@@ -22,13 +22,16 @@ from hfprune_dist.parallel.refit import Refit
 from hfprune_dist.plan import size_of
 from hfprune_dist.stages.context import Context
 
+KEPT = "kept.json"
+
 Replacements = Mapping[str, Callable[[], Tensor]]
 
 
 def run(context: Context) -> None:
-    """Write a Hugging Face folder, and ``kept.json``: the neurons that stayed."""
+    """Write a Hugging Face folder, and ``kept.json``: the neurons that stayed, in the dense model's numbering."""
     checkpoint = open_checkpoint(context.input_path("model"))
-    kept, kept_hash = _decide(context, checkpoint)
+    dense = open_checkpoint(context.input_path("dense")) if context.has_input("dense") else checkpoint
+    kept = _decide(context, checkpoint, dense)
     replacements, fits = _refit(context, checkpoint, kept)
     draft = context.open_draft()
     cuts = mlp_cuts(checkpoint, kept)
@@ -38,31 +41,39 @@ def run(context: Context) -> None:
         write_weight_file(checkpoint, file, cuts, draft, replacements)
     context.world.barrier()
     widths = [len(row) for row in kept]
+    kept_of_dense = _in_dense_numbering(context, kept)
     if context.world.is_first:
         write_companions(checkpoint, draft, config_changes(checkpoint, widths))
-        write_json(draft / "kept.json", {"layers": [row.tolist() for row in kept]})
-    context.commit(draft, _metrics(checkpoint, widths) | fits | {"kept_sha256": kept_hash})
+        write_json(draft / KEPT, {"layers": kept_of_dense})
+    context.commit(draft, _metrics(dense, widths) | fits | {"kept_sha256": digest_of(kept_of_dense)})
 
 
-def _decide(context: Context, checkpoint: Checkpoint) -> tuple[list[Tensor], str]:
+def _decide(context: Context, checkpoint: Checkpoint, dense: Checkpoint) -> list[Tensor]:
     """Select on rank 0, broadcast, and check that every rank holds the same indices."""
-    kept = context.world.broadcast(_select(context, checkpoint) if context.world.is_first else [])
-    kept_hash = digest_of([row.tolist() for row in kept])
-    hashes = context.world.gather(kept_hash)
+    kept = context.world.broadcast(_select(context, checkpoint, dense) if context.world.is_first else [])
+    hashes = context.world.gather(digest_of([row.tolist() for row in kept]))
     assert len(set(hashes)) == 1, f"ranks disagree about the kept neurons: {hashes}"
-    return kept, kept_hash
+    return kept
 
 
-def _select(context: Context, checkpoint: Checkpoint) -> list[Tensor]:
+def _in_dense_numbering(context: Context, kept: list[Tensor]) -> list[list[int]]:
+    """The kept neurons of a model that an earlier step pruned, as the dense model numbers them."""
+    if not context.has_input("dense"):
+        return [row.tolist() for row in kept]
+    before: list[list[int]] = read_json(context.input_path("model") / KEPT)["layers"]
+    return [[numbers[index] for index in row.tolist()] for numbers, row in zip(before, kept, strict=True)]
+
+
+def _select(context: Context, checkpoint: Checkpoint, dense: Checkpoint) -> list[Tensor]:
     name = context.params["criterion"]
     stored = load_file(context.input_path("importance") / "importance.safetensors")
     scores = [stored[f"layers.{layer}.{name}"] for layer in range(checkpoint.num_layers)]
-    return [top_neurons(*pair) for pair in zip(scores, _widths(context, checkpoint, scores), strict=True)]
+    return [top_neurons(*pair) for pair in zip(scores, _widths(context, dense, scores), strict=True)]
 
 
-def _widths(context: Context, checkpoint: Checkpoint, scores: list[Tensor]) -> list[int]:
-    """Neurons that each layer keeps."""
-    params, size, where = context.params, size_of(checkpoint), context.stage.label
+def _widths(context: Context, dense: Checkpoint, scores: list[Tensor]) -> list[int]:
+    """Neurons that each layer keeps, since ratios are of the dense model's parameters."""
+    params, size, where = context.params, size_of(dense), context.stage.label
     if params["allocation"] == "uniform":
         return [uniform_width(size, params["ratio"], params["multiple_of"], where)] * size.num_layers
     narrowest = narrowest_widths(size, params["floor"], params["protect_first"], params["protect_last"])
@@ -93,12 +104,12 @@ def _refit(context: Context, checkpoint: Checkpoint, kept: list[Tensor]) -> tupl
     }
 
 
-def _metrics(checkpoint: Checkpoint, widths: list[int]) -> dict[str, Any]:
-    size = size_of(checkpoint)
+def _metrics(dense: Checkpoint, widths: list[int]) -> dict[str, Any]:
+    size = size_of(dense)
     removed = size.num_layers * size.intermediate_size - sum(widths)
     return {
         "ratio_reached": size.ratio_of(removed),
-        "parameters": checkpoint.parameters - removed * checkpoint.parameters_per_neuron,
+        "parameters": dense.parameters - removed * dense.parameters_per_neuron,
         "intermediate_size": widths[0] if len(set(widths)) == 1 else None,
         "intermediate_sizes": widths,
     }
