@@ -56,6 +56,30 @@ def uniform_width(size: ModelSize, total_ratio: float, multiple_of: int, where: 
     return width
 
 
+def step_ratios(total_ratio: float, steps: int) -> list[float]:
+    """The ratios that pruning in equal parts goes through, the last one ``total_ratio`` itself.
+
+    All are of the dense model's parameters. They are rounded to what a person would write, so that a third of 0.3 is
+    0.1 and finds the artifact of that ratio.
+    """
+    return [round(total_ratio * step / steps, 12) for step in range(1, steps)] + [total_ratio]
+
+
+def uniform_widths(size: ModelSize, total_ratio: float, steps: int, multiple_of: int, where: str) -> list[int]:
+    """``uniform_width`` after each of ``step_ratios``.
+
+    Raises:
+        UserError: also where a step would remove nothing.
+    """
+    widths = [uniform_width(size, ratio, multiple_of, where) for ratio in step_ratios(total_ratio, steps)]
+    if len(set(widths)) < steps:
+        raise UserError(
+            f"{where}: of {steps} steps to ratio {total_ratio:g}, one removes nothing once widths are rounded to "
+            f"multiples of {multiple_of}; use fewer steps or a smaller prune.multiple_of"
+        )
+    return widths
+
+
 def removals(size: ModelSize, total_ratio: float, narrowest: Sequence[int], where: str) -> int:
     """Neurons to remove from all layers together so that the reached ratio is closest to ``total_ratio``.
 

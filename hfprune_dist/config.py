@@ -132,6 +132,18 @@ class Method(Section):
     Gauss-Newton on gate_proj, up_proj and down_proj towards the dense MLP's outputs; takes minutes, not seconds."""
     multiple_of: Positive = 1
     """Round intermediate_size to a multiple of this (64 or 128 suit GPU kernels)."""
+    steps: Positive = 1
+    """Prune in so many equal parts of the ratio. Before each but the first the pruned model is scored anew, on the same
+    windows, and its refit is one to what that model computes. uniform alone."""
+
+    @model_validator(mode="after")
+    def _steps_are_uniform(self) -> Method:
+        if self.steps > 1 and self.allocation != "uniform":
+            raise ValueError(
+                f"steps: {self.steps} needs allocation: uniform; a checkpoint whose layers differ in width can't be "
+                "pruned again"
+            )
+        return self
 
 
 class PruneConfig(Section):
@@ -144,6 +156,7 @@ class PruneConfig(Section):
     protect_last: Annotated[int, Field(ge=0)] | None = None
     refit: Refit | None = None
     multiple_of: Positive | None = None
+    steps: Positive | None = None
 
 
 class RecoveryConfig(TextSource):

@@ -5,13 +5,13 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.budget import ModelSize, narrowest_widths, removals, uniform_width
+from hfprune_dist.budget import ModelSize, narrowest_widths, removals, step_ratios, uniform_widths
 from hfprune_dist.config import Method, SweepConfig, TextSource
 from hfprune_dist.errors import UserError
 from hfprune_dist.identity import FileHashes, digest_of
@@ -179,14 +179,15 @@ class _Planner:
             for name, method in self.methods.items():
                 check_reachable(size, ratio, method, f"model {model.name!r}, method {name!r}")
         dense = Input(model.identity, str(model.checkpoint.path))
-        importance = self._importance(model, dense)  # first of all, since most of the sweep waits for it
+        criteria = {*self.config.importance.criteria, *(method.criterion for method in self.methods.values())}
+        importance = self._importance(model.name, dense, criteria)  # first, since most of the sweep waits for it
         cells = self._finish(_Variant(f"{model.name} dense", model.name, dense, dense))
         for ratio in self.config.ratios:
             for name, method in self.methods.items():
                 label = f"{model.name} {ratio:g}" + (f" {name}" if len(self.methods) > 1 else "")
-                prune = self._prune(label, dense, importance, ratio, method)
-                producers = (importance.id, prune.id)
-                cells += self._finish(_Variant(label, model.name, dense, prune.as_input(), ratio, name, producers))
+                chain = self._steps(label, dense, importance, ratio, method)
+                producers = tuple(stage.id for stage in chain)
+                cells += self._finish(_Variant(label, model.name, dense, chain[-1].as_input(), ratio, name, producers))
         return cells
 
     def _finish(self, variant: _Variant) -> list[Cell]:
@@ -211,26 +212,40 @@ class _Planner:
     def _add(self, stage: Stage) -> Stage:
         return self.stages.setdefault(stage.id, stage)
 
-    def _importance(self, model: ModelSource, dense: Input) -> Stage:
+    def _steps(self, label: str, dense: Input, importance: Stage, ratio: float, method: Method) -> list[Stage]:
+        """Importance and prune stages in turn, from the dense model to the one that is pruned at ``ratio``."""
+        chain, model = [importance], dense
+        for step, reached in enumerate(step_ratios(ratio, method.steps), start=1):
+            step_label = f"{label} step {step}/{method.steps}"
+            if step > 1:
+                chain.append(self._importance(step_label, model, {method.criterion}))
+            prune_label = label if step == method.steps else step_label
+            chain.append(self._prune(prune_label, model, dense, chain[-1], reached, method))
+            model = chain[-1].as_input()
+        return chain
+
+    def _importance(self, label: str, model: Input, criteria: Iterable[str]) -> Stage:
         config = self.config
         calibration, text = self._text(config.calibration)
         params = {
             "calibration": calibration,
-            "criteria": sorted({*config.importance.criteria, *(method.criterion for method in self.methods.values())}),
+            "criteria": sorted(criteria),
             "dtype": config.importance.dtype,
             "add_bos_token": config.evaluation.add_bos_token,
             "seed": config.seed,
         }
-        return self._add(Stage("importance", model.name, params, {"model": dense, **_role("calibration", text)}))
+        return self._add(Stage("importance", label, params, {"model": model, **_role("calibration", text)}))
 
-    def _prune(self, label: str, dense: Input, importance: Stage, ratio: float, method: Method) -> Stage:
+    def _prune(self, label: str, model: Input, dense: Input, importance: Stage, ratio: float, method: Method) -> Stage:
         params = {"ratio": ratio, **_effective(method)}
         if method.refit != "none" or method.allocation == "searched":  # windows go through the model again
             params |= {
                 "dtype": self.config.importance.dtype,
                 "micro_batch_size": self.config.calibration.micro_batch_size,
             }
-        inputs = {"model": dense, "importance": importance.as_input()}
+        inputs = {"model": model, "importance": importance.as_input()}
+        if model != dense:
+            inputs["dense"] = dense  # whose parameters ratios are of
         return self._add(Stage("prune", label, params, inputs))
 
     def _recover(self, label: str, checkpoint: Input) -> Stage:
@@ -274,16 +289,16 @@ def check_reachable(size: ModelSize, ratio: float, method: Method, where: str) -
         UserError: telling the largest ratio that it can reach.
     """
     if method.allocation != "global":
-        uniform_width(size, ratio, method.multiple_of, where)
+        uniform_widths(size, ratio, method.steps, method.multiple_of, where)
     if method.allocation != "uniform":
         narrowest = narrowest_widths(size, method.floor, method.protect_first, method.protect_last)
         removals(size, ratio, narrowest, where)
 
 
 def _effective(method: Method) -> dict[str, Any]:
-    """The settings of a method that affect its result."""
+    """The settings of a method that affect what one prune stage does; its steps are stages of their own."""
     idle = {"floor", "protect_first", "protect_last"} if method.allocation == "uniform" else set()
-    return method.model_dump(exclude=idle)
+    return method.model_dump(exclude=idle | {"steps"})
 
 
 def _role(role: str, source: Input | None) -> dict[str, Input]:

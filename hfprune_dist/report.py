@@ -80,7 +80,7 @@ def _shape(cell: Cell, manifests: Mapping[str, Mapping[str, Any] | None], dense:
     """Reached ratio, parameters and width: the dense model's, or those that the prune stage reports."""
     if cell.ratio is None:
         return {"ratio_reached": 0.0, **asdict(dense), "intermediate_sizes": None}
-    prune = next(found for stage_id, found in manifests.items() if stage_id.startswith("prune/"))
+    *_, prune = (found for stage_id, found in manifests.items() if stage_id.startswith("prune/"))
     metrics: Mapping[str, Any] = prune["metrics"] if prune else {}
     return {key: metrics.get(key) for key in ("ratio_reached", "parameters", "intermediate_size", "intermediate_sizes")}
 

@@ -56,9 +56,10 @@ def compare(folders: Sequence[Path], out: Path, reference: str) -> None:
 
 
 def _criteria(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
-    """Model -> how its criteria agree, from the first sweep's scores."""
+    """Model -> how its criteria agree, from the first sweep's scores of the dense model."""
     store = Store(sweep.folder / "store")
     stages = [stage for stage in sweep.plan.stages.values() if stage.kind == "importance"]
+    stages = [stage for stage in stages if not stage.inputs["model"].is_stage]
     done = [stage for stage in stages if store.manifest(stage.id) is not None]
     return {stage.label: compare_criteria(read_scores(store.path(stage.id)), SHARES_KEPT) for stage in done}
 

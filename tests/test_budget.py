@@ -1,6 +1,6 @@
 import pytest
 
-from hfprune_dist.budget import ModelSize, uniform_width
+from hfprune_dist.budget import ModelSize, step_ratios, uniform_width, uniform_widths
 from hfprune_dist.errors import UserError
 
 SMOLLM2 = ModelSize(134_515_008, 30, 1536, 3 * 576)
@@ -35,3 +35,19 @@ def test_out_of_reach_names_the_largest_ratio_that_is_not():
 def test_rounding_that_removes_nothing_is_refused():
     with pytest.raises(UserError, match="removes nothing"):
         uniform_width(SMOLLM2, 0.001, 128, "m")
+
+
+def test_steps_are_equal_parts_that_end_at_the_ratio_itself():
+    assert step_ratios(0.4, 1) == [0.4] and step_ratios(0.4, 2) == [0.2, 0.4]
+    assert step_ratios(0.3, 3) == [0.1, 0.2, 0.3], "not 0.09999999999999999, which no other row asks for"
+
+
+def test_steps_end_at_the_width_of_one_step():
+    widths = uniform_widths(SMOLLM2, 0.4, 4, 1, "m")
+    assert widths[1] == 1017 and widths[-1] == uniform_width(SMOLLM2, 0.4, 1, "m")
+    assert widths == sorted(set(widths), reverse=True)
+
+
+def test_a_step_that_removes_nothing_is_refused():
+    with pytest.raises(UserError, match=r"m: of 8 steps to ratio 0.4, one removes nothing.*fewer steps"):
+        uniform_widths(SMOLLM2, 0.4, 8, 192, "m")

@@ -41,6 +41,8 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
     [
         ("criterion: entropi\n", "criterion"),
         ("criterion: entropy\nrefits: dense\n", "unknown key 'refits'.*did you mean 'refit'"),
+        ("criterion: entropy\nallocation: global\nsteps: 2\n", "steps: 2 needs allocation: uniform"),
+        ("criterion: entropy\nsteps: 0\n", "steps.*greater than or equal to 1"),
         ("- entropy\n", "expected the keys of a method"),
         ("a: [\n", "not valid YAML"),
         (None, "No such file"),
@@ -72,3 +74,9 @@ def test_floors_bound_what_can_go():
     assert removals(size, 0.1, narrowest, "m") == 100
     with pytest.raises(UserError, match=r"m: ratio 0.2 .*largest possible is 0.1400"):
         removals(size, 0.2, narrowest, "m")
+
+
+def test_steps_from_the_command_line_are_refused_where_a_method_is_not_uniform():
+    assert resolved(methods=["surgeon-uniform"], **{"prune.steps": 3})["surgeon-uniform"].steps == 3
+    with pytest.raises(UserError, match=r"surgeon\.yaml.*\n.*steps: 3 needs allocation: uniform"):
+        resolved(methods=["surgeon"], **{"prune.steps": 3})

@@ -170,3 +170,36 @@ def test_settings_that_a_uniform_allocation_ignores_do_not_change_its_fingerprin
     assert prunes() == prunes(prune__floor=0.5)
     global_prunes = [prunes(methods=["surgeon"], ratios=[0.05], prune__floor=floor) for floor in (0.2, 0.3)]
     assert global_prunes[0] != global_prunes[1]
+
+
+def test_steps_are_a_chain_of_importance_and_prune_stages(world):
+    plan = plan_of(
+        world, models=["a"], methods=["hfprune"], ratios=[0.2], prune__steps=2, importance__criteria=["random"]
+    )
+    chain = [plan.stages[stage_id] for stage_id in plan.cells[-1].producers]
+    assert [stage.kind for stage in chain] == ["importance", "prune", "importance", "prune", "recover"]
+    assert [stage.label for stage in chain[:4]] == ["a", "a 0.2 step 1/2", "a 0.2 step 2/2", "a 0.2"]
+    dense, half, again, whole, _ = chain
+    assert (half.params["ratio"], whole.params["ratio"]) == (0.1, 0.2)
+    assert half.needs == [dense.id] and again.needs == [half.id] and whole.needs == [half.id, again.id]
+    assert whole.inputs["dense"] == half.inputs["model"] == dense.inputs["model"]
+    assert dense.params["criteria"] == ["entropy", "random"] and again.params["criteria"] == ["entropy"]
+    assert {**dense.params, "criteria": []} == {**again.params, "criteria": []}, "the same windows"
+
+
+def test_a_first_step_is_shared_with_the_row_of_its_ratio(world):
+    plan = plan_of(world, models=["a"], methods=["surgeon-uniform", "surgeon-uniform-2-steps"])
+    of = {cell.label: cell.producers for cell in plan.cells}
+    assert of["a 0.1 surgeon-uniform + lora"][:2] == of["a 0.2 surgeon-uniform-2-steps + lora"][:2]
+    assert of["a 0.2 surgeon-uniform + lora"][1] not in of["a 0.2 surgeon-uniform-2-steps + lora"]
+    assert kinds(plan).count("prune") == 5 and kinds(plan).count("importance") == 3
+
+
+def test_one_step_has_the_fingerprints_of_none(world):
+    assert list(plan_of(world).stages) == list(plan_of(world, prune__steps=1).stages)
+    assert all("steps" not in stage.params for stage in plan_of(world, prune__steps=2).stages.values())
+
+
+def test_too_many_steps_for_a_model_are_refused(world):
+    with pytest.raises(UserError, match=r"model 'a', method 'surgeon-uniform': of 8 steps.*one removes nothing"):
+        plan_of(world, ratios=[0.2], prune__steps=8, prune__multiple_of=5)

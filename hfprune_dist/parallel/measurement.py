@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from hfprune_dist.core.fidelity import compare_outputs, next_ids
 from hfprune_dist.core.refit import best_ridge, refit_down_projection
 from hfprune_dist.core.search import Widths
 from hfprune_dist.core.selection import top_neurons
+from hfprune_dist.files import read_json, write_json
+from hfprune_dist.identity import digest_of
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.layers import LayerReader, mlp_of, narrow, run
 from hfprune_dist.parallel.layerwise import Grams, LayerStream, is_held_out
@@ -36,6 +39,8 @@ class Measurement:
         refit: whether down projections are fitted to the dense activations, on the windows that are not held out.
         windows_ST: all calibration windows, int64 [samples, sequence_length].
         micro_batch_size: windows per forward.
+        file: what was measured, for a later attempt.
+        after_each: called on every rank with the number of layers that are done.
     """
 
     def __init__(
@@ -47,6 +52,8 @@ class Measurement:
         dtype: torch.dtype,
         micro_batch_size: int,
         world: World,
+        file: Path,
+        after_each: Callable[[int], None],
     ) -> None:
         self._checkpoint = checkpoint
         self._scores = scores
@@ -55,18 +62,26 @@ class Measurement:
         self._dtype = dtype
         self._micro_batch_size = micro_batch_size
         self._world = world
+        self._file = file
+        self._after_each = after_each
+        self._known: dict[str, float] = world.broadcast(read_json(file) if world.is_first and file.is_file() else {})
         self._reader = LayerReader(checkpoint, dtype, world.device)
         batches = windows_ST.split(micro_batch_size)
         held_out = [it for it in range(len(batches)) if is_held_out(it, len(batches))] or [0]
         chosen = held_out[: max(1, WINDOWS // micro_batch_size)]
         self._batches = {index: batches[index] for index in chosen[world.rank :: world.size]}
 
-    def kl(self, candidates: Sequence[Widths], after_each: Callable[[int], None]) -> list[float]:
-        """KL(dense || candidate) per token, nats, of every candidate.
+    def kl(self, candidates: Sequence[Widths]) -> list[float]:
+        """KL(dense || candidate) per token, nats, of every candidate; the same candidate is measured once."""
+        unknown = [widths for widths in candidates if digest_of(widths) not in self._known]
+        if unknown:
+            kls = self._measure(unknown)
+            self._known |= {digest_of(widths): kl for widths, kl in zip(unknown, kls, strict=True)}
+            if self._world.is_first:
+                write_json(self._file, self._known)
+        return [self._known[digest_of(widths)] for widths in candidates]
 
-        Args:
-            after_each: called on every rank with the number of layers that are done.
-        """
+    def _measure(self, candidates: Sequence[Widths]) -> list[float]:
         dense = tuple(len(scores_D) for scores_D in self._scores)
         everyone = [dense, *candidates]
         branches: Branches = {
@@ -79,7 +94,7 @@ class Measurement:
             grams = stream.grams(number, layer, advance=True) if stream else None
             mlps = self._mlps(number, mlp_of(layer), widths, grams)
             branches = self._advance(layer, mlps, _split(branches, [widths[number] for widths in everyone]))
-            after_each(number + 1)
+            self._after_each(number + 1)
         return self._compared(branches, len(everyone))[1:]
 
     def _stream(self) -> LayerStream | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hfprune_dist.budget import ModelSize, narrowest_widths, removals, uniform_width
 from hfprune_dist.core.allocation import allocate_globally, layer_mean_one
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.core.search import Family, Measure, Widths, search_widths
+from hfprune_dist.core.search import Family, Widths, search_widths
 from hfprune_dist.core.selection import top_neurons
 from hfprune_dist.files import read_json, write_json
 from hfprune_dist.identity import digest_of
@@ -24,13 +24,16 @@ from hfprune_dist.parallel.refit import Refit
 from hfprune_dist.plan import size_of
 from hfprune_dist.stages.context import Context
 
+KEPT = "kept.json"
+
 Replacements = Mapping[str, Callable[[], Tensor]]
 
 
 def run(context: Context) -> None:
-    """Write a Hugging Face folder, and ``kept.json``: the neurons that stayed."""
+    """Write a Hugging Face folder, and ``kept.json``: the neurons that stayed, in the dense model's numbering."""
     checkpoint = open_checkpoint(context.input_path("model"))
-    kept, kept_hash, search = _decide(context, checkpoint)
+    dense = open_checkpoint(context.input_path("dense")) if context.has_input("dense") else checkpoint
+    kept, search = _decide(context, checkpoint, dense)
     replacements, fits = _refit(context, checkpoint, kept)
     draft = context.open_draft()
     cuts = mlp_cuts(checkpoint, kept)
@@ -40,28 +43,37 @@ def run(context: Context) -> None:
         write_weight_file(checkpoint, file, cuts, draft, replacements)
     context.world.barrier()
     widths = [len(row) for row in kept]
+    kept_of_dense = _in_dense_numbering(context, kept)
     if context.world.is_first:
         write_companions(checkpoint, draft, config_changes(checkpoint, widths))
-        write_json(draft / "kept.json", {"layers": [row.tolist() for row in kept]})
-    context.commit(draft, _metrics(checkpoint, widths) | search | fits | {"kept_sha256": kept_hash})
+        write_json(draft / KEPT, {"layers": kept_of_dense})
+    metrics = _metrics(dense, widths) | search | fits
+    context.commit(draft, metrics | {"kept_sha256": digest_of(kept_of_dense)})
 
 
-def _decide(context: Context, checkpoint: Checkpoint) -> tuple[list[Tensor], str, dict[str, Any]]:
-    """Select on rank 0, broadcast, and check that every rank holds the same indices; also metrics of the search."""
+def _decide(context: Context, checkpoint: Checkpoint, dense: Checkpoint) -> tuple[list[Tensor], dict[str, Any]]:
+    """Select on rank 0, broadcast, and check that every rank holds the same indices; also metrics of a search."""
     stored = load_file(context.input_path("importance") / "importance.safetensors")
     scores = [stored[f"layers.{layer}.{context.params['criterion']}"] for layer in range(checkpoint.num_layers)]
-    widths, search = _widths(context, checkpoint, scores)
+    widths, search = _widths(context, dense, scores)
     kept = [top_neurons(*pair) for pair in zip(scores, widths, strict=True)] if context.world.is_first else []
     kept = context.world.broadcast(kept)
-    kept_hash = digest_of([row.tolist() for row in kept])
-    hashes = context.world.gather(kept_hash)
+    hashes = context.world.gather(digest_of([row.tolist() for row in kept]))
     assert len(set(hashes)) == 1, f"ranks disagree about the kept neurons: {hashes}"
-    return kept, kept_hash, search
+    return kept, search
 
 
-def _widths(context: Context, checkpoint: Checkpoint, scores: list[Tensor]) -> tuple[Sequence[int], dict[str, Any]]:
-    """Neurons that each layer keeps, and metrics; the same on every rank."""
-    params, size, where = context.params, size_of(checkpoint), context.stage.label
+def _in_dense_numbering(context: Context, kept: list[Tensor]) -> list[list[int]]:
+    """The kept neurons of a model that an earlier step pruned, as the dense model numbers them."""
+    if not context.has_input("dense"):
+        return [row.tolist() for row in kept]
+    before: list[list[int]] = read_json(context.input_path("model") / KEPT)["layers"]
+    return [[numbers[index] for index in row.tolist()] for numbers, row in zip(before, kept, strict=True)]
+
+
+def _widths(context: Context, dense: Checkpoint, scores: list[Tensor]) -> tuple[Sequence[int], dict[str, Any]]:
+    """Neurons that each layer keeps, the same on every rank; ratios are of the dense model's parameters."""
+    params, size, where = context.params, size_of(dense), context.stage.label
     if params["allocation"] == "uniform":
         return [uniform_width(size, params["ratio"], params["multiple_of"], where)] * size.num_layers, {}
     narrowest = narrowest_widths(size, params["floor"], params["protect_first"], params["protect_last"])
@@ -72,7 +84,7 @@ def _widths(context: Context, checkpoint: Checkpoint, scores: list[Tensor]) -> t
     found = search_widths(
         Family(comparable, wanted, narrowest, params["multiple_of"]),
         _uniform(params, size, narrowest, where),
-        _remembered(context, checkpoint, scores),
+        _measurement(context, dense, scores).kl,
     )
     return found.widths, {"search_kl": found.candidates}
 
@@ -83,11 +95,14 @@ def _uniform(params: Mapping[str, Any], size: ModelSize, narrowest: Sequence[int
     return (width,) * size.num_layers if width >= max(narrowest) else None
 
 
-def _remembered(context: Context, checkpoint: Checkpoint, scores: list[Tensor]) -> Measure:
-    """Measures candidates; what was measured is found by a later attempt."""
-    params, file = context.params, context.work / "search.json"
-    known = context.world.broadcast(read_json(file) if context.world.is_first and file.is_file() else {})
-    measurement = Measurement(
+def _measurement(context: Context, checkpoint: Checkpoint, scores: list[Tensor]) -> Measurement:
+    params = context.params
+
+    def after_each(done: int) -> None:
+        context.progress.update("search", done, checkpoint.num_layers)
+        context.interruption.stop_if_agreed(context.world)
+
+    return Measurement(
         checkpoint,
         scores,
         params["refit"] != "none",
@@ -95,22 +110,9 @@ def _remembered(context: Context, checkpoint: Checkpoint, scores: list[Tensor]) 
         getattr(torch, params["dtype"]),
         params["micro_batch_size"],
         context.world,
+        context.work / "search.json",
+        after_each,
     )
-
-    def after_each(done: int) -> None:
-        context.progress.update("search", done, checkpoint.num_layers)
-        context.interruption.stop_if_agreed(context.world)
-
-    def measure(candidates: Sequence[Widths]) -> list[float]:
-        unknown = [widths for widths in candidates if digest_of(widths) not in known]
-        if unknown:
-            kls = measurement.kl(unknown, after_each)
-            known.update({digest_of(widths): kl for widths, kl in zip(unknown, kls, strict=True)})
-            if context.world.is_first:
-                write_json(file, known)
-        return [known[digest_of(widths)] for widths in candidates]
-
-    return measure
 
 
 def _refit(context: Context, checkpoint: Checkpoint, kept: list[Tensor]) -> tuple[Replacements, dict[str, Any]]:
@@ -135,12 +137,12 @@ def _refit(context: Context, checkpoint: Checkpoint, kept: list[Tensor]) -> tupl
     }
 
 
-def _metrics(checkpoint: Checkpoint, widths: list[int]) -> dict[str, Any]:
-    size = size_of(checkpoint)
+def _metrics(dense: Checkpoint, widths: list[int]) -> dict[str, Any]:
+    size = size_of(dense)
     removed = size.num_layers * size.intermediate_size - sum(widths)
     return {
         "ratio_reached": size.ratio_of(removed),
-        "parameters": checkpoint.parameters - removed * checkpoint.parameters_per_neuron,
+        "parameters": dense.parameters - removed * dense.parameters_per_neuron,
         "intermediate_size": widths[0] if len(set(widths)) == 1 else None,
         "intermediate_sizes": widths,
     }

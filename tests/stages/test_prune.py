@@ -218,11 +218,9 @@ def test_a_search_takes_the_widths_that_measure_best(tmp_path):
 
 def test_an_interrupted_search_measures_nothing_twice(tmp_path, monkeypatch):
     measured = []
-    original = Measurement.kl
+    original = Measurement._measure
     monkeypatch.setattr(
-        Measurement,
-        "kl",
-        lambda self, candidates, *rest: measured.extend(candidates) or original(self, candidates, *rest),
+        Measurement, "_measure", lambda self, candidates: measured.extend(candidates) or original(self, candidates)
     )
     store, stage, _ = prepare(tmp_path, ratio=0.15, allocation="searched")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -263,6 +261,44 @@ def test_death_at_every_point_ends_with_the_same_weights(tmp_path, refit):
         if not died:
             break
     assert kill_at > 10
+
+
+@pytest.mark.parametrize("refit", ["none", "dense"])
+def test_a_second_step_is_a_prune_of_the_first_ones_model(tmp_path, refit):
+    """By hand: a checkpoint of the first step, pruned on its own at the share of it that is left to remove."""
+    store, second, _ = prepare(tmp_path, ratio=0.2, refit=refit)
+    first = Stage("prune", "step 1/2", {**second.params, "ratio": 0.1}, second.inputs)
+    run_solo(store, first)
+    half = store.manifest(first.id)["metrics"]
+    assert half["intermediate_size"] == 31
+    again = Stage("importance", "step 2/2", {"of": first.id}, {})
+    draft = store.open_draft(again.id)
+    scores = {f"layers.{layer}.entropy": torch.rand(31, dtype=torch.float64) for layer in range(2)}
+    save_file(scores, draft / "importance.safetensors")
+    windows = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")
+    save_file(windows, draft / "windows.safetensors")
+    store.commit(again, draft, {"metrics": {}})
+    inputs = {"model": first.as_input(), "importance": again.as_input()}
+    dense = second.inputs["model"]
+    chained = Stage("prune", "llama", second.params, {**inputs, "dense": dense})
+    run_solo(store, chained)
+
+    metrics = store.manifest(chained.id)["metrics"]
+    one_step = run_solo(store, second) or store.manifest(second.id)["metrics"]
+    for key in ("intermediate_size", "parameters", "ratio_reached"):
+        assert metrics[key] == one_step[key]
+    ratio = (half["parameters"] - metrics["parameters"]) / half["parameters"]
+    by_hand = Stage("prune", "by hand", {**second.params, "ratio": ratio}, inputs)
+    run_solo(store, by_hand)
+    assert weights_of(store, chained) == weights_of(store, by_hand)
+
+    kept, kept_first, kept_of_half = (
+        json.loads((store.path(stage.id) / "kept.json").read_text())["layers"] for stage in (chained, first, by_hand)
+    )
+    assert kept == [[row[n] for n in of] for row, of in zip(kept_first, kept_of_half, strict=True)]
+    rows = load_causal_lm(tmp_path / "model", torch.float32).model.layers[1].mlp.up_proj.weight[kept[1]]
+    ours = load_causal_lm(store.path(chained.id), torch.float32).model.layers[1].mlp.up_proj.weight
+    assert torch.equal(rows, ours), "in the dense model's numbering"
 
 
 def test_an_artifact_that_rotted_is_set_aside_before_it_is_used(tmp_path):

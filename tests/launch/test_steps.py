@@ -1,0 +1,39 @@
+"""A sweep that prunes in two steps, from its plan to its table, on one rank and on two."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from sweeps import artifacts, finish, make_inputs, results, sweep
+
+pytestmark = pytest.mark.slow
+
+TWO_STEPS = ["--models", "alpha", "--ratios", "0.2", "--set", "prune.steps=2", "--set", "recovery.method=none"]
+
+
+def test_two_steps_from_the_plan_to_the_table(tmp_path):
+    config, out = make_inputs(tmp_path), tmp_path / "out"
+    plan = sweep(config, out, *TWO_STEPS, "--dry-run")
+    assert plan.returncode == 0 and "alpha 0.2 step 1/2" in plan.stdout and "alpha 0.2 step 2/2" in plan.stdout
+    finish(config, out, *TWO_STEPS)
+    _, pruned = results(out)
+    assert (pruned["ratio"], pruned["intermediate_size"]) == ("0.2", "14")
+    assert float(pruned["ratio_reached"]) == pytest.approx(0.2, abs=0.01)
+
+    windows = [load_file(file)["input_ids"] for file in (out / "store").glob("importance/*/windows.safetensors")]
+    assert len(windows) == 2 and windows[0].equal(windows[1])
+    kept = json.loads((Path(pruned["checkpoint"]) / "kept.json").read_text())["layers"]
+    assert [len(row) for row in kept] == [14, 14] and max(map(max, kept)) > 30, "numbers of the dense model's neurons"
+
+    finish(config, tmp_path / "one", *TWO_STEPS, "--ranks", "1")
+    for kind in ("importance", "prune"):
+        assert artifacts(tmp_path / "one", kind) == artifacts(out, kind)
+    again = finish(config, out, *TWO_STEPS)
+    assert "stages to run" not in again.stdout
+
+
+def test_steps_of_a_global_allocation_are_one_message(tmp_path):
+    result = sweep(make_inputs(tmp_path), tmp_path / "out", "--methods", "surgeon", "--set", "prune.steps=2")
+    assert result.returncode == 2 and "steps: 2 needs allocation: uniform" in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
