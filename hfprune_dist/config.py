@@ -117,8 +117,8 @@ class Method(Section):
     """The score that selects."""
     allocation: Allocation = "uniform"
     """How the removed neurons are spread over layers. uniform: the same width everywhere. global: all layers compete
-    by score; a criterion whose scores aren't in nats is divided by its layer's mean first. searched: these,
-    the uniform ones and some around them are measured on calibration windows, and those closest to the dense model are
+    by score; a criterion whose scores aren't in nats is divided by its layer's mean first. searched: both of these and
+    some widths around the global ones are measured on calibration windows, and those closest to the dense model are
     taken. Where layers differ in width, checkpoints need trust_remote_code, or this package, to load."""
     floor: Annotated[float, Field(gt=0, le=1)] = 0.2
     """global, searched: the share of its neurons that a layer keeps at least."""
