@@ -119,11 +119,12 @@ def search_widths(family: Family, uniform: Widths | None, measure: Measure) -> F
     centre, steps = START, list(STEPS)
 
     def kl_of(shapes: Sequence[Shape]) -> list[float]:
-        for shape in shapes:
-            names.setdefault(family.widths(shape), _name(shape))
+        candidates = [family.widths(shape) for shape in shapes]
+        for shape, widths in zip(shapes, candidates, strict=True):
+            names.setdefault(widths, _name(shape))
         unknown = [widths for widths in names if widths not in measured]
         measured.update(zip(unknown, measure(unknown), strict=True))
-        return [measured[family.widths(shape)] for shape in shapes]
+        return [measured[widths] for widths in candidates]
 
     for _ in range(ROUNDS):
         pairs = [(centre.moved(axis, -step), centre.moved(axis, step)) for axis, step in enumerate(steps)]

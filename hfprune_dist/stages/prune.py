@@ -97,21 +97,16 @@ def _uniform(params: Mapping[str, Any], size: ModelSize, narrowest: Sequence[int
 
 def _measurement(context: Context, checkpoint: Checkpoint, scores: list[Tensor]) -> Measurement:
     params = context.params
-
-    def after_each(done: int) -> None:
-        context.progress.update("search", done, checkpoint.num_layers)
-        context.interruption.stop_if_agreed(context.world)
-
     return Measurement(
         checkpoint,
         scores,
         params["refit"] != "none",
-        load_file(context.input_path("importance") / "windows.safetensors")["input_ids"],
+        _windows(context),
         getattr(torch, params["dtype"]),
         params["micro_batch_size"],
         context.world,
         context.work / "search.json",
-        after_each,
+        _after_each_layer(context, "search", checkpoint),
     )
 
 
@@ -120,21 +115,31 @@ def _refit(context: Context, checkpoint: Checkpoint, kept: list[Tensor]) -> tupl
     params = context.params
     if params["refit"] == "none":
         return {}, {}
-    windows_ST = load_file(context.input_path("importance") / "windows.safetensors")["input_ids"]
     dtype = getattr(torch, params["dtype"])
-    stream = LayerStream(checkpoint, windows_ST, dtype, params["micro_batch_size"], context.world)
+    stream = LayerStream(checkpoint, _windows(context), dtype, params["micro_batch_size"], context.world)
     refit = Refit(checkpoint, kept, params["refit"], stream, context.work / "refit", context.world)
-
-    def after_each(done: int) -> None:
-        context.progress.update("refit", done, checkpoint.num_layers)
-        context.interruption.stop_if_agreed(context.world)
-
-    fits = refit.run(after_each)
+    fits = refit.run(_after_each_layer(context, "refit", checkpoint))
     return refit.replacements(), {
         "refit_ridge": [fit.ridge for fit in fits],
         "refit_error_before": [fit.error_before for fit in fits],
         "refit_error_after": [fit.error_after for fit in fits],
     }
+
+
+def _windows(context: Context) -> Tensor:
+    """The calibration windows, int64 [samples, sequence_length]."""
+    windows_ST: Tensor = load_file(context.input_path("importance") / "windows.safetensors")["input_ids"]
+    return windows_ST
+
+
+def _after_each_layer(context: Context, phase: str, checkpoint: Checkpoint) -> Callable[[int], None]:
+    """Shows how many layers are done, and ends the stage where all ranks were asked to."""
+
+    def after_each(done: int) -> None:
+        context.progress.update(phase, done, checkpoint.num_layers)
+        context.interruption.stop_if_agreed(context.world)
+
+    return after_each
 
 
 def _metrics(dense: Checkpoint, widths: list[int]) -> dict[str, Any]:
