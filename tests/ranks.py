@@ -1,4 +1,4 @@
-"""Real ranks for tests: lay a stage out as the launcher does, and run it with torchrun."""
+"""Ranks for tests: one in this process, or real ones: a stage laid out as the launcher does, run with torchrun."""
 
 from __future__ import annotations
 
@@ -7,13 +7,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from hfprune_dist.artifacts import Store
 from hfprune_dist.config import RuntimeConfig
 from hfprune_dist.files import read_json, write_json
+from hfprune_dist.parallel.world import World
 from hfprune_dist.plan import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "tests" / "faults"
+
+
+class SoloWorld(World):
+    """A world of one rank on the CPU, without a process group."""
+
+    def __init__(self):
+        super().__init__(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+
+    def broadcast(self, value, source=0):
+        return value
+
+    def gather(self, value):
+        return [value]
+
+    def broadcast_tensor(self, tensor, source):
+        pass
+
+    def add_up(self, tensor):
+        pass
 
 
 def lay_out(store: Store, stage: Stage, **runtime: object) -> None:

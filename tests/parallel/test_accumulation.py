@@ -2,24 +2,13 @@
 
 import pytest
 import torch
+from ranks import SoloWorld
 
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.parallel.accumulation import Accumulation
 from hfprune_dist.parallel.calibration import Sums
-from hfprune_dist.parallel.world import World
 
 CHOSEN = [CRITERIA["entropy"], CRITERIA["entropy_bfloat16"]]
-
-
-class SoloWorld(World):
-    def broadcast(self, value, source=0):
-        return value
-
-    def gather(self, value):
-        return [value]
-
-    def broadcast_tensor(self, tensor, source):
-        pass
 
 
 def shard_of(terms):
@@ -30,7 +19,7 @@ def shard_of(terms):
 
 
 def accumulate(folder, shards, restart=False):
-    file, world = folder / "partial.safetensors", SoloWorld(0, 1, 0, 1, torch.device("cpu"))
+    file, world = folder / "partial.safetensors", SoloWorld()
     totals = Accumulation(CHOSEN, (1, 1), len(shards), file, world)
     while not totals.is_complete:
         totals.add_round(shard_of(shards[totals.mine]))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ranks import SoloWorld
 from tiny import save_tiny, tiny_text, tiny_tokenizer, write_documents
 
 from hfprune_dist.artifacts import Store
@@ -28,16 +29,6 @@ from hfprune_dist.stages.context import Context
 
 PROJECT = Path(__file__).parents[2]
 ALL_TASKS = ["tiny_choice", "tiny_rolling", "tiny_generate", "tiny_lonely", "tiny_group"]
-
-
-class Alone(World):
-    """One rank without a process group."""
-
-    def broadcast(self, value, source=0):
-        return value
-
-    def gather(self, value):
-        return [value]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +125,7 @@ def run_ranks(store, stage, ranks):
 
 def run_alone(store, stage):
     torch.set_num_threads(1)
-    world = Alone(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    world = SoloWorld()
     runtime = RuntimeConfig.model_validate(read_json(store.work(stage.id) / "stage.json")["runtime"])
     progress = Progress(store.work(stage.id))
     evaluate.run(Context(stage, store, world, runtime, progress, config={}, code={}, attempt=1))
@@ -273,7 +264,7 @@ def test_fidelity_is_what_full_logits_say(inputs, tmp_path):
     store = Store(tmp_path)
     stage = lay_out(store, inputs, [])
     metrics = run_alone(store, stage)["fidelity"]
-    context = Context(stage, store, Alone(0, 1, 0, 1, torch.device("cpu")), RuntimeConfig(), Progress(None), {}, {}, 1)
+    context = Context(stage, store, SoloWorld(), RuntimeConfig(), Progress(None), {}, {}, 1)
     windows_ST = evaluate._held_out_windows(context)
     assert windows_ST[:, 0].tolist() == [1] * 5  # BOS
     log_p, log_q = (
@@ -432,7 +423,7 @@ def test_weights_may_take_most_of_the_free_memory(inputs, monkeypatch):
     needed = checkpoint.parameters * 2
     claims = []
 
-    class Asked(Alone):
+    class Asked(World):
         def gather(self, value):
             claims.append(value)
             return [value]

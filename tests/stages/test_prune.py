@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from faults.kill import die_in_fork
-from ranks import run_stage
+from ranks import SoloWorld, run_stage
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
@@ -19,29 +19,12 @@ from hfprune_dist.identity import FileHashes
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.parallel.measurement import Measurement
 from hfprune_dist.parallel.refit import Refit
-from hfprune_dist.parallel.world import World
 from hfprune_dist.plan import Input, Stage
 from hfprune_dist.progress import Progress
 from hfprune_dist.stages import prune
 from hfprune_dist.stages.context import Context
 
 IMPORTANCE = Stage("importance", "llama", {}, {})
-
-
-class SoloWorld(World):
-    """A world of one rank without a process group."""
-
-    def broadcast(self, value, source=0):
-        return value
-
-    def gather(self, value):
-        return [value]
-
-    def broadcast_tensor(self, tensor, source):
-        pass
-
-    def add_up(self, tensor):
-        pass
 
 
 def prepare(folder, shard_size="5GB", criterion="entropy", samples=9, **method):
@@ -66,7 +49,7 @@ def prepare(folder, shard_size="5GB", criterion="entropy", samples=9, **method):
 
 
 def run_solo(store, stage):
-    world = SoloWorld(0, 1, 0, 1, torch.device("cpu"))
+    world = SoloWorld()
     store.work(stage.id).mkdir(parents=True, exist_ok=True)
     prune.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1))
 
@@ -243,16 +226,18 @@ def test_each_criterion_keeps_its_own_neurons(tmp_path):
     assert len({str(kept) for kept in kept_by.values()}) == len(CRITERIA)
 
 
-@pytest.mark.parametrize("refit", ["none", "dense", "layerwise"])
-def test_death_at_every_point_ends_with_the_same_weights(tmp_path, refit):
+@pytest.mark.parametrize(
+    "method", [{"refit": "none"}, {"refit": "dense"}, {"refit": "layerwise"}, {"allocation": "searched"}], ids=str
+)
+def test_death_at_every_point_ends_with_the_same_weights(tmp_path, method):
     torch.set_num_threads(1)  # a forked child has no other threads
     (tmp_path / "reference").mkdir()
-    reference, stage, _ = prepare(tmp_path / "reference", refit=refit)
+    reference, stage, _ = prepare(tmp_path / "reference", **method)
     run_solo(reference, stage)
     expected = weights_of(reference, stage)
     for kill_at in itertools.count(1):
         (tmp_path / str(kill_at)).mkdir()
-        store, _, _ = prepare(tmp_path / str(kill_at), refit=refit)
+        store, _, _ = prepare(tmp_path / str(kill_at), **method)
         died = die_in_fork(lambda store=store: run_solo(store, stage), kill_at, store.root)
         assert store.verify(stage.id).state in ("missing", "done")
         if store.verify(stage.id).state == "missing":
@@ -307,7 +292,7 @@ def test_an_artifact_that_rotted_is_set_aside_before_it_is_used(tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    world = SoloWorld(0, 1, 0, 1, torch.device("cpu"))
+    world = SoloWorld()
     context = Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1)
     with pytest.raises(Exception, match=r"content changed.*set aside"):
         context.check_inputs()
