@@ -135,6 +135,9 @@ class Method(Section):
     steps: Positive = 1
     """Prune in so many equal parts of the ratio. Before each but the first the pruned model is scored anew, on the same
     windows, and its refit is one to what that model computes. uniform alone."""
+    distill: Annotated[int, Field(ge=0)] = 0
+    """At the end, so many passes over the calibration windows in which the pruned model learns the dense one's output
+    distribution (see ``DistillationConfig``). No labels and no further text, but it is training."""
 
     @model_validator(mode="after")
     def _steps_are_uniform(self) -> Method:
@@ -157,10 +160,45 @@ class PruneConfig(Section):
     refit: Refit | None = None
     multiple_of: Positive | None = None
     steps: Positive | None = None
+    distill: Annotated[int, Field(ge=0)] | None = None
 
 
-class RecoveryConfig(TextSource):
-    """Fine-tuning after pruning; the defaults are the paper's recipe."""
+class LoraTraining(Section):
+    """How LoRA on all attention and MLP projections is trained, before it is merged."""
+
+    batch_size: Positive = 128
+    """Rows per optimizer step, over all ranks together."""
+    micro_batch_size: Positive = 1
+    """Rows per forward pass of one rank."""
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    """Peak learning rate; decays to zero along a cosine."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW weight decay."""
+    rank: Positive = 32
+    """LoRA rank r."""
+    alpha: Positive = 64
+    """LoRA alpha; updates are scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """LoRA dropout."""
+    dtype: Dtype = "bfloat16"
+    """Compute dtype; LoRA weights and optimizer states are float32 in any case."""
+
+
+class DistillationConfig(LoraTraining):
+    """The training of methods that ``distill``: KL(dense || pruned) of every token of the calibration windows, which
+    are the rows. The dense model's final hidden states wait on disk: tokens x hidden_size numbers in ``dtype``.
+    """
+
+    batch_size: Positive = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 4
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class RecoveryConfig(TextSource, LoraTraining):
+    """Fine-tuning after pruning; the defaults are the paper's recipe. Rows are packed instruction pairs."""
 
     method: Literal["none", "lora"] = "lora"
     """lora: LoRA on all attention and MLP projections, merged afterwards. none: no recovery."""
@@ -178,24 +216,6 @@ class RecoveryConfig(TextSource):
     """Passes over the packed rows."""
     max_steps: Positive | None = None
     """Stop after so many optimizer steps; overrides epochs."""
-    batch_size: Positive = 128
-    """Packed rows per optimizer step, over all ranks together."""
-    micro_batch_size: Positive = 1
-    """Packed rows per forward pass of one rank."""
-    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
-    """Peak learning rate; decays to zero along a cosine."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps of linear warm-up."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW weight decay."""
-    rank: Positive = 32
-    """LoRA rank r."""
-    alpha: Positive = 64
-    """LoRA alpha; updates are scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """LoRA dropout."""
-    dtype: Dtype = "bfloat16"
-    """Compute dtype; LoRA weights and optimizer states are float32 in any case."""
 
 
 class FidelityConfig(TextSource):
@@ -293,6 +313,7 @@ class SweepConfig(Section):
     calibration: CalibrationConfig = CalibrationConfig()
     importance: ImportanceConfig = ImportanceConfig()
     prune: PruneConfig = PruneConfig()
+    distillation: DistillationConfig = DistillationConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()

@@ -19,7 +19,7 @@ from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.sources import ModelSource
 
 # Raise a stage's version when its code changes its result: artifacts of the old version are then not reused.
-STAGE_VERSIONS = {"importance": 3, "prune": 1, "recover": 1, "evaluate": 2}
+STAGE_VERSIONS = {"importance": 3, "prune": 1, "distill": 1, "recover": 1, "evaluate": 2}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Stage:
     """One unit of work with one artifact.
 
     Attributes:
-        kind: importance, prune, recover or evaluate.
+        kind: importance, prune, distill, recover or evaluate.
         label: for people; not part of the fingerprint.
         params: every setting that affects the result.
         inputs: role -> what is read.
@@ -213,7 +213,9 @@ class _Planner:
         return self.stages.setdefault(stage.id, stage)
 
     def _steps(self, label: str, dense: Input, importance: Stage, ratio: float, method: Method) -> list[Stage]:
-        """Importance and prune stages in turn, from the dense model to the one that is pruned at ``ratio``."""
+        """Importance and prune stages in turn, from the dense model to the one that is pruned at ``ratio``; at the end
+        the method's distillation, if it has one.
+        """
         chain, model = [importance], dense
         for step, reached in enumerate(step_ratios(ratio, method.steps), start=1):
             step_label = f"{label} step {step}/{method.steps}"
@@ -222,6 +224,8 @@ class _Planner:
             prune_label = label if step == method.steps else step_label
             chain.append(self._prune(prune_label, model, dense, chain[-1], reached, method))
             model = chain[-1].as_input()
+        if method.distill:
+            chain.append(self._distill(label, model, dense, importance, method.distill))
         return chain
 
     def _importance(self, label: str, model: Input, criteria: Iterable[str]) -> Stage:
@@ -247,6 +251,15 @@ class _Planner:
         if model != dense:
             inputs["dense"] = dense  # whose parameters ratios are of
         return self._add(Stage("prune", label, params, inputs))
+
+    def _distill(self, label: str, pruned: Input, dense: Input, importance: Stage, passes: int) -> Stage:
+        params = {
+            "distillation": self.config.distillation.model_dump(),
+            "passes": passes,
+            "seed": self.config.seed,
+        }
+        inputs = {"model": pruned, "dense": dense, "importance": importance.as_input()}
+        return self._add(Stage("distill", label, params, inputs))
 
     def _recover(self, label: str, checkpoint: Input) -> Stage:
         recovery, text = self._text(self.config.recovery)
@@ -296,9 +309,9 @@ def check_reachable(size: ModelSize, ratio: float, method: Method, where: str) -
 
 
 def _effective(method: Method) -> dict[str, Any]:
-    """The settings of a method that affect what one prune stage does; its steps are stages of their own."""
+    """The settings of a method that affect what one prune stage does; others make stages of their own."""
     idle = {"floor", "protect_first", "protect_last"} if method.allocation == "uniform" else set()
-    return method.model_dump(exclude=idle | {"steps"})
+    return method.model_dump(exclude=idle | {"steps", "distill"})
 
 
 def _role(role: str, source: Input | None) -> dict[str, Input]:

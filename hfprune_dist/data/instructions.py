@@ -1,4 +1,4 @@
-"""Instruction pairs -> tokens -> packed rows -> the order in which training sees them.
+"""Instruction pairs -> tokens -> packed rows.
 
 A pair is ``[BOS] prompt response EOS`` and its loss is taken on response and EOS alone. Several pairs share a row;
 their positions restart at 0, from which transformers builds an attention mask that keeps each pair to itself.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.data.text import Record, field_of
 
 TokenizeAll = Callable[[list[str]], list[list[int]]]
@@ -30,7 +29,6 @@ PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-IGNORED = -100  # the label that transformers leaves out of the loss
 PACKING_BUFFER = 8192  # pairs that are packed together: enough to fill rows well, few enough to keep them mixed
 
 
@@ -175,65 +173,11 @@ def read_counts(file: Path) -> RowCounts:
         return RowCounts(**json.loads(stream.metadata()["counts"]))
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Which rows each optimizer step sees; depends on the seed, never on the number of ranks.
+class PackedRows:
+    """The rows that ``save_rows`` wrote: number -> ``input_ids``, ``position_ids`` and ``labels``, int64."""
 
-    An epoch is a shuffle of all rows, cut into ceil(rows / batch_size) steps whose sizes differ by one row at most. So
-    with fewer rows than ``batch_size``, each epoch is one step over all of them.
-    """
-
-    rows: int
-    batch_size: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.rows // self.batch_size)
-
-    @property
-    def largest_step(self) -> int:
-        """Rows of the largest step."""
-        return -(-self.rows // self.steps_per_epoch)
-
-    def rows_of(self, step: int) -> list[int]:
-        """Rows of optimizer step ``step``, counted from 0 over all epochs."""
-        epoch, part = divmod(step, self.steps_per_epoch)
-        first, last = (self.rows * edge // self.steps_per_epoch for edge in (part, part + 1))
-        return _shuffled(self.rows, self.seed, epoch)[first:last].tolist()
-
-
-@lru_cache(maxsize=2)
-def _shuffled(rows: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
-    return torch.randperm(rows, generator=generator)
-
-
-class ScheduledRows(Dataset[Mapping[str, Tensor]]):
-    """The rows of optimizer steps ``first_step`` to ``last_step`` (exclusive), in order.
-
-    Every step has the same number of ``slots``, a multiple of ``multiple_of``; those that its rows leave free hold a
-    row without loss. An item has int64 ``input_ids``, ``position_ids`` and ``labels``, each [sequence_length], and
-    ``place`` [2]: its step and its slot.
-    """
-
-    def __init__(self, file: Path, schedule: Schedule, first_step: int, last_step: int, multiple_of: int) -> None:
+    def __init__(self, file: Path) -> None:
         self._stream = safe_open(file, framework="pt")
-        self._schedule = schedule
-        self._first_step = first_step
-        self._steps = last_step - first_step
-        self.slots = -(-schedule.largest_step // multiple_of) * multiple_of
 
-    def __len__(self) -> int:
-        return self._steps * self.slots
-
-    def __getitem__(self, index: int) -> Mapping[str, Tensor]:
-        step, slot = self._first_step + index // self.slots, index % self.slots
-        rows = self._schedule.rows_of(step)
-        row = self._read(rows[slot] if slot < len(rows) else rows[0])
-        if slot >= len(rows):
-            row["labels"].fill_(IGNORED)
-        return {**row, "place": torch.tensor([step, slot])}
-
-    def _read(self, row: int) -> dict[str, Tensor]:
+    def __call__(self, row: int) -> dict[str, Tensor]:
         return {name: self._stream.get_slice(name)[row].long() for name in ("input_ids", "position_ids", "labels")}

@@ -1,4 +1,6 @@
-"""LoRA fine-tuning of a model sharded over all ranks: the Hugging Face Trainer, peft and DeepSpeed ZeRO-3.
+"""LoRA training of a model sharded over all ranks: the Hugging Face Trainer, peft and DeepSpeed ZeRO-3.
+
+Two losses: that of the rows' labels, and the divergence from a dense model whose hidden states the rows bring along.
 
 A snapshot holds only what trains: the LoRA weights and AdamW's two moments, float32 and whole. Rows, learning rate and
 dropout follow from the optimizer step. So training can be taken up again on any number of ranks.
@@ -12,7 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from hfprune_dist.config import RecoveryConfig
-from hfprune_dist.data.instructions import Schedule, ScheduledRows
+from hfprune_dist.config import LoraTraining
+from hfprune_dist.data.schedule import IGNORED, RowReader, Schedule, ScheduledRows
 from hfprune_dist.errors import UserError
 from hfprune_dist.identity import digest_of
 from hfprune_dist.models.checkpoint import Checkpoint
+from hfprune_dist.models.distilling import DistillingHead
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.merge import lora_targets
 from hfprune_dist.parallel.interruption import Interrupted, Interruption
-from hfprune_dist.parallel.snapshots import MOMENTS, LossLine, Snapshot, Snapshots
+from hfprune_dist.parallel.snapshots import MOMENTS, LossLine, Snapshot, Snapshots, read_snapshot
+from hfprune_dist.parallel.teacher import DENSE
 from hfprune_dist.parallel.world import World
 from hfprune_dist.parallel.zero3 import init_deepspeed
 from hfprune_dist.progress import Progress
@@ -51,44 +55,66 @@ class FineTuning:
     """What to train, on what, and how far.
 
     Attributes:
-        rows_file: the packed rows.
+        section: of the configuration that the settings come from, for progress and messages.
+        rows: reads a row by its number.
+        distils: whether rows bring a dense model's final hidden states, and the loss is the divergence from it.
         schedule: which rows each step sees.
-        start: where to go on; None begins anew.
         total_steps: optimizer steps of the whole training, those before ``start`` included.
         save_every_steps: optimizer steps between snapshots; the last step leaves one in any case.
         timeout_minutes: a collective that takes longer ends the stage.
+        start: where to go on; None begins anew.
     """
 
     checkpoint: Checkpoint
-    settings: RecoveryConfig
+    section: str
+    settings: LoraTraining
     seed: int
-    rows_file: Path
+    rows: RowReader
+    distils: bool
     schedule: Schedule
-    start: Snapshot | None
     total_steps: int
     save_every_steps: int
     timeout_minutes: int
+    start: Snapshot | None = None
 
     @property
     def first_step(self) -> int:
         return 0 if self.start is None else self.start.step
 
 
-def fine_tune(
-    task: FineTuning, snapshots: Snapshots, world: World, progress: Progress, interruption: Interruption
-) -> None:
-    """Train to the last step, whose snapshot holds the result.
+def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, interruption: Interruption) -> Snapshot:
+    """Train from the newest snapshot in ``folder`` on to the last step, whose snapshot is the result.
 
     Raises:
         UserError: where loss or gradient are no longer finite.
         Interrupted: after a step and its snapshot, where any rank was asked to end early.
     """
+    snapshots = Snapshots(folder)
+    newest = _newest(snapshots, world)
+    if newest is None or newest.step < task.total_steps:
+        _train(replace(task, start=newest), snapshots, world, progress, interruption)
+        newest = _newest(snapshots, world)
+    assert newest is not None
+    assert newest.step == task.total_steps
+    return newest
+
+
+def _newest(snapshots: Snapshots, world: World) -> Snapshot | None:
+    """The newest snapshot, on every rank the one that rank 0 found."""
+    file = world.broadcast(snapshots.newest() if world.is_first else None)
+    return None if file is None else read_snapshot(file)
+
+
+def _train(
+    task: FineTuning, snapshots: Snapshots, world: World, progress: Progress, interruption: Interruption
+) -> None:
     _prepare_process()
     rows_at_once = task.settings.micro_batch_size * world.size
-    rows = ScheduledRows(task.rows_file, task.schedule, task.first_step, task.total_steps, multiple_of=rows_at_once)
+    rows = ScheduledRows(task.rows, task.schedule, task.first_step, task.total_steps, multiple_of=rows_at_once)
     arguments = _arguments(task, rows.slots // rows_at_once, snapshots.folder, world)
     model = _load_model(task)
-    trainer = _LoraTrainer(
+    trainer_of = _DistillingTrainer if task.distils else _LoraTrainer
+    trainer = trainer_of(
         task, snapshots, world, progress, interruption, model=model, args=arguments, train_dataset=rows
     )
     gc.freeze()  # else Python walks all modules and parameters again and again: a seventh of the time on CPU
@@ -219,11 +245,15 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
             return
         task, step = self._task, self._task.first_step + self.state.global_step
         self._losses.append(
-            {"step": step, "epoch": round(step / task.schedule.steps_per_epoch, 4), **finite_values(logs, step)}
+            {
+                "step": step,
+                "epoch": round(step / task.schedule.steps_per_epoch, 4),
+                **finite_values(logs, step, task.section),
+            }
         )
-        self._progress.update("recovery", step, task.total_steps)
+        self._progress.update(task.section, step, task.total_steps)
         if self._world.is_first:
-            print(f"recovery: step {step}/{task.total_steps}, loss {logs['loss']:.4f}", flush=True)
+            print(f"{task.section}: step {step}/{task.total_steps}, loss {logs['loss']:.4f}", flush=True)
         interrupted = self._interruption.agreed(self._world)
         if step % task.save_every_steps == 0 or step == task.total_steps or interrupted:
             self._save_snapshot(step)
@@ -243,6 +273,29 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
         if self._world.is_first:
             self._snapshots.save(Snapshot(step, weights, moments, self._losses))
         self._world.barrier()
+
+
+class _DistillingTrainer(_LoraTrainer):
+    """With the divergence from a dense model as its loss: a mean over the tokens of a step, in nats."""
+
+    loss_is_scaled_for_ga = True  # divided by all tokens of a step, not by those of a micro-batch
+
+    def __init__(self, task: FineTuning, *context: Any, model: Any, **trainer_arguments: Any) -> None:
+        super().__init__(task, *context, model=model, **trainer_arguments)
+        self._head = DistillingHead(model.get_base_model(), task.checkpoint.family)
+        self._tokens_of_step = 0
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        step = int(inputs["place"][0, 0])
+        self._tokens_of_step = len(self._task.schedule.rows_of(step)) * inputs["input_ids"].shape[1]
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        counts_B = inputs.pop("labels")[:, 0] != IGNORED
+        self._head.expect(inputs.pop(DENSE), counts_B)
+        divergence: Tensor = model(**inputs).logits
+        # DeepSpeed takes the mean of the ranks' gradients.
+        return divergence * (self._world.size / self._tokens_of_step)
 
 
 class _PrepareEngine(TrainerCallback):  # type: ignore[misc]
@@ -295,7 +348,7 @@ def _stack(rows: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def finite_values(logs: Mapping[str, float], step: int) -> dict[str, float]:
+def finite_values(logs: Mapping[str, float], step: int, section: str) -> dict[str, float]:
     """Loss, learning rate and gradient norm of a step.
 
     Raises:
@@ -305,7 +358,7 @@ def finite_values(logs: Mapping[str, float], step: int) -> dict[str, float]:
     for key, value in values.items():
         if not math.isfinite(value):
             raise UserError(
-                f"recovery: {key} is {value} at step {step}; lower recovery.learning_rate, or raise "
-                "recovery.warmup_steps; at step 1, check the checkpoint's weights"
+                f"{section}: {key} is {value} at step {step}; lower {section}.learning_rate, or raise "
+                f"{section}.warmup_steps; at step 1, check the checkpoint's weights"
             )
     return values

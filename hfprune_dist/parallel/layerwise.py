@@ -64,6 +64,11 @@ class LayerStream:
         for index, hidden_BTC in self._hidden.items():
             self._hidden[index] = run(layer, hidden_BTC.to(self._world.device)).cpu()
 
+    def final_hidden(self) -> dict[int, Tensor]:
+        """After the last layer, what the head reads: micro-batch of this rank -> [windows, tokens, hidden_size]."""
+        norm = self._reader.head().norm
+        return {index: norm(hidden_BTC.to(self._world.device)).cpu() for index, hidden_BTC in self._hidden.items()}
+
     @property
     def micro_batches(self) -> int:
         """Of all ranks together."""

@@ -35,6 +35,10 @@ class Snapshot:
     moments: dict[str, Tensor]
     losses: list[LossLine]
 
+    def metrics(self) -> dict[str, float | int]:
+        """What a manifest tells of the training that ended here."""
+        return {"steps": len(self.losses), "first_loss": self.losses[0]["loss"], "final_loss": self.losses[-1]["loss"]}
+
 
 class Snapshots:
     """The newest snapshots in a folder, one file each; a file that has a snapshot's name is complete."""

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 from hfprune_dist.config import RecoveryConfig
 from hfprune_dist.data.instructions import (
+    PackedRows,
     Pair,
     RowCounts,
-    Schedule,
     encode_pairs,
     read_counts,
     save_rows,
     text_of,
 )
+from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.data.text import read_records
 from hfprune_dist.errors import UserError
-from hfprune_dist.files import write_text
 from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.models.merge import merge_weight_file, read_adapter, write_adapter
-from hfprune_dist.models.surgery import write_companions
 from hfprune_dist.models.tokenizer import bos_id, load_tokenizer
 from hfprune_dist.parallel.finetune import FineTuning, fine_tune
-from hfprune_dist.parallel.snapshots import LossLine, Snapshot, Snapshots, read_snapshot
+from hfprune_dist.parallel.merging import write_merged
+from hfprune_dist.parallel.snapshots import Snapshot
 from hfprune_dist.stages.context import Context
 
-ADAPTER = "adapter"
-LOSSES = "loss.jsonl"
 ROWS = "rows.safetensors"
 PAIRS_AT_ONCE = 2000
 
@@ -45,12 +40,8 @@ def run(context: Context) -> None:
     counts = _prepare_rows(context, settings)
     trained = _train(context, checkpoint, settings, counts)
     draft = context.open_draft()
-    if context.world.is_first:
-        write_adapter(draft / ADAPTER, trained.weights, checkpoint.family, settings.rank, settings.alpha)
-        write_text(draft / LOSSES, "".join(json.dumps(line) + "\n" for line in trained.losses))
-    context.world.barrier()
-    _merge(context, checkpoint, draft)
-    context.commit(draft, {**asdict(counts), **_metrics(trained.losses)})
+    write_merged(checkpoint, trained, settings, draft, context.world, context.progress)
+    context.commit(draft, {**asdict(counts), **trained.metrics()})
 
 
 def check_batch_size(settings: RecoveryConfig, world_size: int) -> None:
@@ -138,47 +129,17 @@ class _Collector:
 
 
 def _train(context: Context, checkpoint: Checkpoint, settings: RecoveryConfig, counts: RowCounts) -> Snapshot:
-    """Train from the newest snapshot on; return the last one."""
     schedule = Schedule(counts.rows, settings.batch_size, context.params["seed"])
-    total_steps = settings.max_steps or ceil(settings.epochs * schedule.steps_per_epoch)
-    snapshots = Snapshots(context.work / "snapshots")
-    snapshot = _newest(context, snapshots)
-    if snapshot is None or snapshot.step < total_steps:
-        task = FineTuning(
-            checkpoint=checkpoint,
-            settings=settings,
-            seed=context.params["seed"],
-            rows_file=context.work / ROWS,
-            schedule=schedule,
-            start=snapshot,
-            total_steps=total_steps,
-            save_every_steps=context.runtime.save_every_steps,
-            timeout_minutes=context.runtime.collective_timeout_minutes,
-        )
-        fine_tune(task, snapshots, context.world, context.progress, context.interruption)
-        snapshot = _newest(context, snapshots)
-    assert snapshot is not None
-    assert snapshot.step == total_steps
-    return snapshot
-
-
-def _newest(context: Context, snapshots: Snapshots) -> Snapshot | None:
-    """The newest snapshot, on every rank the one that rank 0 found."""
-    file = context.world.broadcast(snapshots.newest() if context.world.is_first else None)
-    return None if file is None else read_snapshot(file)
-
-
-def _merge(context: Context, checkpoint: Checkpoint, draft: Path) -> None:
-    """Write the merged weight files, shared out over the ranks, and the small files around them."""
-    adapter = read_adapter(draft / ADAPTER)
-    files = checkpoint.weight_files
-    for done, file in enumerate(files[context.world.rank :: context.world.size]):
-        context.progress.update("merging", done * context.world.size, len(files))
-        merge_weight_file(checkpoint, file, adapter, draft)
-    context.world.barrier()
-    if context.world.is_first:
-        write_companions(checkpoint, draft, {})
-
-
-def _metrics(losses: list[LossLine]) -> dict[str, Any]:
-    return {"steps": len(losses), "first_loss": losses[0]["loss"], "final_loss": losses[-1]["loss"]}
+    task = FineTuning(
+        checkpoint=checkpoint,
+        section="recovery",
+        settings=settings,
+        seed=context.params["seed"],
+        rows=PackedRows(context.work / ROWS),
+        distils=False,
+        schedule=schedule,
+        total_steps=settings.max_steps or ceil(settings.epochs * schedule.steps_per_epoch),
+        save_every_steps=context.runtime.save_every_steps,
+        timeout_minutes=context.runtime.collective_timeout_minutes,
+    )
+    return fine_tune(task, context.work / "snapshots", context.world, context.progress, context.interruption)

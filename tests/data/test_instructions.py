@@ -1,4 +1,4 @@
-"""Template, boundaries of the loss, packing, and the order in which rows are seen."""
+"""Template, boundaries of the loss, and packing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from hfprune_dist.data.instructions import (
-    IGNORED,
-    Schedule,
-    ScheduledRows,
     assign_rows,
     encode_pairs,
     fill_rows,
@@ -19,6 +16,7 @@ from hfprune_dist.data.instructions import (
     save_rows,
     text_of,
 )
+from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.errors import UserError
 
 BOS, EOS = 1, 2
@@ -125,40 +123,3 @@ def test_saved_rows_and_their_counts(tmp_path):
     assert (counts.tokens, counts.trained_tokens) == (10, 5)
     assert counts.packing_efficiency == 10 / 16
     assert [file.name for file in tmp_path.iterdir()] == ["rows.safetensors"]
-
-
-def test_an_epoch_sees_every_row_once_in_even_steps():
-    schedule = Schedule(rows=130, batch_size=128, seed=3)
-    assert schedule.steps_per_epoch == 2
-    assert [len(schedule.rows_of(step)) for step in (0, 1)] == [65, 65]
-    first_epoch = schedule.rows_of(0) + schedule.rows_of(1)
-    assert sorted(first_epoch) == list(range(130))
-    second_epoch = schedule.rows_of(2) + schedule.rows_of(3)
-    assert sorted(second_epoch) == list(range(130))
-    assert second_epoch != first_epoch
-
-
-def test_fewer_rows_than_a_batch_make_one_step_of_all_rows():
-    schedule = Schedule(rows=5, batch_size=128, seed=0)
-    assert schedule.steps_per_epoch == 1
-    assert sorted(schedule.rows_of(0)) == sorted(schedule.rows_of(1)) == list(range(5))
-
-
-def test_every_number_of_ranks_and_every_resume_sees_the_same_rows(tmp_path):
-    file = tmp_path / "rows.safetensors"
-    save_rows(file, encode([("ask\n", letter) for letter in "abcdefg"], sequence_length=8), 8, EOS, seed=0)
-    schedule = Schedule(rows=7, batch_size=4, seed=0)
-
-    def steps(first, multiple_of):
-        rows = ScheduledRows(file, schedule, first, 4, multiple_of)
-        seen = {step: [] for step in range(first, 4)}
-        for index in range(len(rows)):
-            item = rows[index]
-            if (item["labels"] != IGNORED).any():
-                seen[int(item["place"][0])].append(item["input_ids"].tolist())
-        return seen
-
-    whole = steps(0, 1)
-    assert [len(rows) for rows in whole.values()] == [3, 4, 3, 4]
-    assert steps(0, 2) == steps(0, 3) == whole
-    assert steps(2, 2) == {step: whole[step] for step in (2, 3)}

@@ -1,0 +1,51 @@
+"""The divergence of a model from its dense original as a loss to train on, without the logits of all tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from hfprune_dist.core.head import Rows, head_gradients
+from hfprune_dist.core.losses import distillation_gradient
+
+
+class Divergence(Function):
+    """Sum over tokens of KL(dense || model), both with the same head; its weights get no gradient.
+
+    The gradient at the hidden states is there after forward, in closed form: for backward one tensor of their size is
+    kept, and a chunk's logits exist at a time (see ``core.head``).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NC: Tensor, dense_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
+        ((loss_N, gradient_NC),) = head_gradients(hidden_NC, weight_VC, bias_V, [_loss_of_rows], dense_NC)
+        ctx.save_for_backward(gradient_NC)
+        return loss_N.sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_NC,) = ctx.saved_tensors
+        return gradient_NC * gradient.to(gradient_NC.dtype), None, None, None
+
+
+def summed_divergence(hidden_NC: Tensor, dense_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Sum over tokens of KL(dense || model) in nats, a scalar in float32 (float64 where the model is).
+
+    Args:
+        hidden_NC: the model's final hidden states [tokens, hidden_size]; none, and there is nothing to learn.
+        dense_NC: the dense model's for the same tokens, same dtype.
+        weight_VC: the head's weight [vocabulary, hidden_size], same dtype.
+        bias_V: the head's bias, if it has one.
+    """
+    if not len(hidden_NC):
+        return hidden_NC.sum(dtype=torch.promote_types(hidden_NC.dtype, torch.float32))
+    divergence: Tensor = Divergence.apply(hidden_NC, dense_NC, weight_VC, bias_V)  # type: ignore[no-untyped-call]
+    return divergence
+
+
+def _loss_of_rows(rows: Rows) -> tuple[Tensor, Tensor]:
+    assert rows.teacher_NV is not None
+    return distillation_gradient(rows.logits_NV, rows.teacher_NV)

@@ -1,0 +1,77 @@
+"""The order in which training sees its rows: it depends on the seed, never on the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+IGNORED = -100  # the label that transformers leaves out of the loss
+
+# Number of a row -> what the model is given for it: int64 ``input_ids``, ``labels`` and more, each [sequence_length].
+RowReader = Callable[[int], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows each optimizer step sees; depends on the seed, never on the number of ranks.
+
+    An epoch is a shuffle of all rows, cut into ceil(rows / batch_size) steps whose sizes differ by one row at most. So
+    with fewer rows than ``batch_size``, each epoch is one step over all of them.
+    """
+
+    rows: int
+    batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows // self.batch_size)
+
+    @property
+    def largest_step(self) -> int:
+        """Rows of the largest step."""
+        return -(-self.rows // self.steps_per_epoch)
+
+    def rows_of(self, step: int) -> list[int]:
+        """Rows of optimizer step ``step``, counted from 0 over all epochs."""
+        epoch, part = divmod(step, self.steps_per_epoch)
+        first, last = (self.rows * edge // self.steps_per_epoch for edge in (part, part + 1))
+        return _shuffled(self.rows, self.seed, epoch)[first:last].tolist()
+
+
+@lru_cache(maxsize=2)
+def _shuffled(rows: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+    return torch.randperm(rows, generator=generator)
+
+
+class ScheduledRows(Dataset[Mapping[str, Tensor]]):
+    """The rows of optimizer steps ``first_step`` to ``last_step`` (exclusive), in order.
+
+    Every step has the same number of ``slots``, a multiple of ``multiple_of``; those that its rows leave free hold a
+    row without loss. An item is what ``read`` gives, with ``place`` [2]: its step and its slot.
+    """
+
+    def __init__(self, read: RowReader, schedule: Schedule, first_step: int, last_step: int, multiple_of: int) -> None:
+        self._read = read
+        self._schedule = schedule
+        self._first_step = first_step
+        self._steps = last_step - first_step
+        self.slots = -(-schedule.largest_step // multiple_of) * multiple_of
+
+    def __len__(self) -> int:
+        return self._steps * self.slots
+
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]:
+        step, slot = self._first_step + index // self.slots, index % self.slots
+        rows = self._schedule.rows_of(step)
+        row = self._read(rows[slot] if slot < len(rows) else rows[0])
+        if slot >= len(rows):
+            row["labels"].fill_(IGNORED)
+        return {**row, "place": torch.tensor([step, slot])}

@@ -1,0 +1,170 @@
+"""The distill stage on real ranks: it brings a pruned model closer, on any number of ranks and after any kill."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from ranks import SoloWorld, killing, run_stage
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hfprune_dist.artifacts import Store
+from hfprune_dist.config import DistillationConfig
+from hfprune_dist.models.checkpoint import open_checkpoint
+from hfprune_dist.models.surgery import config_changes, mlp_cuts, write_companions, write_weight_file
+from hfprune_dist.parallel.teacher import DENSE, TaughtWindows
+from hfprune_dist.plan import Input, Stage
+
+IMPORTANCE, PRUNE = Stage("importance", "tiny", {}, {}), Stage("prune", "tiny", {}, {})
+WINDOWS, TOKENS, MICRO_BATCH = 6, 24, 2
+RUNTIME = {"collective_timeout_minutes": 1, "save_every_steps": 3}
+
+
+def windows():
+    return torch.randint(3, 264, (WINDOWS, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A store with a pruned model, whose layers differ in width, and the windows."""
+    folder = tmp_path_factory.mktemp("distill")
+    dense = open_checkpoint(save_tiny(folder / "dense"))
+    store = Store(folder / "store")
+    draft = store.open_draft(IMPORTANCE.id)
+    save_file({"input_ids": windows()}, draft / "windows.safetensors")
+    store.commit(IMPORTANCE, draft, {"metrics": {}})
+    draft = store.open_draft(PRUNE.id)
+    kept = [torch.arange(0, 48, 2), torch.arange(30)]
+    for file in dense.weight_files:
+        write_weight_file(dense, file, mlp_cuts(dense, kept), draft)
+    write_companions(dense, draft, config_changes(dense, [24, 30]))
+    store.commit(PRUNE, draft, {"metrics": {}})
+    return folder
+
+
+def lay_out(source, folder, passes=6, **settings):
+    """A copy of the source's store, and a stage to run in it."""
+    shutil.copytree(source / "store", folder / "store")
+    defaults = {
+        "batch_size": 4,
+        "micro_batch_size": MICRO_BATCH,
+        "learning_rate": 1e-2,
+        "warmup_steps": 1,
+        "rank": 4,
+        "alpha": 8,
+        "dtype": "float32",
+    }
+    distillation = DistillationConfig(**defaults | settings).model_dump()
+    inputs = {
+        "model": PRUNE.as_input(),
+        "dense": Input("dense", str(source / "dense")),
+        "importance": IMPORTANCE.as_input(),
+    }
+    params = {"distillation": distillation, "passes": passes, "seed": 0}
+    return Store(folder / "store"), Stage("distill", "tiny", params, inputs)
+
+
+def finish(store, stage, ranks):
+    result = run_stage(store, stage, ranks, **RUNTIME)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def losses_of(store, stage):
+    return [json.loads(line)["loss"] for line in (store.path(stage.id) / "loss.jsonl").read_text().splitlines()]
+
+
+def weights_of(store, stage):
+    return load_file(store.path(stage.id) / "model.safetensors")
+
+
+def divergence(dense, model):
+    """Mean KL(dense || model) over all tokens of the windows, nats."""
+    with torch.no_grad():
+        log_p, log_q = (it(input_ids=windows()).logits.double().log_softmax(-1) for it in (dense, model))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(source, tmp_path_factory):
+    store, stage = lay_out(source, tmp_path_factory.mktemp("two"))
+    finish(store, stage, ranks=2)
+    return store, stage
+
+
+@pytest.mark.slow
+def test_plain_transformers_loads_a_closer_model(source, uninterrupted):
+    store, stage = uninterrupted
+    dense = AutoModelForCausalLM.from_pretrained(source / "dense")
+    pruned, distilled = (
+        AutoModelForCausalLM.from_pretrained(store.path(it.id), trust_remote_code=True) for it in (PRUNE, stage)
+    )
+    assert [layer.mlp.gate_proj.out_features for layer in distilled.model.layers] == [24, 30]
+    before, after = divergence(dense, pruned), divergence(dense, distilled)
+    assert after < 0.7 * before
+    # What was logged is the divergence itself: a step's mean over its windows, the first before anything was learnt.
+    losses = losses_of(store, stage)
+    assert sum(losses[:2]) / 2 == pytest.approx(before, rel=0.05)
+    metrics = store.manifest(stage.id)["metrics"]
+    assert (metrics["windows"], metrics["tokens"], metrics["steps"]) == (WINDOWS, WINDOWS * TOKENS, 12)
+    assert (metrics["first_loss"], metrics["final_loss"]) == (losses[0], losses[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_other_numbers_of_ranks_come_close(source, uninterrupted, tmp_path, ranks):
+    """Three ranks have more places than a step has windows: those left over must not count."""
+    store, stage = lay_out(source, tmp_path)
+    finish(store, stage, ranks)
+    assert losses_of(store, stage) == pytest.approx(losses_of(*uninterrupted), rel=1e-3)
+    for name, tensor in weights_of(store, stage).items():
+        torch.testing.assert_close(tensor, weights_of(*uninterrupted)[name], rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("match", "kill_at"), [("/dense", 3), ("/snapshots", 6), ("/adapter", 1)])
+def test_killed_stage_goes_on_to_the_same_bits(source, uninterrupted, tmp_path, match, kill_at):
+    store, stage = lay_out(source, tmp_path)
+    killed = run_stage(store, stage, 2, environment=killing(0, kill_at, match), **RUNTIME)
+    assert killed.returncode != 0
+    assert not store.path(stage.id).exists()
+    output = finish(store, stage, ranks=2)
+    assert ("step 1/" in output) == (match == "/dense")
+    for name, tensor in weights_of(store, stage).items():
+        assert torch.equal(tensor, weights_of(*uninterrupted)[name]), name
+
+
+@pytest.mark.slow
+def test_bfloat16_and_a_tied_head(tmp_path):
+    source = tmp_path / "source"
+    save_tiny(source / "dense", "qwen2", dtype=torch.bfloat16)
+    store = Store(source / "store")
+    draft = store.open_draft(IMPORTANCE.id)
+    save_file({"input_ids": windows()}, draft / "windows.safetensors")
+    store.commit(IMPORTANCE, draft, {"metrics": {}})
+    draft = store.open_draft(PRUNE.id)
+    tiny_model("qwen2", seed=1).to(torch.bfloat16).save_pretrained(draft)
+    tiny_tokenizer().save_pretrained(draft)
+    store.commit(PRUNE, draft, {"metrics": {}})
+    store, stage = lay_out(source, tmp_path, dtype="bfloat16")
+    finish(store, stage, ranks=2)
+    losses = losses_of(store, stage)
+    assert losses[-1] < 0.9 * losses[0]
+    assert AutoModelForCausalLM.from_pretrained(store.path(stage.id), dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "mistral"])
+def test_rows_bring_what_the_head_of_the_dense_model_reads(tmp_path, variant):
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "dense", variant))
+    taught = TaughtWindows(windows(), 4, tmp_path / "rows")
+    layers = []
+    taught.teach(checkpoint, torch.float32, SoloWorld(), layers.append)
+    assert layers == [1, 2]
+    taught.teach(checkpoint, torch.float32, SoloWorld(), lambda done: pytest.fail("done again"))
+    with torch.no_grad():
+        expected_STC = tiny_model(variant).model(input_ids=windows()).last_hidden_state
+    for row in range(WINDOWS):
+        torch.testing.assert_close(taught(row)[DENSE], expected_STC[row], rtol=1e-4, atol=1e-5)
+        assert taught(row)["input_ids"].tolist() == windows()[row].tolist()
