@@ -180,14 +180,18 @@ class Importance:
 
 
 @dataclass(frozen=True)
-class Recover:
-    """LoRA training: ``rows`` of ``tokens`` at a time, rank ``rank`` on all projections of a layer."""
+class Train:
+    """LoRA training: ``rows`` of ``tokens`` at a time, rank ``rank`` on all projections of a layer.
+
+    Where it ``distills``, its head never has the logits of all tokens, but a dense model's beside its own.
+    """
 
     rows: int
     tokens: int
     rank: int
     dropout: bool
     itemsize: int = 2
+    distills: bool = False
 
     def memory(self, shape: Shape, ranks: int) -> Memory:
         """On one of the ranks that model, LoRA weights and optimizer are sharded over."""
@@ -198,9 +202,16 @@ class Recover:
             weights=(shape.parameters * self.itemsize + lora) / ranks,
             gathered=_gathered_at_a_time(shape, self.itemsize, ranks),
             activations=tokens * shape.num_layers * self.layer_bytes(shape),
-            # The logits, and in float32: themselves, their log-softmax and its gradient.
-            logits=tokens * shape.vocabulary * (self.itemsize + 3 * 4),
+            logits=self.logits_bytes(shape),
         )
+
+    def logits_bytes(self, shape: Shape) -> int:
+        """Of a micro-batch's head."""
+        tokens = self.rows * self.tokens
+        if self.distills:  # final hidden states of both models, and the gradient there
+            return 2 * HEAD_CHUNK_BYTES + 3 * tokens * shape.hidden_size * self.itemsize
+        # The logits, and in float32: themselves, their log-softmax and its gradient.
+        return tokens * shape.vocabulary * (self.itemsize + 3 * 4)
 
     def lora_parameters(self, shape: Shape) -> int:
         """Of A and B of every projection."""
@@ -255,7 +266,7 @@ class Evaluate:
         return Work(self.sequences * self.tokens * flops, (matrices + shape.head_parameters) * self.itemsize)
 
 
-Job = Importance | Recover | Evaluate
+Job = Importance | Train | Evaluate
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from hfprune_dist.config import RuntimeConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.footprint import Evaluate, Gpus, Importance, Job, Memory, Recover, Shape, fits, seconds, shape_of
+from hfprune_dist.footprint import Evaluate, Gpus, Importance, Job, Memory, Shape, Train, fits, seconds, shape_of
 from hfprune_dist.models.checkpoint import open_checkpoint
 from hfprune_dist.plan import Plan, Stage
 from launch.profiles import Profile, Resources
@@ -65,7 +66,7 @@ class Estimate:
 def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: RuntimeConfig) -> list[Estimate]:
     """Estimates for those of some stages, by id, that run a model on GPUs; a pruned one counts as if it were dense."""
     return [
-        _estimate(stage, shape_of(_dense_config(plan, stage)), profile.resources[stage.kind], runtime)
+        _estimate(plan, stage, profile.resources[stage.kind], runtime)
         for stage in (plan.stages[stage_id] for stage_id in todo)
         if stage.kind != "prune" and profile.resources[stage.kind].gpus
     ]
@@ -113,8 +114,9 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
     console.print(lines)
 
 
-def _estimate(stage: Stage, shape: Shape, resources: Resources, runtime: RuntimeConfig) -> Estimate:
-    job, gpus = _job(stage, runtime), _gpus(resources)
+def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeConfig) -> Estimate:
+    shape = shape_of(_dense_config(plan, stage))
+    job, gpus = _job(plan, stage, runtime), _gpus(resources)
     placed = dataclasses.replace(gpus, nodes=1, per_node=1) if _whole_on_each(job, shape, gpus, runtime) else gpus
     return Estimate(
         stage=stage,
@@ -124,11 +126,11 @@ def _estimate(stage: Stage, shape: Shape, resources: Resources, runtime: Runtime
         host_available=resources.memory_bytes,
         fits=fits(job, shape, placed) if resources.gpu_memory_gib else None,
         advice=_advice(job, shape, gpus) if resources.gpu_memory_gib else "",
-        gpu_hours=_gpu_hours(stage, job, shape, gpus),
+        gpu_hours=_gpu_hours(_micro_batches(plan, stage), job, shape, gpus),
     )
 
 
-def _job(stage: Stage, runtime: RuntimeConfig) -> Job:
+def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
     params = stage.params
     if stage.kind == "importance":
         losses = {LOSSES[name] for name in params["criteria"] if name in LOSSES}
@@ -142,15 +144,27 @@ def _job(stage: Stage, runtime: RuntimeConfig) -> Job:
             curvature=not CURVED.isdisjoint(params["criteria"]),
         )
     if stage.kind == "recover":
-        recovery = params["recovery"]
-        return Recover(
-            rows=recovery["micro_batch_size"],
-            tokens=recovery["sequence_length"],
-            rank=recovery["rank"],
-            dropout=recovery["dropout"] > 0,
-            itemsize=ITEMSIZE[recovery["dtype"]],
-        )
+        return _training(params["recovery"], params["recovery"]["sequence_length"], distills=False)
+    if stage.kind == "distill":
+        return _training(params["distillation"], _calibration(plan, stage)["sequence_length"], distills=True)
     return Evaluate(params["batch_size"], params["fidelity"]["sequence_length"], ITEMSIZE[params["dtype"]])
+
+
+def _training(settings: Mapping[str, Any], tokens: int, distills: bool) -> Train:
+    return Train(
+        rows=settings["micro_batch_size"],
+        tokens=tokens,
+        rank=settings["rank"],
+        dropout=settings["dropout"] > 0,
+        itemsize=ITEMSIZE[settings["dtype"]],
+        distills=distills,
+    )
+
+
+def _calibration(plan: Plan, stage: Stage) -> Mapping[str, Any]:
+    """Settings of the windows that a stage after importance reads."""
+    calibration: Mapping[str, Any] = plan.stages[stage.inputs["importance"].location].params["calibration"]
+    return calibration
 
 
 def _gpus(resources: Resources) -> Gpus:
@@ -192,24 +206,27 @@ def _is_hidden(job: Job, shape: Shape, gpus: Gpus) -> bool:
 def _resized(job: Job, size: int) -> Job:
     if isinstance(job, Importance):
         return dataclasses.replace(job, windows=size)
-    if isinstance(job, Recover):
+    if isinstance(job, Train):
         return dataclasses.replace(job, rows=size)
     return dataclasses.replace(job, sequences=size)
 
 
-def _gpu_hours(stage: Stage, job: Job, shape: Shape, gpus: Gpus) -> float | None:
-    """For all micro-batches; how many an evaluation or an epoch of recovery needs is known only when it runs."""
-    micro_batches = _micro_batches(stage)
+def _gpu_hours(micro_batches: int | None, job: Job, shape: Shape, gpus: Gpus) -> float | None:
+    """For all micro-batches; None where their number is not known."""
     if micro_batches is None or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
         return None
     rounds = -(-micro_batches // gpus.ranks)
     return rounds * max(seconds(job, shape, gpus)) * gpus.ranks / 3600
 
 
-def _micro_batches(stage: Stage) -> int | None:
+def _micro_batches(plan: Plan, stage: Stage) -> int | None:
+    """How many an evaluation or an epoch of recovery needs is known only when it runs."""
     if stage.kind == "importance":
         calibration = stage.params["calibration"]
         return int(-(-calibration["samples"] // calibration["micro_batch_size"]))
+    if stage.kind == "distill":
+        windows = stage.params["passes"] * _calibration(plan, stage)["samples"]
+        return int(-(-windows // stage.params["distillation"]["micro_batch_size"]))
     if stage.kind == "recover" and stage.params["recovery"]["max_steps"] is not None:
         recovery = stage.params["recovery"]
         return int(recovery["max_steps"] * -(-recovery["batch_size"] // recovery["micro_batch_size"]))

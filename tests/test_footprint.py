@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hfprune_dist import footprint
 from hfprune_dist.core.criteria import CRITERIA, Batch
 from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
-from hfprune_dist.footprint import Evaluate, Gpus, Importance, Recover, fits, seconds, shape_of
+from hfprune_dist.footprint import Evaluate, Gpus, Importance, Train, fits, seconds, shape_of
 from hfprune_dist.models.families import FAMILIES
 from hfprune_dist.models.lean import checkpoint_activations, lighten
 from hfprune_dist.models.merge import lora_targets
@@ -125,7 +125,7 @@ def test_kept_activations_of_lora_training():
     model = tiny_model("llama", **SHAPE).bfloat16()
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.05, target_modules=lora_targets(FAMILIES["llama"]))
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False).train()
-    job = Recover(rows=2, tokens=128, rank=4, dropout=True)
+    job = Train(rows=2, tokens=128, rank=4, dropout=True)
     shape = shape_of(model.config.to_dict())
     with kept_for_backward(adapted) as counted:
         adapted.base_model.model.model(torch.ones(2, 128, dtype=torch.int64), use_cache=False)

@@ -195,6 +195,28 @@ def test_a_first_step_is_shared_with_the_row_of_its_ratio(world):
     assert kinds(plan).count("prune") == 5 and kinds(plan).count("importance") == 3
 
 
+def test_distillation_comes_last_and_shares_what_was_pruned(world):
+    methods = ["surgeon-uniform", "surgeon-uniform-distilled"]
+    plan = plan_of(world, models=["a"], methods=methods, ratios=[0.2])
+    of = {cell.label: cell.producers for cell in plan.cells}
+    plain, distilled = of["a 0.2 surgeon-uniform + lora"], of["a 0.2 surgeon-uniform-distilled + lora"]
+    assert distilled[:2] == plain[:2]
+    importance, prune, distill, recover = (plan.stages[stage_id] for stage_id in distilled)
+    assert (distill.kind, distill.needs, recover.needs) == ("distill", [prune.id, importance.id], [distill.id])
+    assert distill.inputs["dense"] == prune.inputs["model"] and distill.params["passes"] == 2
+
+
+def test_distillation_follows_the_last_step_and_has_settings_of_its_own(world):
+    def chain(**overrides):
+        plan = plan_of(world, models=["a"], methods=["hfprune"], ratios=[0.2], prune__distill=3, **overrides)
+        return [plan.stages[stage_id] for stage_id in plan.cells[-1].producers]
+
+    *stages, _ = chain(prune__steps=2)
+    assert [stage.kind for stage in stages] == ["importance", "prune", "importance", "prune", "distill"]
+    before, after = chain(), chain(distillation__rank=8)
+    assert before[1] == after[1] and before[2].fingerprint != after[2].fingerprint
+
+
 def test_one_step_has_the_fingerprints_of_none(world):
     assert list(plan_of(world).stages) == list(plan_of(world, prune__steps=1).stages)
     assert all("steps" not in stage.params for stage in plan_of(world, prune__steps=2).stages.values())

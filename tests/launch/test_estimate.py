@@ -52,6 +52,20 @@ def test_stages_that_run_a_model_on_gpus_are_estimated(inputs, tmp_path):
     assert hours["recover"] is None, "the rate in float32 is not known"
 
 
+def test_a_distillation_is_estimated_from_the_windows_that_it_reads(inputs, tmp_path):
+    def distillation(**overrides):
+        profile = GPUS + "gpu_memory_gib: 80\ngpu_tflops: 300\n"
+        methods = {"methods": ["surgeon-uniform-distilled"], "distillation__dtype": "bfloat16"}
+        return next(
+            it for it in estimates(inputs, tmp_path, profile, **methods, **overrides) if it.stage.kind == "distill"
+        )
+
+    once, twice = distillation(prune__distill=1), distillation(prune__distill=2)
+    assert once.gpu_hours > 0 and twice.gpu_hours == pytest.approx(2 * once.gpu_hours, rel=0.2)
+    longer = distillation(calibration__sequence_length=64)
+    assert longer.memory.activations > twice.memory.activations
+
+
 def test_nothing_is_claimed_that_the_profile_does_not_say(inputs, tmp_path):
     assert all(each.fits is None and each.gpu_hours is None for each in estimates(inputs, tmp_path, GPUS))
     assert estimates(inputs, tmp_path, "tasks_per_node: 2\n") == [], "no GPUs, no estimates"

@@ -17,7 +17,7 @@ def write(tmp_path, text):
 @pytest.mark.parametrize("name", sorted(file.stem for file in SHIPPED.glob("*.yaml")))
 def test_shipped_profiles_are_valid(name):
     profile = load_profile(name, SHIPPED)
-    assert profile.name == name and set(profile.resources) == {"importance", "prune", "recover", "evaluate"}
+    assert profile.name == name and set(profile.resources) == {"importance", "prune", "distill", "recover", "evaluate"}
 
 
 def test_a_kind_of_stage_overrides_single_settings(tmp_path):
