@@ -37,6 +37,7 @@ class Comparison:
         kl_share: the mean of KL over the reference method's KL in the same sweep, None without one.
         sweeps: how many sweeps have a result.
         wall_time_s: of all stages behind a row, shared ones included; the mean.
+        peak_memory_bytes: the most that one rank took in one of these stages, None where that was not recorded.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Comparison:
     kl_share: Spread | None
     sweeps: int
     wall_time_s: float
+    peak_memory_bytes: int | None
 
 
 def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Comparison]:
@@ -79,6 +81,7 @@ def _comparison(
         spread(shares) if shares else None,
         len(rows),
         statistics.fmean(row["wall_time_s"] for row in rows),
+        max((row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"]), default=None),
     )
 
 
@@ -142,6 +145,7 @@ def methods_table(comparisons: Sequence[Comparison], reference: str) -> str:
         "perplexity",
         "seeds",
         "time",
+        "memory",
     ]
     lines = [
         [
@@ -155,6 +159,7 @@ def methods_table(comparisons: Sequence[Comparison], reference: str) -> str:
             _shown(it.measures["perplexity"], 1),
             str(it.sweeps),
             f"{it.wall_time_s:.0f} s",
+            "-" if it.peak_memory_bytes is None else f"{it.peak_memory_bytes / 2**30:.1f} GiB",
         ]
         for it in comparisons
     ]
@@ -168,6 +173,23 @@ def criteria_table(pairs: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         [" / ".join(pair["criteria"]), _mean(pair["spearman"]), *(_mean(pair["overlap"][share]) for share in shares)]
         for pair in pairs
+    ]
+    return _markdown(head, lines)
+
+
+def settling_table(points: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: overlap of what two halves of the windows keep, by how many windows there were.
+
+    Args:
+        points: ``split_half_overlap`` of an importance artifact's metrics.
+    """
+    numbers = sorted({point["windows"] for point in points})
+    values = {(point["criterion"], point["share_kept"], point["windows"]): point["overlap"] for point in points}
+    places = dict.fromkeys((criterion, share) for criterion, share, _ in values)
+    head = ["criterion", "kept", *(f"{number} windows" for number in numbers)]
+    lines = [
+        [criterion, f"{share:.0%}", *(f"{values[criterion, share, number]:.3f}" for number in numbers)]
+        for criterion, share in places
     ]
     return _markdown(head, lines)
 

@@ -60,6 +60,7 @@ def _row(cell: Cell, plan: Plan, store: Store, dense: DenseModel) -> Row:
         "tasks": metrics.get("tasks", {}),
         **_averages(metrics.get("tasks", {})),
         "wall_time_s": _wall_time(list(manifests.values())),
+        "peak_memory_bytes": _peak_memory(list(manifests.values())),
         "checkpoint": str(store.path(cell.producers[-1])) if cell.producers else None,
         "status": "done" if cause is None else "missing",
         "cause": cause,
@@ -95,6 +96,13 @@ def _wall_time(manifests: Sequence[Mapping[str, Any] | None]) -> float | None:
     return None if None in manifests else sum(found["wall_time_s"] for found in manifests if found is not None)
 
 
+def _peak_memory(manifests: Sequence[Mapping[str, Any] | None]) -> int | None:
+    """The most that one rank took in any stage behind a row; None where a stage is missing or did not say."""
+    peaks = [None if found is None else found.get("peak_memory_bytes") for found in manifests]
+    known = [peak for peak in peaks if peak is not None]
+    return max(known) if len(known) == len(peaks) else None
+
+
 def write_reports(rows: Sequence[Row], out: Path) -> None:
     """Write results.json (nested), results.csv (flat, every metric a column) and results.md (the table)."""
     write_text(out / "results.json", json.dumps({"rows": rows}, indent=1, allow_nan=False) + "\n")
@@ -112,7 +120,7 @@ def flat_row(row: Row) -> Row:
 
 def _csv(rows: Sequence[Row]) -> str:
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    tail = ["wall_time_s", "checkpoint", "status", "cause"]
+    tail = ["wall_time_s", "peak_memory_bytes", "checkpoint", "status", "cause"]
     columns = [column for column in columns if column not in tail] + tail
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, lineterminator="\n")

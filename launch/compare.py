@@ -3,7 +3,8 @@
 example:  python launch/compare.py runs/fidelity/0 runs/fidelity/1 runs/fidelity/2 --out runs/fidelity
 
 Writes comparison.md and comparison.json: per method the mean and standard deviation of KL to the dense model, agreement
-and perplexity; per pair of criteria the rank correlation of their scores and the overlap of what they keep, by layer.
+and perplexity, time and memory; per pair of criteria the rank correlation of their scores and the overlap of what they
+keep, by layer; per criterion how far what it keeps had settled after so many calibration windows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.artifacts import Store
-from hfprune_dist.comparison import compare_criteria, compare_methods, criteria_table, methods_table, read_scores
+from hfprune_dist.comparison import (
+    compare_criteria,
+    compare_methods,
+    criteria_table,
+    methods_table,
+    read_scores,
+    settling_table,
+)
 from hfprune_dist.core.settling import SHARES_KEPT
 from hfprune_dist.errors import UserError, explained
 from hfprune_dist.files import write_text
@@ -46,7 +54,16 @@ def compare(folders: Sequence[Path], out: Path, reference: str) -> None:
     criteria = _criteria(sweeps[0])
     pages = [f"# Methods\n\n{methods_table(methods, reference)}"]
     pages += [f"# Criteria: {model}\n\n{criteria_table(pairs)}" for model, pairs in criteria.items() if pairs]
-    record = {"methods": [asdict(it) for it in methods], "criteria": criteria, "sweeps": [str(it) for it in folders]}
+    settling = _settling(sweeps[0])
+    pages += [
+        f"# Calibration windows: {model}\n\n{settling_table(points)}" for model, points in settling.items() if points
+    ]
+    record = {
+        "methods": [asdict(it) for it in methods],
+        "criteria": criteria,
+        "settling": settling,
+        "sweeps": [str(it) for it in folders],
+    }
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "comparison.json", json.dumps(record, indent=1) + "\n")
     write_text(out / "comparison.md", "\n".join(pages))
@@ -57,11 +74,24 @@ def compare(folders: Sequence[Path], out: Path, reference: str) -> None:
 
 def _criteria(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
     """Model -> how its criteria agree, from the first sweep's scores of the dense model."""
+    return {
+        label: compare_criteria(read_scores(store.path(stage_id)), SHARES_KEPT)
+        for store, label, stage_id in _scored(sweep)
+    }
+
+
+def _settling(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
+    """Model -> how what its criteria keep settled, from the first sweep's scores of the dense model."""
+    manifests = {label: store.manifest(stage_id) for store, label, stage_id in _scored(sweep)}
+    return {label: found["metrics"].get("split_half_overlap", []) for label, found in manifests.items() if found}
+
+
+def _scored(sweep: Finished) -> list[tuple[Store, str, str]]:
+    """(store, model, stage) of every dense model that has been scored."""
     store = Store(sweep.folder / "store")
     stages = [stage for stage in sweep.plan.stages.values() if stage.kind == "importance"]
-    stages = [stage for stage in stages if not stage.inputs["model"].is_stage]
-    done = [stage for stage in stages if store.manifest(stage.id) is not None]
-    return {stage.label: compare_criteria(read_scores(store.path(stage.id)), SHARES_KEPT) for stage in done}
+    dense = [stage for stage in stages if not stage.inputs["model"].is_stage]
+    return [(store, stage.label, stage.id) for stage in dense if store.manifest(stage.id) is not None]
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from hfprune_dist.comparison import (
     criteria_table,
     methods_table,
     overlap,
+    settling_table,
     spearman,
     spread,
 )
 
 
 def row(method, kl, ratio=0.2, status="done"):
-    measures = {"kl": kl, "top1_agreement": 0.6, "perplexity": 20.0, "wall_time_s": 10.0}
+    measures = {"kl": kl, "top1_agreement": 0.6, "perplexity": 20.0, "wall_time_s": 10.0, "peak_memory_bytes": 2**30}
     return {"model": "m", "ratio": ratio, "method": method, "recovery": "none", "status": status, **measures}
 
 
@@ -27,6 +28,7 @@ def test_methods_are_set_against_the_reference_of_their_own_sweep():
         0.0707, 1e-3
     )
     assert ours.sweeps == 2
+    assert ours.peak_memory_bytes == 2**30
     assert "0.550 ± 0.071" in methods_table([reference, ours], "hfprune")
 
 
@@ -56,3 +58,15 @@ def test_every_pair_of_criteria_in_every_layer():
     assert [pair["criteria"] for pair in pairs] == [["a", "b"], ["a", "c"], ["b", "c"]]
     assert all(len(pair["spearman"]) == 2 == len(pair["overlap"]["0.5"]) for pair in pairs)
     assert json.dumps(pairs) and criteria_table(pairs).count("\n") == 5
+
+
+def test_settling_has_a_row_for_each_criterion_and_share():
+    points = [
+        {"windows": windows, "criterion": criterion, "share_kept": share, "overlap": windows / 100 + share / 10}
+        for windows in (16, 32)
+        for criterion in ("entropy", "fisher")
+        for share in (0.8, 0.5)
+    ]
+    lines = settling_table(points).splitlines()
+    assert lines[0] == "| criterion | kept | 16 windows | 32 windows |"
+    assert lines[2] == "| entropy | 80% | 0.240 | 0.400 |" and len(lines) == 6

@@ -35,7 +35,7 @@ SCORES = {
 
 def commit(store, stage, **metrics):
     draft = store.open_draft(stage.id)
-    store.commit(stage, draft, {"metrics": metrics, "wall_time_s": 2.0})
+    store.commit(stage, draft, {"metrics": metrics, "wall_time_s": 2.0, "peak_memory_bytes": 100 + len(stage.kind)})
 
 
 @pytest.fixture
@@ -52,6 +52,7 @@ def test_a_finished_cell_shows_what_was_measured(store):
     dense, pruned = collect_rows(PLAN, store, DENSE)
     assert (dense["parameters"], dense["ratio_reached"], dense["wall_time_s"]) == (100, 0.0, 2.0)
     assert (pruned["parameters"], pruned["ratio_reached"], pruned["intermediate_size"]) == (79, 0.21, 15)
+    assert pruned["peak_memory_bytes"] == 110, "the importance pass's, the longest name here"
     assert pruned["wall_time_s"] == 6.0 and pruned["checkpoint"].endswith(PRUNE.id)
     assert pruned["average"] == pytest.approx(0.65)
     assert pruned["average_without_crows_pairs"] == pytest.approx(0.6)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import resource
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -27,6 +29,12 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory that one rank has taken so far: of its GPU, where there is one, else resident."""
+        on_gpu = self.device.type == "cuda"
+        mine = torch.cuda.max_memory_allocated(self.device) if on_gpu else _max_resident_bytes()
+        return max(self.gather(mine))
 
     def barrier(self) -> None:
         self.broadcast(None)
@@ -76,6 +84,10 @@ def join_world(environment: Mapping[str, str], timeout_minutes: int) -> World:
         local_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
         device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
     )
+
+
+def _max_resident_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def leave_world() -> None:

@@ -83,13 +83,14 @@ class Context:
 
     def commit(self, draft: Path, metrics: dict[str, Any]) -> None:
         """Publish the draft as this stage's artifact, once all ranks have written their files."""
+        peak = self.world.peak_memory_bytes()
         self.world.barrier()
         if self.world.is_first:
-            self.store.commit(self.stage, draft, self._record(metrics))
+            self.store.commit(self.stage, draft, self._record(metrics, peak))
             self.store.discard_work(self.stage.id)
         self.world.barrier()
 
-    def _record(self, metrics: dict[str, Any]) -> dict[str, Any]:
+    def _record(self, metrics: dict[str, Any], peak_memory_bytes: int) -> dict[str, Any]:
         finished = time.time()
         return {
             "config": self.config,
@@ -99,6 +100,7 @@ class Context:
             "device": self.world.device.type,
             "started": self.started,
             "finished": finished,
+            "peak_memory_bytes": peak_memory_bytes,
             "wall_time_s": finished - self.started,
             "attempts": self.attempt,
         }

@@ -30,7 +30,7 @@ CONTROL = "recover alpha dense"
 DENSE = "evaluate alpha dense"
 PRUNE = "prune alpha 0.2"
 # What may differ between two undisturbed sweeps.
-TIMES = ("wall_time_s", "checkpoint")
+TIMES = ("wall_time_s", "peak_memory_bytes", "checkpoint")
 
 
 @pytest.fixture(autouse=True)
