@@ -35,11 +35,17 @@ COMPANION_PATTERNS = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a safetensors file; ``dtype`` is the file format's own name (F32, BF16, ...)."""
+    """One tensor of a safetensors file.
+
+    Attributes:
+        dtype: the file format's own name (F32, BF16, ...).
+        offset: where its bytes begin in the file.
+    """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    offset: int
     bytes: int
 
     @property
@@ -139,16 +145,18 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
     except (struct.error, ValueError, OverflowError, MemoryError):
         raise UserError(f"{file}: not a whole safetensors file (its header is damaged); download it again") from None
     header.pop("__metadata__", None)
-    tensors = {
-        name: TensorInfo(
-            file.name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
-        )
-        for name, entry in header.items()
-    }
-    expected = 8 + header_bytes + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    data = 8 + header_bytes
+    tensors = {name: _tensor_info(file.name, data, entry) for name, entry in header.items()}
+    expected = max((info.offset + info.bytes for info in tensors.values()), default=data)
     if size != expected:
         raise UserError(f"{file}: {size:,} bytes, but its header announces {expected:,}; truncated? download it again")
     return tensors
+
+
+def _tensor_info(file: str, data: int, entry: Mapping[str, Any]) -> TensorInfo:
+    """Read a header's entry; offsets in it count from ``data``, the end of the header."""
+    begin, end = entry["data_offsets"]
+    return TensorInfo(file, entry["dtype"], tuple(entry["shape"]), data + begin, end - begin)
 
 
 def _weight_files(path: Path) -> list[str]:
