@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,15 +17,12 @@ from hfprune_dist.models.families import Family, family_of
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 # Small files that make a checkpoint complete; they are part of its identity and travel with every pruned copy.
 COMPANION_PATTERNS = (
     "config.json",
     "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
+    *TOKENIZER_PATTERNS,
     "chat_template*",
     "modeling_pruned.py",
     "LICENSE*",
@@ -101,8 +98,11 @@ class Checkpoint:
 
     @cached_property
     def companion_files(self) -> list[str]:
-        found = {file.name for pattern in COMPANION_PATTERNS for file in self.path.glob(pattern) if file.is_file()}
-        return sorted(found)
+        return _matching(self.path, COMPANION_PATTERNS)
+
+    @cached_property
+    def tokenizer_files(self) -> list[str]:
+        return _matching(self.path, TOKENIZER_PATTERNS)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -151,6 +151,11 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
     if size != expected:
         raise UserError(f"{file}: {size:,} bytes, but its header announces {expected:,}; truncated? download it again")
     return tensors
+
+
+def _matching(path: Path, patterns: Iterable[str]) -> list[str]:
+    """Names of the files of a folder that match any of the patterns."""
+    return sorted({file.name for pattern in patterns for file in path.glob(pattern) if file.is_file()})
 
 
 def _tensor_info(file: str, data: int, entry: Mapping[str, Any]) -> TensorInfo:
