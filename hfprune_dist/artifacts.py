@@ -5,6 +5,7 @@
 <store>/work/<kind>/<fingerprint>/      progress inside a stage, kept until its artifact is committed
 <store>/quarantine/                     artifacts that failed verification, set aside
 <store>/hashes/                         sha256 of files seen before
+<store>/rows/                           packed training rows, for every recovery that needs the same
 """
 
 from __future__ import annotations

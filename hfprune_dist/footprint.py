@@ -234,7 +234,7 @@ class Train:
         """Of one micro-batch: a forward, and a backward without gradients of frozen weights."""
         matrices = shape.body_parameters + shape.head_parameters
         flops = 4 * matrices + 6 * self.lora_parameters(shape) + 3.5 * _attention_flops(shape, self.tokens)
-        gathered = (1 if _stays_gathered(shape) else 2) * matrices + shape.head_parameters
+        gathered = 2 * matrices + shape.head_parameters
         return Work(self.rows * self.tokens * flops, gathered * self.itemsize)
 
 

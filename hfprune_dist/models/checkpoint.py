@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,15 +17,12 @@ from hfprune_dist.models.families import Family, family_of
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 # Small files that make a checkpoint complete; they are part of its identity and travel with every pruned copy.
 COMPANION_PATTERNS = (
     "config.json",
     "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
+    *TOKENIZER_PATTERNS,
     "chat_template*",
     "modeling_pruned.py",
     "LICENSE*",
@@ -35,11 +32,17 @@ COMPANION_PATTERNS = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a safetensors file; ``dtype`` is the file format's own name (F32, BF16, ...)."""
+    """One tensor of a safetensors file.
+
+    Attributes:
+        dtype: the file format's own name (F32, BF16, ...).
+        offset: where its bytes begin in the file.
+    """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    offset: int
     bytes: int
 
     @property
@@ -95,8 +98,11 @@ class Checkpoint:
 
     @cached_property
     def companion_files(self) -> list[str]:
-        found = {file.name for pattern in COMPANION_PATTERNS for file in self.path.glob(pattern) if file.is_file()}
-        return sorted(found)
+        return _matching(self.path, COMPANION_PATTERNS)
+
+    @cached_property
+    def tokenizer_files(self) -> list[str]:
+        return _matching(self.path, TOKENIZER_PATTERNS)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -139,16 +145,23 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
     except (struct.error, ValueError, OverflowError, MemoryError):
         raise UserError(f"{file}: not a whole safetensors file (its header is damaged); download it again") from None
     header.pop("__metadata__", None)
-    tensors = {
-        name: TensorInfo(
-            file.name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
-        )
-        for name, entry in header.items()
-    }
-    expected = 8 + header_bytes + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    data = 8 + header_bytes
+    tensors = {name: _tensor_info(file.name, data, entry) for name, entry in header.items()}
+    expected = max((info.offset + info.bytes for info in tensors.values()), default=data)
     if size != expected:
         raise UserError(f"{file}: {size:,} bytes, but its header announces {expected:,}; truncated? download it again")
     return tensors
+
+
+def _matching(path: Path, patterns: Iterable[str]) -> list[str]:
+    """Names of the files of a folder that match any of the patterns."""
+    return sorted({file.name for pattern in patterns for file in path.glob(pattern) if file.is_file()})
+
+
+def _tensor_info(file: str, data: int, entry: Mapping[str, Any]) -> TensorInfo:
+    """Read a header's entry; offsets in it count from ``data``, the end of the header."""
+    begin, end = entry["data_offsets"]
+    return TensorInfo(file, entry["dtype"], tuple(entry["shape"]), data + begin, end - begin)
 
 
 def _weight_files(path: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -81,12 +82,10 @@ def merge_weight_file(checkpoint: Checkpoint, file: str, adapter: Adapter, targe
     """Write one safetensors file of the checkpoint with the adapter added; shapes and dtypes stay."""
     unknown = adapter.factors.keys() - checkpoint.tensors.keys()
     assert not unknown, f"the adapter has weights that the checkpoint lacks: {sorted(unknown)[:3]}"
-    stream_weight_file(checkpoint, file, {}, lambda name, weight: merged(adapter, name, weight), target)
+    transforms = {name: partial(merged, adapter.scale, *factors) for name, factors in adapter.factors.items()}
+    stream_weight_file(checkpoint, file, {}, transforms, target)
 
 
-def merged(adapter: Adapter, name: str, weight: Tensor) -> Tensor:
-    """W + scale * B @ A, summed in float32 and rounded to the weight's dtype once; other tensors as they are."""
-    if name not in adapter.factors:
-        return weight
-    factor_a, factor_b = (factor.float() for factor in adapter.factors[name])
-    return (weight.float() + adapter.scale * (factor_b @ factor_a)).to(weight.dtype)
+def merged(scale: float, factor_a: Tensor, factor_b: Tensor, weight: Tensor) -> Tensor:
+    """W + scale * B @ A, summed in float32 and rounded to the weight's dtype once."""
+    return (weight.float() + scale * (factor_b.float() @ factor_a.float())).to(weight.dtype)

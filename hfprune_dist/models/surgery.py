@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hfprune_dist.core.surgery import Cut, cut_tensor
+from hfprune_dist.core.surgery import Cut
 from hfprune_dist.files import write_json
-from hfprune_dist.models.checkpoint import INDEX_FILE, Checkpoint, read_safetensors_header
+from hfprune_dist.models.checkpoint import INDEX_FILE, Checkpoint, TensorInfo, read_safetensors_header
 
 # Where layers differ in width, this module of ours travels inside the checkpoint.
 MODELING_FILE = Path(__file__).with_name("modeling_pruned.py")
+COPY_BYTES = 256 * 1024
+
+# A tensor as it is -> the tensor to write, of the same dtype.
+Transform = Callable[[Tensor], Tensor]
 
 
 def mlp_cuts(checkpoint: Checkpoint, kept: Sequence[Tensor]) -> dict[str, Cut]:
@@ -43,42 +50,65 @@ def write_weight_file(
         replacements: tensor name -> reads what is written in place of the cut tensor, of the same shape.
     """
     shapes = {name: cut.shape(checkpoint.tensors[name].shape) for name, cut in cuts.items()}
-    readers = replacements or {}
+    transforms: dict[str, Transform] = {name: cut.apply for name, cut in cuts.items()}
+    for name, read in (replacements or {}).items():
+        transforms[name] = partial(_replace, read)
+    stream_weight_file(checkpoint, file, shapes, transforms, target)
 
-    def transform(name: str, tensor: Tensor) -> Tensor:
-        return readers[name]().to(tensor.dtype) if name in readers else cut_tensor(name, tensor, cuts)
 
-    stream_weight_file(checkpoint, file, shapes, transform, target)
+def _replace(read: Callable[[], Tensor], tensor: Tensor) -> Tensor:
+    return read().to(tensor.dtype)
 
 
 def stream_weight_file(
     checkpoint: Checkpoint,
     file: str,
     shapes: Mapping[str, tuple[int, ...]],
-    transform: Callable[[str, Tensor], Tensor],
+    transforms: Mapping[str, Transform],
     target: Path,
 ) -> None:
-    """Write one safetensors file with every tensor transformed; peak memory is one tensor and its transformed copy.
+    """Write one safetensors file with some tensors transformed; peak memory is one of these and its transformed copy.
 
     Args:
-        shapes: the shapes of the tensors whose shape ``transform`` changes.
-        transform: name, tensor -> the tensor to write, of the same dtype.
+        shapes: the shapes of the tensors whose shape changes.
+        transforms: tensor name -> what is done to it; the other tensors' bytes are copied as they are.
     """
     infos = {name: info for name, info in checkpoint.tensors.items() if info.file == file}
+    path = checkpoint.path / file
+    with safe_open(path, framework="pt") as source, path.open("rb") as raw, (target / file).open("wb") as stream:
+        stream.write(_header(infos, shapes))
+        for name, info in infos.items():
+            if name in transforms:
+                tensor = transforms[name](source.get_tensor(name)).contiguous()
+                stream.write(tensor.view(torch.uint8).numpy().data)
+            else:
+                raw.seek(info.offset)
+                _copy(raw, stream, info.bytes)
+
+
+def _header(infos: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """What a safetensors file begins with: the length of a JSON object, and that object."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, info in infos.items():
         shape = shapes.get(name, info.shape)
-        size = info.bytes // info.numel * torch.Size(shape).numel()
+        size = info.bytes // info.numel * math.prod(shape)
         header[name] = {"dtype": info.dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8 bytes, as the format asks
-    with safe_open(checkpoint.path / file, framework="pt") as source, (target / file).open("wb") as stream:
-        stream.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name in infos:
-            tensor = transform(name, source.get_tensor(name)).contiguous()
-            stream.write(tensor.view(torch.uint8).numpy().data)
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _copy(source: BufferedReader, stream: BinaryIO, size: int) -> None:
+    """Copy the next ``size`` bytes, through a buffer that stays in a core's cache."""
+    buffer = memoryview(bytearray(min(size, COPY_BYTES)))
+    while size:
+        read = source.readinto(buffer[:size])
+        if not read:
+            raise OSError(f"{source.name}: it has been cut short while it was read")
+        stream.write(buffer[:read])
+        size -= read
 
 
 def config_changes(checkpoint: Checkpoint, widths: Sequence[int]) -> dict[str, Any]:

@@ -23,8 +23,11 @@ from hfprune_dist.parallel.inference import FrozenModel
 from hfprune_dist.parallel.interruption import Interruption
 from hfprune_dist.parallel.world import World
 
-# Batches per chunk. Choices of one letter share a forward where they share a chunk: several batches keep them together.
+# Batches per chunk, at most. Choices of one letter share a forward where they share a chunk: several batches keep them
+# together.
 CHUNK_BATCHES = 4
+# Chunks per task, where batches stay whole: ranks wait for each other after each, and the last may have none left.
+WANTED_CHUNKS = 64
 
 Arguments = tuple[Any, ...]
 # (method of the model, index of a chunk, arguments of its requests)
@@ -125,7 +128,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
     def _ask_all_ranks(self, method: str, requests: list[Arguments]) -> list[Any]:
         assert self._log is not None
         order = sorted(range(len(requests)), key=lambda index: _by_length(requests[index]))
-        size = CHUNK_BATCHES * self.batch_size
+        size = chunk_size(method, len(requests), self.batch_size)
         places = [order[start : start + size] for start in range(0, len(order), size)]
         chunks = [(method, number, [requests[index] for index in place]) for number, place in enumerate(places)]
         known = [self._log.get(chunk) for chunk in chunks]
@@ -175,6 +178,15 @@ class ShardedLM(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+
+def chunk_size(method: str, requests: int, batch_size: int) -> int:
+    """Requests per chunk of a task; the same for any number of ranks, so that their answers have the same bits.
+
+    Whole batches; documents to be read from end to end make batches of their own, since each has many windows.
+    """
+    unit = 1 if method == "loglikelihood_rolling" else batch_size
+    return min(-(-requests // (WANTED_CHUNKS * unit)) * unit, CHUNK_BATCHES * batch_size)
 
 
 def _by_length(arguments: Arguments) -> tuple[int, str]:

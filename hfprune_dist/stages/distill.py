@@ -51,7 +51,7 @@ def _train(
         settings=settings,
         seed=context.params["seed"],
         rows=taught,
-        distils=True,
+        distills=True,
         schedule=schedule,
         total_steps=context.params["passes"] * schedule.steps_per_epoch,
         save_every_steps=context.runtime.save_every_steps,

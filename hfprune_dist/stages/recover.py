@@ -8,7 +8,8 @@ from itertools import islice
 from math import ceil
 from pathlib import Path
 
-from hfprune_dist.config import RecoveryConfig
+from hfprune_dist.cache import FileCache
+from hfprune_dist.config import RecoveryConfig, TextSource
 from hfprune_dist.data.instructions import (
     PackedRows,
     Pair,
@@ -21,15 +22,19 @@ from hfprune_dist.data.instructions import (
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.data.text import read_records
 from hfprune_dist.errors import UserError
+from hfprune_dist.identity import FileHashes, digest_of
 from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.models.tokenizer import bos_id, load_tokenizer
 from hfprune_dist.parallel.finetune import FineTuning, fine_tune
 from hfprune_dist.parallel.merging import write_merged
 from hfprune_dist.parallel.snapshots import Snapshot
+from hfprune_dist.plan import STAGE_VERSIONS
 from hfprune_dist.stages.context import Context
 
 ROWS = "rows.safetensors"
 PAIRS_AT_ONCE = 2000
+# The settings that decide what is in the packed rows.
+ROW_SETTINGS = {*TextSource.model_fields, "instruction_field", "response_field", "samples", "sequence_length"}
 
 
 def run(context: Context) -> None:
@@ -65,16 +70,37 @@ def check_batch_size(settings: RecoveryConfig, world_size: int) -> None:
 
 
 def _prepare_rows(context: Context, settings: RecoveryConfig) -> RowCounts:
-    """Tokenize and pack on rank 0, once for all attempts; the file in the work folder is what every rank trains on."""
-    file = context.work / ROWS
-    collector = _Collector(context, settings) if context.world.is_first and not file.is_file() else None
+    """Tokenize and pack on rank 0, once for all attempts, and for all stages of the store that need the same rows.
+
+    The file in the work folder is what every rank trains on.
+    """
+    file, cache = context.work / ROWS, FileCache(context.store.root / "rows")
+    key = _rows_key(context, settings) if context.world.is_first else ""
+    missing = context.world.is_first and not file.is_file() and not cache.take(key, file)
+    collector = _Collector(context, settings) if missing else None
     # The other ranks are told after each batch, so that none of them waits longer than the collective timeout.
     while context.world.broadcast(collector is not None and collector.take()):
         pass
     if collector is not None:
         collector.save(file)
+        cache.put(key, file)
     context.world.barrier()
     return read_counts(file)
+
+
+def _rows_key(context: Context, settings: RecoveryConfig) -> str:
+    """Names the packed rows by what they depend on: the pairs, how they are cut, and the tokenizer's files."""
+    checkpoint = open_checkpoint(context.input_path("model"))
+    hashes = FileHashes(None)
+    content = {
+        "version": STAGE_VERSIONS["recover"],
+        "settings": settings.model_dump(include=ROW_SETTINGS, exclude={"path"}),
+        "seed": context.params["seed"],
+        "instructions": context.stage.inputs["instructions"].identity if context.has_input("instructions") else None,
+        "architecture": checkpoint.config["model_type"],  # transformers chooses the tokenizer's class by it
+        "tokenizer": hashes.of_files(checkpoint.path, checkpoint.tokenizer_files),
+    }
+    return f"{digest_of(content)[:20]}.safetensors"
 
 
 class _Collector:
@@ -136,7 +162,7 @@ def _train(context: Context, checkpoint: Checkpoint, settings: RecoveryConfig, c
         settings=settings,
         seed=context.params["seed"],
         rows=PackedRows(context.work / ROWS),
-        distils=False,
+        distills=False,
         schedule=schedule,
         total_steps=settings.max_steps or ceil(settings.epochs * schedule.steps_per_epoch),
         save_every_steps=context.runtime.save_every_steps,

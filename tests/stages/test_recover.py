@@ -15,16 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from ranks import SoloWorld
 from safetensors.torch import load_file
 from tiny import save_tiny, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.config import RecoveryConfig, RuntimeConfig
+from hfprune_dist.data.instructions import RowCounts, save_rows
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.checkpoint import open_checkpoint
 from hfprune_dist.parallel.snapshots import Snapshot, Snapshots, read_snapshot
 from hfprune_dist.plan import Input, Stage
+from hfprune_dist.progress import Progress
+from hfprune_dist.stages import recover
+from hfprune_dist.stages.context import Context
 from hfprune_dist.stages.recover import check_batch_size
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,6 +200,44 @@ def test_diverged_training_is_the_users_to_mend(tmp_path, source):
     output = finish(run, ranks=1, code=UserError.EXIT_CODE)
     assert "at step 2; lower recovery.learning_rate" in output
     assert not run.artifact.exists()
+
+
+def prepare_rows(run: Run) -> RowCounts:
+    context = Context(
+        stage=run.stage,
+        store=run.store,
+        world=SoloWorld(),
+        runtime=RuntimeConfig(),
+        progress=Progress(None),
+        config={},
+        code={},
+        attempt=1,
+    )
+    return recover._prepare_rows(context, RecoveryConfig.model_validate(run.stage.params["recovery"]))
+
+
+def test_stages_that_differ_in_training_alone_share_their_rows(tmp_path, source, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("pairs are tokenized again")
+
+    counts = prepare_rows(lay_out(tmp_path, source))
+    monkeypatch.setattr(recover, "_Collector", refuse)
+    assert prepare_rows(lay_out(tmp_path, source, rank=2, max_steps=3)) == counts
+    for changes in ({"sequence_length": 256}, {"samples": 2}, {"response_field": "instruction"}):
+        with pytest.raises(AssertionError, match="tokenized again"):
+            prepare_rows(lay_out(tmp_path, source, **changes))
+
+
+def test_another_tokenizer_makes_its_own_rows(tmp_path, source, monkeypatch):
+    prepare_rows(lay_out(tmp_path / "store", source))
+    shutil.copytree(source, tmp_path / "source")
+    file = tmp_path / "source" / "model" / "tokenizer_config.json"
+    file.write_text(file.read_text() + " ")
+    made = []
+    monkeypatch.setattr(recover, "save_rows", lambda *arguments: made.append(1) or save_rows(*arguments))
+    shutil.rmtree(Store(tmp_path / "store").root / "work")
+    prepare_rows(lay_out(tmp_path / "store", tmp_path / "source"))
+    assert made
 
 
 def test_batch_size_that_ranks_cannot_share_names_those_that_work():

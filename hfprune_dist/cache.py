@@ -1,0 +1,53 @@
+"""Files that several stages of a store make alike: made once, checked before every use, replaced where damaged.
+
+<folder>/<key>        the file
+<folder>/<key>.json   its sha256, written last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from hfprune_dist.files import fsync_path, read_json, write_json
+from hfprune_dist.identity import FileHashes
+
+
+class FileCache:
+    """Files by key, on the disk of the work folders that use them.
+
+    A key must say everything that the file's bytes depend on: of two stages that make it at once, either may win.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def take(self, key: str, target: Path) -> bool:
+        """Make ``target`` the file, without a copy; False where there is none that is whole."""
+        file = self._folder / key
+        if not file.is_file() or FileHashes(None).of_file(file) != self._promised(key):
+            return False
+        _link(file, target)
+        return True
+
+    def put(self, key: str, source: Path) -> None:
+        """Keep ``source``, which nobody may change from now on."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        fsync_path(source)
+        _link(source, self._folder / key)
+        write_json(self._folder / f"{key}.json", {"sha256": FileHashes(None).of_file(source)})
+
+    def _promised(self, key: str) -> str | None:
+        try:
+            record = read_json(self._folder / f"{key}.json")
+        except ValueError:
+            return None
+        return record["sha256"] if isinstance(record, dict) else None
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make ``target`` another name of ``source``, in place of what it named before; a death leaves no draft."""
+    target.unlink(missing_ok=True)
+    with contextlib.suppress(FileExistsError):  # another stage was faster
+        os.link(source, target)
