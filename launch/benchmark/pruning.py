@@ -32,16 +32,21 @@ def measure_prune(settings: Settings) -> Findings:
 
 
 def time_prune(model: str, scratch: str, rounds: int) -> float:
-    """In a process of its own: time to write the pruned files, as a multiple of the time to copy them."""
-    pruned, copied = Path(scratch) / "pruned", Path(scratch) / "copied"
-    for folder in (pruned, copied):
-        folder.mkdir(exist_ok=True)
+    """In a process of its own: time to write the pruned files, as a multiple of the time to copy them; both anew."""
+    pruned, copied, sample = (Path(scratch) / name for name in ("pruned", "copied", "sample"))
+    sample.mkdir(exist_ok=True)
+    _write(model, sample)
+
+    def prune() -> None:
+        _make_anew(pruned)
+        _write(model, pruned)
 
     def copy() -> None:
-        for file in pruned.iterdir():
+        _make_anew(copied)
+        for file in sample.iterdir():
             shutil.copyfile(file, copied / file.name)
 
-    return paired_ratios({"prune": lambda: _write(model, pruned), "cp": copy}, "cp", rounds)["prune"]
+    return paired_ratios({"prune": prune, "cp": copy}, "cp", rounds)["prune"]
 
 
 def take_memory(model: str, scratch: str) -> float:
@@ -50,6 +55,12 @@ def take_memory(model: str, scratch: str) -> float:
     target.mkdir(exist_ok=True)
     largest = max(info.bytes for info in open_checkpoint(Path(model)).tensors.values())
     return peak_anonymous_bytes(lambda: _write(model, target)) / largest
+
+
+def _make_anew(folder: Path) -> None:
+    """An empty folder: to write into pages that a file has already is faster, and no stage does it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
 
 
 def _write(model: str, target: Path) -> None:
