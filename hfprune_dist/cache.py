@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
+from hfprune_dist.errors import UserError
 from hfprune_dist.files import fsync_path, read_json, write_json
 from hfprune_dist.identity import FileHashes
 
@@ -24,18 +24,24 @@ class FileCache:
         self._folder = folder
 
     def take(self, key: str, target: Path) -> bool:
-        """Make ``target`` the file, without a copy; False where there is none that is whole."""
+        """Make ``target`` the file, without a copy; False where there is none that is whole and can be had."""
         file = self._folder / key
-        if not file.is_file() or FileHashes(None).of_file(file) != self._promised(key):
+        try:
+            if not file.is_file() or FileHashes(None).of_file(file) != self._promised(key):
+                return False
+            _link(file, target)
+        except (OSError, UserError):  # another stage is replacing it, or the file system has no hard links
             return False
-        _link(file, target)
         return True
 
     def put(self, key: str, source: Path) -> None:
-        """Keep ``source``, which nobody may change from now on."""
+        """Keep ``source``, which nobody may change from now on; where the file system has no hard links, don't."""
         self._folder.mkdir(parents=True, exist_ok=True)
         fsync_path(source)
-        _link(source, self._folder / key)
+        try:
+            _link(source, self._folder / key)
+        except OSError:
+            return
         write_json(self._folder / f"{key}.json", {"sha256": FileHashes(None).of_file(source)})
 
     def _promised(self, key: str) -> str | None:
@@ -47,7 +53,9 @@ class FileCache:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make ``target`` another name of ``source``, in place of what it named before; a death leaves no draft."""
-    target.unlink(missing_ok=True)
-    with contextlib.suppress(FileExistsError):  # another stage was faster
-        os.link(source, target)
+    """Make ``target`` another name of ``source``, in place of what it named before."""
+    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
+    draft.unlink(missing_ok=True)  # of a process that died
+    os.link(source, draft)
+    draft.replace(target)
+    draft.unlink(missing_ok=True)  # where both named the same file already, a rename does nothing

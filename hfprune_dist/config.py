@@ -275,7 +275,7 @@ class RuntimeConfig(Section):
     sharding: Literal["auto", "replicate", "zero3"] = "auto"
     """Evaluation: replicate the model on every rank, shard it with ZeRO-3, or decide by its size (auto)."""
     save_every_steps: Positive = 50
-    """Optimizer steps between recovery checkpoints."""
+    """Recovery, distillation: optimizer steps between snapshots."""
     collective_timeout_minutes: Positive = 10
     """A collective that takes longer than this ends the stage (a lost rank would hang the others)."""
 
@@ -307,7 +307,7 @@ class SweepConfig(Section):
     methods: list[str] = Field(default=["surgeon-uniform"], min_length=1)
     """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seeds the calibration windows, the order of the recovery data and the LoRA initialisation."""
+    """Seeds the calibration windows, the order of the training rows and the LoRA initialisation."""
     aliases: dict[str, ModelAlias] = {}
     """Further model aliases; they win over those shipped in configs/models."""
     calibration: CalibrationConfig = CalibrationConfig()

@@ -231,9 +231,10 @@ class Train:
         return norms + attention + gated + inputs
 
     def work(self, shape: Shape) -> Work:
-        """Of one micro-batch: a forward, and a backward without gradients of frozen weights."""
+        """Of one micro-batch: a forward, and a backward without gradients of frozen weights; a teacher's head."""
         matrices = shape.body_parameters + shape.head_parameters
-        flops = 4 * matrices + 6 * self.lora_parameters(shape) + 3.5 * _attention_flops(shape, self.tokens)
+        teacher = 2 * shape.head_parameters if self.distills else 0
+        flops = 4 * matrices + teacher + 6 * self.lora_parameters(shape) + 3.5 * _attention_flops(shape, self.tokens)
         gathered = 2 * matrices + shape.head_parameters
         return Work(self.rows * self.tokens * flops, gathered * self.itemsize)
 

@@ -125,8 +125,8 @@ def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeCo
         host_memory=resources.tasks_per_node * job.host_bytes(shape) if isinstance(job, Importance) else 0,
         host_available=resources.memory_bytes,
         fits=fits(job, shape, placed) if resources.gpu_memory_gib else None,
-        advice=_advice(job, shape, gpus) if resources.gpu_memory_gib else "",
-        gpu_hours=_gpu_hours(_micro_batches(plan, stage), job, shape, gpus),
+        advice=_advice(job, shape, gpus, _rows_of_a_step(stage)) if resources.gpu_memory_gib else "",
+        gpu_hours=_gpu_hours(_rounds(plan, stage, gpus.ranks), job, shape, gpus),
     )
 
 
@@ -185,14 +185,15 @@ def _whole_on_each(job: Job, shape: Shape, gpus: Gpus, runtime: RuntimeConfig) -
     return runtime.sharding == "replicate" or small
 
 
-def _advice(job: Job, shape: Shape, gpus: Gpus) -> str:
+def _advice(job: Job, shape: Shape, gpus: Gpus, rows_of_a_step: int | None) -> str:
     """The fewest nodes that hold one window, and the micro-batch whose work hides the network's time."""
     smallest = _resized(job, 1)
     nodes = next((n for n in range(1, MOST_NODES) if fits(smallest, shape, dataclasses.replace(gpus, nodes=n))), None)
     if nodes is None:
         return ""
     advised = dataclasses.replace(gpus, nodes=max(nodes, gpus.nodes))
-    fitting = [size for size in MICRO_BATCHES if fits(_resized(job, size), shape, advised)]
+    shared = [size for size in MICRO_BATCHES if not rows_of_a_step or size * advised.ranks <= rows_of_a_step]
+    fitting = [size for size in shared or MICRO_BATCHES[:1] if fits(_resized(job, size), shape, advised)]
     hidden = [size for size in fitting if gpus.flops and _is_hidden(_resized(job, size), shape, advised)]
     size = hidden[0] if hidden else fitting[-1] if gpus.flops else fitting[0]
     return f"nodes {advised.nodes}, micro-batch {size}"
@@ -211,26 +212,41 @@ def _resized(job: Job, size: int) -> Job:
     return dataclasses.replace(job, sequences=size)
 
 
-def _gpu_hours(micro_batches: int | None, job: Job, shape: Shape, gpus: Gpus) -> float | None:
-    """For all micro-batches; None where their number is not known."""
-    if micro_batches is None or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
+def _gpu_hours(rounds: int | None, job: Job, shape: Shape, gpus: Gpus) -> float | None:
+    """For so many micro-batches of every rank; None where their number is not known."""
+    if rounds is None or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
         return None
-    rounds = -(-micro_batches // gpus.ranks)
     return rounds * max(seconds(job, shape, gpus)) * gpus.ranks / 3600
 
 
-def _micro_batches(plan: Plan, stage: Stage) -> int | None:
-    """How many an evaluation or an epoch of recovery needs is known only when it runs."""
+def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:
+    """Micro-batches of the rank that has most. An evaluation's and an epoch's of recovery are known when they run.
+
+    A distillation's are those of its training; the dense model's forward is left out.
+    """
     if stage.kind == "importance":
         calibration = stage.params["calibration"]
-        return int(-(-calibration["samples"] // calibration["micro_batch_size"]))
+        return _ceil(calibration["samples"], calibration["micro_batch_size"] * ranks)
     if stage.kind == "distill":
-        windows = stage.params["passes"] * _calibration(plan, stage)["samples"]
-        return int(-(-windows // stage.params["distillation"]["micro_batch_size"]))
+        distillation, samples = stage.params["distillation"], _calibration(plan, stage)["samples"]
+        steps = _ceil(samples, distillation["batch_size"])
+        return (
+            int(stage.params["passes"]) * steps * _ceil(_ceil(samples, steps), distillation["micro_batch_size"] * ranks)
+        )
     if stage.kind == "recover" and stage.params["recovery"]["max_steps"] is not None:
         recovery = stage.params["recovery"]
-        return int(recovery["max_steps"] * -(-recovery["batch_size"] // recovery["micro_batch_size"]))
+        return int(recovery["max_steps"]) * _ceil(recovery["batch_size"], recovery["micro_batch_size"] * ranks)
     return None
+
+
+def _rows_of_a_step(stage: Stage) -> int | None:
+    """Rows that all ranks share in a step of training; None where a stage has no such steps."""
+    section = {"distill": "distillation", "recover": "recovery"}.get(stage.kind)
+    return None if section is None else int(stage.params[section]["batch_size"])
+
+
+def _ceil(number: int, divisor: int) -> int:
+    return -(-number // divisor)
 
 
 def _dense_config(plan: Plan, stage: Stage) -> Mapping[str, object]:

@@ -1,5 +1,5 @@
-"""Prune, recover and evaluate models at several ratios, and print the table. Run it again to resume: only what is
-missing runs.
+"""Prune, distill, recover and evaluate models at several ratios, and print the table. Run it again to resume:
+only what is missing runs.
 
 examples:
   python launch/sweep.py --models llama,qwen --ratios 0.2,0.5 --config configs/demo.yaml

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 IGNORED = -100  # the label that transformers leaves out of the loss
 
-# Number of a row -> what the model is given for it: int64 ``input_ids``, ``labels`` and more, each [sequence_length].
+# Number of a row -> what training needs of it: int64 ``input_ids`` and ``labels`` [sequence_length], and more.
 RowReader = Callable[[int], dict[str, Tensor]]
 
 

@@ -40,9 +40,9 @@ from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.distilling import DistillingHead
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.merge import lora_targets
+from hfprune_dist.parallel.dense_states import DENSE
 from hfprune_dist.parallel.interruption import Interrupted, Interruption
 from hfprune_dist.parallel.snapshots import MOMENTS, LossLine, Snapshot, Snapshots, read_snapshot
-from hfprune_dist.parallel.teacher import DENSE
 from hfprune_dist.parallel.world import World
 from hfprune_dist.parallel.zero3 import init_deepspeed
 from hfprune_dist.progress import Progress
@@ -60,6 +60,7 @@ class FineTuning:
         distills: whether rows bring a dense model's final hidden states, and the loss is the divergence from it.
         schedule: which rows each step sees.
         total_steps: optimizer steps of the whole training, those before ``start`` included.
+        warmup_steps: those of them in which the learning rate rises; in the first it is 0.
         save_every_steps: optimizer steps between snapshots; the last step leaves one in any case.
         timeout_minutes: a collective that takes longer ends the stage.
         start: where to go on; None begins anew.
@@ -73,6 +74,7 @@ class FineTuning:
     distills: bool
     schedule: Schedule
     total_steps: int
+    warmup_steps: int
     save_every_steps: int
     timeout_minutes: int
     start: Snapshot | None = None
@@ -235,10 +237,10 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
-            task, warmup_steps = self._task, self._task.settings.warmup_steps
+            task = self._task
             self.lr_scheduler = LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: learning_rate_share(task.first_step + step, warmup_steps, task.total_steps),
+                lambda step: learning_rate_share(task.first_step + step, task.warmup_steps, task.total_steps),
             )
         return self.lr_scheduler
 

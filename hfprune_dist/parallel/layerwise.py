@@ -64,10 +64,14 @@ class LayerStream:
         for index, hidden_BTC in self._hidden.items():
             self._hidden[index] = run(layer, hidden_BTC.to(self._world.device)).cpu()
 
-    def final_hidden(self) -> dict[int, Tensor]:
-        """After the last layer, what the head reads: micro-batch of this rank -> [windows, tokens, hidden_size]."""
+    def final_hidden(self) -> Iterator[tuple[int, Tensor]]:
+        """After the last layer, what the head reads: micro-batches of this rank, each [windows, tokens, hidden_size].
+
+        They leave the stream, one at a time.
+        """
         norm = self._reader.head().norm
-        return {index: norm(hidden_BTC.to(self._world.device)).cpu() for index, hidden_BTC in self._hidden.items()}
+        for index in list(self._hidden):
+            yield index, norm(self._hidden.pop(index).to(self._world.device)).cpu()
 
     @property
     def micro_batches(self) -> int:

@@ -10,9 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hfprune_dist.errors import UserError
 from hfprune_dist.files import fsync_path
-from hfprune_dist.models.checkpoint import read_safetensors_header
+from hfprune_dist.models.checkpoint import is_whole
 
 KEPT_SNAPSHOTS = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -60,7 +59,7 @@ class Snapshots:
 
     def newest(self) -> Path | None:
         """The newest snapshot whose file is whole; None where there is none."""
-        return next((file for file in self._files() if _is_whole(file)), None)
+        return next((file for file in self._files() if is_whole(file)), None)
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
@@ -74,11 +73,3 @@ def read_snapshot(file: Path) -> Snapshot:
     moments = {name: tensor for name, tensor in tensors.items() if name.endswith(MOMENTS)}
     weights = {name: tensor for name, tensor in tensors.items() if name not in moments}
     return Snapshot(int(metadata["step"]), weights, moments, json.loads(metadata["losses"]))
-
-
-def _is_whole(file: Path) -> bool:
-    try:
-        read_safetensors_header(file)
-    except UserError:
-        return False
-    return True

@@ -31,7 +31,10 @@ class World:
         return self.rank == 0
 
     def peak_memory_bytes(self) -> int:
-        """The most memory that one rank has taken so far: of its GPU, where there is one, else resident."""
+        """The most memory that one rank's process has taken so far: of its GPU, where there is one, else resident.
+
+        What earlier attempts took is not known; resident memory counts pages of files that are mapped.
+        """
         on_gpu = self.device.type == "cuda"
         mine = torch.cuda.max_memory_allocated(self.device) if on_gpu else _max_resident_bytes()
         return max(self.gather(mine))

@@ -164,6 +164,7 @@ def _train(context: Context, checkpoint: Checkpoint, settings: RecoveryConfig, c
         rows=PackedRows(context.work / ROWS),
         distills=False,
         schedule=schedule,
+        warmup_steps=settings.warmup_steps,
         total_steps=settings.max_steps or ceil(settings.epochs * schedule.steps_per_epoch),
         save_every_steps=context.runtime.save_every_steps,
         timeout_minutes=context.runtime.collective_timeout_minutes,

@@ -9,21 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from hfprune_dist.models.checkpoint import Checkpoint
+from hfprune_dist.files import fsync_path
+from hfprune_dist.models.checkpoint import Checkpoint, is_whole
 from hfprune_dist.parallel.layerwise import LayerStream
 from hfprune_dist.parallel.world import World
 
 DENSE = "dense"
 
 
-class TaughtWindows:
-    """Calibration windows as rows to train on; a ``RowReader``.
+class DenseStates:
+    """Calibration windows with the dense model's final hidden states, as rows to train on; a ``RowReader``.
 
-    A row has int64 ``input_ids`` and ``labels`` [sequence_length], and ``dense``, the dense model's final hidden states
-    [sequence_length, hidden_size].
+    A row has int64 ``input_ids`` and ``labels`` [sequence_length], and ``dense`` [sequence_length, hidden_size].
 
     Args:
         windows_ST: all calibration windows, int64 [samples, sequence_length].
@@ -38,34 +39,38 @@ class TaughtWindows:
 
     def __call__(self, row: int) -> dict[str, Tensor]:
         file, place = divmod(row, self._micro_batch_size)
-        dense_TC = load_file(self._file(file))[DENSE][place]
+        with safe_open(self._file(file), framework="pt") as stream:
+            dense_TC = stream.get_slice(DENSE)[place]
         return {"input_ids": self._windows_ST[row], "labels": self._windows_ST[row].clone(), DENSE: dense_TC}
 
-    def teach(
+    def write(
         self, checkpoint: Checkpoint, dtype: torch.dtype, world: World, after_each: Callable[[int], None]
     ) -> None:
-        """Write all files, unless an earlier attempt has.
+        """Run the dense model, unless an earlier attempt came to its end; an attempt in the middle begins anew.
 
         Args:
             checkpoint: the dense model.
             after_each: called on every rank with the number of layers that are done.
         """
-        if world.broadcast(self._is_complete()):
+        if world.broadcast(world.is_first and self._is_complete()):
             return
-        self._folder.mkdir(exist_ok=True)
+        if world.is_first:
+            self._folder.mkdir(exist_ok=True)
         stream = LayerStream(checkpoint, self._windows_ST, dtype, self._micro_batch_size, world)
         for number in range(checkpoint.num_layers):
             stream.advance(stream.layer(number))
+            world.barrier()  # ranks with fewer windows wait here, never for longer than a layer
             after_each(number + 1)
-        for index, hidden_BTC in stream.final_hidden().items():
+        for index, hidden_BTC in stream.final_hidden():
             draft = self._file(index).with_suffix(".draft")
             save_file({DENSE: hidden_BTC.contiguous()}, draft)
+            fsync_path(draft)
             draft.replace(self._file(index))
         world.barrier()
 
     def _is_complete(self) -> bool:
         files = -(-len(self._windows_ST) // self._micro_batch_size)
-        return all(self._file(index).is_file() for index in range(files))
+        return all(is_whole(self._file(index)) for index in range(files))
 
     def _file(self, index: int) -> Path:
         return self._folder / f"{index:06d}.safetensors"
