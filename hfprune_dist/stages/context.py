@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from hfprune_dist.artifacts import Store
 from hfprune_dist.config import RuntimeConfig
 from hfprune_dist.errors import LostInputError
@@ -15,6 +18,8 @@ from hfprune_dist.parallel.world import World
 from hfprune_dist.plan import Stage
 from hfprune_dist.progress import Progress
 from hfprune_dist.provenance import environment
+
+WINDOWS = "windows.safetensors"  # in an importance artifact: the exact input_ids
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,11 @@ class Context:
         """Where an input lies: a file or folder of the user's, or another stage's artifact."""
         source = self.stage.inputs[role]
         return self.store.path(source.location) if source.is_stage else Path(source.location)
+
+    def calibration_windows(self) -> Tensor:
+        """The windows that the scores of the role ``importance`` come from, int64 [samples, sequence_length]."""
+        windows_ST: Tensor = load_file(self.input_path("importance") / WINDOWS)["input_ids"]
+        return windows_ST
 
     def check_inputs(self) -> None:
         """Verify every artifact that this stage reads, byte for byte (rank 0 reads, all ranks learn the verdict).

@@ -6,7 +6,6 @@ LoRA on all projections, merged into a plain checkpoint of the same layout. No l
 from __future__ import annotations
 
 import torch
-from safetensors.torch import load_file
 
 from hfprune_dist.config import DistillationConfig
 from hfprune_dist.data.schedule import Schedule
@@ -23,7 +22,7 @@ LONGEST_WARMUP = 4  # one part in so many of all steps
 def run(context: Context) -> None:
     """Write a Hugging Face folder of the pruned one's layout, the ``adapter/`` in it, and ``loss.jsonl``."""
     settings = DistillationConfig.model_validate(context.params["distillation"])
-    windows_ST = load_file(context.input_path("importance") / "windows.safetensors")["input_ids"]
+    windows_ST = context.calibration_windows()
     states = DenseStates(windows_ST, settings.micro_batch_size, context.work / "dense")
     _run_dense_model(context, states, settings)
     checkpoint = open_checkpoint(context.input_path("model"))
@@ -34,11 +33,11 @@ def run(context: Context) -> None:
 
 
 def _run_dense_model(context: Context, states: DenseStates, settings: DistillationConfig) -> None:
+    """Not interrupted: a forward over the windows, of which nothing would be saved."""
     dense = open_checkpoint(context.input_path("dense"))
 
     def after_each(done: int) -> None:
         context.progress.update("dense model", done, dense.num_layers)
-        context.interruption.stop_if_agreed(context.world)
 
     states.write(dense, getattr(torch, settings.dtype), context.world, after_each)
 

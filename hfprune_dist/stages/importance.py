@@ -27,10 +27,9 @@ from hfprune_dist.models.weights import mlp_layer
 from hfprune_dist.parallel.accumulation import Accumulation
 from hfprune_dist.parallel.calibration import Calibration
 from hfprune_dist.parallel.layerwise import LayerStream
-from hfprune_dist.stages.context import Context
+from hfprune_dist.stages.context import WINDOWS, Context
 
 PARTIAL = "partial.safetensors"
-WINDOWS = "windows.safetensors"
 
 
 def run(context: Context) -> None:

@@ -101,7 +101,7 @@ def _measurement(context: Context, checkpoint: Checkpoint, scores: list[Tensor])
         checkpoint,
         scores,
         params["refit"] != "none",
-        _windows(context),
+        context.calibration_windows(),
         getattr(torch, params["dtype"]),
         params["micro_batch_size"],
         context.world,
@@ -116,7 +116,7 @@ def _refit(context: Context, checkpoint: Checkpoint, kept: list[Tensor]) -> tupl
     if params["refit"] == "none":
         return {}, {}
     dtype = getattr(torch, params["dtype"])
-    stream = LayerStream(checkpoint, _windows(context), dtype, params["micro_batch_size"], context.world)
+    stream = LayerStream(checkpoint, context.calibration_windows(), dtype, params["micro_batch_size"], context.world)
     refit = Refit(checkpoint, kept, params["refit"], stream, context.work / "refit", context.world)
     fits = refit.run(_after_each_layer(context, "refit", checkpoint))
     return refit.replacements(), {
@@ -124,12 +124,6 @@ def _refit(context: Context, checkpoint: Checkpoint, kept: list[Tensor]) -> tupl
         "refit_error_before": [fit.error_before for fit in fits],
         "refit_error_after": [fit.error_after for fit in fits],
     }
-
-
-def _windows(context: Context) -> Tensor:
-    """The calibration windows, int64 [samples, sequence_length]."""
-    windows_ST: Tensor = load_file(context.input_path("importance") / "windows.safetensors")["input_ids"]
-    return windows_ST
 
 
 def _after_each_layer(context: Context, phase: str, checkpoint: Checkpoint) -> Callable[[int], None]:
