@@ -137,7 +137,13 @@ def descendants_of(process):
 def start(config, out, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command(config, out, *arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(config, out, *arguments),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A suite in the background (nohup, a shell's &) ignores Ctrl-C, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
