@@ -229,10 +229,10 @@ def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:
         return _ceil(calibration["samples"], calibration["micro_batch_size"] * ranks)
     if stage.kind == "distill":
         distillation, samples = stage.params["distillation"], _calibration(plan, stage)["samples"]
+        # As data.schedule.Schedule, which imports torch, cuts a pass into steps.
         steps = _ceil(samples, distillation["batch_size"])
-        return (
-            int(stage.params["passes"]) * steps * _ceil(_ceil(samples, steps), distillation["micro_batch_size"] * ranks)
-        )
+        rounds_of_a_step = _ceil(_ceil(samples, steps), distillation["micro_batch_size"] * ranks)
+        return int(stage.params["passes"]) * steps * rounds_of_a_step
     if stage.kind == "recover" and stage.params["recovery"]["max_steps"] is not None:
         recovery = stage.params["recovery"]
         return int(recovery["max_steps"]) * _ceil(recovery["batch_size"], recovery["micro_batch_size"] * ranks)
