@@ -6,6 +6,7 @@ all others are reached with ``--set section.key=value``.
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -328,6 +329,15 @@ class SweepConfig(Section):
         return values
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where 5e-4 is a string; here it is the number that everybody means."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def load_config(files: Sequence[Path], overrides: Mapping[str, Any]) -> SweepConfig:
     """Merge defaults, YAML files in order, and dotted command-line overrides into a checked configuration.
 
@@ -370,7 +380,7 @@ def parse_assignment(assignment: str) -> tuple[str, Any]:
     if not separator or not key:
         raise UserError(f"--set {assignment!r}: write it as key=value, e.g. --set calibration.samples=64")
     try:
-        return key.strip(), yaml.safe_load(text)
+        return key.strip(), yaml.load(text, _YamlLoader)
     except yaml.YAMLError as error:
         raise UserError(f"--set {key}: {text!r} is not a YAML value ({error})") from None
 
@@ -402,7 +412,7 @@ def read_yaml(file: Path, flag: str, expected: str) -> dict[str, Any]:
         UserError: where it can't be read, or holds something else.
     """
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = yaml.load(file.read_text(encoding="utf-8"), _YamlLoader)
     except OSError as error:
         raise UserError(f"{flag} {file}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -24,6 +24,13 @@ def test_layers_defaults_file_command_line(tmp_path):
     assert config.recovery.rank == 32
 
 
+@pytest.mark.parametrize("written", ["5e-4", "5.0e-4", "0.0005", "5E-4"])
+def test_numbers_with_an_exponent_are_numbers(tmp_path, written):
+    in_file = load_config([write(tmp_path, f"recovery: {{learning_rate: {written}}}")], {})
+    assert in_file.recovery.learning_rate == 5e-4
+    assert parse_assignment(f"recovery.learning_rate={written}") == ("recovery.learning_rate", 5e-4)
+
+
 def test_the_papers_recipe_is_the_default():
     recovery = load_config([], {}).recovery
     assert (recovery.rank, recovery.alpha, recovery.dropout, recovery.learning_rate) == (32, 64, 0.05, 4e-4)

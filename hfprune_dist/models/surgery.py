@@ -6,7 +6,8 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -67,7 +68,9 @@ def stream_weight_file(
     transforms: Mapping[str, Transform],
     target: Path,
 ) -> None:
-    """Write one safetensors file with some tensors transformed; peak memory is one of these and its transformed copy.
+    """Write one safetensors file with some tensors transformed, one of them made while that before it is written.
+
+    Peak memory is what one transform needs and the transformed tensor before it.
 
     Args:
         shapes: the shapes of the tensors whose shape changes.
@@ -76,14 +79,31 @@ def stream_weight_file(
     infos = {name: info for name, info in checkpoint.tensors.items() if info.file == file}
     path = checkpoint.path / file
     with safe_open(path, framework="pt") as source, path.open("rb") as raw, (target / file).open("wb") as stream:
+
+        def transformed(name: str) -> Tensor:
+            return transforms[name](source.get_tensor(name)).contiguous()
+
+        tensors = _one_ahead(partial(transformed, name) for name in infos if name in transforms)
         stream.write(_header(infos, shapes))
         for name, info in infos.items():
             if name in transforms:
-                tensor = transforms[name](source.get_tensor(name)).contiguous()
-                stream.write(tensor.view(torch.uint8).numpy().data)
+                stream.write(next(tensors).view(torch.uint8).numpy().data)
             else:
                 raw.seek(info.offset)
                 _copy(raw, stream, info.bytes)
+
+
+def _one_ahead(makers: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
+    """What each maker makes, in order; a thread makes the next one while its taker works on this one."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = None
+        for make in makers:
+            coming = pool.submit(make)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()
 
 
 def _header(infos: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]) -> bytes:
