@@ -128,14 +128,15 @@ class Method(Section):
     protect_last: Annotated[int, Field(ge=0)] = 0
     """global, searched: so many of the last layers keep all their neurons."""
     refit: Refit = "none"
-    """Least squares on down_proj, so that the kept neurons take over for the removed ones. dense: on the dense model's
-    activations. layerwise: on those of the pruned model, layer after layer. block: as layerwise, and a step of
-    Gauss-Newton on gate_proj, up_proj and down_proj towards the dense MLP's outputs; takes minutes, not seconds."""
+    """Least squares on down_proj, so that the kept neurons take over for the removed ones. dense: they make the dense
+    MLP's outputs of the dense model's activations. layerwise: layer after layer, they make of the pruned model's own
+    activations all that is missing to the dense model's hidden states. block: as layerwise, and a step of Gauss-Newton
+    on gate_proj, up_proj and down_proj; takes minutes, not seconds."""
     multiple_of: Positive = 1
     """Round intermediate_size to a multiple of this (64 or 128 suit GPU kernels)."""
     steps: Positive = 1
     """Prune in so many equal parts of the ratio. Before each but the first the pruned model is scored anew, on the same
-    windows, and its refit is one to what that model computes. uniform alone."""
+    windows, and its refit is one on that model; ``dense`` then means it. uniform alone."""
     distill: Annotated[int, Field(ge=0)] = 0
     """At the end, so many passes over the calibration windows in which the pruned model learns the dense one's output
     distribution (see ``DistillationConfig``). No labels and no further text, but it is training."""

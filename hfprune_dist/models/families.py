@@ -29,6 +29,7 @@ class Family:
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     mlp: str = "mlp"
+    mlp_norm: str = "post_attention_layernorm"
     row_projections: tuple[str, ...] = ("gate_proj", "up_proj")
     down_projection: str = "down_proj"
 

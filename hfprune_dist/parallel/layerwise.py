@@ -7,9 +7,10 @@ ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,30 @@ HOLD_OUT_EVERY = 8
 
 @dataclass(frozen=True)
 class Grams:
-    """Mean of h h^T over tokens, h the input of a layer's down projection: float64, on the device, on every rank."""
+    """Mean of h h^T over tokens: float64, on the device, on every rank; h a layer's activations, or what else is asked.
+
+    Attributes:
+        fitted_DD: over the micro-batches that are fitted.
+        held_out_DD: over those that are kept apart.
+        whole_DD: over all.
+    """
 
     fitted_DD: Tensor
     held_out_DD: Tensor
     whole_DD: Tensor
+
+
+@dataclass(frozen=True)
+class AroundMlp:
+    """A micro-batch at a layer's MLP, on the device.
+
+    Attributes:
+        input_NC: what the MLP reads [tokens, hidden_size].
+        residual_NC: the residual stream that its output is added to, same shape.
+    """
+
+    input_NC: Tensor
+    residual_NC: Tensor
 
 
 class LayerStream:
@@ -45,7 +65,7 @@ class LayerStream:
         self, checkpoint: Checkpoint, windows_ST: Tensor, dtype: torch.dtype, micro_batch_size: int, world: World
     ) -> None:
         self._reader = LayerReader(checkpoint, dtype, world.device)
-        self._down_projection = checkpoint.family.down_projection
+        self._family = checkpoint.family
         self._world = world
         batches = windows_ST.split(micro_batch_size)
         self._count = len(batches)
@@ -78,50 +98,65 @@ class LayerStream:
         """Of all ranks together."""
         return self._count
 
-    def mlp_inputs(self, layer: nn.Module) -> dict[int, Tensor]:
-        """What the layer's MLP reads: micro-batch of this rank -> [tokens, hidden_size] on the CPU."""
-        inputs = {}
+    def hidden(self, index: int) -> Tensor:
+        """The hidden states of one of this rank's micro-batches before the next layer, on the CPU."""
+        return self._hidden[index]
+
+    def around_mlp(self, layer: nn.Module) -> Iterator[tuple[int, AroundMlp]]:
+        """What is around the layer's MLP, for every micro-batch of this rank."""
+        family = self._family
+        mlp, norm = mlp_of(layer), layer.get_submodule(f"layers.0.{family.mlp_norm}")
         for index, hidden_BTC in self._hidden.items():
-            with _observed(mlp_of(layer)) as seen:
+            with _observed(mlp) as inputs, _observed(norm) as residuals:
                 run(layer, hidden_BTC.to(self._world.device))
-            inputs[index] = seen[0].flatten(0, 1).cpu()
-        return inputs
+            yield index, AroundMlp(*(seen[0].flatten(0, 1) for seen in (inputs, residuals)))
 
     def grams(self, number: int, layer: nn.Module, advance: bool) -> Grams:
-        """Add up a layer's Gram matrices over all windows of all ranks; on the way advance, or stay before the layer.
+        """Add up Gram matrices of the layer's activations; on the way advance, or stay before the layer.
+
+        Raises:
+            UserError: as ``grams_of`` does.
+        """
+        down_projection = cast("nn.Linear", mlp_of(layer).get_submodule(self._family.down_projection))
+
+        def activations() -> Iterator[tuple[int, Tensor]]:
+            for index, hidden_BTC in list(self._hidden.items()):
+                with _observed(down_projection) as seen:
+                    output_BTC = run(layer, hidden_BTC.to(self._world.device))
+                yield index, seen[0].flatten(0, 1)
+                if advance:
+                    self._hidden[index] = output_BTC.cpu()
+
+        return self.grams_of(number, down_projection.in_features, activations())
+
+    def grams_of(self, number: int, size: int, vectors: Iterable[tuple[int, Tensor]]) -> Grams:
+        """Add up Gram matrices of vectors over all windows of all ranks.
+
+        Args:
+            number: of the layer, for messages.
+            size: of a vector.
+            vectors: (micro-batch of this rank, its vectors [tokens, size]).
 
         Raises:
             UserError: where activations are NaN, infinite or out of all proportion.
         """
-        down_projection = mlp_of(layer).get_submodule(self._down_projection)
-        fitted = held_out = None
-        for index, hidden_BTC in self._own_or_first():
-            with _observed(down_projection) as seen:
-                output_BTC = run(layer, hidden_BTC.to(self._world.device))
-            hidden_ND = seen[0].flatten(0, 1).float()
-            term_DD = hidden_ND.T @ hidden_ND
-            if fitted is None or held_out is None:
-                diagonal_D = self._of_first_rank(term_DD.diagonal())
-                fitted, held_out = ExactGram(diagonal_D, self._count), ExactGram(diagonal_D, self._count)
-            if index not in self._hidden:
-                continue  # another rank's, run for its shape alone
+        sums: tuple[ExactGram, ExactGram] | None = None
+        for index, vectors_ND in vectors:
+            term_DD = vectors_ND.float().T @ vectors_ND.float()
+            sums = sums or self._empty_sums(term_DD.diagonal())
             try:
-                (held_out if is_held_out(index, self._count) else fitted).add(term_DD)
+                sums[is_held_out(index, self._count)].add(term_DD)
             except ExactOverflowError as error:
                 raise UserError(f"activations of layer {number}: {error}; check the checkpoint's weights") from None
-            if advance:
-                self._hidden[index] = output_BTC.cpu()
-        assert fitted is not None and held_out is not None
+        fitted, held_out = sums or self._empty_sums(torch.zeros(size))  # a rank without windows takes part all the same
         self._world.add_up(fitted.total_DD)
         self._world.add_up(held_out.total_DD)
         return self._means(fitted.value(), held_out.value())
 
-    def _own_or_first(self) -> Iterator[tuple[int, Tensor]]:
-        """The micro-batches of this rank; a rank without any borrows zeros, so that it can take part in the sums."""
-        if self._hidden:
-            yield from list(self._hidden.items())
-        else:
-            yield -1, self._reader.embed(torch.zeros(1, 1, dtype=torch.int64))
+    def _empty_sums(self, diagonal_D: Tensor) -> tuple[ExactGram, ExactGram]:
+        """Of fitted and of held-out micro-batches, at the scale of the first rank's first term."""
+        first_D = self._of_first_rank(diagonal_D)
+        return ExactGram(first_D, self._count), ExactGram(first_D, self._count)
 
     def _of_first_rank(self, diagonal_D: Tensor) -> Tensor:
         shared_D = diagonal_D.double().cpu()

@@ -1,4 +1,4 @@
-"""One Gauss-Newton step of a layer's kept neurons towards the dense MLP, on the windows of all ranks."""
+"""One Gauss-Newton step of a layer's kept neurons towards what their MLP should put out."""
 
 from __future__ import annotations
 
@@ -23,26 +23,22 @@ class Reconstruction:
     """Moves a layer's pruned weights; the same bits on any number of ranks.
 
     Args:
-        dense: weights of the MLP before pruning.
-        dense_biases: its biases.
         inputs: micro-batch of this rank -> what the MLP reads there, [tokens, hidden_size] on the CPU.
+        targets: the same -> what it should put out, without the down projection's bias, float32 on the CPU.
         micro_batches: of all ranks together.
     """
 
     def __init__(
         self,
-        dense: MlpWeights,
-        dense_biases: Biases,
         inputs: Mapping[int, Tensor],
+        targets: Mapping[int, Tensor],
         micro_batches: int,
         world: World,
     ) -> None:
         self._inputs = inputs
         self._micro_batches = micro_batches
         self._world = world
-        self._targets = {
-            index: _output(dense, dense_biases, input_NC.to(world.device)).cpu() for index, input_NC in inputs.items()
-        }
+        self._targets = targets
 
     def improve(self, start: MlpWeights, biases: Biases) -> MlpWeights:
         """The weights after one step; ``start`` itself where no step is better on held-out windows."""

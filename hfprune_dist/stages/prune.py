@@ -18,9 +18,10 @@ from hfprune_dist.files import read_json, write_json
 from hfprune_dist.identity import digest_of
 from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.models.surgery import config_changes, mlp_cuts, write_companions, write_weight_file
+from hfprune_dist.parallel.fitted import FittedLayers
 from hfprune_dist.parallel.layerwise import LayerStream
 from hfprune_dist.parallel.measurement import Measurement
-from hfprune_dist.parallel.refit import Refit
+from hfprune_dist.parallel.refit import DenseRefit, PursuingRefit
 from hfprune_dist.plan import size_of
 from hfprune_dist.stages.context import Context
 
@@ -34,7 +35,7 @@ def run(context: Context) -> None:
     checkpoint = open_checkpoint(context.input_path("model"))
     dense = open_checkpoint(context.input_path("dense")) if context.has_input("dense") else checkpoint
     kept, search = _decide(context, checkpoint, dense)
-    replacements, fits = _refit(context, checkpoint, kept)
+    replacements, fits = _refit(context, checkpoint, dense, kept)
     draft = context.open_draft()
     cuts = mlp_cuts(checkpoint, kept)
     files = checkpoint.weight_files
@@ -110,16 +111,26 @@ def _measurement(context: Context, checkpoint: Checkpoint, scores: list[Tensor])
     )
 
 
-def _refit(context: Context, checkpoint: Checkpoint, kept: list[Tensor]) -> tuple[Replacements, dict[str, Any]]:
+def _refit(
+    context: Context, checkpoint: Checkpoint, dense: Checkpoint, kept: list[Tensor]
+) -> tuple[Replacements, dict[str, Any]]:
     """Refit on the windows that the scores come from; returns the new weights, and metrics."""
-    params = context.params
+    params, world = context.params, context.world
     if params["refit"] == "none":
         return {}, {}
-    dtype = getattr(torch, params["dtype"])
-    stream = LayerStream(checkpoint, context.calibration_windows(), dtype, params["micro_batch_size"], context.world)
-    refit = Refit(checkpoint, kept, params["refit"], stream, context.work / "refit", context.world)
-    fits = refit.run(_after_each_layer(context, "refit", checkpoint))
-    return refit.replacements(), {
+    dtype, size = getattr(torch, params["dtype"]), params["micro_batch_size"]
+    windows_ST, rows = context.calibration_windows(), params["refit"] == "block"
+    stream = LayerStream(checkpoint, windows_ST, dtype, size, world)
+    fitted = FittedLayers(checkpoint, rows, context.work / "refit")
+    refit: DenseRefit | PursuingRefit
+    if params["refit"] == "dense":
+        refit = DenseRefit(checkpoint, kept, stream, fitted, world)
+    else:
+        dense_stream = LayerStream(dense, windows_ST, dtype, size, world)
+        refit = PursuingRefit(checkpoint, kept, stream, dense_stream, rows, fitted, world)
+    refit.run(_after_each_layer(context, "refit", checkpoint))
+    fits = fitted.reports()
+    return fitted.replacements(), {
         "refit_ridge": [fit.ridge for fit in fits],
         "refit_error_before": [fit.error_before for fit in fits],
         "refit_error_after": [fit.error_after for fit in fits],

@@ -17,8 +17,9 @@ from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.refit import refit_down_projection
 from hfprune_dist.identity import FileHashes
 from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.parallel.fitted import FittedLayers
 from hfprune_dist.parallel.measurement import Measurement
-from hfprune_dist.parallel.refit import Refit
+from hfprune_dist.parallel.refit import PursuingRefit
 from hfprune_dist.plan import Input, Stage
 from hfprune_dist.progress import Progress
 from hfprune_dist.stages import prune
@@ -87,33 +88,62 @@ def test_refit_has_the_same_bits_on_any_number_of_ranks(tmp_path, refit):
     assert weights[0] == weights[1] == weights[2]
 
 
-@pytest.mark.parametrize("refit", ["dense", "layerwise"])
-def test_refit_is_least_squares_on_the_activations(tmp_path, refit):
-    """Against activations of whole models, dense or pruned so far."""
-    store, stage, _ = prepare(tmp_path, refit=refit)
+def inside(model, windows, number):
+    """What the down projection of a layer reads, the residual stream beside its MLP, and what the layer puts out."""
+    layer, seen = model.model.layers[number], {}
+    handles = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _m, inputs: seen.update(hidden=inputs[0])),
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _m, inputs: seen.update(residual=inputs[0])),
+        layer.register_forward_hook(lambda _m, _inputs, output: seen.update(output=output)),
+    ]
+    with torch.no_grad():
+        model(windows)
+    for handle in handles:
+        handle.remove()
+    return {name: value.flatten(0, 1).double() for name, value in seen.items()}
+
+
+def test_refit_on_dense_activations_is_least_squares(tmp_path):
+    store, stage, _ = prepare(tmp_path, refit="dense")
     run_solo(store, stage)
     metrics = store.manifest(stage.id)["metrics"]
     windows = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"]
     kept = json.loads((store.path(stage.id) / "kept.json").read_text())["layers"]
     refitted = AutoModelForCausalLM.from_pretrained(store.path(stage.id), dtype=torch.float32)
-    running = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    for number, layer in enumerate(running.model.layers):
-        seen = []
-        handle = layer.mlp.down_proj.register_forward_pre_hook(lambda _m, inputs, seen=seen: seen.append(inputs[0]))
-        with torch.no_grad():
-            running(windows)
-        handle.remove()
-        hidden = seen[0].flatten(0, 1).double()
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for number, layer in enumerate(dense.model.layers):
+        hidden = inside(dense, windows, number)["hidden"]
+        ridge = metrics["refit_ridge"][number]
         weight = layer.mlp.down_proj.weight.double()
-        expected = refit_down_projection(
-            weight, hidden.T @ hidden, torch.tensor(kept[number]), metrics["refit_ridge"][number]
-        )
+        expected = refit_down_projection(weight, hidden.T @ hidden, torch.tensor(kept[number]), ridge)
         found = refitted.model.layers[number].mlp.down_proj.weight.data
         torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-4)
         assert metrics["refit_error_after"][number] < metrics["refit_error_before"][number]
-        if refit == "layerwise":
-            layer.mlp.down_proj.weight.data.zero_()
-            layer.mlp.down_proj.weight.data[:, kept[number]] = found
+
+
+def test_refit_layer_by_layer_brings_hidden_states_back_to_the_dense_ones(tmp_path):
+    """Ridge regression, with whole models, of all that is missing to the dense model's hidden states."""
+    store, stage, _ = prepare(tmp_path, refit="layerwise")
+    run_solo(store, stage)
+    metrics = store.manifest(stage.id)["metrics"]
+    windows = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"]
+    kept = json.loads((store.path(stage.id) / "kept.json").read_text())["layers"]
+    refitted = AutoModelForCausalLM.from_pretrained(store.path(stage.id), dtype=torch.float32)
+    dense, running = (AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32) for _ in range(2))
+    for number, layer in enumerate(running.model.layers):
+        here = inside(running, windows, number)
+        hidden = here["hidden"][:, kept[number]]
+        weight = layer.mlp.down_proj.weight.data.double()[:, kept[number]]
+        missing = inside(dense, windows, number)["output"] - here["residual"] - hidden @ weight.T
+        ridge = (metrics["refit_ridge"][number] * hidden.square().sum(0).mean()).sqrt()
+        rows = torch.cat([hidden, ridge * torch.eye(hidden.shape[1]).double()])
+        wanted = torch.cat([missing, torch.zeros(hidden.shape[1], missing.shape[1]).double()])
+        expected = weight + torch.linalg.lstsq(rows, wanted).solution.T
+        found = refitted.model.layers[number].mlp.down_proj.weight.data
+        torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-4)
+        assert metrics["refit_error_after"][number] < metrics["refit_error_before"][number]
+        layer.mlp.down_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data[:, kept[number]] = found
 
 
 def test_a_block_is_closer_to_the_dense_one_than_least_squares_alone(tmp_path):
@@ -133,18 +163,41 @@ def test_a_block_is_closer_to_the_dense_one_than_least_squares_alone(tmp_path):
     assert errors["block"] < 0.99 * errors["layerwise"]
 
 
+def test_a_later_step_is_refitted_towards_the_dense_model(tmp_path):
+    """Of a model that lost neurons and nothing since, a step that keeps all its neurons makes up for what it lost."""
+    store, first, _ = prepare(tmp_path, ratio=0.2, refit="none")
+    run_solo(store, first)
+    again = Stage("importance", "step 2/2", {"of": first.id}, {})
+    draft = store.open_draft(again.id)
+    save_file(
+        {f"layers.{n}.entropy": torch.rand(14, dtype=torch.float64) for n in range(2)}, draft / "importance.safetensors"
+    )
+    save_file(load_file(store.path(IMPORTANCE.id) / "windows.safetensors"), draft / "windows.safetensors")
+    store.commit(again, draft, {"metrics": {}})
+    inputs = {"model": first.as_input(), "importance": again.as_input(), "dense": first.inputs["model"]}
+    second = Stage("prune", "llama", {**first.params, "refit": "layerwise"}, inputs)
+    run_solo(store, second)
+    windows = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"]
+    outputs = [
+        inside(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), windows, 1)["output"]
+        for path in (tmp_path / "model", store.path(first.id), store.path(second.id))
+    ]
+    lost, left = ((outputs[0] - output).square().sum().item() for output in outputs[1:])
+    assert left < 0.8 * lost
+
+
 def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):
     fitted = []
-    original = Refit._fit
+    original = PursuingRefit._fit
     monkeypatch.setattr(
-        Refit, "_fit", lambda self, number, *rest: fitted.append(number) or original(self, number, *rest)
+        PursuingRefit, "_fit", lambda self, number, *rest: fitted.append(number) or original(self, number, *rest)
     )
     (tmp_path / "whole").mkdir()
     reference, stage, _ = prepare(tmp_path / "whole", refit="layerwise")
     run_solo(reference, stage)
     store, stage, _ = prepare(tmp_path, refit="layerwise")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prune.LayerStream, "advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(FittedLayers, "install", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         run_solo(store, stage)
     run_solo(store, stage)
     assert fitted == [0, 1, 0, 1]
@@ -227,7 +280,7 @@ def test_each_criterion_keeps_its_own_neurons(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", [{"refit": "none"}, {"refit": "dense"}, {"refit": "layerwise"}, {"allocation": "searched"}], ids=str
+    "method", [{"refit": "none"}, {"refit": "dense"}, {"refit": "block"}, {"allocation": "searched"}], ids=str
 )
 def test_death_at_every_point_ends_with_the_same_weights(tmp_path, method):
     torch.set_num_threads(1)  # a forked child has no other threads
