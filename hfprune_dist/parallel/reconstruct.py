@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from hfprune_dist.core.exact import ExactSum
-from hfprune_dist.core.reconstruction import Biases, Linearized, MlpWeights, solve_normal_equations
+from hfprune_dist.core.reconstruction import Biases, Curvature, Linearized, MlpWeights, solve_normal_equations
 from hfprune_dist.parallel.layerwise import is_held_out
 from hfprune_dist.parallel.world import World
 
 # Of conjugate gradients; each costs about as much as four forwards of the MLP.
-ITERATIONS = 8
+ITERATIONS = 4
 # Shares of the step that are tried on held-out windows.
 STEP_LENGTHS = (1.0, 0.5)
 
@@ -48,39 +48,41 @@ class Reconstruction:
             for index, input_NC in self._inputs.items()
             if not is_held_out(index, self._micro_batches)
         }
-        diagonal = self._sum(around, lambda at, _index: at.diagonal())
-        right = self._sum(around, lambda at, index: at.backward(self._target(index) - at.output()))
+        tokens = sum(self._world.gather(sum(len(self._inputs[index]) for index in around)))
+        curvature = Curvature(*self._sum(around, lambda at, _index: at.curvature().tensors()))
+        right = self._sum(around, lambda at, index: at.backward(self._target(index) - at.output()).tensors())
 
         def product(change: MlpWeights) -> MlpWeights:
-            return self._sum(around, lambda at, _index: at.backward(at.forward(change)))
+            return MlpWeights(*self._sum(around, lambda at, _index: at.backward(at.forward(change)).tensors()))
 
-        step = solve_normal_equations(product, right, diagonal, ITERATIONS)
+        step = solve_normal_equations(product, MlpWeights(*right), curvature, tokens, ITERATIONS)
         candidates = [start, *(start.plus(step, length) for length in STEP_LENGTHS)]
         errors = [self._held_out_error(candidate, biases) for candidate in candidates]
         return candidates[errors.index(min(errors))]
 
-    def _sum(self, around: Mapping[int, Linearized], term_of: Callable[[Linearized, int], MlpWeights]) -> MlpWeights:
-        """Add up a term of every fitted micro-batch of all ranks, exactly."""
+    def _sum(
+        self, around: Mapping[int, Linearized], term_of: Callable[[Linearized, int], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Add up the tensors of every fitted micro-batch of all ranks, exactly."""
         own = list(around)
         shapes: list[torch.Size] = []
         first = term_of(around[own[0]], own[0]) if own else None
-        maxima = torch.zeros(3, dtype=torch.float64)
+        maxima: list[float] = []
         if first is not None:
-            maxima = torch.stack([it.abs().max().double().cpu() for it in first.tensors()])
-            shapes = [it.shape for it in first.tensors()]
-        self._world.broadcast_tensor(maxima, 0)
-        shapes = self._world.broadcast(shapes)
+            maxima = [it.abs().max().item() for it in first]
+            shapes = [it.shape for it in first]
+        maxima, shapes = self._world.broadcast((maxima, shapes))
         sums = [
-            ExactSum(float(maximum), self._micro_batches, shape, self._world.device)
+            ExactSum(maximum, self._micro_batches, shape, self._world.device)
             for maximum, shape in zip(maxima, shapes, strict=True)
         ]
         for index in own:
             term = first if first is not None and index == own[0] else term_of(around[index], index)
-            for total, part in zip(sums, term.tensors(), strict=True):
+            for total, part in zip(sums, term, strict=True):
                 total.add(part)
         for total in sums:
             self._world.add_up(total.total)
-        return MlpWeights(*(total.value().float() for total in sums))
+        return tuple(total.value().float() for total in sums)
 
     def _target(self, index: int) -> Tensor:
         return self._targets[index].to(self._world.device)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from hfprune_dist.core.reconstruction import DAMPING, Biases, Linearized, MlpWeights, solve_normal_equations
+from hfprune_dist.core.reconstruction import DAMPING, Biases, Curvature, Linearized, MlpWeights, solve_normal_equations
 
 K, C, N = 7, 5, 60
 
@@ -48,18 +48,59 @@ def test_the_diagonal_is_about_right():
         dim=1,
     )
     exact = jacobian.square().sum(0)
-    estimate = torch.cat([it.flatten() for it in Linearized(weights, Biases(), x).diagonal().tensors()])
+    curvature = Linearized(weights, Biases(), x).curvature()
+    estimate = torch.cat([it.flatten() for it in curvature.diagonal(N).tensors()])
     assert torch.corrcoef(torch.stack([exact.log(), estimate.log()]))[0, 1] > 0.9
     torch.testing.assert_close(exact[2 * K * C :], estimate[2 * K * C :])
+
+
+def test_the_inverse_is_that_of_each_block():
+    """Of gate and up, neuron by neuron, in the case where derivatives don't depend on the token; of down always."""
+    weights, x = some()
+    curvature = Linearized(weights, Biases(), x).curvature()
+    change = some(1)[0]
+    inverse = curvature.inverse(N)(change)
+    mean_CC = x.T @ x / N
+    damped_CC = mean_CC + DAMPING * mean_CC.diagonal().mean() * torch.eye(C)
+    gate_K = curvature.gate_K + DAMPING * curvature.gate_K.mean()
+    for neuron in range(K):
+        block = gate_K[neuron] * damped_CC
+        torch.testing.assert_close(block @ inverse.gate_KC[neuron], change.gate_KC[neuron], rtol=1e-3, atol=1e-3)
+    damped_KK = curvature.hidden_KK + DAMPING * curvature.hidden_KK.diagonal().mean() * torch.eye(K)
+    torch.testing.assert_close(inverse.down_CK @ damped_KK, change.down_CK, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_few_iterations_come_closer_with_it_than_without(seed):
+    """Where inputs are correlated, as hidden states are."""
+    weights, x = some(seed)
+    x = x @ (0.4 * torch.eye(C) + 0.6)
+    at = Linearized(weights, Biases(), x)
+    right = at.backward(mlp(some(seed + 10)[0], Biases(), x) - at.output())
+    curvature = at.curvature()
+    diagonal_alone = Curvature(
+        curvature.gate_K,
+        curvature.up_K,
+        curvature.inputs_CC.diagonal().diag(),
+        curvature.hidden_KK.diagonal().diag(),
+    )
+    damping = MlpWeights(*(DAMPING * (it + it.mean()) for it in curvature.diagonal(N).tensors()))
+
+    def left_over(preconditioner):  # of the quadratic that the equations minimise
+        change = solve_normal_equations(lambda v: at.backward(at.forward(v)), right, preconditioner, N, 4)
+        bent = at.backward(at.forward(change)).plus(damping.times(change))
+        return 0.5 * change.dot(bent) - change.dot(right)
+
+    assert left_over(curvature) < left_over(diagonal_alone) < 0
 
 
 def test_conjugate_gradients_solve_the_damped_equations():
     weights, x = some()
     at = Linearized(weights, Biases(), x)
     target = mlp(some(3)[0], Biases(), x)
-    diagonal, right = at.diagonal(), at.backward(target - at.output())
-    change = solve_normal_equations(lambda v: at.backward(at.forward(v)), right, diagonal, iterations=200)
-    left = at.backward(at.forward(change))
+    curvature, right = at.curvature(), at.backward(target - at.output())
+    change = solve_normal_equations(lambda v: at.backward(at.forward(v)), right, curvature, N, iterations=200)
+    left, diagonal = at.backward(at.forward(change)), curvature.diagonal(N)
     for a, b, v, d in zip(left.tensors(), right.tensors(), change.tensors(), diagonal.tensors(), strict=True):
         torch.testing.assert_close(a + DAMPING * (d + d.mean()) * v, b, rtol=1e-3, atol=1e-2)
 
@@ -74,7 +115,7 @@ def test_a_step_or_two_find_weights_that_were_moved_a_little():
         residual = target - at.output()
         errors.append(residual.square().sum().item())
         change = solve_normal_equations(
-            lambda v, at=at: at.backward(at.forward(v)), at.backward(residual), at.diagonal(), 30
+            lambda v, at=at: at.backward(at.forward(v)), at.backward(residual), at.curvature(), N, 30
         )
         moved = moved.plus(change)
     assert errors[1] < 0.1 * errors[0] and errors[2] < errors[1]
@@ -84,5 +125,5 @@ def test_where_nothing_is_wrong_nothing_moves():
     weights, x = some()
     at = Linearized(weights, Biases(), x)
     nothing = MlpWeights(*(torch.zeros_like(it) for it in weights.tensors()))
-    solved = solve_normal_equations(lambda v: at.backward(at.forward(v)), nothing, at.diagonal(), 5)
+    solved = solve_normal_equations(lambda v: at.backward(at.forward(v)), nothing, at.curvature(), N, 5)
     assert solved.dot(solved) == 0
