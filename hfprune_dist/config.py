@@ -136,7 +136,8 @@ class Method(Section):
     """Round intermediate_size to a multiple of this (64 or 128 suit GPU kernels)."""
     steps: Positive = 1
     """Prune in so many equal parts of the ratio. Before each but the first the pruned model is scored anew, on the same
-    windows, and its refit is one on that model; ``dense`` then means it. uniform alone."""
+    windows. A refit of kind ``dense`` is then on that model's activations; the others aim at the dense model in every
+    step. uniform alone."""
     distill: Annotated[int, Field(ge=0)] = 0
     """At the end, so many passes over the calibration windows in which the pruned model learns the dense one's output
     distribution (see ``DistillationConfig``). No labels and no further text, but it is training."""
@@ -331,11 +332,14 @@ class SweepConfig(Section):
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, where 5e-4 is a string; here it is the number that everybody means."""
+    """PyYAML follows YAML 1.1, where 5e-4 is a string; here it is the number that everybody means.
+
+    An exponent without a sign stays a string, since 4e51234 may be the hash of a revision.
+    """
 
 
 _YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]\d+$"), list("-+0123456789")
 )
 
 

@@ -69,11 +69,16 @@ class ExactSum:
         first_maximum: the largest absolute value of one term that all ranks agree on; it decides the scale.
         terms: number of terms of the whole sum.
 
+    Raises:
+        ExactOverflowError: where ``first_maximum`` is not finite.
+
     Attributes:
         total: int64; add the totals of all ranks to get the whole sum.
     """
 
     def __init__(self, first_maximum: float, terms: int, shape: torch.Size, device: torch.device) -> None:
+        if not math.isfinite(first_maximum):
+            raise ExactOverflowError(OUT_OF_RANGE)
         largest = max(first_maximum, 1e-30) * HEADROOM
         self._limit = largest
         self._scale = 2.0 ** math.floor(62 - math.log2(largest * terms))

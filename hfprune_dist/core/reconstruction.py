@@ -1,10 +1,10 @@
-"""A pruned MLP's weights, moved so that its outputs come closer to those of the MLP before pruning.
+"""A pruned MLP's weights, all three of them moved so that its outputs come closer to given targets.
 
-With y the old outputs, minimise the sum over tokens of ||y - D h||^2, h = silu(G x) * (U x), over gate G, up U and down
-D of the kept neurons. One step of Gauss-Newton: h is taken as linear in G and U around where they are, and the damped
+With y the targets, minimise the sum over tokens of ||y - D h||^2, h = silu(G x) * (U x), over gate G, up U and down D
+of the kept neurons. One step of Gauss-Newton: h is taken as linear in G and U around where they are, and the damped
 normal equations (J^T J + damping diag(J^T J)) delta = J^T r are solved by conjugate gradients, which need only products
-with J and J^T. They are preconditioned with blocks of J^T J in Kronecker form (as in K-FAC, arXiv 1503.05671): half as
-many iterations then come as far as with its diagonal. No new parameters; biases stay as they are.
+with J and J^T. They are preconditioned with blocks of J^T J in Kronecker form (as in K-FAC, arXiv 1503.05671). No new
+parameters; biases stay as they are.
 """
 
 from __future__ import annotations
@@ -89,49 +89,47 @@ class Linearized:
             (error_NC.T @ self.hidden_NK).float(),
         )
 
-    def curvature(self) -> Curvature:
-        """On these tokens."""
+    def curvature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``Curvature`` sums over tokens, of these: its ``gate_K``, ``up_K`` and ``inputs_CC``."""
         columns_K = self._down_CK.float().square().sum(dim=0)
-        input_NC, hidden_NK = self._input_NC.float(), self.hidden_NK.float()
-        return Curvature(
+        input_NC = self._input_NC.float()
+        return (
             columns_K * self._by_gate_NK.float().square().sum(dim=0),
             columns_K * self._by_up_NK.float().square().sum(dim=0),
             input_NC.T @ input_NC,
-            hidden_NK.T @ hidden_NK,
         )
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """What J^T J looks like where neurons don't meet in gate and up, nor outputs in down; adds up over tokens.
+    """What J^T J looks like where neurons don't meet in gate and up, nor outputs in down.
 
     Attributes:
         gate_K: sum over tokens of the squared derivative of the outputs by each neuron's gate [kept].
         up_K: the same by its up.
         inputs_CC: sum of x x^T [hidden_size, hidden_size].
         hidden_KK: sum of h h^T [kept, kept].
+        tokens: how many there are.
     """
 
     gate_K: Tensor
     up_K: Tensor
     inputs_CC: Tensor
     hidden_KK: Tensor
+    tokens: int
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.gate_K, self.up_K, self.inputs_CC, self.hidden_KK
-
-    def diagonal(self, tokens: int) -> MlpWeights:
-        """About that of J^T J on so many tokens: derivatives and inputs are taken as independent."""
-        inputs_C = self.inputs_CC.diagonal() / tokens
+    def diagonal(self) -> MlpWeights:
+        """About that of J^T J: derivatives and inputs are taken as independent."""
+        inputs_C = self.inputs_CC.diagonal() / self.tokens
         return MlpWeights(
             torch.outer(self.gate_K, inputs_C),
             torch.outer(self.up_K, inputs_C),
-            self.hidden_KK.diagonal().expand(len(inputs_C), -1),
+            self.hidden_KK.diagonal().to(inputs_C).expand(len(inputs_C), -1),
         )
 
-    def inverse(self, tokens: int) -> Callable[[MlpWeights], MlpWeights]:
+    def inverse(self) -> Callable[[MlpWeights], MlpWeights]:
         """About (J^T J)^-1, damped, as a product."""
-        by_inputs_CC = _damped_inverse(self.inputs_CC / tokens)
+        by_inputs_CC = _damped_inverse(self.inputs_CC / self.tokens)
         by_hidden_KK = _damped_inverse(self.hidden_KK)
         gate_K, up_K = (it + DAMPING * it.mean() for it in (self.gate_K, self.up_K))
         return lambda it: MlpWeights(
@@ -142,13 +140,13 @@ class Curvature:
 
 
 def _damped_inverse(gram: Tensor) -> Tensor:
-    damped = gram.double()
-    damped = damped + DAMPING * damped.diagonal().mean() * torch.eye(len(damped)).to(damped)
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).to(gram)
+    damped = gram.to(torch.float64, copy=True)
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).float()
 
 
 def solve_normal_equations(
-    product: Callable[[MlpWeights], MlpWeights], right: MlpWeights, curvature: Curvature, tokens: int, iterations: int
+    product: Callable[[MlpWeights], MlpWeights], right: MlpWeights, curvature: Curvature, iterations: int
 ) -> MlpWeights:
     """(J^T J + DAMPING (diag + its mean)) x = right, by preconditioned conjugate gradients.
 
@@ -156,10 +154,9 @@ def solve_normal_equations(
         product: v -> J^T J v.
         right: J^T of the residual.
         curvature: on the same tokens.
-        tokens: their number.
     """
-    damping = MlpWeights(*(DAMPING * (it + it.mean()) for it in curvature.diagonal(tokens).tensors()))
-    inverse = curvature.inverse(tokens)
+    damping = MlpWeights(*(DAMPING * (it + it.mean()) for it in curvature.diagonal().tensors()))
+    inverse = curvature.inverse()
     solution = MlpWeights(*(torch.zeros_like(it) for it in right.tensors()))
     residual, direction = right, inverse(right)
     power = residual.dot(direction)

@@ -12,10 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hfprune_dist.core.refit import best_ridge, output_error, refit_down_projection
-from hfprune_dist.files import read_json, write_json
+from hfprune_dist.files import fsync_path, read_json, write_json
 from hfprune_dist.models.checkpoint import Checkpoint
-from hfprune_dist.parallel.layerwise import Grams
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class LayerFit:
 
     Attributes:
         ridge: chosen on held-out windows.
-        error_before: share of its target's energy that is lost before.
+        error_before: the share of its target's energy that is lost before the refit.
         error_after: the share that is still lost after least squares.
     """
 
@@ -33,33 +31,18 @@ class LayerFit:
     error_after: float
 
 
-def solve(weight_CD: Tensor, grams: Grams, kept: Tensor) -> tuple[LayerFit, Tensor]:
-    """Least squares with the ridge that held-out windows choose.
-
-    The new weight is float32 [hidden_size, kept] on the CPU.
-    """
-    ridge = best_ridge(weight_CD, grams.fitted_DD, grams.held_out_DD, kept)
-    new_weight = refit_down_projection(weight_CD, grams.whole_DD, kept, ridge)
-    fit = LayerFit(
-        ridge,
-        output_error(weight_CD, grams.whole_DD, kept, weight_CD[:, kept]),
-        output_error(weight_CD, grams.whole_DD, kept, new_weight),
-    )
-    return fit, new_weight.float().cpu()
-
-
 class FittedLayers:
     """Two files per layer: its new weights, then a report, whose presence says that the layer is done.
 
     Args:
-        rows: whether row projections are refitted too, not the down projection alone.
+        whole_mlp: whether row projections are refitted too, not the down projection alone.
         folder: written by one rank and read by all.
     """
 
-    def __init__(self, checkpoint: Checkpoint, rows: bool, folder: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, whole_mlp: bool, folder: Path) -> None:
         self._checkpoint = checkpoint
         self._family = checkpoint.family
-        self._rows = rows
+        self._whole_mlp = whole_mlp
         self._folder = folder
 
     def count(self) -> int:
@@ -75,6 +58,7 @@ class FittedLayers:
         fitted = zip(self._names(number), tensors, strict=True)
         draft = self._weight_file(number).with_suffix(".draft")
         save_file({name: tensor.to(self._dtype(name)).cpu().contiguous() for name, tensor in fitted}, draft)
+        fsync_path(draft)  # before the report that vouches for it
         draft.replace(self._weight_file(number))
         write_json(self._report_file(number), asdict(fit))
 
@@ -100,7 +84,7 @@ class FittedLayers:
     def _names(self, number: int) -> list[str]:
         """Tensors of a layer that the refit changes, in the order of ``MlpWeights`` where there are three."""
         prefix = self._family.mlp_prefix(number)
-        rows = [f"{prefix}.{name}.weight" for name in self._family.row_projections] if self._rows else []
+        rows = [f"{prefix}.{name}.weight" for name in self._family.row_projections] if self._whole_mlp else []
         return [*rows, self._family.column_tensor(number)]
 
     def _read(self, number: int, name: str) -> Tensor:

@@ -8,7 +8,7 @@ ranks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -46,10 +46,12 @@ class AroundMlp:
 
     Attributes:
         input_NC: what the MLP reads [tokens, hidden_size].
-        residual_NC: the residual stream that its output is added to, same shape.
+        hidden_NK: what its down projection reads [tokens, neurons].
+        residual_NC: the residual stream that its output is added to, as input_NC.
     """
 
     input_NC: Tensor
+    hidden_NK: Tensor
     residual_NC: Tensor
 
 
@@ -70,7 +72,7 @@ class LayerStream:
         batches = windows_ST.split(micro_batch_size)
         self._count = len(batches)
         self._tokens = windows_ST.numel()
-        self._held_out_tokens = sum(b.numel() for i, b in enumerate(batches) if is_held_out(i, self._count))
+        self._held_out_tokens: int = sum(b.numel() for i, b in enumerate(batches) if is_held_out(i, self._count))
         self._hidden = {
             index: self._reader.embed(batches[index]) for index in range(world.rank, self._count, world.size)
         }
@@ -98,36 +100,44 @@ class LayerStream:
         """Of all ranks together."""
         return self._count
 
+    @property
+    def fitted_tokens(self) -> int:
+        """Of all ranks, in micro-batches that are not held out; where there is one micro-batch alone, it is both."""
+        return self._tokens - self._held_out_tokens
+
     def hidden(self, index: int) -> Tensor:
         """The hidden states of one of this rank's micro-batches before the next layer, on the CPU."""
         return self._hidden[index]
 
     def around_mlp(self, layer: nn.Module) -> Iterator[tuple[int, AroundMlp]]:
-        """What is around the layer's MLP, for every micro-batch of this rank."""
-        family = self._family
-        mlp, norm = mlp_of(layer), layer.get_submodule(f"layers.0.{family.mlp_norm}")
+        """What is around the layer's MLP, for every micro-batch of this rank; the stream stays before the layer."""
+        norm = layer.get_submodule(f"layers.0.{self._family.mlp_norm}")
+        modules = mlp_of(layer), self._down_projection(layer), norm
         for index, hidden_BTC in self._hidden.items():
-            with _observed(mlp) as inputs, _observed(norm) as residuals:
+            with ExitStack() as observers:
+                seen = [observers.enter_context(_observed(module)) for module in modules]
                 run(layer, hidden_BTC.to(self._world.device))
-            yield index, AroundMlp(*(seen[0].flatten(0, 1) for seen in (inputs, residuals)))
+            yield index, AroundMlp(*(inputs[0].flatten(0, 1) for inputs in seen))
 
-    def grams(self, number: int, layer: nn.Module, advance: bool) -> Grams:
-        """Add up Gram matrices of the layer's activations; on the way advance, or stay before the layer.
+    def grams(self, number: int, layer: nn.Module) -> Grams:
+        """Add up Gram matrices of the layer's activations, and advance on the way.
 
         Raises:
             UserError: as ``grams_of`` does.
         """
-        down_projection = cast("nn.Linear", mlp_of(layer).get_submodule(self._family.down_projection))
+        down_projection = self._down_projection(layer)
 
         def activations() -> Iterator[tuple[int, Tensor]]:
             for index, hidden_BTC in list(self._hidden.items()):
                 with _observed(down_projection) as seen:
                     output_BTC = run(layer, hidden_BTC.to(self._world.device))
                 yield index, seen[0].flatten(0, 1)
-                if advance:
-                    self._hidden[index] = output_BTC.cpu()
+                self._hidden[index] = output_BTC.cpu()
 
         return self.grams_of(number, down_projection.in_features, activations())
+
+    def _down_projection(self, layer: nn.Module) -> nn.Linear:
+        return cast("nn.Linear", mlp_of(layer).get_submodule(self._family.down_projection))
 
     def grams_of(self, number: int, size: int, vectors: Iterable[tuple[int, Tensor]]) -> Grams:
         """Add up Gram matrices of vectors over all windows of all ranks.
@@ -147,7 +157,7 @@ class LayerStream:
             try:
                 sums[is_held_out(index, self._count)].add(term_DD)
             except ExactOverflowError as error:
-                raise UserError(f"activations of layer {number}: {error}; check the checkpoint's weights") from None
+                raise unusable(number, error) from None
         fitted, held_out = sums or self._empty_sums(torch.zeros(size))  # a rank without windows takes part all the same
         self._world.add_up(fitted.total_DD)
         self._world.add_up(held_out.total_DD)
@@ -167,8 +177,12 @@ class LayerStream:
         whole_DD = (fitted_DD + held_out_DD) / self._tokens
         if not self._held_out_tokens:
             return Grams(whole_DD, whole_DD, whole_DD)
-        fitted_tokens = self._tokens - self._held_out_tokens
-        return Grams(fitted_DD / fitted_tokens, held_out_DD / self._held_out_tokens, whole_DD)
+        return Grams(fitted_DD / self.fitted_tokens, held_out_DD / self._held_out_tokens, whole_DD)
+
+
+def unusable(number: int, error: ExactOverflowError) -> UserError:
+    """What to tell of sums over a layer's activations that can't be made."""
+    return UserError(f"activations of layer {number}: {error}; check the checkpoint's weights")
 
 
 def is_held_out(index: int, count: int) -> bool:

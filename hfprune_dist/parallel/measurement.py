@@ -91,7 +91,7 @@ class Measurement:
         for number in range(len(dense)):
             layer = self._reader.layer(number)
             widths = sorted({widths[number] for widths in everyone})
-            grams = stream.grams(number, layer, advance=True) if stream else None
+            grams = stream.grams(number, layer) if stream else None
             mlps = self._mlps(number, mlp_of(layer), widths, grams)
             branches = self._advance(layer, mlps, _split(branches, [widths[number] for widths in everyone]))
             self._after_each(number + 1)

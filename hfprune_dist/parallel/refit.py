@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from hfprune_dist.core.exact import ExactOverflowError
 from hfprune_dist.core.reconstruction import Biases, MlpWeights
-from hfprune_dist.core.refit import vectors_of_targets, weight_of_targets
+from hfprune_dist.core.refit import (
+    best_ridge,
+    output_error,
+    refit_down_projection,
+    vectors_of_targets,
+    weight_of_targets,
+)
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.layers import mlp_of, narrow
-from hfprune_dist.parallel.fitted import FittedLayers, LayerFit, solve
-from hfprune_dist.parallel.layerwise import AroundMlp, LayerStream
+from hfprune_dist.parallel.fitted import FittedLayers, LayerFit
+from hfprune_dist.parallel.layerwise import Grams, LayerStream, unusable
 from hfprune_dist.parallel.reconstruct import Reconstruction
 from hfprune_dist.parallel.world import World
 
@@ -58,7 +65,7 @@ class DenseRefit:
 
     def _fit(self, number: int, layer: nn.Module) -> None:
         """Layers of dense activations don't wait for each other: every rank solves one, all at the same time."""
-        grams = self._stream.grams(number, layer, advance=True)
+        grams = self._stream.grams(number, layer)
         if number % self._world.size == self._world.rank:
             down = mlp_of(layer).get_submodule(self._checkpoint.family.down_projection)
             weight_CD = down.get_parameter("weight").data.double()
@@ -83,7 +90,7 @@ class PursuingRefit:
         kept: of each of its layers, ascending indices of the neurons that stay.
         stream: its windows before the first layer.
         dense: the same windows before the first layer of the dense model.
-        rows: whether a step of Gauss-Newton on all three projections follows least squares on the down projection.
+        whole_mlp: whether a step of Gauss-Newton on all three projections follows least squares on the down projection.
     """
 
     def __init__(
@@ -92,7 +99,7 @@ class PursuingRefit:
         kept: Sequence[Tensor],
         stream: LayerStream,
         dense: LayerStream,
-        rows: bool,
+        whole_mlp: bool,
         fitted: FittedLayers,
         world: World,
     ) -> None:
@@ -101,7 +108,7 @@ class PursuingRefit:
         self._kept = kept
         self._stream = stream
         self._dense = dense
-        self._rows = rows
+        self._whole_mlp = whole_mlp
         self._fitted = fitted
         self._world = world
 
@@ -109,10 +116,10 @@ class PursuingRefit:
         """Refit all layers that are not done."""
         done = self._world.broadcast(self._fitted.count())
         for number in range(self._checkpoint.num_layers):
+            self._dense.advance(self._dense.layer(number))
             layer = self._stream.layer(number)
             mlp = mlp_of(layer)
             narrow(mlp, self._family, self._kept[number])
-            self._dense.advance(self._dense.layer(number))
             if number >= done:
                 self._fit(number, layer)
             self._fitted.install(number, mlp)
@@ -120,61 +127,87 @@ class PursuingRefit:
             after_each(number + 1)
 
     def _fit(self, number: int, layer: nn.Module) -> None:
-        """Solve on rank 0, and where all of the MLP moves, go on from there with all ranks."""
+        """Every rank has the Gram matrices and solves; rank 0 writes."""
         mlp = mlp_of(layer)
-        inputs, targets = {}, {}
-        for index, around in self._stream.around_mlp(layer):
-            inputs[index] = around.input_NC.cpu()
-            targets[index] = self._target(index, around, mlp)
-        fit, down_CK = self._solve(number, mlp, inputs, targets)
-        tensors = [down_CK]
-        if self._rows:
-            tensors = list(self._reconstructed(mlp, down_CK, inputs, targets).tensors())
+        down_CK = self._linear(mlp, self._family.down_projection).weight.data
+        reads: dict[int, tuple[Tensor, Tensor]] = {}
+        grams = self._stream.grams_of(number, sum(down_CK.shape), self._vectors(layer, reads))
+        weight_CD = weight_of_targets(down_CK.double())
+        kept = torch.arange(down_CK.shape[1], device=down_CK.device)
+        fit, refitted_CK = solve(weight_CD, grams, kept)
+        tensors: Sequence[Tensor] = [refitted_CK]
+        if self._whole_mlp:
+            # Held-out windows choose, so where the step begins must not know them either.
+            start_CK = refit_down_projection(weight_CD, grams.fitted_DD, kept, fit.ridge)
+            moved = self._moved(number, mlp, start_CK, grams, reads)
+            tensors = [*moved.tensors()] if moved else [*self._rows(mlp), refitted_CK]
         if self._world.is_first:
             self._fitted.write(number, tensors, fit)
         self._world.barrier()
 
-    def _target(self, index: int, around: AroundMlp, mlp: nn.Module) -> Tensor:
-        """What the products of the down projection should be, float32 [tokens, hidden_size] on the CPU."""
-        target_NC = self._dense.hidden(index).flatten(0, 1).float() - around.residual_NC.float().cpu()
-        bias_C = self._linear(mlp, self._family.down_projection).bias
-        return target_NC if bias_C is None else target_NC - bias_C.float().cpu()
-
-    def _solve(
-        self, number: int, mlp: nn.Module, inputs: Mapping[int, Tensor], targets: Mapping[int, Tensor]
-    ) -> tuple[LayerFit, Tensor]:
-        """Least squares on the down projection; the new weight is float32 [hidden_size, kept] on the CPU."""
+    def _vectors(self, layer: nn.Module, reads: dict[int, tuple[Tensor, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+        """What least squares sums, of every micro-batch of this rank; ``reads`` gets what a step reads again."""
+        mlp = mlp_of(layer)
         down_CK = self._linear(mlp, self._family.down_projection).weight.data
-        hidden_size, width = down_CK.shape
-        vectors = (
-            (index, vectors_of_targets(down_CK, self._activations(mlp, input_NC), targets[index].to(down_CK.device)))
-            for index, input_NC in inputs.items()
+        for index, around in self._stream.around_mlp(layer):
+            if self._whole_mlp:
+                reads[index] = around.input_NC.cpu(), around.residual_NC.cpu()
+            target_NC = self._target(index, mlp, around.residual_NC)
+            yield index, vectors_of_targets(down_CK, around.hidden_NK, target_NC)
+
+    def _target(self, index: int, mlp: nn.Module, residual_NC: Tensor) -> Tensor:
+        """What the products of the down projection should be, float32 [tokens, hidden_size]."""
+        dense_NC, residual_NC = (
+            it.to(self._world.device).float() for it in (self._dense.hidden(index).flatten(0, 1), residual_NC)
         )
-        grams = self._stream.grams_of(number, width + hidden_size, vectors)
-        if not self._world.is_first:
-            return self._world.broadcast((LayerFit(0.0, 0.0, 0.0), torch.empty(0)))
-        kept = torch.arange(width, device=grams.whole_DD.device)
-        return self._world.broadcast(solve(weight_of_targets(down_CK.double()), grams, kept))
+        bias_C = self._linear(mlp, self._family.down_projection).bias
+        return dense_NC - residual_NC if bias_C is None else dense_NC - residual_NC - bias_C.float()
 
-    @torch.no_grad()
-    def _activations(self, mlp: nn.Module, input_NC: Tensor) -> Tensor:
-        """What the down projection reads [tokens, kept]."""
-        read: list[Tensor] = []
-        down = self._linear(mlp, self._family.down_projection)
-        handle = down.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0]))
-        mlp(input_NC.to(self._world.device))
-        handle.remove()
-        return read[0]
-
-    def _reconstructed(
-        self, mlp: nn.Module, down_CK: Tensor, inputs: Mapping[int, Tensor], targets: Mapping[int, Tensor]
-    ) -> MlpWeights:
-        """Gate, up and down after a step that starts with ``down_CK``."""
+    def _moved(
+        self,
+        number: int,
+        mlp: nn.Module,
+        start_CK: Tensor,
+        grams: Grams,
+        reads: Mapping[int, tuple[Tensor, Tensor]],
+    ) -> MlpWeights | None:
+        """Gate, up and down after a step that starts with ``start_CK``; None where it leads to nothing better."""
         gate, up = (self._linear(mlp, name) for name in self._family.row_projections)
-        gate_KC, up_KC = (linear.weight.data.float() for linear in (gate, up))
         biases = Biases(*(None if linear.bias is None else linear.bias.data for linear in (gate, up)))
-        reconstruction = Reconstruction(inputs, targets, self._stream.micro_batches, self._world)
-        return reconstruction.improve(MlpWeights(gate_KC, up_KC, down_CK.to(gate_KC)), biases)
+        gate_KC, up_KC = self._rows(mlp)
+        reconstruction = Reconstruction(
+            {index: input_NC for index, (input_NC, _) in reads.items()},
+            lambda index: self._target(index, mlp, reads[index][1]),
+            self._stream.micro_batches,
+            self._stream.fitted_tokens,
+            self._world,
+        )
+        width = len(gate_KC)
+        try:
+            return reconstruction.improve(
+                MlpWeights(gate_KC, up_KC, start_CK.to(gate_KC)), biases, grams.fitted_DD[:width, :width]
+            )
+        except ExactOverflowError as error:
+            raise unusable(number, error) from None
+
+    def _rows(self, mlp: nn.Module) -> list[Tensor]:
+        """Gate and up as they are, float32 [kept, hidden_size]."""
+        return [self._linear(mlp, name).weight.data.float() for name in self._family.row_projections]
 
     def _linear(self, mlp: nn.Module, name: str) -> nn.Linear:
         return cast("nn.Linear", mlp.get_submodule(name))
+
+
+def solve(weight_CD: Tensor, grams: Grams, kept: Tensor) -> tuple[LayerFit, Tensor]:
+    """Least squares with the ridge that held-out windows choose.
+
+    The new weight is float32 [hidden_size, kept] on the CPU.
+    """
+    ridge = best_ridge(weight_CD, grams.fitted_DD, grams.held_out_DD, kept)
+    new_weight = refit_down_projection(weight_CD, grams.whole_DD, kept, ridge)
+    fit = LayerFit(
+        ridge,
+        output_error(weight_CD, grams.whole_DD, kept, weight_CD[:, kept]),
+        output_error(weight_CD, grams.whole_DD, kept, new_weight),
+    )
+    return fit, new_weight.float().cpu()

@@ -201,7 +201,7 @@ class _Walk:
             return None
         self._context.progress.update("moments", number, self._layers)
         self._context.interruption.stop_if_agreed(self._context.world)
-        grams = self._stream.grams(number, self._stream.layer(number), advance=True)
+        grams = self._stream.grams(number, self._stream.layer(number))
         return Moments(grams.whole_DD, self._curvature_LCC[number].to(grams.whole_DD.device), self._tokens)
 
 

@@ -119,15 +119,15 @@ def _refit(
     if params["refit"] == "none":
         return {}, {}
     dtype, size = getattr(torch, params["dtype"]), params["micro_batch_size"]
-    windows_ST, rows = context.calibration_windows(), params["refit"] == "block"
+    windows_ST, whole_mlp = context.calibration_windows(), params["refit"] == "block"
     stream = LayerStream(checkpoint, windows_ST, dtype, size, world)
-    fitted = FittedLayers(checkpoint, rows, context.work / "refit")
+    fitted = FittedLayers(checkpoint, whole_mlp, context.work / "refit")
     refit: DenseRefit | PursuingRefit
     if params["refit"] == "dense":
         refit = DenseRefit(checkpoint, kept, stream, fitted, world)
     else:
         dense_stream = LayerStream(dense, windows_ST, dtype, size, world)
-        refit = PursuingRefit(checkpoint, kept, stream, dense_stream, rows, fitted, world)
+        refit = PursuingRefit(checkpoint, kept, stream, dense_stream, whole_mlp, fitted, world)
     refit.run(_after_each_layer(context, "refit", checkpoint))
     fits = fitted.reports()
     return fitted.replacements(), {
