@@ -31,6 +31,11 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path, written):
     assert parse_assignment(f"recovery.learning_rate={written}") == ("recovery.learning_rate", 5e-4)
 
 
+def test_a_hash_that_looks_like_an_exponent_stays_a_hash(tmp_path):
+    in_file = load_config([write(tmp_path, "calibration: {revision: 4e51234}")], {})
+    assert in_file.calibration.revision == "4e51234"
+
+
 def test_the_papers_recipe_is_the_default():
     recovery = load_config([], {}).recovery
     assert (recovery.rank, recovery.alpha, recovery.dropout, recovery.learning_rate) == (32, 64, 0.05, 4e-4)
