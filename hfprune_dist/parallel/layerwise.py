@@ -71,7 +71,7 @@ class LayerStream:
         self._world = world
         batches = windows_ST.split(micro_batch_size)
         self._count = len(batches)
-        self._tokens = windows_ST.numel()
+        self._tokens: int = windows_ST.numel()
         self._held_out_tokens: int = sum(b.numel() for i, b in enumerate(batches) if is_held_out(i, self._count))
         self._hidden = {
             index: self._reader.embed(batches[index]) for index in range(world.rank, self._count, world.size)
@@ -99,6 +99,11 @@ class LayerStream:
     def micro_batches(self) -> int:
         """Of all ranks together."""
         return self._count
+
+    @property
+    def tokens(self) -> int:
+        """Of all ranks together."""
+        return self._tokens
 
     @property
     def fitted_tokens(self) -> int:

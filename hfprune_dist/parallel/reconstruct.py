@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,62 +17,80 @@ from hfprune_dist.parallel.world import World
 # Of conjugate gradients; each costs about as much as four forwards of the MLP.
 ITERATIONS = 4
 # Shares of the step that are tried on held-out windows.
-STEP_LENGTHS = (1.0, 0.5)
+STEP_LENGTHS = (0.0, 1.0, 0.5)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a step begins.
+
+    Attributes:
+        weights: of the MLP.
+        hidden_KK: the mean of h h^T over the tokens that the step is fitted on, h the activations [kept, kept].
+        tokens: how many these are, on all ranks together.
+    """
+
+    weights: MlpWeights
+    hidden_KK: Tensor
+    tokens: int
 
 
 class Reconstruction:
     """Moves a layer's pruned weights; the same bits on any number of ranks.
 
     Args:
+        biases: of gate and up.
         inputs: micro-batch of this rank -> what the MLP reads there, [tokens, hidden_size] on the CPU.
         target_of: the same -> what it should put out, without the down projection's bias, float32 on the device.
         micro_batches: of all ranks together.
-        fitted_tokens: of all ranks together, in micro-batches that are not held out.
     """
 
     def __init__(
         self,
+        biases: Biases,
         inputs: Mapping[int, Tensor],
         target_of: Callable[[int], Tensor],
         micro_batches: int,
-        fitted_tokens: int,
         world: World,
     ) -> None:
+        self._biases = biases
         self._inputs = inputs
         self._target_of = target_of
         self._micro_batches = micro_batches
-        self._fitted_tokens = fitted_tokens
         self._world = world
 
-    def improve(self, start: MlpWeights, biases: Biases, hidden_KK: Tensor) -> MlpWeights | None:
-        """The weights after one step; None where no step is better than ``start`` on held-out windows.
+    def improve(self, fitted: Start, whole: Start) -> MlpWeights:
+        """The weights of ``whole`` after one step on all windows; as they are where no step is better.
+
+        Held-out windows decide that, and how far the step goes, by a step that doesn't know them.
 
         Args:
-            start: must not have seen the held-out windows.
-            hidden_KK: the mean of h h^T over the fitted tokens, h the activations of ``start``.
+            fitted: of the windows that are not held out.
+            whole: of all windows.
 
         Raises:
             ExactOverflowError: where outputs or targets are NaN, infinite or out of all proportion.
         """
+        step = self._step(fitted, [index for index in self._inputs if not is_held_out(index, self._micro_batches)])
+        errors = [self._held_out_error(fitted.weights.plus(step, length)) for length in STEP_LENGTHS]
+        length = STEP_LENGTHS[errors.index(min(errors))]
+        return whole.weights.plus(self._step(whole, list(self._inputs)), length) if length else whole.weights
+
+    def _step(self, start: Start, indices: Sequence[int]) -> MlpWeights:
+        """Of Gauss-Newton, on some micro-batches of this rank and those of the others."""
         # Kept over all iterations, three numbers for each token and kept neuron, to save a third of the time.
         around = {
-            index: Linearized(start, biases, input_NC.to(self._world.device))
-            for index, input_NC in self._inputs.items()
-            if not is_held_out(index, self._micro_batches)
+            index: Linearized(start.weights, self._biases, self._inputs[index].to(self._world.device))
+            for index in indices
         }
-        tokens = self._fitted_tokens
         gate_K, up_K, inputs_CC = self._sum(around, lambda at, _index: at.curvature())
-        curvature = Curvature(gate_K, up_K, inputs_CC, hidden_KK * tokens, tokens)
+        curvature = Curvature(gate_K, up_K, inputs_CC, start.hidden_KK * start.tokens, start.tokens)
         right = self._sum(around, lambda at, index: at.backward(self._target_of(index) - at.output()).tensors())
 
         def product(change: MlpWeights) -> MlpWeights:
             return MlpWeights(*self._sum(around, lambda at, _index: at.backward(at.forward(change)).tensors()))
 
-        step = solve_normal_equations(product, MlpWeights(*right), curvature, ITERATIONS)
-        candidates = [start, *(start.plus(step, length) for length in STEP_LENGTHS)]
-        errors = [self._held_out_error(candidate, biases) for candidate in candidates]
-        best = errors.index(min(errors))
-        return candidates[best] if best else None
+        return solve_normal_equations(product, MlpWeights(*right), curvature, ITERATIONS)
 
     def _sum(
         self, around: Mapping[int, Linearized], term_of: Callable[[Linearized, int], tuple[Tensor, ...]]
@@ -97,18 +116,18 @@ class Reconstruction:
             self._world.add_up(total.total)
         return tuple(total.value().float() for total in sums)
 
-    def _held_out_error(self, weights: MlpWeights, biases: Biases) -> float:
+    def _held_out_error(self, weights: MlpWeights) -> float:
         """Squared error on the held-out windows of all ranks, added in their order."""
         own = {
-            index: self._squared_error(weights, biases, index)
+            index: self._squared_error(weights, index)
             for index in self._inputs
             if is_held_out(index, self._micro_batches) or self._micro_batches == 1
         }
         everywhere = {index: value for share in self._world.gather(own) for index, value in share.items()}
         return sum(everywhere[index] for index in sorted(everywhere))
 
-    def _squared_error(self, weights: MlpWeights, biases: Biases, index: int) -> float:
-        output_NC = _output(weights, biases, self._inputs[index].to(self._world.device))
+    def _squared_error(self, weights: MlpWeights, index: int) -> float:
+        output_NC = _output(weights, self._biases, self._inputs[index].to(self._world.device))
         return float((self._target_of(index) - output_NC).square().sum(dtype=torch.float64))
 
 

@@ -22,7 +22,7 @@ from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.layers import mlp_of, narrow
 from hfprune_dist.parallel.fitted import FittedLayers, LayerFit
 from hfprune_dist.parallel.layerwise import Grams, LayerStream, unusable
-from hfprune_dist.parallel.reconstruct import Reconstruction
+from hfprune_dist.parallel.reconstruct import Reconstruction, Start
 from hfprune_dist.parallel.world import World
 
 # Called on every rank with the number of layers that are done.
@@ -137,10 +137,9 @@ class PursuingRefit:
         fit, refitted_CK = solve(weight_CD, grams, kept)
         tensors: Sequence[Tensor] = [refitted_CK]
         if self._whole_mlp:
-            # Held-out windows choose, so where the step begins must not know them either.
-            start_CK = refit_down_projection(weight_CD, grams.fitted_DD, kept, fit.ridge)
-            moved = self._moved(number, mlp, start_CK, grams, reads)
-            tensors = [*moved.tensors()] if moved else [*self._rows(mlp), refitted_CK]
+            # Held-out windows judge a step, so one begins where they are unknown.
+            fitted_CK = refit_down_projection(weight_CD, grams.fitted_DD, kept, fit.ridge)
+            tensors = self._moved(number, mlp, fitted_CK, refitted_CK, grams, reads).tensors()
         if self._world.is_first:
             self._fitted.write(number, tensors, fit)
         self._world.barrier()
@@ -167,32 +166,33 @@ class PursuingRefit:
         self,
         number: int,
         mlp: nn.Module,
-        start_CK: Tensor,
+        fitted_CK: Tensor,
+        whole_CK: Tensor,
         grams: Grams,
         reads: Mapping[int, tuple[Tensor, Tensor]],
-    ) -> MlpWeights | None:
-        """Gate, up and down after a step that starts with ``start_CK``; None where it leads to nothing better."""
+    ) -> MlpWeights:
+        """Gate, up and down after a step that begins with a down projection of least squares on the same windows."""
         gate, up = (self._linear(mlp, name) for name in self._family.row_projections)
-        biases = Biases(*(None if linear.bias is None else linear.bias.data for linear in (gate, up)))
-        gate_KC, up_KC = self._rows(mlp)
         reconstruction = Reconstruction(
+            Biases(*(None if linear.bias is None else linear.bias.data for linear in (gate, up))),
             {index: input_NC for index, (input_NC, _) in reads.items()},
             lambda index: self._target(index, mlp, reads[index][1]),
             self._stream.micro_batches,
-            self._stream.fitted_tokens,
             self._world,
         )
-        width = len(gate_KC)
+
+        def start(down_CK: Tensor, gram_DD: Tensor, tokens: int) -> Start:
+            gate_KC, up_KC = (linear.weight.data.float() for linear in (gate, up))
+            kept = len(gate_KC)
+            return Start(MlpWeights(gate_KC, up_KC, down_CK.to(gate_KC)), gram_DD[:kept, :kept], tokens)
+
         try:
             return reconstruction.improve(
-                MlpWeights(gate_KC, up_KC, start_CK.to(gate_KC)), biases, grams.fitted_DD[:width, :width]
+                start(fitted_CK, grams.fitted_DD, self._stream.fitted_tokens),
+                start(whole_CK, grams.whole_DD, self._stream.tokens),
             )
         except ExactOverflowError as error:
             raise unusable(number, error) from None
-
-    def _rows(self, mlp: nn.Module) -> list[Tensor]:
-        """Gate and up as they are, float32 [kept, hidden_size]."""
-        return [self._linear(mlp, name).weight.data.float() for name in self._family.row_projections]
 
     def _linear(self, mlp: nn.Module, name: str) -> nn.Linear:
         return cast("nn.Linear", mlp.get_submodule(name))
