@@ -68,6 +68,12 @@ class Linearized:
         self._by_gate_NK = sigmoid_NK * (1 + gate_NK * (1 - sigmoid_NK)) * up_NK
         self.hidden_NK = self._by_up_NK * up_NK
 
+    @staticmethod
+    def bytes_of(weights: MlpWeights, input_NC: Tensor) -> int:
+        """What one of these keeps: the inputs, and three numbers for each token and kept neuron."""
+        tokens, hidden_size = input_NC.shape
+        return tokens * (3 * len(weights.gate_KC) + hidden_size) * input_NC.itemsize
+
     def output(self) -> Tensor:
         """[tokens, hidden_size], float32, without the down projection's bias."""
         return linear(self.hidden_NK, self._down_CK).float()

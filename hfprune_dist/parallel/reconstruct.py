@@ -16,6 +16,8 @@ from hfprune_dist.parallel.world import World
 
 # Of conjugate gradients; each costs about as much as four forwards of the MLP.
 ITERATIONS = 4
+# Of what is kept of a rank's micro-batches from one iteration to the next.
+KEPT_BYTES = 4 * 2**30
 # Shares of the step that are tried on held-out windows.
 STEP_LENGTHS = (0.0, 1.0, 0.5)
 
@@ -78,28 +80,46 @@ class Reconstruction:
 
     def _step(self, start: Start, indices: Sequence[int]) -> MlpWeights:
         """Of Gauss-Newton, on some micro-batches of this rank and those of the others."""
-        # Kept over all iterations, three numbers for each token and kept neuron, to save a third of the time.
-        around = {
-            index: Linearized(start.weights, self._biases, self._inputs[index].to(self._world.device))
-            for index in indices
-        }
-        gate_K, up_K, inputs_CC = self._sum(around, lambda at, _index: at.curvature())
+        around = self._around(start.weights, indices)
+        gate_K, up_K, inputs_CC = self._sum(indices, lambda index: around(index).curvature())
         curvature = Curvature(gate_K, up_K, inputs_CC, start.hidden_KK * start.tokens, start.tokens)
-        right = self._sum(around, lambda at, index: at.backward(self._target_of(index) - at.output()).tensors())
+
+        def residual(index: int) -> MlpWeights:
+            at = around(index)
+            return at.backward(self._target_of(index) - at.output())
+
+        def bent(index: int, change: MlpWeights) -> MlpWeights:
+            at = around(index)
+            return at.backward(at.forward(change))
 
         def product(change: MlpWeights) -> MlpWeights:
-            return MlpWeights(*self._sum(around, lambda at, _index: at.backward(at.forward(change)).tensors()))
+            return MlpWeights(*self._sum(indices, lambda index: bent(index, change).tensors()))
 
-        return solve_normal_equations(product, MlpWeights(*right), curvature, ITERATIONS)
+        right = MlpWeights(*self._sum(indices, lambda index: residual(index).tensors()))
+        return solve_normal_equations(product, right, curvature, ITERATIONS)
 
-    def _sum(
-        self, around: Mapping[int, Linearized], term_of: Callable[[Linearized, int], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        """Add up the tensors of every fitted micro-batch of all ranks, exactly."""
-        own = list(around)
-        shapes: list[torch.Size] = []
-        first = term_of(around[own[0]], own[0]) if own else None
+    def _around(self, weights: MlpWeights, indices: Sequence[int]) -> Callable[[int], Linearized]:
+        """The MLP around some weights on a micro-batch.
+
+        Kept for all iterations where that fits, which saves a third of their time, else made anew.
+        """
+
+        def make(index: int) -> Linearized:
+            return Linearized(weights, self._biases, self._inputs[index].to(self._world.device))
+
+        kept: dict[int, Linearized] = {}
+        left = KEPT_BYTES
+        for index in indices:
+            left -= Linearized.bytes_of(weights, self._inputs[index])
+            if left >= 0:
+                kept[index] = make(index)
+        return lambda index: kept[index] if index in kept else make(index)
+
+    def _sum(self, indices: Sequence[int], term_of: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Add up the tensors of some micro-batches of this rank and of the others, exactly."""
+        first = term_of(indices[0]) if indices else None
         maxima: list[float] = []
+        shapes: list[torch.Size] = []
         if first is not None:
             maxima = [it.abs().max().item() for it in first]
             shapes = [it.shape for it in first]
@@ -108,8 +128,8 @@ class Reconstruction:
             ExactSum(maximum, self._micro_batches, shape, self._world.device)
             for maximum, shape in zip(maxima, shapes, strict=True)
         ]
-        for index in own:
-            term = first if first is not None and index == own[0] else term_of(around[index], index)
+        for index in indices:
+            term = first if first is not None and index == indices[0] else term_of(index)
             for total, part in zip(sums, term, strict=True):
                 total.add(part)
         for total in sums:

@@ -17,6 +17,7 @@ from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.refit import refit_down_projection
 from hfprune_dist.identity import FileHashes
 from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.parallel import reconstruct
 from hfprune_dist.parallel.fitted import FittedLayers
 from hfprune_dist.parallel.measurement import Measurement
 from hfprune_dist.parallel.refit import PursuingRefit
@@ -181,6 +182,17 @@ def test_a_block_is_closer_to_the_dense_one_than_least_squares_alone(tmp_path):
     assert_gates_moved(store, stage, tmp_path / "block")
     for layerwise, block in zip(errors["layerwise"], errors["block"], strict=True):
         assert block < 0.99 * layerwise
+
+
+def test_a_block_that_keeps_little_between_iterations_has_the_same_bits(tmp_path, monkeypatch):
+    weights = []
+    for kept_bytes in (reconstruct.KEPT_BYTES, 50_000, 0):
+        monkeypatch.setattr(reconstruct, "KEPT_BYTES", kept_bytes)
+        (tmp_path / str(kept_bytes)).mkdir()
+        store, stage, _ = prepare(tmp_path / str(kept_bytes), refit="block", samples=64)
+        run_solo(store, stage)
+        weights.append(weights_of(store, stage))
+    assert weights[0] == weights[1] == weights[2]
 
 
 def test_a_later_step_is_refitted_towards_the_dense_model(tmp_path):
