@@ -308,7 +308,7 @@ class SweepConfig(Section):
     """Aliases (configs/models/*.yaml, or the aliases section) or folders of Hugging Face checkpoints."""
     ratios: list[Ratio] = Field(default=[0.2, 0.3], min_length=1)
     """Removed parameters / all parameters of the model, for each pruned row."""
-    methods: list[str] = Field(default=["surgeon-uniform"], min_length=1)
+    methods: list[str] = Field(default=["surgeon-uniform-block"], min_length=1)
     """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seeds the calibration windows, the order of the training rows and the LoRA initialisation."""

@@ -223,5 +223,5 @@ def test_one_step_has_the_fingerprints_of_none(world):
 
 
 def test_too_many_steps_for_a_model_are_refused(world):
-    with pytest.raises(UserError, match=r"model 'a', method 'surgeon-uniform': of 8 steps.*one removes nothing"):
+    with pytest.raises(UserError, match=r"model 'a', method 'surgeon-uniform-block': of 8 steps.*one removes nothing"):
         plan_of(world, ratios=[0.2], prune__steps=8, prune__multiple_of=5)
