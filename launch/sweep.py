@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods",
         metavar="A,B",
-        help="pruning methods (configs/methods) or YAML files; default: surgeon-uniform-block; the published one: hfprune",
+        help="pruning methods (configs/methods) or YAML files; default: surgeon-uniform-block; published: hfprune",
     )
     parser.add_argument(
         "--criteria",
