@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,11 +110,16 @@ def mlp_of(layer: nn.Module) -> nn.Module:
     return layer.get_submodule("layers.0.mlp")
 
 
+def projection(mlp: nn.Module, name: str) -> nn.Linear:
+    """One of an MLP's projections, by its family's name for it."""
+    return cast("nn.Linear", mlp.get_submodule(name))
+
+
 def narrow(mlp: nn.Module, family: Family, kept: Tensor) -> None:
     """Leave an MLP the neurons ``kept`` (ascending int64 indices) alone."""
     for name in family.row_projections:
         row = mlp.get_submodule(name)
         for parameter in row.parameters():
             parameter.data = parameter.data[kept.to(parameter.device)]
-    column = mlp.get_submodule(family.down_projection).get_parameter("weight")
+    column = projection(mlp, family.down_projection).weight
     column.data = column.data[:, kept.to(column.device)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from hfprune_dist.core.exact import ExactGram, ExactOverflowError
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.checkpoint import Checkpoint
-from hfprune_dist.models.layers import LayerReader, mlp_of, run
+from hfprune_dist.models.layers import LayerReader, mlp_of, projection, run
 from hfprune_dist.parallel.world import World
 
 # Of so many micro-batches one is held out, to choose how much to trust the others.
@@ -142,7 +141,7 @@ class LayerStream:
         return self.grams_of(number, down_projection.in_features, activations())
 
     def _down_projection(self, layer: nn.Module) -> nn.Linear:
-        return cast("nn.Linear", mlp_of(layer).get_submodule(self._family.down_projection))
+        return projection(mlp_of(layer), self._family.down_projection)
 
     def grams_of(self, number: int, size: int, vectors: Iterable[tuple[int, Tensor]]) -> Grams:
         """Add up Gram matrices of vectors over all windows of all ranks.

@@ -20,7 +20,7 @@ from hfprune_dist.core.selection import top_neurons
 from hfprune_dist.files import read_json, write_json
 from hfprune_dist.identity import digest_of
 from hfprune_dist.models.checkpoint import Checkpoint
-from hfprune_dist.models.layers import LayerReader, mlp_of, narrow, run
+from hfprune_dist.models.layers import LayerReader, mlp_of, narrow, projection, run
 from hfprune_dist.parallel.layerwise import Grams, LayerStream, is_held_out
 from hfprune_dist.parallel.world import World
 
@@ -115,14 +115,13 @@ class Measurement:
             mlps[width] = copy.deepcopy(mlp)
             narrow(mlps[width], family, kept[width])
             if width in fitted:
-                weight = mlps[width].get_submodule(family.down_projection).get_parameter("weight")
+                weight = projection(mlps[width], family.down_projection).weight
                 weight.data = fitted[width].to(weight)
         return mlps
 
     def _fitted(self, mlp: nn.Module, kept: Mapping[int, Tensor], grams: Grams) -> dict[int, Tensor]:
         """The down projection for every width, fitted on the windows that are not held out; one ridge for all."""
-        name = self._checkpoint.family.down_projection
-        weight_CD = mlp.get_submodule(name).get_parameter("weight").data.double()
+        weight_CD = projection(mlp, self._checkpoint.family.down_projection).weight.data.double()
         on_device = {width: kept_K.to(weight_CD.device) for width, kept_K in kept.items()}
         narrowest_K = on_device[min(on_device)]
         ridge = best_ridge(weight_CD, grams.fitted_DD, grams.held_out_DD, narrowest_K) if self._world.is_first else 0.0

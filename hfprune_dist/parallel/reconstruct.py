@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
 
 from hfprune_dist.core.exact import ExactSum
 from hfprune_dist.core.reconstruction import Biases, Curvature, Linearized, MlpWeights, solve_normal_equations
@@ -103,17 +102,16 @@ class Reconstruction:
 
         Kept for all iterations where that fits, which saves a third of their time, else made anew.
         """
-
-        def make(index: int) -> Linearized:
-            return Linearized(weights, self._biases, self._inputs[index].to(self._world.device))
-
         kept: dict[int, Linearized] = {}
         left = KEPT_BYTES
         for index in indices:
             left -= Linearized.bytes_of(weights, self._inputs[index])
             if left >= 0:
-                kept[index] = make(index)
-        return lambda index: kept[index] if index in kept else make(index)
+                kept[index] = self._linearized(weights, index)
+        return lambda index: kept[index] if index in kept else self._linearized(weights, index)
+
+    def _linearized(self, weights: MlpWeights, index: int) -> Linearized:
+        return Linearized(weights, self._biases, self._inputs[index].to(self._world.device))
 
     def _sum(self, indices: Sequence[int], term_of: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Add up the tensors of some micro-batches of this rank and of the others, exactly."""
@@ -147,13 +145,5 @@ class Reconstruction:
         return sum(everywhere[index] for index in sorted(everywhere))
 
     def _squared_error(self, weights: MlpWeights, index: int) -> float:
-        output_NC = _output(weights, self._biases, self._inputs[index].to(self._world.device))
+        output_NC = self._linearized(weights, index).output()
         return float((self._target_of(index) - output_NC).square().sum(dtype=torch.float64))
-
-
-def _output(weights: MlpWeights, biases: Biases, input_NC: Tensor) -> Tensor:
-    """[tokens, hidden_size], float32, without the down projection's bias."""
-    dtype = input_NC.dtype
-    gate_NK = linear(input_NC, weights.gate_KC.to(dtype), biases.gate_K)
-    hidden_NK = silu(gate_NK) * linear(input_NC, weights.up_KC.to(dtype), biases.up_K)
-    return linear(hidden_NK, weights.down_CK.to(dtype)).float()

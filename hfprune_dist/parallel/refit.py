@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from hfprune_dist.core.refit import (
     weight_of_targets,
 )
 from hfprune_dist.models.checkpoint import Checkpoint
-from hfprune_dist.models.layers import mlp_of, narrow
+from hfprune_dist.models.layers import mlp_of, narrow, projection
 from hfprune_dist.parallel.fitted import FittedLayers, LayerFit
 from hfprune_dist.parallel.layerwise import Grams, LayerStream, unusable
 from hfprune_dist.parallel.reconstruct import Reconstruction, Start
@@ -67,8 +66,7 @@ class DenseRefit:
         """Layers of dense activations don't wait for each other: every rank solves one, all at the same time."""
         grams = self._stream.grams(number, layer)
         if number % self._world.size == self._world.rank:
-            down = mlp_of(layer).get_submodule(self._checkpoint.family.down_projection)
-            weight_CD = down.get_parameter("weight").data.double()
+            weight_CD = projection(mlp_of(layer), self._checkpoint.family.down_projection).weight.data.double()
             self._waiting = number, partial(solve, weight_CD, grams, self._kept[number].to(weight_CD.device))
         if (number + 1) % self._world.size == 0 or number + 1 == self._checkpoint.num_layers:
             if self._waiting is not None:
@@ -129,7 +127,7 @@ class PursuingRefit:
     def _fit(self, number: int, layer: nn.Module) -> None:
         """Every rank has the Gram matrices and solves; rank 0 writes."""
         mlp = mlp_of(layer)
-        down_CK = self._linear(mlp, self._family.down_projection).weight.data
+        down_CK = projection(mlp, self._family.down_projection).weight.data
         reads: dict[int, tuple[Tensor, Tensor]] = {}
         grams = self._stream.grams_of(number, sum(down_CK.shape), self._vectors(layer, reads))
         weight_CD = weight_of_targets(down_CK.double())
@@ -147,7 +145,7 @@ class PursuingRefit:
     def _vectors(self, layer: nn.Module, reads: dict[int, tuple[Tensor, Tensor]]) -> Iterator[tuple[int, Tensor]]:
         """What least squares sums, of every micro-batch of this rank; ``reads`` gets what a step reads again."""
         mlp = mlp_of(layer)
-        down_CK = self._linear(mlp, self._family.down_projection).weight.data
+        down_CK = projection(mlp, self._family.down_projection).weight.data
         for index, around in self._stream.around_mlp(layer):
             if self._whole_mlp:
                 reads[index] = around.input_NC.cpu(), around.residual_NC.cpu()
@@ -159,7 +157,7 @@ class PursuingRefit:
         dense_NC, residual_NC = (
             it.to(self._world.device).float() for it in (self._dense.hidden(index).flatten(0, 1), residual_NC)
         )
-        bias_C = self._linear(mlp, self._family.down_projection).bias
+        bias_C = projection(mlp, self._family.down_projection).bias
         return dense_NC - residual_NC if bias_C is None else dense_NC - residual_NC - bias_C.float()
 
     def _moved(
@@ -172,7 +170,7 @@ class PursuingRefit:
         reads: Mapping[int, tuple[Tensor, Tensor]],
     ) -> MlpWeights:
         """Gate, up and down after a step that begins with a down projection of least squares on the same windows."""
-        gate, up = (self._linear(mlp, name) for name in self._family.row_projections)
+        gate, up = (projection(mlp, name) for name in self._family.row_projections)
         reconstruction = Reconstruction(
             Biases(*(None if linear.bias is None else linear.bias.data for linear in (gate, up))),
             {index: input_NC for index, (input_NC, _) in reads.items()},
@@ -193,9 +191,6 @@ class PursuingRefit:
             )
         except ExactOverflowError as error:
             raise unusable(number, error) from None
-
-    def _linear(self, mlp: nn.Module, name: str) -> nn.Linear:
-        return cast("nn.Linear", mlp.get_submodule(name))
 
 
 def solve(weight_CD: Tensor, grams: Grams, kept: Tensor) -> tuple[LayerFit, Tensor]:

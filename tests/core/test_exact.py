@@ -70,3 +70,9 @@ def test_plain_sums_are_as_exact_and_as_free_of_order():
     with pytest.raises(ExactOverflowError):
         exact.add(torch.full((4, 3), 1e9))
     assert torch.equal(exact.value(), totals[0])
+
+
+@pytest.mark.parametrize("maximum", [float("nan"), float("inf")])
+def test_a_sum_does_not_begin_with_what_is_not_finite(maximum):
+    with pytest.raises(ExactOverflowError, match="NaN"):
+        ExactSum(maximum, 3, torch.Size([2]), torch.device("cpu"))

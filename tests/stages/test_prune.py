@@ -29,7 +29,7 @@ from hfprune_dist.stages.context import Context
 IMPORTANCE = Stage("importance", "llama", {}, {})
 
 
-def prepare(folder, shard_size="5GB", criterion="entropy", samples=9, **method):
+def prepare(folder, shard_size="5GB", criterion="entropy", samples=9, variant="llama", **method):
     """A store with an importance artifact of random scores by every criterion, and the stage that prunes by one."""
     store = Store(folder / "store")
     draft = store.open_draft(IMPORTANCE.id)
@@ -40,7 +40,7 @@ def prepare(folder, shard_size="5GB", criterion="entropy", samples=9, **method):
     windows_ST = torch.randint(264, (samples, 20), generator=generator)
     save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
     store.commit(IMPORTANCE, draft, {"metrics": {}})
-    model = save_tiny(folder / "model", shard_size=shard_size)
+    model = save_tiny(folder / "model", variant, shard_size=shard_size)
     settings = {"allocation": "global", "floor": 0.2, "protect_first": 0, "protect_last": 0, "multiple_of": 1}
     calibration = {"dtype": "float32", "micro_batch_size": 2}
     uniform = {"allocation": "uniform", "refit": "none"}
@@ -164,11 +164,12 @@ def test_refit_layer_by_layer_brings_hidden_states_back_to_the_dense_ones(tmp_pa
         layer.mlp.down_proj.weight.data[:, kept[number]] = found
 
 
-def test_a_block_is_closer_to_the_dense_one_than_least_squares_alone(tmp_path):
+@pytest.mark.parametrize("variant", ["llama", "llama-tied-biases"])
+def test_a_block_is_closer_to_the_dense_one_than_least_squares_alone(tmp_path, variant):
     errors = {}
     for refit in ("layerwise", "block"):
         (tmp_path / refit).mkdir()
-        store, stage, _ = prepare(tmp_path / refit, refit=refit, samples=64)
+        store, stage, _ = prepare(tmp_path / refit, refit=refit, samples=64, variant=variant)
         run_solo(store, stage)
         windows = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"]
         dense, pruned = (
