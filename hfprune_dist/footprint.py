@@ -8,7 +8,7 @@ Torch-free, so that a login node answers at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # Of a GPU's memory: the runtime's context, communication buffers, fragmentation.
@@ -23,6 +23,14 @@ SMALL_PARAMETER = 100_000
 HEAD_CHUNK_BYTES = 4 * 64 * 2**20
 # parallel.accumulation: a shard's curvature in float32, and its exact sum over shards in two numbers of 8 bytes.
 CURVATURE_BYTES = 20
+# parallel.layerwise: for each number of a Gram matrix two exact sums and what they come to, at the peak; and the three
+# matrices in float64 that remain of them.
+GRAM_BYTES, GRAMS_BYTES = 42, 24
+# core.elimination: for each number of a layer's Gram matrix, while it is inverted.
+ELIMINATION_BYTES = 40
+# core.reconstruction: for each number of activations' Gram matrix, while it is inverted, and for each weight of an MLP
+# the vectors of conjugate gradients; what is kept of micro-batches between iterations (parallel.reconstruct).
+INVERSE_BYTES, STEP_BYTES, KEPT_BYTES = 36, 60, 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -84,16 +92,18 @@ class Memory:
         gathered: whole parameters of the layers at work.
         activations: kept for backward, for all tokens of a micro-batch.
         logits: of the head, with what the loss makes of them.
+        sums: over tokens, such as Gram matrices, with what is made of them.
     """
 
     weights: float
     gathered: float
     activations: float
     logits: float
+    sums: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.gathered + self.activations + self.logits
+        return self.weights + self.gathered + self.activations + self.logits + self.sums
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,8 @@ class Work:
 class Importance:
     """A calibration pass: ``windows`` of ``tokens`` at a time, a backward for each of ``losses``.
 
-    With ``curvature``, it also adds up g g^T at the output of every MLP.
+    With ``curvature``, it also adds up g g^T at the output of every MLP; a walk through the layers, without the model,
+    follows for their Gram matrices.
     With a ``student`` the model runs again without some neurons, forward and backward, with the dense model as teacher.
     """
 
@@ -125,12 +136,19 @@ class Importance:
     curvature: bool = False
     student: bool = False
 
-    def host_bytes(self, shape: Shape) -> int:
+    def host_bytes(self, shape: Shape, ranks: int) -> int:
         """Main memory that one rank's sums take, where they are too large to leave out."""
+        del ranks  # every one has the whole sums
         return CURVATURE_BYTES * shape.num_layers * shape.hidden_size**2 if self.curvature else 0
 
     def memory(self, shape: Shape, ranks: int) -> Memory:
-        """On one of the ranks that the model is sharded over."""
+        """On one of the ranks that the model is sharded over: of the pass or of the walk, whichever needs more."""
+        moments = _memory_of_walk(shape, self.windows * self.tokens, self.itemsize, shape.intermediate_size)
+        moments = replace(moments, sums=max(moments.sums, ELIMINATION_BYTES * shape.intermediate_size**2))
+        pass_through = self._memory_of_pass(shape, ranks)
+        return max(pass_through, moments, key=lambda it: it.total) if self.curvature else pass_through
+
+    def _memory_of_pass(self, shape: Shape, ranks: int) -> Memory:
         tokens = self.windows * self.tokens
         return Memory(
             weights=shape.parameters * self.itemsize / ranks,
@@ -250,11 +268,10 @@ class Evaluate:
     def memory(self, shape: Shape, ranks: int) -> Memory:
         """On one of the ranks that the model is sharded over."""
         tokens = self.sequences * self.tokens
-        widest = 4 * shape.intermediate_size + 8 * shape.hidden_size
         return Memory(
             weights=shape.parameters * self.itemsize / ranks,
             gathered=_gathered_at_a_time(shape, self.itemsize, ranks),
-            activations=tokens * widest * self.itemsize,
+            activations=tokens * _widest(shape) * self.itemsize,
             logits=tokens * shape.vocabulary * (self.itemsize + 2 * 4),
         )
 
@@ -265,7 +282,51 @@ class Evaluate:
         return Work(self.sequences * self.tokens * flops, (matrices + shape.head_parameters) * self.itemsize)
 
 
-Job = Importance | Train | Evaluate
+@dataclass(frozen=True)
+class Refit:
+    """Least squares on every MLP, layer by layer, a micro-batch being ``windows`` of ``tokens``.
+
+    Attributes:
+        samples: all calibration windows.
+        pursues: whether it walks through the pruned model as well as the dense one, towards the dense hidden states.
+        steps: whether a step of Gauss-Newton on whole MLPs follows.
+        searches: whether widths are searched with refits of the dense model's layers before it.
+        share_kept: of a layer's neurons.
+    """
+
+    windows: int
+    tokens: int
+    samples: int
+    pursues: bool
+    steps: bool
+    searches: bool
+    share_kept: float
+    itemsize: int = 2
+
+    def host_bytes(self, shape: Shape, ranks: int) -> int:
+        """Main memory of one rank: its windows' hidden states, of one model or both; for a step, around an MLP too."""
+        mine = -(-self.samples // (self.windows * ranks)) * self.windows * self.tokens
+        copies = 1 + self.pursues + 2 * self.steps
+        return copies * mine * shape.hidden_size * self.itemsize
+
+    def memory(self, shape: Shape, ranks: int) -> Memory:
+        """On one rank, whatever else the others do: of the sums, or of a step, whichever needs more."""
+        tokens, kept = self.windows * self.tokens, self.share_kept * shape.intermediate_size
+        size = kept + shape.hidden_size if self.pursues else shape.intermediate_size
+        widest = max(size, shape.intermediate_size) if self.searches else size
+        sums = _memory_of_walk(shape, tokens, self.itemsize, widest)
+        if not self.steps:
+            return sums
+        mine = -(-self.samples // (self.windows * ranks)) * tokens
+        linearized = min(KEPT_BYTES, mine * (3 * kept + shape.hidden_size) * self.itemsize)
+        weights = 3 * kept * shape.hidden_size
+        step = GRAMS_BYTES * size**2 + max(INVERSE_BYTES * kept**2, STEP_BYTES * weights) + linearized
+        return replace(sums, sums=max(sums.sums, step))
+
+
+# What is known to be bound by products in the compute dtype, or by gathers.
+TimedJob = Importance | Train | Evaluate
+Job = TimedJob | Refit
 
 
 @dataclass(frozen=True)
@@ -294,7 +355,7 @@ def fits(job: Job, shape: Shape, gpus: Gpus) -> bool:
     return job.memory(shape, gpus.ranks).total <= (1 - RESERVE) * gpus.memory
 
 
-def seconds(job: Job, shape: Shape, gpus: Gpus) -> tuple[float, float]:
+def seconds(job: TimedJob, shape: Shape, gpus: Gpus) -> tuple[float, float]:
     """Of one micro-batch on each rank: at work, and on the network; the larger one counts where they overlap.
 
     A ring over all ranks carries every gathered byte once through each node's link; inside a node there is none.
@@ -310,6 +371,22 @@ def seconds(job: Job, shape: Shape, gpus: Gpus) -> tuple[float, float]:
 def _gathered_at_a_time(shape: Shape, itemsize: int, ranks: int) -> float:
     """Bytes of gathered parameters that DeepSpeed holds; one rank alone holds all as its own."""
     return 0.0 if ranks == 1 else min(shape.parameters, LIVE_PARAMETERS + shape.head_parameters) * itemsize
+
+
+def _widest(shape: Shape) -> int:
+    """Numbers a token that a forward without gradients has at a time."""
+    return 4 * shape.intermediate_size + 8 * shape.hidden_size
+
+
+def _memory_of_walk(shape: Shape, tokens: int, itemsize: int, size: float) -> Memory:
+    """Of one layer at a time, where Gram matrices of vectors of ``size`` are added up."""
+    return Memory(
+        weights=shape.layer_parameters * itemsize,
+        gathered=0.0,
+        activations=tokens * (_widest(shape) * itemsize + 4 * size),
+        logits=0.0,
+        sums=GRAM_BYTES * size**2,
+    )
 
 
 def _stays_gathered(shape: Shape) -> bool:

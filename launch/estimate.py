@@ -6,19 +6,34 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hfprune_dist.budget import uniform_width
 from hfprune_dist.config import RuntimeConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.footprint import Evaluate, Gpus, Importance, Job, Memory, Shape, Train, fits, seconds, shape_of
-from hfprune_dist.models.checkpoint import open_checkpoint
-from hfprune_dist.plan import Plan, Stage
+from hfprune_dist.footprint import (
+    Evaluate,
+    Gpus,
+    Importance,
+    Job,
+    Memory,
+    Refit,
+    Shape,
+    TimedJob,
+    Train,
+    fits,
+    seconds,
+    shape_of,
+)
+from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.plan import Plan, Stage, size_of
 from launch.profiles import Profile, Resources
 
+J = TypeVar("J", bound=Job)
 GIB = 2**30
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 # Criterion -> the loss whose backward it needs; core.criteria.CRITERIA, which imports torch, has the same.
@@ -36,6 +51,8 @@ LOSSES = {
 CURVED = {"surgeon"}
 # That of a student, in a forward of its own.
 STUDENT_LOSS = "self_distillation"
+NOTHING_HELPS = "no number of nodes is enough"
+NO_REFIT_FITS = "every rank has a layer's Gram matrices: GPUs with more memory, or another refit (none, dense)"
 MOST_NODES, MICRO_BATCHES = 256, (1, 2, 4, 8, 16, 32, 64)
 # Where both the job and the weights it shares are known to be small: inference.WEIGHTS_SHARE.
 WHOLE_WEIGHTS_SHARE = 0.6
@@ -46,7 +63,7 @@ class Estimate:
     """What one stage needs, as computed.
 
     Attributes:
-        host_memory: bytes of main memory on one node that sums of all its ranks take.
+        host_memory: bytes of main memory on one node that curvature or hidden states of all its ranks take.
         host_available: of one node; None where the profile does not say.
         fits: whether the GPUs' memory is enough; None where the profile does not say how much memory a GPU has.
         advice: nodes and micro-batch that suit it better; empty where nothing is known to.
@@ -64,11 +81,14 @@ class Estimate:
 
 
 def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: RuntimeConfig) -> list[Estimate]:
-    """Estimates for those of some stages, by id, that run a model on GPUs; a pruned one counts as if it were dense."""
+    """Estimates for those of some stages, by id, that run a model on GPUs.
+
+    A pruned model counts as if it were dense, except in its own refit.
+    """
     return [
         _estimate(plan, stage, profile.resources[stage.kind], runtime)
         for stage in (plan.stages[stage_id] for stage_id in todo)
-        if stage.kind != "prune" and profile.resources[stage.kind].gpus
+        if profile.resources[stage.kind].gpus and (stage.kind != "prune" or stage.params["refit"] != "none")
     ]
 
 
@@ -82,18 +102,21 @@ def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
 
 
 def _problems(estimate: Estimate) -> Iterator[str]:
-    stage = f"{estimate.stage.kind} {estimate.stage.label}"
+    kind = estimate.stage.kind
+    stage = f"{kind} {estimate.stage.label}"
     if estimate.fits is False:
         yield (
             f"{stage}: about {estimate.memory.total / GIB:,.0f} GiB on each GPU, which has "
             f"{(estimate.available or 0) / GIB:,.0f} GiB (gpu_memory_gib); "
-            f"{estimate.advice or 'no number of nodes is enough'}"
+            f"{estimate.advice or (NO_REFIT_FITS if kind == 'prune' else NOTHING_HELPS)}"
         )
     if estimate.host_available is not None and estimate.host_memory > estimate.host_available:
+        what, instead = ("hidden states", "fewer calibration windows")
+        if kind == "importance":
+            what, instead = ("curvature", "a method without the surgeon criterion")
         yield (
-            f"{stage}: about {estimate.host_memory / GIB:,.1f} GiB of curvature on each node, which has "
-            f"{estimate.host_available / GIB:,.1f} GiB (memory); fewer tasks_per_node on more nodes, or a method "
-            "without the surgeon criterion"
+            f"{stage}: about {estimate.host_memory / GIB:,.1f} GiB of {what} on each node, which has "
+            f"{estimate.host_available / GIB:,.1f} GiB (memory); fewer tasks_per_node on more nodes, or {instead}"
         )
 
 
@@ -115,19 +138,24 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
 
 
 def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeConfig) -> Estimate:
-    shape = shape_of(_dense_config(plan, stage))
+    shape = shape_of(_dense(plan, stage).config)
     job, gpus = _job(plan, stage, runtime), _gpus(resources)
     placed = dataclasses.replace(gpus, nodes=1, per_node=1) if _whole_on_each(job, shape, gpus, runtime) else gpus
     return Estimate(
         stage=stage,
         memory=job.memory(shape, placed.ranks),
         available=resources.gpu_memory_gib and gpus.memory,
-        host_memory=resources.tasks_per_node * job.host_bytes(shape) if isinstance(job, Importance) else 0,
+        host_memory=resources.tasks_per_node * _host_bytes(job, shape, gpus),
         host_available=resources.memory_bytes,
         fits=fits(job, shape, placed) if resources.gpu_memory_gib else None,
         advice=_advice(job, shape, gpus, _rows_of_a_step(stage)) if resources.gpu_memory_gib else "",
         gpu_hours=_gpu_hours(_rounds(plan, stage, gpus.ranks), job, shape, gpus),
     )
+
+
+def _host_bytes(job: Job, shape: Shape, gpus: Gpus) -> int:
+    """Main memory of one rank, where it is too much to leave out."""
+    return job.host_bytes(shape, gpus.ranks) if isinstance(job, Importance | Refit) else 0
 
 
 def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
@@ -143,11 +171,30 @@ def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
             checkpointing=runtime.activation_checkpointing,
             curvature=not CURVED.isdisjoint(params["criteria"]),
         )
+    if stage.kind == "prune":
+        return _refit(plan, stage)
     if stage.kind == "recover":
         return _training(params["recovery"], params["recovery"]["sequence_length"], distills=False)
     if stage.kind == "distill":
         return _training(params["distillation"], _calibration(plan, stage)["sequence_length"], distills=True)
     return Evaluate(params["batch_size"], params["fidelity"]["sequence_length"], ITEMSIZE[params["dtype"]])
+
+
+def _refit(plan: Plan, stage: Stage) -> Refit:
+    params, calibration, size = stage.params, _calibration(plan, stage), size_of(_dense(plan, stage))
+    width = size.intermediate_size  # where layers differ, one may keep all of its neurons
+    if params["allocation"] == "uniform":
+        width = uniform_width(size, params["ratio"], params["multiple_of"], stage.label)
+    return Refit(
+        windows=params["micro_batch_size"],
+        tokens=calibration["sequence_length"],
+        samples=calibration["samples"],
+        pursues=params["refit"] != "dense",
+        steps=params["refit"] == "block",
+        searches=params["allocation"] == "searched",
+        share_kept=width / size.intermediate_size,
+        itemsize=ITEMSIZE[params["dtype"]],
+    )
 
 
 def _training(settings: Mapping[str, Any], tokens: int, distills: bool) -> Train:
@@ -186,7 +233,13 @@ def _whole_on_each(job: Job, shape: Shape, gpus: Gpus, runtime: RuntimeConfig) -
 
 
 def _advice(job: Job, shape: Shape, gpus: Gpus, rows_of_a_step: int | None) -> str:
-    """The fewest nodes that hold one window, and the micro-batch whose work hides the network's time."""
+    """The fewest nodes that hold one window, and the micro-batch whose work hides the network's time.
+
+    For a refit, which has no gathers and needs as much on any number of nodes, the largest micro-batch that fits.
+    """
+    if isinstance(job, Refit):
+        smaller = [size for size in MICRO_BATCHES if size < job.windows and fits(_resized(job, size), shape, gpus)]
+        return f"micro-batch {smaller[-1]}" if smaller and not fits(job, shape, gpus) else ""
     smallest = _resized(job, 1)
     nodes = next((n for n in range(1, MOST_NODES) if fits(smallest, shape, dataclasses.replace(gpus, nodes=n))), None)
     if nodes is None:
@@ -199,22 +252,19 @@ def _advice(job: Job, shape: Shape, gpus: Gpus, rows_of_a_step: int | None) -> s
     return f"nodes {advised.nodes}, micro-batch {size}"
 
 
-def _is_hidden(job: Job, shape: Shape, gpus: Gpus) -> bool:
+def _is_hidden(job: TimedJob, shape: Shape, gpus: Gpus) -> bool:
     at_work, on_network = seconds(job, shape, gpus)
     return on_network <= at_work
 
 
-def _resized(job: Job, size: int) -> Job:
-    if isinstance(job, Importance):
-        return dataclasses.replace(job, windows=size)
-    if isinstance(job, Train):
-        return dataclasses.replace(job, rows=size)
-    return dataclasses.replace(job, sequences=size)
+def _resized(job: J, size: int) -> J:
+    change: dict[str, Any] = {{Train: "rows", Evaluate: "sequences"}.get(type(job), "windows"): size}
+    return dataclasses.replace(job, **change)
 
 
 def _gpu_hours(rounds: int | None, job: Job, shape: Shape, gpus: Gpus) -> float | None:
-    """For so many micro-batches of every rank; None where their number is not known."""
-    if rounds is None or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
+    """For so many micro-batches of every rank; None where their number, or what bounds them, is not known."""
+    if rounds is None or isinstance(job, Refit) or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
         return None
     return rounds * max(seconds(job, shape, gpus)) * gpus.ranks / 3600
 
@@ -249,9 +299,9 @@ def _ceil(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-def _dense_config(plan: Plan, stage: Stage) -> Mapping[str, object]:
-    """The config of the dense checkpoint that a stage's model comes from."""
+def _dense(plan: Plan, stage: Stage) -> Checkpoint:
+    """The dense checkpoint that a stage's model comes from."""
     source = stage.inputs["model"]
     if source.is_stage:
-        return _dense_config(plan, plan.stages[source.location])
-    return open_checkpoint(Path(source.location)).config
+        return _dense(plan, plan.stages[source.location])
+    return open_checkpoint(Path(source.location))

@@ -1,20 +1,29 @@
 """The model against what small models really keep and do."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_model
+from tiny import save_tiny, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune_dist import footprint
+from hfprune_dist.core import blocks, gram
 from hfprune_dist.core.criteria import CRITERIA, Batch
 from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
-from hfprune_dist.footprint import Evaluate, Gpus, Importance, Train, fits, seconds, shape_of
+from hfprune_dist.footprint import Evaluate, Gpus, Importance, Refit, Train, fits, seconds, shape_of
+from hfprune_dist.models.checkpoint import open_checkpoint
 from hfprune_dist.models.families import FAMILIES
 from hfprune_dist.models.lean import checkpoint_activations, lighten
 from hfprune_dist.models.merge import lora_targets
+from hfprune_dist.parallel.fitted import FittedLayers
+from hfprune_dist.parallel.layerwise import LayerStream
+from hfprune_dist.parallel.refit import DenseRefit, PursuingRefit
+from hfprune_dist.parallel.world import World
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 264}
 PUBLISHED = {
@@ -117,8 +126,66 @@ def test_checkpointing_keeps_the_inputs_of_layers():
 
 def test_curvature_is_counted_as_memory_of_the_host():
     shape = published("7B")
-    assert Importance(1, 1024).host_bytes(shape) == 0
-    assert Importance(1, 1024, curvature=True).host_bytes(shape) == 20 * 32 * 4096**2
+    assert Importance(1, 1024).host_bytes(shape, 8) == 0
+    assert Importance(1, 1024, curvature=True).host_bytes(shape, 8) == 20 * 32 * 4096**2
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most that tensors made meanwhile take at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self._sizes = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self._seen(tensor.untyped_storage())
+        return result
+
+    def _seen(self, storage):
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._gone, storage._cdata)
+
+    def _gone(self, address):
+        self.live -= self._sizes.pop(address)
+
+
+@pytest.fixture
+def one_rank():
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shape", [(64, 1024), (256, 512)], ids=["wide", "square"])
+@pytest.mark.parametrize("kind", ["dense", "layerwise", "block"])
+def test_memory_of_a_refit(kind, shape, one_rank, tmp_path, monkeypatch):
+    for module, name in ((gram, "BLOCK"), (blocks, "CACHE_BYTES")):
+        monkeypatch.setattr(module, name, 2**40)  # as on a GPU: in one go
+    sizes = {"hidden_size": shape[0], "intermediate_size": shape[1], "num_hidden_layers": 1, "vocab_size": 264}
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **sizes))
+    kept, windows = [torch.arange(shape[1] // 2)], torch.randint(264, (8, 16))
+    dense, pruned = (LayerStream(checkpoint, windows, torch.float32, 2, one_rank) for _ in range(2))
+    fitted = FittedLayers(checkpoint, kind == "block", tmp_path / "fitted")
+    if kind == "dense":
+        refit = DenseRefit(checkpoint, kept, dense, fitted, one_rank)
+    else:
+        refit = PursuingRefit(checkpoint, kept, pruned, dense, kind == "block", fitted, one_rank)
+    job = Refit(2, 16, 8, pursues=kind != "dense", steps=kind == "block", searches=False, share_kept=0.5, itemsize=4)
+    with PeakBytes() as counted:
+        refit.run(lambda done: None)
+    memory = job.memory(shape_of(checkpoint.config), 1)
+    assert 0.7 * memory.total < counted.peak < 1.1 * memory.total
+
+
+def test_refits_keep_hidden_states_of_their_windows_on_the_host():
+    job = Refit(2, 512, 64, pursues=True, steps=True, searches=False, share_kept=0.5)
+    assert job.host_bytes(published("7B"), 4) == 4 * 16 * 512 * 4096 * 2
 
 
 def test_kept_activations_of_lora_training():

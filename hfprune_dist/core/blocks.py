@@ -7,13 +7,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Of one thread's portion in float32. A second-level cache holds it together with a result of the same size.
+# Of one thread's portion. A second-level cache holds it together with a result of the same size.
 CACHE_BYTES = 2**19
 
 
-def row_blocks(matrix_NV: Tensor) -> Iterator[slice]:
-    """Slices over a matrix's rows; one for all of them on an accelerator, where launches cost more than passes."""
+def row_blocks(matrix_NV: Tensor, element_bytes: int = 4) -> Iterator[slice]:
+    """Slices over a matrix's rows; one for all of them on an accelerator, where launches cost more than passes.
+
+    Args:
+        element_bytes: of the work on one element.
+    """
     rows, columns = matrix_NV.shape
-    block = max(1, CACHE_BYTES * torch.get_num_threads() // (4 * columns)) if matrix_NV.device.type == "cpu" else rows
+    portion = CACHE_BYTES * torch.get_num_threads() // (element_bytes * columns)
+    block = max(1, portion) if matrix_NV.device.type == "cpu" else rows
     for start in range(0, rows, block):
         yield slice(start, min(start + block, rows))

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from hfprune_dist.core.blocks import row_blocks
+
 # The diagonal of the sum may grow to this multiple of what the first term's diagonal lets expect; 2^20 of 2^62 leaves
 # 42 bits, more than float32 terms have.
 HEADROOM = 2.0**20
@@ -50,8 +52,9 @@ class ExactGram:
         diagonal_D = term_DD.diagonal().double()
         if not bool((diagonal_D <= self._limit_D).all()):
             raise ExactOverflowError(OUT_OF_RANGE)
-        scaled_DD = term_DD.double() * self._scale_D[:, None] * self._scale_D
-        self.total_DD += scaled_DD.round_().to(torch.int64)
+        for rows in row_blocks(term_DD, element_bytes=16):
+            scaled_RD = term_DD[rows].to(torch.float64, copy=True).mul_(self._scale_D[rows, None]).mul_(self._scale_D)
+            self.total_DD[rows] += scaled_RD.round_().to(torch.int64)
 
     def value(self) -> Tensor:
         """The sum, float64."""
@@ -59,7 +62,7 @@ class ExactGram:
 
     def value_of(self, total_DD: Tensor) -> Tensor:
         """What another total at this scale stands for, float64."""
-        return total_DD.double() / self._scale_D[:, None] / self._scale_D
+        return total_DD.double().div_(self._scale_D[:, None]).div_(self._scale_D)
 
 
 class ExactSum:
@@ -90,9 +93,11 @@ class ExactSum:
         Raises:
             ExactOverflowError: where it is out of range or not finite; the sum is left as it was.
         """
-        if not bool((term.abs() <= self._limit).all()):
+        if not all(abs(float(bound)) <= self._limit for bound in torch.aminmax(term)):
             raise ExactOverflowError(OUT_OF_RANGE)
-        self.total += (term.double() * self._scale).round_().to(torch.int64)
+        term_RD, total_RD = term.reshape(len(term), -1), self.total.view(len(term), -1)
+        for rows in row_blocks(term_RD, element_bytes=16):
+            total_RD[rows] += term_RD[rows].to(torch.float64, copy=True).mul_(self._scale).round_().to(torch.int64)
 
     def value(self) -> Tensor:
         """The sum, float64."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.core.criteria import Batch, Criterion, Loss, losses_of
 from hfprune_dist.core.fused import masked, observe_gradient
+from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.head import head_gradients
 
 
@@ -219,8 +220,7 @@ class NeuronSums:
 
     def _reduce_output_gradient(self, layer: int, gradient_BTC: Tensor) -> None:
         if self._loss is self._bending_loss:
-            gradient_NC = _widened(gradient_BTC.flatten(0, -2))
-            self._bending[layer] = (gradient_NC.T @ gradient_NC).cpu()
+            self._bending[layer] = gram_matrix(_widened(gradient_BTC.flatten(0, -2))).cpu()
 
     def _reduce_activation(self, layer: int, hidden_BTD: Tensor) -> None:
         for criterion in self.criteria:

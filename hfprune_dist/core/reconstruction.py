@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from hfprune_dist.core.gram import gram_matrix
+
 DAMPING = 1e-2
 
 
@@ -98,11 +100,10 @@ class Linearized:
     def curvature(self) -> tuple[Tensor, Tensor, Tensor]:
         """What ``Curvature`` sums over tokens, of these: its ``gate_K``, ``up_K`` and ``inputs_CC``."""
         columns_K = self._down_CK.float().square().sum(dim=0)
-        input_NC = self._input_NC.float()
         return (
             columns_K * self._by_gate_NK.float().square().sum(dim=0),
             columns_K * self._by_up_NK.float().square().sum(dim=0),
-            input_NC.T @ input_NC,
+            gram_matrix(self._input_NC.float()),
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.exact import ExactGram, ExactOverflowError
+from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.layers import LayerReader, mlp_of, projection, run
@@ -156,16 +157,19 @@ class LayerStream:
         """
         sums: tuple[ExactGram, ExactGram] | None = None
         for index, vectors_ND in vectors:
-            term_DD = vectors_ND.float().T @ vectors_ND.float()
+            term_DD = gram_matrix(vectors_ND.float())
             sums = sums or self._empty_sums(term_DD.diagonal())
             try:
                 sums[is_held_out(index, self._count)].add(term_DD)
             except ExactOverflowError as error:
                 raise unusable(number, error) from None
+            del term_DD  # as large as all that a rank holds otherwise, while the next one is made
         fitted, held_out = sums or self._empty_sums(torch.zeros(size))  # a rank without windows takes part all the same
-        self._world.add_up(fitted.total_DD)
-        self._world.add_up(held_out.total_DD)
-        return self._means(fitted.value(), held_out.value())
+        return self._means(self._of_all_ranks(fitted), self._of_all_ranks(held_out))
+
+    def _of_all_ranks(self, own: ExactGram) -> Tensor:
+        self._world.add_up(own.total_DD)
+        return own.value()
 
     def _empty_sums(self, diagonal_D: Tensor) -> tuple[ExactGram, ExactGram]:
         """Of fitted and of held-out micro-batches, at the scale of the first rank's first term."""
@@ -178,10 +182,10 @@ class LayerStream:
         return shared_D.to(self._world.device)
 
     def _means(self, fitted_DD: Tensor, held_out_DD: Tensor) -> Grams:
-        whole_DD = (fitted_DD + held_out_DD) / self._tokens
+        whole_DD = (fitted_DD + held_out_DD).div_(self._tokens)
         if not self._held_out_tokens:
             return Grams(whole_DD, whole_DD, whole_DD)
-        return Grams(fitted_DD / self.fitted_tokens, held_out_DD / self._held_out_tokens, whole_DD)
+        return Grams(fitted_DD.div_(self.fitted_tokens), held_out_DD.div_(self._held_out_tokens), whole_DD)
 
 
 def unusable(number: int, error: ExactOverflowError) -> UserError:

@@ -45,11 +45,12 @@ def test_losses_are_those_of_the_criteria():
 
 def test_stages_that_run_a_model_on_gpus_are_estimated(inputs, tmp_path):
     found = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 80\ngpu_tflops: 300\n", importance__dtype="bfloat16")
-    assert {each.stage.kind for each in found} == {"importance", "recover", "evaluate"}
+    assert {each.stage.kind for each in found} == {"importance", "prune", "recover", "evaluate"}
     assert all(each.fits and each.memory.total > 0 for each in found)
     hours = {each.stage.kind: each.gpu_hours for each in found}
     assert hours["importance"] > 0 and hours["evaluate"] is None, "how many requests a task has is not known"
     assert hours["recover"] is None, "the rate in float32 is not known"
+    assert hours["prune"] is None, "its Gram matrices are in float32"
 
 
 def test_a_distillation_is_estimated_from_the_windows_that_it_reads(inputs, tmp_path):
@@ -91,6 +92,30 @@ def test_curvature_of_all_ranks_of_a_node_must_fit_its_main_memory(inputs, tmp_p
         refuse_what_cannot_fit(small)
     refuse_what_cannot_fit(importance("memory: 2G\n", importance__criteria=["surgeon"]))
     refuse_what_cannot_fit(importance("", importance__criteria=["surgeon"]))
+
+
+def prunings(inputs, tmp_path, profile, **overrides):
+    found = estimates(inputs, tmp_path, GPUS + profile, **overrides)
+    return [each for each in found if each.stage.kind == "prune"]
+
+
+def test_a_refit_is_estimated_and_a_prune_stage_without_one_is_not(inputs, tmp_path):
+    totals = [
+        prunings(inputs, tmp_path, "", methods=[method], ratios=[0.2])[0].memory.total
+        for method in ("surgeon-uniform", "surgeon-uniform-block", "surgeon-searched")
+    ]
+    assert totals == sorted(totals) and totals[0] < totals[1]
+    assert prunings(inputs, tmp_path, "", methods=["hfprune"]) == []
+
+
+def test_a_refit_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path):
+    large = {"calibration__micro_batch_size": 512}
+    with pytest.raises(UserError, match=r"prune alpha 0\.2: about .* micro-batch \d+"):
+        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 0.05\n", **large))
+    with pytest.raises(UserError, match=r"prune alpha 0\.2: .*another refit"):
+        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 0.0001\n"))
+    with pytest.raises(UserError, match=r"prune alpha 0\.2: .* GiB of hidden states on each node"):
+        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 1\nmemory: 20K\n", **large))
 
 
 def test_checkpointing_is_known_to_the_estimate(inputs, tmp_path):
