@@ -30,7 +30,7 @@ GRAM_BYTES, GRAMS_BYTES = 42, 24
 ELIMINATION_BYTES = 40
 # core.reconstruction: for each number of activations' Gram matrix, while it is inverted, and for each weight of an MLP
 # the vectors of conjugate gradients; what is kept of micro-batches between iterations (parallel.reconstruct).
-INVERSE_BYTES, STEP_BYTES, KEPT_BYTES = 36, 60, 4 * 2**30
+INVERSE_BYTES, STEP_BYTES, KEPT_BYTES = 36, 72, 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -304,10 +304,12 @@ class Refit:
     itemsize: int = 2
 
     def host_bytes(self, shape: Shape, ranks: int) -> int:
-        """Main memory of one rank: its windows' hidden states, of one model or both; for a step, around an MLP too."""
+        """Main memory of one rank: its windows' hidden states, of one model or both; for a step, what an MLP reads
+        and, in float32, its target.
+        """
         mine = -(-self.samples // (self.windows * ranks)) * self.windows * self.tokens
-        copies = 1 + self.pursues + 2 * self.steps
-        return copies * mine * shape.hidden_size * self.itemsize
+        number_bytes = self.itemsize * (1 + self.pursues + self.steps) + 4 * self.steps
+        return mine * shape.hidden_size * number_bytes
 
     def memory(self, shape: Shape, ranks: int) -> Memory:
         """On one rank, whatever else the others do: of the sums, or of a step, whichever needs more."""
@@ -315,6 +317,8 @@ class Refit:
         size = kept + shape.hidden_size if self.pursues else shape.intermediate_size
         widest = max(size, shape.intermediate_size) if self.searches else size
         sums = _memory_of_walk(shape, tokens, self.itemsize, widest)
+        if self.pursues:
+            sums = replace(sums, weights=2 * sums.weights)
         if not self.steps:
             return sums
         mine = -(-self.samples // (self.windows * ranks)) * tokens

@@ -185,7 +185,7 @@ def test_memory_of_a_refit(kind, shape, one_rank, tmp_path, monkeypatch):
 
 def test_refits_keep_hidden_states_of_their_windows_on_the_host():
     job = Refit(2, 512, 64, pursues=True, steps=True, searches=False, share_kept=0.5)
-    assert job.host_bytes(published("7B"), 4) == 4 * 16 * 512 * 4096 * 2
+    assert job.host_bytes(published("7B"), 4) == (3 * 2 + 4) * 16 * 512 * 4096
 
 
 def test_kept_activations_of_lora_training():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from hfprune_dist.core.reconstruction import Biases, Curvature, Linearized, MlpW
 from hfprune_dist.parallel.layerwise import is_held_out
 from hfprune_dist.parallel.world import World
 
-# Of conjugate gradients; each costs about as much as four forwards of the MLP.
-ITERATIONS = 4
+# Of conjugate gradients, in a step and in the one that follows on all windows; each costs about as much as four
+# forwards of the MLP.
+ITERATIONS, MORE_ITERATIONS = 4, 2
 # Of what is kept of a rank's micro-batches from one iteration to the next.
 KEPT_BYTES = 4 * 2**30
 # Shares of the step that are tried on held-out windows.
@@ -27,7 +28,8 @@ class Start:
 
     Attributes:
         weights: of the MLP.
-        hidden_KK: the mean of h h^T over the tokens that the step is fitted on, h the activations [kept, kept].
+        hidden_KK: the mean of h h^T over the tokens that the step is fitted on, h the activations [kept, kept]; those
+            of a step before will do, since it only guides the iterations.
         tokens: how many these are, on all ranks together.
     """
 
@@ -61,23 +63,27 @@ class Reconstruction:
         self._world = world
 
     def improve(self, fitted: Start, whole: Start) -> MlpWeights:
-        """The weights of ``whole`` after one step on all windows; as they are where no step is better.
+        """Weights after a step that held-out windows, which it doesn't know, find better; and another on all windows.
 
-        Held-out windows decide that, and how far the step goes, by a step that doesn't know them.
+        Those windows also decide how far both go.
 
         Args:
-            fitted: of the windows that are not held out.
-            whole: of all windows.
+            fitted: where the first begins, on the windows that are not held out.
+            whole: the same for all windows; its weights are the result where no step is better.
 
         Raises:
             ExactOverflowError: where outputs or targets are NaN, infinite or out of all proportion.
         """
-        step = self._step(fitted, [index for index in self._inputs if not is_held_out(index, self._micro_batches)])
+        known = [index for index in self._inputs if not is_held_out(index, self._micro_batches)]
+        step = self._step(fitted, known, ITERATIONS)
         errors = [self._held_out_error(fitted.weights.plus(step, length)) for length in STEP_LENGTHS]
         length = STEP_LENGTHS[errors.index(min(errors))]
-        return whole.weights.plus(self._step(whole, list(self._inputs)), length) if length else whole.weights
+        if not length:
+            return whole.weights
+        moved = replace(whole, weights=fitted.weights.plus(step, length))
+        return moved.weights.plus(self._step(moved, list(self._inputs), MORE_ITERATIONS), length)
 
-    def _step(self, start: Start, indices: Sequence[int]) -> MlpWeights:
+    def _step(self, start: Start, indices: Sequence[int], iterations: int) -> MlpWeights:
         """Of Gauss-Newton, on some micro-batches of this rank and those of the others."""
         around = self._around(start.weights, indices)
         gate_K, up_K, inputs_CC = self._sum(indices, lambda index: around(index).curvature())
@@ -95,7 +101,7 @@ class Reconstruction:
             return MlpWeights(*self._sum(indices, lambda index: bent(index, change).tensors()))
 
         right = MlpWeights(*self._sum(indices, lambda index: residual(index).tensors()))
-        return solve_normal_equations(product, right, curvature, ITERATIONS)
+        return solve_normal_equations(product, right, curvature, iterations)
 
     def _around(self, weights: MlpWeights, indices: Sequence[int]) -> Callable[[int], Linearized]:
         """The MLP around some weights on a micro-batch.

@@ -20,12 +20,15 @@ from hfprune_dist.core.refit import (
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.layers import mlp_of, narrow, projection
 from hfprune_dist.parallel.fitted import FittedLayers, LayerFit
-from hfprune_dist.parallel.layerwise import Grams, LayerStream, unusable
+from hfprune_dist.parallel.layerwise import AroundMlp, Grams, LayerStream, unusable
 from hfprune_dist.parallel.reconstruct import Reconstruction, Start
 from hfprune_dist.parallel.world import World
 
 # Called on every rank with the number of layers that are done.
 AfterEach = Callable[[int], None]
+# How far a pursuing layer makes up for earlier ones. What those lost is hardly a function of what this one reads: going
+# all the way fits the calibration windows rather than the model.
+SHARE_MADE_UP = 0.5
 
 
 class DenseRefit:
@@ -80,8 +83,9 @@ class DenseRefit:
 class PursuingRefit:
     """MLPs that bring the pruned model's hidden states back to the dense one's, layer after layer.
 
-    Each layer is fitted on what the model pruned and refitted so far makes of the windows. Its MLP's target is all
-    that is missing after it to the dense model's hidden states, so it makes up for earlier layers as well.
+    Each layer is fitted on what the model pruned and refitted so far makes of the windows. Its MLP's target lies
+    between what the dense model's MLP would put out there, and all that is missing after it to the dense model's hidden
+    states, which makes up for earlier layers as well (``SHARE_MADE_UP``).
 
     Args:
         checkpoint: the model that is pruned.
@@ -114,22 +118,22 @@ class PursuingRefit:
         """Refit all layers that are not done."""
         done = self._world.broadcast(self._fitted.count())
         for number in range(self._checkpoint.num_layers):
-            self._dense.advance(self._dense.layer(number))
-            layer = self._stream.layer(number)
+            dense_layer, layer = self._dense.layer(number), self._stream.layer(number)
+            self._dense.advance(dense_layer)
             mlp = mlp_of(layer)
             narrow(mlp, self._family, self._kept[number])
             if number >= done:
-                self._fit(number, layer)
+                self._fit(number, layer, mlp_of(dense_layer))
             self._fitted.install(number, mlp)
             self._stream.advance(layer)
             after_each(number + 1)
 
-    def _fit(self, number: int, layer: nn.Module) -> None:
+    def _fit(self, number: int, layer: nn.Module, dense_mlp: nn.Module) -> None:
         """Every rank has the Gram matrices and solves; rank 0 writes."""
         mlp = mlp_of(layer)
         down_CK = projection(mlp, self._family.down_projection).weight.data
-        reads: dict[int, tuple[Tensor, Tensor]] = {}
-        grams = self._stream.grams_of(number, sum(down_CK.shape), self._vectors(layer, reads))
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+        grams = self._stream.grams_of(number, sum(down_CK.shape), self._vectors(layer, dense_mlp, seen))
         weight_CD = weight_of_targets(down_CK.double())
         kept = torch.arange(down_CK.shape[1], device=down_CK.device)
         fit, refitted_CK = solve(weight_CD, grams, kept)
@@ -137,28 +141,33 @@ class PursuingRefit:
         if self._whole_mlp:
             # Held-out windows judge a step, so one begins where they are unknown.
             fitted_CK = refit_down_projection(weight_CD, grams.fitted_DD, kept, fit.ridge)
-            tensors = self._moved(number, mlp, fitted_CK, refitted_CK, grams, reads).tensors()
+            tensors = self._moved(number, mlp, fitted_CK, refitted_CK, grams, seen).tensors()
         if self._world.is_first:
             self._fitted.write(number, tensors, fit)
         self._world.barrier()
 
-    def _vectors(self, layer: nn.Module, reads: dict[int, tuple[Tensor, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-        """What least squares sums, of every micro-batch of this rank; ``reads`` gets what a step reads again."""
-        mlp = mlp_of(layer)
-        down_CK = projection(mlp, self._family.down_projection).weight.data
-        for index, around in self._stream.around_mlp(layer):
-            if self._whole_mlp:
-                reads[index] = around.input_NC.cpu(), around.residual_NC.cpu()
-            target_NC = self._target(index, mlp, around.residual_NC)
-            yield index, vectors_of_targets(down_CK, around.hidden_NK, target_NC)
+    def _vectors(
+        self, layer: nn.Module, dense_mlp: nn.Module, seen: dict[int, tuple[Tensor, Tensor]]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """What least squares sums, of every micro-batch of this rank.
 
-    def _target(self, index: int, mlp: nn.Module, residual_NC: Tensor) -> Tensor:
-        """What the products of the down projection should be, float32 [tokens, hidden_size]."""
-        dense_NC, residual_NC = (
-            it.to(self._world.device).float() for it in (self._dense.hidden(index).flatten(0, 1), residual_NC)
-        )
-        bias_C = projection(mlp, self._family.down_projection).bias
-        return dense_NC - residual_NC if bias_C is None else dense_NC - residual_NC - bias_C.float()
+        ``seen`` gets what a step needs again: what the MLP reads, and its target.
+        """
+        down = projection(mlp_of(layer), self._family.down_projection)
+        for index, around in self._stream.around_mlp(layer):
+            target_NC = self._target(index, around, dense_mlp)
+            if down.bias is not None:
+                target_NC -= down.bias.float()
+            if self._whole_mlp:
+                seen[index] = around.input_NC.cpu(), target_NC.cpu()
+            yield index, vectors_of_targets(down.weight.data, around.hidden_NK, target_NC)
+
+    @torch.no_grad()
+    def _target(self, index: int, around: AroundMlp, dense_mlp: nn.Module) -> Tensor:
+        """What the MLP should put out, float32 [tokens, hidden_size]."""
+        own_NC: Tensor = dense_mlp(around.input_NC).float()
+        missing_NC = self._dense.hidden(index).flatten(0, 1).to(own_NC) - around.residual_NC.float()
+        return own_NC.lerp(missing_NC, SHARE_MADE_UP)
 
     def _moved(
         self,
@@ -167,14 +176,14 @@ class PursuingRefit:
         fitted_CK: Tensor,
         whole_CK: Tensor,
         grams: Grams,
-        reads: Mapping[int, tuple[Tensor, Tensor]],
+        seen: Mapping[int, tuple[Tensor, Tensor]],
     ) -> MlpWeights:
         """Gate, up and down after a step that begins with a down projection of least squares on the same windows."""
         gate, up = (projection(mlp, name) for name in self._family.row_projections)
         reconstruction = Reconstruction(
             Biases(*(None if linear.bias is None else linear.bias.data for linear in (gate, up))),
-            {index: input_NC for index, (input_NC, _) in reads.items()},
-            lambda index: self._target(index, mlp, reads[index][1]),
+            {index: input_NC for index, (input_NC, _) in seen.items()},
+            lambda index: seen[index][1].to(self._world.device),
             self._stream.micro_batches,
             self._world,
         )

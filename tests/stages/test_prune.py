@@ -140,7 +140,7 @@ def test_refit_on_dense_activations_is_least_squares(tmp_path):
 
 
 def test_refit_layer_by_layer_brings_hidden_states_back_to_the_dense_ones(tmp_path):
-    """Ridge regression, with whole models, of all that is missing to the dense model's hidden states."""
+    """Ridge regression, with whole models: half way from the dense MLP's outputs to all that is missing."""
     store, stage, _ = prepare(tmp_path, refit="layerwise")
     run_solo(store, stage)
     metrics = store.manifest(stage.id)["metrics"]
@@ -152,7 +152,8 @@ def test_refit_layer_by_layer_brings_hidden_states_back_to_the_dense_ones(tmp_pa
         here = inside(running, windows, number)
         hidden = here["hidden"][:, kept[number]]
         weight = layer.mlp.down_proj.weight.data.double()[:, kept[number]]
-        missing = inside(dense, windows, number)["output"] - here["residual"] - hidden @ weight.T
+        all_of_it = inside(dense, windows, number)["output"] - here["residual"]
+        missing = (here["hidden"] @ layer.mlp.down_proj.weight.data.double().T + all_of_it) / 2 - hidden @ weight.T
         ridge = (metrics["refit_ridge"][number] * hidden.square().sum(0).mean()).sqrt()
         rows = torch.cat([hidden, ridge * torch.eye(hidden.shape[1]).double()])
         wanted = torch.cat([missing, torch.zeros(hidden.shape[1], missing.shape[1]).double()])
@@ -216,7 +217,7 @@ def test_a_later_step_is_refitted_towards_the_dense_model(tmp_path):
         for path in (tmp_path / "model", store.path(first.id), store.path(second.id))
     ]
     lost, left = ((outputs[0] - output).square().sum().item() for output in outputs[1:])
-    assert left < 0.8 * lost
+    assert left < 0.9 * lost  # half of it is aimed at
 
 
 def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):
