@@ -130,8 +130,9 @@ class Method(Section):
     refit: Refit = "none"
     """Least squares on down_proj, so that the kept neurons take over for the removed ones. dense: they make the dense
     MLP's outputs of the dense model's activations. layerwise: layer after layer, they make of the pruned model's own
-    activations all that is missing to the dense model's hidden states. block: as layerwise, and a step of Gauss-Newton
-    on gate_proj, up_proj and down_proj; takes minutes, not seconds."""
+    activations what the dense MLP would put out, and half of what is missing besides to the dense model's hidden
+    states. block: as layerwise, and steps of Gauss-Newton on gate_proj, up_proj and down_proj; takes minutes, not
+    seconds."""
     multiple_of: Positive = 1
     """Round intermediate_size to a multiple of this (64 or 128 suit GPU kernels)."""
     steps: Positive = 1

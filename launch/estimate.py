@@ -186,7 +186,7 @@ def _refit(plan: Plan, stage: Stage) -> Refit:
     if params["allocation"] == "uniform":
         width = uniform_width(size, params["ratio"], params["multiple_of"], stage.label)
     return Refit(
-        windows=params["micro_batch_size"],
+        windows=min(params["micro_batch_size"], calibration["samples"]),
         tokens=calibration["sequence_length"],
         samples=calibration["samples"],
         pursues=params["refit"] != "dense",

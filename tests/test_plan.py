@@ -196,10 +196,10 @@ def test_a_first_step_is_shared_with_the_row_of_its_ratio(world):
 
 
 def test_distillation_comes_last_and_shares_what_was_pruned(world):
-    methods = ["surgeon-uniform", "surgeon-uniform-distilled"]
+    methods = ["surgeon-uniform-block", "surgeon-uniform-distilled"]
     plan = plan_of(world, models=["a"], methods=methods, ratios=[0.2])
     of = {cell.label: cell.producers for cell in plan.cells}
-    plain, distilled = of["a 0.2 surgeon-uniform + lora"], of["a 0.2 surgeon-uniform-distilled + lora"]
+    plain, distilled = of["a 0.2 surgeon-uniform-block + lora"], of["a 0.2 surgeon-uniform-distilled + lora"]
     assert distilled[:2] == plain[:2]
     importance, prune, distill, recover = (plan.stages[stage_id] for stage_id in distilled)
     assert (distill.kind, distill.needs, recover.needs) == ("distill", [prune.id, importance.id], [distill.id])

@@ -109,11 +109,11 @@ def test_a_refit_is_estimated_and_a_prune_stage_without_one_is_not(inputs, tmp_p
 
 
 def test_a_refit_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path):
-    large = {"calibration__micro_batch_size": 512}
-    with pytest.raises(UserError, match=r"prune alpha 0\.2: about .* micro-batch \d+"):
-        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 0.05\n", **large))
+    large = {"calibration__micro_batch_size": 512, "calibration__samples": 512, "ratios": [0.2]}
+    with pytest.raises(UserError, match=r"prune alpha 0\.2: about .* micro-batch 64"):
+        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 0.02\n", **large))
     with pytest.raises(UserError, match=r"prune alpha 0\.2: .*another refit"):
-        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 0.0001\n"))
+        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 0.0001\n", ratios=[0.2]))
     with pytest.raises(UserError, match=r"prune alpha 0\.2: .* GiB of hidden states on each node"):
         refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 1\nmemory: 20K\n", **large))
 
