@@ -72,6 +72,11 @@ def killing(rank: int | str, kill_at: int, match: str) -> dict[str, str]:
     return {"PYTHONPATH": str(FAULTS), "KILL_RANK": str(rank), "KILL_AT": str(kill_at), "KILL_MATCH": match}
 
 
+def killing_in_reduction(rank: int, kill_at: int) -> dict[str, str]:
+    """Environment in which one rank dies before its ``kill_at``-th all-reduce."""
+    return {"PYTHONPATH": str(FAULTS), "KILL_RANK": str(rank), "KILL_AT": str(kill_at)}
+
+
 def failure_of(store: Store, stage: Stage) -> dict[str, object]:
     """The failure file that a stage left."""
     (file,) = store.work(stage.id).glob("failure.*.json")

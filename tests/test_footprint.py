@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from ranks import SoloWorld
 from tiny import save_tiny, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,7 +24,6 @@ from hfprune_dist.models.merge import lora_targets
 from hfprune_dist.parallel.fitted import FittedLayers
 from hfprune_dist.parallel.layerwise import LayerStream
 from hfprune_dist.parallel.refit import DenseRefit, PursuingRefit
-from hfprune_dist.parallel.world import World
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 264}
 PUBLISHED = {
@@ -155,27 +155,21 @@ class PeakBytes(TorchDispatchMode):
         self.live -= self._sizes.pop(address)
 
 
-@pytest.fixture
-def one_rank():
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-    yield World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("shape", [(64, 1024), (256, 512)], ids=["wide", "square"])
 @pytest.mark.parametrize("kind", ["dense", "layerwise", "block"])
-def test_memory_of_a_refit(kind, shape, one_rank, tmp_path, monkeypatch):
+def test_memory_of_a_refit(kind, shape, tmp_path, monkeypatch):
+    world = SoloWorld()
     for module, name in ((gram, "BLOCK"), (blocks, "CACHE_BYTES")):
         monkeypatch.setattr(module, name, 2**40)  # as on a GPU: in one go
     sizes = {"hidden_size": shape[0], "intermediate_size": shape[1], "num_hidden_layers": 1, "vocab_size": 264}
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **sizes))
     kept, windows = [torch.arange(shape[1] // 2)], torch.randint(264, (8, 16))
-    dense, pruned = (LayerStream(checkpoint, windows, torch.float32, 2, one_rank) for _ in range(2))
+    dense, pruned = (LayerStream(checkpoint, windows, torch.float32, 2, world) for _ in range(2))
     fitted = FittedLayers(checkpoint, kind == "block", tmp_path / "fitted")
     if kind == "dense":
-        refit = DenseRefit(checkpoint, kept, dense, fitted, one_rank)
+        refit = DenseRefit(checkpoint, kept, dense, fitted, world)
     else:
-        refit = PursuingRefit(checkpoint, kept, pruned, dense, kind == "block", fitted, one_rank)
+        refit = PursuingRefit(checkpoint, kept, pruned, dense, kind == "block", fitted, world)
     job = Refit(2, 16, 8, pursues=kind != "dense", steps=kind == "block", searches=False, share_kept=0.5, itemsize=4)
     with PeakBytes() as counted:
         refit.run(lambda done: None)

@@ -1,5 +1,6 @@
 """Death at a chosen file-system operation: the points between which a crash can leave different files behind."""
 
+import itertools
 import os
 import signal
 import time
@@ -10,15 +11,33 @@ OPERATIONS = ("fsync", "rename", "replace", "link", "unlink", "mkdir", "rmdir")
 
 def arm(kill_at, match):
     """From now on, count operations on paths that contain ``match`` and die before the ``kill_at``-th."""
-    state = {"count": 0}
-
-    def count():
-        state["count"] += 1
-        if state["count"] == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
+    count = countdown(kill_at)
     for name in OPERATIONS:
         before(name, match, count)
+
+
+def arm_reductions(kill_at):
+    """From now on, die before the ``kill_at``-th all-reduce, while the other ranks wait in it."""
+    import torch.distributed
+
+    count, original = countdown(kill_at), torch.distributed.all_reduce
+
+    def wrapper(*args, **kwargs):
+        count()
+        return original(*args, **kwargs)
+
+    torch.distributed.all_reduce = wrapper
+
+
+def countdown(kill_at):
+    """A function whose ``kill_at``-th call is this process's last."""
+    calls = itertools.count(1)
+
+    def count():
+        if next(calls) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return count
 
 
 def slow_down(match, seconds):

@@ -2,7 +2,7 @@
 
 KILL_RANK=r       the process whose rank is r ("launcher": the one without a rank)
 KILL_AT=n         before its n-th operation that makes something durable or visible (0: never)
-KILL_MATCH=text   counting only operations on paths that contain this text
+KILL_MATCH=text   counting only operations on paths that contain this text; without it, all-reduces are counted
 SLOW_MATCH=text   ranks sleep before each operation on a path that contains this text
 SLOW_S=seconds    so long
 """
@@ -11,9 +11,12 @@ import os
 
 rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "launcher"
 if os.environ.get("KILL_RANK") == rank:
-    from kill import arm
+    from kill import arm, arm_reductions
 
-    arm(int(os.environ["KILL_AT"]), os.environ["KILL_MATCH"])
+    if "KILL_MATCH" in os.environ:
+        arm(int(os.environ["KILL_AT"]), os.environ["KILL_MATCH"])
+    else:
+        arm_reductions(int(os.environ["KILL_AT"]))
 if "SLOW_MATCH" in os.environ and rank != "launcher":
     from kill import slow_down
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from faults.kill import die_in_fork
-from ranks import SoloWorld, run_stage
+from ranks import SoloWorld, killing, killing_in_reduction, run_stage
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
@@ -235,6 +235,23 @@ def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):
         run_solo(store, stage)
     run_solo(store, stage)
     assert fitted == [0, 1, 0, 1]
+    assert weights_of(store, stage) == weights_of(reference, stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "done"), [(killing_in_reduction(1, 45), 1), (killing(0, 3, "layer-1."), 1)], ids=["in a step", "writing"]
+)
+def test_a_block_goes_on_with_the_same_bits_after_one_of_its_ranks_died(tmp_path, fault, done):
+    (tmp_path / "whole").mkdir()
+    reference, stage, _ = prepare(tmp_path / "whole", refit="block", samples=64)
+    run_solo(reference, stage)
+    store, stage, _ = prepare(tmp_path, refit="block", samples=64)
+    killed = run_stage(store, stage, 2, environment=fault)
+    assert killed.returncode != 0 and not store.path(stage.id).exists()
+    assert len(list(store.work(stage.id).glob("refit/layer-*.json"))) == done
+    resumed = run_stage(store, stage, 2)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert weights_of(store, stage) == weights_of(reference, stage)
 
 
