@@ -22,15 +22,17 @@ SMALL_PARAMETER = 100_000
 # core.head: logits of a chunk in float32, its exponentials, and their copies in the model's dtype.
 HEAD_CHUNK_BYTES = 4 * 64 * 2**20
 # parallel.accumulation: a shard's curvature in float32, and its exact sum over shards in two numbers of 8 bytes.
-CURVATURE_BYTES = 20
-# parallel.layerwise: for each number of a Gram matrix two exact sums and what they come to, at the peak; and the three
-# matrices in float64 that remain of them.
+CURVATURE_BYTES, CURVATURE_SUMS_BYTES = 20, 16
+# parallel.layerwise: for each number of a Gram matrix two exact sums and the three matrices that are made of them, in 8
+# bytes each, and a little at the peak; and the three that remain.
 GRAM_BYTES, GRAMS_BYTES = 42, 24
-# core.elimination: for each number of a layer's Gram matrix, while it is inverted.
-ELIMINATION_BYTES = 40
-# core.reconstruction: for each number of activations' Gram matrix, while it is inverted, and for each weight of an MLP
-# the vectors of conjugate gradients; what is kept of micro-batches between iterations (parallel.reconstruct).
-INVERSE_BYTES, STEP_BYTES, KEPT_BYTES = 36, 72, 4 * 2**30
+# core.elimination: for each number of a layer's Gram matrix, while it is inverted; of one that waits for its turn.
+ELIMINATION_BYTES, MOMENTS_BYTES = 40, 8
+# core.reconstruction: for each number of activations' Gram matrix, while it is inverted, and afterwards; for each
+# weight of an MLP the vectors of conjugate gradients and where steps begin.
+INVERSE_BYTES, INVERTED_BYTES, STEP_BYTES = 36, 12, 72
+# parallel.reconstruct: what is kept of micro-batches between iterations.
+KEPT_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Importance:
     """A calibration pass: ``windows`` of ``tokens`` at a time, a backward for each of ``losses``.
 
     With ``curvature``, it also adds up g g^T at the output of every MLP; a walk through the layers, without the model,
-    follows for their Gram matrices.
+    follows for their Gram matrices, on all of ``samples`` windows.
     With a ``student`` the model runs again without some neurons, forward and backward, with the dense model as teacher.
     """
 
@@ -135,16 +137,26 @@ class Importance:
     checkpointing: bool = False
     curvature: bool = False
     student: bool = False
+    samples: int = 0
+
+    def resized(self, windows: int) -> Importance:
+        """The same with so many windows in a micro-batch."""
+        return replace(self, windows=windows)
 
     def host_bytes(self, shape: Shape, ranks: int) -> int:
-        """Main memory that one rank's sums take, where they are too large to leave out."""
-        del ranks  # every one has the whole sums
-        return CURVATURE_BYTES * shape.num_layers * shape.hidden_size**2 if self.curvature else 0
+        """Main memory that one rank's curvature takes, and, when the model is gone, hidden states of its windows."""
+        if not self.curvature:
+            return 0
+        numbers = shape.num_layers * shape.hidden_size**2
+        hidden = _tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks) * shape.hidden_size * self.itemsize
+        return max(CURVATURE_BYTES * numbers, CURVATURE_SUMS_BYTES * numbers + hidden)
 
     def memory(self, shape: Shape, ranks: int) -> Memory:
         """On one of the ranks that the model is sharded over: of the pass or of the walk, whichever needs more."""
         moments = _memory_of_walk(shape, self.windows * self.tokens, self.itemsize, shape.intermediate_size)
-        moments = replace(moments, sums=max(moments.sums, ELIMINATION_BYTES * shape.intermediate_size**2))
+        numbers = shape.intermediate_size**2
+        waiting = MOMENTS_BYTES * numbers if ranks > 1 else 0
+        moments = replace(moments, sums=max(moments.sums + waiting, ELIMINATION_BYTES * numbers))
         pass_through = self._memory_of_pass(shape, ranks)
         return max(pass_through, moments, key=lambda it: it.total) if self.curvature else pass_through
 
@@ -209,6 +221,10 @@ class Train:
     itemsize: int = 2
     distills: bool = False
 
+    def resized(self, rows: int) -> Train:
+        """The same with so many rows in a micro-batch."""
+        return replace(self, rows=rows)
+
     def memory(self, shape: Shape, ranks: int) -> Memory:
         """On one of the ranks that model, LoRA weights and optimizer are sharded over."""
         tokens = self.rows * self.tokens
@@ -265,6 +281,10 @@ class Evaluate:
     tokens: int
     itemsize: int = 2
 
+    def resized(self, sequences: int) -> Evaluate:
+        """The same with so many sequences in a batch."""
+        return replace(self, sequences=sequences)
+
     def memory(self, shape: Shape, ranks: int) -> Memory:
         """On one of the ranks that the model is sharded over."""
         tokens = self.sequences * self.tokens
@@ -289,9 +309,9 @@ class Refit:
     Attributes:
         samples: all calibration windows.
         pursues: whether it walks through the pruned model as well as the dense one, towards the dense hidden states.
-        steps: whether a step of Gauss-Newton on whole MLPs follows.
+        steps: whether steps of Gauss-Newton on whole MLPs follow.
         searches: whether widths are searched with refits of the dense model's layers before it.
-        share_kept: of a layer's neurons.
+        share_kept: of all layers' neurons.
     """
 
     windows: int
@@ -303,28 +323,38 @@ class Refit:
     share_kept: float
     itemsize: int = 2
 
+    def resized(self, windows: int) -> Refit:
+        """The same with so many windows in a micro-batch."""
+        return replace(self, windows=windows)
+
     def host_bytes(self, shape: Shape, ranks: int) -> int:
         """Main memory of one rank: its windows' hidden states, of one model or both; for a step, what an MLP reads
         and, in float32, its target.
         """
-        mine = -(-self.samples // (self.windows * ranks)) * self.windows * self.tokens
+        mine = _tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
         number_bytes = self.itemsize * (1 + self.pursues + self.steps) + 4 * self.steps
         return mine * shape.hidden_size * number_bytes
 
     def memory(self, shape: Shape, ranks: int) -> Memory:
-        """On one rank, whatever else the others do: of the sums, or of a step, whichever needs more."""
+        """On one rank: of the sums, or of a step, whichever needs more.
+
+        Where layers differ in width, the widest may need more: ``share_kept`` is that of all together.
+        """
         tokens, kept = self.windows * self.tokens, self.share_kept * shape.intermediate_size
         size = kept + shape.hidden_size if self.pursues else shape.intermediate_size
         widest = max(size, shape.intermediate_size) if self.searches else size
         sums = _memory_of_walk(shape, tokens, self.itemsize, widest)
         if self.pursues:
             sums = replace(sums, weights=2 * sums.weights)
+        elif ranks > 1:  # a layer's matrices wait until every rank has a layer to solve
+            sums = replace(sums, sums=sums.sums + GRAMS_BYTES * size**2)
         if not self.steps:
             return sums
-        mine = -(-self.samples // (self.windows * ranks)) * tokens
+        mine = _tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
         linearized = min(KEPT_BYTES, mine * (3 * kept + shape.hidden_size) * self.itemsize)
         weights = 3 * kept * shape.hidden_size
-        step = GRAMS_BYTES * size**2 + max(INVERSE_BYTES * kept**2, STEP_BYTES * weights) + linearized
+        inverting, iterating = INVERSE_BYTES * kept**2, INVERTED_BYTES * kept**2 + STEP_BYTES * weights
+        step = GRAMS_BYTES * size**2 + max(inverting, iterating) + linearized
         return replace(sums, sums=max(sums.sums, step))
 
 
@@ -375,6 +405,11 @@ def seconds(job: TimedJob, shape: Shape, gpus: Gpus) -> tuple[float, float]:
 def _gathered_at_a_time(shape: Shape, itemsize: int, ranks: int) -> float:
     """Bytes of gathered parameters that DeepSpeed holds; one rank alone holds all as its own."""
     return 0.0 if ranks == 1 else min(shape.parameters, LIVE_PARAMETERS + shape.head_parameters) * itemsize
+
+
+def _tokens_of_a_rank(samples: int, windows: int, tokens: int, ranks: int) -> int:
+    """The most that any rank gets, of micro-batches that are dealt out whole."""
+    return -(-samples // (windows * ranks)) * windows * tokens
 
 
 def _widest(shape: Shape) -> int:

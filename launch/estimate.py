@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -33,7 +33,6 @@ from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.plan import Plan, Stage, size_of
 from launch.profiles import Profile, Resources
 
-J = TypeVar("J", bound=Job)
 GIB = 2**30
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 # Criterion -> the loss whose backward it needs; core.criteria.CRITERIA, which imports torch, has the same.
@@ -52,7 +51,7 @@ CURVED = {"surgeon"}
 # That of a student, in a forward of its own.
 STUDENT_LOSS = "self_distillation"
 NOTHING_HELPS = "no number of nodes is enough"
-NO_REFIT_FITS = "every rank has a layer's Gram matrices: GPUs with more memory, or another refit (none, dense)"
+NO_REFIT_FITS = "every rank has a layer's Gram matrices: GPUs with more memory, or a method with another refit, or none"
 MOST_NODES, MICRO_BATCHES = 256, (1, 2, 4, 8, 16, 32, 64)
 # Where both the job and the weights it shares are known to be small: inference.WEIGHTS_SHARE.
 WHOLE_WEIGHTS_SHARE = 0.6
@@ -88,8 +87,14 @@ def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: 
     return [
         _estimate(plan, stage, profile.resources[stage.kind], runtime)
         for stage in (plan.stages[stage_id] for stage_id in todo)
-        if profile.resources[stage.kind].gpus and (stage.kind != "prune" or stage.params["refit"] != "none")
+        if profile.resources[stage.kind].gpus and (stage.kind != "prune" or _walks(stage))
     ]
+
+
+def _walks(prune: Stage) -> bool:
+    """Whether it runs windows through the model's layers."""
+    refit, allocation = prune.params["refit"], prune.params["allocation"]
+    return bool(refit != "none" or allocation == "searched")
 
 
 def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
@@ -113,7 +118,7 @@ def _problems(estimate: Estimate) -> Iterator[str]:
     if estimate.host_available is not None and estimate.host_memory > estimate.host_available:
         what, instead = ("hidden states", "fewer calibration windows")
         if kind == "importance":
-            what, instead = ("curvature", "a method without the surgeon criterion")
+            what, instead = ("curvature and hidden states", "a method without the surgeon criterion")
         yield (
             f"{stage}: about {estimate.host_memory / GIB:,.1f} GiB of {what} on each node, which has "
             f"{estimate.host_available / GIB:,.1f} GiB (memory); fewer tasks_per_node on more nodes, or {instead}"
@@ -170,6 +175,7 @@ def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
             itemsize=ITEMSIZE[params["dtype"]],
             checkpointing=runtime.activation_checkpointing,
             curvature=not CURVED.isdisjoint(params["criteria"]),
+            samples=params["calibration"]["samples"],
         )
     if stage.kind == "prune":
         return _refit(plan, stage)
@@ -182,14 +188,12 @@ def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
 
 def _refit(plan: Plan, stage: Stage) -> Refit:
     params, calibration, size = stage.params, _calibration(plan, stage), size_of(_dense(plan, stage))
-    width = size.intermediate_size  # where layers differ, one may keep all of its neurons
-    if params["allocation"] == "uniform":
-        width = uniform_width(size, params["ratio"], params["multiple_of"], stage.label)
+    width = uniform_width(size, params["ratio"], params["multiple_of"], stage.label)
     return Refit(
         windows=min(params["micro_batch_size"], calibration["samples"]),
         tokens=calibration["sequence_length"],
         samples=calibration["samples"],
-        pursues=params["refit"] != "dense",
+        pursues=params["refit"] in ("layerwise", "block"),
         steps=params["refit"] == "block",
         searches=params["allocation"] == "searched",
         share_kept=width / size.intermediate_size,
@@ -235,19 +239,19 @@ def _whole_on_each(job: Job, shape: Shape, gpus: Gpus, runtime: RuntimeConfig) -
 def _advice(job: Job, shape: Shape, gpus: Gpus, rows_of_a_step: int | None) -> str:
     """The fewest nodes that hold one window, and the micro-batch whose work hides the network's time.
 
-    For a refit, which has no gathers and needs as much on any number of nodes, the largest micro-batch that fits.
+    For a refit, which shares no layer and gathers nothing, the largest micro-batch that fits.
     """
     if isinstance(job, Refit):
-        smaller = [size for size in MICRO_BATCHES if size < job.windows and fits(_resized(job, size), shape, gpus)]
+        smaller = [size for size in MICRO_BATCHES if size < job.windows and fits(job.resized(size), shape, gpus)]
         return f"micro-batch {smaller[-1]}" if smaller and not fits(job, shape, gpus) else ""
-    smallest = _resized(job, 1)
+    smallest = job.resized(1)
     nodes = next((n for n in range(1, MOST_NODES) if fits(smallest, shape, dataclasses.replace(gpus, nodes=n))), None)
     if nodes is None:
         return ""
     advised = dataclasses.replace(gpus, nodes=max(nodes, gpus.nodes))
     shared = [size for size in MICRO_BATCHES if not rows_of_a_step or size * advised.ranks <= rows_of_a_step]
-    fitting = [size for size in shared or MICRO_BATCHES[:1] if fits(_resized(job, size), shape, advised)]
-    hidden = [size for size in fitting if gpus.flops and _is_hidden(_resized(job, size), shape, advised)]
+    fitting = [size for size in shared or MICRO_BATCHES[:1] if fits(job.resized(size), shape, advised)]
+    hidden = [size for size in fitting if gpus.flops and _is_hidden(job.resized(size), shape, advised)]
     size = hidden[0] if hidden else fitting[-1] if gpus.flops else fitting[0]
     return f"nodes {advised.nodes}, micro-batch {size}"
 
@@ -255,11 +259,6 @@ def _advice(job: Job, shape: Shape, gpus: Gpus, rows_of_a_step: int | None) -> s
 def _is_hidden(job: TimedJob, shape: Shape, gpus: Gpus) -> bool:
     at_work, on_network = seconds(job, shape, gpus)
     return on_network <= at_work
-
-
-def _resized(job: J, size: int) -> J:
-    change: dict[str, Any] = {{Train: "rows", Evaluate: "sequences"}.get(type(job), "windows"): size}
-    return dataclasses.replace(job, **change)
 
 
 def _gpu_hours(rounds: int | None, job: Job, shape: Shape, gpus: Gpus) -> float | None:

@@ -20,10 +20,10 @@ FAULTS = ROOT / "tests" / "faults"
 
 
 class SoloWorld(World):
-    """A world of one rank on the CPU, without a process group."""
+    """A world of one rank on the CPU, without a process group; or one of several, whose others bring nothing."""
 
-    def __init__(self):
-        super().__init__(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    def __init__(self, rank=0, size=1):
+        super().__init__(rank=rank, size=size, local_rank=0, local_size=1, device=torch.device("cpu"))
 
     def broadcast(self, value, source=0):
         return value

@@ -21,6 +21,7 @@ from hfprune_dist.models.checkpoint import open_checkpoint
 from hfprune_dist.models.families import FAMILIES
 from hfprune_dist.models.lean import checkpoint_activations, lighten
 from hfprune_dist.models.merge import lora_targets
+from hfprune_dist.parallel import reconstruct
 from hfprune_dist.parallel.fitted import FittedLayers
 from hfprune_dist.parallel.layerwise import LayerStream
 from hfprune_dist.parallel.refit import DenseRefit, PursuingRefit
@@ -124,10 +125,12 @@ def test_checkpointing_keeps_the_inputs_of_layers():
     assert sum(seen) == inputs
 
 
-def test_curvature_is_counted_as_memory_of_the_host():
-    shape = published("7B")
-    assert Importance(1, 1024).host_bytes(shape, 8) == 0
-    assert Importance(1, 1024, curvature=True).host_bytes(shape, 8) == 20 * 32 * 4096**2
+def test_curvature_and_the_walk_are_counted_as_memory_of_the_host():
+    shape, numbers = published("7B"), 32 * 4096**2
+    assert Importance(1, 1024, samples=64).host_bytes(shape, 8) == 0
+    few, many = (Importance(1, 1024, curvature=True, samples=samples) for samples in (64, 10_000))
+    assert few.host_bytes(shape, 8) == 20 * numbers, "of the pass"
+    assert many.host_bytes(shape, 8) == 16 * numbers + 1250 * 1024 * 4096 * 2, "of the walk"
 
 
 class PeakBytes(TorchDispatchMode):
@@ -155,26 +158,40 @@ class PeakBytes(TorchDispatchMode):
         self.live -= self._sizes.pop(address)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(64, 1024), (256, 512)], ids=["wide", "square"])
-@pytest.mark.parametrize("kind", ["dense", "layerwise", "block"])
-def test_memory_of_a_refit(kind, shape, tmp_path, monkeypatch):
-    world = SoloWorld()
+@pytest.mark.parametrize(("kind", "ranks"), [("dense", 1), ("dense", 3), ("layerwise", 1), ("block", 1)])
+def test_memory_of_a_refit(kind, ranks, shape, dtype, tmp_path, monkeypatch):
+    world = SoloWorld(ranks // 2, ranks)
     for module, name in ((gram, "BLOCK"), (blocks, "CACHE_BYTES")):
         monkeypatch.setattr(module, name, 2**40)  # as on a GPU: in one go
-    sizes = {"hidden_size": shape[0], "intermediate_size": shape[1], "num_hidden_layers": 1, "vocab_size": 264}
+    sizes = {"hidden_size": shape[0], "intermediate_size": shape[1], "num_hidden_layers": 3, "vocab_size": 264}
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **sizes))
-    kept, windows = [torch.arange(shape[1] // 2)], torch.randint(264, (8, 16))
-    dense, pruned = (LayerStream(checkpoint, windows, torch.float32, 2, world) for _ in range(2))
+    kept, windows = [torch.arange(shape[1] // 2)] * 3, torch.randint(264, (8 * ranks, 16))
+    dense, pruned = (LayerStream(checkpoint, windows, dtype, 2, world) for _ in range(2))
     fitted = FittedLayers(checkpoint, kind == "block", tmp_path / "fitted")
     if kind == "dense":
         refit = DenseRefit(checkpoint, kept, dense, fitted, world)
     else:
         refit = PursuingRefit(checkpoint, kept, pruned, dense, kind == "block", fitted, world)
-    job = Refit(2, 16, 8, pursues=kind != "dense", steps=kind == "block", searches=False, share_kept=0.5, itemsize=4)
+    job = Refit(
+        windows=2,
+        tokens=16,
+        samples=len(windows),
+        pursues=kind != "dense",
+        steps=kind == "block",
+        searches=False,
+        share_kept=0.5,
+        itemsize=dtype.itemsize,
+    )
     with PeakBytes() as counted:
         refit.run(lambda done: None)
-    memory = job.memory(shape_of(checkpoint.config), 1)
-    assert 0.7 * memory.total < counted.peak < 1.1 * memory.total
+    memory = job.memory(shape_of(checkpoint.config), ranks)
+    assert 0.85 * memory.total < counted.peak < 1.05 * memory.total
+
+
+def test_what_a_step_keeps_between_iterations_is_what_is_estimated():
+    assert footprint.KEPT_BYTES == reconstruct.KEPT_BYTES
 
 
 def test_refits_keep_hidden_states_of_their_windows_on_the_host():

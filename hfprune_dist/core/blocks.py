@@ -11,14 +11,14 @@ from torch import Tensor
 CACHE_BYTES = 2**19
 
 
-def row_blocks(matrix_NV: Tensor, element_bytes: int = 4) -> Iterator[slice]:
+def row_blocks(matrix_NV: Tensor, scratch_bytes: int = 4) -> Iterator[slice]:
     """Slices over a matrix's rows; one for all of them on an accelerator, where launches cost more than passes.
 
     Args:
-        element_bytes: of the work on one element.
+        scratch_bytes: of what is made on the way of each element.
     """
     rows, columns = matrix_NV.shape
-    portion = CACHE_BYTES * torch.get_num_threads() // (element_bytes * columns)
+    portion = CACHE_BYTES * torch.get_num_threads() // (scratch_bytes * columns)
     block = max(1, portion) if matrix_NV.device.type == "cpu" else rows
     for start in range(0, rows, block):
         yield slice(start, min(start + block, rows))

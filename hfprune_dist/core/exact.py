@@ -52,7 +52,7 @@ class ExactGram:
         diagonal_D = term_DD.diagonal().double()
         if not bool((diagonal_D <= self._limit_D).all()):
             raise ExactOverflowError(OUT_OF_RANGE)
-        for rows in row_blocks(term_DD, element_bytes=16):
+        for rows in row_blocks(term_DD, scratch_bytes=16):
             scaled_RD = term_DD[rows].to(torch.float64, copy=True).mul_(self._scale_D[rows, None]).mul_(self._scale_D)
             self.total_DD[rows] += scaled_RD.round_().to(torch.int64)
 
@@ -96,7 +96,7 @@ class ExactSum:
         if not all(abs(float(bound)) <= self._limit for bound in torch.aminmax(term)):
             raise ExactOverflowError(OUT_OF_RANGE)
         term_RD, total_RD = term.reshape(len(term), -1), self.total.view(len(term), -1)
-        for rows in row_blocks(term_RD, element_bytes=16):
+        for rows in row_blocks(term_RD, scratch_bytes=16):
             total_RD[rows] += term_RD[rows].to(torch.float64, copy=True).mul_(self._scale).round_().to(torch.int64)
 
     def value(self) -> Tensor:

@@ -1,7 +1,7 @@
 """A pruned MLP's weights, all three of them moved so that its outputs come closer to given targets.
 
 With y the targets, minimise the sum over tokens of ||y - D h||^2, h = silu(G x) * (U x), over gate G, up U and down D
-of the kept neurons. One step of Gauss-Newton: h is taken as linear in G and U around where they are, and the damped
+of the kept neurons, in steps of Gauss-Newton: h is taken as linear in G and U around where they are, and the damped
 normal equations (J^T J + damping diag(J^T J)) delta = J^T r are solved by conjugate gradients, which need only products
 with J and J^T. They are preconditioned with blocks of J^T J in Kronecker form (as in K-FAC, arXiv 1503.05671). No new
 parameters; biases stay as they are.
@@ -23,7 +23,7 @@ DAMPING = 1e-2
 
 @dataclass(frozen=True)
 class MlpWeights:
-    """Gate and up [kept, hidden_size] and down [hidden_size, kept] of one layer, or a change of them; float32."""
+    """Gate and up [kept, hidden_size] and down [hidden_size, kept] of one layer, or a change of them."""
 
     gate_KC: Tensor
     up_KC: Tensor
@@ -31,6 +31,9 @@ class MlpWeights:
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.gate_KC, self.up_KC, self.down_CK
+
+    def to(self, dtype: torch.dtype) -> MlpWeights:
+        return MlpWeights(*(it.to(dtype) for it in self.tensors()))
 
     def plus(self, other: MlpWeights, scale: float = 1.0) -> MlpWeights:
         return MlpWeights(*(a + scale * b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
@@ -56,23 +59,23 @@ class Linearized:
     """The MLP around some weights, on some tokens.
 
     Args:
-        input_NC: what the MLP reads, in the dtype of all products [tokens, hidden_size].
+        weights: in the dtype of all products; ``down_CK`` is kept.
+        input_NC: what the MLP reads, in that dtype [tokens, hidden_size]; kept.
     """
 
     def __init__(self, weights: MlpWeights, biases: Biases, input_NC: Tensor) -> None:
-        dtype = input_NC.dtype
-        gate_NK = linear(input_NC, weights.gate_KC.to(dtype), biases.gate_K)
-        up_NK = linear(input_NC, weights.up_KC.to(dtype), biases.up_K)
+        gate_NK = linear(input_NC, weights.gate_KC, biases.gate_K)
+        up_NK = linear(input_NC, weights.up_KC, biases.up_K)
         sigmoid_NK = gate_NK.sigmoid()
         self._input_NC = input_NC
-        self._down_CK = weights.down_CK.to(dtype)
+        self._down_CK = weights.down_CK
         self._by_up_NK = silu(gate_NK)
         self._by_gate_NK = sigmoid_NK * (1 + gate_NK * (1 - sigmoid_NK)) * up_NK
         self.hidden_NK = self._by_up_NK * up_NK
 
     @staticmethod
     def bytes_of(weights: MlpWeights, input_NC: Tensor) -> int:
-        """What one of these keeps: the inputs, and three numbers for each token and kept neuron."""
+        """What one of these keeps of its own: the inputs, and three numbers for each token and kept neuron."""
         tokens, hidden_size = input_NC.shape
         return tokens * (3 * len(weights.gate_KC) + hidden_size) * input_NC.itemsize
 
@@ -81,11 +84,10 @@ class Linearized:
         return linear(self.hidden_NK, self._down_CK).float()
 
     def forward(self, change: MlpWeights) -> Tensor:
-        """J change: how the outputs move, [tokens, hidden_size], float32."""
-        dtype = self._input_NC.dtype
-        hidden_NK = linear(self._input_NC, change.gate_KC.to(dtype)).mul_(self._by_gate_NK)
-        hidden_NK += linear(self._input_NC, change.up_KC.to(dtype)).mul_(self._by_up_NK)
-        return linear(hidden_NK, self._down_CK).float() + linear(self.hidden_NK, change.down_CK.to(dtype)).float()
+        """J change: how the outputs move, float32 [tokens, hidden_size]; ``change`` is in the dtype of products."""
+        hidden_NK = linear(self._input_NC, change.gate_KC).mul_(self._by_gate_NK)
+        hidden_NK += linear(self._input_NC, change.up_KC).mul_(self._by_up_NK)
+        return linear(hidden_NK, self._down_CK).float() + linear(self.hidden_NK, change.down_CK).float()
 
     def backward(self, error_NC: Tensor) -> MlpWeights:
         """J^T error, from [tokens, hidden_size]."""

@@ -95,9 +95,10 @@ class Accumulation:
         if self._world.is_first:
             self._save()
 
-    def mean_curvature(self, tokens: int) -> Tensor:
-        """Mean of g g^T over so many tokens, float64 [num_layers, hidden_size, hidden_size]; empty if not needed."""
-        return torch.zeros(0) if self._curvature is None else self._curvature.value() / tokens
+    def mean_curvature(self, layer: int, tokens: int) -> Tensor:
+        """Mean of g g^T over so many tokens, float64 [hidden_size, hidden_size], where a criterion needs moments."""
+        assert self._curvature is not None, "no criterion needs moments"
+        return self._curvature.value(layer) / tokens
 
     def _add_rounded(self, terms_JLD: list[Tensor]) -> None:
         for term_JLD in terms_JLD:
@@ -167,11 +168,12 @@ class Curvature:
         if counts:
             for gram, term_CC in zip(self._own, terms_LCC, strict=True):
                 gram.add(term_CC)
+        self._total_LCC = torch.zeros(0)  # as large as what takes its place
         self._total_LCC = torch.stack([gram.total_DD for gram in self._own])
         self._world.add_up(self._total_LCC)
 
-    def value(self) -> Tensor:
-        return torch.stack([gram.value_of(total) for gram, total in zip(self._own, self._total_LCC, strict=True)])
+    def value(self, layer: int) -> Tensor:
+        return self._own[layer].value_of(self._total_LCC[layer])
 
     def saved(self) -> Saved:
         return {self.FIRST: self._first_LC, self.TOTAL: self._total_LCC}

@@ -21,7 +21,7 @@ from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.lean import checkpoint_activations, lighten
 from hfprune_dist.models.weights import mlp_layer
 from hfprune_dist.parallel.world import World
-from hfprune_dist.parallel.zero3 import gathered, load_frozen, rearming
+from hfprune_dist.parallel.zero3 import gathered, load_frozen, rearming, release_shards
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,10 @@ class Calibration:
         keeps = {number: keeps_D for share in world.gather(mine) for number, keeps_D in share.items()}
         student_LD = torch.stack([keeps[number] for number in sorted(keeps)])
         self._model = replace(self._model, student_LD=student_LD.to(world.device))
+
+    def release(self) -> None:
+        """Give the memory of the model's weights back; nothing can be scored any more."""
+        release_shards(self.module)
 
     def score(self, micro_batches: Sequence[range]) -> Sums:
         """Sums over the windows of some micro-batches.

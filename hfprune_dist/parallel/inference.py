@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -96,10 +96,9 @@ class FrozenModel:
     def release(self) -> None:
         """Give the memory of the weights back; the model can't be used any more."""
         if self._sharded:
-            # DeepSpeed holds on to its models for ever, so this rank's shards are emptied.
-            parameters: Iterable[Any] = self.module.parameters()
-            for parameter in parameters:
-                parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
+            from hfprune_dist.parallel.zero3 import release_shards
+
+            release_shards(self.module)
         del self.module
         gc.collect()
         if self._world.device.type == "cuda":

@@ -163,7 +163,7 @@ class LayerStream:
                 sums[is_held_out(index, self._count)].add(term_DD)
             except ExactOverflowError as error:
                 raise unusable(number, error) from None
-            del term_DD  # as large as all that a rank holds otherwise, while the next one is made
+            del term_DD  # a quarter of both sums, while the next one is made
         fitted, held_out = sums or self._empty_sums(torch.zeros(size))  # a rank without windows takes part all the same
         return self._means(self._of_all_ranks(fitted), self._of_all_ranks(held_out))
 

@@ -94,6 +94,7 @@ class Measurement:
             grams = stream.grams(number, layer) if stream else None
             mlps = self._mlps(number, mlp_of(layer), widths, grams)
             branches = self._advance(layer, mlps, _split(branches, [widths[number] for widths in everyone]))
+            del grams, mlps  # before the next layer's
             self._after_each(number + 1)
         return self._compared(branches, len(everyone))[1:]
 

@@ -1,4 +1,4 @@
-"""One Gauss-Newton step of a layer's kept neurons towards what their MLP should put out."""
+"""Gauss-Newton steps of a layer's kept neurons towards what their MLP should put out."""
 
 from __future__ import annotations
 
@@ -42,20 +42,23 @@ class Reconstruction:
     """Moves a layer's pruned weights; the same bits on any number of ranks.
 
     Args:
-        biases: of gate and up.
-        inputs: micro-batch of this rank -> what the MLP reads there, [tokens, hidden_size] on the CPU.
+        dtype: of products.
+        biases: of gate and up, in that dtype.
+        inputs: micro-batch of this rank -> what the MLP reads there, in that dtype [tokens, hidden_size] on the CPU.
         target_of: the same -> what it should put out, without the down projection's bias, float32 on the device.
         micro_batches: of all ranks together.
     """
 
     def __init__(
         self,
+        dtype: torch.dtype,
         biases: Biases,
         inputs: Mapping[int, Tensor],
         target_of: Callable[[int], Tensor],
         micro_batches: int,
         world: World,
     ) -> None:
+        self._dtype = dtype
         self._biases = biases
         self._inputs = inputs
         self._target_of = target_of
@@ -98,7 +101,8 @@ class Reconstruction:
             return at.backward(at.forward(change))
 
         def product(change: MlpWeights) -> MlpWeights:
-            return MlpWeights(*self._sum(indices, lambda index: bent(index, change).tensors()))
+            rounded = change.to(self._dtype)
+            return MlpWeights(*self._sum(indices, lambda index: bent(index, rounded).tensors()))
 
         right = MlpWeights(*self._sum(indices, lambda index: residual(index).tensors()))
         return solve_normal_equations(product, right, curvature, iterations)
@@ -108,13 +112,14 @@ class Reconstruction:
 
         Kept for all iterations where that fits, which saves a third of their time, else made anew.
         """
+        rounded = weights.to(self._dtype)
         kept: dict[int, Linearized] = {}
         left = KEPT_BYTES
         for index in indices:
             left -= Linearized.bytes_of(weights, self._inputs[index])
             if left >= 0:
-                kept[index] = self._linearized(weights, index)
-        return lambda index: kept[index] if index in kept else self._linearized(weights, index)
+                kept[index] = self._linearized(rounded, index)
+        return lambda index: kept[index] if index in kept else self._linearized(rounded, index)
 
     def _linearized(self, weights: MlpWeights, index: int) -> Linearized:
         return Linearized(weights, self._biases, self._inputs[index].to(self._world.device))
@@ -133,7 +138,7 @@ class Reconstruction:
             for maximum, shape in zip(maxima, shapes, strict=True)
         ]
         for index in indices:
-            term = first if first is not None and index == indices[0] else term_of(index)
+            term, first = first or term_of(index), None
             for total, part in zip(sums, term, strict=True):
                 total.add(part)
         for total in sums:
@@ -142,8 +147,9 @@ class Reconstruction:
 
     def _held_out_error(self, weights: MlpWeights) -> float:
         """Squared error on the held-out windows of all ranks, added in their order."""
+        rounded = weights.to(self._dtype)
         own = {
-            index: self._squared_error(weights, index)
+            index: self._squared_error(rounded, index)
             for index in self._inputs
             if is_held_out(index, self._micro_batches) or self._micro_batches == 1
         }

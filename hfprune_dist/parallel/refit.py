@@ -92,7 +92,7 @@ class PursuingRefit:
         kept: of each of its layers, ascending indices of the neurons that stay.
         stream: its windows before the first layer.
         dense: the same windows before the first layer of the dense model.
-        whole_mlp: whether a step of Gauss-Newton on all three projections follows least squares on the down projection.
+        whole_mlp: whether steps of Gauss-Newton on all three projections follow least squares on the down projection.
     """
 
     def __init__(
@@ -178,9 +178,10 @@ class PursuingRefit:
         grams: Grams,
         seen: Mapping[int, tuple[Tensor, Tensor]],
     ) -> MlpWeights:
-        """Gate, up and down after a step that begins with a down projection of least squares on the same windows."""
+        """Gate, up and down after steps, the first from a down projection of least squares on the same windows."""
         gate, up = (projection(mlp, name) for name in self._family.row_projections)
         reconstruction = Reconstruction(
+            gate.weight.dtype,
             Biases(*(None if linear.bias is None else linear.bias.data for linear in (gate, up))),
             {index: input_NC for index, (input_NC, _) in seen.items()},
             lambda index: seen[index][1].to(self._world.device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,13 @@ def load_frozen(
         body_of(module).register_forward_pre_hook(lambda *_: coordinator.reset_step(), prepend=True)
     gc.freeze()  # else Python walks all modules and parameters again and again
     return module.eval()
+
+
+def release_shards(model: nn.Module) -> None:
+    """Give the memory of a sharded model's weights back; it can't be used any more, but DeepSpeed holds on to it."""
+    parameters: Iterable[Any] = model.parameters()
+    for parameter in parameters:
+        parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
 
 
 def rearming(model: nn.Module) -> Callable[[], None]:

@@ -130,6 +130,8 @@ def _accumulate(
             totals.add_round(calibration.score(shards[totals.mine]))
         context.interruption.stop_if_agreed(context.world)
     context.progress.update("calibration", len(shards), len(shards))
+    if calibration is not None:
+        calibration.release()
     return totals
 
 
@@ -171,6 +173,7 @@ def _scores(
         if waiting is not None and ((number + 1) % world.size == 0 or number + 1 == checkpoint.num_layers):
             mine |= _layer_scores(waiting, criteria, totals)
             waiting = None
+        del moments  # of the size of the next layer's
     return {name: scores_D for share in world.gather(mine) for name, scores_D in share.items()}
 
 
@@ -193,7 +196,7 @@ class _Walk:
             dtype = getattr(torch, context.params["dtype"])
             size = context.params["calibration"]["micro_batch_size"]
             self._stream = LayerStream(checkpoint, windows_ST, dtype, size, context.world)
-            self._curvature_LCC = totals.mean_curvature(self._tokens)
+            self._totals = totals
 
     def moments(self, number: int) -> Moments | None:
         """The moments of the next layer; collective."""
@@ -202,7 +205,8 @@ class _Walk:
         self._context.progress.update("moments", number, self._layers)
         self._context.interruption.stop_if_agreed(self._context.world)
         grams = self._stream.grams(number, self._stream.layer(number))
-        return Moments(grams.whole_DD, self._curvature_LCC[number].to(grams.whole_DD.device), self._tokens)
+        curvature_CC = self._totals.mean_curvature(number, self._tokens)
+        return Moments(grams.whole_DD, curvature_CC.to(grams.whole_DD.device), self._tokens)
 
 
 def _layer_scores(layer: MlpLayer, criteria: Sequence[Criterion], totals: Accumulation) -> dict[str, Tensor]:

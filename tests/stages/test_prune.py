@@ -238,18 +238,24 @@ def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):
     assert weights_of(store, stage) == weights_of(reference, stage)
 
 
+# Of a layer: two Gram matrices; in each step three sums for the curvature, the right side and every iteration.
+REDUCTIONS = 2 + 3 * (2 + reconstruct.ITERATIONS) + 3 * (2 + reconstruct.MORE_ITERATIONS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "done"), [(killing_in_reduction(1, 45), 1), (killing(0, 3, "layer-1."), 1)], ids=["in a step", "writing"]
+    "fault",
+    [killing_in_reduction(1, REDUCTIONS + REDUCTIONS // 2), killing(0, 3, "layer-1.")],
+    ids=["in a step", "writing"],
 )
-def test_a_block_goes_on_with_the_same_bits_after_one_of_its_ranks_died(tmp_path, fault, done):
+def test_a_block_goes_on_with_the_same_bits_after_one_of_its_ranks_died_in_the_second_layer(tmp_path, fault):
     (tmp_path / "whole").mkdir()
     reference, stage, _ = prepare(tmp_path / "whole", refit="block", samples=64)
     run_solo(reference, stage)
     store, stage, _ = prepare(tmp_path, refit="block", samples=64)
     killed = run_stage(store, stage, 2, environment=fault)
     assert killed.returncode != 0 and not store.path(stage.id).exists()
-    assert len(list(store.work(stage.id).glob("refit/layer-*.json"))) == done
+    assert len(list(store.work(stage.id).glob("refit/layer-*.json"))) == 1
     resumed = run_stage(store, stage, 2)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert weights_of(store, stage) == weights_of(reference, stage)
