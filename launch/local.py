@@ -28,6 +28,7 @@ from hfprune_dist.progress import (
     read_heartbeat,
     write_failure_record,
 )
+from launch.hardware import count_gpus
 from launch.layout import Origin, attempts_so_far, lay_out
 
 STAGE_SCRIPT = Path(__file__).with_name("stage.py")
@@ -153,20 +154,11 @@ class LocalBackend:
 
 
 def _ranks(runtime: RuntimeConfig) -> int:
-    gpus = _count_gpus()
+    gpus = count_gpus()
     ranks = runtime.ranks or gpus or 1
     if gpus and ranks > gpus:
         raise UserError(f"--ranks {ranks}: this machine has {gpus} GPUs, a rank needs one of its own")
     return ranks
-
-
-def _count_gpus() -> int:
-    """GPUs that ranks may use, found without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip()])
-    driver = Path("/proc/driver/nvidia/gpus")
-    return len(list(driver.iterdir())) if driver.is_dir() else 0
 
 
 def _end_with_parent() -> None:

@@ -35,6 +35,7 @@ from hfprune_dist.provenance import code_version
 from hfprune_dist.report import DenseModel, collect_rows, write_reports
 from launch.cluster import Sweep, cancel, run_on_slurm, show_jobs, show_status
 from launch.estimate import estimate_stages, refuse_what_cannot_fit, show_estimates
+from launch.hardware import note_on_bfloat16
 from launch.layout import Origin
 from launch.local import LocalBackend
 from launch.profiles import Profile, load_profile
@@ -104,6 +105,8 @@ def run_sweep(arguments: argparse.Namespace) -> int:
         console.print(
             f"{len(todo)} of {len(plan.stages)} stages to run, {backend.ranks} ranks each; logs in {out / 'logs'}"
         )
+        if note := note_on_bfloat16(plan.stages[stage_id] for stage_id in todo):
+            console.print(f"note: {note}", highlight=False)
         with stage_screen(console, len(todo)) as screen:
             _run_stages(plan, todo, store, backend, screen)
     store.hashes.save()

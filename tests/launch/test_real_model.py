@@ -41,7 +41,7 @@ def finished(real_assets, tmp_path_factory):
 def test_the_table_tells_a_pretrained_model_from_a_pruned_one(finished):
     dense, control, pruned = results(finished)
     assert 10 < float(dense["perplexity"]) < 30, "English, read by a pretrained model"
-    assert float(pruned["perplexity"]) > 1.2 * float(dense["perplexity"])
+    assert float(pruned["perplexity"]) > 1.1 * float(dense["perplexity"])
     assert float(dense["kl"]) == 0 < float(control["kl"]) < float(pruned["kl"])
     assert float(dense["demo_continuation/acc"]) > 0.5
     assert int(dense["parameters"]) == 134_515_008
