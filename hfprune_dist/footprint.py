@@ -26,8 +26,8 @@ CURVATURE_BYTES, CURVATURE_SUMS_BYTES = 20, 16
 # parallel.layerwise: for each number of a Gram matrix two exact sums and the three matrices that are made of them, in 8
 # bytes each, and a little at the peak; and the three that remain.
 GRAM_BYTES, GRAMS_BYTES = 42, 24
-# core.elimination: for each number of a layer's Gram matrix, while it is inverted; of one that waits for its turn.
-ELIMINATION_BYTES, MOMENTS_BYTES = 40, 8
+# core.elimination: for each number of a layer's Gram matrix, with what is made of it; of one that waits for its turn.
+ELIMINATION_BYTES, MOMENTS_BYTES = 32, 8
 # core.reconstruction: for each number of activations' Gram matrix, while it is inverted, and afterwards; for each
 # weight of an MLP the vectors of conjugate gradients and where steps begin.
 INVERSE_BYTES, INVERTED_BYTES, STEP_BYTES = 36, 12, 72

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune_dist import footprint
-from hfprune_dist.core import blocks, gram
+from hfprune_dist.core import blocks, elimination, gram
 from hfprune_dist.core.criteria import CRITERIA, Batch
 from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
 from hfprune_dist.footprint import Evaluate, Gpus, Importance, Refit, Train, fits, seconds, shape_of
@@ -188,6 +188,17 @@ def test_memory_of_a_refit(kind, ranks, shape, dtype, tmp_path, monkeypatch):
         refit.run(lambda done: None)
     memory = job.memory(shape_of(checkpoint.config), ranks)
     assert 0.85 * memory.total < counted.peak < 1.05 * memory.total
+
+
+@pytest.mark.parametrize("shape", [(32, 1024), (128, 512)], ids=["wide", "square"])
+def test_memory_of_an_elimination(shape, monkeypatch):
+    monkeypatch.setattr(elimination, "WAITING", 1)  # so that what waits is as little as in wide layers
+    hidden_size, size = shape
+    hidden_ND, gradient_NC = torch.randn(2 * size, size), torch.randn(2 * size, hidden_size)
+    gram_DD, curvature_CC = (it.T.double() @ it.double() / len(it) for it in (hidden_ND, gradient_NC))
+    with PeakBytes() as counted:
+        elimination.elimination_scores(gram_DD, curvature_CC, torch.randn(hidden_size, size), torch.rand(size))
+    assert 0.95 < counted.peak / (footprint.ELIMINATION_BYTES * size**2) < 1.15
 
 
 def test_what_a_step_keeps_between_iterations_is_what_is_estimated():

@@ -20,12 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Neurons removed between two updates of the costs.
-BLOCK = 8
+# Neurons removed between two updates of the costs; and such updates that wait to be applied to whole matrices at once.
+BLOCK, WAITING = 8, 8
 # Added to the diagonal of G, as a share of its mean: samples are finite.
 RIDGE = 1e-2
-
-
 # A correction leaves at least this share of a neuron's cost.
 LEAST_SHARE = 0.1
 
@@ -62,26 +60,78 @@ def eliminate(
     Returns:
         Order of removal (int64 [intermediate_size]), and what each removal costs when its turn comes.
     """
-    inverse_DD = torch.linalg.inv(gram_DD + RIDGE * gram_DD.diagonal().mean() * torch.eye(len(gram_DD)).to(gram_DD))
+    energy_D = gram_DD.diagonal()
+    inverse = _Shrinking(_inverse(gram_DD))
     weight_CD = weight_CD.to(gram_DD)
-    bent_CD = curvature_CC @ weight_CD
-    correction_D = _correction((weight_CD * bent_CD).sum(dim=0), gram_DD.diagonal(), fisher_D.to(gram_DD))
+    bending = _Shrinking(weight_CD.T @ (curvature_CC @ weight_CD))
+    correction_D = _correction(bending.diagonal_D, energy_D, fisher_D.to(gram_DD))
     left_D = torch.arange(len(gram_DD), device=gram_DD.device)
+    gone_D = torch.zeros_like(left_D, dtype=torch.bool)
     order, costs = [], []
-    while len(left_D):
-        bending_D = (weight_CD * bent_CD).sum(dim=0)
-        cost_D = 0.5 * torch.maximum(bending_D + correction_D, LEAST_SHARE * bending_D) / inverse_DD.diagonal()
-        gone = cost_D.sort(stable=True).indices[:block]
+    for start in range(0, len(gram_DD), block):
+        bending_D = bending.diagonal_D
+        cost_D = 0.5 * torch.maximum(bending_D + correction_D, LEAST_SHARE * bending_D) / inverse.diagonal_D
+        cost_D.masked_fill_(gone_D, torch.inf)
+        gone = cost_D.sort(stable=True).indices[: min(block, len(gram_DD) - start)]
         order.append(left_D[gone])
         costs.append(cost_D[gone])
-        stay = torch.ones(len(left_D), dtype=torch.bool, device=left_D.device).index_fill_(0, gone, False)
         # Block elimination: P - P[:, gone] P[gone, gone]^-1 P[gone, :] is the inverse of G without the removed.
-        absorbed_DB = torch.linalg.solve(inverse_DD[gone][:, gone], inverse_DD[gone][:, stay]).T
-        weight_CD = weight_CD[:, stay] - weight_CD[:, gone] @ absorbed_DB.T
-        bent_CD = bent_CD[:, stay] - bent_CD[:, gone] @ absorbed_DB.T
-        inverse_DD = inverse_DD[stay][:, stay] - absorbed_DB @ inverse_DD[gone][:, stay]
-        left_D, correction_D = left_D[stay], correction_D[stay]
+        rows_BD = inverse.rows(gone)
+        absorbed_BD = torch.linalg.solve(rows_BD[:, gone], rows_BD)
+        inverse.subtract(absorbed_BD.T, rows_BD)
+        # The columns that stay become W - W[:, gone] absorbed, W^T F W accordingly.
+        bent_BD = bending.rows(gone)
+        half_BD = bent_BD - 0.5 * bent_BD[:, gone] @ absorbed_BD
+        bending.subtract(torch.cat([absorbed_BD, half_BD]).T, torch.cat([half_BD, absorbed_BD]))
+        gone_D[gone] = True
+        if (start // block + 1) % WAITING == 0:
+            stay_S = (~gone_D).nonzero().flatten()
+            inverse.keep(stay_S)
+            bending.keep(stay_S)
+            left_D, correction_D, gone_D = left_D[stay_S], correction_D[stay_S], gone_D[stay_S]
     return torch.cat(order), torch.cat(costs)
+
+
+def _inverse(gram_DD: Tensor) -> Tensor:
+    damped_DD = gram_DD.clone()
+    damped_DD.diagonal().add_(RIDGE * gram_DD.diagonal().mean())
+    factor_DD = torch.linalg.cholesky(damped_DD)
+    del damped_DD
+    return torch.cholesky_inverse(factor_DD)
+
+
+class _Shrinking:
+    """A symmetric matrix over the neurons that are left, less products that are taken away a few at a time.
+
+    Applying a product to the whole matrix costs a pass over it, so products wait for each other; meanwhile the diagonal
+    is kept up to date, and rows are corrected when they are read.
+    """
+
+    def __init__(self, matrix_DD: Tensor) -> None:
+        self.diagonal_D = matrix_DD.diagonal().clone()
+        self._matrix_DD = matrix_DD
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Some rows as they are now, [len(indices), size]."""
+        rows_BD = self._matrix_DD.index_select(0, indices)
+        for left_DR, right_RD in self._waiting:
+            rows_BD.addmm_(left_DR.index_select(0, indices), right_RD, alpha=-1)
+        return rows_BD
+
+    def subtract(self, left_DR: Tensor, right_RD: Tensor) -> None:
+        """Take a product away that is symmetric."""
+        self.diagonal_D -= (left_DR.T * right_RD).sum(dim=0)
+        self._waiting.append((left_DR, right_RD))
+
+    def keep(self, stay_S: Tensor) -> None:
+        """Forget the neurons that don't stay, and apply what waits."""
+        left_SR = torch.cat([left_DR for left_DR, _ in self._waiting], dim=1).index_select(0, stay_S)
+        right_RS = torch.cat([right_RD for _, right_RD in self._waiting]).index_select(1, stay_S)
+        self._matrix_DD = self._matrix_DD.index_select(0, stay_S)
+        self._matrix_DD = self._matrix_DD.index_select(1, stay_S).addmm_(left_SR, right_RS, alpha=-1)
+        self.diagonal_D = self.diagonal_D[stay_S]
+        self._waiting = []
 
 
 def _correction(bending_D: Tensor, energy_D: Tensor, fisher_D: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from hfprune_dist.core import elimination
 from hfprune_dist.core.elimination import RIDGE, eliminate, elimination_scores
 
-D, C, T = 10, 6, 400
+D, C, T = 20, 6, 400
 
 
 def layer(seed=0):
@@ -41,6 +42,17 @@ def test_each_removal_costs_what_least_squares_says():
         before = cost_of_removing(gram, curvature, weight, removed)
         removed.append(neuron)
         torch.testing.assert_close(cost, cost_of_removing(gram, curvature, weight, removed) - before)
+
+
+@pytest.mark.parametrize("waiting", [1, 3, 100])
+def test_it_does_not_matter_how_many_updates_wait(waiting, monkeypatch):
+    gram, curvature, weight = layer()
+    arguments = gram, curvature, weight, 2 * independent(gram, curvature, weight), 2
+    order, costs = eliminate(*arguments)
+    monkeypatch.setattr(elimination, "WAITING", waiting)
+    found_order, found_costs = eliminate(*arguments)
+    assert torch.equal(found_order, order)
+    torch.testing.assert_close(found_costs, costs)
 
 
 def test_the_cheapest_goes_first():
