@@ -23,9 +23,9 @@ SMALL_PARAMETER = 100_000
 HEAD_CHUNK_BYTES = 4 * 64 * 2**20
 # parallel.accumulation: a shard's curvature in float32, and its exact sum over shards in two numbers of 8 bytes.
 CURVATURE_BYTES, CURVATURE_SUMS_BYTES = 20, 16
-# parallel.layerwise: for each number of a Gram matrix two exact sums and the three matrices that are made of them, in 8
-# bytes each, and a little at the peak; and the three that remain.
-GRAM_BYTES, GRAMS_BYTES = 42, 24
+# parallel.layerwise: for each number of a Gram matrix two exact sums, in 8 bytes each, with what is added to them; and
+# the two matrices that are made of them.
+GRAM_BYTES, GRAMS_BYTES = 36, 16
 # core.elimination: for each number of a layer's Gram matrix, with what is made of it; of one that waits for its turn.
 ELIMINATION_BYTES, MOMENTS_BYTES = 32, 8
 # core.reconstruction: for each number of activations' Gram matrix, while it is inverted, and afterwards; for each
@@ -343,19 +343,29 @@ class Refit:
         tokens, kept = self.windows * self.tokens, self.share_kept * shape.intermediate_size
         size = kept + shape.hidden_size if self.pursues else shape.intermediate_size
         widest = max(size, shape.intermediate_size) if self.searches else size
-        sums = _memory_of_walk(shape, tokens, self.itemsize, widest)
+        walk = _memory_of_walk(shape, tokens, self.itemsize, widest)
         if self.pursues:
-            sums = replace(sums, weights=2 * sums.weights)
+            walk = replace(walk, weights=2 * walk.weights)
         elif ranks > 1:  # a layer's matrices wait until every rank has a layer to solve
-            sums = replace(sums, sums=sums.sums + GRAMS_BYTES * size**2)
-        if not self.steps:
-            return sums
+            walk = replace(walk, sums=walk.sums + GRAMS_BYTES * size**2)
+        phases = [walk.sums, self._solving(shape, kept, size)]
+        if self.steps:
+            phases.append(self._stepping(shape, kept, ranks))
+        return replace(walk, sums=max(phases))
+
+    def _solving(self, shape: Shape, kept: float, size: float) -> float:
+        """Bytes of least squares, float64: on all windows, or while a ridge is chosen, whichever needs more."""
+        whole = 3 * size**2 + 2 * kept**2 + shape.hidden_size * (2 * size + 3 * kept)
+        choosing = 2 * size**2 + 4 * kept**2 + shape.hidden_size * (size + 5 * kept)
+        return 8 * max(whole, choosing)
+
+    def _stepping(self, shape: Shape, kept: float, ranks: int) -> float:
+        """Bytes of a step: two Gram matrices of the kept neurons in float64, what inverts them, what iterates."""
         mine = _tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
         linearized = min(KEPT_BYTES, mine * (3 * kept + shape.hidden_size) * self.itemsize)
         weights = 3 * kept * shape.hidden_size
         inverting, iterating = INVERSE_BYTES * kept**2, INVERTED_BYTES * kept**2 + STEP_BYTES * weights
-        step = GRAMS_BYTES * size**2 + max(inverting, iterating) + linearized
-        return replace(sums, sums=max(sums.sums, step))
+        return 16 * kept**2 + max(inverting, iterating) + linearized
 
 
 # What is known to be bound by products in the compute dtype, or by gathers.

@@ -15,39 +15,50 @@ from torch import Tensor
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
-def refit_down_projection(weight_CD: Tensor, gram_DD: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """The refitted weight [hidden_size, kept], float64.
+class LeastSquares:
+    """The problem on some tokens, from which every ridge's weight and any weight's error follow.
 
     Args:
         weight_CD: the layer's weight before pruning [hidden_size, intermediate_size].
-        gram_DD: float64, the mean (or sum) of h h^T over tokens, of all neurons.
+        gram_DD: float64, the mean (or sum) of h h^T over tokens, of all neurons; not held on to.
         kept: ascending int64 indices of those that stay.
-        ridge: share of the kept neurons' mean of h^2 that pulls towards the old weight.
+
+    Attributes:
+        old_CK: the columns of ``weight_CD`` that stay.
+        gram_KK: what ``gram_DD`` has of the neurons that stay.
     """
-    weight_CD = weight_CD.to(gram_DD)
-    kept_gram = gram_DD[kept][:, kept]
-    strength = ridge * kept_gram.diagonal().mean()
-    kept_gram.diagonal().add_(strength)
-    target = weight_CD @ gram_DD[:, kept] + strength * weight_CD[:, kept]
-    return torch.cholesky_solve(target.T, torch.linalg.cholesky(kept_gram)).T.contiguous()
+
+    def __init__(self, weight_CD: Tensor, gram_DD: Tensor, kept: Tensor) -> None:
+        weight_CD = weight_CD.to(gram_DD)
+        outputs_CD = weight_CD @ gram_DD  # E[W h h^T]
+        self._energy = (outputs_CD * weight_CD).sum()
+        self._cross_CK = outputs_CD[:, kept]
+        self.gram_KK = gram_DD[kept[:, None], kept]
+        self.old_CK = weight_CD[:, kept]
+
+    def weight(self, ridge: float) -> Tensor:
+        """The refitted weight [hidden_size, kept], float64.
+
+        Args:
+            ridge: share of the kept neurons' mean of h^2 that pulls towards the old weight.
+        """
+        strength = ridge * self.gram_KK.diagonal().mean()
+        damped_KK = self.gram_KK.clone()
+        damped_KK.diagonal().add_(strength)
+        factor_KK = torch.linalg.cholesky(damped_KK)
+        del damped_KK
+        right_CK = self._cross_CK + strength * self.old_CK
+        return torch.cholesky_solve(right_CK.T, factor_KK).T.contiguous()
+
+    def error(self, weight_CK: Tensor) -> float:
+        """E||W h - W' h_S||^2 / E||W h||^2: the share of the output's energy that is lost."""
+        explained = (weight_CK * (2 * self._cross_CK - weight_CK @ self.gram_KK)).sum()
+        return float((1 - explained / self._energy).clamp(min=0))
 
 
-def output_error(weight_CD: Tensor, gram_DD: Tensor, kept: Tensor, new_weight: Tensor) -> float:
-    """E||W h - W' h_S||^2 / E||W h||^2 on the tokens of ``gram_DD``: the share of the output's energy that is lost."""
-    weight_CD = weight_CD.to(gram_DD)
-    difference_CD = weight_CD.index_add(1, kept, new_weight.to(gram_DD), alpha=-1)
-    energy = ((weight_CD @ gram_DD) * weight_CD).sum()
-    return float(((difference_CD @ gram_DD) * difference_CD).sum() / energy)
-
-
-def best_ridge(
-    weight_CD: Tensor, gram_DD: Tensor, held_out_DD: Tensor, kept: Tensor, ridges: Sequence[float] = RIDGES
-) -> float:
-    """The ridge whose refit on ``gram_DD`` has the smallest error on the tokens of ``held_out_DD``."""
-    errors = [
-        output_error(weight_CD, held_out_DD, kept, refit_down_projection(weight_CD, gram_DD, kept, ridge))
-        for ridge in ridges
-    ]
+def best_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[float] = RIDGES) -> float:
+    """The ridge whose weight, fitted on some tokens, has the smallest error on others."""
+    errors = [held_out.error(fitted.weight(ridge)) for ridge in ridges]
     return ridges[errors.index(min(errors))]
 
 

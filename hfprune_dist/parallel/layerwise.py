@@ -32,12 +32,16 @@ class Grams:
     Attributes:
         fitted_DD: over the micro-batches that are fitted.
         held_out_DD: over those that are kept apart.
-        whole_DD: over all.
+        held_out_share: of all tokens.
     """
 
     fitted_DD: Tensor
     held_out_DD: Tensor
-    whole_DD: Tensor
+    held_out_share: float
+
+    def whole(self) -> Tensor:
+        """Over all micro-batches, as large as each of both."""
+        return self.fitted_DD.lerp(self.held_out_DD, self.held_out_share)
 
 
 @dataclass(frozen=True)
@@ -182,10 +186,11 @@ class LayerStream:
         return shared_D.to(self._world.device)
 
     def _means(self, fitted_DD: Tensor, held_out_DD: Tensor) -> Grams:
-        whole_DD = (fitted_DD + held_out_DD).div_(self._tokens)
+        fitted_DD.div_(self.fitted_tokens)
         if not self._held_out_tokens:
-            return Grams(whole_DD, whole_DD, whole_DD)
-        return Grams(fitted_DD.div_(self.fitted_tokens), held_out_DD.div_(self._held_out_tokens), whole_DD)
+            return Grams(fitted_DD, fitted_DD, 0.0)
+        share = self._held_out_tokens / self._tokens
+        return Grams(fitted_DD, held_out_DD.div_(self._held_out_tokens), share)
 
 
 def unusable(number: int, error: ExactOverflowError) -> UserError:

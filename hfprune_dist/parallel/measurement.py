@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.fidelity import compare_outputs, next_ids
-from hfprune_dist.core.refit import best_ridge, refit_down_projection
+from hfprune_dist.core.refit import LeastSquares, best_ridge
 from hfprune_dist.core.search import Widths
 from hfprune_dist.core.selection import top_neurons
 from hfprune_dist.files import read_json, write_json
@@ -125,10 +125,13 @@ class Measurement:
         weight_CD = projection(mlp, self._checkpoint.family.down_projection).weight.data.double()
         on_device = {width: kept_K.to(weight_CD.device) for width, kept_K in kept.items()}
         narrowest_K = on_device[min(on_device)]
-        ridge = best_ridge(weight_CD, grams.fitted_DD, grams.held_out_DD, narrowest_K) if self._world.is_first else 0.0
+        ridge = 0.0
+        if self._world.is_first:
+            held_out = LeastSquares(weight_CD, grams.held_out_DD, narrowest_K)
+            ridge = best_ridge(LeastSquares(weight_CD, grams.fitted_DD, narrowest_K), held_out)
         ridge = self._world.broadcast(ridge)
         mine = {
-            width: refit_down_projection(weight_CD, grams.fitted_DD, kept_K, ridge).float().cpu()
+            width: LeastSquares(weight_CD, grams.fitted_DD, kept_K).weight(ridge).float().cpu()
             for place, (width, kept_K) in enumerate(on_device.items())
             if place % self._world.size == self._world.rank
         }

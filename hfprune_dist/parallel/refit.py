@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,13 +11,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.core.exact import ExactOverflowError
 from hfprune_dist.core.reconstruction import Biases, MlpWeights
-from hfprune_dist.core.refit import (
-    best_ridge,
-    output_error,
-    refit_down_projection,
-    vectors_of_targets,
-    weight_of_targets,
-)
+from hfprune_dist.core.refit import LeastSquares, best_ridge, vectors_of_targets, weight_of_targets
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.layers import mlp_of, narrow, projection
 from hfprune_dist.parallel.fitted import FittedLayers, LayerFit
@@ -52,7 +47,7 @@ class DenseRefit:
         self._stream = stream
         self._fitted = fitted
         self._world = world
-        self._waiting: tuple[int, Callable[[], tuple[LayerFit, Tensor]]] | None = None
+        self._waiting: tuple[int, Callable[[], Solution]] | None = None
 
     def run(self, after_each: AfterEach) -> None:
         """Refit all layers that are not done."""
@@ -71,11 +66,12 @@ class DenseRefit:
         if number % self._world.size == self._world.rank:
             weight_CD = projection(mlp_of(layer), self._checkpoint.family.down_projection).weight.data.double()
             self._waiting = number, partial(solve, weight_CD, grams, self._kept[number].to(weight_CD.device))
+        del grams  # those of another rank's layer, while this one solves
         if (number + 1) % self._world.size == 0 or number + 1 == self._checkpoint.num_layers:
             if self._waiting is not None:
                 mine, solved = self._waiting
-                fit, down_CK = solved()
-                self._fitted.write(mine, [down_CK], fit)
+                solution = solved()
+                self._fitted.write(mine, [solution.whole_CK], solution.fit)
                 self._waiting = None
             self._world.barrier()
 
@@ -136,14 +132,13 @@ class PursuingRefit:
         grams = self._stream.grams_of(number, sum(down_CK.shape), self._vectors(layer, dense_mlp, seen))
         weight_CD = weight_of_targets(down_CK.double())
         kept = torch.arange(down_CK.shape[1], device=down_CK.device)
-        fit, refitted_CK = solve(weight_CD, grams, kept)
-        tensors: Sequence[Tensor] = [refitted_CK]
+        solution = solve(weight_CD, grams, kept)
+        del grams  # of which the solution has what a step needs
+        tensors: Sequence[Tensor] = [solution.whole_CK]
         if self._whole_mlp:
-            # Held-out windows judge a step, so one begins where they are unknown.
-            fitted_CK = refit_down_projection(weight_CD, grams.fitted_DD, kept, fit.ridge)
-            tensors = self._moved(number, mlp, fitted_CK, refitted_CK, grams, seen).tensors()
+            tensors = self._moved(number, mlp, solution, seen).tensors()
         if self._world.is_first:
-            self._fitted.write(number, tensors, fit)
+            self._fitted.write(number, tensors, solution.fit)
         self._world.barrier()
 
     def _vectors(
@@ -173,9 +168,7 @@ class PursuingRefit:
         self,
         number: int,
         mlp: nn.Module,
-        fitted_CK: Tensor,
-        whole_CK: Tensor,
-        grams: Grams,
+        solution: Solution,
         seen: Mapping[int, tuple[Tensor, Tensor]],
     ) -> MlpWeights:
         """Gate, up and down after steps, the first from a down projection of least squares on the same windows."""
@@ -189,30 +182,46 @@ class PursuingRefit:
             self._world,
         )
 
-        def start(down_CK: Tensor, gram_DD: Tensor, tokens: int) -> Start:
+        def start(down_CK: Tensor, gram_KK: Tensor, tokens: int) -> Start:
             gate_KC, up_KC = (linear.weight.data.float() for linear in (gate, up))
-            kept = len(gate_KC)
-            return Start(MlpWeights(gate_KC, up_KC, down_CK.to(gate_KC)), gram_DD[:kept, :kept], tokens)
+            return Start(MlpWeights(gate_KC, up_KC, down_CK), gram_KK, tokens)
 
         try:
             return reconstruction.improve(
-                start(fitted_CK, grams.fitted_DD, self._stream.fitted_tokens),
-                start(whole_CK, grams.whole_DD, self._stream.tokens),
+                # Held-out windows judge a step, so one begins where they are unknown.
+                start(solution.fitted_CK, solution.fitted_KK, self._stream.fitted_tokens),
+                start(solution.whole_CK, solution.whole_KK, self._stream.tokens),
             )
         except ExactOverflowError as error:
             raise unusable(number, error) from None
 
 
-def solve(weight_CD: Tensor, grams: Grams, kept: Tensor) -> tuple[LayerFit, Tensor]:
-    """Least squares with the ridge that held-out windows choose.
+@dataclass(frozen=True)
+class Solution:
+    """Down projections by least squares: float32 [hidden_size, kept], and the mean of h h^T of the same neurons.
 
-    The new weight is float32 [hidden_size, kept] on the CPU.
+    Attributes:
+        fitted_CK: on the windows that are not held out.
+        whole_CK: on all windows.
     """
-    ridge = best_ridge(weight_CD, grams.fitted_DD, grams.held_out_DD, kept)
-    new_weight = refit_down_projection(weight_CD, grams.whole_DD, kept, ridge)
-    fit = LayerFit(
-        ridge,
-        output_error(weight_CD, grams.whole_DD, kept, weight_CD[:, kept]),
-        output_error(weight_CD, grams.whole_DD, kept, new_weight),
+
+    fit: LayerFit
+    fitted_CK: Tensor
+    fitted_KK: Tensor
+    whole_CK: Tensor
+    whole_KK: Tensor
+
+
+def solve(weight_CD: Tensor, grams: Grams, kept: Tensor) -> Solution:
+    """Least squares with the ridge that held-out windows choose."""
+    fitted = LeastSquares(weight_CD, grams.fitted_DD, kept)
+    ridge = best_ridge(fitted, LeastSquares(weight_CD, grams.held_out_DD, kept))
+    whole = LeastSquares(weight_CD, grams.whole(), kept)
+    whole_CK = whole.weight(ridge)
+    return Solution(
+        LayerFit(ridge, error_before=whole.error(whole.old_CK), error_after=whole.error(whole_CK)),
+        fitted.weight(ridge).float(),
+        fitted.gram_KK,
+        whole_CK.float(),
+        whole.gram_KK,
     )
-    return fit, new_weight.float().cpu()

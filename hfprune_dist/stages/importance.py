@@ -206,7 +206,7 @@ class _Walk:
         self._context.interruption.stop_if_agreed(self._context.world)
         grams = self._stream.grams(number, self._stream.layer(number))
         curvature_CC = self._totals.mean_curvature(number, self._tokens)
-        return Moments(grams.whole_DD, curvature_CC.to(grams.whole_DD.device), self._tokens)
+        return Moments(grams.whole(), curvature_CC.to(self._context.world.device), self._tokens)
 
 
 def _layer_scores(layer: MlpLayer, criteria: Sequence[Criterion], totals: Accumulation) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hfprune_dist.core.refit import best_ridge, output_error, refit_down_projection
+from hfprune_dist.core.refit import LeastSquares, best_ridge
 
 D, C, T = 12, 5, 300
 
@@ -18,21 +18,21 @@ KEPT = torch.tensor([0, 2, 3, 7, 8, 11])
 
 def test_without_a_ridge_it_is_least_squares():
     hidden = activations()
-    refitted = refit_down_projection(WEIGHT, hidden.T @ hidden, KEPT, ridge=0.0)
+    refitted = LeastSquares(WEIGHT, hidden.T @ hidden, KEPT).weight(ridge=0.0)
     expected = torch.linalg.lstsq(hidden[:, KEPT], hidden @ WEIGHT.T).solution.T
     torch.testing.assert_close(refitted, expected)
 
 
 def test_a_large_ridge_keeps_the_weight():
     hidden = activations()
-    refitted = refit_down_projection(WEIGHT, hidden.T @ hidden / T, KEPT, ridge=1e9)
+    refitted = LeastSquares(WEIGHT, hidden.T @ hidden / T, KEPT).weight(ridge=1e9)
     torch.testing.assert_close(refitted, WEIGHT[:, KEPT], rtol=1e-6, atol=1e-6)
 
 
 def test_keeping_everything_changes_nothing():
     hidden = activations()
     everything = torch.arange(D)
-    refitted = refit_down_projection(WEIGHT, hidden.T @ hidden / T, everything, ridge=1e-2)
+    refitted = LeastSquares(WEIGHT, hidden.T @ hidden / T, everything).weight(ridge=1e-2)
     torch.testing.assert_close(refitted, WEIGHT)
 
 
@@ -40,22 +40,24 @@ def test_the_scale_of_the_gram_matrix_does_not_matter():
     hidden = activations()
     gram = hidden.T @ hidden
     torch.testing.assert_close(
-        refit_down_projection(WEIGHT, gram, KEPT, 1e-2), refit_down_projection(WEIGHT, gram / T, KEPT, 1e-2)
+        LeastSquares(WEIGHT, gram, KEPT).weight(1e-2), LeastSquares(WEIGHT, gram / T, KEPT).weight(1e-2)
     )
 
 
 def test_error_is_the_lost_share_of_the_outputs_energy():
     hidden = activations()
-    new = refit_down_projection(WEIGHT, hidden.T @ hidden, KEPT, 1e-2)
+    problem = LeastSquares(WEIGHT, hidden.T @ hidden, KEPT)
+    new = problem.weight(1e-2)
     output, pruned = hidden @ WEIGHT.T, hidden[:, KEPT] @ new.T
     expected = (output - pruned).square().sum() / output.square().sum()
-    assert output_error(WEIGHT, hidden.T @ hidden, KEPT, new) == pytest.approx(expected.item())
-    assert expected < output_error(WEIGHT, hidden.T @ hidden, KEPT, WEIGHT[:, KEPT])
+    assert problem.error(new) == pytest.approx(expected.item())
+    assert expected < problem.error(WEIGHT[:, KEPT])
 
 
 def test_held_out_tokens_choose_more_ridge_where_samples_are_few():
     def chosen(tokens):
         few, held_out = activations(seed=3, tokens=tokens), activations(seed=4)
-        return best_ridge(WEIGHT, few.T @ few / tokens, held_out.T @ held_out / T, KEPT, (1e-6, 1e-2, 1e-1))
+        fitted, judge = (LeastSquares(WEIGHT, hidden.T @ hidden / len(hidden), KEPT) for hidden in (few, held_out))
+        return best_ridge(fitted, judge, ridges=(1e-6, 1e-2, 1e-1))
 
     assert chosen(tokens=7) > chosen(tokens=3000)

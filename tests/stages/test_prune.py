@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from hfprune_dist.artifacts import Store
 from hfprune_dist.config import RuntimeConfig
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.core.refit import refit_down_projection
+from hfprune_dist.core.refit import LeastSquares
 from hfprune_dist.identity import FileHashes
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.parallel import reconstruct
@@ -133,7 +133,7 @@ def test_refit_on_dense_activations_is_least_squares(tmp_path):
         hidden = inside(dense, windows, number)["hidden"]
         ridge = metrics["refit_ridge"][number]
         weight = layer.mlp.down_proj.weight.double()
-        expected = refit_down_projection(weight, hidden.T @ hidden, torch.tensor(kept[number]), ridge)
+        expected = LeastSquares(weight, hidden.T @ hidden, torch.tensor(kept[number])).weight(ridge)
         found = refitted.model.layers[number].mlp.down_proj.weight.data
         torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-4)
         assert metrics["refit_error_after"][number] < metrics["refit_error_before"][number]
