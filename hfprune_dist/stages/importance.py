@@ -170,10 +170,10 @@ def _scores(
         moments = walk.moments(number)
         if number % world.size == world.rank:
             waiting = mlp_layer(checkpoint, number, context.params["seed"], moments)
+        del moments  # those of another rank's layer, while this one solves
         if waiting is not None and ((number + 1) % world.size == 0 or number + 1 == checkpoint.num_layers):
             mine |= _layer_scores(waiting, criteria, totals)
             waiting = None
-        del moments  # of the size of the next layer's
     return {name: scores_D for share in world.gather(mine) for name, scores_D in share.items()}
 
 
