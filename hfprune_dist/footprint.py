@@ -21,16 +21,18 @@ LIVE_PARAMETERS = 1_000_000_000
 SMALL_PARAMETER = 100_000
 # core.head: logits of a chunk in float32, its exponentials, and their copies in the model's dtype.
 HEAD_CHUNK_BYTES = 4 * 64 * 2**20
-# parallel.accumulation: a shard's curvature in float32, and its exact sum over shards in two numbers of 8 bytes.
+# parallel.accumulation: of each number of the curvature, with a shard's in float32; and without it, after the pass: an
+# exact sum over shards, of this rank and of all, 8 bytes each.
 CURVATURE_BYTES, CURVATURE_SUMS_BYTES = 20, 16
 # parallel.layerwise: for each number of a Gram matrix two exact sums, in 8 bytes each, with what is added to them; and
 # the two matrices that are made of them.
 GRAM_BYTES, GRAMS_BYTES = 36, 16
-# core.elimination: for each number of a layer's Gram matrix, with what is made of it; of one that waits for its turn.
+# core.elimination: for each number of a layer's Gram matrix, with what is made of it, but for products that wait (384
+# numbers a neuron); of a matrix that waits for its turn.
 ELIMINATION_BYTES, MOMENTS_BYTES = 32, 8
 # core.reconstruction: for each number of activations' Gram matrix, while it is inverted, and afterwards; for each
 # weight of an MLP the vectors of conjugate gradients and where steps begin.
-INVERSE_BYTES, INVERTED_BYTES, STEP_BYTES = 36, 12, 72
+INVERSE_BYTES, INVERTED_BYTES, STEP_BYTES = 36, 12, 60
 # parallel.reconstruct: what is kept of micro-batches between iterations.
 KEPT_BYTES = 4 * 2**30
 
@@ -137,7 +139,7 @@ class Importance:
     checkpointing: bool = False
     curvature: bool = False
     student: bool = False
-    samples: int = 0
+    samples: int | None = None
 
     def resized(self, windows: int) -> Importance:
         """The same with so many windows in a micro-batch."""
@@ -147,6 +149,7 @@ class Importance:
         """Main memory that one rank's curvature takes, and, when the model is gone, hidden states of its windows."""
         if not self.curvature:
             return 0
+        assert self.samples is not None, "the walk goes over all windows"
         numbers = shape.num_layers * shape.hidden_size**2
         hidden = _tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks) * shape.hidden_size * self.itemsize
         return max(CURVATURE_BYTES * numbers, CURVATURE_SUMS_BYTES * numbers + hidden)
@@ -311,7 +314,7 @@ class Refit:
         pursues: whether it walks through the pruned model as well as the dense one, towards the dense hidden states.
         steps: whether steps of Gauss-Newton on whole MLPs follow.
         searches: whether widths are searched with refits of the dense model's layers before it.
-        share_kept: of all layers' neurons.
+        share_kept: of the widest layer's neurons.
     """
 
     windows: int
@@ -336,10 +339,7 @@ class Refit:
         return mine * shape.hidden_size * number_bytes
 
     def memory(self, shape: Shape, ranks: int) -> Memory:
-        """On one rank: of the sums, or of a step, whichever needs more.
-
-        Where layers differ in width, the widest may need more: ``share_kept`` is that of all together.
-        """
+        """On one rank: of the sums, of least squares, or of a step, whichever needs most."""
         tokens, kept = self.windows * self.tokens, self.share_kept * shape.intermediate_size
         size = kept + shape.hidden_size if self.pursues else shape.intermediate_size
         widest = max(size, shape.intermediate_size) if self.searches else size
@@ -354,10 +354,8 @@ class Refit:
         return replace(walk, sums=max(phases))
 
     def _solving(self, shape: Shape, kept: float, size: float) -> float:
-        """Bytes of least squares, float64: on all windows, or while a ridge is chosen, whichever needs more."""
-        whole = 3 * size**2 + 2 * kept**2 + shape.hidden_size * (2 * size + 3 * kept)
-        choosing = 2 * size**2 + 4 * kept**2 + shape.hidden_size * (size + 5 * kept)
-        return 8 * max(whole, choosing)
+        """Bytes of least squares: two Gram matrices of all neurons, four of those that stay, and weights; float64."""
+        return 8 * (2 * size**2 + 4 * kept**2 + shape.hidden_size * (size + 6 * kept))
 
     def _stepping(self, shape: Shape, kept: float, ranks: int) -> float:
         """Bytes of a step: two Gram matrices of the kept neurons in float64, what inverts them, what iterates."""
@@ -419,7 +417,7 @@ def _gathered_at_a_time(shape: Shape, itemsize: int, ranks: int) -> float:
 
 def _tokens_of_a_rank(samples: int, windows: int, tokens: int, ranks: int) -> int:
     """The most that any rank gets, of micro-batches that are dealt out whole."""
-    return -(-samples // (windows * ranks)) * windows * tokens
+    return min(samples, -(-samples // (windows * ranks)) * windows) * tokens
 
 
 def _widest(shape: Shape) -> int:

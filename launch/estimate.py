@@ -87,14 +87,8 @@ def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: 
     return [
         _estimate(plan, stage, profile.resources[stage.kind], runtime)
         for stage in (plan.stages[stage_id] for stage_id in todo)
-        if profile.resources[stage.kind].gpus and (stage.kind != "prune" or _walks(stage))
+        if profile.resources[stage.kind].gpus and (stage.kind != "prune" or stage.params["refit"] != "none")
     ]
-
-
-def _walks(prune: Stage) -> bool:
-    """Whether it runs windows through the model's layers."""
-    refit, allocation = prune.params["refit"], prune.params["allocation"]
-    return bool(refit != "none" or allocation == "searched")
 
 
 def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
@@ -188,12 +182,14 @@ def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
 
 def _refit(plan: Plan, stage: Stage) -> Refit:
     params, calibration, size = stage.params, _calibration(plan, stage), size_of(_dense(plan, stage))
-    width = uniform_width(size, params["ratio"], params["multiple_of"], stage.label)
+    width = size.intermediate_size  # where layers differ, one may keep all of its neurons
+    if params["allocation"] == "uniform":
+        width = uniform_width(size, params["ratio"], params["multiple_of"], stage.label)
     return Refit(
         windows=min(params["micro_batch_size"], calibration["samples"]),
         tokens=calibration["sequence_length"],
         samples=calibration["samples"],
-        pursues=params["refit"] in ("layerwise", "block"),
+        pursues=params["refit"] != "dense",
         steps=params["refit"] == "block",
         searches=params["allocation"] == "searched",
         share_kept=width / size.intermediate_size,

@@ -39,11 +39,11 @@ def note_on_bfloat16(stages: Iterable[Stage]) -> str:
 
 
 def _bfloat16_is_slow() -> bool:
-    """x86 without AVX-512, where torch multiplies bfloat16 number by number."""
+    """Whether this is an x86 without AVX-512, where torch multiplies bfloat16 number by number."""
     if not CPU_INFO.is_file():
         return False
     flags = next((line.split() for line in CPU_INFO.read_text().splitlines() if line.startswith("flags")), [])
-    return "avx2" in flags and "avx512bw" not in flags
+    return "sse2" in flags and "avx512bw" not in flags
 
 
 def _dtypes(stage: Stage) -> Iterator[object]:

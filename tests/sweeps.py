@@ -12,6 +12,12 @@ import yaml
 from ranks import ROOT
 from tiny import save_tiny, write_documents, write_pairs
 
+from hfprune_dist.config import SweepConfig, load_config
+from hfprune_dist.identity import FileHashes
+from hfprune_dist.methods import resolve_methods
+from hfprune_dist.models.sources import resolve_models
+from hfprune_dist.plan import Plan, build_plan
+
 TASK = """task: tiny_choice
 dataset_path: json
 dataset_kwargs: {{data_files: {data}}}
@@ -61,6 +67,15 @@ def make_inputs(folder: Path) -> Path:
     file = folder / "tiny.yaml"
     file.write_text(yaml.safe_dump(config))
     return file
+
+
+def planned(config_file: Path, **overrides: object) -> tuple[SweepConfig, Plan]:
+    """What a sweep would do; a key's dots are written as ``__``."""
+    config = load_config([config_file], {key.replace("__", "."): value for key, value in overrides.items()})
+    hashes = FileHashes(None)
+    models = resolve_models(config, config_file.parent / "none", hashes, download=False)
+    methods = resolve_methods(config, ROOT / "configs" / "methods")
+    return config, build_plan(config, models, methods, hashes)
 
 
 def command(config: Path | None, out: Path, *arguments: str) -> list[str]:

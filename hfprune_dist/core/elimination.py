@@ -64,6 +64,7 @@ def eliminate(
     inverse = _Shrinking(_inverse(gram_DD))
     weight_CD = weight_CD.to(gram_DD)
     bending = _Shrinking(weight_CD.T @ (curvature_CC @ weight_CD))
+    del weight_CD
     correction_D = _correction(bending.diagonal_D, energy_D, fisher_D.to(gram_DD))
     left_D = torch.arange(len(gram_DD), device=gram_DD.device)
     gone_D = torch.zeros_like(left_D, dtype=torch.bool)
@@ -71,8 +72,8 @@ def eliminate(
     for start in range(0, len(gram_DD), block):
         bending_D = bending.diagonal_D
         cost_D = 0.5 * torch.maximum(bending_D + correction_D, LEAST_SHARE * bending_D) / inverse.diagonal_D
-        cost_D.masked_fill_(gone_D, torch.inf)
-        gone = cost_D.sort(stable=True).indices[: min(block, len(gram_DD) - start)]
+        candidates = (~gone_D).nonzero().flatten()
+        gone = candidates[cost_D[candidates].sort(stable=True).indices[:block]]
         order.append(left_D[gone])
         costs.append(cost_D[gone])
         # Block elimination: P - P[:, gone] P[gone, gone]^-1 P[gone, :] is the inverse of G without the removed.

@@ -7,6 +7,7 @@ G = E[h h^T]: W' = (W G[:, S] + ridge' W_S) (G[S, S] + ridge' I)^-1. No bias, no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -55,11 +56,24 @@ class LeastSquares:
         explained = (weight_CK * (2 * self._cross_CK - weight_CK @ self.gram_KK)).sum()
         return float((1 - explained / self._energy).clamp(min=0))
 
+    def mixed(self, other: LeastSquares, share: float) -> LeastSquares:
+        """The same problem on the tokens of both, where both have means; ``share`` of them are the other's."""
+        both = copy(self)
+        both._energy = self._energy.lerp(other._energy, share)
+        both._cross_CK = self._cross_CK.lerp(other._cross_CK, share)
+        both.gram_KK = self.gram_KK.lerp(other.gram_KK, share)
+        return both
 
-def best_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[float] = RIDGES) -> float:
-    """The ridge whose weight, fitted on some tokens, has the smallest error on others."""
-    errors = [held_out.error(fitted.weight(ridge)) for ridge in ridges]
-    return ridges[errors.index(min(errors))]
+
+def best_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[float] = RIDGES) -> tuple[float, Tensor]:
+    """The ridge whose weight, fitted on some tokens, has the smallest error on others; and that weight."""
+    best = ridges[0], fitted.weight(ridges[0])
+    least = held_out.error(best[1])
+    for ridge in ridges[1:]:
+        weight_CK = fitted.weight(ridge)
+        if (error := held_out.error(weight_CK)) < least:
+            least, best = error, (ridge, weight_CK)
+    return best
 
 
 def weight_of_targets(kept_CK: Tensor) -> Tensor:

@@ -93,8 +93,9 @@ class Measurement:
             widths = sorted({widths[number] for widths in everyone})
             grams = stream.grams(number, layer) if stream else None
             mlps = self._mlps(number, mlp_of(layer), widths, grams)
+            del grams  # hidden states go on without them
             branches = self._advance(layer, mlps, _split(branches, [widths[number] for widths in everyone]))
-            del grams, mlps  # before the next layer's
+            del mlps  # before the next layer's
             self._after_each(number + 1)
         return self._compared(branches, len(everyone))[1:]
 
@@ -128,7 +129,7 @@ class Measurement:
         ridge = 0.0
         if self._world.is_first:
             held_out = LeastSquares(weight_CD, grams.held_out_DD, narrowest_K)
-            ridge = best_ridge(LeastSquares(weight_CD, grams.fitted_DD, narrowest_K), held_out)
+            ridge, _ = best_ridge(LeastSquares(weight_CD, grams.fitted_DD, narrowest_K), held_out)
         ridge = self._world.broadcast(ridge)
         mine = {
             width: LeastSquares(weight_CD, grams.fitted_DD, kept_K).weight(ridge).float().cpu()

@@ -141,6 +141,7 @@ class Reconstruction:
             term, first = first or term_of(index), None
             for total, part in zip(sums, term, strict=True):
                 total.add(part)
+            del term, part  # as large as the next one
         for total in sums:
             self._world.add_up(total.total)
         return tuple(total.value().float() for total in sums)

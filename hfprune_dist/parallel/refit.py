@@ -64,7 +64,7 @@ class DenseRefit:
         """Layers of dense activations don't wait for each other: every rank solves one, all at the same time."""
         grams = self._stream.grams(number, layer)
         if number % self._world.size == self._world.rank:
-            weight_CD = projection(mlp_of(layer), self._checkpoint.family.down_projection).weight.data.double()
+            weight_CD = projection(mlp_of(layer), self._checkpoint.family.down_projection).weight.data
             self._waiting = number, partial(solve, weight_CD, grams, self._kept[number].to(weight_CD.device))
         del grams  # those of another rank's layer, while this one solves
         if (number + 1) % self._world.size == 0 or number + 1 == self._checkpoint.num_layers:
@@ -130,9 +130,8 @@ class PursuingRefit:
         down_CK = projection(mlp, self._family.down_projection).weight.data
         seen: dict[int, tuple[Tensor, Tensor]] = {}
         grams = self._stream.grams_of(number, sum(down_CK.shape), self._vectors(layer, dense_mlp, seen))
-        weight_CD = weight_of_targets(down_CK.double())
         kept = torch.arange(down_CK.shape[1], device=down_CK.device)
-        solution = solve(weight_CD, grams, kept)
+        solution = solve(weight_of_targets(down_CK), grams, kept)
         del grams  # of which the solution has what a step needs
         tensors: Sequence[Tensor] = [solution.whole_CK]
         if self._whole_mlp:
@@ -182,15 +181,15 @@ class PursuingRefit:
             self._world,
         )
 
-        def start(down_CK: Tensor, gram_KK: Tensor, tokens: int) -> Start:
-            gate_KC, up_KC = (linear.weight.data.float() for linear in (gate, up))
-            return Start(MlpWeights(gate_KC, up_KC, down_CK), gram_KK, tokens)
-
+        gate_KC, up_KC = (linear.weight.data.float() for linear in (gate, up))
+        # Held-out windows judge a step, so one begins where they are unknown.
+        fitted_weights, whole_weights = (
+            MlpWeights(gate_KC, up_KC, down_CK) for down_CK in (solution.fitted_CK, solution.whole_CK)
+        )
         try:
             return reconstruction.improve(
-                # Held-out windows judge a step, so one begins where they are unknown.
-                start(solution.fitted_CK, solution.fitted_KK, self._stream.fitted_tokens),
-                start(solution.whole_CK, solution.whole_KK, self._stream.tokens),
+                Start(fitted_weights, solution.fitted_KK, self._stream.fitted_tokens),
+                Start(whole_weights, solution.whole_KK, self._stream.tokens),
             )
         except ExactOverflowError as error:
             raise unusable(number, error) from None
@@ -198,11 +197,11 @@ class PursuingRefit:
 
 @dataclass(frozen=True)
 class Solution:
-    """Down projections by least squares: float32 [hidden_size, kept], and the mean of h h^T of the same neurons.
+    """Down projections by least squares, float32 [hidden_size, kept]; and the float64 mean of h h^T [kept, kept].
 
     Attributes:
-        fitted_CK: on the windows that are not held out.
-        whole_CK: on all windows.
+        fitted_CK, fitted_KK: on the windows that are not held out.
+        whole_CK, whole_KK: on all windows.
     """
 
     fit: LayerFit
@@ -214,13 +213,14 @@ class Solution:
 
 def solve(weight_CD: Tensor, grams: Grams, kept: Tensor) -> Solution:
     """Least squares with the ridge that held-out windows choose."""
-    fitted = LeastSquares(weight_CD, grams.fitted_DD, kept)
-    ridge = best_ridge(fitted, LeastSquares(weight_CD, grams.held_out_DD, kept))
-    whole = LeastSquares(weight_CD, grams.whole(), kept)
+    fitted, held_out = (LeastSquares(weight_CD, gram_DD, kept) for gram_DD in (grams.fitted_DD, grams.held_out_DD))
+    ridge, fitted_CK = best_ridge(fitted, held_out)
+    whole = fitted.mixed(held_out, grams.held_out_share)
+    del held_out
     whole_CK = whole.weight(ridge)
     return Solution(
         LayerFit(ridge, error_before=whole.error(whole.old_CK), error_after=whole.error(whole_CK)),
-        fitted.weight(ridge).float(),
+        fitted_CK.float(),
         fitted.gram_KK,
         whole_CK.float(),
         whole.gram_KK,

@@ -100,3 +100,13 @@ def test_exact_scores_correct_half_way_in_the_logarithm():
     for neuron, cost in zip(order.tolist(), costs.tolist(), strict=True):
         alone = cost_of_removing(gram, curvature, weight, [neuron]).item()
         assert cost / alone == pytest.approx(1.2 if neuron == 4 else 1.0)
+
+
+@pytest.mark.parametrize("unknown", [1, 15])
+def test_costs_that_are_not_a_number_stay_so_and_go_last(unknown):
+    gram, curvature, weight = layer()
+    fisher = independent(gram, curvature, weight)
+    fisher[:unknown] = torch.nan
+    order, _ = eliminate(gram, curvature, weight, fisher, block=3)
+    assert sorted(order.tolist()) == list(range(D))
+    assert not elimination_scores(gram, curvature, weight, fisher, block=3).isfinite().all()

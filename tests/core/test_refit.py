@@ -58,6 +58,18 @@ def test_held_out_tokens_choose_more_ridge_where_samples_are_few():
     def chosen(tokens):
         few, held_out = activations(seed=3, tokens=tokens), activations(seed=4)
         fitted, judge = (LeastSquares(WEIGHT, hidden.T @ hidden / len(hidden), KEPT) for hidden in (few, held_out))
-        return best_ridge(fitted, judge, ridges=(1e-6, 1e-2, 1e-1))
+        ridge, weight = best_ridge(fitted, judge, ridges=(1e-6, 1e-2, 1e-1))
+        assert torch.equal(weight, fitted.weight(ridge))
+        return ridge
 
     assert chosen(tokens=7) > chosen(tokens=3000)
+
+
+def test_problems_of_two_parts_of_the_tokens_make_that_of_all():
+    hidden = activations()
+    parts = (hidden[:200], hidden[200:])
+    fitted, held_out = (LeastSquares(WEIGHT, part.T @ part / len(part), KEPT) for part in parts)
+    mixed, whole = fitted.mixed(held_out, 100 / 300), LeastSquares(WEIGHT, hidden.T @ hidden / T, KEPT)
+    torch.testing.assert_close(mixed.weight(1e-2), whole.weight(1e-2))
+    assert mixed.error(WEIGHT[:, KEPT]) == pytest.approx(whole.error(WEIGHT[:, KEPT]))
+    torch.testing.assert_close(mixed.gram_KK, whole.gram_KK)

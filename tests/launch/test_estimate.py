@@ -1,21 +1,14 @@
 import subprocess
 
 import pytest
-from ranks import ROOT
-from sweeps import command, make_inputs
+from sweeps import command, make_inputs, planned
 
 from hfprune_dist.artifacts import Store
-from hfprune_dist.config import load_config
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
-from hfprune_dist.identity import FileHashes
-from hfprune_dist.methods import resolve_methods
-from hfprune_dist.models.sources import resolve_models
-from hfprune_dist.plan import build_plan
 from launch.estimate import CURVED, LOSSES, estimate_stages, refuse_what_cannot_fit
 from launch.profiles import load_profile
 
-METHODS = ROOT / "configs" / "methods"
 GPUS = "tasks_per_node: 2\ngpus_per_node: 2\n"
 
 
@@ -26,13 +19,7 @@ def inputs(tmp_path_factory):
 
 
 def estimates(inputs, tmp_path, profile, **overrides):
-    config = load_config([inputs], {key.replace("__", "."): value for key, value in overrides.items()})
-    hashes = FileHashes(None)
-    models, methods = (
-        resolve_models(config, tmp_path / "none", hashes, download=False),
-        resolve_methods(config, METHODS),
-    )
-    plan = build_plan(config, models, methods, hashes)
+    config, plan = planned(inputs, **overrides)
     file = tmp_path / "profile.yaml"
     file.write_text(profile)
     return estimate_stages(plan, list(plan.stages), load_profile(str(file), tmp_path / "none"), config.runtime)
@@ -91,6 +78,8 @@ def test_curvature_of_all_ranks_of_a_node_must_fit_its_main_memory(inputs, tmp_p
         refuse_what_cannot_fit(small)
     refuse_what_cannot_fit(importance("memory: 2G\n", importance__criteria=["surgeon"]))
     refuse_what_cannot_fit(importance("", importance__criteria=["surgeon"]))
+    more = importance("", importance__criteria=["surgeon"], calibration__samples=64)
+    assert more[0].host_memory > small[0].host_memory, "hidden states of all windows"
 
 
 def prunings(inputs, tmp_path, profile, **overrides):
@@ -105,6 +94,18 @@ def test_a_refit_is_estimated_and_a_prune_stage_without_one_is_not(inputs, tmp_p
     ]
     assert totals == sorted(totals) and totals[0] < totals[1]
     assert prunings(inputs, tmp_path, "", methods=["hfprune"]) == []
+    (tmp_path / "measured.yaml").write_text("{criterion: entropy, allocation: searched}")
+    assert prunings(inputs, tmp_path, "", methods=[str(tmp_path / "measured.yaml")]) == []
+
+
+def test_where_layers_differ_in_width_one_may_keep_all_neurons(inputs, tmp_path):
+    uniform, competing = (
+        prunings(inputs, tmp_path, "", methods=[method], ratios=[0.2])[0].memory.sums
+        for method in ("surgeon-uniform-block", "surgeon-block")
+    )
+    assert uniform < competing
+    few = {"methods": ["surgeon-block"], "ratios": [0.02], "prune__multiple_of": 16}
+    assert prunings(inputs, tmp_path, "", **few)[0].memory.sums == competing
 
 
 def test_a_refit_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path):

@@ -1,12 +1,14 @@
 """Whether ranks would compute in a dtype that this CPU is slow with."""
 
 import pytest
+from sweeps import make_inputs, planned
 
 from hfprune_dist.plan import Stage
 from launch import hardware
-from launch.hardware import note_on_bfloat16
+from launch.hardware import SECTIONS, note_on_bfloat16
 
-BEFORE_AVX512, AVX512 = "fpu sse2 avx avx2 fma", "fpu sse2 avx avx2 fma avx512f avx512bw avx512vl"
+BEFORE_AVX512, AVX512 = "flags\t\t: fpu sse2 avx avx2 fma", "flags\t\t: fpu sse2 avx avx2 fma avx512f avx512bw"
+ARM = "Features\t: fp asimd bf16"
 STAGES = [
     Stage("importance", "alpha", {"dtype": "bfloat16"}, {}),
     Stage("prune", "alpha 0.2", {"ratio": 0.2}, {}),
@@ -17,23 +19,35 @@ STAGES = [
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    def build(flags, gpus=""):
-        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t\t: {flags}\n")
+    def build(line, gpus=""):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n")
         monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "cpuinfo")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
 
     return build
 
 
-def test_the_note_names_the_settings_of_the_stages_to_run(machine):
-    machine(BEFORE_AVX512)
+@pytest.mark.parametrize("line", [BEFORE_AVX512, "flags\t\t: fpu sse2"])
+def test_the_note_names_the_settings_of_the_stages_to_run(machine, line):
+    machine(line)
     assert note_on_bfloat16(STAGES).endswith(": --set importance.dtype=float32 --set recovery.dtype=float32")
     assert note_on_bfloat16(STAGES[:1]).endswith(": --set importance.dtype=float32")
 
 
-@pytest.mark.parametrize(("flags", "gpus"), [(AVX512, ""), (BEFORE_AVX512, "0,1"), ("Features: asimd", "")])
-def test_no_note_where_bfloat16_is_no_slower(machine, flags, gpus):
-    machine(flags, gpus)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_all_settings_of_a_plan_are_known(machine, tmp_path, dtype):
+    machine(BEFORE_AVX512)
+    keys = [f"{section}.dtype" for section in ("distillation", "evaluation", "importance", "recovery")]
+    settings = {key.replace(".", "__"): dtype for key in keys}
+    _, plan = planned(make_inputs(tmp_path), methods=["surgeon-uniform-distilled"], **settings)
+    assert {stage.kind for stage in plan.stages.values()} == set(SECTIONS)
+    expected = " ".join(f"--set {key}=float32" for key in keys) if dtype == "bfloat16" else ""
+    assert note_on_bfloat16(plan.stages.values()).partition("it: ")[2] == expected
+
+
+@pytest.mark.parametrize(("line", "gpus"), [(AVX512, ""), (BEFORE_AVX512, "0,1"), (ARM, "")])
+def test_no_note_where_bfloat16_is_no_slower(machine, line, gpus):
+    machine(line, gpus)
     assert not note_on_bfloat16(STAGES)
 
 

@@ -36,9 +36,11 @@ def counts(folder, criteria="entropy", checkpointing="plain"):
         timeout=120,
         check=False,
     )
-    lines = [line for line in result.stdout.splitlines() if line.startswith("counts: ")]
+    lines = [line for line in result.stdout.splitlines() if line.startswith("result: ")]
     assert lines, result.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("counts: "))
+    found = json.loads(lines[0].removeprefix("result: "))
+    assert found["left_of_shards"] == 0, "released"
+    return found["counts"]
 
 
 @pytest.fixture(scope="module")
