@@ -160,7 +160,7 @@ class PeakBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(64, 1024), (256, 512)], ids=["wide", "square"])
-@pytest.mark.parametrize(("kind", "ranks"), [("dense", 1), ("dense", 3), ("layerwise", 1), ("block", 1)])
+@pytest.mark.parametrize(("kind", "ranks"), [("dense", 1), ("dense", 3), ("layerwise", 1), ("block", 1), ("block", 3)])
 def test_memory_of_a_refit(kind, ranks, shape, dtype, tmp_path, monkeypatch):
     world = SoloWorld(ranks // 2, ranks)
     for module, name in ((gram, "BLOCK"), (blocks, "CACHE_BYTES")):
