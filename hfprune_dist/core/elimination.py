@@ -20,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfprune_dist.core.gram import damped_inverse
+
 # Neurons removed between two updates of the costs; and such updates that wait to be applied to whole matrices at once.
 BLOCK, WAITING = 8, 8
 # Added to the diagonal of G, as a share of its mean: samples are finite.
@@ -61,7 +63,7 @@ def eliminate(
         Order of removal (int64 [intermediate_size]), and what each removal costs when its turn comes.
     """
     energy_D = gram_DD.diagonal()
-    inverse = _Shrinking(_inverse(gram_DD))
+    inverse = _Shrinking(damped_inverse(gram_DD, RIDGE))
     weight_CD = weight_CD.to(gram_DD)
     bending = _Shrinking(weight_CD.T @ (curvature_CC @ weight_CD))
     del weight_CD
@@ -91,14 +93,6 @@ def eliminate(
             bending.keep(stay_S)
             left_D, correction_D, gone_D = left_D[stay_S], correction_D[stay_S], gone_D[stay_S]
     return torch.cat(order), torch.cat(costs)
-
-
-def _inverse(gram_DD: Tensor) -> Tensor:
-    damped_DD = gram_DD.clone()
-    damped_DD.diagonal().add_(RIDGE * gram_DD.diagonal().mean())
-    factor_DD = torch.linalg.cholesky(damped_DD)
-    del damped_DD
-    return torch.cholesky_inverse(factor_DD)
 
 
 class _Shrinking:

@@ -1,7 +1,8 @@
-"""Gram matrices of many vectors: symmetric, so half of the products are the other half's."""
+"""Gram matrices of many vectors: symmetric, so half of the products are the other half's; and their inverses."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 # Rows of the result that are made at once: large enough for a product's full speed.
@@ -22,3 +23,12 @@ def gram_matrix(vectors_ND: Tensor) -> Tensor:
         gram_DD[start:end, start:] = vectors_ND[:, start:end].T @ vectors_ND[:, start:]
         gram_DD[end:, start:end] = gram_DD[start:end, end:].T
     return gram_DD
+
+
+def damped_inverse(gram_DD: Tensor, damping: float) -> Tensor:
+    """The inverse, float64, with ``damping`` times the diagonal's mean added to the diagonal."""
+    damped_DD = gram_DD.to(torch.float64, copy=True)
+    damped_DD.diagonal().add_(damping * damped_DD.diagonal().mean())
+    factor_DD = torch.linalg.cholesky(damped_DD)
+    del damped_DD  # as large as what is made next
+    return torch.cholesky_inverse(factor_DD)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from hfprune_dist.core.gram import gram_matrix
+from hfprune_dist.core.gram import damped_inverse, gram_matrix
 
 DAMPING = 1e-2
 
@@ -138,20 +138,14 @@ class Curvature:
 
     def inverse(self) -> Callable[[MlpWeights], MlpWeights]:
         """About (J^T J)^-1, damped, as a product."""
-        by_inputs_CC = _damped_inverse(self.inputs_CC / self.tokens)
-        by_hidden_KK = _damped_inverse(self.hidden_KK)
+        by_inputs_CC = damped_inverse(self.inputs_CC / self.tokens, DAMPING).float()
+        by_hidden_KK = damped_inverse(self.hidden_KK, DAMPING).float()
         gate_K, up_K = (it + DAMPING * it.mean() for it in (self.gate_K, self.up_K))
         return lambda it: MlpWeights(
             it.gate_KC @ by_inputs_CC / gate_K[:, None],
             it.up_KC @ by_inputs_CC / up_K[:, None],
             it.down_CK @ by_hidden_KK,
         )
-
-
-def _damped_inverse(gram: Tensor) -> Tensor:
-    damped = gram.to(torch.float64, copy=True)
-    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).float()
 
 
 def solve_normal_equations(
