@@ -192,7 +192,7 @@ class LoraTraining(Section):
 
 class DistillationConfig(LoraTraining):
     """The training of methods that ``distill``: KL(dense || pruned) of every token of the calibration windows, which
-    are the rows. The dense model's final hidden states wait on disk: tokens x hidden_size numbers in ``dtype``.
+    are the rows. The dense model's final hidden states are on disk: tokens x hidden_size numbers in ``dtype``.
     Ranks without a row of a step are idle in it. Warm-up takes a quarter of all steps at most.
     """
 

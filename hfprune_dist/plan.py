@@ -19,7 +19,7 @@ from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.sources import ModelSource
 
 # Raise a stage's version when its code changes its result: artifacts of the old version are then not reused.
-STAGE_VERSIONS = {"importance": 5, "prune": 4, "distill": 1, "recover": 1, "evaluate": 3}
+STAGE_VERSIONS = {"importance": 5, "reference": 1, "prune": 4, "distill": 1, "recover": 1, "evaluate": 3}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Stage:
     """One unit of work with one artifact.
 
     Attributes:
-        kind: importance, prune, distill, recover or evaluate.
+        kind: importance, reference, prune, distill, recover or evaluate.
         label: for people; not part of the fingerprint.
         params: every setting that affects the result.
         inputs: role -> what is read.
@@ -195,11 +195,11 @@ class _Planner:
         recovery = self.config.recovery.method
         cells = []
         if variant.ratio is None or recovery == "none":
-            evaluate = self._evaluate(variant.label, variant.checkpoint, variant.dense)
+            evaluate = self._evaluate(variant.label, variant, variant.checkpoint)
             cells.append(self._cell(variant, "none", variant.producers, evaluate))
         if recovery != "none":
             recover = self._recover(variant.label, variant.checkpoint)
-            evaluate = self._evaluate(f"{variant.label} + {recovery}", recover.as_input(), variant.dense)
+            evaluate = self._evaluate(f"{variant.label} + {recovery}", variant, recover.as_input())
             cells.append(self._cell(variant, recovery, (*variant.producers, recover.id), evaluate))
         return cells
 
@@ -225,7 +225,8 @@ class _Planner:
             chain.append(self._prune(prune_label, model, dense, chain[-1], reached, method))
             model = chain[-1].as_input()
         if method.distill:
-            chain.append(self._distill(label, model, dense, importance, method.distill))
+            chain.append(self._reference_of_calibration(importance))
+            chain.append(self._distill(label, model, chain[-1], method.distill))
         return chain
 
     def _importance(self, label: str, model: Input, criteria: Iterable[str]) -> Stage:
@@ -252,13 +253,32 @@ class _Planner:
             inputs["dense"] = dense  # whose parameters ratios are of
         return self._add(Stage("prune", label, params, inputs))
 
-    def _distill(self, label: str, pruned: Input, dense: Input, importance: Stage, passes: int) -> Stage:
+    def _reference_of_calibration(self, importance: Stage) -> Stage:
+        """On the windows that the dense model was scored on."""
+        distillation = self.config.distillation
+        params = {"dtype": distillation.dtype, "micro_batch_size": distillation.micro_batch_size}
+        inputs = {"model": importance.inputs["model"], "importance": importance.as_input()}
+        return self._add(Stage("reference", f"{importance.label} calibration", params, inputs))
+
+    def _reference_of_held_out(self, model: str, dense: Input) -> Stage:
+        """On the text that fidelity is measured on."""
+        evaluation = self.config.evaluation
+        settings, text = self._text(evaluation.fidelity)
+        params = {
+            "dtype": evaluation.dtype,
+            "micro_batch_size": 1,
+            "add_bos_token": evaluation.add_bos_token,
+            "text": settings,
+        }
+        return self._add(Stage("reference", f"{model} held-out", params, {"model": dense, **_role("text", text)}))
+
+    def _distill(self, label: str, pruned: Input, reference: Stage, passes: int) -> Stage:
         params = {
             "distillation": self.config.distillation.model_dump(),
             "passes": passes,
             "seed": self.config.seed,
         }
-        inputs = {"model": pruned, "dense": dense, "importance": importance.as_input()}
+        inputs = {"model": pruned, "reference": reference.as_input()}
         return self._add(Stage("distill", label, params, inputs))
 
     def _recover(self, label: str, checkpoint: Input) -> Stage:
@@ -266,11 +286,11 @@ class _Planner:
         params = {"recovery": recovery, "seed": self.config.seed}
         return self._add(Stage("recover", label, params, {"model": checkpoint, **_role("instructions", text)}))
 
-    def _evaluate(self, label: str, checkpoint: Input, dense: Input) -> Stage:
+    def _evaluate(self, label: str, variant: _Variant, checkpoint: Input) -> Stage:
         evaluation = self.config.evaluation
-        fidelity, text = self._text(evaluation.fidelity)
-        params = evaluation.model_dump(exclude={"include_path", "fidelity"}) | {"fidelity": fidelity}
-        inputs = {"model": checkpoint, "dense": dense, **_role("fidelity", text)}
+        reference = self._reference_of_held_out(variant.model, variant.dense)
+        params = evaluation.model_dump(exclude={"include_path", "fidelity"})
+        inputs = {"model": checkpoint, "dense": variant.dense, "reference": reference.as_input()}
         if evaluation.include_path is not None:
             folder = Path(evaluation.include_path)
             inputs["tasks"] = Input(self.hashes.of_folder(folder), str(folder))

@@ -87,8 +87,13 @@ def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: 
     return [
         _estimate(plan, stage, profile.resources[stage.kind], runtime)
         for stage in (plan.stages[stage_id] for stage_id in todo)
-        if profile.resources[stage.kind].gpus and (stage.kind != "prune" or stage.params["refit"] != "none")
+        if profile.resources[stage.kind].gpus and _is_estimated(stage)
     ]
+
+
+def _is_estimated(stage: Stage) -> bool:
+    """A plain prune stage has no model on a GPU; a reference has a layer and the head, less than any other stage."""
+    return stage.kind != "reference" and (stage.kind != "prune" or stage.params["refit"] != "none")
 
 
 def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
@@ -177,7 +182,8 @@ def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
         return _training(params["recovery"], params["recovery"]["sequence_length"], distills=False)
     if stage.kind == "distill":
         return _training(params["distillation"], _calibration(plan, stage)["sequence_length"], distills=True)
-    return Evaluate(params["batch_size"], params["fidelity"]["sequence_length"], ITEMSIZE[params["dtype"]])
+    text = plan.stages[stage.inputs["reference"].location].params["text"]
+    return Evaluate(params["batch_size"], text["sequence_length"], ITEMSIZE[params["dtype"]])
 
 
 def _refit(plan: Plan, stage: Stage) -> Refit:
@@ -209,7 +215,9 @@ def _training(settings: Mapping[str, Any], tokens: int, distills: bool) -> Train
 
 
 def _calibration(plan: Plan, stage: Stage) -> Mapping[str, Any]:
-    """Settings of the windows that a stage after importance reads."""
+    """Settings of the windows that a stage after importance reads, or has a reference on."""
+    if "reference" in stage.inputs:
+        return _calibration(plan, plan.stages[stage.inputs["reference"].location])
     calibration: Mapping[str, Any] = plan.stages[stage.inputs["importance"].location].params["calibration"]
     return calibration
 
@@ -265,10 +273,7 @@ def _gpu_hours(rounds: int | None, job: Job, shape: Shape, gpus: Gpus) -> float 
 
 
 def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:
-    """Micro-batches of the rank that has most. An evaluation's and an epoch's of recovery are known when they run.
-
-    A distillation's are those of its training; the dense model's forward is left out.
-    """
+    """Micro-batches of the rank that has most. An evaluation's and an epoch's of recovery are known when they run."""
     if stage.kind == "importance":
         calibration = stage.params["calibration"]
         return _ceil(calibration["samples"], calibration["micro_batch_size"] * ranks)

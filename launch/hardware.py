@@ -9,7 +9,7 @@ from pathlib import Path
 from hfprune_dist.plan import Stage
 
 CPU_INFO = Path("/proc/cpuinfo")
-# Where a kind of stage has its compute dtype; a prune stage has the pass's.
+# Where a kind of stage has its compute dtype; a prune stage has the pass's, a reference that of who reads it.
 SECTIONS = {
     "importance": "importance",
     "prune": "importance",
@@ -32,7 +32,8 @@ def note_on_bfloat16(stages: Iterable[Stage]) -> str:
     """What to set where stages would multiply bfloat16 on a CPU that can't; empty where it is no matter."""
     if count_gpus() or not _bfloat16_is_slow():
         return ""
-    settings = sorted({f"--set {SECTIONS[it.kind]}.dtype=float32" for it in stages if "bfloat16" in _dtypes(it)})
+    computing = (it for it in stages if it.kind in SECTIONS)
+    settings = sorted({f"--set {SECTIONS[it.kind]}.dtype=float32" for it in computing if "bfloat16" in _dtypes(it)})
     if not settings:
         return ""
     return f"this CPU has no instructions for bfloat16; float32 is several times as fast on it: {' '.join(settings)}"

@@ -14,7 +14,7 @@ from hfprune_dist.config import Positive, Section, parse, read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.plan import STAGE_VERSIONS
 
-Kind = Literal["importance", "prune", "distill", "recover", "evaluate"]
+Kind = Literal["importance", "reference", "prune", "distill", "recover", "evaluate"]
 Scalar = str | int | bool
 # Of Slurm's --mem; megabytes where none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -50,6 +50,7 @@ def test_work_is_shared_and_every_table_has_its_baselines(world):
     plan = plan_of(world)
     assert {kind: kinds(plan).count(kind) for kind in set(kinds(plan))} == {
         "importance": 2,
+        "reference": 2,
         "prune": 4,
         "recover": 6,
         "evaluate": 8,
@@ -91,11 +92,12 @@ def test_paths_names_and_runtime_stay_out_of_fingerprints(world, tmp_path):
     ("change", "untouched"),
     [
         ({"seed": 1}, set()),
-        ({"calibration__samples": 5}, {"dense"}),
-        ({"importance__dtype": "float32"}, {"dense"}),
-        ({"prune__multiple_of": 4}, {"dense", "importance"}),
-        ({"recovery__rank": 4}, {"importance", "prune"}),
-        ({"evaluation__limit": 3}, {"importance", "prune", "recover"}),
+        ({"calibration__samples": 5}, {"dense", "reference"}),
+        ({"importance__dtype": "float32"}, {"dense", "reference"}),
+        ({"prune__multiple_of": 4}, {"dense", "importance", "reference"}),
+        ({"recovery__rank": 4}, {"importance", "reference", "prune"}),
+        ({"evaluation__limit": 3}, {"importance", "reference", "prune", "recover"}),
+        ({"evaluation__fidelity__windows": 3}, {"importance", "prune", "recover"}),
     ],
 )
 def test_what_affects_a_result_changes_its_fingerprint_and_no_other(world, change, untouched):
@@ -201,9 +203,20 @@ def test_distillation_comes_last_and_shares_what_was_pruned(world):
     of = {cell.label: cell.producers for cell in plan.cells}
     plain, distilled = of["a 0.2 surgeon-uniform-block + lora"], of["a 0.2 surgeon-uniform-distilled + lora"]
     assert distilled[:2] == plain[:2]
-    importance, prune, distill, recover = (plan.stages[stage_id] for stage_id in distilled)
-    assert (distill.kind, distill.needs, recover.needs) == ("distill", [prune.id, importance.id], [distill.id])
-    assert distill.inputs["dense"] == prune.inputs["model"] and distill.params["passes"] == 2
+    importance, prune, reference, distill, recover = (plan.stages[stage_id] for stage_id in distilled)
+    assert (distill.kind, distill.needs, recover.needs) == ("distill", [prune.id, reference.id], [distill.id])
+    assert reference.inputs == {"model": prune.inputs["model"], "importance": importance.as_input()}
+    assert distill.params["passes"] == 2
+
+
+def test_all_evaluations_of_a_model_compare_with_one_reference(world):
+    plan = plan_of(world, models=["a"], methods=["hfprune", "surgeon-uniform-distilled"])
+    held_out, calibration = (stage for stage in plan.stages.values() if stage.kind == "reference")
+    evaluations = [plan.stages[cell.evaluate] for cell in plan.cells]
+    assert {it.inputs["reference"].identity for it in evaluations} == {held_out.id}
+    assert held_out.inputs["text"].location.endswith("held.jsonl")
+    distillations = [stage for stage in plan.stages.values() if stage.kind == "distill"]
+    assert {it.inputs["reference"].identity for it in distillations} == {calibration.id}
 
 
 def test_distillation_follows_the_last_step_and_has_settings_of_its_own(world):
@@ -212,9 +225,10 @@ def test_distillation_follows_the_last_step_and_has_settings_of_its_own(world):
         return [plan.stages[stage_id] for stage_id in plan.cells[-1].producers]
 
     *stages, _ = chain(prune__steps=2)
-    assert [stage.kind for stage in stages] == ["importance", "prune", "importance", "prune", "distill"]
+    kinds_of_chain = ["importance", "prune", "importance", "prune", "reference", "distill"]
+    assert [stage.kind for stage in stages] == kinds_of_chain
     before, after = chain(), chain(distillation__rank=8)
-    assert before[1] == after[1] and before[2].fingerprint != after[2].fingerprint
+    assert before[:3] == after[:3] and before[3].fingerprint != after[3].fingerprint
 
 
 def test_one_step_has_the_fingerprints_of_none(world):

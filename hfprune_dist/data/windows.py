@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hfprune_dist.data.text import field_of, read_records
@@ -15,6 +16,8 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.models.tokenizer import bos_id, plain_ids
 
 Tokenize = Callable[[str], list[int]]
+
+WINDOWS, INPUT_IDS = "windows.safetensors", "input_ids"
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,17 @@ def read_windows(
         seed,
         where,
     )
+
+
+def save_windows(input_ids_ST: Tensor, folder: Path) -> None:
+    """Keep the exact windows in an artifact, or in what will be one."""
+    save_file({INPUT_IDS: input_ids_ST}, folder / WINDOWS)
+
+
+def load_windows(folder: Path) -> Tensor:
+    """What ``save_windows`` kept, int64 [samples, sequence_length]."""
+    windows_ST: Tensor = load_file(folder / WINDOWS)[INPUT_IDS]
+    return windows_ST
 
 
 def sample_windows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -92,17 +91,6 @@ class FrozenModel:
             while any(self._world.gather(False)):
                 self.module(input_ids=token_BT, use_cache=False)
         self._idle = False
-
-    def release(self) -> None:
-        """Give the memory of the weights back; the model can't be used any more."""
-        if self._sharded:
-            from hfprune_dist.parallel.zero3 import release_shards
-
-            release_shards(self.module)
-        del self.module
-        gc.collect()
-        if self._world.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _announce(self, *_: Any) -> None:
         """Before a forward: tell the ranks that are done to run along."""

@@ -7,19 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.config import RuntimeConfig
+from hfprune_dist.data.windows import load_windows
 from hfprune_dist.errors import LostInputError
 from hfprune_dist.parallel.interruption import Interruption
 from hfprune_dist.parallel.world import World
 from hfprune_dist.plan import Stage
 from hfprune_dist.progress import Progress
 from hfprune_dist.provenance import environment
-
-WINDOWS = "windows.safetensors"  # in an importance artifact: the exact input_ids
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,7 @@ class Context:
 
     def calibration_windows(self) -> Tensor:
         """The windows that the scores of the role ``importance`` come from, int64 [samples, sequence_length]."""
-        windows_ST: Tensor = load_file(self.input_path("importance") / WINDOWS)["input_ids"]
-        return windows_ST
+        return load_windows(self.input_path("importance"))
 
     def check_inputs(self) -> None:
         """Verify every artifact that this stage reads, byte for byte (rank 0 reads, all ranks learn the verdict).

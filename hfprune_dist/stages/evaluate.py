@@ -1,4 +1,4 @@
-"""Evaluate: fidelity to the dense model on held-out text, and lm-eval tasks, on a model that is loaded once.
+"""Evaluate: fidelity to the dense model's reference, and lm-eval tasks, on a model that is loaded once.
 
 What is finished is kept in the work folder: a killed stage goes on at the next chunk of requests of its current task.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, next_ids
-from hfprune_dist.data.windows import read_windows
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation import TaskLoader, details_of, explain, plain, scores_of
 from hfprune_dist.files import read_json, write_json
 from hfprune_dist.models.checkpoint import open_checkpoint
+from hfprune_dist.models.layers import LayerReader
 from hfprune_dist.models.tokenizer import load_tokenizer
+from hfprune_dist.parallel.dense_states import DenseStates
 from hfprune_dist.parallel.inference import FrozenModel, Sharding, choose_sharding
 from hfprune_dist.parallel.world import World
 from hfprune_dist.stages.context import Context
@@ -31,7 +33,6 @@ from hfprune_dist.stages.context import Context
 FIDELITY = "fidelity.json"
 RESULTS = "results.json"
 TASKS = "tasks"
-SEED = 0
 # Resamples for standard errors that have no closed form (e.g. of f1); lm-eval's 100,000 take minutes.
 BOOTSTRAP_ITERATIONS = 1000
 
@@ -86,32 +87,34 @@ def _commit(context: Context, sharding: Sharding) -> None:
 # Fidelity.
 
 
-def _measure_fidelity(context: Context, sharding: Sharding) -> FrozenModel:
+def _measure_fidelity(context: Context, sharding: Sharding) -> FrozenModel | None:
     """Compare the model with its dense original and keep the result; return the model, still loaded.
 
-    One model is in memory at a time: of the dense one, final hidden states and the head stay.
+    Of the dense model only the head is read; it is its own reference, and not loaded for that.
     """
-    windows_ST = _held_out_windows(context)
-    mine = _my_windows(len(windows_ST), context.world)
-    dense = _load(context, "dense", sharding)
-    dense_hidden = {index: dense.final_hidden(windows_ST[index]).cpu() for index in mine}
-    with dense.head() as (weight_VC, bias_V):
-        dense_weight_VC, dense_bias_V = weight_VC.clone(), None if bias_V is None else bias_V.clone()
-    context.progress.update("fidelity", 1, 2)
+    states = DenseStates(context.input_path("reference"))
+    device = context.world.device
+    head = LayerReader(open_checkpoint(context.input_path("dense")), _dtype(context), device).head()
     is_dense = context.stage.inputs["model"].identity == context.stage.inputs["dense"].identity
-    model = dense
-    if not is_dense:
-        dense.release()
-        model = _load(context, "model", sharding)
+    model = None if is_dense else _load(context, "model", sharding)
     sums: dict[int, FidelitySums] = {}
-    for index in mine:
-        hidden_TC = model.final_hidden(windows_ST[index])
-        with model.head() as (weight_VC, bias_V):
-            dense_outputs = Outputs(dense_hidden[index].to(hidden_TC.device), dense_weight_VC, dense_bias_V)
-            following_T = next_ids(windows_ST[index]).to(hidden_TC.device)
-            sums[index] = compare_outputs(dense_outputs, Outputs(hidden_TC, weight_VC, bias_V), following_T)
+    for index in _my_windows(len(states.windows_ST), context.world):
+        window_T = states.windows_ST[index]
+        dense = Outputs(states.hidden(index).to(device), head.weight_VC, head.bias_V)
+        with _outputs(model, window_T, dense) as outputs:
+            sums[index] = compare_outputs(dense, outputs, next_ids(window_T).to(device))
     _save_fidelity(context, sums)
     return model
+
+
+@contextmanager
+def _outputs(model: FrozenModel | None, window_T: Tensor, dense: Outputs) -> Iterator[Outputs]:
+    if model is None:
+        yield dense
+        return
+    hidden_TC = model.final_hidden(window_T)
+    with model.head() as (weight_VC, bias_V):
+        yield Outputs(hidden_TC, weight_VC, bias_V)
 
 
 def _save_fidelity(context: Context, sums: Mapping[int, FidelitySums]) -> None:
@@ -120,21 +123,8 @@ def _save_fidelity(context: Context, sums: Mapping[int, FidelitySums]) -> None:
     if context.world.is_first:
         total = sum((everybody[index] for index in sorted(everybody)), FidelitySums())
         write_json(context.work / FIDELITY, plain(total.means()))
-    context.progress.update("fidelity", 2, 2)
+    context.progress.update("fidelity", 1, 1)
     context.interruption.stop_if_agreed(context.world)
-
-
-def _held_out_windows(context: Context) -> Tensor:
-    """Windows [windows, sequence_length] of the held-out text, cut on rank 0."""
-    if not context.world.is_first:
-        return context.world.broadcast(torch.empty(0))
-    settings = context.params["fidelity"]
-    path = context.input_path("fidelity") if context.has_input("fidelity") else None
-    tokenizer = load_tokenizer(context.input_path("dense"))
-    windows = read_windows(
-        settings, path, tokenizer, context.params["add_bos_token"], settings["windows"], SEED, "fidelity"
-    )
-    return context.world.broadcast(windows.input_ids_ST)
 
 
 def _my_windows(count: int, world: World) -> list[int]:

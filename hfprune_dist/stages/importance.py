@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hfprune_dist.core.criteria import CRITERIA, Criterion, MlpLayer, Moments, losses_of
 from hfprune_dist.core.exact import ExactOverflowError
 from hfprune_dist.core.importance import NonFiniteError
-from hfprune_dist.data.windows import read_windows
+from hfprune_dist.data.windows import load_windows, read_windows, save_windows
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.models.tokenizer import load_tokenizer
@@ -27,7 +27,7 @@ from hfprune_dist.models.weights import mlp_layer
 from hfprune_dist.parallel.accumulation import Accumulation
 from hfprune_dist.parallel.calibration import Calibration
 from hfprune_dist.parallel.layerwise import LayerStream
-from hfprune_dist.stages.context import WINDOWS, Context
+from hfprune_dist.stages.context import Context
 
 PARTIAL = "partial.safetensors"
 
@@ -37,14 +37,14 @@ def run(context: Context) -> None:
     checkpoint = open_checkpoint(context.input_path("model"))
     criteria = [CRITERIA[name] for name in context.params["criteria"]]
     documents = _prepare_windows(context)
-    windows_ST = load_file(context.work / WINDOWS)["input_ids"]
+    windows_ST = load_windows(context.work)
     totals = _accumulate(context, checkpoint, windows_ST, _summed(criteria))
     windows_ST = windows_ST[: _windows_used(context, totals, len(windows_ST))]
     scores = _scores(context, checkpoint, criteria, totals, windows_ST)
     draft = context.open_draft()
     if context.world.is_first:
         save_file(scores, draft / "importance.safetensors")
-        save_file({"input_ids": windows_ST}, draft / WINDOWS)
+        save_windows(windows_ST, draft)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
     means = {f"mean_{loss.name}_nats": totals.losses[loss.name] / len(windows_ST) for loss in losses}
     context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents, **_curve(context, totals)})
@@ -89,7 +89,7 @@ def _prepare_windows(context: Context) -> dict[str, int]:
         context.params["seed"],
         "calibration",
     )
-    save_file({"input_ids": windows.input_ids_ST}, context.work / WINDOWS)
+    save_windows(windows.input_ids_ST, context.work)
     counts = {"documents_read": windows.documents_read, "documents_used": windows.documents_used}
     return context.world.broadcast(counts)
 

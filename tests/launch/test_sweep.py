@@ -125,7 +125,7 @@ def test_a_corrupt_artifact_is_set_aside_and_made_again(finished, config, tmp_pa
     victim.write_bytes(content)
     result = sweep(config, out)
     assert result.returncode == 0 and "content changed since it was committed" in result.stdout
-    assert "1 of 20 stages to run" in result.stdout
+    assert "1 of 22 stages to run" in result.stdout
     assert len(list((out / "store" / "quarantine").iterdir())) == 1
     assert_same_as(finished[0], out)
 

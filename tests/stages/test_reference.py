@@ -1,0 +1,114 @@
+"""The reference stage: what the dense model's head reads, on any number of ranks and after any kill."""
+
+import pytest
+import torch
+from ranks import SoloWorld, killing, lay_out, run_stage
+from safetensors.torch import save_file
+from tiny import save_tiny, tiny_model, write_documents
+from transformers import AutoModelForCausalLM
+
+from hfprune_dist.artifacts import Store
+from hfprune_dist.config import RuntimeConfig
+from hfprune_dist.errors import UserError
+from hfprune_dist.parallel.dense_states import DENSE, DenseStates
+from hfprune_dist.plan import Input, Stage
+from hfprune_dist.progress import Progress
+from hfprune_dist.stages import reference
+from hfprune_dist.stages.context import Context
+
+TEXT = {"windows": 5, "sequence_length": 48, "text_field": "text"}
+IMPORTANCE = Stage("importance", "tiny", {}, {})
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    save_tiny(folder / "dense")
+    write_documents(folder / "held-out.jsonl", count=3)
+    return folder
+
+
+def held_out(source, dtype="float32", text="held-out.jsonl"):
+    """The stage that evaluations compare with."""
+    params = {"dtype": dtype, "micro_batch_size": 1, "add_bos_token": True, "text": TEXT}
+    inputs = {"model": Input("dense", str(source / "dense")), "text": Input("text", str(source / text))}
+    return Stage("reference", "tiny", params, inputs)
+
+
+def run_alone(store, stage):
+    lay_out(store, stage)
+    progress = Progress(store.work(stage.id))
+    reference.run(Context(stage, store, SoloWorld(), RuntimeConfig(), progress, config={}, code={}, attempt=1))
+    return DenseStates(store.path(stage.id))
+
+
+def files_of(store, stage):
+    return {file.name: file.read_bytes() for file in store.path(stage.id).glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(source, tmp_path_factory):
+    store = Store(tmp_path_factory.mktemp("one"))
+    assert run_stage(store, held_out(source), ranks=1).returncode == 0
+    return files_of(store, held_out(source))
+
+
+def test_held_out_text_is_seen_as_the_whole_model_sees_it(source, tmp_path):
+    states = run_alone(Store(tmp_path), held_out(source))
+    assert states.windows_ST.shape == (5, 48)
+    assert states.windows_ST[:, 0].tolist() == [1] * 5  # BOS
+    body = AutoModelForCausalLM.from_pretrained(source / "dense").model
+    with torch.no_grad():
+        for index, window_T in enumerate(states.windows_ST):
+            expected_TC = body(input_ids=window_T[None]).last_hidden_state[0]
+            torch.testing.assert_close(states.hidden(index), expected_TC, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "mistral"])
+def test_calibration_windows_are_rows_to_learn_from(tmp_path, variant):
+    """The last micro-batch is not full."""
+    save_tiny(tmp_path / "dense", variant)
+    windows_ST = torch.randint(3, 264, (6, 24), generator=torch.Generator().manual_seed(0))
+    store = Store(tmp_path / "store")
+    draft = store.open_draft(IMPORTANCE.id)
+    save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
+    store.commit(IMPORTANCE, draft, {"metrics": {}})
+    inputs = {"model": Input("dense", str(tmp_path / "dense")), "importance": IMPORTANCE.as_input()}
+    states = run_alone(store, Stage("reference", "tiny", {"dtype": "float32", "micro_batch_size": 4}, inputs))
+    with torch.no_grad():
+        expected_STC = tiny_model(variant).model(input_ids=windows_ST).last_hidden_state
+    for row in range(6):
+        torch.testing.assert_close(states(row)[DENSE], expected_STC[row], rtol=1e-4, atol=1e-5)
+        assert states(row)["input_ids"].tolist() == states(row)["labels"].tolist() == windows_ST[row].tolist()
+
+
+def test_states_are_kept_in_the_dtype_that_they_are_computed_in(source, tmp_path):
+    assert run_alone(Store(tmp_path), held_out(source, "bfloat16")).hidden(0).dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_have_the_bits_of_one(source, uninterrupted, tmp_path, ranks):
+    """Of three ranks one has a window less."""
+    store = Store(tmp_path)
+    result = run_stage(store, held_out(source), ranks)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert files_of(store, held_out(source)) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_killed_stage_begins_anew_and_comes_to_the_same_bits(source, uninterrupted, tmp_path):
+    store, stage = Store(tmp_path), held_out(source)
+    killed = run_stage(store, stage, 2, environment=killing(0, 3, "/.draft"))
+    assert killed.returncode != 0
+    assert not store.path(stage.id).exists()
+    assert list((tmp_path / "reference").glob(".draft-*")), "it died while it wrote"
+    assert run_stage(store, stage, ranks=2).returncode == 0
+    assert files_of(store, stage) == uninterrupted
+    assert not list((tmp_path / "reference").glob(".draft-*"))
+
+
+def test_short_held_out_text_is_refused(source, tmp_path):
+    write_documents(source / "short.jsonl", words=3)
+    with pytest.raises(UserError, match=r"fidelity .*short.jsonl: no document has 47 tokens"):
+        run_alone(Store(tmp_path), held_out(source, text="short.jsonl"))
