@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from hfprune_dist.identity import FileHashes
 from hfprune_dist.plan import Stage
 
 MANIFEST = "manifest.json"
+READABLE = 0o666  # but for what the umask keeps back
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Store:
         """
         files = sorted(file for file in draft.rglob("*") if file.is_file())
         for file in files:
+            file.chmod(READABLE & ~_umask())  # safetensors leaves its files to their owner alone
             fsync_path(file)
         listing = {str(file.relative_to(draft)): self._describe(file) for file in files}
         write_json(draft / MANIFEST, {"format": 1, "stage": stage.to_json(), "files": listing, **record})
@@ -132,6 +135,12 @@ class Store:
     def discard_work(self, stage_id: str) -> None:
         """Forget the progress of a stage whose artifact is committed."""
         shutil.rmtree(self.work(stage_id), ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to read it alone
+    os.umask(mask)
+    return mask
 
 
 def require_writable(root: Path) -> None:

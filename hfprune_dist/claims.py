@@ -67,8 +67,8 @@ def try_claim(folder: Path, job: str | None = None, ended_jobs: Collection[str] 
         job: the batch job that claims, if any; it succeeds itself when it was requeued.
         ended_jobs: jobs known to have ended: what they hold is free, however lately it was renewed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     while True:
+        folder.mkdir(parents=True, exist_ok=True)  # a holder that finishes removes it
         generation, holder = _current(folder)
         if holder is not None and (holder.job is None or holder.job not in {job, *ended_jobs}):
             return holder
@@ -97,15 +97,18 @@ def _current(folder: Path) -> tuple[int, Holder | None]:
 
 
 def _create(file: Path, text: str) -> bool:
-    """Create ``file`` with its content in one step: readers never see a claim without its holder."""
+    """Create ``file`` with its content in one step: readers never see a claim without its holder.
+
+    False where somebody else was faster, or has just removed the folder.
+    """
     draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
     try:
+        draft.write_text(text, encoding="utf-8")
         os.link(draft, file)
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):
         return False
     finally:
-        draft.unlink()
+        draft.unlink(missing_ok=True)
     return True
 
 

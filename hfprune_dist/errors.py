@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +15,12 @@ _MENDABLE = {
     errno.EDQUOT: "make room in your quota and run the sweep again, it goes on where it stopped",
     errno.EACCES: "check the permissions",
     errno.EROFS: "choose a folder on a writable file system",
+    errno.ENOTDIR: "give a folder",
+    errno.EISDIR: "give a file",
+    errno.EEXIST: "give another path",
 }
+# How libraries in Rust, such as safetensors, tell of an operating system's refusal; their exceptions are no OSError.
+_IN_RUST = re.compile(r"\(os error (\d+)\)")
 
 
 class UserError(Exception):
@@ -41,10 +48,18 @@ def did_you_mean(word: str, valid: Iterable[str]) -> str:
 
 def from_os_error(error: Exception) -> Exception:
     """Turn an operating system's refusal that the user can mend into a ``UserError``; pass other errors through."""
-    if isinstance(error, OSError) and error.errno in _MENDABLE:
-        where = f"{error.filename}: " if error.filename else ""
-        return UserError(f"{where}{error.strerror}; {_MENDABLE[error.errno]}")
+    number, where = _refusal(error)
+    if number in _MENDABLE:
+        return UserError(f"{where}{os.strerror(number)}; {_MENDABLE[number]}")
     return error
+
+
+def _refusal(error: Exception) -> tuple[int, str]:
+    """The operating system's error number, 0 where it is none of its errors; and where, where that is known."""
+    if isinstance(error, OSError):
+        return error.errno or 0, f"{error.filename}: " if error.filename else ""
+    found = _IN_RUST.search(str(error))
+    return int(found[1]) if found else 0, ""
 
 
 @contextmanager

@@ -366,9 +366,34 @@ class Refit:
         return 16 * kept**2 + max(inverting, iterating) + linearized
 
 
+@dataclass(frozen=True)
+class Reference:
+    """All of ``samples`` windows through the dense model, layer by layer, ``windows`` of ``tokens`` at a time."""
+
+    windows: int
+    tokens: int
+    samples: int
+    itemsize: int = 2
+
+    def resized(self, windows: int) -> Reference:
+        """The same with so many windows in a micro-batch."""
+        return replace(self, windows=windows)
+
+    def host_bytes(self, shape: Shape, ranks: int) -> int:
+        """Main memory of one rank: its windows' hidden states."""
+        mine = _tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
+        return mine * shape.hidden_size * self.itemsize
+
+    def memory(self, shape: Shape, ranks: int) -> Memory:
+        """On one rank, whatever their number."""
+        return _memory_of_walk(shape, self.windows * self.tokens, self.itemsize, 0)
+
+
 # What is known to be bound by products in the compute dtype, or by gathers.
 TimedJob = Importance | Train | Evaluate
-Job = TimedJob | Refit
+# What has a layer at a time on each rank.
+Walk = Refit | Reference
+Job = TimedJob | Walk
 
 
 @dataclass(frozen=True)

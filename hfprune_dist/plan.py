@@ -6,7 +6,7 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,13 @@ STAGE_VERSIONS = {"importance": 5, "reference": 1, "prune": 4, "distill": 1, "re
 class Input:
     """Something a stage reads. ``identity`` is part of the fingerprint, ``location`` is not.
 
-    For an artifact of another stage both are its id; for files, the digest of their content and their path.
+    For an artifact of another stage the location is its id, and so is the identity where all of it matters; for files,
+    the digest of their content and their path.
     """
 
     identity: str
     location: str
-
-    @property
-    def is_stage(self) -> bool:
-        return self.identity == self.location
+    is_stage: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Stage:
         return [source.location for source in self.inputs.values() if source.is_stage]
 
     def as_input(self) -> Input:
-        return Input(self.id, self.id)
+        return Input(self.id, self.id, is_stage=True)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -102,7 +100,7 @@ class Cell:
     """One row of the result table: a checkpoint and its evaluation.
 
     ``label`` names it among the sweep's. ``ratio`` and ``method`` are None for the dense model; ``producers`` are the
-    stages whose cost the row carries, in order.
+    stages that make the checkpoint, in order.
     """
 
     label: str
@@ -121,6 +119,11 @@ class Plan:
 
     stages: Mapping[str, Stage]
     cells: tuple[Cell, ...]
+
+    def behind(self, cell: Cell) -> list[str]:
+        """Ids of all stages whose cost a row carries, in order; the evaluation is the last."""
+        evaluate = self.stages[cell.evaluate]
+        return [*dict.fromkeys([*cell.producers, *evaluate.needs, evaluate.id])]
 
     def to_json(self) -> dict[str, Any]:
         stages = [stage.to_json() for stage in self.stages.values()]
@@ -248,7 +251,7 @@ class _Planner:
                 "dtype": self.config.importance.dtype,
                 "micro_batch_size": self.config.calibration.micro_batch_size,
             }
-        inputs = {"model": model, "importance": importance.as_input()}
+        inputs = {"model": model, "importance": _part_of(importance, [method.criterion])}
         if model != dense:
             inputs["dense"] = dense  # whose parameters ratios are of
         return self._add(Stage("prune", label, params, inputs))
@@ -257,7 +260,7 @@ class _Planner:
         """On the windows that the dense model was scored on."""
         distillation = self.config.distillation
         params = {"dtype": distillation.dtype, "micro_batch_size": distillation.micro_batch_size}
-        inputs = {"model": importance.inputs["model"], "importance": importance.as_input()}
+        inputs = {"model": importance.inputs["model"], "importance": _part_of(importance, [])}
         return self._add(Stage("reference", f"{importance.label} calibration", params, inputs))
 
     def _reference_of_held_out(self, model: str, dense: Input) -> Stage:
@@ -303,6 +306,16 @@ class _Planner:
         file = Path(source.path)
         settings = source.model_dump(exclude={"path", "dataset", "name", "split", "revision"})
         return settings, Input(self.hashes.of_file(file), str(file))
+
+
+def _part_of(importance: Stage, criteria: Sequence[str]) -> Input:
+    """The artifact of a calibration pass, known by what some of its criteria alone would have made: others that share
+    the pass change neither their scores nor the windows, unless they decide where the pass ends.
+    """
+    if importance.params["calibration"]["settled"] is not None:
+        return importance.as_input()
+    alone = replace(importance, params={**importance.params, "criteria": list(criteria)})
+    return replace(importance.as_input(), identity=alone.id)
 
 
 def size_of(checkpoint: Checkpoint) -> ModelSize:

@@ -40,7 +40,7 @@ def collect_rows(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> l
 
 
 def _row(cell: Cell, plan: Plan, store: Store, dense: DenseModel) -> Row:
-    manifests = {stage_id: store.manifest(stage_id) for stage_id in (*cell.producers, cell.evaluate)}
+    manifests = {stage_id: store.manifest(stage_id) for stage_id in plan.behind(cell)}
     cause = next((_cause(stage_id, plan, store) for stage_id, found in manifests.items() if found is None), None)
     shape = _shape(cell, manifests, dense)
     evaluation = manifests[cell.evaluate]

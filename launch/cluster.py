@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ class Sweep:
 def run_on_slurm(
     console: Console,
     sweep: Sweep,
+    todo: Sequence[str],
     origin: Origin,
     profile: Profile,
     max_running: int | None,
@@ -54,12 +55,12 @@ def run_on_slurm(
     Returns:
         whether it has stayed.
     """
-    slurm = SlurmCommands()
-    slurm.require()
+    store = sweep.store
+    console.print(f"{len(todo)} of {len(sweep.plan.stages)} stages to run on Slurm; logs in {store.root / 'attempts'}")
     snapshot = take_snapshot(project, (sweep.out / "code").resolve(), origin.code)
     with _Screen(console, sweep).shown() as screen:
         submitting = Submitting(origin, profile, snapshot, max_running)
-        backend = SlurmBackend(sweep.store, sweep.plan, submitting, slurm, screen.tell)
+        backend = SlurmBackend(store, sweep.plan, submitting, SlurmCommands(), screen.tell)
         backend.start()
         if follow is not False:
             backend.follow(lambda: screen.refresh(backend.jobs))

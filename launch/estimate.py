@@ -21,10 +21,12 @@ from hfprune_dist.footprint import (
     Importance,
     Job,
     Memory,
+    Reference,
     Refit,
     Shape,
     TimedJob,
     Train,
+    Walk,
     fits,
     seconds,
     shape_of,
@@ -87,13 +89,8 @@ def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: 
     return [
         _estimate(plan, stage, profile.resources[stage.kind], runtime)
         for stage in (plan.stages[stage_id] for stage_id in todo)
-        if profile.resources[stage.kind].gpus and _is_estimated(stage)
+        if profile.resources[stage.kind].gpus and (stage.kind != "prune" or stage.params["refit"] != "none")
     ]
-
-
-def _is_estimated(stage: Stage) -> bool:
-    """A plain prune stage has no model on a GPU; a reference has a layer and the head, less than any other stage."""
-    return stage.kind != "reference" and (stage.kind != "prune" or stage.params["refit"] != "none")
 
 
 def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
@@ -159,7 +156,7 @@ def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeCo
 
 def _host_bytes(job: Job, shape: Shape, gpus: Gpus) -> int:
     """Main memory of one rank, where it is too much to leave out."""
-    return job.host_bytes(shape, gpus.ranks) if isinstance(job, Importance | Refit) else 0
+    return job.host_bytes(shape, gpus.ranks) if isinstance(job, Importance | Walk) else 0
 
 
 def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
@@ -176,6 +173,8 @@ def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
             curvature=not CURVED.isdisjoint(params["criteria"]),
             samples=params["calibration"]["samples"],
         )
+    if stage.kind == "reference":
+        return _reference(plan, stage)
     if stage.kind == "prune":
         return _refit(plan, stage)
     if stage.kind == "recover":
@@ -184,6 +183,14 @@ def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
         return _training(params["distillation"], _calibration(plan, stage)["sequence_length"], distills=True)
     text = plan.stages[stage.inputs["reference"].location].params["text"]
     return Evaluate(params["batch_size"], text["sequence_length"], ITEMSIZE[params["dtype"]])
+
+
+def _reference(plan: Plan, stage: Stage) -> Reference:
+    params = stage.params
+    text = params["text"] if "text" in params else _calibration(plan, stage)
+    samples = text["windows"] if "text" in params else text["samples"]
+    windows = min(params["micro_batch_size"], samples)
+    return Reference(windows, text["sequence_length"], samples, ITEMSIZE[params["dtype"]])
 
 
 def _refit(plan: Plan, stage: Stage) -> Refit:
@@ -243,16 +250,17 @@ def _whole_on_each(job: Job, shape: Shape, gpus: Gpus, runtime: RuntimeConfig) -
 def _advice(job: Job, shape: Shape, gpus: Gpus, rows_of_a_step: int | None) -> str:
     """The fewest nodes that hold one window, and the micro-batch whose work hides the network's time.
 
-    For a refit, which shares no layer and gathers nothing, the largest micro-batch that fits.
+    For a walk, which shares no layer and gathers nothing, the largest micro-batch that fits.
     """
-    if isinstance(job, Refit):
+    if isinstance(job, Walk):
         smaller = [size for size in MICRO_BATCHES if size < job.windows and fits(job.resized(size), shape, gpus)]
         return f"micro-batch {smaller[-1]}" if smaller and not fits(job, shape, gpus) else ""
     smallest = job.resized(1)
-    nodes = next((n for n in range(1, MOST_NODES) if fits(smallest, shape, dataclasses.replace(gpus, nodes=n))), None)
-    if nodes is None:
+    # A single rank gathers nothing, so that fewer nodes may hold what more of them don't.
+    candidates = (dataclasses.replace(gpus, nodes=n) for n in (*range(gpus.nodes, MOST_NODES), *range(1, gpus.nodes)))
+    advised = next((it for it in candidates if fits(smallest, shape, it)), None)
+    if advised is None:
         return ""
-    advised = dataclasses.replace(gpus, nodes=max(nodes, gpus.nodes))
     shared = [size for size in MICRO_BATCHES if not rows_of_a_step or size * advised.ranks <= rows_of_a_step]
     fitting = [size for size in shared or MICRO_BATCHES[:1] if fits(job.resized(size), shape, advised)]
     hidden = [size for size in fitting if gpus.flops and _is_hidden(job.resized(size), shape, advised)]
@@ -267,7 +275,7 @@ def _is_hidden(job: TimedJob, shape: Shape, gpus: Gpus) -> bool:
 
 def _gpu_hours(rounds: int | None, job: Job, shape: Shape, gpus: Gpus) -> float | None:
     """For so many micro-batches of every rank; None where their number, or what bounds them, is not known."""
-    if rounds is None or isinstance(job, Refit) or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
+    if rounds is None or isinstance(job, Walk) or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
         return None
     return rounds * max(seconds(job, shape, gpus)) * gpus.ranks / 3600
 

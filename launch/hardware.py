@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -23,9 +25,16 @@ def count_gpus() -> int:
     """GPUs that ranks may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([device for device in visible.split(",") if device.strip()])
+        devices = [device.strip() for device in visible.split(",")]
+        return len(list(itertools.takewhile(lambda it: it and not it.startswith("-"), devices)))  # as CUDA reads it
     driver = Path("/proc/driver/nvidia/gpus")
     return len(list(driver.iterdir())) if driver.is_dir() else 0
+
+
+def threads_allowed() -> int | None:
+    """``OMP_NUM_THREADS``, of which the first number counts here; None where it says nothing."""
+    found = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))
+    return (int(found[1]) or None) if found else None
 
 
 def note_on_bfloat16(stages: Iterable[Stage]) -> str:

@@ -28,7 +28,7 @@ from hfprune_dist.progress import (
     read_heartbeat,
     write_failure_record,
 )
-from launch.hardware import count_gpus
+from launch.hardware import count_gpus, threads_allowed
 from launch.layout import Origin, attempts_so_far, lay_out
 
 STAGE_SCRIPT = Path(__file__).with_name("stage.py")
@@ -109,7 +109,7 @@ class LocalBackend:
 
     def _environment(self) -> dict[str, str]:
         """The ranks' environment: threads, and a project that can be imported from wherever the sweep was started."""
-        threads = self._origin.runtime.threads_per_rank or int(os.environ.get("OMP_NUM_THREADS") or 0)
+        threads = self._origin.runtime.threads_per_rank or threads_allowed()
         threads = threads or max(1, (os.cpu_count() or 1) // self.ranks)
         return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 

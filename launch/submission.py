@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from hfprune_dist.files import fsync_path, write_text
 from hfprune_dist.plan import Stage
+from launch.hardware import threads_allowed
 from launch.job import StageJob
 from launch.ledger import Attempt
 from launch.profiles import Resources
@@ -135,5 +135,5 @@ def _srun_arguments(resources: Resources) -> list[str]:
 
 def default_threads(resources: Resources, threads_per_rank: int | None) -> int:
     """CPU threads of a rank: as configured, else its cores, but no more than OMP_NUM_THREADS where that is set."""
-    limit = int(os.environ.get("OMP_NUM_THREADS") or 0) or resources.cpus_per_task
+    limit = threads_allowed() or resources.cpus_per_task
     return threads_per_rank or min(limit, resources.cpus_per_task)

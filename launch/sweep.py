@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -26,7 +26,7 @@ from rich.console import Console
 from hfprune_dist.artifacts import Store, Verdict, require_writable
 from hfprune_dist.config import SweepConfig, load_config, parse_assignment, parse_list, parse_ratios
 from hfprune_dist.errors import UserError, explained
-from hfprune_dist.files import write_json, write_text
+from hfprune_dist.files import read_json, write_json, write_text
 from hfprune_dist.methods import resolve_methods
 from hfprune_dist.models.sources import ModelSource, resolve_models
 from hfprune_dist.plan import Plan, build_plan
@@ -40,7 +40,7 @@ from launch.layout import Origin
 from launch.local import LocalBackend
 from launch.profiles import Profile, load_profile
 from launch.screen import StageScreen, make_console, show_plan, show_results, stage_screen
-from launch.slurm_cli import SlurmUnavailableError
+from launch.slurm_cli import SlurmCommands, SlurmUnavailableError
 from launch.status import cell_logs
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -69,13 +69,11 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, _overrides(arguments))
     out = arguments.out or Path("runs") / (arguments.config[0].stem if arguments.config else "default")
     store = Store(out / "store")
-    models = resolve_models(config, PROJECT / "configs" / "models", store.hashes, download=not arguments.dry_run)
-    methods = resolve_methods(config, PROJECT / "configs" / "methods")
-    plan = build_plan(config, models, methods, store.hashes)
-    sweep = Sweep(plan, store, out)
     if arguments.status or arguments.cancel or arguments.logs:
-        _show(console, sweep, arguments)
+        _show(console, Sweep(_recorded_plan(out, store, config), store, out), arguments)
         return 0
+    models, plan = _plan(config, store, download=not arguments.dry_run)
+    sweep = Sweep(plan, store, out)
     profile = _profile(arguments)
     verdicts = {stage_id: store.verify(stage_id) for stage_id in plan.stages}
     todo = [stage_id for stage_id, verdict in verdicts.items() if verdict.state != "done"]
@@ -90,31 +88,66 @@ def run_sweep(arguments: argparse.Namespace) -> int:
         return 0
     if config.evaluation.tasks and any(stage_id.startswith("evaluate/") for stage_id in todo):
         _check_tasks(config)
+    run = _runner(console, sweep, todo, profile, config, arguments)
     require_writable(out)
     _record(out, config, plan, models)
     _set_aside_corrupt(console, store, verdicts)
-    origin = Origin(config.runtime, config.model_dump(), code_version(PROJECT))
-    if todo and profile is not None:
-        console.print(f"{len(todo)} of {len(plan.stages)} stages to run on Slurm; logs in {store.root / 'attempts'}")
-        limit = arguments.max_running or profile.max_running
-        if not run_on_slurm(console, sweep, origin, profile, limit, PROJECT, arguments.follow):
-            console.print("jobs are submitted; --status shows them, the same command again follows them")
-            return 0
-    elif todo:
-        backend = LocalBackend(store, out / "logs", origin)
-        console.print(
-            f"{len(todo)} of {len(plan.stages)} stages to run, {backend.ranks} ranks each; logs in {out / 'logs'}"
-        )
-        if note := note_on_bfloat16(plan.stages[stage_id] for stage_id in todo):
-            console.print(f"note: {note}", highlight=False)
-        with stage_screen(console, len(todo)) as screen:
-            _run_stages(plan, todo, store, backend, screen)
+    if todo and not run():
+        console.print("jobs are submitted; --status shows them, the same command again follows them")
+        return 0
     store.hashes.save()
     rows = collect_rows(plan, store, _dense(models))
     write_reports(rows, out)
     show_results(console, rows)
     console.print(f"written: {out / 'results.csv'}, results.md, results.json", highlight=False)
     return _exit_code(plan, store)
+
+
+def _plan(config: SweepConfig, store: Store, download: bool) -> tuple[list[ModelSource], Plan]:
+    models = resolve_models(config, PROJECT / "configs" / "models", store.hashes, download)
+    methods = resolve_methods(config, PROJECT / "configs" / "methods")
+    return models, build_plan(config, models, methods, store.hashes)
+
+
+def _recorded_plan(out: Path, store: Store, config: SweepConfig) -> Plan:
+    """What the sweep in this folder was last started with, whatever has become of its inputs since; else the plan."""
+    record = read_json(out / SWEEP_FILE)
+    return _plan(config, store, download=False)[1] if record is None else Plan.from_json(record)
+
+
+def _runner(
+    console: Console,
+    sweep: Sweep,
+    todo: Sequence[str],
+    profile: Profile | None,
+    config: SweepConfig,
+    arguments: argparse.Namespace,
+) -> Callable[[], bool]:
+    """What runs the missing stages and returns whether it stayed until their end.
+
+    Raises:
+        UserError: where this machine can't run them; nothing has been written.
+    """
+    origin = Origin(config.runtime, config.model_dump(), code_version(PROJECT))
+    if profile is None:
+        backend = LocalBackend(sweep.store, sweep.out / "logs", origin)
+        return lambda: _run_here(console, sweep, todo, backend)
+    if todo:
+        SlurmCommands().require()
+    limit = arguments.max_running or profile.max_running
+    return lambda: run_on_slurm(console, sweep, todo, origin, profile, limit, PROJECT, arguments.follow)
+
+
+def _run_here(console: Console, sweep: Sweep, todo: Sequence[str], backend: LocalBackend) -> bool:
+    stages = sweep.plan.stages
+    console.print(
+        f"{len(todo)} of {len(stages)} stages to run, {backend.ranks} ranks each; logs in {sweep.out / 'logs'}"
+    )
+    if note := note_on_bfloat16(stages[stage_id] for stage_id in todo):
+        console.print(f"note: {note}", highlight=False)
+    with stage_screen(console, len(todo)) as screen:
+        _run_stages(sweep.plan, todo, sweep.store, backend, screen)
+    return True
 
 
 def _run_stages(plan: Plan, todo: Sequence[str], store: Store, backend: LocalBackend, screen: StageScreen) -> None:
@@ -133,6 +166,8 @@ def _profile(arguments: argparse.Namespace) -> Profile | None:
     """The profile of the cluster to run on; None runs on this machine."""
     if arguments.backend == "slurm" and arguments.profile is None:
         raise UserError("--backend slurm: needs --profile, which says what to ask the cluster for (slurm/profiles)")
+    if arguments.max_running is not None and arguments.max_running < 1:
+        raise UserError(f"--max-running {arguments.max_running}: must be at least 1")
     if arguments.profile is None or arguments.backend == "local":
         return None
     return load_profile(arguments.profile, PROFILES)
@@ -253,14 +288,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--profile", metavar="NAME", help="run on Slurm, as slurm/profiles/NAME.yaml or a YAML file says"
     )
-    parser.add_argument("--max-running", metavar="N", type=int, help="the most jobs of this sweep that run at once")
+    parser.add_argument(
+        "--max-running",
+        metavar="N",
+        type=int,
+        help="the most jobs of this sweep that run at once; default: the profile's",
+    )
     parser.add_argument(
         "--follow",
         action=argparse.BooleanOptionalAction,
         default=None,
         help="stay until all jobs have ended and show the table (default), or submit and leave; with --status: live",
     )
-    parser.add_argument("--status", action="store_true", help="show the state of every stage; starts nothing")
+    parser.add_argument(
+        "--status", action="store_true", help="show the state of every stage of the sweep in --out; starts nothing"
+    )
     parser.add_argument("--cancel", action="store_true", help="cancel the sweep's jobs; saved work stays")
     parser.add_argument("--logs", metavar="CELL", help="show the last lines of a cell's logs, e.g. 'llama 0.2 + lora'")
     parser.add_argument(

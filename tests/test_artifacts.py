@@ -32,6 +32,16 @@ def test_a_committed_artifact_verifies_and_carries_its_manifest(store):
     assert not list((store.root / "prune").glob(".draft*"))
 
 
+def test_colleagues_may_read_what_the_umask_allows(store):
+    """Some libraries leave their files to their owner alone."""
+    draft = store.open_draft(STAGE.id)
+    (draft / "scores.bin").touch(mode=0o600)
+    before = os.umask(0o027)
+    store.commit(STAGE, draft, {"metrics": {}})
+    os.umask(before)
+    assert (store.path(STAGE.id) / "scores.bin").stat().st_mode & 0o777 == 0o640
+
+
 def test_what_has_no_manifest_does_not_exist(store):
     make(store)
     (store.path(STAGE.id) / MANIFEST).unlink()

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 
+from hfprune_dist import claims
 from hfprune_dist.claims import Claim, Holder, try_claim
 
 
@@ -37,6 +38,23 @@ def test_a_holder_on_another_host_lives_as_long_as_it_renews(tmp_path):
     assert isinstance(try_claim(tmp_path), Holder)
     os.utime(file, (0, 0))
     assert isinstance(try_claim(tmp_path), Claim)
+
+
+def test_a_folder_that_its_holder_has_just_removed_is_made_again(tmp_path, monkeypatch):
+    """A stage that finishes discards its work folder, at any moment of another's claim."""
+    folder, looked = tmp_path / "work", []
+    original = claims._current
+
+    def removed_meanwhile(there):
+        found = original(there)
+        if not looked:
+            there.rmdir()
+        looked.append(found)
+        return found
+
+    monkeypatch.setattr(claims, "_current", removed_meanwhile)
+    assert isinstance(try_claim(folder), Claim)
+    assert looked == [(0, None)] * 2 and (folder / "claim.1").is_file()
 
 
 def test_of_many_claimants_one_wins(tmp_path):

@@ -16,7 +16,7 @@ from hfprune_dist import footprint
 from hfprune_dist.core import blocks, elimination, gram
 from hfprune_dist.core.criteria import CRITERIA, Batch
 from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
-from hfprune_dist.footprint import Evaluate, Gpus, Importance, Refit, Train, fits, seconds, shape_of
+from hfprune_dist.footprint import Evaluate, Gpus, Importance, Reference, Refit, Train, fits, seconds, shape_of
 from hfprune_dist.models.checkpoint import open_checkpoint
 from hfprune_dist.models.families import FAMILIES
 from hfprune_dist.models.lean import checkpoint_activations, lighten
@@ -210,6 +210,20 @@ def test_what_a_step_keeps_between_iterations_is_what_is_estimated():
 def test_refits_keep_hidden_states_of_their_windows_on_the_host():
     job = Refit(2, 512, 64, pursues=True, steps=True, searches=False, share_kept=0.5)
     assert job.host_bytes(published("7B"), 4) == (3 * 2 + 4) * 16 * 512 * 4096
+
+
+def test_memory_of_a_reference(tmp_path):
+    """Windows are its ranks' own: hidden states on the host, a layer with a micro-batch on the GPU."""
+    sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 264}
+    checkpoint, windows = open_checkpoint(save_tiny(tmp_path / "model", **sizes)), torch.randint(264, (8, 64))
+    stream = LayerStream(checkpoint, windows, torch.float32, 2, SoloWorld())
+    with PeakBytes() as counted:
+        for number in range(3):
+            stream.advance(stream.layer(number))
+    job = Reference(windows=2, tokens=64, samples=8, itemsize=4)
+    shape = shape_of(checkpoint.config)
+    assert job.host_bytes(shape, 1) == windows.numel() * 64 * 4
+    assert 0.7 < counted.peak / (job.memory(shape, 1).total + job.host_bytes(shape, 1)) < 1.05
 
 
 def test_kept_activations_of_lora_training():

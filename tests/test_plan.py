@@ -109,6 +109,32 @@ def test_what_affects_a_result_changes_its_fingerprint_and_no_other(world, chang
         assert {"recover", "evaluate"} <= kept
 
 
+def test_a_criterion_more_in_the_pass_makes_it_again_and_nothing_else(world):
+    few = plan_of(world, methods=["hfprune"])
+    for change in ({"methods": ["hfprune", "surgeon"]}, {"importance__criteria": ["activation"]}):
+        more = plan_of(world, **{"methods": ["hfprune"], **change})
+        anew = {few.stages[stage_id].kind for stage_id in set(few.stages) - set(more.stages)}
+        assert anew == {"importance"}
+        prune = next(stage for stage in more.stages.values() if stage.kind == "prune")
+        assert prune.inputs["importance"].location in more.stages
+
+
+def test_where_the_pass_may_end_early_all_of_its_criteria_matter(world):
+    few, more = (
+        plan_of(world, methods=["hfprune"], importance__criteria=criteria, calibration__settled=0.9)
+        for criteria in (["entropy"], ["activation"])
+    )
+    assert not [stage_id for stage_id in set(few.stages) & set(more.stages) if stage_id.startswith("prune/")]
+
+
+def test_a_row_carries_the_cost_of_all_that_it_needs(world):
+    plan = plan_of(world, models=["a"], methods=["surgeon-uniform-distilled"], ratios=[0.2])
+    kinds_behind = [[plan.stages[stage_id].kind for stage_id in plan.behind(cell)] for cell in plan.cells]
+    assert kinds_behind[0] == ["reference", "evaluate"]
+    chain = ["importance", "prune", "reference", "distill", "recover", "reference", "evaluate"]
+    assert kinds_behind[-1] == chain
+
+
 def test_the_order_of_criteria_does_not_matter_but_which_they_are_does(world):
     plans = [
         list(plan_of(world, importance__criteria=names).stages)
@@ -205,7 +231,7 @@ def test_distillation_comes_last_and_shares_what_was_pruned(world):
     assert distilled[:2] == plain[:2]
     importance, prune, reference, distill, recover = (plan.stages[stage_id] for stage_id in distilled)
     assert (distill.kind, distill.needs, recover.needs) == ("distill", [prune.id, reference.id], [distill.id])
-    assert reference.inputs == {"model": prune.inputs["model"], "importance": importance.as_input()}
+    assert reference.inputs["model"] == prune.inputs["model"] and reference.needs == [importance.id]
     assert distill.params["passes"] == 2
 
 

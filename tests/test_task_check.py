@@ -1,5 +1,3 @@
-import time
-
 import pytest
 
 from hfprune_dist import evaluation
@@ -41,9 +39,7 @@ def no_full_index(monkeypatch):
 
 
 def test_the_paper_suite_is_known(no_full_index):
-    started = time.perf_counter()
     check_tasks(EvaluationConfig().tasks, None)
-    assert time.perf_counter() - started < 5
 
 
 def test_groups_of_lm_eval_are_known(no_full_index):

@@ -38,12 +38,15 @@ class LeastSquares:
         self.old_CK = weight_CD[:, kept]
 
     def weight(self, ridge: float) -> Tensor:
-        """The refitted weight [hidden_size, kept], float64.
+        """The refitted weight [hidden_size, kept], float64; the old one where the kept neurons are silent.
 
         Args:
             ridge: share of the kept neurons' mean of h^2 that pulls towards the old weight.
         """
-        strength = ridge * self.gram_KK.diagonal().mean()
+        energy = self.gram_KK.diagonal().mean()
+        if energy == 0:
+            return self.old_CK.clone()
+        strength = ridge * energy
         damped_KK = self.gram_KK.clone()
         damped_KK.diagonal().add_(strength)
         factor_KK = torch.linalg.cholesky(damped_KK)
@@ -52,7 +55,9 @@ class LeastSquares:
         return torch.cholesky_solve(right_CK.T, factor_KK).T.contiguous()
 
     def error(self, weight_CK: Tensor) -> float:
-        """E||W h - W' h_S||^2 / E||W h||^2: the share of the output's energy that is lost."""
+        """E||W h - W' h_S||^2 / E||W h||^2: the share of the output's energy that is lost; 0 where there is none."""
+        if self._energy == 0:
+            return 0.0
         explained = (weight_CK * (2 * self._cross_CK - weight_CK @ self.gram_KK)).sum()
         return float((1 - explained / self._energy).clamp(min=0))
 

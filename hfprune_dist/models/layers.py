@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -44,10 +45,12 @@ class LayerReader:
         self._device = device
         self._config: Any = AutoConfig.from_pretrained(checkpoint.path)
 
-    def embed(self, input_ids_BT: Tensor) -> Tensor:
-        """What the first layer reads, [windows, tokens, hidden_size] on the CPU."""
+    def embed(self, batches: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """What the first layer reads, for micro-batches of ids [windows, tokens]: [windows, tokens, hidden_size] each,
+        on the CPU.
+        """
         table_VC = read_tensor(self._checkpoint, self._checkpoint.family.embedding_tensor()).to(self._dtype)
-        return nn.functional.embedding(input_ids_BT, table_VC)
+        return {index: nn.functional.embedding(ids_BT, table_VC) for index, ids_BT in batches.items()}
 
     def layer(self, number: int) -> nn.Module:
         """The decoder of one layer; call it through ``run``."""
@@ -74,17 +77,22 @@ class LayerReader:
     def head(self) -> Head:
         """What turns the last layer's output into logits."""
         family, names = self._checkpoint.family, self._checkpoint.tensors
+        weight = f"{family.head}.weight"
+        bias = f"{family.head}.bias"
+        return Head(
+            self.final_norm(),
+            self._read(weight if weight in names else family.embedding_tensor()),  # else tied to the embedding
+            self._read(bias) if bias in names else None,
+        )
+
+    def final_norm(self) -> nn.Module:
+        """Between the last layer and the head."""
+        family = self._checkpoint.family
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self._layer_config(0), dtype=self._dtype)
         norm: nn.Module = family.body_of(model).get_submodule("norm")
         norm.load_state_dict({"weight": self._read(f"{family.body}.norm.weight")}, assign=True)
-        weight = f"{family.head}.weight"
-        bias = f"{family.head}.bias"
-        return Head(
-            norm.requires_grad_(False),
-            self._read(weight if weight in names else family.embedding_tensor()),  # else tied to the embedding
-            self._read(bias) if bias in names else None,
-        )
+        return norm.requires_grad_(False)
 
     def _read(self, name: str) -> Tensor:
         return read_tensor(self._checkpoint, name).to(self._device, self._dtype)

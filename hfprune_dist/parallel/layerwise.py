@@ -1,4 +1,4 @@
-"""Calibration windows on their way through a model, layer by layer, with each layer's Gram matrix added up on the way.
+"""Windows of text on their way through a model, layer by layer, with each layer's Gram matrix added up on the way.
 
 Every rank holds the hidden states of its own windows and one layer at a time: memory for a layer, its Gram matrix and
 the windows, whatever the model's size. Gram matrices are summed exactly, so they have the same bits on any number of
@@ -60,10 +60,10 @@ class AroundMlp:
 
 
 class LayerStream:
-    """The calibration windows of this rank, standing before one of the model's layers.
+    """The windows of this rank, standing before one of the model's layers.
 
     Args:
-        windows_ST: all calibration windows, int64 [samples, sequence_length].
+        windows_ST: those of all ranks, int64 [samples, sequence_length].
         micro_batch_size: windows per forward.
     """
 
@@ -77,9 +77,9 @@ class LayerStream:
         self._count = len(batches)
         self._tokens: int = windows_ST.numel()
         self._held_out_tokens: int = sum(b.numel() for i, b in enumerate(batches) if is_held_out(i, self._count))
-        self._hidden = {
-            index: self._reader.embed(batches[index]) for index in range(world.rank, self._count, world.size)
-        }
+        self._hidden = self._reader.embed(
+            {index: batches[index] for index in range(world.rank, self._count, world.size)}
+        )
 
     def layer(self, number: int) -> nn.Module:
         """The next layer; the same number on every rank."""
@@ -95,7 +95,7 @@ class LayerStream:
 
         They leave the stream, one at a time.
         """
-        norm = self._reader.head().norm
+        norm = self._reader.final_norm()
         for index in list(self._hidden):
             yield index, norm(self._hidden.pop(index).to(self._world.device)).cpu()
 

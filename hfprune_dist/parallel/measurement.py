@@ -84,9 +84,7 @@ class Measurement:
     def _measure(self, candidates: Sequence[Widths]) -> list[float]:
         dense = tuple(len(scores_D) for scores_D in self._scores)
         everyone = [dense, *candidates]
-        branches: Branches = {
-            tuple(range(len(everyone))): {index: self._reader.embed(ids) for index, ids in self._batches.items()}
-        }
+        branches: Branches = {tuple(range(len(everyone))): self._reader.embed(self._batches)}
         stream = self._stream()
         for number in range(len(dense)):
             layer = self._reader.layer(number)

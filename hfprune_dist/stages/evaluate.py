@@ -98,7 +98,9 @@ def _measure_fidelity(context: Context, sharding: Sharding) -> FrozenModel | Non
     is_dense = context.stage.inputs["model"].identity == context.stage.inputs["dense"].identity
     model = None if is_dense else _load(context, "model", sharding)
     sums: dict[int, FidelitySums] = {}
-    for index in _my_windows(len(states.windows_ST), context.world):
+    mine = _my_windows(len(states.windows_ST), context.world)
+    for done, index in enumerate(mine):
+        context.progress.update("fidelity", done, len(mine))
         window_T = states.windows_ST[index]
         dense = Outputs(states.hidden(index).to(device), head.weight_VC, head.bias_V)
         with _outputs(model, window_T, dense) as outputs:

@@ -54,6 +54,17 @@ def test_error_is_the_lost_share_of_the_outputs_energy():
     assert expected < problem.error(WEIGHT[:, KEPT])
 
 
+@pytest.mark.parametrize("silent", ["activations", "outputs"])
+def test_a_silent_mlp_stays_as_it_is(silent):
+    """Layers that were added with zeros, for example."""
+    weight_CD, gram_DD, kept = torch.randn(4, 6), torch.eye(6, dtype=torch.float64), torch.tensor([0, 2, 5])
+    (gram_DD if silent == "activations" else weight_CD).zero_()
+    problem = LeastSquares(weight_CD, gram_DD, kept)
+    ridge, fitted_CK = best_ridge(problem, problem)
+    assert torch.equal(fitted_CK, weight_CD[:, kept].double())
+    assert problem.error(problem.weight(ridge)) == 0.0
+
+
 def test_held_out_tokens_choose_more_ridge_where_samples_are_few():
     def chosen(tokens):
         few, held_out = activations(seed=3, tokens=tokens), activations(seed=4)

@@ -6,7 +6,8 @@ from sweeps import command, make_inputs, planned
 from hfprune_dist.artifacts import Store
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
-from launch.estimate import CURVED, LOSSES, estimate_stages, refuse_what_cannot_fit
+from hfprune_dist.footprint import RESERVE
+from launch.estimate import CURVED, GIB, LOSSES, estimate_stages, refuse_what_cannot_fit
 from launch.profiles import load_profile
 
 GPUS = "tasks_per_node: 2\ngpus_per_node: 2\n"
@@ -32,7 +33,7 @@ def test_losses_are_those_of_the_criteria():
 
 def test_stages_that_run_a_model_on_gpus_are_estimated(inputs, tmp_path):
     found = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 80\ngpu_tflops: 300\n", importance__dtype="bfloat16")
-    assert {each.stage.kind for each in found} == {"importance", "prune", "recover", "evaluate"}
+    assert {each.stage.kind for each in found} == {"importance", "reference", "prune", "recover", "evaluate"}
     assert all(each.fits and each.memory.total > 0 for each in found)
     hours = {each.stage.kind: each.gpu_hours for each in found}
     assert hours["importance"] > 0 and hours["evaluate"] is None, "how many requests a task has is not known"
@@ -96,6 +97,33 @@ def test_a_refit_is_estimated_and_a_prune_stage_without_one_is_not(inputs, tmp_p
     assert prunings(inputs, tmp_path, "", methods=["hfprune"]) == []
     (tmp_path / "measured.yaml").write_text("{criterion: entropy, allocation: searched}")
     assert prunings(inputs, tmp_path, "", methods=[str(tmp_path / "measured.yaml")]) == []
+
+
+def test_hidden_states_of_a_reference_must_fit_main_memory(inputs, tmp_path):
+    """Those of calibration windows are the larger ones, where a method distills."""
+    overrides = {"methods": ["hfprune-distilled"], "calibration__samples": 64, "distillation__dtype": "float32"}
+    found = estimates(inputs, tmp_path, GPUS, **overrides)
+    host = {each.stage.label: each.host_memory for each in found if each.stage.kind == "reference"}
+    assert host["alpha calibration"] == pytest.approx(16 * host["alpha held-out"])
+    none = estimates(inputs, tmp_path, GPUS + "memory: 1K\n")
+    with pytest.raises(UserError, match=r"reference alpha held-out: .* GiB of hidden states on each node"):
+        refuse_what_cannot_fit([each for each in none if each.stage.kind == "reference"])
+
+
+def test_one_rank_alone_may_hold_what_two_do_not(inputs, tmp_path):
+    """It gathers nothing: between what one needs and what two need is a memory that the profile's nodes don't have."""
+
+    def importance(nodes, memory):
+        profile = f"nodes: {nodes}\ntasks_per_node: 1\ngpus_per_node: 1\ngpu_memory_gib: {memory}\n"
+        found = estimates(inputs, tmp_path, profile, calibration__micro_batch_size=1)
+        return next(each for each in found if each.stage.kind == "importance")
+
+    least, more = (importance(nodes, 1).memory.total / (1 - RESERVE) / GIB for nodes in (1, 2))
+    assert least < more
+    assert importance(2, more * 1.000001).advice == "nodes 2, micro-batch 1"
+    assert importance(2, (least + more) / 2).advice == "nodes 4, micro-batch 1", "with smaller shards"
+    assert importance(2, least * 1.000001).advice == "nodes 1, micro-batch 1"
+    assert importance(2, least * 0.99).advice == ""
 
 
 def test_where_layers_differ_in_width_one_may_keep_all_neurons(inputs, tmp_path):

@@ -51,6 +51,22 @@ def test_no_note_where_bfloat16_is_no_slower(machine, line, gpus):
     assert not note_on_bfloat16(STAGES)
 
 
+@pytest.mark.parametrize(("visible", "gpus"), [("", 0), ("0", 1), ("0, 2", 2), ("-1", 0), ("1,-1,0", 1)])
+def test_gpus_are_counted_as_cuda_does(monkeypatch, visible, gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert hardware.count_gpus() == gpus
+
+
+@pytest.mark.parametrize(
+    ("value", "threads"), [(None, None), ("", None), ("0", None), ("3", 3), ("4,2", 4), ("x", None)]
+)
+def test_threads_are_those_of_the_outermost_level(monkeypatch, value, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert hardware.threads_allowed() == threads
+
+
 def test_no_note_where_all_that_is_left_computes_in_float32(machine, tmp_path, monkeypatch):
     machine(BEFORE_AVX512)
     assert not note_on_bfloat16([STAGES[1], STAGES[3]])

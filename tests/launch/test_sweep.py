@@ -55,6 +55,18 @@ def assert_same_as(finished_out, out):
         assert ours and all(theirs[name] == content for name, content in ours.items())
 
 
+def test_a_sweep_is_shown_whatever_became_of_its_inputs(finished, config, tmp_path):
+    """Another folder has none of the models and texts that the configuration names."""
+    moved = tmp_path / "moved.yaml"
+    moved.write_bytes(config.read_bytes())
+    shown = sweep(moved, finished[0], "--status")
+    assert shown.returncode == 0 and shown.stdout.count("done") == 22
+    logs = sweep(moved, finished[0], "--logs", "alpha dense")
+    assert logs.returncode == 0 and "reference alpha held-out" in logs.stdout and "no log" not in logs.stdout
+    nothing = sweep(moved, tmp_path / "never started", "--status")
+    assert nothing.returncode == 2 and "alpha" in nothing.stderr and "Traceback" not in nothing.stderr
+
+
 def test_one_row_per_cell_with_its_baselines(finished):
     out, _ = finished
     rows = results(out)

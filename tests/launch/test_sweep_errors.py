@@ -35,6 +35,7 @@ def refused(config, out, *arguments):
         (["--set", "evaluation.tasks=[tiny_choise]"], ["tiny_choise", "tiny_choice"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
         (["--ranks", "0"], ["runtime.ranks", "greater than or equal to 1"]),
+        (["--max-running", "0"], ["--max-running 0", "at least 1"]),
     ],
 )
 def test_bad_arguments(config, tmp_path, arguments, expected):
@@ -90,5 +91,5 @@ def test_help_names_every_flag():
 def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path):
     result = sweep(config, tmp_path / "out", "--dry-run")
     assert result.returncode == 0 and not (tmp_path / "out").exists()
-    assert "8 cells, 20 stages: 0 reuse, 20 run" in result.stdout
-    assert result.stdout.count("not made yet") == 20
+    assert "8 cells, 22 stages: 0 reuse, 22 run" in result.stdout
+    assert result.stdout.count("not made yet") == 22

@@ -16,7 +16,7 @@ def test_layer_after_layer_is_the_whole_decoder(tmp_path, variant, dtype):
     input_ids_BT = torch.randint(264, (2, 21), generator=torch.Generator().manual_seed(0))
     body = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).model
     reader = LayerReader(open_checkpoint(folder), dtype, CPU)
-    hidden_BTC = reader.embed(input_ids_BT)
+    hidden_BTC = reader.embed({0: input_ids_BT})[0]
     for number in range(3):
         hidden_BTC = run(reader.layer(number), hidden_BTC)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def test_the_head_gives_the_model_s_logits(tmp_path, variant):
     input_ids_BT = torch.randint(264, (2, 7), generator=torch.Generator().manual_seed(0))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     reader = LayerReader(open_checkpoint(folder), torch.float32, CPU)
-    hidden_BTC = reader.embed(input_ids_BT)
+    hidden_BTC = reader.embed({0: input_ids_BT})[0]
     for number in range(2):
         hidden_BTC = run(reader.layer(number), hidden_BTC)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_a_sliding_window_is_kept(tmp_path):
     input_ids_BT = torch.arange(12)[None] + 3
     body = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model
     reader = LayerReader(open_checkpoint(folder), torch.float32, CPU)
-    hidden_BTC = reader.embed(input_ids_BT)
+    hidden_BTC = reader.embed({0: input_ids_BT})[0]
     for number in range(2):
         hidden_BTC = run(reader.layer(number), hidden_BTC)
     with torch.no_grad():

@@ -36,7 +36,7 @@ def first_run(folder):
 
 def test_jobs_were_multi_node_and_ran_once(on_cluster):
     out, _ = on_cluster
-    assert set(causes(out)) == {"done"} and len(attempt_folders(out)) == 7
+    assert set(causes(out)) == {"done"} and len(attempt_folders(out)) == 8
     for stage, nodes in (("importance", 2), ("recover", 2), ("evaluate", 1)):
         manifest = read(next((out / "store" / stage).glob("*/manifest.json")))
         assert manifest["world_size"] == nodes
@@ -78,7 +78,7 @@ def test_status_logs_and_cancel(cluster, config, without):
     status = sweep(config, out, *ONE_CELL, "--status").stdout
     (line,) = [line for line in status.splitlines() if line.startswith("recover  ") and job_id in line]
     assert "running" in line and "recovery " in line and "/12" in line and "n[1-2]" in line
-    assert "queued" in status and "Dependency" in status and status.count("done") == 5
+    assert "queued" in status and "Dependency" in status and status.count("done") == 6
     logs = sweep(config, out, *ONE_CELL, "--logs", "alpha dense + lora").stdout
     assert "recovery: step 1/12" in logs
     assert "cancelled 2 jobs" in sweep(config, out, *ONE_CELL, "--cancel").stdout

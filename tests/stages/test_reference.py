@@ -87,9 +87,9 @@ def test_states_are_kept_in_the_dtype_that_they_are_computed_in(source, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, 6])
 def test_several_ranks_have_the_bits_of_one(source, uninterrupted, tmp_path, ranks):
-    """Of three ranks one has a window less."""
+    """Of two ranks one has a window less; of six, one has none."""
     store = Store(tmp_path)
     result = run_stage(store, held_out(source), ranks)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -97,12 +97,13 @@ def test_several_ranks_have_the_bits_of_one(source, uninterrupted, tmp_path, ran
 
 
 @pytest.mark.slow
-def test_a_killed_stage_begins_anew_and_comes_to_the_same_bits(source, uninterrupted, tmp_path):
+@pytest.mark.parametrize(("match", "kill_at"), [("/.progress", 1), ("/.draft", 3)], ids=["in the walk", "at the end"])
+def test_a_killed_stage_begins_anew_and_comes_to_the_same_bits(source, uninterrupted, tmp_path, match, kill_at):
     store, stage = Store(tmp_path), held_out(source)
-    killed = run_stage(store, stage, 2, environment=killing(0, 3, "/.draft"))
+    killed = run_stage(store, stage, 2, environment=killing(0, kill_at, match))
     assert killed.returncode != 0
     assert not store.path(stage.id).exists()
-    assert list((tmp_path / "reference").glob(".draft-*")), "it died while it wrote"
+    assert list((tmp_path / "reference").glob(".draft-*"))
     assert run_stage(store, stage, ranks=2).returncode == 0
     assert files_of(store, stage) == uninterrupted
     assert not list((tmp_path / "reference").glob(".draft-*"))

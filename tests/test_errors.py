@@ -1,0 +1,41 @@
+"""What the operating system refuses is told in one message, whoever met the refusal."""
+
+import errno
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hfprune_dist.errors import UserError, explained, from_os_error
+
+
+def test_a_full_disk_met_by_safetensors_is_one_too(tmp_path):
+    """Its errors are no OSError."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(Exception, match="os error") as met:
+        save_file({"a": torch.zeros(2)}, tmp_path / "loop" / "file")
+    assert not isinstance(met.value, OSError) and from_os_error(met.value) is met.value, "nothing the user can mend"
+    full = type(met.value)(f"Error while serializing: I/O error: No space left on device (os error {errno.ENOSPC})")
+    mended = from_os_error(full)
+    assert isinstance(mended, UserError) and "No space left on device; make room" in str(mended)
+
+
+def test_other_exceptions_pass_through():
+    error = ValueError("28")
+    assert from_os_error(error) is error
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        (lambda file: (file / "sub").mkdir(), "Not a directory; give a folder"),
+        (lambda file: file.mkdir(), "File exists; give another path"),
+        (lambda file: file.parent.read_text(), "Is a directory; give a file"),
+    ],
+)
+def test_a_wrong_path_ends_a_command_with_one_message(tmp_path, capsys, action, expected):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit) as ended, explained():
+        action(file)
+    assert ended.value.code == 2 and expected in capsys.readouterr().err
