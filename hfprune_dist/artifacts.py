@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,11 +56,12 @@ class Store:
             return None
         return manifest if isinstance(manifest, dict) else None
 
-    def verify(self, stage_id: str, thorough: bool = False) -> Verdict:
+    def verify(self, stage_id: str, thorough: bool = False, after_each: Callable[[], None] = lambda: None) -> Verdict:
         """Check an artifact against its manifest.
 
         Args:
             thorough: read every file; otherwise a file whose size and modification time are as committed is trusted.
+            after_each: called after every file.
         """
         folder = self.path(stage_id)
         if not folder.is_dir():
@@ -69,6 +71,7 @@ class Store:
             return Verdict("corrupt", f"{MANIFEST} is missing or damaged")
         for name, entry in manifest["files"].items():
             problem = self._check_file(folder / name, entry, thorough)
+            after_each()
             if problem:
                 return Verdict("corrupt", f"{name}: {problem}")
         return Verdict("done", "verified")
@@ -106,16 +109,23 @@ class Store:
         for draft in (self.root / kind).glob(f".draft-{fingerprint}-*"):
             shutil.rmtree(draft, ignore_errors=True)
 
-    def commit(self, stage: Stage, draft: Path, record: dict[str, Any]) -> None:
+    def commit(
+        self, stage: Stage, draft: Path, record: dict[str, Any], after_each: Callable[[], None] = lambda: None
+    ) -> None:
         """Turn a draft into the stage's artifact: fsync, manifest last, one rename.
 
         Where another attempt committed first, its artifact is verified and ours dropped.
+
+        Args:
+            after_each: called after every file.
         """
         files = sorted(file for file in draft.rglob("*") if file.is_file())
+        listing = {}
         for file in files:
             file.chmod(READABLE & ~_umask())  # safetensors leaves its files to their owner alone
             fsync_path(file)
-        listing = {str(file.relative_to(draft)): self._describe(file) for file in files}
+            listing[str(file.relative_to(draft))] = self._describe(file)
+            after_each()
         write_json(draft / MANIFEST, {"format": 1, "stage": stage.to_json(), "files": listing, **record})
         for folder in {file.parent for file in files} | {draft}:
             fsync_path(folder)

@@ -36,7 +36,7 @@ class Comparison:
         measures: kl, top1_agreement and perplexity.
         kl_share: the mean of KL over the reference method's KL in the same sweep, None without one.
         sweeps: how many sweeps have a result.
-        wall_time_s: of all stages behind a row, shared ones included; the mean.
+        wall_time_s: of all stages behind a row, shared ones included; the mean of those that know it.
         peak_memory_bytes: the most that one rank took in one of these stages, None where that was not recorded.
     """
 
@@ -47,7 +47,7 @@ class Comparison:
     measures: Mapping[str, Spread]
     kl_share: Spread | None
     sweeps: int
-    wall_time_s: float
+    wall_time_s: float | None
     peak_memory_bytes: int | None
 
 
@@ -72,6 +72,7 @@ def _comparison(
 ) -> Comparison:
     rows = [row for row, _ in members]
     shares = [row["kl"] / reference for row, reference in members if reference]
+    times = [row["wall_time_s"] for row in rows if row["wall_time_s"] is not None]
     return Comparison(
         model,
         ratio,
@@ -80,7 +81,7 @@ def _comparison(
         {name: spread([row[name] for row in rows]) for name in MEASURES},
         spread(shares) if shares else None,
         len(rows),
-        statistics.fmean(row["wall_time_s"] for row in rows),
+        statistics.fmean(times) if times else None,
         max((row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"]), default=None),
     )
 
@@ -158,7 +159,7 @@ def methods_table(comparisons: Sequence[Comparison], reference: str) -> str:
             _shown(it.measures["top1_agreement"], 3),
             _shown(it.measures["perplexity"], 1),
             str(it.sweeps),
-            f"{it.wall_time_s:.0f} s",
+            "-" if it.wall_time_s is None else f"{it.wall_time_s:.0f} s",
             "-" if it.peak_memory_bytes is None else f"{it.peak_memory_bytes / 2**30:.1f} GiB",
         ]
         for it in comparisons

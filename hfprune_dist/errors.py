@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 _MENDABLE = {
@@ -15,10 +15,9 @@ _MENDABLE = {
     errno.EDQUOT: "make room in your quota and run the sweep again, it goes on where it stopped",
     errno.EACCES: "check the permissions",
     errno.EROFS: "choose a folder on a writable file system",
-    errno.ENOTDIR: "give a folder",
-    errno.EISDIR: "give a file",
-    errno.EEXIST: "give another path",
 }
+# Of paths that a user gives to a command; in a stage they would be our own mistakes.
+_WRONG_PATH = {errno.ENOTDIR: "give a folder", errno.EISDIR: "give a file", errno.EEXIST: "give another path"}
 # How libraries in Rust, such as safetensors, tell of an operating system's refusal; their exceptions are no OSError.
 _IN_RUST = re.compile(r"\(os error (\d+)\)")
 
@@ -48,10 +47,12 @@ def did_you_mean(word: str, valid: Iterable[str]) -> str:
 
 def from_os_error(error: Exception) -> Exception:
     """Turn an operating system's refusal that the user can mend into a ``UserError``; pass other errors through."""
+    return error if isinstance(error, UserError) else _explained(error, _MENDABLE)
+
+
+def _explained(error: Exception, remedies: Mapping[int, str]) -> Exception:
     number, where = _refusal(error)
-    if number in _MENDABLE:
-        return UserError(f"{where}{os.strerror(number)}; {_MENDABLE[number]}")
-    return error
+    return UserError(f"{where}{os.strerror(number)}; {remedies[number]}") if number in remedies else error
 
 
 def _refusal(error: Exception) -> tuple[int, str]:
@@ -68,7 +69,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        mended = from_os_error(error)
+        mended = error if isinstance(error, UserError) else _explained(error, _MENDABLE | _WRONG_PATH)
         if not isinstance(mended, UserError):
             raise
         print(f"error: {mended}", file=sys.stderr)

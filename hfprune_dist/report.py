@@ -41,9 +41,11 @@ def collect_rows(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> l
 
 def _row(cell: Cell, plan: Plan, store: Store, dense: DenseModel) -> Row:
     manifests = {stage_id: store.manifest(stage_id) for stage_id in plan.behind(cell)}
-    cause = next((_cause(stage_id, plan, store) for stage_id, found in manifests.items() if found is None), None)
-    shape = _shape(cell, manifests, dense)
     evaluation = manifests[cell.evaluate]
+    # An evaluation stands, whatever has to be made again of what is behind it.
+    missing = [] if evaluation else [stage_id for stage_id, found in manifests.items() if found is None]
+    cause = _cause(missing[0], plan, store) if missing else None
+    shape = _shape(cell, manifests, dense)
     metrics: Mapping[str, Any] = evaluation["metrics"] if evaluation else {}
     fidelity = metrics.get("fidelity", {})
     return {

@@ -46,14 +46,14 @@ def run_on_slurm(
     max_running: int | None,
     project: Path,
     follow: bool | None,
-) -> bool:
+) -> int | None:
     """Submit what is missing and adopt what runs.
 
     Args:
         follow: False leaves at once; otherwise stays until nothing more can be done.
 
     Returns:
-        whether it has stayed.
+        the exit code of who leaves at once; None after staying.
     """
     store = sweep.store
     console.print(f"{len(todo)} of {len(sweep.plan.stages)} stages to run on Slurm; logs in {store.root / 'attempts'}")
@@ -64,7 +64,13 @@ def run_on_slurm(
         backend.start()
         if follow is not False:
             backend.follow(lambda: screen.refresh(backend.jobs))
-    return follow is not False
+            return None
+    if left := backend.unsubmitted():
+        names = ", ".join(f"{stage.kind} {stage.label}" for stage in left)
+        console.print(f"not submitted: {names}; run the same command again", markup=False, highlight=False)
+        return 1
+    console.print("jobs are submitted; --status shows them, the same command again follows them")
+    return 0
 
 
 def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:

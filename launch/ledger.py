@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from hfprune_dist.progress import Heartbeat
 INTENT = "intent.json"
 JOB = "job.json"
 END = "end.json"
+# Cause of an attempt that came to nothing because the user had too many jobs; its folder serves for the next try.
+QUEUE_FULL = "submit limit"
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,9 @@ class Ledger:
         """Write down the next attempt; the caller holds the stage's claim."""
         folder = self._root / stage.id
         folder.mkdir(parents=True, exist_ok=True)
+        last = self.last(stage.id)
+        if last is not None and last.end is not None and last.end.cause == QUEUE_FULL:
+            return self._reopen(last, lane)
         number = 1 + max((int(path.name) for path in folder.iterdir()), default=0)
         name = f"hfprune-{stage.kind}-{stage.fingerprint[:8]}-{number}-{uuid.uuid4().hex[:8]}"
         attempt = Attempt(
@@ -174,6 +179,12 @@ class Ledger:
         attempt.folder.mkdir()
         write_json(attempt.folder / INTENT, asdict(attempt.intent))
         return attempt
+
+    def _reopen(self, attempt: Attempt, lane: int | None) -> Attempt:
+        again = Attempt(attempt.folder, replace(attempt.intent, created=time.time(), lane=lane))
+        write_json(again.folder / INTENT, asdict(again.intent))
+        (again.folder / END).unlink()
+        return again
 
     def _read(self, folder: Path, newest_first: bool = False) -> Iterator[Attempt]:
         if not folder.is_dir():

@@ -18,7 +18,7 @@ from hfprune_dist.plan import Plan, Stage
 from hfprune_dist.progress import Failure, clear_failures, write_failure_record
 from launch.causes import RETRIES, explain_end
 from launch.layout import Origin, lay_out
-from launch.ledger import Attempt, End, Ledger
+from launch.ledger import QUEUE_FULL, Attempt, End, Ledger
 from launch.profiles import Profile
 from launch.slurm_cli import (
     JobInfo,
@@ -34,7 +34,7 @@ Jobs = Mapping[str, JobInfo]
 PATIENT_ROUNDS = 5
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 10.0
 # The reason lies in another stage or outside: the stage itself has no failure to report.
-NO_FAILURE = ("dependency", "duplicate", "lost job", "submit limit")
+NO_FAILURE = ("dependency", "duplicate", "lost job", QUEUE_FULL)
 EXCLUDING_ATTEMPTS = 3
 
 
@@ -110,6 +110,10 @@ class SlurmBackend:
             changed = before != (len(self._todo), sorted(self._live))
             wait = SHORTEST_WAIT_S if changed else min(LONGEST_WAIT_S, wait * 1.5)
             show()
+
+    def unsubmitted(self) -> list[Stage]:
+        """Missing stages without a job: refused, claimed by somebody else, or for which the queue has no room."""
+        return [stage for stage in self._plan.stages.values() if stage.id in self._todo - self._live.keys()]
 
     def step(self) -> None:
         """One round: see what has become of the jobs, submit what has become possible."""
@@ -262,7 +266,7 @@ class SlurmBackend:
             self._close(stage, attempt, End("refused", str(error), time.time()))
             return
         except SubmitLimitError as error:
-            self._close(stage, attempt, End("submit limit", str(error), time.time()))
+            self._close(stage, attempt, End(QUEUE_FULL, str(error), time.time()))
             raise
         attempt.record_job(job_id)
         self._live[stage.id] = attempt

@@ -24,7 +24,9 @@ TRANSIENT = re.compile(
     r"|communication|controller .*not responding|slurmctld.*(down|restart)|try again|backup|shutdown",
     re.IGNORECASE,
 )
-LIMIT_REACHED = re.compile(r"job submit limit|(QOS|Assoc)?MaxSubmit|job count limit", re.IGNORECASE)
+# Slurm names the limit that a job goes beyond, before a sentence that is the same for all of them.
+NAMED_LIMIT = re.compile(r"\b(?:QOS|Assoc)\w*Limit\b", re.IGNORECASE)
+TOO_MANY_JOBS = re.compile(r"MaxSubmit|SubmitJob|job count limit|job submit limit", re.IGNORECASE)
 LIVE_STATES = frozenset(
     {
         *(
@@ -112,7 +114,7 @@ class SlurmCommands:
             result = _run(["sbatch", "--parsable", str(script)])
             if result.returncode == 0:
                 return result.stdout.strip().splitlines()[-1].split(";")[0]
-            if LIMIT_REACHED.search(result.stderr):
+            if _is_full(result.stderr):
                 raise SubmitLimitError(_last_line(result.stderr))
             if not _is_transient(result):
                 raise SubmissionRefusedError(f"sbatch refused {script}: {result.stderr.strip()}; check the profile")
@@ -195,6 +197,12 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 def _is_transient(result: subprocess.CompletedProcess[str]) -> bool:
     # A command may be hit by a signal that is meant for the job from inside which it is called.
     return result.returncode < 0 or TRANSIENT.search(result.stderr) is not None
+
+
+def _is_full(message: str) -> bool:
+    """Whether a job is refused only because the user has as many as may be."""
+    named = NAMED_LIMIT.findall(message)
+    return bool(TOO_MANY_JOBS.search(" ".join(named) if named else message))
 
 
 def _last_line(text: str) -> str:

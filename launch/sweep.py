@@ -70,7 +70,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / (arguments.config[0].stem if arguments.config else "default")
     store = Store(out / "store")
     if arguments.status or arguments.cancel or arguments.logs:
-        _show(console, Sweep(_recorded_plan(out, store, config), store, out), arguments)
+        _show(console, Sweep(_plan_to_show(config, store, out), store, out), arguments)
         return 0
     models, plan = _plan(config, store, download=not arguments.dry_run)
     sweep = Sweep(plan, store, out)
@@ -88,13 +88,12 @@ def run_sweep(arguments: argparse.Namespace) -> int:
         return 0
     if config.evaluation.tasks and any(stage_id.startswith("evaluate/") for stage_id in todo):
         _check_tasks(config)
-    run = _runner(console, sweep, todo, profile, config, arguments)
+    run = _runner(console, sweep, todo, profile, config, arguments) if todo else None
     require_writable(out)
     _record(out, config, plan, models)
     _set_aside_corrupt(console, store, verdicts)
-    if todo and not run():
-        console.print("jobs are submitted; --status shows them, the same command again follows them")
-        return 0
+    if run is not None and (code := run()) is not None:
+        return code
     store.hashes.save()
     rows = collect_rows(plan, store, _dense(models))
     write_reports(rows, out)
@@ -109,10 +108,15 @@ def _plan(config: SweepConfig, store: Store, download: bool) -> tuple[list[Model
     return models, build_plan(config, models, methods, store.hashes)
 
 
-def _recorded_plan(out: Path, store: Store, config: SweepConfig) -> Plan:
-    """What the sweep in this folder was last started with, whatever has become of its inputs since; else the plan."""
-    record = read_json(out / SWEEP_FILE)
-    return _plan(config, store, download=False)[1] if record is None else Plan.from_json(record)
+def _plan_to_show(config: SweepConfig, store: Store, out: Path) -> Plan:
+    """The plan, or, where its inputs can't be read any more, what the sweep in this folder was last started with."""
+    try:
+        return _plan(config, store, download=False)[1]
+    except UserError:
+        record = read_json(out / SWEEP_FILE)
+        if record is None:
+            raise
+        return Plan.from_json(record)
 
 
 def _runner(
@@ -122,8 +126,8 @@ def _runner(
     profile: Profile | None,
     config: SweepConfig,
     arguments: argparse.Namespace,
-) -> Callable[[], bool]:
-    """What runs the missing stages and returns whether it stayed until their end.
+) -> Callable[[], int | None]:
+    """What runs the missing stages, and returns an exit code where it leaves before their end.
 
     Raises:
         UserError: where this machine can't run them; nothing has been written.
@@ -132,13 +136,12 @@ def _runner(
     if profile is None:
         backend = LocalBackend(sweep.store, sweep.out / "logs", origin)
         return lambda: _run_here(console, sweep, todo, backend)
-    if todo:
-        SlurmCommands().require()
+    SlurmCommands().require()
     limit = arguments.max_running or profile.max_running
     return lambda: run_on_slurm(console, sweep, todo, origin, profile, limit, PROJECT, arguments.follow)
 
 
-def _run_here(console: Console, sweep: Sweep, todo: Sequence[str], backend: LocalBackend) -> bool:
+def _run_here(console: Console, sweep: Sweep, todo: Sequence[str], backend: LocalBackend) -> None:
     stages = sweep.plan.stages
     console.print(
         f"{len(todo)} of {len(stages)} stages to run, {backend.ranks} ranks each; logs in {sweep.out / 'logs'}"
@@ -147,7 +150,6 @@ def _run_here(console: Console, sweep: Sweep, todo: Sequence[str], backend: Loca
         console.print(f"note: {note}", highlight=False)
     with stage_screen(console, len(todo)) as screen:
         _run_stages(sweep.plan, todo, sweep.store, backend, screen)
-    return True
 
 
 def _run_stages(plan: Plan, todo: Sequence[str], store: Store, backend: LocalBackend, screen: StageScreen) -> None:
@@ -300,9 +302,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="stay until all jobs have ended and show the table (default), or submit and leave; with --status: live",
     )
-    parser.add_argument(
-        "--status", action="store_true", help="show the state of every stage of the sweep in --out; starts nothing"
-    )
+    parser.add_argument("--status", action="store_true", help="show the state of every stage; starts nothing")
     parser.add_argument("--cancel", action="store_true", help="cancel the sweep's jobs; saved work stays")
     parser.add_argument("--logs", metavar="CELL", help="show the last lines of a cell's logs, e.g. 'llama 0.2 + lora'")
     parser.add_argument(

@@ -20,8 +20,9 @@ def test_a_full_disk_met_by_safetensors_is_one_too(tmp_path):
     assert isinstance(mended, UserError) and "No space left on device; make room" in str(mended)
 
 
-def test_other_exceptions_pass_through():
-    error = ValueError("28")
+@pytest.mark.parametrize("error", [ValueError("28"), UserError("task 'a': (os error 13)"), FileExistsError(17, "")])
+def test_other_exceptions_pass_through(error):
+    """Those that say more already, and those that would be our own mistake in a stage."""
     assert from_os_error(error) is error
 
 

@@ -68,6 +68,16 @@ def test_a_missing_cell_is_missing_and_says_why(store):
     assert pruned["cause"] == "evaluate failed (input): last line"
 
 
+def test_a_result_stands_when_a_pass_behind_it_is_made_again(tmp_path):
+    """For a further criterion, say; what it will cost is not known yet."""
+    store = Store(tmp_path)
+    commit(store, PRUNE, ratio_reached=0.2, parameters=80, intermediate_size=38)
+    commit(store, EVALUATE, **SCORES)
+    _, row = collect_rows(PLAN, store, DENSE)
+    assert (row["status"], row["cause"], row["kl"], row["parameters"]) == ("done", None, 0.25, 80)
+    assert row["wall_time_s"] is None and row["peak_memory_bytes"] is None
+
+
 def test_a_cell_that_waits_names_what_failed_before_it(tmp_path):
     store = Store(tmp_path)
     store.work(IMPORTANCE.id).mkdir(parents=True)

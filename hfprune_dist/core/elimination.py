@@ -63,6 +63,8 @@ def eliminate(
         Order of removal (int64 [intermediate_size]), and what each removal costs when its turn comes.
     """
     energy_D = gram_DD.diagonal()
+    if not energy_D.any():  # a silent MLP, of which no removal costs anything
+        return torch.arange(len(gram_DD), device=gram_DD.device), torch.zeros_like(energy_D)
     inverse = _Shrinking(damped_inverse(gram_DD, RIDGE))
     weight_CD = weight_CD.to(gram_DD)
     bending = _Shrinking(weight_CD.T @ (curvature_CC @ weight_CD))

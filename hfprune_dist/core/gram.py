@@ -26,9 +26,10 @@ def gram_matrix(vectors_ND: Tensor) -> Tensor:
 
 
 def damped_inverse(gram_DD: Tensor, damping: float) -> Tensor:
-    """The inverse, float64, with ``damping`` times the diagonal's mean added to the diagonal."""
+    """The inverse, float64, with ``damping`` times the diagonal's mean added to the diagonal; where that is 0, 1."""
     damped_DD = gram_DD.to(torch.float64, copy=True)
-    damped_DD.diagonal().add_(damping * damped_DD.diagonal().mean())
+    mean = damped_DD.diagonal().mean()
+    damped_DD.diagonal().add_(damping * mean.where(mean != 0, 1.0))
     factor_DD = torch.linalg.cholesky(damped_DD)
     del damped_DD  # as large as what is made next
     return torch.cholesky_inverse(factor_DD)

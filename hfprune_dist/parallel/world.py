@@ -6,7 +6,7 @@ import datetime
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -48,6 +48,24 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
         return box[0]
+
+    def let_first(self, action: Callable[[Callable[[], None]], T]) -> T:
+        """What an action returns that rank 0 alone runs, on every rank.
+
+        Args:
+            action: calls what it is given now and then, so that no rank waits longer than the collective timeout.
+        """
+        not_yet: tuple[bool, T | None] = False, None
+
+        def go_on() -> None:
+            self.broadcast(not_yet)
+
+        if self.is_first:
+            return self.broadcast((True, action(go_on)))[1]
+        done, answer = not_yet
+        while not done:
+            done, answer = self.broadcast(not_yet)
+        return answer  # type: ignore[return-value]
 
     def broadcast_tensor(self, tensor: torch.Tensor, source: int) -> None:
         """Overwrite a CPU tensor of every rank with that of rank ``source``."""

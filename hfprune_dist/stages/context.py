@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,13 @@ class Context:
         Raises:
             LostInputError: naming the artifact; it has been set aside, so that the sweep makes it again.
         """
-        problem = self._first_problem() if self.world.is_first else None
-        problem = self.world.broadcast(problem)
+        problem = self.world.let_first(self._first_problem)
         if problem:
             raise LostInputError(problem)
 
-    def _first_problem(self) -> str | None:
+    def _first_problem(self, after_each: Callable[[], None]) -> str | None:
         for stage_id in self.stage.needs:
-            verdict = self.store.verify(stage_id, thorough=True)
+            verdict = self.store.verify(stage_id, thorough=True, after_each=after_each)
             if verdict.state == "corrupt":
                 aside = self.store.set_aside(stage_id)
                 return f"{stage_id}: {verdict.reason}; set aside as {aside}; run the sweep again to make it anew"
@@ -92,8 +92,9 @@ class Context:
         """Publish the draft as this stage's artifact, once all ranks have written their files."""
         peak = self.world.peak_memory_bytes()
         self.world.barrier()
+        record = self._record(metrics, peak)
+        self.world.let_first(lambda after_each: self.store.commit(self.stage, draft, record, after_each))
         if self.world.is_first:
-            self.store.commit(self.stage, draft, self._record(metrics, peak))
             self.store.discard_work(self.stage.id)
         self.world.barrier()
 

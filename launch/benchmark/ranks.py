@@ -33,12 +33,14 @@ def measure_ranks(settings: Settings) -> Findings:
         "tokens": settings.tokens // 4,
         "shards": 2 if settings.quick else 4,
     }
+    # Every rank needs a GPU of its own, and what is compared the same kind of machine.
+    device = {} if torch.cuda.device_count() >= 2 else {"CUDA_VISIBLE_DEVICES": ""}
     runs: dict[int, list[Any]] = {1: [], 2: []}
     for _ in range(repeats):
         for ranks, done in runs.items():
             alone = ALONE if ranks == 1 else {}
-            done.append(call(f"{__name__}:score", where, {**ONE_THREAD, **alone}, ranks))
-    plain = call(f"{__name__}:score_unsharded", where, ONE_THREAD)
+            done.append(call(f"{__name__}:score", where, {**ONE_THREAD, **device, **alone}, ranks))
+    plain = call(f"{__name__}:score_unsharded", where, {**ONE_THREAD, **device})
     seconds = {ranks: statistics.median(run["seconds"] for run in done) for ranks, done in runs.items()}
     sums = {tuple(run["digests"]) for done in runs.values() for run in done}
     return Findings(

@@ -92,6 +92,13 @@ def test_scores_rise_strictly_in_the_order_of_removal():
     assert len(nothing.unique()) == D
 
 
+def test_neurons_of_a_silent_layer_cost_nothing():
+    _, curvature, weight = layer()
+    silent, zeros = torch.zeros(D, D, dtype=torch.float64), torch.zeros(D, dtype=torch.float64)
+    scores = elimination_scores(silent, curvature, weight, zeros)
+    assert (scores < 1e-290).all() and len(scores.unique()) == D
+
+
 def test_exact_scores_correct_half_way_in_the_logarithm():
     gram, curvature, weight = layer()
     fisher = independent(gram, curvature, weight)

@@ -13,6 +13,11 @@ def test_blocks_make_the_whole_symmetric_matrix(size, dtype, monkeypatch):
     torch.testing.assert_close(gram_matrix(vectors), vectors.T @ vectors)
 
 
+def test_nothing_to_invert_is_no_matter():
+    identity = torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(damped_inverse(torch.zeros(3, 3), 0.01), identity / 0.01)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_damped_inverse_leaves_what_it_inverts(dtype):
     vectors = torch.randn(30, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)

@@ -129,6 +129,16 @@ def test_a_step_or_two_find_weights_that_were_moved_a_little():
     assert errors[1] < 0.1 * errors[0] and errors[2] < errors[1]
 
 
+def test_a_silent_mlp_is_left_alone():
+    """Activations of 0, and nothing that a down projection of 0 would pass back."""
+    weights, x = some()
+    silent = MlpWeights(*(torch.zeros_like(it) for it in weights.tensors()))
+    at = Linearized(silent, Biases(), x)
+    right = at.backward(torch.ones(len(x), silent.down_CK.shape[0], dtype=x.dtype))
+    step = solve_normal_equations(lambda v: at.backward(at.forward(v)), right, curvature_of(at), 5)
+    assert all(torch.equal(it, torch.zeros_like(it)) for it in step.tensors())
+
+
 def test_where_nothing_is_wrong_nothing_moves():
     weights, x = some()
     at = Linearized(weights, Biases(), x)

@@ -43,7 +43,9 @@ def make_backend(store, plan=PLAN, max_running=None):
         Origin(RuntimeConfig(), {}, {}), Profile("test", resources, None), store.root / "code", max_running
     )
     backend = SlurmBackend(store, plan, submitting, SlurmCommands(sleep=lambda _: None), told.append)
-    return SimpleNamespace(start=backend.start, step=backend.step, follow=backend.follow, told=told)
+    return SimpleNamespace(
+        start=backend.start, step=backend.step, follow=backend.follow, unsubmitted=backend.unsubmitted, told=told
+    )
 
 
 def complete(store, stage):
@@ -187,8 +189,10 @@ def test_a_full_queue_is_filled_up_later(fake, store):
     backend = make_backend(store)
     backend.start()
     assert causes(store, SCORES) == ["submit limit"]
+    assert backend.unsubmitted() == list(PLAN.stages.values())
     backend.step()
-    assert causes(store, SCORES) == ["submit limit", None] and len(fake.jobs()) == 3
+    assert causes(store, SCORES) == [None], "the same attempt"
+    assert len(fake.jobs()) == 3 and backend.unsubmitted() == []
 
 
 def test_a_refused_job_keeps_back_only_what_needs_it(fake, store):

@@ -58,9 +58,24 @@ def test_a_refusal_says_why_and_is_not_repeated(fake, slurm, script, slept):
     assert slept == []
 
 
-def test_a_full_queue_is_no_refusal(fake, slurm, script):
-    fake.fail_next("sbatch", "sbatch: error: QOSMaxSubmitJobPerUserLimit")
+POLICY = (
+    "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size "
+    "and/or time limits)"
+)
+
+
+@pytest.mark.parametrize("named", ["QOSMaxSubmitJobPerUserLimit", "AssocGrpSubmitJobsLimit", ""])
+def test_a_full_queue_is_no_refusal(fake, slurm, script, named):
+    fake.fail_next("sbatch", f"sbatch: error: {named} {POLICY}")
     with pytest.raises(SubmitLimitError):
+        slurm.submit(script, "a-name")
+
+
+@pytest.mark.parametrize("named", ["QOSMaxWallDurationPerJobLimit", "AssocMaxNodePerJobLimit"])
+def test_a_job_beyond_other_limits_is_refused(fake, slurm, script, named):
+    """Slurm explains all of them with the same sentence."""
+    fake.fail_next("sbatch", f"sbatch: error: {named} {POLICY}")
+    with pytest.raises(SubmissionRefusedError, match=named):
         slurm.submit(script, "a-name")
 
 
