@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 
 import pytest
 
@@ -76,6 +77,8 @@ def test_a_result_stands_when_a_pass_behind_it_is_made_again(tmp_path):
     _, row = collect_rows(PLAN, store, DENSE)
     assert (row["status"], row["cause"], row["kl"], row["parameters"]) == ("done", None, 0.25, 80)
     assert row["wall_time_s"] is None and row["peak_memory_bytes"] is None
+    shutil.rmtree(store.path(PRUNE.id))
+    assert collect_rows(PLAN, store, DENSE)[1]["status"] == "missing", "without a checkpoint there is no row"
 
 
 def test_a_cell_that_waits_names_what_failed_before_it(tmp_path):
