@@ -25,11 +25,16 @@ def gram_matrix(vectors_ND: Tensor) -> Tensor:
     return gram_DD
 
 
+def damping_of(diagonal_D: Tensor, damping: float) -> Tensor:
+    """``damping`` times the mean of a diagonal, a number that isn't 0: where the mean is, ``damping`` itself."""
+    mean = diagonal_D.mean()
+    return damping * mean.where(mean != 0, 1.0)
+
+
 def damped_inverse(gram_DD: Tensor, damping: float) -> Tensor:
-    """The inverse, float64, with ``damping`` times the diagonal's mean added to the diagonal; where that is 0, 1."""
+    """The inverse, float64, with ``damping_of`` the diagonal added to the diagonal."""
     damped_DD = gram_DD.to(torch.float64, copy=True)
-    mean = damped_DD.diagonal().mean()
-    damped_DD.diagonal().add_(damping * mean.where(mean != 0, 1.0))
+    damped_DD.diagonal().add_(damping_of(damped_DD.diagonal(), damping))
     factor_DD = torch.linalg.cholesky(damped_DD)
     del damped_DD  # as large as what is made next
     return torch.cholesky_inverse(factor_DD)

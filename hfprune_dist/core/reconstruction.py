@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from hfprune_dist.core.gram import damped_inverse, gram_matrix
+from hfprune_dist.core.gram import damped_inverse, damping_of, gram_matrix
 
 DAMPING = 1e-2
 
@@ -140,7 +140,7 @@ class Curvature:
         """About (J^T J)^-1, damped, as a product."""
         by_inputs_CC = damped_inverse(self.inputs_CC / self.tokens, DAMPING).float()
         by_hidden_KK = damped_inverse(self.hidden_KK, DAMPING).float()
-        gate_K, up_K = (it + DAMPING * it.mean().where(it.mean() != 0, 1.0) for it in (self.gate_K, self.up_K))
+        gate_K, up_K = (it + damping_of(it, DAMPING) for it in (self.gate_K, self.up_K))
         return lambda it: MlpWeights(
             it.gate_KC @ by_inputs_CC / gate_K[:, None],
             it.up_KC @ by_inputs_CC / up_K[:, None],

@@ -212,7 +212,7 @@ def test_cancel_ends_the_sweeps_jobs_only(fake, store):
 
 
 def test_a_thousand_cells(fake, store, tmp_path, monkeypatch):
-    """Polled with one squeue call per round, and each stage looked at as often as there are rounds."""
+    """Polled with one squeue call per round."""
     ratios = [round(0.05 + number * 0.0001, 4) for number in range(1000)]
     config_file = make_inputs(tmp_path)
     config = load_config(
