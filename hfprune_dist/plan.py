@@ -19,7 +19,7 @@ from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.sources import ModelSource
 
 # Raise a stage's version when its code changes its result: artifacts of the old version are then not reused.
-STAGE_VERSIONS = {"importance": 5, "reference": 1, "prune": 4, "distill": 1, "recover": 1, "evaluate": 3}
+STAGE_VERSIONS = {"importance": 6, "reference": 1, "prune": 4, "distill": 1, "recover": 1, "evaluate": 3}
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,6 @@ def test_kept_activations_of_a_student():
     """Also that the teacher's forward keeps nothing where no loss is the dense model's."""
     model = tiny_model("llama", **SHAPE).bfloat16().requires_grad_(False)
     lighten(model, FAMILIES["llama"])
-    model.config._attn_implementation = "sdpa"  # as on a GPU, whose memory is what is estimated
     job = Importance(windows=2, tokens=128, losses=0, student=True)
     with kept_for_backward(model) as counted:
         score(model, ["self_distillation"])
@@ -101,7 +100,6 @@ def test_kept_activations_of_a_student():
 def test_kept_activations_of_the_calibration_pass(variant):
     model = tiny_model(variant, **SHAPE).bfloat16().requires_grad_(False)
     lighten(model, FAMILIES[model.config.model_type])
-    model.config._attn_implementation = "sdpa"  # as on a GPU, whose memory is what is estimated
     job = Importance(windows=2, tokens=128)
     with kept_for_backward(model) as counted:
         score(model, ["entropy"])
@@ -245,7 +243,6 @@ def test_kept_activations_of_lora_training():
 def test_floating_point_work_of_the_calibration_pass(losses):
     model = tiny_model("llama", **SHAPE).requires_grad_(False)
     lighten(model, FAMILIES["llama"])
-    model.config._attn_implementation = "sdpa"  # as on a GPU: five products backward
     with FlopCounterMode(display=False) as counter:
         score(model, losses)
     shape = shape_of(model.config.to_dict())

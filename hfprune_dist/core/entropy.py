@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -17,11 +18,6 @@ def entropy_gradient(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     shifted_NV = logits_NV.sub_(logits_NV.amax(dim=-1, keepdim=True))
     weight_NV = shifted_NV.exp()
     total_N = weight_NV.sum(dim=-1)
-    mean_N = (weight_NV * shifted_NV).sum(dim=-1).div_(total_N)
+    mean_N = torch.linalg.vecdot(weight_NV, shifted_NV).div_(total_N)
     gradient_NV = shifted_NV.sub_(mean_N[:, None]).mul_(weight_NV).mul_(total_N.reciprocal().neg_()[:, None])
     return total_N.log().sub_(mean_N), gradient_NV
-
-
-def row_dots(a_NV: Tensor, b_NV: Tensor) -> Tensor:
-    """Dot products of rows [N], without a matrix of products."""
-    return (a_NV[:, None, :] @ b_NV[:, :, None]).flatten()

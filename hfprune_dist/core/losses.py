@@ -6,12 +6,11 @@ chunks of tokens, nor micro-batches, nor ranks change it, and it is the same on 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import torch
 from torch import Tensor
-
-from hfprune_dist.core.entropy import row_dots
 
 
 def cross_entropy_gradient(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +74,7 @@ def random_signs_gradient(logits_NV: Tensor, signs_NV: Tensor) -> tuple[Tensor, 
     """
     log_p_NV = torch.sub(logits_NV, torch.logsumexp(logits_NV, dim=-1, keepdim=True), out=logits_NV)
     root_p_NV = log_p_NV.mul_(0.5).exp_()
-    dot_N = row_dots(root_p_NV, signs_NV)
+    dot_N = torch.linalg.vecdot(root_p_NV, signs_NV)
     gradient_NV = signs_NV.addcmul_(root_p_NV, dot_N[:, None], value=-1).mul_(root_p_NV)
     return 2 * dot_N, gradient_NV
 
@@ -94,7 +93,7 @@ def distillation_gradient(logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor
     log_q_NV = logits_NV.sub_(torch.logsumexp(logits_NV, dim=-1, keepdim=True))
     log_p_NV = teacher_NV.sub_(torch.logsumexp(teacher_NV, dim=-1, keepdim=True))
     p_NV = log_p_NV.exp()
-    loss_N = row_dots(p_NV, log_p_NV.sub_(log_q_NV))
+    loss_N = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV))
     return loss_N, log_q_NV.exp_().sub_(p_NV)
 
 
@@ -115,9 +114,15 @@ def draw_sign_bits(seed: int, window: int, tokens: int, vocabulary: int) -> Tens
 
 def signs_of(bits_NB: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
     """Turn packed bits into -1 and 1 [tokens, vocabulary]."""
-    places_8 = torch.arange(8, dtype=torch.uint8, device=bits_NB.device)
-    ones_NV = ((bits_NB[:, :, None] >> places_8) & 1).flatten(1)[:, :vocabulary]
-    return ones_NV.to(dtype).mul_(2).sub_(1)
+    signs_8 = _signs_of_bytes(dtype, bits_NB.device).index_select(0, bits_NB.flatten().to(torch.int32))
+    return signs_8.view(len(bits_NB), -1)[:, :vocabulary]
+
+
+@functools.cache
+def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The eight signs of each byte [256, 8]: looking them up takes a third of the time that shifting bits does."""
+    places_8, bytes_256 = (torch.arange(count, device=device) for count in (8, 256))
+    return ((bytes_256[:, None] >> places_8) & 1).to(dtype).mul_(2).sub_(1)
 
 
 def _generator(seed: int, window: int, purpose: str) -> torch.Generator:

@@ -8,31 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from hfprune_dist.core.attention import causal_attention
 from hfprune_dist.core.fused import gated_product, rms_norm
 from hfprune_dist.models.families import Family
 
 SILU = ("silu", "swish")
-ATTENTION = "hfprune_causal"
 
 
 def lighten(model: nn.Module, family: Family) -> None:
-    """Let a model's attention, norms and gated MLPs run with backwards of ours.
-
-    An MLP with another activation stays as it is; so does attention on accelerators, whose kernels have fast backwards.
-    """
+    """Let a model's norms and gated MLPs run with backwards of ours; an MLP with another activation stays as it is."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_normalize, module)
     config: Any = model.config
-    if next(model.parameters()).device.type == "cpu":
-        AttentionInterface.register(ATTENTION, _attend)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-        config._attn_implementation = ATTENTION
     if config.hidden_act in SILU:
         for layer in family.layers_of(model):
             mlp = layer.get_submodule(family.mlp)
@@ -47,25 +35,6 @@ def checkpoint_activations(model: nn.Module, family: Family) -> None:
     """
     for layer in family.layers_of(model)[1:]:
         layer.forward = partial(_run_checkpointed, layer.forward)
-
-
-def _attend(
-    attention: nn.Module,
-    q_BHTS: Tensor,
-    k_BKTS: Tensor,
-    v_BKTS: Tensor,
-    mask: Tensor | None,
-    *,
-    scaling: float,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Ours where all that a query can't see is what comes after it: there is no mask then, else a window slides."""
-    if mask is not None:
-        output: tuple[Tensor, None] = sdpa_attention_forward(
-            attention, q_BHTS, k_BKTS, v_BKTS, mask, scaling=scaling, **options
-        )
-        return output
-    return causal_attention(q_BHTS, k_BKTS, v_BKTS, scaling).transpose(1, 2).contiguous(), None
 
 
 def _normalize(norm: Any, x_NC: Tensor) -> Tensor:

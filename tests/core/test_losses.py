@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+from hfprune_dist.core.entropy import entropy_gradient
 from hfprune_dist.core.losses import (
     cross_entropy_gradient,
     distillation_gradient,
@@ -164,3 +165,19 @@ def test_large_logits_stay_finite():
         random_signs_gradient(logits.clone(), signs_of(draw_sign_bits(0, 0, 4, 30), 30, torch.float32)),
     ):
         assert loss.isfinite().all() and gradient.isfinite().all()
+
+
+def test_in_float32_a_large_vocabulary_costs_no_digits():
+    """A sum over the vocabulary that adds word after word has an error a hundred times as large."""
+    logits, teacher = (torch.randn(4, 50_000, generator=torch.Generator().manual_seed(seed)) * 3 for seed in (0, 1))
+    bits = draw_sign_bits(0, 0, 4, 50_000)
+    for loss in (
+        lambda z, _: entropy_gradient(z),
+        lambda z, _: cross_entropy_gradient(z, torch.tensor([5, 0, -1, 49_999])),
+        lambda z, _: random_signs_gradient(z, signs_of(bits, 50_000, z.dtype)),
+        distillation_gradient,
+    ):
+        value, gradient = loss(logits.clone(), teacher.clone())
+        exact_value, exact = loss(logits.double(), teacher.double())
+        torch.testing.assert_close(value.double(), exact_value, rtol=1e-5, atol=1e-5)
+        assert (gradient - exact).norm() < 1e-5 * exact.norm()

@@ -30,16 +30,3 @@ def test_every_family_computes_the_same(variant):
     lean_hidden, lean_gradient = run(model)
     assert torch.equal(lean_hidden, hidden)
     torch.testing.assert_close(lean_gradient, gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item())
-
-
-@pytest.mark.parametrize(("window", "ours"), [(8, 0), (WINDOWS.shape[1] + 1, 2)])
-def test_a_window_that_slides_is_left_to_torch(monkeypatch, window, ours):
-    model = tiny_model("mistral", sliding_window=window)
-    hidden, gradient = run(copy.deepcopy(model))
-    calls = []
-    attend = lean.causal_attention
-    monkeypatch.setattr(lean, "causal_attention", lambda *inputs: calls.append(1) or attend(*inputs))
-    lean.lighten(model, FAMILIES["mistral"])
-    lean_hidden, lean_gradient = run(model)
-    assert len(calls) == ours and torch.equal(lean_hidden, hidden)
-    torch.testing.assert_close(lean_gradient, gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item())
