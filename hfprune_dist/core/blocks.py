@@ -1,4 +1,4 @@
-"""Rows of a large matrix in portions that a core's cache holds, for work of many passes over the same elements."""
+"""Rows of a large matrix in portions, for work of many passes over the same elements."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Of one thread's portion. A second-level cache holds it together with a result of the same size.
+# Of one thread's portion on a CPU. A second-level cache holds it together with a result of the same size.
 CACHE_BYTES = 2**19
+# Of a portion on an accelerator: a pass over it takes longer than its launch, and scratch doesn't grow with the batch.
+ACCELERATOR_BYTES = 2**26
 
 
 def row_blocks(matrix_NV: Tensor, scratch_bytes: int = 4) -> Iterator[slice]:
-    """Slices over a matrix's rows; one for all of them on an accelerator, where launches cost more than passes.
+    """Slices over a matrix's rows, of at least one row each.
 
     Args:
         scratch_bytes: of what is made on the way of each element.
     """
     rows, columns = matrix_NV.shape
-    portion = CACHE_BYTES * torch.get_num_threads() // (scratch_bytes * columns)
-    block = max(1, portion) if matrix_NV.device.type == "cpu" else rows
+    on_cpu = matrix_NV.device.type == "cpu"
+    portion = CACHE_BYTES * torch.get_num_threads() if on_cpu else ACCELERATOR_BYTES
+    block = max(1, portion // (scratch_bytes * columns))
     for start in range(0, rows, block):
         yield slice(start, min(start + block, rows))
