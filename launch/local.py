@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ class LocalBackend:
             if self._store.verify(stage.id).state == "done":  # another sweep was faster
                 return Outcome("done", time.time() - started)
             log = self._lay_out(stage)
-            self._watch(self._start(stage, log), claim, stage, on_heartbeat)
+            with tempfile.TemporaryDirectory(prefix="hfprune-", ignore_cleanup_errors=True) as scratch:
+                self._watch(self._start(stage, log, scratch), claim, stage, on_heartbeat)
             return self._outcome(stage, log, started)
         finally:
             claim.release()
@@ -94,8 +96,10 @@ class LocalBackend:
         self._logs.mkdir(parents=True, exist_ok=True)
         return self._logs / f"{stage.kind}-{stage.fingerprint}.{attempt}.log"
 
-    def _start(self, stage: Stage, log: Path) -> subprocess.Popen[bytes]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
+    def _start(self, stage: Stage, log: Path, scratch: str) -> subprocess.Popen[bytes]:
+        # Without a folder for its own files torchrun makes one, and leaves it behind.
+        options = ["--standalone", f"--nproc-per-node={self.ranks}", f"--log-dir={scratch}"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
         with log.open("wb") as stream:
             return subprocess.Popen(
                 [*torchrun, str(STAGE_SCRIPT), str(self._store.root.resolve()), stage.id],

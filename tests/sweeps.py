@@ -97,9 +97,11 @@ def sweep(
     )
 
 
-def finish(config: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def finish(
+    config: Path, out: Path, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a sweep that must end well."""
-    result = sweep(config, out, *arguments)
+    result = sweep(config, out, *arguments, environment=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 

@@ -26,8 +26,9 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     """An undisturbed sweep: every fault below must end where this one ends."""
-    out = tmp_path_factory.mktemp("finished") / "out"
-    return out, finish(config, out)
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tmp").mkdir()
+    return folder / "out", finish(config, folder / "out", environment={"TMPDIR": str(folder / "tmp")})
 
 
 ONE_CELL = ["--models", "alpha", "--ratios", "0.2"]
@@ -105,6 +106,10 @@ def test_all_three_reports_agree_and_keep_the_configuration(finished, config):
     assert resolved["recovery"]["learning_rate"] == 4e-4
     manifest = json.loads(next((out / "store" / "prune").glob("*/manifest.json")).read_text())
     assert manifest["config"] == resolved and manifest["provenance"]["packages"]["torch"]
+
+
+def test_nothing_stays_in_the_systems_temporary_folder(finished):
+    assert list((finished[0].parent / "tmp").iterdir()) == []
 
 
 def test_a_second_run_runs_nothing(finished, config):
