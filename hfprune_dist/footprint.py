@@ -1,7 +1,8 @@
 """What a stage needs of a cluster, computed from a model's shape: bytes gathered, floating-point work, memory per GPU.
 
-Estimates, not measurements: work and gathered bytes are counted exactly for what the code does; memory leaves out
-fragmentation and the runtime's own buffers, for which ``RESERVE`` is kept free; times assume ``EFFICIENCY``.
+Estimates, not measurements: products of matrices and gathered bytes are counted as the code makes them, other work is
+not; memory leaves out fragmentation and the runtime's own buffers, for which ``RESERVE`` is kept free; times assume
+``EFFICIENCY``.
 Torch-free, so that a login node answers at once.
 """
 
@@ -19,8 +20,11 @@ NETWORK_EFFICIENCY = 0.8
 # DeepSpeed's defaults: parameters that may be gathered at a time, and those too small to be sharded, in elements.
 LIVE_PARAMETERS = 1_000_000_000
 SMALL_PARAMETER = 100_000
-# core.head: logits of a chunk in float32, its exponentials, and their copies in the model's dtype.
-HEAD_CHUNK_BYTES = 4 * 64 * 2**20
+# core.head: of a chunk its logits and another loss's gradient in the model's dtype; in float32 the logits, exponentials
+# and their products.
+HEAD_CHUNK_BYTES = 2 * 32 * 2**20 + 3 * 64 * 2**20
+# core.blocks: of a portion on an accelerator, in float32; core.fused: as many of them in a gated MLP's backward.
+PORTION_BYTES, GATED_PORTIONS = 64 * 2**20, 7
 # parallel.accumulation: of each number of the curvature, with a shard's in float32; and without it, after the pass: an
 # exact sum over shards, of this rank and of all, 8 bytes each.
 CURVATURE_BYTES, CURVATURE_SUMS_BYTES = 20, 16
@@ -95,19 +99,19 @@ class Memory:
         weights: this rank's shards, and what training keeps for each of them.
         gathered: whole parameters of the layers at work.
         activations: kept for backward, for all tokens of a micro-batch.
-        logits: of the head, with what the loss makes of them.
+        scratch: of the head, with what the loss makes of its logits; or of a layer's backward, where that is more.
         sums: over tokens, such as Gram matrices, with what is made of them.
     """
 
     weights: float
     gathered: float
     activations: float
-    logits: float
+    scratch: float
     sums: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.gathered + self.activations + self.logits + self.sums
+        return self.weights + self.gathered + self.activations + self.scratch + self.sums
 
 
 @dataclass(frozen=True)
@@ -165,12 +169,15 @@ class Importance:
 
     def _memory_of_pass(self, shape: Shape, ranks: int) -> Memory:
         tokens = self.windows * self.tokens
+        head = HEAD_CHUNK_BYTES * (2 if self.student else 1)
+        numbers = tokens * shape.intermediate_size
+        # Gradients at h, gate and up.
+        backward = 3 * numbers * self.itemsize + GATED_PORTIONS * min(PORTION_BYTES, 4 * numbers)
         return Memory(
             weights=shape.parameters * self.itemsize / ranks,
             gathered=_gathered_at_a_time(shape, self.itemsize, ranks),
             activations=tokens * self.activation_bytes(shape),
-            logits=HEAD_CHUNK_BYTES * (2 if self.student else 1)
-            + tokens * shape.hidden_size * self.itemsize * (self.losses + 2 + self.student),
+            scratch=max(head, backward) + tokens * shape.hidden_size * self.itemsize * (self.losses + 2 + self.student),
         )
 
     def activation_bytes(self, shape: Shape) -> int:
@@ -190,23 +197,25 @@ class Importance:
 
         Gathered bytes are the most there can be where activations are checkpointed or a model does not stay gathered.
         """
-        tokens = self.windows * self.tokens
-        before_graph = shape.layer_parameters - shape.hidden_size * shape.intermediate_size
-        backward_parameters = shape.body_parameters - before_graph
+        tokens, later_share = self.windows * self.tokens, (shape.num_layers - 1) / shape.num_layers
+        down_projection = shape.hidden_size * shape.intermediate_size
+        later_layers = shape.body_parameters - shape.layer_parameters
         attention = _attention_flops(shape, self.tokens)
         forward = 2 * shape.body_parameters + attention
         # The head's forwards: once for all losses of the dense model; for a student its own and its teacher's.
         heads = 2 * shape.head_parameters * (bool(self.losses) + 2 * self.student)
-        # Backward of flash attention: five products for forward's two.
-        backward = 2 * (backward_parameters + shape.head_parameters) + 2.5 * attention
+        # The graph begins at the first layer's neurons. Backward of flash attention: five products for forward's two.
+        backward_parameters = later_layers + down_projection
+        backward = 2 * (backward_parameters + shape.head_parameters) + 2.5 * later_share * attention
+        # Of a layer that runs again, nothing that backward needs comes after its neurons.
+        rerun = 2 * (later_layers - (shape.num_layers - 1) * down_projection) + later_share * attention
         passes, backwards = 1 + self.student, self.losses + self.student
-        reruns = passes if self.checkpointing else 0
+        reruns = backwards if self.checkpointing else 0
         gathered = passes * (2 * shape.head_parameters + shape.body_parameters)
         if self.checkpointing or not _stays_gathered(shape):
-            gathered += reruns * shape.body_parameters + backwards * backward_parameters
+            gathered += backwards * backward_parameters + reruns * later_layers
         return Work(
-            tokens * (passes * forward + heads + backwards * backward + reruns * 2 * shape.body_parameters),
-            gathered * self.itemsize,
+            tokens * (passes * forward + heads + backwards * backward + reruns * rerun), gathered * self.itemsize
         )
 
 
@@ -237,7 +246,7 @@ class Train:
             weights=(shape.parameters * self.itemsize + lora) / ranks,
             gathered=_gathered_at_a_time(shape, self.itemsize, ranks),
             activations=tokens * shape.num_layers * self.layer_bytes(shape),
-            logits=self.logits_bytes(shape),
+            scratch=self.logits_bytes(shape),
         )
 
     def logits_bytes(self, shape: Shape) -> int:
@@ -295,7 +304,7 @@ class Evaluate:
             weights=shape.parameters * self.itemsize / ranks,
             gathered=_gathered_at_a_time(shape, self.itemsize, ranks),
             activations=tokens * _widest(shape) * self.itemsize,
-            logits=tokens * shape.vocabulary * (self.itemsize + 2 * 4),
+            scratch=tokens * shape.vocabulary * (self.itemsize + 2 * 4),
         )
 
     def work(self, shape: Shape) -> Work:
@@ -456,7 +465,7 @@ def _memory_of_walk(shape: Shape, tokens: int, itemsize: int, size: float) -> Me
         weights=shape.layer_parameters * itemsize,
         gathered=0.0,
         activations=tokens * (_widest(shape) * itemsize + 4 * size),
-        logits=0.0,
+        scratch=0.0,
         sums=GRAM_BYTES * size**2,
     )
 

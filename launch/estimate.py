@@ -149,7 +149,7 @@ def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeCo
         host_memory=resources.tasks_per_node * _host_bytes(job, shape, gpus),
         host_available=resources.memory_bytes,
         fits=fits(job, shape, placed) if resources.gpu_memory_gib else None,
-        advice=_advice(job, shape, gpus, _rows_of_a_step(stage)) if resources.gpu_memory_gib else "",
+        advice=_advice(job, shape, gpus, placed, _shared_rows(stage)) if resources.gpu_memory_gib else "",
         gpu_hours=_gpu_hours(_rounds(plan, stage, gpus.ranks), job, shape, gpus),
     )
 
@@ -247,25 +247,32 @@ def _whole_on_each(job: Job, shape: Shape, gpus: Gpus, runtime: RuntimeConfig) -
     return runtime.sharding == "replicate" or small
 
 
-def _advice(job: Job, shape: Shape, gpus: Gpus, rows_of_a_step: int | None) -> str:
+def _advice(job: Job, shape: Shape, gpus: Gpus, placed: Gpus, shared_rows: int | None) -> str:
     """The fewest nodes that hold one window, and the micro-batch whose work hides the network's time.
 
-    For a walk, which shares no layer and gathers nothing, the largest micro-batch that fits.
+    Where a job shares no weights and gathers nothing, as ``placed`` on one GPU, the largest micro-batch that fits.
     """
-    if isinstance(job, Walk):
-        smaller = [size for size in MICRO_BATCHES if size < job.windows and fits(job.resized(size), shape, gpus)]
-        return f"micro-batch {smaller[-1]}" if smaller and not fits(job, shape, gpus) else ""
+    if isinstance(job, Walk) or placed != gpus:
+        return "" if fits(job, shape, placed) else _smaller(job, shape, placed)
     smallest = job.resized(1)
     # A single rank gathers nothing, so that fewer nodes may hold what more of them don't.
     candidates = (dataclasses.replace(gpus, nodes=n) for n in (*range(gpus.nodes, MOST_NODES), *range(1, gpus.nodes)))
     advised = next((it for it in candidates if fits(smallest, shape, it)), None)
     if advised is None:
         return ""
-    shared = [size for size in MICRO_BATCHES if not rows_of_a_step or size * advised.ranks <= rows_of_a_step]
+    shared = [size for size in MICRO_BATCHES if not shared_rows or size * advised.ranks <= shared_rows]
     fitting = [size for size in shared or MICRO_BATCHES[:1] if fits(job.resized(size), shape, advised)]
     hidden = [size for size in fitting if gpus.flops and _is_hidden(job.resized(size), shape, advised)]
     size = hidden[0] if hidden else fitting[-1] if gpus.flops else fitting[0]
     return f"nodes {advised.nodes}, micro-batch {size}"
+
+
+def _smaller(job: Job, shape: Shape, placed: Gpus) -> str:
+    """What helps a job that puts all it needs on each GPU."""
+    fitting = [size for size in MICRO_BATCHES if fits(job.resized(size), shape, placed)]
+    if fitting:
+        return f"micro-batch {fitting[-1]}"
+    return "sharding zero3" if isinstance(job, Evaluate) else ""
 
 
 def _is_hidden(job: TimedJob, shape: Shape, gpus: Gpus) -> bool:
@@ -277,6 +284,8 @@ def _gpu_hours(rounds: int | None, job: Job, shape: Shape, gpus: Gpus) -> float 
     """For so many micro-batches of every rank; None where their number, or what bounds them, is not known."""
     if rounds is None or isinstance(job, Walk) or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
         return None
+    if isinstance(job, Importance) and job.curvature:  # Gram matrices and what is made of them take a time of their own
+        return None
     return rounds * max(seconds(job, shape, gpus)) * gpus.ranks / 3600
 
 
@@ -284,7 +293,9 @@ def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:
     """Micro-batches of the rank that has most. An evaluation's and an epoch's of recovery are known when they run."""
     if stage.kind == "importance":
         calibration = stage.params["calibration"]
-        return _ceil(calibration["samples"], calibration["micro_batch_size"] * ranks)
+        micro_batches = _ceil(calibration["samples"], calibration["micro_batch_size"])
+        of_a_shard = min(int(calibration["shard_size"]), micro_batches)
+        return of_a_shard * _ceil(_ceil(micro_batches, of_a_shard), ranks)
     if stage.kind == "distill":
         distillation, samples = stage.params["distillation"], _calibration(plan, stage)["samples"]
         # As data.schedule.Schedule, which imports torch, cuts a pass into steps.
@@ -297,8 +308,14 @@ def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:
     return None
 
 
-def _rows_of_a_step(stage: Stage) -> int | None:
-    """Rows that all ranks share in a step of training; None where a stage has no such steps."""
+def _shared_rows(stage: Stage) -> int | None:
+    """Rows that all ranks share in a step of training; of calibration, windows that are not tied to others by a shard.
+
+    None where there is nothing of that kind.
+    """
+    if stage.kind == "importance":
+        calibration = stage.params["calibration"]
+        return int(calibration["samples"] // calibration["shard_size"])
     section = {"distill": "distillation", "recover": "recovery"}.get(stage.kind)
     return None if section is None else int(stage.params[section]["batch_size"])
 

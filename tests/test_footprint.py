@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune_dist import footprint
-from hfprune_dist.core import blocks, elimination, gram
+from hfprune_dist.core import blocks, elimination, gram, head
 from hfprune_dist.core.criteria import CRITERIA, Batch
 from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
 from hfprune_dist.footprint import Evaluate, Gpus, Importance, Reference, Refit, Train, fits, seconds, shape_of
@@ -123,6 +123,26 @@ def test_checkpointing_keeps_the_inputs_of_layers():
     assert sum(seen) == inputs
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("losses", [["entropy"], ["entropy", "fisher"], ["self_distillation"]])
+def test_memory_of_the_calibration_pass(losses, checkpointing, monkeypatch):
+    model = tiny_model("llama", **{**SHAPE, "num_hidden_layers": 6}).bfloat16().requires_grad_(False)
+    lighten(model, FAMILIES["llama"])
+    if checkpointing:
+        checkpoint_activations(model, FAMILIES["llama"])
+    # What is the same for every model would hide all else of one this small.
+    for module, name in ((blocks, "CACHE_BYTES"), (head, "CHUNK_BYTES")):
+        monkeypatch.setattr(module, name, 1)
+    for name in ("HEAD_CHUNK_BYTES", "PORTION_BYTES"):
+        monkeypatch.setattr(footprint, name, 0)
+    student = "self_distillation" in losses
+    job = Importance(2, 128, len(losses) - student, checkpointing=checkpointing, student=student)
+    with PeakBytes() as counted:
+        score(model, losses)
+    # Weights count as well: their transposes are views that are made meanwhile.
+    assert 0.9 < counted.peak / job.memory(shape_of(model.config.to_dict()), 1).total < 1.05
+
+
 def test_curvature_and_the_walk_are_counted_as_memory_of_the_host():
     shape, numbers = published("7B"), 32 * 4096**2
     assert Importance(1, 1024, samples=64).host_bytes(shape, 8) == 0
@@ -201,8 +221,10 @@ def test_memory_of_an_elimination(shape, monkeypatch):
     assert 0.95 < counted.peak / (footprint.ELIMINATION_BYTES * size**2) < 1.15
 
 
-def test_what_a_step_keeps_between_iterations_is_what_is_estimated():
+def test_what_is_cut_to_a_size_is_cut_to_that_which_is_estimated():
     assert footprint.KEPT_BYTES == reconstruct.KEPT_BYTES
+    assert footprint.PORTION_BYTES == blocks.ACCELERATOR_BYTES
+    assert footprint.HEAD_CHUNK_BYTES == 2 * head.CHUNK_BYTES + 3 * 2 * head.CHUNK_BYTES, "in bfloat16, and float32"
 
 
 def test_refits_keep_hidden_states_of_their_windows_on_the_host():
@@ -237,19 +259,23 @@ def test_kept_activations_of_lora_training():
     assert job.lora_parameters(shape) == trained
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     "losses", [["entropy"], ["entropy", "fisher"], ["self_distillation"], ["entropy", "self_distillation"]]
 )
-def test_floating_point_work_of_the_calibration_pass(losses):
+def test_floating_point_work_of_the_calibration_pass(losses, checkpointing):
     model = tiny_model("llama", **SHAPE).requires_grad_(False)
     lighten(model, FAMILIES["llama"])
+    if checkpointing:
+        checkpoint_activations(model, FAMILIES["llama"])
     with FlopCounterMode(display=False) as counter:
         score(model, losses)
     shape = shape_of(model.config.to_dict())
     student = "self_distillation" in losses
-    job = Importance(windows=2, tokens=128, losses=len(losses) - student, itemsize=4, student=student)
+    job = Importance(2, 128, len(losses) - student, itemsize=4, checkpointing=checkpointing, student=student)
     # The counter knows matrix products only; it sees no fused attention on a CPU.
-    attention = footprint._attention_flops(shape, 128) * (1 + student + 2.5 * len(losses)) * 2 * 128
+    later = footprint._attention_flops(shape, 128) * 3 / 4
+    attention = (later * 4 / 3 * (1 + student) + later * (2.5 + checkpointing) * len(losses)) * 2 * 128
     assert job.work(shape).flops - attention == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 

@@ -32,13 +32,42 @@ def test_losses_are_those_of_the_criteria():
 
 
 def test_stages_that_run_a_model_on_gpus_are_estimated(inputs, tmp_path):
-    found = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 80\ngpu_tflops: 300\n", importance__dtype="bfloat16")
+    profile = GPUS + "gpu_memory_gib: 80\ngpu_tflops: 300\n"
+    found = estimates(inputs, tmp_path, profile, importance__dtype="bfloat16", methods=["fisher-refit"])
     assert {each.stage.kind for each in found} == {"importance", "reference", "prune", "recover", "evaluate"}
     assert all(each.fits and each.memory.total > 0 for each in found)
     hours = {each.stage.kind: each.gpu_hours for each in found}
     assert hours["importance"] > 0 and hours["evaluate"] is None, "how many requests a task has is not known"
     assert hours["recover"] is None, "the rate in float32 is not known"
     assert hours["prune"] is None, "its Gram matrices are in float32"
+
+
+def test_a_shard_is_one_ranks_work(inputs, tmp_path):
+    """Of 16 windows, four shards of four micro-batches on eight ranks: four ranks work, for four micro-batches."""
+
+    def importance(**overrides):
+        profile = "nodes: 4\n" + GPUS + "gpu_memory_gib: 80\ngpu_tflops: 300\n"
+        settings = {"calibration__samples": 16, "calibration__micro_batch_size": 1, "importance__dtype": "bfloat16"}
+        settings |= {"methods": ["hfprune"], **overrides}
+        found = estimates(inputs, tmp_path, profile, **settings)
+        return next(each for each in found if each.stage.kind == "importance")
+
+    few, many = (importance(calibration__micro_batch_size=1, calibration__shard_size=size).gpu_hours for size in (4, 2))
+    assert few == pytest.approx(2 * many)
+    assert importance(calibration__shard_size=2).advice == "nodes 4, micro-batch 1", "a shard for each rank"
+    assert importance(methods=["surgeon"]).gpu_hours is None, "matrices in float32"
+
+
+def test_whole_weights_that_do_not_fit_are_to_be_sharded(inputs, tmp_path):
+    def evaluation(gib, **overrides):
+        found = estimates(
+            inputs, tmp_path, f"{GPUS}gpu_memory_gib: {gib}\n", runtime__sharding="replicate", **overrides
+        )
+        return next(each for each in found if each.stage.kind == "evaluate")
+
+    assert evaluation(80).advice == ""
+    assert evaluation(1e-5).advice == "sharding zero3"
+    assert evaluation(0.01, evaluation__batch_size=4096).advice.startswith("micro-batch ")
 
 
 def test_a_distillation_is_estimated_from_the_windows_that_it_reads(inputs, tmp_path):

@@ -67,8 +67,9 @@ def test_gathers_of_a_micro_batch(monkeypatch, folder, criteria, losses):
         assert calls == 2
 
 
-def test_checkpointed_activations_gather_more_but_no_more_than_is_reckoned_with(folder):
+@pytest.mark.parametrize(("criteria", "losses"), [("entropy", 1), ("entropy,fisher", 2)])
+def test_checkpointed_activations_gather_more_but_no_more_than_is_reckoned_with(folder, criteria, losses):
     shape = shape_of(open_checkpoint(folder).config)
-    *_, (_, gathered) = counts(folder, checkpointing="checkpointed")
-    plain, most = (Importance(1, 16, checkpointing=on).work(shape).gathered_bytes for on in (False, True))
+    *_, (_, gathered) = counts(folder, criteria, "checkpointed")
+    plain, most = (Importance(1, 16, losses, checkpointing=on).work(shape).gathered_bytes for on in (False, True))
     assert plain < gathered <= most
