@@ -6,7 +6,7 @@ import itertools
 import torch
 
 from hfprune_dist.core.criteria import student_keeps
-from hfprune_dist.core.losses import draw_sign_bits, draw_uniform, sample_labels, signs_of
+from hfprune_dist.core.losses import SIGN_TOKENS, draw_sign_bits, draw_uniform, sample_labels, signs_of
 
 
 def entropy(logits, **_):
@@ -24,7 +24,9 @@ def sampled_label(logits, window, seed, **_):
 
 
 def random_signs(logits, window, seed, **_):
-    signs = signs_of(draw_sign_bits(seed, window, *logits.shape), logits.shape[1], logits.dtype)
+    tokens, vocabulary = logits.shape
+    groups = [draw_sign_bits(seed, window, group, vocabulary) for group in range(-(-tokens // SIGN_TOKENS))]
+    signs = signs_of(torch.cat(groups)[:tokens], vocabulary, logits.dtype)
     return 2 * (signs * logits.softmax(-1).sqrt()).sum()
 
 

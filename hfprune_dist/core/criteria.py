@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from hfprune_dist.core.entropy import entropy_gradient
 from hfprune_dist.core.fidelity import next_ids
 from hfprune_dist.core.head import LogitGradient, Rows
 from hfprune_dist.core.losses import (
+    SIGN_TOKENS,
     cross_entropy_gradient,
     distillation_gradient,
     draw_sign_bits,
@@ -174,14 +176,29 @@ def _sampled_label(batch: Batch) -> LogitGradient:
 
 
 def _random_signs(batch: Batch) -> LogitGradient:
-    tokens = batch.input_ids_BT.shape[1]
-    bits_NB = batch.draw(lambda window: draw_sign_bits(batch.seed, window, tokens, batch.vocabulary))
+    tokens, device = batch.input_ids_BT.shape[1], batch.input_ids_BT.device
+
+    @functools.lru_cache(maxsize=1)  # rows come in order, a few at a time
+    def bits_of(window: int, group: int) -> Tensor:
+        return draw_sign_bits(batch.seed, window, group, batch.vocabulary).to(device)
 
     def gradient(rows: Rows) -> tuple[Tensor, Tensor]:
-        signs_NV = signs_of(bits_NB[rows.numbers], batch.vocabulary, rows.logits_NV.dtype)
-        return random_signs_gradient(rows.logits_NV, signs_NV)
+        drawn = _sign_groups(rows.numbers, tokens)
+        bits_NB = torch.cat([bits_of(batch.windows[place], group)[some] for place, group, some in drawn])
+        return random_signs_gradient(rows.logits_NV, signs_of(bits_NB, batch.vocabulary, rows.logits_NV.dtype))
 
     return gradient
+
+
+def _sign_groups(numbers: slice, tokens: int) -> Iterator[tuple[int, int, slice]]:
+    """Where signs of some of a batch's tokens are: the window's place in the batch, the group, and which of it."""
+    start = numbers.start
+    while start < numbers.stop:
+        place, token = divmod(start, tokens)
+        group, first = divmod(token, SIGN_TOKENS)
+        count = min(numbers.stop - start, tokens - token, SIGN_TOKENS - first)
+        yield place, group, slice(first, first + count)
+        start += count
 
 
 def _self_distillation(_batch: Batch) -> LogitGradient:

@@ -12,6 +12,9 @@ import hashlib
 import torch
 from torch import Tensor
 
+# Tokens whose signs are drawn at a time, so that the bits of a long window with a large vocabulary don't all exist.
+SIGN_TOKENS = 64
+
 
 def cross_entropy_gradient(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """-log p(label) and its gradient p - onehot(label); both are 0 for tokens without a label.
@@ -102,13 +105,16 @@ def draw_uniform(seed: int, window: int, tokens: int) -> Tensor:
     return torch.rand(tokens, generator=_generator(seed, window, "labels"), dtype=torch.float64)
 
 
-def draw_sign_bits(seed: int, window: int, tokens: int, vocabulary: int) -> Tensor:
-    """Random bits for every token and word of a calibration window, eight to a byte: uint8 on the CPU.
+def draw_sign_bits(seed: int, window: int, group: int, vocabulary: int) -> Tensor:
+    """Random bits for every word at ``SIGN_TOKENS`` tokens of a calibration window, eight to a byte: uint8 on the CPU.
 
-    Shape [tokens, bytes], with bytes a multiple of 8 that holds ``vocabulary`` bits.
+    Shape [SIGN_TOKENS, bytes], with bytes a multiple of 8 that holds ``vocabulary`` bits.
+
+    Args:
+        group: which of the window's tokens: those from ``group * SIGN_TOKENS`` on.
     """
-    words = torch.empty(tokens, -(-vocabulary // 64), dtype=torch.int64)
-    generator = _generator(seed, window, "signs")
+    words = torch.empty(SIGN_TOKENS, -(-vocabulary // 64), dtype=torch.int64)
+    generator = _generator(seed, window, f"signs {group}")
     return words.random_(torch.iinfo(torch.int64).min, None, generator=generator).view(torch.uint8)
 
 
