@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from yaml.constructor import ConstructorError
 
 from hfprune_dist.errors import UserError, did_you_mean
 
@@ -43,7 +44,9 @@ PATH_KEYS = ("calibration.path", "recovery.path", "evaluation.include_path", "ev
 class Section(BaseModel):
     """A group of keys: immutable, no conversions between types, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class TextSource(Section):
@@ -66,6 +69,8 @@ class TextSource(Section):
     def _has_a_source(self) -> TextSource:
         if self.path is None and self.dataset is None:
             raise ValueError("needs a path (a .jsonl or text file) or a dataset (a hub id)")
+        if self.path is not None and self.dataset not in (None, type(self).model_fields["dataset"].default):
+            raise ValueError(f"path ({self.path}) and dataset ({self.dataset}) are both given; set one of them to null")
         return self
 
 
@@ -311,7 +316,7 @@ class SweepConfig(Section):
     """Removed parameters / all parameters of the model, for each pruned row."""
     methods: list[str] = Field(default=["surgeon-uniform-block"], min_length=1)
     """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds the calibration windows, the order of the training rows and the LoRA initialisation."""
     aliases: dict[str, ModelAlias] = {}
     """Further model aliases; they win over those shipped in configs/models."""
@@ -335,8 +340,28 @@ class SweepConfig(Section):
 class _YamlLoader(yaml.SafeLoader):
     """PyYAML follows YAML 1.1, where 5e-4 is a string; here it is the number that everybody means.
 
-    An exponent without a sign stays a string, since 4e51234 may be the hash of a revision.
+    An exponent without a sign stays a string, since 4e51234 may be the hash of a revision. A key that stands twice is
+    an error, where PyYAML drops the first.
     """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The keys and values of a mapping.
+
+        Raises:
+            ConstructorError: for a key that stands twice, or a value that is none of its type, such as 2024-13-45.
+        """
+        names = [key.value for key, _ in node.value]
+        for name, (key, _) in zip(names, node.value, strict=True):
+            if names.count(name) > 1:
+                raise ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node; see ``construct_mapping``."""
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise ConstructorError(None, None, f"{node.value!r}: {error}", node.start_mark) from None
 
 
 _YamlLoader.add_implicit_resolver(
@@ -445,7 +470,8 @@ def _set_dotted(target: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(child, dict):
             raise UserError(f"--set {key}: {parent!r} is already set to a value, it can't hold keys")
         target = child
-    target[leaf] = value
+    old = target.get(leaf)
+    target[leaf] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
 
 
 def _resolve_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
@@ -456,9 +482,10 @@ def _resolve_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
         _resolve_key(section, leaf, base)
-    methods = raw.get("methods")
-    if isinstance(methods, list):
-        raw["methods"] = [_absolute(name, base) if _is_file(name) else name for name in methods]
+    for key, is_path in (("methods", _is_file), ("models", _is_folder)):
+        names = raw.get(key)
+        if isinstance(names, list):
+            raw[key] = [_absolute(name, base) if is_path(name) else name for name in names]
     aliases = raw.get("aliases")
     for alias in aliases.values() if isinstance(aliases, dict) else ():
         _resolve_key(alias, "path", base)
@@ -472,6 +499,11 @@ def _resolve_key(section: Any, key: str, base: Path) -> None:
 
 def _is_file(method: Any) -> bool:
     return isinstance(method, str) and method.endswith((".yaml", ".yml"))
+
+
+def _is_folder(model: Any) -> bool:
+    """Aliases have no slash."""
+    return isinstance(model, str) and "/" in model
 
 
 def _absolute(path: str, base: Path) -> str:

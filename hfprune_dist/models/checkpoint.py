@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -119,10 +120,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path / 'config.json'}: quantized weights can't be pruned; use the unquantized checkpoint")
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is needed")
+    _check_config(config, path / "config.json")
     tensors = {
         name: info for file in _weight_files(path) for name, info in read_safetensors_header(path / file).items()
     }
     checkpoint = Checkpoint(path, config, family, tensors)
+    _check_tensors(checkpoint)
     _check_mlp_shapes(checkpoint)
     return checkpoint
 
@@ -153,9 +156,11 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
         raise UserError(f"{file}: {error.strerror or error}") from None
     except (struct.error, ValueError, OverflowError, MemoryError):
         raise UserError(f"{file}: not a whole safetensors file (its header is damaged); download it again") from None
-    header.pop("__metadata__", None)
     data = 8 + header_bytes
-    tensors = {name: _tensor_info(file.name, data, entry) for name, entry in header.items()}
+    try:
+        tensors = {name: _tensor_info(file.name, data, it) for name, it in header.items() if name != "__metadata__"}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{file}: its header is not that of a safetensors file; download it again") from None
     expected = max((info.offset + info.bytes for info in tensors.values()), default=data)
     if size != expected:
         raise UserError(f"{file}: {size:,} bytes, but its header announces {expected:,}; truncated? download it again")
@@ -175,8 +180,10 @@ def _tensor_info(file: str, data: int, entry: Mapping[str, Any]) -> TensorInfo:
 
 def _weight_files(path: Path) -> list[str]:
     if (path / INDEX_FILE).is_file():
-        index = _read_json(path / INDEX_FILE, "")
-        return sorted(set(index.get("weight_map", {}).values()))
+        weight_map = _read_json(path / INDEX_FILE, "").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{path / INDEX_FILE}: weight_map must give the file of every tensor; download it again")
+        return sorted(set(weight_map.values()))
     if (path / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
     raise UserError(f"{path}: no {SINGLE_FILE} or {INDEX_FILE}; only safetensors weights are supported")
@@ -196,11 +203,46 @@ def _read_json(file: Path, why: str) -> dict[str, Any]:
     return content
 
 
+def _check_config(config: Mapping[str, Any], file: Path) -> None:
+    """The numbers that say which tensors there must be, and of what shape."""
+    for key in ("num_hidden_layers", "intermediate_size", "hidden_size"):
+        value = config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{file}: {key} must be a positive integer, not {value!r}")
+    own = config.get("per_layer_config") or {}
+    if not isinstance(own, dict) or not all(isinstance(it, dict) for it in own.values()):
+        raise UserError(f"{file}: per_layer_config must give each layer's number its settings")
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Every layer must have the tensors that any has, and the rest of the model its own.
+
+    transformers makes up what is missing, at random.
+    """
+    family = checkpoint.family
+    needed = {family.embedding_tensor(), family.norm_tensor()}
+    if not checkpoint.config.get("tie_word_embeddings"):
+        needed.add(f"{family.head}.weight")
+    layers = re.compile(rf"{re.escape(family.layers)}\.\d+\.(.+)")
+    parts = {found[1] for name in checkpoint.tensors if (found := layers.fullmatch(name))}
+    needed |= {f"{family.layers}.{layer}.{part}" for layer in range(checkpoint.num_layers) for part in parts}
+    missing = sorted(needed - checkpoint.tensors.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"{checkpoint.path}: tensor {missing[0]}{more} missing from the weight files; download it again"
+        )
+    embedding = checkpoint.tensors[family.embedding_tensor()]
+    stated = [checkpoint.config.get("vocab_size", embedding.shape[0]), checkpoint.config["hidden_size"]]
+    if list(embedding.shape) != stated:
+        raise UserError(
+            f"{checkpoint.path}: {family.embedding_tensor()} has shape {list(embedding.shape)}, but config.json says "
+            f"vocab_size and hidden_size {stated}"
+        )
+
+
 def _check_mlp_shapes(checkpoint: Checkpoint) -> None:
     """Every layer must have its MLP tensors, of the width that the config states."""
-    for key in ("num_hidden_layers", "intermediate_size", "hidden_size"):
-        if not isinstance(checkpoint.config.get(key), int):
-            raise UserError(f"{checkpoint.path / 'config.json'}: {key} must be an integer")
     family = checkpoint.family
     for layer, width in enumerate(checkpoint.intermediate_sizes):
         column = family.column_tensor(layer)
@@ -209,7 +251,7 @@ def _check_mlp_shapes(checkpoint: Checkpoint) -> None:
             info = checkpoint.tensors.get(name)
             if info is None:
                 raise UserError(f"{checkpoint.path}: tensor {name} is missing from the weight files")
-            if info.shape[dimension] != width:
+            if len(info.shape) != 2 or info.shape[dimension] != width:
                 raise UserError(
                     f"{checkpoint.path}: {name} has shape {list(info.shape)}, but config.json says "
                     f"intermediate_size {width} for this layer"

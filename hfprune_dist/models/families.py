@@ -28,6 +28,7 @@ class Family:
     head: str = "lm_head"
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
+    norm: str = "model.norm"
     mlp: str = "mlp"
     mlp_norm: str = "post_attention_layernorm"
     row_projections: tuple[str, ...] = ("gate_proj", "up_proj")
@@ -54,6 +55,10 @@ class Family:
     def embedding_tensor(self) -> str:
         """The table of token embeddings [vocabulary, hidden_size]."""
         return f"{self.embedding}.weight"
+
+    def norm_tensor(self) -> str:
+        """The weight of the final norm."""
+        return f"{self.norm}.weight"
 
     def body_of(self, model: nn.Module) -> nn.Module:
         """The decoder without its head: input_ids -> last_hidden_state, final norm included."""

@@ -43,7 +43,13 @@ def measure_launcher(settings: Settings) -> Findings:
         [
             Line("launcher", "the bare interpreter", _median_seconds([sys.executable, "-c", ""], rounds), "s"),
             Line("launcher", "sweep.py --help", _median_seconds(_command("--help"), rounds), "s", INSTANT_S),
-            Line("launcher", "sweep.py --status", _median_seconds([*small, "--status"], rounds), "s", INSTANT_S),
+            Line(
+                "launcher",
+                f"sweep.py --status, {FEW_CELLS} cells",
+                _median_seconds([*small, "--status"], rounds),
+                "s",
+                INSTANT_S,
+            ),
             Line(
                 "launcher", f"a finished sweep of {count:,} cells again", _median_seconds(large, rounds), "s", RERUN_S
             ),
@@ -106,10 +112,12 @@ def _write_checkpoint(folder: Path) -> None:
     hidden_size, intermediate_size = 4, 64
     folder.mkdir()
     sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": 1}
-    write_json(folder / "config.json", {"model_type": "llama", **sizes})
+    write_json(folder / "config.json", {"model_type": "llama", "tie_word_embeddings": True, **sizes})
     write_json(folder / "tokenizer.json", {})
     mlp = "model.layers.0.mlp"
     weights = {
+        "model.embed_tokens.weight": torch.zeros(8, hidden_size),
+        "model.norm.weight": torch.zeros(hidden_size),
         f"{mlp}.gate_proj.weight": torch.zeros(intermediate_size, hidden_size),
         f"{mlp}.up_proj.weight": torch.zeros(intermediate_size, hidden_size),
         f"{mlp}.down_proj.weight": torch.zeros(hidden_size, intermediate_size),
