@@ -67,7 +67,7 @@ class Store:
         if not folder.is_dir():
             return Verdict("missing", "not made yet")
         manifest = self.manifest(stage_id)
-        if manifest is None or "files" not in manifest:
+        if manifest is None or not _is_listing(manifest.get("files")) or not isinstance(manifest.get("metrics"), dict):
             return Verdict("corrupt", f"{MANIFEST} is missing or damaged")
         for name, entry in manifest["files"].items():
             problem = self._check_file(folder / name, entry, thorough)
@@ -145,6 +145,13 @@ class Store:
     def discard_work(self, stage_id: str) -> None:
         """Forget the progress of a stage whose artifact is committed."""
         shutil.rmtree(self.work(stage_id), ignore_errors=True)
+
+
+def _is_listing(files: Any) -> bool:
+    """Whether it gives what verification needs of at least one file."""
+    if not isinstance(files, dict) or not files:
+        return False
+    return all(isinstance(entry, dict) and {"bytes", "mtime_ns", "sha256"} <= entry.keys() for entry in files.values())
 
 
 def _umask() -> int:

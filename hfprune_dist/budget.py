@@ -80,28 +80,38 @@ def uniform_widths(size: ModelSize, total_ratio: float, steps: int, multiple_of:
     return widths
 
 
-def removals(size: ModelSize, total_ratio: float, narrowest: Sequence[int], where: str) -> int:
+def removals(size: ModelSize, total_ratio: float, narrowest: Sequence[int], multiple_of: int, where: str) -> int:
     """Neurons to remove from all layers together so that the reached ratio is closest to ``total_ratio``.
 
     Args:
         narrowest: the width below which each layer doesn't go.
+        multiple_of: widths of layers that lose neurons are multiples of it.
 
     Raises:
-        UserError: where the layers' floors don't let so many go.
+        UserError: where the layers' floors don't let so many go, or a layer can't lose so few.
     """
     wanted = round(total_ratio * size.parameters / size.parameters_per_neuron)
     most = sum(size.intermediate_size - width for width in narrowest)
     if wanted > most:
         raise UserError(
             f"{where}: ratio {total_ratio:g} can't be reached with the floors that prune.floor, protect_first and "
-            f"protect_last set; the largest possible is {_round_down(size.ratio_of(most))}"
+            f"protect_last set; the largest possible is {_round_down(size.ratio_of(most))} (multiple_of {multiple_of})"
+        )
+    fewest = size.intermediate_size - (size.intermediate_size - 1) // multiple_of * multiple_of
+    if wanted < (fewest + 1) // 2:
+        raise UserError(
+            f"{where}: ratio {total_ratio:g} removes nothing once widths are rounded to multiples of {multiple_of}; "
+            f"use a larger ratio or a smaller prune.multiple_of"
         )
     return wanted
 
 
-def narrowest_widths(size: ModelSize, floor: float, protect_first: int, protect_last: int) -> list[int]:
+def narrowest_widths(
+    size: ModelSize, floor: float, protect_first: int, protect_last: int, multiple_of: int
+) -> list[int]:
     """The width below which each layer doesn't go: its share ``floor``, or all of it where it is protected."""
     least = max(1, round(floor * size.intermediate_size))
+    least = min(-(-least // multiple_of) * multiple_of, size.intermediate_size)
     protected = {*range(protect_first), *range(size.num_layers - protect_last, size.num_layers)}
     return [size.intermediate_size if layer in protected else least for layer in range(size.num_layers)]
 

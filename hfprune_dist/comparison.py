@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from hfprune_dist.errors import UserError
 from hfprune_dist.report import Row
 
 Scores = Mapping[str, list[NDArray[np.float64]]]
@@ -93,8 +94,15 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
-    """Criterion -> its scores of every layer, from an importance artifact."""
-    stored = load_file(importance / "importance.safetensors")
+    """Criterion -> its scores of every layer, from an importance artifact.
+
+    Raises:
+        UserError: where the file is gone.
+    """
+    file = importance / "importance.safetensors"
+    if not file.is_file():
+        raise UserError(f"{file}: missing; run the sweep again, it makes only what is missing")
+    stored = load_file(file)
     names = {name.split(".")[2] for name in stored}
     layers = len(stored) // len(names)
     return {name: [stored[f"layers.{layer}.{name}"] for layer in range(layers)] for name in sorted(names)}

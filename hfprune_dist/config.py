@@ -227,6 +227,25 @@ class RecoveryConfig(TextSource, LoraTraining):
     max_steps: Positive | None = None
     """Stop after so many optimizer steps; overrides epochs."""
 
+    def require_shared_evenly(self, world_size: int) -> None:
+        """Check that so many ranks can share the rows of an optimizer step evenly.
+
+        Raises:
+            UserError: where they can't; the message tells which values work.
+        """
+        at_once = self.micro_batch_size * world_size
+        below = self.batch_size // at_once * at_once
+        if below == self.batch_size:
+            return
+        most = self.batch_size // self.micro_batch_size
+        rank_counts = [n for n in range(1, most + 1) if self.batch_size % (n * self.micro_batch_size) == 0]
+        ranks = f", or the ranks to one of {', '.join(map(str, rank_counts))}" if rank_counts else ""
+        raise UserError(
+            f"recovery.batch_size {self.batch_size} isn't a multiple of recovery.micro_batch_size "
+            f"{self.micro_batch_size} times {world_size} ranks; set batch_size to "
+            f"{f'{below} or ' if below else ''}{below + at_once}{ranks}"
+        )
+
 
 class FidelityConfig(TextSource):
     """Held-out text on which a model is compared with its dense original, token by token."""
@@ -335,6 +354,15 @@ class SweepConfig(Section):
         if repeated:
             raise ValueError(f"{repeated[0]} is listed twice")
         return values
+
+    @field_validator("ratios")
+    @classmethod
+    def _are_told_apart(cls, ratios: list[float]) -> list[float]:
+        labels = [f"{ratio:g}" for ratio in ratios]
+        for label, ratio in zip(labels, ratios, strict=True):
+            if labels.count(label) > 1:
+                raise ValueError(f"{ratio} and another one are both called {label}")
+        return ratios
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -30,5 +30,6 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
         if file.stem in methods:
             raise UserError(f"--methods: two methods are called {file.stem!r}; rename one of the files")
         settings = read_yaml(file, "--methods", "the keys of a method")
-        methods[file.stem] = parse(Method, {**settings, **on_top}, str(file))
+        where = f"{file} with prune.{', prune.'.join(on_top)}" if on_top else str(file)
+        methods[file.stem] = parse(Method, {**settings, **on_top}, where)
     return methods

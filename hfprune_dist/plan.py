@@ -337,8 +337,9 @@ def check_reachable(size: ModelSize, ratio: float, method: Method, where: str) -
     if method.allocation != "global":
         uniform_widths(size, ratio, method.steps, method.multiple_of, where)
     if method.allocation != "uniform":
-        narrowest = narrowest_widths(size, method.floor, method.protect_first, method.protect_last)
-        removals(size, ratio, narrowest, where)
+        floors = method.floor, method.protect_first, method.protect_last
+        narrowest = narrowest_widths(size, *floors, method.multiple_of)
+        removals(size, ratio, narrowest, method.multiple_of, where)
 
 
 def _effective(method: Method) -> dict[str, Any]:

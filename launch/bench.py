@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from hfprune_dist.config import parse_list
 from hfprune_dist.errors import UserError, did_you_mean, explained
 from hfprune_dist.files import write_json, write_text
+from hfprune_dist.models.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from launch.benchmark.results import Findings
@@ -48,6 +49,8 @@ def run_sections(sections: list[str], arguments: argparse.Namespace) -> None:
     from launch.benchmark.plot import can_plot, plot
     from launch.benchmark.results import Findings, markdown
 
+    if arguments.model is not None:
+        open_checkpoint(arguments.model)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     findings = Findings()

@@ -27,7 +27,7 @@ from hfprune_dist.comparison import (
     settling_table,
 )
 from hfprune_dist.core.settling import SHARES_KEPT
-from hfprune_dist.errors import UserError, explained
+from hfprune_dist.errors import UserError, did_you_mean, explained
 from hfprune_dist.files import write_text
 from launch.report import Finished, read_sweep
 from launch.screen import make_console
@@ -38,17 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", metavar="SWEEP", type=Path, nargs="+", help="folders of sweeps")
     parser.add_argument("--out", type=Path, required=True, help="where comparison.md and comparison.json go")
-    parser.add_argument("--reference", default="hfprune", help="the method that KL is set against; default: hfprune")
+    parser.add_argument("--reference", help="the method that KL is set against; default: hfprune")
     arguments = parser.parse_args(argv)
     with explained():
         compare(arguments.sweeps, arguments.out, arguments.reference)
     return 0
 
 
-def compare(folders: Sequence[Path], out: Path, reference: str) -> None:
-    """Compare the finished cells of some sweeps."""
+def compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
+    """Compare the finished cells of some sweeps, with the method ``named`` as the reference."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError(f"{', '.join(map(str, folders))}: one folder is given twice; give each sweep once")
     sweeps = [read_sweep(folder) for folder in folders]
+    reference = named or "hfprune"
     methods = compare_methods([sweep.rows for sweep in sweeps], reference)
+    names = sorted({it.method for it in methods})
+    if methods and named is not None and named not in names:
+        raise UserError(f"--reference: no method {named!r}{did_you_mean(named, names)} valid: {', '.join(names)}")
     if not methods:
         raise UserError(f"{', '.join(map(str, folders))}: no cell is finished; run the sweeps first")
     criteria = _criteria(sweeps[0])

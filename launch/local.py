@@ -65,7 +65,7 @@ class LocalBackend:
         self._store = store
         self._logs = logs
         self._origin = origin
-        self.ranks = _ranks(origin.runtime)
+        self.ranks = ranks_here(origin.runtime)
 
     def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Outcome:
         """Claim a stage, run it on all ranks, and tell how it ended; success is a verified artifact, nothing else."""
@@ -157,7 +157,12 @@ class LocalBackend:
         return Failure("input", message, -1, time.time())
 
 
-def _ranks(runtime: RuntimeConfig) -> int:
+def ranks_here(runtime: RuntimeConfig) -> int:
+    """Processes of a stage on this machine.
+
+    Raises:
+        UserError: where it has GPUs, but too few.
+    """
     gpus = count_gpus()
     ranks = runtime.ranks or gpus or 1
     if gpus and ranks > gpus:

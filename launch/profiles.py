@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hfprune_dist.config import Positive, Section, parse, read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
@@ -18,6 +18,12 @@ Kind = Literal["importance", "reference", "prune", "distill", "recover", "evalua
 Scalar = str | int | bool
 # Of Slurm's --mem; megabytes where none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# Options of sbatch that a sweep gives itself, most of them from settings of their own.
+OWN_OPTIONS = {
+    *("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "signal", "partition"),
+    *("account", "qos", "constraint", "exclude", "dependency", "requeue", "chdir", "job-name", "output", "error"),
+    "array",
+}
 
 
 class Resources(Section):
@@ -43,7 +49,7 @@ class Resources(Section):
     """Nominal rate of the network between two nodes, in Gb/s; null: not the limit."""
     cpus_per_task: Positive = 1
     """CPU cores of each rank; also its number of threads, unless runtime.threads_per_rank is set."""
-    memory: str | None = None
+    memory: Annotated[str, Field(pattern=r"^\d+[KMGTkmgt]?[Bb]?$")] | None = None
     """Main memory per node, in Slurm's notation, e.g. 200G."""
     time_minutes: Positive = 60
     """Time limit of one job. A stage that needs longer goes on in the same job, requeued, where it stopped."""
@@ -55,12 +61,26 @@ class Resources(Section):
     """Nodes that are not used, e.g. node[07-09]."""
     setup: list[str] = Field(default_factory=list)
     """Shell lines that run on the first node of a job before the ranks start, e.g. module load cuda."""
-    environment: dict[str, str] = Field(default_factory=dict)
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
     """Environment variables of all ranks."""
     sbatch: dict[str, Scalar] = Field(default_factory=dict)
     """Further sbatch options, without the dashes: {reservation: week4, exclusive: true}."""
     srun_args: list[str] = Field(default_factory=list)
     """Further arguments of srun."""
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Resources:
+        if self.signal_seconds > 60 * self.time_minutes:
+            raise ValueError(f"signal_seconds {self.signal_seconds} is more than time_minutes {self.time_minutes}")
+        if 0 < self.gpus_per_node < self.tasks_per_node:
+            raise ValueError(
+                f"tasks_per_node {self.tasks_per_node} is more than gpus_per_node {self.gpus_per_node}; a rank needs a "
+                "GPU of its own"
+            )
+        taken = sorted(OWN_OPTIONS & {name.replace("_", "-") for name in self.sbatch})
+        if taken:
+            raise ValueError(f"sbatch: {taken[0]} is not to be given there; see the settings of this file")
+        return self
 
     @property
     def ranks(self) -> int:
@@ -72,8 +92,8 @@ class Resources(Section):
 
     @property
     def memory_bytes(self) -> float | None:
-        """Main memory per node; None where it is the cluster's default, all of it, or not in Slurm's notation."""
-        found = re.fullmatch(r"(\d+)([KMGT]?)B?", self.memory or "", re.IGNORECASE)
+        """Main memory per node; None where it is the cluster's default, or all of it."""
+        found = re.match(r"(\d+)([KMGT]?)", self.memory or "", re.IGNORECASE)
         if found is None or int(found[1]) == 0:
             return None
         return float(int(found[1]) * UNITS[found[2].upper() or "M"])

@@ -17,11 +17,10 @@ from rich.table import Table
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.errors import UserError, explained
-from hfprune_dist.files import read_json
 from hfprune_dist.plan import Plan
 from hfprune_dist.report import DenseModel, Row, collect_rows, write_reports
 from launch.screen import make_console, show_results
-from launch.sweep import PROJECT, SWEEP_FILE
+from launch.sweep import PROJECT, SWEEP_FILE, read_record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +49,7 @@ def read_sweep(out: Path) -> Finished:
     Raises:
         UserError: where the folder is not a sweep's.
     """
-    record = read_json(out / SWEEP_FILE)
+    record = read_record(out)
     if record is None:
         raise UserError(f"{out}: no {SWEEP_FILE}; give the folder of a sweep that launch/sweep.py has started")
     dense = {name: DenseModel(**facts) for name, facts in record["dense"].items()}

@@ -24,6 +24,7 @@ TRANSIENT = re.compile(
     r"|communication|controller .*not responding|slurmctld.*(down|restart)|try again|backup|shutdown",
     re.IGNORECASE,
 )
+NO_CONFIGURATION = re.compile("could not establish a configuration source|unable to process configuration", re.I)
 # Slurm names the limit that a job goes beyond, before a sentence that is the same for all of them.
 NAMED_LIMIT = re.compile(r"\b(?:QOS|Assoc)\w*Limit\b", re.IGNORECASE)
 TOO_MANY_JOBS = re.compile(r"MaxSubmit|SubmitJob|job count limit|job submit limit", re.IGNORECASE)
@@ -98,6 +99,12 @@ class SlurmCommands:
             raise UserError(
                 f"--profile: no {missing[0]} on this machine; run on a node of the cluster that can submit jobs, or "
                 "use --backend local (slurm/cluster.sh brings up a cluster for tests)"
+            )
+        refusal = _run(["scontrol", "ping"]).stderr
+        if NO_CONFIGURATION.search(refusal):
+            raise UserError(
+                f"--profile: Slurm is not set up on this machine ({_last_line(refusal)}); run on a node of the "
+                "cluster, set SLURM_CONF, or use --backend local"
             )
 
     def submit(self, script: Path, job_name: str) -> str:

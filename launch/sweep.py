@@ -37,7 +37,7 @@ from launch.cluster import Sweep, cancel, run_on_slurm, show_jobs, show_status
 from launch.estimate import estimate_stages, refuse_what_cannot_fit, show_estimates
 from launch.hardware import note_on_bfloat16
 from launch.layout import Origin
-from launch.local import LocalBackend
+from launch.local import LocalBackend, ranks_here
 from launch.profiles import Profile, load_profile
 from launch.screen import StageScreen, make_console, show_plan, show_results, stage_screen
 from launch.slurm_cli import SlurmCommands, SlurmUnavailableError
@@ -84,10 +84,9 @@ def run_sweep(arguments: argparse.Namespace) -> int:
             show_jobs(console, sweep, profile, config.runtime, verdicts)
             show_estimates(console, estimates)
     refuse_what_cannot_fit(estimates)
+    _check_stages(config, todo, profile)
     if arguments.dry_run:
         return 0
-    if config.evaluation.tasks and any(stage_id.startswith("evaluate/") for stage_id in todo):
-        _check_tasks(config)
     run = _runner(console, sweep, todo, profile, config, arguments) if todo else None
     require_writable(out)
     _record(out, config, plan, models)
@@ -113,7 +112,7 @@ def _plan_to_show(config: SweepConfig, store: Store, out: Path) -> Plan:
     try:
         return _plan(config, store, download=False)[1]
     except UserError:
-        record = read_json(out / SWEEP_FILE)
+        record = read_record(out)
         if record is None:
             raise
         return Plan.from_json(record)
@@ -172,6 +171,8 @@ def _profile(arguments: argparse.Namespace) -> Profile | None:
         raise UserError(f"--max-running {arguments.max_running}: must be at least 1")
     if arguments.profile is None or arguments.backend == "local":
         return None
+    if arguments.ranks is not None:
+        raise UserError(f"--ranks {arguments.ranks}: with --profile, its nodes and tasks_per_node say how many")
     return load_profile(arguments.profile, PROFILES)
 
 
@@ -202,12 +203,17 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     return overrides
 
 
-def _check_tasks(config: SweepConfig) -> None:
-    """Refuse unknown lm-eval tasks before hours of work; imported here, since lm-eval takes seconds to import."""
-    from hfprune_dist.evaluation import check_tasks
+def _check_stages(config: SweepConfig, todo: Sequence[str], profile: Profile | None) -> None:
+    """Refuse before hours of work what stages would refuse after them."""
+    kinds = {stage_id.partition("/")[0] for stage_id in todo}
+    if "recover" in kinds:
+        ranks = profile.resources["recover"].ranks if profile else ranks_here(config.runtime)
+        config.recovery.require_shared_evenly(ranks)
+    if config.evaluation.tasks and "evaluate" in kinds:
+        from hfprune_dist.evaluation import check_tasks  # lm-eval takes seconds to import
 
-    include_path = config.evaluation.include_path
-    check_tasks(config.evaluation.tasks, Path(include_path) if include_path else None)
+        include_path = config.evaluation.include_path
+        check_tasks(config.evaluation.tasks, Path(include_path) if include_path else None)
 
 
 def _record(out: Path, config: SweepConfig, plan: Plan, models: Sequence[ModelSource]) -> None:
@@ -219,6 +225,21 @@ def _record(out: Path, config: SweepConfig, plan: Plan, models: Sequence[ModelSo
         out / SWEEP_FILE,
         {**plan.to_json(), "dense": {name: vars(facts) for name, facts in _dense(models).items()}},
     )
+
+
+def read_record(out: Path) -> dict[str, Any] | None:
+    """What the sweep in a folder was last started with, as ``_record`` wrote it; None where there was none.
+
+    Raises:
+        UserError: where it is damaged.
+    """
+    try:
+        record = read_json(out / SWEEP_FILE)
+    except ValueError:
+        record = {}
+    if record is None or (isinstance(record, dict) and {"stages", "cells", "dense"} <= record.keys()):
+        return record
+    raise UserError(f"{out / SWEEP_FILE}: damaged; run the sweep again, it makes only what is missing")
 
 
 def _dense(models: Sequence[ModelSource]) -> dict[str, DenseModel]:
@@ -302,10 +323,11 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="stay until all jobs have ended and show the table (default), or submit and leave; with --status: live",
     )
-    parser.add_argument("--status", action="store_true", help="show the state of every stage; starts nothing")
-    parser.add_argument("--cancel", action="store_true", help="cancel the sweep's jobs; saved work stays")
-    parser.add_argument("--logs", metavar="CELL", help="show the last lines of a cell's logs, e.g. 'llama 0.2 + lora'")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--status", action="store_true", help="show the state of every stage; starts nothing")
+    instead.add_argument("--cancel", action="store_true", help="cancel the sweep's jobs; saved work stays")
+    instead.add_argument("--logs", metavar="CELL", help="show the last lines of a cell's logs, e.g. 'llama 0.2 + lora'")
+    instead.add_argument(
         "--dry-run", action="store_true", help="print the plan with reasons, and every job; runs nothing"
     )
     return parser

@@ -1,3 +1,4 @@
+import json
 import os
 
 import pytest
@@ -66,6 +67,14 @@ def test_damage_is_found_and_set_aside(store, damage):
     assert store.verify(STAGE.id).state == "done"
 
 
+@pytest.mark.parametrize("change", [{"files": []}, {"files": {}}, {"files": {"model.bin": {}}}, {"metrics": None}])
+def test_a_manifest_of_something_else_is_damage(store, change):
+    make(store)
+    file = store.path(STAGE.id) / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert store.verify(STAGE.id).state == "corrupt"
+
+
 def test_damage_behind_an_unchanged_modification_time_is_found_by_reading(store):
     make(store)
     file = store.path(STAGE.id) / "model.bin"
@@ -88,8 +97,8 @@ def test_the_loser_of_a_race_keeps_the_winners_artifact(store):
     rival = winner.root / "prune" / ".draft-rival"
     rival.mkdir()
     (rival / "model.bin").write_text("winner")
-    winner.commit(STAGE, rival, {})
-    store.commit(STAGE, draft, {})
+    winner.commit(STAGE, rival, {"metrics": {}})
+    store.commit(STAGE, draft, {"metrics": {}})
     assert (store.path(STAGE.id) / "model.bin").read_text() == "winner"
     assert not draft.exists()
 

@@ -228,10 +228,8 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     needed |= {f"{family.layers}.{layer}.{part}" for layer in range(checkpoint.num_layers) for part in parts}
     missing = sorted(needed - checkpoint.tensors.keys())
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(
-            f"{checkpoint.path}: tensor {missing[0]}{more} missing from the weight files; download it again"
-        )
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"{checkpoint.path}: tensor {missing[0]}{more} is missing from the weight files")
     embedding = checkpoint.tensors[family.embedding_tensor()]
     stated = [checkpoint.config.get("vocab_size", embedding.shape[0]), checkpoint.config["hidden_size"]]
     if list(embedding.shape) != stated:

@@ -87,7 +87,7 @@ def _snapshot(name: str, hub_id: str, revision: str, download: bool) -> Path:
     except LocalEntryNotFoundError:
         action = "check the network" if download else "it is downloaded when the sweep runs without --dry-run"
         raise UserError(f"model {name!r}: {hub_id}@{revision} is not in the local hub cache; {action}") from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: no such name can be
         raise UserError(
             f"model {name!r}: {hub_id}@{revision} can't be downloaded: {error}; for a gated model, accept its licence "
             "on its page and run `hf auth login`"

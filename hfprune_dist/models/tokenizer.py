@@ -20,7 +20,7 @@ def load_tokenizer(checkpoint: Path) -> Any:
     logging.set_verbosity_error()
     try:
         return AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # tokenizers, in Rust, raises the base class
         raise UserError(f"{checkpoint}: the tokenizer can't be loaded ({error})") from None
 
 

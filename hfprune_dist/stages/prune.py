@@ -77,8 +77,9 @@ def _widths(context: Context, dense: Checkpoint, scores: list[Tensor]) -> tuple[
     params, size, where = context.params, size_of(dense), context.stage.label
     if params["allocation"] == "uniform":
         return [uniform_width(size, params["ratio"], params["multiple_of"], where)] * size.num_layers, {}
-    narrowest = narrowest_widths(size, params["floor"], params["protect_first"], params["protect_last"])
-    wanted = removals(size, params["ratio"], narrowest, where)
+    multiple_of = params["multiple_of"]
+    narrowest = narrowest_widths(size, params["floor"], params["protect_first"], params["protect_last"], multiple_of)
+    wanted = removals(size, params["ratio"], narrowest, multiple_of, where)
     comparable = scores if CRITERIA[params["criterion"]].in_nats else layer_mean_one(scores)
     if params["allocation"] == "global":
         return allocate_globally(comparable, wanted, narrowest, params["multiple_of"]), {}

@@ -41,32 +41,12 @@ def run(context: Context) -> None:
     """Write a Hugging Face folder that plain transformers loads, the ``adapter/`` in it, and ``loss.jsonl``."""
     settings = RecoveryConfig.model_validate(context.params["recovery"])
     checkpoint = open_checkpoint(context.input_path("model"))
-    check_batch_size(settings, context.world.size)
+    settings.require_shared_evenly(context.world.size)
     counts = _prepare_rows(context, settings)
     trained = _train(context, checkpoint, settings, counts)
     draft = context.open_draft()
     write_merged(checkpoint, trained, settings, draft, context.world, context.progress)
     context.commit(draft, {**asdict(counts), **trained.metrics()})
-
-
-def check_batch_size(settings: RecoveryConfig, world_size: int) -> None:
-    """Check that the ranks can share the rows of an optimizer step evenly.
-
-    Raises:
-        UserError: where they can't; the message tells which values work.
-    """
-    at_once = settings.micro_batch_size * world_size
-    below = settings.batch_size // at_once * at_once
-    if below == settings.batch_size:
-        return
-    most = settings.batch_size // settings.micro_batch_size
-    rank_counts = [n for n in range(1, most + 1) if settings.batch_size % (n * settings.micro_batch_size) == 0]
-    ranks = f", or runtime.ranks to one of {', '.join(map(str, rank_counts))}" if rank_counts else ""
-    raise UserError(
-        f"recovery.batch_size {settings.batch_size} isn't a multiple of recovery.micro_batch_size "
-        f"{settings.micro_batch_size} times {world_size} ranks; set batch_size to "
-        f"{f'{below} or ' if below else ''}{below + at_once}{ranks}"
-    )
 
 
 def _prepare_rows(context: Context, settings: RecoveryConfig) -> RowCounts:

@@ -161,7 +161,7 @@ def test_where_layers_differ_in_width_one_may_keep_all_neurons(inputs, tmp_path)
         for method in ("surgeon-uniform-block", "surgeon-block")
     )
     assert uniform < competing
-    few = {"methods": ["surgeon-block"], "ratios": [0.02], "prune__multiple_of": 16}
+    few = {"methods": ["surgeon-block"], "ratios": [0.1], "prune__multiple_of": 16}
     assert prunings(inputs, tmp_path, "", **few)[0].memory.sums == competing
 
 

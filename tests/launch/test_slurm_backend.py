@@ -51,7 +51,7 @@ def make_backend(store, plan=PLAN, max_running=None):
 def complete(store, stage):
     draft = store.open_draft(stage.id)
     (draft / "result").write_text("x")
-    store.commit(stage, draft, {"wall_time_s": 1.0})
+    store.commit(stage, draft, {"metrics": {}, "wall_time_s": 1.0})
 
 
 def script_of(store, stage, number=1):
@@ -245,6 +245,8 @@ def test_dry_run_prints_what_would_be_submitted_where_there_is_no_slurm(tmp_path
         "--profile",
         "example-gpu",
         "--dry-run",
+        "--set",
+        "recovery.batch_size=32",
         environment={"PATH": "/usr/bin-without-slurm"},
     )
     assert result.returncode == 0, result.stderr

@@ -27,12 +27,23 @@ def refused(config, out, *arguments):
         (["--ratios", "1.5"], ["ratios.0", "less than 1"]),
         (["--ratios", "0.9"], ["ratio 0.9", "largest possible is 0.2783"]),
         (["--ratios", "0.1,0.1"], ["ratios", "listed twice"]),
+        (["--ratios", "0.2,0.20000001"], ["ratios", "both called 0.2"]),
         (["--ratios", "a lot"], ["--ratios 'a lot'"]),
         (["--set", "calibration.sample=3"], ["unknown key 'calibration.sample'", "did you mean 'samples'"]),
         (["--set", "calibration.samples=few"], ["calibration.samples", "integer"]),
         (["--set", "samples"], ["--set 'samples'", "key=value"]),
         (["--set", "calibration.path=nowhere.jsonl"], ["nowhere.jsonl", "No such file"]),
         (["--set", "evaluation.tasks=[tiny_choise]"], ["tiny_choise", "tiny_choice"]),
+        (["--set", "calibration.name=2024-13-45"], ["2024-13-45", "not a YAML value", "month"]),
+        (["--set", "calibration={samples: 3, samples: 4}"], ["the key 'samples' stands twice"]),
+        (["--set", "calibration.dataset=wikitext"], ["path (", "dataset (wikitext)", "set one of them to null"]),
+        (["--set", "recovery.learning_rate=.inf"], ["recovery.learning_rate", "finite"]),
+        (["--set", "seed=5000000000"], ["seed", "less than"]),
+        (["--set", "recovery.batch_size=5"], ["recovery.batch_size 5", "2 ranks", "set batch_size to 4 or 6"]),
+        (["--models", "x", "--set", "aliases={x: {hub_id: a/b/c}}"], ["model 'x'", "a/b/c"]),
+        (["--methods", "surgeon", "--set", "prune.steps=2"], ["surgeon.yaml with prune.steps", "allocation: uniform"]),
+        (["--profile", "local-cluster", "--ranks", "2"], ["--ranks 2", "tasks_per_node"]),
+        (["--cancel", "--dry-run"], ["--dry-run", "not allowed with", "--cancel"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
         (["--ranks", "0"], ["runtime.ranks", "greater than or equal to 1"]),
         (["--max-running", "0"], ["--max-running 0", "at least 1"]),
@@ -58,6 +69,12 @@ def test_damaged_checkpoints(tmp_path, damage, expected):
     config = make_inputs(tmp_path)
     damage(tmp_path / "alpha")
     assert expected in refused(config, tmp_path / "out")
+
+
+def test_what_a_dry_run_shows_can_be_run(config, tmp_path):
+    """What stages would refuse after hours is refused there as well."""
+    for key in ("evaluation.tasks=[tiny_choise]", "recovery.batch_size=5"):
+        assert key.partition("=")[2].strip("[]") in refused(config, tmp_path / "out", "--dry-run", "--set", key)
 
 
 def test_a_truncated_checkpoint_tells_both_sizes(tmp_path):

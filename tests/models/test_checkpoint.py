@@ -2,6 +2,7 @@ import json
 import struct
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 from hfprune_dist.errors import UserError
@@ -82,3 +83,50 @@ def test_config_and_weights_must_agree(folder):
 def test_quantized_weights_are_refused(folder):
     edit_config(folder, quantization_config={"quant_method": "awq"})
     assert "quantized" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_a_tensor_that_transformers_would_make_up_is_named(folder, name):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file)
+    assert f"tensor {name} is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"vocab_size": 7}, "vocab_size and hidden_size [7, 32]"),
+        ({"hidden_size": 16}, "vocab_size and hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, not 0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, not True"),
+        ({"num_hidden_layers": 3}, "layers.2"),
+        ({"per_layer_config": {"0": 128}}, "per_layer_config"),
+        ({"per_layer_config": [1]}, "per_layer_config"),
+    ],
+)
+def test_a_config_that_is_not_the_weights_own(folder, changes, expected):
+    edit_config(folder, **changes)
+    assert expected in refusal(folder)
+
+
+@pytest.mark.parametrize("header", [b"null", b"[]", b'{"a":1}', b'{"a":{"dtype":"F32","shape":[1]}}'])
+def test_a_header_of_something_else(folder, header):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert "header is not that of a safetensors file" in refusal(folder)
+
+
+@pytest.mark.parametrize("weight_map", [None, ["model.safetensors"], {"model.norm.weight": 1}])
+def test_an_index_of_something_else(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "weight_map" in refusal(folder)

@@ -30,7 +30,6 @@ from hfprune_dist.plan import Input, Stage
 from hfprune_dist.progress import Progress
 from hfprune_dist.stages import recover
 from hfprune_dist.stages.context import Context
-from hfprune_dist.stages.recover import check_batch_size
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
@@ -241,11 +240,11 @@ def test_another_tokenizer_makes_its_own_rows(tmp_path, source, monkeypatch):
 
 
 def test_batch_size_that_ranks_cannot_share_names_those_that_work():
-    check_batch_size(RecoveryConfig(batch_size=12, micro_batch_size=2), 3)
-    with pytest.raises(UserError, match=r"set batch_size to 8 or 16, or runtime\.ranks to one of 1, 2, 3, 6$"):
-        check_batch_size(RecoveryConfig(batch_size=12, micro_batch_size=2), 4)
+    RecoveryConfig(batch_size=12, micro_batch_size=2).require_shared_evenly(3)
+    with pytest.raises(UserError, match=r"set batch_size to 8 or 16, or the ranks to one of 1, 2, 3, 6$"):
+        RecoveryConfig(batch_size=12, micro_batch_size=2).require_shared_evenly(4)
     with pytest.raises(UserError, match=r"set batch_size to 8$"):
-        check_batch_size(RecoveryConfig(batch_size=3, micro_batch_size=4), 2)
+        RecoveryConfig(batch_size=3, micro_batch_size=4).require_shared_evenly(2)
 
 
 def test_two_newest_snapshots_stay_and_a_damaged_one_is_passed_over(tmp_path):
