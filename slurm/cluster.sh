@@ -218,9 +218,7 @@ status() {
 command=${1:-}
 [ "$command" = install ] && { install_packages; exit; }
 [ $# -ge 2 ] || fail "usage: $0 up|down|status|start|stop DIR; see the top of this file"
-mkdir -p "$2"
-DIR=$(cd "$2" && pwd)
-export SLURM_CONF=$DIR/slurm.conf
+FOLDER=$2
 shift 2
 ACCOUNTING=yes
 GRACE_TIME=0
@@ -235,7 +233,13 @@ while [ $# -gt 0 ]; do
     shift
 done
 case $command in
+    up) mkdir -p "$FOLDER" 2>/dev/null || fail "$FOLDER: can't be made; give a folder that can be written to" ;;
+    down | status | start | stop) [ -f "$FOLDER/slurm.conf" ] || fail "$FOLDER: no cluster there; start one with: $0 up DIR" ;;
+    *) fail "unknown command '$command'; valid: install, up, down, status, start, stop" ;;
+esac
+DIR=$(cd "$FOLDER" && pwd)
+export SLURM_CONF=$DIR/slurm.conf
+case $command in
     up | down | status) "$command" ;;
     start | stop) "$command" "$DAEMON" ;;
-    *) fail "unknown command '$command'; valid: install, up, down, status, start, stop" ;;
 esac

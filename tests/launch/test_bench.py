@@ -37,6 +37,16 @@ def test_a_section_of_a_model_of_ones_own(tmp_path):
     assert not [folder for folder in (tmp_path / "out").iterdir() if folder.is_dir()], "nothing is left behind"
 
 
+@pytest.mark.slow
+def test_pruning_takes_the_memory_of_two_tensors(tmp_path):
+    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 2, "vocab_size": 512}
+    model = save_tiny(tmp_path / "model", **sizes)  # six tensors of 32 MiB
+    taken = isolated.call(
+        "launch.benchmark.pruning:take_memory", {"model": str(model), "scratch": str(tmp_path)}, isolated.TIDY
+    )
+    assert taken <= 2.0
+
+
 def test_a_finished_sweep_is_found_finished(tmp_path):
     command = launcher._finished_sweep(tmp_path / "sweep", 3)
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
