@@ -24,7 +24,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from hfprune_dist.artifacts import Store, Verdict, require_writable
-from hfprune_dist.config import SweepConfig, load_config, parse_assignment, parse_list, parse_ratios
+from hfprune_dist.config import SweepConfig, TextSource, load_config, parse_assignment, parse_list, parse_ratios
+from hfprune_dist.data.text import require_fields
 from hfprune_dist.errors import UserError, explained
 from hfprune_dist.files import read_json, write_json, write_text
 from hfprune_dist.methods import resolve_methods
@@ -206,9 +207,18 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 def _check_stages(config: SweepConfig, todo: Sequence[str], profile: Profile | None) -> None:
     """Refuse before hours of work what stages would refuse after them."""
     kinds = {stage_id.partition("/")[0] for stage_id in todo}
+    recovery = config.recovery
+    read: dict[str, tuple[TextSource, list[str]]] = {
+        "importance": (config.calibration, [config.calibration.text_field]),
+        "reference": (config.evaluation.fidelity, [config.evaluation.fidelity.text_field]),
+        "recover": (recovery, [recovery.instruction_field, recovery.response_field]),
+    }
+    for kind, (source, fields) in read.items():
+        if kind in kinds and source.path is not None:
+            require_fields(source.model_dump(), Path(source.path), fields)
     if "recover" in kinds:
         ranks = profile.resources["recover"].ranks if profile else ranks_here(config.runtime)
-        config.recovery.require_shared_evenly(ranks)
+        recovery.require_shared_evenly(ranks)
     if config.evaluation.tasks and "evaluate" in kinds:
         from hfprune_dist.evaluation import check_tasks  # lm-eval takes seconds to import
 

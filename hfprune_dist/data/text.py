@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +45,44 @@ def field_of(record: Record, key: str, where: str) -> str:
     return value
 
 
+def require_fields(source: Mapping[str, Any], path: Path, fields: Iterable[str]) -> None:
+    """Check that the first record of a local file has text in some fields.
+
+    Raises:
+        UserError: where it hasn't, or can't be read.
+    """
+    for record in itertools.islice(read_records(source, path, seed=0), 1):
+        for key in fields:
+            field_of(record, key, str(path))
+
+
 def _read_text(path: Path) -> str:
-    try:
+    with _explaining(path):
         return path.read_text(encoding="utf-8")
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    with _explaining(path), path.open(encoding="utf-8", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{path}:{number}: expected a JSON object")
+            yield record
+
+
+@contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object")
-        yield record
 
 
 def _stream(source: Mapping[str, Any], seed: int) -> Iterator[Record]:

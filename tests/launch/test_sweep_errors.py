@@ -39,6 +39,8 @@ def refused(config, out, *arguments):
         (["--set", "calibration.dataset=wikitext"], ["path (", "dataset (wikitext)", "set one of them to null"]),
         (["--set", "recovery.learning_rate=.inf"], ["recovery.learning_rate", "finite"]),
         (["--set", "seed=5000000000"], ["seed", "less than"]),
+        (["--set", "calibration.text_field=txt"], ["calibration.jsonl", "'txt'", "the record has text"]),
+        (["--set", "recovery.instruction_field=instrction"], ["'instrction'", "the record has instruction, response"]),
         (["--set", "recovery.batch_size=5"], ["recovery.batch_size 5", "2 ranks", "set batch_size to 4 or 6"]),
         (["--models", "x", "--set", "aliases={x: {hub_id: a/b/c}}"], ["model 'x'", "a/b/c"]),
         (["--methods", "surgeon", "--set", "prune.steps=2"], ["surgeon.yaml with prune.steps", "allocation: uniform"]),
