@@ -315,7 +315,7 @@ def _shared_rows(stage: Stage) -> int | None:
     """
     if stage.kind == "importance":
         calibration = stage.params["calibration"]
-        return int(calibration["samples"] // calibration["shard_size"])
+        return max(1, int(calibration["samples"] // calibration["shard_size"]))
     section = {"distill": "distillation", "recover": "recovery"}.get(stage.kind)
     return None if section is None else int(stage.params[section]["batch_size"])
 

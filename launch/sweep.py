@@ -24,8 +24,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from hfprune_dist.artifacts import Store, Verdict, require_writable
-from hfprune_dist.config import SweepConfig, TextSource, load_config, parse_assignment, parse_list, parse_ratios
-from hfprune_dist.data.text import require_fields
+from hfprune_dist.config import SweepConfig, load_config, parse_assignment, parse_list, parse_ratios
 from hfprune_dist.errors import UserError, explained
 from hfprune_dist.files import read_json, write_json, write_text
 from hfprune_dist.methods import resolve_methods
@@ -34,11 +33,12 @@ from hfprune_dist.plan import Plan, build_plan
 from hfprune_dist.progress import read_failure
 from hfprune_dist.provenance import code_version
 from hfprune_dist.report import DenseModel, collect_rows, write_reports
+from launch.checks import check_stages
 from launch.cluster import Sweep, cancel, run_on_slurm, show_jobs, show_status
 from launch.estimate import estimate_stages, refuse_what_cannot_fit, show_estimates
 from launch.hardware import note_on_bfloat16
 from launch.layout import Origin
-from launch.local import LocalBackend, ranks_here
+from launch.local import LocalBackend
 from launch.profiles import Profile, load_profile
 from launch.screen import StageScreen, make_console, show_plan, show_results, stage_screen
 from launch.slurm_cli import SlurmCommands, SlurmUnavailableError
@@ -85,7 +85,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
             show_jobs(console, sweep, profile, config.runtime, verdicts)
             show_estimates(console, estimates)
     refuse_what_cannot_fit(estimates)
-    _check_stages(config, todo, profile)
+    check_stages(config, todo, profile)
     if arguments.dry_run:
         return 0
     run = _runner(console, sweep, todo, profile, config, arguments) if todo else None
@@ -202,28 +202,6 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.ranks is not None:
         overrides["runtime.ranks"] = arguments.ranks
     return overrides
-
-
-def _check_stages(config: SweepConfig, todo: Sequence[str], profile: Profile | None) -> None:
-    """Refuse before hours of work what stages would refuse after them."""
-    kinds = {stage_id.partition("/")[0] for stage_id in todo}
-    recovery = config.recovery
-    read: dict[str, tuple[TextSource, list[str]]] = {
-        "importance": (config.calibration, [config.calibration.text_field]),
-        "reference": (config.evaluation.fidelity, [config.evaluation.fidelity.text_field]),
-        "recover": (recovery, [recovery.instruction_field, recovery.response_field]),
-    }
-    for kind, (source, fields) in read.items():
-        if kind in kinds and source.path is not None:
-            require_fields(source.model_dump(), Path(source.path), fields)
-    if "recover" in kinds:
-        ranks = profile.resources["recover"].ranks if profile else ranks_here(config.runtime)
-        recovery.require_shared_evenly(ranks)
-    if config.evaluation.tasks and "evaluate" in kinds:
-        from hfprune_dist.evaluation import check_tasks  # lm-eval takes seconds to import
-
-        include_path = config.evaluation.include_path
-        check_tasks(config.evaluation.tasks, Path(include_path) if include_path else None)
 
 
 def _record(out: Path, config: SweepConfig, plan: Plan, models: Sequence[ModelSource]) -> None:
