@@ -178,6 +178,9 @@ register_cluster() {
 
 up() {
     install_packages
+    if ! is_running slurmctld && (: <"/dev/tcp/127.0.0.1/$PORT_BASE") 2>/dev/null; then
+        fail "port $PORT_BASE is in use, by another cluster perhaps; set PORT_BASE to the first of 12 free ports"
+    fi
     mkdir -p "$DIR"/{logs,run,state,mariadb} "${NODES[@]/#/$DIR/spool/}"
     mkdir -p -m 755 "$DIR/munge"
     chmod a+x "$DIR" # munged wants its socket to be reachable by all
@@ -205,6 +208,8 @@ down() {
         done
     fi
     for daemon in "${NODES[@]}" slurmctld slurmdbd mariadb munge; do stop "$daemon"; done
+    # One that was started while another ended has lost its pid file to it.
+    pkill -KILL -f -- "^slurm(ctld|d) .*-f $DIR/slurm.conf\$" || true
     echo "down: $DIR"
 }
 
