@@ -49,10 +49,7 @@ def uniform_width(size: ModelSize, total_ratio: float, multiple_of: int, where: 
     exact = size.intermediate_size - total_ratio * size.parameters / (size.num_layers * size.parameters_per_neuron)
     width = max(multiple_of, round(exact / multiple_of) * multiple_of)
     if width >= size.intermediate_size:
-        raise UserError(
-            f"{where}: ratio {total_ratio:g} removes nothing once widths are rounded to multiples of {multiple_of}; "
-            f"use a larger ratio or a smaller prune.multiple_of"
-        )
+        raise _removes_nothing(total_ratio, multiple_of, where)
     return width
 
 
@@ -99,10 +96,7 @@ def removals(size: ModelSize, total_ratio: float, narrowest: Sequence[int], mult
         )
     fewest = size.intermediate_size - (size.intermediate_size - 1) // multiple_of * multiple_of
     if wanted < (fewest + 1) // 2:
-        raise UserError(
-            f"{where}: ratio {total_ratio:g} removes nothing once widths are rounded to multiples of {multiple_of}; "
-            f"use a larger ratio or a smaller prune.multiple_of"
-        )
+        raise _removes_nothing(total_ratio, multiple_of, where)
     return wanted
 
 
@@ -114,6 +108,13 @@ def narrowest_widths(
     least = min(-(-least // multiple_of) * multiple_of, size.intermediate_size)
     protected = {*range(protect_first), *range(size.num_layers - protect_last, size.num_layers)}
     return [size.intermediate_size if layer in protected else least for layer in range(size.num_layers)]
+
+
+def _removes_nothing(total_ratio: float, multiple_of: int, where: str) -> UserError:
+    return UserError(
+        f"{where}: ratio {total_ratio:g} removes nothing once widths are rounded to multiples of {multiple_of}; "
+        f"use a larger ratio or a smaller prune.multiple_of"
+    )
 
 
 def _round_down(ratio: float) -> str:

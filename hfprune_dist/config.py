@@ -376,7 +376,7 @@ class _YamlLoader(yaml.SafeLoader):
         """The keys and values of a mapping.
 
         Raises:
-            ConstructorError: for a key that stands twice, or a value that is none of its type, such as 2024-13-45.
+            ConstructorError: for a key that stands twice.
         """
         names = [key.value for key, _ in node.value]
         for name, (key, _) in zip(names, node.value, strict=True):
@@ -385,7 +385,11 @@ class _YamlLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """The value of a node; see ``construct_mapping``."""
+        """The value of a node.
+
+        Raises:
+            ConstructorError: for what looks like a type and is no value of it, such as 2024-13-45.
+        """
         try:
             return super().construct_object(node, deep)
         except ValueError as error:

@@ -8,6 +8,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.methods import resolve_methods
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "methods"
+SIZE = ModelSize(parameters=100_000, num_layers=4, intermediate_size=100, parameters_per_neuron=100)
 
 
 def resolved(**overrides):
@@ -68,24 +69,22 @@ def test_two_methods_of_one_name_are_refused(tmp_path):
 
 
 def test_floors_bound_what_can_go():
-    size = ModelSize(parameters=100_000, num_layers=4, intermediate_size=100, parameters_per_neuron=100)
-    narrowest = narrowest_widths(size, 0.3, 1, 1, 1)
+    narrowest = narrowest_widths(SIZE, 0.3, 1, 1, 1)
     assert narrowest == [100, 30, 30, 100]
-    assert removals(size, 0.1, narrowest, 1, "m") == 100
+    assert removals(SIZE, 0.1, narrowest, 1, "m") == 100
     with pytest.raises(UserError, match=r"m: ratio 0.2 .*largest possible is 0.1400"):
-        removals(size, 0.2, narrowest, 1, "m")
+        removals(SIZE, 0.2, narrowest, 1, "m")
 
 
 def test_multiples_bound_what_can_go_as_well():
-    size = ModelSize(parameters=100_000, num_layers=4, intermediate_size=100, parameters_per_neuron=100)
-    narrowest = narrowest_widths(size, 0.3, 1, 1, 64)
+    narrowest = narrowest_widths(SIZE, 0.3, 1, 1, 64)
     assert narrowest == [100, 64, 64, 100]
-    assert removals(size, 0.05, narrowest, 64, "m") == 50
+    assert removals(SIZE, 0.05, narrowest, 64, "m") == 50
     with pytest.raises(UserError, match=r"largest possible is 0.0720 \(multiple_of 64\)"):
-        removals(size, 0.08, narrowest, 64, "m")
+        removals(SIZE, 0.08, narrowest, 64, "m")
     with pytest.raises(UserError, match="removes nothing once widths are rounded to multiples of 64"):
-        removals(size, 0.01, narrowest, 64, "m")
-    assert narrowest_widths(size, 0.3, 0, 0, 128) == [100] * 4
+        removals(SIZE, 0.01, narrowest, 64, "m")
+    assert narrowest_widths(SIZE, 0.3, 0, 0, 128) == [100] * 4
 
 
 def test_steps_from_the_command_line_are_refused_where_a_method_is_not_uniform():

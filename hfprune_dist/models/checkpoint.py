@@ -83,7 +83,7 @@ class Checkpoint:
     @cached_property
     def parameters(self) -> int:
         """Number of distinct parameters; a head tied to the embedding counts once."""
-        tied_head = f"{self.family.head}.weight" if self.config.get("tie_word_embeddings") else None
+        tied_head = self.family.head_tensor() if self.config.get("tie_word_embeddings") else None
         return sum(info.numel for name, info in self.tensors.items() if name != tied_head)
 
     @cached_property
@@ -222,9 +222,10 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     family = checkpoint.family
     needed = {family.embedding_tensor(), family.norm_tensor()}
     if not checkpoint.config.get("tie_word_embeddings"):
-        needed.add(f"{family.head}.weight")
+        needed.add(family.head_tensor())
     layers = re.compile(rf"{re.escape(family.layers)}\.\d+\.(.+)")
     parts = {found[1] for name in checkpoint.tensors if (found := layers.fullmatch(name))}
+    parts |= {f"{family.mlp}.{name}.weight" for name in (*family.row_projections, family.down_projection)}
     needed |= {f"{family.layers}.{layer}.{part}" for layer in range(checkpoint.num_layers) for part in parts}
     missing = sorted(needed - checkpoint.tensors.keys())
     if missing:
@@ -240,15 +241,13 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
 
 
 def _check_mlp_shapes(checkpoint: Checkpoint) -> None:
-    """Every layer must have its MLP tensors, of the width that the config states."""
+    """Every layer's MLP must have the width that the config states."""
     family = checkpoint.family
     for layer, width in enumerate(checkpoint.intermediate_sizes):
         column = family.column_tensor(layer)
         rows = [name for name in family.row_tensors(layer) if name.endswith(".weight")]
         for name, dimension in [(column, 1), *((row, 0) for row in rows)]:
-            info = checkpoint.tensors.get(name)
-            if info is None:
-                raise UserError(f"{checkpoint.path}: tensor {name} is missing from the weight files")
+            info = checkpoint.tensors[name]
             if len(info.shape) != 2 or info.shape[dimension] != width:
                 raise UserError(
                     f"{checkpoint.path}: {name} has shape {list(info.shape)}, but config.json says "

@@ -56,6 +56,10 @@ class Family:
         """The table of token embeddings [vocabulary, hidden_size]."""
         return f"{self.embedding}.weight"
 
+    def head_tensor(self) -> str:
+        """The head's weight [vocabulary, hidden_size]; a checkpoint whose head is tied may lack it."""
+        return f"{self.head}.weight"
+
     def norm_tensor(self) -> str:
         """The weight of the final norm."""
         return f"{self.norm}.weight"

@@ -77,7 +77,7 @@ class LayerReader:
     def head(self) -> Head:
         """What turns the last layer's output into logits."""
         family, names = self._checkpoint.family, self._checkpoint.tensors
-        weight = f"{family.head}.weight"
+        weight = family.head_tensor()
         bias = f"{family.head}.bias"
         return Head(
             self.final_norm(),
@@ -90,8 +90,8 @@ class LayerReader:
         family = self._checkpoint.family
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self._layer_config(0), dtype=self._dtype)
-        norm: nn.Module = family.body_of(model).get_submodule("norm")
-        norm.load_state_dict({"weight": self._read(f"{family.body}.norm.weight")}, assign=True)
+        norm: nn.Module = model.get_submodule(family.norm)
+        norm.load_state_dict({"weight": self._read(family.norm_tensor())}, assign=True)
         return norm.requires_grad_(False)
 
     def _read(self, name: str) -> Tensor:

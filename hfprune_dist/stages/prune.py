@@ -82,9 +82,9 @@ def _widths(context: Context, dense: Checkpoint, scores: list[Tensor]) -> tuple[
     wanted = removals(size, params["ratio"], narrowest, multiple_of, where)
     comparable = scores if CRITERIA[params["criterion"]].in_nats else layer_mean_one(scores)
     if params["allocation"] == "global":
-        return allocate_globally(comparable, wanted, narrowest, params["multiple_of"]), {}
+        return allocate_globally(comparable, wanted, narrowest, multiple_of), {}
     found = search_widths(
-        Family(comparable, wanted, narrowest, params["multiple_of"]),
+        Family(comparable, wanted, narrowest, multiple_of),
         _uniform(params, size, narrowest, where),
         _measurement(context, dense, scores).kl,
     )
