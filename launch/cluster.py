@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -57,7 +58,7 @@ def run_on_slurm(
     """
     store = sweep.store
     console.print(f"{len(todo)} of {len(sweep.plan.stages)} stages to run on Slurm; logs in {store.root / 'attempts'}")
-    snapshot = take_snapshot(project, (sweep.out / "code").resolve(), origin.code)
+    snapshot = take_snapshot(project, (sweep.out / "code").resolve(), origin.code, partial(console.print, markup=False))
     with _Screen(console, sweep).shown() as screen:
         submitting = Submitting(origin, profile, snapshot, max_running)
         backend = SlurmBackend(store, sweep.plan, submitting, SlurmCommands(), screen.tell)
