@@ -4,7 +4,7 @@
 #
 #   slurm/cluster.sh install                       Debian packages, as root
 #   slurm/cluster.sh up DIR [--no-accounting] [--grace-time SECONDS]
-#   slurm/cluster.sh start|stop DIR DAEMON         one daemon: slurmctld, slurmdbd, n1, n2, n3 or n4
+#   slurm/cluster.sh start|stop DIR DAEMON         one daemon: n1, n2, n3, n4, slurmctld, slurmdbd, ...
 #   slurm/cluster.sh status DIR
 #   slurm/cluster.sh down DIR
 #
@@ -14,6 +14,7 @@ set -euo pipefail
 
 PORT_BASE=${PORT_BASE:-17000}
 NODES=(n1 n2 n3 n4)
+DAEMONS=("${NODES[@]}" slurmctld slurmdbd mariadb munge)
 WAIT_SECONDS=60
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -32,12 +33,36 @@ install_packages() {
 
 # Configuration.
 
+# Slurm can be told to listen on one address instead of all, and takes the one to which the machine's name resolves.
+find_address() {
+    local own
+    own=$(getent ahostsv4 "$(hostname)" | awk 'NR == 1 { print $1 }') || true
+    case $own in
+        127.*) ADDRESS=$own LISTEN="CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" ;;
+        *)
+            ADDRESS=127.0.0.1 LISTEN=
+            echo "note: Slurm listens on all addresses of this machine, as its name resolves to ${own:-none}, which is" \
+                "not on loopback; with a line '127.0.0.1 $(hostname)' at the top of /etc/hosts it is loopback only" >&2
+            ;;
+    esac
+}
+
+# Returns 1 where both files are as they were.
 write_conf() {
+    local before
+    before=$(cat "$DIR/slurm.conf" "$DIR/slurmdbd.conf" 2>/dev/null | cksum)
+    write_slurm_conf
+    write_slurmdbd_conf
+    [ "$before" != "$(cat "$DIR/slurm.conf" "$DIR/slurmdbd.conf" | cksum)" ]
+}
+
+write_slurm_conf() {
     local accounting="accounting_storage/slurmdbd"
     [ "$ACCOUNTING" = yes ] || accounting="accounting_storage/none"
     cat >"$DIR/slurm.conf" <<CONF
 ClusterName=hfprune
-SlurmctldHost=localhost(127.0.0.1)
+$LISTEN
+SlurmctldHost=localhost($ADDRESS)
 SlurmctldPort=$PORT_BASE
 SlurmctldParameters=preempt_send_user_signal
 SlurmUser=$(id -un)
@@ -68,17 +93,22 @@ PreemptMode=REQUEUE
 JobRequeue=1
 JobAcctGatherType=jobacct_gather/linux
 AccountingStorageType=$accounting
-AccountingStorageHost=localhost
+AccountingStorageHost=$ADDRESS
 AccountingStoragePort=$((PORT_BASE + 10))
 # With munge, this "password" is the socket through which slurmdbd's clients are known.
 AccountingStoragePass=$DIR/munge/munge.socket
-NodeName=n[1-4] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((PORT_BASE + 1))-$((PORT_BASE + 4))] CPUs=2 RealMemory=4000
+NodeName=n[1-4] NodeHostname=localhost NodeAddr=$ADDRESS Port=[$((PORT_BASE + 1))-$((PORT_BASE + 4))] CPUs=2 RealMemory=4000
 PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=$GRACE_TIME
 PartitionName=urgent Nodes=n[1-4] MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
 CONF
     echo "CgroupPlugin=disabled" >"$DIR/cgroup.conf"
+}
+
+write_slurmdbd_conf() {
     cat >"$DIR/slurmdbd.conf" <<CONF
+$LISTEN
 DbdHost=localhost
+DbdAddr=$ADDRESS
 DbdPort=$((PORT_BASE + 10))
 SlurmUser=$(id -un)
 AuthType=auth/munge
@@ -96,9 +126,59 @@ CONF
 
 # Daemons: each leaves its pid in DIR/run, and is stopped by that pid only.
 
+program_of() {
+    case $1 in
+        munge) echo munged ;;
+        mariadb) echo mariadbd ;;
+        slurmdbd | slurmctld) echo "$1" ;;
+        n[1-4]) echo slurmd ;;
+    esac
+}
+
+port_of() {
+    case $1 in
+        slurmctld) echo "$PORT_BASE" ;;
+        n[1-4]) echo $((PORT_BASE + ${1#n})) ;;
+        slurmdbd) echo $((PORT_BASE + 10)) ;;
+        mariadb) echo $((PORT_BASE + 11)) ;;
+    esac
+}
+
 is_running() {
     local pid
-    pid=$(cat "$DIR/run/$1.pid" 2>/dev/null) && [ -n "$pid" ] && kill -0 "$pid" 2>/dev/null
+    # A pid is given again after a restart of the machine: it counts with the name of its program.
+    pid=$(cat "$DIR/run/$1.pid" 2>/dev/null) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$(program_of "$1")" ]
+}
+
+# Processes of this cluster, with or without a pid file: of its programs, those that hold files of this folder open.
+left_over() {
+    local pattern process
+    pattern=$(sed 's/[][*?\\]/\\&/g' <<<"$DIR")
+    for process in $(find /proc/[0-9]*/fd -lname "$pattern/*" 2>/dev/null | cut -d / -f 3 | sort -u); do
+        case $(cat "/proc/$process/comm" 2>/dev/null) in
+            slurmctld | slurmd | slurmstepd | slurmdbd | mariadbd | munged) echo "$process" ;;
+        esac
+    done
+}
+
+# Kills processes and all of their descendants, as the tasks of a step outlive it.
+kill_trees() {
+    local process
+    for process in "$@"; do
+        # shellcheck disable=SC2046 # one word per process
+        kill_trees $(pgrep --parent "$process")
+        kill -KILL "$process" 2>/dev/null || true
+    done
+}
+
+refuse_taken_ports() {
+    local daemon port
+    for daemon in "${DAEMONS[@]}"; do
+        port=$(port_of "$daemon")
+        if [ -n "$port" ] && ! is_running "$daemon" && (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+            fail "port $port, for $daemon, is in use, by another cluster perhaps; set PORT_BASE to the first of 12 free ports"
+        fi
+    done
 }
 
 start() {
@@ -109,7 +189,6 @@ start() {
         slurmdbd) SLURM_CONF=$DIR/slurmdbd.conf slurmdbd ;;
         slurmctld) slurmctld -f "$DIR/slurm.conf" ;;
         n[1-4]) slurmd -N "$1" -f "$DIR/slurm.conf" ;;
-        *) fail "unknown daemon '$1'; valid: slurmctld slurmdbd ${NODES[*]}" ;;
     esac
 }
 
@@ -150,6 +229,16 @@ stop() {
     rm -f "$DIR/run/$1.pid"
 }
 
+# Several at once, as each of them takes seconds.
+stop_together() {
+    local daemon stops=()
+    for daemon in "$@"; do
+        stop "$daemon" &
+        stops+=($!)
+    done
+    wait "${stops[@]}"
+}
+
 wait_for() {
     local what=$1
     shift
@@ -178,14 +267,16 @@ register_cluster() {
 
 up() {
     install_packages
-    if ! is_running slurmctld && (: <"/dev/tcp/127.0.0.1/$PORT_BASE") 2>/dev/null; then
-        fail "port $PORT_BASE is in use, by another cluster perhaps; set PORT_BASE to the first of 12 free ports"
-    fi
+    refuse_taken_ports
     mkdir -p "$DIR"/{logs,run,state,mariadb} "${NODES[@]/#/$DIR/spool/}"
     mkdir -p -m 755 "$DIR/munge"
     chmod a+x "$DIR" # munged wants its socket to be reachable by all
     [ -s "$DIR/mariadb.password" ] || (umask 077 && head -c 12 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$DIR/mariadb.password")
-    write_conf
+    find_address
+    # Not "scontrol reconfigure": it puts a new process in a daemon's place, whose pid file the old one then removes.
+    if write_conf; then
+        stop_together "${NODES[@]}" slurmctld slurmdbd
+    fi
     start munge
     if [ "$ACCOUNTING" = yes ]; then
         start mariadb
@@ -193,7 +284,7 @@ up() {
         wait_for "slurmdbd" slurmdbd_answers
         register_cluster
     fi
-    if is_running slurmctld; then scontrol reconfigure; else start slurmctld; fi
+    start slurmctld
     for node in "${NODES[@]}"; do start "$node"; done
     wait_for "the cluster" nodes_are_usable
     echo "up: export SLURM_CONF=$DIR/slurm.conf"
@@ -207,14 +298,17 @@ down() {
             sleep 0.2
         done
     fi
-    for daemon in "${NODES[@]}" slurmctld slurmdbd mariadb munge; do stop "$daemon"; done
-    # One that was started while another ended has lost its pid file to it.
-    pkill -KILL -f -- "^slurm(ctld|d) .*-f $DIR/slurm.conf\$" || true
+    stop_together "${NODES[@]}" slurmctld
+    stop slurmdbd # slurmctld's last words are for it
+    stop_together mariadb munge
+    # Daemons that have lost their pid files, and steps of jobs that no slurmctld could end.
+    # shellcheck disable=SC2046 # one word per process
+    kill_trees $(left_over)
     echo "down: $DIR"
 }
 
 status() {
-    for daemon in munge mariadb slurmdbd slurmctld "${NODES[@]}"; do
+    for daemon in "${DAEMONS[@]}"; do
         echo "$daemon $(is_running "$daemon" && echo running || echo stopped)"
     done
     if is_running slurmctld; then sinfo && squeue; fi
@@ -242,9 +336,12 @@ case $command in
     down | status | start | stop) [ -f "$FOLDER/slurm.conf" ] || fail "$FOLDER: no cluster there; start one with: $0 up DIR" ;;
     *) fail "unknown command '$command'; valid: install, up, down, status, start, stop" ;;
 esac
-DIR=$(cd "$FOLDER" && pwd)
+DIR=$(cd "$FOLDER" && pwd -P)
 export SLURM_CONF=$DIR/slurm.conf
 case $command in
     up | down | status) "$command" ;;
-    start | stop) "$command" "$DAEMON" ;;
+    start | stop)
+        [[ " ${DAEMONS[*]} " == *" $DAEMON "* ]] || fail "unknown daemon '$DAEMON'; valid: ${DAEMONS[*]}"
+        "$command" "$DAEMON"
+        ;;
 esac

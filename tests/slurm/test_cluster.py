@@ -1,0 +1,104 @@
+"""The test cluster itself: on loopback only, and gone without a trace when it is taken down."""
+
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+from clusters import SCRIPT, Cluster, slurm, wait_for
+
+pytestmark = pytest.mark.slurm
+
+PORT_BASE = 18100
+PROGRAMS = {"slurmctld", "slurmd", "slurmstepd", "slurmdbd", "mariadbd", "munged", "srun"}
+
+
+@pytest.fixture
+def another(cluster, monkeypatch):
+    """A second cluster, beside the one of all tests; munge wants a folder that everybody may enter."""
+    folder = Path(tempfile.mkdtemp(prefix="hfprune-slurm-"))
+    monkeypatch.setenv("PORT_BASE", str(PORT_BASE))
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    yield Cluster(folder)
+    if (folder / "slurm.conf").exists():
+        Cluster(folder).run("down")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def listening():
+    """Address -> program of what this cluster's programs listen on."""
+    found = {}
+    for process in psutil.process_iter():
+        try:
+            if process.name() in PROGRAMS:
+                sockets = [it.laddr for it in process.net_connections("inet") if it.status == psutil.CONN_LISTEN]
+                found |= {tuple(address): process.name() for address in sockets}
+        except psutil.Error:
+            continue
+    return found
+
+
+def processes_in(folder):
+    """Programs that have files of a folder open, or were started with its configuration."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            opened = [file.path for file in process.open_files()]
+            if any(str(folder) in path for path in [*opened, *process.cmdline()]):
+                found.append(process.name())
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_nothing_can_be_reached_from_outside(cluster):
+    step = subprocess.Popen(["srun", "--nodes=2", "sleep", "30"])
+    try:
+        found = wait_for(lambda: slurm("squeue", "--noheader", "--steps") and listening(), seconds=20)
+    finally:
+        step.terminate()
+        step.wait()
+    assert {"slurmctld", "slurmd", "slurmdbd", "mariadbd", "srun"} <= set(found.values())
+    assert [address for address in found if not address[0].startswith("127.")] == []
+
+
+def test_up_and_down_again(another):
+    another.run("up", "--no-accounting")
+    pids = {daemon: another.pid(daemon) for daemon in ("slurmctld", "n1", "n4", "munge")}
+    another.run("up", "--no-accounting")
+    assert pids == {daemon: another.pid(daemon) for daemon in pids}, "what runs as it should is left alone"
+    another.run("up", "--no-accounting", "--grace-time", "7")
+    assert "GraceTime=7" in slurm("scontrol", "show", "partition", "main")
+
+    slurm("sbatch", "--output=/dev/null", "--wrap", f"sleep 1000 # {another.folder}")
+    wait_for(lambda: "slurmstepd" in processes_in(another.folder), seconds=20)
+    # The worst that can be found: nobody is there to end the job, and a daemon's pid is not known any more.
+    psutil.Process(another.pid("slurmctld")).send_signal(signal.SIGKILL)
+    (another.folder / "run" / "n1.pid").unlink()
+    another.run("stop", "n2")
+    with subprocess.Popen(["sleep", "1000"]) as bystander:  # has the pid that n2 had before the machine was restarted
+        try:
+            (another.folder / "run" / "n2.pid").write_text(f"{bystander.pid}\n")
+            another.run("down")
+            assert bystander.poll() is None
+        finally:
+            bystander.kill()
+    assert processes_in(another.folder) == []
+    another.run("down")
+
+
+@pytest.mark.parametrize("offset", [0, 3, 10])
+def test_a_taken_port_is_named(another, offset):
+    with socket.create_server(("127.0.0.1", PORT_BASE + offset)):
+        result = subprocess.run([SCRIPT, "up", another.folder], capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and f"port {PORT_BASE + offset}" in result.stderr and "PORT_BASE" in result.stderr
+    assert not (another.folder / "slurm.conf").exists()
+
+
+def test_an_unknown_daemon(cluster):
+    result = subprocess.run([SCRIPT, "stop", cluster.folder, "n9"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "unknown daemon 'n9'; valid: n1" in result.stderr
