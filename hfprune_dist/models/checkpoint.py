@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,9 @@ COMPANION_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
 )
+# Of rotary embeddings: saved with some checkpoints, computed by every model.
+BUFFERS = "rotary_emb.inv_freq"
+COMPARED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,22 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config.json, safetensors weights and a tokenizer, checked to be whole."""
+    """A folder with config.json, safetensors weights and a tokenizer, checked to be whole.
+
+    Attributes:
+        config: config.json; but where it ties a head that the files have with other values than the embedding, it says
+            here that the head isn't tied, and the saved one counts, as it does for transformers.
+        tensors: those that the model computes with.
+        unused: names of the others in the files. They are no parameters, and pruning leaves them out.
+        has_untied_head: whether ``config`` says otherwise than config.json.
+    """
 
     path: Path
     config: dict[str, Any]
     family: Family
     tensors: Mapping[str, TensorInfo]
+    unused: tuple[str, ...] = ()
+    has_untied_head: bool = False
 
     @cached_property
     def num_layers(self) -> int:
@@ -94,6 +106,29 @@ class Checkpoint:
         return sum(info.numel for info in owned) // self.intermediate_sizes[0]
 
     @cached_property
+    def surplus(self) -> list[str]:
+        """The unused tensors that aren't buffers which any model computes for itself."""
+        return [name for name in self.unused if not name.endswith(BUFFERS)]
+
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What the owner of the checkpoint may not expect, in sentences."""
+        told = []
+        if self.has_untied_head:
+            told.append(
+                f"config.json ties the head, but {self.family.head_tensor()} differs from the embedding: the saved "
+                "head counts, as in transformers, and pruned checkpoints say tie_word_embeddings false; other "
+                "libraries may ignore it, so set that in config.json too, or remove the tensor"
+            )
+        if self.surplus:
+            named = ", ".join(self.surplus[:3]) + (", ..." if len(self.surplus) > 3 else "")
+            told.append(
+                f"{len(self.surplus)} tensors in its files are no part of the model that config.json describes: they "
+                f"aren't counted, and pruned checkpoints lack them ({named})"
+            )
+        return told
+
+    @cached_property
     def weight_files(self) -> list[str]:
         return sorted({info.file for info in self.tensors.values()})
 
@@ -121,11 +156,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is needed")
     _check_config(config, path / "config.json")
-    tensors = {
-        name: info for file in _weight_files(path) for name, info in read_safetensors_header(path / file).items()
-    }
-    checkpoint = Checkpoint(path, config, family, tensors)
-    _check_tensors(checkpoint)
+    found = {name: info for file in _weight_files(path) for name, info in read_safetensors_header(path / file).items()}
+    known = family.tensors(config)
+    tensors = {name: info for name, info in found.items() if name in known}
+    unused = tuple(sorted(found.keys() - known))
+    _check_tensors(path, config, known, family, tensors)
+    untied = bool(config.get("tie_word_embeddings")) and _heads_differ(path, family, tensors)
+    checkpoint = Checkpoint(
+        path, config | ({"tie_word_embeddings": False} if untied else {}), family, tensors, unused, untied
+    )
     _check_mlp_shapes(checkpoint)
     return checkpoint
 
@@ -214,30 +253,36 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
         raise UserError(f"{file}: per_layer_config must give each layer's number its settings")
 
 
-def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Every layer must have the tensors that any has, and the rest of the model its own.
-
-    transformers makes up what is missing, at random.
-    """
-    family = checkpoint.family
-    needed = {family.embedding_tensor(), family.norm_tensor()}
-    if not checkpoint.config.get("tie_word_embeddings"):
-        needed.add(family.head_tensor())
-    layers = re.compile(rf"{re.escape(family.layers)}\.\d+\.(.+)")
-    parts = {found[1] for name in checkpoint.tensors if (found := layers.fullmatch(name))}
-    parts |= {f"{family.mlp}.{name}.weight" for name in (*family.row_projections, family.down_projection)}
-    needed |= {f"{family.layers}.{layer}.{part}" for layer in range(checkpoint.num_layers) for part in parts}
-    missing = sorted(needed - checkpoint.tensors.keys())
+def _check_tensors(
+    path: Path, config: Mapping[str, Any], known: set[str], family: Family, tensors: Mapping[str, TensorInfo]
+) -> None:
+    """All tensors of the model must be there; transformers makes up what is missing, at random."""
+    needed = known - {family.head_tensor()} if config.get("tie_word_embeddings") else known
+    missing = sorted(needed - tensors.keys())
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"{checkpoint.path}: tensor {missing[0]}{more} is missing from the weight files")
-    embedding = checkpoint.tensors[family.embedding_tensor()]
-    stated = [checkpoint.config.get("vocab_size", embedding.shape[0]), checkpoint.config["hidden_size"]]
+        raise UserError(f"{path}: tensor {missing[0]}{more} is missing from the weight files")
+    embedding = tensors[family.embedding_tensor()]
+    stated = [config.get("vocab_size", embedding.shape[0]), config["hidden_size"]]
     if list(embedding.shape) != stated:
         raise UserError(
-            f"{checkpoint.path}: {family.embedding_tensor()} has shape {list(embedding.shape)}, but config.json says "
+            f"{path}: {family.embedding_tensor()} has shape {list(embedding.shape)}, but config.json says "
             f"vocab_size and hidden_size {stated}"
         )
+
+
+def _heads_differ(path: Path, family: Family, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether a head is saved beside the embedding that it is said to be tied to, with other values."""
+    embedding, head = tensors[family.embedding_tensor()], tensors.get(family.head_tensor())
+    if head is None:
+        return False
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        return True
+    with (path / head.file).open("rb") as one, (path / embedding.file).open("rb") as other:
+        one.seek(head.offset)
+        other.seek(embedding.offset)
+        sizes = (min(COMPARED_BYTES, head.bytes - done) for done in range(0, head.bytes, COMPARED_BYTES))
+        return any(one.read(size) != other.read(size) for size in sizes)
 
 
 def _check_mlp_shapes(checkpoint: Checkpoint) -> None:

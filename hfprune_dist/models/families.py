@@ -5,6 +5,7 @@ Adding a family whose MLP computes ``down(act(gate(x)) * up(x))`` is one line in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +14,9 @@ from hfprune_dist.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -20,6 +24,9 @@ class Family:
 
     A neuron is one channel of the vector between ``row_projections`` and ``down_projection``: it owns one row of each
     row projection (weight and, where present, bias) and one column of the down projection.
+
+    Attributes:
+        biases: (key of config.json, the projections that have a bias where it is true); no key: in any case.
     """
 
     model_type: str
@@ -29,10 +36,15 @@ class Family:
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     norm: str = "model.norm"
+    attention: str = "self_attn"
+    attention_norm: str = "input_layernorm"
+    attention_projections: tuple[str, ...] = ATTENTION
+    head_norms: tuple[str, ...] = ()
     mlp: str = "mlp"
     mlp_norm: str = "post_attention_layernorm"
     row_projections: tuple[str, ...] = ("gate_proj", "up_proj")
     down_projection: str = "down_proj"
+    biases: tuple[tuple[str | None, tuple[str, ...]], ...] = ()
 
     @property
     def pruned_class(self) -> str:
@@ -64,6 +76,20 @@ class Family:
         """The weight of the final norm."""
         return f"{self.norm}.weight"
 
+    def tensors(self, config: Mapping[str, Any]) -> set[str]:
+        """The tensors that a model of this ``config.json`` computes with, its head included; others in the files of a
+        checkpoint are ignored when it is loaded.
+        """
+        biased = {name for key, names in self.biases if key is None or config.get(key) for name in names}
+        modules = [(self.attention, name) for name in (*self.attention_projections, *self.head_norms)]
+        modules += [(self.mlp, name) for name in (*self.row_projections, self.down_projection)]
+        parts = [f"{norm}.weight" for norm in (self.attention_norm, self.mlp_norm)]
+        parts += [f"{block}.{name}.weight" for block, name in modules]
+        parts += [f"{block}.{name}.bias" for block, name in modules if name in biased]
+        layers = range(int(config["num_hidden_layers"]))
+        of_layers = {f"{self.layers}.{layer}.{part}" for layer in layers for part in parts}
+        return of_layers | {self.embedding_tensor(), self.norm_tensor(), self.head_tensor()}
+
     def body_of(self, model: nn.Module) -> nn.Module:
         """The decoder without its head: input_ids -> last_hidden_state, final norm included."""
         return model.get_submodule(self.body)
@@ -84,10 +110,10 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama"),
+        Family("llama", "Llama", biases=(("attention_bias", ATTENTION), ("mlp_bias", MLP))),
         Family("mistral", "Mistral"),
-        Family("qwen2", "Qwen2"),
-        Family("qwen3", "Qwen3"),
+        Family("qwen2", "Qwen2", biases=((None, ATTENTION[:3]),)),
+        Family("qwen3", "Qwen3", head_norms=("q_norm", "k_norm"), biases=(("attention_bias", ATTENTION),)),
     )
 }
 

@@ -9,16 +9,20 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hfprune_dist.models import modeling_pruned
-from hfprune_dist.models.checkpoint import open_checkpoint
+from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint folder; sharded while an ``HfDeepSpeedConfig`` lives."""
-    model: PreTrainedModel = model_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    checkpoint = open_checkpoint(folder)
+    # Left to itself, transformers compares the head with the embedding, which it can't where both are sharded.
+    changes = {"tie_word_embeddings": False} if checkpoint.has_untied_head else {}
+    model: PreTrainedModel = model_class(checkpoint).from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", **changes
+    )
     return model
 
 
-def model_class(folder: Path) -> Any:
-    """The class that can hold the checkpoint's weights."""
-    checkpoint = open_checkpoint(folder)
+def model_class(checkpoint: Checkpoint) -> Any:
+    """The class that can hold a checkpoint's weights."""
     return AutoModelForCausalLM if checkpoint.is_uniform else getattr(modeling_pruned, checkpoint.family.pruned_class)

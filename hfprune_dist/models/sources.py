@@ -66,13 +66,22 @@ def _resolve(name: str, aliases: Mapping[str, ModelAlias], hashes: FileHashes, d
     assert alias.hub_id is not None
     checkpoint = open_checkpoint(_snapshot(name, alias.hub_id, alias.revision, download))
     # The last part of a snapshot's folder is the commit that the revision stood for.
-    return ModelSource(name, checkpoint, digest_of([alias.hub_id, checkpoint.path.name]))
+    return ModelSource(name, checkpoint, _identity(checkpoint, digest_of([alias.hub_id, checkpoint.path.name])))
 
 
 def _local(name: str, folder: Path, hashes: FileHashes) -> ModelSource:
     checkpoint = open_checkpoint(folder)
     files = checkpoint.weight_files + checkpoint.companion_files
-    return ModelSource(name, checkpoint, hashes.of_files(folder, files))
+    return ModelSource(name, checkpoint, _identity(checkpoint, hashes.of_files(folder, files)))
+
+
+def _identity(checkpoint: Checkpoint, content: str) -> str:
+    """The digest of a checkpoint's content; with its number of parameters where that isn't of all that is in the files.
+
+    An earlier version counted these too, and what it made for a ratio isn't what that ratio means.
+    """
+    recounted = checkpoint.surplus or checkpoint.has_untied_head
+    return digest_of([content, checkpoint.parameters]) if recounted else content
 
 
 def _snapshot(name: str, hub_id: str, revision: str, download: bool) -> Path:
