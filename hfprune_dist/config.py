@@ -330,7 +330,8 @@ class SweepConfig(Section):
     """Everything a sweep needs to know."""
 
     models: list[str] = Field(default=["llama", "qwen"], min_length=1)
-    """Aliases (configs/models/*.yaml, or the aliases section) or folders of Hugging Face checkpoints."""
+    """Aliases (configs/models/*.yaml, or the aliases section), folders of Hugging Face checkpoints, or hub ids
+    (org/name, org/name@revision); a folder of that name comes before the hub."""
     ratios: list[Ratio] = Field(default=[0.2, 0.3], min_length=1)
     """Removed parameters / all parameters of the model, for each pruned row."""
     methods: list[str] = Field(default=["surgeon-uniform-block"], min_length=1)
@@ -517,7 +518,7 @@ def _resolve_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     for key, is_path in (("methods", _is_file), ("models", _is_folder)):
         names = raw.get(key)
         if isinstance(names, list):
-            raw[key] = [_absolute(name, base) if is_path(name) else name for name in names]
+            raw[key] = [_absolute(name, base) if is_path(name, base) else name for name in names]
     aliases = raw.get("aliases")
     for alias in aliases.values() if isinstance(aliases, dict) else ():
         _resolve_key(alias, "path", base)
@@ -529,13 +530,18 @@ def _resolve_key(section: Any, key: str, base: Path) -> None:
         section[key] = _absolute(section[key], base)
 
 
-def _is_file(method: Any) -> bool:
+def _is_file(method: Any, _base: Path) -> bool:
     return isinstance(method, str) and method.endswith((".yaml", ".yml"))
 
 
-def _is_folder(model: Any) -> bool:
-    """Aliases have no slash."""
-    return isinstance(model, str) and "/" in model
+def _is_folder(model: Any, base: Path) -> bool:
+    """Aliases have no slash; what could be a hub id is one where there is no such folder."""
+    return isinstance(model, str) and "/" in model and (not is_hub_id(model) or Path(_absolute(model, base)).is_dir())
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a model's name has the form of an id on the Hugging Face hub: org/name or org/name@revision."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", model, re.ASCII) is not None
 
 
 def _absolute(path: str, base: Path) -> str:

@@ -5,7 +5,7 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,19 +44,25 @@ class Stage:
         label: for people; not part of the fingerprint.
         params: every setting that affects the result.
         inputs: role -> what is read.
+        version: of the code that planned it; None: today's.
     """
 
     kind: str
     label: str
     params: Mapping[str, Any]
     inputs: Mapping[str, Input] = field(default_factory=dict)
+    version: int | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """20 hex digits of the sha256 over version, settings and input identities."""
         identities = {role: source.identity for role, source in self.inputs.items()}
-        content = {"version": STAGE_VERSIONS[self.kind], "kind": self.kind, "params": self.params, "inputs": identities}
+        content = {"version": self._version, "kind": self.kind, "params": self.params, "inputs": identities}
         return digest_of(content)[:20]
+
+    @property
+    def _version(self) -> int:
+        return STAGE_VERSIONS[self.kind] if self.version is None else self.version
 
     @property
     def id(self) -> str:
@@ -74,7 +80,7 @@ class Stage:
         return {
             "kind": self.kind,
             "fingerprint": self.fingerprint,
-            "version": STAGE_VERSIONS[self.kind],
+            "version": self._version,
             "label": self.label,
             "params": dict(self.params),
             "inputs": {role: asdict(source) for role, source in self.inputs.items()},
@@ -82,17 +88,35 @@ class Stage:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Stage:
-        """Read what ``to_json`` wrote.
+        """Read what ``to_json`` wrote, whichever version of the code that was.
 
         Raises:
             UserError: where the fingerprint was computed by other rules than today's.
         """
         inputs = {role: Input(**source) for role, source in record["inputs"].items()}
-        stage = cls(record["kind"], record["label"], record["params"], inputs)
+        version = record.get("version")
+        version = None if version == STAGE_VERSIONS.get(record["kind"]) else version
+        stage = cls(record["kind"], record["label"], record["params"], inputs, version)
         if stage.fingerprint != record["fingerprint"]:
-            planned = f"{record['kind']}/{record['fingerprint']}"
-            raise UserError(f"{planned} was planned by another version of the code; run sweep.py again")
+            raise _of_another_version(record)
         return stage
+
+    @classmethod
+    def to_run(cls, record: Mapping[str, Any]) -> Stage:
+        """Read what ``to_json`` wrote, to run it.
+
+        Raises:
+            UserError: where another version of the code planned it.
+        """
+        stage = cls.from_json(record)
+        if stage.version is not None:
+            raise _of_another_version(record)
+        return stage
+
+
+def _of_another_version(record: Mapping[str, Any]) -> UserError:
+    planned = f"{record['kind']}/{record['fingerprint']}"
+    return UserError(f"{planned} was planned by another version of the code; run sweep.py again")
 
 
 @dataclass(frozen=True)
@@ -112,13 +136,40 @@ class Cell:
     producers: tuple[str, ...]
     evaluate: str
 
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Ids of the stages whose artifacts are the row: its checkpoint, but for the dense model, and its scores."""
+        return *self.producers[-1:], self.evaluate
+
 
 @dataclass(frozen=True)
 class Plan:
-    """All stages in an order in which they can run, and the cells they serve."""
+    """All stages in an order in which they can run, and the cells they serve.
+
+    Attributes:
+        asked: ids of the stages that are wanted for themselves too: passes with further criteria to compare.
+    """
 
     stages: Mapping[str, Stage]
     cells: tuple[Cell, ...]
+    asked: tuple[str, ...] = ()
+
+    def lacking(self, is_done: Callable[[str], bool], cells: Sequence[Cell] | None = None) -> list[str]:
+        """Ids of the stages that must run, in order. What only results that stand were made from needn't be there.
+
+        Args:
+            is_done: whether a stage has its artifact.
+            cells: look at these alone; None: all, and what is asked for.
+        """
+        wanted = [*self.asked] if cells is None else []
+        wanted += [stage_id for cell in (self.cells if cells is None else cells) for stage_id in cell.results]
+        missing: set[str] = set()
+        while wanted:
+            stage_id = wanted.pop()
+            if stage_id not in missing and not is_done(stage_id):
+                missing.add(stage_id)
+                wanted += self.stages[stage_id].needs
+        return [stage_id for stage_id in self.stages if stage_id in missing]
 
     def behind(self, cell: Cell) -> list[str]:
         """Ids of all stages whose cost a row carries, in order; the evaluation is the last."""
@@ -127,13 +178,13 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         stages = [stage.to_json() for stage in self.stages.values()]
-        return {"stages": stages, "cells": [asdict(cell) for cell in self.cells]}
+        return {"stages": stages, "cells": [asdict(cell) for cell in self.cells], "asked": list(self.asked)}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Plan:
         stages = [Stage.from_json(stage) for stage in record["stages"]]
         cells = [Cell(**{**cell, "producers": tuple(cell["producers"])}) for cell in record["cells"]]
-        return cls({stage.id: stage for stage in stages}, tuple(cells))
+        return cls({stage.id: stage for stage in stages}, tuple(cells), tuple(record.get("asked", ())))
 
 
 def build_plan(
@@ -146,7 +197,13 @@ def build_plan(
     """
     planner = _Planner(config, methods, hashes)
     cells = [cell for model in models for cell in planner.cells(model)]
-    return Plan(planner.stages, tuple(cells))
+    return Plan(planner.stages, tuple(cells), tuple(planner.asked))
+
+
+def label_of(model: str, ratio: float | None, method: str | None, recovery: str) -> str:
+    """What a row is called; ``method`` is named where it is given."""
+    pruned = f"{model} dense" if ratio is None else f"{model} {ratio:g}" + (f" {method}" if method else "")
+    return pruned if recovery == "none" else f"{pruned} + {recovery}"
 
 
 @dataclass(frozen=True)
@@ -170,6 +227,7 @@ class _Planner:
         self.methods = methods
         self.hashes = hashes
         self.stages: dict[str, Stage] = {}
+        self.asked: list[str] = []
 
     def cells(self, model: ModelSource) -> list[Cell]:
         if not model.checkpoint.is_uniform:
@@ -182,12 +240,14 @@ class _Planner:
             for name, method in self.methods.items():
                 check_reachable(size, ratio, method, f"model {model.name!r}, method {name!r}")
         dense = Input(model.identity, str(model.checkpoint.path))
-        criteria = {*self.config.importance.criteria, *(method.criterion for method in self.methods.values())}
+        needed = {method.criterion for method in self.methods.values()}
+        criteria = needed.union(self.config.importance.criteria)
         importance = self._importance(model.name, dense, criteria)  # first, since most of the sweep waits for it
-        cells = self._finish(_Variant(f"{model.name} dense", model.name, dense, dense))
+        self.asked += [importance.id] if criteria > needed else []
+        cells = self._finish(_Variant(label_of(model.name, None, None, "none"), model.name, dense, dense))
         for ratio in self.config.ratios:
             for name, method in self.methods.items():
-                label = f"{model.name} {ratio:g}" + (f" {name}" if len(self.methods) > 1 else "")
+                label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, "none")
                 chain = self._steps(label, dense, importance, ratio, method)
                 producers = tuple(stage.id for stage in chain)
                 cells += self._finish(_Variant(label, model.name, dense, chain[-1].as_input(), ratio, name, producers))

@@ -42,9 +42,7 @@ def collect_rows(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> l
 def _row(cell: Cell, plan: Plan, store: Store, dense: DenseModel) -> Row:
     manifests = {stage_id: store.manifest(stage_id) for stage_id in plan.behind(cell)}
     evaluation = manifests[cell.evaluate]
-    # A checkpoint and its evaluation stand, whatever is made again of what is behind them.
-    stands = None not in (evaluation, manifests[cell.producers[-1]] if cell.producers else evaluation)
-    missing = [] if stands else [stage_id for stage_id, found in manifests.items() if found is None]
+    missing = plan.lacking(lambda stage_id: manifests[stage_id] is not None, [cell])
     cause = _cause(missing[0], plan, store) if missing else None
     shape = _shape(cell, manifests, dense)
     metrics: Mapping[str, Any] = evaluation["metrics"] if evaluation else {}

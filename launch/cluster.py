@@ -94,7 +94,8 @@ def show_jobs(
     console: Console, sweep: Sweep, profile: Profile, runtime: RuntimeConfig, verdicts: Mapping[str, Verdict]
 ) -> None:
     """What would be submitted: every batch script, and the GPU-hours that it may take at most."""
-    missing = [stage for stage in sweep.plan.stages.values() if verdicts[stage.id].state != "done"]
+    todo = sweep.plan.lacking(lambda stage_id: verdicts[stage_id].state == "done")
+    missing = [sweep.plan.stages[stage_id] for stage_id in todo]
     for stage in missing:
         console.print(f"\n# {stage.kind} {stage.label}", markup=False, highlight=False)
         script = batch_script(_planned(sweep, stage, profile, runtime, verdicts))
@@ -172,7 +173,7 @@ class _Screen:
         statuses = stage_statuses(self._sweep.plan, self._sweep.store, jobs)
         if self._live is not None:
             self._live.update(status_table(statuses), refresh=True)
-        return any(status.state not in ("done", "failed", "waiting", "missing") for status in statuses)
+        return any(status.state not in ("done", "failed", "waiting", "missing", "not needed") for status in statuses)
 
     def tell(self, event: Event) -> None:
         """Print an event; one that only says that something goes on waiting, once."""

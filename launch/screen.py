@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -23,16 +26,20 @@ def make_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=400)
 
 
-def show_plan(console: Console, plan: Plan, verdicts: Mapping[str, Verdict]) -> None:
-    """One line per stage: reuse or run, and the reason."""
+def show_plan(console: Console, plan: Plan, verdicts: Mapping[str, Verdict], todo: Sequence[str]) -> None:
+    """One line per stage: reuse, run or not needed, and the reason."""
+    actions = {stage_id: "reuse" if verdict.state == "done" else "not needed" for stage_id, verdict in verdicts.items()}
+    actions |= dict.fromkeys(todo, "run")
     lines = Table("stage", "for", "id", "action", "reason", box=None, pad_edge=False)
     for stage in plan.stages.values():
-        verdict = verdicts[stage.id]
-        action = "reuse" if verdict.state == "done" else "run"
-        lines.add_row(stage.kind, escape(stage.label), stage.fingerprint, action, escape(verdict.reason))
+        reason = escape(verdicts[stage.id].reason)
+        lines.add_row(stage.kind, escape(stage.label), stage.fingerprint, actions[stage.id], reason)
     console.print(lines)
-    todo = sum(verdict.state != "done" for verdict in verdicts.values())
-    console.print(f"{len(plan.cells)} cells, {len(plan.stages)} stages: {len(plan.stages) - todo} reuse, {todo} run")
+    counts = Counter(actions.values())
+    unneeded = f", {counts['not needed']} not needed" if counts["not needed"] else ""
+    console.print(
+        f"{len(plan.cells)} cells, {len(plan.stages)} stages: {counts['reuse']} reuse, {counts['run']} run{unneeded}"
+    )
 
 
 class StageScreen:
@@ -104,3 +111,15 @@ def show_results(console: Console, rows: Sequence[Row]) -> None:
     for row in rows:
         if row["status"] == "missing":
             console.print(f"missing: {row['label']}: {row['cause']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_published(console: Console, file: Path) -> None:
+    """The rows of a paper, as ``configs/published.yaml`` has them."""
+    source = yaml.safe_load(file.read_text(encoding="utf-8"))
+    tasks = source["tasks"]
+    lines = Table("published", "ratio", "recovery", *tasks, "avg", box=None, pad_edge=False)
+    for row in source["rows"]:
+        scores = [f"{score:.1f}" for score in row.get("scores", [])] or ["-"] * len(tasks)
+        lines.add_row(row["method"], f"{row['ratio']:g}", row["recovery"], *scores, f"{row['average']:.1f}")
+    console.print("\nLLaMA-2-7B, arXiv 2603.08083, 10-task average; crows_pairs_english: lower is better")
+    console.print(lines)

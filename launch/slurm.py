@@ -79,7 +79,7 @@ class SlurmBackend:
         self._slurm = slurm
         self._tell = tell
         self._ledger = Ledger(store.root)
-        self._todo = {stage_id for stage_id in plan.stages if store.verify(stage_id).state != "done"}
+        self._todo = set(plan.lacking(lambda stage_id: store.verify(stage_id).state == "done"))
         self._live: dict[str, Attempt] = {}
         # Causes of the attempts that ended while this launcher watched: what ended before it came counts no more.
         self._ended: dict[str, list[str]] = {}

@@ -86,7 +86,7 @@ def run_stage(store: Store, stage_id: str, interruption: Interruption, admit: Ca
         if record is None:
             raise UserError(f"{store.work(stage_id)}: no {STAGE_FILE}; stages are laid out by launch/sweep.py")
         context = Context(
-            stage=Stage.from_json(record["stage"]),
+            stage=Stage.to_run(record["stage"]),
             store=store,
             world=world,
             runtime=RuntimeConfig.model_validate(record["runtime"]),

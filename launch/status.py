@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.markup import escape
@@ -26,7 +26,7 @@ class StageStatus:
     """One line of the table; an empty string where there is nothing to say.
 
     Attributes:
-        state: done, running, queued, failed, waiting or missing.
+        state: done, running, queued, failed, waiting, missing or not needed.
         detail: why it waits or failed.
         gpu_hours, core_hours: over all attempts, None before the first.
     """
@@ -46,7 +46,14 @@ class StageStatus:
 def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo]) -> list[StageStatus]:
     """One line per stage, in plan order."""
     ledger, now = Ledger(store.root), time.time()
-    return [_status(stage, store, ledger.attempts(stage.id), jobs, now) for stage in plan.stages.values()]
+    statuses = [_status(stage, store, ledger.attempts(stage.id), jobs, now) for stage in plan.stages.values()]
+    needed = plan.lacking(lambda stage_id: store.manifest(stage_id) is not None)
+    return [
+        replace(status, state="not needed", detail="")
+        if status.state in ("missing", "waiting") and status.stage.id not in needed
+        else status
+        for status in statuses
+    ]
 
 
 def _status(

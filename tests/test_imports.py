@@ -56,7 +56,10 @@ def test_submitit_is_known_to_launch_only():
         assert "submitit" not in {name.split(".")[0] for name in imports_of(file)}, file
 
 
-@pytest.mark.parametrize("module", [f"hfprune_dist.{name}" for name in TORCH_FREE] + ["launch.sweep", "launch.report"])
+@pytest.mark.parametrize(
+    "module",
+    [f"hfprune_dist.{name}" for name in TORCH_FREE] + ["launch.run_sweep", "launch.report", "launch.sweep_folder"],
+)
 def test_the_login_node_never_waits_for_torch(module):
     script = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'deepspeed'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import yaml
 
-from hfprune_dist.config import ModelAlias, SweepConfig, parse
+from hfprune_dist.config import ModelAlias, SweepConfig, is_hub_id, parse
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.identity import FileHashes, digest_of
 from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
@@ -17,11 +18,18 @@ from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A dense model of the sweep: its short name, its files, and the digest that stands for its content."""
+    """A dense model of the sweep.
+
+    Attributes:
+        name: short, for labels.
+        identity: the digest that stands for its content.
+        spelling: what ``models`` of a configuration calls it from any folder: an alias, a hub id or an absolute path.
+    """
 
     name: str
     checkpoint: Checkpoint
     identity: str
+    spelling: str
 
 
 def resolve_models(config: SweepConfig, shipped: Path, hashes: FileHashes, download: bool) -> list[ModelSource]:
@@ -36,11 +44,19 @@ def resolve_models(config: SweepConfig, shipped: Path, hashes: FileHashes, downl
     """
     aliases = {**shipped_aliases(shipped), **config.aliases}
     sources = [_resolve(name, aliases, hashes, download) for name in config.models]
-    names = [source.name for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--models: two models are called {name!r}; give one of them an alias")
+    _refuse_twice(sources)
     return sources
+
+
+def _refuse_twice(sources: Sequence[ModelSource]) -> None:
+    for one, other in combinations(sources, 2):
+        if one.checkpoint.path.resolve() == other.checkpoint.path.resolve():
+            raise UserError(
+                f"--models: {one.spelling!r} and {other.spelling!r} are the same checkpoint; name it once "
+                f"({one.checkpoint.path})"
+            )
+        if one.name == other.name:
+            raise UserError(f"--models: two models are called {one.name!r}; give one of them an alias")
 
 
 def shipped_aliases(folder: Path) -> dict[str, ModelAlias]:
@@ -55,24 +71,41 @@ def _resolve(name: str, aliases: Mapping[str, ModelAlias], hashes: FileHashes, d
     alias = aliases.get(name)
     if alias is None:
         folder = Path(name).expanduser()
+        if not folder.is_dir() and is_hub_id(name):
+            return _hub_model(name, download)
         if not (folder.is_dir() or os.sep in name):
             raise UserError(
                 f"--models: unknown model {name!r}{did_you_mean(name, aliases)} valid: {', '.join(sorted(aliases))}, "
-                "or the folder of a Hugging Face checkpoint"
+                "the folder of a Hugging Face checkpoint, or a hub id (org/name)"
             )
-        return _local(folder.resolve().name, folder.resolve(), hashes)
+        return _local(folder.resolve().name, folder.resolve(), hashes, str(folder.resolve()))
     if alias.path is not None:
-        return _local(name, Path(alias.path), hashes)
+        return _local(name, Path(alias.path), hashes, name)
     assert alias.hub_id is not None
-    checkpoint = open_checkpoint(_snapshot(name, alias.hub_id, alias.revision, download))
+    return _downloaded(name, _snapshot(name, alias.hub_id, alias.revision, download), alias.hub_id, name)
+
+
+def _hub_model(spelling: str, download: bool) -> ModelSource:
+    """A model that is named by its hub id, with or without a revision."""
+    hub_id, _, revision = spelling.partition("@")
+    name = spelling.split("/", 1)[1]
+    try:
+        folder = _snapshot(name, hub_id, revision or "main", download)
+    except UserError as error:
+        raise UserError(f"{error}; nor is there a folder {spelling}") from None
+    return _downloaded(name, folder, hub_id, spelling)
+
+
+def _downloaded(name: str, folder: Path, hub_id: str, spelling: str) -> ModelSource:
+    checkpoint = open_checkpoint(folder)
     # The last part of a snapshot's folder is the commit that the revision stood for.
-    return ModelSource(name, checkpoint, _identity(checkpoint, digest_of([alias.hub_id, checkpoint.path.name])))
+    return ModelSource(name, checkpoint, _identity(checkpoint, digest_of([hub_id, checkpoint.path.name])), spelling)
 
 
-def _local(name: str, folder: Path, hashes: FileHashes) -> ModelSource:
+def _local(name: str, folder: Path, hashes: FileHashes, spelling: str) -> ModelSource:
     checkpoint = open_checkpoint(folder)
     files = checkpoint.weight_files + checkpoint.companion_files
-    return ModelSource(name, checkpoint, _identity(checkpoint, hashes.of_files(folder, files)))
+    return ModelSource(name, checkpoint, _identity(checkpoint, hashes.of_files(folder, files)), spelling)
 
 
 def _identity(checkpoint: Checkpoint, content: str) -> str:

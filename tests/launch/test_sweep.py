@@ -36,7 +36,7 @@ ONE_CELL = ["--models", "alpha", "--ratios", "0.2"]
 
 @pytest.fixture
 def short_of(finished, tmp_path):
-    """Make a copy of the finished sweep that lacks the artifacts of some kinds of stages."""
+    """Make a copy of the finished sweep that lacks the artifacts of some kinds of stages, and the record of its rows."""
 
     def copy(*kinds):
         out = tmp_path / "out"
@@ -44,6 +44,7 @@ def short_of(finished, tmp_path):
         for name in (*kinds, "work"):
             shutil.rmtree(out / "store" / name, ignore_errors=True)
         shutil.rmtree(out / "logs")
+        (out / "sweep.json").unlink()
         return out
 
     return copy
@@ -136,7 +137,7 @@ def test_report_command_makes_the_same_tables(finished):
 def test_a_corrupt_artifact_is_set_aside_and_made_again(finished, config, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
-    victim = next((out / "store" / "prune").glob("*/model.safetensors"))
+    victim = next((out / "store" / "recover").glob("*/model.safetensors"))
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
@@ -215,7 +216,7 @@ def test_killing_a_rank(finished, config, short_of, kind):
 
 
 def test_ctrl_c_leaves_nothing_running_and_nothing_half_written(finished, config, short_of):
-    out = short_of("importance")
+    out = short_of("importance", "prune", "recover")  # without a checkpoint, so that all of it is needed
     launcher = start(config, out, *ONE_CELL)
     wait_for(lambda: list((out / "store" / "work").glob("*/*/stage.json")) and len(descendants_of(launcher)) >= 3)
     started = descendants_of(launcher)

@@ -1,0 +1,41 @@
+"""How every command begins and ends: what a user can mend is one message, Ctrl-C is no traceback.
+
+It imports next to nothing, and commands import what they work with inside ``run``, so that this holds from the start.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from hfprune_dist.errors import UserError, explained
+
+
+def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
+    """Run a command; returns its exit code.
+
+    Args:
+        when_interrupted: what is said where the user interrupts it.
+    """
+    try:
+        with explained():
+            _require_current_folder()
+            return body()
+    except KeyboardInterrupt:
+        print(when_interrupted, file=sys.stderr)
+        return 130
+
+
+def folder(argument: str) -> Path:
+    """The type of arguments that name a folder; an empty one, as of a variable that isn't set, would be this one."""
+    if not argument:
+        raise UserError("an argument that names a folder is empty; give a folder (. for the current one)")
+    return Path(argument)
+
+
+def _require_current_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current folder has been deleted; change to another one") from None

@@ -1,0 +1,147 @@
+"""What a sweep leaves in its folder beside its store: the configuration, the plan of all its rows, and the tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hfprune_dist.artifacts import Store
+from hfprune_dist.config import SweepConfig, load_config, read_yaml
+from hfprune_dist.earlier_rows import without_rows
+from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.files import read_json, write_json, write_text
+from hfprune_dist.models.sources import ModelSource
+from hfprune_dist.plan import Plan
+from hfprune_dist.report import DenseModel, Row, collect_rows, write_reports
+
+SWEEP_FILE = "sweep.json"
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The rows of a folder, those of earlier runs included, and the stages behind them.
+
+    Attributes:
+        dense: model name -> facts of the dense checkpoint.
+    """
+
+    plan: Plan
+    dense: Mapping[str, DenseModel]
+
+    def rows(self, store: Store) -> list[Row]:
+        return collect_rows(self.plan, store, self.dense)
+
+
+def read_record(out: Path) -> Record | None:
+    """What the last run in a folder left; None where there was none.
+
+    Raises:
+        UserError: where it is damaged.
+    """
+    try:
+        record = read_json(out / SWEEP_FILE)
+        if record is None:
+            return None
+        dense = {name: DenseModel(**facts) for name, facts in record["dense"].items()}
+        return Record(Plan.from_json(record), dense)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{out / SWEEP_FILE}: damaged; run the sweep again, it makes only what is missing") from None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A sweep as its folder tells of it, finished or not."""
+
+    folder: Path
+    plan: Plan
+    rows: list[Row]
+
+
+def read_sweep(out: Path) -> Finished:
+    """The plan that the last run left, and the rows that there are.
+
+    Raises:
+        UserError: where the folder is not a sweep's.
+    """
+    record = read_record(out)
+    if record is None:
+        raise UserError(f"{out}: no {SWEEP_FILE}; give the folder of a sweep that launch/sweep.py has started")
+    return Finished(out, record.plan, record.rows(Store(out / "store")))
+
+
+def write_record(out: Path, record: Record) -> None:
+    dense = {name: asdict(facts) for name, facts in record.dense.items()}
+    write_json(out / SWEEP_FILE, {**record.plan.to_json(), "dense": dense})
+
+
+def forget_rows(out: Path, labels: Sequence[str]) -> list[Row]:
+    """Remove rows from a folder's record and tables, and return those that are left; the store stays as it is.
+
+    Raises:
+        UserError: where there is no such row.
+    """
+    record = read_record(out)
+    known = [cell.label for cell in record.plan.cells] if record else []
+    for label in labels:
+        if label not in known:
+            rows = f"rows: {', '.join(known)}" if known else "the folder has no rows"
+            raise UserError(f"--forget: no row {label!r} in {out}{did_you_mean(label, known)}; {rows}")
+    assert record is not None
+    left = Record(without_rows(record.plan, labels), record.dense)
+    write_record(out, left)
+    rows_left = left.rows(Store(out / "store"))
+    write_reports(rows_left, out)
+    return rows_left
+
+
+def require_folder(out: Path) -> None:
+    """Check that a folder can be made and written to, as far as that is seen without writing anything.
+
+    Raises:
+        UserError: where a file is in its way, or it may not be written to.
+    """
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--out {str(out)!r}: its name isn't UTF-8; choose another folder") from None
+    nearest = next(it for it in (out.absolute(), *out.absolute().parents) if os.path.lexists(it))
+    if not nearest.is_dir():
+        raise UserError(f"--out {out}: {nearest} is not a folder; choose another --out")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {nearest} can't be written to; choose another --out")
+
+
+def write_config(out: Path, config: SweepConfig, models: Sequence[ModelSource]) -> None:
+    """Keep the resolved configuration, in which models are named as they can be found from any folder."""
+    names = [model.spelling for model in models]
+    write_text(out / CONFIG_FILE, yaml.safe_dump(config.model_dump() | {"models": names}, sort_keys=False))
+
+
+def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> tuple[SweepConfig, str]:
+    """The configuration of a run, and a line about where it comes from unless that is obvious.
+
+    Without ``files``, flags are laid over what the last run in the folder was configured with.
+
+    Raises:
+        UserError: for bad input.
+    """
+    own = out / CONFIG_FILE
+    if files or not own.is_file():
+        return load_config(files, overrides), ""
+    try:
+        if "models" not in read_yaml(own, "configuration", "keys and values at the top level"):
+            raise UserError(f"{own}: damaged, it doesn't name any models")
+        load_config([own], {})
+    except UserError as error:
+        raise UserError(
+            f"{error}\n{own} is what the last run in this folder was configured with: mend it, remove it, or give "
+            "--config"
+        ) from None
+    laid_over = ", with this command's settings over it" if overrides else ""
+    return load_config([own], overrides), f"configuration: {own}, of the last run in this folder{laid_over}"

@@ -1,0 +1,247 @@
+"""Rows of a folder stay until they are removed, and what results stand on needn't be there; no stage runs here."""
+
+import csv
+import io
+import json
+import re
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+import yaml
+from sweeps import make_inputs, planned
+
+from hfprune_dist import plan
+from hfprune_dist.artifacts import Store
+from launch import report, sweep
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def fill(out, wanted, but=()):
+    """Artifacts for all stages of a plan, as if they had run."""
+    store = Store(out / "store")
+    for stage in wanted.stages.values():
+        if stage.kind in but or store.manifest(stage.id) is not None:
+            continue
+        draft = store.open_draft(stage.id)
+        (draft / "content").write_text(stage.id)
+        metrics = {"fidelity": {"perplexity": 9.0, "kl": 0.5, "top1_agreement": 0.5}, "tasks": {}}
+        shape = {"ratio_reached": 0.1, "parameters": 5, "intermediate_size": 7, "intermediate_sizes": None}
+        store.commit(stage, draft, {"metrics": metrics | shape, "wall_time_s": 1.0, "peak_memory_bytes": 1})
+
+
+def run(*arguments, command=sweep):
+    """In this process: (exit code, what was shown, what was said on stderr)."""
+    shown, said = io.StringIO(), io.StringIO()
+    with redirect_stdout(shown), redirect_stderr(said):
+        try:
+            code = command.main([str(it) for it in arguments])
+        except SystemExit as end:
+            code = end.code
+    return code, shown.getvalue(), said.getvalue()
+
+
+def done(config, out, *arguments, **overrides):
+    """A run whose stages are all there."""
+    fill(out, planned(config, **overrides)[1])
+    code, shown, said = run("--config", config, "--out", out, *arguments)
+    assert code == 0, said
+    return shown
+
+
+def labels(out):
+    with (out / "results.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["label"] for row in rows] == [
+        row["label"] for row in json.loads((out / "results.json").read_text())["rows"]
+    ]
+    return [row["label"] for row in rows]
+
+
+def planned_actions(config, out, *arguments):
+    """Action -> kinds of stages, as --dry-run tells."""
+    code, shown, said = run("--config", config, "--out", out, "--dry-run", *arguments)
+    assert code == 0, said
+    actions = {"reuse": set(), "run": set(), "not needed": set()}
+    for line in shown.splitlines():
+        for action, kinds in actions.items():
+            if re.search(rf"\b[0-9a-f]{{20}}  {action}", line):
+                kinds.add(line.split()[0])
+    return actions
+
+
+@pytest.mark.parametrize(
+    "gone", [["importance"], ["reference"], ["importance", "prune"], ["importance", "reference", "prune"]]
+)
+def test_what_results_stand_on_is_not_made_again(config, tmp_path, gone):
+    out = tmp_path / "out"
+    done(config, out)
+    before = (out / "results.md").read_text().count("0.5000")
+    for kind in gone:
+        shutil.rmtree(out / "store" / kind)
+    actions = planned_actions(config, out)
+    assert actions["run"] == set() and actions["not needed"] == set(gone)
+    code, shown, _ = run("--config", config, "--out", out)
+    assert code == 0 and "stages to run" not in shown
+    assert (out / "results.md").read_text().count("0.5000") == before
+    _, status, _ = run("--config", config, "--out", out, "--status")
+    assert "not needed" in status and "missing" not in status and "waiting" not in status
+
+
+@pytest.mark.parametrize(
+    ("gone", "run_again"),
+    [
+        (["recover"], {"recover"}),
+        (["prune", "recover"], {"prune", "recover"}),
+        (["importance", "prune", "recover"], {"importance", "prune", "recover"}),
+        (["evaluate", "importance"], {"evaluate"}),
+        (["evaluate", "reference"], {"evaluate", "reference"}),
+    ],
+)
+def test_a_row_without_checkpoint_or_scores_is_made_again_from_what_it_needs(config, tmp_path, gone, run_again):
+    out = tmp_path / "out"
+    done(config, out)
+    for kind in gone:
+        shutil.rmtree(out / "store" / kind)
+    assert planned_actions(config, out)["run"] == run_again
+
+
+def test_a_pass_with_further_criteria_is_wanted_for_itself(config, tmp_path):
+    out = tmp_path / "out"
+    done(config, out)
+    assert planned_actions(config, out, "--criteria", "surgeon")["run"] == set(), "the method's own"
+    actions = planned_actions(config, out, "--criteria", "magnitude")
+    assert actions["run"] == {"importance"} and actions["not needed"] == set()
+
+
+def test_a_corrupt_artifact_that_is_not_needed_is_not_touched(config, tmp_path):
+    out = tmp_path / "out"
+    done(config, out)
+    victim = next((out / "store" / "prune").glob("*/content"))
+    victim.write_text("something else")
+    shown = done(config, out)
+    assert "corrupt artifact" not in shown and victim.read_text() == "something else"
+    assert not (out / "store" / "quarantine").exists()
+
+
+def test_rows_of_other_ratios_models_and_methods_stay(config, tmp_path):
+    out = tmp_path / "out"
+    done(config, out, "--models", "alpha", "--ratios", "0.2", models=["alpha"], ratios=[0.2])
+    assert labels(out) == ["alpha dense", "alpha dense + lora", "alpha 0.2 + lora"]
+    shown = done(config, out, "--models", "alpha", "--ratios", "0.1", models=["alpha"], ratios=[0.1])
+    assert labels(out) == ["alpha dense", "alpha dense + lora", "alpha 0.1 + lora", "alpha 0.2 + lora"]
+    assert "rows of earlier runs: alpha 0.2 + lora" in shown and "--forget 'alpha 0.2 + lora'" in shown
+    done(config, out, "--models", "beta", "--ratios", "0.1", models=["beta"], ratios=[0.1])
+    assert labels(out)[4:] == ["beta dense", "beta dense + lora", "beta 0.1 + lora"]
+    method = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune"]
+    shown = done(config, out, *method, models=["alpha"], ratios=[0.2], methods=["hfprune"])
+    assert labels(out)[2:5] == [
+        "alpha 0.1 surgeon-uniform-block + lora",
+        "alpha 0.2 surgeon-uniform-block + lora",
+        "alpha 0.2 + lora",
+    ]
+    assert len(set(labels(out))) == len(labels(out)) == 8
+    again = labels(out)
+    done(config, out, *method, models=["alpha"], ratios=[0.2], methods=["hfprune"])
+    assert labels(out) == again, "the order is stable"
+    assert run(out, command=report)[0] == 0 and labels(out) == again
+    assert all(run("--out", out, "--logs", label)[0] == 0 for label in again)
+
+
+def test_todays_row_replaces_the_one_of_other_settings(config, tmp_path):
+    out = tmp_path / "out"
+    done(config, out)
+    evaluations = {cell.label: cell.evaluate for cell in planned(config)[1].cells}
+    shown = done(config, out, "--set", "calibration.samples=4", "--ratios", "0.2", calibration__samples=4, ratios=[0.2])
+    assert labels(out) == list(evaluations), "one row each"
+    record = {cell["label"]: cell["evaluate"] for cell in json.loads((out / "sweep.json").read_text())["cells"]}
+    changed = {label for label, evaluate in record.items() if evaluate != evaluations[label]}
+    assert changed == {"alpha 0.2 + lora", "beta 0.2 + lora"}
+    assert "rows of earlier runs: alpha 0.1 + lora, beta 0.1 + lora" in shown and "not to be compared" not in shown
+    other_text = {"evaluation__fidelity__windows": 3, "ratios": [0.2]}
+    shown = done(config, out, "--set", "evaluation.fidelity.windows=3", "--ratios", "0.2", **other_text)
+    assert "not to be compared with the other rows, since measured in another way: alpha 0.1 + lora, beta 0.1" in shown
+
+
+def test_a_row_is_removed_on_purpose(config, tmp_path):
+    out = tmp_path / "out"
+    done(config, out)
+    code, shown, _ = run("--out", out, "--forget", "alpha 0.1 + lora", "--forget", "beta dense")
+    assert code == 0 and "removed: alpha 0.1 + lora, beta dense" in shown
+    assert len(labels(out)) == 6 and not {"alpha 0.1 + lora", "beta dense"} & set(labels(out))
+    before = (out / "sweep.json").read_bytes()
+    code, _, said = run("--out", out, "--forget", "alpha 0.3 + lora")
+    assert code == 2 and "no row 'alpha 0.3 + lora'" in said and "did you mean" in said and "Traceback" not in said
+    assert (out / "sweep.json").read_bytes() == before
+    assert run("--out", tmp_path / "never", "--forget", "x")[0] == 2 and not (tmp_path / "never").exists()
+    assert list((out / "store" / "prune").iterdir()), "artifacts stay"
+
+
+def test_the_record_of_an_earlier_version_is_read(config, tmp_path):
+    """One without what is new, and with stages whose version has risen since."""
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(plan.STAGE_VERSIONS, "prune", 1)
+        done(config, out, "--ratios", "0.1", ratios=[0.1])
+    record = json.loads((out / "sweep.json").read_text())
+    del record["asked"]
+    (out / "sweep.json").write_text(json.dumps(record))
+    old = [cell["evaluate"] for cell in record["cells"] if cell["ratio"]]
+    for _ in range(2):
+        done(config, out, "--ratios", "0.2", ratios=[0.2])
+        cells = json.loads((out / "sweep.json").read_text())["cells"]
+        assert len(labels(out)) == 8 and {*old} < {cell["evaluate"] for cell in cells}
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert {row["status"] for row in rows} == {"done"}
+
+
+def test_a_damaged_record_loses_rows_aloud_and_keeps_nothing_from_running(config, tmp_path):
+    out = tmp_path / "out"
+    done(config, out, "--ratios", "0.1", ratios=[0.1])
+    (out / "sweep.json").write_text('{"stages": 3')
+    shown = done(config, out, "--ratios", "0.2", ratios=[0.2])
+    assert "rows of earlier runs are lost" in shown and "sweep.json: damaged" in shown and len(labels(out)) == 6
+
+
+def test_without_a_config_the_folder_has_its_own(config, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    done(config, out)
+    monkeypatch.chdir(tmp_path)
+    code, shown, said = run("--out", "out")
+    assert (code, said) == (0, "") and "configuration: out/config.yaml, of the last run in this folder" in shown
+    assert len(labels(out)) == 8
+    fill(out, planned(config, ratios=[0.25])[1])
+    code, shown, _ = run("--out", out, "--ratios", "0.25")
+    assert code == 0 and "with this command's settings over it" in shown and len(labels(out)) == 10
+    assert yaml.safe_load((out / "config.yaml").read_text())["ratios"] == [0.25]
+    for instead in (["--status"], ["--logs", "alpha 0.25 + lora"], ["--dry-run"]):
+        code, shown, _ = run("--out", out, *instead)
+        assert code == 0 and "alpha" in shown and "llama" not in shown, instead
+    assert "configuration:" not in run("--config", config, "--out", out, "--status")[1]
+
+
+def test_a_model_that_is_a_folder_here_is_found_from_elsewhere(config, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    plain = yaml.safe_load(config.read_text()) | {"aliases": {}, "models": ["alpha"]}
+    file = config.with_name("plain.yaml")
+    file.write_text(yaml.safe_dump(plain))
+    monkeypatch.chdir(config.parent)
+    done(file, out)
+    monkeypatch.chdir(tmp_path)
+    code, _, said = run("--out", out)
+    assert (code, said) == (0, "")
+
+
+@pytest.mark.parametrize("content", ["models: [a\n", "", "just text", "models: [alpha]\nratio: 3\n", "models: 3\n"])
+def test_a_damaged_configuration_is_one_message(config, tmp_path, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.yaml").write_text(content)
+    for instead in ([], ["--status"], ["--dry-run"], ["--logs", "x"]):
+        code, _, said = run("--out", out, *instead)
+        assert code == 2 and "config.yaml" in said and "give --config" in said and "Traceback" not in said
+    assert [it.name for it in out.iterdir()] == ["config.yaml"], "nothing is written"
