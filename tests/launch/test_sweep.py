@@ -36,7 +36,7 @@ ONE_CELL = ["--models", "alpha", "--ratios", "0.2"]
 
 @pytest.fixture
 def short_of(finished, tmp_path):
-    """Make a copy of the finished sweep that lacks the artifacts of some kinds of stages, and the record of its rows."""
+    """Make a copy of the finished sweep that lacks the artifacts of some kinds of stages and the record of its rows."""
 
     def copy(*kinds):
         out = tmp_path / "out"
