@@ -1,0 +1,199 @@
+"""Replays every state that a crash may leave of a run, and gives the same command again.
+
+cd tests
+python -m faults.campaign                      all states of all subjects (an hour), and of some second crashes
+python -m faults.campaign --draw 8             so many of each, drawn with --seed
+python -m faults.campaign commit importance    of some subjects
+python -m faults.campaign commit --unsynced b.bin
+                                               as if the program did not fsync paths with this text: must fail
+
+Prints a line per subject, and how states ended badly. Exit code 1 where any did. The model of a crash: faults.crash;
+the subjects: faults.subjects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import itertools
+import json
+import os
+import pickle
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from faults.crash import Event, Recorder, State, states_of
+from faults.subjects import Subject, subjects
+
+# Runs after a crash that are recorded in their turn, for a second crash.
+SECOND_CRASHES = 6
+AFTER_EACH = 30  # states, where all are run
+LINES_OF_TRACEBACK = 12
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subjects", nargs="*")
+    parser.add_argument("--draw", type=int, help="states per subject; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unsynced", help="leave out fsyncs of paths that contain this")
+    parser.add_argument("--show", type=int, default=5, help="failures to print per subject")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    gc.freeze()  # memory that forks share
+    known = {subject.name: subject for subject in subjects()}
+    reports = {}
+    for name in arguments.subjects or known:
+        with tempfile.TemporaryDirectory(prefix="hfprune-crash-") as folder:
+            began = time.monotonic()
+            report = Campaign(known[name], Path(folder), arguments.unsynced).run(arguments.draw, arguments.seed)
+        reports[name] = report
+        print(
+            f"{name}: {report['run']} of {report['states']} states, {len(report['failures'])} ended badly, "
+            f"{time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+        for failure in report["failures"][: arguments.show]:
+            print("  " + failure.replace("\n", "\n  "), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(reports))
+    return int(any(report["failures"] for report in reports.values()))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run that ended well, step by step.
+
+    Attributes:
+        begins: number of events that were over before it began.
+        result: what it returned.
+    """
+
+    events: list[Event]
+    begins: int
+    result: dict
+
+    def units(self, events: int | None = None) -> int:
+        """How many units of work it had begun by that event; all by default."""
+        return sum(event.kind == "unit" for event in self.events[:events])
+
+
+class Campaign:
+    """Crashes of one subject's command."""
+
+    def __init__(self, subject: Subject, folder: Path, unsynced: str | None) -> None:
+        self._subject = subject
+        self._folder = folder
+        self._unsynced = unsynced
+        self._count = itertools.count()
+
+    def run(self, draw: int | None, seed: int) -> dict:
+        """Run, crash, run again; then crash some of those second runs in their turn."""
+        choose = random.Random(seed)
+        self._subject.prepared = in_fork(lambda: self._subject.prepare(self._folder))
+        root = self._next_root()
+        shutil.copytree(self._folder / "store", root)
+        whole = self._record(root, [])
+        if isinstance(whole, str):
+            return {"states": 0, "run": 0, "failures": [f"without a crash: {whole}"]}
+        states = states_of(whole.events, whole.begins)
+        drawn = choose.sample(states, min(draw or len(states), len(states)))
+        ended = [self._ended_badly(whole, state, whole.result) for state in drawn]
+        count = len(states)
+        for state in choose.sample(states, 1 if draw else min(SECOND_CRASHES, len(states))):
+            root = self._next_root()
+            state.write(root)
+            again = self._record(root, state.marks)
+            if isinstance(again, str):
+                continue  # told already, where it was drawn
+            seconds = states_of(again.events, again.begins)
+            count += len(seconds)
+            for second in choose.sample(seconds, min(len(seconds), draw // 2 if draw else AFTER_EACH)):
+                told = self._ended_badly(again, second, whole.result)
+                ended.append(told and f"{state}; then {told}")
+        return {"states": count, "run": len(ended), "failures": [told for told in ended if told]}
+
+    def _next_root(self) -> Path:
+        folder = self._folder / f"run-{next(self._count)}"
+        folder.mkdir()
+        return folder / "store"
+
+    def _record(self, root: Path, marks: list) -> Recorded | str:
+        """Run the command and note what it does; where it fails, how."""
+
+        def recorded() -> Recorded:
+            recorder = Recorder(root, marks, self._unsynced)
+            recorder.arm()
+            result = self._subject.run(root, recorder.unit, recorder.mark, marks)
+            recorder.disarm()
+            return Recorded(recorder.events, recorder.begins, result)
+
+        return in_fork(recorded)
+
+    def _ended_badly(self, crashed: Recorded, state: State, expected: dict) -> str | None:
+        """Give the command again where it crashed; what is wrong with its end, None where nothing is."""
+        root = self._next_root()
+        state.write(root)
+        units: list[None] = []
+
+        def again() -> tuple[dict, int, list[str]]:
+            result = self._subject.run(root, lambda: units.append(None), lambda value: None, state.marks)
+            return result, len(units), self._subject.leftovers(root)
+
+        ended = in_fork(again)
+        shutil.rmtree(root.parent)
+        if isinstance(ended, str):
+            return f"{state}: {ended}"
+        result, done, left = ended
+        most = crashed.units() - max(0, crashed.units(state.named) - 1)
+        if result != expected:
+            return f"{state}: ended with {_first_difference(result, expected)}"
+        if done > most:
+            return f"{state}: {done} units of work were done again where {most} were missing"
+        return f"{state}: left behind {left}" if left else None
+
+
+def _first_difference(found: Any, expected: Any, where: str = "result") -> str:
+    if isinstance(found, dict) and isinstance(expected, dict):
+        names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        return _first_difference(found.get(names[0]), expected.get(names[0]), f"{where}.{names[0]}")
+    return f"{where} {str(found)[:200]}, not {str(expected)[:200]}"
+
+
+def in_fork(action: Callable[[], Any]) -> Any:
+    """What an action returns in a forked process; where it raises, the end of its traceback."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        with contextlib.suppress(BaseException), os.fdopen(writer, "wb") as answer, Path(os.devnull).open("w") as quiet:
+            os.dup2(quiet.fileno(), 1)
+            os.dup2(quiet.fileno(), 2)
+            torch.set_num_threads(1)
+            os.fsync = lambda _: None  # nothing here has to outlast a crash
+            try:
+                told = action()
+            except BaseException:
+                told = "".join(traceback.format_exc().splitlines(keepends=True)[-LINES_OF_TRACEBACK:])
+            pickle.dump(told, answer)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as answer:
+        content = answer.read()
+    _, status = os.waitpid(child, 0)
+    return pickle.loads(content) if content else f"died with status {status}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,425 @@
+"""What the crash campaign runs: commands on a store, each as a user or a launcher would give it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from fake_slurm import FakeSlurm
+from safetensors.torch import save_file
+from tiny import save_tiny, write_documents, write_pairs
+
+from hfprune_dist.artifacts import Store
+from hfprune_dist.cache import FileCache
+from hfprune_dist.claims import Claim, try_claim
+from hfprune_dist.config import EvaluationConfig, RecoveryConfig, RuntimeConfig
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.errors import from_os_error
+from hfprune_dist.files import read_json
+from hfprune_dist.identity import FileHashes, digest_of
+from hfprune_dist.parallel import finetune, refit
+from hfprune_dist.parallel.calibration import Calibration
+from hfprune_dist.parallel.interruption import Interruption
+from hfprune_dist.parallel.layerwise import LayerStream
+from hfprune_dist.parallel.measurement import Measurement
+from hfprune_dist.plan import Input, Plan, Stage
+from hfprune_dist.progress import write_failure
+from launch import slurm_cli
+from launch.job import _Reception
+from launch.layout import Origin
+from launch.ledger import Ledger
+from launch.local import LocalBackend
+from launch.profiles import Profile, Resources
+from launch.slurm import SlurmBackend, Submitting
+from launch.slurm_cli import SlurmCommands
+from launch.snapshot import take_snapshot
+from launch.stage import prepare_environment, run_stage
+
+Count = Callable[[], None]
+Mark = Callable[[object], None]
+
+
+# What ``files.write_text`` leaves of a record where it dies.
+DRAFT_OF_RECORD = re.compile(r"\..*\.(json|diff)\.[0-9a-f]{8}")
+
+
+class Subject(ABC):
+    """A command on a folder.
+
+    Attributes:
+        prepared: what ``prepare`` returned.
+    """
+
+    prepared: Any
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def prepare(self, folder: Path) -> Any:
+        """Make inputs, and ``folder/store`` as the command finds it."""
+        (folder / "store").mkdir()
+
+    @abstractmethod
+    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
+        """Give the command; what it returns must be the same after any crash.
+
+        Args:
+            root: a store as a crash may have left it.
+            count: called before every unit of work that a crash must not undo once the next one has begun.
+            mark: called with what no crash takes back.
+            marks: of the run that crashed.
+        """
+
+    def leftovers(self, root: Path) -> list[str]:
+        """Files that nobody will ever use or remove, but for drafts of records, which have a few hundred bytes."""
+        return sorted(
+            str(path.relative_to(root)) for path in root.rglob(".*") if not DRAFT_OF_RECORD.fullmatch(path.name)
+        )
+
+
+class StageSubject(Subject):
+    """A stage, run by the local backend with one rank in this process."""
+
+    prepared: Stage
+
+    def __init__(self, name: str, make: Callable[[Path, Store], Stage], units: dict[object, str]) -> None:
+        super().__init__(name)
+        self._make = make
+        self._units = units
+
+    def prepare(self, folder: Path) -> Stage:
+        (folder / "store").mkdir()
+        return self._make(folder, Store(folder / "store"))
+
+    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
+        for owner, name in self._units.items():
+            _before(owner, name, count)
+        store = Store(root)
+        verdict = store.verify(self.prepared.id)
+        assert verdict.state != "corrupt", f"an artifact that is not whole: {verdict.reason}"
+        if verdict.state == "missing":
+            outcome = _InProcess(store, root.with_name("logs")).run(self.prepared, lambda beat: None)
+            assert outcome.state == "done", outcome.failure
+        assert store.verify(self.prepared.id, thorough=True).state == "done"
+        artifact = store.path(self.prepared.id)
+        hashes = {name: entry["sha256"] for name, entry in read_json(artifact / "manifest.json")["files"].items()}
+        metrics = store.manifest(self.prepared.id)["metrics"]
+        return {"files": hashes, "metrics": metrics}
+
+    def leftovers(self, root: Path) -> list[str]:
+        work = [str(path.relative_to(root)) for path in Store(root).work(self.prepared.id).rglob("*")]
+        return super().leftovers(root) + work
+
+
+class _InProcess(LocalBackend):
+    """The local backend, whose rank is this process."""
+
+    def __init__(self, store: Store, logs: Path) -> None:
+        super().__init__(store, logs, Origin(RuntimeConfig(ranks=1, save_every_steps=1), {}, {}))
+
+    def _start(self, stage: Stage, log: Path, scratch: str):
+        log.touch()
+        os.environ["OMP_NUM_THREADS"] = "1"
+        prepare_environment()
+        try:
+            run_stage(self._store, stage.id, Interruption(), admit=lambda world: True)
+        except Exception as error:
+            write_failure(self._store.work(stage.id), from_os_error(error), 0)
+        return SimpleNamespace(poll=lambda: 0)
+
+
+def _before(owner: object, name: str, action: Count) -> None:
+    original = getattr(owner, name)
+
+    def wrapper(*arguments, **options):
+        action()
+        return original(*arguments, **options)
+
+    setattr(owner, name, wrapper)
+
+
+# Stages.
+
+
+def _importance(folder: Path, store: Store) -> Stage:
+    model, text = save_tiny(folder / "model"), write_documents(folder / "text.jsonl")
+    calibration = {"samples": 6, "sequence_length": 24, "micro_batch_size": 1, "shard_size": 1, "text_field": "text"}
+    params = {
+        "calibration": calibration | {"settled": None},
+        "criteria": ["entropy", "entropy_bfloat16", "surgeon"],
+        "dtype": "float32",
+        "add_bos_token": True,
+        "seed": 3,
+    }
+    return Stage("importance", "tiny", params, {"model": _folder(model), "calibration": _file(text)})
+
+
+def _prune(**method) -> Callable[[Path, Store], Stage]:
+    def make(folder: Path, store: Store) -> Stage:
+        scored = Stage("importance", "tiny", {}, {})
+        draft = store.open_draft(scored.id)
+        generator = torch.Generator().manual_seed(0)
+        names = [f"layers.{layer}.{name}" for name in CRITERIA for layer in range(4)]
+        scores = {name: torch.rand(48, generator=generator, dtype=torch.float64) for name in names}
+        save_file(scores, draft / "importance.safetensors")
+        windows_ST = torch.randint(264, (16, 20), generator=generator)
+        save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
+        store.commit(scored, draft, {"metrics": {}})
+        model = save_tiny(folder / "model", num_hidden_layers=4, shard_size="40KB")
+        params = {
+            "ratio": 0.15,
+            "criterion": "entropy",
+            "allocation": "uniform",
+            "refit": "none",
+            "floor": 0.2,
+            "protect_first": 0,
+            "protect_last": 0,
+            "multiple_of": 1,
+            "dtype": "float32",
+            "micro_batch_size": 2,
+            **method,
+        }
+        return Stage("prune", "tiny", params, {"model": _folder(model), "importance": scored.as_input()})
+
+    return make
+
+
+def _reference(folder: Path, store: Store, model: Path) -> Stage:
+    text = write_documents(folder / "held-out.jsonl", count=3)
+    settings = {"windows": 3, "sequence_length": 24, "text_field": "text"}
+    params = {"dtype": "float32", "micro_batch_size": 1, "add_bos_token": True, "text": settings}
+    return Stage("reference", "tiny", params, {"model": _folder(model), "text": _file(text)})
+
+
+def _reference_alone(folder: Path, store: Store) -> Stage:
+    return _reference(folder, store, save_tiny(folder / "model"))
+
+
+def _evaluate(folder: Path, store: Store) -> Stage:
+    dense, model = save_tiny(folder / "dense"), save_tiny(folder / "model", seed=1)
+    reference = _reference(folder, store, dense)
+    assert _InProcess(store, folder / "logs").run(reference, lambda beat: None).state == "done"
+    _write_tasks(folder / "tasks")
+    settings = {"tasks": ["tiny_a", "tiny_b"], "dtype": "float32", "batch_size": 2, "num_fewshot": 0}
+    params = EvaluationConfig.model_validate(settings).model_dump(exclude={"include_path", "fidelity"})
+    inputs = {"model": _folder(model), "dense": _folder(dense), "tasks": _folder(folder / "tasks")}
+    return Stage("evaluate", "tiny", params, {**inputs, "reference": reference.as_input()})
+
+
+def _write_tasks(folder: Path) -> None:
+    folder.mkdir()
+    for name, count in (("tiny_a", 8), ("tiny_b", 4)):
+        documents = [{"text": f"ban der {n}", "choices": ["kin", "gos t"], "label": n % 2} for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{text}}",
+            "doc_to_target": "{{label}}",
+            "doc_to_choice": "{{choices}}",
+            "metric_list": [{"metric": "acc"}],
+            "metadata": {"version": 1.0},
+        }
+        (folder / f"{name}.yaml").write_text(json.dumps(task))
+
+
+def _recover(folder: Path, store: Store) -> Stage:
+    model, pairs = save_tiny(folder / "model"), write_pairs(folder / "pairs.jsonl", count=12)
+    settings = {"sequence_length": 320, "batch_size": 2, "max_steps": 3, "rank": 2, "alpha": 4, "dtype": "float32"}
+    recovery = RecoveryConfig(**settings).model_dump(exclude={"path", "dataset", "name", "split", "revision"})
+    inputs = {"model": _folder(model), "instructions": _file(pairs)}
+    return Stage("recover", "tiny", {"recovery": recovery, "seed": 0}, inputs)
+
+
+def _folder(path: Path) -> Input:
+    return Input(FileHashes(None).of_folder(path), str(path))
+
+
+def _file(path: Path) -> Input:
+    return Input(FileHashes(None).of_file(path), str(path))
+
+
+# The store's own.
+
+
+class Commit(Subject):
+    """An artifact with files in folders of folders, and the end of its work."""
+
+    STAGE = Stage("prune", "a label", {"ratio": 0.2}, {})
+
+    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
+        store = Store(root)
+        verdict = store.verify(self.STAGE.id, thorough=True)
+        assert verdict.state != "corrupt", verdict.reason
+        if verdict.state == "missing":
+            store.work(self.STAGE.id).mkdir(parents=True, exist_ok=True)
+            (store.work(self.STAGE.id) / "half").write_text("done")
+            draft = store.open_draft(self.STAGE.id)
+            (draft / "below" / "deep").mkdir(parents=True)
+            for name in ("a.bin", "below/b.bin", "below/deep/c.bin"):
+                (draft / name).write_text(name * 100)
+            store.commit(self.STAGE, draft, {"metrics": {}})
+        store.discard_work(self.STAGE.id)
+        assert store.verify(self.STAGE.id, thorough=True).state == "done"
+        return {"files": {name: entry["sha256"] for name, entry in store.manifest(self.STAGE.id)["files"].items()}}
+
+
+class Claims(Subject):
+    """A claim that is taken, renewed, given back, taken again, and never given back."""
+
+    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
+        for _ in range(3):
+            claim = try_claim(root / "work" / "prune" / "1")
+            assert isinstance(claim, Claim), f"held by the dead: {claim}"
+            assert not isinstance(try_claim(root / "work" / "prune" / "1"), Claim), "two hold it"
+            claim.renew()
+            claim.release()
+        assert isinstance(try_claim(root / "work" / "prune" / "1"), Claim)
+        return {}
+
+    def leftovers(self, root: Path) -> list[str]:
+        return []  # they go with the work folder
+
+
+class Cache(Subject):
+    """A file that stages share, and one that is made again where it is damaged."""
+
+    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
+        cache, content = FileCache(root / "rows"), "rows " * 100
+        for number in range(2):
+            target = root / f"target-{number}"
+            if not cache.take("key", target):
+                target.write_text(content)
+                cache.put("key", target)
+            assert target.read_text() == content
+        return {}
+
+
+class Code(Subject):
+    """The copy of the code that jobs run."""
+
+    def prepare(self, folder: Path) -> Path:
+        (folder / "store").mkdir()
+        for package in ("hfprune_dist", "launch"):
+            (folder / "project" / package / "part").mkdir(parents=True)
+            for name in ("__init__.py", "part/a.py"):
+                (folder / "project" / package / name).write_text(f"# {package} {name}\n" * 9)
+        return folder / "project"
+
+    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
+        snapshot = take_snapshot(self.prepared, root, {"commit": "abc"})
+        files = sorted(path for path in snapshot.rglob("*") if path.is_file())
+        return {"files": {str(path.relative_to(root)): digest_of(path.read_text()) for path in files}}
+
+
+# Slurm.
+
+
+class SlurmSweep(Subject):
+    """A sweep's jobs: submitted, run, closed. Jobs live on while the machine of the store and the launcher is down."""
+
+    SCORES = Stage("importance", "a", {}, {"model": Input("digest", "/model")})
+    PRUNE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"importance": SCORES.as_input()})
+    PLAN = Plan({SCORES.id: SCORES, PRUNE.id: PRUNE}, ())
+    ROUNDS = 12
+
+    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
+        fake = FakeSlurm(root.with_name("slurm"))
+        os.environ["PATH"] = f"{fake.bin}:{os.environ['PATH']}"
+        for name, content in (marks[-1] if marks else {}).items():
+            (fake.folder / name).write_text(content)
+        self._mark_submissions(fake, mark)
+        store = Store(root)
+        for _ in range(2):  # where a launcher gives up, the user gives the command again
+            backend = self._backend(store)
+            backend.start()
+            for _ in range(self.ROUNDS):
+                self._refuse_twins(fake)
+                self._run_jobs(fake, store, restart=len(marks) > 0)
+                backend.step()
+        assert not backend.unsubmitted(), f"stuck: {backend.unsubmitted()}"
+        assert all(store.verify(stage_id, thorough=True).state == "done" for stage_id in self.PLAN.stages)
+        return {}
+
+    def _mark_submissions(self, fake: FakeSlurm, mark: Mark) -> None:
+        original = slurm_cli._run
+
+        def marking(command):
+            result = original(command)
+            if command[0] == "sbatch":
+                mark({name: (fake.folder / name).read_text() for name in ("jobs", "last_id")})
+            return result
+
+        slurm_cli._run = marking
+
+    def _backend(self, store: Store) -> SlurmBackend:
+        resources = dict.fromkeys(("importance", "prune"), Resources())
+        submitting = Submitting(
+            Origin(RuntimeConfig(), {}, {}), Profile("test", resources, None), store.root.with_name("code"), None
+        )
+        return SlurmBackend(store, self.PLAN, submitting, SlurmCommands(sleep=lambda _: None), lambda event: None)
+
+    def _refuse_twins(self, fake: FakeSlurm) -> None:
+        live = [job[6].split("-")[1] for job in fake.jobs().values() if job[1] in ("PENDING", "RUNNING")]
+        assert len(live) == len(set(live)), f"two jobs of one stage live: {fake.jobs()}"
+
+    def _run_jobs(self, fake: FakeSlurm, store: Store, restart: bool) -> None:
+        for job_id, job in fake.jobs().items():
+            stage = next(stage for stage in self.PLAN.stages.values() if f"-{stage.kind}-" in job[6])
+            if job[1] == "PENDING" and all(store.verify(need).state == "done" for need in stage.needs):
+                fake.set_state(
+                    job_id, "COMPLETED" if self._run_job(store, stage, job_id, job[6], restart) else "FAILED"
+                )
+
+    def _run_job(self, store: Store, stage: Stage, job_id: str, name: str, restart: bool) -> bool:
+        """What the first rank of a job does."""
+        os.environ |= {"SLURM_JOB_ID": job_id, "SLURM_RESTART_COUNT": str(int(restart))}
+        attempt = next((it for it in Ledger(store.root).attempts(stage.id) if it.intent.job_name == name), None)
+        if (
+            attempt is None
+            or not (attempt.folder / "stage.pkl").is_file()
+            or not (attempt.folder / "stage.pkl").stat().st_size
+        ):
+            return False
+        reception = _Reception(store, stage.id, attempt.folder)
+        answer = reception.ask()
+        assert answer in ("run", "done"), answer
+        if answer == "run":
+            if read_json(store.work(stage.id) / "stage.json") is None:
+                reception.end("failed")
+                return False
+            draft = store.open_draft(stage.id)
+            (draft / "result").write_text("x")
+            store.commit(stage, draft, {"metrics": {}, "wall_time_s": 1.0})
+            store.discard_work(stage.id)
+        reception.end("done")
+        return True
+
+
+def subjects() -> list[Subject]:
+    """All of them; the last ones take longest."""
+    return [
+        Commit("commit"),
+        Claims("claims"),
+        Cache("cache"),
+        Code("code"),
+        SlurmSweep("slurm"),
+        StageSubject("reference", _reference_alone, {}),
+        StageSubject("prune block", _prune(refit="block"), {refit.PursuingRefit: "_fit"}),
+        StageSubject("prune dense", _prune(refit="dense"), {refit.DenseRefit: "_fit"}),
+        StageSubject("prune searched", _prune(allocation="searched", refit="dense"), {Measurement: "_measure"}),
+        StageSubject("importance", _importance, {Calibration: "score"}),
+        StageSubject("importance's second walk", _importance, {LayerStream: "grams"}),
+        StageSubject("evaluate", _evaluate, {}),
+        StageSubject("recover", _recover, {finetune._LoraTrainer: "training_step"}),
+    ]

@@ -1,0 +1,113 @@
+"""The model of a crash, on sequences of a few calls."""
+
+import os
+
+import pytest
+
+from faults.crash import Recorder, states_of
+from hfprune_dist.files import fsync_path
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A function that records an action below a folder, and returns what crashes may leave: path -> text, of each."""
+
+    def record(action, unsynced=None):
+        recorder = Recorder(tmp_path, [], unsynced)
+        recorder.arm()
+        try:
+            action(tmp_path)
+        finally:
+            recorder.disarm()
+        return [_texts(state, tmp_path / f"state-{number}") for number, state in enumerate(states_of(*_of(recorder)))]
+
+    return record
+
+
+def _of(recorder):
+    return recorder.events, recorder.begins
+
+
+def _texts(state, folder):
+    state.write(folder)
+    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def replace(folder, text, *, fsync):
+    with (folder / "draft").open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        if fsync:
+            os.fsync(stream.fileno())
+    (folder / "draft").replace(folder / "file")
+
+
+def test_a_rename_of_what_was_not_flushed_may_leave_a_name_with_nothing_in_it(tmp_path, recorded):
+    (tmp_path / "file").write_text("old text")
+    states = recorded(lambda folder: replace(folder, "new text", fsync=False))
+    assert {"file": ""} in states and {"file": "new "} in states and {"file": "new \0\0\0\0"} in states
+    assert {"file": "old text"} in states and {"file": "new text"} in states
+
+
+def test_what_was_flushed_before_its_rename_is_old_or_new(tmp_path, recorded):
+    (tmp_path / "file").write_text("old text")
+    states = recorded(lambda folder: replace(folder, "new text", fsync=True))
+    assert {state["file"] for state in states} == {"old text", "new text"}
+    assert {state.get("draft") for state in states} == {None, "", "new ", "new \0\0\0\0", "new text"}
+
+
+def test_an_fsync_that_is_not_recorded_promises_nothing(tmp_path, recorded):
+    states = recorded(lambda folder: replace(folder, "new text", fsync=True), unsynced="draft")
+    assert {"file": ""} in states
+
+
+def test_names_reach_the_disk_in_their_order_and_stay_once_a_folder_was_flushed(tmp_path):
+    recorder = Recorder(tmp_path, [])
+    recorder.arm()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    fsync_path(tmp_path / "a")
+    recorder.mark("flushed")
+    (tmp_path / "c").mkdir()
+    recorder.disarm()
+    left = [(bool(state.marks), "".join(sorted(state.names))) for state in states_of(*_of(recorder))]
+    assert left == [(False, ""), (False, "a"), (False, "ab"), (True, "ab"), (True, "abc")]
+
+
+def test_what_was_appended_is_lost_and_what_was_flushed_stays(tmp_path, recorded):
+    def append(folder):
+        for text in ("first ", "second"):
+            with (folder / "log").open("a") as stream:
+                stream.write(text)
+                stream.flush()
+                if text == "first ":
+                    os.fsync(stream.fileno())
+                    (folder / "mark").mkdir()
+
+    states = [state["log"] for state in recorded(append) if "log" in state]
+    assert {"first ", "first second", "first sec", "first sec\0\0\0"} <= set(states)
+
+
+def test_what_was_removed_may_be_back_and_links_stay_one_file(tmp_path, recorded):
+    (tmp_path / "old").write_text("text")
+
+    def change(folder):
+        os.link(folder / "old", folder / "new")
+        (folder / "old").unlink()
+
+    assert recorded(change) == [{"old": "text"}, {"new": "text", "old": "text"}, {"new": "text"}]
+
+
+def test_what_left_the_machine_stays_whatever_is_lost(tmp_path):
+    recorder = Recorder(tmp_path, ["before"])
+    recorder.arm()
+    (tmp_path / "intent").mkdir()
+    recorder.mark("sent")
+    recorder.disarm()
+    states = states_of(*_of(recorder))
+    assert [(sorted(state.names), state.marks) for state in states] == [
+        ([], ["before"]),
+        ([], ["before", "sent"]),
+        (["intent"], ["before"]),
+        (["intent"], ["before", "sent"]),
+    ]
