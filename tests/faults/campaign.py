@@ -4,8 +4,7 @@ cd tests
 python -m faults.campaign                      all states of all subjects (an hour), and of some second crashes
 python -m faults.campaign --draw 8             so many of each, drawn with --seed
 python -m faults.campaign commit importance    of some subjects
-python -m faults.campaign commit --unsynced b.bin
-                                               as if the program did not fsync paths with this text: must fail
+python -m faults.campaign 'commit!b.bin'       as if the program did not fsync paths with this text: must fail
 
 Prints a line per subject, and how states ended badly. Exit code 1 where any did. The model of a crash: faults.crash;
 the subjects: faults.subjects.
@@ -44,10 +43,9 @@ LINES_OF_TRACEBACK = 12
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subjects", nargs="*")
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT[!TEXT]")
     parser.add_argument("--draw", type=int, help="states per subject; default: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--unsynced", help="leave out fsyncs of paths that contain this")
     parser.add_argument("--show", type=int, default=5, help="failures to print per subject")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -55,9 +53,10 @@ def main() -> int:
     known = {subject.name: subject for subject in subjects()}
     reports = {}
     for name in arguments.subjects or known:
+        subject, _, unsynced = name.partition("!")
         with tempfile.TemporaryDirectory(prefix="hfprune-crash-") as folder:
             began = time.monotonic()
-            report = Campaign(known[name], Path(folder), arguments.unsynced).run(arguments.draw, arguments.seed)
+            report = Campaign(known[subject], Path(folder), unsynced).run(arguments.draw, arguments.seed)
         reports[name] = report
         print(
             f"{name}: {report['run']} of {report['states']} states, {len(report['failures'])} ended badly, "
@@ -92,7 +91,7 @@ class Recorded:
 class Campaign:
     """Crashes of one subject's command."""
 
-    def __init__(self, subject: Subject, folder: Path, unsynced: str | None) -> None:
+    def __init__(self, subject: Subject, folder: Path, unsynced: str) -> None:
         self._subject = subject
         self._folder = folder
         self._unsynced = unsynced

@@ -54,10 +54,11 @@ class Recorder:
 
     Args:
         marks: made before.
-        unsynced: fsyncs of paths that contain this text are made, but not recorded, as if the program had none.
+        unsynced: fsyncs of paths that contain this text are made, but not recorded, as if the program had none; empty: all
+            are recorded.
     """
 
-    def __init__(self, root: Path, marks: list, unsynced: str | None = None) -> None:
+    def __init__(self, root: Path, marks: list, unsynced: str = "") -> None:
         self.root = root.resolve()
         self.events = [Event("mark", value=value) for value in marks]
         self._unsynced = unsynced

@@ -29,11 +29,12 @@ from hfprune_dist.parallel.calibration import Calibration
 from hfprune_dist.parallel.interruption import Interruption
 from hfprune_dist.parallel.layerwise import LayerStream
 from hfprune_dist.parallel.measurement import Measurement
+from hfprune_dist.parallel.sharded_lm import ShardedLM
 from hfprune_dist.plan import Input, Plan, Stage
 from hfprune_dist.progress import write_failure
 from launch import slurm_cli
 from launch.job import _Reception
-from launch.layout import Origin
+from launch.layout import Origin, discard_finished_work
 from launch.ledger import Ledger
 from launch.local import LocalBackend
 from launch.profiles import Profile, Resources
@@ -47,7 +48,7 @@ Mark = Callable[[object], None]
 
 
 # What ``files.write_text`` leaves of a record where it dies.
-DRAFT_OF_RECORD = re.compile(r"\..*\.(json|diff)\.[0-9a-f]{8}")
+DRAFT_OF_RECORD = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
 class Subject(ABC):
@@ -104,7 +105,9 @@ class StageSubject(Subject):
         store = Store(root)
         verdict = store.verify(self.prepared.id)
         assert verdict.state != "corrupt", f"an artifact that is not whole: {verdict.reason}"
-        if verdict.state == "missing":
+        if verdict.state == "done":
+            discard_finished_work(store, self.prepared)
+        else:
             outcome = _InProcess(store, root.with_name("logs")).run(self.prepared, lambda beat: None)
             assert outcome.state == "done", outcome.failure
         assert store.verify(self.prepared.id, thorough=True).state == "done"
@@ -235,7 +238,7 @@ def _write_tasks(folder: Path) -> None:
 
 def _recover(folder: Path, store: Store) -> Stage:
     model, pairs = save_tiny(folder / "model"), write_pairs(folder / "pairs.jsonl", count=12)
-    settings = {"sequence_length": 320, "batch_size": 2, "max_steps": 3, "rank": 2, "alpha": 4, "dtype": "float32"}
+    settings = {"sequence_length": 320, "batch_size": 1, "max_steps": 3, "rank": 2, "alpha": 4, "dtype": "float32"}
     recovery = RecoveryConfig(**settings).model_dump(exclude={"path", "dataset", "name", "split", "revision"})
     inputs = {"model": _folder(model), "instructions": _file(pairs)}
     return Stage("recover", "tiny", {"recovery": recovery, "seed": 0}, inputs)
@@ -420,6 +423,6 @@ def subjects() -> list[Subject]:
         StageSubject("prune searched", _prune(allocation="searched", refit="dense"), {Measurement: "_measure"}),
         StageSubject("importance", _importance, {Calibration: "score"}),
         StageSubject("importance's second walk", _importance, {LayerStream: "grams"}),
-        StageSubject("evaluate", _evaluate, {}),
+        StageSubject("evaluate", _evaluate, {ShardedLM: "_answer"}),
         StageSubject("recover", _recover, {finetune._LoraTrainer: "training_step"}),
     ]

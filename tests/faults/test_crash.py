@@ -12,7 +12,7 @@ from hfprune_dist.files import fsync_path
 def recorded(tmp_path):
     """A function that records an action below a folder, and returns what crashes may leave: path -> text, of each."""
 
-    def record(action, unsynced=None):
+    def record(action, unsynced=""):
         recorder = Recorder(tmp_path, [], unsynced)
         recorder.arm()
         try:

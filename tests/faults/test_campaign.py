@@ -1,0 +1,45 @@
+"""Power losses at drawn moments of every kind of run; all of them with HFPRUNE_CRASHES=all (see faults.campaign)."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from ranks import ROOT
+
+pytestmark = pytest.mark.slow
+
+SUBJECTS = [
+    *("commit", "claims", "cache", "code", "slurm", "reference", "prune block", "prune dense", "prune searched"),
+    *("importance", "importance's second walk", "evaluate", "recover"),
+]
+# Of each subject, and half as many after a second crash.
+DRAWN = 12
+# A subject that must end badly: as if one fsync were missing.
+BROKEN = ["commit!b.bin", "commit!manifest", "importance!partial"]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    file = tmp_path_factory.mktemp("campaign") / "reports.json"
+    draw = [] if os.environ.get("HFPRUNE_CRASHES") == "all" else ["--draw", str(DRAWN)]
+    subprocess.run(
+        [sys.executable, "-m", "faults.campaign", *SUBJECTS, *BROKEN, *draw, "--json", str(file)],
+        cwd=ROOT / "tests",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        check=False,
+    )
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_after_any_crash_the_same_command_ends_with_the_same_bits(reports, subject):
+    assert reports[subject]["failures"] == []
+    assert reports[subject]["run"] > DRAWN
+
+
+@pytest.mark.parametrize("subject", BROKEN)
+def test_a_missing_fsync_would_be_found(reports, subject):
+    assert reports[subject]["failures"]
