@@ -35,7 +35,10 @@ class FileCache:
         return True
 
     def put(self, key: str, source: Path) -> None:
-        """Keep ``source``, which nobody may change from now on; where the file system has no hard links, don't."""
+        """Keep ``source``, which nobody may change from now on.
+
+        Nothing is kept where the file system has no hard links, or where another stage keeps the same at this moment.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         fsync_path(source)
         try:
@@ -53,9 +56,10 @@ class FileCache:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make ``target`` another name of ``source``, in place of what it named before."""
-    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
-    draft.unlink(missing_ok=True)  # of a process that died
-    os.link(source, draft)
-    draft.replace(target)
-    draft.unlink(missing_ok=True)  # where both named the same file already, a rename does nothing
+    """Make ``target`` another name of ``source``, in place of what it named before; leaves no draft where it dies.
+
+    Raises:
+        OSError: also where somebody else was faster.
+    """
+    target.unlink(missing_ok=True)
+    os.link(source, target)
