@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.data.text import Record, field_of
+from hfprune_dist.files import fsync_path
 
 TokenizeAll = Callable[[list[str]], list[list[int]]]
 
@@ -163,6 +164,7 @@ def save_rows(file: Path, encoded: Sequence[Pair | None], sequence_length: int, 
     )
     draft = file.with_name(f".{file.name}.draft")
     save_file(fill_rows(pairs, rows, sequence_length, pad), draft, {"counts": json.dumps(asdict(counts))})
+    fsync_path(draft)  # else a name with nothing in it may be left where the machine dies
     draft.replace(file)
     return counts
 

@@ -23,7 +23,7 @@ from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.data.text import read_records
 from hfprune_dist.errors import UserError
 from hfprune_dist.identity import FileHashes, digest_of
-from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.models.checkpoint import Checkpoint, is_whole, open_checkpoint
 from hfprune_dist.models.tokenizer import bos_id, load_tokenizer
 from hfprune_dist.parallel.finetune import FineTuning, fine_tune
 from hfprune_dist.parallel.merging import write_merged
@@ -56,7 +56,7 @@ def _prepare_rows(context: Context, settings: RecoveryConfig) -> RowCounts:
     """
     file, cache = context.work / ROWS, FileCache(context.store.root / "rows")
     key = _rows_key(context, settings) if context.world.is_first else ""
-    missing = context.world.is_first and not file.is_file() and not cache.take(key, file)
+    missing = context.world.is_first and not is_whole(file) and not cache.take(key, file)
     collector = _Collector(context, settings) if missing else None
     # The other ranks are told after each batch, so that none of them waits longer than the collective timeout.
     while context.world.broadcast(collector is not None and collector.take()):
