@@ -9,6 +9,7 @@ and a killed task goes on at a chunk, whatever the number of ranks was and is.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -42,7 +43,7 @@ class AnswerLog:
     """The answers of finished chunks of one task, in a file that survives the stage.
 
     Args:
-        file: JSON lines; the last may be cut short by a kill.
+        file: JSON lines; the last may be cut short by a kill, or hold anything where the machine died.
     """
 
     def __init__(self, file: Path) -> None:
@@ -57,6 +58,8 @@ class AnswerLog:
         with self._file.open("a", encoding="utf-8") as stream:
             for chunk, chunk_answers in zip(chunks, answers, strict=True):
                 stream.write("\n" + json.dumps([digest_of(chunk), chunk_answers]))
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 class ShardedLM(HFLM):  # type: ignore[misc]

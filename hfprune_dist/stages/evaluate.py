@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from hfprune_dist.stages.context import Context
 FIDELITY = "fidelity.json"
 RESULTS = "results.json"
 TASKS = "tasks"
+DATASETS = "datasets"
 # Resamples for standard errors that have no closed form (e.g. of f1); lm-eval's 100,000 take minutes.
 BOOTSTRAP_ITERATIONS = 1000
 
@@ -149,12 +151,18 @@ def _evaluate_tasks(context: Context, model: FrozenModel, tasks: list[str]) -> N
         lm.serve()
         return
     include_path = context.input_path("tasks") if context.has_input("tasks") else None
-    loader = TaskLoader(tasks, include_path, context.work / "datasets")
+    loader = TaskLoader(tasks, include_path, _empty_folder(context.work / DATASETS))
     for task in tasks:
         context.progress.update(task, 0, 1)
         result = _run_task(context, lm, loader, task)
         write_json(_task_file(context.work, task), result)
     lm.dismiss()
+
+
+def _empty_folder(folder: Path) -> Path:
+    """A folder without what an earlier attempt left: the datasets library flushes nothing, and trusts what is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def _run_task(context: Context, lm: Any, loader: TaskLoader, task: str) -> dict[str, Any]:
