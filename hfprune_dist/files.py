@@ -42,3 +42,11 @@ def fsync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def fsync_folders(folder: Path, root: Path) -> None:
+    """Flush the entries of ``root``, of ``folder``, and of all folders on the way from one to the other."""
+    for path in (folder, *folder.parents):
+        fsync_path(path)
+        if path == root:
+            break

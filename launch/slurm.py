@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.claims import Holder, try_claim
+from hfprune_dist.files import fsync_folders
 from hfprune_dist.plan import Plan, Stage
 from hfprune_dist.progress import Failure, clear_failures, write_failure_record
 from launch.causes import RETRIES, explain_end
@@ -260,6 +261,9 @@ class SlurmBackend:
             exclude=self._nodes_to_avoid(stage),
         )
         script = write_submission(request, attempt, self._store.root)
+        # A job outlives this machine: so must what it reads, and what tells the next launcher of it.
+        for folder in (attempt.folder, self._store.work(stage.id)):
+            fsync_folders(folder, self._store.root)
         try:
             job_id = self._slurm.submit(script, attempt.intent.job_name)
         except SubmissionRefusedError as error:
