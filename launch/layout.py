@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfprune_dist.artifacts import Store
+from hfprune_dist.claims import Holder, try_claim
 from hfprune_dist.config import RuntimeConfig
 from hfprune_dist.files import read_json, write_json
 from hfprune_dist.plan import Stage
@@ -42,6 +43,18 @@ def lay_out(store: Store, stage: Stage, origin: Origin, attempt: int) -> None:
         "attempt": attempt,
     }
     write_json(work / STAGE_FILE, record)
+
+
+def discard_finished_work(store: Store, stage: Stage) -> None:
+    """Forget the progress of a stage that is done, of which a process that died at its very end left something."""
+    work = store.work(stage.id)
+    if not work.is_dir() or isinstance(claim := try_claim(work), Holder):
+        return  # a process that has just committed is about to do the same
+    try:
+        if store.verify(stage.id).state == "done":
+            store.discard_work(stage.id)
+    finally:
+        claim.release()
 
 
 def attempts_so_far(store: Store, stage_id: str) -> int:

@@ -24,7 +24,7 @@ from launch.checks import check_stages
 from launch.cluster import Sweep, cancel, run_on_slurm, show_jobs, show_status
 from launch.estimate import estimate_stages, refuse_what_cannot_fit, show_estimates
 from launch.hardware import note_on_bfloat16
-from launch.layout import Origin
+from launch.layout import Origin, discard_finished_work
 from launch.local import LocalBackend
 from launch.profiles import Profile, load_profile
 from launch.screen import StageScreen, make_console, show_plan, show_results, stage_screen
@@ -97,6 +97,7 @@ def _run(console: Console, config: SweepConfig, store: Store, out: Path, argumen
     write_config(out, config, models)
     write_record(out, _with_earlier(console, out, plan, models))
     _set_aside_corrupt(console, store, {stage_id: verdicts[stage_id] for stage_id in todo})
+    _discard_finished_work(plan, store, verdicts)
     if run is not None and (code := run()) is not None:
         return code
     store.hashes.save()
@@ -251,6 +252,12 @@ def _set_aside_corrupt(console: Console, store: Store, verdicts: Mapping[str, Ve
         if verdict.state == "corrupt":
             aside = store.set_aside(stage_id)
             _tell(console, f"corrupt artifact {stage_id} ({verdict.reason}): set aside as {aside}, made again")
+
+
+def _discard_finished_work(plan: Plan, store: Store, verdicts: Mapping[str, Verdict]) -> None:
+    for stage_id, verdict in verdicts.items():
+        if verdict.state == "done":
+            discard_finished_work(store, plan.stages[stage_id])
 
 
 def _exit_code(plan: Plan, store: Store) -> int:
