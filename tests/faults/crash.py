@@ -54,7 +54,7 @@ class Recorder:
 
     Args:
         marks: made before.
-        unsynced: fsyncs of paths that contain this text are made, but not recorded, as if the program had none; empty: all
+        unsynced: fsyncs of paths that contain this text are not recorded, as if the program had none; empty: all
             are recorded.
     """
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from fake_slurm import FakeSlurm
 from safetensors.torch import save_file
+from sweeps import make_inputs, results
 from tiny import save_tiny, write_documents, write_pairs
 
 from hfprune_dist.artifacts import Store
@@ -32,7 +33,7 @@ from hfprune_dist.parallel.measurement import Measurement
 from hfprune_dist.parallel.sharded_lm import ShardedLM
 from hfprune_dist.plan import Input, Plan, Stage
 from hfprune_dist.progress import write_failure
-from launch import slurm_cli
+from launch import slurm_cli, sweep
 from launch.job import _Reception
 from launch.layout import Origin, discard_finished_work
 from launch.ledger import Ledger
@@ -47,6 +48,7 @@ Count = Callable[[], None]
 Mark = Callable[[object], None]
 
 
+WITHOUT_RECOVERY = ["--set", "recovery.method=none"]
 # What ``files.write_text`` leaves of a record where it dies.
 DRAFT_OF_RECORD = re.compile(r"\..+\.[0-9a-f]{8}")
 
@@ -108,7 +110,7 @@ class StageSubject(Subject):
         if verdict.state == "done":
             discard_finished_work(store, self.prepared)
         else:
-            outcome = _InProcess(store, root.with_name("logs")).run(self.prepared, lambda beat: None)
+            outcome = InProcess(store, root.with_name("logs")).run(self.prepared, lambda beat: None)
             assert outcome.state == "done", outcome.failure
         assert store.verify(self.prepared.id, thorough=True).state == "done"
         artifact = store.path(self.prepared.id)
@@ -121,7 +123,7 @@ class StageSubject(Subject):
         return super().leftovers(root) + work
 
 
-class _InProcess(LocalBackend):
+class InProcess(LocalBackend):
     """The local backend, whose rank is this process."""
 
     def __init__(self, store: Store, logs: Path) -> None:
@@ -208,7 +210,7 @@ def _reference_alone(folder: Path, store: Store) -> Stage:
 def _evaluate(folder: Path, store: Store) -> Stage:
     dense, model = save_tiny(folder / "dense"), save_tiny(folder / "model", seed=1)
     reference = _reference(folder, store, dense)
-    assert _InProcess(store, folder / "logs").run(reference, lambda beat: None).state == "done"
+    assert InProcess(store, folder / "logs").run(reference, lambda beat: None).state == "done"
     _write_tasks(folder / "tasks")
     settings = {"tasks": ["tiny_a", "tiny_b"], "dtype": "float32", "batch_size": 2, "num_fewshot": 0}
     params = EvaluationConfig.model_validate(settings).model_dump(exclude={"include_path", "fidelity"})
@@ -325,6 +327,34 @@ class Code(Subject):
         return {"files": {str(path.relative_to(root)): digest_of(path.read_text()) for path in files}}
 
 
+# Whole sweeps.
+
+
+class WholeSweep(Subject):
+    """The command itself, from its configuration to its tables, with stages that run in this process."""
+
+    def prepare(self, folder: Path) -> Path:
+        (folder / "store").mkdir()
+        return make_inputs(folder)
+
+    def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        sweep.LocalBackend = lambda store, logs, origin: InProcess(store, logs)
+        chosen = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune", "--ranks", "1"]
+        assert sweep.main(["--config", str(self.prepared), "--out", str(root), *chosen, *WITHOUT_RECOVERY]) == 0
+        weights = sorted(root.glob("store/*/*/*.safetensors"))
+        files = {str(file.relative_to(root)): FileHashes(None).of_file(file) for file in weights}
+        return {"files": files, "rows": [self._without_costs(row, root) for row in results(root)]}
+
+    def _without_costs(self, row: dict[str, str], root: Path) -> dict[str, str]:
+        kept = {name: value for name, value in row.items() if name not in ("wall_time_s", "peak_memory_bytes")}
+        return {**kept, "checkpoint": kept["checkpoint"].replace(str(root), "")}
+
+    def leftovers(self, root: Path) -> list[str]:
+        work = [path for path in (root / "store" / "work").rglob("*") if path.is_file()]
+        return super().leftovers(root) + [str(path.relative_to(root)) for path in work]
+
+
 # Slurm.
 
 
@@ -417,6 +447,7 @@ def subjects() -> list[Subject]:
         Cache("cache"),
         Code("code"),
         SlurmSweep("slurm"),
+        WholeSweep("sweep"),
         StageSubject("reference", _reference_alone, {}),
         StageSubject("prune block", _prune(refit="block"), {refit.PursuingRefit: "_fit"}),
         StageSubject("prune dense", _prune(refit="dense"), {refit.DenseRefit: "_fit"}),
