@@ -1,6 +1,6 @@
-"""Parts of a transformer layer whose own backward costs more than it has to: normalisation and the gated product.
+"""Parts of a transformer layer whose own backward costs more than it has to: norms, gated products, linear layers.
 
-Both compute forward what the layer computes, bit for bit. What autograd would keep of every step is computed again from
+All compute forward what the layer computes, bit for bit. What autograd would keep of every step is computed again from
 the inputs in backward, and frozen weights get no gradient.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 from hfprune_dist.core.blocks import row_blocks
 
@@ -50,6 +50,23 @@ class RmsNorm(Function):
             mean = (weighted * normal).mean(dim=-1, keepdim=True)
             x_gradient_NC[rows] = weighted.sub_(normal.mul_(mean)).mul_(scale_N1[rows])
         return x_gradient_NC.view(gradient_BTC.shape), None, None
+
+
+class FrozenLinear(Function):
+    """x W^T + b, where neither W nor b gets a gradient. Keeps W, itself and not a view of it.
+
+    So a weight that is sharded over ranks can be given back after forward, and be gathered again for backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, weight_DC: Tensor, bias_D: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight_DC)
+        return linear(x_NC, weight_DC, bias_D)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, None, None]:
+        (weight_DC,) = ctx.saved_tensors
+        return gradient_ND.matmul(weight_DC), None, None
 
 
 class GatedProduct(Function):
@@ -100,6 +117,12 @@ def rms_norm(x_NC: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
     """``RmsNorm`` as a function."""
     normal_NC: Tensor = RmsNorm.apply(x_NC, weight_C, epsilon)  # type: ignore[no-untyped-call]
     return normal_NC
+
+
+def frozen_linear(x_NC: Tensor, weight_DC: Tensor, bias_D: Tensor | None) -> Tensor:
+    """``FrozenLinear`` as a function."""
+    output_ND: Tensor = FrozenLinear.apply(x_NC, weight_DC, bias_D)  # type: ignore[no-untyped-call]
+    return output_ND
 
 
 def gated_product(gate_ND: Tensor, up_ND: Tensor) -> Tensor:

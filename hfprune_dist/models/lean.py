@@ -9,16 +9,21 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hfprune_dist.core.fused import gated_product, rms_norm
+from hfprune_dist.core.fused import frozen_linear, gated_product, rms_norm
 from hfprune_dist.models.families import Family
 
 SILU = ("silu", "swish")
 
 
 def lighten(model: nn.Module, family: Family) -> None:
-    """Let a model's norms and gated MLPs run with backwards of ours; an MLP with another activation stays as it is."""
+    """Let a frozen model's linear layers, norms and gated MLPs run with backwards of ours.
+
+    An MLP with another activation stays as it is.
+    """
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
+        if type(module) is nn.Linear:
+            module.forward = partial(_project, module)  # type: ignore[method-assign]
+        elif type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_normalize, module)
     config: Any = model.config
     if config.hidden_act in SILU:
@@ -35,6 +40,10 @@ def checkpoint_activations(model: nn.Module, family: Family) -> None:
     """
     for layer in family.layers_of(model)[1:]:
         layer.forward = partial(_run_checkpointed, layer.forward)
+
+
+def _project(layer: nn.Linear, x_NC: Tensor) -> Tensor:
+    return frozen_linear(x_NC, layer.weight, layer.bias)
 
 
 def _normalize(norm: Any, x_NC: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.lean import checkpoint_activations, lighten
 from hfprune_dist.models.weights import mlp_layer
+from hfprune_dist.parallel.deepspeed_patches import empty_shards, rearming
 from hfprune_dist.parallel.world import World
-from hfprune_dist.parallel.zero3 import gathered, load_frozen, rearming, release_shards
+from hfprune_dist.parallel.zero3 import gathered, load_frozen
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Calibration:
 
     def release(self) -> None:
         """Give the memory of the model's weights back; nothing can be scored any more."""
-        release_shards(self.module)
+        empty_shards(self.module)
 
     def score(self, micro_batches: Sequence[range]) -> Sums:
         """Sums over the windows of some micro-batches.

@@ -8,7 +8,6 @@ dropout follow from the optimizer step. So training can be taken up again on any
 
 from __future__ import annotations
 
-import datetime
 import gc
 import math
 import os
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -38,8 +36,9 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.identity import digest_of
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.distilling import DistillingHead
-from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary
 from hfprune_dist.models.merge import lora_targets
+from hfprune_dist.parallel.deepspeed_patches import limit_timeouts, torchs_linear_afterwards
 from hfprune_dist.parallel.dense_states import DENSE
 from hfprune_dist.parallel.interruption import Interrupted, Interruption
 from hfprune_dist.parallel.snapshots import MOMENTS, LossLine, Snapshot, Snapshots, read_snapshot
@@ -94,7 +93,8 @@ def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, 
     snapshots = Snapshots(folder)
     newest = _newest(snapshots, world)
     if newest is None or newest.step < task.total_steps:
-        _train(replace(task, start=newest), snapshots, world, progress, interruption)
+        with torchs_linear_afterwards():
+            _train(replace(task, start=newest), snapshots, world, progress, interruption)
         newest = _newest(snapshots, world)
     assert newest is not None
     assert newest.step == task.total_steps
@@ -317,7 +317,8 @@ class _PrepareEngine(TrainerCallback):  # type: ignore[misc]
         self._world = world
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
-        _limit_timeouts(self._task.timeout_minutes)
+        require_exact_rotary(trained["model"], self._task.checkpoint.path)
+        limit_timeouts(self._task.timeout_minutes)
         if self._task.start is not None:
             _restore(trained["model"], self._task.start, self._world.rank)
 
@@ -347,12 +348,6 @@ def _shard(whole: Tensor, parameter: Any, rank: int) -> Tensor:
 def _trained(model: nn.Module) -> list[tuple[str, Any]]:
     """Names and parameters of the LoRA layers, in an order that is the same on all ranks."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _limit_timeouts(minutes: int) -> None:
-    """DeepSpeed makes process groups that wait for half an hour, and has no setting for it."""
-    for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=minutes), group)
 
 
 def _stack(rows: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,32 @@ import torch
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary
+from hfprune_dist.parallel.deepspeed_patches import begin_steps_at, skip_inference_kernels
 from hfprune_dist.parallel.world import World
 
 
 def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
-    """DeepSpeed configuration for frozen models: parameters sharded, gathered layer by layer when used."""
+    """DeepSpeed configuration for frozen models: parameters sharded, gathered layer by layer when used.
+
+    ``torch.nn.functional.linear`` stays torch's: a forward without gradients keeps no weight in any case, and for
+    backward ``models.lean`` has a linear layer that keeps no gathered one (see ``torchs_linear_afterwards``).
+    """
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
-        "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": False},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": False,
+            "memory_efficient_linear": False,
+        },
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
 
 
 def init_deepspeed(world: World) -> None:
     """Let DeepSpeed use the process group that the world has joined."""
-    # DeepSpeed would compile a shared-memory all-reduce that its inference engine alone uses: half a minute, and a
-    # compiler that not every node has.
-    deepspeed.ops.__compatible_ops__ = {}
+    skip_inference_kernels()
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
 
 
@@ -46,9 +54,7 @@ def load_frozen(
     Run the returned module itself: its hooks gather and release parameters, forward and backward.
 
     Args:
-        body_of: the part of the module whose forwards will be run in place of the module's. DeepSpeed learns the order
-            of layers in one step and gathers ahead in the next; a step begins with a forward of the whole module, or
-            of this part.
+        body_of: the part of the module whose forwards will be run in place of the module's.
     """
     config = zero3_config(dtype, micro_batch_size)
     init_deepspeed(world)
@@ -59,36 +65,11 @@ def load_frozen(
     model.config.use_cache = False
     engine, *_ = deepspeed.initialize(model=model, config=config)
     module: nn.Module = engine.module
+    require_exact_rotary(module, checkpoint)
     if body_of is not None:
-        coordinator = engine.optimizer.get_param_coordinator()
-        body_of(module).register_forward_pre_hook(lambda *_: coordinator.reset_step(), prepend=True)
+        begin_steps_at(body_of(module), engine)
     gc.freeze()  # else Python walks all modules and parameters again and again
     return module.eval()
-
-
-def release_shards(model: nn.Module) -> None:
-    """Give the memory of a sharded model's weights back; it can't be used any more, but DeepSpeed holds on to it."""
-    parameters: Iterable[Any] = model.parameters()
-    for parameter in parameters:
-        parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
-
-
-def rearming(model: nn.Module) -> Callable[[], None]:
-    """Call it after a forward; what it returns readies the model's hooks for one more backward of that forward.
-
-    DeepSpeed counts how often each module's parameters are to be gathered and released in backward, and counts down
-    to nothing in the first one: a second backward over the same graph would find the parameters gone.
-    """
-    counters = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
-    counts = [
-        (module, name, vars(module)[name]) for module in model.modules() for name in counters if name in vars(module)
-    ]
-
-    def rearm() -> None:
-        for module, name, count in counts:
-            setattr(module, name, count)
-
-    return rearm
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hfprune_dist.core import blocks
-from hfprune_dist.core.fused import gated_product, masked, observe_gradient, rms_norm
+from hfprune_dist.core.fused import frozen_linear, gated_product, masked, observe_gradient, rms_norm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -30,6 +30,20 @@ def test_a_norm_has_the_layers_bits_and_the_gradient_of_its_formula(dtype):
     exact = x.detach().double().requires_grad_()
     (exact * (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()).backward(gradient.double())
     assert x.grad.dtype == dtype and relative(x.grad, exact.grad) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_frozen_linear_layer_has_torchs_bits_and_keeps_its_weight_alone(dtype, biased):
+    weight, bias = random(6, 16, dtype=dtype, seed=0), random(6, dtype=dtype, seed=1) if biased else None
+    x, gradient = random(2, 5, 16, dtype=dtype, seed=2).requires_grad_(), random(2, 5, 6, dtype=dtype, seed=3)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = frozen_linear(x, weight, bias)
+    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
+    assert [tensor.data_ptr() for tensor in kept] == [weight.data_ptr()]
+    y.backward(gradient)
+    assert relative(x.grad, gradient.double() @ weight.double()) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

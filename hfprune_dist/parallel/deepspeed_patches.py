@@ -1,0 +1,77 @@
+"""Everything that we change inside DeepSpeed, or that DeepSpeed changes inside torch, and why."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def skip_inference_kernels() -> None:
+    """Before ``deepspeed.init_distributed``: don't compile a shared-memory all-reduce.
+
+    DeepSpeed's inference engine alone uses it. It takes half a minute, and a compiler that not every node has.
+    """
+    deepspeed.ops.__compatible_ops__ = {}
+
+
+@contextmanager
+def torchs_linear_afterwards() -> Iterator[None]:
+    """Undo at the end what loading a sharded model for training does to ``torch.nn.functional.linear``.
+
+    DeepSpeed replaces it for the whole process, and never puts it back. Its own keeps no gathered weight for backward,
+    which training needs, but it rounds before it adds a bias: what runs later in the process would have other bits than
+    in a process that trained nothing. Frozen models do without it (``zero3.zero3_config``).
+    """
+    linear = torch.nn.functional.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+
+
+def begin_steps_at(part: nn.Module, engine: Any) -> None:
+    """Let a step begin with each forward of a part of the engine's module.
+
+    DeepSpeed learns the order of layers in one step and gathers ahead in the next. It takes a forward of the whole
+    module for the beginning of a step; where the part alone is run, no second step would ever begin.
+    """
+    coordinator = engine.optimizer.get_param_coordinator()
+    part.register_forward_pre_hook(lambda *_: coordinator.reset_step(), prepend=True)
+
+
+def rearming(model: nn.Module) -> Callable[[], None]:
+    """Call it after a forward; what it returns readies the model's hooks for one more backward of that forward.
+
+    DeepSpeed counts how often each module's parameters are to be gathered and released in backward, and counts down
+    to nothing in the first one: a second backward over the same graph would find the parameters gone.
+    """
+    counters = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
+    counts = [
+        (module, name, vars(module)[name]) for module in model.modules() for name in counters if name in vars(module)
+    ]
+
+    def rearm() -> None:
+        for module, name, count in counts:
+            setattr(module, name, count)
+
+    return rearm
+
+
+def empty_shards(model: nn.Module) -> None:
+    """Give the memory of a sharded model's weights back: DeepSpeed holds on to the model for ever."""
+    parameters: Iterable[Any] = model.parameters()
+    for parameter in parameters:
+        parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
+
+
+def limit_timeouts(minutes: int) -> None:
+    """Let no process group wait longer: DeepSpeed makes some that wait for half an hour, and has no setting for it."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=minutes), group)
