@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.files import fsync_path, read_json, write_json
+from hfprune_dist.files import fsync_path, read_object, write_json
 from hfprune_dist.identity import FileHashes
 
 
@@ -48,11 +48,7 @@ class FileCache:
         write_json(self._folder / f"{key}.json", {"sha256": FileHashes(None).of_file(source)})
 
     def _promised(self, key: str) -> str | None:
-        try:
-            record = read_json(self._folder / f"{key}.json")
-        except ValueError:
-            return None
-        return record["sha256"] if isinstance(record, dict) else None
+        return (read_object(self._folder / f"{key}.json") or {}).get("sha256")
 
 
 def _link(source: Path, target: Path) -> None:

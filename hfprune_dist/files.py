@@ -6,7 +6,13 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 
 
 def write_text(file: Path, text: str) -> None:
@@ -33,6 +39,44 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def read_object(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file that others write or remove meanwhile; None where there is none that can be read."""
+    try:
+        value = read_json(file)
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_record(kind: type[T], file: Path) -> T | None:
+    """The dataclass that a JSON file holds; None where it holds none.
+
+    A file that has vanished, is damaged or holds something else counts like one that was never written.
+    """
+    return as_record(kind, read_object(file))
+
+
+def as_record(kind: type[T], value: dict[str, Any] | None) -> T | None:
+    """The dataclass that a JSON object describes, without fields that the class doesn't have; None where it doesn't."""
+    try:
+        record: T | None = None if value is None else _adapter(kind).validate_python(value)
+    except ValidationError:
+        return None
+    return record
+
+
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return _ADAPTERS.get(kind) or _ADAPTERS.setdefault(kind, TypeAdapter(kind))
+
+
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that match a pattern, sorted by name; none where the folder is gone or has just gone."""
+    try:
+        return sorted(folder.glob(pattern))
+    except FileNotFoundError:
+        return []
 
 
 def fsync_path(path: Path) -> None:

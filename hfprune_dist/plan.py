@@ -15,24 +15,12 @@ from hfprune_dist.budget import ModelSize, narrowest_widths, removals, step_rati
 from hfprune_dist.config import Method, SweepConfig, TextSource
 from hfprune_dist.errors import UserError
 from hfprune_dist.identity import FileHashes, digest_of
+from hfprune_dist.inputs import Input
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.sources import ModelSource
 
 # Raise a stage's version when its code changes its result: artifacts of the old version are then not reused.
 STAGE_VERSIONS = {"importance": 6, "reference": 1, "prune": 4, "distill": 1, "recover": 1, "evaluate": 3}
-
-
-@dataclass(frozen=True)
-class Input:
-    """Something a stage reads. ``identity`` is part of the fingerprint, ``location`` is not.
-
-    For an artifact of another stage the location is its id, and so is the identity where all of it matters; for files,
-    the digest of their content and their path.
-    """
-
-    identity: str
-    location: str
-    is_stage: bool = False
 
 
 @dataclass(frozen=True)
@@ -239,7 +227,7 @@ class _Planner:
         for ratio in self.config.ratios:
             for name, method in self.methods.items():
                 check_reachable(size, ratio, method, f"model {model.name!r}, method {name!r}")
-        dense = Input(model.identity, str(model.checkpoint.path))
+        dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
         needed = {method.criterion for method in self.methods.values()}
         criteria = needed.union(self.config.importance.criteria)
         importance = self._importance(model.name, dense, criteria)  # first, since most of the sweep waits for it
@@ -356,7 +344,7 @@ class _Planner:
         inputs = {"model": checkpoint, "dense": variant.dense, "reference": reference.as_input()}
         if evaluation.include_path is not None:
             folder = Path(evaluation.include_path)
-            inputs["tasks"] = Input(self.hashes.of_folder(folder), str(folder))
+            inputs["tasks"] = Input(self.hashes.of_folder(folder), str(folder), content="folder")
         return self._add(Stage("evaluate", label, params, inputs))
 
     def _text(self, source: TextSource) -> tuple[dict[str, Any], Input | None]:
@@ -365,7 +353,7 @@ class _Planner:
             return source.model_dump(exclude={"path"}), None
         file = Path(source.path)
         settings = source.model_dump(exclude={"path", "dataset", "name", "split", "revision"})
-        return settings, Input(self.hashes.of_file(file), str(file))
+        return settings, Input(self.hashes.of_file(file), str(file), content="file")
 
 
 def _part_of(importance: Stage, criteria: Sequence[str]) -> Input:

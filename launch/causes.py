@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.plan import Stage
-from hfprune_dist.progress import Failure, read_failure, read_heartbeat
+from hfprune_dist.progress import Failure, read_failures, read_heartbeat
 from launch.ledger import QUEUE_FULL, Attempt, End, progressed
 from launch.slurm_cli import JobInfo
 
@@ -52,12 +52,6 @@ LOG_STATES = {
 }
 OUT_OF_MEMORY = re.compile(
     r"OutOfMemoryError|CUDA out of memory|can't allocate memory|MemoryError|oom[-_ ]kill|out of memory", re.IGNORECASE
-)
-# What the other ranks of a job say when one of them has died.
-LOST_RANK = re.compile(
-    r"closed by peer|connection (reset|refused)|broken pipe|remote process exited|recvvalue failed|gloo.*timeout|socket"
-    r"|timed out waiting|wait timeout|network error|distnetworkerror|failed to (recv|send|connect)",
-    re.IGNORECASE,
 )
 BAD_NODE = re.compile(r"srun: error: Node failure on (\S+)|srun: error: (\S+?): tasks?[ :].*(?:Killed|Bus error)")
 
@@ -103,15 +97,20 @@ def _cause(store: Store, stage: Stage, attempt: Attempt, state: str, tail: str) 
         return STATE_CAUSES[state], f"{job} ended by Slurm: {state}"
     if state in ("TIMEOUT", "DEADLINE"):
         return _time_limit(store, stage, attempt, job)
-    if failure is not None and failure.cause == "code" and not LOST_RANK.search(failure.message):
+    if failure is not None and failure.cause == "code" and not failure.is_consequence:
         return "code", failure.message
     what = f"{job} ({state or 'state unknown'}): a rank died without a message"
     return "killed", f"{what}; its log ends with:\n{tail}"
 
 
 def _failure_of(store: Store, stage: Stage, attempt: Attempt) -> Failure | None:
-    failure = read_failure(store.work(stage.id))
-    return failure if failure is not None and failure.at >= attempt.intent.created else None
+    """What the attempt's own ranks have left. A job whose last start came too late for the stage has left nothing."""
+    runs = attempt.runs()
+    if runs and runs[-1].how == "duplicate":
+        message = f"job {attempt.job_id} left the stage to another process that has claimed it"
+        return Failure("duplicate", message, -1, time.time(), attempt.intent.number)
+    failures = read_failures(store.work(stage.id))
+    return next((it for it in failures if it.is_of(attempt.intent.number, attempt.intent.created)), None)
 
 
 def _time_limit(store: Store, stage: Stage, attempt: Attempt, job: str) -> tuple[str, str]:

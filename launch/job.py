@@ -5,6 +5,7 @@ submitit starts it and pickles a ``StageJob``, nothing else: what the stage is a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -18,21 +19,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfprune_dist.artifacts import Store
-from hfprune_dist.claims import RENEWAL_LIMIT_S, Claim, Holder, try_claim
+from hfprune_dist.claims import RENEWAL_LIMIT_S, Claim, ClaimLostError, Holder, Renewal, try_claim
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.parallel.interruption import Interrupted, Interruption
-from hfprune_dist.progress import Failure, clear_failures, read_heartbeat, write_failure, write_failure_record
+from hfprune_dist.progress import Failure, clear_failures, read_heartbeat, write_failure_record
 from launch.ledger import Ledger, Run, as_progress
 from launch.slurm_cli import SlurmCommands, SlurmUnavailableError
-from launch.stage import die_with_parent, leave_process, prepare_environment, run_stage
+from launch.stage import (
+    CLAIM_LOST_EXIT_CODE,
+    Admission,
+    die_with_parent,
+    leave_process,
+    leave_reason,
+    prepare_environment,
+    run_stage,
+)
 
 if TYPE_CHECKING:
     from hfprune_dist.parallel.world import World
 
 FIRST_PORT, PORTS = 20000, 12000  # below the range from which systems take ports for outgoing connections
-RENEW_CLAIM_S = 60.0
+CLAIM_POLL_S = 1.0
 CLAIM_PATIENCE_S = RENEWAL_LIMIT_S + 30.0
-DUPLICATE_EXIT_CODE = 75  # "try again later", in sysexits.h
 
 
 class NodeError(UserError):
@@ -127,6 +135,7 @@ class _Rank:
         self._stage_id = stage_id
         self._interruption = interruption
         self._rank = int(os.environ.get("SLURM_PROCID", "0"))
+        self._attempt = int(Path(os.environ["SUBMITIT_FOLDER"]).name)
         self._reception: _Reception | None = None
         if self._rank == 0:
             self._reception = _Reception(store, stage_id, Path(os.environ["SUBMITIT_FOLDER"]))
@@ -139,24 +148,25 @@ class _Rank:
             run_stage(self._store, self._stage_id, self._interruption, self._admit)
         except Interrupted:
             leave_process(0 if self._rank > 0 or self._requeue() else 1)
-        except DuplicateError as duplicate:
+        except (DuplicateError, ClaimLostError) as duplicate:
             print(duplicate, file=sys.stderr)
+            self._discard_draft()
             self._end("duplicate")
-            leave_process(DUPLICATE_EXIT_CODE)
+            leave_process(CLAIM_LOST_EXIT_CODE)
         except Exception as error:
             self._fail(error)
         self._end("done")
         # Not back to submitit: it would pickle a result that nobody reads, and the exit code must not depend on it.
         leave_process(0)
 
-    def _admit(self, world: World) -> bool:
+    def _admit(self, world: World) -> Admission:
         """Whether the stage has to run: rank 0 asks until there is an answer, all ranks learn it."""
         answer = "wait"
         while answer == "wait":
             answer = world.broadcast(self._reception.ask() if self._reception else "")
         if answer == "held":
             raise DuplicateError(f"another process has been running {self._stage_id} for all the time this job waited")
-        return answer == "run"
+        return Admission(answer == "run", self._claim)
 
     def _requeue(self) -> bool:
         """On rank 0, once all ranks have saved: back into the queue, unless the user has cancelled the job."""
@@ -167,15 +177,16 @@ class _Rank:
             return SlurmCommands().requeue(job_id)
         except SlurmUnavailableError as error:
             message = f"job {job_id} saved its work but could not requeue itself: {error}"
-            write_failure_record(self._store.work(self._stage_id), Failure("interrupted", message, 0, time.time()))
+            write_failure_record(
+                self._store.work(self._stage_id), Failure("interrupted", message, 0, time.time(), self._attempt)
+            )
             return False
 
     def _fail(self, error: Exception) -> None:
         mended = from_os_error(error)
-        if self._reception is not None:
-            self._reception.discard_draft()  # on a full disk, this makes room for the reason
+        self._discard_draft()  # on a full disk, this makes room for the reason
         try:
-            write_failure(self._store.work(self._stage_id), mended, self._rank)
+            leave_reason(self._store.work(self._stage_id), mended, self._rank, self._attempt, self._claim)
             self._end("failed")
         except OSError as full:
             print(f"the failure could not be recorded: {full}", file=sys.stderr)
@@ -184,13 +195,25 @@ class _Rank:
         print(f"error: {mended}", file=sys.stderr)
         leave_process(UserError.EXIT_CODE if isinstance(mended, UserError) else 1)
 
+    @property
+    def _claim(self) -> Claim | None:
+        return self._reception.claim if self._reception is not None else None
+
+    def _discard_draft(self) -> None:
+        if self._reception is not None:
+            self._reception.discard_draft()
+
     def _end(self, how: str) -> None:
         if self._reception is not None:
             self._reception.end(how)
 
 
 class _Reception:
-    """On rank 0: decides whether the stage has to run here, and keeps the record of this start of the job."""
+    """On rank 0: decides whether the stage has to run here, and keeps the record of this start of the job.
+
+    Attributes:
+        claim: on the stage, from when it has to run here.
+    """
 
     def __init__(self, store: Store, stage_id: str, folder: Path) -> None:
         self._store = store
@@ -198,7 +221,7 @@ class _Reception:
         self._work = store.work(stage_id)
         self._ledger = Ledger(store.root)
         self._attempt = self._ledger.attempt_at(folder)
-        self._claim: Claim | None = None
+        self.claim: Claim | None = None
         self._asked_since = time.monotonic()
         self._run = Run(
             job_id=array_job_id(os.environ),
@@ -216,28 +239,28 @@ class _Reception:
         if isinstance(claim, Holder):
             if time.monotonic() - self._asked_since > CLAIM_PATIENCE_S:
                 return "held"
-            time.sleep(1.0)
+            time.sleep(CLAIM_POLL_S)
             return "wait"
-        self._claim = claim
+        self.claim = claim
         if self._store.verify(self._stage_id).state == "done":
             self._store.discard_work(self._stage_id)
             return "done"
         self._close_earlier_runs()
         clear_failures(self._work)
-        threading.Thread(target=self._renew, args=(claim,), daemon=True).start()
+        threading.Thread(target=_renew, args=(Renewal(claim),), daemon=True).start()
         return "run"
 
     def end(self, how: str) -> None:
         """Record how this start of the job ended, and let the stage go."""
         progress = as_progress(read_heartbeat(self._work))
         self._attempt.record_run(replace(self._run, ended=time.time(), how=how, progress=progress))
-        if self._claim is not None:
-            self._claim.release()
+        if self.claim is not None:
+            self.claim.release()
 
     def discard_draft(self) -> None:
         """Remove what this start of the job has written of the artifact."""
-        if self._claim is not None:
-            self._store.discard_drafts(self._stage_id)
+        if self.claim is not None:
+            self._store.discard_drafts(self._stage_id, self.claim)
 
     def _ended_jobs(self) -> list[str]:
         attempts = self._ledger.attempts(self._stage_id)
@@ -251,11 +274,13 @@ class _Reception:
                 ended = max(run.started, heartbeat.updated if heartbeat else 0.0)
                 self._attempt.record_run(replace(run, ended=ended, how="died", progress=as_progress(heartbeat)))
 
-    @staticmethod
-    def _renew(claim: Claim) -> None:
+
+def _renew(renewal: Renewal) -> None:
+    """For as long as the claim is held; the stage finds out by itself where it is lost."""
+    with contextlib.suppress(ClaimLostError):
         while True:
-            time.sleep(RENEW_CLAIM_S)
-            claim.renew()
+            time.sleep(CLAIM_POLL_S)
+            renewal.tick()
 
 
 def array_job_id(slurm: Mapping[str, str]) -> str:

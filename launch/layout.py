@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from hfprune_dist.artifacts import Store
+from hfprune_dist.artifacts import STAGE_FILE, Store
 from hfprune_dist.claims import Holder, try_claim
 from hfprune_dist.config import RuntimeConfig
-from hfprune_dist.files import read_json, write_json
+from hfprune_dist.errors import UserError
+from hfprune_dist.files import read_record, write_json
 from hfprune_dist.plan import Stage
 from hfprune_dist.progress import clear_failures
-
-STAGE_FILE = "stage.json"
 
 
 @dataclass(frozen=True)
@@ -30,19 +29,48 @@ class Origin:
     code: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The content of a ``stage.json``.
+
+    Attributes:
+        stage: as ``Stage.to_json`` gives it.
+        runtime: settings, as ``RuntimeConfig`` takes them.
+        config, code: see ``Origin``.
+        attempt: 1 for the first.
+    """
+
+    stage: dict[str, Any]
+    runtime: dict[str, Any]
+    config: dict[str, Any]
+    code: dict[str, Any]
+    attempt: int
+
+
 def lay_out(store: Store, stage: Stage, origin: Origin, attempt: int) -> None:
     """Write what the ranks need to know; failures of earlier attempts are forgotten."""
     work = store.work(stage.id)
     work.mkdir(parents=True, exist_ok=True)
     clear_failures(work)
-    record = {
-        "stage": stage.to_json(),
-        "runtime": origin.runtime.model_dump(),
-        "config": dict(origin.config),
-        "code": dict(origin.code),
-        "attempt": attempt,
-    }
-    write_json(work / STAGE_FILE, record)
+    layout = Layout(stage.to_json(), origin.runtime.model_dump(), dict(origin.config), dict(origin.code), attempt)
+    write_json(work / STAGE_FILE, asdict(layout))
+
+
+def find_layout(store: Store, stage_id: str) -> Layout | None:
+    """What ``lay_out`` wrote; None where there is nothing that can be read."""
+    return read_record(Layout, store.work(stage_id) / STAGE_FILE)
+
+
+def read_layout(store: Store, stage_id: str) -> Layout:
+    """What ``lay_out`` wrote.
+
+    Raises:
+        UserError: where there is nothing that can be read.
+    """
+    layout = find_layout(store, stage_id)
+    if layout is None:
+        raise UserError(f"{store.work(stage_id)}: no {STAGE_FILE}; stages are laid out by launch/sweep.py")
+    return layout
 
 
 def discard_finished_work(store: Store, stage: Stage) -> None:
@@ -59,5 +87,5 @@ def discard_finished_work(store: Store, stage: Stage) -> None:
 
 def attempts_so_far(store: Store, stage_id: str) -> int:
     """How often the local backend has laid a stage out in the work folder that is there now."""
-    record = read_json(store.work(stage_id) / STAGE_FILE)
-    return 0 if record is None else int(record["attempt"])
+    layout = find_layout(store, stage_id)
+    return 0 if layout is None else layout.attempt

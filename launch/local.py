@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from hfprune_dist.artifacts import Store
-from hfprune_dist.claims import Claim, Holder, try_claim
+from hfprune_dist.claims import Claim, ClaimLostError, Holder, Renewal, try_claim
 from hfprune_dist.config import RuntimeConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.plan import Stage
@@ -25,22 +24,18 @@ from hfprune_dist.progress import (
     Failure,
     Heartbeat,
     clear_failures,
-    read_failure,
+    read_failures,
     read_heartbeat,
     write_failure_record,
 )
+from launch.deaths import explain_death
 from launch.hardware import count_gpus, threads_allowed
 from launch.layout import Origin, attempts_so_far, lay_out
 
 STAGE_SCRIPT = Path(__file__).with_name("stage.py")
 POLL_S = 0.1
-RENEW_CLAIM_S = 60.0
 TERMINATION_GRACE_S = 20.0
-LOG_TAIL_LINES = 12
 FULL_DISK_BYTES = 64 * 1024
-
-# In torchrun's summary of a rank that ended by a signal.
-_KILLED = re.compile(r"Signal \d+ \(SIG(KILL|BUS|SEGV|ABRT)\) received by PID")
 
 OnHeartbeat = Callable[[Heartbeat | None], None]
 
@@ -72,14 +67,21 @@ class LocalBackend:
         started = time.time()
         claim = self._claim(stage, on_heartbeat)
         try:
-            if self._store.verify(stage.id).state == "done":  # another sweep was faster
+            if self._is_done(stage):  # another sweep was faster
                 return Outcome("done", time.time() - started)
-            log = self._lay_out(stage)
+            attempt = self._lay_out(stage)
+            log = self._log(stage, attempt)
             with tempfile.TemporaryDirectory(prefix="hfprune-", ignore_cleanup_errors=True) as scratch:
-                self._watch(self._start(stage, log, scratch), claim, stage, on_heartbeat)
-            return self._outcome(stage, log, started)
+                self._watch(self._start(stage, claim, log, scratch), claim, stage, on_heartbeat)
+            failure = self._failure(stage, claim, attempt, started)
+        except ClaimLostError as lost:
+            failure = None if self._is_done(stage) else Failure("duplicate", str(lost), -1, time.time())
         finally:
             claim.release()
+        return Outcome("failed" if failure else "done", time.time() - started, failure)
+
+    def _is_done(self, stage: Stage) -> bool:
+        return self._store.verify(stage.id).state == "done"
 
     def _claim(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Claim:
         """Wait until no other sweep works on this stage, showing its progress meanwhile."""
@@ -89,20 +91,24 @@ class LocalBackend:
             time.sleep(POLL_S)
         return claim
 
-    def _lay_out(self, stage: Stage) -> Path:
-        """Write what the ranks need to know into the stage's work folder; return the attempt's log file."""
+    def _lay_out(self, stage: Stage) -> int:
+        """Write what the ranks need to know into the stage's work folder; return the attempt's number."""
         attempt = attempts_so_far(self._store, stage.id) + 1
         lay_out(self._store, stage, self._origin, attempt)
+        return attempt
+
+    def _log(self, stage: Stage, attempt: int) -> Path:
+        """The attempt's log file, in a folder that is there."""
         self._logs.mkdir(parents=True, exist_ok=True)
         return self._logs / f"{stage.kind}-{stage.fingerprint}.{attempt}.log"
 
-    def _start(self, stage: Stage, log: Path, scratch: str) -> subprocess.Popen[bytes]:
+    def _start(self, stage: Stage, claim: Claim, log: Path, scratch: str) -> subprocess.Popen[bytes]:
         # Without a folder for its own files torchrun makes one, and leaves it behind.
         options = ["--standalone", f"--nproc-per-node={self.ranks}", f"--log-dir={scratch}"]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
         with log.open("wb") as stream:
             return subprocess.Popen(
-                [*torchrun, str(STAGE_SCRIPT), str(self._store.root.resolve()), stage.id],
+                [*torchrun, str(STAGE_SCRIPT), str(self._store.root.resolve()), stage.id, "--claim", claim.ticket],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -118,35 +124,36 @@ class LocalBackend:
         return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
     def _watch(self, process: subprocess.Popen[bytes], claim: Claim, stage: Stage, on_heartbeat: OnHeartbeat) -> None:
-        """Wait for the end of all ranks; if this process is interrupted, end them first."""
-        renewed = time.monotonic()
+        """Wait for the end of all ranks; if this process is interrupted or has lost its claim, end them first."""
+        renewal = Renewal(claim)
         try:
             while process.poll() is None:
                 on_heartbeat(read_heartbeat(self._store.work(stage.id)))
-                if time.monotonic() - renewed > RENEW_CLAIM_S:
-                    claim.renew()
-                    renewed = time.monotonic()
+                renewal.tick()
                 time.sleep(POLL_S)
         except BaseException:
             _terminate(process)
-            self._store.discard_drafts(stage.id)
+            self._store.discard_drafts(stage.id, claim)
             raise
 
-    def _outcome(self, stage: Stage, log: Path, started: float) -> Outcome:
-        seconds = time.time() - started
-        if self._store.verify(stage.id).state == "done":
-            return Outcome("done", seconds)
+    def _failure(self, stage: Stage, claim: Claim, attempt: int, started: float) -> Failure | None:
+        """Why the ranks have left no artifact, None where they have.
+
+        Raises:
+            ClaimLostError: where another process has claimed the stage meanwhile, and uses its work folder.
+        """
+        if self._is_done(stage):
+            return None
         work = self._store.work(stage.id)
-        failure = read_failure(work) or self._full_disk()
-        self._store.discard_drafts(stage.id)  # makes room for what is written below
-        # The ranks that survive a killed one fail too, in a collective: the kill explains their errors.
-        if failure is None or (failure.cause == "code" and _KILLED.search(_read(log))):
+        left = next((it for it in read_failures(work) if it.is_of(attempt, started)), None) or self._full_disk()
+        self._store.discard_drafts(stage.id, claim)  # makes room for what is written below
+        claim.require_held()
+        failure = explain_death(left, self._log(stage, attempt), attempt)
+        if failure is not left:
             clear_failures(work)
-            message = f"a rank died without a message; {log} ends with:\n{_tail(log)}"
-            failure = Failure("killed", message, -1, time.time())
         if failure.rank < 0:
             write_failure_record(work, failure)
-        return Outcome("failed", seconds, failure)
+        return failure
 
     def _full_disk(self) -> Failure | None:
         """On a disk too full for a rank to leave its reason, the reason is that."""
@@ -184,12 +191,3 @@ def _terminate(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _read(log: Path) -> str:
-    return log.read_text(encoding="utf-8", errors="replace")
-
-
-def _tail(log: Path) -> str:
-    lines = [line for line in _read(log).splitlines() if line.strip()]
-    return "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:])

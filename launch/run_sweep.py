@@ -96,6 +96,7 @@ def _run(console: Console, config: SweepConfig, store: Store, out: Path, argumen
     require_writable(out)
     write_config(out, config, models)
     write_record(out, _with_earlier(console, out, plan, models))
+    store.hashes.save()  # of files that every stage which reads them compares with the plan
     _set_aside_corrupt(console, store, {stage_id: verdicts[stage_id] for stage_id in todo})
     _discard_finished_work(plan, store, verdicts)
     if run is not None and (code := run()) is not None:
@@ -251,7 +252,8 @@ def _set_aside_corrupt(console: Console, store: Store, verdicts: Mapping[str, Ve
     for stage_id, verdict in verdicts.items():
         if verdict.state == "corrupt":
             aside = store.set_aside(stage_id)
-            _tell(console, f"corrupt artifact {stage_id} ({verdict.reason}): set aside as {aside}, made again")
+            if aside is not None:  # nobody else was faster
+                _tell(console, f"corrupt artifact {stage_id} ({verdict.reason}): set aside as {aside}, made again")
 
 
 def _discard_finished_work(plan: Plan, store: Store, verdicts: Mapping[str, Verdict]) -> None:

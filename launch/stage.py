@@ -13,20 +13,31 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from hfprune_dist.artifacts import Store
+from hfprune_dist.claims import Claim, ClaimLostError
 from hfprune_dist.config import RuntimeConfig
 from hfprune_dist.errors import UserError, from_os_error
-from hfprune_dist.files import read_json
 from hfprune_dist.parallel.interruption import Interruption
 from hfprune_dist.plan import Stage
 from hfprune_dist.progress import Progress, write_failure
-from launch.layout import STAGE_FILE
+from launch.layout import find_layout, read_layout
 
 if TYPE_CHECKING:  # torch takes seconds to import; a rank that can't run should say so at once
     from hfprune_dist.parallel.world import World
+
+CLAIM_LOST_EXIT_CODE = 75  # "try again later", in sysexits.h
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Whether a stage has to run, and on rank 0 the claim under which it does."""
+
+    runs: bool
+    claim: Claim | None = None
 
 
 def main() -> NoReturn:
@@ -34,22 +45,34 @@ def main() -> NoReturn:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path, help="the sweep's store, e.g. runs/demo/store")
     parser.add_argument("stage", help="id of the stage, e.g. prune/0123456789abcdef0123")
+    parser.add_argument("--claim", metavar="TICKET", help="of the launcher's claim on the stage; given by launchers")
     arguments = parser.parse_args()
     die_with_parent()
     prepare_environment()
     store, rank = Store(arguments.store), int(os.environ["RANK"])
+    work, layout = store.work(arguments.stage), find_layout(store, arguments.stage)
+    claim = Claim.from_ticket(work, arguments.claim) if arguments.claim else None
     try:
-        run_stage(store, arguments.stage, Interruption(), admit=lambda world: True)
+        run_stage(store, arguments.stage, Interruption(), admit=lambda world: Admission(True, claim))
+    except ClaimLostError as lost:
+        print(f"error: {lost}", file=sys.stderr)
+        leave_process(CLAIM_LOST_EXIT_CODE)
     except Exception as error:
         mended = from_os_error(error)
         with contextlib.suppress(OSError):  # a full disk has no room for the reason; the launcher then finds it
-            write_failure(store.work(arguments.stage), mended, rank)
+            leave_reason(work, mended, rank, None if layout is None else layout.attempt, claim)
         if isinstance(mended, UserError):
             print(f"error: {mended}", file=sys.stderr)
             # The other ranks may hang in a collective with this one: leave without the process group's farewell.
             leave_process(UserError.EXIT_CODE)
         raise
     leave_process(0)
+
+
+def leave_reason(work: Path, error: Exception, rank: int, attempt: int | None, claim: Claim | None) -> None:
+    """Tell the launcher why a rank failed, unless its work folder is another attempt's by now."""
+    if claim is None or claim.is_held():
+        write_failure(work, error, rank, attempt)
 
 
 def leave_process(code: int) -> NoReturn:
@@ -68,32 +91,34 @@ def prepare_environment() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def run_stage(store: Store, stage_id: str, interruption: Interruption, admit: Callable[[World], bool]) -> None:
+def run_stage(store: Store, stage_id: str, interruption: Interruption, admit: Callable[[World], Admission]) -> None:
     """Join the ranks, then hand over to ``hfprune_dist.stages.<kind>``.
 
     Args:
-        admit: asked on every rank once all have joined; False on all of them: there is nothing to do.
+        admit: asked on every rank once all have joined.
 
     Raises:
+        ClaimLostError: where another process has claimed the stage meanwhile.
         Interrupted: where the ranks have saved their work because ``interruption`` asked them to end.
     """
     from hfprune_dist.parallel.world import join_world, leave_world
     from hfprune_dist.stages.context import Context
 
     world = join_world(os.environ, _timeout_minutes(store, stage_id))
-    if admit(world):
-        record = read_json(store.work(stage_id) / STAGE_FILE)
-        if record is None:
-            raise UserError(f"{store.work(stage_id)}: no {STAGE_FILE}; stages are laid out by launch/sweep.py")
+    admission = admit(world)
+    if admission.runs:
+        layout, claim = read_layout(store, stage_id), admission.claim
+        guard = None if claim is None else claim.require_held
         context = Context(
-            stage=Stage.to_run(record["stage"]),
+            stage=Stage.to_run(layout.stage),
             store=store,
             world=world,
-            runtime=RuntimeConfig.model_validate(record["runtime"]),
-            progress=Progress(store.work(stage_id) if world.is_first else None),
-            config=record["config"],
-            code=record["code"],
-            attempt=record["attempt"],
+            runtime=RuntimeConfig.model_validate(layout.runtime),
+            progress=Progress(store.work(stage_id) if world.is_first else None, guard),
+            config=layout.config,
+            code=layout.code,
+            attempt=layout.attempt,
+            claim=claim,
             interruption=interruption,
         )
         context.check_inputs()
@@ -103,8 +128,8 @@ def run_stage(store: Store, stage_id: str, interruption: Interruption, admit: Ca
 
 def _timeout_minutes(store: Store, stage_id: str) -> int:
     """The collective timeout; where the stage is not laid out (any more), the default."""
-    record = read_json(store.work(stage_id) / STAGE_FILE)
-    runtime = RuntimeConfig() if record is None else RuntimeConfig.model_validate(record["runtime"])
+    layout = find_layout(store, stage_id)
+    runtime = RuntimeConfig() if layout is None else RuntimeConfig.model_validate(layout.runtime)
     return runtime.collective_timeout_minutes
 
 

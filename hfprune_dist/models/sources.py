@@ -13,6 +13,7 @@ import yaml
 from hfprune_dist.config import ModelAlias, SweepConfig, is_hub_id, parse
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.identity import FileHashes, digest_of
+from hfprune_dist.inputs import Content, checkpoint_identity, content_files
 from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -24,12 +25,14 @@ class ModelSource:
         name: short, for labels.
         identity: the digest that stands for its content.
         spelling: what ``models`` of a configuration calls it from any folder: an alias, a hub id or an absolute path.
+        content: how ``identity`` is computed from its files.
     """
 
     name: str
     checkpoint: Checkpoint
     identity: str
     spelling: str
+    content: Content
 
 
 def resolve_models(config: SweepConfig, shipped: Path, hashes: FileHashes, download: bool) -> list[ModelSource]:
@@ -99,22 +102,14 @@ def _hub_model(spelling: str, download: bool) -> ModelSource:
 def _downloaded(name: str, folder: Path, hub_id: str, spelling: str) -> ModelSource:
     checkpoint = open_checkpoint(folder)
     # The last part of a snapshot's folder is the commit that the revision stood for.
-    return ModelSource(name, checkpoint, _identity(checkpoint, digest_of([hub_id, checkpoint.path.name])), spelling)
+    identity = checkpoint_identity(checkpoint, digest_of([hub_id, checkpoint.path.name]))
+    return ModelSource(name, checkpoint, identity, spelling, "commit")
 
 
 def _local(name: str, folder: Path, hashes: FileHashes, spelling: str) -> ModelSource:
     checkpoint = open_checkpoint(folder)
-    files = checkpoint.weight_files + checkpoint.companion_files
-    return ModelSource(name, checkpoint, _identity(checkpoint, hashes.of_files(folder, files)), spelling)
-
-
-def _identity(checkpoint: Checkpoint, content: str) -> str:
-    """The digest of a checkpoint's content; with its number of parameters where that isn't of all that is in the files.
-
-    An earlier version counted these too, and what it made for a ratio isn't what that ratio means.
-    """
-    recounted = checkpoint.surplus or checkpoint.has_untied_head
-    return digest_of([content, checkpoint.parameters]) if recounted else content
+    identity = checkpoint_identity(checkpoint, hashes.of_files(folder, content_files(checkpoint)))
+    return ModelSource(name, checkpoint, identity, spelling, "checkpoint")
 
 
 def _snapshot(name: str, hub_id: str, revision: str, download: bool) -> Path:

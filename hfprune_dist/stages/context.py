@@ -5,20 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from hfprune_dist.artifacts import Store
+from hfprune_dist.claims import Claim, ClaimLostError
 from hfprune_dist.config import RuntimeConfig
 from hfprune_dist.data.windows import load_windows
-from hfprune_dist.errors import LostInputError
+from hfprune_dist.errors import LostInputError, UserError
+from hfprune_dist.identity import AfterEach
+from hfprune_dist.inputs import ChangedInputError, UserFiles
 from hfprune_dist.parallel.interruption import Interruption
 from hfprune_dist.parallel.world import World
 from hfprune_dist.plan import Stage
 from hfprune_dist.progress import Progress
 from hfprune_dist.provenance import environment
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Context:
         config: the resolved configuration of the sweep, kept in the manifest.
         code: provenance of the code (commit, dirty diff), kept in the manifest.
         attempt: 1 for the first.
+        claim: under which the stage runs, on rank 0; None where nobody claimed it.
         interruption: whether this attempt has been asked to end early.
         work: folder for progress inside the stage; survives a death and is found again by the next attempt.
     """
@@ -41,6 +48,7 @@ class Context:
     config: dict[str, Any]
     code: dict[str, Any]
     attempt: int
+    claim: Claim | None = None
     interruption: Interruption = field(default_factory=Interruption)
     started: float = field(default_factory=time.time)
 
@@ -64,39 +72,95 @@ class Context:
         """The windows that the scores of the role ``importance`` come from, int64 [samples, sequence_length]."""
         return load_windows(self.input_path("importance"))
 
+    @cached_property
+    def _user_files(self) -> UserFiles:
+        return UserFiles(self.stage.inputs.values(), self.store.make_hashes)
+
     def check_inputs(self) -> None:
-        """Verify every artifact that this stage reads, byte for byte (rank 0 reads, all ranks learn the verdict).
+        """Verify everything that this stage reads, byte for byte (rank 0 reads, all ranks learn the verdict).
+
+        Files of the user's whose size, times and inode are those of an earlier reading are not read again.
 
         Raises:
             LostInputError: naming the artifact; it has been set aside, so that the sweep makes it again.
+            ChangedInputError: naming a file of the user's that is not what the sweep was planned with. What earlier
+                attempts have made of it is deleted.
         """
-        problem = self.world.let_first(self._first_problem)
-        if problem:
-            raise LostInputError(problem)
+        self._let_first(self._check_inputs)
 
-    def _first_problem(self, after_each: Callable[[], None]) -> str | None:
+    def _check_inputs(self, after_each: AfterEach) -> None:
         for stage_id in self.stage.needs:
-            verdict = self.store.verify(stage_id, thorough=True, after_each=after_each)
-            if verdict.state == "corrupt":
-                aside = self.store.set_aside(stage_id)
-                return f"{stage_id}: {verdict.reason}; set aside as {aside}; run the sweep again to make it anew"
-            if verdict.state == "missing":
-                return f"{stage_id}: {verdict.reason}; run the sweep again"
-        return None
+            self._check_artifact(stage_id, after_each)
+        self._discarding_progress(self._user_files.require_planned, after_each)
+
+    def _check_artifact(self, stage_id: str, after_each: AfterEach) -> None:
+        while (verdict := self.store.verify(stage_id, thorough=True, after_each=after_each)).state == "corrupt":
+            aside = self.store.set_aside(stage_id, after_each)
+            if aside is not None:
+                raise LostInputError(
+                    f"{stage_id}: {verdict.reason}; set aside as {aside}; run the sweep again to make it anew"
+                )
+        if verdict.state == "missing":
+            raise LostInputError(f"{stage_id}: {verdict.reason}; run the sweep again")
+
+    def require_untouched_inputs(self) -> None:
+        """Check that no file of the user's has changed since ``check_inputs`` (a collective).
+
+        To be called before anything is kept that others, or a later attempt, take for what the planned files lead to.
+
+        Raises:
+            ChangedInputError: naming the file. What this stage has made of it so far is deleted.
+        """
+        self._let_first(self._require_untouched_inputs)
+
+    def _require_untouched_inputs(self, after_each: AfterEach) -> None:
+        self._discarding_progress(self._user_files.require_untouched, after_each)
+
+    def _discarding_progress(self, check: Callable[[AfterEach], None], after_each: AfterEach) -> None:
+        """Check files; where they have changed, nobody knows which content the progress in the work folder is from."""
+        try:
+            check(after_each)
+        except ChangedInputError:
+            if self.claim is not None:
+                self.claim.require_held()
+            self.store.discard_progress(self.stage.id)
+            raise
 
     def open_draft(self) -> Path:
         """The folder in which all ranks may write files of the artifact."""
-        return self.world.broadcast(self.store.open_draft(self.stage.id) if self.world.is_first else Path())
+        return self._let_first(lambda _: self.store.open_draft(self.stage.id, self.claim))
 
     def commit(self, draft: Path, metrics: dict[str, Any]) -> None:
-        """Publish the draft as this stage's artifact, once all ranks have written their files."""
+        """Publish the draft as this stage's artifact, once all ranks have written their files.
+
+        Raises:
+            ChangedInputError: where a file of the user's has changed meanwhile.
+            ClaimLostError: where another process has claimed the stage meanwhile.
+        """
         peak = self.world.peak_memory_bytes()
         self.world.barrier()
         record = self._record(metrics, peak)
-        self.world.let_first(lambda after_each: self.store.commit(self.stage, draft, record, after_each))
-        if self.world.is_first:
-            self.store.discard_work(self.stage.id)
+        self._let_first(lambda after_each: self._commit(draft, record, after_each))
         self.world.barrier()
+
+    def _commit(self, draft: Path, record: dict[str, Any], after_each: AfterEach) -> None:
+        self._require_untouched_inputs(after_each)
+        self.store.commit(self.stage, draft, record, after_each, claim=self.claim)
+        self.store.discard_work(self.stage.id)
+
+    def _let_first(self, action: Callable[[AfterEach], T]) -> T:
+        """What an action of rank 0 returns, on every rank; where it ends the stage, all ranks leave in order."""
+
+        def outcome(after_each: AfterEach) -> tuple[T | None, UserError | ClaimLostError | None]:
+            try:
+                return action(after_each), None
+            except (UserError, ClaimLostError) as error:
+                return None, error
+
+        value, error = self.world.let_first(outcome)
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]
 
     def _record(self, metrics: dict[str, Any], peak_memory_bytes: int) -> dict[str, Any]:
         finished = time.time()

@@ -61,6 +61,7 @@ def _prepare_rows(context: Context, settings: RecoveryConfig) -> RowCounts:
     # The other ranks are told after each batch, so that none of them waits longer than the collective timeout.
     while context.world.broadcast(collector is not None and collector.take()):
         pass
+    context.require_untouched_inputs()
     if collector is not None:
         collector.save(file)
         cache.put(key, file)

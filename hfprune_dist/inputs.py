@@ -1,0 +1,151 @@
+"""What a stage reads: artifacts of other stages, and files of the user's, which must stay as they were planned."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.identity import AfterEach, FileHashes, digest_of, files_below, nothing
+from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
+
+Content = Literal["", "file", "folder", "checkpoint", "commit"]
+# Size, modification time and inode: what shows without reading that a file was written or replaced.
+Traits = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something a stage reads. ``identity`` is part of the fingerprint, nothing else is.
+
+    For an artifact of another stage the location is its id, and so is the identity where all of it matters; for files
+    of the user's, the digest of their content and their path.
+
+    Attributes:
+        content: what the identity of the user's files is the digest of: a ``file``, all files of a ``folder``, the
+            files that make a ``checkpoint``, or the name of a ``commit`` of the hub, whose files never change. Empty
+            for artifacts, and in records of before there was this field: such files are not checked.
+    """
+
+    identity: str
+    location: str
+    is_stage: bool = False
+    content: Content = ""
+
+
+class ChangedInputError(UserError):
+    """A file is not what the sweep was planned with: what has been made of it may be made of either."""
+
+
+def content_files(checkpoint: Checkpoint) -> list[str]:
+    """Names of the files that a local checkpoint is known by."""
+    return checkpoint.weight_files + checkpoint.companion_files
+
+
+def checkpoint_identity(checkpoint: Checkpoint, content: str) -> str:
+    """What a local checkpoint is known by, from the digest of its files.
+
+    Where the model doesn't compute with all that is in them, its number of parameters is part of it: an earlier version
+    counted the others too, and what it made for a ratio isn't what that ratio means.
+    """
+    recounted = checkpoint.surplus or checkpoint.has_untied_head
+    return digest_of([content, checkpoint.parameters]) if recounted else content
+
+
+class UserFiles:
+    """The files of the user's that a stage reads, from its start to its commit.
+
+    Args:
+        inputs: of the stage; artifacts among them are passed over.
+        make_hashes: makes what recalls the hashes of files that any process of the store has read before.
+    """
+
+    def __init__(self, inputs: Iterable[Input], make_hashes: Callable[[], FileHashes]) -> None:
+        self._inputs = [source for source in inputs if source.content]
+        self._make_hashes = make_hashes
+        self._at_start: dict[Path, Traits] | None = None
+
+    def require_planned(self, after_each: AfterEach = nothing) -> None:
+        """Check that the content of all files is what the plan says; of a hub's commit, that the files are there.
+
+        Args:
+            after_each: called after each piece of a file that is read.
+
+        Raises:
+            ChangedInputError: naming what has changed.
+            UserError: naming what is gone or can't be read.
+        """
+        self._at_start = self._traits()
+        self._require_content("since the sweep was planned", after_each)
+
+    def require_untouched(self, after_each: AfterEach = nothing) -> None:
+        """Check that nobody has written or replaced a file since ``require_planned``, if that was called.
+
+        Files are read only where a change could have left size, modification time and inode alone.
+
+        Raises:
+            ChangedInputError: naming what has changed.
+            UserError: naming what is gone or can't be read.
+        """
+        if self._at_start is None:
+            return
+        now = self._traits()
+        touched = sorted(file for file in self._at_start | now if self._at_start.get(file) != now.get(file))
+        if touched:
+            raise ChangedInputError(f"{touched[0]}: written or replaced while a stage read it; run the sweep again")
+        self._require_content("while a stage read it", after_each)
+
+    def _require_content(self, when: str, after_each: AfterEach) -> None:
+        hashes = self._make_hashes()
+        for source in self._inputs:
+            if _identity_now(source, hashes, after_each) != source.identity:
+                raise ChangedInputError(f"{_changed_part(source)}: changed {when}; run the sweep again")
+        with contextlib.suppress(OSError):  # they are read again the next time
+            hashes.save()
+
+    def _traits(self) -> dict[Path, Traits]:
+        return {file: _traits_of(file) for source in self._inputs for file in _files(source)}
+
+
+def _identity_now(source: Input, hashes: FileHashes, after_each: AfterEach) -> str:
+    location = Path(source.location)
+    if source.content == "commit":
+        open_checkpoint(location)
+        return source.identity
+    if source.content == "file":
+        return hashes.of_file(location, after_each)
+    content = hashes.of_files(location, _names(source), after_each)
+    return checkpoint_identity(open_checkpoint(location), content) if source.content == "checkpoint" else content
+
+
+def _names(source: Input) -> list[str]:
+    """The files of a folder that count, relative to it."""
+    location = Path(source.location)
+    return files_below(location) if source.content == "folder" else content_files(open_checkpoint(location))
+
+
+def _files(source: Input) -> list[Path]:
+    """All files that could change."""
+    location = Path(source.location)
+    if source.content == "file":
+        return [location]
+    return [] if source.content == "commit" else [location / name for name in _names(source)]
+
+
+def _changed_part(source: Input) -> str:
+    """What to name of an input that has changed; of a folder, the file that changed last is the best guess."""
+    if source.content == "file":
+        return source.location
+    newest = max(_files(source), key=lambda file: file.stat().st_ctime_ns, default=None)
+    return source.location if newest is None else f"{source.location} (last of all {newest.name})"
+
+
+def _traits_of(file: Path) -> Traits:
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino

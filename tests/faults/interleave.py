@@ -1,0 +1,90 @@
+"""Several actors in one process, of which one at a time goes on to its next file-system operation, in a drawn order."""
+
+import io
+import os
+import threading
+from contextlib import contextmanager
+from unittest import mock
+
+OPERATIONS = [
+    (os, name) for name in ("stat", "rename", "replace", "link", "unlink", "mkdir", "rmdir", "scandir", "listdir")
+]
+OPERATIONS.append((io, "open"))
+
+
+class Actor(threading.Thread):
+    """Runs an action up to the next file-system operation whenever it is told to go on."""
+
+    def __init__(self, action):
+        super().__init__(daemon=True)
+        self.result = self.error = None
+        self._action = action
+        self._may_go_on, self._waits = threading.Semaphore(0), threading.Semaphore(0)
+        self.ended = False
+
+    def run(self):
+        self._may_go_on.acquire()
+        try:
+            self.result = self._action()
+        except BaseException as error:
+            self.error = error
+        self.ended = True
+        self._waits.release()
+
+    def pause(self):
+        self._waits.release()
+        self._may_go_on.acquire()
+
+    def go_on(self):
+        self._may_go_on.release()
+        self._waits.acquire()
+
+
+def interleave(actions, choices):
+    """Run actions together; ``choices`` say who goes on next, then those that are left go on in turn.
+
+    Returns:
+        what each action returned.
+    """
+    actors = [Actor(action) for action in actions]
+    with _pausing():
+        for actor in actors:
+            actor.start()
+        for turn in _turns(choices):
+            alive = [actor for actor in actors if not actor.ended]
+            if not alive:
+                break
+            alive[turn % len(alive)].go_on()
+    for actor in actors:
+        if actor.error is not None:
+            raise actor.error
+    return [actor.result for actor in actors]
+
+
+def _turns(choices):
+    yield from choices
+    turn = 0
+    while True:
+        yield (turn := turn + 1)
+
+
+@contextmanager
+def _pausing():
+    with mock.patch.object(os, "fsync"):
+        patches = [mock.patch.object(module, name, _paused(getattr(module, name))) for module, name in OPERATIONS]
+        for patch in patches:
+            patch.start()
+        try:
+            yield
+        finally:
+            for patch in patches:
+                patch.stop()
+
+
+def _paused(original):
+    def wrapper(*args, **kwargs):
+        if isinstance(actor := threading.current_thread(), Actor):
+            actor.pause()
+        return original(*args, **kwargs)
+
+    return wrapper
