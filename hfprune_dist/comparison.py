@@ -34,7 +34,7 @@ class Comparison:
     """One model's method at one ratio.
 
     Attributes:
-        measures: kl, top1_agreement and perplexity.
+        measures: kl, top1_agreement and perplexity; None where a sweep's isn't a number.
         kl_share: the mean of KL over the reference method's KL in the same sweep, None without one.
         sweeps: how many sweeps have a result.
         wall_time_s: of all stages behind a row, shared ones included; the mean of those that know it.
@@ -45,7 +45,7 @@ class Comparison:
     ratio: float
     method: str
     recovery: str
-    measures: Mapping[str, Spread]
+    measures: Mapping[str, Spread | None]
     kl_share: Spread | None
     sweeps: int
     wall_time_s: float | None
@@ -72,19 +72,24 @@ def _comparison(
     model: str, ratio: float, method: str, recovery: str, members: Sequence[tuple[Row, float | None]]
 ) -> Comparison:
     rows = [row for row, _ in members]
-    shares = [row["kl"] / reference for row, reference in members if reference]
+    shares = [row["kl"] / reference for row, reference in members if reference and row["kl"] is not None]
     times = [row["wall_time_s"] for row in rows if row["wall_time_s"] is not None]
     return Comparison(
         model,
         ratio,
         method,
         recovery,
-        {name: spread([row[name] for row in rows]) for name in MEASURES},
+        {name: _spread_of_known([row[name] for row in rows]) for name in MEASURES},
         spread(shares) if shares else None,
         len(rows),
         statistics.fmean(times) if times else None,
         max((row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"]), default=None),
     )
+
+
+def _spread_of_known(values: Sequence[float | None]) -> Spread | None:
+    known = [value for value in values if value is not None]
+    return spread(known) if len(known) == len(values) else None
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -163,7 +168,7 @@ def methods_table(comparisons: Sequence[Comparison], reference: str) -> str:
             it.method,
             it.recovery,
             _shown(it.measures["kl"], 3),
-            "-" if it.kl_share is None else _shown(it.kl_share, 3),
+            _shown(it.kl_share, 3),
             _shown(it.measures["top1_agreement"], 3),
             _shown(it.measures["perplexity"], 1),
             str(it.sweeps),
@@ -203,8 +208,8 @@ def settling_table(points: Sequence[Mapping[str, Any]]) -> str:
     return _markdown(head, lines)
 
 
-def _shown(value: Spread, digits: int) -> str:
-    if not math.isfinite(value.mean):
+def _shown(value: Spread | None, digits: int) -> str:
+    if value is None or not math.isfinite(value.mean):
         return "-"
     deviation = "" if value.deviation is None else f" ± {value.deviation:.{digits}f}"
     return f"{value.mean:.{digits}f}{deviation}"

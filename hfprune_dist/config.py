@@ -462,7 +462,8 @@ def parse_ratios(text: str) -> list[float]:
     try:
         return [float(item) for item in parse_list("--ratios", text)]
     except ValueError:
-        raise UserError(f"--ratios {text!r}: give numbers between 0 and 1, e.g. --ratios 0.2,0.5") from None
+        percent = "; 20% is 0.2" if "%" in text else ""
+        raise UserError(f"--ratios {text!r}: give numbers between 0 and 1, e.g. --ratios 0.2,0.5{percent}") from None
 
 
 def read_yaml(file: Path, flag: str, expected: str) -> dict[str, Any]:
@@ -558,7 +559,9 @@ def _explain(schema: type[Section], problem: Mapping[str, Any]) -> str:
         return f"unknown key {key!r}{hint} valid keys: {', '.join(valid)}"
     message = problem["msg"].removeprefix("Value error, ")
     if key and "input" in problem and problem["type"] not in ("value_error", "missing"):
-        return f"{key}: {message} (got {problem['input']!r})"
+        given = problem["input"]
+        percent = location[0] == "ratios" and problem["type"] == "less_than" and 2 <= given < 100
+        return f"{key}: {message} (got {given!r})" + (f"; did you mean {given / 100:g}?" if percent else "")
     return f"{key}: {message}" if key else message
 
 

@@ -17,7 +17,13 @@ _MENDABLE = {
     errno.EROFS: "choose a folder on a writable file system",
 }
 # Of paths that a user gives to a command; in a stage they would be our own mistakes.
-_WRONG_PATH = {errno.ENOTDIR: "give a folder", errno.EISDIR: "give a file", errno.EEXIST: "give another path"}
+_WRONG_PATH = {
+    errno.ENOTDIR: "give a folder",
+    errno.EISDIR: "give a file",
+    errno.EEXIST: "give another path",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "give a path whose links lead somewhere",
+}
 # How libraries in Rust, such as safetensors, tell of an operating system's refusal; their exceptions are no OSError.
 _IN_RUST = re.compile(r"\(os error (\d+)\)")
 

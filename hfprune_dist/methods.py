@@ -20,6 +20,7 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
     files = {file.stem: file for file in sorted(shipped.glob("*.yaml"))}
     on_top = config.prune.model_dump(exclude_none=True)
     methods: dict[str, Method] = {}
+    seen: dict[Path, str] = {}
     for name in config.methods:
         file = files.get(name, Path(name).expanduser())
         if name not in files and file.suffix not in (".yaml", ".yml"):
@@ -27,6 +28,9 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
                 f"--methods: unknown method {name!r}{did_you_mean(name, files)} valid: {', '.join(files)}, "
                 "or a YAML file"
             )
+        if file.resolve() in seen:
+            raise UserError(f"--methods: {seen[file.resolve()]!r} and {name!r} are the same method; name it once")
+        seen[file.resolve()] = name
         if file.stem in methods:
             raise UserError(f"--methods: two methods are called {file.stem!r}; rename one of the files")
         settings = read_yaml(file, "--methods", "the keys of a method")

@@ -181,10 +181,11 @@ def build_plan(
     """Expand a sweep into stages and cells; stages that several cells need appear once.
 
     Raises:
-        UserError: for a ratio that a model can't reach, or input text that can't be read.
+        UserError: for a ratio that a model can't reach, rows that would be the same, or input text that can't be read.
     """
     planner = _Planner(config, methods, hashes)
     cells = [cell for model in models for cell in planner.cells(model)]
+    _refuse_same_rows(cells)
     return Plan(planner.stages, tuple(cells), tuple(planner.asked))
 
 
@@ -224,9 +225,8 @@ class _Planner:
                 "that it came from, at a larger ratio"
             )
         size = size_of(model.checkpoint)
-        for ratio in self.config.ratios:
-            for name, method in self.methods.items():
-                check_reachable(size, ratio, method, f"model {model.name!r}, method {name!r}")
+        for name, method in self.methods.items():
+            check_ratios(size, self.config.ratios, method, f"model {model.name!r}, method {name!r}")
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
         needed = {method.criterion for method in self.methods.values()}
         criteria = needed.union(self.config.importance.criteria)
@@ -376,18 +376,48 @@ def size_of(checkpoint: Checkpoint) -> ModelSize:
     )
 
 
-def check_reachable(size: ModelSize, ratio: float, method: Method, where: str) -> None:
-    """Refuse a ratio that a method can't reach on a model.
+def check_ratios(size: ModelSize, ratios: Sequence[float], method: Method, where: str) -> None:
+    """Refuse ratios that a method can't reach on a model, or can't tell apart there.
 
     Raises:
-        UserError: telling the largest ratio that it can reach.
+        UserError: telling the largest ratio that it can reach, or which two are the same.
     """
+    reached: dict[tuple[int, ...], float] = {}
+    for ratio in ratios:
+        decided = _neurons(size, ratio, method, where)
+        if decided in reached:
+            raise UserError(
+                f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint, with widths that "
+                f"are multiples of {method.multiple_of}; leave one of them out or use a smaller prune.multiple_of"
+            )
+        reached[decided] = ratio
+
+
+def _neurons(size: ModelSize, ratio: float, method: Method, where: str) -> tuple[int, ...]:
+    """The numbers of neurons that decide, with the scores, what stays."""
+    multiple_of = method.multiple_of
+    numbers: list[int] = []
     if method.allocation != "global":
-        uniform_widths(size, ratio, method.steps, method.multiple_of, where)
+        numbers += uniform_widths(size, ratio, method.steps, multiple_of, where)
     if method.allocation != "uniform":
         floors = method.floor, method.protect_first, method.protect_last
-        narrowest = narrowest_widths(size, *floors, method.multiple_of)
-        removals(size, ratio, narrowest, method.multiple_of, where)
+        wanted = removals(size, ratio, narrowest_widths(size, *floors, multiple_of), multiple_of, where)
+        # Where all of a layer's steps down are of this size, so many are taken as come closest.
+        all_alike = size.intermediate_size % multiple_of == 0
+        numbers.append((wanted + multiple_of // 2) // multiple_of if all_alike else wanted)
+    return tuple(numbers)
+
+
+def _refuse_same_rows(cells: Iterable[Cell]) -> None:
+    labels: dict[str, str] = {}
+    for cell in cells:
+        label = label_of(cell.model, cell.ratio, cell.method, cell.recovery)
+        if cell.evaluate in labels:
+            raise UserError(
+                f"rows {labels[cell.evaluate]!r} and {label!r} would be the same: their models have the same "
+                "content, and their methods the same settings; leave one of them out"
+            )
+        labels[cell.evaluate] = label
 
 
 def _effective(method: Method) -> dict[str, Any]:

@@ -17,14 +17,13 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfprune_dist.config import parse_list
-from hfprune_dist.errors import UserError, did_you_mean, explained
+from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.files import write_json, write_text
-from hfprune_dist.models.checkpoint import open_checkpoint
+from launch.command import folder, run
 
 if TYPE_CHECKING:
     from launch.benchmark.results import Findings
@@ -35,17 +34,20 @@ ASSETS = Path("runs/demo-assets")
 TOKENS, ROUNDS, QUICK_ROUNDS = 1024, 3, 1
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen sections; print the table, write it with everything else to the output folder."""
-    arguments = _parser().parse_args()
-    with explained():
-        sections = _sections(arguments.only)
-        run_sections(sections, arguments)
+    return run(lambda: _bench(argv))
+
+
+def _bench(argv: Sequence[str] | None) -> int:
+    arguments = _parser().parse_args(argv)
+    run_sections(_sections(arguments.only), arguments)
     return 0
 
 
 def run_sections(sections: list[str], arguments: argparse.Namespace) -> None:
     """Measure section by section; what is done is on disk before the next begins."""
+    from hfprune_dist.models.checkpoint import open_checkpoint
     from launch.benchmark.plot import can_plot, plot
     from launch.benchmark.results import Findings, markdown
 
@@ -120,8 +122,12 @@ def _machine() -> dict[str, Any]:
 
 
 def _sections(only: str | None) -> list[str]:
+    from hfprune_dist.config import parse_list
+
     chosen = list(SECTIONS) if only is None else parse_list("--only", only)
     for section in chosen:
+        if chosen.count(section) > 1:
+            raise UserError(f"--only: {section!r} is named twice")
         if section not in SECTIONS:
             raise UserError(
                 f"--only: no section {section!r}{did_you_mean(section, SECTIONS)} valid: {', '.join(SECTIONS)}"
@@ -131,10 +137,10 @@ def _sections(only: str | None) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="PATH", type=Path, help="a checkpoint folder; default: the demo's llama")
+    parser.add_argument("--model", metavar="PATH", type=folder, help="a checkpoint folder; default: the demo's llama")
     parser.add_argument("--only", metavar="A,B", help=f"sections to measure, of {', '.join(SECTIONS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and points: to see that it works")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/bench"), help="default: runs/bench")
+    parser.add_argument("--out", metavar="DIR", type=folder, default=Path("runs/bench"), help="default: runs/bench")
     return parser
 
 

@@ -21,7 +21,7 @@ from hfprune_dist.core.settling import SHARES_KEPT
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.files import write_text
 from launch.screen import make_console
-from launch.sweep_folder import Finished, read_sweep
+from launch.sweep_folder import Finished, read_sweep, require_folder
 
 
 def compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
@@ -29,7 +29,8 @@ def compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{', '.join(map(str, folders))}: one folder is given twice; give each sweep once")
     sweeps = [read_sweep(folder) for folder in folders]
-    reference = named or "hfprune"
+    require_folder(out)
+    reference = "hfprune" if named is None else named
     methods = compare_methods([sweep.rows for sweep in sweeps], reference)
     if not methods:
         raise UserError(f"{', '.join(map(str, folders))}: no cell is finished; run the sweeps first")

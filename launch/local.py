@@ -164,6 +164,18 @@ class LocalBackend:
         return Failure("input", message, -1, time.time())
 
 
+def fitting_runtime(runtime: RuntimeConfig) -> tuple[RuntimeConfig, str]:
+    """A runtime whose ranks each find a GPU, where this machine has GPUs; and what to tell if they had to be fewer.
+
+    For ranks that a file asks for, perhaps one of another machine.
+    """
+    gpus = count_gpus()
+    if not gpus or runtime.ranks is None or runtime.ranks <= gpus:
+        return runtime, ""
+    told = f"note: runtime.ranks {runtime.ranks} is more than the GPUs of this machine; stages run with {gpus} ranks"
+    return runtime.model_copy(update={"ranks": gpus}), told
+
+
 def ranks_here(runtime: RuntimeConfig) -> int:
     """Processes of a stage on this machine.
 

@@ -109,7 +109,8 @@ class _ProfileFile(Resources):
     max_running: Positive | None = None
     """The most jobs of a sweep that run at once; null: as many as the cluster lets run."""
     stages: dict[Kind, dict[str, Any]] = Field(default_factory=dict)
-    """Kind of stage -> the settings that differ for it."""
+    """Kind of stage -> the settings that differ for it. Of environment and sbatch, the keys that are named here are
+    added or replaced, and removed where they are null; setup and srun_args are replaced as a whole."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,19 @@ def load_profile(name: str, shipped: Path) -> Profile:
     whole = parse(_ProfileFile, raw, str(file))
     common = whole.model_dump(exclude={"stages", "max_running"})
     resources = {
-        kind: parse(Resources, {**common, **whole.stages.get(kind, {})}, f"{file}: stages.{kind}")  # type: ignore[call-overload]
+        kind: parse(Resources, _laid_over(common, whole.stages.get(kind, {})), f"{file}: stages.{kind}")  # type: ignore[call-overload]
         for kind in STAGE_VERSIONS
     }
     return Profile(file.stem, resources, whole.max_running)
+
+
+def _laid_over(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A kind's settings over those of all stages."""
+    merged = {**common, **own}
+    for key in ("environment", "sbatch"):
+        if isinstance(own.get(key), dict):
+            merged[key] = {name: value for name, value in {**common[key], **own[key]}.items() if value is not None}
+    return merged
 
 
 def _find(name: str, shipped: Path) -> Path:

@@ -25,7 +25,7 @@ from launch.cluster import Sweep, cancel, run_on_slurm, show_jobs, show_status
 from launch.estimate import estimate_stages, refuse_what_cannot_fit, show_estimates
 from launch.hardware import note_on_bfloat16
 from launch.layout import Origin, discard_finished_work
-from launch.local import LocalBackend
+from launch.local import LocalBackend, fitting_runtime
 from launch.profiles import Profile, load_profile
 from launch.screen import StageScreen, make_console, show_plan, show_results, stage_screen
 from launch.slurm_cli import SlurmCommands, SlurmUnavailableError
@@ -82,6 +82,11 @@ def _run(console: Console, config: SweepConfig, store: Store, out: Path, argumen
     profile = _profile(arguments)
     verdicts = {stage_id: store.verify(stage_id) for stage_id in plan.stages}
     todo = plan.lacking(lambda stage_id: verdicts[stage_id].state == "done")
+    runtime, remark = config.runtime, ""
+    if profile is None and not _asks_for_ranks(_overrides(arguments)):
+        runtime, remark = fitting_runtime(config.runtime)
+    _tell(console, remark)
+    here = config.model_copy(update={"runtime": runtime})
     estimates = estimate_stages(plan, todo, profile, config.runtime) if profile is not None else []
     if arguments.dry_run:
         show_plan(console, plan, verdicts, todo)
@@ -89,10 +94,10 @@ def _run(console: Console, config: SweepConfig, store: Store, out: Path, argumen
             show_jobs(console, sweep, profile, config.runtime, verdicts)
             show_estimates(console, estimates)
     refuse_what_cannot_fit(estimates)
-    check_stages(config, todo, profile)
+    check_stages(here, todo, profile)
     if arguments.dry_run:
         return 0
-    run = _runner(console, sweep, todo, profile, config, arguments) if todo else None
+    run = _runner(console, sweep, todo, profile, here, arguments) if todo else None
     require_writable(out)
     write_config(out, config, models)
     write_record(out, _with_earlier(console, out, plan, models))
@@ -215,10 +220,20 @@ def _profile(arguments: argparse.Namespace) -> Profile | None:
     if arguments.max_running is not None and arguments.max_running < 1:
         raise UserError(f"--max-running {arguments.max_running}: must be at least 1")
     if arguments.profile is None or arguments.backend == "local":
+        if arguments.max_running is not None:
+            raise UserError(f"--max-running {arguments.max_running}: of jobs on Slurm (--profile); here one stage runs")
+        if arguments.follow is False:
+            raise UserError("--no-follow: of jobs on Slurm (--profile); stages on this machine end with this command")
         return None
     if arguments.ranks is not None:
         raise UserError(f"--ranks {arguments.ranks}: with --profile, its nodes and tasks_per_node say how many")
     return load_profile(arguments.profile, PROFILES)
+
+
+def _asks_for_ranks(overrides: Mapping[str, Any]) -> bool:
+    """Whether the command line says how many ranks there are."""
+    section = overrides.get("runtime")
+    return "runtime.ranks" in overrides or (isinstance(section, dict) and "ranks" in section)
 
 
 def _show(console: Console, sweep: Sweep, arguments: argparse.Namespace) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import yaml
@@ -95,6 +98,17 @@ def sweep(
         timeout=600,
         check=False,
     )
+
+
+def in_process(main: Callable[[Sequence[str]], int], *arguments: object) -> tuple[int, str, str]:
+    """Run a command whose stages are all there, or that refuses: (exit code, stdout, stderr)."""
+    shown, said = io.StringIO(), io.StringIO()
+    with redirect_stdout(shown), redirect_stderr(said):
+        try:
+            code = main([str(it) for it in arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, shown.getvalue(), said.getvalue()
 
 
 def finish(

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -37,6 +38,24 @@ def test_missing_cells_are_left_out_and_a_single_sweep_has_no_spread():
     assert (ours.method, dense.method) == ("ours", "dense")
     assert ours.kl_share is None and ours.measures["kl"].deviation is None
     assert "±" not in methods_table([ours], "x")
+
+
+@pytest.mark.parametrize("reference", [0.5, None, 0.0])
+@pytest.mark.parametrize("measure", ["kl", "top1_agreement", "perplexity"])
+def test_what_a_sweep_has_no_number_for_is_missing(measure, reference):
+    """A model whose logits are no numbers has a result without KL and perplexity."""
+    sweeps = [[row("hfprune", reference), row("ours", 0.5)], [row("hfprune", 0.4), {**row("ours", 0.3), measure: None}]]
+    *_, ours = compare_methods(sweeps, "hfprune")
+    assert ours.measures[measure] is None and ours.sweeps == 2
+    assert sum(it is None for it in ours.measures.values()) == 1
+    line = methods_table([ours], "hfprune").splitlines()[2]
+    assert line.split(" | ")[{"kl": 4, "top1_agreement": 6, "perplexity": 7}[measure]] == "-"
+    json.dumps([asdict(ours)], allow_nan=False)
+
+
+def test_methods_without_any_number_have_a_row():
+    (ours,) = compare_methods([[row("ours", None) | {"top1_agreement": None, "perplexity": None}]], "ours")
+    assert ours.kl_share is None and "| ours | none | - | - | - | - | 1 |" in methods_table([ours], "ours")
 
 
 def test_spread_is_that_of_a_sample():

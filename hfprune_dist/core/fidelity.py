@@ -93,11 +93,13 @@ def compare_logits(dense_NV: Tensor, model_NV: Tensor, next_ids_N: Tensor) -> Fi
     log_p_NV = dense_NV.log_softmax(dim=-1)
     log_q_NV = model_NV.log_softmax(dim=-1)
     kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(dim=-1)
+    # A logit that isn't a number makes all of its row's so; such models agree in nothing, not even with themselves.
+    known_N = ~(log_p_NV[:, 0].isnan() | log_q_NV[:, 0].isnan())
     has_next = next_ids_N >= 0
     nll_N = -log_q_NV[has_next].gather(1, next_ids_N[has_next, None])
     return FidelitySums(
         kl=kl_N.sum(dtype=torch.float64).item(),
-        agree=(log_p_NV.argmax(dim=-1) == log_q_NV.argmax(dim=-1)).sum().item(),
+        agree=((log_p_NV.argmax(dim=-1) == log_q_NV.argmax(dim=-1)) & known_N).sum().item(),
         nll=nll_N.sum(dtype=torch.float64).item(),
         tokens=next_ids_N.numel(),
         predicted=int(has_next.sum()),

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hfprune_dist.core import head
 from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_logits, compare_outputs, next_ids
@@ -76,3 +78,18 @@ def test_sums_add_up_and_divide_once():
 
 def test_the_last_position_has_no_next_token():
     assert next_ids(torch.tensor([5, 6, 7])).tolist() == [6, 7, -1]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(tokens=st.integers(1, 9), vocabulary=st.integers(2, 7), where=st.sets(st.integers(0, 62)), data=st.randoms())
+def test_what_is_no_number_agrees_with_nothing(tokens, vocabulary, where, data):
+    """Not with itself either: a broken model is its own reference in the dense row."""
+    logits_NV = torch.randn(tokens, vocabulary, generator=torch.Generator().manual_seed(data.randrange(99)))
+    broken_NV = logits_NV.clone()
+    for place in where:
+        broken_NV.view(-1)[place % broken_NV.numel()] = float("nan")
+    whole = int((~broken_NV.isnan().any(-1)).sum())
+    ids_N = torch.zeros(tokens, dtype=torch.int64)
+    for pair in ((broken_NV, broken_NV), (logits_NV, broken_NV), (broken_NV, logits_NV)):
+        assert compare_logits(*pair, ids_N).agree == whole
+    assert compare_logits(logits_NV, logits_NV, ids_N).agree == tokens

@@ -30,6 +30,21 @@ def test_a_kind_of_stage_overrides_single_settings(tmp_path):
     assert profile.max_running == 3
 
 
+def test_environment_and_sbatch_are_merged_key_by_key_and_lists_replaced(tmp_path):
+    common = (
+        "environment: {NCCL_DEBUG: WARN, A: '1'}\nsbatch: {reservation: week4, exclusive: true}\n"
+        "setup: [module load cuda]\nsrun_args: [--cpu-bind=none]\n"
+    )
+    own = "stages: {recover: {environment: {A: '2', B: '3'}, sbatch: {reservation: null, nice: 5}, setup: [true]}}\n"
+    profile = load_profile(write(tmp_path, common + own.replace("[true]", "['echo b']")), SHIPPED)
+    recover, prune = profile.resources["recover"], profile.resources["prune"]
+    assert recover.environment == {"NCCL_DEBUG": "WARN", "A": "2", "B": "3"}
+    assert recover.sbatch == {"exclusive": True, "nice": 5}
+    assert recover.setup == ["echo b"] and recover.srun_args == prune.srun_args == ["--cpu-bind=none"]
+    assert prune.environment == {"NCCL_DEBUG": "WARN", "A": "1"} and prune.setup == ["module load cuda"]
+    assert prune.sbatch == {"reservation": "week4", "exclusive": True}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -43,6 +58,9 @@ def test_a_kind_of_stage_overrides_single_settings(tmp_path):
         ("gpus_per_node: 8\ntasks_per_node: 16", ["tasks_per_node 16 is more than gpus_per_node 8"]),
         ("gpu_tflops: .inf", ["gpu_tflops", "finite"]),
         ("environment: {BAD NAME: x}", ["environment", "pattern"]),
+        ("environment: {A: null}", ["environment.A", "string"]),
+        ("stages: {recover: {environment: [A]}}", ["stages.recover", "environment", "dictionary"]),
+        ("stages: {recover: {sbatch: {mem: 3}}}", ["stages.recover", "mem is not to be given there"]),
         ("sbatch: {ntasks_per_node: 7}", ["ntasks-per-node is not to be given there"]),
         ("[a", ["not valid YAML"]),
         ("just text", ["keys and values"]),

@@ -1,15 +1,13 @@
 """Rows of a folder stay until they are removed, and what results stand on needn't be there; no stage runs here."""
 
 import csv
-import io
 import json
 import re
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import yaml
-from sweeps import make_inputs, planned
+from sweeps import in_process, make_inputs, planned
 
 from hfprune_dist import plan
 from hfprune_dist.artifacts import Store
@@ -35,14 +33,7 @@ def fill(out, wanted, but=()):
 
 
 def run(*arguments, command=sweep):
-    """In this process: (exit code, what was shown, what was said on stderr)."""
-    shown, said = io.StringIO(), io.StringIO()
-    with redirect_stdout(shown), redirect_stderr(said):
-        try:
-            code = command.main([str(it) for it in arguments])
-        except SystemExit as end:
-            code = end.code
-    return code, shown.getvalue(), said.getvalue()
+    return in_process(command.main, *arguments)
 
 
 def done(config, out, *arguments, **overrides):

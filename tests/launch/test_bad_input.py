@@ -1,0 +1,230 @@
+"""What commands refuse: one message, exit code 2, nothing written, in dry runs too. In this process, so it is quick."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from ranks import ROOT
+from sweeps import in_process, make_inputs
+from tiny import save_tiny
+
+from hfprune_dist.config import SweepConfig, load_config
+from hfprune_dist.identity import FileHashes
+from hfprune_dist.models import sources
+from launch import bench, compare, report, sweep
+from launch.local import fitting_runtime
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(autouse=True)
+def safe(monkeypatch):
+    """No network, and nothing runs that should have been refused."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("launch.local.LocalBackend.run", lambda *_: pytest.fail("a stage has begun"))
+
+
+def files_below(folder):
+    return sorted(folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--ratios", "20"], ["ratios.0", "less than 1", "did you mean 0.2?"]),
+        (["--ratios", "0.1,35.5"], ["ratios.1", "did you mean 0.355?"]),
+        (["--ratios", "20%"], ["--ratios '20%'", "20% is 0.2"]),
+        (["--ratios", "nan"], ["ratios.0"]),
+        (["--set", "ratios=[20]"], ["did you mean 0.2?"]),
+        (["--set", "ratios=[twenty]"], ["ratios.0"]),
+        (["calibration.samples=3"], ["calibration.samples=3", "write --set calibration.samples=3"]),
+        (["--set", "seed=1", "calibration.samples=3"], ["write --set calibration.samples=3"]),
+        (["extra"], ["unrecognized arguments: extra"]),
+        (
+            ["--models", "someone/nothing"],
+            ["someone/nothing@main is not in the local hub cache", "nor is there a folder"],
+        ),
+        (["--models", "someone/nothing@v2"], ["someone/nothing@v2", "not in the local hub cache"]),
+        (["--models", "some/where/else"], ["no such folder"]),
+        (["--models", "alpha,{inputs}/alpha"], ["are the same checkpoint", "name it once"]),
+        (["--models", "{inputs}/alpha,{inputs}/beta/../alpha/"], ["listed twice"]),
+        (["--models", "alpha,alpha"], ["listed twice"]),
+        (["--methods", "hfprune,{root}/configs/methods/hfprune.yaml"], ["are the same method", "name it once"]),
+        (["--methods", "hfprune,hfprune"], ["listed twice"]),
+        (["--ratios", "0.1,0.11", "--set", "prune.multiple_of=8"], ["ratios 0.1 and 0.11", "multiples of 8"]),
+        (["--ratios", "0.1,0.1001"], ["ratios 0.1 and 0.1001", "multiples of 1;"]),
+        (
+            ["--ratios", "0.1,0.101", "--methods", "surgeon", "--set", "prune.multiple_of=8"],
+            ["method 'surgeon'", "ratios 0.1 and 0.101"],
+        ),
+        (["--max-running", "3"], ["--max-running 3", "--profile"]),
+        (["--no-follow"], ["--no-follow", "--profile"]),
+        (["--out", ""], ["folder is empty"]),
+        (["--out", "x" * 300], ["shorter path"]),
+        (["--out", "{inputs}/tiny.yaml"], ["--out", "tiny.yaml", "not a folder"]),
+        (["--out", "{inputs}/tiny.yaml/deep/er"], ["--out", "tiny.yaml", "not a folder"]),
+        (["--profile", ""], ["no profile ''"]),
+        (["--config", ""], ["--config"]),
+        (["--criteria", ""], ["--criteria"]),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_sweep_that_can_not_be_is_refused(config, tmp_path, monkeypatch, arguments, expected, dry):
+    monkeypatch.chdir(tmp_path)
+    before = files_below(config.parent)
+    given = [it.format(inputs=config.parent, root=ROOT) if it.startswith("{") or ",{" in it else it for it in arguments]
+    code, _, said = in_process(sweep.main, "--config", config, "--out", "out", *given, *dry)
+    assert code == 2 and "Traceback" not in said, said
+    for part in expected:
+        assert part in said
+    assert files_below(tmp_path) == [] and files_below(config.parent) == before
+
+
+@pytest.mark.parametrize("ratios", ["0.1,0.2", "0.05,0.2,0.1"])
+def test_ratios_of_several_widths_are_told_apart(config, tmp_path, ratios):
+    for method in ("surgeon-uniform-block", "surgeon", "surgeon-searched"):
+        code, _, said = in_process(
+            sweep.main, "--config", config, "--out", tmp_path, "--dry-run", "--ratios", ratios, "--methods", method
+        )
+        assert (code, said) == (0, "")
+
+
+def test_methods_of_the_same_settings_are_not_two_rows(config, tmp_path):
+    copy = tmp_path / "mine.yaml"
+    copy.write_text((ROOT / "configs" / "methods" / "hfprune.yaml").read_text())
+    where = ["--config", config, "--out", tmp_path / "out", "--dry-run"]
+    code, _, said = in_process(sweep.main, *where, "--methods", f"hfprune,{copy}")
+    assert code == 2 and "'alpha 0.1 hfprune + lora' and 'alpha 0.1 mine + lora' would be the same" in said
+
+
+def test_an_empty_name_of_logs_runs_nothing(config, tmp_path):
+    code, _, said = in_process(sweep.main, "--config", config, "--out", tmp_path / "out", "--logs", "")
+    assert code == 2 and "no cell ''" in said and not (tmp_path / "out").exists()
+
+
+def test_a_folder_comes_before_the_hub(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "org" / "name")
+    assert load_config([], {"models": ["org/name"]}).models == [str(tmp_path / "org" / "name")]
+    assert load_config([], {"models": ["org/other", "./org/other"]}).models == [
+        "org/other",
+        str(tmp_path / "org/other"),
+    ]
+
+
+def test_a_hub_id_is_a_model_and_keeps_its_name(tmp_path, monkeypatch):
+    """Its identity is that of an alias for the same commit."""
+    commit = save_tiny(tmp_path / "snapshots" / "0123abcd")
+    asked = []
+
+    def snapshot(name, hub_id, revision, download):
+        asked.append((hub_id, revision))
+        return commit
+
+    monkeypatch.setattr(sources, "_snapshot", snapshot)
+
+    def model(name, **aliases):
+        config = SweepConfig(models=[name], aliases=aliases)
+        return sources.resolve_models(config, tmp_path / "none", FileHashes(None), download=False)[0]
+
+    plain, pinned = model("org/some-1.5B"), model("org/some-1.5B@refs/pr/1")
+    alias = model("mine", mine={"hub_id": "org/some-1.5B"})
+    assert asked == [("org/some-1.5B", "main"), ("org/some-1.5B", "refs/pr/1"), ("org/some-1.5B", "main")]
+    assert (plain.name, plain.spelling, pinned.name) == ("some-1.5B", "org/some-1.5B", "some-1.5B@refs/pr/1")
+    assert plain.identity == alias.identity
+
+
+def test_ranks_that_a_file_asks_for_are_capped_and_those_of_the_command_line_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    where = ["--config", config, "--out", tmp_path / "out", "--dry-run"]
+    code, shown, said = in_process(sweep.main, *where)
+    assert (code, said) == (
+        0,
+        "",
+    ) and "runtime.ranks 2 is more than the GPUs of this machine; stages run with 1" in shown
+    for asked in (["--ranks", "2"], ["--set", "runtime.ranks=2"], ["--set", "runtime={ranks: 2}"]):
+        code, _, said = in_process(sweep.main, *where, *asked)
+        assert code == 2 and "--ranks 2: this machine has 1 GPUs" in said
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    runtime = load_config([config], {}).runtime
+    assert fitting_runtime(runtime) == (runtime, "")
+
+
+def test_rows_that_brackets_name_are_shown_as_they_are(config, tmp_path):
+    """Where output is marked up, such names would be taken for colours, or end in an error."""
+    out = tmp_path / "100% [red]ä \\ '\"[bold]"
+    code, shown, said = in_process(sweep.main, "--config", config, "--out", out, "--dry-run")
+    assert (code, said) == (0, "") and "8 cells" in shown
+    out.mkdir()
+    (out / "config.yaml").write_text(yaml.safe_dump(load_config([config], {}).model_dump()))
+    code, shown, said = in_process(sweep.main, "--out", out, "--status")
+    assert (code, said) == (0, "") and f"configuration: {out}" in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "expected"),
+    [
+        (report, [""], "folder is empty"),
+        (report, ["nowhere"], "no sweep.json"),
+        (compare, ["nowhere", "--out", ""], "folder is empty"),
+        (compare, ["nowhere", "./nowhere", "--out", "x"], "given twice"),
+        (compare, ["nowhere", "--out", "x"], "no sweep.json"),
+        (bench, ["--only", ""], "--only"),
+        (bench, ["--only", "pass,pass"], "named twice"),
+        (bench, ["--only", "passs"], "did you mean 'pass'"),
+        (bench, ["--out", ""], "folder is empty"),
+        (bench, ["--model", "nowhere"], "no such folder"),
+    ],
+)
+def test_other_commands_refuse_too(tmp_path, monkeypatch, command, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    code, _, said = in_process(command.main, *arguments)
+    assert code == 2 and expected in said and "Traceback" not in said
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["sweep.py", "report.py", "compare.py", "bench.py"])
+def test_a_deleted_current_folder_is_one_message(tmp_path, command):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"cd {gone} && rmdir {gone} && {sys.executable} {ROOT / 'launch' / command} x --out y"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "deleted" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", [sweep, report, compare, bench])
+def test_an_interruption_during_imports_is_no_traceback(command, monkeypatch):
+    """In a process of its own, whose first import of a package that takes long is interrupted."""
+    name = command.__name__.rpartition(".")[2]
+    needed = {"report": ["x"], "compare": ["x", "--out", "y"], "bench": ["--model", "x"]}.get(name, [])
+    script = f"""
+import builtins, os, signal, sys
+imported = builtins.__import__
+def interrupting(name, *rest):
+    if name.split(".")[0] in ("rich", "yaml", "pydantic", "numpy"):
+        os.kill(os.getpid(), signal.SIGINT)
+    return imported(name, *rest)
+builtins.__import__ = interrupting
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from launch import {name}
+sys.exit({name}.main({needed!r}))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 130 and "interrupted" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_folder_that_may_not_be_written_to(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    code, _, said = in_process(sweep.main, "--config", config, "--out", tmp_path / "out", "--dry-run")
+    assert code == 2 and f"{tmp_path} can't be written to" in said
+
+
+def test_names_that_are_no_text_are_refused(config, tmp_path):
+    name = os.fsdecode(b"\xff")
+    code, _, said = in_process(sweep.main, "--config", config, "--out", tmp_path / name, "--dry-run")
+    assert code == 2 and "isn't UTF-8" in said
