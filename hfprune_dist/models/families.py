@@ -118,15 +118,28 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Keys of a config.json, and what a model is that has them.
+_OTHER_KINDS = {
+    "vision_config": "a model of images and text",
+    "audio_config": "a model of sound and text",
+    "is_encoder_decoder": "an encoder-decoder",
+    "num_experts": "a mixture of experts",
+    "num_local_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts",
+}
+
+
 def family_of(config: dict[str, Any], where: str) -> Family:
     """Return the family of a checkpoint's ``config.json``.
 
     Raises:
-        UserError: for an architecture without an adapter; the message lists those with one.
+        UserError: for an architecture without an adapter; the message says what it is and lists those with one.
     """
     model_type = str(config.get("model_type"))
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[model_type]
+    found = next((key for key in _OTHER_KINDS if config.get(key) not in (None, False)), None)
+    if found is None and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    why = f", {_OTHER_KINDS[found]} ({found})," if found else ""
+    raise UserError(
+        f"{where}: model_type {model_type!r}{why} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+    )

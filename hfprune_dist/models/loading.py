@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.models import modeling_pruned
@@ -49,3 +50,47 @@ def require_exact_rotary(model: nn.Module, folder: Path) -> None:
 def model_class(checkpoint: Checkpoint) -> Any:
     """The class that can hold a checkpoint's weights."""
     return AutoModelForCausalLM if checkpoint.is_uniform else getattr(modeling_pruned, checkpoint.family.pruned_class)
+
+
+def require_own_weights(checkpoint: Checkpoint) -> None:
+    """Check that the weights are those of the model that config.json describes, whose layers have one width.
+
+    transformers makes up tensors that are missing, at random, and leaves out those that it has no use for.
+
+    Raises:
+        UserError: naming a tensor that is missing, has another shape, or would be left out; or why transformers can't
+            make the model.
+    """
+    modules = dict(_without_weights(checkpoint).named_modules())
+    expected = {
+        f"{name}.{part}": parameter.shape
+        for name, module in modules.items()
+        for part, parameter in module.named_parameters(recurse=False)
+    }
+    tied = checkpoint.family.head_tensor() if checkpoint.config.get("tie_word_embeddings") else None
+    for name, shape in expected.items():
+        info = checkpoint.tensors.get(name)
+        if info is None and name != tied:
+            raise UserError(f"{checkpoint.path}: tensor {name} is missing from the weight files")
+        if info is not None and info.shape != shape:
+            raise UserError(
+                f"{checkpoint.path}: {name} has shape {list(info.shape)}, but config.json makes it {list(shape)}"
+            )
+    for name in sorted({*checkpoint.tensors, *checkpoint.unused} - expected.keys()):
+        module = modules.get(name.rpartition(".")[0])
+        if module is not None and any(True for _ in module.parameters(recurse=False)):
+            raise UserError(
+                f"{checkpoint.path}: transformers would leave out the tensor {name}, which config.json gives no place"
+            )
+
+
+def _without_weights(checkpoint: Checkpoint) -> nn.Module:
+    logging.set_verbosity_error()
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # of many kinds, for settings of many kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{checkpoint.path / 'config.json'}: transformers can't make this model: {reason}") from None
+    return model

@@ -15,11 +15,11 @@ def load_tokenizer(checkpoint: Path) -> Any:
     """Load the tokenizer of a checkpoint folder.
 
     Raises:
-        UserError: where its files are missing or damaged.
+        UserError: where its files are missing or damaged, or need code from the folder to be run.
     """
     logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(checkpoint)
+        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except Exception as error:  # tokenizers, in Rust, raises the base class
         raise UserError(f"{checkpoint}: the tokenizer can't be loaded ({error})") from None
 
@@ -32,3 +32,35 @@ def bos_id(tokenizer: Any, add_bos_token: bool) -> int | None:
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text without special tokens; texts longer than the model's context are fine here."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def all_plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """``plain_ids`` of many texts."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def require_eos(tokenizer: Any, where: Path) -> None:
+    """Refuse a tokenizer without the token that ends a response.
+
+    Raises:
+        UserError: naming the file that can give it one.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{where}: the tokenizer has no end-of-sequence token; name one in tokenizer_config.json")
+
+
+def require_embedded(tokenizer: Any, rows: int, where: Path) -> None:
+    """Refuse a tokenizer that can give ids for which the table of embeddings has no row.
+
+    Raises:
+        UserError: naming the largest of them.
+    """
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
+    if largest >= rows:
+        raise UserError(
+            f"{where}: the tokenizer gives the token {token!r} the id {largest}, but the embedding has {rows} rows; "
+            "add rows with resize_token_embeddings, or take the token out of the tokenizer's files"
+        )
