@@ -7,6 +7,7 @@ names (0.6 s), and only the folders that define them are indexed, wherever that 
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.util
 import math
 import re
@@ -40,12 +41,25 @@ class Definition:
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
-    """Refuse task names that lm-eval doesn't know, and task files of the user's that can't be read.
+    """Refuse task names that lm-eval doesn't know, and those of the user's task files that can't be used.
 
     Raises:
-        UserError: listing all unknown names, each with a close match where there is one.
+        UserError: listing all unknown names, each with a close match where there is one; or naming a file that a task
+            of the user's reads, and that is missing or empty.
     """
     own, unreadable = _own_definitions(include_path)
+    if include_path is not None and not (own or unreadable):
+        raise UserError(f"evaluation.include_path: no task is defined in {include_path}/**/*.yaml")
+    _refuse_unknown(tasks, include_path, own, unreadable)
+    for name in _unfolded(tasks, own):
+        if name in own and own[name].kind != "group":
+            assert include_path is not None
+            _check_data(name, own[name].file, include_path)
+
+
+def _refuse_unknown(
+    tasks: Sequence[str], include_path: Path | None, own: Mapping[str, Definition], unreadable: Mapping[Path, str]
+) -> None:
     unknown = [task for task in tasks if task not in own]
     shipped = _shipped_definitions() if unknown else {}
     unknown = [task for task in unknown if task not in shipped]
@@ -201,18 +215,23 @@ def _open_index(folders: Sequence[Path] | None, include_path: Path | None) -> An
 
 def _folders_of(tasks: Sequence[str], own: Mapping[str, Definition]) -> list[Path] | None:
     """The folders of lm-eval's that define what ``tasks`` need besides the user's; None: only a full index tells."""
-    wanted, foreign = list(tasks), set()
-    for name in wanted:  # grows while groups unfold
-        definition = own.get(name)
-        if definition is None:
-            foreign.add(name)
-        elif definition.kind == "tag":
-            return None  # others' tasks may carry it, too
-        wanted += [member for member in (definition.members if definition else ()) if member not in wanted]
+    wanted = _unfolded(tasks, own)
+    if any(name in own and own[name].kind == "tag" for name in wanted):
+        return None  # others' tasks may carry it, too
+    foreign = {name for name in wanted if name not in own}
     shipped = _shipped_definitions() if foreign else {}
     if not all(name in shipped and shipped[name].kind == "task" for name in foreign):
         return None
     return sorted({shipped[name].file.parent for name in foreign})
+
+
+def _unfolded(tasks: Sequence[str], own: Mapping[str, Definition]) -> list[str]:
+    """The tasks, and the members of those that are groups of the user's."""
+    wanted = list(tasks)
+    for name in wanted:  # grows while groups unfold
+        members = own[name].members if name in own else ()
+        wanted += [member for member in dict.fromkeys(members) if member not in wanted]
+    return wanted
 
 
 def _shipped_definitions() -> dict[str, Definition]:
@@ -233,13 +252,78 @@ def _own_definitions(folder: Path | None) -> tuple[dict[str, Definition], dict[P
     unreadable: dict[Path, str] = {}
     for file in sorted(folder.glob("**/*.yaml")) if folder else ():
         try:
-            content = yaml.load(file.read_text(encoding="utf-8"), _TaskYaml)
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            content = _read_yaml(file)
+        except (yaml.YAMLError, OSError, ValueError) as error:  # ValueError: not UTF-8; a date that is none
             unreadable[file] = explain(error)
             continue
         if isinstance(content, dict):
             _define(content, file, found)
     return found, unreadable
+
+
+def _read_yaml(file: Path) -> Any:
+    return yaml.load(file.read_text(encoding="utf-8"), _TaskYaml)
+
+
+def _check_data(name: str, file: Path, include_path: Path) -> None:
+    """Refuse a task whose local data is missing or empty.
+
+    Raises:
+        UserError: naming the task and the file.
+    """
+    content = _with_included(file)
+    options = content.get("dataset_kwargs")
+    if content.get("dataset_path") not in FILE_LOADERS or not isinstance(options, Mapping):
+        return
+    for pattern in _paths_in(options.get("data_files")):
+        if "://" in pattern:
+            continue
+        files = _matching(include_path / pattern)
+        if not files:
+            raise UserError(
+                f"task {name!r} ({file}): its data {pattern} is missing; it is looked for in {include_path}"
+            )
+        if all(_is_blank(it) for it in files):
+            raise UserError(f"task {name!r} ({file}): its data {pattern} is empty")
+
+
+def _with_included(file: Path) -> dict[str, Any]:
+    """What a task's YAML file says, with what it includes from others, as lm-eval reads it.
+
+    Raises:
+        UserError: where one of them is missing or can't be read.
+    """
+    content = dict(_read_yaml(file))
+    included = content.pop("include", None) or []
+    merged: dict[str, Any] = {}
+    for other in [included] if isinstance(included, str) else included:
+        try:
+            merged |= _with_included(file.parent / other)
+        except FileNotFoundError:
+            raise UserError(f"{file}: includes {other}, which is missing") from None
+        except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{file}: includes {other}, which can't be read: {explain(error)}") from None
+    return merged | content
+
+
+def _paths_in(data_files: Any) -> Iterator[str]:
+    """A path, several, or those of each split."""
+    if isinstance(data_files, str):
+        yield data_files
+    elif isinstance(data_files, Mapping | list):
+        for entry in data_files.values() if isinstance(data_files, Mapping) else data_files:
+            yield from _paths_in(entry)
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """The file of this name, or those whose names match the pattern."""
+    names = [str(pattern)] if pattern.is_file() else glob.glob(str(pattern), recursive=True)  # noqa: PTH207
+    return [Path(name) for name in names]
+
+
+def _is_blank(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return not stream.read(4096).strip()
 
 
 def _define(content: Mapping[str, Any], file: Path, found: dict[str, Definition]) -> None:
