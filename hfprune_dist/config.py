@@ -53,7 +53,10 @@ class TextSource(Section):
     """Where text comes from: a local file (``path``) if given, else a data set of the Hugging Face hub."""
 
     path: str | None = None
-    """A .jsonl file with one object a line, or any other file as plain text (one document)."""
+    """A file of text: .jsonl or .ndjson (one JSON object a line), .json (an array of objects, or one object after
+    another), .csv or .tsv (the first line names the fields), .parquet, or any other UTF-8 file as plain text (one
+    document). All but .parquet may be compressed (.gz, .bz2, .xz, .zst). A folder stands for the files in it whose
+    names end so, .txt among them, in the order of their names."""
     dataset: str | None = None
     """Hub id of a data set; streamed, so only the documents that are used are downloaded."""
     name: str | None = None
@@ -63,12 +66,12 @@ class TextSource(Section):
     revision: str | None = None
     """Commit of the data set; pin it for results that can be repeated."""
     text_field: str = "text"
-    """Field that holds the text, in a .jsonl file or a data set."""
+    """Field that holds the text, in a file of records or a data set."""
 
     @model_validator(mode="after")
     def _has_a_source(self) -> TextSource:
         if self.path is None and self.dataset is None:
-            raise ValueError("needs a path (a .jsonl or text file) or a dataset (a hub id)")
+            raise ValueError("needs a path (a file of text) or a dataset (a hub id)")
         if self.path is not None and self.dataset not in (None, type(self).model_fields["dataset"].default):
             raise ValueError(f"path ({self.path}) and dataset ({self.dataset}) are both given; set one of them to null")
         return self
@@ -226,6 +229,17 @@ class RecoveryConfig(TextSource, LoraTraining):
     """Passes over the packed rows."""
     max_steps: Positive | None = None
     """Stop after so many optimizer steps; overrides epochs."""
+
+    @model_validator(mode="after")
+    def _fields_differ(self) -> RecoveryConfig:
+        if self.instruction_field == self.response_field:
+            raise ValueError(f"instruction_field and response_field are the same, {self.response_field!r}")
+        return self
+
+    @property
+    def pair_fields(self) -> list[str]:
+        """The fields that are read of each record."""
+        return [self.instruction_field, self.response_field]
 
     def require_shared_evenly(self, world_size: int) -> None:
         """Check that so many ranks can share the rows of an optimizer step evenly.

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hfprune_dist.data.formats import files_of, identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.identity import AfterEach, FileHashes, digest_of, files_below, nothing
 from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 
-Content = Literal["", "file", "folder", "checkpoint", "commit"]
+Content = Literal["", "text", "folder", "checkpoint", "commit"]
 # Size, modification time and inode: what shows without reading that a file was written or replaced.
 Traits = tuple[int, int, int]
 
@@ -25,7 +26,7 @@ class Input:
     of the user's, the digest of their content and their path.
 
     Attributes:
-        content: what the identity of the user's files is the digest of: a ``file``, all files of a ``folder``, the
+        content: what the identity of the user's files is the digest of: a ``text``, all files of a ``folder``, the
             files that make a ``checkpoint``, or the name of a ``commit`` of the hub, whose files never change. Empty
             for artifacts, and in records of before there was this field: such files are not checked.
     """
@@ -115,8 +116,8 @@ def _identity_now(source: Input, hashes: FileHashes, after_each: AfterEach) -> s
     if source.content == "commit":
         open_checkpoint(location)
         return source.identity
-    if source.content == "file":
-        return hashes.of_file(location, after_each)
+    if source.content == "text":
+        return identity_of(location, hashes, after_each)
     content = hashes.of_files(location, _names(source), after_each)
     return checkpoint_identity(open_checkpoint(location), content) if source.content == "checkpoint" else content
 
@@ -130,17 +131,17 @@ def _names(source: Input) -> list[str]:
 def _files(source: Input) -> list[Path]:
     """All files that could change."""
     location = Path(source.location)
-    if source.content == "file":
-        return [location]
+    if source.content == "text":
+        return files_of(location)
     return [] if source.content == "commit" else [location / name for name in _names(source)]
 
 
 def _changed_part(source: Input) -> str:
-    """What to name of an input that has changed; of a folder, the file that changed last is the best guess."""
-    if source.content == "file":
-        return source.location
+    """What to name of an input that has changed; of several files, the one that changed last is the best guess."""
     newest = max(_files(source), key=lambda file: file.stat().st_ctime_ns, default=None)
-    return source.location if newest is None else f"{source.location} (last of all {newest.name})"
+    return (
+        source.location if newest in (None, Path(source.location)) else f"{source.location} (last of all {newest.name})"
+    )
 
 
 def _traits_of(file: Path) -> Traits:

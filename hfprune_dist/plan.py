@@ -13,6 +13,7 @@ from typing import Any
 
 from hfprune_dist.budget import ModelSize, narrowest_widths, removals, step_ratios, uniform_widths
 from hfprune_dist.config import Method, SweepConfig, TextSource
+from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.identity import FileHashes, digest_of
 from hfprune_dist.inputs import Input
@@ -163,6 +164,11 @@ class Plan:
         """Ids of all stages whose cost a row carries, in order; the evaluation is the last."""
         evaluate = self.stages[cell.evaluate]
         return [*dict.fromkeys([*cell.producers, *evaluate.needs, evaluate.id])]
+
+    def dense_folder(self, stage: Stage) -> Path:
+        """The checkpoint of the user's that a stage's model is, or comes from."""
+        source = stage.inputs["model"]
+        return self.dense_folder(self.stages[source.location]) if source.is_stage else Path(source.location)
 
     def to_json(self) -> dict[str, Any]:
         stages = [stage.to_json() for stage in self.stages.values()]
@@ -348,12 +354,12 @@ class _Planner:
         return self._add(Stage("evaluate", label, params, inputs))
 
     def _text(self, source: TextSource) -> tuple[dict[str, Any], Input | None]:
-        """Split a text source into settings and, for a local file, an input known by its content."""
+        """Split a text source into settings and, for a local file or folder, an input known by its content."""
         if source.path is None:
             return source.model_dump(exclude={"path"}), None
         file = Path(source.path)
         settings = source.model_dump(exclude={"path", "dataset", "name", "split", "revision"})
-        return settings, Input(self.hashes.of_file(file), str(file), content="file")
+        return settings, Input(identity_of(file, self.hashes), str(file), content="text")
 
 
 def _part_of(importance: Stage, criteria: Sequence[str]) -> Input:

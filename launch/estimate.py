@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -326,7 +325,4 @@ def _ceil(number: int, divisor: int) -> int:
 
 def _dense(plan: Plan, stage: Stage) -> Checkpoint:
     """The dense checkpoint that a stage's model comes from."""
-    source = stage.inputs["model"]
-    if source.is_stage:
-        return _dense(plan, plan.stages[source.location])
-    return open_checkpoint(Path(source.location))
+    return open_checkpoint(plan.dense_folder(stage))

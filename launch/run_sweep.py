@@ -94,7 +94,7 @@ def _run(console: Console, config: SweepConfig, store: Store, out: Path, argumen
             show_jobs(console, sweep, profile, config.runtime, verdicts)
             show_estimates(console, estimates)
     refuse_what_cannot_fit(estimates)
-    check_stages(here, todo, profile)
+    check_stages(here, plan, todo, profile)
     if arguments.dry_run:
         return 0
     run = _runner(console, sweep, todo, profile, here, arguments) if todo else None

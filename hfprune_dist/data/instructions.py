@@ -10,7 +10,9 @@ import bisect
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hfprune_dist.data.schedule import IGNORED
-from hfprune_dist.data.text import Record, field_of
+from hfprune_dist.data.text import Beginning
+from hfprune_dist.errors import UserError
 from hfprune_dist.files import fsync_path
+from hfprune_dist.models.tokenizer import all_plain_ids, bos_id
 
 TokenizeAll = Callable[[list[str]], list[list[int]]]
 
@@ -30,6 +34,8 @@ PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
+# Pairs that are tokenized in search of one that can be trained on, before a sweep begins: a second's work.
+PAIRS_TO_TRY = 4096
 PACKING_BUFFER = 8192  # pairs that are packed together: enough to fill rows well, few enough to keep them mixed
 
 
@@ -62,14 +68,9 @@ class RowCounts:
     packing_efficiency: float
 
 
-def text_of(record: Record, instruction_field: str, response_field: str, where: str) -> tuple[str, str]:
-    """The prompt and the response of a record.
-
-    Raises:
-        UserError: where a field is missing.
-    """
-    prompt = PROMPT.format_map({"instruction": field_of(record, instruction_field, where)})
-    return prompt, field_of(record, response_field, where)
+def prompt_for(instruction: str) -> str:
+    """The text that a response to an instruction follows."""
+    return PROMPT.format_map({"instruction": instruction})
 
 
 def encode_pairs(
@@ -84,6 +85,34 @@ def encode_pairs(
     prompts = tokenize([prompt for prompt, _ in answered])
     wholes = tokenize([whole for _, whole in answered])
     return [_pair(prompt, whole, bos, eos, sequence_length) for prompt, whole in zip(prompts, wholes, strict=True)]
+
+
+def encode_for(tokenizer: Any, texts: Iterable[tuple[str, str]], sequence_length: int) -> list[Pair | None]:
+    """``encode_pairs`` for the model that a tokenizer belongs to."""
+    bos, eos = bos_id(tokenizer, add_bos_token=True), tokenizer.eos_token_id
+    return encode_pairs(texts, partial(all_plain_ids, tokenizer), bos, eos, sequence_length)
+
+
+def require_trainable(beginning: Beginning, tokenizer: Any, sequence_length: int, where: str) -> None:
+    """Refuse instructions and responses that leave nothing to train on, as far as that is soon known.
+
+    Raises:
+        UserError: as ``nothing_to_train_on`` says.
+    """
+    tried = [(prompt_for(instruction), response) for instruction, response in beginning.texts[:PAIRS_TO_TRY]]
+    if any(encode_for(tokenizer, tried, sequence_length)):
+        return
+    if beginning.is_all and len(tried) == len(beginning.texts):
+        raise nothing_to_train_on(len(tried), tokenizer, sequence_length, where)
+
+
+def nothing_to_train_on(pairs: int, tokenizer: Any, sequence_length: int, where: str) -> UserError:
+    """What is wrong where none of so many pairs has a response token within ``sequence_length``."""
+    (template,) = all_plain_ids(tokenizer, [prompt_for("")])
+    return UserError(
+        f"{where}: none of {pairs} pairs has a response token within recovery.sequence_length {sequence_length}, of "
+        f"which the template alone takes {len(template)} tokens; raise it, or give other pairs"
+    )
 
 
 def _pair(prompt: list[int], whole: list[int], bos: int | None, eos: int, sequence_length: int) -> Pair | None:

@@ -1,36 +1,74 @@
-"""Records from a local file or a hub data set."""
+"""Texts from local files or a hub data set."""
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hfprune_dist.data.formats import Placed, Record, read_files
 from hfprune_dist.errors import UserError
 
-Record = Mapping[str, Any]
+# Characters that are read of a local source before a sweep begins; all of most of them, in a second or two.
+CHECKED_CHARACTERS = 32 * 2**20
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_KINDS = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", list: "a list"}
 
 
-def read_records(source: Mapping[str, Any], path: Path | None, seed: int) -> Iterator[Record]:
-    """Yield the records of a text source.
+@dataclass(frozen=True)
+class Beginning:
+    """The first texts of a local source.
+
+    Attributes:
+        texts: of each record, those in the wanted fields.
+        is_all: whether the source ends with them.
+    """
+
+    texts: list[tuple[str, ...]]
+    is_all: bool
+
+
+def read_texts(
+    source: Mapping[str, Any], path: Path | None, fields: Sequence[str], seed: int, where: str
+) -> Iterator[tuple[str, ...]]:
+    """Yield the texts in some fields of each record.
 
     Args:
-        source: settings of the source (``text_field``, and for a hub data set ``dataset``, ``name``, ``split``,
-            ``revision``).
-        path: local file that holds the text; None reads the hub data set as a stream, shuffled with ``seed``.
+        source: settings of a hub data set (``dataset``, ``name``, ``split``, ``revision``).
+        path: local file or folder that holds the text (see ``formats.SUPPORTED``); None reads the hub data set as a
+            stream, shuffled with ``seed``.
+        where: what the text is for, for messages.
 
     Raises:
-        UserError: where the file or data set can't be read.
+        UserError: where the text can't be read, has no records, or a record has no text in one of the fields.
     """
-    if path is None:
-        yield from _stream(source, seed)
-    elif path.suffix == ".jsonl":
-        yield from _read_jsonl(path)
-    else:
-        yield {source["text_field"]: _read_text(path)}
+    records = _stream(source, seed) if path is None else read_files(path, fields)
+    is_empty = True
+    for place, record in records:
+        is_empty = False
+        yield tuple(field_of(record, field, f"{where} {place}") for field in fields)
+    if is_empty:
+        raise UserError(f"{where} {path or source['dataset']}: it has no records")
+
+
+def read_beginning(path: Path, fields: Sequence[str], where: str, records: int | None = None) -> Beginning:
+    """Read a local source as ``read_texts`` does, but ``CHECKED_CHARACTERS`` and so many records of it at most.
+
+    Raises:
+        UserError: as ``read_texts``, for what is read.
+    """
+    texts: list[tuple[str, ...]] = []
+    characters = 0
+    for text in islice(read_texts({}, path, fields, 0, where), records):
+        texts.append(text)
+        characters += sum(map(len, text))
+        if characters > CHECKED_CHARACTERS:
+            return Beginning(texts, is_all=False)
+    return Beginning(texts, is_all=True)
 
 
 def field_of(record: Record, key: str, where: str) -> str:
@@ -40,59 +78,25 @@ def field_of(record: Record, key: str, where: str) -> str:
         UserError: where the field is missing or holds something else; the message lists the fields there are.
     """
     value = record.get(key)
-    if not isinstance(value, str):
-        raise UserError(f"{where}: no text in field {key!r}; the record has {', '.join(sorted(record)) or 'no fields'}")
-    return value
+    if isinstance(value, str):
+        if not value.isascii() and _SURROGATE.search(value):
+            raise UserError(f"{where}: field {key!r} holds half of a surrogate pair (such as \\ud83d), no character")
+        return value
+    if key in record:
+        raise UserError(f"{where}: field {key!r} holds {_KINDS.get(type(value), 'an object')}, not text")
+    names = ", ".join(name if len(name) <= 40 else f"{name[:40]}..." for name in sorted(record)) or "no fields"
+    raise UserError(f"{where}: no text in field {key!r}; the record has {_SURROGATE.sub('?', names)}")
 
 
-def require_fields(source: Mapping[str, Any], path: Path, fields: Iterable[str]) -> None:
-    """Check that the first record of a local file has text in some fields.
-
-    Raises:
-        UserError: where it hasn't, or can't be read.
-    """
-    for record in itertools.islice(read_records(source, path, seed=0), 1):
-        for key in fields:
-            field_of(record, key, str(path))
-
-
-def _read_text(path: Path) -> str:
-    with _explaining(path):
-        return path.read_text(encoding="utf-8")
-
-
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    with _explaining(path), path.open(encoding="utf-8", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{path}:{number}: expected a JSON object")
-            yield record
-
-
-@contextmanager
-def _explaining(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def _stream(source: Mapping[str, Any], seed: int) -> Iterator[Record]:
+def _stream(source: Mapping[str, Any], seed: int) -> Iterator[Placed]:
     from datasets import load_dataset
 
     try:
         dataset = load_dataset(
             source["dataset"], source["name"], split=source["split"], revision=source["revision"], streaming=True
         )
-        yield from dataset.shuffle(seed=seed, buffer_size=10_000)
+        for number, record in enumerate(dataset.shuffle(seed=seed, buffer_size=10_000), start=1):
+            yield f"{source['dataset']}, record {number}", record
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"data set {source['dataset']!r} (split {source['split']!r}): {error}; give a local file with path instead"

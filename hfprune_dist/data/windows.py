@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hfprune_dist.data.text import field_of, read_records
+from hfprune_dist.data.text import Beginning, read_texts
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.tokenizer import bos_id, plain_ids
 
 Tokenize = Callable[[str], list[int]]
 
 WINDOWS, INPUT_IDS = "windows.safetensors", "input_ids"
+# What is tokenized in search of a document that is long enough, before a sweep begins: so many characters for each
+# token of a window, which hold that many tokens in most languages; and so many characters in all, a few seconds' work.
+CHARACTERS_PER_TOKEN, TOKENIZED_CHARACTERS = 16, 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,15 @@ def read_windows(
     """Cut windows from a text source; a local file's documents are taken in a random order that ``seed`` decides.
 
     Args:
-        source: settings of the source (see ``read_records``) with ``sequence_length``.
-        path: the local file; None streams the hub data set.
+        source: settings of the source (see ``read_texts``) with ``text_field`` and ``sequence_length``.
+        path: the local file or folder; None streams the hub data set.
         add_bos_token: begin every window with BOS, where the tokenizer has one.
         where: what the text is for, for messages.
 
     Raises:
         UserError: where the text can't be read or no document is long enough.
     """
-    where = f"{where} {path or source['dataset']}"
-    texts = (field_of(record, source["text_field"], where) for record in read_records(source, path, seed))
+    texts = (text for (text,) in read_texts(source, path, [source["text_field"]], seed, where))
     return sample_windows(
         texts if path is None else in_random_order(texts, seed),
         lambda text: plain_ids(tokenizer, text),
@@ -64,8 +66,35 @@ def read_windows(
         samples,
         source["sequence_length"],
         seed,
-        where,
+        f"{where} {path or source['dataset']}",
     )
+
+
+def require_long_enough(
+    beginning: Beginning, tokenizer: Any, add_bos_token: bool, sequence_length: int, where: str
+) -> None:
+    """Refuse a source none of whose documents ``read_windows`` could cut a window from, as far as that is soon known.
+
+    Raises:
+        UserError: as ``read_windows``.
+    """
+    body = sequence_length - (bos_id(tokenizer, add_bos_token) is not None)
+    longest = tokenized = 0
+    for (text,) in sorted(beginning.texts, key=lambda text: len(text[0]), reverse=True):
+        for part in _parts_to_try(text, CHARACTERS_PER_TOKEN * body):
+            longest = max(longest, len(plain_ids(tokenizer, part)))
+            if longest >= body:
+                return
+            tokenized += len(part)
+        if tokenized > TOKENIZED_CHARACTERS:
+            return
+    if beginning.is_all:
+        raise _too_short(where, body, len(beginning.texts), longest)
+
+
+def _parts_to_try(text: str, characters: int) -> Sequence[str]:
+    """The beginning alone may do; the whole text always tells."""
+    return [text[:characters], text] if len(text) > characters else [text]
 
 
 def save_windows(input_ids_ST: Tensor, folder: Path) -> None:
@@ -108,10 +137,7 @@ def sample_windows(
         if len(ids) >= body:
             documents.append(ids)
     if not documents:
-        raise UserError(
-            f"{where}: no document has {body} tokens ({read} read, the longest has {longest}); "
-            "use longer documents or a smaller sequence_length"
-        )
+        raise _too_short(where, body, read, longest)
     generator = torch.Generator().manual_seed(seed)
     rows = [_window(documents[index % len(documents)], body, bos, generator) for index in range(samples)]
     return Windows(torch.tensor(rows, dtype=torch.int64), read, len(documents))
@@ -122,6 +148,13 @@ def in_random_order(texts: Iterable[str], seed: int) -> list[str]:
     listed = list(texts)
     order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(seed))
     return [listed[index] for index in order.tolist()]
+
+
+def _too_short(where: str, body: int, read: int, longest: int) -> UserError:
+    return UserError(
+        f"{where}: no document has {body} tokens ({read} read, the longest has {longest}); "
+        "use longer documents or a smaller sequence_length"
+    )
 
 
 def _window(ids: list[int], body: int, bos: int | None, generator: torch.Generator) -> list[int]:

@@ -14,17 +14,17 @@ from hfprune_dist.data.instructions import (
     PackedRows,
     Pair,
     RowCounts,
-    encode_pairs,
+    encode_for,
+    nothing_to_train_on,
+    prompt_for,
     read_counts,
     save_rows,
-    text_of,
 )
 from hfprune_dist.data.schedule import Schedule
-from hfprune_dist.data.text import read_records
-from hfprune_dist.errors import UserError
+from hfprune_dist.data.text import read_texts
 from hfprune_dist.identity import FileHashes, digest_of
 from hfprune_dist.models.checkpoint import Checkpoint, is_whole, open_checkpoint
-from hfprune_dist.models.tokenizer import bos_id, load_tokenizer
+from hfprune_dist.models.tokenizer import load_tokenizer, require_eos
 from hfprune_dist.parallel.finetune import FineTuning, fine_tune
 from hfprune_dist.parallel.merging import write_merged
 from hfprune_dist.parallel.snapshots import Snapshot
@@ -95,16 +95,14 @@ class _Collector:
         self._progress = context.progress
         self._where = f"recovery {path or settings.dataset}"
         self._tokenizer = load_tokenizer(model)
-        if self._tokenizer.eos_token_id is None:
-            raise UserError(f"{model}: the tokenizer has no end-of-sequence token; name one in tokenizer_config.json")
+        require_eos(self._tokenizer, model)
         self._texts = self._read_texts(path)
         self._encoded: list[Pair | None] = []
 
     def take(self) -> bool:
         """Tokenize the next pairs; False where there are no more."""
         texts = list(islice(self._texts, PAIRS_AT_ONCE))
-        bos, eos = bos_id(self._tokenizer, add_bos_token=True), self._tokenizer.eos_token_id
-        self._encoded += encode_pairs(texts, self._tokenize, bos, eos, self._settings.sequence_length)
+        self._encoded += encode_for(self._tokenizer, texts, self._settings.sequence_length)
         done = len(self._encoded)
         self._progress.update("tokenizing pairs", done, self._settings.samples or done + len(texts))
         return bool(texts)
@@ -115,24 +113,16 @@ class _Collector:
         Raises:
             UserError: where no pair can be trained on.
         """
+        length = self._settings.sequence_length
         if not any(self._encoded):
-            raise UserError(
-                f"{self._where}: none of {len(self._encoded)} pairs has a response token within "
-                f"recovery.sequence_length {self._settings.sequence_length}; raise it, or give other pairs"
-            )
-        pad = self._tokenizer.eos_token_id
-        save_rows(file, self._encoded, self._settings.sequence_length, pad, self._seed)
+            raise nothing_to_train_on(len(self._encoded), self._tokenizer, length, self._where)
+        save_rows(file, self._encoded, length, self._tokenizer.eos_token_id, self._seed)
 
     def _read_texts(self, path: Path | None) -> Iterator[tuple[str, str]]:
         settings = self._settings
-        for record in islice(read_records(settings.model_dump(), path, self._seed), settings.samples):
-            yield text_of(record, settings.instruction_field, settings.response_field, self._where)
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        texts = read_texts(settings.model_dump(), path, settings.pair_fields, self._seed, "recovery")
+        for instruction, response in islice(texts, settings.samples):
+            yield prompt_for(instruction), response
 
 
 def _train(context: Context, checkpoint: Checkpoint, settings: RecoveryConfig, counts: RowCounts) -> Snapshot:

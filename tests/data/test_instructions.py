@@ -12,11 +12,12 @@ from hfprune_dist.data.instructions import (
     assign_rows,
     encode_pairs,
     fill_rows,
+    prompt_for,
     read_counts,
     save_rows,
-    text_of,
 )
 from hfprune_dist.data.schedule import IGNORED
+from hfprune_dist.data.text import field_of
 from hfprune_dist.errors import UserError
 
 BOS, EOS = 1, 2
@@ -32,17 +33,15 @@ def encode(texts, sequence_length=64, bos=BOS):
 
 
 def test_prompt_is_alpacas_template():
-    prompt, response = text_of({"instruction": "Add {1} and 2.", "response": "3"}, "instruction", "response", "here")
-    assert prompt == (
+    assert prompt_for("Add {1} and 2.") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nAdd {1} and 2.\n\n### Response:\n"
     )
-    assert response == "3"
 
 
 def test_missing_field_is_named():
     with pytest.raises(UserError, match=r"'response'.*instruction, output"):
-        text_of({"instruction": "a", "output": "b"}, "instruction", "response", "here")
+        field_of({"instruction": "a", "output": "b"}, "response", "here")
 
 
 def test_pair_is_bos_prompt_response_eos():
