@@ -130,3 +130,20 @@ def test_a_header_of_something_else(folder, header):
 def test_an_index_of_something_else(folder, weight_map):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert "weight_map" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "positions"),
+    [
+        ({}, 512),
+        ({"max_position_embeddings": None}, None),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}}, 512),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}}, 1024),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}}, 512),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4}}, 2048),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": None}}, 512),
+    ],
+)
+def test_positions_as_a_rope_scaling_stretches_them(folder, changes, positions):
+    edit_config(folder, **changes)
+    assert open_checkpoint(folder).max_positions == positions

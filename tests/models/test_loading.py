@@ -1,13 +1,93 @@
-"""Loading whole models: what must hold of every one."""
+"""Loading whole models: what must hold of every one, which weights are a model's own, and which are refused."""
+
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny import VARIANTS, save_tiny
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.checkpoint import open_checkpoint
 from hfprune_dist.models.layers import LayerReader
-from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary
+from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary, require_own_weights
+from hfprune_dist.models.tokenizer import load_tokenizer, require_embedded
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return open_checkpoint(folder)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    variant=st.sampled_from(sorted(VARIANTS)),
+    heads=st.integers(1, 4),
+    repeats=st.integers(1, 3),
+    head_size=st.sampled_from([2, 6, 8]),
+    width=st.integers(1, 70),
+    layers=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    shard_size=st.sampled_from(["5GB", "10KB"]),
+)
+def test_checkpoints_of_any_shape_are_accepted(variant, heads, repeats, head_size, width, layers, dtype, shard_size):
+    sizes = {
+        "num_attention_heads": heads * repeats,
+        "num_key_value_heads": heads,
+        "hidden_size": heads * repeats * head_size,
+        "head_dim": 2 * head_size if variant == "qwen3" else head_size,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_tiny(Path(temporary) / "m", variant, shard_size=shard_size, dtype=dtype, **sizes)
+        checkpoint = open_checkpoint(folder)
+        require_own_weights(checkpoint)
+        require_embedded(load_tokenizer(folder), checkpoint.config["vocab_size"], folder)
+
+
+def test_norms_may_be_more_precise_than_matrices(tmp_path):
+    def widen(weights):
+        weights.update({name: tensor.float() for name, tensor in weights.items() if "norm" in name})
+
+    require_own_weights(change_weights(save_tiny(tmp_path / "m", dtype=torch.bfloat16), widen))
+
+
+@pytest.mark.parametrize("owner", ["model.layers.0.self_attn", "model"])
+def test_frequencies_that_older_versions_saved_are_passed_over(tmp_path, owner):
+    names = [f"{owner.replace('0', number)}.rotary_emb.inv_freq" for number in "01"]
+    frequencies = {name: torch.ones(4) for name in names}
+    require_own_weights(change_weights(save_tiny(tmp_path / "m"), lambda weights: weights.update(frequencies)))
+
+
+def test_a_tied_head_may_be_there_or_not(tmp_path):
+    folder = save_tiny(tmp_path / "m", "qwen2")
+    require_own_weights(open_checkpoint(folder))
+    head = {"lm_head.weight": torch.zeros(264, 32)}
+    require_own_weights(change_weights(folder, lambda weights: weights.update(head)))
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_every_tensor_is_needed_and_has_one_shape(tmp_path, variant):
+    """Of each kind one tensor is left out of all layers, or has another shape."""
+    folder = save_tiny(tmp_path / "m", variant)
+    whole = load_file(folder / "model.safetensors")
+    for name in [name for name in whole if "layers.1" not in name]:
+        part = name.partition("layers.0.")[2] or name
+        change_and_refuse(folder, {other: tensor for other, tensor in whole.items() if part not in other}, part)
+        change_and_refuse(folder, {**whole, name: torch.cat([whole[name], whole[name][:1]])}, name)
+
+
+def change_and_refuse(folder, weights, expected):
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        require_own_weights(open_checkpoint(folder))
+    assert expected in str(caught.value)
 
 
 def frequencies(model):

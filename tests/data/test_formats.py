@@ -1,0 +1,198 @@
+"""The same documents in every format that is read, and what stands for a text in fingerprints."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import tempfile
+from pathlib import Path
+
+import pyarrow
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+from tiny import tiny_tokenizer
+
+from hfprune_dist.data.formats import identity_of, read_files
+from hfprune_dist.data.text import read_beginning, read_texts
+from hfprune_dist.data.windows import read_windows
+from hfprune_dist.errors import UserError
+from hfprune_dist.identity import FileHashes
+
+# Line ends, quotes, separators, marks that are no ASCII, and none of what csv and plain text can't tell apart.
+CHARACTERS = st.characters(codec="utf-8", exclude_characters="\0")
+DOCUMENTS = st.lists(
+    st.text(CHARACTERS, max_size=60) | st.sampled_from(['a "b",\tc\r\n', "\ufeffx", "é\u2028ü"]), max_size=8
+)
+COMPRESSIONS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pyarrow.compress(content, codec="zstd", asbytes=True),
+}
+
+
+def json_lines(documents):
+    return "".join(json.dumps({"text": text, "number": 1}) + "\n" for text in documents)
+
+
+def table(documents, separator):
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, delimiter=separator)
+    writer.writerows([["number", "text"], *(["1", text] for text in documents)])
+    return stream.getvalue()
+
+
+RECORDS = {
+    ".jsonl": json_lines,
+    ".ndjson": lambda documents: json_lines(documents).replace("\n", "\r\n\r\n"),
+    ".json": lambda documents: json.dumps([{"text": text} for text in documents], ensure_ascii=False, indent=1),
+    ".JSON": json_lines,
+    ".csv": lambda documents: table(documents, ","),
+    ".tsv": lambda documents: table(documents, "\t"),
+}
+
+
+def parquet_of(documents):
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": pyarrow.array(documents, pyarrow.large_string())}), stream)
+    return stream.getvalue()
+
+
+def every_format(documents):
+    """Names of files and their content."""
+    for ending, write in RECORDS.items():
+        for compression, compress in COMPRESSIONS.items():
+            yield f"text{ending}{compression}", compress(write(documents).encode())
+            if ending != ".ndjson":
+                yield f"marked{ending}{compression}", compress(b"\xef\xbb\xbf" + write(documents).encode())
+    yield "text.parquet", parquet_of(documents)
+
+
+def texts_of(path):
+    return [text for (text,) in read_texts({}, path, ["text"], 0, "here")]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(DOCUMENTS.filter(bool))
+def test_every_format_gives_the_same_texts(documents):
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in every_format(documents):
+            (Path(folder) / name).write_bytes(content)
+            assert texts_of(Path(folder) / name) == documents, name
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=30), min_size=1, max_size=6), st.integers(1, 9))
+def test_json_is_read_across_the_ends_of_portions(documents, size):
+    """A portion may end anywhere: inside a value, between two, inside a mark of several bytes."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hfprune_dist.data.formats._CHUNK_CHARACTERS", size)
+        for content in (json.dumps([{"text": text} for text in documents]), json_lines(documents)):
+            (Path(folder) / "text.json").write_text(content)
+            assert texts_of(Path(folder) / "text.json") == documents
+
+
+def test_the_same_documents_give_the_same_windows(tmp_path):
+    documents = [f"Document {number}: {'aëß ' * number}" for number in range(5, 20)]
+    source = {"text_field": "text", "sequence_length": 24}
+    windows = []
+    for name, content in every_format(documents):
+        (tmp_path / name).write_bytes(content)
+        windows.append(read_windows(source, tmp_path / name, tiny_tokenizer(), True, 32, 3, "here"))
+    for other in windows[1:]:
+        assert torch.equal(other.input_ids_ST, windows[0].input_ids_ST)
+        assert (other.documents_read, other.documents_used) == (15, windows[0].documents_used)
+
+
+@pytest.mark.parametrize("content", ["one\r\ntwo\rthree\n", "\ufeffmarked", "", "ends without a line end"])
+def test_plain_text_is_one_document_as_python_reads_it(tmp_path, content):
+    (tmp_path / "text.txt").write_bytes(content.encode())
+    whole = (tmp_path / "text.txt").read_text(encoding="utf-8")
+    assert texts_of(tmp_path / "text.txt") == [whole]
+    for compression, compress in COMPRESSIONS.items():
+        (tmp_path / f"packed.txt{compression}").write_bytes(compress(content.encode()))
+        assert texts_of(tmp_path / f"packed.txt{compression}") == [whole]
+
+
+def test_objects_one_after_another_and_one_alone(tmp_path):
+    file = tmp_path / "text.json"
+    file.write_text('{"text":\n "a"}{"text": "b"}\n\n {"text": "c"}')
+    assert texts_of(file) == ["a", "b", "c"]
+    file.write_text('{\n "text": "alone"\n}\n')
+    assert texts_of(file) == ["alone"]
+
+
+def test_a_folder_stands_for_its_files_in_order(tmp_path):
+    (tmp_path / "b.csv").write_text("text\nthree\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(["one", "two"]).encode()))
+    (tmp_path / "c.txt").write_text("four")
+    for name in ("README.md", ".hidden.jsonl", "picture.png"):
+        (tmp_path / name).write_text("nothing")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "d.txt").write_text("nothing")
+    assert texts_of(tmp_path) == ["one", "two", "three", "four"]
+
+
+def test_places_are_told(tmp_path):
+    for name, content in every_format(["a\nb", "c"]):
+        (tmp_path / name).write_bytes(content)
+        places = [place for place, _ in read_files(tmp_path / name, ["text"])]
+        assert len(set(places)) == 2 and all(place.startswith(str(tmp_path / name)) for place in places)
+
+
+def test_a_wide_table_is_read_by_column(tmp_path):
+    parquet.write_table(pyarrow.table({"text": ["a"], "embedding": [[0.5] * 9]}), tmp_path / "wide.parquet")
+    assert [record for _, record in read_files(tmp_path / "wide.parquet", ["text"])] == [{"text": "a"}]
+    with pytest.raises(UserError, match="the record has embedding, text"):
+        list(read_texts({}, tmp_path / "wide.parquet", ["body"], 0, "here"))
+
+
+# Fingerprints.
+
+
+def identity(path):
+    return identity_of(path, FileHashes(None))
+
+
+@pytest.mark.parametrize("name", ["text.jsonl", "text.txt", "text", "text.md"])
+def test_what_was_read_before_is_known_by_its_content_alone(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "a"}\n')
+    assert identity(tmp_path / name) == FileHashes(None).of_file(tmp_path / name)
+
+
+def test_what_is_read_otherwise_than_before_is_something_else(tmp_path):
+    """The same bytes as plain text, as records, as a table: texts of their own."""
+    names = ["text.jsonl", "text.json", "text.JSONL", "text.csv", "text.tsv", "text.json.gz"]
+    for name in names:
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    assert len({identity(tmp_path / name) for name in names}) == len(names)
+
+
+def test_names_and_places_of_files_are_not_part_of_it(tmp_path):
+    for folder, names in (("one", ["a.csv", "b.csv"]), ("two", ["x.csv", "y.csv"])):
+        (tmp_path / folder).mkdir()
+        for name, content in zip(names, ["text\n1\n", "text\n2\n"], strict=True):
+            (tmp_path / folder / name).write_text(content)
+    assert identity(tmp_path / "one") == identity(tmp_path / "two")
+    (tmp_path / "two" / "README.md").write_text("not read")
+    assert identity(tmp_path / "one") == identity(tmp_path / "two")
+    (tmp_path / "two" / "x.csv").rename(tmp_path / "two" / "z.csv")
+    assert identity(tmp_path / "one") != identity(tmp_path / "two")
+
+
+# Large files.
+
+
+def test_the_check_reads_the_beginning_of_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("hfprune_dist.data.text.CHECKED_CHARACTERS", 100)
+    (tmp_path / "large.jsonl").write_text(json_lines(["x" * 30] * 10) + "{damaged")
+    beginning = read_beginning(tmp_path / "large.jsonl", ["text"], "here")
+    assert (len(beginning.texts), beginning.is_all) == (4, False)
+    with pytest.raises(UserError, match=r"large.jsonl:11: not valid JSON"):
+        texts_of(tmp_path / "large.jsonl")

@@ -1,0 +1,87 @@
+"""What is known of a text before a sweep begins, and what the stage makes of it: the same verdict."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_tokenizer
+
+from hfprune_dist.data import windows
+from hfprune_dist.data.instructions import encode_for, nothing_to_train_on, prompt_for, require_trainable
+from hfprune_dist.data.text import Beginning
+from hfprune_dist.data.windows import require_long_enough, sample_windows
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.tokenizer import bos_id, plain_ids
+
+TOKENIZER = tiny_tokenizer()
+
+
+class CountingTokenizer:
+    """A token for every ``per_token`` characters; counts the characters that it is given."""
+
+    bos_token_id = None
+
+    def __init__(self, per_token):
+        self.per_token = per_token
+        self.characters = 0
+
+    def __call__(self, text, **_):
+        self.characters += len(text)
+        return {"input_ids": [0] * (len(text) // self.per_token)}
+
+
+def message_of(function, *arguments):
+    try:
+        function(*arguments)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.text(max_size=30), max_size=5), st.integers(8, 40), st.booleans())
+def test_the_check_and_the_stage_agree_on_windows(documents, length, add_bos):
+    def stage():
+        tokenize, bos = lambda text: plain_ids(TOKENIZER, text), bos_id(TOKENIZER, add_bos)
+        sample_windows(documents, tokenize, bos, 4, length, 0, "here")
+
+    whole = Beginning([(text,) for text in documents], is_all=True)
+    assert message_of(require_long_enough, whole, TOKENIZER, add_bos, length, "here") == message_of(stage)
+    part = Beginning(whole.texts, is_all=False)
+    require_long_enough(part, TOKENIZER, add_bos, length, "here")  # the rest may have longer ones
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.text(max_size=9), st.sampled_from(["", " \n", "tell", "x" * 90])), max_size=5),
+    st.integers(150, 200),
+)
+def test_the_check_and_the_stage_agree_on_pairs(pairs, length):
+    whole = Beginning(list(pairs), is_all=True)
+    encoded = encode_for(TOKENIZER, [(prompt_for(ask), tell) for ask, tell in pairs], length)
+    expected = None if any(encoded) else str(nothing_to_train_on(len(pairs), TOKENIZER, length, "here"))
+    assert message_of(require_trainable, whole, TOKENIZER, length, "here") == expected
+    require_trainable(Beginning(whole.texts, is_all=False), TOKENIZER, length, "here")
+
+
+def test_a_little_of_a_long_document_is_tokenized():
+    tokenizer = CountingTokenizer(4)
+    require_long_enough(Beginning([("x" * 10**7,)], is_all=True), tokenizer, True, 100, "here")
+    assert tokenizer.characters < 10**4
+
+
+def test_a_document_of_few_tokens_is_tokenized_as_a_whole():
+    tokenizer = CountingTokenizer(1000)
+    require_long_enough(Beginning([("x" * 10**5,)], is_all=True), tokenizer, True, 100, "here")
+
+
+def test_the_search_for_a_long_document_ends(monkeypatch):
+    monkeypatch.setattr(windows, "TOKENIZED_CHARACTERS", 1000)
+    tokenizer = CountingTokenizer(4)
+    require_long_enough(Beginning([("x" * 99,)] * 10**4, is_all=True), tokenizer, True, 100, "here")
+    assert tokenizer.characters < 1200
+
+
+def test_the_template_alone_may_be_too_long():
+    beginning = Beginning([("ask", "tell")], is_all=True)
+    with pytest.raises(UserError, match=r"within recovery.sequence_length 64, of which the template alone takes 1\d\d"):
+        require_trainable(beginning, TOKENIZER, 64, "here")
