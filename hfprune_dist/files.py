@@ -94,3 +94,19 @@ def fsync_folders(folder: Path, root: Path) -> None:
         fsync_path(path)
         if path == root:
             break
+
+
+def publish(draft: Path, file: Path) -> None:
+    """Give a finished draft its name, for good: what a file of that name holds is whole, even if the node dies."""
+    fsync_path(draft)
+    draft.replace(file)
+    fsync_path(file.parent)
+
+
+def set_aside(file: Path, reason: str) -> None:
+    """Rename a file that can't be used, say so, and leave its name free for a new one."""
+    number = 1
+    while (aside := file.with_name(f"{file.name}.damaged-{number}")).exists():
+        number += 1
+    file.rename(aside)
+    print(f"{file}: {reason}; set aside as {aside.name}, and what it told is worked out again", flush=True)

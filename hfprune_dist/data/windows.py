@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hfprune_dist.data.text import Beginning, read_texts
 from hfprune_dist.errors import UserError
+from hfprune_dist.files import publish
 from hfprune_dist.models.tokenizer import bos_id, plain_ids
 
 Tokenize = Callable[[str], list[int]]
@@ -98,8 +99,10 @@ def _parts_to_try(text: str, characters: int) -> Sequence[str]:
 
 
 def save_windows(input_ids_ST: Tensor, folder: Path) -> None:
-    """Keep the exact windows in an artifact, or in what will be one."""
-    save_file({INPUT_IDS: input_ids_ST}, folder / WINDOWS)
+    """Keep the exact windows in an artifact, or in what will be one; a reader of older ones goes on undisturbed."""
+    draft = folder / f".{WINDOWS}.draft"
+    save_file({INPUT_IDS: input_ids_ST}, draft)
+    publish(draft, folder / WINDOWS)
 
 
 def load_windows(folder: Path) -> Tensor:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hfprune_dist.core.criteria import Criterion, losses_of
 from hfprune_dist.core.exact import ExactGram
 from hfprune_dist.core.settling import SHARES_KEPT, split_half_overlap
+from hfprune_dist.files import set_aside
 from hfprune_dist.parallel.calibration import Sums
 from hfprune_dist.parallel.world import World
+from hfprune_dist.tensor_files import DamagedFileError, load_tensors, save_tensors
+
+CURVE = "curve"
 
 Saved = dict[str, Tensor]
+# Name of a saved tensor -> its dtype and shape.
+Kinds = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class Accumulation:
@@ -23,9 +28,10 @@ class Accumulation:
 
     Args:
         criteria: those with something to sum.
-        shape: (num_layers, intermediate_size) of the model.
+        shape: (num_layers, intermediate_size, hidden_size) of the model.
         shards: of the whole pass.
-        file: where rank 0 saves after every round; if it is there, the pass goes on from it.
+        file: where rank 0 saves after every round; if it is there, the pass goes on from it. One that is damaged, or of
+            another pass, is set aside, and the pass begins anew.
         settled: stop as soon as both halves of the shards so far keep this share of their neurons in common, by every
             criterion and at every share; looked at when the number of shards is a power of two. None goes through all.
 
@@ -39,13 +45,14 @@ class Accumulation:
     def __init__(
         self,
         criteria: Sequence[Criterion],
-        shape: tuple[int, int],
+        shape: tuple[int, int, int],
         shards: int,
         file: Path,
         world: World,
         settled: float | None = None,
     ) -> None:
-        self.sums_KLD = torch.zeros(len(criteria), *shape, dtype=torch.float64)
+        layers, neurons, hidden_size = shape
+        self.sums_KLD = torch.zeros(len(criteria), layers, neurons, dtype=torch.float64)
         self.curve: dict[tuple[int, str, float], float] = {}
         self._odd_KLD = torch.zeros_like(self.sums_KLD)
         self._settled = settled
@@ -56,7 +63,8 @@ class Accumulation:
         self._rounded = [(number, it.accumulated_in) for number, it in enumerate(criteria) if it.is_rounded]
         self._file = file
         self._world = world
-        self._curvature = Curvature(shards, world) if any(it.needs_moments for it in criteria) else None
+        needs_moments = any(it.needs_moments for it in criteria)
+        self._curvature = Curvature((layers, hidden_size), shards, world) if needs_moments else None
         self._resume()
 
     @property
@@ -120,30 +128,71 @@ class Accumulation:
         return self._settled is not None and bool(newest) and min(newest) >= self._settled
 
     def _resume(self) -> None:
-        saved: Saved = load_file(self._file) if self._world.is_first and self._file.is_file() else {}
-        names = [f"sums.{criterion.name}" for criterion in self._criteria]
-        if names and all(name in saved for name in names):
-            self.sums_KLD = torch.stack([saved[name] for name in names])
+        saved = self._read_saved() if self._world.is_first else {}
+        if saved:
+            self.sums_KLD = torch.stack([saved[f"sums.{criterion.name}"] for criterion in self._criteria])
             self.losses = {loss.name: float(saved[f"loss.{loss.name}"]) for loss in losses_of(self._criteria)}
             self.next_shard = int(saved["next_shard"])
             self._odd_KLD = saved["odd"]
-            self.curve = _curve_of(saved["curve"], self._criteria)
+            self.curve = _curve_of(saved[CURVE], self._criteria)
         self.sums_KLD, self._odd_KLD, self.losses, self.next_shard, self.curve = self._world.broadcast(
             (self.sums_KLD, self._odd_KLD, self.losses, self.next_shard, self.curve)
         )
         if self._curvature is not None and self.next_shard:
             self._curvature.resume(saved)
 
+    def _read_saved(self) -> Saved:
+        """What an earlier attempt at this pass saved; empty where there is nothing, or nothing that can be used."""
+        if not self._file.is_file():
+            return {}
+        saved: Saved = {}
+        try:
+            saved, _ = load_tensors(self._file)
+            problem = self._mismatch(saved)
+        except DamagedFileError as error:
+            problem = str(error)
+        if problem:
+            set_aside(self._file, problem)
+        return {} if problem else saved
+
+    def _mismatch(self, saved: Mapping[str, Tensor]) -> str:
+        """Why these tensors can't have been saved by this pass; empty where they can."""
+        expected = self._kinds()
+        found: Kinds = {name: (it.dtype, tuple(it.shape)) for name, it in saved.items()}
+        points = found.pop(CURVE, None)
+        different = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        if different:
+            return f"is of another pass, which differs in {different[0]}"
+        if points is None or not _is_curve(saved[CURVE], len(self._criteria)):
+            return f"is of another pass, which differs in its {CURVE}"
+        if not 1 <= int(saved["next_shard"]) <= self.shards:
+            return f"is of another pass, which has {int(saved['next_shard'])} shards so far; here are {self.shards}"
+        return ""
+
+    def _kinds(self) -> Kinds:
+        """What a saved pass consists of, but for its curve, which grows."""
+        sums = {f"sums.{it.name}": (torch.float64, tuple(self.sums_KLD.shape[1:])) for it in self._criteria}
+        losses: Kinds = {f"loss.{loss.name}": (torch.float64, ()) for loss in losses_of(self._criteria)}
+        curvature = {} if self._curvature is None else self._curvature.kinds()
+        odd = {"odd": (torch.float64, tuple(self._odd_KLD.shape))}
+        return {"next_shard": (torch.int64, ()), **sums, **losses, **odd, **curvature}
+
     def _save(self) -> None:
-        draft = self._file.with_suffix(".draft")
         sums = {f"sums.{it.name}": sum_LD.clone() for it, sum_LD in zip(self._criteria, self.sums_KLD, strict=True)}
         losses = {f"loss.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.losses.items()}
         curvature = {} if self._curvature is None else self._curvature.saved()
         places = [criterion.name for criterion in self._criteria]
         points = [[shards, places.index(name), share, value] for (shards, name, share), value in self.curve.items()]
-        halves = {"odd": self._odd_KLD, "curve": torch.tensor(points, dtype=torch.float64)}
-        save_file({"next_shard": torch.tensor(self.next_shard), **sums, **losses, **halves, **curvature}, draft)
-        draft.replace(self._file)
+        halves = {"odd": self._odd_KLD, CURVE: torch.tensor(points, dtype=torch.float64)}
+        saved = {"next_shard": torch.tensor(self.next_shard), **sums, **losses, **halves, **curvature}
+        save_tensors(saved, self._file)
+
+
+def _is_curve(points_P4: Tensor, criteria: int) -> bool:
+    """Whether these can be points of a curve: number of shards, place of the criterion, share kept, overlap."""
+    if not len(points_P4):
+        return True
+    return points_P4.dim() == 2 and points_P4.shape[1] == 4 and bool((points_P4[:, 1] < criteria).all())
 
 
 def _curve_of(points: Tensor, criteria: Sequence[Criterion]) -> dict[tuple[int, str, float], float]:
@@ -151,11 +200,17 @@ def _curve_of(points: Tensor, criteria: Sequence[Criterion]) -> dict[tuple[int, 
 
 
 class Curvature:
-    """The sum of g g^T of every layer; too large to travel shard by shard, so it is added up as exact integers."""
+    """The sum of g g^T of every layer; too large to travel shard by shard, so it is added up as exact integers.
+
+    Args:
+        shape: (num_layers, hidden_size) of the model.
+        shards: of the whole pass.
+    """
 
     FIRST, TOTAL = "curvature.first", "curvature.total"
 
-    def __init__(self, shards: int, world: World) -> None:
+    def __init__(self, shape: tuple[int, int], shards: int, world: World) -> None:
+        self._shape = shape
         self._shards = shards
         self._world = world
         self._first_LC = torch.zeros(0)
@@ -177,6 +232,14 @@ class Curvature:
 
     def saved(self) -> Saved:
         return {self.FIRST: self._first_LC, self.TOTAL: self._total_LCC}
+
+    def kinds(self) -> Kinds:
+        """Of what ``saved`` tells."""
+        layers, hidden_size = self._shape
+        return {
+            self.FIRST: (torch.float64, (layers, hidden_size)),
+            self.TOTAL: (torch.int64, (layers, hidden_size, hidden_size)),
+        }
 
     def resume(self, saved: Saved) -> None:
         """Go on from what ``saved`` told; rank 0 has it, and holds the sum of all ranks from here on."""

@@ -115,7 +115,7 @@ def _accumulate(
 ) -> Accumulation:
     """Add up all shards; nothing to do, and no model to load, where no criterion sums anything."""
     shards = _shards(len(windows_ST), context.params["calibration"]) if criteria else []
-    shape = (checkpoint.num_layers, checkpoint.intermediate_size)
+    shape = (checkpoint.num_layers, checkpoint.intermediate_size, checkpoint.config["hidden_size"])
     settled = context.params["calibration"]["settled"]
     totals = Accumulation(criteria, shape, len(shards), context.work / PARTIAL, context.world, settled)
     calibration = None

@@ -122,7 +122,7 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     stage = make_stage(tmp_path, criteria=CRITERIA, shape=SHARDED, samples=5, micro_batch_size=1)
     one = run_in(tmp_path / "one", stage, 1)
     two = Store(tmp_path / "two")
-    assert run_stage(two, stage, 2, environment=killing(rank=0, kill_at=3, match="partial.draft")).returncode != 0
+    assert run_stage(two, stage, 2, environment=killing(rank=0, kill_at=5, match="partial.draft")).returncode != 0
     assert load_file(two.work(stage.id) / "partial.safetensors")["next_shard"] == 4
     run_in(two.root, stage, 2)
     scores = scores_of(one, stage)
@@ -166,7 +166,7 @@ def test_criteria_without_a_loss_do_without_a_head(tmp_path, criteria):
 def test_killed_in_mid_pass_and_resumed_on_another_number_of_ranks(on_one_rank, tmp_path, ranks_before, ranks_after):
     _, stage, one = on_one_rank
     store = Store(tmp_path / "store")
-    environment = killing(rank=0, kill_at=3, match="partial.draft")
+    environment = killing(rank=0, kill_at=5, match="partial.draft")
     result = run_stage(store, stage, ranks_before, environment=environment)
     assert result.returncode != 0 and store.verify(stage.id).state == "missing"
     saved = load_file(store.work(stage.id) / "partial.safetensors")
