@@ -43,7 +43,7 @@ class Sums:
 
 
 class Calibration:
-    """Scores windows on one rank; where the model is sharded, every rank must score equally many micro-batches.
+    """Scores windows on one rank, in step with the others.
 
     Args:
         windows_ST: int64 [windows, tokens], the same on every rank.
@@ -105,12 +105,20 @@ class Calibration:
         """Give the memory of the model's weights back; nothing can be scored any more."""
         empty_shards(self.module)
 
-    def score(self, micro_batches: Sequence[range]) -> Sums:
+    def score(self, micro_batches: Sequence[range], forwards: int = 0) -> Sums:
         """Sums over the windows of some micro-batches.
+
+        Args:
+            forwards: micro-batches that the rank with most of them scores meanwhile. Forwards and backwards of a
+                sharded model are collective: where this rank has fewer, it begins by scoring its first one that many
+                times more, and drops what comes of it.
 
         Raises:
             NonFiniteError: where a layer saw NaN or infinity.
         """
+        missing = forwards - len(micro_batches)
+        if missing > 0:
+            self._score([micro_batches[0]] * missing, self._criteria)
         return self._score(micro_batches, self._criteria)
 
     def _score(self, micro_batches: Sequence[range], criteria: Sequence[Criterion]) -> Sums:

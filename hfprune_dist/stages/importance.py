@@ -126,8 +126,9 @@ def _accumulate(
     while not totals.is_complete:
         assert calibration is not None
         context.progress.update("calibration", totals.next_shard, len(shards))
+        longest = shards[totals.next_shard]  # of the round: none but the last shard has fewer micro-batches
         with _explaining(totals.mine):
-            totals.add_round(calibration.score(shards[totals.mine]))
+            totals.add_round(calibration.score(shards[totals.mine], forwards=len(longest)))
         context.interruption.stop_if_agreed(context.world)
     context.progress.update("calibration", len(shards), len(shards))
     if calibration is not None:

@@ -154,6 +154,15 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     assert not torch.equal(scores["layers.0.random"], scores["layers.1.random"])
 
 
+def test_two_ranks_of_which_one_has_a_shorter_shard_have_the_bits_of_one(tmp_path):
+    """Shards of four and two micro-batches: the second rank keeps step with the first in forwards and backwards."""
+    criteria = ["surgeon", "self_distillation"]
+    stage = make_stage(tmp_path, criteria=criteria, shape=SHARDED, samples=6, micro_batch_size=1, shard_size=4)
+    one, two = (run_in(tmp_path / str(ranks), stage, ranks) for ranks in (1, 2))
+    for name, expected in scores_of(one, stage).items():
+        assert torch.equal(scores_of(two, stage)[name], expected), name
+
+
 @pytest.mark.parametrize("criteria", [["activation"], ["magnitude", "random"]])
 def test_criteria_without_a_loss_do_without_a_head(tmp_path, criteria):
     stage = make_stage(tmp_path, criteria=criteria, samples=3)

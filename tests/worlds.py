@@ -1,0 +1,214 @@
+"""Worlds of several ranks that are threads of this process: milliseconds where real ranks take seconds.
+
+Ranks meet in each collective and go on together. Where they don't all come to the same one, every rank gets a
+``DivergedError`` that says who went where, instead of hanging. Collectives are logged per rank, with their bytes. A
+rank can be made to die before any of its collectives.
+
+``without_deepspeed`` gives these ranks a calibration pass without ZeRO-3, whose gathers are collectives all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.parallel import calibration
+from hfprune_dist.parallel.world import World
+
+T = TypeVar("T")
+PATIENCE_S = 120.0
+
+
+class DivergedError(AssertionError):
+    """Ranks came to different collectives, or one ended while others wait for it."""
+
+
+class LostRankError(Exception):
+    """What the other ranks get in their next collective once one has failed."""
+
+
+class Death(BaseException):
+    """The end of a rank that was to die."""
+
+
+class Call(NamedTuple):
+    """One collective of a rank, and the bytes that it brought."""
+
+    kind: str
+    bytes: int
+
+
+class Ranks:
+    """Some ranks, each a thread, and where they meet.
+
+    Args:
+        deaths: rank -> the number, from 0, of the collective before which it dies.
+
+    Attributes:
+        logs: of every rank, its collectives in order.
+    """
+
+    def __init__(self, size: int, deaths: Mapping[int, int] | None = None) -> None:
+        self.size = size
+        self.logs: list[list[Call]] = [[] for _ in range(size)]
+        self._deaths = dict(deaths or {})
+        self._changed = threading.Condition()
+        self._here: dict[int, tuple[str, Any]] = {}
+        self._brought: list[Any] = []
+        self._meetings = 0
+        self._ended: list[int] = []
+        self._error: Exception | None = None
+        self._causes: list[BaseException] = []
+
+    def run(self, work: Callable[[World], T]) -> list[T]:
+        """What ``work`` returns on every rank; raises what the first rank to fail raised."""
+        results: dict[int, T] = {}
+
+        def live(rank: int) -> None:
+            try:
+                results[rank] = work(ThreadWorld(rank, self))
+            except BaseException as error:
+                self._fail(rank, error)
+            else:
+                self._end(rank)
+
+        threads = [threading.Thread(target=live, args=(rank,), daemon=True) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._causes:
+            raise self._causes[0]
+        return [results[rank] for rank in range(self.size)]
+
+    def counts(self, rank: int = 0) -> Counter[str]:
+        """How often a rank took part in each kind of collective."""
+        return Counter(call.kind for call in self.logs[rank])
+
+    def meet(self, rank: int, kind: str, mine: Any = None, size: int = 0) -> list[Any]:
+        """Take part in a collective; returns what each rank brought, in rank order.
+
+        Args:
+            kind: which collective; in the same words on every rank.
+            size: of ``mine``, in bytes.
+        """
+        if self._deaths.get(rank) == len(self.logs[rank]):
+            raise Death(f"rank {rank} before its collective {len(self.logs[rank])}, {kind}")
+        with self._changed:
+            self.logs[rank].append(Call(kind, size))
+            self._here[rank] = kind, mine
+            meeting = self._meetings
+            if len(self._here) == self.size:
+                self._close_meeting()
+            elif self._ended:
+                self._diverge()
+            if not self._changed.wait_for(lambda: self._error or self._meetings > meeting, PATIENCE_S):
+                self._error = DivergedError(f"stuck: {self._places()}")
+            if self._error and self._meetings == meeting:
+                raise self._error
+            return self._brought
+
+    def _close_meeting(self) -> None:
+        if len({kind for kind, _ in self._here.values()}) > 1:
+            self._diverge()
+            return
+        self._brought = [self._here[rank][1] for rank in range(self.size)]
+        self._here = {}
+        self._meetings += 1
+        self._changed.notify_all()
+
+    def _diverge(self) -> None:
+        self._error = self._error or DivergedError(self._places())
+        self._changed.notify_all()
+
+    def _places(self) -> str:
+        here = [
+            f"rank {rank} is in its collective {len(self.logs[rank]) - 1}, {kind}"
+            for rank, (kind, _) in self._here.items()
+        ]
+        ended = [f"rank {rank} has ended after {len(self.logs[rank])}" for rank in self._ended]
+        return "; ".join([*here, *ended])
+
+    def _end(self, rank: int) -> None:
+        with self._changed:
+            self._ended.append(rank)
+            if self._here:
+                self._diverge()
+
+    def _fail(self, rank: int, error: BaseException) -> None:
+        with self._changed:
+            if not isinstance(error, LostRankError):
+                self._causes.append(error)
+            self._error = self._error or LostRankError(f"rank {rank} failed: {error!r}")
+            self._changed.notify_all()
+
+
+class ThreadWorld(World):
+    """One of the ranks, as a stage sees it."""
+
+    def __init__(self, rank: int, ranks: Ranks) -> None:
+        super().__init__(rank=rank, size=ranks.size, local_rank=rank, local_size=ranks.size, device=torch.device("cpu"))
+        object.__setattr__(self, "_ranks", ranks)
+
+    def together(self, kind: str) -> None:
+        """A collective that is none of a world's: a forward of a sharded model, say."""
+        self._meet(kind)
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        mine = pickle.dumps(value) if self.rank == source else b""
+        brought = self._meet(f"broadcast from {source}", mine, len(mine))
+        return value if self.rank == source else pickle.loads(brought[source])
+
+    def gather(self, value: T) -> list[T]:
+        mine = pickle.dumps(value)
+        return [pickle.loads(theirs) for theirs in self._meet("gather", mine, len(mine))]
+
+    def broadcast_tensor(self, tensor: torch.Tensor, source: int) -> None:
+        mine = tensor.clone() if self.rank == source else None
+        kind = f"broadcast_tensor from {source}, {tensor.dtype} {list(tensor.shape)}"
+        tensor.copy_(self._meet(kind, mine, 0 if mine is None else mine.nbytes)[source])
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        brought = self._meet(f"add_up {tensor.dtype} {list(tensor.shape)}", tensor.clone(), tensor.nbytes)
+        tensor.copy_(torch.stack(brought).sum(0))
+
+    def _meet(self, kind: str, mine: Any = None, size: int = 0) -> list[Any]:
+        ranks: Ranks = object.__getattribute__(self, "_ranks")
+        return ranks.meet(self.rank, kind, mine, size)
+
+
+FORWARD, BACKWARD, HEAD = "forward", "backward", "gather head"
+
+
+def without_deepspeed(monkeypatch: Any) -> None:
+    """Let ``Calibration`` load whole models, whose forwards and backwards are collectives as those of sharded ones."""
+    loaded: dict[Any, torch.nn.Module] = {}
+    reading = threading.Lock()
+
+    def load(checkpoint, dtype, _micro_batch_size, world, body_of):
+        with reading:
+            if (checkpoint, dtype) not in loaded:
+                loaded[checkpoint, dtype] = load_causal_lm(checkpoint, dtype).requires_grad_(False).eval()
+            model = copy.deepcopy(loaded[checkpoint, dtype])
+        for module in model.modules():
+            module.world = world
+        body_of(model).register_forward_pre_hook(lambda *_: world.together(FORWARD))
+        return model
+
+    @contextlib.contextmanager
+    def gathered(head):
+        head.world.together(HEAD)
+        yield head.weight.data, None if head.bias is None else head.bias.data
+
+    monkeypatch.setattr(calibration, "load_frozen", load)
+    monkeypatch.setattr(calibration, "gathered", gathered)
+    monkeypatch.setattr(calibration, "rearming", lambda model: lambda: model.world.together(BACKWARD))
+    monkeypatch.setattr(calibration, "release_shards", lambda model: None)
