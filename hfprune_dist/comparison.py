@@ -200,12 +200,21 @@ def settling_table(points: Sequence[Mapping[str, Any]]) -> str:
     numbers = sorted({point["windows"] for point in points})
     values = {(point["criterion"], point["share_kept"], point["windows"]): point["overlap"] for point in points}
     places = dict.fromkeys((criterion, share) for criterion, share, _ in values)
+    compared = {point["criterion"]: point.get("compared", "scores") for point in points}
     head = ["criterion", "kept", *(f"{number} windows" for number in numbers)]
     lines = [
-        [criterion, f"{share:.0%}", *(f"{values[criterion, share, number]:.3f}" for number in numbers)]
+        [
+            criterion if compared[criterion] == "scores" else f"{criterion} ({compared[criterion]})",
+            f"{share:.0%}",
+            *(_overlap(values.get((criterion, share, number))) for number in numbers),
+        ]
         for criterion, share in places
     ]
     return _markdown(head, lines)
+
+
+def _overlap(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _shown(value: Spread | None, digits: int) -> str:

@@ -33,6 +33,9 @@ CriterionName = Literal[
     "magnitude",
     "random",
 ]
+# Of these, the ones for which halves of the calibration windows can't be compared: they sum nothing over them, or round
+# their sums (``Criterion.has_halves``).
+WITHOUT_HALVES = frozenset({"entropy_bfloat16", "magnitude", "random"})
 Positive = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -92,7 +95,9 @@ class CalibrationConfig(TextSource):
     """Micro-batches whose scores are summed before they are reduced over ranks and saved for a resume."""
     settled: Annotated[float, Field(gt=0, le=1)] | None = None
     """Stop before all samples are used, as soon as two halves of the windows so far agree on this share of the neurons
-    to keep (looked at after 2, 4, 8, ... shards); null uses all samples. The curve is reported in any case."""
+    to keep (looked at after 2, 4, 8, ... shards), by every criterion of the pass; null uses all samples. The curve is
+    reported in any case: of activation and surgeon for the sums that their scores are made from. magnitude and random
+    sum nothing, and entropy_bfloat16 rounds its sums: they have no curve and leave the decision to the others."""
 
 
 class ImportanceConfig(Section):

@@ -5,14 +5,15 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hfprune_dist.budget import ModelSize, narrowest_widths, removals, step_ratios, uniform_widths
-from hfprune_dist.config import Method, SweepConfig, TextSource
+from hfprune_dist.config import WITHOUT_HALVES, CriterionName, Method, SweepConfig, TextSource
 from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.identity import FileHashes, digest_of
@@ -22,6 +23,9 @@ from hfprune_dist.models.sources import ModelSource
 
 # Raise a stage's version when its code changes its result: artifacts of the old version are then not reused.
 STAGE_VERSIONS = {"importance": 6, "reference": 1, "prune": 4, "distill": 1, "recover": 1, "evaluate": 3}
+# Criteria whose scores are more than sums: where a pass may end early, their sums decide as well. Fingerprints say so,
+# since there are artifacts whose pass took no notice of them.
+SETTLED_BY_SUMS = frozenset({"activation", "surgeon"})
 
 
 @dataclass(frozen=True)
@@ -187,8 +191,10 @@ def build_plan(
     """Expand a sweep into stages and cells; stages that several cells need appear once.
 
     Raises:
-        UserError: for a ratio that a model can't reach, rows that would be the same, or input text that can't be read.
+        UserError: for a ratio that a model can't reach, rows that would be the same, input text that can't be read, or
+            a calibration that is to end early where no criterion can tell.
     """
+    _check_settled(config, methods)
     planner = _Planner(config, methods, hashes)
     cells = [cell for model in models for cell in planner.cells(model)]
     _refuse_same_rows(cells)
@@ -286,9 +292,10 @@ class _Planner:
             chain.append(self._distill(label, model, chain[-1], method.distill))
         return chain
 
-    def _importance(self, label: str, model: Input, criteria: Iterable[str]) -> Stage:
+    def _importance(self, label: str, model: Input, criteria: Collection[str]) -> Stage:
         config = self.config
         calibration, text = self._text(config.calibration)
+        by_sums = sorted(SETTLED_BY_SUMS.intersection(criteria))
         params = {
             "calibration": calibration,
             "criteria": sorted(criteria),
@@ -296,6 +303,8 @@ class _Planner:
             "add_bos_token": config.evaluation.add_bos_token,
             "seed": config.seed,
         }
+        if config.calibration.settled is not None and by_sums:
+            params["settled_by_sums_of"] = by_sums
         return self._add(Stage("importance", label, params, {"model": model, **_role("calibration", text)}))
 
     def _prune(self, label: str, model: Input, dense: Input, importance: Stage, ratio: float, method: Method) -> Stage:
@@ -360,6 +369,18 @@ class _Planner:
         file = Path(source.path)
         settings = source.model_dump(exclude={"path", "dataset", "name", "split", "revision"})
         return settings, Input(identity_of(file, self.hashes), str(file), content="text")
+
+
+def _check_settled(config: SweepConfig, methods: Mapping[str, Method]) -> None:
+    """Refuse to end calibration early where no criterion of the sweep can tell when."""
+    criteria = {*config.importance.criteria, *(method.criterion for method in methods.values())}
+    if config.calibration.settled is None or criteria - WITHOUT_HALVES:
+        return
+    able = [name for name in typing.get_args(CriterionName) if name not in WITHOUT_HALVES]
+    raise UserError(
+        f"calibration.settled: by {', '.join(sorted(criteria))} alone nobody can tell when what is kept has settled; "
+        f"set it to null, or add to importance.criteria one of {', '.join(able)}"
+    )
 
 
 def _part_of(importance: Stage, criteria: Sequence[str]) -> Input:

@@ -89,3 +89,6 @@ def test_settling_has_a_row_for_each_criterion_and_share():
     lines = settling_table(points).splitlines()
     assert lines[0] == "| criterion | kept | 16 windows | 32 windows |"
     assert lines[2] == "| entropy | 80% | 0.240 | 0.400 |" and len(lines) == 6
+    late = {"windows": 32, "criterion": "surgeon", "compared": "sums of (h * dL/dh)^2", "share_kept": 0.8}
+    line = settling_table([*points, {**late, "overlap": 0.5}]).splitlines()[-1]
+    assert line == "| surgeon (sums of (h * dL/dh)^2) | 80% | - | 0.500 |"

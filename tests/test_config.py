@@ -3,7 +3,7 @@ import typing
 import pytest
 import yaml
 
-from hfprune_dist.config import CriterionName, load_config, parse_assignment, parse_list, parse_ratios
+from hfprune_dist.config import WITHOUT_HALVES, CriterionName, load_config, parse_assignment, parse_list, parse_ratios
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 
@@ -72,6 +72,10 @@ def test_bad_configuration_is_explained(tmp_path, content, expected):
 def test_every_criterion_can_be_configured():
     config = load_config([], {"importance.criteria": list(CRITERIA)})
     assert set(typing.get_args(CriterionName)) == set(CRITERIA) == set(config.importance.criteria)
+
+
+def test_it_is_known_which_criteria_have_halves():
+    assert {name for name, criterion in CRITERIA.items() if not criterion.has_halves} == WITHOUT_HALVES
 
 
 def test_every_problem_is_told_at_once(tmp_path):

@@ -5,12 +5,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, write_documents, write_pairs
 
-from hfprune_dist.config import load_config
+from hfprune_dist.config import Method, load_config
+from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.identity import FileHashes
 from hfprune_dist.methods import resolve_methods
 from hfprune_dist.models.sources import resolve_models
-from hfprune_dist.plan import Plan, build_plan
+from hfprune_dist.plan import SETTLED_BY_SUMS, Plan, build_plan
 
 METHODS = Path(__file__).parents[1] / "configs" / "methods"
 
@@ -26,7 +27,8 @@ def world(tmp_path_factory):
     return folder
 
 
-def plan_of(world, **overrides):
+def plan_of(world, *, criteria=None, **overrides):
+    """The plan of a sweep; with one method for each of some criteria, or the methods of its configuration."""
     base = {
         "models": ["a", "b"],
         "ratios": [0.1, 0.2],
@@ -39,7 +41,8 @@ def plan_of(world, **overrides):
     config = load_config([], base | {key.replace("__", "."): value for key, value in overrides.items()})
     hashes = FileHashes(None)
     models = resolve_models(config, world / "none", hashes, download=False)
-    return build_plan(config, models, resolve_methods(config, METHODS), hashes)
+    own = {name: Method(criterion=name) for name in criteria or ()}
+    return build_plan(config, models, own or resolve_methods(config, METHODS), hashes)
 
 
 def kinds(plan):
@@ -125,6 +128,30 @@ def test_where_the_pass_may_end_early_all_of_its_criteria_matter(world):
         for criteria in (["entropy"], ["activation"])
     )
     assert not [stage_id for stage_id in set(few.stages) & set(more.stages) if stage_id.startswith("prune/")]
+
+
+def test_only_where_the_pass_may_end_early_fingerprints_say_whose_sums_decide(world):
+    def importance_of(**overrides):
+        plan = plan_of(world, models=["a"], **overrides)
+        return next(stage for stage in plan.stages.values() if stage.kind == "importance")
+
+    criteria = ["entropy", "magnitude", "surgeon", "activation"]
+    assert {name for name, it in CRITERIA.items() if it.has_halves and it.compared != "scores"} == SETTLED_BY_SUMS
+    early = importance_of(importance__criteria=criteria, calibration__settled=0.9)
+    assert early.params["settled_by_sums_of"] == ["activation", "surgeon"]
+    for stage in (
+        importance_of(importance__criteria=criteria),
+        importance_of(methods=["hfprune"], importance__criteria=["entropy"], calibration__settled=0.9),
+    ):
+        assert set(stage.params) == {"calibration", "criteria", "dtype", "add_bos_token", "seed"}
+
+
+@pytest.mark.parametrize("criteria", [["magnitude"], ["magnitude", "random"], ["entropy_bfloat16"]])
+def test_no_early_end_where_no_criterion_can_tell(world, criteria):
+    with pytest.raises(UserError, match=r"calibration\.settled: by .* nobody can tell .* null, or add .* entropy, "):
+        plan_of(world, criteria=criteria, calibration__settled=0.9)
+    plan_of(world, criteria=criteria)
+    plan_of(world, criteria=criteria, calibration__settled=0.9, importance__criteria=["entropy"])
 
 
 def test_a_row_carries_the_cost_of_all_that_it_needs(world):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import pickle
 import threading
 from collections import Counter
@@ -18,10 +19,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from ranks import lay_out
 
+from hfprune_dist.artifacts import Store
+from hfprune_dist.config import RuntimeConfig
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.parallel import calibration
 from hfprune_dist.parallel.world import World
+from hfprune_dist.plan import Stage
+from hfprune_dist.progress import Progress
+from hfprune_dist.stages.context import Context
 
 T = TypeVar("T")
 PATIENCE_S = 120.0
@@ -212,3 +219,23 @@ def without_deepspeed(monkeypatch: Any) -> None:
     monkeypatch.setattr(calibration, "gathered", gathered)
     monkeypatch.setattr(calibration, "rearming", lambda model: lambda: model.world.together(BACKWARD))
     monkeypatch.setattr(calibration, "release_shards", lambda model: None)
+
+
+def run_in_threads(store: Store, stage: Stage, ranks: Ranks) -> None:
+    """Run a stage to its end on these ranks, as the launcher's processes would."""
+    lay_out(store, stage)
+
+    def run(world: World) -> None:
+        context = Context(
+            stage=stage,
+            store=store,
+            world=world,
+            runtime=RuntimeConfig(),
+            progress=Progress(None),
+            config={},
+            code={},
+            attempt=1,
+        )
+        importlib.import_module(f"hfprune_dist.stages.{stage.kind}").run(context)
+
+    ranks.run(run)

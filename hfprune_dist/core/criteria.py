@@ -119,6 +119,11 @@ class MlpLayer:
     moments: Moments | None = None
 
 
+def the_sum(sum_D: Tensor, _layer: MlpLayer) -> Tensor:
+    """What a score is where nothing is done to the sum."""
+    return sum_D
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A score per neuron: a sum over all tokens of the calibration pass, then perhaps something done to that sum.
@@ -133,7 +138,8 @@ class Criterion:
         in_nats: scores are estimates of KL divergence per token, which layers share as a unit.
         accumulated_in: dtype of the running sum over micro-batches. A narrower one than float64 is for comparison with
             code that adds up in it: the sum is then rounded after each micro-batch, in the order of the whole pass.
-        finish: sum [intermediate_size], layer -> scores [intermediate_size], both float64 on the CPU.
+        finish: sum [intermediate_size], layer -> scores [intermediate_size], both float64 on the CPU; by default the
+            sum itself.
     """
 
     name: str
@@ -144,7 +150,7 @@ class Criterion:
     needs_moments: bool = False
     in_nats: bool = False
     accumulated_in: torch.dtype = torch.float64
-    finish: Callable[[Tensor, MlpLayer], Tensor] = lambda sum_D, _layer: sum_D
+    finish: Callable[[Tensor, MlpLayer], Tensor] = the_sum
 
     def __post_init__(self) -> None:
         assert (self.summed == "gradient") == (self.loss is not None), self.name
@@ -153,6 +159,23 @@ class Criterion:
     def is_rounded(self) -> bool:
         """Whether its running sum loses bits, so that it can't be added up shard by shard."""
         return self.accumulated_in != torch.float64
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether what two halves of the windows add up to can be set against each other (see ``core.settling``).
+
+        Rounded sums have no halves that would tell anything: the more terms, the more of them vanish, so two halves
+        lose less than the whole, and the whole stops changing because of the rounding.
+        """
+        return self.summed != "nothing" and not self.is_rounded
+
+    @property
+    def compared(self) -> str:
+        """What is compared of two halves: scores, or the sums over tokens where a score is more than its sum."""
+        if self.finish is the_sum:
+            return "scores"
+        term = "(h * dL/dh)" if self.summed == "gradient" else "h"
+        return f"sums of |{term}|" if self.reduction == "abs" else f"sums of {term}^2"
 
 
 def losses_of(criteria: Sequence[Criterion]) -> list[Loss]:

@@ -33,7 +33,8 @@ class Accumulation:
         file: where rank 0 saves after every round; if it is there, the pass goes on from it. One that is damaged, or of
             another pass, is set aside, and the pass begins anew.
         settled: stop as soon as both halves of the shards so far keep this share of their neurons in common, by every
-            criterion and at every share; looked at when the number of shards is a power of two. None goes through all.
+            criterion that has halves and at every share; looked at when the number of shards is a power of two. None
+            goes through all.
 
     Attributes:
         sums_KLD: float64 [criteria, num_layers, intermediate_size], added in shard order; of criteria that are
@@ -118,7 +119,7 @@ class Accumulation:
         if self.next_shard < 2 or self.next_shard & (self.next_shard - 1):
             return
         for criterion, sum_LD, odd_LD in zip(self._criteria, self.sums_KLD, self._odd_KLD, strict=True):
-            if criterion.summed == "gradient" and not criterion.needs_moments and not criterion.is_rounded:
+            if criterion.has_halves:
                 for share in SHARES_KEPT:
                     overlap = split_half_overlap(sum_LD - odd_LD, odd_LD, share)
                     self.curve[self.next_shard, criterion.name, share] = overlap

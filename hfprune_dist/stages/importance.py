@@ -63,7 +63,13 @@ def _windows_per_shard(context: Context) -> int:
 def _curve(context: Context, totals: Accumulation) -> dict[str, Any]:
     """How the kept set settled: overlap of what two halves of the windows keep, by windows, criterion and share."""
     points = [
-        {"windows": shards * _windows_per_shard(context), "criterion": name, "share_kept": share, "overlap": value}
+        {
+            "windows": shards * _windows_per_shard(context),
+            "criterion": name,
+            "compared": CRITERIA[name].compared,
+            "share_kept": share,
+            "overlap": value,
+        }
         for (shards, name, share), value in totals.curve.items()
     ]
     return {"split_half_overlap": points} if points else {}

@@ -1,11 +1,14 @@
 """The importance stage on real ZeRO-3 ranks."""
 
+import contextlib
+
 import pytest
 import torch
 from core_definition import GRADIENT_CRITERIA, definition, moments, student
 from ranks import failure_of, killing, run_stage
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
+from worlds import Death, Ranks, run_in_threads, without_deepspeed
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.core.criteria import CRITERIA
@@ -104,6 +107,42 @@ def test_the_pass_ends_when_the_kept_set_has_settled_on_any_number_of_ranks(on_o
         for layer in range(2):
             difference = scores_of(store, early)[f"layers.{layer}.entropy"] - expected[layer]
             assert difference.norm() / expected[layer].norm() < 1e-5
+
+
+def early_curve(store, stage, criterion):
+    points = store.manifest(stage.id)["metrics"]["split_half_overlap"]
+    return [point for point in points if point["criterion"] == criterion and point["windows"] == 4]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "compared"),
+    [("surgeon", "sums of (h * dL/dh)^2"), ("activation", "sums of h^2"), ("entropy", "scores")],
+)
+def test_every_criterion_that_sums_has_a_curve_and_can_end_the_pass(tmp_path, monkeypatch, criterion, compared):
+    """The default's curve is that of its Fisher sums. On any number of ranks, and after a death at any round."""
+    without_deepspeed(monkeypatch)
+    stage = make_stage(tmp_path, criteria=[criterion], micro_batch_size=1, shard_size=2, samples=9)
+    whole = Store(tmp_path / "whole")
+    run_in_threads(whole, stage, Ranks(2))
+    assert whole.manifest(stage.id)["metrics"]["tokens"] == 9 * 32
+    curve = early_curve(whole, stage, criterion)
+    assert [point["share_kept"] for point in curve] == [0.8, 0.65, 0.5]
+    assert {point["compared"] for point in curve} == {compared}
+
+    threshold = min(point["overlap"] for point in curve)
+    early = make_stage(tmp_path, criteria=[criterion], micro_batch_size=1, shard_size=2, samples=9, settled=threshold)
+    one = Store(tmp_path / "1")
+    run_in_threads(one, early, Ranks(1))
+    metrics = one.manifest(early.id)["metrics"]
+    assert metrics["tokens"] == 4 * 32 and metrics["split_half_overlap"] == curve
+    for dies_at in (8, 16, 24):
+        store = Store(tmp_path / f"killed at {dies_at}")
+        with contextlib.suppress(Death):
+            run_in_threads(store, early, Ranks(3, deaths={0: dies_at}))
+        run_in_threads(store, early, Ranks(2))
+        assert store.manifest(early.id)["metrics"] == metrics
+        for name, expected in scores_of(one, early).items():
+            assert torch.equal(scores_of(store, early)[name], expected), name
 
 
 @pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen2", "qwen3", "mistral"])
