@@ -10,7 +10,7 @@ from pathlib import Path
 from hfprune_dist.artifacts import Store
 from hfprune_dist.plan import Stage
 from hfprune_dist.progress import Failure, read_failures, read_heartbeat
-from launch.ledger import QUEUE_FULL, Attempt, End, progressed
+from launch.ledger import NEED_ENDED, QUEUE_FULL, Attempt, End, progressed
 from launch.slurm_cli import JobInfo
 
 # Cause -> how often a launcher tries again by itself. A new run of the command always tries again.
@@ -26,6 +26,7 @@ RETRIES = {
     "dependency": 1000,  # ends with the retries of what it depends on
     "duplicate": 20,
     QUEUE_FULL: 1_000_000,
+    NEED_ENDED: 1_000_000,
     "time limit without progress": 0,
     "out of memory": 0,
     "cancelled": 0,

@@ -17,13 +17,16 @@ from rich.markup import escape
 from hfprune_dist.artifacts import Store, Verdict
 from hfprune_dist.config import RuntimeConfig
 from hfprune_dist.plan import Plan, Stage
+from launch.cancel import cancel_jobs
 from launch.layout import Origin
+from launch.ledger import Ledger
 from launch.profiles import Profile
-from launch.slurm import Event, SlurmBackend, Submitting, cancel_jobs
+from launch.slurm import Event, SlurmBackend, Submitting
 from launch.slurm_cli import JobInfo, SlurmCommands, SlurmUnavailableError
 from launch.snapshot import take_snapshot
 from launch.status import stage_statuses, status_table
 from launch.submission import Request, batch_script, default_threads
+from launch.whereabouts import Whereabouts
 
 EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow"}
 STATUS_INTERVAL_S = 5.0
@@ -66,6 +69,7 @@ def run_on_slurm(
         if follow is not False:
             backend.follow(lambda: screen.refresh(backend.jobs))
             return None
+        backend.follow_missing(lambda: screen.refresh(backend.jobs))
     if left := backend.unsubmitted():
         names = ", ".join(f"{stage.kind} {stage.label}" for stage in left)
         console.print(f"not submitted: {names}; run the same command again", markup=False, highlight=False)
@@ -76,18 +80,27 @@ def run_on_slurm(
 
 def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
     """The state of every stage; with ``keep_on``, live for as long as a stage is queued or running."""
+    jobs = _StatusJobs(console, sweep)
     with _Screen(console, sweep).shown() as screen:
-        while keep_on and screen.refresh(_jobs_or_none(console)):
+        while keep_on and screen.refresh(jobs.now()):
             time.sleep(STATUS_INTERVAL_S)
-    console.print(status_table(stage_statuses(sweep.plan, sweep.store, _jobs_or_none(console))))
+    console.print(status_table(stage_statuses(sweep.plan, sweep.store, jobs.now())))
 
 
 def cancel(console: Console, sweep: Sweep) -> None:
     """Cancel the sweep's jobs; what they have saved stays."""
     slurm = SlurmCommands()
     slurm.require()
-    job_ids = cancel_jobs(sweep.plan, sweep.store, slurm)
-    console.print(f"cancelled {len(job_ids)} jobs: {' '.join(job_ids)}" if job_ids else "no jobs to cancel")
+    cancelled = cancel_jobs(sweep.plan, sweep.store, slurm)
+    job_ids = cancelled.job_ids
+    lines = [f"cancelled {len(job_ids)} jobs: {' '.join(job_ids)}" if job_ids else "no jobs to cancel"]
+    if cancelled.outside:
+        lines.append(f"some of them belong to stages outside of this plan: {', '.join(cancelled.outside)}")
+    lines += [
+        f"not cancelled: job {attempt.job_id} of user {attempt.intent.user} on cluster {attempt.intent.cluster}"
+        for attempt in cancelled.foreign
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def show_jobs(
@@ -140,15 +153,26 @@ def _expected(missing: list[Stage], sweep: Sweep, profile: Profile) -> tuple[flo
     return sum(seconds) / 3600, len(known)
 
 
-def _jobs_or_none(console: Console) -> dict[str, JobInfo]:
-    """All jobs; none where this machine has no Slurm, or it does not answer: files still tell a lot."""
-    if shutil.which("squeue") is None:
-        return {}
-    try:
-        return SlurmCommands().jobs()
-    except SlurmUnavailableError as error:
-        console.print(f"Slurm does not answer ({error}): jobs are not shown", markup=False)
-        return {}
+class _StatusJobs:
+    """All jobs, for who only looks; none where this machine has no Slurm, or it does not answer at once."""
+
+    def __init__(self, console: Console, sweep: Sweep) -> None:
+        self._console = console
+        self._sweep = sweep
+        self._whereabouts = Whereabouts(sweep.store, SlurmCommands(retry_delays_s=()), time.monotonic)
+
+    def now(self) -> dict[str, JobInfo]:
+        if shutil.which("squeue") is None:
+            return {}
+        ledger = Ledger(self._sweep.store.root)
+        last = [attempt for stage_id in self._sweep.plan.stages if (attempt := ledger.last(stage_id)) is not None]
+        attempts = {job_id: each for each in last if each.end is None and (job_id := each.job_id) is not None}
+        try:
+            self._whereabouts.look(attempts)
+        except SlurmUnavailableError as error:
+            self._console.print(f"Slurm does not answer ({error}): jobs are not shown", markup=False)
+            return {}
+        return self._whereabouts.jobs
 
 
 class _Screen:

@@ -235,7 +235,7 @@ class _Reception:
         """``run``, ``done`` (nothing to do), ``wait`` (ask again) or ``held`` (another process is at it)."""
         if self._store.verify(self._stage_id).state == "done":
             return "done"
-        claim = try_claim(self._work, self._run.job_id, self._ended_jobs())
+        claim = try_claim(self._work, self._run.job_id, self._ledger.ended_jobs(self._stage_id))
         if isinstance(claim, Holder):
             if time.monotonic() - self._asked_since > CLAIM_PATIENCE_S:
                 return "held"
@@ -261,10 +261,6 @@ class _Reception:
         """Remove what this start of the job has written of the artifact."""
         if self.claim is not None:
             self._store.discard_drafts(self._stage_id, self.claim)
-
-    def _ended_jobs(self) -> list[str]:
-        attempts = self._ledger.attempts(self._stage_id)
-        return [attempt.job_id for attempt in attempts if attempt.end is not None and attempt.job_id is not None]
 
     def _close_earlier_runs(self) -> None:
         """A start of this job that could not say how it ended was killed, at its last heartbeat or later."""

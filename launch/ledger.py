@@ -27,8 +27,11 @@ from hfprune_dist.progress import Heartbeat
 INTENT = "intent.json"
 JOB = "job.json"
 END = "end.json"
-# Cause of an attempt that came to nothing because the user had too many jobs; its folder serves for the next try.
-QUEUE_FULL = "submit limit"
+# Causes of an attempt that came to nothing before Slurm took its job; its folder serves for the next try.
+QUEUE_FULL = "submit limit"  # the user had too many jobs
+NEED_ENDED = "need ended"  # a job that it was to wait for had ended meanwhile
+# In place of a state of Slurm's: the job is over, for Slurm has known none for long and nothing shows that it lives.
+GONE = "GONE"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Intent:
         gpus, cores: of the whole job.
         time_minutes: time limit of the job.
         lane: jobs in one lane run one after the other (``--max-running``); None without a limit.
+        cluster, user: whose job it is. Empty in records of earlier versions.
     """
 
     stage_id: str
@@ -52,6 +56,8 @@ class Intent:
     cores: int
     time_minutes: int
     lane: int | None = None
+    cluster: str = ""
+    user: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class End:
     Attributes:
         cause: done, or one of ``launch.causes``.
         message: for the user.
-        state: the job's last state in Slurm, where it is known.
+        state: the job's last state in Slurm, or GONE. Empty where nobody has said that the job is over.
         bad_nodes: nodes that the next attempt should avoid.
     """
 
@@ -164,24 +170,50 @@ class Ledger:
         """The attempt in a folder of this ledger."""
         return Attempt(folder, Intent(**read_json(folder / INTENT)))
 
-    def open_attempt(self, stage: Stage, gpus: int, cores: int, time_minutes: int, lane: int | None) -> Attempt:
+    def open_attempts(self) -> list[Attempt]:
+        """All attempts of the store that have no end, whichever sweep made them."""
+        stages = sorted(folder.relative_to(self._root) for folder in self._root.glob("*/*"))
+        return [attempt for stage in stages for attempt in self.attempts(str(stage)) if attempt.end is None]
+
+    def ended_jobs(self, stage_id: str) -> set[str]:
+        """Jobs of a stage that are over, by Slurm's word or because they are gone: what they claim is free.
+
+        Not those whose id an open attempt has as well: another cluster, or one that was set up anew, gives ids again.
+        """
+        attempts = [(attempt.job_id, attempt.end) for attempt in self.attempts(stage_id)]
+        over = {job_id for job_id, end in attempts if job_id is not None and end is not None and end.state}
+        return over - {job_id for job_id, end in attempts if job_id is not None and end is None}
+
+    def open_attempt(
+        self,
+        stage: Stage,
+        gpus: int,
+        cores: int,
+        time_minutes: int,
+        lane: int | None,
+        *,
+        cluster: str = "",
+        user: str = "",
+    ) -> Attempt:
         """Write down the next attempt; the caller holds the stage's claim."""
         folder = self._root / stage.id
         folder.mkdir(parents=True, exist_ok=True)
         last = self.last(stage.id)
-        if last is not None and last.end is not None and last.end.cause == QUEUE_FULL:
-            return self._reopen(last, lane)
+        if last is not None and last.end is not None and last.end.cause in (QUEUE_FULL, NEED_ENDED):
+            return self._reopen(last, lane, cluster, user)
         number = 1 + max((int(path.name) for path in folder.iterdir()), default=0)
         name = f"hfprune-{stage.kind}-{stage.fingerprint[:8]}-{number}-{uuid.uuid4().hex[:8]}"
         attempt = Attempt(
-            folder / str(number), Intent(stage.id, number, name, time.time(), gpus, cores, time_minutes, lane)
+            folder / str(number),
+            Intent(stage.id, number, name, time.time(), gpus, cores, time_minutes, lane, cluster, user),
         )
         attempt.folder.mkdir()
         write_json(attempt.folder / INTENT, asdict(attempt.intent))
         return attempt
 
-    def _reopen(self, attempt: Attempt, lane: int | None) -> Attempt:
-        again = Attempt(attempt.folder, replace(attempt.intent, created=time.time(), lane=lane))
+    def _reopen(self, attempt: Attempt, lane: int | None, cluster: str, user: str) -> Attempt:
+        intent = replace(attempt.intent, created=time.time(), lane=lane, cluster=cluster, user=user)
+        again = Attempt(attempt.folder, intent)
         write_json(again.folder / INTENT, asdict(again.intent))
         (again.folder / END).unlink()
         return again

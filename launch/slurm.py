@@ -1,7 +1,8 @@
 """The Slurm backend: submits what is missing, adopts what runs, tries again what died by no fault of its own.
 
-All it knows comes from files (artifacts, ledger, heartbeats) and one squeue call per round. So it may be closed at any
-time: the jobs go on, and the next launcher takes up where this one stopped.
+All it knows comes from files (artifacts, ledger, heartbeats) and from Slurm: one squeue call per round, and more only
+about jobs that squeue does not list. So it may be closed at any time: the jobs go on, and the next launcher takes up
+where this one stopped.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfprune_dist.artifacts import Store
@@ -19,23 +20,26 @@ from hfprune_dist.plan import Plan, Stage
 from hfprune_dist.progress import Failure, clear_failures, write_failure_record
 from launch.causes import RETRIES, explain_end
 from launch.layout import Origin, lay_out
-from launch.ledger import QUEUE_FULL, Attempt, End, Ledger
+from launch.ledger import GONE, NEED_ENDED, QUEUE_FULL, Attempt, End, Ledger
+from launch.pending import PendingJobs
 from launch.profiles import Profile
 from launch.slurm_cli import (
     JobInfo,
+    NeedEndedError,
     SlurmCommands,
     SlurmUnavailableError,
     SubmissionRefusedError,
     SubmitLimitError,
 )
-from launch.submission import Request, default_threads, write_submission
+from launch.submission import SCRIPT, Request, default_threads, write_submission
+from launch.whereabouts import GONE_AFTER_S, Sighting, Whereabouts
 
 Jobs = Mapping[str, JobInfo]
-# Rounds in which Slurm may call a job completed before its artifact has to be visible here (file systems lag).
-PATIENT_ROUNDS = 5
+# How long after a job has completed its artifact has to be visible here (file systems lag).
+LAG_S = 60.0
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 10.0
 # The reason lies in another stage or outside: the stage itself has no failure to report.
-NO_FAILURE = ("dependency", "duplicate", "lost job", QUEUE_FULL)
+NO_FAILURE = ("dependency", "duplicate", "lost job", QUEUE_FULL, NEED_ENDED)
 EXCLUDING_ATTEMPTS = 3
 
 
@@ -69,29 +73,51 @@ class SlurmBackend:
 
     Args:
         tell: is told what happens.
+        clock: seconds that only grow.
     """
 
     def __init__(
-        self, store: Store, plan: Plan, submitting: Submitting, slurm: SlurmCommands, tell: Callable[[Event], None]
+        self,
+        store: Store,
+        plan: Plan,
+        submitting: Submitting,
+        slurm: SlurmCommands,
+        tell: Callable[[Event], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._plan = plan
         self._submitting = submitting
         self._slurm = slurm
         self._tell = tell
+        self._clock = clock
         self._ledger = Ledger(store.root)
+        self._whereabouts = Whereabouts(store, slurm, clock)
+        self._pending = PendingJobs(lambda message: tell(Event("waiting", None, None, message)), clock)
         self._todo = set(plan.lacking(lambda stage_id: store.verify(stage_id).state == "done"))
         self._live: dict[str, Attempt] = {}
         # Causes of the attempts that ended while this launcher watched: what ended before it came counts no more.
         self._ended: dict[str, list[str]] = {}
-        self._completed_rounds: Counter[str] = Counter()
+        self._completed_since: dict[str, float] = {}
+        # Attempts whose jobs would never have started: cancelled by us, and why.
+        self._given_up: dict[str, End] = {}
+        # Attempts whose jobs Slurm took from here without saying their ids.
+        self._nameless: set[str] = set()
+        # Names of jobs that had been missing when this launcher started: how they ended counts as before it.
+        self._inherited: set[str] = set()
         self._held_up = False
-        self.jobs: Jobs = {}
+
+    @property
+    def jobs(self) -> Jobs:
+        """What the last round saw, by job id."""
+        return self._whereabouts.jobs
 
     def start(self) -> None:
         """Take up what earlier launchers left, then submit what is missing."""
         self._take_up()
         self._ended.clear()
+        self._inherited = {each.intent.job_name for each in self._live.values() if self._whereabouts.is_missing(each)}
         self._submit_missing()
 
     def follow(self, show: Callable[[], object], sleep: Callable[[float], None] = time.sleep) -> None:
@@ -100,8 +126,22 @@ class SlurmBackend:
         Args:
             show: called after every round.
         """
+        self._follow_while(lambda: bool(self._live) or self._held_up, show, sleep)
+
+    def follow_missing(self, show: Callable[[], object], sleep: Callable[[float], None] = time.sleep) -> None:
+        """Go on until it is known of every job whether it is over, for at most some minutes."""
+        deadline = self._clock() + 2 * GONE_AFTER_S
+        self._follow_while(lambda: self._is_any_missing() and self._clock() < deadline, show, sleep)
+
+    def _is_any_missing(self) -> bool:
+        missing = [each for each in self._live.values() if self._whereabouts.is_missing(each)]
+        return any(not self._is_foreign(attempt) for attempt in missing)
+
+    def _follow_while(
+        self, goes_on: Callable[[], bool], show: Callable[[], object], sleep: Callable[[float], None]
+    ) -> None:
         wait = SHORTEST_WAIT_S
-        while self._live or self._held_up:
+        while goes_on():
             sleep(wait)
             before = (len(self._todo), sorted(self._live))
             try:
@@ -130,30 +170,31 @@ class SlurmBackend:
             if attempt is not None and attempt.end is None:
                 self._live[stage_id] = attempt
         job_ids = {stage_id: attempt.job_id for stage_id, attempt in self._live.items()}
-        self.jobs = self._slurm.jobs()
-        forgotten = [job_id for job_id in job_ids.values() if job_id is not None and job_id not in self.jobs]
-        known = {**self._slurm.history(forgotten), **self.jobs}
-        by_name = {job.name: job for job in self.jobs.values()}
+        known = {job_id: self._live[stage_id] for stage_id, job_id in job_ids.items() if job_id is not None}
+        self._whereabouts.look(known)
+        sightings = {stage_id: self._whereabouts.sighting(self._live[stage_id]) for stage_id in job_ids}
+        self._pending.note([sighting.job for sighting in sightings.values() if sighting.job is not None])
         for stage_id, attempt in list(self._live.items()):
-            job_id = job_ids[stage_id]
-            if job_id is None:
-                self._find(attempt, by_name)
+            if job_ids[stage_id] is None:
+                self._find(attempt)
             else:
-                self._settle(attempt, known.get(job_id))
+                self._settle(attempt, sightings[stage_id])
 
-    def _find(self, attempt: Attempt, by_name: Jobs) -> None:
+    def _find(self, attempt: Attempt) -> None:
         """A launcher wrote this intent and died before it wrote the job's id, or is about to write it."""
         stage = self._plan.stages[attempt.intent.stage_id]
-        job = by_name.get(attempt.intent.job_name)
+        job = self._whereabouts.named(attempt.intent.job_name)
         if job is None:
+            if self._is_foreign(attempt):
+                return
             # Only who holds the claim may say that a submission came to nothing: its launcher may be at it.
-            claim = try_claim(self._store.work(stage.id), ended_jobs=self._ended_jobs(stage))
+            claim = try_claim(self._store.work(stage.id), ended_jobs=self._ledger.ended_jobs(stage.id))
             if isinstance(claim, Holder):
                 return
             try:
                 job_id = attempt.job_id
                 job = next((job for job in self._slurm.jobs().values() if job.name == attempt.intent.job_name), None)
-                if job is None and job_id is None:
+                if job is None and job_id is None and self._came_to_nothing(attempt):
                     self._close(stage, attempt, End("lost job", "the launcher died while it submitted", time.time()))
             finally:
                 claim.release()
@@ -161,30 +202,102 @@ class SlurmBackend:
             attempt.record_job(job.job_id)
             self._tell(Event("adopted", stage, job.job_id))
 
-    def _settle(self, attempt: Attempt, job: JobInfo | None) -> None:
+    def _came_to_nothing(self, attempt: Attempt) -> bool:
+        """Whether there is no job of an intent, for certain: that squeue does not list it is not enough."""
+        if not (attempt.folder / SCRIPT).exists():
+            return True  # the launcher died before sbatch
+        if attempt.intent.stage_id in self._nameless and self._whereabouts.missing_for(attempt) < GONE_AFTER_S:
+            return False
+        self._slurm.cancel_named(attempt.intent.job_name)
+        return True
+
+    def _is_foreign(self, attempt: Attempt) -> bool:
+        """Whether a job can't be seen from here; if so, say whose it is."""
+        intent = attempt.intent
+        if not (self._whereabouts.is_elsewhere(attempt) or self._whereabouts.is_somebody_elses(attempt)):
+            return False
+        message = (
+            f"user {intent.user} submitted it on cluster {intent.cluster}; its artifact is waited for. Where that job "
+            f"is gone for good, remove {attempt.folder}"
+        )
+        self._tell(Event("waiting", self._plan.stages[intent.stage_id], attempt.job_id, message))
+        return True
+
+    def _settle(self, attempt: Attempt, sighting: Sighting) -> None:
         """Close an attempt whose job is over."""
         stage = self._plan.stages[attempt.intent.stage_id]
-        if job is not None and job.name != attempt.intent.job_name:
-            job = None  # a cluster that was set up anew counts jobs from 1 again
+        job = sighting.job
         if job is not None and job.is_live:
+            self._give_up_hopeless(stage, attempt, job)
+        elif job is not None or self._store.verify(stage.id).state == "done":
+            end = self._end(stage, attempt, job)
+            if not self._may_lag(stage, job, end):
+                self._close(stage, attempt, end)
+        elif sighting.is_gone:
+            self._close_gone(stage, attempt)
+        else:
+            self._tell_of_missing(stage, attempt)
+
+    def _may_lag(self, stage: Stage, job: JobInfo | None, end: End) -> bool:
+        """Whether the artifact of a job that has completed may still become visible here."""
+        if job is None or job.state != "COMPLETED" or end.cause == "done":
+            return False
+        return self._clock() - self._completed_since.setdefault(stage.id, self._clock()) < LAG_S
+
+    def _close_gone(self, stage: Stage, attempt: Attempt) -> None:
+        """Close an attempt whose job nobody knows any more, unless its claim shows that it lives."""
+        claim = try_claim(self._store.work(stage.id), ended_jobs=self._ledger.ended_jobs(stage.id))
+        if isinstance(claim, Holder):
+            self._tell_of_missing(stage, attempt)
             return
+        try:
+            end = self._end(stage, attempt, None)
+            self._close(stage, attempt, end if end.state else replace(end, state=GONE))
+        finally:
+            claim.release()
+
+    def _end(self, stage: Stage, attempt: Attempt, job: JobInfo | None) -> End:
         end = explain_end(self._store, stage, attempt, job)
-        self._completed_rounds[stage.id] += 1
-        lags = job is not None and job.state == "COMPLETED" and end.cause != "done"
-        if lags and self._completed_rounds[stage.id] <= PATIENT_ROUNDS:
+        given_up = self._given_up.pop(stage.id, None)
+        if given_up is None or end.cause == "done":
+            return end
+        return replace(end, cause=given_up.cause, message=given_up.message, bad_nodes=given_up.bad_nodes)
+
+    def _tell_of_missing(self, stage: Stage, attempt: Attempt) -> None:
+        if not self._is_foreign(attempt):
+            message = (
+                f"Slurm says nothing of it; it counts as gone after {GONE_AFTER_S / 60:.0f} min without a sign of life"
+            )
+            self._tell(Event("waiting", stage, attempt.job_id, message))
+
+    def _give_up_hopeless(self, stage: Stage, attempt: Attempt, job: JobInfo) -> None:
+        """Cancel a job that Slurm will never start; the next round finds it ended, and tries again."""
+        cause = self._pending.hopeless(job)
+        if cause is None or self._whereabouts.is_somebody_elses(attempt):
             return
-        self._close(stage, attempt, end)
+        if stage.id not in self._given_up:
+            self._given_up[stage.id] = self._given_up_for(cause, job)
+        self._slurm.cancel([job.job_id])
+
+    def _given_up_for(self, cause: str, job: JobInfo) -> End:
+        nodes = self._slurm.launched_on(job.job_id) if cause == "bad node" else ""
+        where = f" on {nodes}" if nodes else ""
+        message = f"job {job.job_id} could not be started{where} and would have waited for ever: {job.reason}"
+        is_one = bool(nodes) and not {"[", ","} & set(nodes)
+        return End(cause, message, time.time(), bad_nodes=[nodes] if is_one else [])
 
     def _close(self, stage: Stage, attempt: Attempt, end: End) -> None:
         attempt.close(end)
         self._live.pop(stage.id, None)
-        self._completed_rounds.pop(stage.id, None)
+        self._completed_since.pop(stage.id, None)
+        self._nameless.discard(stage.id)
         if end.cause == "done":
             self._todo.discard(stage.id)
             self._store.discard_work(stage.id)  # for a job that died between its commit and its end
             self._tell(Event("done", stage, attempt.job_id, f"{end.run_seconds:.0f} s"))
             return
-        self._ended.setdefault(stage.id, []).append(end.cause)
+        if attempt.intent.job_name not in self._inherited:
+            self._ended.setdefault(stage.id, []).append(end.cause)
         self._report_failure(stage, end)
         self._todo |= {need for need in stage.needs if self._store.verify(need).state != "done"}
         self._tell(Event("ended", stage, attempt.job_id, f"{end.cause}: {end.message}"))
@@ -203,19 +316,31 @@ class SlurmBackend:
         """Submit every stage that is missing and whose inputs are there or on their way, in plan order."""
         self._held_up = False
         for stage in self._plan.stages.values():
-            if stage.id not in self._todo or stage.id in self._live or not self._may_try(stage):
-                continue
-            pending = [need for need in stage.needs if need in self._todo]
-            jobs = [self._live[need].job_id for need in pending if need in self._live]
-            after_ok = [job_id for job_id in jobs if job_id is not None]
-            if len(after_ok) < len(pending):
-                continue
             try:
-                self._submit(stage, after_ok)
+                try:
+                    self._submit_if_possible(stage)
+                except NeedEndedError:
+                    # A long submission outlasts Slurm's memory of jobs that have ended (MinJobAge).
+                    self._held_up = True
+                    self._take_up()
+                    self._submit_if_possible(stage)
+            except NeedEndedError as error:
+                self._tell(Event("waiting", stage, None, f"{error}; tried again"))
             except SubmitLimitError as error:
                 self._held_up = True
                 self._tell(Event("waiting", stage, None, f"{error}; the rest is submitted when jobs have ended"))
                 return
+
+    def _submit_if_possible(self, stage: Stage) -> None:
+        if stage.id not in self._todo or stage.id in self._live or not self._may_try(stage):
+            return
+        pending = [need for need in stage.needs if need in self._todo and self._store.verify(need).state != "done"]
+        needed = [self._live[need] for need in pending if need in self._live]
+        # On a job of which Slurm may know nothing, nothing can depend.
+        jobs = [attempt.job_id for attempt in needed if not self._whereabouts.is_missing(attempt)]
+        after_ok = [job_id for job_id in jobs if job_id is not None]
+        if len(after_ok) == len(pending):
+            self._submit(stage, after_ok)
 
     def _may_try(self, stage: Stage) -> bool:
         ended = Counter(self._ended.get(stage.id, []))
@@ -223,7 +348,7 @@ class SlurmBackend:
 
     def _submit(self, stage: Stage, after_ok: Sequence[str]) -> None:
         """Submit a stage, unless somebody else did or does."""
-        claim = try_claim(self._store.work(stage.id), ended_jobs=self._ended_jobs(stage))
+        claim = try_claim(self._store.work(stage.id), ended_jobs=self._ledger.ended_jobs(stage.id))
         if isinstance(claim, Holder):
             self._held_up = True
             return
@@ -247,7 +372,9 @@ class SlurmBackend:
         submitting = self._submitting
         resources = submitting.profile.resources[stage.kind]
         lane, after_any = self._choose_lane(after_ok)
-        attempt = self._ledger.open_attempt(stage, resources.gpus, resources.cores, resources.time_minutes, lane)
+        attempt = self._ledger.open_attempt(
+            stage, resources.gpus, resources.cores, resources.time_minutes, lane, **self._whereabouts.me
+        )
         lay_out(self._store, stage, submitting.origin, attempt.intent.number)
         request = Request(
             stage=stage,
@@ -264,16 +391,30 @@ class SlurmBackend:
         # A job outlives this machine: so must what it reads, and what tells the next launcher of it.
         for folder in (attempt.folder, self._store.work(stage.id)):
             fsync_folders(folder, self._store.root)
+        self._hand_over(stage, attempt, script)
+
+    def _hand_over(self, stage: Stage, attempt: Attempt, script: Path) -> None:
+        """Submit, and record the job's id or why there is none."""
         try:
             job_id = self._slurm.submit(script, attempt.intent.job_name)
         except SubmissionRefusedError as error:
             self._close(stage, attempt, End("refused", str(error), time.time()))
             return
-        except SubmitLimitError as error:
-            self._close(stage, attempt, End(QUEUE_FULL, str(error), time.time()))
+        except (SubmitLimitError, NeedEndedError) as error:
+            cause = QUEUE_FULL if isinstance(error, SubmitLimitError) else NEED_ENDED
+            self._close(stage, attempt, End(cause, str(error), time.time()))
             raise
-        attempt.record_job(job_id)
+        except SlurmUnavailableError:
+            self._live[stage.id] = attempt  # it may have arrived
+            raise
         self._live[stage.id] = attempt
+        if job_id is None:
+            self._nameless.add(stage.id)
+            self._tell(
+                Event("waiting", stage, None, "Slurm took a job without saying its id; it is looked for by name")
+            )
+            return
+        attempt.record_job(job_id)
         self._tell(Event("submitted", stage, job_id))
 
     def _choose_lane(self, after_ok: Sequence[str]) -> tuple[int | None, str | None]:
@@ -297,21 +438,5 @@ class SlurmBackend:
         return lane, last[lane].job_id
 
     def _nodes_to_avoid(self, stage: Stage) -> list[str]:
-        ends = [attempt.end for attempt in self._ledger.attempts(stage.id)[-EXCLUDING_ATTEMPTS:]]
-        return sorted({node for end in ends if end is not None for node in end.bad_nodes})
-
-    def _ended_jobs(self, stage: Stage) -> list[str]:
-        attempts = self._ledger.attempts(stage.id)
-        return [attempt.job_id for attempt in attempts if attempt.end is not None and attempt.job_id is not None]
-
-
-def cancel_jobs(plan: Plan, store: Store, slurm: SlurmCommands) -> list[str]:
-    """Cancel every job of a sweep, whichever launcher submitted it; return their ids."""
-    ledger = Ledger(store.root)
-    last = [attempt for stage_id in plan.stages if (attempt := ledger.last(stage_id)) is not None]
-    names = {attempt.intent.job_name for attempt in last if attempt.end is None}
-    # Those that wait come first: they would start when the ones that they wait for are gone.
-    found = [job for job in slurm.jobs().values() if job.name in names and job.is_live]
-    job_ids = [job.job_id for job in sorted(found, key=lambda job: (job.state != "PENDING", job.job_id))]
-    slurm.cancel(job_ids)
-    return job_ids
+        ends = [end for attempt in self._ledger.attempts(stage.id) if (end := attempt.end) is not None]
+        return sorted({node for end in ends[-EXCLUDING_ATTEMPTS:] for node in end.bad_nodes})

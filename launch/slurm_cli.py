@@ -1,19 +1,21 @@
-"""Slurm's commands: sbatch, squeue, sacct and scancel, with patience for a controller that is busy or restarting.
+"""Slurm's commands, with patience for a controller that is busy or restarting.
 
 Job states come from one squeue call for all jobs of the user. It also knows jobs that ended a few minutes ago
-(MinJobAge); sacct is asked about older ones, where there is accounting.
+(MinJobAge). What it does not list, the controller is asked about job by job (scontrol), and accounting (sacct) where
+there is one: that squeue does not list a job says nothing yet.
 """
 
 from __future__ import annotations
 
-import getpass
+import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, NoReturn
 
 from hfprune_dist.errors import UserError
 
@@ -24,6 +26,10 @@ TRANSIENT = re.compile(
     r"|communication|controller .*not responding|slurmctld.*(down|restart)|try again|backup|shutdown",
     re.IGNORECASE,
 )
+# Variables by which a user changes what Slurm's commands ask for or show.
+OPTION_VARIABLES = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
+# Those of them that say which cluster is asked, and as whom.
+CONNECTION_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 NO_CONFIGURATION = re.compile("could not establish a configuration source|unable to process configuration", re.I)
 # Slurm names the limit that a job goes beyond, before a sentence that is the same for all of them.
 NAMED_LIMIT = re.compile(r"\b(?:QOS|Assoc)\w*Limit\b", re.IGNORECASE)
@@ -44,7 +50,16 @@ LIVE_STATES = frozenset(
         *("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
     }
 )
-SQUEUE_FIELDS = "%i|%T|%r|%N|%S|%e|%j"
+# The last mark shows that a line is whole: names may have any character, line ends included.
+SQUEUE_FIELDS = "%i|%T|%r|%N|%S|%e|%j|;"
+SQUEUE_HEADER = re.compile(r"^JOBID\|.*\|;\n", re.MULTILINE)
+SQUEUE_JOB = re.compile(r"^(\d[^|\n]*)" + r"\|([^|\n]*)" * 5 + r"\|(.*?)\|;\n", re.MULTILINE | re.DOTALL)
+# What sbatch --parsable prints; sites may print notes before and after it.
+SUBMITTED = re.compile(r"^(\d+)(?:;\S+)?[ \t\r]*$", re.MULTILINE)
+DEPENDENCY_PROBLEM = re.compile("job dependency problem", re.IGNORECASE)
+INVALID_JOB_ID = re.compile("Invalid job id", re.IGNORECASE)
+
+Fate = Literal["cancelled", "requeued", "preempted", "open"]
 
 
 class SlurmUnavailableError(Exception):
@@ -57,6 +72,10 @@ class SubmitLimitError(Exception):
 
 class SubmissionRefusedError(UserError):
     """Slurm refuses a job as it was asked for."""
+
+
+class NeedEndedError(Exception):
+    """Slurm has forgotten a job on which the submitted one was to depend: that one ended some time ago."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +106,15 @@ class SlurmCommands:
 
     Args:
         sleep: waits between retries.
+        retry_delays_s: how long to wait before each further try of a command that got no answer.
     """
 
-    def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self, sleep: Callable[[float], None] = time.sleep, retry_delays_s: Sequence[float] = RETRY_DELAYS_S
+    ) -> None:
         self._sleep = sleep
+        self._delays = retry_delays_s
+        self._cluster: str | None = None
 
     def require(self) -> None:
         """Raises UserError where this machine can't submit jobs."""
@@ -107,67 +131,114 @@ class SlurmCommands:
                 "cluster, set SLURM_CONF, or use --backend local"
             )
 
-    def submit(self, script: Path, job_name: str) -> str:
-        """Submit a batch script and return the job's id.
+    def cluster(self) -> str:
+        """The cluster that is asked: job ids of another one mean other jobs."""
+        if self._cluster is None:
+            self._cluster = os.environ.get("SLURM_CLUSTERS") or self._configured_cluster()
+        return self._cluster
 
-        A submission that went wrong on the way may have arrived: before another try, the job is looked for by name.
+    def _configured_cluster(self) -> str:
+        pattern = re.compile(r"^ClusterName\s*=\s*(\S+)", re.MULTILINE)
+        text = self._query(["scontrol", "show", "config"], is_whole=lambda text: pattern.search(text) is not None)
+        return str(pattern.findall(text)[0])
+
+    def submit(self, script: Path, job_name: str) -> str | None:
+        """Submit a batch script and return the job's id; None where Slurm took the job without saying its id.
+
+        A submission that went wrong on the way may have arrived: before another try, the job is looked for by name,
+        as late as possible, for a busy controller may take it in after sbatch has given up.
 
         Raises:
             SubmissionRefusedError: with Slurm's words, where it would be refused again.
             SubmitLimitError: where it would be accepted later.
-            SlurmUnavailableError: where Slurm did not answer.
+            NeedEndedError: where a job that it depends on is unknown to Slurm.
+            SlurmUnavailableError: where Slurm did not answer; the job may have arrived.
         """
-        for delay in (*RETRY_DELAYS_S, None):
+        for delay in (*self._delays, None):
             result = _run(["sbatch", "--parsable", str(script)])
+            if said := SUBMITTED.findall(result.stdout):
+                return str(said[-1])
             if result.returncode == 0:
-                return result.stdout.strip().splitlines()[-1].split(";")[0]
-            if _is_full(result.stderr):
-                raise SubmitLimitError(_last_line(result.stderr))
-            if not _is_transient(result):
-                raise SubmissionRefusedError(f"sbatch refused {script}: {result.stderr.strip()}; check the profile")
-            arrived = [job.job_id for job in self.jobs().values() if job.name == job_name]
-            if arrived:
-                return arrived[0]
+                return self._find_patiently(job_name)
+            if _is_full(result.stderr) or not _is_transient(result):
+                return self._find(job_name) or _raise_refusal(script, result.stderr)
             if delay is not None:
                 self._sleep(delay)
+                if arrived := self._find(job_name):
+                    return arrived
         raise SlurmUnavailableError(f"sbatch: {_last_line(result.stderr)}")
 
+    def _find_patiently(self, job_name: str) -> str | None:
+        for delay in (*self._delays, None):
+            if (job_id := self._find(job_name)) or delay is None:
+                return job_id
+            self._sleep(delay)
+        return None
+
+    def _find(self, job_name: str) -> str | None:
+        return next((job.job_id for job in self.jobs().values() if job.name == job_name), None)
+
     def jobs(self) -> dict[str, JobInfo]:
-        """All jobs of this user that Slurm still knows, by id.
+        """All jobs of this user that squeue lists, by id. One that it does not list need not be over.
+
+        Raises:
+            SlurmUnavailableError: where Slurm did not answer, or never wholly.
+        """
+        command = ["squeue", "--me", "--states=all", f"--format={SQUEUE_FIELDS}"]
+        text = self._query(command, is_whole=_is_whole_listing)
+        infos = [JobInfo(*fields) for fields in SQUEUE_JOB.findall(text)]
+        return {info.job_id: info for info in infos}
+
+    def job(self, job_id: str) -> JobInfo | None:
+        """What the controller itself says about a job, whoever's it is; None where it says that it knows none.
 
         Raises:
             SlurmUnavailableError: where Slurm did not answer.
         """
-        command = ["squeue", f"--user={getpass.getuser()}", "--states=all", "--noheader", f"--format={SQUEUE_FIELDS}"]
-        lines = self._query(command).splitlines()
-        infos = [JobInfo(*line.split("|", 6)) for line in lines if line.count("|") >= 6]
-        return {info.job_id: info for info in infos}
+        text = self._show(job_id, ignore=INVALID_JOB_ID)
+        if not text:
+            return None
+        names = ("JobState", "Reason", "NodeList", "StartTime", "EndTime", "JobName")
+        return JobInfo(job_id, *(_field(text, name) for name in names))
 
     def history(self, job_ids: Collection[str]) -> dict[str, JobInfo]:
-        """What accounting knows about jobs that squeue has forgotten; nothing where there is no accounting."""
+        """What accounting knows about jobs that squeue does not list; nothing where there is no accounting."""
+        return {info.job_id: info for info in self._accounting(job_ids)}
+
+    def launched_on(self, job_id: str) -> str:
+        """Where accounting saw the last start of a job, in Slurm's notation; empty where it knows of none."""
+        nodes = [info.nodes for info in self._accounting([job_id], "--duplicates")]
+        return next((node for node in reversed(nodes) if node and node != "None assigned"), "")
+
+    def _accounting(self, job_ids: Collection[str], *options: str) -> list[JobInfo]:
         if not job_ids or shutil.which("sacct") is None:
-            return {}
+            return []
         fields = "JobIDRaw,State,Reason,NodeList,Start,End,JobName"
-        command = [
-            "sacct",
-            "--allocations",
-            "--noheader",
-            "--parsable2",
-            f"--format={fields}",
-            "--jobs",
-            ",".join(job_ids),
-        ]
-        result = _run(command)
+        command = ["sacct", "--allocations", *options, "--noheader", "--parsable2", f"--format={fields}"]
+        result = _run([*command, "--jobs", ",".join(job_ids)])
         if result.returncode != 0:
-            return {}
-        infos = [JobInfo(*line.split("|", 6)) for line in result.stdout.splitlines() if line.count("|") >= 6]
+            return []
+        lines = [line for line in result.stdout.splitlines(keepends=True) if line.endswith("\n")]
+        infos = [JobInfo(*line.rstrip("\n").split("|", 6)) for line in lines if line.count("|") >= 6]
         # "CANCELLED by 1000"
-        return {info.job_id: JobInfo(**{**vars(info), "state": info.state.split(" ")[0]}) for info in infos}
+        return [replace(info, state=info.state.split(" ")[0]) for info in infos]
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         """Cancel jobs; one that has ended meanwhile is no error."""
         if job_ids:
             self._query(["scancel", *job_ids], ignore=re.compile("Invalid job id|already completed", re.IGNORECASE))
+
+    def cancel_named(self, job_name: str) -> None:
+        """Cancel whatever jobs there are under a name."""
+        self._query(["scancel", f"--jobname={job_name}"], ignore=INVALID_JOB_ID)
+
+    def fate(self, job_id: str) -> Fate:
+        """From inside a job: whether Slurm is ending it, and how; ``open`` where it is not."""
+        text = self._show(job_id)
+        state = _field(text, "JobState")
+        if state != "RUNNING":
+            return "cancelled" if state == "CANCELLED" else "requeued"
+        return "open" if _field(text, "PreemptTime") in ("", "None", "Unknown", "N/A") else "preempted"
 
     def requeue(self, job_id: str) -> bool:
         """From inside a job: put it back into the queue, unless Slurm is ending or requeueing it already.
@@ -175,30 +246,80 @@ class SlurmCommands:
         Returns:
             whether it is queued again, by us or by Slurm.
         """
-        state = re.search(r"JobState=(\S+)", self._query(["scontrol", "show", "job", "--oneliner", job_id]))
-        if state is not None and state[1] != "RUNNING":
-            return state[1] != "CANCELLED"
-        self._query(["scontrol", "requeue", job_id])
-        return True
+        fate = self.fate(job_id)
+        if fate in ("open", "preempted"):
+            self._query(["scontrol", "requeue", job_id])
+        return fate != "cancelled"
 
-    def _query(self, command: list[str], ignore: re.Pattern[str] | None = None) -> str:
-        """Run a command until it succeeds; an error that waiting can't mend is a broken assumption of ours."""
-        for delay in (*RETRY_DELAYS_S, None):
+    def _show(self, job_id: str, ignore: re.Pattern[str] | None = None) -> str:
+        command = ["scontrol", "show", "job", "--oneliner", job_id]
+        return self._query(command, ignore, is_whole=lambda text: "JobState=" in text)
+
+    def _query(
+        self,
+        command: list[str],
+        ignore: re.Pattern[str] | None = None,
+        is_whole: Callable[[str], bool] = lambda _: True,
+    ) -> str:
+        """Run a command until it succeeds; an error that waiting can't mend is a broken assumption of ours.
+
+        Args:
+            ignore: errors that count as success, without output.
+            is_whole: tells a whole answer from one that was cut off.
+        """
+        for delay in (*self._delays, None):
             result = _run(command)
-            if result.returncode == 0 or (ignore is not None and ignore.search(result.stderr)):
+            if result.returncode == 0 and is_whole(result.stdout):
                 return result.stdout
-            if not _is_transient(result):
+            problem = _last_line(result.stderr) if result.returncode else "its output is empty or cut off"
+            if result.returncode and ignore is not None and ignore.search(result.stderr):
+                return ""
+            if result.returncode and not _is_transient(result):
                 break
             if delay is not None:
                 self._sleep(delay)
-        raise SlurmUnavailableError(f"{command[0]}: {_last_line(result.stderr)}")
+        raise SlurmUnavailableError(f"{command[0]}: {problem}")
+
+
+def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a command of Slurm: without the variables that change what it asks for or shows.
+
+    They come from a user's shell, or from the job in which a launcher runs.
+    """
+    kept = {name: value for name, value in environment.items() if not name.startswith(OPTION_VARIABLES)}
+    return kept | {name: environment[name] for name in CONNECTION_VARIABLES if name in environment}
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = command_environment(os.environ)
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_S)
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: timed out after {COMMAND_TIMEOUT_S:.0f} s")
+
+
+def _is_whole_listing(text: str) -> bool:
+    """Whether squeue's header is there and no job's line is cut off."""
+    if SQUEUE_HEADER.search(text) is None:
+        return False
+    rest = SQUEUE_JOB.sub("", text)
+    return not re.search(r"^\d", rest, re.MULTILINE)
+
+
+def _field(text: str, name: str) -> str:
+    """A field of ``scontrol show job --oneliner``; empty where there is none."""
+    found = re.search(rf"(?:^| ){name}=(\S*)", text)
+    return "" if found is None or found[1] == "(null)" else found[1]
+
+
+def _raise_refusal(script: Path, message: str) -> NoReturn:
+    if _is_full(message):
+        raise SubmitLimitError(_last_line(message))
+    if DEPENDENCY_PROBLEM.search(message):
+        raise NeedEndedError(_last_line(message))
+    raise SubmissionRefusedError(f"sbatch refused {script}: {message.strip()}; check the profile")
 
 
 def _is_transient(result: subprocess.CompletedProcess[str]) -> bool:

@@ -13,13 +13,33 @@ id=$(( $(cat last_id 2>/dev/null || echo 100) + 1 ))
 echo $id >last_id
 echo "$id|PENDING|Priority||N/A|N/A|$name" >>jobs
 after_arrival
-echo $id
+if [ -e answer ]; then sed "s/ID/$id/" answer; else echo $id; fi
 """,
-    "squeue": "next_failure\ncat jobs 2>/dev/null || true\n",
+    # An answer.<n> is what the n-th call prints.
+    "squeue": """
+next_failure
+calls=$(grep -c ^squeue calls)
+if [ -e answer.$calls ]; then cat answer.$calls; exit; fi
+echo "JOBID|STATE|REASON|NODELIST|START_TIME|END_TIME|NAME|;"
+sed -n 's/..*/&|;/p' jobs 2>/dev/null || true
+""",
     "sacct": "next_failure\ncat history 2>/dev/null || true\n",
     "scancel": "next_failure\n",
-    "scontrol": "next_failure\ncat job 2>/dev/null || true\n",
+    "scontrol": """
+next_failure
+case "$*" in
+    "show config") echo "ClusterName             = fake" ;;
+    "show job"*)
+        if [ -e job ]; then cat job; exit; fi
+        line=$(grep "^${@: -1}|" jobs 2>/dev/null) ||
+            { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }
+        IFS='|' read -r id state reason nodes start end name <<<"$line"
+        echo "JobId=$id JobName=$name JobState=$state Reason=$reason StartTime=$start EndTime=$end NodeList=$nodes"
+        ;;
+esac
+""",
 }
+HEADER = "JOBID|STATE|REASON|NODELIST|START_TIME|END_TIME|NAME|;\n"
 PRELUDE = """#!/bin/bash
 cd {folder}
 echo "$(basename "$0") $*" >>calls
@@ -60,15 +80,34 @@ class FakeSlurm:
         lines = file.read_text().splitlines() if file.exists() else []
         return [line for line in lines if line.startswith(name)]
 
+    def answer_squeue(self, *answers: str | None) -> None:
+        """What the next calls of squeue print; None: the truth."""
+        for number, answer in enumerate(answers, len(self.calls("squeue")) + 1):
+            if answer is not None:
+                (self.folder / f"answer.{number}").write_text(answer)
+
     def jobs(self) -> dict[str, list[str]]:
         file = self.folder / "jobs"
         lines = file.read_text().splitlines() if file.exists() else []
         return {line.split("|")[0]: line.split("|") for line in lines}
 
-    def set_state(self, job_id: str, state: str, nodes: str = "n1") -> None:
+    def set_state(self, job_id: str, state: str, nodes: str = "n1", reason: str = "None") -> None:
         jobs = self.jobs()
-        jobs[job_id][1], jobs[job_id][3] = state, nodes
+        jobs[job_id][1:4] = state, reason, nodes
         (self.folder / "jobs").write_text("".join("|".join(job) + "\n" for job in jobs.values()))
 
     def forget(self, job_id: str) -> None:
         (self.folder / "jobs").write_text("".join("|".join(j) + "\n" for i, j in self.jobs().items() if i != job_id))
+
+
+class Clock:
+    """Time that passes by sleeping only."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds

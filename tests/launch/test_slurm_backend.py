@@ -1,10 +1,11 @@
 """The backend's decisions, with fake commands in place of Slurm."""
 
+import getpass
 import time
 from types import SimpleNamespace
 
 import pytest
-from fake_slurm import FakeSlurm
+from fake_slurm import HEADER, Clock, FakeSlurm
 from ranks import ROOT
 from sweeps import make_inputs, sweep
 
@@ -14,9 +15,10 @@ from hfprune_dist.config import RuntimeConfig, load_config
 from hfprune_dist.methods import resolve_methods
 from hfprune_dist.models.sources import resolve_models
 from hfprune_dist.plan import Cell, Input, Plan, Stage, build_plan
-from launch.cluster import cancel_jobs
+from hfprune_dist.progress import Progress
+from launch.cancel import cancel_jobs
 from launch.layout import Origin
-from launch.ledger import Ledger, Run
+from launch.ledger import GONE, End, Ledger, Run
 from launch.profiles import Profile, Resources
 from launch.slurm import SlurmBackend, Submitting
 from launch.slurm_cli import SlurmCommands
@@ -42,9 +44,22 @@ def make_backend(store, plan=PLAN, max_running=None):
     submitting = Submitting(
         Origin(RuntimeConfig(), {}, {}), Profile("test", resources, None), store.root / "code", max_running
     )
-    backend = SlurmBackend(store, plan, submitting, SlurmCommands(sleep=lambda _: None), told.append)
+    clock = Clock()
+    backend = SlurmBackend(store, plan, submitting, SlurmCommands(sleep=clock.sleep), told.append, clock=clock)
+
+    def step_after(seconds):
+        clock.sleep(seconds)
+        backend.step()
+
     return SimpleNamespace(
-        start=backend.start, step=backend.step, follow=backend.follow, unsubmitted=backend.unsubmitted, told=told
+        start=backend.start,
+        step=backend.step,
+        step_after=step_after,
+        follow=lambda: backend.follow(lambda: None, clock.sleep),
+        follow_missing=lambda: backend.follow_missing(lambda: None, clock.sleep),
+        unsubmitted=backend.unsubmitted,
+        told=told,
+        clock=clock,
     )
 
 
@@ -88,7 +103,8 @@ def test_only_an_artifact_is_success(fake, store):
     backend.step()
     assert causes(store, SCORES) == ["done"]
     for _ in range(9):  # an artifact may be visible here only some time after its job has ended
-        backend.step()
+        assert causes(store, PRUNES[0]) == [None]
+        backend.step_after(7)
     assert causes(store, PRUNES[0])[0] == "killed"
 
 
@@ -111,7 +127,7 @@ def test_a_cancelled_job_waits_for_the_user(fake, store):
     ledger.last(SCORES.id).record_run(Run("101", 0, "n1", time.time()))
     for job_id in ("101", "102", "103"):
         fake.set_state(job_id, "CANCELLED")
-    backend.follow(lambda: None, sleep=lambda _: None)
+    backend.follow()
     assert causes(store, SCORES) == ["cancelled"] and causes(store, PRUNES[0]) == ["dependency"]
     assert len(fake.calls("sbatch")) == 3
     make_backend(store).start()
@@ -169,8 +185,241 @@ def test_a_new_cluster_may_give_an_id_again(fake, store):
     attempt = Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
     attempt.record_job("7")
     (fake.folder / "jobs").write_text("7|RUNNING|None|n1|N/A|N/A|somebody-else\n")
+    backend = make_backend(store)
+    backend.start()
+    assert causes(store, SCORES) == [None], "it might be a job of another cluster"
+    backend.follow_missing()
+    assert causes(store, SCORES) == ["killed", None]
+    assert 180 <= backend.clock.now < 300
+
+
+@pytest.mark.parametrize("answers", [[HEADER], [HEADER] * 5, ["", HEADER], [HEADER, None, HEADER]])
+def test_a_job_that_squeue_does_not_list_is_not_dead(fake, store, answers):
+    backend = make_backend(store)
+    backend.start()
+    for job_id in fake.jobs():
+        fake.set_state(job_id, "RUNNING")
+    fake.answer_squeue(*answers)
+    for _ in answers:
+        backend.step_after(500)
+    assert causes(store, SCORES) == causes(store, PRUNES[0]) == [None]
+    assert len(fake.calls("sbatch")) == 3 and not backend.told[3:]
+
+
+def forget(fake, *job_ids):
+    """As after MinJobAge."""
+    for job_id in job_ids:
+        fake.forget(job_id)
+
+
+def test_the_end_of_a_job_that_slurm_has_forgotten_is_accountings(fake, store):
+    backend = make_backend(store)
+    backend.start()
+    name = fake.jobs()["101"][6]
+    (fake.folder / "history").write_text(
+        f"101|OUT_OF_MEMORY|None|n1|N/A|N/A|{name}\n102|FAILED|None|n1|N/A|N/A|other\n"
+    )
+    backend.step_after(1)
+    assert causes(store, SCORES) == [None], "accounting may still show an earlier start of a requeued job"
+    forget(fake, "101", "102")
+    backend.step_after(1)
+    assert causes(store, SCORES) == ["out of memory"] and causes(store, PRUNES[0]) == [None]
+
+
+def test_without_accounting_a_forgotten_job_is_over_after_minutes_without_a_sign_of_life(fake, store):
+    plan = Plan({SCORES.id: SCORES}, ())
+    backend = make_backend(store, plan)
+    backend.start()
+    forget(fake, "101")
+    for done in range(5):
+        Progress(store.work(SCORES.id)).update("calibration", done, 5)
+        backend.step_after(100)
+        assert causes(store, SCORES) == [None], "its heartbeat goes on"
+    claim = try_claim(store.work(SCORES.id), job="101")
+    for _ in range(5):
+        backend.step_after(100)
+        assert causes(store, SCORES) == [None], "it holds its claim"
+    claim.release()
+    for _ in range(2):
+        backend.step_after(100)
+    assert causes(store, SCORES) == ["killed", None]
+    assert Ledger(store.root).attempts(SCORES.id)[0].end.state == "GONE"
+
+
+def test_where_the_controller_does_not_answer_nothing_is_over(fake, store):
+    backend = make_backend(store)
+    backend.start()
+    forget(fake, "101", "102", "103")
+    fake.fail_next("scontrol", *["scontrol: error: Unable to contact slurm controller"] * 50)
+    for _ in range(2):
+        backend.step_after(200)
+    assert causes(store, SCORES) == [None]
+
+
+def test_a_job_that_said_itself_that_it_ended_is_over_once_slurm_knows_none(fake, store):
+    attempt = Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    attempt.record_job("101")
+    attempt.record_run(Run("101", 0, "n1", 1000.0, 1010.0, "failed"))
     make_backend(store).start()
     assert causes(store, SCORES) == ["killed", None]
+
+
+@pytest.mark.parametrize("whose", [{"cluster": "other"}, {"user": "somebody"}])
+def test_a_job_of_another_cluster_or_user_is_never_taken_for_dead(fake, store, whose):
+    attempt = Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None, **{"cluster": "fake", "user": "", **whose})
+    attempt.record_job("101")
+    nameless = Ledger(store.root).open_attempt(PRUNES[0], 0, 1, 60, None, **whose)
+    backend = make_backend(store)
+    backend.start()
+    backend.follow_missing()
+    for _ in range(3):
+        backend.step_after(300)
+    assert causes(store, SCORES) == [None] == causes(store, PRUNES[0]) and fake.calls("sbatch") == []
+    told = " ".join(event.message for event in backend.told)
+    assert next(iter(whose.values())) in told and str(attempt.folder) in told and str(nameless.folder) in told
+    complete(store, SCORES)
+    backend.step_after(10)
+    assert causes(store, SCORES) == ["done"]
+
+
+def test_only_jobs_that_are_over_lose_their_claims(fake, store):
+    ledger = Ledger(store.root)
+    ends = [End("killed", "", 0.0), End("killed", "", 0.0, state="FAILED"), End("killed", "", 0.0, state=GONE)]
+    for number, end in enumerate(ends, 5):
+        attempt = ledger.open_attempt(SCORES, 0, 1, 60, None)
+        attempt.record_job(str(number))
+        attempt.close(end)
+    assert ledger.ended_jobs(SCORES.id) == {"6", "7"}
+    ledger.open_attempt(SCORES, 0, 1, 60, None).record_job("7")
+    assert ledger.ended_jobs(SCORES.id) == {"6"}, "another cluster gave the id again"
+
+
+def test_whose_a_job_is_stands_in_the_ledger(fake, store):
+    make_backend(store).start()
+    intent = Ledger(store.root).last(SCORES.id).intent
+    assert (intent.cluster, intent.user) == ("fake", getpass.getuser())
+
+
+def test_a_job_without_an_id_is_never_submitted_again_before_it_is_looked_for(fake, store):
+    """sbatch took it, but printed nothing, and squeue does not list it for some time."""
+    (fake.folder / "answer").write_text("")
+    plan = Plan({SCORES.id: SCORES}, ())
+    backend = make_backend(store, plan)
+    fake.answer_squeue(None, *[HEADER] * 12)
+    backend.start()
+    for _ in range(3):
+        backend.step_after(10)
+    assert len(fake.calls("sbatch")) == 1 and causes(store, SCORES) == [None]
+    backend.step_after(10)
+    assert Ledger(store.root).last(SCORES.id).job_id == "101"
+
+
+def test_a_job_that_did_not_arrive_is_cancelled_by_name_before_the_next(fake, store):
+    attempt = Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    (attempt.folder / "job.sh").write_text("#!/bin/bash\n")
+    make_backend(store).start()
+    assert causes(store, SCORES) == ["lost job", None]
+    calls = [call.split()[0] for call in fake.calls() if call.startswith(("scancel", "sbatch"))]
+    assert calls[:2] == ["scancel", "sbatch"] and f"scancel --jobname={attempt.intent.job_name}" in fake.calls()
+
+
+NEED_FORGOTTEN = "sbatch: error: Batch job submission failed: Job dependency problem"
+
+
+def test_a_need_that_is_made_meanwhile_is_no_dependency(fake, store, monkeypatch):
+    """A submission that outlasts MinJobAge: the need has ended, and Slurm has forgotten it."""
+    plan = Plan({SCORES.id: SCORES, PRUNES[0].id: PRUNES[0]}, ())
+    submit = SlurmCommands.submit
+
+    def slowly(self, script, job_name):
+        job_id = submit(self, script, job_name)
+        complete(store, SCORES)
+        forget(fake, "101")
+        return job_id
+
+    monkeypatch.setattr(SlurmCommands, "submit", slowly)
+    make_backend(store, plan).start()
+    assert "--dependency" not in script_of(store, PRUNES[0]) and causes(store, PRUNES[0]) == [None]
+
+
+def test_a_need_that_died_meanwhile_is_made_again(fake, store):
+    """Slurm refuses the dependent, which is not the dependent's fault."""
+    plan = Plan({SCORES.id: SCORES, PRUNES[0].id: PRUNES[0]}, ())
+    backend = make_backend(store, plan)
+    (fake.bin / "sbatch").write_text(
+        (fake.bin / "sbatch")
+        .read_text()
+        .replace(
+            "next_failure\nname",
+            f"""
+            if grep -q afterok:101 "${{@: -1}}" && [ ! -e once ]; then
+                touch once; sed -i /^101/d jobs; echo "{NEED_FORGOTTEN}" >&2; exit 1
+            fi
+            name""",
+        )
+    )
+    backend.start()
+    assert causes(store, PRUNES[0]) == ["need ended"] and causes(store, SCORES) == [None]
+    for _ in range(5):
+        backend.step_after(100)
+    assert causes(store, SCORES) == ["killed", None] and causes(store, PRUNES[0]) == [None], "the same attempt"
+    assert "--dependency=afterok:102\n" in script_of(store, PRUNES[0])
+
+
+HELD = "launch failed requeued held"
+
+
+def test_a_job_that_could_not_be_launched_is_tried_elsewhere(fake, store):
+    plan = Plan({SCORES.id: SCORES}, ())
+    backend = make_backend(store, plan)
+    backend.start()
+    for number in range(4):
+        job_id = str(101 + number)
+        fake.set_state(job_id, "PENDING", nodes="", reason=HELD)
+        (fake.folder / "history").write_text(f"{job_id}|REQUEUED|None|n{number}|N/A|N/A|x\n")
+        backend.step_after(1)
+        assert fake.calls("scancel")[-1] == f"scancel {job_id}"
+        fake.set_state(job_id, "CANCELLED")
+        backend.step_after(1)
+    assert causes(store, SCORES) == ["bad node"] * 4, "bounded"
+    assert "#SBATCH --exclude=n0,n1,n2\n" in script_of(store, SCORES, 4), script_of(store, SCORES, 4)
+    told = [event.message for event in backend.told if event.what == "ended"]
+    assert "could not be started on n0" in told[0] and HELD in told[0]
+
+
+def test_a_dependency_that_can_never_be_satisfied_is_not_waited_for(fake, store):
+    backend = make_backend(store)
+    backend.start()
+    fake.set_state("102", "PENDING", nodes="", reason="DependencyNeverSatisfied")
+    for _ in range(3):
+        backend.step_after(40)
+    assert fake.calls("scancel") == ["scancel 102"]
+    fake.set_state("102", "CANCELLED")
+    backend.step_after(1)
+    assert causes(store, PRUNES[0]) == ["dependency", None]
+
+
+def test_why_jobs_wait_is_said_once(fake, store):
+    complete(store, SCORES)
+    backend = make_backend(store)
+    backend.start()
+
+    def waits(reason, times, every=10):
+        for job_id in fake.jobs():
+            fake.set_state(job_id, "PENDING", nodes="", reason=reason)
+        for _ in range(times):
+            backend.step_after(every)
+
+    for reason in ("Priority", "Resources", "PartitionDown", "ReqNodeNotAvail, UnavailableNodes:n[1-2]", "Priority"):
+        waits(reason, 5)
+    waits("Resources", 8, every=50)
+    waits("JobHeldUser", 9, every=500)
+    told = [event.message for event in backend.told if event.what == "waiting"]
+    assert [message.split(": ")[1].split(" ")[0] for message in told] == [
+        *("PartitionDown", "ReqNodeNotAvail", "Resources", "JobHeldUser", "JobHeldUser")
+    ]
+    assert "2 jobs" in told[0] and "101, 102" in told[0] and "for 5 min" in told[2] and "scontrol release" in told[3]
+    assert fake.calls("scancel") == [], "who holds a job means it"
 
 
 def test_never_more_lanes_than_max_running(fake, store):
@@ -207,8 +456,22 @@ def test_cancel_ends_the_sweeps_jobs_only(fake, store):
     make_backend(store).start()
     with (fake.folder / "jobs").open("a") as stream:
         stream.write("999|RUNNING|None|n1|N/A|N/A|mine\n")
-    assert cancel_jobs(PLAN, store, SlurmCommands()) == ["101", "102", "103"]
+    assert cancel_jobs(PLAN, store, SlurmCommands()).job_ids == ["101", "102", "103"]
     assert fake.calls("scancel") == ["scancel 101 102 103"]
+
+
+def test_cancel_finds_what_is_outside_the_plan_unlisted_or_without_an_id(fake, store):
+    make_backend(store).start()
+    ledger = Ledger(store.root)
+    (ledger.last(PRUNES[0].id).folder / "job.json").unlink()
+    lost = ledger.open_attempt(Stage("evaluate", "x", {}, {}), 0, 1, 60, None)
+    foreign = ledger.open_attempt(Stage("evaluate", "y", {}, {}), 0, 1, 60, None, cluster="other", user="somebody")
+    fake.answer_squeue(HEADER + "".join("|".join(job) + "|;\n" for i, job in fake.jobs().items() if i != "103"))
+    cancelled = cancel_jobs(Plan({SCORES.id: SCORES}, ()), store, SlurmCommands())
+    assert cancelled.job_ids == ["101", "102", "103"]
+    assert cancelled.outside == sorted(stage.id for stage in PRUNES)
+    assert [each.folder for each in cancelled.foreign] == [foreign.folder]
+    assert fake.calls("scancel") == ["scancel 101 102 103", f"scancel --jobname={lost.intent.job_name}"]
 
 
 def test_a_thousand_cells(fake, store, tmp_path, monkeypatch):
