@@ -10,9 +10,13 @@ from pathlib import Path
 from hfprune_dist.artifacts import Store
 from hfprune_dist.plan import Stage
 from hfprune_dist.progress import Failure, read_failures, read_heartbeat
-from launch.ledger import NEED_ENDED, QUEUE_FULL, Attempt, End, progressed
+from launch.ledger import NEED_ENDED, QUEUE_FULL, Attempt, End, as_progress, fruitless_starts
 from launch.slurm_cli import JobInfo
 
+NO_PROGRESS = "time limit without progress"
+WHAT_TO_RAISE = "raise time_minutes or signal_seconds in the profile, or lower runtime.save_every_steps"
+# So many starts of a job in a row may be interrupted before they get any further.
+FRUITLESS_STARTS = 3
 # Cause -> how often a launcher tries again by itself. A new run of the command always tries again.
 RETRIES = {
     "preempted": 1000,
@@ -27,7 +31,7 @@ RETRIES = {
     "duplicate": 20,
     QUEUE_FULL: 1_000_000,
     NEED_ENDED: 1_000_000,
-    "time limit without progress": 0,
+    NO_PROGRESS: 0,
     "out of memory": 0,
     "cancelled": 0,
     "refused": 0,
@@ -116,14 +120,25 @@ def _failure_of(store: Store, stage: Stage, attempt: Attempt) -> Failure | None:
 
 def _time_limit(store: Store, stage: Stage, attempt: Attempt, job: str) -> tuple[str, str]:
     """The job did not reach a point where it could save its work and requeue itself; did it get anywhere?"""
-    heartbeat = read_heartbeat(store.work(stage.id))
-    before = attempt.previous_progress()
-    if progressed(before, None if heartbeat is None else asdict(heartbeat)):
+    progress = [*attempt.earlier_progress(), as_progress(read_heartbeat(store.work(stage.id)))]
+    if fruitless_starts(progress) == 0:
         return "time limit", f"{job} reached its time limit of {attempt.intent.time_minutes} minutes, and got further"
-    return "time limit without progress", (
-        f"{job} reached its time limit of {attempt.intent.time_minutes} minutes without getting further than the "
-        "attempt before; raise time_minutes or signal_seconds in the profile, or lower runtime.save_every_steps"
+    return NO_PROGRESS, (
+        f"{job} reached its time limit of {attempt.intent.time_minutes} minutes without getting further than before; "
+        + WHAT_TO_RAISE
     )
+
+
+def never_gets_further(attempt: Attempt) -> Failure | None:
+    """Why a job that was interrupted must not go on, where its last starts got nowhere; None where it may."""
+    starts = fruitless_starts(attempt.earlier_progress())
+    if starts < FRUITLESS_STARTS:
+        return None
+    message = (
+        f"job {attempt.job_id} was interrupted, and its last {starts} starts of {attempt.intent.time_minutes} minutes "
+        f"each got no further than those before; {WHAT_TO_RAISE}"
+    )
+    return Failure(NO_PROGRESS, message, 0, time.time(), attempt.intent.number)
 
 
 def _end_of(store: Store, stage: Stage, job: JobInfo | None, now: float) -> float:

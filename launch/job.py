@@ -23,6 +23,7 @@ from hfprune_dist.claims import RENEWAL_LIMIT_S, Claim, ClaimLostError, Holder, 
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.parallel.interruption import Interrupted, Interruption
 from hfprune_dist.progress import Failure, clear_failures, read_heartbeat, write_failure_record
+from launch.causes import never_gets_further
 from launch.ledger import Ledger, Run, as_progress
 from launch.slurm_cli import SlurmCommands, SlurmUnavailableError
 from launch.stage import (
@@ -169,12 +170,23 @@ class _Rank:
         return Admission(answer == "run", self._claim)
 
     def _requeue(self) -> bool:
-        """On rank 0, once all ranks have saved: back into the queue, unless the user has cancelled the job."""
+        """On rank 0, once all ranks have saved: back into the queue.
+
+        Not where the user has cancelled the job, nor where it would be interrupted for ever: its time limit ends
+        it before it gets any further.
+        """
         self._end("interrupted")
         job_id = array_job_id(os.environ)
-        print(f"signal {self._interruption.signal}: work is saved, requeueing job {job_id}", flush=True)
+        attempt = Ledger(self._store.root).attempt_at(Path(os.environ["SUBMITIT_FOLDER"]))
+        slurm = SlurmCommands()
         try:
-            return SlurmCommands().requeue(job_id)
+            hopeless = never_gets_further(attempt)
+            if hopeless is not None and slurm.fate(job_id) == "open":
+                print(f"signal {self._interruption.signal}: {hopeless.message}", flush=True)
+                write_failure_record(self._store.work(self._stage_id), hopeless)
+                return False
+            print(f"signal {self._interruption.signal}: work is saved, requeueing job {job_id}", flush=True)
+            return slurm.requeue(job_id)
         except SlurmUnavailableError as error:
             message = f"job {job_id} saved its work but could not requeue itself: {error}"
             write_failure_record(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -143,10 +143,22 @@ class Attempt:
         """Time during which the job held its nodes, over all of its starts."""
         return sum(max(0.0, (run.ended or now) - run.started) for run in self.runs())
 
-    def previous_progress(self) -> dict[str, Any] | None:
-        """How far the attempt before this one got."""
-        record = read_json(self.folder.with_name(str(self.intent.number - 1)) / END)
-        return None if record is None else End(**record).progress
+    def earlier_progress(self) -> list[dict[str, Any] | None]:
+        """How far each start of the stage's jobs got that has ended, oldest first, this attempt's included.
+
+        Begins after the last attempt that made the artifact: where that was lost, work began anew.
+        """
+        number = self.intent.number
+        before = [Attempt(self.folder.with_name(str(n)), self.intent) for n in range(1, number)]
+        ends = [attempt.end for attempt in before]
+        first = max((n for n, end in enumerate(ends, 1) if end is not None and end.cause == "done"), default=0)
+        return [progress for attempt in [*before[first:], self] for progress in attempt._progress()]
+
+    def _progress(self) -> list[dict[str, Any] | None]:
+        runs, end = self.runs(), self.end
+        progress = [run.progress for run in runs if run.ended is not None]
+        # A start that was killed could not say how far it got; the launcher did, when it closed the attempt.
+        return [*progress, end.progress] if end is not None and runs and runs[-1].ended is None else progress
 
     def logs(self) -> list[Path]:
         """Output of the ranks, and of the batch script and srun."""
@@ -227,13 +239,30 @@ class Ledger:
                 yield Attempt(path, Intent(**record))
 
 
-def progressed(before: dict[str, Any] | None, after: dict[str, Any] | None) -> bool:
-    """Whether a run got further than the one before it, by their last heartbeats."""
-    if after is None:
-        return False
-    if before is None:
-        return bool(after["done"] > 0)
-    return bool(before["phase"] != after["phase"] or after["done"] > before["done"])
+def fruitless_starts(progress: Sequence[dict[str, Any] | None]) -> int:
+    """How many starts in a row, up to the last one, got no further than those before them.
+
+    Args:
+        progress: the last heartbeats of all starts, oldest first; None where a start came to no heartbeat.
+    """
+    count = 0
+    furthest: dict[str, int] = {}
+    previous: dict[str, Any] | None = None
+    for last in progress:
+        count = 0 if last is not None and _got_further(last, previous, furthest) else count + 1
+        if last is not None:
+            furthest[last["phase"]] = max(last["done"], furthest.get(last["phase"], 0))
+            previous = last
+    return count
+
+
+def _got_further(last: dict[str, Any], previous: dict[str, Any] | None, furthest: Mapping[str, int]) -> bool:
+    """Within a phase, further than the previous start, for work may have begun anew; else further than ever there."""
+    if previous is None:
+        return bool(last["done"] > 0)
+    if previous["phase"] == last["phase"]:
+        return bool(last["done"] > previous["done"])
+    return bool(last["done"] > furthest.get(last["phase"], -1))
 
 
 def as_progress(heartbeat: Heartbeat | None) -> dict[str, Any] | None:

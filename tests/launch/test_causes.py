@@ -3,12 +3,14 @@
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.plan import Input, Stage
 from hfprune_dist.progress import Failure, Progress, write_failure_record
-from launch.causes import RETRIES, explain_end
-from launch.ledger import End, Ledger, Run
+from launch.causes import FRUITLESS_STARTS, RETRIES, explain_end, never_gets_further
+from launch.ledger import End, Ledger, Run, fruitless_starts
 from launch.slurm_cli import JobInfo
 
 NEED = Stage("importance", "a", {}, {"model": Input("digest", "/somewhere")})
@@ -138,3 +140,66 @@ def test_gpu_seconds_count_every_start_of_the_job(store, attempt):
     end = explain_end(store, STAGE, attempt, job("FAILED", attempt))
     assert (end.run_seconds, end.gpu_seconds) == (15.0, 120.0)
     assert isinstance(end, End)
+
+
+def at(phase, done):
+    return {"phase": phase, "done": done, "total": 9, "updated": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("progress", "fruitless"),
+    [
+        ([], 0),
+        ([None], 1),
+        ([None, None, None], 3),
+        ([at("a", 0)], 1),
+        ([at("a", 3), at("a", 4)], 0),
+        ([at("a", 3), at("a", 3), None], 2),
+        ([at("a", 3), None, at("a", 3)], 2),
+        ([at("a", 9), at("b", 0)], 0),
+        ([at("a", 5), at("b", 2), at("a", 5), at("b", 2)], 2),  # to and fro
+        ([at("b", 8), at("b", 2), at("b", 4)], 0),  # what was saved was lost: it began anew
+    ],
+)
+def test_starts_that_got_no_further(progress, fruitless):
+    assert fruitless_starts(progress) == fruitless
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 6), st.randoms(use_true_random=False))
+def test_any_work_that_is_not_begun_anew_comes_to_an_end(phases, total, random):
+    """Whatever starts do, without progress there are at most three more: no job requeues itself for ever."""
+    history, place = [], (0, 0)
+    bound = FRUITLESS_STARTS * (phases * (total + 1) + 1)
+    while fruitless_starts(history) < FRUITLESS_STARTS and len(history) <= bound:
+        place = max(place, (random.randrange(phases), random.randrange(total + 1)))
+        back = (random.randrange(place[0] + 1), 0)  # a start may end in a phase that is done again each time
+        history.append(at(*(place if random.random() < 0.5 else back)))
+    assert len(history) <= bound
+
+
+def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(store, attempt):
+    runs = [Run("7", n, "n1", 100.0 * n, 100.0 * n + 50, "interrupted", at("calibration", 3)) for n in range(4)]
+    for number, run in enumerate(runs):
+        attempt.record_run(run)
+        assert (never_gets_further(attempt) is not None) == (number == 3)
+    failure = never_gets_further(attempt)
+    assert "its last 3 starts of 30 minutes" in failure.message and "raise time_minutes" in failure.message
+    write_failure_record(store.work(STAGE.id), failure)
+    assert cause(store, attempt, "FAILED") == "time limit without progress"
+    attempt.record_run(Run("7", 4, "n1", 400.0, 450.0, "interrupted", at("calibration", 4)))
+    assert never_gets_further(attempt) is None
+
+
+def test_progress_counts_across_attempts_up_to_the_last_artifact(store, attempt):
+    ledger = Ledger(store.root)
+    for number, (how, done) in enumerate([("done", 9), ("killed", 4), ("killed", 4)]):
+        each = attempt if number == 0 else ledger.open_attempt(STAGE, 8, 64, 30, None)
+        each.record_run(Run("7", 0, "n1", 100.0))
+        each.close(End(how, "", 0.0, state="FAILED", progress=at("calibration", done)))
+    last = ledger.open_attempt(STAGE, 8, 64, 30, None)
+    last.record_run(Run("8", 0, "n1", 100.0, 150.0, "interrupted", at("calibration", 4)))
+    assert [each["done"] for each in last.earlier_progress()] == [4, 4, 4]
+    assert never_gets_further(last) is None
+    last.record_run(Run("8", 1, "n1", 200.0, 250.0, "interrupted", None))
+    assert never_gets_further(last) is not None
