@@ -17,8 +17,9 @@ FAILURES = "failure.*.json"
 WRITE_INTERVAL_S = 0.5
 # What the other ranks of a stage say when one of them has died or hangs.
 LOST_RANK = re.compile(
-    r"closed by peer|connection (reset|refused)|broken pipe|remote process exited|recvvalue failed|gloo.*timeout|socket"
-    r"|timed out waiting|wait timeout|network error|distnetworkerror|failed to (recv|send|connect)",
+    r"closed by peer|connection (reset|refused)|broken pipe|remote process exited|recvvalue failed|gloo.*timeout"
+    r"|\bsocket\b|timed out waiting|wait timeout|network error|distnetworkerror|failed to (recv|send|connect)"
+    r"|seconds waiting for clients|failed to pass monitoredBarrier|caught collective operation timeout",
     re.IGNORECASE,
 )
 

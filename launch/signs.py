@@ -1,0 +1,159 @@
+"""What the words in a job's logs mean: the table by which ``causes`` tells why a job ended."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Words in a log, or in what a rank said as it failed.
+
+    Attributes:
+        cause: one of ``causes.RETRIES``.
+        meaning: for the user: what has happened, and what to do.
+    """
+
+    words: re.Pattern[str]
+    cause: str
+    meaning: str
+
+
+def _sign(words: str, cause: str, meaning: str) -> Sign:
+    return Sign(re.compile(words, re.IGNORECASE | re.MULTILINE), cause, meaning)
+
+
+OUT_OF_MEMORY = _sign(
+    r"OutOfMemoryError|out of memory|can't allocate memory|cannot allocate memory|MemoryError|std::bad_alloc"
+    r"|oom[-_ ]kill|exceeded (job |step )?memory limit|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED",
+    "out of memory",
+    "ran out of memory; give the stage more nodes or memory in the profile",
+)
+
+# What the batch script writes where a setup line fails.
+SETUP_FAILED = "hfprune: setup failed"
+# What the batch script and every rank write first, followed by how often the job had been requeued.
+START = "hfprune: start"
+
+# In this order: a sign explains those below it.
+SIGNS = (
+    _sign(
+        rf"^{SETUP_FAILED}.*$|slurm_script: line \d+: syntax error.*$",
+        "input",
+        "a line of the profile's setup failed; correct it, try it in a shell on a compute node",
+    ),
+    _sign(
+        r"^.*prolog.*(failed|did not exit normally|error).*$",
+        "bad node",
+        "a prolog of the cluster failed, before the stage began; tell the cluster's administrators",
+    ),
+    _sign(
+        r"^.*(couldn't chdir to|could not open (stdout|stderr|stdin) file|execve\(\):.*no such file"
+        r"|No module named '?submitit|stale file handle).*$",
+        "bad node",
+        "a node does not see this project's Python or --out; both must lie on file systems that all nodes share",
+    ),
+    _sign(
+        r"^.*(invalid mpi type|cannot (find mpi plugin|create mpi context)|plugin name for mpi/"
+        r"|\bPMIX? ?(error|server)|\bPMI[2x]?_\w*init|mpi/pmi\w*:.*(error|fail)).*$",
+        "input",
+        "srun could not set up its MPI support, which this project does not use; "
+        "srun_args: [--mpi=none] in the profile turns it off",
+    ),
+    _sign(
+        r"^.*(unable to satisfy cpu bind|cpu binding outside of job step allocation).*$",
+        "input",
+        "srun could not bind ranks to cores; srun_args: [--cpu-bind=none] in the profile turns binding off",
+    ),
+    _sign(
+        r"^.*(SLURM_MEM_PER_\w+.* are mutually exclusive|srun: (error: )?unable to create step for job \d+: "
+        r"(more processors|requested node|memory required|invalid|requested partition)"
+        r"|srun: (fatal|unrecognized option|invalid option)).*$",
+        "input",
+        "srun refused to start the ranks as they were asked for; check the profile, above all its sbatch and "
+        "srun_args, and what its setup and environment set of Slurm's variables",
+    ),
+    _sign(
+        r"^.*(task launch for .* failed on node|invalid job credential|credential (expired|replayed)"
+        r"|munge decode failed|protocol authentication error).*$",
+        "bad node",
+        "Slurm could not start a rank on a node; where it goes on, tell the cluster's administrators",
+    ),
+    _sign(
+        r"^.*(uncorrectable ECC|has fallen off the bus|CUDA-capable device\(s\) is/are busy|no CUDA-capable device"
+        r"|CUDA driver version is insufficient|unspecified launch failure|NVLink error).*$",
+        "bad node",
+        "a GPU of a node, or its driver, is at fault; where it goes on, tell the cluster's administrators",
+    ),
+    _sign(
+        r"^.*op\.preamble\.length <= op\.nbytes.*$",
+        "code",
+        "the ranks met in different collectives, a mistake in this project's code; please report it with the log",
+    ),
+)
+
+# A rank waited in a collective for one that did not come.
+COLLECTIVE_TIMEOUT = _sign(
+    r"^.*(timed out waiting \d+ ?ms for (recv|send)|timed out after \d+ seconds waiting for clients"
+    r"|client socket has timed out|failed to pass monitoredBarrier|caught collective operation timeout"
+    r"|wait timeout after \d+).*$",
+    "collective timeout",
+    "a rank did not come to a collective within runtime.collective_timeout_minutes: it hangs, or is much slower than "
+    "the others; see its log",
+)
+
+
+def find_sign(text: str, signs: Iterable[Sign] = SIGNS) -> tuple[Sign, str] | None:
+    """The first sign of the table that is in a text, and its words there."""
+    for sign in signs:
+        found = sign.words.search(text)
+        if found is not None:
+            return sign, found[0].strip()
+    return None
+
+
+@dataclass(frozen=True)
+class Death:
+    """The first rank that srun saw end badly; it ends all others.
+
+    Attributes:
+        node, ranks: in Slurm's notation.
+        how: in srun's words, e.g. ``Exited with exit code 1`` or ``Segmentation fault``.
+    """
+
+    node: str
+    ranks: str
+    how: str
+
+
+_DEATH = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.+?)(?: \(core dumped\))?$", re.MULTILINE)
+# How srun names a signal -> the signal, the cause, and what it means.
+SIGNALS = {
+    "Segmentation fault": ("SIGSEGV", "crash", "a fault of a native library, or of the node"),
+    "Bus error": ("SIGBUS", "crash", "a file that was cut while it was read, a full /dev/shm, or a fault of the node"),
+    "Aborted": ("SIGABRT", "crash", "a native library gave up; its last words are in the rank's log"),
+    "Illegal instruction": ("SIGILL", "crash", "a library was built for another kind of CPU than the node's"),
+    "Floating point exception": ("SIGFPE", "crash", "a fault of a native library"),
+    "CPU time limit exceeded": ("SIGXCPU", "resource limit", "a limit on CPU time (ulimit -t) on the nodes; lift it"),
+    "File size limit exceeded": (
+        "SIGXFSZ",
+        "resource limit",
+        "a limit on files (ulimit -f) on the nodes; lift it",
+    ),
+    "Killed": ("SIGKILL", "killed", "by hand, or by the node, for want of memory perhaps"),
+    "Terminated": ("SIGTERM", "killed", "by hand, or by the node"),
+}
+
+
+def first_death(text: str) -> Death | None:
+    """What srun says about the first rank that ended badly; those that come after it were ended by srun."""
+    found = _DEATH.search(text)
+    return None if found is None else Death(found[1], found[2], found[3])
+
+
+def since_last_start(text: str) -> str:
+    """The part of a log that a requeued job has written since it was started for the last time."""
+    starts = re.findall(rf"^{START} \d+$", text, re.MULTILINE)
+    return text[text.index(starts[-1]) :] if starts else text
