@@ -19,6 +19,8 @@ from launch.ledger import Attempt, Ledger
 from launch.slurm_cli import JobInfo
 
 COLORS = {"done": "green", "running": "cyan", "failed": "red"}
+# Without a sign of life for so long, a running stage may hang; a step of a large model may take as long.
+STALE_MINUTES = 5
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class StageStatus:
 
     Attributes:
         state: done, running, queued, failed, waiting, missing or not needed.
-        detail: why it waits or failed.
+        detail: why it waits or failed, or for how long it has given no sign of life.
         gpu_hours, core_hours: over all attempts, None before the first.
     """
 
@@ -68,7 +70,7 @@ def _status(
     return StageStatus(
         stage=stage,
         state=state,
-        detail=detail,
+        detail=_stale(open_attempt, heartbeat, now) if open_attempt is not None and state == "running" else detail,
         progress=f"{heartbeat.phase} {heartbeat.done}/{heartbeat.total}" if heartbeat else "",
         eta=_eta(open_attempt, heartbeat) if open_attempt is not None and heartbeat is not None else "",
         job=(last.job_id or "") if last is not None else "",
@@ -89,6 +91,13 @@ def _state(stage: Stage, store: Store, job: JobInfo | None) -> tuple[str, str]:
         return "failed", f"{failure.cause}: {failure.message.strip().splitlines()[0]}"
     missing = [need for need in stage.needs if store.manifest(need) is None]
     return ("waiting", f"for {missing[0]}") if missing else ("missing", "")
+
+
+def _stale(attempt: Attempt, heartbeat: Heartbeat | None, now: float) -> str:
+    """For how long the current start of a job has given no sign of life; empty where that is not long."""
+    signs = [run.started for run in attempt.runs()] + ([heartbeat.updated] if heartbeat is not None else [])
+    minutes = int((now - max(signs, default=now)) / 60)
+    return f"stale for {minutes} min" if minutes >= STALE_MINUTES else ""
 
 
 def _seconds(attempt: Attempt, now: float) -> float:
