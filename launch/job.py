@@ -25,6 +25,7 @@ from hfprune_dist.parallel.interruption import Interrupted, Interruption
 from hfprune_dist.progress import Failure, clear_failures, read_heartbeat, write_failure_record
 from launch.causes import never_gets_further
 from launch.ledger import Ledger, Run, as_progress
+from launch.signs import START
 from launch.slurm_cli import SlurmCommands, SlurmUnavailableError
 from launch.stage import (
     CLAIM_LOST_EXIT_CODE,
@@ -63,6 +64,7 @@ class StageJob:
 
     def __call__(self) -> None:
         """Run this rank; the process ends here."""
+        print(f"{START} {os.environ.get('SLURM_RESTART_COUNT', '0')}", file=sys.stderr, flush=True)
         interruption = Interruption()
         # Slurm announces the time limit and preemption by USR2, scancel and preemption by TERM; submitit's handlers go.
         interruption.listen(signal.SIGUSR2, signal.SIGTERM)
@@ -121,7 +123,7 @@ def preflight(store: Store, environment: Mapping[str, str]) -> None:
     code = environment["HFPRUNE_CODE"]
     if not Path(__file__).is_relative_to(code):
         raise NodeError(f"node {node} runs {__file__}, not the sweep's snapshot {code}; check the profile's setup")
-    if int(environment.get("SLURM_GPUS_ON_NODE") or 0) > 0:
+    if re.search("[1-9]", environment.get("SLURM_GPUS_ON_NODE", "")):
         import torch
 
         if not torch.cuda.is_available():

@@ -30,6 +30,7 @@ from launch.profiles import Profile, load_profile
 from launch.screen import StageScreen, make_console, show_plan, show_results, stage_screen
 from launch.slurm_cli import SlurmCommands, SlurmUnavailableError
 from launch.status import cell_logs
+from launch.submission import refuse_unusable_path
 from launch.sweep_folder import (
     Record,
     configuration,
@@ -80,6 +81,8 @@ def _run(console: Console, config: SweepConfig, store: Store, out: Path, argumen
             _tell(console, f"note: model {model.name!r}: {remark}")
     sweep = Sweep(plan, store, out)
     profile = _profile(arguments)
+    if profile is not None:
+        refuse_unusable_path(out)
     verdicts = {stage_id: store.verify(stage_id) for stage_id in plan.stages}
     todo = plan.lacking(lambda stage_id: verdicts[stage_id].state == "done")
     runtime, remark = config.runtime, ""
