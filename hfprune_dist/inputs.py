@@ -139,7 +139,7 @@ def _files(source: Input) -> list[Path]:
 def _changed_part(source: Input) -> str:
     """What to name of an input that has changed; of several files, the one that changed last is the best guess."""
     newest = max(_files(source), key=lambda file: file.stat().st_ctime_ns, default=Path(source.location))
-    return str(newest) if newest == Path(source.location) else f"{source.location} (last of all {newest.name})"
+    return str(newest) if newest == Path(source.location) else f"{source.location} (most recently {newest.name})"
 
 
 def _traits_of(file: Path) -> Traits:

@@ -201,7 +201,7 @@ class _Rank:
         self._discard_draft()  # on a full disk, this makes room for the reason
         try:
             leave_reason(self._store.work(self._stage_id), mended, self._rank, self._attempt, self._claim)
-            self._end("failed")
+            self._end("failed" if self._claim is None or self._claim.is_held() else "duplicate")
         except OSError as full:
             print(f"the failure could not be recorded: {full}", file=sys.stderr)
         if not isinstance(mended, UserError):

@@ -107,6 +107,43 @@ def test_a_failure_of_an_earlier_attempt_says_nothing(store, attempt):
     assert cause(store, attempt, "FAILED") == "killed"
 
 
+@pytest.mark.parametrize("skew", [-90.0, 90.0])
+def test_the_clock_of_another_host_hides_no_reason(store, attempt, skew):
+    started(attempt)
+    write_failure_record(store.work(STAGE.id), Failure("input", "no such text", 0, time.time() + skew, 1))
+    assert cause(store, attempt, "FAILED") == "input"
+
+
+@pytest.mark.parametrize("skew", [-90.0, 90.0])
+def test_the_clock_of_another_host_makes_no_failure_ours(store, attempt, skew):
+    """A rank of the attempt before may die late."""
+    attempt.close(End("killed", "", time.time()))
+    again = Ledger(store.root).open_attempt(STAGE, 8, 64, 30, None)
+    again.record_job("7")
+    started(again)
+    write_failure_record(store.work(STAGE.id), Failure("input", "of the first", 0, time.time() + skew, 1))
+    assert cause(store, again, "FAILED") == "killed"
+    write_failure_record(store.work(STAGE.id), Failure("code", "ValueError: of the second", 1, 0.0, 2))
+    assert cause(store, again, "FAILED") == "code"
+
+
+@pytest.mark.parametrize("skew", [-90.0, 90.0])
+def test_what_lost_another_rank_explains_nothing_whatever_its_clock_says(store, attempt, skew):
+    started(attempt)
+    lost = "RuntimeError: [gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]"
+    write_failure_record(store.work(STAGE.id), Failure("code", lost, 0, time.time() + skew, 1))
+    write_failure_record(store.work(STAGE.id), Failure("code", "ValueError: we are wrong", 1, time.time(), 1))
+    end = explain_end(store, STAGE, attempt, job("FAILED", attempt))
+    assert end.cause == "code" and "we are wrong" in end.message
+
+
+def test_a_job_that_left_the_stage_to_another_is_a_duplicate(store, attempt):
+    attempt.record_run(Run("7", 0, "n1", time.time() - 10, time.time(), "duplicate"))
+    write_failure_record(store.work(STAGE.id), Failure("input", "the other's", 0, time.time()))
+    end = explain_end(store, STAGE, attempt, job("FAILED", attempt))
+    assert end.cause == "duplicate" and "another process" in end.message and end.cause in RETRIES
+
+
 def test_a_job_that_never_ran_went_with_what_it_depends_on(store, attempt):
     assert cause(store, attempt, "CANCELLED") == "dependency"
 

@@ -1,10 +1,20 @@
+import errno
+import os
+import shutil
+import sys
+
 import pytest
 from fake_slurm import FakeSlurm
+from ranks import SoloWorld
 
+from hfprune_dist import claims
 from hfprune_dist.artifacts import Store
+from hfprune_dist.claims import Renewal, try_claim
+from hfprune_dist.errors import UserError
 from hfprune_dist.parallel.interruption import Interruption
 from hfprune_dist.plan import Input, Stage
 from hfprune_dist.progress import Progress, read_failure
+from launch import job
 from launch.job import NodeError, _Rank, array_job_id, preflight, rank_environment
 from launch.ledger import Ledger, Run
 
@@ -91,3 +101,105 @@ def test_a_job_that_its_time_limit_ends_before_it_gets_further_is_not_requeued(
         assert failure is None
     else:
         assert failure.cause == "time limit without progress" and "raise time_minutes" in capfd.readouterr().out
+
+
+STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def attempt(store):
+    return Ledger(store.root).open_attempt(STAGE, 0, 1, 60, None)
+
+
+@pytest.fixture
+def rank(store, attempt, monkeypatch):
+    """Rank 0 of a job, whose end is an exception here."""
+    for key, value in {**TASK, "SLURM_PROCID": "0", "SUBMITIT_FOLDER": str(attempt.folder)}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(job, "preflight", lambda *_: None)
+    monkeypatch.setattr(job, "prepare_environment", lambda: None)
+    monkeypatch.setattr(job, "leave_process", lambda code: sys.exit(code))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    return job._Rank(store, STAGE.id, Interruption())
+
+
+def end_of(rank, monkeypatch, stage):
+    """The exit code of a rank whose stage is ``stage``."""
+
+    def run_stage(store, stage_id, interruption, admit):
+        admission = admit(SoloWorld())
+        assert admission.runs and admission.claim.is_held()
+        stage(admission.claim)
+
+    monkeypatch.setattr(job, "run_stage", run_stage)
+    with pytest.raises(SystemExit) as end:
+        rank.run()
+    return end.value.code
+
+
+def test_a_rank_says_which_attempt_failed(rank, store, attempt, monkeypatch):
+    def fail(claim):
+        raise UserError("no such text")
+
+    assert end_of(rank, monkeypatch, fail) == 2
+    assert read_failure(store.work(STAGE.id)).attempt == attempt.intent.number == 1
+    assert attempt.runs()[-1].how == "failed"
+
+
+def test_a_job_that_was_taken_for_dead_leaves_the_stage_to_its_successor(rank, store, attempt, monkeypatch):
+    successors = []
+
+    def suspended(claim):
+        with monkeypatch.context() as patch:
+            patch.setattr(claims, "_lives", lambda *_: False)
+            successors.append(try_claim(store.work(STAGE.id)))
+        successors.append(store.open_draft(STAGE.id, successors[0]))
+        claim.require_held()
+
+    assert end_of(rank, monkeypatch, suspended) == 75
+    assert attempt.runs()[-1].how == "duplicate" and read_failure(store.work(STAGE.id)) is None
+    assert successors[0].is_held() and successors[1].is_dir()
+
+
+def test_an_error_that_comes_of_a_lost_claim_is_nobodys_failure(rank, store, attempt, monkeypatch):
+    """A successor finishes, and removes the work folder under the job's feet."""
+
+    def finished_by_another(claim):
+        shutil.rmtree(store.work(STAGE.id))
+        raise FileNotFoundError("partial.safetensors")
+
+    monkeypatch.setattr(sys, "excepthook", lambda *_: None)
+    assert end_of(rank, monkeypatch, finished_by_another) == 1
+    assert not store.work(STAGE.id).exists() and attempt.runs()[-1].how == "duplicate"
+
+
+def test_renewal_survives_a_file_system_that_fails_once(tmp_path, monkeypatch):
+    claim, ticks = try_claim(tmp_path), []
+
+    class Clock:
+        def __call__(self):
+            return 100.0 * len(ticks)
+
+    def sleep(_):
+        ticks.append(1)
+        if len(ticks) == 4:
+            claim.release()
+
+    utime, failing = os.utime, [OSError(errno.ESTALE, "stale")]
+    renewed = []
+
+    def fail_once(file):
+        if failing:
+            raise failing.pop()
+        renewed.append(len(ticks))
+        utime(file)
+
+    monkeypatch.setattr(job.time, "sleep", sleep)
+    monkeypatch.setattr(os, "utime", fail_once)
+    job._renew(Renewal(claim, None, Clock()))  # returns when the claim is gone
+    assert renewed == [2, 3]

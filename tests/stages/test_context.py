@@ -1,0 +1,193 @@
+"""A stage's beginning and end, whatever became of its inputs and its claim meanwhile."""
+
+import pytest
+from ranks import SoloWorld
+
+from hfprune_dist import claims
+from hfprune_dist.artifacts import Store
+from hfprune_dist.claims import ClaimLostError, try_claim
+from hfprune_dist.config import RuntimeConfig
+from hfprune_dist.errors import LostInputError
+from hfprune_dist.identity import FileHashes
+from hfprune_dist.inputs import ChangedInputError, Input
+from hfprune_dist.plan import Stage
+from hfprune_dist.progress import Progress
+from hfprune_dist.stages.context import Context
+
+NEED = Stage("importance", "a", {}, {"model": Input("digest", "/somewhere")})
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text("planned")
+    return file
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "store")
+    make_need(store)
+    return store
+
+
+def make_need(store):
+    draft = store.open_draft(NEED.id)
+    (draft / "scores").write_text("scores")
+    store.commit(NEED, draft, {"metrics": {}})
+
+
+def begin(store, text, claim=None):
+    """A stage that reads an artifact and a text, with some progress and all that others leave in its work folder."""
+    inputs = {"importance": NEED.as_input(), "text": Input(FileHashes(None).of_file(text), str(text), content="file")}
+    stage = Stage("prune", "a", {}, inputs)
+    context = Context(stage, store, SoloWorld(), RuntimeConfig(), Progress(None), {}, {}, 1, claim)
+    context.work.mkdir(parents=True, exist_ok=True)
+    for name in ("stage.json", "progress.json", "failure.0.json", "partial.safetensors"):
+        (context.work / name).write_text("{}")
+    (context.work / "snapshots").mkdir(exist_ok=True)
+    (context.work / "snapshots" / "step-1").write_text("")
+    return context
+
+
+def claimed(store, text):
+    context = begin(store, text)
+    return begin(store, text, try_claim(context.work))
+
+
+def progress_of(context):
+    return sorted(path.name for path in context.work.iterdir() if path.name in ("partial.safetensors", "snapshots"))
+
+
+def take_over(context, monkeypatch):
+    """As another process does that takes this one for dead."""
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "_lives", lambda *_: False)
+        return try_claim(context.work)
+
+
+def test_a_stage_on_the_planned_files_commits(store, text):
+    context = claimed(store, text)
+    context.check_inputs()
+    assert progress_of(context) == ["partial.safetensors", "snapshots"]
+    draft = context.open_draft()
+    (draft / "weights").write_text("weights")
+    context.commit(draft, {})
+    assert store.verify(context.stage.id).state == "done" and not context.work.exists()
+
+
+def test_a_file_that_changed_after_planning_is_refused_and_so_is_what_was_made_of_it(store, text):
+    context = claimed(store, text)
+    text.write_text("Planned")
+    with pytest.raises(
+        ChangedInputError, match=r"text\.jsonl: changed since the sweep was planned; run the sweep again"
+    ):
+        context.check_inputs()
+    assert progress_of(context) == []
+    assert {"claim.1", "stage.json", "failure.0.json", "progress.json"} <= {
+        path.name for path in context.work.iterdir()
+    }
+
+
+def test_a_file_that_can_not_be_read_costs_no_progress(store, text):
+    context = claimed(store, text)
+    text.unlink()
+    with pytest.raises(Exception, match=r"text\.jsonl: No such file"):
+        context.check_inputs()
+    assert progress_of(context) == ["partial.safetensors", "snapshots"]
+
+
+@pytest.mark.parametrize("change", ["replaced", "put back"])
+def test_nothing_is_committed_that_may_have_been_made_of_another_file(store, text, change):
+    context = claimed(store, text)
+    context.check_inputs()
+    text.write_text("another")
+    if change == "put back":
+        text.write_text("planned")
+    draft = context.open_draft()
+    (draft / "weights").write_text("poisoned")
+    with pytest.raises(ChangedInputError, match=r"text\.jsonl: written or replaced while a stage read it"):
+        context.commit(draft, {})
+    assert store.verify(context.stage.id).state == "missing" and progress_of(context) == []
+    again = claimed(store, text)
+    if change == "put back":
+        again.check_inputs()
+        assert again.stage == context.stage
+
+
+def test_all_ranks_learn_of_a_change(store, text):
+    heard = []
+
+    class Heard(SoloWorld):
+        def broadcast(self, value, source=0):
+            heard.append(value)
+            return value
+
+    context = begin(store, text)
+    text.write_text("Planned")
+    with pytest.raises(ChangedInputError):
+        Context(context.stage, store, Heard(), RuntimeConfig(), Progress(None), {}, {}, 1).check_inputs()
+    done, (_, error) = heard[-1]
+    assert done and isinstance(error, ChangedInputError)
+    assert len(heard) >= 3, "and that work goes on, after each file"
+
+
+def test_who_lost_its_claim_commits_nothing_and_leaves_its_successor_alone(store, text, monkeypatch):
+    context = claimed(store, text)
+    context.check_inputs()
+    draft = context.open_draft()
+    (draft / "weights").write_text("late")
+    successor = take_over(context, monkeypatch)
+    his = store.open_draft(context.stage.id, successor)
+    assert not draft.exists()
+    draft.mkdir()  # had the successor come before
+    (draft / "weights").write_text("late")
+    with pytest.raises(ClaimLostError, match=r"another process has taken over this stage"):
+        context.commit(draft, {})
+    with pytest.raises(ClaimLostError):
+        context.open_draft()
+    text.write_text("Planned")
+    with pytest.raises(ClaimLostError):
+        context.check_inputs()
+    assert his.is_dir() and progress_of(context) == ["partial.safetensors", "snapshots"]
+    assert store.verify(context.stage.id).state == "missing" and successor.is_held()
+
+
+def test_a_heartbeat_of_who_lost_its_claim_ends_the_stage(store, text, monkeypatch):
+    context = claimed(store, text)
+    progress = Progress(context.work, context.claim.require_held)
+    progress.update("shards", 1, 9)
+    written = (context.work / "progress.json").read_bytes()
+    take_over(context, monkeypatch)
+    progress.update("shards", 2, 9)  # too soon for another heartbeat
+    with pytest.raises(ClaimLostError):
+        progress.update("shards", 9, 9)
+    assert (context.work / "progress.json").read_bytes() == written
+
+
+def corrupt(store):
+    (store.path(NEED.id) / "scores").write_text("scorez")
+
+
+def test_damage_is_set_aside(store, text):
+    corrupt(store)
+    with pytest.raises(LostInputError, match=rf"{NEED.id}: scores: content changed.*; set aside as .*quarantine"):
+        begin(store, text).check_inputs()
+    assert store.verify(NEED.id).state == "missing"
+    with pytest.raises(LostInputError, match=rf"{NEED.id}: not made yet; run the sweep again"):
+        begin(store, text).check_inputs()
+
+
+def test_damage_that_another_stage_has_mended_meanwhile_is_none(store, text, monkeypatch):
+    corrupt(store)
+    set_aside = Store.set_aside
+
+    def others_were_faster(self, *arguments):
+        monkeypatch.setattr(Store, "set_aside", set_aside)
+        assert store.set_aside(NEED.id) is not None
+        make_need(store)
+        return set_aside(self, *arguments)
+
+    monkeypatch.setattr(Store, "set_aside", others_were_faster)
+    begin(store, text).check_inputs()
+    assert len(list((store.root / "quarantine").iterdir())) == 1
