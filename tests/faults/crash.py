@@ -248,7 +248,10 @@ class State:
 
 
 def states_of(events: list[Event], begins: int) -> list[State]:
-    """Every state that a crash may leave, once; ``begins``: events that were over before."""
+    """Every state that a crash may leave, once; ``begins``: events that were over before.
+
+    Of several files that are at risk, all are lost; or one alone, where what is at risk, or its name, is new.
+    """
     seen: set[str] = set()
     found = []
     for state in _all_states(events, begins):
@@ -261,13 +264,14 @@ def states_of(events: list[Event], begins: int) -> list[State]:
 
 def _all_states(events: list[Event], begins: int) -> Iterator[State]:
     names: dict[str, int] = {}
+    risks: set[frozenset] = set()
     for named in range(len(events) + 1):
         if named:
             _apply(names, events[named - 1])
         if named >= begins and (named == begins or events[named - 1].is_of_names):
             alive = set(names.values()) - {FOLDER}
             for at in _crashes(events, named, alive):
-                yield from _with_losses(events, at, named, dict(names), alive)
+                yield from _with_losses(events, at, named, dict(names), risks)
 
 
 def _apply(names: dict[str, int], event: Event) -> None:
@@ -299,21 +303,27 @@ def _crashes(events: list[Event], named: int, alive: set[int]) -> Iterator[int]:
             yield at + 1
 
 
-def _with_losses(events: list[Event], at: int, named: int, names: dict[str, int], alive: set[int]) -> Iterator[State]:
+def _with_losses(
+    events: list[Event], at: int, named: int, names: dict[str, int], risks: set[frozenset]
+) -> Iterator[State]:
+    alive = set(names.values()) - {FOLDER}
     latest: dict[int, tuple[bytes, int]] = dict.fromkeys(alive, (b"", 0))
-    safe: dict[int, bytes | None] = dict.fromkeys(alive)
+    safe: dict[int, bytes] = dict.fromkeys(alive, b"")
     for event in events[:at]:
         if event.file in alive and event.kind == "write":
             latest[event.file] = event.content, event.mtime_ns
         elif event.file in alive and event.kind == "fsync":
             safe[event.file] = latest[event.file][0]
     marks = [event.value for event in events[:at] if event.kind == "mark"]
+    yield State(at, named, "nothing lost", names, latest, marks)
     at_risk = [file for file in sorted(alive) if safe[file] != latest[file][0]]
     paths = {file: name for name, file in names.items()}
-    yield State(at, named, "nothing lost", names, latest, marks)
-    for files in [at_risk] if len(at_risk) < 2 else [at_risk, *([file] for file in at_risk)]:
-        for loss in ("gone", "half", "zeros") if files else ():
-            lost = {file: (_lose(safe[file] or b"", latest[file][0], loss), latest[file][1]) for file in files}
+    risk = frozenset((paths[file], safe[file], latest[file][0]) for file in at_risk)
+    alone = [[file] for file in at_risk] if risk not in risks and len(at_risk) > 1 else []
+    risks.add(risk)
+    for files in [at_risk, *alone] if at_risk else []:
+        for loss in ("gone", "half", "zeros"):
+            lost = {file: (_lose(safe[file], latest[file][0], loss), latest[file][1]) for file in files}
             told = f"{loss}: {', '.join(paths[file] for file in files)}"
             yield State(at, named, told, names, latest | lost, marks)
 
