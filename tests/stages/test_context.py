@@ -39,7 +39,7 @@ def make_need(store):
 
 def begin(store, text, claim=None):
     """A stage that reads an artifact and a text, with some progress and all that others leave in its work folder."""
-    inputs = {"importance": NEED.as_input(), "text": Input(FileHashes(None).of_file(text), str(text), content="file")}
+    inputs = {"importance": NEED.as_input(), "text": Input(FileHashes(None).of_file(text), str(text), content="text")}
     stage = Stage("prune", "a", {}, inputs)
     context = Context(stage, store, SoloWorld(), RuntimeConfig(), Progress(None), {}, {}, 1, claim)
     context.work.mkdir(parents=True, exist_ok=True)
