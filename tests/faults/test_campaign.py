@@ -11,11 +11,11 @@ from ranks import ROOT
 pytestmark = pytest.mark.slow
 
 SUBJECTS = [
-    *("commit", "claims", "cache", "code", "slurm", "reference", "prune block", "prune dense", "prune searched"),
-    *("importance", "importance's second walk", "evaluate", "recover"),
+    *("commit", "claims", "cache", "code", "slurm", "sweep", "reference", "prune block", "prune dense"),
+    *("prune searched", "importance", "importance's second walk", "evaluate", "recover"),
 ]
 # Of each subject, and half as many after a second crash.
-DRAWN = 12
+DRAWN = 9
 # A subject that must end badly: as if one fsync were missing.
 BROKEN = ["commit!b.bin", "commit!manifest", "importance!partial"]
 
