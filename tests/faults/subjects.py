@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -22,18 +24,16 @@ from hfprune_dist.cache import FileCache
 from hfprune_dist.claims import Claim, try_claim
 from hfprune_dist.config import EvaluationConfig, RecoveryConfig, RuntimeConfig
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.errors import from_os_error
 from hfprune_dist.files import read_json
 from hfprune_dist.identity import FileHashes, digest_of
 from hfprune_dist.parallel import finetune, refit
 from hfprune_dist.parallel.calibration import Calibration
-from hfprune_dist.parallel.interruption import Interruption
 from hfprune_dist.parallel.layerwise import LayerStream
 from hfprune_dist.parallel.measurement import Measurement
 from hfprune_dist.parallel.sharded_lm import ShardedLM
 from hfprune_dist.plan import Input, Plan, Stage
-from hfprune_dist.progress import write_failure
 from launch import run_sweep, slurm_cli, sweep
+from launch import stage as stage_script
 from launch.job import _Reception
 from launch.layout import Origin, discard_finished_work
 from launch.ledger import Ledger
@@ -42,7 +42,6 @@ from launch.profiles import Profile, Resources
 from launch.slurm import SlurmBackend, Submitting
 from launch.slurm_cli import SlurmCommands
 from launch.snapshot import take_snapshot
-from launch.stage import prepare_environment, run_stage
 
 Count = Callable[[], None]
 Mark = Callable[[object], None]
@@ -129,14 +128,14 @@ class InProcess(LocalBackend):
     def __init__(self, store: Store, logs: Path) -> None:
         super().__init__(store, logs, Origin(RuntimeConfig(ranks=1, save_every_steps=1), {}, {}))
 
-    def _start(self, stage: Stage, log: Path, scratch: str):
+    def _start(self, stage: Stage, claim: Claim, log: Path, scratch: str):
         log.touch()
         os.environ["OMP_NUM_THREADS"] = "1"
-        prepare_environment()
-        try:
-            run_stage(self._store, stage.id, Interruption(), admit=lambda world: True)
-        except Exception as error:
-            write_failure(self._store.work(stage.id), from_os_error(error), 0)
+        sys.argv = ["stage.py", str(self._store.root), stage.id, "--claim", claim.ticket]
+        stage_script.die_with_parent = lambda: None
+        stage_script.leave_process = sys.exit
+        with contextlib.suppress(Exception, SystemExit):  # whose reason it has left
+            stage_script.main()
         return SimpleNamespace(poll=lambda: 0)
 
 
@@ -434,9 +433,9 @@ class SlurmSweep(Subject):
             if read_json(store.work(stage.id) / "stage.json") is None:
                 reception.end("failed")
                 return False
-            draft = store.open_draft(stage.id)
+            draft = store.open_draft(stage.id, reception.claim)
             (draft / "result").write_text("x")
-            store.commit(stage, draft, {"metrics": {}, "wall_time_s": 1.0})
+            store.commit(stage, draft, {"metrics": {}, "wall_time_s": 1.0}, claim=reception.claim)
             store.discard_work(stage.id)
         reception.end("done")
         return True
