@@ -14,41 +14,45 @@ from torch import Tensor
 
 from hfprune_dist.files import publish, set_aside
 
-CHECKSUM = "crc32"
+# The only entry of a header's metadata: safetensors writes several in an order of its own, another one each time.
+ABOUT = "about"
 
 
 class DamagedFileError(Exception):
     """A file is cut short, or its content is not what was written; the message says which."""
 
 
-def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, str] | None = None) -> None:
     """Replace a safetensors file: its reader sees the old content or the new, even if the node dies on the way.
 
     Args:
-        metadata: texts that go into the file's header.
+        texts: what the file's header is to tell besides.
     """
-    texts = dict(metadata or {})
+    about = {"texts": dict(texts or {}), "crc32": _checksum(tensors, texts or {})}
     draft = file.with_suffix(".draft")
-    save_file(dict(tensors), draft, {**texts, CHECKSUM: _checksum(tensors, texts)})
+    save_file(dict(tensors), draft, {ABOUT: json.dumps(about, sort_keys=True)})
     publish(draft, file)
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata that ``save_tensors`` wrote. A file of an earlier version has no checksum.
+    """The tensors and the texts that ``save_tensors`` wrote. A file of an earlier version has no checksum.
 
     Raises:
         DamagedFileError: where the content is not what was written.
     """
     try:
-        with safe_open(file, framework="pt") as stream:
-            texts = dict(stream.metadata() or {})
+        texts, checksum = _about(file)
         tensors: dict[str, Tensor] = load_file(file)
-    except SafetensorError as error:
-        raise DamagedFileError(f"is cut short or not a safetensors file ({error})") from None
-    expected = texts.pop(CHECKSUM, None)
-    if expected is not None and expected != _checksum(tensors, texts):
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise DamagedFileError(f"is cut short or not a safetensors file of ours ({error})") from None
+    if checksum is not None and checksum != _checksum(tensors, texts):
         raise DamagedFileError("has other content than was written to it")
     return tensors, texts
+
+
+def read_texts(file: Path) -> dict[str, str]:
+    """The texts that ``save_tensors`` wrote, without a look at the tensors."""
+    return _about(file)[0]
 
 
 def is_usable(file: Path) -> bool:
@@ -63,8 +67,18 @@ def is_usable(file: Path) -> bool:
     return True
 
 
+def _about(file: Path) -> tuple[dict[str, str], str | None]:
+    """The texts of a file, and its checksum where it has one."""
+    with safe_open(file, framework="pt") as stream:
+        metadata: dict[str, str] = stream.metadata() or {}
+    if ABOUT not in metadata:
+        return metadata, None
+    about = json.loads(metadata[ABOUT])
+    return about["texts"], about["crc32"]
+
+
 def _checksum(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
-    """CRC-32 over names, dtypes, shapes, metadata and bytes."""
+    """CRC-32 over names, dtypes, shapes, texts and bytes."""
     kinds = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(tensors.items())]
     crc = zlib.crc32(json.dumps([kinds, sorted(texts.items())]).encode())
     for _, tensor in sorted(tensors.items()):

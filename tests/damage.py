@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from hypothesis import strategies as st
 
 # Share of the file that is whole, and what follows it up to the old length.
@@ -19,3 +23,11 @@ def damage(file: Path, share: float, rest: str) -> bool:
     after = {"nothing": b"", "zeros": bytes(missing), "garbage": random.Random(whole).randbytes(missing)}[rest]
     file.write_bytes(content[:whole] + after)
     return file.read_bytes() != content
+
+
+@contextmanager
+def nothing_reaches_the_disk() -> Iterator[None]:
+    """For tests that save hundreds of times and read files of this process alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _handle: None)
+        yield

@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.data.text import Beginning
 from hfprune_dist.errors import UserError
-from hfprune_dist.files import fsync_path
 from hfprune_dist.models.tokenizer import all_plain_ids, bos_id
+from hfprune_dist.tensor_files import read_texts, save_tensors
 
 TokenizeAll = Callable[[list[str]], list[list[int]]]
 
@@ -191,17 +190,13 @@ def save_rows(file: Path, encoded: Sequence[Pair | None], sequence_length: int, 
         trained_tokens=tokens - sum(pair.prompt_length for pair in pairs),
         packing_efficiency=tokens / (len(rows) * sequence_length),
     )
-    draft = file.with_name(f".{file.name}.draft")
-    save_file(fill_rows(pairs, rows, sequence_length, pad), draft, {"counts": json.dumps(asdict(counts))})
-    fsync_path(draft)  # else a name with nothing in it may be left where the machine dies
-    draft.replace(file)
+    save_tensors(fill_rows(pairs, rows, sequence_length, pad), file, {"counts": json.dumps(asdict(counts))})
     return counts
 
 
 def read_counts(file: Path) -> RowCounts:
     """The counts that ``save_rows`` left in its file."""
-    with safe_open(file, framework="pt") as stream:
-        return RowCounts(**json.loads(stream.metadata()["counts"]))
+    return RowCounts(**json.loads(read_texts(file)["counts"]))
 
 
 class PackedRows:

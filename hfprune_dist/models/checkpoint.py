@@ -201,15 +201,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def is_whole(file: Path) -> bool:
-    """Whether a safetensors file is there, as long as its header says."""
-    try:
-        read_safetensors_header(file)
-    except UserError:
-        return False
-    return True
-
-
 def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a safetensors file, and check that the file is as long as its header says.
 

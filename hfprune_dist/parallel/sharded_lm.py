@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -43,7 +44,7 @@ class AnswerLog:
     """The answers of finished chunks of one task, in a file that survives the stage.
 
     Args:
-        file: JSON lines; the last may be cut short by a kill, or hold anything where the machine died.
+        file: JSON lines with a checksum each; lines that are damaged are passed over, and their chunks asked again.
     """
 
     def __init__(self, file: Path) -> None:
@@ -57,7 +58,8 @@ class AnswerLog:
     def add(self, chunks: Sequence[Chunk], answers: Sequence[list[Any]]) -> None:
         with self._file.open("a", encoding="utf-8") as stream:
             for chunk, chunk_answers in zip(chunks, answers, strict=True):
-                stream.write("\n" + json.dumps([digest_of(chunk), chunk_answers]))
+                entry = [digest_of(chunk), chunk_answers]
+                stream.write("\n" + json.dumps([*entry, _checksum(entry)]))
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -210,9 +212,16 @@ def _in_place(places: list[list[int]], answers: Sequence[list[Any] | None], tota
 def _read_lines(file: Path) -> Iterator[tuple[str, list[Any]]]:
     if not file.is_file():
         return
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_bytes().split(b"\n"):
         try:
-            key, answers = json.loads(line)
-        except ValueError:
-            continue  # empty, or cut short by a kill
-        yield key, answers
+            *entry, checksum = json.loads(line)
+        except (ValueError, TypeError):
+            continue  # empty, cut short by a kill, or damaged
+        if checksum == _checksum(entry):
+            key, answers = entry
+            yield key, answers
+
+
+def _checksum(entry: list[Any]) -> int:
+    """CRC-32 of a line without its checksum."""
+    return zlib.crc32(json.dumps(entry).encode())

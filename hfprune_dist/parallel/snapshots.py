@@ -6,12 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hfprune_dist.files import fsync_path
-from hfprune_dist.models.checkpoint import is_whole
+from hfprune_dist.tensor_files import is_usable, load_tensors, save_tensors
 
 KEPT_SNAPSHOTS = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,18 +45,15 @@ class Snapshots:
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot, then delete all but the newest two."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.folder / ".draft"
-        metadata = {"step": str(snapshot.step), "losses": json.dumps(snapshot.losses)}
-        save_file({**snapshot.weights, **snapshot.moments}, draft, metadata)
-        fsync_path(draft)
-        draft.replace(self.folder / f"step-{snapshot.step:08d}.safetensors")
-        fsync_path(self.folder)
+        file = self.folder / f"step-{snapshot.step:08d}.safetensors"
+        texts = {"step": str(snapshot.step), "losses": json.dumps(snapshot.losses)}
+        save_tensors({**snapshot.weights, **snapshot.moments}, file, texts)
         for outdated in self._files()[KEPT_SNAPSHOTS:]:
             outdated.unlink()
 
     def newest(self) -> Path | None:
-        """The newest snapshot whose file is whole; None where there is none."""
-        return next((file for file in self._files() if is_whole(file)), None)
+        """The newest snapshot whose file is undamaged; None where there is none. Damaged ones are set aside."""
+        return next((file for file in self._files() if is_usable(file)), None)
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
@@ -67,9 +61,7 @@ class Snapshots:
 
 def read_snapshot(file: Path) -> Snapshot:
     """Read the file of a snapshot."""
-    with safe_open(file, framework="pt") as stream:
-        metadata = stream.metadata()
-    tensors = load_file(file)
+    tensors, texts = load_tensors(file)
     moments = {name: tensor for name, tensor in tensors.items() if name.endswith(MOMENTS)}
     weights = {name: tensor for name, tensor in tensors.items() if name not in moments}
-    return Snapshot(int(metadata["step"]), weights, moments, json.loads(metadata["losses"]))
+    return Snapshot(int(texts["step"]), weights, moments, json.loads(texts["losses"]))

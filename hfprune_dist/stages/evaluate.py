@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, next_ids
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation import TaskLoader, details_of, explain, plain, scores_of
-from hfprune_dist.files import read_json, write_json
+from hfprune_dist.files import read_json, set_aside, write_json
 from hfprune_dist.models.checkpoint import open_checkpoint
 from hfprune_dist.models.layers import LayerReader
 from hfprune_dist.models.tokenizer import load_tokenizer
@@ -56,8 +56,20 @@ def run(context: Context) -> None:
 
 def _progress(context: Context) -> tuple[bool, list[str]]:
     """What earlier attempts left to do: (fidelity is done, tasks that aren't)."""
-    tasks = [task for task in context.params["tasks"] if not _task_file(context.work, task).is_file()]
-    return (context.work / FIDELITY).is_file(), list(dict.fromkeys(tasks))
+    tasks = [task for task in context.params["tasks"] if not _is_done(_task_file(context.work, task))]
+    return _is_done(context.work / FIDELITY), list(dict.fromkeys(tasks))
+
+
+def _is_done(file: Path) -> bool:
+    """Whether an earlier attempt left its result in this file; one that is damaged is set aside."""
+    try:
+        content = read_json(file)
+        problem = "" if content is None or isinstance(content, dict) else "holds no result"
+    except ValueError as error:
+        content, problem = None, f"is cut short or not JSON ({error})"
+    if problem:
+        set_aside(file, problem)
+    return isinstance(content, dict)
 
 
 def _dtype(context: Context) -> torch.dtype:

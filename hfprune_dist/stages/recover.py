@@ -23,13 +23,14 @@ from hfprune_dist.data.instructions import (
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.data.text import read_texts
 from hfprune_dist.identity import FileHashes, digest_of
-from hfprune_dist.models.checkpoint import Checkpoint, is_whole, open_checkpoint
+from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.models.tokenizer import load_tokenizer, require_eos
 from hfprune_dist.parallel.finetune import FineTuning, fine_tune
 from hfprune_dist.parallel.merging import write_merged
 from hfprune_dist.parallel.snapshots import Snapshot
 from hfprune_dist.plan import STAGE_VERSIONS
 from hfprune_dist.stages.context import Context
+from hfprune_dist.tensor_files import is_usable
 
 ROWS = "rows.safetensors"
 PAIRS_AT_ONCE = 2000
@@ -52,11 +53,11 @@ def run(context: Context) -> None:
 def _prepare_rows(context: Context, settings: RecoveryConfig) -> RowCounts:
     """Tokenize and pack on rank 0, once for all attempts, and for all stages of the store that need the same rows.
 
-    The file in the work folder is what every rank trains on.
+    The file in the work folder is what every rank trains on; one that an earlier attempt left damaged is set aside.
     """
     file, cache = context.work / ROWS, FileCache(context.store.root / "rows")
     key = _rows_key(context, settings) if context.world.is_first else ""
-    missing = context.world.is_first and not is_whole(file) and not cache.take(key, file)
+    missing = context.world.is_first and not is_usable(file) and not cache.take(key, file)
     collector = _Collector(context, settings) if missing else None
     # The other ranks are told after each batch, so that none of them waits longer than the collective timeout.
     while context.world.broadcast(collector is not None and collector.take()):

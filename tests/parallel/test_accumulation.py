@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from damage import DAMAGES, damage
+from damage import DAMAGES, damage, nothing_reaches_the_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld
@@ -13,6 +13,12 @@ from hfprune_dist.parallel.calibration import Sums
 from hfprune_dist.tensor_files import load_tensors, save_tensors
 
 CHOSEN = [CRITERIA["entropy"], CRITERIA["entropy_bfloat16"]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast():
+    with nothing_reaches_the_disk():
+        yield
 
 
 def shard_of(terms):

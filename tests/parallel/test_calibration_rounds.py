@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from damage import nothing_reaches_the_disk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import save_tiny
@@ -56,20 +57,25 @@ class Case(NamedTuple):
 
 CASES = st.builds(
     Case,
-    samples=st.integers(1, 13),
+    samples=st.integers(1, 10),
     shard_size=st.integers(1, 4),
     micro_batch_size=st.integers(1, 3),
-    choice=st.sampled_from((0, 0, 0, 1)),
+    choice=st.sampled_from((0, 0, 0, 0, 1)),
     settled=st.sampled_from((None, None, 0.6, 0.75, 0.9)),
 )
 SIZES = st.integers(1, 5)
 
 
 @pytest.fixture(scope="module")
-def calibrate(tmp_path_factory):
+def patch():
+    with pytest.MonkeyPatch.context() as patch, nothing_reaches_the_disk():
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def calibrate(tmp_path_factory, patch):
     """Runs a pass in a work folder: what it adds up to, of every rank."""
-    monkeypatch = pytest.MonkeyPatch()
-    without_deepspeed(monkeypatch)
+    without_deepspeed(patch)
     checkpoint = open_checkpoint(save_tiny(tmp_path_factory.mktemp("rounds") / "model", **SMALLEST))
     windows_ST = torch.randint(3, 250, (64, TOKENS), generator=torch.Generator().manual_seed(0))
 
@@ -91,8 +97,7 @@ def calibrate(tmp_path_factory):
 
         return ranks.run(accumulate)
 
-    yield calibrate
-    monkeypatch.undo()
+    return calibrate
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +121,7 @@ def assert_same(totals, expected, tokens):
 
 
 # The victim is counted among the ranks, and the collective before which it dies among its own.
-@settings(max_examples=220, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @example(case=Case(6, 4, 1, 1, None), size=2, later=3, dies_at=0.9, victim=0)
 @example(case=Case(62, 4, 1, 0, None), size=4, later=3, dies_at=0.5, victim=1)
 @example(case=Case(1, 1, 1, 1, None), size=1, later=1, dies_at=0.0, victim=0)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from damage import DAMAGES, damage
+from hypothesis import given, settings
 from ranks import SoloWorld
 from tiny import save_tiny, tiny_text, tiny_tokenizer, write_documents
 
@@ -254,6 +256,66 @@ def test_an_answer_cut_short_by_a_kill_is_asked_again(tmp_path):
     assert [log.get(chunk) for chunk in chunks] == [["one"], None]
     log.add(chunks[1:], [["two"]])
     assert [AnswerLog(tmp_path / "answers.jsonl").get(chunk) for chunk in chunks] == [["one"], ["two"]]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(how=DAMAGES)
+def test_a_damaged_log_has_no_answers_but_those_that_were_written(tmp_path_factory, how):
+    file = tmp_path_factory.mktemp("log") / "answers.jsonl"
+    chunks = [("loglikelihood", number, [(f"text {number}", "a")]) for number in range(4)]
+    answers = [[[-1.5 * number, True], [float(number), False]] for number in range(4)]
+    AnswerLog(file).add(chunks, answers)
+    damage(file, *how)
+    log = AnswerLog(file)
+    assert all(log.get(chunk) in (None, mine) for chunk, mine in zip(chunks, answers, strict=True))
+    log.add(chunks, answers)
+    assert [AnswerLog(file).get(chunk) for chunk in chunks] == answers
+
+
+@pytest.mark.parametrize("line", [b"5", b"[]", b"{}", b'"text"', b"\xff\xfe", bytes(30), b'["0", [1.0]]', b"null"])
+def test_lines_of_a_log_that_are_none_are_passed_over(tmp_path, line):
+    file = tmp_path / "answers.jsonl"
+    chunk = ("loglikelihood", 0, [("text", "a")])
+    file.write_bytes(line)
+    AnswerLog(file).add([chunk], [[[0.5, True]]])
+    assert AnswerLog(file).get(chunk) == [[0.5, True]]
+
+
+def test_a_changed_digit_in_a_log_is_noticed(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    chunk = ("loglikelihood", 0, [("text", "a")])
+    AnswerLog(file).add([chunk], [[[-12.25, True]]])
+    file.write_bytes(file.read_bytes().replace(b"-12.25", b"-92.25"))
+    assert AnswerLog(file).get(chunk) is None
+
+
+@pytest.mark.parametrize("how", [(0.0, "zeros"), (0.6, "nothing")])
+def test_whatever_a_dead_attempt_left_damaged_the_next_has_the_same_results(inputs, tmp_path, monkeypatch, capsys, how):
+    whole, store = Store(tmp_path / "whole"), Store(tmp_path / "damaged")
+    tasks = ["tiny_lonely", "tiny_choice"]
+    run_alone(whole, lay_out(whole, inputs, tasks))
+    stage = lay_out(store, inputs, tasks)
+    asked, original = [], ShardedLM._answer
+
+    def dies_at_the_fourth_chunk(self, *chunk):
+        asked.append(chunk[1])
+        if len(asked) == 4:
+            raise MemoryError("no more")
+        return original(self, *chunk)
+
+    monkeypatch.setattr(ShardedLM, "_answer", dies_at_the_fourth_chunk)
+    with pytest.raises(MemoryError, match="no more"):
+        run_alone(store, stage)
+    monkeypatch.undo()
+    left = [file for file in store.work(stage.id).rglob("*") if file.is_file() and file.name != "stage.json"]
+    assert {"fidelity.json", "tiny_lonely.json", "tiny_choice.answers.jsonl"} <= {file.name for file in left}
+    assert any(file.suffix == ".arrow" for file in left)
+    for file in left:
+        damage(file, *how)
+    run_alone(store, stage)
+    results = [read_json(it.path(stage.id) / "results.json") for it in (whole, store)]
+    assert results[0] == results[1]
+    assert capsys.readouterr().out.count("set aside as") == 2
 
 
 def test_the_dense_model_is_its_own_reference(inputs, tmp_path, monkeypatch):

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import DAMAGES, damage
+from hypothesis import given, settings
 from peft import PeftModel
 from ranks import SoloWorld
 from safetensors.torch import load_file
 from tiny import save_tiny, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hfprune_dist import cache
 from hfprune_dist.artifacts import Store
 from hfprune_dist.config import RecoveryConfig, RuntimeConfig
 from hfprune_dist.data.instructions import RowCounts, save_rows
@@ -262,3 +265,35 @@ def test_two_newest_snapshots_stay_and_a_damaged_one_is_passed_over(tmp_path):
     assert read_snapshot(newest).losses == [{"step": 9, "loss": 1.0}]
     newest.write_bytes(newest.read_bytes()[:-1])
     assert read_snapshot(snapshots.newest()).step == 6
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(how=DAMAGES)
+def test_a_damaged_snapshot_is_set_aside_and_the_one_before_it_taken(tmp_path_factory, how):
+    snapshots = Snapshots(tmp_path_factory.mktemp("snapshots"))
+    for step in (3, 6):
+        moments = {"a.exp_avg": torch.rand(5), "a.exp_avg_sq": torch.rand(5)}
+        snapshots.save(Snapshot(step, {"a": torch.rand(5)}, moments, [{"step": step, "loss": 1.0}]))
+    newest = snapshots.newest()
+    if damage(newest, *how):
+        assert read_snapshot(snapshots.newest()).step == 3
+        assert not newest.exists() and newest.with_name(f"{newest.name}.damaged-1").is_file()
+
+
+@pytest.mark.parametrize("how", [(0.0, "nothing"), (0.3, "nothing"), (0.9, "zeros"), (0.9, "garbage")])
+@pytest.mark.parametrize("links", [True, False], ids=["linked to the cache", "alone"])
+def test_damaged_rows_are_made_again(tmp_path, source, monkeypatch, capsys, links, how):
+    if not links:
+        monkeypatch.setattr(cache, "_link", refuse_link)
+    run = lay_out(tmp_path, source)
+    counts = prepare_rows(run)
+    file = run.store.work(run.stage.id) / recover.ROWS
+    content = file.read_bytes()
+    damage(file, *how)
+    assert prepare_rows(run) == counts and file.read_bytes() == content
+    assert "set aside" in capsys.readouterr().out
+    assert prepare_rows(run) == counts and "set aside" not in capsys.readouterr().out
+
+
+def refuse_link(*_: object) -> None:
+    raise OSError("no hard links here")
