@@ -8,23 +8,31 @@
     end.json           how the attempt ended, and why
     *_log.out, *.err   output of the ranks
 
-Plain files made by mkdir and rename, which are atomic on local disks, NFS and Lustre alike.
+Plain files made by mkdir and rename, which are atomic on local disks, NFS and Lustre alike. A record that is damaged
+(emptied, cut) counts as absent; but where a job may have been submitted, it is still known by its id or name.
 """
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter
+
+from hfprune_dist.errors import UserError
 from hfprune_dist.files import read_json, write_json
 from hfprune_dist.plan import Stage
 from hfprune_dist.progress import Heartbeat
 
+Record = TypeVar("Record")
+
 INTENT = "intent.json"
+SCRIPT = "job.sh"
 JOB = "job.json"
 END = "end.json"
 # Causes of an attempt that came to nothing before Slurm took its job; its folder serves for the next try.
@@ -58,6 +66,15 @@ class Intent:
     lane: int | None = None
     cluster: str = ""
     user: str = ""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The job that Slurm made of an intent; its name is here a second time, for where the intent is damaged."""
+
+    job_id: str
+    at: float
+    job_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,9 @@ class End:
     progress: dict[str, Any] | None = None
 
 
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Intent, _Job, Run, End)}
+
+
 class Attempt:
     """One attempt's folder."""
 
@@ -114,18 +134,15 @@ class Attempt:
     @property
     def job_id(self) -> str | None:
         """The job's id: as recorded by the launcher, or by the job itself where the launcher died before."""
-        record = read_json(self.folder / JOB)
-        if record is not None:
-            return str(record["job_id"])
-        return next((run.job_id for run in self.runs()), None)
+        job = _read(self.folder / JOB, _Job)
+        return job.job_id if job is not None else next((run.job_id for run in self.runs()), None)
 
     @property
     def end(self) -> End | None:
-        record = read_json(self.folder / END)
-        return None if record is None else End(**record)
+        return _read(self.folder / END, End)
 
     def record_job(self, job_id: str) -> None:
-        write_json(self.folder / JOB, {"job_id": job_id, "at": time.time()})
+        write_json(self.folder / JOB, asdict(_Job(job_id, time.time(), self.intent.job_name)))
 
     def close(self, end: End) -> None:
         """Record the end; where two launchers see the same end, both write the same."""
@@ -133,8 +150,8 @@ class Attempt:
 
     def runs(self) -> list[Run]:
         """All starts of the job, in order."""
-        records = [read_json(file) for file in self.folder.glob("run.*.json")]
-        return sorted((Run(**record) for record in records if record), key=lambda run: run.started)
+        runs = [_read(file, Run) for file in self.folder.glob("run.*.json")]
+        return sorted((run for run in runs if run is not None), key=lambda run: run.started)
 
     def record_run(self, run: Run) -> None:
         write_json(self.folder / f"run.{run.job_id}.{run.restart}.json", asdict(run))
@@ -172,15 +189,22 @@ class Ledger:
         self._root = store_root / "attempts"
 
     def attempts(self, stage_id: str) -> list[Attempt]:
-        """Attempts at a stage, first to last; a folder without an intent is one that came to nothing."""
-        return list(self._read(self._root / stage_id))
+        """Attempts at a stage, first to last; a folder from which nothing can have been submitted is left out."""
+        return list(self._attempts(stage_id))
 
     def last(self, stage_id: str) -> Attempt | None:
-        return next(self._read(self._root / stage_id, newest_first=True), None)
+        return next(self._attempts(stage_id, newest_first=True), None)
 
     def attempt_at(self, folder: Path) -> Attempt:
-        """The attempt in a folder of this ledger."""
-        return Attempt(folder, Intent(**read_json(folder / INTENT)))
+        """The attempt in a folder of this ledger.
+
+        Raises:
+            UserError: where nothing of it is left.
+        """
+        intent = _read_intent(folder)
+        if intent is None:
+            raise UserError(f"{folder}: no record of an attempt; jobs are submitted by launch/sweep.py")
+        return Attempt(folder, intent)
 
     def open_attempts(self) -> list[Attempt]:
         """All attempts of the store that have no end, whichever sweep made them."""
@@ -213,7 +237,7 @@ class Ledger:
         last = self.last(stage.id)
         if last is not None and last.end is not None and last.end.cause in (QUEUE_FULL, NEED_ENDED):
             return self._reopen(last, lane, cluster, user)
-        number = 1 + max((int(path.name) for path in folder.iterdir()), default=0)
+        number = 1 + max((number for number, _ in _numbered(folder)), default=0)
         name = f"hfprune-{stage.kind}-{stage.fingerprint[:8]}-{number}-{uuid.uuid4().hex[:8]}"
         attempt = Attempt(
             folder / str(number),
@@ -230,13 +254,62 @@ class Ledger:
         (again.folder / END).unlink()
         return again
 
-    def _read(self, folder: Path, newest_first: bool = False) -> Iterator[Attempt]:
-        if not folder.is_dir():
-            return
-        for path in sorted(folder.iterdir(), key=lambda path: int(path.name), reverse=newest_first):
-            record = read_json(path / INTENT)
-            if record is not None:
-                yield Attempt(path, Intent(**record))
+    def _attempts(self, stage_id: str, newest_first: bool = False) -> Iterator[Attempt]:
+        folder = self._root / stage_id
+        for _, path in sorted(_numbered(folder), reverse=newest_first) if folder.is_dir() else []:
+            intent = _read_intent(path)
+            if intent is not None:
+                yield Attempt(path, intent)
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """What attempts may have left in a stage's folder, and its number; stray files have other names."""
+    return [(int(path.name), path) for path in folder.iterdir() if re.fullmatch("[1-9][0-9]*", path.name)]
+
+
+def _read(file: Path, kind: type[Record]) -> Record | None:
+    """A record; None where there is none, or where it is damaged. Keys of later versions are passed over.
+
+    Raises:
+        OSError: where the file system does not answer, which says nothing about the record.
+    """
+    try:
+        record: Record = _ADAPTERS[kind].validate_python(read_json(file))
+    except (ValueError, IsADirectoryError, NotADirectoryError):
+        return None
+    return record
+
+
+def _read_intent(folder: Path) -> Intent | None:
+    """What was about to be submitted from a folder; None where nothing can have been."""
+    return _read(folder / INTENT, Intent) or (_recover_intent(folder) if folder.is_dir() else None)
+
+
+def _recover_intent(folder: Path) -> Intent | None:
+    """What the other files tell of an intent that is lost: its job may be running all the same.
+
+    The batch script is written after the intent and before the submission: without it there is no job.
+    """
+    job, script = _read(folder / JOB, _Job), _read_script(folder / SCRIPT)
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script, re.MULTILINE))
+    if job is None and not script and not list(folder.glob("run.*.json")):
+        return None
+    return Intent(
+        stage_id="/".join(folder.parts[-3:-1]),
+        number=int(folder.name),
+        job_name=(job.job_name if job is not None else None) or options.get("job-name", ""),
+        created=min(file.stat().st_mtime for file in folder.iterdir()),
+        gpus=0,
+        cores=0,
+        time_minutes=int(options.get("time", "0")),
+    )
+
+
+def _read_script(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def fruitless_starts(progress: Sequence[dict[str, Any] | None]) -> int:

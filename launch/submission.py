@@ -16,11 +16,10 @@ from hfprune_dist.files import fsync_path, write_text
 from hfprune_dist.plan import Stage
 from launch.hardware import threads_allowed
 from launch.job import StageJob
-from launch.ledger import Attempt
+from launch.ledger import SCRIPT, Attempt
 from launch.profiles import Resources
 from launch.signs import SETUP_FAILED, START
 
-SCRIPT = "job.sh"
 PICKLE = "stage.pkl"
 # What a path of a job can't contain, and why.
 UNUSABLE = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import getpass
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hfprune_dist.artifacts import Store
@@ -63,8 +64,8 @@ class Whereabouts:
         self._slurm = slurm
         self._clock = clock
         self._user = getpass.getuser()
-        self._absences: dict[str, _Absence] = {}
-        self._sightings: dict[str, Sighting] = {}
+        self._absences: dict[Path, _Absence] = {}
+        self._sightings: dict[Path, Sighting] = {}
         self.jobs: dict[str, JobInfo] = {}
 
     @property
@@ -86,9 +87,11 @@ class Whereabouts:
         self._sightings = {}
         unlisted = {}
         for job_id, attempt in attempts.items():
-            if (job := by_name.get(attempt.intent.job_name)) is not None:
-                self._absences.pop(attempt.intent.job_name, None)
-                self._sightings[attempt.intent.job_name] = Sighting(job)
+            name = attempt.intent.job_name
+            job = by_name.get(name) if name else self.jobs.get(job_id)  # the name may be lost with a damaged record
+            if job is not None:
+                self._absences.pop(attempt.folder, None)
+                self._sightings[attempt.folder] = Sighting(job)
             else:
                 unlisted[job_id] = attempt
         self._ask_about(unlisted)
@@ -100,11 +103,11 @@ class Whereabouts:
 
     def sighting(self, attempt: Attempt) -> Sighting:
         """What the last look showed."""
-        return self._sightings.get(attempt.intent.job_name, UNKNOWN)
+        return self._sightings.get(attempt.folder, UNKNOWN)
 
     def is_missing(self, attempt: Attempt) -> bool:
         """Whether nobody in Slurm could say anything about a job."""
-        return attempt.intent.job_name in self._absences
+        return attempt.folder in self._absences
 
     def is_elsewhere(self, attempt: Attempt) -> bool:
         """Whether a job is another cluster's, about which nobody here can say anything."""
@@ -126,10 +129,10 @@ class Whereabouts:
                 sighting = self._ask(job_id, attempt, past.get(job_id))
             except SlurmUnavailableError:
                 continue
-            self._sightings[attempt.intent.job_name] = sighting
+            self._sightings[attempt.folder] = sighting
             if sighting.job is not None:
                 self.jobs[job_id] = sighting.job
-                self._absences.pop(attempt.intent.job_name, None)
+                self._absences.pop(attempt.folder, None)
 
     def _is_due(self, attempt: Attempt) -> bool:
         """Whether it is time to ask the controller about a job; not all are asked about in every round."""
@@ -145,10 +148,10 @@ class Whereabouts:
     def _ask(self, job_id: str, attempt: Attempt, past: JobInfo | None) -> Sighting:
         name = attempt.intent.job_name
         job = self._slurm.job(job_id)
-        if job is not None and job.name == name:  # ids come again where a cluster was set up anew
+        if job is not None and name in (job.name, ""):  # ids come again where a cluster was set up anew
             return Sighting(job)
         # Only now: accounting may still show the end of a start after which the job was requeued.
-        if past is not None and past.name == name and not past.is_live:
+        if past is not None and name in (past.name, "") and not past.is_live:
             return Sighting(past)
         if self.is_somebody_elses(attempt):
             return UNKNOWN
@@ -159,10 +162,10 @@ class Whereabouts:
     def _absence(self, attempt: Attempt) -> _Absence:
         """Since when a job is missing; a sign of life in the store makes it begin anew."""
         signs = self._signs_of_life(attempt)
-        absence = self._absences.get(attempt.intent.job_name)
+        absence = self._absences.get(attempt.folder)
         if absence is None or absence.signs != signs:
             absence = _Absence(self._clock(), signs, asked=absence.asked if absence is not None else None)
-            self._absences[attempt.intent.job_name] = absence
+            self._absences[attempt.folder] = absence
         return absence
 
     def _signs_of_life(self, attempt: Attempt) -> Any:
