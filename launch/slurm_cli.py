@@ -146,7 +146,8 @@ class SlurmCommands:
         """Submit a batch script and return the job's id; None where Slurm took the job without saying its id.
 
         A submission that went wrong on the way may have arrived: before another try, the job is looked for by name,
-        as late as possible, for a busy controller may take it in after sbatch has given up.
+        as late as possible, for a busy controller may take it in after sbatch has given up; and one that squeue
+        overlooks is cancelled by its name.
 
         Raises:
             SubmissionRefusedError: with Slurm's words, where it would be refused again.
@@ -166,6 +167,7 @@ class SlurmCommands:
                 self._sleep(delay)
                 if arrived := self._find(job_name):
                     return arrived
+                self.cancel_named(job_name)
         raise SlurmUnavailableError(f"sbatch: {_last_line(result.stderr)}")
 
     def _find_patiently(self, job_name: str) -> str | None:
@@ -176,7 +178,8 @@ class SlurmCommands:
         return None
 
     def _find(self, job_name: str) -> str | None:
-        return next((job.job_id for job in self.jobs().values() if job.name == job_name), None)
+        found = [job for job in self.jobs().values() if job.name == job_name]
+        return max(found, key=lambda job: job.is_live).job_id if found else None
 
     def jobs(self) -> dict[str, JobInfo]:
         """All jobs of this user that squeue lists, by id. One that it does not list need not be over.

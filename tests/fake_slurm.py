@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SCRIPTS = {
@@ -111,3 +114,81 @@ class Clock:
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
+
+
+@dataclass
+class Controller:
+    """Slurm inside this process, in place of its commands: thousands of rounds in seconds.
+
+    Attributes:
+        jobs: id -> [name, state]; a forgotten job is gone from here.
+        past: what accounting keeps; None: there is no accounting.
+        faults: command -> what its next calls do in place of the truth: "error" (no answer), "empty" or "cut" (output
+            cut off), "header" (squeue lists nothing), "lost" (the submission arrives, but sbatch gets no answer),
+            "silent" (it arrives, and sbatch prints no id).
+    """
+
+    jobs: dict[str, list[str]] = field(default_factory=dict)
+    past: dict[str, list[str]] | None = None
+    faults: dict[str, list[str]] = field(default_factory=dict)
+    submitted: int = 0
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        planned = self.faults.get(command[0])
+        fault = planned.pop(0) if planned else ""
+        code, out, error = getattr(self, command[0])(command, fault)
+        if fault == "error":
+            code, out, error = 1, "", "Unable to contact slurm controller (connect failure)"
+        elif fault in ("empty", "cut"):
+            out = out[: -9 if fault == "cut" else 0]
+        return subprocess.CompletedProcess(command, code, out, error)
+
+    def live(self) -> list[str]:
+        return [job_id for job_id, (_, state) in self.jobs.items() if state in ("PENDING", "RUNNING")]
+
+    def end(self, job_id: str, state: str) -> None:
+        self.jobs[job_id][1] = state
+
+    def forget(self, job_id: str) -> None:
+        job = self.jobs.pop(job_id)
+        if self.past is not None:
+            self.past[job_id] = job
+
+    def sbatch(self, command: list[str], fault: str) -> tuple[int, str, str]:
+        script = Path(command[-1]).read_text()
+        if fault == "error":
+            return 1, "", ""
+        for needed in re.findall(r"afterok:(\d+)", script):
+            if needed not in self.jobs:
+                return 1, "", "sbatch: error: Batch job submission failed: Job dependency problem"
+        self.submitted += 1
+        job_id = str(100 + self.submitted)
+        self.jobs[job_id] = [re.findall("--job-name=(.+)", script)[0], "PENDING"]
+        if fault == "lost":
+            return 1, "", "sbatch: error: Socket timed out on send/recv operation"
+        return 0, "" if fault == "silent" else f"{job_id}\n", ""
+
+    def squeue(self, _: list[str], fault: str) -> tuple[int, str, str]:
+        lines = [f"{job_id}|{state}|None|n1|N/A|N/A|{name}|;\n" for job_id, (name, state) in self.jobs.items()]
+        return 0, HEADER + ("" if fault == "header" else "".join(lines)), ""
+
+    def sacct(self, command: list[str], _: str) -> tuple[int, str, str]:
+        if self.past is None:
+            return 1, "", "Slurm accounting storage is disabled"
+        found = [(i, *self.past[i]) for i in command[-1].split(",") if i in self.past]
+        return 0, "".join(f"{i}|{state}|None|n1|N/A|N/A|{name}\n" for i, name, state in found), ""
+
+    def scontrol(self, command: list[str], _: str) -> tuple[int, str, str]:
+        if command[1:3] == ["show", "config"]:
+            return 0, "ClusterName             = fake\n", ""
+        if command[-1] not in self.jobs:
+            return 1, "", "slurm_load_jobs error: Invalid job id specified"
+        name, state = self.jobs[command[-1]]
+        return 0, f"JobId={command[-1]} JobName={name} JobState={state} Reason=None\n", ""
+
+    def scancel(self, command: list[str], fault: str) -> tuple[int, str, str]:
+        if fault != "error":
+            for job_id in self.live():
+                if job_id in command or f"--jobname={self.jobs[job_id][0]}" in command:
+                    self.end(job_id, "CANCELLED")
+        return 0, "", ""
