@@ -20,7 +20,7 @@ from hfprune_dist.plan import Plan, Stage
 from hfprune_dist.progress import Failure, clear_failures, write_failure_record
 from launch.causes import RETRIES, explain_end
 from launch.layout import Origin, lay_out
-from launch.ledger import GONE, NEED_ENDED, QUEUE_FULL, Attempt, End, Ledger
+from launch.ledger import GONE, NEED_ENDED, QUEUE_FULL, SCRIPT, Attempt, End, Ledger
 from launch.pending import PendingJobs
 from launch.profiles import Profile
 from launch.slurm_cli import (
@@ -31,7 +31,7 @@ from launch.slurm_cli import (
     SubmissionRefusedError,
     SubmitLimitError,
 )
-from launch.submission import SCRIPT, Request, default_threads, write_submission
+from launch.submission import Request, default_threads, write_submission
 from launch.whereabouts import GONE_AFTER_S, Sighting, Whereabouts
 
 Jobs = Mapping[str, JobInfo]

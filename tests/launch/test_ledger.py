@@ -100,11 +100,12 @@ def test_a_damaged_end_is_told_again(ledger, attempt, damage):
 
 
 def test_a_damaged_end_of_the_attempt_before(ledger, attempt, damage):
+    attempt.record_run(Run("7", 0, "n1", 1.0))
     attempt.close(End("killed", "", 1.0, progress={"done": 3}))
     second = ledger.open_attempt(STAGE, 8, 64, 30, None)
-    assert second.previous_progress() == {"done": 3}
+    assert second.earlier_progress() == [{"done": 3}]
     damage(attempt.folder / "end.json")
-    assert second.previous_progress() is None
+    assert second.earlier_progress() == []
 
 
 def test_a_damaged_start_is_left_out(ledger, attempt, damage):
@@ -161,8 +162,8 @@ def launch(tmp_path):
         profile = Profile("test", {STAGE.kind: Resources()}, None)
         submitting = Submitting(Origin(RuntimeConfig(), {}, {}), profile, tmp_path / "code", None)
         commands = SlurmCommands(sleep=lambda _: None)
-        SlurmBackend(store, Plan({STAGE.id: STAGE}, ()), submitting, commands, told.append).start()
-        stage_statuses(Plan({STAGE.id: STAGE}, ()), store, commands.jobs())
+        SlurmBackend(store, Plan({STAGE.id: STAGE}, (), (STAGE.id,)), submitting, commands, told.append).start()
+        stage_statuses(Plan({STAGE.id: STAGE}, (), (STAGE.id,)), store, commands.jobs())
         return [event.what for event in told]
 
     return start

@@ -234,7 +234,7 @@ def test_the_end_of_a_job_that_slurm_has_forgotten_is_accountings(fake, store):
 
 
 def test_without_accounting_a_forgotten_job_is_over_after_minutes_without_a_sign_of_life(fake, store):
-    plan = Plan({SCORES.id: SCORES}, ())
+    plan = Plan({SCORES.id: SCORES}, (), (SCORES.id,))
     backend = make_backend(store, plan)
     backend.start()
     forget(fake, "101")
@@ -310,7 +310,7 @@ def test_whose_a_job_is_stands_in_the_ledger(fake, store):
 def test_a_job_without_an_id_is_never_submitted_again_before_it_is_looked_for(fake, store):
     """sbatch took it, but printed nothing, and squeue does not list it for some time."""
     (fake.folder / "answer").write_text("")
-    plan = Plan({SCORES.id: SCORES}, ())
+    plan = Plan({SCORES.id: SCORES}, (), (SCORES.id,))
     backend = make_backend(store, plan)
     fake.answer_squeue(None, *[HEADER] * 12)
     backend.start()
@@ -335,7 +335,7 @@ NEED_FORGOTTEN = "sbatch: error: Batch job submission failed: Job dependency pro
 
 def test_a_need_that_is_made_meanwhile_is_no_dependency(fake, store, monkeypatch):
     """A submission that outlasts MinJobAge: the need has ended, and Slurm has forgotten it."""
-    plan = Plan({SCORES.id: SCORES, PRUNES[0].id: PRUNES[0]}, ())
+    plan = Plan({SCORES.id: SCORES, PRUNES[0].id: PRUNES[0]}, (), (SCORES.id, PRUNES[0].id))
     submit = SlurmCommands.submit
 
     def slowly(self, script, job_name):
@@ -351,7 +351,7 @@ def test_a_need_that_is_made_meanwhile_is_no_dependency(fake, store, monkeypatch
 
 def test_a_need_that_died_meanwhile_is_made_again(fake, store):
     """Slurm refuses the dependent, which is not the dependent's fault."""
-    plan = Plan({SCORES.id: SCORES, PRUNES[0].id: PRUNES[0]}, ())
+    plan = Plan({SCORES.id: SCORES, PRUNES[0].id: PRUNES[0]}, (), (SCORES.id, PRUNES[0].id))
     backend = make_backend(store, plan)
     (fake.bin / "sbatch").write_text(
         (fake.bin / "sbatch")
@@ -377,7 +377,7 @@ HELD = "launch failed requeued held"
 
 
 def test_a_job_that_could_not_be_launched_is_tried_elsewhere(fake, store):
-    plan = Plan({SCORES.id: SCORES}, ())
+    plan = Plan({SCORES.id: SCORES}, (), (SCORES.id,))
     backend = make_backend(store, plan)
     backend.start()
     for number in range(4):
@@ -480,7 +480,7 @@ def test_cancel_finds_what_is_outside_the_plan_unlisted_or_without_an_id(fake, s
     lost = ledger.open_attempt(Stage("evaluate", "x", {}, {}), 0, 1, 60, None)
     foreign = ledger.open_attempt(Stage("evaluate", "y", {}, {}), 0, 1, 60, None, cluster="other", user="somebody")
     fake.answer_squeue(HEADER + "".join("|".join(job) + "|;\n" for i, job in fake.jobs().items() if i != "103"))
-    cancelled = cancel_jobs(Plan({SCORES.id: SCORES}, ()), store, SlurmCommands())
+    cancelled = cancel_jobs(Plan({SCORES.id: SCORES}, (), (SCORES.id,)), store, SlurmCommands())
     assert cancelled.job_ids == ["101", "102", "103"]
     assert cancelled.outside == sorted(stage.id for stage in PRUNES)
     assert [each.folder for each in cancelled.foreign] == [foreign.folder]

@@ -21,7 +21,7 @@ from launch.slurm_cli import SlurmCommands, SlurmUnavailableError
 
 FIRST = Stage("importance", "a", {}, {"model": Input("digest", "/model")})
 SECOND = Stage("prune", "b", {}, {"importance": FIRST.as_input()})
-PLAN = Plan({FIRST.id: FIRST, SECOND.id: SECOND}, ())
+PLAN = Plan({FIRST.id: FIRST, SECOND.id: SECOND}, (), (FIRST.id, SECOND.id))
 
 
 def faults_of(*kinds):

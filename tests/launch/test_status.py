@@ -31,7 +31,7 @@ def status(tmp_path):
             record = {"phase": "calibration", "done": 3, "total": 9, "updated": now - beat * MINUTE}
             write_json(store.work(STAGE.id) / "progress.json", record)
         jobs = {"5": JobInfo("5", state, "None", "n1", "N/A", "N/A", attempt.intent.job_name)}
-        (line,) = stage_statuses(Plan({STAGE.id: STAGE}, ()), store, jobs)
+        (line,) = stage_statuses(Plan({STAGE.id: STAGE}, (), (STAGE.id,)), store, jobs)
         return line
 
     return at
