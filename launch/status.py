@@ -49,7 +49,7 @@ def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo]) -> lis
     """One line per stage, in plan order."""
     ledger, now = Ledger(store.root), time.time()
     statuses = [_status(stage, store, ledger.attempts(stage.id), jobs, now) for stage in plan.stages.values()]
-    needed = plan.lacking(lambda stage_id: store.manifest(stage_id) is not None)
+    needed = set(plan.lacking(lambda stage_id: store.manifest(stage_id) is not None))
     return [
         replace(status, state="not needed", detail="")
         if status.state in ("missing", "waiting") and status.stage.id not in needed

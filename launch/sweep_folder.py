@@ -112,7 +112,7 @@ def require_folder(out: Path) -> None:
         raise UserError(f"--out {str(out)!r}: its name isn't UTF-8; choose another folder") from None
     nearest = next(it for it in (out.absolute(), *out.absolute().parents) if os.path.lexists(it))
     if not nearest.is_dir():
-        raise UserError(f"--out {out}: {nearest} is not a folder; choose another --out")
+        raise UserError(f"--out {out}: can't be written to, {nearest} is not a folder; choose another --out")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: {nearest} can't be written to; choose another --out")
 

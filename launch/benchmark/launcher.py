@@ -16,6 +16,7 @@ from hfprune_dist.artifacts import Store
 from hfprune_dist.config import load_config
 from hfprune_dist.files import write_json
 from hfprune_dist.methods import resolve_methods
+from hfprune_dist.models.families import ATTENTION
 from hfprune_dist.models.sources import resolve_models
 from hfprune_dist.plan import Plan, Stage, build_plan
 from launch.benchmark.results import Findings, Line
@@ -26,6 +27,7 @@ SWEEP, METHODS = PROJECT / "launch" / "sweep.py", PROJECT / "configs" / "methods
 CELLS, QUICK_CELLS = 1000, 100
 FEW_CELLS = 4
 INSTANT_S, RERUN_S = 0.4, 3.0
+NORMS = ("input_layernorm", "post_attention_layernorm")
 # What the table shows of an artifact of each kind.
 METRICS = {
     "prune": {"ratio_reached": 0.2, "parameters": 80, "intermediate_size": 8},
@@ -105,19 +107,22 @@ def _commit(store: Store, stage: Stage) -> None:
 
 
 def _write_checkpoint(folder: Path) -> None:
-    """As little as a checkpoint may have: the sweep reads its headers only."""
+    """As little as a checkpoint may have, with neurons enough for a thousand ratios; the sweep reads headers only."""
     import torch
     from safetensors.torch import save_file
 
-    hidden_size, intermediate_size = 4, 64
+    hidden_size, intermediate_size = 4, 2**16
     folder.mkdir()
     sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": 1}
     write_json(folder / "config.json", {"model_type": "llama", "tie_word_embeddings": True, **sizes})
     write_json(folder / "tokenizer.json", {})
-    mlp = "model.layers.0.mlp"
+    layer = "model.layers.0"
+    mlp = f"{layer}.mlp"
     weights = {
         "model.embed_tokens.weight": torch.zeros(8, hidden_size),
         "model.norm.weight": torch.zeros(hidden_size),
+        **{f"{layer}.{norm}.weight": torch.zeros(hidden_size) for norm in NORMS},
+        **{f"{layer}.self_attn.{name}.weight": torch.zeros(hidden_size, hidden_size) for name in ATTENTION},
         f"{mlp}.gate_proj.weight": torch.zeros(intermediate_size, hidden_size),
         f"{mlp}.up_proj.weight": torch.zeros(intermediate_size, hidden_size),
         f"{mlp}.down_proj.weight": torch.zeros(hidden_size, intermediate_size),
