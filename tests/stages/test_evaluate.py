@@ -12,6 +12,7 @@ import torch
 import yaml
 from damage import DAMAGES, damage
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from ranks import SoloWorld
 from tiny import save_tiny, tiny_text, tiny_tokenizer, write_documents
 
@@ -256,6 +257,14 @@ def test_an_answer_cut_short_by_a_kill_is_asked_again(tmp_path):
     assert [log.get(chunk) for chunk in chunks] == [["one"], None]
     log.add(chunks[1:], [["two"]])
     assert [AnswerLog(tmp_path / "answers.jsonl").get(chunk) for chunk in chunks] == [["one"], ["two"]]
+
+
+@settings(deadline=None, derandomize=True)
+@given(count=st.integers(1, 40), size=st.integers(1, 9))
+def test_all_ranks_measure_fidelity_on_equally_many_windows_and_leave_none_out(count, size):
+    shares = [evaluate._my_windows(count, SoloWorld(rank, size)) for rank in range(size)]
+    assert len({len(share) for share in shares}) == 1
+    assert {index for share in shares for index in share} == set(range(count))
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from ranks import SoloWorld, killing, lay_out, run_stage
 from safetensors.torch import save_file
 from tiny import save_tiny, tiny_model, write_documents
 from transformers import AutoModelForCausalLM
+from worlds import Ranks, run_in_threads
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.config import RuntimeConfig
@@ -62,6 +65,20 @@ def test_held_out_text_is_seen_as_the_whole_model_sees_it(source, tmp_path):
         for index, window_T in enumerate(states.windows_ST):
             expected_TC = body(input_ids=window_T[None]).last_hidden_state[0]
             torch.testing.assert_close(states.hidden(index), expected_TC, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@example(windows=1, micro_batch_size=2, size=4)
+@given(windows=st.integers(1, 7), micro_batch_size=st.integers(1, 3), size=st.integers(2, 6))
+def test_ranks_keep_step_whatever_the_number_of_windows(source, tmp_path_factory, windows, micro_batch_size, size):
+    """Ranks without a micro-batch of their own, and a last one that is not full."""
+    stage = held_out(source)
+    params = {**stage.params, "micro_batch_size": micro_batch_size, "text": TEXT | {"windows": windows}}
+    stage = Stage(stage.kind, stage.label, params, stage.inputs)
+    stores = [Store(tmp_path_factory.mktemp(str(ranks))) for ranks in (1, size)]
+    for store, ranks in zip(stores, (Ranks(1), Ranks(size)), strict=True):
+        run_in_threads(store, stage, ranks)
+    assert files_of(stores[0], stage) == files_of(stores[1], stage)
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "mistral"])
