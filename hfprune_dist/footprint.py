@@ -171,8 +171,8 @@ class Importance:
         tokens = self.windows * self.tokens
         head = HEAD_CHUNK_BYTES * (2 if self.student else 1)
         numbers = tokens * shape.intermediate_size
-        # Gradients at h, gate and up.
-        backward = 3 * numbers * self.itemsize + GATED_PORTIONS * min(PORTION_BYTES, 4 * numbers)
+        # Gradients at h, gate and up; and h itself in a layer that runs again.
+        backward = (3 + self.checkpointing) * numbers * self.itemsize + GATED_PORTIONS * min(PORTION_BYTES, 4 * numbers)
         return Memory(
             weights=shape.parameters * self.itemsize / ranks,
             gathered=_gathered_at_a_time(shape, self.itemsize, ranks),

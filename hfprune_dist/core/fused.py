@@ -55,18 +55,18 @@ class RmsNorm(Function):
 class FrozenLinear(Function):
     """x W^T + b, where neither W nor b gets a gradient. Keeps W, itself and not a view of it.
 
-    So a weight that is sharded over ranks can be given back after forward, and be gathered again for backward.
+    So a weight that is sharded over ranks can be given back after forward, and be gathered again for backward. It isn't
+    among the saved tensors: a checkpointed layer would run its last product again for it.
     """
 
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, weight_DC: Tensor, bias_D: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight_DC)
+        ctx.weight_DC = weight_DC
         return linear(x_NC, weight_DC, bias_D)
 
     @staticmethod
     def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, None, None]:
-        (weight_DC,) = ctx.saved_tensors
-        return gradient_ND.matmul(weight_DC), None, None
+        return gradient_ND.matmul(ctx.weight_DC), None, None
 
 
 class GatedProduct(Function):
