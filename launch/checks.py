@@ -123,13 +123,14 @@ def _check_length(reading: Reading, folder: Path, positions: int | None) -> None
 
 def _check_text(reading: Reading, folder: Path, tokenizer: Any, add_bos_token: bool) -> None:
     """Whether there is a window, or a pair to train on, in what was read of a text."""
-    from hfprune_dist.data.instructions import require_trainable
+    from hfprune_dist.data.instructions import require_room, require_trainable
     from hfprune_dist.data.windows import require_long_enough
     from hfprune_dist.models.tokenizer import require_eos
 
     settings, beginning = reading.settings, reading.beginning
     if isinstance(settings, RecoveryConfig):
         require_eos(tokenizer, folder)
+        require_room(tokenizer, settings.sequence_length)
         if beginning is not None:
             require_trainable(beginning, tokenizer, settings.sequence_length, reading.where)
     elif beginning is not None:

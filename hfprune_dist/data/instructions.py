@@ -33,7 +33,7 @@ PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-# Pairs that are tokenized in search of one that can be trained on, before a sweep begins: a second's work.
+# The most pairs that are tokenized before a sweep begins, to see that one can be trained on: a second's work.
 PAIRS_TO_TRY = 4096
 PACKING_BUFFER = 8192  # pairs that are packed together: enough to fill rows well, few enough to keep them mixed
 
@@ -92,25 +92,39 @@ def encode_for(tokenizer: Any, texts: Iterable[tuple[str, str]], sequence_length
     return encode_pairs(texts, partial(all_plain_ids, tokenizer), bos, eos, sequence_length)
 
 
+def require_room(tokenizer: Any, sequence_length: int) -> None:
+    """Refuse a ``sequence_length`` that the template alone fills.
+
+    Raises:
+        UserError: telling how many tokens it takes.
+    """
+    (template,) = all_plain_ids(tokenizer, [prompt_for("")])
+    taken = len(template) + (bos_id(tokenizer, add_bos_token=True) is not None)
+    if taken >= sequence_length:
+        raise UserError(
+            f"recovery.sequence_length {sequence_length} has no room for a response: the template around an "
+            f"instruction takes {taken} tokens alone"
+        )
+
+
 def require_trainable(beginning: Beginning, tokenizer: Any, sequence_length: int, where: str) -> None:
-    """Refuse instructions and responses that leave nothing to train on, as far as that is soon known.
+    """Refuse instructions and responses that leave nothing to train on, where ``PAIRS_TO_TRY`` are all there are.
 
     Raises:
         UserError: as ``nothing_to_train_on`` says.
     """
-    tried = [(prompt_for(instruction), response) for instruction, response in beginning.texts[:PAIRS_TO_TRY]]
-    if any(encode_for(tokenizer, tried, sequence_length)):
+    if not beginning.is_all or len(beginning.texts) > PAIRS_TO_TRY:
         return
-    if beginning.is_all and len(tried) == len(beginning.texts):
-        raise nothing_to_train_on(len(tried), tokenizer, sequence_length, where)
+    pairs = [(prompt_for(instruction), response) for instruction, response in beginning.texts]
+    if not any(encode_for(tokenizer, pairs, sequence_length)):
+        raise nothing_to_train_on(len(pairs), sequence_length, where)
 
 
-def nothing_to_train_on(pairs: int, tokenizer: Any, sequence_length: int, where: str) -> UserError:
+def nothing_to_train_on(pairs: int, sequence_length: int, where: str) -> UserError:
     """What is wrong where none of so many pairs has a response token within ``sequence_length``."""
-    (template,) = all_plain_ids(tokenizer, [prompt_for("")])
     return UserError(
-        f"{where}: none of {pairs} pairs has a response token within recovery.sequence_length {sequence_length}, of "
-        f"which the template alone takes {len(template)} tokens; raise it, or give other pairs"
+        f"{where}: none of {pairs} pairs has a response token within recovery.sequence_length {sequence_length}; raise "
+        "it, or give other pairs"
     )
 
 

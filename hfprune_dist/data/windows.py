@@ -21,7 +21,7 @@ Tokenize = Callable[[str], list[int]]
 WINDOWS, INPUT_IDS = "windows.safetensors", "input_ids"
 # What is tokenized in search of a document that is long enough, before a sweep begins: so many characters for each
 # token of a window, which hold that many tokens in most languages; and so many characters in all, a few seconds' work.
-CHARACTERS_PER_TOKEN, TOKENIZED_CHARACTERS = 16, 4 * 2**20
+CHARACTERS_PER_TOKEN, TOKENIZED_CHARACTERS = 16, 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,14 @@ def read_windows(
 def require_long_enough(
     beginning: Beginning, tokenizer: Any, add_bos_token: bool, sequence_length: int, where: str
 ) -> None:
-    """Refuse a source none of whose documents ``read_windows`` could cut a window from, as far as that is soon known.
+    """Refuse a source none of whose documents ``read_windows`` could cut a window from, as far as that is soon known:
+    where all of it has been read, and ``TOKENIZED_CHARACTERS`` of the longest documents tell.
 
     Raises:
         UserError: as ``read_windows``.
     """
+    if not beginning.is_all:
+        return
     body = sequence_length - (bos_id(tokenizer, add_bos_token) is not None)
     longest = tokenized = 0
     for (text,) in sorted(beginning.texts, key=lambda text: len(text[0]), reverse=True):
@@ -89,8 +92,7 @@ def require_long_enough(
             tokenized += len(part)
         if tokenized > TOKENIZED_CHARACTERS:
             return
-    if beginning.is_all:
-        raise _too_short(where, body, len(beginning.texts), longest)
+    raise _too_short(where, body, len(beginning.texts), longest)
 
 
 def _parts_to_try(text: str, characters: int) -> Sequence[str]:

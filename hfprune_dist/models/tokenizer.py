@@ -55,10 +55,14 @@ def require_eos(tokenizer: Any, where: Path) -> None:
 def require_embedded(tokenizer: Any, rows: int, where: Path) -> None:
     """Refuse a tokenizer that can give ids for which the table of embeddings has no row.
 
+    Tokens for padding and for unknown text may be beyond it: many tokenizers have them without a use for them.
+
     Raises:
         UserError: naming the largest of them.
     """
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
+    idle = {tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.bos_token, tokenizer.eos_token}
+    used = ((token, index) for token, index in tokenizer.get_vocab().items() if token not in idle)
+    token, largest = max(used, key=lambda entry: entry[1], default=("", -1))
     if largest >= rows:
         raise UserError(
             f"{where}: the tokenizer gives the token {token!r} the id {largest}, but the embedding has {rows} rows; "

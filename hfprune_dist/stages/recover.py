@@ -116,7 +116,7 @@ class _Collector:
         """
         length = self._settings.sequence_length
         if not any(self._encoded):
-            raise nothing_to_train_on(len(self._encoded), self._tokenizer, length, self._where)
+            raise nothing_to_train_on(len(self._encoded), length, self._where)
         save_rows(file, self._encoded, length, self._tokenizer.eos_token_id, self._seed)
 
     def _read_texts(self, path: Path | None) -> Iterator[tuple[str, str]]:

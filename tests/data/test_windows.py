@@ -1,12 +1,11 @@
 """What is known of a text before a sweep begins, and what the stage makes of it: the same verdict."""
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from hfprune_dist.data import windows
-from hfprune_dist.data.instructions import encode_for, nothing_to_train_on, prompt_for, require_trainable
+from hfprune_dist.data.instructions import encode_for, nothing_to_train_on, prompt_for, require_room, require_trainable
 from hfprune_dist.data.text import Beginning
 from hfprune_dist.data.windows import require_long_enough, sample_windows
 from hfprune_dist.errors import UserError
@@ -58,7 +57,7 @@ def test_the_check_and_the_stage_agree_on_windows(documents, length, add_bos):
 def test_the_check_and_the_stage_agree_on_pairs(pairs, length):
     whole = Beginning(list(pairs), is_all=True)
     encoded = encode_for(TOKENIZER, [(prompt_for(ask), tell) for ask, tell in pairs], length)
-    expected = None if any(encoded) else str(nothing_to_train_on(len(pairs), TOKENIZER, length, "here"))
+    expected = None if any(encoded) else str(nothing_to_train_on(len(pairs), length, "here"))
     assert message_of(require_trainable, whole, TOKENIZER, length, "here") == expected
     require_trainable(Beginning(whole.texts, is_all=False), TOKENIZER, length, "here")
 
@@ -81,7 +80,10 @@ def test_the_search_for_a_long_document_ends(monkeypatch):
     assert tokenizer.characters < 1200
 
 
-def test_the_template_alone_may_be_too_long():
-    beginning = Beginning([("ask", "tell")], is_all=True)
-    with pytest.raises(UserError, match=r"within recovery.sequence_length 64, of which the template alone takes 1\d\d"):
-        require_trainable(beginning, TOKENIZER, 64, "here")
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(136, 147), st.text(max_size=5))
+def test_the_template_leaves_room_for_a_response_or_no_pair_is_trained_on(length, instruction):
+    if message_of(require_room, TOKENIZER, length):
+        assert encode_for(TOKENIZER, [(prompt_for(instruction), "tell")], length) == [None]
+    else:
+        assert encode_for(TOKENIZER, [(prompt_for(""), "tell")], length) != [None]

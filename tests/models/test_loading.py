@@ -72,6 +72,17 @@ def test_a_tied_head_may_be_there_or_not(tmp_path):
     require_own_weights(change_weights(folder, lambda weights: weights.update(head)))
 
 
+def test_a_padding_token_needs_no_embedding_and_an_eos_token_does(tmp_path):
+    """Qwen2's tokenizer class adds one for padding, after the 259 of the vocabulary."""
+    folder = save_tiny(tmp_path / "m", "qwen2", vocab_size=259)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pad_token_id == 259
+    require_embedded(tokenizer, 259, folder)
+    tokenizer.eos_token = tokenizer.pad_token
+    with pytest.raises(UserError, match=r"the id 259, but the embedding has 259 rows"):
+        require_embedded(tokenizer, 259, folder)
+
+
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_every_tensor_is_needed_and_has_one_shape(tmp_path, variant):
     """Of each kind one tensor is left out of all layers, or has another shape."""
