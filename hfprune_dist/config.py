@@ -235,16 +235,19 @@ class RecoveryConfig(TextSource, LoraTraining):
     max_steps: Positive | None = None
     """Stop after so many optimizer steps; overrides epochs."""
 
-    @model_validator(mode="after")
-    def _fields_differ(self) -> RecoveryConfig:
-        if self.instruction_field == self.response_field:
-            raise ValueError(f"instruction_field and response_field are the same, {self.response_field!r}")
-        return self
-
     @property
     def pair_fields(self) -> list[str]:
         """The fields that are read of each record."""
         return [self.instruction_field, self.response_field]
+
+    def require_two_fields(self) -> None:
+        """Check that instructions and responses are not the same texts.
+
+        Raises:
+            UserError: where they are.
+        """
+        if self.instruction_field == self.response_field:
+            raise UserError(f"recovery.instruction_field and recovery.response_field are both {self.response_field!r}")
 
     def require_shared_evenly(self, world_size: int) -> None:
         """Check that so many ranks can share the rows of an optimizer step evenly.

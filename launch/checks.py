@@ -49,6 +49,7 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
     readings = _read_texts(config, models)
     if "recover" in models:
         ranks = profile.resources["recover"].ranks if profile else ranks_here(config.runtime)
+        config.recovery.require_two_fields()
         config.recovery.require_shared_evenly(ranks)
     if config.evaluation.tasks and "evaluate" in models:
         from hfprune_dist.evaluation import check_tasks  # lm-eval takes seconds to import
