@@ -13,13 +13,18 @@ from typing import Any
 
 import psutil
 from ranks import FAULTS, ROOT
-from sweeps import command
+from sweeps import artifacts, command, results
 
 from hfprune_dist.files import read_json
 
 SCRIPT = ROOT / "slurm" / "cluster.sh"
 # Ranks sleep before each heartbeat, so that there is a moment in which to disturb them.
 SLOWLY = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "progress.json", "SLOW_S": "0.5"}
+CONTROL = "recover alpha dense"
+DENSE = "evaluate alpha dense"
+PRUNE = "prune alpha 0.2"
+# What may differ between two undisturbed sweeps.
+TIMES = ("wall_time_s", "peak_memory_bytes", "checkpoint")
 ONE_CELL = ("--models", "alpha", "--ratios", "0.2", "--set", "recovery.max_steps=12")
 
 
@@ -159,3 +164,25 @@ def rank_processes(out: Path, stage: str) -> dict[int, psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def table(out: Path) -> list[dict[str, str]]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in results(out)]
+
+
+def assert_undisturbed(cluster: Cluster, out: Path, finished: Path) -> None:
+    """The final table and all weights are those of the undisturbed sweep, and Slurm has nothing left of this one."""
+    assert table(out) == table(finished)
+    for kind in ("importance", "prune", "recover"):
+        assert artifacts(out, kind) == artifacts(finished, kind)
+    wait_for(lambda: not cluster.states(job_names(out)), 30)
+    for stage in {label_of(out, folder) for folder in attempt_folders(out)}:
+        assert causes(out, stage).count("done") == 1, f"{stage} was done twice: {causes(out, stage)}"
+    assert not list((out / "store" / "work").glob("*/*")), "progress of finished stages is left behind"
+
+
+def done(cluster: Cluster, out: Path, finished: Path, submitted: Submitted) -> str:
+    code, output = submitted.end()
+    assert code == 0, output
+    assert_undisturbed(cluster, out, finished)
+    return output

@@ -9,12 +9,16 @@ import time
 import pytest
 import yaml
 from clusters import (
+    CONTROL,
+    DENSE,
+    PRUNE,
     SLOWLY,
     Submitted,
+    assert_undisturbed,
     attempt_folders,
     causes,
+    done,
     job_names,
-    label_of,
     rank_processes,
     read,
     runs,
@@ -22,42 +26,14 @@ from clusters import (
     wait_for,
 )
 from ranks import ROOT, killing
-from sweeps import artifacts, results
+from sweeps import results
 
 pytestmark = pytest.mark.slurm
-
-CONTROL = "recover alpha dense"
-DENSE = "evaluate alpha dense"
-PRUNE = "prune alpha 0.2"
-# What may differ between two undisturbed sweeps.
-TIMES = ("wall_time_s", "peak_memory_bytes", "checkpoint")
 
 
 @pytest.fixture(autouse=True)
 def _needs_a_cluster(cluster):
     """Skips or fails before anything slow where there is no cluster."""
-
-
-def table(out):
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in results(out)]
-
-
-def assert_undisturbed(cluster, out, finished):
-    """The final table and all weights are those of the undisturbed sweep, and Slurm has nothing left of this one."""
-    assert table(out) == table(finished)
-    for kind in ("importance", "prune", "recover"):
-        assert artifacts(out, kind) == artifacts(finished, kind)
-    wait_for(lambda: not cluster.states(job_names(out)), 30)
-    for stage in {label_of(out, folder) for folder in attempt_folders(out)}:
-        assert causes(out, stage).count("done") == 1, f"{stage} was done twice: {causes(out, stage)}"
-    assert not list((out / "store" / "work").glob("*/*")), "progress of finished stages is left behind"
-
-
-def done(cluster, out, finished, submitted):
-    code, output = submitted.end()
-    assert code == 0, output
-    assert_undisturbed(cluster, out, finished)
-    return output
 
 
 @pytest.fixture(scope="module")
