@@ -1,13 +1,17 @@
 """The backend's decisions, with fake commands in place of Slurm."""
 
 import getpass
+import signal
+import subprocess
 import time
 from types import SimpleNamespace
 
 import pytest
+from clusters import wait_for
 from fake_slurm import HEADER, Clock, FakeSlurm
 from ranks import ROOT
-from sweeps import make_inputs, sweep
+from rich.console import Console
+from sweeps import command, make_inputs, sweep
 
 from hfprune_dist.artifacts import Store
 from hfprune_dist.claims import try_claim
@@ -17,6 +21,7 @@ from hfprune_dist.models.sources import resolve_models
 from hfprune_dist.plan import Cell, Input, Plan, Stage, build_plan
 from hfprune_dist.progress import Progress
 from launch.cancel import cancel_jobs
+from launch.cluster import Sweep, show_status
 from launch.layout import Origin
 from launch.ledger import GONE, End, Ledger, Run
 from launch.profiles import Profile, Resources
@@ -544,3 +549,35 @@ def test_no_slurm_is_one_clear_message(tmp_path):
     )
     assert result.returncode == 2 and "no sbatch on this machine" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_status_says_at_once_that_slurm_does_not_answer(fake, store, tmp_path, capsys):
+    make_backend(store).start()
+    before = len(fake.calls("squeue"))
+    fake.fail_next("squeue", *["slurm_load_jobs error: Unable to contact slurm controller"] * 9)
+    show_status(Console(width=200), Sweep(PLAN, store, tmp_path), keep_on=False)
+    assert "Slurm does not answer" in capsys.readouterr().out
+    assert len(fake.calls("squeue")) == before + 1
+
+
+def test_status_asks_about_jobs_that_squeue_does_not_list(fake, store, tmp_path, capsys):
+    make_backend(store).start()
+    fake.set_state("101", "RUNNING")
+    fake.answer_squeue(HEADER)
+    files = sorted(store.root.rglob("*"))
+    show_status(Console(width=200), Sweep(PLAN, store, tmp_path), keep_on=False)
+    assert "running" in capsys.readouterr().out
+    assert sorted(store.root.rglob("*")) == files, "who looks leaves nothing"
+
+
+def test_a_launcher_is_interrupted_while_it_waits(fake, tmp_path):
+    config = make_inputs(tmp_path)
+    arguments = ["--models", "alpha", "--ratios", "0.2", "--profile", "local-cluster"]
+    launcher = subprocess.Popen(
+        command(config, tmp_path / "out", *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for(lambda: len(fake.jobs()) == 8 and len(fake.calls("squeue")) > 2)
+    launcher.send_signal(signal.SIGINT)
+    output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130 and "run the same command again" in output and "Traceback" not in output, output
+    assert [claim for claim in (tmp_path / "out").rglob("claim.*") if "released" not in claim.read_text()] == []
