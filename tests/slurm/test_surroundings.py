@@ -1,0 +1,121 @@
+"""What surrounds a launcher and its jobs: another job's environment, odd paths, a profile's setup, crashes of ranks."""
+
+import shutil
+
+import pytest
+import yaml
+from clusters import Submitted, attempt_folders, causes, read
+from ranks import ROOT
+from sweeps import results
+
+pytestmark = pytest.mark.slurm
+
+PRUNE = "prune alpha 0.2"
+# As a shell inside an interactive job on a GPU node has them, and as people set them for jobs of another kind.
+SURROUNDINGS = {
+    "SLURM_JOB_ID": "999",
+    "SLURM_JOBID": "999",
+    "SLURM_JOB_NODELIST": "gpu7",
+    "SLURM_NODELIST": "gpu7",
+    "SLURM_NTASKS": "8",
+    "SLURM_NPROCS": "8",
+    "SLURM_NNODES": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "3",
+    "SLURM_CPUS_PER_TASK": "7",
+    "SLURM_TASKS_PER_NODE": "2(x4)",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_MEM_PER_CPU": "10",
+    "SLURM_MEM_PER_GPU": "10",
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x10",
+    "SLURM_GPUS": "4",
+    "SLURM_GPUS_PER_NODE": "4",
+    "SLURM_GPUS_ON_NODE": "4",
+    "SLURM_JOB_GPUS": "0,1,2,3",
+    "SLURM_ARRAY_JOB_ID": "999",
+    "SLURM_ARRAY_TASK_ID": "3",
+    "SLURM_HET_SIZE": "2",
+    "SLURM_EXPORT_ENV": "NONE",
+    "SLURM_TIMELIMIT": "1",
+    "SLURM_PARTITION": "nowhere",
+    "SLURM_STEP_ID": "0",
+    "SLURM_WORKING_DIR": "/nowhere",
+}
+OF_SBATCH = {
+    "SBATCH_PARTITION": "nowhere",
+    "SBATCH_TIMELIMIT": "1",
+    "SBATCH_ACCOUNT": "nobody",
+    "SBATCH_QOS": "none",
+    "SBATCH_EXPORT": "NONE",
+    "SBATCH_NO_REQUEUE": "1",
+    "SBATCH_MEM_PER_CPU": "10",
+    "SBATCH_ARRAY_INX": "0-1",
+    "SBATCH_OUTPUT": "/nowhere",
+    "SBATCH_RESERVATION": "none",
+    "SLURM_RESTART_COUNT": "5",
+}
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_cluster(cluster):
+    """Skips or fails before anything slow where there is no cluster."""
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """Write a profile for the cluster with some settings more."""
+
+    def write(**settings):
+        file = tmp_path / "profile.yaml"
+        shipped = yaml.safe_load((ROOT / "slurm" / "profiles" / "local-cluster.yaml").read_text())
+        file.write_text(yaml.safe_dump({**shipped, **settings}))
+        return str(file)
+
+    return write
+
+
+@pytest.mark.parametrize("surroundings", [SURROUNDINGS, {**SURROUNDINGS, **OF_SBATCH}])
+def test_a_launcher_inside_another_job(config, without, profile, surroundings):
+    out = without(PRUNE)
+    code, output = Submitted(config, out, profile=profile(memory="1G"), **surroundings).end()
+    assert code == 0, output
+    assert causes(out) == ["done"]
+    (run,) = [read(file) for file in attempt_folders(out)[0].glob("run.*.json")]
+    assert "_" not in run["job_id"] and run["restart"] == 0
+
+
+def test_odd_characters_in_the_path(config, without, tmp_path):
+    out = tmp_path / 'it\'s a "test" $HOME `id` #1 ~ & ; * [x] Größe 模型' / "out"
+    shutil.copytree(without(PRUNE), out)
+    code, output = Submitted(config, out).end()
+    assert code == 0, output
+    assert causes(out) == ["done"]
+    (folder,) = attempt_folders(out)
+    assert {file.name for file in folder.glob("*_log.*")} >= {f"{read(folder / 'job.json')['job_id']}_0_log.err"}
+
+
+def test_a_setup_line_that_fails(config, without, profile):
+    out = without(PRUNE)
+    wrong = profile(setup=["true", "module load no/such", "echo never"])
+    code, output = Submitted(config, out, profile=wrong).end()
+    assert code == 2 and "module load no/such" in output and "Traceback" not in output, output
+    assert causes(out) == ["input"], "not tried again"
+    assert not list(attempt_folders(out)[0].glob("run.*.json")), "no rank was started"
+    assert Submitted(config, out).end()[0] == 0
+
+
+def test_a_rank_that_crashes(config, without, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import ctypes, os, pathlib\n"
+        f"once = pathlib.Path({str(tmp_path)!r}) / 'crashed'\n"
+        "if 'SLURM_PROCID' in os.environ and not once.exists():\n"
+        "    once.touch()\n"
+        "    ctypes.string_at(0)\n"
+    )
+    out = without(PRUNE)
+    code, output = Submitted(config, out, PYTHONPATH=str(tmp_path)).end()
+    assert code == 0, output
+    assert causes(out) == ["crash", "done"]
+    end = read(attempt_folders(out)[0] / "end.json")
+    assert "rank 0 on n1 was ended by SIGSEGV (segmentation fault)" in end["message"].splitlines()[0]
+    assert {row["status"] for row in results(out)} == {"done"}
