@@ -216,3 +216,15 @@ def test_a_link_to_such_a_path_is_refused_too(tmp_path):
 
 def test_on_this_machine_any_path_will_do(config, tmp_path):
     assert sweep.main(["--config", str(config), "--out", str(tmp_path / "50%" / "out"), "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--profile", "local-cluster"], ["--status"]])
+def test_a_current_folder_that_is_gone_is_one_message(config, tmp_path, monkeypatch, capsys, more):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit, match="2"):
+        sweep.main(["--config", str(config), "--out", str(tmp_path / "out"), *more])
+    said = capsys.readouterr().err
+    assert said == "error: the current folder has been deleted; change to another one\n"
+    assert not (tmp_path / "out").exists()
