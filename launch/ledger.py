@@ -238,7 +238,7 @@ class Ledger:
         if last is not None and last.end is not None and last.end.cause in (QUEUE_FULL, NEED_ENDED):
             return self._reopen(last, lane, cluster, user)
         number = 1 + max((number for number, _ in _numbered(folder)), default=0)
-        name = f"hfprune-{stage.kind}-{stage.fingerprint[:8]}-{number}-{uuid.uuid4().hex[:8]}"
+        name = _job_name(stage.id, number) + uuid.uuid4().hex[:8]
         attempt = Attempt(
             folder / str(number),
             Intent(stage.id, number, name, time.time(), gpus, cores, time_minutes, lane, cluster, user),
@@ -294,15 +294,23 @@ def _recover_intent(folder: Path) -> Intent | None:
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script, re.MULTILINE))
     if job is None and not script and not list(folder.glob("run.*.json")):
         return None
+    stage_id, number = "/".join(folder.parts[-3:-1]), int(folder.name)
+    name = (job.job_name if job is not None else None) or options.get("job-name")
     return Intent(
-        stage_id="/".join(folder.parts[-3:-1]),
-        number=int(folder.name),
-        job_name=(job.job_name if job is not None else None) or options.get("job-name", ""),
+        stage_id=stage_id,
+        number=number,
+        job_name=name or _job_name(stage_id, number),
         created=min(file.stat().st_mtime for file in folder.iterdir()),
         gpus=0,
         cores=0,
         time_minutes=int(options.get("time", "0")),
     )
+
+
+def _job_name(stage_id: str, number: int) -> str:
+    """What the names of an attempt's jobs begin with; the rest makes them unique."""
+    kind, fingerprint = stage_id.split("/")
+    return f"hfprune-{kind}-{fingerprint[:8]}-{number}-"
 
 
 def _read_script(file: Path) -> str:

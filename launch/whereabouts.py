@@ -87,9 +87,8 @@ class Whereabouts:
         self._sightings = {}
         unlisted = {}
         for job_id, attempt in attempts.items():
-            name = attempt.intent.job_name
-            job = by_name.get(name) if name else self.jobs.get(job_id)  # the name may be lost with a damaged record
-            if job is not None:
+            job = by_name.get(attempt.intent.job_name, self.jobs.get(job_id))
+            if job is not None and _is_named(job, attempt):
                 self._absences.pop(attempt.folder, None)
                 self._sightings[attempt.folder] = Sighting(job)
             else:
@@ -146,12 +145,11 @@ class Whereabouts:
         return True
 
     def _ask(self, job_id: str, attempt: Attempt, past: JobInfo | None) -> Sighting:
-        name = attempt.intent.job_name
         job = self._slurm.job(job_id)
-        if job is not None and name in (job.name, ""):  # ids come again where a cluster was set up anew
+        if job is not None and _is_named(job, attempt):  # ids come again where a cluster was set up anew
             return Sighting(job)
         # Only now: accounting may still show the end of a start after which the job was requeued.
-        if past is not None and name in (past.name, "") and not past.is_live:
+        if past is not None and _is_named(past, attempt) and not past.is_live:
             return Sighting(past)
         if self.is_somebody_elses(attempt):
             return UNKNOWN
@@ -170,6 +168,11 @@ class Whereabouts:
 
     def _signs_of_life(self, attempt: Attempt) -> Any:
         return read_heartbeat(self._store.work(attempt.intent.stage_id)), attempt.runs()
+
+
+def _is_named(job: JobInfo, attempt: Attempt) -> bool:
+    """Whether a job has an attempt's name; where that was lost with damaged records, only its beginning is known."""
+    return job.name.startswith(attempt.intent.job_name)
 
 
 def _said_that_it_ended(attempt: Attempt) -> bool:
