@@ -53,10 +53,10 @@ class RmsNorm(Function):
 
 
 class FrozenLinear(Function):
-    """x W^T + b, where neither W nor b gets a gradient. Keeps W, itself and not a view of it.
+    """x W^T + b, where neither W nor b gets a gradient. Keeps W, itself and neither a view nor its values.
 
-    So a weight that is sharded over ranks can be given back after forward, and be gathered again for backward. It isn't
-    among the saved tensors: a checkpointed layer would run its last product again for it.
+    So a weight that is sharded over ranks can be given back after forward, and be gathered again for backward; and a
+    checkpointed layer needn't be run again up to a product of which nothing else is kept.
     """
 
     @staticmethod

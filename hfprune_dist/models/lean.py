@@ -16,14 +16,9 @@ SILU = ("silu", "swish")
 
 
 def lighten(model: nn.Module, family: Family) -> None:
-    """Let a frozen model's linear layers, norms and gated MLPs run with backwards of ours.
-
-    An MLP with another activation stays as it is.
-    """
+    """Let a model's norms and gated MLPs run with backwards of ours; an MLP with another activation stays as it is."""
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.forward = partial(_project, module)  # type: ignore[method-assign]
-        elif type(module).__name__.endswith("RMSNorm"):
+        if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_normalize, module)
     config: Any = model.config
     if config.hidden_act in SILU:
@@ -31,6 +26,16 @@ def lighten(model: nn.Module, family: Family) -> None:
             mlp = layer.get_submodule(family.mlp)
             gate, up = (mlp.get_submodule(name) for name in family.row_projections)
             mlp.forward = partial(_run_mlp, gate, up, mlp.get_submodule(family.down_projection))
+
+
+def keep_no_gathered_weights(model: nn.Module) -> None:
+    """Let a frozen, sharded model's linear layers gather their weights again for backward.
+
+    torch's own would hold every layer's weights, as they were gathered for forward, until backward.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = partial(_project, module)  # type: ignore[method-assign]
 
 
 def checkpoint_activations(model: nn.Module, family: Family) -> None:

@@ -18,7 +18,7 @@ from hfprune_dist.core.criteria import (
 )
 from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
 from hfprune_dist.models.checkpoint import Checkpoint
-from hfprune_dist.models.lean import checkpoint_activations, lighten
+from hfprune_dist.models.lean import checkpoint_activations, keep_no_gathered_weights, lighten
 from hfprune_dist.models.weights import mlp_layer
 from hfprune_dist.parallel.deepspeed_patches import empty_shards, rearming
 from hfprune_dist.parallel.world import World
@@ -64,6 +64,7 @@ class Calibration:
         family = checkpoint.family
         self.module = load_frozen(checkpoint.path, dtype, micro_batch_size, world, family.body_of)
         lighten(self.module, family)
+        keep_no_gathered_weights(self.module)
         if activation_checkpointing:
             checkpoint_activations(self.module, family)
         body, head = family.body_of(self.module), family.head_of(self.module)

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hfprune_dist.data.windows import load_windows, save_windows
-from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.parallel.layerwise import LayerStream
 from hfprune_dist.parallel.world import World
 
@@ -48,26 +46,16 @@ class DenseStates:
         return {"input_ids": input_ids_T, "labels": input_ids_T.clone(), DENSE: self.hidden(row)}
 
 
-def write_dense_states(
-    dense: Checkpoint,
-    windows_ST: Tensor,
-    dtype: torch.dtype,
-    micro_batch_size: int,
-    folder: Path,
-    world: World,
-    after_each: Callable[[int], None],
-) -> None:
+def write_dense_states(stream: LayerStream, folder: Path, world: World, after_each: Callable[[int], None]) -> None:
     """Take windows through a model layer by layer, so that it is never loaded as a whole; every rank takes some.
 
     Args:
-        windows_ST: the same on every rank, int64 [windows, sequence_length].
-        micro_batch_size: windows per forward and file.
+        stream: the windows before the first layer.
         after_each: called on every rank with the number of layers that are done.
     """
     if world.is_first:
-        save_windows(windows_ST, folder)
-    stream = LayerStream(dense, windows_ST, dtype, micro_batch_size, world)
-    for number in range(dense.num_layers):
+        save_windows(stream.windows_ST, folder)
+    for number in range(stream.num_layers):
         stream.advance(stream.layer(number))
         world.barrier()  # ranks with fewer windows wait here, never for longer than a layer
         after_each(number + 1)

@@ -59,12 +59,26 @@ class FrozenModel:
         if self._sharded:
             self.module.register_forward_pre_hook(self._announce, prepend=True)
 
-    @torch.no_grad()
     def final_hidden(self, input_ids_T: Tensor) -> Tensor:
         """Final hidden states [T, hidden_size] of one sequence. Sharded: every rank must call it equally often."""
+        return self.run_body(input_ids_T[None])[0]
+
+    @torch.no_grad()
+    def run_body(self, input_ids_BT: Tensor) -> Tensor:
+        """The same of several sequences [B, T, hidden_size]."""
         body = self._family.body_of(self.module)
-        hidden_BTC: Tensor = body(input_ids=input_ids_T[None].to(self._world.device), use_cache=False).last_hidden_state
-        return hidden_BTC[0]
+        hidden_BTC: Tensor = body(input_ids=input_ids_BT.to(self._world.device), use_cache=False).last_hidden_state
+        return hidden_BTC
+
+    def release(self) -> None:
+        """Give the memory of the weights back; the model can't be used any more."""
+        if self._sharded:
+            from hfprune_dist.parallel.deepspeed_patches import empty_shards
+
+            empty_shards(self.module)
+        else:
+            for parameter in self.module.parameters():
+                parameter.data = parameter.data.new_empty(0)
 
     @contextmanager
     def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:

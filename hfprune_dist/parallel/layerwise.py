@@ -1,5 +1,7 @@
 """Windows of text on their way through a model, layer by layer, with each layer's Gram matrix added up on the way.
 
+A pass is held against what the whole model computes for one window (``parallel.probe``), layer after layer.
+
 Every rank holds the hidden states of its own windows and one layer at a time: memory for a layer, its Gram matrix and
 the windows, whatever the model's size. Gram matrices are summed exactly, so they have the same bits on any number of
 ranks.
@@ -19,6 +21,7 @@ from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.layers import LayerReader, mlp_of, projection, run
+from hfprune_dist.parallel.probe import TOLERANCES, Guard, Probe, refuse_departure, relative_error
 from hfprune_dist.parallel.world import World
 
 # Of so many micro-batches one is held out, to choose how much to trust the others.
@@ -65,12 +68,30 @@ class LayerStream:
     Args:
         windows_ST: those of all ranks, int64 [samples, sequence_length].
         micro_batch_size: windows per forward.
+        probe: what the model itself computes for one of the windows, which the stream must reproduce; None where
+            layers won't be run as they are.
+
+    Attributes:
+        num_layers: of the model.
+
+    Raises:
+        UserError: where the model does more than look tokens up before its first layer; the same of what it does
+            between layers from ``advance`` and ``grams``, and after them from ``final_hidden``.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, windows_ST: Tensor, dtype: torch.dtype, micro_batch_size: int, world: World
+        self,
+        checkpoint: Checkpoint,
+        windows_ST: Tensor,
+        dtype: torch.dtype,
+        micro_batch_size: int,
+        world: World,
+        probe: Probe | None = None,
     ) -> None:
+        self.windows_ST = windows_ST
+        self.num_layers = checkpoint.num_layers
         self._reader = LayerReader(checkpoint, dtype, world.device)
+        self._dtype = dtype
         self._family = checkpoint.family
         self._world = world
         batches = windows_ST.split(micro_batch_size)
@@ -80,6 +101,10 @@ class LayerStream:
         self._hidden = self._reader.embed(
             {index: batches[index] for index in range(world.rank, self._count, world.size)}
         )
+        self._done = 0
+        model_type = self._family.model_type
+        self._guard = None if probe is None else Guard(probe, windows_ST, micro_batch_size, model_type, world)
+        self._check()
 
     def layer(self, number: int) -> nn.Module:
         """The next layer; the same number on every rank."""
@@ -89,6 +114,7 @@ class LayerStream:
         """Run this rank's windows through a layer."""
         for index, hidden_BTC in self._hidden.items():
             self._hidden[index] = run(layer, hidden_BTC.to(self._world.device)).cpu()
+        self._step()
 
     def final_hidden(self) -> Iterator[tuple[int, Tensor]]:
         """After the last layer, what the head reads: micro-batches of this rank, each [windows, tokens, hidden_size].
@@ -96,6 +122,10 @@ class LayerStream:
         They leave the stream, one at a time.
         """
         norm = self._reader.final_norm()
+        if self._guard is not None:
+            mine = self._hidden.keys() & {self._guard.micro_batch}
+            normed = {index: norm(self._hidden[index].to(self._world.device)) for index in mine}
+            self._guard.check(self._done + 1, normed)
         for index in list(self._hidden):
             yield index, norm(self._hidden.pop(index).to(self._world.device)).cpu()
 
@@ -128,11 +158,33 @@ class LayerStream:
                 run(layer, hidden_BTC.to(self._world.device))
             yield index, AroundMlp(*(inputs[0].flatten(0, 1) for inputs in seen))
 
+    def require_residual_mlp(self, layer: nn.Module) -> None:
+        """Check that a layer puts out what ``around_mlp`` calls its residual stream, plus its MLP's output; collective.
+
+        Raises:
+            UserError: where it does not, e.g. since a norm follows the MLP.
+        """
+        error = None
+        if 0 in self._hidden:
+            norm = layer.get_submodule(f"layers.0.{self._family.mlp_norm}")
+            mlp_outputs: list[Tensor] = []
+            handle = mlp_of(layer).register_forward_hook(lambda _module, _inputs, output: mlp_outputs.append(output))
+            with _observed(norm) as residuals:
+                output_BTC = run(layer, self._hidden[0].to(self._world.device))
+            handle.remove()
+            error = relative_error(*(it.flatten(0, 1).double() for it in (residuals[0] + mlp_outputs[0], output_BTC)))
+        what = (
+            f"{self._family.model_type}: in layer {self._done}, the inputs of {self._family.mlp_norm} plus the MLP's "
+            "outputs depart from the layer's outputs"
+        )
+        error = self._world.broadcast(error, 0)
+        refuse_departure(error, TOLERANCES[self._dtype], what, "a method whose refit is dense or none works")
+
     def grams(self, number: int, layer: nn.Module) -> Grams:
         """Add up Gram matrices of the layer's activations, and advance on the way.
 
         Raises:
-            UserError: as ``grams_of`` does.
+            UserError: as ``grams_of`` and ``advance`` do.
         """
         down_projection = self._down_projection(layer)
 
@@ -143,7 +195,18 @@ class LayerStream:
                 yield index, seen[0].flatten(0, 1)
                 self._hidden[index] = output_BTC.cpu()
 
-        return self.grams_of(number, down_projection.in_features, activations())
+        grams = self.grams_of(number, down_projection.in_features, activations())
+        self._step()
+        return grams
+
+    def _step(self) -> None:
+        """The stream stands before the next layer; check the one behind it."""
+        self._done += 1
+        self._check()
+
+    def _check(self) -> None:
+        if self._guard is not None:
+            self._guard.check(self._done, self._hidden)
 
     def _down_projection(self, layer: nn.Module) -> nn.Linear:
         return projection(mlp_of(layer), self._family.down_projection)

@@ -22,6 +22,7 @@ from hfprune_dist.identity import digest_of
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.layers import LayerReader, mlp_of, narrow, projection, run
 from hfprune_dist.parallel.layerwise import Grams, LayerStream, is_held_out
+from hfprune_dist.parallel.probe import Probe
 from hfprune_dist.parallel.world import World
 
 # On so many calibration windows candidates are compared: of those that refits keep apart to choose their ridge.
@@ -39,6 +40,7 @@ class Measurement:
         refit: whether down projections are fitted to the dense activations, on the windows that are not held out.
         windows_ST: all calibration windows, int64 [samples, sequence_length].
         micro_batch_size: windows per forward.
+        probe: what the model itself computes for one of the windows.
         file: what was measured, for a later attempt.
         after_each: called on every rank with the number of layers that are done.
     """
@@ -52,6 +54,7 @@ class Measurement:
         dtype: torch.dtype,
         micro_batch_size: int,
         world: World,
+        probe: Probe,
         file: Path,
         after_each: Callable[[int], None],
     ) -> None:
@@ -62,6 +65,7 @@ class Measurement:
         self._dtype = dtype
         self._micro_batch_size = micro_batch_size
         self._world = world
+        self._probe = probe
         self._file = file
         self._after_each = after_each
         self._known: dict[str, float] = world.broadcast(read_json(file) if world.is_first and file.is_file() else {})
@@ -89,7 +93,7 @@ class Measurement:
         for number in range(len(dense)):
             layer = self._reader.layer(number)
             widths = sorted({widths[number] for widths in everyone})
-            grams = stream.grams(number, layer) if stream else None
+            grams = self._grams(stream, number, layer)
             mlps = self._mlps(number, mlp_of(layer), widths, grams)
             del grams  # hidden states go on without them
             branches = self._advance(layer, mlps, _split(branches, [widths[number] for widths in everyone]))
@@ -97,11 +101,21 @@ class Measurement:
             self._after_each(number + 1)
         return self._compared(branches, len(everyone))[1:]
 
-    def _stream(self) -> LayerStream | None:
-        """The windows of the refit on their way through the dense layers."""
+    def _stream(self) -> LayerStream:
+        """Windows on their way through the dense layers: those of the refit, or the probe's micro-batch alone."""
+        windows_ST = self._windows_ST
         if not self._refit:
-            return None
-        return LayerStream(self._checkpoint, self._windows_ST, self._dtype, self._micro_batch_size, self._world)
+            row = self._probe.row_in(windows_ST)
+            assert row is not None
+            windows_ST = windows_ST.split(self._micro_batch_size)[row // self._micro_batch_size]
+        return LayerStream(self._checkpoint, windows_ST, self._dtype, self._micro_batch_size, self._world, self._probe)
+
+    def _grams(self, stream: LayerStream, number: int, layer: nn.Module) -> Grams | None:
+        """Take the stream through a layer; what a refit needs of it."""
+        if self._refit:
+            return stream.grams(number, layer)
+        stream.advance(layer)
+        return None
 
     def _mlps(self, number: int, mlp: nn.Module, widths: Sequence[int], grams: Grams | None) -> dict[int, nn.Module]:
         """The layer's MLP at every width; ranks share the solving."""

@@ -111,10 +111,15 @@ class PursuingRefit:
         self._world = world
 
     def run(self, after_each: AfterEach) -> None:
-        """Refit all layers that are not done."""
+        """Refit all layers that are not done.
+
+        Raises:
+            UserError: where a layer of the dense model is not its residual stream plus its MLP.
+        """
         done = self._world.broadcast(self._fitted.count())
         for number in range(self._checkpoint.num_layers):
             dense_layer, layer = self._dense.layer(number), self._stream.layer(number)
+            self._dense.require_residual_mlp(dense_layer)
             self._dense.advance(dense_layer)
             mlp = mlp_of(layer)
             narrow(mlp, self._family, self._kept[number])

@@ -8,6 +8,7 @@ resume goes on at a shard.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,13 +28,14 @@ from hfprune_dist.models.weights import mlp_layer
 from hfprune_dist.parallel.accumulation import Accumulation
 from hfprune_dist.parallel.calibration import Calibration
 from hfprune_dist.parallel.layerwise import LayerStream
+from hfprune_dist.parallel.probe import PROBE, obtain_probe, record_probe
 from hfprune_dist.stages.context import Context
 
 PARTIAL = "partial.safetensors"
 
 
 def run(context: Context) -> None:
-    """Write ``importance.safetensors`` and ``windows.safetensors``."""
+    """Write ``importance.safetensors`` and ``windows.safetensors``; of a calibration pass also its probe."""
     checkpoint = open_checkpoint(context.input_path("model"))
     criteria = [CRITERIA[name] for name in context.params["criteria"]]
     documents = _prepare_windows(context)
@@ -45,6 +47,8 @@ def run(context: Context) -> None:
     if context.world.is_first:
         save_file(scores, draft / "importance.safetensors")
         save_windows(windows_ST, draft)
+        if (context.work / PROBE).is_file():
+            shutil.copyfile(context.work / PROBE, draft / PROBE)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
     means = {f"mean_{loss.name}_nats": totals.losses[loss.name] / len(windows_ST) for loss in losses}
     context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents, **_curve(context, totals)})
@@ -104,7 +108,7 @@ def _calibration(
     context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]
 ) -> Calibration:
     params = context.params
-    return Calibration(
+    calibration = Calibration(
         checkpoint,
         getattr(torch, params["dtype"]),
         windows_ST,
@@ -114,6 +118,9 @@ def _calibration(
         context.world,
         context.runtime.activation_checkpointing,
     )
+    if context.world.is_first and not (context.work / PROBE).is_file():
+        record_probe(calibration.module, checkpoint.family, context.work / PROBE)
+    return calibration
 
 
 def _accumulate(
@@ -202,7 +209,9 @@ class _Walk:
         if any(criterion.needs_moments for criterion in criteria):
             dtype = getattr(torch, context.params["dtype"])
             size = context.params["calibration"]["micro_batch_size"]
-            self._stream = LayerStream(checkpoint, windows_ST, dtype, size, context.world)
+            where = checkpoint, windows_ST, dtype, size, context.world
+            probe = obtain_probe(*where, saved=context.work / PROBE, sharding=context.runtime.sharding)
+            self._stream = LayerStream(*where, probe)
             self._totals = totals
 
     def moments(self, number: int) -> Moments | None:

@@ -21,6 +21,7 @@ from hfprune_dist.models.surgery import config_changes, mlp_cuts, write_companio
 from hfprune_dist.parallel.fitted import FittedLayers
 from hfprune_dist.parallel.layerwise import LayerStream
 from hfprune_dist.parallel.measurement import Measurement
+from hfprune_dist.parallel.probe import PROBE, Probe, obtain_probe
 from hfprune_dist.parallel.refit import DenseRefit, PursuingRefit
 from hfprune_dist.plan import size_of
 from hfprune_dist.stages.context import Context
@@ -107,6 +108,7 @@ def _measurement(context: Context, checkpoint: Checkpoint, scores: list[Tensor])
         getattr(torch, params["dtype"]),
         params["micro_batch_size"],
         context.world,
+        _probe(context, checkpoint),
         context.work / "search.json",
         _after_each_layer(context, "search", checkpoint),
     )
@@ -121,13 +123,14 @@ def _refit(
         return {}, {}
     dtype, size = getattr(torch, params["dtype"]), params["micro_batch_size"]
     windows_ST, whole_mlp = context.calibration_windows(), params["refit"] == "block"
-    stream = LayerStream(checkpoint, windows_ST, dtype, size, world)
     fitted = FittedLayers(checkpoint, whole_mlp, context.work / "refit")
     refit: DenseRefit | PursuingRefit
     if params["refit"] == "dense":
+        stream = LayerStream(checkpoint, windows_ST, dtype, size, world, _probe(context, checkpoint))
         refit = DenseRefit(checkpoint, kept, stream, fitted, world)
     else:
-        dense_stream = LayerStream(dense, windows_ST, dtype, size, world)
+        stream = LayerStream(checkpoint, windows_ST, dtype, size, world)
+        dense_stream = LayerStream(dense, windows_ST, dtype, size, world, _probe(context, dense))
         refit = PursuingRefit(checkpoint, kept, stream, dense_stream, whole_mlp, fitted, world)
     refit.run(_after_each_layer(context, "refit", checkpoint))
     fits = fitted.reports()
@@ -136,6 +139,20 @@ def _refit(
         "refit_error_before": [fit.error_before for fit in fits],
         "refit_error_after": [fit.error_after for fit in fits],
     }
+
+
+def _probe(context: Context, checkpoint: Checkpoint) -> Probe:
+    """Of the model that scores come from its importance stage has left one."""
+    scored = checkpoint.path == context.input_path("model")
+    return obtain_probe(
+        checkpoint,
+        context.calibration_windows(),
+        getattr(torch, context.params["dtype"]),
+        context.params["micro_batch_size"],
+        context.world,
+        saved=context.input_path("importance") / PROBE if scored else None,
+        sharding=context.runtime.sharding,
+    )
 
 
 def _after_each_layer(context: Context, phase: str, checkpoint: Checkpoint) -> Callable[[int], None]:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.data.windows import read_windows
-from hfprune_dist.models.checkpoint import open_checkpoint
+from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.models.tokenizer import load_tokenizer
 from hfprune_dist.parallel.dense_states import write_dense_states
+from hfprune_dist.parallel.layerwise import LayerStream
+from hfprune_dist.parallel.probe import PROBE, obtain_probe
 from hfprune_dist.stages.context import Context
 
 SEED = 0
@@ -21,17 +23,20 @@ def run(context: Context) -> None:
     """
     dense = open_checkpoint(context.input_path("model"))
     windows_ST = context.calibration_windows() if context.has_input("importance") else held_out_windows(context)
+    stream = _stream(context, dense, windows_ST)
     draft = context.open_draft()
     write_dense_states(
-        dense,
-        windows_ST,
-        getattr(torch, context.params["dtype"]),
-        context.params["micro_batch_size"],
-        draft,
-        context.world,
-        lambda done: context.progress.update("layers", done, dense.num_layers),
+        stream, draft, context.world, lambda done: context.progress.update("layers", done, dense.num_layers)
     )
     context.commit(draft, {"windows": len(windows_ST), "tokens": windows_ST.numel()})
+
+
+def _stream(context: Context, dense: Checkpoint, windows_ST: Tensor) -> LayerStream:
+    """The windows before the first layer; of calibration windows the scores' stage has left a probe."""
+    dtype, size = getattr(torch, context.params["dtype"]), context.params["micro_batch_size"]
+    where = dense, windows_ST, dtype, size, context.world
+    saved = context.input_path("importance") / PROBE if context.has_input("importance") else None
+    return LayerStream(*where, obtain_probe(*where, saved=saved, sharding=context.runtime.sharding))
 
 
 def held_out_windows(context: Context) -> Tensor:

@@ -15,6 +15,7 @@ from hfprune_dist.config import DistillationConfig
 from hfprune_dist.models.checkpoint import open_checkpoint
 from hfprune_dist.models.surgery import config_changes, mlp_cuts, write_companions, write_weight_file
 from hfprune_dist.parallel.dense_states import write_dense_states
+from hfprune_dist.parallel.layerwise import LayerStream
 from hfprune_dist.plan import Stage
 
 REFERENCE, PRUNE = Stage("reference", "tiny", {}, {}), Stage("prune", "tiny", {}, {})
@@ -44,7 +45,8 @@ def source(tmp_path_factory):
 
 def make_reference(store, dense, dtype):
     draft = store.open_draft(REFERENCE.id)
-    write_dense_states(dense, windows(), dtype, MICRO_BATCH, draft, SoloWorld(), lambda layers: None)
+    stream = LayerStream(dense, windows(), dtype, MICRO_BATCH, SoloWorld())
+    write_dense_states(stream, draft, SoloWorld(), lambda layers: None)
     store.commit(REFERENCE, draft, {"metrics": {}})
 
 

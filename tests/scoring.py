@@ -1,0 +1,41 @@
+"""The importance stage over a tiny model, to be run in forks of the test's process."""
+
+from tiny import save_tiny, write_documents
+
+from hfprune_dist.config import RuntimeConfig
+from hfprune_dist.identity import FileHashes
+from hfprune_dist.parallel import zero3  # noqa: F401  imported here once, not in every fork
+from hfprune_dist.plan import Input, Stage
+from hfprune_dist.progress import Progress
+from hfprune_dist.stages import importance
+from hfprune_dist.stages.context import Context
+
+LAYERS = 3
+
+
+def make_stage(folder, variant="llama", dtype="float32", criteria=("entropy", "surgeon")):
+    save_tiny(folder / "model", variant, num_hidden_layers=LAYERS)
+    write_documents(folder / "text.jsonl")
+    calibration = {"samples": 6, "sequence_length": 24, "micro_batch_size": 1, "shard_size": 2, "text_field": "text"}
+    params = {
+        "calibration": {**calibration, "settled": None},
+        "criteria": sorted(criteria),
+        "dtype": dtype,
+        "add_bos_token": True,
+        "seed": 3,
+    }
+    hashes = FileHashes(None)
+    inputs = {
+        "model": Input(hashes.of_folder(folder / "model"), str(folder / "model")),
+        "calibration": Input(hashes.of_file(folder / "text.jsonl"), str(folder / "text.jsonl")),
+    }
+    return Stage("importance", variant, params, inputs)
+
+
+def run(store, stage, world):
+    store.work(stage.id).mkdir(parents=True, exist_ok=True)
+    importance.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1))
+
+
+def files_of(store, stage):
+    return {file.name: file.read_bytes() for file in store.path(stage.id).glob("*.safetensors")}
