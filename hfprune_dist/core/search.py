@@ -23,6 +23,8 @@ Measure = Callable[[Sequence[Widths]], Sequence[float]]
 
 # Times that the family is measured around a centre; steps halve from one to the next.
 ROUNDS = 2
+# How often all of that measures: once for each, and once where the last one ended.
+MEASUREMENTS = ROUNDS + 1
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def search_widths(family: Family, uniform: Widths | None, measure: Measure) -> F
 
     Args:
         uniform: further widths that compete, the same everywhere.
-        measure: called ``ROUNDS`` + 1 times, with up to eight candidates.
+        measure: called ``MEASUREMENTS`` times, with up to eight candidates.
     """
     measured: dict[Widths, float] = {}
     names: dict[Widths, str] = {} if uniform is None else {uniform: "uniform"}

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hfprune_dist.data.windows import load_windows, save_windows
+from hfprune_dist.parallel.interruption import Interrupted
+from hfprune_dist.parallel.layer_states import LayerStates
 from hfprune_dist.parallel.layerwise import LayerStream
 from hfprune_dist.parallel.world import World
 
@@ -46,19 +48,26 @@ class DenseStates:
         return {"input_ids": input_ids_T, "labels": input_ids_T.clone(), DENSE: self.hidden(row)}
 
 
-def write_dense_states(stream: LayerStream, folder: Path, world: World, after_each: Callable[[int], None]) -> None:
+def write_dense_states(
+    stream: LayerStream, states: LayerStates, folder: Path, world: World, after_each: Callable[[int], None]
+) -> None:
     """Take windows through a model layer by layer, so that it is never loaded as a whole; every rank takes some.
 
     Args:
         stream: the windows before the first layer.
-        after_each: called on every rank with the number of layers that are done.
+        states: where an earlier attempt was interrupted, if one was, and where this one is kept if it is.
+        after_each: called on every rank with the number of layers that are done; it may raise ``Interrupted``.
     """
     if world.is_first:
         save_windows(stream.windows_ST, folder)
-    for number in range(stream.num_layers):
+    for number in range(stream.resume(states), stream.num_layers):
         stream.advance(stream.layer(number))
         world.barrier()  # ranks with fewer windows wait here, never for longer than a layer
-        after_each(number + 1)
+        try:
+            after_each(number + 1)
+        except Interrupted:
+            stream.save(states)
+            raise
     for index, hidden_BTC in stream.final_hidden():
         save_file({DENSE: hidden_BTC.contiguous()}, _file(folder, index))
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hfprune_dist.files import fsync_path, read_json, write_json
+from hfprune_dist.files import read_json, set_aside, write_json
 from hfprune_dist.models.checkpoint import Checkpoint
+from hfprune_dist.tensor_files import is_usable, save_tensors
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,16 @@ class FittedLayers:
         self._whole_mlp = whole_mlp
         self._folder = folder
 
-    def count(self) -> int:
-        """Layers that are done, from the first one on."""
-        done = 0
-        while done < self._checkpoint.num_layers and self._report_file(done).is_file():
-            done += 1
-        return done
+    def done(self) -> set[int]:
+        """Layers that are done. Files that are damaged are set aside, and their layers are not."""
+        return {number for number in range(self._checkpoint.num_layers) if self._is_done(number)}
 
     def write(self, number: int, tensors: Sequence[Tensor], fit: LayerFit) -> None:
         """Publish a layer: gate, up and down, or down alone, rounded to the checkpoint's dtypes."""
         self._folder.mkdir(exist_ok=True)
         fitted = zip(self._names(number), tensors, strict=True)
-        draft = self._weight_file(number).with_suffix(".draft")
-        save_file({name: tensor.to(self._dtype(name)).cpu().contiguous() for name, tensor in fitted}, draft)
-        fsync_path(draft)  # before the report that vouches for it
-        draft.replace(self._weight_file(number))
+        rounded = {name: tensor.to(self._dtype(name)).cpu().contiguous() for name, tensor in fitted}
+        save_tensors(rounded, self._weight_file(number))  # before the report that says they are there
         write_json(self._report_file(number), asdict(fit))
 
     def install(self, number: int, mlp: nn.Module) -> None:
@@ -80,6 +75,16 @@ class FittedLayers:
             for number in range(self._checkpoint.num_layers)
             for name in self._names(number)
         }
+
+    def _is_done(self, number: int) -> bool:
+        report = self._report_file(number)
+        try:
+            LayerFit(**(read_json(report) or {}))
+        except (ValueError, TypeError):
+            if report.is_file():
+                set_aside(report, "is no report of ours")
+            return False
+        return is_usable(self._weight_file(number))
 
     def _names(self, number: int) -> list[str]:
         """Tensors of a layer that the refit changes, in the order of ``MlpWeights`` where there are three."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,13 @@ from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.layers import LayerReader, mlp_of, projection, run
+from hfprune_dist.parallel.layer_states import LayerStates
 from hfprune_dist.parallel.probe import TOLERANCES, Guard, Probe, refuse_departure, relative_error
 from hfprune_dist.parallel.world import World
 
 # Of so many micro-batches one is held out, to choose how much to trust the others.
 HOLD_OUT_EVERY = 8
+HIDDEN = "hidden"
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,23 @@ class LayerStream:
         for index, hidden_BTC in self._hidden.items():
             self._hidden[index] = run(layer, hidden_BTC.to(self._world.device)).cpu()
         self._step()
+
+    def states_in(self, folder: Path) -> LayerStates:
+        """Where ``save`` and ``resume`` keep the stream."""
+        return LayerStates(folder, range(self._count), self._world)
+
+    def save(self, states: LayerStates) -> None:
+        """Keep the windows where they stand; collective."""
+        states.save(self._done, {index: {HIDDEN: hidden_BTC} for index, hidden_BTC in self._hidden.items()})
+
+    def resume(self, states: LayerStates) -> int:
+        """Go on where an earlier attempt was saved; returns the number of layers that are done. Collective."""
+        done, saved = states.newest()
+        if done:
+            self._hidden = {index: named[HIDDEN] for index, named in saved.items()}
+            self._done = done
+            self._check()
+        return self._done
 
     def final_hidden(self) -> Iterator[tuple[int, Tensor]]:
         """After the last layer, what the head reads: micro-batches of this rank, each [windows, tokens, hidden_size].

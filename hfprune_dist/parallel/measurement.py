@@ -7,7 +7,7 @@ the first in which their widths differ. Memory is that of one layer and of the w
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,16 +17,19 @@ from hfprune_dist.core.fidelity import compare_outputs, next_ids
 from hfprune_dist.core.refit import LeastSquares, best_ridge
 from hfprune_dist.core.search import Widths
 from hfprune_dist.core.selection import top_neurons
-from hfprune_dist.files import read_json, write_json
+from hfprune_dist.files import read_json, set_aside, write_json
 from hfprune_dist.identity import digest_of
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.layers import LayerReader, mlp_of, narrow, projection, run
+from hfprune_dist.parallel.layer_states import LayerStates, Named
 from hfprune_dist.parallel.layerwise import Grams, LayerStream, is_held_out
 from hfprune_dist.parallel.probe import Probe
 from hfprune_dist.parallel.world import World
 
 # On so many calibration windows candidates are compared: of those that refits keep apart to choose their ridge.
 WINDOWS = 8
+
+KNOWN = "search.json"
 
 # Candidates that have had the same widths so far -> micro-batch of this rank -> its hidden states, on the CPU.
 Branches = dict[tuple[int, ...], dict[int, Tensor]]
@@ -41,8 +44,8 @@ class Measurement:
         windows_ST: all calibration windows, int64 [samples, sequence_length].
         micro_batch_size: windows per forward.
         probe: what the model itself computes for one of the windows.
-        file: what was measured, for a later attempt.
-        after_each: called on every rank with the number of layers that are done.
+        folder: for a later attempt: what was measured, and where a measurement stands.
+        after_each: called on every rank with the number of layers that are done, those of all measurements so far.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Measurement:
         micro_batch_size: int,
         world: World,
         probe: Probe,
-        file: Path,
+        folder: Path,
         after_each: Callable[[int], None],
     ) -> None:
         self._checkpoint = checkpoint
@@ -66,13 +69,15 @@ class Measurement:
         self._micro_batch_size = micro_batch_size
         self._world = world
         self._probe = probe
-        self._file = file
+        self._folder = folder
         self._after_each = after_each
-        self._known: dict[str, float] = world.broadcast(read_json(file) if world.is_first and file.is_file() else {})
+        self._known: dict[str, float] = world.broadcast(_read_known(folder / KNOWN) if world.is_first else {})
+        self._measurements = 0
         self._reader = LayerReader(checkpoint, dtype, world.device)
         batches = windows_ST.split(micro_batch_size)
         held_out = [it for it in range(len(batches)) if is_held_out(it, len(batches))] or [0]
         chosen = held_out[: max(1, WINDOWS // micro_batch_size)]
+        self._chosen = chosen
         self._batches = {index: batches[index] for index in chosen[world.rank :: world.size]}
 
     def kl(self, candidates: Sequence[Widths]) -> list[float]:
@@ -82,24 +87,43 @@ class Measurement:
             kls = self._measure(unknown)
             self._known |= {digest_of(widths): kl for widths, kl in zip(unknown, kls, strict=True)}
             if self._world.is_first:
-                write_json(self._file, self._known)
+                write_json(self._folder / KNOWN, self._known)
+            self._states(unknown).discard()
+        self._measurements += 1
         return [self._known[digest_of(widths)] for widths in candidates]
 
+    def _states(self, candidates: Sequence[Widths]) -> LayerStates:
+        """Where a measurement of these candidates stands."""
+        return LayerStates(self._folder / f"search-{digest_of(candidates)[:16]}", self._chosen, self._world)
+
     def _measure(self, candidates: Sequence[Widths]) -> list[float]:
-        dense = tuple(len(scores_D) for scores_D in self._scores)
-        everyone = [dense, *candidates]
-        branches: Branches = {tuple(range(len(everyone))): self._reader.embed(self._batches)}
+        """Saved after each layer; goes on after the last one that was saved."""
+        states = self._states(candidates)
+        everyone = [tuple(len(scores_D) for scores_D in self._scores), *candidates]
+        num_layers = self._checkpoint.num_layers
+        done, saved = states.newest()
+        branches = _unpacked(saved, [widths[:done] for widths in everyone])
+        if not done:
+            branches = {tuple(range(len(everyone))): self._reader.embed(self._batches)}
         stream = self._stream()
-        for number in range(len(dense)):
+        for number in range(num_layers if done < num_layers else 0):
             layer = self._reader.layer(number)
-            widths = sorted({widths[number] for widths in everyone})
-            grams = self._grams(stream, number, layer)
-            mlps = self._mlps(number, mlp_of(layer), widths, grams)
-            del grams  # hidden states go on without them
-            branches = self._advance(layer, mlps, _split(branches, [widths[number] for widths in everyone]))
-            del mlps  # before the next layer's
-            self._after_each(number + 1)
+            if number < done:
+                stream.advance(layer)
+            else:
+                branches = self._through(stream, number, layer, branches, [widths[number] for widths in everyone])
+                states.save(number + 1, _packed(branches, self._batches))
+            self._after_each(self._measurements * num_layers + number + 1)
         return self._compared(branches, len(everyone))[1:]
+
+    def _through(
+        self, stream: LayerStream, number: int, layer: nn.Module, branches: Branches, widths: Sequence[int]
+    ) -> Branches:
+        """Take the dense windows and every branch through a layer; ``widths`` are the candidates' there."""
+        grams = self._grams(stream, number, layer)
+        mlps = self._mlps(number, mlp_of(layer), sorted(set(widths)), grams)
+        del grams  # hidden states go on without them
+        return self._advance(layer, mlps, _split(branches, widths))
 
     def _stream(self) -> LayerStream:
         """Windows on their way through the dense layers: those of the refit, or the probe's micro-batch alone."""
@@ -178,6 +202,36 @@ class Measurement:
         for member, index in sorted(everywhere):
             totals[member] += everywhere[member, index]
         return [total / tokens for total in totals]
+
+
+def _packed(branches: Branches, indices: Iterable[int]) -> dict[int, dict[str, Tensor]]:
+    """The same by micro-batch; a branch's name is its candidates' numbers."""
+    return {index: {_name(members): hidden[index] for members, hidden in branches.items()} for index in indices}
+
+
+def _unpacked(saved: Mapping[int, Named], so_far: Sequence[Widths]) -> Branches:
+    """What ``_packed`` was given; ``so_far`` are the candidates' widths in the layers that are done."""
+    together: dict[Widths, list[int]] = {}
+    for member, widths in enumerate(so_far):
+        together.setdefault(widths, []).append(member)
+    return {
+        tuple(members): {index: named[_name(members)] for index, named in saved.items()}
+        for members in together.values()
+    }
+
+
+def _name(members: Sequence[int]) -> str:
+    return ",".join(map(str, members))
+
+
+def _read_known(file: Path) -> dict[str, float]:
+    """What earlier attempts measured; a file that is damaged is set aside."""
+    try:
+        known: dict[str, float] | None = read_json(file)
+    except ValueError as error:
+        set_aside(file, f"is cut short or not JSON ({error})")
+        return {}
+    return known or {}
 
 
 def _split(branches: Branches, widths: Sequence[int]) -> dict[int, Branches]:

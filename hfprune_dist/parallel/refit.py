@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +14,16 @@ from hfprune_dist.core.refit import LeastSquares, best_ridge, vectors_of_targets
 from hfprune_dist.models.checkpoint import Checkpoint
 from hfprune_dist.models.layers import mlp_of, narrow, projection
 from hfprune_dist.parallel.fitted import FittedLayers, LayerFit
+from hfprune_dist.parallel.interruption import Interrupted
 from hfprune_dist.parallel.layerwise import AroundMlp, Grams, LayerStream, unusable
 from hfprune_dist.parallel.reconstruct import Reconstruction, Start
+from hfprune_dist.parallel.turns import Turns
 from hfprune_dist.parallel.world import World
 
 # Called on every rank with the number of layers that are done.
 AfterEach = Callable[[int], None]
+# A layer's number, its down projection's weight, and Gram matrices of what that reads.
+Unsolved = tuple[int, Tensor, Grams]
 # How far a pursuing layer makes up for earlier ones. What those lost is hardly a function of what this one reads: going
 # all the way fits the calibration windows rather than the model.
 SHARE_MADE_UP = 0.5
@@ -47,33 +50,38 @@ class DenseRefit:
         self._stream = stream
         self._fitted = fitted
         self._world = world
-        self._waiting: tuple[int, Callable[[], Solution]] | None = None
 
     def run(self, after_each: AfterEach) -> None:
-        """Refit all layers that are not done."""
-        done = self._world.broadcast(self._fitted.count())
-        for number in range(self._checkpoint.num_layers):
-            layer = self._stream.layer(number)
-            if number < done:
-                self._stream.advance(layer)
-            else:
-                self._fit(number, layer)
-            after_each(number + 1)
+        """Refit all layers that are not done; where it is interrupted, ranks first solve what waits.
 
-    def _fit(self, number: int, layer: nn.Module) -> None:
-        """Layers of dense activations don't wait for each other: every rank solves one, all at the same time."""
+        Raises:
+            UserError: as ``LayerStream.grams`` does.
+        """
+        done = self._world.broadcast(self._fitted.done() if self._world.is_first else set())
+        left = [number for number in range(self._checkpoint.num_layers) if number not in done]
+        turns = Turns(left, self._world, self._solve)
+        try:
+            for number in range(left[-1] + 1 if left else 0):
+                layer = self._stream.layer(number)
+                if number in done:
+                    self._stream.advance(layer)
+                else:
+                    turns.add(number, self._prepared(number, layer, turns.is_mine(number)))
+                after_each(number + 1)
+        except Interrupted:
+            turns.finish()
+            raise
+
+    def _prepared(self, number: int, layer: nn.Module, is_mine: bool) -> Unsolved | None:
+        """What it takes to solve a layer; layers of dense activations don't wait for each other."""
         grams = self._stream.grams(number, layer)
-        if number % self._world.size == self._world.rank:
-            weight_CD = projection(mlp_of(layer), self._checkpoint.family.down_projection).weight.data
-            self._waiting = number, partial(solve, weight_CD, grams, self._kept[number].to(weight_CD.device))
-        del grams  # those of another rank's layer, while this one solves
-        if (number + 1) % self._world.size == 0 or number + 1 == self._checkpoint.num_layers:
-            if self._waiting is not None:
-                mine, solved = self._waiting
-                solution = solved()
-                self._fitted.write(mine, [solution.whole_CK], solution.fit)
-                self._waiting = None
-            self._world.barrier()
+        weight_CD = projection(mlp_of(layer), self._checkpoint.family.down_projection).weight.data
+        return (number, weight_CD, grams) if is_mine else None
+
+    def _solve(self, unsolved: Unsolved) -> None:
+        number, weight_CD, grams = unsolved
+        solution = solve(weight_CD, grams, self._kept[number].to(weight_CD.device))
+        self._fitted.write(number, [solution.whole_CK], solution.fit)
 
 
 class PursuingRefit:
@@ -116,14 +124,14 @@ class PursuingRefit:
         Raises:
             UserError: where a layer of the dense model is not its residual stream plus its MLP.
         """
-        done = self._world.broadcast(self._fitted.count())
+        done = self._world.broadcast(self._fitted.done() if self._world.is_first else set())
         for number in range(self._checkpoint.num_layers):
             dense_layer, layer = self._dense.layer(number), self._stream.layer(number)
             self._dense.require_residual_mlp(dense_layer)
             self._dense.advance(dense_layer)
             mlp = mlp_of(layer)
             narrow(mlp, self._family, self._kept[number])
-            if number >= done:
+            if number not in done:
                 self._fit(number, layer, mlp_of(dense_layer))
             self._fitted.install(number, mlp)
             self._stream.advance(layer)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +29,12 @@ from hfprune_dist.models.tokenizer import load_tokenizer
 from hfprune_dist.models.weights import mlp_layer
 from hfprune_dist.parallel.accumulation import Accumulation
 from hfprune_dist.parallel.calibration import Calibration
+from hfprune_dist.parallel.interruption import Interrupted
 from hfprune_dist.parallel.layerwise import LayerStream
 from hfprune_dist.parallel.probe import PROBE, obtain_probe, record_probe
+from hfprune_dist.parallel.turns import Turns
 from hfprune_dist.stages.context import Context
+from hfprune_dist.tensor_files import is_usable, load_tensors, save_tensors
 
 PARTIAL = "partial.safetensors"
 
@@ -172,27 +177,56 @@ def _scores(
     totals: Accumulation,
     windows_ST: Tensor,
 ) -> dict[str, Tensor]:
-    """``layers.<i>.<criterion>`` -> float64 [intermediate_size]; weights are read one layer at a time.
+    """``layers.<i>.<criterion>`` -> float64 [intermediate_size], on rank 0; weights are read one layer at a time.
 
-    Ranks take turns: each finishes the scores of one layer of as many as there are ranks, all at the same time.
+    Each layer's scores are saved once they are finished, and taken up by a later attempt.
     """
     world = context.world
-    walk = _Walk(context, checkpoint, criteria, totals, windows_ST)
-    mine: dict[str, Tensor] = {}
-    waiting: MlpLayer | None = None
-    for number in range(checkpoint.num_layers):
-        moments = walk.moments(number)
-        if number % world.size == world.rank:
-            waiting = mlp_layer(checkpoint, number, context.params["seed"], moments)
-        del moments  # those of another rank's layer, while this one solves
-        if waiting is not None and ((number + 1) % world.size == 0 or number + 1 == checkpoint.num_layers):
-            mine |= _layer_scores(waiting, criteria, totals)
-            waiting = None
-    return {name: scores_D for share in world.gather(mine) for name, scores_D in share.items()}
+    saved = _SavedScores(context.work / "scores", checkpoint.num_layers)
+    done = world.broadcast(saved.done() if world.is_first else set())
+    left = [number for number in range(checkpoint.num_layers) if number not in done]
+    turns: Turns[MlpLayer] = Turns(left, world, lambda it: saved.write(it.number, _layer_scores(it, criteria, totals)))
+    second_pass = _SecondPass(context, checkpoint, criteria, totals, windows_ST)
+    try:
+        for number in range(left[-1] + 1 if left else 0):
+            if number in done:
+                second_pass.go_past(number)
+            else:
+                turns.add(number, second_pass.layer(number, turns.is_mine(number)))
+            second_pass.after(number)
+    except Interrupted:
+        turns.finish()
+        raise
+    return saved.read() if world.is_first else {}
 
 
-class _Walk:
-    """The second walk over the windows, layer by layer, for the criteria that need moments."""
+class _SavedScores:
+    """Scores of finished layers, a file each, written by the rank that solved it."""
+
+    def __init__(self, folder: Path, num_layers: int) -> None:
+        self._folder = folder
+        self._layers = range(num_layers)
+
+    def done(self) -> set[int]:
+        """Layers that have a file; damaged ones are set aside."""
+        return {number for number in self._layers if is_usable(self._file(number))}
+
+    def write(self, number: int, scores: dict[str, Tensor]) -> None:
+        """Keep the scores of one layer, by their names in the artifact."""
+        self._folder.mkdir(exist_ok=True)
+        save_tensors(scores, self._file(number))
+
+    def read(self) -> dict[str, Tensor]:
+        """The scores of all layers."""
+        files = [load_tensors(self._file(number))[0] for number in self._layers]
+        return {name: scores_D for scores in files for name, scores_D in scores.items()}
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"layer-{number}.safetensors"
+
+
+class _SecondPass:
+    """The windows' second way through the model, layer by layer, for the criteria that need moments."""
 
     def __init__(
         self,
@@ -203,26 +237,40 @@ class _Walk:
         windows_ST: Tensor,
     ) -> None:
         self._context = context
-        self._layers = checkpoint.num_layers
+        self._checkpoint = checkpoint
+        self._totals = totals
         self._tokens = windows_ST.numel()
-        self._stream = None
-        if any(criterion.needs_moments for criterion in criteria):
-            dtype = getattr(torch, context.params["dtype"])
-            size = context.params["calibration"]["micro_batch_size"]
-            where = checkpoint, windows_ST, dtype, size, context.world
-            probe = obtain_probe(*where, saved=context.work / PROBE, sharding=context.runtime.sharding)
-            self._stream = LayerStream(*where, probe)
-            self._totals = totals
+        self._needed = any(criterion.needs_moments for criterion in criteria)
+        self._windows_ST = windows_ST
 
-    def moments(self, number: int) -> Moments | None:
-        """The moments of the next layer; collective."""
-        if self._stream is None:
-            return None
-        self._context.progress.update("moments", number, self._layers)
+    def layer(self, number: int, is_mine: bool) -> MlpLayer | None:
+        """The next layer as criteria see it, None where another rank solves it; collective."""
+        moments = self._moments(number) if self._needed else None
+        return mlp_layer(self._checkpoint, number, self._context.params["seed"], moments) if is_mine else None
+
+    def go_past(self, number: int) -> None:
+        """Take the windows through the next layer, whose scores are known; collective."""
+        if self._needed:
+            self._stream.advance(self._stream.layer(number))
+
+    def after(self, number: int) -> None:
+        """Show how far the pass is, and end it where all ranks were asked to."""
+        if self._needed:
+            self._context.progress.update("moments", number + 1, self._checkpoint.num_layers)
         self._context.interruption.stop_if_agreed(self._context.world)
+
+    def _moments(self, number: int) -> Moments:
         grams = self._stream.grams(number, self._stream.layer(number))
         curvature_CC = self._totals.mean_curvature(number, self._tokens)
         return Moments(grams.whole(), curvature_CC.to(self._context.world.device), self._tokens)
+
+    @cached_property
+    def _stream(self) -> LayerStream:
+        params, context = self._context.params, self._context
+        size = params["calibration"]["micro_batch_size"]
+        where = self._checkpoint, self._windows_ST, getattr(torch, params["dtype"]), size, context.world
+        probe = obtain_probe(*where, saved=context.work / PROBE, sharding=context.runtime.sharding)
+        return LayerStream(*where, probe)
 
 
 def _layer_scores(layer: MlpLayer, criteria: Sequence[Criterion], totals: Accumulation) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hfprune_dist.budget import ModelSize, narrowest_widths, removals, uniform_width
 from hfprune_dist.core.allocation import allocate_globally, layer_mean_one
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.core.search import Family, Widths, search_widths
+from hfprune_dist.core.search import MEASUREMENTS, Family, Widths, search_widths
 from hfprune_dist.core.selection import top_neurons
 from hfprune_dist.files import read_json, write_json
 from hfprune_dist.identity import digest_of
@@ -109,8 +109,8 @@ def _measurement(context: Context, checkpoint: Checkpoint, scores: list[Tensor])
         params["micro_batch_size"],
         context.world,
         _probe(context, checkpoint),
-        context.work / "search.json",
-        _after_each_layer(context, "search", checkpoint),
+        context.work,
+        _after_each_layer(context, "search", MEASUREMENTS * checkpoint.num_layers),
     )
 
 
@@ -132,7 +132,7 @@ def _refit(
         stream = LayerStream(checkpoint, windows_ST, dtype, size, world)
         dense_stream = LayerStream(dense, windows_ST, dtype, size, world, _probe(context, dense))
         refit = PursuingRefit(checkpoint, kept, stream, dense_stream, whole_mlp, fitted, world)
-    refit.run(_after_each_layer(context, "refit", checkpoint))
+    refit.run(_after_each_layer(context, "refit", checkpoint.num_layers))
     fits = fitted.reports()
     return fitted.replacements(), {
         "refit_ridge": [fit.ridge for fit in fits],
@@ -155,11 +155,11 @@ def _probe(context: Context, checkpoint: Checkpoint) -> Probe:
     )
 
 
-def _after_each_layer(context: Context, phase: str, checkpoint: Checkpoint) -> Callable[[int], None]:
+def _after_each_layer(context: Context, phase: str, total: int) -> Callable[[int], None]:
     """Shows how many layers are done, and ends the stage where all ranks were asked to."""
 
     def after_each(done: int) -> None:
-        context.progress.update(phase, done, checkpoint.num_layers)
+        context.progress.update(phase, done, total)
         context.interruption.stop_if_agreed(context.world)
 
     return after_each

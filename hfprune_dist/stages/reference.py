@@ -19,15 +19,18 @@ SEED = 0
 def run(context: Context) -> None:
     """Write the windows and the dense model's final hidden states (``DenseStates``).
 
-    Not interrupted: it is a forward, of which nothing would be saved.
+    Saved where it is interrupted and not on the way: it is one forward, and saving takes longer than a layer of it.
     """
     dense = open_checkpoint(context.input_path("model"))
     windows_ST = context.calibration_windows() if context.has_input("importance") else held_out_windows(context)
     stream = _stream(context, dense, windows_ST)
     draft = context.open_draft()
-    write_dense_states(
-        stream, draft, context.world, lambda done: context.progress.update("layers", done, dense.num_layers)
-    )
+
+    def after_each(done: int) -> None:
+        context.progress.update("layers", done, dense.num_layers)
+        context.interruption.stop_if_agreed(context.world)
+
+    write_dense_states(stream, stream.states_in(context.work / "states"), draft, context.world, after_each)
     context.commit(draft, {"windows": len(windows_ST), "tokens": windows_ST.numel()})
 
 
