@@ -26,6 +26,9 @@ STAGE_VERSIONS = {"importance": 6, "reference": 1, "prune": 4, "distill": 1, "re
 # Criteria whose scores are more than sums: where a pass may end early, their sums decide as well. Fingerprints say so,
 # since there are artifacts whose pass took no notice of them.
 SETTLED_BY_SUMS = frozenset({"activation", "surgeon"})
+# How a calibration pass in bfloat16 adds biases. Fingerprints of models that have some say so, since there are artifacts
+# of passes that rounded before.
+BIASES = {"biases": "added before rounding"}
 
 
 @dataclass(frozen=True)
@@ -242,7 +245,8 @@ class _Planner:
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
         needed = {method.criterion for method in self.methods.values()}
         criteria = needed.union(self.config.importance.criteria)
-        importance = self._importance(model.name, dense, criteria)  # first, since most of the sweep waits for it
+        biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
+        importance = self._importance(model.name, dense, criteria, biased)  # first, since most of the sweep waits for it
         self.asked += [importance.id] if criteria > needed else []
         cells = self._finish(_Variant(label_of(model.name, None, None, "none"), model.name, dense, dense))
         for ratio in self.config.ratios:
@@ -283,7 +287,8 @@ class _Planner:
         for step, reached in enumerate(step_ratios(ratio, method.steps), start=1):
             step_label = f"{label} step {step}/{method.steps}"
             if step > 1:
-                chain.append(self._importance(step_label, model, {method.criterion}))
+                biased = BIASES.keys() <= importance.params.keys()
+                chain.append(self._importance(step_label, model, {method.criterion}, biased))
             prune_label = label if step == method.steps else step_label
             chain.append(self._prune(prune_label, model, dense, chain[-1], reached, method))
             model = chain[-1].as_input()
@@ -292,11 +297,11 @@ class _Planner:
             chain.append(self._distill(label, model, chain[-1], method.distill))
         return chain
 
-    def _importance(self, label: str, model: Input, criteria: Collection[str]) -> Stage:
+    def _importance(self, label: str, model: Input, criteria: Collection[str], biased: bool) -> Stage:
         config = self.config
         calibration, text = self._text(config.calibration)
         by_sums = sorted(SETTLED_BY_SUMS.intersection(criteria))
-        params = {
+        params: dict[str, Any] = {
             "calibration": calibration,
             "criteria": sorted(criteria),
             "dtype": config.importance.dtype,
@@ -305,6 +310,8 @@ class _Planner:
         }
         if config.calibration.settled is not None and by_sums:
             params["settled_by_sums_of"] = by_sums
+        if biased and config.importance.dtype == "bfloat16":
+            params |= BIASES
         return self._add(Stage("importance", label, params, {"model": model, **_role("calibration", text)}))
 
     def _prune(self, label: str, model: Input, dense: Input, importance: Stage, ratio: float, method: Method) -> Stage:

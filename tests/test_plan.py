@@ -292,3 +292,12 @@ def test_one_step_has_the_fingerprints_of_none(world):
 def test_too_many_steps_for_a_model_are_refused(world):
     with pytest.raises(UserError, match=r"model 'a', method 'surgeon-uniform-block': of 8 steps.*one removes nothing"):
         plan_of(world, ratios=[0.2], prune__steps=8, prune__multiple_of=5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_only_passes_that_add_biases_in_bfloat16_have_other_fingerprints_than_before(world, dtype):
+    plan = plan_of(world, importance__dtype=dtype, prune__steps=2)
+    passes = [stage for stage in plan.stages.values() if stage.kind == "importance"]
+    moved = [stage.label for stage in passes if "biases" in stage.params]
+    assert len(passes) == 6
+    assert moved == ([stage.label for stage in passes if stage.label.startswith("b")] if dtype == "bfloat16" else [])
