@@ -72,4 +72,5 @@ def _sentence(reason: str, job_ids: Sequence[str], lasted: float) -> str:
     named = ", ".join(job_ids[:NAMED_JOBS]) + (", ..." if len(job_ids) > NAMED_JOBS else "")
     time = f" for {lasted / 60:.0f} min" if lasted >= 60 else ""
     release = "; scontrol release lets it go" if reason in HELD else ""
-    return f"{len(job_ids)} jobs can't start{time}: {reason} ({named}){release}"
+    jobs = "1 job" if len(job_ids) == 1 else f"{len(job_ids)} jobs"
+    return f"{jobs} can't start{time}: {reason} ({named}){release}"

@@ -157,4 +157,4 @@ def test_why_a_job_waits_is_said(cluster, config, finished, without):
     finally:
         slurm("scontrol", "update", "partitionname=main", "state=up")
     output = done(cluster, out, finished, submitted)
-    assert output.count("1 jobs can't start: PartitionDown") == 1
+    assert output.count("1 job can't start: PartitionDown") == 1
