@@ -26,8 +26,8 @@ STAGE_VERSIONS = {"importance": 6, "reference": 1, "prune": 4, "distill": 1, "re
 # Criteria whose scores are more than sums: where a pass may end early, their sums decide as well. Fingerprints say so,
 # since there are artifacts whose pass took no notice of them.
 SETTLED_BY_SUMS = frozenset({"activation", "surgeon"})
-# How a calibration pass in bfloat16 adds biases. Fingerprints of models that have some say so, since there are artifacts
-# of passes that rounded before.
+# How a calibration pass in bfloat16 adds biases. Fingerprints of models that have some say so, since there are
+# artifacts of passes that rounded before.
 BIASES = {"biases": "added before rounding"}
 
 
@@ -246,7 +246,8 @@ class _Planner:
         needed = {method.criterion for method in self.methods.values()}
         criteria = needed.union(self.config.importance.criteria)
         biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
-        importance = self._importance(model.name, dense, criteria, biased)  # first, since most of the sweep waits for it
+        # First, since most of the sweep waits for it.
+        importance = self._importance(model.name, dense, criteria, biased)
         self.asked += [importance.id] if criteria > needed else []
         cells = self._finish(_Variant(label_of(model.name, None, None, "none"), model.name, dense, dense))
         for ratio in self.config.ratios:
