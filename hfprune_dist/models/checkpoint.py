@@ -30,6 +30,8 @@ COMPANION_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
 )
+# What some architectures do to logits after their head -> the value that does nothing. Heads are applied by their weights.
+_AFTER_THE_HEAD = {"logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1, "final_logit_softcapping": None}
 # Of rotary embeddings: saved with some checkpoints, computed by every model.
 BUFFERS = "rotary_emb.inv_freq"
 COMPARED_BYTES = 2**20
@@ -347,6 +349,9 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{file}: rope_parameters and rope_scaling must be objects, not {rope!r}")
+    for key, neutral in _AFTER_THE_HEAD.items():
+        if config.get(key) not in (None, neutral):
+            raise UserError(f"{file}: {key} {config[key]!r} changes the logits, which is not supported yet")
     own = config.get("per_layer_config") or {}
     if not isinstance(own, dict) or not all(isinstance(it, dict) for it in own.values()):
         raise UserError(f"{file}: per_layer_config must give each layer's number its settings")

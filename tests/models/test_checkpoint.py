@@ -147,3 +147,11 @@ def test_an_index_of_something_else(folder, weight_map):
 def test_positions_as_a_rope_scaling_stretches_them(folder, changes, positions):
     edit_config(folder, **changes)
     assert open_checkpoint(folder).max_positions == positions
+
+
+@pytest.mark.parametrize("key", ["logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping"])
+def test_what_changes_the_logits_after_the_head_is_refused(folder, key):
+    edit_config(folder, **{key: 30.0})
+    assert refusal(folder).endswith(f"{key} 30.0 changes the logits, which is not supported yet")
+    edit_config(folder, **{key: None if key.startswith("final") else 1.0})
+    assert open_checkpoint(folder)
