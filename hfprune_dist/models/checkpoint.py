@@ -30,7 +30,7 @@ COMPANION_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
 )
-# What some architectures do to logits after their head -> the value that does nothing. Heads are applied by their weights.
+# What some architectures do to logits after their head -> the value that does nothing. A head is its weights here.
 _AFTER_THE_HEAD = {"logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1, "final_logit_softcapping": None}
 # Of rotary embeddings: saved with some checkpoints, computed by every model.
 BUFFERS = "rotary_emb.inv_freq"
