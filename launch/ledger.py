@@ -321,7 +321,10 @@ def _read_script(file: Path) -> str:
 
 
 def fruitless_starts(progress: Sequence[dict[str, Any] | None]) -> int:
-    """How many starts in a row, up to the last one, got no further than those before them.
+    """How many starts, since one that got further than all before it, fell back or got no further.
+
+    Where work has begun anew, a start that gets further than the previous one doesn't count as fruitless, nor does it
+    make up for those that were: starts that go to and fro come to an end.
 
     Args:
         progress: the last heartbeats of all starts, oldest first; None where a start came to no heartbeat.
@@ -330,20 +333,19 @@ def fruitless_starts(progress: Sequence[dict[str, Any] | None]) -> int:
     furthest: dict[str, int] = {}
     previous: dict[str, Any] | None = None
     for last in progress:
-        count = 0 if last is not None and _got_further(last, previous, furthest) else count + 1
+        if last is not None and last["done"] > furthest.get(last["phase"], -1 if furthest else 0):
+            count = 0
+        elif last is None or not _goes_on(last, previous):
+            count += 1
         if last is not None:
             furthest[last["phase"]] = max(last["done"], furthest.get(last["phase"], 0))
             previous = last
     return count
 
 
-def _got_further(last: dict[str, Any], previous: dict[str, Any] | None, furthest: Mapping[str, int]) -> bool:
-    """Within a phase, further than the previous start, for work may have begun anew; else further than ever there."""
-    if previous is None:
-        return bool(last["done"] > 0)
-    if previous["phase"] == last["phase"]:
-        return bool(last["done"] > previous["done"])
-    return bool(last["done"] > furthest.get(last["phase"], -1))
+def _goes_on(last: dict[str, Any], previous: dict[str, Any] | None) -> bool:
+    """Whether a start got further in the phase in which the previous one ended."""
+    return previous is not None and previous["phase"] == last["phase"] and bool(last["done"] > previous["done"])
 
 
 def as_progress(heartbeat: Heartbeat | None) -> dict[str, Any] | None:
