@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfprune_dist.errors import UserError, did_you_mean
-from hfprune_dist.files import write_json, write_text
 from launch.command import folder, run
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ def _bench(argv: Sequence[str] | None) -> int:
 
 def run_sections(sections: list[str], arguments: argparse.Namespace) -> None:
     """Measure section by section; what is done is on disk before the next begins."""
+    from hfprune_dist.files import write_json, write_text
     from hfprune_dist.models.checkpoint import open_checkpoint
     from launch.benchmark.plot import can_plot, plot
     from launch.benchmark.results import Findings, markdown

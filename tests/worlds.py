@@ -218,7 +218,7 @@ def without_deepspeed(monkeypatch: Any) -> None:
     monkeypatch.setattr(calibration, "load_frozen", load)
     monkeypatch.setattr(calibration, "gathered", gathered)
     monkeypatch.setattr(calibration, "rearming", lambda model: lambda: model.world.together(BACKWARD))
-    monkeypatch.setattr(calibration, "release_shards", lambda model: None)
+    monkeypatch.setattr(calibration, "empty_shards", lambda model: None)
 
 
 def run_in_threads(store: Store, stage: Stage, ranks: Ranks) -> None:

@@ -113,8 +113,15 @@ def _write_checkpoint(folder: Path) -> None:
 
     hidden_size, intermediate_size = 4, 2**16
     folder.mkdir()
-    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": 1}
-    write_json(folder / "config.json", {"model_type": "llama", "tie_word_embeddings": True, **sizes})
+    sizes = {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": 1,
+        "vocab_size": 8,
+    }
+    write_json(
+        folder / "config.json", {"model_type": "llama", "tie_word_embeddings": True, "num_attention_heads": 1, **sizes}
+    )
     write_json(folder / "tokenizer.json", {})
     layer = "model.layers.0"
     mlp = f"{layer}.mlp"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sweeps import make_inputs
 from tiny import tiny_text
 
-from launch import sweep
+from launch import run_sweep, sweep
 
 CALIBRATION, HELD_OUT, PAIRS = "calibration.path", "evaluation.fidelity.path", "recovery.path"
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 500\n"
@@ -49,7 +49,7 @@ def refusal(inputs, tmp_path, monkeypatch, capsys):
     def message(*arguments):
         return [_refuse(inputs, tmp_path / "out", capsys, *arguments, *dry) for dry in (["--dry-run"], [])][-1]
 
-    monkeypatch.setattr(sweep, "LocalBackend", Stages)
+    monkeypatch.setattr(run_sweep, "LocalBackend", Stages)
     return message
 
 
