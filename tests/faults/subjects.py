@@ -81,9 +81,9 @@ class Subject(ABC):
 
     def leftovers(self, root: Path) -> list[str]:
         """Files that nobody will ever use or remove, but for drafts of records, which have a few hundred bytes."""
-        return sorted(
-            str(path.relative_to(root)) for path in root.rglob(".*") if not DRAFT_OF_RECORD.fullmatch(path.name)
-        )
+        hidden = [path.relative_to(root) for path in root.rglob(".*") if not DRAFT_OF_RECORD.fullmatch(path.name)]
+        work = [path.relative_to(root) for path in root.glob("**/work/**/*") if path.is_file()]
+        return sorted(map(str, {*hidden, *work}))
 
 
 class StageSubject(Subject):
@@ -116,10 +116,6 @@ class StageSubject(Subject):
         hashes = {name: entry["sha256"] for name, entry in read_json(artifact / "manifest.json")["files"].items()}
         metrics = store.manifest(self.prepared.id)["metrics"]
         return {"files": hashes, "metrics": metrics}
-
-    def leftovers(self, root: Path) -> list[str]:
-        work = [str(path.relative_to(root)) for path in Store(root).work(self.prepared.id).rglob("*")]
-        return super().leftovers(root) + work
 
 
 class InProcess(LocalBackend):
@@ -352,10 +348,6 @@ class WholeSweep(Subject):
         kept = {name: value for name, value in row.items() if name not in ("wall_time_s", "peak_memory_bytes")}
         return {**kept, "checkpoint": kept["checkpoint"].replace(str(root), "")}
 
-    def leftovers(self, root: Path) -> list[str]:
-        work = [path for path in (root / "store" / "work").rglob("*") if path.is_file()]
-        return super().leftovers(root) + [str(path.relative_to(root)) for path in work]
-
 
 # Slurm.
 
@@ -376,6 +368,9 @@ class SlurmSweep(Subject):
         self._mark_submissions(fake, mark)
         store = Store(root)
         for _ in range(2):  # where a launcher gives up, the user gives the command again
+            for stage in self.PLAN.stages.values():
+                if store.verify(stage.id).state == "done":
+                    discard_finished_work(store, stage)
             backend = self._backend(store)
             backend.start()
             for _ in range(self.ROUNDS):
@@ -452,10 +447,10 @@ def subjects() -> list[Subject]:
         WholeSweep("sweep"),
         StageSubject("reference", _reference_alone, {}),
         StageSubject("prune block", _prune(refit="block"), {refit.PursuingRefit: "_fit"}),
-        StageSubject("prune dense", _prune(refit="dense"), {refit.DenseRefit: "_fit"}),
-        StageSubject("prune searched", _prune(allocation="searched", refit="dense"), {Measurement: "_measure"}),
+        StageSubject("prune dense", _prune(refit="dense"), {refit.DenseRefit: "_prepared"}),
+        StageSubject("prune searched", _prune(allocation="searched", refit="dense"), {Measurement: "_through"}),
         StageSubject("importance", _importance, {Calibration: "score"}),
-        StageSubject("importance's second walk", _importance, {LayerStream: "grams"}),
+        StageSubject("importance's second pass", _importance, {LayerStream: "grams"}),
         StageSubject("evaluate", _evaluate, {ShardedLM: "_answer"}),
         StageSubject("recover", _recover, {finetune._LoraTrainer: "training_step"}),
     ]
