@@ -193,7 +193,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     unused = tuple(sorted(found.keys() - known))
     for name in _matching(path, COMPANION_PATTERNS):
         refuse_pointer(path / name)
-    _check_dtypes(path, tensors)
+    _check_dtypes(path, found, known)
     _check_tensors(path, config, known, family, tensors)
     untied = bool(config.get("tie_word_embeddings")) and _heads_differ(path, family, tensors)
     checkpoint = Checkpoint(
@@ -396,14 +396,19 @@ def _heads_differ(path: Path, family: Family, tensors: Mapping[str, TensorInfo])
         return any(one.read(size) != other.read(size) for size in sizes)
 
 
-def _check_dtypes(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """Weights must be floating-point numbers of 16 bits or more."""
-    for name, info in tensors.items():
-        if info.dtype not in FLOATS:
+def _check_dtypes(path: Path, found: Mapping[str, TensorInfo], known: set[str]) -> None:
+    """Whatever a module of the model has must be floating-point numbers of 16 bits or more."""
+    modules = {_module_of(name) for name in known}
+    for name, info in found.items():
+        if _module_of(name) in modules and info.dtype not in FLOATS:
             raise UserError(
                 f"{path}: {name} is of type {info.dtype}: quantized weights can't be pruned; use the "
                 f"unquantized checkpoint ({', '.join(FLOATS)})"
             )
+
+
+def _module_of(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
 
 
 def _check_mlp_shapes(checkpoint: Checkpoint) -> None:

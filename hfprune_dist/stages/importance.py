@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +241,7 @@ class _SecondPass:
         self._tokens = windows_ST.numel()
         self._needed = any(criterion.needs_moments for criterion in criteria)
         self._windows_ST = windows_ST
+        self._stream: LayerStream | None = None
 
     def layer(self, number: int, is_mine: bool) -> MlpLayer | None:
         """The next layer as criteria see it, None where another rank solves it; collective."""
@@ -251,7 +251,8 @@ class _SecondPass:
     def go_past(self, number: int) -> None:
         """Take the windows through the next layer, whose scores are known; collective."""
         if self._needed:
-            self._stream.advance(self._stream.layer(number))
+            stream = self._begun()
+            stream.advance(stream.layer(number))
 
     def after(self, number: int) -> None:
         """Show how far the pass is, and end it where all ranks were asked to."""
@@ -260,17 +261,20 @@ class _SecondPass:
         self._context.interruption.stop_if_agreed(self._context.world)
 
     def _moments(self, number: int) -> Moments:
-        grams = self._stream.grams(number, self._stream.layer(number))
+        stream = self._begun()
+        grams = stream.grams(number, stream.layer(number))
         curvature_CC = self._totals.mean_curvature(number, self._tokens)
         return Moments(grams.whole(), curvature_CC.to(self._context.world.device), self._tokens)
 
-    @cached_property
-    def _stream(self) -> LayerStream:
-        params, context = self._context.params, self._context
-        size = params["calibration"]["micro_batch_size"]
-        where = self._checkpoint, self._windows_ST, getattr(torch, params["dtype"]), size, context.world
-        probe = obtain_probe(*where, saved=context.work / PROBE, sharding=context.runtime.sharding)
-        return LayerStream(*where, probe)
+    def _begun(self) -> LayerStream:
+        """The windows on their way; where all scores are known, they never begin. Collective."""
+        if self._stream is None:
+            params, context = self._context.params, self._context
+            size = params["calibration"]["micro_batch_size"]
+            where = self._checkpoint, self._windows_ST, getattr(torch, params["dtype"]), size, context.world
+            probe = obtain_probe(*where, saved=context.work / PROBE, sharding=context.runtime.sharding)
+            self._stream = LayerStream(*where, probe)
+        return self._stream
 
 
 def _layer_scores(layer: MlpLayer, criteria: Sequence[Criterion], totals: Accumulation) -> dict[str, Tensor]:

@@ -394,7 +394,10 @@ MODELS = {
     "q flat": (replaced(Q, torch.zeros(1024)), [Q, "[1024]", "[32, 32]"]),
     "norm shape": (replaced(NORM, torch.zeros(31)), [NORM, "[31]", "[32]"]),
     "down shape": (replaced(DOWN, torch.zeros(31, 48)), [DOWN, "[31, 48]", "[32, 48]"]),
-    "bias in a layer": (replaced(Q.replace("weight", "bias"), torch.zeros(32)), ["q_proj.bias", "missing"]),
+    "bias in a layer": (
+        replaced(Q.replace("weight", "bias"), torch.zeros(32)),
+        ["q_proj.bias", "transformers would leave out"],
+    ),
     "biases": (with_biases, ["q_proj.bias", "transformers would leave out"]),
     "no q": (lacking("q_proj"), ["q_proj.weight", "missing"]),
     "no norms": (lacking("input_layernorm"), ["input_layernorm.weight", "missing"]),
