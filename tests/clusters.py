@@ -53,7 +53,7 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """What the death of a machine looks like: its slurmd, its slurmstepds and all of their processes are gone."""
         daemon = psutil.Process(self.pid(node))
-        steps = [p for p in psutil.process_iter() if p.name() == "slurmstepd" and node_of(p) == node]
+        steps = [p for p in psutil.process_iter(["name"]) if p.info["name"] == "slurmstepd" and node_of(p) == node]
         victims = [daemon, *steps, *(child for step in steps for child in step.children(recursive=True))]
         for process in victims:
             process.send_signal(signal.SIGKILL)
