@@ -36,7 +36,8 @@ CriterionName = Literal[
 # Of these, the ones for which halves of the calibration windows can't be compared: they sum nothing over them, or round
 # their sums (``Criterion.has_halves``).
 WITHOUT_HALVES = frozenset({"entropy_bfloat16", "magnitude", "random"})
-Positive = Annotated[int, Field(ge=1)]
+# Counts: beyond what any of them can be, a mistyped one would fail, or never end, in a stage.
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 # Keys whose value is a path: relative ones are taken from the folder of the YAML file that names them, or from the
@@ -55,7 +56,7 @@ class Section(BaseModel):
 class TextSource(Section):
     """Where text comes from: a local file (``path``) if given, else a data set of the Hugging Face hub."""
 
-    path: str | None = None
+    path: Annotated[str, Field(min_length=1)] | None = None
     """A file of text: .jsonl or .ndjson (one JSON object a line), .json (an array of objects, or one object after
     another), .csv or .tsv (the first line names the fields), .parquet, or any other UTF-8 file as plain text (one
     document). All but .parquet may be compressed (.gz, .bz2, .xz, .zst). A folder stands for the files in it whose
@@ -297,7 +298,7 @@ class EvaluationConfig(Section):
         "winogrande",
     ]
     """lm-eval task names; the default is the paper's suite. May be empty: then only fidelity is measured."""
-    include_path: str | None = None
+    include_path: Annotated[str, Field(min_length=1)] | None = None
     """Folder with further lm-eval task YAML files."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = 0
     """Examples in the prompt; null leaves it to each task."""
@@ -327,7 +328,7 @@ class RuntimeConfig(Section):
     """Evaluation: replicate the model on every rank, shard it with ZeRO-3, or decide by its size (auto)."""
     save_every_steps: Positive = 50
     """Recovery, distillation: optimizer steps between snapshots."""
-    collective_timeout_minutes: Positive = 10
+    collective_timeout_minutes: Annotated[int, Field(ge=1, le=366 * 24 * 60)] = 10
     """A collective that takes longer than this ends the stage (a lost rank would hang the others)."""
 
 
@@ -391,8 +392,8 @@ class SweepConfig(Section):
 class _YamlLoader(yaml.SafeLoader):
     """PyYAML follows YAML 1.1, where 5e-4 is a string; here it is the number that everybody means.
 
-    An exponent without a sign stays a string, since 4e51234 may be the hash of a revision. A key that stands twice is
-    an error, where PyYAML drops the first.
+    An exponent without a sign stays a string, since 4e51234 may be the hash of a revision. So do 010 and 12:30, which
+    YAML 1.1 reads to the bases 8 and 60. A key that stands twice is an error, where PyYAML drops the first.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -419,6 +420,14 @@ class _YamlLoader(yaml.SafeLoader):
             raise ConstructorError(None, None, f"{node.value!r}: {error}", node.start_mark) from None
 
 
+_INTEGER = "tag:yaml.org,2002:int"
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _INTEGER]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YamlLoader.add_implicit_resolver(
+    _INTEGER, re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"), list("-+0123456789")
+)
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]\d+$"), list("-+0123456789")
 )
@@ -467,7 +476,7 @@ def parse_assignment(assignment: str) -> tuple[str, Any]:
         raise UserError(f"--set {assignment!r}: write it as key=value, e.g. --set calibration.samples=64")
     try:
         return key.strip(), yaml.load(text, _YamlLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--set {key}: {text!r} is not a YAML value ({error})") from None
 
 
@@ -502,7 +511,7 @@ def read_yaml(file: Path, flag: str, expected: str) -> dict[str, Any]:
         raw = yaml.load(file.read_text(encoding="utf-8"), _YamlLoader)
     except OSError as error:
         raise UserError(f"{flag} {file}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{flag} {file}: not valid YAML: {error}") from None
     if raw is None:
         return {}
@@ -549,7 +558,7 @@ def _resolve_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
 
 
 def _resolve_key(section: Any, key: str, base: Path) -> None:
-    if isinstance(section, dict) and isinstance(section.get(key), str):
+    if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:  # empty ones are refused
         section[key] = _absolute(section[key], base)
 
 
@@ -568,7 +577,10 @@ def is_hub_id(model: str) -> bool:
 
 
 def _absolute(path: str, base: Path) -> str:
-    return str((base / Path(path).expanduser()).resolve())
+    try:
+        return str((base / Path(path).expanduser()).resolve())
+    except (ValueError, RuntimeError, OSError) as error:  # a NUL byte, a loop of links
+        raise UserError(f"{path!r}: no path ({error})") from None
 
 
 def _explain(schema: type[Section], problem: Mapping[str, Any]) -> str:

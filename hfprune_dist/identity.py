@@ -105,7 +105,7 @@ def files_below(folder: Path) -> list[str]:
         UserError: where there is no such folder, or part of it can't be listed.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
     try:
         return sorted(str(file.relative_to(folder)) for file in _walk(folder) if file.is_file())
     except OSError as error:

@@ -162,9 +162,9 @@ class _StatusJobs:
         self._whereabouts = Whereabouts(sweep.store, SlurmCommands(retry_delays_s=()), time.monotonic)
 
     def now(self) -> dict[str, JobInfo]:
-        if shutil.which("squeue") is None:
-            return {}
         ledger = Ledger(self._sweep.store.root)
+        if shutil.which("squeue") is None or ledger.is_empty:
+            return {}
         last = [attempt for stage_id in self._sweep.plan.stages if (attempt := ledger.last(stage_id)) is not None]
         attempts = {job_id: each for each in last if each.end is None and (job_id := each.job_id) is not None}
         try:

@@ -5,6 +5,7 @@ It imports next to nothing, and commands import what they work with inside ``run
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
     Args:
         when_interrupted: what is said where the user interrupts it.
     """
+    _require_streams()
     try:
         with explained():
             _require_current_folder()
@@ -25,6 +27,14 @@ def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
     except KeyboardInterrupt:
         print(when_interrupted, file=sys.stderr)
         return 130
+
+
+def _require_streams() -> None:
+    """Give a command that was started without output (``>&-``) somewhere to write."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Open until the process ends.
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
 
 
 def folder(argument: str) -> Path:

@@ -188,6 +188,11 @@ class Ledger:
     def __init__(self, store_root: Path) -> None:
         self._root = store_root / "attempts"
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody has submitted a job for this store."""
+        return not self._root.is_dir()
+
     def attempts(self, stage_id: str) -> list[Attempt]:
         """Attempts at a stage, first to last; a folder from which nothing can have been submitted is left out."""
         return list(self._attempts(stage_id))

@@ -36,7 +36,9 @@ from launch.sweep_folder import (
     configuration,
     forget_rows,
     read_record,
+    require_apart,
     require_folder,
+    require_sweep,
     write_config,
     write_record,
 )
@@ -63,10 +65,13 @@ def _run_command(console: Console, arguments: argparse.Namespace) -> int:
     if arguments.forget:
         _forget(console, out, arguments.forget)
         return 0
+    looks_on = arguments.status or arguments.cancel or arguments.logs is not None
+    if looks_on and not arguments.config:
+        require_sweep(out)
     config, remark = configuration(out, arguments.config, _overrides(arguments))
     _tell(console, remark)
     store = Store(out / "store")
-    if arguments.status or arguments.cancel or arguments.logs is not None:
+    if looks_on:
         _show(console, Sweep(_plan_to_show(config, store, out), store, out), arguments)
         return 0
     return _run(console, config, store, out, arguments)
@@ -76,6 +81,7 @@ def _run(console: Console, config: SweepConfig, store: Store, out: Path, argumen
     """config -> plan -> stages -> artifacts -> report."""
     require_folder(out)
     models, plan = _plan(config, store, download=not arguments.dry_run)
+    require_apart(out, plan)
     for model in models:
         for remark in model.checkpoint.remarks:
             _tell(console, f"note: model {model.name!r}: {remark}")

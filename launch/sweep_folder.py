@@ -117,6 +117,29 @@ def require_folder(out: Path) -> None:
         raise UserError(f"--out {out}: {nearest} can't be written to; choose another --out")
 
 
+def require_apart(out: Path, plan: Plan) -> None:
+    """Check that a sweep's own files don't become part of what it reads.
+
+    Raises:
+        UserError: where ``out`` is a folder that a stage reads, or lies in one whose subfolders are read as well.
+    """
+    place = out.resolve()
+    for source in (source for stage in plan.stages.values() for source in stage.inputs.values() if source.content):
+        read = Path(source.location).resolve()
+        if place == read or (source.content != "text" and read in place.parents):
+            raise UserError(f"--out {out}: the sweep reads what is in {read}; choose a folder outside of it")
+
+
+def require_sweep(out: Path) -> None:
+    """Check that a folder is a sweep's.
+
+    Raises:
+        UserError: where nobody has run one there.
+    """
+    if not (out / SWEEP_FILE).is_file() and not (out / CONFIG_FILE).is_file():
+        raise UserError(f"{out}: no sweep has been run there; give its folder with --out, or its --config")
+
+
 def write_config(out: Path, config: SweepConfig, models: Sequence[ModelSource]) -> None:
     """Keep the resolved configuration, in which models are named as they can be found from any folder."""
     names = [model.spelling for model in models]

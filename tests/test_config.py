@@ -31,6 +31,11 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path, written):
     assert parse_assignment(f"recovery.learning_rate={written}") == ("recovery.learning_rate", 5e-4)
 
 
+@pytest.mark.parametrize(("written", "expected"), [("16", 16), ("1_000", 1000), ("0x10", 16), ("-3", -3), ("0", 0)])
+def test_integers_are_integers(written, expected):
+    assert parse_assignment(f"a={written}") == ("a", expected)
+
+
 def test_a_hash_that_looks_like_an_exponent_stays_a_hash(tmp_path):
     in_file = load_config([write(tmp_path, "calibration: {revision: 4e51234}")], {})
     assert in_file.calibration.revision == "4e51234"
@@ -51,6 +56,14 @@ def test_the_papers_recipe_is_the_default():
         ({"aliases": {"x": {"hub": "a/b"}}}, ["aliases.x.hub", "hub_id"]),
         ({"calibration": {"samples": "many"}}, ["calibration.samples", "integer", "many"]),
         ({"calibration": {"samples": 0}}, ["calibration.samples", "greater than or equal to 1"]),
+        ({"calibration": {"samples": 10**22}}, ["calibration.samples", "less than"]),
+        ({"runtime": {"collective_timeout_minutes": 10**17}}, ["collective_timeout_minutes", "less than"]),
+        ({"calibration": {"path": ""}}, ["calibration.path", "at least 1 character"]),
+        ({"evaluation": {"include_path": ""}}, ["evaluation.include_path", "at least 1 character"]),
+        ({"calibration": {"path": "a\0b"}}, ["null byte"]),
+        ("calibration: {samples: 010}", ["calibration.samples", "integer", "'010'"]),
+        ("seed: 12:30", ["seed", "integer", "'12:30'"]),
+        ("a: " + 20_000 * "[", ["sweep.yaml", "not valid YAML"]),
         ({"models": []}, ["models", "at least 1"]),
         ({"models": ["a", "a"]}, ["models", "listed twice"]),
         ({"ratios": [1.0]}, ["ratios.0", "less than 1"]),

@@ -66,6 +66,9 @@ def files_below(folder):
         (["--no-follow"], ["--no-follow", "--profile"]),
         (["--out", ""], ["folder is empty"]),
         (["--out", "x" * 300], ["shorter path"]),
+        (["--out", "{inputs}/alpha"], ["--out", "the sweep reads what is in", "alpha"]),
+        (["--out", "{inputs}/tasks/out"], ["--out", "the sweep reads what is in", "tasks"]),
+        (["--set", "evaluation.include_path={inputs}/tasks/choice.yaml"], ["choice.yaml: a file, not a folder"]),
         (["--out", "{inputs}/tiny.yaml"], ["--out", "tiny.yaml", "not a folder"]),
         (["--out", "{inputs}/tiny.yaml/deep/er"], ["--out", "tiny.yaml", "not a folder"]),
         (["--profile", ""], ["no profile ''"]),
@@ -77,12 +80,30 @@ def files_below(folder):
 def test_a_sweep_that_can_not_be_is_refused(config, tmp_path, monkeypatch, arguments, expected, dry):
     monkeypatch.chdir(tmp_path)
     before = files_below(config.parent)
-    given = [it.format(inputs=config.parent, root=ROOT) if it.startswith("{") or ",{" in it else it for it in arguments]
+    given = [
+        it.format(inputs=config.parent, root=ROOT) if "{inputs}" in it or "{root}" in it else it for it in arguments
+    ]
     code, _, said = in_process(sweep.main, "--config", config, "--out", "out", *given, *dry)
     assert code == 2 and "Traceback" not in said, said
     for part in expected:
         assert part in said
     assert files_below(tmp_path) == [] and files_below(config.parent) == before
+
+
+def test_a_sweep_may_lie_beside_the_text_that_it_reads_but_not_among_it(config, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "calibration.jsonl").write_bytes((config.parent / "calibration.jsonl").read_bytes())
+    reading = ("--config", config, "--set", f"calibration.path={texts}", "--dry-run")
+    code, _, said = in_process(sweep.main, *reading, "--out", texts)
+    assert code == 2 and "the sweep reads what is in" in said
+    assert in_process(sweep.main, *reading, "--out", texts / "out")[0] == 0
+
+
+@pytest.mark.parametrize("looking", [["--status"], ["--cancel"], ["--logs", "a"]])
+def test_where_no_sweep_has_been_run_there_is_none_to_look_at(tmp_path, looking):
+    code, _, said = in_process(sweep.main, "--out", tmp_path / "nowhere", *looking)
+    assert code == 2 and "no sweep has been run there" in said and "hub" not in said
 
 
 @pytest.mark.parametrize("ratios", ["0.1,0.2", "0.05,0.2,0.1"])
