@@ -146,8 +146,9 @@ port_of() {
 
 is_running() {
     local pid
-    # A pid is given again after a restart of the machine: it counts with the name of its program.
-    pid=$(cat "$DIR/run/$1.pid" 2>/dev/null) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$(program_of "$1")" ]
+    # A pid is given again after a restart of the machine: it counts with the name of its program, which may have an
+    # ending (slurmd-wlm on Debian, where a daemon has executed itself anew).
+    pid=$(cat "$DIR/run/$1.pid" 2>/dev/null) && [[ "$(cat "/proc/$pid/comm" 2>/dev/null)" == "$(program_of "$1")"* ]]
 }
 
 # Processes of this cluster, with or without a pid file: of its programs, those that hold files of this folder open.
@@ -156,7 +157,7 @@ left_over() {
     pattern=$(sed 's/[][*?\\]/\\&/g' <<<"$DIR")
     for process in $(find /proc/[0-9]*/fd -lname "$pattern/*" 2>/dev/null | cut -d / -f 3 | sort -u); do
         case $(cat "/proc/$process/comm" 2>/dev/null) in
-            slurmctld | slurmd | slurmstepd | slurmdbd | mariadbd | munged) echo "$process" ;;
+            slurmctld* | slurmd* | slurmstepd* | mariadbd | munged) echo "$process" ;;
         esac
     done
 }

@@ -39,6 +39,8 @@ ADDED = {
     "gemma": (GemmaConfig, GemmaForCausalLM, {"head_dim": 8}),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"tie_word_embeddings": False}),
 }
+# What such an entry would say of itself.
+FACTS = {"olmo2": {"attention_norm": "post_feedforward_layernorm", "head_norms": ("q_norm", "k_norm")}}
 DEPARTURES = {"smollm3": "outputs of layer 1 depart", "gemma": "embeddings depart"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,7 +48,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @pytest.fixture(autouse=True)
 def families(monkeypatch):
     for name, architecture in (("smollm3", "SmolLM3"), ("gemma", "Gemma"), ("olmo2", "Olmo2")):
-        monkeypatch.setitem(FAMILIES, name, Family(name, architecture))
+        monkeypatch.setitem(FAMILIES, name, Family(name, architecture, **FACTS.get(name, {})))
         monkeypatch.setitem(tiny.VARIANTS, name, ADDED[name])
 
 

@@ -64,7 +64,7 @@ def run_stage(store, stage, world, interrupt_at=0):
     store.work(stage.id).mkdir(parents=True, exist_ok=True)
     module = {"prune": prune, "reference": reference, "importance": importance}[stage.kind]
     interruption = Interrupting(interrupt_at) if interrupt_at else Interruption()
-    module.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1, interruption))
+    module.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1, interruption=interruption))
 
 
 def ended(ranks, store, stage, interrupt_at=0):

@@ -76,7 +76,7 @@ def test_squeue_and_sbatch_answer_badly(cluster, config, finished, without, path
         "none": {"squeue": SQUEUE, "sbatch": SBATCH, "sacct": NO_ACCOUNTING},
         "silent": {"squeue": SQUEUE, "sbatch": SILENT_SBATCH, "sacct": NO_ACCOUNTING},
     }
-    stages = {"accounting": CONTROL, "none": DENSE, "silent": PRUNE}
+    stages = {"accounting": CONTROL, "none": DENSE, "silent": "evaluate alpha 0.2 + lora"}
     sweeps = {}
     for name, shims in bad.items():
         environment = {**SLOWLY, "PATH": path_with(name, **shims), "SQUEUE_PARTITION": "urgent"}
@@ -115,10 +115,10 @@ def test_cancel_finds_jobs_outside_the_plan(cluster, config, finished, without):
         out = without(CONTROL, DENSE)
         code, output = Submitted(config, out, "--no-follow").end()
         assert code == 0, output
-        (folder, other) = attempt_folders(out)
+        _, other = attempt_folders(out)
         (other / "job.json").unlink()
         result = sweep(config, out, "--models", "beta", "--ratios", "0.3", "--cancel")
-        assert "cancelled 2 jobs" in result.stdout and folder.parent.name in result.stdout, result.stdout
+        assert "cancelled 2 jobs" in result.stdout, result.stdout
         wait_for(lambda: not cluster.states(job_names(out)), 30)
     finally:
         slurm("scontrol", "update", "partitionname=main", "state=up")

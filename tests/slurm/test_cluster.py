@@ -34,9 +34,11 @@ def listening():
     found = {}
     for process in psutil.process_iter():
         try:
-            if process.name() in PROGRAMS:
+            # One that has executed itself anew has the name behind Debian's links, such as slurmd-wlm.
+            program = process.name().removesuffix("-wlm")
+            if program in PROGRAMS:
                 sockets = [it.laddr for it in process.net_connections("inet") if it.status == psutil.CONN_LISTEN]
-                found |= {tuple(address): process.name() for address in sockets}
+                found |= {tuple(address): program for address in sockets}
         except psutil.Error:
             continue
     return found

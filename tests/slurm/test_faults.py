@@ -92,7 +92,7 @@ def test_a_checkpoint_is_corrupted_while_a_job_needs_it(cluster, config, finishe
 
 
 def test_two_sweeps_at_once(cluster, config, finished, without):
-    out = without(PRUNE, DENSE)
+    out = without(DENSE, "evaluate alpha 0.2 + lora")
     both = [Submitted(config, out) for _ in range(2)]
     ends = [submitted.end() for submitted in both]
     assert [code for code, _ in ends] == [0, 0], ends
@@ -172,7 +172,7 @@ def test_the_disk_is_full(cluster, config, finished, without, tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)], check=True)
     try:
         out = disk / "out"
-        shutil.copytree(without(PRUNE), out)
+        shutil.copytree(without(CONTROL), out)
         slurm("scontrol", "update", "partitionname=main", "state=down")
         assert Submitted(config, out, "--no-follow").end()[0] == 0
         ballast = disk / "ballast"
@@ -192,7 +192,7 @@ def test_the_launcher_is_killed_at_every_write_of_a_submission(cluster, config, 
     slurm("scontrol", "update", "partitionname=main", "state=down")  # jobs are accepted, and wait
     try:
         for kill_at in range(1, 100):
-            out = without(PRUNE)
+            out = without(DENSE)
             fault = killing("launcher", kill_at, str(out / "store"))
             code, _ = Submitted(config, out, "--no-follow", **fault).end()
             code_again, output = Submitted(config, out, "--no-follow").end()

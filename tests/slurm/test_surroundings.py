@@ -10,7 +10,7 @@ from sweeps import results
 
 pytestmark = pytest.mark.slurm
 
-PRUNE = "prune alpha 0.2"
+CONTROL = "recover alpha dense"
 # As a shell inside an interactive job on a GPU node has them, and as people set them for jobs of another kind.
 SURROUNDINGS = {
     "SLURM_JOB_ID": "999",
@@ -73,7 +73,7 @@ def profile(tmp_path):
 
 
 def test_a_launcher_inside_another_job(config, without, profile):
-    out = without(PRUNE)
+    out = without(CONTROL)
     code, output = Submitted(config, out, profile=profile(memory="1G"), **SURROUNDINGS).end()
     assert code == 0, output
     assert causes(out) == ["done"]
@@ -83,7 +83,7 @@ def test_a_launcher_inside_another_job(config, without, profile):
 
 def test_odd_characters_in_the_path(config, without, tmp_path):
     out = tmp_path / 'it\'s a "test" $HOME `id` #1 ~ & ; * [x] Größe 模型' / "out"
-    shutil.copytree(without(PRUNE), out)
+    shutil.copytree(without(CONTROL), out)
     code, output = Submitted(config, out).end()
     assert code == 0, output
     assert causes(out) == ["done"]
@@ -92,7 +92,7 @@ def test_odd_characters_in_the_path(config, without, tmp_path):
 
 
 def test_a_setup_line_that_fails(config, without, profile):
-    out = without(PRUNE)
+    out = without(CONTROL)
     wrong = profile(setup=["true", "module load no/such", "echo never"])
     code, output = Submitted(config, out, profile=wrong).end()
     assert code == 2 and "module load no/such" in output and "Traceback" not in output, output
@@ -108,7 +108,7 @@ def test_a_rank_that_crashes(config, without, tmp_path):
         "    once.touch()\n"
         "    ctypes.string_at(0)\n"
     )
-    out = without(PRUNE)
+    out = without(CONTROL)
     code, output = Submitted(config, out, PYTHONPATH=str(tmp_path)).end()
     assert code == 0, output
     assert causes(out) == ["crash", "done"]

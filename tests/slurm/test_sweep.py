@@ -90,7 +90,7 @@ def test_status_logs_and_cancel(cluster, config, without):
 def test_slurm_refuses_a_job(config, without, tmp_path):
     profile = tmp_path / "wrong.yaml"
     profile.write_text("partition: nowhere\n")
-    code, output = Submitted(config, without("prune alpha 0.2"), profile=str(profile)).end()
+    code, output = Submitted(config, without("recover alpha dense"), profile=str(profile)).end()
     assert code == 1 and "invalid partition" in output and "check the profile" in output and "Traceback" not in output
     # Jobs of earlier tests may still be completing.
     assert slurm("squeue", "--noheader", "--states=PENDING,RUNNING") == ""
