@@ -511,7 +511,7 @@ def include_gone(inputs):
     ("damage", "expected"),
     [
         (tasks_gone, ["tasks", "no such folder"]),
-        (tasks_are_a_file, ["tasks", "no such folder"]),
+        (tasks_are_a_file, ["tasks", "a file, not a folder"]),
         (tasks_are_empty, ["tasks", "*.yaml"]),
         (tasks_end_otherwise, ["tasks", "*.yaml"]),
         (data_gone, ["tiny_choice", "choice.jsonl", "missing"]),

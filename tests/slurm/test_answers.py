@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 
 import pytest
 from clusters import (
@@ -154,6 +155,7 @@ def test_why_a_job_waits_is_said(cluster, config, finished, without):
         wait_for(lambda: attempt_folders(out) and (attempt_folders(out)[0] / "job.json").exists())
         status = sweep(config, out, "--models", "alpha", "--ratios", "0.2", "--status").stdout
         assert "queued" in status
+        time.sleep(5)  # the launcher's next look at its jobs, of which nothing is seen from outside
     finally:
         slurm("scontrol", "update", "partitionname=main", "state=up")
     output = done(cluster, out, finished, submitted)
