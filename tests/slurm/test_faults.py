@@ -202,7 +202,7 @@ def test_the_launcher_is_killed_throughout_a_submission(cluster, config, finishe
             assert len(jobs) == 1, f"killed before operation {kill_at}: {jobs}"
             if code == 0:
                 break
-            if kill_at % 2:
+            if kill_at % 4:
                 slurm("scancel", *jobs)
         assert kill_at > 15, "there are many writes to die at"
     finally:
