@@ -182,6 +182,7 @@ refuse_taken_ports() {
     done
 }
 
+# Returns when the daemon has left its pid: it goes into the background, and listens, before it writes that file.
 start() {
     is_running "$1" && return
     case $1 in
@@ -191,6 +192,7 @@ start() {
         slurmctld) slurmctld -f "$DIR/slurm.conf" ;;
         n[1-4]) slurmd -N "$1" -f "$DIR/slurm.conf" ;;
     esac
+    wait_for "$1" is_running "$1"
 }
 
 start_munge() {

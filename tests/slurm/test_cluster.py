@@ -93,6 +93,17 @@ def test_up_and_down_again(another):
     another.run("down")
 
 
+def test_a_started_daemon_is_known_at_once(another):
+    another.run("up", "--no-accounting")
+    for node in ("n1", "n2", "n3", "n4"):
+        daemon = psutil.Process(another.pid(node))
+        daemon.kill()
+        daemon.wait(timeout=10)
+        another.run("start", node)
+        assert psutil.Process(another.pid(node)).is_running(), "its port would be taken for another cluster's"
+        another.run("up", "--no-accounting")
+
+
 @pytest.mark.parametrize("offset", [0, 3, 10])
 def test_a_taken_port_is_named(another, offset):
     with socket.create_server(("127.0.0.1", PORT_BASE + offset)):
