@@ -21,12 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfprune_launch.command import folder, run
+
 from hfprune_dist.errors import UserError, did_you_mean
-from launch.command import folder, run
 
 if TYPE_CHECKING:
-    from launch.benchmark.results import Findings
-    from launch.benchmark.settings import Settings
+    from hfprune_launch.benchmark.results import Findings
+    from hfprune_launch.benchmark.settings import Settings
 
 SECTIONS = ("pass", "criteria", "scaling", "ranks", "prune", "launcher")
 ASSETS = Path("runs/demo-assets")
@@ -46,10 +47,11 @@ def _bench(argv: Sequence[str] | None) -> int:
 
 def run_sections(sections: list[str], arguments: argparse.Namespace) -> None:
     """Measure section by section; what is done is on disk before the next begins."""
-    from hfprune_dist.files import write_json, write_text
-    from hfprune_dist.models.checkpoint import open_checkpoint
-    from launch.benchmark.plot import can_plot, plot
-    from launch.benchmark.results import Findings, markdown
+    from hfprune_launch.benchmark.plot import can_plot, plot
+    from hfprune_launch.benchmark.results import Findings, markdown
+
+    from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+    from hfprune_dist.store.atomic_files import write_json, write_text
 
     if arguments.model is not None:
         open_checkpoint(arguments.model)
@@ -74,7 +76,7 @@ def run_sections(sections: list[str], arguments: argparse.Namespace) -> None:
 
 
 def _measure(section: str, settings: Settings) -> Findings:
-    from launch.benchmark import launcher, pruning, ranks, scaling, scoring
+    from hfprune_launch.benchmark import launcher, pruning, ranks, scaling, scoring
 
     measures: Mapping[str, Callable[[Settings], Findings]] = {
         "pass": scoring.measure_pass,
@@ -89,9 +91,9 @@ def _measure(section: str, settings: Settings) -> Findings:
 
 def _settings(arguments: argparse.Namespace, scratch: Path) -> Settings:
     """The demo's model and text, made if they are missing; or the user's model."""
-    from launch.benchmark.settings import Settings
-    from launch.demo.prose import reference_prose
-    from launch.demo_assets import QUIET_AND_OFFLINE, build
+    from hfprune_launch.benchmark.settings import Settings
+    from hfprune_launch.demo.prose import reference_prose
+    from hfprune_launch.demo_assets import QUIET_AND_OFFLINE, build
 
     os.environ.update(QUIET_AND_OFFLINE)
     if arguments.model is None:
@@ -122,7 +124,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _sections(only: str | None) -> list[str]:
-    from hfprune_dist.config import parse_list
+    from hfprune_dist.config.load import parse_list
 
     chosen = list(SECTIONS) if only is None else parse_list("--only", only)
     for section in chosen:

@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from launch.command import folder, run
+from hfprune_launch.command import folder, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def _compare(argv: Sequence[str] | None) -> int:
     parser.add_argument("--out", type=folder, required=True, help="where comparison.md and comparison.json go")
     parser.add_argument("--reference", help="the method that KL is set against; default: hfprune")
     arguments = parser.parse_args(argv)
-    from launch.compare_sweeps import compare
+    from hfprune_launch.modes.compare import compare
 
     compare(arguments.sweeps, arguments.out, arguments.reference)
     return 0

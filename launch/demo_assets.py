@@ -21,14 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hfprune_launch.demo.docstrings import Documented, instruction_pairs, standard_library
+from hfprune_launch.demo.jsonl import write_jsonl
+from hfprune_launch.demo.models import shipped_weights, write_llama, write_qwen
+from hfprune_launch.demo.parts import Parts, versions
+from hfprune_launch.demo.prose import Prose, reference_prose
+from hfprune_launch.demo.tasks import write_tasks
+
+from hfprune_dist.checkpoints.checkpoint import SINGLE_FILE, read_safetensors_header
 from hfprune_dist.errors import explained
-from hfprune_dist.models.checkpoint import SINGLE_FILE, read_safetensors_header
-from launch.demo.docstrings import Documented, instruction_pairs, standard_library
-from launch.demo.jsonl import write_jsonl
-from launch.demo.models import shipped_weights, write_llama, write_qwen
-from launch.demo.parts import Parts, versions
-from launch.demo.prose import Prose, reference_prose
-from launch.demo.tasks import write_tasks
 
 # Raise it when the code makes other assets: older ones are then made again.
 VERSION = "1"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.command import folder, run
+from hfprune_launch.command import folder, run
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "configs" / "published.yaml"
 
@@ -25,9 +25,10 @@ def _report(argv: Sequence[str] | None) -> int:
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
     parser.add_argument("--published", action="store_true", help="show the paper's rows below ours")
     arguments = parser.parse_args(argv)
-    from hfprune_dist.report import write_reports
-    from launch.screen import make_console, show_published, show_results
-    from launch.sweep_folder import read_sweep
+    from hfprune_launch.screen import make_console, show_published, show_results
+    from hfprune_launch.sweep_folder import read_sweep
+
+    from hfprune_dist.results.table import write_reports
 
     sweep = read_sweep(arguments.out)
     write_reports(sweep.rows, arguments.out)

@@ -9,16 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from hfprune_launch.stage.outcome import Outcome
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hfprune_dist.artifacts import Verdict
-from hfprune_dist.plan import Plan, Stage
-from hfprune_dist.progress import Heartbeat
-from hfprune_dist.report import Row, table
-from launch.local import Outcome
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.results.table import Row, table
+from hfprune_dist.store.artifacts import Verdict
+from hfprune_dist.store.heartbeat import Heartbeat
+from hfprune_dist.store.stage import Stage
 
 
 def make_console() -> Console:

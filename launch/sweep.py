@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from launch.command import folder, run
+from hfprune_launch.command import folder, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sweep(argv: Sequence[str] | None) -> int:
     arguments = _parse(argv)
-    from launch.run_sweep import run_sweep
+    from hfprune_launch.modes.sweep import run_sweep
 
     return run_sweep(arguments)
 

@@ -10,14 +10,15 @@ from typing import Any
 
 import yaml
 
-from hfprune_dist.artifacts import Store
-from hfprune_dist.config import SweepConfig, load_config, read_yaml
-from hfprune_dist.earlier_rows import without_rows
+from hfprune_dist.config.load import load_config, read_yaml
+from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError, did_you_mean
-from hfprune_dist.files import read_json, write_json, write_text
-from hfprune_dist.models.sources import ModelSource
-from hfprune_dist.plan import Plan
-from hfprune_dist.report import DenseModel, Row, collect_rows, write_reports
+from hfprune_dist.planning.earlier_rows import without_rows
+from hfprune_dist.planning.model_sources import ModelSource
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.results.table import DenseModel, Row, collect_rows, write_reports
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import read_json, write_json, write_text
 
 SWEEP_FILE = "sweep.json"
 CONFIG_FILE = "config.yaml"

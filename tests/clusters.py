@@ -15,7 +15,7 @@ import psutil
 from ranks import FAULTS, ROOT
 from sweeps import artifacts, command, results
 
-from hfprune_dist.files import read_json
+from hfprune_dist.store.atomic_files import read_json
 
 SCRIPT = ROOT / "slurm" / "cluster.sh"
 # Ranks sleep before each heartbeat, so that there is a moment in which to disturb them.

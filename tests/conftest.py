@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from hfprune_launch import demo_assets
 from xdist.scheduler import LoadScopeScheduling
 
-from launch import demo_assets
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -35,5 +36,5 @@ def pytest_collection_modifyitems(items):
 
 def _turn(file):
     longest_first = ["slurm", "launch", "stages"]
-    folder = Path(file).parent.name
+    folder = Path(file).relative_to(TESTS).parts[0]
     return longest_first.index(folder) if folder in longest_first else len(longest_first)

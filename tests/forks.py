@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from hfprune_dist.distributed.interruption import Interrupted
+from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.parallel.interruption import Interrupted
-from hfprune_dist.parallel.world import World
 
 INTERRUPTED = 75
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from hfprune_dist.artifacts import Store
-from hfprune_dist.config import RuntimeConfig
-from hfprune_dist.files import read_json, write_json
-from hfprune_dist.parallel.world import World
-from hfprune_dist.plan import Stage
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.distributed.world import World
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import read_json, write_json
+from hfprune_dist.store.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "tests" / "faults"

@@ -2,13 +2,13 @@
 
 from tiny import save_tiny, write_documents
 
-from hfprune_dist.config import RuntimeConfig
-from hfprune_dist.identity import FileHashes
-from hfprune_dist.parallel import zero3  # noqa: F401  imported here once, not in every fork
-from hfprune_dist.plan import Input, Stage
-from hfprune_dist.progress import Progress
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.distributed import zero3  # noqa: F401  imported here once, not in every fork
 from hfprune_dist.stages import importance
 from hfprune_dist.stages.context import Context
+from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.stage import Input, Stage
 
 LAYERS = 3
 

@@ -15,11 +15,12 @@ import yaml
 from ranks import ROOT
 from tiny import save_tiny, write_documents, write_pairs
 
-from hfprune_dist.config import SweepConfig, load_config
-from hfprune_dist.identity import FileHashes
-from hfprune_dist.methods import resolve_methods
-from hfprune_dist.models.sources import resolve_models
-from hfprune_dist.plan import Plan, build_plan
+from hfprune_dist.config.load import load_config
+from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.planning.methods import resolve_methods
+from hfprune_dist.planning.model_sources import resolve_models
+from hfprune_dist.planning.plan import Plan, build_plan
+from hfprune_dist.store.hashing import FileHashes
 
 TASK = """task: tiny_choice
 dataset_path: json

@@ -5,15 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from hfprune_launch import demo_assets
+from hfprune_launch.demo import models, tasks
+from hfprune_launch.demo.docstrings import documented_in, instruction_pairs, standard_library
+from hfprune_launch.demo.jsonl import write_jsonl
+from hfprune_launch.demo.parts import MANIFEST, Parts
+from hfprune_launch.demo.prose import own_paragraphs, pack, passages, reference_prose, shingles
 
-from hfprune_dist.config import load_config
+from hfprune_dist.config.load import load_config
 from hfprune_dist.errors import UserError
-from launch import demo_assets
-from launch.demo import models, tasks
-from launch.demo.docstrings import documented_in, instruction_pairs, standard_library
-from launch.demo.jsonl import write_jsonl
-from launch.demo.parts import MANIFEST, Parts
-from launch.demo.prose import own_paragraphs, pack, passages, reference_prose, shingles
 
 ROOT = Path(__file__).parent.parent
 MADE_FROM = {"python": "3"}
@@ -238,7 +238,7 @@ def test_the_demo_configuration_names_these_assets():
 def test_models_are_whole_equal_and_made_once(real_assets, capsys):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from hfprune_dist.models.checkpoint import open_checkpoint
+    from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 
     written = {file: file.stat().st_mtime_ns for file in real_assets.rglob("*") if file.is_file()}
     demo_assets.build(real_assets)

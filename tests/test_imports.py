@@ -1,66 +1,152 @@
-"""The rules of the house: data flows one way, and the torch-free part stays torch-free."""
+"""The rules of the house: data flows one way, rooms that must not know each other don't, login nodes need no torch."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TORCH_FREE = ["config", "plan", "artifacts", "report", "claims", "progress", "models.sources", "models.checkpoint"]
+PACKAGES = {"hfprune_dist": "hfprune_dist", "hfprune_launch": "launch"}
+ROOMS = {
+    *("config", "store", "data", "core", "checkpoints", "planning", "models", "distributed"),
+    *("scoring", "refit", "training", "evaluation", "results", "stages"),
+}
+COMMANDS = ["sweep", "report", "compare", "bench", "demo_assets"]
+SHARED = ["command", "sweep_folder", "preflight", "screen"]
+# These wait for no torch: a login node answers at once.
+TORCH_FREE = [
+    *(f"hfprune_dist.{room}" for room in ("config", "planning", "results")),
+    *(f"hfprune_dist.checkpoints.{name}" for name in ("checkpoint", "families", "lfs_pointers")),
+    *(
+        f"hfprune_dist.store.{name}"
+        for name in ("stage", "artifacts", "claims", "heartbeat", "file_cache", "provenance")
+    ),
+    *(f"hfprune_launch.{name}" for name in ("modes.sweep", "report", "sweep_folder", "slurm.cli", "local.backend")),
+]
+
+
+def name_of(file):
+    """A module's name, from its place in the project."""
+    package = next(package for package, folder in PACKAGES.items() if file.is_relative_to(ROOT / folder))
+    parts = file.relative_to(ROOT / PACKAGES[package]).with_suffix("").parts
+    return ".".join([package, *parts]).removesuffix(".__init__")
+
+
+def modules(package):
+    return {name_of(file): file for file in (ROOT / PACKAGES[package]).rglob("*.py")}
 
 
 def imports_of(file):
-    tree = ast.parse(file.read_text())
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def modules(*folders):
-    return [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+def room_of(module):
+    return ".".join(module.split(".")[:2])
+
+
+def arrows():
+    """(module, imported) across rooms of both packages."""
+    for package in PACKAGES:
+        for module, file in modules(package).items():
+            for name in imports_of(file):
+                if name.startswith(tuple(PACKAGES)) and room_of(name) != room_of(module):
+                    yield module, name
+
+
+def crossing(importers, imported):
+    return [
+        arrow
+        for arrow in arrows()
+        if room_of(arrow[0]) in importers and room_of(arrow[1]) in imported and room_of(arrow[0]) != room_of(arrow[1])
+    ]
+
+
+def test_the_rooms_are_these():
+    packages = {path.name for path in (ROOT / "hfprune_dist").iterdir() if (path / "__init__.py").is_file()}
+    files = {path.name for path in (ROOT / "hfprune_dist").glob("*.py")}
+    assert packages == ROOMS and files == {"__init__.py", "errors.py"}
+    assert {path.stem for path in (ROOT / "launch").glob("*.py")} == {"__init__", *COMMANDS, *SHARED}
+
+
+def test_tests_mirror_the_rooms():
+    folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/test_*.py")}
+    assert folders <= ROOMS | {"launch", "slurm", "faults"}
+
+
+def test_no_circle():
+    graph = {}
+    for module, name in arrows():
+        graph.setdefault(room_of(module), set()).add(room_of(name))
+    assert list(TopologicalSorter(graph).static_order())
 
 
 def test_core_imports_torch_and_itself_only():
-    for file in modules("hfprune_dist/core"):
-        for name in imports_of(file):
+    for module, file in modules("hfprune_dist").items():
+        for name in imports_of(file) if room_of(module) == "hfprune_dist.core" else ():
             allowed = name.split(".")[0] in {"torch", *sys.stdlib_module_names} or name.startswith("hfprune_dist.core")
-            assert allowed, f"{file.relative_to(ROOT)} imports {name}"
+            assert allowed, f"{module} imports {name}"
 
 
 def test_the_package_never_imports_launch():
-    for file in modules("hfprune_dist"):
-        assert not any(name.split(".")[0] == "launch" for name in imports_of(file)), file
+    assert not [arrow for arrow in arrows() if arrow[0].startswith("hfprune_dist") and "hfprune_launch" in arrow[1]]
+
+
+def test_phases_never_import_each_other():
+    rooms = {f"hfprune_dist.{room}" for room in ("scoring", "refit", "training", "evaluation")}
+    assert crossing(rooms, rooms) == []
+
+
+def test_backends_never_import_each_other_or_a_command():
+    backends = {"hfprune_launch.local", "hfprune_launch.slurm"}
+    commands = {f"hfprune_launch.{name}" for name in COMMANDS}
+    assert crossing(backends, backends | commands | {"hfprune_launch.modes"}) == []
+
+
+def test_commands_never_import_commands():
+    commands = {f"hfprune_launch.{name}" for name in COMMANDS}
+    allowed = {("hfprune_launch.bench", "hfprune_launch.demo_assets")}
+    assert {(room_of(a), room_of(b)) for a, b in crossing(commands, commands)} <= allowed
 
 
 def test_stages_never_import_each_other():
-    stages = {file.stem for file in modules("hfprune_dist/stages")} - {"__init__", "context"}
-    for file in modules("hfprune_dist/stages"):
-        for name in imports_of(file):
-            assert name.removeprefix("hfprune_dist.stages.") not in stages or "." not in name, f"{file} imports {name}"
+    stages = {name for name in modules("hfprune_dist") if name.startswith("hfprune_dist.stages.")}
+    for stage in stages - {"hfprune_dist.stages.context"}:
+        for name in imports_of(modules("hfprune_dist")[stage]):
+            others = stages - {stage, "hfprune_dist.stages.context"}
+            assert not name.startswith(tuple(f"{other}." for other in others)), f"{stage} imports {name}"
 
 
-def test_only_parallel_and_stages_know_about_processes():
-    allowed = {ROOT / "hfprune_dist" / "parallel", ROOT / "hfprune_dist" / "stages"}
-    for file in modules("hfprune_dist", "launch"):
-        names = set(imports_of(file))
-        distributed = any(name.startswith(("torch.distributed", "deepspeed")) for name in names)
-        assert not distributed or allowed & set(file.parents), file
+def test_only_some_rooms_know_about_processes():
+    allowed = tuple(f"hfprune_dist.{room}." for room in ("distributed", "scoring", "refit", "training", "stages"))
+    for package in PACKAGES:
+        for module, file in modules(package).items():
+            distributed = any(name.startswith(("torch.distributed", "deepspeed")) for name in imports_of(file))
+            assert not distributed or module.startswith(allowed), module
 
 
 def test_submitit_is_known_to_launch_only():
-    for file in modules("hfprune_dist"):
-        assert "submitit" not in {name.split(".")[0] for name in imports_of(file)}, file
+    for module, file in modules("hfprune_dist").items():
+        assert not any(name.startswith("submitit") for name in imports_of(file)), module
 
 
-@pytest.mark.parametrize(
-    "module",
-    [f"hfprune_dist.{name}" for name in TORCH_FREE] + ["launch.run_sweep", "launch.report", "launch.sweep_folder"],
-)
+def test_every_package_is_installed():
+    packages = {module for package in PACKAGES for module, file in modules(package).items() if file.stem == "__init__"}
+    text = (ROOT / "pyproject.toml").read_text()
+    assert all(f'"{package}",' in text for package in packages)
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
 def test_the_login_node_never_waits_for_torch(module):
-    script = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'deepspeed'}} & set(sys.modules)))"
+    imports = [name for name in modules(module.split(".")[0]) if name == module or name.startswith(f"{module}.")]
+    script = (
+        f"import sys, {', '.join(imports)}; print(sorted({{'torch', 'transformers', 'deepspeed'}} & set(sys.modules)))"
+    )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -21,14 +21,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from ranks import lay_out
 
-from hfprune_dist.artifacts import Store
-from hfprune_dist.config import RuntimeConfig
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.parallel import calibration
-from hfprune_dist.parallel.world import World
-from hfprune_dist.plan import Stage
-from hfprune_dist.progress import Progress
+from hfprune_dist.scoring import calibration_pass as calibration
 from hfprune_dist.stages.context import Context
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.stage import Stage
 
 T = TypeVar("T")
 PATIENCE_S = 120.0

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.criteria import Batch, Criterion, Loss, losses_of
-from hfprune_dist.core.fused import masked, observe_gradient
 from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.head import head_gradients
+from hfprune_dist.core.memory_efficient import masked, observe_gradient
 
 
 class NonFiniteError(ValueError):

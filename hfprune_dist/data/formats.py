@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
 from hfprune_dist.errors import UserError
-from hfprune_dist.identity import AfterEach, FileHashes, digest_of, nothing
-from hfprune_dist.pointers import refuse_pointer
+from hfprune_dist.store.hashing import AfterEach, FileHashes, digest_of, nothing
 
 Record = Mapping[str, Any]
 Placed = tuple[str, Record]

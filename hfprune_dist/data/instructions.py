@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
+from hfprune_dist.checkpoints.tensor_files import read_texts, save_tensors
 from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.data.text import Beginning
+from hfprune_dist.data.tokenizer import all_plain_ids, bos_id
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.tokenizer import all_plain_ids, bos_id
-from hfprune_dist.tensor_files import read_texts, save_tensors
 
 TokenizeAll = Callable[[list[str]], list[list[int]]]
 

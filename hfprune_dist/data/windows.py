@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hfprune_dist.data.text import Beginning, read_texts
+from hfprune_dist.data.tokenizer import bos_id, plain_ids
 from hfprune_dist.errors import UserError
-from hfprune_dist.files import publish
-from hfprune_dist.models.tokenizer import bos_id, plain_ids
+from hfprune_dist.store.atomic_files import publish
 
 Tokenize = Callable[[str], list[int]]
 

@@ -1,1 +1,1 @@
-"""Everything that knows an architecture: names of its parts, its checkpoint files, its aliases."""
+"""Models as torch modules: one layer at a time, memory-efficient backwards, loading."""

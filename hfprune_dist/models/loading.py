@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from hfprune_dist.checkpoints import modeling_pruned
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.errors import UserError
-from hfprune_dist.models import modeling_pruned
-from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -11,18 +11,18 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from hfprune_dist.artifacts import Store
-from hfprune_dist.claims import Claim, ClaimLostError
-from hfprune_dist.config import RuntimeConfig
+from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.data.windows import load_windows
+from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import LostInputError, UserError
-from hfprune_dist.identity import AfterEach
-from hfprune_dist.inputs import ChangedInputError, UserFiles
-from hfprune_dist.parallel.interruption import Interruption
-from hfprune_dist.parallel.world import World
-from hfprune_dist.plan import Stage
-from hfprune_dist.progress import Progress
-from hfprune_dist.provenance import environment
+from hfprune_dist.planning.user_files import ChangedInputError, UserFiles
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.claims import Claim, ClaimLostError
+from hfprune_dist.store.hashing import AfterEach
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.provenance import environment
+from hfprune_dist.store.stage import Stage
 
 T = TypeVar("T")
 

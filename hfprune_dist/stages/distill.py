@@ -5,13 +5,13 @@ LoRA on all projections, merged into a plain checkpoint of the same layout. No l
 
 from __future__ import annotations
 
-from hfprune_dist.config import DistillationConfig
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.config.schema import DistillationConfig
 from hfprune_dist.data.schedule import Schedule
-from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.parallel.dense_states import DenseStates
-from hfprune_dist.parallel.finetune import FineTuning, fine_tune
-from hfprune_dist.parallel.merging import write_merged
 from hfprune_dist.stages.context import Context
+from hfprune_dist.training.teacher_states import DenseStates
+from hfprune_dist.training.trainer import FineTuning, fine_tune
+from hfprune_dist.training.write_merged import write_merged
 
 LONGEST_WARMUP = 4  # one part in so many of all steps
 

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, next_ids
+from hfprune_dist.data.tokenizer import load_tokenizer
+from hfprune_dist.distributed.frozen_model import FrozenModel, Sharding, choose_sharding
+from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.evaluation import TaskLoader, details_of, explain, plain, scores_of
-from hfprune_dist.files import read_json, set_aside, write_json
-from hfprune_dist.models.checkpoint import open_checkpoint
-from hfprune_dist.models.layers import LayerReader
-from hfprune_dist.models.tokenizer import load_tokenizer
-from hfprune_dist.parallel.dense_states import DenseStates
-from hfprune_dist.parallel.inference import FrozenModel, Sharding, choose_sharding
-from hfprune_dist.parallel.world import World
+from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, details_of, explain, plain, scores_of
+from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.stages.context import Context
+from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
+from hfprune_dist.training.teacher_states import DenseStates
 
 FIDELITY = "fidelity.json"
 RESULTS = "results.json"
@@ -154,7 +154,7 @@ def _my_windows(count: int, world: World) -> list[int]:
 
 def _evaluate_tasks(context: Context, model: FrozenModel, tasks: list[str]) -> None:
     """Evaluate task by task: rank 0 runs lm-eval, the others answer requests with it."""
-    from hfprune_dist.parallel.sharded_lm import ShardedLM
+    from hfprune_dist.evaluation.sharded_lm import ShardedLM
 
     params = context.params
     tokenizer = load_tokenizer(context.input_path("model"))
@@ -185,7 +185,7 @@ def _run_task(context: Context, lm: Any, loader: TaskLoader, task: str) -> dict[
     """
     from lm_eval.evaluator import evaluate
 
-    from hfprune_dist.parallel.sharded_lm import AnswerLog, ModelError
+    from hfprune_dist.evaluation.sharded_lm import AnswerLog, ModelError
 
     params = context.params
     _seed_all()

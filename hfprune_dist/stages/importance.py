@@ -18,22 +18,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.read_tensors import mlp_layer
+from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
 from hfprune_dist.core.criteria import CRITERIA, Criterion, MlpLayer, Moments, losses_of
-from hfprune_dist.core.exact import ExactOverflowError
+from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.importance import NonFiniteError
+from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import load_windows, read_windows, save_windows
+from hfprune_dist.distributed.interruption import Interrupted
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.turns import Turns
+from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe, record_probe
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.models.tokenizer import load_tokenizer
-from hfprune_dist.models.weights import mlp_layer
-from hfprune_dist.parallel.accumulation import Accumulation
-from hfprune_dist.parallel.calibration import Calibration
-from hfprune_dist.parallel.interruption import Interrupted
-from hfprune_dist.parallel.layerwise import LayerStream
-from hfprune_dist.parallel.probe import PROBE, obtain_probe, record_probe
-from hfprune_dist.parallel.turns import Turns
+from hfprune_dist.scoring.calibration_pass import Calibration
+from hfprune_dist.scoring.shard_sums import Accumulation
 from hfprune_dist.stages.context import Context
-from hfprune_dist.tensor_files import is_usable, load_tensors, save_tensors
 
 PARTIAL = "partial.safetensors"
 

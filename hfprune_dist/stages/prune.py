@@ -9,22 +9,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hfprune_dist.budget import ModelSize, narrowest_widths, removals, uniform_width
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.write_pruned import config_changes, mlp_cuts, write_companions, write_weight_file
 from hfprune_dist.core.allocation import allocate_globally, layer_mean_one
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.core.search import MEASUREMENTS, Family, Widths, search_widths
 from hfprune_dist.core.selection import top_neurons
-from hfprune_dist.files import read_json, write_json
-from hfprune_dist.identity import digest_of
-from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.models.surgery import config_changes, mlp_cuts, write_companions, write_weight_file
-from hfprune_dist.parallel.fitted import FittedLayers
-from hfprune_dist.parallel.layerwise import LayerStream
-from hfprune_dist.parallel.measurement import Measurement
-from hfprune_dist.parallel.probe import PROBE, Probe, obtain_probe
-from hfprune_dist.parallel.refit import DenseRefit, PursuingRefit
-from hfprune_dist.plan import size_of
+from hfprune_dist.core.width_search import MEASUREMENTS, Family, Widths, search_widths
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe
+from hfprune_dist.planning.plan import size_of
+from hfprune_dist.planning.widths import ModelSize, narrowest_widths, removals, uniform_width
+from hfprune_dist.refit.measure_widths import Measurement
+from hfprune_dist.refit.refitted_layers import FittedLayers
+from hfprune_dist.refit.run_refit import DenseRefit, PursuingRefit
 from hfprune_dist.stages.context import Context
+from hfprune_dist.store.atomic_files import read_json, write_json
+from hfprune_dist.store.hashing import digest_of
 
 KEPT = "kept.json"
 

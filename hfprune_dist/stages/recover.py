@@ -8,8 +8,9 @@ from itertools import islice
 from math import ceil
 from pathlib import Path
 
-from hfprune_dist.cache import FileCache
-from hfprune_dist.config import RecoveryConfig, TextSource
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.tensor_files import is_usable
+from hfprune_dist.config.schema import RecoveryConfig, TextSource
 from hfprune_dist.data.instructions import (
     PackedRows,
     Pair,
@@ -22,15 +23,14 @@ from hfprune_dist.data.instructions import (
 )
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.data.text import read_texts
-from hfprune_dist.identity import FileHashes, digest_of
-from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.models.tokenizer import load_tokenizer, require_eos
-from hfprune_dist.parallel.finetune import FineTuning, fine_tune
-from hfprune_dist.parallel.merging import write_merged
-from hfprune_dist.parallel.snapshots import Snapshot
-from hfprune_dist.plan import STAGE_VERSIONS
+from hfprune_dist.data.tokenizer import load_tokenizer, require_eos
 from hfprune_dist.stages.context import Context
-from hfprune_dist.tensor_files import is_usable
+from hfprune_dist.store.file_cache import FileCache
+from hfprune_dist.store.hashing import FileHashes, digest_of
+from hfprune_dist.store.stage import STAGE_VERSIONS
+from hfprune_dist.training.snapshots import Snapshot
+from hfprune_dist.training.trainer import FineTuning, fine_tune
+from hfprune_dist.training.write_merged import write_merged
 
 ROWS = "rows.safetensors"
 PAIRS_AT_ONCE = 2000

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import read_windows
-from hfprune_dist.models.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.models.tokenizer import load_tokenizer
-from hfprune_dist.parallel.dense_states import write_dense_states
-from hfprune_dist.parallel.layerwise import LayerStream
-from hfprune_dist.parallel.probe import PROBE, obtain_probe
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe
 from hfprune_dist.stages.context import Context
+from hfprune_dist.training.teacher_states import write_dense_states
 
 SEED = 0
 

@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from hfprune_launch.benchmark.results import Findings, Line
+from hfprune_launch.benchmark.settings import Settings
 
-from hfprune_dist.artifacts import Store
-from hfprune_dist.config import load_config
-from hfprune_dist.files import write_json
-from hfprune_dist.methods import resolve_methods
-from hfprune_dist.models.families import ATTENTION
-from hfprune_dist.models.sources import resolve_models
-from hfprune_dist.plan import Plan, Stage, build_plan
-from launch.benchmark.results import Findings, Line
-from launch.benchmark.settings import Settings
+from hfprune_dist.checkpoints.families import ATTENTION
+from hfprune_dist.config.load import load_config
+from hfprune_dist.planning.methods import resolve_methods
+from hfprune_dist.planning.model_sources import resolve_models
+from hfprune_dist.planning.plan import Plan, build_plan
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import write_json
+from hfprune_dist.store.stage import Stage
 
 PROJECT = Path(__file__).resolve().parents[2]
 SWEEP, METHODS = PROJECT / "launch" / "sweep.py", PROJECT / "configs" / "methods"

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.benchmark.results import Chart
+from hfprune_launch.benchmark.results import Chart
 
 COLUMNS = 3
 

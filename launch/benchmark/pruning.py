@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import torch
+from hfprune_launch.benchmark.isolated import TIDY, call
+from hfprune_launch.benchmark.measure import paired_ratios, peak_anonymous_bytes
+from hfprune_launch.benchmark.results import Findings, Line
+from hfprune_launch.benchmark.settings import Settings
+from hfprune_launch.benchmark.subject import kept_width
 
-from hfprune_dist.models.checkpoint import open_checkpoint
-from hfprune_dist.models.surgery import mlp_cuts, write_weight_file
-from launch.benchmark.isolated import TIDY, call
-from launch.benchmark.measure import paired_ratios, peak_anonymous_bytes
-from launch.benchmark.results import Findings, Line
-from launch.benchmark.settings import Settings
-from launch.benchmark.subject import kept_width
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.write_pruned import mlp_cuts, write_weight_file
 
 RATIO = 0.2
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hfprune_launch.benchmark.isolated import call
+from hfprune_launch.benchmark.results import Findings, Line
+from hfprune_launch.benchmark.settings import Settings
+from hfprune_launch.benchmark.subject import load_subject, read_text
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.models.checkpoint import open_checkpoint
-from launch.benchmark.isolated import call
-from launch.benchmark.results import Findings, Line
-from launch.benchmark.settings import Settings
-from launch.benchmark.subject import load_subject, read_text
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -57,8 +57,8 @@ def measure_ranks(settings: Settings) -> Findings:
 def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
     """On every rank: seconds for all shards and the sums' digests, in shard order."""
     # The ranks' process group belongs to the package; a process that only measures unsharded models needs none.
-    from hfprune_dist.parallel.calibration import Calibration
-    from hfprune_dist.parallel.world import join_world
+    from hfprune_dist.distributed.world import join_world
+    from hfprune_dist.scoring.calibration_pass import Calibration
 
     world = join_world(os.environ, timeout_minutes=10)
     windows_ST = read_text(model, text, shards * SHARD_SIZE, tokens)

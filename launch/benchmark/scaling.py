@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
-from launch.benchmark.isolated import TIDY, call
-from launch.benchmark.measure import paired_ratios, peak_bytes
-from launch.benchmark.results import Chart, Findings, Line
-from launch.benchmark.settings import Settings
-from launch.benchmark.subject import random_subject
+from hfprune_launch.benchmark.isolated import TIDY, call
+from hfprune_launch.benchmark.measure import paired_ratios, peak_bytes
+from hfprune_launch.benchmark.results import Chart, Findings, Line
+from hfprune_launch.benchmark.settings import Settings
+from hfprune_launch.benchmark.subject import random_subject
 
 BASE = {"tokens": 1024, "vocabulary": 16384, "width": 256, "depth": 4, "micro-batches of a shard": 1}
 AXES: dict[str, tuple[int, ...]] = {

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hfprune_launch.benchmark.isolated import TIDY, call
+from hfprune_launch.benchmark.measure import paired_ratios, peak_bytes
+from hfprune_launch.benchmark.results import Findings, Line
+from hfprune_launch.benchmark.settings import Settings
+from hfprune_launch.benchmark.subject import Subject, kept_width, load_subject, read_text
 from torch import Tensor
-
-from launch.benchmark.isolated import TIDY, call
-from launch.benchmark.measure import paired_ratios, peak_bytes
-from launch.benchmark.results import Findings, Line
-from launch.benchmark.settings import Settings
-from launch.benchmark.subject import Subject, kept_width, load_subject, read_text
 
 DTYPES = ("float32", "bfloat16")
 RATIO = 0.2

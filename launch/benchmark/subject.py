@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hfprune_launch.benchmark.published import PublishedScores
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core.criteria import CRITERIA, Batch
 from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
+from hfprune_dist.data.tokenizer import bos_id, load_tokenizer, plain_ids
 from hfprune_dist.data.windows import sample_windows
-from hfprune_dist.models.checkpoint import open_checkpoint
-from hfprune_dist.models.families import FAMILIES
-from hfprune_dist.models.lean import checkpoint_activations, lighten
-from hfprune_dist.models.tokenizer import bos_id, load_tokenizer, plain_ids
-from launch.benchmark.published import PublishedScores
+from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, lighten
 
 SEED = 0
 
@@ -109,7 +109,7 @@ def read_text(model: str, text: str, windows: int, tokens: int) -> Tensor:
 
 def kept_width(model: str, ratio: float) -> int:
     """Neurons that each layer keeps at a ratio of all parameters."""
-    from hfprune_dist.budget import uniform_width
-    from hfprune_dist.plan import size_of
+    from hfprune_dist.planning.plan import size_of
+    from hfprune_dist.planning.widths import uniform_width
 
     return uniform_width(size_of(open_checkpoint(Path(model))), ratio, 1, model)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.demo.prose import one_line
+from hfprune_launch.demo.prose import one_line
 
 # Not for readers (private data), or not part of every installation (test suites, graphics).
 SKIPPED = {"test", "idlelib", "lib2to3", "tkinter", "turtledemo", "pydoc_data", "encodings", "turtle", "distutils"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.files import write_text
+from hfprune_dist.store.atomic_files import write_text
 
 
 def write_jsonl(file: Path, records: Iterable[Mapping[str, Any]]) -> None:

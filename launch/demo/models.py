@@ -12,9 +12,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from hfprune_dist.checkpoints.checkpoint import SINGLE_FILE
 from hfprune_dist.errors import UserError
-from hfprune_dist.files import write_json, write_text
-from hfprune_dist.models.checkpoint import SINGLE_FILE
+from hfprune_dist.store.atomic_files import write_json, write_text
 
 # Apache-2.0 asks that changes be told; the file travels with every pruned copy.
 NOTICE = """\

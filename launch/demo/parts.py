@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.files import fsync_path, read_json, write_json
+from hfprune_dist.store.atomic_files import fsync_path, read_json, write_json
 
 MANIFEST = "assets.json"
 DRAFT_PREFIX = ".draft-"

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hfprune_launch.demo.docstrings import Documented, summaries
+from hfprune_launch.demo.jsonl import write_jsonl
+from hfprune_launch.demo.prose import passages
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.files import write_text
-from launch.demo.docstrings import Documented, summaries
-from launch.demo.jsonl import write_jsonl
-from launch.demo.prose import passages
+from hfprune_dist.store.atomic_files import write_text
 
 Record = dict[str, Any]
 

@@ -7,11 +7,11 @@ import torch
 from core_definition import GRADIENT_CRITERIA, definition, label_terms, moments
 from tiny import VARIANTS, tiny_model
 
+from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core import head
 from hfprune_dist.core.criteria import CRITERIA, Batch
 from hfprune_dist.core.importance import NeuronSums, NonFiniteError, ScoredModel, score_batch
-from hfprune_dist.models.families import FAMILIES
-from hfprune_dist.models.lean import checkpoint_activations, lighten
+from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, lighten
 
 SUMMED = [name for name, it in CRITERIA.items() if it.summed != "nothing" and not it.is_rounded]
 

@@ -21,7 +21,7 @@ from hfprune_dist.data.formats import identity_of, read_files
 from hfprune_dist.data.text import read_beginning, read_texts
 from hfprune_dist.data.windows import read_windows
 from hfprune_dist.errors import UserError
-from hfprune_dist.identity import FileHashes
+from hfprune_dist.store.hashing import FileHashes
 
 # Line ends, quotes, separators, marks that are no ASCII, and none of what csv and plain text can't tell apart.
 CHARACTERS = st.characters(codec="utf-8", exclude_characters="\0")

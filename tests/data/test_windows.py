@@ -7,9 +7,9 @@ from tiny import tiny_tokenizer
 from hfprune_dist.data import windows
 from hfprune_dist.data.instructions import encode_for, nothing_to_train_on, prompt_for, require_room, require_trainable
 from hfprune_dist.data.text import Beginning
+from hfprune_dist.data.tokenizer import bos_id, plain_ids
 from hfprune_dist.data.windows import require_long_enough, sample_windows
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.tokenizer import bos_id, plain_ids
 
 TOKENIZER = tiny_tokenizer()
 

@@ -15,33 +15,37 @@ from typing import Any
 
 import torch
 from fake_slurm import FakeSlurm
+from hfprune_launch import sweep
+from hfprune_launch.local.backend import LocalBackend
+from hfprune_launch.modes import sweep as run_sweep
+from hfprune_launch.slurm import commands as slurm_cli
+from hfprune_launch.slurm.attempts import Ledger
+from hfprune_launch.slurm.backend import SlurmBackend, Submitting
+from hfprune_launch.slurm.code_snapshot import take_snapshot
+from hfprune_launch.slurm.commands import SlurmCommands
+from hfprune_launch.slurm.job import _Reception
+from hfprune_launch.slurm.profile import Profile, Resources
+from hfprune_launch.stage import run as stage_script
+from hfprune_launch.stage.stage_file import Origin, discard_finished_work
 from safetensors.torch import save_file
 from sweeps import make_inputs, results
 from tiny import save_tiny, write_documents, write_pairs
 
-from hfprune_dist.artifacts import Store
-from hfprune_dist.cache import FileCache
-from hfprune_dist.claims import Claim, try_claim
-from hfprune_dist.config import EvaluationConfig, RecoveryConfig, RuntimeConfig
+from hfprune_dist.config.schema import EvaluationConfig, RecoveryConfig, RuntimeConfig
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.files import read_json
-from hfprune_dist.identity import FileHashes, digest_of
-from hfprune_dist.parallel import finetune, refit
-from hfprune_dist.parallel.calibration import Calibration
-from hfprune_dist.parallel.layerwise import LayerStream
-from hfprune_dist.parallel.measurement import Measurement
-from hfprune_dist.parallel.sharded_lm import ShardedLM
-from hfprune_dist.plan import Input, Plan, Stage
-from launch import run_sweep, slurm_cli, sweep
-from launch import stage as stage_script
-from launch.job import _Reception
-from launch.layout import Origin, discard_finished_work
-from launch.ledger import Ledger
-from launch.local import LocalBackend
-from launch.profiles import Profile, Resources
-from launch.slurm import SlurmBackend, Submitting
-from launch.slurm_cli import SlurmCommands
-from launch.snapshot import take_snapshot
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.evaluation.sharded_lm import ShardedLM
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.refit import run_refit as refit
+from hfprune_dist.refit.measure_widths import Measurement
+from hfprune_dist.scoring.calibration_pass import Calibration
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import read_json
+from hfprune_dist.store.claims import Claim, try_claim
+from hfprune_dist.store.file_cache import FileCache
+from hfprune_dist.store.hashing import FileHashes, digest_of
+from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.training import trainer as finetune
 
 Count = Callable[[], None]
 Mark = Callable[[object], None]

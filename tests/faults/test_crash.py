@@ -5,7 +5,7 @@ import os
 import pytest
 
 from faults.crash import Recorder, states_of
-from hfprune_dist.files import fsync_path
+from hfprune_dist.store.atomic_files import fsync_path
 
 
 @pytest.fixture

@@ -6,15 +6,16 @@ import sys
 
 import pytest
 import yaml
+from hfprune_launch import bench, compare, report, sweep
+from hfprune_launch.local.hardware import fitting_runtime
 from ranks import ROOT
 from sweeps import in_process, make_inputs
 from tiny import save_tiny
 
-from hfprune_dist.config import SweepConfig, load_config
-from hfprune_dist.identity import FileHashes
-from hfprune_dist.models import sources
-from launch import bench, compare, report, sweep
-from launch.local import fitting_runtime
+from hfprune_dist.config.load import load_config
+from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.planning import model_sources as sources
+from hfprune_dist.store.hashing import FileHashes
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def config(tmp_path_factory):
 def safe(monkeypatch):
     """No network, and nothing runs that should have been refused."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("launch.local.LocalBackend.run", lambda *_: pytest.fail("a stage has begun"))
+    monkeypatch.setattr("hfprune_launch.local.backend.LocalBackend.run", lambda *_: pytest.fail("a stage has begun"))
 
 
 def files_below(folder):
@@ -232,7 +233,7 @@ def interrupting(name, *rest):
     return imported(name, *rest)
 builtins.__import__ = interrupting
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from launch import {name}
+from hfprune_launch import {name}
 sys.exit({name}.main({needed!r}))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hfprune_launch import sweep
+from hfprune_launch.modes import sweep as run_sweep
 from safetensors.torch import load_file, save_file
 from sweeps import make_inputs
 from tiny import tiny_text
-
-from launch import run_sweep, sweep
 
 CALIBRATION, HELD_OUT, PAIRS = "calibration.path", "evaluation.fidelity.path", "recovery.path"
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 500\n"

@@ -3,11 +3,11 @@ import subprocess
 import sys
 
 import pytest
+from hfprune_launch.benchmark import isolated, launcher
 from ranks import ROOT
 from tiny import save_tiny
 
 from hfprune_dist.errors import UserError
-from launch.benchmark import isolated, launcher
 
 BENCH = [sys.executable, str(ROOT / "launch" / "bench.py")]
 
@@ -42,7 +42,7 @@ def test_pruning_takes_the_memory_of_two_tensors(tmp_path):
     sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 2, "vocab_size": 512}
     model = save_tiny(tmp_path / "model", **sizes)  # six tensors of 32 MiB
     taken = isolated.call(
-        "launch.benchmark.pruning:take_memory", {"model": str(model), "scratch": str(tmp_path)}, isolated.TIDY
+        "hfprune_launch.benchmark.pruning:take_memory", {"model": str(model), "scratch": str(tmp_path)}, isolated.TIDY
     )
     assert taken <= 2.0
 
@@ -57,7 +57,9 @@ def test_a_finished_sweep_is_found_finished(tmp_path):
 def test_a_process_that_fails_says_why():
     with pytest.raises(UserError, match="read_text failed"):
         isolated.call(
-            "launch.benchmark.subject:read_text", {"model": "none", "text": "none", "windows": 1, "tokens": 8}, {}
+            "hfprune_launch.benchmark.subject:read_text",
+            {"model": "none", "text": "none", "windows": 1, "tokens": 8},
+            {},
         )
 
 
@@ -68,7 +70,9 @@ def test_memory_of_both_formulations_is_compared_in_processes_of_their_own(tmp_p
     text.write_text("words " * 500)
     where = {"model": str(model), "text": str(text), "dtype": "float32", "tokens": 512}
     taken = {
-        method: isolated.call("launch.benchmark.scoring:take_memory", {**where, "method": method}, isolated.TIDY)
+        method: isolated.call(
+            "hfprune_launch.benchmark.scoring:take_memory", {**where, "method": method}, isolated.TIDY
+        )
         for method in ("published", "ours")
     }
     assert 0 < taken["ours"] < taken["published"]

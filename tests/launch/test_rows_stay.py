@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 import yaml
+from hfprune_launch import report, sweep
 from sweeps import in_process, make_inputs, planned
 
-from hfprune_dist import plan
-from hfprune_dist.artifacts import Store
-from launch import report, sweep
+from hfprune_dist.planning import plan
+from hfprune_dist.store.artifacts import Store
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import VARIANTS, save_tiny
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.data.tokenizer import load_tokenizer, require_embedded
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.checkpoint import open_checkpoint
-from hfprune_dist.models.layers import LayerReader
 from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary, require_own_weights
-from hfprune_dist.models.tokenizer import load_tokenizer, require_embedded
+from hfprune_dist.models.single_layer import LayerReader
 
 
 def change_weights(folder, change):

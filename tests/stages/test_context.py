@@ -3,16 +3,16 @@
 import pytest
 from ranks import SoloWorld
 
-from hfprune_dist import claims
-from hfprune_dist.artifacts import Store
-from hfprune_dist.claims import ClaimLostError, try_claim
-from hfprune_dist.config import RuntimeConfig
+from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.errors import LostInputError
-from hfprune_dist.identity import FileHashes
-from hfprune_dist.inputs import ChangedInputError, Input
-from hfprune_dist.plan import Stage
-from hfprune_dist.progress import Progress
+from hfprune_dist.planning.user_files import ChangedInputError
 from hfprune_dist.stages.context import Context
+from hfprune_dist.store import claims
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.claims import ClaimLostError, try_claim
+from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.stage import Input, Stage
 
 NEED = Stage("importance", "a", {}, {"model": Input("digest", "/somewhere")})
 

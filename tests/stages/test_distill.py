@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hfprune_dist.artifacts import Store
-from hfprune_dist.config import DistillationConfig
-from hfprune_dist.models.checkpoint import open_checkpoint
-from hfprune_dist.models.surgery import config_changes, mlp_cuts, write_companions, write_weight_file
-from hfprune_dist.parallel.dense_states import write_dense_states
-from hfprune_dist.parallel.layerwise import LayerStream
-from hfprune_dist.plan import Stage
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.write_pruned import config_changes, mlp_cuts, write_companions, write_weight_file
+from hfprune_dist.config.schema import DistillationConfig
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Stage
+from hfprune_dist.training.teacher_states import write_dense_states
 
 REFERENCE, PRUNE = Stage("reference", "tiny", {}, {}), Stage("prune", "tiny", {}, {})
 WINDOWS, TOKENS, MICRO_BATCH = 6, 24, 2

@@ -16,20 +16,20 @@ from hypothesis import strategies as st
 from ranks import SoloWorld
 from tiny import save_tiny, tiny_text, tiny_tokenizer, write_documents
 
-from hfprune_dist.artifacts import Store
-from hfprune_dist.config import EvaluationConfig, RuntimeConfig
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
 from hfprune_dist.data.windows import load_windows
+from hfprune_dist.distributed import frozen_model as inference
+from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.files import read_json, write_json
-from hfprune_dist.identity import FileHashes
-from hfprune_dist.models.checkpoint import open_checkpoint
-from hfprune_dist.parallel import inference
-from hfprune_dist.parallel.sharded_lm import AnswerLog, ShardedLM
-from hfprune_dist.parallel.world import World
-from hfprune_dist.plan import Input, Stage
-from hfprune_dist.progress import Progress
+from hfprune_dist.evaluation.sharded_lm import AnswerLog, ShardedLM
 from hfprune_dist.stages import evaluate, reference
 from hfprune_dist.stages.context import Context
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import read_json, write_json
+from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.stage import Input, Stage
 
 PROJECT = Path(__file__).parents[2]
 ALL_TASKS = ["tiny_choice", "tiny_rolling", "tiny_generate", "tiny_lonely", "tiny_group"]
@@ -120,7 +120,7 @@ def make_reference(store, inputs, dense, dtype):
 def start(store, stage, ranks):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.Popen(
-        [*torchrun, str(PROJECT / "launch/stage.py"), str(store.root), stage.id],
+        [*torchrun, str(PROJECT / "launch/stage/run.py"), str(store.root), stage.id],
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

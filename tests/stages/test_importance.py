@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
 from worlds import Death, Ranks, run_in_threads, without_deepspeed
 
-from hfprune_dist.artifacts import Store
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.elimination import elimination_scores
-from hfprune_dist.identity import FileHashes
-from hfprune_dist.models.checkpoint import open_checkpoint
-from hfprune_dist.plan import Input, Stage
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.stage import Input, Stage
 
 pytestmark = pytest.mark.slow
 

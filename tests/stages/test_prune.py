@@ -11,20 +11,20 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
-from hfprune_dist.artifacts import Store
-from hfprune_dist.config import RuntimeConfig
+from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.core.refit import LeastSquares
-from hfprune_dist.identity import FileHashes
+from hfprune_dist.core.least_squares import LeastSquares
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.parallel import reconstruct
-from hfprune_dist.parallel.fitted import FittedLayers
-from hfprune_dist.parallel.measurement import Measurement
-from hfprune_dist.parallel.refit import PursuingRefit
-from hfprune_dist.plan import Input, Stage
-from hfprune_dist.progress import Progress
+from hfprune_dist.refit import gauss_newton_ranks as reconstruct
+from hfprune_dist.refit.measure_widths import Measurement
+from hfprune_dist.refit.refitted_layers import FittedLayers
+from hfprune_dist.refit.run_refit import PursuingRefit
 from hfprune_dist.stages import prune
 from hfprune_dist.stages.context import Context
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.stage import Input, Stage
 
 IMPORTANCE = Stage("importance", "llama", {}, {})
 

@@ -22,17 +22,17 @@ from safetensors.torch import load_file
 from tiny import save_tiny, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hfprune_dist import cache
-from hfprune_dist.artifacts import Store
-from hfprune_dist.config import RecoveryConfig, RuntimeConfig
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.schema import RecoveryConfig, RuntimeConfig
 from hfprune_dist.data.instructions import RowCounts, save_rows
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.checkpoint import open_checkpoint
-from hfprune_dist.parallel.snapshots import Snapshot, Snapshots, read_snapshot
-from hfprune_dist.plan import Input, Stage
-from hfprune_dist.progress import Progress
 from hfprune_dist.stages import recover
 from hfprune_dist.stages.context import Context
+from hfprune_dist.store import file_cache as cache
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.training.snapshots import Snapshot, Snapshots, read_snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
@@ -92,7 +92,7 @@ def lay_out(root: Path, source: Path, **changes: object) -> Run:
 def start(run: Run, ranks: int) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return subprocess.Popen(
-        [sys.executable, *launcher, "launch/stage.py", str(run.store.root), run.stage.id],
+        [sys.executable, *launcher, "launch/stage/run.py", str(run.store.root), run.stage.id],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,

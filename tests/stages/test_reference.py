@@ -10,14 +10,14 @@ from tiny import save_tiny, tiny_model, write_documents
 from transformers import AutoModelForCausalLM
 from worlds import Ranks, run_in_threads
 
-from hfprune_dist.artifacts import Store
-from hfprune_dist.config import RuntimeConfig
+from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.parallel.dense_states import DENSE, DenseStates
-from hfprune_dist.plan import Input, Stage
-from hfprune_dist.progress import Progress
 from hfprune_dist.stages import reference
 from hfprune_dist.stages.context import Context
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.training.teacher_states import DENSE, DenseStates
 
 TEXT = {"windows": 5, "sequence_length": 48, "text_field": "text"}
 IMPORTANCE = Stage("importance", "tiny", {}, {})

@@ -1,8 +1,7 @@
 import pytest
 import torch
-
-from launch.benchmark import measure
-from launch.benchmark.measure import paired_ratios, peak_anonymous_bytes, peak_bytes
+from hfprune_launch.benchmark import measure
+from hfprune_launch.benchmark.measure import paired_ratios, peak_anonymous_bytes, peak_bytes
 
 
 def test_ratios_are_medians_of_pairs_after_a_warm_up(monkeypatch):

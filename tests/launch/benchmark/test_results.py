@@ -1,6 +1,6 @@
 import json
 
-from launch.benchmark.results import Chart, Findings, Line, markdown
+from hfprune_launch.benchmark.results import Chart, Findings, Line, markdown
 
 
 def test_findings_add_up_and_travel_as_json():

@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 from core_definition import definition
+from hfprune_launch.benchmark.scoring import GRADIENT_CRITERIA
+from hfprune_launch.benchmark.subject import Subject
 from tiny import tiny_model
-
-from launch.benchmark.scoring import GRADIENT_CRITERIA
-from launch.benchmark.subject import Subject
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: architectures, reading, cutting and writing weights."""

@@ -1,0 +1,91 @@
+"""LoRA adapters on disk, in peft's format, and adding them to a checkpoint without holding the model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.families import Family
+from hfprune_dist.checkpoints.write_pruned import stream_weight_file
+from hfprune_dist.store.atomic_files import read_json, write_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+_PEFT_PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Low-rank updates of a model's weights: W + scale * B @ A.
+
+    Attributes:
+        scale: alpha / r.
+        factors: weight tensor's name -> (A [r, in_features], B [out_features, r]).
+    """
+
+    scale: float
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+
+
+def lora_targets(family: Family) -> list[str]:
+    """Names of the linear layers that get an adapter: all projections of attention and MLP."""
+    return [*ATTENTION_PROJECTIONS, *family.row_projections, family.down_projection]
+
+
+def write_adapter(folder: Path, parameters: Mapping[str, Tensor], family: Family, rank: int, alpha: int) -> None:
+    """Write an adapter that ``peft.PeftModel.from_pretrained`` loads.
+
+    Args:
+        parameters: the LoRA parameters under the names that they have in a ``PeftModel``.
+    """
+    folder.mkdir()
+    # The base model is left open: its path would differ from machine to machine.
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": lora_targets(family),
+    }
+    write_json(folder / ADAPTER_CONFIG, config)
+    save_file(
+        {name.replace(".default.weight", ".weight"): tensor for name, tensor in parameters.items()},
+        folder / ADAPTER_WEIGHTS,
+        {"format": "pt"},
+    )
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter in peft's format (plain LoRA on linear layers)."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    modules = [name.removesuffix(_A) for name in tensors if name.endswith(_A)]
+    factors = {
+        f"{module.removeprefix(_PEFT_PREFIX)}.weight": (tensors[module + _A], tensors[module + _B])
+        for module in modules
+    }
+    return Adapter(config["lora_alpha"] / config["r"], factors)
+
+
+def merge_weight_file(checkpoint: Checkpoint, file: str, adapter: Adapter, target: Path) -> None:
+    """Write one safetensors file of the checkpoint with the adapter added; shapes and dtypes stay."""
+    unknown = adapter.factors.keys() - checkpoint.tensors.keys()
+    assert not unknown, f"the adapter has weights that the checkpoint lacks: {sorted(unknown)[:3]}"
+    transforms = {name: partial(merged, adapter.scale, *factors) for name, factors in adapter.factors.items()}
+    stream_weight_file(checkpoint, file, {}, transforms, target)
+
+
+def merged(scale: float, factor_a: Tensor, factor_b: Tensor, weight: Tensor) -> Tensor:
+    """W + scale * B @ A, summed in float32 and rounded to the weight's dtype once."""
+    return (weight.float() + scale * (factor_b.float() @ factor_a.float())).to(weight.dtype)

@@ -1,0 +1,86 @@
+"""Tensors in files with a checksum, so that a later attempt takes up what an earlier one wrote, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hfprune_dist.store.atomic_files import publish, set_aside
+
+# The only entry of a header's metadata: safetensors writes several in an order of its own, another one each time.
+ABOUT = "about"
+
+
+class DamagedFileError(Exception):
+    """A file is cut short, or its content is not what was written; the message says which."""
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Replace a safetensors file: its reader sees the old content or the new, even if the node dies on the way.
+
+    Args:
+        texts: what the file's header is to tell besides.
+    """
+    about = {"texts": dict(texts or {}), "crc32": _checksum(tensors, texts or {})}
+    draft = file.with_suffix(".draft")
+    save_file(dict(tensors), draft, {ABOUT: json.dumps(about, sort_keys=True)})
+    publish(draft, file)
+
+
+def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the texts that ``save_tensors`` wrote. A file of an earlier version has no checksum.
+
+    Raises:
+        DamagedFileError: where the content is not what was written.
+    """
+    try:
+        texts, checksum = _about(file)
+        tensors: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise DamagedFileError(f"is cut short or not a safetensors file of ours ({error})") from None
+    if checksum is not None and checksum != _checksum(tensors, texts):
+        raise DamagedFileError("has other content than was written to it")
+    return tensors, texts
+
+
+def read_texts(file: Path) -> dict[str, str]:
+    """The texts that ``save_tensors`` wrote, without a look at the tensors."""
+    return _about(file)[0]
+
+
+def is_usable(file: Path) -> bool:
+    """Whether an earlier attempt left this file whole; one that is damaged is set aside."""
+    if not file.is_file():
+        return False
+    try:
+        load_tensors(file)
+    except DamagedFileError as error:
+        set_aside(file, str(error))
+        return False
+    return True
+
+
+def _about(file: Path) -> tuple[dict[str, str], str | None]:
+    """The texts of a file, and its checksum where it has one."""
+    with safe_open(file, framework="pt") as stream:
+        metadata: dict[str, str] = stream.metadata() or {}
+    if ABOUT not in metadata:
+        return metadata, None
+    about = json.loads(metadata[ABOUT])
+    return about["texts"], about["crc32"]
+
+
+def _checksum(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
+    """CRC-32 over names, dtypes, shapes, texts and bytes."""
+    kinds = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(tensors.items())]
+    crc = zlib.crc32(json.dumps([kinds, sorted(texts.items())]).encode())
+    for _, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"

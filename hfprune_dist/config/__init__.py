@@ -1,0 +1,1 @@
+"""What a user may set, and how files and flags become it."""

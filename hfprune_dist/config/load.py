@@ -1,0 +1,241 @@
+"""How files and flags become a configuration: defaults <- YAML files <- command line, unknown keys refused."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from yaml.constructor import ConstructorError
+
+from hfprune_dist.config.schema import Section, SweepConfig
+from hfprune_dist.errors import UserError, did_you_mean
+
+# Keys whose value is a path: relative ones are taken from the folder of the YAML file that names them, or from the
+# current folder when they come from the command line.
+PATH_KEYS = ("calibration.path", "recovery.path", "evaluation.include_path", "evaluation.fidelity.path")
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where 5e-4 is a string; here it is the number that everybody means.
+
+    An exponent without a sign stays a string, since 4e51234 may be the hash of a revision. So do 010 and 12:30, which
+    YAML 1.1 reads to the bases 8 and 60. A key that stands twice is an error, where PyYAML drops the first.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The keys and values of a mapping.
+
+        Raises:
+            ConstructorError: for a key that stands twice.
+        """
+        names = [key.value for key, _ in node.value]
+        for name, (key, _) in zip(names, node.value, strict=True):
+            if names.count(name) > 1:
+                raise ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node.
+
+        Raises:
+            ConstructorError: for what looks like a type and is no value of it, such as 2024-13-45.
+        """
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise ConstructorError(None, None, f"{node.value!r}: {error}", node.start_mark) from None
+
+
+_INTEGER = "tag:yaml.org,2002:int"
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _INTEGER]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YamlLoader.add_implicit_resolver(
+    _INTEGER, re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"), list("-+0123456789")
+)
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]\d+$"), list("-+0123456789")
+)
+
+
+def load_config(files: Sequence[Path], overrides: Mapping[str, Any]) -> SweepConfig:
+    """Merge defaults, YAML files in order, and dotted command-line overrides into a checked configuration.
+
+    Args:
+        files: YAML files; later ones win, sections are merged key by key.
+        overrides: dotted key -> value, e.g. ``{"calibration.samples": 16}``; wins over every file.
+
+    Raises:
+        UserError: for an unreadable file, an unknown key, a wrong type or a value out of range.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged = _merge(
+            merged,
+            _resolve_paths(read_yaml(file, "--config", "keys and values at the top level"), file.resolve().parent),
+        )
+    command_line: dict[str, Any] = {}
+    for key, value in overrides.items():
+        _set_dotted(command_line, key, value)
+    merged = _merge(merged, _resolve_paths(command_line, Path.cwd()))
+    where = ", ".join([str(file) for file in files] + (["command line"] if overrides else []))
+    return parse(SweepConfig, merged, where or "defaults")
+
+
+SectionT = typing.TypeVar("SectionT", bound=Section)
+
+
+def parse(schema: type[SectionT], raw: Mapping[str, Any], where: str) -> SectionT:
+    """Check ``raw`` against ``schema``; every problem becomes a line of one ``UserError``."""
+    try:
+        return schema.model_validate(dict(raw))
+    except ValidationError as error:
+        lines = [_explain(schema, problem) for problem in error.errors()]
+        raise UserError(f"configuration ({where}):\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def parse_assignment(assignment: str) -> tuple[str, Any]:
+    """Split a ``--set key=value`` argument; the value is read as YAML."""
+    key, separator, text = assignment.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {assignment!r}: write it as key=value, e.g. --set calibration.samples=64")
+    try:
+        return key.strip(), yaml.load(text, _YamlLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"--set {key}: {text!r} is not a YAML value ({error})") from None
+
+
+def parse_list(flag: str, text: str) -> list[str]:
+    """Split a comma-separated flag; an empty list or item is refused."""
+    items = [item.strip() for item in text.split(",")]
+    if not all(items):
+        raise UserError(f"{flag} {text!r}: give one or more values separated by commas, without empty ones")
+    return items
+
+
+def parse_ratios(text: str) -> list[float]:
+    """Read ``--ratios 0.2,0.5``."""
+    try:
+        return [float(item) for item in parse_list("--ratios", text)]
+    except ValueError:
+        percent = "; 20% is 0.2" if "%" in text else ""
+        raise UserError(f"--ratios {text!r}: give numbers between 0 and 1, e.g. --ratios 0.2,0.5{percent}") from None
+
+
+def read_yaml(file: Path, flag: str, expected: str) -> dict[str, Any]:
+    """The keys and values of a YAML file; none where it is empty.
+
+    Args:
+        flag: the option that names the file, for messages.
+        expected: what the file should hold, for messages.
+
+    Raises:
+        UserError: where it can't be read, or holds something else.
+    """
+    try:
+        raw = yaml.load(file.read_text(encoding="utf-8"), _YamlLoader)
+    except OSError as error:
+        raise UserError(f"{flag} {file}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{flag} {file}: not valid YAML: {error}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{flag} {file}: expected {expected}, found {type(raw).__name__}")
+    return raw
+
+
+def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in update.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _set_dotted(target: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = target.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {key}: {parent!r} is already set to a value, it can't hold keys")
+        target = child
+    old = target.get(leaf)
+    target[leaf] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+
+
+def _resolve_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Make the relative paths in ``raw`` absolute, seen from ``base``."""
+    for key in PATH_KEYS:
+        *parents, leaf = key.split(".")
+        section: Any = raw
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        _resolve_key(section, leaf, base)
+    for key, is_path in (("methods", _is_file), ("models", _is_folder)):
+        names = raw.get(key)
+        if isinstance(names, list):
+            raw[key] = [_absolute(name, base) if is_path(name, base) else name for name in names]
+    aliases = raw.get("aliases")
+    for alias in aliases.values() if isinstance(aliases, dict) else ():
+        _resolve_key(alias, "path", base)
+    return raw
+
+
+def _resolve_key(section: Any, key: str, base: Path) -> None:
+    if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:  # empty ones are refused
+        section[key] = _absolute(section[key], base)
+
+
+def _is_file(method: Any, _base: Path) -> bool:
+    return isinstance(method, str) and method.endswith((".yaml", ".yml"))
+
+
+def _is_folder(model: Any, base: Path) -> bool:
+    """Aliases have no slash; what could be a hub id is one where there is no such folder."""
+    return isinstance(model, str) and "/" in model and (not is_hub_id(model) or Path(_absolute(model, base)).is_dir())
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a model's name has the form of an id on the Hugging Face hub: org/name or org/name@revision."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", model, re.ASCII) is not None
+
+
+def _absolute(path: str, base: Path) -> str:
+    try:
+        return str((base / Path(path).expanduser()).resolve())
+    except (ValueError, RuntimeError, OSError) as error:  # a NUL byte, a loop of links
+        raise UserError(f"{path!r}: no path ({error})") from None
+
+
+def _explain(schema: type[Section], problem: Mapping[str, Any]) -> str:
+    """Turn one pydantic problem into a line in our words."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        valid = sorted(_fields_at(schema, location[:-1]))
+        hint = did_you_mean(location[-1], valid)
+        return f"unknown key {key!r}{hint} valid keys: {', '.join(valid)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if key and "input" in problem and problem["type"] not in ("value_error", "missing"):
+        given = problem["input"]
+        percent = location[0] == "ratios" and problem["type"] == "less_than" and 2 <= given < 100
+        return f"{key}: {message} (got {given!r})" + (f"; did you mean {given / 100:g}?" if percent else "")
+    return f"{key}: {message}" if key else message
+
+
+def _fields_at(schema: type[BaseModel], location: Iterable[str]) -> list[str]:
+    """Return the valid keys of the section that ``location`` leads to."""
+    annotation: Any = schema
+    for part in location:
+        if typing.get_origin(annotation) is dict:
+            annotation = typing.get_args(annotation)[1]
+        elif issubclass(annotation, BaseModel) and part in annotation.model_fields:
+            annotation = annotation.model_fields[part].annotation
+    return list(annotation.model_fields)

@@ -1,0 +1,125 @@
+"""Frozen models for forward passes only: whole on every rank, or one model sharded over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.distributed.world import World
+from hfprune_dist.models.loading import load_causal_lm
+
+Sharding = Literal["replicate", "zero3"]
+
+# Share of a device's free memory that weights may take; the rest is for activations, caches and logits.
+WEIGHTS_SHARE = 0.6
+
+
+def choose_sharding(
+    requested: Literal["auto", "replicate", "zero3"], checkpoint: Checkpoint, dtype: torch.dtype, world: World
+) -> Sharding:
+    """Decide together how to place a model: whole on each rank where the weights fit everywhere, else sharded."""
+    if requested != "auto":
+        return requested
+    fits = checkpoint.parameters * dtype.itemsize <= WEIGHTS_SHARE * _free_bytes(world)
+    # One rank alone gains nothing from sharding.
+    return "replicate" if all(world.gather(fits)) or world.size == 1 else "zero3"
+
+
+def _free_bytes(world: World) -> float:
+    if world.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(world.device)[0])
+    return float(psutil.virtual_memory().available / world.local_size)
+
+
+class FrozenModel:
+    """A causal language model without gradients, placed on the ranks of a world.
+
+    Attributes:
+        module: the Hugging Face model. Where it is sharded, each of its forwards is a collective of all ranks.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, batch_size: int, sharding: Sharding, world: World
+    ) -> None:
+        self._family = checkpoint.family
+        self._world = world
+        self._sharded = sharding == "zero3"
+        self.module = (
+            _load_sharded(checkpoint, dtype, batch_size, world)
+            if self._sharded
+            else _load_whole(checkpoint, dtype, world)
+        )
+        self._idle = False
+        if self._sharded:
+            self.module.register_forward_pre_hook(self._announce, prepend=True)
+
+    def final_hidden(self, input_ids_T: Tensor) -> Tensor:
+        """Final hidden states [T, hidden_size] of one sequence. Sharded: every rank must call it equally often."""
+        return self.run_body(input_ids_T[None])[0]
+
+    @torch.no_grad()
+    def run_body(self, input_ids_BT: Tensor) -> Tensor:
+        """The same of several sequences [B, T, hidden_size]."""
+        body = self._family.body_of(self.module)
+        hidden_BTC: Tensor = body(input_ids=input_ids_BT.to(self._world.device), use_cache=False).last_hidden_state
+        return hidden_BTC
+
+    def release(self) -> None:
+        """Give the memory of the weights back; the model can't be used any more."""
+        if self._sharded:
+            from hfprune_dist.distributed.deepspeed_patches import empty_shards
+
+            empty_shards(self.module)
+        else:
+            for parameter in self.module.parameters():
+                parameter.data = parameter.data.new_empty(0)
+
+    @contextmanager
+    def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The whole weight [vocabulary, hidden_size] and bias of the head, for as long as the context lasts."""
+        head = self._family.head_of(self.module)
+        if self._sharded:
+            from hfprune_dist.distributed.zero3 import gathered
+
+            with gathered(head) as weight_and_bias:
+                yield weight_and_bias
+        else:
+            yield head.weight.data, None if head.bias is None else head.bias.data
+
+    def keep_company(self) -> None:
+        """Run along in the other ranks' forwards of ``module`` until no rank needs one more.
+
+        Lets the ranks of a sharded model make different numbers of forwards: call it when done. All ranks must.
+        """
+        if not self._sharded:
+            return
+        token_BT = torch.zeros((1, 1), dtype=torch.int64, device=self._world.device)
+        self._idle = True
+        with torch.no_grad():
+            while any(self._world.gather(False)):
+                self.module(input_ids=token_BT, use_cache=False)
+        self._idle = False
+
+    def _announce(self, *_: Any) -> None:
+        """Before a forward: tell the ranks that are done to run along."""
+        if not self._idle:
+            self._world.gather(True)
+
+
+def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> nn.Module:
+    model = load_causal_lm(checkpoint.path, dtype)
+    whole: nn.Module = model.to(world.device).requires_grad_(False).eval()
+    return whole
+
+
+def _load_sharded(checkpoint: Checkpoint, dtype: torch.dtype, batch_size: int, world: World) -> nn.Module:
+    # DeepSpeed takes long to import, and most evaluations don't need it.
+    from hfprune_dist.distributed.zero3 import load_frozen
+
+    return load_frozen(checkpoint.path, dtype, batch_size, world)

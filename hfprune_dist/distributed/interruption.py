@@ -1,0 +1,49 @@
+"""Ending a stage early without losing its work: a signal sets a flag, ranks agree on it where their work is saved."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a signal may come at once
+    from hfprune_dist.distributed.world import World
+
+
+class Interrupted(BaseException):
+    """All ranks have saved their work and leave together. Not an error, so no ``except Exception`` may stop it."""
+
+
+class Interruption:
+    """Whether this process was asked to end early; by default nobody asks, and nothing is exchanged between ranks.
+
+    Attributes:
+        signal: the first signal that came, None before.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._listening = False
+
+    def listen(self, *signals: int) -> None:
+        """Take these signals as the request; all ranks of a stage must do so, or none."""
+        self._listening = True
+        for number in signals:
+            signal.signal(number, self._note)
+
+    def agreed(self, world: World) -> bool:
+        """Whether any rank was asked to end (a collective: every rank must call it at the same point)."""
+        return self._listening and any(world.gather(self.signal is not None))
+
+    def stop_if_agreed(self, world: World) -> None:
+        """Leave the stage where any rank was asked to; to be called where nothing would be lost.
+
+        Raises:
+            Interrupted: on all ranks together.
+        """
+        if self.agreed(world):
+            raise Interrupted
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        # A handler runs between any two instructions: anything but a flag could meet a half-done collective.
+        self.signal = self.signal or number

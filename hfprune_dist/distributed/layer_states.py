@@ -1,0 +1,76 @@
+"""Hidden states of micro-batches on their way through the layers, on disk, so that a later attempt goes on there.
+
+<folder>/<layers done>.<micro-batch>.safetensors
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
+from hfprune_dist.distributed.world import World
+
+# Hidden states by name.
+Named = Mapping[str, Tensor]
+
+
+class LayerStates:
+    """What was saved last, of all ranks' micro-batches; another number of ranks finds its own among them.
+
+    Args:
+        folder: for one pass and nothing else.
+        micro_batches: of all ranks; a rank has every so-manieth, beginning with the one at its number.
+    """
+
+    def __init__(self, folder: Path, micro_batches: Sequence[int], world: World) -> None:
+        self._folder = folder
+        self._all = list(micro_batches)
+        self._mine = self._all[world.rank :: world.size]
+        self._world = world
+
+    def newest(self) -> tuple[int, dict[int, Named]]:
+        """After how many layers all micro-batches were saved, and this rank's; 0 and nothing where they weren't.
+
+        Collective. Damaged files are set aside.
+        """
+        for done in self._world.broadcast(self._complete()):
+            usable = [is_usable(self._file(done, index)) for index in self._mine]
+            if all(self._world.gather(all(usable))):
+                return done, {index: load_tensors(self._file(done, index))[0] for index in self._mine}
+        return 0, {}
+
+    def save(self, done: int, hidden: Mapping[int, Named]) -> None:
+        """Replace what was saved before, once every rank has saved; collective.
+
+        Args:
+            hidden: micro-batch of this rank -> its hidden states.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for index, named in hidden.items():
+            save_tensors({name: tensor.contiguous() for name, tensor in named.items()}, self._file(done, index))
+        self._world.barrier()
+        for index in self._mine:
+            for file in self._folder.glob(f"*.{index}.safetensors"):
+                if file != self._file(done, index):
+                    file.unlink()
+
+    def discard(self) -> None:
+        """Forget the pass, which is over; collective."""
+        self._world.barrier()
+        if self._world.is_first:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _complete(self) -> list[int]:
+        """Numbers of layers after which there is a file of every micro-batch, the largest first."""
+        found: dict[int, set[int]] = {}
+        for file in self._folder.glob("*.*.safetensors"):
+            done, index = file.name.split(".")[:2]
+            found.setdefault(int(done), set()).add(int(index))
+        return sorted((done for done, indices in found.items() if indices >= set(self._all)), reverse=True)
+
+    def _file(self, done: int, index: int) -> Path:
+        return self._folder / f"{done}.{index}.safetensors"

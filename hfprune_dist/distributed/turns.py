@@ -1,0 +1,48 @@
+"""Layers whose solving doesn't wait for each other, shared out over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from hfprune_dist.distributed.world import World
+
+Work = TypeVar("Work")
+
+
+class Turns(Generic[Work]):
+    """Ranks take turns: each solves one layer of as many as there are ranks, all at the same time.
+
+    Args:
+        layers: that are to be solved, ascending.
+        solve: what a rank does with its layer; it saves the result.
+    """
+
+    def __init__(self, layers: Sequence[int], world: World, solve: Callable[[Work], None]) -> None:
+        self._places = {layer: place for place, layer in enumerate(layers)}
+        self._world = world
+        self._solve = solve
+        self._waiting: Work | None = None
+
+    def is_mine(self, layer: int) -> bool:
+        return self._places[layer] % self._world.size == self._world.rank
+
+    def add(self, layer: int, work: Work | None) -> None:
+        """Add the next layer; once every rank has one, they solve. Collective.
+
+        Args:
+            work: of the rank whose turn it is; None on the others.
+        """
+        if work is not None:
+            self._waiting = work
+        del work
+        place = self._places[layer] + 1
+        if place % self._world.size == 0 or place == len(self._places):
+            self.finish()
+
+    def finish(self) -> None:
+        """Solve what waits; collective, so that no rank leaves while another one still saves."""
+        if self._waiting is not None:
+            self._solve(self._waiting)
+            self._waiting = None
+        self._world.barrier()

@@ -1,0 +1,216 @@
+"""What a whole model computes for one window, which every pass through its layers one at a time must reproduce.
+
+Such a pass makes each layer from its weights and a configuration. An architecture can do more than that between its
+layers (scale embeddings, tell layers apart by their number), and a pass that doesn't know would prune on wrong numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.families import Family
+from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
+from hfprune_dist.distributed.frozen_model import FrozenModel, Sharding, choose_sharding
+from hfprune_dist.distributed.world import World
+from hfprune_dist.errors import UserError
+
+PROBE = "probe.safetensors"
+# Of a window, evenly spread: enough to see any departure, and little to keep of a large model.
+POSITIONS = 32
+# What rounding explains: at the same shapes both computations have the same bits, elsewhere the order of sums differs.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Hidden states of a whole model at some positions of one window.
+
+    Attributes:
+        window_T: its token ids, int64 [tokens].
+        states_LPC: in the model's dtype [num_layers + 2, positions, hidden_size]: what the first layer reads, what each
+            layer puts out, and what the head reads.
+    """
+
+    window_T: Tensor
+    states_LPC: Tensor
+
+    def row_in(self, windows_ST: Tensor) -> int | None:
+        """Which of some windows it is."""
+        if windows_ST.shape[1] != len(self.window_T):
+            return None
+        rows = (windows_ST == self.window_T).all(dim=1).nonzero().flatten().tolist()
+        return rows[0] if rows else None
+
+    def error(self, place: int, hidden_TC: Tensor) -> float:
+        """How far a window's hidden states are from the model's at a place of ``states_LPC``.
+
+        The root mean square, over positions, of |theirs - the model's| / |the model's|. Positions at which the model
+        itself is not finite don't count: that is for others to tell.
+        """
+        model_PC = self.states_LPC[place].double()
+        finite_P = model_PC.isfinite().all(dim=1)
+        theirs_PC = hidden_TC[_positions(len(self.window_T))].cpu().double()
+        return relative_error(theirs_PC[finite_P], model_PC[finite_P])
+
+    @property
+    def tolerance(self) -> float:
+        """The largest error that rounding explains."""
+        return TOLERANCES[self.states_LPC.dtype]
+
+
+def relative_error(ours_NC: Tensor, theirs_NC: Tensor) -> float:
+    """Root mean square over the rows of |ours - theirs| / |theirs|; 0 without rows."""
+    if not len(theirs_NC):
+        return 0.0
+    ratios_N = (ours_NC - theirs_NC).norm(dim=1) / theirs_NC.norm(dim=1).clamp(min=1e-30)
+    return float(ratios_N.square().mean().sqrt())
+
+
+class Guard:
+    """Holds a pass against a probe, on the rank that has the probe's window.
+
+    Args:
+        windows_ST: those of the pass, int64 [windows, tokens]; the probe's is one of them.
+        model_type: for messages.
+    """
+
+    def __init__(self, probe: Probe, windows_ST: Tensor, micro_batch_size: int, model_type: str, world: World) -> None:
+        row = probe.row_in(windows_ST)
+        assert row is not None, "the probe is of another window"
+        self.micro_batch, self.row = divmod(row, micro_batch_size)
+        self._probe = probe
+        self._model_type = model_type
+        self._world = world
+
+    def check(self, place: int, hidden: Mapping[int, Tensor]) -> None:
+        """Compare hidden states with the model's; collective.
+
+        Args:
+            place: in ``Probe.states_LPC``.
+            hidden: micro-batch of this rank -> its hidden states [windows, tokens, hidden_size].
+
+        Raises:
+            UserError: on all ranks, where they depart by more than rounding explains.
+        """
+        error = None
+        if self.micro_batch in hidden:
+            error = self._probe.error(place, hidden[self.micro_batch][self.row])
+        error = self._world.broadcast(error, self.micro_batch % self._world.size)
+        refuse_departure(error, self._probe.tolerance, self._what(place), "it is not supported")
+
+    def _what(self, place: int) -> str:
+        layers = len(self._probe.states_LPC) - 2
+        names = {0: "embeddings", layers + 1: "the final norm's outputs"}
+        what = names.get(place, f"outputs of layer {place - 1}")
+        return f"{self._model_type}: taken through its layers one at a time, {what} depart from the whole model's"
+
+
+def refuse_departure(error: float | None, tolerance: float, what: str, remedy: str) -> None:
+    """End a pass that doesn't compute what the model does.
+
+    Args:
+        error: the same on every rank; None is unknown, and passes.
+
+    Raises:
+        UserError: where it is larger than ``tolerance``, or NaN.
+    """
+    if error is not None and not error <= tolerance:
+        raise UserError(
+            f"{what} by {error:.2g} of their size (rounding explains {tolerance:g}). The architecture does more than "
+            f"its entry in hfprune_dist/checkpoints/families.py says, so results would be wrong; {remedy}"
+        )
+
+
+def obtain_probe(
+    checkpoint: Checkpoint,
+    windows_ST: Tensor,
+    dtype: torch.dtype,
+    micro_batch_size: int,
+    world: World,
+    *,
+    saved: Path | None,
+    sharding: Sharding | str,
+) -> Probe:
+    """The probe of a model for a pass over some windows; collective.
+
+    Args:
+        saved: where a calibration pass of this model left it. Where it didn't, or with other windows or another dtype,
+            the whole model is loaded for one forward of the first micro-batch.
+        sharding: how it is then placed on the ranks (``runtime.sharding``).
+    """
+    probe = world.broadcast(_read(saved) if world.is_first and saved is not None else None)
+    if probe is not None and probe.states_LPC.dtype == dtype and probe.row_in(windows_ST) is not None:
+        return probe
+    return _computed(checkpoint, windows_ST[:micro_batch_size], dtype, sharding, world)
+
+
+def record_probe(model: nn.Module, family: Family, file: Path) -> None:
+    """Let the model's next forward leave its first window's probe in a file."""
+    _record(model, family, lambda probe: _write(file, probe))
+
+
+def _computed(checkpoint: Checkpoint, windows_BT: Tensor, dtype: torch.dtype, sharding: Any, world: World) -> Probe:
+    placed = choose_sharding(sharding, checkpoint, dtype, world)
+    probes: list[Probe] = []
+    if placed == "zero3" or world.is_first:
+        model = FrozenModel(checkpoint, dtype, len(windows_BT), placed, world)
+        _record(model.module, checkpoint.family, probes.append)
+        model.run_body(windows_BT)
+        model.release()
+    return world.broadcast(probes[0] if probes else Probe(windows_BT[0], torch.empty(0)))
+
+
+def _record(model: nn.Module, family: Family, take: Callable[[Probe], None]) -> None:
+    """Let the next forward of a model's body hand over a probe of its first window."""
+    body, layers = family.body_of(model), family.layers_of(model)
+    windows: list[Tensor] = []
+    states: list[Tensor] = []
+
+    def keep(hidden_BTC: Tensor) -> None:
+        hidden_TC = hidden_BTC[0].detach()
+        states.append(hidden_TC[_positions(len(hidden_TC)).to(hidden_TC.device)].cpu())
+
+    def begin(_module: nn.Module, _inputs: Any, options: Mapping[str, Any]) -> None:
+        windows.append(options["input_ids"][0].cpu())
+
+    def before_first(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        keep(inputs[0])
+
+    def after_each(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        keep(output if isinstance(output, Tensor) else output[0])
+
+    def end(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        keep(output.last_hidden_state)
+        for handle in handles:
+            handle.remove()
+        take(Probe(windows[0], torch.stack(states)))
+
+    handles = [
+        body.register_forward_pre_hook(begin, with_kwargs=True),
+        layers[0].register_forward_pre_hook(before_first),
+        *(layer.register_forward_hook(after_each) for layer in layers),
+        body.register_forward_hook(end),
+    ]
+
+
+def _positions(tokens: int) -> Tensor:
+    """Of the tokens that a probe keeps, the first and the last among them."""
+    return torch.linspace(0, tokens - 1, min(tokens, POSITIONS)).round().long()
+
+
+def _write(file: Path, probe: Probe) -> None:
+    save_tensors({"input_ids": probe.window_T, "hidden_states": probe.states_LPC}, file)
+
+
+def _read(file: Path) -> Probe | None:
+    if not is_usable(file):
+        return None
+    tensors, _ = load_tensors(file)
+    return Probe(tensors["input_ids"], tensors["hidden_states"])

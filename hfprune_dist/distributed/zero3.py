@@ -1,0 +1,79 @@
+"""Models sharded over all ranks with DeepSpeed ZeRO-3."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from hfprune_dist.distributed.deepspeed_patches import begin_steps_at, skip_inference_kernels
+from hfprune_dist.distributed.world import World
+from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary
+
+
+def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
+    """DeepSpeed configuration for frozen models: parameters sharded, gathered layer by layer when used.
+
+    ``torch.nn.functional.linear`` stays torch's: a forward without gradients keeps no weight in any case, and for
+    backward there is ``models.lean.keep_no_gathered_weights`` (see ``torchs_linear_afterwards``).
+    """
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": False,
+            "memory_efficient_linear": False,
+        },
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+
+
+def init_deepspeed(world: World) -> None:
+    """Let DeepSpeed use the process group that the world has joined."""
+    skip_inference_kernels()
+    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
+
+
+def load_frozen(
+    checkpoint: Path,
+    dtype: torch.dtype,
+    micro_batch_size: int,
+    world: World,
+    body_of: Callable[[nn.Module], nn.Module] | None = None,
+) -> nn.Module:
+    """Load a checkpoint sharded over the world, with no parameter that needs a gradient.
+
+    Run the returned module itself: its hooks gather and release parameters, forward and backward.
+
+    Args:
+        body_of: the part of the module whose forwards will be run in place of the module's.
+    """
+    config = zero3_config(dtype, micro_batch_size)
+    init_deepspeed(world)
+    keep_alive = HfDeepSpeedConfig(config)  # from_pretrained shards while such an object exists
+    model = load_causal_lm(checkpoint, dtype)
+    del keep_alive
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    module: nn.Module = engine.module
+    require_exact_rotary(module, checkpoint)
+    if body_of is not None:
+        begin_steps_at(body_of(module), engine)
+    gc.freeze()  # else Python walks all modules and parameters again and again
+    return module.eval()
+
+
+@contextmanager
+def gathered(linear: nn.Linear) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The whole weight and bias of a sharded linear layer, for as long as the context lasts."""
+    with deepspeed.zero.GatheredParameters(list(linear.parameters(recurse=False))):
+        yield linear.weight.data, None if linear.bias is None else linear.bias.data

@@ -1,0 +1,350 @@
+"""lm-eval's tasks: are they known, how to load them fast, and what of their results is kept.
+
+lm-eval ships 14,000 YAML files, and its own index parses all of them (12 s). Here their text is searched for the wanted
+names (0.6 s), and only the folders that define them are indexed, wherever that gives the same tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib.util
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.store.hashing import digest_of
+
+# Loaders of the datasets library that read local files: what they build is not worth keeping in the user's cache.
+FILE_LOADERS = ("arrow", "csv", "json", "parquet", "text")
+DEFINITION = re.compile(r"^(task|group|tag):[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A name that lm-eval understands, and the YAML file that defines it.
+
+    Attributes:
+        kind: task, group, or tag (a name for all tasks that carry it).
+        members: names that a group lists, where they are known.
+    """
+
+    kind: str
+    file: Path
+    members: tuple[str, ...] = ()
+
+
+def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
+    """Refuse task names that lm-eval doesn't know, and those of the user's task files that can't be used.
+
+    Raises:
+        UserError: listing all unknown names, each with a close match where there is one; or naming a file that a task
+            of the user's reads, and that is missing or empty.
+    """
+    own, unreadable = _own_definitions(include_path)
+    if include_path is not None and not (own or unreadable):
+        raise UserError(f"evaluation.include_path: no task is defined in {include_path}/**/*.yaml")
+    _refuse_unknown(tasks, include_path, own, unreadable)
+    for name in _unfolded(tasks, own):
+        if name in own and own[name].kind != "group":
+            assert include_path is not None
+            _check_data(name, own[name].file, include_path)
+
+
+def _refuse_unknown(
+    tasks: Sequence[str], include_path: Path | None, own: Mapping[str, Definition], unreadable: Mapping[Path, str]
+) -> None:
+    unknown = [task for task in tasks if task not in own]
+    shipped = _shipped_definitions() if unknown else {}
+    unknown = [task for task in unknown if task not in shipped]
+    if not unknown:
+        return
+    known = set(own) | set(_open_index(None, include_path).task_index)
+    unknown = [task for task in unknown if task not in known]
+    if unknown:
+        lines = [f"unknown task {task!r}{did_you_mean(task, known)}" for task in unknown]
+        lines += [f"{file}: can't be read: {reason}" for file, reason in unreadable.items()]
+        where = f" and {include_path}" if include_path else " (evaluation.include_path names a folder with more)"
+        raise UserError("evaluation.tasks:\n  " + "\n  ".join(lines) + f"\nknown are the tasks of lm-eval{where}")
+
+
+class TaskLoader:
+    """Turns task names into lm-eval's task objects.
+
+    Args:
+        tasks: all names that will be loaded.
+        include_path: folder with the user's YAML files; relative paths of data in them are taken from this folder.
+        cache: folder for what the datasets library makes of local files.
+    """
+
+    def __init__(self, tasks: Sequence[str], include_path: Path | None, cache: Path) -> None:
+        _silence()
+        include_path = include_path and include_path.resolve()
+        own, _ = _own_definitions(include_path)
+        self._index = _open_index(_folders_of(tasks, own), include_path)
+        self._include_path = include_path
+        self._cache = cache.resolve()
+
+    def load(self, name: str, num_fewshot: int | None) -> Any:
+        """Load a task, or all tasks of a group or tag, with their data.
+
+        Returns:
+            what ``lm_eval.evaluator.evaluate`` takes.
+
+        Raises:
+            UserError: naming the task and why its YAML file or its data can't be loaded.
+        """
+        try:
+            with self._own_folder(), self._own_cache(name):
+                loaded = self._index.load(name)
+            for task in loaded["tasks"].values():
+                _set_fewshot(task, num_fewshot)
+        except Exception as error:  # a task is code and data of others: anything can happen
+            raise UserError(f"task {name!r} can't be loaded: {explain(error)}") from error
+        return loaded
+
+    def _own_folder(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.chdir(self._include_path) if self._include_path else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _own_cache(self, name: str) -> Iterator[None]:
+        """Keep what is made of local files out of the user's cache of downloaded data sets."""
+        import datasets
+
+        usual = datasets.config.HF_DATASETS_CACHE
+        entry = self._index.task_index.get(name)
+        if entry is not None and (entry.cfg or {}).get("dataset_path") in FILE_LOADERS:
+            datasets.config.HF_DATASETS_CACHE = self._cache
+        try:
+            yield
+        finally:
+            datasets.config.HF_DATASETS_CACHE = usual
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of a library."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__
+
+
+def plain(value: Any) -> Any:
+    """A JSON value for anything that lm-eval returns: functions by name, numbers that aren't finite as null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(entry) for entry in value]
+    if hasattr(value, "item"):  # a number of numpy's
+        return plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return getattr(value, "__qualname__", None) or str(value)
+
+
+def scores_of(name: str, result: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """The scores of a task or group under its name; where it has none of its own (a tag), those of its members.
+
+    Args:
+        result: what ``lm_eval.evaluator.evaluate`` returned for ``name``, made plain.
+    """
+    cleaned = {member: clean_metrics(metrics) for member, metrics in result["results"].items()}
+    return (
+        {name: cleaned[name]} if cleaned.get(name) else {member: scores for member, scores in cleaned.items() if scores}
+    )
+
+
+def clean_metrics(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Rename lm-eval's ``metric,filter`` keys: ``acc,none`` to ``acc``, ``f1,strict`` to ``f1[strict]``.
+
+    A standard error keeps its suffix at the end (``f1[strict]_stderr``) and is None where lm-eval has none.
+    """
+    cleaned: dict[str, float | None] = {}
+    for key, value in metrics.items():
+        metric, separator, filter_name = key.partition(",")
+        if separator:
+            base = metric.removesuffix("_stderr")
+            suffix = metric[len(base) :]
+            readable = base + ("" if filter_name == "none" else f"[{filter_name}]") + suffix
+            cleaned[readable] = value if isinstance(value, int | float) else None
+    return cleaned
+
+
+def details_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What lm-eval reports about a task besides its configuration, of which a hash is kept."""
+    kept = ("results", "groups", "group_subtasks", "n-samples", "n-shot", "versions", "higher_is_better")
+    hashes = {task: digest_of(config)[:16] for task, config in result["configs"].items()}
+    return {key: result[key] for key in kept if key in result} | {"config_hashes": hashes}
+
+
+def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
+    """As lm-eval's command line does: a task that says 0 itself stays at 0; sampled examples have a fixed seed."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    usual = task.get_config("num_fewshot")
+    if num_fewshot is None:
+        task.set_config(key="num_fewshot", value=usual or 0)
+    elif usual != 0:
+        task.set_config(key="num_fewshot", value=num_fewshot)
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+
+
+def _silence() -> None:
+    """No progress bars and chatter: progress has its own file, errors their own messages."""
+    import datasets
+    import lm_eval.api.task
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    lm_eval.api.task.tqdm = lambda documents, **_: documents  # a bar without a switch
+
+
+def _open_index(folders: Sequence[Path] | None, include_path: Path | None) -> Any:
+    """lm-eval's index over some of its folders (None: all of them) and the user's."""
+    from lm_eval.tasks import TaskManager
+
+    paths = [*(folders or []), *([include_path] if include_path else [])]
+    return TaskManager(include_path=paths, include_defaults=folders is None)
+
+
+def _folders_of(tasks: Sequence[str], own: Mapping[str, Definition]) -> list[Path] | None:
+    """The folders of lm-eval's that define what ``tasks`` need besides the user's; None: only a full index tells."""
+    wanted = _unfolded(tasks, own)
+    if any(name in own and own[name].kind == "tag" for name in wanted):
+        return None  # others' tasks may carry it, too
+    foreign = {name for name in wanted if name not in own}
+    shipped = _shipped_definitions() if foreign else {}
+    if not all(name in shipped and shipped[name].kind == "task" for name in foreign):
+        return None
+    return sorted({shipped[name].file.parent for name in foreign})
+
+
+def _unfolded(tasks: Sequence[str], own: Mapping[str, Definition]) -> list[str]:
+    """The tasks, and the members of those that are groups of the user's."""
+    wanted = list(tasks)
+    for name in wanted:  # grows while groups unfold
+        members = own[name].members if name in own else ()
+        wanted += [member for member in dict.fromkeys(members) if member not in wanted]
+    return wanted
+
+
+def _shipped_definitions() -> dict[str, Definition]:
+    """Names in lm-eval's own YAML files, found without parsing them; tags in lists and inherited names are missed."""
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None and spec.submodule_search_locations
+    found: dict[str, Definition] = {}
+    # In lm-eval's own order, in which the first definition of a name counts.
+    for file in sorted((Path(spec.submodule_search_locations[0]) / "tasks").glob("**/*.yaml"), key=Path.as_posix):
+        for kind, name in DEFINITION.findall(file.read_text(encoding="utf-8", errors="replace")):
+            found.setdefault(name, Definition(kind, file))
+    return found
+
+
+def _own_definitions(folder: Path | None) -> tuple[dict[str, Definition], dict[Path, str]]:
+    """What the user's YAML files define, and those that can't be read, with the reason."""
+    found: dict[str, Definition] = {}
+    unreadable: dict[Path, str] = {}
+    for file in sorted(folder.glob("**/*.yaml")) if folder else ():
+        try:
+            content = _read_yaml(file)
+        except (yaml.YAMLError, OSError, ValueError) as error:  # ValueError: not UTF-8; a date that is none
+            unreadable[file] = explain(error)
+            continue
+        if isinstance(content, dict):
+            _define(content, file, found)
+    return found, unreadable
+
+
+def _read_yaml(file: Path) -> Any:
+    return yaml.load(file.read_text(encoding="utf-8"), _TaskYaml)
+
+
+def _check_data(name: str, file: Path, include_path: Path) -> None:
+    """Refuse a task whose local data is missing or empty.
+
+    Raises:
+        UserError: naming the task and the file.
+    """
+    content = _with_included(file)
+    options = content.get("dataset_kwargs")
+    if content.get("dataset_path") not in FILE_LOADERS or not isinstance(options, Mapping):
+        return
+    for pattern in _paths_in(options.get("data_files")):
+        if "://" in pattern:
+            continue
+        files = _matching(include_path / pattern)
+        if not files:
+            raise UserError(
+                f"task {name!r} ({file}): its data {pattern} is missing; it is looked for in {include_path}"
+            )
+        if all(_is_blank(it) for it in files):
+            raise UserError(f"task {name!r} ({file}): its data {pattern} is empty")
+
+
+def _with_included(file: Path) -> dict[str, Any]:
+    """What a task's YAML file says, with what it includes from others, as lm-eval reads it.
+
+    Raises:
+        UserError: where one of them is missing or can't be read.
+    """
+    content = dict(_read_yaml(file))
+    included = content.pop("include", None) or []
+    merged: dict[str, Any] = {}
+    for other in [included] if isinstance(included, str) else included:
+        try:
+            merged |= _with_included(file.parent / other)
+        except FileNotFoundError:
+            raise UserError(f"{file}: includes {other}, which is missing") from None
+        except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{file}: includes {other}, which can't be read: {explain(error)}") from None
+    return merged | content
+
+
+def _paths_in(data_files: Any) -> Iterator[str]:
+    """A path, several, or those of each split."""
+    if isinstance(data_files, str):
+        yield data_files
+    elif isinstance(data_files, Mapping | list):
+        for entry in data_files.values() if isinstance(data_files, Mapping) else data_files:
+            yield from _paths_in(entry)
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """The file of this name, or those whose names match the pattern."""
+    names = [str(pattern)] if pattern.is_file() else glob.glob(str(pattern), recursive=True)  # noqa: PTH207
+    return [Path(name) for name in names]
+
+
+def _is_blank(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return not stream.read(4096).strip()
+
+
+def _define(content: Mapping[str, Any], file: Path, found: dict[str, Definition]) -> None:
+    if isinstance(content.get("group"), str):
+        members = content.get("task")
+        names = [_name_of(member) for member in members] if isinstance(members, list) else []
+        found.setdefault(content["group"], Definition("group", file, tuple(names)))
+    elif isinstance(content.get("task"), str):
+        found.setdefault(content["task"], Definition("task", file))
+        tags = content.get("tag") or []
+        for tag in [tags] if isinstance(tags, str) else tags:
+            found.setdefault(str(tag), Definition("tag", file))
+
+
+def _name_of(member: Any) -> str:
+    """The name that a group's entry refers to; an inline group's own name, which is defined nowhere else."""
+    return str(member.get("task") if isinstance(member, Mapping) and "group" not in member else member)
+
+
+class _TaskYaml(yaml.SafeLoader):
+    """YAML with lm-eval's ``!function module.name`` tags, which are not run here."""
+
+
+_TaskYaml.add_multi_constructor("!function", lambda loader, suffix, node: None)

@@ -1,0 +1,227 @@
+"""lm-eval's Hugging Face model, answering with all ranks of a world.
+
+lm-eval runs on rank 0 alone and sees one process: there it builds the requests and scores the answers. The other ranks
+serve. Requests are cut into chunks that don't depend on the number of ranks, and every chunk is answered in one place.
+So answers and scores have the same bits on any number of ranks, a task may have fewer documents than there are ranks,
+and a killed task goes on at a chunk, whatever the number of ranks was and is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from hfprune_dist.distributed.frozen_model import FrozenModel
+from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.distributed.world import World
+from hfprune_dist.store.hashing import digest_of
+
+# Batches per chunk, at most. Choices of one letter share a forward where they share a chunk: several batches keep them
+# together.
+CHUNK_BATCHES = 4
+# Chunks per task, where batches stay whole: ranks wait for each other after each, and the last may have none left.
+WANTED_CHUNKS = 64
+
+Arguments = tuple[Any, ...]
+# (method of the model, index of a chunk, arguments of its requests)
+Chunk = tuple[str, int, list[Arguments]]
+
+
+class ModelError(Exception):
+    """The model failed to answer; the reason is the cause. Other errors inside lm-eval are a task's."""
+
+
+class AnswerLog:
+    """The answers of finished chunks of one task, in a file that survives the stage.
+
+    Args:
+        file: JSON lines with a checksum each; lines that are damaged are passed over, and their chunks asked again.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._answers: dict[str, list[Any]] = dict(_read_lines(file))
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def get(self, chunk: Chunk) -> list[Any] | None:
+        return self._answers.get(digest_of(chunk))
+
+    def add(self, chunks: Sequence[Chunk], answers: Sequence[list[Any]]) -> None:
+        with self._file.open("a", encoding="utf-8") as stream:
+            for chunk, chunk_answers in zip(chunks, answers, strict=True):
+                entry = [digest_of(chunk), chunk_answers]
+                stream.write("\n" + json.dumps([*entry, _checksum(entry)]))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+class ShardedLM(HFLM):  # type: ignore[misc]
+    """An lm-eval model over a ``FrozenModel``: ask it on rank 0 while the other ranks ``serve``.
+
+    Args:
+        tokenizer: the model's; it is told whether to add BOS.
+        interruption: looked at after every round of chunks, on all ranks.
+        batch_size: requests per forward of one rank.
+        add_bos_token: begin every sequence with BOS, where the tokenizer has one.
+    """
+
+    def __init__(
+        self,
+        model: FrozenModel,
+        tokenizer: Any,
+        world: World,
+        interruption: Interruption,
+        batch_size: int,
+        add_bos_token: bool,
+    ) -> None:
+        if tokenizer.bos_token_id is not None:
+            tokenizer.add_bos_token = add_bos_token  # some tokenizers add none unless told so
+        super().__init__(
+            pretrained=model.module,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=batch_size,
+            add_bos_token=add_bos_token,
+            softmax_dtype=torch.float32,  # summed over a document, bfloat16 keeps no more than three digits
+        )
+        self._device = world.device
+        self._wants_bos = add_bos_token
+        self._world = world
+        self._interruption = interruption
+        self._frozen = model
+        self._log: AnswerLog | None = None
+        self._report: Callable[[int, int], None] = lambda done, total: None
+
+    # On rank 0: what lm-eval calls.
+
+    @contextmanager
+    def task(self, log: AnswerLog, report: Callable[[int, int], None]) -> Iterator[None]:
+        """Answer out of ``log`` where it knows the answer, add to it, and report (done, total) requests."""
+        self._log, self._report = log, report
+        yield
+        self._log, self._report = None, lambda done, total: None
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return [(float(value), bool(greedy)) for value, greedy in self._ask("loglikelihood", requests)]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        return self._ask("loglikelihood_rolling", requests)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        return self._ask("generate_until", requests)
+
+    def dismiss(self) -> None:
+        """Let the serving ranks go."""
+        self._world.broadcast(None)
+
+    def _ask(self, method: str, requests: list[Instance]) -> list[Any]:
+        """Have all ranks answer, one chunk each at a time."""
+        try:
+            return self._ask_all_ranks(method, [tuple(request.args) for request in requests])
+        except Exception as error:
+            raise ModelError(f"{method}: {error}") from error
+
+    def _ask_all_ranks(self, method: str, requests: list[Arguments]) -> list[Any]:
+        assert self._log is not None
+        order = sorted(range(len(requests)), key=lambda index: _by_length(requests[index]))
+        size = chunk_size(method, len(requests), self.batch_size)
+        places = [order[start : start + size] for start in range(0, len(order), size)]
+        chunks = [(method, number, [requests[index] for index in place]) for number, place in enumerate(places)]
+        known = [self._log.get(chunk) for chunk in chunks]
+        missing = [number for number, answers in enumerate(known) if answers is None]
+        for start in range(0, len(missing), self._world.size):
+            self._report(len(requests) - sum(len(places[number]) for number in missing[start:]), len(requests))
+            now = missing[start : start + self._world.size]
+            answers = self._share([chunks[number] for number in now])
+            self._log.add([chunks[number] for number in now], answers)
+            self._interruption.stop_if_agreed(self._world)
+            for number, chunk_answers in zip(now, answers, strict=True):
+                known[number] = chunk_answers
+        self._report(len(requests), len(requests))
+        return _in_place(places, known, len(requests))
+
+    # On all ranks.
+
+    def serve(self) -> None:
+        """Answer with rank 0 until it dismisses this rank."""
+        while (chunks := self._world.broadcast(None)) is not None:
+            self._answer_mine(chunks)
+            self._interruption.stop_if_agreed(self._world)
+
+    def _share(self, chunks: list[Chunk]) -> list[list[Any]]:
+        return self._answer_mine(self._world.broadcast(chunks))
+
+    def _answer_mine(self, chunks: list[Chunk]) -> list[list[Any]]:
+        """Answer this rank's chunk, if there is one for it; return the answers to all chunks."""
+        answers = self._answer(*chunks[self._world.rank]) if self._world.rank < len(chunks) else []
+        self._frozen.keep_company()
+        return self._world.gather(answers)[: len(chunks)]
+
+    def _answer(self, method: str, number: int, arguments: list[Arguments]) -> list[Any]:
+        """Have lm-eval's own code answer a chunk; where it samples, the seed is the chunk's."""
+        torch.manual_seed(number)
+        requests = [Instance(method, {}, args, index) for index, args in enumerate(arguments)]
+        # Rolling windows begin with BOS anyhow; a second one would count as text to be predicted.
+        with self._without_bos() if method == "loglikelihood_rolling" else nullcontext():
+            answers: list[Any] = getattr(super(), method)(requests, disable_tqdm=True)
+        return answers
+
+    @contextmanager
+    def _without_bos(self) -> Iterator[None]:
+        self.add_bos_token = False
+        yield
+        self.add_bos_token = self._wants_bos
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+
+def chunk_size(method: str, requests: int, batch_size: int) -> int:
+    """Requests per chunk of a task; the same for any number of ranks, so that their answers have the same bits.
+
+    Whole batches; documents to be read from end to end make batches of their own, since each has many windows.
+    """
+    unit = 1 if method == "loglikelihood_rolling" else batch_size
+    return min(-(-requests // (WANTED_CHUNKS * unit)) * unit, CHUNK_BATCHES * batch_size)
+
+
+def _by_length(arguments: Arguments) -> tuple[int, str]:
+    """Longest first, so that memory runs out at once or never; the same prompts next to each other."""
+    return -sum(len(part) for part in arguments if isinstance(part, str)), str(arguments[0])
+
+
+def _in_place(places: list[list[int]], answers: Sequence[list[Any] | None], total: int) -> list[Any]:
+    """Bring the answers of sorted chunks back into the order of the requests."""
+    result: list[Any] = [None] * total
+    for place, chunk_answers in zip(places, answers, strict=True):
+        assert chunk_answers is not None
+        for index, answer in zip(place, chunk_answers, strict=True):
+            result[index] = answer
+    return result
+
+
+def _read_lines(file: Path) -> Iterator[tuple[str, list[Any]]]:
+    if not file.is_file():
+        return
+    for line in file.read_bytes().split(b"\n"):
+        try:
+            *entry, checksum = json.loads(line)
+        except (ValueError, TypeError):
+            continue  # empty, cut short by a kill, or damaged
+        if checksum == _checksum(entry):
+            key, answers = entry
+            yield key, answers
+
+
+def _checksum(entry: list[Any]) -> int:
+    """CRC-32 of a line without its checksum."""
+    return zlib.crc32(json.dumps(entry).encode())

@@ -1,0 +1,133 @@
+"""A checkpoint's decoder, one layer at a time: memory for one layer, whatever the model's size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.families import Family
+from hfprune_dist.checkpoints.read_tensors import read_tensor
+from hfprune_dist.core.fidelity import Outputs
+
+
+@dataclass(frozen=True)
+class Head:
+    """The end of a model: final norm, and the projection to the vocabulary."""
+
+    norm: nn.Module
+    weight_VC: Tensor
+    bias_V: Tensor | None
+
+    def outputs(self, hidden_BTC: Tensor) -> Outputs:
+        """From what the last layer puts out."""
+        return Outputs(self.norm(hidden_BTC).flatten(0, 1), self.weight_VC, self.bias_V)
+
+
+class LayerReader:
+    """Makes the layers of a checkpoint, each as a decoder that has this layer alone and no final norm.
+
+    So a layer sees the masks and positions that its architecture makes for it.
+
+    Args:
+        dtype: of weights and activations.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._device = device
+        self._config: Any = AutoConfig.from_pretrained(checkpoint.path)
+
+    def embed(self, batches: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """What the first layer reads, for micro-batches of ids [windows, tokens]: [windows, tokens, hidden_size] each,
+        on the CPU.
+        """
+        table_VC = read_tensor(self._checkpoint, self._checkpoint.family.embedding_tensor()).to(self._dtype)
+        return {index: nn.functional.embedding(ids_BT, table_VC) for index, ids_BT in batches.items()}
+
+    def layer(self, number: int) -> nn.Module:
+        """The decoder of one layer; call it through ``run``."""
+        family = self._checkpoint.family
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                self._layer_config(number), dtype=self._dtype, attn_implementation="sdpa"
+            )
+        body: nn.Module = family.body_of(model)
+        body.norm = nn.Identity()
+        body.embed_tokens = None  # type: ignore[assignment]
+        body.rotary_emb = type(body.rotary_emb)(body.config)  # its buffers are computed, not read
+        prefix = f"{family.layers}.{number}."
+        weights = {
+            f"layers.0.{name.removeprefix(prefix)}": self._read(name)
+            for name in self._checkpoint.tensors
+            if name.startswith(prefix)
+        }
+        body.load_state_dict(weights, strict=False, assign=True)
+        missing = [name for name, parameter in body.named_parameters() if parameter.is_meta]
+        assert not missing, f"layer {number}: the checkpoint lacks {missing}"
+        return body.to(self._device).requires_grad_(False).eval()
+
+    def head(self) -> Head:
+        """What turns the last layer's output into logits."""
+        family, names = self._checkpoint.family, self._checkpoint.tensors
+        weight = family.head_tensor()
+        bias = f"{family.head}.bias"
+        return Head(
+            self.final_norm(),
+            self._read(weight if weight in names else family.embedding_tensor()),  # else tied to the embedding
+            self._read(bias) if bias in names else None,
+        )
+
+    def final_norm(self) -> nn.Module:
+        """Between the last layer and the head."""
+        family = self._checkpoint.family
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self._layer_config(0), dtype=self._dtype)
+        norm: nn.Module = model.get_submodule(family.norm)
+        norm.load_state_dict({"weight": self._read(family.norm_tensor())}, assign=True)
+        return norm.requires_grad_(False)
+
+    def _read(self, name: str) -> Tensor:
+        return read_tensor(self._checkpoint, name).to(self._device, self._dtype)
+
+    def _layer_config(self, number: int) -> Any:
+        config = copy.deepcopy(self._config.per_layer_config[number])
+        config.num_hidden_layers = 1
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[number]]
+        config.use_cache = False
+        return config
+
+
+@torch.no_grad()
+def run(layer: nn.Module, hidden_BTC: Tensor) -> Tensor:
+    """One layer's output, same shape."""
+    output_BTC: Tensor = layer(inputs_embeds=hidden_BTC, use_cache=False).last_hidden_state
+    return output_BTC
+
+
+def mlp_of(layer: nn.Module) -> nn.Module:
+    """The MLP inside what ``LayerReader.layer`` made."""
+    return layer.get_submodule("layers.0.mlp")
+
+
+def projection(mlp: nn.Module, name: str) -> nn.Linear:
+    """One of an MLP's projections, by its family's name for it."""
+    return cast("nn.Linear", mlp.get_submodule(name))
+
+
+def narrow(mlp: nn.Module, family: Family, kept: Tensor) -> None:
+    """Leave an MLP the neurons ``kept`` (ascending int64 indices) alone."""
+    for name in family.row_projections:
+        row = mlp.get_submodule(name)
+        for parameter in row.parameters():
+            parameter.data = parameter.data[kept.to(parameter.device)]
+    column = projection(mlp, family.down_projection).weight
+    column.data = column.data[:, kept.to(column.device)]

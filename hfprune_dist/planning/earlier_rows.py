@@ -1,0 +1,77 @@
+"""Rows that earlier runs in a folder made, beside those of today's plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from hfprune_dist.planning.plan import Cell, Plan, label_of
+from hfprune_dist.store.stage import Stage
+
+
+def with_earlier_rows(today: Plan, earlier: Plan) -> Plan:
+    """Today's plan, and every earlier row that it doesn't replace.
+
+    A row is replaced by today's of the same model, ratio, method and recovery, whatever its settings, and by one with
+    the same evaluation. Rows are in the order of models, ratios, methods and recovery, where both plans have some.
+    """
+    places = {_place(cell) for cell in today.cells} | {cell.evaluate for cell in today.cells}
+    kept = [cell for cell in earlier.cells if not {_place(cell), cell.evaluate} & places]
+    if not kept:
+        return today
+    needed = {stage_id: earlier.stages[stage_id] for cell in kept for stage_id in earlier.behind(cell)}
+    stages = {**today.stages, **{stage_id: stage for stage_id, stage in needed.items() if stage_id not in today.stages}}
+    cells = [*today.cells, *_relabelled(kept, today)]
+    return replace(today, stages=stages, cells=tuple(_in_order(cells, [*earlier.cells, *today.cells])))
+
+
+def kept_rows(today: Plan, folder: Plan) -> list[Cell]:
+    """The rows of a folder that today's plan doesn't have."""
+    planned = set(today.cells)
+    return [cell for cell in folder.cells if cell not in planned]
+
+
+def measured_otherwise(today: Plan, folder: Plan) -> list[Cell]:
+    """Of these, the ones whose scores can't be compared with today's of that model: other weights, text or tasks."""
+    scales = {cell.model: _scale(today.stages[cell.evaluate]) for cell in today.cells}
+    return [
+        cell
+        for cell in kept_rows(today, folder)
+        if cell.model in scales and scales[cell.model] != _scale(folder.stages[cell.evaluate])
+    ]
+
+
+def without_rows(plan: Plan, labels: Iterable[str]) -> Plan:
+    """A plan without some of its rows, and without the stages that nothing else needs."""
+    dropped = set(labels)
+    cells = tuple(cell for cell in plan.cells if cell.label not in dropped)
+    needed = {stage_id for cell in cells for stage_id in plan.behind(cell)} | {*plan.asked}
+    return replace(plan, stages={key: stage for key, stage in plan.stages.items() if key in needed}, cells=cells)
+
+
+def _place(cell: Cell) -> str:
+    return repr((cell.model, None if cell.ratio is None else f"{cell.ratio:g}", cell.method, cell.recovery))
+
+
+def _scale(stage: Stage) -> object:
+    """What an evaluation's scores depend on besides the model that is evaluated."""
+    inputs = {role: source.identity for role, source in stage.inputs.items() if role != "model"}
+    return stage.version, stage.params, inputs
+
+
+def _relabelled(kept: list[Cell], today: Plan) -> list[Cell]:
+    """Where there are several methods, a label names its own."""
+    if len({cell.method for cell in (*kept, *today.cells)} - {None}) < 2:
+        return kept
+    return [replace(cell, label=label_of(cell.model, cell.ratio, cell.method, cell.recovery)) for cell in kept]
+
+
+def _in_order(cells: list[Cell], seen: list[Cell]) -> list[Cell]:
+    """Models and methods in the order in which they were first planned."""
+    models = list(dict.fromkeys(cell.model for cell in seen))
+    methods = list(dict.fromkeys(cell.method for cell in seen))
+
+    def turn(cell: Cell) -> tuple[int, float, int, bool]:
+        return models.index(cell.model), cell.ratio or 0.0, methods.index(cell.method), cell.recovery != "none"
+
+    return sorted(cells, key=turn)

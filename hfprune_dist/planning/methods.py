@@ -1,0 +1,40 @@
+"""From the names a user gives to pruning methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hfprune_dist.config.load import parse, read_yaml
+from hfprune_dist.config.schema import Method, SweepConfig
+from hfprune_dist.errors import UserError, did_you_mean
+
+
+def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
+    """The sweep's methods by name: shipped ones or YAML files, with the keys of the ``prune`` section on top.
+
+    Args:
+        shipped: folder with the methods that come with the project, ``<name>.yaml``.
+
+    Raises:
+        UserError: for an unknown method, or a file that isn't one.
+    """
+    files = {file.stem: file for file in sorted(shipped.glob("*.yaml"))}
+    on_top = config.prune.model_dump(exclude_none=True)
+    methods: dict[str, Method] = {}
+    seen: dict[Path, str] = {}
+    for name in config.methods:
+        file = files.get(name, Path(name).expanduser())
+        if name not in files and file.suffix not in (".yaml", ".yml"):
+            raise UserError(
+                f"--methods: unknown method {name!r}{did_you_mean(name, files)} valid: {', '.join(files)}, "
+                "or a YAML file"
+            )
+        if file.resolve() in seen:
+            raise UserError(f"--methods: {seen[file.resolve()]!r} and {name!r} are the same method; name it once")
+        seen[file.resolve()] = name
+        if file.stem in methods:
+            raise UserError(f"--methods: two methods are called {file.stem!r}; rename one of the files")
+        settings = read_yaml(file, "--methods", "the keys of a method")
+        where = f"{file} with prune.{', prune.'.join(on_top)}" if on_top else str(file)
+        methods[file.stem] = parse(Method, {**settings, **on_top}, where)
+    return methods

@@ -1,0 +1,133 @@
+"""From the names a user gives to checkpoint folders with an identity."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import yaml
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.config.load import is_hub_id, parse
+from hfprune_dist.config.schema import ModelAlias, SweepConfig
+from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.planning.user_files import checkpoint_identity, content_files
+from hfprune_dist.store.hashing import FileHashes, digest_of
+from hfprune_dist.store.stage import Content
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A dense model of the sweep.
+
+    Attributes:
+        name: short, for labels.
+        identity: the digest that stands for its content.
+        spelling: what ``models`` of a configuration calls it from any folder: an alias, a hub id or an absolute path.
+        content: how ``identity`` is computed from its files.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    identity: str
+    spelling: str
+    content: Content
+
+
+def resolve_models(config: SweepConfig, shipped: Path, hashes: FileHashes, download: bool) -> list[ModelSource]:
+    """Find the folder and identity of every model of the sweep.
+
+    Args:
+        shipped: folder with the alias files that come with the project.
+        download: fetch models of the hub that are not in the local cache; otherwise such a model is an error.
+
+    Raises:
+        UserError: for an unknown alias or a damaged checkpoint.
+    """
+    aliases = {**shipped_aliases(shipped), **config.aliases}
+    sources = [_resolve(name, aliases, hashes, download) for name in config.models]
+    _refuse_twice(sources)
+    return sources
+
+
+def _refuse_twice(sources: Sequence[ModelSource]) -> None:
+    for one, other in combinations(sources, 2):
+        if one.checkpoint.path.resolve() == other.checkpoint.path.resolve():
+            raise UserError(
+                f"--models: {one.spelling!r} and {other.spelling!r} are the same checkpoint; name it once "
+                f"({one.checkpoint.path})"
+            )
+        if one.name == other.name:
+            raise UserError(f"--models: two models are called {one.name!r}; give one of them an alias")
+
+
+def shipped_aliases(folder: Path) -> dict[str, ModelAlias]:
+    """Read the alias files of a folder: ``<alias>.yaml`` with a hub_id or a path."""
+    return {
+        file.stem: parse(ModelAlias, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+        for file in sorted(folder.glob("*.yaml"))
+    }
+
+
+def _resolve(name: str, aliases: Mapping[str, ModelAlias], hashes: FileHashes, download: bool) -> ModelSource:
+    alias = aliases.get(name)
+    if alias is None:
+        folder = Path(name).expanduser()
+        if not folder.is_dir() and is_hub_id(name):
+            return _hub_model(name, download)
+        if not (folder.is_dir() or os.sep in name):
+            raise UserError(
+                f"--models: unknown model {name!r}{did_you_mean(name, aliases)} valid: {', '.join(sorted(aliases))}, "
+                "the folder of a Hugging Face checkpoint, or a hub id (org/name)"
+            )
+        return _local(folder.resolve().name, folder.resolve(), hashes, str(folder.resolve()))
+    if alias.path is not None:
+        return _local(name, Path(alias.path), hashes, name)
+    assert alias.hub_id is not None
+    return _downloaded(name, _snapshot(name, alias.hub_id, alias.revision, download), alias.hub_id, name)
+
+
+def _hub_model(spelling: str, download: bool) -> ModelSource:
+    """A model that is named by its hub id, with or without a revision."""
+    hub_id, _, revision = spelling.partition("@")
+    name = spelling.split("/", 1)[1]
+    try:
+        folder = _snapshot(name, hub_id, revision or "main", download)
+    except UserError as error:
+        raise UserError(f"{error}; nor is there a folder {spelling}") from None
+    return _downloaded(name, folder, hub_id, spelling)
+
+
+def _downloaded(name: str, folder: Path, hub_id: str, spelling: str) -> ModelSource:
+    checkpoint = open_checkpoint(folder)
+    # The last part of a snapshot's folder is the commit that the revision stood for.
+    identity = checkpoint_identity(checkpoint, digest_of([hub_id, checkpoint.path.name]))
+    return ModelSource(name, checkpoint, identity, spelling, "commit")
+
+
+def _local(name: str, folder: Path, hashes: FileHashes, spelling: str) -> ModelSource:
+    checkpoint = open_checkpoint(folder)
+    identity = checkpoint_identity(checkpoint, hashes.of_files(folder, content_files(checkpoint)))
+    return ModelSource(name, checkpoint, identity, spelling, "checkpoint")
+
+
+def _snapshot(name: str, hub_id: str, revision: str, download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+    try:
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=not download)
+        )
+    except LocalEntryNotFoundError:
+        action = "check the network" if download else "it is downloaded when the sweep runs without --dry-run"
+        raise UserError(f"model {name!r}: {hub_id}@{revision} is not in the local hub cache; {action}") from None
+    except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: no such name can be
+        raise UserError(
+            f"model {name!r}: {hub_id}@{revision} can't be downloaded: {error}; for a gated model, accept its licence "
+            "on its page and run `hf auth login`"
+        ) from None

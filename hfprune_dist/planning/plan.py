@@ -1,0 +1,378 @@
+"""The plan: which stages a sweep's table needs, each named by what its result depends on.
+
+Pure and instant: no torch, no clock, nothing written. Two sweeps that want the same result plan the same stage.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.schema import WITHOUT_HALVES, CriterionName, Method, SweepConfig, TextSource
+from hfprune_dist.data.formats import identity_of
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.model_sources import ModelSource
+from hfprune_dist.planning.widths import ModelSize, narrowest_widths, removals, step_ratios, uniform_widths
+from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.stage import Input, Stage
+
+# Criteria whose scores are more than sums: where a pass may end early, their sums decide as well. Fingerprints say so,
+# since there are artifacts whose pass took no notice of them.
+SETTLED_BY_SUMS = frozenset({"activation", "surgeon"})
+# How a calibration pass in bfloat16 adds biases. Fingerprints of models that have some say so, since there are
+# artifacts of passes that rounded before.
+BIASES = {"biases": "added before rounding"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the result table: a checkpoint and its evaluation.
+
+    ``label`` names it among the sweep's. ``ratio`` and ``method`` are None for the dense model; ``producers`` are the
+    stages that make the checkpoint, in order.
+    """
+
+    label: str
+    model: str
+    ratio: float | None
+    method: str | None
+    criterion: str | None
+    recovery: str
+    producers: tuple[str, ...]
+    evaluate: str
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Ids of the stages whose artifacts are the row: its checkpoint, but for the dense model, and its scores."""
+        return *self.producers[-1:], self.evaluate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages in an order in which they can run, and the cells they serve.
+
+    Attributes:
+        asked: ids of the stages that are wanted for themselves too: passes with further criteria to compare.
+    """
+
+    stages: Mapping[str, Stage]
+    cells: tuple[Cell, ...]
+    asked: tuple[str, ...] = ()
+
+    def lacking(self, is_done: Callable[[str], bool], cells: Sequence[Cell] | None = None) -> list[str]:
+        """Ids of the stages that must run, in order. What only results that stand were made from needn't be there.
+
+        Args:
+            is_done: whether a stage has its artifact.
+            cells: look at these alone; None: all, and what is asked for.
+        """
+        wanted = [*self.asked] if cells is None else []
+        wanted += [stage_id for cell in (self.cells if cells is None else cells) for stage_id in cell.results]
+        missing: set[str] = set()
+        while wanted:
+            stage_id = wanted.pop()
+            if stage_id not in missing and not is_done(stage_id):
+                missing.add(stage_id)
+                wanted += self.stages[stage_id].needs
+        return [stage_id for stage_id in self.stages if stage_id in missing]
+
+    def behind(self, cell: Cell) -> list[str]:
+        """Ids of all stages whose cost a row carries, in order; the evaluation is the last."""
+        evaluate = self.stages[cell.evaluate]
+        return [*dict.fromkeys([*cell.producers, *evaluate.needs, evaluate.id])]
+
+    def dense_folder(self, stage: Stage) -> Path:
+        """The checkpoint of the user's that a stage's model is, or comes from."""
+        source = stage.inputs["model"]
+        return self.dense_folder(self.stages[source.location]) if source.is_stage else Path(source.location)
+
+    def to_json(self) -> dict[str, Any]:
+        stages = [stage.to_json() for stage in self.stages.values()]
+        return {"stages": stages, "cells": [asdict(cell) for cell in self.cells], "asked": list(self.asked)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Plan:
+        stages = [Stage.from_json(stage) for stage in record["stages"]]
+        cells = [Cell(**{**cell, "producers": tuple(cell["producers"])}) for cell in record["cells"]]
+        return cls({stage.id: stage for stage in stages}, tuple(cells), tuple(record.get("asked", ())))
+
+
+def build_plan(
+    config: SweepConfig, models: Sequence[ModelSource], methods: Mapping[str, Method], hashes: FileHashes
+) -> Plan:
+    """Expand a sweep into stages and cells; stages that several cells need appear once.
+
+    Raises:
+        UserError: for a ratio that a model can't reach, rows that would be the same, input text that can't be read, or
+            a calibration that is to end early where no criterion can tell.
+    """
+    _check_settled(config, methods)
+    planner = _Planner(config, methods, hashes)
+    cells = [cell for model in models for cell in planner.cells(model)]
+    _refuse_same_rows(cells)
+    return Plan(planner.stages, tuple(cells), tuple(planner.asked))
+
+
+def label_of(model: str, ratio: float | None, method: str | None, recovery: str) -> str:
+    """What a row is called; ``method`` is named where it is given."""
+    pruned = f"{model} dense" if ratio is None else f"{model} {ratio:g}" + (f" {method}" if method else "")
+    return pruned if recovery == "none" else f"{pruned} + {recovery}"
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """A checkpoint before recovery: the dense one, or one that a method pruned at a ratio."""
+
+    label: str
+    model: str
+    dense: Input
+    checkpoint: Input
+    ratio: float | None = None
+    method: str | None = None
+    producers: tuple[str, ...] = ()
+
+
+class _Planner:
+    """Collects stages by id while the cells of each model are laid out."""
+
+    def __init__(self, config: SweepConfig, methods: Mapping[str, Method], hashes: FileHashes) -> None:
+        self.config = config
+        self.methods = methods
+        self.hashes = hashes
+        self.stages: dict[str, Stage] = {}
+        self.asked: list[str] = []
+
+    def cells(self, model: ModelSource) -> list[Cell]:
+        if not model.checkpoint.is_uniform:
+            raise UserError(
+                f"model {model.name!r}: its layers differ in width, so it has been pruned already; prune the model "
+                "that it came from, at a larger ratio"
+            )
+        size = size_of(model.checkpoint)
+        for name, method in self.methods.items():
+            check_ratios(size, self.config.ratios, method, f"model {model.name!r}, method {name!r}")
+        dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
+        needed = {method.criterion for method in self.methods.values()}
+        criteria = needed.union(self.config.importance.criteria)
+        biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
+        # First, since most of the sweep waits for it.
+        importance = self._importance(model.name, dense, criteria, biased)
+        self.asked += [importance.id] if criteria > needed else []
+        cells = self._finish(_Variant(label_of(model.name, None, None, "none"), model.name, dense, dense))
+        for ratio in self.config.ratios:
+            for name, method in self.methods.items():
+                label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, "none")
+                chain = self._steps(label, dense, importance, ratio, method)
+                producers = tuple(stage.id for stage in chain)
+                cells += self._finish(_Variant(label, model.name, dense, chain[-1].as_input(), ratio, name, producers))
+        return cells
+
+    def _finish(self, variant: _Variant) -> list[Cell]:
+        """Lay out recovery and evaluation of one checkpoint; the dense model is also evaluated as it is."""
+        recovery = self.config.recovery.method
+        cells = []
+        if variant.ratio is None or recovery == "none":
+            evaluate = self._evaluate(variant.label, variant, variant.checkpoint)
+            cells.append(self._cell(variant, "none", variant.producers, evaluate))
+        if recovery != "none":
+            recover = self._recover(variant.label, variant.checkpoint)
+            evaluate = self._evaluate(f"{variant.label} + {recovery}", variant, recover.as_input())
+            cells.append(self._cell(variant, recovery, (*variant.producers, recover.id), evaluate))
+        return cells
+
+    def _cell(self, variant: _Variant, recovery: str, producers: tuple[str, ...], evaluate: Stage) -> Cell:
+        criterion = None if variant.method is None else self.methods[variant.method].criterion
+        return Cell(
+            evaluate.label, variant.model, variant.ratio, variant.method, criterion, recovery, producers, evaluate.id
+        )
+
+    def _add(self, stage: Stage) -> Stage:
+        return self.stages.setdefault(stage.id, stage)
+
+    def _steps(self, label: str, dense: Input, importance: Stage, ratio: float, method: Method) -> list[Stage]:
+        """Importance and prune stages in turn, from the dense model to the one that is pruned at ``ratio``; at the end
+        the method's distillation, if it has one.
+        """
+        chain, model = [importance], dense
+        for step, reached in enumerate(step_ratios(ratio, method.steps), start=1):
+            step_label = f"{label} step {step}/{method.steps}"
+            if step > 1:
+                biased = BIASES.keys() <= importance.params.keys()
+                chain.append(self._importance(step_label, model, {method.criterion}, biased))
+            prune_label = label if step == method.steps else step_label
+            chain.append(self._prune(prune_label, model, dense, chain[-1], reached, method))
+            model = chain[-1].as_input()
+        if method.distill:
+            chain.append(self._reference_of_calibration(importance))
+            chain.append(self._distill(label, model, chain[-1], method.distill))
+        return chain
+
+    def _importance(self, label: str, model: Input, criteria: Collection[str], biased: bool) -> Stage:
+        config = self.config
+        calibration, text = self._text(config.calibration)
+        by_sums = sorted(SETTLED_BY_SUMS.intersection(criteria))
+        params: dict[str, Any] = {
+            "calibration": calibration,
+            "criteria": sorted(criteria),
+            "dtype": config.importance.dtype,
+            "add_bos_token": config.evaluation.add_bos_token,
+            "seed": config.seed,
+        }
+        if config.calibration.settled is not None and by_sums:
+            params["settled_by_sums_of"] = by_sums
+        if biased and config.importance.dtype == "bfloat16":
+            params |= BIASES
+        return self._add(Stage("importance", label, params, {"model": model, **_role("calibration", text)}))
+
+    def _prune(self, label: str, model: Input, dense: Input, importance: Stage, ratio: float, method: Method) -> Stage:
+        params = {"ratio": ratio, **_effective(method)}
+        if method.refit != "none" or method.allocation == "searched":  # windows go through the model again
+            params |= {
+                "dtype": self.config.importance.dtype,
+                "micro_batch_size": self.config.calibration.micro_batch_size,
+            }
+        inputs = {"model": model, "importance": _part_of(importance, [method.criterion])}
+        if model != dense:
+            inputs["dense"] = dense  # whose parameters ratios are of
+        return self._add(Stage("prune", label, params, inputs))
+
+    def _reference_of_calibration(self, importance: Stage) -> Stage:
+        """On the windows that the dense model was scored on."""
+        distillation = self.config.distillation
+        params = {"dtype": distillation.dtype, "micro_batch_size": distillation.micro_batch_size}
+        inputs = {"model": importance.inputs["model"], "importance": _part_of(importance, [])}
+        return self._add(Stage("reference", f"{importance.label} calibration", params, inputs))
+
+    def _reference_of_held_out(self, model: str, dense: Input) -> Stage:
+        """On the text that fidelity is measured on."""
+        evaluation = self.config.evaluation
+        settings, text = self._text(evaluation.fidelity)
+        params = {
+            "dtype": evaluation.dtype,
+            "micro_batch_size": 1,
+            "add_bos_token": evaluation.add_bos_token,
+            "text": settings,
+        }
+        return self._add(Stage("reference", f"{model} held-out", params, {"model": dense, **_role("text", text)}))
+
+    def _distill(self, label: str, pruned: Input, reference: Stage, passes: int) -> Stage:
+        params = {
+            "distillation": self.config.distillation.model_dump(),
+            "passes": passes,
+            "seed": self.config.seed,
+        }
+        inputs = {"model": pruned, "reference": reference.as_input()}
+        return self._add(Stage("distill", label, params, inputs))
+
+    def _recover(self, label: str, checkpoint: Input) -> Stage:
+        recovery, text = self._text(self.config.recovery)
+        params = {"recovery": recovery, "seed": self.config.seed}
+        return self._add(Stage("recover", label, params, {"model": checkpoint, **_role("instructions", text)}))
+
+    def _evaluate(self, label: str, variant: _Variant, checkpoint: Input) -> Stage:
+        evaluation = self.config.evaluation
+        reference = self._reference_of_held_out(variant.model, variant.dense)
+        params = evaluation.model_dump(exclude={"include_path", "fidelity"})
+        inputs = {"model": checkpoint, "dense": variant.dense, "reference": reference.as_input()}
+        if evaluation.include_path is not None:
+            folder = Path(evaluation.include_path)
+            inputs["tasks"] = Input(self.hashes.of_folder(folder), str(folder), content="folder")
+        return self._add(Stage("evaluate", label, params, inputs))
+
+    def _text(self, source: TextSource) -> tuple[dict[str, Any], Input | None]:
+        """Split a text source into settings and, for a local file or folder, an input known by its content."""
+        if source.path is None:
+            return source.model_dump(exclude={"path"}), None
+        file = Path(source.path)
+        settings = source.model_dump(exclude={"path", "dataset", "name", "split", "revision"})
+        return settings, Input(identity_of(file, self.hashes), str(file), content="text")
+
+
+def _check_settled(config: SweepConfig, methods: Mapping[str, Method]) -> None:
+    """Refuse to end calibration early where no criterion of the sweep can tell when."""
+    criteria = {*config.importance.criteria, *(method.criterion for method in methods.values())}
+    if config.calibration.settled is None or criteria - WITHOUT_HALVES:
+        return
+    able = [name for name in typing.get_args(CriterionName) if name not in WITHOUT_HALVES]
+    raise UserError(
+        f"calibration.settled: by {', '.join(sorted(criteria))} alone nobody can tell when what is kept has settled; "
+        f"set it to null, or add to importance.criteria one of {', '.join(able)}"
+    )
+
+
+def _part_of(importance: Stage, criteria: Sequence[str]) -> Input:
+    """The artifact of a calibration pass, known by what some of its criteria alone would have made: others that share
+    the pass change neither their scores nor the windows, unless they decide where the pass ends.
+    """
+    if importance.params["calibration"]["settled"] is not None:
+        return importance.as_input()
+    alone = replace(importance, params={**importance.params, "criteria": list(criteria)})
+    return replace(importance.as_input(), identity=alone.id)
+
+
+def size_of(checkpoint: Checkpoint) -> ModelSize:
+    """The numbers of a checkpoint that ratios are computed from."""
+    return ModelSize(
+        checkpoint.parameters,
+        checkpoint.num_layers,
+        checkpoint.intermediate_size,
+        checkpoint.parameters_per_neuron,
+    )
+
+
+def check_ratios(size: ModelSize, ratios: Sequence[float], method: Method, where: str) -> None:
+    """Refuse ratios that a method can't reach on a model, or can't tell apart there.
+
+    Raises:
+        UserError: telling the largest ratio that it can reach, or which two are the same.
+    """
+    reached: dict[tuple[int, ...], float] = {}
+    for ratio in ratios:
+        decided = _neurons(size, ratio, method, where)
+        if decided in reached:
+            raise UserError(
+                f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint, with widths that "
+                f"are multiples of {method.multiple_of}; leave one of them out or use a smaller prune.multiple_of"
+            )
+        reached[decided] = ratio
+
+
+def _neurons(size: ModelSize, ratio: float, method: Method, where: str) -> tuple[int, ...]:
+    """The numbers of neurons that decide, with the scores, what stays."""
+    multiple_of = method.multiple_of
+    numbers: list[int] = []
+    if method.allocation != "global":
+        numbers += uniform_widths(size, ratio, method.steps, multiple_of, where)
+    if method.allocation != "uniform":
+        floors = method.floor, method.protect_first, method.protect_last
+        wanted = removals(size, ratio, narrowest_widths(size, *floors, multiple_of), multiple_of, where)
+        # Where all of a layer's steps down are of this size, so many are taken as come closest.
+        all_alike = size.intermediate_size % multiple_of == 0
+        numbers.append((wanted + multiple_of // 2) // multiple_of if all_alike else wanted)
+    return tuple(numbers)
+
+
+def _refuse_same_rows(cells: Iterable[Cell]) -> None:
+    labels: dict[str, str] = {}
+    for cell in cells:
+        label = label_of(cell.model, cell.ratio, cell.method, cell.recovery)
+        if cell.evaluate in labels:
+            raise UserError(
+                f"rows {labels[cell.evaluate]!r} and {label!r} would be the same: their models have the same "
+                "content, and their methods the same settings; leave one of them out"
+            )
+        labels[cell.evaluate] = label
+
+
+def _effective(method: Method) -> dict[str, Any]:
+    """The settings of a method that affect what one prune stage does; others make stages of their own."""
+    idle = {"floor", "protect_first", "protect_last"} if method.allocation == "uniform" else set()
+    return method.model_dump(exclude=idle | {"steps", "distill"})
+
+
+def _role(role: str, source: Input | None) -> dict[str, Input]:
+    return {} if source is None else {role: source}

@@ -1,0 +1,129 @@
+"""Files of the user's that a stage reads, which must stay as they were planned."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.data.formats import files_of, identity_of
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.hashing import AfterEach, FileHashes, digest_of, files_below, nothing
+from hfprune_dist.store.stage import Input
+
+# Size, modification time and inode: what shows without reading that a file was written or replaced.
+Traits = tuple[int, int, int]
+
+
+class ChangedInputError(UserError):
+    """A file is not what the sweep was planned with: what has been made of it may be made of either."""
+
+
+def content_files(checkpoint: Checkpoint) -> list[str]:
+    """Names of the files that a local checkpoint is known by."""
+    return checkpoint.weight_files + checkpoint.companion_files
+
+
+def checkpoint_identity(checkpoint: Checkpoint, content: str) -> str:
+    """What a local checkpoint is known by, from the digest of its files.
+
+    Where the model doesn't compute with all that is in them, its number of parameters is part of it: an earlier version
+    counted the others too, and what it made for a ratio isn't what that ratio means.
+    """
+    recounted = checkpoint.surplus or checkpoint.has_untied_head
+    return digest_of([content, checkpoint.parameters]) if recounted else content
+
+
+class UserFiles:
+    """The files of the user's that a stage reads, from its start to its commit.
+
+    Args:
+        inputs: of the stage; artifacts among them are passed over.
+        make_hashes: makes what recalls the hashes of files that any process of the store has read before.
+    """
+
+    def __init__(self, inputs: Iterable[Input], make_hashes: Callable[[], FileHashes]) -> None:
+        self._inputs = [source for source in inputs if source.content]
+        self._make_hashes = make_hashes
+        self._at_start: dict[Path, Traits] | None = None
+
+    def require_planned(self, after_each: AfterEach = nothing) -> None:
+        """Check that the content of all files is what the plan says; of a hub's commit, that the files are there.
+
+        Args:
+            after_each: called after each piece of a file that is read.
+
+        Raises:
+            ChangedInputError: naming what has changed.
+            UserError: naming what is gone or can't be read.
+        """
+        self._at_start = self._traits()
+        self._require_content("since the sweep was planned", after_each)
+
+    def require_untouched(self, after_each: AfterEach = nothing) -> None:
+        """Check that nobody has written or replaced a file since ``require_planned``, if that was called.
+
+        Files are read only where a change could have left size, modification time and inode alone.
+
+        Raises:
+            ChangedInputError: naming what has changed.
+            UserError: naming what is gone or can't be read.
+        """
+        if self._at_start is None:
+            return
+        now = self._traits()
+        touched = sorted(file for file in self._at_start | now if self._at_start.get(file) != now.get(file))
+        if touched:
+            raise ChangedInputError(f"{touched[0]}: written or replaced while a stage read it; run the sweep again")
+        self._require_content("while a stage read it", after_each)
+
+    def _require_content(self, when: str, after_each: AfterEach) -> None:
+        hashes = self._make_hashes()
+        for source in self._inputs:
+            if _identity_now(source, hashes, after_each) != source.identity:
+                raise ChangedInputError(f"{_changed_part(source)}: changed {when}; run the sweep again")
+        with contextlib.suppress(OSError):  # they are read again the next time
+            hashes.save()
+
+    def _traits(self) -> dict[Path, Traits]:
+        return {file: _traits_of(file) for source in self._inputs for file in _files(source)}
+
+
+def _identity_now(source: Input, hashes: FileHashes, after_each: AfterEach) -> str:
+    location = Path(source.location)
+    if source.content == "commit":
+        open_checkpoint(location)
+        return source.identity
+    if source.content == "text":
+        return identity_of(location, hashes, after_each)
+    content = hashes.of_files(location, _names(source), after_each)
+    return checkpoint_identity(open_checkpoint(location), content) if source.content == "checkpoint" else content
+
+
+def _names(source: Input) -> list[str]:
+    """The files of a folder that count, relative to it."""
+    location = Path(source.location)
+    return files_below(location) if source.content == "folder" else content_files(open_checkpoint(location))
+
+
+def _files(source: Input) -> list[Path]:
+    """All files that could change."""
+    location = Path(source.location)
+    if source.content == "text":
+        return files_of(location)
+    return [] if source.content == "commit" else [location / name for name in _names(source)]
+
+
+def _changed_part(source: Input) -> str:
+    """What to name of an input that has changed; of several files, the one that changed last is the best guess."""
+    newest = max(_files(source), key=lambda file: file.stat().st_ctime_ns, default=Path(source.location))
+    return str(newest) if newest == Path(source.location) else f"{source.location} (most recently {newest.name})"
+
+
+def _traits_of(file: Path) -> Traits:
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino

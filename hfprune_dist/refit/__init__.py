@@ -1,0 +1,1 @@
+"""New weights for what stays: refits of all layers, and the search for widths."""

@@ -1,0 +1,233 @@
+"""Methods and criteria side by side, over sweeps that differ in their seed: means, spreads, and how scores agree."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.results.table import Row
+
+Scores = Mapping[str, list[NDArray[np.float64]]]
+MEASURES = ("kl", "top1_agreement", "perplexity")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over sweeps, and their standard deviation; None where there is a single one."""
+
+    mean: float
+    deviation: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model's method at one ratio.
+
+    Attributes:
+        measures: kl, top1_agreement and perplexity; None where a sweep's isn't a number.
+        kl_share: the mean of KL over the reference method's KL in the same sweep, None without one.
+        sweeps: how many sweeps have a result.
+        wall_time_s: of all stages behind a row, shared ones included; the mean of those that know it.
+        peak_memory_bytes: the most that one rank took in one of these stages, None where that was not recorded.
+    """
+
+    model: str
+    ratio: float
+    method: str
+    recovery: str
+    measures: Mapping[str, Spread | None]
+    kl_share: Spread | None
+    sweeps: int
+    wall_time_s: float | None
+    peak_memory_bytes: int | None
+
+
+def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Comparison]:
+    """Group the finished rows of several sweeps by model, ratio, method and recovery, in the order of the first."""
+    groups: dict[tuple[str, float, str, str], list[tuple[Row, float | None]]] = {}
+    for rows in sweeps:
+        done = [row for row in rows if row["status"] == "done"]
+        references = {_place(row): row["kl"] for row in done if row["method"] == reference}
+        for row in done:
+            key = (row["model"], row["ratio"], row["method"] or "dense", row["recovery"])
+            groups.setdefault(key, []).append((row, references.get(_place(row))))
+    return [_comparison(*key, members) for key, members in groups.items()]
+
+
+def _place(row: Row) -> tuple[str, float, str]:
+    return row["model"], row["ratio"], row["recovery"]
+
+
+def _comparison(
+    model: str, ratio: float, method: str, recovery: str, members: Sequence[tuple[Row, float | None]]
+) -> Comparison:
+    rows = [row for row, _ in members]
+    shares = [row["kl"] / reference for row, reference in members if reference and row["kl"] is not None]
+    times = [row["wall_time_s"] for row in rows if row["wall_time_s"] is not None]
+    return Comparison(
+        model,
+        ratio,
+        method,
+        recovery,
+        {name: _spread_of_known([row[name] for row in rows]) for name in MEASURES},
+        spread(shares) if shares else None,
+        len(rows),
+        statistics.fmean(times) if times else None,
+        max((row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"]), default=None),
+    )
+
+
+def _spread_of_known(values: Sequence[float | None]) -> Spread | None:
+    known = [value for value in values if value is not None]
+    return spread(known) if len(known) == len(values) else None
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Mean and standard deviation (of a sample)."""
+    listed = list(values)
+    return Spread(statistics.fmean(listed), statistics.stdev(listed) if len(listed) > 1 else None)
+
+
+def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
+    """Criterion -> its scores of every layer, from an importance artifact.
+
+    Raises:
+        UserError: where the file is gone.
+    """
+    file = importance / "importance.safetensors"
+    if not file.is_file():
+        raise UserError(f"{file}: missing; run the sweep again, it makes only what is missing")
+    stored = load_file(file)
+    names = {name.split(".")[2] for name in stored}
+    layers = len(stored) // len(names)
+    return {name: [stored[f"layers.{layer}.{name}"] for layer in range(layers)] for name in sorted(names)}
+
+
+def compare_criteria(scores: Scores, shares_kept: Sequence[float]) -> list[dict[str, Any]]:
+    """For every pair of criteria: rank correlation, and overlap of the kept sets, layer by layer.
+
+    Args:
+        scores: criterion -> float64 [intermediate_size] of every layer.
+        shares_kept: widths to compare, as shares of the layer's neurons.
+    """
+    return [
+        {
+            "criteria": [first, second],
+            "spearman": [spearman(a, b) for a, b in zip(scores[first], scores[second], strict=True)],
+            "overlap": {
+                f"{share:g}": [overlap(a, b, share) for a, b in zip(scores[first], scores[second], strict=True)]
+                for share in shares_kept
+            },
+        }
+        for first, second in combinations(scores, 2)
+    ]
+
+
+def spearman(a_D: NDArray[np.float64], b_D: NDArray[np.float64]) -> float:
+    """Rank correlation; neurons of equal score are taken in their order."""
+    a_ranks_D, b_ranks_D = (np.argsort(np.argsort(it, kind="stable")) for it in (a_D, b_D))
+    return float(np.corrcoef(a_ranks_D, b_ranks_D)[0, 1])
+
+
+def overlap(a_D: NDArray[np.float64], b_D: NDArray[np.float64], share: float) -> float:
+    """Share of the neurons that one criterion keeps which the other keeps too."""
+    width = max(1, round(share * len(a_D)))
+    kept = [set(np.argsort(-it, kind="stable")[:width].tolist()) for it in (a_D, b_D)]
+    return len(kept[0] & kept[1]) / width
+
+
+def methods_table(comparisons: Sequence[Comparison], reference: str) -> str:
+    """Markdown."""
+    head = [
+        "model",
+        "ratio",
+        "method",
+        "recovery",
+        "KL",
+        f"KL / {reference}",
+        "agreement",
+        "perplexity",
+        "seeds",
+        "time",
+        "memory",
+    ]
+    lines = [
+        [
+            it.model,
+            f"{it.ratio:g}" if it.ratio else "dense",
+            it.method,
+            it.recovery,
+            _shown(it.measures["kl"], 3),
+            _shown(it.kl_share, 3),
+            _shown(it.measures["top1_agreement"], 3),
+            _shown(it.measures["perplexity"], 1),
+            str(it.sweeps),
+            "-" if it.wall_time_s is None else f"{it.wall_time_s:.0f} s",
+            "-" if it.peak_memory_bytes is None else f"{it.peak_memory_bytes / 2**30:.1f} GiB",
+        ]
+        for it in comparisons
+    ]
+    return _markdown(head, lines)
+
+
+def criteria_table(pairs: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: means over layers."""
+    shares = list(pairs[0]["overlap"]) if pairs else []
+    head = ["criteria", "Spearman", *(f"overlap, {float(share):.0%} kept" for share in shares)]
+    lines = [
+        [" / ".join(pair["criteria"]), _mean(pair["spearman"]), *(_mean(pair["overlap"][share]) for share in shares)]
+        for pair in pairs
+    ]
+    return _markdown(head, lines)
+
+
+def settling_table(points: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: overlap of what two halves of the windows keep, by how many windows there were.
+
+    Args:
+        points: ``split_half_overlap`` of an importance artifact's metrics.
+    """
+    numbers = sorted({point["windows"] for point in points})
+    values = {(point["criterion"], point["share_kept"], point["windows"]): point["overlap"] for point in points}
+    places = dict.fromkeys((criterion, share) for criterion, share, _ in values)
+    compared = {point["criterion"]: point.get("compared", "scores") for point in points}
+    head = ["criterion", "kept", *(f"{number} windows" for number in numbers)]
+    lines = [
+        [
+            criterion if compared[criterion] == "scores" else f"{criterion} ({compared[criterion]})",
+            f"{share:.0%}",
+            *(_overlap(values.get((criterion, share, number))) for number in numbers),
+        ]
+        for criterion, share in places
+    ]
+    return _markdown(head, lines)
+
+
+def _overlap(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _shown(value: Spread | None, digits: int) -> str:
+    if value is None or not math.isfinite(value.mean):
+        return "-"
+    deviation = "" if value.deviation is None else f" ± {value.deviation:.{digits}f}"
+    return f"{value.mean:.{digits}f}{deviation}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.3f}"
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"

@@ -1,0 +1,293 @@
+"""The store: one folder per finished result, written whole or not at all, verified before it is trusted.
+
+<store>/<kind>/<fingerprint>/           an artifact; manifest.json is written last
+<store>/<kind>/.draft-<fingerprint>-*/  one being written, under the claim that its name ends with
+<store>/work/<kind>/<fingerprint>/      progress inside a stage, kept until its artifact is committed
+<store>/quarantine/                     artifacts that failed verification, set aside
+<store>/hashes/                         sha256 of files seen before
+<store>/rows/                           packed training rows, for every recovery that needs the same
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.atomic_files import fsync_path, listed, read_object, write_json
+from hfprune_dist.store.claims import CLAIM_FILES, Claim
+from hfprune_dist.store.hashing import AfterEach, FileHashes, nothing
+from hfprune_dist.store.heartbeat import FAILURES, PROGRESS
+from hfprune_dist.store.stage import Stage
+
+MANIFEST = "manifest.json"
+READABLE = 0o666  # but for what the umask keeps back
+STAGE_FILE = "stage.json"  # in a work folder: what ``launch/stage/stage_file.py`` leaves for the ranks
+# Each time, a corrupt artifact that somebody has put in the place of ours is set aside.
+PUBLISHING_ATTEMPTS = 3
+# In a work folder, what launchers leave there; all else is progress inside the stage.
+OF_LAUNCHERS = (CLAIM_FILES, f".{CLAIM_FILES}", STAGE_FILE, PROGRESS, FAILURES)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an artifact can be used, and why not."""
+
+    state: Literal["done", "missing", "corrupt"]
+    reason: str
+
+
+class Store:
+    """Artifacts by stage id, on a local or shared file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.hashes = self.make_hashes()
+
+    def make_hashes(self) -> FileHashes:
+        """What recalls the hashes of files that any process of the store has read before."""
+        return FileHashes(self.root / "hashes")
+
+    def path(self, stage_id: str) -> Path:
+        return self.root / stage_id
+
+    def work(self, stage_id: str) -> Path:
+        return self.root / "work" / stage_id
+
+    def manifest(self, stage_id: str) -> dict[str, Any] | None:
+        """The manifest of a committed artifact; None where there is none. Does not verify the files."""
+        return read_object(self.path(stage_id) / MANIFEST)
+
+    def verify(self, stage_id: str, thorough: bool = False, after_each: AfterEach = nothing) -> Verdict:
+        """Check an artifact against its manifest.
+
+        Args:
+            thorough: read every file; otherwise a file whose size and modification time are as committed is trusted.
+            after_each: called after every file, and within large ones.
+        """
+        folder = self.path(stage_id)
+        if not folder.is_dir():
+            return Verdict("missing", "not made yet")
+        manifest = self.manifest(stage_id)
+        if manifest is None or not _is_listing(manifest.get("files")) or not isinstance(manifest.get("metrics"), dict):
+            return Verdict("corrupt", f"{MANIFEST} is missing or damaged")
+        for name, entry in manifest["files"].items():
+            problem = self._check_file(folder / name, entry, thorough, after_each)
+            after_each()
+            if problem:
+                return Verdict("corrupt", f"{name}: {problem}")
+        return Verdict("done", "verified")
+
+    def _check_file(self, file: Path, entry: dict[str, Any], thorough: bool, after_each: AfterEach) -> str:
+        try:
+            stat = file.stat()
+        except OSError:
+            return "missing"
+        if stat.st_size != entry["bytes"]:
+            return f"{stat.st_size:,} bytes, committed with {entry['bytes']:,}"
+        if stat.st_mtime_ns == entry["mtime_ns"] and not thorough:
+            return ""
+        # A copied store has other times: hash once, then the cache of hashes remembers.
+        hashes = FileHashes(None) if thorough else self.hashes
+        try:
+            return (
+                "" if hashes.of_file(file, after_each) == entry["sha256"] else "content changed since it was committed"
+            )
+        except UserError:
+            if file.exists():
+                raise
+            return "missing"  # set aside by another process in the meantime
+
+    def set_aside(self, stage_id: str, after_each: AfterEach = nothing) -> Path | None:
+        """Move a corrupt artifact to the quarantine, so that the stage can run again.
+
+        Others may find the same damage at the same time, and make the artifact anew: what they made stays.
+
+        Returns:
+            where it is now; None where there is no corrupt artifact (any more).
+        """
+        folder = self.path(stage_id)
+        judged = _inode(folder)
+        if judged is None or self.verify(stage_id, thorough=True, after_each=after_each).state != "corrupt":
+            return None
+        target = self.root / "quarantine" / f"{stage_id.replace('/', '-')}-{uuid.uuid4().hex[:6]}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.rename(target)
+        except FileNotFoundError:
+            return None
+        if _inode(target) == judged:
+            return target
+        self._put_back(target, folder)
+        return None
+
+    def _put_back(self, taken: Path, folder: Path) -> None:
+        """Return an artifact that was made while the one before it was judged; a third may be there by now."""
+        try:
+            taken.rename(folder)
+        except OSError:
+            shutil.rmtree(taken, ignore_errors=True)
+
+    def open_draft(self, stage_id: str, claim: Claim | None = None) -> Path:
+        """Create the folder in which an artifact is written; drafts that dead attempts left are removed.
+
+        Args:
+            claim: under which the stage runs. What was written under earlier claims goes; without a claim, only what
+                was written without one.
+
+        Raises:
+            ClaimLostError: where another process has claimed the stage since.
+        """
+        kind, fingerprint = stage_id.split("/")
+        owner = "" if claim is None else f"{claim.token}-"
+        # Listed before the claim is checked: a process that loses it at any moment can't list its successor's draft.
+        found = listed(self.root / kind, f".draft-{fingerprint}-*")
+        if claim is not None:
+            claim.require_held()
+        for draft in found:
+            if claim is not None or _is_unclaimed(draft):
+                _remove(draft)
+        draft = self.root / kind / f".draft-{fingerprint}-{owner}{uuid.uuid4().hex[:8]}"
+        draft.mkdir(parents=True)
+        return draft
+
+    def discard_drafts(self, stage_id: str, claim: Claim) -> None:
+        """Remove what was written under a claim."""
+        kind, fingerprint = stage_id.split("/")
+        for draft in listed(self.root / kind, f".draft-{fingerprint}-{claim.token}-*"):
+            _remove(draft)
+
+    def commit(
+        self,
+        stage: Stage,
+        draft: Path,
+        record: dict[str, Any],
+        after_each: AfterEach = nothing,
+        *,
+        claim: Claim | None = None,
+    ) -> None:
+        """Turn a draft into the stage's artifact: fsync, manifest last, one rename.
+
+        Where another attempt committed first, its artifact is verified and ours dropped; if it is corrupt, it is set
+        aside for ours.
+
+        Args:
+            after_each: called after every file, and within large ones.
+            claim: under which the stage ran.
+
+        Raises:
+            ClaimLostError: where another process has claimed the stage since.
+        """
+        try:
+            self._seal(stage, draft, record, after_each)
+            if claim is not None:
+                claim.require_held()
+            self._publish(draft, stage.id, after_each)
+        except (OSError, UserError):
+            if claim is not None:
+                claim.require_held()  # a successor has removed the draft
+            raise
+        fsync_path(self.path(stage.id).parent)
+
+    def _seal(self, stage: Stage, draft: Path, record: dict[str, Any], after_each: AfterEach) -> None:
+        """Flush all files of a draft, and write its manifest."""
+        files = sorted(file for file in draft.rglob("*") if file.is_file())
+        listing = {}
+        for file in files:
+            file.chmod(READABLE & ~_umask())  # safetensors leaves its files to their owner alone
+            fsync_path(file)
+            listing[str(file.relative_to(draft))] = self._describe(file, after_each)
+            after_each()
+        write_json(draft / MANIFEST, {"format": 1, "stage": stage.to_json(), "files": listing, **record})
+        for folder in {file.parent for file in files} | {draft}:
+            fsync_path(folder)
+
+    def _publish(self, draft: Path, stage_id: str, after_each: AfterEach) -> None:
+        """Give a finished draft its final name, unless an artifact has it."""
+        final = self.path(stage_id)
+        for _ in range(PUBLISHING_ATTEMPTS):
+            try:
+                draft.rename(final)
+                return
+            except OSError as error:
+                if not final.is_dir():
+                    raise
+                taken = error
+            if self.verify(stage_id, after_each=after_each).state == "done":
+                shutil.rmtree(draft, ignore_errors=True)
+                return
+            self.set_aside(stage_id, after_each)
+        raise taken
+
+    def _describe(self, file: Path, after_each: AfterEach) -> dict[str, Any]:
+        stat = file.stat()
+        sha256 = FileHashes(None).of_file(file, after_each)
+        return {"bytes": stat.st_size, "sha256": sha256, "mtime_ns": stat.st_mtime_ns}
+
+    def discard_work(self, stage_id: str) -> None:
+        """Forget all about a stage whose artifact is committed."""
+        shutil.rmtree(self.work(stage_id), ignore_errors=True)
+
+    def discard_progress(self, stage_id: str) -> None:
+        """Let the next attempt at a stage begin anew; claims and what launchers and ranks tell each other stay."""
+        for path in listed(self.work(stage_id), "*"):
+            if any(path.match(pattern) for pattern in OF_LAUNCHERS):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_listing(files: Any) -> bool:
+    """Whether it gives what verification needs of at least one file."""
+    if not isinstance(files, dict) or not files:
+        return False
+    return all(isinstance(entry, dict) and {"bytes", "mtime_ns", "sha256"} <= entry.keys() for entry in files.values())
+
+
+def _remove(draft: Path) -> None:
+    """Remove a draft, under another name: whoever is about to commit it must not commit what is left of it."""
+    doomed = draft.with_name(f"{'-'.join(draft.name.split('-')[:2])}-{uuid.uuid4().hex[:8]}")
+    with contextlib.suppress(FileNotFoundError):
+        draft.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _is_unclaimed(draft: Path) -> bool:
+    """Whether a draft's name, ``.draft-<fingerprint>[-<token of a claim>]-<random>``, has no claim."""
+    return draft.name.count("-") == 2
+
+
+def _inode(folder: Path) -> int | None:
+    """What tells a folder from another one that takes its name; None where there is none."""
+    try:
+        return folder.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to read it alone
+    os.umask(mask)
+    return mask
+
+
+def require_writable(root: Path) -> None:
+    """Create a folder and check that it can be written to, before any work starts.
+
+    Raises:
+        UserError: naming the folder and the reason.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".probe-{uuid.uuid4().hex[:8]}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{root}: can't be written to ({error.strerror or error}); choose another --out") from None

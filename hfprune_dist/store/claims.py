@@ -1,0 +1,328 @@
+"""Exclusive claims, so that two sweeps or jobs on one store never run the same stage at once.
+
+A claim is a file ``claim.<generation>`` created by hard link (atomic on local disks, NFS and Lustre). The highest
+generation holds; a dead holder is succeeded by creating the next one, so nothing is ever deleted under a competitor.
+A holder that only looked dead, since it was suspended, finds a higher generation than its own and must leave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from hfprune_dist.store.atomic_files import as_record, listed, read_json, write_json
+
+CLAIM_FILES = "claim.*"
+# A holder on another host can't be looked up by process; it counts as dead when its claim was not renewed so long.
+RENEWAL_LIMIT_S = 300.0
+RENEW_S = 60.0
+# Unix times of one process's start differ by so much where the system's clock is being adjusted.
+START_TOLERANCE_S = 2.0
+READING_ATTEMPTS = 5
+
+Clock = Callable[[], float]
+
+
+class ClaimLostError(Exception):
+    """Another process has taken this one for dead and claimed the stage: whatever is left to do is that one's."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process and its job in a batch system, if any.
+
+    Attributes:
+        started: with ``pid`` it names the process, since ids are used again. On Linux ``<system>/<ticks>``: within
+            which boot and PID namespace, and how many clock ticks after that boot, which no adjustment of a clock
+            changes. Elsewhere, and in claims of before, unix time; None where it isn't known.
+    """
+
+    host: str
+    pid: int
+    started: str | float | None
+    job: str | None = None
+
+    @classmethod
+    def me(cls, job: str | None = None) -> Holder:
+        return cls(socket.gethostname(), os.getpid(), _start_on_linux(os.getpid()) or _start_time(os.getpid()), job)
+
+    def is_running(self) -> bool | None:
+        """Whether the process runs; None where only its claim's renewals can tell, since it isn't to be seen here."""
+        if self.host != socket.gethostname():
+            return None
+        if isinstance(self.started, str):
+            return self._is_running_on_linux(self.started)
+        started = _start_time(self.pid)
+        return started is not None and self.started is not None and abs(started - self.started) < START_TOLERANCE_S
+
+    def _is_running_on_linux(self, started: str) -> bool | None:
+        if started.rpartition("/")[0] != _system():
+            return None  # another machine of the same name, or a container, or this one before it was booted again
+        found = _start_on_linux(self.pid)
+        if found is None and _is_hidden(self.pid):
+            return None
+        return found == started
+
+
+class Claim:
+    """The right to run one stage, held until ``release``, or until another process takes the holder for dead.
+
+    Args:
+        folder: the stage's work folder.
+        token: random; tells this claim from one of the same generation in a folder that was removed and made again.
+    """
+
+    def __init__(self, folder: Path, generation: int, token: str) -> None:
+        self.token = token
+        self._generation = generation
+        self._folder = folder
+        self._file = folder / f"claim.{generation}"
+
+    @property
+    def ticket(self) -> str:
+        """What another process of the holder's needs to check the claim; see ``from_ticket``."""
+        return f"{self._generation}.{self.token}"
+
+    @classmethod
+    def from_ticket(cls, folder: Path, ticket: str) -> Claim:
+        generation, _, token = ticket.partition(".")
+        return cls(folder, int(generation), token)
+
+    def is_held(self) -> bool:
+        """Whether nobody has claimed the stage since, nor finished it, nor released this claim."""
+        if _newest_generation(self._folder) != self._generation:
+            return False
+        record = _read(self._file)
+        return record.get("token") == self.token and not record.get("released")
+
+    def require_held(self) -> None:
+        """To be called before anything that must not meet the work of a successor.
+
+        Raises:
+            ClaimLostError: where the claim is not held any more.
+        """
+        if not self.is_held():
+            raise ClaimLostError(
+                f"{self._folder}: another process has taken over this stage; this one had given no sign of life for "
+                f"{RENEWAL_LIMIT_S / 60:.0f} minutes or more (was it suspended?) and leaves the stage to it"
+            )
+
+    def renew(self) -> None:
+        """Show processes on other hosts that this one is alive.
+
+        Raises:
+            ClaimLostError: where the claim is not held any more.
+            OSError: where the file system fails.
+        """
+        self.require_held()
+        os.utime(self._file)
+
+    def release(self) -> None:
+        """Give the claim up; the file stays, so that generations only grow while the folder exists."""
+        if self.is_held():
+            write_json(self._file, {**_read(self._file), "released": True})
+
+
+class Renewal:
+    """Renews a claim at intervals for as long as it is held; a file system that fails for a while ends nothing.
+
+    Args:
+        tell: is told when the claim can't be renewed for so long that others may soon take its holder for dead.
+        clock: seconds, from any start.
+    """
+
+    def __init__(self, claim: Claim, tell: Callable[[str], None] | None = None, clock: Clock = time.monotonic) -> None:
+        self._claim = claim
+        self._tell = tell or _warn
+        self._clock = clock
+        self._tried_at = self._renewed_at = self._told_at = clock()
+
+    def tick(self) -> None:
+        """Renew the claim where it is time to.
+
+        Raises:
+            ClaimLostError: where the claim is not held any more.
+        """
+        now = self._clock()
+        if now - self._tried_at < RENEW_S:
+            return
+        self._tried_at = now
+        try:
+            self._claim.renew()
+        except OSError as error:
+            self._complain(now, error)
+        else:
+            self._renewed_at = now
+
+    def _complain(self, now: float, error: OSError) -> None:
+        silent_s = now - self._renewed_at
+        if silent_s < RENEWAL_LIMIT_S / 2 or now - self._told_at < RENEWAL_LIMIT_S / 2:
+            return
+        self._told_at = now
+        self._tell(
+            f"the claim on this stage could not be renewed for {silent_s:.0f} s ({error}); after {RENEWAL_LIMIT_S:.0f} "
+            "s another host may take the stage over"
+        )
+
+
+def try_claim(folder: Path, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:
+    """Claim ``folder`` (created if need be), or return who holds it.
+
+    Args:
+        folder: the stage's work folder.
+        job: the batch job that claims, if any; it succeeds itself when it was requeued.
+        ended_jobs: jobs known to have ended: what they hold is free, however lately it was renewed.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)  # a holder that finishes removes it
+        generation, holder = _current(folder)
+        if holder is not None and (holder.job is None or holder.job not in {job, *ended_jobs}):
+            return holder
+        claim = Claim(folder, generation + 1, uuid.uuid4().hex[:12])
+        file = folder / f"claim.{generation + 1}"
+        if _create(file, json.dumps({**asdict(Holder.me(job)), "token": claim.token})):
+            return claim
+
+
+def _current(folder: Path) -> tuple[int, Holder | None]:
+    """The highest generation, and its holder if that one lives."""
+    generation = _newest_generation(folder)
+    file = folder / f"claim.{generation}"
+    record = _read(file)
+    holder = as_record(Holder, record)
+    if holder is None or record.get("released") or not _lives(holder, file):
+        return generation, None
+    return generation, holder
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a claim says; nothing where it is gone or damaged.
+
+    Raises:
+        OSError: where it can't be read: whoever holds it may well be alive.
+    """
+    for _ in range(READING_ATTEMPTS):
+        try:
+            record = read_json(file)
+        except ValueError:
+            return {}
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # on NFS: replaced while it was open, so there is a new one
+                raise
+            stale = error
+        else:
+            return record if isinstance(record, dict) else {}
+    raise stale
+
+
+def _newest_generation(folder: Path) -> int:
+    """0 where there is no claim."""
+    numbers = [file.suffix[1:] for file in listed(folder, CLAIM_FILES)]
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+
+def _lives(holder: Holder, file: Path) -> bool:
+    running = holder.is_running()
+    if running is not None:
+        return running
+    try:
+        renewed_at = file.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    # This host's clock may be ahead; the one that the file system goes by is asked where that would make a difference.
+    return time.time() - renewed_at < RENEWAL_LIMIT_S or _clock_of(file.parent) - renewed_at < RENEWAL_LIMIT_S
+
+
+def _clock_of(folder: Path) -> float:
+    """The time by which a file system dates what is written now; on NFS its server's, like that of all renewals."""
+    probe = folder / f".clock.{uuid.uuid4().hex}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:  # the folder has just been removed, or nothing can be written
+        return time.time()
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def _create(file: Path, text: str) -> bool:
+    """Create ``file`` with its content in one step: readers never see a claim without its holder.
+
+    False where somebody else was faster, or has just removed the folder.
+    """
+    draft = file.with_name(f".{file.name}.{socket.gethostname()}.{uuid.uuid4().hex}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.link(draft, file)
+    except FileExistsError:
+        return _has_two_names(draft)
+    except FileNotFoundError:
+        return False
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
+
+
+def _has_two_names(draft: Path) -> bool:
+    """Whether a link that "exists already" is ours: NFS repeats a request whose answer was lost."""
+    try:
+        return draft.stat().st_nlink > 1
+    except FileNotFoundError:
+        return False
+
+
+def _system() -> str | None:
+    """Within which a process id and its start mean one process: the boot of a machine, and a PID namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None
+
+
+def _start_on_linux(pid: int) -> str | None:
+    """When a process started, as ``Holder.started`` has it on Linux; None where it does not run, or elsewhere."""
+    system = _system()
+    try:
+        # The name in parentheses may hold anything; state is the first field behind it, the start the twentieth.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if system is None or fields[0] in ("Z", "X") else f"{system}/{fields[19]}"
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether a process runs that ``/proc`` doesn't show, as it may hide what belongs to other users."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return not Path(f"/proc/{pid}").exists()
+    except OSError:
+        return False
+    return False
+
+
+def _start_time(pid: int) -> float | None:
+    """When a process started, in unix time; None where it does not run."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)

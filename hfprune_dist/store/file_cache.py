@@ -1,0 +1,61 @@
+"""Files that several stages of a store make alike: made once, checked before every use, replaced where damaged.
+
+<folder>/<key>        the file
+<folder>/<key>.json   its sha256, written last
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.atomic_files import fsync_path, read_object, write_json
+from hfprune_dist.store.hashing import FileHashes
+
+
+class FileCache:
+    """Files by key, on the disk of the work folders that use them.
+
+    A key must say everything that the file's bytes depend on: of two stages that make it at once, either may win.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def take(self, key: str, target: Path) -> bool:
+        """Make ``target`` the file, without a copy; False where there is none that is whole and can be had."""
+        file = self._folder / key
+        try:
+            if not file.is_file() or FileHashes(None).of_file(file) != self._promised(key):
+                return False
+            _link(file, target)
+        except (OSError, UserError):  # another stage is replacing it, or the file system has no hard links
+            return False
+        return True
+
+    def put(self, key: str, source: Path) -> None:
+        """Keep ``source``, which nobody may change from now on.
+
+        Nothing is kept where the file system has no hard links, or where another stage keeps the same at this moment.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        fsync_path(source)
+        try:
+            _link(source, self._folder / key)
+        except OSError:
+            return
+        write_json(self._folder / f"{key}.json", {"sha256": FileHashes(None).of_file(source)})
+
+    def _promised(self, key: str) -> str | None:
+        return (read_object(self._folder / f"{key}.json") or {}).get("sha256")
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make ``target`` another name of ``source``, in place of what it named before; leaves no draft where it dies.
+
+    Raises:
+        OSError: also where somebody else was faster.
+    """
+    target.unlink(missing_ok=True)
+    os.link(source, target)

@@ -1,0 +1,118 @@
+"""A stage: one unit of work with one artifact, named by what its result depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.hashing import digest_of
+
+# Raise a stage's version when its code changes its result: artifacts of the old version are then not reused.
+STAGE_VERSIONS = {"importance": 6, "reference": 1, "prune": 4, "distill": 1, "recover": 1, "evaluate": 3}
+Content = Literal["", "text", "folder", "checkpoint", "commit"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something a stage reads. ``identity`` is part of the fingerprint, nothing else is.
+
+    For an artifact of another stage the location is its id, and so is the identity where all of it matters; for files
+    of the user's, the digest of their content and their path.
+
+    Attributes:
+        content: what the identity of the user's files is the digest of: a ``text``, all files of a ``folder``, the
+            files that make a ``checkpoint``, or the name of a ``commit`` of the hub, whose files never change. Empty
+            for artifacts, and in records of before there was this field: such files are not checked.
+    """
+
+    identity: str
+    location: str
+    is_stage: bool = False
+    content: Content = ""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One unit of work with one artifact.
+
+    Attributes:
+        kind: importance, reference, prune, distill, recover or evaluate.
+        label: for people; not part of the fingerprint.
+        params: every setting that affects the result.
+        inputs: role -> what is read.
+        version: of the code that planned it; None: today's.
+    """
+
+    kind: str
+    label: str
+    params: Mapping[str, Any]
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+    version: int | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """20 hex digits of the sha256 over version, settings and input identities."""
+        identities = {role: source.identity for role, source in self.inputs.items()}
+        content = {"version": self._version, "kind": self.kind, "params": self.params, "inputs": identities}
+        return digest_of(content)[:20]
+
+    @property
+    def _version(self) -> int:
+        return STAGE_VERSIONS[self.kind] if self.version is None else self.version
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}/{self.fingerprint}"
+
+    @property
+    def needs(self) -> list[str]:
+        """Ids of the stages whose artifacts this one reads."""
+        return [source.location for source in self.inputs.values() if source.is_stage]
+
+    def as_input(self) -> Input:
+        return Input(self.id, self.id, is_stage=True)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "version": self._version,
+            "label": self.label,
+            "params": dict(self.params),
+            "inputs": {role: asdict(source) for role, source in self.inputs.items()},
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Stage:
+        """Read what ``to_json`` wrote, whichever version of the code that was.
+
+        Raises:
+            UserError: where the fingerprint was computed by other rules than today's.
+        """
+        inputs = {role: Input(**source) for role, source in record["inputs"].items()}
+        version = record.get("version")
+        version = None if version == STAGE_VERSIONS.get(record["kind"]) else version
+        stage = cls(record["kind"], record["label"], record["params"], inputs, version)
+        if stage.fingerprint != record["fingerprint"]:
+            raise _of_another_version(record)
+        return stage
+
+    @classmethod
+    def to_run(cls, record: Mapping[str, Any]) -> Stage:
+        """Read what ``to_json`` wrote, to run it.
+
+        Raises:
+            UserError: where another version of the code planned it.
+        """
+        stage = cls.from_json(record)
+        if stage.version is not None:
+            raise _of_another_version(record)
+        return stage
+
+
+def _of_another_version(record: Mapping[str, Any]) -> UserError:
+    planned = f"{record['kind']}/{record['fingerprint']}"
+    return UserError(f"{planned} was planned by another version of the code; run sweep.py again")

@@ -1,0 +1,1 @@
+"""LoRA training: recovery and distillation."""

@@ -1,0 +1,67 @@
+"""The state of LoRA training between two optimizer steps, as files that any number of ranks can take up."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
+
+KEPT_SNAPSHOTS = 2
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+LossLine = dict[str, float | int]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of training after optimizer step ``step``.
+
+    Attributes:
+        weights: LoRA parameters, whole, float32, under the names that they have in a ``PeftModel``.
+        moments: AdamW's ``<parameter>.exp_avg`` and ``<parameter>.exp_avg_sq``, float32.
+        losses: one line per step so far.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    losses: list[LossLine]
+
+    def metrics(self) -> dict[str, float | int]:
+        """What a manifest tells of the training that ended here."""
+        return {"steps": len(self.losses), "first_loss": self.losses[0]["loss"], "final_loss": self.losses[-1]["loss"]}
+
+
+class Snapshots:
+    """The newest snapshots in a folder, one file each; a file that has a snapshot's name is complete."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Write a snapshot, then delete all but the newest two."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"step-{snapshot.step:08d}.safetensors"
+        texts = {"step": str(snapshot.step), "losses": json.dumps(snapshot.losses)}
+        save_tensors({**snapshot.weights, **snapshot.moments}, file, texts)
+        for outdated in self._files()[KEPT_SNAPSHOTS:]:
+            outdated.unlink()
+
+    def newest(self) -> Path | None:
+        """The newest snapshot whose file is undamaged; None where there is none. Damaged ones are set aside."""
+        return next((file for file in self._files() if is_usable(file)), None)
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
+
+
+def read_snapshot(file: Path) -> Snapshot:
+    """Read the file of a snapshot."""
+    tensors, texts = load_tensors(file)
+    moments = {name: tensor for name, tensor in tensors.items() if name.endswith(MOMENTS)}
+    weights = {name: tensor for name, tensor in tensors.items() if name not in moments}
+    return Snapshot(int(texts["step"]), weights, moments, json.loads(texts["losses"]))

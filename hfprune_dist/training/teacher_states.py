@@ -1,0 +1,76 @@
+"""What the dense model makes of windows of text: its final hidden states, on disk for all who compare with it.
+
+<folder>/windows.safetensors     input_ids, int64 [windows, sequence_length]
+<folder>/<number>.safetensors    final hidden states of a micro-batch [windows of it, sequence_length, hidden_size]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hfprune_dist.data.windows import load_windows, save_windows
+from hfprune_dist.distributed.interruption import Interrupted
+from hfprune_dist.distributed.layer_states import LayerStates
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.world import World
+
+DENSE = "dense"
+
+
+class DenseStates:
+    """Windows with the dense model's final hidden states, one at a time; as rows to train on, a ``RowReader``.
+
+    Attributes:
+        windows_ST: int64 [windows, sequence_length].
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.windows_ST = load_windows(folder)
+        with safe_open(_file(folder, 0), framework="pt") as first:
+            self._per_file: int = first.get_slice(DENSE).get_shape()[0]
+
+    def hidden(self, index: int) -> Tensor:
+        """What the dense model's head reads for one window [sequence_length, hidden_size]."""
+        number, place = divmod(index, self._per_file)
+        with safe_open(_file(self._folder, number), framework="pt") as stream:
+            hidden_TC: Tensor = stream.get_slice(DENSE)[place]
+        return hidden_TC
+
+    def __call__(self, row: int) -> dict[str, Tensor]:
+        """``input_ids`` and ``labels``, int64 [sequence_length], and ``dense`` [sequence_length, hidden_size]."""
+        input_ids_T = self.windows_ST[row]
+        return {"input_ids": input_ids_T, "labels": input_ids_T.clone(), DENSE: self.hidden(row)}
+
+
+def write_dense_states(
+    stream: LayerStream, states: LayerStates, folder: Path, world: World, after_each: Callable[[int], None]
+) -> None:
+    """Take windows through a model layer by layer, so that it is never loaded as a whole; every rank takes some.
+
+    Args:
+        stream: the windows before the first layer.
+        states: where an earlier attempt was interrupted, if one was, and where this one is kept if it is.
+        after_each: called on every rank with the number of layers that are done; it may raise ``Interrupted``.
+    """
+    if world.is_first:
+        save_windows(stream.windows_ST, folder)
+    for number in range(stream.resume(states), stream.num_layers):
+        stream.advance(stream.layer(number))
+        world.barrier()  # ranks with fewer windows wait here, never for longer than a layer
+        try:
+            after_each(number + 1)
+        except Interrupted:
+            stream.save(states)
+            raise
+    for index, hidden_BTC in stream.final_hidden():
+        save_file({DENSE: hidden_BTC.contiguous()}, _file(folder, index))
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.safetensors"

@@ -1,0 +1,370 @@
+"""LoRA training of a model sharded over all ranks: the Hugging Face Trainer, peft and DeepSpeed ZeRO-3.
+
+Two losses: that of the rows' labels, and the divergence from a dense model whose hidden states the rows bring along.
+
+A snapshot holds only what trains: the LoRA weights and AdamW's two moments, float32 and whole. Rows, learning rate and
+dropout follow from the optimizer step. So training can be taken up again on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.lora_adapter import lora_targets
+from hfprune_dist.config.schema import LoraTraining
+from hfprune_dist.data.schedule import IGNORED, RowReader, Schedule, ScheduledRows
+from hfprune_dist.distributed.deepspeed_patches import limit_timeouts, torchs_linear_afterwards
+from hfprune_dist.distributed.interruption import Interrupted, Interruption
+from hfprune_dist.distributed.world import World
+from hfprune_dist.distributed.zero3 import init_deepspeed
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.distillation_head import DistillingHead
+from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary
+from hfprune_dist.store.hashing import digest_of
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.training.snapshots import MOMENTS, LossLine, Snapshot, Snapshots, read_snapshot
+from hfprune_dist.training.teacher_states import DENSE
+
+MAX_GRAD_NORM = 1.0  # the Trainer's default, which the published recipe leaves alone
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What to train, on what, and how far.
+
+    Attributes:
+        section: of the configuration that the settings come from, for progress and messages.
+        rows: reads a row by its number.
+        distills: whether rows bring a dense model's final hidden states, and the loss is the divergence from it.
+        schedule: which rows each step sees.
+        total_steps: optimizer steps of the whole training, those before ``start`` included.
+        warmup_steps: those of them in which the learning rate rises; in the first it is 0.
+        save_every_steps: optimizer steps between snapshots; the last step leaves one in any case.
+        timeout_minutes: a collective that takes longer ends the stage.
+        start: where to go on; None begins anew.
+    """
+
+    checkpoint: Checkpoint
+    section: str
+    settings: LoraTraining
+    seed: int
+    rows: RowReader
+    distills: bool
+    schedule: Schedule
+    total_steps: int
+    warmup_steps: int
+    save_every_steps: int
+    timeout_minutes: int
+    start: Snapshot | None = None
+
+    @property
+    def first_step(self) -> int:
+        return 0 if self.start is None else self.start.step
+
+
+def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, interruption: Interruption) -> Snapshot:
+    """Train from the newest snapshot in ``folder`` on to the last step, whose snapshot is the result.
+
+    Raises:
+        UserError: where loss or gradient are no longer finite.
+        Interrupted: after a step and its snapshot, where any rank was asked to end early.
+    """
+    snapshots = Snapshots(folder)
+    newest = _newest(snapshots, world)
+    if newest is None or newest.step < task.total_steps:
+        with torchs_linear_afterwards():
+            _train(replace(task, start=newest), snapshots, world, progress, interruption)
+        newest = _newest(snapshots, world)
+    assert newest is not None
+    assert newest.step == task.total_steps
+    return newest
+
+
+def _newest(snapshots: Snapshots, world: World) -> Snapshot | None:
+    """The newest snapshot, on every rank the one that rank 0 found."""
+    file = world.broadcast(snapshots.newest() if world.is_first else None)
+    return None if file is None else read_snapshot(file)
+
+
+def _train(
+    task: FineTuning, snapshots: Snapshots, world: World, progress: Progress, interruption: Interruption
+) -> None:
+    _prepare_process()
+    rows_at_once = task.settings.micro_batch_size * world.size
+    rows = ScheduledRows(task.rows, task.schedule, task.first_step, task.total_steps, multiple_of=rows_at_once)
+    arguments = _arguments(task, rows.slots // rows_at_once, snapshots.folder, world)
+    model = _load_model(task)
+    trainer_of = _DistillingTrainer if task.distills else _LoraTrainer
+    trainer = trainer_of(
+        task, snapshots, world, progress, interruption, model=model, args=arguments, train_dataset=rows
+    )
+    gc.freeze()  # else Python walks all modules and parameters again and again: a seventh of the time on CPU
+    trainer.train()
+
+
+def learning_rate_share(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Share of the peak learning rate in step ``step``, counted from 0: linear warm-up, then a cosine to zero."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    decay = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, decay)))
+
+
+def _prepare_process() -> None:
+    logging.set_verbosity_error()
+    # DeepSpeed decorates an optimizer that isn't used here with torch.compile, which takes seconds to import.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # DeepSpeed calls collectives by their old names, and torch says so for each call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def _zero3_config(bfloat16: bool) -> dict[str, Any]:
+    """Parameters, gradients and optimizer states sharded; gradients reduced and added up in float32.
+
+    Parameters go as soon as they are used. To find those that backward uses again soon, DeepSpeed would walk up to a
+    billion parameters of the modules that follow, for every module: with LoRA's many modules 20 s in the second step.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": False,
+            "stage3_max_reuse_distance": 0,
+        },
+        "bf16": {"enabled": bfloat16},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def _arguments(task: FineTuning, accumulation_steps: int, folder: Path, world: World) -> TrainingArguments:
+    """Settings of the Trainer; while they live, from_pretrained shards a model as it loads."""
+    settings = task.settings
+    on_cpu = world.device.type == "cpu"
+    init_deepspeed(world)
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=1,  # one pass over ScheduledRows, which has the rows of all epochs
+        per_device_train_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=accumulation_steps,
+        train_sampling_strategy="sequential",
+        optim="adamw_torch",
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=MAX_GRAD_NORM,
+        bf16=settings.dtype == "bfloat16",
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu else "nccl",
+        ddp_timeout=task.timeout_minutes * 60,
+        deepspeed=_zero3_config(settings.dtype == "bfloat16"),
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        log_level="error",
+        seed=task.seed,
+    )
+
+
+def _load_model(task: FineTuning) -> nn.Module:
+    """The sharded model with LoRA layers, which hold the weights of ``task.start`` if there is one."""
+    dtype = getattr(torch, task.settings.dtype)
+    model = load_causal_lm(task.checkpoint.path, dtype)
+    model.config.use_cache = False  # where there is a cache, transformers doesn't look for packed pairs
+    set_seed(task.seed)
+    adapter = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=task.settings.rank,
+        lora_alpha=task.settings.alpha,
+        lora_dropout=task.settings.dropout,
+        target_modules=lora_targets(task.checkpoint.family),
+    )
+    adapted: nn.Module = get_peft_model(model, adapter, autocast_adapter_dtype=False)
+    if task.start is not None:
+        adapted.load_state_dict(task.start.weights, strict=False)
+    return adapted
+
+
+class _LoraTrainer(Trainer):  # type: ignore[misc]
+    """The Trainer, with dropout that depends on a row's place alone, and with our schedule, log and snapshots."""
+
+    lr_scheduler: LambdaLR | None
+
+    def __init__(
+        self,
+        task: FineTuning,
+        snapshots: Snapshots,
+        world: World,
+        progress: Progress,
+        interruption: Interruption,
+        **trainer_arguments: Any,
+    ) -> None:
+        super().__init__(**trainer_arguments, data_collator=_stack, callbacks=[_PrepareEngine(task, world)])
+        self.remove_callback(PrinterCallback)
+        self._task = task
+        self._snapshots = snapshots
+        self._world = world
+        self._progress = progress
+        self._interruption = interruption
+        self._losses: list[LossLine] = [] if task.start is None else list(task.start.losses)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        if self.lr_scheduler is None:
+            task = self._task
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: learning_rate_share(task.first_step + step, task.warmup_steps, task.total_steps),
+            )
+        return self.lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        place = inputs.pop("place")[0].tolist()
+        torch.manual_seed(int(digest_of([self._task.seed, *place])[:15], 16))
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Called after each optimizer step with its mean loss per token, and at the end without a loss."""
+        if "loss" not in logs:
+            return
+        task, step = self._task, self._task.first_step + self.state.global_step
+        self._losses.append(
+            {
+                "step": step,
+                "epoch": round(step / task.schedule.steps_per_epoch, 4),
+                **finite_values(logs, step, task.section),
+            }
+        )
+        self._progress.update(task.section, step, task.total_steps)
+        if self._world.is_first:
+            print(f"{task.section}: step {step}/{task.total_steps}, loss {logs['loss']:.4f}", flush=True)
+        interrupted = self._interruption.agreed(self._world)
+        if step % task.save_every_steps == 0 or step == task.total_steps or interrupted:
+            self._save_snapshot(step)
+        if interrupted:
+            raise Interrupted
+
+    def _save_snapshot(self, step: int) -> None:
+        """Gather the state parameter by parameter and write it on rank 0; the others wait, so that none runs ahead."""
+        weights: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+        for name, parameter in _trained(self.model):
+            whole = safe_get_full_fp32_param(parameter)
+            whole_moments = {f"{name}.{moment}": safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+            if self._world.is_first:
+                weights[name] = whole.cpu()
+                moments |= {key: tensor.cpu() for key, tensor in whole_moments.items()}
+        if self._world.is_first:
+            self._snapshots.save(Snapshot(step, weights, moments, self._losses))
+        self._world.barrier()
+
+
+class _DistillingTrainer(_LoraTrainer):
+    """With the divergence from a dense model as its loss: a mean over the tokens of a step, in nats."""
+
+    loss_is_scaled_for_ga = True  # divided by all tokens of a step, not by those of a micro-batch
+
+    def __init__(self, task: FineTuning, *context: Any, model: Any, **trainer_arguments: Any) -> None:
+        super().__init__(task, *context, model=model, **trainer_arguments)
+        self._head = DistillingHead(model.get_base_model(), task.checkpoint.family)
+        self._tokens_of_step = 0
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        step = int(inputs["place"][0, 0])
+        self._tokens_of_step = len(self._task.schedule.rows_of(step)) * inputs["input_ids"].shape[1]
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        counts_B = inputs.pop("labels")[:, 0] != IGNORED
+        self._head.expect(inputs.pop(DENSE), counts_B)
+        divergence: Tensor = model(**inputs).logits
+        # DeepSpeed takes the mean of the ranks' gradients.
+        return divergence * (self._world.size / self._tokens_of_step)
+
+
+class _PrepareEngine(TrainerCallback):  # type: ignore[misc]
+    """What can be done only once the engine exists: shorten its groups' timeouts, and restore the optimizer."""
+
+    def __init__(self, task: FineTuning, world: World) -> None:
+        self._task = task
+        self._world = world
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
+        require_exact_rotary(trained["model"], self._task.checkpoint.path)
+        limit_timeouts(self._task.timeout_minutes)
+        if self._task.start is not None:
+            _restore(trained["model"], self._task.start, self._world.rank)
+
+
+def _restore(model: nn.Module, start: Snapshot, rank: int) -> None:
+    """Put a snapshot's float32 weights and moments into the sharded optimizer of a model that is ready to train."""
+    parameters = _trained(model)
+    zero_optimizer = parameters[0][1]._z3_optimizer
+    for flat in zero_optimizer.fp32_partitioned_groups_flat:
+        # torch's AdamW makes its state in its first step.
+        moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+        zero_optimizer.optimizer.state[flat] = {"step": torch.tensor(float(start.step)), **moments}
+    for name, parameter in parameters:
+        safe_set_local_fp32_param(parameter, _shard(start.weights[name], parameter, rank))
+        for moment in MOMENTS:
+            shard = _shard(start.moments[f"{name}.{moment}"], parameter, rank)
+            safe_set_local_optimizer_state(parameter, shard, moment)
+
+
+def _shard(whole: Tensor, parameter: Any, rank: int) -> Tensor:
+    """The part [shard_size] of a parameter-shaped tensor that ZeRO-3 keeps on a rank, padded with zeros."""
+    size = parameter.ds_tensor.numel()
+    part = whole.flatten()[rank * size : (rank + 1) * size]
+    return nn.functional.pad(part, (0, size - part.numel()))
+
+
+def _trained(model: nn.Module) -> list[tuple[str, Any]]:
+    """Names and parameters of the LoRA layers, in an order that is the same on all ranks."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _stack(rows: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def finite_values(logs: Mapping[str, float], step: int, section: str) -> dict[str, float]:
+    """Loss, learning rate and gradient norm of a step.
+
+    Raises:
+        UserError: where one of them is not finite.
+    """
+    values = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+    for key, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{section}: {key} is {value} at step {step}; lower {section}.learning_rate, or raise "
+                f"{section}.warmup_steps; at step 1, check the checkpoint's weights"
+            )
+    return values

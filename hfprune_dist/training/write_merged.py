@@ -1,0 +1,39 @@
+"""A trained adapter merged into a checkpoint, by all ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.lora_adapter import merge_weight_file, read_adapter, write_adapter
+from hfprune_dist.checkpoints.write_pruned import write_companions
+from hfprune_dist.config.schema import LoraTraining
+from hfprune_dist.distributed.world import World
+from hfprune_dist.store.atomic_files import write_text
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.training.snapshots import Snapshot
+
+ADAPTER = "adapter"
+LOSSES = "loss.jsonl"
+
+
+def write_merged(
+    checkpoint: Checkpoint, trained: Snapshot, settings: LoraTraining, draft: Path, world: World, progress: Progress
+) -> None:
+    """Write a Hugging Face folder of the checkpoint's layout, the ``adapter/`` in it, and ``loss.jsonl``.
+
+    Weight files are shared out over the ranks.
+    """
+    if world.is_first:
+        write_adapter(draft / ADAPTER, trained.weights, checkpoint.family, settings.rank, settings.alpha)
+        write_text(draft / LOSSES, "".join(json.dumps(line) + "\n" for line in trained.losses))
+    world.barrier()
+    adapter = read_adapter(draft / ADAPTER)
+    files = checkpoint.weight_files
+    for done, file in enumerate(files[world.rank :: world.size]):
+        progress.update("merging", done * world.size, len(files))
+        merge_weight_file(checkpoint, file, adapter, draft)
+    world.barrier()
+    if world.is_first:
+        write_companions(checkpoint, draft, {})

@@ -1,0 +1,1 @@
+"""The local backend: torchrun on this machine."""

@@ -1,0 +1,170 @@
+"""The local backend: one stage at a time, its ranks started and watched by torchrun."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from hfprune_launch.local.deaths import explain_death
+from hfprune_launch.local.hardware import ranks_here
+from hfprune_launch.stage.outcome import Outcome
+from hfprune_launch.stage.stage_file import Origin, attempts_so_far, lay_out
+from hfprune_launch.stage.threads import threads_allowed
+
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, Renewal, try_claim
+from hfprune_dist.store.heartbeat import (
+    Failure,
+    Heartbeat,
+    clear_failures,
+    read_failures,
+    read_heartbeat,
+    write_failure_record,
+)
+from hfprune_dist.store.stage import Stage
+
+STAGE_SCRIPT = Path(__file__).resolve().parents[1] / "stage" / "run.py"
+POLL_S = 0.1
+TERMINATION_GRACE_S = 20.0
+FULL_DISK_BYTES = 64 * 1024
+
+OnHeartbeat = Callable[[Heartbeat | None], None]
+
+
+class LocalBackend:
+    """Runs stages on this machine.
+
+    Args:
+        logs: folder that receives one log per stage and attempt.
+    """
+
+    def __init__(self, store: Store, logs: Path, origin: Origin) -> None:
+        self._store = store
+        self._logs = logs
+        self._origin = origin
+        self.ranks = ranks_here(origin.runtime)
+
+    def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Outcome:
+        """Claim a stage, run it on all ranks, and tell how it ended; success is a verified artifact, nothing else."""
+        started = time.time()
+        claim = self._claim(stage, on_heartbeat)
+        try:
+            if self._is_done(stage):  # another sweep was faster
+                return Outcome("done", time.time() - started)
+            attempt = self._lay_out(stage)
+            log = self._log(stage, attempt)
+            with tempfile.TemporaryDirectory(prefix="hfprune-", ignore_cleanup_errors=True) as scratch:
+                self._watch(self._start(stage, claim, log, scratch), claim, stage, on_heartbeat)
+            failure = self._failure(stage, claim, attempt, started)
+        except ClaimLostError as lost:
+            failure = None if self._is_done(stage) else Failure("duplicate", str(lost), -1, time.time())
+        finally:
+            claim.release()
+        return Outcome("failed" if failure else "done", time.time() - started, failure)
+
+    def _is_done(self, stage: Stage) -> bool:
+        return self._store.verify(stage.id).state == "done"
+
+    def _claim(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Claim:
+        """Wait until no other sweep works on this stage, showing its progress meanwhile."""
+        work = self._store.work(stage.id)
+        while isinstance(claim := try_claim(work), Holder):
+            on_heartbeat(read_heartbeat(work))
+            time.sleep(POLL_S)
+        return claim
+
+    def _lay_out(self, stage: Stage) -> int:
+        """Write what the ranks need to know into the stage's work folder; return the attempt's number."""
+        attempt = attempts_so_far(self._store, stage.id) + 1
+        lay_out(self._store, stage, self._origin, attempt)
+        return attempt
+
+    def _log(self, stage: Stage, attempt: int) -> Path:
+        """The attempt's log file, in a folder that is there."""
+        self._logs.mkdir(parents=True, exist_ok=True)
+        return self._logs / f"{stage.kind}-{stage.fingerprint}.{attempt}.log"
+
+    def _start(self, stage: Stage, claim: Claim, log: Path, scratch: str) -> subprocess.Popen[bytes]:
+        # Without a folder for its own files torchrun makes one, and leaves it behind.
+        options = ["--standalone", f"--nproc-per-node={self.ranks}", f"--log-dir={scratch}"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
+        with log.open("wb") as stream:
+            return subprocess.Popen(
+                [*torchrun, str(STAGE_SCRIPT), str(self._store.root.resolve()), stage.id, "--claim", claim.ticket],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,  # Ctrl-C reaches this process only, which then ends the ranks in order
+                preexec_fn=_end_with_parent,
+            )
+
+    def _environment(self) -> dict[str, str]:
+        """The ranks' environment: threads, and a project that can be imported from wherever the sweep was started."""
+        threads = self._origin.runtime.threads_per_rank or threads_allowed()
+        threads = threads or max(1, (os.cpu_count() or 1) // self.ranks)
+        return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+
+    def _watch(self, process: subprocess.Popen[bytes], claim: Claim, stage: Stage, on_heartbeat: OnHeartbeat) -> None:
+        """Wait for the end of all ranks; if this process is interrupted or has lost its claim, end them first."""
+        renewal = Renewal(claim)
+        try:
+            while process.poll() is None:
+                on_heartbeat(read_heartbeat(self._store.work(stage.id)))
+                renewal.tick()
+                time.sleep(POLL_S)
+        except BaseException:
+            _terminate(process)
+            self._store.discard_drafts(stage.id, claim)
+            raise
+
+    def _failure(self, stage: Stage, claim: Claim, attempt: int, started: float) -> Failure | None:
+        """Why the ranks have left no artifact, None where they have.
+
+        Raises:
+            ClaimLostError: where another process has claimed the stage meanwhile, and uses its work folder.
+        """
+        if self._is_done(stage):
+            return None
+        work = self._store.work(stage.id)
+        left = next((it for it in read_failures(work) if it.is_of(attempt, started)), None) or self._full_disk()
+        self._store.discard_drafts(stage.id, claim)  # makes room for what is written below
+        claim.require_held()
+        failure = explain_death(left, self._log(stage, attempt), attempt)
+        if failure is not left:
+            clear_failures(work)
+        if failure.rank < 0:
+            write_failure_record(work, failure)
+        return failure
+
+    def _full_disk(self) -> Failure | None:
+        """On a disk too full for a rank to leave its reason, the reason is that."""
+        free = shutil.disk_usage(self._store.root).free
+        if free > FULL_DISK_BYTES:
+            return None
+        message = f"{self._store.root}: No space left on device ({free:,} bytes); make room and run the sweep again"
+        return Failure("input", message, -1, time.time())
+
+
+def _end_with_parent() -> None:
+    """In the child, before torchrun begins: be ended when the launcher dies, even by kill -9."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _terminate(process: subprocess.Popen[bytes]) -> None:
+    """End torchrun, which ends its ranks; a second kill for what does not listen."""
+    process.terminate()
+    try:
+        process.wait(TERMINATION_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,81 @@
+"""How the ranks of a stage on this machine died: from what they left, and from what torchrun says in their log."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hfprune_dist.store.heartbeat import LOST_RANK, Failure
+
+LOG_TAIL_LINES = 12
+# torchrun's summary of a rank that ended by a signal; the lines between are its exit code and its error file.
+_SIGNAL = re.compile(
+    r"^ *rank +: (?P<rank>\d+) .*\n(?:.*\n){1,3}? *traceback : Signal \d+ \((?P<signal>SIG\w+)\) received by PID",
+    re.MULTILINE,
+)
+# By signals that no code of ours sends itself: the kernel where memory is short, a scheduler, a user; or a page of a
+# mapped file that is gone.
+FROM_OUTSIDE = ("SIGKILL", "SIGBUS")
+BY_ITSELF = ("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE")
+# What gloo says before it aborts the process because another rank sent something else than was waited for.
+OUT_OF_STEP = "op.preamble.length <= op.nbytes"
+
+
+@dataclass(frozen=True)
+class Death:
+    """A rank that ended by a signal, by its name."""
+
+    rank: int
+    signal: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} by {self.signal}"
+
+
+def explain_death(left: Failure | None, log: Path, attempt: int) -> Failure:
+    """Why an attempt failed.
+
+    Args:
+        left: what explains most of what the ranks have left; None where they have left nothing.
+        log: of all ranks, and of torchrun.
+    """
+    if left is not None and left.cause != "code":
+        return left
+    text = log.read_text(encoding="utf-8", errors="replace")
+    deaths = [Death(int(found["rank"]), found["signal"]) for found in _SIGNAL.finditer(text)]
+    killed = [death for death in deaths if death.signal in FROM_OUTSIDE]
+    crashed = [death for death in deaths if death.signal in BY_ITSELF]
+    ending = f"; {log} ends with:\n{_tail(text)}"
+    if killed:  # the ranks that survive it fail too, in a collective
+        return _noticed("killed", f"a rank died without a message: {_listed(killed)}, from outside{ending}", attempt)
+    if left is not None and not left.is_consequence:
+        return left
+    if crashed:
+        return _noticed("code", f"{_crash(crashed, text)}{ending}", attempt)
+    if left is not None:
+        return replace(left, message=f"a rank was lost or hangs, and rank {left.rank} waited for it:\n{left.message}")
+    return _noticed("killed", f"a rank died without a message{ending}", attempt)
+
+
+def _crash(crashed: Sequence[Death], text: str) -> str:
+    if OUT_OF_STEP in text:
+        return f"the ranks did not make the same collective calls, and gloo ended {_listed(crashed)} ({OUT_OF_STEP})"
+    if any(death.signal == "SIGABRT" for death in crashed) and LOST_RANK.search(text):
+        return f"a rank was lost or hangs, and gloo ended what waited for it: {_listed(crashed)}"
+    return f"a rank crashed: {_listed(crashed)}"
+
+
+def _noticed(cause: str, message: str, attempt: int) -> Failure:
+    return Failure(cause, message, -1, time.time(), attempt)
+
+
+def _listed(deaths: Sequence[Death]) -> str:
+    return ", ".join(str(death) for death in sorted(deaths, key=lambda death: death.rank))
+
+
+def _tail(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:])

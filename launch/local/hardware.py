@@ -1,0 +1,81 @@
+"""What ranks on this machine compute with, found without importing torch."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.stage import Stage
+
+CPU_INFO = Path("/proc/cpuinfo")
+# Where a kind of stage has its compute dtype; a prune stage has the pass's, a reference that of who reads it.
+SECTIONS = {
+    "importance": "importance",
+    "prune": "importance",
+    "distill": "distillation",
+    "recover": "recovery",
+    "evaluate": "evaluation",
+}
+
+
+def count_gpus() -> int:
+    """GPUs that ranks may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        devices = [device.strip() for device in visible.split(",")]
+        return len(list(itertools.takewhile(lambda it: it and not it.startswith("-"), devices)))  # as CUDA reads it
+    driver = Path("/proc/driver/nvidia/gpus")
+    return len(list(driver.iterdir())) if driver.is_dir() else 0
+
+
+def fitting_runtime(runtime: RuntimeConfig) -> tuple[RuntimeConfig, str]:
+    """A runtime whose ranks each find a GPU, where this machine has GPUs; and what to tell if they had to be fewer.
+
+    For ranks that a file asks for, perhaps one of another machine.
+    """
+    gpus = count_gpus()
+    if not gpus or runtime.ranks is None or runtime.ranks <= gpus:
+        return runtime, ""
+    told = f"note: runtime.ranks {runtime.ranks} is more than the GPUs of this machine; stages run with {gpus} ranks"
+    return runtime.model_copy(update={"ranks": gpus}), told
+
+
+def ranks_here(runtime: RuntimeConfig) -> int:
+    """Processes of a stage on this machine.
+
+    Raises:
+        UserError: where it has GPUs, but too few.
+    """
+    gpus = count_gpus()
+    ranks = runtime.ranks or gpus or 1
+    if gpus and ranks > gpus:
+        raise UserError(f"--ranks {ranks}: this machine has {gpus} GPUs, a rank needs one of its own")
+    return ranks
+
+
+def note_on_bfloat16(stages: Iterable[Stage]) -> str:
+    """What to set where stages would multiply bfloat16 on a CPU that can't; empty where it is no matter."""
+    if count_gpus() or not _bfloat16_is_slow():
+        return ""
+    computing = (it for it in stages if it.kind in SECTIONS)
+    settings = sorted({f"--set {SECTIONS[it.kind]}.dtype=float32" for it in computing if "bfloat16" in _dtypes(it)})
+    if not settings:
+        return ""
+    return f"this CPU has no instructions for bfloat16; float32 is several times as fast on it: {' '.join(settings)}"
+
+
+def _bfloat16_is_slow() -> bool:
+    """Whether this is an x86 without AVX-512, where torch multiplies bfloat16 number by number."""
+    if not CPU_INFO.is_file():
+        return False
+    flags = next((line.split() for line in CPU_INFO.read_text().splitlines() if line.startswith("flags")), [])
+    return "sse2" in flags and "avx512bw" not in flags
+
+
+def _dtypes(stage: Stage) -> Iterator[object]:
+    yield stage.params.get("dtype")
+    yield stage.params.get(SECTIONS[stage.kind], {}).get("dtype")

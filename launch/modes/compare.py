@@ -1,0 +1,81 @@
+"""What launch/compare.py does: rows and scores of several sweeps -> comparison.md and comparison.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hfprune_launch.screen import make_console
+from hfprune_launch.sweep_folder import Finished, read_sweep, require_folder
+
+from hfprune_dist.core.split_half import SHARES_KEPT
+from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.results.comparison import (
+    compare_criteria,
+    compare_methods,
+    criteria_table,
+    methods_table,
+    read_scores,
+    settling_table,
+)
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import write_text
+
+
+def compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
+    """Compare the finished cells of some sweeps, with the method ``named`` as the reference."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError(f"{', '.join(map(str, folders))}: one folder is given twice; give each sweep once")
+    sweeps = [read_sweep(folder) for folder in folders]
+    require_folder(out)
+    reference = "hfprune" if named is None else named
+    methods = compare_methods([sweep.rows for sweep in sweeps], reference)
+    if not methods:
+        raise UserError(f"{', '.join(map(str, folders))}: no cell is finished; run the sweeps first")
+    names = sorted({it.method for it in methods})
+    if named is not None and named not in names:
+        raise UserError(f"--reference: no method {named!r}{did_you_mean(named, names)} valid: {', '.join(names)}")
+    criteria = _criteria(sweeps[0])
+    pages = [f"# Methods\n\n{methods_table(methods, reference)}"]
+    pages += [f"# Criteria: {model}\n\n{criteria_table(pairs)}" for model, pairs in criteria.items() if pairs]
+    settling = _settling(sweeps[0])
+    pages += [
+        f"# Calibration windows: {model}\n\n{settling_table(points)}" for model, points in settling.items() if points
+    ]
+    record = {
+        "methods": [asdict(it) for it in methods],
+        "criteria": criteria,
+        "settling": settling,
+        "sweeps": [str(it) for it in folders],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "comparison.json", json.dumps(record, indent=1) + "\n")
+    write_text(out / "comparison.md", "\n".join(pages))
+    console = make_console()
+    console.print("\n".join(pages), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"written: {out / 'comparison.md'}, comparison.json", highlight=False)
+
+
+def _criteria(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
+    """Model -> how its criteria agree, from the first sweep's scores of the dense model."""
+    return {
+        label: compare_criteria(read_scores(store.path(stage_id)), SHARES_KEPT)
+        for store, label, stage_id in _scored(sweep)
+    }
+
+
+def _settling(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
+    """Model -> how what its criteria keep settled, from the first sweep's scores of the dense model."""
+    manifests = {label: store.manifest(stage_id) for store, label, stage_id in _scored(sweep)}
+    return {label: found["metrics"].get("split_half_overlap", []) for label, found in manifests.items() if found}
+
+
+def _scored(sweep: Finished) -> list[tuple[Store, str, str]]:
+    """(store, model, stage) of every dense model that has been scored."""
+    store = Store(sweep.folder / "store")
+    stages = [stage for stage in sweep.plan.stages.values() if stage.kind == "importance"]
+    dense = [stage for stage in stages if not stage.inputs["model"].is_stage]
+    return [(store, stage.label, stage.id) for stage in dense if store.manifest(stage.id) is not None]

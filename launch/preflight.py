@@ -1,0 +1,139 @@
+"""What a stage would refuse after the hours that others take before it, refused before anything runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfprune_launch.local.hardware import ranks_here
+from hfprune_launch.slurm.profile import Profile
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.schema import CalibrationConfig, FidelityConfig, RecoveryConfig, SweepConfig
+from hfprune_dist.data.text import Beginning, read_beginning
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text that stages will read.
+
+    Attributes:
+        section: of the configuration, that describes it.
+        settings: what it says.
+        where: what the stages call the text in their messages.
+        beginning: its first texts; None where they come from the hub.
+    """
+
+    section: str
+    settings: CalibrationConfig | FidelityConfig | RecoveryConfig
+    where: str
+    beginning: Beginning | None
+
+
+def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: Profile | None) -> None:
+    """Check what missing stages will read, for every model before any of them runs, and whether ranks can share it.
+
+    Args:
+        todo: ids of the stages.
+        profile: of the cluster where they run; None: this machine.
+
+    Raises:
+        UserError: for a text that can't be read or is too short, a batch that ranks can't share, an unknown task, or a
+            model whose tokenizer, weights or positions don't suit.
+    """
+    models = _models_by_kind(plan, todo)
+    readings = _read_texts(config, models)
+    if "recover" in models:
+        ranks = profile.resources["recover"].ranks if profile else ranks_here(config.runtime)
+        config.recovery.require_two_fields()
+        config.recovery.require_shared_evenly(ranks)
+    if config.evaluation.tasks and "evaluate" in models:
+        from hfprune_dist.evaluation.lm_eval_tasks import check_tasks  # lm-eval takes seconds to import
+
+        include_path = config.evaluation.include_path
+        check_tasks(config.evaluation.tasks, Path(include_path) if include_path else None)
+    for folder in dict.fromkeys(folder for folders in models.values() for folder in folders):
+        kinds = [kind for kind, folders in models.items() if folder in folders]
+        _check_model(config, folder, [readings[kind] for kind in kinds if kind in readings], "evaluate" in kinds)
+
+
+def _models_by_kind(plan: Plan, todo: Sequence[str]) -> dict[str, list[Path]]:
+    """Kind of stage -> the dense models, or those that pruned models come from, whose tokenizers such stages need."""
+    models: dict[str, list[Path]] = {}
+    for stage in (plan.stages[stage_id] for stage_id in todo):
+        if stage.kind in ("importance", "recover", "evaluate") or (
+            stage.kind == "reference" and "text" in stage.params
+        ):
+            models.setdefault(stage.kind, []).append(plan.dense_folder(stage))
+    return models
+
+
+def _read_texts(config: SweepConfig, kinds: Mapping[str, object]) -> dict[str, Reading]:
+    """Kind of stage -> the text that it will read, as far as it is read here."""
+    calibration, fidelity, recovery = config.calibration, config.evaluation.fidelity, config.recovery
+    readings = {}
+    if "importance" in kinds:
+        readings["importance"] = _read("calibration", calibration, "calibration", [calibration.text_field])
+    if "reference" in kinds:
+        readings["reference"] = _read("evaluation.fidelity", fidelity, "fidelity", [fidelity.text_field])
+    if "recover" in kinds:
+        readings["recover"] = _read("recovery", recovery, "recovery", recovery.pair_fields, recovery.samples)
+    return readings
+
+
+def _read(
+    section: str,
+    settings: CalibrationConfig | FidelityConfig | RecoveryConfig,
+    where: str,
+    fields: Sequence[str],
+    records: int | None = None,
+) -> Reading:
+    beginning = None if settings.path is None else read_beginning(Path(settings.path), fields, where, records)
+    return Reading(section, settings, f"{where} {settings.path}", beginning)
+
+
+def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading], evaluates: bool) -> None:
+    # These import torch and transformers, which takes seconds.
+    from hfprune_dist.data.tokenizer import load_tokenizer, require_embedded
+    from hfprune_dist.models.loading import require_own_weights
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns when stages are started from here
+    checkpoint = open_checkpoint(folder)
+    require_own_weights(checkpoint)
+    tokenizer = load_tokenizer(folder)
+    require_embedded(tokenizer, checkpoint.config["vocab_size"], folder)
+    if evaluates and config.evaluation.tasks and config.evaluation.apply_chat_template and not tokenizer.chat_template:
+        raise UserError(f"{folder}: the tokenizer has no chat template, which evaluation.apply_chat_template needs")
+    for reading in readings:
+        _check_length(reading, folder, checkpoint.max_positions)
+        _check_text(reading, folder, tokenizer, config.evaluation.add_bos_token)
+
+
+def _check_length(reading: Reading, folder: Path, positions: int | None) -> None:
+    length = reading.settings.sequence_length
+    if positions is not None and length > positions:
+        raise UserError(
+            f"{reading.section}.sequence_length {length} is more than the {positions} positions of the model in "
+            f"{folder} (max_position_embeddings); choose a smaller one"
+        )
+
+
+def _check_text(reading: Reading, folder: Path, tokenizer: Any, add_bos_token: bool) -> None:
+    """Whether there is a window, or a pair to train on, in what was read of a text."""
+    from hfprune_dist.data.instructions import require_room, require_trainable
+    from hfprune_dist.data.tokenizer import require_eos
+    from hfprune_dist.data.windows import require_long_enough
+
+    settings, beginning = reading.settings, reading.beginning
+    if isinstance(settings, RecoveryConfig):
+        require_eos(tokenizer, folder)
+        require_room(tokenizer, settings.sequence_length)
+        if beginning is not None:
+            require_trainable(beginning, tokenizer, settings.sequence_length, reading.where)
+    elif beginning is not None:
+        require_long_enough(beginning, tokenizer, add_bos_token, settings.sequence_length, reading.where)

@@ -1,0 +1,1 @@
+"""The Slurm backend: submit, adopt, follow, retry, and what runs inside a job."""

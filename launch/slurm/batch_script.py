@@ -1,0 +1,213 @@
+"""From a stage and a profile to a submitted job; the text of every batch script comes from here, dry runs included."""
+
+from __future__ import annotations
+
+import shlex
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hfprune_launch.slurm.attempts import SCRIPT, Attempt
+from hfprune_launch.slurm.job import StageJob
+from hfprune_launch.slurm.log_signs import SETUP_FAILED, START
+from hfprune_launch.slurm.profile import Resources
+from hfprune_launch.stage.threads import threads_allowed
+from submitit.core.utils import DelayedSubmission
+from submitit.slurm.slurm import SlurmExecutor
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.atomic_files import fsync_path, write_text
+from hfprune_dist.store.stage import Stage
+
+PICKLE = "stage.pkl"
+# What a path of a job can't contain, and why.
+UNUSABLE = {
+    "%": "Slurm and submitit put ids in its place in the names of log files",
+    "\\": "Slurm takes names of log files literally that contain it",
+    ":": "it separates the folders of PYTHONPATH",
+}
+# Variables (SLURM_...) by which srun takes options. A job inherits them from a launcher that runs inside another job,
+# or whose user sets them for work of another kind; Slurm itself sets only those that the job was asked for with.
+SRUN_VARIABLES = (
+    *("MEM_PER_CPU", "MEM_PER_GPU", "MEM_PER_NODE"),
+    *("GPUS", "GPUS_PER_NODE", "GPUS_PER_SOCKET", "GPUS_PER_TASK", "GPU_BIND", "GPU_FREQ", "CPUS_PER_GPU"),
+    *("NTASKS_PER_GPU", "NTASKS_PER_TRES", "NTASKS_PER_CORE", "NTASKS_PER_SOCKET", "GRES", "STEP_GRES", "TRES_BIND"),
+    *("CPU_BIND", "CPU_BIND_TYPE", "CPU_BIND_LIST", "CPU_BIND_VERBOSE"),
+    *("MEM_BIND", "MEM_BIND_TYPE", "MEM_BIND_LIST", "MEM_BIND_VERBOSE", "MEM_BIND_SORT", "MEM_BIND_PREFER"),
+    *("CORE_SPEC", "THREAD_SPEC", "THREADS_PER_CORE", "HINT", "DISTRIBUTION", "DIST_PLANESIZE", "SPREAD_JOB"),
+    *("HOSTFILE", "NODEFILE", "RELATIVE", "USE_MIN_NODES", "HET_SIZE", "OVERCOMMIT", "OVERLAP", "EXACT", "EXCLUSIVE"),
+    *("EXPORT_ENV", "WORKING_DIR", "REMOTE_CWD", "TIMELIMIT", "IMMEDIATE", "DEPENDENCY", "TEST_EXEC", "BCAST"),
+    *("STDINMODE", "STDOUTMODE", "STDERRMODE", "LABELIO", "PROLOG", "EPILOG", "TASK_PROLOG", "TASK_EPILOG"),
+    *("MPI_TYPE", "NETWORK", "RESV_PORTS"),
+)
+# What tells a rank of GPUs; of another job where its own asks for none.
+GPU_VARIABLES = ("GPUS_ON_NODE", "JOB_GPUS", "STEP_GPUS")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One job to submit.
+
+    Attributes:
+        folder: the attempt's folder, which receives script, pickle and logs.
+        after_ok: ids of jobs that must succeed before.
+        after_any: id of a job that must have ended before, however (``--max-running``).
+        exclude: nodes that failed earlier attempts.
+        threads: CPU threads of each rank.
+    """
+
+    stage: Stage
+    resources: Resources
+    folder: Path
+    job_name: str
+    snapshot: Path
+    threads: int
+    after_ok: Sequence[str] = ()
+    after_any: str | None = None
+    exclude: Sequence[str] = ()
+
+    @property
+    def dependency(self) -> str | None:
+        after_ok = ["afterok:" + ":".join(self.after_ok)] if self.after_ok else []
+        after_any = [f"afterany:{self.after_any}"] if self.after_any else []
+        return ",".join(after_ok + after_any) or None
+
+
+def refuse_unusable_path(out: Path) -> None:
+    """Check that jobs can have their logs and code below a folder.
+
+    Raises:
+        UserError: for characters that Slurm or Python take for something else.
+    """
+    for path in (out.absolute(), out.resolve()):
+        for character in str(path):
+            why = UNUSABLE.get(character)
+            if unicodedata.category(character) in ("Cc", "Cs"):  # control characters, and bytes that are no UTF-8
+                why = "it can't be written into a batch script"
+            if why is not None:
+                raise UserError(f"--out {str(path)!r}: a folder of jobs can't have {character!r} in its path, as {why}")
+
+
+def batch_script(request: Request) -> str:
+    """The batch script, as submitit writes it."""
+    resources = request.resources
+    executor = _TextExecutor(request.folder)
+    executor.update_parameters(
+        job_name=request.job_name,
+        partition=resources.partition,
+        account=resources.account,
+        qos=resources.qos,
+        nodes=resources.nodes,
+        ntasks_per_node=resources.tasks_per_node,
+        gpus_per_node=resources.gpus_per_node or None,
+        cpus_per_task=resources.cpus_per_task,
+        time=resources.time_minutes,
+        constraint=resources.constraint,
+        exclude=",".join([*([resources.exclude] if resources.exclude else []), *request.exclude]) or None,
+        dependency=request.dependency,
+        signal_delay_s=resources.signal_seconds,
+        wckey=None,
+        additional_parameters={**_common_options(request), **resources.sbatch},
+        setup=_setup(request),
+        srun_args=_srun_arguments(resources),
+    )
+    return executor.text()
+
+
+def write_submission(request: Request, attempt: Attempt, store: Path) -> Path:
+    """Write the pickle and the batch script into the attempt's folder; return the script."""
+    submission = DelayedSubmission(StageJob(str(store.resolve()), request.stage.id))
+    submission.set_timeout(request.resources.time_minutes, 0)
+    submission.dump(attempt.folder / PICKLE)
+    fsync_path(attempt.folder / PICKLE)
+    write_text(attempt.folder / SCRIPT, batch_script(request))
+    return attempt.folder / SCRIPT
+
+
+class _TextExecutor(SlurmExecutor):  # type: ignore[misc]
+    """submitit's executor, for the text it makes: works where there is no Slurm, and submits nothing itself.
+
+    submitit itself moves a job's pickle to its place after sbatch: a launcher that dies in between leaves a job that
+    fails. Ours lies there before, and the batch script links it to the name that submitit expects.
+    """
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+    def text(self) -> str:
+        text: str = self._make_submission_file_text(self._submitit_command_str, "")
+        return text
+
+
+def _common_options(request: Request) -> dict[str, str | bool]:
+    options: dict[str, str | bool] = {
+        # Slurm itself requeues a job that is preempted or whose node dies.
+        "requeue": True,
+        # Without this, a job whose dependency failed waits for ever.
+        "kill-on-invalid-dep": "yes",
+        "chdir": str(request.snapshot),
+        # Limits (ulimit) of the shell in which the launcher runs are not meant for the nodes.
+        "propagate": "NONE",
+    }
+    return options if request.resources.memory is None else {**options, "mem": request.resources.memory}
+
+
+def _setup(request: Request) -> list[str]:
+    """Shell lines before srun: the profile's, the environment, and the pickle under the job's id."""
+    snapshot = shlex.quote(str(request.snapshot))
+    environment = {"OMP_NUM_THREADS": str(request.threads), **request.resources.environment}
+    folder = request.folder.resolve()
+    return [
+        f'echo "{START} ${{SLURM_RESTART_COUNT:-0}}" >&2',
+        f'unset {" ".join(_foreign_variables(request.resources))} "${{!SRUN_@}}"',
+        *_checked(request.resources.setup),
+        *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
+        f"export HFPRUNE_CODE={snapshot}",
+        f"export PYTHONPATH={snapshot}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f'ln -sfn {PICKLE} {shlex.quote(str(folder))}/"${{SLURM_JOB_ID}}_submitted.pkl"',
+    ]
+
+
+def _foreign_variables(resources: Resources) -> list[str]:
+    """Variables that can't come from this job: an option that it was given reaches srun as SLURM_<OPTION>."""
+    given = {name.replace("-", "_").upper() for name in resources.sbatch}
+    if resources.memory is not None:
+        given.add("MEM_PER_NODE")
+    if resources.gpus_per_node:
+        given.add("GPUS_PER_NODE")
+    has_gpus = any(name.startswith(("GPUS", "GRES", "TRES")) for name in given)
+    names = [name for name in SRUN_VARIABLES if name not in given] + ([] if has_gpus else list(GPU_VARIABLES))
+    # Jobs of a sweep are never elements of an array.
+    return [f"SLURM_{name}" for name in [*names, "ARRAY_JOB_ID", "ARRAY_TASK_ID"]]
+
+
+def _checked(setup: Sequence[str]) -> list[str]:
+    """Setup lines of which the first that fails ends the job, and is named.
+
+    As with ``set -e``, conditions may fail; unlike there, so may commands inside functions and sourced files.
+    """
+    if not setup:
+        return []
+    say = f'echo "{SETUP_FAILED} with exit code $hfprune_code: $(sed -n "${{LINENO}}p" "$0")" >&2'
+    end = "trap - EXIT; exit $hfprune_code"
+    return [
+        f"trap 'hfprune_code=$?; if [ ${{#BASH_SOURCE[@]}} = 1 ]; then {say}; {end}; fi' ERR",
+        f"trap 'echo \"{SETUP_FAILED}: a line of it ended the job\" >&2; exit 1' EXIT",
+        *setup,
+        "trap - ERR EXIT",
+    ]
+
+
+def _srun_arguments(resources: Resources) -> list[str]:
+    # srun takes no cpus-per-task from sbatch; a rank that dies must end the others; a requeue must not empty the logs;
+    # ranks need what the setup has exported, whatever of it the job was submitted with.
+    required = ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}", "--open-mode=append"]
+    return [*required, "--export=ALL", *resources.srun_args]
+
+
+def default_threads(resources: Resources, threads_per_rank: int | None) -> int:
+    """CPU threads of a rank: as configured, else its cores, but no more than OMP_NUM_THREADS where that is set."""
+    limit = threads_allowed() or resources.cpus_per_task
+    return threads_per_rank or min(limit, resources.cpus_per_task)

@@ -1,0 +1,48 @@
+"""Cancelling a sweep: every job of its store, whichever launcher submitted it, in today's plan or not."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from hfprune_launch.slurm.attempts import Attempt, Ledger
+from hfprune_launch.slurm.commands import SlurmCommands
+from hfprune_launch.slurm.whereabouts import Whereabouts
+
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.store.artifacts import Store
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """What became of an order to cancel a sweep.
+
+    Attributes:
+        outside: stages of cancelled jobs that are not in the plan: of an edited configuration, or an earlier version.
+        foreign: open attempts of other users or clusters, which can't be cancelled from here.
+    """
+
+    job_ids: list[str]
+    outside: list[str]
+    foreign: list[Attempt]
+
+
+def cancel_jobs(plan: Plan, store: Store, slurm: SlurmCommands) -> Cancelled:
+    """Cancel the jobs of all open attempts.
+
+    Raises:
+        SlurmUnavailableError: where Slurm did not answer; some jobs may be left.
+    """
+    attempts = Ledger(store.root).open_attempts()
+    whereabouts = Whereabouts(store, slurm, time.monotonic)
+    whereabouts.look({job_id: attempt for attempt in attempts if (job_id := attempt.job_id) is not None})
+    foreign = [each for each in attempts if whereabouts.is_elsewhere(each) or whereabouts.is_somebody_elses(each)]
+    stages = {attempt.intent.job_name: attempt.intent.stage_id for attempt in attempts if attempt not in foreign}
+    # Those that wait come first: they would start when the ones that they wait for are gone.
+    found = [job for job in whereabouts.jobs.values() if job.name in stages and job.is_live]
+    found.sort(key=lambda job: (job.state != "PENDING", job.job_id))
+    slurm.cancel([job.job_id for job in found])
+    for name in stages.keys() - {job.name for job in whereabouts.jobs.values()}:
+        slurm.cancel_named(name)  # squeue may have missed it
+    outside = sorted({stages[job.name] for job in found} - plan.stages.keys())
+    return Cancelled([job.job_id for job in found], outside, foreign)

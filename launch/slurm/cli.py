@@ -1,0 +1,212 @@
+"""The commands of a sweep on a Slurm cluster: submit, follow, show, cancel, and what would be submitted."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from hfprune_launch.slurm.attempts import Ledger
+from hfprune_launch.slurm.backend import Event, SlurmBackend, Submitting
+from hfprune_launch.slurm.batch_script import Request, batch_script, default_threads
+from hfprune_launch.slurm.cancel import cancel_jobs
+from hfprune_launch.slurm.code_snapshot import take_snapshot
+from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailableError
+from hfprune_launch.slurm.profile import Profile
+from hfprune_launch.slurm.status_table import stage_statuses, status_table
+from hfprune_launch.slurm.whereabouts import Whereabouts
+from hfprune_launch.stage.stage_file import Origin
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.store.artifacts import Store, Verdict
+from hfprune_dist.store.stage import Stage
+
+EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow"}
+STATUS_INTERVAL_S = 5.0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep and where it lives."""
+
+    plan: Plan
+    store: Store
+    out: Path
+
+
+def run_on_slurm(
+    console: Console,
+    sweep: Sweep,
+    todo: Sequence[str],
+    origin: Origin,
+    profile: Profile,
+    max_running: int | None,
+    project: Path,
+    follow: bool | None,
+) -> int | None:
+    """Submit what is missing and adopt what runs.
+
+    Args:
+        follow: False leaves at once; otherwise stays until nothing more can be done.
+
+    Returns:
+        the exit code of who leaves at once; None after staying.
+    """
+    store = sweep.store
+    console.print(f"{len(todo)} of {len(sweep.plan.stages)} stages to run on Slurm; logs in {store.root / 'attempts'}")
+    snapshot = take_snapshot(project, (sweep.out / "code").resolve(), origin.code, partial(console.print, markup=False))
+    with _Screen(console, sweep).shown() as screen:
+        submitting = Submitting(origin, profile, snapshot, max_running)
+        backend = SlurmBackend(store, sweep.plan, submitting, SlurmCommands(), screen.tell)
+        backend.start()
+        if follow is not False:
+            backend.follow(lambda: screen.refresh(backend.jobs))
+            return None
+        backend.follow_missing(lambda: screen.refresh(backend.jobs))
+    if left := backend.unsubmitted():
+        names = ", ".join(f"{stage.kind} {stage.label}" for stage in left)
+        console.print(f"not submitted: {names}; run the same command again", markup=False, highlight=False)
+        return 1
+    console.print("jobs are submitted; --status shows them, the same command again follows them")
+    return 0
+
+
+def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
+    """The state of every stage; with ``keep_on``, live for as long as a stage is queued or running."""
+    jobs = _StatusJobs(console, sweep)
+    with _Screen(console, sweep).shown() as screen:
+        while keep_on and screen.refresh(jobs.now()):
+            time.sleep(STATUS_INTERVAL_S)
+    console.print(status_table(stage_statuses(sweep.plan, sweep.store, jobs.now())))
+
+
+def cancel(console: Console, sweep: Sweep) -> None:
+    """Cancel the sweep's jobs; what they have saved stays."""
+    slurm = SlurmCommands()
+    slurm.require()
+    cancelled = cancel_jobs(sweep.plan, sweep.store, slurm)
+    job_ids = cancelled.job_ids
+    lines = [f"cancelled {len(job_ids)} jobs: {' '.join(job_ids)}" if job_ids else "no jobs to cancel"]
+    if cancelled.outside:
+        lines.append(f"some of them belong to stages outside of this plan: {', '.join(cancelled.outside)}")
+    lines += [
+        f"not cancelled: job {attempt.job_id} of user {attempt.intent.user} on cluster {attempt.intent.cluster}"
+        for attempt in cancelled.foreign
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def show_jobs(
+    console: Console, sweep: Sweep, profile: Profile, runtime: RuntimeConfig, verdicts: Mapping[str, Verdict]
+) -> None:
+    """What would be submitted: every batch script, and the GPU-hours that it may take at most."""
+    todo = sweep.plan.lacking(lambda stage_id: verdicts[stage_id].state == "done")
+    missing = [sweep.plan.stages[stage_id] for stage_id in todo]
+    for stage in missing:
+        console.print(f"\n# {stage.kind} {stage.label}", markup=False, highlight=False)
+        script = batch_script(_planned(sweep, stage, profile, runtime, verdicts))
+        console.print(script, markup=False, highlight=False, soft_wrap=True)
+    resources = [profile.resources[stage.kind] for stage in missing]
+    gpu_hours = sum(each.gpus * each.time_minutes for each in resources) / 60
+    core_hours = sum(each.cores * each.time_minutes for each in resources) / 60
+    console.print(
+        f"{len(missing)} jobs; at most {gpu_hours:,.1f} GPU-hours and {core_hours:,.1f} core-hours, if each used up "
+        "its time limit once"
+    )
+    took, known = _expected(missing, sweep, profile)
+    if known:
+        console.print(f"as long as finished stages of their kinds took, {known} of them need {took:,.2f} GPU-hours")
+
+
+def _planned(
+    sweep: Sweep, stage: Stage, profile: Profile, runtime: RuntimeConfig, verdicts: Mapping[str, Verdict]
+) -> Request:
+    """The request that would be submitted, with <...> for what is known only then."""
+    resources = profile.resources[stage.kind]
+    return Request(
+        stage=stage,
+        resources=resources,
+        folder=sweep.store.root.resolve() / "attempts" / stage.id / "<n>",
+        job_name=f"hfprune-{stage.kind}-{stage.fingerprint[:8]}-<n>-<token>",
+        snapshot=sweep.out.resolve() / "code" / "<digest>",
+        threads=default_threads(resources, runtime.threads_per_rank),
+        after_ok=[f"<job of {need}>" for need in stage.needs if verdicts[need].state != "done"],
+    )
+
+
+def _expected(missing: list[Stage], sweep: Sweep, profile: Profile) -> tuple[float, int]:
+    """GPU-hours by the mean time of finished stages of each kind, and for how many stages there is such a time."""
+    times: dict[str, list[float]] = {}
+    for stage in sweep.plan.stages.values():
+        manifest = sweep.store.manifest(stage.id)
+        if manifest is not None:
+            times.setdefault(stage.kind, []).append(manifest["wall_time_s"])
+    known = [stage.kind for stage in missing if stage.kind in times]
+    seconds = [sum(times[kind]) / len(times[kind]) * profile.resources[kind].gpus for kind in known]
+    return sum(seconds) / 3600, len(known)
+
+
+class _StatusJobs:
+    """All jobs, for who only looks; none where this machine has no Slurm, or it does not answer at once."""
+
+    def __init__(self, console: Console, sweep: Sweep) -> None:
+        self._console = console
+        self._sweep = sweep
+        self._whereabouts = Whereabouts(sweep.store, SlurmCommands(retry_delays_s=()), time.monotonic)
+
+    def now(self) -> dict[str, JobInfo]:
+        ledger = Ledger(self._sweep.store.root)
+        if shutil.which("squeue") is None or ledger.is_empty:
+            return {}
+        last = [attempt for stage_id in self._sweep.plan.stages if (attempt := ledger.last(stage_id)) is not None]
+        attempts = {job_id: each for each in last if each.end is None and (job_id := each.job_id) is not None}
+        try:
+            self._whereabouts.look(attempts)
+        except SlurmUnavailableError as error:
+            self._console.print(f"Slurm does not answer ({error}): jobs are not shown", markup=False)
+            return {}
+        return self._whereabouts.jobs
+
+
+class _Screen:
+    """A live table on a terminal, and one line per event anywhere."""
+
+    def __init__(self, console: Console, sweep: Sweep) -> None:
+        self._console = console
+        self._sweep = sweep
+        self._live: Live | None = None
+        self._told: set[str] = set()
+
+    @contextmanager
+    def shown(self) -> Iterator[_Screen]:
+        if not self._console.is_terminal:
+            yield self
+            return
+        with Live(console=self._console, transient=True, auto_refresh=False) as self._live:
+            yield self
+
+    def refresh(self, jobs: Mapping[str, JobInfo]) -> bool:
+        """Draw the table anew; return whether a stage is queued or running."""
+        statuses = stage_statuses(self._sweep.plan, self._sweep.store, jobs)
+        if self._live is not None:
+            self._live.update(status_table(statuses), refresh=True)
+        return any(status.state not in ("done", "failed", "waiting", "missing", "not needed") for status in statuses)
+
+    def tell(self, event: Event) -> None:
+        """Print an event; one that only says that something goes on waiting, once."""
+        if event.what == "waiting" and event.message in self._told:
+            return
+        self._told.add(event.message)
+        color = EVENT_COLORS.get(event.what, "cyan")
+        stage = f" {event.stage.kind} {escape(event.stage.label)}" if event.stage is not None else ""
+        job = f" job {event.job_id}" if event.job_id else ""
+        message = f": {escape(event.message)}" if event.message else ""
+        self._console.print(f"[{color}]{event.what}[/]{stage}{job}{message}", highlight=False, soft_wrap=True)

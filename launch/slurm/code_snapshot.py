@@ -1,0 +1,110 @@
+"""The code of a sweep, copied once, so that jobs that wait in the queue run what was submitted."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import subprocess
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.atomic_files import fsync_path, write_json, write_text
+from hfprune_dist.store.hashing import FileHashes, digest_of
+
+# Name in a snapshot, which jobs import from -> folder of the project.
+PACKAGES = {"hfprune_dist": "hfprune_dist", "hfprune_launch": "launch"}
+_SOMETHING_IS_THERE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+
+
+def take_snapshot(
+    project: Path, folder: Path, code: Mapping[str, Any], tell: Callable[[str], object] = lambda _: None
+) -> Path:
+    """Copy the project's packages to ``<folder>/<digest of their content>``; a good copy that is there is used again.
+
+    A copy that no longer has the content of its name (emptied by a full disk, purged by a cleaner of old files) is set
+    aside, as every job that runs it would fail.
+
+    Args:
+        code: provenance (commit, digest of what differs from it), kept with the copy.
+        tell: is told what was set aside.
+    """
+    while True:
+        draft = folder / f".draft-{uuid.uuid4().hex[:8]}"
+        try:
+            _copy_packages(project, draft)
+            # The copy is what is digested: the originals may be edited at this moment.
+            snapshot = folder / _digest(draft)
+            if _is_intact(snapshot):
+                return snapshot
+            if aside := _set_aside(snapshot):
+                tell(f"the code in {snapshot} was damaged: set aside as {aside}, copied again")
+            write_json(draft / "provenance.json", dict(code))
+            write_text(draft / "uncommitted.diff", _uncommitted(project))
+            if _publish(draft, snapshot):
+                return snapshot
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _copy_packages(project: Path, target: Path) -> None:
+    for package, folder in PACKAGES.items():
+        for source in _sources(project / folder):
+            copy = target / package / source.relative_to(project / folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy)
+
+
+def _sources(folder: Path) -> list[Path]:
+    """The Python files below a folder, without those that editors hide beside them."""
+    return sorted(file for file in folder.rglob("*.py") if file.is_file() and not file.name.startswith("."))
+
+
+def _digest(folder: Path) -> str:
+    """Of everything that can be imported from a copy; what running jobs leave there (caches, core dumps) is not."""
+    hashes = FileHashes(None)
+    return digest_of({str(file.relative_to(folder)): hashes.of_file(file) for file in _sources(folder)})[:16]
+
+
+def _is_intact(snapshot: Path) -> bool:
+    try:
+        return snapshot.is_dir() and _digest(snapshot) == snapshot.name
+    except UserError:  # a file that can't be read
+        return False
+
+
+def _set_aside(snapshot: Path) -> Path | None:
+    """Rename what is damaged; jobs that run in it keep it. None where nothing is there (any more)."""
+    aside = snapshot.with_name(f"damaged-{snapshot.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        snapshot.rename(aside)
+    except FileNotFoundError:
+        return None
+    return aside
+
+
+def _publish(draft: Path, snapshot: Path) -> bool:
+    """Give a whole copy its name, once all of it is on the disk; False where another sweep was faster."""
+    for path in [*draft.rglob("*"), draft]:
+        fsync_path(path)
+    try:
+        draft.rename(snapshot)
+    except OSError as error:
+        if error.errno not in _SOMETHING_IS_THERE:
+            raise
+        return False
+    fsync_path(snapshot.parent)
+    return True
+
+
+def _uncommitted(project: Path) -> str:
+    """What differs from the commit, as a patch; empty outside a git repository."""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(project), "diff", "HEAD"], capture_output=True, text=True, errors="replace", check=False
+        )
+    except OSError:
+        return ""
+    return result.stdout

@@ -1,0 +1,329 @@
+"""What a plan's stages need of the GPUs that a profile describes: estimates for a dry run, and plans that can't fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hfprune_launch.slurm.profile import Profile, Resources
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.footprint import (
+    Evaluate,
+    Gpus,
+    Importance,
+    Job,
+    Memory,
+    Reference,
+    Refit,
+    Shape,
+    TimedJob,
+    Train,
+    Walk,
+    fits,
+    seconds,
+    shape_of,
+)
+from hfprune_dist.planning.plan import Plan, size_of
+from hfprune_dist.planning.widths import uniform_width
+from hfprune_dist.store.stage import Stage
+
+GIB = 2**30
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+# Criterion -> the loss whose backward it needs; core.criteria.CRITERIA, which imports torch, has the same.
+LOSSES = {
+    "entropy": "entropy",
+    "entropy_bfloat16": "entropy",
+    "entropy_squared": "entropy",
+    "cross_entropy": "cross_entropy",
+    "fisher": "sampled_label",
+    "fisher_signs": "random_signs",
+    "self_distillation": "self_distillation",
+    "surgeon": "random_signs",
+}
+# Criteria that need curvature, as core.criteria has it.
+CURVED = {"surgeon"}
+# That of a student, in a forward of its own.
+STUDENT_LOSS = "self_distillation"
+NOTHING_HELPS = "no number of nodes is enough"
+NO_REFIT_FITS = "every rank has a layer's Gram matrices: GPUs with more memory, or a method with another refit, or none"
+MOST_NODES, MICRO_BATCHES = 256, (1, 2, 4, 8, 16, 32, 64)
+# Where both the job and the weights it shares are known to be small: inference.WEIGHTS_SHARE.
+WHOLE_WEIGHTS_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one stage needs, as computed.
+
+    Attributes:
+        host_memory: bytes of main memory on one node that curvature or hidden states of all its ranks take.
+        host_available: of one node; None where the profile does not say.
+        fits: whether the GPUs' memory is enough; None where the profile does not say how much memory a GPU has.
+        advice: nodes and micro-batch that suit it better; empty where nothing is known to.
+        gpu_hours: None where the amount of work, or the rate of a GPU in that dtype, is not known.
+    """
+
+    stage: Stage
+    memory: Memory
+    available: float | None
+    host_memory: float
+    host_available: float | None
+    fits: bool | None
+    advice: str
+    gpu_hours: float | None
+
+
+def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: RuntimeConfig) -> list[Estimate]:
+    """Estimates for those of some stages, by id, that run a model on GPUs.
+
+    A pruned model counts as if it were dense, except in its own refit.
+    """
+    return [
+        _estimate(plan, stage, profile.resources[stage.kind], runtime)
+        for stage in (plan.stages[stage_id] for stage_id in todo)
+        if profile.resources[stage.kind].gpus and (stage.kind != "prune" or stage.params["refit"] != "none")
+    ]
+
+
+def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
+    """Raises UserError naming every stage that needs more memory than its GPUs or nodes have, and what would help."""
+    problems = [problem for each in estimates for problem in _problems(each)]
+    if problems:
+        raise UserError(
+            "the plan can't fit the profile's GPUs and nodes (estimates):\n" + "\n".join(f"  {it}" for it in problems)
+        )
+
+
+def _problems(estimate: Estimate) -> Iterator[str]:
+    kind = estimate.stage.kind
+    stage = f"{kind} {estimate.stage.label}"
+    if estimate.fits is False:
+        yield (
+            f"{stage}: about {estimate.memory.total / GIB:,.0f} GiB on each GPU, which has "
+            f"{(estimate.available or 0) / GIB:,.0f} GiB (gpu_memory_gib); "
+            f"{estimate.advice or (NO_REFIT_FITS if kind == 'prune' else NOTHING_HELPS)}"
+        )
+    if estimate.host_available is not None and estimate.host_memory > estimate.host_available:
+        what, instead = ("hidden states", "fewer calibration windows")
+        if kind == "importance":
+            what, instead = ("curvature and hidden states", "a method without the surgeon criterion")
+        yield (
+            f"{stage}: about {estimate.host_memory / GIB:,.1f} GiB of {what} on each node, which has "
+            f"{estimate.host_available / GIB:,.1f} GiB (memory); fewer tasks_per_node on more nodes, or {instead}"
+        )
+
+
+def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
+    """A table that says of itself that nothing in it was measured."""
+    if not estimates:
+        return
+    lines = Table(
+        "stage", "for", "memory per GPU", "host memory", "fits", "suggested", "GPU-hours", box=None, pad_edge=False
+    )
+    for each in estimates:
+        verdict = {None: "? (gpu_memory_gib)", True: "yes", False: "no"}[each.fits]
+        hours = "?" if each.gpu_hours is None else f"~{each.gpu_hours:,.2f}"
+        memory = f"~{each.memory.total / GIB:,.1f} GiB"
+        host = f"~{each.host_memory / GIB:,.1f} GiB" if each.host_memory else ""
+        lines.add_row(each.stage.kind, escape(each.stage.label), memory, host, verdict, escape(each.advice), hours)
+    console.print("\nestimates from the models' shapes and the profile's GPUs; nothing here was measured:")
+    console.print(lines)
+
+
+def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeConfig) -> Estimate:
+    shape = shape_of(_dense(plan, stage).config)
+    job, gpus = _job(plan, stage, runtime), _gpus(resources)
+    placed = dataclasses.replace(gpus, nodes=1, per_node=1) if _whole_on_each(job, shape, gpus, runtime) else gpus
+    return Estimate(
+        stage=stage,
+        memory=job.memory(shape, placed.ranks),
+        available=resources.gpu_memory_gib and gpus.memory,
+        host_memory=resources.tasks_per_node * _host_bytes(job, shape, gpus),
+        host_available=resources.memory_bytes,
+        fits=fits(job, shape, placed) if resources.gpu_memory_gib else None,
+        advice=_advice(job, shape, gpus, placed, _shared_rows(stage)) if resources.gpu_memory_gib else "",
+        gpu_hours=_gpu_hours(_rounds(plan, stage, gpus.ranks), job, shape, gpus),
+    )
+
+
+def _host_bytes(job: Job, shape: Shape, gpus: Gpus) -> int:
+    """Main memory of one rank, where it is too much to leave out."""
+    return job.host_bytes(shape, gpus.ranks) if isinstance(job, Importance | Walk) else 0
+
+
+def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
+    params = stage.params
+    if stage.kind == "importance":
+        losses = {LOSSES[name] for name in params["criteria"] if name in LOSSES}
+        return Importance(
+            windows=params["calibration"]["micro_batch_size"],
+            tokens=params["calibration"]["sequence_length"],
+            losses=len(losses - {STUDENT_LOSS}),
+            student=STUDENT_LOSS in losses,
+            itemsize=ITEMSIZE[params["dtype"]],
+            checkpointing=runtime.activation_checkpointing,
+            curvature=not CURVED.isdisjoint(params["criteria"]),
+            samples=params["calibration"]["samples"],
+        )
+    if stage.kind == "reference":
+        return _reference(plan, stage)
+    if stage.kind == "prune":
+        return _refit(plan, stage)
+    if stage.kind == "recover":
+        return _training(params["recovery"], params["recovery"]["sequence_length"], distills=False)
+    if stage.kind == "distill":
+        return _training(params["distillation"], _calibration(plan, stage)["sequence_length"], distills=True)
+    text = plan.stages[stage.inputs["reference"].location].params["text"]
+    return Evaluate(params["batch_size"], text["sequence_length"], ITEMSIZE[params["dtype"]])
+
+
+def _reference(plan: Plan, stage: Stage) -> Reference:
+    params = stage.params
+    text = params["text"] if "text" in params else _calibration(plan, stage)
+    samples = text["windows"] if "text" in params else text["samples"]
+    windows = min(params["micro_batch_size"], samples)
+    return Reference(windows, text["sequence_length"], samples, ITEMSIZE[params["dtype"]])
+
+
+def _refit(plan: Plan, stage: Stage) -> Refit:
+    params, calibration, size = stage.params, _calibration(plan, stage), size_of(_dense(plan, stage))
+    width = size.intermediate_size  # where layers differ, one may keep all of its neurons
+    if params["allocation"] == "uniform":
+        width = uniform_width(size, params["ratio"], params["multiple_of"], stage.label)
+    return Refit(
+        windows=min(params["micro_batch_size"], calibration["samples"]),
+        tokens=calibration["sequence_length"],
+        samples=calibration["samples"],
+        pursues=params["refit"] != "dense",
+        steps=params["refit"] == "block",
+        searches=params["allocation"] == "searched",
+        share_kept=width / size.intermediate_size,
+        itemsize=ITEMSIZE[params["dtype"]],
+    )
+
+
+def _training(settings: Mapping[str, Any], tokens: int, distills: bool) -> Train:
+    return Train(
+        rows=settings["micro_batch_size"],
+        tokens=tokens,
+        rank=settings["rank"],
+        dropout=settings["dropout"] > 0,
+        itemsize=ITEMSIZE[settings["dtype"]],
+        distills=distills,
+    )
+
+
+def _calibration(plan: Plan, stage: Stage) -> Mapping[str, Any]:
+    """Settings of the windows that a stage after importance reads, or has a reference on."""
+    if "reference" in stage.inputs:
+        return _calibration(plan, plan.stages[stage.inputs["reference"].location])
+    calibration: Mapping[str, Any] = plan.stages[stage.inputs["importance"].location].params["calibration"]
+    return calibration
+
+
+def _gpus(resources: Resources) -> Gpus:
+    return Gpus(
+        nodes=resources.nodes,
+        per_node=resources.tasks_per_node,
+        memory=(resources.gpu_memory_gib or 0.0) * GIB,
+        flops=resources.gpu_tflops and resources.gpu_tflops * 1e12,
+        network=resources.network_gbits and resources.network_gbits * 1e9 / 8,
+    )
+
+
+def _whole_on_each(job: Job, shape: Shape, gpus: Gpus, runtime: RuntimeConfig) -> bool:
+    """Whether an evaluation puts whole weights on every GPU."""
+    if not isinstance(job, Evaluate) or runtime.sharding == "zero3":
+        return False
+    small = shape.parameters * job.itemsize <= WHOLE_WEIGHTS_SHARE * gpus.memory
+    return runtime.sharding == "replicate" or small
+
+
+def _advice(job: Job, shape: Shape, gpus: Gpus, placed: Gpus, shared_rows: int | None) -> str:
+    """The fewest nodes that hold one window, and the micro-batch whose work hides the network's time.
+
+    Where a job shares no weights and gathers nothing, as ``placed`` on one GPU, the largest micro-batch that fits.
+    """
+    if isinstance(job, Walk) or placed != gpus:
+        return "" if fits(job, shape, placed) else _smaller(job, shape, placed)
+    smallest = job.resized(1)
+    # A single rank gathers nothing, so that fewer nodes may hold what more of them don't.
+    candidates = (dataclasses.replace(gpus, nodes=n) for n in (*range(gpus.nodes, MOST_NODES), *range(1, gpus.nodes)))
+    advised = next((it for it in candidates if fits(smallest, shape, it)), None)
+    if advised is None:
+        return ""
+    shared = [size for size in MICRO_BATCHES if not shared_rows or size * advised.ranks <= shared_rows]
+    fitting = [size for size in shared or MICRO_BATCHES[:1] if fits(job.resized(size), shape, advised)]
+    hidden = [size for size in fitting if gpus.flops and _is_hidden(job.resized(size), shape, advised)]
+    size = hidden[0] if hidden else fitting[-1] if gpus.flops else fitting[0]
+    return f"nodes {advised.nodes}, micro-batch {size}"
+
+
+def _smaller(job: Job, shape: Shape, placed: Gpus) -> str:
+    """What helps a job that puts all it needs on each GPU."""
+    fitting = [size for size in MICRO_BATCHES if fits(job.resized(size), shape, placed)]
+    if fitting:
+        return f"micro-batch {fitting[-1]}"
+    return "sharding zero3" if isinstance(job, Evaluate) else ""
+
+
+def _is_hidden(job: TimedJob, shape: Shape, gpus: Gpus) -> bool:
+    at_work, on_network = seconds(job, shape, gpus)
+    return on_network <= at_work
+
+
+def _gpu_hours(rounds: int | None, job: Job, shape: Shape, gpus: Gpus) -> float | None:
+    """For so many micro-batches of every rank; None where their number, or what bounds them, is not known."""
+    if rounds is None or isinstance(job, Walk) or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
+        return None
+    if isinstance(job, Importance) and job.curvature:  # Gram matrices and what is made of them take a time of their own
+        return None
+    return rounds * max(seconds(job, shape, gpus)) * gpus.ranks / 3600
+
+
+def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:
+    """Micro-batches of the rank that has most. An evaluation's and an epoch's of recovery are known when they run."""
+    if stage.kind == "importance":
+        calibration = stage.params["calibration"]
+        micro_batches = _ceil(calibration["samples"], calibration["micro_batch_size"])
+        of_a_shard = min(int(calibration["shard_size"]), micro_batches)
+        return of_a_shard * _ceil(_ceil(micro_batches, of_a_shard), ranks)
+    if stage.kind == "distill":
+        distillation, samples = stage.params["distillation"], _calibration(plan, stage)["samples"]
+        # As data.schedule.Schedule, which imports torch, cuts a pass into steps.
+        steps = _ceil(samples, distillation["batch_size"])
+        rounds_of_a_step = _ceil(_ceil(samples, steps), distillation["micro_batch_size"] * ranks)
+        return int(stage.params["passes"]) * steps * rounds_of_a_step
+    if stage.kind == "recover" and stage.params["recovery"]["max_steps"] is not None:
+        recovery = stage.params["recovery"]
+        return int(recovery["max_steps"]) * _ceil(recovery["batch_size"], recovery["micro_batch_size"] * ranks)
+    return None
+
+
+def _shared_rows(stage: Stage) -> int | None:
+    """Rows that all ranks share in a step of training; of calibration, windows that are not tied to others by a shard.
+
+    None where there is nothing of that kind.
+    """
+    if stage.kind == "importance":
+        calibration = stage.params["calibration"]
+        return max(1, int(calibration["samples"] // calibration["shard_size"]))
+    section = {"distill": "distillation", "recover": "recovery"}.get(stage.kind)
+    return None if section is None else int(stage.params[section]["batch_size"])
+
+
+def _ceil(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+def _dense(plan: Plan, stage: Stage) -> Checkpoint:
+    """The dense checkpoint that a stage's model comes from."""
+    return open_checkpoint(plan.dense_folder(stage))

@@ -1,0 +1,323 @@
+"""Why an attempt ended without an artifact, told from what the ranks left, what Slurm says and what the log shows."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hfprune_launch.slurm.attempts import NEED_ENDED, QUEUE_FULL, Attempt, End, as_progress, fruitless_starts
+from hfprune_launch.slurm.commands import JobInfo
+from hfprune_launch.slurm.log_signs import (
+    COLLECTIVE_TIMEOUT,
+    OUT_OF_MEMORY,
+    SETUP_FAILED,
+    SIGNALS,
+    START,
+    find_sign,
+    first_death,
+    since_last_start,
+)
+
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.heartbeat import Failure, read_failures, read_heartbeat
+from hfprune_dist.store.stage import Stage
+
+NO_PROGRESS = "time limit without progress"
+WHAT_TO_RAISE = "raise time_minutes or signal_seconds in the profile, or lower runtime.save_every_steps"
+# So many starts of a job in a row may be interrupted before they get any further.
+FRUITLESS_STARTS = 3
+# Cause -> how often a launcher tries again by itself. A new run of the command always tries again.
+RETRIES = {
+    "preempted": 1000,
+    "node failure": 10,
+    "bad node": 3,
+    "time limit": 1000,  # only where the job got further; each time it does, so it comes to an end
+    "interrupted": 20,
+    "killed": 2,
+    "crash": 2,
+    "collective timeout": 2,
+    "lost input": 2,
+    "lost job": 3,
+    "dependency": 1000,  # ends with the retries of what it depends on
+    "duplicate": 20,
+    QUEUE_FULL: 1_000_000,
+    NEED_ENDED: 1_000_000,
+    NO_PROGRESS: 0,
+    "out of memory": 0,
+    "resource limit": 0,
+    "cancelled": 0,
+    "refused": 0,
+    "input": 0,
+    "code": 0,
+}
+LOG_TAIL_LINES = 12
+LOG_TAIL_BYTES = 64 * 1024
+STATE_CAUSES = {
+    "NODE_FAIL": "node failure",
+    "BOOT_FAIL": "node failure",
+    "LAUNCH_FAILED": "bad node",
+    "PREEMPTED": "preempted",
+    "OUT_OF_MEMORY": "out of memory",
+}
+# What Slurm writes into a job's log, for where neither squeue nor sacct remember the job. The step of a job is also
+# cancelled where one of its ranks has died.
+LOG_STATES = {
+    "NODE_FAIL": re.compile(r"DUE TO NODE FAILURE"),
+    "PREEMPTED": re.compile(r"DUE TO PREEMPTION"),
+    "TIMEOUT": re.compile(r"DUE TO TIME LIMIT"),
+    "REQUEUED": re.compile(r"DUE TO JOB REQUEUE"),
+    "CANCELLED": re.compile(r"\*\*\* JOB \d+ .*CANCELLED AT"),
+}
+# Lines of srun, of slurmstepd, and of bash about the batch script.
+BY_SLURM = re.compile(r"srun: |slurmstepd\S*: |\S*slurm_script: |" + re.escape(SETUP_FAILED))
+NODE_AT_FAULT = re.compile(
+    r"srun: error: Node failure on (\S+)|task launch for .* failed on node ([^\s:]+)", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What an attempt has left.
+
+    Attributes:
+        state: the job's last state in Slurm; empty where nobody knows it.
+        failures: what ranks of this attempt said as they failed, the best explanation first.
+        text: lines of the logs since the job's last start: the last ones, and all that Slurm wrote.
+        tail: the last lines of the logs, for the user.
+    """
+
+    store: Store
+    stage: Stage
+    attempt: Attempt
+    state: str
+    failures: list[Failure]
+    text: str
+    tail: str
+
+    @property
+    def job(self) -> str:
+        return f"job {self.attempt.job_id}"
+
+    @property
+    def said(self) -> str:
+        return "\n".join([*(failure.message for failure in self.failures), self.text])
+
+    @property
+    def failure(self) -> Failure | None:
+        """The failure that explains the others; None where all ranks only lost another one."""
+        return next((it for it in self.failures if not it.is_consequence), None)
+
+
+# Cause and message, or None where the evidence says nothing of the kind.
+_Explanation = tuple[str, str] | None
+
+
+def explain_end(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | None) -> End:
+    """How an attempt whose job is over ended; success is a verified artifact and nothing else."""
+    now = time.time()
+    evidence = _collect(store, stage, attempt, job)
+    cause, message = _cause(evidence)
+    seconds = attempt.run_seconds(_end_of(store, stage, job, now))
+    heartbeat = read_heartbeat(store.work(stage.id))
+    return End(
+        cause=cause,
+        message=message,
+        at=now,
+        state=evidence.state,
+        nodes=job.nodes if job is not None else "",
+        bad_nodes=_bad_nodes(cause, evidence.text, attempt),
+        log_tail=evidence.tail if cause != "done" else "",
+        run_seconds=seconds,
+        gpu_seconds=seconds * attempt.intent.gpus,
+        progress=None if heartbeat is None else asdict(heartbeat),
+    )
+
+
+def _collect(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | None) -> _Evidence:
+    logs = attempt.logs()
+    text = _telling_lines(logs)
+    state = job.state if job is not None else _state_from(text)
+    intent = attempt.intent
+    failures = [it for it in read_failures(store.work(stage.id)) if it.is_of(intent.number, intent.created)]
+    return _Evidence(store, stage, attempt, state, failures, text, log_tail(logs))
+
+
+def _cause(evidence: _Evidence) -> tuple[str, str]:
+    """Cause and message: what explains most is asked first."""
+    if evidence.store.verify(evidence.stage.id).state == "done":
+        return "done", ""
+    explanations = (
+        _cancelled,
+        _left_to_another,
+        _known_to_a_rank,
+        _out_of_memory,
+        _ended_by_slurm,
+        _known_words,
+        _signal,
+        _our_mistake,
+        _collective_timeout,
+    )
+    for explain in explanations:
+        if found := explain(evidence):
+            return found
+    return "killed", f"{evidence.job} ({evidence.state or 'state unknown'}): {_without_a_word(evidence)}"
+
+
+def _cancelled(evidence: _Evidence) -> _Explanation:
+    if evidence.state != "CANCELLED":
+        return None
+    missing = [need for need in evidence.stage.needs if evidence.store.verify(need).state != "done"]
+    if missing and not evidence.attempt.runs():
+        return "dependency", f"{evidence.job} was dropped with the job of {missing[0]}, on which it depends"
+    return "cancelled", f"{evidence.job} was cancelled; run the same command again to go on"
+
+
+def _left_to_another(evidence: _Evidence) -> _Explanation:
+    """Where the last start of the job came too late for the stage, what is in the work folder isn't its own."""
+    runs = evidence.attempt.runs()
+    if not runs or runs[-1].how != "duplicate":
+        return None
+    return "duplicate", f"{evidence.job} left the stage to another process that has claimed it"
+
+
+def _known_to_a_rank(evidence: _Evidence) -> _Explanation:
+    failure = evidence.failure
+    return (failure.cause, failure.message) if failure is not None and failure.cause not in ("code", "killed") else None
+
+
+def _out_of_memory(evidence: _Evidence) -> _Explanation:
+    if evidence.state != "OUT_OF_MEMORY" and find_sign(evidence.said, [OUT_OF_MEMORY]) is None:
+        return None
+    last_words = "\n".join([*(failure.message for failure in evidence.failures), evidence.tail])
+    return OUT_OF_MEMORY.cause, f"{evidence.job} {OUT_OF_MEMORY.meaning}:\n{last_words}"
+
+
+def _ended_by_slurm(evidence: _Evidence) -> _Explanation:
+    if evidence.state in STATE_CAUSES:
+        return STATE_CAUSES[evidence.state], f"{evidence.job} ended by Slurm: {evidence.state}"
+    return _time_limit(evidence) if evidence.state in ("TIMEOUT", "DEADLINE") else None
+
+
+def _time_limit(evidence: _Evidence) -> tuple[str, str]:
+    """The job did not reach a point where it could save its work and requeue itself; did it get anywhere?"""
+    attempt = evidence.attempt
+    heartbeat = read_heartbeat(evidence.store.work(evidence.stage.id))
+    reached = f"{evidence.job} reached its time limit of {attempt.intent.time_minutes} minutes"
+    if fruitless_starts([*attempt.earlier_progress(), as_progress(heartbeat)]) == 0:
+        return "time limit", f"{reached}, and got further"
+    return NO_PROGRESS, f"{reached} without getting further than before; {WHAT_TO_RAISE}"
+
+
+def _known_words(evidence: _Evidence) -> _Explanation:
+    found = find_sign(evidence.said)
+    if found is None:
+        return None
+    sign, words = found
+    return sign.cause, f"{evidence.job}: {sign.meaning}: {words}\nits log ends with:\n{evidence.tail}"
+
+
+def _signal(evidence: _Evidence) -> _Explanation:
+    death = first_death(evidence.text)
+    if death is None or death.how not in SIGNALS:
+        return None
+    name, cause, meaning = SIGNALS[death.how]
+    what = f"rank {death.ranks} on {death.node} was ended by {name} ({death.how.lower()}): {meaning}"
+    return cause, f"{evidence.job}: {what}; its log ends with:\n{evidence.tail}"
+
+
+def _our_mistake(evidence: _Evidence) -> _Explanation:
+    failure = evidence.failure
+    return ("code", failure.message) if failure is not None and failure.cause == "code" else None
+
+
+def _collective_timeout(evidence: _Evidence) -> _Explanation:
+    found = find_sign(evidence.said, [COLLECTIVE_TIMEOUT])
+    if found is None:
+        return None
+    waited = sorted(failure.rank for failure in evidence.failures if failure.rank >= 0)
+    who = f" (ranks that waited: {', '.join(map(str, waited))})" if waited else ""
+    meaning = f"{COLLECTIVE_TIMEOUT.meaning}{who}"
+    return COLLECTIVE_TIMEOUT.cause, f"{evidence.job}: {meaning}: {found[1]}\n{evidence.tail}"
+
+
+def _without_a_word(evidence: _Evidence) -> str:
+    attempt, death = evidence.attempt, first_death(evidence.text)
+    if not attempt.logs() and not attempt.runs():
+        return (
+            f"it has left no log in {attempt.folder}: its nodes may not see that folder; --out must lie on a file "
+            "system that all nodes share"
+        )
+    who = "a rank died" if death is None else f"rank {death.ranks} on {death.node} ended first ({death.how.lower()})"
+    return f"{who} without a message; its log ends with:\n{evidence.tail}"
+
+
+def never_gets_further(attempt: Attempt) -> Failure | None:
+    """Why a job that was interrupted must not go on, where its last starts got nowhere; None where it may."""
+    starts = fruitless_starts(attempt.earlier_progress())
+    if starts < FRUITLESS_STARTS:
+        return None
+    message = (
+        f"job {attempt.job_id} was interrupted, and its last {starts} starts of {attempt.intent.time_minutes} minutes "
+        f"each got no further than those before; {WHAT_TO_RAISE}"
+    )
+    return Failure(NO_PROGRESS, message, 0, time.time(), attempt.intent.number)
+
+
+def _end_of(store: Store, stage: Stage, job: JobInfo | None, now: float) -> float:
+    """When a job ended that could not say so itself: by Slurm's word, else by its last heartbeat."""
+    if job is not None:
+        try:
+            return time.mktime(time.strptime(job.end, "%Y-%m-%dT%H:%M:%S"))
+        except ValueError:
+            pass
+    heartbeat = read_heartbeat(store.work(stage.id))
+    return now if heartbeat is None else heartbeat.updated
+
+
+def _bad_nodes(cause: str, text: str, attempt: Attempt) -> list[str]:
+    """The nodes at fault, as far as the log names them; a job on one node names it by running there."""
+    if cause not in ("node failure", "bad node"):
+        return []
+    named = {first or second for first, second in NODE_AT_FAULT.findall(text)}
+    death = first_death(text)
+    if not named and death is not None:
+        named = {death.node}
+    if not named and (runs := attempt.runs()):
+        named = {runs[-1].nodes}
+    return sorted(node for node in named if node and "[" not in node and "," not in node)
+
+
+def _state_from(text: str) -> str:
+    return next((state for state, words in LOG_STATES.items() if words.search(text)), "")
+
+
+def _telling_lines(logs: list[Path]) -> str:
+    """Of every log since the job's last start: the last lines, and all by Slurm, which may come long before them."""
+    kept = []
+    for log in logs:
+        lines = [line for line in since_last_start(_end_of_file(log)).splitlines() if _says_something(line)]
+        early, late = lines[:-LOG_TAIL_LINES], lines[-LOG_TAIL_LINES:]
+        kept += [*(line for line in early if BY_SLURM.match(line)), *late]
+    return "\n".join(kept)
+
+
+def log_tail(logs: list[Path], lines: int = LOG_TAIL_LINES) -> str:
+    """The last lines of every log, each under its name where there are several."""
+    parts = []
+    for log in logs:
+        kept = [line for line in _end_of_file(log).splitlines() if _says_something(line)][-lines:]
+        if kept:
+            parts.append("\n".join([f"  {log.name}:", *(f"    {line}" for line in kept)]))
+    return "\n".join(parts)
+
+
+def _end_of_file(log: Path) -> str:
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+        return stream.read().decode("utf-8", errors="replace")
+
+
+def _says_something(line: str) -> bool:
+    return bool(line.strip()) and "submitit " not in line and not line.startswith(START)

@@ -1,0 +1,301 @@
+"""What runs in a Slurm job: every task of srun is one rank of the stage.
+
+submitit starts it and pickles a ``StageJob``, nothing else: what the stage is and needs lies in the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfprune_launch.slurm.attempts import Ledger, Run, as_progress
+from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
+from hfprune_launch.slurm.exit_causes import never_gets_further
+from hfprune_launch.slurm.log_signs import START
+from hfprune_launch.stage.run import (
+    CLAIM_LOST_EXIT_CODE,
+    Admission,
+    die_with_parent,
+    leave_process,
+    leave_reason,
+    prepare_environment,
+    run_stage,
+)
+
+from hfprune_dist.distributed.interruption import Interrupted, Interruption
+from hfprune_dist.errors import UserError, from_os_error
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.claims import RENEWAL_LIMIT_S, Claim, ClaimLostError, Holder, Renewal, try_claim
+from hfprune_dist.store.heartbeat import Failure, clear_failures, read_heartbeat, write_failure_record
+
+if TYPE_CHECKING:
+    from hfprune_dist.distributed.world import World
+
+FIRST_PORT, PORTS = 20000, 12000  # below the range from which systems take ports for outgoing connections
+CLAIM_POLL_S = 1.0
+CLAIM_PATIENCE_S = RENEWAL_LIMIT_S + 30.0
+
+
+class NodeError(UserError):
+    """The node or allocation can't run the stage; another may."""
+
+    CAUSE = "bad node"
+
+
+class DuplicateError(Exception):
+    """Another job is running this stage."""
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """All that submitit pickles. Has no ``checkpoint`` method: a requeued job goes on from the stage's work folder."""
+
+    store: str
+    stage_id: str
+
+    def __call__(self) -> None:
+        """Run this rank; the process ends here."""
+        print(f"{START} {os.environ.get('SLURM_RESTART_COUNT', '0')}", file=sys.stderr, flush=True)
+        interruption = Interruption()
+        # Slurm announces the time limit and preemption by USR2, scancel and preemption by TERM; submitit's handlers go.
+        interruption.listen(signal.SIGUSR2, signal.SIGTERM)
+        die_with_parent()
+        _Rank(Store(Path(self.store)), self.stage_id, interruption).run()
+
+
+def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
+    """torch.distributed's variables for a task of srun.
+
+    The first rank is met at the address of the node that launched the step, where srun has put it: unlike names of
+    nodes, an address needs no resolving. The port follows from the job, so that all ranks know it.
+
+    Raises:
+        NodeError: where this is no task of srun, or its launch node can't be found.
+    """
+    try:
+        rank, size, local_rank = slurm["SLURM_PROCID"], slurm["SLURM_NTASKS"], slurm["SLURM_LOCALID"]
+        job_id, local_size = slurm["SLURM_JOB_ID"], slurm.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    except KeyError as error:
+        raise NodeError(f"{error.args[0]} is not set: stages are started by srun inside a job") from None
+    # Where Slurm shows each task its own GPU only, that one is number 0.
+    one_gpu_each = len([gpu for gpu in slurm.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]) == 1
+    return {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": "0" if one_gpu_each else local_rank,
+        "LOCAL_WORLD_SIZE": re.findall(r"\d+", local_size)[0],
+        "MASTER_ADDR": _master_address(slurm),
+        "MASTER_PORT": str(FIRST_PORT + int(job_id) % PORTS),
+    }
+
+
+def _master_address(slurm: Mapping[str, str]) -> str:
+    address = slurm.get("SLURM_LAUNCH_NODE_IPADDR") or slurm.get("SLURM_SRUN_COMM_HOST")
+    if not address:
+        raise NodeError("SLURM_LAUNCH_NODE_IPADDR is not set: the ranks can't find each other")
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise NodeError(f"the first rank's address {address!r} does not resolve: {error}") from None
+    return address
+
+
+def preflight(store: Store, environment: Mapping[str, str]) -> None:
+    """Check what a stage takes for granted, before anything slow is imported.
+
+    Raises:
+        NodeError: naming the node and what it lacks.
+    """
+    node = environment.get("SLURMD_NODENAME", socket.gethostname())
+    if not store.root.is_dir():
+        raise NodeError(f"node {node} does not see {store.root}; --out must lie on a file system that all nodes share")
+    if not os.access(store.root, os.W_OK):
+        raise NodeError(f"node {node} can't write to {store.root}")
+    code = environment["HFPRUNE_CODE"]
+    if not Path(__file__).is_relative_to(code):
+        raise NodeError(f"node {node} runs {__file__}, not the sweep's snapshot {code}; check the profile's setup")
+    if re.search("[1-9]", environment.get("SLURM_GPUS_ON_NODE", "")):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise NodeError(f"node {node} was allocated with GPUs, but torch finds none; check its driver")
+
+
+class _Rank:
+    """One rank, from its start to its end."""
+
+    def __init__(self, store: Store, stage_id: str, interruption: Interruption) -> None:
+        self._store = store
+        self._stage_id = stage_id
+        self._interruption = interruption
+        self._rank = int(os.environ.get("SLURM_PROCID", "0"))
+        self._attempt = int(Path(os.environ["SUBMITIT_FOLDER"]).name)
+        self._reception: _Reception | None = None
+        if self._rank == 0:
+            self._reception = _Reception(store, stage_id, Path(os.environ["SUBMITIT_FOLDER"]))
+
+    def run(self) -> None:
+        try:
+            os.environ.update(rank_environment(os.environ))
+            prepare_environment()
+            preflight(self._store, os.environ)
+            run_stage(self._store, self._stage_id, self._interruption, self._admit)
+        except Interrupted:
+            leave_process(0 if self._rank > 0 or self._requeue() else 1)
+        except (DuplicateError, ClaimLostError) as duplicate:
+            print(duplicate, file=sys.stderr)
+            self._discard_draft()
+            self._end("duplicate")
+            leave_process(CLAIM_LOST_EXIT_CODE)
+        except Exception as error:
+            self._fail(error)
+        self._end("done")
+        # Not back to submitit: it would pickle a result that nobody reads, and the exit code must not depend on it.
+        leave_process(0)
+
+    def _admit(self, world: World) -> Admission:
+        """Whether the stage has to run: rank 0 asks until there is an answer, all ranks learn it."""
+        answer = "wait"
+        while answer == "wait":
+            answer = world.broadcast(self._reception.ask() if self._reception else "")
+        if answer == "held":
+            raise DuplicateError(f"another process has been running {self._stage_id} for all the time this job waited")
+        return Admission(answer == "run", self._claim)
+
+    def _requeue(self) -> bool:
+        """On rank 0, once all ranks have saved: back into the queue.
+
+        Not where the user has cancelled the job, nor where it would be interrupted for ever: its time limit ends
+        it before it gets any further.
+        """
+        self._end("interrupted")
+        job_id = array_job_id(os.environ)
+        attempt = Ledger(self._store.root).attempt_at(Path(os.environ["SUBMITIT_FOLDER"]))
+        slurm = SlurmCommands()
+        try:
+            hopeless = never_gets_further(attempt)
+            if hopeless is not None and slurm.fate(job_id) == "open":
+                print(f"signal {self._interruption.signal}: {hopeless.message}", flush=True)
+                write_failure_record(self._store.work(self._stage_id), hopeless)
+                return False
+            print(f"signal {self._interruption.signal}: work is saved, requeueing job {job_id}", flush=True)
+            return slurm.requeue(job_id)
+        except SlurmUnavailableError as error:
+            message = f"job {job_id} saved its work but could not requeue itself: {error}"
+            write_failure_record(
+                self._store.work(self._stage_id), Failure("interrupted", message, 0, time.time(), self._attempt)
+            )
+            return False
+
+    def _fail(self, error: Exception) -> None:
+        mended = from_os_error(error)
+        self._discard_draft()  # on a full disk, this makes room for the reason
+        try:
+            leave_reason(self._store.work(self._stage_id), mended, self._rank, self._attempt, self._claim)
+            self._end("failed" if self._claim is None or self._claim.is_held() else "duplicate")
+        except OSError as full:
+            print(f"the failure could not be recorded: {full}", file=sys.stderr)
+        if not isinstance(mended, UserError):
+            sys.excepthook(type(error), error, error.__traceback__)
+        print(f"error: {mended}", file=sys.stderr)
+        leave_process(UserError.EXIT_CODE if isinstance(mended, UserError) else 1)
+
+    @property
+    def _claim(self) -> Claim | None:
+        return self._reception.claim if self._reception is not None else None
+
+    def _discard_draft(self) -> None:
+        if self._reception is not None:
+            self._reception.discard_draft()
+
+    def _end(self, how: str) -> None:
+        if self._reception is not None:
+            self._reception.end(how)
+
+
+class _Reception:
+    """On rank 0: decides whether the stage has to run here, and keeps the record of this start of the job.
+
+    Attributes:
+        claim: on the stage, from when it has to run here.
+    """
+
+    def __init__(self, store: Store, stage_id: str, folder: Path) -> None:
+        self._store = store
+        self._stage_id = stage_id
+        self._work = store.work(stage_id)
+        self._ledger = Ledger(store.root)
+        self._attempt = self._ledger.attempt_at(folder)
+        self.claim: Claim | None = None
+        self._asked_since = time.monotonic()
+        self._run = Run(
+            job_id=array_job_id(os.environ),
+            restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
+            started=time.time(),
+        )
+        self._attempt.record_run(self._run)
+
+    def ask(self) -> str:
+        """``run``, ``done`` (nothing to do), ``wait`` (ask again) or ``held`` (another process is at it)."""
+        if self._store.verify(self._stage_id).state == "done":
+            return "done"
+        claim = try_claim(self._work, self._run.job_id, self._ledger.ended_jobs(self._stage_id))
+        if isinstance(claim, Holder):
+            if time.monotonic() - self._asked_since > CLAIM_PATIENCE_S:
+                return "held"
+            time.sleep(CLAIM_POLL_S)
+            return "wait"
+        self.claim = claim
+        if self._store.verify(self._stage_id).state == "done":
+            self._store.discard_work(self._stage_id)
+            return "done"
+        self._close_earlier_runs()
+        clear_failures(self._work)
+        threading.Thread(target=_renew, args=(Renewal(claim),), daemon=True).start()
+        return "run"
+
+    def end(self, how: str) -> None:
+        """Record how this start of the job ended, and let the stage go."""
+        progress = as_progress(read_heartbeat(self._work))
+        self._attempt.record_run(replace(self._run, ended=time.time(), how=how, progress=progress))
+        if self.claim is not None:
+            self.claim.release()
+
+    def discard_draft(self) -> None:
+        """Remove what this start of the job has written of the artifact."""
+        if self.claim is not None:
+            self._store.discard_drafts(self._stage_id, self.claim)
+
+    def _close_earlier_runs(self) -> None:
+        """A start of this job that could not say how it ended was killed, at its last heartbeat or later."""
+        heartbeat = read_heartbeat(self._work)
+        for run in self._attempt.runs():
+            if run.job_id == self._run.job_id and run.restart < self._run.restart and run.ended is None:
+                ended = max(run.started, heartbeat.updated if heartbeat else 0.0)
+                self._attempt.record_run(replace(run, ended=ended, how="died", progress=as_progress(heartbeat)))
+
+
+def _renew(renewal: Renewal) -> None:
+    """For as long as the claim is held; the stage finds out by itself where it is lost."""
+    with contextlib.suppress(ClaimLostError):
+        while True:
+            time.sleep(CLAIM_POLL_S)
+            renewal.tick()
+
+
+def array_job_id(slurm: Mapping[str, str]) -> str:
+    """The id under which Slurm's commands know this job; the plain id of an array's element may mean all of it."""
+    if "SLURM_ARRAY_JOB_ID" in slurm:
+        return f"{slurm['SLURM_ARRAY_JOB_ID']}_{slurm['SLURM_ARRAY_TASK_ID']}"
+    return slurm["SLURM_JOB_ID"]

@@ -1,0 +1,76 @@
+"""Why jobs wait: which reasons a user is told about and when, and which jobs will never start by themselves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from hfprune_launch.slurm.commands import JobInfo
+
+# A node could not launch the job: Slurm holds it for ever, also when the node has been mended.
+LAUNCH_FAILED = re.compile(r"launch.failed.requeued.held|JobHoldMaxRequeue", re.IGNORECASE)
+NEVER = "DependencyNeverSatisfied"
+HELD = ("JobHeldUser", "JobHeldAdmin")
+# What every queue says; of interest only where it takes long.
+ORDINARY = ("None", "Priority", "Resources", "BeginTime", "Prolog", "Cleaning")
+LONG_WAIT_S = 300.0
+# kill-on-invalid-dep ends a job whose dependency failed; where it has not by then, it does not work.
+STUCK_S = 60.0
+REMIND_S = 3600.0
+NAMED_JOBS = 3
+
+
+class PendingJobs:
+    """Keeps in mind since when jobs wait for which reason.
+
+    Args:
+        tell: is told one line per reason.
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, tell: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._tell = tell
+        self._clock = clock
+        self._since: dict[str, float] = {}
+        self._told: dict[str, float] = {}
+        self._stuck_since: dict[str, float] = {}
+
+    def note(self, jobs: Sequence[JobInfo]) -> None:
+        """Tell of new reasons for which jobs of the sweep wait, and of those that last."""
+        now = self._clock()
+        waiting: dict[str, list[str]] = {}
+        for job in jobs:
+            if job.state == "PENDING" and job.reason != "Dependency":
+                waiting.setdefault(_short(job.reason), []).append(job.job_id)
+        self._since = {reason: self._since.get(reason, now) for reason in waiting}
+        for reason, job_ids in waiting.items():
+            lasted = now - self._since[reason]
+            is_due = reason not in self._told or now - self._told[reason] >= REMIND_S
+            if is_due and (reason not in ORDINARY or lasted >= LONG_WAIT_S):
+                self._told[reason] = now
+                self._tell(_sentence(reason, job_ids, lasted))
+
+    def hopeless(self, job: JobInfo) -> str | None:
+        """The cause for which a job has to be given up, where it will never start by itself."""
+        if job.state != "PENDING":
+            return None
+        if LAUNCH_FAILED.search(job.reason):
+            return "bad node"
+        if job.reason != NEVER:
+            self._stuck_since.pop(job.job_id, None)
+            return None
+        since = self._stuck_since.setdefault(job.job_id, self._clock())
+        return "dependency" if self._clock() - since >= STUCK_S else None
+
+
+def _short(reason: str) -> str:
+    """A reason without the nodes that it may list."""
+    return re.split(r"[,(:]", reason)[0].strip()
+
+
+def _sentence(reason: str, job_ids: Sequence[str], lasted: float) -> str:
+    named = ", ".join(job_ids[:NAMED_JOBS]) + (", ..." if len(job_ids) > NAMED_JOBS else "")
+    time = f" for {lasted / 60:.0f} min" if lasted >= 60 else ""
+    release = "; scontrol release lets it go" if reason in HELD else ""
+    jobs = "1 job" if len(job_ids) == 1 else f"{len(job_ids)} jobs"
+    return f"{jobs} can't start{time}: {reason} ({named}){release}"

@@ -1,0 +1,168 @@
+"""Profiles: what a sweep asks of a Slurm cluster, for all stages and for each kind of stage (slurm/profiles/*.yaml)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from hfprune_dist.config.load import parse, read_yaml
+from hfprune_dist.config.schema import Positive, Section
+from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.store.stage import STAGE_VERSIONS
+
+Kind = Literal["importance", "reference", "prune", "distill", "recover", "evaluate"]
+Scalar = str | int | bool
+# Of Slurm's --mem; megabytes where none is given.
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# Options of sbatch that a sweep gives itself, most of them from settings of their own.
+OWN_OPTIONS = {
+    *("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "signal", "partition"),
+    *("account", "qos", "constraint", "exclude", "dependency", "requeue", "chdir", "job-name", "output", "error"),
+    "array",
+}
+
+
+class Resources(Section):
+    """What one job asks for. Null leaves a setting to the cluster's default."""
+
+    partition: str | None = None
+    """Partition; several may be given, separated by commas."""
+    account: str | None = None
+    """Account that is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    nodes: Positive = 1
+    """Nodes of a job."""
+    tasks_per_node: Positive = 1
+    """Ranks on each node; on a GPU cluster, one per GPU."""
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    """GPUs on each node; 0 asks for none."""
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory of one GPU; with it, plans that can't fit are refused before anything is submitted."""
+    gpu_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Nominal rate of one GPU in dense bfloat16 products, in TFLOP/s; with it, --dry-run estimates GPU-hours."""
+    network_gbits: Annotated[float, Field(gt=0)] | None = None
+    """Nominal rate of the network between two nodes, in Gb/s; null: not the limit."""
+    cpus_per_task: Positive = 1
+    """CPU cores of each rank; also its number of threads, unless runtime.threads_per_rank is set."""
+    memory: Annotated[str, Field(pattern=r"^\d+[KMGTkmgt]?[Bb]?$")] | None = None
+    """Main memory per node, in Slurm's notation, e.g. 200G."""
+    time_minutes: Positive = 60
+    """Time limit of one job. A stage that needs longer goes on in the same job, requeued, where it stopped."""
+    signal_seconds: Annotated[int, Field(ge=10)] = 120
+    """How long before the time limit a job is asked to save its work; longer than a save and the work between two."""
+    constraint: str | None = None
+    """Features that nodes must have."""
+    exclude: str | None = None
+    """Nodes that are not used, e.g. node[07-09]."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines that run on the first node of a job before the ranks start, e.g. module load cuda; the first that
+    fails ends the job."""
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
+    """Environment variables of all ranks."""
+    sbatch: dict[str, Scalar] = Field(default_factory=dict)
+    """Further sbatch options, without the dashes: {reservation: week4, exclusive: true}."""
+    srun_args: list[str] = Field(default_factory=list)
+    """Further arguments of srun."""
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Resources:
+        if self.signal_seconds > 60 * self.time_minutes:
+            raise ValueError(f"signal_seconds {self.signal_seconds} is more than time_minutes {self.time_minutes}")
+        if 0 < self.gpus_per_node < self.tasks_per_node:
+            raise ValueError(
+                f"tasks_per_node {self.tasks_per_node} is more than gpus_per_node {self.gpus_per_node}; a rank needs a "
+                "GPU of its own"
+            )
+        taken = sorted(OWN_OPTIONS & {name.replace("_", "-") for name in self.sbatch})
+        if taken:
+            raise ValueError(f"sbatch: {taken[0]} is not to be given there; see the settings of this file")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Main memory per node; None where it is the cluster's default, or all of it."""
+        found = re.match(r"(\d+)([KMGT]?)", self.memory or "", re.IGNORECASE)
+        if found is None or int(found[1]) == 0:
+            return None
+        return float(int(found[1]) * UNITS[found[2].upper() or "M"])
+
+    @property
+    def cores(self) -> int:
+        return self.ranks * self.cpus_per_task
+
+
+class _ProfileFile(Resources):
+    """A whole file: resources of all stages, and what differs for some kinds."""
+
+    max_running: Positive | None = None
+    """The most jobs of a sweep that run at once; null: as many as the cluster lets run."""
+    stages: dict[Kind, dict[str, Any]] = Field(default_factory=dict)
+    """Kind of stage -> the settings that differ for it. Of environment and sbatch, the keys that are named here are
+    added or replaced, and removed where they are null; setup and srun_args are replaced as a whole."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A checked profile.
+
+    Attributes:
+        resources: kind of stage -> what its jobs ask for.
+        max_running: the most jobs that run at once, None for no limit.
+    """
+
+    name: str
+    resources: Mapping[str, Resources]
+    max_running: int | None
+
+
+def load_profile(name: str, shipped: Path) -> Profile:
+    """Read a profile by the name of a shipped file, or by path.
+
+    Raises:
+        UserError: for an unknown profile, an unknown key or a wrong value.
+    """
+    file = _find(name, shipped)
+    raw = read_yaml(file, "--profile", "keys and values at the top level")
+    whole = parse(_ProfileFile, raw, str(file))
+    common = whole.model_dump(exclude={"stages", "max_running"})
+    resources = {
+        kind: parse(Resources, _laid_over(common, whole.stages.get(kind, {})), f"{file}: stages.{kind}")  # type: ignore[call-overload]
+        for kind in STAGE_VERSIONS
+    }
+    return Profile(file.stem, resources, whole.max_running)
+
+
+def _laid_over(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A kind's settings over those of all stages."""
+    merged = {**common, **own}
+    for key in ("environment", "sbatch"):
+        if isinstance(own.get(key), dict):
+            merged[key] = {name: value for name, value in {**common[key], **own[key]}.items() if value is not None}
+    return merged
+
+
+def _find(name: str, shipped: Path) -> Path:
+    names = sorted(file.stem for file in shipped.glob("*.yaml"))
+    if name in names:
+        return shipped / f"{name}.yaml"
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise UserError(
+            f"--profile: no profile {name!r}{did_you_mean(name, names)}; valid: {', '.join(names)} (slurm/profiles), "
+            "or the path of a YAML file"
+        )
+    return file

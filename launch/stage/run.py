@@ -1,0 +1,147 @@
+"""Run one stage on the ranks that torchrun or Slurm started; normally called by a backend, never by hand.
+
+To run one in the foreground:  torchrun --standalone --nproc-per-node 2 launch/stage/run.py runs/demo/store prune/<id>
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from hfprune_launch.stage.stage_file import find_layout, read_layout
+
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.errors import UserError, from_os_error
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.claims import Claim, ClaimLostError
+from hfprune_dist.store.heartbeat import Progress, write_failure
+from hfprune_dist.store.stage import Stage
+
+if TYPE_CHECKING:  # torch takes seconds to import; a rank that can't run should say so at once
+    from hfprune_dist.distributed.world import World
+
+CLAIM_LOST_EXIT_CODE = 75  # "try again later", in sysexits.h
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Whether a stage has to run, and on rank 0 the claim under which it does."""
+
+    runs: bool
+    claim: Claim | None = None
+
+
+def main() -> NoReturn:
+    """Run the stage; a failure is left as a file in its work folder, with a cause, before the process ends."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path, help="the sweep's store, e.g. runs/demo/store")
+    parser.add_argument("stage", help="id of the stage, e.g. prune/0123456789abcdef0123")
+    parser.add_argument("--claim", metavar="TICKET", help="of the launcher's claim on the stage; given by launchers")
+    arguments = parser.parse_args()
+    die_with_parent()
+    prepare_environment()
+    store, rank = Store(arguments.store), int(os.environ["RANK"])
+    work, layout = store.work(arguments.stage), find_layout(store, arguments.stage)
+    claim = Claim.from_ticket(work, arguments.claim) if arguments.claim else None
+    try:
+        run_stage(store, arguments.stage, Interruption(), admit=lambda world: Admission(True, claim))
+    except ClaimLostError as lost:
+        print(f"error: {lost}", file=sys.stderr)
+        leave_process(CLAIM_LOST_EXIT_CODE)
+    except Exception as error:
+        mended = from_os_error(error)
+        with contextlib.suppress(OSError):  # a full disk has no room for the reason; the launcher then finds it
+            leave_reason(work, mended, rank, None if layout is None else layout.attempt, claim)
+        if isinstance(mended, UserError):
+            print(f"error: {mended}", file=sys.stderr)
+            # The other ranks may hang in a collective with this one: leave without the process group's farewell.
+            leave_process(UserError.EXIT_CODE)
+        raise
+    leave_process(0)
+
+
+def leave_reason(work: Path, error: Exception, rank: int, attempt: int | None, claim: Claim | None) -> None:
+    """Tell the launcher why a rank failed, unless its work folder is another attempt's by now."""
+    if claim is None or claim.is_held():
+        write_failure(work, error, rank, attempt)
+
+
+def leave_process(code: int) -> NoReturn:
+    """End at once, without the interpreter's farewell: in it, threads of gloo and DeepSpeed abort now and then."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def prepare_environment() -> None:
+    """Defaults of a single process where nobody started ranks, and quiet libraries."""
+    single_process = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for key, value in single_process.items():
+        os.environ.setdefault(key, value)
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def run_stage(store: Store, stage_id: str, interruption: Interruption, admit: Callable[[World], Admission]) -> None:
+    """Join the ranks, then hand over to ``hfprune_dist.stages.<kind>``.
+
+    Args:
+        admit: asked on every rank once all have joined.
+
+    Raises:
+        ClaimLostError: where another process has claimed the stage meanwhile.
+        Interrupted: where the ranks have saved their work because ``interruption`` asked them to end.
+    """
+    from hfprune_dist.distributed.world import join_world, leave_world
+    from hfprune_dist.stages.context import Context
+
+    world = join_world(os.environ, _timeout_minutes(store, stage_id))
+    admission = admit(world)
+    if admission.runs:
+        layout, claim = read_layout(store, stage_id), admission.claim
+        guard = None if claim is None else claim.require_held
+        context = Context(
+            stage=Stage.to_run(layout.stage),
+            store=store,
+            world=world,
+            runtime=RuntimeConfig.model_validate(layout.runtime),
+            progress=Progress(store.work(stage_id) if world.is_first else None, guard),
+            config=layout.config,
+            code=layout.code,
+            attempt=layout.attempt,
+            claim=claim,
+            interruption=interruption,
+        )
+        context.check_inputs()
+        importlib.import_module(f"hfprune_dist.stages.{context.stage.kind}").run(context)
+    leave_world()
+
+
+def _timeout_minutes(store: Store, stage_id: str) -> int:
+    """The collective timeout; where the stage is not laid out (any more), the default."""
+    layout = find_layout(store, stage_id)
+    runtime = RuntimeConfig() if layout is None else RuntimeConfig.model_validate(layout.runtime)
+    return runtime.collective_timeout_minutes
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its launcher dies, however that one dies."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What counts as a parameter is what a loaded model computes with, whatever else is in the files."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny
+from transformers import AutoModelForCausalLM
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.families import FAMILIES
+from hfprune_dist.checkpoints.write_pruned import config_changes, mlp_cuts, write_companions, write_weight_file
+from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.models.single_layer import LayerReader
+from hfprune_dist.planning.footprint import shape_of
+from hfprune_dist.planning.model_sources import resolve_models
+from hfprune_dist.planning.plan import size_of
+from hfprune_dist.store.hashing import FileHashes
+
+JUNK = {
+    "rotary": "model.layers.0.self_attn.rotary_emb.inv_freq",
+    "vision": "vision_tower.patch_embed.weight",
+    "head bias": "lm_head.bias",
+    "layer junk": "model.layers.1.mlp.shared_expert.weight",
+}
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in {id(it): it for it in model.parameters()}.values())
+
+
+def save(folder, variant, *, tied, head="as it is", layers_more=0, junk=(), **options):
+    """A checkpoint whose files hold more, or something else, than its config.json tells of."""
+    save_tiny(folder, variant, tie_word_embeddings=tied, **options)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    embedding = weights["model.embed_tokens.weight"]
+    if head == "same":
+        weights["lm_head.weight"] = embedding.clone()
+    if head == "different":
+        weights["lm_head.weight"] = embedding.flip(0).contiguous()
+    for number in range(layers_more):
+        beyond = options["num_hidden_layers"] + number
+        weights |= {
+            name.replace(".layers.0.", f".layers.{beyond}."): weight.clone()
+            for name, weight in weights.items()
+            if ".layers.0." in name
+        }
+    weights |= {JUNK[name]: torch.ones(5) for name in junk}
+    save_file(weights, file, {"format": "pt"})
+    return folder
+
+
+@st.composite
+def checkpoints(draw):
+    variant, biases = draw(st.sampled_from(list(FAMILIES))), {}
+    if variant in ("llama", "qwen3"):
+        biases["attention_bias"] = draw(st.booleans())
+    if variant == "llama":
+        biases["mlp_bias"] = draw(st.booleans())
+    tied = draw(st.booleans())
+    return {
+        "variant": variant,
+        "tied": tied,
+        "head": draw(st.sampled_from(["as it is", "same", "different"])),
+        "layers_more": draw(st.integers(0, 2)),
+        "junk": draw(st.sets(st.sampled_from(list(JUNK)))),
+        "num_hidden_layers": draw(st.integers(2, 3)),
+        "intermediate_size": draw(st.integers(9, 40)),
+        **biases,
+    }
+
+
+def prune(checkpoint, folder):
+    """As the prune stage writes it, each layer's first half kept; returns the ratio that is reported."""
+    width = checkpoint.intermediate_size // 2
+    kept = [torch.arange(width)] * checkpoint.num_layers
+    for file in checkpoint.weight_files:
+        write_weight_file(checkpoint, file, mlp_cuts(checkpoint, kept), folder)
+    write_companions(checkpoint, folder, config_changes(checkpoint, [width] * checkpoint.num_layers))
+    return size_of(checkpoint).total_ratio(width)
+
+
+@settings(max_examples=24, deadline=None, derandomize=True)
+@given(checkpoints())
+def test_parameters_are_those_of_the_loaded_model_before_and_after_pruning(drawn):
+    with TemporaryDirectory() as name:
+        dense, pruned = Path(name) / "dense", Path(name) / "pruned"
+        pruned.mkdir()
+        checkpoint = open_checkpoint(save(dense, **drawn))
+        whole = AutoModelForCausalLM.from_pretrained(dense)
+        assert checkpoint.parameters == count(whole)
+        assert count(load_causal_lm(dense, torch.float32)) == count(whole)
+        reached = prune(checkpoint, pruned)
+        smaller = AutoModelForCausalLM.from_pretrained(pruned)
+        assert open_checkpoint(pruned).parameters == count(smaller)
+        assert 1 - count(smaller) / count(whole) == pytest.approx(reached, abs=1e-12)
+        assert not open_checkpoint(pruned).unused, "what no model computes with isn't copied"
+        assert torch.equal(smaller.lm_head.weight, whole.lm_head.weight)
+
+
+def test_the_head_that_counts_is_the_one_that_every_part_computes_with(tmp_path):
+    folder = save(tmp_path / "m", "llama", tied=True, head="different")
+    checkpoint, loaded = open_checkpoint(folder), AutoModelForCausalLM.from_pretrained(folder)
+    head = LayerReader(checkpoint, torch.float32, torch.device("cpu")).head()
+    assert torch.equal(head.weight_VC, loaded.lm_head.weight)
+    assert not shape_of(checkpoint.config).tied
+    assert ["differs from the embedding" in remark for remark in checkpoint.remarks] == [True]
+
+
+def test_a_bias_that_no_model_has_is_not_computed_with(tmp_path):
+    checkpoint = open_checkpoint(save(tmp_path / "m", "llama", tied=False, junk=["head bias"]))
+    assert LayerReader(checkpoint, torch.float32, torch.device("cpu")).head().bias_V is None
+    assert "1 tensors" in checkpoint.remarks[0] and "lm_head.bias" in checkpoint.remarks[0]
+
+
+def identity(folder):
+    config = SweepConfig(models=["m"], aliases={"m": {"path": str(folder)}})
+    (model,) = resolve_models(config, folder / "none", FileHashes(None), download=False)
+    return model.identity
+
+
+def test_only_what_was_counted_otherwise_has_another_identity(tmp_path):
+    """What an earlier version made of such a checkpoint, for another ratio than it said, isn't taken up."""
+
+    def of_files(folder):
+        return FileHashes(None).of_files(folder, sorted(it.name for it in folder.iterdir()))
+
+    ordinary = save_tiny(tmp_path / "ordinary", "qwen2")
+    tied = save(tmp_path / "tied", "llama", tied=True, head="same", junk=["rotary"])
+    assert identity(ordinary) == of_files(ordinary) and identity(tied) == of_files(tied)
+    untied = save(tmp_path / "untied", "llama", tied=True, head="different")
+    longer = save(tmp_path / "longer", "llama", tied=False, layers_more=1, num_hidden_layers=2)
+    assert identity(untied) != of_files(untied) and identity(longer) != of_files(longer)
+
+
+def test_a_file_of_unused_tensors_alone_is_left_out(tmp_path):
+    folder = save_tiny(tmp_path / "m", shard_size="20KB", num_hidden_layers=3)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    (pruned := tmp_path / "pruned").mkdir()
+    prune(open_checkpoint(folder), pruned)
+    index = json.loads((pruned / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in pruned.glob("*.safetensors")}
+    assert index["metadata"]["total_size"] == 4 * count(AutoModelForCausalLM.from_pretrained(pruned))

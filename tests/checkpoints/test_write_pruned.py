@@ -1,0 +1,65 @@
+"""Pruned checkpoints against the dense model with the removed channels zeroed."""
+
+import json
+
+import pytest
+import torch
+from tiny import VARIANTS, save_tiny, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hfprune_dist.checkpoints import write_pruned as surgery
+from hfprune_dist.checkpoints.checkpoint import INDEX_FILE, open_checkpoint
+from hfprune_dist.checkpoints.write_pruned import mlp_cuts, write_companions, write_weight_file
+
+KEPT = [torch.tensor([0, 3, 4, 17, 40]), torch.tensor([1, 2, 30, 46, 47])]
+
+
+def prune(source, target):
+    checkpoint = open_checkpoint(source)
+    target.mkdir()
+    for file in checkpoint.weight_files:
+        write_weight_file(checkpoint, file, mlp_cuts(checkpoint, KEPT), target)
+    write_companions(checkpoint, target, {"intermediate_size": 5})
+    return checkpoint
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_equals_the_dense_model_with_removed_channels_zeroed(tmp_path, variant, shard_size):
+    prune(save_tiny(tmp_path / "dense", variant, shard_size=shard_size), tmp_path / "pruned")
+    dense = tiny_model(variant)
+    for layer, kept in zip(dense.model.layers, KEPT, strict=True):
+        gone = torch.ones(48, dtype=torch.bool)
+        gone[kept] = False
+        layer.mlp.down_proj.weight.data[:, gone] = 0
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32)
+    input_ids = torch.randint(3, 250, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(input_ids).logits, dense(input_ids).logits, rtol=1e-4, atol=1e-4)
+    assert pruned.config.intermediate_size == 5
+
+
+def test_other_tensors_and_dtype_are_untouched(tmp_path, monkeypatch):
+    monkeypatch.setattr(surgery, "COPY_BYTES", 1000)  # smaller than the embedding, and no divisor of its size
+    source = prune(save_tiny(tmp_path / "dense", dtype=torch.bfloat16), tmp_path / "pruned")
+    pruned = open_checkpoint(tmp_path / "pruned")
+    assert set(pruned.tensors) == set(source.tensors)
+    assert {info.dtype for info in pruned.tensors.values()} == {"BF16"}
+    dense_state = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict().items():
+        if ".mlp." not in name:
+            assert torch.equal(tensor, dense_state[name]), name
+
+
+def test_parameter_count_matches_the_files(tmp_path):
+    for variant in VARIANTS:
+        checkpoint = open_checkpoint(save_tiny(tmp_path / variant, variant))
+        assert checkpoint.parameters == sum(p.numel() for p in tiny_model(variant).parameters())
+
+
+def test_tokenizer_and_index_travel_along(tmp_path):
+    prune(save_tiny(tmp_path / "dense", shard_size="20KB"), tmp_path / "pruned")
+    assert AutoTokenizer.from_pretrained(tmp_path / "pruned")("ban").input_ids
+    index = json.loads((tmp_path / "pruned" / INDEX_FILE).read_text())
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict()
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in state.values())

@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from hfprune_dist.core.exact_sums import ExactGram, ExactOverflowError, ExactSum
+
+
+def terms(count=12, width=9):
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-1.5, 1.5, width)  # neurons of very different size
+    hidden = [torch.randn(20, width, generator=generator) * scale for _ in range(count)]
+    return [rows.T @ rows for rows in hidden]
+
+
+def summed(grams, order, parts=1):
+    totals = []
+    for part in range(parts):
+        gram = ExactGram(grams[0].diagonal(), len(grams))
+        for index in order[part::parts]:
+            gram.add(grams[index])
+        totals.append(gram.total_DD)
+    gram.total_DD = torch.stack(totals).sum(0)
+    return gram.value()
+
+
+def test_neither_order_nor_ranks_change_a_bit():
+    grams = terms()
+    whole = summed(grams, list(range(12)))
+    assert torch.equal(whole, summed(grams, list(reversed(range(12)))))
+    for parts in (2, 3, 5):
+        assert torch.equal(whole, summed(grams, [7, 2, 0, 11, 5, 1, 3, 4, 10, 9, 8, 6], parts))
+
+
+def test_the_sum_is_exact_to_more_than_float32():
+    grams = terms()
+    expected = torch.stack(grams).double().sum(0)
+    scale = expected.diagonal().sqrt()
+    error = (summed(grams, list(range(12))) - expected) / scale[:, None] / scale
+    assert error.abs().max() < 1e-11
+
+
+def test_a_neuron_that_is_silent_at_first_is_heard_later():
+    first, second = torch.eye(3), torch.eye(3) * 5
+    first[1, 1] = 0
+    gram = ExactGram(first.diagonal(), 2)
+    gram.add(first)
+    gram.add(second)
+    assert torch.allclose(gram.value(), (first + second).double())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e8])
+def test_what_is_out_of_range_is_refused(bad):
+    gram = ExactGram(torch.ones(3), 2)
+    gram.add(torch.eye(3))
+    with pytest.raises(ExactOverflowError):
+        gram.add(torch.eye(3) * bad)
+    assert torch.equal(gram.value(), torch.eye(3).double())
+
+
+def test_plain_sums_are_as_exact_and_as_free_of_order():
+    generator = torch.Generator().manual_seed(5)
+    terms = [torch.randn(4, 3, generator=generator) for _ in range(7)]
+    totals = []
+    for order in (terms, terms[::-1]):
+        exact = ExactSum(float(terms[0].abs().max()), 7, terms[0].shape, torch.device("cpu"))
+        for term in order:
+            exact.add(term)
+        totals.append(exact.value())
+    assert torch.equal(*totals)
+    assert (totals[0] - torch.stack(terms).double().sum(0)).abs().max() < 1e-10
+    with pytest.raises(ExactOverflowError):
+        exact.add(torch.full((4, 3), 1e9))
+    assert torch.equal(exact.value(), totals[0])
+
+
+@pytest.mark.parametrize("maximum", [float("nan"), float("inf")])
+def test_a_sum_does_not_begin_with_what_is_not_finite(maximum):
+    with pytest.raises(ExactOverflowError, match="NaN"):
+        ExactSum(maximum, 3, torch.Size([2]), torch.device("cpu"))

@@ -1,0 +1,147 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from hfprune_dist.core.gauss_newton import DAMPING, Biases, Curvature, Linearized, MlpWeights, solve_normal_equations
+
+K, C, N = 7, 5, 60
+
+
+def some(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weights = MlpWeights(*(torch.randn(*shape, generator=generator) for shape in ((K, C), (K, C), (C, K))))
+    return weights, torch.randn(N, C, generator=generator)
+
+
+def curvature_of(at):
+    return Curvature(*at.curvature(), at.hidden_NK.T @ at.hidden_NK, len(at.hidden_NK))
+
+
+def mlp(weights, biases, x):
+    gate, up = x @ weights.gate_KC.T, x @ weights.up_KC.T
+    gate = gate if biases.gate_K is None else gate + biases.gate_K
+    up = up if biases.up_K is None else up + biases.up_K
+    return (silu(gate) * up) @ weights.down_CK.T
+
+
+@pytest.mark.parametrize("biases", [Biases(), Biases(torch.linspace(-1, 1, K), torch.linspace(1, 2, K))])
+def test_products_with_the_jacobian_are_those_of_autograd(biases):
+    weights, x = some()
+    change, error = some(1)[0], torch.randn(N, C, generator=torch.Generator().manual_seed(2))
+    at = Linearized(weights, biases, x)
+    torch.testing.assert_close(at.output(), mlp(weights, biases, x))
+    outputs, moved = torch.func.jvp(
+        lambda *tensors: mlp(MlpWeights(*tensors), biases, x), weights.tensors(), change.tensors()
+    )
+    torch.testing.assert_close(at.forward(change), moved, rtol=1e-4, atol=1e-4)
+    _, pull = torch.func.vjp(lambda *tensors: mlp(MlpWeights(*tensors), biases, x), *weights.tensors())
+    for found, expected in zip(at.backward(error).tensors(), pull(error), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert outputs.shape == (N, C)
+
+
+def test_the_diagonal_is_about_right():
+    weights, x = some()
+    jacobian = torch.cat(
+        [
+            part.flatten(2).flatten(0, 1)
+            for part in torch.func.jacrev(lambda *t: mlp(MlpWeights(*t), Biases(), x), argnums=(0, 1, 2))(
+                *weights.tensors()
+            )
+        ],
+        dim=1,
+    )
+    exact = jacobian.square().sum(0)
+    estimate = torch.cat([it.flatten() for it in curvature_of(Linearized(weights, Biases(), x)).diagonal().tensors()])
+    assert torch.corrcoef(torch.stack([exact.log(), estimate.log()]))[0, 1] > 0.9
+    torch.testing.assert_close(exact[2 * K * C :], estimate[2 * K * C :])
+
+
+def test_the_inverse_is_that_of_each_block():
+    """Where derivatives don't depend on the token: with biases so large that no input moves them."""
+    weights, x = some()
+    biases = Biases(torch.full((K,), 40.0), torch.linspace(100, 200, K))
+    small = MlpWeights(1e-3 * weights.gate_KC, 1e-3 * weights.up_KC, weights.down_CK)
+    at, change = Linearized(small, biases, x), some(1)[0]
+    inverse = curvature_of(at).inverse()(change)
+    jacobian = torch.func.jacrev(lambda *t: mlp(MlpWeights(*t), biases, x), argnums=(0, 1))(*small.tensors())
+    for derivative, before, found in zip(jacobian, change.tensors()[:2], inverse.tensors()[:2], strict=True):
+        blocks = [rows.T @ rows for rows in derivative.flatten(0, 1).unbind(1)]
+        traces = torch.stack([block.trace() for block in blocks])
+        for neuron, block in enumerate(blocks):
+            damped = block + DAMPING * block.trace() / C * torch.eye(C)
+            damped = damped * (1 + DAMPING * traces.mean() / traces[neuron])
+            torch.testing.assert_close(damped @ found[neuron], before[neuron], rtol=1e-2, atol=1e-2)
+    gram = at.hidden_NK.T @ at.hidden_NK
+    damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(K)
+    torch.testing.assert_close(inverse.down_CK @ damped, change.down_CK, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_few_iterations_come_closer_with_it_than_without(seed):
+    """Where inputs are correlated, as hidden states are."""
+    weights, x = some(seed)
+    x = x @ (0.4 * torch.eye(C) + 0.6)
+    at = Linearized(weights, Biases(), x)
+    right = at.backward(mlp(some(seed + 10)[0], Biases(), x) - at.output())
+    curvature = curvature_of(at)
+    diagonal_alone = replace(
+        curvature,
+        inputs_CC=curvature.inputs_CC.diagonal().diag(),
+        hidden_KK=curvature.hidden_KK.diagonal().diag(),
+    )
+    damping = MlpWeights(*(DAMPING * (it + it.mean()) for it in curvature.diagonal().tensors()))
+
+    def left_over(preconditioner):  # of the quadratic that the equations minimise
+        change = solve_normal_equations(lambda v: at.backward(at.forward(v)), right, preconditioner, 4)
+        bent = at.backward(at.forward(change)).plus(damping.times(change))
+        return 0.5 * change.dot(bent) - change.dot(right)
+
+    assert left_over(curvature) < left_over(diagonal_alone) < 0
+
+
+def test_conjugate_gradients_solve_the_damped_equations():
+    weights, x = some()
+    at = Linearized(weights, Biases(), x)
+    target = mlp(some(3)[0], Biases(), x)
+    curvature, right = curvature_of(at), at.backward(target - at.output())
+    change = solve_normal_equations(lambda v: at.backward(at.forward(v)), right, curvature, iterations=200)
+    left, diagonal = at.backward(at.forward(change)), curvature.diagonal()
+    for a, b, v, d in zip(left.tensors(), right.tensors(), change.tensors(), diagonal.tensors(), strict=True):
+        torch.testing.assert_close(a + DAMPING * (d + d.mean()) * v, b, rtol=1e-3, atol=1e-2)
+
+
+def test_a_step_or_two_find_weights_that_were_moved_a_little():
+    there, x = some()
+    moved = there.plus(some(3)[0], 0.05)
+    target = mlp(there, Biases(), x)
+    errors = []
+    for _ in range(3):
+        at = Linearized(moved, Biases(), x)
+        residual = target - at.output()
+        errors.append(residual.square().sum().item())
+        change = solve_normal_equations(
+            lambda v, at=at: at.backward(at.forward(v)), at.backward(residual), curvature_of(at), 30
+        )
+        moved = moved.plus(change)
+    assert errors[1] < 0.1 * errors[0] and errors[2] < errors[1]
+
+
+def test_a_silent_mlp_is_left_alone():
+    """Activations of 0, and nothing that a down projection of 0 would pass back."""
+    weights, x = some()
+    silent = MlpWeights(*(torch.zeros_like(it) for it in weights.tensors()))
+    at = Linearized(silent, Biases(), x)
+    right = at.backward(torch.ones(len(x), silent.down_CK.shape[0], dtype=x.dtype))
+    step = solve_normal_equations(lambda v: at.backward(at.forward(v)), right, curvature_of(at), 5)
+    assert all(torch.equal(it, torch.zeros_like(it)) for it in step.tensors())
+
+
+def test_where_nothing_is_wrong_nothing_moves():
+    weights, x = some()
+    at = Linearized(weights, Biases(), x)
+    nothing = MlpWeights(*(torch.zeros_like(it) for it in weights.tensors()))
+    solved = solve_normal_equations(lambda v: at.backward(at.forward(v)), nothing, curvature_of(at), 5)
+    assert solved.dot(solved) == 0

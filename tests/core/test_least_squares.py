@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from hfprune_dist.core.least_squares import LeastSquares, best_ridge
+
+D, C, T = 12, 5, 300
+
+
+def activations(seed=0, tokens=T):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(D, D, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    return torch.randn(tokens, D, generator=generator, dtype=torch.float64) @ mix
+
+
+WEIGHT = torch.randn(C, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+KEPT = torch.tensor([0, 2, 3, 7, 8, 11])
+
+
+def test_without_a_ridge_it_is_least_squares():
+    hidden = activations()
+    refitted = LeastSquares(WEIGHT, hidden.T @ hidden, KEPT).weight(ridge=0.0)
+    expected = torch.linalg.lstsq(hidden[:, KEPT], hidden @ WEIGHT.T).solution.T
+    torch.testing.assert_close(refitted, expected)
+
+
+def test_a_large_ridge_keeps_the_weight():
+    hidden = activations()
+    refitted = LeastSquares(WEIGHT, hidden.T @ hidden / T, KEPT).weight(ridge=1e9)
+    torch.testing.assert_close(refitted, WEIGHT[:, KEPT], rtol=1e-6, atol=1e-6)
+
+
+def test_keeping_everything_changes_nothing():
+    hidden = activations()
+    everything = torch.arange(D)
+    refitted = LeastSquares(WEIGHT, hidden.T @ hidden / T, everything).weight(ridge=1e-2)
+    torch.testing.assert_close(refitted, WEIGHT)
+
+
+def test_the_scale_of_the_gram_matrix_does_not_matter():
+    hidden = activations()
+    gram = hidden.T @ hidden
+    torch.testing.assert_close(
+        LeastSquares(WEIGHT, gram, KEPT).weight(1e-2), LeastSquares(WEIGHT, gram / T, KEPT).weight(1e-2)
+    )
+
+
+def test_error_is_the_lost_share_of_the_outputs_energy():
+    hidden = activations()
+    problem = LeastSquares(WEIGHT, hidden.T @ hidden, KEPT)
+    new = problem.weight(1e-2)
+    output, pruned = hidden @ WEIGHT.T, hidden[:, KEPT] @ new.T
+    expected = (output - pruned).square().sum() / output.square().sum()
+    assert problem.error(new) == pytest.approx(expected.item())
+    assert expected < problem.error(WEIGHT[:, KEPT])
+
+
+@pytest.mark.parametrize("silent", ["activations", "outputs"])
+def test_a_silent_mlp_stays_as_it_is(silent):
+    """Layers that were added with zeros, for example."""
+    weight_CD, gram_DD, kept = torch.randn(4, 6), torch.eye(6, dtype=torch.float64), torch.tensor([0, 2, 5])
+    (gram_DD if silent == "activations" else weight_CD).zero_()
+    problem = LeastSquares(weight_CD, gram_DD, kept)
+    ridge, fitted_CK = best_ridge(problem, problem)
+    assert torch.equal(fitted_CK, weight_CD[:, kept].double())
+    assert problem.error(problem.weight(ridge)) == 0.0
+
+
+def test_held_out_tokens_choose_more_ridge_where_samples_are_few():
+    def chosen(tokens):
+        few, held_out = activations(seed=3, tokens=tokens), activations(seed=4)
+        fitted, judge = (LeastSquares(WEIGHT, hidden.T @ hidden / len(hidden), KEPT) for hidden in (few, held_out))
+        ridge, weight = best_ridge(fitted, judge, ridges=(1e-6, 1e-2, 1e-1))
+        assert torch.equal(weight, fitted.weight(ridge))
+        return ridge
+
+    assert chosen(tokens=7) > chosen(tokens=3000)
+
+
+def test_problems_of_two_parts_of_the_tokens_make_that_of_all():
+    hidden = activations()
+    parts = (hidden[:200], hidden[200:])
+    fitted, held_out = (LeastSquares(WEIGHT, part.T @ part / len(part), KEPT) for part in parts)
+    mixed, whole = fitted.mixed(held_out, 100 / 300), LeastSquares(WEIGHT, hidden.T @ hidden / T, KEPT)
+    torch.testing.assert_close(mixed.weight(1e-2), whole.weight(1e-2))
+    assert mixed.error(WEIGHT[:, KEPT]) == pytest.approx(whole.error(WEIGHT[:, KEPT]))
+    torch.testing.assert_close(mixed.gram_KK, whole.gram_KK)

@@ -1,0 +1,75 @@
+"""What two real ranks gather, against the model of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.planning import footprint
+from hfprune_dist.planning.footprint import SMALL_PARAMETER, Importance, shape_of
+
+pytestmark = pytest.mark.slow
+
+# Every matrix has more elements than DeepSpeed leaves unsharded.
+SHARDED = {
+    "hidden_size": 320,
+    "intermediate_size": 416,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "vocab_size": 400,
+}
+
+
+def counts(folder, criteria="entropy", checkpointing="plain"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*command, str(Path(__file__).with_name("count_gathers.py")), str(folder), criteria, checkpointing],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("result: ")]
+    assert lines, result.stderr[-3000:]
+    found = json.loads(lines[0].removeprefix("result: "))
+    assert found["left_of_shards"] == 0, "released"
+    return found["counts"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("traffic") / "model", dtype=torch.bfloat16, **SHARDED)
+
+
+def test_matrices_are_large_enough_to_be_sharded(folder):
+    matrices = [info.numel for info in open_checkpoint(folder).tensors.values() if len(info.shape) == 2]
+    assert min(matrices) > SMALL_PARAMETER
+
+
+@pytest.mark.parametrize(("criteria", "losses"), [("entropy", 1), ("entropy,fisher", 2)])
+def test_gathers_of_a_micro_batch(monkeypatch, folder, criteria, losses):
+    shape = shape_of(open_checkpoint(folder).config)
+    learning, *later = counts(folder, criteria)
+    # DeepSpeed learns the order of layers: every matrix for forward and for each backward, the head once.
+    monkeypatch.setattr(footprint, "LIVE_PARAMETERS", 0)
+    assert learning[1] == pytest.approx(Importance(1, 16, losses).work(shape).gathered_bytes, rel=0.002)
+    # Then it gathers ahead, and a model this small stays gathered: each matrix once, the body's together.
+    monkeypatch.undo()
+    for calls, gathered in later:
+        assert gathered == pytest.approx(Importance(1, 16, losses).work(shape).gathered_bytes, rel=0.002)
+        assert calls == 2
+
+
+@pytest.mark.parametrize(("criteria", "losses"), [("entropy", 1), ("entropy,fisher", 2)])
+def test_checkpointed_activations_gather_more_but_no_more_than_is_reckoned_with(folder, criteria, losses):
+    shape = shape_of(open_checkpoint(folder).config)
+    *_, (_, gathered) = counts(folder, criteria, "checkpointed")
+    plain, most = (Importance(1, 16, losses, checkpointing=on).work(shape).gathered_bytes for on in (False, True))
+    assert plain < gathered <= most

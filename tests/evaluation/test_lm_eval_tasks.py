@@ -1,0 +1,142 @@
+import pytest
+
+from hfprune_dist.config.schema import EvaluationConfig
+from hfprune_dist.errors import UserError
+from hfprune_dist.evaluation import lm_eval_tasks as evaluation
+from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, check_tasks, clean_metrics, details_of, plain, scores_of
+
+TASK = """
+task: my_task
+tag: my_tag
+dataset_path: json
+doc_to_text: !function helpers.prompt
+"""
+GROUP = """
+group: my_group
+task:
+  - my_task
+  - task: arc_easy
+    num_fewshot: 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "one.yaml").write_text(TASK)
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "two.yaml").write_text(GROUP)
+    return tmp_path
+
+
+@pytest.fixture
+def no_full_index(monkeypatch):
+    """Fail where lm-eval's own index, which takes ten seconds, is opened."""
+
+    def refuse(folders, include_path):
+        pytest.fail("opened lm-eval's whole index")
+
+    monkeypatch.setattr(evaluation, "_open_index", refuse)
+
+
+def test_the_paper_suite_is_known(no_full_index):
+    check_tasks(EvaluationConfig().tasks, None)
+
+
+def test_groups_of_lm_eval_are_known(no_full_index):
+    check_tasks(["mmlu", "gsm8k", "wikitext"], None)
+
+
+def test_own_tasks_are_known_without_lm_eval(own, no_full_index, monkeypatch):
+    monkeypatch.setattr(evaluation, "_shipped_definitions", lambda: pytest.fail("searched lm-eval's tasks"))
+    check_tasks(["my_task", "my_group", "my_tag"], own)
+
+
+class Index:
+    """lm-eval's index, in a moment."""
+
+    task_index = dict.fromkeys(["arc_easy", "arc_challenge", "ai2_arc"])
+
+
+def test_unknown_names_are_listed_with_close_ones(own, monkeypatch):
+    monkeypatch.setattr(evaluation, "_open_index", lambda folders, include_path: Index)
+    (own / "broken.yaml").write_text("task: [")
+    with pytest.raises(UserError) as caught:
+        check_tasks(["arc_esy", "my_tusk", "ai2_arc", "qqqq"], own)
+    message = str(caught.value)
+    assert "unknown task 'arc_esy'; did you mean 'arc_easy'?" in message
+    assert "unknown task 'my_tusk'; did you mean 'my_task'?" in message
+    assert "unknown task 'qqqq'\n" in message
+    assert "broken.yaml: can't be read" in message
+    assert "ai2_arc" not in message
+
+
+@pytest.mark.parametrize(
+    ("tasks", "folders"),
+    [
+        (["my_task"], []),
+        (["my_group"], ["arc"]),
+        (["my_task", "arc_easy", "piqa"], ["arc", "piqa"]),
+        (["my_tag"], None),
+        (["mmlu"], None),
+        (["nowhere"], None),
+    ],
+)
+def test_only_the_folders_that_matter_are_indexed(own, tasks, folders):
+    definitions, _ = evaluation._own_definitions(own)
+    found = evaluation._folders_of(tasks, definitions)
+    assert (None if found is None else [folder.name for folder in found]) == folders
+
+
+def test_a_data_set_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the hub\nafter 5 tries")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    loader = TaskLoader(["arc_easy"], None, tmp_path)
+    with pytest.raises(
+        UserError, match="task 'arc_easy' can't be loaded: ConnectionError: Couldn't reach the hub after 5"
+    ):
+        loader.load("arc_easy", 0)
+
+
+def test_metric_names_are_readable():
+    raw = {
+        "alias": "x",
+        "sample_len": 3,
+        "acc,none": 0.5,
+        "acc_stderr,none": 0.1,
+        "exact_match,strict-match": 1,
+        "exact_match_stderr,strict-match": "N/A",
+    }
+    assert clean_metrics(raw) == {
+        "acc": 0.5,
+        "acc_stderr": 0.1,
+        "exact_match[strict-match]": 1,
+        "exact_match[strict-match]_stderr": None,
+    }
+
+
+def test_scores_of_groups_and_tags():
+    group = {"results": {"g": {"alias": "g", "acc,none": 0.5}, "a": {"acc,none": 0.4}}}
+    assert scores_of("g", group) == {"g": {"acc": 0.5}}
+    tag = {"results": {"b": {"acc,none": 0.6}, "a": {"acc,none": 0.4}}}
+    assert scores_of("t", tag) == {"a": {"acc": 0.4}, "b": {"acc": 0.6}}
+    unweighted = {"results": {"g": {"alias": "g"}, "a": {"acc,none": 0.4}}}
+    assert scores_of("g", unweighted) == {"a": {"acc": 0.4}}
+
+
+def test_values_become_json():
+    import numpy as np
+
+    assert plain({1: (float("nan"), float("inf"), np.float64(0.5), np.int64(2), True, None, len, {"x"})}) == {
+        "1": [None, None, 0.5, 2, True, None, "len", ["x"]]
+    }
+
+
+def test_the_configuration_is_kept_as_a_hash():
+    result = {"results": {"a": {}}, "configs": {"a": {"x": 1}}, "versions": {"a": 1}, "n-shot": {"a": 0}}
+    details = details_of(result)
+    assert set(details) == {"results", "versions", "n-shot", "config_hashes"}
+    assert details["config_hashes"] != details_of(result | {"configs": {"a": {"x": 2}}})["config_hashes"]

@@ -1,0 +1,235 @@
+"""How the local backend tells what became of its ranks; scripts stand for torchrun."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hfprune_launch.local import backend as local
+from hfprune_launch.local.backend import LocalBackend
+from hfprune_launch.local.deaths import OUT_OF_STEP, explain_death
+from hfprune_launch.stage.stage_file import Origin, attempts_so_far, find_layout
+
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.store import claims
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.claims import Claim, try_claim
+from hfprune_dist.store.heartbeat import Failure, read_failure, write_failure_record
+from hfprune_dist.store.stage import Input, Stage
+
+STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+CLOSED = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4915"
+TIMEOUT = "RuntimeError: [/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation"
+ABORT = "terminate called after throwing an instance of 'gloo::EnforceNotMet'\n  what():  [enforce fail at pair.cc:446]"
+SUMMARY = """
+Traceback (most recent call last):
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+launch/stage/run.py FAILED
+------------------------------------------------------------
+Failures:
+{others}
+------------------------------------------------------------
+Root Cause (first observed failure):
+{first}
+============================================================
+"""
+ENTRY = """[{number}]:
+  time      : 2026-01-01_00:00:00
+  host      : localhost
+  rank      : {rank} (local_rank: {rank})
+  exitcode  : {code} (pid: 4711)
+  error_file: <N/A>
+  traceback : {traceback}"""
+
+
+def log_of(*ends, said=""):
+    """What torchrun says of ranks that ended by an exit code, or by a signal where it is negative."""
+
+    def entry(number, rank, code):
+        traceback = "To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html"
+        if code < 0:
+            traceback = f"Signal {-code} ({signal.Signals(-code).name}) received by PID 4711"
+        return ENTRY.format(number=number, rank=rank, code=code, traceback=traceback)
+
+    first, *others = [entry(number, *end) for number, end in enumerate(ends)]
+    return said + "\n" + SUMMARY.format(first=first, others="\n".join(others) or "  <NO_OTHER_FAILURES>")
+
+
+def code(message, rank=0):
+    return Failure("code", message, rank, 1.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("left", "log", "cause", "expected"),
+    [
+        (None, log_of((1, -9)), "killed", ["a rank died without a message", "rank 1 by SIGKILL", "from outside"]),
+        (None, log_of((0, -7)), "killed", ["rank 0 by SIGBUS", "from outside"]),
+        (code(CLOSED), log_of((0, 1), (1, -9)), "killed", ["rank 1 by SIGKILL"]),
+        (None, log_of((1, -11)), "code", ["a rank crashed: rank 1 by SIGSEGV", "ends with"]),
+        (None, log_of((1, -6), said="free(): invalid pointer"), "code", ["a rank crashed: rank 1 by SIGABRT"]),
+        (code(CLOSED), log_of((0, 1), (1, -11)), "code", ["a rank crashed: rank 1 by SIGSEGV"]),
+        (
+            None,
+            log_of((1, -6), (0, -6), said=f"{ABORT} {OUT_OF_STEP}. 8 vs 4"),
+            "code",
+            ["did not make the same collective calls", "rank 0 by SIGABRT, rank 1 by SIGABRT", OUT_OF_STEP],
+        ),
+        (None, log_of((0, -6), said=f"{ABORT} {TIMEOUT}"), "code", ["a rank was lost or hangs", "rank 0 by SIGABRT"]),
+        (
+            code(TIMEOUT),
+            log_of((0, 1), (1, -15)),
+            "code",
+            ["a rank was lost or hangs", "rank 0 waited for it", "Timed out"],
+        ),
+        (code("ValueError: ours"), log_of((0, 1), (1, -6), said=CLOSED), "code", ["ValueError: ours"]),
+        (code("ValueError: ours"), log_of((0, 1), (1, -15)), "code", ["ValueError: ours"]),
+        (Failure("input", "bad text", 0, 1.0, 3), log_of((0, 2), (1, -9)), "input", ["bad text"]),
+        (None, "nothing at all", "killed", ["a rank died without a message", "nothing at all"]),
+        (None, log_of((0, 1), (1, -15)), "killed", ["a rank died without a message"]),
+    ],
+)
+def test_how_ranks_died(tmp_path, left, log, cause, expected):
+    file = tmp_path / "prune.3.log"
+    file.write_text(log)
+    failure = explain_death(left, file, 3)
+    assert failure.cause == cause and failure.attempt == 3
+    for part in expected:
+        assert part in failure.message
+    assert "from outside" not in failure.message or cause == "killed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "cause"), [(signal.SIGABRT, "code"), (signal.SIGKILL, "killed")])
+def test_torchrun_says_it_like_that(tmp_path, number, cause):
+    """The summary is read as this version of torch writes it."""
+    script = tmp_path / "rank.py"
+    script.write_text(f"import os, time\nos.environ['RANK'] == '1' and os.kill(os.getpid(), {number})\ntime.sleep(60)")
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        f"--log-dir={tmp_path}",
+        str(script),
+    ]
+    with (tmp_path / "log").open("wb") as stream:
+        subprocess.run([sys.executable, *torchrun], stdout=stream, stderr=subprocess.STDOUT, check=False)
+    failure = explain_death(None, tmp_path / "log", 1)
+    assert failure.cause == cause and f"rank 1 by {number.name}" in failure.message
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def backend(store, tmp_path, monkeypatch):
+    """A backend whose ranks are a shell command, empty until a test says what they do meanwhile."""
+
+    class Scripted(LocalBackend):
+        meanwhile = staticmethod(lambda claim: None)
+
+        def _start(self, stage, claim, log, scratch):
+            self.meanwhile(claim)
+            log.write_text("the end\n")
+            return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(local, "POLL_S", 0.01)
+    return Scripted(store, tmp_path / "logs", Origin(RuntimeConfig(ranks=1), {}, {}))
+
+
+def run(backend):
+    return backend.run(STAGE, lambda beat: None)
+
+
+def commit(store, claim=None):
+    draft = store.open_draft(STAGE.id, claim)
+    (draft / "model.bin").write_text("weights")
+    store.commit(STAGE, draft, {"metrics": {}}, claim=claim)
+
+
+def test_success_is_an_artifact(backend, store):
+    backend.meanwhile = lambda claim: commit(store, claim)
+    assert run(backend).state == "done"
+
+
+def test_a_failure_of_another_attempt_says_nothing(backend, store):
+    """A rank of the attempt before that dies late, on a host whose clock is ahead."""
+    late = Failure("input", "of the attempt before", 0, 1e10, 1)
+    assert run(backend).failure.cause == "killed"
+    backend.meanwhile = lambda claim: write_failure_record(store.work(STAGE.id), late)
+    assert run(backend).failure.cause == "killed"
+    own = replace(late, message="mine", at=0.0, attempt=3)
+    backend.meanwhile = lambda claim: write_failure_record(store.work(STAGE.id), own)
+    outcome = run(backend)
+    assert (outcome.failure.cause, outcome.failure.message) == ("input", "mine")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"attempt": 1}'])
+def test_a_damaged_layout_is_none(backend, store, content):
+    run(backend)
+    (store.work(STAGE.id) / "stage.json").write_text(content)
+    assert attempts_so_far(store, STAGE.id) == 0 and find_layout(store, STAGE.id) is None
+    assert run(backend).failure.attempt == 1
+
+
+def take_over(store):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "_lives", lambda *_: False)
+        claim = try_claim(store.work(STAGE.id))
+    assert isinstance(claim, Claim)
+    draft = store.open_draft(STAGE.id, claim)
+    write_failure_record(store.work(STAGE.id), Failure("code", "the successor's", 0, 0.0, 2))
+    return claim, draft
+
+
+def test_who_lost_its_claim_says_so_and_leaves_its_successor_alone(backend, store):
+    successors = []
+    backend.meanwhile = lambda claim: successors.append(take_over(store))
+    outcome = run(backend)
+    assert (outcome.state, outcome.failure.cause) == ("failed", "duplicate")
+    assert "another process has taken over this stage" in outcome.failure.message
+    ((claim, draft),) = successors
+    assert claim.is_held() and draft.is_dir()
+    assert read_failure(store.work(STAGE.id)).message == "the successor's"
+
+
+def test_what_its_successor_has_done_is_done(backend, store):
+    def succeeded(claim):
+        successor, _ = take_over(store)
+        commit(store, successor)
+        store.discard_work(STAGE.id)
+
+    backend.meanwhile = succeeded
+    assert run(backend).state == "done"
+
+
+def test_ranks_end_when_their_launcher_has_lost_its_claim(backend, store, monkeypatch):
+    monkeypatch.setattr(claims, "RENEW_S", 0.0)
+    processes = []
+
+    def start(stage, claim, log, scratch):
+        processes.append(subprocess.Popen(["sleep", "60"]))
+        take_over(store)
+        return processes[0]
+
+    backend._start = start
+    assert run(backend).failure.cause == "duplicate"
+    assert processes[0].returncode == -signal.SIGTERM
+
+
+def test_a_full_disk_is_told_even_where_a_draft_filled_it(backend, store, monkeypatch):
+    full = [True]
+    usage = shutil.disk_usage(os.curdir)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0 if full[0] else 10**9))
+    discard = Store.discard_drafts
+    monkeypatch.setattr(Store, "discard_drafts", lambda *a: full.__setitem__(0, False) or discard(*a))
+    backend.meanwhile = lambda claim: store.open_draft(STAGE.id, claim)
+    outcome = run(backend)
+    assert outcome.failure.cause == "input" and "No space left on device" in outcome.failure.message
+    assert not list(store.root.rglob(".draft*"))

@@ -1,0 +1,74 @@
+"""Whether ranks would compute in a dtype that this CPU is slow with."""
+
+import pytest
+from hfprune_launch.local import hardware
+from hfprune_launch.local.hardware import SECTIONS, note_on_bfloat16
+from sweeps import make_inputs, planned
+
+from hfprune_dist.store.stage import Stage
+
+BEFORE_AVX512, AVX512 = "flags\t\t: fpu sse2 avx avx2 fma", "flags\t\t: fpu sse2 avx avx2 fma avx512f avx512bw"
+ARM = "Features\t: fp asimd bf16"
+STAGES = [
+    Stage("importance", "alpha", {"dtype": "bfloat16"}, {}),
+    Stage("prune", "alpha 0.2", {"ratio": 0.2}, {}),
+    Stage("recover", "alpha 0.2 + lora", {"recovery": {"dtype": "bfloat16"}}, {}),
+    Stage("evaluate", "alpha", {"dtype": "float32"}, {}),
+]
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    def build(line, gpus=""):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n")
+        monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "cpuinfo")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+
+    return build
+
+
+@pytest.mark.parametrize("line", [BEFORE_AVX512, "flags\t\t: fpu sse2"])
+def test_the_note_names_the_settings_of_the_stages_to_run(machine, line):
+    machine(line)
+    assert note_on_bfloat16(STAGES).endswith(": --set importance.dtype=float32 --set recovery.dtype=float32")
+    assert note_on_bfloat16(STAGES[:1]).endswith(": --set importance.dtype=float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_all_settings_of_a_plan_are_known(machine, tmp_path, dtype):
+    machine(BEFORE_AVX512)
+    keys = [f"{section}.dtype" for section in ("distillation", "evaluation", "importance", "recovery")]
+    settings = {key.replace(".", "__"): dtype for key in keys}
+    _, plan = planned(make_inputs(tmp_path), methods=["surgeon-uniform-distilled"], **settings)
+    assert {stage.kind for stage in plan.stages.values()} == {*SECTIONS, "reference"}
+    expected = " ".join(f"--set {key}=float32" for key in keys) if dtype == "bfloat16" else ""
+    assert note_on_bfloat16(plan.stages.values()).partition("it: ")[2] == expected
+
+
+@pytest.mark.parametrize(("line", "gpus"), [(AVX512, ""), (BEFORE_AVX512, "0,1"), (ARM, "")])
+def test_no_note_where_bfloat16_is_no_slower(machine, line, gpus):
+    machine(line, gpus)
+    assert not note_on_bfloat16(STAGES)
+
+
+@pytest.mark.parametrize(("visible", "gpus"), [("", 0), ("0", 1), ("0, 2", 2), ("-1", 0), ("1,-1,0", 1)])
+def test_gpus_are_counted_as_cuda_does(monkeypatch, visible, gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert hardware.count_gpus() == gpus
+
+
+@pytest.mark.parametrize(
+    ("value", "threads"), [(None, None), ("", None), ("0", None), ("3", 3), ("4,2", 4), ("x", None)]
+)
+def test_threads_are_those_of_the_outermost_level(monkeypatch, value, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert hardware.threads_allowed() == threads
+
+
+def test_no_note_where_all_that_is_left_computes_in_float32(machine, tmp_path, monkeypatch):
+    machine(BEFORE_AVX512)
+    assert not note_on_bfloat16([STAGES[1], STAGES[3]])
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "none")
+    assert not note_on_bfloat16(STAGES)

@@ -1,0 +1,585 @@
+"""The backend's decisions, with fake commands in place of Slurm."""
+
+import getpass
+import signal
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+from clusters import wait_for
+from fake_slurm import HEADER, Clock, FakeSlurm
+from hfprune_launch.slurm.attempts import GONE, End, Ledger, Run
+from hfprune_launch.slurm.backend import SlurmBackend, Submitting
+from hfprune_launch.slurm.cancel import cancel_jobs
+from hfprune_launch.slurm.cli import Sweep, show_status
+from hfprune_launch.slurm.commands import SlurmCommands
+from hfprune_launch.slurm.profile import Profile, Resources
+from hfprune_launch.stage.stage_file import Origin
+from ranks import ROOT
+from rich.console import Console
+from sweeps import command, make_inputs, sweep
+
+from hfprune_dist.config.load import load_config
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.planning.methods import resolve_methods
+from hfprune_dist.planning.model_sources import resolve_models
+from hfprune_dist.planning.plan import Cell, Plan, build_plan
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.claims import try_claim
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.stage import Input, Stage
+
+SCORES = Stage("importance", "a", {}, {"model": Input("digest", "/model")})
+PRUNES = [Stage("prune", f"a {r}", {"ratio": r}, {"importance": SCORES.as_input()}) for r in (0.2, 0.3)]
+
+
+def plan_of(*stages):
+    """A plan without rows, all of whose stages are wanted."""
+    return Plan({stage.id: stage for stage in stages}, (), asked=tuple(stage.id for stage in stages))
+
+
+PLAN = plan_of(SCORES, *PRUNES)
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    return FakeSlurm(tmp_path / "slurm").on_path(monkeypatch)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def make_backend(store, plan=PLAN, max_running=None):
+    told = []
+    resources = dict.fromkeys(("importance", "prune", "recover", "evaluate"), Resources())
+    submitting = Submitting(
+        Origin(RuntimeConfig(), {}, {}), Profile("test", resources, None), store.root / "code", max_running
+    )
+    clock = Clock()
+    backend = SlurmBackend(store, plan, submitting, SlurmCommands(sleep=clock.sleep), told.append, clock=clock)
+
+    def step_after(seconds):
+        clock.sleep(seconds)
+        backend.step()
+
+    return SimpleNamespace(
+        start=backend.start,
+        step=backend.step,
+        step_after=step_after,
+        follow=lambda: backend.follow(lambda: None, clock.sleep),
+        follow_missing=lambda: backend.follow_missing(lambda: None, clock.sleep),
+        unsubmitted=backend.unsubmitted,
+        told=told,
+        clock=clock,
+    )
+
+
+def complete(store, stage):
+    draft = store.open_draft(stage.id)
+    (draft / "result").write_text("x")
+    store.commit(stage, draft, {"metrics": {}, "wall_time_s": 1.0})
+
+
+def script_of(store, stage, number=1):
+    return (store.root / "attempts" / stage.id / str(number) / "job.sh").read_text()
+
+
+def causes(store, stage):
+    return [attempt.end.cause if attempt.end else None for attempt in Ledger(store.root).attempts(stage.id)]
+
+
+def test_dependencies_become_slurms(fake, store):
+    make_backend(store).start()
+    assert list(fake.jobs()) == ["101", "102", "103"]
+    assert "--dependency" not in script_of(store, SCORES)
+    for stage in PRUNES:
+        assert "#SBATCH --dependency=afterok:101\n" in script_of(store, stage)
+        assert "#SBATCH --kill-on-invalid-dep=yes" in script_of(store, stage)
+
+
+def test_what_is_done_or_queued_is_not_submitted_again(fake, store):
+    complete(store, SCORES)
+    make_backend(store).start()
+    make_backend(store).start()
+    assert len(fake.calls("sbatch")) == 2
+    assert "--dependency" not in script_of(store, PRUNES[0])
+
+
+def test_only_an_artifact_is_success(fake, store):
+    backend = make_backend(store)
+    backend.start()
+    complete(store, SCORES)
+    fake.set_state("101", "FAILED")
+    fake.set_state("102", "COMPLETED")
+    backend.step()
+    assert causes(store, SCORES) == ["done"]
+    for _ in range(9):  # an artifact may be visible here only some time after its job has ended
+        assert causes(store, PRUNES[0]) == [None]
+        backend.step_after(7)
+    assert causes(store, PRUNES[0])[0] == "killed"
+
+
+def test_retries_are_bounded(fake, store):
+    backend = make_backend(store, plan_of(SCORES))
+    backend.start()
+    for _ in range(10):
+        for job_id in fake.jobs():
+            fake.set_state(job_id, "FAILED")
+        backend.step()
+    assert causes(store, SCORES) == ["killed"] * 3
+    make_backend(store, plan_of(SCORES)).start()
+    assert len(causes(store, SCORES)) == 4, "the same command tries again"
+
+
+def test_a_cancelled_job_waits_for_the_user(fake, store):
+    backend = make_backend(store)
+    backend.start()
+    ledger = Ledger(store.root)
+    ledger.last(SCORES.id).record_run(Run("101", 0, "n1", time.time()))
+    for job_id in ("101", "102", "103"):
+        fake.set_state(job_id, "CANCELLED")
+    backend.follow()
+    assert causes(store, SCORES) == ["cancelled"] and causes(store, PRUNES[0]) == ["dependency"]
+    assert len(fake.calls("sbatch")) == 3
+    make_backend(store).start()
+    assert len(fake.calls("sbatch")) == 6
+
+
+def test_dependents_follow_a_retry(fake, store):
+    backend = make_backend(store)
+    backend.start()
+    fake.set_state("101", "NODE_FAIL", "n3")
+    fake.set_state("102", "CANCELLED")
+    fake.set_state("103", "CANCELLED")
+    Ledger(store.root).last(SCORES.id).record_run(Run("101", 0, "n3", time.time()))
+    backend.step()
+    assert "#SBATCH --exclude=n3" in script_of(store, SCORES, 2)
+    assert "--dependency=afterok:104\n" in script_of(store, PRUNES[0], 2)
+
+
+def test_a_job_whose_id_was_never_written_is_adopted(fake, store):
+    make_backend(store).start()
+    for job in (store.root / "attempts").glob("*/*/1/job.json"):
+        job.unlink()
+    backend = make_backend(store)
+    backend.start()
+    assert len(fake.calls("sbatch")) == 3
+    assert {event.what for event in backend.told} == {"adopted"}
+    assert Ledger(store.root).last(SCORES.id).job_id == "101"
+
+
+def test_an_intent_that_came_to_nothing_is_submitted_again(fake, store):
+    Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    make_backend(store).start()
+    assert causes(store, SCORES) == ["lost job", None]
+
+
+def test_a_launcher_that_is_submitting_is_left_alone(fake, store):
+    Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    claim = try_claim(store.work(SCORES.id))
+    make_backend(store).start()
+    assert causes(store, SCORES) == [None] and fake.calls("sbatch") == []
+    claim.release()
+
+
+def test_a_job_that_noted_its_own_start_needs_no_squeue(fake, store):
+    attempt = Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    attempt.record_run(Run("55", 0, "n1", time.time()))
+    complete(store, SCORES)
+    make_backend(store).start()
+    backend = make_backend(store)
+    backend.start()
+    assert fake.calls("sbatch") and "importance" not in " ".join(fake.calls("sbatch"))
+
+
+def test_a_new_cluster_may_give_an_id_again(fake, store):
+    attempt = Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    attempt.record_job("7")
+    (fake.folder / "jobs").write_text("7|RUNNING|None|n1|N/A|N/A|somebody-else\n")
+    backend = make_backend(store)
+    backend.start()
+    assert causes(store, SCORES) == [None], "it might be a job of another cluster"
+    backend.follow_missing()
+    assert causes(store, SCORES) == ["killed", None]
+    assert 180 <= backend.clock.now < 300
+
+
+@pytest.mark.parametrize("answers", [[HEADER], [HEADER] * 5, ["", HEADER], [HEADER, None, HEADER]])
+def test_a_job_that_squeue_does_not_list_is_not_dead(fake, store, answers):
+    backend = make_backend(store)
+    backend.start()
+    for job_id in fake.jobs():
+        fake.set_state(job_id, "RUNNING")
+    fake.answer_squeue(*answers)
+    for _ in answers:
+        backend.step_after(500)
+    assert causes(store, SCORES) == causes(store, PRUNES[0]) == [None]
+    assert len(fake.calls("sbatch")) == 3 and not backend.told[3:]
+
+
+def forget(fake, *job_ids):
+    """As after MinJobAge."""
+    for job_id in job_ids:
+        fake.forget(job_id)
+
+
+def test_the_end_of_a_job_that_slurm_has_forgotten_is_accountings(fake, store):
+    backend = make_backend(store)
+    backend.start()
+    name = fake.jobs()["101"][6]
+    (fake.folder / "history").write_text(
+        f"101|OUT_OF_MEMORY|None|n1|N/A|N/A|{name}\n102|FAILED|None|n1|N/A|N/A|other\n"
+    )
+    backend.step_after(1)
+    assert causes(store, SCORES) == [None], "accounting may still show an earlier start of a requeued job"
+    forget(fake, "101", "102")
+    backend.step_after(1)
+    assert causes(store, SCORES) == ["out of memory"] and causes(store, PRUNES[0]) == [None]
+
+
+def test_without_accounting_a_forgotten_job_is_over_after_minutes_without_a_sign_of_life(fake, store):
+    plan = Plan({SCORES.id: SCORES}, (), (SCORES.id,))
+    backend = make_backend(store, plan)
+    backend.start()
+    forget(fake, "101")
+    for done in range(5):
+        Progress(store.work(SCORES.id)).update("calibration", done, 5)
+        backend.step_after(100)
+        assert causes(store, SCORES) == [None], "its heartbeat goes on"
+    claim = try_claim(store.work(SCORES.id), job="101")
+    for _ in range(5):
+        backend.step_after(100)
+        assert causes(store, SCORES) == [None], "it holds its claim"
+    claim.release()
+    for _ in range(2):
+        backend.step_after(100)
+    assert causes(store, SCORES) == ["killed", None]
+    assert Ledger(store.root).attempts(SCORES.id)[0].end.state == "GONE"
+
+
+def test_where_the_controller_does_not_answer_nothing_is_over(fake, store):
+    backend = make_backend(store)
+    backend.start()
+    forget(fake, "101", "102", "103")
+    fake.fail_next("scontrol", *["scontrol: error: Unable to contact slurm controller"] * 50)
+    for _ in range(2):
+        backend.step_after(200)
+    assert causes(store, SCORES) == [None]
+
+
+def test_a_job_that_said_itself_that_it_ended_is_over_once_slurm_knows_none(fake, store):
+    attempt = Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    attempt.record_job("101")
+    attempt.record_run(Run("101", 0, "n1", 1000.0, 1010.0, "failed"))
+    make_backend(store).start()
+    assert causes(store, SCORES) == ["killed", None]
+
+
+@pytest.mark.parametrize("whose", [{"cluster": "other"}, {"user": "somebody"}])
+def test_a_job_of_another_cluster_or_user_is_never_taken_for_dead(fake, store, whose):
+    attempt = Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None, **{"cluster": "fake", "user": "", **whose})
+    attempt.record_job("101")
+    nameless = Ledger(store.root).open_attempt(PRUNES[0], 0, 1, 60, None, **whose)
+    backend = make_backend(store)
+    backend.start()
+    backend.follow_missing()
+    for _ in range(3):
+        backend.step_after(300)
+    assert causes(store, SCORES) == [None] == causes(store, PRUNES[0]) and fake.calls("sbatch") == []
+    told = " ".join(event.message for event in backend.told)
+    assert next(iter(whose.values())) in told and str(attempt.folder) in told and str(nameless.folder) in told
+    complete(store, SCORES)
+    backend.step_after(10)
+    assert causes(store, SCORES) == ["done"]
+
+
+def test_only_jobs_that_are_over_lose_their_claims(fake, store):
+    ledger = Ledger(store.root)
+    ends = [End("killed", "", 0.0), End("killed", "", 0.0, state="FAILED"), End("killed", "", 0.0, state=GONE)]
+    for number, end in enumerate(ends, 5):
+        attempt = ledger.open_attempt(SCORES, 0, 1, 60, None)
+        attempt.record_job(str(number))
+        attempt.close(end)
+    assert ledger.ended_jobs(SCORES.id) == {"6", "7"}
+    ledger.open_attempt(SCORES, 0, 1, 60, None).record_job("7")
+    assert ledger.ended_jobs(SCORES.id) == {"6"}, "another cluster gave the id again"
+
+
+def test_whose_a_job_is_stands_in_the_ledger(fake, store):
+    make_backend(store).start()
+    intent = Ledger(store.root).last(SCORES.id).intent
+    assert (intent.cluster, intent.user) == ("fake", getpass.getuser())
+
+
+def test_a_job_without_an_id_is_never_submitted_again_before_it_is_looked_for(fake, store):
+    """sbatch took it, but printed nothing, and squeue does not list it for some time."""
+    (fake.folder / "answer").write_text("")
+    plan = Plan({SCORES.id: SCORES}, (), (SCORES.id,))
+    backend = make_backend(store, plan)
+    fake.answer_squeue(None, *[HEADER] * 12)
+    backend.start()
+    for _ in range(3):
+        backend.step_after(10)
+    assert len(fake.calls("sbatch")) == 1 and causes(store, SCORES) == [None]
+    backend.step_after(10)
+    assert Ledger(store.root).last(SCORES.id).job_id == "101"
+
+
+def test_a_job_that_did_not_arrive_is_cancelled_by_name_before_the_next(fake, store):
+    attempt = Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    (attempt.folder / "job.sh").write_text("#!/bin/bash\n")
+    make_backend(store).start()
+    assert causes(store, SCORES) == ["lost job", None]
+    calls = [call.split()[0] for call in fake.calls() if call.startswith(("scancel", "sbatch"))]
+    assert calls[:2] == ["scancel", "sbatch"] and f"scancel --jobname={attempt.intent.job_name}" in fake.calls()
+
+
+NEED_FORGOTTEN = "sbatch: error: Batch job submission failed: Job dependency problem"
+
+
+def test_a_need_that_is_made_meanwhile_is_no_dependency(fake, store, monkeypatch):
+    """A submission that outlasts MinJobAge: the need has ended, and Slurm has forgotten it."""
+    plan = Plan({SCORES.id: SCORES, PRUNES[0].id: PRUNES[0]}, (), (SCORES.id, PRUNES[0].id))
+    submit = SlurmCommands.submit
+
+    def slowly(self, script, job_name):
+        job_id = submit(self, script, job_name)
+        complete(store, SCORES)
+        forget(fake, "101")
+        return job_id
+
+    monkeypatch.setattr(SlurmCommands, "submit", slowly)
+    make_backend(store, plan).start()
+    assert "--dependency" not in script_of(store, PRUNES[0]) and causes(store, PRUNES[0]) == [None]
+
+
+def test_a_need_that_died_meanwhile_is_made_again(fake, store):
+    """Slurm refuses the dependent, which is not the dependent's fault."""
+    plan = Plan({SCORES.id: SCORES, PRUNES[0].id: PRUNES[0]}, (), (SCORES.id, PRUNES[0].id))
+    backend = make_backend(store, plan)
+    (fake.bin / "sbatch").write_text(
+        (fake.bin / "sbatch")
+        .read_text()
+        .replace(
+            "next_failure\nname",
+            f"""
+            if grep -q afterok:101 "${{@: -1}}" && [ ! -e once ]; then
+                touch once; sed -i /^101/d jobs; echo "{NEED_FORGOTTEN}" >&2; exit 1
+            fi
+            name""",
+        )
+    )
+    backend.start()
+    assert causes(store, PRUNES[0]) == ["need ended"] and causes(store, SCORES) == [None]
+    for _ in range(5):
+        backend.step_after(100)
+    assert causes(store, SCORES) == ["killed", None] and causes(store, PRUNES[0]) == [None], "the same attempt"
+    assert "--dependency=afterok:102\n" in script_of(store, PRUNES[0])
+
+
+HELD = "launch failed requeued held"
+
+
+def test_a_job_that_could_not_be_launched_is_tried_elsewhere(fake, store):
+    plan = Plan({SCORES.id: SCORES}, (), (SCORES.id,))
+    backend = make_backend(store, plan)
+    backend.start()
+    for number in range(4):
+        job_id = str(101 + number)
+        fake.set_state(job_id, "PENDING", nodes="", reason=HELD)
+        (fake.folder / "history").write_text(f"{job_id}|REQUEUED|None|n{number}|N/A|N/A|x\n")
+        backend.step_after(1)
+        assert fake.calls("scancel")[-1] == f"scancel {job_id}"
+        fake.set_state(job_id, "CANCELLED")
+        backend.step_after(1)
+    assert causes(store, SCORES) == ["bad node"] * 4, "bounded"
+    assert "#SBATCH --exclude=n0,n1,n2\n" in script_of(store, SCORES, 4), script_of(store, SCORES, 4)
+    told = [event.message for event in backend.told if event.what == "ended"]
+    assert "could not be started on n0" in told[0] and HELD in told[0]
+
+
+def test_a_dependency_that_can_never_be_satisfied_is_not_waited_for(fake, store):
+    backend = make_backend(store)
+    backend.start()
+    fake.set_state("102", "PENDING", nodes="", reason="DependencyNeverSatisfied")
+    for _ in range(3):
+        backend.step_after(40)
+    assert fake.calls("scancel") == ["scancel 102"]
+    fake.set_state("102", "CANCELLED")
+    backend.step_after(1)
+    assert causes(store, PRUNES[0]) == ["dependency", None]
+
+
+def test_why_jobs_wait_is_said_once(fake, store):
+    complete(store, SCORES)
+    backend = make_backend(store)
+    backend.start()
+
+    def waits(reason, times, every=10):
+        for job_id in fake.jobs():
+            fake.set_state(job_id, "PENDING", nodes="", reason=reason)
+        for _ in range(times):
+            backend.step_after(every)
+
+    for reason in ("Priority", "Resources", "PartitionDown", "ReqNodeNotAvail, UnavailableNodes:n[1-2]", "Priority"):
+        waits(reason, 5)
+    waits("Resources", 8, every=50)
+    waits("JobHeldUser", 9, every=500)
+    told = [event.message for event in backend.told if event.what == "waiting"]
+    assert [message.split(": ")[1].split(" ")[0] for message in told] == [
+        *("PartitionDown", "ReqNodeNotAvail", "Resources", "JobHeldUser", "JobHeldUser")
+    ]
+    assert "2 jobs" in told[0] and "101, 102" in told[0] and "for 5 min" in told[2] and "scontrol release" in told[3]
+    assert fake.calls("scancel") == [], "who holds a job means it"
+
+
+def test_never_more_lanes_than_max_running(fake, store):
+    complete(store, SCORES)
+    plan = plan_of(SCORES, *(Stage("prune", str(n), {"n": n}, {"i": SCORES.as_input()}) for n in range(5)))
+    make_backend(store, plan, max_running=2).start()
+    waits = [script_of(store, stage) for stage in plan.stages.values() if stage is not SCORES]
+    found = [[line for line in script.splitlines() if "dependency" in line] for script in waits]
+    assert found == [[], [], *([f"#SBATCH --dependency=afterany:{job}"] for job in (101, 102, 103))]
+
+
+def test_what_only_results_that_stand_were_made_from_is_not_submitted(fake, store):
+    plan = Plan(PLAN.stages, (), asked=tuple(stage.id for stage in PRUNES))
+    complete(store, PRUNES[0])
+    complete(store, PRUNES[1])
+    make_backend(store, plan).start()
+    assert fake.calls("sbatch") == [] and causes(store, SCORES) == []
+
+
+def test_a_full_queue_is_filled_up_later(fake, store):
+    fake.fail_next("sbatch", "sbatch: error: AssocMaxSubmitJobLimit")
+    backend = make_backend(store)
+    backend.start()
+    assert causes(store, SCORES) == ["submit limit"]
+    assert backend.unsubmitted() == list(PLAN.stages.values())
+    backend.step()
+    assert causes(store, SCORES) == [None], "the same attempt"
+    assert len(fake.jobs()) == 3 and backend.unsubmitted() == []
+
+
+def test_a_refused_job_keeps_back_only_what_needs_it(fake, store):
+    complete(store, SCORES)
+    fake.fail_next("sbatch", "sbatch: error: Invalid account")
+    backend = make_backend(store)
+    backend.start()
+    assert causes(store, PRUNES[0]) == ["refused"] and causes(store, PRUNES[1]) == [None]
+
+
+def test_cancel_ends_the_sweeps_jobs_only(fake, store):
+    make_backend(store).start()
+    with (fake.folder / "jobs").open("a") as stream:
+        stream.write("999|RUNNING|None|n1|N/A|N/A|mine\n")
+    assert cancel_jobs(PLAN, store, SlurmCommands()).job_ids == ["101", "102", "103"]
+    assert fake.calls("scancel") == ["scancel 101 102 103"]
+
+
+def test_cancel_finds_what_is_outside_the_plan_unlisted_or_without_an_id(fake, store):
+    make_backend(store).start()
+    ledger = Ledger(store.root)
+    (ledger.last(PRUNES[0].id).folder / "job.json").unlink()
+    lost = ledger.open_attempt(Stage("evaluate", "x", {}, {}), 0, 1, 60, None)
+    foreign = ledger.open_attempt(Stage("evaluate", "y", {}, {}), 0, 1, 60, None, cluster="other", user="somebody")
+    fake.answer_squeue(HEADER + "".join("|".join(job) + "|;\n" for i, job in fake.jobs().items() if i != "103"))
+    cancelled = cancel_jobs(Plan({SCORES.id: SCORES}, (), (SCORES.id,)), store, SlurmCommands())
+    assert cancelled.job_ids == ["101", "102", "103"]
+    assert cancelled.outside == sorted(stage.id for stage in PRUNES)
+    assert [each.folder for each in cancelled.foreign] == [foreign.folder]
+    assert fake.calls("scancel") == ["scancel 101 102 103", f"scancel --jobname={lost.intent.job_name}"]
+
+
+def test_a_thousand_cells(fake, store, tmp_path, monkeypatch):
+    """Polled with one squeue call per round."""
+    ratios = [round(0.05 + number * 0.0001, 4) for number in range(1000)]
+    config_file = make_inputs(tmp_path)
+    config = load_config(
+        [config_file], {"models": ["alpha"], "ratios": ratios, "recovery.method": "none", "evaluation.tasks": []}
+    )
+    models = resolve_models(config, tmp_path / "none", store.hashes, download=False)
+    monkeypatch.setattr("hfprune_dist.planning.plan.check_ratios", lambda *_: None)  # so small a model has fewer widths
+    plan = build_plan(config, models, resolve_methods(config, ROOT / "configs" / "methods"), store.hashes)
+    assert all(store.verify(stage_id).state == "missing" for stage_id in plan.stages)
+    assert len(plan.cells) == 1001 and isinstance(plan.cells[0], Cell)
+    monkeypatch.setattr("os.fsync", lambda _: None)  # 4,000 of them are slow on a busy disk
+    ledger, lines = Ledger(store.root), []
+    for number, stage in enumerate(plan.stages.values(), 1000):
+        attempt = ledger.open_attempt(stage, 0, 1, 60, None)
+        attempt.record_job(str(number))
+        lines.append(f"{number}|PENDING|Priority||N/A|N/A|{attempt.intent.job_name}\n")
+    (fake.folder / "jobs").write_text("".join(lines))
+    backend = make_backend(store, plan)
+    backend.start()
+    assert len(fake.calls()) == 1
+    for _ in range(3):
+        backend.step()
+    assert fake.calls() == fake.calls("squeue") and len(fake.calls()) == 4
+
+
+def test_dry_run_prints_what_would_be_submitted_where_there_is_no_slurm(tmp_path):
+    config = make_inputs(tmp_path)
+    result = sweep(
+        config,
+        tmp_path / "out",
+        "--profile",
+        "example-gpu",
+        "--dry-run",
+        "--set",
+        "recovery.batch_size=32",
+        environment={"PATH": "/usr/bin-without-slurm"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "out").exists()
+    assert result.stdout.count("#!/bin/bash") == 22 and "#SBATCH --gpus-per-node=8" in result.stdout
+    assert "srun --unbuffered" in result.stdout and "--kill-on-bad-exit=1" in result.stdout
+    assert "#SBATCH --dependency='afterok:<job of importance/" in result.stdout
+    importance, reference, prune = 2 * 16 * 4, 2 * 8 * 4, 4 * 8 * 4  # stages * GPUs * hours
+    recover, evaluate = 6 * 32 * 12, 8 * 8 * 2
+    assert importance + reference + prune + recover + evaluate == 2752
+    assert "at most 2,752.0 GPU-hours" in result.stdout
+
+
+def test_no_slurm_is_one_clear_message(tmp_path):
+    config = make_inputs(tmp_path)
+    result = sweep(
+        config, tmp_path / "out", "--profile", "local-cluster", environment={"PATH": "/usr/bin-without-slurm"}
+    )
+    assert result.returncode == 2 and "no sbatch on this machine" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_status_says_at_once_that_slurm_does_not_answer(fake, store, tmp_path, capsys):
+    make_backend(store).start()
+    before = len(fake.calls("squeue"))
+    fake.fail_next("squeue", *["slurm_load_jobs error: Unable to contact slurm controller"] * 9)
+    show_status(Console(width=200), Sweep(PLAN, store, tmp_path), keep_on=False)
+    assert "Slurm does not answer" in capsys.readouterr().out
+    assert len(fake.calls("squeue")) == before + 1
+
+
+def test_status_asks_about_jobs_that_squeue_does_not_list(fake, store, tmp_path, capsys):
+    make_backend(store).start()
+    fake.set_state("101", "RUNNING")
+    fake.answer_squeue(HEADER)
+    files = sorted(store.root.rglob("*"))
+    show_status(Console(width=200), Sweep(PLAN, store, tmp_path), keep_on=False)
+    assert "running" in capsys.readouterr().out
+    assert sorted(store.root.rglob("*")) == files, "who looks leaves nothing"
+
+
+def test_a_launcher_is_interrupted_while_it_waits(fake, tmp_path):
+    config = make_inputs(tmp_path)
+    arguments = ["--models", "alpha", "--ratios", "0.2", "--profile", "local-cluster"]
+    launcher = subprocess.Popen(
+        command(config, tmp_path / "out", *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for(lambda: len(fake.jobs()) == 8 and len(fake.calls("squeue")) > 2)
+    launcher.send_signal(signal.SIGINT)
+    output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130 and "run the same command again" in output and "Traceback" not in output, output
+    assert [claim for claim in (tmp_path / "out").rglob("claim.*") if "released" not in claim.read_text()] == []

@@ -1,0 +1,230 @@
+"""The batch script, run by bash with a fake srun: what reaches the ranks, and what ends the job before them."""
+
+import os
+import shlex
+import subprocess
+import unicodedata
+from types import SimpleNamespace
+
+import pytest
+from hfprune_launch import sweep
+from hfprune_launch.slurm.batch_script import SRUN_VARIABLES, Request, batch_script, refuse_unusable_path
+from hfprune_launch.slurm.profile import Resources
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from sweeps import make_inputs
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.stage import Input, Stage
+
+STAGE = Stage("importance", "a", {}, {"model": Input("digest", "/somewhere")})
+SRUN = """#!/bin/bash
+printf '%s\\n' "$@" >{folder}/arguments
+env -0 >{folder}/environment
+"""
+
+
+def request(folder, **resources):
+    return Request(
+        stage=STAGE,
+        resources=Resources(**resources),
+        folder=folder / "attempt",
+        job_name="hfprune-test",
+        snapshot=folder / "code",
+        threads=3,
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a batch script as Slurm does; ``ranks`` is the environment in which srun was called, None if it was not."""
+
+    def start(leaked=None, /, **resources):
+        folder = tmp_path / "job"
+        (folder / "bin").mkdir(parents=True)
+        (folder / "attempt").mkdir()
+        (folder / "bin" / "srun").write_text(SRUN.format(folder=shlex.quote(str(folder))))
+        (folder / "bin" / "srun").chmod(0o755)
+        script = folder / "slurm_script"
+        script.write_text(batch_script(request(folder, **resources)))
+        result = subprocess.run(
+            ["bash", str(script)],
+            env={"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "5", **(leaked or {})},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        ranks = None
+        if (folder / "environment").exists():
+            ranks = dict(item.split("=", 1) for item in (folder / "environment").read_text().split("\0") if item)
+        return SimpleNamespace(code=result.returncode, said=result.stderr, ranks=ranks)
+
+    return start
+
+
+def test_the_environment_of_another_job_is_left_behind(run):
+    leaked = {f"SLURM_{name}": "4" for name in (*SRUN_VARIABLES, "GPUS_ON_NODE", "JOB_GPUS", "ARRAY_JOB_ID")}
+    job = {
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_CONF": "/etc/slurm.conf",
+    }
+    result = run({**leaked, **job, "SRUN_CPUS_PER_TASK": "9", "SRUN_EXPORT_ENV": "NONE", "HF_HOME": "/models"})
+    assert result.code == 0, result.said
+    reached = {name for name in result.ranks if name.startswith(("SLURM_", "SRUN_"))}
+    assert reached == {"SLURM_JOB_ID", *job}
+    assert result.ranks["HF_HOME"] == "/models"
+
+
+def test_what_the_job_was_asked_for_with_reaches_srun(run):
+    asked = {"memory": "2G", "gpus_per_node": 2, "sbatch": {"distribution": "block", "gpu-bind": "none"}}
+    set_by_slurm = {
+        "SLURM_MEM_PER_NODE": "2048",
+        "SLURM_GPUS_PER_NODE": "2",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_DISTRIBUTION": "block",
+        "SLURM_GPU_BIND": "none",
+    }
+    result = run({**set_by_slurm, "SLURM_MEM_PER_CPU": "10", "SLURM_GPUS": "8", "SLURM_GPUS_PER_TASK": "1"}, **asked)
+    slurm = {name: value for name, value in result.ranks.items() if name.startswith("SLURM_")}
+    assert slurm == {**set_by_slurm, "SLURM_JOB_ID": "5"}
+
+
+def test_gpus_asked_for_by_other_options_are_gpus(run):
+    assert "SLURM_GPUS_ON_NODE" in run({"SLURM_GPUS_ON_NODE": "4"}, sbatch={"gres": "gpu:4"}).ranks
+
+
+def test_a_profile_may_set_what_srun_takes(run):
+    result = run(setup=["export SLURM_CPU_BIND=none"], environment={"SLURM_MPI_TYPE": "none"})
+    assert result.ranks["SLURM_CPU_BIND"] == "none" and result.ranks["SLURM_MPI_TYPE"] == "none"
+
+
+def test_limits_and_environment_do_not_depend_on_the_launcher(tmp_path):
+    script = batch_script(request(tmp_path))
+    assert "#SBATCH --propagate=NONE\n" in script
+    (srun,) = [line for line in script.splitlines() if line.startswith("srun ")]
+    assert " --export=ALL " in srun
+    assert "#SBATCH --propagate=ALL\n" in batch_script(request(tmp_path, sbatch={"propagate": "ALL"}))
+
+
+FAILING = {
+    "a command that is not there": ("module load cuda/99", 127),
+    "a command that fails": ("ls /no/such/folder", 2),
+    "a function's result": ("loader() { false; return 3; }; loader cuda", 3),
+    "a file to source": ("source /no/such/venv/bin/activate", 1),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_setup_line_that_fails_ends_the_job_and_is_named(run, name):
+    line, code = FAILING[name]
+    result = run(setup=["true", line, "echo never >&2"])
+    assert result.ranks is None and result.code == code
+    assert f"hfprune: setup failed with exit code {code}: {line}\n" in result.said
+    assert "never" not in result.said and result.said.count("setup failed") == 1
+
+
+def test_a_setup_that_leaves_is_noticed(run):
+    result = run(setup=["exit 0"])
+    assert result.ranks is None and result.code == 1 and "hfprune: setup failed: a line of it ended" in result.said
+
+
+def test_a_setup_that_can_not_be_read_starts_no_rank(run):
+    result = run(setup=["if true; then echo"])
+    assert result.ranks is None and result.code != 0 and "slurm_script: line" in result.said
+
+
+def test_what_may_fail_in_a_setup(run, tmp_path):
+    sourced = tmp_path / "profile.sh"
+    sourced.write_text("false\nls /no/such/file\nexport FROM_FILE=1\n")
+    result = run(
+        setup=[
+            f"source {sourced}",
+            "loader() { false; export FROM_FUNCTION=1; }",
+            "loader",
+            "if false; then",
+            "  export NEVER=1",
+            "fi",
+            "false || true",
+            "[ -n '' ] && echo",
+            "hfprune_test=$(false) || true",
+            "export MANY='several\nlines'",
+        ]
+    )
+    assert result.code == 0, result.said
+    assert {"FROM_FILE", "FROM_FUNCTION", "MANY"} <= result.ranks.keys() and "NEVER" not in result.ranks
+    assert "setup failed" not in result.said
+
+
+def test_without_setup_lines_nothing_is_checked(tmp_path):
+    assert "trap" not in batch_script(request(tmp_path))
+
+
+def test_every_start_of_a_job_is_marked(run):
+    assert run({"SLURM_RESTART_COUNT": "2"}).said.startswith("hfprune: start 2\n")
+
+
+# Characters that people have in paths; what is not refused must reach the ranks as it is.
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=12).filter(
+    lambda name: name not in (".", "..")
+)
+
+
+@given(name=NAMES)
+@example('it\'s a "test" $HOME `id` #1 ~ & ; * Größe 模型')
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_paths_reach_the_ranks_as_they_are_or_are_refused(tmp_path_factory, name):
+    folder = tmp_path_factory.mktemp("paths") / name
+    try:
+        refuse_unusable_path(folder)
+    except UserError as error:
+        assert repr(str(folder)) in str(error)
+        assert any(character in "%\\:" or unicodedata.category(character) == "Cc" for character in name)
+        return
+    script = batch_script(request(folder))
+    (srun,) = [line for line in script.splitlines() if line.startswith("srun ")]
+    words = shlex.split(srun)
+    assert words[words.index("--output") + 1] == str(folder / "attempt" / "%j_%t_log.out")
+    assert words[-1] == str(folder / "attempt")
+    assert f"export HFPRUNE_CODE={shlex.quote(str(folder / 'code'))}\n" in script
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize("name", ["50%", "back\\slash", "a:b", "two\nlines", "tab\tbed"])
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_path_that_jobs_can_not_have_is_refused_before_anything_is_written(config, tmp_path, name, more, capsys):
+    out = tmp_path / name / "out"
+    with pytest.raises(SystemExit, match="2"):
+        sweep.main(["--config", str(config), "--out", str(out), "--profile", "local-cluster", *more])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --out {str(out)!r}: ") and said.count("\n") == 1
+    assert not out.parent.exists()
+
+
+def test_a_link_to_such_a_path_is_refused_too(tmp_path):
+    (tmp_path / "50%").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "50%")
+    with pytest.raises(UserError, match="50%"):
+        refuse_unusable_path(tmp_path / "link" / "out")
+
+
+def test_on_this_machine_any_path_will_do(config, tmp_path):
+    assert sweep.main(["--config", str(config), "--out", str(tmp_path / "50%" / "out"), "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--profile", "local-cluster"], ["--status"]])
+def test_a_current_folder_that_is_gone_is_one_message(config, tmp_path, monkeypatch, capsys, more):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit, match="2"):
+        sweep.main(["--config", str(config), "--out", str(tmp_path / "out"), *more])
+    said = capsys.readouterr().err
+    assert said == "error: the current folder has been deleted; change to another one\n"
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,180 @@
+"""The copy of the code that jobs run: whole, checked before it is used again, and mended where it has been damaged."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hfprune_launch.slurm import code_snapshot as snapshots
+from hfprune_launch.slurm.code_snapshot import take_snapshot
+from ranks import ROOT
+
+COMMIT = {"git_commit": "abc"}
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project in small: packages with a subpackage, and files that jobs don't need."""
+    project = tmp_path / "project"
+    for name, text in {
+        "hfprune_dist/__init__.py": "",
+        "hfprune_dist/stages/prune.py": "x = 1\n",
+        "launch/job.py": "print('job')\n",
+        "launch/setup.sh": "true\n",
+        "launch/__pycache__/job.cpython-311.pyc": "compiled",
+    }.items():
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(text)
+    return project
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "code"
+
+
+def content(snapshot):
+    return {str(file.relative_to(snapshot)): file.read_text() for file in snapshot.rglob("*.py")}
+
+
+def copied(project):
+    """What a snapshot holds of a project: the folder launch has its package's name."""
+    return {name.replace("launch/", "hfprune_launch/"): text for name, text in content(project).items()}
+
+
+def identities(snapshot):
+    return {file: file.stat().st_ino for file in [snapshot, *snapshot.rglob("*")]}
+
+
+def test_a_snapshot_holds_the_code_and_its_provenance(project, folder):
+    snapshot = take_snapshot(project, folder, COMMIT)
+    assert content(snapshot) == {
+        name.replace("launch/", "hfprune_launch/"): text for name, text in content(project).items()
+    }
+    assert '"git_commit": "abc"' in (snapshot / "provenance.json").read_text()
+    assert (snapshot / "uncommitted.diff").is_file() and not list(snapshot.rglob("*.pyc"))
+
+
+def test_every_file_of_the_library_is_in_its_snapshot(folder):
+    """Jobs import and read nothing of the project but this."""
+    snapshot = take_snapshot(ROOT, folder, COMMIT)
+    library = [file for file in (ROOT / "hfprune_dist").rglob("*") if file.is_file() and file.suffix != ".pyc"]
+    assert len(library) > 50
+    for file in library:
+        assert (snapshot / file.relative_to(ROOT)).read_bytes() == file.read_bytes()
+    result = subprocess.run(
+        [sys.executable, "-c", "import hfprune_launch.slurm.job; print(hfprune_launch.slurm.job.__file__)"],
+        cwd=snapshot,
+        env={"PYTHONPATH": str(snapshot), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == str(snapshot / "hfprune_launch" / "slurm" / "job.py")
+
+
+def test_a_good_snapshot_is_used_as_it_is(project, folder):
+    """Running jobs import from it: neither it nor what they have left there is touched."""
+    snapshot = take_snapshot(project, folder, COMMIT)
+    (snapshot / "hfprune_launch" / "__pycache__").mkdir()
+    (snapshot / "hfprune_launch" / "__pycache__" / "job.cpython-311.pyc").write_bytes(b"compiled by a job")
+    (snapshot / "core.4711").write_bytes(b"left by a job")
+    before = identities(snapshot)
+    assert take_snapshot(project, folder, {"git_commit": "another"}) == snapshot
+    assert identities(snapshot) == before and list(folder.iterdir()) == [snapshot]
+
+
+def test_other_code_gets_a_snapshot_of_its_own(project, folder):
+    first = take_snapshot(project, folder, COMMIT)
+    (project / "launch" / "job.py").write_text("print('new')\n")
+    assert take_snapshot(project, folder, COMMIT) != first and first.is_dir()
+
+
+def remove(file):
+    file.unlink()
+
+
+def empty(file):
+    file.write_text("")
+
+
+def change(file):
+    file.write_text(file.read_text().replace("job", "jab"))
+
+
+def put_a_folder_there(file):
+    file.unlink()
+    file.mkdir()
+
+
+def add(file):
+    file.with_name("torch.py").write_text("raise SystemExit\n")
+
+
+def remove_all(file):
+    for found in file.parents[1].rglob("*.py"):
+        found.unlink()
+
+
+@pytest.mark.parametrize("damage", [remove, empty, change, put_a_folder_there, add, remove_all])
+def test_a_damaged_snapshot_is_set_aside_and_made_again(project, folder, damage):
+    told = []
+    snapshot = take_snapshot(project, folder, COMMIT)
+    damage(snapshot / "hfprune_launch" / "job.py")
+    assert take_snapshot(project, folder, COMMIT, told.append) == snapshot
+    assert content(snapshot) == {
+        name.replace("launch/", "hfprune_launch/"): text for name, text in content(project).items()
+    }
+    (aside,) = [other for other in folder.iterdir() if other != snapshot]
+    assert aside.name.startswith(f"damaged-{snapshot.name}-") and str(aside) in told[0]
+
+
+def test_something_else_in_its_place_is_set_aside_too(project, folder):
+    snapshot = take_snapshot(project, folder, COMMIT)
+    snapshot.rename(folder / "elsewhere")
+    snapshot.write_text("not a folder")
+    assert content(take_snapshot(project, folder, COMMIT)) == copied(project)
+
+
+def test_all_of_it_reaches_the_disk_before_it_gets_its_name(project, folder, monkeypatch):
+    synced, fsync, rename = [], os.fsync, Path.rename
+
+    def note(handle):
+        synced.append(Path(f"/proc/self/fd/{handle}").readlink())
+        fsync(handle)
+
+    def check(draft, target):
+        assert {draft, *draft.rglob("*")} <= set(synced)
+        synced.clear()
+        return rename(draft, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(snapshots, "_set_aside", lambda snapshot: None)
+    monkeypatch.setattr(Path, "rename", check)
+    take_snapshot(project, folder, COMMIT)
+    assert synced == [folder], "and the name itself"
+
+
+def test_two_launchers_that_find_the_same_damage(project, folder, monkeypatch):
+    """Whatever the other one does between any two steps of ours, a good snapshot is there in the end."""
+    snapshot = take_snapshot(project, folder, COMMIT)
+    steps = ("_is_intact", "_set_aside", "_publish")
+    for step in steps:
+        (snapshot / "hfprune_launch" / "job.py").write_text("")
+        original = getattr(snapshots, step)
+
+        def meanwhile(*arguments, step=step, original=original):
+            monkeypatch.setattr(snapshots, step, original)  # the other one is not disturbed
+            take_snapshot(project, folder, COMMIT)
+            return original(*arguments)
+
+        monkeypatch.setattr(snapshots, step, meanwhile)
+        assert content(take_snapshot(project, folder, COMMIT)) == copied(project), step
+        assert not list(folder.glob(".draft-*"))
+
+
+def test_files_that_an_editor_has_open_are_no_part_of_it(project, folder):
+    (project / "launch" / ".#job.py").symlink_to("somebody@somewhere.1234")
+    (project / "launch" / "gone.py").symlink_to("nowhere.py")
+    assert not list(take_snapshot(project, folder, COMMIT).rglob("*#*"))

@@ -1,0 +1,233 @@
+import pytest
+from fake_slurm import HEADER, FakeSlurm
+from hfprune_launch.slurm.commands import (
+    RETRY_DELAYS_S,
+    NeedEndedError,
+    SlurmCommands,
+    SlurmUnavailableError,
+    SubmissionRefusedError,
+    SubmitLimitError,
+    command_environment,
+)
+
+BUSY = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+DOWN = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    return FakeSlurm(tmp_path / "slurm").on_path(monkeypatch)
+
+
+@pytest.fixture
+def script(tmp_path):
+    file = tmp_path / "job.sh"
+    file.write_text("#!/bin/bash\n#SBATCH --job-name=a-name\n")
+    return file
+
+
+@pytest.fixture
+def slept():
+    return []
+
+
+@pytest.fixture
+def slurm(slept):
+    return SlurmCommands(sleep=slept.append)
+
+
+def test_submit_returns_the_id(fake, slurm, script):
+    assert slurm.submit(script, "a-name") == "101"
+
+
+def test_a_busy_controller_is_asked_again_with_growing_delays(fake, slurm, script, slept):
+    fake.fail_next("sbatch", BUSY, BUSY, BUSY)
+    assert slurm.submit(script, "a-name") == "101"
+    assert slept == list(RETRY_DELAYS_S[:3])
+
+
+def test_a_submission_that_arrived_in_spite_of_an_error_is_not_repeated(fake, slurm, script):
+    (fake.folder / "arrived.fail").write_text(BUSY)
+    assert slurm.submit(script, "a-name") == "101"
+    assert len(fake.jobs()) == 1 and len(fake.calls("sbatch")) == 1
+
+
+def test_a_refusal_says_why_and_is_not_repeated(fake, slurm, script, slept):
+    fake.fail_next("sbatch", "sbatch: error: invalid partition specified: nowhere")
+    with pytest.raises(SubmissionRefusedError, match=r"invalid partition specified: nowhere.*check the profile"):
+        slurm.submit(script, "a-name")
+    assert slept == []
+
+
+POLICY = (
+    "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size "
+    "and/or time limits)"
+)
+
+
+@pytest.mark.parametrize("named", ["QOSMaxSubmitJobPerUserLimit", "AssocGrpSubmitJobsLimit", ""])
+def test_a_full_queue_is_no_refusal(fake, slurm, script, named):
+    fake.fail_next("sbatch", f"sbatch: error: {named} {POLICY}")
+    with pytest.raises(SubmitLimitError):
+        slurm.submit(script, "a-name")
+
+
+@pytest.mark.parametrize("named", ["QOSMaxWallDurationPerJobLimit", "AssocMaxNodePerJobLimit"])
+def test_a_job_beyond_other_limits_is_refused(fake, slurm, script, named):
+    """Slurm explains all of them with the same sentence."""
+    fake.fail_next("sbatch", f"sbatch: error: {named} {POLICY}")
+    with pytest.raises(SubmissionRefusedError, match=named):
+        slurm.submit(script, "a-name")
+
+
+def test_a_controller_that_stays_away(fake, slurm, script, slept):
+    fake.fail_next("squeue", *[DOWN] * 20)
+    with pytest.raises(SlurmUnavailableError, match="Unable to contact"):
+        slurm.jobs()
+    assert slept == list(RETRY_DELAYS_S)
+
+
+def test_jobs_are_parsed(fake, slurm):
+    (fake.folder / "jobs").write_text(
+        "7|RUNNING|None|n[1-2]|2026-01-01T00:00:00|N/A|a|strange|name\n8|NODE_FAIL|NodeDown|n3|N/A|N/A|other\n\n"
+    )
+    jobs = slurm.jobs()
+    assert jobs["7"].is_live and jobs["7"].nodes == "n[1-2]" and jobs["7"].name == "a|strange|name"
+    assert not jobs["8"].is_live
+    assert len(fake.calls("squeue")) == 1
+
+
+def test_history_is_empty_without_accounting(fake, slurm):
+    fake.fail_next("sacct", "Slurm accounting storage is disabled")
+    assert slurm.history(["7"]) == {}
+    (fake.folder / "history").write_text("7|CANCELLED by 1000|None|n1|2026-01-01T00:00:00|2026-01-01T00:01:00|name\n")
+    assert slurm.history(["7"])["7"].state == "CANCELLED"
+    assert slurm.history([]) == {} and len(fake.calls("sacct")) == 2
+
+
+def test_cancelling_what_has_ended_is_no_error(fake, slurm):
+    fake.fail_next("scancel", "scancel: error: Kill job error on job id 7: Invalid job id specified")
+    slurm.cancel(["7"])
+    slurm.cancel([])
+    assert fake.calls("scancel") == ["scancel 7"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Note: maintenance on Friday\nID\n",
+        "ID;hfprune\nNote: 3 of your jobs wait\n",
+        "ID \r\n",
+        "your 12 core-hours are used up\nID\n",
+    ],
+)
+def test_the_id_is_found_among_a_sites_notes(fake, slurm, script, answer):
+    (fake.folder / "answer").write_text(answer)
+    assert slurm.submit(script, "a-name") == "101"
+    assert fake.calls("squeue") == []
+
+
+@pytest.mark.parametrize("answer", ["", "Note: no id today\n"])
+def test_a_job_whose_id_is_not_said_is_found_by_name_with_patience(fake, slurm, script, slept, answer):
+    (fake.folder / "answer").write_text(answer)
+    fake.answer_squeue(HEADER, HEADER)
+    assert slurm.submit(script, "a-name") == "101"
+    assert slept == list(RETRY_DELAYS_S[:2]) and len(fake.calls("sbatch")) == 1
+
+
+def test_a_job_that_is_not_found_by_name_is_not_submitted_again(fake, slurm, script):
+    (fake.folder / "answer").write_text("")
+    fake.answer_squeue(*[HEADER] * 20)
+    assert slurm.submit(script, "a-name") is None
+    assert len(fake.calls("sbatch")) == 1
+
+
+def test_a_refusal_by_words_unknown_to_us_is_no_refusal_where_the_job_arrived(fake, slurm, script):
+    (fake.folder / "arrived.fail").write_text("sbatch: error: something new")
+    assert slurm.submit(script, "a-name") == "101"
+
+
+def test_a_need_that_slurm_has_forgotten_is_no_refusal(fake, slurm, script):
+    fake.fail_next("sbatch", "sbatch: error: Batch job submission failed: Job dependency problem")
+    with pytest.raises(NeedEndedError):
+        slurm.submit(script, "a-name")
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "7|RUNNING", f"{HEADER}7|RUNNING|None|n1|N/A|N/A|na", f"{HEADER}12", HEADER[:20]]
+)
+def test_an_answer_that_is_cut_off_is_none(fake, slurm, slept, answer):
+    (fake.folder / "jobs").write_text("7|RUNNING|None|n1|N/A|N/A|name\n")
+    fake.answer_squeue(answer, answer)
+    assert list(slurm.jobs()) == ["7"]
+    assert slept == list(RETRY_DELAYS_S[:2])
+
+
+def test_every_cut_of_a_line_is_noticed(fake, slurm):
+    """A cut between two lines can't be."""
+    text = f"{HEADER}7|RUNNING|None|n1|N/A|N/A|a\n8|odd|name|;\n"
+    fake.answer_squeue(text)
+    assert slurm.jobs()["7"].name == "a\n8|odd|name"
+    hasty = SlurmCommands(retry_delays_s=())
+    for length in [*range(0, len(HEADER) - 1, 9), *range(len(HEADER) + 1, len(text), 5)]:
+        fake.answer_squeue(text[:length])
+        with pytest.raises(SlurmUnavailableError, match="cut off"):
+            hasty.jobs()
+
+
+def test_listings_of_several_clusters(fake, slurm):
+    fake.answer_squeue("".join(f"CLUSTER: c{n}\n{HEADER}{n}|RUNNING|None|n1|N/A|N/A|name {n}|;\n" for n in (1, 2)))
+    assert {job.name for job in slurm.jobs().values()} == {"name 1", "name 2"}
+
+
+def test_commands_do_not_see_what_a_user_set_for_them(fake, slurm, monkeypatch):
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CLUSTERS": "a", "SLURM_JWT": "token", "PATH": "/bin", "HOME": "/"}
+    dropped = ["SQUEUE_PARTITION", "SLURM_TIME_FORMAT", "SLURM_MEM_PER_CPU", "SBATCH_QOS", "SACCT_FORMAT"]
+    dropped += ["SCANCEL_STATE", "SINFO_FORMAT", "SLURM_JOB_ID"]
+    assert command_environment({**kept, **dict.fromkeys(dropped, "x")}) == kept
+    (fake.bin / "squeue").write_text(f'#!/bin/bash\nprintf "{HEADER[:-1]}\\n1|R|||||$SQUEUE_PARTITION|;\\n"\n')
+    monkeypatch.setenv("SQUEUE_PARTITION", "urgent")
+    assert slurm.jobs()["1"].name == ""
+
+
+def test_the_controller_is_asked_about_one_job(fake, slurm, slept):
+    (fake.folder / "jobs").write_text("7|RUNNING|None|n1|N/A|N/A|name\n")
+    assert slurm.job("7").state == "RUNNING" and slurm.job("7").name == "name" and slurm.job("7").nodes == "n1"
+    assert slurm.job("8") is None and slept == []
+    fake.fail_next("scontrol", *[DOWN] * 20)
+    with pytest.raises(SlurmUnavailableError):
+        slurm.job("7")
+
+
+def test_where_a_job_was_launched(fake, slurm):
+    lines = ["6|REQUEUED|None|n1|N/A|N/A|held", "6|PENDING|None|None assigned|Unknown|Unknown|held"]
+    (fake.folder / "history").write_text("\n".join(lines) + "\n")
+    assert slurm.launched_on("6") == "n1"
+
+
+def test_the_cluster_has_a_name(fake, slurm, monkeypatch):
+    assert slurm.cluster() == "fake"
+    monkeypatch.setenv("SLURM_CLUSTERS", "other")
+    assert SlurmCommands().cluster() == "other"
+
+
+@pytest.mark.parametrize(
+    ("fields", "fate"),
+    [
+        ("JobState=RUNNING PreemptTime=None", "open"),
+        ("JobState=RUNNING PreemptTime=2026-01-01T00:00:00", "preempted"),
+        ("JobState=COMPLETING", "requeued"),
+    ],
+)
+def test_what_slurm_does_to_a_job_from_inside_it(fake, slurm, fields, fate):
+    (fake.folder / "job").write_text(f"JobId=7 JobName=x {fields} Reason=None\n")
+    assert slurm.fate("7") == fate
+
+
+@pytest.mark.parametrize(
+    ("state", "requeued", "queued"), [("RUNNING", 1, True), ("PENDING", 0, True), ("CANCELLED", 0, False)]
+)
+def test_a_job_requeues_itself_unless_slurm_does_or_the_user_has_cancelled_it(fake, slurm, state, requeued, queued):
+    (fake.folder / "job").write_text(f"JobId=7 JobName=x JobState={state} Reason=None\n")
+    assert slurm.requeue("7_1") is queued
+    assert fake.calls("scontrol requeue") == ["scontrol requeue 7_1"] * requeued

@@ -1,0 +1,201 @@
+import subprocess
+
+import pytest
+from hfprune_launch.slurm.estimate import CURVED, GIB, LOSSES, estimate_stages, refuse_what_cannot_fit
+from hfprune_launch.slurm.profile import load_profile
+from sweeps import command, make_inputs, planned
+
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.footprint import RESERVE
+from hfprune_dist.store.artifacts import Store
+
+GPUS = "tasks_per_node: 2\ngpus_per_node: 2\n"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("estimate")
+    return make_inputs(folder)
+
+
+def estimates(inputs, tmp_path, profile, **overrides):
+    config, plan = planned(inputs, **overrides)
+    file = tmp_path / "profile.yaml"
+    file.write_text(profile)
+    return estimate_stages(plan, list(plan.stages), load_profile(str(file), tmp_path / "none"), config.runtime)
+
+
+def test_losses_are_those_of_the_criteria():
+    assert {name: criterion.loss.name for name, criterion in CRITERIA.items() if criterion.loss} == LOSSES
+    assert {name for name, criterion in CRITERIA.items() if criterion.needs_moments} == CURVED
+
+
+def test_stages_that_run_a_model_on_gpus_are_estimated(inputs, tmp_path):
+    profile = GPUS + "gpu_memory_gib: 80\ngpu_tflops: 300\n"
+    found = estimates(inputs, tmp_path, profile, importance__dtype="bfloat16", methods=["fisher-refit"])
+    assert {each.stage.kind for each in found} == {"importance", "reference", "prune", "recover", "evaluate"}
+    assert all(each.fits and each.memory.total > 0 for each in found)
+    hours = {each.stage.kind: each.gpu_hours for each in found}
+    assert hours["importance"] > 0 and hours["evaluate"] is None, "how many requests a task has is not known"
+    assert hours["recover"] is None, "the rate in float32 is not known"
+    assert hours["prune"] is None, "its Gram matrices are in float32"
+
+
+def test_a_shard_is_one_ranks_work(inputs, tmp_path):
+    """Of 16 windows, four shards of four micro-batches on eight ranks: four ranks work, for four micro-batches."""
+
+    def importance(**overrides):
+        profile = "nodes: 4\n" + GPUS + "gpu_memory_gib: 80\ngpu_tflops: 300\n"
+        settings = {"calibration__samples": 16, "calibration__micro_batch_size": 1, "importance__dtype": "bfloat16"}
+        settings |= {"methods": ["hfprune"], **overrides}
+        found = estimates(inputs, tmp_path, profile, **settings)
+        return next(each for each in found if each.stage.kind == "importance")
+
+    few, many = (importance(calibration__micro_batch_size=1, calibration__shard_size=size).gpu_hours for size in (4, 2))
+    assert few == pytest.approx(2 * many)
+    assert importance(calibration__shard_size=2).advice == "nodes 4, micro-batch 1", "a shard for each rank"
+    assert importance(methods=["surgeon"]).gpu_hours is None, "matrices in float32"
+
+
+def test_whole_weights_that_do_not_fit_are_to_be_sharded(inputs, tmp_path):
+    def evaluation(gib, **overrides):
+        found = estimates(
+            inputs, tmp_path, f"{GPUS}gpu_memory_gib: {gib}\n", runtime__sharding="replicate", **overrides
+        )
+        return next(each for each in found if each.stage.kind == "evaluate")
+
+    assert evaluation(80).advice == ""
+    assert evaluation(1e-5).advice == "sharding zero3"
+    assert evaluation(0.01, evaluation__batch_size=4096).advice.startswith("micro-batch ")
+
+
+def test_a_distillation_is_estimated_from_the_windows_that_it_reads(inputs, tmp_path):
+    def distillation(**overrides):
+        profile = GPUS + "gpu_memory_gib: 80\ngpu_tflops: 300\n"
+        methods = {"methods": ["surgeon-uniform-distilled"], "distillation__dtype": "bfloat16"}
+        return next(
+            it for it in estimates(inputs, tmp_path, profile, **methods, **overrides) if it.stage.kind == "distill"
+        )
+
+    once, twice = distillation(prune__distill=1), distillation(prune__distill=2)
+    assert once.gpu_hours > 0 and twice.gpu_hours == pytest.approx(2 * once.gpu_hours, rel=0.2)
+    longer = distillation(calibration__sequence_length=64)
+    assert longer.memory.activations > twice.memory.activations
+
+
+def test_nothing_is_claimed_that_the_profile_does_not_say(inputs, tmp_path):
+    assert all(each.fits is None and each.gpu_hours is None for each in estimates(inputs, tmp_path, GPUS))
+    assert estimates(inputs, tmp_path, "tasks_per_node: 2\n") == [], "no GPUs, no estimates"
+
+
+def test_a_plan_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path):
+    small = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 0.3\n", calibration__micro_batch_size=4096)
+    with pytest.raises(UserError, match=r"importance alpha: about .* GiB on each GPU, which has 0 GiB.*micro-batch 1"):
+        refuse_what_cannot_fit([each for each in small if each.stage.kind == "importance"])
+    none = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 0.001\n")
+    with pytest.raises(UserError, match="no number of nodes is enough"):
+        refuse_what_cannot_fit(none)
+
+
+def test_curvature_of_all_ranks_of_a_node_must_fit_its_main_memory(inputs, tmp_path):
+    def importance(memory, **overrides):
+        found = estimates(inputs, tmp_path, GPUS + memory, **overrides)
+        return [each for each in found if each.stage.kind == "importance"]
+
+    small = importance("memory: 20K\n", importance__criteria=["surgeon"])
+    with pytest.raises(UserError, match=r"importance alpha: .* of curvature and hidden .*fewer tasks_per_node"):
+        refuse_what_cannot_fit(small)
+    refuse_what_cannot_fit(importance("memory: 2G\n", importance__criteria=["surgeon"]))
+    refuse_what_cannot_fit(importance("", importance__criteria=["surgeon"]))
+    more = importance("", importance__criteria=["surgeon"], calibration__samples=64)
+    assert more[0].host_memory > small[0].host_memory, "hidden states of all windows"
+
+
+def prunings(inputs, tmp_path, profile, **overrides):
+    found = estimates(inputs, tmp_path, GPUS + profile, **overrides)
+    return [each for each in found if each.stage.kind == "prune"]
+
+
+def test_a_refit_is_estimated_and_a_prune_stage_without_one_is_not(inputs, tmp_path):
+    totals = [
+        prunings(inputs, tmp_path, "", methods=[method], ratios=[0.2])[0].memory.total
+        for method in ("surgeon-uniform", "surgeon-uniform-block", "surgeon-searched")
+    ]
+    assert totals == sorted(totals) and totals[0] < totals[1]
+    assert prunings(inputs, tmp_path, "", methods=["hfprune"]) == []
+    (tmp_path / "measured.yaml").write_text("{criterion: entropy, allocation: searched}")
+    assert prunings(inputs, tmp_path, "", methods=[str(tmp_path / "measured.yaml")]) == []
+
+
+def test_hidden_states_of_a_reference_must_fit_main_memory(inputs, tmp_path):
+    """Those of calibration windows are the larger ones, where a method distills."""
+    overrides = {"methods": ["hfprune-distilled"], "calibration__samples": 64, "distillation__dtype": "float32"}
+    found = estimates(inputs, tmp_path, GPUS, **overrides)
+    host = {each.stage.label: each.host_memory for each in found if each.stage.kind == "reference"}
+    assert host["alpha calibration"] == pytest.approx(16 * host["alpha held-out"])
+    none = estimates(inputs, tmp_path, GPUS + "memory: 1K\n")
+    with pytest.raises(UserError, match=r"reference alpha held-out: .* GiB of hidden states on each node"):
+        refuse_what_cannot_fit([each for each in none if each.stage.kind == "reference"])
+
+
+def test_one_rank_alone_may_hold_what_two_do_not(inputs, tmp_path):
+    """It gathers nothing: between what one needs and what two need is a memory that the profile's nodes don't have."""
+
+    def importance(nodes, memory):
+        profile = f"nodes: {nodes}\ntasks_per_node: 1\ngpus_per_node: 1\ngpu_memory_gib: {memory}\n"
+        found = estimates(inputs, tmp_path, profile, calibration__micro_batch_size=1)
+        return next(each for each in found if each.stage.kind == "importance")
+
+    least, more = (importance(nodes, 1).memory.total / (1 - RESERVE) / GIB for nodes in (1, 2))
+    assert least < more
+    assert importance(2, more * 1.000001).advice == "nodes 2, micro-batch 1"
+    assert importance(2, (least + more) / 2).advice == "nodes 4, micro-batch 1", "with smaller shards"
+    assert importance(2, least * 1.000001).advice == "nodes 1, micro-batch 1"
+    assert importance(2, least * 0.99).advice == ""
+
+
+def test_where_layers_differ_in_width_one_may_keep_all_neurons(inputs, tmp_path):
+    uniform, competing = (
+        prunings(inputs, tmp_path, "", methods=[method], ratios=[0.2])[0].memory.sums
+        for method in ("surgeon-uniform-block", "surgeon-block")
+    )
+    assert uniform < competing
+    few = {"methods": ["surgeon-block"], "ratios": [0.1], "prune__multiple_of": 16}
+    assert prunings(inputs, tmp_path, "", **few)[0].memory.sums == competing
+
+
+def test_a_refit_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path):
+    large = {"calibration__micro_batch_size": 512, "calibration__samples": 512, "ratios": [0.2]}
+    with pytest.raises(UserError, match=r"prune alpha 0\.2: about .* micro-batch 64"):
+        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 0.02\n", **large))
+    with pytest.raises(UserError, match=r"prune alpha 0\.2: .*another refit"):
+        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 0.0001\n", ratios=[0.2]))
+    with pytest.raises(UserError, match=r"prune alpha 0\.2: .* GiB of hidden states on each node"):
+        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 1\nmemory: 20K\n", **large))
+
+
+def test_checkpointing_is_known_to_the_estimate(inputs, tmp_path):
+    plain, checkpointed = (
+        {
+            each.stage.kind: each.memory
+            for each in estimates(inputs, tmp_path, GPUS, runtime__activation_checkpointing=on)
+        }
+        for on in (False, True)
+    )
+    assert checkpointed["importance"].activations != plain["importance"].activations
+    assert checkpointed["recover"] == plain["recover"]
+
+
+@pytest.mark.parametrize(("memory", "code"), [("80", 0), ("0.001", 2)])
+def test_a_dry_run_shows_estimates_and_refuses(inputs, tmp_path, memory, code):
+    profile = tmp_path / "gpus.yaml"
+    profile.write_text(GPUS + f"gpu_memory_gib: {memory}\n")
+    arguments = ["--dry-run", "--profile", str(profile)]
+    result = subprocess.run(
+        command(inputs, tmp_path / "out", *arguments), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == code, result.stderr
+    assert "nothing here was measured" in result.stdout and "Traceback" not in result.stderr
+    assert ("can't fit the profile's GPUs" in result.stderr) == (code == 2)
+    assert not Store(tmp_path / "out" / "store").root.exists()

@@ -1,0 +1,245 @@
+"""How a dead attempt is told from what it left behind."""
+
+import time
+
+import pytest
+from hfprune_launch.slurm.attempts import End, Ledger, Run, fruitless_starts
+from hfprune_launch.slurm.commands import JobInfo
+from hfprune_launch.slurm.exit_causes import FRUITLESS_STARTS, RETRIES, explain_end, never_gets_further
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.heartbeat import Failure, Progress, write_failure_record
+from hfprune_dist.store.stage import Input, Stage
+
+NEED = Stage("importance", "a", {}, {"model": Input("digest", "/somewhere")})
+STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"importance": NEED.as_input()})
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "store")
+    store.work(STAGE.id).mkdir(parents=True)
+    return store
+
+
+@pytest.fixture
+def attempt(store):
+    attempt = Ledger(store.root).open_attempt(STAGE, 8, 64, 30, None)
+    attempt.record_job("7")
+    return attempt
+
+
+def job(state, attempt, nodes="n1"):
+    return JobInfo("7", state, "None", nodes, "N/A", "N/A", attempt.intent.job_name)
+
+
+def started(attempt, nodes="n1"):
+    attempt.record_run(Run("7", 0, nodes, time.time() - 10))
+
+
+def cause(store, attempt, state):
+    return explain_end(store, STAGE, attempt, job(state, attempt) if state else None).cause
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ("NODE_FAIL", "node failure"),
+        ("BOOT_FAIL", "node failure"),
+        ("PREEMPTED", "preempted"),
+        ("OUT_OF_MEMORY", "out of memory"),
+        ("CANCELLED", "cancelled"),
+        ("FAILED", "killed"),
+        ("TIMEOUT", "time limit without progress"),
+        (None, "killed"),
+    ],
+)
+def test_by_state_of_the_job(store, attempt, state, expected):
+    started(attempt)
+    assert cause(store, attempt, state) == expected
+    assert expected in RETRIES
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO NODE FAILURE, SEE LOG ***",
+            "node failure",
+        ),
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO PREEMPTION ***", "preempted"),
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 ***", "cancelled"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out of memory"),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0", "out of memory"),
+    ],
+)
+def test_by_the_log_where_slurm_has_forgotten_the_job(store, attempt, line, expected):
+    started(attempt)
+    (attempt.folder / "7_0_log.err").write_text(f"something\n{line}\n")
+    assert cause(store, attempt, None) == expected
+
+
+@pytest.mark.parametrize(
+    ("failure", "message", "expected"),
+    [
+        ("input", "no document has 31 tokens", "input"),
+        ("lost input", "importance/x: set aside", "lost input"),
+        ("bad node", "node n1 was allocated with GPUs, but torch finds none", "bad node"),
+        ("code", "ValueError: we are wrong", "code"),
+        ("code", "RuntimeError: [gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]", "killed"),
+        ("code", "torch.OutOfMemoryError: CUDA out of memory", "out of memory"),
+    ],
+)
+def test_by_what_a_rank_said(store, attempt, failure, message, expected):
+    started(attempt)
+    write_failure_record(store.work(STAGE.id), Failure(failure, message, 1, time.time()))
+    end = explain_end(store, STAGE, attempt, job("FAILED", attempt))
+    assert end.cause == expected
+    # What a rank says that lost another one explains nothing.
+    assert message in end.message or expected == "killed"
+
+
+def test_a_failure_of_an_earlier_attempt_says_nothing(store, attempt):
+    started(attempt)
+    write_failure_record(store.work(STAGE.id), Failure("input", "long ago", 0, attempt.intent.created - 1))
+    assert cause(store, attempt, "FAILED") == "killed"
+
+
+@pytest.mark.parametrize("skew", [-90.0, 90.0])
+def test_the_clock_of_another_host_hides_no_reason(store, attempt, skew):
+    started(attempt)
+    write_failure_record(store.work(STAGE.id), Failure("input", "no such text", 0, time.time() + skew, 1))
+    assert cause(store, attempt, "FAILED") == "input"
+
+
+@pytest.mark.parametrize("skew", [-90.0, 90.0])
+def test_the_clock_of_another_host_makes_no_failure_ours(store, attempt, skew):
+    """A rank of the attempt before may die late."""
+    attempt.close(End("killed", "", time.time()))
+    again = Ledger(store.root).open_attempt(STAGE, 8, 64, 30, None)
+    again.record_job("7")
+    started(again)
+    write_failure_record(store.work(STAGE.id), Failure("input", "of the first", 0, time.time() + skew, 1))
+    assert cause(store, again, "FAILED") == "killed"
+    write_failure_record(store.work(STAGE.id), Failure("code", "ValueError: of the second", 1, 0.0, 2))
+    assert cause(store, again, "FAILED") == "code"
+
+
+@pytest.mark.parametrize("skew", [-90.0, 90.0])
+def test_what_lost_another_rank_explains_nothing_whatever_its_clock_says(store, attempt, skew):
+    started(attempt)
+    lost = "RuntimeError: [gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]"
+    write_failure_record(store.work(STAGE.id), Failure("code", lost, 0, time.time() + skew, 1))
+    write_failure_record(store.work(STAGE.id), Failure("code", "ValueError: we are wrong", 1, time.time(), 1))
+    end = explain_end(store, STAGE, attempt, job("FAILED", attempt))
+    assert end.cause == "code" and "we are wrong" in end.message
+
+
+def test_a_job_that_left_the_stage_to_another_is_a_duplicate(store, attempt):
+    attempt.record_run(Run("7", 0, "n1", time.time() - 10, time.time(), "duplicate"))
+    write_failure_record(store.work(STAGE.id), Failure("input", "the other's", 0, time.time()))
+    end = explain_end(store, STAGE, attempt, job("FAILED", attempt))
+    assert end.cause == "duplicate" and "another process" in end.message and end.cause in RETRIES
+
+
+def test_a_job_that_never_ran_went_with_what_it_depends_on(store, attempt):
+    assert cause(store, attempt, "CANCELLED") == "dependency"
+
+
+def test_the_time_limit_is_forgiven_where_the_job_got_further(store, attempt):
+    started(attempt)
+    Progress(store.work(STAGE.id)).update("calibration", 3, 9)
+    end = explain_end(store, STAGE, attempt, job("TIMEOUT", attempt))
+    assert end.cause == "time limit" and end.progress["done"] == 3
+    attempt.close(end)
+    again = Ledger(store.root).open_attempt(STAGE, 8, 64, 30, None)
+    again.record_job("8")
+    assert explain_end(store, STAGE, again, job("TIMEOUT", again)).cause == "time limit without progress"
+    Progress(store.work(STAGE.id)).update("calibration", 4, 9)
+    assert explain_end(store, STAGE, again, job("TIMEOUT", again)).cause == "time limit"
+
+
+def test_the_failing_node_is_named(store, attempt):
+    started(attempt, nodes="n[1-2]")
+    (attempt.folder / "7_0_log.err").write_text("srun: error: Node failure on n2\n")
+    assert explain_end(store, STAGE, attempt, job("NODE_FAIL", attempt)).bad_nodes == ["n2"]
+    (attempt.folder / "7_0_log.err").write_text("")
+    assert explain_end(store, STAGE, attempt, job("NODE_FAIL", attempt)).bad_nodes == []
+    started(attempt, nodes="n4")
+    assert explain_end(store, STAGE, attempt, job("NODE_FAIL", attempt)).bad_nodes == ["n4"]
+
+
+def test_gpu_seconds_count_every_start_of_the_job(store, attempt):
+    attempt.record_run(Run("7", 0, "n1", 1000.0, 1010.0, "interrupted"))
+    attempt.record_run(Run("7", 1, "n2", 1100.0, 1105.0, "failed"))
+    end = explain_end(store, STAGE, attempt, job("FAILED", attempt))
+    assert (end.run_seconds, end.gpu_seconds) == (15.0, 120.0)
+    assert isinstance(end, End)
+
+
+def at(phase, done):
+    return {"phase": phase, "done": done, "total": 9, "updated": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("progress", "fruitless"),
+    [
+        ([], 0),
+        ([None], 1),
+        ([None, None, None], 3),
+        ([at("a", 0)], 1),
+        ([at("a", 3), at("a", 4)], 0),
+        ([at("a", 3), at("a", 3), None], 2),
+        ([at("a", 3), None, at("a", 3)], 2),
+        ([at("a", 9), at("b", 0)], 0),
+        ([at("a", 5), at("b", 2), at("a", 5), at("b", 2)], 2),  # to and fro
+        ([at("b", 8), at("b", 2), at("b", 4)], 1),  # what was saved was lost: it began anew
+        ([at("b", 8), at("b", 2), at("b", 4), at("b", 9)], 0),
+        ([at("b", 0), at("b", 1), at("b", 0), at("b", 1), at("b", 0)], 2),  # to and fro
+    ],
+)
+def test_starts_that_got_no_further(progress, fruitless):
+    assert fruitless_starts(progress) == fruitless
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 6), st.randoms(use_true_random=False))
+def test_any_work_that_is_not_begun_anew_comes_to_an_end(phases, total, random):
+    """Whatever starts do, no job requeues itself for ever."""
+    history, place = [], (0, 0)
+    # What was never reached before is reached so often; in between, work may begin anew so often, and go on so long.
+    bound = (phases * (total + 1) + 1) * FRUITLESS_STARTS * (total + 1)
+    while fruitless_starts(history) < FRUITLESS_STARTS and len(history) <= bound:
+        place = max(place, (random.randrange(phases), random.randrange(total + 1)))
+        back = (random.randrange(place[0] + 1), 0)  # a start may end in a phase that is done again each time
+        history.append(at(*(place if random.random() < 0.5 else back)))
+    assert len(history) <= bound
+
+
+def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(store, attempt):
+    runs = [Run("7", n, "n1", 100.0 * n, 100.0 * n + 50, "interrupted", at("calibration", 3)) for n in range(4)]
+    for number, run in enumerate(runs):
+        attempt.record_run(run)
+        assert (never_gets_further(attempt) is not None) == (number == 3)
+    failure = never_gets_further(attempt)
+    assert "its last 3 starts of 30 minutes" in failure.message and "raise time_minutes" in failure.message
+    write_failure_record(store.work(STAGE.id), failure)
+    assert cause(store, attempt, "FAILED") == "time limit without progress"
+    attempt.record_run(Run("7", 4, "n1", 400.0, 450.0, "interrupted", at("calibration", 4)))
+    assert never_gets_further(attempt) is None
+
+
+def test_progress_counts_across_attempts_up_to_the_last_artifact(store, attempt):
+    ledger = Ledger(store.root)
+    for number, (how, done) in enumerate([("done", 9), ("killed", 4), ("killed", 4)]):
+        each = attempt if number == 0 else ledger.open_attempt(STAGE, 8, 64, 30, None)
+        each.record_run(Run("7", 0, "n1", 100.0))
+        each.close(End(how, "", 0.0, state="FAILED", progress=at("calibration", done)))
+    last = ledger.open_attempt(STAGE, 8, 64, 30, None)
+    last.record_run(Run("8", 0, "n1", 100.0, 150.0, "interrupted", at("calibration", 4)))
+    assert [each["done"] for each in last.earlier_progress()] == [4, 4, 4]
+    assert never_gets_further(last) is None
+    last.record_run(Run("8", 1, "n1", 200.0, 250.0, "interrupted", None))
+    assert never_gets_further(last) is not None

@@ -1,0 +1,143 @@
+"""Launchers and jobs in drawn orders, over a Slurm that answers badly."""
+
+import contextlib
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from fake_slurm import Clock, Controller
+from hfprune_launch.slurm.attempts import Ledger
+from hfprune_launch.slurm.backend import SlurmBackend, Submitting
+from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
+from hfprune_launch.slurm.profile import Profile, Resources
+from hfprune_launch.stage.stage_file import Origin
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Input, Stage
+
+FIRST = Stage("importance", "a", {}, {"model": Input("digest", "/model")})
+SECOND = Stage("prune", "b", {}, {"importance": FIRST.as_input()})
+PLAN = Plan({FIRST.id: FIRST, SECOND.id: SECOND}, (), (FIRST.id, SECOND.id))
+
+
+def faults_of(*kinds):
+    return st.lists(st.sampled_from(["", *kinds]), max_size=4)
+
+
+FAULTS = st.fixed_dictionaries(
+    {
+        "squeue": faults_of("error", "empty", "cut", "header"),
+        "sbatch": faults_of("error", "lost", "silent"),
+        "scontrol": faults_of("error", "empty"),
+        "sacct": faults_of("error", "empty", "cut"),
+        "scancel": faults_of("error"),
+    }
+)
+EVENTS = st.one_of(
+    st.tuples(st.just("step"), st.integers(0, 1), FAULTS, st.sampled_from([1.0, 10.0, 100.0, 400.0])),
+    st.tuples(st.just("restart"), st.integers(0, 1), FAULTS, st.just(0.0)),
+    st.tuples(st.just("job"), st.sampled_from(["run", "FAILED", "NODE_FAIL", "done", "forget"]), st.integers(0, 3)),
+)
+
+
+class World:
+    """Two launchers and one controller over one store."""
+
+    def __init__(self, folder, accounting):
+        self.store = Store(folder / "store")
+        self.controller = Controller(past={} if accounting else None)
+        self.clock = Clock()
+        self.launchers = [self.launcher(), self.launcher()]
+
+    def launcher(self):
+        resources = dict.fromkeys(("importance", "prune", "recover", "evaluate"), Resources())
+        submitting = Submitting(Origin(RuntimeConfig(), {}, {}), Profile("x", resources, None), Path("/code"), None)
+        slurm = SlurmCommands(sleep=self.clock.sleep, retry_delays_s=(1.0,))
+        return SlurmBackend(self.store, PLAN, submitting, slurm, lambda _: None, clock=self.clock)
+
+    def happen(self, event):
+        if event[0] == "job":
+            self.change_job(*event[1:])
+            return
+        what, number, faults, seconds = event
+        self.clock.sleep(seconds)
+        self.controller.faults = {command: list(planned) for command, planned in faults.items()}
+        if what == "restart":
+            self.launchers[number] = self.launcher()
+        launcher = self.launchers[number]
+        with contextlib.suppress(SlurmUnavailableError):
+            launcher.start() if what == "restart" else launcher.step()
+
+    def change_job(self, what, number):
+        jobs = sorted(self.controller.jobs)
+        if not jobs:
+            return
+        job_id = jobs[number % len(jobs)]
+        is_live = job_id in self.controller.live()
+        if what == "forget":
+            if not is_live:
+                self.controller.forget(job_id)
+        elif is_live and what == "run":
+            self.controller.end(job_id, "RUNNING")
+        elif is_live:
+            self.end_job(job_id, what)
+
+    def end_job(self, job_id, what):
+        stage = self.stage_of(self.controller.jobs[job_id][0])
+        if what == "done" and self.store.verify(stage.id).state != "done":
+            draft = self.store.open_draft(stage.id)
+            (draft / "result").write_text("x")
+            self.store.commit(stage, draft, {"metrics": {}, "wall_time_s": 1.0})
+        self.controller.end(job_id, "COMPLETED" if what == "done" else what)
+
+    @staticmethod
+    def stage_of(job_name):
+        return next(stage for stage in PLAN.stages.values() if f"-{stage.kind}-" in job_name)
+
+    def check(self):
+        live = [self.controller.jobs[job_id][0] for job_id in self.controller.live()]
+        kinds = [self.stage_of(name).kind for name in live]
+        assert len(set(kinds)) == len(kinds), f"two live jobs for one stage: {live}"
+        for stage in PLAN.stages.values():
+            for attempt in Ledger(self.store.root).attempts(stage.id):
+                over = attempt.end is not None and self.store.verify(stage.id).state != "done"
+                assert not (over and attempt.intent.job_name in live), f"a live job was closed: {attempt.end}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly():
+    with mock.patch("os.fsync", lambda _: None), mock.patch("hfprune_launch.slurm.exit_causes.log_tail", lambda _: ""):
+        yield
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(st.booleans(), st.lists(EVENTS, min_size=10, max_size=30))
+def test_never_two_live_jobs_of_a_stage_and_no_live_job_given_up(accounting, events):
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder), accounting)
+        with (
+            mock.patch("hfprune_launch.slurm.commands._run", world.controller.run),
+            mock.patch("shutil.which", lambda _: "/bin/x"),
+        ):
+            for event in [("restart", 0, {}, 0.0), ("restart", 1, {}, 0.0), *events]:
+                world.happen(event)
+                world.check()
+            finish(world)
+
+
+def finish(world):
+    """Once Slurm answers again and jobs succeed, a new launcher brings the sweep to its end."""
+    world.launchers = [world.launcher()]
+    world.happen(("restart", 0, {}, 0.0))
+    for _ in range(30):
+        for job_id in world.controller.live():
+            world.end_job(job_id, "done")
+        world.happen(("step", 0, {}, 100.0))
+        world.check()
+    assert [world.store.verify(stage_id).state for stage_id in PLAN.stages] == ["done", "done"]
+    assert not world.controller.live()

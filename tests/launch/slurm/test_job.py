@@ -1,0 +1,205 @@
+import errno
+import os
+import shutil
+import sys
+
+import pytest
+from fake_slurm import FakeSlurm
+from hfprune_launch.slurm import job
+from hfprune_launch.slurm.attempts import Ledger, Run
+from hfprune_launch.slurm.job import NodeError, _Rank, array_job_id, preflight, rank_environment
+from ranks import SoloWorld
+
+from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.errors import UserError
+from hfprune_dist.store import claims
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.claims import Renewal, try_claim
+from hfprune_dist.store.heartbeat import Progress, read_failure
+from hfprune_dist.store.stage import Input, Stage
+
+TASK = {
+    "SLURM_PROCID": "3",
+    "SLURM_NTASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "12345",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
+}
+
+
+def test_ranks_meet_at_an_address_not_a_name():
+    assert rank_environment(TASK) == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "20345",
+    }
+
+
+def test_a_rank_that_sees_its_own_gpu_only():
+    assert rank_environment({**TASK, "CUDA_VISIBLE_DEVICES": "1"})["LOCAL_RANK"] == "0"
+    assert rank_environment({**TASK, "CUDA_VISIBLE_DEVICES": "0,1"})["LOCAL_RANK"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"SLURM_PROCID": None}, "SLURM_PROCID is not set"),
+        ({"SLURM_LAUNCH_NODE_IPADDR": None}, "the ranks can't find each other"),
+        ({"SLURM_LAUNCH_NODE_IPADDR": "no.such.host.invalid"}, "does not resolve"),
+    ],
+)
+def test_what_is_missing_is_named(change, message):
+    environment = {key: value for key, value in {**TASK, **change}.items() if value is not None}
+    with pytest.raises(NodeError, match=message):
+        rank_environment(environment)
+
+
+def test_an_array_element_is_not_its_whole_array():
+    assert array_job_id({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "4"}) == "9_4"
+    assert array_job_id({"SLURM_JOB_ID": "9"}) == "9"
+
+
+def test_preflight_names_node_and_lack(tmp_path):
+    with pytest.raises(NodeError, match=r"node n7 does not see .*file system that all nodes share"):
+        preflight(Store(tmp_path / "elsewhere"), {"SLURMD_NODENAME": "n7", "HFPRUNE_CODE": str(tmp_path)})
+    with pytest.raises(NodeError, match="not the sweep's snapshot"):
+        preflight(Store(tmp_path), {"SLURMD_NODENAME": "n7", "HFPRUNE_CODE": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("done", "says", "requeued"),
+    [
+        (4, "JobState=RUNNING PreemptTime=None", True),
+        (3, "JobState=RUNNING PreemptTime=None", False),
+        (3, "JobState=RUNNING PreemptTime=2026-01-01T00:00:00", True),  # preemption is not the job's fault
+    ],
+)
+def test_a_job_that_its_time_limit_ends_before_it_gets_further_is_not_requeued(
+    tmp_path, monkeypatch, capfd, done, says, requeued
+):
+    stage = Stage("importance", "a", {}, {"model": Input("digest", "/model")})
+    store, fake = Store(tmp_path / "store"), FakeSlurm(tmp_path / "slurm").on_path(monkeypatch)
+    (fake.folder / "job").write_text(f"JobId=7 JobName=x {says} Reason=None\n")
+    attempt = Ledger(store.root).open_attempt(stage, 0, 1, 60, None)
+    earlier = {"phase": "calibration", "done": 3, "total": 9, "updated": 0.0}
+    for number in range(3):
+        attempt.record_run(Run("7", number, "n1", 1.0 + number, 2.0 + number, "interrupted", earlier))
+    environment = {"SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3"}
+    for name, value in {**environment, "SUBMITIT_FOLDER": str(attempt.folder)}.items():
+        monkeypatch.setenv(name, value)
+    rank = _Rank(store, stage.id, Interruption())
+    store.work(stage.id).mkdir(parents=True)
+    Progress(store.work(stage.id)).update("calibration", done, 9)
+    assert rank._requeue() is requeued
+    assert fake.calls("scontrol requeue") == ["scontrol requeue 7"] * requeued
+    failure = read_failure(store.work(stage.id))
+    if requeued:
+        assert failure is None
+    else:
+        assert failure.cause == "time limit without progress" and "raise time_minutes" in capfd.readouterr().out
+
+
+STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def attempt(store):
+    return Ledger(store.root).open_attempt(STAGE, 0, 1, 60, None)
+
+
+@pytest.fixture
+def rank(store, attempt, monkeypatch):
+    """Rank 0 of a job, whose end is an exception here."""
+    for key, value in {**TASK, "SLURM_PROCID": "0", "SUBMITIT_FOLDER": str(attempt.folder)}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(job, "preflight", lambda *_: None)
+    monkeypatch.setattr(job, "prepare_environment", lambda: None)
+    monkeypatch.setattr(job, "leave_process", lambda code: sys.exit(code))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    return job._Rank(store, STAGE.id, Interruption())
+
+
+def end_of(rank, monkeypatch, stage):
+    """The exit code of a rank whose stage is ``stage``."""
+
+    def run_stage(store, stage_id, interruption, admit):
+        admission = admit(SoloWorld())
+        assert admission.runs and admission.claim.is_held()
+        stage(admission.claim)
+
+    monkeypatch.setattr(job, "run_stage", run_stage)
+    with pytest.raises(SystemExit) as end:
+        rank.run()
+    return end.value.code
+
+
+def test_a_rank_says_which_attempt_failed(rank, store, attempt, monkeypatch):
+    def fail(claim):
+        raise UserError("no such text")
+
+    assert end_of(rank, monkeypatch, fail) == 2
+    assert read_failure(store.work(STAGE.id)).attempt == attempt.intent.number == 1
+    assert attempt.runs()[-1].how == "failed"
+
+
+def test_a_job_that_was_taken_for_dead_leaves_the_stage_to_its_successor(rank, store, attempt, monkeypatch):
+    successors = []
+
+    def suspended(claim):
+        with monkeypatch.context() as patch:
+            patch.setattr(claims, "_lives", lambda *_: False)
+            successors.append(try_claim(store.work(STAGE.id)))
+        successors.append(store.open_draft(STAGE.id, successors[0]))
+        claim.require_held()
+
+    assert end_of(rank, monkeypatch, suspended) == 75
+    assert attempt.runs()[-1].how == "duplicate" and read_failure(store.work(STAGE.id)) is None
+    assert successors[0].is_held() and successors[1].is_dir()
+
+
+def test_an_error_that_comes_of_a_lost_claim_is_nobodys_failure(rank, store, attempt, monkeypatch):
+    """A successor finishes, and removes the work folder under the job's feet."""
+
+    def finished_by_another(claim):
+        shutil.rmtree(store.work(STAGE.id))
+        raise FileNotFoundError("partial.safetensors")
+
+    monkeypatch.setattr(sys, "excepthook", lambda *_: None)
+    assert end_of(rank, monkeypatch, finished_by_another) == 1
+    assert not store.work(STAGE.id).exists() and attempt.runs()[-1].how == "duplicate"
+
+
+def test_renewal_survives_a_file_system_that_fails_once(tmp_path, monkeypatch):
+    claim, ticks = try_claim(tmp_path), []
+
+    class Clock:
+        def __call__(self):
+            return 100.0 * len(ticks)
+
+    def sleep(_):
+        ticks.append(1)
+        if len(ticks) == 4:
+            claim.release()
+
+    utime, failing = os.utime, [OSError(errno.ESTALE, "stale")]
+    renewed = []
+
+    def fail_once(file):
+        if failing:
+            raise failing.pop()
+        renewed.append(len(ticks))
+        utime(file)
+
+    monkeypatch.setattr(job.time, "sleep", sleep)
+    monkeypatch.setattr(os, "utime", fail_once)
+    job._renew(Renewal(claim, None, Clock()))  # returns when the claim is gone
+    assert renewed == [2, 3]

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+from hfprune_launch.slurm.profile import Resources, load_profile
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.stage import STAGE_VERSIONS
+
+SHIPPED = Path(__file__).resolve().parents[3] / "slurm" / "profiles"
+
+
+def write(tmp_path, text):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+def test_shipped_profiles_are_valid(name):
+    profile = load_profile(name, SHIPPED)
+    assert profile.name == name and set(profile.resources) == set(STAGE_VERSIONS)
+
+
+def test_a_kind_of_stage_overrides_single_settings(tmp_path):
+    common = "partition: gpu\ntasks_per_node: 8\ngpus_per_node: 8\nmax_running: 3\n"
+    profile = load_profile(write(tmp_path, common + "stages: {importance: {nodes: 4}}\n"), SHIPPED)
+    importance, evaluate = profile.resources["importance"], profile.resources["evaluate"]
+    assert (importance.nodes, importance.ranks, importance.gpus, importance.partition) == (4, 32, 32, "gpu")
+    assert (evaluate.nodes, evaluate.ranks) == (1, 8)
+    assert profile.max_running == 3
+
+
+def test_environment_and_sbatch_are_merged_key_by_key_and_lists_replaced(tmp_path):
+    common = (
+        "environment: {NCCL_DEBUG: WARN, A: '1'}\nsbatch: {reservation: week4, exclusive: true}\n"
+        "setup: [module load cuda]\nsrun_args: [--cpu-bind=none]\n"
+    )
+    own = "stages: {recover: {environment: {A: '2', B: '3'}, sbatch: {reservation: null, nice: 5}, setup: [true]}}\n"
+    profile = load_profile(write(tmp_path, common + own.replace("[true]", "['echo b']")), SHIPPED)
+    recover, prune = profile.resources["recover"], profile.resources["prune"]
+    assert recover.environment == {"NCCL_DEBUG": "WARN", "A": "2", "B": "3"}
+    assert recover.sbatch == {"exclusive": True, "nice": 5}
+    assert recover.setup == ["echo b"] and recover.srun_args == prune.srun_args == ["--cpu-bind=none"]
+    assert prune.environment == {"NCCL_DEBUG": "WARN", "A": "1"} and prune.setup == ["module load cuda"]
+    assert prune.sbatch == {"reservation": "week4", "exclusive": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("partitoin: gpu", ["unknown key 'partitoin'", "did you mean 'partition'", "time_minutes"]),
+        ("stages: {recover: {node: 2}}", ["stages.recover", "unknown key 'node'", "did you mean 'nodes'"]),
+        ("stages: {training: {nodes: 2}}", ["stages.training", "importance"]),
+        ("time_minutes: 4 hours", ["time_minutes", "integer"]),
+        ("nodes: 0", ["nodes", "greater than or equal to 1"]),
+        ("memory: lots", ["memory", "pattern"]),
+        ("time_minutes: 5\nsignal_seconds: 6000", ["signal_seconds 6000 is more than time_minutes 5"]),
+        ("gpus_per_node: 8\ntasks_per_node: 16", ["tasks_per_node 16 is more than gpus_per_node 8"]),
+        ("gpu_tflops: .inf", ["gpu_tflops", "finite"]),
+        ("environment: {BAD NAME: x}", ["environment", "pattern"]),
+        ("environment: {A: null}", ["environment.A", "string"]),
+        ("stages: {recover: {environment: [A]}}", ["stages.recover", "environment", "dictionary"]),
+        ("stages: {recover: {sbatch: {mem: 3}}}", ["stages.recover", "mem is not to be given there"]),
+        ("sbatch: {ntasks_per_node: 7}", ["ntasks-per-node is not to be given there"]),
+        ("[a", ["not valid YAML"]),
+        ("just text", ["keys and values"]),
+    ],
+)
+def test_mistakes_are_explained(tmp_path, text, expected):
+    with pytest.raises(UserError) as caught:
+        load_profile(write(tmp_path, text), SHIPPED)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_an_unknown_profile(tmp_path):
+    with pytest.raises(UserError, match=r"no profile 'local-clutser'; did you mean 'local-cluster'"):
+        load_profile("local-clutser", SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("memory", "size"), [("400G", 400 * 2**30), ("512", 512 * 2**20), ("3tb", 3 * 2**40), ("0", None), (None, None)]
+)
+def test_memory_is_read_as_slurm_reads_it(memory, size):
+    assert Resources(memory=memory).memory_bytes == size

@@ -1,0 +1,62 @@
+"""What --status says of a stage, from files and squeue."""
+
+import time
+
+import pytest
+from hfprune_launch.slurm.attempts import Ledger, Run
+from hfprune_launch.slurm.commands import JobInfo
+from hfprune_launch.slurm.status_table import stage_statuses
+
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import write_json
+from hfprune_dist.store.stage import Input, Stage
+
+STAGE = Stage("importance", "a", {}, {"model": Input("digest", "/somewhere")})
+MINUTE = 60
+
+
+@pytest.fixture
+def status(tmp_path):
+    """The status of a stage whose job was started and gave its last sign of life so many minutes ago."""
+    store = Store(tmp_path / "store")
+    store.work(STAGE.id).mkdir(parents=True)
+
+    def at(started=None, beat=None, state="RUNNING"):
+        attempt = Ledger(store.root).open_attempt(STAGE, 0, 2, 30, None)
+        attempt.record_job("5")
+        now = time.time()
+        if started is not None:
+            attempt.record_run(Run("5", 0, "n1", now - started * MINUTE))
+        if beat is not None:
+            record = {"phase": "calibration", "done": 3, "total": 9, "updated": now - beat * MINUTE}
+            write_json(store.work(STAGE.id) / "progress.json", record)
+        jobs = {"5": JobInfo("5", state, "None", "n1", "N/A", "N/A", attempt.intent.job_name)}
+        (line,) = stage_statuses(Plan({STAGE.id: STAGE}, (), (STAGE.id,)), store, jobs)
+        return line
+
+    return at
+
+
+def test_a_rank_that_hangs_shows(status):
+    line = status(started=60, beat=7.2)
+    assert (line.state, line.detail, line.progress) == ("running", "stale for 7 min", "calibration 3/9")
+
+
+def test_a_job_that_hangs_before_its_first_step_shows(status):
+    assert status(started=8.1).detail == "stale for 8 min"
+
+
+def test_progress_of_an_earlier_start_is_not_stale(status):
+    """A requeued job loads its model while the last heartbeat is of hours ago."""
+    assert status(started=1, beat=600).detail == ""
+
+
+@pytest.mark.parametrize("times", [{"started": 60, "beat": 1}, {"started": 2}, {}])
+def test_a_job_at_work_does_not(status, times):
+    assert status(**times).detail == ""
+
+
+def test_a_job_that_waits_does_not(status):
+    assert status(started=60, beat=50, state="PENDING").state == "queued"
+    assert "stale" not in status(started=60, beat=50, state="PENDING").detail

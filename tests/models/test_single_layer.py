@@ -1,0 +1,60 @@
+import pytest
+import torch
+from tiny import VARIANTS, save_tiny
+from transformers import AutoModelForCausalLM
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.models.single_layer import LayerReader, mlp_of, run
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_after_layer_is_the_whole_decoder(tmp_path, variant, dtype):
+    folder = save_tiny(tmp_path, variant, num_hidden_layers=3)
+    input_ids_BT = torch.randint(264, (2, 21), generator=torch.Generator().manual_seed(0))
+    body = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).model
+    reader = LayerReader(open_checkpoint(folder), dtype, CPU)
+    hidden_BTC = reader.embed({0: input_ids_BT})[0]
+    for number in range(3):
+        hidden_BTC = run(reader.layer(number), hidden_BTC)
+    with torch.no_grad():
+        expected = body(input_ids=input_ids_BT).last_hidden_state
+        assert torch.equal(body.norm(hidden_BTC), expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_head_gives_the_model_s_logits(tmp_path, variant):
+    folder = save_tiny(tmp_path, variant)
+    input_ids_BT = torch.randint(264, (2, 7), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reader = LayerReader(open_checkpoint(folder), torch.float32, CPU)
+    hidden_BTC = reader.embed({0: input_ids_BT})[0]
+    for number in range(2):
+        hidden_BTC = run(reader.layer(number), hidden_BTC)
+    with torch.no_grad():
+        ((_, logits_NV),) = reader.head().outputs(hidden_BTC).logits()
+        assert torch.equal(logits_NV.view(2, 7, -1), model(input_ids_BT).logits)
+
+
+def test_a_sliding_window_is_kept(tmp_path):
+    """Mistral's mask differs from a causal one where windows are longer than its sliding window."""
+    folder = save_tiny(tmp_path, "mistral", sliding_window=4)
+    input_ids_BT = torch.arange(12)[None] + 3
+    body = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model
+    reader = LayerReader(open_checkpoint(folder), torch.float32, CPU)
+    hidden_BTC = reader.embed({0: input_ids_BT})[0]
+    for number in range(2):
+        hidden_BTC = run(reader.layer(number), hidden_BTC)
+    with torch.no_grad():
+        assert torch.equal(body.norm(hidden_BTC), body(input_ids=input_ids_BT).last_hidden_state)
+
+
+def test_a_layer_has_its_own_weights_alone(tmp_path):
+    folder = save_tiny(tmp_path, "qwen3", num_hidden_layers=3)
+    layer = LayerReader(open_checkpoint(folder), torch.float32, CPU).layer(2)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weight = whole.model.layers[2].mlp.down_proj.weight
+    assert torch.equal(mlp_of(layer).down_proj.weight, weight)
+    assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in whole.model.layers[2].parameters())

@@ -1,0 +1,307 @@
+"""The model against what small models really keep and do."""
+
+import contextlib
+import weakref
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from ranks import SoloWorld
+from tiny import save_tiny, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.families import FAMILIES
+from hfprune_dist.checkpoints.lora_adapter import lora_targets
+from hfprune_dist.core import blocks, elimination, gram, head
+from hfprune_dist.core.criteria import CRITERIA, Batch
+from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, lighten
+from hfprune_dist.planning import footprint
+from hfprune_dist.planning.footprint import Evaluate, Gpus, Importance, Reference, Refit, Train, fits, seconds, shape_of
+from hfprune_dist.refit import gauss_newton_ranks as reconstruct
+from hfprune_dist.refit.refitted_layers import FittedLayers
+from hfprune_dist.refit.run_refit import DenseRefit, PursuingRefit
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 264}
+PUBLISHED = {
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+GIB = 2**30
+
+
+def published(size):
+    return shape_of(PUBLISHED[size] | {"vocab_size": 32000})
+
+
+@contextlib.contextmanager
+def kept_for_backward(model):
+    """Bytes of distinct tensors, weights aside, that autograd keeps."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(size for size, _ in kept.values())
+
+
+def scored(model):
+    family = FAMILIES[model.config.model_type]
+    head = family.head_of(model)
+    return ScoredModel(
+        body=lambda input_ids: family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
+        head=lambda: contextlib.nullcontext((head.weight, head.bias)),
+        down_projections=family.down_projections(model),
+        student_LD=torch.rand(model.config.num_hidden_layers, model.config.intermediate_size) > 0.1,
+    )
+
+
+def score(model, criteria):
+    """One micro-batch of two windows of 128 tokens."""
+    model_scored = scored(model)
+    sums = NeuronSums(model_scored.down_projections, 160, [CRITERIA[name] for name in criteria])
+    score_batch(model_scored, Batch(torch.ones(2, 128, dtype=torch.int64), range(2), 264, 0), sums)
+
+
+@pytest.mark.parametrize("size", [("7B", 6.74), ("13B", 13.0), ("70B", 69.0)])
+def test_the_parameters_of_published_models(size):
+    name, billions = size
+    assert published(name).parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_kept_activations_of_a_student():
+    """Also that the teacher's forward keeps nothing where no loss is the dense model's."""
+    model = tiny_model("llama", **SHAPE).bfloat16().requires_grad_(False)
+    lighten(model, FAMILIES["llama"])
+    job = Importance(windows=2, tokens=128, losses=0, student=True)
+    with kept_for_backward(model) as counted:
+        score(model, ["self_distillation"])
+        estimate = 2 * 128 * job.activation_bytes(shape_of(model.config.to_dict()))
+        assert estimate == pytest.approx(counted(), rel=0.05)
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2"])
+def test_kept_activations_of_the_calibration_pass(variant):
+    model = tiny_model(variant, **SHAPE).bfloat16().requires_grad_(False)
+    lighten(model, FAMILIES[model.config.model_type])
+    job = Importance(windows=2, tokens=128)
+    with kept_for_backward(model) as counted:
+        score(model, ["entropy"])
+        first_h = 2 * 128 * 160 * 2  # kept by a hook, not by autograd
+        estimate = 2 * 128 * job.activation_bytes(shape_of(model.config.to_dict()))
+        assert estimate == pytest.approx(first_h + counted(), rel=0.05)
+
+
+def test_checkpointing_keeps_the_inputs_of_layers():
+    shape = published("7B")
+    plain, checkpointed = (Importance(1, 1024, checkpointing=on).activation_bytes(shape) for on in (False, True))
+    assert checkpointed < plain / 4
+    model = tiny_model("llama", **SHAPE).bfloat16().requires_grad_(False)
+    lighten(model, FAMILIES["llama"])
+    checkpoint_activations(model, FAMILIES["llama"])
+    inputs = 3 * 2 * 128 * 64 * 2
+    seen = []
+    for layer in model.model.layers[1:]:
+        layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].nbytes))
+    scored(model).body(torch.ones(2, 128, dtype=torch.int64))
+    assert sum(seen) == inputs
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("losses", [["entropy"], ["entropy", "fisher"], ["self_distillation"]])
+def test_memory_of_the_calibration_pass(losses, checkpointing, monkeypatch):
+    model = tiny_model("llama", **{**SHAPE, "num_hidden_layers": 6}).bfloat16().requires_grad_(False)
+    lighten(model, FAMILIES["llama"])
+    if checkpointing:
+        checkpoint_activations(model, FAMILIES["llama"])
+    # What is the same for every model would hide all else of one this small.
+    for module, name in ((blocks, "CACHE_BYTES"), (head, "CHUNK_BYTES")):
+        monkeypatch.setattr(module, name, 1)
+    for name in ("HEAD_CHUNK_BYTES", "PORTION_BYTES"):
+        monkeypatch.setattr(footprint, name, 0)
+    student = "self_distillation" in losses
+    job = Importance(2, 128, len(losses) - student, checkpointing=checkpointing, student=student)
+    with PeakBytes() as counted:
+        score(model, losses)
+    # Weights count as well: their transposes are views that are made meanwhile.
+    assert 0.9 < counted.peak / job.memory(shape_of(model.config.to_dict()), 1).total < 1.05
+
+
+def test_curvature_and_the_walk_are_counted_as_memory_of_the_host():
+    shape, numbers = published("7B"), 32 * 4096**2
+    assert Importance(1, 1024, samples=64).host_bytes(shape, 8) == 0
+    few, many = (Importance(1, 1024, curvature=True, samples=samples) for samples in (64, 10_000))
+    assert few.host_bytes(shape, 8) == 20 * numbers, "of the pass"
+    assert many.host_bytes(shape, 8) == 16 * numbers + 1250 * 1024 * 4096 * 2, "of the walk"
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most that tensors made meanwhile take at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self._sizes = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self._seen(tensor.untyped_storage())
+        return result
+
+    def _seen(self, storage):
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._gone, storage._cdata)
+
+    def _gone(self, address):
+        self.live -= self._sizes.pop(address)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 1024), (256, 512)], ids=["wide", "square"])
+@pytest.mark.parametrize(
+    ("kind", "rank", "ranks"), [("dense", 0, 1), ("dense", 1, 3), ("layerwise", 0, 1), ("block", 0, 1), ("block", 0, 3)]
+)
+def test_memory_of_a_refit(kind, rank, ranks, shape, dtype, tmp_path, monkeypatch):
+    world = SoloWorld(rank, ranks)
+    for module, name in ((gram, "BLOCK"), (blocks, "CACHE_BYTES")):
+        monkeypatch.setattr(module, name, 2**40)  # as on a GPU: in one go
+    sizes = {"hidden_size": shape[0], "intermediate_size": shape[1], "num_hidden_layers": 3, "vocab_size": 264}
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **sizes))
+    kept, windows = [torch.arange(shape[1] // 2)] * 3, torch.randint(264, (8 * ranks, 16))
+    dense, pruned = (LayerStream(checkpoint, windows, dtype, 2, world) for _ in range(2))
+    fitted = FittedLayers(checkpoint, kind == "block", tmp_path / "fitted")
+    if kind == "dense":
+        refit = DenseRefit(checkpoint, kept, dense, fitted, world)
+    else:
+        refit = PursuingRefit(checkpoint, kept, pruned, dense, kind == "block", fitted, world)
+    job = Refit(
+        windows=2,
+        tokens=16,
+        samples=len(windows),
+        pursues=kind != "dense",
+        steps=kind == "block",
+        searches=False,
+        share_kept=0.5,
+        itemsize=dtype.itemsize,
+    )
+    with PeakBytes() as counted:
+        refit.run(lambda done: None)
+    memory = job.memory(shape_of(checkpoint.config), ranks)
+    assert 0.83 * memory.total < counted.peak < 1.05 * memory.total
+
+
+@pytest.mark.parametrize("shape", [(32, 1024), (128, 512)], ids=["wide", "square"])
+def test_memory_of_an_elimination(shape, monkeypatch):
+    monkeypatch.setattr(elimination, "WAITING", 1)  # so that what waits is as little as in wide layers
+    hidden_size, size = shape
+    hidden_ND, gradient_NC = torch.randn(2 * size, size), torch.randn(2 * size, hidden_size)
+    gram_DD, curvature_CC = (it.T.double() @ it.double() / len(it) for it in (hidden_ND, gradient_NC))
+    with PeakBytes() as counted:
+        elimination.elimination_scores(gram_DD, curvature_CC, torch.randn(hidden_size, size), torch.rand(size))
+    assert 0.95 < counted.peak / (footprint.ELIMINATION_BYTES * size**2) < 1.15
+
+
+def test_what_is_cut_to_a_size_is_cut_to_that_which_is_estimated():
+    assert footprint.KEPT_BYTES == reconstruct.KEPT_BYTES
+    assert footprint.PORTION_BYTES == blocks.ACCELERATOR_BYTES
+    assert footprint.HEAD_CHUNK_BYTES == 2 * head.CHUNK_BYTES + 3 * 2 * head.CHUNK_BYTES, "in bfloat16, and float32"
+
+
+def test_refits_keep_hidden_states_of_their_windows_on_the_host():
+    job = Refit(2, 512, 64, pursues=True, steps=True, searches=False, share_kept=0.5)
+    assert job.host_bytes(published("7B"), 4) == (3 * 2 + 4) * 16 * 512 * 4096
+
+
+def test_memory_of_a_reference(tmp_path):
+    """Windows are its ranks' own: hidden states on the host, a layer with a micro-batch on the GPU."""
+    sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 264}
+    checkpoint, windows = open_checkpoint(save_tiny(tmp_path / "model", **sizes)), torch.randint(264, (8, 64))
+    stream = LayerStream(checkpoint, windows, torch.float32, 2, SoloWorld())
+    with PeakBytes() as counted:
+        for number in range(3):
+            stream.advance(stream.layer(number))
+    job = Reference(windows=2, tokens=64, samples=8, itemsize=4)
+    shape = shape_of(checkpoint.config)
+    assert job.host_bytes(shape, 1) == windows.numel() * 64 * 4
+    assert 0.7 < counted.peak / (job.memory(shape, 1).total + job.host_bytes(shape, 1)) < 1.05
+
+
+def test_kept_activations_of_lora_training():
+    model = tiny_model("llama", **SHAPE).bfloat16()
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.05, target_modules=lora_targets(FAMILIES["llama"]))
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False).train()
+    job = Train(rows=2, tokens=128, rank=4, dropout=True)
+    shape = shape_of(model.config.to_dict())
+    with kept_for_backward(adapted) as counted:
+        adapted.base_model.model.model(torch.ones(2, 128, dtype=torch.int64), use_cache=False)
+        assert 2 * 128 * shape.num_layers * job.layer_bytes(shape) == pytest.approx(counted(), rel=0.15)
+    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    assert job.lora_parameters(shape) == trained
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "losses", [["entropy"], ["entropy", "fisher"], ["self_distillation"], ["entropy", "self_distillation"]]
+)
+def test_floating_point_work_of_the_calibration_pass(losses, checkpointing):
+    model = tiny_model("llama", **SHAPE).requires_grad_(False)
+    lighten(model, FAMILIES["llama"])
+    if checkpointing:
+        checkpoint_activations(model, FAMILIES["llama"])
+    with FlopCounterMode(display=False) as counter:
+        score(model, losses)
+    shape = shape_of(model.config.to_dict())
+    student = "self_distillation" in losses
+    job = Importance(2, 128, len(losses) - student, itemsize=4, checkpointing=checkpointing, student=student)
+    # The counter knows matrix products only; it sees no fused attention on a CPU.
+    later = footprint._attention_flops(shape, 128) * 3 / 4
+    attention = (later * 4 / 3 * (1 + student) + later * (2.5 + checkpointing) * len(losses)) * 2 * 128
+    assert job.work(shape).flops - attention == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_a_model_is_refused_where_it_does_not_fit_and_not_where_it_does():
+    job, shape = Importance(windows=1, tokens=1024), published("70B")
+    assert not fits(job, shape, Gpus(nodes=1, per_node=1, memory=80 * GIB))
+    assert fits(job, shape, Gpus(nodes=1, per_node=8, memory=80 * GIB))
+    assert fits(Evaluate(8, 1024), published("7B"), Gpus(nodes=1, per_node=1, memory=80 * GIB))
+
+
+def test_more_ranks_need_less_memory_each_and_more_windows_more():
+    shape, job = published("13B"), Importance(windows=1, tokens=1024)
+    totals = [job.memory(shape, ranks).total for ranks in (2, 8, 64)]
+    assert totals == sorted(totals, reverse=True)
+    assert Importance(windows=4, tokens=1024).memory(shape, 8).total > totals[1]
+
+
+def test_the_network_is_hidden_by_larger_micro_batches():
+    shape = published("7B")
+    gpus = {
+        rate: Gpus(nodes=2, per_node=8, memory=80 * GIB, flops=312e12, network=rate * 1e9 / 8) for rate in (100, 400)
+    }
+    one, many = Importance(windows=1, tokens=1024), Importance(windows=16, tokens=1024)
+    at_work, on_network = seconds(one, shape, gpus[100])
+    assert on_network > at_work, "one window does not pay for its gathers"
+    assert seconds(many, shape, gpus[100])[1] == on_network, "a micro-batch gathers once, whatever its size"
+    assert seconds(many, shape, gpus[100])[0] == pytest.approx(16 * at_work)
+    assert seconds(one, shape, gpus[400])[1] == pytest.approx(on_network / 4)
+    assert seconds(one, shape, Gpus(nodes=1, per_node=8, memory=80 * GIB, flops=312e12))[1] == 0.0

@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import pytest
+
+from hfprune_dist.config.load import load_config
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.methods import resolve_methods
+from hfprune_dist.planning.widths import ModelSize, narrowest_widths, removals
+
+SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "methods"
+SIZE = ModelSize(parameters=100_000, num_layers=4, intermediate_size=100, parameters_per_neuron=100)
+
+
+def resolved(**overrides):
+    return resolve_methods(load_config([], overrides), SHIPPED)
+
+
+def test_every_shipped_method_resolves():
+    names = [file.stem for file in SHIPPED.glob("*.yaml")]
+    assert set(resolved(methods=names)) == set(names) >= {"hfprune", "surgeon"}
+
+
+def test_hfprune_is_the_published_method():
+    method = resolved(methods=["hfprune"])["hfprune"]
+    assert (method.criterion, method.allocation, method.refit, method.multiple_of) == ("entropy", "uniform", "none", 1)
+
+
+def test_the_prune_section_wins_over_every_method():
+    methods = resolved(methods=["hfprune", "surgeon"], **{"prune.multiple_of": 64, "prune.floor": 0.5})
+    assert {(it.multiple_of, it.floor) for it in methods.values()} == {(64, 0.5)}
+
+
+def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
+    (tmp_path / "mine.yaml").write_text("criterion: fisher\nrefit: layerwise\n")
+    (tmp_path / "sweep.yaml").write_text("methods: [hfprune, mine.yaml]\n")
+    methods = resolve_methods(load_config([tmp_path / "sweep.yaml"], {}), SHIPPED)
+    assert list(methods) == ["hfprune", "mine"] and methods["mine"].refit == "layerwise"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("criterion: entropi\n", "criterion"),
+        ("criterion: entropy\nrefits: dense\n", "unknown key 'refits'.*did you mean 'refit'"),
+        ("criterion: entropy\nallocation: global\nsteps: 2\n", "steps: 2 needs allocation: uniform"),
+        ("criterion: entropy\nsteps: 0\n", "steps.*greater than or equal to 1"),
+        ("- entropy\n", "expected the keys of a method"),
+        ("a: [\n", "not valid YAML"),
+        (None, "No such file"),
+    ],
+)
+def test_a_bad_file_is_one_message(tmp_path, content, message):
+    file = tmp_path / "mine.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=f"(?s)mine.yaml.*{message}"):
+        resolved(methods=[str(file)])
+
+
+def test_an_unknown_name_lists_the_valid_ones():
+    with pytest.raises(UserError, match=r"unknown method 'surgon'.*did you mean 'surgeon'.*valid: .*hfprune"):
+        resolved(methods=["surgon"])
+
+
+def test_two_methods_of_one_name_are_refused(tmp_path):
+    (tmp_path / "hfprune.yaml").write_text("criterion: fisher\n")
+    with pytest.raises(UserError, match="two methods are called 'hfprune'"):
+        resolved(methods=["hfprune", str(tmp_path / "hfprune.yaml")])
+
+
+def test_floors_bound_what_can_go():
+    narrowest = narrowest_widths(SIZE, 0.3, 1, 1, 1)
+    assert narrowest == [100, 30, 30, 100]
+    assert removals(SIZE, 0.1, narrowest, 1, "m") == 100
+    with pytest.raises(UserError, match=r"m: ratio 0.2 .*largest possible is 0.1400"):
+        removals(SIZE, 0.2, narrowest, 1, "m")
+
+
+def test_multiples_bound_what_can_go_as_well():
+    narrowest = narrowest_widths(SIZE, 0.3, 1, 1, 64)
+    assert narrowest == [100, 64, 64, 100]
+    assert removals(SIZE, 0.05, narrowest, 64, "m") == 50
+    with pytest.raises(UserError, match=r"largest possible is 0.0720 \(multiple_of 64\)"):
+        removals(SIZE, 0.08, narrowest, 64, "m")
+    with pytest.raises(UserError, match="removes nothing once widths are rounded to multiples of 64"):
+        removals(SIZE, 0.01, narrowest, 64, "m")
+    assert narrowest_widths(SIZE, 0.3, 0, 0, 128) == [100] * 4
+
+
+def test_steps_from_the_command_line_are_refused_where_a_method_is_not_uniform():
+    assert resolved(methods=["surgeon-uniform"], **{"prune.steps": 3})["surgeon-uniform"].steps == 3
+    with pytest.raises(UserError, match=r"surgeon\.yaml.*\n.*steps: 3 needs allocation: uniform"):
+        resolved(methods=["surgeon"], **{"prune.steps": 3})

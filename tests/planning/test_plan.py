@@ -1,0 +1,304 @@
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, write_documents, write_pairs
+
+from hfprune_dist.config.load import load_config
+from hfprune_dist.config.schema import Method
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.methods import resolve_methods
+from hfprune_dist.planning.model_sources import resolve_models
+from hfprune_dist.planning.plan import SETTLED_BY_SUMS, Plan, build_plan
+from hfprune_dist.store.hashing import FileHashes
+
+METHODS = Path(__file__).resolve().parents[2] / "configs" / "methods"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    save_tiny(folder / "a", "llama")
+    save_tiny(folder / "b", "qwen2")
+    write_documents(folder / "text.jsonl")
+    write_documents(folder / "held.jsonl", seed=1)
+    write_pairs(folder / "pairs.jsonl")
+    return folder
+
+
+def plan_of(world, *, criteria=None, **overrides):
+    """The plan of a sweep; with one method for each of some criteria, or the methods of its configuration."""
+    base = {
+        "models": ["a", "b"],
+        "ratios": [0.1, 0.2],
+        "aliases.a.path": str(world / "a"),
+        "aliases.b.path": str(world / "b"),
+        "calibration.path": str(world / "text.jsonl"),
+        "recovery.path": str(world / "pairs.jsonl"),
+        "evaluation.fidelity.path": str(world / "held.jsonl"),
+    }
+    config = load_config([], base | {key.replace("__", "."): value for key, value in overrides.items()})
+    hashes = FileHashes(None)
+    models = resolve_models(config, world / "none", hashes, download=False)
+    own = {name: Method(criterion=name) for name in criteria or ()}
+    return build_plan(config, models, own or resolve_methods(config, METHODS), hashes)
+
+
+def kinds(plan):
+    return [stage.kind for stage in plan.stages.values()]
+
+
+def test_work_is_shared_and_every_table_has_its_baselines(world):
+    plan = plan_of(world)
+    assert {kind: kinds(plan).count(kind) for kind in set(kinds(plan))} == {
+        "importance": 2,
+        "reference": 2,
+        "prune": 4,
+        "recover": 6,
+        "evaluate": 8,
+    }
+    rows = [(cell.model, cell.ratio, cell.recovery) for cell in plan.cells]
+    for model in "ab":
+        assert (model, None, "none") in rows and (model, None, "lora") in rows
+        assert (model, 0.1, "lora") in rows and (model, 0.2, "lora") in rows
+    assert len(rows) == 8
+
+
+def test_stages_come_after_what_they_need(world):
+    seen = set()
+    for stage in plan_of(world).stages.values():
+        assert set(stage.needs) <= seen
+        seen.add(stage.id)
+
+
+def test_without_recovery_pruned_models_are_evaluated_as_they_are(world):
+    plan = plan_of(world, recovery__method="none")
+    assert "recover" not in kinds(plan) and len(plan.cells) == 6
+
+
+def test_a_further_ratio_reuses_all_that_is_there(world):
+    small, large = plan_of(world), plan_of(world, ratios=[0.1, 0.2, 0.25])
+    assert set(small.stages) < set(large.stages)
+    assert len(large.stages) - len(small.stages) == 6
+
+
+def test_paths_names_and_runtime_stay_out_of_fingerprints(world, tmp_path):
+    moved = tmp_path / "renamed.jsonl"
+    moved.write_bytes((world / "text.jsonl").read_bytes())
+    plan = plan_of(world)
+    same = plan_of(world, calibration__path=str(moved), runtime__ranks=7, runtime__save_every_steps=3)
+    assert list(plan.stages) == list(same.stages)
+
+
+@pytest.mark.parametrize(
+    ("change", "untouched"),
+    [
+        ({"seed": 1}, set()),
+        ({"calibration__samples": 5}, {"dense", "reference"}),
+        ({"importance__dtype": "float32"}, {"dense", "reference"}),
+        ({"prune__multiple_of": 4}, {"dense", "importance", "reference"}),
+        ({"recovery__rank": 4}, {"importance", "reference", "prune"}),
+        ({"evaluation__limit": 3}, {"importance", "reference", "prune", "recover"}),
+        ({"evaluation__fidelity__windows": 3}, {"importance", "prune", "recover"}),
+    ],
+)
+def test_what_affects_a_result_changes_its_fingerprint_and_no_other(world, change, untouched):
+    before, after = plan_of(world), plan_of(world, **change)
+    kept = {before.stages[stage_id].kind for stage_id in set(before.stages) & set(after.stages)}
+    assert untouched - {"dense"} <= kept
+    assert set(before.stages) != set(after.stages)
+    if "dense" in untouched:  # recovery and evaluation of the dense model
+        assert {"recover", "evaluate"} <= kept
+
+
+def test_a_criterion_more_in_the_pass_makes_it_again_and_nothing_else(world):
+    few = plan_of(world, methods=["hfprune"])
+    for change in ({"methods": ["hfprune", "surgeon"]}, {"importance__criteria": ["activation"]}):
+        more = plan_of(world, **{"methods": ["hfprune"], **change})
+        anew = {few.stages[stage_id].kind for stage_id in set(few.stages) - set(more.stages)}
+        assert anew == {"importance"}
+        prune = next(stage for stage in more.stages.values() if stage.kind == "prune")
+        assert prune.inputs["importance"].location in more.stages
+
+
+def test_where_the_pass_may_end_early_all_of_its_criteria_matter(world):
+    few, more = (
+        plan_of(world, methods=["hfprune"], importance__criteria=criteria, calibration__settled=0.9)
+        for criteria in (["entropy"], ["activation"])
+    )
+    assert not [stage_id for stage_id in set(few.stages) & set(more.stages) if stage_id.startswith("prune/")]
+
+
+def test_only_where_the_pass_may_end_early_fingerprints_say_whose_sums_decide(world):
+    def importance_of(**overrides):
+        plan = plan_of(world, models=["a"], **overrides)
+        return next(stage for stage in plan.stages.values() if stage.kind == "importance")
+
+    criteria = ["entropy", "magnitude", "surgeon", "activation"]
+    assert {name for name, it in CRITERIA.items() if it.has_halves and it.compared != "scores"} == SETTLED_BY_SUMS
+    early = importance_of(importance__criteria=criteria, calibration__settled=0.9)
+    assert early.params["settled_by_sums_of"] == ["activation", "surgeon"]
+    for stage in (
+        importance_of(importance__criteria=criteria),
+        importance_of(methods=["hfprune"], importance__criteria=["entropy"], calibration__settled=0.9),
+    ):
+        assert set(stage.params) == {"calibration", "criteria", "dtype", "add_bos_token", "seed"}
+
+
+@pytest.mark.parametrize("criteria", [["magnitude"], ["magnitude", "random"], ["entropy_bfloat16"]])
+def test_no_early_end_where_no_criterion_can_tell(world, criteria):
+    with pytest.raises(UserError, match=r"calibration\.settled: by .* nobody can tell .* null, or add .* entropy, "):
+        plan_of(world, criteria=criteria, calibration__settled=0.9)
+    plan_of(world, criteria=criteria)
+    plan_of(world, criteria=criteria, calibration__settled=0.9, importance__criteria=["entropy"])
+
+
+def test_a_row_carries_the_cost_of_all_that_it_needs(world):
+    plan = plan_of(world, models=["a"], methods=["surgeon-uniform-distilled"], ratios=[0.2])
+    kinds_behind = [[plan.stages[stage_id].kind for stage_id in plan.behind(cell)] for cell in plan.cells]
+    assert kinds_behind[0] == ["reference", "evaluate"]
+    chain = ["importance", "prune", "reference", "distill", "recover", "reference", "evaluate"]
+    assert kinds_behind[-1] == chain
+
+
+def test_the_order_of_criteria_does_not_matter_but_which_they_are_does(world):
+    plans = [
+        list(plan_of(world, importance__criteria=names).stages)
+        for names in (["entropy", "fisher"], ["fisher", "entropy", "fisher"], ["entropy"])
+    ]
+    assert plans[0] == plans[1] and not set(plans[0]) & {i for i in plans[2] if i.startswith("importance")}
+
+
+def test_the_content_of_inputs_is_what_counts(world, tmp_path):
+    edited = tmp_path / "text.jsonl"
+    edited.write_text((world / "text.jsonl").read_text() + '{"text": "one more"}\n')
+    before, after = plan_of(world), plan_of(world, calibration__path=str(edited))
+    assert not any(stage_id.startswith(("importance", "prune")) for stage_id in set(before.stages) & set(after.stages))
+
+
+def test_plans_survive_the_round_trip_to_json(world):
+    plan = plan_of(world)
+    again = Plan.from_json(plan.to_json())
+    assert list(again.stages) == list(plan.stages) and again.cells == plan.cells
+
+
+def test_an_unreachable_ratio_is_refused(world):
+    with pytest.raises(UserError, match=r"model 'a'.*largest possible is 0\.2783"):
+        plan_of(world, ratios=[0.5])
+
+
+def test_an_unknown_alias_lists_the_known_ones(world):
+    with pytest.raises(UserError, match=r"unknown model 'c'.*valid: a, b"):
+        plan_of(world, models=["c"])
+
+
+def test_a_checkpoint_whose_layers_differ_in_width_is_not_pruned_again(world, tmp_path):
+    folder = save_tiny(tmp_path / "narrowed")
+    state = load_file(folder / "model.safetensors")
+    for name, dimension in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        key = f"model.layers.1.mlp.{name}.weight"
+        state[key] = state[key].narrow(dimension, 0, 20).contiguous()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["per_layer_config"] = {"1": {"intermediate_size": 20}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="layers differ in width"):
+        plan_of(world, models=["a", str(folder)])
+
+
+def test_each_method_is_a_row_and_shares_the_importance_pass(world):
+    plan = plan_of(world, models=["a"], methods=["hfprune", "surgeon"])
+    assert kinds(plan).count("importance") == 1 and kinds(plan).count("prune") == 4
+    importance = next(stage for stage in plan.stages.values() if stage.kind == "importance")
+    assert importance.params["criteria"] == ["entropy", "surgeon"]
+    labels = [cell.label for cell in plan.cells]
+    assert "a 0.1 hfprune + lora" in labels and "a 0.1 surgeon + lora" in labels
+    assert [cell.label for cell in plan_of(world, models=["a"]).cells][-1] == "a 0.2 + lora"
+
+
+def test_settings_that_a_uniform_allocation_ignores_do_not_change_its_fingerprint(world):
+    def prunes(**settings):
+        plan = plan_of(world, models=["a"], **settings)
+        return [stage.id for stage in plan.stages.values() if stage.kind == "prune"]
+
+    assert prunes() == prunes(prune__floor=0.5)
+    global_prunes = [prunes(methods=["surgeon"], ratios=[0.05], prune__floor=floor) for floor in (0.2, 0.3)]
+    assert global_prunes[0] != global_prunes[1]
+
+
+def test_steps_are_a_chain_of_importance_and_prune_stages(world):
+    plan = plan_of(
+        world, models=["a"], methods=["hfprune"], ratios=[0.2], prune__steps=2, importance__criteria=["random"]
+    )
+    chain = [plan.stages[stage_id] for stage_id in plan.cells[-1].producers]
+    assert [stage.kind for stage in chain] == ["importance", "prune", "importance", "prune", "recover"]
+    assert [stage.label for stage in chain[:4]] == ["a", "a 0.2 step 1/2", "a 0.2 step 2/2", "a 0.2"]
+    dense, half, again, whole, _ = chain
+    assert (half.params["ratio"], whole.params["ratio"]) == (0.1, 0.2)
+    assert half.needs == [dense.id] and again.needs == [half.id] and whole.needs == [half.id, again.id]
+    assert whole.inputs["dense"] == half.inputs["model"] == dense.inputs["model"]
+    assert dense.params["criteria"] == ["entropy", "random"] and again.params["criteria"] == ["entropy"]
+    assert {**dense.params, "criteria": []} == {**again.params, "criteria": []}, "the same windows"
+
+
+def test_a_first_step_is_shared_with_the_row_of_its_ratio(world):
+    plan = plan_of(world, models=["a"], methods=["surgeon-uniform", "surgeon-uniform-2-steps"])
+    of = {cell.label: cell.producers for cell in plan.cells}
+    assert of["a 0.1 surgeon-uniform + lora"][:2] == of["a 0.2 surgeon-uniform-2-steps + lora"][:2]
+    assert of["a 0.2 surgeon-uniform + lora"][1] not in of["a 0.2 surgeon-uniform-2-steps + lora"]
+    assert kinds(plan).count("prune") == 5 and kinds(plan).count("importance") == 3
+
+
+def test_distillation_comes_last_and_shares_what_was_pruned(world):
+    methods = ["surgeon-uniform-block", "surgeon-uniform-distilled"]
+    plan = plan_of(world, models=["a"], methods=methods, ratios=[0.2])
+    of = {cell.label: cell.producers for cell in plan.cells}
+    plain, distilled = of["a 0.2 surgeon-uniform-block + lora"], of["a 0.2 surgeon-uniform-distilled + lora"]
+    assert distilled[:2] == plain[:2]
+    importance, prune, reference, distill, recover = (plan.stages[stage_id] for stage_id in distilled)
+    assert (distill.kind, distill.needs, recover.needs) == ("distill", [prune.id, reference.id], [distill.id])
+    assert reference.inputs["model"] == prune.inputs["model"] and reference.needs == [importance.id]
+    assert distill.params["passes"] == 2
+
+
+def test_all_evaluations_of_a_model_compare_with_one_reference(world):
+    plan = plan_of(world, models=["a"], methods=["hfprune", "surgeon-uniform-distilled"])
+    held_out, calibration = (stage for stage in plan.stages.values() if stage.kind == "reference")
+    evaluations = [plan.stages[cell.evaluate] for cell in plan.cells]
+    assert {it.inputs["reference"].identity for it in evaluations} == {held_out.id}
+    assert held_out.inputs["text"].location.endswith("held.jsonl")
+    distillations = [stage for stage in plan.stages.values() if stage.kind == "distill"]
+    assert {it.inputs["reference"].identity for it in distillations} == {calibration.id}
+
+
+def test_distillation_follows_the_last_step_and_has_settings_of_its_own(world):
+    def chain(**overrides):
+        plan = plan_of(world, models=["a"], methods=["hfprune"], ratios=[0.2], prune__distill=3, **overrides)
+        return [plan.stages[stage_id] for stage_id in plan.cells[-1].producers]
+
+    *stages, _ = chain(prune__steps=2)
+    kinds_of_chain = ["importance", "prune", "importance", "prune", "reference", "distill"]
+    assert [stage.kind for stage in stages] == kinds_of_chain
+    before, after = chain(), chain(distillation__rank=8)
+    assert before[:3] == after[:3] and before[3].fingerprint != after[3].fingerprint
+
+
+def test_one_step_has_the_fingerprints_of_none(world):
+    assert list(plan_of(world).stages) == list(plan_of(world, prune__steps=1).stages)
+    assert all("steps" not in stage.params for stage in plan_of(world, prune__steps=2).stages.values())
+
+
+def test_too_many_steps_for_a_model_are_refused(world):
+    with pytest.raises(UserError, match=r"model 'a', method 'surgeon-uniform-block': of 8 steps.*one removes nothing"):
+        plan_of(world, ratios=[0.2], prune__steps=8, prune__multiple_of=5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_only_passes_that_add_biases_in_bfloat16_have_other_fingerprints_than_before(world, dtype):
+    plan = plan_of(world, importance__dtype=dtype, prune__steps=2)
+    passes = [stage for stage in plan.stages.values() if stage.kind == "importance"]
+    moved = [stage.label for stage in passes if "biases" in stage.params]
+    assert len(passes) == 6
+    assert moved == ([stage.label for stage in passes if stage.label.startswith("b")] if dtype == "bfloat16" else [])

@@ -1,0 +1,176 @@
+"""The user's files are what the plan says when a stage begins, and still when it commits."""
+
+import json
+import os
+import time
+
+import pytest
+from sweeps import make_inputs, planned
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.user_files import ChangedInputError, UserFiles
+from hfprune_dist.store import hashing as identity
+from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.stage import Input, Stage
+
+PLANNED = "since the sweep was planned; run the sweep again"
+# Kind of stage -> the files that it reads.
+READS = {
+    "importance": ["alpha/model.safetensors", "alpha/config.json", "alpha/tokenizer.json", "calibration.jsonl"],
+    "reference": ["alpha/model.safetensors", "heldout.jsonl"],
+    "recover": ["alpha/model.safetensors", "pairs.jsonl"],
+    "evaluate": ["alpha/model.safetensors", "tasks/choice.yaml", "tasks/choice.jsonl", "tasks/_utils.py"],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_inputs(tmp_path)
+    (tmp_path / "tasks" / "_utils.py").write_text("")
+    return tmp_path
+
+
+@pytest.fixture
+def stages(folder):
+    plan = planned(folder / "tiny.yaml", models=["alpha"])[1]
+    return {stage.kind: stage for stage in reversed(plan.stages.values())}
+
+
+def user_files(stage, hashes=None):
+    return UserFiles(stage.inputs.values(), lambda: FileHashes(hashes))
+
+
+def test_every_file_of_the_users_is_known_by_its_content(stages):
+    for kind in READS:
+        own = {role: source.content for role, source in stages[kind].inputs.items() if not source.is_stage}
+        assert all(own.values()), (kind, own)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in READS.items() for name in names])
+def test_a_change_is_refused_and_named(folder, stages, kind, name):
+    files = user_files(stages[kind])
+    files.require_planned()
+    files.require_untouched()
+    with (folder / name).open("a") as stream:
+        stream.write(" ")
+    with pytest.raises(UserError, match=name.rpartition("/")[2].replace(".", r"\.")) as refusal:
+        user_files(stages[kind]).require_planned()
+    assert PLANNED in str(refusal.value) or name.endswith(".safetensors")
+    with pytest.raises(UserError, match=name.rpartition("/")[2].replace(".", r"\.")):
+        files.require_untouched()
+
+
+def test_weights_of_the_same_length_are_told_apart(folder, stages):
+    file = folder / "alpha" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ChangedInputError, match=rf"alpha \(most recently model\.safetensors\): changed {PLANNED}"):
+        user_files(stages["importance"]).require_planned()
+
+
+@pytest.mark.parametrize("name", ["alpha/chat_template.jinja", "tasks/_more.yaml", "tasks/sub/more.yaml"])
+def test_a_file_that_was_added_or_removed_is_a_change(folder, name):
+    def evaluation():
+        return {s.kind: s for s in planned(folder / "tiny.yaml", models=["alpha"])[1].stages.values()}["evaluate"]
+
+    before = evaluation()
+    files = user_files(before)
+    files.require_planned()
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("")
+    for check in (user_files(before).require_planned, files.require_untouched):
+        with pytest.raises(ChangedInputError, match=(folder / name).name):
+            check()
+    with_it = user_files(evaluation())
+    with_it.require_planned()
+    (folder / name).unlink()
+    for check in (user_files(evaluation()).require_planned, user_files(before).require_planned):
+        check()
+    with pytest.raises(ChangedInputError):
+        with_it.require_untouched()
+
+
+def replace_by_the_same(file):
+    copy = file.with_name("copy")
+    copy.write_bytes(file.read_bytes())
+    copy.replace(file)
+
+
+@pytest.mark.parametrize(
+    ("touch", "refused"),
+    [
+        (replace_by_the_same, True),  # for a moment, something else may have stood there
+        (lambda file: file.write_bytes(file.read_bytes()), True),
+        (lambda file: file.chmod(0o640), False),
+        (lambda file: os.link(file, file.with_name(".another-name")), False),
+    ],
+)
+def test_while_a_stage_reads_a_file_nobody_may_write_it(folder, stages, touch, refused):
+    files = user_files(stages["importance"])
+    files.require_planned()
+    touch(folder / "calibration.jsonl")
+    if refused:
+        with pytest.raises(ChangedInputError, match=r"calibration\.jsonl: written or replaced while a stage read it"):
+            files.require_untouched()
+    else:
+        files.require_untouched()
+    user_files(stages["importance"]).require_planned()
+
+
+def test_a_change_under_the_old_times_is_found(folder, stages):
+    files, file = user_files(stages["importance"]), folder / "calibration.jsonl"
+    files.require_planned()
+    stat = file.stat()
+    content = file.read_text()
+    file.write_text(content.swapcase())
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(ChangedInputError, match=r"calibration\.jsonl: changed while a stage read it"):
+        files.require_untouched()
+
+
+def test_what_was_read_before_is_not_read_again(folder, stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "SETTLED_NS", 0)
+    time.sleep(0.02)
+    reads, compute = [], FileHashes._compute
+    monkeypatch.setattr(FileHashes, "_compute", lambda self, *rest: reads.append(rest[0].name) or compute(self, *rest))
+    user_files(stages["importance"], tmp_path / "hashes").require_planned()
+    assert sorted(reads)[-2:] == ["tokenizer.json", "tokenizer_config.json"] and reads.count("model.safetensors") == 1
+    reads.clear()
+    again = user_files(stages["recover"], tmp_path / "hashes")
+    again.require_planned()
+    again.require_untouched()
+    assert reads == ["pairs.jsonl"]
+
+
+def test_a_commit_of_the_hub_only_has_to_be_there(folder, stages):
+    """Its files are named by what is in them, and never change."""
+    pinned = Stage("importance", "a", {}, {"model": Input("digest", str(folder / "alpha"), content="commit")})
+    files = user_files(pinned)
+    (folder / "alpha" / "generation_config.json").write_text("{}")
+    files.require_planned()
+    files.require_untouched()
+    (folder / "alpha" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"alpha.*safetensors"):
+        user_files(pinned).require_planned()
+
+
+def test_a_plan_of_the_previous_version_is_read(folder):
+    _, plan = planned(folder / "tiny.yaml", models=["alpha"])
+    record = json.loads(json.dumps(plan.to_json()))
+    for stage in record["stages"]:
+        for source in stage["inputs"].values():
+            del source["content"]
+    old = Plan.from_json(record)
+    assert list(old.stages) == list(plan.stages), "fingerprints are the same"
+    (folder / "calibration.jsonl").write_text("")
+    for stage in old.stages.values():
+        user_files(stage).require_planned()  # nobody knows what to compare with
+
+
+def test_the_content_of_an_input_leaves_fingerprints_alone():
+    stages = [
+        Stage("prune", "", {}, {"model": Input("id", "/x", content=content)}) for content in ("", "file", "commit")
+    ]
+    assert len({stage.id for stage in stages}) == 1

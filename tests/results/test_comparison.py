@@ -1,0 +1,94 @@
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from hfprune_dist.results.comparison import (
+    compare_criteria,
+    compare_methods,
+    criteria_table,
+    methods_table,
+    overlap,
+    settling_table,
+    spearman,
+    spread,
+)
+
+
+def row(method, kl, ratio=0.2, status="done"):
+    measures = {"kl": kl, "top1_agreement": 0.6, "perplexity": 20.0, "wall_time_s": 10.0, "peak_memory_bytes": 2**30}
+    return {"model": "m", "ratio": ratio, "method": method, "recovery": "none", "status": status, **measures}
+
+
+def test_methods_are_set_against_the_reference_of_their_own_sweep():
+    sweeps = [[row("hfprune", 1.0), row("ours", 0.5)], [row("hfprune", 2.0), row("ours", 0.6)]]
+    reference, ours = compare_methods(sweeps, "hfprune")
+    assert reference.kl_share.mean == 1.0 and ours.kl_share.mean == pytest.approx(0.4)
+    assert ours.measures["kl"].mean == pytest.approx(0.55) and ours.measures["kl"].deviation == pytest.approx(
+        0.0707, 1e-3
+    )
+    assert ours.sweeps == 2
+    assert ours.peak_memory_bytes == 2**30
+    assert "0.550 ± 0.071" in methods_table([reference, ours], "hfprune")
+
+
+def test_missing_cells_are_left_out_and_a_single_sweep_has_no_spread():
+    ours, dense = compare_methods([[row("ours", 0.5), row("other", None, status="missing"), row(None, 0.0, 0.0)]], "x")
+    assert (ours.method, dense.method) == ("ours", "dense")
+    assert ours.kl_share is None and ours.measures["kl"].deviation is None
+    assert "±" not in methods_table([ours], "x")
+
+
+@pytest.mark.parametrize("reference", [0.5, None, 0.0])
+@pytest.mark.parametrize("measure", ["kl", "top1_agreement", "perplexity"])
+def test_what_a_sweep_has_no_number_for_is_missing(measure, reference):
+    """A model whose logits are no numbers has a result without KL and perplexity."""
+    sweeps = [[row("hfprune", reference), row("ours", 0.5)], [row("hfprune", 0.4), {**row("ours", 0.3), measure: None}]]
+    *_, ours = compare_methods(sweeps, "hfprune")
+    assert ours.measures[measure] is None and ours.sweeps == 2
+    assert sum(it is None for it in ours.measures.values()) == 1
+    line = methods_table([ours], "hfprune").splitlines()[2]
+    assert line.split(" | ")[{"kl": 4, "top1_agreement": 6, "perplexity": 7}[measure]] == "-"
+    json.dumps([asdict(ours)], allow_nan=False)
+
+
+def test_methods_without_any_number_have_a_row():
+    (ours,) = compare_methods([[row("ours", None) | {"top1_agreement": None, "perplexity": None}]], "ours")
+    assert ours.kl_share is None and "| ours | none | - | - | - | - | 1 |" in methods_table([ours], "ours")
+
+
+def test_spread_is_that_of_a_sample():
+    assert spread([1.0, 3.0]).deviation == pytest.approx(2**0.5)
+
+
+def test_rank_correlation_and_overlap():
+    rising, noise = np.arange(10.0), np.random.default_rng(0).normal(size=10)
+    assert spearman(rising, np.exp(rising)) == pytest.approx(1.0)
+    assert spearman(rising, -rising) == pytest.approx(-1.0)
+    assert overlap(rising, rising + noise * 0, 0.5) == 1.0
+    assert overlap(rising, -rising, 0.5) == 0.0
+    assert overlap(rising, -rising, 0.8) == 0.75
+
+
+def test_every_pair_of_criteria_in_every_layer():
+    scores = {name: [np.random.default_rng(seed).random(20) for seed in (k, k + 9)] for k, name in enumerate("abc")}
+    pairs = compare_criteria(scores, [0.5])
+    assert [pair["criteria"] for pair in pairs] == [["a", "b"], ["a", "c"], ["b", "c"]]
+    assert all(len(pair["spearman"]) == 2 == len(pair["overlap"]["0.5"]) for pair in pairs)
+    assert json.dumps(pairs) and criteria_table(pairs).count("\n") == 5
+
+
+def test_settling_has_a_row_for_each_criterion_and_share():
+    points = [
+        {"windows": windows, "criterion": criterion, "share_kept": share, "overlap": windows / 100 + share / 10}
+        for windows in (16, 32)
+        for criterion in ("entropy", "fisher")
+        for share in (0.8, 0.5)
+    ]
+    lines = settling_table(points).splitlines()
+    assert lines[0] == "| criterion | kept | 16 windows | 32 windows |"
+    assert lines[2] == "| entropy | 80% | 0.240 | 0.400 |" and len(lines) == 6
+    late = {"windows": 32, "criterion": "surgeon", "compared": "sums of (h * dL/dh)^2", "share_kept": 0.8}
+    line = settling_table([*points, {**late, "overlap": 0.5}]).splitlines()[-1]
+    assert line == "| surgeon (sums of (h * dL/dh)^2) | 80% | - | 0.500 |"

@@ -1,0 +1,45 @@
+import pytest
+
+from hfprune_dist.results.headline import averages, headline
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ({"acc": 0.4, "acc_norm": 0.5, "acc_norm_stderr": 0.1}, 0.5),
+        ({"acc": 0.4, "acc_stderr": 0.1}, 0.4),
+        ({"likelihood_diff": 3.0, "pct_stereotype": 0.6}, 0.6),
+        ({"exact_match[flexible-extract]": 0.3, "exact_match[strict-match]": 0.2}, 0.2),
+        ({"exact_match[get-answer]": 0.7, "exact_match[get-answer]_stderr": 0.1}, 0.7),
+        ({"acc": 0, "acc_norm": 0}, 0.0),
+        ({"word_perplexity": 12.0, "byte_perplexity": 2.0}, None),
+        ({}, None),
+    ],
+)
+def test_headline(metrics, expected):
+    assert headline(metrics) == expected
+
+
+def test_a_missing_score_stays_missing():
+    assert headline({"acc_norm": None, "acc": 0.4}) is None
+
+
+def test_averages_leave_bias_apart():
+    tasks = {"arc_easy": {"acc_norm": 0.4}, "boolq": {"acc": 0.8}, "crows_pairs_english": {"pct_stereotype": 0.6}}
+    with_crows, without_crows = averages(tasks)
+    assert with_crows == pytest.approx(0.6)
+    assert without_crows == pytest.approx(0.6)
+    del tasks["boolq"]
+    assert averages(tasks) == (pytest.approx(0.5), pytest.approx(0.4))
+
+
+def test_averages_of_incomplete_rows_are_missing():
+    assert averages({}) == (None, None)
+    assert averages({"a": {"acc": 0.5}, "b": {"acc": None}}) == (None, None)
+    assert averages({"a": {"acc": 0.5}, "crows_pairs_french": {}}) == (None, 0.5)
+    assert averages({"crows_pairs_english": {"pct_stereotype": 0.5}}) == (0.5, None)
+
+
+def test_perplexities_are_not_averaged_with_scores():
+    assert averages({"a": {"acc": 0.5}, "wikitext": {"word_perplexity": 20.0}}) == (0.5, 0.5)
+    assert averages({"wikitext": {"word_perplexity": 20.0}}) == (None, None)

@@ -1,0 +1,151 @@
+"""The calibration pass on any number of ranks: in step, with the bits of one rank, and after a death at any point."""
+
+import math
+from functools import cache
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from damage import nothing_reaches_the_disk
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tiny import save_tiny
+from worlds import BACKWARD, FORWARD, Death, Ranks, without_deepspeed
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.stages import importance
+from hfprune_dist.store.heartbeat import Progress
+
+TOKENS = 6
+SMALLEST = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1}
+# The default alone, and with a student, a rounded sum and one of activations.
+CHOICES = (("surgeon",), ("activation", "entropy_bfloat16", "self_distillation", "surgeon"))
+
+
+class Case(NamedTuple):
+    """A pass: windows, micro-batches a shard, windows a micro-batch, which of ``CHOICES``, and where it may end."""
+
+    samples: int
+    shard_size: int
+    micro_batch_size: int
+    choice: int
+    settled: float | None
+
+    @property
+    def shards(self):
+        """Micro-batches of every shard."""
+        micro_batches = math.ceil(self.samples / self.micro_batch_size)
+        return [min(self.shard_size, micro_batches - start) for start in range(0, micro_batches, self.shard_size)]
+
+    def tokens(self, shards_done):
+        return min(shards_done * self.shard_size * self.micro_batch_size, self.samples) * TOKENS
+
+    def forwards(self, shards_done, ranks):
+        """Of every rank: in each round as many as the longest shard has; a student takes as many again, and a shard's
+        to be chosen.
+        """
+        in_rounds = sum(self.shards[first] for first in range(0, shards_done, ranks))
+        return in_rounds if self.choice == 0 else 2 * in_rounds + self.shards[0]
+
+    def backwards(self, forwards):
+        """One for surgeon's loss; of two forwards three, one for the entropy's and one for the student's."""
+        return forwards if self.choice == 0 else 3 * (forwards - self.shards[0]) // 2
+
+
+CASES = st.builds(
+    Case,
+    samples=st.integers(1, 10),
+    shard_size=st.integers(1, 4),
+    micro_batch_size=st.integers(1, 3),
+    choice=st.sampled_from((0, 0, 0, 0, 1)),
+    settled=st.sampled_from((None, None, 0.6, 0.75, 0.9)),
+)
+SIZES = st.integers(1, 5)
+
+
+@pytest.fixture(scope="module")
+def patch():
+    with pytest.MonkeyPatch.context() as patch, nothing_reaches_the_disk():
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def calibrate(tmp_path_factory, patch):
+    """Runs a pass in a work folder: what it adds up to, of every rank."""
+    without_deepspeed(patch)
+    checkpoint = open_checkpoint(save_tiny(tmp_path_factory.mktemp("rounds") / "model", **SMALLEST))
+    windows_ST = torch.randint(3, 250, (64, TOKENS), generator=torch.Generator().manual_seed(0))
+
+    def calibrate(case, ranks, work):
+        keys = ("micro_batch_size", "shard_size", "settled")
+        params = {"dtype": "float32", "seed": 3, "calibration": {key: getattr(case, key) for key in keys}}
+
+        def accumulate(world):
+            context = SimpleNamespace(
+                params=params,
+                runtime=SimpleNamespace(activation_checkpointing=False),
+                world=world,
+                work=work,
+                progress=Progress(None),
+                interruption=Interruption(),
+            )
+            criteria = [CRITERIA[name] for name in CHOICES[case.choice]]
+            return importance._accumulate(context, checkpoint, windows_ST[: case.samples], criteria)
+
+        return ranks.run(accumulate)
+
+    return calibrate
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(calibrate, tmp_path_factory):
+    @cache
+    def on_one_rank(case):
+        ranks = Ranks(1)
+        (totals,) = calibrate(case, ranks, tmp_path_factory.mktemp("one"))
+        assert ranks.counts()[FORWARD] == case.forwards(totals.next_shard, 1), "one rank keeps step with nobody"
+        return totals
+
+    return on_one_rank
+
+
+def assert_same(totals, expected, tokens):
+    assert totals.next_shard == expected.next_shard and totals.is_complete
+    assert torch.equal(totals.sums_KLD, expected.sums_KLD)
+    assert totals.losses == expected.losses and totals.curve == expected.curve
+    for layer in range(2):
+        assert torch.equal(totals.mean_curvature(layer, tokens), expected.mean_curvature(layer, tokens))
+
+
+# The victim is counted among the ranks, and the collective before which it dies among its own.
+@settings(max_examples=200, deadline=None, derandomize=True)
+@example(case=Case(6, 4, 1, 1, None), size=2, later=3, dies_at=0.9, victim=0)
+@example(case=Case(62, 4, 1, 0, None), size=4, later=3, dies_at=0.5, victim=1)
+@example(case=Case(1, 1, 1, 1, None), size=1, later=1, dies_at=0.0, victim=0)
+@example(case=Case(1, 1, 1, 0, 0.5), size=5, later=2, dies_at=0.99, victim=3)
+@example(case=Case(13, 4, 2, 1, 0.6), size=3, later=1, dies_at=0.7, victim=2)
+@given(case=CASES, size=SIZES, later=SIZES, dies_at=st.floats(0, 0.999), victim=st.integers(0, 4))
+def test_all_ranks_keep_step_and_have_the_bits_of_one(
+    calibrate, on_one_rank, tmp_path_factory, case, size, later, dies_at, victim
+):
+    expected = on_one_rank(case)
+    tokens = case.tokens(expected.next_shard)
+
+    ranks = Ranks(size)
+    for totals in calibrate(case, ranks, tmp_path_factory.mktemp("many")):
+        assert_same(totals, expected, tokens)
+    counts = ranks.counts()
+    assert all(ranks.counts(rank) == counts for rank in range(size))
+    assert counts[FORWARD] == case.forwards(expected.next_shard, size)
+    assert counts[BACKWARD] == case.backwards(counts[FORWARD])
+
+    victim %= size
+    mortal = Ranks(size, deaths={victim: math.floor(dies_at * len(ranks.logs[victim]))})
+    work = tmp_path_factory.mktemp("killed")
+    with pytest.raises(Death):
+        calibrate(case, mortal, work)
+    for totals in calibrate(case, Ranks(later), work):
+        assert_same(totals, expected, tokens)

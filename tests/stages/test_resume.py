@@ -1,0 +1,219 @@
+"""Passes layer by layer that end early: another number of ranks does what is left, with the same bits."""
+
+import shutil
+
+import pytest
+import torch
+from faults.kill import arm
+from forks import INTERRUPTED, on_ranks
+from safetensors.torch import save_file
+from scoring import LAYERS, files_of, make_stage, run
+from tiny import save_tiny
+
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.distributed.interruption import Interrupted, Interruption
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.refit.measure_widths import Measurement
+from hfprune_dist.refit.refitted_layers import FittedLayers
+from hfprune_dist.stages import importance, prune, reference
+from hfprune_dist.stages.context import Context
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.stage import Input, Stage
+
+IMPORTANCE = Stage("importance", "tiny", {}, {})
+RANKS = [(1, 2), (3, 1), (2, 3)]
+# Layers that an uninterrupted search takes its candidates through: what it measures last is known by then.
+SEARCHED = 2 * LAYERS
+
+
+class Interrupting(Interruption):
+    """Asks all ranks to end the so-manieth time that they are asked."""
+
+    def __init__(self, at):
+        super().__init__()
+        self._at = at
+
+    def agreed(self, world):
+        self._at -= 1
+        return self._at == 0
+
+
+@pytest.fixture
+def logged(tmp_path, monkeypatch):
+    """Makes calls of a method leave a line, whichever process makes them; returns what reads the lines."""
+    file = tmp_path / "log"
+
+    def log(owner, name, line_of):
+        original = getattr(owner, name)
+
+        def wrapper(*arguments):
+            result = original(*arguments)
+            with file.open("a") as stream:
+                stream.write(f"{line_of(*arguments)}\n")
+            return result
+
+        monkeypatch.setattr(owner, name, wrapper)
+        return lambda: file.read_text().split() if file.is_file() else []
+
+    return log
+
+
+def run_stage(store, stage, world, interrupt_at=0):
+    store.work(stage.id).mkdir(parents=True, exist_ok=True)
+    module = {"prune": prune, "reference": reference, "importance": importance}[stage.kind]
+    interruption = Interrupting(interrupt_at) if interrupt_at else Interruption()
+    module.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1, interruption=interruption))
+
+
+def ended(ranks, store, stage, interrupt_at=0):
+    codes = on_ranks(ranks, lambda world: run_stage(store, stage, world, interrupt_at)).codes
+    assert len(set(codes)) == 1, codes
+    return codes[0]
+
+
+# The second pass of the importance stage.
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """A store whose first pass is complete and whose second has not begun; and what comes of it."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    stage, store, whole = make_stage(folder, "qwen2"), Store(folder / "store"), Store(folder / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importance, "_scores", lambda *_: (_ for _ in ()).throw(Interrupted))
+        assert on_ranks(1, lambda world: run(store, stage, world)).codes == [INTERRUPTED]
+    shutil.copytree(store.root, whole.root)
+    assert ended(1, whole, stage) == 0
+    return store, stage, files_of(whole, stage)
+
+
+@pytest.mark.parametrize(("layers", "before", "after"), [(1, 1, 2), (2, 3, 1), (1, 2, 3)])
+def test_a_second_pass_solves_no_layer_twice(calibrated, tmp_path, logged, layers, before, after):
+    solved = logged(importance, "_layer_scores", lambda layer, *_: layer.number)
+    original, stage, expected = calibrated
+    store = Store(shutil.copytree(original.root, tmp_path / "store"))
+    assert ended(before, store, stage, interrupt_at=layers) == INTERRUPTED
+    assert sorted(solved()) == [str(number) for number in range(layers)], "also what waited for other ranks"
+    assert ended(after, store, stage) == 0
+    assert sorted(solved()) == ["0", "1", "2"]
+    assert files_of(store, stage) == expected
+
+
+@pytest.mark.parametrize("kill_at", range(1, 2 * LAYERS + 1))
+def test_a_second_pass_goes_on_after_a_death_at_any_write(calibrated, tmp_path, kill_at):
+    original, stage, expected = calibrated
+    store = Store(shutil.copytree(original.root, tmp_path / "store"))
+
+    def die(world):
+        if world.is_first:
+            arm(kill_at, "/scores/")
+        run_stage(store, stage, world)
+
+    assert on_ranks(1, die).codes == [-9]
+    assert ended(2, store, stage) == 0
+    assert files_of(store, stage) == expected
+
+
+def test_damaged_scores_of_a_layer_are_made_again(calibrated, tmp_path, logged):
+    solved = logged(importance, "_layer_scores", lambda layer, *_: layer.number)
+    original, stage, expected = calibrated
+    store = Store(shutil.copytree(original.root, tmp_path / "store"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Context, "open_draft", lambda _self: (_ for _ in ()).throw(Interrupted))
+        assert ended(1, store, stage) == INTERRUPTED
+    file = store.work(stage.id) / "scores" / "layer-1.safetensors"
+    file.write_bytes(file.read_bytes()[:-3] + b"abc")
+    assert ended(1, store, stage) == 0
+    assert solved() == ["0", "1", "2", "1"]
+    assert files_of(store, stage) == expected
+
+
+# Stages that read scores and windows.
+
+
+def prepare(folder, kind="prune", **method):
+    """Of three held-out micro-batches two ranks have different numbers."""
+    store = Store(folder / "store")
+    draft = store.open_draft(IMPORTANCE.id)
+    generator = torch.Generator().manual_seed(0)
+    scores = {f"layers.{it}.entropy": torch.rand(48, generator=generator, dtype=torch.float64) for it in range(LAYERS)}
+    save_file(scores, draft / "importance.safetensors")
+    save_file({"input_ids": torch.randint(3, 264, (24, 10), generator=generator)}, draft / "windows.safetensors")
+    store.commit(IMPORTANCE, draft, {"metrics": {}})
+    model = save_tiny(folder / "model", num_hidden_layers=LAYERS)
+    inputs = {"model": Input(FileHashes(None).of_folder(model), str(model)), "importance": IMPORTANCE.as_input()}
+    settings = {"dtype": "bfloat16", "micro_batch_size": 1}
+    if kind == "reference":
+        return store, Stage("reference", "tiny", settings, inputs)
+    common = {"ratio": 0.15, "criterion": "entropy", "multiple_of": 1, "allocation": "uniform", "floor": 0.2}
+    return store, Stage(
+        "prune", "tiny", {**common, "protect_first": 0, "protect_last": 0, **settings, **method}, inputs
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What comes of a stage in one go."""
+    results = {}
+
+    def result(kind="prune", **method):
+        key = str((kind, method))
+        if key not in results:
+            store, stage = prepare(tmp_path_factory.mktemp("whole"), kind, **method)
+            assert ended(1, store, stage) == 0
+            results[key] = files_of(store, stage)
+        return results[key]
+
+    return result
+
+
+@pytest.mark.parametrize(("before", "after"), RANKS)
+def test_a_refit_of_dense_layers_solves_none_twice(tmp_path, uninterrupted, logged, before, after):
+    written = logged(FittedLayers, "write", lambda _self, number, *_: number)
+    store, stage = prepare(tmp_path, refit="dense")
+    assert ended(before, store, stage, interrupt_at=2) == INTERRUPTED
+    assert sorted(written()) == ["0", "1"]
+    assert ended(after, store, stage) == 0
+    assert sorted(written()) == ["0", "1", "2"]
+    assert files_of(store, stage) == uninterrupted(refit="dense")
+
+
+@pytest.mark.parametrize("part", [".safetensors", ".json"])
+@pytest.mark.parametrize("refit", ["dense", "layerwise"])
+def test_a_damaged_layer_of_a_refit_is_fitted_again(tmp_path, uninterrupted, logged, refit, part):
+    written = logged(FittedLayers, "write", lambda _self, number, *_: number)
+    store, stage = prepare(tmp_path, refit=refit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Context, "open_draft", lambda _self: (_ for _ in ()).throw(Interrupted))
+        assert ended(1, store, stage) == INTERRUPTED
+    file = store.work(stage.id) / "refit" / f"layer-1{part}"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert ended(2, store, stage) == 0
+    assert written() == ["0", "1", "2", "1"]
+    assert files_of(store, stage) == uninterrupted(refit=refit)
+
+
+@pytest.mark.parametrize(("layers", "before", "after"), [(1, 1, 2), (LAYERS, 3, 1), (LAYERS + 2, 2, 3)])
+def test_a_search_takes_no_candidate_through_a_layer_twice(tmp_path, uninterrupted, logged, layers, before, after):
+    """Also where it ends after the last layer of a measurement, and in the second one."""
+    expected = uninterrupted(allocation="searched", refit="dense")
+    passed = logged(Measurement, "_through", lambda _self, _stream, number, *_: number)
+    store, stage = prepare(tmp_path, allocation="searched", refit="dense")
+    assert ended(before, store, stage, interrupt_at=layers) == INTERRUPTED
+    assert len(list(store.work(stage.id).glob("search-*/*.safetensors"))) == 3, "one layer's micro-batches"
+    assert ended(after, store, stage) == 0
+    assert len(passed()) == layers * before + (SEARCHED - layers) * after
+    assert files_of(store, stage) == expected
+
+
+@pytest.mark.parametrize(("layers", "before", "after"), [(1, 1, 2), (2, 3, 1), (LAYERS, 2, 3)])
+def test_a_reference_goes_on_at_its_layer(tmp_path, uninterrupted, logged, layers, before, after):
+    expected = uninterrupted("reference")
+    advanced = logged(LayerStream, "advance", lambda *_: "layer")
+    store, stage = prepare(tmp_path, "reference")
+    assert ended(before, store, stage, interrupt_at=layers) == INTERRUPTED
+    assert ended(after, store, stage) == 0
+    assert len(advanced()) == layers * before + (LAYERS - layers) * after
+    assert files_of(store, stage) == expected

@@ -1,0 +1,116 @@
+import json
+import os
+
+import pytest
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.artifacts import MANIFEST, Store, require_writable
+from hfprune_dist.store.stage import Input, Stage
+
+STAGE = Stage("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+
+
+def make(store, content="weights"):
+    draft = store.open_draft(STAGE.id)
+    (draft / "model.bin").write_text(content)
+    (draft / "sub").mkdir()
+    (draft / "sub" / "more.txt").write_text("more")
+    store.commit(STAGE, draft, {"metrics": {"parameters": 3}})
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def test_a_committed_artifact_verifies_and_carries_its_manifest(store):
+    assert store.verify(STAGE.id).state == "missing"
+    make(store)
+    assert store.verify(STAGE.id).state == store.verify(STAGE.id, thorough=True).state == "done"
+    manifest = store.manifest(STAGE.id)
+    assert manifest["stage"]["fingerprint"] == STAGE.fingerprint
+    assert set(manifest["files"]) == {"model.bin", "sub/more.txt"}
+    assert not list((store.root / "prune").glob(".draft*"))
+
+
+def test_colleagues_may_read_what_the_umask_allows(store):
+    """Some libraries leave their files to their owner alone."""
+    draft = store.open_draft(STAGE.id)
+    (draft / "scores.bin").touch(mode=0o600)
+    before = os.umask(0o027)
+    store.commit(STAGE, draft, {"metrics": {}})
+    os.umask(before)
+    assert (store.path(STAGE.id) / "scores.bin").stat().st_mode & 0o777 == 0o640
+
+
+def test_what_has_no_manifest_does_not_exist(store):
+    make(store)
+    (store.path(STAGE.id) / MANIFEST).unlink()
+    assert store.verify(STAGE.id).state == "corrupt"
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "manifest"])
+def test_damage_is_found_and_set_aside(store, damage):
+    make(store)
+    file = store.path(STAGE.id) / ("manifest.json" if damage == "manifest" else "model.bin")
+    if damage == "missing":
+        file.unlink()
+    elif damage == "manifest":
+        file.write_text(file.read_text()[:50])
+    else:
+        file.write_text("weight" if damage == "truncated" else "Weights")
+    verdict = store.verify(STAGE.id)
+    assert verdict.state == "corrupt"
+    aside = store.set_aside(STAGE.id)
+    assert aside.is_dir() and store.verify(STAGE.id).state == "missing"
+    make(store)
+    assert store.verify(STAGE.id).state == "done"
+
+
+@pytest.mark.parametrize("change", [{"files": []}, {"files": {}}, {"files": {"model.bin": {}}}, {"metrics": None}])
+def test_a_manifest_of_something_else_is_damage(store, change):
+    make(store)
+    file = store.path(STAGE.id) / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert store.verify(STAGE.id).state == "corrupt"
+
+
+def test_damage_behind_an_unchanged_modification_time_is_found_by_reading(store):
+    make(store)
+    file = store.path(STAGE.id) / "model.bin"
+    stat = file.stat()
+    file.write_text("Weights")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert store.verify(STAGE.id, thorough=True).state == "corrupt"
+
+
+def test_a_copied_store_with_other_times_verifies(store):
+    make(store)
+    os.utime(store.path(STAGE.id) / "model.bin", (1, 1))
+    assert store.verify(STAGE.id).state == "done"
+
+
+def test_the_loser_of_a_race_keeps_the_winners_artifact(store):
+    draft = store.open_draft(STAGE.id)
+    (draft / "model.bin").write_text("loser")
+    winner = Store(store.root)
+    rival = winner.root / "prune" / ".draft-rival"
+    rival.mkdir()
+    (rival / "model.bin").write_text("winner")
+    winner.commit(STAGE, rival, {"metrics": {}})
+    store.commit(STAGE, draft, {"metrics": {}})
+    assert (store.path(STAGE.id) / "model.bin").read_text() == "winner"
+    assert not draft.exists()
+
+
+def test_drafts_of_dead_attempts_go(store):
+    stale = store.open_draft(STAGE.id)
+    fresh = store.open_draft(STAGE.id)
+    assert not stale.exists() and fresh.is_dir()
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(UserError, match="choose another --out"):
+        require_writable(blocker / "out")

@@ -1,0 +1,115 @@
+"""What ranks leave is read by others at any moment, and on other hosts."""
+
+import json
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.store import heartbeat as progress
+from hfprune_dist.store.heartbeat import (
+    Failure,
+    Heartbeat,
+    Progress,
+    clear_failures,
+    read_failure,
+    read_heartbeat,
+    write_failure,
+    write_failure_record,
+)
+
+GARBLED = ["", "{", "[]", "3", "null", '{"phase": "x"}', '{"cause": "code"}', '{"phase": 1, "done": "x", "total": []}']
+LOST = "RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:49152"
+
+
+@pytest.mark.parametrize("content", GARBLED)
+def test_what_is_half_written_or_foreign_is_not_there(tmp_path, content):
+    (tmp_path / "progress.json").write_text(content)
+    (tmp_path / "failure.0.json").write_text(content)
+    assert read_heartbeat(tmp_path) is None and read_failure(tmp_path) is None
+    write_failure_record(tmp_path, Failure("input", "why", 1, 0.0))
+    assert read_failure(tmp_path).message == "why"
+
+
+def test_records_of_other_versions_are_read(tmp_path):
+    """A field more, or one less."""
+    beat = {"phase": "shards", "done": 1, "total": 2, "updated": 3.0}
+    (tmp_path / "progress.json").write_text(json.dumps({**beat, "pace": 4}))
+    assert read_heartbeat(tmp_path) == Heartbeat(**beat)
+    (tmp_path / "failure.0.json").write_text(json.dumps({"cause": "code", "message": "x", "rank": 0, "at": 1.0}))
+    assert read_failure(tmp_path) == Failure("code", "x", 0, 1.0, None)
+
+
+def test_a_failure_that_vanishes_while_it_is_read_is_not_there(tmp_path, monkeypatch):
+    """The next attempt forgets the failures of the one before."""
+    write_failure_record(tmp_path, Failure("code", "x", 0, 1.0))
+    listed = progress.listed
+
+    def gone_then(folder, pattern):
+        found = listed(folder, pattern)
+        clear_failures(folder)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "listed", lambda *a: patch.undo() or gone_then(*a))
+        assert read_failure(tmp_path) is None
+
+
+def test_a_work_folder_that_is_gone_holds_nothing(tmp_path):
+    assert read_failure(tmp_path / "gone") is None and read_heartbeat(tmp_path / "gone") is None
+    clear_failures(tmp_path / "gone")
+
+
+RECORDS = [
+    Failure("input", "no such text", 3, 0.0),
+    Failure("lost input", "set aside", 3, 0.0),
+    Failure("bad node", "no GPU", 3, 0.0),
+    Failure("code", "ValueError: we are wrong", 3, 0.0),
+    Failure("code", LOST, 3, 0.0),
+]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    kinds=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    skews=st.lists(st.floats(-500, 500), min_size=5, max_size=5),
+)
+def test_the_best_explanation_does_not_depend_on_clocks(tmp_path_factory, kinds, skews):
+    """Each rank's host has a clock of its own."""
+    work = tmp_path_factory.mktemp("work")
+    for rank, (kind, skew) in enumerate(zip(kinds, skews, strict=False)):
+        write_failure_record(work, Failure(RECORDS[kind].cause, RECORDS[kind].message, rank, time.time() + skew))
+    found = read_failure(work).cause, read_failure(work).message
+    best = min(kinds)
+    if best <= 1:
+        assert found[0] in ("input", "lost input")
+    else:
+        assert found == (RECORDS[best].cause, RECORDS[best].message)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(attempt=st.integers(1, 3), mine=st.integers(1, 3), skew=st.floats(-500, 500))
+def test_a_failure_belongs_to_the_attempt_that_it_names(attempt, mine, skew):
+    assert Failure("input", "", 0, 1000.0 + skew, attempt).is_of(mine, created=1000.0) == (attempt == mine)
+
+
+def test_a_failure_of_the_previous_version_belongs_by_its_time():
+    assert Failure("input", "", 0, 1000.0).is_of(2, created=999.0)
+    assert not Failure("input", "", 0, 1000.0).is_of(2, created=1001.0)
+
+
+def test_a_rank_says_which_attempt_failed(tmp_path):
+    write_failure(tmp_path, UserError("bad"), 0, 7)
+    assert read_failure(tmp_path).attempt == 7
+
+
+def test_a_clock_that_is_set_back_silences_nobody(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    beat = Progress(tmp_path)
+    beat.update("shards", 1, 9)
+    now[0] -= 600
+    beat.update("shards", 2, 9)
+    assert read_heartbeat(tmp_path).done == 2

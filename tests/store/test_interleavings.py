@@ -1,0 +1,160 @@
+"""Whatever the order in which several processes come to their next file-system operation."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from faults.interleave import interleave
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hfprune_dist.store import claims
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, try_claim
+from hfprune_dist.store.stage import Input, Stage
+
+STAGE = Stage("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+ORDERS = st.lists(st.integers(0, 5), max_size=120)
+often = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("orders")
+
+
+def fresh(scratch):
+    shutil.rmtree(scratch / "store", ignore_errors=True)
+    return Store(scratch / "store")
+
+
+def make(store, content="weights"):
+    draft = store.open_draft(STAGE.id)
+    (draft / "model.bin").write_text(content)
+    store.commit(STAGE, draft, {"metrics": {}})
+
+
+def corrupt(store):
+    make(store)
+    (store.path(STAGE.id) / "model.bin").write_text("Weights")
+
+
+def find_and_mend(scratch, makes):
+    """What a sweep does that finds damage: set it aside, and make what is missing."""
+    store = Store(scratch / "store")
+    if store.verify(STAGE.id, thorough=True).state == "corrupt":
+        aside = store.set_aside(STAGE.id)
+        if makes and store.verify(STAGE.id).state == "missing":
+            made = store.root / STAGE.kind / f".draft-{id(store)}"  # each has its own claim's draft
+            made.mkdir(parents=True)
+            (made / "model.bin").write_text("weights")
+            store.commit(STAGE, made, {"metrics": {}})
+        return aside
+    return None
+
+
+@often
+@given(order=ORDERS, makers=st.lists(st.booleans(), min_size=2, max_size=3))
+def test_damage_is_set_aside_once_and_what_was_made_anew_stays(scratch, order, makers):
+    store = fresh(scratch)
+    corrupt(store)
+    aside = interleave([lambda makes=makes: find_and_mend(scratch, makes) for makes in makers], order)
+    (folder,) = [path for path in aside if path is not None]
+    assert (folder / "model.bin").read_text() == "Weights"
+    assert [path.name for path in (store.root / "quarantine").iterdir()] == [folder.name]
+    state = store.verify(STAGE.id, thorough=True).state
+    assert state in ("done", "missing"), "no damage is left, and nothing that was made anew is damaged"
+    assert state == "done" or not all(makers)
+    assert {path.name for path in (store.root / STAGE.kind).iterdir()} <= {STAGE.fingerprint}
+
+
+def test_who_comes_late_leaves_what_was_made_anew_alone(scratch, monkeypatch):
+    """Found corrupt by both, set aside by one, made anew, and only then taken by the other."""
+    store = fresh(scratch)
+    corrupt(store)
+    late, verify = Store(store.root), Store.verify
+
+    def made_anew_meanwhile(self, *arguments, **options):
+        verdict = verify(self, *arguments, **options)
+        if self is late and verdict.state == "corrupt":
+            assert store.set_aside(STAGE.id) is not None
+            make(store)
+        return verdict
+
+    monkeypatch.setattr(Store, "verify", made_anew_meanwhile)
+    assert late.set_aside(STAGE.id) is None
+    assert store.verify(STAGE.id, thorough=True).state == "done"
+    assert len(list((store.root / "quarantine").iterdir())) == 1
+    assert store.set_aside(STAGE.id) is None and store.verify(STAGE.id).state == "done"
+
+
+@often
+@given(order=ORDERS, count=st.integers(2, 3), left=st.sampled_from(["nothing", "dead", "released", "garbled"]))
+def test_of_those_who_claim_one_wins(scratch, order, count, left):
+    store = fresh(scratch)
+    folder = store.work(STAGE.id)
+    folder.mkdir(parents=True)
+    record = {"host": Holder.me().host, "pid": 1, "started": 1.0, "job": None, "released": left == "released"}
+    if left != "nothing":
+        (folder / "claim.4").write_text("{" if left == "garbled" else json.dumps(record))
+    found = interleave([lambda: try_claim(folder) for _ in range(count)], order)
+    winners = [claim for claim in found if isinstance(claim, Claim)]
+    assert len(winners) == 1 and winners[0].is_held()
+    assert all(holder == Holder.me() for holder in found if isinstance(holder, Holder))
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def commit_unless_lost(scratch, claim, content):
+    """An attempt at the stage, up to its end or to where it notices that it has lost its claim."""
+    store = Store(scratch / "store")
+    try:
+        draft = store.open_draft(STAGE.id, claim)
+        with contextlib.suppress(FileNotFoundError):  # its successor has cleared its draft away
+            (draft / "model.bin").write_text(content)
+        store.commit(STAGE, draft, {"metrics": {}}, claim=claim)
+    except ClaimLostError:
+        store.discard_drafts(STAGE.id, claim)
+        return "lost"
+    return "done"
+
+
+@often
+@given(order=ORDERS)
+def test_who_was_taken_for_dead_never_harms_its_successor(scratch, order):
+    store = fresh(scratch)
+    work = store.work(STAGE.id)
+    first = try_claim(work)
+
+    def succeed():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(claims, "_lives", lambda *_: False)
+            second = try_claim(work)
+        return commit_unless_lost(scratch, second, "second")
+
+    ends = interleave([lambda: commit_unless_lost(scratch, first, "first"), succeed], order)
+    assert ends[1] == "done"
+    assert store.verify(STAGE.id, thorough=True).state == "done"
+    content = (store.path(STAGE.id) / "model.bin").read_text()
+    assert content == "second" or ends[0] == "done"
+    assert [path.name for path in (store.root / STAGE.kind).iterdir()] == [STAGE.fingerprint]
+
+
+def test_a_draft_belongs_to_its_claim(scratch):
+    store = fresh(scratch)
+    work = store.work(STAGE.id)
+    first = try_claim(work)
+    stale = store.open_draft(STAGE.id, first)
+    unclaimed = store.open_draft(STAGE.id)
+    assert stale.is_dir(), "who has no claim removes nobody's draft"
+    first.release()
+    second = try_claim(work)
+    draft = store.open_draft(STAGE.id, second)
+    assert not stale.exists() and not unclaimed.exists()
+    with pytest.raises(ClaimLostError):
+        store.open_draft(STAGE.id, first)
+    store.discard_drafts(STAGE.id, first)
+    assert draft.is_dir() and isinstance(draft, Path)
+    store.discard_drafts(STAGE.id, second)
+    assert not draft.exists()

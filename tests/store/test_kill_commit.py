@@ -1,0 +1,62 @@
+"""Death at every point of a commit: what is there afterwards is whole, or is not there."""
+
+import itertools
+
+from faults.kill import die_in_fork
+
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import read_json, write_json
+from hfprune_dist.store.claims import Claim, try_claim
+from hfprune_dist.store.stage import Input, Stage
+
+STAGE = Stage("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+
+
+def commit(store):
+    draft = store.open_draft(STAGE.id)
+    for name in ("a.bin", "b.bin"):
+        (draft / name).write_text(name * 100)
+    store.commit(STAGE, draft, {"metrics": {}})
+    store.discard_work(STAGE.id)
+
+
+def test_at_every_point_of_a_commit(tmp_path):
+    states = []
+    for kill_at in itertools.count(1):
+        store = Store(tmp_path / str(kill_at))
+        store.work(STAGE.id).mkdir(parents=True)
+        died = die_in_fork(lambda store=store: commit(store), kill_at, store.root)
+        states.append(store.verify(STAGE.id).state)
+        assert states[-1] in ("missing", "done"), f"operation {kill_at} left a corrupt artifact"
+        if states[-1] == "missing":
+            commit(store)
+        assert store.verify(STAGE.id, thorough=True).state == "done"
+        assert [path.name for path in (store.root / "prune").iterdir()] == [STAGE.fingerprint]
+        if not died:
+            break
+    # It was missing up to the rename and done from then on, with points of death on both sides.
+    assert states.index("done") > 5 and "missing" not in states[states.index("done") :]
+    assert len(states) > states.index("done") + 1
+
+
+def test_at_every_point_of_a_replacement(tmp_path):
+    file = tmp_path / "state.json"
+    for kill_at in itertools.count(1):
+        write_json(file, "old")
+        died = die_in_fork(lambda: write_json(file, "new"), kill_at, tmp_path)
+        assert read_json(file) in ("old", "new")
+        if not died:
+            break
+    assert kill_at > 2 and read_json(file) == "new"
+
+
+def test_at_every_point_of_a_claim(tmp_path):
+    for kill_at in itertools.count(1):
+        folder = tmp_path / str(kill_at)
+        died = die_in_fork(lambda folder=folder: try_claim(folder), kill_at, tmp_path)
+        claim = try_claim(folder)
+        assert isinstance(claim, Claim), "a claim of a dead process holds nobody back"
+        claim.release()
+        if not died:
+            break
+    assert kill_at > 2
