@@ -38,7 +38,7 @@ class SoloWorld(World):
         pass
 
 
-def lay_out(store: Store, stage: Stage, **runtime: object) -> None:
+def write_stage_file(store: Store, stage: Stage, **runtime: object) -> None:
     work = store.work(stage.id)
     work.mkdir(parents=True, exist_ok=True)
     record = {
@@ -55,7 +55,7 @@ def run_stage(
     store: Store, stage: Stage, ranks: int = 1, *, environment: dict[str, str] | None = None, **runtime: object
 ) -> subprocess.CompletedProcess[str]:
     """Run a stage to its end, with one thread per rank so that its bits can be compared."""
-    lay_out(store, stage, **runtime)
+    write_stage_file(store, stage, **runtime)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return subprocess.run(
         [sys.executable, *torchrun, str(ROOT / "launch" / "stage.py"), str(store.root), stage.id],

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from ranks import lay_out
+from ranks import write_stage_file
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.world import World
@@ -223,7 +223,7 @@ def without_deepspeed(monkeypatch: Any) -> None:
 
 def run_in_threads(store: Store, stage: Stage, ranks: Ranks) -> None:
     """Run a stage to its end on these ranks, as the launcher's processes would."""
-    lay_out(store, stage)
+    write_stage_file(store, stage)
 
     def run(world: World) -> None:
         context = Context(

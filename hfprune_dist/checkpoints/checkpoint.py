@@ -133,8 +133,8 @@ class Checkpoint:
     @cached_property
     def parameters_per_neuron(self) -> int:
         """Parameters that go when one neuron of one layer goes."""
-        owned = [self.tensors[self.family.column_tensor(0)]]
-        owned += [self.tensors[name] for name in self.family.row_tensors(0) if name in self.tensors]
+        owned = [self.tensors[self.family.down_tensor(0)]]
+        owned += [self.tensors[name] for name in self.family.gate_up_tensors(0) if name in self.tensors]
         return sum(info.numel for info in owned) // self.intermediate_sizes[0]
 
     @cached_property
@@ -415,8 +415,8 @@ def _check_mlp_shapes(checkpoint: Checkpoint) -> None:
     """Every layer's MLP must have the width that the config states."""
     family = checkpoint.family
     for layer, width in enumerate(checkpoint.intermediate_sizes):
-        column = family.column_tensor(layer)
-        rows = [name for name in family.row_tensors(layer) if name.endswith(".weight")]
+        column = family.down_tensor(layer)
+        rows = [name for name in family.gate_up_tensors(layer) if name.endswith(".weight")]
         for name, dimension in [(column, 1), *((row, 0) for row in rows)]:
             info = checkpoint.tensors[name]
             if len(info.shape) != 2 or info.shape[dimension] != width:

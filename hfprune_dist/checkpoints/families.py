@@ -55,12 +55,12 @@ class Family:
         """Name of layer ``layer``'s MLP, as a submodule and as a prefix of its tensors."""
         return f"{self.layers}.{layer}.{self.mlp}"
 
-    def row_tensors(self, layer: int) -> list[str]:
+    def gate_up_tensors(self, layer: int) -> list[str]:
         """Tensors whose dimension 0 is intermediate_size (biases exist in some checkpoints only)."""
         prefix = self.mlp_prefix(layer)
         return [f"{prefix}.{name}.{part}" for name in self.row_projections for part in ("weight", "bias")]
 
-    def column_tensor(self, layer: int) -> str:
+    def down_tensor(self, layer: int) -> str:
         """The tensor whose dimension 1 is intermediate_size."""
         return f"{self.mlp_prefix(layer)}.{self.down_projection}.weight"
 

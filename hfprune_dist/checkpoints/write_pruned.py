@@ -33,8 +33,10 @@ def mlp_cuts(checkpoint: Checkpoint, kept: Sequence[Tensor]) -> dict[str, Cut]:
     """The cut of every tensor that shrinks when layer ``i`` keeps the neurons ``kept[i]`` (ascending int64)."""
     cuts = {}
     for layer, kept_D in enumerate(kept):
-        cuts[checkpoint.family.column_tensor(layer)] = Cut(1, kept_D)
-        cuts |= {name: Cut(0, kept_D) for name in checkpoint.family.row_tensors(layer) if name in checkpoint.tensors}
+        cuts[checkpoint.family.down_tensor(layer)] = Cut(1, kept_D)
+        cuts |= {
+            name: Cut(0, kept_D) for name in checkpoint.family.gate_up_tensors(layer) if name in checkpoint.tensors
+        }
     return cuts
 
 

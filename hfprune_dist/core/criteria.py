@@ -84,7 +84,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Moments:
+class SecondMoments:
     """Second moments of one layer over the calibration tokens.
 
     Attributes:
@@ -116,7 +116,7 @@ class MlpLayer:
     seed: int
     read_rows: Callable[[], list[Tensor]]
     read_column: Callable[[], Tensor]
-    moments: Moments | None = None
+    moments: SecondMoments | None = None
 
 
 def the_sum(sum_D: Tensor, _layer: MlpLayer) -> Tensor:
@@ -134,7 +134,7 @@ class Criterion:
         summed: per token, h * dL/dh ("gradient"), h itself ("activation"), or "nothing": no calibration pass.
         loss: L, where a gradient is summed.
         reduction: the sum is one of absolute values or of squares.
-        needs_moments: ``finish`` looks at the layer's ``Moments``, which cost a second walk over the windows.
+        needs_moments: ``finish`` looks at the layer's ``SecondMoments``, which cost a second pass over the windows.
         in_nats: scores are estimates of KL divergence per token, which layers share as a unit.
         accumulated_in: dtype of the running sum over micro-batches. A narrower one than float64 is for comparison with
             code that adds up in it: the sum is then rounded after each micro-batch, in the order of the whole pass.
@@ -162,7 +162,7 @@ class Criterion:
 
     @property
     def has_halves(self) -> bool:
-        """Whether what two halves of the windows add up to can be set against each other (see ``core.settling``).
+        """Whether what two halves of the windows add up to can be set against each other (see ``core.split_half``).
 
         Rounded sums have no halves that would tell anything: the more terms, the more of them vanish, so two halves
         lose less than the whole, and the whole stops changing because of the rounding.

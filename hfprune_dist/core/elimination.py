@@ -67,15 +67,15 @@ def eliminate(
         return torch.arange(len(gram_DD), device=gram_DD.device), torch.zeros_like(energy_D)
     inverse = _Shrinking(damped_inverse(gram_DD, RIDGE))
     weight_CD = weight_CD.to(gram_DD)
-    bending = _Shrinking(weight_CD.T @ (curvature_CC @ weight_CD))
+    curvature = _Shrinking(weight_CD.T @ (curvature_CC @ weight_CD))
     del weight_CD
-    correction_D = _correction(bending.diagonal_D, energy_D, fisher_D.to(gram_DD))
+    correction_D = _correction(curvature.diagonal_D, energy_D, fisher_D.to(gram_DD))
     left_D = torch.arange(len(gram_DD), device=gram_DD.device)
     gone_D = torch.zeros_like(left_D, dtype=torch.bool)
     order, costs = [], []
     for start in range(0, len(gram_DD), block):
-        bending_D = bending.diagonal_D
-        cost_D = 0.5 * torch.maximum(bending_D + correction_D, LEAST_SHARE * bending_D) / inverse.diagonal_D
+        curvature_D = curvature.diagonal_D
+        cost_D = 0.5 * torch.maximum(curvature_D + correction_D, LEAST_SHARE * curvature_D) / inverse.diagonal_D
         candidates = (~gone_D).nonzero().flatten()
         gone = candidates[cost_D[candidates].sort(stable=True).indices[:block]]
         order.append(left_D[gone])
@@ -85,14 +85,14 @@ def eliminate(
         absorbed_BD = torch.linalg.solve(rows_BD[:, gone], rows_BD)
         inverse.subtract(absorbed_BD.T, rows_BD)
         # The columns that stay become W - W[:, gone] absorbed, W^T F W accordingly.
-        bent_BD = bending.rows(gone)
-        half_BD = bent_BD - 0.5 * bent_BD[:, gone] @ absorbed_BD
-        bending.subtract(torch.cat([absorbed_BD, half_BD]).T, torch.cat([half_BD, absorbed_BD]))
+        curved_BD = curvature.rows(gone)
+        half_BD = curved_BD - 0.5 * curved_BD[:, gone] @ absorbed_BD
+        curvature.subtract(torch.cat([absorbed_BD, half_BD]).T, torch.cat([half_BD, absorbed_BD]))
         gone_D[gone] = True
         if (start // block + 1) % WAITING == 0:
             stay_S = (~gone_D).nonzero().flatten()
             inverse.keep(stay_S)
-            bending.keep(stay_S)
+            curvature.keep(stay_S)
             left_D, correction_D, gone_D = left_D[stay_S], correction_D[stay_S], gone_D[stay_S]
     return torch.cat(order), torch.cat(costs)
 
@@ -131,7 +131,7 @@ class _Shrinking:
         self._waiting = []
 
 
-def _correction(bending_D: Tensor, energy_D: Tensor, fisher_D: Tensor) -> Tensor:
+def _correction(curvature_D: Tensor, energy_D: Tensor, fisher_D: Tensor) -> Tensor:
     """What takes w^T F w of the original columns to the geometric mean of itself and the exact Fisher score / G_nn."""
     exact_D = fisher_D / energy_D.clamp(min=torch.finfo(energy_D.dtype).tiny)
-    return (exact_D * bending_D).sqrt() - bending_D
+    return (exact_D * curvature_D).sqrt() - curvature_D

@@ -100,7 +100,7 @@ class Linearized:
         )
 
     def curvature(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What ``Curvature`` sums over tokens, of these: its ``gate_K``, ``up_K`` and ``inputs_CC``."""
+        """What ``GaussNewtonSums`` sums over tokens, of these: its ``gate_K``, ``up_K`` and ``inputs_CC``."""
         columns_K = self._down_CK.float().square().sum(dim=0)
         return (
             columns_K * self._by_gate_NK.float().square().sum(dim=0),
@@ -110,7 +110,7 @@ class Linearized:
 
 
 @dataclass(frozen=True)
-class Curvature:
+class GaussNewtonSums:
     """What J^T J looks like where neurons don't meet in gate and up, nor outputs in down.
 
     Attributes:
@@ -149,7 +149,7 @@ class Curvature:
 
 
 def solve_normal_equations(
-    product: Callable[[MlpWeights], MlpWeights], right: MlpWeights, curvature: Curvature, iterations: int
+    product: Callable[[MlpWeights], MlpWeights], right: MlpWeights, curvature: GaussNewtonSums, iterations: int
 ) -> MlpWeights:
     """(J^T J + DAMPING (diag + its mean)) x = right, by preconditioned conjugate gradients.
 

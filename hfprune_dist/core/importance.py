@@ -114,13 +114,13 @@ class NeuronSums:
         self.sums_KLD = torch.zeros(len(criteria), len(down_projections), intermediate_size, dtype=torch.float64)
         self.terms_JLD: list[Tensor] = []
         self._rounded_J = [number for number, criterion in enumerate(criteria) if criterion.is_rounded]
-        self._bending_loss = next((criterion.loss for criterion in criteria if criterion.needs_moments), None)
+        self._curvature_loss = next((criterion.loss for criterion in criteria if criterion.needs_moments), None)
         self.curvature_LCC = torch.zeros(0)
-        if self._bending_loss is not None:
+        if self._curvature_loss is not None:
             hidden_size = int(down_projections[0].out_features)  # type: ignore[arg-type]
             self.curvature_LCC = torch.zeros(len(down_projections), hidden_size, hidden_size, dtype=torch.float32)
         self._partial: dict[tuple[str, int], Tensor] = {}
-        self._bending: dict[int, Tensor] = {}
+        self._curvature: dict[int, Tensor] = {}
         self._activation_sum: dict[int, Tensor] = {}
         self._loss: Loss | None = None
         self._keeps_LD: Tensor | None = None
@@ -136,7 +136,7 @@ class NeuronSums:
             module.register_forward_pre_hook(self._make_hook(layer), prepend=True)
             for layer, module in enumerate(self._modules)
         ]
-        if self._bending_loss is not None:
+        if self._curvature_loss is not None:
             handles += [
                 module.register_forward_hook(self._make_output_hook(layer))
                 for layer, module in enumerate(self._modules)
@@ -148,7 +148,7 @@ class NeuronSums:
             for handle in handles:
                 handle.remove()
             self._partial.clear()
-            self._bending.clear()
+            self._curvature.clear()
             self._activation_sum.clear()
 
     @contextmanager
@@ -219,8 +219,8 @@ class NeuronSums:
         return after_down_projection
 
     def _reduce_output_gradient(self, layer: int, gradient_BTC: Tensor) -> None:
-        if self._loss is self._bending_loss:
-            self._bending[layer] = gram_matrix(_widened(gradient_BTC.flatten(0, -2))).cpu()
+        if self._loss is self._curvature_loss:
+            self._curvature[layer] = gram_matrix(_widened(gradient_BTC.flatten(0, -2))).cpu()
 
     def _reduce_activation(self, layer: int, hidden_BTD: Tensor) -> None:
         for criterion in self.criteria:
@@ -250,8 +250,8 @@ class NeuronSums:
             self.terms_JLD.append(partial_KLD[self._rounded_J])
             partial_KLD[self._rounded_J] = 0.0
         self.sums_KLD += partial_KLD
-        for layer, bending_CC in self._bending.items():
-            self.curvature_LCC[layer] += bending_CC
+        for layer, curvature_CC in self._curvature.items():
+            self.curvature_LCC[layer] += curvature_CC
 
     def _explain(self, partial_KLD: Tensor) -> None:
         finite = [bool(self._activation_sum[layer].isfinite()) for layer in range(len(self._modules))]

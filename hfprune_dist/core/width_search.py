@@ -28,7 +28,7 @@ MEASUREMENTS = ROUNDS + 1
 
 
 @dataclass(frozen=True)
-class Shape:
+class Reweighting:
     """What is done to the widths that scores want.
 
     Attributes:
@@ -41,13 +41,13 @@ class Shape:
     tilt: float
     bend: float
 
-    def moved(self, axis: int, step: float) -> Shape:
+    def moved(self, axis: int, step: float) -> Reweighting:
         values = list(astuple(self))
         values[axis] += step
-        return Shape(min(max(values[0], 0.0), 1.0), *values[1:])
+        return Reweighting(min(max(values[0], 0.0), 1.0), *values[1:])
 
 
-START = Shape(0.25, 0.0, 0.0)
+START = Reweighting(0.25, 0.0, 0.0)
 STEPS = (0.25, 0.5, 0.5)
 
 
@@ -64,8 +64,8 @@ class Found:
     candidates: dict[str, float]
 
 
-class Family:
-    """Widths for every shape, all of them with the same number of neurons.
+class ReweightedWidths:
+    """Widths for every reweighting, all of them with the same number of neurons.
 
     Args:
         scores, removals, narrowest, multiple_of: as for ``allocate_globally``.
@@ -77,13 +77,13 @@ class Family:
         self._narrowest = narrowest
         self._multiple_of = multiple_of
 
-    def widths(self, shape: Shape) -> Widths:
+    def widths(self, reweighting: Reweighting) -> Widths:
         last = max(len(self._scores) - 1, 1)
         places = [2 * layer / last - 1 for layer in range(len(self._scores))]
-        factors = [math.exp(shape.tilt * it + shape.bend * (1.5 * it * it - 0.5)) for it in places]
+        factors = [math.exp(reweighting.tilt * it + reweighting.bend * (1.5 * it * it - 0.5)) for it in places]
         scores = [scores_D * factor for scores_D, factor in zip(self._scores, factors, strict=True)]
         wanted = allocate_globally(scores, self._removals, self._narrowest, self._multiple_of)
-        return self._settled(list(self._evened(wanted, shape.evenness)), sum(wanted))
+        return self._with_total(list(self._evened(wanted, reweighting.evenness)), sum(wanted))
 
     def _evened(self, widths: Sequence[int], evenness: float) -> Iterator[int]:
         """Widths moved towards their mean, each as its layer allows it."""
@@ -93,7 +93,7 @@ class Family:
             rounded = round((evenness * mean + (1 - evenness) * width) / unit) * unit
             yield most if rounded >= most else max(rounded, min(-(-least // unit) * unit, most))
 
-    def _settled(self, widths: list[int], total: int) -> Widths:
+    def _with_total(self, widths: list[int], total: int) -> Widths:
         """Widths that add up to ``total`` as closely as rounding can, by single steps from the first layer on."""
         for layer in itertools.cycle(range(len(widths))):
             excess = sum(widths) - total
@@ -109,8 +109,8 @@ class Family:
         return narrower if narrower >= max(self._narrowest[layer], 1) else width
 
 
-def search_widths(family: Family, uniform: Widths | None, measure: Measure) -> Found:
-    """Search among the widths of a family; never worse, where it is measured, than scores alone or ``uniform``.
+def search_widths(reweighted: ReweightedWidths, uniform: Widths | None, measure: Measure) -> Found:
+    """Search among widths of reweighted scores; never worse, where it is measured, than scores alone or ``uniform``.
 
     Args:
         uniform: further widths that compete, the same everywhere.
@@ -120,17 +120,17 @@ def search_widths(family: Family, uniform: Widths | None, measure: Measure) -> F
     names: dict[Widths, str] = {} if uniform is None else {uniform: "uniform"}
     centre, steps = START, list(STEPS)
 
-    def kl_of(shapes: Sequence[Shape]) -> list[float]:
-        candidates = [family.widths(shape) for shape in shapes]
-        for shape, widths in zip(shapes, candidates, strict=True):
-            names.setdefault(widths, _name(shape))
+    def kl_of(reweightings: Sequence[Reweighting]) -> list[float]:
+        candidates = [reweighted.widths(reweighting) for reweighting in reweightings]
+        for reweighting, widths in zip(reweightings, candidates, strict=True):
+            names.setdefault(widths, _name(reweighting))
         unknown = [widths for widths in names if widths not in measured]
         measured.update(zip(unknown, measure(unknown), strict=True))
         return [measured[widths] for widths in candidates]
 
     for _ in range(ROUNDS):
         pairs = [(centre.moved(axis, -step), centre.moved(axis, step)) for axis, step in enumerate(steps)]
-        here, *around = kl_of([centre, *(shape for pair in pairs for shape in pair)])
+        here, *around = kl_of([centre, *(reweighting for pair in pairs for reweighting in pair)])
         moves = [_lowest(low, here, high) for low, high in zip(around[::2], around[1::2], strict=True)]
         for axis, (move, step) in enumerate(zip(moves, steps, strict=True)):
             centre = centre.moved(axis, move * step)
@@ -148,5 +148,5 @@ def _lowest(low: float, here: float, high: float) -> float:
     return min(max((low - high) / (2 * curvature), -1.0), 1.0)
 
 
-def _name(shape: Shape) -> str:
-    return f"evenness {shape.evenness:.3g}, tilt {shape.tilt:.3g}, bend {shape.bend:.3g}"
+def _name(reweighting: Reweighting) -> str:
+    return f"evenness {reweighting.evenness:.3g}, tilt {reweighting.tilt:.3g}, bend {reweighting.bend:.3g}"

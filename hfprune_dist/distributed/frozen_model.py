@@ -92,7 +92,7 @@ class FrozenModel:
         else:
             yield head.weight.data, None if head.bias is None else head.bias.data
 
-    def keep_company(self) -> None:
+    def join_idle_forwards(self) -> None:
         """Run along in the other ranks' forwards of ``module`` until no rank needs one more.
 
         Lets the ranks of a sharded model make different numbers of forwards: call it when done. All ranks must.

@@ -52,7 +52,7 @@ class Grams:
 
 
 @dataclass(frozen=True)
-class AroundMlp:
+class MlpIO:
     """A micro-batch at a layer's MLP, on the device.
 
     Attributes:
@@ -169,7 +169,7 @@ class LayerStream:
         """The hidden states of one of this rank's micro-batches before the next layer, on the CPU."""
         return self._hidden[index]
 
-    def around_mlp(self, layer: nn.Module) -> Iterator[tuple[int, AroundMlp]]:
+    def around_mlp(self, layer: nn.Module) -> Iterator[tuple[int, MlpIO]]:
         """What is around the layer's MLP, for every micro-batch of this rank; the stream stays before the layer."""
         norm = layer.get_submodule(f"layers.0.{self._family.mlp_norm}")
         modules = mlp_of(layer), self._down_projection(layer), norm
@@ -177,7 +177,7 @@ class LayerStream:
             with ExitStack() as observers:
                 seen = [observers.enter_context(_observed(module)) for module in modules]
                 run(layer, hidden_BTC.to(self._world.device))
-            yield index, AroundMlp(*(inputs[0].flatten(0, 1) for inputs in seen))
+            yield index, MlpIO(*(inputs[0].flatten(0, 1) for inputs in seen))
 
     def require_residual_mlp(self, layer: nn.Module) -> None:
         """Check that a layer puts out what ``around_mlp`` calls its residual stream, plus its MLP's output; collective.

@@ -22,7 +22,7 @@ def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
     """DeepSpeed configuration for frozen models: parameters sharded, gathered layer by layer when used.
 
     ``torch.nn.functional.linear`` stays torch's: a forward without gradients keeps no weight in any case, and for
-    backward there is ``models.lean.keep_no_gathered_weights`` (see ``torchs_linear_afterwards``).
+    backward there is ``models.memory_efficient_backward.keep_no_gathered_weights`` (see ``torchs_linear_afterwards``).
     """
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,

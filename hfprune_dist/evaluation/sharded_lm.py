@@ -163,7 +163,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
     def _answer_mine(self, chunks: list[Chunk]) -> list[list[Any]]:
         """Answer this rank's chunk, if there is one for it; return the answers to all chunks."""
         answers = self._answer(*chunks[self._world.rank]) if self._world.rank < len(chunks) else []
-        self._frozen.keep_company()
+        self._frozen.join_idle_forwards()
         return self._world.gather(answers)[: len(chunks)]
 
     def _answer(self, method: str, number: int, arguments: list[Arguments]) -> list[Any]:

@@ -15,7 +15,7 @@ from hfprune_dist.core.memory_efficient import frozen_linear, gated_product, rms
 SILU = ("silu", "swish")
 
 
-def lighten(model: nn.Module, family: Family) -> None:
+def use_memory_efficient_backward(model: nn.Module, family: Family) -> None:
     """Let a model's norms and gated MLPs run with backwards of ours; an MLP with another activation stays as it is."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):

@@ -19,7 +19,7 @@ def with_earlier_rows(today: Plan, earlier: Plan) -> Plan:
     kept = [cell for cell in earlier.cells if not {_place(cell), cell.evaluate} & places]
     if not kept:
         return today
-    needed = {stage_id: earlier.stages[stage_id] for cell in kept for stage_id in earlier.behind(cell)}
+    needed = {stage_id: earlier.stages[stage_id] for cell in kept for stage_id in earlier.upstream(cell)}
     stages = {**today.stages, **{stage_id: stage for stage_id, stage in needed.items() if stage_id not in today.stages}}
     cells = [*today.cells, *_relabelled(kept, today)]
     return replace(today, stages=stages, cells=tuple(_in_order(cells, [*earlier.cells, *today.cells])))
@@ -45,7 +45,7 @@ def without_rows(plan: Plan, labels: Iterable[str]) -> Plan:
     """A plan without some of its rows, and without the stages that nothing else needs."""
     dropped = set(labels)
     cells = tuple(cell for cell in plan.cells if cell.label not in dropped)
-    needed = {stage_id for cell in cells for stage_id in plan.behind(cell)} | {*plan.asked}
+    needed = {stage_id for cell in cells for stage_id in plan.upstream(cell)} | {*plan.asked}
     return replace(plan, stages={key: stage for key, stage in plan.stages.items() if key in needed}, cells=cells)
 
 

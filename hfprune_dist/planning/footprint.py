@@ -1,4 +1,4 @@
-"""What a stage needs of a cluster, computed from a model's shape: bytes gathered, floating-point work, memory per GPU.
+"""What a stage needs of a cluster, from a model's dimensions: gathered bytes, floating-point work, memory per GPU.
 
 Estimates, not measurements: products of matrices and gathered bytes are counted as the code makes them, other work is
 not; memory leaves out fragmentation and the runtime's own buffers, for which ``RESERVE`` is kept free; times assume
@@ -42,7 +42,7 @@ KEPT_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
-class Shape:
+class Dimensions:
     """A decoder's dimensions, as they decide memory and work."""
 
     hidden_size: int
@@ -76,10 +76,10 @@ class Shape:
         return self.body_parameters + self.head_parameters * (1 if self.tied else 2)
 
 
-def shape_of(config: Mapping[str, Any]) -> Shape:
-    """The shape that a ``config.json`` describes."""
+def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
+    """The dimensions that a ``config.json`` describes."""
     heads = int(config["num_attention_heads"])
-    return Shape(
+    return Dimensions(
         hidden_size=int(config["hidden_size"]),
         intermediate_size=int(config["intermediate_size"]),
         num_layers=int(config["num_hidden_layers"]),
@@ -131,8 +131,8 @@ class Work:
 class Importance:
     """A calibration pass: ``windows`` of ``tokens`` at a time, a backward for each of ``losses``.
 
-    With ``curvature``, it also adds up g g^T at the output of every MLP; a walk through the layers, without the model,
-    follows for their Gram matrices, on all of ``samples`` windows.
+    With ``curvature``, it also adds up g g^T at the output of every MLP; a pass layer by layer follows for their Gram
+    matrices, on all of ``samples`` windows, without the model.
     With a ``student`` the model runs again without some neurons, forward and backward, with the dense model as teacher.
     """
 
@@ -149,70 +149,77 @@ class Importance:
         """The same with so many windows in a micro-batch."""
         return replace(self, windows=windows)
 
-    def host_bytes(self, shape: Shape, ranks: int) -> int:
+    def host_bytes(self, dimensions: Dimensions, ranks: int) -> int:
         """Main memory that one rank's curvature takes, and, when the model is gone, hidden states of its windows."""
         if not self.curvature:
             return 0
-        assert self.samples is not None, "the walk goes over all windows"
-        numbers = shape.num_layers * shape.hidden_size**2
-        hidden = _tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks) * shape.hidden_size * self.itemsize
+        assert self.samples is not None, "the pass layer by layer goes over all windows"
+        numbers = dimensions.num_layers * dimensions.hidden_size**2
+        hidden = (
+            _tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks) * dimensions.hidden_size * self.itemsize
+        )
         return max(CURVATURE_BYTES * numbers, CURVATURE_SUMS_BYTES * numbers + hidden)
 
-    def memory(self, shape: Shape, ranks: int) -> Memory:
-        """On one of the ranks that the model is sharded over: of the pass or of the walk, whichever needs more."""
-        moments = _memory_of_walk(shape, self.windows * self.tokens, self.itemsize, shape.intermediate_size)
-        numbers = shape.intermediate_size**2
+    def memory(self, dimensions: Dimensions, ranks: int) -> Memory:
+        """On one of the ranks that the model is sharded over: the larger of both passes."""
+        moments = _memory_of_layer_pass(
+            dimensions, self.windows * self.tokens, self.itemsize, dimensions.intermediate_size
+        )
+        numbers = dimensions.intermediate_size**2
         waiting = MOMENTS_BYTES * numbers if ranks > 1 else 0
         moments = replace(moments, sums=max(moments.sums + waiting, ELIMINATION_BYTES * numbers))
-        pass_through = self._memory_of_pass(shape, ranks)
+        pass_through = self._memory_of_pass(dimensions, ranks)
         return max(pass_through, moments, key=lambda it: it.total) if self.curvature else pass_through
 
-    def _memory_of_pass(self, shape: Shape, ranks: int) -> Memory:
+    def _memory_of_pass(self, dimensions: Dimensions, ranks: int) -> Memory:
         tokens = self.windows * self.tokens
         head = HEAD_CHUNK_BYTES * (2 if self.student else 1)
-        numbers = tokens * shape.intermediate_size
+        numbers = tokens * dimensions.intermediate_size
         # Gradients at h, gate and up; and h itself in a layer that runs again.
         backward = (3 + self.checkpointing) * numbers * self.itemsize + GATED_PORTIONS * min(PORTION_BYTES, 4 * numbers)
         return Memory(
-            weights=shape.parameters * self.itemsize / ranks,
-            gathered=_gathered_at_a_time(shape, self.itemsize, ranks),
-            activations=tokens * self.activation_bytes(shape),
-            scratch=max(head, backward) + tokens * shape.hidden_size * self.itemsize * (self.losses + 2 + self.student),
+            weights=dimensions.parameters * self.itemsize / ranks,
+            gathered=_gathered_at_a_time(dimensions, self.itemsize, ranks),
+            activations=tokens * self.activation_bytes(dimensions),
+            scratch=max(head, backward)
+            + tokens * dimensions.hidden_size * self.itemsize * (self.losses + 2 + self.student),
         )
 
-    def activation_bytes(self, shape: Shape) -> int:
+    def activation_bytes(self, dimensions: Dimensions) -> int:
         """Bytes a token that stay until backward. The graph begins at the first layer's neurons."""
-        first, kept = shape.intermediate_size * self.itemsize, self.layer_bytes(shape)
-        later = shape.num_layers - 1
-        return first + (later * shape.hidden_size * self.itemsize + kept if self.checkpointing else later * kept)
+        first, kept = dimensions.intermediate_size * self.itemsize, self.layer_bytes(dimensions)
+        later = dimensions.num_layers - 1
+        return first + (later * dimensions.hidden_size * self.itemsize + kept if self.checkpointing else later * kept)
 
-    def layer_bytes(self, shape: Shape) -> int:
+    def layer_bytes(self, dimensions: Dimensions) -> int:
         """Bytes a token of one layer: norms' inputs, q, k, v and attention's output, gate and up; a student's h."""
-        attention = 2 * (shape.num_heads + shape.num_key_value_heads) * shape.head_size
-        values = 2 * shape.hidden_size + attention + (3 if self.student else 2) * shape.intermediate_size
-        return values * self.itemsize + 4 * (2 + shape.num_heads)  # float32: norms' scales, log-sum-exp of each head
+        attention = 2 * (dimensions.num_heads + dimensions.num_key_value_heads) * dimensions.head_size
+        values = 2 * dimensions.hidden_size + attention + (3 if self.student else 2) * dimensions.intermediate_size
+        return values * self.itemsize + 4 * (
+            2 + dimensions.num_heads
+        )  # float32: norms' scales, log-sum-exp of each head
 
-    def work(self, shape: Shape) -> Work:
+    def work(self, dimensions: Dimensions) -> Work:
         """Of one micro-batch: a forward, the head forward once and backward for each loss, the body's backwards.
 
         Gathered bytes are the most there can be where activations are checkpointed or a model does not stay gathered.
         """
-        tokens, later_share = self.windows * self.tokens, (shape.num_layers - 1) / shape.num_layers
-        down_projection = shape.hidden_size * shape.intermediate_size
-        later_layers = shape.body_parameters - shape.layer_parameters
-        attention = _attention_flops(shape, self.tokens)
-        forward = 2 * shape.body_parameters + attention
+        tokens, later_share = self.windows * self.tokens, (dimensions.num_layers - 1) / dimensions.num_layers
+        down_projection = dimensions.hidden_size * dimensions.intermediate_size
+        later_layers = dimensions.body_parameters - dimensions.layer_parameters
+        attention = _attention_flops(dimensions, self.tokens)
+        forward = 2 * dimensions.body_parameters + attention
         # The head's forwards: once for all losses of the dense model; for a student its own and its teacher's.
-        heads = 2 * shape.head_parameters * (bool(self.losses) + 2 * self.student)
+        heads = 2 * dimensions.head_parameters * (bool(self.losses) + 2 * self.student)
         # The graph begins at the first layer's neurons. Backward of flash attention: five products for forward's two.
         backward_parameters = later_layers + down_projection
-        backward = 2 * (backward_parameters + shape.head_parameters) + 2.5 * later_share * attention
+        backward = 2 * (backward_parameters + dimensions.head_parameters) + 2.5 * later_share * attention
         # Of a layer that runs again, nothing that backward needs comes after its neurons.
-        rerun = 2 * (later_layers - (shape.num_layers - 1) * down_projection) + later_share * attention
+        rerun = 2 * (later_layers - (dimensions.num_layers - 1) * down_projection) + later_share * attention
         passes, backwards = 1 + self.student, self.losses + self.student
         reruns = backwards if self.checkpointing else 0
-        gathered = passes * (2 * shape.head_parameters + shape.body_parameters)
-        if self.checkpointing or not _stays_gathered(shape):
+        gathered = passes * (2 * dimensions.head_parameters + dimensions.body_parameters)
+        if self.checkpointing or not _stays_gathered(dimensions):
             gathered += backwards * backward_parameters + reruns * later_layers
         return Work(
             tokens * (passes * forward + heads + backwards * backward + reruns * rerun), gathered * self.itemsize
@@ -237,51 +244,59 @@ class Train:
         """The same with so many rows in a micro-batch."""
         return replace(self, rows=rows)
 
-    def memory(self, shape: Shape, ranks: int) -> Memory:
+    def memory(self, dimensions: Dimensions, ranks: int) -> Memory:
         """On one of the ranks that model, LoRA weights and optimizer are sharded over."""
         tokens = self.rows * self.tokens
         # In float32: the weight, its gradient and two moments; and the weight that computes.
-        lora = self.lora_parameters(shape) * (4 * 4 + self.itemsize)
+        lora = self.lora_parameters(dimensions) * (4 * 4 + self.itemsize)
         return Memory(
-            weights=(shape.parameters * self.itemsize + lora) / ranks,
-            gathered=_gathered_at_a_time(shape, self.itemsize, ranks),
-            activations=tokens * shape.num_layers * self.layer_bytes(shape),
-            scratch=self.logits_bytes(shape),
+            weights=(dimensions.parameters * self.itemsize + lora) / ranks,
+            gathered=_gathered_at_a_time(dimensions, self.itemsize, ranks),
+            activations=tokens * dimensions.num_layers * self.layer_bytes(dimensions),
+            scratch=self.logits_bytes(dimensions),
         )
 
-    def logits_bytes(self, shape: Shape) -> int:
+    def logits_bytes(self, dimensions: Dimensions) -> int:
         """Of a micro-batch's head."""
         tokens = self.rows * self.tokens
         if self.distills:  # final hidden states of both models, and the gradient there
-            return 2 * HEAD_CHUNK_BYTES + 3 * tokens * shape.hidden_size * self.itemsize
+            return 2 * HEAD_CHUNK_BYTES + 3 * tokens * dimensions.hidden_size * self.itemsize
         # The logits, and in float32: themselves, their log-softmax and its gradient.
-        return tokens * shape.vocabulary * (self.itemsize + 3 * 4)
+        return tokens * dimensions.vocabulary * (self.itemsize + 3 * 4)
 
-    def lora_parameters(self, shape: Shape) -> int:
+    def lora_parameters(self, dimensions: Dimensions) -> int:
         """Of A and B of every projection."""
-        hidden, inner = shape.hidden_size, shape.intermediate_size
-        heads, groups = shape.num_heads * shape.head_size, shape.num_key_value_heads * shape.head_size
+        hidden, inner = dimensions.hidden_size, dimensions.intermediate_size
+        heads, groups = (
+            dimensions.num_heads * dimensions.head_size,
+            dimensions.num_key_value_heads * dimensions.head_size,
+        )
         sides = 2 * (hidden + heads) + 2 * (hidden + groups) + 3 * (hidden + inner)
-        return shape.num_layers * self.rank * sides
+        return dimensions.num_layers * self.rank * sides
 
-    def layer_bytes(self, shape: Shape) -> int:
+    def layer_bytes(self, dimensions: Dimensions) -> int:
         """Bytes a token of one layer, as Hugging Face's layers keep them for backward."""
-        heads = shape.num_heads * shape.head_size
-        norms = 2 * 4 * shape.hidden_size
-        attention = 2 * (shape.num_heads + shape.num_key_value_heads) * shape.head_size * self.itemsize
-        gated = 3 * shape.intermediate_size * self.itemsize
+        heads = dimensions.num_heads * dimensions.head_size
+        norms = 2 * 4 * dimensions.hidden_size
+        attention = 2 * (dimensions.num_heads + dimensions.num_key_value_heads) * dimensions.head_size * self.itemsize
+        gated = 3 * dimensions.intermediate_size * self.itemsize
         if self.dropout:  # a dropped copy and a mask for each projection
-            inputs = (5 * shape.hidden_size + heads + shape.intermediate_size) * (self.itemsize + 1)
+            inputs = (5 * dimensions.hidden_size + heads + dimensions.intermediate_size) * (self.itemsize + 1)
         else:
-            inputs = (2 * shape.hidden_size + shape.intermediate_size) * self.itemsize
+            inputs = (2 * dimensions.hidden_size + dimensions.intermediate_size) * self.itemsize
         return norms + attention + gated + inputs
 
-    def work(self, shape: Shape) -> Work:
+    def work(self, dimensions: Dimensions) -> Work:
         """Of one micro-batch: a forward, and a backward without gradients of frozen weights; a teacher's head."""
-        matrices = shape.body_parameters + shape.head_parameters
-        teacher = 2 * shape.head_parameters if self.distills else 0
-        flops = 4 * matrices + teacher + 6 * self.lora_parameters(shape) + 3.5 * _attention_flops(shape, self.tokens)
-        gathered = 2 * matrices + shape.head_parameters
+        matrices = dimensions.body_parameters + dimensions.head_parameters
+        teacher = 2 * dimensions.head_parameters if self.distills else 0
+        flops = (
+            4 * matrices
+            + teacher
+            + 6 * self.lora_parameters(dimensions)
+            + 3.5 * _attention_flops(dimensions, self.tokens)
+        )
+        gathered = 2 * matrices + dimensions.head_parameters
         return Work(self.rows * self.tokens * flops, gathered * self.itemsize)
 
 
@@ -297,21 +312,21 @@ class Evaluate:
         """The same with so many sequences in a batch."""
         return replace(self, sequences=sequences)
 
-    def memory(self, shape: Shape, ranks: int) -> Memory:
+    def memory(self, dimensions: Dimensions, ranks: int) -> Memory:
         """On one of the ranks that the model is sharded over."""
         tokens = self.sequences * self.tokens
         return Memory(
-            weights=shape.parameters * self.itemsize / ranks,
-            gathered=_gathered_at_a_time(shape, self.itemsize, ranks),
-            activations=tokens * _widest(shape) * self.itemsize,
-            scratch=tokens * shape.vocabulary * (self.itemsize + 2 * 4),
+            weights=dimensions.parameters * self.itemsize / ranks,
+            gathered=_gathered_at_a_time(dimensions, self.itemsize, ranks),
+            activations=tokens * _widest(dimensions) * self.itemsize,
+            scratch=tokens * dimensions.vocabulary * (self.itemsize + 2 * 4),
         )
 
-    def work(self, shape: Shape) -> Work:
+    def work(self, dimensions: Dimensions) -> Work:
         """Of one batch."""
-        matrices = shape.body_parameters + shape.head_parameters
-        flops = 2 * matrices + _attention_flops(shape, self.tokens)
-        return Work(self.sequences * self.tokens * flops, (matrices + shape.head_parameters) * self.itemsize)
+        matrices = dimensions.body_parameters + dimensions.head_parameters
+        flops = 2 * matrices + _attention_flops(dimensions, self.tokens)
+        return Work(self.sequences * self.tokens * flops, (matrices + dimensions.head_parameters) * self.itemsize)
 
 
 @dataclass(frozen=True)
@@ -320,7 +335,7 @@ class Refit:
 
     Attributes:
         samples: all calibration windows.
-        pursues: whether it walks through the pruned model as well as the dense one, towards the dense hidden states.
+        pursues: whether it goes through the pruned model as well as the dense one, towards the dense hidden states.
         steps: whether steps of Gauss-Newton on whole MLPs follow.
         searches: whether widths are searched with refits of the dense model's layers before it.
         share_kept: of the widest layer's neurons.
@@ -339,38 +354,38 @@ class Refit:
         """The same with so many windows in a micro-batch."""
         return replace(self, windows=windows)
 
-    def host_bytes(self, shape: Shape, ranks: int) -> int:
+    def host_bytes(self, dimensions: Dimensions, ranks: int) -> int:
         """Main memory of one rank: its windows' hidden states, of one model or both; for a step, what an MLP reads
         and, in float32, its target.
         """
         mine = _tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
         number_bytes = self.itemsize * (1 + self.pursues + self.steps) + 4 * self.steps
-        return mine * shape.hidden_size * number_bytes
+        return mine * dimensions.hidden_size * number_bytes
 
-    def memory(self, shape: Shape, ranks: int) -> Memory:
+    def memory(self, dimensions: Dimensions, ranks: int) -> Memory:
         """On one rank: of the sums, of least squares, or of a step, whichever needs most."""
-        tokens, kept = self.windows * self.tokens, self.share_kept * shape.intermediate_size
-        size = kept + shape.hidden_size if self.pursues else shape.intermediate_size
-        widest = max(size, shape.intermediate_size) if self.searches else size
-        walk = _memory_of_walk(shape, tokens, self.itemsize, widest)
+        tokens, kept = self.windows * self.tokens, self.share_kept * dimensions.intermediate_size
+        size = kept + dimensions.hidden_size if self.pursues else dimensions.intermediate_size
+        widest = max(size, dimensions.intermediate_size) if self.searches else size
+        layer_pass = _memory_of_layer_pass(dimensions, tokens, self.itemsize, widest)
         if self.pursues:
-            walk = replace(walk, weights=2 * walk.weights)
+            layer_pass = replace(layer_pass, weights=2 * layer_pass.weights)
         elif ranks > 1:  # a layer's matrices wait until every rank has a layer to solve
-            walk = replace(walk, sums=walk.sums + GRAMS_BYTES * size**2)
-        phases = [walk.sums, self._solving(shape, kept, size)]
+            layer_pass = replace(layer_pass, sums=layer_pass.sums + GRAMS_BYTES * size**2)
+        phases = [layer_pass.sums, self._solving(dimensions, kept, size)]
         if self.steps:
-            phases.append(self._stepping(shape, kept, ranks))
-        return replace(walk, sums=max(phases))
+            phases.append(self._stepping(dimensions, kept, ranks))
+        return replace(layer_pass, sums=max(phases))
 
-    def _solving(self, shape: Shape, kept: float, size: float) -> float:
+    def _solving(self, dimensions: Dimensions, kept: float, size: float) -> float:
         """Bytes of least squares: two Gram matrices of all neurons, four of those that stay, and weights; float64."""
-        return 8 * (2 * size**2 + 4 * kept**2 + shape.hidden_size * (size + 6 * kept))
+        return 8 * (2 * size**2 + 4 * kept**2 + dimensions.hidden_size * (size + 6 * kept))
 
-    def _stepping(self, shape: Shape, kept: float, ranks: int) -> float:
+    def _stepping(self, dimensions: Dimensions, kept: float, ranks: int) -> float:
         """Bytes of a step: two Gram matrices of the kept neurons in float64, what inverts them, what iterates."""
         mine = _tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
-        linearized = min(KEPT_BYTES, mine * (3 * kept + shape.hidden_size) * self.itemsize)
-        weights = 3 * kept * shape.hidden_size
+        linearized = min(KEPT_BYTES, mine * (3 * kept + dimensions.hidden_size) * self.itemsize)
+        weights = 3 * kept * dimensions.hidden_size
         inverting, iterating = INVERSE_BYTES * kept**2, INVERTED_BYTES * kept**2 + STEP_BYTES * weights
         return 16 * kept**2 + max(inverting, iterating) + linearized
 
@@ -388,21 +403,21 @@ class Reference:
         """The same with so many windows in a micro-batch."""
         return replace(self, windows=windows)
 
-    def host_bytes(self, shape: Shape, ranks: int) -> int:
+    def host_bytes(self, dimensions: Dimensions, ranks: int) -> int:
         """Main memory of one rank: its windows' hidden states."""
         mine = _tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
-        return mine * shape.hidden_size * self.itemsize
+        return mine * dimensions.hidden_size * self.itemsize
 
-    def memory(self, shape: Shape, ranks: int) -> Memory:
+    def memory(self, dimensions: Dimensions, ranks: int) -> Memory:
         """On one rank, whatever their number."""
-        return _memory_of_walk(shape, self.windows * self.tokens, self.itemsize, 0)
+        return _memory_of_layer_pass(dimensions, self.windows * self.tokens, self.itemsize, 0)
 
 
 # What is known to be bound by products in the compute dtype, or by gathers.
 TimedJob = Importance | Train | Evaluate
 # What has a layer at a time on each rank.
-Walk = Refit | Reference
-Job = TimedJob | Walk
+LayerPass = Refit | Reference
+Job = TimedJob | LayerPass
 
 
 @dataclass(frozen=True)
@@ -426,27 +441,27 @@ class Gpus:
         return self.nodes * self.per_node
 
 
-def fits(job: Job, shape: Shape, gpus: Gpus) -> bool:
+def fits(job: Job, dimensions: Dimensions, gpus: Gpus) -> bool:
     """Whether the job's peak leaves ``RESERVE`` of a GPU's memory free."""
-    return job.memory(shape, gpus.ranks).total <= (1 - RESERVE) * gpus.memory
+    return job.memory(dimensions, gpus.ranks).total <= (1 - RESERVE) * gpus.memory
 
 
-def seconds(job: TimedJob, shape: Shape, gpus: Gpus) -> tuple[float, float]:
+def seconds(job: TimedJob, dimensions: Dimensions, gpus: Gpus) -> tuple[float, float]:
     """Of one micro-batch on each rank: at work, and on the network; the larger one counts where they overlap.
 
     A ring over all ranks carries every gathered byte once through each node's link; inside a node there is none.
     """
     assert gpus.flops is not None, "the rate of a GPU is not known"
-    work = job.work(shape)
+    work = job.work(dimensions)
     at_work = work.flops / (EFFICIENCY * gpus.flops)
     if gpus.nodes == 1 or gpus.network is None:
         return at_work, 0.0
     return at_work, work.gathered_bytes * (gpus.ranks - 1) / gpus.ranks / (NETWORK_EFFICIENCY * gpus.network)
 
 
-def _gathered_at_a_time(shape: Shape, itemsize: int, ranks: int) -> float:
+def _gathered_at_a_time(dimensions: Dimensions, itemsize: int, ranks: int) -> float:
     """Bytes of gathered parameters that DeepSpeed holds; one rank alone holds all as its own."""
-    return 0.0 if ranks == 1 else min(shape.parameters, LIVE_PARAMETERS + shape.head_parameters) * itemsize
+    return 0.0 if ranks == 1 else min(dimensions.parameters, LIVE_PARAMETERS + dimensions.head_parameters) * itemsize
 
 
 def _tokens_of_a_rank(samples: int, windows: int, tokens: int, ranks: int) -> int:
@@ -454,27 +469,27 @@ def _tokens_of_a_rank(samples: int, windows: int, tokens: int, ranks: int) -> in
     return min(samples, -(-samples // (windows * ranks)) * windows) * tokens
 
 
-def _widest(shape: Shape) -> int:
+def _widest(dimensions: Dimensions) -> int:
     """Numbers a token that a forward without gradients has at a time."""
-    return 4 * shape.intermediate_size + 8 * shape.hidden_size
+    return 4 * dimensions.intermediate_size + 8 * dimensions.hidden_size
 
 
-def _memory_of_walk(shape: Shape, tokens: int, itemsize: int, size: float) -> Memory:
+def _memory_of_layer_pass(dimensions: Dimensions, tokens: int, itemsize: int, size: float) -> Memory:
     """Of one layer at a time, where Gram matrices of vectors of ``size`` are added up."""
     return Memory(
-        weights=shape.layer_parameters * itemsize,
+        weights=dimensions.layer_parameters * itemsize,
         gathered=0.0,
-        activations=tokens * (_widest(shape) * itemsize + 4 * size),
+        activations=tokens * (_widest(dimensions) * itemsize + 4 * size),
         scratch=0.0,
         sums=GRAM_BYTES * size**2,
     )
 
 
-def _stays_gathered(shape: Shape) -> bool:
+def _stays_gathered(dimensions: Dimensions) -> bool:
     """Whether DeepSpeed keeps what it has gathered in forward until backward is over."""
-    return shape.parameters <= LIVE_PARAMETERS
+    return dimensions.parameters <= LIVE_PARAMETERS
 
 
-def _attention_flops(shape: Shape, tokens: int) -> float:
+def _attention_flops(dimensions: Dimensions, tokens: int) -> float:
     """A token's share of both products of causal attention in all layers, forward."""
-    return shape.num_layers * 2 * tokens * shape.num_heads * shape.head_size
+    return dimensions.num_layers * 2 * tokens * dimensions.num_heads * dimensions.head_size

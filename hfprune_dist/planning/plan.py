@@ -80,7 +80,7 @@ class Plan:
                 wanted += self.stages[stage_id].needs
         return [stage_id for stage_id in self.stages if stage_id in missing]
 
-    def behind(self, cell: Cell) -> list[str]:
+    def upstream(self, cell: Cell) -> list[str]:
         """Ids of all stages whose cost a row carries, in order; the evaluation is the last."""
         evaluate = self.stages[cell.evaluate]
         return [*dict.fromkeys([*cell.producers, *evaluate.needs, evaluate.id])]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.exact_sums import ExactSum
-from hfprune_dist.core.gauss_newton import Biases, Curvature, Linearized, MlpWeights, solve_normal_equations
+from hfprune_dist.core.gauss_newton import Biases, GaussNewtonSums, Linearized, MlpWeights, solve_normal_equations
 from hfprune_dist.distributed.layer_stream import is_held_out
 from hfprune_dist.distributed.world import World
 
@@ -90,7 +90,7 @@ class Reconstruction:
         """Of Gauss-Newton, on some micro-batches of this rank and those of the others."""
         around = self._around(start.weights, indices)
         gate_K, up_K, inputs_CC = self._sum(indices, lambda index: around(index).curvature())
-        curvature = Curvature(gate_K, up_K, inputs_CC, start.hidden_KK * start.tokens, start.tokens)
+        curvature = GaussNewtonSums(gate_K, up_K, inputs_CC, start.hidden_KK * start.tokens, start.tokens)
 
         def residual(index: int) -> MlpWeights:
             at = around(index)

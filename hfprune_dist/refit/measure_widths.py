@@ -1,4 +1,4 @@
-"""How far models of many widths are from the dense one, measured in one walk through the layers.
+"""How far models of many widths are from the dense one, measured in one pass layer by layer.
 
 The windows go through the dense layers and, beside them, through every candidate's: candidates share all layers up to
 the first in which their widths differ. Memory is that of one layer and of the windows' hidden states of each candidate.

@@ -90,7 +90,7 @@ class FittedLayers:
         """Tensors of a layer that the refit changes, in the order of ``MlpWeights`` where there are three."""
         prefix = self._family.mlp_prefix(number)
         rows = [f"{prefix}.{name}.weight" for name in self._family.row_projections] if self._whole_mlp else []
-        return [*rows, self._family.column_tensor(number)]
+        return [*rows, self._family.down_tensor(number)]
 
     def _read(self, number: int, name: str) -> Tensor:
         with safe_open(self._weight_file(number), framework="pt") as source:

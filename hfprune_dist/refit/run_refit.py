@@ -13,7 +13,7 @@ from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.gauss_newton import Biases, MlpWeights
 from hfprune_dist.core.least_squares import LeastSquares, best_ridge, vectors_of_targets, weight_of_targets
 from hfprune_dist.distributed.interruption import Interrupted
-from hfprune_dist.distributed.layer_stream import AroundMlp, Grams, LayerStream, unusable
+from hfprune_dist.distributed.layer_stream import Grams, LayerStream, MlpIO, unusable
 from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import mlp_of, narrow, projection
@@ -84,7 +84,7 @@ class DenseRefit:
         self._fitted.write(number, [solution.whole_CK], solution.fit)
 
 
-class PursuingRefit:
+class SequentialRefit:
     """MLPs that bring the pruned model's hidden states back to the dense one's, layer after layer.
 
     Each layer is fitted on what the model pruned and refitted so far makes of the windows. Its MLP's target lies
@@ -170,7 +170,7 @@ class PursuingRefit:
             yield index, vectors_of_targets(down.weight.data, around.hidden_NK, target_NC)
 
     @torch.no_grad()
-    def _target(self, index: int, around: AroundMlp, dense_mlp: nn.Module) -> Tensor:
+    def _target(self, index: int, around: MlpIO, dense_mlp: nn.Module) -> Tensor:
         """What the MLP should put out, float32 [tokens, hidden_size]."""
         own_NC: Tensor = dense_mlp(around.input_NC).float()
         missing_NC = self._dense.hidden(index).flatten(0, 1).to(own_NC) - around.residual_NC.float()

@@ -191,7 +191,7 @@ def criteria_table(pairs: Sequence[Mapping[str, Any]]) -> str:
     return _markdown(head, lines)
 
 
-def settling_table(points: Sequence[Mapping[str, Any]]) -> str:
+def convergence_table(points: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: overlap of what two halves of the windows keep, by how many windows there were.
 
     Args:

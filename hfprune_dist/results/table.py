@@ -40,7 +40,7 @@ def collect_rows(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> l
 
 
 def _row(cell: Cell, plan: Plan, store: Store, dense: DenseModel) -> Row:
-    manifests = {stage_id: store.manifest(stage_id) for stage_id in plan.behind(cell)}
+    manifests = {stage_id: store.manifest(stage_id) for stage_id in plan.upstream(cell)}
     evaluation = manifests[cell.evaluate]
     missing = plan.lacking(lambda stage_id: manifests[stage_id] is not None, [cell])
     cause = _cause(missing[0], plan, store) if missing else None

@@ -22,7 +22,11 @@ from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
 from hfprune_dist.distributed.deepspeed_patches import empty_shards, rearming
 from hfprune_dist.distributed.world import World
 from hfprune_dist.distributed.zero3 import gathered, load_frozen
-from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, keep_no_gathered_weights, lighten
+from hfprune_dist.models.memory_efficient_backward import (
+    checkpoint_activations,
+    keep_no_gathered_weights,
+    use_memory_efficient_backward,
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Calibration:
     ) -> None:
         family = checkpoint.family
         self.module = load_frozen(checkpoint.path, dtype, micro_batch_size, world, family.body_of)
-        lighten(self.module, family)
+        use_memory_efficient_backward(self.module, family)
         keep_no_gathered_weights(self.module)
         if activation_checkpointing:
             checkpoint_activations(self.module, family)

@@ -40,7 +40,7 @@ class Accumulation:
         sums_KLD: float64 [criteria, num_layers, intermediate_size], added in shard order; of criteria that are
             accumulated in a narrower dtype, micro-batch by micro-batch, and rounded to it each time.
         losses: loss name -> sum over windows of the loss per token.
-        curve: (shards, criterion, share kept) -> overlap of the two halves (see ``core.settling``).
+        curve: (shards, criterion, share kept) -> overlap of the two halves (see ``core.split_half``).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Accumulation:
         self.sums_KLD = torch.zeros(len(criteria), layers, neurons, dtype=torch.float64)
         self.curve: dict[tuple[int, str, float], float] = {}
         self._odd_KLD = torch.zeros_like(self.sums_KLD)
-        self._settled = settled
+        self._sufficient_overlap = settled
         self.losses: dict[str, float] = {}
         self.next_shard = 0
         self.shards = shards
@@ -65,7 +65,7 @@ class Accumulation:
         self._file = file
         self._world = world
         needs_moments = any(it.needs_moments for it in criteria)
-        self._curvature = Curvature((layers, hidden_size), shards, world) if needs_moments else None
+        self._curvature = CurvatureSums((layers, hidden_size), shards, world) if needs_moments else None
         self._resume()
 
     @property
@@ -126,7 +126,7 @@ class Accumulation:
 
     def _has_settled(self) -> bool:
         newest = [value for (shards, *_), value in self.curve.items() if shards == self.next_shard]
-        return self._settled is not None and bool(newest) and min(newest) >= self._settled
+        return self._sufficient_overlap is not None and bool(newest) and min(newest) >= self._sufficient_overlap
 
     def _resume(self) -> None:
         saved = self._read_saved() if self._world.is_first else {}
@@ -200,7 +200,7 @@ def _curve_of(points: Tensor, criteria: Sequence[Criterion]) -> dict[tuple[int, 
     return {(int(shards), criteria[int(place)].name, share): value for shards, place, share, value in points.tolist()}
 
 
-class Curvature:
+class CurvatureSums:
     """The sum of g g^T of every layer; too large to travel shard by shard, so it is added up as exact integers.
 
     Args:

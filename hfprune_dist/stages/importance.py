@@ -21,7 +21,7 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import mlp_layer
 from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
-from hfprune_dist.core.criteria import CRITERIA, Criterion, MlpLayer, Moments, losses_of
+from hfprune_dist.core.criteria import CRITERIA, Criterion, MlpLayer, SecondMoments, losses_of
 from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.importance import NonFiniteError
 from hfprune_dist.data.tokenizer import load_tokenizer
@@ -260,11 +260,11 @@ class _SecondPass:
             self._context.progress.update("moments", number + 1, self._checkpoint.num_layers)
         self._context.interruption.stop_if_agreed(self._context.world)
 
-    def _moments(self, number: int) -> Moments:
+    def _moments(self, number: int) -> SecondMoments:
         stream = self._begun()
         grams = stream.grams(number, stream.layer(number))
         curvature_CC = self._totals.mean_curvature(number, self._tokens)
-        return Moments(grams.whole(), curvature_CC.to(self._context.world.device), self._tokens)
+        return SecondMoments(grams.whole(), curvature_CC.to(self._context.world.device), self._tokens)
 
     def _begun(self) -> LayerStream:
         """The windows on their way; where all scores are known, they never begin. Collective."""

@@ -14,14 +14,14 @@ from hfprune_dist.checkpoints.write_pruned import config_changes, mlp_cuts, writ
 from hfprune_dist.core.allocation import allocate_globally, layer_mean_one
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.selection import top_neurons
-from hfprune_dist.core.width_search import MEASUREMENTS, Family, Widths, search_widths
+from hfprune_dist.core.width_search import MEASUREMENTS, ReweightedWidths, Widths, search_widths
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe
 from hfprune_dist.planning.plan import size_of
 from hfprune_dist.planning.widths import ModelSize, narrowest_widths, removals, uniform_width
 from hfprune_dist.refit.measure_widths import Measurement
 from hfprune_dist.refit.refitted_layers import FittedLayers
-from hfprune_dist.refit.run_refit import DenseRefit, PursuingRefit
+from hfprune_dist.refit.run_refit import DenseRefit, SequentialRefit
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.store.hashing import digest_of
@@ -85,7 +85,7 @@ def _widths(context: Context, dense: Checkpoint, scores: list[Tensor]) -> tuple[
     if params["allocation"] == "global":
         return allocate_globally(comparable, wanted, narrowest, multiple_of), {}
     found = search_widths(
-        Family(comparable, wanted, narrowest, multiple_of),
+        ReweightedWidths(comparable, wanted, narrowest, multiple_of),
         _uniform(params, size, narrowest, where),
         _measurement(context, dense, scores).kl,
     )
@@ -124,14 +124,14 @@ def _refit(
     dtype, size = getattr(torch, params["dtype"]), params["micro_batch_size"]
     windows_ST, whole_mlp = context.calibration_windows(), params["refit"] == "block"
     fitted = FittedLayers(checkpoint, whole_mlp, context.work / "refit")
-    refit: DenseRefit | PursuingRefit
+    refit: DenseRefit | SequentialRefit
     if params["refit"] == "dense":
         stream = LayerStream(checkpoint, windows_ST, dtype, size, world, _probe(context, checkpoint))
         refit = DenseRefit(checkpoint, kept, stream, fitted, world)
     else:
         stream = LayerStream(checkpoint, windows_ST, dtype, size, world)
         dense_stream = LayerStream(dense, windows_ST, dtype, size, world, _probe(context, dense))
-        refit = PursuingRefit(checkpoint, kept, stream, dense_stream, whole_mlp, fitted, world)
+        refit = SequentialRefit(checkpoint, kept, stream, dense_stream, whole_mlp, fitted, world)
     refit.run(_after_each_layer(context, "refit", checkpoint.num_layers))
     fits = fitted.reports()
     return fitted.replacements(), {

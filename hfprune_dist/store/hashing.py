@@ -15,7 +15,7 @@ from hfprune_dist.store.atomic_files import read_object, write_json
 # Read at once. ``after_each`` is called in between: a slow disk must not keep other ranks waiting for minutes.
 CHUNK_BYTES = 16 * 1024 * 1024
 # A file that changed less than this before it was read may change again without looking any different.
-SETTLED_NS = 2_000_000_000
+STABLE_NS = 2_000_000_000
 
 AfterEach = Callable[[], None]
 """Called after each piece of work, so that others know that it goes on."""
@@ -42,7 +42,7 @@ class FileHashes:
     def __init__(self, cache: Path | None) -> None:
         self._cache = cache
         self._fresh: dict[str, dict[str, Any]] = {}
-        self._settled: set[str] = set()
+        self._stable: set[str] = set()
 
     def of_file(self, file: Path, after_each: AfterEach = nothing) -> str:
         """sha256 of a file's content.
@@ -69,11 +69,11 @@ class FileHashes:
 
     def save(self) -> None:
         """Write what was hashed since the last call to the cache folder, but for files that had only just changed."""
-        if self._cache is not None and self._settled:
+        if self._cache is not None and self._stable:
             self._cache.mkdir(parents=True, exist_ok=True)
-            for name in self._settled:
+            for name in self._stable:
                 write_json(self._cache / name, self._fresh.pop(name))
-            self._settled.clear()
+            self._stable.clear()
 
     def _compute(self, file: Path, key: list[Any], after_each: AfterEach) -> str:
         read_at_ns = time.time_ns()
@@ -85,7 +85,7 @@ class FileHashes:
         name, digest = _entry_name(key), sha256.hexdigest()
         self._fresh[name] = {"key": key, "sha256": digest}
         changed_at_ns = key[-1]
-        (self._settled.add if changed_at_ns < read_at_ns - SETTLED_NS else self._settled.discard)(name)
+        (self._stable.add if changed_at_ns < read_at_ns - STABLE_NS else self._stable.discard)(name)
         return digest
 
     def _recall(self, key: list[Any]) -> str | None:

@@ -66,7 +66,7 @@ def measure_criteria(settings: Settings) -> Findings:
 def time_pass(model: str, text: str, dtype: str, tokens: int, rounds: int) -> dict[str, Any]:
     """In a process of its own: ratios to a forward, and the neurons that each method keeps, layer by layer."""
     windows = iter(read_text(model, text, rounds + 1, tokens)[:, None])
-    plain, lean = load_subject(model, dtype), load_subject(model, dtype, checkpointing=True)
+    plain, checkpointed = load_subject(model, dtype), load_subject(model, dtype, checkpointing=True)
     sums: list[Tensor] = []
     published: list[Tensor] = []
     window: list[Tensor] = []
@@ -83,7 +83,7 @@ def time_pass(model: str, text: str, dtype: str, tokens: int, rounds: int) -> di
             "forward": forward,
             "published": run_published,
             "ours": lambda: sums.append(plain.ours(window, ["entropy"])),
-            "ours, activations checkpointed": lambda: lean.ours(window, ["entropy"]),
+            "ours, activations checkpointed": lambda: checkpointed.ours(window, ["entropy"]),
         },
         "forward",
         rounds,

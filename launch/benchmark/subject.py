@@ -20,7 +20,7 @@ from hfprune_dist.core.criteria import CRITERIA, Batch
 from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
 from hfprune_dist.data.tokenizer import bos_id, load_tokenizer, plain_ids
 from hfprune_dist.data.windows import sample_windows
-from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, lighten
+from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 
 SEED = 0
 
@@ -68,7 +68,7 @@ class Subject:
         """A frozen copy that shares the weights' storage."""
         shared = {id(weight): nn.Parameter(weight.data, requires_grad=False) for weight in self._model.parameters()}
         frozen = copy.deepcopy(self._model, shared)
-        lighten(frozen, self._family)
+        use_memory_efficient_backward(frozen, self._family)
         if checkpointing:
             checkpoint_activations(frozen, self._family)
         body, head = self._family.body_of(frozen), self._family.head_of(frozen)

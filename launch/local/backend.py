@@ -16,7 +16,7 @@ from pathlib import Path
 from hfprune_launch.local.deaths import explain_death
 from hfprune_launch.local.hardware import ranks_here
 from hfprune_launch.stage.outcome import Outcome
-from hfprune_launch.stage.stage_file import Origin, attempts_so_far, lay_out
+from hfprune_launch.stage.stage_file import Provenance, attempts_so_far, write_stage_file
 from hfprune_launch.stage.threads import threads_allowed
 
 from hfprune_dist.store.artifacts import Store
@@ -46,11 +46,11 @@ class LocalBackend:
         logs: folder that receives one log per stage and attempt.
     """
 
-    def __init__(self, store: Store, logs: Path, origin: Origin) -> None:
+    def __init__(self, store: Store, logs: Path, provenance: Provenance) -> None:
         self._store = store
         self._logs = logs
-        self._origin = origin
-        self.ranks = ranks_here(origin.runtime)
+        self._provenance = provenance
+        self.ranks = ranks_here(provenance.runtime)
 
     def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Outcome:
         """Claim a stage, run it on all ranks, and tell how it ended; success is a verified artifact, nothing else."""
@@ -84,7 +84,7 @@ class LocalBackend:
     def _lay_out(self, stage: Stage) -> int:
         """Write what the ranks need to know into the stage's work folder; return the attempt's number."""
         attempt = attempts_so_far(self._store, stage.id) + 1
-        lay_out(self._store, stage, self._origin, attempt)
+        write_stage_file(self._store, stage, self._provenance, attempt)
         return attempt
 
     def _log(self, stage: Stage, attempt: int) -> Path:
@@ -109,7 +109,7 @@ class LocalBackend:
 
     def _environment(self) -> dict[str, str]:
         """The ranks' environment: threads, and a project that can be imported from wherever the sweep was started."""
-        threads = self._origin.runtime.threads_per_rank or threads_allowed()
+        threads = self._provenance.runtime.threads_per_rank or threads_allowed()
         threads = threads or max(1, (os.cpu_count() or 1) // self.ranks)
         return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 

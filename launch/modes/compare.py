@@ -16,10 +16,10 @@ from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.results.comparison import (
     compare_criteria,
     compare_methods,
+    convergence_table,
     criteria_table,
     methods_table,
     read_scores,
-    settling_table,
 )
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_text
@@ -43,7 +43,7 @@ def compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
     pages += [f"# Criteria: {model}\n\n{criteria_table(pairs)}" for model, pairs in criteria.items() if pairs]
     settling = _settling(sweeps[0])
     pages += [
-        f"# Calibration windows: {model}\n\n{settling_table(points)}" for model, points in settling.items() if points
+        f"# Calibration windows: {model}\n\n{convergence_table(points)}" for model, points in settling.items() if points
     ]
     record = {
         "methods": [asdict(it) for it in methods],

@@ -18,7 +18,7 @@ from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.estimate import estimate_stages, refuse_what_cannot_fit, show_estimates
 from hfprune_launch.slurm.profile import Profile, load_profile
 from hfprune_launch.slurm.status_table import cell_logs
-from hfprune_launch.stage.stage_file import Origin, discard_finished_work
+from hfprune_launch.stage.stage_file import Provenance, discard_finished_work
 from hfprune_launch.sweep_folder import (
     Record,
     configuration,
@@ -192,13 +192,13 @@ def _runner(
     Raises:
         UserError: where this machine can't run them; nothing has been written.
     """
-    origin = Origin(config.runtime, config.model_dump(), code_version(PROJECT))
+    provenance = Provenance(config.runtime, config.model_dump(), code_version(PROJECT))
     if profile is None:
-        backend = LocalBackend(sweep.store, sweep.out / "logs", origin)
+        backend = LocalBackend(sweep.store, sweep.out / "logs", provenance)
         return lambda: _run_here(console, sweep, todo, backend)
     SlurmCommands().require()
     limit = arguments.max_running or profile.max_running
-    return lambda: run_on_slurm(console, sweep, todo, origin, profile, limit, PROJECT, arguments.follow)
+    return lambda: run_on_slurm(console, sweep, todo, provenance, profile, limit, PROJECT, arguments.follow)
 
 
 def _run_here(console: Console, sweep: Sweep, todo: Sequence[str], backend: LocalBackend) -> None:

@@ -52,7 +52,7 @@ class Intent:
         created: unix time.
         gpus, cores: of the whole job.
         time_minutes: time limit of the job.
-        lane: jobs in one lane run one after the other (``--max-running``); None without a limit.
+        slot: jobs in one slot run one after the other (``--max-running``); None without a limit.
         cluster, user: whose job it is. Empty in records of earlier versions.
     """
 
@@ -63,7 +63,7 @@ class Intent:
     gpus: int
     cores: int
     time_minutes: int
-    lane: int | None = None
+    slot: int | None = None
     cluster: str = ""
     user: str = ""
 
@@ -231,7 +231,7 @@ class Ledger:
         gpus: int,
         cores: int,
         time_minutes: int,
-        lane: int | None,
+        slot: int | None,
         *,
         cluster: str = "",
         user: str = "",
@@ -241,19 +241,19 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         last = self.last(stage.id)
         if last is not None and last.end is not None and last.end.cause in (QUEUE_FULL, NEED_ENDED):
-            return self._reopen(last, lane, cluster, user)
+            return self._reopen(last, slot, cluster, user)
         number = 1 + max((number for number, _ in _numbered(folder)), default=0)
         name = _job_name(stage.id, number) + uuid.uuid4().hex[:8]
         attempt = Attempt(
             folder / str(number),
-            Intent(stage.id, number, name, time.time(), gpus, cores, time_minutes, lane, cluster, user),
+            Intent(stage.id, number, name, time.time(), gpus, cores, time_minutes, slot, cluster, user),
         )
         attempt.folder.mkdir()
         write_json(attempt.folder / INTENT, asdict(attempt.intent))
         return attempt
 
-    def _reopen(self, attempt: Attempt, lane: int | None, cluster: str, user: str) -> Attempt:
-        intent = replace(attempt.intent, created=time.time(), lane=lane, cluster=cluster, user=user)
+    def _reopen(self, attempt: Attempt, slot: int | None, cluster: str, user: str) -> Attempt:
+        intent = replace(attempt.intent, created=time.time(), slot=slot, cluster=cluster, user=user)
         again = Attempt(attempt.folder, intent)
         write_json(again.folder / INTENT, asdict(again.intent))
         (again.folder / END).unlink()

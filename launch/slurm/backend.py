@@ -27,7 +27,7 @@ from hfprune_launch.slurm.exit_causes import RETRIES, explain_end
 from hfprune_launch.slurm.pending_jobs import PendingJobs
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.whereabouts import GONE_AFTER_S, Sighting, Whereabouts
-from hfprune_launch.stage.stage_file import Origin, lay_out
+from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
@@ -64,7 +64,7 @@ class Submitting:
         max_running: the most jobs of the sweep that run at once; None: no limit.
     """
 
-    origin: Origin
+    provenance: Provenance
     profile: Profile
     snapshot: Path
     max_running: int | None
@@ -180,7 +180,7 @@ class SlurmBackend:
             if job_ids[stage_id] is None:
                 self._find(attempt)
             else:
-                self._settle(attempt, sightings[stage_id])
+                self._close_if_over(attempt, sightings[stage_id])
 
     def _find(self, attempt: Attempt) -> None:
         """A launcher wrote this intent and died before it wrote the job's id, or is about to write it."""
@@ -225,7 +225,7 @@ class SlurmBackend:
         self._tell(Event("waiting", self._plan.stages[intent.stage_id], attempt.job_id, message))
         return True
 
-    def _settle(self, attempt: Attempt, sighting: Sighting) -> None:
+    def _close_if_over(self, attempt: Attempt, sighting: Sighting) -> None:
         """Close an attempt whose job is over."""
         stage = self._plan.stages[attempt.intent.stage_id]
         job = sighting.job
@@ -373,18 +373,18 @@ class SlurmBackend:
         """Write-ahead, submit, record: a death between any two of these is mended by ``_find``."""
         submitting = self._submitting
         resources = submitting.profile.resources[stage.kind]
-        lane, after_any = self._choose_lane(after_ok)
+        slot, after_any = self._choose_slot(after_ok)
         attempt = self._ledger.open_attempt(
-            stage, resources.gpus, resources.cores, resources.time_minutes, lane, **self._whereabouts.me
+            stage, resources.gpus, resources.cores, resources.time_minutes, slot, **self._whereabouts.me
         )
-        lay_out(self._store, stage, submitting.origin, attempt.intent.number)
+        write_stage_file(self._store, stage, submitting.provenance, attempt.intent.number)
         request = Request(
             stage=stage,
             resources=resources,
             folder=attempt.folder,
             job_name=attempt.intent.job_name,
             snapshot=submitting.snapshot,
-            threads=default_threads(resources, submitting.origin.runtime.threads_per_rank),
+            threads=default_threads(resources, submitting.provenance.runtime.threads_per_rank),
             after_ok=after_ok,
             after_any=after_any,
             exclude=self._nodes_to_avoid(stage),
@@ -419,25 +419,25 @@ class SlurmBackend:
         attempt.record_job(job_id)
         self._tell(Event("submitted", stage, job_id))
 
-    def _choose_lane(self, after_ok: Sequence[str]) -> tuple[int | None, str | None]:
-        """Which of ``max_running`` lanes a job joins, and the job before it there.
+    def _choose_slot(self, after_ok: Sequence[str]) -> tuple[int | None, str | None]:
+        """Which of ``max_running`` slots a job joins, and the job before it there.
 
-        A job starts when the one before it in its lane is over, so Slurm keeps to the limit without a launcher.
+        A job starts when the one before it in its slot is over, so Slurm keeps to the limit without a launcher.
         """
         limit = self._submitting.max_running
         if limit is None:
             return None, None
         last: dict[int, Attempt] = {}
         for attempt in sorted(self._live.values(), key=lambda attempt: attempt.intent.created):
-            if attempt.intent.lane is not None:
-                last[attempt.intent.lane] = attempt
-        free = next((lane for lane in range(limit) if lane not in last), None)
+            if attempt.intent.slot is not None:
+                last[attempt.intent.slot] = attempt
+        free = next((slot for slot in range(limit) if slot not in last), None)
         if free is not None:
             return free, None
         # Behind a job that has to be waited for anyway, else behind the one that was submitted first.
-        lanes = [lane for lane in last if lane < limit]
-        lane = min(lanes, key=lambda lane: (last[lane].job_id not in after_ok, last[lane].intent.created))
-        return lane, last[lane].job_id
+        slots = [slot for slot in last if slot < limit]
+        slot = min(slots, key=lambda slot: (last[slot].job_id not in after_ok, last[slot].intent.created))
+        return slot, last[slot].job_id
 
     def _nodes_to_avoid(self, stage: Stage) -> list[str]:
         ends = [end for attempt in self._ledger.attempts(stage.id) if (end := attempt.end) is not None]

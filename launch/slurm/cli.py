@@ -19,7 +19,7 @@ from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailab
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.status_table import stage_statuses, status_table
 from hfprune_launch.slurm.whereabouts import Whereabouts
-from hfprune_launch.stage.stage_file import Origin
+from hfprune_launch.stage.stage_file import Provenance
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -46,7 +46,7 @@ def run_on_slurm(
     console: Console,
     sweep: Sweep,
     todo: Sequence[str],
-    origin: Origin,
+    provenance: Provenance,
     profile: Profile,
     max_running: int | None,
     project: Path,
@@ -62,9 +62,11 @@ def run_on_slurm(
     """
     store = sweep.store
     console.print(f"{len(todo)} of {len(sweep.plan.stages)} stages to run on Slurm; logs in {store.root / 'attempts'}")
-    snapshot = take_snapshot(project, (sweep.out / "code").resolve(), origin.code, partial(console.print, markup=False))
+    snapshot = take_snapshot(
+        project, (sweep.out / "code").resolve(), provenance.code, partial(console.print, markup=False)
+    )
     with _Screen(console, sweep).shown() as screen:
-        submitting = Submitting(origin, profile, snapshot, max_running)
+        submitting = Submitting(provenance, profile, snapshot, max_running)
         backend = SlurmBackend(store, sweep.plan, submitting, SlurmCommands(), screen.tell)
         backend.start()
         if follow is not False:

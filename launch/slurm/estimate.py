@@ -16,20 +16,20 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.footprint import (
+    Dimensions,
     Evaluate,
     Gpus,
     Importance,
     Job,
+    LayerPass,
     Memory,
     Reference,
     Refit,
-    Shape,
     TimedJob,
     Train,
-    Walk,
+    dimensions_of,
     fits,
     seconds,
-    shape_of,
 )
 from hfprune_dist.planning.plan import Plan, size_of
 from hfprune_dist.planning.widths import uniform_width
@@ -139,24 +139,24 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
 
 
 def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeConfig) -> Estimate:
-    shape = shape_of(_dense(plan, stage).config)
+    dimensions = dimensions_of(_dense(plan, stage).config)
     job, gpus = _job(plan, stage, runtime), _gpus(resources)
-    placed = dataclasses.replace(gpus, nodes=1, per_node=1) if _whole_on_each(job, shape, gpus, runtime) else gpus
+    placed = dataclasses.replace(gpus, nodes=1, per_node=1) if _whole_on_each(job, dimensions, gpus, runtime) else gpus
     return Estimate(
         stage=stage,
-        memory=job.memory(shape, placed.ranks),
+        memory=job.memory(dimensions, placed.ranks),
         available=resources.gpu_memory_gib and gpus.memory,
-        host_memory=resources.tasks_per_node * _host_bytes(job, shape, gpus),
+        host_memory=resources.tasks_per_node * _host_bytes(job, dimensions, gpus),
         host_available=resources.memory_bytes,
-        fits=fits(job, shape, placed) if resources.gpu_memory_gib else None,
-        advice=_advice(job, shape, gpus, placed, _shared_rows(stage)) if resources.gpu_memory_gib else "",
-        gpu_hours=_gpu_hours(_rounds(plan, stage, gpus.ranks), job, shape, gpus),
+        fits=fits(job, dimensions, placed) if resources.gpu_memory_gib else None,
+        advice=_advice(job, dimensions, gpus, placed, _shared_rows(stage)) if resources.gpu_memory_gib else "",
+        gpu_hours=_gpu_hours(_rounds(plan, stage, gpus.ranks), job, dimensions, gpus),
     )
 
 
-def _host_bytes(job: Job, shape: Shape, gpus: Gpus) -> int:
+def _host_bytes(job: Job, dimensions: Dimensions, gpus: Gpus) -> int:
     """Main memory of one rank, where it is too much to leave out."""
-    return job.host_bytes(shape, gpus.ranks) if isinstance(job, Importance | Walk) else 0
+    return job.host_bytes(dimensions, gpus.ranks) if isinstance(job, Importance | LayerPass) else 0
 
 
 def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
@@ -239,54 +239,54 @@ def _gpus(resources: Resources) -> Gpus:
     )
 
 
-def _whole_on_each(job: Job, shape: Shape, gpus: Gpus, runtime: RuntimeConfig) -> bool:
+def _whole_on_each(job: Job, dimensions: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -> bool:
     """Whether an evaluation puts whole weights on every GPU."""
     if not isinstance(job, Evaluate) or runtime.sharding == "zero3":
         return False
-    small = shape.parameters * job.itemsize <= WHOLE_WEIGHTS_SHARE * gpus.memory
+    small = dimensions.parameters * job.itemsize <= WHOLE_WEIGHTS_SHARE * gpus.memory
     return runtime.sharding == "replicate" or small
 
 
-def _advice(job: Job, shape: Shape, gpus: Gpus, placed: Gpus, shared_rows: int | None) -> str:
+def _advice(job: Job, dimensions: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: int | None) -> str:
     """The fewest nodes that hold one window, and the micro-batch whose work hides the network's time.
 
     Where a job shares no weights and gathers nothing, as ``placed`` on one GPU, the largest micro-batch that fits.
     """
-    if isinstance(job, Walk) or placed != gpus:
-        return "" if fits(job, shape, placed) else _smaller(job, shape, placed)
+    if isinstance(job, LayerPass) or placed != gpus:
+        return "" if fits(job, dimensions, placed) else _smaller(job, dimensions, placed)
     smallest = job.resized(1)
     # A single rank gathers nothing, so that fewer nodes may hold what more of them don't.
     candidates = (dataclasses.replace(gpus, nodes=n) for n in (*range(gpus.nodes, MOST_NODES), *range(1, gpus.nodes)))
-    advised = next((it for it in candidates if fits(smallest, shape, it)), None)
+    advised = next((it for it in candidates if fits(smallest, dimensions, it)), None)
     if advised is None:
         return ""
     shared = [size for size in MICRO_BATCHES if not shared_rows or size * advised.ranks <= shared_rows]
-    fitting = [size for size in shared or MICRO_BATCHES[:1] if fits(job.resized(size), shape, advised)]
-    hidden = [size for size in fitting if gpus.flops and _is_hidden(job.resized(size), shape, advised)]
+    fitting = [size for size in shared or MICRO_BATCHES[:1] if fits(job.resized(size), dimensions, advised)]
+    hidden = [size for size in fitting if gpus.flops and _is_hidden(job.resized(size), dimensions, advised)]
     size = hidden[0] if hidden else fitting[-1] if gpus.flops else fitting[0]
     return f"nodes {advised.nodes}, micro-batch {size}"
 
 
-def _smaller(job: Job, shape: Shape, placed: Gpus) -> str:
+def _smaller(job: Job, dimensions: Dimensions, placed: Gpus) -> str:
     """What helps a job that puts all it needs on each GPU."""
-    fitting = [size for size in MICRO_BATCHES if fits(job.resized(size), shape, placed)]
+    fitting = [size for size in MICRO_BATCHES if fits(job.resized(size), dimensions, placed)]
     if fitting:
         return f"micro-batch {fitting[-1]}"
     return "sharding zero3" if isinstance(job, Evaluate) else ""
 
 
-def _is_hidden(job: TimedJob, shape: Shape, gpus: Gpus) -> bool:
-    at_work, on_network = seconds(job, shape, gpus)
+def _is_hidden(job: TimedJob, dimensions: Dimensions, gpus: Gpus) -> bool:
+    at_work, on_network = seconds(job, dimensions, gpus)
     return on_network <= at_work
 
 
-def _gpu_hours(rounds: int | None, job: Job, shape: Shape, gpus: Gpus) -> float | None:
+def _gpu_hours(rounds: int | None, job: Job, dimensions: Dimensions, gpus: Gpus) -> float | None:
     """For so many micro-batches of every rank; None where their number, or what bounds them, is not known."""
-    if rounds is None or isinstance(job, Walk) or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
+    if rounds is None or isinstance(job, LayerPass) or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
         return None
     if isinstance(job, Importance) and job.curvature:  # Gram matrices and what is made of them take a time of their own
         return None
-    return rounds * max(seconds(job, shape, gpus)) * gpus.ranks / 3600
+    return rounds * max(seconds(job, dimensions, gpus)) * gpus.ranks / 3600
 
 
 def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:

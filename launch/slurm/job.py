@@ -140,9 +140,9 @@ class _Rank:
         self._interruption = interruption
         self._rank = int(os.environ.get("SLURM_PROCID", "0"))
         self._attempt = int(Path(os.environ["SUBMITIT_FOLDER"]).name)
-        self._reception: _Reception | None = None
+        self._reception: _StartGate | None = None
         if self._rank == 0:
-            self._reception = _Reception(store, stage_id, Path(os.environ["SUBMITIT_FOLDER"]))
+            self._reception = _StartGate(store, stage_id, Path(os.environ["SUBMITIT_FOLDER"]))
 
     def run(self) -> None:
         try:
@@ -223,7 +223,7 @@ class _Rank:
             self._reception.end(how)
 
 
-class _Reception:
+class _StartGate:
     """On rank 0: decides whether the stage has to run here, and keeps the record of this start of the job.
 
     Attributes:

@@ -165,7 +165,7 @@ def cell_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int)
 def _stages_of(plan: Plan, name: str) -> list[str]:
     for cell in plan.cells:
         if cell.label == name:
-            return plan.behind(cell)
+            return plan.upstream(cell)
     stages = [stage_id for stage_id in plan.stages if name in (stage_id, stage_id.split("/")[1])]
     if not stages:
         labels = [cell.label for cell in plan.cells]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hfprune_launch.stage.stage_file import find_layout, read_layout
+from hfprune_launch.stage.stage_file import find_stage_file, read_stage_file
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interruption
@@ -51,17 +51,17 @@ def main() -> NoReturn:
     die_with_parent()
     prepare_environment()
     store, rank = Store(arguments.store), int(os.environ["RANK"])
-    work, layout = store.work(arguments.stage), find_layout(store, arguments.stage)
+    work, content = store.work(arguments.stage), find_stage_file(store, arguments.stage)
     claim = Claim.from_ticket(work, arguments.claim) if arguments.claim else None
     try:
-        run_stage(store, arguments.stage, Interruption(), admit=lambda world: Admission(True, claim))
+        run_stage(store, arguments.stage, Interruption(), should_run=lambda world: Admission(True, claim))
     except ClaimLostError as lost:
         print(f"error: {lost}", file=sys.stderr)
         leave_process(CLAIM_LOST_EXIT_CODE)
     except Exception as error:
         mended = from_os_error(error)
         with contextlib.suppress(OSError):  # a full disk has no room for the reason; the launcher then finds it
-            leave_reason(work, mended, rank, None if layout is None else layout.attempt, claim)
+            leave_reason(work, mended, rank, None if content is None else content.attempt, claim)
         if isinstance(mended, UserError):
             print(f"error: {mended}", file=sys.stderr)
             # The other ranks may hang in a collective with this one: leave without the process group's farewell.
@@ -92,11 +92,13 @@ def prepare_environment() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def run_stage(store: Store, stage_id: str, interruption: Interruption, admit: Callable[[World], Admission]) -> None:
+def run_stage(
+    store: Store, stage_id: str, interruption: Interruption, should_run: Callable[[World], Admission]
+) -> None:
     """Join the ranks, then hand over to ``hfprune_dist.stages.<kind>``.
 
     Args:
-        admit: asked on every rank once all have joined.
+        should_run: asked on every rank once all have joined.
 
     Raises:
         ClaimLostError: where another process has claimed the stage meanwhile.
@@ -106,19 +108,19 @@ def run_stage(store: Store, stage_id: str, interruption: Interruption, admit: Ca
     from hfprune_dist.stages.context import Context
 
     world = join_world(os.environ, _timeout_minutes(store, stage_id))
-    admission = admit(world)
+    admission = should_run(world)
     if admission.runs:
-        layout, claim = read_layout(store, stage_id), admission.claim
+        content, claim = read_stage_file(store, stage_id), admission.claim
         guard = None if claim is None else claim.require_held
         context = Context(
-            stage=Stage.to_run(layout.stage),
+            stage=Stage.to_run(content.stage),
             store=store,
             world=world,
-            runtime=RuntimeConfig.model_validate(layout.runtime),
+            runtime=RuntimeConfig.model_validate(content.runtime),
             progress=Progress(store.work(stage_id) if world.is_first else None, guard),
-            config=layout.config,
-            code=layout.code,
-            attempt=layout.attempt,
+            config=content.config,
+            code=content.code,
+            attempt=content.attempt,
             claim=claim,
             interruption=interruption,
         )
@@ -129,8 +131,8 @@ def run_stage(store: Store, stage_id: str, interruption: Interruption, admit: Ca
 
 def _timeout_minutes(store: Store, stage_id: str) -> int:
     """The collective timeout; where the stage is not laid out (any more), the default."""
-    layout = find_layout(store, stage_id)
-    runtime = RuntimeConfig() if layout is None else RuntimeConfig.model_validate(layout.runtime)
+    content = find_stage_file(store, stage_id)
+    runtime = RuntimeConfig() if content is None else RuntimeConfig.model_validate(content.runtime)
     return runtime.collective_timeout_minutes
 
 

@@ -16,7 +16,7 @@ from hfprune_dist.store.stage import Stage
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """Where a sweep's stages come from.
 
     Attributes:
@@ -30,13 +30,13 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Layout:
+class StageFile:
     """The content of a ``stage.json``.
 
     Attributes:
         stage: as ``Stage.to_json`` gives it.
         runtime: settings, as ``RuntimeConfig`` takes them.
-        config, code: see ``Origin``.
+        config, code: see ``Provenance``.
         attempt: 1 for the first.
     """
 
@@ -47,30 +47,32 @@ class Layout:
     attempt: int
 
 
-def lay_out(store: Store, stage: Stage, origin: Origin, attempt: int) -> None:
+def write_stage_file(store: Store, stage: Stage, provenance: Provenance, attempt: int) -> None:
     """Write what the ranks need to know; failures of earlier attempts are forgotten."""
     work = store.work(stage.id)
     work.mkdir(parents=True, exist_ok=True)
     clear_failures(work)
-    layout = Layout(stage.to_json(), origin.runtime.model_dump(), dict(origin.config), dict(origin.code), attempt)
-    write_json(work / STAGE_FILE, asdict(layout))
+    content = StageFile(
+        stage.to_json(), provenance.runtime.model_dump(), dict(provenance.config), dict(provenance.code), attempt
+    )
+    write_json(work / STAGE_FILE, asdict(content))
 
 
-def find_layout(store: Store, stage_id: str) -> Layout | None:
-    """What ``lay_out`` wrote; None where there is nothing that can be read."""
-    return read_record(Layout, store.work(stage_id) / STAGE_FILE)
+def find_stage_file(store: Store, stage_id: str) -> StageFile | None:
+    """What ``write_stage_file`` wrote; None where there is nothing that can be read."""
+    return read_record(StageFile, store.work(stage_id) / STAGE_FILE)
 
 
-def read_layout(store: Store, stage_id: str) -> Layout:
-    """What ``lay_out`` wrote.
+def read_stage_file(store: Store, stage_id: str) -> StageFile:
+    """What ``write_stage_file`` wrote.
 
     Raises:
         UserError: where there is nothing that can be read.
     """
-    layout = find_layout(store, stage_id)
-    if layout is None:
+    content = find_stage_file(store, stage_id)
+    if content is None:
         raise UserError(f"{store.work(stage_id)}: no {STAGE_FILE}; stages are laid out by launch/sweep.py")
-    return layout
+    return content
 
 
 def discard_finished_work(store: Store, stage: Stage) -> None:
@@ -87,5 +89,5 @@ def discard_finished_work(store: Store, stage: Stage) -> None:
 
 def attempts_so_far(store: Store, stage_id: str) -> int:
     """How often the local backend has laid a stage out in the work folder that is there now."""
-    layout = find_layout(store, stage_id)
-    return 0 if layout is None else layout.attempt
+    content = find_stage_file(store, stage_id)
+    return 0 if content is None else content.attempt

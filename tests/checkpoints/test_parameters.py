@@ -18,7 +18,7 @@ from hfprune_dist.checkpoints.write_pruned import config_changes, mlp_cuts, writ
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.single_layer import LayerReader
-from hfprune_dist.planning.footprint import shape_of
+from hfprune_dist.planning.footprint import dimensions_of
 from hfprune_dist.planning.model_sources import resolve_models
 from hfprune_dist.planning.plan import size_of
 from hfprune_dist.store.hashing import FileHashes
@@ -110,7 +110,7 @@ def test_the_head_that_counts_is_the_one_that_every_part_computes_with(tmp_path)
     checkpoint, loaded = open_checkpoint(folder), AutoModelForCausalLM.from_pretrained(folder)
     head = LayerReader(checkpoint, torch.float32, torch.device("cpu")).head()
     assert torch.equal(head.weight_VC, loaded.lm_head.weight)
-    assert not shape_of(checkpoint.config).tied
+    assert not dimensions_of(checkpoint.config).tied
     assert ["differs from the embedding" in remark for remark in checkpoint.remarks] == [True]
 
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from hfprune_dist.core.gauss_newton import DAMPING, Biases, Curvature, Linearized, MlpWeights, solve_normal_equations
+from hfprune_dist.core.gauss_newton import (
+    DAMPING,
+    Biases,
+    GaussNewtonSums,
+    Linearized,
+    MlpWeights,
+    solve_normal_equations,
+)
 
 K, C, N = 7, 5, 60
 
@@ -16,7 +23,7 @@ def some(seed=0):
 
 
 def curvature_of(at):
-    return Curvature(*at.curvature(), at.hidden_NK.T @ at.hidden_NK, len(at.hidden_NK))
+    return GaussNewtonSums(*at.curvature(), at.hidden_NK.T @ at.hidden_NK, len(at.hidden_NK))
 
 
 def mlp(weights, biases, x):

@@ -11,18 +11,18 @@ from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core import head
 from hfprune_dist.core.criteria import CRITERIA, Batch
 from hfprune_dist.core.importance import NeuronSums, NonFiniteError, ScoredModel, score_batch
-from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, lighten
+from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 
 SUMMED = [name for name, it in CRITERIA.items() if it.summed != "nothing" and not it.is_rounded]
 
 
-def ours(model, windows, micro_batch_size, names=("entropy",), seed=0, prepare=lighten):
+def ours(model, windows, micro_batch_size, names=("entropy",), seed=0, prepare=use_memory_efficient_backward):
     """Sums of some criteria, name -> float64 [layers, neurons]."""
     sums = all_sums(model, windows, micro_batch_size, names, seed, prepare)
     return dict(zip(names, sums.sums_KLD, strict=True))
 
 
-def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=lighten):
+def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=use_memory_efficient_backward):
     model = model.requires_grad_(False)
     family = FAMILIES[model.config.model_type]
     prepare(model, family)
@@ -212,7 +212,7 @@ def test_checkpointed_activations_give_the_same_bits(dtype):
     windows = some_windows(3)
 
     def prepare(model, family):
-        lighten(model, family)
+        use_memory_efficient_backward(model, family)
         checkpoint_activations(model, family)
 
     plain = ours(tiny_model(num_hidden_layers=3).to(dtype), windows, 2, SUMMED)

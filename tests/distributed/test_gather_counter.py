@@ -12,7 +12,7 @@ from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.planning import footprint
-from hfprune_dist.planning.footprint import SMALL_PARAMETER, Importance, shape_of
+from hfprune_dist.planning.footprint import SMALL_PARAMETER, Importance, dimensions_of
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def test_matrices_are_large_enough_to_be_sharded(folder):
 
 @pytest.mark.parametrize(("criteria", "losses"), [("entropy", 1), ("entropy,fisher", 2)])
 def test_gathers_of_a_micro_batch(monkeypatch, folder, criteria, losses):
-    shape = shape_of(open_checkpoint(folder).config)
+    shape = dimensions_of(open_checkpoint(folder).config)
     learning, *later = counts(folder, criteria)
     # DeepSpeed learns the order of layers: every matrix for forward and for each backward, the head once.
     monkeypatch.setattr(footprint, "LIVE_PARAMETERS", 0)
@@ -69,7 +69,7 @@ def test_gathers_of_a_micro_batch(monkeypatch, folder, criteria, losses):
 
 @pytest.mark.parametrize(("criteria", "losses"), [("entropy", 1), ("entropy,fisher", 2)])
 def test_checkpointed_activations_gather_more_but_no_more_than_is_reckoned_with(folder, criteria, losses):
-    shape = shape_of(open_checkpoint(folder).config)
+    shape = dimensions_of(open_checkpoint(folder).config)
     *_, (_, gathered) = counts(folder, criteria, "checkpointed")
     plain, most = (Importance(1, 16, losses, checkpointing=on).work(shape).gathered_bytes for on in (False, True))
     assert plain < gathered <= most

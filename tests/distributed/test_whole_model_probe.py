@@ -24,7 +24,7 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.refit.run_refit import PursuingRefit
+from hfprune_dist.refit.run_refit import SequentialRefit
 from hfprune_dist.stages import prune, reference
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
@@ -113,7 +113,7 @@ def test_a_norm_after_the_mlp_is_refused_by_refits_of_whole_layers_before_they_f
     tmp_path, monkeypatch, dtype
 ):
     """Whose targets are what is missing from the residual stream; other passes reproduce such a model."""
-    monkeypatch.setattr(PursuingRefit, "_fit", lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr(SequentialRefit, "_fit", lambda *_: pytest.fail("fitted"))
     for method in ({"refit": "layerwise"}, {"refit": "block"}):
         (tmp_path / method["refit"]).mkdir()
         store, stage = prepare(tmp_path / method["refit"], "olmo2", dtype=dtype, **method)

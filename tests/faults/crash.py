@@ -288,7 +288,7 @@ def _apply(names: dict[str, int], event: Event) -> None:
 
 
 def _crashes(events: list[Event], named: int, alive: set[int]) -> Iterator[int]:
-    """Moments at which a crash may leave these names: until a folder is fsynced that has got others.
+    """SecondMoments at which a crash may leave these names: until a folder is fsynced that has got others.
 
     Between two of them that are told, nothing happens that makes a difference to what is left.
     """

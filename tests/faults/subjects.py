@@ -23,10 +23,10 @@ from hfprune_launch.slurm.attempts import Ledger
 from hfprune_launch.slurm.backend import SlurmBackend, Submitting
 from hfprune_launch.slurm.code_snapshot import take_snapshot
 from hfprune_launch.slurm.commands import SlurmCommands
-from hfprune_launch.slurm.job import _Reception
+from hfprune_launch.slurm.job import _StartGate
 from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.stage import run as stage_script
-from hfprune_launch.stage.stage_file import Origin, discard_finished_work
+from hfprune_launch.stage.stage_file import Provenance, discard_finished_work
 from safetensors.torch import save_file
 from sweeps import make_inputs, results
 from tiny import save_tiny, write_documents, write_pairs
@@ -126,7 +126,7 @@ class InProcess(LocalBackend):
     """The local backend, whose rank is this process."""
 
     def __init__(self, store: Store, logs: Path) -> None:
-        super().__init__(store, logs, Origin(RuntimeConfig(ranks=1, save_every_steps=1), {}, {}))
+        super().__init__(store, logs, Provenance(RuntimeConfig(ranks=1, save_every_steps=1), {}, {}))
 
     def _start(self, stage: Stage, claim: Claim, log: Path, scratch: str):
         log.touch()
@@ -341,7 +341,7 @@ class WholeSweep(Subject):
 
     def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
         os.environ["OMP_NUM_THREADS"] = "1"
-        run_sweep.LocalBackend = lambda store, logs, origin: InProcess(store, logs)
+        run_sweep.LocalBackend = lambda store, logs, provenance: InProcess(store, logs)
         chosen = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune", "--ranks", "1"]
         assert sweep.main(["--config", str(self.prepared), "--out", str(root), *chosen, *WITHOUT_RECOVERY]) == 0
         weights = sorted(root.glob("store/*/*/*.safetensors"))
@@ -399,7 +399,7 @@ class SlurmSweep(Subject):
     def _backend(self, store: Store) -> SlurmBackend:
         resources = dict.fromkeys(("importance", "prune"), Resources())
         submitting = Submitting(
-            Origin(RuntimeConfig(), {}, {}), Profile("test", resources, None), store.root.with_name("code"), None
+            Provenance(RuntimeConfig(), {}, {}), Profile("test", resources, None), store.root.with_name("code"), None
         )
         return SlurmBackend(store, self.PLAN, submitting, SlurmCommands(sleep=lambda _: None), lambda event: None)
 
@@ -425,7 +425,7 @@ class SlurmSweep(Subject):
             or not (attempt.folder / "stage.pkl").stat().st_size
         ):
             return False
-        reception = _Reception(store, stage.id, attempt.folder)
+        reception = _StartGate(store, stage.id, attempt.folder)
         answer = reception.ask()
         assert answer in ("run", "done"), answer
         if answer == "run":
@@ -450,7 +450,7 @@ def subjects() -> list[Subject]:
         SlurmSweep("slurm"),
         WholeSweep("sweep"),
         StageSubject("reference", _reference_alone, {}),
-        StageSubject("prune block", _prune(refit="block"), {refit.PursuingRefit: "_fit"}),
+        StageSubject("prune block", _prune(refit="block"), {refit.SequentialRefit: "_fit"}),
         StageSubject("prune dense", _prune(refit="dense"), {refit.DenseRefit: "_prepared"}),
         StageSubject("prune searched", _prune(allocation="searched", refit="dense"), {Measurement: "_through"}),
         StageSubject("importance", _importance, {Calibration: "score"}),

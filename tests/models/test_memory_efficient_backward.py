@@ -7,7 +7,7 @@ import torch
 from tiny import VARIANTS, tiny_model
 
 from hfprune_dist.checkpoints.families import FAMILIES
-from hfprune_dist.models import memory_efficient_backward as lean
+from hfprune_dist.models import memory_efficient_backward as backward
 
 WINDOWS = torch.randint(3, 200, (2, 21), generator=torch.Generator().manual_seed(0))
 
@@ -26,8 +26,8 @@ def run(model):
 def test_every_family_computes_the_same(variant):
     model = tiny_model(variant)
     hidden, gradient = run(copy.deepcopy(model))
-    lean.lighten(model, FAMILIES[model.config.model_type])
-    lean.keep_no_gathered_weights(model)
+    backward.use_memory_efficient_backward(model, FAMILIES[model.config.model_type])
+    backward.keep_no_gathered_weights(model)
     lean_hidden, lean_gradient = run(model)
     assert torch.equal(lean_hidden, hidden)
     torch.testing.assert_close(lean_gradient, gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item())

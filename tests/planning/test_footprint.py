@@ -19,12 +19,22 @@ from hfprune_dist.core import blocks, elimination, gram, head
 from hfprune_dist.core.criteria import CRITERIA, Batch
 from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, lighten
+from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 from hfprune_dist.planning import footprint
-from hfprune_dist.planning.footprint import Evaluate, Gpus, Importance, Reference, Refit, Train, fits, seconds, shape_of
+from hfprune_dist.planning.footprint import (
+    Evaluate,
+    Gpus,
+    Importance,
+    Reference,
+    Refit,
+    Train,
+    dimensions_of,
+    fits,
+    seconds,
+)
 from hfprune_dist.refit import gauss_newton_ranks as reconstruct
 from hfprune_dist.refit.refitted_layers import FittedLayers
-from hfprune_dist.refit.run_refit import DenseRefit, PursuingRefit
+from hfprune_dist.refit.run_refit import DenseRefit, SequentialRefit
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 264}
 PUBLISHED = {
@@ -42,7 +52,7 @@ GIB = 2**30
 
 
 def published(size):
-    return shape_of(PUBLISHED[size] | {"vocab_size": 32000})
+    return dimensions_of(PUBLISHED[size] | {"vocab_size": 32000})
 
 
 @contextlib.contextmanager
@@ -88,32 +98,32 @@ def test_the_parameters_of_published_models(size):
 def test_kept_activations_of_a_student():
     """Also that the teacher's forward keeps nothing where no loss is the dense model's."""
     model = tiny_model("llama", **SHAPE).bfloat16().requires_grad_(False)
-    lighten(model, FAMILIES["llama"])
+    use_memory_efficient_backward(model, FAMILIES["llama"])
     job = Importance(windows=2, tokens=128, losses=0, student=True)
     with kept_for_backward(model) as counted:
         score(model, ["self_distillation"])
-        estimate = 2 * 128 * job.activation_bytes(shape_of(model.config.to_dict()))
+        estimate = 2 * 128 * job.activation_bytes(dimensions_of(model.config.to_dict()))
         assert estimate == pytest.approx(counted(), rel=0.05)
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2"])
 def test_kept_activations_of_the_calibration_pass(variant):
     model = tiny_model(variant, **SHAPE).bfloat16().requires_grad_(False)
-    lighten(model, FAMILIES[model.config.model_type])
+    use_memory_efficient_backward(model, FAMILIES[model.config.model_type])
     job = Importance(windows=2, tokens=128)
     with kept_for_backward(model) as counted:
         score(model, ["entropy"])
         first_h = 2 * 128 * 160 * 2  # kept by a hook, not by autograd
-        estimate = 2 * 128 * job.activation_bytes(shape_of(model.config.to_dict()))
+        estimate = 2 * 128 * job.activation_bytes(dimensions_of(model.config.to_dict()))
         assert estimate == pytest.approx(first_h + counted(), rel=0.05)
 
 
 def test_checkpointing_keeps_the_inputs_of_layers():
-    shape = published("7B")
-    plain, checkpointed = (Importance(1, 1024, checkpointing=on).activation_bytes(shape) for on in (False, True))
+    dimensions = published("7B")
+    plain, checkpointed = (Importance(1, 1024, checkpointing=on).activation_bytes(dimensions) for on in (False, True))
     assert checkpointed < plain / 4
     model = tiny_model("llama", **SHAPE).bfloat16().requires_grad_(False)
-    lighten(model, FAMILIES["llama"])
+    use_memory_efficient_backward(model, FAMILIES["llama"])
     checkpoint_activations(model, FAMILIES["llama"])
     inputs = 3 * 2 * 128 * 64 * 2
     seen = []
@@ -127,7 +137,7 @@ def test_checkpointing_keeps_the_inputs_of_layers():
 @pytest.mark.parametrize("losses", [["entropy"], ["entropy", "fisher"], ["self_distillation"]])
 def test_memory_of_the_calibration_pass(losses, checkpointing, monkeypatch):
     model = tiny_model("llama", **{**SHAPE, "num_hidden_layers": 6}).bfloat16().requires_grad_(False)
-    lighten(model, FAMILIES["llama"])
+    use_memory_efficient_backward(model, FAMILIES["llama"])
     if checkpointing:
         checkpoint_activations(model, FAMILIES["llama"])
     # What is the same for every model would hide all else of one this small.
@@ -140,15 +150,15 @@ def test_memory_of_the_calibration_pass(losses, checkpointing, monkeypatch):
     with PeakBytes() as counted:
         score(model, losses)
     # Weights count as well: their transposes are views that are made meanwhile.
-    assert 0.9 < counted.peak / job.memory(shape_of(model.config.to_dict()), 1).total < 1.05
+    assert 0.9 < counted.peak / job.memory(dimensions_of(model.config.to_dict()), 1).total < 1.05
 
 
 def test_curvature_and_the_walk_are_counted_as_memory_of_the_host():
-    shape, numbers = published("7B"), 32 * 4096**2
-    assert Importance(1, 1024, samples=64).host_bytes(shape, 8) == 0
+    dimensions, numbers = published("7B"), 32 * 4096**2
+    assert Importance(1, 1024, samples=64).host_bytes(dimensions, 8) == 0
     few, many = (Importance(1, 1024, curvature=True, samples=samples) for samples in (64, 10_000))
-    assert few.host_bytes(shape, 8) == 20 * numbers, "of the pass"
-    assert many.host_bytes(shape, 8) == 16 * numbers + 1250 * 1024 * 4096 * 2, "of the walk"
+    assert few.host_bytes(dimensions, 8) == 20 * numbers, "of the pass"
+    assert many.host_bytes(dimensions, 8) == 16 * numbers + 1250 * 1024 * 4096 * 2, "of the pass layer by layer"
 
 
 class PeakBytes(TorchDispatchMode):
@@ -177,23 +187,28 @@ class PeakBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(64, 1024), (256, 512)], ids=["wide", "square"])
+@pytest.mark.parametrize("dimensions", [(64, 1024), (256, 512)], ids=["wide", "square"])
 @pytest.mark.parametrize(
     ("kind", "rank", "ranks"), [("dense", 0, 1), ("dense", 1, 3), ("layerwise", 0, 1), ("block", 0, 1), ("block", 0, 3)]
 )
-def test_memory_of_a_refit(kind, rank, ranks, shape, dtype, tmp_path, monkeypatch):
+def test_memory_of_a_refit(kind, rank, ranks, dimensions, dtype, tmp_path, monkeypatch):
     world = SoloWorld(rank, ranks)
     for module, name in ((gram, "BLOCK"), (blocks, "CACHE_BYTES")):
         monkeypatch.setattr(module, name, 2**40)  # as on a GPU: in one go
-    sizes = {"hidden_size": shape[0], "intermediate_size": shape[1], "num_hidden_layers": 3, "vocab_size": 264}
+    sizes = {
+        "hidden_size": dimensions[0],
+        "intermediate_size": dimensions[1],
+        "num_hidden_layers": 3,
+        "vocab_size": 264,
+    }
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **sizes))
-    kept, windows = [torch.arange(shape[1] // 2)] * 3, torch.randint(264, (8 * ranks, 16))
+    kept, windows = [torch.arange(dimensions[1] // 2)] * 3, torch.randint(264, (8 * ranks, 16))
     dense, pruned = (LayerStream(checkpoint, windows, dtype, 2, world) for _ in range(2))
     fitted = FittedLayers(checkpoint, kind == "block", tmp_path / "fitted")
     if kind == "dense":
         refit = DenseRefit(checkpoint, kept, dense, fitted, world)
     else:
-        refit = PursuingRefit(checkpoint, kept, pruned, dense, kind == "block", fitted, world)
+        refit = SequentialRefit(checkpoint, kept, pruned, dense, kind == "block", fitted, world)
     job = Refit(
         windows=2,
         tokens=16,
@@ -206,14 +221,14 @@ def test_memory_of_a_refit(kind, rank, ranks, shape, dtype, tmp_path, monkeypatc
     )
     with PeakBytes() as counted:
         refit.run(lambda done: None)
-    memory = job.memory(shape_of(checkpoint.config), ranks)
+    memory = job.memory(dimensions_of(checkpoint.config), ranks)
     assert 0.83 * memory.total < counted.peak < 1.05 * memory.total
 
 
-@pytest.mark.parametrize("shape", [(32, 1024), (128, 512)], ids=["wide", "square"])
-def test_memory_of_an_elimination(shape, monkeypatch):
+@pytest.mark.parametrize("dimensions", [(32, 1024), (128, 512)], ids=["wide", "square"])
+def test_memory_of_an_elimination(dimensions, monkeypatch):
     monkeypatch.setattr(elimination, "WAITING", 1)  # so that what waits is as little as in wide layers
-    hidden_size, size = shape
+    hidden_size, size = dimensions
     hidden_ND, gradient_NC = torch.randn(2 * size, size), torch.randn(2 * size, hidden_size)
     gram_DD, curvature_CC = (it.T.double() @ it.double() / len(it) for it in (hidden_ND, gradient_NC))
     with PeakBytes() as counted:
@@ -241,9 +256,9 @@ def test_memory_of_a_reference(tmp_path):
         for number in range(3):
             stream.advance(stream.layer(number))
     job = Reference(windows=2, tokens=64, samples=8, itemsize=4)
-    shape = shape_of(checkpoint.config)
-    assert job.host_bytes(shape, 1) == windows.numel() * 64 * 4
-    assert 0.7 < counted.peak / (job.memory(shape, 1).total + job.host_bytes(shape, 1)) < 1.05
+    dimensions = dimensions_of(checkpoint.config)
+    assert job.host_bytes(dimensions, 1) == windows.numel() * 64 * 4
+    assert 0.7 < counted.peak / (job.memory(dimensions, 1).total + job.host_bytes(dimensions, 1)) < 1.05
 
 
 def test_kept_activations_of_lora_training():
@@ -251,12 +266,12 @@ def test_kept_activations_of_lora_training():
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.05, target_modules=lora_targets(FAMILIES["llama"]))
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False).train()
     job = Train(rows=2, tokens=128, rank=4, dropout=True)
-    shape = shape_of(model.config.to_dict())
+    dimensions = dimensions_of(model.config.to_dict())
     with kept_for_backward(adapted) as counted:
         adapted.base_model.model.model(torch.ones(2, 128, dtype=torch.int64), use_cache=False)
-        assert 2 * 128 * shape.num_layers * job.layer_bytes(shape) == pytest.approx(counted(), rel=0.15)
+        assert 2 * 128 * dimensions.num_layers * job.layer_bytes(dimensions) == pytest.approx(counted(), rel=0.15)
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-    assert job.lora_parameters(shape) == trained
+    assert job.lora_parameters(dimensions) == trained
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -265,43 +280,43 @@ def test_kept_activations_of_lora_training():
 )
 def test_floating_point_work_of_the_calibration_pass(losses, checkpointing):
     model = tiny_model("llama", **SHAPE).requires_grad_(False)
-    lighten(model, FAMILIES["llama"])
+    use_memory_efficient_backward(model, FAMILIES["llama"])
     if checkpointing:
         checkpoint_activations(model, FAMILIES["llama"])
     with FlopCounterMode(display=False) as counter:
         score(model, losses)
-    shape = shape_of(model.config.to_dict())
+    dimensions = dimensions_of(model.config.to_dict())
     student = "self_distillation" in losses
     job = Importance(2, 128, len(losses) - student, itemsize=4, checkpointing=checkpointing, student=student)
     # The counter knows matrix products only; it sees no fused attention on a CPU.
-    later = footprint._attention_flops(shape, 128) * 3 / 4
+    later = footprint._attention_flops(dimensions, 128) * 3 / 4
     attention = (later * 4 / 3 * (1 + student) + later * (2.5 + checkpointing) * len(losses)) * 2 * 128
-    assert job.work(shape).flops - attention == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert job.work(dimensions).flops - attention == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_a_model_is_refused_where_it_does_not_fit_and_not_where_it_does():
-    job, shape = Importance(windows=1, tokens=1024), published("70B")
-    assert not fits(job, shape, Gpus(nodes=1, per_node=1, memory=80 * GIB))
-    assert fits(job, shape, Gpus(nodes=1, per_node=8, memory=80 * GIB))
+    job, dimensions = Importance(windows=1, tokens=1024), published("70B")
+    assert not fits(job, dimensions, Gpus(nodes=1, per_node=1, memory=80 * GIB))
+    assert fits(job, dimensions, Gpus(nodes=1, per_node=8, memory=80 * GIB))
     assert fits(Evaluate(8, 1024), published("7B"), Gpus(nodes=1, per_node=1, memory=80 * GIB))
 
 
 def test_more_ranks_need_less_memory_each_and_more_windows_more():
-    shape, job = published("13B"), Importance(windows=1, tokens=1024)
-    totals = [job.memory(shape, ranks).total for ranks in (2, 8, 64)]
+    dimensions, job = published("13B"), Importance(windows=1, tokens=1024)
+    totals = [job.memory(dimensions, ranks).total for ranks in (2, 8, 64)]
     assert totals == sorted(totals, reverse=True)
-    assert Importance(windows=4, tokens=1024).memory(shape, 8).total > totals[1]
+    assert Importance(windows=4, tokens=1024).memory(dimensions, 8).total > totals[1]
 
 
 def test_the_network_is_hidden_by_larger_micro_batches():
-    shape = published("7B")
+    dimensions = published("7B")
     gpus = {
         rate: Gpus(nodes=2, per_node=8, memory=80 * GIB, flops=312e12, network=rate * 1e9 / 8) for rate in (100, 400)
     }
     one, many = Importance(windows=1, tokens=1024), Importance(windows=16, tokens=1024)
-    at_work, on_network = seconds(one, shape, gpus[100])
+    at_work, on_network = seconds(one, dimensions, gpus[100])
     assert on_network > at_work, "one window does not pay for its gathers"
-    assert seconds(many, shape, gpus[100])[1] == on_network, "a micro-batch gathers once, whatever its size"
-    assert seconds(many, shape, gpus[100])[0] == pytest.approx(16 * at_work)
-    assert seconds(one, shape, gpus[400])[1] == pytest.approx(on_network / 4)
-    assert seconds(one, shape, Gpus(nodes=1, per_node=8, memory=80 * GIB, flops=312e12))[1] == 0.0
+    assert seconds(many, dimensions, gpus[100])[1] == on_network, "a micro-batch gathers once, whatever its size"
+    assert seconds(many, dimensions, gpus[100])[0] == pytest.approx(16 * at_work)
+    assert seconds(one, dimensions, gpus[400])[1] == pytest.approx(on_network / 4)
+    assert seconds(one, dimensions, Gpus(nodes=1, per_node=8, memory=80 * GIB, flops=312e12))[1] == 0.0

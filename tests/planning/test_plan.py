@@ -157,10 +157,10 @@ def test_no_early_end_where_no_criterion_can_tell(world, criteria):
 
 def test_a_row_carries_the_cost_of_all_that_it_needs(world):
     plan = plan_of(world, models=["a"], methods=["surgeon-uniform-distilled"], ratios=[0.2])
-    kinds_behind = [[plan.stages[stage_id].kind for stage_id in plan.behind(cell)] for cell in plan.cells]
-    assert kinds_behind[0] == ["reference", "evaluate"]
+    kinds_upstream = [[plan.stages[stage_id].kind for stage_id in plan.upstream(cell)] for cell in plan.cells]
+    assert kinds_upstream[0] == ["reference", "evaluate"]
     chain = ["importance", "prune", "reference", "distill", "recover", "reference", "evaluate"]
-    assert kinds_behind[-1] == chain
+    assert kinds_upstream[-1] == chain
 
 
 def test_the_order_of_criteria_does_not_matter_but_which_they_are_does(world):

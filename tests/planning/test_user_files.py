@@ -131,7 +131,7 @@ def test_a_change_under_the_old_times_is_found(folder, stages):
 
 
 def test_what_was_read_before_is_not_read_again(folder, stages, tmp_path, monkeypatch):
-    monkeypatch.setattr(identity, "SETTLED_NS", 0)
+    monkeypatch.setattr(identity, "STABLE_NS", 0)
     time.sleep(0.02)
     reads, compute = [], FileHashes._compute
     monkeypatch.setattr(FileHashes, "_compute", lambda self, *rest: reads.append(rest[0].name) or compute(self, *rest))

@@ -7,10 +7,10 @@ import pytest
 from hfprune_dist.results.comparison import (
     compare_criteria,
     compare_methods,
+    convergence_table,
     criteria_table,
     methods_table,
     overlap,
-    settling_table,
     spearman,
     spread,
 )
@@ -86,9 +86,9 @@ def test_settling_has_a_row_for_each_criterion_and_share():
         for criterion in ("entropy", "fisher")
         for share in (0.8, 0.5)
     ]
-    lines = settling_table(points).splitlines()
+    lines = convergence_table(points).splitlines()
     assert lines[0] == "| criterion | kept | 16 windows | 32 windows |"
     assert lines[2] == "| entropy | 80% | 0.240 | 0.400 |" and len(lines) == 6
     late = {"windows": 32, "criterion": "surgeon", "compared": "sums of (h * dL/dh)^2", "share_kept": 0.8}
-    line = settling_table([*points, {**late, "overlap": 0.5}]).splitlines()[-1]
+    line = convergence_table([*points, {**late, "overlap": 0.5}]).splitlines()[-1]
     assert line == "| surgeon (sums of (h * dL/dh)^2) | 80% | - | 0.500 |"

@@ -50,7 +50,7 @@ def make_reference(store, dense, dtype):
     store.commit(REFERENCE, draft, {"metrics": {}})
 
 
-def lay_out(source, folder, passes=6, **settings):
+def write_stage_file(source, folder, passes=6, **settings):
     """A copy of the source's store, and a stage to run in it."""
     shutil.copytree(source / "store", folder / "store")
     defaults = {
@@ -91,7 +91,7 @@ def divergence(dense, model):
 
 @pytest.fixture(scope="module")
 def uninterrupted(source, tmp_path_factory):
-    store, stage = lay_out(source, tmp_path_factory.mktemp("two"))
+    store, stage = write_stage_file(source, tmp_path_factory.mktemp("two"))
     finish(store, stage, ranks=2)
     return store, stage
 
@@ -118,7 +118,7 @@ def test_plain_transformers_loads_a_closer_model(source, uninterrupted):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_other_numbers_of_ranks_come_close(source, uninterrupted, tmp_path, ranks):
     """Three ranks have more places than a step has windows: those left over must not count."""
-    store, stage = lay_out(source, tmp_path)
+    store, stage = write_stage_file(source, tmp_path)
     finish(store, stage, ranks)
     assert losses_of(store, stage) == pytest.approx(losses_of(*uninterrupted), rel=1e-3)
     # Adam would hide a gradient that is too large by a factor, such as the number of ranks.
@@ -131,7 +131,7 @@ def test_other_numbers_of_ranks_come_close(source, uninterrupted, tmp_path, rank
 @pytest.mark.slow
 @pytest.mark.parametrize(("match", "kill_at"), [("/snapshots", 6), ("/adapter", 1)])
 def test_killed_stage_goes_on_to_the_same_bits(source, uninterrupted, tmp_path, match, kill_at):
-    store, stage = lay_out(source, tmp_path)
+    store, stage = write_stage_file(source, tmp_path)
     killed = run_stage(store, stage, 2, environment=killing(0, kill_at, match), **RUNTIME)
     assert killed.returncode != 0
     assert not store.path(stage.id).exists()
@@ -143,7 +143,7 @@ def test_killed_stage_goes_on_to_the_same_bits(source, uninterrupted, tmp_path, 
 @pytest.mark.slow
 def test_short_distillations_learn_too(source, tmp_path):
     """Where all steps were warm-up, the only one would have a learning rate of 0."""
-    store, stage = lay_out(source, tmp_path, passes=1, batch_size=WINDOWS, warmup_steps=4)
+    store, stage = write_stage_file(source, tmp_path, passes=1, batch_size=WINDOWS, warmup_steps=4)
     finish(store, stage, ranks=1)
     before = load_file(store.path(PRUNE.id) / "model.safetensors")
     changed = [name for name, tensor in weights_of(store, stage).items() if not torch.equal(tensor, before[name])]
@@ -160,7 +160,7 @@ def test_bfloat16_and_a_tied_head(tmp_path):
     tiny_model("qwen2", seed=1).to(torch.bfloat16).save_pretrained(draft)
     tiny_tokenizer().save_pretrained(draft)
     store.commit(PRUNE, draft, {"metrics": {}})
-    store, stage = lay_out(source, tmp_path, dtype="bfloat16")
+    store, stage = write_stage_file(source, tmp_path, dtype="bfloat16")
     finish(store, stage, ranks=2)
     losses = losses_of(store, stage)
     assert losses[-1] < 0.9 * losses[0]

@@ -89,7 +89,7 @@ def write_task(folder, name, documents, **settings):
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
 
 
-def lay_out(store, inputs, tasks, *, model="model", sharding="replicate", fewshot=0, **evaluation):
+def write_stage_file(store, inputs, tasks, *, model="model", sharding="replicate", fewshot=0, **evaluation):
     """The stage as the plan has it, and its stage.json."""
     settings = {"tasks": tasks, "dtype": "float32", "batch_size": 2, "num_fewshot": fewshot, **evaluation}
     params = EvaluationConfig.model_validate(settings).model_dump(exclude={"include_path", "fidelity"})
@@ -150,7 +150,7 @@ def run_alone(store, stage):
 def uninterrupted(inputs, tmp_path_factory):
     """Everything on one rank."""
     store = Store(tmp_path_factory.mktemp("uninterrupted"))
-    stage = lay_out(store, inputs, ALL_TASKS)
+    stage = write_stage_file(store, inputs, ALL_TASKS)
     return run_ranks(store, stage, ranks=1), store.path(stage.id)
 
 
@@ -185,14 +185,14 @@ def test_results(uninterrupted):
 @pytest.mark.slow
 def test_two_ranks_have_the_bits_of_one(inputs, uninterrupted, tmp_path):
     store = Store(tmp_path)
-    metrics = run_ranks(store, lay_out(store, inputs, ALL_TASKS), ranks=2)
+    metrics = run_ranks(store, write_stage_file(store, inputs, ALL_TASKS), ranks=2)
     assert metrics == uninterrupted[0]
 
 
 @pytest.mark.slow
 def test_sharded_ranks_have_the_scores_of_one(inputs, uninterrupted, tmp_path):
     store = Store(tmp_path)
-    metrics = run_ranks(store, lay_out(store, inputs, ALL_TASKS, sharding="zero3"), ranks=2)
+    metrics = run_ranks(store, write_stage_file(store, inputs, ALL_TASKS, sharding="zero3"), ranks=2)
     assert metrics["sharding"] == "zero3"
     assert metrics["tasks"] == close(uninterrupted[0]["tasks"])
     assert metrics["fidelity"] == pytest.approx(uninterrupted[0]["fidelity"], rel=1e-5)
@@ -202,7 +202,7 @@ def test_sharded_ranks_have_the_scores_of_one(inputs, uninterrupted, tmp_path):
 def test_a_killed_stage_goes_on(inputs, uninterrupted, tmp_path):
     store = Store(tmp_path)
     tasks = ["tiny_lonely", "tiny_choice"]
-    stage = lay_out(store, inputs, tasks)
+    stage = write_stage_file(store, inputs, tasks)
     work = store.work(stage.id)
     process = start(store, stage, ranks=2)
     answers = work / "tasks/tiny_choice.answers.jsonl"
@@ -230,7 +230,7 @@ def wait_for(condition, process, seconds=60):
 
 def test_answers_of_an_earlier_attempt_are_used(inputs, tmp_path, monkeypatch):
     store = Store(tmp_path)
-    stage = lay_out(store, inputs, ["tiny_choice"])
+    stage = write_stage_file(store, inputs, ["tiny_choice"])
     answered, original = [], ShardedLM._answer
 
     def dies_at_the_fourth_chunk(self, method, number, arguments):
@@ -302,8 +302,8 @@ def test_a_changed_digit_in_a_log_is_noticed(tmp_path):
 def test_whatever_a_dead_attempt_left_damaged_the_next_has_the_same_results(inputs, tmp_path, monkeypatch, capsys, how):
     whole, store = Store(tmp_path / "whole"), Store(tmp_path / "damaged")
     tasks = ["tiny_lonely", "tiny_choice"]
-    run_alone(whole, lay_out(whole, inputs, tasks))
-    stage = lay_out(store, inputs, tasks)
+    run_alone(whole, write_stage_file(whole, inputs, tasks))
+    stage = write_stage_file(store, inputs, tasks)
     asked, original = [], ShardedLM._answer
 
     def dies_at_the_fourth_chunk(self, *chunk):
@@ -330,7 +330,7 @@ def test_whatever_a_dead_attempt_left_damaged_the_next_has_the_same_results(inpu
 def test_the_dense_model_is_its_own_reference(inputs, tmp_path, monkeypatch):
     store = Store(tmp_path)
     monkeypatch.setattr(evaluate, "FrozenModel", lambda *args: pytest.fail("loaded"))
-    metrics = run_alone(store, lay_out(store, inputs, [], model="dense"))
+    metrics = run_alone(store, write_stage_file(store, inputs, [], model="dense"))
     assert metrics["fidelity"]["kl"] == 0.0
     assert metrics["fidelity"]["top1_agreement"] == 1.0
     assert metrics["fidelity"]["perplexity"] > 1
@@ -341,7 +341,7 @@ def test_fidelity_is_what_full_logits_say(inputs, tmp_path):
     from transformers import AutoModelForCausalLM
 
     store = Store(tmp_path)
-    stage = lay_out(store, inputs, [])
+    stage = write_stage_file(store, inputs, [])
     metrics = run_alone(store, stage)["fidelity"]
     windows_ST = load_windows(store.path(stage.inputs["reference"].location))
     assert windows_ST[:, 0].tolist() == [1] * 5  # BOS
@@ -361,7 +361,7 @@ def test_stock_lm_eval_gives_the_same_scores(inputs, tmp_path, monkeypatch):
 
     tasks = ["tiny_choice", "tiny_generate"]
     store = Store(tmp_path / "store")
-    metrics = run_alone(store, lay_out(store, inputs, tasks, fewshot=2, limit=6))["tasks"]
+    metrics = run_alone(store, write_stage_file(store, inputs, tasks, fewshot=2, limit=6))["tasks"]
     monkeypatch.chdir(inputs / "tasks")
     stock = simple_evaluate(
         "hf",
@@ -389,7 +389,9 @@ def prompts(inputs, folder, monkeypatch, **settings):
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardedLM, "_model_call", record)
-        run_alone(Store(folder), lay_out(Store(folder), inputs, ["tiny_choice"], limit=2, batch_size=1, **settings))
+        run_alone(
+            Store(folder), write_stage_file(Store(folder), inputs, ["tiny_choice"], limit=2, batch_size=1, **settings)
+        )
     return seen
 
 
@@ -420,7 +422,7 @@ def test_rolling_windows_begin_with_one_bos(inputs, tmp_path, monkeypatch):
         "_loglikelihood_tokens",
         lambda self, requests, **k: seen.extend(requests) or original(self, requests),
     )
-    run_alone(Store(tmp_path), lay_out(Store(tmp_path), inputs, ["tiny_rolling"]))
+    run_alone(Store(tmp_path), write_stage_file(Store(tmp_path), inputs, ["tiny_rolling"]))
     firsts = [(context, continuation) for _, context, continuation in seen if context == [1]]
     assert len(firsts) == 3  # documents
     assert all(1 not in continuation for _, continuation in firsts)
@@ -435,7 +437,9 @@ def test_a_bfloat16_model_is_scored_in_float32(inputs, tmp_path, monkeypatch):
             "loglikelihood_rolling",
             lambda *a, to=dtype, **k: answers.setdefault(to, original(*a, **k)),
         )
-        run_alone(Store(tmp_path / dtype), lay_out(Store(tmp_path / dtype), inputs, ["tiny_rolling"], dtype=dtype))
+        run_alone(
+            Store(tmp_path / dtype), write_stage_file(Store(tmp_path / dtype), inputs, ["tiny_rolling"], dtype=dtype)
+        )
     assert answers["bfloat16"] == pytest.approx(answers["float32"], rel=0.01)
     assert all(torch.tensor(answer).bfloat16().item() != answer for answer in answers["bfloat16"])
 
@@ -460,7 +464,7 @@ def test_a_broken_task_is_named(inputs, tmp_path, change, message):
     write_task(broken / "tasks", "tiny_broken", [document], **{**choice, "doc_to_choice": "{{choices}}", **change})
     store = Store(tmp_path / "store")
     with pytest.raises(UserError, match=message):
-        run_alone(store, lay_out(store, broken, ["tiny_broken"]))
+        run_alone(store, write_stage_file(store, broken, ["tiny_broken"]))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.refit import gauss_newton_ranks as reconstruct
 from hfprune_dist.refit.measure_widths import Measurement
 from hfprune_dist.refit.refitted_layers import FittedLayers
-from hfprune_dist.refit.run_refit import PursuingRefit
+from hfprune_dist.refit.run_refit import SequentialRefit
 from hfprune_dist.stages import prune
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
@@ -222,9 +222,9 @@ def test_a_later_step_is_refitted_towards_the_dense_model(tmp_path):
 
 def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):
     fitted = []
-    original = PursuingRefit._fit
+    original = SequentialRefit._fit
     monkeypatch.setattr(
-        PursuingRefit, "_fit", lambda self, number, *rest: fitted.append(number) or original(self, number, *rest)
+        SequentialRefit, "_fit", lambda self, number, *rest: fitted.append(number) or original(self, number, *rest)
     )
     (tmp_path / "whole").mkdir()
     reference, stage, _ = prepare(tmp_path / "whole", refit="layerwise")

@@ -72,7 +72,7 @@ class Run:
         }
 
 
-def lay_out(root: Path, source: Path, **changes: object) -> Run:
+def write_stage_file(root: Path, source: Path, **changes: object) -> Run:
     recovery = RecoveryConfig(**{**RECOVERY, **changes}).model_dump(
         exclude={"path", "dataset", "name", "split", "revision"}
     )
@@ -130,7 +130,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, source):
     """The stage on two ranks, in bfloat16 and with dropout."""
-    run = lay_out(tmp_path_factory.mktemp("uninterrupted"), source)
+    run = write_stage_file(tmp_path_factory.mktemp("uninterrupted"), source)
     finish(run, ranks=2)
     return run
 
@@ -176,7 +176,7 @@ def test_losses_fall_and_reach_the_manifest(uninterrupted):
 
 @pytest.mark.slow
 def test_killed_stage_goes_on_to_the_same_bits_and_on_another_world_size_close_to_them(tmp_path, source, uninterrupted):
-    killed = lay_out(tmp_path / "two", source)
+    killed = write_stage_file(tmp_path / "two", source)
     kill_after_first_snapshot(killed)
     (killed.snapshots / "step-99999999.safetensors").write_bytes(b"cut short")
     shutil.copytree(tmp_path / "two", tmp_path / "one")
@@ -198,7 +198,7 @@ def test_killed_stage_goes_on_to_the_same_bits_and_on_another_world_size_close_t
 
 @pytest.mark.slow
 def test_diverged_training_is_the_users_to_mend(tmp_path, source):
-    run = lay_out(tmp_path, source, learning_rate=1e30)
+    run = write_stage_file(tmp_path, source, learning_rate=1e30)
     output = finish(run, ranks=1, code=UserError.EXIT_CODE)
     assert "at step 2; lower recovery.learning_rate" in output
     assert not run.artifact.exists()
@@ -222,23 +222,23 @@ def test_stages_that_differ_in_training_alone_share_their_rows(tmp_path, source,
     def refuse(*_: object) -> None:
         raise AssertionError("pairs are tokenized again")
 
-    counts = prepare_rows(lay_out(tmp_path, source))
+    counts = prepare_rows(write_stage_file(tmp_path, source))
     monkeypatch.setattr(recover, "_Collector", refuse)
-    assert prepare_rows(lay_out(tmp_path, source, rank=2, max_steps=3)) == counts
+    assert prepare_rows(write_stage_file(tmp_path, source, rank=2, max_steps=3)) == counts
     for changes in ({"sequence_length": 256}, {"samples": 2}, {"response_field": "instruction"}):
         with pytest.raises(AssertionError, match="tokenized again"):
-            prepare_rows(lay_out(tmp_path, source, **changes))
+            prepare_rows(write_stage_file(tmp_path, source, **changes))
 
 
 def test_another_tokenizer_makes_its_own_rows(tmp_path, source, monkeypatch):
-    prepare_rows(lay_out(tmp_path / "store", source))
+    prepare_rows(write_stage_file(tmp_path / "store", source))
     shutil.copytree(source, tmp_path / "source")
     file = tmp_path / "source" / "model" / "tokenizer_config.json"
     file.write_text(file.read_text() + " ")
     made = []
     monkeypatch.setattr(recover, "save_rows", lambda *arguments: made.append(1) or save_rows(*arguments))
     shutil.rmtree(Store(tmp_path / "store").root / "work")
-    prepare_rows(lay_out(tmp_path / "store", tmp_path / "source"))
+    prepare_rows(write_stage_file(tmp_path / "store", tmp_path / "source"))
     assert made
 
 
@@ -285,7 +285,7 @@ def test_a_damaged_snapshot_is_set_aside_and_the_one_before_it_taken(tmp_path_fa
 def test_damaged_rows_are_made_again(tmp_path, source, monkeypatch, capsys, links, how):
     if not links:
         monkeypatch.setattr(cache, "_link", refuse_link)
-    run = lay_out(tmp_path, source)
+    run = write_stage_file(tmp_path, source)
     counts = prepare_rows(run)
     file = run.store.work(run.stage.id) / recover.ROWS
     content = file.read_bytes()

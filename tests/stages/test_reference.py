@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ranks import SoloWorld, killing, lay_out, run_stage
+from ranks import SoloWorld, killing, run_stage, write_stage_file
 from safetensors.torch import save_file
 from tiny import save_tiny, tiny_model, write_documents
 from transformers import AutoModelForCausalLM
@@ -39,7 +39,7 @@ def held_out(source, dtype="float32", text="held-out.jsonl"):
 
 
 def run_alone(store, stage):
-    lay_out(store, stage)
+    write_stage_file(store, stage)
     progress = Progress(store.work(stage.id))
     reference.run(Context(stage, store, SoloWorld(), RuntimeConfig(), progress, config={}, code={}, attempt=1))
     return DenseStates(store.path(stage.id))

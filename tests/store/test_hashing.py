@@ -26,7 +26,7 @@ def settle(*files):
 def reads(monkeypatch):
     """Names of the files that are read."""
     seen, compute = [], FileHashes._compute
-    monkeypatch.setattr(identity, "SETTLED_NS", 0)
+    monkeypatch.setattr(identity, "STABLE_NS", 0)
     monkeypatch.setattr(
         FileHashes, "_compute", lambda self, file, *rest: seen.append(file.name) or compute(self, file, *rest)
     )

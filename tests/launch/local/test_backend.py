@@ -11,7 +11,7 @@ import pytest
 from hfprune_launch.local import backend as local
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.local.deaths import OUT_OF_STEP, explain_death
-from hfprune_launch.stage.stage_file import Origin, attempts_so_far, find_layout
+from hfprune_launch.stage.stage_file import Provenance, attempts_so_far, find_stage_file
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store import claims
@@ -140,7 +140,7 @@ def backend(store, tmp_path, monkeypatch):
             return subprocess.Popen(["true"])
 
     monkeypatch.setattr(local, "POLL_S", 0.01)
-    return Scripted(store, tmp_path / "logs", Origin(RuntimeConfig(ranks=1), {}, {}))
+    return Scripted(store, tmp_path / "logs", Provenance(RuntimeConfig(ranks=1), {}, {}))
 
 
 def run(backend):
@@ -174,7 +174,7 @@ def test_a_failure_of_another_attempt_says_nothing(backend, store):
 def test_a_damaged_layout_is_none(backend, store, content):
     run(backend)
     (store.work(STAGE.id) / "stage.json").write_text(content)
-    assert attempts_so_far(store, STAGE.id) == 0 and find_layout(store, STAGE.id) is None
+    assert attempts_so_far(store, STAGE.id) == 0 and find_stage_file(store, STAGE.id) is None
     assert run(backend).failure.attempt == 1
 
 

@@ -9,7 +9,7 @@ from hfprune_launch.slurm.backend import SlurmBackend, Submitting
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.slurm.status_table import stage_statuses
-from hfprune_launch.stage.stage_file import Origin
+from hfprune_launch.stage.stage_file import Provenance
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.plan import Plan
@@ -162,7 +162,7 @@ def launch(tmp_path):
     def start():
         store, told = Store(tmp_path), []
         profile = Profile("test", {STAGE.kind: Resources()}, None)
-        submitting = Submitting(Origin(RuntimeConfig(), {}, {}), profile, tmp_path / "code", None)
+        submitting = Submitting(Provenance(RuntimeConfig(), {}, {}), profile, tmp_path / "code", None)
         commands = SlurmCommands(sleep=lambda _: None)
         SlurmBackend(store, Plan({STAGE.id: STAGE}, (), (STAGE.id,)), submitting, commands, told.append).start()
         stage_statuses(Plan({STAGE.id: STAGE}, (), (STAGE.id,)), store, commands.jobs())

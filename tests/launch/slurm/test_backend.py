@@ -15,7 +15,7 @@ from hfprune_launch.slurm.cancel import cancel_jobs
 from hfprune_launch.slurm.cli import Sweep, show_status
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.profile import Profile, Resources
-from hfprune_launch.stage.stage_file import Origin
+from hfprune_launch.stage.stage_file import Provenance
 from ranks import ROOT
 from rich.console import Console
 from sweeps import command, make_inputs, sweep
@@ -56,7 +56,7 @@ def make_backend(store, plan=PLAN, max_running=None):
     told = []
     resources = dict.fromkeys(("importance", "prune", "recover", "evaluate"), Resources())
     submitting = Submitting(
-        Origin(RuntimeConfig(), {}, {}), Profile("test", resources, None), store.root / "code", max_running
+        Provenance(RuntimeConfig(), {}, {}), Profile("test", resources, None), store.root / "code", max_running
     )
     clock = Clock()
     backend = SlurmBackend(store, plan, submitting, SlurmCommands(sleep=clock.sleep), told.append, clock=clock)

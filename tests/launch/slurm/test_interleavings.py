@@ -11,7 +11,7 @@ from hfprune_launch.slurm.attempts import Ledger
 from hfprune_launch.slurm.backend import SlurmBackend, Submitting
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.profile import Profile, Resources
-from hfprune_launch.stage.stage_file import Origin
+from hfprune_launch.stage.stage_file import Provenance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,7 +56,7 @@ class World:
 
     def launcher(self):
         resources = dict.fromkeys(("importance", "prune", "recover", "evaluate"), Resources())
-        submitting = Submitting(Origin(RuntimeConfig(), {}, {}), Profile("x", resources, None), Path("/code"), None)
+        submitting = Submitting(Provenance(RuntimeConfig(), {}, {}), Profile("x", resources, None), Path("/code"), None)
         slurm = SlurmCommands(sleep=self.clock.sleep, retry_delays_s=(1.0,))
         return SlurmBackend(self.store, PLAN, submitting, slurm, lambda _: None, clock=self.clock)
 

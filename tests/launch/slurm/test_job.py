@@ -131,8 +131,8 @@ def rank(store, attempt, monkeypatch):
 def end_of(rank, monkeypatch, stage):
     """The exit code of a rank whose stage is ``stage``."""
 
-    def run_stage(store, stage_id, interruption, admit):
-        admission = admit(SoloWorld())
+    def run_stage(store, stage_id, interruption, should_run):
+        admission = should_run(SoloWorld())
         assert admission.runs and admission.claim.is_held()
         stage(admission.claim)
 
