@@ -7,10 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Of one thread's portion on a CPU. A second-level cache holds it together with a result of the same size.
-CACHE_BYTES = 2**19
-# Of a portion on an accelerator: a pass over it takes longer than its launch, and scratch doesn't grow with the batch.
-ACCELERATOR_BYTES = 2**26
+from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, CACHE_BYTES
 
 
 def row_blocks(matrix_NV: Tensor, scratch_bytes: int = 4) -> Iterator[slice]:

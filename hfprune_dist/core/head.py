@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.blocks import row_blocks
+from hfprune_dist.core.memory_limits import CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,6 @@ class Rows:
 
 # -> (loss per token [N], its gradient at those tokens' logits [N, V])
 LogitGradient = Callable[[Rows], tuple[Tensor, Tensor]]
-
-# Of a chunk's logits. The head's weight is read twice for each chunk, so that small ones cost time.
-CHUNK_BYTES = 32 * 2**20
 
 
 def head_gradients(

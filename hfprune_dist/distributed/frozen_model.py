@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
 
 Sharding = Literal["replicate", "zero3"]
-
-# Share of a device's free memory that weights may take; the rest is for activations, caches and logits.
-WEIGHTS_SHARE = 0.6
 
 
 def choose_sharding(

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from hfprune_dist.core.exact_sums import ExactSum
 from hfprune_dist.core.gauss_newton import Biases, GaussNewtonSums, Linearized, MlpWeights, solve_normal_equations
+from hfprune_dist.core.memory_limits import KEPT_BYTES
 from hfprune_dist.distributed.layer_stream import is_held_out
 from hfprune_dist.distributed.world import World
 
 # Of conjugate gradients, in a step and in the one that follows on all windows; each costs about as much as four
 # forwards of the MLP.
 ITERATIONS, MORE_ITERATIONS = 4, 2
-# Of what is kept of a rank's micro-batches from one iteration to the next.
-KEPT_BYTES = 4 * 2**30
 # Shares of the step that are tried on held-out windows.
 STEP_LENGTHS = (0.0, 1.0, 0.5)
 

@@ -14,23 +14,12 @@ from rich.table import Table
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.footprint import (
-    Dimensions,
-    Evaluate,
-    Gpus,
-    Importance,
-    Job,
-    LayerPass,
-    Memory,
-    Reference,
-    Refit,
-    TimedJob,
-    Train,
-    dimensions_of,
-    fits,
-    seconds,
-)
+from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
+from hfprune_dist.planning.footprint import Evaluate, Importance, Job, LayerPass, TimedJob, Train, fits, seconds
+from hfprune_dist.planning.gpu_needs import Gpus, Memory
+from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
 from hfprune_dist.planning.plan import Plan, size_of
 from hfprune_dist.planning.widths import uniform_width
 from hfprune_dist.store.stage import Stage
@@ -55,8 +44,6 @@ STUDENT_LOSS = "self_distillation"
 NOTHING_HELPS = "no number of nodes is enough"
 NO_REFIT_FITS = "every rank has a layer's Gram matrices: GPUs with more memory, or a method with another refit, or none"
 MOST_NODES, MICRO_BATCHES = 256, (1, 2, 4, 8, 16, 32, 64)
-# Where both the job and the weights it shares are known to be small: inference.WEIGHTS_SHARE.
-WHOLE_WEIGHTS_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -139,24 +126,24 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
 
 
 def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeConfig) -> Estimate:
-    dimensions = dimensions_of(_dense(plan, stage).config)
+    dims = dimensions_of(_dense(plan, stage).config)
     job, gpus = _job(plan, stage, runtime), _gpus(resources)
-    placed = dataclasses.replace(gpus, nodes=1, per_node=1) if _whole_on_each(job, dimensions, gpus, runtime) else gpus
+    placed = dataclasses.replace(gpus, nodes=1, per_node=1) if _whole_on_each(job, dims, gpus, runtime) else gpus
     return Estimate(
         stage=stage,
-        memory=job.memory(dimensions, placed.ranks),
+        memory=job.memory(dims, placed.ranks),
         available=resources.gpu_memory_gib and gpus.memory,
-        host_memory=resources.tasks_per_node * _host_bytes(job, dimensions, gpus),
+        host_memory=resources.tasks_per_node * _host_bytes(job, dims, gpus),
         host_available=resources.memory_bytes,
-        fits=fits(job, dimensions, placed) if resources.gpu_memory_gib else None,
-        advice=_advice(job, dimensions, gpus, placed, _shared_rows(stage)) if resources.gpu_memory_gib else "",
-        gpu_hours=_gpu_hours(_rounds(plan, stage, gpus.ranks), job, dimensions, gpus),
+        fits=fits(job, dims, placed) if resources.gpu_memory_gib else None,
+        advice=_advice(job, dims, gpus, placed, _shared_rows(stage)) if resources.gpu_memory_gib else "",
+        gpu_hours=_gpu_hours(_rounds(plan, stage, gpus.ranks), job, dims, gpus),
     )
 
 
-def _host_bytes(job: Job, dimensions: Dimensions, gpus: Gpus) -> int:
+def _host_bytes(job: Job, dims: Dimensions, gpus: Gpus) -> int:
     """Main memory of one rank, where it is too much to leave out."""
-    return job.host_bytes(dimensions, gpus.ranks) if isinstance(job, Importance | LayerPass) else 0
+    return job.host_bytes(dims, gpus.ranks) if isinstance(job, Importance | LayerPass) else 0
 
 
 def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
@@ -239,54 +226,54 @@ def _gpus(resources: Resources) -> Gpus:
     )
 
 
-def _whole_on_each(job: Job, dimensions: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -> bool:
+def _whole_on_each(job: Job, dims: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -> bool:
     """Whether an evaluation puts whole weights on every GPU."""
     if not isinstance(job, Evaluate) or runtime.sharding == "zero3":
         return False
-    small = dimensions.parameters * job.itemsize <= WHOLE_WEIGHTS_SHARE * gpus.memory
+    small = dims.parameters * job.itemsize <= WEIGHTS_SHARE * gpus.memory
     return runtime.sharding == "replicate" or small
 
 
-def _advice(job: Job, dimensions: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: int | None) -> str:
+def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: int | None) -> str:
     """The fewest nodes that hold one window, and the micro-batch whose work hides the network's time.
 
     Where a job shares no weights and gathers nothing, as ``placed`` on one GPU, the largest micro-batch that fits.
     """
     if isinstance(job, LayerPass) or placed != gpus:
-        return "" if fits(job, dimensions, placed) else _smaller(job, dimensions, placed)
+        return "" if fits(job, dims, placed) else _smaller(job, dims, placed)
     smallest = job.resized(1)
     # A single rank gathers nothing, so that fewer nodes may hold what more of them don't.
     candidates = (dataclasses.replace(gpus, nodes=n) for n in (*range(gpus.nodes, MOST_NODES), *range(1, gpus.nodes)))
-    advised = next((it for it in candidates if fits(smallest, dimensions, it)), None)
+    advised = next((it for it in candidates if fits(smallest, dims, it)), None)
     if advised is None:
         return ""
     shared = [size for size in MICRO_BATCHES if not shared_rows or size * advised.ranks <= shared_rows]
-    fitting = [size for size in shared or MICRO_BATCHES[:1] if fits(job.resized(size), dimensions, advised)]
-    hidden = [size for size in fitting if gpus.flops and _is_hidden(job.resized(size), dimensions, advised)]
+    fitting = [size for size in shared or MICRO_BATCHES[:1] if fits(job.resized(size), dims, advised)]
+    hidden = [size for size in fitting if gpus.flops and _is_hidden(job.resized(size), dims, advised)]
     size = hidden[0] if hidden else fitting[-1] if gpus.flops else fitting[0]
     return f"nodes {advised.nodes}, micro-batch {size}"
 
 
-def _smaller(job: Job, dimensions: Dimensions, placed: Gpus) -> str:
+def _smaller(job: Job, dims: Dimensions, placed: Gpus) -> str:
     """What helps a job that puts all it needs on each GPU."""
-    fitting = [size for size in MICRO_BATCHES if fits(job.resized(size), dimensions, placed)]
+    fitting = [size for size in MICRO_BATCHES if fits(job.resized(size), dims, placed)]
     if fitting:
         return f"micro-batch {fitting[-1]}"
     return "sharding zero3" if isinstance(job, Evaluate) else ""
 
 
-def _is_hidden(job: TimedJob, dimensions: Dimensions, gpus: Gpus) -> bool:
-    at_work, on_network = seconds(job, dimensions, gpus)
+def _is_hidden(job: TimedJob, dims: Dimensions, gpus: Gpus) -> bool:
+    at_work, on_network = seconds(job, dims, gpus)
     return on_network <= at_work
 
 
-def _gpu_hours(rounds: int | None, job: Job, dimensions: Dimensions, gpus: Gpus) -> float | None:
+def _gpu_hours(rounds: int | None, job: Job, dims: Dimensions, gpus: Gpus) -> float | None:
     """For so many micro-batches of every rank; None where their number, or what bounds them, is not known."""
     if rounds is None or isinstance(job, LayerPass) or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
         return None
     if isinstance(job, Importance) and job.curvature:  # Gram matrices and what is made of them take a time of their own
         return None
-    return rounds * max(seconds(job, dimensions, gpus)) * gpus.ranks / 3600
+    return rounds * max(seconds(job, dims, gpus)) * gpus.ranks / 3600
 
 
 def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:

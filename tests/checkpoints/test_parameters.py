@@ -18,7 +18,7 @@ from hfprune_dist.checkpoints.write_pruned import config_changes, mlp_cuts, writ
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.single_layer import LayerReader
-from hfprune_dist.planning.footprint import dimensions_of
+from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.model_sources import resolve_models
 from hfprune_dist.planning.plan import size_of
 from hfprune_dist.store.hashing import FileHashes

@@ -12,7 +12,8 @@ from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.planning import footprint
-from hfprune_dist.planning.footprint import SMALL_PARAMETER, Importance, dimensions_of
+from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.planning.footprint import SMALL_PARAMETER, Importance
 
 pytestmark = pytest.mark.slow
 

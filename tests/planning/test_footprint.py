@@ -21,18 +21,10 @@ from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 from hfprune_dist.planning import footprint
-from hfprune_dist.planning.footprint import (
-    Evaluate,
-    Gpus,
-    Importance,
-    Reference,
-    Refit,
-    Train,
-    dimensions_of,
-    fits,
-    seconds,
-)
-from hfprune_dist.refit import gauss_newton_ranks as reconstruct
+from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.planning.footprint import Evaluate, Importance, Train, fits, seconds
+from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
 from hfprune_dist.refit.refitted_layers import FittedLayers
 from hfprune_dist.refit.run_refit import DenseRefit, SequentialRefit
 
@@ -119,8 +111,8 @@ def test_kept_activations_of_the_calibration_pass(variant):
 
 
 def test_checkpointing_keeps_the_inputs_of_layers():
-    dimensions = published("7B")
-    plain, checkpointed = (Importance(1, 1024, checkpointing=on).activation_bytes(dimensions) for on in (False, True))
+    dims = published("7B")
+    plain, checkpointed = (Importance(1, 1024, checkpointing=on).activation_bytes(dims) for on in (False, True))
     assert checkpointed < plain / 4
     model = tiny_model("llama", **SHAPE).bfloat16().requires_grad_(False)
     use_memory_efficient_backward(model, FAMILIES["llama"])
@@ -143,7 +135,7 @@ def test_memory_of_the_calibration_pass(losses, checkpointing, monkeypatch):
     # What is the same for every model would hide all else of one this small.
     for module, name in ((blocks, "CACHE_BYTES"), (head, "CHUNK_BYTES")):
         monkeypatch.setattr(module, name, 1)
-    for name in ("HEAD_CHUNK_BYTES", "PORTION_BYTES"):
+    for name in ("HEAD_CHUNK_BYTES", "ACCELERATOR_BYTES"):
         monkeypatch.setattr(footprint, name, 0)
     student = "self_distillation" in losses
     job = Importance(2, 128, len(losses) - student, checkpointing=checkpointing, student=student)
@@ -154,11 +146,11 @@ def test_memory_of_the_calibration_pass(losses, checkpointing, monkeypatch):
 
 
 def test_curvature_and_the_walk_are_counted_as_memory_of_the_host():
-    dimensions, numbers = published("7B"), 32 * 4096**2
-    assert Importance(1, 1024, samples=64).host_bytes(dimensions, 8) == 0
+    dims, numbers = published("7B"), 32 * 4096**2
+    assert Importance(1, 1024, samples=64).host_bytes(dims, 8) == 0
     few, many = (Importance(1, 1024, curvature=True, samples=samples) for samples in (64, 10_000))
-    assert few.host_bytes(dimensions, 8) == 20 * numbers, "of the pass"
-    assert many.host_bytes(dimensions, 8) == 16 * numbers + 1250 * 1024 * 4096 * 2, "of the pass layer by layer"
+    assert few.host_bytes(dims, 8) == 20 * numbers, "of the pass"
+    assert many.host_bytes(dims, 8) == 16 * numbers + 1250 * 1024 * 4096 * 2, "of the pass layer by layer"
 
 
 class PeakBytes(TorchDispatchMode):
@@ -187,22 +179,22 @@ class PeakBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dimensions", [(64, 1024), (256, 512)], ids=["wide", "square"])
+@pytest.mark.parametrize("dims", [(64, 1024), (256, 512)], ids=["wide", "square"])
 @pytest.mark.parametrize(
     ("kind", "rank", "ranks"), [("dense", 0, 1), ("dense", 1, 3), ("layerwise", 0, 1), ("block", 0, 1), ("block", 0, 3)]
 )
-def test_memory_of_a_refit(kind, rank, ranks, dimensions, dtype, tmp_path, monkeypatch):
+def test_memory_of_a_refit(kind, rank, ranks, dims, dtype, tmp_path, monkeypatch):
     world = SoloWorld(rank, ranks)
     for module, name in ((gram, "BLOCK"), (blocks, "CACHE_BYTES")):
         monkeypatch.setattr(module, name, 2**40)  # as on a GPU: in one go
     sizes = {
-        "hidden_size": dimensions[0],
-        "intermediate_size": dimensions[1],
+        "hidden_size": dims[0],
+        "intermediate_size": dims[1],
         "num_hidden_layers": 3,
         "vocab_size": 264,
     }
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **sizes))
-    kept, windows = [torch.arange(dimensions[1] // 2)] * 3, torch.randint(264, (8 * ranks, 16))
+    kept, windows = [torch.arange(dims[1] // 2)] * 3, torch.randint(264, (8 * ranks, 16))
     dense, pruned = (LayerStream(checkpoint, windows, dtype, 2, world) for _ in range(2))
     fitted = FittedLayers(checkpoint, kind == "block", tmp_path / "fitted")
     if kind == "dense":
@@ -225,21 +217,15 @@ def test_memory_of_a_refit(kind, rank, ranks, dimensions, dtype, tmp_path, monke
     assert 0.83 * memory.total < counted.peak < 1.05 * memory.total
 
 
-@pytest.mark.parametrize("dimensions", [(32, 1024), (128, 512)], ids=["wide", "square"])
-def test_memory_of_an_elimination(dimensions, monkeypatch):
+@pytest.mark.parametrize("dims", [(32, 1024), (128, 512)], ids=["wide", "square"])
+def test_memory_of_an_elimination(dims, monkeypatch):
     monkeypatch.setattr(elimination, "WAITING", 1)  # so that what waits is as little as in wide layers
-    hidden_size, size = dimensions
+    hidden_size, size = dims
     hidden_ND, gradient_NC = torch.randn(2 * size, size), torch.randn(2 * size, hidden_size)
     gram_DD, curvature_CC = (it.T.double() @ it.double() / len(it) for it in (hidden_ND, gradient_NC))
     with PeakBytes() as counted:
         elimination.elimination_scores(gram_DD, curvature_CC, torch.randn(hidden_size, size), torch.rand(size))
     assert 0.95 < counted.peak / (footprint.ELIMINATION_BYTES * size**2) < 1.15
-
-
-def test_what_is_cut_to_a_size_is_cut_to_that_which_is_estimated():
-    assert footprint.KEPT_BYTES == reconstruct.KEPT_BYTES
-    assert footprint.PORTION_BYTES == blocks.ACCELERATOR_BYTES
-    assert footprint.HEAD_CHUNK_BYTES == 2 * head.CHUNK_BYTES + 3 * 2 * head.CHUNK_BYTES, "in bfloat16, and float32"
 
 
 def test_refits_keep_hidden_states_of_their_windows_on_the_host():
@@ -256,9 +242,9 @@ def test_memory_of_a_reference(tmp_path):
         for number in range(3):
             stream.advance(stream.layer(number))
     job = Reference(windows=2, tokens=64, samples=8, itemsize=4)
-    dimensions = dimensions_of(checkpoint.config)
-    assert job.host_bytes(dimensions, 1) == windows.numel() * 64 * 4
-    assert 0.7 < counted.peak / (job.memory(dimensions, 1).total + job.host_bytes(dimensions, 1)) < 1.05
+    dims = dimensions_of(checkpoint.config)
+    assert job.host_bytes(dims, 1) == windows.numel() * 64 * 4
+    assert 0.7 < counted.peak / (job.memory(dims, 1).total + job.host_bytes(dims, 1)) < 1.05
 
 
 def test_kept_activations_of_lora_training():
@@ -266,12 +252,12 @@ def test_kept_activations_of_lora_training():
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.05, target_modules=lora_targets(FAMILIES["llama"]))
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False).train()
     job = Train(rows=2, tokens=128, rank=4, dropout=True)
-    dimensions = dimensions_of(model.config.to_dict())
+    dims = dimensions_of(model.config.to_dict())
     with kept_for_backward(adapted) as counted:
         adapted.base_model.model.model(torch.ones(2, 128, dtype=torch.int64), use_cache=False)
-        assert 2 * 128 * dimensions.num_layers * job.layer_bytes(dimensions) == pytest.approx(counted(), rel=0.15)
+        assert 2 * 128 * dims.num_layers * job.layer_bytes(dims) == pytest.approx(counted(), rel=0.15)
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-    assert job.lora_parameters(dimensions) == trained
+    assert job.lora_parameters(dims) == trained
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -285,38 +271,38 @@ def test_floating_point_work_of_the_calibration_pass(losses, checkpointing):
         checkpoint_activations(model, FAMILIES["llama"])
     with FlopCounterMode(display=False) as counter:
         score(model, losses)
-    dimensions = dimensions_of(model.config.to_dict())
+    dims = dimensions_of(model.config.to_dict())
     student = "self_distillation" in losses
     job = Importance(2, 128, len(losses) - student, itemsize=4, checkpointing=checkpointing, student=student)
     # The counter knows matrix products only; it sees no fused attention on a CPU.
-    later = footprint._attention_flops(dimensions, 128) * 3 / 4
+    later = footprint.attention_flops(dims, 128) * 3 / 4
     attention = (later * 4 / 3 * (1 + student) + later * (2.5 + checkpointing) * len(losses)) * 2 * 128
-    assert job.work(dimensions).flops - attention == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert job.work(dims).flops - attention == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_a_model_is_refused_where_it_does_not_fit_and_not_where_it_does():
-    job, dimensions = Importance(windows=1, tokens=1024), published("70B")
-    assert not fits(job, dimensions, Gpus(nodes=1, per_node=1, memory=80 * GIB))
-    assert fits(job, dimensions, Gpus(nodes=1, per_node=8, memory=80 * GIB))
+    job, dims = Importance(windows=1, tokens=1024), published("70B")
+    assert not fits(job, dims, Gpus(nodes=1, per_node=1, memory=80 * GIB))
+    assert fits(job, dims, Gpus(nodes=1, per_node=8, memory=80 * GIB))
     assert fits(Evaluate(8, 1024), published("7B"), Gpus(nodes=1, per_node=1, memory=80 * GIB))
 
 
 def test_more_ranks_need_less_memory_each_and_more_windows_more():
-    dimensions, job = published("13B"), Importance(windows=1, tokens=1024)
-    totals = [job.memory(dimensions, ranks).total for ranks in (2, 8, 64)]
+    dims, job = published("13B"), Importance(windows=1, tokens=1024)
+    totals = [job.memory(dims, ranks).total for ranks in (2, 8, 64)]
     assert totals == sorted(totals, reverse=True)
-    assert Importance(windows=4, tokens=1024).memory(dimensions, 8).total > totals[1]
+    assert Importance(windows=4, tokens=1024).memory(dims, 8).total > totals[1]
 
 
 def test_the_network_is_hidden_by_larger_micro_batches():
-    dimensions = published("7B")
+    dims = published("7B")
     gpus = {
         rate: Gpus(nodes=2, per_node=8, memory=80 * GIB, flops=312e12, network=rate * 1e9 / 8) for rate in (100, 400)
     }
     one, many = Importance(windows=1, tokens=1024), Importance(windows=16, tokens=1024)
-    at_work, on_network = seconds(one, dimensions, gpus[100])
+    at_work, on_network = seconds(one, dims, gpus[100])
     assert on_network > at_work, "one window does not pay for its gathers"
-    assert seconds(many, dimensions, gpus[100])[1] == on_network, "a micro-batch gathers once, whatever its size"
-    assert seconds(many, dimensions, gpus[100])[0] == pytest.approx(16 * at_work)
-    assert seconds(one, dimensions, gpus[400])[1] == pytest.approx(on_network / 4)
-    assert seconds(one, dimensions, Gpus(nodes=1, per_node=8, memory=80 * GIB, flops=312e12))[1] == 0.0
+    assert seconds(many, dims, gpus[100])[1] == on_network, "a micro-batch gathers once, whatever its size"
+    assert seconds(many, dims, gpus[100])[0] == pytest.approx(16 * at_work)
+    assert seconds(one, dims, gpus[400])[1] == pytest.approx(on_network / 4)
+    assert seconds(one, dims, Gpus(nodes=1, per_node=8, memory=80 * GIB, flops=312e12))[1] == 0.0

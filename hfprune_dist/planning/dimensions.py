@@ -1,0 +1,57 @@
+"""A decoder's dimensions, as memory and work follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """A decoder's dimensions, as they decide memory and work."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def attention_parameters(self) -> int:
+        return self.hidden_size * self.head_size * (2 * self.num_heads + 2 * self.num_key_value_heads)
+
+    @property
+    def layer_parameters(self) -> int:
+        """The matrices of one layer; norms and biases are too few to matter."""
+        return self.attention_parameters + 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def body_parameters(self) -> int:
+        return self.num_layers * self.layer_parameters
+
+    @property
+    def head_parameters(self) -> int:
+        return self.vocabulary * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        return self.body_parameters + self.head_parameters * (1 if self.tied else 2)
+
+
+def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
+    """The dimensions that a ``config.json`` describes."""
+    heads = int(config["num_attention_heads"])
+    return Dimensions(
+        hidden_size=int(config["hidden_size"]),
+        intermediate_size=int(config["intermediate_size"]),
+        num_layers=int(config["num_hidden_layers"]),
+        num_heads=heads,
+        num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+        head_size=int(config.get("head_dim") or config["hidden_size"] // heads),
+        vocabulary=int(config["vocab_size"]),
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )

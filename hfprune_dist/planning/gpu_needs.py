@@ -1,0 +1,62 @@
+"""What a job needs of GPUs, and what GPUs it gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak.
+
+    Attributes:
+        weights: this rank's shards, and what training keeps for each of them.
+        gathered: whole parameters of the layers at work.
+        activations: kept for backward, for all tokens of a micro-batch.
+        scratch: of the head, with what the loss makes of its logits; or of a layer's backward, where that is more.
+        sums: over tokens, such as Gram matrices, with what is made of them.
+    """
+
+    weights: float
+    gathered: float
+    activations: float
+    scratch: float
+    sums: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gathered + self.activations + self.scratch + self.sums
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one micro-batch costs one rank.
+
+    Attributes:
+        flops: floating-point operations.
+        gathered_bytes: bytes of whole parameters that ZeRO-3 gathers; of them, a rank receives (ranks - 1) / ranks.
+    """
+
+    flops: float
+    gathered_bytes: float
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """What a job runs on.
+
+    Attributes:
+        memory: bytes of one GPU.
+        flops: nominal floating-point operations per second of one GPU in the compute dtype.
+        network: nominal bytes per second between two nodes.
+    """
+
+    nodes: int
+    per_node: int
+    memory: float
+    flops: float | None = None
+    network: float | None = None
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.per_node
