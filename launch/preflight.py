@@ -12,7 +12,8 @@ from hfprune_launch.local.hardware import ranks_here
 from hfprune_launch.slurm.profile import Profile
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.schema import CalibrationConfig, FidelityConfig, RecoveryConfig, SweepConfig
+from hfprune_dist.config.schema import CalibrationConfig, FidelityConfig, SweepConfig
+from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.data.text import Beginning, read_beginning
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan

@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.constructor import ConstructorError
 
-from hfprune_dist.config.schema import Section, SweepConfig
+from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.section import Section
 from hfprune_dist.errors import UserError, did_you_mean
 
 # Keys whose value is a path: relative ones are taken from the folder of the YAML file that names them, or from the

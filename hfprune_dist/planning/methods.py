@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hfprune_dist.config.load import parse, read_yaml
-from hfprune_dist.config.schema import Method, SweepConfig
+from hfprune_dist.config.method import Method
+from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError, did_you_mean
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.config.schema import WITHOUT_HALVES, CriterionName, Method, SweepConfig, TextSource
+from hfprune_dist.config.method import WITHOUT_HALVES, CriterionName, Method
+from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.section import TextSource
 from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.model_sources import ModelSource

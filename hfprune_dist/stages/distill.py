@@ -6,7 +6,7 @@ LoRA on all projections, merged into a plain checkpoint of the same layout. No l
 from __future__ import annotations
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.config.schema import DistillationConfig
+from hfprune_dist.config.training import DistillationConfig
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.stages.context import Context
 from hfprune_dist.training.teacher_states import DenseStates

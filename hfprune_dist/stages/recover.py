@@ -10,7 +10,8 @@ from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.tensor_files import is_usable
-from hfprune_dist.config.schema import RecoveryConfig, TextSource
+from hfprune_dist.config.section import TextSource
+from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.data.instructions import (
     PackedRows,
     Pair,

@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
-from hfprune_dist.config.schema import LoraTraining
+from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.data.schedule import IGNORED, RowReader, Schedule, ScheduledRows
 from hfprune_dist.distributed.deepspeed_patches import limit_timeouts, torchs_linear_afterwards
 from hfprune_dist.distributed.interruption import Interrupted, Interruption

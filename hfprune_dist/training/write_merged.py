@@ -8,7 +8,7 @@ from pathlib import Path
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.lora_adapter import merge_weight_file, read_adapter, write_adapter
 from hfprune_dist.checkpoints.write_pruned import write_companions
-from hfprune_dist.config.schema import LoraTraining
+from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.distributed.world import World
 from hfprune_dist.store.atomic_files import write_text
 from hfprune_dist.store.heartbeat import Progress

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from hfprune_dist.config.load import parse, read_yaml
-from hfprune_dist.config.schema import Positive, Section
+from hfprune_dist.config.section import Positive, Section
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.store.stage import STAGE_VERSIONS
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from hfprune_dist.config.load import load_config, parse_assignment, parse_list, parse_ratios
-from hfprune_dist.config.schema import WITHOUT_HALVES, CriterionName
+from hfprune_dist.config.method import WITHOUT_HALVES, CriterionName
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 

@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 from sweeps import make_inputs, results
 from tiny import save_tiny, write_documents, write_pairs
 
-from hfprune_dist.config.schema import EvaluationConfig, RecoveryConfig, RuntimeConfig
+from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
+from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.evaluation.sharded_lm import ShardedLM

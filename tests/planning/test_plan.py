@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, write_documents, write_pairs
 
 from hfprune_dist.config.load import load_config
-from hfprune_dist.config.schema import Method
+from hfprune_dist.config.method import Method
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.methods import resolve_methods

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.write_pruned import config_changes, mlp_cuts, write_companions, write_weight_file
-from hfprune_dist.config.schema import DistillationConfig
+from hfprune_dist.config.training import DistillationConfig
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Stage

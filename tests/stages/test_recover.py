@@ -23,7 +23,8 @@ from tiny import save_tiny, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.schema import RecoveryConfig, RuntimeConfig
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.data.instructions import RowCounts, save_rows
 from hfprune_dist.errors import UserError
 from hfprune_dist.stages import recover

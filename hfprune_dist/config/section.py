@@ -1,0 +1,47 @@
+"""What sections of a configuration have in common: strict types, counts, sources of text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Dtype = Literal["float32", "bfloat16"]
+# Counts: beyond what any of them can be, a mistyped one would fail, or never end, in a stage.
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class Section(BaseModel):
+    """A group of keys: immutable, no conversions between types, unknown keys refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class TextSource(Section):
+    """Where text comes from: a local file (``path``) if given, else a data set of the Hugging Face hub."""
+
+    path: Annotated[str, Field(min_length=1)] | None = None
+    """A file of text: .jsonl or .ndjson (one JSON object a line), .json (an array of objects, or one object after
+    another), .csv or .tsv (the first line names the fields), .parquet, or any other UTF-8 file as plain text (one
+    document). All but .parquet may be compressed (.gz, .bz2, .xz, .zst). A folder stands for the files in it whose
+    names end so, .txt among them, in the order of their names."""
+    dataset: str | None = None
+    """Hub id of a data set; streamed, so only the documents that are used are downloaded."""
+    name: str | None = None
+    """Configuration name of the data set."""
+    split: str = "train"
+    """Split of the data set."""
+    revision: str | None = None
+    """Commit of the data set; pin it for results that can be repeated."""
+    text_field: str = "text"
+    """Field that holds the text, in a file of records or a data set."""
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> TextSource:
+        if self.path is None and self.dataset is None:
+            raise ValueError("needs a path (a file of text) or a dataset (a hub id)")
+        if self.path is not None and self.dataset not in (None, type(self).model_fields["dataset"].default):
+            raise ValueError(f"path ({self.path}) and dataset ({self.dataset}) are both given; set one of them to null")
+        return self

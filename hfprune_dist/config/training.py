@@ -1,0 +1,99 @@
+"""LoRA training: distillation of pruned models, and recovery."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hfprune_dist.config.section import Dtype, Positive, Section, TextSource
+from hfprune_dist.errors import UserError
+
+
+class LoraTraining(Section):
+    """How LoRA on all attention and MLP projections is trained, before it is merged."""
+
+    batch_size: Positive = 128
+    """Rows per optimizer step, over all ranks together."""
+    micro_batch_size: Positive = 1
+    """Rows per forward pass of one rank."""
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    """Peak learning rate; decays to zero along a cosine."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW weight decay."""
+    rank: Positive = 32
+    """LoRA rank r."""
+    alpha: Positive = 64
+    """LoRA alpha; updates are scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """LoRA dropout."""
+    dtype: Dtype = "bfloat16"
+    """Compute dtype; LoRA weights and optimizer states are float32 in any case."""
+
+
+class DistillationConfig(LoraTraining):
+    """The training of methods that ``distill``: KL(dense || pruned) of every token of the calibration windows, which
+    are the rows. The dense model's final hidden states are on disk: tokens x hidden_size numbers in ``dtype``.
+    Ranks without a row of a step are idle in it. Warm-up takes a quarter of all steps at most.
+    """
+
+    batch_size: Positive = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 4
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class RecoveryConfig(TextSource, LoraTraining):
+    """Fine-tuning after pruning; the defaults are the paper's recipe. Rows are packed instruction pairs."""
+
+    method: Literal["none", "lora"] = "lora"
+    """lora: LoRA on all attention and MLP projections, merged afterwards. none: no recovery."""
+    dataset: str | None = "MBZUAI/LaMini-instruction"
+    instruction_field: str = "instruction"
+    """Field that holds the instruction."""
+    response_field: str = "response"
+    """Field that holds the response; the loss is taken on its tokens only."""
+    text_field: str = "response"
+    samples: Positive | None = None
+    """Use the first so many instruction pairs; null uses all of them."""
+    sequence_length: Annotated[int, Field(ge=8)] = 1024
+    """Pairs are packed into rows of this many tokens; attention does not cross pairs."""
+    epochs: Annotated[float, Field(gt=0)] = 2.0
+    """Passes over the packed rows."""
+    max_steps: Positive | None = None
+    """Stop after so many optimizer steps; overrides epochs."""
+
+    @property
+    def pair_fields(self) -> list[str]:
+        """The fields that are read of each record."""
+        return [self.instruction_field, self.response_field]
+
+    def require_two_fields(self) -> None:
+        """Check that instructions and responses are not the same texts.
+
+        Raises:
+            UserError: where they are.
+        """
+        if self.instruction_field == self.response_field:
+            raise UserError(f"recovery.instruction_field and recovery.response_field are both {self.response_field!r}")
+
+    def require_shared_evenly(self, world_size: int) -> None:
+        """Check that so many ranks can share the rows of an optimizer step evenly.
+
+        Raises:
+            UserError: where they can't; the message tells which values work.
+        """
+        at_once = self.micro_batch_size * world_size
+        below = self.batch_size // at_once * at_once
+        if below == self.batch_size:
+            return
+        most = self.batch_size // self.micro_batch_size
+        rank_counts = [n for n in range(1, most + 1) if self.batch_size % (n * self.micro_batch_size) == 0]
+        ranks = f", or the ranks to one of {', '.join(map(str, rank_counts))}" if rank_counts else ""
+        raise UserError(
+            f"recovery.batch_size {self.batch_size} isn't a multiple of recovery.micro_batch_size "
+            f"{self.micro_batch_size} times {world_size} ranks; set batch_size to "
+            f"{f'{below} or ' if below else ''}{below + at_once}{ranks}"
+        )
