@@ -39,34 +39,42 @@ class Windows:
     documents_used: int
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How windows are cut from documents.
+
+    Attributes:
+        samples: number of windows.
+        sequence_length: tokens per window, a BOS token included.
+        seed: decides the order of a local file's documents, and where each window begins.
+        add_bos_token: begin every window with BOS, where the tokenizer has one.
+    """
+
+    samples: int
+    sequence_length: int
+    seed: int
+    add_bos_token: bool = True
+
+
 def read_windows(
-    source: Mapping[str, Any],
-    path: Path | None,
-    tokenizer: Any,
-    add_bos_token: bool,
-    samples: int,
-    seed: int,
-    where: str,
+    source: Mapping[str, Any], path: Path | None, tokenizer: Any, sampling: Sampling, where: str
 ) -> Windows:
-    """Cut windows from a text source; a local file's documents are taken in a random order that ``seed`` decides.
+    """Cut windows from a text source; a local file's documents are taken in random order.
 
     Args:
-        source: settings of the source (see ``read_texts``) with ``text_field`` and ``sequence_length``.
+        source: settings of the source (see ``read_texts``) with ``text_field``.
         path: the local file or folder; None streams the hub data set.
-        add_bos_token: begin every window with BOS, where the tokenizer has one.
         where: what the text is for, for messages.
 
     Raises:
         UserError: where the text can't be read or no document is long enough.
     """
-    texts = (text for (text,) in read_texts(source, path, [source["text_field"]], seed, where))
+    texts = (text for (text,) in read_texts(source, path, [source["text_field"]], sampling.seed, where))
     return sample_windows(
-        texts if path is None else in_random_order(texts, seed),
+        texts if path is None else in_random_order(texts, sampling.seed),
         lambda text: plain_ids(tokenizer, text),
-        bos_id(tokenizer, add_bos_token),
-        samples,
-        source["sequence_length"],
-        seed,
+        bos_id(tokenizer, sampling.add_bos_token),
+        sampling,
         f"{where} {path or source['dataset']}",
     )
 
@@ -114,27 +122,24 @@ def load_windows(folder: Path) -> Tensor:
 
 
 def sample_windows(
-    texts: Iterable[str], tokenize: Tokenize, bos: int | None, samples: int, sequence_length: int, seed: int, where: str
+    texts: Iterable[str], tokenize: Tokenize, bos: int | None, sampling: Sampling, where: str
 ) -> Windows:
     """Cut one random window from each document that is long enough; go round again where documents run out.
 
     Args:
         texts: documents in the order in which they are used.
         tokenize: text -> token ids without special tokens.
-        bos: first token of every window; None where the model has none.
-        samples: number of windows.
-        sequence_length: tokens per window, ``bos`` included.
-        seed: decides where each window begins.
+        bos: first token of every window; None where they have none.
         where: the source, for messages.
 
     Raises:
         UserError: where no document is long enough; the message tells the longest one's length.
     """
-    body = sequence_length - (bos is not None)
+    body = sampling.sequence_length - (bos is not None)
     documents: list[list[int]] = []
     read = longest = 0
     for text in texts:
-        if len(documents) == samples:
+        if len(documents) == sampling.samples:
             break
         ids = tokenize(text)
         read += 1
@@ -143,8 +148,8 @@ def sample_windows(
             documents.append(ids)
     if not documents:
         raise _too_short(where, body, read, longest)
-    generator = torch.Generator().manual_seed(seed)
-    rows = [_window(documents[index % len(documents)], body, bos, generator) for index in range(samples)]
+    generator = torch.Generator().manual_seed(sampling.seed)
+    rows = [_window(documents[index % len(documents)], body, bos, generator) for index in range(sampling.samples)]
     return Windows(torch.tensor(rows, dtype=torch.int64), read, len(documents))
 
 

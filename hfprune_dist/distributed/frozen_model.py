@@ -40,13 +40,14 @@ class FrozenModel:
 
     Attributes:
         module: the Hugging Face model. Where it is sharded, each of its forwards is a collective of all ranks.
+        world: the ranks.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, batch_size: int, sharding: Sharding, world: World
     ) -> None:
         self._family = checkpoint.family
-        self._world = world
+        self.world = world
         self._sharded = sharding == "zero3"
         self.module = (
             _load_sharded(checkpoint, dtype, batch_size, world)
@@ -65,7 +66,7 @@ class FrozenModel:
     def run_body(self, input_ids_BT: Tensor) -> Tensor:
         """The same of several sequences [B, T, hidden_size]."""
         body = self._family.body_of(self.module)
-        hidden_BTC: Tensor = body(input_ids=input_ids_BT.to(self._world.device), use_cache=False).last_hidden_state
+        hidden_BTC: Tensor = body(input_ids=input_ids_BT.to(self.world.device), use_cache=False).last_hidden_state
         return hidden_BTC
 
     def release(self) -> None:
@@ -97,17 +98,17 @@ class FrozenModel:
         """
         if not self._sharded:
             return
-        token_BT = torch.zeros((1, 1), dtype=torch.int64, device=self._world.device)
+        token_BT = torch.zeros((1, 1), dtype=torch.int64, device=self.world.device)
         self._idle = True
         with torch.no_grad():
-            while any(self._world.gather(False)):
+            while any(self.world.gather(False)):
                 self.module(input_ids=token_BT, use_cache=False)
         self._idle = False
 
     def _announce(self, *_: Any) -> None:
         """Before a forward: tell the ranks that are done to run along."""
         if not self._idle:
-            self._world.gather(True)
+            self.world.gather(True)
 
 
 def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> nn.Module:

@@ -22,7 +22,6 @@ from lm_eval.models.huggingface import HFLM
 
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
-from hfprune_dist.distributed.world import World
 from hfprune_dist.store.hashing import digest_of
 
 # Batches per chunk, at most. Choices of one letter share a forward where they share a chunk: several batches keep them
@@ -78,7 +77,6 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         self,
         model: FrozenModel,
         tokenizer: Any,
-        world: World,
         interruption: Interruption,
         batch_size: int,
         add_bos_token: bool,
@@ -93,9 +91,9 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             add_bos_token=add_bos_token,
             softmax_dtype=torch.float32,  # summed over a document, bfloat16 keeps no more than three digits
         )
-        self._device = world.device
+        self._device = model.world.device
         self._wants_bos = add_bos_token
-        self._world = world
+        self._world = model.world
         self._interruption = interruption
         self._frozen = model
         self._log: AnswerLog | None = None

@@ -9,9 +9,10 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.config.training import DistillationConfig
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.stages.context import Context
+from hfprune_dist.training.fine_tuning import FineTuning
 from hfprune_dist.training.teacher_states import DenseStates
-from hfprune_dist.training.trainer import FineTuning, fine_tune
-from hfprune_dist.training.write_merged import write_merged
+from hfprune_dist.training.trainer import fine_tune
+from hfprune_dist.training.write_merged import write_merged, write_trained
 
 LONGEST_WARMUP = 4  # one part in so many of all steps
 
@@ -24,7 +25,9 @@ def run(context: Context) -> None:
     task = _task(context, settings, checkpoint, rows)
     trained = fine_tune(task, context.work / "snapshots", context.world, context.progress, context.interruption)
     draft = context.open_draft()
-    write_merged(checkpoint, trained, settings, draft, context.world, context.progress)
+    if context.world.is_first:
+        write_trained(checkpoint, trained, settings, draft)
+    write_merged(checkpoint, draft, context.world, context.progress)
     counts = {"windows": len(rows.windows_ST), "tokens": rows.windows_ST.numel()}
     context.commit(draft, {**counts, **trained.metrics()})
 

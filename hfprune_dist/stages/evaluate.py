@@ -158,7 +158,7 @@ def _evaluate_tasks(context: Context, model: FrozenModel, tasks: list[str]) -> N
 
     params = context.params
     tokenizer = load_tokenizer(context.input_path("model"))
-    lm = ShardedLM(model, tokenizer, context.world, context.interruption, params["batch_size"], params["add_bos_token"])
+    lm = ShardedLM(model, tokenizer, context.interruption, params["batch_size"], params["add_bos_token"])
     if not context.world.is_first:
         lm.serve()
         return

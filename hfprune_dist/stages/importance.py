@@ -25,7 +25,7 @@ from hfprune_dist.core.criteria import CRITERIA, Criterion, MlpLayer, SecondMome
 from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.importance import NonFiniteError
 from hfprune_dist.data.tokenizer import load_tokenizer
-from hfprune_dist.data.windows import load_windows, read_windows, save_windows
+from hfprune_dist.data.windows import Sampling, load_windows, read_windows, save_windows
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.turns import Turns
@@ -94,15 +94,11 @@ def _prepare_windows(context: Context) -> dict[str, int]:
         return context.world.broadcast({})
     settings = context.params["calibration"]
     path = context.input_path("calibration") if context.has_input("calibration") else None
-    windows = read_windows(
-        settings,
-        path,
-        load_tokenizer(context.input_path("model")),
-        context.params["add_bos_token"],
-        settings["samples"],
-        context.params["seed"],
-        "calibration",
+    sampling = Sampling(
+        settings["samples"], settings["sequence_length"], context.params["seed"], context.params["add_bos_token"]
     )
+    tokenizer = load_tokenizer(context.input_path("model"))
+    windows = read_windows(settings, path, tokenizer, sampling, "calibration")
     save_windows(windows.input_ids_ST, context.work)
     counts = {"documents_read": windows.documents_read, "documents_used": windows.documents_used}
     return context.world.broadcast(counts)

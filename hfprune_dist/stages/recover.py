@@ -29,9 +29,10 @@ from hfprune_dist.stages.context import Context
 from hfprune_dist.store.file_cache import FileCache
 from hfprune_dist.store.hashing import FileHashes, digest_of
 from hfprune_dist.store.stage import STAGE_VERSIONS
+from hfprune_dist.training.fine_tuning import FineTuning
 from hfprune_dist.training.snapshots import Snapshot
-from hfprune_dist.training.trainer import FineTuning, fine_tune
-from hfprune_dist.training.write_merged import write_merged
+from hfprune_dist.training.trainer import fine_tune
+from hfprune_dist.training.write_merged import write_merged, write_trained
 
 ROWS = "rows.safetensors"
 PAIRS_AT_ONCE = 2000
@@ -47,7 +48,9 @@ def run(context: Context) -> None:
     counts = _prepare_rows(context, settings)
     trained = _train(context, checkpoint, settings, counts)
     draft = context.open_draft()
-    write_merged(checkpoint, trained, settings, draft, context.world, context.progress)
+    if context.world.is_first:
+        write_trained(checkpoint, trained, settings, draft)
+    write_merged(checkpoint, draft, context.world, context.progress)
     context.commit(draft, {**asdict(counts), **trained.metrics()})
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.data.tokenizer import load_tokenizer
-from hfprune_dist.data.windows import read_windows
+from hfprune_dist.data.windows import Sampling, read_windows
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe
 from hfprune_dist.stages.context import Context
@@ -49,7 +49,6 @@ def held_out_windows(context: Context) -> Tensor:
     settings = context.params["text"]
     path = context.input_path("text") if context.has_input("text") else None
     tokenizer = load_tokenizer(context.input_path("model"))
-    windows = read_windows(
-        settings, path, tokenizer, context.params["add_bos_token"], settings["windows"], SEED, "fidelity"
-    )
+    sampling = Sampling(settings["windows"], settings["sequence_length"], SEED, context.params["add_bos_token"])
+    windows = read_windows(settings, path, tokenizer, sampling, "fidelity")
     return context.world.broadcast(windows.input_ids_ST)

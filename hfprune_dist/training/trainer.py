@@ -9,11 +9,8 @@ dropout follow from the optimizer step. So training can be taken up again on any
 from __future__ import annotations
 
 import gc
-import math
-import os
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,63 +21,22 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.utils import logging
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.lora_adapter import lora_targets
-from hfprune_dist.config.training import LoraTraining
-from hfprune_dist.data.schedule import IGNORED, RowReader, Schedule, ScheduledRows
+from hfprune_dist.data.schedule import IGNORED, ScheduledRows
 from hfprune_dist.distributed.deepspeed_patches import limit_timeouts, torchs_linear_afterwards
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
-from hfprune_dist.distributed.zero3 import init_deepspeed
-from hfprune_dist.errors import UserError
 from hfprune_dist.models.distillation_head import DistillingHead
-from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary
+from hfprune_dist.models.loading import require_exact_rotary
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.training.engine_setup import load_trainable_model, prepare_process, training_arguments
+from hfprune_dist.training.fine_tuning import FineTuning, finite_values, learning_rate_share
 from hfprune_dist.training.snapshots import MOMENTS, LossLine, Snapshot, Snapshots, read_snapshot
 from hfprune_dist.training.teacher_states import DENSE
-
-MAX_GRAD_NORM = 1.0  # the Trainer's default, which the published recipe leaves alone
-
-
-@dataclass(frozen=True)
-class FineTuning:
-    """What to train, on what, and how far.
-
-    Attributes:
-        section: of the configuration that the settings come from, for progress and messages.
-        rows: reads a row by its number.
-        distills: whether rows bring a dense model's final hidden states, and the loss is the divergence from it.
-        schedule: which rows each step sees.
-        total_steps: optimizer steps of the whole training, those before ``start`` included.
-        warmup_steps: those of them in which the learning rate rises; in the first it is 0.
-        save_every_steps: optimizer steps between snapshots; the last step leaves one in any case.
-        timeout_minutes: a collective that takes longer ends the stage.
-        start: where to go on; None begins anew.
-    """
-
-    checkpoint: Checkpoint
-    section: str
-    settings: LoraTraining
-    seed: int
-    rows: RowReader
-    distills: bool
-    schedule: Schedule
-    total_steps: int
-    warmup_steps: int
-    save_every_steps: int
-    timeout_minutes: int
-    start: Snapshot | None = None
-
-    @property
-    def first_step(self) -> int:
-        return 0 if self.start is None else self.start.step
 
 
 def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, interruption: Interruption) -> Snapshot:
@@ -110,106 +66,17 @@ def _newest(snapshots: Snapshots, world: World) -> Snapshot | None:
 def _train(
     task: FineTuning, snapshots: Snapshots, world: World, progress: Progress, interruption: Interruption
 ) -> None:
-    _prepare_process()
+    prepare_process()
     rows_at_once = task.settings.micro_batch_size * world.size
     rows = ScheduledRows(task.rows, task.schedule, task.first_step, task.total_steps, multiple_of=rows_at_once)
-    arguments = _arguments(task, rows.slots // rows_at_once, snapshots.folder, world)
-    model = _load_model(task)
+    arguments = training_arguments(task, rows.slots // rows_at_once, snapshots.folder, world)
+    model = load_trainable_model(task)
     trainer_of = _DistillingTrainer if task.distills else _LoraTrainer
     trainer = trainer_of(
         task, snapshots, world, progress, interruption, model=model, args=arguments, train_dataset=rows
     )
     gc.freeze()  # else Python walks all modules and parameters again and again: a seventh of the time on CPU
     trainer.train()
-
-
-def learning_rate_share(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Share of the peak learning rate in step ``step``, counted from 0: linear warm-up, then a cosine to zero."""
-    if step < warmup_steps:
-        return step / warmup_steps
-    decay = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, decay)))
-
-
-def _prepare_process() -> None:
-    logging.set_verbosity_error()
-    # DeepSpeed decorates an optimizer that isn't used here with torch.compile, which takes seconds to import.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    # DeepSpeed calls collectives by their old names, and torch says so for each call.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-
-
-def _zero3_config(bfloat16: bool) -> dict[str, Any]:
-    """Parameters, gradients and optimizer states sharded; gradients reduced and added up in float32.
-
-    Parameters go as soon as they are used. To find those that backward uses again soon, DeepSpeed would walk up to a
-    billion parameters of the modules that follow, for every module: with LoRA's many modules 20 s in the second step.
-    """
-    return {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": True,
-            "contiguous_gradients": False,
-            "stage3_max_reuse_distance": 0,
-        },
-        "bf16": {"enabled": bfloat16},
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-
-
-def _arguments(task: FineTuning, accumulation_steps: int, folder: Path, world: World) -> TrainingArguments:
-    """Settings of the Trainer; while they live, from_pretrained shards a model as it loads."""
-    settings = task.settings
-    on_cpu = world.device.type == "cpu"
-    init_deepspeed(world)
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=1,  # one pass over ScheduledRows, which has the rows of all epochs
-        per_device_train_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=accumulation_steps,
-        train_sampling_strategy="sequential",
-        optim="adamw_torch",
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=MAX_GRAD_NORM,
-        bf16=settings.dtype == "bfloat16",
-        use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu else "nccl",
-        ddp_timeout=task.timeout_minutes * 60,
-        deepspeed=_zero3_config(settings.dtype == "bfloat16"),
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=not on_cpu,
-        log_level="error",
-        seed=task.seed,
-    )
-
-
-def _load_model(task: FineTuning) -> nn.Module:
-    """The sharded model with LoRA layers, which hold the weights of ``task.start`` if there is one."""
-    dtype = getattr(torch, task.settings.dtype)
-    model = load_causal_lm(task.checkpoint.path, dtype)
-    model.config.use_cache = False  # where there is a cache, transformers doesn't look for packed pairs
-    set_seed(task.seed)
-    adapter = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=task.settings.rank,
-        lora_alpha=task.settings.alpha,
-        lora_dropout=task.settings.dropout,
-        target_modules=lora_targets(task.checkpoint.family),
-    )
-    adapted: nn.Module = get_peft_model(model, adapter, autocast_adapter_dtype=False)
-    if task.start is not None:
-        adapted.load_state_dict(task.start.weights, strict=False)
-    return adapted
 
 
 class _LoraTrainer(Trainer):  # type: ignore[misc]
@@ -352,19 +219,3 @@ def _trained(model: nn.Module) -> list[tuple[str, Any]]:
 
 def _stack(rows: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def finite_values(logs: Mapping[str, float], step: int, section: str) -> dict[str, float]:
-    """Loss, learning rate and gradient norm of a step.
-
-    Raises:
-        UserError: where one of them is not finite.
-    """
-    values = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
-    for key, value in values.items():
-        if not math.isfinite(value):
-            raise UserError(
-                f"{section}: {key} is {value} at step {step}; lower {section}.learning_rate, or raise "
-                f"{section}.warmup_steps; at step 1, check the checkpoint's weights"
-            )
-    return values

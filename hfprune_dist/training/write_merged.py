@@ -18,16 +18,17 @@ ADAPTER = "adapter"
 LOSSES = "loss.jsonl"
 
 
-def write_merged(
-    checkpoint: Checkpoint, trained: Snapshot, settings: LoraTraining, draft: Path, world: World, progress: Progress
-) -> None:
-    """Write a Hugging Face folder of the checkpoint's layout, the ``adapter/`` in it, and ``loss.jsonl``.
+def write_trained(checkpoint: Checkpoint, trained: Snapshot, settings: LoraTraining, draft: Path) -> None:
+    """Write what was trained: ``adapter/`` and ``loss.jsonl``."""
+    write_adapter(draft / ADAPTER, trained.weights, checkpoint.family, settings.rank, settings.alpha)
+    write_text(draft / LOSSES, "".join(json.dumps(line) + "\n" for line in trained.losses))
+
+
+def write_merged(checkpoint: Checkpoint, draft: Path, world: World, progress: Progress) -> None:
+    """Write a Hugging Face folder of the checkpoint's layout, with the ``adapter/`` that rank 0 has written added in.
 
     Weight files are shared out over the ranks.
     """
-    if world.is_first:
-        write_adapter(draft / ADAPTER, trained.weights, checkpoint.family, settings.rank, settings.alpha)
-        write_text(draft / LOSSES, "".join(json.dumps(line) + "\n" for line in trained.losses))
     world.barrier()
     adapter = read_adapter(draft / ADAPTER)
     files = checkpoint.weight_files

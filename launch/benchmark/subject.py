@@ -19,7 +19,7 @@ from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core.criteria import CRITERIA, Batch
 from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
 from hfprune_dist.data.tokenizer import bos_id, load_tokenizer, plain_ids
-from hfprune_dist.data.windows import sample_windows
+from hfprune_dist.data.windows import Sampling, sample_windows
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 
 SEED = 0
@@ -100,9 +100,7 @@ def read_text(model: str, text: str, windows: int, tokens: int) -> Tensor:
         [Path(text).read_text(encoding="utf-8")],
         lambda whole: plain_ids(tokenizer, whole),
         bos_id(tokenizer, add_bos_token=True),
-        windows,
-        tokens,
-        SEED,
+        Sampling(windows, tokens, SEED),
         text,
     ).input_ids_ST
 

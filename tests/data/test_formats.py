@@ -19,7 +19,7 @@ from tiny import tiny_tokenizer
 
 from hfprune_dist.data.formats import identity_of, read_files
 from hfprune_dist.data.text import read_beginning, read_texts
-from hfprune_dist.data.windows import read_windows
+from hfprune_dist.data.windows import Sampling, read_windows
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import FileHashes
 
@@ -100,11 +100,11 @@ def test_json_is_read_across_the_ends_of_portions(documents, size):
 
 def test_the_same_documents_give_the_same_windows(tmp_path):
     documents = [f"Document {number}: {'aëß ' * number}" for number in range(5, 20)]
-    source = {"text_field": "text", "sequence_length": 24}
+    source, sampling = {"text_field": "text"}, Sampling(32, 24, 3)
     windows = []
     for name, content in every_format(documents):
         (tmp_path / name).write_bytes(content)
-        windows.append(read_windows(source, tmp_path / name, tiny_tokenizer(), True, 32, 3, "here"))
+        windows.append(read_windows(source, tmp_path / name, tiny_tokenizer(), sampling, "here"))
     for other in windows[1:]:
         assert torch.equal(other.input_ids_ST, windows[0].input_ids_ST)
         assert (other.documents_read, other.documents_used) == (15, windows[0].documents_used)

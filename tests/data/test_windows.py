@@ -8,7 +8,7 @@ from hfprune_dist.data import windows
 from hfprune_dist.data.instructions import encode_for, nothing_to_train_on, prompt_for, require_room, require_trainable
 from hfprune_dist.data.text import Beginning
 from hfprune_dist.data.tokenizer import bos_id, plain_ids
-from hfprune_dist.data.windows import require_long_enough, sample_windows
+from hfprune_dist.data.windows import Sampling, require_long_enough, sample_windows
 from hfprune_dist.errors import UserError
 
 TOKENIZER = tiny_tokenizer()
@@ -41,7 +41,7 @@ def message_of(function, *arguments):
 def test_the_check_and_the_stage_agree_on_windows(documents, length, add_bos):
     def stage():
         tokenize, bos = lambda text: plain_ids(TOKENIZER, text), bos_id(TOKENIZER, add_bos)
-        sample_windows(documents, tokenize, bos, 4, length, 0, "here")
+        sample_windows(documents, tokenize, bos, Sampling(4, length, 0), "here")
 
     whole = Beginning([(text,) for text in documents], is_all=True)
     assert message_of(require_long_enough, whole, TOKENIZER, add_bos, length, "here") == message_of(stage)

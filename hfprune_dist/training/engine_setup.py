@@ -1,0 +1,103 @@
+"""What the Trainer and DeepSpeed are told, and the sharded model with LoRA layers that they train."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import TrainingArguments, set_seed
+from transformers.utils import logging
+
+from hfprune_dist.checkpoints.lora_adapter import lora_targets
+from hfprune_dist.distributed.world import World
+from hfprune_dist.distributed.zero3 import init_deepspeed
+from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.training.fine_tuning import FineTuning
+
+MAX_GRAD_NORM = 1.0  # the Trainer's default, which the published recipe leaves alone
+
+
+def prepare_process() -> None:
+    logging.set_verbosity_error()
+    # DeepSpeed decorates an optimizer that isn't used here with torch.compile, which takes seconds to import.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # DeepSpeed calls collectives by their old names, and torch says so for each call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def _zero3_config(bfloat16: bool) -> dict[str, Any]:
+    """Parameters, gradients and optimizer states sharded; gradients reduced and added up in float32.
+
+    Parameters go as soon as they are used. To find those that backward uses again soon, DeepSpeed would walk up to a
+    billion parameters of the modules that follow, for every module: with LoRA's many modules 20 s in the second step.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": False,
+            "stage3_max_reuse_distance": 0,
+        },
+        "bf16": {"enabled": bfloat16},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def training_arguments(task: FineTuning, accumulation_steps: int, folder: Path, world: World) -> TrainingArguments:
+    """Settings of the Trainer; while they live, from_pretrained shards a model as it loads."""
+    settings = task.settings
+    on_cpu = world.device.type == "cpu"
+    init_deepspeed(world)
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=1,  # one pass over ScheduledRows, which has the rows of all epochs
+        per_device_train_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=accumulation_steps,
+        train_sampling_strategy="sequential",
+        optim="adamw_torch",
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=MAX_GRAD_NORM,
+        bf16=settings.dtype == "bfloat16",
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu else "nccl",
+        ddp_timeout=task.timeout_minutes * 60,
+        deepspeed=_zero3_config(settings.dtype == "bfloat16"),
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        log_level="error",
+        seed=task.seed,
+    )
+
+
+def load_trainable_model(task: FineTuning) -> nn.Module:
+    """The sharded model with LoRA layers, which hold the weights of ``task.start`` if there is one."""
+    dtype = getattr(torch, task.settings.dtype)
+    model = load_causal_lm(task.checkpoint.path, dtype)
+    model.config.use_cache = False  # where there is a cache, transformers doesn't look for packed pairs
+    set_seed(task.seed)
+    adapter = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=task.settings.rank,
+        lora_alpha=task.settings.alpha,
+        lora_dropout=task.settings.dropout,
+        target_modules=lora_targets(task.checkpoint.family),
+    )
+    adapted: nn.Module = get_peft_model(model, adapter, autocast_adapter_dtype=False)
+    if task.start is not None:
+        adapted.load_state_dict(task.start.weights, strict=False)
+    return adapted
