@@ -58,7 +58,7 @@ def run_stage(
     write_stage_file(store, stage, **runtime)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return subprocess.run(
-        [sys.executable, *torchrun, str(ROOT / "launch" / "stage.py"), str(store.root), stage.id],
+        [sys.executable, *torchrun, str(ROOT / "launch" / "stage" / "run.py"), str(store.root), stage.id],
         env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0", **(environment or {})},
         capture_output=True,
         text=True,

@@ -132,7 +132,7 @@ class InProcess(LocalBackend):
     def _start(self, stage: Stage, claim: Claim, log: Path, scratch: str):
         log.touch()
         os.environ["OMP_NUM_THREADS"] = "1"
-        sys.argv = ["stage.py", str(self._store.root), stage.id, "--claim", claim.ticket]
+        sys.argv = ["run.py", str(self._store.root), stage.id, "--claim", claim.ticket]
         stage_script.die_with_parent = lambda: None
         stage_script.leave_process = sys.exit
         with contextlib.suppress(Exception, SystemExit):  # whose reason it has left

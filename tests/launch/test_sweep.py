@@ -201,7 +201,7 @@ def test_killing_a_rank(finished, config, short_of, kind):
 
     def rank_at_work():
         work = list((out / "store" / "work" / kind).glob("*/progress.json"))
-        ranks = [p for p in descendants_of(launcher) if "stage.py" in " ".join(p.cmdline()[1:3])] if work else []
+        ranks = [p for p in descendants_of(launcher) if "stage/run.py" in " ".join(p.cmdline()[1:3])] if work else []
         return ranks[-1:] or None
 
     (rank,) = wait_for(rank_at_work)

@@ -56,7 +56,7 @@ def test_never_more_jobs_at_once_than_allowed(on_cluster):
 def test_provenance_names_the_snapshot_that_ran(on_cluster):
     out, _ = on_cluster
     (snapshot,) = (out / "code").iterdir()
-    assert (snapshot / "launch" / "job.py").is_file() and (snapshot / "uncommitted.diff").is_file()
+    assert (snapshot / "hfprune_launch" / "slurm" / "job.py").is_file() and (snapshot / "uncommitted.diff").is_file()
     assert read(snapshot / "provenance.json")["git_commit"]
     script = (attempt_folders(out)[0] / "job.sh").read_text()
     assert f"--chdir={snapshot}" in script and "--kill-on-invalid-dep=yes" in script
