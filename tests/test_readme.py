@@ -1,0 +1,318 @@
+"""What READMEs show exists: links, paths, commands with their options, keys, methods; and what tables say."""
+
+import argparse
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from hfprune_launch.modes.sweep import PROFILES, _overrides
+from hfprune_launch.slurm.profile import load_profile
+
+from hfprune_dist.config.load import load_config
+from hfprune_dist.config.schema import CriterionName, SweepConfig
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.methods import resolve_methods
+from hfprune_dist.planning.model_sources import shipped_aliases
+
+ROOT = Path(__file__).resolve().parents[1]
+TOP = ["hfprune_dist", "launch", "configs", "slurm", "tests"]
+READMES = sorted([ROOT / "README.md", *(file for top in TOP for file in (ROOT / top).rglob("README.md"))])
+COMMANDS = ["sweep", "report", "compare", "bench", "demo_assets"]
+LONGEST = 200
+# By commands; all other files that a README names are files of the project.
+WRITTEN = {"results.md", "comparison.md", "bench.md", "bench.png"}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`([^`\n]+)`")
+FILE_NAME = re.compile(r"[\w./-]+\.(py|sh|md|png)")
+SHIPPED_PATH = re.compile(rf"({'|'.join(TOP)})/[\w./-]*")
+
+
+def names(readme):
+    return str(readme.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def parsers():
+    """Each command's parser, taken where the command is about to use it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", _hand_over)
+        return {command: _parser_of(command, patch) for command in COMMANDS}
+
+
+class HandedOver(Exception):  # noqa: N818
+    pass
+
+
+def _hand_over(parser, *_):
+    raise HandedOver(parser)
+
+
+def _parser_of(command, patch):
+    patch.setattr(sys, "argv", [command])
+    with pytest.raises(HandedOver) as caught:
+        importlib.import_module(f"hfprune_launch.{command}").main()
+    return caught.value.args[0]
+
+
+# What is in a README. Each function below yields what is wrong in a text that lies in a folder.
+
+
+def prose_of(text):
+    return FENCE.sub("", text)
+
+
+def blocks_of(text, language):
+    return [body for kind, body in FENCE.findall(text) if kind == language]
+
+
+def slug(heading):
+    """The anchor that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def wrong_links(text, folder):
+    for target in re.findall(r"\]\(([^)]+)\)", prose_of(text)):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = folder / path if path else None
+        if file is not None and not file.exists():
+            yield f"link to {target}"
+        elif anchor:
+            linked = text if file is None else file.read_text()
+            headings = re.findall(r"^#+ (.*)$", re.sub(FENCE, "", linked), re.MULTILINE)
+            if anchor not in map(slug, headings):
+                yield f"link to {target}: no such heading"
+
+
+def wrong_paths(text, folder):
+    places = [folder, ROOT, ROOT / "hfprune_dist", ROOT / "launch"]
+    for word in CODE.findall(prose_of(text)):
+        is_path = FILE_NAME.fullmatch(word) or SHIPPED_PATH.fullmatch(word)
+        if is_path and word not in WRITTEN and not any((place / word).exists() for place in places):
+            yield f"path {word}"
+    for _, body in FENCE.findall(text):
+        for found in re.finditer(rf"(?<![\w./-]){SHIPPED_PATH.pattern}", body):
+            if not (ROOT / found[0].rstrip(".")).exists():
+                yield f"path {found[0]}"
+
+
+def tree_of(text):
+    """(folder of the top level, what a line of the tree names in it)."""
+    tree = next((body for kind, body in FENCE.findall(text) if not kind and body.startswith("launch/")), "")
+    top = ""
+    for line in tree.splitlines():
+        top = line.split("/")[0] if not line.startswith(" ") else top
+        for word in re.findall(r"(?<![\w/])[\w.]+(?:/|\.py|\.sh|\.yaml)(?!\w)", line):
+            yield top, word
+
+
+def wrong_tree(text, _folder):
+    for top, word in tree_of(text):
+        if not (ROOT / word).exists() and not any((ROOT / top).rglob(word.rstrip("/"))):
+            yield f"tree: {top}: {word}"
+
+
+def commands_of(text):
+    """(command, its arguments) of every call of a command in a block of shell lines."""
+    for body in blocks_of(text, "bash"):
+        for line in body.replace("\\\n", " ").replace("$seed", "0").splitlines():
+            words = shlex.split(line, comments=True)
+            found = [place for place, word in enumerate(words) if re.fullmatch(r"launch/\w+\.py", word)]
+            if found:
+                arguments = words[found[0] + 1 :]
+                yield words[found[0]].removeprefix("launch/").removesuffix(".py"), arguments
+
+
+def wrong_commands(text, _folder, parsers):
+    for command, arguments in commands_of(text):
+        shown = f"{command}.py {' '.join(arguments)}"
+        if command not in parsers:
+            yield f"{shown}: no such command"
+            continue
+        complaint = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(complaint):
+                parsed = parsers[command].parse_args(arguments)
+            if command == "sweep":
+                _check_sweep(parsed)
+        except (SystemExit, UserError) as error:
+            yield f"{shown}: {complaint.getvalue() or error}"
+
+
+def _check_sweep(parsed):
+    """As far as a sweep's command line can be checked without what only the user has."""
+    files = [ROOT / file for file in parsed.config if (ROOT / file).exists() or file.parts[0] in TOP]
+    _check_config(load_config(files, _overrides(parsed)))
+    if parsed.profile is not None and (not parsed.profile.endswith(".yaml") or parsed.profile.startswith("slurm/")):
+        load_profile(parsed.profile, PROFILES)
+
+
+def _check_config(config):
+    resolve_methods(config, ROOT / "configs" / "methods")
+    aliases = {**shipped_aliases(ROOT / "configs" / "models"), **config.aliases}
+    for model in config.models:
+        if "/" not in model and model not in aliases:
+            raise UserError(f"no model {model!r}")
+
+
+def wrong_yaml(text, folder, scratch):
+    for number, body in enumerate(blocks_of(text, "yaml")):
+        file = scratch / f"{number}.yaml"
+        file.write_text(body)
+        try:
+            if folder.name == "slurm":
+                load_profile(str(file), PROFILES)
+            else:
+                _check_config(load_config([file], {}))
+        except UserError as error:
+            yield f"{error}"
+
+
+def wrong_options(text, _folder, parsers):
+    known = {option for parser in parsers.values() for option in parser._option_string_actions}
+    for code in CODE.findall(prose_of(text)):
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
+            if option not in known:
+                yield f"option {option}"
+
+
+def wrong_keys(text, _folder):
+    """Keys in inline code: section.key, with or without a value."""
+    sections = {name: field.annotation for name, field in SweepConfig.model_fields.items()}
+    for code in CODE.findall(prose_of(text)):
+        found = re.match(r"(?:--set )?'?(\w+)\.(\w+)(?:\.(\w+))?\b", code)
+        if found is None or not hasattr(sections.get(found[1]), "model_fields") or found[2] in ("py", "KEY"):
+            continue
+        field = sections[found[1]].model_fields.get(found[2])
+        if field is None or (found[3] and found[3] not in field.annotation.model_fields):
+            yield f"key {code}"
+
+
+def tables_of(text):
+    """Tables as lists of rows, the first of which has the headings."""
+    for block in re.findall(r"(?:^\|.*\n)+", prose_of(text), re.MULTILINE):
+        lines = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in block.splitlines()]
+        rows = [[cell.strip() for cell in row] for row in lines]
+        yield [row for number, row in enumerate(rows) if number != 1]
+
+
+def methods_in_tables(text):
+    for heading, *rows in tables_of(text):
+        if heading[0] == "method":
+            yield from (name for row in rows for name in CODE.findall(row[0]))
+
+
+def wrong_methods(text, _folder):
+    for name in methods_in_tables(text):
+        if not (ROOT / "configs" / "methods" / f"{name}.yaml").is_file():
+            yield f"method {name}"
+
+
+def problems_in(text, folder, parsers, scratch):
+    return [
+        *wrong_links(text, folder),
+        *wrong_paths(text, folder),
+        *wrong_tree(text, folder),
+        *wrong_commands(text, folder, parsers),
+        *wrong_yaml(text, folder, scratch),
+        *wrong_options(text, folder, parsers),
+        *wrong_keys(text, folder),
+        *wrong_methods(text, folder),
+    ]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("readme", READMES, ids=names)
+def test_what_a_readme_shows_exists(readme, parsers, tmp_path):
+    assert problems_in(readme.read_text(), readme.parent, parsers, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[here](nowhere.md)",
+        "[here](README.md#no-such-heading)",
+        "see `core/no_such_module.py`",
+        "see `configs/methods/none.yaml`",
+        "```\nlaunch/   commands: swept.py\n```",
+        "```\nlaunch/   commands\n  nowhere/   what\n```",
+        "```bash\npython launch/sweep.py --methods hfprune --fast\n```",
+        "```bash\npython launch/swept.py\n```",
+        "```bash\npython launch/report.py\n```",
+        "```bash\npython launch/sweep.py --set calibration.sample=3\n```",
+        "```bash\npython launch/sweep.py --methods hfprun\n```",
+        "```bash\npython launch/sweep.py --models lama\n```",
+        "```bash\npython launch/sweep.py --config configs/none.yaml\n```",
+        "```bash\npython launch/sweep.py --profile nowhere\n```",
+        "```yaml\ncalibration: {sample: 3}\n```",
+        "try `--fast`",
+        "set `calibration.sample`",
+        "set `--set evaluation.fidelity.window=3`",
+        "| method | KL |\n|---|---|\n| `hfprun` | 1 |\n",
+    ],
+)
+def test_what_does_not_exist_is_found(text, parsers, tmp_path):
+    assert problems_in(text, ROOT, parsers, tmp_path)
+
+
+def test_the_tree_has_every_room():
+    shown = {(top, word.rstrip("/")) for top, word in tree_of((ROOT / "README.md").read_text())}
+    rooms = {
+        (top, file.parent.name) for top in ("hfprune_dist", "launch") for file in (ROOT / top).glob("*/__init__.py")
+    }
+    assert rooms <= shown
+
+
+def test_the_readme_leads_to_every_other():
+    text = (ROOT / "README.md").read_text()
+    linked = {(ROOT / target.split("#")[0]).resolve() for target in re.findall(r"\]\(([^)]+)\)", text)}
+    assert set(READMES) - {ROOT / "README.md"} <= linked
+
+
+def test_the_table_of_methods_says_what_their_files_say():
+    text = (ROOT / "configs" / "methods" / "README.md").read_text()
+    table = next(rows for rows in tables_of(text) if rows[0] == ["method", "criterion", "allocation", "refit"])
+    shown = {name.strip("`"): rest for name, *rest in table[1:]}
+    files = sorted(file.stem for file in (ROOT / "configs" / "methods").glob("*.yaml"))
+    methods = resolve_methods(SweepConfig(methods=files), ROOT / "configs" / "methods")
+    assert sorted(shown) == files
+    for name, method in methods.items():
+        criterion, allocation, refit = shown[name]
+        assert (criterion, allocation) == (f"`{method.criterion}`", method.allocation), name
+        assert re.split(r"\W", refit)[0] == method.refit, name
+        assert ("distillation" in refit, "steps" in refit) == (method.distill > 0, method.steps > 1), name
+        assert ("default" in refit) == ([name] == SweepConfig().methods), name
+
+
+def test_all_criteria_are_explained():
+    text = (ROOT / "configs" / "methods" / "README.md").read_text()
+    table = next(rows for rows in tables_of(text) if rows[0][0] == "criterion")
+    shown = [name for row in table[1:] for name in CODE.findall(row[0])]
+    assert sorted(shown) == sorted(CriterionName.__args__)
+
+
+@pytest.mark.parametrize("readme", READMES, ids=names)
+def test_python_in_a_readme_runs(readme):
+    for body in blocks_of(readme.read_text(), "python"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(body, {})
+
+
+def test_numbers_of_the_fidelity_table_are_shares_of_the_published_method():
+    """The shares in the text above the table are those in it."""
+    text = (ROOT / "README.md").read_text()
+    table = next(rows for rows in tables_of(text) if rows[0][0] == "method" and "KL" in rows[0][1])
+    published = next(row for row in table[1:] if "published" in row[0])
+    for row in table[1:]:
+        for cell, whole in zip(row[1::2], published[1::2], strict=True):
+            kl, share = float(cell.split()[0]), float(re.search(r"\((.*)\)", cell)[1])
+            assert abs(kl / float(whole.split()[0]) - share) < 0.011, row[0]
