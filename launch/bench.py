@@ -1,7 +1,7 @@
 """Measure what this project costs: the published formulation against ours, scaling, ranks, pruning, the launcher.
 
-Everything is measured side by side in one run and told as a ratio (the launcher's waiting times in seconds), so that
-what else the machine does matters little. Needs no network: the model is the demo's, made if it is missing.
+Variants are measured side by side in one run and reported as ratios (the launcher's waiting times in seconds), so that
+other work on the machine matters little. Needs no network: the model is the demo's, made if it is missing.
 
 examples:
   python launch/bench.py                                  all sections, ten to twenty minutes on one core
@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="PATH", type=folder, help="a checkpoint folder; default: the demo's llama")
     parser.add_argument("--only", metavar="A,B", help=f"sections to measure, of {', '.join(SECTIONS)}; default: all")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and points: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and points, to see that it works")
     parser.add_argument("--out", metavar="DIR", type=folder, default=Path("runs/bench"), help="default: runs/bench")
     return parser
 

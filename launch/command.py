@@ -1,6 +1,6 @@
-"""How every command begins and ends: what a user can mend is one message, Ctrl-C is no traceback.
+"""How every command begins and ends: an error that the user can fix is one message, and Ctrl-C shows no traceback.
 
-It imports next to nothing, and commands import what they work with inside ``run``, so that this holds from the start.
+This holds from the start, as this module imports next to nothing, and commands import what they need inside ``run``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Methods side by side over sweeps that differ in their seed, and how much criteria agree; runs nothing.
+"""Compare methods over sweeps that differ in their seed, and show how much criteria agree; runs nothing.
 
 example:  python launch/compare.py runs/fidelity/0 runs/fidelity/1 runs/fidelity/2 --out runs/fidelity
 
 Writes comparison.md and comparison.json: per method the mean and standard deviation of KL to the dense model, agreement
 and perplexity, time and memory; per pair of criteria the rank correlation of their scores and the overlap of what they
-keep, by layer; per criterion how far what it keeps had settled after so many calibration windows.
+keep, by layer; per criterion, how many of the kept neurons still change as calibration windows are added.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _compare(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", metavar="SWEEP", type=folder, nargs="+", help="folders of sweeps")
-    parser.add_argument("--out", type=folder, required=True, help="where comparison.md and comparison.json go")
-    parser.add_argument("--reference", help="the method that KL is set against; default: hfprune")
+    parser.add_argument("--out", type=folder, required=True, help="folder for comparison.md and comparison.json")
+    parser.add_argument("--reference", help="the method whose KL the others are divided by; default: hfprune")
     arguments = parser.parse_args(argv)
     from hfprune_launch.modes.compare import compare
 

@@ -1,4 +1,4 @@
-"""What a stage would refuse after the hours that others take before it, refused before anything runs."""
+"""Checks before anything runs, of what a stage would otherwise refuse only after hours of work in other stages."""
 
 from __future__ import annotations
 

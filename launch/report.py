@@ -1,4 +1,4 @@
-"""Make the tables of a sweep again from what is in its store, whether it has finished or not; runs nothing.
+"""Write and show the tables of a sweep again from its store, whether it has finished or not; runs nothing.
 
 example:  python launch/report.py runs/demo --published
 """

@@ -1,5 +1,5 @@
-"""Prune, distill, recover and evaluate models at several ratios, and print the table. Run it again to resume:
-only what is missing runs.
+"""Prune, distill, recover and evaluate models at several ratios, and print the table. To resume, run the same command
+again: it runs only what is missing.
 
 examples:
   python launch/sweep.py --models llama,qwen --ratios 0.2,0.5 --config configs/demo.yaml
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--criteria",
         metavar="A,B",
-        help="further scores to compute in the calibration pass, for comparison (importance.criteria)",
+        help="further scores to compute in the calibration pass, to compare criteria (importance.criteria)",
     )
     parser.add_argument(
         "--config",
@@ -92,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         metavar="DIR",
         type=folder,
-        help="results and store; default: runs/<config name>. Without --config, a folder that a sweep has run in goes "
-        "on with what it was configured with (its config.yaml), other flags laid over it; its earlier rows stay in any "
-        "case",
+        help="folder for results and store; default: runs/<name of the first config>. Without --config, a folder in "
+        "which a sweep has run uses its own config.yaml, with the other flags laid over it. Rows of earlier runs stay "
+        "in its tables",
     )
     parser.add_argument(
         "--backend",
@@ -110,17 +110,18 @@ def _parser() -> argparse.ArgumentParser:
         "--max-running",
         metavar="N",
         type=int,
-        help="the most jobs of this sweep that run at once; default: the profile's",
+        help="run at most N jobs of this sweep at once; default: the profile's",
     )
     parser.add_argument(
         "--follow",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="stay until all jobs have ended and show the table (default), or submit and leave; with --status: live",
+        help="stay until all jobs have ended, then show the table (default); --no-follow: submit and leave; --status "
+        "--follow: keep showing the state",
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--status", action="store_true", help="show the state of every stage; starts nothing")
-    instead.add_argument("--cancel", action="store_true", help="cancel the sweep's jobs; saved work stays")
+    instead.add_argument("--cancel", action="store_true", help="cancel all jobs of the sweep's store; saved work stays")
     instead.add_argument("--logs", metavar="CELL", help="show the last lines of a cell's logs, e.g. 'llama 0.2 + lora'")
     instead.add_argument(
         "--forget",
@@ -129,7 +130,10 @@ def _parser() -> argparse.ArgumentParser:
         help="remove a row from the folder's tables, e.g. 'llama 0.2 + lora'; may be repeated; its artifacts stay",
     )
     instead.add_argument(
-        "--dry-run", action="store_true", help="print the plan with reasons, and every job; runs nothing"
+        "--dry-run",
+        action="store_true",
+        help="show the plan, with a reason for each stage; with --profile also every batch script, and what it takes; "
+        "runs nothing",
     )
     return parser
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A real Slurm cluster on one machine, for the tests and for trying things: four nodes, partitions main and urgent
-# (urgent preempts main), all under one folder, on loopback only.
+# (urgent preempts main), all files under one folder. It listens on loopback only if this machine's name resolves to it.
 #
 #   slurm/cluster.sh install                       Debian packages, as root
 #   slurm/cluster.sh up DIR [--no-accounting] [--grace-time SECONDS]

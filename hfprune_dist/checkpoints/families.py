@@ -1,4 +1,4 @@
-"""The one adapter between an architecture and the rest: where the MLPs of a family are, in a module and in a file.
+"""The one adapter between an architecture and the rest: where a family's MLPs are, in its modules and in its files.
 
 Adding a family whose MLP computes ``down(act(gate(x)) * up(x))`` is one line in ``FAMILIES``.
 """

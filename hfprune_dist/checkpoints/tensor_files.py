@@ -1,4 +1,4 @@
-"""Tensors in files with a checksum, so that a later attempt takes up what an earlier one wrote, and nothing else."""
+"""Files of tensors with a checksum, so that a later attempt uses what an earlier one wrote whole, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a large matrix in portions, for work of many passes over the same elements."""
+"""Work on a large matrix in portions of rows that fit a cache, for operations that read elements several times."""
 
 from __future__ import annotations
 

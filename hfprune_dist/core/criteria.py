@@ -1,6 +1,6 @@
-"""The criteria by which neurons are scored. Adding one is an entry of ``CRITERIA``; the README has a page on it.
+"""The criteria by which neurons are scored. README.md beside this file explains how to add one to ``CRITERIA``.
 
-``h`` is the vector between an MLP's row projections and its down projection, a neuron is one of its channels.
+``h`` is the vector that an MLP's down projection reads; a neuron is one of its channels.
 """
 
 from __future__ import annotations

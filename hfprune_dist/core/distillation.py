@@ -1,4 +1,4 @@
-"""The divergence of a model from its dense original as a loss to train on, without the logits of all tokens."""
+"""A model's divergence from the dense model, as a loss to train on, without the logits of all tokens."""
 
 from __future__ import annotations
 

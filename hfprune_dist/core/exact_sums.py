@@ -1,6 +1,6 @@
 """Sums whose bits don't depend on the order of their terms.
 
-Floating-point sums do, so a sum shared out over ranks changes with their number. Here every term is rounded once to
+The bits of floating-point sums do, so a sum over ranks changes with their number. Here every term is rounded once to
 integers, and integers add up exactly: in any order, over any number of ranks, by a plain all-reduce.
 """
 

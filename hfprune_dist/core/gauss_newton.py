@@ -1,9 +1,9 @@
-"""A pruned MLP's weights, all three of them moved so that its outputs come closer to given targets.
+"""Gauss-Newton steps on all three weights of a pruned MLP, which bring its outputs closer to given targets.
 
 With y the targets, minimise the sum over tokens of ||y - D h||^2, h = silu(G x) * (U x), over gate G, up U and down D
-of the kept neurons, in steps of Gauss-Newton: h is taken as linear in G and U around where they are, and the damped
-normal equations (J^T J + damping diag(J^T J)) delta = J^T r are solved by conjugate gradients, which need only products
-with J and J^T. They are preconditioned with blocks of J^T J in Kronecker form (as in K-FAC, arXiv 1503.05671). No new
+of the kept neurons, step by step: h is taken as linear in G and U around their present values, and the damped normal
+equations (J^T J + damping diag(J^T J)) delta = J^T r are solved by conjugate gradients, which need only products with J
+and J^T. They are preconditioned with blocks of J^T J in Kronecker form (as in K-FAC, arXiv 1503.05671). No new
 parameters; biases stay as they are.
 """
 

@@ -1,4 +1,4 @@
-"""Gram matrices of many vectors: symmetric, so half of the products are the other half's; and their inverses."""
+"""Gram matrices of many vectors, of which one half is computed and mirrored, since they are symmetric; and inverses."""
 
 from __future__ import annotations
 

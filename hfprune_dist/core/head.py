@@ -1,4 +1,4 @@
-"""The head of a language model, in chunks: from hidden states to a loss and its gradient, never over all logits."""
+"""The head of a language model, in chunks: from hidden states to a loss and its gradient, never with all logits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Losses on a model's output distribution p = softmax(z), each with its gradient at the logits z in closed form.
 
-What a loss draws at random is drawn per window, from a generator that the seed and the window's number decide: neither
-chunks of tokens, nor micro-batches, nor ranks change it, and it is the same on every device.
+Random numbers are drawn for each window, from a generator that is seeded with the sweep's seed and the window's number:
+chunks of tokens, micro-batches and ranks don't change them, and they are the same on every device.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Parts of a transformer layer whose own backward costs more than it has to: norms, gated products, linear layers.
+"""Norms, gated products and linear layers whose backward takes less memory and work than autograd's.
 
-All compute forward what the layer computes, bit for bit. What autograd would keep of every step is computed again from
-the inputs in backward, and frozen weights get no gradient.
+Their forward has the same bits as that of the layers they replace. Backward computes again, from the inputs, what
+autograd would keep of every step, and frozen weights get no gradient.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether more calibration windows would still change which neurons stay: halves of them are set against each other."""
+"""Whether more calibration windows would still change which neurons stay: two halves of them are compared."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Widths of layers, found by measuring: how far the pruned model is from the dense one says what scores don't.
+"""Widths of layers, found by measuring how far models with such widths are from the dense one.
 
 Scores add up the costs of layers as if each were pruned alone. Once all are pruned, errors of some layers grow on their
-way to the output and those of others no longer matter. Widths that make up for that are searched in a family of three
-numbers. One number for each layer, from measurements of each, fits the windows that it is measured on and no others: on
-a model of 30 layers it took 3 % off the divergence there, and added 1 % on held-out text.
+way to the output, while those of others no longer matter. Widths that take this into account are searched by changing
+three numbers. A number for each layer would fit only the windows that it is measured on: on a model of 30 layers, that
+took 3 % off the divergence there and added 1 % on held-out text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ending a stage early without losing its work: a signal sets a flag, ranks agree on it where their work is saved."""
+"""Ending a stage early without losing its work: a signal sets a flag, and ranks act on it together."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Windows of text on their way through a model, layer by layer, with each layer's Gram matrix added up on the way.
 
-A pass is held against what the whole model computes for one window (``distributed.whole_model_probe``), layer after
-layer.
+Layer after layer, a pass is compared with what the whole model computes for one window
+(``distributed.whole_model_probe``).
 
 Every rank holds the hidden states of its own windows and one layer at a time: memory for a layer, its Gram matrix and
 the windows, whatever the model's size. Gram matrices are summed exactly, so they have the same bits on any number of

@@ -1,4 +1,4 @@
-"""Layers whose solving doesn't wait for each other, shared out over the ranks."""
+"""Solving layers that don't depend on each other, a different layer on each rank at the same time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that puts out how far it is from its dense original, in place of logits."""
+"""A model whose output is its divergence from the dense model, in place of logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that do the same work forward, bit for bit, and less of it backward (see ``core.fused``)."""
+"""Layers with the same forward, bit for bit, and a cheaper backward (see ``core.memory_efficient``)."""
 
 from __future__ import annotations
 

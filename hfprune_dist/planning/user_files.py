@@ -1,4 +1,4 @@
-"""Files of the user's that a stage reads, which must stay as they were planned."""
+"""The user's files that a stage reads: they must stay as they were when the sweep was planned."""
 
 from __future__ import annotations
 

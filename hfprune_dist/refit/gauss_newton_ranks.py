@@ -1,4 +1,4 @@
-"""Gauss-Newton steps of a layer's kept neurons towards what their MLP should put out."""
+"""Gauss-Newton steps on the kept neurons of a layer, computed by all ranks together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calibration pass on the ranks of a world: a model sharded over them, and sums over some of its windows."""
+"""The calibration pass: all ranks run a sharded model over windows of text, and add up what neurons are scored by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the calibration pass adds up over its shards: with the same bits on any number of ranks, and after any death."""
+"""Sums of the calibration pass over its shards, with the same bits on any number of ranks and after any resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that several stages of a store make alike: made once, checked before every use, replaced where damaged.
+"""Files that several stages of a store need alike: made once, checked before every use, replaced if damaged.
 
 <folder>/<key>        the file
 <folder>/<key>.json   its sha256, written last

@@ -1,4 +1,4 @@
-"""What a thing is, whatever it is called and wherever it lies: sha256 of files, folders and values."""
+"""Hashes that identify content, whatever its name and place: sha256 of files, folders and values."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 It takes the entropy of all tokens' float32 logits at once, lets autograd compute every gradient, those of the weights
 included, keeps activations and their gradients of all layers until backward is over, and accumulates in the model's
-dtype. Written from that description; what it does at more cost than it must is what is measured.
+dtype. Written from that description; the cost of doing it in this way is what is measured.
 """
 
 from __future__ import annotations

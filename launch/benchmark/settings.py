@@ -1,4 +1,4 @@
-"""What every section of the benchmark is told."""
+"""The settings that every section of the benchmark gets."""
 
 from __future__ import annotations
 

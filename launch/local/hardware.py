@@ -1,4 +1,4 @@
-"""What ranks on this machine compute with, found without importing torch."""
+"""The GPUs, cores and CPU features of this machine, found without importing torch."""
 
 from __future__ import annotations
 

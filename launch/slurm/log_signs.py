@@ -1,4 +1,4 @@
-"""What the words in a job's logs mean: the table by which ``causes`` tells why a job ended."""
+"""What the words in a job's logs mean: the table by which ``exit_causes`` tells why a job ended."""
 
 from __future__ import annotations
 

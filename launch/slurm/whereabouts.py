@@ -1,4 +1,4 @@
-"""What has become of the jobs of open attempts, as far as anybody says.
+"""What has become of the jobs of open attempts, as far as squeue, the controller or accounting know.
 
 squeue lists a user's jobs. That it does not list one says nothing yet: its answer may be cut short between two lines,
 the job may be another user's or another cluster's, or have ended long ago. So the controller is asked about it

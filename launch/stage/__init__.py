@@ -1,1 +1,1 @@
-"""What every rank runs, and the files by which a backend and its ranks know of each other."""
+"""What every rank runs, and the files through which a backend and its ranks communicate."""

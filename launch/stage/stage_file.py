@@ -1,4 +1,4 @@
-"""What a backend leaves in a stage's work folder for the ranks that run launch/stage/run.py."""
+"""The file that a backend writes to a stage's work folder, for the ranks that run launch/stage/run.py."""
 
 from __future__ import annotations
 
