@@ -1,4 +1,4 @@
-"""From the names a user gives to pruning methods."""
+"""Finding pruning methods by the names that a user gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the names a user gives to checkpoint folders with an identity."""
+"""Finding checkpoints by the names that a user gives, and the hash that stands for their content."""
 
 from __future__ import annotations
 

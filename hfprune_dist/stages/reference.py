@@ -1,4 +1,4 @@
-"""Reference: what the dense model makes of a text. Evaluations compare with it, distillations learn from it."""
+"""Reference: the dense model's final hidden states on a text, for evaluations to compare with and distillations to learn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the dense model makes of windows of text: its final hidden states, on disk for all who compare with it.
+"""The dense model's final hidden states on windows of text, on disk for all stages that compare with them.
 
 <folder>/windows.safetensors     input_ids, int64 [windows, sequence_length]
 <folder>/<number>.safetensors    final hidden states of a micro-batch [windows of it, sequence_length, hidden_size]
