@@ -1,4 +1,4 @@
-"""Reference: the dense model's final hidden states on a text, for evaluations to compare with and distillations to learn."""
+"""Reference: the dense model's final hidden states on a text, which evaluations and distillations compare with."""
 
 from __future__ import annotations
 
