@@ -35,33 +35,33 @@ class Method(Section):
     """How scores become a smaller checkpoint. ``configs/methods`` has the ones that come with the project."""
 
     criterion: CriterionName
-    """The score that selects."""
+    """The score by which neurons stay: those with the highest scores."""
     allocation: Allocation = "uniform"
     """How the removed neurons are spread over layers. uniform: the same width everywhere. global: all layers compete
-    by score; a criterion whose scores aren't in nats is divided by its layer's mean first. searched: both of these and
-    some widths around the global ones are measured on calibration windows, and those closest to the dense model are
-    taken. Where layers differ in width, checkpoints need trust_remote_code, or this package, to load."""
+    by score; scores that aren't in nats are divided by their layer's mean first. searched: both of these, and widths
+    around the global ones, are measured on calibration windows, and the widths closest to the dense model are taken.
+    If layers differ in width, loading the checkpoint needs trust_remote_code or this package."""
     floor: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """global, searched: the share of its neurons that a layer keeps at least."""
+    """global, searched: the smallest share of its neurons that a layer keeps."""
     protect_first: Annotated[int, Field(ge=0)] = 0
-    """global, searched: so many of the first layers keep all their neurons."""
+    """global, searched: number of layers, from the first on, that keep all their neurons."""
     protect_last: Annotated[int, Field(ge=0)] = 0
-    """global, searched: so many of the last layers keep all their neurons."""
+    """global, searched: number of layers, up to the last, that keep all their neurons."""
     refit: Refit = "none"
-    """Least squares on down_proj, so that the kept neurons take over for the removed ones. dense: they make the dense
-    MLP's outputs of the dense model's activations. layerwise: layer after layer, they make of the pruned model's own
-    activations what the dense MLP would put out, and half of what is missing besides to the dense model's hidden
-    states. block: as layerwise, and steps of Gauss-Newton on gate_proj, up_proj and down_proj; takes minutes, not
-    seconds."""
+    """Least squares on down_proj, so that the kept neurons also do what the removed ones did. dense: fitted to the
+    dense MLP's outputs, on the dense model's activations. layerwise: layer after layer, on the pruned model's own
+    activations; the target lies half way between the dense MLP's output there and the output that would restore the
+    dense model's hidden states. block: as layerwise, then Gauss-Newton steps on gate_proj, up_proj and down_proj
+    together; takes minutes, not seconds."""
     multiple_of: Positive = 1
     """Round intermediate_size to a multiple of this (64 or 128 suit GPU kernels)."""
     steps: Positive = 1
-    """Prune in so many equal parts of the ratio. Before each but the first the pruned model is scored anew, on the same
-    windows. A refit of kind ``dense`` is then on that model's activations; the others aim at the dense model in every
-    step. uniform alone."""
+    """Number of equal parts of the ratio in which the model is pruned. Before each part but the first, the pruned model
+    is scored again on the same windows. A refit of kind ``dense`` then uses that model's activations; the others aim at
+    the dense model in every step. Only with uniform."""
     distill: Annotated[int, Field(ge=0)] = 0
-    """At the end, so many passes over the calibration windows in which the pruned model learns the dense one's output
-    distribution (see ``DistillationConfig``). No labels and no further text, but it is training."""
+    """Passes over the calibration windows, after pruning, in which the pruned model learns the dense model's output
+    distribution (see ``DistillationConfig``). It needs no labels and no further text, but it is training."""
 
     @model_validator(mode="after")
     def _steps_are_uniform(self) -> Method:
@@ -74,7 +74,7 @@ class Method(Section):
 
 
 class PruneConfig(Section):
-    """Settings that win over those of every method; null leaves them to the method (see ``Method``)."""
+    """Settings that override those of every method; null keeps the method's (see ``Method``)."""
 
     criterion: CriterionName | None = None
     allocation: Allocation | None = None

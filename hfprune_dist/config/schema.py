@@ -1,7 +1,7 @@
-"""What a user may set, in types.
+"""Everything that a user may set: sections, keys, types and defaults.
 
-Every field below says its meaning and unit; ``python launch/sweep.py --help`` names the ones with a flag of their own,
-all others are reached with ``--set section.key=value``.
+The text below each field says its meaning and unit. ``python launch/sweep.py --help`` lists the keys that have a flag
+of their own; all others are set with ``--set section.key=value`` or in a YAML file.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ class CalibrationConfig(TextSource):
     micro_batch_size: Positive = 1
     """Windows per forward pass of one rank."""
     shard_size: Positive = 4
-    """Micro-batches whose scores are summed before they are reduced over ranks and saved for a resume."""
+    """Micro-batches of a shard. Sums are reduced over ranks and saved shard by shard; a resume goes on at a shard."""
     settled: Annotated[float, Field(gt=0, le=1)] | None = None
     """Stop before all samples are used, as soon as two halves of the windows so far agree on this share of the neurons
-    to keep (looked at after 2, 4, 8, ... shards), by every criterion of the pass; null uses all samples. The curve is
-    reported in any case: of activation and surgeon for the sums that their scores are made from. magnitude and random
-    sum nothing, and entropy_bfloat16 rounds its sums: they have no curve and leave the decision to the others."""
+    to keep, by every criterion of the pass (checked after 2, 4, 8, ... shards); null uses all samples. The agreement is
+    reported in any case. For activation and surgeon it is that of the sums from which their scores are computed.
+    magnitude and random have no sums, and entropy_bfloat16 rounds its own: they don't take part in the decision."""
 
 
 class ImportanceConfig(Section):
     """How neurons are scored."""
 
     criteria: list[CriterionName] = Field(default=[])
-    """Scores to compute besides those that the methods need, all in one calibration pass: one forward, and one
+    """Scores to compute beside those that the methods need, all in one calibration pass: one forward, and one
     backward for each loss.
 
     entropy: sum over tokens of |h * dH/dh| (HFPrune). entropy_bfloat16: the same, added up over micro-batches in
-    bfloat16, to see what that does. entropy_squared: sum of squares of the same terms.
+    bfloat16, to see what the rounding does. entropy_squared: sum of squares of the same terms.
     cross_entropy: sum of |h * dCE/dh| (LLM-Pruner's first order). fisher: sum of (h * dlog p(y)/dh)^2 with y drawn
     from p. fisher_signs: the same expectation, from random signs. self_distillation: sum of |h * dKL/dh| in a student
     that lacks a tenth of its neurons, against the dense model (SDMPrune; another forward and backward). activation:
-    norm of h times the norm of the down_proj column (Wanda-sp). surgeon: KL divergence in nats that the removal costs
-    after all cheaper ones, when the neurons that stay are refitted (K-FAC; a second forward over the windows, layer by
+    norm of h times the norm of the down_proj column (Wanda-sp). surgeon: KL divergence in nats that removing the neuron
+    costs once all cheaper ones are gone and the others are refitted (K-FAC; a second forward over the windows, layer by
     layer). magnitude: norm of the weights. random: a random order.
     """
     dtype: Dtype = "bfloat16"
-    """Compute dtype of forward and backward; scores are accumulated in float64, but for entropy_bfloat16."""
+    """Compute dtype of forward and backward; scores are accumulated in float64, except for entropy_bfloat16."""
 
 
 class FidelityConfig(TextSource):
@@ -86,7 +86,7 @@ class EvaluationConfig(Section):
             "winogrande",
         ]
     )
-    """lm-eval task names; the default is the paper's suite. May be empty: then only fidelity is measured."""
+    """lm-eval task names; the default is the paper's suite. If it is empty, only fidelity is measured."""
     include_path: Annotated[str, Field(min_length=1)] | None = None
     """Folder with further lm-eval task YAML files."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = 0
@@ -96,7 +96,7 @@ class EvaluationConfig(Section):
     apply_chat_template: bool = False
     """Format prompts with the tokenizer's chat template."""
     limit: Positive | None = None
-    """Use only the first so many documents of each task (for tests: such scores can't be published)."""
+    """Number of documents of each task that are used, from the first on (for tests: such scores can't be published)."""
     batch_size: Positive = 8
     """Requests per forward pass of one rank."""
     dtype: Dtype = "bfloat16"
@@ -112,7 +112,7 @@ class RuntimeConfig(Section):
     threads_per_rank: Positive | None = None
     """CPU threads of each rank; null: OMP_NUM_THREADS if set, else the cores divided by the ranks."""
     activation_checkpointing: bool = False
-    """Importance: keep layers' inputs only and run each layer again in backward; less memory, the same bits."""
+    """Importance: keep only the layers' inputs and run each layer again in backward; less memory, the same bits."""
     sharding: Literal["auto", "replicate", "zero3"] = "auto"
     """Evaluation: replicate the model on every rank, shard it with ZeRO-3, or decide by its size (auto)."""
     save_every_steps: Positive = 50

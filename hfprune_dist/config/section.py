@@ -1,4 +1,4 @@
-"""What sections of a configuration have in common: strict types, counts, sources of text."""
+"""Types that sections of a configuration share: strict sections, counts, sources of text."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class TextSource(Section):
     path: Annotated[str, Field(min_length=1)] | None = None
     """A file of text: .jsonl or .ndjson (one JSON object a line), .json (an array of objects, or one object after
     another), .csv or .tsv (the first line names the fields), .parquet, or any other UTF-8 file as plain text (one
-    document). All but .parquet may be compressed (.gz, .bz2, .xz, .zst). A folder stands for the files in it whose
-    names end so, .txt among them, in the order of their names."""
+    document). All but .parquet may be compressed (.gz, .bz2, .xz, .zst). A folder stands for those of its files whose
+    names end in one of these or in .txt, in the order of their names."""
     dataset: str | None = None
     """Hub id of a data set; streamed, so only the documents that are used are downloaded."""
     name: str | None = None

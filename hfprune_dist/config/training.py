@@ -34,9 +34,9 @@ class LoraTraining(Section):
 
 
 class DistillationConfig(LoraTraining):
-    """The training of methods that ``distill``: KL(dense || pruned) of every token of the calibration windows, which
-    are the rows. The dense model's final hidden states are on disk: tokens x hidden_size numbers in ``dtype``.
-    Ranks without a row of a step are idle in it. Warm-up takes a quarter of all steps at most.
+    """How methods that ``distill`` train. The rows are the calibration windows, the loss is KL(dense || pruned) of
+    every token. The dense model's final hidden states are kept on disk: tokens x hidden_size numbers in ``dtype``. If a
+    step has fewer rows than there are ranks, some ranks are idle. Warm-up takes at most a quarter of all steps.
     """
 
     batch_size: Positive = 16
@@ -57,13 +57,13 @@ class RecoveryConfig(TextSource, LoraTraining):
     """Field that holds the response; the loss is taken on its tokens only."""
     text_field: str = "response"
     samples: Positive | None = None
-    """Use the first so many instruction pairs; null uses all of them."""
+    """Number of instruction pairs that are used, from the first on; null uses all of them."""
     sequence_length: Annotated[int, Field(ge=8)] = 1024
     """Pairs are packed into rows of this many tokens; attention does not cross pairs."""
     epochs: Annotated[float, Field(gt=0)] = 2.0
     """Passes over the packed rows."""
     max_steps: Positive | None = None
-    """Stop after so many optimizer steps; overrides epochs."""
+    """Number of optimizer steps after which training stops; overrides epochs."""
 
     @property
     def pair_fields(self) -> list[str]:
