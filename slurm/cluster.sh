@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A real Slurm cluster on one machine, for the tests and for trying things: four nodes, partitions main and urgent
-# (urgent preempts main), all files under one folder. It listens on loopback only if this machine's name resolves to it.
+# (urgent preempts main), all files under one folder. It listens on loopback alone where the machine's name resolves to a
+# loopback address; elsewhere on all addresses, and says so.
 #
 #   slurm/cluster.sh install                       Debian packages, as root
 #   slurm/cluster.sh up DIR [--no-accounting] [--grace-time SECONDS]
@@ -124,7 +125,7 @@ CONF
     chmod 600 "$DIR/slurmdbd.conf"
 }
 
-# Daemons: each leaves its pid in DIR/run, and is stopped by that pid only.
+# Daemons: each writes its pid to DIR/run, and is stopped by that pid only.
 
 program_of() {
     case $1 in
@@ -146,12 +147,12 @@ port_of() {
 
 is_running() {
     local pid
-    # A pid is given again after a restart of the machine: it counts with the name of its program, which may have an
-    # ending (slurmd-wlm on Debian, where a daemon has executed itself anew).
+    # After a restart of the machine another process may have the pid, so the program's name must match too. It may have
+    # an ending: slurmd-wlm on Debian, where a daemon has re-executed itself.
     pid=$(cat "$DIR/run/$1.pid" 2>/dev/null) && [[ "$(cat "/proc/$pid/comm" 2>/dev/null)" == "$(program_of "$1")"* ]]
 }
 
-# Processes of this cluster, with or without a pid file: of its programs, those that hold files of this folder open.
+# Processes of this cluster, with or without a pid file: those of its programs that have files of this folder open.
 left_over() {
     local pattern process
     pattern=$(sed 's/[][*?\\]/\\&/g' <<<"$DIR")
@@ -182,7 +183,7 @@ refuse_taken_ports() {
     done
 }
 
-# Returns when the daemon has left its pid: it goes into the background, and listens, before it writes that file.
+# Returns when the daemon has written its pid file: by then it is in the background, and listens.
 start() {
     is_running "$1" && return
     case $1 in
@@ -276,7 +277,7 @@ up() {
     chmod a+x "$DIR" # munged wants its socket to be reachable by all
     [ -s "$DIR/mariadb.password" ] || (umask 077 && head -c 12 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$DIR/mariadb.password")
     find_address
-    # Not "scontrol reconfigure": it puts a new process in a daemon's place, whose pid file the old one then removes.
+    # Not "scontrol reconfigure": it replaces a daemon by a new process, whose pid file the old one then removes.
     if write_conf; then
         stop_together "${NODES[@]}" slurmctld slurmdbd
     fi
@@ -302,7 +303,7 @@ down() {
         done
     fi
     stop_together "${NODES[@]}" slurmctld
-    stop slurmdbd # slurmctld's last words are for it
+    stop slurmdbd # after slurmctld, which reports to it as it ends
     stop_together mariadb munge
     # Daemons that have lost their pid files, and steps of jobs that no slurmctld could end.
     # shellcheck disable=SC2046 # one word per process

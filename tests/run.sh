@@ -10,6 +10,6 @@ fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-# Workers take whole files (tests/conftest.py); one thread each, as every rank that they start.
+# Each worker takes whole files (tests/conftest.py). Workers, and the ranks that they start, use one thread each.
 export OMP_NUM_THREADS=1
 exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --no-loadscope-reorder "$@"
