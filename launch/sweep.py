@@ -6,7 +6,7 @@ examples:
   python launch/sweep.py --models /data/my-llama --ratios 0.2 --set calibration.path=text.jsonl --out runs/mine
   python launch/sweep.py --config configs/demo.yaml --dry-run
   python launch/sweep.py --out runs/mine --ratios 0.3                 another ratio, beside the rows that are there
-  python launch/sweep.py --config configs/demo.yaml --profile slurm/profiles/mine.yaml     on a Slurm cluster
+  python launch/sweep.py --config configs/demo.yaml --profile mine.yaml     on a Slurm cluster
   python launch/sweep.py --config configs/demo.yaml --profile mine.yaml --status | --cancel
 
 exit codes: 0 every cell has its result; 1 a stage failed; 2 bad input; 130 interrupted

@@ -1,4 +1,4 @@
-"""What READMEs show exists: links, paths, commands with their options, keys, methods; and what tables say."""
+"""What READMEs and examples show exists: links, paths, commands and their options, keys, methods."""
 
 import argparse
 import contextlib
@@ -235,6 +235,22 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("readme", READMES, ids=names)
 def test_what_a_readme_shows_exists(readme, parsers, tmp_path):
     assert problems_in(readme.read_text(), readme.parent, parsers, tmp_path) == []
+
+
+EXAMPLES = [
+    *sorted((ROOT / "configs").rglob("*.yaml")),
+    *sorted((ROOT / "slurm" / "profiles").glob("*.yaml")),
+    *(ROOT / "launch" / f"{command}.py" for command in COMMANDS),
+    *(ROOT / "launch" / "quickstart.sh", ROOT / "launch" / "stage" / "run.py"),
+]
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=names)
+def test_commands_in_comments_and_help_texts_exist(file, parsers):
+    """An example ends with its line, or before an explanation that stands apart; "..." stands for other options."""
+    shown = file.read_text().replace("\\\n#", "").replace(" ...", "").replace(" | --cancel", "")
+    lines = [re.split(r"   +", line)[0] for line in re.findall(r"python launch/[^`\n]*", shown)]
+    assert list(wrong_commands("```bash\n" + "\n".join(lines) + "\n```", ROOT, parsers)) == []
 
 
 @pytest.mark.parametrize(
