@@ -47,15 +47,15 @@ class Resources(Section):
     gpu_tflops: Annotated[float, Field(gt=0)] | None = None
     """Nominal rate of one GPU in dense bfloat16 products, in TFLOP/s; with it, --dry-run estimates GPU-hours."""
     network_gbits: Annotated[float, Field(gt=0)] | None = None
-    """Nominal rate of the network between two nodes, in Gb/s; null: not the limit."""
+    """Nominal rate of the network between two nodes, in Gb/s; null: taken not to be the limit."""
     cpus_per_task: Positive = 1
     """CPU cores of each rank; also its number of threads, unless runtime.threads_per_rank is set."""
     memory: Annotated[str, Field(pattern=r"^\d+[KMGTkmgt]?[Bb]?$")] | None = None
     """Main memory per node, in Slurm's notation, e.g. 200G."""
     time_minutes: Positive = 60
-    """Time limit of one job. A stage that needs longer goes on in the same job, requeued, where it stopped."""
+    """Time limit of one job. If a stage needs longer, its job is requeued and goes on where it stopped."""
     signal_seconds: Annotated[int, Field(ge=10)] = 120
-    """How long before the time limit a job is asked to save its work; longer than a save and the work between two."""
+    """How long before the time limit a job is asked to save its work: longer than a save and the work between two."""
     constraint: str | None = None
     """Features that nodes must have."""
     exclude: str | None = None
