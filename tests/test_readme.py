@@ -310,6 +310,13 @@ def test_the_table_of_methods_says_what_their_files_say():
         assert ("default" in refit) == ([name] == SweepConfig().methods), name
 
 
+def test_all_modules_of_the_mathematics_are_listed():
+    text = (ROOT / "hfprune_dist" / "core" / "README.md").read_text()
+    table = next(rows for rows in tables_of(text) if rows[0][0] == "module")
+    modules = {file.stem for file in (ROOT / "hfprune_dist" / "core").glob("[!_]*.py")}
+    assert {name for row in table[1:] for name in CODE.findall(row[0])} == modules
+
+
 def test_all_criteria_are_explained():
     text = (ROOT / "configs" / "methods" / "README.md").read_text()
     table = next(rows for rows in tables_of(text) if rows[0][0] == "criterion")
