@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
 
+from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed.interruption import Interruption
@@ -25,11 +26,12 @@ from hfprune_dist.store.provenance import environment
 from hfprune_dist.store.stage import Stage
 
 T = TypeVar("T")
+P = TypeVar("P", bound=Parameters)
 
 
 @dataclass(frozen=True)
-class Context:
-    """One attempt at one stage, as seen from one rank.
+class Context(Generic[P]):
+    """One attempt at one stage, as seen from one rank; ``P`` is the class of its settings.
 
     Attributes:
         config: the resolved configuration of the sweep, kept in the manifest.
@@ -53,8 +55,9 @@ class Context:
     started: float = field(default_factory=time.time)
 
     @property
-    def params(self) -> dict[str, Any]:
-        return dict(self.stage.params)
+    def params(self) -> P:
+        """The settings that the result depends on."""
+        return cast("P", self.stage.params)
 
     @property
     def work(self) -> Path:

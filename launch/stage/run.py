@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from hfprune_launch.stage.stage_file import find_stage_file, read_stage_file
 
+from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError, from_os_error
@@ -112,7 +113,7 @@ def run_stage(
     if admission.runs:
         content, claim = read_stage_file(store, stage_id), admission.claim
         guard = None if claim is None else claim.require_held
-        context = Context(
+        context: Context[Parameters] = Context(
             stage=Stage.to_run(content.stage),
             store=store,
             world=world,
