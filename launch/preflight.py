@@ -12,6 +12,12 @@ from hfprune_launch.local.hardware import ranks_here
 from hfprune_launch.slurm.profile import Profile
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.parameters import (
+    EvaluateParameters,
+    ImportanceParameters,
+    RecoverParameters,
+    ReferenceParameters,
+)
 from hfprune_dist.config.schema import CalibrationConfig, FidelityConfig, SweepConfig
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.data.text import Beginning, read_beginning
@@ -67,8 +73,8 @@ def _models_by_kind(plan: Plan, todo: Sequence[str]) -> dict[str, list[Path]]:
     """Kind of stage -> the dense models, or those that pruned models come from, whose tokenizers such stages need."""
     models: dict[str, list[Path]] = {}
     for stage in (plan.stages[stage_id] for stage_id in todo):
-        if stage.kind in ("importance", "recover", "evaluate") or (
-            stage.kind == "reference" and "text" in stage.params
+        if isinstance(stage.params, ImportanceParameters | RecoverParameters | EvaluateParameters) or (
+            isinstance(stage.params, ReferenceParameters) and stage.params.text is not None
         ):
             models.setdefault(stage.kind, []).append(plan.dense_folder(stage))
     return models

@@ -25,6 +25,15 @@ CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """A sweep and where it lives."""
+
+    plan: Plan
+    store: Store
+    out: Path
+
+
+@dataclass(frozen=True)
 class Record:
     """The rows of a folder, those of earlier runs included, and the stages behind them.
 

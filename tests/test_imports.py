@@ -28,6 +28,11 @@ TORCH_FREE = [
 ]
 
 
+DISCARDS = {"discard_drafts", "discard_work", "discard_progress"}
+MOST_PARAMETERS = 5
+TOO_MANY_PARAMETERS = {}
+
+
 def name_of(file):
     """A module's name, from its place in the project."""
     package = next(package for package, folder in PACKAGES.items() if file.is_relative_to(ROOT / folder))
@@ -134,6 +139,52 @@ def test_only_some_rooms_know_about_processes():
 def test_submitit_is_known_to_launch_only():
     for module, file in modules("hfprune_dist").items():
         assert not any(name.startswith("submitit") for name in imports_of(file)), module
+
+
+def test_a_stage_in_a_store_is_reached_by_its_handle_alone():
+    """Outside of the store nobody asks for a stage's folders, artifact, claim or failures by its id."""
+    by_id = {"path", "work", "manifest", "verify", "set_aside", "open_draft", *DISCARDS}
+    of_a_work_folder = {"try_claim", "read_heartbeat", "read_failure", "read_failures", "clear_failures"}
+    of_a_work_folder |= {"write_failure", "write_failure_record"}
+    for package in PACKAGES:
+        for module, file in modules(package).items():
+            if room_of(module) == "hfprune_dist.store":
+                continue
+            assert not {name.rpartition(".")[2] for name in imports_of(file)} & of_a_work_folder, module
+            calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+            of_stores = {call.attr for call in calls if isinstance(call, ast.Attribute) and is_store(call.value)}
+            assert not of_stores & by_id, module
+
+
+def is_store(node):
+    """Whether an expression is a variable or attribute that holds a store."""
+    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    return name.strip("_") == "store"
+
+
+def positional_parameters():
+    """(module.function, how many parameters may be given by position) of all functions, without self and cls."""
+    for package in PACKAGES:
+        for module, file in modules(package).items():
+            yield from positional_of(ast.parse(file.read_text()), module, in_class=False)
+
+
+def positional_of(node, prefix, in_class):
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            yield from positional_of(child, f"{prefix}.{child.name}", in_class=True)
+        elif isinstance(child, ast.FunctionDef):
+            is_static = any(isinstance(it, ast.Name) and it.id == "staticmethod" for it in child.decorator_list)
+            count = len(child.args.posonlyargs + child.args.args) - (in_class and not is_static)
+            yield f"{prefix}.{child.name}", count
+            yield from positional_of(child, f"{prefix}.{child.name}", in_class=False)
+        else:
+            yield from positional_of(child, prefix, in_class)
+
+
+def test_functions_have_at_most_five_positional_parameters():
+    """What travels together is an object."""
+    assert {name for name, count in positional_parameters() if count > MOST_PARAMETERS} == TOO_MANY_PARAMETERS
 
 
 def test_every_package_is_installed():

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hfprune_launch.modes.sweep import PROFILES, _overrides
+from hfprune_launch.modes.sweep_arguments import PROFILES, Command
 from hfprune_launch.slurm.profile import load_profile
+from rich.console import Console
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.method import CriterionName
@@ -149,7 +150,7 @@ def wrong_commands(text, _folder, parsers):
 def _check_sweep(parsed):
     """As far as a sweep's command line can be checked without what only the user has."""
     files = [ROOT / file for file in parsed.config if (ROOT / file).exists() or file.parts[0] in TOP]
-    _check_config(load_config(files, _overrides(parsed)))
+    _check_config(load_config(files, Command(parsed, ROOT, Console()).overrides()))
     if parsed.profile is not None and (not parsed.profile.endswith(".yaml") or parsed.profile.startswith("slurm/")):
         load_profile(parsed.profile, PROFILES)
 

@@ -56,7 +56,7 @@ def _place(cell: Cell) -> str:
 def _scale(stage: Stage) -> object:
     """What an evaluation's scores depend on besides the model that is evaluated."""
     inputs = {role: source.identity for role, source in stage.inputs.items() if role != "model"}
-    return stage.version, stage.params, inputs
+    return stage.version, stage.params.to_json(), inputs
 
 
 def _relabelled(kept: list[Cell], today: Plan) -> list[Cell]:

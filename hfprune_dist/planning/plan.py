@@ -13,6 +13,14 @@ from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import WITHOUT_HALVES, CriterionName, Method
+from hfprune_dist.config.parameters import (
+    DistillParameters,
+    EvaluateParameters,
+    ImportanceParameters,
+    PruneParameters,
+    RecoverParameters,
+    ReferenceParameters,
+)
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.data.formats import identity_of
@@ -24,10 +32,7 @@ from hfprune_dist.store.stage import Input, Stage
 
 # Criteria whose scores are more than sums: where a pass may end early, their sums decide as well. Fingerprints say so,
 # since there are artifacts whose pass took no notice of them.
-SETTLED_BY_SUMS = frozenset({"activation", "surgeon"})
-# How a calibration pass in bfloat16 adds biases. Fingerprints of models that have some say so, since there are
-# artifacts of passes that rounded before.
-BIASES = {"biases": "added before rounding"}
+SETTLED_BY_SUMS: frozenset[CriterionName] = frozenset({"activation", "surgeon"})
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,7 @@ class _Planner:
         for step, reached in enumerate(step_ratios(ratio, method.steps), start=1):
             step_label = f"{label} step {step}/{method.steps}"
             if step > 1:
-                biased = BIASES.keys() <= importance.params.keys()
+                biased = _importance_parameters(importance).biases is not None
                 chain.append(self._importance(step_label, model, {method.criterion}, biased))
             prune_label = label if step == method.steps else step_label
             chain.append(self._prune(prune_label, model, dense, chain[-1], reached, method))
@@ -213,30 +218,29 @@ class _Planner:
             chain.append(self._distill(label, model, chain[-1], method.distill))
         return chain
 
-    def _importance(self, label: str, model: Input, criteria: Collection[str], biased: bool) -> Stage:
+    def _importance(self, label: str, model: Input, criteria: Collection[CriterionName], biased: bool) -> Stage:
         config = self.config
-        calibration, text = self._text(config.calibration)
-        by_sums = sorted(SETTLED_BY_SUMS.intersection(criteria))
-        params: dict[str, Any] = {
-            "calibration": calibration,
-            "criteria": sorted(criteria),
-            "dtype": config.importance.dtype,
-            "add_bos_token": config.evaluation.add_bos_token,
-            "seed": config.seed,
-        }
-        if config.calibration.settled is not None and by_sums:
-            params["settled_by_sums_of"] = by_sums
-        if biased and config.importance.dtype == "bfloat16":
-            params |= BIASES
-        return self._add(Stage("importance", label, params, {"model": model, **_role("calibration", text)}))
+        by_sums = sorted(SETTLED_BY_SUMS.intersection(criteria)) if config.calibration.settled is not None else []
+        params = ImportanceParameters(
+            calibration=config.calibration,
+            criteria=sorted(criteria),
+            dtype=config.importance.dtype,
+            add_bos_token=config.evaluation.add_bos_token,
+            seed=config.seed,
+            settled_by_sums_of=by_sums or None,
+            biases="added before rounding" if biased and config.importance.dtype == "bfloat16" else None,
+        )
+        inputs = {"model": model, **self._text("calibration", config.calibration)}
+        return self._add(Stage("importance", label, params, inputs))
 
     def _prune(self, label: str, model: Input, dense: Input, importance: Stage, ratio: float, method: Method) -> Stage:
-        params = {"ratio": ratio, **_effective(method)}
-        if method.refit != "none" or method.allocation == "searched":  # windows go through the model again
-            params |= {
-                "dtype": self.config.importance.dtype,
-                "micro_batch_size": self.config.calibration.micro_batch_size,
-            }
+        runs_model = method.refit != "none" or method.allocation == "searched"  # windows go through it again
+        params = PruneParameters(
+            ratio=ratio,
+            **_effective(method),
+            dtype=self.config.importance.dtype if runs_model else None,
+            micro_batch_size=self.config.calibration.micro_batch_size if runs_model else None,
+        )
         inputs = {"model": model, "importance": _part_of(importance, [method.criterion])}
         if model != dense:
             inputs["dense"] = dense  # whose parameters ratios are of
@@ -245,53 +249,48 @@ class _Planner:
     def _reference_of_calibration(self, importance: Stage) -> Stage:
         """On the windows that the dense model was scored on."""
         distillation = self.config.distillation
-        params = {"dtype": distillation.dtype, "micro_batch_size": distillation.micro_batch_size}
+        params = ReferenceParameters(dtype=distillation.dtype, micro_batch_size=distillation.micro_batch_size)
         inputs = {"model": importance.inputs["model"], "importance": _part_of(importance, [])}
         return self._add(Stage("reference", f"{importance.label} calibration", params, inputs))
 
     def _reference_of_held_out(self, model: str, dense: Input) -> Stage:
         """On the text that fidelity is measured on."""
         evaluation = self.config.evaluation
-        settings, text = self._text(evaluation.fidelity)
-        params = {
-            "dtype": evaluation.dtype,
-            "micro_batch_size": 1,
-            "add_bos_token": evaluation.add_bos_token,
-            "text": settings,
-        }
-        return self._add(Stage("reference", f"{model} held-out", params, {"model": dense, **_role("text", text)}))
+        params = ReferenceParameters(
+            dtype=evaluation.dtype,
+            micro_batch_size=1,
+            add_bos_token=evaluation.add_bos_token,
+            text=evaluation.fidelity,
+        )
+        inputs = {"model": dense, **self._text("text", evaluation.fidelity)}
+        return self._add(Stage("reference", f"{model} held-out", params, inputs))
 
     def _distill(self, label: str, pruned: Input, reference: Stage, passes: int) -> Stage:
-        params = {
-            "distillation": self.config.distillation.model_dump(),
-            "passes": passes,
-            "seed": self.config.seed,
-        }
+        params = DistillParameters(distillation=self.config.distillation, passes=passes, seed=self.config.seed)
         inputs = {"model": pruned, "reference": reference.as_input()}
         return self._add(Stage("distill", label, params, inputs))
 
     def _recover(self, label: str, checkpoint: Input) -> Stage:
-        recovery, text = self._text(self.config.recovery)
-        params = {"recovery": recovery, "seed": self.config.seed}
-        return self._add(Stage("recover", label, params, {"model": checkpoint, **_role("instructions", text)}))
+        params = RecoverParameters(recovery=self.config.recovery, seed=self.config.seed)
+        inputs = {"model": checkpoint, **self._text("instructions", self.config.recovery)}
+        return self._add(Stage("recover", label, params, inputs))
 
     def _evaluate(self, label: str, variant: _Variant, checkpoint: Input) -> Stage:
         evaluation = self.config.evaluation
         reference = self._reference_of_held_out(variant.model, variant.dense)
-        params = evaluation.model_dump(exclude={"include_path", "fidelity"})
+        params = EvaluateParameters(**evaluation.model_dump(exclude={"include_path", "fidelity"}))
         inputs = {"model": checkpoint, "dense": variant.dense, "reference": reference.as_input()}
         if evaluation.include_path is not None:
             folder = Path(evaluation.include_path)
             inputs["tasks"] = Input(self.hashes.of_folder(folder), str(folder), content="folder")
         return self._add(Stage("evaluate", label, params, inputs))
 
-    def _text(self, source: TextSource) -> tuple[dict[str, Any], Input | None]:
-        """Split a text source into settings and, for a local file or folder, an input known by its content."""
+    def _text(self, role: str, source: TextSource) -> dict[str, Input]:
+        """The input that a text is, known by its content; none where it is a data set, which its settings name."""
         if source.path is None:
-            return source.model_dump(exclude={"path"}), None
+            return {}
         file = Path(source.path)
-        settings = source.model_dump(exclude={"path", "dataset", "name", "split", "revision"})
-        return settings, Input(identity_of(file, self.hashes), str(file), content="text")
+        return {role: Input(identity_of(file, self.hashes), str(file), content="text")}
 
 
 def _check_settled(config: SweepConfig, methods: Mapping[str, Method]) -> None:
@@ -310,9 +309,10 @@ def _part_of(importance: Stage, criteria: Sequence[str]) -> Input:
     """The artifact of a calibration pass, known by what some of its criteria alone would have made: others that share
     the pass change neither their scores nor the windows, unless they decide where the pass ends.
     """
-    if importance.params["calibration"]["settled"] is not None:
+    params = _importance_parameters(importance)
+    if params.calibration.settled is not None:
         return importance.as_input()
-    alone = replace(importance, params={**importance.params, "criteria": list(criteria)})
+    alone = replace(importance, params=params.model_copy(update={"criteria": list(criteria)}))
     return replace(importance.as_input(), identity=alone.id)
 
 
@@ -376,5 +376,6 @@ def _effective(method: Method) -> dict[str, Any]:
     return method.model_dump(exclude=idle | {"steps", "distill"})
 
 
-def _role(role: str, source: Input | None) -> dict[str, Input]:
-    return {} if source is None else {role: source}
+def _importance_parameters(stage: Stage) -> ImportanceParameters:
+    assert isinstance(stage.params, ImportanceParameters)
+    return stage.params

@@ -17,7 +17,6 @@ from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.headline import averages, headline
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_text
-from hfprune_dist.store.heartbeat import read_failure
 
 Row = dict[str, Any]
 
@@ -40,7 +39,7 @@ def collect_rows(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> l
 
 
 def _row(cell: Cell, plan: Plan, store: Store, dense: DenseModel) -> Row:
-    manifests = {stage_id: store.manifest(stage_id) for stage_id in plan.upstream(cell)}
+    manifests = {stage_id: store.handle(stage_id).manifest() for stage_id in plan.upstream(cell)}
     evaluation = manifests[cell.evaluate]
     missing = plan.lacking(lambda stage_id: manifests[stage_id] is not None, [cell])
     cause = _cause(missing[0], plan, store) if missing else None
@@ -62,7 +61,7 @@ def _row(cell: Cell, plan: Plan, store: Store, dense: DenseModel) -> Row:
         **_averages(metrics.get("tasks", {})),
         "wall_time_s": _wall_time(list(manifests.values())),
         "peak_memory_bytes": _peak_memory(list(manifests.values())),
-        "checkpoint": str(store.path(cell.producers[-1])) if cell.producers else None,
+        "checkpoint": str(store.handle(cell.producers[-1]).artifact) if cell.producers else None,
         "status": "done" if cause is None else "missing",
         "cause": cause,
     }
@@ -71,10 +70,10 @@ def _row(cell: Cell, plan: Plan, store: Store, dense: DenseModel) -> Row:
 def _cause(stage_id: str, plan: Plan, store: Store) -> str:
     """Why a stage has no artifact, in one line; a stage that waits for another names that one's reason."""
     stage = plan.stages[stage_id]
-    failure = read_failure(store.work(stage_id))
+    failure = store.handle(stage_id).failure()
     if failure is not None:
         return f"{stage.kind} failed ({failure.cause}): {failure.message.strip().splitlines()[-1].strip()}"
-    waiting_for = next((need for need in stage.needs if store.manifest(need) is None), None)
+    waiting_for = next((need for need in stage.needs if not store.handle(need).is_committed()), None)
     return _cause(waiting_for, plan, store) if waiting_for else f"{stage.kind} has not run yet"
 
 

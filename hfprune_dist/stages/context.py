@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
 
+from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed.interruption import Interruption
@@ -23,13 +24,15 @@ from hfprune_dist.store.hashing import AfterEach
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.provenance import environment
 from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage_handle import StageHandle
 
 T = TypeVar("T")
+P = TypeVar("P", bound=Parameters)
 
 
 @dataclass(frozen=True)
-class Context:
-    """One attempt at one stage, as seen from one rank.
+class Context(Generic[P]):
+    """One attempt at one stage, as seen from one rank; ``P`` is the class of its settings.
 
     Attributes:
         config: the resolved configuration of the sweep, kept in the manifest.
@@ -53,12 +56,17 @@ class Context:
     started: float = field(default_factory=time.time)
 
     @property
-    def params(self) -> dict[str, Any]:
-        return dict(self.stage.params)
+    def params(self) -> P:
+        """The settings that the result depends on."""
+        return cast("P", self.stage.params)
+
+    @cached_property
+    def handle(self) -> StageHandle:
+        return self.store.handle(self.stage.id)
 
     @property
     def work(self) -> Path:
-        return self.store.work(self.stage.id)
+        return self.handle.work
 
     def has_input(self, role: str) -> bool:
         return role in self.stage.inputs
@@ -66,7 +74,7 @@ class Context:
     def input_path(self, role: str) -> Path:
         """Where an input lies: a file or folder of the user's, or another stage's artifact."""
         source = self.stage.inputs[role]
-        return self.store.path(source.location) if source.is_stage else Path(source.location)
+        return self.store.handle(source.location).artifact if source.is_stage else Path(source.location)
 
     def calibration_windows(self) -> Tensor:
         """The windows that the scores of the role ``importance`` come from, int64 [samples, sequence_length]."""
@@ -94,8 +102,9 @@ class Context:
         self._discarding_progress(self._user_files.require_planned, after_each)
 
     def _check_artifact(self, stage_id: str, after_each: AfterEach) -> None:
-        while (verdict := self.store.verify(stage_id, thorough=True, after_each=after_each)).state == "corrupt":
-            aside = self.store.set_aside(stage_id, after_each)
+        need = self.store.handle(stage_id)
+        while (verdict := need.verify(thorough=True, after_each=after_each)).state == "corrupt":
+            aside = need.set_aside(after_each)
             if aside is not None:
                 raise LostInputError(
                     f"{stage_id}: {verdict.reason}; set aside as {aside}; run the sweep again to make it anew"
@@ -123,12 +132,12 @@ class Context:
         except ChangedInputError:
             if self.claim is not None:
                 self.claim.require_held()
-            self.store.discard_progress(self.stage.id)
+            self.handle.discard_progress()
             raise
 
     def open_draft(self) -> Path:
         """The folder in which all ranks may write files of the artifact."""
-        return self._let_first(lambda _: self.store.open_draft(self.stage.id, self.claim))
+        return self._let_first(lambda _: self.handle.open_draft(self.claim))
 
     def commit(self, draft: Path, metrics: dict[str, Any]) -> None:
         """Publish the draft as this stage's artifact, once all ranks have written their files.
@@ -146,7 +155,7 @@ class Context:
     def _commit(self, draft: Path, record: dict[str, Any], after_each: AfterEach) -> None:
         self._require_untouched_inputs(after_each)
         self.store.commit(self.stage, draft, record, after_each, claim=self.claim)
-        self.store.discard_work(self.stage.id)
+        self.handle.discard_work()
 
     def _let_first(self, action: Callable[[AfterEach], T]) -> T:
         """What an action of rank 0 returns, on every rank; where it ends the stage, all ranks leave in order."""

@@ -6,20 +6,23 @@ LoRA on all projections, merged into a plain checkpoint of the same layout. No l
 from __future__ import annotations
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.config.parameters import DistillParameters
 from hfprune_dist.config.training import DistillationConfig
 from hfprune_dist.data.schedule import Schedule
-from hfprune_dist.stages.context import Context
+from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.training.fine_tuning import FineTuning
 from hfprune_dist.training.teacher_states import DenseStates
 from hfprune_dist.training.trainer import fine_tune
 from hfprune_dist.training.write_merged import write_merged, write_trained
+
+Context = AnyContext[DistillParameters]
 
 LONGEST_WARMUP = 4  # one part in so many of all steps
 
 
 def run(context: Context) -> None:
     """Write a Hugging Face folder of the pruned one's layout, the ``adapter/`` in it, and ``loss.jsonl``."""
-    settings = DistillationConfig.model_validate(context.params["distillation"])
+    settings = context.params.distillation
     checkpoint = open_checkpoint(context.input_path("model"))
     rows = DenseStates(context.input_path("reference"))
     task = _task(context, settings, checkpoint, rows)
@@ -33,13 +36,13 @@ def run(context: Context) -> None:
 
 
 def _task(context: Context, settings: DistillationConfig, checkpoint: Checkpoint, rows: DenseStates) -> FineTuning:
-    schedule = Schedule(len(rows.windows_ST), settings.batch_size, context.params["seed"])
-    total_steps = context.params["passes"] * schedule.steps_per_epoch
+    schedule = Schedule(len(rows.windows_ST), settings.batch_size, context.params.seed)
+    total_steps = context.params.passes * schedule.steps_per_epoch
     return FineTuning(
         checkpoint=checkpoint,
         section="distillation",
         settings=settings,
-        seed=context.params["seed"],
+        seed=context.params.seed,
         rows=rows,
         distills=True,
         schedule=schedule,

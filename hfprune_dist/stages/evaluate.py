@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.parameters import EvaluateParameters
 from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, next_ids
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.distributed.frozen_model import FrozenModel, Sharding, choose_sharding
@@ -27,9 +28,11 @@ from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, details_of, explain, plain, scores_of
 from hfprune_dist.models.single_layer import LayerReader
-from hfprune_dist.stages.context import Context
+from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
 from hfprune_dist.training.teacher_states import DenseStates
+
+Context = AnyContext[EvaluateParameters]
 
 FIDELITY = "fidelity.json"
 RESULTS = "results.json"
@@ -56,7 +59,7 @@ def run(context: Context) -> None:
 
 def _progress(context: Context) -> tuple[bool, list[str]]:
     """What earlier attempts left to do: (fidelity is done, tasks that aren't)."""
-    tasks = [task for task in context.params["tasks"] if not _is_done(_task_file(context.work, task))]
+    tasks = [task for task in context.params.tasks if not _is_done(_task_file(context.work, task))]
     return _is_done(context.work / FIDELITY), list(dict.fromkeys(tasks))
 
 
@@ -73,26 +76,26 @@ def _is_done(file: Path) -> bool:
 
 
 def _dtype(context: Context) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, context.params["dtype"])
+    dtype: torch.dtype = getattr(torch, context.params.dtype)
     return dtype
 
 
 def _load(context: Context, role: str, sharding: Sharding) -> FrozenModel:
     checkpoint = open_checkpoint(context.input_path(role))
-    return FrozenModel(checkpoint, _dtype(context), context.params["batch_size"], sharding, context.world)
+    return FrozenModel(checkpoint, _dtype(context), context.params.batch_size, sharding, context.world)
 
 
 def _commit(context: Context, sharding: Sharding) -> None:
     draft = context.open_draft()
     metrics: dict[str, Any] = {}
     if context.world.is_first:
-        results = {task: read_json(_task_file(context.work, task)) for task in context.params["tasks"]}
+        results = {task: read_json(_task_file(context.work, task)) for task in context.params.tasks}
         fidelity = read_json(context.work / FIDELITY)
         (draft / TASKS).mkdir()
         for task, result in results.items():
             write_json(_task_file(draft, task), result)
         details = {task: details_of(result) for task, result in results.items()}
-        write_json(draft / RESULTS, {"fidelity": fidelity, "tasks": details, "limit": context.params["limit"]})
+        write_json(draft / RESULTS, {"fidelity": fidelity, "tasks": details, "limit": context.params.limit})
         scores = {name: score for task in results for name, score in scores_of(task, results[task]).items()}
         metrics = {"fidelity": fidelity, "tasks": scores, "sharding": sharding}
     context.commit(draft, metrics)
@@ -158,7 +161,7 @@ def _evaluate_tasks(context: Context, model: FrozenModel, tasks: list[str]) -> N
 
     params = context.params
     tokenizer = load_tokenizer(context.input_path("model"))
-    lm = ShardedLM(model, tokenizer, context.interruption, params["batch_size"], params["add_bos_token"])
+    lm = ShardedLM(model, tokenizer, context.interruption, params.batch_size, params.add_bos_token)
     if not context.world.is_first:
         lm.serve()
         return
@@ -189,18 +192,18 @@ def _run_task(context: Context, lm: Any, loader: TaskLoader, task: str) -> dict[
 
     params = context.params
     _seed_all()
-    loaded = loader.load(task, params["num_fewshot"])
+    loaded = loader.load(task, params.num_fewshot)
     answers = AnswerLog(_task_file(context.work, task).with_suffix(".answers.jsonl"))
     with lm.task(answers, lambda done, total: context.progress.update(task, done, total)):
         try:
             result = evaluate(
                 lm,
                 loaded,
-                limit=params["limit"],
+                limit=params.limit,
                 bootstrap_iters=BOOTSTRAP_ITERATIONS,
                 log_samples=False,
-                apply_chat_template=params["apply_chat_template"],
-                fewshot_as_multiturn=params["apply_chat_template"],
+                apply_chat_template=params.apply_chat_template,
+                fewshot_as_multiturn=params.apply_chat_template,
             )
         except ModelError as failure:
             assert failure.__cause__ is not None

@@ -9,7 +9,7 @@ resume goes on at a shard.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import mlp_layer
 from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
+from hfprune_dist.config.parameters import ImportanceParameters
+from hfprune_dist.config.schema import CalibrationConfig
 from hfprune_dist.core.criteria import CRITERIA, Criterion, MlpLayer, SecondMoments, losses_of
 from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.importance import NonFiniteError
@@ -33,7 +35,9 @@ from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe, reco
 from hfprune_dist.errors import UserError
 from hfprune_dist.scoring.calibration_pass import Calibration
 from hfprune_dist.scoring.shard_sums import Accumulation
-from hfprune_dist.stages.context import Context
+from hfprune_dist.stages.context import Context as AnyContext
+
+Context = AnyContext[ImportanceParameters]
 
 PARTIAL = "partial.safetensors"
 
@@ -41,7 +45,7 @@ PARTIAL = "partial.safetensors"
 def run(context: Context) -> None:
     """Write ``importance.safetensors`` and ``windows.safetensors``; of a calibration pass also its probe."""
     checkpoint = open_checkpoint(context.input_path("model"))
-    criteria = [CRITERIA[name] for name in context.params["criteria"]]
+    criteria = [CRITERIA[name] for name in context.params.criteria]
     documents = _prepare_windows(context)
     windows_ST = load_windows(context.work)
     totals = _accumulate(context, checkpoint, windows_ST, _summed(criteria))
@@ -64,8 +68,8 @@ def _windows_used(context: Context, totals: Accumulation, windows: int) -> int:
 
 
 def _windows_per_shard(context: Context) -> int:
-    calibration = context.params["calibration"]
-    return int(calibration["shard_size"] * calibration["micro_batch_size"])
+    calibration = context.params.calibration
+    return calibration.shard_size * calibration.micro_batch_size
 
 
 def _curve(context: Context, totals: Accumulation) -> dict[str, Any]:
@@ -92,13 +96,11 @@ def _prepare_windows(context: Context) -> dict[str, int]:
     """Cut the calibration windows on rank 0 and leave them in the work folder; return counts for the manifest."""
     if not context.world.is_first:
         return context.world.broadcast({})
-    settings = context.params["calibration"]
+    settings = context.params.calibration
     path = context.input_path("calibration") if context.has_input("calibration") else None
-    sampling = Sampling(
-        settings["samples"], settings["sequence_length"], context.params["seed"], context.params["add_bos_token"]
-    )
+    sampling = Sampling(settings.samples, settings.sequence_length, context.params.seed, context.params.add_bos_token)
     tokenizer = load_tokenizer(context.input_path("model"))
-    windows = read_windows(settings, path, tokenizer, sampling, "calibration")
+    windows = read_windows(settings.model_dump(), path, tokenizer, sampling, "calibration")
     save_windows(windows.input_ids_ST, context.work)
     counts = {"documents_read": windows.documents_read, "documents_used": windows.documents_used}
     return context.world.broadcast(counts)
@@ -110,11 +112,11 @@ def _calibration(
     params = context.params
     calibration = Calibration(
         checkpoint,
-        getattr(torch, params["dtype"]),
+        getattr(torch, params.dtype),
         windows_ST,
         criteria,
-        params["seed"],
-        params["calibration"]["micro_batch_size"],
+        params.seed,
+        params.calibration.micro_batch_size,
         context.world,
         context.runtime.activation_checkpointing,
     )
@@ -127,9 +129,9 @@ def _accumulate(
     context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]
 ) -> Accumulation:
     """Add up all shards; nothing to do, and no model to load, where no criterion sums anything."""
-    shards = _shards(len(windows_ST), context.params["calibration"]) if criteria else []
+    shards = _shards(len(windows_ST), context.params.calibration) if criteria else []
     shape = (checkpoint.num_layers, checkpoint.intermediate_size, checkpoint.config["hidden_size"])
-    settled = context.params["calibration"]["settled"]
+    settled = context.params.calibration.settled
     totals = Accumulation(criteria, shape, len(shards), context.work / PARTIAL, context.world, settled)
     calibration = None
     if not totals.is_complete:
@@ -157,11 +159,11 @@ def _explaining(shard: int) -> Iterator[None]:
         raise UserError(f"importance, calibration shard {shard}: {error}; check the checkpoint's weights") from None
 
 
-def _shards(windows: int, settings: Mapping[str, int]) -> list[list[range]]:
+def _shards(windows: int, settings: CalibrationConfig) -> list[list[range]]:
     """Numbers of the windows of each micro-batch of each shard."""
-    size = settings["micro_batch_size"]
+    size = settings.micro_batch_size
     micro_batches = [range(start, min(start + size, windows)) for start in range(0, windows, size)]
-    per_shard = settings["shard_size"]
+    per_shard = settings.shard_size
     return [micro_batches[start : start + per_shard] for start in range(0, len(micro_batches), per_shard)]
 
 
@@ -242,7 +244,7 @@ class _SecondPass:
     def layer(self, number: int, is_mine: bool) -> MlpLayer | None:
         """The next layer as criteria see it, None where another rank solves it; collective."""
         moments = self._moments(number) if self._needed else None
-        return mlp_layer(self._checkpoint, number, self._context.params["seed"], moments) if is_mine else None
+        return mlp_layer(self._checkpoint, number, self._context.params.seed, moments) if is_mine else None
 
     def go_past(self, number: int) -> None:
         """Take the windows through the next layer, whose scores are known; collective."""
@@ -266,8 +268,8 @@ class _SecondPass:
         """The windows on their way; where all scores are known, they never begin. Collective."""
         if self._stream is None:
             params, context = self._context.params, self._context
-            size = params["calibration"]["micro_batch_size"]
-            where = self._checkpoint, self._windows_ST, getattr(torch, params["dtype"]), size, context.world
+            size = params.calibration.micro_batch_size
+            where = self._checkpoint, self._windows_ST, getattr(torch, params.dtype), size, context.world
             probe = obtain_probe(*where, saved=context.work / PROBE, sharding=context.runtime.sharding)
             self._stream = LayerStream(*where, probe)
         return self._stream

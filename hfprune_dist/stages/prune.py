@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.write_pruned import config_changes, mlp_cuts, write_companions, write_weight_file
+from hfprune_dist.config.parameters import PruneParameters
 from hfprune_dist.core.allocation import allocate_globally, layer_mean_one
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.selection import top_neurons
@@ -22,9 +23,11 @@ from hfprune_dist.planning.widths import ModelSize, narrowest_widths, removals, 
 from hfprune_dist.refit.measure_widths import Measurement
 from hfprune_dist.refit.refitted_layers import FittedLayers
 from hfprune_dist.refit.run_refit import DenseRefit, SequentialRefit
-from hfprune_dist.stages.context import Context
+from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.store.hashing import digest_of
+
+Context = AnyContext[PruneParameters]
 
 KEPT = "kept.json"
 
@@ -56,7 +59,7 @@ def run(context: Context) -> None:
 def _decide(context: Context, checkpoint: Checkpoint, dense: Checkpoint) -> tuple[list[Tensor], dict[str, Any]]:
     """Select on rank 0, broadcast, and check that every rank holds the same indices; also metrics of a search."""
     stored = load_file(context.input_path("importance") / "importance.safetensors")
-    scores = [stored[f"layers.{layer}.{context.params['criterion']}"] for layer in range(checkpoint.num_layers)]
+    scores = [stored[f"layers.{layer}.{context.params.criterion}"] for layer in range(checkpoint.num_layers)]
     widths, search = _widths(context, dense, scores)
     kept = [top_neurons(*pair) for pair in zip(scores, widths, strict=True)] if context.world.is_first else []
     kept = context.world.broadcast(kept)
@@ -76,13 +79,13 @@ def _in_dense_numbering(context: Context, kept: list[Tensor]) -> list[list[int]]
 def _widths(context: Context, dense: Checkpoint, scores: list[Tensor]) -> tuple[Sequence[int], dict[str, Any]]:
     """Neurons that each layer keeps, the same on every rank; ratios are of the dense model's parameters."""
     params, size, where = context.params, size_of(dense), context.stage.label
-    if params["allocation"] == "uniform":
-        return [uniform_width(size, params["ratio"], params["multiple_of"], where)] * size.num_layers, {}
-    multiple_of = params["multiple_of"]
-    narrowest = narrowest_widths(size, params["floor"], params["protect_first"], params["protect_last"], multiple_of)
-    wanted = removals(size, params["ratio"], narrowest, multiple_of, where)
-    comparable = scores if CRITERIA[params["criterion"]].in_nats else layer_mean_one(scores)
-    if params["allocation"] == "global":
+    if params.allocation == "uniform":
+        return [uniform_width(size, params.ratio, params.multiple_of, where)] * size.num_layers, {}
+    multiple_of = params.multiple_of
+    narrowest = narrowest_widths(size, *params.limits(), multiple_of)
+    wanted = removals(size, params.ratio, narrowest, multiple_of, where)
+    comparable = scores if CRITERIA[params.criterion].in_nats else layer_mean_one(scores)
+    if params.allocation == "global":
         return allocate_globally(comparable, wanted, narrowest, multiple_of), {}
     found = search_widths(
         ReweightedWidths(comparable, wanted, narrowest, multiple_of),
@@ -92,21 +95,22 @@ def _widths(context: Context, dense: Checkpoint, scores: list[Tensor]) -> tuple[
     return found.widths, {"search_kl": found.candidates}
 
 
-def _uniform(params: Mapping[str, Any], size: ModelSize, narrowest: Sequence[int], where: str) -> Widths | None:
+def _uniform(params: PruneParameters, size: ModelSize, narrowest: Sequence[int], where: str) -> Widths | None:
     """The uniform widths, where layers may be that narrow."""
-    width = uniform_width(size, params["ratio"], params["multiple_of"], where)
+    width = uniform_width(size, params.ratio, params.multiple_of, where)
     return (width,) * size.num_layers if width >= max(narrowest) else None
 
 
 def _measurement(context: Context, checkpoint: Checkpoint, scores: list[Tensor]) -> Measurement:
     params = context.params
+    dtype, size = params.forward_pass()
     return Measurement(
         checkpoint,
         scores,
-        params["refit"] != "none",
+        params.refit != "none",
         context.calibration_windows(),
-        getattr(torch, params["dtype"]),
-        params["micro_batch_size"],
+        getattr(torch, dtype),
+        size,
         context.world,
         _probe(context, checkpoint),
         context.work,
@@ -119,13 +123,14 @@ def _refit(
 ) -> tuple[Replacements, dict[str, Any]]:
     """Refit on the windows that the scores come from; returns the new weights, and metrics."""
     params, world = context.params, context.world
-    if params["refit"] == "none":
+    if params.refit == "none":
         return {}, {}
-    dtype, size = getattr(torch, params["dtype"]), params["micro_batch_size"]
-    windows_ST, whole_mlp = context.calibration_windows(), params["refit"] == "block"
+    name, size = params.forward_pass()
+    dtype = getattr(torch, name)
+    windows_ST, whole_mlp = context.calibration_windows(), params.refit == "block"
     fitted = FittedLayers(checkpoint, whole_mlp, context.work / "refit")
     refit: DenseRefit | SequentialRefit
-    if params["refit"] == "dense":
+    if params.refit == "dense":
         stream = LayerStream(checkpoint, windows_ST, dtype, size, world, _probe(context, checkpoint))
         refit = DenseRefit(checkpoint, kept, stream, fitted, world)
     else:
@@ -144,11 +149,12 @@ def _refit(
 def _probe(context: Context, checkpoint: Checkpoint) -> Probe:
     """Of the model that scores come from its importance stage has left one."""
     scored = checkpoint.path == context.input_path("model")
+    dtype, size = context.params.forward_pass()
     return obtain_probe(
         checkpoint,
         context.calibration_windows(),
-        getattr(torch, context.params["dtype"]),
-        context.params["micro_batch_size"],
+        getattr(torch, dtype),
+        size,
         context.world,
         saved=context.input_path("importance") / PROBE if scored else None,
         sharding=context.runtime.sharding,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.tensor_files import is_usable
+from hfprune_dist.config.parameters import RecoverParameters
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.data.instructions import (
@@ -25,7 +26,7 @@ from hfprune_dist.data.instructions import (
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.data.text import read_texts
 from hfprune_dist.data.tokenizer import load_tokenizer, require_eos
-from hfprune_dist.stages.context import Context
+from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.file_cache import FileCache
 from hfprune_dist.store.hashing import FileHashes, digest_of
 from hfprune_dist.store.stage import STAGE_VERSIONS
@@ -33,6 +34,8 @@ from hfprune_dist.training.fine_tuning import FineTuning
 from hfprune_dist.training.snapshots import Snapshot
 from hfprune_dist.training.trainer import fine_tune
 from hfprune_dist.training.write_merged import write_merged, write_trained
+
+Context = AnyContext[RecoverParameters]
 
 ROWS = "rows.safetensors"
 PAIRS_AT_ONCE = 2000
@@ -42,7 +45,7 @@ ROW_SETTINGS = {*TextSource.model_fields, "instruction_field", "response_field",
 
 def run(context: Context) -> None:
     """Write a Hugging Face folder that plain transformers loads, the ``adapter/`` in it, and ``loss.jsonl``."""
-    settings = RecoveryConfig.model_validate(context.params["recovery"])
+    settings = context.params.recovery
     checkpoint = open_checkpoint(context.input_path("model"))
     settings.require_shared_evenly(context.world.size)
     counts = _prepare_rows(context, settings)
@@ -81,7 +84,7 @@ def _rows_key(context: Context, settings: RecoveryConfig) -> str:
     content = {
         "version": STAGE_VERSIONS["recover"],
         "settings": settings.model_dump(include=ROW_SETTINGS, exclude={"path"}),
-        "seed": context.params["seed"],
+        "seed": context.params.seed,
         "instructions": context.stage.inputs["instructions"].identity if context.has_input("instructions") else None,
         "architecture": checkpoint.config["model_type"],  # transformers chooses the tokenizer's class by it
         "tokenizer": hashes.of_files(checkpoint.path, checkpoint.tokenizer_files),
@@ -95,7 +98,7 @@ class _Collector:
     def __init__(self, context: Context, settings: RecoveryConfig) -> None:
         path = context.input_path("instructions") if context.has_input("instructions") else None
         model = context.input_path("model")
-        self._seed = context.params["seed"]
+        self._seed = context.params.seed
         self._settings = settings
         self._progress = context.progress
         self._where = f"recovery {path or settings.dataset}"
@@ -131,12 +134,12 @@ class _Collector:
 
 
 def _train(context: Context, checkpoint: Checkpoint, settings: RecoveryConfig, counts: RowCounts) -> Snapshot:
-    schedule = Schedule(counts.rows, settings.batch_size, context.params["seed"])
+    schedule = Schedule(counts.rows, settings.batch_size, context.params.seed)
     task = FineTuning(
         checkpoint=checkpoint,
         section="recovery",
         settings=settings,
-        seed=context.params["seed"],
+        seed=context.params.seed,
         rows=PackedRows(context.work / ROWS),
         distills=False,
         schedule=schedule,

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.config.parameters import ReferenceParameters
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import Sampling, read_windows
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe
-from hfprune_dist.stages.context import Context
+from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.training.teacher_states import write_dense_states
+
+Context = AnyContext[ReferenceParameters]
 
 SEED = 0
 
@@ -36,7 +39,7 @@ def run(context: Context) -> None:
 
 def _stream(context: Context, dense: Checkpoint, windows_ST: Tensor) -> LayerStream:
     """The windows before the first layer; of calibration windows the scores' stage has left a probe."""
-    dtype, size = getattr(torch, context.params["dtype"]), context.params["micro_batch_size"]
+    dtype, size = getattr(torch, context.params.dtype), context.params.micro_batch_size
     where = dense, windows_ST, dtype, size, context.world
     saved = context.input_path("importance") / PROBE if context.has_input("importance") else None
     return LayerStream(*where, obtain_probe(*where, saved=saved, sharding=context.runtime.sharding))
@@ -46,9 +49,10 @@ def held_out_windows(context: Context) -> Tensor:
     """Windows [windows, sequence_length] of the held-out text, cut on rank 0."""
     if not context.world.is_first:
         return context.world.broadcast(torch.empty(0))
-    settings = context.params["text"]
+    settings, add_bos_token = context.params.text, context.params.add_bos_token
+    assert settings is not None and add_bos_token is not None, "planned on the windows of an importance stage"
     path = context.input_path("text") if context.has_input("text") else None
     tokenizer = load_tokenizer(context.input_path("model"))
-    sampling = Sampling(settings["windows"], settings["sequence_length"], SEED, context.params["add_bos_token"])
-    windows = read_windows(settings, path, tokenizer, sampling, "fidelity")
+    sampling = Sampling(settings.windows, settings.sequence_length, SEED, add_bos_token)
+    windows = read_windows(settings.model_dump(), path, tokenizer, sampling, "fidelity")
     return context.world.broadcast(windows.input_ids_ST)

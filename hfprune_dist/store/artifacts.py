@@ -24,6 +24,7 @@ from hfprune_dist.store.claims import CLAIM_FILES, Claim
 from hfprune_dist.store.hashing import AfterEach, FileHashes, nothing
 from hfprune_dist.store.heartbeat import FAILURES, PROGRESS
 from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage_handle import StageHandle
 
 MANIFEST = "manifest.json"
 READABLE = 0o666  # but for what the umask keeps back
@@ -43,7 +44,10 @@ class Verdict:
 
 
 class Store:
-    """Artifacts by stage id, on a local or shared file system."""
+    """Artifacts by stage id, on a local or shared file system.
+
+    Outside of this package a stage in a store is reached by its ``handle``.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -52,6 +56,10 @@ class Store:
     def make_hashes(self) -> FileHashes:
         """What recalls the hashes of files that any process of the store has read before."""
         return FileHashes(self.root / "hashes")
+
+    def handle(self, stage_id: str) -> StageHandle:
+        """What answers for a stage: its folders, its artifact, and what runs or has failed."""
+        return StageHandle(self, stage_id)
 
     def path(self, stage_id: str) -> Path:
         return self.root / stage_id

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from hfprune_dist.config.parameters import OtherParameters, Parameters, read_parameters
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import digest_of
 
@@ -41,22 +42,26 @@ class Stage:
     Attributes:
         kind: importance, reference, prune, distill, recover or evaluate.
         label: for people; not part of the fingerprint.
-        params: every setting that affects the result.
+        params: every setting that affects the result, as the kind's class; the mapping that records have is read as it.
         inputs: role -> what is read.
         version: of the code that planned it; None: today's.
     """
 
     kind: str
     label: str
-    params: Mapping[str, Any]
+    params: Parameters
     inputs: Mapping[str, Input] = field(default_factory=dict)
     version: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.params, Parameters):
+            object.__setattr__(self, "params", read_parameters(self.kind, self.params))
 
     @cached_property
     def fingerprint(self) -> str:
         """20 hex digits of the sha256 over version, settings and input identities."""
         identities = {role: source.identity for role, source in self.inputs.items()}
-        content = {"version": self._version, "kind": self.kind, "params": self.params, "inputs": identities}
+        content = {"version": self._version, "kind": self.kind, "params": self.params.to_json(), "inputs": identities}
         return digest_of(content)[:20]
 
     @property
@@ -81,7 +86,7 @@ class Stage:
             "fingerprint": self.fingerprint,
             "version": self._version,
             "label": self.label,
-            "params": dict(self.params),
+            "params": self.params.to_json(),
             "inputs": {role: asdict(source) for role, source in self.inputs.items()},
         }
 
@@ -105,10 +110,10 @@ class Stage:
         """Read what ``to_json`` wrote, to run it.
 
         Raises:
-            UserError: where another version of the code planned it.
+            UserError: where another version of the code planned it, or one with other settings.
         """
         stage = cls.from_json(record)
-        if stage.version is not None:
+        if stage.version is not None or isinstance(stage.params, OtherParameters):
             raise _of_another_version(record)
         return stage
 

@@ -102,7 +102,7 @@ def _plan(file: Path, store: Store) -> Plan:
 
 
 def _commit(store: Store, stage: Stage) -> None:
-    draft = store.open_draft(stage.id)
+    draft = store.handle(stage.id).open_draft()
     write_json(draft / "result.json", {})
     store.commit(stage, draft, {"metrics": METRICS.get(stage.kind, {}), "wall_time_s": 1.0})
 

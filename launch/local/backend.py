@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from hfprune_launch.local.deaths import explain_death
@@ -20,16 +21,10 @@ from hfprune_launch.stage.stage_file import Provenance, attempts_so_far, write_s
 from hfprune_launch.stage.threads import threads_allowed
 
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, Renewal, try_claim
-from hfprune_dist.store.heartbeat import (
-    Failure,
-    Heartbeat,
-    clear_failures,
-    read_failures,
-    read_heartbeat,
-    write_failure_record,
-)
+from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, Renewal
+from hfprune_dist.store.heartbeat import Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage_handle import StageHandle
 
 STAGE_SCRIPT = Path(__file__).resolve().parents[1] / "stage" / "run.py"
 POLL_S = 0.1
@@ -54,38 +49,22 @@ class LocalBackend:
 
     def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Outcome:
         """Claim a stage, run it on all ranks, and tell how it ended; success is a verified artifact, nothing else."""
-        started = time.time()
-        claim = self._claim(stage, on_heartbeat)
+        started, handle = time.time(), self._store.handle(stage.id)
+        claim = _claim(handle, on_heartbeat)
         try:
-            if self._is_done(stage):  # another sweep was faster
+            if handle.is_done():  # another sweep was faster
                 return Outcome("done", time.time() - started)
-            attempt = self._lay_out(stage)
+            attempt = attempts_so_far(handle) + 1
+            write_stage_file(handle, stage, self._provenance, attempt)
             log = self._log(stage, attempt)
             with tempfile.TemporaryDirectory(prefix="hfprune-", ignore_cleanup_errors=True) as scratch:
-                self._watch(self._start(stage, claim, log, scratch), claim, stage, on_heartbeat)
-            failure = self._failure(stage, claim, attempt, started)
+                _watch(self._start(stage, claim, log, scratch), handle, claim, on_heartbeat)
+            failure = None if handle.is_done() else self._failure(handle, claim, log, _Attempt(attempt, started))
         except ClaimLostError as lost:
-            failure = None if self._is_done(stage) else Failure("duplicate", str(lost), -1, time.time())
+            failure = None if handle.is_done() else Failure("duplicate", str(lost), -1, time.time())
         finally:
             claim.release()
         return Outcome("failed" if failure else "done", time.time() - started, failure)
-
-    def _is_done(self, stage: Stage) -> bool:
-        return self._store.verify(stage.id).state == "done"
-
-    def _claim(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Claim:
-        """Wait until no other sweep works on this stage, showing its progress meanwhile."""
-        work = self._store.work(stage.id)
-        while isinstance(claim := try_claim(work), Holder):
-            on_heartbeat(read_heartbeat(work))
-            time.sleep(POLL_S)
-        return claim
-
-    def _lay_out(self, stage: Stage) -> int:
-        """Write what the ranks need to know into the stage's work folder; return the attempt's number."""
-        attempt = attempts_so_far(self._store, stage.id) + 1
-        write_stage_file(self._store, stage, self._provenance, attempt)
-        return attempt
 
     def _log(self, stage: Stage, attempt: int) -> Path:
         """The attempt's log file, in a folder that is there."""
@@ -113,36 +92,21 @@ class LocalBackend:
         threads = threads or max(1, (os.cpu_count() or 1) // self.ranks)
         return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
-    def _watch(self, process: subprocess.Popen[bytes], claim: Claim, stage: Stage, on_heartbeat: OnHeartbeat) -> None:
-        """Wait for the end of all ranks; if this process is interrupted or has lost its claim, end them first."""
-        renewal = Renewal(claim)
-        try:
-            while process.poll() is None:
-                on_heartbeat(read_heartbeat(self._store.work(stage.id)))
-                renewal.tick()
-                time.sleep(POLL_S)
-        except BaseException:
-            _terminate(process)
-            self._store.discard_drafts(stage.id, claim)
-            raise
-
-    def _failure(self, stage: Stage, claim: Claim, attempt: int, started: float) -> Failure | None:
-        """Why the ranks have left no artifact, None where they have.
+    def _failure(self, handle: StageHandle, claim: Claim, log: Path, attempt: _Attempt) -> Failure:
+        """Why the ranks have left no artifact.
 
         Raises:
             ClaimLostError: where another process has claimed the stage meanwhile, and uses its work folder.
         """
-        if self._is_done(stage):
-            return None
-        work = self._store.work(stage.id)
-        left = next((it for it in read_failures(work) if it.is_of(attempt, started)), None) or self._full_disk()
-        self._store.discard_drafts(stage.id, claim)  # makes room for what is written below
+        said = (failure for failure in handle.failures() if failure.is_of(attempt.number, attempt.started))
+        left = next(said, None) or self._full_disk()
+        handle.discard_drafts(claim)  # makes room for what is written below
         claim.require_held()
-        failure = explain_death(left, self._log(stage, attempt), attempt)
+        failure = explain_death(left, log, attempt.number)
         if failure is not left:
-            clear_failures(work)
+            handle.clear_failures()
         if failure.rank < 0:
-            write_failure_record(work, failure)
+            handle.report_failure(failure)
         return failure
 
     def _full_disk(self) -> Failure | None:
@@ -152,6 +116,36 @@ class LocalBackend:
             return None
         message = f"{self._store.root}: No space left on device ({free:,} bytes); make room and run the sweep again"
         return Failure("input", message, -1, time.time())
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """The number of an attempt at a stage, and the unix time of its beginning."""
+
+    number: int
+    started: float
+
+
+def _claim(handle: StageHandle, on_heartbeat: OnHeartbeat) -> Claim:
+    """Wait until no other sweep works on a stage, showing its progress meanwhile."""
+    while isinstance(claim := handle.claim(), Holder):
+        on_heartbeat(handle.heartbeat())
+        time.sleep(POLL_S)
+    return claim
+
+
+def _watch(process: subprocess.Popen[bytes], handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat) -> None:
+    """Wait for the end of all ranks; if this process is interrupted or has lost its claim, end them first."""
+    renewal = Renewal(claim)
+    try:
+        while process.poll() is None:
+            on_heartbeat(handle.heartbeat())
+            renewal.tick()
+            time.sleep(POLL_S)
+    except BaseException:
+        _terminate(process)
+        handle.discard_drafts(claim)
+        raise
 
 
 def _end_with_parent() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from hfprune_dist.config.schema import RuntimeConfig
@@ -62,7 +62,9 @@ def note_on_bfloat16(stages: Iterable[Stage]) -> str:
     if count_gpus() or not _bfloat16_is_slow():
         return ""
     computing = (it for it in stages if it.kind in SECTIONS)
-    settings = sorted({f"--set {SECTIONS[it.kind]}.dtype=float32" for it in computing if "bfloat16" in _dtypes(it)})
+    settings = sorted(
+        {f"--set {SECTIONS[it.kind]}.dtype=float32" for it in computing if it.params.compute_dtype == "bfloat16"}
+    )
     if not settings:
         return ""
     return f"this CPU has no instructions for bfloat16; float32 is several times as fast on it: {' '.join(settings)}"
@@ -74,8 +76,3 @@ def _bfloat16_is_slow() -> bool:
         return False
     flags = next((line.split() for line in CPU_INFO.read_text().splitlines() if line.startswith("flags")), [])
     return "sse2" in flags and "avx512bw" not in flags
-
-
-def _dtypes(stage: Stage) -> Iterator[object]:
-    yield stage.params.get("dtype")
-    yield stage.params.get(SECTIONS[stage.kind], {}).get("dtype")

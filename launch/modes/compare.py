@@ -23,6 +23,7 @@ from hfprune_dist.results.comparison import (
 )
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_text
+from hfprune_dist.store.stage_handle import StageHandle
 
 
 def compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
@@ -61,21 +62,19 @@ def compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
 
 def _criteria(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
     """Model -> how its criteria agree, from the first sweep's scores of the dense model."""
-    return {
-        label: compare_criteria(read_scores(store.path(stage_id)), SHARES_KEPT)
-        for store, label, stage_id in _scored(sweep)
-    }
+    return {label: compare_criteria(read_scores(scored.artifact), SHARES_KEPT) for label, scored in _scored(sweep)}
 
 
 def _settling(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
     """Model -> how what its criteria keep settled, from the first sweep's scores of the dense model."""
-    manifests = {label: store.manifest(stage_id) for store, label, stage_id in _scored(sweep)}
+    manifests = {label: scored.manifest() for label, scored in _scored(sweep)}
     return {label: found["metrics"].get("split_half_overlap", []) for label, found in manifests.items() if found}
 
 
-def _scored(sweep: Finished) -> list[tuple[Store, str, str]]:
-    """(store, model, stage) of every dense model that has been scored."""
+def _scored(sweep: Finished) -> list[tuple[str, StageHandle]]:
+    """(model, stage) of every dense model that has been scored."""
     store = Store(sweep.folder / "store")
     stages = [stage for stage in sweep.plan.stages.values() if stage.kind == "importance"]
     dense = [stage for stage in stages if not stage.inputs["model"].is_stage]
-    return [(store, stage.label, stage.id) for stage in dense if store.manifest(stage.id) is not None]
+    handles = [(stage.label, store.handle(stage.id)) for stage in dense]
+    return [(label, handle) for label, handle in handles if handle.is_committed()]

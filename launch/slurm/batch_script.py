@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfprune_launch.slurm.attempts import SCRIPT, Attempt
+from hfprune_launch.slurm.attempt_records import SCRIPT
+from hfprune_launch.slurm.attempts import Attempt
 from hfprune_launch.slurm.job import StageJob
 from hfprune_launch.slurm.log_signs import SETUP_FAILED, START
 from hfprune_launch.slurm.profile import Resources

@@ -11,22 +11,25 @@ from functools import partial
 from pathlib import Path
 
 from hfprune_launch.slurm.attempts import Ledger
-from hfprune_launch.slurm.backend import Event, SlurmBackend, Submitting
+from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.batch_script import Request, batch_script, default_threads
 from hfprune_launch.slurm.cancel import cancel_jobs
 from hfprune_launch.slurm.code_snapshot import take_snapshot
 from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.profile import Profile
+from hfprune_launch.slurm.slurm_stage import SlurmStage
 from hfprune_launch.slurm.status_table import stage_statuses, status_table
+from hfprune_launch.slurm.submission import Submitting
+from hfprune_launch.slurm.sweep_jobs import Event
 from hfprune_launch.slurm.whereabouts import Whereabouts
 from hfprune_launch.stage.stage_file import Provenance
+from hfprune_launch.sweep_folder import Sweep
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.planning.plan import Plan
-from hfprune_dist.store.artifacts import Store, Verdict
+from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.stage import Stage
 
 EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow"}
@@ -34,23 +37,22 @@ STATUS_INTERVAL_S = 5.0
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """A sweep and where it lives."""
+class NewJobs:
+    """What new jobs are made from.
 
-    plan: Plan
-    store: Store
-    out: Path
+    Attributes:
+        max_running: the most jobs of the sweep that run at once; None: no limit.
+        project: folder of the code that they run, as it is now.
+    """
+
+    provenance: Provenance
+    profile: Profile
+    max_running: int | None
+    project: Path
 
 
 def run_on_slurm(
-    console: Console,
-    sweep: Sweep,
-    todo: Sequence[str],
-    provenance: Provenance,
-    profile: Profile,
-    max_running: int | None,
-    project: Path,
-    follow: bool | None,
+    console: Console, sweep: Sweep, todo: Sequence[str], new_jobs: NewJobs, follow: bool | None
 ) -> int | None:
     """Submit what is missing and adopt what runs.
 
@@ -62,11 +64,10 @@ def run_on_slurm(
     """
     store = sweep.store
     console.print(f"{len(todo)} of {len(sweep.plan.stages)} stages to run on Slurm; logs in {store.root / 'attempts'}")
-    snapshot = take_snapshot(
-        project, (sweep.out / "code").resolve(), provenance.code, partial(console.print, markup=False)
-    )
+    provenance, say = new_jobs.provenance, partial(console.print, markup=False)
+    snapshot = take_snapshot(new_jobs.project, (sweep.out / "code").resolve(), provenance.code, say)
     with _Screen(console, sweep).shown() as screen:
-        submitting = Submitting(provenance, profile, snapshot, max_running)
+        submitting = Submitting(provenance, new_jobs.profile, snapshot, new_jobs.max_running)
         backend = SlurmBackend(store, sweep.plan, submitting, SlurmCommands(), screen.tell)
         backend.start()
         if follow is not False:
@@ -90,7 +91,7 @@ def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
     console.print(status_table(stage_statuses(sweep.plan, sweep.store, jobs.now())))
 
 
-def cancel(console: Console, sweep: Sweep) -> None:
+def cancel_sweep(console: Console, sweep: Sweep) -> None:
     """Cancel the sweep's jobs; what they have saved stays."""
     slurm = SlurmCommands()
     slurm.require()
@@ -148,7 +149,7 @@ def _expected(missing: list[Stage], sweep: Sweep, profile: Profile) -> tuple[flo
     """GPU-hours by the mean time of finished stages of each kind, and for how many stages there is such a time."""
     times: dict[str, list[float]] = {}
     for stage in sweep.plan.stages.values():
-        manifest = sweep.store.manifest(stage.id)
+        manifest = sweep.store.handle(stage.id).manifest()
         if manifest is not None:
             times.setdefault(stage.kind, []).append(manifest["wall_time_s"])
     known = [stage.kind for stage in missing if stage.kind in times]
@@ -165,11 +166,11 @@ class _StatusJobs:
         self._whereabouts = Whereabouts(sweep.store, SlurmCommands(retry_delays_s=()), time.monotonic)
 
     def now(self) -> dict[str, JobInfo]:
-        ledger = Ledger(self._sweep.store.root)
-        if shutil.which("squeue") is None or ledger.is_empty:
+        store = self._sweep.store
+        if shutil.which("squeue") is None or Ledger(store.root).is_empty:
             return {}
-        last = [attempt for stage_id in self._sweep.plan.stages if (attempt := ledger.last(stage_id)) is not None]
-        attempts = {job_id: each for each in last if each.end is None and (job_id := each.job_id) is not None}
+        newest = [SlurmStage(store, stage_id).open_attempt() for stage_id in self._sweep.plan.stages]
+        attempts = {job_id: it for it in newest if it is not None and (job_id := it.job_id) is not None}
         try:
             self._whereabouts.look(attempts)
         except SlurmUnavailableError as error:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hfprune_launch.slurm.profile import Profile, Resources
 from rich.console import Console
@@ -13,7 +12,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.config.parameters import (
+    DistillParameters,
+    EvaluateParameters,
+    ImportanceParameters,
+    Parameters,
+    PruneParameters,
+    RecoverParameters,
+    ReferenceParameters,
+)
+from hfprune_dist.config.schema import CalibrationConfig, FidelityConfig, RuntimeConfig
+from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
@@ -76,8 +85,12 @@ def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: 
     return [
         _estimate(plan, stage, profile.resources[stage.kind], runtime)
         for stage in (plan.stages[stage_id] for stage_id in todo)
-        if profile.resources[stage.kind].gpus and (stage.kind != "prune" or stage.params["refit"] != "none")
+        if profile.resources[stage.kind].gpus and _runs_a_model(stage.params)
     ]
+
+
+def _runs_a_model(params: Parameters) -> bool:
+    return not isinstance(params, PruneParameters) or params.refit != "none"
 
 
 def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
@@ -147,73 +160,81 @@ def _host_bytes(job: Job, dims: Dimensions, gpus: Gpus) -> int:
 
 
 def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
-    params = stage.params
-    if stage.kind == "importance":
-        losses = {LOSSES[name] for name in params["criteria"] if name in LOSSES}
-        return Importance(
-            windows=params["calibration"]["micro_batch_size"],
-            tokens=params["calibration"]["sequence_length"],
-            losses=len(losses - {STUDENT_LOSS}),
-            student=STUDENT_LOSS in losses,
-            itemsize=ITEMSIZE[params["dtype"]],
-            checkpointing=runtime.activation_checkpointing,
-            curvature=not CURVED.isdisjoint(params["criteria"]),
-            samples=params["calibration"]["samples"],
-        )
-    if stage.kind == "reference":
-        return _reference(plan, stage)
-    if stage.kind == "prune":
-        return _refit(plan, stage)
-    if stage.kind == "recover":
-        return _training(params["recovery"], params["recovery"]["sequence_length"], distills=False)
-    if stage.kind == "distill":
-        return _training(params["distillation"], _calibration(plan, stage)["sequence_length"], distills=True)
-    text = plan.stages[stage.inputs["reference"].location].params["text"]
-    return Evaluate(params["batch_size"], text["sequence_length"], ITEMSIZE[params["dtype"]])
+    match stage.params:
+        case ImportanceParameters() as params:
+            return _importance(params, runtime.activation_checkpointing)
+        case ReferenceParameters() as params:
+            return _reference(params, plan, stage)
+        case PruneParameters() as params:
+            return _refit(params, plan, stage)
+        case RecoverParameters(recovery=settings):
+            return _training(settings, settings.sequence_length, distills=False)
+        case DistillParameters(distillation=settings):
+            return _training(settings, _calibration(plan, stage).sequence_length, distills=True)
+        case EvaluateParameters() as params:
+            text = plan.stages[stage.inputs["reference"].location].params
+            assert isinstance(text, ReferenceParameters) and text.text is not None
+            return Evaluate(params.batch_size, text.text.sequence_length, ITEMSIZE[params.dtype])
+    raise AssertionError(f"{stage.id} was planned by another version of the code")
 
 
-def _reference(plan: Plan, stage: Stage) -> Reference:
-    params = stage.params
-    text = params["text"] if "text" in params else _calibration(plan, stage)
-    samples = text["windows"] if "text" in params else text["samples"]
-    windows = min(params["micro_batch_size"], samples)
-    return Reference(windows, text["sequence_length"], samples, ITEMSIZE[params["dtype"]])
-
-
-def _refit(plan: Plan, stage: Stage) -> Refit:
-    params, calibration, size = stage.params, _calibration(plan, stage), size_of(_dense(plan, stage))
-    width = size.intermediate_size  # where layers differ, one may keep all of its neurons
-    if params["allocation"] == "uniform":
-        width = uniform_width(size, params["ratio"], params["multiple_of"], stage.label)
-    return Refit(
-        windows=min(params["micro_batch_size"], calibration["samples"]),
-        tokens=calibration["sequence_length"],
-        samples=calibration["samples"],
-        pursues=params["refit"] != "dense",
-        steps=params["refit"] == "block",
-        searches=params["allocation"] == "searched",
-        share_kept=width / size.intermediate_size,
-        itemsize=ITEMSIZE[params["dtype"]],
+def _importance(params: ImportanceParameters, checkpointing: bool) -> Importance:
+    losses = {LOSSES[name] for name in params.criteria if name in LOSSES}
+    return Importance(
+        windows=params.calibration.micro_batch_size,
+        tokens=params.calibration.sequence_length,
+        losses=len(losses - {STUDENT_LOSS}),
+        student=STUDENT_LOSS in losses,
+        itemsize=ITEMSIZE[params.dtype],
+        checkpointing=checkpointing,
+        curvature=not CURVED.isdisjoint(params.criteria),
+        samples=params.calibration.samples,
     )
 
 
-def _training(settings: Mapping[str, Any], tokens: int, distills: bool) -> Train:
+def _reference(params: ReferenceParameters, plan: Plan, stage: Stage) -> Reference:
+    text = params.text or _calibration(plan, stage)
+    samples = text.windows if isinstance(text, FidelityConfig) else text.samples
+    windows = min(params.micro_batch_size, samples)
+    return Reference(windows, text.sequence_length, samples, ITEMSIZE[params.dtype])
+
+
+def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit:
+    calibration, size = _calibration(plan, stage), size_of(_dense(plan, stage))
+    dtype, windows = params.forward_pass()
+    width = size.intermediate_size  # where layers differ, one may keep all of its neurons
+    if params.allocation == "uniform":
+        width = uniform_width(size, params.ratio, params.multiple_of, stage.label)
+    return Refit(
+        windows=min(windows, calibration.samples),
+        tokens=calibration.sequence_length,
+        samples=calibration.samples,
+        pursues=params.refit != "dense",
+        steps=params.refit == "block",
+        searches=params.allocation == "searched",
+        share_kept=width / size.intermediate_size,
+        itemsize=ITEMSIZE[dtype],
+    )
+
+
+def _training(settings: LoraTraining, tokens: int, distills: bool) -> Train:
     return Train(
-        rows=settings["micro_batch_size"],
+        rows=settings.micro_batch_size,
         tokens=tokens,
-        rank=settings["rank"],
-        dropout=settings["dropout"] > 0,
-        itemsize=ITEMSIZE[settings["dtype"]],
+        rank=settings.rank,
+        dropout=settings.dropout > 0,
+        itemsize=ITEMSIZE[settings.dtype],
         distills=distills,
     )
 
 
-def _calibration(plan: Plan, stage: Stage) -> Mapping[str, Any]:
+def _calibration(plan: Plan, stage: Stage) -> CalibrationConfig:
     """Settings of the windows that a stage after importance reads, or has a reference on."""
     if "reference" in stage.inputs:
         return _calibration(plan, plan.stages[stage.inputs["reference"].location])
-    calibration: Mapping[str, Any] = plan.stages[stage.inputs["importance"].location].params["calibration"]
-    return calibration
+    params = plan.stages[stage.inputs["importance"].location].params
+    assert isinstance(params, ImportanceParameters)
+    return params.calibration
 
 
 def _gpus(resources: Resources) -> Gpus:
@@ -278,20 +299,18 @@ def _gpu_hours(rounds: int | None, job: Job, dims: Dimensions, gpus: Gpus) -> fl
 
 def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:
     """Micro-batches of the rank that has most. An evaluation's and an epoch's of recovery are known when they run."""
-    if stage.kind == "importance":
-        calibration = stage.params["calibration"]
-        micro_batches = _ceil(calibration["samples"], calibration["micro_batch_size"])
-        of_a_shard = min(int(calibration["shard_size"]), micro_batches)
-        return of_a_shard * _ceil(_ceil(micro_batches, of_a_shard), ranks)
-    if stage.kind == "distill":
-        distillation, samples = stage.params["distillation"], _calibration(plan, stage)["samples"]
-        # As data.schedule.Schedule, which imports torch, cuts a pass into steps.
-        steps = _ceil(samples, distillation["batch_size"])
-        rounds_of_a_step = _ceil(_ceil(samples, steps), distillation["micro_batch_size"] * ranks)
-        return int(stage.params["passes"]) * steps * rounds_of_a_step
-    if stage.kind == "recover" and stage.params["recovery"]["max_steps"] is not None:
-        recovery = stage.params["recovery"]
-        return int(recovery["max_steps"]) * _ceil(recovery["batch_size"], recovery["micro_batch_size"] * ranks)
+    match stage.params:
+        case ImportanceParameters(calibration=calibration):
+            micro_batches = _ceil(calibration.samples, calibration.micro_batch_size)
+            of_a_shard = min(calibration.shard_size, micro_batches)
+            return of_a_shard * _ceil(_ceil(micro_batches, of_a_shard), ranks)
+        case DistillParameters(distillation=distillation, passes=passes):
+            samples = _calibration(plan, stage).samples
+            # As data.schedule.Schedule, which imports torch, cuts a pass into steps.
+            steps = _ceil(samples, distillation.batch_size)
+            return passes * steps * _ceil(_ceil(samples, steps), distillation.micro_batch_size * ranks)
+        case RecoverParameters(recovery=recovery) if recovery.max_steps is not None:
+            return recovery.max_steps * _ceil(recovery.batch_size, recovery.micro_batch_size * ranks)
     return None
 
 
@@ -300,11 +319,12 @@ def _shared_rows(stage: Stage) -> int | None:
 
     None where there is nothing of that kind.
     """
-    if stage.kind == "importance":
-        calibration = stage.params["calibration"]
-        return max(1, int(calibration["samples"] // calibration["shard_size"]))
-    section = {"distill": "distillation", "recover": "recovery"}.get(stage.kind)
-    return None if section is None else int(stage.params[section]["batch_size"])
+    match stage.params:
+        case ImportanceParameters(calibration=calibration):
+            return max(1, calibration.samples // calibration.shard_size)
+        case DistillParameters(distillation=settings) | RecoverParameters(recovery=settings):
+            return settings.batch_size
+    return None
 
 
 def _ceil(number: int, divisor: int) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from hfprune_launch.slurm.attempts import NEED_ENDED, QUEUE_FULL, Attempt, End, as_progress, fruitless_starts
+from hfprune_launch.slurm.attempt_records import NEED_ENDED, QUEUE_FULL, End
+from hfprune_launch.slurm.attempts import Attempt
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.log_signs import (
     COLLECTIVE_TIMEOUT,
@@ -19,9 +20,10 @@ from hfprune_launch.slurm.log_signs import (
     first_death,
     since_last_start,
 )
+from hfprune_launch.slurm.progress import as_progress, fruitless_starts
 
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.heartbeat import Failure, read_failures, read_heartbeat
+from hfprune_dist.store.heartbeat import Failure, Heartbeat
 from hfprune_dist.store.stage import Stage
 
 NO_PROGRESS = "time limit without progress"
@@ -84,6 +86,7 @@ class _Evidence:
     Attributes:
         state: the job's last state in Slurm; empty where nobody knows it.
         failures: what ranks of this attempt said as they failed, the best explanation first.
+        heartbeat: how far the stage was; None where it has not said anything.
         text: lines of the logs since the job's last start: the last ones, and all that Slurm wrote.
         tail: the last lines of the logs, for the user.
     """
@@ -93,6 +96,7 @@ class _Evidence:
     attempt: Attempt
     state: str
     failures: list[Failure]
+    heartbeat: Heartbeat | None
     text: str
     tail: str
 
@@ -119,8 +123,7 @@ def explain_end(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | Non
     now = time.time()
     evidence = _collect(store, stage, attempt, job)
     cause, message = _cause(evidence)
-    seconds = attempt.run_seconds(_end_of(store, stage, job, now))
-    heartbeat = read_heartbeat(store.work(stage.id))
+    seconds = attempt.run_seconds(_end_of(job, evidence.heartbeat, now))
     return End(
         cause=cause,
         message=message,
@@ -131,7 +134,7 @@ def explain_end(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | Non
         log_tail=evidence.tail if cause != "done" else "",
         run_seconds=seconds,
         gpu_seconds=seconds * attempt.intent.gpus,
-        progress=None if heartbeat is None else asdict(heartbeat),
+        progress=as_progress(evidence.heartbeat),
     )
 
 
@@ -139,14 +142,14 @@ def _collect(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | None) 
     logs = attempt.logs()
     text = _telling_lines(logs)
     state = job.state if job is not None else _state_from(text)
-    intent = attempt.intent
-    failures = [it for it in read_failures(store.work(stage.id)) if it.is_of(intent.number, intent.created)]
-    return _Evidence(store, stage, attempt, state, failures, text, log_tail(logs))
+    intent, handle = attempt.intent, store.handle(stage.id)
+    failures = [failure for failure in handle.failures() if failure.is_of(intent.number, intent.created)]
+    return _Evidence(store, stage, attempt, state, failures, handle.heartbeat(), text, log_tail(logs))
 
 
 def _cause(evidence: _Evidence) -> tuple[str, str]:
     """Cause and message: what explains most is asked first."""
-    if evidence.store.verify(evidence.stage.id).state == "done":
+    if evidence.store.handle(evidence.stage.id).is_done():
         return "done", ""
     explanations = (
         _cancelled,
@@ -168,7 +171,7 @@ def _cause(evidence: _Evidence) -> tuple[str, str]:
 def _cancelled(evidence: _Evidence) -> _Explanation:
     if evidence.state != "CANCELLED":
         return None
-    missing = [need for need in evidence.stage.needs if evidence.store.verify(need).state != "done"]
+    missing = [need for need in evidence.stage.needs if not evidence.store.handle(need).is_done()]
     if missing and not evidence.attempt.runs():
         return "dependency", f"{evidence.job} was dropped with the job of {missing[0]}, on which it depends"
     return "cancelled", f"{evidence.job} was cancelled; run the same command again to go on"
@@ -203,9 +206,8 @@ def _ended_by_slurm(evidence: _Evidence) -> _Explanation:
 def _time_limit(evidence: _Evidence) -> tuple[str, str]:
     """The job did not reach a point where it could save its work and requeue itself; did it get anywhere?"""
     attempt = evidence.attempt
-    heartbeat = read_heartbeat(evidence.store.work(evidence.stage.id))
     reached = f"{evidence.job} reached its time limit of {attempt.intent.time_minutes} minutes"
-    if fruitless_starts([*attempt.earlier_progress(), as_progress(heartbeat)]) == 0:
+    if fruitless_starts([*attempt.earlier_progress(), as_progress(evidence.heartbeat)]) == 0:
         return "time limit", f"{reached}, and got further"
     return NO_PROGRESS, f"{reached} without getting further than before; {WHAT_TO_RAISE}"
 
@@ -265,14 +267,13 @@ def never_gets_further(attempt: Attempt) -> Failure | None:
     return Failure(NO_PROGRESS, message, 0, time.time(), attempt.intent.number)
 
 
-def _end_of(store: Store, stage: Stage, job: JobInfo | None, now: float) -> float:
+def _end_of(job: JobInfo | None, heartbeat: Heartbeat | None, now: float) -> float:
     """When a job ended that could not say so itself: by Slurm's word, else by its last heartbeat."""
     if job is not None:
         try:
             return time.mktime(time.strptime(job.end, "%Y-%m-%dT%H:%M:%S"))
         except ValueError:
             pass
-    heartbeat = read_heartbeat(store.work(stage.id))
     return now if heartbeat is None else heartbeat.updated
 
 

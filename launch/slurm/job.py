@@ -18,10 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfprune_launch.slurm.attempts import Ledger, Run, as_progress
+from hfprune_launch.slurm.attempt_records import Run
+from hfprune_launch.slurm.attempts import Ledger
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.exit_causes import never_gets_further
 from hfprune_launch.slurm.log_signs import START
+from hfprune_launch.slurm.progress import as_progress
+from hfprune_launch.slurm.slurm_stage import SlurmStage
 from hfprune_launch.stage.run import (
     CLAIM_LOST_EXIT_CODE,
     Admission,
@@ -35,8 +38,8 @@ from hfprune_launch.stage.run import (
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.claims import RENEWAL_LIMIT_S, Claim, ClaimLostError, Holder, Renewal, try_claim
-from hfprune_dist.store.heartbeat import Failure, clear_failures, read_heartbeat, write_failure_record
+from hfprune_dist.store.claims import RENEWAL_LIMIT_S, Claim, ClaimLostError, Holder, Renewal
+from hfprune_dist.store.heartbeat import Failure
 
 if TYPE_CHECKING:
     from hfprune_dist.distributed.world import World
@@ -135,21 +138,20 @@ class _Rank:
     """One rank, from its start to its end."""
 
     def __init__(self, store: Store, stage_id: str, interruption: Interruption) -> None:
-        self._store = store
-        self._stage_id = stage_id
+        self._handle = SlurmStage(store, stage_id)
         self._interruption = interruption
         self._rank = int(os.environ.get("SLURM_PROCID", "0"))
         self._attempt = int(Path(os.environ["SUBMITIT_FOLDER"]).name)
-        self._reception: _StartGate | None = None
+        self._gate: _StartGate | None = None
         if self._rank == 0:
-            self._reception = _StartGate(store, stage_id, Path(os.environ["SUBMITIT_FOLDER"]))
+            self._gate = _StartGate(store, stage_id, Path(os.environ["SUBMITIT_FOLDER"]))
 
     def run(self) -> None:
         try:
             os.environ.update(rank_environment(os.environ))
             prepare_environment()
-            preflight(self._store, os.environ)
-            run_stage(self._store, self._stage_id, self._interruption, self._admit)
+            preflight(self._handle.store, os.environ)
+            run_stage(self._handle, self._interruption, self._admit)
         except Interrupted:
             leave_process(0 if self._rank > 0 or self._requeue() else 1)
         except (DuplicateError, ClaimLostError) as duplicate:
@@ -167,9 +169,9 @@ class _Rank:
         """Whether the stage has to run: rank 0 asks until there is an answer, all ranks learn it."""
         answer = "wait"
         while answer == "wait":
-            answer = world.broadcast(self._reception.ask() if self._reception else "")
+            answer = world.broadcast(self._gate.ask() if self._gate else "")
         if answer == "held":
-            raise DuplicateError(f"another process has been running {self._stage_id} for all the time this job waited")
+            raise DuplicateError(f"another process has been running {self._handle.id} for all the time this job waited")
         return Admission(answer == "run", self._claim)
 
     def _requeue(self) -> bool:
@@ -180,28 +182,26 @@ class _Rank:
         """
         self._end("interrupted")
         job_id = array_job_id(os.environ)
-        attempt = Ledger(self._store.root).attempt_at(Path(os.environ["SUBMITIT_FOLDER"]))
+        attempt = Ledger(self._handle.store.root).attempt_at(Path(os.environ["SUBMITIT_FOLDER"]))
         slurm = SlurmCommands()
         try:
             hopeless = never_gets_further(attempt)
             if hopeless is not None and slurm.fate(job_id) == "open":
                 print(f"signal {self._interruption.signal}: {hopeless.message}", flush=True)
-                write_failure_record(self._store.work(self._stage_id), hopeless)
+                self._handle.report_failure(hopeless)
                 return False
             print(f"signal {self._interruption.signal}: work is saved, requeueing job {job_id}", flush=True)
             return slurm.requeue(job_id)
         except SlurmUnavailableError as error:
             message = f"job {job_id} saved its work but could not requeue itself: {error}"
-            write_failure_record(
-                self._store.work(self._stage_id), Failure("interrupted", message, 0, time.time(), self._attempt)
-            )
+            self._handle.report_failure(Failure("interrupted", message, 0, time.time(), self._attempt))
             return False
 
     def _fail(self, error: Exception) -> None:
         mended = from_os_error(error)
         self._discard_draft()  # on a full disk, this makes room for the reason
         try:
-            leave_reason(self._store.work(self._stage_id), mended, self._rank, self._attempt, self._claim)
+            leave_reason(self._handle, mended, self._rank, self._attempt, self._claim)
             self._end("failed" if self._claim is None or self._claim.is_held() else "duplicate")
         except OSError as full:
             print(f"the failure could not be recorded: {full}", file=sys.stderr)
@@ -212,15 +212,15 @@ class _Rank:
 
     @property
     def _claim(self) -> Claim | None:
-        return self._reception.claim if self._reception is not None else None
+        return self._gate.claim if self._gate is not None else None
 
     def _discard_draft(self) -> None:
-        if self._reception is not None:
-            self._reception.discard_draft()
+        if self._gate is not None:
+            self._gate.discard_draft()
 
     def _end(self, how: str) -> None:
-        if self._reception is not None:
-            self._reception.end(how)
+        if self._gate is not None:
+            self._gate.end(how)
 
 
 class _StartGate:
@@ -231,11 +231,8 @@ class _StartGate:
     """
 
     def __init__(self, store: Store, stage_id: str, folder: Path) -> None:
-        self._store = store
-        self._stage_id = stage_id
-        self._work = store.work(stage_id)
-        self._ledger = Ledger(store.root)
-        self._attempt = self._ledger.attempt_at(folder)
+        self._handle = SlurmStage(store, stage_id)
+        self._attempt = Ledger(store.root).attempt_at(folder)
         self.claim: Claim | None = None
         self._asked_since = time.monotonic()
         self._run = Run(
@@ -248,26 +245,26 @@ class _StartGate:
 
     def ask(self) -> str:
         """``run``, ``done`` (nothing to do), ``wait`` (ask again) or ``held`` (another process is at it)."""
-        if self._store.verify(self._stage_id).state == "done":
+        if self._handle.is_done():
             return "done"
-        claim = try_claim(self._work, self._run.job_id, self._ledger.ended_jobs(self._stage_id))
+        claim = self._handle.claim(self._run.job_id)
         if isinstance(claim, Holder):
             if time.monotonic() - self._asked_since > CLAIM_PATIENCE_S:
                 return "held"
             time.sleep(CLAIM_POLL_S)
             return "wait"
         self.claim = claim
-        if self._store.verify(self._stage_id).state == "done":
-            self._store.discard_work(self._stage_id)
+        if self._handle.is_done():
+            self._handle.discard_work()
             return "done"
         self._close_earlier_runs()
-        clear_failures(self._work)
+        self._handle.clear_failures()
         threading.Thread(target=_renew, args=(Renewal(claim),), daemon=True).start()
         return "run"
 
     def end(self, how: str) -> None:
         """Record how this start of the job ended, and let the stage go."""
-        progress = as_progress(read_heartbeat(self._work))
+        progress = as_progress(self._handle.heartbeat())
         self._attempt.record_run(replace(self._run, ended=time.time(), how=how, progress=progress))
         if self.claim is not None:
             self.claim.release()
@@ -275,11 +272,11 @@ class _StartGate:
     def discard_draft(self) -> None:
         """Remove what this start of the job has written of the artifact."""
         if self.claim is not None:
-            self._store.discard_drafts(self._stage_id, self.claim)
+            self._handle.discard_drafts(self.claim)
 
     def _close_earlier_runs(self) -> None:
         """A start of this job that could not say how it ended was killed, at its last heartbeat or later."""
-        heartbeat = read_heartbeat(self._work)
+        heartbeat = self._handle.heartbeat()
         for run in self._attempt.runs():
             if run.job_id == self._run.job_id and run.restart < self._run.restart and run.ended is None:
                 ended = max(run.started, heartbeat.updated if heartbeat else 0.0)

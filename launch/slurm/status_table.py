@@ -1,4 +1,4 @@
-"""The state of a sweep as a table: from artifacts, ledger, heartbeats and squeue; and the logs of a cell."""
+"""The state of a sweep as a table, from artifacts, records of attempts, heartbeats and squeue; and a cell's logs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hfprune_launch.slurm.attempts import Attempt, Ledger
+from hfprune_launch.slurm.attempts import Attempt
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.exit_causes import log_tail
+from hfprune_launch.slurm.slurm_stage import SlurmStage
 from rich.markup import escape
 from rich.table import Table
 
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.heartbeat import Heartbeat, read_failure, read_heartbeat
+from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
 
 COLORS = {"done": "green", "running": "cyan", "failed": "red"}
@@ -48,9 +49,9 @@ class StageStatus:
 
 def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo]) -> list[StageStatus]:
     """One line per stage, in plan order."""
-    ledger, now = Ledger(store.root), time.time()
-    statuses = [_status(stage, store, ledger.attempts(stage.id), jobs, now) for stage in plan.stages.values()]
-    needed = set(plan.lacking(lambda stage_id: store.manifest(stage_id) is not None))
+    now = time.time()
+    statuses = [_status(stage, SlurmStage(store, stage.id), jobs, now) for stage in plan.stages.values()]
+    needed = set(plan.lacking(lambda stage_id: store.handle(stage_id).is_committed()))
     return [
         replace(status, state="not needed", detail="")
         if status.state in ("missing", "waiting") and status.stage.id not in needed
@@ -59,14 +60,13 @@ def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo]) -> lis
     ]
 
 
-def _status(
-    stage: Stage, store: Store, attempts: list[Attempt], jobs: Mapping[str, JobInfo], now: float
-) -> StageStatus:
+def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo], now: float) -> StageStatus:
+    attempts = handle.attempts()
     last = attempts[-1] if attempts else None
     open_attempt = last if last is not None and last.end is None else None
     job = jobs.get(open_attempt.job_id or "") if open_attempt is not None else None
-    state, detail = _state(stage, store, job)
-    heartbeat = read_heartbeat(store.work(stage.id)) if state == "running" else None
+    state, detail = _state(stage, handle, job)
+    heartbeat = handle.heartbeat() if state == "running" else None
     seconds = [_seconds(attempt, now) for attempt in attempts]
     return StageStatus(
         stage=stage,
@@ -82,15 +82,15 @@ def _status(
     )
 
 
-def _state(stage: Stage, store: Store, job: JobInfo | None) -> tuple[str, str]:
-    if store.manifest(stage.id) is not None:
+def _state(stage: Stage, handle: SlurmStage, job: JobInfo | None) -> tuple[str, str]:
+    if handle.is_committed():
         return "done", ""
     if job is not None and job.is_live:
         return ("queued", job.reason) if job.state == "PENDING" else (job.state.lower(), "")
-    failure = read_failure(store.work(stage.id))
+    failure = handle.failure()
     if failure is not None:
         return "failed", f"{failure.cause}: {failure.message.strip().splitlines()[0]}"
-    missing = [need for need in stage.needs if store.manifest(need) is None]
+    missing = [need for need in stage.needs if not handle.store.handle(need).is_committed()]
     return ("waiting", f"for {missing[0]}") if missing else ("missing", "")
 
 
@@ -155,7 +155,7 @@ def cell_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int)
     parts = []
     for stage_id in stages:
         stage = plan.stages[stage_id]
-        attempt = Ledger(store.root).last(stage_id)
+        attempt = SlurmStage(store, stage_id).last_attempt()
         local = sorted(local_logs.glob(f"{stage.kind}-{stage.fingerprint}.*.log"), key=lambda log: log.stat().st_mtime)
         logs = attempt.logs() if attempt is not None else local[-1:]
         parts.append(f"{stage.kind} {stage.label} ({stage_id})\n{log_tail(logs, lines) or '  no log'}")

@@ -18,7 +18,6 @@ from hfprune_launch.slurm.attempts import Attempt
 from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailableError
 
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.heartbeat import read_heartbeat
 
 # So long a job must have been unknown, without a sign of life, before it counts as gone.
 GONE_AFTER_S = 180.0
@@ -168,7 +167,7 @@ class Whereabouts:
         return absence
 
     def _signs_of_life(self, attempt: Attempt) -> Any:
-        return read_heartbeat(self._store.work(attempt.intent.stage_id)), attempt.runs()
+        return self._store.handle(attempt.intent.stage_id).heartbeat(), attempt.runs()
 
 
 def _is_named(job: JobInfo, attempt: Attempt) -> bool:

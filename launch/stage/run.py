@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, NoReturn
 
 from hfprune_launch.stage.stage_file import find_stage_file, read_stage_file
 
+from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Claim, ClaimLostError
-from hfprune_dist.store.heartbeat import Progress, write_failure
+from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage_handle import StageHandle
 
 if TYPE_CHECKING:  # torch takes seconds to import; a rank that can't run should say so at once
     from hfprune_dist.distributed.world import World
@@ -50,18 +52,18 @@ def main() -> NoReturn:
     arguments = parser.parse_args()
     die_with_parent()
     prepare_environment()
-    store, rank = Store(arguments.store), int(os.environ["RANK"])
-    work, content = store.work(arguments.stage), find_stage_file(store, arguments.stage)
-    claim = Claim.from_ticket(work, arguments.claim) if arguments.claim else None
+    handle, rank = Store(arguments.store).handle(arguments.stage), int(os.environ["RANK"])
+    content = find_stage_file(handle)
+    claim = handle.claim_of(arguments.claim) if arguments.claim else None
     try:
-        run_stage(store, arguments.stage, Interruption(), should_run=lambda world: Admission(True, claim))
+        run_stage(handle, Interruption(), should_run=lambda world: Admission(True, claim))
     except ClaimLostError as lost:
         print(f"error: {lost}", file=sys.stderr)
         leave_process(CLAIM_LOST_EXIT_CODE)
     except Exception as error:
         mended = from_os_error(error)
         with contextlib.suppress(OSError):  # a full disk has no room for the reason; the launcher then finds it
-            leave_reason(work, mended, rank, None if content is None else content.attempt, claim)
+            leave_reason(handle, mended, rank, None if content is None else content.attempt, claim)
         if isinstance(mended, UserError):
             print(f"error: {mended}", file=sys.stderr)
             # The other ranks may hang in a collective with this one: leave without the process group's farewell.
@@ -70,10 +72,10 @@ def main() -> NoReturn:
     leave_process(0)
 
 
-def leave_reason(work: Path, error: Exception, rank: int, attempt: int | None, claim: Claim | None) -> None:
+def leave_reason(handle: StageHandle, error: Exception, rank: int, attempt: int | None, claim: Claim | None) -> None:
     """Tell the launcher why a rank failed, unless its work folder is another attempt's by now."""
     if claim is None or claim.is_held():
-        write_failure(work, error, rank, attempt)
+        handle.report_error(error, rank, attempt)
 
 
 def leave_process(code: int) -> NoReturn:
@@ -92,9 +94,7 @@ def prepare_environment() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def run_stage(
-    store: Store, stage_id: str, interruption: Interruption, should_run: Callable[[World], Admission]
-) -> None:
+def run_stage(handle: StageHandle, interruption: Interruption, should_run: Callable[[World], Admission]) -> None:
     """Join the ranks, then hand over to ``hfprune_dist.stages.<kind>``.
 
     Args:
@@ -107,17 +107,17 @@ def run_stage(
     from hfprune_dist.distributed.world import join_world, leave_world
     from hfprune_dist.stages.context import Context
 
-    world = join_world(os.environ, _timeout_minutes(store, stage_id))
+    world = join_world(os.environ, _timeout_minutes(handle))
     admission = should_run(world)
     if admission.runs:
-        content, claim = read_stage_file(store, stage_id), admission.claim
+        content, claim = read_stage_file(handle), admission.claim
         guard = None if claim is None else claim.require_held
-        context = Context(
+        context: Context[Parameters] = Context(
             stage=Stage.to_run(content.stage),
-            store=store,
+            store=handle.store,
             world=world,
             runtime=RuntimeConfig.model_validate(content.runtime),
-            progress=Progress(store.work(stage_id) if world.is_first else None, guard),
+            progress=Progress(handle.work if world.is_first else None, guard),
             config=content.config,
             code=content.code,
             attempt=content.attempt,
@@ -129,9 +129,9 @@ def run_stage(
     leave_world()
 
 
-def _timeout_minutes(store: Store, stage_id: str) -> int:
+def _timeout_minutes(handle: StageHandle) -> int:
     """The collective timeout; where the stage is not laid out (any more), the default."""
-    content = find_stage_file(store, stage_id)
+    content = find_stage_file(handle)
     runtime = RuntimeConfig() if content is None else RuntimeConfig.model_validate(content.runtime)
     return runtime.collective_timeout_minutes
 

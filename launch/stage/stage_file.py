@@ -8,11 +8,10 @@ from typing import Any
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.artifacts import STAGE_FILE, Store
+from hfprune_dist.store.artifacts import STAGE_FILE
 from hfprune_dist.store.atomic_files import read_record, write_json
-from hfprune_dist.store.claims import Holder, try_claim
-from hfprune_dist.store.heartbeat import clear_failures
 from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage_handle import StageHandle
 
 
 @dataclass(frozen=True)
@@ -47,47 +46,34 @@ class StageFile:
     attempt: int
 
 
-def write_stage_file(store: Store, stage: Stage, provenance: Provenance, attempt: int) -> None:
+def write_stage_file(handle: StageHandle, stage: Stage, provenance: Provenance, attempt: int) -> None:
     """Write what the ranks need to know; failures of earlier attempts are forgotten."""
-    work = store.work(stage.id)
-    work.mkdir(parents=True, exist_ok=True)
-    clear_failures(work)
+    handle.work.mkdir(parents=True, exist_ok=True)
+    handle.clear_failures()
     content = StageFile(
         stage.to_json(), provenance.runtime.model_dump(), dict(provenance.config), dict(provenance.code), attempt
     )
-    write_json(work / STAGE_FILE, asdict(content))
+    write_json(handle.work / STAGE_FILE, asdict(content))
 
 
-def find_stage_file(store: Store, stage_id: str) -> StageFile | None:
+def find_stage_file(handle: StageHandle) -> StageFile | None:
     """What ``write_stage_file`` wrote; None where there is nothing that can be read."""
-    return read_record(StageFile, store.work(stage_id) / STAGE_FILE)
+    return read_record(StageFile, handle.work / STAGE_FILE)
 
 
-def read_stage_file(store: Store, stage_id: str) -> StageFile:
+def read_stage_file(handle: StageHandle) -> StageFile:
     """What ``write_stage_file`` wrote.
 
     Raises:
         UserError: where there is nothing that can be read.
     """
-    content = find_stage_file(store, stage_id)
+    content = find_stage_file(handle)
     if content is None:
-        raise UserError(f"{store.work(stage_id)}: no {STAGE_FILE}; stages are laid out by launch/sweep.py")
+        raise UserError(f"{handle.work}: no {STAGE_FILE}; stages are laid out by launch/sweep.py")
     return content
 
 
-def discard_finished_work(store: Store, stage: Stage) -> None:
-    """Forget the progress of a stage that is done, of which a process that died at its very end left something."""
-    work = store.work(stage.id)
-    if not work.is_dir() or isinstance(claim := try_claim(work), Holder):
-        return  # a process that has just committed is about to do the same
-    try:
-        if store.verify(stage.id).state == "done":
-            store.discard_work(stage.id)
-    finally:
-        claim.release()
-
-
-def attempts_so_far(store: Store, stage_id: str) -> int:
+def attempts_so_far(handle: StageHandle) -> int:
     """How often the local backend has laid a stage out in the work folder that is there now."""
-    content = find_stage_file(store, stage_id)
+    content = find_stage_file(handle)
     return 0 if content is None else content.attempt

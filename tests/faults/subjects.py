@@ -17,7 +17,7 @@ import torch
 from fake_slurm import FakeSlurm
 from hfprune_launch import sweep
 from hfprune_launch.local.backend import LocalBackend
-from hfprune_launch.modes import sweep as run_sweep
+from hfprune_launch.modes import sweep_run
 from hfprune_launch.slurm import commands as slurm_cli
 from hfprune_launch.slurm.attempts import Ledger
 from hfprune_launch.slurm.backend import SlurmBackend, Submitting
@@ -26,7 +26,7 @@ from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.job import _StartGate
 from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.stage import run as stage_script
-from hfprune_launch.stage.stage_file import Provenance, discard_finished_work
+from hfprune_launch.stage.stage_file import Provenance
 from safetensors.torch import save_file
 from sweeps import make_inputs, results
 from tiny import save_tiny, write_documents, write_pairs
@@ -112,7 +112,7 @@ class StageSubject(Subject):
         verdict = store.verify(self.prepared.id)
         assert verdict.state != "corrupt", f"an artifact that is not whole: {verdict.reason}"
         if verdict.state == "done":
-            discard_finished_work(store, self.prepared)
+            store.handle(self.prepared.id).discard_leftovers()
         else:
             outcome = InProcess(store, root.with_name("logs")).run(self.prepared, lambda beat: None)
             assert outcome.state == "done", outcome.failure
@@ -342,7 +342,7 @@ class WholeSweep(Subject):
 
     def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
         os.environ["OMP_NUM_THREADS"] = "1"
-        run_sweep.LocalBackend = lambda store, logs, provenance: InProcess(store, logs)
+        sweep_run.LocalBackend = lambda store, logs, provenance: InProcess(store, logs)
         chosen = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune", "--ranks", "1"]
         assert sweep.main(["--config", str(self.prepared), "--out", str(root), *chosen, *WITHOUT_RECOVERY]) == 0
         weights = sorted(root.glob("store/*/*/*.safetensors"))
@@ -375,7 +375,7 @@ class SlurmSweep(Subject):
         for _ in range(2):  # where a launcher gives up, the user gives the command again
             for stage in self.PLAN.stages.values():
                 if store.verify(stage.id).state == "done":
-                    discard_finished_work(store, stage)
+                    store.handle(stage.id).discard_leftovers()
             backend = self._backend(store)
             backend.start()
             for _ in range(self.ROUNDS):

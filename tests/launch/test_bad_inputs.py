@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hfprune_launch import sweep
-from hfprune_launch.modes import sweep as run_sweep
+from hfprune_launch.modes import sweep_run
 from safetensors.torch import load_file, save_file
 from sweeps import make_inputs
 from tiny import tiny_text
@@ -49,7 +49,7 @@ def refusal(inputs, tmp_path, monkeypatch, capsys):
     def message(*arguments):
         return [_refuse(inputs, tmp_path / "out", capsys, *arguments, *dry) for dry in (["--dry-run"], [])][-1]
 
-    monkeypatch.setattr(run_sweep, "LocalBackend", Stages)
+    monkeypatch.setattr(sweep_run, "LocalBackend", Stages)
     return message
 
 

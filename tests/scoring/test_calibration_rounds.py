@@ -81,7 +81,8 @@ def calibrate(tmp_path_factory, patch):
 
     def calibrate(case, ranks, work):
         keys = ("micro_batch_size", "shard_size", "settled")
-        params = {"dtype": "float32", "seed": 3, "calibration": {key: getattr(case, key) for key in keys}}
+        calibration = SimpleNamespace(**{key: getattr(case, key) for key in keys})
+        params = SimpleNamespace(dtype="float32", seed=3, calibration=calibration)
 
         def accumulate(world):
             context = SimpleNamespace(

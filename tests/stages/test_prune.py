@@ -209,7 +209,7 @@ def test_a_later_step_is_refitted_towards_the_dense_model(tmp_path):
     save_file(load_file(store.path(IMPORTANCE.id) / "windows.safetensors"), draft / "windows.safetensors")
     store.commit(again, draft, {"metrics": {}})
     inputs = {"model": first.as_input(), "importance": again.as_input(), "dense": first.inputs["model"]}
-    second = Stage("prune", "llama", {**first.params, "refit": "layerwise"}, inputs)
+    second = Stage("prune", "llama", {**first.params.to_json(), "refit": "layerwise"}, inputs)
     run_solo(store, second)
     windows = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"]
     outputs = [
@@ -366,7 +366,7 @@ def test_death_at_every_point_ends_with_the_same_weights(tmp_path, method):
 def test_a_second_step_is_a_prune_of_the_first_ones_model(tmp_path, refit):
     """By hand: a checkpoint of the first step, pruned on its own at the share of it that is left to remove."""
     store, second, _ = prepare(tmp_path, ratio=0.2, refit=refit)
-    first = Stage("prune", "step 1/2", {**second.params, "ratio": 0.1}, second.inputs)
+    first = Stage("prune", "step 1/2", {**second.params.to_json(), "ratio": 0.1}, second.inputs)
     run_solo(store, first)
     half = store.manifest(first.id)["metrics"]
     assert half["intermediate_size"] == 31
@@ -387,7 +387,7 @@ def test_a_second_step_is_a_prune_of_the_first_ones_model(tmp_path, refit):
     for key in ("intermediate_size", "parameters", "ratio_reached"):
         assert metrics[key] == one_step[key]
     ratio = (half["parameters"] - metrics["parameters"]) / half["parameters"]
-    by_hand = Stage("prune", "by hand", {**second.params, "ratio": ratio}, inputs)
+    by_hand = Stage("prune", "by hand", {**second.params.to_json(), "ratio": ratio}, inputs)
     run_solo(store, by_hand)
     assert weights_of(store, chained) == weights_of(store, by_hand)
 

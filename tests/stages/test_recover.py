@@ -216,7 +216,7 @@ def prepare_rows(run: Run) -> RowCounts:
         code={},
         attempt=1,
     )
-    return recover._prepare_rows(context, RecoveryConfig.model_validate(run.stage.params["recovery"]))
+    return recover._prepare_rows(context, run.stage.params.recovery)
 
 
 def test_stages_that_differ_in_training_alone_share_their_rows(tmp_path, source, monkeypatch):

@@ -73,7 +73,7 @@ def test_held_out_text_is_seen_as_the_whole_model_sees_it(source, tmp_path):
 def test_ranks_keep_step_whatever_the_number_of_windows(source, tmp_path_factory, windows, micro_batch_size, size):
     """Ranks without a micro-batch of their own, and a last one that is not full."""
     stage = held_out(source)
-    params = {**stage.params, "micro_batch_size": micro_batch_size, "text": TEXT | {"windows": windows}}
+    params = {**stage.params.to_json(), "micro_batch_size": micro_batch_size, "text": TEXT | {"windows": windows}}
     stage = Stage(stage.kind, stage.label, params, stage.inputs)
     stores = [Store(tmp_path_factory.mktemp(str(ranks))) for ranks in (1, size)]
     for store, ranks in zip(stores, (Ranks(1), Ranks(size)), strict=True):

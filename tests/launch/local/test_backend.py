@@ -174,7 +174,8 @@ def test_a_failure_of_another_attempt_says_nothing(backend, store):
 def test_a_damaged_layout_is_none(backend, store, content):
     run(backend)
     (store.work(STAGE.id) / "stage.json").write_text(content)
-    assert attempts_so_far(store, STAGE.id) == 0 and find_stage_file(store, STAGE.id) is None
+    handle = store.handle(STAGE.id)
+    assert attempts_so_far(handle) == 0 and find_stage_file(handle) is None
     assert run(backend).failure.attempt == 1
 
 

@@ -3,17 +3,24 @@
 import pytest
 from hfprune_launch.local import hardware
 from hfprune_launch.local.hardware import SECTIONS, note_on_bfloat16
+from hfprune_launch.stage.threads import threads_allowed
 from sweeps import make_inputs, planned
 
+from hfprune_dist.config.parameters import ImportanceParameters, RecoverParameters
+from hfprune_dist.config.schema import CalibrationConfig, EvaluationConfig
+from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.store.stage import Stage
 
 BEFORE_AVX512, AVX512 = "flags\t\t: fpu sse2 avx avx2 fma", "flags\t\t: fpu sse2 avx avx2 fma avx512f avx512bw"
 ARM = "Features\t: fp asimd bf16"
+CUT = {"ratio": 0.2, "criterion": "entropy", "allocation": "uniform", "refit": "none", "multiple_of": 1}
+PASS = ImportanceParameters(calibration=CalibrationConfig(), criteria=[], dtype="bfloat16", add_bos_token=True, seed=0)
+TASKS = EvaluationConfig(dtype="float32").model_dump(exclude={"include_path", "fidelity"})
 STAGES = [
-    Stage("importance", "alpha", {"dtype": "bfloat16"}, {}),
-    Stage("prune", "alpha 0.2", {"ratio": 0.2}, {}),
-    Stage("recover", "alpha 0.2 + lora", {"recovery": {"dtype": "bfloat16"}}, {}),
-    Stage("evaluate", "alpha", {"dtype": "float32"}, {}),
+    Stage("importance", "alpha", PASS, {}),
+    Stage("prune", "alpha 0.2", CUT, {}),
+    Stage("recover", "alpha 0.2 + lora", RecoverParameters(recovery=RecoveryConfig(dtype="bfloat16"), seed=0), {}),
+    Stage("evaluate", "alpha", TASKS, {}),
 ]
 
 
@@ -64,7 +71,7 @@ def test_threads_are_those_of_the_outermost_level(monkeypatch, value, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if value is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert hardware.threads_allowed() == threads
+    assert threads_allowed() == threads
 
 
 def test_no_note_where_all_that_is_left_computes_in_float32(machine, tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def rank(store, attempt, monkeypatch):
 def end_of(rank, monkeypatch, stage):
     """The exit code of a rank whose stage is ``stage``."""
 
-    def run_stage(store, stage_id, interruption, should_run):
+    def run_stage(handle, interruption, should_run):
         admission = should_run(SoloWorld())
         assert admission.runs and admission.claim.is_held()
         stage(admission.claim)

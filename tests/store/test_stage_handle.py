@@ -1,5 +1,3 @@
-from hfprune_launch.stage.stage_file import discard_finished_work
-
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import try_claim
 from hfprune_dist.store.stage import Stage
@@ -23,18 +21,18 @@ def commit(store):
 def test_work_of_a_stage_that_is_done_is_forgotten(tmp_path):
     store = with_work(tmp_path)
     commit(store)
-    discard_finished_work(store, STAGE)
+    store.handle(STAGE.id).discard_leftovers()
     assert not store.work(STAGE.id).exists()
-    discard_finished_work(store, STAGE)
+    store.handle(STAGE.id).discard_leftovers()
     assert not store.work(STAGE.id).exists(), "nothing is made to be forgotten"
 
 
 def test_work_of_a_stage_that_is_not_done_or_claimed_stays(tmp_path):
     store = with_work(tmp_path)
-    discard_finished_work(store, STAGE)
+    store.handle(STAGE.id).discard_leftovers()
     assert (store.work(STAGE.id) / "refit").is_file()
     claim = try_claim(store.work(STAGE.id))
     commit(store)
-    discard_finished_work(store, STAGE)
+    store.handle(STAGE.id).discard_leftovers()
     assert (store.work(STAGE.id) / "refit").is_file()
     claim.release()

@@ -1,0 +1,214 @@
+"""What each kind of stage depends on: the settings that make its fingerprint, and that it is handed when it runs.
+
+A plan builds them from a configuration, the store keeps them in records (``stage.json``, manifests, ``sweep.json``), a
+stage reads them. So they lie below all three: beside the sections of the configuration, of which they are parts.
+
+Fingerprints are made of ``Parameters.to_json``. Two rules keep those of results that exist where they are:
+names and values of settings stay as they are; a setting that is added is marked with ``LeftOutAt`` the value with which
+a stage does what it did before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ValidationError
+
+from hfprune_dist.config.left_out import LeftOutAt, left_out
+from hfprune_dist.config.method import Allocation, CriterionName, Refit
+from hfprune_dist.config.schema import CalibrationConfig, FidelityConfig
+from hfprune_dist.config.section import Dtype, Section, TextSource
+from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
+
+# What a text source says of a data set of the hub.
+OF_A_DATA_SET = {"dataset", "name", "split", "revision"}
+# Stands for the path of a text in settings that were read from a record, which has none.
+AN_INPUT = "(an input of the stage)"
+
+
+class Parameters(Section):
+    """The settings that a stage's result depends on, besides its inputs and the version of its code."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What fingerprints are made of, and what records hold."""
+        return _record_of(self)
+
+    @property
+    def compute_dtype(self) -> Dtype | None:
+        """The dtype in which a model computes; None where none does."""
+        return None
+
+
+class OtherParameters(Parameters):
+    """The settings of a stage that another version of the code planned, as it recorded them. No stage runs with them.
+
+    ``record``: the settings by name.
+    """
+
+    record: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.record)
+
+
+def _as_input(settings: object) -> object:
+    """Settings of a text in a record; where they name no data set, the text is a file of the user's."""
+    is_file = isinstance(settings, Mapping) and "dataset" not in settings
+    return {**settings, "path": AN_INPUT} if is_file else settings  # type: ignore[dict-item]
+
+
+# Marks settings of a text. Of a file neither path nor name matter: the stage has an input, known by its content.
+Text = BeforeValidator(_as_input)
+
+
+class ImportanceParameters(Parameters):
+    """Of a calibration pass.
+
+    ``settled_by_sums_of``: criteria of the pass whose scores are more than sums, where it may end early; their sums
+    decide as well. ``biases``: how a pass in bfloat16 adds the model's biases, if it has any. Both are absent in
+    records of passes that took no notice of such criteria, or rounded before they added biases.
+    """
+
+    calibration: Annotated[CalibrationConfig, Text]
+    criteria: list[CriterionName]
+    dtype: Dtype
+    add_bos_token: bool
+    seed: int
+    settled_by_sums_of: Annotated[list[CriterionName] | None, LeftOutAt(None)] = None
+    biases: Annotated[Literal["added before rounding"] | None, LeftOutAt(None)] = None
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        return self.dtype
+
+
+class ReferenceParameters(Parameters):
+    """Of the dense model's hidden states on a text: held-out ``text``, or else the windows of an importance stage.
+
+    ``micro_batch_size``: windows per forward pass of one rank.
+    """
+
+    dtype: Dtype
+    micro_batch_size: int
+    add_bos_token: Annotated[bool | None, LeftOutAt(None)] = None
+    text: Annotated[FidelityConfig | None, Text, LeftOutAt(None)] = None
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        return self.dtype
+
+
+class PruneParameters(Parameters):
+    """Of one cut: the settings of a ``Method`` that it depends on.
+
+    ``ratio``: removed parameters / all parameters of the dense model, after this cut. ``floor``, ``protect_first`` and
+    ``protect_last`` are None where the allocation takes no notice of them, ``dtype`` and ``micro_batch_size`` (windows
+    per forward pass of one rank) where no model runs.
+    """
+
+    ratio: float
+    criterion: CriterionName
+    allocation: Allocation
+    refit: Refit
+    multiple_of: int
+    floor: Annotated[float | None, LeftOutAt(None)] = None
+    protect_first: Annotated[int | None, LeftOutAt(None)] = None
+    protect_last: Annotated[int | None, LeftOutAt(None)] = None
+    dtype: Annotated[Dtype | None, LeftOutAt(None)] = None
+    micro_batch_size: Annotated[int | None, LeftOutAt(None)] = None
+
+    @property
+    def compute_dtype(self) -> Dtype | None:
+        return self.dtype
+
+    def forward_pass(self) -> tuple[Dtype, int]:
+        """Compute dtype and windows per forward pass of one rank, of a cut for which a model runs."""
+        assert self.dtype is not None and self.micro_batch_size is not None, "planned without a refit or a search"
+        return self.dtype, self.micro_batch_size
+
+    def limits(self) -> tuple[float, int, int]:
+        """``floor``, ``protect_first`` and ``protect_last`` of an allocation that takes notice of them."""
+        floor, first, last = self.floor, self.protect_first, self.protect_last
+        assert floor is not None and first is not None and last is not None, "planned for a uniform allocation"
+        return floor, first, last
+
+
+class DistillParameters(Parameters):
+    """Of a distillation; ``passes``: over the calibration windows."""
+
+    distillation: DistillationConfig
+    passes: int
+    seed: int
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        return self.distillation.dtype
+
+
+class RecoverParameters(Parameters):
+    """Of the fine-tuning on instruction pairs."""
+
+    recovery: Annotated[RecoveryConfig, Text]
+    seed: int
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        return self.recovery.dtype
+
+
+class EvaluateParameters(Parameters):
+    """Of an evaluation: the settings of an ``EvaluationConfig`` that it depends on."""
+
+    tasks: list[str]
+    num_fewshot: int | None
+    add_bos_token: bool
+    apply_chat_template: bool
+    limit: int | None
+    batch_size: int
+    dtype: Dtype
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        return self.dtype
+
+
+PARAMETERS: dict[str, type[Parameters]] = {
+    "importance": ImportanceParameters,
+    "reference": ReferenceParameters,
+    "prune": PruneParameters,
+    "distill": DistillParameters,
+    "recover": RecoverParameters,
+    "evaluate": EvaluateParameters,
+}
+
+
+def read_parameters(kind: str, record: Mapping[str, Any]) -> Parameters:
+    """The settings that a record holds; ``OtherParameters`` where they are not exactly what today's code would record.
+
+    Args:
+        kind: of stage.
+        record: what ``Parameters.to_json`` gave, in any version of the code.
+    """
+    try:
+        parameters = PARAMETERS[kind].model_validate(dict(record))
+    except (KeyError, ValidationError):
+        return OtherParameters(record=dict(record))
+    # Fingerprints tell 1 from 1.0, and a setting that is absent from one at its default.
+    return parameters if _text_of(parameters.to_json()) == _text_of(record) else OtherParameters(record=dict(record))
+
+
+def _text_of(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True, default=dict)
+
+
+def _record_of(section: BaseModel) -> dict[str, Any]:
+    without = left_out(section) | (_without_place(section) if isinstance(section, TextSource) else set())
+    values = {name: getattr(section, name) for name in type(section).model_fields if name not in without}
+    return {name: _record_of(value) if isinstance(value, BaseModel) else value for name, value in values.items()}
+
+
+def _without_place(source: TextSource) -> set[str]:
+    """What a record leaves out of a text source: where a file lies, or, of a data set, that there is no file."""
+    return {"path"} if source.path is None else {"path", *OF_A_DATA_SET}

@@ -1,0 +1,131 @@
+"""One stage in a store, by its id: where it lies, what has become of it, and the right to run it.
+
+Whoever asks about a stage, or runs it, does so by its handle. A handle keeps nothing: each answer is what the file
+system says at that moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfprune_dist.store.claims import Claim, Holder, try_claim
+from hfprune_dist.store.hashing import AfterEach, nothing
+from hfprune_dist.store.heartbeat import (
+    Failure,
+    Heartbeat,
+    clear_failures,
+    read_failure,
+    read_failures,
+    read_heartbeat,
+    write_failure,
+    write_failure_record,
+)
+
+if TYPE_CHECKING:
+    from hfprune_dist.store.artifacts import Store, Verdict
+
+
+class StageHandle:
+    """A stage in a store.
+
+    Args:
+        id: ``<kind>/<fingerprint>``.
+    """
+
+    def __init__(self, store: Store, id: str) -> None:
+        self.store = store
+        self.id = id
+
+    # Its artifact.
+
+    @property
+    def artifact(self) -> Path:
+        """The folder of its result."""
+        return self.store.path(self.id)
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of its artifact; None where there is none. Verifies no file."""
+        return self.store.manifest(self.id)
+
+    def is_committed(self) -> bool:
+        """Whether it has an artifact, verified or not: what a table needs to know, at no cost."""
+        return self.manifest() is not None
+
+    def verify(self, thorough: bool = False, after_each: AfterEach = nothing) -> Verdict:
+        """Check its artifact against the manifest; see ``Store.verify``."""
+        return self.store.verify(self.id, thorough, after_each)
+
+    def is_done(self) -> bool:
+        """Whether it has an artifact that verifies: the only success there is."""
+        return self.verify().state == "done"
+
+    def set_aside(self, after_each: AfterEach = nothing) -> Path | None:
+        """Move a corrupt artifact to the quarantine; see ``Store.set_aside``."""
+        return self.store.set_aside(self.id, after_each)
+
+    def open_draft(self, claim: Claim | None = None) -> Path:
+        """Create the folder in which its artifact is written; see ``Store.open_draft``."""
+        return self.store.open_draft(self.id, claim)
+
+    def discard_drafts(self, claim: Claim) -> None:
+        """Remove what was written of its artifact under a claim."""
+        self.store.discard_drafts(self.id, claim)
+
+    # Its work folder, in which it runs.
+
+    @property
+    def work(self) -> Path:
+        """The folder of its progress, which survives a death and is gone once the artifact is committed."""
+        return self.store.work(self.id)
+
+    def claim(self, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:
+        """Claim the right to run it, or learn who holds it; creates the work folder. See ``try_claim``."""
+        return try_claim(self.work, job, ended_jobs)
+
+    def claim_of(self, ticket: str) -> Claim:
+        """The claim of the process that started this one, by its ticket."""
+        return Claim.from_ticket(self.work, ticket)
+
+    def heartbeat(self) -> Heartbeat | None:
+        """How far it said it was; None where it has not said anything that can be read."""
+        return read_heartbeat(self.work)
+
+    def failures(self) -> list[Failure]:
+        """Why it failed, by all that have said so, the best explanation first."""
+        return read_failures(self.work)
+
+    def failure(self) -> Failure | None:
+        """Why it failed; None where nobody has said so."""
+        return read_failure(self.work)
+
+    def report_failure(self, failure: Failure) -> None:
+        """Leave a failure where the report finds it."""
+        write_failure_record(self.work, failure)
+
+    def report_error(self, error: BaseException, rank: int, attempt: int | None) -> None:
+        """Leave the reason why a rank failed for the launcher."""
+        write_failure(self.work, error, rank, attempt)
+
+    def clear_failures(self) -> None:
+        """Forget failures and heartbeat of earlier attempts."""
+        clear_failures(self.work)
+
+    def discard_progress(self) -> None:
+        """Let the next attempt begin anew; see ``Store.discard_progress``."""
+        self.store.discard_progress(self.id)
+
+    def discard_work(self) -> None:
+        """Forget all about its running, once its artifact is committed."""
+        self.store.discard_work(self.id)
+
+    def discard_leftovers(self) -> None:
+        """Forget what a process that died at its very end has left of the work, where the stage is done."""
+        if not self.work.is_dir() or isinstance(claim := self.claim(), Holder):
+            return  # a process that has just committed is about to do the same
+        try:
+            if self.is_done():
+                self.discard_work()
+        finally:
+            claim.release()

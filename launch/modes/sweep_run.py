@@ -1,0 +1,134 @@
+"""Running a sweep: missing stages -> artifacts -> tables, on this machine or on a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hfprune_launch.local.backend import LocalBackend
+from hfprune_launch.local.hardware import note_on_bfloat16
+from hfprune_launch.modes.sweep_arguments import PROJECT, Command
+from hfprune_launch.modes.sweep_plan import Prepared
+from hfprune_launch.screen import StageScreen, show_results, stage_screen
+from hfprune_launch.slurm.cli import NewJobs, run_on_slurm
+from hfprune_launch.slurm.commands import SlurmCommands
+from hfprune_launch.stage.stage_file import Provenance
+from hfprune_launch.sweep_folder import Record, Sweep, read_record, write_config, write_record
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.earlier_rows import kept_rows, measured_otherwise, with_earlier_rows
+from hfprune_dist.planning.plan import Cell
+from hfprune_dist.results.table import DenseModel, write_reports
+from hfprune_dist.store.artifacts import require_writable
+from hfprune_dist.store.provenance import code_version
+
+RunStages = Callable[[], int | None]
+"""Runs the missing stages; returns an exit code where it leaves before their end."""
+
+
+def run_prepared(command: Command, prepared: Prepared) -> int:
+    """Run what is missing and write the tables; returns the exit code.
+
+    Raises:
+        UserError: where stages can't run as asked for; nothing has been written.
+    """
+    sweep, store = prepared.sweep, prepared.sweep.store
+    run_stages = _runner(command, prepared) if prepared.todo else None
+    require_writable(command.out)
+    write_config(command.out, prepared.config, prepared.models)
+    write_record(command.out, _with_earlier(command, prepared))
+    store.hashes.save()  # of files that every stage which reads them compares with the plan
+    _clean_up(command, prepared)
+    if run_stages is not None and (code := run_stages()) is not None:
+        return code
+    store.hashes.save()
+    _report(command, prepared)
+    return _exit_code(sweep)
+
+
+def _runner(command: Command, prepared: Prepared) -> RunStages:
+    """What runs the missing stages.
+
+    Raises:
+        UserError: where this machine can't run them; nothing has been written.
+    """
+    sweep, here, profile = prepared.sweep, prepared.here, prepared.profile
+    provenance = Provenance(here.runtime, here.model_dump(), code_version(PROJECT))
+    if profile is None:
+        backend = LocalBackend(sweep.store, sweep.out / "logs", provenance)
+        return lambda: _run_here(command, prepared, backend)
+    SlurmCommands().require()
+    jobs = NewJobs(provenance, profile, command.arguments.max_running or profile.max_running, PROJECT)
+    return lambda: run_on_slurm(command.console, sweep, prepared.todo, jobs, command.arguments.follow)
+
+
+def _run_here(command: Command, prepared: Prepared, backend: LocalBackend) -> None:
+    stages, todo = prepared.sweep.plan.stages, prepared.todo
+    logs = prepared.sweep.out / "logs"
+    command.tell(f"{len(todo)} of {len(stages)} stages to run, {backend.ranks} ranks each; logs in {logs}")
+    if note := note_on_bfloat16(stages[stage_id] for stage_id in todo):
+        command.tell(f"note: {note}")
+    with stage_screen(command.console, len(todo)) as screen:
+        _run_in_order(prepared.sweep, todo, backend, screen)
+
+
+def _run_in_order(sweep: Sweep, todo: Sequence[str], backend: LocalBackend, screen: StageScreen) -> None:
+    """Run missing stages in plan order; a failed one keeps back only those that need its artifact."""
+    stages = sweep.plan.stages
+    for stage in (stages[stage_id] for stage_id in todo):
+        missing = next((need for need in stage.needs if not sweep.store.handle(need).is_done()), None)
+        if missing is not None:
+            screen.skip(stage, stages[missing])
+            continue
+        screen.begin(stage)
+        screen.end(stage, backend.run(stage, screen.beat))
+
+
+def _clean_up(command: Command, prepared: Prepared) -> None:
+    """Set corrupt artifacts aside that are to be made again; forget the leftovers of stages that are done."""
+    for stage_id, verdict in prepared.verdicts.items():
+        handle = prepared.sweep.store.handle(stage_id)
+        if verdict.state == "done":
+            handle.discard_leftovers()
+        elif verdict.state == "corrupt" and stage_id in prepared.todo:
+            aside = handle.set_aside()
+            if aside is not None:  # nobody else was faster
+                command.tell(f"corrupt artifact {stage_id} ({verdict.reason}): set aside as {aside}, made again")
+
+
+def _with_earlier(command: Command, prepared: Prepared) -> Record:
+    """Today's plan with the rows that the folder has besides."""
+    plan = prepared.sweep.plan
+    checkpoints = {model.name: model.checkpoint for model in prepared.models}
+    dense = {name: DenseModel(it.parameters, it.intermediate_size) for name, it in checkpoints.items()}
+    try:
+        earlier = read_record(command.out)
+    except UserError as error:
+        command.tell(f"note: rows of earlier runs are lost: {error}")
+        return Record(plan, dense)
+    return Record(with_earlier_rows(plan, earlier.plan), {**earlier.dense, **dense}) if earlier else Record(plan, dense)
+
+
+def _report(command: Command, prepared: Prepared) -> None:
+    """The tables of all rows of the folder, those that another run has begun meanwhile included."""
+    out, today, folder = command.out, prepared.sweep.plan, _with_earlier(command, prepared)
+    rows = folder.rows(prepared.sweep.store)
+    write_reports(rows, out)
+    show_results(command.console, rows)
+    if kept := kept_rows(today, folder.plan):
+        command.tell(f"rows of earlier runs: {_labels(kept)}; to remove one: --forget '{kept[0].label}'")
+    if others := measured_otherwise(today, folder.plan):
+        command.tell(f"not to be compared with the other rows, since measured in another way: {_labels(others)}")
+    command.tell(f"written: {out / 'results.csv'}, results.md, results.json")
+
+
+def _labels(cells: Sequence[Cell]) -> str:
+    return ", ".join(cell.label for cell in cells)
+
+
+def _exit_code(sweep: Sweep) -> int:
+    """0 where nothing is missing, 2 where a user can mend what is, else 1."""
+    missing = sweep.plan.lacking(lambda stage_id: sweep.store.handle(stage_id).is_committed())
+    failures = [sweep.store.handle(stage_id).failure() for stage_id in missing]
+    if any(failure is not None and failure.cause == "input" for failure in failures):
+        return UserError.EXIT_CODE
+    return 1 if missing else 0

@@ -1,0 +1,171 @@
+"""What an attempt to run a stage as a job records in its folder: small JSON files, each replaced as a whole.
+
+<store>/attempts/<kind>/<fingerprint>/<number>/
+    intent.json        what is about to be submitted, under which job name: written before sbatch
+    stage.pkl, job.sh  what is submitted
+    job.json           the id that Slurm gave; a launcher that dies before it leaves a job to be found by its name
+    run.<id>.<n>.json  the n-th start of the job (it may be requeued): where, from when to when, how far
+    end.json           how the attempt ended, and why
+    *_log.out, *.err   output of the ranks
+
+A record that is damaged (emptied, cut) counts as absent; but where a job may have been submitted, it is still known by
+its id or name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from hfprune_dist.store.atomic_files import read_json
+
+Record = TypeVar("Record")
+
+INTENT = "intent.json"
+SCRIPT = "job.sh"
+JOB = "job.json"
+END = "end.json"
+# Causes of an attempt that came to nothing before Slurm took its job; its folder serves for the next try.
+QUEUE_FULL = "submit limit"  # the user had too many jobs
+NEED_ENDED = "need ended"  # a job that it was to wait for had ended meanwhile
+# In place of a state of Slurm's: the job is over, for Slurm has known none for long and nothing shows that it lives.
+GONE = "GONE"
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What an attempt is going to submit.
+
+    Attributes:
+        number: 1 for the first attempt at the stage.
+        job_name: unique, so that the job can be found by it.
+        created: unix time.
+        gpus, cores: of the whole job.
+        time_minutes: time limit of the job.
+        slot: jobs in one slot run one after the other (``--max-running``); None without a limit.
+        cluster, user: whose job it is. Empty in records of earlier versions.
+    """
+
+    stage_id: str
+    number: int
+    job_name: str
+    created: float
+    gpus: int
+    cores: int
+    time_minutes: int
+    slot: int | None = None
+    cluster: str = ""
+    user: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The job that Slurm made of an intent; its name is here a second time, for where the intent is damaged."""
+
+    job_id: str
+    at: float
+    job_name: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One start of a job, as its first rank tells it.
+
+    Attributes:
+        restart: how often the job had been requeued before.
+        nodes: in Slurm's notation.
+        ended: unix time; None while it runs, or where it died and no later start has noticed.
+        how: done, failed, interrupted, duplicate or died.
+        progress: the last heartbeat when it ended.
+    """
+
+    job_id: str
+    restart: int
+    nodes: str
+    started: float
+    ended: float | None = None
+    how: str | None = None
+    progress: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class End:
+    """How an attempt ended.
+
+    Attributes:
+        cause: done, or one of ``hfprune_launch.slurm.exit_causes``.
+        message: for the user.
+        state: the job's last state in Slurm, or GONE. Empty where nobody has said that the job is over.
+        bad_nodes: nodes that the next attempt should avoid.
+    """
+
+    cause: str
+    message: str
+    at: float
+    state: str = ""
+    nodes: str = ""
+    bad_nodes: list[str] = field(default_factory=list)
+    log_tail: str = ""
+    run_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    progress: dict[str, Any] | None = None
+
+
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Intent, Job, Run, End)}
+
+
+def read_attempt_record(file: Path, kind: type[Record]) -> Record | None:
+    """A record; None where there is none, or where it is damaged. Keys of later versions are passed over.
+
+    Raises:
+        OSError: where the file system does not answer, which says nothing about the record.
+    """
+    try:
+        record: Record = _ADAPTERS[kind].validate_python(read_json(file))
+    except (ValueError, IsADirectoryError, NotADirectoryError):
+        return None
+    return record
+
+
+def read_intent(folder: Path) -> Intent | None:
+    """What was about to be submitted from a folder; None where nothing can have been."""
+    return read_attempt_record(folder / INTENT, Intent) or (_recover_intent(folder) if folder.is_dir() else None)
+
+
+def _recover_intent(folder: Path) -> Intent | None:
+    """What the other files tell of an intent that is lost: its job may be running all the same.
+
+    The batch script is written after the intent and before the submission: without it there is no job.
+    """
+    job, script = read_attempt_record(folder / JOB, Job), _read_script(folder / SCRIPT)
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script, re.MULTILINE))
+    if job is None and not script and not list(folder.glob("run.*.json")):
+        return None
+    stage_id, number = "/".join(folder.parts[-3:-1]), int(folder.name)
+    name = (job.job_name if job is not None else None) or options.get("job-name")
+    return Intent(
+        stage_id=stage_id,
+        number=number,
+        job_name=name or job_name_of(stage_id, number),
+        created=min(file.stat().st_mtime for file in folder.iterdir()),
+        gpus=0,
+        cores=0,
+        time_minutes=int(options.get("time", "0")),
+    )
+
+
+def job_name_of(stage_id: str, number: int) -> str:
+    """What the names of an attempt's jobs begin with; the rest makes them unique."""
+    kind, fingerprint = stage_id.split("/")
+    return f"hfprune-{kind}-{fingerprint[:8]}-{number}-"
+
+
+def _read_script(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""

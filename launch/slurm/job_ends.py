@@ -1,0 +1,199 @@
+"""What has become of a sweep's jobs: jobs are found, attempts are closed with a cause, hopeless jobs are given up."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import replace
+
+from hfprune_launch.slurm.attempt_records import GONE, NEED_ENDED, QUEUE_FULL, SCRIPT, End
+from hfprune_launch.slurm.attempts import Attempt
+from hfprune_launch.slurm.commands import JobInfo
+from hfprune_launch.slurm.exit_causes import RETRIES, explain_end
+from hfprune_launch.slurm.pending_jobs import PendingJobs
+from hfprune_launch.slurm.sweep_jobs import Event, SweepJobs
+from hfprune_launch.slurm.whereabouts import GONE_AFTER_S, Sighting
+
+from hfprune_dist.store.claims import Holder
+from hfprune_dist.store.heartbeat import Failure
+from hfprune_dist.store.stage import Stage
+
+# How long after a job has completed its artifact has to be visible here (file systems lag).
+LAG_S = 60.0
+# The reason lies in another stage or outside: the stage itself has no failure to report.
+NO_FAILURE = ("dependency", "duplicate", "lost job", QUEUE_FULL, NEED_ENDED)
+
+
+class JobEnds:
+    """Follows the jobs of a sweep to their ends."""
+
+    def __init__(self, jobs: SweepJobs) -> None:
+        self._jobs = jobs
+        self._pending = PendingJobs(lambda message: jobs.tell(Event("waiting", None, None, message)), jobs.clock)
+        # Causes of the attempts that ended while this launcher watched: what ended before it came counts no more.
+        self._ended: dict[str, list[str]] = {}
+        self._completed_since: dict[str, float] = {}
+        # Attempts whose jobs would never have started: cancelled by us, and why.
+        self._given_up: dict[str, End] = {}
+        # Names of jobs that had been missing when this launcher started: how they ended counts as before it.
+        self._inherited: set[str] = set()
+
+    def take_up_earlier(self) -> None:
+        """Take up what earlier launchers left; none of it counts as tried by this one."""
+        self.take_up()
+        self._ended.clear()
+        live = self._jobs.live.values()
+        self._inherited = {attempt.intent.job_name for attempt in live if self._jobs.is_missing(attempt)}
+
+    def take_up(self) -> None:
+        """See what has become of all jobs, and close the attempts whose jobs are over."""
+        jobs = self._jobs
+        # Records of attempts are read before squeue: a job that is in them by then is in squeue, or over.
+        for stage_id in jobs.todo - jobs.live.keys():
+            if attempt := jobs.handle(stage_id).open_attempt():
+                jobs.live[stage_id] = attempt
+        job_ids = {stage_id: attempt.job_id for stage_id, attempt in jobs.live.items()}
+        jobs.whereabouts.look(
+            {job_id: jobs.live[stage_id] for stage_id, job_id in job_ids.items() if job_id is not None}
+        )
+        sightings = {stage_id: jobs.whereabouts.sighting(jobs.live[stage_id]) for stage_id in job_ids}
+        self._pending.note([sighting.job for sighting in sightings.values() if sighting.job is not None])
+        for stage_id, attempt in list(jobs.live.items()):
+            if job_ids[stage_id] is None:
+                self._find(attempt)
+            else:
+                self._close_if_over(attempt, sightings[stage_id])
+
+    def may_try(self, stage: Stage) -> bool:
+        """Whether a stage may be tried again, after all that this launcher saw of it."""
+        ended = Counter(self._ended.get(stage.id, []))
+        return all(count <= RETRIES.get(cause, 0) for cause, count in ended.items())
+
+    def close(self, stage: Stage, attempt: Attempt, end: End) -> None:
+        """Record how an attempt ended, where the next launcher and the report find it."""
+        jobs = self._jobs
+        attempt.close(end)
+        jobs.live.pop(stage.id, None)
+        self._completed_since.pop(stage.id, None)
+        jobs.without_id.discard(stage.id)
+        if end.cause == "done":
+            jobs.todo.discard(stage.id)
+            jobs.handle(stage.id).discard_work()  # for a job that died between its commit and its end
+            jobs.tell(Event("done", stage, attempt.job_id, f"{end.run_seconds:.0f} s"))
+            return
+        if attempt.intent.job_name not in self._inherited:
+            self._ended.setdefault(stage.id, []).append(end.cause)
+        self._report_failure(stage, end)
+        jobs.todo |= {need for need in stage.needs if not jobs.handle(need).is_done()}
+        jobs.tell(Event("ended", stage, attempt.job_id, f"{end.cause}: {end.message}"))
+
+    def _report_failure(self, stage: Stage, end: End) -> None:
+        """Leave the cause where the report finds it, in place of what ranks said as they died."""
+        handle = self._jobs.handle(stage.id)
+        handle.work.mkdir(parents=True, exist_ok=True)
+        handle.clear_failures()
+        if end.cause not in NO_FAILURE:
+            handle.report_failure(Failure(end.cause, end.message, -1, end.at))
+
+    # Jobs of which no id is known.
+
+    def _find(self, attempt: Attempt) -> None:
+        """A launcher wrote this intent and died before it wrote the job's id, or is about to write it."""
+        job = self._jobs.whereabouts.named(attempt.intent.job_name)
+        if job is None and not self._jobs.is_foreign(attempt):
+            job = self._find_claimed(attempt)
+        if job is not None:
+            attempt.record_job(job.job_id)
+            self._jobs.tell(Event("adopted", self._jobs.stage_of(attempt), job.job_id))
+
+    def _find_claimed(self, attempt: Attempt) -> JobInfo | None:
+        """The job that a second look shows; the attempt is closed where there is none, for certain."""
+        stage, name = self._jobs.stage_of(attempt), attempt.intent.job_name
+        # Only who holds the claim may say that a submission came to nothing: its launcher may be at it.
+        claim = self._jobs.handle(stage.id).claim()
+        if isinstance(claim, Holder):
+            return None
+        try:
+            job_id = attempt.job_id
+            job = next((job for job in self._jobs.slurm.jobs().values() if job.name == name), None)
+            if job is None and job_id is None and self._came_to_nothing(attempt):
+                self.close(stage, attempt, End("lost job", "the launcher died while it submitted", time.time()))
+        finally:
+            claim.release()
+        return job
+
+    def _came_to_nothing(self, attempt: Attempt) -> bool:
+        """Whether there is no job of an intent, for certain: that squeue does not list it is not enough."""
+        jobs = self._jobs
+        if not (attempt.folder / SCRIPT).exists():
+            return True  # the launcher died before sbatch
+        if attempt.intent.stage_id in jobs.without_id and jobs.whereabouts.missing_for(attempt) < GONE_AFTER_S:
+            return False
+        jobs.slurm.cancel_named(attempt.intent.job_name)
+        return True
+
+    # Jobs whose ids are known.
+
+    def _close_if_over(self, attempt: Attempt, sighting: Sighting) -> None:
+        stage, job = self._jobs.stage_of(attempt), sighting.job
+        if job is not None and job.is_live:
+            self._give_up_hopeless(stage, attempt, job)
+        elif job is not None or self._jobs.handle(stage.id).is_done():
+            end = self._end(stage, attempt, job)
+            if not self._may_lag(stage, job, end):
+                self.close(stage, attempt, end)
+        elif sighting.is_gone:
+            self._close_gone(stage, attempt)
+        else:
+            self._tell_of_missing(stage, attempt)
+
+    def _may_lag(self, stage: Stage, job: JobInfo | None, end: End) -> bool:
+        """Whether the artifact of a job that has completed may still become visible here."""
+        if job is None or job.state != "COMPLETED" or end.cause == "done":
+            return False
+        now = self._jobs.clock()
+        return now - self._completed_since.setdefault(stage.id, now) < LAG_S
+
+    def _close_gone(self, stage: Stage, attempt: Attempt) -> None:
+        """Close an attempt whose job nobody knows any more, unless its claim shows that it lives."""
+        claim = self._jobs.handle(stage.id).claim()
+        if isinstance(claim, Holder):
+            self._tell_of_missing(stage, attempt)
+            return
+        try:
+            end = self._end(stage, attempt, None)
+            self.close(stage, attempt, end if end.state else replace(end, state=GONE))
+        finally:
+            claim.release()
+
+    def _end(self, stage: Stage, attempt: Attempt, job: JobInfo | None) -> End:
+        end = explain_end(self._jobs.store, stage, attempt, job)
+        given_up = self._given_up.pop(stage.id, None)
+        if given_up is None or end.cause == "done":
+            return end
+        return replace(end, cause=given_up.cause, message=given_up.message, bad_nodes=given_up.bad_nodes)
+
+    def _tell_of_missing(self, stage: Stage, attempt: Attempt) -> None:
+        if not self._jobs.is_foreign(attempt):
+            message = (
+                f"Slurm says nothing of it; it counts as gone after {GONE_AFTER_S / 60:.0f} min without a sign of life"
+            )
+            self._jobs.tell(Event("waiting", stage, attempt.job_id, message))
+
+    # Jobs that Slurm will never start.
+
+    def _give_up_hopeless(self, stage: Stage, attempt: Attempt, job: JobInfo) -> None:
+        """Cancel a job that Slurm will never start; the next round finds it ended, and tries again."""
+        cause = self._pending.hopeless(job)
+        if cause is None or self._jobs.whereabouts.is_somebody_elses(attempt):
+            return
+        if stage.id not in self._given_up:
+            self._given_up[stage.id] = self._given_up_for(cause, job)
+        self._jobs.slurm.cancel([job.job_id])
+
+    def _given_up_for(self, cause: str, job: JobInfo) -> End:
+        nodes = self._jobs.slurm.launched_on(job.job_id) if cause == "bad node" else ""
+        where = f" on {nodes}" if nodes else ""
+        message = f"job {job.job_id} could not be started{where} and would have waited for ever: {job.reason}"
+        is_one = bool(nodes) and not {"[", ","} & set(nodes)
+        return End(cause, message, time.time(), bad_nodes=[nodes] if is_one else [])

@@ -1,0 +1,41 @@
+"""How far the starts of a stage's jobs got: whether they get anywhere, or only use up their time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from hfprune_dist.store.heartbeat import Heartbeat
+
+
+def fruitless_starts(progress: Sequence[dict[str, Any] | None]) -> int:
+    """How many starts, since one that got further than all before it, fell back or got no further.
+
+    Where work has begun anew, a start that gets further than the previous one doesn't count as fruitless, nor does it
+    make up for those that were: starts that go to and fro come to an end.
+
+    Args:
+        progress: the last heartbeats of all starts, oldest first; None where a start came to no heartbeat.
+    """
+    count = 0
+    furthest: dict[str, int] = {}
+    previous: dict[str, Any] | None = None
+    for last in progress:
+        if last is not None and last["done"] > furthest.get(last["phase"], -1 if furthest else 0):
+            count = 0
+        elif last is None or not _goes_on(last, previous):
+            count += 1
+        if last is not None:
+            furthest[last["phase"]] = max(last["done"], furthest.get(last["phase"], 0))
+            previous = last
+    return count
+
+
+def _goes_on(last: dict[str, Any], previous: dict[str, Any] | None) -> bool:
+    """Whether a start got further in the phase in which the previous one ended."""
+    return previous is not None and previous["phase"] == last["phase"] and bool(last["done"] > previous["done"])
+
+
+def as_progress(heartbeat: Heartbeat | None) -> dict[str, Any] | None:
+    return None if heartbeat is None else asdict(heartbeat)

@@ -1,0 +1,46 @@
+"""At most so many jobs of a sweep at once (``--max-running``), kept by Slurm without a launcher.
+
+Each of so many slots has jobs that run one after the other: a job starts when the one before it in its slot is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+from hfprune_launch.slurm.attempts import Attempt
+
+
+class Slot(NamedTuple):
+    """A place for a job.
+
+    Attributes:
+        number: of the slot; None where there is no limit.
+        after_any: id of the job that has to be over first; None where none has to be.
+    """
+
+    number: int | None
+    after_any: str | None
+
+
+def choose_slot(limit: int | None, live: Iterable[Attempt], after_ok: Collection[str]) -> Slot:
+    """The slot that a new job joins.
+
+    Args:
+        limit: the most jobs that run at once; None: no limit.
+        live: attempts whose jobs may be waiting or running.
+        after_ok: ids of the jobs that the new one has to wait for in any case.
+    """
+    if limit is None:
+        return Slot(None, None)
+    last: dict[int, Attempt] = {}
+    for attempt in sorted(live, key=lambda attempt: attempt.intent.created):
+        if attempt.intent.slot is not None:
+            last[attempt.intent.slot] = attempt
+    free = next((slot for slot in range(limit) if slot not in last), None)
+    if free is not None:
+        return Slot(free, None)
+    # Behind a job that has to be waited for anyway, else behind the one that was submitted first.
+    slots = [slot for slot in last if slot < limit]
+    slot = min(slots, key=lambda slot: (last[slot].job_id not in after_ok, last[slot].intent.created))
+    return Slot(slot, last[slot].job_id)

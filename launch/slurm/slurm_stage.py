@@ -1,0 +1,36 @@
+"""A stage's handle where its jobs are Slurm's: it knows the attempts at the stage too."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from hfprune_launch.slurm.attempts import Attempt, Ledger
+
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.claims import Claim, Holder
+from hfprune_dist.store.stage_handle import StageHandle
+
+
+class SlurmStage(StageHandle):
+    """A stage in a store, and the attempts to run it as a job."""
+
+    def __init__(self, store: Store, id: str) -> None:
+        super().__init__(store, id)
+        self._ledger = Ledger(store.root)
+
+    def attempts(self) -> list[Attempt]:
+        """All attempts, first to last."""
+        return self._ledger.attempts(self.id)
+
+    def last_attempt(self) -> Attempt | None:
+        """The newest attempt; None before the first."""
+        return self._ledger.last(self.id)
+
+    def open_attempt(self) -> Attempt | None:
+        """The newest attempt where it has no end yet: its job may be waiting, running or over."""
+        last = self.last_attempt()
+        return last if last is not None and last.end is None else None
+
+    def claim(self, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:
+        """As ``StageHandle.claim``; what jobs hold that are known to be over is free."""
+        return super().claim(job, {*ended_jobs, *self._ledger.ended_jobs(self.id)})

@@ -1,0 +1,170 @@
+"""Submits the jobs of a sweep: every stage that is missing and whose inputs are there or on their way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hfprune_launch.slurm.attempt_records import NEED_ENDED, QUEUE_FULL, End
+from hfprune_launch.slurm.attempts import Attempt, Ledger
+from hfprune_launch.slurm.batch_script import Request, default_threads, write_submission
+from hfprune_launch.slurm.commands import (
+    NeedEndedError,
+    SlurmUnavailableError,
+    SubmissionRefusedError,
+    SubmitLimitError,
+)
+from hfprune_launch.slurm.job_ends import JobEnds
+from hfprune_launch.slurm.profile import Profile
+from hfprune_launch.slurm.slots import choose_slot
+from hfprune_launch.slurm.sweep_jobs import Event, SweepJobs
+from hfprune_launch.stage.stage_file import Provenance, write_stage_file
+
+from hfprune_dist.store.atomic_files import fsync_folders
+from hfprune_dist.store.claims import Holder
+from hfprune_dist.store.stage import Stage
+
+# The nodes at fault of so many attempts before are avoided.
+EXCLUDING_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Submitting:
+    """How new jobs are made.
+
+    Attributes:
+        snapshot: the code that jobs run.
+        max_running: the most jobs of the sweep that run at once; None: no limit.
+    """
+
+    provenance: Provenance
+    profile: Profile
+    snapshot: Path
+    max_running: int | None
+
+
+class Submission:
+    """Submits what is missing.
+
+    Attributes:
+        is_held_up: whether the last round left out a stage that could be submitted, to be tried again.
+    """
+
+    def __init__(self, jobs: SweepJobs, ends: JobEnds, submitting: Submitting) -> None:
+        self._jobs = jobs
+        self._ends = ends
+        self._submitting = submitting
+        self._ledger = Ledger(jobs.store.root)
+        self.is_held_up = False
+
+    def submit_missing(self) -> None:
+        """Submit every stage that is missing and whose inputs are there or on their way, in plan order."""
+        self.is_held_up = False
+        for stage in self._jobs.plan.stages.values():
+            try:
+                self._submit_patiently(stage)
+            except NeedEndedError as error:
+                self._jobs.tell(Event("waiting", stage, None, f"{error}; tried again"))
+            except SubmitLimitError as error:
+                self.is_held_up = True
+                message = f"{error}; the rest is submitted when jobs have ended"
+                self._jobs.tell(Event("waiting", stage, None, message))
+                return
+
+    def _submit_patiently(self, stage: Stage) -> None:
+        try:
+            self._submit_if_possible(stage)
+        except NeedEndedError:
+            # A long submission outlasts Slurm's memory of jobs that have ended (MinJobAge).
+            self.is_held_up = True
+            self._ends.take_up()
+            self._submit_if_possible(stage)
+
+    def _submit_if_possible(self, stage: Stage) -> None:
+        jobs = self._jobs
+        if stage.id not in jobs.todo or stage.id in jobs.live or not self._ends.may_try(stage):
+            return
+        pending = [need for need in stage.needs if need in jobs.todo and not jobs.handle(need).is_done()]
+        needed = [jobs.live[need] for need in pending if need in jobs.live]
+        # On a job of which Slurm may know nothing, nothing can depend.
+        job_ids = [attempt.job_id for attempt in needed if not jobs.is_missing(attempt)]
+        after_ok = [job_id for job_id in job_ids if job_id is not None]
+        if len(after_ok) == len(pending):
+            self._submit(stage, after_ok)
+
+    def _submit(self, stage: Stage, after_ok: Sequence[str]) -> None:
+        """Submit a stage, unless somebody else did or does."""
+        handle = self._jobs.handle(stage.id)
+        claim = handle.claim()
+        if isinstance(claim, Holder):
+            self.is_held_up = True
+            return
+        try:
+            verdict = handle.verify()
+            if verdict.state == "done":
+                self._jobs.todo.discard(stage.id)
+                handle.discard_work()
+            elif attempt := handle.open_attempt():
+                self._jobs.live[stage.id] = attempt
+            else:
+                if verdict.state == "corrupt":
+                    handle.set_aside()
+                self._submit_claimed(stage, after_ok)
+        finally:
+            claim.release()
+
+    def _submit_claimed(self, stage: Stage, after_ok: Sequence[str]) -> None:
+        """Write-ahead, submit, record: a death between any two of these is mended by ``JobEnds``."""
+        submitting, handle = self._submitting, self._jobs.handle(stage.id)
+        resources = submitting.profile.resources[stage.kind]
+        slot = choose_slot(submitting.max_running, self._jobs.live.values(), after_ok)
+        attempt = self._ledger.open_attempt(
+            stage, resources.gpus, resources.cores, resources.time_minutes, slot.number, **self._jobs.whereabouts.me
+        )
+        write_stage_file(handle, stage, submitting.provenance, attempt.intent.number)
+        request = Request(
+            stage=stage,
+            resources=resources,
+            folder=attempt.folder,
+            job_name=attempt.intent.job_name,
+            snapshot=submitting.snapshot,
+            threads=default_threads(resources, submitting.provenance.runtime.threads_per_rank),
+            after_ok=after_ok,
+            after_any=slot.after_any,
+            exclude=self._nodes_to_avoid(stage),
+        )
+        script = write_submission(request, attempt, self._jobs.store.root)
+        # A job outlives this machine: so must what it reads, and what tells the next launcher of it.
+        for folder in (attempt.folder, handle.work):
+            fsync_folders(folder, self._jobs.store.root)
+        self._hand_over(stage, attempt, script)
+
+    def _hand_over(self, stage: Stage, attempt: Attempt, script: Path) -> None:
+        """Submit, and record the job's id or why there is none."""
+        jobs = self._jobs
+        try:
+            job_id = jobs.slurm.submit(script, attempt.intent.job_name)
+        except SubmissionRefusedError as error:
+            self._ends.close(stage, attempt, End("refused", str(error), time.time()))
+            return
+        except (SubmitLimitError, NeedEndedError) as error:
+            cause = QUEUE_FULL if isinstance(error, SubmitLimitError) else NEED_ENDED
+            self._ends.close(stage, attempt, End(cause, str(error), time.time()))
+            raise
+        except SlurmUnavailableError:
+            jobs.live[stage.id] = attempt  # it may have arrived
+            raise
+        jobs.live[stage.id] = attempt
+        if job_id is None:
+            jobs.without_id.add(stage.id)
+            message = "Slurm took a job without saying its id; it is looked for by name"
+            jobs.tell(Event("waiting", stage, None, message))
+            return
+        attempt.record_job(job_id)
+        jobs.tell(Event("submitted", stage, job_id))
+
+    def _nodes_to_avoid(self, stage: Stage) -> list[str]:
+        ends = [end for attempt in self._jobs.handle(stage.id).attempts() if (end := attempt.end) is not None]
+        return sorted({node for end in ends[-EXCLUDING_ATTEMPTS:] for node in end.bad_nodes})

@@ -1,0 +1,81 @@
+"""What one launcher of a sweep works with, and what it keeps in mind of the sweep's jobs from round to round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hfprune_launch.slurm.attempts import Attempt
+from hfprune_launch.slurm.commands import JobInfo, SlurmCommands
+from hfprune_launch.slurm.slurm_stage import SlurmStage
+from hfprune_launch.slurm.whereabouts import Whereabouts
+
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Stage
+
+Jobs = Mapping[str, JobInfo]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that the user is told: what happened to a stage, and in which job."""
+
+    what: str
+    stage: Stage | None
+    job_id: str | None = None
+    message: str = ""
+
+
+class SweepJobs:
+    """The jobs of one sweep, as one launcher knows them.
+
+    Args:
+        tell: is told what happens.
+        clock: seconds that only grow.
+
+    Attributes:
+        todo: ids of the stages that are missing.
+        live: stage id -> its attempt that has no end yet.
+        without_id: stages whose jobs Slurm took from here without saying their ids.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        slurm: SlurmCommands,
+        tell: Callable[[Event], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.store = store
+        self.plan = plan
+        self.slurm = slurm
+        self.tell = tell
+        self.clock = clock
+        self.whereabouts = Whereabouts(store, slurm, clock)
+        self.todo = set(plan.lacking(lambda stage_id: self.handle(stage_id).is_done()))
+        self.live: dict[str, Attempt] = {}
+        self.without_id: set[str] = set()
+
+    def handle(self, stage_id: str) -> SlurmStage:
+        return SlurmStage(self.store, stage_id)
+
+    def stage_of(self, attempt: Attempt) -> Stage:
+        return self.plan.stages[attempt.intent.stage_id]
+
+    def is_missing(self, attempt: Attempt) -> bool:
+        """Whether nobody in Slurm could say anything about an attempt's job."""
+        return self.whereabouts.is_missing(attempt)
+
+    def is_foreign(self, attempt: Attempt) -> bool:
+        """Whether a job can't be seen from here; if so, say whose it is."""
+        intent = attempt.intent
+        if not (self.whereabouts.is_elsewhere(attempt) or self.whereabouts.is_somebody_elses(attempt)):
+            return False
+        message = (
+            f"user {intent.user} submitted it on cluster {intent.cluster}; its artifact is waited for. Where that job "
+            f"is gone for good, remove {attempt.folder}"
+        )
+        self.tell(Event("waiting", self.stage_of(attempt), attempt.job_id, message))
+        return True
