@@ -1,4 +1,4 @@
-"""How much memory the code lets itself take at a time: read by what runs, and by what estimates it without torch."""
+"""Limits on the memory that the code takes at a time, for what runs and for estimates, which do without torch."""
 
 # Of one thread's portion on a CPU. A second-level cache holds it together with a result of the same size.
 CACHE_BYTES = 2**19

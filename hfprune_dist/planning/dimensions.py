@@ -1,4 +1,4 @@
-"""A decoder's dimensions, as memory and work follow from them."""
+"""The dimensions of a decoder from which its memory and work are computed."""
 
 from __future__ import annotations
 

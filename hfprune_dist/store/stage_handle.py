@@ -1,7 +1,7 @@
 """One stage in a store, by its id: where it lies, what has become of it, and the right to run it.
 
-Whoever asks about a stage, or runs it, does so by its handle. A handle keeps nothing: each answer is what the file
-system says at that moment.
+Code that asks about a stage, or runs it, does so through its handle. A handle keeps no state: each answer is what the
+file system says at that moment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the Trainer and DeepSpeed are told, and the sharded model with LoRA layers that they train."""
+"""Settings of the Trainer and of DeepSpeed, and the sharded model with LoRA layers that they train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to train, on what, and how far; and what holds of every step."""
+"""A fine-tuning task: what to train, on which rows, and for how many steps."""
 
 from __future__ import annotations
 

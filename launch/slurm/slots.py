@@ -1,6 +1,7 @@
-"""At most so many jobs of a sweep at once (``--max-running``), kept by Slurm without a launcher.
+"""The limit on a sweep's jobs that run at once (``--max-running``), which Slurm enforces without a launcher.
 
-Each of so many slots has jobs that run one after the other: a job starts when the one before it in its slot is over.
+There are as many slots as jobs may run at once. The jobs of a slot run one after the other: a job
+starts when the one before it in its slot is over.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one launcher of a sweep works with, and what it keeps in mind of the sweep's jobs from round to round."""
+"""The tools of one launcher of a sweep, and what it remembers about the sweep's jobs from round to round."""
 
 from __future__ import annotations
 
