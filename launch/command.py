@@ -1,6 +1,6 @@
-"""How every command begins and ends: what a user can mend is one message, Ctrl-C is no traceback.
+"""How every command begins and ends: what a user can mend is shown as one message, and Ctrl-C shows no traceback.
 
-It imports next to nothing, and commands import what they work with inside ``run``, so that this holds from the start.
+This module imports next to nothing, and commands import the rest inside ``run``, so that this holds from the start.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ def _require_streams() -> None:
 
 
 def folder(argument: str) -> Path:
-    """The type of arguments that name a folder; an empty one, as of a variable that isn't set, would be this one."""
+    """The type of arguments that name a folder.
+
+    Raises:
+        UserError: for an empty one, as of a shell variable that isn't set: it would mean the current folder.
+    """
     if not argument:
         raise UserError("an argument that names a folder is empty; give a folder (. for the current one)")
     return Path(argument)

@@ -1,4 +1,4 @@
-"""What the words in a job's logs mean: the table by which ``causes`` tells why a job ended."""
+"""What the words in a job's logs mean: the table from which ``exit_causes`` tells why a job ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Sign:
     """Words in a log, or in what a rank said as it failed.
 
     Attributes:
-        cause: one of ``causes.RETRIES``.
+        cause: one of ``exit_causes.RETRIES``.
         meaning: for the user: what has happened, and what to do.
     """
 
