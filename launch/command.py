@@ -38,7 +38,11 @@ def _require_streams() -> None:
 
 
 def folder(argument: str) -> Path:
-    """The type of arguments that name a folder; an empty one, as of a variable that isn't set, would be this one."""
+    """The type of arguments that name a folder.
+
+    Raises:
+        UserError: for an empty one, as of a shell variable that isn't set: it would mean the current folder.
+    """
     if not argument:
         raise UserError("an argument that names a folder is empty; give a folder (. for the current one)")
     return Path(argument)

@@ -70,7 +70,9 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
 
 
 def _models_by_kind(plan: Plan, todo: Sequence[str]) -> dict[str, list[Path]]:
-    """Kind of stage -> the dense models, or those that pruned models come from, whose tokenizers such stages need."""
+    """Kind of stage -> folders of the dense models whose tokenizers such stages need, also for models pruned from
+    them.
+    """
     models: dict[str, list[Path]] = {}
     for stage in (plan.stages[stage_id] for stage_id in todo):
         if isinstance(stage.params, ImportanceParameters | RecoverParameters | EvaluateParameters) or (
@@ -131,7 +133,7 @@ def _check_length(reading: Reading, folder: Path, positions: int | None) -> None
 
 
 def _check_text(reading: Reading, folder: Path, tokenizer: Any, add_bos_token: bool) -> None:
-    """Whether there is a window, or a pair to train on, in what was read of a text."""
+    """Check that what was read of a text holds a window, or a pair to train on."""
     from hfprune_dist.data.instructions import require_room, require_trainable
     from hfprune_dist.data.tokenizer import require_eos
     from hfprune_dist.data.windows import require_long_enough

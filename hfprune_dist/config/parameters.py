@@ -29,7 +29,19 @@ AN_INPUT = "(an input of the stage)"
 
 
 class Parameters(Section):
-    """The settings that a stage's result depends on, besides its inputs and the version of its code."""
+    """The settings that a stage's result depends on, besides its inputs and the version of its code.
+
+    They are equal where they are recorded alike: where a text lies makes no difference.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self._text() == other._text()
+
+    def __hash__(self) -> int:
+        return hash(self._text())
+
+    def _text(self) -> str:
+        return _text_of(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """What fingerprints are made of, and what records hold."""

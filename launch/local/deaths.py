@@ -1,4 +1,4 @@
-"""How the ranks of a stage on this machine died: from what they left, and from what torchrun says in their log."""
+"""How the ranks of a stage on this machine died, by what they left and by what torchrun says in their log."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ _SIGNAL = re.compile(
     r"^ *rank +: (?P<rank>\d+) .*\n(?:.*\n){1,3}? *traceback : Signal \d+ \((?P<signal>SIG\w+)\) received by PID",
     re.MULTILINE,
 )
-# By signals that no code of ours sends itself: the kernel where memory is short, a scheduler, a user; or a page of a
-# mapped file that is gone.
+# Signals from outside: of the kernel where memory is short or a page of a mapped file is gone, a scheduler or a user.
 FROM_OUTSIDE = ("SIGKILL", "SIGBUS")
 BY_ITSELF = ("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE")
 # What gloo says before it aborts the process because another rank sent something else than was waited for.
@@ -26,7 +25,7 @@ OUT_OF_STEP = "op.preamble.length <= op.nbytes"
 
 @dataclass(frozen=True)
 class Death:
-    """A rank that ended by a signal, by its name."""
+    """A rank, and the name of the signal that ended it."""
 
     rank: int
     signal: str

@@ -12,7 +12,8 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store.stage import Stage
 
 CPU_INFO = Path("/proc/cpuinfo")
-# Where a kind of stage has its compute dtype; a prune stage has the pass's, a reference that of who reads it.
+# Kind of stage -> the section of the configuration that sets its compute dtype. A prune stage has that of the
+# calibration pass; a reference has that of the stage that reads it, which is named for it.
 SECTIONS = {
     "importance": "importance",
     "prune": "importance",
@@ -58,7 +59,7 @@ def ranks_here(runtime: RuntimeConfig) -> int:
 
 
 def note_on_bfloat16(stages: Iterable[Stage]) -> str:
-    """What to set where stages would multiply bfloat16 on a CPU that can't; empty where it is no matter."""
+    """Which settings to change where stages would compute in bfloat16 on a CPU that is slow at it; empty where none."""
     if count_gpus() or not _bfloat16_is_slow():
         return ""
     computing = (it for it in stages if it.kind in SECTIONS)

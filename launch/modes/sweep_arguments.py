@@ -90,6 +90,6 @@ class Command:
     def _refuse_flags_of_slurm(self) -> None:
         limit = self.arguments.max_running
         if limit is not None:
-            raise UserError(f"--max-running {limit}: of jobs on Slurm (--profile); here one stage runs")
+            raise UserError(f"--max-running {limit}: only with jobs on Slurm (--profile); here stages run one by one")
         if self.arguments.follow is False:
-            raise UserError("--no-follow: of jobs on Slurm (--profile); stages on this machine end with this command")
+            raise UserError("--no-follow: only with jobs on Slurm (--profile); stages here end with this command")

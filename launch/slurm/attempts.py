@@ -111,7 +111,7 @@ class Ledger:
         return next(self._attempts(stage_id, newest_first=True), None)
 
     def attempt_at(self, folder: Path) -> Attempt:
-        """The attempt in a folder of this ledger.
+        """The attempt in a folder of the store.
 
         Raises:
             UserError: where nothing of it is left.

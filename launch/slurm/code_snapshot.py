@@ -63,7 +63,7 @@ def _sources(folder: Path) -> list[Path]:
 
 
 def _digest(folder: Path) -> str:
-    """Of everything that can be imported from a copy; what running jobs leave there (caches, core dumps) is not."""
+    """Digest of what can be imported from a copy, without what running jobs leave there (caches, core dumps)."""
     hashes = FileHashes(None)
     return digest_of({str(file.relative_to(folder)): hashes.of_file(file) for file in _sources(folder)})[:16]
 

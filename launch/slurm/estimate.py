@@ -1,4 +1,4 @@
-"""What a plan's stages need of the GPUs that a profile describes: estimates for a dry run, and plans that can't fit."""
+"""What a plan's stages need of a profile's GPUs: estimates for a dry run, and the refusal of plans that can't fit."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _problems(estimate: Estimate) -> Iterator[str]:
 
 
 def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
-    """A table that says of itself that nothing in it was measured."""
+    """Print the estimates as a table, which says that nothing in it was measured."""
     if not estimates:
         return
     lines = Table(
@@ -155,7 +155,7 @@ def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeCo
 
 
 def _host_bytes(job: Job, dims: Dimensions, gpus: Gpus) -> int:
-    """Main memory of one rank, where it is too much to leave out."""
+    """Main memory of one rank for curvature or hidden states; 0 for jobs that keep neither there."""
     return job.host_bytes(dims, gpus.ranks) if isinstance(job, Importance | LayerPass) else 0
 
 
@@ -229,7 +229,7 @@ def _training(settings: LoraTraining, tokens: int, distills: bool) -> Train:
 
 
 def _calibration(plan: Plan, stage: Stage) -> CalibrationConfig:
-    """Settings of the windows that a stage after importance reads, or has a reference on."""
+    """Settings of the calibration windows that a stage reads, itself or through its reference."""
     if "reference" in stage.inputs:
         return _calibration(plan, plan.stages[stage.inputs["reference"].location])
     params = plan.stages[stage.inputs["importance"].location].params
@@ -258,7 +258,8 @@ def _whole_on_each(job: Job, dims: Dimensions, gpus: Gpus, runtime: RuntimeConfi
 def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: int | None) -> str:
     """The fewest nodes that hold one window, and the micro-batch whose work hides the network's time.
 
-    Where a job shares no weights and gathers nothing, as ``placed`` on one GPU, the largest micro-batch that fits.
+    For a job that keeps all it needs on each GPU (then ``placed`` is one GPU) and so gathers nothing: the largest
+    micro-batch that fits.
     """
     if isinstance(job, LayerPass) or placed != gpus:
         return "" if fits(job, dims, placed) else _smaller(job, dims, placed)
@@ -289,7 +290,9 @@ def _is_hidden(job: TimedJob, dims: Dimensions, gpus: Gpus) -> bool:
 
 
 def _gpu_hours(rounds: int | None, job: Job, dims: Dimensions, gpus: Gpus) -> float | None:
-    """For so many micro-batches of every rank; None where their number, or what bounds them, is not known."""
+    """GPU-hours of so many micro-batches of every rank; None where their number, or what limits their rate, is not
+    known.
+    """
     if rounds is None or isinstance(job, LayerPass) or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
         return None
     if isinstance(job, Importance) and job.curvature:  # Gram matrices and what is made of them take a time of their own
@@ -298,7 +301,9 @@ def _gpu_hours(rounds: int | None, job: Job, dims: Dimensions, gpus: Gpus) -> fl
 
 
 def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:
-    """Micro-batches of the rank that has most. An evaluation's and an epoch's of recovery are known when they run."""
+    """Micro-batches of the rank that has most of them; None where that is known only once the stage runs, as of
+    evaluations and of epochs of recovery.
+    """
     match stage.params:
         case ImportanceParameters(calibration=calibration):
             micro_batches = _ceil(calibration.samples, calibration.micro_batch_size)
@@ -315,9 +320,10 @@ def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:
 
 
 def _shared_rows(stage: Stage) -> int | None:
-    """Rows that all ranks share in a step of training; of calibration, windows that are not tied to others by a shard.
+    """The most rows that micro-batches of all ranks can have together; None where nothing limits them.
 
-    None where there is nothing of that kind.
+    In training, those of an optimizer step. In calibration a shard is one rank's, so that ``shard_size`` micro-batches
+    come one after the other.
     """
     match stage.params:
         case ImportanceParameters(calibration=calibration):

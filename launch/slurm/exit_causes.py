@@ -110,7 +110,7 @@ class _Evidence:
 
     @property
     def failure(self) -> Failure | None:
-        """The failure that explains the others; None where all ranks only lost another one."""
+        """The failure that caused the others; None where every rank says only that it lost another one."""
         return next((it for it in self.failures if not it.is_consequence), None)
 
 
@@ -148,7 +148,7 @@ def _collect(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | None) 
 
 
 def _cause(evidence: _Evidence) -> tuple[str, str]:
-    """Cause and message: what explains most is asked first."""
+    """Cause and message, by the first explanation that fits; those that explain most come first."""
     if evidence.store.handle(evidence.stage.id).is_done():
         return "done", ""
     explanations = (
@@ -178,7 +178,7 @@ def _cancelled(evidence: _Evidence) -> _Explanation:
 
 
 def _left_to_another(evidence: _Evidence) -> _Explanation:
-    """Where the last start of the job came too late for the stage, what is in the work folder isn't its own."""
+    """Of a job whose last start left the stage to another process: all that lies in the work folder is that one's."""
     runs = evidence.attempt.runs()
     if not runs or runs[-1].how != "duplicate":
         return None
@@ -204,7 +204,9 @@ def _ended_by_slurm(evidence: _Evidence) -> _Explanation:
 
 
 def _time_limit(evidence: _Evidence) -> tuple[str, str]:
-    """The job did not reach a point where it could save its work and requeue itself; did it get anywhere?"""
+    """Of a job that ran into its time limit before it could save its work and requeue itself: what counts is whether it
+    got further than the starts before it.
+    """
     attempt = evidence.attempt
     reached = f"{evidence.job} reached its time limit of {attempt.intent.time_minutes} minutes"
     if fruitless_starts([*attempt.earlier_progress(), as_progress(evidence.heartbeat)]) == 0:
@@ -256,7 +258,7 @@ def _without_a_word(evidence: _Evidence) -> str:
 
 
 def never_gets_further(attempt: Attempt) -> Failure | None:
-    """Why a job that was interrupted must not go on, where its last starts got nowhere; None where it may."""
+    """Why an interrupted job must not be requeued: its last starts got no further than those before. None: it may."""
     starts = fruitless_starts(attempt.earlier_progress())
     if starts < FRUITLESS_STARTS:
         return None
@@ -268,7 +270,7 @@ def never_gets_further(attempt: Attempt) -> Failure | None:
 
 
 def _end_of(job: JobInfo | None, heartbeat: Heartbeat | None, now: float) -> float:
-    """When a job ended that could not say so itself: by Slurm's word, else by its last heartbeat."""
+    """Unix time of the end of a job that could not record it: as Slurm says, else its last heartbeat, else ``now``."""
     if job is not None:
         try:
             return time.mktime(time.strptime(job.end, "%Y-%m-%dT%H:%M:%S"))
@@ -278,7 +280,7 @@ def _end_of(job: JobInfo | None, heartbeat: Heartbeat | None, now: float) -> flo
 
 
 def _bad_nodes(cause: str, text: str, attempt: Attempt) -> list[str]:
-    """The nodes at fault, as far as the log names them; a job on one node names it by running there."""
+    """The nodes at fault: those that the log names, else the only node of the job's last start."""
     if cause not in ("node failure", "bad node"):
         return []
     named = {first or second for first, second in NODE_AT_FAULT.findall(text)}
@@ -295,7 +297,7 @@ def _state_from(text: str) -> str:
 
 
 def _telling_lines(logs: list[Path]) -> str:
-    """Of every log since the job's last start: the last lines, and all by Slurm, which may come long before them."""
+    """What every log holds since the job's last start: its last lines, and all that Slurm wrote before those."""
     kept = []
     for log in logs:
         lines = [line for line in since_last_start(_end_of_file(log)).splitlines() if _says_something(line)]

@@ -50,7 +50,7 @@ CLAIM_PATIENCE_S = RENEWAL_LIMIT_S + 30.0
 
 
 class NodeError(UserError):
-    """The node or allocation can't run the stage; another may."""
+    """A node, or what the job was given of it, can't run the stage; another node may."""
 
     CAUSE = "bad node"
 
@@ -114,7 +114,7 @@ def _master_address(slurm: Mapping[str, str]) -> str:
 
 
 def preflight(store: Store, environment: Mapping[str, str]) -> None:
-    """Check what a stage takes for granted, before anything slow is imported.
+    """Check that the node sees the store, the sweep's code and its GPUs, before anything slow is imported.
 
     Raises:
         NodeError: naming the node and what it lacks.
@@ -166,7 +166,7 @@ class _Rank:
         leave_process(0)
 
     def _admit(self, world: World) -> Admission:
-        """Whether the stage has to run: rank 0 asks until there is an answer, all ranks learn it."""
+        """Whether the stage has to run here: rank 0 asks until there is an answer, which all ranks learn."""
         answer = "wait"
         while answer == "wait":
             answer = world.broadcast(self._gate.ask() if self._gate else "")
@@ -175,10 +175,11 @@ class _Rank:
         return Admission(answer == "run", self._claim)
 
     def _requeue(self) -> bool:
-        """On rank 0, once all ranks have saved: back into the queue.
+        """On rank 0, once all ranks have saved their work: put the job back into the queue.
 
-        Not where the user has cancelled the job, nor where it would be interrupted for ever: its time limit ends
-        it before it gets any further.
+        Returns:
+            False where the job is to end: the user has cancelled it, or each of its starts reaches the time limit
+            before it gets any further than the one before.
         """
         self._end("interrupted")
         job_id = array_job_id(os.environ)
@@ -227,7 +228,7 @@ class _StartGate:
     """On rank 0: decides whether the stage has to run here, and keeps the record of this start of the job.
 
     Attributes:
-        claim: on the stage, from when it has to run here.
+        claim: on the stage; None until it is known that the stage has to run here.
     """
 
     def __init__(self, store: Store, stage_id: str, folder: Path) -> None:
@@ -275,7 +276,7 @@ class _StartGate:
             self._handle.discard_drafts(self.claim)
 
     def _close_earlier_runs(self) -> None:
-        """A start of this job that could not say how it ended was killed, at its last heartbeat or later."""
+        """Record the ends of earlier starts of this job that were killed, at the last heartbeat or later."""
         heartbeat = self._handle.heartbeat()
         for run in self._attempt.runs():
             if run.job_id == self._run.job_id and run.restart < self._run.restart and run.ended is None:
@@ -284,7 +285,7 @@ class _StartGate:
 
 
 def _renew(renewal: Renewal) -> None:
-    """For as long as the claim is held; the stage finds out by itself where it is lost."""
+    """Renew the claim until it is released or lost; that it is lost the stage itself notices at its next heartbeat."""
     with contextlib.suppress(ClaimLostError):
         while True:
             time.sleep(CLAIM_POLL_S)
@@ -292,7 +293,10 @@ def _renew(renewal: Renewal) -> None:
 
 
 def array_job_id(slurm: Mapping[str, str]) -> str:
-    """The id under which Slurm's commands know this job; the plain id of an array's element may mean all of it."""
+    """The id by which Slurm's commands know this job.
+
+    Of an element of a job array that is ``<array>_<index>``: its plain id may stand for the whole array.
+    """
     if "SLURM_ARRAY_JOB_ID" in slurm:
         return f"{slurm['SLURM_ARRAY_JOB_ID']}_{slurm['SLURM_ARRAY_TASK_ID']}"
     return slurm["SLURM_JOB_ID"]

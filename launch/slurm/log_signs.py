@@ -12,7 +12,7 @@ class Sign:
     """Words in a log, or in what a rank said as it failed.
 
     Attributes:
-        cause: one of ``causes.RETRIES``.
+        cause: one of ``exit_causes.RETRIES``.
         meaning: for the user: what has happened, and what to do.
     """
 

@@ -21,7 +21,7 @@ NAMED_JOBS = 3
 
 
 class PendingJobs:
-    """Keeps in mind since when jobs wait for which reason.
+    """Remembers which reasons jobs wait for, and since when.
 
     Args:
         tell: is told one line per reason.
@@ -51,7 +51,7 @@ class PendingJobs:
                 self._tell(_sentence(reason, job_ids, lasted))
 
     def hopeless(self, job: JobInfo) -> str | None:
-        """The cause for which a job has to be given up, where it will never start by itself."""
+        """The cause for which a job is given up that will never start by itself; None where it may start."""
         if job.state != "PENDING":
             return None
         if LAUNCH_FAILED.search(job.reason):
@@ -64,7 +64,7 @@ class PendingJobs:
 
 
 def _short(reason: str) -> str:
-    """A reason without the nodes that it may list."""
+    """A reason without the nodes that Slurm may list after it."""
     return re.split(r"[,(:]", reason)[0].strip()
 
 

@@ -10,10 +10,10 @@ from hfprune_dist.store.heartbeat import Heartbeat
 
 
 def fruitless_starts(progress: Sequence[dict[str, Any] | None]) -> int:
-    """How many starts, since one that got further than all before it, fell back or got no further.
+    """How many starts got nowhere since the last one that got further than all before it.
 
-    Where work has begun anew, a start that gets further than the previous one doesn't count as fruitless, nor does it
-    make up for those that were: starts that go to and fro come to an end.
+    A start that only makes up ground, after work has begun anew, counts neither way: it is not fruitless, and it
+    doesn't make up for those that were. So a job whose starts go back and forth comes to an end, too.
 
     Args:
         progress: the last heartbeats of all starts, oldest first; None where a start came to no heartbeat.

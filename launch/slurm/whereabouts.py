@@ -30,9 +30,9 @@ class Sighting:
     """What is known about an attempt's job.
 
     Attributes:
-        job: what Slurm says; None: nothing.
-        is_gone: whether the job is over although Slurm does not say so, unless somebody holds the stage's claim;
-            without it, and without ``job``, nothing is known, and the job may be running.
+        job: what Slurm says about it; None: nothing.
+        is_gone: whether the job counts as over although Slurm says nothing about it, unless somebody holds the stage's
+            claim. Where it is False and ``job`` is None, the job may be running.
     """
 
     job: JobInfo | None
@@ -45,7 +45,7 @@ GONE_SIGHTING = Sighting(None, is_gone=True)
 
 @dataclass
 class _Absence:
-    """Since when squeue has not listed a job, and what the store showed of it then; times are the clock's."""
+    """Since when squeue has not listed a job, and the signs of life in the store then. Times are those of the clock."""
 
     since: float
     signs: object
@@ -53,7 +53,7 @@ class _Absence:
 
 
 class Whereabouts:
-    """Looks for jobs; keeps in mind since when which is missing.
+    """Looks for jobs, and remembers since when each missing one has been missing.
 
     Args:
         clock: seconds that only grow.
@@ -109,7 +109,7 @@ class Whereabouts:
         return attempt.folder in self._absences
 
     def is_elsewhere(self, attempt: Attempt) -> bool:
-        """Whether a job is another cluster's, about which nobody here can say anything."""
+        """Whether a job is another cluster's, about which Slurm can say nothing here."""
         return bool(attempt.intent.cluster) and attempt.intent.cluster != self._slurm.cluster()
 
     def is_somebody_elses(self, attempt: Attempt) -> bool:
@@ -117,7 +117,7 @@ class Whereabouts:
         return attempt.intent.user not in ("", self._user)
 
     def missing_for(self, attempt: Attempt) -> float:
-        """Seconds since when a job, or one of which no id is known, has not been seen; 0.0 at the first time."""
+        """For how many seconds a job has not been seen, whether or not its id is known; 0.0 at the first call."""
         return self._clock() - self._absence(attempt).since
 
     def _ask_about(self, unlisted: Mapping[str, Attempt]) -> None:
@@ -134,7 +134,7 @@ class Whereabouts:
                 self._absences.pop(attempt.folder, None)
 
     def _is_due(self, attempt: Attempt) -> bool:
-        """Whether it is time to ask the controller about a job; not all are asked about in every round."""
+        """Whether it is time to ask the controller about a job, which happens once in ``ASK_AGAIN_S``."""
         absence = self._absence(attempt)
         if self.is_elsewhere(attempt):
             return False
@@ -158,7 +158,7 @@ class Whereabouts:
         return GONE_SIGHTING if self.missing_for(attempt) >= GONE_AFTER_S else UNKNOWN
 
     def _absence(self, attempt: Attempt) -> _Absence:
-        """Since when a job is missing; a sign of life in the store makes it begin anew."""
+        """Since when a job is missing; counted anew from each sign of life in the store."""
         signs = self._signs_of_life(attempt)
         absence = self._absences.get(attempt.folder)
         if absence is None or absence.signs != signs:
@@ -171,11 +171,11 @@ class Whereabouts:
 
 
 def _is_named(job: JobInfo, attempt: Attempt) -> bool:
-    """Whether a job has an attempt's name; where that was lost with damaged records, only its beginning is known."""
+    """Whether a job has an attempt's name. Damaged records may have lost its end, so that its beginning decides."""
     return job.name.startswith(attempt.intent.job_name)
 
 
 def _said_that_it_ended(attempt: Attempt) -> bool:
-    """Whether the last start of a job recorded itself that it came to an end after which nothing is requeued."""
+    """Whether the last start of a job recorded that it ended in a way after which the job is not requeued."""
     runs = attempt.runs()
     return bool(runs) and runs[-1].how in ("done", "failed", "duplicate")

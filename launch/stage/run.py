@@ -66,7 +66,7 @@ def main() -> NoReturn:
             leave_reason(handle, mended, rank, None if content is None else content.attempt, claim)
         if isinstance(mended, UserError):
             print(f"error: {mended}", file=sys.stderr)
-            # The other ranks may hang in a collective with this one: leave without the process group's farewell.
+            # The other ranks may hang in a collective with this one: end without waiting for them.
             leave_process(UserError.EXIT_CODE)
         raise
     leave_process(0)
@@ -79,14 +79,14 @@ def leave_reason(handle: StageHandle, error: Exception, rank: int, attempt: int 
 
 
 def leave_process(code: int) -> NoReturn:
-    """End at once, without the interpreter's farewell: in it, threads of gloo and DeepSpeed abort now and then."""
+    """End the process at once: in the interpreter's own shutdown, threads of gloo and DeepSpeed abort now and then."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def prepare_environment() -> None:
-    """Defaults of a single process where nobody started ranks, and quiet libraries."""
+    """Make a process that nobody started as a rank the only one, and keep libraries quiet."""
     single_process = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for key, value in single_process.items():
         os.environ.setdefault(key, value)
@@ -130,7 +130,7 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
 
 
 def _timeout_minutes(handle: StageHandle) -> int:
-    """The collective timeout; where the stage is not laid out (any more), the default."""
+    """The collective timeout that the stage is run with; the default where there is no ``stage.json`` (any more)."""
     content = find_stage_file(handle)
     runtime = RuntimeConfig() if content is None else RuntimeConfig.model_validate(content.runtime)
     return runtime.collective_timeout_minutes

@@ -69,11 +69,11 @@ def read_stage_file(handle: StageHandle) -> StageFile:
     """
     content = find_stage_file(handle)
     if content is None:
-        raise UserError(f"{handle.work}: no {STAGE_FILE}; stages are laid out by launch/sweep.py")
+        raise UserError(f"{handle.work}: no {STAGE_FILE}; it is written by launch/sweep.py")
     return content
 
 
 def attempts_so_far(handle: StageHandle) -> int:
-    """How often the local backend has laid a stage out in the work folder that is there now."""
+    """How many attempts the local backend has begun in the work folder that is there now."""
     content = find_stage_file(handle)
     return 0 if content is None else content.attempt

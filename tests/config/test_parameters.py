@@ -50,6 +50,7 @@ def test_what_is_recorded_is_read_as_what_was_planned(planned):
     for stage in planned.values():
         for read in (Stage.from_json(through_json(stage)), Stage.to_run(through_json(stage))):
             assert type(read.params) is type(stage.params) is PARAMETERS[stage.kind]
+            assert read == stage and hash(read.params) == hash(stage.params)
             assert read.to_json() == stage.to_json() and read.id == stage.id
             assert read.params.compute_dtype == stage.params.compute_dtype
 
@@ -115,6 +116,12 @@ def test_what_may_be_left_out_is_the_default():
             for name, field in section.model_fields.items():
                 for mark in field.metadata:
                     assert not isinstance(mark, LeftOutAt) or mark.value == field.default, (section, name)
+
+
+def test_settings_are_equal_where_they_are_recorded_alike():
+    assert PruneParameters(**CUT) == PruneParameters(**CUT) != PruneParameters(**CUT | {"ratio": 0.3})
+    assert read_parameters("prune", CUT | {"later": 1}) != PruneParameters(**CUT)
+    assert read_parameters("prune", CUT | {"ratio": 1}) != read_parameters("prune", CUT | {"ratio": 1.0})
 
 
 def test_settings_can_not_be_changed():

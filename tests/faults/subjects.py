@@ -20,11 +20,12 @@ from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.modes import sweep_run
 from hfprune_launch.slurm import commands as slurm_cli
 from hfprune_launch.slurm.attempts import Ledger
-from hfprune_launch.slurm.backend import SlurmBackend, Submitting
+from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.code_snapshot import take_snapshot
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.job import _StartGate
 from hfprune_launch.slurm.profile import Profile, Resources
+from hfprune_launch.slurm.submission import Submitting
 from hfprune_launch.stage import run as stage_script
 from hfprune_launch.stage.stage_file import Provenance
 from safetensors.torch import save_file

@@ -10,8 +10,8 @@ import yaml
 from hfprune_launch import report, sweep
 from sweeps import in_process, make_inputs, planned
 
-from hfprune_dist.planning import plan
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import STAGE_VERSIONS
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_the_record_of_an_earlier_version_is_read(config, tmp_path):
     """One without what is new, and with stages whose version has risen since."""
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(plan.STAGE_VERSIONS, "prune", 1)
+        patch.setitem(STAGE_VERSIONS, "prune", 1)
         done(config, out, "--ratios", "0.1", ratios=[0.1])
     record = json.loads((out / "sweep.json").read_text())
     del record["asked"]

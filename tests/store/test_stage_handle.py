@@ -1,38 +1,93 @@
+"""What a stage's handle answers, from before the stage runs to after its artifact is committed."""
+
+import pytest
+
+from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.claims import try_claim
+from hfprune_dist.store.claims import Claim, Holder
+from hfprune_dist.store.heartbeat import Failure, Progress
 from hfprune_dist.store.stage import Stage
 
 STAGE = Stage("prune", "a label", {"ratio": 0.2}, {})
 
 
-def with_work(folder):
-    store = Store(folder)
-    store.work(STAGE.id).mkdir(parents=True)
-    (store.work(STAGE.id) / "refit").write_text("large")
-    return store
+@pytest.fixture
+def handle(tmp_path):
+    return Store(tmp_path).handle(STAGE.id)
 
 
-def commit(store):
-    draft = store.open_draft(STAGE.id)
+def with_work(handle):
+    handle.work.mkdir(parents=True)
+    (handle.work / "refit").write_text("large")
+    return handle
+
+
+def commit(handle):
+    draft = handle.open_draft()
     (draft / "result").write_text("x")
-    store.commit(STAGE, draft, {"metrics": {}})
+    handle.store.commit(STAGE, draft, {"metrics": {}})
 
 
-def test_work_of_a_stage_that_is_done_is_forgotten(tmp_path):
-    store = with_work(tmp_path)
-    commit(store)
-    store.handle(STAGE.id).discard_leftovers()
-    assert not store.work(STAGE.id).exists()
-    store.handle(STAGE.id).discard_leftovers()
-    assert not store.work(STAGE.id).exists(), "nothing is made to be forgotten"
+def test_of_a_stage_that_nobody_has_begun_there_is_nothing(handle, tmp_path):
+    assert (handle.id, handle.artifact, handle.work) == (STAGE.id, tmp_path / STAGE.id, tmp_path / "work" / STAGE.id)
+    assert handle.verify().state == "missing" and not handle.is_done() and not handle.is_committed()
+    assert handle.manifest() is handle.heartbeat() is handle.failure() is None and handle.failures() == []
+    handle.discard_leftovers()
+    assert list(tmp_path.iterdir()) == [], "whoever asks writes nothing"
 
 
-def test_work_of_a_stage_that_is_not_done_or_claimed_stays(tmp_path):
-    store = with_work(tmp_path)
-    store.handle(STAGE.id).discard_leftovers()
-    assert (store.work(STAGE.id) / "refit").is_file()
-    claim = try_claim(store.work(STAGE.id))
-    commit(store)
-    store.handle(STAGE.id).discard_leftovers()
-    assert (store.work(STAGE.id) / "refit").is_file()
+def test_a_stage_that_runs_tells_how_far_it_is_and_why_it_failed(handle):
+    claim = handle.claim()
+    assert isinstance(claim, Claim) and isinstance(handle.claim(), Holder)
+    assert handle.claim_of(claim.ticket).is_held()
+    Progress(handle.work).update("layers", 3, 9)
+    assert (handle.heartbeat().phase, handle.heartbeat().done) == ("layers", 3)
+    handle.report_error(ValueError("of ours"), 0, 1)
+    handle.report_error(UserError("a user's"), 1, 1)
+    handle.report_failure(Failure("killed", "a launcher's", -1, 0.0, 1))
+    assert sorted(failure.rank for failure in handle.failures()) == [-1, 0, 1]
+    assert handle.failure() == handle.failures()[0] and handle.failure().message == "a user's"
+    handle.clear_failures()
+    assert handle.failure() is None and handle.heartbeat() is None
     claim.release()
+    assert isinstance(handle.claim(), Claim)
+
+
+def test_a_corrupt_artifact_is_committed_but_not_done(handle):
+    commit(handle)
+    assert handle.is_committed() and handle.is_done()
+    (handle.artifact / "result").write_text("cut")
+    assert handle.is_committed() and not handle.is_done() and handle.verify().state == "corrupt"
+    aside = handle.set_aside()
+    assert (aside / "result").read_text() == "cut" and not handle.is_committed()
+
+
+def test_every_answer_is_of_the_moment(handle):
+    assert not handle.is_done()
+    commit(Store(handle.store.root).handle(STAGE.id))
+    assert handle.is_done()
+
+
+def test_work_of_a_stage_that_is_done_is_forgotten(handle):
+    commit(with_work(handle))
+    handle.discard_leftovers()
+    assert not handle.work.exists()
+    handle.discard_leftovers()
+    assert not handle.work.exists(), "nothing is made to be forgotten"
+
+
+def test_work_of_a_stage_that_is_not_done_or_claimed_stays(handle):
+    with_work(handle).discard_leftovers()
+    assert (handle.work / "refit").is_file()
+    claim = handle.claim()
+    commit(handle)
+    handle.discard_leftovers()
+    assert (handle.work / "refit").is_file()
+    claim.release()
+
+
+def test_progress_is_discarded_without_what_launchers_leave(handle):
+    claim = with_work(handle).claim()
+    Progress(handle.work).update("layers", 1, 9)
+    handle.discard_progress()
+    assert not (handle.work / "refit").exists() and claim.is_held() and handle.heartbeat().done == 1

@@ -4,11 +4,13 @@ import json
 
 import pytest
 from fake_slurm import FakeSlurm
-from hfprune_launch.slurm.attempts import End, Ledger, Run
-from hfprune_launch.slurm.backend import SlurmBackend, Submitting
+from hfprune_launch.slurm.attempt_records import End, Run
+from hfprune_launch.slurm.attempts import Ledger
+from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.slurm.status_table import stage_statuses
+from hfprune_launch.slurm.submission import Submitting
 from hfprune_launch.stage.stage_file import Provenance
 
 from hfprune_dist.config.schema import RuntimeConfig

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import pytest
 from clusters import wait_for
 from fake_slurm import HEADER, Clock, FakeSlurm
-from hfprune_launch.slurm.attempts import GONE, End, Ledger, Run
-from hfprune_launch.slurm.backend import SlurmBackend, Submitting
+from hfprune_launch.slurm.attempt_records import GONE, End, Run
+from hfprune_launch.slurm.attempts import Ledger
+from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.cancel import cancel_jobs
 from hfprune_launch.slurm.cli import Sweep, show_status
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.profile import Profile, Resources
+from hfprune_launch.slurm.submission import Submitting
 from hfprune_launch.stage.stage_file import Provenance
 from ranks import ROOT
 from rich.console import Console

@@ -3,9 +3,11 @@
 import time
 
 import pytest
-from hfprune_launch.slurm.attempts import End, Ledger, Run, fruitless_starts
+from hfprune_launch.slurm.attempt_records import End, Run
+from hfprune_launch.slurm.attempts import Ledger
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.exit_causes import FRUITLESS_STARTS, RETRIES, explain_end, never_gets_further
+from hfprune_launch.slurm.progress import fruitless_starts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -8,9 +8,10 @@ from unittest import mock
 import pytest
 from fake_slurm import Clock, Controller
 from hfprune_launch.slurm.attempts import Ledger
-from hfprune_launch.slurm.backend import SlurmBackend, Submitting
+from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.profile import Profile, Resources
+from hfprune_launch.slurm.submission import Submitting
 from hfprune_launch.stage.stage_file import Provenance
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -6,7 +6,8 @@ import sys
 import pytest
 from fake_slurm import FakeSlurm
 from hfprune_launch.slurm import job
-from hfprune_launch.slurm.attempts import Ledger, Run
+from hfprune_launch.slurm.attempt_records import Run
+from hfprune_launch.slurm.attempts import Ledger
 from hfprune_launch.slurm.job import NodeError, _Rank, array_job_id, preflight, rank_environment
 from ranks import SoloWorld
 

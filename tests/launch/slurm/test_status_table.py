@@ -3,7 +3,8 @@
 import time
 
 import pytest
-from hfprune_launch.slurm.attempts import Ledger, Run
+from hfprune_launch.slurm.attempt_records import Run
+from hfprune_launch.slurm.attempts import Ledger
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.status_table import stage_statuses
 
