@@ -5,8 +5,8 @@ import itertools
 
 import torch
 
-from hfprune_dist.core.criteria import student_keeps
 from hfprune_dist.core.losses import SIGN_TOKENS, draw_sign_bits, draw_uniform, sample_labels, signs_of
+from hfprune_dist.core.scores import student_keeps
 
 
 def entropy(logits, **_):
