@@ -106,7 +106,7 @@ SELF_DISTILLATION = Loss("self_distillation", "mean", of="student")
 # A Fisher score is sum_s (h_s * d/dh_s sum_t log p(y_t))^2 over the tokens s of a window. Attention mixes tokens: the
 # gradient at token s holds the effect on every later token t. With labels drawn independently, terms of different t
 # are uncorrelated, so the expected score is sum_s sum_t E[(h_s * dlog p(y_t)/dh_s)^2]: twice the second-order KL of
-# removing the neuron at one token, added up over tokens. Products between tokens s of the neuron are left out.
+# removing the unit at one token, added up over tokens. Products between tokens s of the unit are left out.
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion
     for criterion in (

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.config.method import CriterionName, Method
+from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import (
     DistillParameters,
     EvaluateParameters,
@@ -21,7 +21,7 @@ from hfprune_dist.config.parameters import (
 )
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
-from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.criteria import CRITERIA, CriterionName
 from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.model_sources import ModelSource
@@ -206,7 +206,10 @@ class _Planner:
                 biased = _importance_parameters(importance).biases is not None
                 chain.append(self._importance(step_label, model, {method.criterion}, biased))
             prune_label = label if step == method.steps else step_label
-            chain.append(self._prune(prune_label, model, dense, chain[-1], reached, method))
+            inputs = {"model": model, "importance": _part_of(chain[-1], [method.criterion])}
+            if model != dense:
+                inputs["dense"] = dense  # whose parameters ratios are of
+            chain.append(self._prune(prune_label, inputs, reached, method))
             model = chain[-1].as_input()
         if method.distill:
             chain.append(self._reference_of_calibration(importance))
@@ -233,7 +236,7 @@ class _Planner:
         inputs = {"model": model, **self._text("calibration", config.calibration)}
         return self._add(Stage("importance", label, params, inputs))
 
-    def _prune(self, label: str, model: Input, dense: Input, importance: Stage, ratio: float, method: Method) -> Stage:
+    def _prune(self, label: str, inputs: dict[str, Input], ratio: float, method: Method) -> Stage:
         runs_model = method.refit != "none" or method.allocation == "searched"  # windows go through it again
         params = PruneParameters(
             ratio=ratio,
@@ -241,9 +244,6 @@ class _Planner:
             dtype=self.config.importance.dtype if runs_model else None,
             micro_batch_size=self.config.calibration.micro_batch_size if runs_model else None,
         )
-        inputs = {"model": model, "importance": _part_of(importance, [method.criterion])}
-        if model != dense:
-            inputs["dense"] = dense  # whose parameters ratios are of
         return self._add(Stage("prune", label, params, inputs))
 
     def _reference_of_calibration(self, importance: Stage) -> Stage:

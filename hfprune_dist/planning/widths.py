@@ -28,7 +28,7 @@ class ModelSize:
     num_layers: int
     units: int
     parameters_per_unit: int
-    kind: str = "neurons"
+    kind: str
 
     def ratio_of(self, removed: int) -> float:
         """Share of all parameters that goes with so many units, whatever their layers."""

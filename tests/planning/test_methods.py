@@ -9,7 +9,7 @@ from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.widths import ModelSize, Target
 
 SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "methods"
-SIZE = ModelSize(parameters=100_000, num_layers=4, units=100, parameters_per_unit=100)
+SIZE = ModelSize(parameters=100_000, num_layers=4, units=100, parameters_per_unit=100, kind="neurons")
 
 
 def resolved(**overrides):

@@ -3,8 +3,8 @@ import pytest
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.widths import ModelSize, Target, step_ratios
 
-SMOLLM2 = ModelSize(134_515_008, 30, 1536, 3 * 576)
-LLAMA_3_2_1B = ModelSize(1_235_814_400, 16, 8192, 3 * 2048)
+SMOLLM2 = ModelSize(134_515_008, 30, 1536, 3 * 576, "neurons")
+LLAMA_3_2_1B = ModelSize(1_235_814_400, 16, 8192, 3 * 2048, "neurons")
 
 
 def test_twenty_percent_of_smollm2_keeps_1017_neurons():
