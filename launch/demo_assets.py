@@ -28,7 +28,8 @@ from hfprune_launch.demo.parts import Parts, versions
 from hfprune_launch.demo.prose import Prose, reference_prose
 from hfprune_launch.demo.tasks import write_tasks
 
-from hfprune_dist.checkpoints.checkpoint import SINGLE_FILE, read_safetensors_header
+from hfprune_dist.checkpoints.safetensors_header import read_safetensors_header
+from hfprune_dist.checkpoints.weight_files import SINGLE_FILE
 from hfprune_dist.errors import explained
 
 # Raise it when the code makes other assets: older ones are then made again.

@@ -5,8 +5,8 @@ import itertools
 
 import torch
 
-from hfprune_dist.core.criteria import student_keeps
 from hfprune_dist.core.losses import SIGN_TOKENS, draw_sign_bits, draw_uniform, sample_labels, signs_of
+from hfprune_dist.core.scores import student_keeps
 
 
 def entropy(logits, **_):
@@ -47,20 +47,24 @@ GRADIENT_CRITERIA = {
 }
 
 
-def student(model, windows):
-    """Which neurons the student has, bool [layers, neurons]: all but the tenth that is active least in some windows."""
-    return torch.stack([student_keeps(scores) for scores in definition(model, windows, "activation")])
+def student(model, windows, channels=1):
+    """Which units the student has, bool [layers, units]: all but the tenth that is active least in some windows."""
+    scores = definition(model, windows, "activation", channels=channels)
+    return torch.stack([student_keeps(scores_U) for scores_U in scores])
 
 
-def definition(model, windows, criterion="entropy", seed=0, keeps=None):
-    """Scores of every layer's neurons, float64 [layers, neurons]: a sum over windows and tokens.
+def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels=1):
+    """Scores of every layer's units, float64 [layers, units]: a sum over windows and tokens.
 
-    ``keeps`` is the student's mask, at which self_distillation takes its derivatives by the mask.
+    ``keeps`` is the student's mask, at which self_distillation takes its derivatives by the mask. A unit is so many
+    ``channels`` of what down_proj reads, one after another.
     """
     model = copy.deepcopy(model).double().requires_grad_()
     layers = model.model.layers
-    scores = torch.zeros(len(layers), model.config.intermediate_size, dtype=torch.float64)
-    masks = iter(()) if criterion != "self_distillation" else itertools.cycle(keeps.double())
+    scores = torch.zeros(len(layers), model.config.intermediate_size // channels, dtype=torch.float64)
+    masks = iter(())
+    if criterion == "self_distillation":
+        masks = itertools.cycle(keeps.double().repeat_interleave(channels, dim=1))
     for number, window in enumerate(windows):
         captured = []
 
@@ -78,13 +82,13 @@ def definition(model, windows, criterion="entropy", seed=0, keeps=None):
             loss, _ = GRADIENT_CRITERIA[criterion]
             loss(logits, input_ids=window, window=number, seed=seed, teacher=teacher).backward()
         for layer, (hidden, masked) in enumerate(captured):
-            terms = _summed(criterion, hidden, masked.grad).sum((0, 1)).detach()
+            terms = _summed(criterion, hidden, masked.grad, channels).sum((0, 1)).detach()
             scores[layer] = _added(criterion, scores[layer], terms)
         for handle in handles:
             handle.remove()
     if criterion == "activation":
         columns = [layer.mlp.down_proj.weight.detach() for layer in layers]
-        scores = scores.sqrt() * torch.stack([column.pow(2).sum(0).sqrt() for column in columns])
+        scores = scores.sqrt() * torch.stack([of_units(column.pow(2).sum(0), channels).sqrt() for column in columns])
     return scores
 
 
@@ -93,15 +97,22 @@ def _added(criterion, total, terms):
     return (total.bfloat16() + terms.bfloat16()).double() if criterion == "entropy_bfloat16" else total + terms
 
 
-def _summed(criterion, hidden, gradient):
+def _summed(criterion, hidden, gradient, channels):
     if criterion == "activation":
-        return hidden**2
+        return of_units(hidden**2, channels)
     _, terms = GRADIENT_CRITERIA[criterion]
-    return terms(hidden * gradient)
+    return terms(of_units(hidden * gradient, channels))
 
 
-def moments(model, windows, seed=0):
-    """Of every layer: mean h h^T, mean g g^T at the MLP's output and mean (h dL/dh)^2, L the random signs' loss."""
+def of_units(values, channels):
+    """Values of channels, in the last dimension, added up for each unit."""
+    return values.unflatten(-1, (-1, channels)).sum(-1)
+
+
+def moments(model, windows, seed=0, channels=1):
+    """Of every layer: mean h h^T, mean g g^T at the MLP's output and mean (h dL/dh)^2, L the random signs' loss, and
+    h dL/dh is added up for each unit.
+    """
     model = copy.deepcopy(model).double().requires_grad_()
     layers = model.model.layers
     grams, curvatures, fishers = ([0.0] * len(layers) for _ in range(3))
@@ -118,7 +129,8 @@ def moments(model, windows, seed=0):
         for layer, (hidden, output) in enumerate(seen):
             grams[layer] += hidden[0].detach().T @ hidden[0].detach() / windows.numel()
             curvatures[layer] += output.grad[0].T @ output.grad[0] / windows.numel()
-            fishers[layer] += (hidden.detach() * hidden.grad)[0].square().sum(0) / windows.numel()
+            effects = of_units((hidden.detach() * hidden.grad)[0], channels)
+            fishers[layer] += effects.square().sum(0) / windows.numel()
         for handle in handles:
             handle.remove()
     return list(zip(grams, curvatures, fishers, strict=True))

@@ -15,8 +15,8 @@ from hfprune_launch.slurm.profile import load_profile
 from rich.console import Console
 
 from hfprune_dist.config.load import load_config
-from hfprune_dist.config.method import CriterionName
 from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.core.criteria import CriterionName
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import shipped_aliases

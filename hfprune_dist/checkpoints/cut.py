@@ -1,4 +1,4 @@
-"""Cutting neurons out of the tensors of a checkpoint."""
+"""Cutting units out of the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Cut:
-    """Keep the entries ``kept`` (ascending int64) along ``dimension`` (0 or 1); the rest of the tensor's neurons go."""
+    """Keep the entries ``kept`` (ascending int64) along ``dimension`` (0 or 1); the rest goes."""
 
     dimension: int
     kept: Tensor

@@ -1,4 +1,4 @@
-"""The one adapter between an architecture and the rest: where a family's MLPs are, in its modules and in its files.
+"""The one adapter between an architecture and the rest: what its parts are called, in its modules and in its files.
 
 Adding a family whose MLP computes ``down(act(gate(x)) * up(x))`` is one line in ``FAMILIES``.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from hfprune_dist.errors import UserError
+from hfprune_dist.structures.neurons import neurons
+from hfprune_dist.structures.units import Units
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,9 +23,6 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 @dataclass(frozen=True)
 class Family:
     """Names of the parts of a decoder-only architecture with gated MLPs.
-
-    A neuron is one channel of the vector between ``row_projections`` and ``down_projection``: it owns one row of each
-    row projection (weight and, where present, bias) and one column of the down projection.
 
     Attributes:
         biases: (key of config.json, the projections that have a bias where it is true); no key: in any case.
@@ -51,18 +50,9 @@ class Family:
         """The class in ``modeling_pruned.py`` whose layers have MLPs of different widths."""
         return f"Pruned{self.architecture}ForCausalLM"
 
-    def mlp_prefix(self, layer: int) -> str:
-        """Name of layer ``layer``'s MLP, as a submodule and as a prefix of its tensors."""
-        return f"{self.layers}.{layer}.{self.mlp}"
-
-    def gate_up_tensors(self, layer: int) -> list[str]:
-        """Tensors whose dimension 0 is intermediate_size (biases exist in some checkpoints only)."""
-        prefix = self.mlp_prefix(layer)
-        return [f"{prefix}.{name}.{part}" for name in self.row_projections for part in ("weight", "bias")]
-
-    def down_tensor(self, layer: int) -> str:
-        """The tensor whose dimension 1 is intermediate_size."""
-        return f"{self.mlp_prefix(layer)}.{self.down_projection}.weight"
+    def units(self, config: Mapping[str, Any]) -> Units:
+        """What pruning removes from a model of this ``config.json``: the neurons of its MLPs."""
+        return neurons(config, self.layers, self.mlp, self.row_projections, self.down_projection)
 
     def embedding_tensor(self) -> str:
         """The table of token embeddings [vocabulary, hidden_size]."""
@@ -101,10 +91,6 @@ class Family:
     def layers_of(self, model: nn.Module) -> list[nn.Module]:
         """The decoder layers, in order."""
         return list(model.get_submodule(self.layers).children())
-
-    def down_projections(self, model: nn.Module) -> list[nn.Module]:
-        """The modules whose inputs are the neurons' activations, one per layer."""
-        return [layer.get_submodule(f"{self.mlp}.{self.down_projection}") for layer in self.layers_of(model)]
 
 
 FAMILIES: dict[str, Family] = {

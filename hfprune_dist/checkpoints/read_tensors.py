@@ -6,7 +6,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.core.criteria import MlpLayer, SecondMoments
+from hfprune_dist.core.scores import ScoredLayer, SecondMoments
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -16,15 +16,14 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     return tensor
 
 
-def mlp_layer(checkpoint: Checkpoint, layer: int, seed: int, moments: SecondMoments | None = None) -> MlpLayer:
-    """A layer's MLP, as criteria see it."""
-    family = checkpoint.family
-    rows = [name for name in family.gate_up_tensors(layer) if name.endswith(".weight")]
-    return MlpLayer(
+def scored_layer(checkpoint: Checkpoint, layer: int, seed: int, moments: SecondMoments | None = None) -> ScoredLayer:
+    """A layer's units, as criteria see them."""
+    units = checkpoint.units
+    return ScoredLayer(
         number=layer,
-        intermediate_size=checkpoint.intermediate_size,
+        units=units.counts[layer],
         seed=seed,
-        read_rows=lambda: [read_tensor(checkpoint, name) for name in rows],
-        read_column=lambda: read_tensor(checkpoint, family.down_tensor(layer)),
+        read_rows=lambda: [read_tensor(checkpoint, name) for name in units.row_weights(layer)],
+        read_columns=lambda: read_tensor(checkpoint, units.output_weight(layer)),
         moments=moments,
     )

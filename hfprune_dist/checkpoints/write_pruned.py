@@ -17,11 +17,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hfprune_dist.checkpoints.checkpoint import INDEX_FILE, Checkpoint, TensorInfo, read_safetensors_header
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.cut import Cut
+from hfprune_dist.checkpoints.safetensors_header import TensorInfo, read_safetensors_header
+from hfprune_dist.checkpoints.weight_files import INDEX_FILE
+from hfprune_dist.core.selection import entries_of
 from hfprune_dist.store.atomic_files import write_json
 
-# Where layers differ in width, this module of ours travels inside the checkpoint.
+# Where layers differ, this module of ours travels inside the checkpoint.
 MODELING_FILE = Path(__file__).with_name("modeling_pruned.py")
 COPY_BYTES = 256 * 1024
 
@@ -29,15 +32,13 @@ COPY_BYTES = 256 * 1024
 Transform = Callable[[Tensor], Tensor]
 
 
-def mlp_cuts(checkpoint: Checkpoint, kept: Sequence[Tensor]) -> dict[str, Cut]:
-    """The cut of every tensor that shrinks when layer ``i`` keeps the neurons ``kept[i]`` (ascending int64)."""
-    cuts = {}
-    for layer, kept_D in enumerate(kept):
-        cuts[checkpoint.family.down_tensor(layer)] = Cut(1, kept_D)
-        cuts |= {
-            name: Cut(0, kept_D) for name in checkpoint.family.gate_up_tensors(layer) if name in checkpoint.tensors
-        }
-    return cuts
+def unit_cuts(checkpoint: Checkpoint, kept: Sequence[Tensor]) -> dict[str, Cut]:
+    """The cut of every tensor that shrinks when layer ``i`` keeps the units ``kept[i]`` (ascending int64)."""
+    return {
+        name: Cut(owned.axis, entries_of(kept_K, owned.per_unit))
+        for layer, kept_K in enumerate(kept)
+        for name, owned in checkpoint.units.in_layer(layer, checkpoint.tensors)
+    }
 
 
 def write_weight_file(
@@ -133,22 +134,19 @@ def _copy(source: BufferedReader, stream: BinaryIO, size: int) -> None:
         size -= read
 
 
-def config_changes(checkpoint: Checkpoint, widths: Sequence[int]) -> dict[str, Any]:
-    """What config.json says about the widths of the smaller checkpoint's layers."""
-    if len(set(widths)) == 1:
-        return {"intermediate_size": widths[0]}
+def config_changes(checkpoint: Checkpoint, counts: Sequence[int]) -> dict[str, Any]:
+    """What config.json says of a smaller checkpoint whose layers have so many units."""
+    changes = checkpoint.units.config_changes(counts)
+    if len(set(counts)) == 1:
+        return changes
     name = checkpoint.family.pruned_class
-    return {
-        "per_layer_config": {str(layer): {"intermediate_size": width} for layer, width in enumerate(widths)},
-        "architectures": [name],
-        "auto_map": {"AutoModelForCausalLM": f"{MODELING_FILE.stem}.{name}"},
-    }
+    return {**changes, "architectures": [name], "auto_map": {"AutoModelForCausalLM": f"{MODELING_FILE.stem}.{name}"}}
 
 
 def write_companions(checkpoint: Checkpoint, target: Path, changes: Mapping[str, Any]) -> None:
     """Copy tokenizer, generation config and licences; write config.json with ``changes`` and the weights' index.
 
-    A checkpoint whose layers have different widths gets the file that plain transformers needs to load it.
+    A checkpoint whose layers differ gets the file that plain transformers needs to load it.
     """
     for name in checkpoint.companion_files:
         if name != "config.json":

@@ -7,25 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from hfprune_dist.config.section import Positive, Section
-
-# The keys of hfprune_dist.core.criteria.CRITERIA, which explains them; written out here since that one imports torch.
-CriterionName = Literal[
-    "entropy",
-    "entropy_bfloat16",
-    "entropy_squared",
-    "cross_entropy",
-    "fisher",
-    "fisher_signs",
-    "self_distillation",
-    "activation",
-    "surgeon",
-    "magnitude",
-    "random",
-]
-# Of these, the ones for which halves of the calibration windows can't be compared: they sum nothing over them, or round
-# their sums (``Criterion.has_halves``).
-WITHOUT_HALVES = frozenset({"entropy_bfloat16", "magnitude", "random"})
-
+from hfprune_dist.core.criteria import CriterionName
 
 Allocation = Literal["uniform", "global", "searched"]
 Refit = Literal["none", "dense", "layerwise", "block"]

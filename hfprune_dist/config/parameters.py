@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from hfprune_dist.config.left_out import LeftOutAt, left_out
-from hfprune_dist.config.method import Allocation, CriterionName, Refit
+from hfprune_dist.config.method import Allocation, Refit
 from hfprune_dist.config.schema import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.section import Dtype, Section, TextSource
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
+from hfprune_dist.core.criteria import CriterionName
 
 # What a text source says of a data set of the hub.
 OF_A_DATA_SET = {"dataset", "name", "split", "revision"}

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hfprune_dist.config.method import CriterionName, PruneConfig
+from hfprune_dist.config.method import PruneConfig
 from hfprune_dist.config.section import Dtype, Positive, Section, TextSource
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
+from hfprune_dist.core.criteria import CriterionName
 
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 

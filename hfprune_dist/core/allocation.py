@@ -1,4 +1,4 @@
-"""How many neurons each layer keeps when all layers compete for the same budget."""
+"""How many units each layer keeps when all layers compete for the same budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Step:
-    """One layer made narrower: ``size`` neurons go, at ``price`` a neuron. Steps of a layer follow ``number``."""
+    """One layer made narrower: ``size`` units go, at ``price`` a unit. Steps of a layer follow ``number``."""
 
     price: float
     layer: int
@@ -22,13 +22,13 @@ class Step:
 def allocate_globally(
     scores: Sequence[Tensor], removals: int, narrowest: Sequence[int], multiple_of: int = 1
 ) -> list[int]:
-    """Take away ``removals`` neurons where they score least, over all layers together.
+    """Take away ``removals`` units where they score least, over all layers together.
 
     Args:
-        scores: of each layer's neurons, float64 [its intermediate_size], in a unit that layers share.
-        removals: neurons to remove from the whole model; met as closely as ``multiple_of`` allows.
+        scores: of each layer's units, float64 [its units], in a unit of measure that layers share.
+        removals: units to remove from the whole model; met as closely as ``multiple_of`` allows.
         narrowest: the width below which each layer doesn't go.
-        multiple_of: widths of layers that lose neurons are multiples of it.
+        multiple_of: widths of layers that lose units are multiples of it.
 
     Returns:
         Neurons that each layer keeps. Of equal prices, the lower layer gives first.

@@ -36,7 +36,7 @@ class ExactGram:
 
     def __init__(self, first_diagonal_D: Tensor, terms: int) -> None:
         diagonal_D = first_diagonal_D.double()
-        floor = diagonal_D.mean().clamp(min=1e-30) * 2.0**-10  # a neuron may be silent in the first term
+        floor = diagonal_D.mean().clamp(min=1e-30) * 2.0**-10  # a channel may be silent in the first term
         largest_D = diagonal_D.clamp(min=float(floor)) * terms * HEADROOM
         # A power of two, so that scaling rounds nothing.
         self._scale_D = torch.exp2(torch.floor(31 - torch.log2(largest_D) / 2))

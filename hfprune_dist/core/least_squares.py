@@ -1,7 +1,7 @@
-"""Least squares on the down projection: the neurons that stay take over what the removed ones did.
+"""Least squares on an output projection: the channels that stay take over what the removed ones did.
 
-W' minimises E||W h - W' h_S||^2 + ridge * mean(diag G[S, S]) * ||W' - W_S||^2 over the kept neurons S, which needs only
-G = E[h h^T]: W' = (W G[:, S] + ridge' W_S) (G[S, S] + ridge' I)^-1. No bias, no new parameter.
+W' minimises E||W h - W' h_S||^2 + ridge * mean(diag G[S, S]) * ||W' - W_S||^2 over the kept channels S, which needs
+only G = E[h h^T]: W' = (W G[:, S] + ridge' W_S) (G[S, S] + ridge' I)^-1. No bias, no new parameter.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-# Shares of the kept neurons' mean energy among which held-out tokens choose.
+# Shares of the kept channels' mean energy among which held-out tokens choose.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -20,13 +20,13 @@ class LeastSquares:
     """The problem on some tokens, from which every ridge's weight and any weight's error follow.
 
     Args:
-        weight_CD: the layer's weight before pruning [hidden_size, intermediate_size].
-        gram_DD: float64, the mean (or sum) of h h^T over tokens, of all neurons; not held on to.
+        weight_CD: the layer's weight before pruning [hidden_size, channels].
+        gram_DD: float64, the mean (or sum) of h h^T over tokens, of all channels; not held on to.
         kept: ascending int64 indices of those that stay.
 
     Attributes:
         old_CK: the columns of ``weight_CD`` that stay.
-        gram_KK: what ``gram_DD`` has of the neurons that stay.
+        gram_KK: what ``gram_DD`` has of the channels that stay.
     """
 
     def __init__(self, weight_CD: Tensor, gram_DD: Tensor, kept: Tensor) -> None:
@@ -38,10 +38,10 @@ class LeastSquares:
         self.old_CK = weight_CD[:, kept]
 
     def weight(self, ridge: float) -> Tensor:
-        """The refitted weight [hidden_size, kept], float64; the old one where the kept neurons are silent.
+        """The refitted weight [hidden_size, kept], float64; the old one where the kept channels are silent.
 
         Args:
-            ridge: share of the kept neurons' mean of h^2 that pulls towards the old weight.
+            ridge: share of the kept channels' mean of h^2 that pulls towards the old weight.
         """
         energy = self.gram_KK.diagonal().mean()
         if energy == 0:

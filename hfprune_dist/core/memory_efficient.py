@@ -16,7 +16,7 @@ from torch.nn.functional import linear, silu
 
 from hfprune_dist.core.blocks import row_blocks
 
-# Some tokens' h * dL/dh in float32 or wider, [tokens, intermediate_size]; called until all tokens have been seen.
+# Some tokens' h * dL/dh in float32 or wider, [tokens, channels]; called until all tokens have been seen.
 Observer = Callable[[Tensor], None]
 
 
@@ -93,9 +93,9 @@ class GatedProduct(Function):
 
 
 class Masked(Function):
-    """h of a layer that lacks some neurons, in their place zeros.
+    """h of a layer that lacks some units, in their place zeros.
 
-    In backward ``observe_gradient`` sees the whole h times the gradient at the masked one: for every neuron the
+    In backward ``observe_gradient`` sees the whole h times the gradient at the masked one: for every channel the
     derivative by its mask, for one that is lacking dL/dmask at mask 0, what its return would do.
     """
 

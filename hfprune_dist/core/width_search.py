@@ -33,7 +33,7 @@ class Reweighting:
 
     Attributes:
         evenness: how far they go towards the same width everywhere, from 0 to 1.
-        tilt: how much dearer the last layers' neurons count than the first ones', as a logarithm.
+        tilt: how much dearer the last layers' units count than the first ones', as a logarithm.
         bend: how much dearer those of both ends count than those of the middle, as a logarithm.
     """
 
@@ -56,7 +56,7 @@ class Found:
     """Outcome of a search.
 
     Attributes:
-        widths: neurons that each layer keeps; of all candidates, those that were measured closest.
+        widths: units that each layer keeps; of all candidates, those that were measured closest.
         candidates: every measured candidate's name and KL divergence, nats per token.
     """
 
@@ -65,7 +65,7 @@ class Found:
 
 
 class ReweightedWidths:
-    """Widths for every reweighting, all of them with the same number of neurons.
+    """Widths for every reweighting, all of them with the same number of units.
 
     Args:
         scores, removals, narrowest, multiple_of: as for ``allocate_globally``.
@@ -87,11 +87,11 @@ class ReweightedWidths:
 
     def _evened(self, widths: Sequence[int], evenness: float) -> Iterator[int]:
         """Widths moved towards their mean, each as its layer allows it."""
-        mean, unit = sum(widths) / len(widths), self._multiple_of
+        mean, multiple_of = sum(widths) / len(widths), self._multiple_of
         for width, least, scores_D in zip(widths, self._narrowest, self._scores, strict=True):
             most = len(scores_D)
-            rounded = round((evenness * mean + (1 - evenness) * width) / unit) * unit
-            yield most if rounded >= most else max(rounded, min(-(-least // unit) * unit, most))
+            rounded = round((evenness * mean + (1 - evenness) * width) / multiple_of) * multiple_of
+            yield most if rounded >= most else max(rounded, min(-(-least // multiple_of) * multiple_of, most))
 
     def _with_total(self, widths: list[int], total: int) -> Widths:
         """Widths that add up to ``total`` as closely as rounding can, by single steps from the first layer on."""

@@ -25,7 +25,7 @@ from hfprune_dist.distributed.layer_states import LayerStates
 from hfprune_dist.distributed.whole_model_probe import TOLERANCES, Guard, Probe, refuse_departure, relative_error
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.single_layer import LayerReader, mlp_of, projection, run
+from hfprune_dist.models.single_layer import LayerReader, mlp_of, output_of, run
 
 # Of so many micro-batches one is held out, to choose how much to trust the others.
 HOLD_OUT_EVERY = 8
@@ -57,7 +57,7 @@ class MlpIO:
 
     Attributes:
         input_NC: what the MLP reads [tokens, hidden_size].
-        hidden_NK: what its down projection reads [tokens, neurons].
+        hidden_NK: what the units' output projection reads [tokens, channels].
         residual_NC: the residual stream that its output is added to, as input_NC.
     """
 
@@ -90,6 +90,7 @@ class LayerStream:
         dtype: torch.dtype,
         micro_batch_size: int,
         world: World,
+        *,
         probe: Probe | None = None,
     ) -> None:
         self.windows_ST = windows_ST
@@ -97,6 +98,7 @@ class LayerStream:
         self._reader = LayerReader(checkpoint, dtype, world.device)
         self._dtype = dtype
         self._family = checkpoint.family
+        self._units = checkpoint.units
         self._world = world
         batches = windows_ST.split(micro_batch_size)
         self._count = len(batches)
@@ -172,7 +174,7 @@ class LayerStream:
     def around_mlp(self, layer: nn.Module) -> Iterator[tuple[int, MlpIO]]:
         """What is around the layer's MLP, for every micro-batch of this rank; the stream stays before the layer."""
         norm = layer.get_submodule(f"layers.0.{self._family.mlp_norm}")
-        modules = mlp_of(layer), self._down_projection(layer), norm
+        modules = mlp_of(layer), output_of(layer, self._units), norm
         for index, hidden_BTC in self._hidden.items():
             with ExitStack() as observers:
                 seen = [observers.enter_context(_observed(module)) for module in modules]
@@ -207,16 +209,16 @@ class LayerStream:
         Raises:
             UserError: as ``grams_of`` and ``advance`` do.
         """
-        down_projection = self._down_projection(layer)
+        output_projection = output_of(layer, self._units)
 
         def activations() -> Iterator[tuple[int, Tensor]]:
             for index, hidden_BTC in list(self._hidden.items()):
-                with _observed(down_projection) as seen:
+                with _observed(output_projection) as seen:
                     output_BTC = run(layer, hidden_BTC.to(self._world.device))
                 yield index, seen[0].flatten(0, 1)
                 self._hidden[index] = output_BTC.cpu()
 
-        grams = self.grams_of(number, down_projection.in_features, activations())
+        grams = self.grams_of(number, output_projection.in_features, activations())
         self._step()
         return grams
 
@@ -228,9 +230,6 @@ class LayerStream:
     def _check(self) -> None:
         if self._guard is not None:
             self._guard.check(self._done, self._hidden)
-
-    def _down_projection(self, layer: nn.Module) -> nn.Linear:
-        return projection(mlp_of(layer), self._family.down_projection)
 
     def grams_of(self, number: int, size: int, vectors: Iterable[tuple[int, Tensor]]) -> Grams:
         """Add up Gram matrices of vectors over all windows of all ranks.

@@ -49,7 +49,9 @@ def require_exact_rotary(model: nn.Module, folder: Path) -> None:
 
 def model_class(checkpoint: Checkpoint) -> Any:
     """The class that can hold a checkpoint's weights."""
-    return AutoModelForCausalLM if checkpoint.is_uniform else getattr(modeling_pruned, checkpoint.family.pruned_class)
+    if checkpoint.units.is_uniform:
+        return AutoModelForCausalLM
+    return getattr(modeling_pruned, checkpoint.family.pruned_class)
 
 
 def require_own_weights(checkpoint: Checkpoint) -> None:

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.checkpoints.read_tensors import read_tensor
 from hfprune_dist.core.fidelity import Outputs
+from hfprune_dist.core.selection import entries_of
+from hfprune_dist.structures.units import Units
+
+# Of the only layer inside what ``LayerReader.layer`` makes.
+LAYER = "layers.0"
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class LayerReader:
         body.rotary_emb = type(body.rotary_emb)(body.config)  # its buffers are computed, not read
         prefix = f"{family.layers}.{number}."
         weights = {
-            f"layers.0.{name.removeprefix(prefix)}": self._read(name)
+            f"{LAYER}.{name.removeprefix(prefix)}": self._read(name)
             for name in self._checkpoint.tensors
             if name.startswith(prefix)
         }
@@ -115,7 +119,7 @@ def run(layer: nn.Module, hidden_BTC: Tensor) -> Tensor:
 
 def mlp_of(layer: nn.Module) -> nn.Module:
     """The MLP inside what ``LayerReader.layer`` made."""
-    return layer.get_submodule("layers.0.mlp")
+    return layer.get_submodule(f"{LAYER}.mlp")
 
 
 def projection(mlp: nn.Module, name: str) -> nn.Linear:
@@ -123,11 +127,26 @@ def projection(mlp: nn.Module, name: str) -> nn.Linear:
     return cast("nn.Linear", mlp.get_submodule(name))
 
 
-def narrow(mlp: nn.Module, family: Family, kept: Tensor) -> None:
-    """Leave an MLP the neurons ``kept`` (ascending int64 indices) alone."""
-    for name in family.row_projections:
-        row = mlp.get_submodule(name)
-        for parameter in row.parameters():
-            parameter.data = parameter.data[kept.to(parameter.device)]
-    column = projection(mlp, family.down_projection).weight
-    column.data = column.data[:, kept.to(column.device)]
+def output_of(layer: nn.Module, units: Units) -> nn.Linear:
+    """The output projection of such a layer, which reads the units' channels."""
+    return cast("nn.Linear", layer.get_submodule(f"{LAYER}.{units.output}"))
+
+
+def weights_kept(layer: nn.Module, units: Units, kept: Tensor | None = None) -> dict[str, Tensor]:
+    """What is left of every parameter that units own something of, by its name within the layer.
+
+    Args:
+        kept: ascending int64 indices of the units that stay; None: all.
+    """
+    found = dict(layer.get_submodule(LAYER).named_parameters())
+    owned = [it for it in units.owned if it.tensor in found]
+    if kept is None:
+        return {it.tensor: found[it.tensor].data for it in owned}
+    kept = kept.to(found[owned[0].tensor].device)
+    return {it.tensor: found[it.tensor].data.index_select(it.axis, entries_of(kept, it.per_unit)) for it in owned}
+
+
+def put_weights(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give such a layer's parameters, by their names within the layer, other values; sizes may differ."""
+    for name, weight in weights.items():
+        layer.get_parameter(f"{LAYER}.{name}").data = weight

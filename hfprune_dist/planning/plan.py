@@ -5,14 +5,12 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.config.method import WITHOUT_HALVES, CriterionName, Method
+from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import (
     DistillParameters,
     EvaluateParameters,
@@ -23,16 +21,13 @@ from hfprune_dist.config.parameters import (
 )
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
+from hfprune_dist.core.criteria import CRITERIA, CriterionName
 from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.widths import ModelSize, narrowest_widths, removals, step_ratios, uniform_widths
+from hfprune_dist.planning.widths import ModelSize, Target, size_of, step_ratios
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
-
-# Criteria whose scores are more than sums: where a pass may end early, their sums decide as well. Fingerprints say so,
-# since there are artifacts whose pass took no notice of them.
-SETTLED_BY_SUMS: frozenset[CriterionName] = frozenset({"activation", "surgeon"})
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,7 @@ class _Planner:
         self.asked: list[str] = []
 
     def cells(self, model: ModelSource) -> list[Cell]:
-        if not model.checkpoint.is_uniform:
+        if not model.checkpoint.units.is_uniform:
             raise UserError(
                 f"model {model.name!r}: its layers differ in width, so it has been pruned already; prune the model "
                 "that it came from, at a larger ratio"
@@ -211,7 +206,10 @@ class _Planner:
                 biased = _importance_parameters(importance).biases is not None
                 chain.append(self._importance(step_label, model, {method.criterion}, biased))
             prune_label = label if step == method.steps else step_label
-            chain.append(self._prune(prune_label, model, dense, chain[-1], reached, method))
+            inputs = {"model": model, "importance": _part_of(chain[-1], [method.criterion])}
+            if model != dense:
+                inputs["dense"] = dense  # whose parameters ratios are of
+            chain.append(self._prune(prune_label, inputs, reached, method))
             model = chain[-1].as_input()
         if method.distill:
             chain.append(self._reference_of_calibration(importance))
@@ -220,20 +218,25 @@ class _Planner:
 
     def _importance(self, label: str, model: Input, criteria: Collection[CriterionName], biased: bool) -> Stage:
         config = self.config
-        by_sums = sorted(SETTLED_BY_SUMS.intersection(criteria)) if config.calibration.settled is not None else []
+        by_sums = None
+        if config.calibration.settled is not None:
+            # Sums decide where the pass ends also of criteria whose scores are more than sums. Fingerprints say so,
+            # since there are artifacts whose pass took no notice of them.
+            beyond_sums = [name for name in criteria if CRITERIA[name].has_halves and not CRITERIA[name].is_its_sum]
+            by_sums = sorted(beyond_sums) or None
         params = ImportanceParameters(
             calibration=config.calibration,
             criteria=sorted(criteria),
             dtype=config.importance.dtype,
             add_bos_token=config.evaluation.add_bos_token,
             seed=config.seed,
-            settled_by_sums_of=by_sums or None,
+            settled_by_sums_of=by_sums,
             biases="added before rounding" if biased and config.importance.dtype == "bfloat16" else None,
         )
         inputs = {"model": model, **self._text("calibration", config.calibration)}
         return self._add(Stage("importance", label, params, inputs))
 
-    def _prune(self, label: str, model: Input, dense: Input, importance: Stage, ratio: float, method: Method) -> Stage:
+    def _prune(self, label: str, inputs: dict[str, Input], ratio: float, method: Method) -> Stage:
         runs_model = method.refit != "none" or method.allocation == "searched"  # windows go through it again
         params = PruneParameters(
             ratio=ratio,
@@ -241,9 +244,6 @@ class _Planner:
             dtype=self.config.importance.dtype if runs_model else None,
             micro_batch_size=self.config.calibration.micro_batch_size if runs_model else None,
         )
-        inputs = {"model": model, "importance": _part_of(importance, [method.criterion])}
-        if model != dense:
-            inputs["dense"] = dense  # whose parameters ratios are of
         return self._add(Stage("prune", label, params, inputs))
 
     def _reference_of_calibration(self, importance: Stage) -> Stage:
@@ -296,9 +296,9 @@ class _Planner:
 def _check_settled(config: SweepConfig, methods: Mapping[str, Method]) -> None:
     """Refuse to end calibration early where no criterion of the sweep can tell when."""
     criteria = {*config.importance.criteria, *(method.criterion for method in methods.values())}
-    if config.calibration.settled is None or criteria - WITHOUT_HALVES:
+    if config.calibration.settled is None or any(CRITERIA[name].has_halves for name in criteria):
         return
-    able = [name for name in typing.get_args(CriterionName) if name not in WITHOUT_HALVES]
+    able = [name for name, criterion in CRITERIA.items() if criterion.has_halves]
     raise UserError(
         f"calibration.settled: by {', '.join(sorted(criteria))} alone nobody can tell when what is kept has settled; "
         f"set it to null, or add to importance.criteria one of {', '.join(able)}"
@@ -316,16 +316,6 @@ def _part_of(importance: Stage, criteria: Sequence[str]) -> Input:
     return replace(importance.as_input(), identity=alone.id)
 
 
-def size_of(checkpoint: Checkpoint) -> ModelSize:
-    """The numbers of a checkpoint that ratios are computed from."""
-    return ModelSize(
-        checkpoint.parameters,
-        checkpoint.num_layers,
-        checkpoint.intermediate_size,
-        checkpoint.parameters_per_neuron,
-    )
-
-
 def check_ratios(size: ModelSize, ratios: Sequence[float], method: Method, where: str) -> None:
     """Refuse ratios that a method can't reach on a model, or can't tell apart there.
 
@@ -334,7 +324,7 @@ def check_ratios(size: ModelSize, ratios: Sequence[float], method: Method, where
     """
     reached: dict[tuple[int, ...], float] = {}
     for ratio in ratios:
-        decided = _neurons(size, ratio, method, where)
+        decided = _deciding_numbers(size, ratio, method, where)
         if decided in reached:
             raise UserError(
                 f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint, with widths that "
@@ -343,18 +333,17 @@ def check_ratios(size: ModelSize, ratios: Sequence[float], method: Method, where
         reached[decided] = ratio
 
 
-def _neurons(size: ModelSize, ratio: float, method: Method, where: str) -> tuple[int, ...]:
-    """The numbers of neurons that decide, with the scores, what stays."""
-    multiple_of = method.multiple_of
+def _deciding_numbers(size: ModelSize, ratio: float, method: Method, where: str) -> tuple[int, ...]:
+    """The numbers of units that decide, with the scores, what stays."""
+    target = Target(size, ratio, method.multiple_of, where)
     numbers: list[int] = []
     if method.allocation != "global":
-        numbers += uniform_widths(size, ratio, method.steps, multiple_of, where)
+        numbers += target.uniform_widths(method.steps)
     if method.allocation != "uniform":
-        floors = method.floor, method.protect_first, method.protect_last
-        wanted = removals(size, ratio, narrowest_widths(size, *floors, multiple_of), multiple_of, where)
+        wanted = target.removals(target.narrowest_widths(method.floor, method.protect_first, method.protect_last))
         # Where all of a layer's steps down are of this size, so many are taken as come closest.
-        all_alike = size.intermediate_size % multiple_of == 0
-        numbers.append((wanted + multiple_of // 2) // multiple_of if all_alike else wanted)
+        all_alike = size.units % method.multiple_of == 0
+        numbers.append((wanted + method.multiple_of // 2) // method.multiple_of if all_alike else wanted)
     return tuple(numbers)
 
 

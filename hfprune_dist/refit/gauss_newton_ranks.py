@@ -54,6 +54,7 @@ class Reconstruction:
         biases: Biases,
         inputs: Mapping[int, Tensor],
         target_of: Callable[[int], Tensor],
+        *,
         micro_batches: int,
         world: World,
     ) -> None:

@@ -1,12 +1,13 @@
 """How far models of many widths are from the dense one, measured in one pass layer by layer.
 
+A width is the number of units that a layer keeps.
+
 The windows go through the dense layers and, beside them, through every candidate's: candidates share all layers up to
 the first in which their widths differ. Memory is that of one layer and of the windows' hidden states of each candidate.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.fidelity import compare_outputs, next_ids
 from hfprune_dist.core.least_squares import LeastSquares, best_ridge
-from hfprune_dist.core.selection import top_neurons
+from hfprune_dist.core.selection import entries_of, top_units
 from hfprune_dist.core.width_search import Widths
 from hfprune_dist.distributed.layer_states import LayerStates, Named
 from hfprune_dist.distributed.layer_stream import Grams, LayerStream, is_held_out
 from hfprune_dist.distributed.whole_model_probe import Probe
 from hfprune_dist.distributed.world import World
-from hfprune_dist.models.single_layer import LayerReader, mlp_of, narrow, projection, run
+from hfprune_dist.models.single_layer import LayerReader, output_of, put_weights, run, weights_kept
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
 from hfprune_dist.store.hashing import digest_of
 
@@ -33,14 +34,16 @@ KNOWN = "search.json"
 
 # Candidates that have had the same widths so far -> micro-batch of this rank -> its hidden states, on the CPU.
 Branches = dict[tuple[int, ...], dict[int, Tensor]]
+# Of what units own in a layer, by names within it.
+Weights = dict[str, Tensor]
 
 
 class Measurement:
     """Measures candidates on the windows of all ranks; the same bits on any number of them.
 
     Args:
-        scores: of each layer's neurons; a layer keeps the highest.
-        refit: whether down projections are fitted to the dense activations, on the windows that are not held out.
+        scores: of each layer's units; a layer keeps the highest.
+        refit: whether output projections are fitted to the dense activations, on the windows that are not held out.
         windows_ST: all calibration windows, int64 [samples, sequence_length].
         micro_batch_size: windows per forward.
         probe: what the model itself computes for one of the windows.
@@ -52,8 +55,9 @@ class Measurement:
         self,
         checkpoint: Checkpoint,
         scores: Sequence[Tensor],
-        refit: bool,
         windows_ST: Tensor,
+        *,
+        refit: bool,
         dtype: torch.dtype,
         micro_batch_size: int,
         world: World,
@@ -62,6 +66,7 @@ class Measurement:
         after_each: Callable[[int], None],
     ) -> None:
         self._checkpoint = checkpoint
+        self._units = checkpoint.units
         self._scores = scores
         self._refit = refit
         self._windows_ST = windows_ST
@@ -121,9 +126,9 @@ class Measurement:
     ) -> Branches:
         """Take the dense windows and every branch through a layer; ``widths`` are the candidates' there."""
         grams = self._grams(stream, number, layer)
-        mlps = self._mlps(number, mlp_of(layer), sorted(set(widths)), grams)
+        weights = self._weights(number, layer, sorted(set(widths)), grams)
         del grams  # hidden states go on without them
-        return self._advance(layer, mlps, _split(branches, widths))
+        return self._advance(layer, weights, _split(branches, widths))
 
     def _stream(self) -> LayerStream:
         """Windows on their way through the dense layers: those of the refit, or the probe's micro-batch alone."""
@@ -132,7 +137,8 @@ class Measurement:
             row = self._probe.row_in(windows_ST)
             assert row is not None
             windows_ST = windows_ST.split(self._micro_batch_size)[row // self._micro_batch_size]
-        return LayerStream(self._checkpoint, windows_ST, self._dtype, self._micro_batch_size, self._world, self._probe)
+        where = self._checkpoint, windows_ST, self._dtype, self._micro_batch_size, self._world
+        return LayerStream(*where, probe=self._probe)
 
     def _grams(self, stream: LayerStream, number: int, layer: nn.Module) -> Grams | None:
         """Take the stream through a layer; what a refit needs of it."""
@@ -141,26 +147,25 @@ class Measurement:
         stream.advance(layer)
         return None
 
-    def _mlps(self, number: int, mlp: nn.Module, widths: Sequence[int], grams: Grams | None) -> dict[int, nn.Module]:
-        """The layer's MLP at every width; ranks share the solving."""
-        family = self._checkpoint.family
+    def _weights(self, number: int, layer: nn.Module, widths: Sequence[int], grams: Grams | None) -> dict[int, Weights]:
+        """What the layer's units own at every width; ranks share the solving."""
         dense_width = len(self._scores[number])
         narrower = [width for width in widths if width < dense_width]
-        kept = {width: top_neurons(self._scores[number], width) for width in narrower}
-        fitted = self._fitted(mlp, kept, grams) if grams is not None and narrower else {}
-        mlps = {dense_width: mlp}
+        kept = {width: top_units(self._scores[number], width) for width in narrower}
+        fitted = self._fitted(layer, kept, grams) if grams is not None and narrower else {}
+        weights = {dense_width: weights_kept(layer, self._units)}
         for width in narrower:
-            mlps[width] = copy.deepcopy(mlp)
-            narrow(mlps[width], family, kept[width])
+            weights[width] = weights_kept(layer, self._units, kept[width])
             if width in fitted:
-                weight = projection(mlps[width], family.down_projection).weight
-                weight.data = fitted[width].to(weight)
-        return mlps
+                name = f"{self._units.output}.weight"
+                weights[width][name] = fitted[width].to(weights[width][name])
+        return weights
 
-    def _fitted(self, mlp: nn.Module, kept: Mapping[int, Tensor], grams: Grams) -> dict[int, Tensor]:
-        """The down projection for every width, fitted on the windows that are not held out; one ridge for all."""
-        weight_CD = projection(mlp, self._checkpoint.family.down_projection).weight.data.double()
-        on_device = {width: kept_K.to(weight_CD.device) for width, kept_K in kept.items()}
+    def _fitted(self, layer: nn.Module, kept: Mapping[int, Tensor], grams: Grams) -> dict[int, Tensor]:
+        """The output projection for every width, fitted on the windows that are not held out; one ridge for all."""
+        weight_CD = output_of(layer, self._units).weight.data.double()
+        channels = {width: entries_of(kept_K, self._units.channels_per_unit) for width, kept_K in kept.items()}
+        on_device = {width: channels_K.to(weight_CD.device) for width, channels_K in channels.items()}
         narrowest_K = on_device[min(on_device)]
         ridge = 0.0
         if self._world.is_first:
@@ -168,17 +173,17 @@ class Measurement:
             ridge, _ = best_ridge(LeastSquares(weight_CD, grams.fitted_DD, narrowest_K), held_out)
         ridge = self._world.broadcast(ridge)
         mine = {
-            width: LeastSquares(weight_CD, grams.fitted_DD, kept_K).weight(ridge).float().cpu()
-            for place, (width, kept_K) in enumerate(on_device.items())
+            width: LeastSquares(weight_CD, grams.fitted_DD, channels_K).weight(ridge).float().cpu()
+            for place, (width, channels_K) in enumerate(on_device.items())
             if place % self._world.size == self._world.rank
         }
         return {width: weight for share in self._world.gather(mine) for width, weight in share.items()}
 
-    def _advance(self, layer: nn.Module, mlps: Mapping[int, nn.Module], branches: Mapping[int, Branches]) -> Branches:
-        """Run every branch through the layer with the MLP of its width."""
+    def _advance(self, layer: nn.Module, weights: Mapping[int, Weights], branches: Mapping[int, Branches]) -> Branches:
+        """Run every branch through the layer at its width."""
         advanced: Branches = {}
         for width, at_width in branches.items():
-            _replace_mlp(layer, mlps[width])
+            put_weights(layer, weights[width])
             for members, hidden in at_width.items():
                 advanced[members] = {
                     index: run(layer, hidden_BTC.to(self._world.device)).cpu() for index, hidden_BTC in hidden.items()
@@ -242,7 +247,3 @@ def _split(branches: Branches, widths: Sequence[int]) -> dict[int, Branches]:
             staying = tuple(member for member in members if widths[member] == width)
             split.setdefault(width, {})[staying] = dict(hidden)
     return split
-
-
-def _replace_mlp(layer: nn.Module, mlp: nn.Module) -> None:
-    layer.get_submodule("layers.0").mlp = mlp

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.tensor_files import is_usable, save_tensors
+from hfprune_dist.models.single_layer import output_of, put_weights
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
 
 
 @dataclass(frozen=True)
 class LayerFit:
-    """What least squares did to one layer's down projection.
+    """What least squares did to one layer's output projection.
 
     Attributes:
         ridge: chosen on held-out windows.
@@ -35,13 +36,13 @@ class FittedLayers:
     """Two files per layer: its new weights, then a report, whose presence says that the layer is done.
 
     Args:
-        whole_mlp: whether row projections are refitted too, not the down projection alone.
+        whole_mlp: whether row projections are refitted too, not the output projection alone.
         folder: written by one rank and read by all.
     """
 
     def __init__(self, checkpoint: Checkpoint, whole_mlp: bool, folder: Path) -> None:
         self._checkpoint = checkpoint
-        self._family = checkpoint.family
+        self._units = checkpoint.units
         self._whole_mlp = whole_mlp
         self._folder = folder
 
@@ -50,19 +51,21 @@ class FittedLayers:
         return {number for number in range(self._checkpoint.num_layers) if self._is_done(number)}
 
     def write(self, number: int, tensors: Sequence[Tensor], fit: LayerFit) -> None:
-        """Publish a layer: gate, up and down, or down alone, rounded to the checkpoint's dtypes."""
+        """Publish a layer: its row projections and the output projection, or that one alone, rounded to the
+        checkpoint's dtypes.
+        """
         self._folder.mkdir(exist_ok=True)
         fitted = zip(self._names(number), tensors, strict=True)
         rounded = {name: tensor.to(self._dtype(name)).cpu().contiguous() for name, tensor in fitted}
         save_tensors(rounded, self._weight_file(number))  # before the report that says they are there
         write_json(self._report_file(number), asdict(fit))
 
-    def install(self, number: int, mlp: nn.Module) -> None:
-        """Give a layer's pruned MLP its refitted weights."""
-        prefix = f"{self._family.mlp_prefix(number)}."
-        for name in self._names(number):
-            weight = mlp.get_parameter(name.removeprefix(prefix))
-            weight.data = self._read(number, name).to(weight)
+    def install(self, number: int, layer: nn.Module) -> None:
+        """Give a pruned layer its refitted weights."""
+        like = output_of(layer, self._units).weight
+        prefix = self._units.tensor(number, "")
+        read = {name.removeprefix(prefix): self._read(number, name) for name in self._names(number)}
+        put_weights(layer, {name: weight.to(like) for name, weight in read.items()})
 
     def reports(self) -> list[LayerFit]:
         """Of all layers, once they are done."""
@@ -88,9 +91,8 @@ class FittedLayers:
 
     def _names(self, number: int) -> list[str]:
         """Tensors of a layer that the refit changes, in the order of ``MlpWeights`` where there are three."""
-        prefix = self._family.mlp_prefix(number)
-        rows = [f"{prefix}.{name}.weight" for name in self._family.row_projections] if self._whole_mlp else []
-        return [*rows, self._family.down_tensor(number)]
+        rows = self._units.row_weights(number) if self._whole_mlp else []
+        return [*rows, self._units.output_weight(number)]
 
     def _read(self, number: int, name: str) -> Tensor:
         with safe_open(self._weight_file(number), framework="pt") as source:

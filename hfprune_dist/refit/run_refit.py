@@ -1,4 +1,4 @@
-"""Refits of a pruned model's MLPs, layer after layer, on calibration windows; a later attempt goes on at its layer."""
+"""Refits of a pruned model, layer after layer, on calibration windows; a later attempt goes on at its layer."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.gauss_newton import Biases, MlpWeights
 from hfprune_dist.core.least_squares import LeastSquares, best_ridge, vectors_of_targets, weight_of_targets
+from hfprune_dist.core.selection import entries_of
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import Grams, LayerStream, MlpIO, unusable
 from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.world import World
-from hfprune_dist.models.single_layer import mlp_of, narrow, projection
+from hfprune_dist.models.single_layer import mlp_of, output_of, projection, put_weights, weights_kept
 from hfprune_dist.refit.gauss_newton_ranks import Reconstruction, Start
 from hfprune_dist.refit.refitted_layers import FittedLayers, LayerFit
 
 # Called on every rank with the number of layers that are done.
 AfterEach = Callable[[int], None]
-# A layer's number, its down projection's weight, and Gram matrices of what that reads.
+# A layer's number, its output projection's weight, and Gram matrices of what that reads.
 Unsolved = tuple[int, Tensor, Grams]
 # How far a pursuing layer makes up for earlier ones. What those lost is hardly a function of what this one reads: going
 # all the way fits the calibration windows rather than the model.
@@ -30,10 +31,10 @@ SHARE_MADE_UP = 0.5
 
 
 class DenseRefit:
-    """Down projections that make the dense MLPs' outputs of the kept activations of the dense model.
+    """Output projections that make their dense outputs of the kept channels of the dense model's activations.
 
     Args:
-        kept: of each layer, ascending indices of the neurons that stay.
+        kept: of each layer, ascending indices of the units that stay.
         stream: windows before the first layer.
     """
 
@@ -75,12 +76,13 @@ class DenseRefit:
     def _prepared(self, number: int, layer: nn.Module, is_mine: bool) -> Unsolved | None:
         """What it takes to solve a layer; layers of dense activations don't wait for each other."""
         grams = self._stream.grams(number, layer)
-        weight_CD = projection(mlp_of(layer), self._checkpoint.family.down_projection).weight.data
+        weight_CD = output_of(layer, self._checkpoint.units).weight.data
         return (number, weight_CD, grams) if is_mine else None
 
     def _solve(self, unsolved: Unsolved) -> None:
         number, weight_CD, grams = unsolved
-        solution = solve(weight_CD, grams, self._kept[number].to(weight_CD.device))
+        channels_K = entries_of(self._kept[number], self._checkpoint.units.channels_per_unit)
+        solution = solve(weight_CD, grams, channels_K.to(weight_CD.device))
         self._fitted.write(number, [solution.whole_CK], solution.fit)
 
 
@@ -93,9 +95,10 @@ class SequentialRefit:
 
     Args:
         checkpoint: the model that is pruned.
-        kept: of each of its layers, ascending indices of the neurons that stay.
+        kept: of each of its layers, ascending indices of the units that stay; they belong to its MLPs.
         stream: its windows before the first layer.
         dense: the same windows before the first layer of the dense model.
+        fitted: where layers are written.
         whole_mlp: whether steps of Gauss-Newton on all three projections follow least squares on the down projection.
     """
 
@@ -105,12 +108,14 @@ class SequentialRefit:
         kept: Sequence[Tensor],
         stream: LayerStream,
         dense: LayerStream,
-        whole_mlp: bool,
         fitted: FittedLayers,
+        *,
+        whole_mlp: bool,
         world: World,
     ) -> None:
         self._checkpoint = checkpoint
         self._family = checkpoint.family
+        self._units = checkpoint.units
         self._kept = kept
         self._stream = stream
         self._dense = dense
@@ -129,18 +134,16 @@ class SequentialRefit:
             dense_layer, layer = self._dense.layer(number), self._stream.layer(number)
             self._dense.require_residual_mlp(dense_layer)
             self._dense.advance(dense_layer)
-            mlp = mlp_of(layer)
-            narrow(mlp, self._family, self._kept[number])
+            put_weights(layer, weights_kept(layer, self._units, self._kept[number]))
             if number not in done:
                 self._fit(number, layer, mlp_of(dense_layer))
-            self._fitted.install(number, mlp)
+            self._fitted.install(number, layer)
             self._stream.advance(layer)
             after_each(number + 1)
 
     def _fit(self, number: int, layer: nn.Module, dense_mlp: nn.Module) -> None:
         """Every rank has the Gram matrices and solves; rank 0 writes."""
-        mlp = mlp_of(layer)
-        down_CK = projection(mlp, self._family.down_projection).weight.data
+        down_CK = output_of(layer, self._units).weight.data
         seen: dict[int, tuple[Tensor, Tensor]] = {}
         grams = self._stream.grams_of(number, sum(down_CK.shape), self._vectors(layer, dense_mlp, seen))
         kept = torch.arange(down_CK.shape[1], device=down_CK.device)
@@ -148,7 +151,7 @@ class SequentialRefit:
         del grams  # of which the solution has what a step needs
         tensors: Sequence[Tensor] = [solution.whole_CK]
         if self._whole_mlp:
-            tensors = self._moved(number, mlp, solution, seen).tensors()
+            tensors = self._moved(number, mlp_of(layer), solution, seen).tensors()
         if self._world.is_first:
             self._fitted.write(number, tensors, solution.fit)
         self._world.barrier()
@@ -160,7 +163,7 @@ class SequentialRefit:
 
         ``seen`` gets what a step needs again: what the MLP reads, and its target.
         """
-        down = projection(mlp_of(layer), self._family.down_projection)
+        down = output_of(layer, self._units)
         for index, around in self._stream.around_mlp(layer):
             target_NC = self._target(index, around, dense_mlp)
             if down.bias is not None:
@@ -190,8 +193,8 @@ class SequentialRefit:
             Biases(*(None if linear.bias is None else linear.bias.data for linear in (gate, up))),
             {index: input_NC for index, (input_NC, _) in seen.items()},
             lambda index: seen[index][1].to(self._world.device),
-            self._stream.micro_batches,
-            self._world,
+            micro_batches=self._stream.micro_batches,
+            world=self._world,
         )
 
         gate_KC, up_KC = (linear.weight.data.float() for linear in (gate, up))

@@ -117,8 +117,8 @@ def compare_criteria(scores: Scores, shares_kept: Sequence[float]) -> list[dict[
     """For every pair of criteria: rank correlation, and overlap of the kept sets, layer by layer.
 
     Args:
-        scores: criterion -> float64 [intermediate_size] of every layer.
-        shares_kept: widths to compare, as shares of the layer's neurons.
+        scores: criterion -> float64 [units] of every layer.
+        shares_kept: widths to compare, as shares of the layer's units.
     """
     return [
         {
@@ -134,13 +134,13 @@ def compare_criteria(scores: Scores, shares_kept: Sequence[float]) -> list[dict[
 
 
 def spearman(a_D: NDArray[np.float64], b_D: NDArray[np.float64]) -> float:
-    """Rank correlation; neurons of equal score are taken in their order."""
+    """Rank correlation; units of equal score are taken in their order."""
     a_ranks_D, b_ranks_D = (np.argsort(np.argsort(it, kind="stable")) for it in (a_D, b_D))
     return float(np.corrcoef(a_ranks_D, b_ranks_D)[0, 1])
 
 
 def overlap(a_D: NDArray[np.float64], b_D: NDArray[np.float64], share: float) -> float:
-    """Share of the neurons that one criterion keeps which the other keeps too."""
+    """Share of the units that one criterion keeps which the other keeps too."""
     width = max(1, round(share * len(a_D)))
     kept = [set(np.argsort(-it, kind="stable")[:width].tolist()) for it in (a_D, b_D)]
     return len(kept[0] & kept[1]) / width

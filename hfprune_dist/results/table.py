@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.headline import averages, headline
 from hfprune_dist.store.artifacts import Store
@@ -27,6 +28,12 @@ class DenseModel:
 
     parameters: int
     intermediate_size: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> DenseModel:
+        """What a dense checkpoint has of it."""
+        sizes = checkpoint.units.sizes(checkpoint.units.counts)
+        return cls(checkpoint.parameters, sizes["intermediate_size"])
 
 
 def collect_rows(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> list[Row]:

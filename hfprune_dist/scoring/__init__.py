@@ -1,1 +1,1 @@
-"""The calibration pass: sums over windows that select neurons."""
+"""The calibration pass: sums over windows that select units."""

@@ -9,16 +9,11 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.read_tensors import mlp_layer
-from hfprune_dist.core.criteria import (
-    CRITERIA,
-    STUDENT_CRITERION,
-    Batch,
-    Criterion,
-    losses_of,
-    student_keeps,
-)
-from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
+from hfprune_dist.checkpoints.read_tensors import scored_layer
+from hfprune_dist.core.bound_losses import Batch
+from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
+from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.scores import STUDENT_CRITERION, finished, student_keeps
 from hfprune_dist.distributed.deepspeed_patches import empty_shards, rearming
 from hfprune_dist.distributed.world import World
 from hfprune_dist.distributed.zero3 import gathered, load_frozen
@@ -34,14 +29,14 @@ class Sums:
     """What some micro-batches add up to.
 
     Attributes:
-        neurons_KLD: float64 [criteria with a sum, num_layers, intermediate_size].
-        terms_JLD: what each micro-batch adds to rounded sums (see ``NeuronSums``).
-        curvature_LCC: float32 [num_layers, hidden_size, hidden_size], or empty (see ``NeuronSums``).
+        units_KLU: float64 [criteria with a sum, num_layers, units].
+        terms_JLU: what each micro-batch adds to rounded sums (see ``UnitSums``).
+        curvature_LCC: float32 [num_layers, hidden_size, hidden_size], or empty (see ``UnitSums``).
         losses: loss name -> sum over windows of the loss per token.
     """
 
-    neurons_KLD: Tensor
-    terms_JLD: list[Tensor]
+    units_KLU: Tensor
+    terms_JLU: list[Tensor]
     curvature_LCC: Tensor
     losses: dict[str, float]
 
@@ -60,6 +55,7 @@ class Calibration:
         dtype: torch.dtype,
         windows_ST: Tensor,
         criteria: Sequence[Criterion],
+        *,
         seed: int,
         micro_batch_size: int,
         world: World,
@@ -75,7 +71,7 @@ class Calibration:
         self._model = ScoredModel(
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
             head=lambda: gathered(head),
-            down_projections=family.down_projections(self.module),
+            output_projections=checkpoint.units.outputs_of(self.module),
             rearming=lambda: rearming(self.module),
         )
         self._vocabulary = head.out_features
@@ -97,14 +93,16 @@ class Calibration:
         if all(loss.of != "student" for loss in losses_of(self._criteria)):
             return
         criterion, world = CRITERIA[STUDENT_CRITERION], self._world
-        (sums_LD,) = self._score(micro_batches, [criterion]).neurons_KLD
+        (sums_LU,) = self._score(micro_batches, [criterion]).units_KLU
         mine = {
-            number: student_keeps(criterion.finish(sums_LD[number], mlp_layer(self._checkpoint, number, self._seed)))
+            number: student_keeps(
+                finished(criterion, sums_LU[number], scored_layer(self._checkpoint, number, self._seed))
+            )
             for number in range(world.rank, self._checkpoint.num_layers, world.size)
         }
-        keeps = {number: keeps_D for share in world.gather(mine) for number, keeps_D in share.items()}
-        student_LD = torch.stack([keeps[number] for number in sorted(keeps)])
-        self._model = replace(self._model, student_LD=student_LD.to(world.device))
+        keeps = {number: keeps_U for share in world.gather(mine) for number, keeps_U in share.items()}
+        student_LU = torch.stack([keeps[number] for number in sorted(keeps)])
+        self._model = replace(self._model, student_LU=student_LU.to(world.device))
 
     def release(self) -> None:
         """Give the memory of the model's weights back; nothing can be scored any more."""
@@ -127,11 +125,11 @@ class Calibration:
         return self._score(micro_batches, self._criteria)
 
     def _score(self, micro_batches: Sequence[range], criteria: Sequence[Criterion]) -> Sums:
-        sums = NeuronSums(self._model.down_projections, self._checkpoint.intermediate_size, criteria)
+        sums = UnitSums(self._model.output_projections, criteria, self._checkpoint.units.channels_per_unit)
         losses = {loss.name: 0.0 for loss in losses_of(criteria)}
         for windows in micro_batches:
             input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
             batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed)
             for name, value in score_batch(self._model, batch, sums).items():
                 losses[name] += value
-        return Sums(sums.sums_KLD, sums.terms_JLD, sums.curvature_LCC, losses)
+        return Sums(sums.sums_KLU, sums.terms_JLU, sums.curvature_LCC, losses)

@@ -28,16 +28,16 @@ class Accumulation:
 
     Args:
         criteria: those with something to sum.
-        shape: (num_layers, intermediate_size, hidden_size) of the model.
+        shape: (num_layers, units of each, hidden_size) of the model.
         shards: of the whole pass.
         file: where rank 0 saves after every round; if it is there, the pass goes on from it. One that is damaged, or of
             another pass, is set aside, and the pass begins anew.
-        settled: stop as soon as both halves of the shards so far keep this share of their neurons in common, by every
+        settled: stop as soon as both halves of the shards so far keep this share of their units in common, by every
             criterion that has halves and at every share; looked at when the number of shards is a power of two. None
             goes through all.
 
     Attributes:
-        sums_KLD: float64 [criteria, num_layers, intermediate_size], added in shard order; of criteria that are
+        sums_KLU: float64 [criteria, num_layers, units], added in shard order; of criteria that are
             accumulated in a narrower dtype, micro-batch by micro-batch, and rounded to it each time.
         losses: loss name -> sum over windows of the loss per token.
         curve: (shards, criterion, share kept) -> overlap of the two halves (see ``core.split_half``).
@@ -50,18 +50,21 @@ class Accumulation:
         shards: int,
         file: Path,
         world: World,
+        *,
         settled: float | None = None,
     ) -> None:
-        layers, neurons, hidden_size = shape
-        self.sums_KLD = torch.zeros(len(criteria), layers, neurons, dtype=torch.float64)
+        layers, units, hidden_size = shape
+        self.sums_KLU = torch.zeros(len(criteria), layers, units, dtype=torch.float64)
         self.curve: dict[tuple[int, str, float], float] = {}
-        self._odd_KLD = torch.zeros_like(self.sums_KLD)
+        self._odd_KLU = torch.zeros_like(self.sums_KLU)
         self._sufficient_overlap = settled
         self.losses: dict[str, float] = {}
         self.next_shard = 0
         self.shards = shards
         self._criteria = criteria
-        self._rounded = [(number, it.accumulated_in) for number, it in enumerate(criteria) if it.is_rounded]
+        self._rounded = [
+            (number, getattr(torch, it.accumulated_in)) for number, it in enumerate(criteria) if it.is_rounded
+        ]
         self._file = file
         self._world = world
         needs_moments = any(it.needs_moments for it in criteria)
@@ -87,14 +90,14 @@ class Accumulation:
         losses = self._world.gather(shard.losses)
         before = self.next_shard
         for source in range(counted):
-            received_KLD = shard.neurons_KLD.clone()
-            self._world.broadcast_tensor(received_KLD, source)
-            self.sums_KLD += received_KLD
+            received_KLU = shard.units_KLU.clone()
+            self._world.broadcast_tensor(received_KLU, source)
+            self.sums_KLU += received_KLU
             if self._rounded:
-                self._add_rounded(self._world.broadcast(shard.terms_JLD, source))
+                self._add_rounded(self._world.broadcast(shard.terms_JLU, source))
             self.losses = {name: self.losses.get(name, 0.0) + value for name, value in losses[source].items()}
             if self.next_shard % 2:
-                self._odd_KLD += received_KLD
+                self._odd_KLU += received_KLU
             self.next_shard += 1
             self._look_at_halves()
             if self._has_settled():
@@ -109,19 +112,19 @@ class Accumulation:
         assert self._curvature is not None, "no criterion needs moments"
         return self._curvature.value(layer) / tokens
 
-    def _add_rounded(self, terms_JLD: list[Tensor]) -> None:
-        for term_JLD in terms_JLD:
-            for (number, dtype), term_LD in zip(self._rounded, term_JLD, strict=True):
-                self.sums_KLD[number] = self.sums_KLD[number].to(dtype) + term_LD.to(dtype)
+    def _add_rounded(self, terms_JLU: list[Tensor]) -> None:
+        for term_JLU in terms_JLU:
+            for (number, dtype), term_LU in zip(self._rounded, term_JLU, strict=True):
+                self.sums_KLU[number] = self.sums_KLU[number].to(dtype) + term_LU.to(dtype)
 
     def _look_at_halves(self) -> None:
         """Add a point to the curve after 2, 4, 8, ... shards."""
         if self.next_shard < 2 or self.next_shard & (self.next_shard - 1):
             return
-        for criterion, sum_LD, odd_LD in zip(self._criteria, self.sums_KLD, self._odd_KLD, strict=True):
+        for criterion, sum_LU, odd_LU in zip(self._criteria, self.sums_KLU, self._odd_KLU, strict=True):
             if criterion.has_halves:
                 for share in SHARES_KEPT:
-                    overlap = split_half_overlap(sum_LD - odd_LD, odd_LD, share)
+                    overlap = split_half_overlap(sum_LU - odd_LU, odd_LU, share)
                     self.curve[self.next_shard, criterion.name, share] = overlap
 
     def _has_settled(self) -> bool:
@@ -131,13 +134,13 @@ class Accumulation:
     def _resume(self) -> None:
         saved = self._read_saved() if self._world.is_first else {}
         if saved:
-            self.sums_KLD = torch.stack([saved[f"sums.{criterion.name}"] for criterion in self._criteria])
+            self.sums_KLU = torch.stack([saved[f"sums.{criterion.name}"] for criterion in self._criteria])
             self.losses = {loss.name: float(saved[f"loss.{loss.name}"]) for loss in losses_of(self._criteria)}
             self.next_shard = int(saved["next_shard"])
-            self._odd_KLD = saved["odd"]
+            self._odd_KLU = saved["odd"]
             self.curve = _curve_of(saved[CURVE], self._criteria)
-        self.sums_KLD, self._odd_KLD, self.losses, self.next_shard, self.curve = self._world.broadcast(
-            (self.sums_KLD, self._odd_KLD, self.losses, self.next_shard, self.curve)
+        self.sums_KLU, self._odd_KLU, self.losses, self.next_shard, self.curve = self._world.broadcast(
+            (self.sums_KLU, self._odd_KLU, self.losses, self.next_shard, self.curve)
         )
         if self._curvature is not None and self.next_shard:
             self._curvature.resume(saved)
@@ -172,19 +175,19 @@ class Accumulation:
 
     def _kinds(self) -> Kinds:
         """What a saved pass consists of, but for its curve, which grows."""
-        sums = {f"sums.{it.name}": (torch.float64, tuple(self.sums_KLD.shape[1:])) for it in self._criteria}
+        sums = {f"sums.{it.name}": (torch.float64, tuple(self.sums_KLU.shape[1:])) for it in self._criteria}
         losses: Kinds = {f"loss.{loss.name}": (torch.float64, ()) for loss in losses_of(self._criteria)}
         curvature = {} if self._curvature is None else self._curvature.kinds()
-        odd = {"odd": (torch.float64, tuple(self._odd_KLD.shape))}
+        odd = {"odd": (torch.float64, tuple(self._odd_KLU.shape))}
         return {"next_shard": (torch.int64, ()), **sums, **losses, **odd, **curvature}
 
     def _save(self) -> None:
-        sums = {f"sums.{it.name}": sum_LD.clone() for it, sum_LD in zip(self._criteria, self.sums_KLD, strict=True)}
+        sums = {f"sums.{it.name}": sum_LU.clone() for it, sum_LU in zip(self._criteria, self.sums_KLU, strict=True)}
         losses = {f"loss.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.losses.items()}
         curvature = {} if self._curvature is None else self._curvature.saved()
         places = [criterion.name for criterion in self._criteria]
         points = [[shards, places.index(name), share, value] for (shards, name, share), value in self.curve.items()]
-        halves = {"odd": self._odd_KLD, CURVE: torch.tensor(points, dtype=torch.float64)}
+        halves = {"odd": self._odd_KLU, CURVE: torch.tensor(points, dtype=torch.float64)}
         saved = {"next_shard": torch.tensor(self.next_shard), **sums, **losses, **halves, **curvature}
         save_tensors(saved, self._file)
 

@@ -1,4 +1,4 @@
-"""Importance: score every MLP neuron over the calibration windows, on a model sharded over all ranks.
+"""Importance: score every unit over the calibration windows, on a model sharded over all ranks.
 
 Any number of criteria share the pass: one forward, one pass over the logits, one backward for each loss; a loss of a
 student adds a forward. Windows are cut into fixed shards, whatever the number of ranks; ranks work on consecutive
@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.read_tensors import mlp_layer
+from hfprune_dist.checkpoints.read_tensors import scored_layer
 from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
 from hfprune_dist.config.parameters import ImportanceParameters
 from hfprune_dist.config.schema import CalibrationConfig
-from hfprune_dist.core.criteria import CRITERIA, Criterion, MlpLayer, SecondMoments, losses_of
+from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
 from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.importance import NonFiniteError
+from hfprune_dist.core.scores import ScoredLayer, SecondMoments, finished
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import Sampling, load_windows, read_windows, save_windows
 from hfprune_dist.distributed.interruption import Interrupted
@@ -115,10 +116,10 @@ def _calibration(
         getattr(torch, params.dtype),
         windows_ST,
         criteria,
-        params.seed,
-        params.calibration.micro_batch_size,
-        context.world,
-        context.runtime.activation_checkpointing,
+        seed=params.seed,
+        micro_batch_size=params.calibration.micro_batch_size,
+        world=context.world,
+        activation_checkpointing=context.runtime.activation_checkpointing,
     )
     if context.world.is_first and not (context.work / PROBE).is_file():
         record_probe(calibration.module, checkpoint.family, context.work / PROBE)
@@ -130,9 +131,9 @@ def _accumulate(
 ) -> Accumulation:
     """Add up all shards; nothing to do, and no model to load, where no criterion sums anything."""
     shards = _shards(len(windows_ST), context.params.calibration) if criteria else []
-    shape = (checkpoint.num_layers, checkpoint.intermediate_size, checkpoint.config["hidden_size"])
+    shape = (checkpoint.num_layers, checkpoint.units.most, checkpoint.config["hidden_size"])
     settled = context.params.calibration.settled
-    totals = Accumulation(criteria, shape, len(shards), context.work / PARTIAL, context.world, settled)
+    totals = Accumulation(criteria, shape, len(shards), context.work / PARTIAL, context.world, settled=settled)
     calibration = None
     if not totals.is_complete:
         calibration = _calibration(context, checkpoint, windows_ST, criteria)
@@ -174,7 +175,7 @@ def _scores(
     totals: Accumulation,
     windows_ST: Tensor,
 ) -> dict[str, Tensor]:
-    """``layers.<i>.<criterion>`` -> float64 [intermediate_size], on rank 0; weights are read one layer at a time.
+    """``layers.<i>.<criterion>`` -> float64 [units], on rank 0; weights are read one layer at a time.
 
     Each layer's scores are saved once they are finished, and taken up by a later attempt.
     """
@@ -182,7 +183,11 @@ def _scores(
     saved = _SavedScores(context.work / "scores", checkpoint.num_layers)
     done = world.broadcast(saved.done() if world.is_first else set())
     left = [number for number in range(checkpoint.num_layers) if number not in done]
-    turns: Turns[MlpLayer] = Turns(left, world, lambda it: saved.write(it.number, _layer_scores(it, criteria, totals)))
+
+    def write(layer: ScoredLayer) -> None:
+        saved.write(layer.number, _layer_scores(layer, criteria, totals))
+
+    turns = Turns(left, world, write)
     second_pass = _SecondPass(context, checkpoint, criteria, totals, windows_ST)
     try:
         for number in range(left[-1] + 1 if left else 0):
@@ -216,7 +221,7 @@ class _SavedScores:
     def read(self) -> dict[str, Tensor]:
         """The scores of all layers."""
         files = [load_tensors(self._file(number))[0] for number in self._layers]
-        return {name: scores_D for scores in files for name, scores_D in scores.items()}
+        return {name: scores_U for scores in files for name, scores_U in scores.items()}
 
     def _file(self, number: int) -> Path:
         return self._folder / f"layer-{number}.safetensors"
@@ -241,10 +246,10 @@ class _SecondPass:
         self._windows_ST = windows_ST
         self._stream: LayerStream | None = None
 
-    def layer(self, number: int, is_mine: bool) -> MlpLayer | None:
+    def layer(self, number: int, is_mine: bool) -> ScoredLayer | None:
         """The next layer as criteria see it, None where another rank solves it; collective."""
         moments = self._moments(number) if self._needed else None
-        return mlp_layer(self._checkpoint, number, self._context.params.seed, moments) if is_mine else None
+        return scored_layer(self._checkpoint, number, self._context.params.seed, moments) if is_mine else None
 
     def go_past(self, number: int) -> None:
         """Take the windows through the next layer, whose scores are known; collective."""
@@ -271,21 +276,21 @@ class _SecondPass:
             size = params.calibration.micro_batch_size
             where = self._checkpoint, self._windows_ST, getattr(torch, params.dtype), size, context.world
             probe = obtain_probe(*where, saved=context.work / PROBE, sharding=context.runtime.sharding)
-            self._stream = LayerStream(*where, probe)
+            self._stream = LayerStream(*where, probe=probe)
         return self._stream
 
 
-def _layer_scores(layer: MlpLayer, criteria: Sequence[Criterion], totals: Accumulation) -> dict[str, Tensor]:
-    sums = dict(zip([criterion.name for criterion in _summed(criteria)], totals.sums_KLD, strict=True))
-    nothing_D = torch.zeros(layer.intermediate_size, dtype=torch.float64)
+def _layer_scores(layer: ScoredLayer, criteria: Sequence[Criterion], totals: Accumulation) -> dict[str, Tensor]:
+    sums = dict(zip([criterion.name for criterion in _summed(criteria)], totals.sums_KLU, strict=True))
+    nothing_U = torch.zeros(layer.units, dtype=torch.float64)
     scores = {}
     for criterion in criteria:
-        sum_D = sums[criterion.name][layer.number] if criterion.name in sums else nothing_D
-        scores_D = criterion.finish(sum_D, layer).clone()
-        if not scores_D.isfinite().all():
+        sum_U = sums[criterion.name][layer.number] if criterion.name in sums else nothing_U
+        scores_U = finished(criterion, sum_U, layer).clone()
+        if not scores_U.isfinite().all():
             raise UserError(
                 f"importance: {criterion.name} of layer {layer.number} is NaN or infinite; "
                 "check the checkpoint's weights"
             )
-        scores[f"layers.{layer.number}.{criterion.name}"] = scores_D
+        scores[f"layers.{layer.number}.{criterion.name}"] = scores_U
     return scores

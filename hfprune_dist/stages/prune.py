@@ -1,4 +1,4 @@
-"""Prune: rank 0 decides which neurons stay, all ranks check that, refit what stays, and write the checkpoint."""
+"""Prune: rank 0 decides which units stay, all ranks check that, refit what stays, and write the checkpoint."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.write_pruned import config_changes, mlp_cuts, write_companions, write_weight_file
+from hfprune_dist.checkpoints.write_pruned import config_changes, unit_cuts, write_companions, write_weight_file
 from hfprune_dist.config.parameters import PruneParameters
 from hfprune_dist.core.allocation import allocate_globally, layer_mean_one
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.core.selection import top_neurons
+from hfprune_dist.core.selection import top_units
 from hfprune_dist.core.width_search import MEASUREMENTS, ReweightedWidths, Widths, search_widths
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe
-from hfprune_dist.planning.plan import size_of
-from hfprune_dist.planning.widths import ModelSize, narrowest_widths, removals, uniform_width
+from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.refit.measure_widths import Measurement
 from hfprune_dist.refit.refitted_layers import FittedLayers
 from hfprune_dist.refit.run_refit import DenseRefit, SequentialRefit
@@ -35,13 +34,13 @@ Replacements = Mapping[str, Callable[[], Tensor]]
 
 
 def run(context: Context) -> None:
-    """Write a Hugging Face folder, and ``kept.json``: the neurons that stayed, in the dense model's numbering."""
+    """Write a Hugging Face folder, and ``kept.json``: the units that stayed, in the dense model's numbering."""
     checkpoint = open_checkpoint(context.input_path("model"))
     dense = open_checkpoint(context.input_path("dense")) if context.has_input("dense") else checkpoint
     kept, search = _decide(context, checkpoint, dense)
     replacements, fits = _refit(context, checkpoint, dense, kept)
     draft = context.open_draft()
-    cuts = mlp_cuts(checkpoint, kept)
+    cuts = unit_cuts(checkpoint, kept)
     files = checkpoint.weight_files
     for done, file in enumerate(files[context.world.rank :: context.world.size]):
         context.progress.update("files", done * context.world.size, len(files))
@@ -61,15 +60,15 @@ def _decide(context: Context, checkpoint: Checkpoint, dense: Checkpoint) -> tupl
     stored = load_file(context.input_path("importance") / "importance.safetensors")
     scores = [stored[f"layers.{layer}.{context.params.criterion}"] for layer in range(checkpoint.num_layers)]
     widths, search = _widths(context, dense, scores)
-    kept = [top_neurons(*pair) for pair in zip(scores, widths, strict=True)] if context.world.is_first else []
+    kept = [top_units(*pair) for pair in zip(scores, widths, strict=True)] if context.world.is_first else []
     kept = context.world.broadcast(kept)
     hashes = context.world.gather(digest_of([row.tolist() for row in kept]))
-    assert len(set(hashes)) == 1, f"ranks disagree about the kept neurons: {hashes}"
+    assert len(set(hashes)) == 1, f"ranks disagree about the kept units: {hashes}"
     return kept, search
 
 
 def _in_dense_numbering(context: Context, kept: list[Tensor]) -> list[list[int]]:
-    """The kept neurons of a model that an earlier step pruned, as the dense model numbers them."""
+    """The kept units of a model that an earlier step pruned, as the dense model numbers them."""
     if not context.has_input("dense"):
         return [row.tolist() for row in kept]
     before: list[list[int]] = read_json(context.input_path("model") / KEPT)["layers"]
@@ -77,28 +76,28 @@ def _in_dense_numbering(context: Context, kept: list[Tensor]) -> list[list[int]]
 
 
 def _widths(context: Context, dense: Checkpoint, scores: list[Tensor]) -> tuple[Sequence[int], dict[str, Any]]:
-    """Neurons that each layer keeps, the same on every rank; ratios are of the dense model's parameters."""
-    params, size, where = context.params, size_of(dense), context.stage.label
+    """Units that each layer keeps, the same on every rank; ratios are of the dense model's parameters."""
+    params, multiple_of = context.params, context.params.multiple_of
+    target = Target(size_of(dense), params.ratio, multiple_of, context.stage.label)
     if params.allocation == "uniform":
-        return [uniform_width(size, params.ratio, params.multiple_of, where)] * size.num_layers, {}
-    multiple_of = params.multiple_of
-    narrowest = narrowest_widths(size, *params.limits(), multiple_of)
-    wanted = removals(size, params.ratio, narrowest, multiple_of, where)
+        return [target.uniform_width()] * dense.num_layers, {}
+    narrowest = target.narrowest_widths(*params.limits())
+    wanted = target.removals(narrowest)
     comparable = scores if CRITERIA[params.criterion].in_nats else layer_mean_one(scores)
     if params.allocation == "global":
         return allocate_globally(comparable, wanted, narrowest, multiple_of), {}
     found = search_widths(
         ReweightedWidths(comparable, wanted, narrowest, multiple_of),
-        _uniform(params, size, narrowest, where),
+        _uniform(target, narrowest),
         _measurement(context, dense, scores).kl,
     )
     return found.widths, {"search_kl": found.candidates}
 
 
-def _uniform(params: PruneParameters, size: ModelSize, narrowest: Sequence[int], where: str) -> Widths | None:
+def _uniform(target: Target, narrowest: Sequence[int]) -> Widths | None:
     """The uniform widths, where layers may be that narrow."""
-    width = uniform_width(size, params.ratio, params.multiple_of, where)
-    return (width,) * size.num_layers if width >= max(narrowest) else None
+    width = target.uniform_width()
+    return (width,) * len(narrowest) if width >= max(narrowest) else None
 
 
 def _measurement(context: Context, checkpoint: Checkpoint, scores: list[Tensor]) -> Measurement:
@@ -107,14 +106,14 @@ def _measurement(context: Context, checkpoint: Checkpoint, scores: list[Tensor])
     return Measurement(
         checkpoint,
         scores,
-        params.refit != "none",
         context.calibration_windows(),
-        getattr(torch, dtype),
-        size,
-        context.world,
-        _probe(context, checkpoint),
-        context.work,
-        _after_each_layer(context, "search", MEASUREMENTS * checkpoint.num_layers),
+        refit=params.refit != "none",
+        dtype=getattr(torch, dtype),
+        micro_batch_size=size,
+        world=context.world,
+        probe=_probe(context, checkpoint),
+        folder=context.work,
+        after_each=_after_each_layer(context, "search", MEASUREMENTS * checkpoint.num_layers),
     )
 
 
@@ -131,12 +130,12 @@ def _refit(
     fitted = FittedLayers(checkpoint, whole_mlp, context.work / "refit")
     refit: DenseRefit | SequentialRefit
     if params.refit == "dense":
-        stream = LayerStream(checkpoint, windows_ST, dtype, size, world, _probe(context, checkpoint))
+        stream = LayerStream(checkpoint, windows_ST, dtype, size, world, probe=_probe(context, checkpoint))
         refit = DenseRefit(checkpoint, kept, stream, fitted, world)
     else:
         stream = LayerStream(checkpoint, windows_ST, dtype, size, world)
-        dense_stream = LayerStream(dense, windows_ST, dtype, size, world, _probe(context, dense))
-        refit = SequentialRefit(checkpoint, kept, stream, dense_stream, whole_mlp, fitted, world)
+        dense_stream = LayerStream(dense, windows_ST, dtype, size, world, probe=_probe(context, dense))
+        refit = SequentialRefit(checkpoint, kept, stream, dense_stream, fitted, whole_mlp=whole_mlp, world=world)
     refit.run(_after_each_layer(context, "refit", checkpoint.num_layers))
     fits = fitted.reports()
     return fitted.replacements(), {
@@ -173,10 +172,8 @@ def _after_each_layer(context: Context, phase: str, total: int) -> Callable[[int
 
 def _metrics(dense: Checkpoint, widths: list[int]) -> dict[str, Any]:
     size = size_of(dense)
-    removed = size.num_layers * size.intermediate_size - sum(widths)
     return {
-        "ratio_reached": size.ratio_of(removed),
-        "parameters": dense.parameters - removed * dense.parameters_per_neuron,
-        "intermediate_size": widths[0] if len(set(widths)) == 1 else None,
-        "intermediate_sizes": widths,
+        "ratio_reached": size.reached(widths),
+        "parameters": dense.parameters - size.removed(widths) * size.parameters_per_unit,
+        **dense.units.sizes(widths),
     }

@@ -42,7 +42,7 @@ def _stream(context: Context, dense: Checkpoint, windows_ST: Tensor) -> LayerStr
     dtype, size = getattr(torch, context.params.dtype), context.params.micro_batch_size
     where = dense, windows_ST, dtype, size, context.world
     saved = context.input_path("importance") / PROBE if context.has_input("importance") else None
-    return LayerStream(*where, obtain_probe(*where, saved=saved, sharding=context.runtime.sharding))
+    return LayerStream(*where, probe=obtain_probe(*where, saved=saved, sharding=context.runtime.sharding))
 
 
 def held_out_windows(context: Context) -> Tensor:

@@ -13,7 +13,7 @@ from hfprune_launch.benchmark.settings import Settings
 from hfprune_launch.benchmark.subject import kept_width
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.write_pruned import mlp_cuts, write_weight_file
+from hfprune_dist.checkpoints.write_pruned import unit_cuts, write_weight_file
 
 RATIO = 0.2
 
@@ -68,8 +68,8 @@ def _write(model: str, target: Path) -> None:
     width = kept_width(model, RATIO)
     generator = torch.Generator().manual_seed(0)
     kept = [
-        torch.randperm(checkpoint.intermediate_size, generator=generator)[:width].sort().values
+        torch.randperm(checkpoint.units.most, generator=generator)[:width].sort().values
         for _ in range(checkpoint.num_layers)
     ]
     for file in checkpoint.weight_files:
-        write_weight_file(checkpoint, file, mlp_cuts(checkpoint, kept), target)
+        write_weight_file(checkpoint, file, unit_cuts(checkpoint, kept), target)

@@ -63,7 +63,13 @@ def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
     world = join_world(os.environ, timeout_minutes=10)
     windows_ST = read_text(model, text, shards * SHARD_SIZE, tokens)
     calibration = Calibration(
-        open_checkpoint(Path(model)), getattr(torch, DTYPE), windows_ST, [CRITERIA["entropy"]], 0, 1, world
+        open_checkpoint(Path(model)),
+        getattr(torch, DTYPE),
+        windows_ST,
+        [CRITERIA["entropy"]],
+        seed=0,
+        micro_batch_size=1,
+        world=world,
     )
     calibration.score(_micro_batches(0))  # DeepSpeed learns the order of layers
     world.barrier()
@@ -71,7 +77,7 @@ def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
     mine = {shard: calibration.score(_micro_batches(shard)) for shard in range(world.rank, shards, world.size)}
     world.barrier()
     seconds = time.perf_counter() - started
-    digests = {shard: hashlib.sha256(sums.neurons_KLD.numpy().tobytes()).hexdigest() for shard, sums in mine.items()}
+    digests = {shard: hashlib.sha256(sums.units_KLU.numpy().tobytes()).hexdigest() for shard, sums in mine.items()}
     everybody = {shard: digest for share in world.gather(digests) for shard, digest in share.items()}
     return {"seconds": seconds, "digests": [everybody[shard] for shard in sorted(everybody)]}
 

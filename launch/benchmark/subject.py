@@ -16,8 +16,9 @@ from transformers.utils import logging
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES
-from hfprune_dist.core.criteria import CRITERIA, Batch
-from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
+from hfprune_dist.core.bound_losses import Batch
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.data.tokenizer import bos_id, load_tokenizer, plain_ids
 from hfprune_dist.data.windows import Sampling, sample_windows
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
@@ -37,9 +38,9 @@ class Subject:
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         config: Any = model.config
         self._family = FAMILIES[config.model_type]
-        self._intermediate_size: int = config.intermediate_size
+        self._units = self._family.units(config.to_dict())
         self._vocabulary: int = config.vocab_size
-        self._published = PublishedScores(self._model, self._family.down_projections(self._model))
+        self._published = PublishedScores(self._model, self._units.outputs_of(self._model))
         self._ours = self._scored(checkpointing)
 
     @torch.no_grad()
@@ -54,11 +55,12 @@ class Subject:
 
     def ours(self, micro_batches: Sequence[Tensor], criteria: Sequence[str]) -> Tensor:
         """What the importance stage does with a shard; returns its sums, float64 [criteria, layers, neurons]."""
-        sums = NeuronSums(self._ours.down_projections, self._intermediate_size, [CRITERIA[name] for name in criteria])
+        chosen = [CRITERIA[name] for name in criteria]
+        sums = UnitSums(self._ours.output_projections, chosen, self._units.channels_per_unit)
         for number, input_ids_BT in enumerate(micro_batches):
             windows = range(number * len(input_ids_BT), (number + 1) * len(input_ids_BT))
             score_batch(self._ours, Batch(input_ids_BT.to(self._device), windows, self._vocabulary, SEED), sums)
-        return sums.sums_KLD
+        return sums.sums_KLU
 
     @property
     def _device(self) -> torch.device:
@@ -75,7 +77,7 @@ class Subject:
         return ScoredModel(
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
             head=lambda: contextlib.nullcontext((head.weight, head.bias)),
-            down_projections=self._family.down_projections(frozen),
+            output_projections=self._units.outputs_of(frozen),
         )
 
 
@@ -107,7 +109,6 @@ def read_text(model: str, text: str, windows: int, tokens: int) -> Tensor:
 
 def kept_width(model: str, ratio: float) -> int:
     """Neurons that each layer keeps at a ratio of all parameters."""
-    from hfprune_dist.planning.plan import size_of
-    from hfprune_dist.planning.widths import uniform_width
+    from hfprune_dist.planning.widths import Target, size_of
 
-    return uniform_width(size_of(open_checkpoint(Path(model))), ratio, 1, model)
+    return Target(size_of(open_checkpoint(Path(model))), ratio, 1, model).uniform_width()

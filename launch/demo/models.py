@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.checkpoints.checkpoint import SINGLE_FILE
+from hfprune_dist.checkpoints.weight_files import SINGLE_FILE
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import write_json, write_text
 

@@ -98,8 +98,7 @@ def _clean_up(command: Command, prepared: Prepared) -> None:
 def _with_earlier(command: Command, prepared: Prepared) -> Record:
     """Today's plan with the rows that the folder has besides."""
     plan = prepared.sweep.plan
-    checkpoints = {model.name: model.checkpoint for model in prepared.models}
-    dense = {name: DenseModel(it.parameters, it.intermediate_size) for name, it in checkpoints.items()}
+    dense = {model.name: DenseModel.of(model.checkpoint) for model in prepared.models}
     try:
         earlier = read_record(command.out)
     except UserError as error:

@@ -23,33 +23,19 @@ from hfprune_dist.config.parameters import (
 )
 from hfprune_dist.config.schema import CalibrationConfig, FidelityConfig, RuntimeConfig
 from hfprune_dist.config.training import LoraTraining
+from hfprune_dist.core.criteria import CRITERIA, losses_of
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
 from hfprune_dist.planning.footprint import Evaluate, Importance, Job, LayerPass, TimedJob, Train, fits, seconds
 from hfprune_dist.planning.gpu_needs import Gpus, Memory
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
-from hfprune_dist.planning.plan import Plan, size_of
-from hfprune_dist.planning.widths import uniform_width
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.store.stage import Stage
 
 GIB = 2**30
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
-# Criterion -> the loss whose backward it needs; core.criteria.CRITERIA, which imports torch, has the same.
-LOSSES = {
-    "entropy": "entropy",
-    "entropy_bfloat16": "entropy",
-    "entropy_squared": "entropy",
-    "cross_entropy": "cross_entropy",
-    "fisher": "sampled_label",
-    "fisher_signs": "random_signs",
-    "self_distillation": "self_distillation",
-    "surgeon": "random_signs",
-}
-# Criteria that need curvature, as core.criteria has it.
-CURVED = {"surgeon"}
-# That of a student, in a forward of its own.
-STUDENT_LOSS = "self_distillation"
 NOTHING_HELPS = "no number of nodes is enough"
 NO_REFIT_FITS = "every rank has a layer's Gram matrices: GPUs with more memory, or a method with another refit, or none"
 MOST_NODES, MICRO_BATCHES = 256, (1, 2, 4, 8, 16, 32, 64)
@@ -179,15 +165,16 @@ def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
 
 
 def _importance(params: ImportanceParameters, checkpointing: bool) -> Importance:
-    losses = {LOSSES[name] for name in params.criteria if name in LOSSES}
+    criteria = [CRITERIA[name] for name in params.criteria]
+    losses = losses_of(criteria)
     return Importance(
         windows=params.calibration.micro_batch_size,
         tokens=params.calibration.sequence_length,
-        losses=len(losses - {STUDENT_LOSS}),
-        student=STUDENT_LOSS in losses,
+        losses=sum(loss.of == "dense" for loss in losses),
+        student=any(loss.of == "student" for loss in losses),
         itemsize=ITEMSIZE[params.dtype],
         checkpointing=checkpointing,
-        curvature=not CURVED.isdisjoint(params.criteria),
+        curvature=any(criterion.needs_moments for criterion in criteria),
         samples=params.calibration.samples,
     )
 
@@ -202,9 +189,9 @@ def _reference(params: ReferenceParameters, plan: Plan, stage: Stage) -> Referen
 def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit:
     calibration, size = _calibration(plan, stage), size_of(_dense(plan, stage))
     dtype, windows = params.forward_pass()
-    width = size.intermediate_size  # where layers differ, one may keep all of its neurons
+    width = size.units  # where layers differ, one may keep all of them
     if params.allocation == "uniform":
-        width = uniform_width(size, params.ratio, params.multiple_of, stage.label)
+        width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()
     return Refit(
         windows=min(windows, calibration.samples),
         tokens=calibration.sequence_length,
@@ -212,7 +199,7 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit:
         pursues=params.refit != "dense",
         steps=params.refit == "block",
         searches=params.allocation == "searched",
-        share_kept=width / size.intermediate_size,
+        share_kept=width / size.units,
         itemsize=ITEMSIZE[dtype],
     )
 

@@ -5,7 +5,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
-from hfprune_dist.checkpoints.checkpoint import open_checkpoint, read_safetensors_header
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.safetensors_header import read_safetensors_header
 from hfprune_dist.errors import UserError
 
 
@@ -27,12 +28,12 @@ def refusal(folder):
 
 def test_a_whole_checkpoint_opens(folder):
     checkpoint = open_checkpoint(folder)
-    assert (checkpoint.num_layers, checkpoint.intermediate_size) == (2, 48)
-    assert checkpoint.parameters_per_neuron == 3 * 32
+    assert (checkpoint.num_layers, checkpoint.units.counts) == (2, (48, 48))
+    assert checkpoint.parameters_per_unit == 3 * 32
 
 
 def test_biases_belong_to_their_neurons(tmp_path):
-    assert open_checkpoint(save_tiny(tmp_path / "m", "llama-tied-biases")).parameters_per_neuron == 3 * 32 + 2
+    assert open_checkpoint(save_tiny(tmp_path / "m", "llama-tied-biases")).parameters_per_unit == 3 * 32 + 2
 
 
 def test_an_unknown_family_lists_the_known_ones(folder):

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES
-from hfprune_dist.checkpoints.write_pruned import config_changes, mlp_cuts, write_companions, write_weight_file
+from hfprune_dist.checkpoints.write_pruned import config_changes, unit_cuts, write_companions, write_weight_file
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.model_sources import resolve_models
-from hfprune_dist.planning.plan import size_of
+from hfprune_dist.planning.widths import size_of
 from hfprune_dist.store.hashing import FileHashes
 
 JUNK = {
@@ -79,12 +79,12 @@ def checkpoints(draw):
 
 def prune(checkpoint, folder):
     """As the prune stage writes it, each layer's first half kept; returns the ratio that is reported."""
-    width = checkpoint.intermediate_size // 2
+    width = checkpoint.units.most // 2
     kept = [torch.arange(width)] * checkpoint.num_layers
     for file in checkpoint.weight_files:
-        write_weight_file(checkpoint, file, mlp_cuts(checkpoint, kept), folder)
+        write_weight_file(checkpoint, file, unit_cuts(checkpoint, kept), folder)
     write_companions(checkpoint, folder, config_changes(checkpoint, [width] * checkpoint.num_layers))
-    return size_of(checkpoint).total_ratio(width)
+    return size_of(checkpoint).reached([width] * checkpoint.num_layers)
 
 
 @settings(max_examples=24, deadline=None, derandomize=True)

@@ -8,8 +8,9 @@ from tiny import VARIANTS, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfprune_dist.checkpoints import write_pruned as surgery
-from hfprune_dist.checkpoints.checkpoint import INDEX_FILE, open_checkpoint
-from hfprune_dist.checkpoints.write_pruned import mlp_cuts, write_companions, write_weight_file
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.weight_files import INDEX_FILE
+from hfprune_dist.checkpoints.write_pruned import unit_cuts, write_companions, write_weight_file
 
 KEPT = [torch.tensor([0, 3, 4, 17, 40]), torch.tensor([1, 2, 30, 46, 47])]
 
@@ -18,7 +19,7 @@ def prune(source, target):
     checkpoint = open_checkpoint(source)
     target.mkdir()
     for file in checkpoint.weight_files:
-        write_weight_file(checkpoint, file, mlp_cuts(checkpoint, KEPT), target)
+        write_weight_file(checkpoint, file, unit_cuts(checkpoint, KEPT), target)
     write_companions(checkpoint, target, {"intermediate_size": 5})
     return checkpoint
 

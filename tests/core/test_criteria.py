@@ -1,16 +1,19 @@
 import pytest
 import torch
 
-from hfprune_dist.core.criteria import CRITERIA, Batch, MlpLayer, losses_of, student_keeps
+from hfprune_dist.core import bound_losses, scores
+from hfprune_dist.core.bound_losses import Batch, bind
+from hfprune_dist.core.criteria import CRITERIA, losses_of
 from hfprune_dist.core.head import Rows
 from hfprune_dist.core.losses import SIGN_TOKENS
+from hfprune_dist.core.scores import ScoredLayer, finished, student_keeps
 
 
 def some_layer(number=0, seed=0):
     generator = torch.Generator().manual_seed(number)
     rows = [torch.randn(6, 4, generator=generator).bfloat16() for _ in range(2)]
     column = torch.randn(4, 6, generator=generator).bfloat16()
-    return MlpLayer(number, 6, seed, lambda: rows, lambda: column)
+    return ScoredLayer(number, 6, seed, lambda: rows, lambda: column)
 
 
 def unread():
@@ -22,6 +25,11 @@ def test_criteria_of_one_loss_share_it():
     assert [loss.name for loss in losses] == ["sampled_label", "entropy"]
 
 
+def test_what_the_table_announces_there_is_a_function_for():
+    assert set(scores._MADE_OF_SUMS) == {name for name, criterion in CRITERIA.items() if not criterion.is_its_sum}
+    assert set(bound_losses._BINDINGS) == set(losses_of(CRITERIA.values()))
+
+
 @pytest.mark.parametrize("criterion", ["entropy", "cross_entropy", "fisher", "fisher_signs"])
 def test_neither_chunks_nor_micro_batches_change_what_a_loss_draws(criterion):
     windows, tokens, vocabulary = (7, 3), 2 * SIGN_TOKENS + 20, 40
@@ -30,9 +38,8 @@ def test_neither_chunks_nor_micro_batches_change_what_a_loss_draws(criterion):
 
     def gradients(batches, chunk):
         for places in batches:
-            bound = CRITERIA[criterion].loss.bind(
-                Batch(input_ids[places], [windows[place] for place in places], vocabulary, 0)
-            )
+            batch = Batch(input_ids[places], [windows[place] for place in places], vocabulary, 0)
+            bound = bind(CRITERIA[criterion].loss, batch)
             some = logits.view(2, tokens, vocabulary)[places].flatten(0, 1)
             for start in range(0, len(some), chunk):
                 rows = slice(start, min(start + chunk, len(some)))
@@ -45,27 +52,27 @@ def test_neither_chunks_nor_micro_batches_change_what_a_loss_draws(criterion):
 
 
 def test_gradient_sums_are_scores_and_need_no_weights():
-    layer, sums = MlpLayer(0, 6, 0, unread, unread), torch.rand(6, dtype=torch.float64)
+    layer, sums = ScoredLayer(0, 6, 0, unread, unread), torch.rand(6, dtype=torch.float64)
     for criterion in CRITERIA.values():
         if criterion.summed == "gradient" and not criterion.needs_moments:
-            assert torch.equal(criterion.finish(sums, layer), sums)
+            assert torch.equal(finished(criterion, sums, layer), sums)
 
 
 def test_activation_is_the_norm_of_what_the_neuron_adds_to_the_residual_stream():
     """||h_n|| * ||W[:, n]||: the Frobenius norm of the outer product over tokens."""
     layer = some_layer()
     hidden = torch.randn(9, 6, dtype=torch.float64)
-    scores = CRITERIA["activation"].finish(hidden.square().sum(0), layer)
+    scores = finished(CRITERIA["activation"], hidden.square().sum(0), layer)
     for neuron in range(6):
-        added = hidden[:, neuron].outer(layer.read_column()[:, neuron].double())
+        added = hidden[:, neuron].outer(layer.read_columns()[:, neuron].double())
         torch.testing.assert_close(scores[neuron], added.norm())
 
 
 def test_magnitude_is_the_norm_of_all_weights_that_go_with_the_neuron():
     layer = some_layer()
-    scores = CRITERIA["magnitude"].finish(torch.zeros(6), layer)
+    scores = finished(CRITERIA["magnitude"], torch.zeros(6), layer)
     for neuron in range(6):
-        owned = [row[neuron] for row in layer.read_rows()] + [layer.read_column()[:, neuron]]
+        owned = [row[neuron] for row in layer.read_rows()] + [layer.read_columns()[:, neuron]]
         torch.testing.assert_close(scores[neuron], torch.cat(owned).double().norm())
 
 
@@ -77,7 +84,7 @@ def test_a_student_lacks_the_tenth_that_scores_least():
 
 def test_random_scores_depend_on_the_seed_and_the_layer():
     def scores(number, seed):
-        return CRITERIA["random"].finish(torch.zeros(6), MlpLayer(number, 6, seed, unread, unread))
+        return finished(CRITERIA["random"], torch.zeros(6), ScoredLayer(number, 6, seed, unread, unread))
 
     assert torch.equal(scores(1, 2), scores(1, 2))
     assert not torch.equal(scores(1, 2), scores(2, 2)) and not torch.equal(scores(1, 2), scores(1, 3))

@@ -18,15 +18,16 @@ def layer(seed=0):
     return gram, gradient_TC.T @ gradient_TC / T, weight_CD
 
 
-def independent(gram, curvature, weight):
-    """The Fisher scores of neurons whose activations and gradients are independent: they correct nothing."""
-    return gram.diagonal() * (weight * (curvature @ weight)).sum(0)
+def independent(gram, curvature, weight, channels=1):
+    """The Fisher scores of units whose activations and gradients are independent: they correct nothing."""
+    products = (gram * (weight.T @ curvature @ weight)).unflatten(1, (-1, channels)).unflatten(0, (-1, channels))
+    return products.sum((1, 3)).diagonal()
 
 
-def cost_of_removing(gram, curvature, weight, removed):
+def cost_of_removing(gram, curvature, weight, removed, channels=1):
     """1/2 tr(F E G E^T): E the change of the weight when the rest is refitted by least squares."""
     gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(D)
-    stay = [n for n in range(D) if n not in removed]
+    stay = [n for n in range(D) if n // channels not in removed]
     refitted = torch.zeros_like(weight)
     if stay:
         refitted[:, stay] = weight @ gram[:, stay] @ gram[stay][:, stay].inverse()
@@ -34,20 +35,37 @@ def cost_of_removing(gram, curvature, weight, removed):
     return 0.5 * torch.trace(curvature @ error @ gram @ error.T)
 
 
-def test_each_removal_costs_what_least_squares_says():
+CHANNELS = pytest.mark.parametrize("channels", [1, 2, 5, 10, 20])
+
+
+@CHANNELS
+def test_each_removal_costs_what_least_squares_says(channels):
     gram, curvature, weight = layer()
-    order, costs = eliminate(gram, curvature, weight, independent(gram, curvature, weight), block=1)
+    fisher = independent(gram, curvature, weight, channels)
+    order, costs = eliminate(gram, curvature, weight, fisher, block=1)
     removed = []
-    for neuron, cost in zip(order.tolist(), costs, strict=True):
-        before = cost_of_removing(gram, curvature, weight, removed)
-        removed.append(neuron)
-        torch.testing.assert_close(cost, cost_of_removing(gram, curvature, weight, removed) - before)
+    for unit, cost in zip(order.tolist(), costs, strict=True):
+        before = cost_of_removing(gram, curvature, weight, removed, channels)
+        removed.append(unit)
+        torch.testing.assert_close(cost, cost_of_removing(gram, curvature, weight, removed, channels) - before)
+    assert sorted(removed) == list(range(D // channels))
 
 
-@pytest.mark.parametrize("waiting", [1, 3, 100])
-def test_it_does_not_matter_how_many_updates_wait(waiting, monkeypatch):
+@CHANNELS
+def test_a_first_removal_goes_half_way_to_the_exact_fisher_score(channels):
     gram, curvature, weight = layer()
-    arguments = gram, curvature, weight, 2 * independent(gram, curvature, weight), 2
+    fisher = independent(gram, curvature, weight, channels)
+    for factor in (9, 0.25):
+        order, costs = eliminate(gram, curvature, weight, factor * fisher, block=D)
+        alone = [cost_of_removing(gram, curvature, weight, [unit], channels) for unit in order.tolist()]
+        torch.testing.assert_close(costs, factor**0.5 * torch.stack(alone))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("waiting", [1, 3, 100])
+def test_it_does_not_matter_how_many_updates_wait(waiting, channels, monkeypatch):
+    gram, curvature, weight = layer()
+    arguments = gram, curvature, weight, 2 * independent(gram, curvature, weight, channels), 2
     order, costs = eliminate(*arguments)
     monkeypatch.setattr(elimination, "WAITING", waiting)
     found_order, found_costs = eliminate(*arguments)
@@ -55,10 +73,11 @@ def test_it_does_not_matter_how_many_updates_wait(waiting, monkeypatch):
     torch.testing.assert_close(found_costs, costs)
 
 
-def test_the_cheapest_goes_first():
+@CHANNELS
+def test_the_cheapest_goes_first(channels):
     gram, curvature, weight = layer()
-    order, costs = eliminate(gram, curvature, weight, independent(gram, curvature, weight), block=1)
-    alone = torch.stack([cost_of_removing(gram, curvature, weight, [neuron]) for neuron in range(D)])
+    order, costs = eliminate(gram, curvature, weight, independent(gram, curvature, weight, channels), block=1)
+    alone = torch.stack([cost_of_removing(gram, curvature, weight, [unit], channels) for unit in range(D // channels)])
     assert order[0] == alone.argmin()
     torch.testing.assert_close(costs[0], alone.min())
 

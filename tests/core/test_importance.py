@@ -9,8 +9,9 @@ from tiny import VARIANTS, tiny_model
 
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core import head
-from hfprune_dist.core.criteria import CRITERIA, Batch
-from hfprune_dist.core.importance import NeuronSums, NonFiniteError, ScoredModel, score_batch
+from hfprune_dist.core.bound_losses import Batch
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.importance import NonFiniteError, ScoredModel, UnitSums, score_batch
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 
 SUMMED = [name for name, it in CRITERIA.items() if it.summed != "nothing" and not it.is_rounded]
@@ -19,7 +20,7 @@ SUMMED = [name for name, it in CRITERIA.items() if it.summed != "nothing" and no
 def ours(model, windows, micro_batch_size, names=("entropy",), seed=0, prepare=use_memory_efficient_backward):
     """Sums of some criteria, name -> float64 [layers, neurons]."""
     sums = all_sums(model, windows, micro_batch_size, names, seed, prepare)
-    return dict(zip(names, sums.sums_KLD, strict=True))
+    return dict(zip(names, sums.sums_KLU, strict=True))
 
 
 def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=use_memory_efficient_backward):
@@ -30,10 +31,10 @@ def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=use_memory
     scored = ScoredModel(
         body=lambda input_ids: family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
         head=lambda: contextlib.nullcontext((linear.weight, linear.bias)),
-        down_projections=family.down_projections(model),
-        student_LD=a_student(model),
+        output_projections=family.units(model.config.to_dict()).outputs_of(model),
+        student_LU=a_student(model),
     )
-    sums = NeuronSums(scored.down_projections, model.config.intermediate_size, [CRITERIA[name] for name in names])
+    sums = UnitSums(scored.output_projections, [CRITERIA[name] for name in names], channels_per_unit=1)
     for start in range(0, len(windows), micro_batch_size):
         input_ids = windows[start : start + micro_batch_size]
         score_batch(scored, Batch(input_ids, range(start, start + len(input_ids)), linear.out_features, seed), sums)
@@ -79,7 +80,7 @@ def test_curvature_is_the_second_moment_of_the_gradients_at_the_mlps_outputs(var
     for layer, (_, expected, fisher) in enumerate(moments(model, windows, seed=4)):
         found = sums.curvature_LCC[layer] / windows.numel()
         assert torch.linalg.norm(found - expected) / torch.linalg.norm(expected) < 2e-5
-        torch.testing.assert_close(sums.sums_KLD[1, layer] / windows.numel(), fisher, rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(sums.sums_KLU[1, layer] / windows.numel(), fisher, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,8 +94,8 @@ def test_several_criteria_at_once_have_the_bits_of_each_alone(variant, dtype):
 
 def test_rounded_sums_are_left_as_their_terms():
     sums = all_sums(tiny_model(), some_windows(), 2, ["entropy", "entropy_bfloat16"])
-    assert not sums.sums_KLD[1].any() and len(sums.terms_JLD) == 3
-    torch.testing.assert_close(sum(term.double() for term in sums.terms_JLD)[0], sums.sums_KLD[0], rtol=0.0, atol=0.0)
+    assert not sums.sums_KLU[1].any() and len(sums.terms_JLU) == 3
+    torch.testing.assert_close(sum(term.double() for term in sums.terms_JLU)[0], sums.sums_KLU[0], rtol=0.0, atol=0.0)
 
 
 def test_neither_chunks_nor_micro_batches_change_what_is_drawn(monkeypatch):
@@ -199,12 +200,12 @@ def test_lost_gradients_name_the_last_layer_that_has_them_not():
     model = tiny_model().requires_grad_(False)
     family = FAMILIES["llama"]
     entropy = CRITERIA["entropy"]
-    sums = NeuronSums(family.down_projections(model), model.config.intermediate_size, [entropy])
+    sums = UnitSums(family.units(model.config.to_dict()).outputs_of(model), [entropy], channels_per_unit=1)
     with pytest.raises(NonFiniteError, match="gradients of layer 1 "), sums.observe():
         hidden = family.body_of(model)(input_ids=some_windows(1)).last_hidden_state
         gradient = torch.full_like(hidden.detach().flatten(0, 1), float("nan"))
         sums.backward(hidden, {entropy.loss: (torch.zeros(24), gradient)})
-    assert not sums.sums_KLD.any()
+    assert not sums.sums_KLU.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,7 +19,14 @@ def main(folder, criteria, checkpointing):
     windows = torch.arange(3, 3 + 4 * 16).reshape(4, 16)
     chosen = [CRITERIA[name] for name in criteria.split(",")]
     calibration = Calibration(
-        open_checkpoint(Path(folder)), torch.bfloat16, windows, chosen, 0, 1, world, checkpointing == "checkpointed"
+        open_checkpoint(Path(folder)),
+        torch.bfloat16,
+        windows,
+        chosen,
+        seed=0,
+        micro_batch_size=1,
+        world=world,
+        activation_checkpointing=checkpointing == "checkpointed",
     )
     counts = []
     for window in range(4):

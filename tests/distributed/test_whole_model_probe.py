@@ -132,7 +132,7 @@ def test_every_family_is_reproduced_bit_for_bit(tmp_path, variant, dtype):
     checkpoint, windows_ST = open_checkpoint(tmp_path / "model"), windows_of(store)
     for size, exact in ((2, True), (3, False)):
         probe = obtain_probe(checkpoint, windows_ST, DTYPES[dtype], 2, SoloWorld(), saved=None, sharding="auto")
-        stream = LayerStream(checkpoint, windows_ST, DTYPES[dtype], size, SoloWorld(), probe)
+        stream = LayerStream(checkpoint, windows_ST, DTYPES[dtype], size, SoloWorld(), probe=probe)
         for number in range(LAYERS):
             layer = stream.layer(number)
             stream.require_residual_mlp(layer)
@@ -149,7 +149,7 @@ def test_a_departure_is_found_at_every_place(tmp_path, place):
     probe.states_LPC[place] *= 1.001
     names = ["embeddings", *(f"outputs of layer {number}" for number in range(LAYERS)), "final norm's outputs"]
     with pytest.raises(UserError, match=f"{names[place]} depart"):
-        stream = LayerStream(*where, probe)
+        stream = LayerStream(*where, probe=probe)
         for number in range(LAYERS):
             stream.advance(stream.layer(number))
         list(stream.final_hidden())

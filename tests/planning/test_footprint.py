@@ -16,8 +16,9 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.core import blocks, elimination, gram, head
-from hfprune_dist.core.criteria import CRITERIA, Batch
-from hfprune_dist.core.importance import NeuronSums, ScoredModel, score_batch
+from hfprune_dist.core.bound_losses import Batch
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 from hfprune_dist.planning import footprint
@@ -69,15 +70,15 @@ def scored(model):
     return ScoredModel(
         body=lambda input_ids: family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
         head=lambda: contextlib.nullcontext((head.weight, head.bias)),
-        down_projections=family.down_projections(model),
-        student_LD=torch.rand(model.config.num_hidden_layers, model.config.intermediate_size) > 0.1,
+        output_projections=family.units(model.config.to_dict()).outputs_of(model),
+        student_LU=torch.rand(model.config.num_hidden_layers, model.config.intermediate_size) > 0.1,
     )
 
 
 def score(model, criteria):
     """One micro-batch of two windows of 128 tokens."""
     model_scored = scored(model)
-    sums = NeuronSums(model_scored.down_projections, 160, [CRITERIA[name] for name in criteria])
+    sums = UnitSums(model_scored.output_projections, [CRITERIA[name] for name in criteria], channels_per_unit=1)
     score_batch(model_scored, Batch(torch.ones(2, 128, dtype=torch.int64), range(2), 264, 0), sums)
 
 
@@ -200,7 +201,7 @@ def test_memory_of_a_refit(kind, rank, ranks, dims, dtype, tmp_path, monkeypatch
     if kind == "dense":
         refit = DenseRefit(checkpoint, kept, dense, fitted, world)
     else:
-        refit = SequentialRefit(checkpoint, kept, pruned, dense, kind == "block", fitted, world)
+        refit = SequentialRefit(checkpoint, kept, pruned, dense, fitted, whole_mlp=kind == "block", world=world)
     job = Refit(
         windows=2,
         tokens=16,

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -5,10 +6,10 @@ import pytest
 from hfprune_dist.config.load import load_config
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.methods import resolve_methods
-from hfprune_dist.planning.widths import ModelSize, narrowest_widths, removals
+from hfprune_dist.planning.widths import ModelSize, Target
 
 SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "methods"
-SIZE = ModelSize(parameters=100_000, num_layers=4, intermediate_size=100, parameters_per_neuron=100)
+SIZE = ModelSize(parameters=100_000, num_layers=4, units=100, parameters_per_unit=100, kind="neurons")
 
 
 def resolved(**overrides):
@@ -69,22 +70,24 @@ def test_two_methods_of_one_name_are_refused(tmp_path):
 
 
 def test_floors_bound_what_can_go():
-    narrowest = narrowest_widths(SIZE, 0.3, 1, 1, 1)
+    target = Target(SIZE, 0.1, 1, "m")
+    narrowest = target.narrowest_widths(0.3, 1, 1)
     assert narrowest == [100, 30, 30, 100]
-    assert removals(SIZE, 0.1, narrowest, 1, "m") == 100
+    assert target.removals(narrowest) == 100
     with pytest.raises(UserError, match=r"m: ratio 0.2 .*largest possible is 0.1400"):
-        removals(SIZE, 0.2, narrowest, 1, "m")
+        replace(target, ratio=0.2).removals(narrowest)
 
 
 def test_multiples_bound_what_can_go_as_well():
-    narrowest = narrowest_widths(SIZE, 0.3, 1, 1, 64)
+    target = Target(SIZE, 0.05, 64, "m")
+    narrowest = target.narrowest_widths(0.3, 1, 1)
     assert narrowest == [100, 64, 64, 100]
-    assert removals(SIZE, 0.05, narrowest, 64, "m") == 50
+    assert target.removals(narrowest) == 50
     with pytest.raises(UserError, match=r"largest possible is 0.0720 \(multiple_of 64\)"):
-        removals(SIZE, 0.08, narrowest, 64, "m")
+        replace(target, ratio=0.08).removals(narrowest)
     with pytest.raises(UserError, match="removes nothing once widths are rounded to multiples of 64"):
-        removals(SIZE, 0.01, narrowest, 64, "m")
-    assert narrowest_widths(SIZE, 0.3, 0, 0, 128) == [100] * 4
+        replace(target, ratio=0.01).removals(narrowest)
+    assert replace(target, multiple_of=128).narrowest_widths(0.3, 0, 0) == [100] * 4
 
 
 def test_steps_from_the_command_line_are_refused_where_a_method_is_not_uniform():

@@ -1,40 +1,40 @@
 import pytest
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.widths import ModelSize, step_ratios, uniform_width, uniform_widths
+from hfprune_dist.planning.widths import ModelSize, Target, step_ratios
 
-SMOLLM2 = ModelSize(134_515_008, 30, 1536, 3 * 576)
-LLAMA_3_2_1B = ModelSize(1_235_814_400, 16, 8192, 3 * 2048)
+SMOLLM2 = ModelSize(134_515_008, 30, 1536, 3 * 576, "neurons")
+LLAMA_3_2_1B = ModelSize(1_235_814_400, 16, 8192, 3 * 2048, "neurons")
 
 
 def test_twenty_percent_of_smollm2_keeps_1017_neurons():
-    assert uniform_width(SMOLLM2, 0.2, 1, "m") == 1017
+    assert Target(SMOLLM2, 0.2, 1, "m").uniform_width() == 1017
 
 
 def test_twenty_percent_of_llama_1b_is_31_percent_of_its_mlp():
-    width = uniform_width(LLAMA_3_2_1B, 0.2, 1, "m")
+    width = Target(LLAMA_3_2_1B, 0.2, 1, "m").uniform_width()
     assert 1 - width / 8192 == pytest.approx(0.307, abs=0.001)
-    assert LLAMA_3_2_1B.total_ratio(width) == pytest.approx(0.2, abs=1e-4)
+    assert LLAMA_3_2_1B.reached([width] * 16) == pytest.approx(0.2, abs=1e-4)
 
 
 @pytest.mark.parametrize("multiple_of", [8, 64, 128])
 def test_rounding_to_the_nearest_multiple(multiple_of):
-    width = uniform_width(SMOLLM2, 0.3, multiple_of, "m")
-    exact = uniform_width(SMOLLM2, 0.3, 1, "m")
+    width = Target(SMOLLM2, 0.3, multiple_of, "m").uniform_width()
+    exact = Target(SMOLLM2, 0.3, 1, "m").uniform_width()
     assert width % multiple_of == 0 and abs(width - exact) <= multiple_of / 2 + 1
 
 
 def test_out_of_reach_names_the_largest_ratio_that_is_not():
     with pytest.raises(UserError) as caught:
-        uniform_width(SMOLLM2, 0.7, 1, "model 'llama'")
+        Target(SMOLLM2, 0.7, 1, "model 'llama'").uniform_width()
     message = str(caught.value)
     assert "llama" in message and "0.5915" in message
-    assert uniform_width(SMOLLM2, 0.5915, 1, "m") == 1
+    assert Target(SMOLLM2, 0.5915, 1, "m").uniform_width() == 1
 
 
 def test_rounding_that_removes_nothing_is_refused():
     with pytest.raises(UserError, match="removes nothing"):
-        uniform_width(SMOLLM2, 0.001, 128, "m")
+        Target(SMOLLM2, 0.001, 128, "m").uniform_width()
 
 
 def test_steps_are_equal_parts_that_end_at_the_ratio_itself():
@@ -43,11 +43,11 @@ def test_steps_are_equal_parts_that_end_at_the_ratio_itself():
 
 
 def test_steps_end_at_the_width_of_one_step():
-    widths = uniform_widths(SMOLLM2, 0.4, 4, 1, "m")
-    assert widths[1] == 1017 and widths[-1] == uniform_width(SMOLLM2, 0.4, 1, "m")
+    widths = Target(SMOLLM2, 0.4, 1, "m").uniform_widths(4)
+    assert widths[1] == 1017 and widths[-1] == Target(SMOLLM2, 0.4, 1, "m").uniform_width()
     assert widths == sorted(set(widths), reverse=True)
 
 
 def test_a_step_that_removes_nothing_is_refused():
     with pytest.raises(UserError, match=r"m: of 8 steps to ratio 0.4, one removes nothing.*fewer steps"):
-        uniform_widths(SMOLLM2, 0.4, 8, 192, "m")
+        Target(SMOLLM2, 0.4, 192, "m").uniform_widths(8)

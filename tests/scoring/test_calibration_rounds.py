@@ -115,7 +115,7 @@ def on_one_rank(calibrate, tmp_path_factory):
 
 def assert_same(totals, expected, tokens):
     assert totals.next_shard == expected.next_shard and totals.is_complete
-    assert torch.equal(totals.sums_KLD, expected.sums_KLD)
+    assert torch.equal(totals.sums_KLU, expected.sums_KLU)
     assert totals.losses == expected.losses and totals.curve == expected.curve
     for layer in range(2):
         assert torch.equal(totals.mean_curvature(layer, tokens), expected.mean_curvature(layer, tokens))

@@ -35,7 +35,7 @@ def accumulate(folder, shards, restart=False):
         totals.add_round(shard_of(shards[totals.mine]))
         if restart:
             totals = Accumulation(CHOSEN, (1, 1, 1), len(shards), file, world)
-    return totals.sums_KLD[:, 0, 0].tolist()
+    return totals.sums_KLU[:, 0, 0].tolist()
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -77,7 +77,7 @@ def add_rounds(file, rounds=SHARDS, criteria=FULL, shape=(LAYERS, NEURONS, HIDDE
 
 
 def assert_same(totals, expected):
-    assert torch.equal(totals.sums_KLD, expected.sums_KLD)
+    assert torch.equal(totals.sums_KLU, expected.sums_KLU)
     assert totals.losses == expected.losses and totals.curve == expected.curve
     for layer in range(LAYERS):
         assert torch.equal(totals.mean_curvature(layer, 1), expected.mean_curvature(layer, 1))
@@ -117,7 +117,7 @@ def test_a_file_of_another_pass_is_set_aside(tmp_path, capsys, other):
         file,
         SoloWorld(),
     )
-    assert totals.next_shard == 0 and not totals.sums_KLD.any() and not file.exists()
+    assert totals.next_shard == 0 and not totals.sums_KLU.any() and not file.exists()
     assert "is of another pass" in capsys.readouterr().out
     assert_same(add_rounds(file), add_rounds(tmp_path / "expected.safetensors"))
 

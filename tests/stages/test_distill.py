@@ -11,7 +11,7 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.write_pruned import config_changes, mlp_cuts, write_companions, write_weight_file
+from hfprune_dist.checkpoints.write_pruned import config_changes, unit_cuts, write_companions, write_weight_file
 from hfprune_dist.config.training import DistillationConfig
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.store.artifacts import Store
@@ -37,7 +37,7 @@ def source(tmp_path_factory):
     draft = store.open_draft(PRUNE.id)
     kept = [torch.arange(0, 48, 2), torch.arange(30)]
     for file in dense.weight_files:
-        write_weight_file(dense, file, mlp_cuts(dense, kept), draft)
+        write_weight_file(dense, file, unit_cuts(dense, kept), draft)
     write_companions(dense, draft, config_changes(dense, [24, 30]))
     store.commit(PRUNE, draft, {"metrics": {}})
     return folder

@@ -317,7 +317,7 @@ def test_an_interrupted_search_measures_nothing_twice(tmp_path, monkeypatch):
     )
     store, stage, _ = prepare(tmp_path, ratio=0.15, allocation="searched")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prune, "top_neurons", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prune, "top_units", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         run_solo(store, stage)
     run_solo(store, stage)
     assert len(measured) == len(set(measured)) == len(store.manifest(stage.id)["metrics"]["search_kl"])

@@ -1,11 +1,10 @@
 import subprocess
 
 import pytest
-from hfprune_launch.slurm.estimate import CURVED, GIB, LOSSES, estimate_stages, refuse_what_cannot_fit
+from hfprune_launch.slurm.estimate import GIB, estimate_stages, refuse_what_cannot_fit
 from hfprune_launch.slurm.profile import load_profile
 from sweeps import command, make_inputs, planned
 
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.footprint import RESERVE
 from hfprune_dist.store.artifacts import Store
@@ -24,11 +23,6 @@ def estimates(inputs, tmp_path, profile, **overrides):
     file = tmp_path / "profile.yaml"
     file.write_text(profile)
     return estimate_stages(plan, list(plan.stages), load_profile(str(file), tmp_path / "none"), config.runtime)
-
-
-def test_losses_are_those_of_the_criteria():
-    assert {name: criterion.loss.name for name, criterion in CRITERIA.items() if criterion.loss} == LOSSES
-    assert {name for name, criterion in CRITERIA.items() if criterion.needs_moments} == CURVED
 
 
 def test_stages_that_run_a_model_on_gpus_are_estimated(inputs, tmp_path):

@@ -1,0 +1,127 @@
+"""Checks of a checkpoint before it is used: its folder, its config.json and its tensors, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hfprune_dist.checkpoints.families import Family
+from hfprune_dist.checkpoints.safetensors_header import FLOATS, TensorInfo
+from hfprune_dist.errors import UserError
+from hfprune_dist.structures.units import PER_LAYER, Units
+
+# What some architectures do to logits after their head -> the value that does nothing. A head is its weights here.
+_AFTER_THE_HEAD = {"logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1, "final_logit_softcapping": None}
+
+
+def check_folder(path: Path) -> None:
+    """Refuse what is taken for a checkpoint's folder by mistake.
+
+    Raises:
+        UserError: telling what to give instead.
+    """
+    wanted = "give a Hugging Face checkpoint folder (config.json, *.safetensors)"
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: not a folder; {wanted}")
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; {wanted}")
+    snapshots = sorted(path.glob("snapshots/*/config.json"))
+    if snapshots:
+        raise UserError(f"{path}: a folder of the hub cache; give the snapshot in it: {snapshots[-1].parent}")
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: a LoRA adapter (adapter_config.json); merge it into its base (peft's merge_and_unload, then "
+            "save_pretrained) and give the folder of the result"
+        )
+
+
+def check_config(config: Mapping[str, Any], file: Path) -> None:
+    """Check the numbers that say which tensors there must be, and of what shape.
+
+    Raises:
+        UserError: naming the key, its value and what it must be.
+    """
+    for key in ("num_hidden_layers", "intermediate_size", "hidden_size", "num_attention_heads"):
+        _require_positive(config.get(key), key, file)
+    for key in ("vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        if key == "vocab_size" or config.get(key) is not None:
+            _require_positive(config.get(key), key, file)
+    heads, key_value_heads = config["num_attention_heads"], config.get("num_key_value_heads")
+    if heads % (key_value_heads or heads):
+        raise UserError(f"{file}: num_attention_heads {heads} is no multiple of num_key_value_heads {key_value_heads}")
+    if not config.get("head_dim") and config["hidden_size"] % heads:
+        raise UserError(f"{file}: hidden_size {config['hidden_size']} is no multiple of num_attention_heads {heads}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{file}: rope_parameters and rope_scaling must be objects, not {rope!r}")
+    for key, neutral in _AFTER_THE_HEAD.items():
+        if config.get(key) not in (None, neutral):
+            raise UserError(f"{file}: {key} {config[key]!r} changes the logits, which is not supported yet")
+    own = config.get(PER_LAYER) or {}
+    if not isinstance(own, dict) or not all(isinstance(it, dict) for it in own.values()):
+        raise UserError(f"{file}: {PER_LAYER} must give each layer's number its settings")
+    for settings in own.values():
+        _require_positive(settings.get("intermediate_size", 1), f"intermediate_size in {PER_LAYER}", file)
+
+
+def _require_positive(value: Any, key: str, file: Path) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{file}: {key} must be a positive integer, not {value!r}")
+
+
+def check_dtypes(path: Path, found: Mapping[str, TensorInfo], known: set[str]) -> None:
+    """Check that whatever a module of the model has is floating-point numbers of 16 bits or more.
+
+    Raises:
+        UserError: for quantized weights.
+    """
+    modules = {_module_of(name) for name in known}
+    for name, info in found.items():
+        if _module_of(name) in modules and info.dtype not in FLOATS:
+            raise UserError(
+                f"{path}: {name} is of type {info.dtype}: quantized weights can't be pruned; use the "
+                f"unquantized checkpoint ({', '.join(FLOATS)})"
+            )
+
+
+def _module_of(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def check_tensors(path: Path, config: Mapping[str, Any], family: Family, tensors: Mapping[str, TensorInfo]) -> None:
+    """Check that all tensors of the model are there; transformers makes up what is missing, at random.
+
+    Raises:
+        UserError: naming the one that is missing, or an embedding that isn't as the config says.
+    """
+    known = family.tensors(config)
+    needed = known - {family.head_tensor()} if config.get("tie_word_embeddings") else known
+    missing = sorted(needed - tensors.keys())
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"{path}: tensor {missing[0]}{more} is missing from the weight files")
+    embedding = tensors[family.embedding_tensor()]
+    stated = [config["vocab_size"], config["hidden_size"]]
+    if list(embedding.shape) != stated:
+        raise UserError(
+            f"{path}: {family.embedding_tensor()} has shape {list(embedding.shape)}, but config.json says "
+            f"vocab_size and hidden_size {stated}"
+        )
+
+
+def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], units: Units) -> None:
+    """Check that every layer's tensors have room for as many units as the config states.
+
+    Raises:
+        UserError: naming the tensor.
+    """
+    for layer, count in enumerate(units.counts):
+        for name, owned in units.in_layer(layer, tensors):
+            shape = tensors[name].shape
+            dimensions = 1 if name.endswith(".bias") else 2
+            if len(shape) != dimensions or shape[owned.axis] != count * owned.per_unit:
+                raise UserError(
+                    f"{path}: {name} has shape {list(shape)}, but config.json says {units.described(layer)} for this "
+                    "layer"
+                )

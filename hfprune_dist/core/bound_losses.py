@@ -1,0 +1,116 @@
+"""Losses on batches of calibration windows: what each of ``core.criteria`` puts out per token, and its gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfprune_dist.core.criteria import (
+    CROSS_ENTROPY,
+    ENTROPY,
+    RANDOM_SIGNS,
+    SAMPLED_LABEL,
+    SELF_DISTILLATION,
+    Loss,
+)
+from hfprune_dist.core.entropy import entropy_gradient
+from hfprune_dist.core.fidelity import next_ids
+from hfprune_dist.core.head import LogitGradient, Rows
+from hfprune_dist.core.losses import (
+    SIGN_TOKENS,
+    cross_entropy_gradient,
+    distillation_gradient,
+    draw_sign_bits,
+    draw_uniform,
+    random_signs_gradient,
+    sampled_label_gradient,
+    signs_of,
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of calibration windows, as losses see it.
+
+    Attributes:
+        input_ids_BT: int64 [windows, tokens], on the model's device.
+        windows: each window's number among all of the calibration's.
+        vocabulary: number of logits of a token.
+        seed: the sweep's.
+    """
+
+    input_ids_BT: Tensor
+    windows: Sequence[int]
+    vocabulary: int
+    seed: int
+
+    def draw(self, of_window: Callable[[int], Tensor]) -> Tensor:
+        """Random numbers of each window, one window after another, on the model's device."""
+        return torch.cat([of_window(window) for window in self.windows]).to(self.input_ids_BT.device)
+
+
+def _entropy(_batch: Batch) -> LogitGradient:
+    return lambda rows: entropy_gradient(rows.logits_NV)
+
+
+def _cross_entropy(batch: Batch) -> LogitGradient:
+    labels_N = torch.cat([next_ids(input_ids_T) for input_ids_T in batch.input_ids_BT])
+    return lambda rows: cross_entropy_gradient(rows.logits_NV, labels_N[rows.numbers])
+
+
+def _sampled_label(batch: Batch) -> LogitGradient:
+    tokens = batch.input_ids_BT.shape[1]
+    uniform_N = batch.draw(lambda window: draw_uniform(batch.seed, window, tokens))
+    return lambda rows: sampled_label_gradient(rows.logits_NV, uniform_N[rows.numbers])
+
+
+def _random_signs(batch: Batch) -> LogitGradient:
+    tokens, device = batch.input_ids_BT.shape[1], batch.input_ids_BT.device
+
+    @functools.lru_cache(maxsize=1)  # rows come in order, a few at a time
+    def bits_of(window: int, group: int) -> Tensor:
+        return draw_sign_bits(batch.seed, window, group, batch.vocabulary).to(device)
+
+    def gradient(rows: Rows) -> tuple[Tensor, Tensor]:
+        drawn = _sign_groups(rows.numbers, tokens)
+        bits_NB = torch.cat([bits_of(batch.windows[place], group)[some] for place, group, some in drawn])
+        return random_signs_gradient(rows.logits_NV, signs_of(bits_NB, batch.vocabulary, rows.logits_NV.dtype))
+
+    return gradient
+
+
+def _sign_groups(numbers: slice, tokens: int) -> Iterator[tuple[int, int, slice]]:
+    """Where signs of some of a batch's tokens are: the window's place in the batch, the group, and which of it."""
+    start = numbers.start
+    while start < numbers.stop:
+        place, token = divmod(start, tokens)
+        group, first = divmod(token, SIGN_TOKENS)
+        count = min(numbers.stop - start, tokens - token, SIGN_TOKENS - first)
+        yield place, group, slice(first, first + count)
+        start += count
+
+
+def _self_distillation(_batch: Batch) -> LogitGradient:
+    def gradient(rows: Rows) -> tuple[Tensor, Tensor]:
+        assert rows.teacher_NV is not None
+        return distillation_gradient(rows.logits_NV, rows.teacher_NV)
+
+    return gradient
+
+
+_BINDINGS: dict[Loss, Callable[[Batch], LogitGradient]] = {
+    ENTROPY: _entropy,
+    CROSS_ENTROPY: _cross_entropy,
+    SAMPLED_LABEL: _sampled_label,
+    RANDOM_SIGNS: _random_signs,
+    SELF_DISTILLATION: _self_distillation,
+}
+
+
+def bind(loss: Loss, batch: Batch) -> LogitGradient:
+    """The loss per token of rows of a batch, and its gradient at their logits."""
+    return _BINDINGS[loss](batch)

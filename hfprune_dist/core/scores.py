@@ -1,0 +1,114 @@
+"""From the calibration pass's sums to scores: of some criteria, with a layer's weights and second moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfprune_dist.core.criteria import Criterion
+from hfprune_dist.core.elimination import elimination_scores
+
+# What of a layer's units the student of ``self_distillation`` does without. SDMPrune's code takes 1/40; on a model of
+# 135M parameters a tenth leaves 0.13 nats of divergence, a hundred times what rounding to bfloat16 does.
+STUDENT_LACKS = 0.1
+# The criterion that says which. Not ``magnitude``: without the 1/40 of smallest norm that model diverges by 3.8 nats.
+STUDENT_CRITERION = "activation"
+
+
+@dataclass(frozen=True)
+class SecondMoments:
+    """Second moments of one layer over the calibration tokens.
+
+    Attributes:
+        gram_DD: float64, the mean of h h^T, h what the output projection reads [channels].
+        curvature_CC: float64, the mean of g g^T, g the gradient of the criterion's loss at that projection's output.
+        tokens: how many.
+    """
+
+    gram_DD: Tensor
+    curvature_CC: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ScoredLayer:
+    """One layer's units and their weights, which are read when asked for.
+
+    Attributes:
+        number: of the layer.
+        units: how many it has.
+        seed: the sweep's.
+        read_rows: -> weights whose rows the units own, each [units * rows of a unit, hidden_size].
+        read_columns: -> weight of the output projection [hidden_size, units * channels of a unit].
+        moments: what a criterion that ``needs_moments`` gets to see.
+    """
+
+    number: int
+    units: int
+    seed: int
+    read_rows: Callable[[], list[Tensor]]
+    read_columns: Callable[[], Tensor]
+    moments: SecondMoments | None = None
+
+
+def finished(criterion: Criterion, sum_U: Tensor, layer: ScoredLayer) -> Tensor:
+    """Scores [units] from the criterion's sum over tokens [units], both float64 on the CPU."""
+    return sum_U if criterion.is_its_sum else _MADE_OF_SUMS[criterion.name](sum_U, layer)
+
+
+def student_keeps(scores_U: Tensor) -> Tensor:
+    """Which units of a layer the student has, bool [units]: all but the tenth that scores least.
+
+    Args:
+        scores_U: by ``STUDENT_CRITERION``.
+    """
+    lacks = scores_U.sort(stable=True).indices[: round(STUDENT_LACKS * len(scores_U))]
+    return torch.ones(len(scores_U), dtype=torch.bool).index_fill_(0, lacks, False)
+
+
+def times_column_norm(sum_U: Tensor, layer: ScoredLayer) -> Tensor:
+    """||h_u|| * ||W[:, u]||, from the sum of h_u^2 over tokens and the unit's channels (Wanda-sp: An et al. 2023, arXiv
+    2312.11983).
+    """
+    return sum_U.sqrt() * _column_norms(layer)
+
+
+def weight_norm(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
+    """Euclidean norm of all weights that a unit owns, its rows and its columns; biases don't count."""
+    norms = [_norm(weight_DC.reshape(layer.units, -1), dim=1) for weight_DC in layer.read_rows()]
+    return torch.stack([*norms, _column_norms(layer)]).square().sum(dim=0).sqrt()
+
+
+def random_scores(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
+    """Uniform in [0, 1), decided by the seed and the layer's number."""
+    generator = torch.Generator().manual_seed(layer.seed * 2**16 + layer.number)
+    return torch.rand(layer.units, generator=generator, dtype=torch.float64)
+
+
+def costs_of_removal(sum_U: Tensor, layer: ScoredLayer) -> Tensor:
+    """KL divergence that each removal costs after all cheaper ones, the other units taking over (``elimination``)."""
+    assert layer.moments is not None
+    moments = layer.moments
+    return elimination_scores(moments.gram_DD, moments.curvature_CC, layer.read_columns(), sum_U / moments.tokens).cpu()
+
+
+# What is done to the sums of criteria whose score isn't its sum.
+_MADE_OF_SUMS: dict[str, Callable[[Tensor, ScoredLayer], Tensor]] = {
+    "activation": times_column_norm,
+    "magnitude": weight_norm,
+    "random": random_scores,
+    "surgeon": costs_of_removal,
+}
+
+
+def _column_norms(layer: ScoredLayer) -> Tensor:
+    """Norm of all of the output projection's columns that each unit owns."""
+    return _norm(layer.read_columns().unflatten(1, (layer.units, -1)), dim=(0, 2))
+
+
+def _norm(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=dim, dtype=torch.float64)
+    return norms

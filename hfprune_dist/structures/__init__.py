@@ -1,0 +1,1 @@
+"""What pruning removes as a whole, and what of a checkpoint belongs to it."""

@@ -1,0 +1,142 @@
+"""Units: the smallest structures that pruning removes as a whole.
+
+Everything between scores and files speaks of the units of a model's layers. What a unit is, this object says: which
+entries of which tensors go with it, which channels of an output projection's input are its own, and which fields of
+config.json tell how many a layer has. A kind of unit is a function from a ``config.json`` to ``Units``; ``neurons`` is
+one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Where a config.json has the settings in which layers differ: layer's number -> field -> value.
+PER_LAYER = "per_layer_config"
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What the units of a layer own of one of its tensors: unit ``u`` has the entries from ``u * per_unit`` on.
+
+    Attributes:
+        tensor: its name within the layer. A checkpoint may lack it, as it may lack biases.
+        axis: the dimension, 0 or 1, along which units follow one another.
+        per_unit: consecutive entries of one unit.
+    """
+
+    tensor: str
+    axis: int
+    per_unit: int = 1
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of one kind in a model.
+
+    Attributes:
+        kind: what they are called, in the plural.
+        counts: how many each layer has.
+        layers: what the names of a layer's tensors begin with, before the layer's number.
+        rows: what they own of projections that make the channels.
+        output: name within a layer of the projection that reads the channels; units own columns of its weight.
+        channels_per_unit: consecutive channels of that projection's input that are one unit's.
+        fields: field of config.json -> how much of it is one unit.
+    """
+
+    kind: str
+    counts: tuple[int, ...]
+    layers: str
+    rows: tuple[Owned, ...]
+    output: str
+    channels_per_unit: int
+    fields: Mapping[str, int]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.counts)
+
+    @property
+    def most(self) -> int:
+        """Units of the layer that has most."""
+        return max(self.counts)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers have as many."""
+        return len(set(self.counts)) == 1
+
+    @cached_property
+    def owned(self) -> tuple[Owned, ...]:
+        """What they own in their layer, the output projection's columns included."""
+        return *self.rows, Owned(f"{self.output}.weight", 1, self.channels_per_unit)
+
+    def tensor(self, layer: int, name: str) -> str:
+        """A tensor or module of a layer, by the name that it has in the whole model."""
+        return f"{self.layers}.{layer}.{name}"
+
+    def output_weight(self, layer: int) -> str:
+        """The output projection's weight [hidden_size, units * channels_per_unit]."""
+        return self.tensor(layer, f"{self.output}.weight")
+
+    def row_weights(self, layer: int) -> list[str]:
+        """Weights [units * rows of a unit, ...] of which they own rows, without biases."""
+        return [self.tensor(layer, it.tensor) for it in self.rows if it.tensor.endswith(".weight")]
+
+    def in_layer(self, layer: int, tensors: Mapping[str, Any]) -> Iterator[tuple[str, Owned]]:
+        """Of these tensors the ones that the layer's units own something of: (name in the whole model, what)."""
+        for owned in self.owned:
+            name = self.tensor(layer, owned.tensor)
+            if name in tensors:
+                yield name, owned
+
+    def outputs_of(self, model: nn.Module) -> list[nn.Module]:
+        """The output projections of a model's layers, in order."""
+        return [model.get_submodule(self.tensor(layer, self.output)) for layer in range(self.num_layers)]
+
+    def parameters_per_unit(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Parameters that go when one unit of one layer goes, the same in every layer.
+
+        Args:
+            shapes: of the model's tensors.
+        """
+        return sum(math.prod(shapes[name]) for name, _ in self.in_layer(0, shapes)) // self.counts[0]
+
+    def config_changes(self, counts: Sequence[int]) -> dict[str, Any]:
+        """What config.json says once the layers have so many units: for all of them, or layer by layer."""
+        if len(set(counts)) == 1:
+            return self._stated(counts[0])
+        return {PER_LAYER: {str(layer): self._stated(count) for layer, count in enumerate(counts)}}
+
+    def sizes(self, counts: Sequence[int]) -> dict[str, Any]:
+        """What results tell of so many units in each layer: a field of config.json (None where layers differ), and its
+        plural with the value of each layer.
+        """
+        stated = [self._stated(count) for count in counts]
+        one = stated[0] if len(set(counts)) == 1 else dict.fromkeys(self.fields)
+        return one | {f"{field}s": [it[field] for it in stated] for field in self.fields}
+
+    def described(self, layer: int) -> str:
+        """A layer's units as config.json states them, for messages."""
+        return " and ".join(f"{field} {value}" for field, value in self._stated(self.counts[layer]).items())
+
+    def _stated(self, count: int) -> dict[str, int]:
+        return {field: count * size for field, size in self.fields.items()}
+
+
+def read_counts(config: Mapping[str, Any], field: str, per_unit: int = 1) -> tuple[int, ...]:
+    """Units of each layer, by a field of a config.json; layers differ where it has a ``per_layer_config``.
+
+    Args:
+        per_unit: how much of the field is one unit.
+    """
+    own = config.get(PER_LAYER) or {}
+    everywhere = config[field]
+    layers = range(int(config["num_hidden_layers"]))
+    return tuple(int(own.get(str(layer), {}).get(field, everywhere)) // per_unit for layer in layers)

@@ -1,0 +1,254 @@
+"""A made-up kind of unit goes through every stage: nothing between scores and files knows what neurons are."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from core_definition import GRADIENT_CRITERIA, definition, moments, student
+from damage import nothing_reaches_the_disk
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from pairs import CHANNELS, prune_pairs
+from safetensors.torch import load_file
+from sweeps import make_inputs, planned
+from tiny import save_tiny, tiny_model, write_documents
+from transformers import AutoModelForCausalLM
+from worlds import Ranks, run_in_threads, without_deepspeed
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.schema import Method
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.elimination import elimination_scores
+from hfprune_dist.core.least_squares import LeastSquares
+from hfprune_dist.core.selection import entries_of
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.planning.plan import check_ratios
+from hfprune_dist.planning.widths import size_of
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.stage import Input, Stage
+
+SEED = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patch():
+    with pytest.MonkeyPatch.context() as patch, nothing_reaches_the_disk():
+        prune_pairs(patch)
+        without_deepspeed(patch)
+        yield patch
+
+
+@dataclass(frozen=True)
+class Model:
+    variant: str
+    layers: int
+    pairs: int
+
+    @property
+    def shape(self):
+        return {"num_hidden_layers": self.layers, "intermediate_size": CHANNELS * self.pairs}
+
+    def tiny(self):
+        return tiny_model(self.variant, **self.shape)
+
+
+MODELS = st.builds(
+    Model,
+    variant=st.sampled_from(("llama", "llama-tied-biases", "qwen2", "qwen3", "mistral")),
+    layers=st.integers(1, 3),
+    pairs=st.integers(3, 12),
+)
+CALIBRATIONS = st.fixed_dictionaries(
+    {"samples": st.integers(2, 6), "micro_batch_size": st.integers(1, 2), "shard_size": st.integers(1, 2)}
+)
+
+
+def score(folder, model, calibration, criteria, ranks=1):
+    """Run the importance stage; returns its store, with the stage."""
+    if not (folder / "model").exists():
+        save_tiny(folder / "model", model.variant, **model.shape)
+        write_documents(folder / "text.jsonl")
+    settings = {"sequence_length": 24, "text_field": "text", "settled": None, **calibration}
+    params = {"calibration": settings, "criteria": sorted(criteria), "dtype": "float32", "add_bos_token": True}
+    hashes = FileHashes(None)
+    inputs = {
+        "model": Input(hashes.of_folder(folder / "model"), str(folder / "model")),
+        "calibration": Input(hashes.of_file(folder / "text.jsonl"), str(folder / "text.jsonl")),
+    }
+    stage = Stage("importance", "pairs", {**params, "seed": SEED}, inputs)
+    store = Store(folder / f"on {ranks}")
+    run_in_threads(store, stage, Ranks(ranks))
+    return store, stage
+
+
+def scores_of(store, stage):
+    return load_file(store.path(stage.id) / "importance.safetensors")
+
+
+def windows_of(store, stage):
+    return load_file(store.path(stage.id) / "windows.safetensors")["input_ids"]
+
+
+@settings(derandomize=True, deadline=None, max_examples=6)
+@given(model=MODELS, calibration=CALIBRATIONS, ranks=st.integers(2, 3))
+def test_scores_of_pairs_are_as_defined_on_any_number_of_ranks(tmp_path_factory, model, calibration, ranks):
+    folder = tmp_path_factory.mktemp("scores")
+    store, stage = score(folder, model, calibration, CRITERIA)
+    scores, windows = scores_of(store, stage), windows_of(store, stage)
+    again = scores_of(*score(folder, model, calibration, CRITERIA, ranks))
+    assert scores.keys() == again.keys() and all(torch.equal(again[name], it) for name, it in scores.items())
+
+    dense = model.tiny()
+    first_shard = windows[: calibration["micro_batch_size"] * calibration["shard_size"]]
+    keeps = student(dense, first_shard, CHANNELS)
+    for name in (*GRADIENT_CRITERIA, "activation"):
+        if CRITERIA[name].is_rounded and calibration["micro_batch_size"] > 1:
+            continue  # it is defined for windows that are micro-batches
+        expected = definition(dense, windows, name, SEED, keeps, CHANNELS)
+        ours = torch.stack([scores[f"layers.{layer}.{name}"] for layer in range(model.layers)])
+        assert ours.shape == (model.layers, model.pairs)
+        tolerance = 1e-2 if CRITERIA[name].is_rounded else 1e-4
+        # A student of a few pairs lacks none of them, and its divergence is 0.
+        assert (ours - expected).norm() < tolerance * expected.norm() + 1e-12, name
+    for layer, (gram, curvature, fisher) in enumerate(moments(dense, windows, SEED, CHANNELS)):
+        mlp = dense.model.layers[layer].mlp
+        expected = elimination_scores(gram, curvature, mlp.down_proj.weight.detach(), fisher)
+        found = scores[f"layers.{layer}.surgeon"]
+        assert found.shape == expected.shape == (model.pairs,)
+        assert found.log().sub(expected.log()).abs().median() < 1e-3
+        for pair in range(model.pairs):
+            own = slice(CHANNELS * pair, CHANNELS * (pair + 1))
+            weights = mlp.gate_proj.weight[own], mlp.up_proj.weight[own], mlp.down_proj.weight[:, own]
+            norm = sum(weight.double().square().sum() for weight in weights).sqrt().item()
+            assert scores[f"layers.{layer}.magnitude"][pair].item() == pytest.approx(norm)
+
+
+METHODS = st.builds(
+    Method,
+    criterion=st.sampled_from(("entropy", "surgeon", "activation")),
+    allocation=st.sampled_from(("uniform", "global", "searched")),
+    floor=st.sampled_from((0.1, 0.4)),
+    protect_last=st.sampled_from((0, 0, 1)),
+    refit=st.sampled_from(("none", "none", "dense", "layerwise", "block")),
+    multiple_of=st.sampled_from((1, 1, 2)),
+)
+
+
+def prune(folder, scored, ratio, method, ranks=1):
+    """Run the prune stage after the importance stage of one rank; returns its store, with the stage."""
+    store, importance = scored
+    params = {"ratio": ratio, **method.model_dump(exclude={"steps", "distill"})}
+    params |= {"dtype": "float32", "micro_batch_size": 2}
+    stage = Stage("prune", "pairs", params, {"model": importance.inputs["model"], "importance": importance.as_input()})
+    other = Store(folder / f"pruned on {ranks}")
+    other.path(importance.id).parent.mkdir(parents=True, exist_ok=True)
+    other.path(importance.id).symlink_to(store.path(importance.id))
+    run_in_threads(other, stage, Ranks(ranks))
+    return other, stage
+
+
+def reachable(checkpoint, share, method):
+    """A share of what the method can remove at most, as a ratio; none where rounding leaves nothing of it."""
+    size = size_of(checkpoint)
+    ratio = share * size.ratio_of(size.num_layers * size.units)
+    try:
+        check_ratios(size, [ratio], method, "pairs")
+    except UserError:
+        assume(False)
+    return ratio
+
+
+@torch.no_grad()
+def masked(dense, kept):
+    """The dense model, float64, of whose pairs all but these put nothing out."""
+    dense = dense.double()
+    for layer, row in zip(dense.model.layers, kept, strict=True):
+        keeps = torch.zeros(layer.mlp.down_proj.in_features, dtype=torch.float64)
+        keeps[[CHANNELS * pair + channel for pair in row for channel in range(CHANNELS)]] = 1.0
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs, keeps=keeps: (inputs[0] * keeps,))
+    return dense
+
+
+@torch.no_grad()
+def activations(model, windows, number):
+    seen = []
+    projection = model.model.layers[number].mlp.down_proj
+    handle = projection.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].flatten(0, 1)))
+    model(windows)
+    handle.remove()
+    return seen[0].double()
+
+
+@settings(derandomize=True, deadline=None, max_examples=16)
+@given(
+    model=MODELS,
+    calibration=CALIBRATIONS,
+    method=METHODS,
+    share=st.floats(0.1, 0.8),
+    ranks=st.integers(2, 3),
+)
+def test_pairs_go_through_budget_allocation_refit_and_surgery(
+    tmp_path_factory, model, calibration, method, share, ranks
+):
+    assume(method.protect_last < model.layers)
+    folder = tmp_path_factory.mktemp("pruned")
+    scored = score(folder, model, calibration, [method.criterion])
+    checkpoint = open_checkpoint(folder / "model")
+    ratio = reachable(checkpoint, share, method)
+    store, stage = prune(folder, scored, ratio, method)
+    again, _ = prune(folder, scored, ratio, method, ranks)
+    pruned, other = store.path(stage.id), again.path(stage.id)
+    for name in ("model.safetensors", "kept.json", "config.json"):
+        assert (pruned / name).read_bytes() == (other / name).read_bytes(), "on any number of ranks"
+
+    kept = json.loads((pruned / "kept.json").read_text())["layers"]
+    widths, metrics = [len(row) for row in kept], store.manifest(stage.id)["metrics"]
+    assert all(row == sorted(set(row)) and set(row) <= set(range(model.pairs)) for row in kept)
+    assert metrics["intermediate_sizes"] == [CHANNELS * width for width in widths]
+    assert open_checkpoint(pruned).units.counts == tuple(widths)
+    if method.allocation == "uniform":
+        assert len(set(widths)) == 1
+    for layer, row in enumerate(kept):
+        scores = scores_of(*scored)[f"layers.{layer}.{method.criterion}"]
+        assert sorted(scores.topk(len(row)).indices.tolist()) == row
+
+    reloaded = AutoModelForCausalLM.from_pretrained(pruned, trust_remote_code=True, dtype=torch.float32)
+    dense, windows = model.tiny(), windows_of(*scored)
+    parameters = [sum(it.numel() for it in some.parameters()) for some in (dense, reloaded)]
+    assert metrics["parameters"] == parameters[1]
+    assert metrics["ratio_reached"] == pytest.approx((parameters[0] - parameters[1]) / parameters[0])
+    step = method.multiple_of * (model.layers if method.allocation == "uniform" else 1)
+    assert abs(metrics["ratio_reached"] - ratio) <= size_of(checkpoint).ratio_of(step)
+    with torch.no_grad():
+        assert torch.equal(reloaded(windows).logits, load_causal_lm(pruned, torch.float32)(windows).logits)
+        if method.refit == "none":
+            expected = masked(model.tiny(), kept)(windows).logits
+            torch.testing.assert_close(reloaded.double()(windows).logits, expected)
+    for number, row in enumerate(kept):
+        channels = entries_of(torch.tensor(row), CHANNELS)
+        before, after = (some.model.layers[number].mlp for some in (dense, reloaded))
+        if method.refit != "block":
+            assert torch.equal(after.gate_proj.weight.float(), before.gate_proj.weight[channels])
+        if method.refit == "dense":
+            hidden, weight = activations(dense, windows, number), before.down_proj.weight.detach().double()
+            expected = LeastSquares(weight, hidden.T @ hidden, channels).weight(metrics["refit_ridge"][number])
+            torch.testing.assert_close(after.down_proj.weight.detach(), expected.float(), rtol=1e-2, atol=1e-3)
+    for before, after in zip(metrics.get("refit_error_before", []), metrics.get("refit_error_after", []), strict=True):
+        assert after <= before + 1e-9
+
+
+def test_a_plan_of_pairs_counts_in_pairs(tmp_path):
+    config = make_inputs(tmp_path)
+    shipped = [file.stem for file in sorted((Path(__file__).parents[2] / "configs" / "methods").glob("*.yaml"))]
+    _, plan = planned(config, models=["alpha"], ratios=[0.2], methods=shipped)
+    assert {cell.method for cell in plan.cells} == {None, *shipped}
+    with pytest.raises(UserError, match="can't be reached by pruning pairs alone"):
+        planned(config, models=["alpha"], ratios=[0.9])
+    size = size_of(open_checkpoint(tmp_path / "alpha"))
+    assert (size.units, size.parameters_per_unit) == (24, 2 * 3 * 32)
+    with pytest.raises(UserError, match="removes nothing once widths are rounded to multiples of 5"):
+        check_ratios(size, [0.01], Method(criterion="entropy", multiple_of=5), "alpha")
