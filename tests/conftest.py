@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,18 @@ from hfprune_launch import demo_assets
 from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parent
+# Those that take more than ten seconds, the longest first: the rest fills the gaps at the end.
+LONG = [
+    "slurm",
+    "launch/test_real_model.py",
+    "test_demo_assets.py",
+    "launch/test_sweep.py",
+    "faults",
+    "launch/slurm",
+    "launch",
+    "stages",
+]
+DEMO_ASSETS = ("tests/launch/test_real_model.py", "tests/test_demo_assets.py")
 
 
 @pytest.fixture(scope="session")
@@ -17,16 +30,25 @@ def real_assets(tmp_path_factory):
     return folder
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are processors: the worker with the Slurm cluster's tests mostly waits for the cluster."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_xdist_make_scheduler(config, log):
     return TogetherByFile(config, log)
 
 
 class TogetherByFile(LoadScopeScheduling):
-    """Where several workers run the tests, those of a file stay together, and those of the one Slurm cluster."""
+    """Where several workers run the tests, those of a file stay together, and those of files that share what is dear:
+    the one Slurm cluster, and the demo's assets.
+    """
 
     def _split_scope(self, nodeid):
         file = nodeid.split("::")[0]
-        return "tests/slurm" if file.startswith("tests/slurm/") else file
+        if file.startswith("tests/slurm/"):
+            return "tests/slurm"
+        return "the demo's assets" if file in DEMO_ASSETS else file
 
 
 def pytest_collection_modifyitems(items):
@@ -35,6 +57,6 @@ def pytest_collection_modifyitems(items):
 
 
 def _turn(file):
-    longest_first = ["slurm", "launch", "stages"]
-    folder = Path(file).relative_to(TESTS).parts[0]
-    return longest_first.index(folder) if folder in longest_first else len(longest_first)
+    path = Path(file).relative_to(TESTS)
+    places = {path.as_posix(), *(parent.as_posix() for parent in path.parents)}
+    return next((turn for turn, name in enumerate(LONG) if name in places), len(LONG))

@@ -1,4 +1,4 @@
-"""Ranks for tests: one in this process, or real ones: a stage laid out as the launcher does, run with torchrun."""
+"""Ranks for tests: one in this process, or real ones: a stage laid out as the launcher does, run as it runs it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from fork_server import forked
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.world import World
@@ -52,19 +53,35 @@ def write_stage_file(store: Store, stage: Stage, **runtime: object) -> None:
 
 
 def run_stage(
-    store: Store, stage: Stage, ranks: int = 1, *, environment: dict[str, str] | None = None, **runtime: object
+    store: Store,
+    stage: Stage,
+    ranks: int = 1,
+    *,
+    environment: dict[str, str] | None = None,
+    torchrun: bool = False,
+    **runtime: object,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a stage to its end, with one thread per rank so that its bits can be compared."""
+    """Run a stage to its end, with one thread per rank so that its bits can be compared.
+
+    Args:
+        torchrun: whether ranks are interpreters that torchrun starts, and not forks (fork_server.py).
+    """
     write_stage_file(store, stage, **runtime)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = rank_command(store, stage, ranks)
     return subprocess.run(
-        [sys.executable, *torchrun, str(ROOT / "launch" / "stage" / "run.py"), str(store.root), stage.id],
+        command if torchrun else forked(command),
         env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0", **(environment or {})},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+
+
+def rank_command(store: Store, stage: Stage, ranks: int) -> list[str]:
+    """What starts the ranks of a stage that is laid out."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *torchrun, str(ROOT / "launch" / "stage" / "run.py"), str(store.root), stage.id]
 
 
 def killing(rank: int | str, kill_at: int, match: str) -> dict[str, str]:

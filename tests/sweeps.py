@@ -12,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import yaml
+from fork_server import forked
 from ranks import ROOT
 from tiny import save_tiny, write_documents, write_pairs
 
@@ -88,11 +89,20 @@ def command(config: Path | None, out: Path, *arguments: str) -> list[str]:
 
 
 def sweep(
-    config: Path | None, out: Path, *arguments: str, environment: dict[str, str] | None = None
+    config: Path | None,
+    out: Path,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    real: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a sweep to its end, one thread per rank so that its bits can be compared."""
+    """Run a sweep to its end, one thread per rank so that its bits can be compared.
+
+    Args:
+        real: whether it runs in processes as a user's does, and not in forks (fork_server.py).
+    """
+    started = command(config, out, *arguments)
     return subprocess.run(
-        command(config, out, *arguments),
+        started if real else forked(started),
         env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         capture_output=True,
         text=True,
@@ -113,10 +123,10 @@ def in_process(main: Callable[[Sequence[str]], int], *arguments: object) -> tupl
 
 
 def finish(
-    config: Path, out: Path, *arguments: str, environment: dict[str, str] | None = None
+    config: Path, out: Path, *arguments: str, environment: dict[str, str] | None = None, real: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run a sweep that must end well."""
-    result = sweep(config, out, *arguments, environment=environment)
+    """Run a sweep that must end well; ``real`` as in ``sweep``."""
+    result = sweep(config, out, *arguments, environment=environment, real=real)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fork_server import forked
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -30,7 +31,7 @@ SHARDED = {
 def counts(folder, criteria="entropy", checkpointing="plain"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
-        [*command, str(Path(__file__).with_name("count_gathers.py")), str(folder), criteria, checkpointing],
+        forked([*command, str(Path(__file__).with_name("count_gathers.py")), str(folder), criteria, checkpointing]),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

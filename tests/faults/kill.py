@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -64,9 +65,8 @@ def die_in_fork(action, kill_at, store):
     child = os.fork()
     if child == 0:
         try:
-            import torch
-
-            torch.set_num_threads(1)  # the parent's thread pool did not survive the fork
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(1)  # the parent's thread pool did not survive the fork
             arm(kill_at, str(store))
             action()
         finally:

@@ -1,18 +1,18 @@
-"""The whole sweep on real ranks: results, resumption, and death at random moments."""
+"""The whole sweep on real ranks: results, resumption, and death at any moment."""
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from ranks import killing
+from fork_server import forked
+from ranks import ROOT, killing
 from sweeps import artifacts, command, finish, make_inputs, results, sweep
 from transformers import AutoModelForCausalLM
 
@@ -27,12 +27,12 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     """An undisturbed sweep: every fault below must end where this one ends."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "tmp").mkdir()
-    return folder / "out", finish(config, folder / "out", environment={"TMPDIR": str(folder / "tmp")})
+    out = tmp_path_factory.mktemp("finished") / "out"
+    return out, finish(config, out)
 
 
 ONE_CELL = ["--models", "alpha", "--ratios", "0.2"]
+WITHOUT_RECOVERY = [*ONE_CELL, "--set", "recovery.method=none"]
 
 
 @pytest.fixture
@@ -110,8 +110,15 @@ def test_all_three_reports_agree_and_keep_the_configuration(finished, config):
     assert manifest["config"] == resolved and manifest["provenance"]["packages"]["torch"]
 
 
-def test_nothing_stays_in_the_systems_temporary_folder(finished):
-    assert list((finished[0].parent / "tmp").iterdir()) == []
+def test_torchrun_starts_the_ranks_and_nothing_stays_in_the_systems_temporary_folder(config, short_of, tmp_path):
+    """Only the pruned model without recovery has not been evaluated yet."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    out = short_of()
+    result = finish(config, out, *WITHOUT_RECOVERY, environment={"TMPDIR": str(temporary)}, real=True)
+    assert "1 of 5 stages to run, 2 ranks each" in result.stdout
+    assert [row["status"] for row in results(out)] == ["done"] * 2
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_second_run_runs_nothing(finished, config):
@@ -128,8 +135,7 @@ def test_report_command_makes_the_same_tables(finished):
     expected = {name: (out / name).read_bytes() for name in ("results.csv", "results.md", "results.json")}
     for name in expected:
         (out / name).unlink()
-    script = Path(command(None, out)[1]).with_name("report.py")
-    report = [command(None, out)[0], script, out, "--published"]
+    report = [sys.executable, str(ROOT / "launch" / "report.py"), str(out), "--published"]
     shown = subprocess.run(report, capture_output=True, text=True, check=True)
     assert {name: (out / name).read_bytes() for name in expected} == expected
     assert "HFPrune" in shown.stdout and "59.0" in shown.stdout
@@ -153,11 +159,11 @@ def descendants_of(process):
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def start(config, out, *arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(config, out, *arguments, real=False):
+    started = command(config, out, *arguments)
     return subprocess.Popen(
-        command(config, out, *arguments),
-        env=environment,
+        started if real else forked(started),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -178,37 +184,44 @@ def all_gone(processes):
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
-def test_killing_the_launcher_at_random_moments(finished, config, tmp_path):
+def at_work(out, kind):
+    """Whether ranks have begun a stage of that kind, or ended one."""
+    store = out / "store"
+    return list((store / "work" / kind).glob("*/progress.json")) or list((store / kind).glob("*/manifest.json"))
+
+
+def test_killing_the_launcher_at_any_moment(finished, config, tmp_path):
+    """Before it has planned, and in stages of every kind."""
     out = tmp_path / "out"
-    generator = random.Random(os.environ.get("HFPRUNE_TEST_SEED", "0"))
-    for _ in range(4):
+    moments = [lambda: True, *(lambda kind=kind: at_work(out, kind) for kind in ("importance", "recover", "evaluate"))]
+    for moment in moments:
         launcher = start(config, out, *ONE_CELL)
-        time.sleep(generator.uniform(1, 14))
-        started = descendants_of(launcher)
+        wait_for(moment)
         launcher.kill()
         launcher.communicate()
-        wait_for(lambda started=started: all_gone(started), 30)
     result = sweep(config, out, *ONE_CELL)
     assert result.returncode == 0, result.stdout
     assert_same_as(finished[0], out)
     assert len(results(out)) == 3
 
 
+def test_no_rank_outlives_its_launcher(config, short_of):
+    out = short_of("importance", "prune", "recover")
+    launcher = start(config, out, *ONE_CELL, real=True)
+    wait_for(lambda: at_work(out, "importance"))
+    started = descendants_of(launcher)
+    assert len(started) >= 3, "torchrun and two ranks"
+    launcher.kill()
+    launcher.communicate()
+    wait_for(lambda: all_gone(started), 30)
+
+
 @pytest.mark.parametrize("kind", ["importance", "recover", "evaluate"])
 def test_killing_a_rank(finished, config, short_of, kind):
     out = short_of(kind, *(["prune", "recover"] if kind == "importance" else []))  # a checkpoint's row would stand
-    launcher = start(config, out, *ONE_CELL)
-
-    def rank_at_work():
-        work = list((out / "store" / "work" / kind).glob("*/progress.json"))
-        ranks = [p for p in descendants_of(launcher) if "stage/run.py" in " ".join(p.cmdline()[1:3])] if work else []
-        return ranks[-1:] or None
-
-    (rank,) = wait_for(rank_at_work)
-    rank.send_signal(signal.SIGKILL)
-    output, _ = launcher.communicate(timeout=300)
-    assert launcher.returncode == 1
-    assert f"failed {kind}" in output and "a rank died without a message" in output
+    result = sweep(config, out, *ONE_CELL, environment=killing(0, 6, f"work/{kind}"))
+    assert result.returncode == 1
+    assert f"failed {kind}" in result.stdout and "a rank died without a message" in result.stdout
     missing = [row for row in results(out) if row["status"] == "missing"]
     assert missing and all(f"{kind} failed (killed)" in row["cause"] for row in missing)
     result = sweep(config, out, *ONE_CELL)
@@ -218,7 +231,7 @@ def test_killing_a_rank(finished, config, short_of, kind):
 
 def test_ctrl_c_leaves_nothing_running_and_nothing_half_written(finished, config, short_of):
     out = short_of("importance", "prune", "recover")  # without a checkpoint, so that all of it is needed
-    launcher = start(config, out, *ONE_CELL)
+    launcher = start(config, out, *ONE_CELL, real=True)
     wait_for(lambda: list((out / "store" / "work").glob("*/*/stage.json")) and len(descendants_of(launcher)) >= 3)
     started = descendants_of(launcher)
     launcher.send_signal(signal.SIGINT)
@@ -232,8 +245,7 @@ def test_ctrl_c_leaves_nothing_running_and_nothing_half_written(finished, config
 
 def test_two_sweeps_at_once_share_the_work(finished, config, short_of):
     out = short_of("importance", "prune")
-    arguments = [*ONE_CELL, "--set", "recovery.method=none"]
-    sweeps = [start(config, out, *arguments) for _ in range(2)]
+    sweeps = [start(config, out, *WITHOUT_RECOVERY) for _ in range(2)]
     outputs = [process.communicate(timeout=600)[0] for process in sweeps]
     assert [process.returncode for process in sweeps] == [0, 0], outputs
     logs = [log.name for log in (out / "logs").iterdir()]
@@ -256,13 +268,12 @@ def test_a_full_disk(config, tmp_path):
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)], check=True)
     try:
-        arguments = [*ONE_CELL, "--set", "recovery.method=none"]
-        result = sweep(config, disk / "out", *arguments)
+        result = sweep(config, disk / "out", *WITHOUT_RECOVERY)
         assert result.returncode == 2, result.stdout
         assert "No space left on device" in result.stdout + result.stderr and "Traceback" not in result.stderr
         assert not list((disk / "out" / "store").rglob(".draft*"))
         subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
-        result = sweep(config, disk / "out", *arguments)
+        result = sweep(config, disk / "out", *WITHOUT_RECOVERY)
         assert result.returncode == 0, result.stdout
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -68,8 +68,8 @@ def write_stage_file(source, folder, passes=6, **settings):
     return Store(folder / "store"), Stage("distill", "tiny", params, inputs)
 
 
-def finish(store, stage, ranks):
-    result = run_stage(store, stage, ranks, **RUNTIME)
+def finish(store, stage, ranks, torchrun=False):
+    result = run_stage(store, stage, ranks, torchrun=torchrun, **RUNTIME)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 
@@ -92,7 +92,7 @@ def divergence(dense, model):
 @pytest.fixture(scope="module")
 def uninterrupted(source, tmp_path_factory):
     store, stage = write_stage_file(source, tmp_path_factory.mktemp("two"))
-    finish(store, stage, ranks=2)
+    finish(store, stage, ranks=2, torchrun=True)
     return store, stage
 
 

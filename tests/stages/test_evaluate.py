@@ -3,17 +3,16 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from damage import DAMAGES, damage
+from fork_server import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import SoloWorld
+from ranks import SoloWorld, rank_command
 from tiny import save_tiny, tiny_text, tiny_tokenizer, write_documents
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -31,7 +30,6 @@ from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input, Stage
 
-PROJECT = Path(__file__).parents[2]
 ALL_TASKS = ["tiny_choice", "tiny_rolling", "tiny_generate", "tiny_lonely", "tiny_group"]
 
 
@@ -117,10 +115,10 @@ def make_reference(store, inputs, dense, dtype):
     return stage
 
 
-def start(store, stage, ranks):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def start(store, stage, ranks, torchrun=False):
+    command = rank_command(store, stage, ranks)
     return subprocess.Popen(
-        [*torchrun, str(PROJECT / "launch/stage/run.py"), str(store.root), stage.id],
+        command if torchrun else forked(command),
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -129,8 +127,8 @@ def start(store, stage, ranks):
     )
 
 
-def run_ranks(store, stage, ranks):
-    process = start(store, stage, ranks)
+def run_ranks(store, stage, ranks, torchrun=False):
+    process = start(store, stage, ranks, torchrun)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output[-3000:]
     assert store.verify(stage.id, thorough=True).state == "done"
@@ -185,7 +183,7 @@ def test_results(uninterrupted):
 @pytest.mark.slow
 def test_two_ranks_have_the_bits_of_one(inputs, uninterrupted, tmp_path):
     store = Store(tmp_path)
-    metrics = run_ranks(store, write_stage_file(store, inputs, ALL_TASKS), ranks=2)
+    metrics = run_ranks(store, write_stage_file(store, inputs, ALL_TASKS), ranks=2, torchrun=True)
     assert metrics == uninterrupted[0]
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from damage import DAMAGES, damage
+from fork_server import forked
 from hypothesis import given, settings
 from peft import PeftModel
-from ranks import SoloWorld
+from ranks import SoloWorld, killing, rank_command
 from safetensors.torch import load_file
 from tiny import save_tiny, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +33,6 @@ from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input, Stage
 from hfprune_dist.training.snapshots import Snapshot, Snapshots, read_snapshot
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 RECOVERY = {
     "sequence_length": 512,
@@ -90,12 +87,13 @@ def write_stage_file(root: Path, source: Path, **changes: object) -> Run:
     return Run(Store(root), stage)
 
 
-def start(run: Run, ranks: int) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+def start(
+    run: Run, ranks: int, torchrun: bool = False, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    command = rank_command(run.store, run.stage, ranks)
     return subprocess.Popen(
-        [sys.executable, *launcher, "launch/stage/run.py", str(run.store.root), run.stage.id],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        command if torchrun else forked(command),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -103,21 +101,18 @@ def start(run: Run, ranks: int) -> subprocess.Popen[str]:
     )
 
 
-def finish(run: Run, ranks: int, code: int = 0) -> str:
-    process = start(run, ranks)
+def finish(run: Run, ranks: int, code: int = 0, torchrun: bool = False) -> str:
+    process = start(run, ranks, torchrun)
     output, _ = process.communicate(timeout=180)
     assert process.returncode == code, output
     return output
 
 
 def kill_after_first_snapshot(run: Run) -> None:
-    process = start(run, 2)
-    deadline = time.time() + 120
-    while not list(run.snapshots.glob("step-*")) and time.time() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert not run.artifact.exists()
+    process = start(run, 2, environment=killing(0, 6, "/snapshots"))
+    process.communicate(timeout=180)
+    assert process.returncode != 0 and not run.artifact.exists()
+    assert len(list(run.snapshots.glob("step-*"))) == 1
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +127,7 @@ def source(tmp_path_factory):
 def uninterrupted(tmp_path_factory, source):
     """The stage on two ranks, in bfloat16 and with dropout."""
     run = write_stage_file(tmp_path_factory.mktemp("uninterrupted"), source)
-    finish(run, ranks=2)
+    finish(run, ranks=2, torchrun=True)
     return run
 
 

@@ -104,11 +104,11 @@ def test_states_are_kept_in_the_dtype_that_they_are_computed_in(source, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 6])
-def test_several_ranks_have_the_bits_of_one(source, uninterrupted, tmp_path, ranks):
+@pytest.mark.parametrize(("ranks", "torchrun"), [(2, True), (6, False)])
+def test_several_ranks_have_the_bits_of_one(source, uninterrupted, tmp_path, ranks, torchrun):
     """Of two ranks one has a window less; of six, one has none."""
     store = Store(tmp_path)
-    result = run_stage(store, held_out(source), ranks)
+    result = run_stage(store, held_out(source), ranks, torchrun=torchrun)
     assert result.returncode == 0, result.stderr[-2000:]
     assert files_of(store, held_out(source)) == uninterrupted
 

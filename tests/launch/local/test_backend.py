@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from fork_server import forked
 from hfprune_launch.local import backend as local
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.local.deaths import OUT_OF_STEP, explain_death
@@ -103,12 +104,16 @@ def test_how_ranks_died(tmp_path, left, log, cause, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "cause"), [(signal.SIGABRT, "code"), (signal.SIGKILL, "killed")])
-def test_torchrun_says_it_like_that(tmp_path, number, cause):
-    """The summary is read as this version of torch writes it."""
+@pytest.mark.parametrize(
+    ("number", "cause", "real"),
+    [(signal.SIGABRT, "code", False), (signal.SIGKILL, "killed", False), (signal.SIGKILL, "killed", True)],
+)
+def test_torchrun_says_it_like_that(tmp_path, number, cause, real):
+    """The summary is read as this version of torch writes it, and as what stands for torchrun in tests does."""
     script = tmp_path / "rank.py"
     script.write_text(f"import os, time\nos.environ['RANK'] == '1' and os.kill(os.getpid(), {number})\ntime.sleep(60)")
     torchrun = [
+        sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
@@ -117,7 +122,8 @@ def test_torchrun_says_it_like_that(tmp_path, number, cause):
         str(script),
     ]
     with (tmp_path / "log").open("wb") as stream:
-        subprocess.run([sys.executable, *torchrun], stdout=stream, stderr=subprocess.STDOUT, check=False)
+        started = torchrun if real else forked(torchrun)
+        subprocess.run(started, stdout=stream, stderr=subprocess.STDOUT, check=False)
     failure = explain_death(None, tmp_path / "log", 1)
     assert failure.cause == cause and f"rank 1 by {number.name}" in failure.message
 

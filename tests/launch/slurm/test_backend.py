@@ -578,7 +578,10 @@ def test_a_launcher_is_interrupted_while_it_waits(fake, tmp_path):
     config = make_inputs(tmp_path)
     arguments = ["--models", "alpha", "--ratios", "0.2", "--profile", "local-cluster"]
     launcher = subprocess.Popen(
-        command(config, tmp_path / "out", *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        forked(command(config, tmp_path / "out", *arguments)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     wait_for(lambda: len(fake.jobs()) == 8 and len(fake.calls("squeue")) > 2)
     launcher.send_signal(signal.SIGINT)

@@ -1,9 +1,7 @@
-import subprocess
-
 import pytest
 from hfprune_launch.slurm.estimate import GIB, estimate_stages, refuse_what_cannot_fit
 from hfprune_launch.slurm.profile import load_profile
-from sweeps import command, make_inputs, planned
+from sweeps import make_inputs, planned, sweep
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.footprint import RESERVE
@@ -186,9 +184,7 @@ def test_a_dry_run_shows_estimates_and_refuses(inputs, tmp_path, memory, code):
     profile = tmp_path / "gpus.yaml"
     profile.write_text(GPUS + f"gpu_memory_gib: {memory}\n")
     arguments = ["--dry-run", "--profile", str(profile)]
-    result = subprocess.run(
-        command(inputs, tmp_path / "out", *arguments), capture_output=True, text=True, timeout=60, check=False
-    )
+    result = sweep(inputs, tmp_path / "out", *arguments)
     assert result.returncode == code, result.stderr
     assert "nothing here was measured" in result.stdout and "Traceback" not in result.stderr
     assert ("can't fit the profile's GPUs" in result.stderr) == (code == 2)

@@ -1,0 +1,381 @@
+"""Processes of this project without the seconds that their imports take: forks of a server that has imported all.
+
+The server has computed nothing: it has one thread and no process group. Every process that it forks gets a session,
+an environment, a folder, streams and seeds of its own, runs its script as ``__main__``, and starts its own processes
+of this project in the same way. What starts and watches ranks in it is not torchrun but an agent that does as torchrun
+does; every kind of stage also runs under torchrun in one test at least.
+
+Since all forks have the server's hash seed and its environment of import time, real processes stay the measure.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import os
+import random
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+FOLDER = Path(__file__).resolve().parent
+TORCHRUN = "torch.distributed.run"
+SCRIPTS = FOLDER.parent / "launch"
+ADDRESS = "HFPRUNE_FORK_SERVER"  # of processes that the server forks
+IMPORTED = (
+    "torch.distributed",
+    "transformers.integrations",
+    "transformers.models.auto.modeling_auto",
+    *(f"transformers.models.{family}.modeling_{family}" for family in ("llama", "mistral", "qwen2", "qwen3")),
+    "transformers.tokenization_utils_tokenizers",
+    "deepspeed",
+    "datasets",
+    "lm_eval.evaluator",
+    "lm_eval.tasks",
+    "rich.live",
+    *(f"hfprune_dist.stages.{kind}" for kind in ("distill", "evaluate", "importance", "prune", "recover", "reference")),
+    *(f"hfprune_launch.{name}" for name in ("modes.sweep", "modes.compare", "stage.run", "slurm.job", "report")),
+)
+# Libraries that would start threads, or ask the network, when they are imported.
+QUIET = {
+    "OMP_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+TERMINATION_GRACE_S = 10.0
+POLL_S = 0.01
+
+
+# What tests use.
+
+
+def forked(command: Sequence[str | Path]) -> list[str]:
+    """The same command, ``python [-m torch.distributed.run ...] launch/... ...``, as a process of the fork server."""
+    from hfprune_launch.local.hardware import count_gpus
+
+    command = [str(part) for part in command]
+    if count_gpus():  # a driver that was asked anything does not survive a fork
+        return command
+    return [sys.executable, "-IS", str(FOLDER / "fork_client.py"), _address(), *command[1:]]
+
+
+@functools.cache
+def _address() -> str:
+    """The socket of the server, which is started where there is none."""
+    return os.environ.get(ADDRESS) or _start_server()
+
+
+def _start_server() -> str:
+    folder = tempfile.TemporaryDirectory(prefix="hfprune-fork-server-")
+    address, log = f"{folder.name}/socket", Path(folder.name, "log")
+    with log.open("wb") as stream:
+        server = subprocess.Popen(
+            [sys.executable, __file__, address],
+            env={**os.environ, **QUIET},
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+
+    def stop() -> None:
+        server.kill()
+        server.wait()
+        folder.cleanup()
+
+    atexit.register(stop)
+    while not Path(address).exists():
+        assert server.poll() is None, log.read_text()
+        time.sleep(0.05)
+    return address
+
+
+# The server.
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a client asks for: a script, its arguments and what surrounds it; ``ranks`` where it is under torchrun."""
+
+    script: str
+    arguments: list[str]
+    environment: dict[str, str]
+    folder: str
+    ranks: int | None
+
+    @classmethod
+    def from_request(cls, arguments: Sequence[str], environment: dict[str, str], folder: str) -> Process:
+        rest, ranks = list(arguments), None
+        if rest[:2] == ["-m", TORCHRUN]:
+            del rest[:2]
+            options = [rest.pop(0) for _ in range(next(n for n, it in enumerate(rest) if it.endswith(".py")))]
+            ranks = int(" ".join(options).partition("--nproc-per-node")[2].lstrip("= ").split()[0])
+        return cls(rest[0], rest[1:], environment, folder, ranks)
+
+
+def serve(address: str) -> NoReturn:
+    """Import all, then fork an agent for every connection."""
+    _die_with_parent(signal.SIGKILL)
+    for name in IMPORTED:
+        importlib.import_module(name)
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a library has started a thread when it was imported"
+    gc.collect()
+    gc.freeze()  # what is never collected stays shared with the forks
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{address}.new")
+        listener.listen(64)
+        Path(f"{address}.new").rename(address)  # only now, as clients connect at once
+        signal.signal(signal.SIGCHLD, _reap)
+        while True:
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                _be_agent(connection)
+            connection.close()
+
+
+def _reap(*_: object) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _be_agent(client: socket.socket) -> NoReturn:
+    """Run what a client asks for, and tell it how that ended; where the client is gone, end it."""
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        _die_with_parent(signal.SIGKILL)
+        header, streams, _, _ = socket.recv_fds(client, 4, 3)
+        request = b""
+        while len(request) < int.from_bytes(header, "big"):
+            request += client.recv(1 << 20)
+        told = json.loads(request)
+        process = Process.from_request(told["arguments"], told["environment"], told["folder"])
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        code = _watch_ranks(process, client) if process.ranks else _watch_one(process, client)
+        client.sendall(code.to_bytes(4, "big", signed=True))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _watch_one(process: Process, client: socket.socket) -> int:
+    child = _fork(lambda: _be(process, client))
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if (number := _signal_from(client)) is not None:
+            os.kill(child, number)
+
+
+def _signal_from(client: socket.socket) -> int | None:
+    """A signal that the client passes on; SIGKILL where it is gone. Waits a moment for one."""
+    if not select.select([client], [], [], POLL_S)[0]:
+        return None
+    return (client.recv(1) or bytes([signal.SIGKILL]))[0]
+
+
+# Ranks, as torchrun starts and watches them.
+
+
+def _watch_ranks(process: Process, client: socket.socket) -> int:
+    """Start all ranks; when one fails, or a signal comes, end the others. Returns torchrun's exit code."""
+    from torch.distributed import TCPStore
+
+    listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+    port = listener.getsockname()[1]
+    ranks = [_fork(lambda rank=rank: _be_rank(rank, port, process, client, listener)) for rank in range(process.ranks)]
+    store = TCPStore("127.0.0.1", port, is_master=True, master_listen_fd=listener.detach(), wait_for_workers=False)
+    codes: dict[int, int] = {}
+    first = None
+    while first is None and len(codes) < len(ranks):
+        if (number := _signal_from(client)) is not None:
+            _end(ranks, codes, number)
+            return -number
+        codes |= _ended(ranks, codes)
+        first = next((rank for rank, code in codes.items() if code), None)
+    if first is None:
+        del store
+        return 0
+    _end(ranks, codes, signal.SIGTERM)
+    failed = [first, *(rank for rank, code in sorted(codes.items()) if code and rank != first)]
+    print(_summary(process.script, [(rank, ranks[rank], codes[rank]) for rank in failed]), file=sys.stderr, flush=True)
+    return 1
+
+
+def _ended(ranks: Sequence[int], known: dict[int, int]) -> dict[int, int]:
+    """Rank -> exit code, of those that have ended and aren't known to have."""
+    codes = {}
+    for rank, pid in enumerate(ranks):
+        if rank not in known:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                codes[rank] = os.waitstatus_to_exitcode(status)
+    return codes
+
+
+def _end(ranks: Sequence[int], codes: dict[int, int], number: int) -> None:
+    """End the ranks that still run, and note their exit codes."""
+    deadline = time.monotonic() + TERMINATION_GRACE_S
+    for rank, pid in enumerate(ranks):
+        if rank not in codes:
+            os.kill(pid, number)
+    while len(codes) < len(ranks):
+        codes |= _ended(ranks, codes)
+        if time.monotonic() > deadline:
+            for rank in set(range(len(ranks))) - set(codes):
+                os.kill(ranks[rank], signal.SIGKILL)
+        time.sleep(POLL_S)
+
+
+def _summary(script: str, failures: Sequence[tuple[int, int, int]]) -> str:
+    """What torchrun says of ranks that failed, the first one last.
+
+    Args:
+        failures: rank, process id and exit code of each.
+    """
+    entries = []
+    for number, (rank, pid, code) in enumerate(failures):
+        told = "To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html"
+        if code < 0:
+            told = f"Signal {-code} ({signal.Signals(-code).name}) received by PID {pid}"
+        lines = [f"[{number}]:", f"  rank      : {rank} (local_rank: {rank})", f"  exitcode  : {code} (pid: {pid})"]
+        entries.append("\n".join([*lines, "  error_file: <N/A>", f"  traceback : {told}"]))
+    others = "\n".join(entries[1:]) or "  <NO_OTHER_FAILURES>"
+    return f"{script} FAILED\nFailures:\n{others}\nRoot Cause (first observed failure):\n{entries[0]}"
+
+
+def _be_rank(rank: int, port: int, process: Process, client: socket.socket, listener: socket.socket) -> NoReturn:
+    listener.close()
+    process.environment.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(process.ranks),
+        LOCAL_WORLD_SIZE=str(process.ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    _be(process, client)
+
+
+# A process that was forked.
+
+
+def _fork(child: Callable[[], Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        child()
+    finally:
+        os._exit(1)
+
+
+def _be(process: Process, client: socket.socket) -> NoReturn:
+    """Become the process: run the script as the interpreter does, and end as it does."""
+    client.close()
+    _die_with_parent(signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _surround(process)
+    code = _run(process)
+    with contextlib.suppress(BaseException):
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _surround(process: Process) -> None:
+    """Environment, folder, paths of imports, seeds."""
+    import numpy as np
+
+    os.environ.clear()
+    os.environ.update(process.environment)
+    os.environ[ADDRESS] = sys.argv[1]
+    os.chdir(process.folder)
+    sys.argv = [process.script, *process.arguments]
+    sys.path[0] = str(Path(process.script).resolve().parent)
+    given = process.environment.get("PYTHONPATH", "")
+    sys.path[1:1] = [path for path in given.split(os.pathsep) if path]
+    if given:
+        sys.modules.pop("sitecustomize", None)
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module("sitecustomize")
+    if process.environment.get("PYTHONUNBUFFERED"):
+        sys.stdout.reconfigure(write_through=True)
+    random.seed()
+    np.random.seed()
+    subprocess.Popen = _Popen
+
+
+class _Popen(subprocess.Popen):
+    """Starts what are processes of this project by the server, too."""
+
+    def __init__(self, command: Any, *arguments: Any, **options: Any) -> None:
+        if not isinstance(command, str) and _is_ours([str(part) for part in command]):
+            sys.modules.setdefault("fork_server", sys.modules[__name__])
+            command = forked(command)
+        super().__init__(command, *arguments, **options)
+
+
+def _is_ours(command: Sequence[str]) -> bool:
+    script = next((part for part in command if part.endswith(".py")), "")
+    starts = command[0] == sys.executable and (command[1] == script or command[1:3] == ["-m", TORCHRUN])
+    return starts and Path(script).resolve().is_relative_to(SCRIPTS)
+
+
+def _run(process: Process) -> int:
+    """The exit code of the script, or minus the signal that ends it."""
+    try:
+        runpy.run_path(process.script, run_name="__main__")
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        return -signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _die_with_parent(number: int) -> None:
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
