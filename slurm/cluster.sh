@@ -199,7 +199,7 @@ start() {
         slurmdbd) SLURM_CONF=$DIR/slurmdbd.conf slurmdbd ;;
         slurmctld) slurmctld -f "$DIR/slurm.conf" ;;
         n[1-4]) slurmd -N "$1" -f "$DIR/slurm.conf" ;;
-    esac
+    esac 9>&- # the lock is this command's, not the daemon's
     wait_for "$1" is_running "$1"
 }
 
@@ -356,6 +356,9 @@ case $command in
 esac
 DIR=$(cd "$FOLDER" && pwd -P)
 export SLURM_CONF=$DIR/slurm.conf
+# One command at a time: a daemon that one of them starts has no pid file yet for the others.
+exec 9>"$DIR/lock"
+flock 9
 case $command in
     up | down | status) "$command" ;;
     start | stop)

@@ -22,7 +22,7 @@ from hfprune_dist.store.atomic_files import read_json
 
 SCRIPT = ROOT / "slurm" / "cluster.sh"
 # Ranks sleep before each heartbeat, so that there is a moment in which to disturb them.
-SLOWLY = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "progress.json", "SLOW_S": "1"}
+SLOWLY = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "progress.json", "SLOW_S": "0.5"}
 CONTROL = "recover alpha dense"
 DENSE = "evaluate alpha dense"
 PRUNE = "prune alpha 0.2"

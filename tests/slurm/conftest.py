@@ -16,17 +16,17 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 from clusters import Cluster, chosen, label_of
-from launchers import ForkedLauncher, end_launchers
+from launchers import ForkedLauncher, StartedLauncher, end_launchers
 from sweeps import make_inputs
 
 # Of the clusters. Their distance keeps ids of jobs apart, and with them the ports of ranks.
 PORT_BASE, DISTURBED_PORT_BASE = 18000, 19000
-LANES_AT_ONCE = 8
+LANES_AT_ONCE = 12
 
 
 def pytest_configure(config):
@@ -111,6 +111,21 @@ def without(finished, tmp_path_factory):
         return out
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def on_cluster(cluster, config, tmp_path_factory):
+    """Folder and output of a whole sweep, once it has ended."""
+    out = tmp_path_factory.mktemp("cluster") / "out"
+    submitted = cluster.submit(config, out, "--max-running", "2", launcher=StartedLauncher)
+
+    @cache
+    def ended():
+        code, output = submitted.end()
+        assert code == 0, output
+        return out, output
+
+    return ended
 
 
 @pytest.fixture(scope="session", autouse=True)

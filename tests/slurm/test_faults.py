@@ -32,7 +32,9 @@ NO_ACCOUNTING_PORT_BASE = 19500
 
 @pytest.mark.beside("time limit")
 def test_the_time_limit_is_hit_twice_in_mid_recovery(cluster, config, finished, without):
-    out, profile = without(CONTROL), cluster.profile("short", time_minutes=1, signal_seconds=10)
+    first_in_queue = {"nice": -10000}
+    profile = cluster.profile("short", time_minutes=1, signal_seconds=10, sbatch=first_in_queue)
+    out = without(CONTROL)
     submitted = cluster.submit(config, out, profile=profile, **{**SLOWLY, "SLOW_S": "6"})
     done(cluster, out, finished, submitted)
     assert causes(out) == ["done"], "one job, requeued by itself"
@@ -191,8 +193,7 @@ def test_the_launcher_is_killed_throughout_a_submission(cluster, config, finishe
         if code == 0:
             break
         assert code == -signal.SIGKILL
-        if kill_at % 4:
-            cluster.slurm("scancel", *jobs)
+        cluster.slurm("scancel", *jobs)
     assert kill_at > 15, "there are many writes to die at"
     cluster.slurm("scontrol", "update", "partitionname=closed", "state=up")
     done(cluster, out, finished, cluster.submit(config, out, profile=profile))

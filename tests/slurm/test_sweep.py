@@ -1,29 +1,11 @@
 """A whole sweep on the cluster: the same results as on this machine; and the commands that look at it."""
 
-from functools import cache
-
 import pytest
 from clusters import SLOWLY, attempt_folders, causes, job_names, read
-from launchers import StartedLauncher
 from sweeps import artifacts, results
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
 of_the_whole_sweep = pytest.mark.beside("whole sweep")
-
-
-@pytest.fixture(scope="session")
-def on_cluster(cluster, config, tmp_path_factory):
-    """Folder and output of a whole sweep, once it has ended."""
-    out = tmp_path_factory.mktemp("cluster") / "out"
-    submitted = cluster.submit(config, out, "--max-running", "2", launcher=StartedLauncher)
-
-    @cache
-    def ended():
-        code, output = submitted.end()
-        assert code == 0, output
-        return out, output
-
-    return ended
 
 
 @of_the_whole_sweep
