@@ -11,6 +11,7 @@
 #
 # Clients find it by:  export SLURM_CONF=DIR/slurm.conf
 # PORT_BASE (default 17000) is the first of the 12 ports it uses; change it to run two clusters side by side.
+# DIR/site.conf holds lines of slurm.conf of your own, e.g. "Prolog=/path"; "up" takes them over.
 set -euo pipefail
 
 PORT_BASE=${PORT_BASE:-17000}
@@ -53,6 +54,7 @@ write_conf() {
     local before
     before=$(cat "$DIR/slurm.conf" "$DIR/slurmdbd.conf" 2>/dev/null | cksum)
     write_slurm_conf
+    cat "$DIR/site.conf" >>"$DIR/slurm.conf" 2>/dev/null || true
     write_slurmdbd_conf
     [ "$before" != "$(cat "$DIR/slurm.conf" "$DIR/slurmdbd.conf" | cksum)" ]
 }
@@ -68,6 +70,8 @@ SlurmctldPort=$PORT_BASE
 SlurmctldParameters=preempt_send_user_signal
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
+# Ranks meet at a port that follows from their job's id: jobs of clusters side by side have other ids.
+FirstJobId=$PORT_BASE
 AuthType=auth/munge
 CredType=cred/munge
 # A requeued job waits until its old credential has expired.
@@ -156,9 +160,12 @@ is_running() {
 left_over() {
     local pattern process
     pattern=$(sed 's/[][*?\\]/\\&/g' <<<"$DIR")
-    for process in $(find /proc/[0-9]*/fd -lname "$pattern/*" 2>/dev/null | cut -d / -f 3 | sort -u); do
+    for process in $({
+        find /proc/[0-9]*/fd -lname "$pattern/*"
+        grep -lF "$DIR/" /proc/[0-9]*/cmdline /proc/[0-9]*/environ
+    } 2>/dev/null | cut -d / -f 3 | sort -u); do
         case $(cat "/proc/$process/comm" 2>/dev/null) in
-            slurmctld* | slurmd* | slurmstepd* | mariadbd | munged) echo "$process" ;;
+            slurmctld* | slurmd* | slurmstepd* | slurmscriptd* | mariadbd | munged) echo "$process" ;;
         esac
     done
 }
@@ -192,7 +199,7 @@ start() {
         slurmdbd) SLURM_CONF=$DIR/slurmdbd.conf slurmdbd ;;
         slurmctld) slurmctld -f "$DIR/slurm.conf" ;;
         n[1-4]) slurmd -N "$1" -f "$DIR/slurm.conf" ;;
-    esac
+    esac 9>&- # the lock is this command's, not the daemon's
     wait_for "$1" is_running "$1"
 }
 
@@ -305,9 +312,16 @@ down() {
     stop_together "${NODES[@]}" slurmctld
     stop slurmdbd # after slurmctld, which reports to it as it ends
     stop_together mariadb munge
-    # Daemons that have lost their pid files, and steps of jobs that no slurmctld could end.
-    # shellcheck disable=SC2046 # one word per process
-    kill_trees $(left_over)
+    # Daemons that have lost their pid files or not written them yet, and steps of jobs that no slurmctld could end. One
+    # that goes into the background meanwhile is another process a moment later.
+    local processes
+    for _ in $(seq 50); do
+        processes=$(left_over)
+        [ -n "$processes" ] || break
+        # shellcheck disable=SC2086 # one word per process
+        kill_trees $processes
+        sleep 0.1
+    done
     echo "down: $DIR"
 }
 
@@ -342,6 +356,9 @@ case $command in
 esac
 DIR=$(cd "$FOLDER" && pwd -P)
 export SLURM_CONF=$DIR/slurm.conf
+# One command at a time: a daemon that one of them starts has no pid file yet for the others.
+exec 9>"$DIR/lock"
+flock 9
 case $command in
     up | down | status) "$command" ;;
     start | stop)

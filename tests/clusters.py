@@ -1,4 +1,4 @@
-"""The local Slurm cluster for tests, and what can be seen of a sweep that runs on it."""
+"""Local Slurm clusters for tests, and what can be seen of a sweep that runs on one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
+from launchers import ForkedLauncher, Launcher
 from ranks import FAULTS, ROOT
-from sweeps import artifacts, command, results
+from sweeps import artifacts, results
 
 from hfprune_dist.store.atomic_files import read_json
 
@@ -25,76 +28,117 @@ DENSE = "evaluate alpha dense"
 PRUNE = "prune alpha 0.2"
 # What may differ between two undisturbed sweeps.
 TIMES = ("wall_time_s", "peak_memory_bytes", "checkpoint")
+# So long a sweep may take; the tests that run beside it share the machine with it.
+SWEEP_S = 600.0
 ONE_CELL = ("--models", "alpha", "--ratios", "0.2", "--set", "recovery.max_steps=12")
 
 
 class Cluster:
-    """A cluster of ``slurm/cluster.sh``."""
+    """A cluster of ``slurm/cluster.sh``.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        port_base: the first of its ports.
+    """
+
+    def __init__(self, folder: Path, port_base: int) -> None:
         self.folder = folder
+        self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PORT_BASE": str(port_base)}
 
     def run(self, action: str, *arguments: str) -> None:
         log = self.folder / "commands.log"
         with log.open("a") as stream:  # not a pipe: the daemons would hold it open
             call = [SCRIPT, action, self.folder, *arguments]
-            result = subprocess.run(call, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, check=False)
+            result = subprocess.run(
+                call,
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                check=False,
+            )
         assert result.returncode == 0, log.read_text()
+
+    def slurm(self, *arguments: str) -> str:
+        """What a command of Slurm answers, which must succeed."""
+        environment = {**os.environ, **self.environment}
+        result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        assert result.returncode == 0, f"{arguments}: {result.stdout}{result.stderr}"
+        return result.stdout
+
+    def submit(
+        self,
+        config: Path,
+        out: Path,
+        *arguments: str,
+        profile: str = "local-cluster",
+        launcher: type[Launcher] = ForkedLauncher,
+        **environment: str,
+    ) -> Submitted:
+        """Start a sweep on this cluster."""
+        whole = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1", **environment}
+        return Submitted(launcher([*chosen(config, out), "--profile", profile, *arguments], whole), out)
+
+    def sweep(self, config: Path, out: Path, *arguments: str) -> str:
+        """Output of a command that looks at a sweep or stops it."""
+        code, output = ForkedLauncher([*chosen(config, out), *arguments], {**os.environ, **self.environment}).end(
+            SWEEP_S
+        )
+        assert code == 0, output
+        return output
 
     def pid(self, daemon: str) -> int:
         return int((self.folder / "run" / f"{daemon}.pid").read_text())
 
     def states(self, names: set[str]) -> dict[str, str]:
         """Job id -> state of the jobs with these names that have not ended."""
-        lines = slurm("squeue", "--noheader", "--format=%i|%T|%j").splitlines()
+        lines = self.slurm("squeue", "--noheader", "--format=%i|%T|%j").splitlines()
         jobs = [line.split("|") for line in lines]
         return {job_id: state for job_id, state, name in jobs if name in names}
+
+    def partition(self, name: str, **settings: str) -> str:
+        """Make a partition for the jobs of one sweep; returns the profile that asks for it."""
+        self.slurm(
+            "scontrol", "create", f"partitionname={name}", *(f"{key}={value}" for key, value in settings.items())
+        )
+        return self.profile(name, partition=name)
+
+    def profile(self, name: str, **settings: object) -> str:
+        """The shipped profile of the test cluster with some settings more; returns the file."""
+        file = self.folder / f"{name}.yaml"
+        shipped = yaml.safe_load((ROOT / "slurm" / "profiles" / "local-cluster.yaml").read_text())
+        file.write_text(yaml.safe_dump({**shipped, **settings}))
+        return str(file)
 
     def kill_node(self, node: str) -> None:
         """What the death of a machine looks like: its slurmd, its slurmstepds and all of their processes are gone."""
         daemon = psutil.Process(self.pid(node))
-        steps = [p for p in psutil.process_iter(["name"]) if p.info["name"] == "slurmstepd" and node_of(p) == node]
-        victims = [daemon, *steps, *(child for step in steps for child in step.children(recursive=True))]
+        steps = [it for it in psutil.process_iter(["name"]) if it.info["name"].startswith("slurmstepd")]
+        own = [step for step in steps if self._place(step) == (self.environment["SLURM_CONF"], node)]
+        victims = [daemon, *own, *(child for step in own for child in step.children(recursive=True))]
         for process in victims:
-            process.send_signal(signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
 
-
-def node_of(process: psutil.Process) -> str | None:
-    """The node on which a process runs; all of them are this machine."""
-    try:
-        environments = [p.environ() for p in [process, *process.children(recursive=True)]]
-    except psutil.Error:
-        return None
-    return next((found["SLURMD_NODENAME"] for found in environments if "SLURMD_NODENAME" in found), None)
-
-
-def slurm(*arguments: str) -> str:
-    return subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=60).stdout
+    def _place(self, step: psutil.Process) -> tuple[str | None, str] | None:
+        """Cluster and node on which a step runs, as its tasks know it; all clusters and nodes are this machine."""
+        try:
+            environments = [it.environ() for it in [step, *step.children(recursive=True)]]
+        except psutil.Error:
+            return None
+        places = [(it.get("SLURM_CONF"), it["SLURMD_NODENAME"]) for it in environments if "SLURMD_NODENAME" in it]
+        return next(iter(places), None)
 
 
 class Submitted:
-    """A sweep on the cluster, as a process and as files."""
+    """A sweep on the cluster, as a launcher and as files."""
 
-    def __init__(
-        self, config: Path, out: Path, *arguments: str, profile: str = "local-cluster", **environment: str
-    ) -> None:
+    def __init__(self, launcher: Launcher, out: Path) -> None:
         self.out = out
-        self._process = subprocess.Popen(
-            command(config, out, *ONE_CELL, "--profile", profile, *arguments),
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        self._launcher = launcher
 
     def end(self) -> tuple[int, str]:
         """Exit code and output."""
-        output, _ = self._process.communicate(timeout=400)
-        return self._process.returncode, output
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+        return self._launcher.end(SWEEP_S)
 
     def job_at_work(self, stage: str, beats: int = 1) -> str:
         """Wait until a stage has made some progress; return its job."""
@@ -112,11 +156,16 @@ class Submitted:
         return None
 
 
+def chosen(config: Path, out: Path) -> list[str]:
+    """Arguments of a sweep with one pruned model, and the dense one."""
+    return ["--config", str(config), "--out", str(out), *ONE_CELL]
+
+
 def read(file: Path) -> Any:
     return json.loads(file.read_text())
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "waited in vain"
@@ -175,7 +224,7 @@ def assert_undisturbed(cluster: Cluster, out: Path, finished: Path) -> None:
     assert table(out) == table(finished)
     for kind in ("importance", "prune", "recover"):
         assert artifacts(out, kind) == artifacts(finished, kind)
-    wait_for(lambda: not cluster.states(job_names(out)), 30)
+    wait_for(lambda: not cluster.states(job_names(out)), 60)
     for stage in {label_of(out, folder) for folder in attempt_folders(out)}:
         assert causes(out, stage).count("done") == 1, f"{stage} was done twice: {causes(out, stage)}"
     assert not list((out / "store" / "work").glob("*/*")), "progress of finished stages is left behind"

@@ -1,36 +1,85 @@
-"""One real cluster for all tests of this folder, and the results that every disturbed sweep must end with."""
+"""The real clusters of all tests of this folder, what runs beside each other there, and what every sweep must end with.
 
+Most of a disturbed sweep's time is waiting: for time limits, for Slurm, for a launcher's next look. So tests that are
+marked ``beside`` all start together, each in a thread of its own, when the first test of the folder does; the test then
+waits for the end of its thread. Tests of one lane, ``beside("name")``, run one after another. They take fixtures of the
+session only, and must not disturb each other: what belongs to a whole cluster (its controller, its accounting, its
+configuration) is for the lane "disturbed", nodes n3 and n4 for the lane "nodes".
+"""
+
+from __future__ import annotations
+
+import inspect
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
-from clusters import ONE_CELL, Cluster, label_of
-from sweeps import finish, make_inputs
+from clusters import Cluster, chosen, label_of
+from launchers import ForkedLauncher, StartedLauncher, end_launchers
+from sweeps import make_inputs
 
-PORT_BASE = "18000"
+# Of the clusters. Their distance keeps ids of jobs apart, and with them the ports of ranks.
+PORT_BASE, DISTURBED_PORT_BASE = 18000, 19000
+LANES_AT_ONCE = 12
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "beside(lane): starts with the first test of tests/slurm, in a thread")
 
 
 @pytest.fixture(scope="session")
-def cluster():
+def _slurm():
     path = f"{os.environ['PATH']}:/usr/sbin"
     if not all(shutil.which(name, path=path) for name in ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged")):
         message = "Slurm is not installed; on Debian, as root: slurm/cluster.sh install"
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
-    # Sockets need a short path.
-    folder = Path(tempfile.mkdtemp(prefix="hfprune-slurm-"))
-    os.environ["PORT_BASE"] = PORT_BASE
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-    started = Cluster(folder)
-    try:
+
+
+@pytest.fixture(scope="session")
+def new_cluster(_slurm):
+    """A context with a folder for a cluster of one's own, on twelve ports of its own; it goes down at the end."""
+
+    @contextmanager
+    def folder_of(port_base):
+        # Sockets need a short path, munge one that everybody may enter.
+        cluster = Cluster(Path(tempfile.mkdtemp(prefix="hfprune-slurm-")), port_base)
+        try:
+            yield cluster
+        finally:
+            if (cluster.folder / "slurm.conf").exists():
+                cluster.run("down")
+            shutil.rmtree(cluster.folder, ignore_errors=True)
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def cluster(new_cluster):
+    """Jobs that ask for nothing else run on n1 and n2: n3 and n4 are for tests that take nodes away from jobs."""
+    with new_cluster(PORT_BASE) as started:
+        started.run("up")
+        started.slurm("scontrol", "update", "partitionname=main", "nodes=n[1-2]")
+        yield started
+
+
+@pytest.fixture(scope="session")
+def disturbed(new_cluster):
+    """A cluster of which all may be disturbed: its controller, its accounting, its configuration."""
+    with new_cluster(DISTURBED_PORT_BASE) as started:
+        prolog = started.folder / "prolog"
+        prolog.write_text(f"#!/bin/bash\n[ ! -e {prolog}.fails.$SLURMD_NODENAME ]\n")
+        prolog.chmod(0o755)
+        (started.folder / "site.conf").write_text(f"Prolog={prolog}\n")
         started.run("up")
         yield started
-    finally:
-        started.run("down")
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +89,11 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(config, tmp_path_factory):
-    """The sweep on this machine, without Slurm: every sweep on the cluster must end where this one ends."""
+    """The sweep on this machine, on one rank: every sweep on a cluster must end where this one ends."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    finish(config, out, *ONE_CELL)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    code, output = ForkedLauncher([*chosen(config, out), "--ranks", "1"], environment, stages_here=True).end(600)
+    assert code == 0, output
     return out
 
 
@@ -60,3 +111,60 @@ def without(finished, tmp_path_factory):
         return out
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def on_cluster(cluster, config, tmp_path_factory):
+    """Folder and output of a whole sweep, once it has ended."""
+    out = tmp_path_factory.mktemp("cluster") / "out"
+    submitted = cluster.submit(config, out, "--max-running", "2", launcher=StartedLauncher)
+
+    @cache
+    def ended():
+        code, output = submitted.end()
+        assert code == 0, output
+        return out, output
+
+    return ended
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _beside(request, _slurm):
+    """Test -> the end of its thread, for those that are marked ``beside``."""
+    lanes: dict[str, list[pytest.Function]] = {}
+    for item in request.session.items:
+        if mark := item.get_closest_marker("beside"):
+            lanes.setdefault(mark.args[0] if mark.args else item.nodeid, []).append(item)
+    scenarios = {item.nodeid: _scenario(item, request) for lane in lanes.values() for item in lane}
+    ends: dict[str, Future[None]] = {nodeid: Future() for nodeid in scenarios}
+
+    def run(lane: list[pytest.Function]) -> None:
+        for item in lane:
+            try:
+                ends[item.nodeid].set_result(scenarios[item.nodeid]())
+            except BaseException as error:
+                ends[item.nodeid].set_exception(error)
+
+    pool = ThreadPoolExecutor(LANES_AT_ONCE)
+    for name in sorted(lanes, key=lambda name: "::" in name):  # those that have a name of their own are the longest
+        pool.submit(run, lanes[name])
+    yield ends
+    pool.shutdown(wait=False, cancel_futures=True)
+    end_launchers()
+    pool.shutdown()
+
+
+def _scenario(item: pytest.Function, request: pytest.FixtureRequest) -> Callable[[], None]:
+    """A test's function with what it takes, all of which there is for the whole session."""
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    names = inspect.signature(item.function).parameters
+    return partial(item.function, **{it: given[it] if it in given else request.getfixturevalue(it) for it in names})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test that is marked ``beside`` has been started: wait for its end."""
+    if not pyfuncitem.get_closest_marker("beside"):
+        return None
+    pyfuncitem.funcargs["_beside"][pyfuncitem.nodeid].result()
+    return True

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import time
 
 import pytest
@@ -11,18 +10,15 @@ from clusters import (
     DENSE,
     PRUNE,
     SLOWLY,
-    Submitted,
     attempt_folders,
     causes,
     done,
     job_names,
     read,
-    slurm,
     wait_for,
 )
-from sweeps import sweep
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.beside]
 
 # In turns: the truth, nothing, a list without jobs, one that is cut off within a line.
 SQUEUE = """#!/bin/bash
@@ -50,46 +46,35 @@ exit 1
 """
 
 
-@pytest.fixture(autouse=True)
-def _needs_a_cluster(cluster):
-    """Skips or fails before anything slow where there is no cluster."""
+def path_with(folder, **shims):
+    """A PATH that begins with shims for commands of Slurm, which are written into a new folder."""
+    folder.mkdir()
+    for command, text in shims.items():
+        (folder / command).write_text(text.replace("{folder}", str(folder)).replace("{real}", shutil.which(command)))
+        (folder / command).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
 
 
-@pytest.fixture
-def path_with(tmp_path):
-    """Makes a PATH that begins with shims for commands of Slurm."""
-
-    def path(name, **shims):
-        folder = tmp_path / name
-        folder.mkdir()
-        for command, text in shims.items():
-            (folder / command).write_text(text.format(folder=folder, real=shutil.which(command)))
-            (folder / command).chmod(0o755)
-        return f"{folder}:{os.environ['PATH']}"
-
-    return path
-
-
-def test_squeue_and_sbatch_answer_badly(cluster, config, finished, without, path_with):
-    """Beside each other: with accounting, without it, and with an sbatch that says no id."""
-    bad = {
-        "accounting": {"squeue": SQUEUE, "sbatch": SBATCH},
-        "none": {"squeue": SQUEUE, "sbatch": SBATCH, "sacct": NO_ACCOUNTING},
-        "silent": {"squeue": SQUEUE, "sbatch": SILENT_SBATCH, "sacct": NO_ACCOUNTING},
-    }
-    stages = {"accounting": CONTROL, "none": DENSE, "silent": "evaluate alpha 0.2 + lora"}
-    sweeps = {}
-    for name, shims in bad.items():
-        environment = {**SLOWLY, "PATH": path_with(name, **shims), "SQUEUE_PARTITION": "urgent"}
-        sweeps[name] = Submitted(config, without(stages[name]), **environment)
-    for submitted in sweeps.values():
-        done(cluster, submitted.out, finished, submitted)
-        assert causes(submitted.out) == ["done"]
+@pytest.mark.parametrize(
+    "missing, shims",
+    [
+        (CONTROL, {"squeue": SQUEUE, "sbatch": SBATCH}),
+        (DENSE, {"squeue": SQUEUE, "sbatch": SBATCH, "sacct": NO_ACCOUNTING}),
+        ("evaluate alpha 0.2 + lora", {"squeue": SQUEUE, "sbatch": SILENT_SBATCH, "sacct": NO_ACCOUNTING}),
+    ],
+    ids=["with accounting", "without it", "without the id of the job"],
+)
+def test_squeue_and_sbatch_answer_badly(cluster, config, finished, without, missing, shims):
+    out = without(missing)
+    path = path_with(out / "bin", **shims)
+    submitted = cluster.submit(config, out, **SLOWLY, PATH=path, SQUEUE_PARTITION="urgent")
+    done(cluster, out, finished, submitted)
+    assert causes(out) == ["done"]
 
 
 def test_a_need_is_forgotten_during_a_submission(cluster, config, finished, without):
     """As if the submission took longer than MinJobAge: Slurm knows the job of a need no more."""
-    out = without(PRUNE, "recover alpha 0.2", "evaluate alpha 0.2")
+    out = without(PRUNE, "recover alpha 0.2")
     marker = out / "forgotten"
     sbatch = f"""#!/bin/bash
 if grep -q afterok "${{@: -1}}" && [ ! -e {marker} ]; then
@@ -100,63 +85,46 @@ if grep -q afterok "${{@: -1}}" && [ ! -e {marker} ]; then
 fi
 {{real}} "$@"
 """
-    text = sbatch.replace("{real}", shutil.which("sbatch"))
-    folder = out / "bin"
-    folder.mkdir()
-    (folder / "sbatch").write_text(text)
-    (folder / "sbatch").chmod(0o755)
-    submitted = Submitted(config, out, PATH=f"{folder}:{os.environ['PATH']}")
+    submitted = cluster.submit(config, out, PATH=path_with(out / "bin", sbatch=sbatch))
     output = done(cluster, out, finished, submitted)
+    assert marker.exists()
     assert "refused" not in output and set(causes(out)) == {"done"}
 
 
-def test_cancel_finds_jobs_outside_the_plan(cluster, config, finished, without):
-    slurm("scontrol", "update", "partitionname=main", "state=down")
-    try:
-        out = without(CONTROL, DENSE)
-        code, output = Submitted(config, out, "--no-follow").end()
-        assert code == 0, output
-        _, other = attempt_folders(out)
-        (other / "job.json").unlink()
-        result = sweep(config, out, "--models", "beta", "--ratios", "0.3", "--cancel")
-        assert "cancelled 2 jobs" in result.stdout, result.stdout
-        wait_for(lambda: not cluster.states(job_names(out)), 30)
-    finally:
-        slurm("scontrol", "update", "partitionname=main", "state=up")
+def test_cancel_finds_jobs_outside_the_plan(cluster, config, without):
+    profile = cluster.partition("never", nodes="n1", state="down")
+    out = without(CONTROL, DENSE)
+    code, output = cluster.submit(config, out, "--no-follow", profile=profile).end()
+    assert code == 0, output
+    _, other = attempt_folders(out)
+    (other / "job.json").unlink()
+    told = cluster.sweep(config, out, "--models", "beta", "--ratios", "0.3", "--cancel")
+    assert "cancelled 2 jobs" in told, told
+    wait_for(lambda: not cluster.states(job_names(out)), 60)
 
 
-def test_a_prolog_fails(cluster, config, finished, without, tmp_path):
+@pytest.mark.beside("disturbed")
+def test_a_prolog_fails(disturbed, config, finished, without):
     """Slurm holds the job for ever, and drains the node."""
-    conf, prolog = cluster.folder / "slurm.conf", tmp_path / "prolog"
-    before = conf.read_text()
-    prolog.write_text('#!/bin/bash\n[ "$SLURMD_NODENAME" != n1 ]\n')
-    prolog.chmod(0o755)
-    conf.write_text(f"{before}Prolog={prolog}\n")
-    slurm("scontrol", "reconfigure")
-    try:
-        out = without(DENSE)
-        output = done(cluster, out, finished, Submitted(config, out))
-        assert "launch failed requeued held" in output and "could not be started on n1" in output
-        assert causes(out) == ["bad node", "done"]
-        assert read(attempt_folders(out)[0] / "end.json")["bad_nodes"] == ["n1"]
-    finally:
-        conf.write_text(before)
-        slurm("scontrol", "reconfigure")
-        subprocess.run(["scontrol", "update", "nodename=n1", "state=resume"], check=False)
-        cluster.run("up")
+    broken = disturbed.folder / "prolog.fails.n1"
+    broken.touch()
+    out = without(DENSE)
+    output = done(disturbed, out, finished, disturbed.submit(config, out))
+    assert "launch failed requeued held" in output and "could not be started on n1" in output
+    assert causes(out) == ["bad node", "done"]
+    assert read(attempt_folders(out)[0] / "end.json")["bad_nodes"] == ["n1"]
+    broken.unlink()
+    disturbed.slurm("scontrol", "update", "nodename=n1", "state=resume")
 
 
 def test_why_a_job_waits_is_said(cluster, config, finished, without):
-    slurm("scontrol", "update", "partitionname=main", "state=down")
-    try:
-        out = without(DENSE)
-        submitted = Submitted(config, out)
-        wait_for(lambda: "PartitionDown" in slurm("squeue", "--noheader", "--format=%r"))
-        wait_for(lambda: attempt_folders(out) and (attempt_folders(out)[0] / "job.json").exists())
-        status = sweep(config, out, "--models", "alpha", "--ratios", "0.2", "--status").stdout
-        assert "queued" in status
-        time.sleep(5)  # the launcher's next look at its jobs, of which nothing is seen from outside
-    finally:
-        slurm("scontrol", "update", "partitionname=main", "state=up")
+    profile = cluster.partition("later", nodes="n[1-2]", state="down")
+    out = without(DENSE)
+    submitted = cluster.submit(config, out, profile=profile)
+    wait_for(lambda: "PartitionDown" in cluster.slurm("squeue", "--noheader", "--partition=later", "--format=%r"))
+    wait_for(lambda: attempt_folders(out) and (attempt_folders(out)[0] / "job.json").exists())
+    assert "queued" in cluster.sweep(config, out, "--status")
+    time.sleep(5)  # the launcher's next look at its jobs, of which nothing is seen from outside
+    cluster.slurm("scontrol", "update", "partitionname=later", "state=up")
     output = done(cluster, out, finished, submitted)
     assert output.count("1 job can't start: PartitionDown") == 1

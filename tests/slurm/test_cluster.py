@@ -1,32 +1,19 @@
 """The test cluster itself: on loopback only, and gone without a trace when it is taken down."""
 
-import shutil
+import os
 import signal
 import socket
 import subprocess
-import tempfile
-from pathlib import Path
 
 import psutil
 import pytest
-from clusters import SCRIPT, Cluster, slurm, wait_for
+from clusters import SCRIPT, wait_for
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.beside]
+of_another = pytest.mark.beside("another cluster")
 
 PORT_BASE = 18100
 PROGRAMS = {"slurmctld", "slurmd", "slurmstepd", "slurmdbd", "mariadbd", "munged", "srun"}
-
-
-@pytest.fixture
-def another(cluster, monkeypatch):
-    """A second cluster, beside the one of all tests; munge wants a folder that everybody may enter."""
-    folder = Path(tempfile.mkdtemp(prefix="hfprune-slurm-"))
-    monkeypatch.setenv("PORT_BASE", str(PORT_BASE))
-    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    yield Cluster(folder)
-    if (folder / "slurm.conf").exists():
-        Cluster(folder).run("down")
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def listening():
@@ -58,9 +45,12 @@ def processes_in(folder):
 
 
 def test_nothing_can_be_reached_from_outside(cluster):
-    step = subprocess.Popen(["srun", "--nodes=2", "sleep", "30"])
+    environment = {**os.environ, **cluster.environment}
+    step = subprocess.Popen(["srun", "--nodes=2", "--job-name=open", "sleep", "1000"], env=environment)
     try:
-        found = wait_for(lambda: slurm("squeue", "--noheader", "--steps") and listening(), seconds=20)
+        wait_for(lambda: cluster.slurm("squeue", "--noheader", "--steps", "--name=open"))
+        wait_for(lambda: "srun" in listening().values())
+        found = listening()
     finally:
         step.terminate()
         step.wait()
@@ -68,48 +58,74 @@ def test_nothing_can_be_reached_from_outside(cluster):
     assert [address for address in found if not address[0].startswith("127.")] == []
 
 
-def test_up_and_down_again(another):
-    another.run("up", "--no-accounting")
-    pids = {daemon: another.pid(daemon) for daemon in ("slurmctld", "n1", "n4", "munge")}
-    another.run("up", "--no-accounting")
-    assert pids == {daemon: another.pid(daemon) for daemon in pids}, "what runs as it should is left alone"
-    another.run("up", "--no-accounting", "--grace-time", "7")
-    assert "GraceTime=7" in slurm("scontrol", "show", "partition", "main")
-
-    slurm("sbatch", "--output=/dev/null", "--wrap", f"sleep 1000 # {another.folder}")
-    wait_for(lambda: "slurmstepd" in processes_in(another.folder), seconds=20)
-    # The worst that can be found: nobody is there to end the job, and a daemon's pid is not known any more.
-    psutil.Process(another.pid("slurmctld")).send_signal(signal.SIGKILL)
-    (another.folder / "run" / "n1.pid").unlink()
-    another.run("stop", "n2")
-    with subprocess.Popen(["sleep", "1000"]) as bystander:  # has the pid that n2 had before the machine was restarted
-        try:
-            (another.folder / "run" / "n2.pid").write_text(f"{bystander.pid}\n")
-            another.run("down")
-            assert bystander.poll() is None
-        finally:
-            bystander.kill()
-    assert processes_in(another.folder) == []
-    another.run("down")
-
-
-def test_a_started_daemon_is_known_at_once(another):
-    another.run("up", "--no-accounting")
-    for node in ("n1", "n2", "n3", "n4"):
-        daemon = psutil.Process(another.pid(node))
-        daemon.kill()
-        daemon.wait(timeout=10)
-        another.run("start", node)
-        assert psutil.Process(another.pid(node)).is_running(), "its port would be taken for another cluster's"
+@of_another
+def test_up_and_down_again(new_cluster):
+    with new_cluster(PORT_BASE) as another:
         another.run("up", "--no-accounting")
+        pids = {daemon: another.pid(daemon) for daemon in ("slurmctld", "n1", "n4", "munge")}
+        another.run("up", "--no-accounting")
+        assert pids == {daemon: another.pid(daemon) for daemon in pids}, "what runs as it should is left alone"
+        another.run("up", "--no-accounting", "--grace-time", "7")
+        assert "GraceTime=7" in another.slurm("scontrol", "show", "partition", "main")
+
+        another.slurm("sbatch", "--output=/dev/null", "--wrap", f"sleep 1000 # {another.folder}")
+        wait_for(lambda: "slurmstepd" in processes_in(another.folder))
+        # The worst that can be found: nobody is there to end the job, and a daemon's pid is not known any more.
+        psutil.Process(another.pid("slurmctld")).send_signal(signal.SIGKILL)
+        (another.folder / "run" / "n1.pid").unlink()
+        another.run("stop", "n2")
+        with subprocess.Popen(["sleep", "1000"]) as bystander:  # has n2's pid from before the machine was restarted
+            try:
+                (another.folder / "run" / "n2.pid").write_text(f"{bystander.pid}\n")
+                another.run("down")
+                assert bystander.poll() is None
+            finally:
+                bystander.kill()
+        assert processes_in(another.folder) == []
+        another.run("down")
 
 
+@of_another
+def test_a_started_daemon_is_known_at_once(new_cluster):
+    with new_cluster(PORT_BASE) as another:
+        another.run("up", "--no-accounting")
+        for node in ("n1", "n2", "n3", "n4"):
+            daemon = psutil.Process(another.pid(node))
+            daemon.kill()
+            daemon.wait(timeout=10)
+            another.run("start", node)
+            assert psutil.Process(another.pid(node)).is_running(), "its port would be taken for another cluster's"
+            another.run("up", "--no-accounting")
+
+
+@of_another
+def test_a_cluster_goes_down_while_its_daemons_start(new_cluster):
+    with new_cluster(PORT_BASE) as another:
+        another.run("up", "--no-accounting")
+        for node in ("n1", "n2", "n3"):
+            another.run("stop", node)
+        environment = {**os.environ, **another.environment}
+        starts = [subprocess.Popen([SCRIPT, "start", another.folder, node], env=environment) for node in ("n1", "n2")]
+        # As if whoever started it had been killed: nobody waits until its pid is known.
+        conf = another.environment["SLURM_CONF"]
+        subprocess.run(["slurmd", "-N", "n3", "-f", conf], env=environment, check=True)
+        (another.folder / "run" / "n3.pid").unlink(missing_ok=True)
+        another.run("down")
+        for start in starts:
+            start.wait(timeout=60)
+        another.run("down")
+        assert processes_in(another.folder) == []
+
+
+@of_another
 @pytest.mark.parametrize("offset", [0, 3, 10])
-def test_a_taken_port_is_named(another, offset):
-    with socket.create_server(("127.0.0.1", PORT_BASE + offset)):
-        result = subprocess.run([SCRIPT, "up", another.folder], capture_output=True, text=True, check=False)
-    assert result.returncode == 2 and f"port {PORT_BASE + offset}" in result.stderr and "PORT_BASE" in result.stderr
-    assert not (another.folder / "slurm.conf").exists()
+def test_a_taken_port_is_named(new_cluster, offset):
+    with new_cluster(PORT_BASE) as another, socket.create_server(("127.0.0.1", PORT_BASE + offset)):
+        call = [SCRIPT, "up", another.folder]
+        environment = {**os.environ, **another.environment}
+        result = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 2 and f"port {PORT_BASE + offset}" in result.stderr and "PORT_BASE" in result.stderr
+        assert not (another.folder / "slurm.conf").exists()
 
 
 def test_an_unknown_daemon(cluster):

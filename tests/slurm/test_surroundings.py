@@ -3,14 +3,12 @@
 import shutil
 
 import pytest
-import yaml
-from clusters import Submitted, attempt_folders, causes, read
-from ranks import ROOT
+from clusters import CONTROL, attempt_folders, causes, read
+from launchers import StartedLauncher
 from sweeps import results
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.beside]
 
-CONTROL = "recover alpha dense"
 # As a shell inside an interactive job on a GPU node has them, and as people set them for jobs of another kind.
 SURROUNDINGS = {
     "SLURM_JOB_ID": "999",
@@ -54,62 +52,45 @@ SURROUNDINGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _needs_a_cluster(cluster):
-    """Skips or fails before anything slow where there is no cluster."""
-
-
-@pytest.fixture
-def profile(tmp_path):
-    """Write a profile for the cluster with some settings more."""
-
-    def write(**settings):
-        file = tmp_path / "profile.yaml"
-        shipped = yaml.safe_load((ROOT / "slurm" / "profiles" / "local-cluster.yaml").read_text())
-        file.write_text(yaml.safe_dump({**shipped, **settings}))
-        return str(file)
-
-    return write
-
-
-def test_a_launcher_inside_another_job(config, without, profile):
-    out = without(CONTROL)
-    code, output = Submitted(config, out, profile=profile(memory="1G"), **SURROUNDINGS).end()
+def test_a_launcher_inside_another_job(cluster, config, without):
+    out, profile = without(CONTROL), cluster.profile("inside", memory="1G")
+    code, output = cluster.submit(config, out, profile=profile, launcher=StartedLauncher, **SURROUNDINGS).end()
     assert code == 0, output
     assert causes(out) == ["done"]
     (run,) = [read(file) for file in attempt_folders(out)[0].glob("run.*.json")]
     assert "_" not in run["job_id"] and run["restart"] == 0
 
 
-def test_odd_characters_in_the_path(config, without, tmp_path):
-    out = tmp_path / 'it\'s a "test" $HOME `id` #1 ~ & ; * [x] Größe 模型' / "out"
+def test_odd_characters_in_the_path(cluster, config, without, tmp_path_factory):
+    out = tmp_path_factory.mktemp("odd") / 'it\'s a "test" $HOME `id` #1 ~ & ; * [x] Größe 模型' / "out"
     shutil.copytree(without(CONTROL), out)
-    code, output = Submitted(config, out).end()
+    code, output = cluster.submit(config, out).end()
     assert code == 0, output
     assert causes(out) == ["done"]
     (folder,) = attempt_folders(out)
     assert {file.name for file in folder.glob("*_log.*")} >= {f"{read(folder / 'job.json')['job_id']}_0_log.err"}
 
 
-def test_a_setup_line_that_fails(config, without, profile):
+def test_a_setup_line_that_fails(cluster, config, without):
     out = without(CONTROL)
-    wrong = profile(setup=["true", "module load no/such", "echo never"])
-    code, output = Submitted(config, out, profile=wrong).end()
+    wrong = cluster.profile("setup", setup=["true", "module load no/such", "echo never"])
+    code, output = cluster.submit(config, out, profile=wrong).end()
     assert code == 2 and "module load no/such" in output and "Traceback" not in output, output
     assert causes(out) == ["input"], "not tried again"
     assert not list(attempt_folders(out)[0].glob("run.*.json")), "no rank was started"
 
 
-def test_a_rank_that_crashes(config, without, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
+def test_a_rank_that_crashes(cluster, config, without, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("crash")
+    (folder / "sitecustomize.py").write_text(
         "import ctypes, os, pathlib\n"
-        f"once = pathlib.Path({str(tmp_path)!r}) / 'crashed'\n"
+        f"once = pathlib.Path({str(folder)!r}) / 'crashed'\n"
         "if 'SLURM_PROCID' in os.environ and not once.exists():\n"
         "    once.touch()\n"
         "    ctypes.string_at(0)\n"
     )
     out = without(CONTROL)
-    code, output = Submitted(config, out, PYTHONPATH=str(tmp_path)).end()
+    code, output = cluster.submit(config, out, PYTHONPATH=str(folder)).end()
     assert code == 0, output
     assert causes(out) == ["crash", "done"]
     end = read(attempt_folders(out)[0] / "end.json")

@@ -1,27 +1,16 @@
 """A whole sweep on the cluster: the same results as on this machine; and the commands that look at it."""
 
 import pytest
-from clusters import ONE_CELL, SLOWLY, Submitted, attempt_folders, causes, job_names, read, slurm
-from sweeps import artifacts, results, sweep
+from clusters import SLOWLY, attempt_folders, causes, job_names, read
+from sweeps import artifacts, results
 
-pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture(autouse=True)
-def _needs_a_cluster(cluster):
-    """Skips or fails before anything slow where there is no cluster."""
+pytestmark = [pytest.mark.slurm, pytest.mark.beside]
+of_the_whole_sweep = pytest.mark.beside("whole sweep")
 
 
-@pytest.fixture(scope="module")
-def on_cluster(cluster, config, tmp_path_factory):
-    out = tmp_path_factory.mktemp("cluster") / "out"
-    code, output = Submitted(config, out, "--max-running", "2").end()
-    assert code == 0, output
-    return out, output
-
-
+@of_the_whole_sweep
 def test_the_bits_are_those_of_the_local_backend(on_cluster, finished):
-    out, _ = on_cluster
+    out, _ = on_cluster()
     for kind in ("importance", "prune", "recover"):
         assert artifacts(out, kind) == artifacts(finished, kind)
     ours, theirs = results(out), results(finished)
@@ -34,8 +23,9 @@ def first_run(folder):
     return read(next(folder.glob("run.*.json")))
 
 
+@of_the_whole_sweep
 def test_jobs_were_multi_node_and_ran_once(on_cluster):
-    out, _ = on_cluster
+    out, _ = on_cluster()
     assert set(causes(out)) == {"done"} and len(attempt_folders(out)) == 8
     for stage, nodes in (("importance", 2), ("recover", 2), ("evaluate", 1)):
         manifest = read(next((out / "store" / stage).glob("*/manifest.json")))
@@ -43,8 +33,9 @@ def test_jobs_were_multi_node_and_ran_once(on_cluster):
     assert first_run(attempt_folders(out, "importance")[0])["nodes"].startswith("n[")
 
 
+@of_the_whole_sweep
 def test_never_more_jobs_at_once_than_allowed(on_cluster):
-    out, _ = on_cluster
+    out, _ = on_cluster()
     spans = [first_run(folder) for folder in attempt_folders(out)]
     events = sorted([(span["started"], 1) for span in spans] + [(span["ended"], -1) for span in spans])
     running = 0
@@ -53,8 +44,9 @@ def test_never_more_jobs_at_once_than_allowed(on_cluster):
         assert running <= 2
 
 
+@of_the_whole_sweep
 def test_provenance_names_the_snapshot_that_ran(on_cluster):
-    out, _ = on_cluster
+    out, _ = on_cluster()
     (snapshot,) = (out / "code").iterdir()
     assert (snapshot / "hfprune_launch" / "slurm" / "job.py").is_file() and (snapshot / "uncommitted.diff").is_file()
     assert read(snapshot / "provenance.json")["git_commit"]
@@ -62,35 +54,35 @@ def test_provenance_names_the_snapshot_that_ran(on_cluster):
     assert f"--chdir={snapshot}" in script and "--kill-on-invalid-dep=yes" in script
 
 
-def test_a_second_run_submits_nothing(on_cluster, config):
-    out, _ = on_cluster
+@of_the_whole_sweep
+def test_a_second_run_submits_nothing(cluster, on_cluster, config):
+    out, _ = on_cluster()
     before = len(attempt_folders(out))
-    code, output = Submitted(config, out).end()
+    code, output = cluster.submit(config, out).end()
     assert code == 0 and "submitted" not in output and len(attempt_folders(out)) == before
 
 
 def test_status_logs_and_cancel(cluster, config, without):
     out = without("recover alpha dense", "evaluate alpha dense + lora")
-    submitted = Submitted(config, out, "--no-follow", **SLOWLY)
+    submitted = cluster.submit(config, out, "--no-follow", **SLOWLY)
     code, output = submitted.end()
     assert code == 0 and "--status shows them" in output
     job_id = submitted.job_at_work("recover alpha dense", beats=2)
-    status = sweep(config, out, *ONE_CELL, "--status").stdout
+    status = cluster.sweep(config, out, "--status")
     (line,) = [line for line in status.splitlines() if line.startswith("recover  ") and job_id in line]
     assert "running" in line and "recovery " in line and "/12" in line and "n[1-2]" in line
     assert "queued" in status and "Dependency" in status and status.count("done") == 6
-    logs = sweep(config, out, *ONE_CELL, "--logs", "alpha dense + lora").stdout
+    logs = cluster.sweep(config, out, "--logs", "alpha dense + lora")
     assert "recovery: step 1/12" in logs
-    assert "cancelled 2 jobs" in sweep(config, out, *ONE_CELL, "--cancel").stdout
+    assert "cancelled 2 jobs" in cluster.sweep(config, out, "--cancel")
     assert not [state for state in cluster.states(job_names(out)).values() if state != "COMPLETING"]
-    status = sweep(config, out, *ONE_CELL, "--status").stdout
+    status = cluster.sweep(config, out, "--status")
     assert "running" not in status and "queued" not in status
 
 
-def test_slurm_refuses_a_job(config, without, tmp_path):
-    profile = tmp_path / "wrong.yaml"
-    profile.write_text("partition: nowhere\n")
-    code, output = Submitted(config, without("recover alpha dense"), profile=str(profile)).end()
+def test_slurm_refuses_a_job(cluster, config, without):
+    out = without("recover alpha dense")
+    profile = cluster.profile("wrong", partition="nowhere")
+    code, output = cluster.submit(config, out, profile=profile).end()
     assert code == 1 and "invalid partition" in output and "check the profile" in output and "Traceback" not in output
-    # Jobs of earlier tests may still be completing.
-    assert slurm("squeue", "--noheader", "--states=PENDING,RUNNING") == ""
+    assert job_names(out) and not cluster.states(job_names(out))
