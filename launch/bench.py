@@ -132,7 +132,7 @@ def _sections(only: str | None) -> list[str]:
             raise UserError(f"--only: {section!r} is named twice")
         if section not in SECTIONS:
             raise UserError(
-                f"--only: no section {section!r}{did_you_mean(section, SECTIONS)} valid: {', '.join(SECTIONS)}"
+                f"--only: no section {section!r}{did_you_mean(section, SECTIONS)}; valid: {', '.join(SECTIONS)}"
             )
     return chosen
 

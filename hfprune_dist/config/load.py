@@ -222,7 +222,7 @@ def _explain(schema: type[Section], problem: Mapping[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         valid = sorted(_fields_at(schema, location[:-1]))
         hint = did_you_mean(location[-1], valid)
-        return f"unknown key {key!r}{hint} valid keys: {', '.join(valid)}"
+        return f"unknown key {key!r}{hint}; valid keys: {', '.join(valid)}"
     message = problem["msg"].removeprefix("Value error, ")
     if key and "input" in problem and problem["type"] not in ("value_error", "missing"):
         given = problem["input"]

@@ -27,7 +27,7 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
         file = files.get(name, Path(name).expanduser())
         if name not in files and file.suffix not in (".yaml", ".yml"):
             raise UserError(
-                f"--methods: unknown method {name!r}{did_you_mean(name, files)} valid: {', '.join(files)}, "
+                f"--methods: unknown method {name!r}{did_you_mean(name, files)}; valid: {', '.join(files)}, "
                 "or a YAML file"
             )
         if file.resolve() in seen:

@@ -80,7 +80,7 @@ def _resolve(name: str, aliases: Mapping[str, ModelAlias], hashes: FileHashes, d
             return _hub_model(name, download)
         if not (folder.is_dir() or os.sep in name):
             raise UserError(
-                f"--models: unknown model {name!r}{did_you_mean(name, aliases)} valid: {', '.join(sorted(aliases))}, "
+                f"--models: unknown model {name!r}{did_you_mean(name, aliases)}; valid: {', '.join(sorted(aliases))}, "
                 "the folder of a Hugging Face checkpoint, or a hub id (org/name)"
             )
         return _local(folder.resolve().name, folder.resolve(), hashes, str(folder.resolve()))

@@ -38,7 +38,7 @@ def compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
         raise UserError(f"{', '.join(map(str, folders))}: no cell is finished; run the sweeps first")
     names = sorted({it.method for it in methods})
     if named is not None and named not in names:
-        raise UserError(f"--reference: no method {named!r}{did_you_mean(named, names)} valid: {', '.join(names)}")
+        raise UserError(f"--reference: no method {named!r}{did_you_mean(named, names)}; valid: {', '.join(names)}")
     criteria = _criteria(sweeps[0])
     pages = [f"# Methods\n\n{methods_table(methods, reference)}"]
     pages += [f"# Criteria: {model}\n\n{criteria_table(pairs)}" for model, pairs in criteria.items() if pairs]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from clusters import wait_for
 from fake_slurm import HEADER, Clock, FakeSlurm
+from fork_server import forked
 from hfprune_launch.slurm.attempt_records import GONE, End, Run
 from hfprune_launch.slurm.attempts import Ledger
 from hfprune_launch.slurm.backend import SlurmBackend
