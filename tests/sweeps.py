@@ -18,9 +18,10 @@ from tiny import save_tiny, write_documents, write_pairs
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import resolve_models
-from hfprune_dist.planning.plan import Plan, build_plan
+from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.hashing import FileHashes
 
 TASK = """task: tiny_choice

@@ -16,9 +16,10 @@ from hfprune_launch.benchmark.settings import Settings
 
 from hfprune_dist.checkpoints.families import ATTENTION
 from hfprune_dist.config.load import load_config
+from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import resolve_models
-from hfprune_dist.planning.plan import Plan, build_plan
+from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.stage import Stage

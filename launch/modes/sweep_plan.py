@@ -16,10 +16,11 @@ from hfprune_launch.sweep_folder import Sweep, read_record, require_apart, requi
 
 from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.earlier_rows import with_earlier_rows
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
-from hfprune_dist.planning.plan import Plan, build_plan
+from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store, Verdict
 
 

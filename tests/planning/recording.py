@@ -23,8 +23,9 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.plan import Plan, build_plan
+from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.hashing import FileHashes, digest_of
 from hfprune_dist.store.stage import STAGE_VERSIONS
 

@@ -9,9 +9,10 @@ from hfprune_dist.config.load import load_config
 from hfprune_dist.config.method import Method
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import resolve_models
-from hfprune_dist.planning.plan import Plan, build_plan
+from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.hashing import FileHashes
 
 METHODS = Path(__file__).resolve().parents[2] / "configs" / "methods"

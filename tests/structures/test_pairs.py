@@ -25,7 +25,7 @@ from hfprune_dist.core.least_squares import LeastSquares
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.planning.plan import check_ratios
+from hfprune_dist.planning.build_plan import check_ratios
 from hfprune_dist.planning.widths import size_of
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes

@@ -25,9 +25,10 @@ from sweeps import command, make_inputs, sweep
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import resolve_models
-from hfprune_dist.planning.plan import Cell, Plan, build_plan
+from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import try_claim
 from hfprune_dist.store.heartbeat import Progress
@@ -505,7 +506,7 @@ def test_a_thousand_cells(fake, store, tmp_path, monkeypatch):
         [config_file], {"models": ["alpha"], "ratios": ratios, "recovery.method": "none", "evaluation.tasks": []}
     )
     models = resolve_models(config, tmp_path / "none", store.hashes, download=False)
-    monkeypatch.setattr("hfprune_dist.planning.plan.check_ratios", lambda *_: None)  # so small a model has fewer widths
+    monkeypatch.setattr("hfprune_dist.planning.build_plan.check_ratios", lambda *_: None)  # so small a model has fewer widths
     plan = build_plan(config, models, resolve_methods(config, ROOT / "configs" / "methods"), store.hashes)
     assert all(store.verify(stage_id).state == "missing" for stage_id in plan.stages)
     assert len(plan.cells) == 1001 and isinstance(plan.cells[0], Cell)

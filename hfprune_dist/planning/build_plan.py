@@ -1,0 +1,292 @@
+"""How a configuration becomes a plan: which stages the rows of its table need, and with which settings.
+
+Pure and instant: no torch, no clock, nothing written. Two sweeps that want the same result plan the same stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hfprune_dist.config.method import Method
+from hfprune_dist.config.parameters import (
+    DistillParameters,
+    EvaluateParameters,
+    ImportanceParameters,
+    PruneParameters,
+    RecoverParameters,
+    ReferenceParameters,
+)
+from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.section import TextSource
+from hfprune_dist.core.criteria import CRITERIA, CriterionName
+from hfprune_dist.data.formats import identity_of
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.model_sources import ModelSource
+from hfprune_dist.planning.plan import Cell, Plan, label_of
+from hfprune_dist.planning.widths import ModelSize, Target, size_of, step_ratios
+from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.stage import Input, Stage
+
+
+def build_plan(
+    config: SweepConfig, models: Sequence[ModelSource], methods: Mapping[str, Method], hashes: FileHashes
+) -> Plan:
+    """Expand a sweep into stages and cells; stages that several cells need appear once.
+
+    Raises:
+        UserError: for a ratio that a model can't reach, rows that would be the same, input text that can't be read, or
+            a calibration that is to end early where no criterion can tell.
+    """
+    _check_settled(config, methods)
+    planner = _Planner(config, methods, hashes)
+    cells = [cell for model in models for cell in planner.cells(model)]
+    _refuse_same_rows(cells)
+    return Plan(planner.stages, tuple(cells), tuple(planner.asked))
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """A checkpoint before recovery: the dense one, or one that a method pruned at a ratio."""
+
+    label: str
+    model: str
+    dense: Input
+    checkpoint: Input
+    ratio: float | None = None
+    method: str | None = None
+    producers: tuple[str, ...] = ()
+
+
+class _Planner:
+    """Collects stages by id while the cells of each model are laid out."""
+
+    def __init__(self, config: SweepConfig, methods: Mapping[str, Method], hashes: FileHashes) -> None:
+        self.config = config
+        self.methods = methods
+        self.hashes = hashes
+        self.stages: dict[str, Stage] = {}
+        self.asked: list[str] = []
+
+    def cells(self, model: ModelSource) -> list[Cell]:
+        if not model.checkpoint.units.is_uniform:
+            raise UserError(
+                f"model {model.name!r}: its layers differ in width, so it has been pruned already; prune the model "
+                "that it came from, at a larger ratio"
+            )
+        size = size_of(model.checkpoint)
+        for name, method in self.methods.items():
+            check_ratios(size, self.config.ratios, method, f"model {model.name!r}, method {name!r}")
+        dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
+        needed = {method.criterion for method in self.methods.values()}
+        criteria = needed.union(self.config.importance.criteria)
+        biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
+        # First, since most of the sweep waits for it.
+        importance = self._importance(model.name, dense, criteria, biased)
+        self.asked += [importance.id] if criteria > needed else []
+        cells = self._finish(_Variant(label_of(model.name, None, None, "none"), model.name, dense, dense))
+        for ratio in self.config.ratios:
+            for name, method in self.methods.items():
+                label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, "none")
+                chain = self._steps(label, dense, importance, ratio, method)
+                producers = tuple(stage.id for stage in chain)
+                cells += self._finish(_Variant(label, model.name, dense, chain[-1].as_input(), ratio, name, producers))
+        return cells
+
+    def _finish(self, variant: _Variant) -> list[Cell]:
+        """Lay out recovery and evaluation of one checkpoint; the dense model is also evaluated as it is."""
+        recovery = self.config.recovery.method
+        cells = []
+        if variant.ratio is None or recovery == "none":
+            evaluate = self._evaluate(variant.label, variant, variant.checkpoint)
+            cells.append(self._cell(variant, "none", variant.producers, evaluate))
+        if recovery != "none":
+            recover = self._recover(variant.label, variant.checkpoint)
+            evaluate = self._evaluate(f"{variant.label} + {recovery}", variant, recover.as_input())
+            cells.append(self._cell(variant, recovery, (*variant.producers, recover.id), evaluate))
+        return cells
+
+    def _cell(self, variant: _Variant, recovery: str, producers: tuple[str, ...], evaluate: Stage) -> Cell:
+        criterion = None if variant.method is None else self.methods[variant.method].criterion
+        return Cell(
+            evaluate.label, variant.model, variant.ratio, variant.method, criterion, recovery, producers, evaluate.id
+        )
+
+    def _add(self, stage: Stage) -> Stage:
+        return self.stages.setdefault(stage.id, stage)
+
+    def _steps(self, label: str, dense: Input, importance: Stage, ratio: float, method: Method) -> list[Stage]:
+        """Importance and prune stages in turn, from the dense model to the one that is pruned at ``ratio``; at the end
+        the method's distillation, if it has one.
+        """
+        chain, model = [importance], dense
+        for step, reached in enumerate(step_ratios(ratio, method.steps), start=1):
+            step_label = f"{label} step {step}/{method.steps}"
+            if step > 1:
+                biased = _importance_parameters(importance).biases is not None
+                chain.append(self._importance(step_label, model, {method.criterion}, biased))
+            prune_label = label if step == method.steps else step_label
+            inputs = {"model": model, "importance": _part_of(chain[-1], [method.criterion])}
+            if model != dense:
+                inputs["dense"] = dense  # whose parameters ratios are of
+            chain.append(self._prune(prune_label, inputs, reached, method))
+            model = chain[-1].as_input()
+        if method.distill:
+            chain.append(self._reference_of_calibration(importance))
+            chain.append(self._distill(label, model, chain[-1], method.distill))
+        return chain
+
+    def _importance(self, label: str, model: Input, criteria: Collection[CriterionName], biased: bool) -> Stage:
+        config = self.config
+        by_sums = None
+        if config.calibration.settled is not None:
+            # Sums decide where the pass ends also of criteria whose scores are more than sums. Fingerprints say so,
+            # since there are artifacts whose pass took no notice of them.
+            beyond_sums = [name for name in criteria if CRITERIA[name].has_halves and not CRITERIA[name].is_its_sum]
+            by_sums = sorted(beyond_sums) or None
+        params = ImportanceParameters(
+            calibration=config.calibration,
+            criteria=sorted(criteria),
+            dtype=config.importance.dtype,
+            add_bos_token=config.evaluation.add_bos_token,
+            seed=config.seed,
+            settled_by_sums_of=by_sums,
+            biases="added before rounding" if biased and config.importance.dtype == "bfloat16" else None,
+        )
+        inputs = {"model": model, **self._text("calibration", config.calibration)}
+        return self._add(Stage("importance", label, params, inputs))
+
+    def _prune(self, label: str, inputs: dict[str, Input], ratio: float, method: Method) -> Stage:
+        runs_model = method.refit != "none" or method.allocation == "searched"  # windows go through it again
+        params = PruneParameters(
+            ratio=ratio,
+            **_effective(method),
+            dtype=self.config.importance.dtype if runs_model else None,
+            micro_batch_size=self.config.calibration.micro_batch_size if runs_model else None,
+        )
+        return self._add(Stage("prune", label, params, inputs))
+
+    def _reference_of_calibration(self, importance: Stage) -> Stage:
+        """On the windows that the dense model was scored on."""
+        distillation = self.config.distillation
+        params = ReferenceParameters(dtype=distillation.dtype, micro_batch_size=distillation.micro_batch_size)
+        inputs = {"model": importance.inputs["model"], "importance": _part_of(importance, [])}
+        return self._add(Stage("reference", f"{importance.label} calibration", params, inputs))
+
+    def _reference_of_held_out(self, model: str, dense: Input) -> Stage:
+        """On the text that fidelity is measured on."""
+        evaluation = self.config.evaluation
+        params = ReferenceParameters(
+            dtype=evaluation.dtype,
+            micro_batch_size=1,
+            add_bos_token=evaluation.add_bos_token,
+            text=evaluation.fidelity,
+        )
+        inputs = {"model": dense, **self._text("text", evaluation.fidelity)}
+        return self._add(Stage("reference", f"{model} held-out", params, inputs))
+
+    def _distill(self, label: str, pruned: Input, reference: Stage, passes: int) -> Stage:
+        params = DistillParameters(distillation=self.config.distillation, passes=passes, seed=self.config.seed)
+        inputs = {"model": pruned, "reference": reference.as_input()}
+        return self._add(Stage("distill", label, params, inputs))
+
+    def _recover(self, label: str, checkpoint: Input) -> Stage:
+        params = RecoverParameters(recovery=self.config.recovery, seed=self.config.seed)
+        inputs = {"model": checkpoint, **self._text("instructions", self.config.recovery)}
+        return self._add(Stage("recover", label, params, inputs))
+
+    def _evaluate(self, label: str, variant: _Variant, checkpoint: Input) -> Stage:
+        evaluation = self.config.evaluation
+        reference = self._reference_of_held_out(variant.model, variant.dense)
+        params = EvaluateParameters(**evaluation.model_dump(exclude={"include_path", "fidelity"}))
+        inputs = {"model": checkpoint, "dense": variant.dense, "reference": reference.as_input()}
+        if evaluation.include_path is not None:
+            folder = Path(evaluation.include_path)
+            inputs["tasks"] = Input(self.hashes.of_folder(folder), str(folder), content="folder")
+        return self._add(Stage("evaluate", label, params, inputs))
+
+    def _text(self, role: str, source: TextSource) -> dict[str, Input]:
+        """The input that a text is, known by its content; none where it is a data set, which its settings name."""
+        if source.path is None:
+            return {}
+        file = Path(source.path)
+        return {role: Input(identity_of(file, self.hashes), str(file), content="text")}
+
+
+def _check_settled(config: SweepConfig, methods: Mapping[str, Method]) -> None:
+    """Refuse to end calibration early where no criterion of the sweep can tell when."""
+    criteria = {*config.importance.criteria, *(method.criterion for method in methods.values())}
+    if config.calibration.settled is None or any(CRITERIA[name].has_halves for name in criteria):
+        return
+    able = [name for name, criterion in CRITERIA.items() if criterion.has_halves]
+    raise UserError(
+        f"calibration.settled: by {', '.join(sorted(criteria))} alone nobody can tell when what is kept has settled; "
+        f"set it to null, or add to importance.criteria one of {', '.join(able)}"
+    )
+
+
+def _part_of(importance: Stage, criteria: Sequence[str]) -> Input:
+    """The artifact of a calibration pass, known by what some of its criteria alone would have made: others that share
+    the pass change neither their scores nor the windows, unless they decide where the pass ends.
+    """
+    params = _importance_parameters(importance)
+    if params.calibration.settled is not None:
+        return importance.as_input()
+    alone = replace(importance, params=params.model_copy(update={"criteria": list(criteria)}))
+    return replace(importance.as_input(), identity=alone.id)
+
+
+def check_ratios(size: ModelSize, ratios: Sequence[float], method: Method, where: str) -> None:
+    """Refuse ratios that a method can't reach on a model, or can't tell apart there.
+
+    Raises:
+        UserError: telling the largest ratio that it can reach, or which two are the same.
+    """
+    reached: dict[tuple[int, ...], float] = {}
+    for ratio in ratios:
+        decided = _deciding_numbers(size, ratio, method, where)
+        if decided in reached:
+            raise UserError(
+                f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint, with widths that "
+                f"are multiples of {method.multiple_of}; leave one of them out or use a smaller prune.multiple_of"
+            )
+        reached[decided] = ratio
+
+
+def _deciding_numbers(size: ModelSize, ratio: float, method: Method, where: str) -> tuple[int, ...]:
+    """The numbers of units that decide, with the scores, what stays."""
+    target = Target(size, ratio, method.multiple_of, where)
+    numbers: list[int] = []
+    if method.allocation != "global":
+        numbers += target.uniform_widths(method.steps)
+    if method.allocation != "uniform":
+        wanted = target.removals(target.narrowest_widths(method.floor, method.protect_first, method.protect_last))
+        # Where all of a layer's steps down are of this size, so many are taken as come closest.
+        all_alike = size.units % method.multiple_of == 0
+        numbers.append((wanted + method.multiple_of // 2) // method.multiple_of if all_alike else wanted)
+    return tuple(numbers)
+
+
+def _refuse_same_rows(cells: Iterable[Cell]) -> None:
+    labels: dict[str, str] = {}
+    for cell in cells:
+        label = label_of(cell.model, cell.ratio, cell.method, cell.recovery)
+        if cell.evaluate in labels:
+            raise UserError(
+                f"rows {labels[cell.evaluate]!r} and {label!r} would be the same: their models have the same "
+                "content, and their methods the same settings; leave one of them out"
+            )
+        labels[cell.evaluate] = label
+
+
+def _effective(method: Method) -> dict[str, Any]:
+    """The settings of a method that affect what one prune stage does; others make stages of their own."""
+    idle = {"floor", "protect_first", "protect_last"} if method.allocation == "uniform" else set()
+    return method.model_dump(exclude=idle | {"steps", "distill"})
+
+
+def _importance_parameters(stage: Stage) -> ImportanceParameters:
+    assert isinstance(stage.params, ImportanceParameters)
+    return stage.params
