@@ -16,13 +16,9 @@ COMMANDS = ["sweep", "report", "compare", "bench", "demo_assets"]
 SHARED = ["command", "sweep_folder", "preflight", "screen"]
 # These wait for no torch: a login node answers at once.
 TORCH_FREE = [
-    *(f"hfprune_dist.{room}" for room in ("config", "planning", "results", "structures")),
+    *(f"hfprune_dist.{room}" for room in ("config", "store", "planning", "results", "structures")),
     *(f"hfprune_dist.checkpoints.{name}" for name in ("checkpoint", "families", "lfs_pointers")),
     "hfprune_dist.core.criteria",
-    *(
-        f"hfprune_dist.store.{name}"
-        for name in ("stage", "artifacts", "claims", "heartbeat", "file_cache", "provenance")
-    ),
     *(f"hfprune_launch.{name}" for name in ("modes.sweep", "report", "sweep_folder", "slurm.cli", "local.backend")),
 ]
 
@@ -30,17 +26,6 @@ TORCH_FREE = [
 DISCARDS = {"discard_drafts", "discard_work", "discard_progress"}
 MOST_PARAMETERS = 5
 MOST_LINES = 350
-# To be shortened; none is to be added.
-TOO_MANY_PARAMETERS = {
-    "hfprune_dist.core.importance._differentiate",
-    "hfprune_dist.distributed.layer_stream.LayerStream.__init__",
-    "hfprune_dist.planning.plan._Planner._prune",
-    "hfprune_dist.refit.gauss_newton_ranks.Reconstruction.__init__",
-    "hfprune_dist.refit.measure_widths.Measurement.__init__",
-    "hfprune_dist.refit.run_refit.SequentialRefit.__init__",
-    "hfprune_dist.scoring.calibration_pass.Calibration.__init__",
-    "hfprune_dist.scoring.shard_sums.Accumulation.__init__",
-}
 
 
 def name_of(file):

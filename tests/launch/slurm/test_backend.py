@@ -506,7 +506,9 @@ def test_a_thousand_cells(fake, store, tmp_path, monkeypatch):
         [config_file], {"models": ["alpha"], "ratios": ratios, "recovery.method": "none", "evaluation.tasks": []}
     )
     models = resolve_models(config, tmp_path / "none", store.hashes, download=False)
-    monkeypatch.setattr("hfprune_dist.planning.build_plan.check_ratios", lambda *_: None)  # so small a model has fewer widths
+    monkeypatch.setattr(
+        "hfprune_dist.planning.build_plan.check_ratios", lambda *_: None
+    )  # so small a model has fewer widths
     plan = build_plan(config, models, resolve_methods(config, ROOT / "configs" / "methods"), store.hashes)
     assert all(store.verify(stage_id).state == "missing" for stage_id in plan.stages)
     assert len(plan.cells) == 1001 and isinstance(plan.cells[0], Cell)
