@@ -29,17 +29,6 @@ TORCH_FREE = [
 
 DISCARDS = {"discard_drafts", "discard_work", "discard_progress"}
 MOST_PARAMETERS = 5
-# To be shortened; none is to be added.
-TOO_MANY_PARAMETERS = {
-    "hfprune_dist.core.importance._differentiate",
-    "hfprune_dist.distributed.layer_stream.LayerStream.__init__",
-    "hfprune_dist.planning.plan._Planner._prune",
-    "hfprune_dist.refit.gauss_newton_ranks.Reconstruction.__init__",
-    "hfprune_dist.refit.measure_widths.Measurement.__init__",
-    "hfprune_dist.refit.run_refit.SequentialRefit.__init__",
-    "hfprune_dist.scoring.calibration_pass.Calibration.__init__",
-    "hfprune_dist.scoring.shard_sums.Accumulation.__init__",
-}
 
 
 def name_of(file):
