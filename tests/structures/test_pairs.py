@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from worlds import Ranks, run_in_threads, without_deepspeed
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.schema import Method
+from hfprune_dist.config.method import Method
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.elimination import elimination_scores
 from hfprune_dist.core.least_squares import LeastSquares
