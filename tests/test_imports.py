@@ -25,6 +25,7 @@ TORCH_FREE = [
 
 DISCARDS = {"discard_drafts", "discard_work", "discard_progress"}
 MOST_PARAMETERS = 5
+MOST_LINES = 350
 
 
 def name_of(file):

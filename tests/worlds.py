@@ -24,7 +24,7 @@ from ranks import write_stage_file
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.scoring import calibration_pass as calibration
+from hfprune_dist.scoring import shard_scorer
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Progress
@@ -196,7 +196,7 @@ FORWARD, BACKWARD, HEAD = "forward", "backward", "gather head"
 
 
 def without_deepspeed(monkeypatch: Any) -> None:
-    """Let ``Calibration`` load whole models, whose forwards and backwards are collectives as those of sharded ones."""
+    """Let ``ShardScorer`` load whole models, whose forwards and backwards are collectives as those of sharded ones."""
     loaded: dict[Any, torch.nn.Module] = {}
     reading = threading.Lock()
 
@@ -215,10 +215,10 @@ def without_deepspeed(monkeypatch: Any) -> None:
         head.world.together(HEAD)
         yield head.weight.data, None if head.bias is None else head.bias.data
 
-    monkeypatch.setattr(calibration, "load_frozen", load)
-    monkeypatch.setattr(calibration, "gathered", gathered)
-    monkeypatch.setattr(calibration, "rearming", lambda model: lambda: model.world.together(BACKWARD))
-    monkeypatch.setattr(calibration, "empty_shards", lambda model: None)
+    monkeypatch.setattr(shard_scorer, "load_frozen", load)
+    monkeypatch.setattr(shard_scorer, "gathered", gathered)
+    monkeypatch.setattr(shard_scorer, "rearming", lambda model: lambda: model.world.together(BACKWARD))
+    monkeypatch.setattr(shard_scorer, "empty_shards", lambda model: None)
 
 
 def run_in_threads(store: Store, stage: Stage, ranks: Ranks) -> None:

@@ -131,7 +131,7 @@ class UnitSums:
         self._partial: dict[tuple[str, int], Tensor] = {}
         self._curvature: dict[int, Tensor] = {}
         self._activation_sum: dict[int, Tensor] = {}
-        self._loss: Loss | None = None
+        self._in_backward_of: Loss | None = None
         self._keeps_LU: Tensor | None = None
 
     @contextmanager
@@ -194,19 +194,19 @@ class UnitSums:
             terms = loss.terms(hidden_BTC.shape[1])
             gradient_BTC = gradient_NC.view_as(hidden_BTC)
             before_each()
-            self._loss = loss
+            self._in_backward_of = loss
             hidden_BTC.backward(
                 gradient_BTC / terms if loss.reduction == "mean" else gradient_BTC,
                 retain_graph=number < len(gradients),
             )
-            self._loss = None
+            self._in_backward_of = None
             values[loss.name] = loss_N.sum(dtype=torch.float64).item() / terms
         return values
 
     def _make_hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def before_output_projection(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             (hidden_BTD,) = inputs
-            is_first_run = self._loss is None  # else a checkpointed layer runs again
+            is_first_run = self._in_backward_of is None  # else a checkpointed layer runs again
             if torch.is_grad_enabled() and not hidden_BTD.requires_grad:
                 hidden_BTD = hidden_BTD.detach().requires_grad_()
             if self._keeps_LU is not None:
@@ -229,7 +229,7 @@ class UnitSums:
         return after_output_projection
 
     def _reduce_output_gradient(self, layer: int, gradient_BTC: Tensor) -> None:
-        if self._loss is self._curvature_loss:
+        if self._in_backward_of is self._curvature_loss:
             self._curvature[layer] = gram_matrix(_widened(gradient_BTC.flatten(0, -2))).cpu()
 
     def _reduce_activation(self, layer: int, hidden_BTD: Tensor) -> None:
@@ -240,10 +240,10 @@ class UnitSums:
 
     def _reduce_gradient(self, layer: int, product_ND: Tensor) -> None:
         """Add some tokens' h * dL/dh to the sums of the micro-batch."""
-        assert self._loss is not None, "a backward that is not ours"
+        assert self._in_backward_of is not None, "a backward that is not ours"
         magnitude_NU = self._sum_over_channels(product_ND).abs_()
         for criterion in self.criteria:
-            if criterion.loss is self._loss:
+            if criterion.loss is self._in_backward_of:
                 sum_U = _sum_over_tokens(criterion, magnitude_NU)
                 if (criterion.name, layer) in self._partial:
                     sum_U += self._partial[criterion.name, layer]

@@ -1,135 +1,71 @@
-"""The calibration pass: all ranks run a sharded model over windows of text, and add up what neurons are scored by."""
+"""The calibration pass: all shards of the windows, scored on all ranks, with their sums saved after every round."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-import torch
-from torch import Tensor
+from hfprune_dist.core.exact_sums import ExactOverflowError
+from hfprune_dist.core.importance import NonFiniteError
+from hfprune_dist.errors import UserError
+from hfprune_dist.scoring.shard_scorer import ShardScorer
+from hfprune_dist.scoring.shard_sums import Accumulation
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.read_tensors import scored_layer
-from hfprune_dist.core.bound_losses import Batch
-from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
-from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
-from hfprune_dist.core.scores import STUDENT_CRITERION, finished, student_keeps
-from hfprune_dist.distributed.deepspeed_patches import empty_shards, rearming
-from hfprune_dist.distributed.world import World
-from hfprune_dist.distributed.zero3 import gathered, load_frozen
-from hfprune_dist.models.memory_efficient_backward import (
-    checkpoint_activations,
-    keep_no_gathered_weights,
-    use_memory_efficient_backward,
-)
+# A shard: the numbers of the windows of each of its micro-batches.
+Shard = Sequence[range]
 
 
-@dataclass(frozen=True)
-class Sums:
-    """What some micro-batches add up to.
-
-    Attributes:
-        units_KLU: float64 [criteria with a sum, num_layers, units].
-        terms_JLU: what each micro-batch adds to rounded sums (see ``UnitSums``).
-        curvature_LCC: float32 [num_layers, hidden_size, hidden_size], or empty (see ``UnitSums``).
-        losses: loss name -> sum over windows of the loss per token.
-    """
-
-    units_KLU: Tensor
-    terms_JLU: list[Tensor]
-    curvature_LCC: Tensor
-    losses: dict[str, float]
+def cut_into_shards(windows: int, micro_batch_size: int, shard_size: int) -> list[Shard]:
+    """Shards of so many micro-batches each, of so many windows; none but the last ones may be smaller."""
+    starts = range(0, windows, micro_batch_size)
+    micro_batches = [range(start, min(start + micro_batch_size, windows)) for start in starts]
+    return [micro_batches[start : start + shard_size] for start in range(0, len(micro_batches), shard_size)]
 
 
-class Calibration:
-    """Scores windows on one rank, in step with the others.
+class CalibrationPass:
+    """What is left of a pass, on one rank; all ranks run it together, a round of consecutive shards at a time.
 
     Args:
-        windows_ST: int64 [windows, tokens], the same on every rank.
-        criteria: those with something to sum.
+        totals: sums over the shards so far.
+        load: loads the model; not called where nothing is left to score.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        windows_ST: Tensor,
-        criteria: Sequence[Criterion],
-        *,
-        seed: int,
-        micro_batch_size: int,
-        world: World,
-        activation_checkpointing: bool = False,
-    ) -> None:
-        family = checkpoint.family
-        self.module = load_frozen(checkpoint.path, dtype, micro_batch_size, world, family.body_of)
-        use_memory_efficient_backward(self.module, family)
-        keep_no_gathered_weights(self.module)
-        if activation_checkpointing:
-            checkpoint_activations(self.module, family)
-        body, head = family.body_of(self.module), family.head_of(self.module)
-        self._model = ScoredModel(
-            body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
-            head=lambda: gathered(head),
-            output_projections=checkpoint.units.outputs_of(self.module),
-            rearming=lambda: rearming(self.module),
-        )
-        self._vocabulary = head.out_features
-        self._checkpoint = checkpoint
-        self._windows_ST = windows_ST
-        self._criteria = criteria
-        self._seed = seed
-        self._world = world
+    def __init__(self, shards: Sequence[Shard], totals: Accumulation, load: Callable[[], ShardScorer]) -> None:
+        self._shards = shards
+        self._totals = totals
+        self._load = load
 
-    def choose_student(self, micro_batches: Sequence[range]) -> None:
-        """Before the first ``score``: fix the student of the losses that need one, if any does.
-
-        It lacks what scores least in these windows. They must be the same on every rank, then so is the student, on any
-        number of ranks and after a resume.
-
-        Raises:
-            NonFiniteError: where a layer saw NaN or infinity.
-        """
-        if all(loss.of != "student" for loss in losses_of(self._criteria)):
-            return
-        criterion, world = CRITERIA[STUDENT_CRITERION], self._world
-        (sums_LU,) = self._score(micro_batches, [criterion]).units_KLU
-        mine = {
-            number: student_keeps(
-                finished(criterion, sums_LU[number], scored_layer(self._checkpoint, number, self._seed))
-            )
-            for number in range(world.rank, self._checkpoint.num_layers, world.size)
-        }
-        keeps = {number: keeps_U for share in world.gather(mine) for number, keeps_U in share.items()}
-        student_LU = torch.stack([keeps[number] for number in sorted(keeps)])
-        self._model = replace(self._model, student_LU=student_LU.to(world.device))
-
-    def release(self) -> None:
-        """Give the memory of the model's weights back; nothing can be scored any more."""
-        empty_shards(self.module)
-
-    def score(self, micro_batches: Sequence[range], forwards: int = 0) -> Sums:
-        """Sums over the windows of some micro-batches.
+    def run(self, before_round: Callable[[int], None], after_round: Callable[[], None]) -> None:
+        """Score what is left.
 
         Args:
-            forwards: micro-batches that the rank with most of them scores meanwhile. Forwards and backwards of a
-                sharded model are collective: where this rank has fewer, it begins by scoring its first one that many
-                times more, and drops what comes of it.
+            before_round: called with the number of shards that are done.
+            after_round: called once a round is saved; may end the pass by an exception.
 
         Raises:
-            NonFiniteError: where a layer saw NaN or infinity.
+            UserError: where activations or gradients are not finite.
         """
-        missing = forwards - len(micro_batches)
-        if missing > 0:
-            self._score([micro_batches[0]] * missing, self._criteria)
-        return self._score(micro_batches, self._criteria)
+        totals = self._totals
+        if totals.is_complete:
+            return
+        scorer = self._load()
+        with _explaining(0):
+            scorer.choose_student(self._shards[0])
+        while not totals.is_complete:
+            before_round(totals.next_shard)
+            with _explaining(totals.mine):
+                totals.add_round(scorer.score(self._shards[totals.mine], forwards=self._most_forwards()))
+            after_round()
+        scorer.release()
 
-    def _score(self, micro_batches: Sequence[range], criteria: Sequence[Criterion]) -> Sums:
-        sums = UnitSums(self._model.output_projections, criteria, self._checkpoint.units.channels_per_unit)
-        losses = {loss.name: 0.0 for loss in losses_of(criteria)}
-        for windows in micro_batches:
-            input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
-            batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed)
-            for name, value in score_batch(self._model, batch, sums).items():
-                losses[name] += value
-        return Sums(sums.sums_KLU, sums.terms_JLU, sums.curvature_LCC, losses)
+    def _most_forwards(self) -> int:
+        """Micro-batches of the round's longest shard: its first, since none but the last one of all is shorter."""
+        return len(self._shards[self._totals.next_shard])
+
+
+@contextmanager
+def _explaining(shard: int) -> Iterator[None]:
+    try:
+        yield
+    except (NonFiniteError, ExactOverflowError) as error:
+        raise UserError(f"importance, calibration shard {shard}: {error}; check the checkpoint's weights") from None

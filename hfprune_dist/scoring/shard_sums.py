@@ -13,7 +13,7 @@ from hfprune_dist.core.criteria import Criterion, losses_of
 from hfprune_dist.core.exact_sums import ExactGram
 from hfprune_dist.core.split_half import SHARES_KEPT, split_half_overlap
 from hfprune_dist.distributed.world import World
-from hfprune_dist.scoring.calibration_pass import Sums
+from hfprune_dist.scoring.shard_scorer import Sums
 from hfprune_dist.store.atomic_files import set_aside
 
 CURVE = "curve"

@@ -9,8 +9,7 @@ resume goes on at a shard.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import scored_layer
 from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
 from hfprune_dist.config.parameters import ImportanceParameters
-from hfprune_dist.config.schema import CalibrationConfig
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
-from hfprune_dist.core.exact_sums import ExactOverflowError
-from hfprune_dist.core.importance import NonFiniteError
 from hfprune_dist.core.scores import ScoredLayer, SecondMoments, finished
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import Sampling, load_windows, read_windows, save_windows
@@ -34,7 +30,8 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe, record_probe
 from hfprune_dist.errors import UserError
-from hfprune_dist.scoring.calibration_pass import Calibration
+from hfprune_dist.scoring.calibration_pass import CalibrationPass, cut_into_shards
+from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.scoring.shard_sums import Accumulation
 from hfprune_dist.stages.context import Context as AnyContext
 
@@ -107,11 +104,31 @@ def _prepare_windows(context: Context) -> dict[str, int]:
     return context.world.broadcast(counts)
 
 
-def _calibration(
+def _accumulate(
     context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]
-) -> Calibration:
+) -> Accumulation:
+    """Add up all shards; there are none, and no model is loaded, where no criterion sums anything."""
+    settings = context.params.calibration
+    windows = len(windows_ST) if criteria else 0
+    shards = cut_into_shards(windows, settings.micro_batch_size, settings.shard_size)
+    shape = (checkpoint.num_layers, checkpoint.units.most, checkpoint.config["hidden_size"])
+    partial = context.work / PARTIAL
+    totals = Accumulation(criteria, shape, len(shards), partial, context.world, settled=settings.settled)
+
+    def report(done: int) -> None:
+        context.progress.update("calibration", done, len(shards))
+
+    CalibrationPass(shards, totals, lambda: _scorer(context, checkpoint, windows_ST, criteria)).run(
+        before_round=report, after_round=lambda: context.interruption.stop_if_agreed(context.world)
+    )
+    report(len(shards))
+    return totals
+
+
+def _scorer(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]) -> ShardScorer:
+    """The sharded model, ready to score; before that, it leaves its probe."""
     params = context.params
-    calibration = Calibration(
+    scorer = ShardScorer(
         checkpoint,
         getattr(torch, params.dtype),
         windows_ST,
@@ -122,50 +139,8 @@ def _calibration(
         activation_checkpointing=context.runtime.activation_checkpointing,
     )
     if context.world.is_first and not (context.work / PROBE).is_file():
-        record_probe(calibration.module, checkpoint.family, context.work / PROBE)
-    return calibration
-
-
-def _accumulate(
-    context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]
-) -> Accumulation:
-    """Add up all shards; nothing to do, and no model to load, where no criterion sums anything."""
-    shards = _shards(len(windows_ST), context.params.calibration) if criteria else []
-    shape = (checkpoint.num_layers, checkpoint.units.most, checkpoint.config["hidden_size"])
-    settled = context.params.calibration.settled
-    totals = Accumulation(criteria, shape, len(shards), context.work / PARTIAL, context.world, settled=settled)
-    calibration = None
-    if not totals.is_complete:
-        calibration = _calibration(context, checkpoint, windows_ST, criteria)
-        with _explaining(0):
-            calibration.choose_student(shards[0])
-    while not totals.is_complete:
-        assert calibration is not None
-        context.progress.update("calibration", totals.next_shard, len(shards))
-        longest = shards[totals.next_shard]  # of the round: none but the last shard has fewer micro-batches
-        with _explaining(totals.mine):
-            totals.add_round(calibration.score(shards[totals.mine], forwards=len(longest)))
-        context.interruption.stop_if_agreed(context.world)
-    context.progress.update("calibration", len(shards), len(shards))
-    if calibration is not None:
-        calibration.release()
-    return totals
-
-
-@contextmanager
-def _explaining(shard: int) -> Iterator[None]:
-    try:
-        yield
-    except (NonFiniteError, ExactOverflowError) as error:
-        raise UserError(f"importance, calibration shard {shard}: {error}; check the checkpoint's weights") from None
-
-
-def _shards(windows: int, settings: CalibrationConfig) -> list[list[range]]:
-    """Numbers of the windows of each micro-batch of each shard."""
-    size = settings.micro_batch_size
-    micro_batches = [range(start, min(start + size, windows)) for start in range(0, windows, size)]
-    per_shard = settings.shard_size
-    return [micro_batches[start : start + per_shard] for start in range(0, len(micro_batches), per_shard)]
+        record_probe(scorer.module, checkpoint.family, context.work / PROBE)
+    return scorer
 
 
 def _scores(

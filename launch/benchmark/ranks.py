@@ -58,11 +58,11 @@ def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
     """On every rank: seconds for all shards and the sums' digests, in shard order."""
     # The ranks' process group belongs to the package; a process that only measures unsharded models needs none.
     from hfprune_dist.distributed.world import join_world
-    from hfprune_dist.scoring.calibration_pass import Calibration
+    from hfprune_dist.scoring.shard_scorer import ShardScorer
 
     world = join_world(os.environ, timeout_minutes=10)
     windows_ST = read_text(model, text, shards * SHARD_SIZE, tokens)
-    calibration = Calibration(
+    scorer = ShardScorer(
         open_checkpoint(Path(model)),
         getattr(torch, DTYPE),
         windows_ST,
@@ -71,10 +71,10 @@ def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
         micro_batch_size=1,
         world=world,
     )
-    calibration.score(_micro_batches(0))  # DeepSpeed learns the order of layers
+    scorer.score(_micro_batches(0))  # DeepSpeed learns the order of layers
     world.barrier()
     started = time.perf_counter()
-    mine = {shard: calibration.score(_micro_batches(shard)) for shard in range(world.rank, shards, world.size)}
+    mine = {shard: scorer.score(_micro_batches(shard)) for shard in range(world.rank, shards, world.size)}
     world.barrier()
     seconds = time.perf_counter() - started
     digests = {shard: hashlib.sha256(sums.units_KLU.numpy().tobytes()).hexdigest() for shard, sums in mine.items()}

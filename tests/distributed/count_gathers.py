@@ -11,14 +11,14 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.distributed.gather_counter import counting_gathers
 from hfprune_dist.distributed.world import join_world
-from hfprune_dist.scoring.calibration_pass import Calibration
+from hfprune_dist.scoring.shard_scorer import ShardScorer
 
 
 def main(folder, criteria, checkpointing):
     world = join_world(os.environ, timeout_minutes=2)
     windows = torch.arange(3, 3 + 4 * 16).reshape(4, 16)
     chosen = [CRITERIA[name] for name in criteria.split(",")]
-    calibration = Calibration(
+    scorer = ShardScorer(
         open_checkpoint(Path(folder)),
         torch.bfloat16,
         windows,
@@ -31,10 +31,10 @@ def main(folder, criteria, checkpointing):
     counts = []
     for window in range(4):
         with counting_gathers() as gathered:
-            calibration.score([range(window, window + 1)])
+            scorer.score([range(window, window + 1)])
         counts.append((gathered.calls, gathered.bytes))
-    calibration.release()
-    left = sum(parameter.ds_tensor.numel() for parameter in calibration.module.parameters())
+    scorer.release()
+    left = sum(parameter.ds_tensor.numel() for parameter in scorer.module.parameters())
     if world.is_first:
         print("result: " + json.dumps({"counts": counts, "left_of_shards": left}), flush=True)
     world.barrier()

@@ -40,7 +40,7 @@ from hfprune_dist.evaluation.sharded_lm import ShardedLM
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.refit import run_refit as refit
 from hfprune_dist.refit.measure_widths import Measurement
-from hfprune_dist.scoring.calibration_pass import Calibration
+from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json
 from hfprune_dist.store.claims import Claim, try_claim
@@ -455,7 +455,7 @@ def subjects() -> list[Subject]:
         StageSubject("prune block", _prune(refit="block"), {refit.SequentialRefit: "_fit"}),
         StageSubject("prune dense", _prune(refit="dense"), {refit.DenseRefit: "_prepared"}),
         StageSubject("prune searched", _prune(allocation="searched", refit="dense"), {Measurement: "_through"}),
-        StageSubject("importance", _importance, {Calibration: "score"}),
+        StageSubject("importance", _importance, {ShardScorer: "score"}),
         StageSubject("importance's second pass", _importance, {LayerStream: "grams"}),
         StageSubject("evaluate", _evaluate, {ShardedLM: "_answer"}),
         StageSubject("recover", _recover, {finetune._LoraTrainer: "training_step"}),

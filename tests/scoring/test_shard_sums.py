@@ -9,7 +9,7 @@ from ranks import SoloWorld
 
 from hfprune_dist.checkpoints.tensor_files import load_tensors, save_tensors
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.scoring.calibration_pass import Sums
+from hfprune_dist.scoring.shard_scorer import Sums
 from hfprune_dist.scoring.shard_sums import Accumulation
 
 CHOSEN = [CRITERIA["entropy"], CRITERIA["entropy_bfloat16"]]

@@ -1,0 +1,135 @@
+"""One rank of the calibration pass: a sharded model runs over windows of text, and what units are scored by adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.read_tensors import scored_layer
+from hfprune_dist.core.bound_losses import Batch
+from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
+from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.scores import STUDENT_CRITERION, finished, student_keeps
+from hfprune_dist.distributed.deepspeed_patches import empty_shards, rearming
+from hfprune_dist.distributed.world import World
+from hfprune_dist.distributed.zero3 import gathered, load_frozen
+from hfprune_dist.models.memory_efficient_backward import (
+    checkpoint_activations,
+    keep_no_gathered_weights,
+    use_memory_efficient_backward,
+)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What some micro-batches add up to.
+
+    Attributes:
+        units_KLU: float64 [criteria with a sum, num_layers, units].
+        terms_JLU: what each micro-batch adds to rounded sums (see ``UnitSums``).
+        curvature_LCC: float32 [num_layers, hidden_size, hidden_size], or empty (see ``UnitSums``).
+        losses: loss name -> sum over windows of the loss per token.
+    """
+
+    units_KLU: Tensor
+    terms_JLU: list[Tensor]
+    curvature_LCC: Tensor
+    losses: dict[str, float]
+
+
+class ShardScorer:
+    """Scores windows on one rank, in step with the others.
+
+    Args:
+        windows_ST: int64 [windows, tokens], the same on every rank.
+        criteria: those with something to sum.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        windows_ST: Tensor,
+        criteria: Sequence[Criterion],
+        *,
+        seed: int,
+        micro_batch_size: int,
+        world: World,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        family = checkpoint.family
+        self.module = load_frozen(checkpoint.path, dtype, micro_batch_size, world, family.body_of)
+        use_memory_efficient_backward(self.module, family)
+        keep_no_gathered_weights(self.module)
+        if activation_checkpointing:
+            checkpoint_activations(self.module, family)
+        body, head = family.body_of(self.module), family.head_of(self.module)
+        self._model = ScoredModel(
+            body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
+            head=lambda: gathered(head),
+            output_projections=checkpoint.units.outputs_of(self.module),
+            rearming=lambda: rearming(self.module),
+        )
+        self._vocabulary = head.out_features
+        self._checkpoint = checkpoint
+        self._windows_ST = windows_ST
+        self._criteria = criteria
+        self._seed = seed
+        self._world = world
+
+    def choose_student(self, micro_batches: Sequence[range]) -> None:
+        """Before the first ``score``: fix the student of the losses that need one, if any does.
+
+        It lacks what scores least in these windows. They must be the same on every rank, then so is the student, on any
+        number of ranks and after a resume.
+
+        Raises:
+            NonFiniteError: where a layer saw NaN or infinity.
+        """
+        if all(loss.of != "student" for loss in losses_of(self._criteria)):
+            return
+        criterion, world = CRITERIA[STUDENT_CRITERION], self._world
+        (sums_LU,) = self._score(micro_batches, [criterion]).units_KLU
+        mine = {
+            number: student_keeps(
+                finished(criterion, sums_LU[number], scored_layer(self._checkpoint, number, self._seed))
+            )
+            for number in range(world.rank, self._checkpoint.num_layers, world.size)
+        }
+        keeps = {number: keeps_U for share in world.gather(mine) for number, keeps_U in share.items()}
+        student_LU = torch.stack([keeps[number] for number in sorted(keeps)])
+        self._model = replace(self._model, student_LU=student_LU.to(world.device))
+
+    def release(self) -> None:
+        """Give the memory of the model's weights back; nothing can be scored any more."""
+        empty_shards(self.module)
+
+    def score(self, micro_batches: Sequence[range], forwards: int = 0) -> Sums:
+        """Sums over the windows of some micro-batches.
+
+        Args:
+            forwards: micro-batches that the rank with most of them scores meanwhile. Forwards and backwards of a
+                sharded model are collective: where this rank has fewer, it begins by scoring its first one that many
+                times more, and drops what comes of it.
+
+        Raises:
+            NonFiniteError: where a layer saw NaN or infinity.
+        """
+        missing = forwards - len(micro_batches)
+        if missing > 0:
+            self._score([micro_batches[0]] * missing, self._criteria)
+        return self._score(micro_batches, self._criteria)
+
+    def _score(self, micro_batches: Sequence[range], criteria: Sequence[Criterion]) -> Sums:
+        sums = UnitSums(self._model.output_projections, criteria, self._checkpoint.units.channels_per_unit)
+        losses = {loss.name: 0.0 for loss in losses_of(criteria)}
+        for windows in micro_batches:
+            input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
+            batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed)
+            for name, value in score_batch(self._model, batch, sums).items():
+                losses[name] += value
+        return Sums(sums.sums_KLU, sums.terms_JLU, sums.curvature_LCC, losses)
