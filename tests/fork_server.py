@@ -18,7 +18,6 @@ import gc
 import importlib
 import json
 import os
-import random
 import runpy
 import select
 import signal
@@ -330,8 +329,7 @@ def _surround(process: Process) -> None:
             importlib.import_module("sitecustomize")
     if process.environment.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)
-    random.seed()
-    np.random.seed()
+    np.random.seed()  # random does it by itself
     subprocess.Popen = _Popen
 
 
