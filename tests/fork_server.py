@@ -18,7 +18,6 @@ import gc
 import importlib
 import json
 import os
-import random
 import runpy
 import select
 import signal
@@ -68,11 +67,14 @@ POLL_S = 0.01
 
 
 def forked(command: Sequence[str | Path]) -> list[str]:
-    """The same command, ``python [-m torch.distributed.run ...] launch/... ...``, as a process of the fork server."""
+    """The same command, ``python [-m torch.distributed.run ...] script.py ...``, as a process of the fork server.
+
+    Where a fork would not do it stays as it is: a GPU's driver that was asked anything does not survive one.
+    """
     from hfprune_launch.local.hardware import count_gpus
 
     command = [str(part) for part in command]
-    if count_gpus():  # a driver that was asked anything does not survive a fork
+    if sys.platform != "linux" or count_gpus():
         return command
     return [sys.executable, "-IS", str(FOLDER / "fork_client.py"), _address(), *command[1:]]
 
@@ -136,6 +138,7 @@ def serve(address: str) -> NoReturn:
     for name in IMPORTED:
         importlib.import_module(name)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a library has started a thread when it was imported"
+    sys.stdout.flush()  # else every fork would say again what imports said
     gc.collect()
     gc.freeze()  # what is never collected stays shared with the forks
     with socket.socket(socket.AF_UNIX) as listener:
@@ -330,8 +333,7 @@ def _surround(process: Process) -> None:
             importlib.import_module("sitecustomize")
     if process.environment.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)
-    random.seed()
-    np.random.seed()
+    np.random.seed()  # random does it by itself
     subprocess.Popen = _Popen
 
 
@@ -340,7 +342,6 @@ class _Popen(subprocess.Popen):
 
     def __init__(self, command: Any, *arguments: Any, **options: Any) -> None:
         if not isinstance(command, str) and _is_ours([str(part) for part in command]):
-            sys.modules.setdefault("fork_server", sys.modules[__name__])
             command = forked(command)
         super().__init__(command, *arguments, **options)
 

@@ -61,13 +61,27 @@ def run_stage(
     torchrun: bool = False,
     **runtime: object,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a stage to its end, with one thread per rank so that its bits can be compared.
+    """Lay a stage out and run it to its end, as ``run_ranks`` does."""
+    write_stage_file(store, stage, **runtime)
+    return run_ranks(store, stage, ranks, environment=environment, torchrun=torchrun)
+
+
+def run_ranks(
+    store: Store,
+    stage: Stage,
+    ranks: int = 1,
+    *,
+    environment: dict[str, str] | None = None,
+    torchrun: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """Run a stage that is laid out to its end, with one thread per rank so that its bits can be compared.
 
     Args:
         torchrun: whether ranks are interpreters that torchrun starts, and not forks (fork_server.py).
     """
-    write_stage_file(store, stage, **runtime)
-    command = rank_command(store, stage, ranks)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    script = ROOT / "launch" / "stage" / "run.py"
+    command = [sys.executable, *launcher, str(script), str(store.root), stage.id]
     return subprocess.run(
         command if torchrun else forked(command),
         env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0", **(environment or {})},
@@ -76,12 +90,6 @@ def run_stage(
         timeout=300,
         check=False,
     )
-
-
-def rank_command(store: Store, stage: Stage, ranks: int) -> list[str]:
-    """What starts the ranks of a stage that is laid out."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *torchrun, str(ROOT / "launch" / "stage" / "run.py"), str(store.root), stage.id]
 
 
 def killing(rank: int | str, kill_at: int, match: str) -> dict[str, str]:

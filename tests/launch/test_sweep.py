@@ -12,7 +12,7 @@ import psutil
 import pytest
 import yaml
 from fork_server import forked
-from ranks import ROOT, killing
+from ranks import FAULTS, ROOT, killing
 from sweeps import artifacts, command, finish, make_inputs, results, sweep
 from transformers import AutoModelForCausalLM
 
@@ -159,11 +159,11 @@ def descendants_of(process):
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def start(config, out, *arguments, real=False):
+def start(config, out, *arguments, real=False, environment=None):
     started = command(config, out, *arguments)
     return subprocess.Popen(
         started if real else forked(started),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -205,9 +205,11 @@ def test_killing_the_launcher_at_any_moment(finished, config, tmp_path):
     assert len(results(out)) == 3
 
 
-def test_no_rank_outlives_its_launcher(config, short_of):
-    out = short_of("importance", "prune", "recover")
-    launcher = start(config, out, *ONE_CELL, real=True)
+def test_no_rank_outlives_its_launcher(config, tmp_path):
+    """Ranks that would not end by themselves before the test does."""
+    out = tmp_path / "out"
+    sleeping = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "partial", "SLOW_S": "600"}
+    launcher = start(config, out, *ONE_CELL, real=True, environment=sleeping)
     wait_for(lambda: at_work(out, "importance"))
     started = descendants_of(launcher)
     assert len(started) >= 3, "torchrun and two ranks"

@@ -1,18 +1,13 @@
 import json
-import os
 import shutil
-import signal
-import subprocess
-import time
 
 import pytest
 import torch
 import yaml
 from damage import DAMAGES, damage
-from fork_server import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import SoloWorld, rank_command
+from ranks import SoloWorld, killing, run_ranks
 from tiny import save_tiny, tiny_text, tiny_tokenizer, write_documents
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -115,22 +110,9 @@ def make_reference(store, inputs, dense, dtype):
     return stage
 
 
-def start(store, stage, ranks, torchrun=False):
-    command = rank_command(store, stage, ranks)
-    return subprocess.Popen(
-        command if torchrun else forked(command),
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def run_ranks(store, stage, ranks, torchrun=False):
-    process = start(store, stage, ranks, torchrun)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output[-3000:]
+def finish(store, stage, ranks, torchrun=False):
+    result = run_ranks(store, stage, ranks, torchrun=torchrun, environment={"HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
     assert store.verify(stage.id, thorough=True).state == "done"
     return store.manifest(stage.id)["metrics"]
 
@@ -149,7 +131,7 @@ def uninterrupted(inputs, tmp_path_factory):
     """Everything on one rank."""
     store = Store(tmp_path_factory.mktemp("uninterrupted"))
     stage = write_stage_file(store, inputs, ALL_TASKS)
-    return run_ranks(store, stage, ranks=1), store.path(stage.id)
+    return finish(store, stage, ranks=1), store.path(stage.id)
 
 
 def close(metrics):
@@ -183,14 +165,14 @@ def test_results(uninterrupted):
 @pytest.mark.slow
 def test_two_ranks_have_the_bits_of_one(inputs, uninterrupted, tmp_path):
     store = Store(tmp_path)
-    metrics = run_ranks(store, write_stage_file(store, inputs, ALL_TASKS), ranks=2, torchrun=True)
+    metrics = finish(store, write_stage_file(store, inputs, ALL_TASKS), ranks=2, torchrun=True)
     assert metrics == uninterrupted[0]
 
 
 @pytest.mark.slow
 def test_sharded_ranks_have_the_scores_of_one(inputs, uninterrupted, tmp_path):
     store = Store(tmp_path)
-    metrics = run_ranks(store, write_stage_file(store, inputs, ALL_TASKS, sharding="zero3"), ranks=2)
+    metrics = finish(store, write_stage_file(store, inputs, ALL_TASKS, sharding="zero3"), ranks=2)
     assert metrics["sharding"] == "zero3"
     assert metrics["tasks"] == close(uninterrupted[0]["tasks"])
     assert metrics["fidelity"] == pytest.approx(uninterrupted[0]["fidelity"], rel=1e-5)
@@ -202,28 +184,18 @@ def test_a_killed_stage_goes_on(inputs, uninterrupted, tmp_path):
     tasks = ["tiny_lonely", "tiny_choice"]
     stage = write_stage_file(store, inputs, tasks)
     work = store.work(stage.id)
-    process = start(store, stage, ranks=2)
-    answers = work / "tasks/tiny_choice.answers.jsonl"
-    wait_for(lambda: answers.is_file() and answers.read_text().count("\n") >= 2, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    killed = run_ranks(store, stage, ranks=2, environment=killing(0, 3, "tiny_choice.answers"))
+    assert killed.returncode != 0
+    assert (work / "tasks/tiny_choice.answers.jsonl").read_text().count("\n") >= 2
     assert not (work / "tasks/tiny_choice.json").exists()
     finished = read_json(work / "tasks/tiny_lonely.json")
     finished["results"]["tiny_lonely"]["acc,none"] = 0.125  # seen again only if the task isn't evaluated again
     write_json(work / "tasks/tiny_lonely.json", finished)
-    metrics = run_ranks(store, stage, ranks=1)
+    metrics = finish(store, stage, ranks=1)
     assert metrics["tasks"]["tiny_lonely"]["acc"] == 0.125
     assert metrics["tasks"]["tiny_choice"] == uninterrupted[0]["tasks"]["tiny_choice"]
     assert metrics["fidelity"] == uninterrupted[0]["fidelity"]
     assert not work.exists()
-
-
-def wait_for(condition, process, seconds=60):
-    deadline = time.time() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read()[-3000:]
-        assert time.time() < deadline, "the stage took too long"
-        time.sleep(0.005)
 
 
 def test_answers_of_an_earlier_attempt_are_used(inputs, tmp_path, monkeypatch):

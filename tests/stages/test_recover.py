@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from damage import DAMAGES, damage
-from fork_server import forked
 from hypothesis import given, settings
 from peft import PeftModel
-from ranks import SoloWorld, killing, rank_command
+from ranks import SoloWorld, killing, run_ranks
 from safetensors.torch import load_file
 from tiny import save_tiny, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -87,31 +84,15 @@ def write_stage_file(root: Path, source: Path, **changes: object) -> Run:
     return Run(Store(root), stage)
 
 
-def start(
-    run: Run, ranks: int, torchrun: bool = False, environment: dict[str, str] | None = None
-) -> subprocess.Popen[str]:
-    command = rank_command(run.store, run.stage, ranks)
-    return subprocess.Popen(
-        command if torchrun else forked(command),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def finish(run: Run, ranks: int, code: int = 0, torchrun: bool = False) -> str:
-    process = start(run, ranks, torchrun)
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == code, output
-    return output
+    ended = run_ranks(run.store, run.stage, ranks, torchrun=torchrun)
+    assert ended.returncode == code, ended.stdout + ended.stderr
+    return ended.stdout + ended.stderr
 
 
 def kill_after_first_snapshot(run: Run) -> None:
-    process = start(run, 2, environment=killing(0, 6, "/snapshots"))
-    process.communicate(timeout=180)
-    assert process.returncode != 0 and not run.artifact.exists()
+    killed = run_ranks(run.store, run.stage, 2, environment=killing(0, 6, "/snapshots"))
+    assert killed.returncode != 0 and not run.artifact.exists()
     assert len(list(run.snapshots.glob("step-*"))) == 1
 
 
