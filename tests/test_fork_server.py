@@ -114,7 +114,8 @@ import torch, torch.distributed as dist
 dist.init_process_group("gloo")
 sums = torch.tensor([dist.get_rank() + 1])
 dist.all_reduce(sums)
-print(sums.item(), os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"], flush=True)
+told = f"{sums.item()} {os.environ['LOCAL_RANK']} {os.environ['LOCAL_WORLD_SIZE']}\\n"
+os.write(1, told.encode())  # at once, as three ranks write there
 if len(sys.argv) > 1:
     dist.get_rank() == 1 and os._exit(int(sys.argv[1]))
     time.sleep(60)
