@@ -38,11 +38,13 @@ class Cluster:
 
     Args:
         port_base: the first of its ports.
+        cpus: of each node.
     """
 
-    def __init__(self, folder: Path, port_base: int) -> None:
+    def __init__(self, folder: Path, port_base: int, cpus: int) -> None:
         self.folder = folder
-        self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PORT_BASE": str(port_base)}
+        conf = folder / "slurm.conf"
+        self.environment = {"SLURM_CONF": str(conf), "PORT_BASE": str(port_base), "CPUS": str(cpus)}
 
     def run(self, action: str, *arguments: str) -> None:
         log = self.folder / "commands.log"
@@ -169,7 +171,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
+        time.sleep(0.25)
     return found
 
 

@@ -48,9 +48,9 @@ def new_cluster(_slurm):
     """A context with a folder for a cluster of one's own, on twelve ports of its own; it goes down at the end."""
 
     @contextmanager
-    def folder_of(port_base):
+    def folder_of(port_base, cpus=2):
         # Sockets need a short path, munge one that everybody may enter.
-        cluster = Cluster(Path(tempfile.mkdtemp(prefix="hfprune-slurm-")), port_base)
+        cluster = Cluster(Path(tempfile.mkdtemp(prefix="hfprune-slurm-")), port_base, cpus)
         try:
             yield cluster
         finally:
@@ -63,8 +63,11 @@ def new_cluster(_slurm):
 
 @pytest.fixture(scope="session")
 def cluster(new_cluster):
-    """Jobs that ask for nothing else run on n1 and n2: n3 and n4 are for tests that take nodes away from jobs."""
-    with new_cluster(PORT_BASE) as started:
+    """Jobs that ask for nothing else run on n1 and n2: n3 and n4 are for tests that take nodes away from jobs.
+
+    Jobs sleep for much of their time, so there are more of them than this machine has CPUs.
+    """
+    with new_cluster(PORT_BASE, cpus=3) as started:
         started.run("up")
         started.slurm("scontrol", "update", "partitionname=main", "nodes=n[1-2]")
         yield started
