@@ -113,12 +113,12 @@ def _launch(arguments: list[str], environment: dict[str, str], output: Path, sta
         with suppress(ImportError):  # as in every interpreter
             importlib.import_module("sitecustomize")
     from hfprune_launch import sweep
-    from hfprune_launch.modes import sweep as running
+    from hfprune_launch.modes import sweep_run
     from hfprune_launch.slurm import backend
 
     backend.LONGEST_WAIT_S = 3.0
     if stages_here:
-        running.LocalBackend = _with_forked_ranks()
+        sweep_run.LocalBackend = _with_forked_ranks()
     sys.exit(sweep.main(arguments))
 
 
