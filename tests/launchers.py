@@ -12,6 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -35,6 +37,9 @@ _forks.set_forkserver_preload(
         "transformers.models.llama.tokenization_llama",
     ]
 )
+
+# An exit code can be read once, which the start of any other process may do, too: threads take turns.
+_turn = threading.Lock()
 
 
 class Launcher(ABC):
@@ -84,20 +89,28 @@ class ForkedLauncher(Launcher):
         call = (list(arguments), dict(environment), self._output, stages_here)
         # A daemon, in multiprocessing's sense: it does not outlive the tests.
         self._process = _forks.Process(target=_launch, args=call, daemon=True)
-        self._process.start()
+        with _turn:
+            self._process.start()
 
     def end(self, seconds: float) -> tuple[int, str]:
-        self._process.join(seconds)
-        output, code = self._output.read_text(), self._process.exitcode
-        assert code is not None, f"still running after {seconds:.0f} s: {output}"
+        deadline = time.monotonic() + seconds
+        while (code := self._exit_code()) is None:
+            assert time.monotonic() < deadline, f"still running after {seconds:.0f} s: {self._output.read_text()}"
+            time.sleep(0.1)
+        output = self._output.read_text()
         self._output.unlink()
         return code, output
+
+    def _exit_code(self) -> int | None:
+        with _turn:
+            return self._process.exitcode
 
 
 def end_launchers() -> None:
     """Kill all forks that still run; their tests were given up."""
-    for fork in multiprocessing.active_children():
-        fork.kill()
+    with _turn:
+        for fork in multiprocessing.active_children():
+            fork.kill()
 
 
 def _launch(arguments: list[str], environment: dict[str, str], output: Path, stages_here: bool) -> None:

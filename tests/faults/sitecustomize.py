@@ -5,10 +5,8 @@ KILL_AT=n         before its n-th operation that makes something durable or visi
 KILL_MATCH=text   counting only operations on paths that contain this text; without it, all-reduces are counted
 SLOW_MATCH=text   ranks sleep before each operation on a path that contains this text
 SLOW_S=seconds    so long
-FIRST=yes         this machine serves its ranks before other processes, where it may
 """
 
-import contextlib
 import os
 
 rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "launcher"
@@ -23,6 +21,3 @@ if "SLOW_MATCH" in os.environ and rank != "launcher":
     from kill import slow_down
 
     slow_down(os.environ["SLOW_MATCH"], float(os.environ["SLOW_S"]))
-if "FIRST" in os.environ and rank != "launcher":
-    with contextlib.suppress(PermissionError):
-        os.nice(-15)
