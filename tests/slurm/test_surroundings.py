@@ -84,7 +84,7 @@ def test_a_rank_that_crashes(cluster, config, without, tmp_path_factory):
     (folder / "sitecustomize.py").write_text(
         "import ctypes, os, pathlib\n"
         f"once = pathlib.Path({str(folder)!r}) / 'crashed'\n"
-        "if 'SLURM_PROCID' in os.environ and not once.exists():\n"
+        "if os.environ.get('SLURM_PROCID') == '0' and not once.exists():\n"
         "    once.touch()\n"
         "    ctypes.string_at(0)\n"
     )
