@@ -11,10 +11,12 @@
 #
 # Clients find it by:  export SLURM_CONF=DIR/slurm.conf
 # PORT_BASE (default 17000) is the first of the 12 ports it uses; change it to run two clusters side by side.
+# CPUS (default 2) is how many CPUs each node has for Slurm, which counts them only.
 # DIR/site.conf holds lines of slurm.conf of your own, e.g. "Prolog=/path"; "up" takes them over.
 set -euo pipefail
 
 PORT_BASE=${PORT_BASE:-17000}
+CPUS=${CPUS:-2}
 NODES=(n1 n2 n3 n4)
 DAEMONS=("${NODES[@]}" slurmctld slurmdbd mariadb munge)
 WAIT_SECONDS=60
@@ -102,7 +104,7 @@ AccountingStorageHost=$ADDRESS
 AccountingStoragePort=$((PORT_BASE + 10))
 # With munge, this "password" is the socket through which slurmdbd's clients are known.
 AccountingStoragePass=$DIR/munge/munge.socket
-NodeName=n[1-4] NodeHostname=localhost NodeAddr=$ADDRESS Port=[$((PORT_BASE + 1))-$((PORT_BASE + 4))] CPUs=2 RealMemory=4000
+NodeName=n[1-4] NodeHostname=localhost NodeAddr=$ADDRESS Port=[$((PORT_BASE + 1))-$((PORT_BASE + 4))] CPUs=$CPUS RealMemory=4000
 PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=$GRACE_TIME
 PartitionName=urgent Nodes=n[1-4] MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
 CONF

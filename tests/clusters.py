@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 import yaml
-from launchers import ForkedLauncher, Launcher
+from fork_server import forked
 from ranks import FAULTS, ROOT
-from sweeps import artifacts, results
+from sweeps import artifacts, command, finish, results
 
 from hfprune_dist.store.atomic_files import read_json
 
@@ -31,6 +31,8 @@ TIMES = ("wall_time_s", "peak_memory_bytes", "checkpoint")
 # So long a sweep may take; the tests that run beside it share the machine with it.
 SWEEP_S = 600.0
 ONE_CELL = ("--models", "alpha", "--ratios", "0.2", "--set", "recovery.max_steps=12")
+# All that were started: those that still run are killed with the tests that started them.
+LAUNCHERS: list[subprocess.Popen[str]] = []
 
 
 class Cluster:
@@ -38,11 +40,13 @@ class Cluster:
 
     Args:
         port_base: the first of its ports.
+        cpus: of each node.
     """
 
-    def __init__(self, folder: Path, port_base: int) -> None:
+    def __init__(self, folder: Path, port_base: int, cpus: int) -> None:
         self.folder = folder
-        self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PORT_BASE": str(port_base)}
+        conf = folder / "slurm.conf"
+        self.environment = {"SLURM_CONF": str(conf), "PORT_BASE": str(port_base), "CPUS": str(cpus)}
 
     def run(self, action: str, *arguments: str) -> None:
         log = self.folder / "commands.log"
@@ -71,20 +75,17 @@ class Cluster:
         out: Path,
         *arguments: str,
         profile: str = "local-cluster",
-        launcher: type[Launcher] = ForkedLauncher,
+        real: bool = False,
         **environment: str,
     ) -> Submitted:
-        """Start a sweep on this cluster."""
+        """Start a sweep on this cluster; ``real`` as in ``sweeps.sweep``."""
+        started = command(config, out, *ONE_CELL, "--profile", profile, *arguments)
         whole = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1", **environment}
-        return Submitted(launcher([*chosen(config, out), "--profile", profile, *arguments], whole), out)
+        return Submitted(started if real else forked(started), whole, out)
 
     def sweep(self, config: Path, out: Path, *arguments: str) -> str:
         """Output of a command that looks at a sweep or stops it."""
-        code, output = ForkedLauncher([*chosen(config, out), *arguments], {**os.environ, **self.environment}).end(
-            SWEEP_S
-        )
-        assert code == 0, output
-        return output
+        return finish(config, out, *ONE_CELL, *arguments, environment=self.environment).stdout
 
     def pid(self, daemon: str) -> int:
         return int((self.folder / "run" / f"{daemon}.pid").read_text())
@@ -132,13 +133,17 @@ class Cluster:
 class Submitted:
     """A sweep on the cluster, as a launcher and as files."""
 
-    def __init__(self, launcher: Launcher, out: Path) -> None:
+    def __init__(self, launcher: list[str], environment: dict[str, str], out: Path) -> None:
         self.out = out
-        self._launcher = launcher
+        self._launcher = subprocess.Popen(
+            launcher, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        LAUNCHERS.append(self._launcher)
 
     def end(self) -> tuple[int, str]:
         """Exit code and output."""
-        return self._launcher.end(SWEEP_S)
+        output, _ = self._launcher.communicate(timeout=SWEEP_S)
+        return self._launcher.returncode, output
 
     def job_at_work(self, stage: str, beats: int = 1) -> str:
         """Wait until a stage has made some progress; return its job."""
@@ -156,11 +161,6 @@ class Submitted:
         return None
 
 
-def chosen(config: Path, out: Path) -> list[str]:
-    """Arguments of a sweep with one pruned model, and the dense one."""
-    return ["--config", str(config), "--out", str(out), *ONE_CELL]
-
-
 def read(file: Path) -> Any:
     return json.loads(file.read_text())
 
@@ -169,7 +169,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
+        time.sleep(0.25)
     return found
 
 

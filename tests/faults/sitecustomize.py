@@ -5,6 +5,7 @@ KILL_AT=n         before its n-th operation that makes something durable or visi
 KILL_MATCH=text   counting only operations on paths that contain this text; without it, all-reduces are counted
 SLOW_MATCH=text   ranks sleep before each operation on a path that contains this text
 SLOW_S=seconds    so long
+SLOW_STARTS=n     only in the first n starts of a job; without it, in all of them
 """
 
 import os
@@ -17,7 +18,9 @@ if os.environ.get("KILL_RANK") == rank:
         arm(int(os.environ["KILL_AT"]), os.environ["KILL_MATCH"])
     else:
         arm_reductions(int(os.environ["KILL_AT"]))
-if "SLOW_MATCH" in os.environ and rank != "launcher":
+start = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+is_slow = "SLOW_MATCH" in os.environ and start < int(os.environ.get("SLOW_STARTS") or start + 1)
+if is_slow and rank != "launcher":
     from kill import slow_down
 
     slow_down(os.environ["SLOW_MATCH"], float(os.environ["SLOW_S"]))

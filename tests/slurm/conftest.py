@@ -20,9 +20,8 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
-from clusters import Cluster, chosen, label_of
-from launchers import ForkedLauncher, StartedLauncher, end_launchers
-from sweeps import make_inputs
+from clusters import LAUNCHERS, ONE_CELL, Cluster, label_of
+from sweeps import finish, make_inputs
 
 # Of the clusters. Their distance keeps ids of jobs apart, and with them the ports of ranks.
 PORT_BASE, DISTURBED_PORT_BASE = 18000, 19000
@@ -48,9 +47,9 @@ def new_cluster(_slurm):
     """A context with a folder for a cluster of one's own, on twelve ports of its own; it goes down at the end."""
 
     @contextmanager
-    def folder_of(port_base):
+    def folder_of(port_base, cpus=2):
         # Sockets need a short path, munge one that everybody may enter.
-        cluster = Cluster(Path(tempfile.mkdtemp(prefix="hfprune-slurm-")), port_base)
+        cluster = Cluster(Path(tempfile.mkdtemp(prefix="hfprune-slurm-")), port_base, cpus)
         try:
             yield cluster
         finally:
@@ -63,8 +62,11 @@ def new_cluster(_slurm):
 
 @pytest.fixture(scope="session")
 def cluster(new_cluster):
-    """Jobs that ask for nothing else run on n1 and n2: n3 and n4 are for tests that take nodes away from jobs."""
-    with new_cluster(PORT_BASE) as started:
+    """Jobs that ask for nothing else run on n1 and n2: n3 and n4 are for tests that take nodes away from jobs.
+
+    Jobs sleep for much of their time, so there are more of them than this machine has CPUs.
+    """
+    with new_cluster(PORT_BASE, cpus=3) as started:
         started.run("up")
         started.slurm("scontrol", "update", "partitionname=main", "nodes=n[1-2]")
         yield started
@@ -89,11 +91,9 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(config, tmp_path_factory):
-    """The sweep on this machine, on one rank: every sweep on a cluster must end where this one ends."""
+    """The sweep on this machine, without Slurm: every sweep on a cluster must end where this one ends."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    code, output = ForkedLauncher([*chosen(config, out), "--ranks", "1"], environment, stages_here=True).end(600)
-    assert code == 0, output
+    finish(config, out, *ONE_CELL)
     return out
 
 
@@ -117,7 +117,7 @@ def without(finished, tmp_path_factory):
 def on_cluster(cluster, config, tmp_path_factory):
     """Folder and output of a whole sweep, once it has ended."""
     out = tmp_path_factory.mktemp("cluster") / "out"
-    submitted = cluster.submit(config, out, "--max-running", "2", launcher=StartedLauncher)
+    submitted = cluster.submit(config, out, "--max-running", "2", real=True)
 
     @cache
     def ended():
@@ -150,7 +150,8 @@ def _beside(request, _slurm):
         pool.submit(run, lanes[name])
     yield ends
     pool.shutdown(wait=False, cancel_futures=True)
-    end_launchers()
+    for launcher in LAUNCHERS:
+        launcher.kill()
     pool.shutdown()
 
 

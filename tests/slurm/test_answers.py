@@ -108,13 +108,15 @@ def test_a_prolog_fails(disturbed, config, finished, without):
     """Slurm holds the job for ever, and drains the node."""
     broken = disturbed.folder / "prolog.fails.n1"
     broken.touch()
-    out = without(DENSE)
-    output = done(disturbed, out, finished, disturbed.submit(config, out))
-    assert "launch failed requeued held" in output and "could not be started on n1" in output
-    assert causes(out) == ["bad node", "done"]
-    assert read(attempt_folders(out)[0] / "end.json")["bad_nodes"] == ["n1"]
-    broken.unlink()
-    disturbed.slurm("scontrol", "update", "nodename=n1", "state=resume")
+    try:
+        out = without(DENSE)
+        output = done(disturbed, out, finished, disturbed.submit(config, out))
+        assert "launch failed requeued held" in output and "could not be started on n1" in output
+        assert causes(out) == ["bad node", "done"]
+        assert read(attempt_folders(out)[0] / "end.json")["bad_nodes"] == ["n1"]
+    finally:
+        broken.unlink()
+        disturbed.slurm("scontrol", "update", "nodename=n1", "state=resume")
 
 
 def test_why_a_job_waits_is_said(cluster, config, finished, without):

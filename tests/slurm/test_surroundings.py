@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 from clusters import CONTROL, attempt_folders, causes, read
-from launchers import StartedLauncher
 from sweeps import results
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
@@ -54,7 +53,7 @@ SURROUNDINGS = {
 
 def test_a_launcher_inside_another_job(cluster, config, without):
     out, profile = without(CONTROL), cluster.profile("inside", memory="1G")
-    code, output = cluster.submit(config, out, profile=profile, launcher=StartedLauncher, **SURROUNDINGS).end()
+    code, output = cluster.submit(config, out, profile=profile, real=True, **SURROUNDINGS).end()
     assert code == 0, output
     assert causes(out) == ["done"]
     (run,) = [read(file) for file in attempt_folders(out)[0].glob("run.*.json")]
@@ -85,7 +84,7 @@ def test_a_rank_that_crashes(cluster, config, without, tmp_path_factory):
     (folder / "sitecustomize.py").write_text(
         "import ctypes, os, pathlib\n"
         f"once = pathlib.Path({str(folder)!r}) / 'crashed'\n"
-        "if 'SLURM_PROCID' in os.environ and not once.exists():\n"
+        "if os.environ.get('SLURM_PROCID') == '0' and not once.exists():\n"
         "    once.touch()\n"
         "    ctypes.string_at(0)\n"
     )
