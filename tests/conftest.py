@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def real_assets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo-assets")
     demo_assets.build(folder)
     return folder
+
+
+def pytest_configure():
+    """A suite that was started in the background ignores Ctrl-C, and so would all processes that it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers(config):

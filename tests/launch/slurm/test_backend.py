@@ -586,8 +586,6 @@ def test_a_launcher_is_interrupted_while_it_waits(fake, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # A suite in the background ignores Ctrl-C, and its children would too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(lambda: len(fake.jobs()) == 8 and len(fake.calls("squeue")) > 2)
     launcher.send_signal(signal.SIGINT)
