@@ -32,7 +32,7 @@ class LayerFit:
     error_after: float
 
 
-class FittedLayers:
+class RefittedLayers:
     """Two files per layer: its new weights, then a report, whose presence says that the layer is done.
 
     Args:

@@ -19,7 +19,7 @@ from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import mlp_of, output_of, projection, put_weights, weights_kept
 from hfprune_dist.refit.gauss_newton_ranks import Reconstruction, Start
-from hfprune_dist.refit.refitted_layers import FittedLayers, LayerFit
+from hfprune_dist.refit.refitted_layers import LayerFit, RefittedLayers
 
 # Called on every rank with the number of layers that are done.
 AfterEach = Callable[[int], None]
@@ -43,7 +43,7 @@ class DenseRefit:
         checkpoint: Checkpoint,
         kept: Sequence[Tensor],
         stream: LayerStream,
-        fitted: FittedLayers,
+        fitted: RefittedLayers,
         world: World,
     ) -> None:
         self._checkpoint = checkpoint
@@ -108,7 +108,7 @@ class SequentialRefit:
         kept: Sequence[Tensor],
         stream: LayerStream,
         dense: LayerStream,
-        fitted: FittedLayers,
+        fitted: RefittedLayers,
         *,
         whole_mlp: bool,
         world: World,

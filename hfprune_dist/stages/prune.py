@@ -20,7 +20,7 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.refit.measure_widths import Measurement
-from hfprune_dist.refit.refitted_layers import FittedLayers
+from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.run_refit import DenseRefit, SequentialRefit
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_json, write_json
@@ -127,7 +127,7 @@ def _refit(
     name, size = params.forward_pass()
     dtype = getattr(torch, name)
     windows_ST, whole_mlp = context.calibration_windows(), params.refit == "block"
-    fitted = FittedLayers(checkpoint, whole_mlp, context.work / "refit")
+    fitted = RefittedLayers(checkpoint, whole_mlp, context.work / "refit")
     refit: DenseRefit | SequentialRefit
     if params.refit == "dense":
         stream = LayerStream(checkpoint, windows_ST, dtype, size, world, probe=_probe(context, checkpoint))

@@ -92,7 +92,7 @@ class Attempt:
         return sorted([*self.folder.glob("*_log.out"), *self.folder.glob("*_log.err")])
 
 
-class Ledger:
+class Attempts:
     """All attempts of a store."""
 
     def __init__(self, store_root: Path) -> None:
@@ -103,12 +103,12 @@ class Ledger:
         """Whether nobody has submitted a job for this store."""
         return not self._root.is_dir()
 
-    def attempts(self, stage_id: str) -> list[Attempt]:
+    def of(self, stage_id: str) -> list[Attempt]:
         """Attempts at a stage, first to last; a folder from which nothing can have been submitted is left out."""
-        return list(self._attempts(stage_id))
+        return list(self._iterate(stage_id))
 
     def last(self, stage_id: str) -> Attempt | None:
-        return next(self._attempts(stage_id, newest_first=True), None)
+        return next(self._iterate(stage_id, newest_first=True), None)
 
     def attempt_at(self, folder: Path) -> Attempt:
         """The attempt in a folder of the store.
@@ -124,14 +124,14 @@ class Ledger:
     def open_attempts(self) -> list[Attempt]:
         """All attempts of the store that have no end, whichever sweep made them."""
         stages = sorted(folder.relative_to(self._root) for folder in self._root.glob("*/*"))
-        return [attempt for stage in stages for attempt in self.attempts(str(stage)) if attempt.end is None]
+        return [attempt for stage in stages for attempt in self.of(str(stage)) if attempt.end is None]
 
     def ended_jobs(self, stage_id: str) -> set[str]:
         """Jobs of a stage that are over, by Slurm's word or because they are gone: what they claim is free.
 
         Not those whose id an open attempt has as well: another cluster, or one that was set up anew, gives ids again.
         """
-        attempts = [(attempt.job_id, attempt.end) for attempt in self.attempts(stage_id)]
+        attempts = [(attempt.job_id, attempt.end) for attempt in self.of(stage_id)]
         over = {job_id for job_id, end in attempts if job_id is not None and end is not None and end.state}
         return over - {job_id for job_id, end in attempts if job_id is not None and end is None}
 
@@ -169,7 +169,7 @@ class Ledger:
         (again.folder / END).unlink()
         return again
 
-    def _attempts(self, stage_id: str, newest_first: bool = False) -> Iterator[Attempt]:
+    def _iterate(self, stage_id: str, newest_first: bool = False) -> Iterator[Attempt]:
         folder = self._root / stage_id
         for _, path in sorted(_numbered(folder), reverse=newest_first) if folder.is_dir() else []:
             intent = read_intent(path)

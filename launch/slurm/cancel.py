@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from hfprune_launch.slurm.attempts import Attempt, Ledger
+from hfprune_launch.slurm.attempts import Attempt, Attempts
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.whereabouts import Whereabouts
 
@@ -33,7 +33,7 @@ def cancel_jobs(plan: Plan, store: Store, slurm: SlurmCommands) -> Cancelled:
     Raises:
         SlurmUnavailableError: where Slurm did not answer; some jobs may be left.
     """
-    attempts = Ledger(store.root).open_attempts()
+    attempts = Attempts(store.root).open_attempts()
     whereabouts = Whereabouts(store, slurm, time.monotonic)
     whereabouts.look({job_id: attempt for attempt in attempts if (job_id := attempt.job_id) is not None})
     foreign = [each for each in attempts if whereabouts.is_elsewhere(each) or whereabouts.is_somebody_elses(each)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hfprune_launch.slurm.attempts import Ledger
+from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.batch_script import Request, batch_script, default_threads
 from hfprune_launch.slurm.cancel import cancel_jobs
@@ -167,7 +167,7 @@ class _StatusJobs:
 
     def now(self) -> dict[str, JobInfo]:
         store = self._sweep.store
-        if shutil.which("squeue") is None or Ledger(store.root).is_empty:
+        if shutil.which("squeue") is None or Attempts(store.root).is_empty:
             return {}
         newest = [SlurmStage(store, stage_id).open_attempt() for stage_id in self._sweep.plan.stages]
         attempts = {job_id: it for it in newest if it is not None and (job_id := it.job_id) is not None}

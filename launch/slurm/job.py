@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfprune_launch.slurm.attempt_records import Run
-from hfprune_launch.slurm.attempts import Ledger
+from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.exit_causes import never_gets_further
 from hfprune_launch.slurm.log_signs import START
@@ -183,7 +183,7 @@ class _Rank:
         """
         self._end("interrupted")
         job_id = array_job_id(os.environ)
-        attempt = Ledger(self._handle.store.root).attempt_at(Path(os.environ["SUBMITIT_FOLDER"]))
+        attempt = Attempts(self._handle.store.root).attempt_at(Path(os.environ["SUBMITIT_FOLDER"]))
         slurm = SlurmCommands()
         try:
             hopeless = never_gets_further(attempt)
@@ -233,7 +233,7 @@ class _StartGate:
 
     def __init__(self, store: Store, stage_id: str, folder: Path) -> None:
         self._handle = SlurmStage(store, stage_id)
-        self._attempt = Ledger(store.root).attempt_at(folder)
+        self._attempt = Attempts(store.root).attempt_at(folder)
         self.claim: Claim | None = None
         self._asked_since = time.monotonic()
         self._run = Run(

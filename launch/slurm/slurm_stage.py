@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from hfprune_launch.slurm.attempts import Attempt, Ledger
+from hfprune_launch.slurm.attempts import Attempt, Attempts
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Claim, Holder
@@ -16,15 +16,15 @@ class SlurmStage(StageHandle):
 
     def __init__(self, store: Store, id: str) -> None:
         super().__init__(store, id)
-        self._ledger = Ledger(store.root)
+        self._attempts = Attempts(store.root)
 
     def attempts(self) -> list[Attempt]:
         """All attempts, first to last."""
-        return self._ledger.attempts(self.id)
+        return self._attempts.of(self.id)
 
     def last_attempt(self) -> Attempt | None:
         """The newest attempt; None before the first."""
-        return self._ledger.last(self.id)
+        return self._attempts.last(self.id)
 
     def open_attempt(self) -> Attempt | None:
         """The newest attempt where it has no end yet: its job may be waiting, running or over."""
@@ -33,4 +33,4 @@ class SlurmStage(StageHandle):
 
     def claim(self, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:
         """As ``StageHandle.claim``; what jobs hold that are known to be over is free."""
-        return super().claim(job, {*ended_jobs, *self._ledger.ended_jobs(self.id)})
+        return super().claim(job, {*ended_jobs, *self._attempts.ended_jobs(self.id)})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfprune_launch.slurm.attempt_records import NEED_ENDED, QUEUE_FULL, End
-from hfprune_launch.slurm.attempts import Attempt, Ledger
+from hfprune_launch.slurm.attempts import Attempt, Attempts
 from hfprune_launch.slurm.batch_script import Request, default_threads, write_submission
 from hfprune_launch.slurm.commands import (
     NeedEndedError,
@@ -56,7 +56,7 @@ class Submission:
         self._jobs = jobs
         self._ends = ends
         self._submitting = submitting
-        self._ledger = Ledger(jobs.store.root)
+        self._attempts = Attempts(jobs.store.root)
         self.is_held_up = False
 
     def submit_missing(self) -> None:
@@ -120,7 +120,7 @@ class Submission:
         submitting, handle = self._submitting, self._jobs.handle(stage.id)
         resources = submitting.profile.resources[stage.kind]
         slot = choose_slot(submitting.max_running, self._jobs.live.values(), after_ok)
-        attempt = self._ledger.open_attempt(
+        attempt = self._attempts.open_attempt(
             stage, resources.gpus, resources.cores, resources.time_minutes, slot.number, **self._jobs.whereabouts.me
         )
         write_stage_file(handle, stage, submitting.provenance, attempt.intent.number)

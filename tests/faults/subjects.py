@@ -19,7 +19,7 @@ from hfprune_launch import sweep
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.modes import sweep_run
 from hfprune_launch.slurm import commands as slurm_cli
-from hfprune_launch.slurm.attempts import Ledger
+from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.code_snapshot import take_snapshot
 from hfprune_launch.slurm.commands import SlurmCommands
@@ -420,7 +420,7 @@ class SlurmSweep(Subject):
     def _run_job(self, store: Store, stage: Stage, job_id: str, name: str, restart: bool) -> bool:
         """What the first rank of a job does."""
         os.environ |= {"SLURM_JOB_ID": job_id, "SLURM_RESTART_COUNT": str(int(restart))}
-        attempt = next((it for it in Ledger(store.root).attempts(stage.id) if it.intent.job_name == name), None)
+        attempt = next((it for it in Attempts(store.root).of(stage.id) if it.intent.job_name == name), None)
         if (
             attempt is None
             or not (attempt.folder / "stage.pkl").is_file()

@@ -26,7 +26,7 @@ from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import Evaluate, Importance, Train, fits, seconds
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
-from hfprune_dist.refit.refitted_layers import FittedLayers
+from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.run_refit import DenseRefit, SequentialRefit
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 264}
@@ -197,7 +197,7 @@ def test_memory_of_a_refit(kind, rank, ranks, dims, dtype, tmp_path, monkeypatch
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **sizes))
     kept, windows = [torch.arange(dims[1] // 2)] * 3, torch.randint(264, (8 * ranks, 16))
     dense, pruned = (LayerStream(checkpoint, windows, dtype, 2, world) for _ in range(2))
-    fitted = FittedLayers(checkpoint, kind == "block", tmp_path / "fitted")
+    fitted = RefittedLayers(checkpoint, kind == "block", tmp_path / "fitted")
     if kind == "dense":
         refit = DenseRefit(checkpoint, kept, dense, fitted, world)
     else:

@@ -17,7 +17,7 @@ from hfprune_dist.core.least_squares import LeastSquares
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.refit import gauss_newton_ranks as reconstruct
 from hfprune_dist.refit.measure_widths import Measurement
-from hfprune_dist.refit.refitted_layers import FittedLayers
+from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.run_refit import SequentialRefit
 from hfprune_dist.stages import prune
 from hfprune_dist.stages.context import Context
@@ -231,7 +231,7 @@ def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch):
     run_solo(reference, stage)
     store, stage, _ = prepare(tmp_path, refit="layerwise")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(FittedLayers, "install", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(RefittedLayers, "install", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         run_solo(store, stage)
     run_solo(store, stage)
     assert fitted == [0, 1, 0, 1]

@@ -14,7 +14,7 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.refit.measure_widths import Measurement
-from hfprune_dist.refit.refitted_layers import FittedLayers
+from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.stages import importance, prune, reference
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
@@ -171,7 +171,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize(("before", "after"), RANKS)
 def test_a_refit_of_dense_layers_solves_none_twice(tmp_path, uninterrupted, logged, before, after):
-    written = logged(FittedLayers, "write", lambda _self, number, *_: number)
+    written = logged(RefittedLayers, "write", lambda _self, number, *_: number)
     store, stage = prepare(tmp_path, refit="dense")
     assert ended(before, store, stage, interrupt_at=2) == INTERRUPTED
     assert sorted(written()) == ["0", "1"]
@@ -183,7 +183,7 @@ def test_a_refit_of_dense_layers_solves_none_twice(tmp_path, uninterrupted, logg
 @pytest.mark.parametrize("part", [".safetensors", ".json"])
 @pytest.mark.parametrize("refit", ["dense", "layerwise"])
 def test_a_damaged_layer_of_a_refit_is_fitted_again(tmp_path, uninterrupted, logged, refit, part):
-    written = logged(FittedLayers, "write", lambda _self, number, *_: number)
+    written = logged(RefittedLayers, "write", lambda _self, number, *_: number)
     store, stage = prepare(tmp_path, refit=refit)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Context, "open_draft", lambda _self: (_ for _ in ()).throw(Interrupted))

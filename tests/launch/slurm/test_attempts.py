@@ -5,7 +5,7 @@ import json
 import pytest
 from fake_slurm import FakeSlurm
 from hfprune_launch.slurm.attempt_records import End, Run
-from hfprune_launch.slurm.attempts import Ledger
+from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.profile import Profile, Resources
@@ -31,17 +31,17 @@ DAMAGE = {
 
 
 @pytest.fixture
-def ledger(tmp_path):
-    return Ledger(tmp_path)
+def attempts(tmp_path):
+    return Attempts(tmp_path)
 
 
 @pytest.fixture
-def attempt(ledger):
-    return ledger.open_attempt(STAGE, 8, 64, 30, None)
+def attempt(attempts):
+    return attempts.open_attempt(STAGE, 8, 64, 30, None)
 
 
-def reread(ledger):
-    return ledger.last(STAGE.id)
+def reread(attempts):
+    return attempts.last(STAGE.id)
 
 
 @pytest.fixture(params=DAMAGE)
@@ -49,94 +49,94 @@ def damage(request):
     return lambda file: file.write_bytes(DAMAGE[request.param])
 
 
-def test_a_damaged_intent_of_a_job_that_may_run_is_no_room_for_another(ledger, attempt, damage):
+def test_a_damaged_intent_of_a_job_that_may_run_is_no_room_for_another(attempts, attempt, damage):
     """Its job is known by id, or by the name in the batch script; what else the intent said is gone."""
     attempt.record_job("7")
     damage(attempt.folder / "intent.json")
-    found = reread(ledger)
+    found = reread(attempts)
     assert found.job_id == "7" and found.end is None
     assert found.intent.job_name == attempt.intent.job_name
     assert (found.intent.stage_id, found.intent.number) == (STAGE.id, 1)
     assert abs(found.intent.created - attempt.intent.created) < 60
 
 
-def test_a_job_of_an_older_version_is_known_by_its_script(ledger, attempt, damage):
+def test_a_job_of_an_older_version_is_known_by_its_script(attempts, attempt, damage):
     (attempt.folder / "job.json").write_text('{"job_id": "7", "at": 1.0}')
     (attempt.folder / "job.sh").write_text(f"#!/bin/bash\n#SBATCH --job-name={attempt.intent.job_name}\n")
     damage(attempt.folder / "intent.json")
-    assert reread(ledger).intent.job_name == attempt.intent.job_name
+    assert reread(attempts).intent.job_name == attempt.intent.job_name
 
 
-def test_a_damaged_intent_whose_script_may_have_been_submitted(ledger, attempt, damage):
+def test_a_damaged_intent_whose_script_may_have_been_submitted(attempts, attempt, damage):
     (attempt.folder / "job.sh").write_text(f"#!/bin/bash\n#SBATCH --job-name={attempt.intent.job_name}\n")
     damage(attempt.folder / "intent.json")
-    found = reread(ledger)
+    found = reread(attempts)
     assert found.job_id is None and found.intent.job_name == attempt.intent.job_name
 
 
-def test_a_damaged_intent_before_the_script_came_to_nothing(ledger, attempt, damage):
+def test_a_damaged_intent_before_the_script_came_to_nothing(attempts, attempt, damage):
     damage(attempt.folder / "intent.json")
-    assert reread(ledger) is None
-    assert ledger.open_attempt(STAGE, 8, 64, 30, None).intent.number == 2, "its number is not given again"
+    assert reread(attempts) is None
+    assert attempts.open_attempt(STAGE, 8, 64, 30, None).intent.number == 2, "its number is not given again"
 
 
-def test_a_damaged_intent_that_a_running_job_reads(ledger, attempt, damage):
+def test_a_damaged_intent_that_a_running_job_reads(attempts, attempt, damage):
     attempt.record_run(Run("7", 0, "n1", 1.0))
     damage(attempt.folder / "intent.json")
-    found = ledger.attempt_at(attempt.folder).intent
+    found = attempts.attempt_at(attempt.folder).intent
     assert found.number == 1 and found.job_name and attempt.intent.job_name.startswith(found.job_name)
-    assert reread(ledger).job_id == "7"
+    assert reread(attempts).job_id == "7"
 
 
-def test_a_damaged_job_id_is_found_in_the_jobs_own_record(ledger, attempt, damage):
+def test_a_damaged_job_id_is_found_in_the_jobs_own_record(attempts, attempt, damage):
     attempt.record_job("7")
     damage(attempt.folder / "job.json")
-    assert reread(ledger).job_id is None, "to be found by name"
+    assert reread(attempts).job_id is None, "to be found by name"
     attempt.record_run(Run("7", 0, "n1", 1.0))
-    assert reread(ledger).job_id == "7"
+    assert reread(attempts).job_id == "7"
 
 
-def test_a_damaged_end_is_told_again(ledger, attempt, damage):
+def test_a_damaged_end_is_told_again(attempts, attempt, damage):
     attempt.record_job("7")
     attempt.close(End("killed", "", 1.0))
     damage(attempt.folder / "end.json")
-    assert reread(ledger).end is None
+    assert reread(attempts).end is None
 
 
-def test_a_damaged_end_of_the_attempt_before(ledger, attempt, damage):
+def test_a_damaged_end_of_the_attempt_before(attempts, attempt, damage):
     attempt.record_run(Run("7", 0, "n1", 1.0))
     attempt.close(End("killed", "", 1.0, progress={"done": 3}))
-    second = ledger.open_attempt(STAGE, 8, 64, 30, None)
+    second = attempts.open_attempt(STAGE, 8, 64, 30, None)
     assert second.earlier_progress() == [{"done": 3}]
     damage(attempt.folder / "end.json")
     assert second.earlier_progress() == []
 
 
-def test_a_damaged_start_is_left_out(ledger, attempt, damage):
+def test_a_damaged_start_is_left_out(attempts, attempt, damage):
     attempt.record_run(Run("7", 0, "n1", 1.0))
     attempt.record_run(Run("7", 1, "n1", 2.0))
     damage(attempt.folder / "run.7.0.json")
-    assert [run.restart for run in reread(ledger).runs()] == [1]
+    assert [run.restart for run in reread(attempts).runs()] == [1]
 
 
-def test_records_of_a_later_version_are_read(ledger, attempt):
+def test_records_of_a_later_version_are_read(attempts, attempt):
     record = json.loads((attempt.folder / "intent.json").read_text())
     (attempt.folder / "intent.json").write_text(json.dumps({**record, "something_new": 1}))
-    assert reread(ledger).intent == attempt.intent
+    assert reread(attempts).intent == attempt.intent
 
 
-def test_stray_files_and_folders_are_no_attempts(ledger, attempt):
+def test_stray_files_and_folders_are_no_attempts(attempts, attempt):
     folder = attempt.folder.parent
     for name in ("notes.txt", ".nfs0001", "4", "²", "1.old"):
         (folder / name).write_text("")
     for name in ("backup", "-3", "007", "6"):
         (folder / name).mkdir()
     (folder / "6" / "intent.json").mkdir()
-    assert [found.intent for found in ledger.attempts(STAGE.id)] == [attempt.intent]
-    assert ledger.open_attempt(STAGE, 8, 64, 30, None).intent.number == 7
+    assert [found.intent for found in attempts.of(STAGE.id)] == [attempt.intent]
+    assert attempts.open_attempt(STAGE, 8, 64, 30, None).intent.number == 7
 
 
-def test_a_record_that_can_not_be_read_now_is_not_absent(ledger, attempt, monkeypatch):
+def test_a_record_that_can_not_be_read_now_is_not_absent(attempts, attempt, monkeypatch):
     """An error of the disk or the network says nothing about what has been submitted."""
     from pathlib import Path
 
@@ -145,7 +145,7 @@ def test_a_record_that_can_not_be_read_now_is_not_absent(ledger, attempt, monkey
 
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(OSError, match="Input/output"):
-        reread(ledger)
+        reread(attempts)
 
 
 def cut(file):
@@ -176,19 +176,19 @@ def launch(tmp_path):
 @pytest.mark.parametrize(
     "lost", [["intent.json"], ["intent.json", "job.json"], ["intent.json", "job.sh"], ["job.json"]]
 )
-def test_a_job_behind_damaged_records_is_followed(fake, launch, ledger, lost):
+def test_a_job_behind_damaged_records_is_followed(fake, launch, attempts, lost):
     launch()
     fake.set_state("101", "RUNNING")
     for name in lost:
-        cut(ledger.last(STAGE.id).folder / name)
+        cut(attempts.last(STAGE.id).folder / name)
     assert "submitted" not in launch()
-    assert len(fake.calls("sbatch")) == 1 and ledger.last(STAGE.id).job_id == "101"
+    assert len(fake.calls("sbatch")) == 1 and attempts.last(STAGE.id).job_id == "101"
 
 
-def test_a_job_of_which_only_the_id_is_left_is_followed(fake, launch, ledger):
+def test_a_job_of_which_only_the_id_is_left_is_followed(fake, launch, attempts):
     launch()
     fake.set_state("101", "RUNNING")
-    folder = ledger.last(STAGE.id).folder
+    folder = attempts.last(STAGE.id).folder
     (folder / "job.json").write_text('{"job_id": "101", "at": 1.0}')
     cut(folder / "intent.json")
     cut(folder / "job.sh")
@@ -196,20 +196,20 @@ def test_a_job_of_which_only_the_id_is_left_is_followed(fake, launch, ledger):
     assert len(fake.calls("sbatch")) == 1
 
 
-def test_a_job_that_is_over_behind_damaged_records_makes_room(fake, launch, ledger):
+def test_a_job_that_is_over_behind_damaged_records_makes_room(fake, launch, attempts):
     launch()
     fake.set_state("101", "FAILED")
-    cut(ledger.last(STAGE.id).folder / "intent.json")
+    cut(attempts.last(STAGE.id).folder / "intent.json")
     assert launch() == ["ended", "submitted"]
 
 
-def test_an_end_that_is_damaged_is_told_again_and_the_stage_goes_on(fake, launch, ledger):
+def test_an_end_that_is_damaged_is_told_again_and_the_stage_goes_on(fake, launch, attempts):
     launch()
     fake.set_state("101", "FAILED")
     assert launch() == ["ended", "submitted"]
     fake.set_state("102", "FAILED")
     assert launch() == ["ended", "submitted"]
     for number in (1, 2):
-        cut(ledger.attempts(STAGE.id)[number - 1].folder / "end.json")
+        cut(attempts.of(STAGE.id)[number - 1].folder / "end.json")
     launch()
     assert len(fake.calls("sbatch")) == 3

@@ -11,7 +11,7 @@ from clusters import wait_for
 from fake_slurm import HEADER, Clock, FakeSlurm
 from fork_server import forked
 from hfprune_launch.slurm.attempt_records import GONE, End, Run
-from hfprune_launch.slurm.attempts import Ledger
+from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.cancel import cancel_jobs
 from hfprune_launch.slurm.cli import Sweep, show_status
@@ -92,7 +92,7 @@ def script_of(store, stage, number=1):
 
 
 def causes(store, stage):
-    return [attempt.end.cause if attempt.end else None for attempt in Ledger(store.root).attempts(stage.id)]
+    return [attempt.end.cause if attempt.end else None for attempt in Attempts(store.root).of(stage.id)]
 
 
 def test_dependencies_become_slurms(fake, store):
@@ -141,8 +141,8 @@ def test_retries_are_bounded(fake, store):
 def test_a_cancelled_job_waits_for_the_user(fake, store):
     backend = make_backend(store)
     backend.start()
-    ledger = Ledger(store.root)
-    ledger.last(SCORES.id).record_run(Run("101", 0, "n1", time.time()))
+    attempts = Attempts(store.root)
+    attempts.last(SCORES.id).record_run(Run("101", 0, "n1", time.time()))
     for job_id in ("101", "102", "103"):
         fake.set_state(job_id, "CANCELLED")
     backend.follow()
@@ -158,7 +158,7 @@ def test_dependents_follow_a_retry(fake, store):
     fake.set_state("101", "NODE_FAIL", "n3")
     fake.set_state("102", "CANCELLED")
     fake.set_state("103", "CANCELLED")
-    Ledger(store.root).last(SCORES.id).record_run(Run("101", 0, "n3", time.time()))
+    Attempts(store.root).last(SCORES.id).record_run(Run("101", 0, "n3", time.time()))
     backend.step()
     assert "#SBATCH --exclude=n3" in script_of(store, SCORES, 2)
     assert "--dependency=afterok:104\n" in script_of(store, PRUNES[0], 2)
@@ -172,17 +172,17 @@ def test_a_job_whose_id_was_never_written_is_adopted(fake, store):
     backend.start()
     assert len(fake.calls("sbatch")) == 3
     assert {event.what for event in backend.told} == {"adopted"}
-    assert Ledger(store.root).last(SCORES.id).job_id == "101"
+    assert Attempts(store.root).last(SCORES.id).job_id == "101"
 
 
 def test_an_intent_that_came_to_nothing_is_submitted_again(fake, store):
-    Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None)
     make_backend(store).start()
     assert causes(store, SCORES) == ["lost job", None]
 
 
 def test_a_launcher_that_is_submitting_is_left_alone(fake, store):
-    Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None)
     claim = try_claim(store.work(SCORES.id))
     make_backend(store).start()
     assert causes(store, SCORES) == [None] and fake.calls("sbatch") == []
@@ -190,7 +190,7 @@ def test_a_launcher_that_is_submitting_is_left_alone(fake, store):
 
 
 def test_a_job_that_noted_its_own_start_needs_no_squeue(fake, store):
-    attempt = Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    attempt = Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None)
     attempt.record_run(Run("55", 0, "n1", time.time()))
     complete(store, SCORES)
     make_backend(store).start()
@@ -200,7 +200,7 @@ def test_a_job_that_noted_its_own_start_needs_no_squeue(fake, store):
 
 
 def test_a_new_cluster_may_give_an_id_again(fake, store):
-    attempt = Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    attempt = Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None)
     attempt.record_job("7")
     (fake.folder / "jobs").write_text("7|RUNNING|None|n1|N/A|N/A|somebody-else\n")
     backend = make_backend(store)
@@ -261,7 +261,7 @@ def test_without_accounting_a_forgotten_job_is_over_after_minutes_without_a_sign
     for _ in range(2):
         backend.step_after(100)
     assert causes(store, SCORES) == ["killed", None]
-    assert Ledger(store.root).attempts(SCORES.id)[0].end.state == "GONE"
+    assert Attempts(store.root).of(SCORES.id)[0].end.state == "GONE"
 
 
 def test_where_the_controller_does_not_answer_nothing_is_over(fake, store):
@@ -275,7 +275,7 @@ def test_where_the_controller_does_not_answer_nothing_is_over(fake, store):
 
 
 def test_a_job_that_said_itself_that_it_ended_is_over_once_slurm_knows_none(fake, store):
-    attempt = Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    attempt = Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None)
     attempt.record_job("101")
     attempt.record_run(Run("101", 0, "n1", 1000.0, 1010.0, "failed"))
     make_backend(store).start()
@@ -284,9 +284,9 @@ def test_a_job_that_said_itself_that_it_ended_is_over_once_slurm_knows_none(fake
 
 @pytest.mark.parametrize("whose", [{"cluster": "other"}, {"user": "somebody"}])
 def test_a_job_of_another_cluster_or_user_is_never_taken_for_dead(fake, store, whose):
-    attempt = Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None, **{"cluster": "fake", "user": "", **whose})
+    attempt = Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None, **{"cluster": "fake", "user": "", **whose})
     attempt.record_job("101")
-    nameless = Ledger(store.root).open_attempt(PRUNES[0], 0, 1, 60, None, **whose)
+    nameless = Attempts(store.root).open_attempt(PRUNES[0], 0, 1, 60, None, **whose)
     backend = make_backend(store)
     backend.start()
     backend.follow_missing()
@@ -301,20 +301,20 @@ def test_a_job_of_another_cluster_or_user_is_never_taken_for_dead(fake, store, w
 
 
 def test_only_jobs_that_are_over_lose_their_claims(fake, store):
-    ledger = Ledger(store.root)
+    attempts = Attempts(store.root)
     ends = [End("killed", "", 0.0), End("killed", "", 0.0, state="FAILED"), End("killed", "", 0.0, state=GONE)]
     for number, end in enumerate(ends, 5):
-        attempt = ledger.open_attempt(SCORES, 0, 1, 60, None)
+        attempt = attempts.open_attempt(SCORES, 0, 1, 60, None)
         attempt.record_job(str(number))
         attempt.close(end)
-    assert ledger.ended_jobs(SCORES.id) == {"6", "7"}
-    ledger.open_attempt(SCORES, 0, 1, 60, None).record_job("7")
-    assert ledger.ended_jobs(SCORES.id) == {"6"}, "another cluster gave the id again"
+    assert attempts.ended_jobs(SCORES.id) == {"6", "7"}
+    attempts.open_attempt(SCORES, 0, 1, 60, None).record_job("7")
+    assert attempts.ended_jobs(SCORES.id) == {"6"}, "another cluster gave the id again"
 
 
 def test_whose_a_job_is_stands_in_the_ledger(fake, store):
     make_backend(store).start()
-    intent = Ledger(store.root).last(SCORES.id).intent
+    intent = Attempts(store.root).last(SCORES.id).intent
     assert (intent.cluster, intent.user) == ("fake", getpass.getuser())
 
 
@@ -329,11 +329,11 @@ def test_a_job_without_an_id_is_never_submitted_again_before_it_is_looked_for(fa
         backend.step_after(10)
     assert len(fake.calls("sbatch")) == 1 and causes(store, SCORES) == [None]
     backend.step_after(10)
-    assert Ledger(store.root).last(SCORES.id).job_id == "101"
+    assert Attempts(store.root).last(SCORES.id).job_id == "101"
 
 
 def test_a_job_that_did_not_arrive_is_cancelled_by_name_before_the_next(fake, store):
-    attempt = Ledger(store.root).open_attempt(SCORES, 0, 1, 60, None)
+    attempt = Attempts(store.root).open_attempt(SCORES, 0, 1, 60, None)
     (attempt.folder / "job.sh").write_text("#!/bin/bash\n")
     make_backend(store).start()
     assert causes(store, SCORES) == ["lost job", None]
@@ -486,10 +486,10 @@ def test_cancel_ends_the_sweeps_jobs_only(fake, store):
 
 def test_cancel_finds_what_is_outside_the_plan_unlisted_or_without_an_id(fake, store):
     make_backend(store).start()
-    ledger = Ledger(store.root)
-    (ledger.last(PRUNES[0].id).folder / "job.json").unlink()
-    lost = ledger.open_attempt(Stage("evaluate", "x", {}, {}), 0, 1, 60, None)
-    foreign = ledger.open_attempt(Stage("evaluate", "y", {}, {}), 0, 1, 60, None, cluster="other", user="somebody")
+    attempts = Attempts(store.root)
+    (attempts.last(PRUNES[0].id).folder / "job.json").unlink()
+    lost = attempts.open_attempt(Stage("evaluate", "x", {}, {}), 0, 1, 60, None)
+    foreign = attempts.open_attempt(Stage("evaluate", "y", {}, {}), 0, 1, 60, None, cluster="other", user="somebody")
     fake.answer_squeue(HEADER + "".join("|".join(job) + "|;\n" for i, job in fake.jobs().items() if i != "103"))
     cancelled = cancel_jobs(Plan({SCORES.id: SCORES}, (), (SCORES.id,)), store, SlurmCommands())
     assert cancelled.job_ids == ["101", "102", "103"]
@@ -513,9 +513,9 @@ def test_a_thousand_cells(fake, store, tmp_path, monkeypatch):
     assert all(store.verify(stage_id).state == "missing" for stage_id in plan.stages)
     assert len(plan.cells) == 1001 and isinstance(plan.cells[0], Cell)
     monkeypatch.setattr("os.fsync", lambda _: None)  # 4,000 of them are slow on a busy disk
-    ledger, lines = Ledger(store.root), []
+    attempts, lines = Attempts(store.root), []
     for number, stage in enumerate(plan.stages.values(), 1000):
-        attempt = ledger.open_attempt(stage, 0, 1, 60, None)
+        attempt = attempts.open_attempt(stage, 0, 1, 60, None)
         attempt.record_job(str(number))
         lines.append(f"{number}|PENDING|Priority||N/A|N/A|{attempt.intent.job_name}\n")
     (fake.folder / "jobs").write_text("".join(lines))

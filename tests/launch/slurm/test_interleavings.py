@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 from fake_slurm import Clock, Controller
-from hfprune_launch.slurm.attempts import Ledger
+from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.profile import Profile, Resources
@@ -105,7 +105,7 @@ class World:
         kinds = [self.stage_of(name).kind for name in live]
         assert len(set(kinds)) == len(kinds), f"two live jobs for one stage: {live}"
         for stage in PLAN.stages.values():
-            for attempt in Ledger(self.store.root).attempts(stage.id):
+            for attempt in Attempts(self.store.root).of(stage.id):
                 over = attempt.end is not None and self.store.verify(stage.id).state != "done"
                 assert not (over and attempt.intent.job_name in live), f"a live job was closed: {attempt.end}"
 

@@ -7,7 +7,7 @@ import pytest
 from fake_slurm import FakeSlurm
 from hfprune_launch.slurm import job
 from hfprune_launch.slurm.attempt_records import Run
-from hfprune_launch.slurm.attempts import Ledger
+from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.job import NodeError, _Rank, array_job_id, preflight, rank_environment
 from ranks import SoloWorld
 
@@ -85,7 +85,7 @@ def test_a_job_that_its_time_limit_ends_before_it_gets_further_is_not_requeued(
     stage = Stage("importance", "a", {}, {"model": Input("digest", "/model")})
     store, fake = Store(tmp_path / "store"), FakeSlurm(tmp_path / "slurm").on_path(monkeypatch)
     (fake.folder / "job").write_text(f"JobId=7 JobName=x {says} Reason=None\n")
-    attempt = Ledger(store.root).open_attempt(stage, 0, 1, 60, None)
+    attempt = Attempts(store.root).open_attempt(stage, 0, 1, 60, None)
     earlier = {"phase": "calibration", "done": 3, "total": 9, "updated": 0.0}
     for number in range(3):
         attempt.record_run(Run("7", number, "n1", 1.0 + number, 2.0 + number, "interrupted", earlier))
@@ -114,7 +114,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def attempt(store):
-    return Ledger(store.root).open_attempt(STAGE, 0, 1, 60, None)
+    return Attempts(store.root).open_attempt(STAGE, 0, 1, 60, None)
 
 
 @pytest.fixture

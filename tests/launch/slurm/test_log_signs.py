@@ -4,7 +4,7 @@ import time
 
 import pytest
 from hfprune_launch.slurm.attempt_records import Run
-from hfprune_launch.slurm.attempts import Ledger
+from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.exit_causes import RETRIES, explain_end
 from hfprune_launch.slurm.log_signs import SIGNALS, SIGNS
@@ -46,7 +46,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def attempt(store):
-    attempt = Ledger(store.root).open_attempt(STAGE, 0, 2, 30, None)
+    attempt = Attempts(store.root).open_attempt(STAGE, 0, 2, 30, None)
     attempt.record_job("5")
     return attempt
 

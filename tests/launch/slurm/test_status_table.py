@@ -4,7 +4,7 @@ import time
 
 import pytest
 from hfprune_launch.slurm.attempt_records import Run
-from hfprune_launch.slurm.attempts import Ledger
+from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.status_table import stage_statuses
 
@@ -24,7 +24,7 @@ def status(tmp_path):
     store.work(STAGE.id).mkdir(parents=True)
 
     def at(started=None, beat=None, state="RUNNING"):
-        attempt = Ledger(store.root).open_attempt(STAGE, 0, 2, 30, None)
+        attempt = Attempts(store.root).open_attempt(STAGE, 0, 2, 30, None)
         attempt.record_job("5")
         now = time.time()
         if started is not None:
