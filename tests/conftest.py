@@ -38,8 +38,8 @@ def pytest_configure():
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One more than there are processors: the worker with the Slurm cluster's tests mostly waits for the cluster."""
-    return len(os.sched_getaffinity(0)) + 1
+    """Two more than there are processors: tests wait for the Slurm cluster, for timeouts and for the death of ranks."""
+    return len(os.sched_getaffinity(0)) + 2
 
 
 def pytest_xdist_make_scheduler(config, log):
