@@ -76,6 +76,8 @@ def _resolve(name: str, aliases: Mapping[str, ModelAlias], hashes: FileHashes, d
     alias = aliases.get(name)
     if alias is None:
         folder = Path(name).expanduser()
+        if folder.is_file():
+            raise UserError(f"--models: {name} is a file; give the folder of a Hugging Face checkpoint")
         if not folder.is_dir() and is_hub_id(name):
             return _hub_model(name, download)
         if not (folder.is_dir() or os.sep in name):

@@ -23,6 +23,7 @@ from hfprune_dist.results.comparison import (
 )
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_text
+from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
 
@@ -31,6 +32,7 @@ def compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{', '.join(map(str, folders))}: one folder is given twice; give each sweep once")
     sweeps = [read_sweep(folder) for folder in folders]
+    _refuse_other_models(sweeps)
     require_folder(out)
     reference = "hfprune" if named is None else named
     methods = compare_methods([sweep.rows for sweep in sweeps], reference)
@@ -60,6 +62,25 @@ def compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
     console.print(f"written: {out / 'comparison.md'}, comparison.json", highlight=False)
 
 
+def _refuse_other_models(sweeps: Sequence[Finished]) -> None:
+    """Refuse sweeps that have different checkpoints under one name, since their rows would be taken for seeds."""
+    known: dict[str, tuple[str, Path]] = {}
+    for sweep in sweeps:
+        for stage in _calibrations(sweep):
+            identity, first = known.setdefault(stage.label, (stage.inputs["model"].identity, sweep.folder))
+            if identity != stage.inputs["model"].identity:
+                raise UserError(
+                    f"{sweep.folder}: its model {stage.label!r} is another checkpoint than that of {first}; compare "
+                    "sweeps of the same models, or run one of them again with the model under another alias"
+                )
+
+
+def _calibrations(sweep: Finished) -> list[Stage]:
+    """The calibration passes of a sweep's dense models, labelled with the models' names."""
+    stages = [stage for stage in sweep.plan.stages.values() if stage.kind == "importance"]
+    return [stage for stage in stages if not stage.inputs["model"].is_stage]
+
+
 def _criteria(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
     """Model -> how its criteria agree, from the first sweep's scores of the dense model."""
     return {label: compare_criteria(read_scores(scored.artifact), SHARES_KEPT) for label, scored in _scored(sweep)}
@@ -74,7 +95,5 @@ def _settling(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
 def _scored(sweep: Finished) -> list[tuple[str, StageHandle]]:
     """(model, stage) of every dense model that has been scored."""
     store = Store(sweep.folder / "store")
-    stages = [stage for stage in sweep.plan.stages.values() if stage.kind == "importance"]
-    dense = [stage for stage in stages if not stage.inputs["model"].is_stage]
-    handles = [(stage.label, store.handle(stage.id)) for stage in dense]
+    handles = [(stage.label, store.handle(stage.id)) for stage in _calibrations(sweep)]
     return [(label, handle) for label, handle in handles if handle.is_committed()]

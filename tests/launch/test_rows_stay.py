@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import yaml
-from hfprune_launch import report, sweep
+from hfprune_launch import compare, report, sweep
 from sweeps import in_process, make_inputs, planned
 
 from hfprune_dist.store.artifacts import Store
@@ -236,3 +236,14 @@ def test_a_damaged_configuration_is_one_message(config, tmp_path, content):
         code, _, said = run("--out", out, *instead)
         assert code == 2 and "config.yaml" in said and "give --config" in said and "Traceback" not in said
     assert [it.name for it in out.iterdir()] == ["config.yaml"], "nothing is written"
+
+
+def test_models_that_only_share_a_name_are_not_compared(config, tmp_path):
+    """Their rows would pass for two seeds of one model."""
+    other = config.with_name("other.yaml")
+    other.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"aliases": {"alpha": {"path": "beta"}}}))
+    for file, out in ((config, tmp_path / "one"), (other, tmp_path / "two")):
+        done(file, out, "--models", "alpha", models=["alpha"])
+    code, _, said = run(tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both", command=compare)
+    assert code == 2 and f"{tmp_path / 'two'}: its model 'alpha' is another checkpoint than that of" in said
+    assert not (tmp_path / "both").exists()

@@ -196,6 +196,12 @@ def test_an_unknown_alias_lists_the_known_ones(world):
         plan_of(world, models=["c"])
 
 
+def test_a_file_is_no_model(world, tmp_path):
+    (tmp_path / "text.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"text\.jsonl is a file; give the folder"):
+        plan_of(world, models=[str(tmp_path / "text.jsonl")])
+
+
 def test_a_checkpoint_whose_layers_differ_in_width_is_not_pruned_again(world, tmp_path):
     folder = save_tiny(tmp_path / "narrowed")
     state = load_file(folder / "model.safetensors")
