@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import functools
 import gc
 import importlib
@@ -32,6 +31,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+from hfprune_launch.stage.parent import die_with_parent
 
 FOLDER = Path(__file__).resolve().parent
 TORCHRUN = "torch.distributed.run"
@@ -134,7 +135,7 @@ class Process:
 
 def serve(address: str) -> NoReturn:
     """Import all, then fork an agent for every connection."""
-    _die_with_parent(signal.SIGKILL)
+    die_with_parent()
     for name in IMPORTED:
         importlib.import_module(name)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a library has started a thread when it was imported"
@@ -165,7 +166,7 @@ def _be_agent(client: socket.socket) -> NoReturn:
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
-        _die_with_parent(signal.SIGKILL)
+        die_with_parent()
         header, streams, _, _ = socket.recv_fds(client, 4, 3)
         request = b""
         while len(request) < int.from_bytes(header, "big"):
@@ -300,7 +301,7 @@ def _fork(child: Callable[[], Any]) -> int:
 def _be(process: Process, client: socket.socket) -> NoReturn:
     """Become the process: run the script as the interpreter does, and end as it does."""
     client.close()
-    _die_with_parent(signal.SIGKILL)
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _surround(process)
     code = _run(process)
@@ -368,14 +369,6 @@ def _run(process: Process) -> int:
         traceback.print_exc()
         return 1
     return 0
-
-
-def _die_with_parent(number: int) -> None:
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 if __name__ == "__main__":

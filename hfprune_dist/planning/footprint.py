@@ -81,9 +81,8 @@ class Importance:
         head = HEAD_CHUNK_BYTES * (2 if self.student else 1)
         numbers = tokens * dims.intermediate_size
         # Gradients at h, gate and up; and h itself in a layer that runs again.
-        backward = (3 + self.checkpointing) * numbers * self.itemsize + GATED_PORTIONS * min(
-            ACCELERATOR_BYTES, 4 * numbers
-        )
+        portions = GATED_PORTIONS * min(ACCELERATOR_BYTES, 4 * numbers)
+        backward = (3 + self.checkpointing) * numbers * self.itemsize + portions
         return Memory(
             weights=dims.parameters * self.itemsize / ranks,
             gathered=_gathered_at_a_time(dims, self.itemsize, ranks),
@@ -125,9 +124,8 @@ class Importance:
         gathered = passes * (2 * dims.head_parameters + dims.body_parameters)
         if self.checkpointing or not _stays_gathered(dims):
             gathered += backwards * backward_parameters + reruns * later_layers
-        return Work(
-            tokens * (passes * forward + heads + backwards * backward + reruns * rerun), gathered * self.itemsize
-        )
+        flops = tokens * (passes * forward + heads + backwards * backward + reruns * rerun)
+        return Work(flops, gathered * self.itemsize)
 
 
 @dataclass(frozen=True)
@@ -171,10 +169,7 @@ class Train:
     def lora_parameters(self, dims: Dimensions) -> int:
         """Of A and B of every projection."""
         hidden, inner = dims.hidden_size, dims.intermediate_size
-        heads, groups = (
-            dims.num_heads * dims.head_size,
-            dims.num_key_value_heads * dims.head_size,
-        )
+        heads, groups = dims.num_heads * dims.head_size, dims.num_key_value_heads * dims.head_size
         sides = 2 * (hidden + heads) + 2 * (hidden + groups) + 3 * (hidden + inner)
         return dims.num_layers * self.rank * sides
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -12,11 +11,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hfprune_launch.local.deaths import explain_death
 from hfprune_launch.local.hardware import ranks_here
 from hfprune_launch.stage.outcome import Outcome
+from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.stage_file import Provenance, attempts_so_far, write_stage_file
 from hfprune_launch.stage.threads import threads_allowed
 
@@ -83,7 +84,7 @@ class LocalBackend:
                 stderr=subprocess.STDOUT,
                 env=self._environment(),
                 start_new_session=True,  # Ctrl-C reaches this process only, which then ends the ranks in order
-                preexec_fn=_end_with_parent,
+                preexec_fn=partial(die_with_parent, signal.SIGTERM),  # torchrun then ends its ranks
             )
 
     def _environment(self) -> dict[str, str]:
@@ -146,12 +147,6 @@ def _watch(process: subprocess.Popen[bytes], handle: StageHandle, claim: Claim, 
         _terminate(process)
         handle.discard_drafts(claim)
         raise
-
-
-def _end_with_parent() -> None:
-    """In the child, before torchrun begins: be ended when the launcher dies, even by kill -9."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:

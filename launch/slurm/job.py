@@ -25,10 +25,10 @@ from hfprune_launch.slurm.exit_causes import never_gets_further
 from hfprune_launch.slurm.log_signs import START
 from hfprune_launch.slurm.progress import as_progress
 from hfprune_launch.slurm.slurm_stage import SlurmStage
+from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.run import (
     CLAIM_LOST_EXIT_CODE,
     Admission,
-    die_with_parent,
     leave_process,
     leave_reason,
     prepare_environment,

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.stage_file import find_stage_file, read_stage_file
 
 from hfprune_dist.config.parameters import Parameters
@@ -134,15 +133,6 @@ def _timeout_minutes(handle: StageHandle) -> int:
     content = find_stage_file(handle)
     runtime = RuntimeConfig() if content is None else RuntimeConfig.model_validate(content.runtime)
     return runtime.collective_timeout_minutes
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its launcher dies, however that one dies."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 if __name__ == "__main__":
