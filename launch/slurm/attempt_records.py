@@ -17,11 +17,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import AliasChoices, Field
 
-from hfprune_dist.store.atomic_files import read_json
+from hfprune_dist.store.atomic_files import as_record, read_json
 
 Record = TypeVar("Record")
 
@@ -46,7 +46,8 @@ class Intent:
         created: unix time.
         gpus, cores: of the whole job.
         time_minutes: time limit of the job.
-        slot: jobs in one slot run one after the other (``--max-running``); None without a limit.
+        slot: jobs in one slot run one after the other (``--max-running``); None without a limit. Records of earlier
+            versions call it ``lane``.
         cluster, user: whose job it is. Empty in records of earlier versions.
     """
 
@@ -57,7 +58,7 @@ class Intent:
     gpus: int
     cores: int
     time_minutes: int
-    slot: int | None = None
+    slot: Annotated[int | None, Field(validation_alias=AliasChoices("slot", "lane"))] = None
     cluster: str = ""
     user: str = ""
 
@@ -115,9 +116,6 @@ class End:
     progress: dict[str, Any] | None = None
 
 
-_ADAPTERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Intent, Job, Run, End)}
-
-
 def read_attempt_record(file: Path, kind: type[Record]) -> Record | None:
     """A record; None where there is none, or where it is damaged. Keys of later versions are passed over.
 
@@ -125,10 +123,9 @@ def read_attempt_record(file: Path, kind: type[Record]) -> Record | None:
         OSError: where the file system does not answer, which says nothing about the record.
     """
     try:
-        record: Record = _ADAPTERS[kind].validate_python(read_json(file))
+        return as_record(kind, read_json(file))
     except (ValueError, IsADirectoryError, NotADirectoryError):
         return None
-    return record
 
 
 def read_intent(folder: Path) -> Intent | None:

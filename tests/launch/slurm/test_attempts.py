@@ -67,6 +67,16 @@ def test_a_job_of_an_older_version_is_known_by_its_script(attempts, attempt, dam
     assert reread(attempts).intent.job_name == attempt.intent.job_name
 
 
+@pytest.mark.parametrize("name", ["slot", "lane"])
+def test_the_slot_of_a_job_that_an_earlier_version_submitted(attempts, name):
+    """Jobs of both versions together keep to ``--max-running``."""
+    attempt = attempts.open_attempt(STAGE, 8, 64, 30, 3)
+    record = json.loads((attempt.folder / "intent.json").read_text())
+    record[name] = record.pop("slot")
+    (attempt.folder / "intent.json").write_text(json.dumps(record))
+    assert reread(attempts).intent == attempt.intent and attempt.intent.slot == 3
+
+
 def test_a_damaged_intent_whose_script_may_have_been_submitted(attempts, attempt, damage):
     (attempt.folder / "job.sh").write_text(f"#!/bin/bash\n#SBATCH --job-name={attempt.intent.job_name}\n")
     damage(attempt.folder / "intent.json")
