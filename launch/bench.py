@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfprune_launch.command import folder, run
+from hfprune_launch.command import folder, make_parser, run
 
 from hfprune_dist.errors import UserError, did_you_mean
 
@@ -138,7 +138,7 @@ def _sections(only: str | None) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", metavar="PATH", type=folder, help="a checkpoint folder; default: the demo's llama")
     parser.add_argument("--only", metavar="A,B", help=f"sections to measure, of {', '.join(SECTIONS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and points, to see that it works")

@@ -6,11 +6,15 @@ This holds from the start, as this module imports next to nothing, and commands 
 from __future__ import annotations
 
 import os
+import re
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 
 from hfprune_dist.errors import UserError, explained
+
+SIGPIPE_EXIT_CODE = 141  # what a shell tells of a program that SIGPIPE has ended
 
 
 def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
@@ -23,10 +27,25 @@ def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
     try:
         with explained():
             _require_current_folder()
-            return body()
+            code = body()
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # who read the output, as head does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SIGPIPE_EXIT_CODE
     except KeyboardInterrupt:
         print(when_interrupted, file=sys.stderr)
         return 130
+
+
+def make_parser(doc: str | None) -> ArgumentParser:
+    """The parser of a command whose help is the text of its module.
+
+    Where it was started as a sub-command of ``hfprune``, so are the commands in its examples.
+    """
+    if sys.argv[0].startswith("hfprune "):
+        doc = re.sub(r"python launch/(\w+)\.py", lambda found: f"hfprune {found[1].replace('_', '-')}", doc or "")
+    return ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
 
 
 def _require_streams() -> None:

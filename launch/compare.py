@@ -9,11 +9,10 @@ keep, by layer; per criterion, how many of the kept neurons still change as cali
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from hfprune_launch.command import folder, run
+from hfprune_launch.command import folder, make_parser, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,14 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare(argv: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("sweeps", metavar="SWEEP", type=folder, nargs="+", help="folders of sweeps")
     parser.add_argument("--out", type=folder, required=True, help="folder for comparison.md and comparison.json")
     parser.add_argument("--reference", help="the method whose KL the others are divided by; default: hfprune")
+    parser.add_argument("--wide", action="store_true", help="show perplexity, time and memory too")
     arguments = parser.parse_args(argv)
     from hfprune_launch.modes.compare import compare
 
-    compare(arguments.sweeps, arguments.out, arguments.reference)
+    compare(arguments.sweeps, arguments.out, arguments.reference, arguments.wide)
     return 0
 
 

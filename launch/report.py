@@ -1,18 +1,15 @@
-"""Write and show the tables of a sweep again from its store, whether it has finished or not; runs nothing.
+"""Write the tables of a sweep again from its store, with report.html and its named checkpoints, and show
+the table, whether it has finished or not; runs nothing.
 
 example:  python launch/report.py runs/demo --published
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from hfprune_launch.command import folder, run
-
-PUBLISHED = Path(__file__).resolve().parents[1] / "configs" / "published.yaml"
+from hfprune_launch.command import folder, make_parser, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,11 +18,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(argv: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
     parser.add_argument("--published", action="store_true", help="show the paper's rows below ours")
+    parser.add_argument("--wide", action="store_true", help="show all columns, however wide that is")
     arguments = parser.parse_args(argv)
-    from hfprune_launch.screen import make_console, show_published, show_results
+    from hfprune_launch.modes.report_page import ReportPage
+    from hfprune_launch.project import PROJECT
+    from hfprune_launch.screen import make_console, show_checkpoints, show_published, show_results
     from hfprune_launch.sweep_folder import read_sweep
 
     from hfprune_dist.results.table import write_reports
@@ -33,9 +33,11 @@ def _report(argv: Sequence[str] | None) -> int:
     sweep = read_sweep(arguments.out)
     write_reports(sweep.rows, arguments.out)
     console = make_console()
-    show_results(console, sweep.rows)
+    show_results(console, sweep.rows, arguments.wide)
     if arguments.published:
-        show_published(console, PUBLISHED)
+        show_published(console, PROJECT.configs / "published.yaml", arguments.wide)
+    show_checkpoints(console, sweep.record.write_checkpoints(arguments.out))
+    ReportPage(arguments.out, console).write()
     return 0
 
 

@@ -6,25 +6,49 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import yaml
 from hfprune_launch.stage.outcome import Outcome
-from rich.console import Console
+from hfprune_launch.stage.progress_lines import ProgressLines
+from hfprune_launch.stage.standing import time_left
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from hfprune_dist.planning.known_shapes import KnownShape, Span
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.results.table import Row, table
+from hfprune_dist.results.checkpoint_folders import Update
+from hfprune_dist.results.column import Column, cells
+from hfprune_dist.results.columns import all_columns, few_columns
+from hfprune_dist.results.notes import causes, notes, wide_notes
+from hfprune_dist.results.rows import Row
 from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
+
+# Characters; more than any table has.
+WIDEST = 10**6
+# Blanks between columns.
+ROOMY, TIGHT = 2, 1
+# Of the table of a few columns, the best first: whether KL has its standard error, and the blanks.
+LAYOUTS = ((True, ROOMY), (True, TIGHT), (False, TIGHT))
+SAID_OF_WIDE = "all columns: --wide"
+T = TypeVar("T")
 
 
 def make_console() -> Console:
     """A console as wide as the terminal; a pipe or file has no width, so tables there are as wide as they are."""
     return Console() if sys.stdout.isatty() else Console(width=400)
+
+
+def say(console: Console, text: str) -> None:
+    """Print text as it is: no markup, and lines that nobody breaks, so that paths can be copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_plan(console: Console, plan: Plan, verdicts: Mapping[str, Verdict], todo: Sequence[str]) -> None:
@@ -43,23 +67,48 @@ def show_plan(console: Console, plan: Plan, verdicts: Mapping[str, Verdict], tod
     )
 
 
+def show_shapes(console: Console, shapes: Mapping[str, KnownShape]) -> None:
+    """What the checkpoint of each cell will be, by its label; "-" and ranges for what only a stage finds."""
+    lines = Table(box=None, pad_edge=False)
+    for header in ("checkpoint of", "width", "KV heads", "layers", "ratio", ""):
+        lines.add_column(header, justify="left" if header in ("checkpoint of", "") else "right")
+    for label, shape in shapes.items():
+        counts = (_span(it, "d") for it in (shape.width, shape.kv_heads, shape.layers))
+        lines.add_row(escape(label), *counts, _span(shape.reached, ".4f"), shape.open)
+    console.print(lines)
+
+
+def _span(span: Span[int] | Span[float] | None, form: str) -> str:
+    """A number or a range of them; a dash where nothing is known."""
+    if span is None:
+        return "-"
+    least, most = format(span.least, form), format(span.most, form)
+    return least if least == most else f"{least}-{most}"
+
+
 class StageScreen:
-    """Progress of a sweep: a live bar on a terminal, one line per finished stage anywhere."""
+    """Progress of a sweep: a live bar on a terminal, elsewhere lines now and then; anywhere one per finished stage."""
 
     def __init__(self, console: Console, progress: Progress, total: int) -> None:
         self._console = console
         self._progress = progress
         self._total = total
+        self._lines = ProgressLines(console)
         self._finished = 0
         self._bar: TaskID | None = None
 
     def begin(self, stage: Stage) -> None:
-        self._bar = self._progress.add_task(f"{stage.kind} {escape(stage.label)}", total=None, phase="starting")
+        name = f"{stage.kind} {escape(stage.label)}"
+        self._bar = self._progress.add_task(name, total=None, phase="starting", left="")
 
-    def beat(self, heartbeat: Heartbeat | None) -> None:
+    def beat(self, stage: Stage, heartbeat: Heartbeat | None) -> None:
+        """Show what a running stage has said last."""
+        left = time_left(heartbeat)
+        self._lines.tell(stage, "" if heartbeat is None else str(heartbeat), left)
         if heartbeat is not None and self._bar is not None:
+            phase, remaining = escape(heartbeat.phase), f"{left} left" if left else ""
             self._progress.update(
-                self._bar, completed=heartbeat.done, total=heartbeat.total, phase=escape(heartbeat.phase)
+                self._bar, completed=heartbeat.done, total=heartbeat.total, phase=phase, left=remaining
             )
 
     def end(self, stage: Stage, outcome: Outcome) -> None:
@@ -93,34 +142,88 @@ def stage_screen(console: Console, total: int) -> Iterator[StageScreen]:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[phase]}"),
+        TextColumn("{task.fields[left]}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield StageScreen(console, progress, total)
 
 
-def show_results(console: Console, rows: Sequence[Row]) -> None:
-    """The table of results; cells without a result are listed below it with their cause."""
-    headers, body = table(rows)
-    lines = Table(*headers, box=None, pad_edge=False)
-    for cells, row in zip(body, rows, strict=True):
-        if row["status"] == "done":
-            lines.add_row(*(escape(cell) for cell in cells))
-        else:
-            lines.add_row(*(escape(cell) for cell in cells[:-1]), "[red]missing[/]")
-    console.print(lines)
-    for row in rows:
-        if row["status"] == "missing":
-            console.print(f"missing: {row['label']}: {row['cause']}", highlight=False, markup=False, soft_wrap=True)
+def show_results(console: Console, rows: Sequence[Row], wide: bool = False) -> None:
+    """The table of results, what it means, and why rows without a result have none.
+
+    Args:
+        wide: show all columns, however wide that is, instead of a few that fit the terminal.
+    """
+    if wide:
+        layouts = [_results(rows, all_columns(rows), ROOMY)]
+    else:
+        layouts = [_results(rows, few_columns(rows, errors), gap) for errors, gap in LAYOUTS]
+    show_table(console, layouts, wide)
+    for note in [*notes(rows), *(wide_notes(rows) if wide else [SAID_OF_WIDE])]:
+        console.print(note, highlight=False, markup=False)
+    for cause in causes(rows):
+        console.print(cause, highlight=False, markup=False, soft_wrap=True)
 
 
-def show_published(console: Console, file: Path) -> None:
-    """The rows of a paper, as ``configs/published.yaml`` has them."""
+def _results(rows: Sequence[Row], columns: Sequence[Column[Row]], gap: int) -> Table:
+    lines = table_of(rows, columns, gap)
+    for line, row in zip(lines.rows, rows, strict=True):
+        line.style = "red" if row["status"] == "missing" else None
+    return lines
+
+
+def table_of(rows: Sequence[T], columns: Sequence[Column[T]], gap: int) -> Table:
+    """A table with so many blanks between its columns."""
+    lines = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
+    for column in columns:
+        side: JustifyMethod = "left" if column.is_text else "right"
+        lines.add_column(escape(column.header), justify=side, no_wrap=not column.is_text, overflow="fold")
+    for shown in cells(rows, columns):
+        lines.add_row(*map(escape, shown))
+    return lines
+
+
+def show_table(console: Console, layouts: Sequence[Table], wide: bool) -> None:
+    """Show the first of several layouts that fits the terminal; where none does, the last, whose names are broken.
+
+    Args:
+        wide: show the first whatever the terminal's width.
+    """
+    widths = [Measurement.get(console, console.options.update(max_width=WIDEST), it).maximum for it in layouts]
+    if wide:
+        layouts[0].width = widths[0]
+        console.print(layouts[0], soft_wrap=True)
+    else:
+        fitting = (it for it, width in zip(layouts, widths, strict=True) if width <= console.width)
+        console.print(next(fitting, layouts[-1]))
+
+
+def show_checkpoints(console: Console, update: Update) -> None:
+    """Where the rows' checkpoints are, and what is to be said of their folders."""
+    lines = ["checkpoints:", *(f"  {folder}" for folder in update.folders.values())] if update.folders else []
+    for line in (*lines, *(f"note: {remark}" for remark in update.remarks)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_published(console: Console, file: Path, wide: bool = False) -> None:
+    """The rows of a paper, as ``configs/published.yaml`` has them.
+
+    Args:
+        wide: show every task's score, and not only their average.
+    """
     source = yaml.safe_load(file.read_text(encoding="utf-8"))
-    tasks = source["tasks"]
-    lines = Table("published", "ratio", "recovery", *tasks, "avg", box=None, pad_edge=False)
-    for row in source["rows"]:
-        scores = [f"{score:.1f}" for score in row.get("scores", [])] or ["-"] * len(tasks)
-        lines.add_row(row["method"], f"{row['ratio']:g}", row["recovery"], *scores, f"{row['average']:.1f}")
+    tasks = source["tasks"] if wide else []
+    columns: list[Column[Mapping[str, Any]]] = [
+        Column("published", lambda row: row["method"], is_text=True),
+        Column("ratio", lambda row: f"{row['ratio']:g}", is_text=True),
+        Column("recovery", lambda row: row["recovery"], is_text=True),
+        *(Column(task, partial(_published_score, place=place)) for place, task in enumerate(tasks)),
+        Column("avg", lambda row: f"{row['average']:.1f}"),
+    ]
     console.print("\nLLaMA-2-7B, arXiv 2603.08083, 10-task average; crows_pairs_english: lower is better")
-    console.print(lines)
+    show_table(console, [table_of(source["rows"], columns, ROOMY)], wide)
+
+
+def _published_score(row: Mapping[str, Any], place: int) -> str:
+    return f"{row['scores'][place]:.1f}" if "scores" in row else "-"

@@ -5,9 +5,10 @@ examples:
   python launch/sweep.py --models llama,qwen --ratios 0.2,0.5 --config configs/demo.yaml
   python launch/sweep.py --models /data/my-llama --ratios 0.2 --set calibration.path=text.jsonl --out runs/mine
   python launch/sweep.py --config configs/demo.yaml --dry-run
+  python launch/sweep.py --models llama --set 'calibration.mixture=[{path: a.jsonl, weight: 3}, {path: b.jsonl}]'
   python launch/sweep.py --out runs/mine --ratios 0.3                 another ratio, beside the rows that are there
   python launch/sweep.py --config configs/demo.yaml --profile mine.yaml     on a Slurm cluster
-  python launch/sweep.py --config configs/demo.yaml --profile mine.yaml --status | --cancel
+  python launch/sweep.py --config configs/demo.yaml --status | --cancel     from a second terminal
 
 exit codes: 0 every cell has its result; 1 a stage failed; 2 bad input; 130 interrupted
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from hfprune_launch.command import folder, run
+from hfprune_launch.command import folder, make_parser, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
+    parser = sweep_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         assignments = [it for it in unknown if "=" in it and not it.startswith("-")]
@@ -52,8 +53,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def sweep_parser() -> argparse.ArgumentParser:
+    """The parser of the command line; its defaults are those of a call without arguments."""
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--models",
         metavar="A,B",
@@ -66,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods",
         metavar="A,B",
-        help="pruning methods (configs/methods) or YAML files; default: surgeon-uniform-block; published: hfprune",
+        help="pruning methods (configs/methods) or YAML files; default: hfprune,surgeon-plain, which are the "
+        "published one and ours",
     )
     parser.add_argument(
         "--criteria",
@@ -119,9 +122,21 @@ def _parser() -> argparse.ArgumentParser:
         help="stay until all jobs have ended, then show the table (default); --no-follow: submit and leave; --status "
         "--follow: keep showing the state",
     )
+    parser.add_argument(
+        "--wide", action="store_true", help="show all columns of the table of results, however wide that is"
+    )
     instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--show-config",
+        action="store_true",
+        help="print all settings as YAML, and where each comes from; runs nothing",
+    )
     instead.add_argument("--status", action="store_true", help="show the state of every stage; starts nothing")
-    instead.add_argument("--cancel", action="store_true", help="cancel all jobs of the sweep's store; saved work stays")
+    instead.add_argument(
+        "--cancel",
+        action="store_true",
+        help="end what runs of the sweep, its process on this machine or all jobs of its store; saved work stays",
+    )
     instead.add_argument("--logs", metavar="CELL", help="show the last lines of a cell's logs, e.g. 'llama 0.2 + lora'")
     instead.add_argument(
         "--forget",
@@ -132,8 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     instead.add_argument(
         "--dry-run",
         action="store_true",
-        help="show the plan, with a reason for each stage; with --profile also every batch script, and what it takes; "
-        "runs nothing",
+        help="show the plan, with a reason for each stage, and what is known of each checkpoint's shape; with "
+        "--profile also every batch script, and what it takes; runs nothing",
     )
     return parser
 

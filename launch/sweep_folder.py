@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hfprune_launch.project import PROJECT
 
-from hfprune_dist.config.load import load_config, read_yaml
+from hfprune_dist.config.load import Layer, load_config, read_layers, read_yaml
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.earlier_rows import without_rows
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.results.table import DenseModel, Row, collect_rows, write_reports
+from hfprune_dist.results.checkpoint_folders import Update
+from hfprune_dist.results.named_checkpoints import checkpoint_folders, named_checkpoints
+from hfprune_dist.results.rows import DenseModel, Row, collect_rows
+from hfprune_dist.results.table import write_reports
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json, write_json, write_text
 
@@ -47,6 +51,14 @@ class Record:
     def rows(self, store: Store) -> list[Row]:
         return collect_rows(self.plan, store, self.dense)
 
+    def write_checkpoints(self, out: Path) -> Update:
+        """Bring the named checkpoints of the folder that it is of up to date."""
+        store = Store(out / "store")
+        try:
+            return checkpoint_folders(out, store).update(named_checkpoints(self.plan, store, self.dense))
+        except OSError as error:  # the results are there all the same
+            return Update({}, [f"named checkpoints can't be written ({error}); those in {store.root} are whole"])
+
 
 def read_record(out: Path) -> Record | None:
     """What the last run in a folder left; None where there was none.
@@ -69,20 +81,38 @@ class Finished:
     """A sweep as its folder tells of it, finished or not."""
 
     folder: Path
-    plan: Plan
+    record: Record
     rows: list[Row]
+
+    @property
+    def plan(self) -> Plan:
+        return self.record.plan
 
 
 def read_sweep(out: Path) -> Finished:
-    """The plan that the last run left, and the rows that there are.
+    """What the last run left, and the rows that there are.
 
     Raises:
         UserError: where the folder is not a sweep's.
     """
+    record = _require_record(out)
+    return Finished(out, record, record.rows(Store(out / "store")))
+
+
+def planned_sweep(out: Path) -> Sweep:
+    """The sweep of the plan that the last run left.
+
+    Raises:
+        UserError: where the folder is not a sweep's.
+    """
+    return Sweep(_require_record(out).plan, Store(out / "store"), out)
+
+
+def _require_record(out: Path) -> Record:
     record = read_record(out)
     if record is None:
-        raise UserError(f"{out}: no {SWEEP_FILE}; give the folder of a sweep that launch/sweep.py has started")
-    return Finished(out, record.plan, record.rows(Store(out / "store")))
+        raise UserError(f"{out}: no {SWEEP_FILE}; give the folder of a sweep that has been started")
+    return record
 
 
 def write_record(out: Path, record: Record) -> None:
@@ -90,8 +120,11 @@ def write_record(out: Path, record: Record) -> None:
     write_json(out / SWEEP_FILE, {**record.plan.to_json(), "dense": dense})
 
 
-def forget_rows(out: Path, labels: Sequence[str]) -> list[Row]:
-    """Remove rows from a folder's record and tables, and return those that are left; the store stays as it is.
+def forget_rows(out: Path, labels: Sequence[str]) -> tuple[list[Row], Update]:
+    """Remove rows from a folder's record, tables and named checkpoints; the store stays as it is.
+
+    Returns:
+        the rows that are left, and what has become of the named checkpoints.
 
     Raises:
         UserError: where there is no such row.
@@ -107,7 +140,7 @@ def forget_rows(out: Path, labels: Sequence[str]) -> list[Row]:
     write_record(out, left)
     rows_left = left.rows(Store(out / "store"))
     write_reports(rows_left, out)
-    return rows_left
+    return rows_left, left.write_checkpoints(out)
 
 
 def require_folder(out: Path) -> None:
@@ -166,7 +199,7 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
     """
     own = out / CONFIG_FILE
     if files or not own.is_file():
-        return load_config(files, overrides), ""
+        return load_config(files, overrides, PROJECT.configs), ""
     try:
         if "models" not in read_yaml(own, "configuration", "keys and values at the top level"):
             raise UserError(f"{own}: damaged, it doesn't name any models")
@@ -178,3 +211,13 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
         ) from None
     laid_over = ", with this command's settings over it" if overrides else ""
     return load_config([own], overrides), f"configuration: {own}, of the last run in this folder{laid_over}"
+
+
+def configuration_layers(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> list[Layer]:
+    """What ``configuration`` merges.
+
+    Raises:
+        UserError: for bad input.
+    """
+    own = out / CONFIG_FILE
+    return read_layers(files or ([own] if own.is_file() else []), overrides, PROJECT.configs)

@@ -53,30 +53,36 @@ def student(model, windows, channels=1):
     return torch.stack([student_keeps(scores_U) for scores_U in scores])
 
 
-def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels=1):
+NEURONS = "mlp.down_proj"
+
+
+def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels=1, output=NEURONS):
     """Scores of every layer's units, float64 [layers, units]: a sum over windows and tokens.
 
-    ``keeps`` is the student's mask, at which self_distillation takes its derivatives by the mask. A unit is so many
-    ``channels`` of what down_proj reads, one after another.
+    ``keeps`` is the student's mask of neurons, at which self_distillation takes its derivatives by the mask. A unit is
+    so many ``channels`` of what the projection ``output`` of each layer reads, one after another.
     """
     model = copy.deepcopy(model).double().requires_grad_()
     layers = model.model.layers
-    scores = torch.zeros(len(layers), model.config.intermediate_size // channels, dtype=torch.float64)
+    projections = [layer.get_submodule(output) for layer in layers]
+    scores = [torch.zeros((), dtype=torch.float64) for _ in layers]
     masks = iter(())
     if criterion == "self_distillation":
-        masks = itertools.cycle(keeps.double().repeat_interleave(channels, dim=1))
+        masks = itertools.cycle(keeps.double().repeat_interleave(channels if output == NEURONS else 1, dim=1))
     for number, window in enumerate(windows):
         captured = []
 
-        def keep(_module, inputs, captured=captured):
+        def keep(module, inputs, captured=captured):
             hidden = inputs[0]
-            masked = hidden * next(masks, 1.0)
-            masked.retain_grad()
-            captured.append((hidden, masked))
+            masked = hidden * (next(masks, 1.0) if module.in_features == model.config.intermediate_size else 1.0)
+            if module in projections:
+                masked.retain_grad()
+                captured.append((hidden, masked))
             return (masked,)
 
         teacher = model(input_ids=window[None]).logits[0].detach()
-        handles = [layer.mlp.down_proj.register_forward_pre_hook(keep) for layer in layers]
+        hooked = {*projections, *(layer.get_submodule(NEURONS) for layer in layers)}
+        handles = [module.register_forward_pre_hook(keep) for module in hooked]
         logits = model(input_ids=window[None]).logits[0]
         if criterion in GRADIENT_CRITERIA:
             loss, _ = GRADIENT_CRITERIA[criterion]
@@ -87,9 +93,9 @@ def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels
         for handle in handles:
             handle.remove()
     if criterion == "activation":
-        columns = [layer.mlp.down_proj.weight.detach() for layer in layers]
-        scores = scores.sqrt() * torch.stack([of_units(column.pow(2).sum(0), channels).sqrt() for column in columns])
-    return scores
+        columns = [projection.weight.detach().pow(2).sum(0) for projection in projections]
+        scores = [of_units(pair[0] * pair[1], channels).sqrt() for pair in zip(scores, columns, strict=True)]
+    return torch.stack(scores)
 
 
 def _added(criterion, total, terms):
@@ -99,7 +105,7 @@ def _added(criterion, total, terms):
 
 def _summed(criterion, hidden, gradient, channels):
     if criterion == "activation":
-        return of_units(hidden**2, channels)
+        return hidden**2
     _, terms = GRADIENT_CRITERIA[criterion]
     return terms(of_units(hidden * gradient, channels))
 
@@ -109,9 +115,9 @@ def of_units(values, channels):
     return values.unflatten(-1, (-1, channels)).sum(-1)
 
 
-def moments(model, windows, seed=0, channels=1):
-    """Of every layer: mean h h^T, mean g g^T at the MLP's output and mean (h dL/dh)^2, L the random signs' loss, and
-    h dL/dh is added up for each unit.
+def moments(model, windows, seed=0, channels=1, output=NEURONS):
+    """Of every layer: mean h h^T, mean g g^T at the output of the projection and mean (h dL/dh)^2, L the random signs'
+    loss, and h dL/dh is added up for each unit.
     """
     model = copy.deepcopy(model).double().requires_grad_()
     layers = model.model.layers
@@ -119,16 +125,16 @@ def moments(model, windows, seed=0, channels=1):
     for number, window in enumerate(windows):
         seen = []
 
-        def keep(_module, inputs, output, seen=seen):
+        def keep(_module, inputs, result, seen=seen):
             inputs[0].retain_grad()
-            output.retain_grad()
-            seen.append((inputs[0], output))
+            result.retain_grad()
+            seen.append((inputs[0], result))
 
-        handles = [layer.mlp.down_proj.register_forward_hook(keep) for layer in layers]
+        handles = [layer.get_submodule(output).register_forward_hook(keep) for layer in layers]
         random_signs(model(input_ids=window[None]).logits[0], window=number, seed=seed).backward()
-        for layer, (hidden, output) in enumerate(seen):
+        for layer, (hidden, result) in enumerate(seen):
             grams[layer] += hidden[0].detach().T @ hidden[0].detach() / windows.numel()
-            curvatures[layer] += output.grad[0].T @ output.grad[0] / windows.numel()
+            curvatures[layer] += result.grad[0].T @ result.grad[0] / windows.numel()
             effects = of_units((hidden.detach() * hidden.grad)[0], channels)
             fishers[layer] += effects.square().sum(0) / windows.numel()
         for handle in handles:

@@ -67,7 +67,11 @@ def _fork(rank: int, size: int, action: Callable[[World], None], folder: Path) -
         torch.set_num_threads(1)  # the parent's thread pool did not survive the fork
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=datetime.timedelta(0, 60)
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(minutes=5),
         )
         action(World(rank, size, rank, size, torch.device("cpu")))
         code = 0

@@ -13,11 +13,12 @@ class FamilyOfPairs(Family):
     def units(self, config):
         parts = [f"{self.mlp}.{name}.{part}" for name in self.row_projections for part in ("weight", "bias")]
         return Units(
-            kind="pairs",
+            kind="neurons",  # for which they stand
             counts=read_counts(config, "intermediate_size", CHANNELS),
             layers=self.layers,
             rows=tuple(Owned(part, axis=0, per_unit=CHANNELS) for part in parts),
             output=f"{self.mlp}.{self.down_projection}",
+            norm=self.mlp_norm,
             channels_per_unit=CHANNELS,
             fields={"intermediate_size": CHANNELS},
         )

@@ -87,7 +87,7 @@ def run_ranks(
         env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0", **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 

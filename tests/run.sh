@@ -3,13 +3,20 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
-# The tests bring up a Slurm cluster of their own; without Slurm they are skipped, or fail where CI is set.
+# The tests bring up a Slurm cluster of their own and open a report in a browser; without Slurm, or without Chromium, they
+# are skipped, or fail where CI is set.
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     slurm/cluster.sh install
+    if ! command -v chromium >/dev/null; then
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null
+    fi
 fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
+# Where this is set, every rank, launcher and job of the tests compiles the project anew.
+unset PYTHONDONTWRITEBYTECODE
 # Each worker takes whole files (tests/conftest.py). Workers, and the ranks that they start, use one thread each.
 export OMP_NUM_THREADS=1
 exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --no-loadscope-reorder "$@"

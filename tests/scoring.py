@@ -1,19 +1,17 @@
 """The importance stage over a tiny model, to be run in forks of the test's process."""
 
-from tiny import save_tiny, write_documents
+from tiny import importance_stage, save_tiny, write_documents
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed import zero3  # noqa: F401  imported here once, not in every fork
 from hfprune_dist.stages import importance
 from hfprune_dist.stages.context import Context
-from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.stage import Input, Stage
 
 LAYERS = 3
 
 
-def make_stage(folder, variant="llama", dtype="float32", criteria=("entropy", "surgeon")):
+def make_stage(folder, variant="llama", dtype="float32", criteria=("entropy", "surgeon"), structures=("neurons",)):
     save_tiny(folder / "model", variant, num_hidden_layers=LAYERS)
     write_documents(folder / "text.jsonl")
     calibration = {"samples": 6, "sequence_length": 24, "micro_batch_size": 1, "shard_size": 2, "text_field": "text"}
@@ -23,13 +21,9 @@ def make_stage(folder, variant="llama", dtype="float32", criteria=("entropy", "s
         "dtype": dtype,
         "add_bos_token": True,
         "seed": 3,
+        **({} if structures == ("neurons",) else {"structures": list(structures)}),
     }
-    hashes = FileHashes(None)
-    inputs = {
-        "model": Input(hashes.of_folder(folder / "model"), str(folder / "model")),
-        "calibration": Input(hashes.of_file(folder / "text.jsonl"), str(folder / "text.jsonl")),
-    }
-    return Stage("importance", variant, params, inputs)
+    return importance_stage(folder, variant, params)
 
 
 def run(store, stage, world):

@@ -51,6 +51,7 @@ def make_inputs(folder: Path) -> Path:
         "models": ["alpha", "beta"],
         "aliases": {"alpha": {"path": "alpha"}, "beta": {"path": "beta"}},
         "ratios": [0.1, 0.2],
+        "methods": ["surgeon-uniform-block"],
         "calibration": {"path": "calibration.jsonl", "samples": 8, "sequence_length": 32, "shard_size": 1},
         "importance": {"dtype": "float32"},
         "recovery": {

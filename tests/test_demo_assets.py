@@ -10,13 +10,26 @@ from hfprune_launch.demo import assets, models, tasks
 from hfprune_launch.demo.docstrings import documented_in, instruction_pairs, standard_library
 from hfprune_launch.demo.jsonl import write_jsonl
 from hfprune_launch.demo.parts import MANIFEST, Parts
-from hfprune_launch.demo.prose import own_paragraphs, pack, passages, reference_prose, shingles
+from hfprune_launch.demo.prose import (
+    DOCUMENT_CHARACTERS,
+    benchmark_prose,
+    description,
+    own_paragraphs,
+    pack,
+    passages,
+    reference_prose,
+    shingles,
+)
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 MADE_FROM = {"python": "3"}
+SENTENCES = (
+    "The task is to say whether a sentence follows from another, and the data were collected from people who were paid "
+    "for the work of writing pairs of sentences."
+)
 SOURCE = '''
 raise SystemExit
 
@@ -38,6 +51,11 @@ def prose():
 
 
 @pytest.fixture(scope="module")
+def papers():
+    return benchmark_prose()
+
+
+@pytest.fixture(scope="module")
 def library():
     return standard_library()
 
@@ -50,10 +68,9 @@ def suite(tmp_path_factory, prose, library):
 
 
 @pytest.fixture(scope="module")
-def calibration_shingles(prose):
-    return {
-        shingle for document in prose.calibration for block in document.split("\n\n") for shingle in shingles(block)
-    }
+def calibration_shingles(prose, papers):
+    documents = prose.calibration + papers.calibration
+    return {shingle for document in documents for block in document.split("\n\n") for shingle in shingles(block)}
 
 
 def read_jsonl(file):
@@ -70,8 +87,34 @@ def test_documents_are_long_enough_and_many(prose):
     assert min(map(len, prose.calibration + prose.held_out)) >= 1800
 
 
-def test_calibration_and_held_out_share_no_run_of_words(prose, calibration_shingles):
-    for document in prose.held_out:
+def test_of_the_other_kind_there_are_enough_documents_of_english(papers):
+    assert len(papers.calibration) >= 8 and len(papers.held_out) >= 3
+    assert min(map(len, papers.calibration + papers.held_out)) >= DOCUMENT_CHARACTERS
+    assert sum(" the " in block for document in papers.held_out for block in document.split("\n\n")) > 20
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (f"Abstract: `{SENTENCES}`", SENTENCES),
+        (f"> {SENTENCES.replace(' ', chr(10), 3)}", SENTENCES),
+        (SENTENCES.replace("task", "`task`"), ""),
+        (SENTENCES.replace("task", "https://task"), ""),
+        (f"* {SENTENCES}", ""),
+        (
+            "El conjunto de datos se compone de frases que han sido escritas por personas y que describen " * 2
+            + "cosas.",
+            "",
+        ),
+        ("Too short to tell.", ""),
+    ],
+)
+def test_descriptions_are_english_sentences(block, expected):
+    assert description(block) == expected
+
+
+def test_calibration_and_held_out_share_no_run_of_words(prose, papers, calibration_shingles):
+    for document in prose.held_out + papers.held_out:
         for paragraph in document.split("\n\n"):
             assert calibration_shingles.isdisjoint(shingles(paragraph))
 
@@ -227,8 +270,9 @@ def test_the_demo_configuration_names_these_assets():
     assert Path(config.aliases["llama"].path) == ROOT / "runs/demo-assets/llama"
     assert {part.name for part in assets.PARTS} >= {
         *config.aliases,
-        "text",
         "tasks",
+        *(Path(text.path).parent.name for text in config.calibration.mixture),
+        *(Path(text.path).parent.name for text in config.evaluation.fidelity.texts.values()),
         Path(config.recovery.path).name,
     }
     assert config.calibration.samples // (config.calibration.micro_batch_size * config.calibration.shard_size) == 4

@@ -36,7 +36,7 @@ def script(tmp_path):
 
 def run(*arguments, **options):
     command = forked([sys.executable, *arguments])
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, **options)
 
 
 def told(*arguments, **options):

@@ -6,24 +6,28 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+from hfprune_dist.config.parameters import PARAMETERS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"hfprune_dist": "hfprune_dist", "hfprune_launch": "launch"}
 ROOMS = {
     *("config", "store", "data", "core", "checkpoints", "planning", "models", "distributed"),
-    *("scoring", "refit", "training", "evaluation", "results", "stages", "structures"),
+    *("scoring", "refit", "training", "evaluation", "report", "results", "stages", "structures"),
 }
-COMMANDS = ["sweep", "report", "compare", "bench", "demo_assets"]
-SHARED = ["command", "sweep_folder", "preflight", "screen"]
+COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "publish", "demo_assets", "schema"]
+SHARED = ["command", "project", "api", "build_steps", "sweep_folder", "preflight", "screen"]
 # These wait for no torch: a login node answers at once.
 TORCH_FREE = [
-    *(f"hfprune_dist.{room}" for room in ("config", "store", "planning", "results", "structures")),
-    *(f"hfprune_dist.checkpoints.{name}" for name in ("checkpoint", "families", "lfs_pointers")),
+    *(f"hfprune_dist.{room}" for room in ("config", "store", "planning", "report", "results", "structures")),
+    *(f"hfprune_dist.checkpoints.{name}" for name in ("checkpoint", "families", "kept_numbers", "lfs_pointers")),
+    *(f"hfprune_dist.checkpoints.{name}" for name in ("layer_settings", "pruned_config")),
     "hfprune_dist.core.criteria",
     *(f"hfprune_launch.{name}" for name in ("modes.sweep", "report", "sweep_folder", "slurm.cli", "local.backend")),
+    *(f"hfprune_launch.{name}" for name in ("hfprune", "schema", "status", "modes.clean")),
 ]
 
 
-DISCARDS = {"discard_drafts", "discard_work", "discard_progress"}
+DISCARDS = {"discard", "empty", "discard_drafts", "discard_work", "discard_progress"}
 MOST_PARAMETERS = 5
 MOST_LINES = 350
 
@@ -114,12 +118,15 @@ def test_commands_never_import_commands():
     assert crossing(commands, commands) == []
 
 
-def test_stages_never_import_each_other():
-    stages = {name for name in modules("hfprune_dist") if name.startswith("hfprune_dist.stages.")}
-    for stage in stages - {"hfprune_dist.stages.context"}:
-        for name in imports_of(modules("hfprune_dist")[stage]):
-            others = stages - {stage, "hfprune_dist.stages.context"}
-            assert not name.startswith(tuple(f"{other}." for other in others)), f"{stage} imports {name}"
+def test_stages_are_imported_by_none_of_their_room():
+    """Parts that a stage consists of, or that stages share, may be."""
+    stages = {f"hfprune_dist.stages.{kind}" for kind in PARAMETERS}
+    room = {name for name in modules("hfprune_dist") if name.startswith("hfprune_dist.stages.")}
+    assert stages <= room
+    for module in room:
+        for name in imports_of(modules("hfprune_dist")[module]):
+            others = tuple(f"{stage}." for stage in stages - {module})
+            assert not f"{name}.".startswith(others), f"{module} imports {name}"
 
 
 def test_only_some_rooms_know_about_processes():
@@ -137,7 +144,7 @@ def test_submitit_is_known_to_launch_only():
 
 def test_a_stage_in_a_store_is_reached_by_its_handle_alone():
     """Outside of the store nobody asks for a stage's folders, artifact, claim or failures by its id."""
-    by_id = {"path", "work", "manifest", "verify", "set_aside", "open_draft", *DISCARDS}
+    by_id = {"path", "work", "manifest", "is_committed", "verify", "set_aside", "open_draft", *DISCARDS}
     of_a_work_folder = {"try_claim", "read_heartbeat", "read_failure", "read_failures", "clear_failures"}
     of_a_work_folder |= {"write_failure", "write_failure_record"}
     for package in PACKAGES:
@@ -206,7 +213,7 @@ def test_the_login_node_never_waits_for_torch():
 import importlib, sys
 for name in {names}:
     importlib.import_module(name)
-    if large := {{'torch', 'transformers', 'deepspeed'}} & set(sys.modules):
+    if large := {{'torch', 'transformers', 'deepspeed', 'plotly'}} & set(sys.modules):
         sys.exit(f"{{name}} imports {{large}}")
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hfprune_launch.modes.sweep_arguments import PROFILES, Command
+from hfprune_launch.modes.sweep_arguments import Command
+from hfprune_launch.project import PROJECT
 from hfprune_launch.slurm.profile import load_profile
 from rich.console import Console
 
@@ -24,7 +25,7 @@ from hfprune_dist.planning.model_sources import shipped_aliases
 ROOT = Path(__file__).resolve().parents[1]
 TOP = ["hfprune_dist", "launch", "configs", "slurm", "tests"]
 READMES = sorted([ROOT / "README.md", *(file for top in TOP for file in (ROOT / top).rglob("README.md"))])
-COMMANDS = ["sweep", "report", "compare", "bench", "demo_assets"]
+COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "publish", "demo_assets", "schema"]
 LONGEST = 200
 # By commands; all other files that a README names are files of the project.
 WRITTEN = {"results.md", "comparison.md", "bench.md", "bench.png"}
@@ -121,14 +122,17 @@ def wrong_tree(text, _folder):
 
 
 def commands_of(text):
-    """(command, its arguments) of every call of a command in a block of shell lines."""
+    """(command, its arguments) of every call of a command in a block of shell lines, by its path or by hfprune."""
     for body in blocks_of(text, "bash"):
         for line in body.replace("\\\n", " ").replace("$seed", "0").splitlines():
-            words = shlex.split(line, comments=True)
+            words = shlex.split(line.split(" > ")[0], comments=True)
             found = [place for place, word in enumerate(words) if re.fullmatch(r"launch/\w+\.py", word)]
             if found:
                 arguments = words[found[0] + 1 :]
                 yield words[found[0]].removeprefix("launch/").removesuffix(".py"), arguments
+            elif words[:1] == ["hfprune"]:
+                place = 0 if words[1].startswith("-") else 1
+                yield words[place].replace("-", "_"), words[place + 1 :]
 
 
 def wrong_commands(text, _folder, parsers):
@@ -152,7 +156,7 @@ def _check_sweep(parsed):
     files = [ROOT / file for file in parsed.config if (ROOT / file).exists() or file.parts[0] in TOP]
     _check_config(load_config(files, Command(parsed, ROOT, Console()).overrides()))
     if parsed.profile is not None and (not parsed.profile.endswith(".yaml") or parsed.profile.startswith("slurm/")):
-        load_profile(parsed.profile, PROFILES)
+        load_profile(parsed.profile, PROJECT.profiles)
 
 
 def _check_config(config):
@@ -169,7 +173,7 @@ def wrong_yaml(text, folder, scratch):
         file.write_text(body)
         try:
             if folder.name == "slurm":
-                load_profile(str(file), PROFILES)
+                load_profile(str(file), PROJECT.profiles)
             else:
                 _check_config(load_config([file], {}))
         except UserError as error:
@@ -265,6 +269,8 @@ def test_commands_in_comments_and_help_texts_exist(file, parsers):
         "```\nlaunch/   commands\n  nowhere/   what\n```",
         "```bash\npython launch/sweep.py --methods hfprune --fast\n```",
         "```bash\npython launch/swept.py\n```",
+        "```bash\nhfprune swept\n```",
+        "```bash\nhfprune sweep --fast\n```",
         "```bash\npython launch/report.py\n```",
         "```bash\npython launch/sweep.py --set calibration.sample=3\n```",
         "```bash\npython launch/sweep.py --methods hfprun\n```",
@@ -308,7 +314,7 @@ def test_the_table_of_methods_says_what_their_files_say():
         assert (criterion, allocation) == (f"`{method.criterion}`", method.allocation), name
         assert re.split(r"\W", refit)[0] == method.refit, name
         assert ("distillation" in refit, "steps" in refit) == (method.distill > 0, method.steps > 1), name
-        assert ("default" in refit) == ([name] == SweepConfig().methods), name
+        assert ("default" in refit) == (name in SweepConfig().methods), name
 
 
 def test_all_modules_of_the_mathematics_are_listed():

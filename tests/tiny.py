@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -20,6 +21,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.stage import Input, Stage
 
 # One token per byte: the only tokenizer that every family's tokenizer class builds in the same way.
 VOCABULARY = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -111,3 +115,13 @@ def write_pairs(file: Path, count: int = 40, seed: int = 0) -> Path:
         lines.append(json.dumps(pair))
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
+
+
+def importance_stage(folder: Path, label: str, params: dict[str, Any]) -> Stage:
+    """Over the model and the text in a folder, as ``save_tiny`` and ``write_documents`` leave them."""
+    model, text, hashes = folder / "model", folder / "text.jsonl", FileHashes(None)
+    inputs = {
+        "model": Input(hashes.of_folder(model), str(model)),
+        "calibration": Input(hashes.of_file(text), str(text)),
+    }
+    return Stage("importance", label, params, inputs)

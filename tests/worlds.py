@@ -31,7 +31,7 @@ from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Stage
 
 T = TypeVar("T")
-PATIENCE_S = 120.0
+PATIENCE_S = 600.0
 
 
 class DivergedError(AssertionError):
@@ -88,10 +88,13 @@ class Ranks:
                 self._end(rank)
 
         threads = [threading.Thread(target=live, args=(rank,), daemon=True) for rank in range(self.size)]
+        # Making a model changes the process's default for a while; threads that do so at once may restore each other's.
+        default_dtype = torch.get_default_dtype()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        torch.set_default_dtype(default_dtype)
         if self._causes:
             raise self._causes[0]
         return [results[rank] for rank in range(self.size)]

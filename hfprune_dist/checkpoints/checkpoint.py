@@ -14,7 +14,8 @@ from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo
 from hfprune_dist.checkpoints.weight_files import matching, read_headers, read_json_object
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures.units import Units
+from hfprune_dist.structures.parameter_counts import ParameterCounts, count_parameters
+from hfprune_dist.structures.units import LAYER_SIZES, Units
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
@@ -64,6 +65,21 @@ class Checkpoint:
         return self.family.units(self.config)
 
     @cached_property
+    def structures(self) -> dict[str, Units]:
+        """All kinds of units that it has, by what they are called."""
+        return self.family.structures(self.config)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether no layer differs from another in its units."""
+        return all(units.is_uniform for units in self.structures.values())
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether transformers has a class for it: no layer differs from another in its sizes."""
+        return LAYER_SIZES not in self.config and self.is_uniform
+
+    @cached_property
     def max_positions(self) -> int | None:
         """The longest sequence that the model's positions were made for, with those that a rope scaling adds; None
         where the config doesn't say.
@@ -77,15 +93,21 @@ class Checkpoint:
         return max(stated, int((original if isinstance(original, int) else stated) * factor))
 
     @cached_property
+    def parameter_counts(self) -> ParameterCounts:
+        """Parameters of the model, of its layers and of their units."""
+        tied_head = self.family.head_tensor() if self.config.get("tie_word_embeddings") else None
+        shapes = {name: info.shape for name, info in self.tensors.items()}
+        return count_parameters(shapes, self.structures, tied_head)
+
+    @cached_property
     def parameters(self) -> int:
         """Number of distinct parameters; a head tied to the embedding counts once."""
-        tied_head = self.family.head_tensor() if self.config.get("tie_word_embeddings") else None
-        return sum(info.numel for name, info in self.tensors.items() if name != tied_head)
+        return self.parameter_counts.total
 
     @cached_property
     def parameters_per_unit(self) -> int:
         """Parameters that go when one unit of one layer goes."""
-        return self.units.parameters_per_unit({name: info.shape for name, info in self.tensors.items()})
+        return self.parameter_counts.units[self.units.kind]
 
     @cached_property
     def surplus(self) -> list[str]:
@@ -149,7 +171,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     checkpoint = Checkpoint(
         path, config | ({"tie_word_embeddings": False} if untied else {}), family, tensors, unused, untied
     )
-    check_shapes(path, tensors, checkpoint.units)
+    check_shapes(path, tensors, checkpoint.structures, config["hidden_size"])
     return checkpoint
 
 

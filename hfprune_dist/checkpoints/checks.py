@@ -9,7 +9,7 @@ from typing import Any
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.checkpoints.safetensors_header import FLOATS, TensorInfo
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures.units import PER_LAYER, Units
+from hfprune_dist.structures.units import LAYER_SIZES, PER_LAYER, Units
 
 # What some architectures do to logits after their head -> the value that does nothing. A head is its weights here.
 _AFTER_THE_HEAD = {"logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1, "final_logit_softcapping": None}
@@ -58,6 +58,16 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
     for key, neutral in _AFTER_THE_HEAD.items():
         if config.get(key) not in (None, neutral):
             raise UserError(f"{file}: {key} {config[key]!r} changes the logits, which is not supported yet")
+    _check_layer_sizes(config, file)
+
+
+def _check_layer_sizes(config: Mapping[str, Any], file: Path) -> None:
+    sizes, layers = config.get(LAYER_SIZES) or {}, config["num_hidden_layers"]
+    if not isinstance(sizes, dict) or not all(isinstance(it, list) and len(it) == layers for it in sizes.values()):
+        raise UserError(f"{file}: {LAYER_SIZES} must give a list of {layers} numbers, one a layer, for each field")
+    for field, values in sizes.items():
+        for value in values:
+            _require_positive(value, f"{field} in {LAYER_SIZES}", file)
     own = config.get(PER_LAYER) or {}
     if not isinstance(own, dict) or not all(isinstance(it, dict) for it in own.values()):
         raise UserError(f"{file}: {PER_LAYER} must give each layer's number its settings")
@@ -110,18 +120,22 @@ def check_tensors(path: Path, config: Mapping[str, Any], family: Family, tensors
         )
 
 
-def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], units: Units) -> None:
+def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], structures: Mapping[str, Units], hidden: int) -> None:
     """Check that every layer's tensors have room for as many units as the config states.
+
+    Args:
+        hidden: the hidden size, which is the other dimension of weights that units own a part of.
 
     Raises:
         UserError: naming the tensor.
     """
-    for layer, count in enumerate(units.counts):
-        for name, owned in units.in_layer(layer, tensors):
-            shape = tensors[name].shape
-            dimensions = 1 if name.endswith(".bias") else 2
-            if len(shape) != dimensions or shape[owned.axis] != count * owned.per_unit:
-                raise UserError(
-                    f"{path}: {name} has shape {list(shape)}, but config.json says {units.described(layer)} for this "
-                    "layer"
-                )
+    for units in structures.values():
+        for layer, count in enumerate(units.counts):
+            for name, owned in units.in_layer(layer, tensors):
+                size = count * owned.per_unit
+                wanted = [size] if name.endswith(".bias") else [size, hidden] if owned.axis == 0 else [hidden, size]
+                if list(tensors[name].shape) != wanted:
+                    raise UserError(
+                        f"{path}: {name} has shape {list(tensors[name].shape)}, but config.json makes it {wanted}: "
+                        f"{units.described(layer)} for this layer"
+                    )

@@ -6,12 +6,13 @@ Adding a family whose MLP computes ``down(act(gate(x)) * up(x))`` is one line in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from hfprune_dist.errors import UserError
+from hfprune_dist.structures.kv_groups import kv_groups
 from hfprune_dist.structures.neurons import neurons
-from hfprune_dist.structures.units import Units
+from hfprune_dist.structures.units import Block, Units
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +27,10 @@ class Family:
 
     Attributes:
         biases: (key of config.json, the projections that have a bias where it is true); no key: in any case.
+        heads: what its configuration class takes for ``num_key_value_heads`` and ``head_dim`` where config.json lacks
+            them; else one key-value head for each query head, and heads that make up ``hidden_size``.
+        twin: the model_type that computes the same without biases, for numbers of heads that don't divide
+            ``hidden_size``, which this one's configuration class refuses; None: it takes them.
     """
 
     model_type: str
@@ -44,15 +49,41 @@ class Family:
     row_projections: tuple[str, ...] = ("gate_proj", "up_proj")
     down_projection: str = "down_proj"
     biases: tuple[tuple[str | None, tuple[str, ...]], ...] = ()
+    heads: Mapping[str, int] = field(default_factory=dict)
+    twin: str | None = None
+
+    @property
+    def plain_class(self) -> str:
+        """The class of transformers that has all layers alike."""
+        return f"{self.architecture}ForCausalLM"
 
     @property
     def pruned_class(self) -> str:
-        """The class in ``modeling_pruned.py`` whose layers have MLPs of different widths."""
-        return f"Pruned{self.architecture}ForCausalLM"
+        """The class in ``modeling_pruned.py`` whose layers differ in width or heads."""
+        return f"Pruned{self.plain_class}"
 
     def units(self, config: Mapping[str, Any]) -> Units:
         """What pruning removes from a model of this ``config.json``: the neurons of its MLPs."""
-        return neurons(config, self.layers, self.mlp, self.row_projections, self.down_projection)
+        mlp = Block(self.layers, self.mlp, self.mlp_norm)
+        return neurons(config, mlp, self.row_projections, self.down_projection)
+
+    def structures(self, config: Mapping[str, Any]) -> dict[str, Units]:
+        """All kinds of units of such a model, by what they are called."""
+        attention = Block(self.layers, self.attention, self.attention_norm)
+        groups = kv_groups(self.completed(config), attention, self.attention_projections)
+        return {units.kind: units for units in (self.units(config), groups)}
+
+    def completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A ``config.json`` that says how many key-value heads there are and how large a head is."""
+        stated = {**self.heads, **config}
+        queries = int(stated["num_attention_heads"])
+        groups = stated.get("num_key_value_heads") or queries
+        head_dim = stated.get("head_dim") or stated["hidden_size"] // queries
+        return {**config, "num_key_value_heads": groups, "head_dim": head_dim}
+
+    def biased(self, config: Mapping[str, Any]) -> set[str]:
+        """The projections that have a bias in a model of this ``config.json``."""
+        return {name for key, names in self.biases if key is None or config.get(key) for name in names}
 
     def embedding_tensor(self) -> str:
         """The table of token embeddings [vocabulary, hidden_size]."""
@@ -70,7 +101,7 @@ class Family:
         """The tensors that a model of this ``config.json`` computes with, its head included; others in the files of a
         checkpoint are ignored when it is loaded.
         """
-        biased = {name for key, names in self.biases if key is None or config.get(key) for name in names}
+        biased = self.biased(config)
         modules = [(self.attention, name) for name in (*self.attention_projections, *self.head_norms)]
         modules += [(self.mlp, name) for name in (*self.row_projections, self.down_projection)]
         parts = [f"{norm}.weight" for norm in (self.attention_norm, self.mlp_norm)]
@@ -96,10 +127,16 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama", biases=(("attention_bias", ATTENTION), ("mlp_bias", MLP))),
-        Family("mistral", "Mistral"),
-        Family("qwen2", "Qwen2", biases=((None, ATTENTION[:3]),)),
-        Family("qwen3", "Qwen3", head_norms=("q_norm", "k_norm"), biases=(("attention_bias", ATTENTION),)),
+        Family("llama", "Llama", biases=(("attention_bias", ATTENTION), ("mlp_bias", MLP)), twin="mistral"),
+        Family("mistral", "Mistral", heads={"num_key_value_heads": 8}),
+        Family("qwen2", "Qwen2", biases=((None, ATTENTION[:3]),), heads={"num_key_value_heads": 32}),
+        Family(
+            "qwen3",
+            "Qwen3",
+            head_norms=("q_norm", "k_norm"),
+            biases=(("attention_bias", ATTENTION),),
+            heads={"num_key_value_heads": 32, "head_dim": 128},
+        ),
     )
 }
 

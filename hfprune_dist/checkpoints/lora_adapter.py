@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import Family
-from hfprune_dist.checkpoints.write_pruned import stream_weight_file
+from hfprune_dist.checkpoints.write_pruned import Changes, stream_weight_file
 from hfprune_dist.store.atomic_files import read_json, write_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -83,7 +83,7 @@ def merge_weight_file(checkpoint: Checkpoint, file: str, adapter: Adapter, targe
     unknown = adapter.factors.keys() - checkpoint.tensors.keys()
     assert not unknown, f"the adapter has weights that the checkpoint lacks: {sorted(unknown)[:3]}"
     transforms = {name: partial(merged, adapter.scale, *factors) for name, factors in adapter.factors.items()}
-    stream_weight_file(checkpoint, file, {}, transforms, target)
+    stream_weight_file(checkpoint, file, Changes(transforms), target)
 
 
 def merged(scale: float, factor_a: Tensor, factor_b: Tensor, weight: Tensor) -> Tensor:

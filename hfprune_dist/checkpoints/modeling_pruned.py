@@ -1,32 +1,48 @@
-"""Causal language models whose layers have MLPs of different widths; this file also travels inside such checkpoints.
+"""Causal language models whose layers differ in heads and MLP widths; this file also travels inside such checkpoints.
 
 It needs transformers alone: load such a checkpoint with
-``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. The widths are in its config.json, under
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. Heads and widths are in its config.json, under
+``layer_sizes``: a field of the configuration -> its value in each layer. Earlier versions wrote widths alone, under
 ``per_layer_config``.
 """
 
+import copy
 from typing import Any
 
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 
-class WidthPerLayer:
-    """Gives each decoder layer an MLP as wide as the configuration says for that layer."""
+def config_of_layer(config: Any, number: int) -> Any:
+    """A copy of the configuration with the sizes of one layer."""
+    own = copy.copy(config.per_layer_config[number])
+    for field, values in (getattr(config, "layer_sizes", None) or {}).items():
+        setattr(own, field, values[number])
+    return own
+
+
+class SizesPerLayer:
+    """Gives each decoder layer as many heads, and an MLP as wide, as the configuration says for that layer."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config.per_layer_config[0])  # type: ignore[call-arg]
         for number, layer in enumerate(self.model.layers):  # type: ignore[attr-defined]
-            layer.mlp = type(layer.mlp)(config.per_layer_config[number])
+            own = config_of_layer(config, number)
+            layer.self_attn = type(layer.self_attn)(own, number)
+            layer.mlp = type(layer.mlp)(own)
+            layer.self_attn.config = self.model.config  # type: ignore[attr-defined] # the attention that is chosen later
         self.config = config
 
-
-class PrunedLlamaForCausalLM(WidthPerLayer, LlamaForCausalLM): ...  # type: ignore[misc]
-
-
-class PrunedMistralForCausalLM(WidthPerLayer, MistralForCausalLM): ...  # type: ignore[misc]
+    def _get_static_cache_init_shape(self) -> None:
+        """Static caches wait for the keys of each layer, since transformers takes all layers' for alike."""
 
 
-class PrunedQwen2ForCausalLM(WidthPerLayer, Qwen2ForCausalLM): ...  # type: ignore[misc]
+class PrunedLlamaForCausalLM(SizesPerLayer, LlamaForCausalLM): ...  # type: ignore[misc]
 
 
-class PrunedQwen3ForCausalLM(WidthPerLayer, Qwen3ForCausalLM): ...  # type: ignore[misc]
+class PrunedMistralForCausalLM(SizesPerLayer, MistralForCausalLM): ...  # type: ignore[misc]
+
+
+class PrunedQwen2ForCausalLM(SizesPerLayer, Qwen2ForCausalLM): ...  # type: ignore[misc]
+
+
+class PrunedQwen3ForCausalLM(SizesPerLayer, Qwen3ForCausalLM): ...  # type: ignore[misc]

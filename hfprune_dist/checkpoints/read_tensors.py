@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.scores import ScoredLayer, SecondMoments
+from hfprune_dist.structures.units import Units
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -16,9 +17,10 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     return tensor
 
 
-def scored_layer(checkpoint: Checkpoint, layer: int, seed: int, moments: SecondMoments | None = None) -> ScoredLayer:
-    """A layer's units, as criteria see them."""
-    units = checkpoint.units
+def scored_layer(
+    checkpoint: Checkpoint, units: Units, layer: int, seed: int, moments: SecondMoments | None = None
+) -> ScoredLayer:
+    """A layer's units of one kind, as criteria see them."""
     return ScoredLayer(
         number=layer,
         units=units.counts[layer],

@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -16,78 +17,104 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.cut import Cut
+from hfprune_dist.checkpoints.pruned_config import AUTO_CLASS, MODELING_FILE
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo, read_safetensors_header
 from hfprune_dist.checkpoints.weight_files import INDEX_FILE
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.store.atomic_files import write_json
+from hfprune_dist.structures.kept import Kept
 
-# Where layers differ, this module of ours travels inside the checkpoint.
-MODELING_FILE = Path(__file__).with_name("modeling_pruned.py")
 COPY_BYTES = 256 * 1024
 
 # A tensor as it is -> the tensor to write, of the same dtype.
 Transform = Callable[[Tensor], Tensor]
 
 
-def unit_cuts(checkpoint: Checkpoint, kept: Sequence[Tensor]) -> dict[str, Cut]:
-    """The cut of every tensor that shrinks when layer ``i`` keeps the units ``kept[i]`` (ascending int64)."""
+@dataclass(frozen=True)
+class Changes:
+    """What becomes of some tensors on their way from one file to another.
+
+    Attributes:
+        transforms: name -> what is done to it; the other tensors' bytes are copied as they are.
+        shapes: name -> the shape that it gets, of those whose shape changes.
+        names: name -> the name that it gets; tensors without one are left out. None: all keep theirs.
+    """
+
+    transforms: Mapping[str, Transform]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    names: Mapping[str, str] | None = None
+
+
+def unit_cuts(checkpoint: Checkpoint, kept: Kept) -> dict[str, Cut]:
+    """The cut of every tensor that shrinks where this alone stays of a checkpoint."""
     return {
         name: Cut(owned.axis, entries_of(kept_K, owned.per_unit))
-        for layer, kept_K in enumerate(kept)
-        for name, owned in checkpoint.units.in_layer(layer, checkpoint.tensors)
+        for kind, rows in kept.units.items()
+        for layer, kept_K in zip(kept.layers, rows, strict=True)
+        for name, owned in checkpoint.structures[kind].in_layer(layer, checkpoint.tensors)
     }
+
+
+def kept_names(checkpoint: Checkpoint, layers: Sequence[int]) -> dict[str, str]:
+    """The tensors that stay where these layers do, ascending -> their names in the smaller checkpoint."""
+    prefix = f"{checkpoint.family.layers}."
+    numbers = {str(layer): str(number) for number, layer in enumerate(layers)}
+    names = {name: name for name in checkpoint.tensors if not name.startswith(prefix)}
+    for name in checkpoint.tensors.keys() - names.keys():
+        layer, _, part = name.removeprefix(prefix).partition(".")
+        if layer in numbers:
+            names[name] = f"{prefix}{numbers[layer]}.{part}"
+    return names
 
 
 def write_weight_file(
     checkpoint: Checkpoint,
     file: str,
-    cuts: Mapping[str, Cut],
+    kept: Kept,
     target: Path,
     replacements: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> None:
-    """Write one safetensors file of the smaller checkpoint.
+    """Write one safetensors file of the smaller checkpoint; none where nothing stays of it.
 
     Args:
-        replacements: tensor name -> reads what is written in place of the cut tensor, of the same shape.
+        replacements: tensor name, as ``checkpoint`` has it -> reads what is written in place of the cut tensor, of the
+            same shape.
     """
+    names = kept_names(checkpoint, kept.layers)
+    if not any(checkpoint.tensors[name].file == file for name in names):
+        return
+    cuts = unit_cuts(checkpoint, kept)
     shapes = {name: cut.shape(checkpoint.tensors[name].shape) for name, cut in cuts.items()}
     transforms: dict[str, Transform] = {name: cut.apply for name, cut in cuts.items()}
     for name, read in (replacements or {}).items():
         transforms[name] = partial(_replace, read)
-    stream_weight_file(checkpoint, file, shapes, transforms, target)
+    stream_weight_file(checkpoint, file, Changes(transforms, shapes, names), target)
 
 
 def _replace(read: Callable[[], Tensor], tensor: Tensor) -> Tensor:
     return read().to(tensor.dtype)
 
 
-def stream_weight_file(
-    checkpoint: Checkpoint,
-    file: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    transforms: Mapping[str, Transform],
-    target: Path,
-) -> None:
+def stream_weight_file(checkpoint: Checkpoint, file: str, changes: Changes, target: Path) -> None:
     """Write one safetensors file with some tensors transformed, one of them made while that before it is written.
 
     Peak memory is what one transform needs and the transformed tensor before it.
-
-    Args:
-        shapes: the shapes of the tensors whose shape changes.
-        transforms: tensor name -> what is done to it; the other tensors' bytes are copied as they are.
     """
     infos = {name: info for name, info in checkpoint.tensors.items() if info.file == file}
-    path = checkpoint.path / file
+    if changes.names is not None:
+        infos = {name: info for name, info in infos.items() if name in changes.names}
+    transforms, path = changes.transforms, checkpoint.path / file
     with safe_open(path, framework="pt") as source, path.open("rb") as raw, (target / file).open("wb") as stream:
 
         def transformed(name: str) -> Tensor:
             return transforms[name](source.get_tensor(name)).contiguous()
 
         tensors = _one_ahead(partial(transformed, name) for name in infos if name in transforms)
-        stream.write(_header(infos, shapes))
+        stream.write(_header(infos, changes))
         for name, info in infos.items():
             if name in transforms:
                 stream.write(next(tensors).view(torch.uint8).numpy().data)
@@ -109,14 +136,15 @@ def _one_ahead(makers: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
             yield waiting.result()
 
 
-def _header(infos: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+def _header(infos: Mapping[str, TensorInfo], changes: Changes) -> bytes:
     """What a safetensors file begins with: the length of a JSON object, and that object."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, info in infos.items():
-        shape = shapes.get(name, info.shape)
+        shape = changes.shapes.get(name, info.shape)
         size = info.bytes // info.numel * math.prod(shape)
-        header[name] = {"dtype": info.dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        entry = {"dtype": info.dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[changes.names[name] if changes.names is not None else name] = entry
         offset += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8 bytes, as the format asks
@@ -134,28 +162,31 @@ def _copy(source: BufferedReader, stream: BinaryIO, size: int) -> None:
         size -= read
 
 
-def config_changes(checkpoint: Checkpoint, counts: Sequence[int]) -> dict[str, Any]:
-    """What config.json says of a smaller checkpoint whose layers have so many units."""
-    changes = checkpoint.units.config_changes(counts)
-    if len(set(counts)) == 1:
-        return changes
-    name = checkpoint.family.pruned_class
-    return {**changes, "architectures": [name], "auto_map": {"AutoModelForCausalLM": f"{MODELING_FILE.stem}.{name}"}}
+def write_companions(checkpoint: Checkpoint, target: Path, config: Mapping[str, Any]) -> None:
+    """Copy tokenizer, generation config and licences; write ``config`` as config.json, and the weights' index.
 
-
-def write_companions(checkpoint: Checkpoint, target: Path, changes: Mapping[str, Any]) -> None:
-    """Copy tokenizer, generation config and licences; write config.json with ``changes`` and the weights' index.
-
-    A checkpoint whose layers differ gets the file that plain transformers needs to load it.
+    A checkpoint that isn't plain gets the file that plain transformers needs to load it.
     """
     for name in checkpoint.companion_files:
-        if name != "config.json":
+        if name not in ("config.json", MODELING_FILE.name):
             shutil.copyfile(checkpoint.path / name, target / name)
-    write_json(target / "config.json", {**checkpoint.config, **changes})
-    if "auto_map" in changes:
+    if config["model_type"] != checkpoint.config["model_type"]:
+        _write_tokenizer(checkpoint, target)
+    write_json(target / "config.json", config)
+    if str(config.get("auto_map", {}).get(AUTO_CLASS)).startswith(f"{MODELING_FILE.stem}."):
         shutil.copyfile(MODELING_FILE, target / MODELING_FILE.name)
     if (checkpoint.path / INDEX_FILE).is_file():
-        headers = [read_safetensors_header(target / file) for file in checkpoint.weight_files]
-        total = sum(info.bytes for header in headers for info in header.values())
-        weight_map = {name: info.file for name, info in checkpoint.tensors.items()}
+        files = [target / file for file in checkpoint.weight_files]
+        infos = {name: it for file in files if file.is_file() for name, it in read_safetensors_header(file).items()}
+        total = sum(info.bytes for info in infos.values())
+        weight_map = {name: info.file for name, info in infos.items()}
         write_json(target / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
+    """Replace the tokenizer's files by what they say once they are loaded.
+
+    Of some architectures transformers makes a tokenizer by rules of its own and takes no more than the vocabulary from
+    tokenizer.json; of others it takes tokenizer.json as it is. Without this a text would have other ids.
+    """
+    AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False).save_pretrained(target)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ from hfprune_dist.errors import UserError, did_you_mean
 # Keys whose value is a path: relative ones are taken from the folder of the YAML file that names them, or from the
 # current folder when they come from the command line.
 PATH_KEYS = ("calibration.path", "recovery.path", "evaluation.include_path", "evaluation.fidelity.path")
+# Mappings and lists of sections that have a path each.
+HOLDERS_OF_PATHS = ("aliases", "calibration.mixture", "evaluation.fidelity.texts")
+# Folder of the project's own configurations.
+SHIPPED = "configs"
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -65,28 +71,71 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def load_config(files: Sequence[Path], overrides: Mapping[str, Any]) -> SweepConfig:
+@dataclass(frozen=True)
+class Layer:
+    """A part of a configuration.
+
+    Attributes:
+        source: where it comes from: a file as it was named, or the command line.
+        content: keys and values; its paths are absolute.
+    """
+
+    source: str
+    content: Mapping[str, Any]
+
+
+def load_config(files: Sequence[Path], overrides: Mapping[str, Any], shipped: Path | None = None) -> SweepConfig:
     """Merge defaults, YAML files in order, and dotted command-line overrides into a checked configuration.
 
     Args:
         files: YAML files; later ones win, sections are merged key by key.
         overrides: dotted key -> value, e.g. ``{"calibration.samples": 16}``; wins over every file.
+        shipped: see ``read_layers``.
 
     Raises:
         UserError: for an unreadable file, an unknown key, a wrong type or a value out of range.
     """
-    merged: dict[str, Any] = {}
-    for file in files:
-        merged = _merge(
-            merged,
-            _resolve_paths(read_yaml(file, "--config", "keys and values at the top level"), file.resolve().parent),
-        )
+    return merge_layers(read_layers(files, overrides, shipped))
+
+
+def read_layers(files: Sequence[Path], overrides: Mapping[str, Any], shipped: Path | None = None) -> list[Layer]:
+    """What a configuration is merged from; later ones win.
+
+    Args:
+        shipped: the folder of the project's own files; one that is named ``configs/...`` and isn't there is taken from
+            it. Its relative paths are then as if it were where it is named.
+
+    Raises:
+        UserError: for an unreadable file.
+    """
+    layers = [Layer(str(file), _content_of(file, shipped)) for file in files]
     command_line: dict[str, Any] = {}
     for key, value in overrides.items():
         _set_dotted(command_line, key, value)
-    merged = _merge(merged, _resolve_paths(command_line, Path.cwd()))
-    where = ", ".join([str(file) for file in files] + (["command line"] if overrides else []))
-    return parse(SweepConfig, merged, where or "defaults")
+    if overrides:
+        layers.append(Layer("command line", _resolve_paths(command_line, Path.cwd())))
+    return layers
+
+
+def merge_layers(layers: Sequence[Layer]) -> SweepConfig:
+    """Merge defaults and layers into a checked configuration.
+
+    Raises:
+        UserError: for an unknown key, a wrong type or a value out of range.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, layer.content)
+    return parse(SweepConfig, merged, ", ".join(layer.source for layer in layers) or "defaults")
+
+
+def _content_of(file: Path, shipped: Path | None) -> dict[str, Any]:
+    named = file
+    if shipped is not None and file.parts[:1] == (SHIPPED,) and not file.exists():
+        own = shipped.joinpath(*file.parts[1:])
+        file = own if own.is_file() else file
+    content = read_yaml(file, "--config", "keys and values at the top level")
+    return _resolve_paths(content, named.resolve().parent)
 
 
 SectionT = typing.TypeVar("SectionT", bound=Section)
@@ -175,17 +224,22 @@ def _resolve_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     """Make the relative paths in ``raw`` absolute, seen from ``base``."""
     for key in PATH_KEYS:
         *parents, leaf = key.split(".")
-        section: Any = raw
-        for parent in parents:
-            section = section.get(parent) if isinstance(section, dict) else None
-        _resolve_key(section, leaf, base)
+        _resolve_key(_value_at(raw, parents), leaf, base)
+    for key in HOLDERS_OF_PATHS:
+        holder = _value_at(raw, key.split("."))
+        for section in holder.values() if isinstance(holder, dict) else holder if isinstance(holder, list) else ():
+            _resolve_key(section, "path", base)
     for key, is_path in (("methods", _is_file), ("models", _is_folder)):
         names = raw.get(key)
         if isinstance(names, list):
             raw[key] = [_absolute(name, base) if is_path(name, base) else name for name in names]
-    aliases = raw.get("aliases")
-    for alias in aliases.values() if isinstance(aliases, dict) else ():
-        _resolve_key(alias, "path", base)
+    return raw
+
+
+def _value_at(raw: Any, keys: Iterable[str]) -> Any:
+    """What keys lead to; None where they lead nowhere."""
+    for key in keys:
+        raw = raw.get(key) if isinstance(raw, dict) else None
     return raw
 
 
@@ -217,7 +271,7 @@ def _absolute(path: str, base: Path) -> str:
 
 def _explain(schema: type[Section], problem: Mapping[str, Any]) -> str:
     """Turn one pydantic problem into a line in our words."""
-    location = [str(part) for part in problem["loc"]]
+    location = [str(part) for part in problem["loc"] if part != "[key]"]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         valid = sorted(_fields_at(schema, location[:-1]))
@@ -235,8 +289,10 @@ def _fields_at(schema: type[BaseModel], location: Iterable[str]) -> list[str]:
     """Return the valid keys of the section that ``location`` leads to."""
     annotation: Any = schema
     for part in location:
-        if typing.get_origin(annotation) is dict:
-            annotation = typing.get_args(annotation)[1]
+        if isinstance(annotation, types.UnionType):  # a section, or null
+            annotation = typing.get_args(annotation)[0]
+        if typing.get_origin(annotation) in (dict, list):
+            annotation = typing.get_args(annotation)[-1]
         elif issubclass(annotation, BaseModel) and part in annotation.model_fields:
             annotation = annotation.model_fields[part].annotation
     return list(annotation.model_fields)

@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from hfprune_dist.config.section import Positive, Section
 from hfprune_dist.core.criteria import CriterionName
+from hfprune_dist.structures import LAYERS, NEURONS, Kind, Structure
 
-Allocation = Literal["uniform", "global", "searched"]
+Allocation = Literal["uniform", "plain", "global", "searched"]
 Refit = Literal["none", "dense", "layerwise", "block"]
+
+
+StructureT = TypeVar("StructureT", Kind, Structure)
+
+
+def _in_order(structures: list[StructureT]) -> list[StructureT]:
+    known = get_args(Structure)
+    if NEURONS not in structures:
+        raise ValueError(f"{NEURONS} must be among them; beside it there may be {', '.join(known[1:])}")
+    if len(set(structures)) < len(structures):
+        raise ValueError(f"{', '.join(structures)}: name each once")
+    return [kind for kind in known if kind in structures]
+
+
+def _multiple(value: object) -> object:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value == "auto" or (whole and 1 <= value < 2**31):  # type: ignore[operator]
+        return value
+    raise ValueError(f"give a whole number from 1 on, or auto (got {value!r})")
+
+
+# What is pruned, in one order whatever the order that it is given in; and of that, what is scored.
+Structures = Annotated[list[Structure], AfterValidator(_in_order)]
+Kinds = Annotated[list[Kind], AfterValidator(_in_order)]
+# Of the dense model's parameters, what goes in a round; smaller ones would be more rounds than anyone waits for.
+RoundRatio = Annotated[float, Field(ge=0.01, lt=1)]
+# Of widths.
+Multiple = Annotated[int | Literal["auto"], BeforeValidator(_multiple)]
 
 
 class Method(Section):
@@ -18,39 +47,79 @@ class Method(Section):
 
     criterion: CriterionName
     """The score by which neurons stay: those with the highest scores."""
+    structures: Structures = Field(default=[NEURONS])
+    """What is pruned: neurons of MLPs; beside them kv_groups, the key-value heads of attention with the query heads
+    that read them, and whole layers. Neurons and groups are scored; what a model loses without a layer is measured.
+    More than neurons needs an allocation other than uniform."""
     allocation: Allocation = "uniform"
-    """How the removed neurons are spread over layers. uniform: the same width everywhere. global: all layers compete
-    by score; scores that aren't in nats are divided by their layer's mean first. searched: both of these, and widths
-    around the global ones, are measured on calibration windows, and the widths closest to the dense model are taken.
-    If layers differ in width, loading the checkpoint needs trust_remote_code or this package."""
+    """Which shape the pruned model has. uniform: the same width in all layers. plain: one number of layers, of KV
+    groups and of neurons, the same in all layers; such shapes are measured on calibration windows, and the one closest
+    to the dense model is taken. global: neurons and groups of all layers compete by score per parameter; scores that
+    aren't in nats are divided by their layer's mean first. searched: shapes around those are measured, plain ones and
+    some without whole layers as well, and the closest is taken.
+    If layers differ, loading the checkpoint needs trust_remote_code or this package."""
     floor: Annotated[float, Field(gt=0, le=1)] = 0.2
     """global, searched: the smallest share of its neurons that a layer keeps."""
     protect_first: Annotated[int, Field(ge=0)] = 0
-    """global, searched: number of layers, from the first on, that keep all their neurons."""
+    """global, searched: number of layers, from the first on, that lose nothing."""
     protect_last: Annotated[int, Field(ge=0)] = 0
-    """global, searched: number of layers, up to the last, that keep all their neurons."""
+    """global, searched: number of layers, up to the last, that lose nothing."""
+    tensor_parallel: Positive = 1
+    """Number of devices that each layer is to be split over: layers keep numbers of KV groups that are divisible by
+    it, and widths that lose neurons are multiples of it too. Matters where structures has kv_groups."""
     refit: Refit = "none"
     """Least squares on down_proj, so that the kept neurons also do what the removed ones did. dense: fitted to the
     dense MLP's outputs, on the dense model's activations. layerwise: layer after layer, on the pruned model's own
     activations; the target lies half way between the dense MLP's output there and the output that would restore the
     dense model's hidden states. block: as layerwise, then Gauss-Newton steps on gate_proj, up_proj and down_proj
     together; takes minutes, not seconds."""
-    multiple_of: Positive = 1
-    """Round intermediate_size to a multiple of this (64 or 128 suit GPU kernels)."""
+    multiple_of: Multiple = 1
+    """Round intermediate_size to a multiple of this (64 or 128 suit GPU kernels). auto: for each model and ratio the
+    largest of 256, 128, 64 and 32 with which at least the ratio goes, and at most 0.0125 more; where there is none, 32
+    if the model is at least 1,024 wide, else 1. Where there is a ``round_ratio``, what it is in the first round."""
     steps: Positive = 1
     """Number of equal parts of the ratio in which the model is pruned. Before each part but the first, the pruned model
     is scored again on the same windows. A refit of kind ``dense`` then uses that model's activations; the others aim at
-    the dense model in every step. Only with uniform."""
+    the dense model in every step, and ``searched`` compares with it. Not with plain."""
+    round_ratio: RoundRatio | None = None
+    """In place of ``steps``: prune in parts of this size, the last one being what is left of the ratio. So ratios share
+    the parts that they have in common. null: ``steps`` says how many there are."""
     distill: Annotated[int, Field(ge=0)] = 0
     """Passes over the calibration windows, after pruning, in which the pruned model learns the dense model's output
     distribution (see ``DistillationConfig``). It needs no labels and no further text, but it is training."""
 
     @model_validator(mode="after")
-    def _steps_are_uniform(self) -> Method:
-        if self.steps > 1 and self.allocation != "uniform":
+    def _rounds_suit_the_allocation(self) -> Method:
+        if self.steps > 1 and self.round_ratio is not None:
             raise ValueError(
-                f"steps: {self.steps} needs allocation: uniform; a checkpoint whose layers differ in width can't be "
-                "pruned again"
+                f"steps: {self.steps} and round_ratio: {self.round_ratio:g} are two ways to say in which parts a model "
+                "is pruned; give one of them"
+            )
+        if self.allocation == "plain" and (self.steps > 1 or self.round_ratio is not None):
+            named = f"steps: {self.steps}" if self.round_ratio is None else f"round_ratio: {self.round_ratio:g}"
+            raise ValueError(
+                f"{named} needs allocation: uniform, global or searched; the plain shape of one part may contain none "
+                "of the next"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _structures_suit_the_allocation(self) -> Method:
+        named = ", ".join(self.structures)
+        if self.allocation == "global" and LAYERS in self.structures:
+            raise ValueError(
+                f"structures: [{named}] needs allocation: plain or searched; layers have no scores, and global "
+                "measures nothing"
+            )
+        if self.allocation == "uniform" and self.structures != [NEURONS]:
+            possible = "plain or searched" if LAYERS in self.structures else "plain, global or searched"
+            raise ValueError(
+                f"structures: [{named}] needs allocation: {possible}; uniform is one width, of neurons alone"
+            )
+        if self.allocation == "plain" and self.structures == [NEURONS]:
+            raise ValueError(
+                "allocation: plain needs kv_groups or layers among structures; of neurons alone the one width is "
+                "allocation: uniform"
             )
         return self
 
@@ -59,11 +128,14 @@ class PruneConfig(Section):
     """Settings that override those of every method; null keeps the method's (see ``Method``)."""
 
     criterion: CriterionName | None = None
+    structures: Structures | None = None
     allocation: Allocation | None = None
     floor: Annotated[float, Field(gt=0, le=1)] | None = None
     protect_first: Annotated[int, Field(ge=0)] | None = None
     protect_last: Annotated[int, Field(ge=0)] | None = None
+    tensor_parallel: Positive | None = None
     refit: Refit | None = None
-    multiple_of: Positive | None = None
+    multiple_of: Multiple | None = None
     steps: Positive | None = None
+    round_ratio: RoundRatio | None = None
     distill: Annotated[int, Field(ge=0)] | None = None

@@ -14,14 +14,15 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from hfprune_dist.config.left_out import LeftOutAt, left_out
-from hfprune_dist.config.method import Allocation, Refit
-from hfprune_dist.config.schema import CalibrationConfig, FidelityConfig
+from hfprune_dist.config.method import Allocation, Kinds, Refit, Structures
 from hfprune_dist.config.section import Dtype, Section, TextSource
+from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.core.criteria import CriterionName
+from hfprune_dist.structures import NEURONS
 
 # What a text source says of a data set of the hub.
 OF_A_DATA_SET = {"dataset", "name", "split", "revision"}
@@ -68,8 +69,14 @@ class OtherParameters(Parameters):
 
 def _as_input(settings: object) -> object:
     """Settings of a text in a record; where they name no data set, the text is a file of the user's."""
+    if isinstance(settings, Mapping) and isinstance(settings.get("mixture"), list):
+        return {**settings, "mixture": [_placed(text, f"{AN_INPUT} {n}") for n, text in enumerate(settings["mixture"])]}
+    return _placed(settings, AN_INPUT)
+
+
+def _placed(settings: object, place: str) -> object:
     is_file = isinstance(settings, Mapping) and "dataset" not in settings
-    return {**settings, "path": AN_INPUT} if is_file else settings  # type: ignore[dict-item]
+    return {**settings, "path": place} if is_file else settings  # type: ignore[dict-item]
 
 
 # Marks settings of a text. Of a file neither path nor name matter: the stage has an input, known by its content.
@@ -81,7 +88,8 @@ class ImportanceParameters(Parameters):
 
     ``settled_by_sums_of``: criteria of the pass whose scores are more than sums, where it may end early; their sums
     decide as well. ``biases``: how a pass in bfloat16 adds the model's biases, if it has any. Both are absent in
-    records of passes that took no notice of such criteria, or rounded before they added biases.
+    records of passes that took no notice of such criteria, or rounded before they added biases. ``structures``: the
+    kinds of units that are scored, each by all criteria.
     """
 
     calibration: Annotated[CalibrationConfig, Text]
@@ -91,6 +99,7 @@ class ImportanceParameters(Parameters):
     seed: int
     settled_by_sums_of: Annotated[list[CriterionName] | None, LeftOutAt(None)] = None
     biases: Annotated[Literal["added before rounding"] | None, LeftOutAt(None)] = None
+    structures: Annotated[Kinds, LeftOutAt([NEURONS])] = Field(default=[NEURONS])
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -118,7 +127,8 @@ class PruneParameters(Parameters):
 
     ``ratio``: removed parameters / all parameters of the dense model, after this cut. ``floor``, ``protect_first`` and
     ``protect_last`` are None where the allocation takes no notice of them, ``dtype`` and ``micro_batch_size`` (windows
-    per forward pass of one rank) where no model runs.
+    per forward pass of one rank) where no model runs. ``tensor_parallel``: numbers of KV groups are divisible by it, as
+    ``multiple_of`` is; 1 where none go.
     """
 
     ratio: float
@@ -131,6 +141,8 @@ class PruneParameters(Parameters):
     protect_last: Annotated[int | None, LeftOutAt(None)] = None
     dtype: Annotated[Dtype | None, LeftOutAt(None)] = None
     micro_batch_size: Annotated[int | None, LeftOutAt(None)] = None
+    structures: Annotated[Structures, LeftOutAt([NEURONS])] = Field(default=[NEURONS])
+    tensor_parallel: Annotated[int, LeftOutAt(1)] = 1
 
     @property
     def compute_dtype(self) -> Dtype | None:
@@ -144,7 +156,7 @@ class PruneParameters(Parameters):
     def limits(self) -> tuple[float, int, int]:
         """``floor``, ``protect_first`` and ``protect_last`` of an allocation that takes notice of them."""
         floor, first, last = self.floor, self.protect_first, self.protect_last
-        assert floor is not None and first is not None and last is not None, "planned for a uniform allocation"
+        assert floor is not None and first is not None and last is not None, "planned for an allocation without floors"
         return floor, first, last
 
 
@@ -219,9 +231,19 @@ def _text_of(record: Mapping[str, Any]) -> str:
 def _record_of(section: BaseModel) -> dict[str, Any]:
     without = left_out(section) | (_without_place(section) if isinstance(section, TextSource) else set())
     values = {name: getattr(section, name) for name in type(section).model_fields if name not in without}
-    return {name: _record_of(value) if isinstance(value, BaseModel) else value for name, value in values.items()}
+    return {name: _recorded(value) for name, value in values.items()}
+
+
+def _recorded(value: object) -> object:
+    if isinstance(value, list):
+        return [_recorded(part) for part in value]
+    return _record_of(value) if isinstance(value, BaseModel) else value
 
 
 def _without_place(source: TextSource) -> set[str]:
-    """What a record leaves out of a text source: where a file lies, or, of a data set, that there is no file."""
+    """What a record leaves out of a text source: where a file lies, or, of a data set, that there is no file; where
+    several texts are mixed, all that would be of one.
+    """
+    if isinstance(source, CalibrationConfig) and source.mixture is not None:
+        return set(TextSource.model_fields)
     return {"path"} if source.path is None else {"path", *OF_A_DATA_SET}

@@ -11,31 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hfprune_dist.config.method import PruneConfig
-from hfprune_dist.config.section import Dtype, Positive, Section, TextSource
+from hfprune_dist.config.section import Dtype, Positive, Section
+from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.core.criteria import CriterionName
 
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
-
-
-class CalibrationConfig(TextSource):
-    """The text over which importance is accumulated."""
-
-    dataset: str | None = "allenai/c4"
-    name: str | None = "en"
-    samples: Positive = 1024
-    """Number of calibration windows."""
-    sequence_length: Annotated[int, Field(ge=8)] = 1024
-    """Tokens per window, the beginning-of-sequence token included."""
-    micro_batch_size: Positive = 1
-    """Windows per forward pass of one rank."""
-    shard_size: Positive = 4
-    """Micro-batches of a shard. Sums are reduced over ranks and saved shard by shard; a resume goes on at a shard."""
-    settled: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Stop before all samples are used, as soon as two halves of the windows so far agree on this share of the neurons
-    to keep, by every criterion of the pass (checked after 2, 4, 8, ... shards); null uses all samples. The agreement is
-    reported in any case. For activation and surgeon it is that of the sums from which their scores are computed.
-    magnitude and random have no sums, and entropy_bfloat16 rounds its own: they don't take part in the decision."""
 
 
 class ImportanceConfig(Section):
@@ -56,18 +37,6 @@ class ImportanceConfig(Section):
     """
     dtype: Dtype = "bfloat16"
     """Compute dtype of forward and backward; scores are accumulated in float64, except for entropy_bfloat16."""
-
-
-class FidelityConfig(TextSource):
-    """Held-out text on which a model is compared with its dense original, token by token."""
-
-    dataset: str | None = "allenai/c4"
-    name: str | None = "en"
-    split: str = "validation"
-    windows: Positive = 64
-    """Number of held-out windows."""
-    sequence_length: Annotated[int, Field(ge=8)] = 1024
-    """Tokens per window, the beginning-of-sequence token included."""
 
 
 class EvaluationConfig(Section):
@@ -93,7 +62,7 @@ class EvaluationConfig(Section):
     num_fewshot: Annotated[int, Field(ge=0)] | None = 0
     """Examples in the prompt; null leaves it to each task."""
     add_bos_token: bool = True
-    """Begin every sequence with the tokenizer's BOS token, here and in calibration."""
+    """Begin every sequence with the tokenizer's BOS token, here and, where calibration says nothing else, there."""
     apply_chat_template: bool = False
     """Format prompts with the tokenizer's chat template."""
     limit: Positive | None = None
@@ -147,8 +116,9 @@ class SweepConfig(Section):
     (org/name, org/name@revision); a folder of that name comes before the hub."""
     ratios: list[Ratio] = Field(default=[0.2, 0.3], min_length=1)
     """Removed parameters / all parameters of the model, for each pruned row."""
-    methods: list[str] = Field(default=["surgeon-uniform-block"], min_length=1)
-    """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``."""
+    methods: list[str] = Field(default=["hfprune", "surgeon-plain"], min_length=1)
+    """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``. By default the
+    published one and the best that loads everywhere, side by side."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds the calibration windows, the order of the training rows and the LoRA initialisation."""
     aliases: dict[str, ModelAlias] = Field(default={})
@@ -160,6 +130,12 @@ class SweepConfig(Section):
     recovery: RecoveryConfig = RecoveryConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @property
+    def calibrates_with_bos(self) -> bool:
+        """Whether calibration windows begin with the tokenizer's BOS token."""
+        own = self.calibration.add_bos_token
+        return self.evaluation.add_bos_token if own is None else own
 
     @field_validator("models", "ratios", "methods")
     @classmethod

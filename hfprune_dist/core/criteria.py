@@ -42,8 +42,8 @@ class Criterion:
     Attributes:
         name: in the configuration and in the artifact.
         description: one line, with the source.
-        summed: per token, h * dL/dh added up over the unit's channels ("gradient"), each channel's h itself
-            ("activation"), or "nothing": no calibration pass.
+        summed: per token, h * dL/dh added up over the unit's channels ("gradient"), each channel's h, channels kept
+            apart ("activation"), or "nothing": no calibration pass.
         loss: L, where a gradient is summed.
         reduction: the sum is one of absolute values or of squares.
         is_its_sum: whether the sum is the score; else ``core.scores`` says what is made of it.
@@ -66,6 +66,11 @@ class Criterion:
 
     def __post_init__(self) -> None:
         assert (self.summed == "gradient") == (self.loss is not None), self.name
+
+    @property
+    def is_of_channels(self) -> bool:
+        """Whether there is a sum for each channel, of which ``core.scores`` makes one score for each unit."""
+        return self.summed == "activation"
 
     @property
     def is_rounded(self) -> bool:

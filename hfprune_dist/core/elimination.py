@@ -166,7 +166,8 @@ def _traces(inverse_Ucc: Tensor, matrix_Ucc: Tensor) -> Tensor:
     """tr(inverse^-1 matrix) of each unit's blocks."""
     if inverse_Ucc.shape[1] == 1:
         return (matrix_Ucc / inverse_Ucc).flatten()
-    products_Ucc: Tensor = torch.linalg.solve(inverse_Ucc, matrix_Ucc)
+    # By Cholesky: batches of general solves hang in oneMKL with several threads (torch 2.13, blocks of 192).
+    products_Ucc: Tensor = torch.cholesky_solve(matrix_Ucc, torch.linalg.cholesky(inverse_Ucc))
     return products_Ucc.diagonal(dim1=1, dim2=2).sum(dim=1)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,34 @@ class FidelitySums:
         }
 
 
+def standard_errors(windows: Sequence[FidelitySums]) -> dict[str, float]:
+    """Standard errors of the perplexity, KL and top-1 agreement of a text, from its windows: ``kl_stderr``, ...
+
+    Tokens of one window depend on each other, windows hardly do. Means over tokens are ratios of sums, so their errors
+    are those of ratio estimators, whatever the windows' lengths; that of the perplexity is by the delta method.
+
+    Returns:
+        the errors in the units of ``FidelitySums.means``; not a number where there is a single window.
+    """
+    total = sum(windows, FidelitySums())
+    errors = {
+        "perplexity": _error_of_ratio([(it.nll, it.predicted) for it in windows]) * total.means()["perplexity"],
+        "kl": _error_of_ratio([(it.kl, it.tokens) for it in windows]),
+        "top1_agreement": _error_of_ratio([(it.agree, it.tokens) for it in windows]),
+    }
+    return {f"{name}_stderr": error for name, error in errors.items()}
+
+
+def _error_of_ratio(windows: Sequence[tuple[float, int]]) -> float:
+    """Standard error of a sum over another, linearized (Cochran, Sampling Techniques, section 6.4)."""
+    if len(windows) < 2:
+        return math.nan
+    sums_W, counts_W = torch.tensor(windows, dtype=torch.float64).unbind(dim=1)
+    residuals_W = sums_W - sums_W.sum() / counts_W.sum() * counts_W
+    variance = residuals_W.square().sum() * len(windows) / (len(windows) - 1)
+    return (variance.sqrt() / counts_W.sum()).item()
+
+
 @dataclass(frozen=True)
 class Outputs:
     """A model's outputs for a sequence of tokens, before its head.
@@ -65,6 +94,23 @@ class Outputs:
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, logits of those rows), a chunk at a time."""
         return logit_chunks(self.hidden_NC, self.weight_VC, self.bias_V)
+
+
+@torch.no_grad()
+def divergences(dense: Outputs, models: Sequence[Outputs]) -> list[float]:
+    """KL(dense || model) of several models on the same tokens, summed over these, nats.
+
+    The dense model's logits are computed once; those of a chunk of tokens exist at a time, for one other model.
+    """
+    sums = [0.0] * len(models)
+    chunks = [model.logits() for model in models]
+    for _, dense_NV in dense.logits():
+        log_p_NV = dense_NV.log_softmax(dim=-1)
+        p_NV = log_p_NV.exp()
+        for place, of_model in enumerate(chunks):
+            _, model_NV = next(of_model)
+            sums[place] += _kl(p_NV, log_p_NV, model_NV.log_softmax(dim=-1))
+    return sums
 
 
 @torch.no_grad()
@@ -92,18 +138,21 @@ def compare_logits(dense_NV: Tensor, model_NV: Tensor, next_ids_N: Tensor) -> Fi
     """
     log_p_NV = dense_NV.log_softmax(dim=-1)
     log_q_NV = model_NV.log_softmax(dim=-1)
-    kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(dim=-1)
     # A logit that isn't a number makes all of its row's so; such models agree in nothing, not even with themselves.
     known_N = ~(log_p_NV[:, 0].isnan() | log_q_NV[:, 0].isnan())
     has_next = next_ids_N >= 0
     nll_N = -log_q_NV[has_next].gather(1, next_ids_N[has_next, None])
     return FidelitySums(
-        kl=kl_N.sum(dtype=torch.float64).item(),
+        kl=_kl(log_p_NV.exp(), log_p_NV, log_q_NV),
         agree=((log_p_NV.argmax(dim=-1) == log_q_NV.argmax(dim=-1)) & known_N).sum().item(),
         nll=nll_N.sum(dtype=torch.float64).item(),
         tokens=next_ids_N.numel(),
         predicted=int(has_next.sum()),
     )
+
+
+def _kl(p_NV: Tensor, log_p_NV: Tensor, log_q_NV: Tensor) -> float:
+    return (p_NV * (log_p_NV - log_q_NV)).sum(dim=-1).sum(dtype=torch.float64).item()
 
 
 def next_ids(input_ids_T: Tensor) -> Tensor:

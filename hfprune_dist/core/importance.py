@@ -1,27 +1,18 @@
-"""Sums over tokens that score units, reduced inside hooks so that no activation gradient outlives its layer.
-
-A unit is one or more consecutive channels of what a layer's output projection reads (``hfprune_dist.structures``).
-"""
+"""A micro-batch of the calibration pass: one forward, one pass over the logits, and a backward for each loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hfprune_dist.core.bound_losses import Batch, bind
 from hfprune_dist.core.criteria import Criterion, Loss, losses_of
-from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.head import head_gradients
-from hfprune_dist.core.memory_efficient import masked, observe_gradient
-
-
-class NonFiniteError(ValueError):
-    """Activations or gradients of a layer are NaN or infinite; the message says which."""
+from hfprune_dist.core.unit_sums import KindObserver, KindSums, Phase, UnitOutputs
 
 
 @dataclass(frozen=True)
@@ -31,21 +22,21 @@ class ScoredModel:
     Attributes:
         body: input_ids [B, T] -> final hidden states [B, T, hidden_size], the final norm included.
         head: gives the head's weight [vocabulary, hidden_size] and bias, for as long as its context lasts.
-        output_projections: one module per layer, in order; channels of their inputs are the units'.
+        outputs: kind -> where its units are seen.
         rearming: called after a forward; what it returns is called before each backward.
-        student_LU: which units the student has, bool [num_layers, units] on the model's device; for losses of a student
-            alone.
+        student: kinds of which the student lacks some units -> which it has, bool [units] of each layer, on the
+            model's device; for losses of a student alone.
     """
 
     body: Callable[[Tensor], Tensor]
     head: Callable[[], AbstractContextManager[tuple[Tensor, Tensor | None]]]
-    output_projections: Sequence[nn.Module]
+    outputs: Mapping[str, UnitOutputs]
     rearming: Callable[[], Callable[[], None]] = lambda: lambda: None
-    student_LU: Tensor | None = None
+    student: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
 
 def score_batch(model: ScoredModel, batch: Batch, sums: UnitSums) -> dict[str, float]:
-    """Add a micro-batch's sums to ``sums``: one forward, one pass over the logits, one backward for each loss.
+    """Add a micro-batch's sums to ``sums``, whatever the number of kinds that they are of.
 
     Losses of a student cost all of that again. The dense model comes first and knows nothing of it.
 
@@ -63,8 +54,8 @@ def score_batch(model: ScoredModel, batch: Batch, sums: UnitSums) -> dict[str, f
             hidden_BTC = model.body(batch.input_ids_BT)
         values = _differentiate(model, batch, sums, of_dense, hidden_BTC) if of_dense else {}
         if of_student:
-            assert model.student_LU is not None
-            with sums.masking(model.student_LU):
+            assert model.student
+            with sums.masking(model.student):
                 student_BTC = model.body(batch.input_ids_BT)
                 values |= _differentiate(model, batch, sums, of_student, student_BTC, teacher_BTC=hidden_BTC.detach())
     return values
@@ -88,51 +79,32 @@ def _differentiate(
 
 
 class UnitSums:
-    """Accumulates a sum over tokens for every unit and criterion.
+    """Accumulates a sum over tokens for every unit and criterion, of all kinds of units in the same passes.
 
-    ``h`` is the input of a layer's output projection. Of a gradient, what is added up is |x| or x^2, x the sum of
-    h_n * dL/dh_n over the unit's channels n: the first-order effect of its removal. Of activations, it is |h_n| or
-    h_n^2 of each channel: the root of a sum of squares is a norm. The gradient graph begins at the first layer's
-    ``h``: nothing below it needs a gradient, and no parameter does. Use::
+    The gradient graph begins at the first ``h`` of any kind: nothing below it needs a gradient, and no parameter does.
+    What further kinds are scored changes no bits of the others' sums. Use::
 
         with sums.observe():
             hidden = body(windows)  # under no_grad where no criterion has a loss
             sums.backward(hidden, head_gradients(...))  # where one has
 
     Args:
-        output_projections: one module per layer, in order, all with as many channels of input.
+        outputs: kind -> where its units are seen.
         criteria: those with something to sum.
-        channels_per_unit: consecutive channels that are one unit's.
 
     Attributes:
         criteria: as given.
-        sums_KLU: float64 [criteria, num_layers, units] on the CPU; 0 for criteria whose sum ``is_rounded``.
-        terms_JLU: of those criteria, in their order, what each micro-batch adds: one float32 tensor for each.
-        curvature_LCC: float32 [num_layers, hidden_size, hidden_size] on the CPU, the sum over tokens of g g^T, g the
-            gradient at the projection's output of the loss of the criterion that needs it; empty where none does.
     """
 
-    def __init__(
-        self, output_projections: Sequence[nn.Module], criteria: Sequence[Criterion], channels_per_unit: int
-    ) -> None:
-        self._modules = output_projections
-        self._channels_per_unit = channels_per_unit
+    def __init__(self, outputs: Mapping[str, UnitOutputs], criteria: Sequence[Criterion]) -> None:
         self.criteria = criteria
-        self._needs_gradient = any(criterion.loss for criterion in criteria)
-        units = int(output_projections[0].in_features) // channels_per_unit  # type: ignore[arg-type]
-        self.sums_KLU = torch.zeros(len(criteria), len(output_projections), units, dtype=torch.float64)
-        self.terms_JLU: list[Tensor] = []
-        self._rounded_J = [number for number, criterion in enumerate(criteria) if criterion.is_rounded]
-        self._curvature_loss = next((criterion.loss for criterion in criteria if criterion.needs_moments), None)
-        self.curvature_LCC = torch.zeros(0)
-        if self._curvature_loss is not None:
-            hidden_size = int(output_projections[0].out_features)  # type: ignore[arg-type]
-            self.curvature_LCC = torch.zeros(len(output_projections), hidden_size, hidden_size, dtype=torch.float32)
-        self._partial: dict[tuple[str, int], Tensor] = {}
-        self._curvature: dict[int, Tensor] = {}
-        self._activation_sum: dict[int, Tensor] = {}
-        self._in_backward_of: Loss | None = None
-        self._keeps_LU: Tensor | None = None
+        self._phase = Phase()
+        self._observers = {kind: KindObserver(kind, it, criteria, self._phase) for kind, it in outputs.items()}
+
+    @property
+    def kinds(self) -> dict[str, KindSums]:
+        """Of each kind, what all micro-batches so far add up to."""
+        return {kind: observer.sums for kind, observer in self._observers.items()}
 
     @contextmanager
     def observe(self) -> Iterator[None]:
@@ -141,37 +113,34 @@ class UnitSums:
         Raises:
             NonFiniteError: where a layer saw NaN or infinity; the sums are then left as they were.
         """
-        handles = [
-            module.register_forward_pre_hook(self._make_hook(layer), prepend=True)
-            for layer, module in enumerate(self._modules)
-        ]
-        if self._curvature_loss is not None:
-            handles += [
-                module.register_forward_hook(self._make_output_hook(layer))
-                for layer, module in enumerate(self._modules)
-            ]
+        observers = self._observers.values()
+        handles = [handle for observer in observers for handle in observer.hook()]
         try:
             yield
-            self._absorb()
+            seen = [observer.seen() for observer in observers]
+            for observer, of_kind in zip(observers, seen, strict=True):
+                observer.add(of_kind)
         finally:
             for handle in handles:
                 handle.remove()
-            self._partial.clear()
-            self._curvature.clear()
-            self._activation_sum.clear()
+            for observer in observers:
+                observer.forget()
 
     @contextmanager
-    def masking(self, keeps_LU: Tensor) -> Iterator[None]:
-        """Inside ``observe``: forwards and their backwards are those of a student that has these units alone.
+    def masking(self, keeps: Mapping[str, Sequence[Tensor]]) -> Iterator[None]:
+        """Inside ``observe``: forwards and their backwards are those of a student.
 
         All units are scored, at the activations that they would have: one that the student lacks by what its return
         would do to the loss.
+
+        Args:
+            keeps: kinds of which the student lacks some units -> which it has, bool [units] of each layer.
         """
-        self._keeps_LU = keeps_LU
+        self._phase.student = keeps
         try:
             yield
         finally:
-            self._keeps_LU = None
+            self._phase.student = None
 
     def backward(
         self,
@@ -194,96 +163,11 @@ class UnitSums:
             terms = loss.terms(hidden_BTC.shape[1])
             gradient_BTC = gradient_NC.view_as(hidden_BTC)
             before_each()
-            self._in_backward_of = loss
+            self._phase.backward_of = loss
             hidden_BTC.backward(
                 gradient_BTC / terms if loss.reduction == "mean" else gradient_BTC,
                 retain_graph=number < len(gradients),
             )
-            self._in_backward_of = None
+            self._phase.backward_of = None
             values[loss.name] = loss_N.sum(dtype=torch.float64).item() / terms
         return values
-
-    def _make_hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        def before_output_projection(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            (hidden_BTD,) = inputs
-            is_first_run = self._in_backward_of is None  # else a checkpointed layer runs again
-            if torch.is_grad_enabled() and not hidden_BTD.requires_grad:
-                hidden_BTD = hidden_BTD.detach().requires_grad_()
-            if self._keeps_LU is not None:
-                keeps_D = self._keeps_LU[layer].repeat_interleave(self._channels_per_unit)
-                hidden_BTD = masked(hidden_BTD, keeps_D)
-            elif is_first_run:
-                self._activation_sum[layer] = hidden_BTD.detach().sum()
-                self._reduce_activation(layer, hidden_BTD.detach())
-            if is_first_run and torch.is_grad_enabled():
-                observe_gradient(hidden_BTD, partial(self._reduce_gradient, layer))
-            return (hidden_BTD,)
-
-        return before_output_projection
-
-    def _make_output_hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def after_output_projection(_module: nn.Module, _inputs: tuple[Tensor, ...], output_BTC: Tensor) -> None:
-            if output_BTC.requires_grad:
-                output_BTC.register_hook(lambda gradient_BTC: self._reduce_output_gradient(layer, gradient_BTC))
-
-        return after_output_projection
-
-    def _reduce_output_gradient(self, layer: int, gradient_BTC: Tensor) -> None:
-        if self._in_backward_of is self._curvature_loss:
-            self._curvature[layer] = gram_matrix(_widened(gradient_BTC.flatten(0, -2))).cpu()
-
-    def _reduce_activation(self, layer: int, hidden_BTD: Tensor) -> None:
-        for criterion in self.criteria:
-            if criterion.summed == "activation":
-                sum_D = _sum_over_tokens(criterion, _widened(hidden_BTD).abs())
-                self._partial[criterion.name, layer] = self._sum_over_channels(sum_D)
-
-    def _reduce_gradient(self, layer: int, product_ND: Tensor) -> None:
-        """Add some tokens' h * dL/dh to the sums of the micro-batch."""
-        assert self._in_backward_of is not None, "a backward that is not ours"
-        magnitude_NU = self._sum_over_channels(product_ND).abs_()
-        for criterion in self.criteria:
-            if criterion.loss is self._in_backward_of:
-                sum_U = _sum_over_tokens(criterion, magnitude_NU)
-                if (criterion.name, layer) in self._partial:
-                    sum_U += self._partial[criterion.name, layer]
-                self._partial[criterion.name, layer] = sum_U
-
-    def _sum_over_channels(self, values_D: Tensor) -> Tensor:
-        """Values of channels, in the last dimension, added up for each unit; as they are where each is a unit."""
-        if self._channels_per_unit == 1:
-            return values_D
-        sums_U: Tensor = values_D.unflatten(-1, (-1, self._channels_per_unit)).sum(dim=-1)
-        return sums_U
-
-    def _absorb(self) -> None:
-        """Add one micro-batch's float32 sums to the float64 ones."""
-        layers = range(len(self._modules))
-        partial_KLU = torch.stack(
-            [torch.stack([self._partial[criterion.name, layer] for layer in layers]) for criterion in self.criteria]
-        ).cpu()
-        if not partial_KLU.isfinite().all():
-            self._explain(partial_KLU)
-        if self._rounded_J:
-            self.terms_JLU.append(partial_KLU[self._rounded_J])
-            partial_KLU[self._rounded_J] = 0.0
-        self.sums_KLU += partial_KLU
-        for layer, curvature_CC in self._curvature.items():
-            self.curvature_LCC[layer] += curvature_CC
-
-    def _explain(self, partial_KLU: Tensor) -> None:
-        finite = [bool(self._activation_sum[layer].isfinite()) for layer in range(len(self._modules))]
-        if not all(finite):
-            raise NonFiniteError(f"activations of layer {finite.index(False)} are NaN or infinite")
-        what = "gradients" if self._needs_gradient else "squared activations"
-        lost = (~partial_KLU.isfinite().all(dim=2)).any(dim=0).nonzero().max().item()
-        raise NonFiniteError(f"{what} of layer {lost} are NaN or infinite")
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _sum_over_tokens(criterion: Criterion, magnitude_BTD: Tensor) -> Tensor:
-    terms_BTD = magnitude_BTD if criterion.reduction == "abs" else magnitude_BTD.square()
-    return terms_BTD.flatten(0, -2).sum(dim=0)

@@ -113,6 +113,23 @@ class Masked(Function):
         return gradient_BTD * keeps_D, None
 
 
+class Observed(Function):
+    """h as it is. Keeps it for backward, where ``observe_gradient`` shows h times its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, h_BTD: Tensor) -> Tensor:
+        ctx.save_for_backward(h_BTD)
+        ctx.observer = None
+        return h_BTD.view_as(h_BTD)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BTD: Tensor) -> Tensor:
+        (h_BTD,) = ctx.saved_tensors
+        if ctx.observer is not None:
+            _show_products(h_BTD.flatten(0, -2), gradient_BTD.flatten(0, -2), ctx.observer)
+        return gradient_BTD
+
+
 def rms_norm(x_NC: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
     """``RmsNorm`` as a function."""
     normal_NC: Tensor = RmsNorm.apply(x_NC, weight_C, epsilon)  # type: ignore[no-untyped-call]
@@ -137,14 +154,21 @@ def masked(h_BTD: Tensor, keeps_D: Tensor) -> Tensor:
     return masked_BTD
 
 
-def observe_gradient(hidden_BTD: Tensor, observer: Observer) -> None:
-    """Have ``observer`` called in backward with h * dL/dh; for that a ``GatedProduct`` need not keep its h."""
-    made_by: Any = hidden_BTD.grad_fn
-    if hasattr(made_by, "observer"):
-        made_by.observer = observer
-    else:
-        kept_ND = hidden_BTD.detach().flatten(0, -2)
-        hidden_BTD.register_hook(lambda gradient_BTD: _show_products(kept_ND, gradient_BTD.flatten(0, -2), observer))
+def observed(h_BTD: Tensor) -> Tensor:
+    """``Observed`` as a function."""
+    same_BTD: Tensor = Observed.apply(h_BTD)  # type: ignore[no-untyped-call]
+    return same_BTD
+
+
+def can_be_observed(h_BTD: Tensor) -> bool:
+    """Whether ``observe_gradient`` takes it; an h that a ``GatedProduct`` made need not be kept for it."""
+    return hasattr(h_BTD.grad_fn, "observer")
+
+
+def observe_gradient(h_BTD: Tensor, observer: Observer) -> None:
+    """Have ``observer`` called in backward with h * dL/dh."""
+    made_by: Any = h_BTD.grad_fn
+    made_by.observer = observer
 
 
 def _show_products(hidden_ND: Tensor, gradient_ND: Tensor, observer: Observer) -> None:

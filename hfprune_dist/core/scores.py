@@ -54,9 +54,13 @@ class ScoredLayer:
     moments: SecondMoments | None = None
 
 
-def finished(criterion: Criterion, sum_U: Tensor, layer: ScoredLayer) -> Tensor:
-    """Scores [units] from the criterion's sum over tokens [units], both float64 on the CPU."""
-    return sum_U if criterion.is_its_sum else _MADE_OF_SUMS[criterion.name](sum_U, layer)
+def finished(criterion: Criterion, sum_N: Tensor, layer: ScoredLayer) -> Tensor:
+    """Scores [units] from the criterion's sums over tokens, both float64 on the CPU.
+
+    Args:
+        sum_N: of each unit, or of each channel where the criterion ``is_of_channels``.
+    """
+    return sum_N if criterion.is_its_sum else _MADE_OF_SUMS[criterion.name](sum_N, layer)
 
 
 def student_keeps(scores_U: Tensor) -> Tensor:
@@ -69,17 +73,18 @@ def student_keeps(scores_U: Tensor) -> Tensor:
     return torch.ones(len(scores_U), dtype=torch.bool).index_fill_(0, lacks, False)
 
 
-def times_column_norm(sum_U: Tensor, layer: ScoredLayer) -> Tensor:
-    """||h_u|| * ||W[:, u]||, from the sum of h_u^2 over tokens and the unit's channels (Wanda-sp: An et al. 2023, arXiv
-    2312.11983).
+def times_column_norm(sum_D: Tensor, layer: ScoredLayer) -> Tensor:
+    """||h_n|| * ||W[:, n]|| of a unit's channel n, from the sum of h_n^2 over tokens; of several channels the root of
+    the sum of squares (Wanda-sp: An et al. 2023, arXiv 2312.11983).
     """
-    return sum_U.sqrt() * _column_norms(layer)
+    product_D = sum_D.sqrt() * _column_norms(layer, len(sum_D))
+    return _norm(product_D.unflatten(0, (layer.units, -1)), dim=1)
 
 
 def weight_norm(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
     """Euclidean norm of all weights that a unit owns, its rows and its columns; biases don't count."""
     norms = [_norm(weight_DC.reshape(layer.units, -1), dim=1) for weight_DC in layer.read_rows()]
-    return torch.stack([*norms, _column_norms(layer)]).square().sum(dim=0).sqrt()
+    return torch.stack([*norms, _column_norms(layer, layer.units)]).square().sum(dim=0).sqrt()
 
 
 def random_scores(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
@@ -104,9 +109,9 @@ _MADE_OF_SUMS: dict[str, Callable[[Tensor, ScoredLayer], Tensor]] = {
 }
 
 
-def _column_norms(layer: ScoredLayer) -> Tensor:
-    """Norm of all of the output projection's columns that each unit owns."""
-    return _norm(layer.read_columns().unflatten(1, (layer.units, -1)), dim=(0, 2))
+def _column_norms(layer: ScoredLayer, parts: int) -> Tensor:
+    """Norms of so many equal parts of the output projection's columns, one part after another."""
+    return _norm(layer.read_columns().unflatten(1, (parts, -1)), dim=(0, 2))
 
 
 def _norm(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:

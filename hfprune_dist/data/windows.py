@@ -32,11 +32,13 @@ class Windows:
         input_ids_ST: int64 [samples, sequence_length].
         documents_read: documents that were tokenized.
         documents_used: documents that were long enough.
+        tokens: in these documents.
     """
 
     input_ids_ST: Tensor
     documents_read: int
     documents_used: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class Sampling:
     sequence_length: int
     seed: int
     add_bos_token: bool = True
+
+    def body(self, tokenizer: Any) -> int:
+        """Tokens of a window that come from the text."""
+        return self.sequence_length - (bos_id(tokenizer, self.add_bos_token) is not None)
 
 
 def read_windows(
@@ -79,28 +85,52 @@ def read_windows(
     )
 
 
-def require_long_enough(
-    beginning: Beginning, tokenizer: Any, add_bos_token: bool, sequence_length: int, where: str
-) -> None:
-    """Refuse a source none of whose documents ``read_windows`` could cut a window from, as far as that is soon known:
-    where all of it has been read, and ``TOKENIZED_CHARACTERS`` of the longest documents tell.
+def require_long_enough(beginning: Beginning, tokenizer: Any, sampling: Sampling, where: str) -> None:
+    """Refuse a source from which ``read_windows`` could cut no window, or that has fewer tokens than all windows, as
+    far as that is soon known: where all of it was read, and ``TOKENIZED_CHARACTERS`` of the longest documents tell.
+
+    Args:
+        sampling: one sample, where windows may see a text several times.
 
     Raises:
-        UserError: as ``read_windows``.
+        UserError: as ``read_windows`` and ``require_tokens``.
     """
     if not beginning.is_all:
         return
-    body = sequence_length - (bos_id(tokenizer, add_bos_token) is not None)
-    longest = tokenized = 0
+    body = sampling.body(tokenizer)
+    needed = sampling.samples * body
+    found = longest = tokenized = 0
     for (text,) in sorted(beginning.texts, key=lambda text: len(text[0]), reverse=True):
-        for part in _parts_to_try(text, CHARACTERS_PER_TOKEN * body):
-            longest = max(longest, len(plain_ids(tokenizer, part)))
-            if longest >= body:
+        tokens = 0
+        for part in _parts_to_try(text, CHARACTERS_PER_TOKEN * (needed - found)):
+            tokens = len(plain_ids(tokenizer, part))
+            if tokens >= max(body, needed - found):
                 return
             tokenized += len(part)
+        longest = max(longest, tokens)
+        found += tokens if tokens >= body else 0
         if tokenized > TOKENIZED_CHARACTERS:
             return
-    raise _too_short(where, body, len(beginning.texts), longest)
+    if not found:
+        raise _too_short(where, body, len(beginning.texts), longest)
+    require_tokens(found, sampling, body, where)
+
+
+def require_tokens(found: int, sampling: Sampling, body: int, where: str) -> None:
+    """Refuse a text of which windows would see much several times.
+
+    Args:
+        found: tokens in documents that are long enough.
+        body: tokens of a window that come from the text.
+
+    Raises:
+        UserError: where there are fewer than in all windows together; the message tells both.
+    """
+    if found < sampling.samples * body:
+        raise UserError(
+            f"{where}: {found} tokens in documents that are long enough, and its share of {sampling.samples} windows "
+            f"takes {sampling.samples * body}; give it a smaller weight or more text, or use fewer samples"
+        )
 
 
 def _parts_to_try(text: str, characters: int) -> Sequence[str]:
@@ -150,7 +180,7 @@ def sample_windows(
         raise _too_short(where, body, read, longest)
     generator = torch.Generator().manual_seed(sampling.seed)
     rows = [_window(documents[index % len(documents)], body, bos, generator) for index in range(sampling.samples)]
-    return Windows(torch.tensor(rows, dtype=torch.int64), read, len(documents))
+    return Windows(torch.tensor(rows, dtype=torch.int64), read, len(documents), sum(map(len, documents)))
 
 
 def in_random_order(texts: Iterable[str], seed: int) -> list[str]:

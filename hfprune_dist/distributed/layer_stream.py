@@ -10,60 +10,23 @@ ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.core.exact_sums import ExactGram, ExactOverflowError
-from hfprune_dist.core.gram import gram_matrix
+from hfprune_dist.distributed.gram_sums import Grams, GramSums, is_held_out
 from hfprune_dist.distributed.layer_states import LayerStates
 from hfprune_dist.distributed.whole_model_probe import TOLERANCES, Guard, Probe, refuse_departure, relative_error
 from hfprune_dist.distributed.world import World
-from hfprune_dist.errors import UserError
-from hfprune_dist.models.single_layer import LayerReader, mlp_of, output_of, run
+from hfprune_dist.models.single_layer import LayerReader, input_of, mlp_of, output_of, part_of, run
+from hfprune_dist.structures.units import Units
 
-# Of so many micro-batches one is held out, to choose how much to trust the others.
-HOLD_OUT_EVERY = 8
 HIDDEN = "hidden"
-
-
-@dataclass(frozen=True)
-class Grams:
-    """Mean of h h^T over tokens: float64, on the device, on every rank; h a layer's activations, or what else is asked.
-
-    Attributes:
-        fitted_DD: over the micro-batches that are fitted.
-        held_out_DD: over those that are kept apart.
-        held_out_share: of all tokens.
-    """
-
-    fitted_DD: Tensor
-    held_out_DD: Tensor
-    held_out_share: float
-
-    def whole(self) -> Tensor:
-        """Over all micro-batches, as large as each of both."""
-        return self.fitted_DD.lerp(self.held_out_DD, self.held_out_share)
-
-
-@dataclass(frozen=True)
-class MlpIO:
-    """A micro-batch at a layer's MLP, on the device.
-
-    Attributes:
-        input_NC: what the MLP reads [tokens, hidden_size].
-        hidden_NK: what the units' output projection reads [tokens, channels].
-        residual_NC: the residual stream that its output is added to, as input_NC.
-    """
-
-    input_NC: Tensor
-    hidden_NK: Tensor
-    residual_NC: Tensor
 
 
 class LayerStream:
@@ -122,6 +85,22 @@ class LayerStream:
             self._hidden[index] = run(layer, hidden_BTC.to(self._world.device)).cpu()
         self._step()
 
+    def advance_to(self, layer: nn.Module, units: Units) -> None:
+        """Run this rank's windows into a layer, up to the residual stream before the block of some units."""
+        norm = part_of(layer, units.norm)
+        for index, hidden_BTC in self.standing():
+            self._hidden[index] = input_of(norm, partial(run, layer, hidden_BTC)).cpu()
+
+    def advance_from(self, layer: nn.Module, mlp: Units) -> None:
+        """Go on from ``advance_to``, where the units' block is the layer's MLP and a residual one, as
+        ``require_residual`` checks; the same bits as ``advance``.
+        """
+        for index, residual_BTC in self.standing():
+            with torch.no_grad():
+                output_BTC = residual_BTC + mlp_of(layer)(part_of(layer, mlp.norm)(residual_BTC))
+            self._hidden[index] = output_BTC.cpu()
+        self._step()
+
     def states_in(self, folder: Path) -> LayerStates:
         """Where ``save`` and ``resume`` keep the stream."""
         return LayerStates(folder, range(self._count), self._world)
@@ -167,58 +146,66 @@ class LayerStream:
         """Of all ranks, in micro-batches that are not held out; where there is one micro-batch alone, it is both."""
         return self._tokens - self._held_out_tokens
 
-    def hidden(self, index: int) -> Tensor:
-        """The hidden states of one of this rank's micro-batches before the next layer, on the CPU."""
-        return self._hidden[index]
+    def all_hidden(self) -> Mapping[int, Tensor]:
+        """Micro-batch of this rank -> where it stands now, on the CPU [windows, tokens, hidden_size]."""
+        return dict(self._hidden)
 
-    def around_mlp(self, layer: nn.Module) -> Iterator[tuple[int, MlpIO]]:
-        """What is around the layer's MLP, for every micro-batch of this rank; the stream stays before the layer."""
-        norm = layer.get_submodule(f"layers.0.{self._family.mlp_norm}")
-        modules = mlp_of(layer), output_of(layer, self._units), norm
+    def standing(self) -> Iterator[tuple[int, Tensor]]:
+        """The same on the device, one after another."""
         for index, hidden_BTC in self._hidden.items():
-            with ExitStack() as observers:
-                seen = [observers.enter_context(_observed(module)) for module in modules]
-                run(layer, hidden_BTC.to(self._world.device))
-            yield index, MlpIO(*(inputs[0].flatten(0, 1) for inputs in seen))
+            yield index, hidden_BTC.to(self._world.device)
 
-    def require_residual_mlp(self, layer: nn.Module) -> None:
-        """Check that a layer puts out what ``around_mlp`` calls its residual stream, plus its MLP's output; collective.
+    def require_residual(self, layer: nn.Module, kinds: Sequence[Units]) -> None:
+        """Check, on one window, that blocks of a layer add their outputs to what their norms read; collective.
+
+        Args:
+            kinds: whose blocks, in the order in which they follow one another, the layer's last one at the end.
 
         Raises:
-            UserError: where it does not, e.g. since a norm follows the MLP.
+            UserError: where one does not, e.g. since a norm follows its output projection.
         """
-        error = None
+        streams: list[Tensor] = []
+        outputs: list[Tensor] = []
         if 0 in self._hidden:
-            norm = layer.get_submodule(f"layers.0.{self._family.mlp_norm}")
-            mlp_outputs: list[Tensor] = []
-            handle = mlp_of(layer).register_forward_hook(lambda _module, _inputs, output: mlp_outputs.append(output))
-            with _observed(norm) as residuals:
-                output_BTC = run(layer, self._hidden[0].to(self._world.device))
-            handle.remove()
-            error = relative_error(*(it.flatten(0, 1).double() for it in (residuals[0] + mlp_outputs[0], output_BTC)))
-        what = (
-            f"{self._family.model_type}: in layer {self._done}, the inputs of {self._family.mlp_norm} plus the MLP's "
-            "outputs depart from the layer's outputs"
-        )
-        error = self._world.broadcast(error, 0)
-        refuse_departure(error, TOLERANCES[self._dtype], what, "a method whose refit is dense or none works")
+            with ExitStack() as observers:
+                norms = [observers.enter_context(_inputs_of(part_of(layer, units.norm))) for units in kinds]
+                blocks = [observers.enter_context(_outputs_of(output_of(layer, units))) for units in kinds]
+                output_BTC = run(layer, self._hidden[0][:1].to(self._world.device))
+            streams = [it.pop() for it in norms] + [output_BTC]
+            outputs = [it.pop() for it in blocks]
+        for place, units in enumerate(kinds):
+            error = None
+            if streams:
+                found_BTC = streams[place] + outputs[place]
+                error = relative_error(*(it.flatten(0, 1).double() for it in (found_BTC, streams[place + 1])))
+            what = (
+                f"{self._family.model_type}: in layer {self._done}, the inputs of {units.norm} plus the outputs of "
+                f"{units.output} depart from the hidden states that follow"
+            )
+            error = self._world.broadcast(error, 0)
+            refuse_departure(error, TOLERANCES[self._dtype], what, "a method whose refit is dense or none works")
 
-    def grams(self, number: int, layer: nn.Module) -> Grams:
-        """Add up Gram matrices of the layer's activations, and advance on the way.
+    def grams(self, number: int, layer: nn.Module, kinds: Sequence[Units]) -> dict[str, Grams]:
+        """Add up Gram matrices of what the output projections of some kinds of units read, and advance on the way.
+
+        Returns:
+            Kind of units -> Gram matrices of its channels in this layer.
 
         Raises:
             UserError: as ``grams_of`` and ``advance`` do.
         """
-        output_projection = output_of(layer, self._units)
-
-        def activations() -> Iterator[tuple[int, Tensor]]:
-            for index, hidden_BTC in list(self._hidden.items()):
-                with _observed(output_projection) as seen:
-                    output_BTC = run(layer, hidden_BTC.to(self._world.device))
-                yield index, seen[0].flatten(0, 1)
-                self._hidden[index] = output_BTC.cpu()
-
-        grams = self.grams_of(number, output_projection.in_features, activations())
+        projections = [output_of(layer, units) for units in kinds]
+        sums = [GramSums(number, it.in_features, self._count, self._world) for it in projections]
+        for index, hidden_BTC in self._hidden.items():
+            with ExitStack() as observers:
+                seen = [observers.enter_context(_inputs_of(module)) for module in projections]
+                output_BTC = run(layer, hidden_BTC.to(self._world.device))
+            for of_kind, inputs in zip(sums, seen, strict=True):
+                of_kind.add(index, inputs.pop().flatten(0, 1))
+            self._hidden[index] = output_BTC.cpu()
+        for of_kind in sums:
+            of_kind.begin()
+        grams = {units.kind: self._means(of_kind) for units, of_kind in zip(kinds, sums, strict=True)}
         self._step()
         return grams
 
@@ -242,33 +229,14 @@ class LayerStream:
         Raises:
             UserError: where activations are NaN, infinite or out of all proportion.
         """
-        sums: tuple[ExactGram, ExactGram] | None = None
+        sums = GramSums(number, size, self._count, self._world)
         for index, vectors_ND in vectors:
-            term_DD = gram_matrix(vectors_ND.float())
-            sums = sums or self._empty_sums(term_DD.diagonal())
-            try:
-                sums[is_held_out(index, self._count)].add(term_DD)
-            except ExactOverflowError as error:
-                raise unusable(number, error) from None
-            del term_DD  # a quarter of both sums, while the next one is made
-        fitted, held_out = sums or self._empty_sums(torch.zeros(size))  # a rank without windows takes part all the same
-        return self._means(self._of_all_ranks(fitted), self._of_all_ranks(held_out))
+            sums.add(index, vectors_ND)
+        sums.begin()
+        return self._means(sums)
 
-    def _of_all_ranks(self, own: ExactGram) -> Tensor:
-        self._world.add_up(own.total_DD)
-        return own.value()
-
-    def _empty_sums(self, diagonal_D: Tensor) -> tuple[ExactGram, ExactGram]:
-        """Of fitted and of held-out micro-batches, at the scale of the first rank's first term."""
-        first_D = self._of_first_rank(diagonal_D)
-        return ExactGram(first_D, self._count), ExactGram(first_D, self._count)
-
-    def _of_first_rank(self, diagonal_D: Tensor) -> Tensor:
-        shared_D = diagonal_D.double().cpu()
-        self._world.broadcast_tensor(shared_D, 0)
-        return shared_D.to(self._world.device)
-
-    def _means(self, fitted_DD: Tensor, held_out_DD: Tensor) -> Grams:
+    def _means(self, sums: GramSums) -> Grams:
+        fitted_DD, held_out_DD = sums.of_all_ranks()
         fitted_DD.div_(self.fitted_tokens)
         if not self._held_out_tokens:
             return Grams(fitted_DD, fitted_DD, 0.0)
@@ -276,22 +244,22 @@ class LayerStream:
         return Grams(fitted_DD, held_out_DD.div_(self._held_out_tokens), share)
 
 
-def unusable(number: int, error: ExactOverflowError) -> UserError:
-    """What to tell of sums over a layer's activations that can't be made."""
-    return UserError(f"activations of layer {number}: {error}; check the checkpoint's weights")
-
-
-def is_held_out(index: int, count: int) -> bool:
-    """Whether a micro-batch, one of ``count``, is kept apart from those that are fitted."""
-    every = min(HOLD_OUT_EVERY, count)
-    return count > 1 and index % every == every - 1
-
-
 @contextmanager
-def _observed(module: nn.Module) -> Iterator[list[Tensor]]:
+def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collects what goes into a module."""
     seen: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what a module puts out."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     try:
         yield seen
     finally:

@@ -48,6 +48,13 @@ class Probe:
         rows = (windows_ST == self.window_T).all(dim=1).nonzero().flatten().tolist()
         return rows[0] if rows else None
 
+    def micro_batch_of(self, windows_ST: Tensor, micro_batch_size: int) -> Tensor:
+        """Of some windows, among which it is, those of its micro-batch."""
+        row = self.row_in(windows_ST)
+        assert row is not None, "the probe is of another window"
+        first = row // micro_batch_size * micro_batch_size
+        return windows_ST[first : first + micro_batch_size]
+
     def error(self, place: int, hidden_TC: Tensor) -> float:
         """How far a window's hidden states are from the model's at a place of ``states_LPC``.
 

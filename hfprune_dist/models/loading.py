@@ -1,4 +1,4 @@
-"""Loading checkpoints, those with layers of different widths included, without code from the checkpoint."""
+"""Loading checkpoints, those with layers of different sizes included, without code from the checkpoint."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def require_exact_rotary(model: nn.Module, folder: Path) -> None:
 
 def model_class(checkpoint: Checkpoint) -> Any:
     """The class that can hold a checkpoint's weights."""
-    if checkpoint.units.is_uniform:
+    if checkpoint.is_plain:
         return AutoModelForCausalLM
     return getattr(modeling_pruned, checkpoint.family.pruned_class)
 
 
 def require_own_weights(checkpoint: Checkpoint) -> None:
-    """Check that the weights are those of the model that config.json describes, whose layers have one width.
+    """Check that the weights are those of the model that config.json describes.
 
     transformers makes up tensors that are missing, at random, and leaves out those that it has no use for.
 
@@ -91,7 +91,8 @@ def _without_weights(checkpoint: Checkpoint) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(checkpoint.path)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            kind = model_class(checkpoint)
+            model: nn.Module = kind.from_config(config) if checkpoint.is_plain else kind(config)
     except Exception as error:  # of many kinds, for settings of many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{checkpoint.path / 'config.json'}: transformers can't make this model: {reason}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.modeling_pruned import config_of_layer
 from hfprune_dist.checkpoints.read_tensors import read_tensor
 from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.selection import entries_of
@@ -102,7 +103,7 @@ class LayerReader:
         return read_tensor(self._checkpoint, name).to(self._device, self._dtype)
 
     def _layer_config(self, number: int) -> Any:
-        config = copy.deepcopy(self._config.per_layer_config[number])
+        config = copy.deepcopy(config_of_layer(self._config, number))
         config.num_hidden_layers = 1
         if getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[number]]
@@ -117,6 +118,34 @@ def run(layer: nn.Module, hidden_BTC: Tensor) -> Tensor:
     return output_BTC
 
 
+class _Reached(Exception):  # noqa: N818  no error: it ends a computation that has done what it was run for
+    """Carries what a module was to read."""
+
+    def __init__(self, input_BTC: Tensor) -> None:
+        self.input_BTC = input_BTC
+
+
+@torch.no_grad()
+def input_of(module: nn.Module, compute: Callable[[], object]) -> Tensor:
+    """What a module reads in a computation, of which nothing is computed from there on.
+
+    Args:
+        compute: runs the module, and what comes before it. It is left by an exception that a hook raises.
+    """
+
+    def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        raise _Reached(inputs[0])
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        compute()
+    except _Reached as reached:
+        return reached.input_BTC
+    finally:
+        handle.remove()
+    raise AssertionError("the computation is over, and the module was not run")
+
+
 def mlp_of(layer: nn.Module) -> nn.Module:
     """The MLP inside what ``LayerReader.layer`` made."""
     return layer.get_submodule(f"{LAYER}.mlp")
@@ -125,6 +154,11 @@ def mlp_of(layer: nn.Module) -> nn.Module:
 def projection(mlp: nn.Module, name: str) -> nn.Linear:
     """One of an MLP's projections, by its family's name for it."""
     return cast("nn.Linear", mlp.get_submodule(name))
+
+
+def part_of(layer: nn.Module, name: str) -> nn.Module:
+    """A module of such a layer, by its name within it."""
+    return layer.get_submodule(f"{LAYER}.{name}")
 
 
 def output_of(layer: nn.Module, units: Units) -> nn.Linear:

@@ -5,7 +5,7 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,18 @@ from hfprune_dist.config.parameters import (
 )
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
+from hfprune_dist.config.texts import FIRST, reference_role
 from hfprune_dist.core.criteria import CRITERIA, CriterionName
 from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.model_sources import ModelSource
+from hfprune_dist.planning.multiples import with_multiple
 from hfprune_dist.planning.plan import Cell, Plan, label_of
-from hfprune_dist.planning.widths import ModelSize, Target, size_of, step_ratios
+from hfprune_dist.planning.ratios import check_ratios
+from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.structures import KV_GROUPS, NEURONS, Kind, kinds_among
 
 
 def build_plan(
@@ -60,6 +64,14 @@ class _Variant:
     producers: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """What a calibration pass is for: units of these kinds, each by all of these criteria."""
+
+    criteria: Set[CriterionName]
+    structures: list[Kind]
+
+
 class _Planner:
     """Collects stages by id while the cells of each model are laid out."""
 
@@ -71,26 +83,22 @@ class _Planner:
         self.asked: list[str] = []
 
     def cells(self, model: ModelSource) -> list[Cell]:
-        if not model.checkpoint.units.is_uniform:
-            raise UserError(
-                f"model {model.name!r}: its layers differ in width, so it has been pruned already; prune the model "
-                "that it came from, at a larger ratio"
-            )
-        size = size_of(model.checkpoint)
         for name, method in self.methods.items():
-            check_ratios(size, self.config.ratios, method, f"model {model.name!r}, method {name!r}")
+            check_ratios(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
         needed = {method.criterion for method in self.methods.values()}
-        criteria = needed.union(self.config.importance.criteria)
+        pruned = {structure for method in self.methods.values() for structure in method.structures}
+        scored = _Scored(needed.union(self.config.importance.criteria), kinds_among(pruned))
         biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
         # First, since most of the sweep waits for it.
-        importance = self._importance(model.name, dense, criteria, biased)
-        self.asked += [importance.id] if criteria > needed else []
+        importance = self._importance(model.name, dense, scored, biased)
+        self.asked += [importance.id] if scored.criteria > needed else []
         cells = self._finish(_Variant(label_of(model.name, None, None, "none"), model.name, dense, dense))
         for ratio in self.config.ratios:
             for name, method in self.methods.items():
                 label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, "none")
-                chain = self._steps(label, dense, importance, ratio, method)
+                settled = with_multiple(method, model.checkpoint, ratio, place_of(model.name, name))
+                chain = self._rounds(label, dense, importance, ratio, settled)
                 producers = tuple(stage.id for stage in chain)
                 cells += self._finish(_Variant(label, model.name, dense, chain[-1].as_input(), ratio, name, producers))
         return cells
@@ -117,18 +125,19 @@ class _Planner:
     def _add(self, stage: Stage) -> Stage:
         return self.stages.setdefault(stage.id, stage)
 
-    def _steps(self, label: str, dense: Input, importance: Stage, ratio: float, method: Method) -> list[Stage]:
+    def _rounds(self, label: str, dense: Input, importance: Stage, ratio: float, method: Method) -> list[Stage]:
         """Importance and prune stages in turn, from the dense model to the one that is pruned at ``ratio``; at the end
         the method's distillation, if it has one.
         """
         chain, model = [importance], dense
-        for step, reached in enumerate(step_ratios(ratio, method.steps), start=1):
-            step_label = f"{label} step {step}/{method.steps}"
+        rounds = round_ratios(method, ratio)
+        for step, reached in enumerate(rounds, start=1):
+            step_label = f"{label} step {step}/{len(rounds)}"
             if step > 1:
                 biased = _importance_parameters(importance).biases is not None
-                chain.append(self._importance(step_label, model, {method.criterion}, biased))
-            prune_label = label if step == method.steps else step_label
-            inputs = {"model": model, "importance": _part_of(chain[-1], [method.criterion])}
+                chain.append(self._importance(step_label, model, _scored_for(method), biased))
+            prune_label = label if step == len(rounds) else step_label
+            inputs = {"model": model, "importance": _part_of(chain[-1], _scored_for(method))}
             if model != dense:
                 inputs["dense"] = dense  # whose parameters ratios are of
             chain.append(self._prune(prune_label, inputs, reached, method))
@@ -138,28 +147,35 @@ class _Planner:
             chain.append(self._distill(label, model, chain[-1], method.distill))
         return chain
 
-    def _importance(self, label: str, model: Input, criteria: Collection[CriterionName], biased: bool) -> Stage:
+    def _importance(self, label: str, model: Input, scored: _Scored, biased: bool) -> Stage:
         config = self.config
         by_sums = None
         if config.calibration.settled is not None:
             # Sums decide where the pass ends also of criteria whose scores are more than sums. Fingerprints say so,
             # since there are artifacts whose pass took no notice of them.
-            beyond_sums = [name for name in criteria if CRITERIA[name].has_halves and not CRITERIA[name].is_its_sum]
+            beyond_sums = [
+                name for name in scored.criteria if CRITERIA[name].has_halves and not CRITERIA[name].is_its_sum
+            ]
             by_sums = sorted(beyond_sums) or None
         params = ImportanceParameters(
-            calibration=config.calibration,
-            criteria=sorted(criteria),
+            # Of BOS the stage is told once, wherever the configuration says it.
+            calibration=config.calibration.model_copy(update={"add_bos_token": None}),
+            criteria=sorted(scored.criteria),
             dtype=config.importance.dtype,
-            add_bos_token=config.evaluation.add_bos_token,
+            add_bos_token=config.calibrates_with_bos,
             seed=config.seed,
             settled_by_sums_of=by_sums,
             biases="added before rounding" if biased and config.importance.dtype == "bfloat16" else None,
+            structures=scored.structures,
         )
-        inputs = {"model": model, **self._text("calibration", config.calibration)}
+        inputs = {"model": model}
+        for share in config.calibration.shares():
+            inputs |= self._text(share.role, share.text)
         return self._add(Stage("importance", label, params, inputs))
 
     def _prune(self, label: str, inputs: dict[str, Input], ratio: float, method: Method) -> Stage:
-        runs_model = method.refit != "none" or method.allocation == "searched"  # windows go through it again
+        # Windows go through the model again.
+        runs_model = method.refit != "none" or method.allocation in ("plain", "searched")
         params = PruneParameters(
             ratio=ratio,
             **_effective(method),
@@ -172,20 +188,31 @@ class _Planner:
         """On the windows that the dense model was scored on."""
         distillation = self.config.distillation
         params = ReferenceParameters(dtype=distillation.dtype, micro_batch_size=distillation.micro_batch_size)
-        inputs = {"model": importance.inputs["model"], "importance": _part_of(importance, [])}
+        inputs = {
+            "model": importance.inputs["model"],
+            "importance": _part_of(importance, _Scored(frozenset(), [NEURONS])),
+        }
         return self._add(Stage("reference", f"{importance.label} calibration", params, inputs))
 
-    def _reference_of_held_out(self, model: str, dense: Input) -> Stage:
-        """On the text that fidelity is measured on."""
+    def _references_of_held_out(self, model: str, dense: Input) -> dict[str, Input]:
+        """On the texts that fidelity is measured on: role of an evaluation's input -> reference."""
         evaluation = self.config.evaluation
-        params = ReferenceParameters(
-            dtype=evaluation.dtype,
-            micro_batch_size=1,
-            add_bos_token=evaluation.add_bos_token,
-            text=evaluation.fidelity,
-        )
-        inputs = {"model": dense, **self._text("text", evaluation.fidelity)}
-        return self._add(Stage("reference", f"{model} held-out", params, inputs))
+        references: dict[str, Input] = {}
+        for name, text in evaluation.fidelity.each().items():
+            params = ReferenceParameters(
+                dtype=evaluation.dtype,
+                micro_batch_size=1,
+                add_bos_token=evaluation.add_bos_token,
+                text=text,
+            )
+            inputs = {"model": dense, **self._text("text", text)}
+            stage = self._add(Stage("reference", f"{model} held-out {name}".rstrip(), params, inputs))
+            if stage.as_input() in references.values():
+                raise UserError(
+                    f"evaluation.fidelity.texts: {name} has the content of another text; leave one of them out"
+                )
+            references[reference_role(name if references else FIRST)] = stage.as_input()
+        return references
 
     def _distill(self, label: str, pruned: Input, reference: Stage, passes: int) -> Stage:
         params = DistillParameters(distillation=self.config.distillation, passes=passes, seed=self.config.seed)
@@ -199,9 +226,9 @@ class _Planner:
 
     def _evaluate(self, label: str, variant: _Variant, checkpoint: Input) -> Stage:
         evaluation = self.config.evaluation
-        reference = self._reference_of_held_out(variant.model, variant.dense)
         params = EvaluateParameters(**evaluation.model_dump(exclude={"include_path", "fidelity"}))
-        inputs = {"model": checkpoint, "dense": variant.dense, "reference": reference.as_input()}
+        inputs = {"model": checkpoint, "dense": variant.dense}
+        inputs |= self._references_of_held_out(variant.model, variant.dense)
         if evaluation.include_path is not None:
             folder = Path(evaluation.include_path)
             inputs["tasks"] = Input(self.hashes.of_folder(folder), str(folder), content="folder")
@@ -227,46 +254,25 @@ def _check_settled(config: SweepConfig, methods: Mapping[str, Method]) -> None:
     )
 
 
-def _part_of(importance: Stage, criteria: Sequence[str]) -> Input:
-    """The artifact of a calibration pass, known by what some of its criteria alone would have made: others that share
-    the pass change neither their scores nor the windows, unless they decide where the pass ends.
+def place_of(model: str, method: str) -> str:
+    """A model and a method, for messages."""
+    return f"model {model!r}, method {method!r}"
+
+
+def _scored_for(method: Method) -> _Scored:
+    return _Scored(frozenset([method.criterion]), kinds_among(method.structures))
+
+
+def _part_of(importance: Stage, scored: _Scored) -> Input:
+    """The artifact of a calibration pass, known by what some of its criteria on some kinds of units alone would have
+    made: others that share the pass change neither their scores nor the windows, unless they decide where it ends.
     """
     params = _importance_parameters(importance)
     if params.calibration.settled is not None:
         return importance.as_input()
-    alone = replace(importance, params=params.model_copy(update={"criteria": list(criteria)}))
+    update = {"criteria": sorted(scored.criteria), "structures": scored.structures}
+    alone = replace(importance, params=params.model_copy(update=update))
     return replace(importance.as_input(), identity=alone.id)
-
-
-def check_ratios(size: ModelSize, ratios: Sequence[float], method: Method, where: str) -> None:
-    """Refuse ratios that a method can't reach on a model, or can't tell apart there.
-
-    Raises:
-        UserError: telling the largest ratio that it can reach, or which two are the same.
-    """
-    reached: dict[tuple[int, ...], float] = {}
-    for ratio in ratios:
-        decided = _deciding_numbers(size, ratio, method, where)
-        if decided in reached:
-            raise UserError(
-                f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint, with widths that "
-                f"are multiples of {method.multiple_of}; leave one of them out or use a smaller prune.multiple_of"
-            )
-        reached[decided] = ratio
-
-
-def _deciding_numbers(size: ModelSize, ratio: float, method: Method, where: str) -> tuple[int, ...]:
-    """The numbers of units that decide, with the scores, what stays."""
-    target = Target(size, ratio, method.multiple_of, where)
-    numbers: list[int] = []
-    if method.allocation != "global":
-        numbers += target.uniform_widths(method.steps)
-    if method.allocation != "uniform":
-        wanted = target.removals(target.narrowest_widths(method.floor, method.protect_first, method.protect_last))
-        # Where all of a layer's steps down are of this size, so many are taken as come closest.
-        all_alike = size.units % method.multiple_of == 0
-        numbers.append((wanted + method.multiple_of // 2) // method.multiple_of if all_alike else wanted)
-    return tuple(numbers)
 
 
 def _refuse_same_rows(cells: Iterable[Cell]) -> None:
@@ -276,15 +282,16 @@ def _refuse_same_rows(cells: Iterable[Cell]) -> None:
         if cell.evaluate in labels:
             raise UserError(
                 f"rows {labels[cell.evaluate]!r} and {label!r} would be the same: their models have the same "
-                "content, and their methods the same settings; leave one of them out"
+                "content, and their methods do the same at this ratio; leave one of them out"
             )
         labels[cell.evaluate] = label
 
 
 def _effective(method: Method) -> dict[str, Any]:
     """The settings of a method that affect what one prune stage does; others make stages of their own."""
-    idle = {"floor", "protect_first", "protect_last"} if method.allocation == "uniform" else set()
-    return method.model_dump(exclude=idle | {"steps", "distill"})
+    idle = {"floor", "protect_first", "protect_last"} if method.allocation in ("uniform", "plain") else set()
+    idle |= set() if KV_GROUPS in method.structures else {"tensor_parallel"}
+    return method.model_dump(exclude=idle | {"steps", "round_ratio", "distill"})
 
 
 def _importance_parameters(stage: Stage) -> ImportanceParameters:

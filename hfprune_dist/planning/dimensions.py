@@ -21,6 +21,11 @@ class Dimensions:
     tied: bool
 
     @property
+    def attention_size(self) -> int:
+        """Channels that attention's output projection reads."""
+        return self.num_heads * self.head_size
+
+    @property
     def attention_parameters(self) -> int:
         return self.hidden_size * self.head_size * (2 * self.num_heads + 2 * self.num_key_value_heads)
 

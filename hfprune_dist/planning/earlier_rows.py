@@ -33,11 +33,11 @@ def kept_rows(today: Plan, folder: Plan) -> list[Cell]:
 
 def measured_otherwise(today: Plan, folder: Plan) -> list[Cell]:
     """Of these, the ones whose scores can't be compared with today's of that model: other weights, text or tasks."""
-    scales = {cell.model: _scale(today.stages[cell.evaluate]) for cell in today.cells}
+    scales = {cell.model: scale_of(today.stages[cell.evaluate]) for cell in today.cells}
     return [
         cell
         for cell in kept_rows(today, folder)
-        if cell.model in scales and scales[cell.model] != _scale(folder.stages[cell.evaluate])
+        if cell.model in scales and scales[cell.model] != scale_of(folder.stages[cell.evaluate])
     ]
 
 
@@ -53,7 +53,7 @@ def _place(cell: Cell) -> str:
     return repr((cell.model, None if cell.ratio is None else f"{cell.ratio:g}", cell.method, cell.recovery))
 
 
-def _scale(stage: Stage) -> object:
+def scale_of(stage: Stage) -> object:
     """What an evaluation's scores depend on besides the model that is evaluated."""
     inputs = {role: source.identity for role, source in stage.inputs.items() if role != "model"}
     return stage.version, stage.params.to_json(), inputs

@@ -41,7 +41,8 @@ class Importance:
     """A calibration pass: ``windows`` of ``tokens`` at a time, a backward for each of ``losses``.
 
     With ``curvature``, it also adds up g g^T at the output of every MLP; a pass layer by layer follows for their Gram
-    matrices, on all of ``samples`` windows, without the model.
+    matrices, on all of ``samples`` windows, without the model. With ``kv_groups`` it does at attention's outputs what
+    it does at those of MLPs.
     With a ``student`` the model runs again without some neurons, forward and backward, with the dense model as teacher.
     """
 
@@ -53,6 +54,7 @@ class Importance:
     curvature: bool = False
     student: bool = False
     samples: int | None = None
+    kv_groups: bool = False
 
     def resized(self, windows: int) -> Importance:
         """The same with so many windows in a micro-batch."""
@@ -63,16 +65,19 @@ class Importance:
         if not self.curvature:
             return 0
         assert self.samples is not None, "the pass layer by layer goes over all windows"
-        numbers = dims.num_layers * dims.hidden_size**2
+        numbers = len(self._sizes(dims)) * dims.num_layers * dims.hidden_size**2
         hidden = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks) * dims.hidden_size * self.itemsize
         return max(CURVATURE_BYTES * numbers, CURVATURE_SUMS_BYTES * numbers + hidden)
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
         """On one of the ranks that the model is sharded over: the larger of both passes."""
-        moments = memory_of_layer_pass(dims, self.windows * self.tokens, self.itemsize, dims.intermediate_size)
-        numbers = dims.intermediate_size**2
-        waiting = MOMENTS_BYTES * numbers if ranks > 1 else 0
-        moments = replace(moments, sums=max(moments.sums + waiting, ELIMINATION_BYTES * numbers))
+        sizes = self._sizes(dims)
+        moments = memory_of_layer_pass(dims, self.windows * self.tokens, self.itemsize, sizes)
+        # Of other kinds than the one whose turn it is, matrices wait; on several ranks, those of another layer too.
+        matrices = [size**2 for size in sizes]
+        waiting = MOMENTS_BYTES * sum(matrices)
+        eliminating = max(ELIMINATION_BYTES * it + waiting - MOMENTS_BYTES * it for it in matrices)
+        moments = replace(moments, sums=max(moments.sums + (waiting if ranks > 1 else 0), eliminating))
         pass_through = self._memory_of_pass(dims, ranks)
         return max(pass_through, moments, key=lambda it: it.total) if self.curvature else pass_through
 
@@ -91,8 +96,12 @@ class Importance:
         )
 
     def activation_bytes(self, dims: Dimensions) -> int:
-        """Bytes a token that stay until backward. The graph begins at the first layer's neurons."""
+        """Bytes a token that stay until backward. The graph begins at the first layer's neurons, or with what its
+        attention puts out.
+        """
         first, kept = dims.intermediate_size * self.itemsize, self.layer_bytes(dims)
+        if self.kv_groups:  # attention's output, what the norm after it reads, and the MLP's gate and up
+            first += (dims.attention_size + dims.hidden_size + 2 * dims.intermediate_size) * self.itemsize + 4
         later = dims.num_layers - 1
         return first + (later * dims.hidden_size * self.itemsize + kept if self.checkpointing else later * kept)
 
@@ -102,6 +111,10 @@ class Importance:
         values = 2 * dims.hidden_size + attention + (3 if self.student else 2) * dims.intermediate_size
         return values * self.itemsize + 4 * (2 + dims.num_heads)  # float32: norms' scales, log-sum-exp of each head
 
+    def _sizes(self, dims: Dimensions) -> list[int]:
+        """Channels that the output projection of each kind of units reads."""
+        return [dims.intermediate_size, *([dims.attention_size] if self.kv_groups else [])]
+
     def work(self, dims: Dimensions) -> Work:
         """Of one micro-batch: a forward, the head forward once and backward for each loss, the body's backwards.
 
@@ -109,13 +122,16 @@ class Importance:
         """
         tokens, later_share = self.windows * self.tokens, (dims.num_layers - 1) / dims.num_layers
         down_projection = dims.hidden_size * dims.intermediate_size
+        output_projection = dims.hidden_size * dims.attention_size
+        first_layer = output_projection + 3 * down_projection if self.kv_groups else down_projection
         later_layers = dims.body_parameters - dims.layer_parameters
         attention = attention_flops(dims, self.tokens)
         forward = 2 * dims.body_parameters + attention
         # The head's forwards: once for all losses of the dense model; for a student its own and its teacher's.
         heads = 2 * dims.head_parameters * (bool(self.losses) + 2 * self.student)
-        # The graph begins at the first layer's neurons. Backward of flash attention: five products for forward's two.
-        backward_parameters = later_layers + down_projection
+        # ``activation_bytes`` says where the graph begins. Backward of flash attention: five products for forward's
+        # two.
+        backward_parameters = later_layers + first_layer
         backward = 2 * (backward_parameters + dims.head_parameters) + 2.5 * later_share * attention
         # Of a layer that runs again, nothing that backward needs comes after its neurons.
         rerun = 2 * (later_layers - (dims.num_layers - 1) * down_projection) + later_share * attention

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hfprune_dist.core.memory_limits import KEPT_BYTES
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.gpu_needs import Memory
 
-# distributed.layer_stream: for each number of a Gram matrix two exact sums, in 8 bytes each, with what is added to
-# them; and the two matrices that are made of them.
-GRAM_BYTES, GRAMS_BYTES = 36, 16
+# distributed.layer_stream: for each number of a Gram matrix two exact sums, in 8 bytes each; or the two matrices that
+# are made of them; and what is added to them.
+GRAMS_BYTES, TERM_BYTES = 16, 20
 # core.gauss_newton: for each number of activations' Gram matrix, while it is inverted, and afterwards; for each
 # weight of an MLP the vectors of conjugate gradients and where steps begin.
 INVERSE_BYTES, INVERTED_BYTES, STEP_BYTES = 36, 12, 60
@@ -18,14 +19,15 @@ INVERSE_BYTES, INVERTED_BYTES, STEP_BYTES = 36, 12, 60
 
 @dataclass(frozen=True)
 class Refit:
-    """Least squares on every MLP, layer by layer, a micro-batch being ``windows`` of ``tokens``.
+    """Least squares on output projections, layer by layer, a micro-batch being ``windows`` of ``tokens``.
 
     Attributes:
         samples: all calibration windows.
         pursues: whether it goes through the pruned model as well as the dense one, towards the dense hidden states.
         steps: whether steps of Gauss-Newton on whole MLPs follow.
-        searches: whether widths are searched with refits of the dense model's layers before it.
+        searches: whether shapes are measured with refits of the dense model's layers before it.
         share_kept: of the widest layer's neurons.
+        kv_groups: whether attention's output projections are fitted as well as MLPs', none of whose channels need go.
     """
 
     windows: int
@@ -36,37 +38,61 @@ class Refit:
     searches: bool
     share_kept: float
     itemsize: int = 2
+    kv_groups: bool = False
 
     def resized(self, windows: int) -> Refit:
         """The same with so many windows in a micro-batch."""
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
-        """Main memory of one rank: its windows' hidden states, of one model or both; for a step, what an MLP reads
-        and, in float32, its target.
+        """Main memory of one rank: its windows' hidden states, of one model or both, and between the dense model's
+        blocks if attention pursues them; for a step, what an MLP reads and, in float32, its target.
         """
         mine = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
-        number_bytes = self.itemsize * (1 + self.pursues + self.steps) + 4 * self.steps
+        between = self.pursues and self.kv_groups
+        number_bytes = self.itemsize * (1 + self.pursues + between + self.steps) + 4 * self.steps
         return mine * dims.hidden_size * number_bytes
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
         """On one rank: of the sums, of least squares, or of a step, whichever needs most."""
-        tokens, kept = self.windows * self.tokens, self.share_kept * dims.intermediate_size
-        size = kept + dims.hidden_size if self.pursues else dims.intermediate_size
-        largest = max(size, dims.intermediate_size) if self.searches else size
-        layer_pass = memory_of_layer_pass(dims, tokens, self.itemsize, largest)
+        tokens, blocks = self.windows * self.tokens, self._blocks(dims)
+        together = [size for size, _ in blocks]
+        passes = [[max(together)]] if self.pursues else [together]  # one block after another, or all at once
+        passes += [self._channels(dims)] if self.searches else []
+        needs = [memory_of_layer_pass(dims, tokens, self.itemsize, sizes) for sizes in passes]
+        layer_pass = max(needs, key=lambda it: it.total)
         if self.pursues:
             layer_pass = replace(layer_pass, weights=2 * layer_pass.weights)
         elif ranks > 1:  # a layer's matrices wait until every rank has a layer to solve
-            layer_pass = replace(layer_pass, sums=layer_pass.sums + GRAMS_BYTES * size**2)
-        phases = [layer_pass.sums, self._solving(dims, kept, size)]
+            waiting = GRAMS_BYTES * sum(size**2 for size in together)
+            layer_pass = replace(layer_pass, sums=layer_pass.sums + waiting)
+        phases = [layer_pass.sums, *self._solving(dims)]
         if self.steps:
-            phases.append(self._stepping(dims, kept, ranks))
+            phases.append(self._stepping(dims, self.share_kept * dims.intermediate_size, ranks))
         return replace(layer_pass, sums=max(phases))
 
-    def _solving(self, dims: Dimensions, kept: float, size: float) -> float:
-        """Bytes of least squares: two Gram matrices of all neurons, four of those that stay, and weights; float64."""
-        return 8 * (2 * size**2 + 4 * kept**2 + dims.hidden_size * (size + 6 * kept))
+    def _channels(self, dims: Dimensions) -> list[float]:
+        """That output projections read: of MLPs, and of attention if that is fitted."""
+        return [dims.intermediate_size, *([dims.attention_size] if self.kv_groups else [])]
+
+    def _blocks(self, dims: Dimensions) -> list[tuple[float, float]]:
+        """Of each block, in the order in which they are fitted: numbers a token of what its Gram matrices are summed
+        of, and channels that stay.
+        """
+        kept = [self.share_kept * dims.intermediate_size, *self._channels(dims)[1:]]
+        if self.pursues:
+            return [(it + dims.hidden_size, it) for it in reversed(kept)]
+        return list(zip(self._channels(dims), kept, strict=True))
+
+    def _solving(self, dims: Dimensions) -> Iterator[float]:
+        """Bytes of least squares on each block: two Gram matrices of all channels, four of those that stay, and
+        weights, in float64; with what is there of the block before, and of others that were summed together with it.
+        """
+        blocks, solved = self._blocks(dims), 0.0
+        for size, kept in blocks:
+            waiting = 0 if self.pursues else GRAMS_BYTES * (sum(it**2 for it, _ in blocks) - size**2)
+            yield 8 * (2 * size**2 + 4 * kept**2 + dims.hidden_size * (size + 6 * kept)) + waiting + solved
+            solved = GRAMS_BYTES * kept**2 + 2 * 4 * dims.hidden_size * kept
 
     def _stepping(self, dims: Dimensions, kept: float, ranks: int) -> float:
         """Bytes of a step: two Gram matrices of the kept neurons in float64, what inverts them, what iterates."""
@@ -97,17 +123,18 @@ class Reference:
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
         """On one rank, whatever their number."""
-        return memory_of_layer_pass(dims, self.windows * self.tokens, self.itemsize, 0)
+        return memory_of_layer_pass(dims, self.windows * self.tokens, self.itemsize, [])
 
 
-def memory_of_layer_pass(dims: Dimensions, tokens: int, itemsize: int, size: float) -> Memory:
-    """Of one layer at a time, where Gram matrices of vectors of ``size`` are added up."""
+def memory_of_layer_pass(dims: Dimensions, tokens: int, itemsize: int, sizes: Sequence[float]) -> Memory:
+    """Of one layer at a time, where Gram matrices of vectors of these sizes are added up."""
+    matrices = [size**2 for size in sizes]
     return Memory(
         weights=dims.layer_parameters * itemsize,
         gathered=0.0,
-        activations=tokens * (widest(dims) * itemsize + 4 * size),
+        activations=tokens * (widest(dims) * itemsize + 4 * max(sizes, default=0)),
         scratch=0.0,
-        sums=GRAM_BYTES * size**2,
+        sums=GRAMS_BYTES * sum(matrices) + TERM_BYTES * max(matrices, default=0),
     )
 
 

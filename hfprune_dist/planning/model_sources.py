@@ -120,7 +120,7 @@ def _snapshot(name: str, hub_id: str, revision: str, download: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
     try:
         return Path(
             snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=not download)

@@ -5,7 +5,7 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,15 @@ class Plan:
         """
         wanted = [*self.asked] if cells is None else []
         wanted += [stage_id for cell in (self.cells if cells is None else cells) for stage_id in cell.results]
-        missing: set[str] = set()
+        return self.lacking_for(wanted, is_done)
+
+    def lacking_for(self, stage_ids: Iterable[str], is_done: Callable[[str], bool]) -> list[str]:
+        """Ids of the stages that must run for the artifacts of some stages, in order.
+
+        Args:
+            is_done: whether a stage has its artifact.
+        """
+        wanted, missing = list(stage_ids), set()
         while wanted:
             stage_id = wanted.pop()
             if stage_id not in missing and not is_done(stage_id):

@@ -7,7 +7,7 @@ A ratio is removed parameters / all parameters of the model, as in the paper; it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.errors import UserError
@@ -19,16 +19,24 @@ class ModelSize:
 
     Attributes:
         parameters: of the whole model.
-        units: of each layer.
+        counts: units of each layer.
         parameters_per_unit: the same in every layer.
         kind: what the units are called.
     """
 
     parameters: int
-    num_layers: int
-    units: int
+    counts: tuple[int, ...]
     parameters_per_unit: int
     kind: str
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.counts)
+
+    @property
+    def units(self) -> int:
+        """Of the layer that has most."""
+        return max(self.counts)
 
     def ratio_of(self, removed: int) -> float:
         """Share of all parameters that goes with so many units, whatever their layers."""
@@ -40,15 +48,13 @@ class ModelSize:
 
     def removed(self, widths: Sequence[int]) -> int:
         """Units that go where each layer keeps so many."""
-        return self.num_layers * self.units - sum(widths)
+        return sum(self.counts) - sum(widths)
 
 
 def size_of(checkpoint: Checkpoint) -> ModelSize:
     """The numbers of a checkpoint that ratios are computed from."""
     units = checkpoint.units
-    return ModelSize(
-        checkpoint.parameters, checkpoint.num_layers, units.most, checkpoint.parameters_per_unit, units.kind
-    )
+    return ModelSize(checkpoint.parameters, units.counts, checkpoint.parameters_per_unit, units.kind)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ class Target:
     where: str
 
     def uniform_width(self) -> int:
-        """Units that each layer keeps so that the reached ratio is as close to the one asked as rounding allows.
+        """Units that each layer keeps so that the reached ratio is as close to the one asked as rounding allows; of a
+        model whose layers have as many.
 
         Raises:
             UserError: where removing such units alone can't remove so much, or rounding leaves nothing to remove.
@@ -77,35 +84,28 @@ class Target:
         if self.ratio > largest:
             raise UserError(
                 f"{self.where}: ratio {self.ratio:g} can't be reached by pruning {size.kind} alone; the largest "
-                f"possible is {_round_down(largest)} (multiple_of {multiple_of})"
+                f"possible is {round_down(largest)} (multiple_of {multiple_of})"
             )
-        exact = size.units - self.ratio * size.parameters / (size.num_layers * size.parameters_per_unit)
-        width = max(multiple_of, round(exact / multiple_of) * multiple_of)
+        width = self.closest_width()
         if width >= size.units:
             raise self._removes_nothing()
         return width
 
-    def uniform_widths(self, steps: int) -> list[int]:
-        """``uniform_width`` after each of ``step_ratios``.
-
-        Raises:
-            UserError: also where a step would remove nothing.
-        """
-        widths = [replace(self, ratio=ratio).uniform_width() for ratio in step_ratios(self.ratio, steps)]
-        if len(set(widths)) < steps:
-            raise UserError(
-                f"{self.where}: of {steps} steps to ratio {self.ratio:g}, one removes nothing once widths are rounded "
-                f"to multiples of {self.multiple_of}; use fewer steps or a smaller prune.multiple_of"
-            )
-        return widths
+    def closest_width(self) -> int:
+        """The same, also where it is out of reach: then the narrowest width, or one that removes nothing."""
+        size, multiple_of = self.size, self.multiple_of
+        exact = size.units - self.ratio * size.parameters / (size.num_layers * size.parameters_per_unit)
+        return max(multiple_of, round(exact / multiple_of) * multiple_of)
 
     def narrowest_widths(self, floor: float, protect_first: int, protect_last: int) -> list[int]:
         """The width below which each layer doesn't go: its share ``floor``, or all of it where it is protected."""
         size = self.size
-        least = max(1, round(floor * size.units))
-        least = min(-(-least // self.multiple_of) * self.multiple_of, size.units)
         protected = {*range(protect_first), *range(size.num_layers - protect_last, size.num_layers)}
-        return [size.units if layer in protected else least for layer in range(size.num_layers)]
+        rounded = [-(-max(1, round(floor * count)) // self.multiple_of) * self.multiple_of for count in size.counts]
+        return [
+            count if layer in protected else min(least, count)
+            for layer, (least, count) in enumerate(zip(rounded, size.counts, strict=True))
+        ]
 
     def removals(self, narrowest: Sequence[int]) -> int:
         """Units to remove from all layers together so that the reached ratio is closest to the one asked.
@@ -122,10 +122,10 @@ class Target:
         if wanted > most:
             raise UserError(
                 f"{self.where}: ratio {self.ratio:g} can't be reached with the floors that prune.floor, protect_first "
-                f"and protect_last set; the largest possible is {_round_down(size.ratio_of(most))} "
+                f"and protect_last set; the largest possible is {round_down(size.ratio_of(most))} "
                 f"(multiple_of {self.multiple_of})"
             )
-        fewest = size.units - (size.units - 1) // self.multiple_of * self.multiple_of
+        fewest = min(count - (count - 1) // self.multiple_of * self.multiple_of for count in size.counts)
         if wanted < (fewest + 1) // 2:
             raise self._removes_nothing()
         return wanted
@@ -137,14 +137,6 @@ class Target:
         )
 
 
-def step_ratios(ratio: float, steps: int) -> list[float]:
-    """The ratios that pruning in equal parts goes through, the last one ``ratio`` itself.
-
-    All are of the dense model's parameters. They are rounded to what a person would write, so that a third of 0.3 is
-    0.1 and finds the artifact of that ratio.
-    """
-    return [round(ratio * step / steps, 12) for step in range(1, steps)] + [ratio]
-
-
-def _round_down(ratio: float) -> str:
+def round_down(ratio: float) -> str:
+    """A ratio as messages tell it, such that it can be reached."""
     return f"{int(ratio * 10000) / 10000:.4f}"

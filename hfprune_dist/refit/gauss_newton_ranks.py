@@ -11,7 +11,7 @@ from torch import Tensor
 from hfprune_dist.core.exact_sums import ExactSum
 from hfprune_dist.core.gauss_newton import Biases, GaussNewtonSums, Linearized, MlpWeights, solve_normal_equations
 from hfprune_dist.core.memory_limits import KEPT_BYTES
-from hfprune_dist.distributed.layer_stream import is_held_out
+from hfprune_dist.distributed.gram_sums import is_held_out
 from hfprune_dist.distributed.world import World
 
 # Of conjugate gradients, in a step and in the one that follows on all windows; each costs about as much as four

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,12 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.tensor_files import is_usable, save_tensors
 from hfprune_dist.models.single_layer import output_of, put_weights
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
+from hfprune_dist.structures.units import Units
 
 
 @dataclass(frozen=True)
-class LayerFit:
-    """What least squares did to one layer's output projection.
+class ProjectionFit:
+    """What least squares did to one output projection.
 
     Attributes:
         ridge: chosen on held-out windows.
@@ -32,67 +33,78 @@ class LayerFit:
     error_after: float
 
 
+# What least squares did to a layer: kind of units -> to the output projection that reads their channels.
+LayerFit = Mapping[str, ProjectionFit]
+
+
 class RefittedLayers:
     """Two files per layer: its new weights, then a report, whose presence says that the layer is done.
 
     Args:
-        whole_mlp: whether row projections are refitted too, not the output projection alone.
+        kinds: of units whose output projections are refitted, those of the MLP first.
+        whole_mlp: whether the MLP's row projections are refitted too.
         folder: written by one rank and read by all.
     """
 
-    def __init__(self, checkpoint: Checkpoint, whole_mlp: bool, folder: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, kinds: Sequence[Units], whole_mlp: bool, folder: Path) -> None:
+        self.kinds = kinds
+        self.whole_mlp = whole_mlp
         self._checkpoint = checkpoint
-        self._units = checkpoint.units
-        self._whole_mlp = whole_mlp
         self._folder = folder
 
-    def done(self) -> set[int]:
-        """Layers that are done. Files that are damaged are set aside, and their layers are not."""
-        return {number for number in range(self._checkpoint.num_layers) if self._is_done(number)}
+    def done(self, layers: Sequence[int]) -> set[int]:
+        """Of these layers, those that are done. Files that are damaged are set aside, and their layers are not."""
+        return {number for number in layers if self._is_done(number)}
 
-    def write(self, number: int, tensors: Sequence[Tensor], fit: LayerFit) -> None:
-        """Publish a layer: its row projections and the output projection, or that one alone, rounded to the
-        checkpoint's dtypes.
-        """
+    def rounded(self, number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Some of a layer's tensors, by their names within it, in the checkpoint's dtypes; on the CPU."""
+        return {
+            name: tensor.to(self._dtype(self.kinds[0].tensor(number, name))).cpu().contiguous()
+            for name, tensor in tensors.items()
+        }
+
+    def write(self, number: int, tensors: Mapping[str, Tensor], fit: LayerFit) -> None:
+        """Publish a layer: its refitted tensors, by their names within it, rounded to the checkpoint's dtypes."""
         self._folder.mkdir(exist_ok=True)
-        fitted = zip(self._names(number), tensors, strict=True)
-        rounded = {name: tensor.to(self._dtype(name)).cpu().contiguous() for name, tensor in fitted}
+        rounded = {self.kinds[0].tensor(number, name): it for name, it in self.rounded(number, tensors).items()}
+        assert sorted(rounded) == sorted(self._names(number)), f"layer {number}: {sorted(rounded)}"
         save_tensors(rounded, self._weight_file(number))  # before the report that says they are there
-        write_json(self._report_file(number), asdict(fit))
+        write_json(self._report_file(number), {kind: asdict(it) for kind, it in fit.items()})
 
     def install(self, number: int, layer: nn.Module) -> None:
         """Give a pruned layer its refitted weights."""
-        like = output_of(layer, self._units).weight
-        prefix = self._units.tensor(number, "")
-        read = {name.removeprefix(prefix): self._read(number, name) for name in self._names(number)}
-        put_weights(layer, {name: weight.to(like) for name, weight in read.items()})
+        put_weights(layer, self.weights(number, like=output_of(layer, self.kinds[0]).weight))
 
-    def reports(self) -> list[LayerFit]:
-        """Of all layers, once they are done."""
-        return [LayerFit(**read_json(self._report_file(number))) for number in range(self._checkpoint.num_layers)]
+    def weights(self, number: int, like: Tensor) -> dict[str, Tensor]:
+        """A layer's refitted weights, by their names within it, with the dtype and on the device of another tensor."""
+        prefix = self.kinds[0].tensor(number, "")
+        return {name.removeprefix(prefix): self._read(number, name).to(like) for name in self._names(number)}
 
-    def replacements(self) -> dict[str, Callable[[], Tensor]]:
-        """Name of every refitted tensor -> reads it."""
-        return {
-            name: partial(self._read, number, name)
-            for number in range(self._checkpoint.num_layers)
-            for name in self._names(number)
-        }
+    def reports(self, layers: Sequence[int]) -> list[LayerFit]:
+        """Of these layers, once they are done."""
+        return [self._report(number) for number in layers]
+
+    def replacements(self, layers: Sequence[int]) -> dict[str, Callable[[], Tensor]]:
+        """Name of every refitted tensor of these layers -> reads it."""
+        return {name: partial(self._read, number, name) for number in layers for name in self._names(number)}
 
     def _is_done(self, number: int) -> bool:
-        report = self._report_file(number)
         try:
-            LayerFit(**(read_json(report) or {}))
-        except (ValueError, TypeError):
-            if report.is_file():
-                set_aside(report, "is no report of ours")
+            self._report(number)
+        except (ValueError, TypeError, KeyError):
+            if self._report_file(number).is_file():
+                set_aside(self._report_file(number), "is no report of ours")
             return False
         return is_usable(self._weight_file(number))
 
+    def _report(self, number: int) -> LayerFit:
+        record = read_json(self._report_file(number)) or {}
+        return {units.kind: ProjectionFit(**record[units.kind]) for units in self.kinds}
+
     def _names(self, number: int) -> list[str]:
-        """Tensors of a layer that the refit changes, in the order of ``MlpWeights`` where there are three."""
-        rows = self._units.row_weights(number) if self._whole_mlp else []
-        return [*rows, self._units.output_weight(number)]
+        """Tensors of a layer that the refit changes."""
+        rows = self.kinds[0].row_weights(number) if self.whole_mlp else []
+        return [*rows, *(units.output_weight(number) for units in self.kinds)]
 
     def _read(self, number: int, name: str) -> Tensor:
         with safe_open(self._weight_file(number), framework="pt") as source:

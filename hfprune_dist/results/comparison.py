@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.results.table import Row
+from hfprune_dist.results.column import Column, markdown
+from hfprune_dist.results.formats import byte_count, duration, measured, number
+from hfprune_dist.results.rows import Row
+from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_layers
 
 Scores = Mapping[str, list[NDArray[np.float64]]]
 MEASURES = ("kl", "top1_agreement", "perplexity")
@@ -99,18 +102,16 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
-    """Criterion -> its scores of every layer, from an importance artifact.
+    """Criterion -> its scores of every layer's neurons, from an importance artifact.
 
     Raises:
         UserError: where the file is gone.
     """
-    file = importance / "importance.safetensors"
+    file = importance / SCORES
     if not file.is_file():
         raise UserError(f"{file}: missing; run the sweep again, it makes only what is missing")
     stored = load_file(file)
-    names = {name.split(".")[2] for name in stored}
-    layers = len(stored) // len(names)
-    return {name: [stored[f"layers.{layer}.{name}"] for layer in range(layers)] for name in sorted(names)}
+    return {name: scores_of_layers(stored, name) for name in criteria_in(stored)}
 
 
 def compare_criteria(scores: Scores, shares_kept: Sequence[float]) -> list[dict[str, Any]]:
@@ -146,38 +147,40 @@ def overlap(a_D: NDArray[np.float64], b_D: NDArray[np.float64], share: float) ->
     return len(kept[0] & kept[1]) / width
 
 
+NOTE_ON_METHODS = (
+    "KL: mean divergence from the dense model, nats per token, lower is better; agreement: share of tokens with its "
+    "most likely next token, higher is better; ±: standard deviation over seeds"
+)
+
+
+def few_columns_of_methods(comparisons: Sequence[Comparison], reference: str) -> list[Column[Comparison]]:
+    """What a terminal of 80 columns has room for, at usual names."""
+    differs = len({it.recovery for it in comparisons}) > 1
+    return [
+        Column("model", lambda it: it.model, is_text=True),
+        Column("ratio", lambda it: f"{it.ratio:g}" if it.ratio else "dense", is_text=True),
+        Column("method", lambda it: it.method, is_text=True),
+        *[Column[Comparison]("recovery", lambda it: it.recovery, is_text=True)] * differs,
+        Column("KL", lambda it: _shown(it.measures["kl"], 3)),
+        Column(f"KL / {reference}", lambda it: _shown(it.kl_share, 3)),
+        Column("agreement", lambda it: _shown(it.measures["top1_agreement"], 3)),
+        Column("seeds", lambda it: str(it.sweeps)),
+    ]
+
+
+def all_columns_of_methods(comparisons: Sequence[Comparison], reference: str) -> list[Column[Comparison]]:
+    """All that is known of a method; its time is that of all stages behind a row, shared ones included."""
+    return [
+        *few_columns_of_methods(comparisons, reference),
+        Column("perplexity", lambda it: _shown(it.measures["perplexity"], 1)),
+        Column("time", lambda it: duration(it.wall_time_s)),
+        Column("memory", lambda it: byte_count(it.peak_memory_bytes)),
+    ]
+
+
 def methods_table(comparisons: Sequence[Comparison], reference: str) -> str:
     """Markdown."""
-    head = [
-        "model",
-        "ratio",
-        "method",
-        "recovery",
-        "KL",
-        f"KL / {reference}",
-        "agreement",
-        "perplexity",
-        "seeds",
-        "time",
-        "memory",
-    ]
-    lines = [
-        [
-            it.model,
-            f"{it.ratio:g}" if it.ratio else "dense",
-            it.method,
-            it.recovery,
-            _shown(it.measures["kl"], 3),
-            _shown(it.kl_share, 3),
-            _shown(it.measures["top1_agreement"], 3),
-            _shown(it.measures["perplexity"], 1),
-            str(it.sweeps),
-            "-" if it.wall_time_s is None else f"{it.wall_time_s:.0f} s",
-            "-" if it.peak_memory_bytes is None else f"{it.peak_memory_bytes / 2**30:.1f} GiB",
-        ]
-        for it in comparisons
-    ]
-    return _markdown(head, lines)
+    return f"{markdown(comparisons, all_columns_of_methods(comparisons, reference))}\n{NOTE_ON_METHODS}\n"
 
 
 def criteria_table(pairs: Sequence[Mapping[str, Any]]) -> str:
@@ -220,8 +223,9 @@ def _overlap(value: float | None) -> str:
 def _shown(value: Spread | None, digits: int) -> str:
     if value is None or not math.isfinite(value.mean):
         return "-"
-    deviation = "" if value.deviation is None else f" ± {value.deviation:.{digits}f}"
-    return f"{value.mean:.{digits}f}{deviation}"
+    if value.deviation is None:
+        return number(value.mean, f".{digits}f")
+    return measured(value.mean, value.deviation, digits)
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,11 +19,22 @@ def headline(metrics: Mapping[str, Any]) -> float | None:
     Args:
         metrics: metric name -> value, as in the manifest of an evaluation: ``acc``, ``exact_match[strict-match]``, ...
     """
-    name = _headline_metric(metrics)
-    return None if name is None or metrics[name] is None else float(metrics[name])
+    return _number(metrics, headline_metric(metrics))
 
 
-def _headline_metric(metrics: Mapping[str, Any]) -> str | None:
+def headline_error(metrics: Mapping[str, Any]) -> float | None:
+    """The standard error of a task's headline; None where it has none."""
+    name = headline_metric(metrics)
+    return _number(metrics, None if name is None else f"{name}_stderr")
+
+
+def _number(metrics: Mapping[str, Any], name: str | None) -> float | None:
+    value = None if name is None else metrics.get(name)
+    return None if value is None else float(value)
+
+
+def headline_metric(metrics: Mapping[str, Any]) -> str | None:
+    """The name of the metric that stands for a task; None where it reports none that could."""
     for metric in HEADLINE_METRICS:
         others = sorted(name for name in metrics if name.startswith(f"{metric}[") and name.endswith("]"))
         for name in (*(metric + suffix for suffix in FILTERS), *others):
@@ -41,10 +53,27 @@ def averages(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, floa
 
     A task that reports only other metrics, such as perplexities, is left out: it has no score that could be missing.
     """
-    scored = {name: metrics for name, metrics in tasks.items() if not metrics or _headline_metric(metrics)}
-    return _mean_headline(scored), _mean_headline({name: scored[name] for name in scored if not is_bias_task(name)})
+    return _mean_headline(_scored(tasks)), _mean_headline(_without_bias(_scored(tasks)))
+
+
+def average_errors(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, float | None]:
+    """Standard errors of ``averages``, as of independent tasks; None where a task's score has none."""
+    return _error_of_mean(_scored(tasks)), _error_of_mean(_without_bias(_scored(tasks)))
+
+
+def _scored(tasks: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+    return {name: metrics for name, metrics in tasks.items() if not metrics or headline_metric(metrics)}
+
+
+def _without_bias(tasks: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+    return {name: metrics for name, metrics in tasks.items() if not is_bias_task(name)}
 
 
 def _mean_headline(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
     scores = [score for score in map(headline, tasks.values()) if score is not None]
     return sum(scores) / len(scores) if tasks and len(scores) == len(tasks) else None
+
+
+def _error_of_mean(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
+    errors = [error for error in map(headline_error, tasks.values()) if error is not None]
+    return math.hypot(*errors) / len(errors) if tasks and len(errors) == len(tasks) else None

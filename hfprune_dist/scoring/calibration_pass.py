@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from hfprune_dist.core.exact_sums import ExactOverflowError
-from hfprune_dist.core.importance import NonFiniteError
+from hfprune_dist.core.unit_sums import NonFiniteError
 from hfprune_dist.errors import UserError
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.scoring.shard_sums import Accumulation

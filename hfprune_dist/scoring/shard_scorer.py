@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.read_tensors import scored_layer
@@ -14,6 +14,7 @@ from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.scores import STUDENT_CRITERION, finished, student_keeps
+from hfprune_dist.core.unit_sums import KindSums, UnitOutputs
 from hfprune_dist.distributed.deepspeed_patches import empty_shards, rearming
 from hfprune_dist.distributed.world import World
 from hfprune_dist.distributed.zero3 import gathered, load_frozen
@@ -22,6 +23,8 @@ from hfprune_dist.models.memory_efficient_backward import (
     keep_no_gathered_weights,
     use_memory_efficient_backward,
 )
+from hfprune_dist.structures import NEURONS, Kind
+from hfprune_dist.structures.units import Units
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,11 @@ class Sums:
     """What some micro-batches add up to.
 
     Attributes:
-        units_KLU: float64 [criteria with a sum, num_layers, units].
-        terms_JLU: what each micro-batch adds to rounded sums (see ``UnitSums``).
-        curvature_LCC: float32 [num_layers, hidden_size, hidden_size], or empty (see ``UnitSums``).
+        kinds: of each kind of units.
         losses: loss name -> sum over windows of the loss per token.
     """
 
-    units_KLU: Tensor
-    terms_JLU: list[Tensor]
-    curvature_LCC: Tensor
+    kinds: dict[str, KindSums]
     losses: dict[str, float]
 
 
@@ -47,6 +46,7 @@ class ShardScorer:
     Args:
         windows_ST: int64 [windows, tokens], the same on every rank.
         criteria: those with something to sum.
+        structures: the kinds of units that are scored.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class ShardScorer:
         seed: int,
         micro_batch_size: int,
         world: World,
+        structures: Sequence[Kind] = (NEURONS,),
         activation_checkpointing: bool = False,
     ) -> None:
         family = checkpoint.family
@@ -71,7 +72,7 @@ class ShardScorer:
         self._model = ScoredModel(
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
             head=lambda: gathered(head),
-            output_projections=checkpoint.units.outputs_of(self.module),
+            outputs={kind: _outputs_of(checkpoint.structures[kind], self.module) for kind in structures},
             rearming=lambda: rearming(self.module),
         )
         self._vocabulary = head.out_features
@@ -84,25 +85,29 @@ class ShardScorer:
     def choose_student(self, micro_batches: Sequence[range]) -> None:
         """Before the first ``score``: fix the student of the losses that need one, if any does.
 
-        It lacks what scores least in these windows. They must be the same on every rank, then so is the student, on any
-        number of ranks and after a resume.
+        It lacks the neurons that score least in these windows. They must be the same on every rank, then so is the
+        student, on any number of ranks and after a resume.
 
         Raises:
             NonFiniteError: where a layer saw NaN or infinity.
         """
         if all(loss.of != "student" for loss in losses_of(self._criteria)):
             return
-        criterion, world = CRITERIA[STUDENT_CRITERION], self._world
-        (sums_LU,) = self._score(micro_batches, [criterion]).units_KLU
+        criterion, world, neurons = CRITERIA[STUDENT_CRITERION], self._world, self._checkpoint.structures[NEURONS]
+        sums_LD = self._score(micro_batches, [criterion], [NEURONS]).kinds[NEURONS].exact[criterion.name]
         mine = {
             number: student_keeps(
-                finished(criterion, sums_LU[number], scored_layer(self._checkpoint, number, self._seed))
+                finished(
+                    criterion,
+                    sums_LD[number, : neurons.counts[number] * neurons.channels_per_unit],
+                    scored_layer(self._checkpoint, neurons, number, self._seed),
+                )
             )
             for number in range(world.rank, self._checkpoint.num_layers, world.size)
         }
         keeps = {number: keeps_U for share in world.gather(mine) for number, keeps_U in share.items()}
-        student_LU = torch.stack([keeps[number] for number in sorted(keeps)])
-        self._model = replace(self._model, student_LU=student_LU.to(world.device))
+        student = [keeps[number].to(world.device) for number in sorted(keeps)]
+        self._model = replace(self._model, student={NEURONS: student})
 
     def release(self) -> None:
         """Give the memory of the model's weights back; nothing can be scored any more."""
@@ -121,15 +126,19 @@ class ShardScorer:
         """
         missing = forwards - len(micro_batches)
         if missing > 0:
-            self._score([micro_batches[0]] * missing, self._criteria)
-        return self._score(micro_batches, self._criteria)
+            self._score([micro_batches[0]] * missing, self._criteria, self._model.outputs)
+        return self._score(micro_batches, self._criteria, self._model.outputs)
 
-    def _score(self, micro_batches: Sequence[range], criteria: Sequence[Criterion]) -> Sums:
-        sums = UnitSums(self._model.output_projections, criteria, self._checkpoint.units.channels_per_unit)
+    def _score(self, micro_batches: Sequence[range], criteria: Sequence[Criterion], kinds: Iterable[str]) -> Sums:
+        sums = UnitSums({kind: self._model.outputs[kind] for kind in kinds}, criteria)
         losses = {loss.name: 0.0 for loss in losses_of(criteria)}
         for windows in micro_batches:
             input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
             batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed)
             for name, value in score_batch(self._model, batch, sums).items():
                 losses[name] += value
-        return Sums(sums.sums_KLU, sums.terms_JLU, sums.curvature_LCC, losses)
+        return Sums(sums.kinds, losses)
+
+
+def _outputs_of(units: Units, model: nn.Module) -> UnitOutputs:
+    return UnitOutputs(units.outputs_of(model), units.channels_per_unit)

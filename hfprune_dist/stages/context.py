@@ -36,7 +36,7 @@ class Context(Generic[P]):
 
     Attributes:
         config: the resolved configuration of the sweep, kept in the manifest.
-        code: provenance of the code (commit, dirty diff), kept in the manifest.
+        code: provenance of the code (version, commit, dirty diff), kept in the manifest.
         attempt: 1 for the first.
         claim: under which the stage runs, on rank 0; None where nobody claimed it.
         interruption: whether this attempt has been asked to end early.

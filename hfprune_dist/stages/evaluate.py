@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,23 +21,25 @@ from transformers.utils import logging as transformers_logging
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.parameters import EvaluateParameters
-from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, next_ids
+from hfprune_dist.config.texts import FIRST, OTHER_TEXTS, compared_texts
+from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, next_ids, standard_errors
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.distributed.frozen_model import FrozenModel, Sharding, choose_sharding
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, details_of, explain, plain, scores_of
-from hfprune_dist.models.single_layer import LayerReader
+from hfprune_dist.models.single_layer import Head, LayerReader
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
 from hfprune_dist.training.teacher_states import DenseStates
 
 Context = AnyContext[EvaluateParameters]
 
-FIDELITY = "fidelity.json"
 RESULTS = "results.json"
 TASKS = "tasks"
 DATASETS = "datasets"
+# In what is kept of a text; a manifest has only what is over all windows.
+BY_WINDOW = "by_window"
 # Resamples for standard errors that have no closed form (e.g. of f1); lm-eval's 100,000 take minutes.
 BOOTSTRAP_ITERATIONS = 1000
 
@@ -48,19 +50,20 @@ def run(context: Context) -> None:
     sharding = choose_sharding(
         context.runtime.sharding, open_checkpoint(context.input_path("model")), _dtype(context), context.world
     )
-    fidelity_done, tasks = context.world.broadcast(_progress(context) if context.world.is_first else (False, []))
+    texts, tasks = context.world.broadcast(_left_to_do(context) if context.world.is_first else ([], []))
     model = None
-    if not fidelity_done:
-        model = _measure_fidelity(context, sharding)
+    if texts:
+        model = _measure_fidelity(context, sharding, texts)
     if tasks:
         _evaluate_tasks(context, model or _load(context, "model", sharding), tasks)
     _commit(context, sharding)
 
 
-def _progress(context: Context) -> tuple[bool, list[str]]:
-    """What earlier attempts left to do: (fidelity is done, tasks that aren't)."""
+def _left_to_do(context: Context) -> tuple[list[str], list[str]]:
+    """Texts and tasks of which earlier attempts left no result."""
+    texts = [text for text in _texts(context) if not _is_done(_fidelity_file(context.work, text))]
     tasks = [task for task in context.params.tasks if not _is_done(_task_file(context.work, task))]
-    return _is_done(context.work / FIDELITY), list(dict.fromkeys(tasks))
+    return texts, list(dict.fromkeys(tasks))
 
 
 def _is_done(file: Path) -> bool:
@@ -90,40 +93,61 @@ def _commit(context: Context, sharding: Sharding) -> None:
     metrics: dict[str, Any] = {}
     if context.world.is_first:
         results = {task: read_json(_task_file(context.work, task)) for task in context.params.tasks}
-        fidelity = read_json(context.work / FIDELITY)
+        fidelity = {text: read_json(_fidelity_file(context.work, text)) for text in _texts(context)}
+        summaries = {text: _summary(found) for text, found in fidelity.items()}
         (draft / TASKS).mkdir()
         for task, result in results.items():
             write_json(_task_file(draft, task), result)
         details = {task: details_of(result) for task, result in results.items()}
-        write_json(draft / RESULTS, {"fidelity": fidelity, "tasks": details, "limit": context.params.limit})
+        write_json(draft / RESULTS, {**_by_place(fidelity), "tasks": details, "limit": context.params.limit})
         scores = {name: score for task in results for name, score in scores_of(task, results[task]).items()}
-        metrics = {"fidelity": fidelity, "tasks": scores, "sharding": sharding}
+        metrics = {**_by_place(summaries), "tasks": scores, "sharding": sharding}
     context.commit(draft, metrics)
 
 
 # Fidelity.
 
 
-def _measure_fidelity(context: Context, sharding: Sharding) -> FrozenModel | None:
-    """Compare the model with its dense original and keep the result; return the model, still loaded.
+def _by_place(texts: Mapping[str, Any]) -> dict[str, Any]:
+    """The first text's apart from the others', if there are any."""
+    others = {text: found for text, found in texts.items() if text != FIRST}
+    return {"fidelity": texts[FIRST], **({OTHER_TEXTS: others} if others else {})}
+
+
+def _summary(fidelity: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fidelity.items() if name != BY_WINDOW}
+
+
+def _texts(context: Context) -> dict[str, str]:
+    """Name of each text -> role of the dense model's reference on it."""
+    return compared_texts(context.stage.inputs)
+
+
+def _measure_fidelity(context: Context, sharding: Sharding, texts: Sequence[str]) -> FrozenModel | None:
+    """Compare the model with its dense original on some texts and keep the results; return the model, still loaded.
 
     Of the dense model only the head is read; it is its own reference, and not loaded for that.
     """
-    states = DenseStates(context.input_path("reference"))
-    device = context.world.device
-    head = LayerReader(open_checkpoint(context.input_path("dense")), _dtype(context), device).head()
+    head = LayerReader(open_checkpoint(context.input_path("dense")), _dtype(context), context.world.device).head()
     is_dense = context.stage.inputs["model"].identity == context.stage.inputs["dense"].identity
     model = None if is_dense else _load(context, "model", sharding)
+    for text in texts:
+        _save_fidelity(context, text, _compare(context, text, head, model))
+    return model
+
+
+def _compare(context: Context, text: str, head: Head, model: FrozenModel | None) -> dict[int, FidelitySums]:
+    """Sums over each of this rank's windows of a text."""
+    states, device = DenseStates(context.input_path(_texts(context)[text])), context.world.device
     sums: dict[int, FidelitySums] = {}
     mine = _my_windows(len(states.windows_ST), context.world)
     for done, index in enumerate(mine):
-        context.progress.update("fidelity", done, len(mine))
+        context.progress.update(_phase(text), done, len(mine))
         window_T = states.windows_ST[index]
         dense = Outputs(states.hidden(index).to(device), head.weight_VC, head.bias_V)
         with _outputs(model, window_T, dense) as outputs:
             sums[index] = compare_outputs(dense, outputs, next_ids(window_T).to(device))
-    _save_fidelity(context, sums)
-    return model
+    return sums
 
 
 @contextmanager
@@ -136,14 +160,30 @@ def _outputs(model: FrozenModel | None, window_T: Tensor, dense: Outputs) -> Ite
         yield Outputs(hidden_TC, weight_VC, bias_V)
 
 
-def _save_fidelity(context: Context, sums: Mapping[int, FidelitySums]) -> None:
+def _save_fidelity(context: Context, text: str, sums: Mapping[int, FidelitySums]) -> None:
     """Add up in the order of the windows, so that the number of ranks changes no bit; divide once."""
     everybody = {index: window for share in context.world.gather(dict(sums)) for index, window in share.items()}
     if context.world.is_first:
-        total = sum((everybody[index] for index in sorted(everybody)), FidelitySums())
-        write_json(context.work / FIDELITY, plain(total.means()))
-    context.progress.update("fidelity", 1, 1)
+        windows = [everybody[index] for index in sorted(everybody)]
+        write_json(_fidelity_file(context.work, text), plain(_described(windows)))
+    context.progress.update(_phase(text), 1, 1)
     context.interruption.stop_if_agreed(context.world)
+
+
+def _described(windows: Sequence[FidelitySums]) -> dict[str, Any]:
+    """A text's fidelity with its standard errors, and that of each of its windows."""
+    means = sum(windows, FidelitySums()).means()
+    alone = [window.means() for window in windows]
+    by_window = {name: [it[name] for it in alone] for name in ("perplexity", "kl", "top1_agreement")}
+    return {**means, **standard_errors(windows), "windows": len(windows), BY_WINDOW: by_window}
+
+
+def _phase(text: str) -> str:
+    return f"fidelity {text}".rstrip()
+
+
+def _fidelity_file(folder: Path, text: str) -> Path:
+    return folder / f"{_phase(text)}.json"
 
 
 def _my_windows(count: int, world: World) -> list[int]:

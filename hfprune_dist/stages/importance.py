@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,22 @@ from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_
 from hfprune_dist.config.parameters import ImportanceParameters
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
 from hfprune_dist.core.scores import ScoredLayer, SecondMoments, finished
+from hfprune_dist.data.mixture import Source, read_mixture
 from hfprune_dist.data.tokenizer import load_tokenizer
-from hfprune_dist.data.windows import Sampling, load_windows, read_windows, save_windows
+from hfprune_dist.data.windows import Sampling, Windows, load_windows, read_windows, save_windows
+from hfprune_dist.distributed.gram_sums import Grams, is_held_out
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe, record_probe
 from hfprune_dist.errors import UserError
 from hfprune_dist.scoring.calibration_pass import CalibrationPass, cut_into_shards
+from hfprune_dist.scoring.kind_totals import KindTotals, Shape
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.scoring.shard_sums import Accumulation
 from hfprune_dist.stages.context import Context as AnyContext
+from hfprune_dist.structures.score_names import SCORES, score_name
+from hfprune_dist.structures.units import Units
 
 Context = AnyContext[ImportanceParameters]
 
@@ -51,7 +57,7 @@ def run(context: Context) -> None:
     scores = _scores(context, checkpoint, criteria, totals, windows_ST)
     draft = context.open_draft()
     if context.world.is_first:
-        save_file(scores, draft / "importance.safetensors")
+        save_file(scores, draft / SCORES)
         save_windows(windows_ST, draft)
         if (context.work / PROBE).is_file():
             shutil.copyfile(context.work / PROBE, draft / PROBE)
@@ -90,18 +96,38 @@ def _summed(criteria: Sequence[Criterion]) -> list[Criterion]:
     return [criterion for criterion in criteria if criterion.summed != "nothing"]
 
 
+def _scored_units(context: Context, checkpoint: Checkpoint) -> dict[str, Units]:
+    """Kind -> its units, neurons first."""
+    return {kind: checkpoint.structures[kind] for kind in context.params.structures}
+
+
 def _prepare_windows(context: Context) -> dict[str, int]:
     """Cut the calibration windows on rank 0 and leave them in the work folder; return counts for the manifest."""
     if not context.world.is_first:
         return context.world.broadcast({})
-    settings = context.params.calibration
-    path = context.input_path("calibration") if context.has_input("calibration") else None
-    sampling = Sampling(settings.samples, settings.sequence_length, context.params.seed, context.params.add_bos_token)
-    tokenizer = load_tokenizer(context.input_path("model"))
-    windows = read_windows(settings.model_dump(), path, tokenizer, sampling, "calibration")
+    windows = _cut_windows(context)
     save_windows(windows.input_ids_ST, context.work)
     counts = {"documents_read": windows.documents_read, "documents_used": windows.documents_used}
     return context.world.broadcast(counts)
+
+
+def _cut_windows(context: Context) -> Windows:
+    settings = context.params.calibration
+    sampling = Sampling(settings.samples, settings.sequence_length, context.params.seed, context.params.add_bos_token)
+    tokenizer = load_tokenizer(context.input_path("model"))
+    sources = [
+        Source(
+            share.text.model_dump(),
+            context.input_path(share.role) if context.has_input(share.role) else None,
+            share.windows,
+        )
+        for share in settings.shares()
+    ]
+    if settings.mixture is None:
+        return read_windows(sources[0].settings, sources[0].path, tokenizer, sampling, "calibration")
+    batches = -(-settings.samples // settings.micro_batch_size)
+    apart = [is_held_out(window // settings.micro_batch_size, batches) for window in range(settings.samples)]
+    return read_mixture(sources, tokenizer, sampling, apart, "calibration")
 
 
 def _accumulate(
@@ -111,9 +137,13 @@ def _accumulate(
     settings = context.params.calibration
     windows = len(windows_ST) if criteria else 0
     shards = cut_into_shards(windows, settings.micro_batch_size, settings.shard_size)
-    shape = (checkpoint.num_layers, checkpoint.units.most, checkpoint.config["hidden_size"])
+    hidden_size = checkpoint.config["hidden_size"]
+    shapes = {
+        kind: Shape(units.counts, units.channels_per_unit, hidden_size)
+        for kind, units in _scored_units(context, checkpoint).items()
+    }
     partial = context.work / PARTIAL
-    totals = Accumulation(criteria, shape, len(shards), partial, context.world, settled=settings.settled)
+    totals = Accumulation(criteria, shapes, len(shards), partial, context.world, settled=settings.settled)
 
     def report(done: int) -> None:
         context.progress.update("calibration", done, len(shards))
@@ -136,6 +166,7 @@ def _scorer(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criter
         seed=params.seed,
         micro_batch_size=params.calibration.micro_batch_size,
         world=context.world,
+        structures=params.structures,
         activation_checkpointing=context.runtime.activation_checkpointing,
     )
     if context.world.is_first and not (context.work / PROBE).is_file():
@@ -150,7 +181,7 @@ def _scores(
     totals: Accumulation,
     windows_ST: Tensor,
 ) -> dict[str, Tensor]:
-    """``layers.<i>.<criterion>`` -> float64 [units], on rank 0; weights are read one layer at a time.
+    """Scores by their names in the artifact, float64 [units], on rank 0; weights are read one layer at a time.
 
     Each layer's scores are saved once they are finished, and taken up by a later attempt.
     """
@@ -159,8 +190,9 @@ def _scores(
     done = world.broadcast(saved.done() if world.is_first else set())
     left = [number for number in range(checkpoint.num_layers) if number not in done]
 
-    def write(layer: ScoredLayer) -> None:
-        saved.write(layer.number, _layer_scores(layer, criteria, totals))
+    def write(layer: _Layer) -> None:
+        of_kinds = (_layer_scores(kind, it, criteria, totals.kinds[kind]) for kind, it in layer.kinds.items())
+        saved.write(layer.number, {name: scores_U for scores in of_kinds for name, scores_U in scores.items()})
 
     turns = Turns(left, world, write)
     second_pass = _SecondPass(context, checkpoint, criteria, totals, windows_ST)
@@ -175,6 +207,14 @@ def _scores(
         turns.finish()
         raise
     return saved.read() if world.is_first else {}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer, as criteria see its units of each kind."""
+
+    number: int
+    kinds: dict[str, ScoredLayer]
 
 
 class _SavedScores:
@@ -215,16 +255,21 @@ class _SecondPass:
     ) -> None:
         self._context = context
         self._checkpoint = checkpoint
+        self._units = _scored_units(context, checkpoint)
         self._totals = totals
         self._tokens = windows_ST.numel()
         self._needed = any(criterion.needs_moments for criterion in criteria)
         self._windows_ST = windows_ST
         self._stream: LayerStream | None = None
 
-    def layer(self, number: int, is_mine: bool) -> ScoredLayer | None:
+    def layer(self, number: int, is_mine: bool) -> _Layer | None:
         """The next layer as criteria see it, None where another rank solves it; collective."""
-        moments = self._moments(number) if self._needed else None
-        return scored_layer(self._checkpoint, number, self._context.params.seed, moments) if is_mine else None
+        moments = self._moments(number) if self._needed else {}
+        where, seed = self._checkpoint, self._context.params.seed
+        kinds = {
+            kind: scored_layer(where, units, number, seed, moments.get(kind)) for kind, units in self._units.items()
+        }
+        return _Layer(number, kinds) if is_mine else None
 
     def go_past(self, number: int) -> None:
         """Take the windows through the next layer, whose scores are known; collective."""
@@ -238,10 +283,13 @@ class _SecondPass:
             self._context.progress.update("moments", number + 1, self._checkpoint.num_layers)
         self._context.interruption.stop_if_agreed(self._context.world)
 
-    def _moments(self, number: int) -> SecondMoments:
+    def _moments(self, number: int) -> dict[str, SecondMoments]:
         stream = self._begun()
-        grams = stream.grams(number, stream.layer(number))
-        curvature_CC = self._totals.mean_curvature(number, self._tokens)
+        grams = stream.grams(number, stream.layer(number), list(self._units.values()))
+        return {kind: self._moments_of(kind, number, grams[units.kind]) for kind, units in self._units.items()}
+
+    def _moments_of(self, kind: str, number: int, grams: Grams) -> SecondMoments:
+        curvature_CC = self._totals.kinds[kind].mean_curvature(number, self._tokens)
         return SecondMoments(grams.whole(), curvature_CC.to(self._context.world.device), self._tokens)
 
     def _begun(self) -> LayerStream:
@@ -255,17 +303,16 @@ class _SecondPass:
         return self._stream
 
 
-def _layer_scores(layer: ScoredLayer, criteria: Sequence[Criterion], totals: Accumulation) -> dict[str, Tensor]:
-    sums = dict(zip([criterion.name for criterion in _summed(criteria)], totals.sums_KLU, strict=True))
-    nothing_U = torch.zeros(layer.units, dtype=torch.float64)
+def _layer_scores(
+    kind: str, layer: ScoredLayer, criteria: Sequence[Criterion], totals: KindTotals
+) -> dict[str, Tensor]:
     scores = {}
     for criterion in criteria:
-        sum_U = sums[criterion.name][layer.number] if criterion.name in sums else nothing_U
-        scores_U = finished(criterion, sum_U, layer).clone()
+        scores_U = finished(criterion, totals.of_layer(criterion, layer.number), layer).clone()
         if not scores_U.isfinite().all():
             raise UserError(
                 f"importance: {criterion.name} of layer {layer.number} is NaN or infinite; "
                 "check the checkpoint's weights"
             )
-        scores[f"layers.{layer.number}.{criterion.name}"] = scores_U
+        scores[score_name(layer.number, criterion.name, kind)] = scores_U
     return scores

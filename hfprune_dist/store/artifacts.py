@@ -27,6 +27,8 @@ from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
 MANIFEST = "manifest.json"
+# In the manifest of an artifact whose files were removed: what it tells stays, for the tables.
+EMPTIED = "emptied"
 READABLE = 0o666  # but for what the umask keeps back
 STAGE_FILE = "stage.json"  # in a work folder: what ``launch/stage/stage_file.py`` leaves for the ranks
 # Each time, a corrupt artifact that somebody has put in the place of ours is set aside.
@@ -71,6 +73,11 @@ class Store:
         """The manifest of a committed artifact; None where there is none. Does not verify the files."""
         return read_object(self.path(stage_id) / MANIFEST)
 
+    def is_committed(self, stage_id: str) -> bool:
+        """Whether there is an artifact, verified or not, whose files were not removed to make room."""
+        manifest = self.manifest(stage_id)
+        return manifest is not None and not manifest.get(EMPTIED)
+
     def verify(self, stage_id: str, thorough: bool = False, after_each: AfterEach = nothing) -> Verdict:
         """Check an artifact against its manifest.
 
@@ -84,6 +91,8 @@ class Store:
         manifest = self.manifest(stage_id)
         if manifest is None or not _is_listing(manifest.get("files")) or not isinstance(manifest.get("metrics"), dict):
             return Verdict("corrupt", f"{MANIFEST} is missing or damaged")
+        if manifest.get(EMPTIED):
+            return Verdict("corrupt", "its files were removed to make room")
         for name, entry in manifest["files"].items():
             problem = self._check_file(folder / name, entry, thorough, after_each)
             after_each()
@@ -236,6 +245,27 @@ class Store:
         stat = file.stat()
         sha256 = FileHashes(None).of_file(file, after_each)
         return {"bytes": stat.st_size, "sha256": sha256, "mtime_ns": stat.st_mtime_ns}
+
+    def empty(self, stage_id: str) -> None:
+        """Remove an artifact's files, but for its manifest; whoever needs them makes the artifact again."""
+        folder, manifest = self.path(stage_id), self.manifest(stage_id)
+        if manifest is None:
+            return
+        write_json(folder / MANIFEST, {**manifest, EMPTIED: True})
+        fsync_path(folder)
+        for path in listed(folder, "*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != MANIFEST:
+                path.unlink()
+
+    def discard(self, stage_id: str) -> None:
+        """Remove an artifact; whoever dies meanwhile leaves a draft."""
+        kind, fingerprint = stage_id.split("/")
+        doomed = self.root / kind / f".draft-{fingerprint}-{uuid.uuid4().hex[:8]}"
+        with contextlib.suppress(FileNotFoundError):
+            self.path(stage_id).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def discard_work(self, stage_id: str) -> None:
         """Forget all about a stage whose artifact is committed."""

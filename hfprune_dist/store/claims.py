@@ -196,15 +196,31 @@ def try_claim(folder: Path, job: str | None = None, ended_jobs: Collection[str] 
             return claim
 
 
-def _current(folder: Path) -> tuple[int, Holder | None]:
-    """The highest generation, and its holder if that one lives."""
-    generation = _newest_generation(folder)
+@dataclass(frozen=True)
+class OpenClaim:
+    """A claim that its holder has not released; where the holder does not live, it died at work."""
+
+    holder: Holder
+    lives: bool
+
+
+def open_claim(folder: Path) -> OpenClaim | None:
+    """The newest claim on ``folder``, for who only looks; None where it was released, or nobody has claimed."""
+    return _open_claim(folder, _newest_generation(folder))
+
+
+def _open_claim(folder: Path, generation: int) -> OpenClaim | None:
     file = folder / f"claim.{generation}"
     record = _read(file)
     holder = as_record(Holder, record)
-    if holder is None or record.get("released") or not _lives(holder, file):
-        return generation, None
-    return generation, holder
+    return None if holder is None or record.get("released") else OpenClaim(holder, _lives(holder, file))
+
+
+def _current(folder: Path) -> tuple[int, Holder | None]:
+    """The highest generation, and its holder if that one lives."""
+    generation = _newest_generation(folder)
+    claim = _open_claim(folder, generation)
+    return generation, claim.holder if claim is not None and claim.lives else None
 
 
 def _read(file: Path) -> dict[str, Any]:

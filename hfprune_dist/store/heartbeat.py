@@ -26,12 +26,30 @@ LOST_RANK = re.compile(
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Last word of a running stage: ``done`` of ``total`` units of the current phase, at unix time ``updated``."""
+    """Last word of a running stage: ``done`` of ``total`` units of the current phase, at unix time ``updated``.
+
+    Attributes:
+        began: unix time of the first word about this phase; None in records of before there was this field.
+        done_before: units that were done by then, some of them perhaps in an earlier attempt.
+    """
 
     phase: str
     done: int
     total: int
     updated: float
+    began: float | None = None
+    done_before: int = 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the end of the phase, at its pace so far; None where there is no pace yet, or nothing left."""
+        units = self.done - self.done_before
+        if self.began is None or units <= 0 or self.done >= self.total:
+            return None
+        return (self.updated - self.began) * (self.total - self.done) / units
+
+    def __str__(self) -> str:
+        return f"{self.phase} {self.done}/{self.total}"
 
 
 class Progress:
@@ -46,16 +64,21 @@ class Progress:
         self._work = work
         self._guard = guard
         self._written_at = 0.0
+        self._first: Heartbeat | None = None
 
     def update(self, phase: str, done: int, total: int) -> None:
+        """Say that ``done`` of ``total`` units of a phase are done; the first call in a phase sets its pace's start."""
         now = time.time()
+        first = self._first
+        if first is None or first.phase != phase or done < first.done:
+            first = self._first = Heartbeat(phase, done, total, now)
         since = now - self._written_at
         if self._work is None or (0 <= since < WRITE_INTERVAL_S and done < total):
             return
         if self._guard is not None:
             self._guard()
         self._written_at = now
-        write_json(self._work / PROGRESS, asdict(Heartbeat(phase, done, total, now)))
+        write_json(self._work / PROGRESS, asdict(Heartbeat(phase, done, total, now, first.updated, first.done)))
 
 
 def read_heartbeat(work: Path) -> Heartbeat | None:
@@ -90,6 +113,12 @@ class Failure:
             created: unix time of the attempt's beginning, for records that don't say to which attempt they belong.
         """
         return self.at >= created if self.attempt is None else self.attempt == attempt
+
+
+def in_one_line(message: str) -> str:
+    """What a failure's message comes to: a traceback's last line, else its first; the rest is the end of a log."""
+    lines = message.strip().splitlines() or [""]
+    return lines[-1 if lines[0].startswith(("Traceback", 'File "')) else 0].strip()
 
 
 def write_failure(work: Path, error: BaseException, rank: int, attempt: int | None) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfprune_dist.store.claims import Claim, Holder, try_claim
+from hfprune_dist.store.claims import Claim, Holder, OpenClaim, open_claim, try_claim
 from hfprune_dist.store.hashing import AfterEach, nothing
 from hfprune_dist.store.heartbeat import (
     Failure,
@@ -50,8 +50,8 @@ class StageHandle:
         return self.store.manifest(self.id)
 
     def is_committed(self) -> bool:
-        """Whether it has an artifact, verified or not: what a table needs to know, at no cost."""
-        return self.manifest() is not None
+        """Whether it has an artifact, verified or not, whose files were not removed to make room; costs nothing."""
+        return self.store.is_committed(self.id)
 
     def verify(self, thorough: bool = False, after_each: AfterEach = nothing) -> Verdict:
         """Check its artifact against the manifest; see ``Store.verify``."""
@@ -73,6 +73,14 @@ class StageHandle:
         """Remove what was written of its artifact under a claim."""
         self.store.discard_drafts(self.id, claim)
 
+    def empty(self) -> None:
+        """Remove the files of its artifact, but for the manifest; see ``Store.empty``."""
+        self.store.empty(self.id)
+
+    def discard(self) -> None:
+        """Remove its artifact."""
+        self.store.discard(self.id)
+
     # Its work folder, in which it runs.
 
     @property
@@ -83,6 +91,10 @@ class StageHandle:
     def claim(self, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:
         """Claim the right to run it, or learn who holds it; creates the work folder. See ``try_claim``."""
         return try_claim(self.work, job, ended_jobs)
+
+    def open_claim(self) -> OpenClaim | None:
+        """The claim under which it runs, or ran when its launcher died; None where nobody is at it. Claims nothing."""
+        return open_claim(self.work)
 
     def claim_of(self, ticket: str) -> Claim:
         """The claim of the process that started this one, by its ticket."""

@@ -1,1 +1,20 @@
 """What pruning removes as a whole, and what of a checkpoint belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+# The kinds of units, which are scored; neurons by every method.
+Kind = Literal["neurons", "kv_groups"]
+# What methods name. Layers have no scores: what a model loses without one is measured.
+Structure = Literal[Kind, "layers"]
+NEURONS: Kind = "neurons"
+KV_GROUPS: Kind = "kv_groups"
+LAYERS: Structure = "layers"
+
+
+def kinds_among(structures: Iterable[Structure]) -> list[Kind]:
+    """The kinds of units among structures that are pruned, in one order whatever the order that they are given in."""
+    pruned = set(structures)
+    return [kind for kind in get_args(Kind) if kind in pruned]

@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hfprune_dist.structures.units import Owned, Units, read_counts
+from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 
 
-def neurons(config: Mapping[str, Any], layers: str, mlp: str, row_projections: Sequence[str], down: str) -> Units:
+def neurons(config: Mapping[str, Any], mlp: Block, row_projections: Sequence[str], down: str) -> Units:
     """The neurons of a model: each owns a row of every row projection, weight and bias, and a column of the down
     projection.
 
     Args:
         config: the model's ``config.json``.
-        layers: what the names of a layer's tensors begin with, before the layer's number.
-        mlp: name of the MLP within a layer.
         row_projections, down: names of its projections within the MLP.
     """
     return Units(
         kind="neurons",
         counts=read_counts(config, "intermediate_size"),
-        layers=layers,
-        rows=tuple(Owned(f"{mlp}.{name}.{part}", axis=0) for name in row_projections for part in ("weight", "bias")),
-        output=f"{mlp}.{down}",
+        layers=mlp.layers,
+        rows=tuple(
+            Owned(f"{mlp.name}.{name}.{part}", axis=0) for name in row_projections for part in ("weight", "bias")
+        ),
+        output=f"{mlp.name}.{down}",
+        norm=mlp.norm,
         channels_per_unit=1,
         fields={"intermediate_size": 1},
     )

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
-# Where a config.json has the settings in which layers differ: layer's number -> field -> value.
+# Where a config.json has what layers differ in: field -> its value in each layer. Fields beside it are of no layer.
+LAYER_SIZES = "layer_sizes"
+# The same as earlier versions wrote it: layer's number -> field -> value.
 PER_LAYER = "per_layer_config"
 
 
@@ -37,6 +39,21 @@ class Owned:
 
 
 @dataclass(frozen=True)
+class Block:
+    """The attention or the MLP of a model's layers.
+
+    Attributes:
+        layers: what the names of a layer's tensors begin with, before the layer's number.
+        name: of the block within a layer.
+        norm: name within a layer of the norm whose output the block reads.
+    """
+
+    layers: str
+    name: str
+    norm: str
+
+
+@dataclass(frozen=True)
 class Units:
     """The units of one kind in a model.
 
@@ -46,8 +63,10 @@ class Units:
         layers: what the names of a layer's tensors begin with, before the layer's number.
         rows: what they own of projections that make the channels.
         output: name within a layer of the projection that reads the channels; units own columns of its weight.
+        norm: name within a layer of the norm whose output the units' block, its attention or its MLP, reads.
         channels_per_unit: consecutive channels of that projection's input that are one unit's.
         fields: field of config.json -> how much of it is one unit.
+        implied: field -> its value, which config.json must state once it can't be computed from ``fields`` any more.
     """
 
     kind: str
@@ -55,8 +74,10 @@ class Units:
     layers: str
     rows: tuple[Owned, ...]
     output: str
+    norm: str
     channels_per_unit: int
     fields: Mapping[str, int]
+    implied: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -108,30 +129,31 @@ class Units:
         """
         return sum(math.prod(shapes[name]) for name, _ in self.in_layer(0, shapes)) // self.counts[0]
 
-    def config_changes(self, counts: Sequence[int]) -> dict[str, Any]:
-        """What config.json says once the layers have so many units: for all of them, or layer by layer."""
-        if len(set(counts)) == 1:
-            return self._stated(counts[0])
-        return {PER_LAYER: {str(layer): self._stated(count) for layer, count in enumerate(counts)}}
+    def values(self, counts: Sequence[int]) -> dict[str, list[int]]:
+        """What config.json states of layers that have so many units: field -> its value in each layer."""
+        return {field: [count * size for count in counts] for field, size in self.fields.items()}
 
     def sizes(self, counts: Sequence[int]) -> dict[str, Any]:
-        """What results tell of so many units in each layer: a field of config.json (None where layers differ), and its
-        plural with the value of each layer.
+        """What results tell of so many units in each layer: a field of config.json (None where layers differ), and the
+        value of each layer, under the field's plural.
         """
-        stated = [self._stated(count) for count in counts]
-        one = stated[0] if len(set(counts)) == 1 else dict.fromkeys(self.fields)
-        return one | {f"{field}s": [it[field] for it in stated] for field in self.fields}
+        values = self.values(counts)
+        one = {field: row[0] if len(set(row)) == 1 else None for field, row in values.items()}
+        return one | {plural_of(field): row for field, row in values.items()}
 
     def described(self, layer: int) -> str:
         """A layer's units as config.json states them, for messages."""
-        return " and ".join(f"{field} {value}" for field, value in self._stated(self.counts[layer]).items())
+        stated = self.values([self.counts[layer]])
+        return " and ".join(f"{field} {value}" for field, (value,) in stated.items())
 
-    def _stated(self, count: int) -> dict[str, int]:
-        return {field: count * size for field, size in self.fields.items()}
+
+def plural_of(field: str) -> str:
+    """What results call the values that a field of config.json has in each layer."""
+    return f"{field}_by_layer" if field.endswith("s") else f"{field}s"
 
 
 def read_counts(config: Mapping[str, Any], field: str, per_unit: int = 1) -> tuple[int, ...]:
-    """Units of each layer, by a field of a config.json; layers differ where it has a ``per_layer_config``.
+    """Units of each layer, by a field of a config.json; layers may differ.
 
     Args:
         per_unit: how much of the field is one unit.
@@ -139,4 +161,7 @@ def read_counts(config: Mapping[str, Any], field: str, per_unit: int = 1) -> tup
     own = config.get(PER_LAYER) or {}
     everywhere = config[field]
     layers = range(int(config["num_hidden_layers"]))
-    return tuple(int(own.get(str(layer), {}).get(field, everywhere)) // per_unit for layer in layers)
+    values = (config.get(LAYER_SIZES) or {}).get(field) or [
+        own.get(str(layer), {}).get(field, everywhere) for layer in layers
+    ]
+    return tuple(int(value) // per_unit for value in values)

@@ -37,4 +37,4 @@ def write_merged(checkpoint: Checkpoint, draft: Path, world: World, progress: Pr
         merge_weight_file(checkpoint, file, adapter, draft)
     world.barrier()
     if world.is_first:
-        write_companions(checkpoint, draft, {})
+        write_companions(checkpoint, draft, checkpoint.config)

@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 from hfprune_launch.benchmark.results import Findings, Line
 from hfprune_launch.benchmark.settings import Settings
+from hfprune_launch.project import PROJECT
 
 from hfprune_dist.checkpoints.families import ATTENTION
 from hfprune_dist.config.load import load_config
@@ -24,8 +25,7 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.stage import Stage
 
-PROJECT = Path(__file__).resolve().parents[2]
-SWEEP, METHODS = PROJECT / "launch" / "sweep.py", PROJECT / "configs" / "methods"
+SWEEP, METHODS = PROJECT.packages["hfprune_launch"] / "sweep.py", PROJECT.configs / "methods"
 CELLS, QUICK_CELLS = 1000, 100
 FEW_CELLS = 4
 INSTANT_S, RERUN_S = 0.4, 3.0

@@ -13,7 +13,8 @@ from hfprune_launch.benchmark.settings import Settings
 from hfprune_launch.benchmark.subject import kept_width
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.write_pruned import unit_cuts, write_weight_file
+from hfprune_dist.checkpoints.write_pruned import write_weight_file
+from hfprune_dist.structures.kept import Kept
 
 RATIO = 0.2
 
@@ -67,9 +68,10 @@ def _write(model: str, target: Path) -> None:
     checkpoint = open_checkpoint(Path(model))
     width = kept_width(model, RATIO)
     generator = torch.Generator().manual_seed(0)
-    kept = [
+    rows = [
         torch.randperm(checkpoint.units.most, generator=generator)[:width].sort().values
         for _ in range(checkpoint.num_layers)
     ]
+    kept = Kept.of_all_layers({checkpoint.units.kind: rows})
     for file in checkpoint.weight_files:
-        write_weight_file(checkpoint, file, unit_cuts(checkpoint, kept), target)
+        write_weight_file(checkpoint, file, kept, target)

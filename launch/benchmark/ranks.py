@@ -77,7 +77,8 @@ def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
     mine = {shard: scorer.score(_micro_batches(shard)) for shard in range(world.rank, shards, world.size)}
     world.barrier()
     seconds = time.perf_counter() - started
-    digests = {shard: hashlib.sha256(sums.units_KLU.numpy().tobytes()).hexdigest() for shard, sums in mine.items()}
+    entropy = {shard: sums.kinds["neurons"].exact["entropy"] for shard, sums in mine.items()}
+    digests = {shard: hashlib.sha256(it.numpy().tobytes()).hexdigest() for shard, it in entropy.items()}
     everybody = {shard: digest for share in world.gather(digests) for shard, digest in share.items()}
     return {"seconds": seconds, "digests": [everybody[shard] for shard in sorted(everybody)]}
 

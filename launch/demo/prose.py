@@ -1,4 +1,5 @@
-"""English prose from the Python reference in ``pydoc_data.topics``: calibration text, held-out text, passages.
+"""English prose of two kinds, each cut into calibration and held-out text: the Python reference, in
+``pydoc_data.topics``, and what papers say of benchmarks, in the READMEs of lm-eval's tasks (MIT).
 
 Topics quote each other at length, so text counts as different only paragraph by paragraph: every paragraph belongs to
 the longest topic that holds it, and topics are then split between calibration and held-out.
@@ -7,9 +8,11 @@ the longest topic that holds it, and topics are then split between calibration a
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from hfprune_dist.errors import UserError
 
@@ -20,6 +23,10 @@ HELD_OUT_EVERY = 3
 # Two paragraphs that share so many words in a row are the same text.
 SHINGLE_WORDS = 12
 SENTENCE = re.compile(r"[A-Z][^|=<>{}\\]*[.]")
+# Of a README's paragraphs, those that are English sentences without markup.
+DESCRIPTION = re.compile(r"[A-Z][^|=<>{}\\`*#@\[\]_]*[.]")
+DESCRIPTION_WORDS = 25
+FREQUENT_WORDS = {"a", "and", "for", "in", "is", "of", "that", "the", "to", "with"}
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,40 @@ def reference_prose() -> Prose:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ModuleNotFoundError:
         raise UserError("this Python lacks pydoc_data, the demo's text; use a full CPython installation") from None
-    owned = own_paragraphs(topics)
+    return _split(own_paragraphs(topics))
+
+
+def benchmark_prose() -> Prose:
+    """Cut what the READMEs of lm-eval's tasks say in whole sentences, much of it abstracts of papers, into calibration
+    and held-out documents. lm-eval is found without being imported.
+
+    Raises:
+        UserError: where it is installed without its tasks.
+    """
+    spec = importlib.util.find_spec("lm_eval")
+    folders = [Path(folder) / "tasks" for folder in (spec.submodule_search_locations or [])] if spec else []
+    files = [file for folder in folders for file in sorted(folder.rglob("README.md"))]
+    if not files:
+        raise UserError(
+            "the package lm_eval has no READMEs of tasks, which are part of the demo's text; install it again"
+        )
+    readmes = {file.parent.as_posix(): file.read_text(encoding="utf-8") for file in files}
+    described = ([line for block in blocks if (line := description(block))] for blocks in own_paragraphs(readmes))
+    return _split([paragraphs for paragraphs in described if paragraphs])
+
+
+def description(block: str) -> str:
+    """A README's paragraph on one line; empty where it isn't English prose."""
+    line = re.sub(r"^(\**Abstract\**:\**|>) *", "", one_line(block)).strip('`"> ')
+    words = line.split()
+    if len(words) < DESCRIPTION_WORDS or "://" in line or not DESCRIPTION.fullmatch(line):
+        return ""
+    return line if sum(word in FREQUENT_WORDS for word in words) * 6 >= len(words) else ""
+
+
+def _split(topics: Iterable[list[str]]) -> Prose:
     split: tuple[list[list[str]], list[list[str]]] = ([], [])
-    for index, paragraphs in enumerate(owned):
+    for index, paragraphs in enumerate(topics):
         split[index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1].append(paragraphs)
     return Prose(pack(split[0]), pack(split[1]))
 

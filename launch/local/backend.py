@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,9 +77,12 @@ class LocalBackend:
         # Without a folder for its own files torchrun makes one, and leaves it behind.
         options = ["--standalone", f"--nproc-per-node={self.ranks}", f"--log-dir={scratch}"]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
+        command = [*torchrun, str(STAGE_SCRIPT), str(self._store.root.resolve()), stage.id, "--claim", claim.ticket]
         with log.open("wb") as stream:
+            stream.write(_first_line(stage, command).encode())
+            stream.flush()
             return subprocess.Popen(
-                [*torchrun, str(STAGE_SCRIPT), str(self._store.root.resolve()), stage.id, "--claim", claim.ticket],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -125,6 +129,11 @@ class _Attempt:
 
     number: int
     started: float
+
+
+def _first_line(stage: Stage, command: Sequence[str]) -> str:
+    """What a log begins with: when which stage was started, and by which command."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {stage.kind} {stage.label} ({stage.id}): {shlex.join(command)}\n"
 
 
 def _claim(handle: StageHandle, on_heartbeat: OnHeartbeat) -> Claim:

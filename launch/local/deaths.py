@@ -47,7 +47,7 @@ def explain_death(left: Failure | None, log: Path, attempt: int) -> Failure:
     deaths = [Death(int(found["rank"]), found["signal"]) for found in _SIGNAL.finditer(text)]
     killed = [death for death in deaths if death.signal in FROM_OUTSIDE]
     crashed = [death for death in deaths if death.signal in BY_ITSELF]
-    ending = f"; {log} ends with:\n{_tail(text)}"
+    ending = f"\n{log} ends with:\n{_tail(text)}"
     if killed:  # the ranks that survive it fail too, in a collective
         return _noticed("killed", f"a rank died without a message: {_listed(killed)}, from outside{ending}", attempt)
     if left is not None and not left.is_consequence:

@@ -8,16 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hfprune_launch.screen import make_console
+from hfprune_launch.screen import ROOMY, SAID_OF_WIDE, TIGHT, make_console, say, show_table, table_of
 from hfprune_launch.sweep_folder import Finished, read_sweep, require_folder
+from rich.console import Console
 
 from hfprune_dist.core.split_half import SHARES_KEPT
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.results.comparison import (
+    NOTE_ON_METHODS,
+    Comparison,
+    all_columns_of_methods,
     compare_criteria,
     compare_methods,
     convergence_table,
     criteria_table,
+    few_columns_of_methods,
     methods_table,
     read_scores,
 )
@@ -27,8 +32,12 @@ from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
 
-def compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
-    """Compare the finished cells of some sweeps, with the method ``named`` as the reference."""
+def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -> None:
+    """Compare the finished cells of some sweeps, with the method ``named`` as the reference.
+
+    Args:
+        wide: show all columns of the table of methods.
+    """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{', '.join(map(str, folders))}: one folder is given twice; give each sweep once")
     sweeps = [read_sweep(folder) for folder in folders]
@@ -42,8 +51,7 @@ def compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
     if named is not None and named not in names:
         raise UserError(f"--reference: no method {named!r}{did_you_mean(named, names)}; valid: {', '.join(names)}")
     criteria = _criteria(sweeps[0])
-    pages = [f"# Methods\n\n{methods_table(methods, reference)}"]
-    pages += [f"# Criteria: {model}\n\n{criteria_table(pairs)}" for model, pairs in criteria.items() if pairs]
+    pages = [f"# Criteria: {model}\n\n{criteria_table(pairs)}" for model, pairs in criteria.items() if pairs]
     settling = _settling(sweeps[0])
     pages += [
         f"# Calibration windows: {model}\n\n{convergence_table(points)}" for model, points in settling.items() if points
@@ -56,10 +64,24 @@ def compare(folders: Sequence[Path], out: Path, named: str | None) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "comparison.json", json.dumps(record, indent=1) + "\n")
-    write_text(out / "comparison.md", "\n".join(pages))
+    write_text(out / "comparison.md", "\n".join([f"# Methods\n\n{methods_table(methods, reference)}", *pages]))
     console = make_console()
-    console.print("\n".join(pages), markup=False, highlight=False, soft_wrap=True)
+    show_methods(console, methods, reference, wide)
+    for page in pages:
+        say(console, f"\n{page}")
     console.print(f"written: {out / 'comparison.md'}, comparison.json", highlight=False)
+
+
+def show_methods(console: Console, methods: Sequence[Comparison], reference: str, wide: bool) -> None:
+    """The table of methods, and what it means.
+
+    Args:
+        wide: show all columns, however wide that is, instead of a few that fit the terminal.
+    """
+    columns = (all_columns_of_methods if wide else few_columns_of_methods)(methods, reference)
+    show_table(console, [table_of(methods, columns, gap) for gap in (ROOMY, TIGHT)], wide)
+    for note in [NOTE_ON_METHODS, *([] if wide else [SAID_OF_WIDE])]:
+        console.print(note, markup=False, highlight=False)
 
 
 def _refuse_other_models(sweeps: Sequence[Finished]) -> None:

@@ -1,4 +1,4 @@
-"""What launch/sweep.py does, a function for each mode: run, dry run, status, logs, cancel, forget."""
+"""What launch/sweep.py does, a function for each mode: run, dry run, configuration, status, logs, cancel, forget."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from hfprune_launch.local.cancel import cancel_running, running_without_job, wait_for_running
+from hfprune_launch.modes.report_page import ReportPage
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.modes.sweep_plan import prepare, sweep_to_show
 from hfprune_launch.modes.sweep_run import run_prepared
-from hfprune_launch.screen import make_console, show_plan, show_results
+from hfprune_launch.screen import make_console, show_checkpoints, show_plan, show_results, show_shapes
+from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.cli import cancel_sweep, show_jobs, show_status
 from hfprune_launch.slurm.commands import SlurmUnavailableError
 from hfprune_launch.slurm.estimate import show_estimates
 from hfprune_launch.slurm.status_table import cell_logs
-from hfprune_launch.sweep_folder import Sweep, forget_rows, require_sweep
+from hfprune_launch.sweep_folder import Sweep, configuration, configuration_layers, forget_rows, require_sweep
+
+from hfprune_dist.config.sources import with_sources
 
 LOG_LINES = 40
 
@@ -43,6 +48,8 @@ def _mode(arguments: Namespace) -> Callable[[Command], int]:
         return cancel
     if arguments.logs is not None:
         return logs
+    if arguments.show_config:
+        return show_config
     return dry_run if arguments.dry_run else run
 
 
@@ -54,9 +61,12 @@ def run(command: Command) -> int:
 
 
 def dry_run(command: Command) -> int:
-    """Show the plan, and every job that would be submitted; nothing is written, and models aren't downloaded."""
+    """Show the plan, its checkpoints, and every job that would be submitted; writes nothing, downloads no model."""
     prepared, console = prepare(command, download=False), command.console
     show_plan(console, prepared.sweep.plan, prepared.verdicts, prepared.todo)
+    show_shapes(console, prepared.shapes())
+    for remark in prepared.remarks():
+        command.tell(f"note: {remark}")
     if prepared.profile is not None:
         show_jobs(console, prepared.sweep, prepared.profile, prepared.config.runtime, prepared.verdicts)
         show_estimates(console, prepared.estimates)
@@ -64,9 +74,20 @@ def dry_run(command: Command) -> int:
     return 0
 
 
+def show_config(command: Command) -> int:
+    """Print the configuration as YAML, with the source of each value; nothing is looked up or written."""
+    arguments, overrides = command.arguments, command.overrides()
+    config, _ = configuration(command.out, arguments.config, overrides)
+    layers = configuration_layers(command.out, arguments.config, overrides)
+    print(with_sources(config, layers), end="")
+    return 0
+
+
 def status(command: Command) -> int:
-    """Show the state of every stage."""
-    show_status(command.console, _existing(command), keep_on=bool(command.arguments.follow))
+    """Write the report and show the state of every stage."""
+    sweep = _existing(command)
+    ReportPage(command.out, command.console).write()
+    show_status(command.console, sweep, keep_on=bool(command.arguments.follow))
     return 0
 
 
@@ -78,15 +99,26 @@ def logs(command: Command) -> int:
 
 
 def cancel(command: Command) -> int:
-    """Cancel the sweep's jobs; what they have saved stays."""
-    cancel_sweep(command.console, _existing(command))
-    return 0
+    """End what runs of the sweep, on this machine or in jobs; what was saved stays."""
+    sweep = _existing(command)
+    has_jobs = not Attempts(sweep.store.root).is_empty
+    running = (running_without_job if has_jobs else wait_for_running)(sweep.plan, sweep.store)
+    for line in cancel_running(running):
+        command.tell(line)
+    if has_jobs:
+        cancel_sweep(command.console, sweep)
+    elif not running:
+        command.tell("no stage runs; nothing to cancel")
+    return 1 if any(it.goes_on() for it in running) else 0
 
 
 def forget(command: Command) -> int:
     """Remove rows from the folder's tables; the artifacts behind them stay."""
     labels = command.arguments.forget
-    show_results(command.console, forget_rows(command.out, labels))
+    rows, checkpoints = forget_rows(command.out, labels)
+    show_results(command.console, rows, command.arguments.wide)
+    show_checkpoints(command.console, checkpoints)
+    ReportPage(command.out, command.console).write()
     store = command.out / "store"
     command.tell(f"removed: {', '.join(labels)}; a run that plans such a row brings it back from {store}")
     return 0

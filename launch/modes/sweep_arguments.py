@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hfprune_launch.project import PROJECT
+from hfprune_launch.screen import say
 from hfprune_launch.slurm.profile import Profile, load_profile
 from hfprune_launch.sweep_folder import configuration
 from rich.console import Console
@@ -15,9 +17,6 @@ from hfprune_dist.config.load import parse_assignment, parse_list, parse_ratios
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
-
-PROJECT = Path(__file__).resolve().parents[2]
-PROFILES = PROJECT / "slurm" / "profiles"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Command:
     def tell(self, text: str) -> None:
         """Print a line as it is; nothing where it is empty."""
         if text:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            say(self.console, text)
 
     def configuration(self) -> SweepConfig:
         """The configuration; says where it comes from unless that is obvious.
@@ -85,7 +84,7 @@ class Command:
             return None
         if arguments.ranks is not None:
             raise UserError(f"--ranks {arguments.ranks}: with --profile, its nodes and tasks_per_node say how many")
-        return load_profile(arguments.profile, PROFILES)
+        return load_profile(arguments.profile, PROJECT.profiles)
 
     def _refuse_flags_of_slurm(self) -> None:
         limit = self.arguments.max_running

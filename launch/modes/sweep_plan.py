@@ -7,20 +7,24 @@ from dataclasses import dataclass
 from functools import partial
 
 from hfprune_launch.local.hardware import fitting_runtime
-from hfprune_launch.modes.sweep_arguments import PROJECT, Command
+from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.preflight import check_stages
+from hfprune_launch.project import PROJECT
 from hfprune_launch.slurm.batch_script import refuse_unusable_path
 from hfprune_launch.slurm.estimate import Estimate, estimate_stages, refuse_what_cannot_fit
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.sweep_folder import Sweep, read_record, require_apart, require_folder
 
+from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.build_plan import build_plan
+from hfprune_dist.planning.build_plan import build_plan, place_of
 from hfprune_dist.planning.earlier_rows import with_earlier_rows
+from hfprune_dist.planning.known_shapes import KnownShape, dense_shape, known_shape
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
 from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.ratios import remarks_on_shapes
 from hfprune_dist.store.artifacts import Store, Verdict
 
 
@@ -35,6 +39,7 @@ class Prepared:
         todo: ids of the stages that must run, in order.
         profile: of the cluster where they run; None: this machine.
         estimates: of what they need of its GPUs.
+        methods: by name.
     """
 
     sweep: Sweep
@@ -45,6 +50,31 @@ class Prepared:
     todo: Sequence[str]
     profile: Profile | None
     estimates: Sequence[Estimate]
+    methods: Mapping[str, Method]
+
+    def remarks(self) -> list[str]:
+        """What settings come to, in sentences: how texts are mixed, and those of the methods on the models."""
+        shares = [f"{it.windows} of {it.text.path or it.text.dataset}" for it in self.config.calibration.shares()]
+        mixed = [f"calibration windows: {', '.join(shares)}"] if len(shares) > 1 else []
+        return mixed + [
+            remark
+            for model in self.models
+            for name, method in self.methods.items()
+            for remark in remarks_on_shapes(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
+        ]
+
+    def shapes(self) -> dict[str, KnownShape]:
+        """By cell, in the order of the table: the shape of its checkpoint as far as the plan decides it."""
+        checkpoints = {model.name: model.checkpoint for model in self.models}
+        known = {}
+        for cell in self.sweep.plan.cells:
+            checkpoint = checkpoints[cell.model]
+            if cell.ratio is None or cell.method is None:
+                known[cell.label] = dense_shape(checkpoint)
+            else:
+                where = place_of(cell.model, cell.method)
+                known[cell.label] = known_shape(checkpoint, cell.ratio, self.methods[cell.method], where)
+        return known
 
     def require_runnable(self) -> None:
         """Raises UserError for what a stage would refuse, after the hours that others take before it."""
@@ -64,7 +94,7 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     config = command.configuration()
     require_folder(command.out)
     store = command.store
-    models, plan = _plan(config, store, download=download)
+    models, methods, plan = _plan(config, store, download=download)
     require_apart(command.out, plan)
     for model in models:
         for remark in model.checkpoint.remarks:
@@ -76,7 +106,8 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     todo = plan.lacking(lambda stage_id: verdicts[stage_id].state == "done")
     here = config.model_copy(update={"runtime": _runtime(command, config, profile)})
     estimates = estimate_stages(plan, todo, profile, config.runtime) if profile is not None else []
-    return Prepared(Sweep(plan, store, command.out), config, here, models, verdicts, todo, profile, estimates)
+    sweep = Sweep(plan, store, command.out)
+    return Prepared(sweep, config, here, models, verdicts, todo, profile, estimates, methods)
 
 
 def _runtime(command: Command, config: SweepConfig, profile: Profile | None) -> RuntimeConfig:
@@ -93,7 +124,7 @@ def sweep_to_show(command: Command) -> Sweep:
     config, store, out = command.configuration(), command.store, command.out
     show = partial(Sweep, store=store, out=out)
     try:
-        today = _plan(config, store, download=False)[1]
+        *_, today = _plan(config, store, download=False)
     except UserError:
         record = read_record(out)
         if record is None:
@@ -103,7 +134,7 @@ def sweep_to_show(command: Command) -> Sweep:
     return show(with_earlier_rows(today, record.plan) if record else today)
 
 
-def _plan(config: SweepConfig, store: Store, download: bool) -> tuple[list[ModelSource], Plan]:
-    models = resolve_models(config, PROJECT / "configs" / "models", store.hashes, download)
-    methods = resolve_methods(config, PROJECT / "configs" / "methods")
-    return models, build_plan(config, models, methods, store.hashes)
+def _plan(config: SweepConfig, store: Store, download: bool) -> tuple[list[ModelSource], dict[str, Method], Plan]:
+    models = resolve_models(config, PROJECT.configs / "models", store.hashes, download)
+    methods = resolve_methods(config, PROJECT.configs / "methods")
+    return models, methods, build_plan(config, models, methods, store.hashes)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.local.hardware import note_on_bfloat16
-from hfprune_launch.modes.sweep_arguments import PROJECT, Command
+from hfprune_launch.modes.report_page import REPORT, ReportPage
+from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.modes.sweep_plan import Prepared
-from hfprune_launch.screen import StageScreen, show_results, stage_screen
+from hfprune_launch.project import PROJECT
+from hfprune_launch.screen import StageScreen, show_checkpoints, show_results, stage_screen
 from hfprune_launch.slurm.cli import NewJobs, run_on_slurm
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.stage.stage_file import Provenance
@@ -17,12 +20,15 @@ from hfprune_launch.sweep_folder import Record, Sweep, read_record, write_config
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.earlier_rows import kept_rows, measured_otherwise, with_earlier_rows
 from hfprune_dist.planning.plan import Cell
-from hfprune_dist.results.table import DenseModel, write_reports
+from hfprune_dist.results.rows import DenseModel
+from hfprune_dist.results.table import write_reports
 from hfprune_dist.store.artifacts import require_writable
-from hfprune_dist.store.provenance import code_version
+from hfprune_dist.store.stage import Stage
 
-RunStages = Callable[[], int | None]
-"""Runs the missing stages; returns an exit code where it leaves before their end."""
+RunStages = Callable[[Callable[[], None]], int | None]
+"""Runs the missing stages, calling its argument when one has ended; returns an exit code where it leaves before their
+end.
+"""
 
 
 def run_prepared(command: Command, prepared: Prepared) -> int:
@@ -31,18 +37,36 @@ def run_prepared(command: Command, prepared: Prepared) -> int:
     Raises:
         UserError: where stages can't run as asked for; nothing has been written.
     """
-    sweep, store = prepared.sweep, prepared.sweep.store
+    code = run_missing(command, prepared, lambda: _report(command, prepared))
+    return _exit_code(prepared.sweep) if code is None else code
+
+
+def run_missing(command: Command, prepared: Prepared, finish: Callable[[], None] | None = None) -> int | None:
+    """Run what is missing, and keep report.html up; returns the exit code of who leaves before the end.
+
+    Args:
+        finish: called once all has run that can, before the report is written for the last time.
+
+    Raises:
+        UserError: where stages can't run as asked for; nothing has been written.
+    """
+    store = prepared.sweep.store
     run_stages = _runner(command, prepared) if prepared.todo else None
     require_writable(command.out)
     write_config(command.out, prepared.config, prepared.models)
     write_record(command.out, _with_earlier(command, prepared))
     store.hashes.save()  # of files that every stage which reads them compares with the plan
     _clean_up(command, prepared)
-    if run_stages is not None and (code := run_stages()) is not None:
-        return code
-    store.hashes.save()
-    _report(command, prepared)
-    return _exit_code(sweep)
+    report = ReportPage(command.out, command.console)
+    try:
+        if run_stages is not None and (code := run_stages(report.refresh)) is not None:
+            return code
+        store.hashes.save()
+        if finish is not None:
+            finish()
+    finally:
+        report.write()
+    return None
 
 
 def _runner(command: Command, prepared: Prepared) -> RunStages:
@@ -52,27 +76,29 @@ def _runner(command: Command, prepared: Prepared) -> RunStages:
         UserError: where this machine can't run them; nothing has been written.
     """
     sweep, here, profile = prepared.sweep, prepared.here, prepared.profile
-    provenance = Provenance(here.runtime, here.model_dump(), code_version(PROJECT))
+    provenance = Provenance(here.runtime, here.model_dump(), PROJECT.code_version())
     if profile is None:
         backend = LocalBackend(sweep.store, sweep.out / "logs", provenance)
-        return lambda: _run_here(command, prepared, backend)
+        return lambda on_end: _run_here(command, prepared, backend, on_end)
     SlurmCommands().require()
     jobs = NewJobs(provenance, profile, command.arguments.max_running or profile.max_running, PROJECT)
-    return lambda: run_on_slurm(command.console, sweep, prepared.todo, jobs, command.arguments.follow)
+    follow = command.arguments.follow
+    return lambda on_end: run_on_slurm(command.console, sweep, prepared.todo, jobs, follow=follow, on_end=on_end)
 
 
-def _run_here(command: Command, prepared: Prepared, backend: LocalBackend) -> None:
+def _run_here(command: Command, prepared: Prepared, backend: LocalBackend, on_end: Callable[[], None]) -> None:
     stages, todo = prepared.sweep.plan.stages, prepared.todo
     logs = prepared.sweep.out / "logs"
     command.tell(f"{len(todo)} of {len(stages)} stages to run, {backend.ranks} ranks each; logs in {logs}")
     if note := note_on_bfloat16(stages[stage_id] for stage_id in todo):
         command.tell(f"note: {note}")
     with stage_screen(command.console, len(todo)) as screen:
-        _run_in_order(prepared.sweep, todo, backend, screen)
+        for _ in _run_in_order(prepared.sweep, todo, backend, screen):
+            on_end()
 
 
-def _run_in_order(sweep: Sweep, todo: Sequence[str], backend: LocalBackend, screen: StageScreen) -> None:
-    """Run missing stages in plan order; a failed one keeps back only those that need its artifact."""
+def _run_in_order(sweep: Sweep, todo: Sequence[str], backend: LocalBackend, screen: StageScreen) -> Iterator[Stage]:
+    """Run missing stages in plan order and yield those that ran; a failed one keeps back what needs its artifact."""
     stages = sweep.plan.stages
     for stage in (stages[stage_id] for stage_id in todo):
         missing = next((need for need in stage.needs if not sweep.store.handle(need).is_done()), None)
@@ -80,7 +106,8 @@ def _run_in_order(sweep: Sweep, todo: Sequence[str], backend: LocalBackend, scre
             screen.skip(stage, stages[missing])
             continue
         screen.begin(stage)
-        screen.end(stage, backend.run(stage, screen.beat))
+        screen.end(stage, backend.run(stage, partial(screen.beat, stage)))
+        yield stage
 
 
 def _clean_up(command: Command, prepared: Prepared) -> None:
@@ -112,12 +139,13 @@ def _report(command: Command, prepared: Prepared) -> None:
     out, today, folder = command.out, prepared.sweep.plan, _with_earlier(command, prepared)
     rows = folder.rows(prepared.sweep.store)
     write_reports(rows, out)
-    show_results(command.console, rows)
+    show_results(command.console, rows, command.arguments.wide)
     if kept := kept_rows(today, folder.plan):
         command.tell(f"rows of earlier runs: {_labels(kept)}; to remove one: --forget '{kept[0].label}'")
     if others := measured_otherwise(today, folder.plan):
         command.tell(f"not to be compared with the other rows, since measured in another way: {_labels(others)}")
-    command.tell(f"written: {out / 'results.csv'}, results.md, results.json")
+    show_checkpoints(command.console, folder.write_checkpoints(out))
+    command.tell(f"written: {out / 'results.csv'}, results.md, results.json, {REPORT}")
 
 
 def _labels(cells: Sequence[Cell]) -> str:

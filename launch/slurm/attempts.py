@@ -118,7 +118,7 @@ class Attempts:
         """
         intent = read_intent(folder)
         if intent is None:
-            raise UserError(f"{folder}: no record of an attempt; jobs are submitted by launch/sweep.py")
+            raise UserError(f"{folder}: no record of an attempt; jobs are submitted by a sweep")
         return Attempt(folder, intent)
 
     def open_attempts(self) -> list[Attempt]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
+from hfprune_launch.project import Project
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
 from hfprune_launch.slurm.batch_script import Request, batch_script, default_threads
@@ -22,6 +22,7 @@ from hfprune_launch.slurm.status_table import stage_statuses, status_table
 from hfprune_launch.slurm.submission import Submitting
 from hfprune_launch.slurm.sweep_jobs import Event
 from hfprune_launch.slurm.whereabouts import Whereabouts
+from hfprune_launch.stage.progress_lines import ProgressLines
 from hfprune_launch.stage.stage_file import Provenance
 from hfprune_launch.sweep_folder import Sweep
 from rich.console import Console
@@ -34,6 +35,10 @@ from hfprune_dist.store.stage import Stage
 
 EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow"}
 STATUS_INTERVAL_S = 5.0
+# A sweep on this machine holds no claim for some seconds between two stages, while the ranks of the first end.
+LOOKS_AT_REST = 3
+# States of stages that nothing happens to.
+AT_REST = ("done", "failed", "died", "waiting", "missing", "not needed")
 
 
 @dataclass(frozen=True)
@@ -42,22 +47,29 @@ class NewJobs:
 
     Attributes:
         max_running: the most jobs of the sweep that run at once; None: no limit.
-        project: folder of the code that they run, as it is now.
+        project: of the code that they run, as it is now.
     """
 
     provenance: Provenance
     profile: Profile
     max_running: int | None
-    project: Path
+    project: Project
 
 
 def run_on_slurm(
-    console: Console, sweep: Sweep, todo: Sequence[str], new_jobs: NewJobs, follow: bool | None
+    console: Console,
+    sweep: Sweep,
+    todo: Sequence[str],
+    new_jobs: NewJobs,
+    *,
+    follow: bool | None,
+    on_end: Callable[[], None],
 ) -> int | None:
     """Submit what is missing and adopt what runs.
 
     Args:
         follow: False leaves at once; otherwise stays until nothing more can be done.
+        on_end: called when a stage's job has ended.
 
     Returns:
         the exit code of who leaves at once; None after staying.
@@ -68,7 +80,7 @@ def run_on_slurm(
     snapshot = take_snapshot(new_jobs.project, (sweep.out / "code").resolve(), provenance.code, say)
     with _Screen(console, sweep).shown() as screen:
         submitting = Submitting(provenance, new_jobs.profile, snapshot, new_jobs.max_running)
-        backend = SlurmBackend(store, sweep.plan, submitting, SlurmCommands(), screen.tell)
+        backend = SlurmBackend(store, sweep.plan, submitting, SlurmCommands(), partial(_tell, screen, on_end))
         backend.start()
         if follow is not False:
             backend.follow(lambda: screen.refresh(backend.jobs))
@@ -82,11 +94,21 @@ def run_on_slurm(
     return 0
 
 
+def _tell(screen: _Screen, on_end: Callable[[], None], event: Event) -> None:
+    screen.tell(event)
+    if event.what in ("done", "ended"):
+        on_end()
+
+
 def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
     """The state of every stage; with ``keep_on``, live for as long as a stage is queued or running."""
     jobs = _StatusJobs(console, sweep)
     with _Screen(console, sweep).shown() as screen:
-        while keep_on and screen.refresh(jobs.now()):
+        looks_at_rest = 0
+        while keep_on and looks_at_rest < LOOKS_AT_REST:
+            looks_at_rest = 0 if screen.refresh(jobs.now()) else looks_at_rest + 1
+            if not sweep.plan.lacking(lambda stage_id: sweep.store.handle(stage_id).is_committed()):
+                break
             time.sleep(STATUS_INTERVAL_S)
     console.print(status_table(stage_statuses(sweep.plan, sweep.store, jobs.now())))
 
@@ -180,13 +202,14 @@ class _StatusJobs:
 
 
 class _Screen:
-    """A live table on a terminal, and one line per event anywhere."""
+    """A live table on a terminal, elsewhere progress now and then; anywhere one line per event."""
 
     def __init__(self, console: Console, sweep: Sweep) -> None:
         self._console = console
         self._sweep = sweep
         self._live: Live | None = None
         self._told: set[str] = set()
+        self._lines = ProgressLines(console)
 
     @contextmanager
     def shown(self) -> Iterator[_Screen]:
@@ -197,11 +220,14 @@ class _Screen:
             yield self
 
     def refresh(self, jobs: Mapping[str, JobInfo]) -> bool:
-        """Draw the table anew; return whether a stage is queued or running."""
+        """Show the state anew; return whether a stage is queued or running."""
         statuses = stage_statuses(self._sweep.plan, self._sweep.store, jobs)
+        for status in statuses:
+            if status.state == "running":
+                self._lines.tell(status.stage, status.progress, status.left)
         if self._live is not None:
             self._live.update(status_table(statuses), refresh=True)
-        return any(status.state not in ("done", "failed", "waiting", "missing", "not needed") for status in statuses)
+        return any(status.state not in AT_REST for status in statuses)
 
     def tell(self, event: Event) -> None:
         """Print an event; one that only says that something goes on waiting, once."""

@@ -10,17 +10,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hfprune_launch.project import Project
+
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import fsync_path, write_json, write_text
 from hfprune_dist.store.hashing import FileHashes, digest_of
 
-# Name in a snapshot, which jobs import from -> folder of the project.
-PACKAGES = {"hfprune_dist": "hfprune_dist", "hfprune_launch": "launch"}
 _SOMETHING_IS_THERE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 def take_snapshot(
-    project: Path, folder: Path, code: Mapping[str, Any], tell: Callable[[str], object] = lambda _: None
+    project: Project, folder: Path, code: Mapping[str, Any], tell: Callable[[str], object] = lambda _: None
 ) -> Path:
     """Copy the project's packages to ``<folder>/<digest of their content>``; a good copy that is there is used again.
 
@@ -42,17 +42,17 @@ def take_snapshot(
             if aside := _set_aside(snapshot):
                 tell(f"the code in {snapshot} was damaged: set aside as {aside}, copied again")
             write_json(draft / "provenance.json", dict(code))
-            write_text(draft / "uncommitted.diff", _uncommitted(project))
+            write_text(draft / "uncommitted.diff", _uncommitted(project.clone))
             if _publish(draft, snapshot):
                 return snapshot
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def _copy_packages(project: Path, target: Path) -> None:
-    for package, folder in PACKAGES.items():
-        for source in _sources(project / folder):
-            copy = target / package / source.relative_to(project / folder)
+def _copy_packages(project: Project, target: Path) -> None:
+    for package, folder in project.packages.items():
+        for source in _sources(folder):
+            copy = target / package / source.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
 
@@ -99,11 +99,13 @@ def _publish(draft: Path, snapshot: Path) -> bool:
     return True
 
 
-def _uncommitted(project: Path) -> str:
+def _uncommitted(clone: Path | None) -> str:
     """What differs from the commit, as a patch; empty outside a git repository."""
+    if clone is None:
+        return ""
     try:
         result = subprocess.run(
-            ["git", "-C", str(project), "diff", "HEAD"], capture_output=True, text=True, errors="replace", check=False
+            ["git", "-C", str(clone), "diff", "HEAD"], capture_output=True, text=True, errors="replace", check=False
         )
     except OSError:
         return ""

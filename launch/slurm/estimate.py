@@ -21,7 +21,8 @@ from hfprune_dist.config.parameters import (
     RecoverParameters,
     ReferenceParameters,
 )
-from hfprune_dist.config.schema import CalibrationConfig, FidelityConfig, RuntimeConfig
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.config.texts import FIRST, CalibrationConfig, FidelityConfig, reference_role
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.criteria import CRITERIA, losses_of
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
@@ -30,9 +31,12 @@ from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
 from hfprune_dist.planning.footprint import Evaluate, Importance, Job, LayerPass, TimedJob, Train, fits, seconds
 from hfprune_dist.planning.gpu_needs import Gpus, Memory
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
+from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.store.stage import Stage
+from hfprune_dist.structures import KV_GROUPS
 
 GIB = 2**30
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -158,9 +162,7 @@ def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
         case DistillParameters(distillation=settings):
             return _training(settings, _calibration(plan, stage).sequence_length, distills=True)
         case EvaluateParameters() as params:
-            text = plan.stages[stage.inputs["reference"].location].params
-            assert isinstance(text, ReferenceParameters) and text.text is not None
-            return Evaluate(params.batch_size, text.text.sequence_length, ITEMSIZE[params.dtype])
+            return Evaluate(params.batch_size, _held_out(plan, stage).sequence_length, ITEMSIZE[params.dtype])
     raise AssertionError(f"{stage.id} was planned by another version of the code")
 
 
@@ -176,6 +178,7 @@ def _importance(params: ImportanceParameters, checkpointing: bool) -> Importance
         checkpointing=checkpointing,
         curvature=any(criterion.needs_moments for criterion in criteria),
         samples=params.calibration.samples,
+        kv_groups=KV_GROUPS in params.structures,
     )
 
 
@@ -187,20 +190,24 @@ def _reference(params: ReferenceParameters, plan: Plan, stage: Stage) -> Referen
 
 
 def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit:
-    calibration, size = _calibration(plan, stage), size_of(_dense(plan, stage))
+    calibration, dense = _calibration(plan, stage), _dense(plan, stage)
+    size = size_of(dense)
     dtype, windows = params.forward_pass()
     width = size.units  # where layers differ, one may keep all of them
     if params.allocation == "uniform":
         width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()
+    elif params.allocation == "plain":  # which is found by measuring
+        width = max(shape.width for shape in plain_shapes(ShapeTarget.of(dense, params, stage.label)))
     return Refit(
         windows=min(windows, calibration.samples),
         tokens=calibration.sequence_length,
         samples=calibration.samples,
         pursues=params.refit != "dense",
         steps=params.refit == "block",
-        searches=params.allocation == "searched",
+        searches=params.allocation in ("plain", "searched"),
         share_kept=width / size.units,
         itemsize=ITEMSIZE[dtype],
+        kv_groups=KV_GROUPS in params.structures,
     )
 
 
@@ -213,6 +220,13 @@ def _training(settings: LoraTraining, tokens: int, distills: bool) -> Train:
         itemsize=ITEMSIZE[settings.dtype],
         distills=distills,
     )
+
+
+def _held_out(plan: Plan, stage: Stage) -> FidelityConfig:
+    """Settings of the text that an evaluation compares on; those of several differ in nothing that counts here."""
+    params = plan.stages[stage.inputs[reference_role(FIRST)].location].params
+    assert isinstance(params, ReferenceParameters) and params.text is not None
+    return params.text
 
 
 def _calibration(plan: Plan, stage: Stage) -> CalibrationConfig:

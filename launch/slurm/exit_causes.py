@@ -228,7 +228,7 @@ def _signal(evidence: _Evidence) -> _Explanation:
         return None
     name, cause, meaning = SIGNALS[death.how]
     what = f"rank {death.ranks} on {death.node} was ended by {name} ({death.how.lower()}): {meaning}"
-    return cause, f"{evidence.job}: {what}; its log ends with:\n{evidence.tail}"
+    return cause, f"{evidence.job}: {what}\nits log ends with:\n{evidence.tail}"
 
 
 def _our_mistake(evidence: _Evidence) -> _Explanation:
@@ -254,7 +254,7 @@ def _without_a_word(evidence: _Evidence) -> str:
             "system that all nodes share"
         )
     who = "a rank died" if death is None else f"rank {death.ranks} on {death.node} ended first ({death.how.lower()})"
-    return f"{who} without a message; its log ends with:\n{evidence.tail}"
+    return f"{who} without a message\nits log ends with:\n{evidence.tail}"
 
 
 def never_gets_further(attempt: Attempt) -> Failure | None:

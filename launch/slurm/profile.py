@@ -105,7 +105,7 @@ class Resources(Section):
         return self.ranks * self.cpus_per_task
 
 
-class _ProfileFile(Resources):
+class ProfileFile(Resources):
     """A whole file: resources of all stages, and what differs for some kinds."""
 
     max_running: Positive | None = None
@@ -137,7 +137,7 @@ def load_profile(name: str, shipped: Path) -> Profile:
     """
     file = _find(name, shipped)
     raw = read_yaml(file, "--profile", "keys and values at the top level")
-    whole = parse(_ProfileFile, raw, str(file))
+    whole = parse(ProfileFile, raw, str(file))
     common = whole.model_dump(exclude={"stages", "max_running"})
     resources = {
         kind: parse(Resources, _laid_over(common, whole.stages.get(kind, {})), f"{file}: stages.{kind}")  # type: ignore[call-overload]

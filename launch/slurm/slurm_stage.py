@@ -7,7 +7,7 @@ from collections.abc import Collection
 from hfprune_launch.slurm.attempts import Attempt, Attempts
 
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.claims import Claim, Holder
+from hfprune_dist.store.claims import Claim, Holder, OpenClaim
 from hfprune_dist.store.stage_handle import StageHandle
 
 
@@ -34,3 +34,10 @@ class SlurmStage(StageHandle):
     def claim(self, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:
         """As ``StageHandle.claim``; what jobs hold that are known to be over is free."""
         return super().claim(job, {*ended_jobs, *self._attempts.ended_jobs(self.id)})
+
+    def open_claim(self) -> OpenClaim | None:
+        """As ``StageHandle.open_claim``; None where a job holds it that is over: what ended it is told elsewhere."""
+        claim = super().open_claim()
+        if claim is None or claim.holder.job is None:
+            return claim
+        return claim if claim.lives and claim.holder.job not in self._attempts.ended_jobs(self.id) else None

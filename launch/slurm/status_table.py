@@ -1,4 +1,4 @@
-"""The state of a sweep as a table, from artifacts, records of attempts, heartbeats and squeue; and a cell's logs."""
+"""The state of a sweep as a table, from artifacts, claims, records of attempts, heartbeats, squeue; and cells' logs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from hfprune_launch.slurm.attempts import Attempt
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.exit_causes import log_tail
 from hfprune_launch.slurm.slurm_stage import SlurmStage
+from hfprune_launch.stage.stage_file import began_at
+from hfprune_launch.stage.standing import staleness, standing_of, time_left
 from rich.markup import escape
 from rich.table import Table
 
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
 
-COLORS = {"done": "green", "running": "cyan", "failed": "red"}
-# Without a sign of life for so long, a running stage may hang; a step of a large model may take as long.
-STALE_MINUTES = 5
+COLORS = {"done": "green", "running": "cyan", "failed": "red", "died": "red"}
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,9 @@ class StageStatus:
     """One line of the table; an empty string where there is nothing to say.
 
     Attributes:
-        state: done, running, queued, failed, waiting, missing or not needed.
-        detail: why it waits or failed, or for how long it has given no sign of life.
+        state: done, running, queued, failed, died, waiting, missing or not needed; or as Slurm calls its job's.
+        detail: why it waits or failed, who runs it, for how long it has given no sign of life.
+        left: time until the end of its current phase.
         gpu_hours, core_hours: over all attempts, None before the first.
     """
 
@@ -39,7 +39,7 @@ class StageStatus:
     state: str
     detail: str
     progress: str
-    eta: str
+    left: str
     job: str
     nodes: str
     attempts: int
@@ -67,13 +67,17 @@ def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo], now: 
     job = jobs.get(open_attempt.job_id or "") if open_attempt is not None else None
     state, detail = _state(stage, handle, job)
     heartbeat = handle.heartbeat() if state == "running" else None
+    started = _started(open_attempt, handle)
+    signs = [*started, *([heartbeat.updated] if heartbeat is not None else [])]
+    stale = staleness(signs, now) if state == "running" else ""
     seconds = [_seconds(attempt, now) for attempt in attempts]
     return StageStatus(
         stage=stage,
         state=state,
-        detail=_stale(open_attempt, heartbeat, now) if open_attempt is not None and state == "running" else detail,
-        progress=f"{heartbeat.phase} {heartbeat.done}/{heartbeat.total}" if heartbeat else "",
-        eta=_eta(open_attempt, heartbeat) if open_attempt is not None and heartbeat is not None else "",
+        detail="; ".join(part for part in (detail, stale) if part),
+        progress="" if heartbeat is None else str(heartbeat),
+        # A heartbeat of before the start is of an earlier one.
+        left="" if heartbeat is None or heartbeat.updated < max(started, default=0.0) else time_left(heartbeat),
         job=(last.job_id or "") if last is not None else "",
         nodes=job.nodes if job is not None else "",
         attempts=len(attempts),
@@ -83,22 +87,21 @@ def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo], now: 
 
 
 def _state(stage: Stage, handle: SlurmStage, job: JobInfo | None) -> tuple[str, str]:
-    if handle.is_committed():
-        return "done", ""
-    if job is not None and job.is_live:
+    claim = handle.open_claim()
+    if job is not None and claim is not None and claim.holder.job is not None:
+        claim = None  # Slurm itself says how its job is
+    standing = standing_of(stage, handle, claim)
+    if job is not None and job.is_live and standing.state != "done":
         return ("queued", job.reason) if job.state == "PENDING" else (job.state.lower(), "")
-    failure = handle.failure()
-    if failure is not None:
-        return "failed", f"{failure.cause}: {failure.message.strip().splitlines()[0]}"
-    missing = [need for need in stage.needs if not handle.store.handle(need).is_committed()]
-    return ("waiting", f"for {missing[0]}") if missing else ("missing", "")
+    return standing.state, standing.detail
 
 
-def _stale(attempt: Attempt, heartbeat: Heartbeat | None, now: float) -> str:
-    """For how long the current start of a job has given no sign of life; empty where that is not long."""
-    signs = [run.started for run in attempt.runs()] + ([heartbeat.updated] if heartbeat is not None else [])
-    minutes = int((now - max(signs, default=now)) / 60)
-    return f"stale for {minutes} min" if minutes >= STALE_MINUTES else ""
+def _started(open_attempt: Attempt | None, handle: SlurmStage) -> list[float]:
+    """Unix times at which the stage was started: as jobs, or on this machine."""
+    if open_attempt is not None:
+        return [run.started for run in open_attempt.runs()]
+    began = began_at(handle)
+    return [] if began is None else [began]
 
 
 def _seconds(attempt: Attempt, now: float) -> float:
@@ -110,36 +113,31 @@ def _hours(seconds: list[float], units: list[int]) -> float | None:
     return sum(time * count for time, count in zip(seconds, units, strict=True)) / 3600 if seconds else None
 
 
-def _eta(attempt: Attempt, heartbeat: Heartbeat) -> str:
-    """Time left, by the pace of the current start of the job; work that an earlier start did makes it too short."""
-    runs = attempt.runs()
-    if not runs or heartbeat.done == 0 or heartbeat.updated < runs[-1].started:
-        return ""
-    left = (heartbeat.updated - runs[-1].started) * (heartbeat.total - heartbeat.done) / heartbeat.done
-    return f"{left / 60:.0f} min" if left >= 120 else f"{left:.0f} s"
-
-
 def status_table(statuses: list[StageStatus]) -> Table:
-    """The table; hours are GPU-hours, or core-hours where no job asked for a GPU."""
+    """The table; jobs are in it where there are any. Hours are GPU-hours, or core-hours where no job has a GPU."""
     on_gpus = any(status.gpu_hours for status in statuses)
-    headers = ["stage", "for", "state", "progress", "ETA", "job", "nodes", "attempts", "GPU-h" if on_gpus else "core-h"]
+    of_jobs = ["job", "nodes", "attempts", "GPU-h" if on_gpus else "core-h"]
+    has_jobs = any(status.attempts for status in statuses)
+    headers = ["stage", "for", "state", "progress", "left", *(of_jobs if has_jobs else [])]
     lines = Table(*headers, "", box=None, pad_edge=False)
     for status in statuses:
-        hours = status.gpu_hours if on_gpus else status.core_hours
         color = COLORS.get(status.state, "yellow")
         lines.add_row(
             status.stage.kind,
             escape(status.stage.label),
             f"[{color}]{status.state}[/]",
             escape(status.progress),
-            status.eta,
-            status.job,
-            escape(status.nodes),
-            str(status.attempts),
-            "-" if hours is None else f"{hours:.2f}",
+            status.left,
+            *(_of_its_jobs(status, on_gpus) if has_jobs else []),
             escape(status.detail),
         )
     return lines
+
+
+def _of_its_jobs(status: StageStatus, on_gpus: bool) -> list[str]:
+    hours = status.gpu_hours if on_gpus else status.core_hours
+    shown = "-" if hours is None else f"{hours:.2f}"
+    return [status.job, escape(status.nodes), str(status.attempts), shown]
 
 
 def cell_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int) -> str:
@@ -158,8 +156,18 @@ def cell_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int)
         attempt = SlurmStage(store, stage_id).last_attempt()
         local = sorted(local_logs.glob(f"{stage.kind}-{stage.fingerprint}.*.log"), key=lambda log: log.stat().st_mtime)
         logs = attempt.logs() if attempt is not None else local[-1:]
-        parts.append(f"{stage.kind} {stage.label} ({stage_id})\n{log_tail(logs, lines) or '  no log'}")
+        shown = log_tail(logs, lines) or f"  no log: {_why_no_log(stage, SlurmStage(store, stage_id))}"
+        parts.append(f"{stage.kind} {stage.label} ({stage_id})\n{shown}")
     return "\n".join(parts)
+
+
+def _why_no_log(stage: Stage, handle: SlurmStage) -> str:
+    standing = standing_of(stage, handle, handle.open_claim())
+    if standing.state == "done":
+        return "its artifact was there already, or its log has been removed"
+    if standing.state == "running":
+        return f"it starts, and has written nothing yet ({standing.detail})"
+    return f"it has not been started ({standing.state}{f' {standing.detail}' if standing.detail else ''})"
 
 
 def _stages_of(plan: Plan, name: str) -> list[str]:

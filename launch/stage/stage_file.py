@@ -69,8 +69,16 @@ def read_stage_file(handle: StageHandle) -> StageFile:
     """
     content = find_stage_file(handle)
     if content is None:
-        raise UserError(f"{handle.work}: no {STAGE_FILE}; it is written by launch/sweep.py")
+        raise UserError(f"{handle.work}: no {STAGE_FILE}; it is written by a sweep")
     return content
+
+
+def began_at(handle: StageHandle) -> float | None:
+    """When the last attempt began, in unix time; None where there is none in the work folder."""
+    try:
+        return (handle.work / STAGE_FILE).stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def attempts_so_far(handle: StageHandle) -> int:

@@ -114,6 +114,15 @@ def test_a_tensor_that_transformers_would_make_up_is_named(folder, name):
         ({"num_hidden_layers": 3}, "layers.2"),
         ({"per_layer_config": {"0": 128}}, "per_layer_config"),
         ({"per_layer_config": [1]}, "per_layer_config"),
+        ({"layer_sizes": [1]}, "layer_sizes must give a list of 2 numbers"),
+        ({"layer_sizes": {"intermediate_size": [48]}}, "layer_sizes must give a list of 2 numbers"),
+        (
+            {"layer_sizes": {"intermediate_size": [48, 0]}},
+            "intermediate_size in layer_sizes must be a positive integer",
+        ),
+        ({"layer_sizes": {"intermediate_size": [48, 47]}}, "intermediate_size 47 for this layer"),
+        ({"head_dim": 16}, "self_attn.q_proj.weight has shape [32, 32], but config.json makes it [64, 32]"),
+        ({"num_key_value_heads": 1}, "num_attention_heads 4 and num_key_value_heads 1 for this layer"),
     ],
 )
 def test_a_config_that_is_not_the_weights_own(folder, changes, expected):

@@ -44,7 +44,7 @@ def merge(source, adapter_folder, target):
     target.mkdir()
     for file in checkpoint.weight_files:
         merge_weight_file(checkpoint, file, read_adapter(adapter_folder), target)
-    write_companions(checkpoint, target, {})
+    write_companions(checkpoint, target, checkpoint.config)
     return open_checkpoint(target)
 
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES
-from hfprune_dist.checkpoints.write_pruned import config_changes, unit_cuts, write_companions, write_weight_file
+from hfprune_dist.checkpoints.pruned_config import pruned_config
+from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.single_layer import LayerReader
@@ -22,6 +23,7 @@ from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.model_sources import resolve_models
 from hfprune_dist.planning.widths import size_of
 from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.structures.kept import Kept
 
 JUNK = {
     "rotary": "model.layers.0.self_attn.rotary_emb.inv_freq",
@@ -80,10 +82,10 @@ def checkpoints(draw):
 def prune(checkpoint, folder):
     """As the prune stage writes it, each layer's first half kept; returns the ratio that is reported."""
     width = checkpoint.units.most // 2
-    kept = [torch.arange(width)] * checkpoint.num_layers
+    kept = Kept.of_all_layers({"neurons": [torch.arange(width)] * checkpoint.num_layers})
     for file in checkpoint.weight_files:
-        write_weight_file(checkpoint, file, unit_cuts(checkpoint, kept), folder)
-    write_companions(checkpoint, folder, config_changes(checkpoint, [width] * checkpoint.num_layers))
+        write_weight_file(checkpoint, file, kept, folder)
+    write_companions(checkpoint, folder, pruned_config(checkpoint, kept.shape))
     return size_of(checkpoint).reached([width] * checkpoint.num_layers)
 
 

@@ -9,18 +9,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfprune_dist.checkpoints import write_pruned as surgery
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.checkpoints.weight_files import INDEX_FILE
-from hfprune_dist.checkpoints.write_pruned import unit_cuts, write_companions, write_weight_file
+from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
+from hfprune_dist.structures.kept import Kept
 
 KEPT = [torch.tensor([0, 3, 4, 17, 40]), torch.tensor([1, 2, 30, 46, 47])]
 
 
 def prune(source, target):
     checkpoint = open_checkpoint(source)
+    kept = Kept.of_all_layers({"neurons": KEPT})
     target.mkdir()
     for file in checkpoint.weight_files:
-        write_weight_file(checkpoint, file, unit_cuts(checkpoint, KEPT), target)
-    write_companions(checkpoint, target, {"intermediate_size": 5})
+        write_weight_file(checkpoint, file, kept, target)
+    write_companions(checkpoint, target, pruned_config(checkpoint, kept.shape))
     return checkpoint
 
 

@@ -1,4 +1,5 @@
 import typing
+from pathlib import Path
 
 import pytest
 import yaml
@@ -22,6 +23,21 @@ def test_layers_defaults_file_command_line(tmp_path):
     assert config.ratios == [0.3]
     assert (config.calibration.samples, config.calibration.sequence_length) == (9, 32)
     assert config.recovery.rank == 32
+
+
+def test_paths_of_several_texts_are_seen_from_their_file(tmp_path):
+    texts = {"first": {"path": "own.jsonl"}, "second": {"path": "/news.jsonl"}}
+    mixture = [{"path": "a.jsonl"}, {"dataset": "org/b"}]
+    content = {"calibration": {"mixture": mixture}, "evaluation": {"fidelity": {"texts": texts}}}
+    config = load_config([write(tmp_path, content)], {"evaluation.fidelity.texts.second.split": "test"})
+    assert [text.path for text in config.calibration.mixture] == [str(tmp_path / "a.jsonl"), None]
+    each = config.evaluation.fidelity.each()
+    assert {name: text.path for name, text in each.items()} == {
+        "first": str(tmp_path / "own.jsonl"),
+        "second": "/news.jsonl",
+    }
+    assert [text.split for text in each.values()] == ["validation", "test"]
+    assert load_config([write(tmp_path, config.model_dump())], {}) == config
 
 
 @pytest.mark.parametrize("written", ["5e-4", "5.0e-4", "0.0005", "5E-4"])
@@ -70,7 +86,45 @@ def test_the_papers_recipe_is_the_default():
         ({"ratios": [0]}, ["ratios.0", "greater than 0"]),
         ({"importance": {"criteria": ["entropie"]}}, ["importance.criteria.0", "'entropy'"]),
         ({"recovery": {"method": "lore"}}, ["recovery.method", "'lora'"]),
+        ({"prune": {"structures": []}}, ["prune.structures", "neurons must be among them", "kv_groups, layers"]),
+        ({"prune": {"structures": ["layers"]}}, ["prune.structures", "neurons must be among them"]),
+        ({"prune": {"multiple_of": 0}}, ["prune.multiple_of", "a whole number from 1 on, or auto (got 0)"]),
+        ({"prune": {"multiple_of": "automatic"}}, ["prune.multiple_of", "or auto (got 'automatic')"]),
+        ({"prune": {"multiple_of": 64.0}}, ["prune.multiple_of", "or auto (got 64.0)"]),
+        ({"prune": {"multiple_of": True}}, ["prune.multiple_of", "or auto (got True)"]),
+        ({"prune": {"tensor_parallel": 0}}, ["prune.tensor_parallel", "greater than or equal to 1"]),
+        ({"prune": {"allocation": "flat"}}, ["prune.allocation", "'plain'"]),
+        ({"prune": {"structures": ["kv_groups"]}}, ["prune.structures", "neurons must be among them", "kv_groups"]),
+        ({"prune": {"structures": ["neurons", "neurons"]}}, ["prune.structures", "name each once"]),
+        ({"prune": {"structures": ["neurons", "heads"]}}, ["prune.structures.1", "'kv_groups'", "'heads'"]),
+        ({"prune": {"structures": "neurons"}}, ["prune.structures", "list", "'neurons'"]),
         ({"aliases": {"x": {}}}, ["aliases.x", "exactly one of path and hub_id"]),
+        (
+            {"calibration": {"path": "a", "mixture": [{"path": "b"}, {"path": "c"}]}},
+            ["path (", "mixture", "path to null"],
+        ),
+        ({"calibration": {"mixture": [{"path": "a"}]}}, ["calibration: mixture needs two texts or more"]),
+        ({"calibration": {"mixture": [{"path": "a"}, {"path": "./a", "weight": 2}]}}, ["/a is listed twice"]),
+        (
+            {"calibration": {"mixture": [{"path": "a", "weight": 0}]}},
+            ["calibration.mixture.0.weight", "greater than 0"],
+        ),
+        ({"calibration": {"mixture": [{"path": "a", "wight": 1}]}}, ["calibration.mixture.0.wight", "mean 'weight'"]),
+        ({"calibration": {"mixture": [{"weight": 1}]}}, ["calibration.mixture.0", "needs a path"]),
+        (
+            {"calibration": {"samples": 9, "mixture": [{"path": "a"}, {"path": "b", "weight": 0.01}]}},
+            ["mixture.1: weight 0.01 comes to none of 9 windows"],
+        ),
+        ({"evaluation": {"fidelity": {"path": "a", "texts": {"x": {"path": "b"}}}}}, ["path (", "texts to null"]),
+        (
+            {"evaluation": {"fidelity": {"texts": {"x": {"windows": 3}}}}},
+            ["evaluation.fidelity.texts.x.windows", "split"],
+        ),
+        (
+            {"evaluation": {"fidelity": {"texts": {"x/y": {"path": "a"}}}}},
+            ["evaluation.fidelity.texts.x/y: 'x/y'", "digits"],
+        ),
+        ({"evaluation": {"fidelity": {"texts": {"x": {"path": "a"}, "y": {"path": "a"}}}}}, ["/a is listed twice"]),
         ("models: [a", ["sweep.yaml", "not valid YAML"]),
         ("- a", ["sweep.yaml", "keys and values"]),
     ],
@@ -85,6 +139,11 @@ def test_bad_configuration_is_explained(tmp_path, content, expected):
 def test_every_criterion_can_be_configured():
     config = load_config([], {"importance.criteria": list(CRITERIA)})
     assert set(typing.get_args(CriterionName)) == set(CRITERIA) == set(config.importance.criteria)
+
+
+def test_the_order_of_structures_does_not_matter():
+    for written in (["neurons", "kv_groups"], ["kv_groups", "neurons"]):
+        assert load_config([], {"prune.structures": written}).prune.structures == ["neurons", "kv_groups"]
 
 
 def test_it_is_known_which_criteria_have_halves():
@@ -112,6 +171,21 @@ def test_paths_are_seen_from_the_file_that_names_them(tmp_path, monkeypatch):
     assert config.calibration.path == str(tmp_path / "here" / "text.jsonl")
     assert config.aliases["m"].path == str(tmp_path / "m")
     assert config.recovery.path == str(tmp_path / "elsewhere" / "pairs.jsonl")
+
+
+def test_a_shipped_file_is_found_by_the_name_it_has_in_a_clone(tmp_path, monkeypatch):
+    """Its paths are as if it lay there; a file that does lie there is meant before it."""
+    (tmp_path / "shipped" / "sweeps").mkdir(parents=True)
+    write(tmp_path / "shipped" / "sweeps", {"calibration": {"path": "../../runs/text"}, "seed": 1})
+    monkeypatch.chdir(tmp_path)
+    named = Path("configs/sweeps/sweep.yaml")
+    config = load_config([named], {}, tmp_path / "shipped")
+    assert (config.seed, config.calibration.path) == (1, str(tmp_path / "runs" / "text"))
+    with pytest.raises(UserError, match=r"configs/none\.yaml: No such file"):
+        load_config([Path("configs/none.yaml")], {}, tmp_path / "shipped")
+    (tmp_path / "configs" / "sweeps").mkdir(parents=True)
+    write(tmp_path / "configs" / "sweeps", {"seed": 2})
+    assert load_config([named], {}, tmp_path / "shipped").seed == 2
 
 
 def test_assignments_are_yaml():

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from hfprune_dist.config.left_out import LeftOutAt, left_out
 from hfprune_dist.config.parameters import PARAMETERS, OtherParameters, PruneParameters, read_parameters
-from hfprune_dist.config.schema import CalibrationConfig
 from hfprune_dist.config.section import Section
+from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
 

@@ -1,31 +1,47 @@
-import torch
+import itertools
+from fractions import Fraction
 
-from hfprune_dist.core.allocation import allocate_globally, layer_mean_one
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hfprune_dist.core.allocation import Ladder, allocate_globally, layer_mean_one
 
 
 def scores(*layers):
     return [torch.tensor(layer, dtype=torch.float64) for layer in layers]
 
 
+def ladders(layers, fewest, multiple_of=1, parameters=1):
+    return [
+        Ladder(number, scores_U, least, parameters, multiple_of)
+        for number, (scores_U, least) in enumerate(zip(layers, fewest, strict=True))
+    ]
+
+
 def test_the_cheapest_of_all_layers_go():
-    assert allocate_globally(scores([1, 9, 3, 8], [4, 2, 7, 6]), 3, [1, 1]) == [2, 3]
-    assert allocate_globally(scores([1, 9, 3, 8], [4, 2, 7, 6]), 4, [1, 1]) == [2, 2]
+    assert allocate_globally(ladders(scores([1, 9, 3, 8], [4, 2, 7, 6]), [1, 1]), 3) == [2, 3]
+    assert allocate_globally(ladders(scores([1, 9, 3, 8], [4, 2, 7, 6]), [1, 1]), 4) == [2, 2]
 
 
 def test_no_layer_falls_below_its_floor():
-    assert allocate_globally(scores([1, 1, 1, 1], [5, 6, 7, 8]), 4, [3, 1]) == [3, 1]
-    assert allocate_globally(scores([1, 1, 1, 1], [5, 6, 7, 8]), 3, [4, 1]) == [4, 1]  # protected
+    assert allocate_globally(ladders(scores([1, 1, 1, 1], [5, 6, 7, 8]), [3, 1]), 4) == [3, 1]
+    assert allocate_globally(ladders(scores([1, 1, 1, 1], [5, 6, 7, 8]), [4, 1]), 3) == [4, 1]  # protected
 
 
-def test_ties_are_taken_from_lower_layers():
-    assert allocate_globally(scores([2, 2, 2], [2, 2, 2]), 2, [1, 1]) == [1, 3]
+def test_ties_are_taken_from_lower_layers_then_from_earlier_ladders():
+    assert allocate_globally(ladders(scores([2, 2, 2], [2, 2, 2]), [1, 1]), 2) == [1, 3]
+    kinds = [Ladder(0, scores([4, 4])[0], 1, 2), Ladder(0, scores([2, 2])[0], 1, 1)]
+    assert allocate_globally(kinds, 2) == [1, 2]
+    assert allocate_globally(kinds[::-1], 1) == [1, 2]
 
 
 def test_widths_are_multiples_where_layers_lose_neurons():
     generator = torch.Generator().manual_seed(0)
     layers = [torch.rand(50, generator=generator, dtype=torch.float64) for _ in range(6)]
     for removals in (40, 100, 140):
-        widths = allocate_globally(layers, removals, [8] * 6, multiple_of=8)
+        widths = allocate_globally(ladders(layers, [8] * 6, multiple_of=8), removals)
         assert all(width % 8 == 0 or width == 50 for width in widths)
         assert abs(300 - sum(widths) - removals) <= 4
 
@@ -34,10 +50,127 @@ def test_the_number_asked_for_is_met_exactly_without_rounding():
     generator = torch.Generator().manual_seed(1)
     layers = [torch.rand(30, generator=generator, dtype=torch.float64) for _ in range(5)]
     for removals in range(0, 140, 7):
-        assert sum(allocate_globally(layers, removals, [1] * 5)) == 150 - removals
+        assert sum(allocate_globally(ladders(layers, [1] * 5), removals)) == 150 - removals
 
 
 def test_normalised_layers_have_mean_one():
     for layer in layer_mean_one(scores([1, 2, 3], [100, 200, 600])):
         assert layer.mean() == 1
     assert torch.equal(layer_mean_one(scores([0, 0]))[0], torch.zeros(2, dtype=torch.float64))
+
+
+def of_neurons_alone(layers, removals, narrowest, multiple_of):
+    """What earlier versions did, which knew neurons alone: stop where one step more would be further off."""
+    steps = []
+    for layer, scores_D in enumerate(layers):
+        rising, width, price, number = scores_D.sort().values.tolist(), len(scores_D), 0.0, 0
+        while (narrower := (width - 1) // multiple_of * multiple_of) >= max(narrowest[layer], 1):
+            gone = rising[len(rising) - width : len(rising) - narrower]
+            price = max(price, sum(gone) / len(gone))
+            steps.append((price, layer, number, len(gone)))
+            width, number = narrower, number + 1
+    widths = [len(scores_D) for scores_D in layers]
+    for _, layer, _, size in sorted(steps):
+        if removals < (size + 1) // 2:
+            break
+        widths[layer] -= size
+        removals -= size
+    return widths
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_of_neurons_alone_the_same_go_as_in_earlier_versions(data):
+    sizes = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    layers = [torch.rand(size, generator=generator, dtype=torch.float64).mul(5).round() / 3 for size in sizes]
+    narrowest = [data.draw(st.integers(1, size)) for size in sizes]
+    multiple_of, cost = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([1, 3, 96]))
+    removals = data.draw(st.integers(0, sum(sizes)))
+    found = allocate_globally(ladders(layers, narrowest, multiple_of, cost), removals * cost)
+    assert found == of_neurons_alone(layers, removals, narrowest, multiple_of)
+
+
+@st.composite
+def two_kinds(draw):
+    """Neurons and, from the middle of the list on, groups, which are as large as several neurons."""
+    layers, cost = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    size = cost * draw(st.integers(2, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+
+    def some(kind_size, most):
+        each = [torch.rand(most, generator=generator, dtype=torch.float64) * kind_size for _ in range(layers)]
+        fewest = [draw(st.integers(1, most)) for _ in range(layers)]
+        return ladders(each, fewest, parameters=kind_size)
+
+    return [*some(cost, draw(st.integers(1, 5))), *some(size, draw(st.integers(1, 3)))]
+
+
+def gone(kept, counts):
+    return sum((ladder.most - count) * ladder.parameters for ladder, count in zip(kept, counts, strict=True))
+
+
+def price_of(ladder, count):
+    """What a ladder's units lose with its cheapest ones, in exact numbers."""
+    return sum(map(Fraction, ladder.scores.sort().values[: ladder.most - count].tolist()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(two_kinds(), st.floats(0, 1))
+def test_of_all_that_remove_as_much_none_is_cheaper(kept, share):
+    """Where the last step hits what was asked, prices in order are the best of all combinations."""
+    lowest = [ladder.least for ladder in kept]
+    removals = round(share * gone(kept, lowest))
+    counts = allocate_globally(kept, removals)
+    assert all(low <= count <= it.most for low, count, it in zip(lowest, counts, kept, strict=True))
+    assume(gone(kept, counts) == removals)
+    # A step of a large unit that had to be made room for is no threshold: compare where nothing was taken back.
+    paid = sum(map(price_of, kept, counts))
+    worst = (
+        max(
+            (it.scores.sort().values[it.most - count - 1].item() / it.parameters)
+            for it, count in zip(kept, counts, strict=True)
+            if count < it.most
+        )
+        if removals
+        else 0.0
+    )
+    next_ones = [
+        it.scores.sort().values[it.most - count].item() / it.parameters
+        for it, count in zip(kept, counts, strict=True)
+        if count > it.least
+    ]
+    assume(not next_ones or worst <= min(next_ones))
+    every = itertools.product(*(range(it.least, it.most + 1) for it in kept))
+    best = min(sum(map(price_of, kept, other)) for other in every if gone(kept, other) == removals)
+    assert float(paid) == pytest.approx(float(best), abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(two_kinds(), st.floats(0, 1))
+def test_what_goes_is_within_half_a_neuron_while_neurons_can_make_up_for_groups(kept, share):
+    half = len(kept) // 2
+    removals = round(share * gone(kept, [ladder.least for ladder in kept]))
+    counts = allocate_globally(kept, removals)
+    error, neuron = gone(kept, counts) - removals, kept[0].parameters
+    left = [count < it.most for it, count in zip(kept[:half], counts[:half], strict=True)]
+    assert 2 * abs(error) <= neuron or (error > 0 and not any(left) and error < kept[-1].parameters)
+
+
+@settings(max_examples=60, deadline=None)
+@given(two_kinds(), st.floats(0, 1), st.floats(1, 5))
+def test_the_dearer_groups_are_the_more_of_them_stay(kept, share, rate):
+    half = len(kept) // 2
+    removals = round(share * gone(kept, [ladder.least for ladder in kept]))
+    cheap, dear = (
+        allocate_globally([*kept[:half], *(it.dearer(factor) for it in kept[half:])], removals) for factor in (1, rate)
+    )
+    assert all(a <= b for a, b in zip(cheap[half:], dear[half:], strict=True))
+
+
+def test_groups_go_where_a_parameter_of_theirs_is_cheaper():
+    neurons, groups = scores([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]), scores([12, 20], [3, 30])
+    kept = [*ladders(neurons, [1, 1]), *ladders(groups, [1, 1], parameters=4)]
+    assert allocate_globally(kept, 6) == [5, 5, 2, 1]  # a group of 3 for 4 parameters, then neurons of 1
+    assert allocate_globally(kept, 4) == [6, 6, 2, 1]
+    assert allocate_globally(kept, 3) == [6, 6, 2, 1], "one parameter too many: there are no neurons to take back"

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -66,6 +68,15 @@ def test_activation_is_the_norm_of_what_the_neuron_adds_to_the_residual_stream()
     for neuron in range(6):
         added = hidden[:, neuron].outer(layer.read_columns()[:, neuron].double())
         torch.testing.assert_close(scores[neuron], added.norm())
+
+
+def test_activation_of_several_channels_weighs_each_with_its_own_column():
+    layer = dataclasses.replace(some_layer(), units=2)
+    hidden = torch.randn(9, 6, dtype=torch.float64)
+    scores = finished(CRITERIA["activation"], hidden.square().sum(0), layer)
+    alone = finished(CRITERIA["activation"], hidden.square().sum(0), some_layer())
+    for unit in range(2):
+        torch.testing.assert_close(scores[unit], alone[3 * unit : 3 * unit + 3].norm())
 
 
 def test_magnitude_is_the_norm_of_all_weights_that_go_with_the_neuron():

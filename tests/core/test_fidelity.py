@@ -1,4 +1,5 @@
 import math
+import statistics
 
 import pytest
 import torch
@@ -6,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfprune_dist.core import head
-from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_logits, compare_outputs, next_ids
+from hfprune_dist.core.fidelity import (
+    FidelitySums,
+    Outputs,
+    compare_logits,
+    compare_outputs,
+    divergences,
+    next_ids,
+    standard_errors,
+)
 
 
 def outputs(seed, tokens=13, hidden=8, vocabulary=17, bias=True):
@@ -52,6 +61,21 @@ def test_chunks_change_nothing(monkeypatch, rows):
     assert (chunked.agree, chunked.tokens, chunked.predicted) == (whole.agree, whole.tokens, whole.predicted)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_several_models_diverge_as_each_does_alone(monkeypatch, rows, count):
+    """To the bit, while the dense model's logits are computed once."""
+    monkeypatch.setattr(head, "CHUNK_BYTES", rows * 17 * 8)
+    models = [outputs(seed) for seed in range(1, 1 + count)]
+    alone = [compare_outputs(outputs(0), model, following()).kl for model in models]
+    made = []
+    chunks = Outputs.logits
+    monkeypatch.setattr(Outputs, "logits", lambda self: (made.append(self) or it for it in chunks(self)))
+    assert divergences(outputs(0), models) == alone
+    of_dense = -(-13 // rows)
+    assert len(made) == of_dense * (1 + count), "a chunk of each model, once"
+
+
 def test_a_model_agrees_with_itself():
     means = compare_outputs(outputs(0, bias=False), outputs(0, bias=False), following()).means()
     assert (means["kl"], means["top1_agreement"], means["tokens"]) == (0.0, 1.0, 13)
@@ -74,6 +98,37 @@ def test_sums_add_up_and_divide_once():
         "top1_agreement": 3 / 8,
         "tokens": 8,
     }
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    windows=st.lists(st.tuples(st.floats(0, 50), st.integers(0, 8), st.floats(0, 50)), min_size=2, max_size=9),
+    padding=st.integers(0, 3),
+)
+def test_errors_are_those_of_a_mean_over_windows(windows, padding):
+    """Windows of one length have the textbook's error; windows without a token count for their number alone."""
+    sums = [FidelitySums(kl, agree, nll, 8, 7) for kl, agree, nll in windows]
+    errors, count = standard_errors(sums), len(sums)
+    textbook = {name: statistics.stdev(values) / count**0.5 for name, values in means_of(sums).items()}
+    assert errors["kl_stderr"] == pytest.approx(textbook["kl"], abs=1e-12)
+    assert errors["top1_agreement_stderr"] == pytest.approx(textbook["agree"], abs=1e-12)
+    perplexity = sum(sums, FidelitySums()).means()["perplexity"]
+    assert errors["perplexity_stderr"] == pytest.approx(textbook["nll"] * perplexity, abs=1e-12)
+    padded = standard_errors([*sums, *[FidelitySums()] * padding])["kl_stderr"]
+    shrunk = ((count + padding) / (count + padding - 1) * (count - 1) / count) ** 0.5
+    assert padded == pytest.approx(errors["kl_stderr"] * shrunk, abs=1e-12)
+
+
+def means_of(sums):
+    return {
+        "kl": [it.kl / it.tokens for it in sums],
+        "agree": [it.agree / it.tokens for it in sums],
+        "nll": [it.nll / it.predicted for it in sums],
+    }
+
+
+def test_one_window_has_no_error():
+    assert all(map(math.isnan, standard_errors([FidelitySums(1.0, 2, 3.0, 4, 3)]).values()))
 
 
 def test_the_last_position_has_no_next_token():

@@ -8,22 +8,25 @@ from core_definition import GRADIENT_CRITERIA, definition, label_terms, moments
 from tiny import VARIANTS, tiny_model
 
 from hfprune_dist.checkpoints.families import FAMILIES
-from hfprune_dist.core import head
+from hfprune_dist.core import head, importance
 from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.core.importance import NonFiniteError, ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.unit_sums import NonFiniteError, UnitOutputs
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 
+NEURONS, GROUPS = "neurons", "kv_groups"
+BOTH = (NEURONS, GROUPS)
 SUMMED = [name for name, it in CRITERIA.items() if it.summed != "nothing" and not it.is_rounded]
 
 
-def ours(model, windows, micro_batch_size, names=("entropy",), seed=0, prepare=use_memory_efficient_backward):
+def ours(model, windows, micro_batch_size, names=("entropy",), **options):
     """Sums of some criteria, name -> float64 [layers, neurons]."""
-    sums = all_sums(model, windows, micro_batch_size, names, seed, prepare)
-    return dict(zip(names, sums.sums_KLU, strict=True))
+    return all_sums(model, windows, micro_batch_size, names, **options)[NEURONS].exact
 
 
-def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=use_memory_efficient_backward):
+def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=use_memory_efficient_backward, kinds=(NEURONS,)):
+    """Sums of each kind."""
     model = model.requires_grad_(False)
     family = FAMILIES[model.config.model_type]
     prepare(model, family)
@@ -31,14 +34,23 @@ def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=use_memory
     scored = ScoredModel(
         body=lambda input_ids: family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
         head=lambda: contextlib.nullcontext((linear.weight, linear.bias)),
-        output_projections=family.units(model.config.to_dict()).outputs_of(model),
-        student_LU=a_student(model),
+        outputs=outputs_of(model, kinds),
+        student={NEURONS: a_student(model)},
     )
-    sums = UnitSums(scored.output_projections, [CRITERIA[name] for name in names], channels_per_unit=1)
+    sums = UnitSums(scored.outputs, [CRITERIA[name] for name in names])
     for start in range(0, len(windows), micro_batch_size):
         input_ids = windows[start : start + micro_batch_size]
         score_batch(scored, Batch(input_ids, range(start, start + len(input_ids)), linear.out_features, seed), sums)
-    return sums
+    return sums.kinds
+
+
+def outputs_of(model, kinds):
+    structures = FAMILIES[model.config.model_type].structures(model.config.to_dict())
+    return {kind: UnitOutputs(structures[kind].outputs_of(model), structures[kind].channels_per_unit) for kind in kinds}
+
+
+def channels_of_groups(model):
+    return outputs_of(model, [GROUPS])[GROUPS].channels_per_unit
 
 
 def a_student(model):
@@ -76,11 +88,88 @@ def test_all_criteria_at_once_match_their_definitions(variant):
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])
 def test_curvature_is_the_second_moment_of_the_gradients_at_the_mlps_outputs(variant):
     model, windows = tiny_model(variant), some_windows()
-    sums = all_sums(model, windows, 2, ["entropy", "surgeon"], seed=4)
-    for layer, (_, expected, fisher) in enumerate(moments(model, windows, seed=4)):
-        found = sums.curvature_LCC[layer] / windows.numel()
+    sums = all_sums(model, windows, 2, ["entropy", "surgeon"], seed=4)[NEURONS]
+    assert_moments(sums, moments(model, windows, seed=4), windows.numel())
+
+
+def assert_moments(sums, expected_moments, tokens):
+    for layer, (_, expected, fisher) in enumerate(expected_moments):
+        found = sums.curvature_LCC[layer] / tokens
         assert torch.linalg.norm(found - expected) / torch.linalg.norm(expected) < 2e-5
-        torch.testing.assert_close(sums.sums_KLU[1, layer] / windows.numel(), fisher, rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(sums.exact["surgeon"][layer] / tokens, fisher, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kv_groups_match_the_definitions_in_every_family(variant, micro_batch_size):
+    """Of what o_proj reads, whatever biases and norms make of queries, keys and values."""
+    model, windows = tiny_model(variant), some_windows()
+    channels = channels_of_groups(model)
+    found = all_sums(model, windows, micro_batch_size, SUMMED, seed=4, kinds=BOTH)[GROUPS]
+    assert all(found.exact[name].shape == (2, 2) for name in SUMMED if name != "activation")
+    for name in GRADIENT_CRITERIA:
+        if name in SUMMED:
+            expected = definition(model, windows, name, 4, a_student(model), channels, "self_attn.o_proj")
+            torch.testing.assert_close(found.exact[name], expected, rtol=1e-3, atol=1e-9, msg=name)
+    assert_moments(found, moments(model, windows, 4, channels, "self_attn.o_proj"), windows.numel())
+
+
+class Counted(torch.nn.Module):
+    """What a module does, counted forward and backward."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.forwards, self.backwards = inner, 0, 0
+
+    def forward(self, **inputs):
+        self.forwards += 1
+        outputs = self.inner(**inputs)
+        if outputs.last_hidden_state.requires_grad:
+            outputs.last_hidden_state.register_hook(self._count)
+        return outputs
+
+    def _count(self, _gradient):
+        self.backwards += 1
+
+
+def test_any_number_of_kinds_shares_a_forward_the_logits_and_a_backward_for_each_loss(monkeypatch):
+    """A student takes them once more; entropy's two criteria share one backward, so do those of random signs."""
+    calls = []
+    monkeypatch.setattr(importance, "head_gradients", lambda *rest: calls.append(0) or head.head_gradients(*rest))
+    for kinds in ([NEURONS], BOTH):
+        calls.clear()
+        model = tiny_model()
+        model.model = Counted(model.model)
+        model.model.layers, model.model.norm = model.model.inner.layers, model.model.inner.norm
+        names = ["entropy", "entropy_squared", "fisher_signs", "surgeon", "activation", "self_distillation"]
+        all_sums(model, some_windows(2), 2, names, kinds=kinds)
+        assert (model.model.forwards, len(calls), model.model.backwards) == (2, 2, 3)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_neurons_have_the_same_bits_where_groups_are_scored_beside_them(variant, dtype, checkpointing):
+    names = [name for name, it in CRITERIA.items() if it.summed != "nothing"]
+
+    def prepare(model, family):
+        use_memory_efficient_backward(model, family)
+        if checkpointing:
+            checkpoint_activations(model, family)
+
+    alone, beside = (
+        all_sums(tiny_model(variant).to(dtype), some_windows(), 2, names, prepare=prepare, kinds=kinds)
+        for kinds in ([NEURONS], BOTH)
+    )
+    assert_same_bits(beside[NEURONS], alone[NEURONS])
+
+
+def assert_same_bits(sums, expected):
+    assert sums.exact.keys() == expected.exact.keys()
+    assert all(torch.equal(sums.exact[name], it) for name, it in expected.exact.items())
+    assert torch.equal(sums.curvature_LCC, expected.curvature_LCC)
+    for terms, expected_terms in zip(sums.terms, expected.terms, strict=True):
+        assert all(torch.equal(terms[name], it) for name, it in expected_terms.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,9 +182,10 @@ def test_several_criteria_at_once_have_the_bits_of_each_alone(variant, dtype):
 
 
 def test_rounded_sums_are_left_as_their_terms():
-    sums = all_sums(tiny_model(), some_windows(), 2, ["entropy", "entropy_bfloat16"])
-    assert not sums.sums_KLU[1].any() and len(sums.terms_JLU) == 3
-    torch.testing.assert_close(sum(term.double() for term in sums.terms_JLU)[0], sums.sums_KLU[0], rtol=0.0, atol=0.0)
+    for sums in all_sums(tiny_model(), some_windows(), 2, ["entropy", "entropy_bfloat16"], kinds=BOTH).values():
+        assert sums.exact.keys() == {"entropy"} and len(sums.terms) == 3
+        total = sum(term["entropy_bfloat16"].double() for term in sums.terms)
+        torch.testing.assert_close(total, sums.exact["entropy"], rtol=0.0, atol=0.0)
 
 
 def test_neither_chunks_nor_micro_batches_change_what_is_drawn(monkeypatch):
@@ -129,7 +219,7 @@ def test_many_draws_average_to_the_exact_fisher_of_the_whole_model(name):
     window, draws, parts = torch.tensor([3, 8, 4, 7]), 1200, 12
     expected = exact_fisher(model, window)
     averages = torch.stack(
-        [ours(model, window.expand(draws // parts, -1), 50, [name], seed)[name] for seed in range(parts)]
+        [ours(model, window.expand(draws // parts, -1), 50, [name], seed=seed)[name] for seed in range(parts)]
     ) / (draws // parts)
     difference = averages.mean(0) - expected
     assert torch.linalg.norm(difference) / torch.linalg.norm(expected) < 0.1
@@ -186,40 +276,45 @@ def test_hooks_are_gone_afterwards():
     assert not any(layer.mlp.down_proj._forward_pre_hooks for layer in model.model.layers)
 
 
+@pytest.mark.parametrize("kinds", [[NEURONS], BOTH])
 @pytest.mark.parametrize("names", [["entropy"], ["activation"], SUMMED])
+@pytest.mark.parametrize("where", ["mlp.up_proj", "self_attn.v_proj"])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_layer_with_nan_weights_is_named(layer, names):
+def test_a_layer_with_nan_weights_is_named(layer, where, names, kinds):
     model = tiny_model()
     with torch.no_grad():
-        model.model.layers[layer].mlp.up_proj.weight[3, 3] = float("nan")
+        model.model.layers[layer].get_submodule(where).weight[3, 3] = float("nan")
     with pytest.raises(NonFiniteError, match=f"layer {layer} "):
-        ours(model, some_windows(1), 1, names)
+        all_sums(model, some_windows(1), 1, names, kinds=kinds)
 
 
 def test_lost_gradients_name_the_last_layer_that_has_them_not():
     model = tiny_model().requires_grad_(False)
     family = FAMILIES["llama"]
     entropy = CRITERIA["entropy"]
-    sums = UnitSums(family.units(model.config.to_dict()).outputs_of(model), [entropy], channels_per_unit=1)
+    sums = UnitSums(outputs_of(model, BOTH), [entropy])
     with pytest.raises(NonFiniteError, match="gradients of layer 1 "), sums.observe():
         hidden = family.body_of(model)(input_ids=some_windows(1)).last_hidden_state
         gradient = torch.full_like(hidden.detach().flatten(0, 1), float("nan"))
         sums.backward(hidden, {entropy.loss: (torch.zeros(24), gradient)})
-    assert not sums.sums_KLU.any()
+    assert not any(sums.kinds[kind].exact["entropy"].any() for kind in BOTH)
 
 
+@pytest.mark.parametrize("options", [{}, {"hidden_act": "gelu"}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checkpointed_activations_give_the_same_bits(dtype):
+def test_checkpointed_activations_give_the_same_bits(dtype, options):
     windows = some_windows(3)
 
     def prepare(model, family):
         use_memory_efficient_backward(model, family)
         checkpoint_activations(model, family)
 
-    plain = ours(tiny_model(num_hidden_layers=3).to(dtype), windows, 2, SUMMED)
-    checkpointed = ours(tiny_model(num_hidden_layers=3).to(dtype), windows, 2, SUMMED, prepare=prepare)
-    for name in SUMMED:
-        assert torch.equal(plain[name], checkpointed[name]), name
+    plain, checkpointed = (
+        all_sums(tiny_model(num_hidden_layers=3, **options).to(dtype), windows, 2, SUMMED, prepare=it, kinds=BOTH)
+        for it in (use_memory_efficient_backward, prepare)
+    )
+    for kind in BOTH:
+        assert_same_bits(checkpointed[kind], plain[kind])
 
 
 def test_an_mlp_with_another_activation_is_left_as_it_is():

@@ -5,7 +5,15 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hfprune_dist.core import blocks
-from hfprune_dist.core.memory_efficient import frozen_linear, gated_product, masked, observe_gradient, rms_norm
+from hfprune_dist.core.memory_efficient import (
+    can_be_observed,
+    frozen_linear,
+    gated_product,
+    masked,
+    observe_gradient,
+    observed,
+    rms_norm,
+)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -67,10 +75,13 @@ def test_a_gated_product_shows_its_output_times_the_gradient_there(monkeypatch, 
 
 def test_any_other_tensor_is_observed_too():
     x, seen = torch.randn(2, 4, requires_grad=True), []
-    y = x * 2
+    assert not can_be_observed(x) and not can_be_observed(x * 2)
+    y = observed(x * 2)
+    assert can_be_observed(y) and torch.equal(y, x * 2)
     observe_gradient(y, seen.append)
     (y * 3).sum().backward()
     assert torch.equal(torch.cat(seen), y * 3)
+    assert torch.equal(x.grad, torch.full((2, 4), 6.0))
 
 
 def test_a_masked_tensor_shows_all_of_itself_and_passes_on_what_is_left():

@@ -1,7 +1,7 @@
 import torch
 
-from hfprune_dist.core.allocation import allocate_globally
-from hfprune_dist.core.width_search import ReweightedWidths, Reweighting, search_widths
+from hfprune_dist.core.allocation import Ladder, allocate_globally
+from hfprune_dist.core.width_search import START, ReweightedShapes, Reweighting, search_shapes
 
 
 def some_scores(layers=6, neurons=40, seed=0):
@@ -9,21 +9,32 @@ def some_scores(layers=6, neurons=40, seed=0):
     return [torch.rand(neurons, generator=generator, dtype=torch.float64) * (1 + layer) for layer in range(layers)]
 
 
+def ladders(scores, narrowest, multiple_of=1, parameters=1):
+    return [
+        Ladder(layer, scores_U, least, parameters, multiple_of)
+        for layer, (scores_U, least) in enumerate(zip(scores, narrowest, strict=True))
+    ]
+
+
+def of_neurons(scores, removals, narrowest, multiple_of):
+    return ReweightedShapes(ladders(scores, narrowest, multiple_of), [], removals)
+
+
 def test_the_middle_of_the_family_is_what_scores_want():
     scores = some_scores()
-    reweighted = ReweightedWidths(scores, 90, [4] * 6, 1)
-    assert list(reweighted.widths(Reweighting(0.0, 0.0, 0.0))) == allocate_globally(scores, 90, [4] * 6)
+    reweighted = of_neurons(scores, 90, [4] * 6, 1)
+    assert list(reweighted.counts(Reweighting(0.0, 0.0, 0.0))) == allocate_globally(ladders(scores, [4] * 6), 90)
 
 
 def test_all_even_is_uniform():
-    assert ReweightedWidths(some_scores(), 90, [4] * 6, 1).widths(Reweighting(1.0, 0.0, 0.0)) == (25,) * 6
+    assert of_neurons(some_scores(), 90, [4] * 6, 1).counts(Reweighting(1.0, 0.0, 0.0)) == (25,) * 6
 
 
 def test_tilt_and_bend_move_neurons_between_layers():
-    reweighted = ReweightedWidths([torch.linspace(0.01, 1, 40, dtype=torch.float64)] * 6, 90, [4] * 6, 1)
-    tilted = reweighted.widths(Reweighting(0.0, 1.0, 0.0))
+    reweighted = of_neurons([torch.linspace(0.01, 1, 40, dtype=torch.float64)] * 6, 90, [4] * 6, 1)
+    tilted = reweighted.counts(Reweighting(0.0, 1.0, 0.0))
     assert list(tilted) == sorted(tilted) and tilted[0] < 25 < tilted[-1]
-    bent = reweighted.widths(Reweighting(0.0, 0.0, 1.0))
+    bent = reweighted.counts(Reweighting(0.0, 0.0, 1.0))
     assert min(bent[0], bent[-1]) > 25 > max(bent[2], bent[3])
 
 
@@ -31,33 +42,68 @@ def test_every_shape_removes_the_same_and_keeps_to_floors_and_multiples():
     scores = some_scores(neurons=50)
     for unit, removals in ((1, 101), (8, 96)):
         narrowest = [50, 10, 10, 10, 10, 10]
-        reweighted = ReweightedWidths(scores, removals, narrowest, unit)
+        reweighted = of_neurons(scores, removals, narrowest, unit)
         for shape in (Reweighting(0.3, 0.7, 0.0), Reweighting(0.0, -1.0, 0.5), Reweighting(0.9, 0.2, -1.0)):
-            widths = reweighted.widths(shape)
+            widths = reweighted.counts(shape)
             assert abs(300 - sum(widths) - removals) <= unit // 2
             assert all(least <= width <= 50 for least, width in zip(narrowest, widths, strict=True))
             assert all(width == 50 or width % unit == 0 for width in widths)
 
 
 def test_finds_the_bottom_of_a_bowl():
-    reweighted = ReweightedWidths(some_scores(), 90, [4] * 6, 1)
-    goal = torch.tensor(reweighted.widths(Reweighting(0.4, 0.5, -0.3)), dtype=torch.float64)
+    reweighted = of_neurons(some_scores(), 90, [4] * 6, 1)
+    goal = torch.tensor(reweighted.counts(Reweighting(0.4, 0.5, -0.3)), dtype=torch.float64)
     calls = []
 
     def measure(candidates):
         calls.append(len(candidates))
         return [float((torch.tensor(widths) - goal).square().sum()) for widths in candidates]
 
-    found = search_widths(reweighted, (25,) * 6, measure)
-    start = measure([reweighted.widths(Reweighting(0.0, 0.0, 0.0))])[0]
-    assert measure([found.widths])[0] < 0.1 * start
+    found = search_shapes(reweighted, {"uniform": (25,) * 6}, measure)
+    start = measure([reweighted.counts(Reweighting(0.0, 0.0, 0.0))])[0]
+    assert measure([found.counts])[0] < 0.1 * start
     assert max(calls) <= 8 and len(calls) == 5  # three of the search, two of this test
 
 
 def test_is_never_worse_than_the_uniform_widths_or_scores_alone():
-    reweighted = ReweightedWidths(some_scores(), 90, [4] * 6, 1)
+    reweighted = of_neurons(some_scores(), 90, [4] * 6, 1)
     uniform = (25,) * 6
-    found = search_widths(reweighted, uniform, lambda candidates: [0.1 if it == uniform else 1.0 for it in candidates])
-    assert found.widths == uniform and min(found.candidates, key=found.candidates.__getitem__) == "uniform"
-    alone = reweighted.widths(Reweighting(0.0, 0.0, 0.0))
-    assert search_widths(reweighted, None, lambda many: [float(it != alone) for it in many]).widths == alone
+    found = search_shapes(
+        reweighted, {"uniform": uniform}, lambda candidates: [0.1 if it == uniform else 1.0 for it in candidates]
+    )
+    assert found.counts == uniform and min(found.candidates, key=found.candidates.__getitem__) == "uniform"
+    alone = reweighted.counts(Reweighting(0.0, 0.0, 0.0))
+    assert search_shapes(reweighted, {}, lambda many: [float(it != alone) for it in many]).counts == alone
+
+
+def of_both(removals=600):
+    groups = [scores_U * 20 for scores_U in some_scores(neurons=4, seed=1)]
+    neurons = ladders(some_scores(), [4] * 6)
+    return ReweightedShapes(neurons, ladders(groups, [1] * 6, parameters=20), removals)
+
+
+def test_the_exchange_moves_parameters_between_kinds_and_keeps_their_sum():
+    reweighted, kept = of_both(300), []
+    for exchange in (-3.0, 0.0, 0.5, 1.5, 3.0):
+        counts = reweighted.counts(Reweighting(0.25, 0.3, -0.2, exchange))
+        assert 6 * 40 - sum(counts[:6]) + 20 * (6 * 4 - sum(counts[6:])) == 300
+        kept.append(sum(counts[6:]))
+    assert kept == sorted(kept) and kept[0] < kept[-1]
+
+
+def test_even_widths_leave_groups_as_scores_want_them():
+    reweighted = of_both(300)
+    wanted, even = (reweighted.counts(Reweighting(evenness, 0.0, 0.0)) for evenness in (0.0, 1.0))
+    assert wanted[6:] == even[6:] and max(even[:6]) - min(even[:6]) <= 1 < max(wanted[:6]) - min(wanted[:6])
+
+
+def test_a_search_finds_the_exchange():
+    reweighted = of_both(300)
+    goal = torch.tensor(reweighted.counts(Reweighting(0.25, 0.0, 0.0, 1.5)), dtype=torch.float64)
+
+    def measure(candidates):
+        return [float((torch.tensor(counts) - goal).square().sum()) for counts in candidates]
+
+    found = search_shapes(reweighted, {}, measure)
+    assert measure([found.counts])[0] < 0.5 * measure([reweighted.counts(START)])[0]
+    assert all("exchange" in name for name in found.candidates)

@@ -8,7 +8,7 @@ from hfprune_dist.data import windows
 from hfprune_dist.data.instructions import encode_for, nothing_to_train_on, prompt_for, require_room, require_trainable
 from hfprune_dist.data.text import Beginning
 from hfprune_dist.data.tokenizer import bos_id, plain_ids
-from hfprune_dist.data.windows import Sampling, require_long_enough, sample_windows
+from hfprune_dist.data.windows import Sampling, require_long_enough, require_tokens, sample_windows
 from hfprune_dist.errors import UserError
 
 TOKENIZER = tiny_tokenizer()
@@ -37,16 +37,20 @@ def message_of(function, *arguments):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(st.text(max_size=30), max_size=5), st.integers(8, 40), st.booleans())
-def test_the_check_and_the_stage_agree_on_windows(documents, length, add_bos):
+@given(st.lists(st.text(max_size=30), max_size=5), st.integers(8, 40), st.booleans(), st.integers(1, 4))
+def test_the_check_and_the_stage_agree_on_windows(documents, length, add_bos, apart):
+    """Also on whether the windows of a mixture can be cut ``apart``, so that nothing is in all of them twice."""
+    sampling = Sampling(apart, length, 0, add_bos)
+
     def stage():
         tokenize, bos = lambda text: plain_ids(TOKENIZER, text), bos_id(TOKENIZER, add_bos)
-        sample_windows(documents, tokenize, bos, Sampling(4, length, 0), "here")
+        cut = sample_windows(documents, tokenize, bos, sampling, "here")
+        require_tokens(cut.tokens, sampling, sampling.body(TOKENIZER), "here")
 
     whole = Beginning([(text,) for text in documents], is_all=True)
-    assert message_of(require_long_enough, whole, TOKENIZER, add_bos, length, "here") == message_of(stage)
+    assert message_of(require_long_enough, whole, TOKENIZER, sampling, "here") == message_of(stage)
     part = Beginning(whole.texts, is_all=False)
-    require_long_enough(part, TOKENIZER, add_bos, length, "here")  # the rest may have longer ones
+    require_long_enough(part, TOKENIZER, sampling, "here")  # the rest may have longer ones
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -64,19 +68,19 @@ def test_the_check_and_the_stage_agree_on_pairs(pairs, length):
 
 def test_a_little_of_a_long_document_is_tokenized():
     tokenizer = CountingTokenizer(4)
-    require_long_enough(Beginning([("x" * 10**7,)], is_all=True), tokenizer, True, 100, "here")
+    require_long_enough(Beginning([("x" * 10**7,)], is_all=True), tokenizer, Sampling(1, 100, 0), "here")
     assert tokenizer.characters < 10**4
 
 
 def test_a_document_of_few_tokens_is_tokenized_as_a_whole():
     tokenizer = CountingTokenizer(1000)
-    require_long_enough(Beginning([("x" * 10**5,)], is_all=True), tokenizer, True, 100, "here")
+    require_long_enough(Beginning([("x" * 10**5,)], is_all=True), tokenizer, Sampling(1, 100, 0), "here")
 
 
 def test_the_search_for_a_long_document_ends(monkeypatch):
     monkeypatch.setattr(windows, "TOKENIZED_CHARACTERS", 1000)
     tokenizer = CountingTokenizer(4)
-    require_long_enough(Beginning([("x" * 99,)] * 10**4, is_all=True), tokenizer, True, 100, "here")
+    require_long_enough(Beginning([("x" * 99,)] * 10**4, is_all=True), tokenizer, Sampling(1, 100, 0), "here")
     assert tokenizer.characters < 1200
 
 

@@ -14,7 +14,7 @@ from hfprune_dist.distributed.world import join_world
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 
 
-def main(folder, criteria, checkpointing):
+def main(folder, criteria, structures, checkpointing):
     world = join_world(os.environ, timeout_minutes=2)
     windows = torch.arange(3, 3 + 4 * 16).reshape(4, 16)
     chosen = [CRITERIA[name] for name in criteria.split(",")]
@@ -26,6 +26,7 @@ def main(folder, criteria, checkpointing):
         seed=0,
         micro_batch_size=1,
         world=world,
+        structures=structures.split(","),
         activation_checkpointing=checkpointing == "checkpointed",
     )
     counts = []

@@ -28,14 +28,15 @@ SHARDED = {
 }
 
 
-def counts(folder, criteria="entropy", checkpointing="plain"):
+def counts(folder, criteria="entropy", structures="neurons", checkpointing="plain"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(__file__).with_name("count_gathers.py")
     result = subprocess.run(
-        forked([*command, str(Path(__file__).with_name("count_gathers.py")), str(folder), criteria, checkpointing]),
+        forked([*command, str(script), str(folder), criteria, structures, checkpointing]),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     lines = [line for line in result.stdout.splitlines() if line.startswith("result: ")]
@@ -55,23 +56,27 @@ def test_matrices_are_large_enough_to_be_sharded(folder):
     assert min(matrices) > SMALL_PARAMETER
 
 
-@pytest.mark.parametrize(("criteria", "losses"), [("entropy", 1), ("entropy,fisher", 2)])
-def test_gathers_of_a_micro_batch(monkeypatch, folder, criteria, losses):
+@pytest.mark.parametrize(
+    ("criteria", "losses", "structures"),
+    [("entropy", 1, "neurons"), ("entropy,fisher", 2, "neurons"), ("entropy,fisher", 2, "neurons,kv_groups")],
+)
+def test_gathers_of_a_micro_batch(monkeypatch, folder, criteria, losses, structures):
     shape = dimensions_of(open_checkpoint(folder).config)
-    learning, *later = counts(folder, criteria)
+    job = Importance(1, 16, losses, kv_groups="kv_groups" in structures)
+    learning, *later = counts(folder, criteria, structures)
     # DeepSpeed learns the order of layers: every matrix for forward and for each backward, the head once.
     monkeypatch.setattr(footprint, "LIVE_PARAMETERS", 0)
-    assert learning[1] == pytest.approx(Importance(1, 16, losses).work(shape).gathered_bytes, rel=0.002)
+    assert learning[1] == pytest.approx(job.work(shape).gathered_bytes, rel=0.002)
     # Then it gathers ahead, and a model this small stays gathered: each matrix once, the body's together.
     monkeypatch.undo()
     for calls, gathered in later:
-        assert gathered == pytest.approx(Importance(1, 16, losses).work(shape).gathered_bytes, rel=0.002)
+        assert gathered == pytest.approx(job.work(shape).gathered_bytes, rel=0.002)
         assert calls == 2
 
 
 @pytest.mark.parametrize(("criteria", "losses"), [("entropy", 1), ("entropy,fisher", 2)])
 def test_checkpointed_activations_gather_more_but_no_more_than_is_reckoned_with(folder, criteria, losses):
     shape = dimensions_of(open_checkpoint(folder).config)
-    *_, (_, gathered) = counts(folder, criteria, "checkpointed")
+    *_, (_, gathered) = counts(folder, criteria, checkpointing="checkpointed")
     plain, most = (Importance(1, 16, losses, checkpointing=on).work(shape).gathered_bytes for on in (False, True))
     assert plain < gathered <= most

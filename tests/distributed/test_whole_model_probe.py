@@ -24,7 +24,7 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.refit.run_refit import SequentialRefit
+from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.stages import prune, reference
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
@@ -117,7 +117,7 @@ def test_a_norm_after_the_mlp_is_refused_by_refits_of_whole_layers_before_they_f
     for method in ({"refit": "layerwise"}, {"refit": "block"}):
         (tmp_path / method["refit"]).mkdir()
         store, stage = prepare(tmp_path / method["refit"], "olmo2", dtype=dtype, **method)
-        with pytest.raises(UserError, match=r"olmo2: in layer 0, the inputs of post_attention_layernorm plus the MLP"):
+        with pytest.raises(UserError, match=r"olmo2: in layer 0, the inputs of post_attention_layernorm plus"):
             run_alone(store, stage)
     for number, method in enumerate(({"refit": "dense"}, {})):
         (tmp_path / str(number)).mkdir()
@@ -132,12 +132,21 @@ def test_every_family_is_reproduced_bit_for_bit(tmp_path, variant, dtype):
     checkpoint, windows_ST = open_checkpoint(tmp_path / "model"), windows_of(store)
     for size, exact in ((2, True), (3, False)):
         probe = obtain_probe(checkpoint, windows_ST, DTYPES[dtype], 2, SoloWorld(), saved=None, sharding="auto")
-        stream = LayerStream(checkpoint, windows_ST, DTYPES[dtype], size, SoloWorld(), probe=probe)
+        stream, halting = (
+            LayerStream(checkpoint, windows_ST, DTYPES[dtype], size, SoloWorld(), probe=probe) for _ in range(2)
+        )
+        blocks = [checkpoint.structures[kind] for kind in ("kv_groups", "neurons")]
         for number in range(LAYERS):
             layer = stream.layer(number)
-            stream.require_residual_mlp(layer)
+            stream.require_residual(layer, blocks)
             stream.advance(layer)
-            assert not exact or probe.error(number + 1, stream.hidden(0)[0]) == 0
+            halting.advance_to(layer, checkpoint.units)
+            assert not torch.equal(halting.all_hidden()[0], stream.all_hidden()[0])
+            halting.advance_from(layer, checkpoint.units)
+            assert all(
+                torch.equal(*pair) for pair in zip(*(it.all_hidden().values() for it in (stream, halting)), strict=True)
+            )
+            assert not exact or probe.error(number + 1, stream.all_hidden()[0][0]) == 0
         assert len(list(stream.final_hidden())) == -(-9 // size)
 
 

@@ -8,7 +8,8 @@ that of a journaling file system such as ext4 or XFS, taken at its word:
   promises nothing about names.
 - The content of a file is safe once it was fsynced. What was written since may be there whole, not at all, cut in
   half, or as half of it and zeros, whatever name the file has got meanwhile: a rename over an older file may leave
-  the new name with nothing in it. What was fsynced before stays, where later writes only appended to it.
+  the new name with nothing in it. What was fsynced before stays, where later writes only appended to it. Where a
+  symbolic link leads is part of its name.
 - What left the machine (``mark``), such as a job that was submitted, stays whatever is lost here.
 
 Not in the model: names that reach the disk in another order, writes of single blocks in any order, disks that lie.
@@ -25,6 +26,8 @@ from typing import Any
 
 PATCHED = ("fsync", "fdatasync", "rename", "replace", "link", "unlink", "remove", "mkdir", "rmdir")
 FOLDER = -1
+# The content of a symbolic link, followed by where it leads.
+LEADS_TO = b"\0leads to "
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,9 @@ class Recorder:
             base = "" if folder == str(self.root) else folder[len(str(self.root)) + 1 :] + "/"
             for name in names:
                 found.add(base + name)
-                if base + name not in self._names:
+                if (Path(folder) / name).is_symlink():
+                    self._look_at(base + name)
+                elif base + name not in self._names:
                     self._names[base + name] = FOLDER
                     self.events.append(Event("mkdir", base + name))
             for name in files:
@@ -179,6 +184,9 @@ class Recorder:
 
     def _look_at(self, name: str) -> None:
         path = self.root / name
+        if path.is_symlink():
+            self._look_at_link(name, path)
+            return
         if name not in self._names:
             self._last += 1
             self._names[name] = self._last
@@ -188,6 +196,16 @@ class Recorder:
         if self._seen.get(file) != state:
             self._seen[file] = state
             self.events.append(Event("write", name, file=file, content=path.read_bytes(), mtime_ns=stat.st_mtime_ns))
+
+    def _look_at_link(self, name: str, path: Path) -> None:
+        """Its content is safe before it has a name."""
+        if name not in self._names:
+            self._last += 1
+            self._names[name] = self._last
+            content = LEADS_TO + os.fsencode(path.readlink())
+            self.events.append(Event("write", name, file=self._last, content=content))
+            self.events.append(Event("fsync", name, file=self._last))
+            self.events.append(Event("create", name, file=self._last))
 
 
 def _rename(names: dict[str, int], old: str, new: str) -> None:
@@ -227,6 +245,9 @@ class State:
                 os.link(first[file], path)
             else:
                 content, mtime_ns = self.contents[file]
+                if content.startswith(LEADS_TO):
+                    path.symlink_to(os.fsdecode(content.removeprefix(LEADS_TO)))
+                    continue
                 path.write_bytes(content)
                 os.utime(path, ns=(mtime_ns, mtime_ns))
                 first[file] = path

@@ -10,10 +10,10 @@ from pathlib import Path
 OPERATIONS = ("fsync", "rename", "replace", "link", "unlink", "mkdir", "rmdir")
 
 
-def arm(kill_at, match):
+def arm(kill_at, match, operations=OPERATIONS):
     """From now on, count operations on paths that contain ``match`` and die before the ``kill_at``-th."""
     count = countdown(kill_at)
-    for name in OPERATIONS:
+    for name in operations:
         before(name, match, count)
 
 
@@ -60,14 +60,14 @@ def before(name, match, action):
     setattr(os, name, wrapper)
 
 
-def die_in_fork(action, kill_at, store):
+def die_in_fork(action, kill_at, store, operations=OPERATIONS):
     """Run ``action`` in a forked child that dies at its ``kill_at``-th operation; return whether it died."""
     child = os.fork()
     if child == 0:
         try:
             if "torch" in sys.modules:
                 sys.modules["torch"].set_num_threads(1)  # the parent's thread pool did not survive the fork
-            arm(kill_at, str(store))
+            arm(kill_at, str(store), operations)
             action()
         finally:
             os._exit(0)

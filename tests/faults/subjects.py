@@ -18,6 +18,7 @@ from fake_slurm import FakeSlurm
 from hfprune_launch import sweep
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.modes import sweep_run
+from hfprune_launch.project import Project
 from hfprune_launch.slurm import commands as slurm_cli
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.backend import SlurmBackend
@@ -38,8 +39,9 @@ from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.evaluation.sharded_lm import ShardedLM
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.refit import run_refit as refit
-from hfprune_dist.refit.measure_widths import Measurement
+from hfprune_dist.refit.dense_refit import DenseRefit
+from hfprune_dist.refit.measurement import Measurement
+from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json
@@ -163,6 +165,7 @@ def _importance(folder: Path, store: Store) -> Stage:
         "dtype": "float32",
         "add_bos_token": True,
         "seed": 3,
+        "structures": ["neurons", "kv_groups"],
     }
     return Stage("importance", "tiny", params, {"model": _folder(model), "calibration": _file(text)})
 
@@ -174,6 +177,8 @@ def _prune(**method) -> Callable[[Path, Store], Stage]:
         generator = torch.Generator().manual_seed(0)
         names = [f"layers.{layer}.{name}" for name in CRITERIA for layer in range(4)]
         scores = {name: torch.rand(48, generator=generator, dtype=torch.float64) for name in names}
+        groups = [f"layers.{layer}.kv_groups.entropy" for layer in range(4)]
+        scores |= {name: torch.rand(2, generator=generator, dtype=torch.float64) for name in groups}
         save_file(scores, draft / "importance.safetensors")
         windows_ST = torch.randint(264, (16, 20), generator=generator)
         save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
@@ -323,7 +328,7 @@ class Code(Subject):
         return folder / "project"
 
     def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
-        snapshot = take_snapshot(self.prepared, root, {"commit": "abc"})
+        snapshot = take_snapshot(Project.around(self.prepared / "launch"), root, {"commit": "abc"})
         files = sorted(path for path in snapshot.rglob("*") if path.is_file())
         return {"files": {str(path.relative_to(root)): digest_of(path.read_text()) for path in files}}
 
@@ -332,6 +337,10 @@ class Code(Subject):
 
 
 # Whole sweeps.
+
+COSTS = ("own_time_s", "shared_time_s", "wall_time_s", "peak_memory_bytes")
+# What tells checkpoints by name from files of the user's, for as long as there are any.
+BOOKKEEPING = {"checkpoints/.lock", "checkpoints/.written"}
 
 
 class WholeSweep(Subject):
@@ -348,10 +357,15 @@ class WholeSweep(Subject):
         assert sweep.main(["--config", str(self.prepared), "--out", str(root), *chosen, *WITHOUT_RECOVERY]) == 0
         weights = sorted(root.glob("store/*/*/*.safetensors"))
         files = {str(file.relative_to(root)): FileHashes(None).of_file(file) for file in weights}
-        return {"files": files, "rows": [self._without_costs(row, root) for row in results(root)]}
+        named = sorted(str(path.relative_to(root)) for path in root.glob("checkpoints/*/*") if path.exists())
+        rows = [self._without_costs(row, root) for row in results(root)]
+        return {"files": files, "rows": rows, "checkpoints": named}
+
+    def leftovers(self, root: Path) -> list[str]:
+        return sorted({*super().leftovers(root)} - BOOKKEEPING)
 
     def _without_costs(self, row: dict[str, str], root: Path) -> dict[str, str]:
-        kept = {name: value for name, value in row.items() if name not in ("wall_time_s", "peak_memory_bytes")}
+        kept = {name: value for name, value in row.items() if name not in COSTS}
         return {**kept, "checkpoint": kept["checkpoint"].replace(str(root), "")}
 
 
@@ -452,9 +466,14 @@ def subjects() -> list[Subject]:
         SlurmSweep("slurm"),
         WholeSweep("sweep"),
         StageSubject("reference", _reference_alone, {}),
-        StageSubject("prune block", _prune(refit="block"), {refit.SequentialRefit: "_fit"}),
-        StageSubject("prune dense", _prune(refit="dense"), {refit.DenseRefit: "_prepared"}),
+        StageSubject("prune block", _prune(refit="block"), {SequentialRefit: "_fit"}),
+        StageSubject("prune dense", _prune(refit="dense"), {DenseRefit: "_prepared"}),
         StageSubject("prune searched", _prune(allocation="searched", refit="dense"), {Measurement: "_through"}),
+        StageSubject(
+            "prune plain",
+            _prune(allocation="plain", refit="dense", structures=["neurons", "kv_groups", "layers"], ratio=0.4),
+            {Measurement: "_through", DenseRefit: "_prepared"},
+        ),
         StageSubject("importance", _importance, {ShardScorer: "score"}),
         StageSubject("importance's second pass", _importance, {LayerStream: "grams"}),
         StageSubject("evaluate", _evaluate, {ShardedLM: "_answer"}),

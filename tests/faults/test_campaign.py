@@ -12,10 +12,10 @@ pytestmark = pytest.mark.slow
 
 SUBJECTS = [
     *("commit", "claims", "cache", "code", "slurm", "sweep", "reference", "prune block", "prune dense"),
-    *("prune searched", "importance", "importance's second pass", "evaluate", "recover"),
+    *("prune searched", "prune plain", "importance", "importance's second pass", "evaluate", "recover"),
 ]
 # Of each subject, and half as many after a second crash.
-DRAWN = 9
+DRAWN = 6
 # A subject that must end badly: as if one fsync were missing.
 BROKEN = ["commit!b.bin", "commit!manifest", "importance!partial"]
 

@@ -98,6 +98,25 @@ def test_what_was_removed_may_be_back_and_links_stay_one_file(tmp_path, recorded
     assert recorded(change) == [{"old": "text"}, {"new": "text", "old": "text"}, {"new": "text"}]
 
 
+def test_a_symbolic_link_is_there_whole_or_not_at_all(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "a").write_text("text")
+    recorder = Recorder(tmp_path, [])
+    recorder.arm()
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "a").symlink_to("../store/a")
+    (tmp_path / "draft" / "folder").symlink_to("../store")
+    (tmp_path / "draft").rename(tmp_path / "named")
+    recorder.disarm()
+    left = []
+    for number, state in enumerate(states_of(*_of(recorder))):
+        state.write(folder := tmp_path / f"state-{number}")
+        left.append({str(it.relative_to(folder)): str(it.readlink()) for it in folder.rglob("*") if it.is_symlink()})
+    assert left[0] == {} and left[-1] == {"named/a": "../store/a", "named/folder": "../store"}
+    assert {len(links) for links in left} == {0, 1, 2}
+    assert all(set(links.values()) <= {"../store/a", "../store"} for links in left)
+
+
 def test_what_left_the_machine_stays_whatever_is_lost(tmp_path):
     recorder = Recorder(tmp_path, ["before"])
     recorder.arm()

@@ -1,6 +1,7 @@
 """What commands refuse: one message, exit code 2, nothing written, in dry runs too. In this process, so it is quick."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -114,6 +115,35 @@ def test_ratios_of_several_widths_are_told_apart(config, tmp_path, ratios):
             sweep.main, "--config", config, "--out", tmp_path, "--dry-run", "--ratios", ratios, "--methods", method
         )
         assert (code, said) == (0, "")
+
+
+@pytest.mark.parametrize("method", ["surgeon-plain", "surgeon-any-shape", "surgeon-rounds"])
+def test_a_dry_run_tells_what_settings_come_to_on_a_model(config, tmp_path, method):
+    where = ["--config", config, "--out", tmp_path / "out", "--dry-run", "--methods", method]
+    code, shown, said = in_process(sweep.main, *where)
+    assert code == 0
+    for part in ("multiple_of is 1 at 0.1, 1 at 0.2", "the largest prune.tensor_parallel that works is 2"):
+        assert f"note: model 'alpha', method '{method}': {part}" in " ".join((shown + said).split())
+    code, _, said = in_process(sweep.main, *where, "--set", "prune.tensor_parallel=3")
+    assert code == 2 and "tensor_parallel 3" in said and "the largest that works is 2" in said
+    code, _, said = in_process(sweep.main, *where, "--ratios", "0.95")
+    assert code == 2 and "neurons, kv_groups and layers" in said and "the largest possible is" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_shows_what_checkpoints_will_be(config, tmp_path):
+    methods = "hfprune,surgeon,surgeon-plain"
+    where = ["--config", config, "--out", tmp_path / "out", "--dry-run", "--models", "alpha", "--ratios", "0.2"]
+    code, shown, said = in_process(sweep.main, *where, "--methods", methods, "--set", "recovery.method=none")
+    assert (code, said) == (0, "")
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    place = lines.index("checkpoint of width KV heads layers ratio")
+    dense, uniform, by_score, plain = lines[place + 1 : place + 5]
+    assert dense == "alpha dense 48 2 2 0.0000"
+    assert re.fullmatch(r"alpha 0.2 hfprune \d+ 2 2 0.(19|20)\d\d", uniform)
+    assert by_score == "alpha 0.2 surgeon - 2 2 - scores decide, layer by layer"
+    measured = "the closest of 2 shapes, by measurement"
+    assert re.fullmatch(rf"alpha 0.2 surgeon-plain \d+-\d+ 1-2 2 0.20\d\d {measured}", plain)
 
 
 def test_methods_of_the_same_settings_are_not_two_rows(config, tmp_path):

@@ -460,6 +460,20 @@ def test_windows_longer_than_the_models_positions(refusal, key):
     assert_parts(message, f"{key}.sequence_length 513", "max_position_embeddings", "512", "alpha")
 
 
+def test_a_text_that_is_too_little_for_its_share(inputs, refusal):
+    (inputs / "few.jsonl").write_text(json.dumps({"text": tiny_text(40, 0)}) + "\n")
+    mixture = f"[{{path: {inputs / 'calibration.jsonl'}}}, {{path: {inputs / 'few.jsonl'}, weight: 3}}]"
+    message = refusal("--set", "calibration.path=null", "--set", f"calibration.mixture={mixture}")
+    assert_parts(message, "few.jsonl: ", "its share of 6 windows takes 186", "smaller weight")
+
+
+def test_two_texts_of_the_same_content(inputs, refusal):
+    shutil.copy(inputs / "heldout.jsonl", inputs / "again.jsonl")
+    texts = f"{{a: {{path: {inputs / 'heldout.jsonl'}}}, b: {{path: {inputs / 'again.jsonl'}}}}}"
+    message = refusal("--set", "evaluation.fidelity.path=null", "--set", f"evaluation.fidelity.texts={texts}")
+    assert_parts(message, "evaluation.fidelity.texts: b has the content of another text")
+
+
 def test_a_chat_template_is_needed_where_it_is_applied(refusal):
     assert_parts(refusal("--set", "evaluation.apply_chat_template=true"), "alpha", "chat template")
 

@@ -14,12 +14,15 @@ pytestmark = pytest.mark.slow
 SETTINGS = {
     "models": "[llama]",
     "ratios": "[0.2]",
+    "methods": "[surgeon-uniform-block]",
     "calibration.samples": "4",
     "calibration.shard_size": "1",
+    "calibration.mixture": "null",
     "recovery.max_steps": "2",
     "evaluation.tasks": "[demo_continuation]",
     "evaluation.limit": "24",
     "evaluation.fidelity.windows": "3",
+    "evaluation.fidelity.texts": "null",
 }
 
 
@@ -52,7 +55,7 @@ def test_the_kept_neurons_are_those_of_the_highest_scores(finished):
     (importance,) = (finished / "store" / "importance").iterdir()
     (prune,) = (finished / "store" / "prune").iterdir()
     scores = load_file(importance / "importance.safetensors")
-    kept = json.loads((prune / "kept.json").read_text())["layers"]
+    kept = json.loads((prune / "kept.json").read_text())["neurons"]
     for layer in range(30):
         assert kept[layer] == sorted(scores[f"layers.{layer}.surgeon"].topk(1017).indices.tolist())
 

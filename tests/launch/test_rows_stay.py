@@ -5,13 +5,16 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import yaml
 from hfprune_launch import compare, report, sweep
+from safetensors.numpy import save_file
 from sweeps import in_process, make_inputs, planned
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import STAGE_VERSIONS
+from hfprune_dist.structures.score_names import SCORES
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +239,19 @@ def test_a_damaged_configuration_is_one_message(config, tmp_path, content):
         code, _, said = run("--out", out, *instead)
         assert code == 2 and "config.yaml" in said and "give --config" in said and "Traceback" not in said
     assert [it.name for it in out.iterdir()] == ["config.yaml"], "nothing is written"
+
+
+def test_a_comparison_shows_a_few_columns_and_writes_all(config, tmp_path):
+    out, both = tmp_path / "out", tmp_path / "both"
+    done(config, out, "--models", "alpha", models=["alpha"])
+    for artifact in (out / "store" / "importance").iterdir():
+        save_file({f"layers.0.{name}": np.arange(8.0) for name in ("entropy", "surgeon")}, artifact / SCORES)
+    for wide in ([], ["--wide"]):
+        code, shown, said = run(out, "--out", both, *wide, command=compare)
+        head = shown.splitlines()[0].split()
+        assert code == 0, said
+        assert ("memory" in head) == bool(wide) and "agreement" in head and "entropy / surgeon" in shown
+    assert "| memory |" in (both / "comparison.md").read_text()
 
 
 def test_models_that_only_share_a_name_are_not_compared(config, tmp_path):

@@ -23,7 +23,7 @@ def test_two_steps_from_the_plan_to_the_table(tmp_path):
 
     windows = [load_file(file)["input_ids"] for file in (out / "store").glob("importance/*/windows.safetensors")]
     assert len(windows) == 2 and windows[0].equal(windows[1])
-    kept = json.loads((Path(pruned["checkpoint"]) / "kept.json").read_text())["layers"]
+    kept = json.loads((Path(pruned["checkpoint"]) / "kept.json").read_text())["neurons"]
     assert [len(row) for row in kept] == [14, 14] and max(map(max, kept)) > 30, "numbers of the dense model's neurons"
 
     finish(config, tmp_path / "one", *TWO_STEPS, "--ranks", "1")
@@ -33,7 +33,7 @@ def test_two_steps_from_the_plan_to_the_table(tmp_path):
     assert "stages to run" not in again.stdout
 
 
-def test_steps_of_a_global_allocation_are_one_message(tmp_path):
-    result = sweep(make_inputs(tmp_path), tmp_path / "out", "--methods", "surgeon", "--set", "prune.steps=2")
+def test_steps_of_a_plain_allocation_are_one_message(tmp_path):
+    result = sweep(make_inputs(tmp_path), tmp_path / "out", "--methods", "surgeon-plain", "--set", "prune.steps=2")
     assert result.returncode == 2 and "steps: 2 needs allocation: uniform" in result.stderr + result.stdout
     assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()

@@ -1,17 +1,21 @@
 """The whole sweep on real ranks: results, resumption, and death at any moment."""
 
+import itertools
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
 import psutil
 import pytest
+import torch
 import yaml
+from browser import opened
 from fork_server import forked
+from huggingface_hub import ModelCard
 from ranks import FAULTS, ROOT, killing
 from sweeps import artifacts, command, finish, make_inputs, results, sweep
 from transformers import AutoModelForCausalLM
@@ -90,20 +94,105 @@ def test_one_row_per_cell_with_its_baselines(finished):
     assert float(pruned["ratio_reached"]) == pytest.approx(0.2, abs=0.01)
 
 
-def test_checkpoints_load_with_plain_transformers(finished):
+def test_its_report_shows_the_numbers_of_its_table(finished):
+    """In a browser: every chart is drawn, from nothing but the file; the table sorts; no window is too narrow."""
+    out, _ = finished
+    rows = results(out)
+    with opened(out / "report.html") as shown:
+        figures = shown.drawn()
+        assert {it["section"] for it in figures} >= {"size", "distance", "tasks", "layers", "losses", "timeline"}
+        for title, column in (("KL from dense, nats per token", "kl"), ("tiny_choice", "tiny_choice/acc_norm")):
+            for model in ("alpha", "beta"):
+                (figure,) = (it for it in figures if it["title"] == f"{model}: {title}")
+                drawn = {value for trace in figure["traces"] for value in trace["y"]}
+                assert drawn == {float(row[column]) for row in rows if row["model"] == model}
+        page = shown.page
+        page.click("#rows button[title=kl]")
+        page.click("#rows button[title=kl]")
+        sorted_rows = page.eval_on_selector_all("#rows tbody tr", "rows => rows.map(row => row.cells[0].dataset.v)")
+        by_kl = sorted(rows, key=lambda row: -float(row["kl"]))
+        assert sorted_rows[:6] == [row["label"] for row in by_kl[:6]], "the dense models' are equal"
+        assert {width: shown.overflow(width) for width in (375, 768, 1280, 1920)} == dict.fromkeys(
+            (375, 768, 1280, 1920), 0
+        )
+        page.emulate_media(color_scheme="dark")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 29)"
+        assert shown.errors == [] and shown.requests == [(out / "report.html").resolve().as_uri()]
+
+
+def test_checkpoints_load_with_plain_transformers_by_their_names(finished):
     out, _ = finished
     for row in results(out):
         if row["checkpoint"]:
-            model = AutoModelForCausalLM.from_pretrained(row["checkpoint"])
+            model = AutoModelForCausalLM.from_pretrained(out / "checkpoints" / name_of(row))
             assert sum(p.numel() for p in model.parameters()) == int(row["parameters"])
+
+
+def name_of(row):
+    return row["label"].replace(" + ", "-").replace(" ", "-")
+
+
+def test_what_one_would_push_has_a_card_and_no_path_of_this_machine(finished, config):
+    out, _ = finished
+    folder = out / "checkpoints" / "alpha-0.2-lora"
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in files}
+    settings = folder / "adapter" / "adapter_config.json"
+    places = [str(place).encode() for place in (out, config.parent)]
+    assert not [file for file in files for place in places if file != settings and place in file.read_bytes()]
+    # Seen from far away, the way to the base has the same folders in it.
+    base = json.loads(settings.read_text())["base_model_name_or_path"]
+    assert base.startswith(".")
+    assert not [place for place in places if place in settings.read_bytes().replace(base.encode(), b"")]
+    card = ModelCard.load(folder / "README.md")
+    kl = next(it.metric_value for it in card.data.eval_results if it.metric_type == "kl")
+    assert kl == float(next(row["kl"] for row in results(out) if name_of(row) == folder.name))
+
+
+@pytest.mark.parametrize("name", ["alpha-0.2-lora", "alpha-dense-lora"])
+def test_the_adapter_loads_with_its_base_and_gives_the_merged_model(finished, monkeypatch, name):
+    """From the folder in which the sweep was started."""
+    from peft import AutoPeftModelForCausalLM
+
+    monkeypatch.chdir(ROOT)
+    folder = finished[0] / "checkpoints" / name
+    tokens = torch.arange(3, 20)[None]
+    merged = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    assert torch.allclose(
+        AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")(tokens).logits, merged, atol=1e-3
+    )
+
+
+def test_a_model_of_any_shape_is_recovered_and_evaluated(config, tmp_path):
+    """Its layers differ in heads and widths, already where it is scored for the second of two rounds; it is calibrated
+    on two texts and compared on two.
+    """
+    settings = ["recovery.max_steps=1", "runtime.ranks=1", "prune.refit=dense", "calibration.samples=4"]
+    first, second = ({"path": str(config.parent / name)} for name in ("calibration.jsonl", "heldout.jsonl"))
+    settings += ["calibration.path=null", f"calibration.mixture=[{first}, {second}]", "prune.round_ratio=0.2"]
+    settings += ["evaluation.fidelity.path=null", f"evaluation.fidelity.texts={{own: {second}, other: {first}}}"]
+    chosen = ["--models", "alpha", "--ratios", "0.3", "--methods", "surgeon-rounds"]
+    result = sweep(config, tmp_path, *chosen, *itertools.chain(*(("--set", it) for it in settings)))
+    assert result.returncode == 0, result.stderr[-2000:]
+    pruned = next(row for row in results(tmp_path) if row["ratio"] == "0.3")
+    assert pruned["status"] == "done" and float(pruned["kl"]) > 0 and pruned["tiny_choice/acc"]
+    assert float(pruned["fidelity/other/kl"]) > 0 and "| KL other |" in (tmp_path / "results.md").read_text()
+    assert float(pruned["ratio_reached"]) == pytest.approx(0.3, abs=0.002)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / name_of(pruned), trust_remote_code=True)
+    assert sum(it.numel() for it in model.parameters()) == int(pruned["parameters"])
 
 
 def test_all_three_reports_agree_and_keep_the_configuration(finished, config):
     out, result = finished
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [row["kl"] for row in rows] == [float(row["kl"]) for row in results(out)]
-    assert (out / "results.md").read_text().count("\n") == 10
+    assert (out / "results.md").read_text().count("\n| alpha |") == 2 * 4, "a table of few columns and one of all"
     assert "alpha" in result.stdout and "tiny_choice" in result.stdout
+    checkpoints = [out / "checkpoints" / name_of(row) for row in rows if row["checkpoint"]]
+    assert len(checkpoints) == 6 and all(f"  {folder}\n" in result.stdout for folder in checkpoints)
+    assert all(row["kl_stderr"] > 0 and row["windows"] == 4 for row in rows if row["kl"])
+    assert all(row["own_time_s"] + row["shared_time_s"] == pytest.approx(row["wall_time_s"]) for row in rows)
+    assert all(row["provenance"]["seed"] == 0 and row["provenance"]["packages"]["torch"] for row in rows)
     resolved = yaml.safe_load((out / "config.yaml").read_text())
     assert resolved["recovery"]["learning_rate"] == 4e-4
     manifest = json.loads(next((out / "store" / "prune").glob("*/manifest.json")).read_text())
@@ -141,6 +230,28 @@ def test_report_command_makes_the_same_tables(finished):
     assert "HFPrune" in shown.stdout and "59.0" in shown.stdout
 
 
+def test_a_session_in_python_takes_up_a_sweep(finished, config, monkeypatch):
+    """With the lines of the README; no stage runs."""
+    out, _ = finished
+    before = {name: (out / name).read_bytes() for name in ("results.csv", "results.md", "results.json")}
+    text = (ROOT / "launch" / "README.md").read_text()
+    lines = re.search(r"```py\n(.*?)```", text, re.DOTALL)[1]
+    lines = lines.replace("runs/notebook", str(out)).replace("my.yaml", str(config)).replace(", ratios=[0.2]", "")
+    monkeypatch.setattr(subprocess, "Popen", None)
+    shown = {}
+    exec(lines, shown)
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert [row["label"] for row in shown["rows"]] == [
+        row["label"] for row in json.loads(before["results.json"])["rows"]
+    ]
+    assert [len(layer) for layer in shown["scores"]["beta"]["surgeon"]] == [48, 48]
+    assert set(shown["folders"]) == {
+        (model, ratio, "surgeon-uniform-block") for model in ("alpha", "beta") for ratio in (0.1, 0.2)
+    }
+    pruned = AutoModelForCausalLM.from_pretrained(shown["folders"]["alpha", 0.2, "surgeon-uniform-block"])
+    assert pruned.config.intermediate_size < 48
+
+
 def test_a_corrupt_artifact_is_set_aside_and_made_again(finished, config, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
@@ -170,7 +281,7 @@ def start(config, out, *arguments, real=False, environment=None):
     )
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=600):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "waited in vain"
@@ -234,8 +345,12 @@ def test_ctrl_c_leaves_nothing_running_and_nothing_half_written(finished, config
     launcher = start(config, out, *ONE_CELL, real=True)
     wait_for(lambda: list((out / "store" / "work").glob("*/*/stage.json")) and len(descendants_of(launcher)) >= 3)
     started = descendants_of(launcher)
-    launcher.send_signal(signal.SIGINT)
-    output, _ = launcher.communicate(timeout=60)
+    shown = sweep(config, out, *ONE_CELL, "--status").stdout
+    assert f"process {launcher.pid}" in shown and "running" in shown and "job" not in shown
+    assert "torch.distributed.run" in sweep(config, out, *ONE_CELL, "--logs", "alpha 0.2 + lora").stdout, "said at once"
+    cancelled = sweep(config, out, *ONE_CELL, "--cancel")  # by the signal of Ctrl-C
+    assert cancelled.returncode == 0 and f"process {launcher.pid} has left it" in cancelled.stdout
+    output, _ = launcher.communicate(timeout=600)
     assert launcher.returncode == 130 and "run the same command again" in output and "Traceback" not in output
     assert all_gone(started)
     assert not list((out / "store").rglob(".draft*"))

@@ -43,7 +43,7 @@ def refused(config, out, *arguments):
         (["--set", "recovery.instruction_field=instrction"], ["'instrction'", "the record has instruction, response"]),
         (["--set", "recovery.batch_size=5"], ["recovery.batch_size 5", "2 ranks", "set batch_size to 4 or 6"]),
         (["--models", "x", "--set", "aliases={x: {hub_id: a/b/c}}"], ["model 'x'", "a/b/c"]),
-        (["--methods", "surgeon", "--set", "prune.steps=2"], ["surgeon.yaml with prune.steps", "allocation: uniform"]),
+        (["--methods", "surgeon-plain", "--set", "prune.steps=2"], ["surgeon-plain.yaml with prune.steps", "plain"]),
         (["--profile", "local-cluster", "--ranks", "2"], ["--ranks 2", "tasks_per_node"]),
         (["--cancel", "--dry-run"], ["--dry-run", "not allowed with", "--cancel"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
@@ -109,7 +109,13 @@ def test_help_names_every_flag():
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path):
-    result = sweep(config, tmp_path / "out", "--dry-run")
+    texts = [
+        {"path": str(config.parent / "calibration.jsonl")},
+        {"path": str(config.parent / "heldout.jsonl"), "weight": 3},
+    ]
+    mixed = ["--set", "calibration.path=null", "--set", f"calibration.mixture={texts}"]
+    result = sweep(config, tmp_path / "out", "--dry-run", *mixed)
     assert result.returncode == 0 and not (tmp_path / "out").exists()
     assert "8 cells, 22 stages: 0 reuse, 22 run" in result.stdout
     assert result.stdout.count("not made yet") == 22
+    assert f"calibration windows: 2 of {texts[0]['path']}, 6 of {texts[1]['path']}" in result.stdout

@@ -9,7 +9,7 @@ from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.widths import ModelSize, Target
 
 SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "methods"
-SIZE = ModelSize(parameters=100_000, num_layers=4, units=100, parameters_per_unit=100, kind="neurons")
+SIZE = ModelSize(parameters=100_000, counts=(100,) * 4, parameters_per_unit=100, kind="neurons")
 
 
 def resolved(**overrides):
@@ -43,8 +43,23 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
     [
         ("criterion: entropi\n", "criterion"),
         ("criterion: entropy\nrefits: dense\n", "unknown key 'refits'.*did you mean 'refit'"),
-        ("criterion: entropy\nallocation: global\nsteps: 2\n", "steps: 2 needs allocation: uniform"),
         ("criterion: entropy\nsteps: 0\n", "steps.*greater than or equal to 1"),
+        ("criterion: entropy\nsteps: 2\nround_ratio: 0.1\n", "steps: 2 and round_ratio: 0.1 are two ways.*give one"),
+        ("criterion: entropy\nround_ratio: 0.001\n", "round_ratio.*greater than or equal to 0.01"),
+        ("criterion: entropy\nstructures: [neurons, kv_groups]\n", "kv_groups. needs allocation: plain, global or"),
+        (
+            "criterion: entropy\nstructures: [layers, neurons]\nsteps: 2\n",
+            "layers. needs allocation: plain or searched",
+        ),
+        (
+            "criterion: entropy\nallocation: global\nstructures: [neurons, layers]\n",
+            "layers. needs allocation: plain or searched; layers have no scores",
+        ),
+        ("criterion: entropy\nallocation: plain\n", "plain needs kv_groups or layers.*allocation: uniform"),
+        (
+            "criterion: entropy\nallocation: plain\nstructures: [neurons, layers]\nsteps: 2\n",
+            "steps: 2 needs allocation: uniform, global or searched",
+        ),
         ("- entropy\n", "expected the keys of a method"),
         ("a: [\n", "not valid YAML"),
         (None, "No such file"),
@@ -90,7 +105,7 @@ def test_multiples_bound_what_can_go_as_well():
     assert replace(target, multiple_of=128).narrowest_widths(0.3, 0, 0) == [100] * 4
 
 
-def test_steps_from_the_command_line_are_refused_where_a_method_is_not_uniform():
+def test_rounds_from_the_command_line_are_refused_where_shapes_are_plain():
     assert resolved(methods=["surgeon-uniform"], **{"prune.steps": 3})["surgeon-uniform"].steps == 3
-    with pytest.raises(UserError, match=r"surgeon\.yaml.*\n.*steps: 3 needs allocation: uniform"):
-        resolved(methods=["surgeon"], **{"prune.steps": 3})
+    with pytest.raises(UserError, match=r"surgeon-plain\.yaml.*\n.*round_ratio: 0.1 needs allocation: uniform"):
+        resolved(methods=["surgeon-plain"], **{"prune.round_ratio": 0.1})

@@ -34,6 +34,7 @@ def plan_of(world, *, criteria=None, **overrides):
     base = {
         "models": ["a", "b"],
         "ratios": [0.1, 0.2],
+        "methods": ["surgeon-uniform-block"],
         "aliases.a.path": str(world / "a"),
         "aliases.b.path": str(world / "b"),
         "calibration.path": str(world / "text.jsonl"),
@@ -49,6 +50,10 @@ def plan_of(world, *, criteria=None, **overrides):
 
 def kinds(plan):
     return [stage.kind for stage in plan.stages.values()]
+
+
+def stages_of(plan, kind):
+    return [stage for stage in plan.stages.values() if stage.kind == kind]
 
 
 def test_work_is_shared_and_every_table_has_its_baselines(world):
@@ -114,6 +119,41 @@ def test_what_affects_a_result_changes_its_fingerprint_and_no_other(world, chang
         assert {"recover", "evaluate"} <= kept
 
 
+def test_several_texts_add_references_and_inputs_and_leave_what_a_single_text_made(world):
+    held, text = {"path": str(world / "held.jsonl")}, {"path": str(world / "text.jsonl")}
+    one = plan_of(world)
+    named = plan_of(world, evaluation__fidelity__path=None, evaluation__fidelity__texts={"own": held})
+    several = plan_of(world, evaluation__fidelity__path=None, evaluation__fidelity__texts={"own": held, "news": text})
+    assert list(named.stages) == list(one.stages), "a name is no setting"
+    gone = {one.stages[stage_id].kind for stage_id in set(one.stages) - set(several.stages)}
+    assert gone == {"evaluate"} and kinds(several).count("reference") == 4
+    roles = {role for stage in stages_of(several, "evaluate") for role in stage.inputs}
+    assert roles == {"model", "dense", "reference", "reference news"}
+
+    mixed = plan_of(world, calibration__path=None, calibration__mixture=[text, held])
+    (heavier,) = {
+        stage.id
+        for stage in stages_of(
+            plan_of(world, calibration__path=None, calibration__mixture=[text, held | {"weight": 2}]), "importance"
+        )
+        if stage.label == "a"
+    }
+    importance = next(stage for stage in stages_of(mixed, "importance") if stage.label == "a")
+    assert {*importance.inputs} == {"model", "calibration 1", "calibration 2"}
+    assert importance.id not in one.stages and importance.id != heavier
+    assert Plan.from_json(json.loads(json.dumps(mixed.to_json()))) == mixed
+
+
+def test_bos_of_calibration_windows_is_that_of_evaluations_unless_it_is_set(world):
+    both, neither = plan_of(world), plan_of(world, evaluation__add_bos_token=False)
+    own = plan_of(world, evaluation__add_bos_token=False, calibration__add_bos_token=True)
+    ids = [{stage.id for stage in stages_of(plan, "importance")} for plan in (both, neither, own)]
+    assert ids[0] == ids[2] != ids[1]
+    assert {stage.id for stage in stages_of(own, "reference")} == {
+        stage.id for stage in stages_of(neither, "reference")
+    }
+
+
 def test_a_criterion_more_in_the_pass_makes_it_again_and_nothing_else(world):
     few = plan_of(world, methods=["hfprune"])
     for change in ({"methods": ["hfprune", "surgeon"]}, {"importance__criteria": ["activation"]}):
@@ -122,6 +162,83 @@ def test_a_criterion_more_in_the_pass_makes_it_again_and_nothing_else(world):
         assert anew == {"importance"}
         prune = next(stage for stage in more.stages.values() if stage.kind == "prune")
         assert prune.inputs["importance"].location in more.stages
+
+
+def methods_file(folder, name, **method):
+    file = folder / f"{name}.yaml"
+    file.write_text(json.dumps(method))
+    return str(file)
+
+
+def test_one_pass_scores_all_kinds_and_each_method_depends_on_its_own(world, tmp_path):
+    """A method of neurons alone is what it is without others, and one of groups what it is without it."""
+    both = methods_file(tmp_path, "both", criterion="surgeon", structures=["kv_groups", "neurons"], allocation="global")
+    alone, other, together = (
+        plan_of(world, methods=names, models=["a"]) for names in (["hfprune"], [both], ["hfprune", both])
+    )
+    scored = [stage for stage in together.stages.values() if stage.kind == "importance"]
+    assert [stage.params.structures for stage in scored] == [["neurons", "kv_groups"]]
+    assert scored[0].params.criteria == ["entropy", "surgeon"]
+    for plan in (alone, other):
+        new = {stage_id.split("/")[0] for stage_id in set(plan.stages) - set(together.stages)}
+        assert new == {"importance"}, "prune stages and what comes after them are the same"
+    cuts = [stage.params.to_json() for stage in together.stages.values() if stage.kind == "prune"]
+    assert [cut.get("structures") for cut in cuts] == [None, ["neurons", "kv_groups"]] * 2
+    assert (
+        "structures"
+        not in next(stage for stage in alone.stages.values() if stage.kind == "importance").params.to_json()
+    )
+
+
+def test_later_steps_score_what_their_method_prunes(world, tmp_path):
+    both = methods_file(tmp_path, "both", criterion="entropy", structures=["neurons", "kv_groups"], allocation="global")
+    few = methods_file(tmp_path, "few", criterion="entropy", refit="dense", steps=2)
+    passes = stages_of(plan_of(world, methods=[both, few], models=["a"], ratios=[0.1]), "importance")
+    assert [stage.params.structures for stage in passes] == [["neurons", "kv_groups"], ["neurons"]]
+
+
+def test_layers_are_not_scored(world, tmp_path):
+    """They leave the calibration pass what it is, and change what is pruned."""
+    few, more = (
+        methods_file(tmp_path, name, criterion="entropy", allocation="searched", structures=structures)
+        for name, structures in (("few", ["neurons"]), ("more", ["layers", "neurons"]))
+    )
+    plans = [plan_of(world, methods=[method], models=["a"], ratios=[0.1]) for method in (few, more)]
+    passes, cuts = ([stages_of(plan, kind)[0] for plan in plans] for kind in ("importance", "prune"))
+    assert passes[0] == passes[1] and "structures" not in passes[0].params.to_json()
+    assert cuts[1].params.to_json()["structures"] == ["neurons", "layers"] and cuts[0].id != cuts[1].id
+
+
+def test_a_plain_shape_is_planned_with_what_it_is_measured_with(world, tmp_path):
+    structures = ["neurons", "kv_groups", "layers"]
+    method = {"criterion": "surgeon", "structures": structures, "allocation": "plain", "multiple_of": "auto"}
+    plain = methods_file(tmp_path, "plain", **method, floor=0.5)
+    (cut,) = stages_of(plan_of(world, methods=[plain], models=["a"], ratios=[0.1]), "prune")
+    run = {"ratio": 0.1, "refit": "none", "dtype": "bfloat16", "micro_batch_size": 1}
+    assert cut.params.to_json() == method | run | {"multiple_of": 1}
+
+
+@pytest.mark.parametrize(("beside", "moves"), [("layers", False), ("kv_groups", True)])
+def test_only_where_groups_may_go_it_matters_over_how_many_devices_layers_are_split(world, tmp_path, beside, moves):
+    options = {"criterion": "entropy", "structures": ["neurons", beside], "allocation": "searched"}
+    method = methods_file(tmp_path, "method", **options)
+    before, after = (
+        stages_of(plan_of(world, methods=[method], models=["a"], ratios=[0.1], prune__tensor_parallel=size), "prune")
+        for size in (1, 2)
+    )
+    assert (before[0].id != after[0].id) is moves
+    assert after[0].params.to_json().get("tensor_parallel") == (2 if moves else None)
+
+
+def test_kinds_of_units_do_not_change_the_windows_that_a_distillation_learns_from(world, tmp_path):
+    options = {"criterion": "entropy", "structures": ["neurons", "kv_groups"], "allocation": "global", "distill": 1}
+    both = methods_file(tmp_path, "both", **options)
+    few = methods_file(tmp_path, "few", criterion="entropy", distill=1)
+    references = [
+        {stage_id for stage_id in plan_of(world, methods=[method]).stages if stage_id.startswith("reference/")}
+        for method in (both, few)
+    ]
+    assert references[0] == references[1] and len(references[0]) == 4
 
 
 def test_where_the_pass_may_end_early_all_of_its_criteria_matter(world):
@@ -202,7 +319,7 @@ def test_a_file_is_no_model(world, tmp_path):
         plan_of(world, models=[str(tmp_path / "text.jsonl")])
 
 
-def test_a_checkpoint_whose_layers_differ_in_width_is_not_pruned_again(world, tmp_path):
+def test_a_checkpoint_whose_layers_differ_is_pruned_again_where_layers_compete(world, tmp_path):
     folder = save_tiny(tmp_path / "narrowed")
     state = load_file(folder / "model.safetensors")
     for name, dimension in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
@@ -212,8 +329,14 @@ def test_a_checkpoint_whose_layers_differ_in_width_is_not_pruned_again(world, tm
     config = json.loads((folder / "config.json").read_text())
     config["per_layer_config"] = {"1": {"intermediate_size": 20}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="layers differ in width"):
-        plan_of(world, models=["a", str(folder)])
+    for method in ("hfprune", "surgeon-plain"):
+        with pytest.raises(UserError, match=f"'narrowed', method '{method}': its layers differ in width.*or searched"):
+            plan_of(world, models=["a", str(folder)], methods=[method])
+    methods = ["surgeon", "surgeon-searched", "surgeon-rounds"]
+    plan = plan_of(world, models=[str(folder)], methods=methods, ratios=[0.05, 0.15], recovery__method="none")
+    assert [len(cell.producers) for cell in plan.cells] == [0, 2, 2, 2, 2, 2, 4]
+    with pytest.raises(UserError, match=r"ratio 0.4 can't be reached with the floors .* largest possible is 0.1"):
+        plan_of(world, models=[str(folder)], methods=["surgeon"], ratios=[0.4])
 
 
 def test_each_method_is_a_row_and_shares_the_importance_pass(world):
@@ -259,6 +382,41 @@ def test_a_first_step_is_shared_with_the_row_of_its_ratio(world):
     assert kinds(plan).count("prune") == 5 and kinds(plan).count("importance") == 3
 
 
+def test_rounds_of_rising_ratios_share_their_stages_whatever_else_is_asked_for(world):
+    def producers(ratios, **settings):
+        plan = plan_of(world, models=["a"], methods=["surgeon-rounds"], ratios=ratios, **settings)
+        return plan, {cell.ratio: list(cell.producers[:-1]) for cell in plan.cells if cell.ratio}
+
+    plan, of = producers([0.25, 0.2, 0.1, 0.3])
+    assert [len(of[ratio]) for ratio in (0.1, 0.2, 0.25, 0.3)] == [2, 4, 6, 6]
+    assert of[0.3][:4] == of[0.25][:4] == of[0.2] and of[0.2][:2] == of[0.1] and of[0.3][4] == of[0.25][4]
+    assert kinds(plan).count("prune") == 4 and kinds(plan).count("importance") == 3
+    last = [plan.stages[stage_id] for stage_id in of[0.3]]
+    assert [it.params.ratio for it in last[1::2]] == [0.1, 0.2, 0.3]
+    assert [it.params.structures for it in last[::2]] == [["neurons", "kv_groups"]] * 3
+    assert (
+        "dense" not in last[1].inputs and last[3].inputs["dense"] == last[5].inputs["dense"] == last[1].inputs["model"]
+    )
+    assert "round_ratio" not in last[5].params.to_json()
+    for ratio, chain in of.items():
+        assert producers([ratio])[1] == {ratio: chain}
+    assert producers([0.2], prune__round_ratio=0.05)[1][0.2][:2] != of[0.2][:2]
+
+
+def test_one_round_has_the_fingerprints_of_a_method_without(world):
+    one, none = (plan_of(world, methods=[name], ratios=[0.1]) for name in ("surgeon-rounds", "surgeon-any-shape"))
+    assert list(one.stages) == list(none.stages)
+    with pytest.raises(UserError, match=r"'a 0.1 surgeon-any-shape .* and 'a 0.1 surgeon-rounds .* do the same"):
+        plan_of(world, models=["a"], methods=["surgeon-any-shape", "surgeon-rounds"])
+
+
+def test_steps_of_an_allocation_that_is_not_uniform_share_a_round_of_the_same_ratio(world):
+    plan = plan_of(world, models=["a"], methods=["surgeon"], ratios=[0.05, 0.1], prune__steps=2, prune__multiple_of=2)
+    few, many = (cell.producers[:-1] for cell in plan.cells if cell.ratio)
+    assert len(few) == len(many) == 4 and few[3] != many[1], "the second of two steps is not a first"
+    assert plan.stages[many[3]].inputs["dense"] == plan.stages[many[1]].inputs["model"]
+
+
 def test_distillation_comes_last_and_shares_what_was_pruned(world):
     methods = ["surgeon-uniform-block", "surgeon-uniform-distilled"]
     plan = plan_of(world, models=["a"], methods=methods, ratios=[0.2])
@@ -299,8 +457,14 @@ def test_one_step_has_the_fingerprints_of_none(world):
 
 
 def test_too_many_steps_for_a_model_are_refused(world):
-    with pytest.raises(UserError, match=r"model 'a', method 'surgeon-uniform-block': of 8 steps.*one removes nothing"):
+    with pytest.raises(
+        UserError, match=r"model 'a', method 'surgeon-uniform-block': of 8 rounds.* removes nothing.*steps"
+    ):
         plan_of(world, ratios=[0.2], prune__steps=8, prune__multiple_of=5)
+    with pytest.raises(
+        UserError, match=r"of 2 rounds to ratio 0.201, the one from 0.2 to 0.201 removes nothing.*round_r"
+    ):
+        plan_of(world, methods=["surgeon-rounds"], ratios=[0.201], prune__round_ratio=0.2, prune__multiple_of=4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

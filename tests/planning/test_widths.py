@@ -1,10 +1,10 @@
 import pytest
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.widths import ModelSize, Target, step_ratios
+from hfprune_dist.planning.widths import ModelSize, Target
 
-SMOLLM2 = ModelSize(134_515_008, 30, 1536, 3 * 576, "neurons")
-LLAMA_3_2_1B = ModelSize(1_235_814_400, 16, 8192, 3 * 2048, "neurons")
+SMOLLM2 = ModelSize(134_515_008, (1536,) * 30, 3 * 576, "neurons")
+LLAMA_3_2_1B = ModelSize(1_235_814_400, (8192,) * 16, 3 * 2048, "neurons")
 
 
 def test_twenty_percent_of_smollm2_keeps_1017_neurons():
@@ -35,19 +35,3 @@ def test_out_of_reach_names_the_largest_ratio_that_is_not():
 def test_rounding_that_removes_nothing_is_refused():
     with pytest.raises(UserError, match="removes nothing"):
         Target(SMOLLM2, 0.001, 128, "m").uniform_width()
-
-
-def test_steps_are_equal_parts_that_end_at_the_ratio_itself():
-    assert step_ratios(0.4, 1) == [0.4] and step_ratios(0.4, 2) == [0.2, 0.4]
-    assert step_ratios(0.3, 3) == [0.1, 0.2, 0.3], "not 0.09999999999999999, which no other row asks for"
-
-
-def test_steps_end_at_the_width_of_one_step():
-    widths = Target(SMOLLM2, 0.4, 1, "m").uniform_widths(4)
-    assert widths[1] == 1017 and widths[-1] == Target(SMOLLM2, 0.4, 1, "m").uniform_width()
-    assert widths == sorted(set(widths), reverse=True)
-
-
-def test_a_step_that_removes_nothing_is_refused():
-    with pytest.raises(UserError, match=r"m: of 8 steps to ratio 0.4, one removes nothing.*fewer steps"):
-        Target(SMOLLM2, 0.4, 192, "m").uniform_widths(8)

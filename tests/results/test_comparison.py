@@ -3,14 +3,18 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from hfprune_dist.results.column import cells
 from hfprune_dist.results.comparison import (
+    all_columns_of_methods,
     compare_criteria,
     compare_methods,
     convergence_table,
     criteria_table,
     methods_table,
     overlap,
+    read_scores,
     spearman,
     spread,
 )
@@ -19,6 +23,12 @@ from hfprune_dist.results.comparison import (
 def row(method, kl, ratio=0.2, status="done"):
     measures = {"kl": kl, "top1_agreement": 0.6, "perplexity": 20.0, "wall_time_s": 10.0, "peak_memory_bytes": 2**30}
     return {"model": "m", "ratio": ratio, "method": method, "recovery": "none", "status": status, **measures}
+
+
+def shown(comparisons, reference):
+    """Of each row, header -> cell."""
+    columns = all_columns_of_methods(comparisons, reference)
+    return [dict(zip([it.header for it in columns], row, strict=True)) for row in cells(comparisons, columns)]
 
 
 def test_methods_are_set_against_the_reference_of_their_own_sweep():
@@ -30,14 +40,14 @@ def test_methods_are_set_against_the_reference_of_their_own_sweep():
     )
     assert ours.sweeps == 2
     assert ours.peak_memory_bytes == 2**30
-    assert "0.550 ± 0.071" in methods_table([reference, ours], "hfprune")
+    assert shown([reference, ours], "hfprune")[1]["KL"] == "0.550±0.071"
 
 
 def test_missing_cells_are_left_out_and_a_single_sweep_has_no_spread():
     ours, dense = compare_methods([[row("ours", 0.5), row("other", None, status="missing"), row(None, 0.0, 0.0)]], "x")
     assert (ours.method, dense.method) == ("ours", "dense")
     assert ours.kl_share is None and ours.measures["kl"].deviation is None
-    assert "±" not in methods_table([ours], "x")
+    assert shown([ours], "x")[0]["KL"] == "0.500"
 
 
 @pytest.mark.parametrize("reference", [0.5, None, 0.0])
@@ -48,14 +58,14 @@ def test_what_a_sweep_has_no_number_for_is_missing(measure, reference):
     *_, ours = compare_methods(sweeps, "hfprune")
     assert ours.measures[measure] is None and ours.sweeps == 2
     assert sum(it is None for it in ours.measures.values()) == 1
-    line = methods_table([ours], "hfprune").splitlines()[2]
-    assert line.split(" | ")[{"kl": 4, "top1_agreement": 6, "perplexity": 7}[measure]] == "-"
+    header = {"kl": "KL", "top1_agreement": "agreement", "perplexity": "perplexity"}[measure]
+    assert shown([ours], "hfprune")[0][header] == "-"
     json.dumps([asdict(ours)], allow_nan=False)
 
 
 def test_methods_without_any_number_have_a_row():
     (ours,) = compare_methods([[row("ours", None) | {"top1_agreement": None, "perplexity": None}]], "ours")
-    assert ours.kl_share is None and "| ours | none | - | - | - | - | 1 |" in methods_table([ours], "ours")
+    assert ours.kl_share is None and "| ours | - | - | - | 1 | - |" in methods_table([ours], "ours")
 
 
 def test_spread_is_that_of_a_sample():
@@ -92,3 +102,13 @@ def test_settling_has_a_row_for_each_criterion_and_share():
     late = {"windows": 32, "criterion": "surgeon", "compared": "sums of (h * dL/dh)^2", "share_kept": 0.8}
     line = convergence_table([*points, {**late, "overlap": 0.5}]).splitlines()[-1]
     assert line == "| surgeon (sums of (h * dL/dh)^2) | 80% | - | 0.500 |"
+
+
+def test_scores_of_other_units_than_neurons_are_left_out(tmp_path):
+    layers = range(11)
+    scores = {f"layers.{layer}.{name}": np.full(4, layer / 2) for layer in layers for name in ("fisher", "entropy")}
+    groups = {f"layers.{layer}.kv_groups.{name}": np.ones(2) for layer in layers for name in ("fisher", "entropy")}
+    save_file(scores | groups, tmp_path / "importance.safetensors")
+    read = read_scores(tmp_path)
+    assert list(read) == ["entropy", "fisher"]
+    assert all([row.tolist() for row in rows] == [[layer / 2] * 4 for layer in layers] for rows in read.values())

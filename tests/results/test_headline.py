@@ -1,6 +1,6 @@
 import pytest
 
-from hfprune_dist.results.headline import averages, headline
+from hfprune_dist.results.headline import average_errors, averages, headline, headline_error
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,19 @@ def test_averages_of_incomplete_rows_are_missing():
 def test_perplexities_are_not_averaged_with_scores():
     assert averages({"a": {"acc": 0.5}, "wikitext": {"word_perplexity": 20.0}}) == (0.5, 0.5)
     assert averages({"wikitext": {"word_perplexity": 20.0}}) == (None, None)
+
+
+def test_errors_of_averages_are_those_of_independent_tasks():
+    tasks = {"a": {"acc": 0.5, "acc_stderr": 0.03}, "b": {"acc_norm": 0.7, "acc_norm_stderr": 0.04}}
+    bias = {"crows_pairs_english": {"pct_stereotype": 0.6, "pct_stereotype_stderr": 0.12}}
+    assert average_errors(tasks) == (pytest.approx(0.025), pytest.approx(0.025))
+    assert average_errors(tasks | bias) == (pytest.approx(0.13 / 3), pytest.approx(0.025))
+    assert average_errors(tasks | {"wikitext": {"word_perplexity": 20.0}}) == average_errors(tasks)
+    assert average_errors(tasks | {"c": {"acc": 0.5, "acc_stderr": None}}) == (None, None)
+    assert average_errors(tasks | {"c": {}}) == average_errors({}) == (None, None)
+
+
+def test_the_error_is_that_of_the_headline():
+    assert headline_error({"acc": 0.4, "acc_norm": 0.5, "acc_norm_stderr": 0.1, "acc_stderr": 0.2}) == 0.1
+    assert headline_error({"exact_match[strict]": 0.4, "exact_match[strict]_stderr": 0.3}) == 0.3
+    assert headline_error({"f1": 0.4}) is None

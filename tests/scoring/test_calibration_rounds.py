@@ -20,19 +20,26 @@ from hfprune_dist.stages import importance
 from hfprune_dist.store.heartbeat import Progress
 
 TOKENS = 6
-SMALLEST = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1}
+SMALLEST = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
 # The default alone, and with a student, a rounded sum and one of activations.
 CHOICES = (("surgeon",), ("activation", "entropy_bfloat16", "self_distillation", "surgeon"))
 
 
 class Case(NamedTuple):
-    """A pass: windows, micro-batches a shard, windows a micro-batch, which of ``CHOICES``, and where it may end."""
+    """A pass: windows, micro-batches a shard, windows a micro-batch, which of ``CHOICES``, where it may end, and
+    whether KV groups are scored as well.
+    """
 
     samples: int
     shard_size: int
     micro_batch_size: int
     choice: int
     settled: float | None
+    groups: bool = False
+
+    @property
+    def structures(self):
+        return ["neurons", "kv_groups"] if self.groups else ["neurons"]
 
     @property
     def shards(self):
@@ -62,6 +69,7 @@ CASES = st.builds(
     micro_batch_size=st.integers(1, 3),
     choice=st.sampled_from((0, 0, 0, 0, 1)),
     settled=st.sampled_from((None, None, 0.6, 0.75, 0.9)),
+    groups=st.sampled_from((False, False, False, False, True)),
 )
 SIZES = st.integers(1, 5)
 
@@ -82,7 +90,7 @@ def calibrate(tmp_path_factory, patch):
     def calibrate(case, ranks, work):
         keys = ("micro_batch_size", "shard_size", "settled")
         calibration = SimpleNamespace(**{key: getattr(case, key) for key in keys})
-        params = SimpleNamespace(dtype="float32", seed=3, calibration=calibration)
+        params = SimpleNamespace(dtype="float32", seed=3, calibration=calibration, structures=case.structures)
 
         def accumulate(world):
             context = SimpleNamespace(
@@ -107,6 +115,8 @@ def on_one_rank(calibrate, tmp_path_factory):
     def on_one_rank(case):
         ranks = Ranks(1)
         (totals,) = calibrate(case, ranks, tmp_path_factory.mktemp("one"))
+        if case.groups:
+            assert_same(on_one_rank(case._replace(groups=False)), totals, case.tokens(totals.next_shard))
         assert ranks.counts()[FORWARD] == case.forwards(totals.next_shard, 1), "one rank keeps step with nobody"
         return totals
 
@@ -115,10 +125,13 @@ def on_one_rank(calibrate, tmp_path_factory):
 
 def assert_same(totals, expected, tokens):
     assert totals.next_shard == expected.next_shard and totals.is_complete
-    assert torch.equal(totals.sums_KLU, expected.sums_KLU)
     assert totals.losses == expected.losses and totals.curve == expected.curve
-    for layer in range(2):
-        assert torch.equal(totals.mean_curvature(layer, tokens), expected.mean_curvature(layer, tokens))
+    for kind, of_kind in totals.kinds.items():
+        for name, sums in expected.kinds[kind].sums.items():
+            assert torch.equal(of_kind.sums[name], sums), (kind, name)
+        for layer in range(2):
+            curvature = expected.kinds[kind].mean_curvature(layer, tokens)
+            assert torch.equal(of_kind.mean_curvature(layer, tokens), curvature), kind
 
 
 # The victim is counted among the ranks, and the collective before which it dies among its own.
@@ -128,6 +141,7 @@ def assert_same(totals, expected, tokens):
 @example(case=Case(1, 1, 1, 1, None), size=1, later=1, dies_at=0.0, victim=0)
 @example(case=Case(1, 1, 1, 0, 0.5), size=5, later=2, dies_at=0.99, victim=3)
 @example(case=Case(13, 4, 2, 1, 0.6), size=3, later=1, dies_at=0.7, victim=2)
+@example(case=Case(3, 1, 1, 1, None, groups=True), size=5, later=2, dies_at=0.8, victim=0)
 @given(case=CASES, size=SIZES, later=SIZES, dies_at=st.floats(0, 0.999), victim=st.integers(0, 4))
 def test_all_ranks_keep_step_and_have_the_bits_of_one(
     calibrate, on_one_rank, tmp_path_factory, case, size, later, dies_at, victim

@@ -9,6 +9,8 @@ from ranks import SoloWorld
 
 from hfprune_dist.checkpoints.tensor_files import load_tensors, save_tensors
 from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.unit_sums import KindSums
+from hfprune_dist.scoring.kind_totals import Shape
 from hfprune_dist.scoring.shard_scorer import Sums
 from hfprune_dist.scoring.shard_sums import Accumulation
 
@@ -22,20 +24,21 @@ def fast():
 
 
 def shard_of(terms):
-    """What a shard of micro-batches with these terms of entropy reports: rows of float64 sums, and rounded terms."""
+    """What a shard of micro-batches with these terms of entropy reports: the float64 sum, and rounded terms."""
     exact = sum(torch.full((1, 1), term, dtype=torch.float64) for term in terms)
-    rounded = [torch.full((1, 1, 1), term) for term in terms]
-    return Sums(torch.stack([exact, torch.zeros_like(exact)]), rounded, torch.zeros(0), {"entropy": 0.0})
+    rounded = [{"entropy_bfloat16": torch.full((1, 1), term)} for term in terms]
+    return Sums({"neurons": KindSums({"entropy": exact}, rounded, torch.zeros(0))}, {"entropy": 0.0})
 
 
 def accumulate(folder, shards, restart=False):
     file, world = folder / "partial.safetensors", SoloWorld()
-    totals = Accumulation(CHOSEN, (1, 1, 1), len(shards), file, world)
+    shapes = {"neurons": Shape((1,), 1, 1)}
+    totals = Accumulation(CHOSEN, shapes, len(shards), file, world)
     while not totals.is_complete:
         totals.add_round(shard_of(shards[totals.mine]))
         if restart:
-            totals = Accumulation(CHOSEN, (1, 1, 1), len(shards), file, world)
-    return totals.sums_KLU[:, 0, 0].tolist()
+            totals = Accumulation(CHOSEN, shapes, len(shards), file, world)
+    return [totals.kinds["neurons"].sums[it.name].item() for it in CHOSEN]
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -55,30 +58,45 @@ def test_rounding_does_not_depend_on_how_micro_batches_are_cut_into_shards(tmp_p
 
 # A pass that saves everything that a pass can.
 FULL = [CRITERIA[name] for name in ("activation", "entropy_bfloat16", "surgeon")]
-LAYERS, NEURONS, HIDDEN, SHARDS = 2, 6, 3, 5
+LAYERS, HIDDEN, SHARDS = 2, 3, 5
+NEURONS, GROUPS = Shape((6,) * LAYERS, 1, HIDDEN), Shape((2,) * LAYERS, 4, HIDDEN)
+SHAPES = {"neurons": NEURONS, "kv_groups": GROUPS}
 
 
-def full_shard(number):
-    generator = torch.Generator().manual_seed(number)
+def kind_of_shard(shape, generator):
+    exact = {
+        it.name: torch.rand(shape.of_sums(it), generator=generator, dtype=torch.float64)
+        for it in FULL
+        if not it.is_rounded
+    }
+    terms = [{"entropy_bfloat16": torch.rand(LAYERS, shape.units, generator=generator)} for _ in range(2)]
     gradients = torch.randn(LAYERS, 4, HIDDEN, generator=generator)
-    return Sums(
-        torch.rand(3, LAYERS, NEURONS, generator=generator, dtype=torch.float64),
-        [torch.rand(1, LAYERS, NEURONS, generator=generator) for _ in range(2)],
-        gradients.transpose(1, 2) @ gradients,
-        {"entropy": 1.5 + number, "random_signs": 0.25 * number},
-    )
+    return KindSums(exact, terms, gradients.transpose(1, 2) @ gradients)
 
 
-def add_rounds(file, rounds=SHARDS, criteria=FULL, shape=(LAYERS, NEURONS, HIDDEN), shards=SHARDS):
-    totals = Accumulation(criteria, shape, shards, file, SoloWorld())
+def full_shard(number, shapes):
+    generator = torch.Generator().manual_seed(number)
+    kinds = {kind: kind_of_shard(shape, generator) for kind, shape in shapes.items()}
+    return Sums(kinds, {"entropy": 1.5 + number, "random_signs": 0.25 * number})
+
+
+def add_rounds(file, rounds=SHARDS, shapes=SHAPES, settled=None):
+    totals = Accumulation(FULL, shapes, SHARDS, file, SoloWorld(), settled=settled)
     while not totals.is_complete and totals.next_shard < rounds:
-        totals.add_round(full_shard(totals.mine))
+        totals.add_round(full_shard(totals.mine, shapes))
     return totals
 
 
 def assert_same(totals, expected):
-    assert torch.equal(totals.sums_KLU, expected.sums_KLU)
     assert totals.losses == expected.losses and totals.curve == expected.curve
+    assert totals.kinds.keys() == expected.kinds.keys()
+    for kind in totals.kinds:
+        assert_same_kind(totals.kinds[kind], expected.kinds[kind])
+
+
+def assert_same_kind(totals, expected):
+    assert totals.sums.keys() == expected.sums.keys()
+    assert all(torch.equal(totals.sums[name], sums) for name, sums in expected.sums.items())
     for layer in range(LAYERS):
         assert torch.equal(totals.mean_curvature(layer, 1), expected.mean_curvature(layer, 1))
 
@@ -100,9 +118,13 @@ def test_a_damaged_file_is_set_aside_and_the_pass_begins_anew(tmp_path_factory, 
     [
         {"criteria": FULL[:2]},
         {"criteria": [CRITERIA["activation"], CRITERIA["entropy"], CRITERIA["surgeon"]]},
-        {"shape": (LAYERS, NEURONS, HIDDEN + 1)},
-        {"shape": (LAYERS, NEURONS + 1, HIDDEN)},
-        {"shape": (LAYERS + 1, NEURONS, HIDDEN)},
+        {"shapes": {"neurons": NEURONS}},
+        {"shapes": {"neurons": GROUPS, "kv_groups": NEURONS}},
+        {"shapes": SHAPES | {"kv_groups": GROUPS._replace(channels_per_unit=3)}},
+        *(
+            {"shapes": SHAPES | {"neurons": NEURONS._replace(**changed)}}
+            for changed in ({"counts": (6,) * 9}, {"counts": (9,) * LAYERS}, {"hidden_size": 9})
+        ),
         {"shards": 3},
     ],
 )
@@ -112,12 +134,13 @@ def test_a_file_of_another_pass_is_set_aside(tmp_path, capsys, other):
     add_rounds(file, 4)
     totals = Accumulation(
         other.get("criteria", FULL),
-        other.get("shape", (LAYERS, NEURONS, HIDDEN)),
+        other.get("shapes", SHAPES),
         other.get("shards", SHARDS),
         file,
         SoloWorld(),
     )
-    assert totals.next_shard == 0 and not totals.sums_KLU.any() and not file.exists()
+    assert totals.next_shard == 0 and not any(it.any() for it in totals.kinds["neurons"].sums.values())
+    assert not file.exists()
     assert "is of another pass" in capsys.readouterr().out
     assert_same(add_rounds(file), add_rounds(tmp_path / "expected.safetensors"))
 
@@ -135,6 +158,33 @@ def test_a_curve_that_is_none_is_of_another_pass(tmp_path, points):
 def test_a_whole_file_is_taken_up(tmp_path, capsys):
     file = tmp_path / "partial.safetensors"
     add_rounds(file, 3)
-    assert Accumulation(FULL, (LAYERS, NEURONS, HIDDEN), SHARDS, file, SoloWorld()).next_shard == 3
+    assert Accumulation(FULL, SHAPES, SHARDS, file, SoloWorld()).next_shard == 3
     assert_same(add_rounds(file), add_rounds(tmp_path / "expected.safetensors"))
     assert not capsys.readouterr().out
+
+
+def test_of_neurons_alone_the_file_is_as_it_was_before_there_were_other_kinds(tmp_path):
+    file = tmp_path / "partial.safetensors"
+    totals = add_rounds(file, 3, {"neurons": NEURONS})
+    saved, _ = load_tensors(file)
+    sums = {f"sums.{it.name}": (torch.float64, (LAYERS, 6)) for it in FULL}
+    losses = {f"loss.{name}": (torch.float64, ()) for name in ("entropy", "random_signs")}
+    curvature = {"curvature.first": (torch.float64, (LAYERS, HIDDEN))}
+    curvature["curvature.total"] = (torch.int64, (LAYERS, HIDDEN, HIDDEN))
+    rest = {"next_shard": (torch.int64, ()), "odd": (torch.float64, (3, LAYERS, 6)), "curve": (torch.float64, (6, 4))}
+    assert {name: (it.dtype, tuple(it.shape)) for name, it in saved.items()} == sums | losses | curvature | rest
+    for place, criterion in enumerate(FULL):
+        odd = torch.zeros(LAYERS, 6, dtype=torch.float64)
+        if not criterion.is_rounded:
+            odd += full_shard(1, {"neurons": NEURONS}).kinds["neurons"].exact[criterion.name]
+        assert torch.equal(saved["odd"][place], odd)
+        assert torch.equal(saved[f"sums.{criterion.name}"], totals.kinds["neurons"].sums[criterion.name])
+
+
+@pytest.mark.parametrize("settled", [None, 0.3])
+def test_other_kinds_change_neither_the_sums_of_neurons_nor_where_a_pass_ends(tmp_path, settled):
+    alone = add_rounds(tmp_path / "alone.safetensors", shapes={"neurons": NEURONS}, settled=settled)
+    beside = add_rounds(tmp_path / "beside.safetensors", settled=settled)
+    assert beside.next_shard == alone.next_shard == (SHARDS if settled is None else 2)
+    assert beside.curve == alone.curve
+    assert_same_kind(beside.kinds["neurons"], alone.kinds["neurons"])

@@ -100,7 +100,7 @@ def test_cancel_finds_jobs_outside_the_plan(cluster, config, without):
     (other / "job.json").unlink()
     told = cluster.sweep(config, out, "--models", "beta", "--ratios", "0.3", "--cancel")
     assert "cancelled 2 jobs" in told, told
-    wait_for(lambda: not cluster.states(job_names(out)), 60)
+    wait_for(lambda: not cluster.states(job_names(out)))
 
 
 @pytest.mark.beside("disturbed")

@@ -40,7 +40,9 @@ def test_the_time_limit_is_hit_twice_in_mid_recovery(cluster, config, finished, 
     out = without(CONTROL)
     done(cluster, out, finished, cluster.submit(config, out, profile=profile, **slowly))
     assert causes(out) == ["done"], "one job, requeued by itself"
-    assert runs(out, CONTROL) == ["interrupted", "interrupted", "done"]
+    *ended_early, last = runs(out, CONTROL)
+    assert len(ended_early) >= 2, "a third time where the machine is so busy that quick steps don't fit either"
+    assert set(ended_early) == {"interrupted"} and last == "done"
 
 
 def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):

@@ -11,11 +11,13 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.write_pruned import config_changes, unit_cuts, write_companions, write_weight_file
+from hfprune_dist.checkpoints.pruned_config import pruned_config
+from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.config.training import DistillationConfig
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Stage
+from hfprune_dist.structures.kept import Kept
 from hfprune_dist.training.teacher_states import write_dense_states
 
 REFERENCE, PRUNE = Stage("reference", "tiny", {}, {}), Stage("prune", "tiny", {}, {})
@@ -35,10 +37,10 @@ def source(tmp_path_factory):
     store = Store(folder / "store")
     make_reference(store, dense, torch.float32)
     draft = store.open_draft(PRUNE.id)
-    kept = [torch.arange(0, 48, 2), torch.arange(30)]
+    kept = Kept.of_all_layers({"neurons": [torch.arange(0, 48, 2), torch.arange(30)]})
     for file in dense.weight_files:
-        write_weight_file(dense, file, unit_cuts(dense, kept), draft)
-    write_companions(dense, draft, config_changes(dense, [24, 30]))
+        write_weight_file(dense, file, kept, draft)
+    write_companions(dense, draft, pruned_config(dense, kept.shape))
     store.commit(PRUNE, draft, {"metrics": {}})
     return folder
 

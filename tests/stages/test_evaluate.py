@@ -35,6 +35,7 @@ def inputs(tmp_path_factory):
     save_tiny(folder / "dense", seed=0)
     save_tiny(folder / "model", seed=1)
     write_documents(folder / "held-out.jsonl", count=3)
+    write_documents(folder / "news.jsonl", count=3, seed=5)
     write_tasks(folder / "tasks")
     return folder
 
@@ -82,14 +83,18 @@ def write_task(folder, name, documents, **settings):
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
 
 
-def write_stage_file(store, inputs, tasks, *, model="model", sharding="replicate", fewshot=0, **evaluation):
+def write_stage_file(
+    store, inputs, tasks, *, model="model", sharding="replicate", fewshot=0, texts=("held-out",), **evaluation
+):
     """The stage as the plan has it, and its stage.json."""
     settings = {"tasks": tasks, "dtype": "float32", "batch_size": 2, "num_fewshot": fewshot, **evaluation}
     params = EvaluationConfig.model_validate(settings).model_dump(exclude={"include_path", "fidelity"})
     hashes = FileHashes(None)
     names = {"model": inputs / model, "dense": inputs / "dense", "tasks": inputs / "tasks"}
     roles = {role: Input(hashes.of_folder(folder), str(folder)) for role, folder in names.items()}
-    roles["reference"] = make_reference(store, inputs, roles["dense"], params["dtype"]).as_input()
+    for text in texts:
+        role = "reference" if text == texts[0] else f"reference {text}"
+        roles[role] = make_reference(store, inputs, roles["dense"], params["dtype"], text).as_input()
     stage = Stage("evaluate", "tiny", params, roles)
     runtime = RuntimeConfig(sharding=sharding, collective_timeout_minutes=2).model_dump()
     record = {"stage": stage.to_json(), "runtime": runtime, "config": {}, "code": {}, "attempt": 1}
@@ -98,9 +103,9 @@ def write_stage_file(store, inputs, tasks, *, model="model", sharding="replicate
     return stage
 
 
-def make_reference(store, inputs, dense, dtype):
+def make_reference(store, inputs, dense, dtype, name):
     """The stage that evaluations need, done."""
-    text = inputs / "held-out.jsonl"
+    text = inputs / f"{name}.jsonl"
     settings = {"windows": 5, "sequence_length": 48, "text_field": "text"}
     params = {"dtype": dtype, "micro_batch_size": 1, "add_bos_token": True, "text": settings}
     files = {"model": dense, "text": Input(FileHashes(None).of_file(text), str(text))}
@@ -158,7 +163,7 @@ def test_results(uninterrupted):
     assert results["tasks"]["tiny_choice"]["n-samples"] == {"tiny_choice": {"effective": 30, "original": 30}}
     assert results["tasks"]["tiny_choice"]["versions"] == {"tiny_choice": 1.0}
     assert len(results["tasks"]["tiny_choice"]["config_hashes"]["tiny_choice"]) == 16
-    assert results["fidelity"] == metrics["fidelity"]
+    assert metrics["fidelity"].items() <= results["fidelity"].items()
     assert (artifact / "tasks/tiny_group.json").is_file()
 
 
@@ -307,6 +312,22 @@ def test_the_dense_model_is_its_own_reference(inputs, tmp_path, monkeypatch):
     assert metrics["tasks"] == {}
 
 
+def test_every_text_is_compared_as_if_alone_and_a_finished_one_not_again(inputs, tmp_path):
+    alone = run_alone(
+        Store(tmp_path / "alone"), write_stage_file(Store(tmp_path / "alone"), inputs, [], texts=["news"])
+    )
+    store = Store(tmp_path / "both")
+    stage = write_stage_file(store, inputs, [], texts=["held-out", "news"])
+    finished = {"kl": 0.125}
+    write_json(store.work(stage.id) / "fidelity.json", finished)
+    metrics = run_alone(store, stage)
+    assert (metrics["fidelity"], metrics["other_texts"]) == (finished, {"news": alone["fidelity"]})
+    news = read_json(store.path(stage.id) / "results.json")["other_texts"]["news"]
+    assert all(len(values) == 5 for values in news.pop("by_window").values())
+    assert news == metrics["other_texts"]["news"]
+    assert "other_texts" not in alone
+
+
 def test_fidelity_is_what_full_logits_say(inputs, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -323,6 +344,10 @@ def test_fidelity_is_what_full_logits_say(inputs, tmp_path):
     assert metrics["perplexity"] == pytest.approx(nll.exp().item(), rel=1e-4)
     assert metrics["kl"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
     assert metrics["top1_agreement"] == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item())
+    kl_S = (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1)
+    kept = read_json(store.path(stage.id) / "results.json")["fidelity"]["by_window"]
+    assert kept["kl"] == pytest.approx(kl_S.tolist(), rel=1e-4) and len(kept["perplexity"]) == metrics["windows"] == 5
+    assert metrics["kl_stderr"] == pytest.approx(kl_S.std().item() / 5**0.5, rel=1e-3)
 
 
 def test_stock_lm_eval_gives_the_same_scores(inputs, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from hfprune_dist.core.elimination import elimination_scores
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.structures.score_names import score_name, scores_of_layers
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.slow
 SHARDED = {"hidden_size": 256, "intermediate_size": 416}
 
 
-def make_stage(folder, variant="llama", *, criteria=("entropy",), shape=None, **calibration):
+def make_stage(folder, variant="llama", *, criteria=("entropy",), shape=None, structures=None, **calibration):
     model, text = folder / "model", folder / "text.jsonl"
     if not model.exists():
         save_tiny(model, variant, **(shape or {}))
@@ -37,6 +38,7 @@ def make_stage(folder, variant="llama", *, criteria=("entropy",), shape=None, **
         "dtype": "float32",
         "add_bos_token": True,
         "seed": 3,
+        **({"structures": structures} if structures else {}),
     }
     hashes = FileHashes(None)
     inputs = {
@@ -157,15 +159,18 @@ def test_every_family_matches_its_definition_on_two_ranks(tmp_path, variant):
 
 
 def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
-    """The same bits on one rank and on two that die and go on; each as defined, from weights that are sharded."""
-    stage = make_stage(tmp_path, criteria=CRITERIA, shape=SHARDED, samples=5, micro_batch_size=1)
+    """The same bits on one rank and on two that die and go on; each as defined, from weights that are sharded; of
+    neurons and of KV groups.
+    """
+    kinds = ["neurons", "kv_groups"]
+    stage = make_stage(tmp_path, criteria=CRITERIA, shape=SHARDED, structures=kinds, samples=5, micro_batch_size=1)
     one = run_in(tmp_path / "one", stage, 1)
     two = Store(tmp_path / "two")
     assert run_stage(two, stage, 2, environment=killing(rank=0, kill_at=5, match="partial.draft")).returncode != 0
     assert load_file(two.work(stage.id) / "partial.safetensors")["next_shard"] == 4
     run_in(two.root, stage, 2)
     scores = scores_of(one, stage)
-    assert set(scores) == {f"layers.{layer}.{name}" for layer in range(2) for name in CRITERIA}
+    assert set(scores) == {score_name(layer, name, kind) for layer in range(2) for name in CRITERIA for kind in kinds}
     for name, expected in scores.items():
         assert torch.equal(scores_of(two, stage)[name], expected), name
     metrics = [store.manifest(stage.id)["metrics"] for store in (one, two)]
@@ -179,6 +184,9 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
         ours = torch.stack([scores[f"layers.{layer}.{name}"] for layer in range(2)])
         tolerance = 1e-2 if CRITERIA[name].is_rounded else 1e-4  # a term on the edge is rounded the other way
         assert (ours - expected).norm() / expected.norm() < tolerance, name
+        expected = definition(model, windows, name, 3, keeps, 2 * 64, "self_attn.o_proj")
+        ours = torch.stack(scores_of_layers(scores, name, "kv_groups"))
+        assert ours.shape == (2, 2) and (ours - expected).norm() / expected.norm() < tolerance, name
     assert all(value == value.bfloat16().double() for value in scores["layers.1.entropy_bfloat16"])
     for layer, (gram, curvature, fisher) in enumerate(moments(model, windows, seed=3)):
         weight = model.model.layers[layer].mlp.down_proj.weight
@@ -247,8 +255,9 @@ def test_no_long_enough_document(tmp_path):
 
 
 def test_checkpointed_activations_on_two_ranks_have_the_bits_of_one_without(tmp_path):
-    criteria = ["entropy", "fisher", "self_distillation"]
-    stage = make_stage(tmp_path, criteria=criteria, shape=SHARDED | {"num_hidden_layers": 3}, samples=4)
+    criteria, kinds = ["entropy", "fisher", "self_distillation"], ["neurons", "kv_groups"]
+    shape = SHARDED | {"num_hidden_layers": 3}
+    stage = make_stage(tmp_path, criteria=criteria, shape=shape, structures=kinds, samples=4)
     plain = run_in(tmp_path / "plain", stage, 1)
     checkpointed = run_in(tmp_path / "checkpointed", stage, 2, activation_checkpointing=True)
     for name, expected in scores_of(plain, stage).items():

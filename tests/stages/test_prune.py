@@ -16,10 +16,10 @@ from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.least_squares import LeastSquares
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.refit import gauss_newton_ranks as reconstruct
-from hfprune_dist.refit.measure_widths import Measurement
+from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.refit.refitted_layers import RefittedLayers
-from hfprune_dist.refit.run_refit import SequentialRefit
-from hfprune_dist.stages import prune
+from hfprune_dist.refit.sequential_refit import SequentialRefit
+from hfprune_dist.stages import prune, prune_shapes
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
@@ -66,7 +66,7 @@ def test_real_ranks_write_a_checkpoint_that_plain_transformers_loads(tmp_path, r
     store, stage, scores = prepare(tmp_path, shard_size="20KB")
     result = run_stage(store, stage, ranks, torchrun=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    kept = json.loads((store.path(stage.id) / "kept.json").read_text())["layers"]
+    kept = json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"]
     model = AutoModelForCausalLM.from_pretrained(store.path(stage.id))
     metrics = store.manifest(stage.id)["metrics"]
     assert metrics["intermediate_size"] == model.config.intermediate_size == 14
@@ -78,7 +78,7 @@ def test_real_ranks_write_a_checkpoint_that_plain_transformers_loads(tmp_path, r
 
 def assert_gates_moved(store, stage, folder):
     """In some layer at least: else nothing but least squares on the down projection was at work."""
-    kept = json.loads((store.path(stage.id) / "kept.json").read_text())["layers"]
+    kept = json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"]
     dense, pruned = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).model.layers
         for path in (folder / "model", store.path(stage.id))
@@ -126,7 +126,7 @@ def test_refit_on_dense_activations_is_least_squares(tmp_path):
     run_solo(store, stage)
     metrics = store.manifest(stage.id)["metrics"]
     windows = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"]
-    kept = json.loads((store.path(stage.id) / "kept.json").read_text())["layers"]
+    kept = json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"]
     refitted = AutoModelForCausalLM.from_pretrained(store.path(stage.id), dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     for number, layer in enumerate(dense.model.layers):
@@ -145,7 +145,7 @@ def test_refit_layer_by_layer_brings_hidden_states_back_to_the_dense_ones(tmp_pa
     run_solo(store, stage)
     metrics = store.manifest(stage.id)["metrics"]
     windows = load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"]
-    kept = json.loads((store.path(stage.id) / "kept.json").read_text())["layers"]
+    kept = json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"]
     refitted = AutoModelForCausalLM.from_pretrained(store.path(stage.id), dtype=torch.float32)
     dense, running = (AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32) for _ in range(2))
     for number, layer in enumerate(running.model.layers):
@@ -317,7 +317,7 @@ def test_an_interrupted_search_measures_nothing_twice(tmp_path, monkeypatch):
     )
     store, stage, _ = prepare(tmp_path, ratio=0.15, allocation="searched")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prune, "top_units", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prune_shapes, "kept_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         run_solo(store, stage)
     run_solo(store, stage)
     assert len(measured) == len(set(measured)) == len(store.manifest(stage.id)["metrics"]["search_kl"])
@@ -329,7 +329,7 @@ def test_each_criterion_keeps_its_own_neurons(tmp_path):
         (tmp_path / criterion).mkdir()
         store, stage, scores = prepare(tmp_path / criterion, criterion=criterion)
         run_solo(store, stage)
-        kept = json.loads((store.path(stage.id) / "kept.json").read_text())["layers"]
+        kept = json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"]
         for layer in range(2):
             assert kept[layer] == sorted(scores[f"layers.{layer}.{criterion}"].topk(14).indices.tolist())
         kept_by[criterion] = kept
@@ -392,7 +392,7 @@ def test_a_second_step_is_a_prune_of_the_first_ones_model(tmp_path, refit):
     assert weights_of(store, chained) == weights_of(store, by_hand)
 
     kept, kept_first, kept_of_half = (
-        json.loads((store.path(stage.id) / "kept.json").read_text())["layers"] for stage in (chained, first, by_hand)
+        json.loads((store.path(stage.id) / "kept.json").read_text())["neurons"] for stage in (chained, first, by_hand)
     )
     assert kept == [[row[n] for n in of] for row, of in zip(kept_first, kept_of_half, strict=True)]
     rows = load_causal_lm(tmp_path / "model", torch.float32).model.layers[1].mlp.up_proj.weight[kept[1]]

@@ -13,7 +13,7 @@ from tiny import save_tiny
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.refit.measure_widths import Measurement
+from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.stages import importance, prune, reference
 from hfprune_dist.stages.context import Context
@@ -91,7 +91,7 @@ def calibrated(tmp_path_factory):
 
 @pytest.mark.parametrize(("layers", "before", "after"), [(1, 1, 2), (2, 3, 1), (1, 2, 3)])
 def test_a_second_pass_solves_no_layer_twice(calibrated, tmp_path, logged, layers, before, after):
-    solved = logged(importance, "_layer_scores", lambda layer, *_: layer.number)
+    solved = logged(importance, "_layer_scores", lambda _kind, layer, *_: layer.number)
     original, stage, expected = calibrated
     store = Store(shutil.copytree(original.root, tmp_path / "store"))
     assert ended(before, store, stage, interrupt_at=layers) == INTERRUPTED
@@ -117,7 +117,7 @@ def test_a_second_pass_goes_on_after_a_death_at_any_write(calibrated, tmp_path, 
 
 
 def test_damaged_scores_of_a_layer_are_made_again(calibrated, tmp_path, logged):
-    solved = logged(importance, "_layer_scores", lambda layer, *_: layer.number)
+    solved = logged(importance, "_layer_scores", lambda _kind, layer, *_: layer.number)
     original, stage, expected = calibrated
     store = Store(shutil.copytree(original.root, tmp_path / "store"))
     with pytest.MonkeyPatch.context() as patch:

@@ -14,6 +14,7 @@ from hfprune_dist.store.heartbeat import (
     Heartbeat,
     Progress,
     clear_failures,
+    in_one_line,
     read_failure,
     read_heartbeat,
     write_failure,
@@ -40,6 +41,25 @@ def test_records_of_other_versions_are_read(tmp_path):
     assert read_heartbeat(tmp_path) == Heartbeat(**beat)
     (tmp_path / "failure.0.json").write_text(json.dumps({"cause": "code", "message": "x", "rank": 0, "at": 1.0}))
     assert read_failure(tmp_path) == Failure("code", "x", 0, 1.0, None)
+
+
+def test_time_left_is_by_the_pace_of_the_phase_and_of_this_attempt(tmp_path, monkeypatch):
+    """Whatever phases came before, and whatever an earlier attempt had done of this one."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    written = Progress(tmp_path)
+
+    def left(at, *update):
+        now[0] = float(at)
+        written.update(*update)
+        return read_heartbeat(tmp_path).seconds_left
+
+    assert left(100, "shards", 1, 2) is None, "one word is no pace"
+    assert left(200, "shards", 2, 2) is None, "nothing is left"
+    assert left(300, "layers", 4, 10) is None
+    assert left(310, "layers", 5, 10) == 50.0 and left(320, "layers", 8, 10) == 10.0
+    assert left(400, "layers", 1, 10) is None, "the phase again"
+    assert left(401, "layers", 2, 10) == 8.0
 
 
 def test_a_failure_that_vanishes_while_it_is_read_is_not_there(tmp_path, monkeypatch):
@@ -113,3 +133,30 @@ def test_a_clock_that_is_set_back_silences_nobody(tmp_path, monkeypatch):
     now[0] -= 600
     beat.update("shards", 2, 9)
     assert read_heartbeat(tmp_path).done == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("model 'a': ratio 0.9 can't be reached", "model 'a': ratio 0.9 can't be reached"),
+        (
+            "a rank died without a message: rank 0 by SIGKILL, from outside\nits log ends with:\n  =====",
+            "rank 0 by SIG",
+        ),
+        ('File "a.py", line 1, in f\n    x()\nValueError: no', "ValueError: no"),
+        ('Traceback (most recent call last):\n  File "a.py"\nOSError: full', "OSError: full"),
+        ("", ""),
+    ],
+)
+def test_a_failure_in_one_line(message, line):
+    found = in_one_line(message)
+    assert line in found and "\n" not in found and "===" not in found
+
+
+def test_an_exception_is_told_by_its_last_line(tmp_path):
+    try:
+        int("x")
+    except ValueError as error:
+        write_failure(tmp_path, error, 0, 1)
+    failure = read_failure(tmp_path)
+    assert in_one_line(failure.message).startswith("ValueError: invalid literal")

@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 from faults.kill import die_in_fork
 
 from hfprune_dist.store.artifacts import Store
@@ -37,6 +38,29 @@ def test_at_every_point_of_a_commit(tmp_path):
     # It was missing up to the rename and done from then on, with points of death on both sides.
     assert states.index("done") > 5 and "missing" not in states[states.index("done") :]
     assert len(states) > states.index("done") + 1
+
+
+@pytest.mark.parametrize("remove", [Store.discard, Store.empty])
+def test_at_every_point_of_a_removal(tmp_path, remove):
+    """What is left can't be taken for an artifact, and the next removal, or commit, finds its way."""
+    states = []
+    for kill_at in itertools.count(1):
+        store = Store(tmp_path / str(kill_at))
+        commit(store)
+        died = die_in_fork(lambda store=store: remove(store, STAGE.id), kill_at, store.root)
+        states.append(store.verify(STAGE.id).state)
+        if kill_at % 2:
+            remove(store, STAGE.id)
+            found = {path.name for path in store.path(STAGE.id).glob("*")}
+            assert found == (set() if remove == Store.discard else {"manifest.json"})
+        if states[-1] != "done":
+            store.set_aside(STAGE.id)
+            commit(store)
+            assert store.verify(STAGE.id, thorough=True).state == "done"
+        if not died:
+            break
+    gone = "missing" if remove == Store.discard else "corrupt"
+    assert states[0] == "done" and states[-1] == gone and len(states) > 2
 
 
 def test_at_every_point_of_a_replacement(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pairs import CHANNELS, prune_pairs
 from safetensors.torch import load_file
 from sweeps import make_inputs, planned
-from tiny import save_tiny, tiny_model, write_documents
+from tiny import importance_stage, save_tiny, tiny_model, write_documents
 from transformers import AutoModelForCausalLM
 from worlds import Ranks, run_in_threads, without_deepspeed
 
@@ -25,11 +25,10 @@ from hfprune_dist.core.least_squares import LeastSquares
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.planning.build_plan import check_ratios
+from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.widths import size_of
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.hashing import FileHashes
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Stage
 
 SEED = 3
 
@@ -74,12 +73,7 @@ def score(folder, model, calibration, criteria, ranks=1):
         write_documents(folder / "text.jsonl")
     settings = {"sequence_length": 24, "text_field": "text", "settled": None, **calibration}
     params = {"calibration": settings, "criteria": sorted(criteria), "dtype": "float32", "add_bos_token": True}
-    hashes = FileHashes(None)
-    inputs = {
-        "model": Input(hashes.of_folder(folder / "model"), str(folder / "model")),
-        "calibration": Input(hashes.of_file(folder / "text.jsonl"), str(folder / "text.jsonl")),
-    }
-    stage = Stage("importance", "pairs", {**params, "seed": SEED}, inputs)
+    stage = importance_stage(folder, "pairs", {**params, "seed": SEED})
     store = Store(folder / f"on {ranks}")
     run_in_threads(store, stage, Ranks(ranks))
     return store, stage
@@ -141,7 +135,10 @@ METHODS = st.builds(
 def prune(folder, scored, ratio, method, ranks=1):
     """Run the prune stage after the importance stage of one rank; returns its store, with the stage."""
     store, importance = scored
-    params = {"ratio": ratio, **method.model_dump(exclude={"steps", "distill"})}
+    params = {
+        "ratio": ratio,
+        **method.model_dump(exclude={"steps", "round_ratio", "distill", "structures", "tensor_parallel"}),
+    }
     params |= {"dtype": "float32", "micro_batch_size": 2}
     stage = Stage("prune", "pairs", params, {"model": importance.inputs["model"], "importance": importance.as_input()})
     other = Store(folder / f"pruned on {ranks}")
@@ -156,7 +153,7 @@ def reachable(checkpoint, share, method):
     size = size_of(checkpoint)
     ratio = share * size.ratio_of(size.num_layers * size.units)
     try:
-        check_ratios(size, [ratio], method, "pairs")
+        check_ratios(checkpoint, [ratio], method, "pairs")
     except UserError:
         assume(False)
     return ratio
@@ -205,7 +202,7 @@ def test_pairs_go_through_budget_allocation_refit_and_surgery(
     for name in ("model.safetensors", "kept.json", "config.json"):
         assert (pruned / name).read_bytes() == (other / name).read_bytes(), "on any number of ranks"
 
-    kept = json.loads((pruned / "kept.json").read_text())["layers"]
+    kept = json.loads((pruned / "kept.json").read_text())["neurons"]
     widths, metrics = [len(row) for row in kept], store.manifest(stage.id)["metrics"]
     assert all(row == sorted(set(row)) and set(row) <= set(range(model.pairs)) for row in kept)
     assert metrics["intermediate_sizes"] == [CHANNELS * width for width in widths]
@@ -221,7 +218,8 @@ def test_pairs_go_through_budget_allocation_refit_and_surgery(
     parameters = [sum(it.numel() for it in some.parameters()) for some in (dense, reloaded)]
     assert metrics["parameters"] == parameters[1]
     assert metrics["ratio_reached"] == pytest.approx((parameters[0] - parameters[1]) / parameters[0])
-    step = method.multiple_of * (model.layers if method.allocation == "uniform" else 1)
+    # The uniform width, which a search may find to be the closest, has a step in all layers.
+    step = method.multiple_of * (1 if method.allocation == "global" else model.layers)
     assert abs(metrics["ratio_reached"] - ratio) <= size_of(checkpoint).ratio_of(step)
     with torch.no_grad():
         assert torch.equal(reloaded(windows).logits, load_causal_lm(pruned, torch.float32)(windows).logits)
@@ -246,9 +244,10 @@ def test_a_plan_of_pairs_counts_in_pairs(tmp_path):
     shipped = [file.stem for file in sorted((Path(__file__).parents[2] / "configs" / "methods").glob("*.yaml"))]
     _, plan = planned(config, models=["alpha"], ratios=[0.2], methods=shipped)
     assert {cell.method for cell in plan.cells} == {None, *shipped}
-    with pytest.raises(UserError, match="can't be reached by pruning pairs alone"):
+    with pytest.raises(UserError, match="can't be reached by pruning neurons alone"):
         planned(config, models=["alpha"], ratios=[0.9])
-    size = size_of(open_checkpoint(tmp_path / "alpha"))
+    checkpoint = open_checkpoint(tmp_path / "alpha")
+    size = size_of(checkpoint)
     assert (size.units, size.parameters_per_unit) == (24, 2 * 3 * 32)
     with pytest.raises(UserError, match="removes nothing once widths are rounded to multiples of 5"):
-        check_ratios(size, [0.01], Method(criterion="entropy", multiple_of=5), "alpha")
+        check_ratios(checkpoint, [0.01], Method(criterion="entropy", multiple_of=5), "alpha")

@@ -7,7 +7,8 @@ from hfprune_launch.stage.threads import threads_allowed
 from sweeps import make_inputs, planned
 
 from hfprune_dist.config.parameters import ImportanceParameters, RecoverParameters
-from hfprune_dist.config.schema import CalibrationConfig, EvaluationConfig
+from hfprune_dist.config.schema import EvaluationConfig
+from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.store.stage import Stage
 

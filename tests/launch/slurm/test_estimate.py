@@ -3,10 +3,16 @@ from hfprune_launch.slurm.estimate import GIB, estimate_stages, refuse_what_cann
 from hfprune_launch.slurm.profile import load_profile
 from sweeps import make_inputs, planned, sweep
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import RESERVE
+from hfprune_dist.planning.layer_pass_footprint import Refit
+from hfprune_dist.planning.plain_shapes import plain_shapes
+from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.store.artifacts import Store
 
+STRUCTURES = ("neurons", "kv_groups", "layers")
 GPUS = "tasks_per_node: 2\ngpus_per_node: 2\n"
 
 
@@ -32,6 +38,15 @@ def test_stages_that_run_a_model_on_gpus_are_estimated(inputs, tmp_path):
     assert hours["importance"] > 0 and hours["evaluate"] is None, "how many requests a task has is not known"
     assert hours["recover"] is None, "the rate in float32 is not known"
     assert hours["prune"] is None, "its Gram matrices are in float32"
+
+
+def test_every_round_is_estimated_as_if_nothing_had_gone_yet(inputs, tmp_path):
+    settings = {"methods": ["surgeon-rounds"], "models": ["alpha"], "ratios": [0.2]}
+    found = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 80\n", **settings)
+    for kind in ("importance", "prune"):
+        first, second = (each for each in found if each.stage.kind == kind)
+        assert first.memory == second.memory and first.host_memory == second.host_memory > 0
+    assert second.stage.inputs["dense"] == first.stage.inputs["model"]
 
 
 def test_a_shard_is_one_ranks_work(inputs, tmp_path):
@@ -155,6 +170,20 @@ def test_where_layers_differ_in_width_one_may_keep_all_neurons(inputs, tmp_path)
     assert uniform < competing
     few = {"methods": ["surgeon-block"], "ratios": [0.1], "prune__multiple_of": 16}
     assert prunings(inputs, tmp_path, "", **few)[0].memory.sums == competing
+
+
+def test_a_plain_shape_is_as_wide_as_the_widest_that_competes(inputs, tmp_path):
+    """With the Gram matrices of attention's output, which its refit reaches too."""
+    ratios = {"ratios": [0.2], "prune__refit": "layerwise", "prune__multiple_of": 1}
+    uniform, plain = (
+        prunings(inputs, tmp_path, "", methods=[method], **ratios)[0]
+        for method in ("surgeon-uniform-block", "surgeon-plain")
+    )
+    assert uniform.memory.sums < plain.memory.sums and uniform.host_memory < plain.host_memory
+    checkpoint = open_checkpoint(inputs.parent / "alpha")
+    widest = max(it.width for it in plain_shapes(ShapeTarget(checkpoint, 0.2, STRUCTURES, 1, "alpha")))
+    job = Refit(1, 32, 8, pursues=True, steps=False, searches=True, share_kept=widest / 48, itemsize=4, kv_groups=True)
+    assert plain.memory == job.memory(dimensions_of(checkpoint.config), 2)
 
 
 def test_a_refit_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path):

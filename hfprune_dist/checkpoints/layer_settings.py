@@ -1,0 +1,37 @@
+"""What a config.json says of layers by their number, and what becomes of it when layers go; without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# An entry for each layer.
+_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+# How many of the first layers are of one kind.
+_OF_THE_FIRST = ("max_window_layers", "first_k_dense_replace")
+# Every so many layers are of another kind -> the list that says the same where there is one.
+_INTERVALS = {
+    "no_rope_layer_interval": "no_rope_layers",
+    "full_attention_interval": "layer_types",
+    "sliding_window_pattern": "layer_types",
+}
+_SHARED = "num_kv_shared_layers"
+
+
+def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
+    """The layers without which no config.json describes what is left, each with the reason."""
+    layers = range(int(config["num_hidden_layers"]))
+    for interval, listed in _INTERVALS.items():
+        if config.get(interval) and not config.get(listed):
+            why = f"{interval} {config[interval]} tells layers apart by their number, and it has no {listed}"
+            return dict.fromkeys(layers, why)
+    if config.get(_SHARED):
+        return dict.fromkeys(layers, f"its last {config[_SHARED]} layers read keys and values of others ({_SHARED})")
+    return dict.fromkeys(layers, "it is the only one") if len(layers) == 1 else {}
+
+
+def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """What config.json says once these layers alone are left, ascending and renumbered from 0: what changes of it."""
+    kinds = {key: [config[key][layer] for layer in layers] for key in _LISTS if config.get(key)}
+    firsts = {key: sum(layer < config[key] for layer in layers) for key in _OF_THE_FIRST if config.get(key) is not None}
+    return {"num_hidden_layers": len(layers), **kinds, **firsts}

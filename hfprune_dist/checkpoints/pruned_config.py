@@ -1,0 +1,108 @@
+"""config.json of a smaller checkpoint: which shapes a plain one can state, and what it says; without torch.
+
+A plain checkpoint is one that transformers, and every engine built for its architecture, loads without code of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.families import FAMILIES, Family
+from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
+from hfprune_dist.structures.kept import Shape
+from hfprune_dist.structures.units import LAYER_SIZES, PER_LAYER
+
+# Where a checkpoint isn't plain, this module of ours travels inside it.
+MODELING_FILE = Path(__file__).with_name("modeling_pruned.py")
+AUTO_CLASS = "AutoModelForCausalLM"
+HEADS = "num_attention_heads"
+# What the configuration class of a family's twin doesn't know; ``rope_parameters`` says what ``rope_scaling`` said.
+_NOT_OF_A_TWIN = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_scaling")
+# What LlamaConfig takes where config.json doesn't say, and its twin doesn't.
+_DEFAULTS_OF_A_TWIN = {"max_position_embeddings": 2048, "tie_word_embeddings": False}
+# The version whose form a twin's config.json has. Of one before 5, transformers suspects the tokenizer to be faulty.
+_TRANSFORMERS = "5.24.0"
+
+
+def plain_group_counts(checkpoint: Checkpoint) -> list[int]:
+    """The numbers of KV groups, ascending, that every layer of a plain checkpoint can have."""
+    groups = checkpoint.structures["kv_groups"]
+    return [
+        count
+        for count in range(1, min(groups.counts) + 1)
+        if _plain_type(checkpoint, groups.values([count])[HEADS][0]) is not None
+    ]
+
+
+def is_plain(checkpoint: Checkpoint, shape: Shape) -> bool:
+    """Whether what has such a shape can be written as a plain checkpoint."""
+    values = _values(checkpoint, shape)
+    is_uniform = all(len(set(row)) == 1 for row in values.values())
+    return is_uniform and _plain_type(checkpoint, values[HEADS][0]) is not None
+
+
+def pruned_config(checkpoint: Checkpoint, shape: Shape) -> dict[str, Any]:
+    """The whole config.json of a checkpoint of which such a shape is left."""
+    gone = set(range(checkpoint.num_layers)).difference(shape.layers)
+    needed = gone & undroppable_layers(checkpoint.config).keys()
+    assert not needed, f"layers {sorted(needed)} can't be dropped"
+    values, stated = _values(checkpoint, shape), _without_ours(checkpoint)
+    stated |= of_layers(stated, shape.layers) if gone else {}
+    known = checkpoint.family.completed(stated)
+    changed = {field: row for field, row in values.items() if any(value != known[field] for value in row)}
+    if HEADS in changed:
+        stated |= checkpoint.structures["kv_groups"].implied
+    if not is_plain(checkpoint, shape):
+        name = checkpoint.family.pruned_class
+        auto_map = {AUTO_CLASS: f"{MODELING_FILE.stem}.{name}"}
+        return stated | {LAYER_SIZES: changed, "architectures": [name], "auto_map": auto_map}
+    stated |= {field: row[0] for field, row in changed.items()}
+    model_type = _plain_type(checkpoint, values[HEADS][0])
+    return stated if model_type == checkpoint.family.model_type else _as_twin(stated, FAMILIES[str(model_type)])
+
+
+def _values(checkpoint: Checkpoint, shape: Shape) -> dict[str, list[int]]:
+    """Fields of config.json that say how many units there are -> their value in each layer that stays."""
+    return {
+        field: row
+        for units in checkpoint.structures.values()
+        for field, row in units.values(shape.counts(units)).items()
+    }
+
+
+def _plain_type(checkpoint: Checkpoint, heads: int) -> str | None:
+    """The model_type of a plain checkpoint with so many query heads; None where there is none."""
+    family, config = checkpoint.family, checkpoint.config
+    if family.twin is None or config["hidden_size"] % heads == 0:
+        return family.model_type
+    return None if family.biased(config) else family.twin
+
+
+def _without_ours(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json as one without sizes per layer has it."""
+    config = dict(checkpoint.config)
+    if checkpoint.is_plain:
+        return config
+    left_out = (LAYER_SIZES, PER_LAYER, "auto_map")
+    plain = {key: value for key, value in config.items() if key not in left_out}
+    return plain | {"architectures": [checkpoint.family.plain_class]}
+
+
+def _as_twin(config: Mapping[str, Any], twin: Family) -> dict[str, Any]:
+    """The same model in the words of its family's twin, nothing left to the defaults of that configuration class."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope_type, rope_theta = rope.get("type", "default"), config.get("rope_theta", 10000.0)
+    rope = {"rope_type": rope_type, "rope_theta": rope_theta, **{key: rope[key] for key in rope if key != "type"}}
+    known = {key: value for key, value in config.items() if key not in _NOT_OF_A_TWIN}
+    return {
+        **_DEFAULTS_OF_A_TWIN,
+        **known,
+        "model_type": twin.model_type,
+        "architectures": [twin.plain_class],
+        "rope_parameters": rope,
+        "sliding_window": None,
+        "transformers_version": _TRANSFORMERS,
+    }

@@ -1,0 +1,52 @@
+"""A configuration as YAML in which each value says where it comes from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from hfprune_dist.config.load import Layer
+from hfprune_dist.config.schema import SweepConfig
+
+Key = tuple[str, ...]
+
+
+def with_sources(config: SweepConfig, layers: Sequence[Layer]) -> str:
+    """All keys of a configuration as YAML, which is a configuration itself.
+
+    Args:
+        layers: what it was merged from; a value that one of them gives has its source as a comment.
+    """
+    sources = {key: layer.source for layer in layers for key, _ in _leaves(layer.content)}
+    return "# A value without a comment is the default.\n" + "\n".join(_lines(config.model_dump(), sources)) + "\n"
+
+
+def _leaves(section: Mapping[str, Any], above: Key = ()) -> Iterator[tuple[Key, Any]]:
+    """Each key whose value holds no further keys, with those above it."""
+    for name, value in section.items():
+        key = (*above, str(name))
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, key)
+        else:
+            yield key, value
+
+
+def _lines(section: Mapping[str, Any], sources: Mapping[Key, str]) -> Iterable[str]:
+    open_sections: Key = ()
+    for key, value in _leaves(section):
+        *sections, name = key
+        for depth, part in enumerate(sections):
+            if open_sections[: depth + 1] != tuple(sections[: depth + 1]):
+                yield f"{'  ' * depth}{_flow(part)}:"
+        open_sections = tuple(sections)
+        comment = f"  # {sources[key]}" if key in sources else ""
+        yield f"{'  ' * len(sections)}{_flow(name)}: {_flow(value)}{comment}"
+
+
+def _flow(value: Any) -> str:
+    """A value on one line."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)
+    return text.removesuffix("...\n").rstrip("\n")

@@ -1,0 +1,239 @@
+"""Sums over tokens that score the units of one kind, reduced inside hooks so that no activation gradient outlives its
+layer.
+
+A unit is one or more consecutive channels of what a layer's output projection reads (``hfprune_dist.structures``).
+``h`` is that input. Of a gradient, what is added up is |x| or x^2, x the sum of h_n * dL/dh_n over the unit's channels
+n: the first-order effect of its removal. Of activations, it is |h_n| or h_n^2 of each channel: the root of a sum of
+squares is a norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.hooks import RemovableHandle
+
+from hfprune_dist.core.criteria import Criterion, Loss
+from hfprune_dist.core.gram import gram_matrix
+from hfprune_dist.core.memory_efficient import can_be_observed, masked, observe_gradient, observed
+
+
+class NonFiniteError(ValueError):
+    """Activations or gradients of a layer are NaN or infinite; the message says which."""
+
+
+@dataclass(frozen=True)
+class UnitOutputs:
+    """Where a model's units of one kind are seen.
+
+    Attributes:
+        projections: the output projection of each layer, in order.
+        channels_per_unit: consecutive channels that are one unit's.
+    """
+
+    projections: Sequence[nn.Module]
+    channels_per_unit: int
+
+
+@dataclass(frozen=True)
+class KindSums:
+    """What some micro-batches add up to, for the units of one kind; on the CPU.
+
+    Attributes:
+        exact: criterion -> float64 [num_layers, units], or channels of criteria that are ``is_of_channels``; of all
+            whose sum isn't rounded. Layers with fewer units than others have zeros behind theirs.
+        terms: of criteria whose sum ``is_rounded``, what each micro-batch adds: criterion -> float32, shaped alike.
+        curvature_LCC: float32 [num_layers, hidden_size, hidden_size], the sum over tokens of g g^T, g the gradient at
+            the projection's output of the loss of the criterion that needs it; empty where none does.
+    """
+
+    exact: dict[str, Tensor]
+    terms: list[dict[str, Tensor]]
+    curvature_LCC: Tensor
+
+
+@dataclass
+class Phase:
+    """What the model is about, for hooks.
+
+    Attributes:
+        backward_of: the loss whose backward is under way; None in a forward.
+        student: kind -> which units the student has, bool [units] of each layer; None where the model is the dense one.
+    """
+
+    backward_of: Loss | None = None
+    student: Mapping[str, Sequence[Tensor]] | None = None
+
+
+@dataclass
+class _Seen:
+    """What hooks have seen of one micro-batch, by layer: float32 or wider, on the model's device."""
+
+    sums: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    curvature: dict[int, Tensor] = field(default_factory=dict)
+    activation_sum: dict[int, Tensor] = field(default_factory=dict)
+
+
+class KindObserver:
+    """Adds up what hooks see at the output projections of one kind of units.
+
+    Where gradients are wanted and there is no graph yet, it begins at the ``h`` of the first layer.
+
+    Args:
+        kind: what they are called in ``Phase.student``.
+        criteria: those with something to sum.
+        phase: changes as the model runs.
+    """
+
+    def __init__(self, kind: str, outputs: UnitOutputs, criteria: Sequence[Criterion], phase: Phase) -> None:
+        self._kind = kind
+        self._modules = outputs.projections
+        self._channels_per_unit = outputs.channels_per_unit
+        self._criteria = criteria
+        self._phase = phase
+        self._curvature_loss = next((criterion.loss for criterion in criteria if criterion.needs_moments), None)
+        self._seen = _Seen()
+        self.sums = _nothing_yet(outputs, criteria)
+
+    def hook(self) -> list[RemovableHandle]:
+        """Begin to see."""
+        handles = [
+            module.register_forward_pre_hook(partial(self._before, layer), prepend=True)
+            for layer, module in enumerate(self._modules)
+        ]
+        if self._curvature_loss is not None:
+            handles += [
+                module.register_forward_hook(self._make_output_hook(layer))
+                for layer, module in enumerate(self._modules)
+            ]
+        return handles
+
+    def seen(self) -> dict[str, Tensor]:
+        """What a micro-batch adds up to, criterion -> float32 or wider on the CPU, shaped as ``KindSums.exact``.
+
+        Raises:
+            NonFiniteError: where a layer saw NaN or infinity.
+        """
+        layers = range(len(self._modules))
+        sums = {
+            it.name: pad_sequence([self._seen.sums[it.name, layer] for layer in layers], batch_first=True).cpu()
+            for it in self._criteria
+        }
+        if not all(sums_LN.isfinite().all() for sums_LN in sums.values()):
+            self._explain(sums)
+        return sums
+
+    def add(self, seen: Mapping[str, Tensor]) -> None:
+        """Add a micro-batch's sums to those of all."""
+        for name, sums_LN in self.sums.exact.items():
+            sums_LN += seen[name]
+        terms = {it.name: seen[it.name] for it in self._criteria if it.is_rounded}
+        if terms:
+            self.sums.terms.append(terms)
+        for layer, curvature_CC in self._seen.curvature.items():
+            self.sums.curvature_LCC[layer] += curvature_CC
+
+    def forget(self) -> None:
+        """Let go of what was seen of a micro-batch."""
+        self._seen = _Seen()
+
+    def _before(self, layer: int, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Before an output projection runs."""
+        (hidden_BTD,) = inputs
+        is_first_run = self._phase.backward_of is None  # else a checkpointed layer runs again
+        if is_first_run and self._phase.student is None:
+            self._seen.activation_sum[layer] = hidden_BTD.detach().sum()
+            self._reduce_activation(layer, hidden_BTD.detach())
+        keeps = None if self._phase.student is None else self._phase.student.get(self._kind)
+        if torch.is_grad_enabled():
+            hidden_BTD = self._in_graph(layer, hidden_BTD, None if keeps is None else keeps[layer])
+            if is_first_run:
+                observe_gradient(hidden_BTD, partial(self._reduce_gradient, layer))
+        return (hidden_BTD,)
+
+    def _in_graph(self, layer: int, hidden_BTD: Tensor, keeps_U: Tensor | None) -> Tensor:
+        """h, of the student where it lacks some of these units, such that its gradient can be observed.
+
+        In the first layer it is kept also where a gated product that made it could make it again: it is what the graph
+        begins with where no other units are scored, and its scores have the same bits where others are.
+        """
+        if not hidden_BTD.requires_grad:
+            hidden_BTD = hidden_BTD.detach().requires_grad_()
+        if keeps_U is not None:
+            return masked(hidden_BTD, keeps_U.repeat_interleave(self._channels_per_unit))
+        return hidden_BTD if layer > 0 and can_be_observed(hidden_BTD) else observed(hidden_BTD)
+
+    def _make_output_hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def after_output_projection(_module: nn.Module, _inputs: tuple[Tensor, ...], output_BTC: Tensor) -> None:
+            if output_BTC.requires_grad:
+                output_BTC.register_hook(lambda gradient_BTC: self._reduce_output_gradient(layer, gradient_BTC))
+
+        return after_output_projection
+
+    def _reduce_output_gradient(self, layer: int, gradient_BTC: Tensor) -> None:
+        if self._phase.backward_of is self._curvature_loss:
+            self._seen.curvature[layer] = gram_matrix(_widened(gradient_BTC.flatten(0, -2))).cpu()
+
+    def _reduce_activation(self, layer: int, hidden_BTD: Tensor) -> None:
+        for criterion in self._criteria:
+            if criterion.summed == "activation":
+                self._seen.sums[criterion.name, layer] = _sum_over_tokens(criterion, _widened(hidden_BTD).abs())
+
+    def _reduce_gradient(self, layer: int, product_ND: Tensor) -> None:
+        """Add some tokens' h * dL/dh to the sums of the micro-batch."""
+        assert self._phase.backward_of is not None, "a backward that is not ours"
+        magnitude_NU = sum_over_channels(product_ND, self._channels_per_unit).abs_()
+        for criterion in self._criteria:
+            if criterion.loss is self._phase.backward_of:
+                sum_U = _sum_over_tokens(criterion, magnitude_NU)
+                if (criterion.name, layer) in self._seen.sums:
+                    sum_U += self._seen.sums[criterion.name, layer]
+                self._seen.sums[criterion.name, layer] = sum_U
+
+    def _explain(self, sums: Mapping[str, Tensor]) -> None:
+        finite = [bool(self._seen.activation_sum[layer].isfinite()) for layer in range(len(self._modules))]
+        if not all(finite):
+            raise NonFiniteError(f"activations of layer {finite.index(False)} are NaN or infinite")
+        what = "gradients" if any(criterion.loss for criterion in self._criteria) else "squared activations"
+        lost = max(int((~sums_LN.isfinite()).any(dim=1).nonzero().max()) for sums_LN in sums.values() if _lost(sums_LN))
+        raise NonFiniteError(f"{what} of layer {lost} are NaN or infinite")
+
+
+def _nothing_yet(outputs: UnitOutputs, criteria: Sequence[Criterion]) -> KindSums:
+    layers, projections = len(outputs.projections), outputs.projections
+    channels = max(int(it.in_features) for it in projections)  # type: ignore[arg-type]
+    hidden_size = int(projections[0].out_features)  # type: ignore[arg-type]
+    units = channels // outputs.channels_per_unit
+    exact = {
+        it.name: torch.zeros(layers, channels if it.is_of_channels else units, dtype=torch.float64)
+        for it in criteria
+        if not it.is_rounded
+    }
+    has_curvature = any(it.needs_moments for it in criteria)
+    return KindSums(exact, [], torch.zeros((layers, hidden_size, hidden_size) if has_curvature else (0,)))
+
+
+def sum_over_channels(values_D: Tensor, channels_per_unit: int) -> Tensor:
+    """Values of channels, in the last dimension, added up for each unit; as they are where each is a unit."""
+    if channels_per_unit == 1:
+        return values_D
+    sums_U: Tensor = values_D.unflatten(-1, (-1, channels_per_unit)).sum(dim=-1)
+    return sums_U
+
+
+def _lost(sums_LN: Tensor) -> bool:
+    return not bool(sums_LN.isfinite().all())
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _sum_over_tokens(criterion: Criterion, magnitude_BTD: Tensor) -> Tensor:
+    terms_BTD = magnitude_BTD if criterion.reduction == "abs" else magnitude_BTD.square()
+    return terms_BTD.flatten(0, -2).sum(dim=0)

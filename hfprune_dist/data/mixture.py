@@ -1,0 +1,85 @@
+"""Windows of several texts in given shares, mixed so that every part of the windows has the texts in these shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfprune_dist.data.windows import Sampling, Windows, read_windows, require_tokens
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text of a mixture.
+
+    Attributes:
+        settings: as ``read_windows`` has them.
+        path: the local file or folder; None streams the hub data set.
+        windows: that are cut from it.
+    """
+
+    settings: Mapping[str, Any]
+    path: Path | None
+    windows: int
+
+
+def read_mixture(
+    sources: Sequence[Source], tokenizer: Any, sampling: Sampling, apart: Sequence[bool], where: str
+) -> Windows:
+    """Cut windows from several texts, each from its own as ``read_windows`` does.
+
+    Args:
+        sampling: of all windows; ``samples`` are as many as those of the sources together.
+        apart: whether a window will be kept apart from others; see ``interleaved``.
+        where: what the texts are for, for messages.
+
+    Raises:
+        UserError: where a text can't be read, no document is long enough, or there is less of it than its share.
+    """
+    drawn = [_read(source, tokenizer, sampling, where) for source in sources]
+    left = [iter(windows.input_ids_ST) for windows in drawn]
+    order = interleaved([source.windows for source in sources], apart, sampling.seed)
+    return Windows(
+        torch.stack([next(left[index]) for index in order]),
+        sum(windows.documents_read for windows in drawn),
+        sum(windows.documents_used for windows in drawn),
+        sum(windows.tokens for windows in drawn),
+    )
+
+
+def _read(source: Source, tokenizer: Any, sampling: Sampling, where: str) -> Windows:
+    own = replace(sampling, samples=source.windows)
+    windows = read_windows(source.settings, source.path, tokenizer, own, where)
+    if windows.documents_used < source.windows:  # some gave several windows
+        require_tokens(windows.tokens, own, own.body(tokenizer), f"{where} {source.path or source.settings['dataset']}")
+    return windows
+
+
+def interleaved(counts: Sequence[int], apart: Sequence[bool], seed: int) -> list[int]:
+    """Which text each window is from, in the order of the windows.
+
+    A text's windows are as far from each other as its share has it, give or take a random part of that: so any run of
+    windows has the texts in their shares, and no period hides one from every other shard. Windows that will be kept
+    apart are dealt first, and the others after them, so that each of both has the texts in their shares as well. Off by
+    less than 1 + the number of texts, in what is kept apart and in any first or last part of the others.
+
+    Args:
+        counts: windows of each text.
+        apart: of each window, whether it is kept apart.
+        seed: decides the random part.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    places = [
+        (torch.rand(count, generator=generator, dtype=torch.float64) + torch.arange(count)) / count for count in counts
+    ]
+    texts = [text for text, count in enumerate(counts) for _ in range(count)]
+    dealt = torch.cat(places).argsort(stable=True).tolist()
+    windows = sorted(range(len(apart)), key=lambda window: not apart[window])
+    order = [0] * len(windows)
+    for window, number in zip(windows, dealt, strict=True):
+        order[window] = texts[number]
+    return order

@@ -1,0 +1,107 @@
+"""What a model is to lose where units of all kinds and layers compete, and what none of them may fall below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.widths import Target, size_of
+from hfprune_dist.structures import KV_GROUPS, NEURONS
+from hfprune_dist.structures.kept import Shape
+
+# Share of its neurons that a layer keeps, and how many of the first and of the last layers lose nothing.
+Limits = tuple[float, int, int]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Any shape that loses about so many parameters will do, within these bounds.
+
+    Attributes:
+        parameters: to remove from the whole model.
+        least: kind -> the fewest units that each layer keeps, if the layer stays. Numbers of KV groups are
+            divisible by ``tensor_parallel``.
+        droppable: numbers of the layers that may go, ascending.
+        fewest_layers: how many stay at least.
+    """
+
+    parameters: int
+    least: Mapping[str, tuple[int, ...]]
+    droppable: tuple[int, ...]
+    fewest_layers: int
+
+    def left(self, layers: Sequence[int], gone: int) -> Budget:
+        """What is left of it for a model that lacks something already, in the numbering of its own layers.
+
+        Args:
+            layers: the numbers that its layers have here, ascending.
+            gone: parameters that it lacks.
+        """
+        return Budget(
+            self.parameters - gone,
+            {kind: tuple(counts[layer] for layer in layers) for kind, counts in self.least.items()},
+            tuple(number for number, layer in enumerate(layers) if layer in self.droppable),
+            self.fewest_layers,
+        )
+
+
+def budget_of(target: ShapeTarget, limits: Limits) -> Budget:
+    """What a ratio asks for.
+
+    Raises:
+        UserError: where the bounds don't let so much go, rounding leaves nothing to remove, or ``tensor_parallel``
+            doesn't divide the number of KV groups.
+    """
+    budget, largest = _bounded(target, limits), largest_ratio(target, limits)
+    if target.ratio > largest:
+        floors = " with the floors that prune.floor, protect_first and protect_last set"
+        raise target.out_of_reach(largest, largest_ratio(target.largest_structures, limits), floors)
+    fewest = min(target.multiple_of, target.neurons.most) * target.counts.units[NEURONS]
+    if 2 * budget.parameters < fewest:
+        raise UserError(
+            f"{target.where}: ratio {target.ratio:g} removes nothing once units are rounded ({target.rounding}); use a "
+            "larger ratio or a smaller prune.multiple_of"
+        )
+    return budget
+
+
+def largest_ratio(target: ShapeTarget, limits: Limits) -> float:
+    """The ratio at which nothing is left that may go, whatever ratio is asked for."""
+    budget, num_layers = _bounded(target, limits), target.checkpoint.num_layers
+    # Which layers go is measured: where they differ, those that leave most behind may.
+    smallest_first = sorted(budget.droppable, key=lambda layer: _at_least(target, budget, layer))
+    gone = smallest_first[: num_layers - budget.fewest_layers]
+    layers = tuple(layer for layer in range(num_layers) if layer not in gone)
+    least = {kind: tuple(counts[layer] for layer in layers) for kind, counts in budget.least.items()}
+    return target.counts.ratio(Shape(layers, least))
+
+
+def _at_least(target: ShapeTarget, budget: Budget, layer: int) -> int:
+    """Parameters of a layer that has lost all units that may go."""
+    counts, structures = target.counts, target.checkpoint.structures
+    gone = sum(counts.units[kind] * (structures[kind].counts[layer] - it[layer]) for kind, it in budget.least.items())
+    return counts.layers[layer] - gone
+
+
+def _bounded(target: ShapeTarget, limits: Limits) -> Budget:
+    floor, first, last = limits
+    num_layers, groups = target.checkpoint.num_layers, target.groups.counts
+    goes = KV_GROUPS in target.structures
+    if goes and target.divisor % target.tensor_parallel:
+        raise target.unusable_split(target.divisor)
+    protected = {*range(first), *range(num_layers - last, num_layers)}
+    widths = Target(size_of(target.checkpoint), target.ratio, target.multiple_of, target.where)
+    return Budget(
+        parameters=round(target.ratio * target.counts.total),
+        least={
+            NEURONS: tuple(widths.narrowest_widths(floor, first, last)),
+            KV_GROUPS: tuple(
+                target.tensor_parallel if goes and layer not in protected else count
+                for layer, count in enumerate(groups)
+            ),
+        },
+        droppable=tuple(layer for layer in range(num_layers) if layer not in protected | target.undroppable),
+        fewest_layers=target.fewest_layers,
+    )

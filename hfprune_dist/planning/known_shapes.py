@@ -1,0 +1,102 @@
+"""What is known of the shapes of a sweep's checkpoints before its first stage has run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.method import Method
+from hfprune_dist.planning.multiples import target_of, with_multiple
+from hfprune_dist.planning.plain_shapes import plain_shapes, ratio_of
+from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.widths import Target, size_of
+from hfprune_dist.structures import KV_GROUPS, LAYERS
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class Span(Generic[Number]):
+    """The least and the most of some numbers, of layers or of shapes that compete."""
+
+    least: Number
+    most: Number
+
+    @classmethod
+    def of(cls, numbers: Iterable[Number]) -> Span[Number]:
+        """Of at least one number."""
+        every = sorted(numbers)
+        return cls(every[0], every[-1])
+
+
+@dataclass(frozen=True)
+class KnownShape:
+    """A checkpoint's shape as far as the plan decides it.
+
+    Attributes:
+        layers: how many it has.
+        kv_heads: of each layer; None: scores or measurements decide.
+        width: neurons of each layer; None as for ``kv_heads``.
+        reached: removed parameters / parameters of the dense model; None as for ``kv_heads``.
+        open: what decides what the plan leaves open; empty where that is nothing.
+    """
+
+    layers: Span[int] | None
+    kv_heads: Span[int] | None
+    width: Span[int] | None
+    reached: Span[float] | None
+    open: str = ""
+
+
+def dense_shape(checkpoint: Checkpoint) -> KnownShape:
+    """The shape of a model as it is."""
+    return KnownShape(
+        Span.of([checkpoint.num_layers]), _kv_heads(checkpoint), Span.of(checkpoint.units.counts), Span.of([0.0])
+    )
+
+
+def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> KnownShape:
+    """The shape of what a method makes of a model; of the last round, where there are several.
+
+    Args:
+        where: the model and the method, for messages.
+
+    Raises:
+        UserError: where the method can't reach the ratio.
+    """
+    target = target_of(with_multiple(method, checkpoint, ratio, where), checkpoint, ratio, where)
+    if method.allocation == "uniform":
+        return _uniform(target)
+    if method.allocation == "plain":
+        return _plain(target)
+    return KnownShape(
+        layers=None if LAYERS in method.structures else Span.of([checkpoint.num_layers]),
+        kv_heads=None if KV_GROUPS in method.structures else _kv_heads(checkpoint),
+        width=None,
+        reached=None,
+        open="scores decide, layer by layer" if method.allocation == "global" else "a search decides, layer by layer",
+    )
+
+
+def _uniform(target: ShapeTarget) -> KnownShape:
+    checkpoint, size = target.checkpoint, size_of(target.checkpoint)
+    width = Target(size, target.ratio, target.multiple_of, target.where).uniform_width()
+    reached = size.reached([width] * size.num_layers)
+    return KnownShape(Span.of([checkpoint.num_layers]), _kv_heads(checkpoint), Span.of([width]), Span.of([reached]))
+
+
+def _plain(target: ShapeTarget) -> KnownShape:
+    shapes = plain_shapes(target)
+    return KnownShape(
+        layers=Span.of(shape.num_layers for shape in shapes),
+        kv_heads=Span.of(shape.kv_groups for shape in shapes),
+        width=Span.of(shape.width for shape in shapes),
+        reached=Span.of(ratio_of(target, shape) for shape in shapes),
+        open=f"the closest of {len(shapes)} shapes, by measurement" if len(shapes) > 1 else "",
+    )
+
+
+def _kv_heads(checkpoint: Checkpoint) -> Span[int]:
+    return Span.of(checkpoint.structures[KV_GROUPS].counts)

@@ -1,0 +1,63 @@
+"""What widths are multiples of: what hardware likes, where that costs few parameters, and what devices can share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.method import Method
+from hfprune_dist.planning.plain_shapes import all_plain_shapes, ratio_of
+from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.widths import Target, size_of
+from hfprune_dist.structures import KV_GROUPS
+
+# In the order in which they are tried.
+MULTIPLES = (256, 128, 64, 32)
+# The share of all parameters that may go beyond the ratio.
+MOST_BEYOND = 0.0125
+# From this width on, every multiple is at least this.
+WIDE, LEAST = 1024, 32
+
+
+def with_multiple(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> Method:
+    """A method whose ``multiple_of`` is a number, which ``tensor_parallel`` divides where KV groups may go.
+
+    Raises:
+        UserError: where ``tensor_parallel`` divides no number of KV groups.
+    """
+    multiple_of = method.multiple_of
+    if multiple_of == "auto":
+        multiple_of = _what_auto_is(method, checkpoint, ratio, where)
+    if KV_GROUPS in method.structures:
+        multiple_of = math.lcm(multiple_of, method.tensor_parallel)
+    return method.model_copy(update={"multiple_of": multiple_of})
+
+
+def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> int:
+    """Where shapes compete, a number with which every plain shape of the method's structures is possible.
+
+    Shapes are compared at one multiple, and none is left out for it. Where rounds are of one size it is the first
+    round's, so that they are the same rounds whatever ratio they lead to.
+    """
+    decisive = ratio if method.round_ratio is None else min(ratio, method.round_ratio)
+    fitting = (it for it in MULTIPLES if _suits(it, method, checkpoint, decisive, where))
+    return next(fitting, LEAST if checkpoint.units.most >= WIDE else 1)
+
+
+def target_of(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> ShapeTarget:
+    """What a method whose ``multiple_of`` is a number asks of a shape."""
+    assert isinstance(method.multiple_of, int), "planned with a number"
+    return ShapeTarget(checkpoint, ratio, tuple(method.structures), method.multiple_of, where, method.tensor_parallel)
+
+
+def _suits(multiple_of: int, method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> bool:
+    if method.allocation == "uniform":
+        size = size_of(checkpoint)
+        width = Target(size, ratio, multiple_of, where).closest_width()
+        return ratio <= size.reached([width] * size.num_layers) <= ratio + MOST_BEYOND
+    finest = target_of(method.model_copy(update={"multiple_of": 1}), checkpoint, ratio, where)
+    target = replace(finest, multiple_of=multiple_of)
+    shapes = all_plain_shapes(target)
+    as_many = len(shapes) == len(all_plain_shapes(finest)) > 0
+    return as_many and all(ratio_of(target, shape) <= ratio + MOST_BEYOND for shape in shapes)

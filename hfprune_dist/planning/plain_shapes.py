@@ -1,0 +1,149 @@
+"""Plain shapes: one number of layers, of KV groups and of neurons, the same in all layers.
+
+Many of them have as many parameters. Which of those is closest to the dense model is measured, so there must be few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from hfprune_dist.checkpoints.pruned_config import plain_group_counts
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.structures import KV_GROUPS, NEURONS
+from hfprune_dist.structures.kept import Shape
+
+# The most shapes that are measured for a ratio, and the most numbers of KV groups among them.
+MOST_SHAPES, MOST_GROUP_COUNTS = 24, 4
+# One layer of so many is the step between numbers of layers.
+LAYERS_OF_A_STEP = 15
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, order=True)
+class PlainShape:
+    """How much each layer keeps, and how many layers stay."""
+
+    num_layers: int
+    kv_groups: int
+    width: int
+
+
+def plain_shapes(target: ShapeTarget) -> list[PlainShape]:
+    """The shapes to choose from, at most ``MOST_SHAPES``, the largest numbers of layers, then of groups, first.
+
+    The first is the one that only loses neurons, if those are enough. Where widths are multiples of 1, parameters come
+    as close to the ratio as they can; wider multiples are rounded down, so that at least the ratio goes.
+
+    Raises:
+        UserError: where no shape reaches the ratio, or ``tensor_parallel`` divides no number of groups.
+    """
+    found = all_plain_shapes(target)
+    if not found:
+        raise _none_reaches(target)
+    return _spread(found, MOST_SHAPES)
+
+
+def all_plain_shapes(target: ShapeTarget) -> list[PlainShape]:
+    """The same shapes however many there are, and none where none reaches the ratio or layers differ already.
+
+    Raises:
+        UserError: where ``tensor_parallel`` divides no number of groups.
+    """
+    if not target.checkpoint.is_uniform:
+        return []
+    shapes = [_with_width(target, *cell) for cell in _cells(target)]
+    return [shape for shape in shapes if shape is not None]
+
+
+def shape_of(target: ShapeTarget, plain: PlainShape, layers: Sequence[int] | None = None) -> Shape:
+    """A plain shape of a model.
+
+    Args:
+        layers: numbers of those that stay; None: the first ones, for counting where all are alike.
+    """
+    kept = tuple(range(plain.num_layers) if layers is None else layers)
+    assert len(kept) == plain.num_layers, f"{len(kept)} layers for {plain}"
+    each = {NEURONS: plain.width, KV_GROUPS: plain.kv_groups}
+    return Shape(kept, {kind: (count,) * len(kept) for kind, count in each.items()})
+
+
+def ratio_of(target: ShapeTarget, plain: PlainShape) -> float:
+    """The share of the dense model's parameters that a plain shape lacks."""
+    return target.counts.ratio(shape_of(target, plain))
+
+
+def group_counts(target: ShapeTarget) -> list[int]:
+    """Numbers of KV groups that all layers may have, falling: a quarter of the dense model's at least.
+
+    Raises:
+        UserError: where ``tensor_parallel`` divides none of them.
+    """
+    most = target.groups.most
+    if KV_GROUPS not in target.structures:
+        return [most]
+    fitting = [count for count in plain_group_counts(target.checkpoint)[::-1] if 4 * count >= most]
+    divisible = [count for count in fitting if count % target.tensor_parallel == 0]
+    if not divisible:
+        raise target.unusable_split(fitting[0])
+    return divisible
+
+
+def _cells(target: ShapeTarget) -> list[tuple[int, int]]:
+    """(layers, KV groups) that there may be."""
+    layers = target.checkpoint.num_layers
+    numbers = range(layers, target.fewest_layers - 1, -max(1, round(layers / LAYERS_OF_A_STEP)))
+    groups = _spread(group_counts(target), MOST_GROUP_COUNTS)
+    return [(number, count) for number in numbers for count in groups]
+
+
+def _with_width(target: ShapeTarget, num_layers: int, kv_groups: int) -> PlainShape | None:
+    """The shape with the width that the ratio asks for; None where there is none, or nothing goes."""
+    counts, most, multiple_of = target.counts, target.neurons.most, target.multiple_of
+    whole, narrowest = (PlainShape(num_layers, kv_groups, width) for width in (most, multiple_of))
+    if multiple_of > most or target.ratio > ratio_of(target, narrowest):
+        return None
+    gone = counts.total - counts.of(shape_of(target, whole))
+    exact = most - (target.ratio * counts.total - gone) / (num_layers * counts.units[NEURONS])
+    width = round(exact) if multiple_of == 1 else int(exact // multiple_of) * multiple_of
+    shape = replace(whole, width=max(width, multiple_of))
+    return None if shape.width > most or _is_whole(target, shape) else shape
+
+
+def _is_whole(target: ShapeTarget, shape: PlainShape) -> bool:
+    return shape == PlainShape(target.checkpoint.num_layers, target.groups.most, target.neurons.most)
+
+
+def _none_reaches(target: ShapeTarget) -> UserError:
+    largest = _largest(target)
+    if target.ratio > largest:
+        return target.out_of_reach(largest, _largest(target.largest_structures))
+    larger = min(it for it in (_smallest(target, *cell) for cell in _cells(target)) if it > target.ratio)
+    return UserError(
+        f"{target.where}: no shape of {', '.join(target.structures)} comes to ratio {target.ratio:g}; the next larger "
+        f"one that is possible is {int(larger * 1e6) / 1e6:g} ({target.rounding})"
+    )
+
+
+def _largest(target: ShapeTarget) -> float:
+    if target.multiple_of > target.neurons.most:
+        return 0.0
+    return max(ratio_of(target, PlainShape(*cell, target.multiple_of)) for cell in _cells(target))
+
+
+def _smallest(target: ShapeTarget, num_layers: int, kv_groups: int) -> float:
+    """The ratio of the widest shape that lacks something."""
+    most, multiple_of = target.neurons.most, target.multiple_of
+    widest = PlainShape(num_layers, kv_groups, max(most // multiple_of * multiple_of, 1))
+    narrower = replace(widest, width=max(widest.width - multiple_of, 1))
+    return ratio_of(target, narrower if _is_whole(target, widest) else widest)
+
+
+def _spread(values: Sequence[T], most: int) -> list[T]:
+    """At most so many of some values, the first and the last among them, as evenly as can be."""
+    if len(values) <= most:
+        return list(values)
+    return [values[number * (len(values) - 1) // (most - 1)] for number in range(most)]

@@ -1,0 +1,129 @@
+"""Whether a method can reach ratios on a model, and tell them apart there."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from itertools import pairwise
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.method import Method
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.budget import Limits, budget_of
+from hfprune_dist.planning.multiples import target_of, with_multiple
+from hfprune_dist.planning.plain_shapes import plain_shapes
+from hfprune_dist.planning.rounds import round_ratios
+from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.widths import ModelSize, Target, size_of
+from hfprune_dist.structures import KV_GROUPS, NEURONS
+
+
+def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method, where: str) -> None:
+    """Refuse ratios that a method can't reach on a model, or can't tell apart there.
+
+    Raises:
+        UserError: telling the largest ratio that it can reach, or which two are the same; or that layers differ, where
+            the method makes all alike.
+    """
+    if method.allocation in ("uniform", "plain") and not checkpoint.is_uniform:
+        raise UserError(
+            f"{where}: its layers differ in width or in heads, so it has been pruned already; allocation: "
+            f"{method.allocation} makes them alike. Use a method whose allocation is global or searched, or prune the "
+            "model that it came from, at a larger ratio"
+        )
+    reached: dict[Hashable, float] = {}
+    for ratio in ratios:
+        settled = with_multiple(method, checkpoint, ratio, where)
+        _check_multiple(checkpoint, settled, where)
+        decided = _of_all_rounds(checkpoint, ratio, settled, where)
+        if decided in reached:
+            raise UserError(
+                f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint, with widths that "
+                f"are multiples of {settled.multiple_of}; leave one of them out or use a smaller prune.multiple_of"
+            )
+        reached[decided] = ratio
+
+
+def _check_multiple(checkpoint: Checkpoint, method: Method, where: str) -> None:
+    most = checkpoint.units.most
+    if isinstance(method.multiple_of, int) and method.multiple_of > most:
+        split = f" with prune.tensor_parallel {method.tensor_parallel}" if method.tensor_parallel > 1 else ""
+        raise UserError(
+            f"{where}: prune.multiple_of comes to {method.multiple_of}{split}, but layers have {most} neurons at most; "
+            f"use a number up to {most}"
+        )
+
+
+def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: Method, where: str) -> list[str]:
+    """What dry runs tell of a method whose settings depend on the model, in sentences.
+
+    Raises:
+        UserError: as ``check_ratios`` does.
+    """
+    told = []
+    if method.multiple_of == "auto":
+        multiples = [(ratio, with_multiple(method, checkpoint, ratio, where).multiple_of) for ratio in ratios]
+        told.append(f"{where}: multiple_of is {', '.join(f'{multiple} at {ratio:g}' for ratio, multiple in multiples)}")
+    if KV_GROUPS in method.structures:
+        largest = min(_largest_split(checkpoint, ratio, method, where) for ratio in ratios)
+        told.append(f"{where}: the largest prune.tensor_parallel that works is {largest}")
+    return told
+
+
+def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
+    """The numbers that decide, in every round to a ratio, what stays."""
+    rounds = round_ratios(method, ratio)
+    decided = [_deciding_numbers(checkpoint, it, method, where) for it in rounds]
+    for (before, then), (earlier, later) in zip(pairwise(rounds), pairwise(decided), strict=True):
+        if earlier == later:
+            setting = "fewer steps" if method.round_ratio is None else "a larger prune.round_ratio"
+            raise UserError(
+                f"{where}: of {len(rounds)} rounds to ratio {ratio:g}, the one from {before:g} to {then:g} removes "
+                f"nothing once widths are rounded to multiples of {method.multiple_of}; use {setting}, another ratio "
+                "or a smaller prune.multiple_of"
+            )
+    return tuple(decided)
+
+
+def _deciding_numbers(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
+    """The numbers that decide, with the scores and what is measured, what stays."""
+    target = target_of(method, checkpoint, ratio, where)
+    if method.allocation == "plain":
+        return tuple(plain_shapes(target))
+    if method.structures == [NEURONS]:
+        return _widths(size_of(checkpoint), target, method)
+    # The smallest step is one of a layer's width.
+    step = target.multiple_of * target.counts.units[NEURONS]
+    return (budget_of(target, _limits(method)).parameters + step // 2) // step
+
+
+def _widths(size: ModelSize, asked: ShapeTarget, method: Method) -> tuple[int, ...]:
+    target = Target(size, asked.ratio, asked.multiple_of, asked.where)
+    numbers: list[int] = []
+    if method.allocation != "global" and asked.neurons.is_uniform:
+        numbers.append(target.uniform_width())
+    if method.allocation != "uniform":
+        wanted = target.removals(target.narrowest_widths(*_limits(method)))
+        # Where all of a layer's steps down are of this size, so many are taken as come closest.
+        all_alike = all(count % target.multiple_of == 0 for count in size.counts)
+        numbers.append((wanted + target.multiple_of // 2) // target.multiple_of if all_alike else wanted)
+    return tuple(numbers)
+
+
+def _largest_split(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> int:
+    """The largest ``tensor_parallel`` with which the method reaches a ratio."""
+    groups = checkpoint.structures[KV_GROUPS].most
+    return next(it for it in range(groups, 0, -1) if it == 1 or _splits(checkpoint, ratio, method, it, where))
+
+
+def _splits(checkpoint: Checkpoint, ratio: float, method: Method, tensor_parallel: int, where: str) -> bool:
+    """Whether the method reaches a ratio with this ``tensor_parallel``."""
+    split = method.model_copy(update={"tensor_parallel": tensor_parallel})
+    try:
+        check_ratios(checkpoint, [ratio], split, where)
+    except UserError:
+        return False
+    return True
+
+
+def _limits(method: Method) -> Limits:
+    return method.floor, method.protect_first, method.protect_last

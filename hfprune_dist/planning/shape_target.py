@@ -1,0 +1,113 @@
+"""A ratio that is asked of a model of which more than neurons may go, and what of the model may go."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import get_args
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.layer_settings import undroppable_layers
+from hfprune_dist.config.parameters import PruneParameters
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.widths import round_down
+from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, Structure
+from hfprune_dist.structures.parameter_counts import ParameterCounts
+from hfprune_dist.structures.units import Units
+
+
+@dataclass(frozen=True)
+class ShapeTarget:
+    """What is asked of a shape.
+
+    Attributes:
+        checkpoint: of the dense model.
+        ratio: of its parameters.
+        structures: what may go.
+        multiple_of: widths of layers that lose neurons are multiples of it.
+        where: the model and the method, for messages.
+        tensor_parallel: numbers of KV groups are divisible by it, if groups may go.
+    """
+
+    checkpoint: Checkpoint
+    ratio: float
+    structures: tuple[Structure, ...]
+    multiple_of: int
+    where: str
+    tensor_parallel: int = 1
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, params: PruneParameters, where: str) -> ShapeTarget:
+        """What a prune stage asks of the dense model that its ratio is of."""
+        return cls(
+            checkpoint, params.ratio, tuple(params.structures), params.multiple_of, where, params.tensor_parallel
+        )
+
+    @property
+    def counts(self) -> ParameterCounts:
+        """Of the dense model."""
+        return self.checkpoint.parameter_counts
+
+    @property
+    def neurons(self) -> Units:
+        return self.checkpoint.structures[NEURONS]
+
+    @property
+    def groups(self) -> Units:
+        return self.checkpoint.structures[KV_GROUPS]
+
+    @property
+    def divisor(self) -> int:
+        """The largest number that divides the KV groups of every layer."""
+        return math.gcd(*self.groups.counts)
+
+    @cached_property
+    def undroppable(self) -> set[int]:
+        """Numbers of the layers that must stay."""
+        every = range(self.checkpoint.num_layers)
+        return set(every) if LAYERS not in self.structures else {*undroppable_layers(self.checkpoint.config)}
+
+    @property
+    def fewest_layers(self) -> int:
+        """Layers that must stay: two thirds of them, since what more of them lose no refit brings back."""
+        return max(-(-2 * self.checkpoint.num_layers // 3), len(self.undroppable))
+
+    @property
+    def largest_structures(self) -> ShapeTarget:
+        """The same where all that can go may go."""
+        return replace(self, structures=get_args(Structure))
+
+    @property
+    def rounding(self) -> str:
+        """The settings that units are rounded by, for messages."""
+        split = f", tensor_parallel {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+        return f"multiple_of {self.multiple_of}{split}"
+
+    def out_of_reach(self, largest: float, with_all: float, limits: str = "") -> UserError:
+        """What to tell where the ratio is larger than can be reached.
+
+        Args:
+            largest: the largest that can be.
+            with_all: the same if all structures might go.
+            limits: what else bounds it.
+        """
+        missing = [name for name in get_args(Structure) if name not in self.structures]
+        more = f"; with {' and '.join(missing)} in prune.structures {round_down(with_all)}" if missing else ""
+        return UserError(
+            f"{self.where}: ratio {self.ratio:g} can't be reached by pruning {_listed(self.structures)}{limits}; the "
+            f"largest possible is {round_down(largest)} ({self.rounding}){more}"
+        )
+
+    def unusable_split(self, largest: int) -> UserError:
+        """What to tell where no number of KV groups is divisible by ``tensor_parallel``."""
+        return UserError(
+            f"{self.where}: prune.tensor_parallel {self.tensor_parallel} divides no number of KV groups that its "
+            f"{self.groups.most} can be pruned to; the largest that works is {largest}"
+        )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    if len(names) == 1:
+        return f"{names[0]} alone"
+    return f"{', '.join(names[:-1])} and {names[-1]}"

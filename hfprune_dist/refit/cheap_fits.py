@@ -1,0 +1,121 @@
+"""Layers of candidates with a cheap refit: least squares on the dense model's activations, for many sizes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hfprune_dist.core.least_squares import LeastSquares, best_ridge
+from hfprune_dist.core.selection import entries_of, top_units
+from hfprune_dist.distributed.gram_sums import Grams
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.world import World
+from hfprune_dist.models.single_layer import output_of, weights_kept
+from hfprune_dist.refit.measurement import Candidate, Choice, Weights
+from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.units import Units
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Units of one kind, and each layer's scores: a layer keeps the highest."""
+
+    units: Units
+    scores: Sequence[Tensor]
+
+    def kept(self, layer: int, count: int) -> Tensor:
+        """Ascending indices of the units that a layer keeps if it keeps so many."""
+        return top_units(self.scores[layer], count)
+
+
+def kept_of(kinds: Sequence[Scored], candidate: Candidate) -> Kept:
+    """What a candidate keeps: the units that score highest, in the layers that stay.
+
+    Args:
+        kinds: in the order of a choice's numbers.
+    """
+    staying = [(layer, choice) for layer, choice in enumerate(candidate) if choice is not None]
+    units = {
+        scored.units.kind: [scored.kept(layer, choice[place]) for layer, choice in staying]
+        for place, scored in enumerate(kinds)
+    }
+    return Kept(tuple(layer for layer, _ in staying), units)
+
+
+class CheapFits:
+    """``Variants`` in which a choice is how many units of each kind stay, the same bits on any number of ranks.
+
+    Args:
+        kinds: in the order of a choice's numbers.
+        stream: windows before the first layer.
+        refit: whether output projections are fitted, on the stream's windows that are not held out.
+    """
+
+    def __init__(self, kinds: Sequence[Scored], stream: LayerStream, refit: bool, world: World) -> None:
+        self._kinds = kinds
+        self._stream = stream
+        self._refit = refit
+        self._world = world
+        self.whole: Candidate = tuple(
+            tuple(len(scored.scores[number]) for scored in kinds) for number in range(stream.num_layers)
+        )
+
+    def weights(self, number: int, layer: nn.Module, choices: Sequence[Choice]) -> Mapping[Choice, Weights]:
+        """See ``Variants``; ranks share the solving."""
+        if self._refit:
+            grams: Mapping[str, Grams | None] = self._stream.grams(number, layer, [it.units for it in self._kinds])
+        else:
+            self._stream.advance(layer)
+            grams = {it.units.kind: None for it in self._kinds}
+        of_kinds = [
+            self._of_kind(number, layer, scored, sorted({choice[place] for choice in choices}), grams)
+            for place, scored in enumerate(self._kinds)
+        ]
+        return {
+            choice: {
+                name: weight
+                for count, of_kind in zip(choice, of_kinds, strict=True)
+                for name, weight in of_kind[count].items()
+            }
+            for choice in choices
+        }
+
+    def go_past(self, layer: nn.Module) -> None:
+        """See ``Variants``."""
+        self._stream.advance(layer)
+
+    def _of_kind(
+        self, number: int, layer: nn.Module, scored: Scored, counts: Sequence[int], grams: Mapping[str, Grams | None]
+    ) -> dict[int, Weights]:
+        """What the layer's units of one kind own, for every number of them."""
+        units, most = scored.units, len(scored.scores[number])
+        kept = {count: scored.kept(number, count) for count in counts if count < most}
+        of_kind = grams[units.kind]
+        fitted = self._fitted(layer, units, kept, of_kind) if of_kind is not None and kept else {}
+        weights = {most: weights_kept(layer, units)}
+        for count, kept_K in kept.items():
+            weights[count] = weights_kept(layer, units, kept_K)
+            if count in fitted:
+                name = f"{units.output}.weight"
+                weights[count][name] = fitted[count].to(weights[count][name])
+        return weights
+
+    def _fitted(self, layer: nn.Module, units: Units, kept: Mapping[int, Tensor], grams: Grams) -> dict[int, Tensor]:
+        """The output projection for every number of units, fitted where nothing is held out; one ridge for all."""
+        weight_CD = output_of(layer, units).weight.data.double()
+        channels = {count: entries_of(kept_K, units.channels_per_unit) for count, kept_K in kept.items()}
+        on_device = {count: channels_K.to(weight_CD.device) for count, channels_K in channels.items()}
+        fewest_K = on_device[min(on_device)]
+        ridge = 0.0
+        if self._world.is_first:
+            held_out = LeastSquares(weight_CD, grams.held_out_DD, fewest_K)
+            ridge, _ = best_ridge(LeastSquares(weight_CD, grams.fitted_DD, fewest_K), held_out)
+        ridge = self._world.broadcast(ridge)
+        mine = {
+            count: LeastSquares(weight_CD, grams.fitted_DD, channels_K).weight(ridge).float().cpu()
+            for place, (count, channels_K) in enumerate(on_device.items())
+            if place % self._world.size == self._world.rank
+        }
+        return {count: weight for share in self._world.gather(mine) for count, weight in share.items()}

@@ -1,0 +1,64 @@
+"""Layers of models that are refitted, to be measured beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.models.single_layer import weights_kept
+from hfprune_dist.refit.measurement import Candidate, Choice, Weights
+from hfprune_dist.refit.refitted_layers import RefittedLayers
+from hfprune_dist.structures.kept import Kept
+
+# Of the dense model.
+DENSE: Choice = ()
+
+
+def candidates_of(kepts: Sequence[Kept], num_layers: int) -> list[Candidate]:
+    """The models that keep this, by their numbers.
+
+    Args:
+        num_layers: of the dense model.
+    """
+    return [
+        tuple((model,) if layer in kept.layers else None for layer in range(num_layers))
+        for model, kept in enumerate(kepts)
+    ]
+
+
+class FinishedLayers:
+    """``Variants`` in which a choice is the number of one of these models.
+
+    Args:
+        models: what each keeps, and its refitted layers.
+        stream: windows before the first layer, to check on the way that layers are the model's.
+    """
+
+    def __init__(self, models: Sequence[tuple[Kept, RefittedLayers]], stream: LayerStream) -> None:
+        self._models = models
+        self._stream = stream
+        self.whole: Candidate = (DENSE,) * stream.num_layers
+
+    def weights(self, number: int, layer: nn.Module, choices: Sequence[Choice]) -> Mapping[Choice, Weights]:
+        """See ``Variants``."""
+        self._stream.advance(layer)
+        return {choice: self._of_model(number, layer, choice) for choice in choices}
+
+    def go_past(self, layer: nn.Module) -> None:
+        """See ``Variants``."""
+        self._stream.advance(layer)
+
+    def _of_model(self, number: int, layer: nn.Module, choice: Choice) -> Weights:
+        if choice == DENSE:
+            kinds = self._models[0][1].kinds
+            return {name: it for units in kinds for name, it in weights_kept(layer, units).items()}
+        (model,) = choice
+        kept, fitted = self._models[model]
+        weights = {
+            name: it
+            for units in fitted.kinds
+            for name, it in weights_kept(layer, units, kept.of_layer(number, units.kind)).items()
+        }
+        return weights | fitted.weights(number, like=next(iter(weights.values())))

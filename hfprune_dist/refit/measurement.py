@@ -1,0 +1,244 @@
+"""How far pruned models are from the dense one, measured for many of them in one pass layer by layer.
+
+The windows go through the layers of the model that is pruned and, beside them, through every candidate's: candidates
+share all layers up to the first in which they differ. Memory is that of one layer and of the windows' hidden states of
+each candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.core.fidelity import divergences
+from hfprune_dist.distributed.gram_sums import is_held_out
+from hfprune_dist.distributed.layer_states import LayerStates, Named
+from hfprune_dist.distributed.world import World
+from hfprune_dist.models.single_layer import LayerReader, put_weights, run
+from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
+from hfprune_dist.store.hashing import digest_of
+
+# What a candidate makes of a layer: numbers that its ``Variants`` understand; None where the layer goes.
+Choice = tuple[int, ...]
+Candidate = tuple[Choice | None, ...]
+# Of what units own in a layer, by names within it.
+Weights = dict[str, Tensor]
+# Micro-batch -> hidden states, on the CPU.
+Hidden = dict[int, Tensor]
+# Candidates that have been the same so far -> hidden states of this rank's micro-batches.
+Branches = dict[tuple[int, ...], Hidden]
+
+KNOWN = "search.json"
+
+
+class Variants(Protocol):
+    """The layers that candidates have in place of those of the model that is pruned."""
+
+    whole: Candidate
+    """The model that is pruned, before it is."""
+
+    def weights(self, number: int, layer: nn.Module, choices: Sequence[Choice]) -> Mapping[Choice, Weights]:
+        """What a layer of the model has, once it is pruned, in place of its own. Called for each layer in order;
+        collective.
+        """
+
+    def go_past(self, layer: nn.Module) -> None:
+        """Called instead of ``weights`` for layers that a later attempt needn't measure again."""
+
+
+class Measurement:
+    """Measures candidates on windows of all ranks; the same bits on any number of them.
+
+    Args:
+        checkpoint: the model that is pruned.
+        micro_batches: number -> ids [windows, tokens], of all ranks together.
+        reference: gives what ``dense_outputs`` does, where the model isn't the dense one but what an earlier round left
+            of it; collective.
+        every: one token in so many is compared. Logits cost more than all layers where vocabularies are large.
+        folder: for a later attempt: what was measured, and where a measurement stands.
+        after_each: called on every rank with the number of layers that are done, those of all measurements so far.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        variants: Callable[[], Variants],
+        micro_batches: Mapping[int, Tensor],
+        *,
+        reference: Callable[[], Hidden] | None = None,
+        every: int = 1,
+        dtype: torch.dtype,
+        world: World,
+        folder: Path,
+        after_each: Callable[[int], None],
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._variants = variants
+        self._reference = reference
+        self._every = every
+        self._world = world
+        self._folder = folder
+        self._after_each = after_each
+        self._known: dict[str, float] = world.broadcast(_read_known(folder / KNOWN) if world.is_first else {})
+        self._measurements = 0
+        self._reader = LayerReader(checkpoint, dtype, world.device)
+        self._all = list(micro_batches)
+        self._batches = _share_of(micro_batches, world)
+
+    def kl(self, candidates: Sequence[Candidate]) -> list[float]:
+        """KL(dense || candidate) per token, nats, of every candidate; the same candidate is measured once."""
+        unknown = [it for it in dict.fromkeys(candidates) if digest_of(it) not in self._known]
+        if unknown:
+            self._known |= {digest_of(it): kl for it, kl in zip(unknown, self._measure(unknown), strict=True)}
+            if self._world.is_first:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_json(self._folder / KNOWN, self._known)
+            self._states(unknown).discard()
+        self._measurements += 1
+        return [self._known[digest_of(it)] for it in candidates]
+
+    def _states(self, candidates: Sequence[Candidate]) -> LayerStates:
+        """Where a measurement of these candidates stands."""
+        return LayerStates(self._folder / f"search-{digest_of(candidates)[:16]}", self._all, self._world)
+
+    def _measure(self, candidates: Sequence[Candidate]) -> list[float]:
+        """Saved after each layer; goes on after the last one that was saved."""
+        outputs = None if self._reference is None else self._reference()
+        states, variants = self._states(candidates), self._variants()
+        everyone = [*([variants.whole] if outputs is None else []), *candidates]
+        num_layers = self._checkpoint.num_layers
+        done, saved = states.newest()
+        branches = _unpacked(saved, [it[:done] for it in everyone])
+        if not done:
+            branches = {tuple(range(len(everyone))): self._reader.embed(self._batches)}
+        for number in range(num_layers if done < num_layers else 0):
+            layer = self._reader.layer(number)
+            if number < done:
+                variants.go_past(layer)
+            else:
+                branches = self._through(variants, number, layer, branches, [it[number] for it in everyone])
+                states.save(number + 1, _packed(branches, self._batches))
+            self._after_each(self._measurements * num_layers + number + 1)
+        if outputs is None:
+            outputs = next(hidden for members, hidden in branches.items() if 0 in members)
+            branches = {members: hidden for members, hidden in branches.items() if members != (0,)}  # not with itself
+        return self._compared(branches, outputs, len(everyone))[-len(candidates) :]
+
+    def _through(
+        self, variants: Variants, number: int, layer: nn.Module, branches: Branches, choices: Sequence[Choice | None]
+    ) -> Branches:
+        """Take every branch through a layer, as its candidates have it there."""
+        there = sorted({it for it in choices if it is not None})
+        weights = variants.weights(number, layer, there)
+        advanced: Branches = {}
+        for choice, of_choice in _split(branches, choices).items():
+            if choice is None:
+                advanced |= of_choice
+                continue
+            put_weights(layer, weights[choice])
+            for members, hidden in of_choice.items():
+                advanced[members] = _advanced(layer, hidden, self._world)
+        return advanced
+
+    def _compared(self, branches: Branches, reference: Hidden, count: int) -> list[float]:
+        """Divergence of every candidate from the dense model, added up in the order of the micro-batches."""
+        head = self._reader.head()
+        own: dict[tuple[int, int], float] = {}
+        for index in self._batches:
+            dense, *models = (
+                head.outputs(hidden[index][:, :: self._every].to(self._world.device))
+                for hidden in [reference, *branches.values()]
+            )
+            for members, kl in zip(branches, divergences(dense, models), strict=True):
+                own |= {(member, index): kl for member in members}
+        everywhere = {key: value for share in self._world.gather(own) for key, value in share.items()}
+        tokens = sum(self._world.gather(sum(ids[:, :: self._every].numel() for ids in self._batches.values())))
+        totals = [0.0] * count
+        for member, index in sorted(everywhere):
+            totals[member] += everywhere[member, index]
+        return [total / tokens for total in totals]
+
+
+def dense_outputs(
+    dense: Checkpoint,
+    micro_batches: Mapping[int, Tensor],
+    dtype: torch.dtype,
+    world: World,
+    after_each: Callable[[int], None],
+) -> Hidden:
+    """What the dense model's last layer puts out for this rank's share of what a ``Measurement`` is given.
+
+    Args:
+        after_each: called on every rank with the number of layers that are done.
+    """
+    reader = LayerReader(dense, dtype, world.device)
+    hidden = reader.embed(_share_of(micro_batches, world))
+    for number in range(dense.num_layers):
+        hidden = _advanced(reader.layer(number), hidden, world)
+        after_each(number + 1)
+    return hidden
+
+
+def _share_of(micro_batches: Mapping[int, Tensor], world: World) -> dict[int, Tensor]:
+    return {index: micro_batches[index] for index in [*micro_batches][world.rank :: world.size]}
+
+
+def _advanced(layer: nn.Module, hidden: Hidden, world: World) -> Hidden:
+    return {index: run(layer, hidden_BTC.to(world.device)).cpu() for index, hidden_BTC in hidden.items()}
+
+
+def one_by_one(windows_ST: Tensor) -> dict[int, Tensor]:
+    """Windows as micro-batches of one each, so that more ranks have some."""
+    return dict(enumerate(windows_ST.split(1)))
+
+
+def held_out_batches(windows_ST: Tensor, micro_batch_size: int, most: int) -> dict[int, Tensor]:
+    """Of the micro-batches that refits keep apart to choose their ridge, the first with up to ``most`` windows."""
+    batches = windows_ST.split(micro_batch_size)
+    held_out = [it for it in range(len(batches)) if is_held_out(it, len(batches))] or [0]
+    return {index: batches[index] for index in held_out[: max(1, most // micro_batch_size)]}
+
+
+def _packed(branches: Branches, indices: Iterable[int]) -> dict[int, dict[str, Tensor]]:
+    """The same by micro-batch; a branch's name is its candidates' numbers."""
+    return {index: {_name(members): hidden[index] for members, hidden in branches.items()} for index in indices}
+
+
+def _unpacked(saved: Mapping[int, Named], so_far: Sequence[Candidate]) -> Branches:
+    """What ``_packed`` was given; ``so_far`` is what candidates made of the layers that are done."""
+    together: dict[Candidate, list[int]] = {}
+    for member, choices in enumerate(so_far):
+        together.setdefault(choices, []).append(member)
+    return {
+        tuple(members): {index: named[_name(members)] for index, named in saved.items()}
+        for members in together.values()
+    }
+
+
+def _name(members: Sequence[int]) -> str:
+    return ",".join(map(str, members))
+
+
+def _read_known(file: Path) -> dict[str, float]:
+    """What earlier attempts measured; a file that is damaged is set aside."""
+    try:
+        known: dict[str, float] | None = read_json(file)
+    except ValueError as error:
+        set_aside(file, f"is cut short or not JSON ({error})")
+        return {}
+    return known or {}
+
+
+def _split(branches: Branches, choices: Sequence[Choice | None]) -> dict[Choice | None, Branches]:
+    """Choice -> the branches that go on with it; ``choices`` are the candidates' in the next layer."""
+    split: dict[Choice | None, Branches] = {}
+    for members, hidden in branches.items():
+        for choice in dict.fromkeys(choices[member] for member in members):
+            staying = tuple(member for member in members if choices[member] == choice)
+            split.setdefault(choice, {})[staying] = dict(hidden)
+    return split

@@ -1,0 +1,254 @@
+"""Refits layer after layer, each on what the model pruned and refitted so far makes of the windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from hfprune_dist.checkpoints.families import Family
+from hfprune_dist.core.exact_sums import ExactOverflowError
+from hfprune_dist.core.gauss_newton import Biases, MlpWeights
+from hfprune_dist.core.least_squares import vectors_of_targets, weight_of_targets
+from hfprune_dist.distributed.gram_sums import unusable
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.world import World
+from hfprune_dist.models.single_layer import (
+    input_of,
+    mlp_of,
+    output_of,
+    part_of,
+    projection,
+    put_weights,
+    run,
+    weights_kept,
+)
+from hfprune_dist.refit.dense_refit import AfterEach
+from hfprune_dist.refit.gauss_newton_ranks import Reconstruction, Start
+from hfprune_dist.refit.least_squares_fit import Solution, solve
+from hfprune_dist.refit.refitted_layers import ProjectionFit, RefittedLayers
+from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.units import Units
+
+# How far a pursuing block makes up for earlier ones. What those lost is hardly a function of what this one reads: going
+# all the way fits the calibration windows rather than the model.
+SHARE_MADE_UP = 0.5
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of a layer that is fitted: its attention or its MLP.
+
+    Attributes:
+        units: what is pruned of it.
+        dense: the layer of the dense model.
+        gap: layers of the dense model that follow it and go; the last block before them makes up for them.
+        wanted: micro-batch -> the dense model's residual stream after the block, or after the gap, on the CPU.
+    """
+
+    units: Units
+    dense: nn.Module
+    wanted: Mapping[int, Tensor]
+    gap: Sequence[nn.Module] = ()
+
+
+class SequentialRefit:
+    """Blocks that bring the pruned model's residual stream back to the dense one's, layer after layer.
+
+    The target of a block lies between what the dense model's would put out there, and all that is missing after it to
+    the dense model's residual stream, which makes up for earlier blocks as well (``SHARE_MADE_UP``).
+
+    Args:
+        family: of the model that is pruned.
+        kept: what stays of it.
+        dense_layers: numbers that the layers that stay have in the dense model, of which it may lack some already.
+        stream: its windows before the first layer.
+        dense: the same windows before the first layer of the dense model.
+        fitted: where layers are written. Its kinds say which blocks are fitted; if it holds whole MLPs, steps of
+            Gauss-Newton on all three projections follow least squares on the down projection.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        kept: Kept,
+        stream: LayerStream,
+        dense: LayerStream,
+        fitted: RefittedLayers,
+        *,
+        dense_layers: Sequence[int],
+        world: World,
+    ) -> None:
+        self._family = family
+        self._mlp, *self._attention = fitted.kinds
+        self._kept = kept
+        self._places = dict(zip(kept.layers, dense_layers, strict=True))
+        self._stream = stream
+        self._dense = dense
+        self._fitted = fitted
+        self._world = world
+
+    def run(self, after_each: AfterEach) -> None:
+        """Refit all layers that stay and are not done; windows go no further than to the last of these.
+
+        Raises:
+            UserError: where a layer of the dense model is not its residual stream plus its blocks.
+        """
+        done = self._world.broadcast(self._fitted.done(self._kept.layers) if self._world.is_first else set())
+        left = [number for number in self._kept.layers if number not in done]
+        place = 0
+        for number in (it for it in self._kept.layers if left and it <= left[-1]):
+            for gone in range(place, self._places[number]):  # before the first that stays
+                self._dense.advance(self._dense.layer(gone))
+            place = self._behind(number)
+            self._through(number, is_done=number in done)
+            after_each(number + 1)
+
+    def _behind(self, number: int) -> int:
+        """Where the dense model's next layer that stays is, or its end."""
+        return min((it for it in self._places.values() if it > self._places[number]), default=self._dense.num_layers)
+
+    def _through(self, number: int, *, is_done: bool) -> None:
+        """Take the windows of both models through a layer, and those of the dense one through the gap behind it."""
+        blocks = self._advance_dense(number)
+        layer = self._stream.layer(number)
+        for units in (*self._attention, self._mlp):
+            put_weights(layer, weights_kept(layer, units, self._kept.of_layer(number, units.kind)))
+        if is_done:
+            self._fitted.install(number, layer)
+            self._stream.advance_to(layer, self._mlp)
+        else:
+            self._fit(number, layer, blocks)
+            self._fitted.install(number, layer)
+        self._stream.advance_from(layer, self._mlp)
+
+    def _advance_dense(self, number: int) -> list[_Block]:
+        """Take the dense model's windows through a layer and the gap behind it; what its blocks are fitted to, the
+        MLP's at the end.
+        """
+        layer = self._dense.layer(self._places[number])
+        self._dense.require_residual(layer, [*self._attention, self._mlp])
+        self._dense.advance_to(layer, self._mlp)
+        blocks = [_Block(units, layer, self._dense.all_hidden()) for units in self._attention]
+        self._dense.advance_from(layer, self._mlp)
+        gap = [self._dense.layer(gone) for gone in range(self._places[number] + 1, self._behind(number))]
+        for gone in gap:
+            self._dense.advance(gone)
+        return [*blocks, _Block(self._mlp, layer, self._dense.all_hidden(), gap)]
+
+    def _fit(self, number: int, layer: nn.Module, blocks: list[_Block]) -> None:
+        """Leaves the windows before the MLP. Every rank has the Gram matrices and solves; rank 0 writes.
+
+        Args:
+            blocks: emptied, since what they are fitted to is as large as the windows.
+        """
+        tensors: dict[str, Tensor] = {}
+        fits: dict[str, ProjectionFit] = {}
+        for units in self._attention:
+            solution = self._solved(number, layer, blocks.pop(0))
+            fitted = {f"{units.output}.weight": solution.whole_CK}
+            self._put(number, layer, fitted)
+            tensors |= fitted
+            fits[units.kind] = solution.fit
+        self._stream.advance_to(layer, self._mlp)
+        targets: dict[int, Tensor] = {}
+        solution = self._solved(number, layer, blocks.pop(), targets if self._fitted.whole_mlp else None)
+        fits[self._mlp.kind] = solution.fit
+        if self._fitted.whole_mlp:
+            tensors |= self._moved(number, layer, solution, targets)
+        else:
+            tensors[f"{self._mlp.output}.weight"] = solution.whole_CK
+        if self._world.is_first:
+            self._fitted.write(number, tensors, fits)
+        self._world.barrier()
+
+    def _put(self, number: int, layer: nn.Module, fitted: Mapping[str, Tensor]) -> None:
+        """Let what follows be fitted behind a block as rank 0 will save it."""
+        rounded = self._world.broadcast(self._fitted.rounded(number, fitted) if self._world.is_first else {})
+        like = output_of(layer, self._mlp).weight
+        put_weights(layer, {name: it.to(like) for name, it in rounded.items()})
+
+    def _solved(
+        self, number: int, layer: nn.Module, block: _Block, targets: dict[int, Tensor] | None = None
+    ) -> Solution:
+        """Least squares on an output projection.
+
+        Args:
+            targets: gets those of every micro-batch of this rank, on the CPU.
+        """
+        weight_CK = output_of(layer, block.units).weight.data
+        grams = self._stream.grams_of(number, sum(weight_CK.shape), self._vectors(layer, block, targets))
+        kept = torch.arange(weight_CK.shape[1], device=weight_CK.device)
+        return solve(weight_of_targets(weight_CK), grams, kept)
+
+    def _vectors(
+        self, layer: nn.Module, block: _Block, targets: dict[int, Tensor] | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """What least squares sums, of every micro-batch of this rank."""
+        output = output_of(layer, block.units)
+        for index, residual_BTC in self._stream.standing():
+            target_NC = self._target(layer, residual_BTC, block, block.wanted[index])
+            if output.bias is not None:
+                target_NC -= output.bias.float()
+            if targets is not None:
+                targets[index] = target_NC.cpu()
+            yield index, vectors_of_targets(output.weight.data, self._hidden(layer, block, residual_BTC), target_NC)
+
+    @torch.no_grad()
+    def _hidden(self, layer: nn.Module, block: _Block, residual_BTC: Tensor) -> Tensor:
+        """What a block's output projection reads [tokens, channels]."""
+        compute = partial(run, layer, residual_BTC)
+        if block.units is self._mlp:
+            compute = partial(mlp_of(layer), part_of(layer, self._mlp.norm)(residual_BTC))
+        return input_of(output_of(layer, block.units), compute).flatten(0, 1)
+
+    @torch.no_grad()
+    def _target(self, layer: nn.Module, residual_BTC: Tensor, block: _Block, wanted_BTC: Tensor) -> Tensor:
+        """What a block should put out, float32 [tokens, hidden_size]."""
+        if block.units is self._mlp:
+            own_NC: Tensor = mlp_of(block.dense)(part_of(layer, self._mlp.norm)(residual_BTC).flatten(0, 1))
+        else:
+            own_NC = output_of(block.dense, block.units)(self._hidden(block.dense, block, residual_BTC))
+        residual_NC = residual_BTC.flatten(0, 1)
+        if block.gap:
+            reached_BTC = (residual_NC + own_NC).view_as(residual_BTC)
+            for gone in block.gap:
+                reached_BTC = run(gone, reached_BTC)
+            own_NC = reached_BTC.flatten(0, 1).float() - residual_NC.float()
+        own_NC = own_NC.float()
+        missing_NC = wanted_BTC.flatten(0, 1).to(own_NC) - residual_NC.float()
+        return own_NC.lerp(missing_NC, SHARE_MADE_UP)
+
+    def _moved(
+        self, number: int, layer: nn.Module, solution: Solution, targets: Mapping[int, Tensor]
+    ) -> dict[str, Tensor]:
+        """Gate, up and down after steps, the first from a down projection of least squares on the same windows."""
+        mlp, norm = mlp_of(layer), part_of(layer, self._mlp.norm)
+        gate, up = (projection(mlp, name) for name in self._family.row_projections)
+        reconstruction = Reconstruction(
+            gate.weight.dtype,
+            Biases(*(None if linear.bias is None else linear.bias.data for linear in (gate, up))),
+            {index: norm(residual_BTC).flatten(0, 1).cpu() for index, residual_BTC in self._stream.standing()},
+            lambda index: targets[index].to(self._world.device),
+            micro_batches=self._stream.micro_batches,
+            world=self._world,
+        )
+
+        gate_KC, up_KC = (linear.weight.data.float() for linear in (gate, up))
+        # Held-out windows judge a step, so one begins where they are unknown.
+        fitted_weights, whole_weights = (
+            MlpWeights(gate_KC, up_KC, down_CK) for down_CK in (solution.fitted_CK, solution.whole_CK)
+        )
+        try:
+            moved = reconstruction.improve(
+                Start(fitted_weights, solution.fitted_KK, self._stream.fitted_tokens),
+                Start(whole_weights, solution.whole_KK, self._stream.tokens),
+            )
+        except ExactOverflowError as error:
+            raise unusable(number, error) from None
+        names = *self._mlp.row_weights(number), self._mlp.output_weight(number)
+        within_layer = [name.removeprefix(self._mlp.tensor(number, "")) for name in names]
+        return dict(zip(within_layer, moved.tensors(), strict=True))

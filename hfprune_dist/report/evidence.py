@@ -1,0 +1,121 @@
+"""What a report is drawn from: rows, manifests and the attempts at stages, all read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.results.rows import Row
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Stage
+
+# With more cells than these, lines that belong to one checkpoint are drawn as one per method, with the range around it.
+MOST_SINGLE_CELLS = 50
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a stage, as the records of who started it tell.
+
+    Attributes:
+        number: 1 for the first.
+        started, ended: unix time; None where nobody has written it down, or where it hasn't come yet.
+        state: ``open`` where no end is known: it is queued, runs, or was cut off.
+        cause: why it ended, in a word or two; empty where there is nothing to say.
+        message: the reason at length.
+        where: job and nodes; empty on this machine.
+    """
+
+    number: int
+    state: Literal["done", "failed", "open"]
+    started: float | None
+    ended: float | None
+    cause: str = ""
+    message: str = ""
+    where: str = ""
+    logs: tuple[Path, ...] = ()
+
+
+AttemptsOf = Callable[[Stage], Sequence[Attempt]]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A sweep at one moment.
+
+    Attributes:
+        out: its folder, in which the report lies.
+        written: unix time of the report.
+        manifests: stage id -> manifest of its artifact; None where there is none.
+        attempts: stage id -> attempts, first to last.
+        config: the configuration of the last run, as YAML; empty where it is gone.
+    """
+
+    out: Path
+    written: float
+    plan: Plan
+    store: Store
+    rows: Sequence[Row]
+    manifests: Mapping[str, Mapping[str, Any] | None]
+    attempts: Mapping[str, Sequence[Attempt]]
+    config: str
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, in the order of the rows."""
+        return list(dict.fromkeys(row["model"] for row in self.rows))
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the methods, in the order of the rows."""
+        return list(dict.fromkeys(row["method"] for row in self.rows if row["method"]))
+
+    @property
+    def ratios(self) -> list[float]:
+        """How much pruned rows were asked to lose, ascending."""
+        return sorted({row["ratio"] for row in self.rows if row["method"]})
+
+    @property
+    def has_many_cells(self) -> bool:
+        """Whether lines of single checkpoints would hide each other."""
+        return len(self.rows) > MOST_SINGLE_CELLS
+
+    @cached_property
+    def _cells(self) -> Mapping[str, list[Cell]]:
+        behind: dict[str, list[Cell]] = {}
+        for cell in self.plan.cells:
+            for stage_id in self.plan.upstream(cell):
+                behind.setdefault(stage_id, []).append(cell)
+        return behind
+
+    def cells_of(self, stage_id: str) -> list[Cell]:
+        """The rows that a stage is behind."""
+        return self._cells.get(stage_id, [])
+
+    def finished(self, kind: str) -> list[tuple[Stage, Mapping[str, Any]]]:
+        """Stages of a kind that have an artifact and are behind a row, in plan order, with their metrics."""
+        found = [(stage, self.manifests[stage.id]) for stage in self.plan.stages.values() if stage.kind == kind]
+        return [(stage, manifest["metrics"]) for stage, manifest in found if manifest and self.cells_of(stage.id)]
+
+
+def collect(out: Path, plan: Plan, rows: Sequence[Row], attempts_of: AttemptsOf, written: float) -> Evidence:
+    """Read what a report is drawn from.
+
+    Args:
+        out: folder of the sweep, with its store.
+        rows: those of the plan's cells.
+        attempts_of: what the launchers know of a stage.
+        written: unix time.
+    """
+    store = Store(out / "store")
+    try:
+        config = (out / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        config = ""
+    manifests = {stage_id: store.handle(stage_id).manifest() for stage_id in plan.stages}
+    attempts = {stage.id: attempts_of(stage) for stage in plan.stages.values()}
+    return Evidence(out, written, plan, store, rows, manifests, attempts, config)

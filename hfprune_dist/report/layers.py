@@ -1,0 +1,172 @@
+"""Charts of what checkpoints keep: how much in every layer, and how much methods keep in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hfprune_dist.checkpoints.kept_numbers import read_kept_numbers
+from hfprune_dist.report.chart import (
+    Chart,
+    Figure,
+    Key,
+    Trace,
+    axis,
+    band,
+    dash,
+    dashes_told,
+    line,
+    method_color,
+    shown,
+)
+from hfprune_dist.report.evidence import Evidence
+
+TITLES = {"neurons": "neurons", "kv_groups": "key-value heads"}
+NOTHING_PRUNED = "No model has been pruned yet."
+
+
+@dataclass(frozen=True)
+class Units:
+    """What a checkpoint keeps of one kind of unit: layer -> the numbers of its units as bits of an integer."""
+
+    layers: Mapping[int, int]
+
+    def counts(self, layers: int) -> list[int]:
+        """How many each of a model's layers keeps; none where the layer went."""
+        return [self.layers.get(layer, 0).bit_count() for layer in range(layers)]
+
+    def common_share(self, other: Units) -> float:
+        """Of all units that either keeps, the share that both keep."""
+        layers = self.layers.keys() | other.layers.keys()
+        pairs = [(self.layers.get(layer, 0), other.layers.get(layer, 0)) for layer in layers]
+        union = sum((ours | theirs).bit_count() for ours, theirs in pairs)
+        return sum((ours & theirs).bit_count() for ours, theirs in pairs) / union
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned checkpoint."""
+
+    model: str
+    ratio: float
+    method: str
+    units: Mapping[str, Units]
+
+
+def layer_charts(evidence: Evidence) -> list[Chart]:
+    """Widths and heads by layer, and the overlap of what methods keep."""
+    pruned = [*_pruned(evidence)]
+    return [_sizes(evidence, pruned), _overlap(evidence, pruned)]
+
+
+def _pruned(evidence: Evidence) -> Iterator[Pruned]:
+    for stage, _ in evidence.finished("prune"):
+        # A stage of an earlier round is behind the same rows as the last one.
+        cells = [cell for cell in evidence.cells_of(stage.id) if _last_pruning(cell.producers) == stage.id]
+        kept = _read(evidence.store.handle(stage.id).artifact)
+        if cells and kept:
+            yield Pruned(cells[0].model, cells[0].ratio or 0.0, cells[0].method or "", kept)
+
+
+def _last_pruning(producers: Sequence[str]) -> str:
+    return [stage_id for stage_id in producers if stage_id.startswith("prune/")][-1]
+
+
+@cache
+def _read(artifact: Path) -> Mapping[str, Units]:
+    """Kind -> what stays, by an artifact's ``kept.json``. Artifacts never change, so each is read once."""
+    try:
+        layers, units = read_kept_numbers(artifact)
+    except (OSError, ValueError):
+        return {}
+    return {kind: Units(dict(zip(layers, map(_bits, rows), strict=True))) for kind, rows in units.items()}
+
+
+def _bits(numbers: Sequence[int]) -> int:
+    bits = bytearray(max(numbers, default=0) // 8 + 1)
+    for number in numbers:
+        bits[number // 8] |= 1 << number % 8
+    return int.from_bytes(bits, "little")
+
+
+def _sizes(evidence: Evidence, pruned: Sequence[Pruned]) -> Chart:
+    methods = _methods(pruned)
+    keys = {method: Key(method, method_color(method, evidence.methods)) for method in methods}
+    figures = []
+    for model, kind in product(evidence.models, TITLES):
+        those = [it for it in pruned if it.model == model and kind in it.units]
+        if those:
+            layout = {"xaxis": axis("layer"), "yaxis": _counting(those, kind)}
+            many = evidence.has_many_cells
+            lines = _averaged(those, kind, keys) if many else _single(those, kind, keys, evidence.ratios)
+            figures.append(Figure(f"{model}: {TITLES[kind]} kept", model, lines, layout))
+    about = "What each layer of the dense model keeps; nothing where the layer went."
+    few = dashes_told(evidence.ratios, "ratio")
+    about += " The mean over ratios, within its range." if evidence.has_many_cells else few
+    return Chart("layers", "Widths and heads by layer", about, figures, list(keys.values()), NOTHING_PRUNED)
+
+
+def _methods(pruned: Sequence[Pruned]) -> list[str]:
+    return list(dict.fromkeys(it.method for it in pruned))
+
+
+def _counting(pruned: Sequence[Pruned], kind: str) -> dict[str, Any]:
+    """An axis of whole numbers."""
+    most = max(bits.bit_count() for it in pruned for bits in it.units[kind].layers.values())
+    return {"rangemode": "tozero", **({"dtick": 1} if most < 10 else {})}
+
+
+def _depth(pruned: Sequence[Pruned], kind: str) -> int:
+    return 1 + max(max(it.units[kind].layers) for it in pruned)
+
+
+def _single(pruned: Sequence[Pruned], kind: str, keys: Mapping[str, Key], ratios: Sequence[float]) -> list[Trace]:
+    layers = _depth(pruned, kind)
+    traces = []
+    for it in pruned:
+        key = keys[it.method]
+        look = {"color": key.color, "width": 2, "shape": "hvh", "dash": dash(it.ratio, ratios)}
+        name = shown(f"{it.method} {it.ratio:g}")
+        traces.append(line(key, [*range(layers)], it.units[kind].counts(layers), line=look, name=name))
+    return traces
+
+
+def _averaged(pruned: Sequence[Pruned], kind: str, keys: Mapping[str, Key]) -> list[Trace]:
+    layers = _depth(pruned, kind)
+    traces = []
+    for method in _methods(pruned):
+        counts = zip(*(it.units[kind].counts(layers) for it in pruned if it.method == method), strict=True)
+        columns = [(min(of_layer), fmean(of_layer), max(of_layer)) for of_layer in counts]
+        low, mean, high = ([column[place] for column in columns] for place in range(3))
+        traces += [band(keys[method], [*range(layers)], low, high), line(keys[method], [*range(layers)], mean)]
+    return traces
+
+
+def _overlap(evidence: Evidence, pruned: Sequence[Pruned]) -> Chart:
+    places = dict.fromkeys((it.model, it.ratio) for it in pruned)
+    found = (
+        _heat_map(model, ratio, kind, [it for it in pruned if (it.model, it.ratio) == (model, ratio)])
+        for model, ratio in places
+        for kind in TITLES
+    )
+    about = "Of all units that either of two methods keeps, the share that both keep."
+    figures = [figure for figure in found if figure is not None]
+    return Chart("overlap", "Overlap of what methods keep", about, figures, [], "No two methods to compare yet.")
+
+
+def _heat_map(model: str, ratio: float, kind: str, pruned: Sequence[Pruned]) -> Figure | None:
+    those = [it for it in pruned if kind in it.units]
+    if len(those) < 2:
+        return None
+    names = [shown(it.method) for it in those]
+    shares = [[ours.units[kind].common_share(theirs.units[kind]) for theirs in those] for ours in those]
+    map_of = {"type": "heatmap", "x": names, "y": names, "z": shares, "zmin": 0, "zmax": 1, "colorscale": "Cividis"}
+    text = {"texttemplate": "%{z:.2f}", "hovertemplate": "%{y} and %{x}: %{z:.3f}", "name": "", "showscale": False}
+    layout = {"xaxis": {"type": "category"}, "yaxis": {"type": "category", "autorange": "reversed"}}
+    title = f"{model}, {ratio:.0%} removed: {TITLES[kind]}"
+    return Figure(title, model, [map_of | text], layout, height=160 + 28 * len(those))

@@ -1,0 +1,109 @@
+"use strict";
+// Draws the figures when they come into view, in the page's colours; sorts the table; chooses what is shown.
+(() => {
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const plots = [...document.querySelectorAll(".plot")];
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const printed = matchMedia("print");
+  const hidden = new Map(); // section -> names of the legend's entries that are switched off
+
+  function colors(forPrint) {
+    return dark.matches && !forPrint
+      ? { text: "#e3e7eb", grid: "#2c343c", back: "#14181d" }
+      : { text: "#1b1f24", grid: "#e4e8ec", back: "#ffffff" };
+  }
+
+  // What the layouts leave to the page.
+  function themed(layout, forPrint) {
+    const { text, grid, back } = colors(forPrint);
+    const axis = (own) => ({
+      gridcolor: grid, linecolor: grid, zerolinecolor: grid, automargin: true, exponentformat: "power", ...own,
+      title: { standoff: 8, ...(own && own.title) },
+    });
+    return {
+      margin: { l: 48, r: 12, t: 12, b: 40 }, showlegend: false, hovermode: "closest", autosize: true,
+      hoverlabel: { namelength: -1 }, paper_bgcolor: back, plot_bgcolor: back,
+      font: { family: "system-ui, sans-serif", size: 12, color: text },
+      ...layout, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
+    };
+  }
+
+  function draw(plot, forPrint) {
+    const { data, layout } = figures[plots.indexOf(plot)];
+    const off = hidden.get(plot.closest("section")) || new Set();
+    const traces = data.map((trace) => ({ ...trace, visible: !off.has(trace.legendgroup) }));
+    const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+    plot.dataset.drawn = "true";
+    return Plotly.react(plot, traces, themed(layout, forPrint), config);
+  }
+
+  const isShown = (plot) => plot.offsetParent !== null;
+  const drawn = () => plots.filter((plot) => plot.dataset.drawn);
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries) if (entry.isIntersecting && !entry.target.dataset.drawn) draw(entry.target, false);
+  }, { rootMargin: "300px" });
+  plots.forEach((plot) => seen.observe(plot));
+  dark.addEventListener("change", () => drawn().forEach((plot) => draw(plot, false)));
+
+  // On paper all figures are there, in the colours of paper and as wide as it is.
+  function forPaper(isPaper) {
+    for (const plot of isPaper ? plots.filter(isShown) : drawn()) {
+      draw(plot, isPaper);
+      Plotly.Plots.resize(plot);
+    }
+  }
+  printed.addEventListener("change", (event) => forPaper(event.matches));
+  addEventListener("beforeprint", () => forPaper(true));
+  addEventListener("afterprint", () => forPaper(false));
+
+  // Entries of legends.
+  for (const key of document.querySelectorAll(".key")) {
+    key.addEventListener("click", () => {
+      const section = key.closest("section");
+      const off = hidden.get(section) || new Set();
+      hidden.set(section, off);
+      off.delete(key.dataset.key) || off.add(key.dataset.key);
+      key.setAttribute("aria-pressed", !off.has(key.dataset.key));
+      drawn().filter((plot) => section.contains(plot)).forEach((plot) => draw(plot, false));
+    });
+  }
+
+  // Models.
+  const chosen = document.getElementById("model");
+  function showModel() {
+    for (const part of document.querySelectorAll("[data-model]")) {
+      const { model } = part.dataset;
+      part.hidden = Boolean(chosen.value && model && model !== chosen.value);
+    }
+  }
+  if (chosen) {
+    chosen.addEventListener("change", showModel);
+    showModel();
+  }
+
+  // The table.
+  const table = document.getElementById("rows");
+  document.getElementById("all-columns").addEventListener("change", (event) => {
+    table.classList.toggle("all", event.target.checked);
+  });
+
+  function sortBy(header) {
+    const ascending = header.getAttribute("aria-sort") !== "ascending";
+    const column = header.cellIndex;
+    const order = new Intl.Collator(undefined, { numeric: true });
+    const value = ({ cells: { [column]: cell } }) => cell.dataset.v ?? cell.textContent;
+    // Rows without a value come last either way.
+    const compare = (one, other) => {
+      const [a, b] = [value(one), value(other)];
+      if (a === "" || b === "") return (a === "") - (b === "");
+      const difference = isNaN(a) || isNaN(b) ? order.compare(a, b) : a - b;
+      return ascending ? difference : -difference;
+    };
+    table.querySelectorAll("th[aria-sort]").forEach((it) => it.removeAttribute("aria-sort"));
+    header.setAttribute("aria-sort", ascending ? "ascending" : "descending");
+    table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
+  }
+  for (const button of table.querySelectorAll("th button")) {
+    button.addEventListener("click", () => sortBy(button.closest("th")));
+  }
+})();

@@ -1,0 +1,133 @@
+"""The scores of a model card: as the hub's ``model-index`` has them, and as the table that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hfprune_dist.results.card_subject import Subject, text_of
+
+if TYPE_CHECKING:  # takes a while to import; commands should answer at once
+    from huggingface_hub import EvalResult
+
+TASK_TYPE, TASK_NAME = "text-generation", "Text Generation"
+STDERR = "_stderr"
+# metric of a comparison -> what people call it, and which way is better.
+_COMPARED = {
+    "kl": "KL divergence from the dense model per token, nats (lower is better)",
+    "top1_agreement": "agreement with the dense model on the most likely next token (higher is better)",
+    "perplexity": "perplexity per token (lower is better)",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number.
+
+    Attributes:
+        place: type (or id), config, split and revision of the data set, as far as it has some; tells it from others.
+        dataset: the same for people.
+        metric: its identifier.
+        title: the same for people.
+        error: standard error, None where it isn't known.
+        dense: the dense model's value; None where it was not measured in the same way.
+    """
+
+    place: Mapping[str, str]
+    dataset: str
+    metric: str
+    title: str
+    value: float
+    error: float | None
+    dense: float | None
+
+
+def scores_of(subject: Subject) -> list[Score]:
+    """All numbers of a checkpoint's evaluation that are known, fidelity first."""
+    return [*_fidelity(subject), *_tasks(subject)]
+
+
+def _fidelity(subject: Subject) -> Iterator[Score]:
+    dense = subject.dense_scores.get("fidelity", {})
+    for name, reference, metrics in subject.held_out_texts():
+        settings = reference.params.to_json().get("text") or {}
+        source = reference.inputs.get("text")
+        described = (
+            f"held-out text, {settings.get('windows')} windows of {settings.get('sequence_length')} tokens of "
+            f"{text_of(settings, source)}"
+        )
+        place = _on_hub(settings) if source is None else {"type": "held-out", "config": name}
+        for metric, title in _COMPARED.items():
+            if (value := metrics.get(metric)) is not None:
+                yield Score(
+                    place,
+                    described,
+                    metric,
+                    title,
+                    value,
+                    metrics.get(metric + STDERR),
+                    None if name else dense.get(metric),
+                )
+
+
+def _on_hub(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Where the hub has a text."""
+    keys = {"dataset": "type", "name": "config", "split": "split", "revision": "revision"}
+    return {ours: settings[key] for key, ours in keys.items() if settings.get(key)}
+
+
+def _tasks(subject: Subject) -> Iterator[Score]:
+    dense_tasks = subject.dense_scores.get("tasks", {})
+    shots = subject.evaluation.params.to_json().get("num_fewshot")
+    for task, metrics in subject.scores.get("tasks", {}).items():
+        dense: Mapping[str, Any] = dense_tasks.get(task, {})
+        for metric, value in metrics.items():
+            if value is not None and not metric.endswith(STDERR):
+                yield Score(
+                    {"type": task},
+                    f"{task} (lm-eval{'' if shots is None else f', {shots}-shot'})",
+                    metric,
+                    metric,
+                    value,
+                    metrics.get(metric + STDERR),
+                    dense.get(metric),
+                )
+
+
+def eval_results(scores: list[Score]) -> list[EvalResult]:
+    """In the hub's form; a standard error is a metric of its own, ``<metric>_stderr``."""
+    from huggingface_hub import EvalResult
+
+    def result(score: Score, metric: str, title: str, value: float) -> EvalResult:
+        return EvalResult(
+            task_type=TASK_TYPE,
+            task_name=TASK_NAME,
+            dataset_name=score.dataset,
+            dataset_type=score.place["type"],
+            dataset_config=score.place.get("config") or None,
+            dataset_split=score.place.get("split"),
+            dataset_revision=score.place.get("revision"),
+            metric_type=metric,
+            metric_name=title,
+            metric_value=value,
+        )
+
+    listed = []
+    for score in scores:
+        listed.append(result(score, score.metric, score.title, score.value))
+        if score.error is not None:
+            listed.append(result(score, score.metric + STDERR, f"standard error of {score.metric}", score.error))
+    return listed
+
+
+def scores_table(scores: list[Score]) -> str:
+    """Markdown; the dense model's column is there where it was measured in the same way."""
+    with_dense = any(score.dense is not None for score in scores)
+    lines = ["| on | metric | value |" + (" dense |" if with_dense else ""), "|---|---|---|" + "---|" * with_dense]
+    for number, score in enumerate(scores):
+        again = number > 0 and scores[number - 1].dataset == score.dataset
+        error = "" if score.error is None else f" ± {score.error:.2g}"
+        dense = "" if not with_dense else f" {'-' if score.dense is None else f'{score.dense:.5g}'} |"
+        lines.append(f"| {'' if again else score.dataset} | {score.title} | {score.value:.5g}{error} |{dense}")
+    return "\n".join(lines)

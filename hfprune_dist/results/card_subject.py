@@ -1,0 +1,115 @@
+"""What a model card is about: a row's checkpoint, how it was made and how it was measured, from plan and manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hfprune_dist.config.texts import FIRST, OTHER_TEXTS, reference_role
+from hfprune_dist.planning.earlier_rows import scale_of
+from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.results.base_model import BaseModel
+from hfprune_dist.results.rows import DenseModel, Manifest
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Input, Stage
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A row's checkpoint.
+
+    Attributes:
+        name: of its folder.
+        manifest: of the artifact that it is.
+        manifests: of the stages behind the row that are there, by id, the row's own evaluation among them.
+        dense_scores: metrics of the dense model's evaluation, where it was measured in the same way; empty otherwise.
+    """
+
+    name: str
+    cell: Cell
+    plan: Plan
+    dense: DenseModel
+    manifest: Manifest
+    manifests: Mapping[str, Manifest]
+    dense_scores: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, name: str, cell: Cell, plan: Plan, store: Store, dense: DenseModel) -> Subject | None:
+        """A row's checkpoint; None where there is none (yet)."""
+        found = {stage_id: store.handle(stage_id).manifest() for stage_id in plan.upstream(cell)}
+        manifests = {stage_id: manifest for stage_id, manifest in found.items() if manifest is not None}
+        checkpoint = cell.producers[-1]
+        if not store.handle(checkpoint).is_committed():
+            return None
+        return cls(name, cell, plan, dense, manifests[checkpoint], manifests, _dense_scores(cell, plan, store))
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All stages behind the row, in order."""
+        return [self.plan.stages[stage_id] for stage_id in self.plan.upstream(self.cell)]
+
+    @property
+    def evaluation(self) -> Stage:
+        return self.plan.stages[self.cell.evaluate]
+
+    @cached_property
+    def base(self) -> BaseModel:
+        """The dense model that it comes from."""
+        return BaseModel.of(self.cell.model, self.evaluation.inputs["dense"])
+
+    @property
+    def scores(self) -> Mapping[str, Any]:
+        """Metrics of its evaluation; empty where it has not been evaluated (yet)."""
+        found = self.manifests.get(self.cell.evaluate)
+        return {} if found is None else found["metrics"]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of its files, relative to its folder."""
+        return sorted(self.manifest["files"])
+
+    @property
+    def shape(self) -> Mapping[str, Any]:
+        """What the last cut tells of the ratio that it reached, and of parameters and sizes; empty where it is gone."""
+        cuts = [self.manifests[it.id] for it in self.stages if it.kind == "prune" and it.id in self.manifests]
+        return cuts[-1]["metrics"] if cuts else {}
+
+    @property
+    def trained_on(self) -> Stage | None:
+        """The stage that the row's recovery is; None without one."""
+        last = self.plan.stages[self.cell.producers[-1]]
+        return last if last.kind == "recover" else None
+
+    def held_out_texts(self) -> Iterator[tuple[str, Stage, Mapping[str, Any]]]:
+        """(name, reference stage, metrics of the comparison) of each text on which it is compared; one has no name."""
+        compared = {FIRST: self.scores.get("fidelity", {}), **self.scores.get(OTHER_TEXTS, {})}
+        for name, metrics in compared.items():
+            source = self.evaluation.inputs.get(reference_role(name))
+            if source is not None and metrics:
+                yield name, self.plan.stages[source.location], metrics
+
+
+def _dense_scores(cell: Cell, plan: Plan, store: Store) -> Mapping[str, Any]:
+    scale = scale_of(plan.stages[cell.evaluate])
+    for other in plan.cells:
+        if other.model == cell.model and not other.producers and scale_of(plan.stages[other.evaluate]) == scale:
+            found = store.handle(other.evaluate).manifest()
+            return {} if found is None else dict(found["metrics"])
+    return {}
+
+
+def text_of(settings: Mapping[str, Any], source: Input | None) -> str:
+    """A text, for people: a data set of the hub, or the name of a file.
+
+    Args:
+        settings: of the text, as a stage records them.
+        source: the input that it is, where it is a file.
+    """
+    if source is not None:
+        return f"the file `{Path(source.location).name}` (sha256 `{source.identity[:12]}`)"
+    parts = [settings.get("dataset"), settings.get("name"), settings.get("split")]
+    revision = f" at {settings['revision']}" if settings.get("revision") else ""
+    return f"`{'/'.join(str(part) for part in parts if part)}`{revision}"

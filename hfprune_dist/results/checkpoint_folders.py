@@ -1,0 +1,219 @@
+"""The folder ``checkpoints/`` of a sweep: each row's checkpoint under its name, as links into the store and a card.
+
+Nothing is changed or removed there that was not written here, since users add files and edit cards. What was written
+here is known by its sha256, which is noted in ``.written`` before the file is there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from hfprune_dist.store.atomic_files import publish, read_object, write_json, write_text
+
+LOCK, WRITTEN = ".lock", ".written"
+# Of folders and files that are being written, or removed.
+DRAFT = ".hfprune-draft-"
+# Nothing that is written here comes near it; larger files aren't read to learn that they are the user's.
+MOST_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What lies in a named folder.
+
+    Attributes:
+        second_name: what it is called where files of the user's have its name.
+        links: name of a file, relative to the folder -> the file that it is a link to.
+        texts: name of a file -> its content.
+    """
+
+    second_name: str
+    links: Mapping[str, Path]
+    texts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What has become of the folders.
+
+    Attributes:
+        folders: name -> where it lies, under its second name perhaps.
+        remarks: what the user should know, in sentences.
+    """
+
+    folders: Mapping[str, Path]
+    remarks: Sequence[str]
+
+
+class CheckpointFolders:
+    """The named folders of a sweep.
+
+    Args:
+        root: the folder ``checkpoints/``.
+        store: where links lead.
+    """
+
+    def __init__(self, root: Path, store: Path) -> None:
+        self._root = root
+        self._store = _absolute(store)
+        self._written: set[str] = set()
+
+    def update(self, wanted: Mapping[str, Contents]) -> Update:
+        """Make the folders these, and none of ours besides. A reader finds each one whole, or not at all.
+
+        Args:
+            wanted: name -> what lies there.
+        """
+        if not wanted and not self._root.is_dir():
+            return Update({}, [])
+        self._root.mkdir(parents=True, exist_ok=True)
+        with _locked(self._root / LOCK):
+            self._remove_drafts()
+            self._note(text for contents in wanted.values() for text in contents.texts.values())
+            places = {self._place_of(name, contents): contents for name, contents in wanted.items()}
+            remarks = [
+                f"{self._root / name} holds files of yours; the checkpoint of its row is {folder}"
+                for name, folder in zip(wanted, places, strict=True)
+                if folder.name != name
+            ]
+            remarks += [remark for folder, contents in places.items() for remark in self._write(folder, contents)]
+            gone = [it for it in self._folders() if it not in places and it.name not in wanted]
+            remarks += [remark for folder in gone for remark in self._remove(folder)]
+            return Update(dict(zip(wanted, places, strict=True)), remarks)
+
+    def linked(self) -> set[Path]:
+        """Files and folders of the store, relative to it, to which anything here is a link, the user's links too."""
+        targets = map(self._target, _files_in(self._root))
+        return {target.relative_to(self._store) for target in targets if target is not None}
+
+    def _place_of(self, name: str, contents: Contents) -> Path:
+        """Where a folder of this name can be: there is none yet, it has these links, or all in it was written here."""
+        folder = self._root / name
+        free = not os.path.lexists(folder) or self._has(folder, contents) or not self._others(folder)
+        return folder if free else self._root / contents.second_name
+
+    def _write(self, folder: Path, contents: Contents) -> list[str]:
+        if self._has(folder, contents):
+            return [remark for name, text in contents.texts.items() for remark in self._write_text(folder / name, text)]
+        if others := self._others(folder):
+            return [f"{folder}: left as it is, since it holds files of yours ({others[0]})"]
+        draft = self._draft(contents)
+        outgoing = self._outgoing(folder) if folder.is_dir() else None
+        draft.rename(folder)
+        if outgoing is not None:
+            shutil.rmtree(outgoing)
+        return []
+
+    def _write_text(self, file: Path, text: str) -> list[str]:
+        if file.is_file() and not self._is_ours(file):
+            return [f"{file}: left as it is, since it was edited"]
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            file.parent.mkdir(exist_ok=True)
+            draft = self._new_draft()
+            draft.write_text(text, encoding="utf-8")
+            publish(draft, file)
+        return []
+
+    def _draft(self, contents: Contents) -> Path:
+        """A new folder with all that belongs into a named one, in the same depth."""
+        draft = self._new_draft()
+        for name, target in contents.links.items():
+            link = draft / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(target, link.parent))
+        for name, text in contents.texts.items():
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            write_text(draft / name, text)
+        return draft
+
+    def _outgoing(self, folder: Path) -> Path:
+        """Give a folder that is to go another name, so that nobody finds half of it."""
+        return folder.rename(self._new_draft())
+
+    def _new_draft(self) -> Path:
+        return self._root / f"{DRAFT}{uuid.uuid4().hex[:8]}"
+
+    def _remove_drafts(self) -> None:
+        """Remove what a process that died has left."""
+        for draft in self._root.glob(f"{DRAFT}*"):
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+
+    def _remove(self, folder: Path) -> list[str]:
+        """Remove a folder whose row is gone; what it holds of the user's keeps it."""
+        if not self._links(folder):
+            return []  # never was one of ours
+        if others := self._others(folder):
+            return [f"{folder}: its row is gone, but it stays, since it holds files of yours ({others[0]})"]
+        shutil.rmtree(self._outgoing(folder))
+        return []
+
+    # What is there.
+
+    def _folders(self) -> list[Path]:
+        found = sorted(self._root.iterdir()) if self._root.is_dir() else []
+        return [path for path in found if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")]
+
+    def _has(self, folder: Path, contents: Contents) -> bool:
+        """Whether a folder has exactly these links into the store."""
+        return self._links(folder) == {name: _absolute(target) for name, target in contents.links.items()}
+
+    def _links(self, folder: Path) -> dict[str, Path]:
+        """The links into the store that a folder has: name -> target."""
+        targets = {str(path.relative_to(folder)): self._target(path) for path in _files_in(folder)}
+        return {name: target for name, target in targets.items() if target is not None}
+
+    def _target(self, path: Path) -> Path | None:
+        """Which file of the store it is a link to, whether that is there or not; None for all else."""
+        target = _absolute(path.parent / path.readlink()) if path.is_symlink() else None
+        return target if target is not None and target.is_relative_to(self._store) else None
+
+    def _others(self, folder: Path) -> list[str]:
+        """Names of what was not written here; its own, where it isn't a folder."""
+        if folder.is_symlink() or not folder.is_dir():
+            return [folder.name] if os.path.lexists(folder) else []
+        return [str(path.relative_to(folder)) for path in _files_in(folder) if not self._is_ours(path)]
+
+    def _is_ours(self, path: Path) -> bool:
+        return self._target(path) is not None or _digest(path) in self._written
+
+    def _note(self, texts: Iterable[str]) -> None:
+        """Remember what is about to be written, and of what was written before that which is there."""
+        noted = (read_object(self._root / WRITTEN) or {}).get("sha256", [])
+        there = {_digest(path) for folder in self._folders() for path in _files_in(folder)}
+        self._written = {sha256(text.encode()).hexdigest() for text in texts} | {it for it in noted if it in there}
+        if self._written != set(noted):
+            write_json(self._root / WRITTEN, {"sha256": sorted(self._written)})
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Keep other launchers of the same sweep out; a process that dies leaves no lock."""
+    with file.open("a") as stream:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _absolute(path: Path) -> Path:
+    """Without resolving links: the store may be reached through some."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """All files and links below a folder."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+
+
+def _digest(path: Path) -> str | None:
+    """sha256 of a small file; None of all else."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > MOST_BYTES:
+        return None
+    return sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,143 @@
+"""The columns of a sweep's table: a few by default, or all that there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from hfprune_dist.config.texts import OTHER_TEXTS
+from hfprune_dist.results.column import Column
+from hfprune_dist.results.formats import byte_count, count, duration, measured, number, percent, percent_measured
+from hfprune_dist.results.headline import headline, headline_error
+from hfprune_dist.results.rows import KEY_VALUE_HEADS, LAYERS, Row
+from hfprune_dist.structures.units import plural_of
+
+Columns = list[Column[Row]]
+
+
+def few_columns(rows: Sequence[Row], with_errors: bool = True) -> Columns:
+    """What a terminal of 80 columns has room for, at usual names.
+
+    Args:
+        with_errors: show the standard error of KL too.
+    """
+    columns = [*_names(rows), Column("params", lambda row: count(row["parameters"])), Column("kept%", _kept)]
+    columns += [_kl(rows if with_errors else [], digits=3)]
+    if any(row["average"] is not None for row in rows):
+        columns += [_average(rows, "average", "avg")]
+    columns += [Column("size", lambda row: byte_count(row["weight_bytes"]))]
+    return [*columns, Column("time", lambda row: duration(row["own_time_s"]))]
+
+
+def all_columns(rows: Sequence[Row]) -> Columns:
+    """All that rows have but the numbers behind a task's headline."""
+    columns = [*_names(rows), Column("reached", lambda row: number(row["ratio_reached"], ".4f"))]
+    columns += [Column("params", lambda row: number(row["parameters"], ","))]
+    columns += [Column("size", lambda row: byte_count(row["weight_bytes"])), *_sizes(rows)]
+    columns += [
+        _kl(rows, digits=4),
+        _measure(rows, "agree", "top1_agreement", 3),
+        _measure(rows, "ppl", "perplexity", 2),
+    ]
+    columns += [*_other_texts(rows), *_tasks(rows), *_averages(rows)]
+    columns += [Column("time", lambda row: duration(row["own_time_s"]))]
+    columns += [Column("shared", lambda row: duration(row["shared_time_s"]))]
+    return [*columns, Column("memory", lambda row: byte_count(row["peak_memory_bytes"]))]
+
+
+def _names(rows: Sequence[Row]) -> Columns:
+    columns: Columns = [
+        Column("model", lambda row: row["model"], is_text=True),
+        Column("ratio", lambda row: f"{row['ratio']:g}" if row["ratio"] else "dense", is_text=True),
+        Column("method", lambda row: row["method"] or "-", is_text=True),
+    ]
+    differs = len({row["recovery"] for row in rows}) > 1
+    return columns + [Column("recovery", lambda row: row["recovery"], is_text=True)] * differs
+
+
+def _kept(row: Row) -> str:
+    return percent(None if row["ratio_reached"] is None else 1 - row["ratio_reached"])
+
+
+def _sizes(rows: Sequence[Row]) -> Columns:
+    """Fields of config.json; layers and heads where they are what some row lost."""
+    optional = {"layers": LAYERS, "KV heads": KEY_VALUE_HEADS}
+    shown = {header: field for header, field in optional.items() if any(field in row for row in rows)}
+    shown["width"] = "intermediate_size"
+    return [Column(header, partial(_size, field=field)) for header, field in shown.items()]
+
+
+def _size(row: Row, field: str) -> str:
+    """The layers' width or heads, or the fewest and most where they differ."""
+    values = row.get(plural_of(field))
+    if not values:
+        return number(row.get(field), "d")
+    return f"{min(values)}" if len(set(values)) == 1 else f"{min(values)}-{max(values)}"
+
+
+# Measures. Where no row knows an error, as in those of older evaluations, none is shown.
+
+
+def _has_errors(rows: Sequence[Row], name: str) -> bool:
+    return any(row[f"{name}_stderr"] is not None for row in rows)
+
+
+def _measure(rows: Sequence[Row], header: str, name: str, digits: int) -> Column[Row]:
+    if _has_errors(rows, name):
+        return Column(header, lambda row: measured(row[name], row[f"{name}_stderr"], digits))
+    return Column(header, lambda row: number(row[name], f".{digits}f"))
+
+
+def _kl(rows: Sequence[Row], digits: int) -> Column[Row]:
+    """Where there is no result, this column says so."""
+    measure = _measure(rows, "KL", "kl", digits)
+    return Column(measure.header, lambda row: "missing" if row["status"] == "missing" else measure.show(row))
+
+
+def _other_texts(rows: Sequence[Row]) -> Columns:
+    """KL on the text beside the first, or the largest on several."""
+    others = list(dict.fromkeys(text for row in rows for text in row[OTHER_TEXTS]))
+    if not others:
+        return []
+    header = f"KL {others[0]}" if len(others) == 1 else "worst KL"
+    return [Column(header, partial(_worst, is_named=len(others) > 1))]
+
+
+def _worst(row: Row, is_named: bool) -> str:
+    compared: Mapping[str, Row] = row[OTHER_TEXTS]
+    if not compared:
+        return "-"
+    # What isn't a number was too large to be one.
+    text = max(compared, key=lambda it: math.inf if compared[it]["kl"] is None else compared[it]["kl"])
+    return number(compared[text]["kl"], ".4f") + (f" ({text})" if is_named else "")
+
+
+def _tasks(rows: Sequence[Row]) -> Columns:
+    tasks = list(dict.fromkeys(task for row in rows for task in row["tasks"]))
+    return [Column(task, partial(_score, task=task)) for task in tasks]
+
+
+def _score(row: Row, task: str) -> str:
+    """A task's headline in percent; the word perplexity of a task that has no share to show."""
+    metrics: Mapping[str, Any] = row["tasks"].get(task, {})
+    value = headline(metrics)
+    if value is None:
+        return number(metrics.get("word_perplexity"), ".2f")
+    return percent_measured(value, headline_error(metrics))
+
+
+def _averages(rows: Sequence[Row]) -> Columns:
+    """Averages of one score, or of none, would only repeat it."""
+    names = {"average": "avg", "average_without_crows_pairs": "avg w/o crows"}
+    known = [key for key in names if any(row[key] is not None for row in rows)]
+    if all(row["average"] == row["average_without_crows_pairs"] for row in rows):
+        known = known[:1]
+    return [_average(rows, key, names[key]) for key in known]
+
+
+def _average(rows: Sequence[Row], key: str, header: str) -> Column[Row]:
+    if _has_errors(rows, key):
+        return Column(header, lambda row: percent_measured(row[key], row[f"{key}_stderr"]))
+    return Column(header, lambda row: percent(row[key]))

@@ -1,0 +1,60 @@
+"""How tables show numbers; what isn't known is "-"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_COUNTS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
+_BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def number(value: float | None, form: str) -> str:
+    """A number in one of Python's formats; "-" for one that isn't known."""
+    return "-" if value is None else format(value, form)
+
+
+def measured(value: float | None, error: float | None, digits: int) -> str:
+    """A value and its error, so many digits behind the point."""
+    form = f".{digits}f"
+    return number(value, form) + ("" if value is None else f"±{number(error, form)}")
+
+
+def percent(share: float | None) -> str:
+    """A share in percent."""
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def percent_measured(share: float | None, error: float | None) -> str:
+    """A share and its error in percent."""
+    value, spread = (None if it is None else 100 * it for it in (share, error))
+    return measured(value, spread, 1)
+
+
+def count(value: float | None) -> str:
+    """A number of parameters in four digits."""
+    if value is None:
+        return "-"
+    amount, unit = _scaled(value, _COUNTS, 1000)
+    return f"{amount:.4g}{unit}"
+
+
+def byte_count(value: float | None) -> str:
+    """Bytes, in units of powers of ten, in two or three digits."""
+    return "-" if value is None else _short(value, _BYTES, 1000)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes, hours or days in two digits."""
+    return "-" if seconds is None else _short(seconds, _SECONDS, 100)
+
+
+def _short(value: float, units: Mapping[str, int], limit: int) -> str:
+    amount, unit = _scaled(value, units, limit)
+    return f"{amount:.{0 if units[unit] == 1 or amount >= 10 else 1}f}{unit}"
+
+
+def _scaled(value: float, units: Mapping[str, int], limit: int) -> tuple[float, str]:
+    """A value in the first unit of which there are fewer than ``limit``, and that unit."""
+    unit = next((unit for unit, size in units.items() if value < limit * size), [*units][-1])
+    return value / units[unit], unit

@@ -1,0 +1,216 @@
+"""The model card of a checkpoint: README.md as the Hugging Face hub has it, without any path of this machine.
+
+Its format: https://huggingface.co/docs/hub/model-cards; the metadata is written by huggingface_hub itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hfprune_dist.results.card_scores import TASK_TYPE, eval_results, scores_of, scores_table
+from hfprune_dist.results.card_subject import Subject, text_of
+from hfprune_dist.results.rows import weight_bytes_of
+from hfprune_dist.store.stage import Stage
+from hfprune_dist.structures.units import plural_of
+
+TAGS = ("hfprune", "pruned", "model-compression")
+NEEDS_CODE = "modeling_pruned.py"  # which plain transformers loads with trust_remote_code alone
+PROJECT = "hfprune_dist"
+
+
+def model_card(subject: Subject) -> str:
+    """The whole file."""
+    from huggingface_hub import ModelCardData
+
+    scores = scores_of(subject)
+    base = subject.base
+    data = ModelCardData(
+        model_name=subject.name,
+        base_model=base.hub_id,
+        library_name="transformers",
+        pipeline_tag=TASK_TYPE,
+        tags=[*TAGS, *([subject.cell.method] if subject.cell.method else [])],
+        datasets=sorted(_datasets(subject)) or None,
+        eval_results=eval_results(scores) or None,
+        **base.carried,
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {subject.name}",
+        _summary(subject),
+        _facts_table(_facts(subject)),
+        "## Scores",
+        scores_table(scores) if scores else "Not evaluated yet.",
+        _how_to_load(subject),
+        _how_it_was_made(subject),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _summary(subject: Subject) -> str:
+    cell, base = subject.cell, subject.base
+    model = f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" if base.hub_id else f"`{base.name}`"
+    if cell.ratio is None:
+        return f"{model} with the fine-tuning that its pruned versions get: the control that they are held against."
+    after = ", then fine-tuned with LoRA to recover" if subject.trained_on else ""
+    return f"{model} with {cell.ratio:.0%} of its parameters pruned by the method `{cell.method}`{after}."
+
+
+def _facts(subject: Subject) -> dict[str, str | None]:
+    """Line of the table -> what it says; None where it isn't known or there is nothing to say."""
+    base, cell = subject.base, subject.cell
+    revision = f", commit `{base.revision}`" if base.revision else ""
+    dense = subject.dense.parameters
+    parameters = dense if cell.ratio is None else subject.shape.get("parameters")
+    return {
+        "base model": (f"{base.hub_id}{revision}" if base.hub_id else f"`{base.name}`, a local checkpoint")
+        + f", {dense:,} parameters",
+        "licence of the base model": base.licence or _licence_files(subject),
+        "method": cell.method and f"`{cell.method}`: {_method(subject)}",
+        "ratio asked": f"{cell.ratio:g} of all parameters" if cell.ratio is not None else None,
+        "ratio reached": None if cell.ratio is None else _number(subject.shape.get("ratio_reached"), "{:.4f}"),
+        "parameters": _number(parameters, "{:,}"),
+        "sizes": _sizes(subject.shape),
+        "weights": _number(weight_bytes_of(subject.manifest), "{:,} bytes"),
+        "calibration": _calibration(subject),
+        "recovery": _recovery(subject) or "none",
+    }
+
+
+def _licence_files(subject: Subject) -> str:
+    found = [f"`{name}`" for name in subject.files if name.startswith(("LICENSE", "NOTICE"))]
+    return f"see {', '.join(found)}" if found else "not known: see the base model before you share this one"
+
+
+def _facts_table(facts: Mapping[str, str | None]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items() if value)])
+
+
+def _number(value: float | None, template: str) -> str | None:
+    return None if value is None else template.format(value)
+
+
+def _method(subject: Subject) -> str:
+    settings = next(it.params.to_json() for it in reversed(subject.stages) if it.kind == "prune")
+    what = " and ".join(settings.get("structures", ["neurons"])).replace("_", " ")
+    distilled = ", distillation" if any(it.kind == "distill" for it in subject.stages) else ""
+    return (
+        f"{what} go, scored by {settings.get('criterion')}; allocation {settings.get('allocation')}, refit "
+        f"{settings.get('refit')}{distilled}"
+    )
+
+
+def _sizes(shape: Mapping[str, Any]) -> str | None:
+    titles = {
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "attention heads",
+        "num_key_value_heads": "key-value heads",
+        "intermediate_size": "`intermediate_size`",
+    }
+    return ", ".join(f"{title} {size}" for key, title in titles.items() if (size := _size(shape, key))) or None
+
+
+def _size(shape: Mapping[str, Any], field: str) -> str | None:
+    """What all layers have, or the fewest and most."""
+    by_layer = shape.get(plural_of(field))
+    if by_layer and min(by_layer) < max(by_layer):
+        return f"{min(by_layer)} to {max(by_layer)}"
+    return _number(shape.get(field), "{}")
+
+
+def _calibration(subject: Subject) -> str | None:
+    stage = next((it for it in subject.stages if it.kind == "importance"), None)
+    if stage is None:
+        return None
+    settings = stage.params.to_json().get("calibration", {})
+    texts = settings.get("mixture") or [settings]
+    roles = ["calibration"] if len(texts) == 1 else [f"calibration {number}" for number in range(1, len(texts) + 1)]
+    named = " and ".join(text_of(it, stage.inputs.get(role)) for it, role in zip(texts, roles, strict=True))
+    return f"{settings.get('samples')} windows of {settings.get('sequence_length')} tokens of {named}"
+
+
+def _recovery(subject: Subject) -> str | None:
+    stage = subject.trained_on
+    if stage is None:
+        return None
+    settings = stage.params.to_json().get("recovery", {})
+    steps = settings.get("max_steps")
+    length = f"{steps} steps" if steps else f"{settings.get('epochs')} epochs"
+    return (
+        f"LoRA (r {settings.get('rank')}, alpha {settings.get('alpha')}, learning rate {settings.get('learning_rate')},"
+        f" batch size {settings.get('batch_size')}, {length}) on "
+        f"{text_of(settings, stage.inputs.get('instructions'))}, merged into the weights"
+    )
+
+
+def _datasets(subject: Subject) -> set[str]:
+    """Hub ids of the data sets that it was calibrated and trained on."""
+    settings = [it.params.to_json() for it in subject.stages if it.kind in ("importance", "recover")]
+    sections = [section for it in settings for section in (it.get("calibration"), it.get("recovery")) if section]
+    texts = [text for section in sections for text in section.get("mixture") or [section]]
+    return {text["dataset"] for text in texts if text.get("dataset") and not Path(text["dataset"]).is_absolute()}
+
+
+def _how_to_load(subject: Subject) -> str:
+    code = ", trust_remote_code=True" if NEEDS_CODE in subject.files else ""
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{subject.name}"{code})  # this folder, or its id on the hub',
+        f'tokenizer = AutoTokenizer.from_pretrained("{subject.name}")',
+    ]
+    text = "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```"
+    if code:
+        text += "\n\nIts layers differ in their sizes, for which transformers has no class: `trust_remote_code` loads "
+        text += f"the one in `{NEEDS_CODE}`."
+    if subject.trained_on:
+        before = "base model" if subject.cell.ratio is None else "pruned model before it"
+        text += f"\n\n`adapter/` holds what the fine-tuning added, as an adapter of the {before}; it is part of the "
+        text += "weights here already."
+    return text
+
+
+def _how_it_was_made(subject: Subject) -> str:
+    """The command, the settings of all stages, and versions."""
+    cell, base = subject.cell, subject.base
+    model = f"{base.hub_id}@{base.revision}" if base.hub_id else base.name
+    command = f"python launch/sweep.py --models {model}"
+    command += "" if cell.ratio is None else f" --ratios {cell.ratio:g} --methods {cell.method}"
+    settings = [_portable(_settings(stage)) for stage in subject.stages]
+    return (
+        f"## How it was made\n\nWith {_versions(subject.manifest.get('provenance', {}))}:\n\n```bash\n"
+        f"{command}\n```\n\nand these settings of its stages (files by name and sha256):\n\n```yaml\n"
+        f"{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```"
+    )
+
+
+def _versions(provenance: Mapping[str, Any]) -> str:
+    commit = provenance.get("git_commit")
+    version = provenance.get("hfprune_dist")
+    code = (f" {version}" if version else "") + (f" at commit `{commit}`" if commit else "")
+    changed = " with changes" if provenance.get("dirty_diff_sha256") else ""
+    packages = {"Python": provenance.get("python"), **provenance.get("packages", {})}
+    used = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+    return f"{PROJECT}{code}{changed}" + (f" ({used})" if used else "")
+
+
+def _settings(stage: Stage) -> dict[str, Any]:
+    """A stage's settings, and the files that it read besides the model."""
+    files = {
+        role: f"{Path(source.location).name} {source.identity}"
+        for role, source in stage.inputs.items()
+        if source.content in ("text", "folder")
+    }
+    return {"stage": stage.kind, **stage.params.to_json(), **({"files": files} if files else {})}
+
+
+def _portable(value: Any) -> Any:
+    """Settings with the last part alone of each absolute path."""
+    if isinstance(value, Mapping):
+        return {key: _portable(it) for key, it in value.items()}
+    if isinstance(value, str):
+        return Path(value).name if Path(value).is_absolute() else value
+    return [_portable(it) for it in value] if isinstance(value, Iterable) else value

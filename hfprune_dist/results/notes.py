@@ -1,0 +1,84 @@
+"""What is said below a table: what its columns mean, which way is better, over how many examples, what is shared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from hfprune_dist.results.formats import duration
+from hfprune_dist.results.headline import headline_metric, is_bias_task
+from hfprune_dist.results.rows import Row
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """One paragraph for each thing that the table of ``few_columns`` doesn't say itself."""
+    if not rows:
+        return []
+    return [*_fidelity(rows), *_average(rows), *_costs(rows)]
+
+
+def wide_notes(rows: Sequence[Row]) -> list[str]:
+    """The same for the columns that ``all_columns`` has besides."""
+    told = [
+        "reached: removed / all parameters; width: what is left of intermediate_size",
+        "agree: share of held-out tokens with the dense model's most likely next token, higher is better",
+        "ppl, and tasks without a share of right answers: perplexity, lower is better",
+        "shared: time of the stages that a row shares with others; memory: the most that one rank took",
+    ]
+    return told if rows else []
+
+
+def causes(rows: Sequence[Row]) -> list[str]:
+    """One line for each row without a result."""
+    return [f"missing: {row['label']}: {row['cause']}" for row in rows if row["status"] == "missing"]
+
+
+def _fidelity(rows: Sequence[Row]) -> list[str]:
+    windows, tokens = _range(row["windows"] for row in rows), _range(row["tokens"] for row in rows)
+    if not tokens:
+        return []
+    where = f"{windows} windows, {tokens} tokens" if windows else f"{tokens} tokens"
+    error = "; ±: standard error over windows" if any(row["kl_stderr"] is not None for row in rows) else ""
+    return [
+        f"KL: mean divergence of the next token's distribution from the dense model's, nats, lower is better; held-out "
+        f"text (n = {where}){error}"
+    ]
+
+
+def _average(rows: Sequence[Row]) -> list[str]:
+    if all(row["average"] is None for row in rows):
+        return []
+    metrics = {task: headline_metric(scores) for row in rows for task, scores in row["tasks"].items()}
+    samples = {task: _range(row["samples"].get(task) for row in rows) for task in metrics}
+    tasks = [
+        f"{task} {metric}" + (f" (n = {samples[task]})" if samples[task] else "")
+        for task, metric in metrics.items()
+        if metric is not None
+    ]
+    bias = ", but for crows_pairs lower is" if any(map(is_bias_task, metrics)) else ""
+    return [f"avg: mean of the tasks' scores in %, higher is better{bias}; ±: standard error; {', '.join(tasks)}"]
+
+
+def _costs(rows: Sequence[Row]) -> list[str]:
+    told = "kept%: parameters in % of the dense model's; size: of the weights on disk; time: of a row's own stages"
+    shared = [f"{model} {duration(seconds)}" for model, seconds in _shared_times(rows).items()]
+    return [f"{told}; those that rows share took: {', '.join(shared)}" if shared else told]
+
+
+def _shared_times(rows: Sequence[Row]) -> dict[str, float]:
+    """Model -> seconds of all stages that several of its rows need, as far as they are known."""
+    behind = Counter(stage_id for row in rows for stage_id in row["stages"])
+    shared: dict[str, dict[str, float]] = {}
+    for row in rows:
+        for stage_id, seconds in row["stages"].items():
+            if behind[stage_id] > 1 and seconds is not None:
+                shared.setdefault(row["model"], {})[stage_id] = seconds
+    return {model: sum(found.values()) for model, found in shared.items()}
+
+
+def _range(values: Iterable[int | None]) -> str:
+    """The least and the most of those that are known; empty where none is."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    return f"{min(known):,}" if min(known) == max(known) else f"{min(known):,}-{max(known):,}"

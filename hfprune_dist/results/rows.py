@@ -1,0 +1,173 @@
+"""From committed artifacts to the rows of a table; a cell without a result says why instead of having a number."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.texts import OTHER_TEXTS
+from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.results.headline import average_errors, averages
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import read_object
+from hfprune_dist.store.heartbeat import in_one_line
+from hfprune_dist.structures.units import plural_of
+
+Row = dict[str, Any]
+Manifest = Mapping[str, Any]
+
+# Of the comparison with the dense model on one text.
+_MEASURED = ("perplexity", "kl", "top1_agreement")
+# What a prune stage tells besides where it took more than neurons.
+LAYERS, KEY_VALUE_HEADS = "num_hidden_layers", "num_key_value_heads"
+_FIELDS = ("num_attention_heads", KEY_VALUE_HEADS)
+_OF_MORE_THAN_NEURONS = (LAYERS, *_FIELDS, *map(plural_of, _FIELDS))
+BY_LAYER = ("intermediate_sizes", *map(plural_of, _FIELDS))
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """What a dense row shows that no stage has measured.
+
+    Attributes:
+        weight_bytes: of its tensors; None in records of before there was this field.
+    """
+
+    parameters: int
+    intermediate_size: int
+    weight_bytes: int | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> DenseModel:
+        """What a dense checkpoint has of it."""
+        sizes = checkpoint.units.sizes(checkpoint.units.counts)
+        weights = sum(tensor.bytes for tensor in checkpoint.tensors.values())
+        return cls(checkpoint.parameters, sizes["intermediate_size"], weights)
+
+
+def collect_rows(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> list[Row]:
+    """One row per cell, in plan order; ``status`` is done or missing, and ``cause`` says why it is missing.
+
+    Args:
+        dense: model name -> facts of the dense checkpoint.
+    """
+    rows_behind = Counter(stage_id for cell in plan.cells for stage_id in plan.upstream(cell))
+    shared = {stage_id for stage_id, rows in rows_behind.items() if rows > 1}
+    return [_row(cell, plan, store, dense[cell.model], shared) for cell in plan.cells]
+
+
+def _row(cell: Cell, plan: Plan, store: Store, dense: DenseModel, shared: Set[str]) -> Row:
+    manifests = {stage_id: store.handle(stage_id).manifest() for stage_id in plan.upstream(cell)}
+    evaluation = manifests[cell.evaluate]
+    missing = plan.lacking(lambda stage_id: manifests[stage_id] is not None, [cell])
+    cause = _cause(missing[0], plan, store) if missing else None
+    metrics: Mapping[str, Any] = evaluation["metrics"] if evaluation else {}
+    return {
+        "label": cell.label,
+        "model": cell.model,
+        "ratio": 0.0 if cell.ratio is None else cell.ratio,
+        **_shape(cell, manifests, dense),
+        "method": cell.method,
+        "criterion": cell.criterion,
+        "recovery": cell.recovery,
+        **_compared(metrics.get("fidelity", {})),
+        OTHER_TEXTS: {name: _compared(there) for name, there in metrics.get(OTHER_TEXTS, {}).items()},
+        "tasks": metrics.get("tasks", {}),
+        "samples": _samples(read_object(store.handle(cell.evaluate).artifact / "results.json") or {}),
+        **_averages(metrics.get("tasks", {})),
+        "weight_bytes": weight_bytes_of(manifests[cell.producers[-1]]) if cell.producers else dense.weight_bytes,
+        **_times(manifests, shared),
+        "peak_memory_bytes": _peak_memory(list(manifests.values())),
+        "checkpoint": str(store.handle(cell.producers[-1]).artifact) if cell.producers else None,
+        "provenance": _provenance(evaluation) if evaluation else None,
+        "status": "done" if cause is None else "missing",
+        "cause": cause,
+    }
+
+
+def _compared(fidelity: Mapping[str, Any]) -> Row:
+    """What a row tells of the comparison with the dense model on one text; evaluations of before there were standard
+    errors have none.
+    """
+    values = {name: fidelity.get(name) for measure in _MEASURED for name in (measure, f"{measure}_stderr")}
+    return {**values, "windows": fidelity.get("windows"), "tokens": fidelity.get("tokens")}
+
+
+def _samples(details: Mapping[str, Any]) -> dict[str, int]:
+    """Task or group -> how many examples its scores are over, from an evaluation's own results."""
+    samples: dict[str, int] = {}
+    for task, found in details.get("tasks", {}).items():
+        members = {name: counts["effective"] for name, counts in found.get("n-samples", {}).items()}
+        samples |= members
+        samples.setdefault(task, sum(members.values()))
+    return samples
+
+
+def weight_bytes_of(manifest: Manifest | None) -> int | None:
+    """Bytes of a checkpoint's weights on disk; an adapter, in a folder of its own, is merged into them."""
+    files = manifest["files"].items() if manifest else ()
+    return sum(entry["bytes"] for name, entry in files if "/" not in name and name.endswith(".safetensors")) or None
+
+
+def _provenance(evaluation: Manifest) -> Row:
+    """What a row's scores were computed with; its checkpoint's manifest tells the same of the checkpoint."""
+    seed = evaluation.get("config", {}).get("seed")
+    finished = evaluation.get("finished")
+    date = None if finished is None else datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds")
+    return {"date": date, "seed": seed, "device": evaluation.get("device"), **evaluation.get("provenance", {})}
+
+
+def _cause(stage_id: str, plan: Plan, store: Store) -> str:
+    """Why a stage has no artifact, in one line; a stage that waits for another names that one's reason."""
+    stage = plan.stages[stage_id]
+    failure = store.handle(stage_id).failure()
+    if failure is not None:
+        return f"{stage.kind} failed ({failure.cause}): {in_one_line(failure.message)}"
+    waiting_for = next((need for need in stage.needs if not store.handle(need).is_committed()), None)
+    return _cause(waiting_for, plan, store) if waiting_for else f"{stage.kind} has not run yet"
+
+
+def _shape(cell: Cell, manifests: Mapping[str, Manifest | None], dense: DenseModel) -> Row:
+    """Reached ratio, parameters and sizes: the dense model's, or those that the prune stage reports."""
+    if cell.ratio is None:
+        sizes = {"parameters": dense.parameters, "intermediate_size": dense.intermediate_size}
+        return {"ratio_reached": 0.0, **sizes, "intermediate_sizes": None}
+    *_, prune = (found for stage_id, found in manifests.items() if stage_id.startswith("prune/"))
+    metrics: Mapping[str, Any] = prune["metrics"] if prune else {}
+    always = ("ratio_reached", "parameters", "intermediate_size", "intermediate_sizes")
+    return {key: metrics.get(key) for key in (*always, *(key for key in _OF_MORE_THAN_NEURONS if key in metrics))}
+
+
+def _averages(tasks: Mapping[str, Mapping[str, Any]]) -> Row:
+    names = ("average", "average_without_crows_pairs")
+    values, errors = averages(tasks), average_errors(tasks)
+    return dict(zip(names, values, strict=True)) | dict(zip([f"{it}_stderr" for it in names], errors, strict=True))
+
+
+def _times(manifests: Mapping[str, Manifest | None], shared: Set[str]) -> Row:
+    """Seconds of the stages behind a row: of each, of those that no other row needs, of the others, and of all."""
+    seconds = {stage_id: found["wall_time_s"] if found else None for stage_id, found in manifests.items()}
+    return {
+        "stages": seconds,
+        "own_time_s": _sum_of_known(seconds[it] for it in seconds if it not in shared),
+        "shared_time_s": _sum_of_known(seconds[it] for it in seconds if it in shared),
+        "wall_time_s": _sum_of_known(seconds.values()),
+    }
+
+
+def _sum_of_known(values: Iterable[float | None]) -> float | None:
+    """Their sum; None where one is missing."""
+    listed = list(values)
+    known = [value for value in listed if value is not None]
+    return sum(known) if len(known) == len(listed) else None
+
+
+def _peak_memory(manifests: Sequence[Manifest | None]) -> int | None:
+    """The most that one rank took in any stage behind a row; None where a stage is missing or did not say."""
+    peaks = [None if found is None else found.get("peak_memory_bytes") for found in manifests]
+    known = [peak for peak in peaks if peak is not None]
+    return max(known) if len(known) == len(peaks) else None

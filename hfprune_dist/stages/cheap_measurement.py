@@ -1,0 +1,116 @@
+"""Measuring shapes inside a prune stage: with a cheap refit or none, on calibration windows that it doesn't see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.core.drop_order import drop_order
+from hfprune_dist.refit.cheap_fits import CheapFits, Scored
+from hfprune_dist.refit.measurement import (
+    Candidate,
+    Hidden,
+    Measurement,
+    Variants,
+    dense_outputs,
+    held_out_batches,
+    one_by_one,
+)
+from hfprune_dist.stages.prune_refit import Context, after_each_layer, probe_of, stream_of
+from hfprune_dist.structures import NEURONS
+
+# Windows on which candidates are compared, and layers put in order: of those that refits keep apart for their ridge.
+# Layers differ a lot, and to put them in order takes the most candidates.
+WINDOWS, WINDOWS_OF_ORDER = 8, 2
+# One token in so many is compared of candidates of several structures, which are many. Widths are compared on all.
+EVERY = 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured.
+
+    Attributes:
+        checkpoint: that is pruned.
+        dense: the model that candidates are compared with: the same, or the one that it comes from.
+        kinds: whose units go, in the order of a choice's numbers.
+        windows_ST: that refits and measurements see, of all ranks.
+    """
+
+    context: Context
+    checkpoint: Checkpoint
+    dense: Checkpoint
+    kinds: Sequence[Scored]
+    windows_ST: Tensor
+
+    def measurement(
+        self, phase: str, folder: Path, *, refit: bool, measurements: int, windows: int = WINDOWS
+    ) -> Measurement:
+        """A measurement of candidates.
+
+        Args:
+            phase: what progress calls it.
+            folder: of this measurement alone, for a later attempt.
+            measurements: how often it will be asked.
+            windows: that candidates are compared on at most.
+        """
+        context, checkpoint, windows_ST = self.context, self.checkpoint, self.windows_ST
+        name, size = context.params.forward_pass()
+        probe = probe_of(context, checkpoint, windows_ST)
+        # Without a refit, the probe's micro-batch alone goes along, to check that layers are the model's.
+        through_ST = windows_ST if refit else probe.micro_batch_of(windows_ST, size)
+
+        def variants() -> Variants:
+            stream = stream_of(context, checkpoint, through_ST, probe)
+            return CheapFits(self.kinds, stream, refit, context.world)
+
+        return Measurement(
+            checkpoint,
+            variants,
+            self._compared(windows),
+            reference=None if self.dense is checkpoint else lambda: self._outputs,
+            dtype=getattr(torch, name),
+            world=context.world,
+            every=1 if self._of_widths_alone else EVERY,
+            folder=folder,
+            after_each=after_each_layer(context, phase, measurements * checkpoint.num_layers),
+        )
+
+    def layers_in_order(self, droppable: Sequence[int], count: int) -> list[int]:
+        """The ``count`` of some layers that are missed least, in the order in which they go."""
+        if not count:
+            return []
+        folder = self.context.work / "layers"
+        measurement = self.measurement("layers", folder, refit=False, measurements=count, windows=WINDOWS_OF_ORDER)
+        return drop_order(droppable, count, lambda sets: measurement.kl([self._whole_without(gone) for gone in sets]))
+
+    @property
+    def _of_widths_alone(self) -> bool:
+        return self.context.params.structures == [NEURONS]
+
+    def _compared(self, windows: int) -> dict[int, Tensor]:
+        """Windows on which candidates are compared, one by one where they are many."""
+        batches = held_out_batches(self.windows_ST, self.context.params.forward_pass()[1], windows)
+        if self._of_widths_alone:
+            return batches
+        return one_by_one(torch.cat([*batches.values()])[:windows])
+
+    @cached_property
+    def _outputs(self) -> Hidden:
+        """The dense model's; one pass through its layers serves all measurements."""
+        context, dense = self.context, self.dense
+        dtype = getattr(torch, context.params.forward_pass()[0])
+        after_each = after_each_layer(context, "dense model", dense.num_layers)
+        return dense_outputs(dense, self._compared(WINDOWS), dtype, context.world, after_each)
+
+    def _whole_without(self, gone: Sequence[int]) -> Candidate:
+        return tuple(
+            None if layer in gone else tuple(len(it.scores[layer]) for it in self.kinds)
+            for layer in range(self.checkpoint.num_layers)
+        )

@@ -1,0 +1,94 @@
+"""Units of some kinds, in the layers that stay, that compete for what a model is to lose."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.parameters import PruneParameters
+from hfprune_dist.core.allocation import Ladder, layer_mean_one
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.width_search import Counts, ReweightedShapes
+from hfprune_dist.planning.budget import Budget
+from hfprune_dist.refit.cheap_fits import Scored
+from hfprune_dist.refit.measurement import Candidate
+from hfprune_dist.structures import NEURONS
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Ladders of all kinds.
+
+    Attributes:
+        kinds: neurons first.
+        budget: of the whole model.
+        ladders: of each kind, those of the layers that stay.
+        removals: parameters that they are to lose; negative where the layers that went were more than that.
+    """
+
+    checkpoint: Checkpoint
+    kinds: Sequence[Scored]
+    budget: Budget
+    ladders: Sequence[Sequence[Ladder]]
+    removals: int
+
+    @classmethod
+    def of(cls, params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored], budget: Budget) -> Contest:
+        """The contest in which all layers stay."""
+        ladders = [_ladders(params, checkpoint, scored, budget) for scored in kinds]
+        return cls(checkpoint, kinds, budget, ladders, budget.parameters)
+
+    def without(self, gone: Collection[int]) -> Contest:
+        """The same once some layers went: what they had counts."""
+        ladders = [[ladder for ladder in of_kind if ladder.layer not in gone] for of_kind in self.ladders]
+        of_layers = self.checkpoint.parameter_counts.layers
+        return replace(self, ladders=ladders, removals=self.removals - sum(of_layers[layer] for layer in gone))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """That stay."""
+        return tuple(ladder.layer for ladder in self.neurons)
+
+    @property
+    def neurons(self) -> Sequence[Ladder]:
+        return self.ladders[0]
+
+    @property
+    def others(self) -> Sequence[Ladder]:
+        """Of the kinds beside neurons."""
+        return [ladder for of_kind in self.ladders[1:] for ladder in of_kind]
+
+    @property
+    def removable(self) -> int:
+        """Parameters that can go at most."""
+        return sum((it.most - it.least) * it.parameters for it in [*self.neurons, *self.others])
+
+    def reweighted(self) -> ReweightedShapes:
+        """The family of shapes to search."""
+        return ReweightedShapes(self.neurons, self.others, self.removals)
+
+    def allows(self, counts: Counts) -> bool:
+        """Whether every layer has so many, and none falls below what it must keep."""
+        return all(
+            it.least <= count <= it.most for count, it in zip(counts, [*self.neurons, *self.others], strict=True)
+        )
+
+    def candidate(self, counts: Sequence[int]) -> Candidate:
+        """Numbers of units, in the order of the ladders, as what becomes of each of the model's layers."""
+        size = len(self.layers)
+        of_kinds = [counts[start : start + size] for start in range(0, len(counts), size)]
+        choices = dict(zip(self.layers, zip(*of_kinds, strict=True), strict=True))
+        return tuple(choices.get(layer) for layer in range(self.checkpoint.num_layers))
+
+
+def _ladders(params: PruneParameters, checkpoint: Checkpoint, scored: Scored, budget: Budget) -> list[Ladder]:
+    kind, per_unit = scored.units.kind, checkpoint.parameter_counts.units
+    scores = list(scored.scores)
+    if not CRITERIA[params.criterion].in_nats:  # then a parameter of every kind and layer counts the same on average
+        scores = [scores_U * (per_unit[kind] / per_unit[NEURONS]) for scores_U in layer_mean_one(scores)]
+    multiple_of = params.multiple_of if kind == NEURONS else params.tensor_parallel
+    return [
+        Ladder(layer, scores[layer], least, per_unit[kind], multiple_of)
+        for layer, least in enumerate(budget.least[kind])
+    ]

@@ -1,0 +1,139 @@
+"""Refits inside a prune stage: which one its settings ask for, and what the manifest tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.kept_file import read_kept
+from hfprune_dist.config.parameters import PruneParameters
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe
+from hfprune_dist.refit.dense_refit import AfterEach, DenseRefit
+from hfprune_dist.refit.refitted_layers import ProjectionFit, RefittedLayers
+from hfprune_dist.refit.sequential_refit import SequentialRefit
+from hfprune_dist.stages.context import Context as AnyContext
+from hfprune_dist.structures import NEURONS, kinds_among
+from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.units import Units
+
+Context = AnyContext[PruneParameters]
+
+# Name of a tensor of the checkpoint -> reads what is written in its place.
+Replacements = Mapping[str, Callable[[], Tensor]]
+
+
+def pruned_kinds(context: Context, checkpoint: Checkpoint) -> list[Units]:
+    """The kinds of units that the stage prunes: the MLP's first."""
+    return [checkpoint.structures[kind] for kind in kinds_among(context.params.structures)]
+
+
+def final_refit(context: Context, models: tuple[Checkpoint, Checkpoint], kept: Kept) -> RefittedLayers:
+    """Refit what the stage will write, as its settings say, on all calibration windows.
+
+    Args:
+        models: that is pruned; and the dense one, which it is or comes from.
+    """
+    checkpoint, _ = models
+    kinds, whole_mlp = pruned_kinds(context, checkpoint), context.params.refit == "block"
+    fitted = RefittedLayers(checkpoint, kinds, whole_mlp, context.work / "refit")
+    refit_layers(context, models, kept, context.calibration_windows(), fitted, phase="refit")
+    return fitted
+
+
+def refit_layers(
+    context: Context,
+    models: tuple[Checkpoint, Checkpoint],
+    kept: Kept,
+    windows_ST: Tensor,
+    fitted: RefittedLayers,
+    *,
+    phase: str,
+) -> None:
+    """Refit what stays on some windows, or go on where an earlier attempt was interrupted.
+
+    Args:
+        models: that is pruned; and the dense one, which it is or comes from.
+        fitted: where layers are written.
+        phase: what progress calls it.
+    """
+    checkpoint, dense = models
+    refit: DenseRefit | SequentialRefit
+    if context.params.refit == "dense":
+        stream = stream_of(context, checkpoint, windows_ST, probe_of(context, checkpoint, windows_ST))
+        refit = DenseRefit(kept, stream, fitted, context.world)
+    else:
+        refit = SequentialRefit(
+            checkpoint.family,
+            kept,
+            stream_of(context, checkpoint, windows_ST),
+            stream_of(context, dense, windows_ST, probe_of(context, dense, windows_ST)),
+            fitted,
+            dense_layers=in_dense_numbering(context, kept).layers,
+            world=context.world,
+        )
+    refit.run(after_each_layer(context, phase, checkpoint.num_layers))
+
+
+def in_dense_numbering(context: Context, kept: Kept) -> Kept:
+    """What stays, as the dense model numbers it, of which an earlier step may have kept the checkpoint."""
+    return kept.numbered_by(read_kept(context.input_path("model"))) if context.has_input("dense") else kept
+
+
+def dense_numbers(context: Context, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The numbers that a checkpoint's layers have in the dense model."""
+    every = Kept(tuple(range(checkpoint.num_layers)))
+    return in_dense_numbering(context, every).layers
+
+
+def told_of_refit(fitted: RefittedLayers, layers: Sequence[int]) -> dict[str, Any]:
+    """What the manifest tells of least squares on the output projections of each kind, layer by layer."""
+    reports = fitted.reports(layers)
+    told: dict[str, Any] = {}
+    for units in fitted.kinds:
+        told |= _told(units, [report[units.kind] for report in reports])
+    return told
+
+
+def _told(units: Units, fits: Sequence[ProjectionFit]) -> dict[str, list[float]]:
+    name = "refit" if units.kind == NEURONS else f"refit_{units.kind}"
+    return {
+        f"{name}_ridge": [fit.ridge for fit in fits],
+        f"{name}_error_before": [fit.error_before for fit in fits],
+        f"{name}_error_after": [fit.error_after for fit in fits],
+    }
+
+
+def stream_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, probe: Probe | None = None) -> LayerStream:
+    """Windows before a model's first layer; with a probe, the stream checks that layers are the model's."""
+    dtype, size = context.params.forward_pass()
+    return LayerStream(checkpoint, windows_ST, getattr(torch, dtype), size, context.world, probe=probe)
+
+
+def probe_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Probe:
+    """Of the model that scores come from its importance stage has left one."""
+    scored = checkpoint.path == context.input_path("model")
+    dtype, size = context.params.forward_pass()
+    return obtain_probe(
+        checkpoint,
+        windows_ST,
+        getattr(torch, dtype),
+        size,
+        context.world,
+        saved=context.input_path("importance") / PROBE if scored else None,
+        sharding=context.runtime.sharding,
+    )
+
+
+def after_each_layer(context: Context, phase: str, total: int) -> AfterEach:
+    """Shows how many layers are done, and ends the stage where all ranks were asked to."""
+
+    def after_each(done: int) -> None:
+        context.progress.update(phase, done, total)
+        context.interruption.stop_if_agreed(context.world)
+
+    return after_each

@@ -1,0 +1,139 @@
+"""What stays by score: the same width everywhere, or a shape for which kinds of units and all layers compete.
+
+Layers that may go are first put in the order in which they are missed least. Shapes that lack none, or some of them,
+are compared as their scores want them; the search then goes on with as many layers as the closest of them has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.core.allocation import EXCHANGE, allocate_globally
+from hfprune_dist.core.width_search import MEASUREMENTS, START, Counts, search_shapes
+from hfprune_dist.planning.budget import Budget, budget_of
+from hfprune_dist.planning.plain_shapes import LAYERS_OF_A_STEP, all_plain_shapes, shape_of
+from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.widths import Target, size_of
+from hfprune_dist.refit.cheap_fits import Scored, kept_of
+from hfprune_dist.refit.measurement import Candidate
+from hfprune_dist.stages.cheap_measurement import Measured
+from hfprune_dist.stages.contest import Contest
+from hfprune_dist.stages.prune_refit import Context, dense_numbers, pruned_kinds
+from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures.kept import Kept
+
+
+def decide_shape(
+    context: Context, checkpoint: Checkpoint, dense: Checkpoint, scores: Mapping[str, Sequence[Tensor]]
+) -> tuple[Kept, dict[str, Any]]:
+    """What stays; also metrics of a search.
+
+    Args:
+        checkpoint: that is pruned: the dense model, or what an earlier round left of it.
+        dense: whose parameters ratios are of, and which candidates are compared with.
+        scores: kind -> of each layer's units.
+    """
+    kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
+    if context.params.allocation == "uniform":
+        width = _target(context, dense).uniform_width()
+        return kept_of(kinds, ((width,),) * checkpoint.num_layers), {}
+    gone = dense.parameters - checkpoint.parameters
+    budget = _budget(context, dense).left(dense_numbers(context, checkpoint), gone)
+    contest = Contest.of(context.params, checkpoint, kinds, budget)
+    if context.params.allocation == "global":
+        others = [ladder.dearer(EXCHANGE) for ladder in contest.others]
+        counts = allocate_globally([*contest.neurons, *others], contest.removals)
+        return kept_of(kinds, contest.candidate(counts)), {}
+    shape, told = _Search(context, (checkpoint, dense), kinds, contest).run()
+    return kept_of(kinds, shape), told
+
+
+def _target(context: Context, dense: Checkpoint) -> Target:
+    params = context.params
+    return Target(size_of(dense), params.ratio, params.multiple_of, context.stage.label)
+
+
+def _budget(context: Context, dense: Checkpoint) -> Budget:
+    """What goes of the dense model, within which bounds; of neurons alone a whole number of them."""
+    params = context.params
+    if params.structures != [NEURONS]:
+        return budget_of(ShapeTarget.of(dense, params, context.stage.label), params.limits())
+    target = _target(context, dense)
+    narrowest = target.narrowest_widths(*params.limits())
+    removals = target.removals(narrowest) * dense.parameters_per_unit
+    return Budget(removals, {NEURONS: tuple(narrowest)}, (), dense.num_layers)
+
+
+class _Search:
+    """Candidates, and how far models of their shape are from the dense one after a cheap refit.
+
+    Args:
+        models: that is pruned; and the dense one, which it is or comes from.
+        contest: in which all layers stay.
+    """
+
+    def __init__(
+        self, context: Context, models: tuple[Checkpoint, Checkpoint], kinds: Sequence[Scored], contest: Contest
+    ) -> None:
+        self._context = context
+        self._checkpoint, self._dense = models
+        self._contest = contest
+        self._target = ShapeTarget.of(self._dense, context.params, context.stage.label)
+        self._measured = Measured(context, *models, kinds, context.calibration_windows())
+
+    def run(self) -> tuple[Candidate, dict[str, Any]]:
+        """The shape that is measured closest, and metrics."""
+        budget, num_layers = self._contest.budget, self._checkpoint.num_layers
+        count = min(len(budget.droppable), num_layers - budget.fewest_layers)
+        order = self._measured.layers_in_order(budget.droppable, count)
+        step = max(1, round(num_layers / LAYERS_OF_A_STEP))
+        contests = _possible([self._contest.without(order[:gone]) for gone in range(0, count + 1, step)])
+        contests = contests or [self._contest.without(order)]  # where steps go past the fewest layers
+        measurement = self._measured.measurement(
+            "search",
+            self._context.work,
+            refit=self._context.params.refit != "none",
+            measurements=MEASUREMENTS + (len(contests) > 1),
+        )
+        numbers = dense_numbers(self._context, self._checkpoint)
+        told: dict[str, Any] = {"layers_in_order_of_dropping": [numbers[it] for it in order]} if order else {}
+        measured, best = {}, contests[0]
+        if len(contests) > 1:
+            kls = measurement.kl([it.candidate(it.reweighted().counts(START)) for it in contests])
+            measured = {f"{len(it.layers)} layers": kl for it, kl in zip(contests, kls, strict=True)}
+            best = contests[kls.index(min(kls))]
+        found = search_shapes(
+            best.reweighted(),
+            self._plain(best),
+            lambda many: measurement.kl([best.candidate(counts) for counts in many]),
+        )
+        return best.candidate(found.counts), told | {"search_kl": measured | found.candidates}
+
+    def _plain(self, contest: Contest) -> dict[str, Counts]:
+        """Shapes that are the same in all layers of a contest, where they may be."""
+        if not self._dense.is_uniform:
+            return {}
+        if self._target.structures == (NEURONS,):
+            uniform = (_target(self._context, self._dense).uniform_width(),) * len(contest.layers)
+            return {"uniform": uniform} if contest.allows(uniform) else {}
+        shapes = [it for it in all_plain_shapes(self._target) if it.num_layers == len(contest.layers)]
+        plain = {}
+        for it in shapes:
+            units = shape_of(self._target, it, contest.layers).units
+            counts = tuple(count for scored in contest.kinds for count in units[scored.units.kind])
+            plain[f"{it.kv_groups} KV groups, width {it.width} everywhere"] = counts
+        return {name: counts for name, counts in plain.items() if contest.allows(counts)}
+
+
+def _possible(contests: Sequence[Contest]) -> list[Contest]:
+    """Those in which units can make up the ratio; where the layers alone always exceed it, the one with most of them.
+
+    Args:
+        contests: most layers first.
+    """
+    enough = [it for it in contests if it.removals <= it.removable]
+    return [it for it in enough if it.removals >= 0] or enough[:1]

@@ -1,0 +1,82 @@
+"""What takes room in a store and could go: how much it is, why nothing needs it, and its removal."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from hfprune_dist.store.artifacts import MANIFEST, Store
+from hfprune_dist.store.atomic_files import listed
+from hfprune_dist.store.stage import STAGE_VERSIONS
+from hfprune_dist.store.stage_handle import StageHandle
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{20}")
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something that can be removed.
+
+    Attributes:
+        reason: why nothing needs it.
+        size_bytes: how much room that makes.
+    """
+
+    path: Path
+    reason: str
+    size_bytes: int
+    remove: Callable[[], None]
+
+
+def running(store: Store) -> list[str]:
+    """Ids of the stages that some living process has claimed."""
+    handles = (handle for kind in STAGE_VERSIONS for handle in _handles(store, store.root / "work" / kind))
+    claims = ((handle.id, handle.open_claim()) for handle in handles)
+    return [stage_id for stage_id, claim in claims if claim is not None and claim.lives]
+
+
+def unused(store: Store, kept: Collection[str]) -> Iterator[Leftover]:
+    """What the stages of these ids can do without: other artifacts and their progress, drafts, what failed
+    verification, and packed rows.
+
+    To be called where nothing runs: the drafts of what runs are among them.
+    """
+    for kind in STAGE_VERSIONS:
+        for draft in listed(store.root / kind, ".draft-*"):
+            yield _folder(draft, "a draft of a stage that ended early")
+        for handle in (it for it in _handles(store, store.root / kind) if it.id not in kept):
+            yield Leftover(
+                handle.artifact, "an artifact of no row of the tables", size_of(handle.artifact), handle.discard
+            )
+        for handle in (it for it in _handles(store, store.root / "work" / kind) if it.id not in kept):
+            yield _folder(handle.work, "progress of a stage of no row of the tables")
+    for folder in listed(store.root / "quarantine", "*"):
+        yield _folder(folder, "an artifact that failed verification")
+    if (rows := store.root / "rows").is_dir():
+        yield _folder(rows, "packed training rows, which a recovery packs again")
+
+
+def files_of(handle: StageHandle, reason: str) -> Leftover:
+    """The files of an artifact, whose manifest stays."""
+    size = size_of(handle.artifact) - size_of(handle.artifact / MANIFEST)
+    return Leftover(handle.artifact, reason, size, handle.empty)
+
+
+def _handles(store: Store, folder: Path) -> list[StageHandle]:
+    """The stages of one kind that have a folder there; what else may lie there is not ours."""
+    names = [path.name for path in listed(folder, "*") if path.is_dir() and _FINGERPRINT.fullmatch(path.name)]
+    return [store.handle(f"{folder.name}/{name}") for name in names]
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    files = [path] if path.is_file() else [it for it in path.rglob("*") if it.is_file()]
+    return sum(file.lstat().st_size for file in files)
+
+
+def _folder(folder: Path, reason: str) -> Leftover:
+    return Leftover(folder, reason, size_of(folder), partial(shutil.rmtree, folder, ignore_errors=True))

@@ -1,0 +1,35 @@
+"""KV groups of grouped-query attention: a key-value head, with the query heads that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hfprune_dist.structures.units import Block, Owned, Units, read_counts
+
+
+def kv_groups(config: Mapping[str, Any], attention: Block, projections: Sequence[str]) -> Units:
+    """The KV groups of a model: query head ``j`` belongs to group ``j // (query heads of a group)``.
+
+    Each owns its rows of the query, key and value projections, weights and biases, and its columns of the output
+    projection. Norms over a head's channels (``q_norm``, ``k_norm``) are shared by all heads and stay.
+
+    Args:
+        config: the model's ``config.json``, number of key-value heads and size of a head included.
+        projections: names of the attention's query, key, value and output projections within it.
+    """
+    query, key, value, output = (f"{attention.name}.{name}" for name in projections)
+    head_dim = int(config["head_dim"])
+    queries = int(config["num_attention_heads"]) // int(config["num_key_value_heads"])
+    owned = ((query, queries * head_dim), (key, head_dim), (value, head_dim))
+    return Units(
+        kind="kv_groups",
+        counts=read_counts(config, "num_key_value_heads"),
+        layers=attention.layers,
+        rows=tuple(Owned(f"{name}.{part}", 0, size) for name, size in owned for part in ("weight", "bias")),
+        output=output,
+        norm=attention.norm,
+        channels_per_unit=queries * head_dim,
+        fields={"num_attention_heads": queries, "num_key_value_heads": 1},
+        implied={"head_dim": head_dim},
+    )

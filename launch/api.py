@@ -1,0 +1,112 @@
+"""The project from Python, for notebooks: score, prune and compare.
+
+Stages run in processes of their own, one rank for each GPU, so a notebook's process needs no memory for them. Store and
+results are those of ``launch/sweep.py``: either takes up what the other has made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hfprune_launch.modes.sweep_arguments import Command
+from hfprune_launch.modes.sweep_plan import Prepared, prepare
+from hfprune_launch.modes.sweep_run import run_missing, run_prepared
+from hfprune_launch.screen import make_console
+from hfprune_launch.sweep import sweep_parser
+from hfprune_launch.sweep_folder import read_sweep
+from numpy.typing import NDArray
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.results.comparison import read_scores
+from hfprune_dist.results.rows import Row
+from hfprune_dist.store.stage import Stage
+
+
+class Session:
+    """A sweep in a folder. Each method runs what its answer needs and the folder lacks, and says so as it goes.
+
+    Args:
+        out: the folder; what a session or ``launch/sweep.py`` has made there before is used again.
+        config: a YAML file, as for ``--config``. Without one, the folder's own ``config.yaml`` where there is one.
+        settings: sections and keys of ``config/schema.py``; they win over the file, key by key:
+            ``ratios=[0.2], calibration={"samples": 64}``.
+    """
+
+    def __init__(self, out: str | Path, config: str | Path | None = None, **settings: Any) -> None:
+        assignments = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
+        arguments = sweep_parser().parse_args([])
+        arguments.config, arguments.set = [] if config is None else [Path(config)], assignments
+        self._command = Command(arguments, Path(out), make_console())
+
+    def score(self) -> dict[str, dict[str, list[NDArray[np.float64]]]]:
+        """Score the neurons of the dense models.
+
+        Returns:
+            model -> criterion -> for each layer, float64 [intermediate_size]; higher scores are kept.
+
+        Raises:
+            UserError: for bad input.
+            RuntimeError: where a stage fails.
+        """
+        prepared = prepare(self._command, download=True)
+        passes = [stage for stage in prepared.sweep.plan.stages.values() if _scores_a_dense_model(stage)]
+        self._make(prepared, [stage.id for stage in passes])
+        store = prepared.sweep.store
+        return {stage.label: read_scores(store.handle(stage.id).artifact) for stage in passes}
+
+    def prune(self) -> dict[tuple[str, float, str], Path]:
+        """Make the pruned checkpoints, as they are before recovery.
+
+        Returns:
+            (model, ratio, method) -> a folder that ``AutoModelForCausalLM.from_pretrained`` loads, with
+            ``trust_remote_code`` where layers differ.
+
+        Raises:
+            UserError: for bad input.
+            RuntimeError: where a stage fails.
+        """
+        prepared = prepare(self._command, download=True)
+        made: dict[tuple[str, float, str], str] = {}
+        for cell in prepared.sweep.plan.cells:
+            if cell.ratio is not None and cell.method is not None:
+                *_, made[cell.model, cell.ratio, cell.method] = (
+                    stage_id for stage_id in cell.producers if not stage_id.startswith("recover/")
+                )
+        self._make(prepared, made.values())
+        return {key: prepared.sweep.store.handle(stage_id).artifact for key, stage_id in made.items()}
+
+    def compare(self) -> list[Row]:
+        """Recover and evaluate all models, pruned and dense; writes and shows the tables.
+
+        Returns:
+            the rows, as ``results.json`` has them: ``checkpoint`` is a folder, and a row whose ``status`` is
+            ``missing`` has a ``cause``.
+
+        Raises:
+            UserError: for bad input.
+        """
+        prepared = prepare(self._command, download=True)
+        prepared.require_runnable()
+        run_prepared(self._command, prepared)
+        return read_sweep(self._command.out).rows
+
+    def _make(self, prepared: Prepared, stage_ids: Iterable[str]) -> None:
+        sweep = prepared.sweep
+        wanted = list(stage_ids)
+        todo = sweep.plan.lacking_for(wanted, lambda stage_id: prepared.verdicts[stage_id].state == "done")
+        chosen = replace(prepared, todo=todo)
+        chosen.require_runnable()
+        run_missing(self._command, chosen)
+        for handle in map(sweep.store.handle, todo):
+            if (failure := handle.failure()) is not None:
+                error = UserError if failure.cause == UserError.CAUSE else RuntimeError
+                raise error(f"{sweep.plan.stages[handle.id].kind} failed: {failure.message}")
+
+
+def _scores_a_dense_model(stage: Stage) -> bool:
+    return stage.kind == "importance" and not stage.inputs["model"].is_stage

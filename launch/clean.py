@@ -1,0 +1,50 @@
+"""Make room in a sweep's folder: remove what no row of its tables refers to any more.
+
+examples:
+  python launch/clean.py runs/demo --dry-run          show what would go, and how many bytes that is
+  python launch/clean.py runs/demo
+  python launch/clean.py runs/demo --intermediates    and the checkpoints on the way to those of finished rows
+
+What goes: artifacts and progress of rows that were removed (--forget) or replaced by others, drafts of stages that
+ended early, artifacts that failed verification, and packed training rows. Rows, tables, named checkpoints and logs
+stay, and so does whatever something in checkpoints/ is a link to.
+
+What a later sweep does: the same command runs nothing, since the rows are there. --intermediates removes pruned and
+distilled checkpoints that recovery has gone on from; they are made again only where something needs them: another
+recovery of the same pruned model, or a recovered checkpoint that was deleted. Scores of calibration passes stay, so
+another ratio costs what it did before. An adapter in checkpoints/ whose base was removed doesn't name it any more.
+
+exit codes: 0 done; 2 a stage of the sweep is running, or bad input
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from hfprune_launch.command import folder, make_parser, run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and clean up."""
+    return run(lambda: _clean(argv))
+
+
+def _clean(argv: Sequence[str] | None) -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
+    parser.add_argument(
+        "--intermediates",
+        action="store_true",
+        help="also remove the files of pruned and distilled checkpoints that finished rows have gone on from",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would be removed; removes nothing")
+    arguments = parser.parse_args(argv)
+    from hfprune_launch.modes.clean import clean
+
+    clean(arguments.out, intermediates=arguments.intermediates, dry_run=arguments.dry_run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

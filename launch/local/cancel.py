@@ -1,0 +1,108 @@
+"""Cancelling a sweep that runs on a machine: its process ends its ranks, then itself, as by Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hfprune_launch.stage.standing import name_of
+
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.claims import Holder
+from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage_handle import StageHandle
+
+# How long a launcher may take: it gives its ranks 20 s.
+WAIT_S = 30.0
+POLL_S = 0.1
+# Between two stages a launcher holds no claim while the ranks of the first end.
+BETWEEN_STAGES_S = 5.0
+
+
+@dataclass(frozen=True)
+class Running:
+    """A stage at work, and the launcher that holds its claim."""
+
+    stage: Stage
+    handle: StageHandle
+    holder: Holder
+
+    def goes_on(self) -> bool:
+        claim = self.handle.open_claim()
+        return claim is not None and claim.lives and claim.holder == self.holder
+
+    def __str__(self) -> str:
+        return f"{self.stage.kind} {self.stage.label}: {name_of(self.holder)}"
+
+
+def running_without_job(plan: Plan, store: Store) -> list[Running]:
+    """The stages of a sweep that launchers run themselves, in no job of a batch system; in plan order."""
+    running = []
+    for stage in plan.stages.values():
+        handle = store.handle(stage.id)
+        claim = handle.open_claim()
+        if claim is not None and claim.lives and claim.holder.job is None:
+            running.append(Running(stage, handle, claim.holder))
+    return running
+
+
+def wait_for_running(plan: Plan, store: Store) -> list[Running]:
+    """The same; where nothing runs but something is missing, what is begun within some seconds."""
+    deadline = time.monotonic() + BETWEEN_STAGES_S
+    while not (running := running_without_job(plan, store)) and time.monotonic() < deadline:
+        if not plan.lacking(lambda stage_id: store.handle(stage_id).is_committed()):
+            break
+        time.sleep(POLL_S)
+    return running
+
+
+def cancel_running(running: list[Running]) -> Iterator[str]:
+    """Interrupt the launchers, and say of each what has become of it."""
+    for it in running:
+        kill = f"kill {it.holder.pid}"
+        if not it.holder.is_running():  # by its renewals it lives, but not where this process could see it
+            yield f"not cancelled: {it} runs elsewhere; on its machine, Ctrl-C or {kill} ends it"
+        elif not _interrupt(it.holder.pid):
+            yield f"not cancelled: {it} is another user's, who can end it by Ctrl-C or {kill}"
+        elif _ends(it):
+            yield f"cancelled: {it} has left it; what was saved stays, and the same command goes on"
+        else:
+            yield f"not cancelled yet: {it} was interrupted and has not left it; {kill} ends it"
+
+
+def _interrupt(pid: int) -> bool:
+    """Whether a process could be told; one that has ended meanwhile needn't be."""
+    # In a notebook SIGINT ends the cell and not the kernel. What a script starts in the background ignores it.
+    number = signal.SIGTERM if _ignores(pid, signal.SIGINT) else signal.SIGINT
+    try:
+        os.kill(pid, number)
+    except PermissionError:
+        return False
+    except ProcessLookupError:
+        pass
+    return True
+
+
+def _ignores(pid: int, number: signal.Signals) -> bool:
+    """Whether a process ignores a signal; False where that can't be seen, as on systems other than Linux."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    masks = [line.split()[1] for line in status.splitlines() if line.startswith("SigIgn:")]
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+
+
+def _ends(running: Running) -> bool:
+    """Whether a launcher that was interrupted leaves its stage in time."""
+    deadline = time.monotonic() + WAIT_S
+    while running.goes_on():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True

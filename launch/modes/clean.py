@@ -1,0 +1,69 @@
+"""What launch/clean.py does: what nothing refers to -> a list with bytes -> gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from hfprune_launch.screen import make_console, say
+from hfprune_launch.sweep_folder import Finished, read_sweep
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.results.named_checkpoints import checkpoint_folders
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.leftovers import Leftover, files_of, running, unused
+
+CONFIG = "config.json"  # which every checkpoint has
+
+
+def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
+    """Remove what nothing refers to, and show it.
+
+    Args:
+        intermediates: also the checkpoints that finished rows have gone on from.
+
+    Raises:
+        UserError: where the folder is not a sweep's, or a stage of it is running.
+    """
+    sweep, store = read_sweep(out), Store(out / "store")
+    _refuse_while_needed(store)
+    linked = _linked(out, store)
+    found = list(unused(store, {*sweep.plan.stages, *linked}))
+    if intermediates:
+        found += _intermediates(sweep, store, linked)
+    console = make_console()
+    for leftover in found:
+        if not dry_run:
+            leftover.remove()
+        say(console, f"{leftover.size_bytes:>15,} bytes  {leftover.path}: {leftover.reason}")
+    total = sum(leftover.size_bytes for leftover in found)
+    say(console, f"{total:>15,} bytes {'would be removed' if dry_run else 'removed'}")
+    if not dry_run:
+        for remark in sweep.record.write_checkpoints(out).remarks:
+            say(console, f"note: {remark}")
+
+
+def _refuse_while_needed(store: Store) -> None:
+    if store.root.is_symlink():
+        raise UserError(f"{store.root} is a link, so other sweeps may use what is there; nothing is removed")
+    if stages := running(store):
+        raise UserError(f"{store.root}: {', '.join(stages)} is running; wait for its end, or cancel it")
+
+
+def _linked(out: Path, store: Store) -> set[str]:
+    """Ids of the stages to whose artifacts something in ``checkpoints/`` is a link."""
+    return {"/".join(file.parts[:2]) for file in checkpoint_folders(out, store).linked()}
+
+
+def _intermediates(sweep: Finished, store: Store, linked: set[str]) -> Iterator[Leftover]:
+    """Checkpoints that are no row's, and that no missing stage reads."""
+    plan = sweep.plan
+    missing = plan.lacking(lambda stage_id: store.handle(stage_id).is_done())
+    kept = {*linked, *plan.asked, *(result for cell in plan.cells for result in cell.results)}
+    kept |= {need for stage_id in missing for need in plan.stages[stage_id].needs}
+    for handle in (store.handle(stage_id) for stage_id in plan.stages if stage_id not in kept):
+        if CONFIG in (handle.manifest() or {}).get("files", {}) and (leftover := files_of(handle, _REASON)).size_bytes:
+            yield leftover
+
+
+_REASON = "an intermediate checkpoint of finished rows"

@@ -1,0 +1,131 @@
+"""What launch/publish.py does: a named checkpoint -> the files that make it -> a repository of the hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import yaml
+from hfprune_launch.screen import make_console, say
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.results.base_model import CARD
+from hfprune_dist.results.named_checkpoints import ADAPTER_CONFIG, CHECKPOINTS
+from hfprune_dist.store.artifacts import MANIFEST
+from hfprune_dist.store.atomic_files import read_object
+
+# What the HTTP library that huggingface_hub uses raises, and what the hub says of a card or a token.
+_REFUSALS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
+
+
+def publish(out: Path, name: str, repo_id: str, *, private: bool, dry_run: bool) -> None:
+    """Push a checkpoint, or show what would be pushed.
+
+    Raises:
+        UserError: where there is no such checkpoint, it isn't whole, its card can't be read, or the hub refuses.
+    """
+    _check_repo_id(repo_id)
+    folder = _folder(out, name)
+    left_out = _left_out(folder)
+    _check_whole(folder, out / "store")
+    files = _files(folder, left_out)
+    notes = _notes_on_card(folder / CARD)
+    if left_out:
+        notes.append(f"{left_out}/ stays here: its base model is not on the hub (it is part of the weights)")
+    console = make_console()
+    for file, size in files.items():
+        say(console, f"{size:>15,} bytes  {file}")
+    for note in notes:
+        say(console, f"note: {note}")
+    total = f"{sum(files.values()):,} bytes in {len(files)} files"
+    if dry_run:
+        say(console, f"would be pushed to {repo_id}: {total}")
+        return
+    place = _push(folder, repo_id, private, [f"{left_out}/*"] if left_out else None)
+    say(console, f"pushed: {total}, to {place}")
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"{repo_id!r} can't be a repository of the hub: {error}") from None
+
+
+def _folder(out: Path, name: str) -> Path:
+    root = out / CHECKPOINTS
+    names = sorted(it.name for it in root.glob("[!.]*") if it.is_dir())
+    if name not in names:
+        known = f"valid: {', '.join(names)}" if names else "there is none (yet): they are made when a row is finished"
+        raise UserError(f"{root}: no checkpoint {name!r}{did_you_mean(name, names)}; {known}")
+    return root / name
+
+
+def _check_whole(folder: Path, store: Path) -> None:
+    """Refuse a folder that lacks files of the artifact to which it has links."""
+    root = store.resolve()
+    targets = [path.resolve() for path in folder.rglob("*") if path.is_symlink()]
+    artifacts = {root.joinpath(*it.relative_to(root).parts[:2]) for it in targets if it.is_relative_to(root)}
+    manifests = [read_object(artifact / MANIFEST) or {} for artifact in artifacts]
+    names = sorted(name for manifest in manifests for name in manifest.get("files", {}))
+    if lacking := [name for name in names if not os.path.lexists(folder / name)]:
+        raise UserError(f"{folder}: {lacking[0]} is missing; report.py makes the folder whole again")
+
+
+def _left_out(folder: Path) -> str | None:
+    """The adapter's folder, where nobody else has its base."""
+    config = read_object(folder / ADAPTER_CONFIG)
+    if config is None:
+        return None
+    base = config.get("base_model_name_or_path")
+    return Path(ADAPTER_CONFIG).parts[0] if base is None or base.startswith(".") else None
+
+
+def _files(folder: Path, left_out: str | None) -> dict[str, int]:
+    """Name -> bytes of all that is pushed.
+
+    Raises:
+        UserError: where a link leads nowhere.
+    """
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: the file in the store is gone; run the sweep again, it makes what is missing")
+        if path.is_file() and name.parts[0] != left_out:
+            files[str(name)] = path.stat().st_size
+    return files
+
+
+def _notes_on_card(file: Path) -> list[str]:
+    """What its readers will miss.
+
+    Raises:
+        UserError: where the hub could not read it.
+    """
+    try:
+        data = ModelCard.load(file).data.to_dict()
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{file}: no card that the hub can read ({error}); mend it, or remove it and run report.py"
+        ) from None
+    titles = {"license": "a licence", "base_model": "the base model's id"}
+    missing = [f"{title} ({key})" for key, title in titles.items() if not data.get(key)]
+    return [f"{file} doesn't name {' or '.join(missing)}, since it isn't known here"] if missing else []
+
+
+def _push(folder: Path, repo_id: str, private: bool, ignored: list[str] | None) -> str:
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        pushed = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, ignore_patterns=ignored, commit_message=f"Add {folder.name}"
+        )
+    except _REFUSALS as error:
+        raise UserError(
+            f"{repo_id}: the hub refused, or wasn't reached: {error}; is `hf auth login` done, and may you write there?"
+        ) from None
+    return str(pushed.commit_url)

@@ -1,0 +1,42 @@
+"""Push a named checkpoint of a sweep to the Hugging Face hub.
+
+examples:
+  python launch/publish.py runs/demo llama-0.2-lora me/llama-pruned --dry-run     the files, their sizes, and the card
+  python launch/publish.py runs/demo llama-0.2-lora me/llama-pruned --private
+
+The folder checkpoints/NAME is pushed as it is, with its card, README.md; edit that before if you like. An adapter
+whose base is not on the hub stays here, since nobody else could load it; it is part of the weights. Log in with
+`hf auth login` first. A dry run needs no network, and checks what can be checked without one.
+
+exit codes: 0 done; 2 bad input, or the hub refused
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from hfprune_launch.command import folder, make_parser, run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and publish."""
+    return run(lambda: _publish(argv))
+
+
+def _publish(argv: Sequence[str] | None) -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
+    parser.add_argument("name", help="of a folder in its checkpoints/, e.g. llama-0.2-lora")
+    parser.add_argument("repo_id", help="repository on the hub, e.g. me/llama-pruned; it is made where it isn't there")
+    parser.add_argument("--private", action="store_true", help="where the repository is made, make it private")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be pushed; pushes nothing")
+    arguments = parser.parse_args(argv)
+    from hfprune_launch.modes.publish import publish
+
+    publish(arguments.out, arguments.name, arguments.repo_id, private=arguments.private, dry_run=arguments.dry_run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

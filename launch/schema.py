@@ -1,0 +1,63 @@
+"""Print the JSON schema of a YAML file, with which editors complete keys, explain them and mark mistakes.
+
+examples:
+  python launch/schema.py > sweep.schema.json
+  python launch/schema.py profile > profile.schema.json
+
+The YAML language server (in VS Code, the extension YAML) takes the schema that a file's first line names:
+  # yaml-language-server: $schema=sweep.schema.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hfprune_launch.command import make_parser, run
+
+if TYPE_CHECKING:
+    from hfprune_dist.config.section import Section
+
+KINDS = {
+    "sweep": "a configuration (--config)",
+    "method": "a pruning method (--methods)",
+    "profile": "a Slurm profile (--profile)",
+    "model": "an alias of a model (configs/models)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and print the schema."""
+    return run(lambda: _schema(argv))
+
+
+def _schema(argv: Sequence[str] | None) -> int:
+    parser = make_parser(__doc__)
+    kinds = "; ".join(f"{name}: {what}" for name, what in KINDS.items())
+    parser.add_argument("kind", choices=KINDS, nargs="?", default="sweep", help=f"{kinds}; default: sweep")
+    arguments = parser.parse_args(argv)
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    print(json.dumps(dialect | section_of(arguments.kind).model_json_schema(), indent=1))
+    return 0
+
+
+def section_of(kind: str) -> type[Section]:
+    """The class that says what a kind of YAML file may hold."""
+    from hfprune_launch.slurm.profile import ProfileFile
+
+    from hfprune_dist.config.method import Method
+    from hfprune_dist.config.schema import ModelAlias, SweepConfig
+
+    sections: dict[str, type[Section]] = {
+        "sweep": SweepConfig,
+        "method": Method,
+        "profile": ProfileFile,
+        "model": ModelAlias,
+    }
+    return sections[kind]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

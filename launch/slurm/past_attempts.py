@@ -1,0 +1,39 @@
+"""What the records of attempts on a cluster come to, for a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from hfprune_launch.slurm import attempts
+from hfprune_launch.slurm.attempt_records import End, Run
+from hfprune_launch.slurm.slurm_stage import SlurmStage
+
+from hfprune_dist.report.evidence import Attempt
+
+
+def past_attempts(handle: SlurmStage) -> list[Attempt]:
+    """Jobs of a stage, first to last; one that was requeued, once for each of its starts."""
+    return [it for attempt in handle.attempts() for it in _starts(attempt)]
+
+
+def _starts(attempt: attempts.Attempt) -> Iterator[Attempt]:
+    end, runs, logs = attempt.end, attempt.runs(), tuple(attempt.logs())
+    number = attempt.intent.number
+    for run in runs[:-1]:
+        yield Attempt(number, "failed", run.started, run.ended, run.how or "died", "requeued", _where(run), logs)
+    last = runs[-1] if runs else None
+    ended = (last.ended if last is not None else None) or (end.at if end is not None else None)
+    started, where = (last.started, _where(last)) if last is not None else (None, f"job {attempt.job_id or 'unknown'}")
+    cause, message = (end.cause, end.message) if end is not None else ("no end known", "")
+    yield Attempt(number, _state(end), started, ended, cause, message, where, logs)
+
+
+def _state(end: End | None) -> Literal["done", "failed", "open"]:
+    if end is None:
+        return "open"
+    return "done" if end.cause == "done" else "failed"
+
+
+def _where(run: Run) -> str:
+    return f"job {run.job_id} on {run.nodes}"

@@ -1,0 +1,37 @@
+"""Show the state of every stage of a sweep, as the last run in its folder planned it, and write its report.html; starts
+nothing.
+
+example:  python launch/status.py runs/demo --follow
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from hfprune_launch.command import folder, make_parser, run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and show the state."""
+    return run(lambda: _status(argv))
+
+
+def _status(argv: Sequence[str] | None) -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
+    parser.add_argument("--follow", action="store_true", help="keep showing it while a stage is queued or running")
+    arguments = parser.parse_args(argv)
+    from hfprune_launch.modes.report_page import ReportPage
+    from hfprune_launch.screen import make_console
+    from hfprune_launch.slurm.cli import show_status
+    from hfprune_launch.sweep_folder import planned_sweep
+
+    console, sweep = make_console(), planned_sweep(arguments.out)
+    ReportPage(sweep.out, console).write()
+    show_status(console, sweep, keep_on=arguments.follow)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""A page in headless Chromium, Debian's own: what it draws, complains about and asks for."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+# After so long something hangs: other tests share a slow machine.
+PATIENCE_MS = 600_000
+DRAWN = """() => [...document.querySelectorAll(".plot")].map((plot) => ({
+    section: plot.closest("section").id,
+    title: plot.closest("figure").querySelector("figcaption")?.textContent,
+    traces: (plot.data || []).map((trace) => ({...trace})),
+    marks: plot.querySelectorAll(".main-svg").length,
+}))"""
+
+
+@dataclass
+class Opened:
+    """A page, the errors that it has had, and the addresses that it has asked for."""
+
+    page: object
+    errors: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def drawn(self):
+        """All figures, once each has been in view."""
+        height = self.page.evaluate("document.documentElement.scrollHeight")
+        for place in range(0, height, 700):
+            self.page.evaluate(f"scrollTo(0, {place})")
+            self.page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
+        self.page.wait_for_function("[...document.querySelectorAll('.plot')].every((it) => it.querySelector('svg'))")
+        return self.page.evaluate(DRAWN)
+
+    def overflow(self, width):
+        """By how many pixels it is wider than a window of so many."""
+        self.page.set_viewport_size({"width": width, "height": 900})
+        return self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Opened]:
+    """The page of a file; the test is skipped without a browser, or fails where CI is set."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        message = "Chromium is not installed; on Debian, as root: apt-get install chromium"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Its sandbox refuses to start as root, as which CI runs.
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=PATIENCE_MS)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(PATIENCE_MS)
+        shown = Opened(page)
+        page.on("console", lambda message: shown.errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: shown.errors.append(str(error)))
+        page.on("request", lambda request: shown.requests.append(request.url))
+        page.goto(file.resolve().as_uri())
+        yield shown
+        browser.close()

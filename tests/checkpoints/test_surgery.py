@@ -1,0 +1,258 @@
+"""Checkpoints without some neurons, KV groups and layers, against the dense model with these masked."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from masking import kept_of, mask, models, write
+from tiny import VARIANTS, save_tiny
+from transformers import AutoModelForCausalLM
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.pruned_config import is_plain, plain_group_counts, pruned_config
+from hfprune_dist.models.loading import load_causal_lm, require_own_weights
+from hfprune_dist.models.single_layer import LayerReader, run
+from hfprune_dist.structures.kept import Kept, Shape
+
+IDS = torch.randint(3, 250, (2, 11), generator=torch.Generator().manual_seed(0))
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+drawn = settings(max_examples=20, deadline=None, derandomize=True)
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in {id(it): it for it in model.parameters()}.values())
+
+
+@torch.no_grad()
+def logits(model):
+    return model.double()(IDS).logits
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options)
+
+
+def masked(folder, kept):
+    return mask(load(folder), kept)
+
+
+@drawn
+@given(st.data())
+def test_a_plain_checkpoint_computes_what_the_masked_model_does(data):
+    model = data.draw(models())
+    kept = data.draw(kept_of(model, uniform=True))
+    with TemporaryDirectory() as name:
+        dense, pruned = Path(name) / "dense", Path(name) / "pruned"
+        checkpoint = open_checkpoint(save_tiny(dense, **model, shard_size=data.draw(st.sampled_from(["5GB", "20KB"]))))
+        write(checkpoint, kept, pruned)
+        smaller = open_checkpoint(pruned)
+        if not is_plain(checkpoint, kept.shape):
+            assert model["variant"] == "llama-tied-biases"
+            return
+        require_own_weights(smaller)
+        assert not list(pruned.glob("*.py")) and "auto_map" not in smaller.config
+        loaded = load(pruned)
+        torch.testing.assert_close(logits(loaded), logits(masked(dense, kept)), **EXACT)
+        assert checkpoint.parameter_counts.of(kept.shape) == smaller.parameters == count(loaded)
+        for kind, units in checkpoint.structures.items():
+            assert smaller.structures[kind].counts == kept.shape.counts(units)
+            for mine, before in zip(smaller.parameter_counts.layers, kept.layers, strict=True):
+                assert mine <= checkpoint.parameter_counts.layers[before]
+
+
+@drawn
+@given(st.data())
+def test_any_shape_computes_what_the_masked_model_does_and_is_pruned_again(data):
+    model = data.draw(models())
+    kept = data.draw(kept_of(model, uniform=False))
+    with TemporaryDirectory() as name:
+        dense, pruned, again = (Path(name) / it for it in ("dense", "pruned", "again"))
+        checkpoint = open_checkpoint(save_tiny(dense, **model))
+        write(checkpoint, kept, pruned)
+        smaller = open_checkpoint(pruned)
+        assert smaller.is_plain == is_plain(checkpoint, kept.shape) == (not list(pruned.glob("*.py")))
+        require_own_weights(smaller)
+        loaded = load_causal_lm(pruned, torch.float64)
+        torch.testing.assert_close(logits(loaded), logits(masked(dense, kept)), **EXACT)
+        assert checkpoint.parameter_counts.of(kept.shape) == smaller.parameters == count(loaded)
+        assert torch.equal(logits(loaded), by_layers(smaller))
+
+        sizes = [smaller.structures[kind].counts for kind in ("neurons", "kv_groups")]
+        model |= {"num_hidden_layers": smaller.num_layers}
+        model |= dict(zip(("intermediate_size", "num_key_value_heads"), map(min, sizes), strict=True))
+        second = data.draw(kept_of(model, uniform=data.draw(st.booleans())))
+        write(smaller, second, again)
+        whole = second.numbered_by(kept)
+        twice = load_causal_lm(again, torch.float64)
+        torch.testing.assert_close(logits(twice), logits(masked(dense, whole)), **EXACT)
+        assert open_checkpoint(again).parameters == count(twice) == checkpoint.parameter_counts.of(whole.shape)
+
+
+def by_layers(checkpoint):
+    reader = LayerReader(checkpoint, torch.float64, torch.device("cpu"))
+    hidden_BTC = reader.embed({0: IDS})[0]
+    for number in range(checkpoint.num_layers):
+        hidden_BTC = run(reader.layer(number), hidden_BTC)
+    outputs = reader.head()
+    with torch.no_grad():
+        return outputs.norm(hidden_BTC) @ outputs.weight_VC.T
+
+
+RAGGED = Kept((0, 2), {"neurons": [torch.arange(5), torch.arange(3)], "kv_groups": [torch.arange(1), torch.arange(2)]})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_that_differ_load_with_the_code_in_their_folder_and_generate(tmp_path, variant):
+    write(open_checkpoint(save_tiny(tmp_path / "dense", variant, num_hidden_layers=3)), RAGGED, tmp_path / "pruned")
+    loaded, ours = load(tmp_path / "pruned", trust_remote_code=True), load_causal_lm(tmp_path / "pruned", torch.float64)
+    assert type(loaded).__module__ != type(ours).__module__
+    assert torch.equal(logits(loaded), logits(ours))
+    expected = logits(masked(tmp_path / "dense", RAGGED))
+    torch.testing.assert_close(logits(loaded), expected, **EXACT)
+    loaded.set_attn_implementation("eager")
+    assert {layer.self_attn.config._attn_implementation for layer in loaded.model.layers} == {"eager"}
+    loaded.set_attn_implementation("sdpa")
+
+    steps = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": []}
+    dense = masked(tmp_path / "dense", RAGGED)
+    without_cache = dense.generate(IDS, **steps, use_cache=False)
+    assert torch.equal(loaded.generate(IDS, **steps, use_cache=False), without_cache)
+    for cache in (
+        {"cache_implementation": "dynamic"},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "prefill_chunk_size": 4, "disable_compile": True},
+    ):
+        assert torch.equal(loaded.generate(IDS, **steps, **cache), without_cache), cache
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_widths_as_an_earlier_version_wrote_them_are_read_and_pruned_again(tmp_path, variant):
+    first = Kept.of_all_layers({"neurons": [torch.arange(3, 20), torch.arange(9)]})
+    write(open_checkpoint(save_tiny(tmp_path / "dense", variant)), first, tmp_path / "pruned")
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    widths = config.pop("layer_sizes").pop("intermediate_size")
+    by_number = {str(layer): {"intermediate_size": width} for layer, width in enumerate(widths)}
+    (tmp_path / "pruned" / "config.json").write_text(json.dumps(config | {"per_layer_config": by_number}))
+    checkpoint = open_checkpoint(tmp_path / "pruned")
+    assert checkpoint.units.counts == (17, 9) and not checkpoint.is_plain
+    expected = logits(masked(tmp_path / "dense", first))
+    for loaded in (
+        load_causal_lm(tmp_path / "pruned", torch.float64),
+        load(tmp_path / "pruned", trust_remote_code=True),
+    ):
+        torch.testing.assert_close(logits(loaded), expected, **EXACT)
+    torch.testing.assert_close(by_layers(checkpoint), expected, **EXACT)
+
+    second = Kept.of_all_layers({"neurons": [torch.arange(5, 9), torch.arange(4)]})
+    write(checkpoint, second, tmp_path / "again")
+    again = open_checkpoint(tmp_path / "again")
+    assert again.is_plain and "per_layer_config" not in again.config and not list((tmp_path / "again").glob("*.py"))
+    expected = logits(masked(tmp_path / "dense", second.numbered_by(first)))
+    torch.testing.assert_close(logits(load(tmp_path / "again")), expected, **EXACT)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_group_is_a_key_value_head_and_the_query_heads_that_stand_together(tmp_path, variant):
+    """Of 2 groups of 2 query heads, group 0 is the heads 0 and 1, and not 0 and 2."""
+    kept = Kept.of_all_layers({"kv_groups": [torch.tensor([1])] * 2})
+    write(open_checkpoint(save_tiny(tmp_path / "dense", variant)), kept, tmp_path / "pruned")
+    dense, pruned = load(tmp_path / "dense"), load(tmp_path / "pruned")
+    size = dense.model.layers[0].self_attn.head_dim
+    for before, after in zip(dense.model.layers, pruned.model.layers, strict=True):
+        wide, narrow = before.self_attn, after.self_attn
+        assert torch.equal(narrow.q_proj.weight, wide.q_proj.weight[2 * size :])
+        assert torch.equal(narrow.k_proj.weight, wide.k_proj.weight[size:])
+        assert torch.equal(narrow.v_proj.weight, wide.v_proj.weight[size:])
+        assert torch.equal(narrow.o_proj.weight, wide.o_proj.weight[:, 2 * size :])
+        if narrow.q_proj.bias is not None:
+            assert torch.equal(narrow.q_proj.bias, wide.q_proj.bias[2 * size :])
+            assert torch.equal(narrow.v_proj.bias, wide.v_proj.bias[size:])
+        if narrow.o_proj.bias is not None:
+            assert torch.equal(narrow.o_proj.bias, wide.o_proj.bias)
+        if variant == "qwen3":
+            assert torch.equal(narrow.q_norm.weight, wide.q_norm.weight)
+
+
+ROPES = [
+    {},
+    {"rope_theta": 5000.0},
+    {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 777.0, "factor": 4.0}},
+]
+
+
+@drawn
+@given(
+    groups=st.integers(2, 8),
+    queries=st.integers(1, 4),
+    kept_groups=st.integers(1, 8),
+    rope=st.sampled_from(ROPES),
+    tied=st.booleans(),
+)
+def test_a_llama_whose_heads_do_not_divide_is_written_as_mistral_with_equal_bits(
+    groups, queries, kept_groups, rope, tied
+):
+    """Equal to the class that it is written for and to a llama that is given as many heads behind its check's back."""
+    kept_groups, heads = min(kept_groups, groups), groups * queries
+    hidden = 4 * heads
+    with TemporaryDirectory() as name:
+        dense, pruned = Path(name) / "dense", Path(name) / "pruned"
+        sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": groups}
+        save_tiny(dense, tie_word_embeddings=tied, num_hidden_layers=1, intermediate_size=6, **sizes)
+        config = json.loads((dense / "config.json").read_text())
+        for key in ("rope_parameters", "head_dim", "max_position_embeddings"):
+            del config[key]
+        (dense / "config.json").write_text(json.dumps(config | rope))
+        checkpoint = open_checkpoint(dense)
+        kept = Kept.of_all_layers({"kv_groups": [torch.arange(groups - kept_groups, groups)]})
+        write(checkpoint, kept, pruned)
+        loaded = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
+        divides = hidden % (kept_groups * queries) == 0
+        assert loaded.config.model_type == ("llama" if divides else "mistral")
+        assert is_plain(checkpoint, kept.shape) and plain_group_counts(checkpoint) == list(range(1, groups + 1))
+        with torch.no_grad():
+            assert torch.equal(loaded(IDS).logits, as_llama(checkpoint, pruned)(IDS).logits)
+        torch.testing.assert_close(logits(loaded), logits(masked(dense, kept)), rtol=1e-5, atol=1e-5)
+
+
+def as_llama(checkpoint, pruned):
+    """The weights of a pruned checkpoint in the llama that it was, whose attention is made without a check."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    config = model.config
+    units = open_checkpoint(pruned).structures["kv_groups"]
+    for field, (value,) in units.values([units.most]).items():
+        setattr(config, field, value)
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn = type(layer.self_attn)(config, number)
+    state = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32).state_dict()
+    model.load_state_dict(state)
+    return model
+
+
+def test_a_llama_with_biases_is_plain_where_its_heads_divide_alone(tmp_path):
+    sizes = {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 6}
+    biased = open_checkpoint(save_tiny(tmp_path / "biased", "llama-tied-biases", **sizes))
+    other = open_checkpoint(save_tiny(tmp_path / "other", "qwen3", **sizes))
+    assert plain_group_counts(biased) == [1, 2, 3, 4, 6]  # 10 heads don't divide 48
+    assert plain_group_counts(other) == [1, 2, 3, 4, 5, 6]
+    five = Kept.of_all_layers({"kv_groups": [torch.arange(5)] * 2})
+    assert not is_plain(biased, five.shape) and is_plain(other, five.shape)
+    write(biased, five, tmp_path / "pruned")
+    assert not open_checkpoint(tmp_path / "pruned").is_plain
+    expected = logits(masked(tmp_path / "biased", five))
+    torch.testing.assert_close(logits(load_causal_lm(tmp_path / "pruned", torch.float64)), expected, **EXACT)
+    torch.testing.assert_close(logits(load(tmp_path / "pruned", trust_remote_code=True)), expected, **EXACT)
+
+
+def test_no_layer_loses_its_last_unit(tmp_path):
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "m"))
+    for units in ({"kv_groups": (0, 1)}, {"neurons": (49, 3)}):
+        with pytest.raises(AssertionError, match="can't keep"):
+            pruned_config(checkpoint, Shape((0, 1), units))
+    with pytest.raises(AssertionError, match="layers"):
+        pruned_config(checkpoint, Shape(()))

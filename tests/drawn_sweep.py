@@ -1,0 +1,105 @@
+"""A finished sweep of any size, with drawn results: manifests and small files, as a report reads them."""
+
+import json
+import random
+from pathlib import Path
+
+from hfprune_dist.planning.plan import Cell, Plan, label_of
+from hfprune_dist.report.evidence import Attempt, Evidence, collect
+from hfprune_dist.results.rows import DenseModel, collect_rows
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Input, Stage
+
+LAYERS, WIDTH, STEPS = 4, 48, 12
+BEGIN = 1_800_000_000.0
+
+
+class DrawnSweep:
+    """Every model pruned by every method at every ratio, with and without recovery, beside the dense models.
+
+    Args:
+        missing: labels of rows whose evaluation isn't there.
+    """
+
+    def __init__(self, out: Path, models=("m",), methods=("hfprune", "other"), ratios=(0.2, 0.5), **settings):
+        self.out, self.methods, self.ratios = out, methods, ratios
+        self.tasks = settings.get("tasks", ("piqa",))
+        self.missing = set(settings.get("missing", ()))
+        self._random = random.Random(0)
+        self._stages: dict[str, Stage] = {}
+        self._cells: list[Cell] = []
+        self._now = BEGIN
+        out.mkdir(parents=True, exist_ok=True)
+        for model in models:
+            self._add_model(model)
+        self.plan = Plan(self._stages, tuple(self._cells))
+        self.dense = {model: DenseModel(1000, WIDTH) for model in models}
+
+    def evidence(self, attempts=None) -> Evidence:
+        rows = collect_rows(self.plan, Store(self.out / "store"), self.dense)
+        return collect(self.out, self.plan, rows, lambda stage: (attempts or {}).get(stage.id, ()), self._now)
+
+    def _add_model(self, model):
+        dense = Input(f"digest of {model}", f"/{model}")
+        scored = self._stage("importance", model, {"model": dense}, split_half_overlap=self._halves())
+        self._add_cells((model, dense), None, None, (), dense)
+        for method in self.methods:
+            for ratio in self.ratios:
+                inputs = {"model": dense, "importance": scored.as_input()}
+                label = label_of(model, ratio, method, "none")
+                sizes = {"intermediate_size": round((1 - ratio) * WIDTH), "parameters": round((1 - ratio) * 1000)}
+                pruned = self._stage("prune", label, inputs, ratio_reached=ratio + 0.001, **sizes)
+                self._write(pruned, "kept.json", json.dumps(self._kept(sizes["intermediate_size"])))
+                self._add_cells((model, dense), ratio, method, (scored.id, pruned.id), pruned.as_input())
+
+    def _add_cells(self, named, ratio, method, producers, checkpoint):
+        model, dense = named
+        recovered = self._stage("recover", label_of(model, ratio, method, "lora"), {"model": checkpoint})
+        losses = [{"step": step, "loss": 3 / step} for step in range(1, STEPS)]
+        self._write(recovered, "loss.jsonl", "".join(json.dumps(line) + "\n" for line in losses))
+        for recovery, made, model_input in (
+            ("none", producers, checkpoint),
+            ("lora", (*producers, recovered.id), recovered.as_input()),
+        ):
+            label = label_of(model, ratio, method, recovery)
+            scores = {"fidelity": self._fidelity(), "other_texts": {"papers": self._fidelity()}, "tasks": self._tasks()}
+            inputs = {"model": model_input, "dense": dense}
+            evaluated = self._stage("evaluate", label, inputs, made=label not in self.missing, **scores)
+            self._cells.append(Cell(label, model, ratio, method, "entropy", recovery, made, evaluated.id))
+
+    def _stage(self, kind, label, inputs, made=True, **metrics):
+        stage = Stage(kind, label, {"number": len(self._stages)}, inputs)
+        self._stages[stage.id] = stage
+        if made:
+            times = {"started": self._now, "finished": self._now + 60, "wall_time_s": 60.0}
+            origin = {"provenance": {"git_commit": "c0ffee", "packages": {"torch": "2"}}, "config": {"seed": 0}}
+            self._write(stage, "manifest.json", json.dumps({"files": {}, "metrics": metrics, **times, **origin}))
+        self._now += 60
+        return stage
+
+    def _write(self, stage, name, text):
+        file = self.out / "store" / stage.id / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    def _fidelity(self):
+        return {"perplexity": 10 + self._random.random(), "kl": self._random.random(), "top1_agreement": 0.5}
+
+    def _tasks(self):
+        return {task: {"acc": self._random.random(), "acc_stderr": 0.01} for task in self.tasks}
+
+    def _halves(self):
+        return [
+            {"criterion": "entropy", "share_kept": share, "windows": windows, "overlap": 0.9 - share / windows}
+            for share in (0.8, 0.5)
+            for windows in (8, 16)
+        ]
+
+    def _kept(self, width):
+        neurons = [sorted(self._random.sample(range(WIDTH), width)) for _ in range(LAYERS)]
+        return {"format": 2, "layers": list(range(LAYERS)), "neurons": neurons}
+
+
+def made(number: int, started: float, ended: float | None, **facts) -> Attempt:
+    """An attempt that made its artifact, unless ``facts`` tell otherwise."""
+    return Attempt(**{"number": number, "state": "done", "started": started, "ended": ended, **facts})

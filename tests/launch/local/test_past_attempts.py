@@ -1,0 +1,56 @@
+"""What logs, manifests and work folders tell of attempts on this machine."""
+
+import os
+
+import pytest
+from hfprune_launch.local.past_attempts import past_attempts
+from hfprune_launch.stage.stage_file import Provenance, write_stage_file
+
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.heartbeat import Failure, Progress
+from hfprune_dist.store.stage import Input, Stage
+
+STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+
+
+@pytest.fixture
+def handle(tmp_path):
+    return Store(tmp_path / "store").handle(STAGE.id)
+
+
+@pytest.fixture
+def logs(tmp_path):
+    (tmp_path / "logs").mkdir()
+    return tmp_path / "logs"
+
+
+def begin(handle, logs, number):
+    write_stage_file(handle, STAGE, Provenance(RuntimeConfig(), {}, {}), number)
+    log = logs / f"{STAGE.kind}-{STAGE.fingerprint}.{number}.log"
+    log.write_text("")
+    os.utime(log, (1000.0 * number, 1000.0 * number))
+    return log
+
+
+def told(handle, logs):
+    return [(it.number, it.state, it.cause, it.logs) for it in past_attempts(STAGE, handle, logs)]
+
+
+def test_a_stage_that_is_tried_until_it_is_made(handle, logs):
+    assert told(handle, logs) == []
+    first = begin(handle, logs, 1)
+    assert told(handle, logs) == [(1, "open", "no end known", (first,))]
+    Progress(handle.work).update("layers", 3, 4)
+    (running,) = past_attempts(STAGE, handle, logs)
+    assert running.message == "last sign of life: layers 3/4" and running.started <= running.ended
+    handle.report_failure(Failure("input", "no such file", 0, 2000.0, 1))
+    assert told(handle, logs) == [(1, "failed", "input", (first,))]
+    second = begin(handle, logs, 2)
+    assert told(handle, logs) == [(1, "failed", "cut off", (first,)), (2, "open", "no end known", (second,))]
+    assert past_attempts(STAGE, handle, logs)[0].ended == 1000.0
+    record = {"metrics": {}, "attempts": 2, "started": 2.0, "finished": 3.0, "wall_time_s": 1.0}
+    handle.store.commit(STAGE, handle.open_draft(), record)
+    handle.discard_work()
+    assert told(handle, logs) == [(1, "failed", "cut off", (first,)), (2, "done", "done", (second,))]
+    assert past_attempts(STAGE, handle, logs)[1].started == 2.0

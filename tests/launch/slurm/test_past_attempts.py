@@ -1,0 +1,35 @@
+"""What records of jobs come to in a report."""
+
+from hfprune_launch.slurm.attempt_records import End, Run
+from hfprune_launch.slurm.attempts import Attempts
+from hfprune_launch.slurm.past_attempts import past_attempts
+from hfprune_launch.slurm.slurm_stage import SlurmStage
+
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Input, Stage
+
+STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
+
+
+def told(tmp_path):
+    found = past_attempts(SlurmStage(Store(tmp_path), STAGE.id))
+    return [(it.number, it.state, it.started, it.ended, it.cause, it.where) for it in found]
+
+
+def test_every_start_of_every_job_has_its_end(tmp_path):
+    assert told(tmp_path) == []
+    attempt = Attempts(tmp_path).open_attempt(STAGE, 8, 64, 30, None)
+    assert told(tmp_path) == [(1, "open", None, None, "no end known", "job unknown")]
+    attempt.record_run(Run("7", 0, "n1", 100.0))
+    attempt.record_run(Run("7", 1, "n2", 200.0))
+    requeued = (1, "failed", 100.0, None, "died", "job 7 on n1")
+    assert told(tmp_path) == [requeued, (1, "open", 200.0, None, "no end known", "job 7 on n2")]
+    attempt.close(End("node failure", "n2 is down", 250.0))
+    second = Attempts(tmp_path).open_attempt(STAGE, 8, 64, 30, None)
+    second.record_run(Run("8", 0, "n3", 300.0, 400.0, "done"))
+    second.close(End("done", "", 401.0))
+    assert told(tmp_path) == [
+        requeued,
+        (1, "failed", 200.0, 250.0, "node failure", "job 7 on n2"),
+        (2, "done", 300.0, 400.0, "done", "job 8 on n3"),
+    ]

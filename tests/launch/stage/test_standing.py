@@ -1,0 +1,129 @@
+"""What is told of stages that no job runs: from claims, heartbeats and failures alone."""
+
+import io
+import json
+import os
+import time
+from dataclasses import asdict, replace
+
+import pytest
+from hfprune_launch.slurm import cli
+from hfprune_launch.slurm.status_table import cell_logs, stage_statuses, status_table
+from hfprune_launch.stage.standing import time_left
+from hfprune_launch.sweep_folder import Sweep
+from rich.console import Console
+
+from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.claims import Holder
+from hfprune_dist.store.heartbeat import Failure, Heartbeat, Progress
+from hfprune_dist.store.stage import Input, Stage
+
+STAGE = Stage("importance", "a", {}, {"model": Input("digest", "/somewhere")})
+NEXT = Stage("prune", "a 0.2", {}, {"importance": STAGE.as_input()})
+CELL = Cell("a 0.2", "a", 0.2, "m", "entropy", "none", (STAGE.id,), NEXT.id)
+PLAN = Plan({STAGE.id: STAGE, NEXT.id: NEXT}, (CELL,), (STAGE.id,))
+WORDS_OF_SLURM = ("job", "nodes", "attempts", "GPU-h", "core-h", "lurm")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def shown(store):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(status_table(stage_statuses(PLAN, store, {})))
+    text = console.file.getvalue()
+    assert not any(word in text for word in WORDS_OF_SLURM)
+    return [" ".join(line.split()) for line in text.splitlines()[1:]]
+
+
+def hold(store, **changes):
+    """Leave a claim on the first stage, of a process that differs from this one in something."""
+    store.work(STAGE.id).mkdir(parents=True)
+    holder = replace(Holder.me(), **changes)
+    (store.work(STAGE.id) / "claim.1").write_text(json.dumps({**asdict(holder), "token": "x"}))
+
+
+def test_a_stage_that_runs_shows_how_far_it_is_and_who_runs_it(store):
+    handle = store.handle(STAGE.id)
+    claim = handle.claim()
+    assert shown(store)[0] == f"importance a running process {os.getpid()}"
+    now = time.time()
+    beat = Heartbeat("calibration", 5, 9, now, now - 60, 2)
+    (handle.work / "progress.json").write_text(json.dumps(asdict(beat)))
+    assert shown(store) == [
+        f"importance a running calibration 5/9 80 s process {os.getpid()}",
+        f"prune a 0.2 waiting for {STAGE.id}",
+    ]
+    claim.release()
+    assert shown(store)[0] == "importance a missing"
+
+
+def test_a_stage_whose_process_died_is_told_from_one_that_runs(store):
+    hold(store, started=1.0)
+    assert shown(store)[0].startswith(f"importance a died process {os.getpid()} has ended without a word")
+    store.handle(STAGE.id).report_failure(Failure("input", "a bad text\nand more", 0, 0.0, 1))
+    assert shown(store)[0] == "importance a failed input: a bad text"
+
+
+def test_a_stage_that_another_machine_runs_is_named_with_it(store):
+    hold(store, host="elsewhere", pid=7)
+    assert shown(store)[0] == "importance a running process 7 on elsewhere"
+
+
+def test_a_stage_that_hangs_shows(store):
+    hold(store)
+    (store.work(STAGE.id) / "stage.json").touch()
+    os.utime(store.work(STAGE.id) / "stage.json", (time.time() - 432,) * 2)
+    assert shown(store)[0].endswith("; stale for 7 min")
+    Progress(store.work(STAGE.id)).update("calibration", 1, 9)
+    assert "stale" not in shown(store)[0]
+
+
+def test_logs_of_a_stage_without_any_say_why(store, tmp_path):
+    def logs():
+        return cell_logs(PLAN, store, tmp_path / "logs", STAGE.fingerprint, 40).splitlines()[1:]
+
+    assert logs() == ["  no log: it has not been started (missing)"]
+    hold(store)
+    assert logs() == [f"  no log: it starts, and has written nothing yet (process {os.getpid()})"]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / f"importance-{STAGE.fingerprint}.1.log").write_text("now importance a\n")
+    assert logs()[-1] == "    now importance a"
+
+
+def test_who_follows_does_not_leave_between_two_stages(store, tmp_path, monkeypatch):
+    """After a commit the launcher holds nothing until the first stage's ranks have ended."""
+    held = []
+
+    def commit(stage):
+        draft = store.open_draft(stage.id)
+        (draft / "result").write_text("x")
+        store.commit(stage, draft, {"metrics": {}})
+
+    moments = iter(
+        [
+            lambda: commit(STAGE),
+            lambda: None,
+            lambda: held.append(store.handle(NEXT.id).claim()),
+            lambda: held[0].release(),  # by Ctrl-C
+        ]
+    )
+    looks = []
+    monkeypatch.setattr(cli.time, "sleep", lambda _: looks.append(next(moments, lambda: None)()))
+    claim = store.handle(STAGE.id).claim()
+    cli.show_status(Console(file=io.StringIO()), Sweep(PLAN, store, tmp_path), keep_on=True)
+    assert len(held) == 1 and len(looks) == 4 + cli.LOOKS_AT_REST
+    claim.release()
+    commit(NEXT)
+    cli.show_status(Console(file=io.StringIO()), Sweep(PLAN, store, tmp_path), keep_on=True)
+    assert len(looks) == 4 + cli.LOOKS_AT_REST, "nothing is to come"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (9000, "2.5 h")]
+)
+def test_time_left_in_words(seconds, words):
+    assert time_left(Heartbeat("x", 1, 2, 10.0 + seconds, 10.0)) == words

@@ -1,0 +1,56 @@
+"""What a notebook calls. That a session takes up what a sweep has made is in test_sweep.py."""
+
+import pytest
+from hfprune_launch.api import Session
+from hfprune_launch.modes import sweep_run
+from hfprune_launch.stage.outcome import Outcome
+from sweeps import make_inputs
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.heartbeat import Failure
+
+
+class Failing:
+    """A backend whose stages all fail."""
+
+    ranks = 1
+    cause = "code"
+
+    def __init__(self, store, *_):
+        self._store = store
+
+    def run(self, stage, _):
+        failure = Failure(self.cause, f"{stage.kind} of {stage.label} broke", 0, 0.0)
+        handle = self._store.handle(stage.id)
+        handle.work.mkdir(parents=True, exist_ok=True)
+        handle.report_failure(failure)
+        return Outcome("failed", 1.0, failure)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize(("cause", "error"), [("code", RuntimeError), ("input", UserError)])
+def test_a_stage_that_fails_is_an_exception(config, tmp_path, monkeypatch, cause, error):
+    monkeypatch.setattr(sweep_run, "LocalBackend", Failing)
+    monkeypatch.setattr(Failing, "cause", cause)
+    session = Session(tmp_path / "out", config, models=["alpha"], ratios=[0.2])
+    for ask in (session.score, session.prune):
+        with pytest.raises(error, match="importance failed: importance of alpha broke"):
+            ask()
+    (dense, *_) = session.compare()
+    assert dense["status"] == "missing" and "broke" in dense["cause"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({"models": ["nope"]}, "'nope'"), ({"ratio": [0.2]}, "unknown key 'ratio'; did you mean 'ratios'")],
+)
+def test_bad_input_is_a_user_error_and_nothing_is_written(config, tmp_path, settings, expected):
+    session = Session(tmp_path / "out", config, **settings)
+    for ask in (session.score, session.prune, session.compare):
+        with pytest.raises(UserError, match=expected):
+            ask()
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,166 @@
+"""Making room: what goes, what stays, and what a later sweep does; no stage runs here."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+from hfprune_launch import clean, report, sweep
+from sweeps import in_process, make_inputs, planned
+
+from hfprune_dist.store.artifacts import Store
+
+UNKNOWN = "0" * 20  # no stage's fingerprint
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def made(config, tmp_path_factory):
+    """A finished sweep over alpha, of which a row with another ratio was forgotten."""
+    out = tmp_path_factory.mktemp("made") / "out"
+    chosen = ["--config", config, "--out", out, "--models", "alpha", "--ratios"]
+    for ratio in (0.15, 0.2):
+        store, plan = Store(out / "store"), planned(config, models=["alpha"], ratios=[ratio])[1]
+        for stage in (it for it in plan.stages.values() if not store.handle(it.id).is_committed()):
+            draft = store.open_draft(stage.id)
+            for name in ("config.json", "model.safetensors") if stage.kind in ("prune", "recover") else ("scores",):
+                (draft / name).write_text("{}" + "x" * 998)
+            metrics = {"fidelity": {}, "tasks": {}, "ratio_reached": ratio, "parameters": 5}
+            store.commit(stage, draft, {"metrics": metrics, "wall_time_s": 1.0, "peak_memory_bytes": 1})
+        assert in_process(sweep.main, *chosen, ratio)[0] == 0
+    assert in_process(sweep.main, "--out", out, "--forget", "alpha 0.15 + lora")[0] == 0
+    return out
+
+
+@pytest.fixture
+def out(made, tmp_path):
+    shutil.copytree(made, tmp_path / "out", symlinks=True)
+    return tmp_path / "out"
+
+
+def run(*arguments, command=clean):
+    code, shown, said = in_process(command.main, *arguments)
+    assert code == 0, said
+    return shown
+
+
+def files(out):
+    return {str(it.relative_to(out)): it.read_bytes() for it in out.rglob("*") if it.is_file()}
+
+
+def removed(before, out):
+    """Kinds of stages -> files that are gone."""
+    found = {}
+    for file in sorted(before.keys() - files(out).keys()):
+        _, kind, _, name = file.split("/", 3)
+        found.setdefault(kind, []).append(name)
+    return found
+
+
+WHOLE = ["config.json", "manifest.json", "model.safetensors"]
+
+
+def test_what_no_row_refers_to_goes_and_the_same_command_runs_nothing(config, out):
+    before = files(out)
+    shown = run(out)
+    assert removed(before, out) == {"evaluate": ["manifest.json", "scores"], "prune": WHOLE, "recover": WHOLE}
+    freed = sum(len(content) for name, content in before.items() if name not in files(out))
+    assert f"{freed:,} bytes removed" in shown
+    again = run("--config", config, "--out", out, "--models", "alpha", "--ratios", "0.2", command=sweep)
+    assert "stages to run" not in again
+    assert re.search(r"^ +0 bytes removed", run(out), re.MULTILINE)
+
+
+def test_a_dry_run_tells_the_same_and_touches_nothing(out):
+    before = files(out)
+    told = run(out, "--dry-run", "--intermediates")
+    assert files(out) == before and not list(out.glob("store/work/*/*/claim*"))
+    assert "would be removed" in told
+    done = run(out, "--intermediates")
+    assert done.splitlines()[:-1] == told.splitlines()[:-1]
+
+
+def test_intermediate_checkpoints_go_and_tables_stay(config, out):
+    run(out)
+    run(out, command=report)
+    tables = {name: (out / name).read_bytes() for name in ("results.csv", "results.md", "results.json")}
+    before = files(out)
+    run(out, "--intermediates")
+    assert removed(before, out) == {"prune": ["config.json", "model.safetensors"]}
+    run(out, command=report)
+    assert "not needed" in run("--out", out, "--status", command=sweep)
+    assert {name: (out / name).read_bytes() for name in tables} == tables
+    chosen = ["--config", config, "--out", out, "--models", "alpha", "--ratios"]
+    assert "stages to run" not in run(*chosen, "0.2", command=sweep)
+    # A new row has its scores; a recovered checkpoint that is deleted has its pruned one made again.
+    assert to_run(run(*chosen, "0.1", "--dry-run", command=sweep)) == ["prune", "recover", "evaluate"]
+    recovered = json.loads(tables["results.json"])["rows"][2]["checkpoint"].split("/")[-2:]
+    shutil.rmtree(out.joinpath("store", *recovered))
+    plan = run(*chosen, "0.2", "--dry-run", command=sweep)
+    assert to_run(plan) == ["prune", "recover"] and "its files were removed to make room" in plan
+
+
+def to_run(plan):
+    return [line.split()[0] for line in plan.splitlines() if re.search(r"\b[0-9a-f]{20}  run", line)]
+
+
+def test_what_a_missing_row_needs_stays(config, out):
+    for folder in (out / "store" / "evaluate").glob("*"):
+        shutil.rmtree(folder)
+    for folder in (out / "store" / "recover").glob("*"):
+        shutil.rmtree(folder)
+    run(out)
+    before = files(out)
+    run(out, "--intermediates")
+    assert removed(before, out) == {}
+
+
+def test_links_of_the_users_keep_what_they_lead_to(out):
+    kept = {path.name for path in (out / "store" / "prune").iterdir()}
+    for name in kept:
+        (out / "checkpoints" / f"mine-{name}").symlink_to(f"../store/prune/{name}")
+    run(out, "--intermediates")
+    assert {path.parent.name for path in (out / "store" / "prune").glob("*/model.safetensors")} == kept
+
+
+def test_drafts_progress_and_what_was_set_aside_go(out):
+    store = out / "store"
+    run(out)
+    before = set(store.rglob("*"))
+    for name in ("prune/.draft-0-1", f"work/recover/{UNKNOWN}/snapshots", "quarantine/prune-1", "rows"):
+        (store / name).mkdir(parents=True)
+        (store / name / "file").write_text("12345")
+    (store / "prune" / "notes").mkdir()
+    (store / "prune" / "notes" / "file").write_text("mine")
+    needed = next(iter((store / "prune").glob("[0-9a-f]" * 20))).name
+    (store / "work" / "prune" / needed).mkdir(parents=True)
+    assert "20 bytes removed" in run(out)
+    mine = store / "prune" / "notes" / "file"
+    assert {it for it in store.rglob("*") if it.is_file()} == {mine, *(it for it in before if it.is_file())}
+    assert (store / "work" / "prune" / needed).is_dir(), "of a row that is there"
+
+
+def test_nothing_goes_while_a_stage_runs(out):
+    before = files(out)
+    handle = Store(out / "store").handle(f"prune/{UNKNOWN}")
+    claim = handle.claim()
+    for options in ([], ["--dry-run"]):
+        code, _, said = in_process(clean.main, out, *options)
+        assert code == 2 and f"prune/{UNKNOWN} is running" in said
+    claim.release()
+    shutil.rmtree(handle.work)
+    assert files(out) == before
+    os.rename(out / "store", out / "elsewhere")  # noqa: PTH104
+    (out / "store").symlink_to("elsewhere")
+    code, _, said = in_process(clean.main, out)
+    assert code == 2 and "other sweeps" in said
+
+
+def test_a_folder_that_is_no_sweeps_is_refused(tmp_path):
+    code, _, said = in_process(clean.main, tmp_path)
+    assert code == 2 and "sweep.json" in said and not list(tmp_path.iterdir())

@@ -1,0 +1,84 @@
+"""The command hfprune: its sub-commands are the commands of the project, and it answers at once."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from hfprune_launch import hfprune, status
+from hfprune_launch.project import PROJECT
+from sweeps import in_process
+from test_imports import COMMANDS
+
+import hfprune_dist
+
+
+@pytest.fixture(autouse=True)
+def called(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hfprune"])
+
+
+def test_every_command_is_one_of_its_own():
+    assert {name.replace("-", "_") for name in hfprune.COMMANDS} == set(COMMANDS) - {"hfprune"}
+
+
+@pytest.mark.parametrize("name", hfprune.COMMANDS)
+def test_a_sub_command_has_the_help_of_its_command_with_its_own_name(name):
+    code, shown, _ = in_process(hfprune.main, name, "--help")
+    assert code == 0 and shown.startswith(f"usage: hfprune {name} ")
+    assert "launch/" not in shown, "examples are those of hfprune"
+
+
+def test_a_command_called_by_its_path_has_examples_with_its_path(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["launch/status.py"])
+    _, shown, _ = in_process(status.main, "--help")
+    assert "usage: status.py " in shown and "python launch/status.py runs/demo" in shown
+
+
+def test_help_lists_all_commands():
+    code, shown, _ = in_process(hfprune.main, "--help")
+    assert code == 0 and all(f"  {name} " in shown for name in hfprune.COMMANDS)
+
+
+def test_version():
+    code, shown, _ = in_process(hfprune.main, "--version")
+    assert code == 0 and shown.startswith(f"hfprune {hfprune_dist.__version__}\ncommit: ")
+    assert str(PROJECT.configs) in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "no command; valid: sweep"),
+        (["swep", "--dry-run"], "no command 'swep'; did you mean 'sweep'?"),
+        (["status", "nowhere"], "nowhere: no sweep.json"),
+    ],
+)
+def test_bad_input_is_one_message(arguments, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, said = in_process(hfprune.main, *arguments)
+    assert code == 2 and expected in said and not list(tmp_path.iterdir())
+
+
+def test_output_that_nobody_reads_is_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(PROJECT.packages["hfprune_launch"] / "hfprune.py"), "schema"]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_help_and_version_load_no_large_library():
+    script = """
+import sys
+from hfprune_launch import hfprune
+for argument in ("--version", "--help"):
+    try:
+        hfprune.main([argument])
+    except SystemExit:
+        pass
+print({"torch", "transformers", "yaml", "rich"} & set(sys.modules))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("set()\n")

@@ -1,0 +1,102 @@
+"""A sweep with a method whose shape is plain, beside the published one, from the command to the tables."""
+
+import shutil
+
+import pytest
+import yaml
+from shapes import silence
+from sweeps import artifacts, finish, make_inputs, results, sweep
+from tiny import save_tiny
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.slow
+
+# The only number of groups that three devices can share: six query heads don't divide 32, as LlamaConfig wants it.
+LAYERS, GROUPS, SHARED = 4, 4, 3
+PLAIN = {
+    "criterion": "surgeon",
+    "structures": ["neurons", "kv_groups", "layers"],
+    "allocation": "plain",
+    "tensor_parallel": SHARED,
+    "refit": "layerwise",
+    "distill": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """A configuration, and arguments that choose methods by name."""
+    folder = tmp_path_factory.mktemp("inputs")
+    config = make_inputs(folder)
+    shutil.rmtree(folder / "alpha")
+    save_tiny(folder / "alpha", num_hidden_layers=LAYERS, num_attention_heads=2 * GROUPS, num_key_value_heads=GROUPS)
+    for block in ("self_attn.o_proj", "mlp.down_proj"):  # which nobody misses
+        silence(folder / "alpha" / "model.safetensors", f"layers.2.{block}.weight", by=0.01)
+    (folder / "plain.yaml").write_text(yaml.safe_dump(PLAIN))
+    methods = f"hfprune,{folder / 'plain.yaml'}"
+    return config, [
+        "--models",
+        "alpha",
+        "--ratios",
+        "0.25",
+        "--methods",
+        methods,
+        "--set",
+        "distillation.dtype=float32",
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+    config, arguments = command
+    out = tmp_path_factory.mktemp("finished") / "out"
+    finish(config, out, *arguments)
+    return out
+
+
+def row_of(out, method):
+    (row,) = [row for row in results(out) if row["method"] == method]
+    return row
+
+
+def test_both_methods_share_one_calibration_pass_and_have_their_rows(finished):
+    assert len(list((finished / "store" / "importance").iterdir())) == 1
+    plain, published = row_of(finished, "plain"), row_of(finished, "hfprune")
+    assert plain["status"] == published["status"] == "done"
+    assert plain["num_hidden_layers"] == "3" and plain["num_key_value_heads"] == str(SHARED)
+    assert 0 < float(plain["kl"]) < float(published["kl"])
+    assert float(published["ratio_reached"]) == pytest.approx(0.25, abs=0.005)
+    one_step = SHARED * int(plain["num_hidden_layers"]) * 3 * 32 / int(results(finished)[0]["parameters"])
+    assert int(plain["intermediate_size"]) % SHARED == 0
+    assert 0.25 <= float(plain["ratio_reached"]) < 0.25 + one_step, "rounded down to what devices share"
+    assert all(0 <= float(row["tiny_choice/acc"]) <= 1 for row in (plain, published))
+    table = (finished / "results.md").read_text()
+    assert "plain" in table and "layers" in table and "KV heads" in table
+
+
+def test_what_was_recovered_is_a_mistral_that_plain_transformers_loads(finished):
+    row = row_of(finished, "plain")
+    model = AutoModelForCausalLM.from_pretrained(row["checkpoint"])
+    assert model.config.model_type == "mistral"
+    assert sum(it.numel() for it in model.parameters()) == int(row["parameters"])
+    heads = model.config.num_hidden_layers, model.config.num_attention_heads, model.config.num_key_value_heads
+    assert heads == (3, 2 * SHARED, SHARED)
+
+
+def test_a_dry_run_makes_nothing_and_names_the_stages(command, finished, tmp_path):
+    config, arguments = command
+    shown = finish(config, tmp_path / "out", *arguments, "--dry-run")
+    assert "plain" in shown.stdout and not (tmp_path / "out").exists()
+
+
+def test_a_second_run_runs_nothing_and_a_lost_prune_ends_with_the_same_bits(command, finished, tmp_path):
+    config, arguments = command
+    again = sweep(config, finished, *arguments)
+    assert again.returncode == 0 and "stages to run" not in again.stdout
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for kind in ("prune", "distill", "recover"):
+        shutil.rmtree(out / "store" / kind)
+    result = finish(config, out, *arguments, "--ranks", "1")
+    assert "stages to run, 1 rank" in result.stdout
+    assert artifacts(out, "prune") == artifacts(finished, "prune")

@@ -1,0 +1,125 @@
+"""Pushing a named checkpoint: nothing here reaches a network."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from hfprune_launch import publish
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from sweeps import in_process
+
+CARD = "---\nlicense: mit\nbase_model: org/base\n---\n# name\n"
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A sweep's folder with one checkpoint, whose weights are a link into the store."""
+    artifact, folder = tmp_path / "store" / "recover" / "a", tmp_path / "checkpoints" / "name"
+    for path in (artifact, folder / "adapter"):
+        path.mkdir(parents=True)
+    (artifact / "model.safetensors").write_text("x" * 1000)
+    (folder / "model.safetensors").symlink_to("../../store/recover/a/model.safetensors")
+    (folder / "README.md").write_text(CARD)
+    (folder / "adapter" / "adapter_model.safetensors").symlink_to("../../../store/recover/a/model.safetensors")
+    of_adapter(tmp_path, "./runs/x/store/prune/a")
+    return tmp_path
+
+
+def of_adapter(out, base):
+    config = {"base_model_name_or_path": base}
+    (out / "checkpoints" / "name" / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def pushed(monkeypatch):
+    """What would have reached the hub: options of the repository, and size by file."""
+    calls = {}
+
+    def create_commit(self, repo_id, operations, **_):
+        calls["files"] = {it.path_in_repo: it.upload_info.size for it in operations if hasattr(it, "upload_info")}
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}", oid="0", pr_url=None)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: calls.update({repo_id: options}))
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    # These ask the hub before anything is pushed.
+    monkeypatch.setattr(HfApi, "_validate_yaml", lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.hf_api.is_xet_available", lambda: False)
+    return calls
+
+
+def run(out, *arguments):
+    return in_process(publish.main, out, *arguments)
+
+
+def test_links_are_pushed_as_files_and_an_adapter_without_a_public_base_stays(out, pushed):
+    code, shown, _ = run(out, "name", "me/it", "--private")
+    assert code == 0 and "https://hub/me/it" in shown and "adapter/ stays here" in shown
+    assert pushed["files"] == {"README.md": len(CARD), "model.safetensors": 1000}
+    assert pushed["me/it"] == {"private": True, "exist_ok": True}
+    of_adapter(out, "org/base")
+    assert run(out, "name", "me/it")[0] == 0 and pushed["me/it"]["private"] is None
+    assert set(pushed["files"]) == {
+        "README.md",
+        "model.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    }
+
+
+def test_a_dry_run_shows_the_same_files_and_pushes_nothing(out, pushed):
+    (out / "checkpoints" / "name" / "README.md").write_text("---\nlanguage: en\n---\n")
+    code, shown, _ = run(out, "name", "me/it", "--dry-run")
+    assert code == 0 and pushed == {}
+    assert "1,000 bytes  model.safetensors" in shown and "adapter_model" not in shown
+    assert "would be pushed to me/it: 1,021 bytes in 2 files" in shown
+    assert "doesn't name a licence (license) or the base model's id (base_model)" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["nam", "me/it"], "did you mean 'name'?; valid: name"),
+        (["../store", "me/it"], "no checkpoint"),
+        (["name", "not a name"], "can't be a repository"),
+        (["name", "a/b/c"], "can't be a repository"),
+    ],
+)
+def test_bad_input_is_one_message(out, pushed, arguments, complaint):
+    code, _, said = run(out, *arguments)
+    assert code == 2 and complaint in said and "Traceback" not in said and pushed == {}
+
+
+def test_what_is_not_whole_is_not_pushed(out, pushed):
+    card = out / "checkpoints" / "name" / "README.md"
+    for content in ("---\n: [\n---\n", "---\nmodel-index: 3\n---\n"):
+        card.write_text(content)
+        code, _, said = run(out, "name", "me/it")
+        assert code == 2 and "no card that the hub can read" in said
+    card.write_text(CARD)
+    (out / "store" / "recover" / "a" / "model.safetensors").unlink()
+    code, _, said = run(out, "name", "me/it")
+    assert code == 2 and "is gone" in said and pushed == {}
+
+
+def test_a_folder_that_lacks_a_file_of_its_artifact_is_not_pushed(out, pushed):
+    manifest = {"files": {"config.json": {}, "model.safetensors": {}}}
+    (out / "store" / "recover" / "a" / "manifest.json").write_text(json.dumps(manifest))
+    code, _, said = run(out, "name", "me/it", "--dry-run")
+    assert code == 2 and "config.json is missing" in said and pushed == {}
+
+
+def test_a_hub_that_refuses_is_one_message(out, monkeypatch):
+    for error in (LocalTokenNotFoundError("Token is required"), without_network()):
+
+        def refuse(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(HfApi, "create_repo", refuse)
+        code, _, said = run(out, "name", "me/it")
+        assert code == 2 and "hf auth login" in said and str(error) in said
+
+
+def without_network():
+    """As where there is no network."""
+    return HfHubHTTPError.__bases__[0]("Name or service not known")

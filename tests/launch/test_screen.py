@@ -1,0 +1,182 @@
+"""Tables as a terminal shows them."""
+
+import io
+import re
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hfprune_launch.modes.compare import show_methods
+from hfprune_launch.project import PROJECT
+from hfprune_launch.screen import make_console, show_checkpoints, show_published, show_results, stage_screen
+from hfprune_launch.stage import progress_lines
+from hfprune_launch.stage.outcome import Outcome
+from hfprune_launch.stage.progress_lines import ProgressLines
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from rows import missing, row_of
+
+from hfprune_dist.results.checkpoint_folders import Update
+from hfprune_dist.results.comparison import compare_methods
+from hfprune_dist.store.heartbeat import Heartbeat
+from hfprune_dist.store.stage import Input, Stage
+
+NAMES = st.text(list("aZ09-_./@[]|\\ 模型ｗ한é"), min_size=1, max_size=60)
+USUAL = [row_of(ratio=0.0, recovery="none", kl=0.0), row_of(), row_of(method="hfprune", kl=4.597)]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def on_terminal(monkeypatch):
+    """Shows something on a terminal of 80 columns, and returns its lines without colours."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+
+    def shown(show, *arguments, **options):
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        show(make_console(), *arguments, **options)
+        return re.sub(r"\x1b\[[0-9;]*m", "", sys.stdout.getvalue()).splitlines()
+
+    return shown
+
+
+def width_of(line):
+    """Columns that a line takes."""
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in line)
+
+
+@pytest.mark.parametrize("model", ["llama", "smollm2-1.7b", "llama-3.2-1b"])
+def test_a_usual_sweep_fits_80_columns_with_its_names_whole(on_terminal, model):
+    rows = [row | {"model": model} for row in USUAL]
+    lines = on_terminal(show_results, rows)
+    assert max(map(width_of, lines)) <= 80
+    assert [line.split()[:4] for line in lines[:4]] == [
+        ["model", "ratio", "method", "recovery"],
+        [model, "dense", "-", "none"],
+        [model, "0.2", "surgeon-plain", "lora"],
+        [model, "0.2", "hfprune", "lora"],
+    ]
+    assert ("0.263±0.012" in lines[2]) == (model == "llama"), "where there is room"
+    assert any("lower is better" in line for line in lines) and lines[-1] == "all columns: --wide"
+
+
+def test_a_usual_comparison_fits_80_columns(on_terminal):
+    sweeps = [[row | {"kl": row["kl"] + seed / 10} for row in USUAL] for seed in range(3)]
+    lines = on_terminal(show_methods, compare_methods(sweeps, "hfprune"), "hfprune", wide=False)
+    assert max(map(width_of, lines)) <= 80
+    assert lines[2].split() == [
+        "llama",
+        "0.2",
+        "surgeon-plain",
+        "lora",
+        "0.363±0.100",
+        "0.077±0.020",
+        "0.762±0.000",
+        "3",
+    ]
+
+
+def test_longer_names_fit_120_columns():
+    rows = [*USUAL, row_of(model="smollm2-135m-instruct", method="surgeon-uniform-block"), missing(row_of(ratio=0.5))]
+    console = Console(file=io.StringIO(), width=120)
+    show_results(console, rows)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(width_of, lines)) <= 120
+    assert lines[4].split() == [
+        *["smollm2-135m-instruct", "0.2", "surgeon-uniform-block", "lora"],
+        *["134.5M", "80.0", "0.263±0.012", "68.3±4.2", "269MB", "4.4m"],
+    ]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_line_is_longer_than_the_terminal(on_terminal, data):
+    rows = data.draw(st.lists(rows_of(), max_size=6))
+    lines = on_terminal(show_results, rows)
+    # Messages are left whole, as they have paths to copy.
+    assert max(width_of(line) for line in lines if not line.startswith("missing: ")) <= 80
+    assert sum(line.startswith("missing: ") for line in lines) == sum(row["status"] == "missing" for row in rows)
+
+
+@st.composite
+def rows_of(draw):
+    tasks = draw(st.lists(NAMES, max_size=12, unique=True))
+    error = draw(st.one_of(st.none(), st.floats(0, 1)))
+    row = row_of(
+        draw(NAMES),
+        draw(st.floats(0, 0.99)),
+        draw(NAMES),
+        recovery=draw(st.sampled_from(["none", "lora"])),
+        kl=draw(st.one_of(st.none(), st.floats(0, 1e4))),
+        kl_stderr=error,
+        average_stderr=error,
+        parameters=draw(st.integers(1, 10**13)),
+        weight_bytes=draw(st.integers(1, 10**14)),
+        own_time_s=draw(st.floats(0, 1e8)),
+        tasks={name: {"acc": 0.5, "acc_stderr": error} for name in tasks},
+        samples=dict.fromkeys(tasks, 10_042),
+    )
+    return missing(row) if draw(st.booleans()) else row
+
+
+def test_all_columns_are_shown_whole_on_any_terminal(on_terminal):
+    head, *_ = on_terminal(show_results, USUAL, wide=True)
+    assert head.split()[-3:] == ["time", "shared", "memory"] and len(head) > 80
+    narrow, wide = (on_terminal(show_published, PROJECT.configs / "published.yaml", wide) for wide in (False, True))
+    assert max(map(width_of, narrow)) <= 80 and any("truthfulqa_mc2" in line for line in wide)
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then():
+    stages = [Stage(kind, "a [0.2]", {}, {"model": Input("digest", "/x")}) for kind in ("importance", "prune")]
+    now, console = [0.0], Console(file=io.StringIO(), width=400)
+    lines = ProgressLines(console, lambda: now[0])
+    for second in range(100):
+        now[0] = float(second)
+        lines.tell(stages[0], f"calibration {second}/100" if second > 30 else "", "2 min" if second > 60 else "")
+        if second >= 50:
+            lines.tell(stages[1], "files 1/2", "")
+    assert console.file.getvalue().splitlines() == [
+        "importance a [0.2]: starting",
+        "importance a [0.2]: calibration 60/100",
+        "prune a [0.2]: files 1/2",
+        "importance a [0.2]: calibration 90/100, 2 min left",
+    ]
+
+
+def test_progress_on_a_terminal_is_no_lines(on_terminal):
+    stage = Stage("importance", "a", {}, {"model": Input("digest", "/x")})
+
+    def show(console):
+        lines = ProgressLines(console, iter([0.0, 100.0]).__next__)
+        lines.tell(stage, "", "")
+        lines.tell(stage, "", "")
+
+    assert on_terminal(show) == []
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_sweep_shows_the_stage_at_work_and_when_it_ends(is_terminal, monkeypatch):
+    monkeypatch.setattr(progress_lines, "INTERVAL_S", 0.0)
+    stage = Stage("importance", "a", {}, {"model": Input("digest", "/x")})
+    console = Console(file=io.StringIO(), width=120, force_terminal=is_terminal, color_system=None)
+    with stage_screen(console, 2) as screen:
+        screen.begin(stage)
+        screen.beat(stage, Heartbeat("calibration", 5, 9, 100.0, 40.0, 2))
+        screen._progress.refresh()
+        screen.end(stage, Outcome("done", 1.0))
+    text = console.file.getvalue()
+    assert ("importance a: calibration 5/9, 80 s left\n" in text) != is_terminal
+    assert ("5/9" in text and "80 s left" in text) and "[1/2] done importance a (1.0 s)" in text
+
+
+def test_it_is_said_where_checkpoints_are(on_terminal):
+    folder = Path("runs/a-folder-with-a-long-name/checkpoints/a-model-with-a-long-name-0.2-surgeon-plain-lora")
+    update = Update({folder.name: folder}, ["edited"])
+    assert on_terminal(show_checkpoints, update) == ["checkpoints:", f"  {folder}", "note: edited"]
+    assert on_terminal(show_checkpoints, Update({}, [])) == []

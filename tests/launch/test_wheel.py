@@ -1,0 +1,110 @@
+"""The project as others install it: a wheel in a venv of its own, away from any clone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from hfprune_launch.project import PROJECT, Project
+from hfprune_launch.slurm.code_snapshot import take_snapshot
+from ranks import ROOT
+from sweeps import artifacts, finish, make_inputs
+
+import hfprune_dist
+
+pytestmark = pytest.mark.slow
+PARTS = ["pyproject.toml", "hfprune_dist", "launch", "slurm", "configs", "README.md", ".gitignore"]
+GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+OFFLINE = ["--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
+# Five stages.
+ONE_CELL = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune", "--ranks", "1"]
+ONE_CELL += ["--set", "recovery.method=none", "--set", "evaluation.tasks=[]"]
+
+
+def call(*command, **options):
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@dataclass(frozen=True)
+class Installed:
+    commit: str
+    hfprune: Path
+    packages: Path
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Built from a commit, and installed without dependencies: those are taken from this environment."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source, venv = folder / "source", folder / "venv"
+    source.mkdir()
+    for part in PARTS:
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, source / part)
+    for step in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        call(*GIT, *step, cwd=source)
+    pip = [sys.executable, "-m", "pip"]
+    call(*pip, "wheel", *OFFLINE, "--no-build-isolation", "-w", folder, source)
+    call(sys.executable, "-m", "venv", "--without-pip", venv)
+    call(*pip, "--python", venv / "bin" / "python", "install", *OFFLINE, *folder.glob("*.whl"))
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(call(venv / "bin" / "python", "-c", ask).strip())
+    # A folder that is named in a .pth file has none of its own read: the clone stays out of sight.
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return Installed(call("git", "rev-parse", "HEAD", cwd=source).strip(), venv / "bin" / "hfprune", packages)
+
+
+def test_a_wheel_knows_its_version_and_commit(installed, tmp_path):
+    shown = call(installed.hfprune, "--version", cwd=tmp_path).splitlines()
+    launch = installed.packages / "hfprune_launch"
+    assert shown == [
+        f"hfprune {hfprune_dist.__version__}",
+        f"commit: {installed.commit}",
+        f"configurations: {launch / 'configs'}",
+        f"Slurm profiles: {launch / 'profiles'}",
+    ]
+
+
+def test_a_wheel_has_all_configurations_profiles_and_code(installed, tmp_path):
+    """Jobs of an installed wheel run the same code as those of the clone that it was built from."""
+    wheel = Project.around(installed.packages / "hfprune_launch")
+    for ours, theirs in ((PROJECT.configs, wheel.configs), (PROJECT.profiles, wheel.profiles)):
+        files = sorted(file.relative_to(ours) for file in ours.rglob("*.yaml"))
+        assert files == sorted(file.relative_to(theirs) for file in theirs.rglob("*.yaml"))
+        assert all((ours / file).read_bytes() == (theirs / file).read_bytes() for file in files)
+    ours, theirs = (take_snapshot(project, tmp_path / name, {}) for name, project in (("a", PROJECT), ("b", wheel)))
+    assert ours.name == theirs.name and (theirs / "uncommitted.diff").read_text() == ""
+
+
+def test_a_wheel_knows_the_shipped_configurations_by_the_names_they_have_in_a_clone(installed, tmp_path):
+    shown = call(installed.hfprune, "sweep", "--config", "configs/demo.yaml", "--show-config", cwd=tmp_path)
+    config = yaml.safe_load(shown)
+    assert config["aliases"]["llama"]["path"] == str(tmp_path / "runs" / "demo-assets" / "llama")
+    assert "samples: 16  # configs/demo.yaml" in shown and list(tmp_path.iterdir()) == []
+
+
+def test_a_wheel_takes_up_a_sweep(installed, tmp_path):
+    """One that was begun in a clone lacks its pruned checkpoint; ranks of the wheel make the same."""
+    config, out = make_inputs(tmp_path / "inputs"), tmp_path / "out"
+    finish(config, out, *ONE_CELL)
+    before = artifacts(out, "prune")
+    shutil.rmtree(out / "store" / "prune")
+    (out / "report.html").unlink()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    away = tmp_path / "away"
+    away.mkdir()
+    shown = call(installed.hfprune, "sweep", "--config", config, "--out", out, *ONE_CELL, cwd=away, env=environment)
+    assert "1 of 5 stages to run" in shown and artifacts(out, "prune") == before
+    assert "alpha 0.2" in (out / "report.html").read_text(), "its styles and script are in the wheel"
+    (manifest,) = (out / "store" / "prune").glob("*/manifest.json")
+    provenance = json.loads(manifest.read_text())["provenance"]
+    assert (provenance["hfprune_dist"], provenance["git_commit"]) == (hfprune_dist.__version__, installed.commit)
+    assert provenance["dirty_diff_sha256"] is None

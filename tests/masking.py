@@ -1,0 +1,82 @@
+"""The dense model with what pruning removes masked: what a pruned checkpoint must compute."""
+
+import torch
+from hypothesis import strategies as st
+from tiny import SHAPE, VARIANTS
+
+from hfprune_dist.checkpoints.pruned_config import pruned_config
+from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
+from hfprune_dist.structures.kept import Kept
+
+HIDDEN = SHAPE["hidden_size"]
+
+
+@st.composite
+def models(draw, **fixed):
+    """Arguments of ``save_tiny``: a variant with some number of heads, layers and neurons."""
+    variant = draw(st.sampled_from(list(VARIANTS)))
+    options = {
+        "num_hidden_layers": draw(st.integers(1, 4)),
+        "intermediate_size": draw(st.integers(2, 12)),
+        "num_key_value_heads": (groups := draw(st.integers(1, 5))),
+        "num_attention_heads": (heads := groups * draw(st.integers(1, 4))),
+        "head_dim": draw(st.sampled_from([2, 4, 8])),
+    }
+    if variant.startswith("llama") and HIDDEN % heads:
+        options |= {"num_key_value_heads": 4, "num_attention_heads": draw(st.sampled_from([4, 8]))}
+    if variant == "qwen2":  # whose modules read head_dim where config.json has one
+        options["num_attention_heads"] = options["num_key_value_heads"] * draw(st.integers(1, 4))
+    if variant == "qwen3":
+        options["attention_bias"] = draw(st.booleans())
+    if variant.startswith("qwen") and draw(st.booleans()):
+        window = {"use_sliding_window": True, "sliding_window": 4}
+        options |= window | {"max_window_layers": draw(st.integers(0, options["num_hidden_layers"]))}
+    return {"variant": variant, **options, **fixed}
+
+
+def some(draw, count, size=None):
+    """Ascending numbers below ``count``, at least one of them; ``size``: how many."""
+    size = draw(st.integers(1, count)) if size is None else size
+    return sorted(draw(st.permutations(range(count)))[:size])
+
+
+@st.composite
+def kept_of(draw, model, *, uniform, layers=True):
+    """What stays of such a model: some units of some kinds, in all layers or some."""
+    count = model["num_hidden_layers"]
+    staying = some(draw, count) if layers else list(range(count))
+    sizes = {"neurons": model["intermediate_size"], "kv_groups": model["num_key_value_heads"]}
+    units = {}
+    for kind in draw(st.sets(st.sampled_from(sorted(sizes)), min_size=0 if layers else 1)):
+        size = draw(st.integers(1, sizes[kind])) if uniform else None
+        units[kind] = [torch.tensor(some(draw, sizes[kind], size)) for _ in staying]
+    return Kept(tuple(staying), units)
+
+
+def write(checkpoint, kept, target):
+    """As the prune stage writes it."""
+    target.mkdir(exist_ok=True)
+    for file in checkpoint.weight_files:
+        write_weight_file(checkpoint, file, kept, target)
+    write_companions(checkpoint, target, pruned_config(checkpoint, kept.shape))
+
+
+def mask(model, kept):
+    """Zero what the removed units put into output projections, and skip the layers that go.
+
+    Query head ``j`` belongs to KV group ``j // (query heads of a group)``.
+    """
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    channels = {"neurons": 1, "kv_groups": config.num_attention_heads // config.num_key_value_heads * head_dim}
+    for number, layer in enumerate(model.model.layers):
+        if number not in kept.layers:
+            layer.register_forward_hook(lambda _layer, inputs, _output: inputs[0])
+            continue
+        outputs = {"neurons": layer.mlp.down_proj, "kv_groups": layer.self_attn.o_proj}
+        for kind, rows in kept.units.items():
+            projection = outputs[kind]
+            stays_U = torch.zeros(projection.in_features // channels[kind])
+            stays_U[rows[kept.layers.index(number)]] = 1
+            projection.weight.data *= stays_U.repeat_interleave(channels[kind]).to(projection.weight)
+    return model

@@ -1,0 +1,131 @@
+"""Budgets of shapes in which everything competes, against the smallest models that they allow."""
+
+import pytest
+import torch
+from blank import SMOLLM2, blank, parameters_of, sizes
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from masking import write
+from tiny import VARIANTS, save_tiny
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.budget import Budget, budget_of, largest_ratio
+from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.widths import Target, size_of
+from hfprune_dist.structures.kept import Kept, Shape
+
+ALL = ("neurons", "kv_groups", "layers")
+STRUCTURES = [ALL, ALL[:2], ALL[::2], ALL[:1]]
+LIMITS = (0.2, 0, 0)
+
+
+def target(checkpoint, ratio, structures=ALL, multiple_of=1, tensor_parallel=1):
+    return ShapeTarget(checkpoint, ratio, structures, multiple_of, "m", tensor_parallel)
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(data=st.data(), variant=st.sampled_from(sorted(VARIANTS)), changes=sizes(), ratio=st.floats(0.001, 0.9))
+def test_a_budget_is_what_its_bounds_leave(data, variant, changes, ratio):
+    layers, groups = changes["num_hidden_layers"], changes["num_key_value_heads"]
+    split = data.draw(st.sampled_from([size for size in range(1, groups + 1) if groups % size == 0]))
+    structures, multiple_of = data.draw(st.sampled_from(STRUCTURES)), data.draw(st.sampled_from([1, 2, 8]))
+    asked = target(blank(variant, **changes), ratio, structures, multiple_of, split)
+    limits = data.draw(st.tuples(st.sampled_from([0.05, 0.2, 1.0]), st.integers(0, 2), st.integers(0, 2)))
+    try:
+        budget = budget_of(asked, limits)
+    except UserError as error:
+        assert ratio > largest_ratio(asked, limits) or "removes nothing" in str(error)
+        return
+    assert abs(budget.parameters / asked.counts.total - ratio) <= 1 / asked.counts.total
+    _, first, last = limits
+    protected = {*range(first), *range(layers - last, layers)} & set(range(layers))
+    for layer in range(layers):
+        width, least = budget.least["neurons"][layer], budget.least["kv_groups"][layer]
+        assert width == changes["intermediate_size"] or (width % multiple_of == 0 and layer not in protected)
+        assert least == groups or (least == split and "kv_groups" in structures and layer not in protected)
+    assert not protected & set(budget.droppable) and budget.fewest_layers >= 2 * layers / 3
+    assert bool(budget.droppable) <= ("layers" in structures)
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(variant=st.sampled_from(sorted(VARIANTS)), changes=sizes(), structures=st.sampled_from(STRUCTURES))
+def test_the_largest_ratio_is_that_of_the_smallest_model(variant, changes, structures):
+    asked = target(blank(variant, **changes), 0.5, structures)
+    queries = changes["num_attention_heads"] // changes["num_key_value_heads"]
+    smallest = changes | {"intermediate_size": max(1, round(0.2 * changes["intermediate_size"]))}
+    smallest["head_dim"] = asked.groups.implied["head_dim"]
+    if "kv_groups" in structures:
+        smallest |= {"num_key_value_heads": 1, "num_attention_heads": queries}
+    if "layers" in structures:
+        smallest["num_hidden_layers"] = -(-2 * changes["num_hidden_layers"] // 3)
+    assume(variant != "llama" or smallest["hidden_size"] % smallest["num_attention_heads"] == 0)
+    total = parameters_of(variant, **changes)
+    assert largest_ratio(asked, LIMITS) == pytest.approx(1 - parameters_of(variant, **smallest) / total, abs=1e-12)
+
+
+def test_of_a_model_whose_layers_differ_the_largest_ratio_is_reached_whichever_layers_go(tmp_path):
+    dense = open_checkpoint(save_tiny(tmp_path / "dense", num_hidden_layers=4))
+    units = {"neurons": [torch.arange(count) for count in (48, 9, 30, 20)]}
+    units["kv_groups"] = [torch.arange(count) for count in (2, 1, 1, 2)]
+    write(dense, Kept.of_all_layers(units), tmp_path / "again")
+    asked = target(open_checkpoint(tmp_path / "again"), 0.2)
+    budget = budget_of(asked, (0.5, 0, 1))
+    assert budget.least == {"neurons": (24, 4, 15, 20), "kv_groups": (1, 1, 1, 2)}
+    assert budget.droppable == (0, 1, 2) and budget.fewest_layers == 3
+    reached = []
+    for gone in budget.droppable:
+        layers = tuple(layer for layer in range(4) if layer != gone)
+        least = {kind: tuple(it[layer] for layer in layers) for kind, it in budget.least.items()}
+        reached.append(asked.counts.ratio(Shape(layers, least)))
+    assert len(set(reached)) == 3 and largest_ratio(asked, (0.5, 0, 1)) == min(reached)
+    with pytest.raises(UserError, match=r"tensor_parallel 2 divides no .* that works is 1"):
+        budget_of(target(asked.checkpoint, 0.2, tensor_parallel=2), LIMITS)
+
+
+def test_what_is_left_of_a_budget_is_told_in_the_numbers_of_the_layers_that_are_left():
+    budget = Budget(1000, {"neurons": (5, 6, 7, 8), "kv_groups": (1, 2, 3, 4)}, (0, 2, 3), 2)
+    least = {"neurons": (6, 8), "kv_groups": (2, 4)}
+    assert budget.left((1, 3), 300) == Budget(700, least, (1,), 2)
+    assert budget.left(range(4), 0) == budget
+
+
+@pytest.mark.parametrize("limits", [LIMITS, (0.3, 1, 2)])
+def test_of_neurons_alone_the_floors_are_those_of_widths(limits):
+    checkpoint = blank(**SMOLLM2)
+    budget = budget_of(target(checkpoint, 0.3, ALL[:1], 64), limits)
+    widths = Target(size_of(checkpoint), 0.3, 64, "m")
+    assert list(budget.least["neurons"]) == widths.narrowest_widths(*limits)
+    wanted = widths.removals(budget.least["neurons"]) * size_of(checkpoint).parameters_per_unit
+    assert abs(budget.parameters - wanted) <= size_of(checkpoint).parameters_per_unit
+
+
+@pytest.mark.parametrize(
+    ("asked", "limits", "message"),
+    [
+        (
+            {"ratio": 0.9, "structures": ALL[:2]},
+            LIMITS,
+            r"m: ratio 0.9 can't be reached by pruning neurons and kv_groups with the floors that prune.floor, "
+            r"protect_first and protect_last set; the largest possible is 0.6051 \(multiple_of 1\); with layers in "
+            r"prune.structures 0.6666$",
+        ),
+        (
+            {"ratio": 0.5, "structures": ALL},
+            (0.5, 10, 10),
+            r"kv_groups and layers .* is 0.2631 \(multiple_of 1",
+        ),
+        ({"ratio": 0.65, "tensor_parallel": 3, "multiple_of": 64}, LIMITS, r"\(multiple_of 64, tensor_parallel 3\)$"),
+        ({"ratio": 0.2, "tensor_parallel": 2}, LIMITS, r"tensor_parallel 2 divides no .* that works is 3"),
+        ({"ratio": 1e-6, "multiple_of": 64}, LIMITS, r"removes nothing once units are rounded \(multiple_of 64\)"),
+    ],
+)
+def test_what_can_not_be_is_one_message(asked, limits, message):
+    with pytest.raises(UserError, match=message):
+        budget_of(target(blank(**SMOLLM2), **asked), limits)
+
+
+def test_half_of_smollm2_is_within_its_bounds():
+    budget = budget_of(target(blank(**SMOLLM2), 0.5), LIMITS)
+    assert budget.parameters == round(0.5 * 134_515_008) and budget.fewest_layers == 20
+    assert set(budget.least["kv_groups"]) == {1} and len(budget.droppable) == 30

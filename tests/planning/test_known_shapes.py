@@ -1,0 +1,64 @@
+"""What dry runs know of shapes, against models that transformers makes."""
+
+import pytest
+from blank import SMOLLM2, blank, parameters_of
+
+from hfprune_dist.config.method import Method
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.known_shapes import KnownShape, Span, dense_shape, known_shape
+
+ALL = ["neurons", "kv_groups", "layers"]
+SMALL = {"intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def known(ratio=0.2, changes=SMALL, **settings):
+    return known_shape(blank("llama", **changes), ratio, Method(**{"criterion": "entropy"} | settings), "m")
+
+
+def one(number):
+    return Span(number, number)
+
+
+def test_a_dense_model_is_as_it_is():
+    assert dense_shape(blank("llama", **SMALL)) == KnownShape(one(3), one(2), one(512), one(0.0))
+
+
+@pytest.mark.parametrize("multiple_of", [1, 32, "auto"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_uniform_width_is_known_with_what_it_reaches(multiple_of, steps):
+    shape = known(multiple_of=multiple_of, steps=steps)
+    width = shape.width.least
+    kept, dense = (parameters_of("llama", **SMALL | {"intermediate_size": it}) for it in (width, 512))
+    assert shape == KnownShape(one(3), one(2), one(width), one(pytest.approx((dense - kept) / dense)))
+    assert abs(shape.reached.least - 0.2) < 0.05 and width % (32 if multiple_of == 32 else 1) == 0
+
+
+def test_plain_shapes_are_known_as_those_that_compete():
+    shape = known(0.5, SMOLLM2, allocation="plain", structures=ALL)
+    assert shape.open == "the closest of 18 shapes, by measurement"
+    assert shape.layers == Span(20, 30) and shape.kv_heads.most == 3 and shape.width.least < 672 < shape.width.most
+    assert shape.reached.least == pytest.approx(0.5, abs=1e-3) == shape.reached.most
+
+
+def test_a_plain_shape_without_a_rival_is_known():
+    shape = known(0.6, SMALL | {"num_hidden_layers": 1}, allocation="plain", structures=["neurons", "layers"])
+    assert shape.open == "" and shape.layers == one(1) and shape.width.least == shape.width.most
+
+
+@pytest.mark.parametrize(
+    ("allocation", "structures", "layers", "kv_heads", "decides"),
+    [
+        ("global", ["neurons"], one(3), one(2), "scores"),
+        ("global", ["neurons", "kv_groups"], one(3), None, "scores"),
+        ("searched", ALL, None, None, "a search"),
+    ],
+)
+def test_what_scores_and_searches_decide_is_left_open(allocation, structures, layers, kv_heads, decides):
+    shape = known(allocation=allocation, structures=structures)
+    assert (shape.layers, shape.kv_heads, shape.width, shape.reached) == (layers, kv_heads, None, None)
+    assert shape.open.startswith(decides)
+
+
+def test_a_ratio_out_of_reach_is_refused():
+    with pytest.raises(UserError, match="can't be reached"):
+        known(0.99)

@@ -1,0 +1,156 @@
+"""What ``multiple_of: auto`` comes to."""
+
+import pytest
+from blank import SMOLLM2, blank, sizes
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hfprune_dist.config.method import Method
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.multiples import MOST_BEYOND, MULTIPLES, target_of, with_multiple
+from hfprune_dist.planning.plain_shapes import all_plain_shapes, plain_shapes, ratio_of
+from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
+from hfprune_dist.planning.widths import Target, size_of
+
+ALL = ["neurons", "kv_groups", "layers"]
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}
+
+
+def method(allocation="plain", **options):
+    structures = {"uniform": ["neurons"], "global": ["neurons", "kv_groups"]}.get(allocation, ALL)
+    given = {"criterion": "surgeon", "multiple_of": "auto"} | options
+    return Method(**given, allocation=allocation, structures=structures)
+
+
+def multiple(checkpoint, ratio, it):
+    return with_multiple(it, checkpoint, ratio, "m").multiple_of
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(
+    sizes(),
+    st.sampled_from([100, 1023, 1024, 3000, 11008]),
+    st.floats(0.02, 0.9),
+    st.sampled_from(["plain", "uniform", "global"]),
+)
+def test_it_is_the_largest_that_costs_little(changes, width, ratio, allocation):
+    checkpoint = blank("mistral", **changes | {"intermediate_size": width})
+    auto = method(allocation)
+    chosen = multiple(checkpoint, ratio, auto)
+    fitting = [it for it in MULTIPLES if suits(it, checkpoint, ratio, auto)]
+    assert chosen == (fitting[0] if fitting else 32 if width >= 1024 else 1)
+
+
+def suits(it, checkpoint, ratio, auto):
+    if auto.allocation == "uniform":
+        size = size_of(checkpoint)
+        try:
+            width = Target(size, ratio, it, "m").uniform_width()
+        except UserError:
+            return False
+        return ratio <= size.reached([width] * size.num_layers) <= ratio + MOST_BEYOND
+    asked, finest = (
+        target_of(auto.model_copy(update={"multiple_of": each}), checkpoint, ratio, "m") for each in (it, 1)
+    )
+    reached = [ratio_of(asked, shape) for shape in all_plain_shapes(asked)]
+    return len(reached) == len(all_plain_shapes(finest)) > 0 and max(reached) <= ratio + MOST_BEYOND
+
+
+@settings(derandomize=True, deadline=None, max_examples=15)
+@given(st.floats(0.05, 0.7))
+def test_at_least_the_ratio_goes_and_little_more(ratio):
+    checkpoint = blank(**SMOLLM2)
+    settled = with_multiple(method(), checkpoint, ratio, "m")
+    asked = target_of(settled, checkpoint, ratio, "m")
+    for shape in plain_shapes(asked):
+        assert ratio - 1e-12 <= ratio_of(asked, shape) <= ratio + MOST_BEYOND
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.2, 32), (0.5, 32)])
+def test_of_a_small_model_it_is_small(ratio, expected):
+    assert multiple(blank(**SMOLLM2), ratio, method()) == expected
+
+
+def test_of_a_large_model_it_is_large():
+    assert multiple(blank(**LLAMA_7B), 0.5, method()) >= 64
+
+
+def test_what_is_given_stays():
+    assert multiple(blank(**SMOLLM2), 0.2, method(multiple_of=48)) == 48
+
+
+def test_ratios_that_come_to_the_same_shapes_are_refused():
+    checkpoint = blank(**SMOLLM2)
+    check_ratios(checkpoint, [0.2, 0.3], method(), "m")
+    with pytest.raises(UserError, match=r"m: ratios 0.2 and 0.2001 .* same checkpoint, .* multiples of 32; leave one"):
+        check_ratios(checkpoint, [0.2, 0.2001], method(), "m")
+    with pytest.raises(UserError, match=r"ratios 0.2 and 0.20001 would be the same checkpoint"):
+        check_ratios(checkpoint, [0.2, 0.20001], method("searched", multiple_of=32), "m")
+
+
+@pytest.mark.parametrize("allocation", ["plain", "global", "searched"])
+@settings(derandomize=True, deadline=None, max_examples=15)
+@given(sizes(), st.floats(0.02, 0.6))
+def test_the_split_that_remarks_name_works_and_no_larger_one_does(allocation, changes, ratio):
+    checkpoint, some = blank("mistral", **changes), method(allocation, multiple_of=1)
+    assume(works(checkpoint, ratio, some, 1))
+    (remark,) = remarks_on_shapes(checkpoint, [ratio], some, "m")
+    largest = int(remark.rsplit(" ", 1)[1])
+    assert works(checkpoint, ratio, some, largest)
+    larger = range(largest + 1, changes["num_key_value_heads"] + 2)
+    assert not any(works(checkpoint, ratio, some, size) for size in larger)
+
+
+def works(checkpoint, ratio, some, tensor_parallel):
+    try:
+        check_ratios(checkpoint, [ratio], some.model_copy(update={"tensor_parallel": tensor_parallel}), "m")
+    except UserError:
+        return False
+    return True
+
+
+def test_remarks_name_the_multiple_of_each_ratio():
+    told = remarks_on_shapes(blank(**SMOLLM2), [0.2, 0.5], method(), "m")
+    assert told == ["m: multiple_of is 32 at 0.2, 32 at 0.5", "m: the largest prune.tensor_parallel that works is 3"]
+    assert remarks_on_shapes(blank(**SMOLLM2), [0.2], method("uniform", multiple_of=1), "m") == []
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    sizes(),
+    st.sampled_from([90, 100, 1536]),
+    st.floats(0.05, 0.5),
+    st.sampled_from(["auto", 1, 2, 5, 32]),
+    st.integers(1, 6),
+    st.sampled_from(["plain", "global"]),
+)
+def test_devices_share_groups_and_neurons(changes, width, ratio, multiple_of, devices, allocation):
+    checkpoint = blank("mistral", **changes | {"intermediate_size": width})
+    split = method(allocation, multiple_of=multiple_of, tensor_parallel=devices)
+    try:
+        check_ratios(checkpoint, [ratio], split, "m")
+    except UserError:
+        assume(False)
+    settled = with_multiple(split, checkpoint, ratio, "m")
+    assert settled.multiple_of % devices == 0 and (multiple_of == "auto" or settled.multiple_of % multiple_of == 0)
+    if allocation == "plain":
+        shapes = plain_shapes(target_of(settled, checkpoint, ratio, "m"))
+        assert all(it.width % devices == 0 == it.kv_groups % devices for it in shapes)
+
+
+def test_neurons_alone_are_not_rounded_for_devices():
+    neurons = Method(criterion="surgeon", structures=["neurons"], tensor_parallel=4)
+    assert multiple(blank(**SMOLLM2), 0.2, neurons) == 1
+
+
+@pytest.mark.parametrize(("multiple_of", "devices", "told"), [(2048, 1, "2048, but"), (1024, 3, "3072 with prune.te")])
+def test_multiples_beyond_the_width_are_refused(multiple_of, devices, told):
+    with pytest.raises(UserError, match=f"multiple_of comes to {told}.* use a number up to 1536"):
+        check_ratios(blank(**SMOLLM2), [0.2], method(multiple_of=multiple_of, tensor_parallel=devices), "m")

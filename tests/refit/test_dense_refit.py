@@ -1,0 +1,104 @@
+"""Refits on dense activations: least squares of every kind against float64, layers that go, ranks and deaths."""
+
+import pytest
+import torch
+from faults.kill import die_in_fork
+from ranks import SoloWorld
+from refitting import (
+    DOWN,
+    MICRO_BATCH,
+    O_PROJ,
+    best_of,
+    checkpoint_in,
+    columns,
+    embedded,
+    found,
+    inside,
+    refit,
+    ridge_regression,
+    some_kept,
+    weights_in,
+    windows_of,
+)
+from tiny import VARIANTS
+from worlds import Ranks
+
+from hfprune_dist.core.least_squares import RIDGES
+from hfprune_dist.distributed.interruption import Interrupted
+from hfprune_dist.models.single_layer import part_of
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_projections_make_their_dense_outputs_of_what_stays(tmp_path, variant):
+    """Each on dense activations, whatever else goes; biases stay."""
+    checkpoint, kept, windows = checkpoint_in(tmp_path / "model", variant, 4), some_kept((0, 2, 3)), windows_of(16)
+    fitted = refit("dense", checkpoint, kept, tmp_path / "refit", world=SoloWorld(), windows_ST=windows)
+    fits = dict(zip(kept.layers, fitted.reports(kept.layers), strict=True))
+    reader, hidden = embedded(checkpoint, windows)
+    for number in range(4):
+        layer = reader.layer(number)
+        seen = inside(layer, hidden)
+        hidden = seen["output"]
+        for kind, name in (("neurons", DOWN), ("kv_groups", O_PROJ)) if number in kept.layers else ():
+            units, weight, read = checkpoint.structures[kind], part_of(layer, name).weight.data, seen[name][0]
+            channels, targets = columns(kept, number, kind, units.channels_per_unit), read @ weight.T
+            fit, old = fits[number][kind], weight[:, channels]
+            result = found(tmp_path / "refit", number, name)
+            assert fit.ridge == best_of(RIDGES, old, read[..., channels], targets)
+            expected = ridge_regression(old, read[..., channels].flatten(0, 1), targets.flatten(0, 1), fit.ridge)
+            torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
+            lost = [
+                ((targets - read[..., channels] @ it.T).square().sum() / targets.square().sum()) for it in (old, result)
+            ]
+            assert [fit.error_before, fit.error_after] == pytest.approx([float(it) for it in lost], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("samples", [2, 17])
+def test_refits_have_the_same_bits_on_any_number_of_ranks(tmp_path, samples):
+    checkpoint, kept = checkpoint_in(tmp_path / "model", "qwen3", 5), some_kept((1, 2, 4))
+    options = {"windows_ST": windows_of(samples), "dtype": torch.bfloat16}
+    weights = []
+    for ranks in (1, 2, 3):
+        folder = tmp_path / str(ranks)
+        Ranks(ranks).run(lambda world, to=folder: refit("dense", checkpoint, kept, to, world=world, **options))
+        weights.append(weights_in(folder))
+    assert weights[0] == weights[1] == weights[2] and len(weights[0]) == 6
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_what_waits_is_solved_before_ranks_leave_and_nothing_twice(tmp_path, ranks):
+    checkpoint, kept = checkpoint_in(tmp_path / "model", layers=5), some_kept((0, 1, 3))
+    options = {"windows_ST": windows_of(2 * MICRO_BATCH)}
+    refit("dense", checkpoint, kept, tmp_path / "whole", world=SoloWorld(), **options)
+
+    def interrupted(done):
+        if done == 2:
+            raise Interrupted
+
+    folder = tmp_path / "refit"
+    with pytest.raises(Interrupted):
+        Ranks(ranks).run(
+            lambda world: refit("dense", checkpoint, kept, folder, world=world, after_each=interrupted, **options)
+        )
+    half = weights_in(folder)
+    assert set(half) == {f"layer-{number}.{end}" for number in (0, 1) for end in ("safetensors", "json")}
+    (folder / "layer-0.json").write_text((folder / "layer-0.json").read_text() + " ")  # would be written again
+    Ranks(ranks).run(lambda world: refit("dense", checkpoint, kept, folder, world=world, **options))
+    (folder / "layer-0.json").write_text((folder / "layer-0.json").read_text()[:-1])
+    assert weights_in(folder) == weights_in(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["dense", "layerwise"])
+def test_death_before_every_write_ends_with_the_same_weights(tmp_path, method):
+    torch.set_num_threads(1)  # a forked child has no other threads
+    checkpoint, kept = checkpoint_in(tmp_path / "model", "llama-tied-biases", 2), some_kept((1,))
+    options = {"world": SoloWorld(), "windows_ST": windows_of(6)}
+    refit(method, checkpoint, kept, tmp_path / "whole", **options)
+    died, kill_at = True, 0
+    while died:
+        kill_at += 1
+        folder = tmp_path / str(kill_at)
+        died = die_in_fork(lambda to=folder: refit(method, checkpoint, kept, to, **options), kill_at, folder)
+        refit(method, checkpoint, kept, folder, **options)
+        assert weights_in(folder) == weights_in(tmp_path / "whole")
+    assert kill_at > 6

@@ -1,0 +1,236 @@
+"""Refits layer after layer: exact maths against whole layers in float64, gaps, ranks, resuming, and what is run."""
+
+import pytest
+import tiny
+import torch
+from masking import write
+from ranks import SoloWorld
+from refitting import (
+    DOWN,
+    MICRO_BATCH,
+    O_PROJ,
+    best_of,
+    checkpoint_in,
+    embedded,
+    found,
+    inside,
+    pruned_layer,
+    refit,
+    ridge_regression,
+    some_kept,
+    weights_in,
+    windows_of,
+)
+from tiny import VARIANTS
+from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers.models.llama import modeling_llama
+from worlds import Ranks
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.families import FAMILIES, Family
+from hfprune_dist.core.least_squares import RIDGES
+from hfprune_dist.distributed.interruption import Interrupted
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.single_layer import part_of, run
+from hfprune_dist.refit import refitted_layers
+from hfprune_dist.refit.sequential_refit import SequentialRefit
+from hfprune_dist.structures.kept import Kept
+
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
+NORM = "post_attention_layernorm"
+LAYERS = 5
+# Nothing goes; single layers; several in a row; at the end; at the beginning.
+STAYING = [(0, 1, 2, 3, 4), (0, 2, 4), (0, 4), (0, 1), (3, 4), (2,)]
+
+
+def target(own, missing):
+    return (own + missing) / 2
+
+
+def through(gap, hidden):
+    for layer in gap:
+        hidden = run(layer, hidden)
+    return hidden
+
+
+def check(folder, number, name, layer, hidden, targets, fit):
+    """A projection is the ridge regression, with the ridge that held-out windows choose; gets what was found."""
+    linear = part_of(layer, name)
+    if linear.bias is not None:
+        targets = targets - linear.bias
+    weight = linear.weight.data
+    assert fit.ridge == best_of(RIDGES, weight, hidden, targets)
+    expected = ridge_regression(weight, hidden.flatten(0, 1), targets.flatten(0, 1), fit.ridge)
+    result = found(folder, number, name)
+    torch.testing.assert_close(result, expected, **CLOSE)
+    errors = [((targets - hidden @ it.T).square().sum() / targets.square().sum()).item() for it in (weight, result)]
+    assert [fit.error_before, fit.error_after] == pytest.approx(errors, rel=1e-3)
+    assert fit.error_after < fit.error_before
+    linear.weight.data = result
+
+
+def check_all(folder, kept, fits, windows, *, model, dense, dense_layers):
+    """Every block of every layer is fitted to what whole layers say."""
+    reader, hidden = embedded(model, windows)
+    dense_reader, dense_hidden = embedded(dense, windows)
+    dense_hidden = through([dense_reader.layer(number) for number in range(dense_layers[0])], dense_hidden)
+    following = [*dense_layers[1:], dense.num_layers]
+    for number, place, end, fit in zip(kept.layers, dense_layers, following, fits, strict=True):
+        whole, layer = dense_reader.layer(place), pruned_layer(reader, number, kept)
+        wanted, gap = inside(whole, dense_hidden), [dense_reader.layer(it) for it in range(place + 1, end)]
+        dense_hidden = through(gap, wanted["output"])
+
+        own = inside(whole, hidden)[O_PROJ][1]
+        targets = target(own, wanted[NORM][0] - hidden)
+        check(folder, number, O_PROJ, layer, inside(layer, hidden)[O_PROJ][0], targets, fit["kv_groups"])
+
+        behind = inside(layer, hidden)  # the refitted attention
+        residual = behind[NORM][0]
+        own = part_of(whole, "mlp")(behind[NORM][1])
+        targets = target(through(gap, residual + own) - residual, dense_hidden - residual)
+        check(folder, number, DOWN, layer, behind[DOWN][0], targets, fit["neurons"])
+        hidden = run(layer, hidden)
+
+
+@pytest.mark.parametrize(
+    ("variant", "staying"), [*(("llama", it) for it in STAYING), *((it, (0, 1, 3)) for it in VARIANTS)], ids=str
+)
+def test_blocks_are_fitted_half_way_to_all_that_is_missing_behind_them(tmp_path, variant, staying):
+    model, kept, windows = checkpoint_in(tmp_path / "model", variant, LAYERS), some_kept(staying), windows_of(16)
+    fitted = refit("layerwise", model, kept, tmp_path / "refit", world=SoloWorld(), windows_ST=windows)
+    fits = fitted.reports(staying)
+    check_all(tmp_path / "refit", kept, fits, windows, model=model, dense=model, dense_layers=staying)
+
+
+def test_layers_that_went_earlier_are_gaps_as_well(tmp_path):
+    """Of layers 1, 2, 4 and 5 of six, a later step keeps all but the second."""
+    dense, kept, windows = checkpoint_in(tmp_path / "dense", "qwen3", 6), some_kept((0, 2, 3)), windows_of(16)
+    write(dense, Kept((1, 2, 4, 5)), tmp_path / "model")
+    model = open_checkpoint(tmp_path / "model")
+    options = {"world": SoloWorld(), "windows_ST": windows, "dense": (dense, (1, 4, 5))}
+    fits = refit("layerwise", model, kept, tmp_path / "refit", **options).reports(kept.layers)
+    check_all(tmp_path / "refit", kept, fits, windows, model=model, dense=dense, dense_layers=(1, 4, 5))
+
+
+def refitted_model(checkpoint, kept, fitted):
+    """Its layers in float64, or without refits where there is no ``fitted``."""
+    reader, _ = embedded(checkpoint, windows_of(1))
+    layers = [pruned_layer(reader, number, kept) for number in kept.layers]
+    for number, layer in zip(kept.layers, layers, strict=True) if fitted else ():
+        fitted.install(number, layer)
+    return layers
+
+
+@pytest.mark.parametrize("method", ["dense", "layerwise", "block"])
+def test_what_is_refitted_is_closer_to_the_dense_model_on_text_that_it_never_saw(tmp_path, method):
+    checkpoint, kept = checkpoint_in(tmp_path / "model", "qwen3", 4), some_kept((0, 1, 3))
+    options = {"world": SoloWorld(), "windows_ST": windows_of(96)}
+    fitted = refit(method, checkpoint, kept, tmp_path / "refit", **options)
+    reader, hidden = embedded(checkpoint, windows_of(24, seed=1))
+    dense = through([reader.layer(number) for number in range(4)], hidden)
+    errors = [
+        (through(refitted_model(checkpoint, kept, it), hidden) - dense).square().sum().item() for it in (None, fitted)
+    ]
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_attention_makes_the_refit_better_than_neurons_alone_do(tmp_path):
+    """Also where no group goes."""
+    checkpoint, windows = checkpoint_in(tmp_path / "model", "llama", 3), windows_of(96)
+    kept = some_kept((0, 1, 2))
+    kept.units["kv_groups"][:] = [torch.arange(4)] * 3
+    alone = some_kept((0, 1, 2), kinds=["neurons"])
+    options = {"world": SoloWorld(), "windows_ST": windows}
+    both = refit("layerwise", checkpoint, kept, tmp_path / "both", **options)
+    neurons = refit("layerwise", checkpoint, alone, tmp_path / "neurons", **options)
+    reader, hidden = embedded(checkpoint, windows_of(24, seed=1))
+    dense = through([reader.layer(number) for number in range(3)], hidden)
+    errors = [
+        (through(refitted_model(checkpoint, kept, it), hidden) - dense).square().sum().item() for it in (neurons, both)
+    ]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("method", ["layerwise", "block"])
+@pytest.mark.parametrize("samples", [2, 13])
+def test_refits_have_the_same_bits_on_any_number_of_ranks(tmp_path, method, samples):
+    """Two samples are one micro-batch: all ranks but one have nothing to do."""
+    checkpoint, kept = checkpoint_in(tmp_path / "model", "llama-tied-biases", 4), some_kept((0, 2, 3))
+    options = {"windows_ST": windows_of(samples), "dtype": torch.bfloat16}
+    weights = []
+    for ranks in (1, 2, 3):
+        folder = tmp_path / str(ranks)
+        Ranks(ranks).run(lambda world, to=folder: refit(method, checkpoint, kept, to, world=world, **options))
+        weights.append(weights_in(folder))
+    assert weights[0] == weights[1] == weights[2] and len(weights[0]) == 6
+
+
+@pytest.mark.parametrize("method", ["layerwise", "block"])
+def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path, monkeypatch, method):
+    """After each layer, and between the two files of each."""
+    checkpoint, kept = checkpoint_in(tmp_path / "model", "qwen2", 5), some_kept((1, 2, 4))
+    options = {"world": SoloWorld(), "windows_ST": windows_of(10)}
+    whole = refit(method, checkpoint, kept, tmp_path / "whole", **options)
+    fitted, original = [], SequentialRefit._fit
+    monkeypatch.setattr(
+        SequentialRefit, "_fit", lambda self, number, *rest: fitted.append(number) or original(self, number, *rest)
+    )
+
+    def interrupted(done):
+        raise Interrupted
+
+    for place, number in enumerate(kept.layers):
+        folder = tmp_path / str(number)
+        stops = {"after_each": lambda done, number=number: done > number and interrupted(done)}
+        with pytest.raises(Interrupted):
+            refit(method, checkpoint, kept, folder, **options, **stops)
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(refitted_layers, "write_json", lambda *_: interrupted(0))
+            refit(method, checkpoint, kept, folder, **options)
+            interrupted(0)  # where all was done
+        refit(method, checkpoint, kept, folder, **options)
+        again = kept.layers[place + 1 : place + 2]
+        assert fitted == [*kept.layers[: place + 1], *again, *kept.layers[place + 1 :]]
+        assert weights_in(folder) == weights_in(tmp_path / "whole")
+        fitted.clear()
+    assert whole.done(kept.layers) == set(kept.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kinds", [("neurons",), ("neurons", "kv_groups")])
+def test_no_part_of_a_layer_is_run_for_nothing(tmp_path, monkeypatch, kinds, dtype):
+    """Of every layer and micro-batch; besides, one window goes through a dense layer to see what it adds up to."""
+    runs = []
+    for kind, part in (("attention", modeling_llama.LlamaAttention), ("mlp", modeling_llama.LlamaMLP)):
+        original = part.forward
+        monkeypatch.setattr(
+            part, "forward", lambda *args, f=original, k=kind, **named: runs.append(k) or f(*args, **named)
+        )
+    checkpoint, kept = checkpoint_in(tmp_path / "model", "llama", 4), some_kept((1, 2, 3), kinds=kinds)
+    options = {"world": SoloWorld(), "windows_ST": windows_of(10), "dtype": dtype}
+    for undone in ((1, 2, 3), (2,), ()):
+        for number in undone:
+            (tmp_path / f"refit/layer-{number}.json").unlink(missing_ok=True)
+        refit("layerwise", checkpoint, kept, tmp_path / "refit", **options)
+        gone = 1 if undone else 0  # the first layer, dense alone
+        passed = max(undone, default=0)  # by both models, and checked on one window
+        fits = len(undone)  # need the dense block on the pruned stream, and what the pruned output projection reads
+        attention = gone + 2 * passed + (2 * fits if "kv_groups" in kinds else 0)
+        mlp = gone + 2 * passed + 2 * fits
+        assert runs.count("attention") == 10 // MICRO_BATCH * attention + passed
+        assert runs.count("mlp") == 10 // MICRO_BATCH * mlp + passed
+        runs.clear()
+
+
+def test_norms_behind_the_attention_are_refused_before_anything_is_fitted(tmp_path, monkeypatch):
+    names = {"attention_norm": "post_feedforward_layernorm", "head_norms": ("q_norm", "k_norm")}
+    monkeypatch.setitem(FAMILIES, "olmo2", Family("olmo2", "Olmo2", **names))
+    monkeypatch.setitem(tiny.VARIANTS, "olmo2", (Olmo2Config, Olmo2ForCausalLM, {"tie_word_embeddings": False}))
+    checkpoint = checkpoint_in(tmp_path / "model", "olmo2")
+    with pytest.raises(
+        UserError, match=r"in layer 0, the inputs of post_feedforward_layernorm plus the outputs of self"
+    ):
+        refit(
+            "layerwise", checkpoint, some_kept((0, 1)), tmp_path / "refit", world=SoloWorld(), windows_ST=windows_of(4)
+        )
+    assert not (tmp_path / "refit").exists()

@@ -1,0 +1,148 @@
+"""Refits of tiny models that lose neurons, KV groups and layers; and the same by whole layers in float64."""
+
+import torch
+from safetensors.torch import load_file
+from tiny import save_tiny
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.distributed.gram_sums import is_held_out
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.models.single_layer import LayerReader, part_of, run
+from hfprune_dist.refit.dense_refit import DenseRefit
+from hfprune_dist.refit.refitted_layers import RefittedLayers
+from hfprune_dist.refit.sequential_refit import SequentialRefit
+from hfprune_dist.structures.kept import Kept
+
+KINDS = "neurons", "kv_groups"
+GROUPS, QUERIES, NEURONS = 4, 2, 24
+MICRO_BATCH = 2
+O_PROJ, DOWN = "self_attn.o_proj", "mlp.down_proj"
+
+
+def checkpoint_in(folder, variant="llama", layers=3):
+    heads = {"num_key_value_heads": GROUPS, "num_attention_heads": GROUPS * QUERIES}
+    biases = {"attention_bias": True} if variant == "qwen3" else {}
+    sizes = {"intermediate_size": NEURONS, "num_hidden_layers": layers}
+    return open_checkpoint(save_tiny(folder, variant, **heads, **sizes, **biases))
+
+
+def windows_of(count, seed=0, tokens=20):
+    return torch.randint(3, 250, (count, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def some_kept(layers, seed=0, kinds=KINDS):
+    """Some units of every kind in these layers, the last of which loses no group."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(count, size):
+        return torch.randperm(count, generator=generator)[:size].sort().values
+
+    units = {
+        "neurons": [drawn(NEURONS, 11 + layer) for layer in layers],
+        "kv_groups": [drawn(GROUPS, GROUPS if layer == layers[-1] else 1 + layer % 3) for layer in layers],
+    }
+    return Kept(tuple(layers), {kind: units[kind] for kind in kinds})
+
+
+def fitted_in(checkpoint, folder, refit, kinds=KINDS):
+    return RefittedLayers(checkpoint, [checkpoint.structures[kind] for kind in kinds], refit == "block", folder)
+
+
+def refit(method, checkpoint, kept, folder, *, dense=None, **options):
+    """Refit what stays, as the prune stage does; returns where its layers are.
+
+    Args:
+        dense: the dense checkpoint and the numbers of the layers there, where it is another one.
+        options: ``world``, ``windows_ST``, ``dtype`` and ``after_each``.
+    """
+    world, windows_ST = options["world"], options["windows_ST"]
+    where = windows_ST, options.get("dtype", torch.float32), MICRO_BATCH, world
+    fitted = fitted_in(checkpoint, folder, method, kinds=list(kept.units))
+    stream = LayerStream(checkpoint, *where)
+    if method == "dense":
+        made = DenseRefit(kept, stream, fitted, world)
+    else:
+        model, layers = dense or (checkpoint, kept.layers)
+        streams = stream, LayerStream(model, *where)
+        made = SequentialRefit(checkpoint.family, kept, *streams, fitted, dense_layers=layers, world=world)
+    made.run(options.get("after_each", lambda _done: None))
+    return fitted
+
+
+def weights_in(folder):
+    return {file.name: file.read_bytes() for file in folder.glob("layer-*")}
+
+
+def found(folder, number, name):
+    """A refitted weight."""
+    return load_file(folder / f"layer-{number}.safetensors")[f"model.layers.{number}.{name}.weight"].double()
+
+
+def columns(kept, number, kind, per_unit):
+    """The channels of an output projection that stay."""
+    return (kept.of_layer(number, kind)[:, None] * per_unit + torch.arange(per_unit)).flatten()
+
+
+def pruned_layer(reader, number, kept):
+    """A layer without what goes, cut by hand."""
+    layer = reader.layer(number)
+    attention, mlp = part_of(layer, "self_attn"), part_of(layer, "mlp")
+    head_dim = attention.head_dim
+    groups, neurons = kept.of_layer(number, "kv_groups"), kept.of_layer(number, "neurons")
+    own = columns(kept, number, "kv_groups", head_dim)
+    queries = (groups[:, None] * QUERIES * head_dim + torch.arange(QUERIES * head_dim)).flatten()
+    rows = [(attention.q_proj, queries), (attention.k_proj, own), (attention.v_proj, own)]
+    for linear, staying in [*rows, (mlp.gate_proj, neurons), (mlp.up_proj, neurons)]:
+        linear.weight.data = linear.weight.data[staying]
+        if linear.bias is not None:
+            linear.bias.data = linear.bias.data[staying]
+    attention.o_proj.weight.data = attention.o_proj.weight.data[:, queries]
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, neurons]
+    return layer
+
+
+def inside(layer, hidden_BTC):
+    """What goes into every module of a layer and out of it, and out of the layer, by name; [tokens, ...]."""
+    seen = {}
+
+    def hook(name):
+        def keep(_module, inputs, output):
+            first = inputs[0] if inputs else None
+            seen[name] = first, output
+
+        return keep
+
+    names = "input_layernorm", O_PROJ, "post_attention_layernorm", DOWN
+    handles = [part_of(layer, name).register_forward_hook(hook(name)) for name in names]
+    seen["output"] = run(layer, hidden_BTC)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def embedded(checkpoint, windows_ST):
+    """A reader of its layers in float64, and what the first one reads."""
+    reader = LayerReader(checkpoint, torch.float64, torch.device("cpu"))
+    return reader, reader.embed({0: windows_ST})[0]
+
+
+def ridge_regression(weight, hidden, targets, ridge):
+    """Weights near ``weight`` that make ``targets`` of ``hidden``, by QR of the stacked problem."""
+    strength = (ridge * hidden.square().sum(0).mean()).sqrt()
+    rows = torch.cat([hidden, strength * torch.eye(hidden.shape[1]).double()])
+    missing = targets - hidden @ weight.T
+    wanted = torch.cat([missing, torch.zeros(hidden.shape[1], len(weight)).double()])
+    return weight + torch.linalg.lstsq(rows, wanted).solution.T
+
+
+def best_of(ridges, weight, hidden_BTK, targets_BTC):
+    """The ridge whose weights, fitted on all other windows, are closest on those that are held out."""
+    count = -(-len(hidden_BTK) // MICRO_BATCH)
+    apart = torch.tensor([is_held_out(row // MICRO_BATCH, count) for row in range(len(hidden_BTK))])
+    hidden, targets = (it[~apart].flatten(0, 1) for it in (hidden_BTK, targets_BTC))
+    unseen_hidden, unseen_targets = (it[apart].flatten(0, 1) for it in (hidden_BTK, targets_BTC))
+    errors = {
+        ridge: (unseen_hidden @ ridge_regression(weight, hidden, targets, ridge).T - unseen_targets).square().sum()
+        for ridge in ridges
+    }
+    return min(errors, key=errors.get)

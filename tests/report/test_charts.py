@@ -1,0 +1,61 @@
+"""What charts are computed from: overlaps of sets, sessions of work, curves."""
+
+import json
+from itertools import pairwise
+
+from drawn_sweep import BEGIN, DrawnSweep, made
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfprune_dist.report import curves
+from hfprune_dist.report.layers import Units, _bits
+from hfprune_dist.report.timeline import LONG_IDLE_S, LONG_IDLE_SHARE, Period, _offsets, _sessions, timeline_chart
+
+KEPT = st.dictionaries(st.integers(0, 5), st.sets(st.integers(0, 70), min_size=1), min_size=1)
+
+
+@given(KEPT, KEPT)
+def test_overlap_is_what_sets_have_in_common(ours, theirs):
+    first, second = (Units({layer: _bits(sorted(units)) for layer, units in kept.items()}) for kept in (ours, theirs))
+    pairs = [{(layer, unit) for layer, units in kept.items() for unit in units} for kept in (ours, theirs)]
+    assert first.common_share(second) == len(pairs[0] & pairs[1]) / len(pairs[0] | pairs[1])
+    assert first.counts(6) == [len(ours.get(layer, ())) for layer in range(6)]
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e5), st.floats(0, 1e4)), min_size=1, max_size=8))
+def test_only_long_idle_times_are_left_out(times):
+    periods = [Period(None, None, start, start + seconds) for start, seconds in sorted(times)]
+    sessions = [*_sessions(periods)]
+    assert all(any(begin <= it.start and it.end <= end for begin, end in sessions) for it in periods)
+    for (_, end), (begin, _) in pairwise(sessions):
+        assert begin - end > max(LONG_IDLE_S, LONG_IDLE_SHARE * max(it.end - it.start for it in periods))
+        assert not any(it.start < begin and it.end > end for it in periods)
+    assert [place for _, place in _offsets(sessions)] == sorted(place for _, place in _offsets(sessions))
+
+
+def test_every_attempt_is_a_bar_where_it_ran(tmp_path):
+    sweep = DrawnSweep(tmp_path, methods=(), ratios=())
+    first, second, *_ = sweep.plan.stages
+    failed = made(1, BEGIN, BEGIN + 10, state="failed", cause="killed", where="job 7 on n1")
+    attempts = {first: [failed, made(2, BEGIN + 20, BEGIN + 50)], second: [made(1, BEGIN + 1e6, None, state="open")]}
+    (figure,) = timeline_chart(sweep.evidence(attempts)).figures
+    bars = [
+        (base, width, pattern, hover)
+        for trace in figure.data
+        for base, width, pattern, hover in zip(
+            trace["base"], trace["x"], trace["marker"]["pattern"]["shape"], trace["hovertext"], strict=True
+        )
+    ]
+    assert [bar[:3] for bar in bars[:2]] == [(0.0, 10.0, "x"), (20.0, 30.0, "")]
+    assert "killed, job 7 on n1" in bars[0][3]
+    assert bars[2][0] == 50.0 and bars[2][2] == ".", "the idle time before it is left out"
+
+
+def test_long_curves_are_thinned_to_their_end(tmp_path):
+    file = tmp_path / "loss.jsonl"
+    file.write_text("".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 1001)))
+    losses = curves._read(file)
+    assert len(losses) <= curves.MOST_POINTS + 1 and losses[1000] == 1 / 1000 and losses[1] == 1.0
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_text('{"step": 1, "lo')
+    assert curves._read(damaged) == {} == curves._read(tmp_path / "none.jsonl")

@@ -1,0 +1,168 @@
+"""The page as text: what is in it, whatever things are called, and whatever is missing."""
+
+import csv
+import json
+import math
+from html.parser import HTMLParser
+
+import pytest
+from drawn_sweep import BEGIN, DrawnSweep, made
+
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.report import page as page_module
+from hfprune_dist.report.evidence import MOST_SINGLE_CELLS, collect
+from hfprune_dist.report.page import page
+from hfprune_dist.results.table import write_reports
+
+ODD = ["<script>alert(1)</script>", "a\"b'c&amp;<b>", "%{x} ${y} </script><!--", "--method=x y"]
+CHARTS = ["size", "distance", "tasks", "layers", "overlap", "losses", "halves", "timeline"]
+
+
+class Parsed(HTMLParser):
+    """Elements, the table's values by column, and the figures."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.scripts, self.ids, self.addresses, self.columns, self.lines, self.texts = 0, [], [], [], [], []
+        self._in_table = self._in_figures = False
+        self._cell = None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.scripts += tag == "script"
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.addresses += [attributes[name] for name in ("src", "href") if name in attributes]
+        self._in_figures = attributes.get("id") == "figures"
+        self._in_table = attributes.get("id") == "rows" if tag == "table" else self._in_table
+        if self._in_table and tag == "th":
+            self.columns.append("logs")
+        if self._in_table and tag == "button":
+            self.columns[-1] = attributes["title"]
+        if self._in_table and tag == "tr":
+            self.lines.append([])
+        if self._in_table and tag == "td":
+            self._cell = attributes.get("data-v")
+            self.lines[-1].append(self._cell or "")
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self._in_figures:
+            self.figures = json.loads(data)
+        if self._in_table and self.lines[-1:] and self.lines[-1] and self._cell is None:
+            self.lines[-1][-1] += data
+
+    def handle_endtag(self, tag):
+        self._in_figures = False
+        self._in_table = self._in_table and tag != "table"
+        self._cell = "" if tag == "td" else self._cell
+
+    @property
+    def rows(self):
+        return [dict(zip(self.columns, line, strict=True)) for line in self.lines if line]
+
+
+@pytest.fixture(autouse=True)
+def without_library(monkeypatch):
+    monkeypatch.setattr(page_module, "_plotly", lambda: "")
+
+
+def rows_of_csv(folder):
+    with (folder / "results.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_the_table_has_every_number_of_results_csv(tmp_path):
+    evidence = DrawnSweep(tmp_path, ["m", "n"], missing={"n 0.5 other + lora"}, tasks=("piqa", "arc")).evidence()
+    write_reports(evidence.rows, tmp_path)
+    expected, shown = rows_of_csv(tmp_path), Parsed(page(evidence)).rows
+    assert len(shown) == len(expected) == 20
+    assert [{column: row[column] for column in expected[0]} for row in shown] == expected
+
+
+def test_figures_have_the_numbers_of_rows(tmp_path):
+    evidence = DrawnSweep(tmp_path, tasks=("piqa", "arc")).evidence()
+    parsed = Parsed(page(evidence))
+    drawn = {value for figure in parsed.figures for trace in figure["data"] for value in _flat(trace.get("y", []))}
+    measured = {row[name] for row in evidence.rows for name in ("kl", "perplexity", "top1_agreement", "average")}
+    measured |= {task["acc"] for row in evidence.rows for task in row["tasks"].values()}
+    assert measured <= drawn
+    bars = [trace["error_y"]["array"] for figure in parsed.figures for trace in figure["data"] if "error_y" in trace]
+    assert {error for array in bars for error in array} == {None, 0.01, math.hypot(0.01, 0.01) / 2}
+    assert set(CHARTS) <= set(parsed.ids)
+
+
+def _flat(values):
+    return [value for value in values if isinstance(value, float)]
+
+
+def test_names_are_text_whatever_is_in_them(tmp_path):
+    odd, others = ODD[:2], ODD[2:]
+    sweep = DrawnSweep(tmp_path / "<odd> & 'name'", odd, others, missing={f"{odd[0]} 0.2 {others[0]}"}, tasks=odd)
+    (sweep.out / "config.yaml").write_text(f"models: {ODD}\n")
+    attempts = {id: [made(1, BEGIN, BEGIN + 9, state="failed", message=ODD[0])] for id in sweep.plan.stages}
+    text = page(sweep.evidence(attempts))
+    parsed, plain = Parsed(text), Parsed(page(DrawnSweep(tmp_path / "plain").evidence()))
+    assert parsed.scripts == plain.scripts and "alert(1)</script>" not in text
+    assert {row["label"] for row in parsed.rows} == {cell.label for cell in sweep.plan.cells}
+    for name in ODD[:3]:
+        assert any(name in said for said in parsed.texts), name
+    # plotly.js reads some HTML in names.
+    names = {trace.get("name", "") for figure in parsed.figures for trace in figure["data"]}
+    assert not any("<" in name for name in names) and any("&lt;/script&gt;" in name for name in names)
+
+
+def test_a_missing_row_says_why(tmp_path):
+    sweep = DrawnSweep(tmp_path, missing={"m 0.5 other"})
+    parsed = Parsed(page(sweep.evidence()))
+    assert "missing" in parsed.ids and "evaluate has not run yet" in parsed.texts
+    assert [row["label"] for row in parsed.rows if row["status"] == "missing"] == ["m 0.5 other"]
+
+
+def test_a_sweep_that_has_nothing_yet_is_a_page_too(tmp_path):
+    planned = DrawnSweep(tmp_path / "drawn")
+    for plan, dense in ((Plan({}, ()), {}), (planned.plan, planned.dense)):
+        sweep = DrawnSweep(tmp_path / "none", ())
+        sweep.plan, sweep.dense = plan, dense
+        parsed = Parsed(page(sweep.evidence()))
+        assert set(CHARTS) <= set(parsed.ids) and parsed.figures == []
+        assert "No stage has begun yet." in parsed.texts and "No artifact yet." in parsed.texts
+        assert len(parsed.rows) == len(plan.cells)
+
+
+def test_with_many_rows_lines_are_of_methods_and_the_page_stays_small(tmp_path):
+    methods, ratios = [f"method-{number}" for number in range(6)], [0.1, 0.2, 0.3, 0.4, 0.5]
+    evidence = DrawnSweep(tmp_path, ["m"], methods, ratios, tasks=[f"task {number}" for number in range(10)]).evidence()
+    assert len(evidence.rows) > MOST_SINGLE_CELLS
+    text = page(evidence)
+    for chart in ("neurons kept", "loss of recovery"):
+        assert text.count(chart) == 1
+    by_layer = [figure for figure in Parsed(text).figures if figure["layout"].get("xaxis", {}).get("title")]
+    by_layer = [figure for figure in by_layer if figure["layout"]["xaxis"]["title"]["text"] == "layer"]
+    assert [len(figure["data"]) for figure in by_layer] == [2 * len(methods)]
+    library = 4_900_000
+    assert library + len(text) * 1000 / len(evidence.rows) < 10_000_000
+
+
+def test_it_asks_the_network_for_nothing(tmp_path):
+    text = page(DrawnSweep(tmp_path).evidence())
+    assert "default-src 'none'" in text
+    assert all(address.startswith(("#", "data:", "store/")) for address in Parsed(text).addresses)
+
+
+def test_links_lead_to_checkpoints_and_logs_wherever_the_folder_lies(tmp_path):
+    sweep = DrawnSweep(tmp_path / "a b")
+    log = sweep.out / "logs" / "prune 1.log"
+    attempts = {stage_id: [made(1, BEGIN, BEGIN + 1, logs=(log,))] for stage_id in sweep.plan.stages}
+    addresses = Parsed(page(sweep.evidence(attempts))).addresses
+    assert "logs/prune%201.log" in addresses
+    checkpoints = {cell.producers[-1] for cell in sweep.plan.cells if cell.producers}
+    assert {f"store/{stage_id}" for stage_id in checkpoints} <= set(addresses)
+
+
+def test_numbers_that_are_none_are_none(tmp_path):
+    """What wasn't finite is null in a manifest, and JSON for a browser must not have NaN."""
+    sweep = DrawnSweep(tmp_path)
+    rows = [dict(row, kl=None, perplexity=None) for row in sweep.evidence().rows]
+    parsed = Parsed(page(collect(tmp_path, sweep.plan, rows, lambda _: (), math.pi)))
+    assert {row["kl"] for row in parsed.rows} == {""}

@@ -1,0 +1,79 @@
+import pytest
+from rows import missing, row_of
+
+from hfprune_dist.results.column import Column, cells, markdown
+from hfprune_dist.results.columns import all_columns, few_columns
+from hfprune_dist.results.formats import byte_count, count, duration
+from hfprune_dist.results.notes import causes, notes, wide_notes
+
+DENSE = row_of(ratio=0.0, recovery="none", kl=0.0, kl_stderr=0.0)
+
+
+def shown(rows, columns):
+    """Header -> what it shows of each row."""
+    return dict(zip([it.header for it in columns], zip(*cells(rows, columns), strict=True), strict=True))
+
+
+def test_few_columns_say_what_a_row_is_worth_and_costs():
+    assert shown([DENSE, row_of()], few_columns([DENSE, row_of()])) == {
+        "model": ("llama", "llama"),
+        "ratio": ("dense", "0.2"),
+        "method": ("-", "surgeon-plain"),
+        "recovery": ("none", "lora"),
+        "params": ("134.5M", "134.5M"),
+        "kept%": ("100.0", "80.0"),
+        "KL": ("0.000±0.000", "0.263±0.012"),
+        "avg": ("68.3±4.2", "68.3±4.2"),
+        "size": ("269MB", "269MB"),
+        "time": ("4.4m", "4.4m"),
+    }
+
+
+def test_what_is_alike_or_unknown_in_all_rows_has_no_column():
+    rows = [row_of(kl_stderr=None, average=None), row_of(method="hfprune", kl_stderr=None, average=None)]
+    few = shown(rows, few_columns(rows))
+    assert "recovery" not in few and "avg" not in few and few["KL"] == ("0.263", "0.263")
+
+
+def test_all_columns_have_the_rest():
+    rows = [row_of(), missing(row_of(ratio=0.3))]
+    everything = shown(rows, all_columns(rows))
+    assert everything["ppl"] == ("17.52±0.51", "-") and everything["agree"] == ("0.762±0.015", "-")
+    assert everything["demo_docstring"] == ("73.3±5.8", "-") and everything["KL"] == ("0.2629±0.0123", "missing")
+    assert (everything["time"][0], everything["shared"][0], everything["memory"][0]) == ("4.4m", "3.0m", "2.4GB")
+    assert everything.keys() > {"reached", "params", "size", "width", "avg"}
+
+
+def test_notes_tell_directions_numbers_and_what_is_shared():
+    rows = [DENSE, row_of(), row_of(model="qwen", tokens=4096, windows=16), missing(row_of(ratio=0.5))]
+    fidelity, average, costs = notes(rows)
+    assert "lower is better" in fidelity and "n = 16-24 windows, 4,096-6,144 tokens" in fidelity
+    assert "higher is better" in average and "demo_docstring acc_norm (n = 60)" in average
+    assert costs.endswith("llama 3.0m"), "the only model of which several rows are done"
+    assert causes(rows) == ["missing: llama 0.5 surgeon-plain: prune has not run yet"]
+    assert "crows_pairs" not in average and notes([]) == wide_notes([]) == []
+
+
+def test_notes_on_older_evaluations_and_bias():
+    bias = {"tasks": {"crows_pairs_english": {"pct_stereotype": 0.6}}, "samples": {}}
+    fidelity, average, _ = notes([row_of(kl_stderr=None, windows=None, **bias)])
+    assert "n = 6,144 tokens" in fidelity and "±" not in fidelity
+    assert "for crows_pairs lower is" in average and "crows_pairs_english pct_stereotype" in average
+
+
+def test_names_do_not_break_markdown():
+    table = markdown(["a|b\nc"], [Column("name", str, is_text=True), Column("length", lambda it: f"{len(it)}")])
+    assert table == "| name | length |\n|---|---:|\n| a\\|b c | 5 |\n"
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "expected"),
+    [
+        *[(count, value, shown) for value, shown in [(999, "999"), (1_236_000_000, "1.236B"), (67_278_528, "67.28M")]],
+        *[(byte_count, value, shown) for value, shown in [(5, "5B"), (2_470_000_000, "2.5GB"), (16e9, "16GB")]],
+        *[(duration, value, shown) for value, shown in [(0.4, "0s"), (99, "99s"), (100, "1.7m"), (1e9, "11574d")]],
+        *[(form, None, "-") for form in (count, byte_count, duration)],
+    ],
+)
+def test_numbers_are_short(form, value, expected):
+    assert form(value) == expected

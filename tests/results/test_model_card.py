@@ -1,0 +1,181 @@
+"""Cards as the hub reads them, of plans that a real configuration leads to; no stage runs here."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import EvalResult, ModelCard
+from sweeps import make_inputs, planned
+
+from hfprune_dist.config.texts import OTHER_TEXTS
+from hfprune_dist.results.base_model import BaseModel
+from hfprune_dist.results.card_scores import eval_results, scores_of
+from hfprune_dist.results.card_subject import Subject
+from hfprune_dist.results.model_card import model_card
+from hfprune_dist.results.named_checkpoints import named_checkpoints
+from hfprune_dist.results.rows import DenseModel
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Input
+
+SCORES = {
+    "fidelity": {"perplexity": 12.5, "kl": 0.25, "kl_stderr": 0.03125, "top1_agreement": 0.75, "tokens": 124},
+    "tasks": {"tiny_choice": {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.6, "acc_norm_stderr": None}},
+}
+SHAPE = {"ratio_reached": 0.1987, "parameters": 80, "intermediate_size": None, "intermediate_sizes": [7, 9]}
+DENSE = {"alpha": DenseModel(100, 48), "beta": DenseModel(100, 48)}
+PROVENANCE = {
+    "hfprune_dist": "0.1.0",
+    "git_commit": "0123abc",
+    "dirty_diff_sha256": "f",
+    "python": "3.12.1",
+    "packages": {"torch": "2.9"},
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def fill(store, plan, but=()):
+    for stage in plan.stages.values():
+        if stage.kind in but:
+            continue
+        draft = store.open_draft(stage.id)
+        (draft / "adapter").mkdir()
+        (draft / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": null, "r": 4}')
+        for name in ("config.json", "model.safetensors"):
+            (draft / name).write_text("content")
+        fidelity = SCORES["fidelity"] | ({"kl": 0.0} if stage.label == "alpha dense" else {})
+        metrics = {**SHAPE, **SCORES, "fidelity": fidelity}
+        store.commit(stage, draft, {"metrics": metrics, "provenance": PROVENANCE})
+
+
+def texts(config, out, file="README.md", but=(), **overrides):
+    """Name -> a text in the folder of each checkpoint of a sweep."""
+    plan, store = planned(config, **overrides)[1], Store(out / "store")
+    fill(store, plan, but)
+    return {name: it.texts[file] for name, it in named_checkpoints(plan, store, DENSE).items()}
+
+
+def test_the_hub_reads_what_was_measured(config, tmp_path):
+    cards = texts(config, tmp_path)
+    data = ModelCard(cards["alpha-0.2-lora"]).data
+    assert (data.library_name, data.pipeline_tag, data.model_name) == (
+        "transformers",
+        "text-generation",
+        "alpha-0.2-lora",
+    )
+    assert {"hfprune", "surgeon-uniform-block"} <= set(data.tags) and data.base_model is None and data.license is None
+    found = {(it.dataset_type, it.metric_type): it.metric_value for it in data.eval_results}
+    assert found == {
+        ("held-out", "kl"): 0.25,
+        ("held-out", "kl_stderr"): 0.03125,
+        ("held-out", "top1_agreement"): 0.75,
+        ("held-out", "perplexity"): 12.5,
+        ("tiny_choice", "acc"): 0.5,
+        ("tiny_choice", "acc_stderr"): 0.1,
+        ("tiny_choice", "acc_norm"): 0.6,
+    }
+
+
+def test_results_of_several_texts_come_back_as_they_were(config, tmp_path):
+    held_out = {
+        name: {"path": str(config.parent / f"{file}.jsonl")} for name, file in (("a", "heldout"), ("b", "pairs"))
+    }
+    held_out["b"]["text_field"] = "response"
+    held_out["c"] = {"dataset": "org/data", "revision": "0" * 40}
+    plan = planned(config, evaluation__fidelity__path=None, evaluation__fidelity__texts=held_out)[1]
+    store = Store(tmp_path / "store")
+    fill(store, plan)
+    cell = plan.cells[1]
+    subject = Subject.of("name", cell, plan, store, DENSE["alpha"])
+    others = {OTHER_TEXTS: {name: {"kl": kl, "kl_stderr": 0.5} for name, kl in (("b", 1.5), ("c", None))}}
+    others[OTHER_TEXTS]["c"]["perplexity"] = 3.0
+    evaluation = subject.manifests[cell.evaluate]
+    changed = {**subject.manifests, cell.evaluate: {**evaluation, "metrics": evaluation["metrics"] | others}}
+    subject = replace(subject, manifests=changed)
+    expected = eval_results(scores_of(subject))
+    read = ModelCard(model_card(subject)).data.eval_results
+    assert len(read) == 10 and sorted(read, key=repr) == sorted(expected, key=repr)
+    assert {(it.dataset_type, it.dataset_config) for it in read if it.metric_type == "kl"} == {
+        ("held-out", None),
+        ("held-out", "b"),
+    }
+    (of_dataset,) = [it for it in read if it.dataset_type == "org/data"]
+    assert (of_dataset.metric_type, of_dataset.dataset_split, of_dataset.dataset_revision) == (
+        "perplexity",
+        "validation",
+        "0" * 40,
+    )
+    assert all(isinstance(it, EvalResult) and math.isfinite(it.metric_value) for it in read)
+
+
+def test_people_read_how_it_was_made(config, tmp_path):
+    cards = texts(config, tmp_path)
+    card = cards["alpha-0.2-lora"]
+    for shown in (
+        "| ratio asked | 0.2 of all parameters |",
+        "| ratio reached | 0.1987 |",
+        "| sizes | `intermediate_size` 7 to 9 |",
+        "8 windows of 32 tokens of the file `calibration.jsonl`",
+        "LoRA (r 4, alpha 8, learning rate 0.0004, batch size 2, 4 steps) on the file `pairs.jsonl`",
+        "nats (lower is better) | 0.25 ± 0.031 | 0 |",
+        "| acc | 0.5 ± 0.1 | 0.5 |",
+        'AutoModelForCausalLM.from_pretrained("alpha-0.2-lora")',
+        "python launch/sweep.py --models alpha --ratios 0.2 --methods surgeon-uniform-block",
+        "With hfprune_dist 0.1.0 at commit `0123abc` with changes (Python 3.12.1, torch 2.9)",
+    ):
+        assert shown in card, shown
+    assert "control" in cards["alpha-dense-lora"] and "ratio asked" not in cards["alpha-dense-lora"]
+    assert "trust_remote_code" not in card
+
+
+def test_no_path_of_this_machine_is_in_it(config, tmp_path):
+    here = [str(config.parent), str(tmp_path), "/tmp"]
+    cards = texts(config, tmp_path, evaluation__tasks=["/home/me/task.yaml"])
+    assert len(cards) == 6
+    for card in cards.values():
+        assert not [place for place in [*here, "/home"] if place in card] and "task.yaml" in card
+
+
+def test_a_checkpoint_without_scores_has_a_card_and_one_that_is_not_there_has_none(config, tmp_path):
+    cards = texts(config, tmp_path, but=["evaluate"])
+    assert "Not evaluated yet." in cards["alpha-0.2-lora"]
+    assert ModelCard(cards["alpha-0.2-lora"]).data.eval_results is None
+    assert texts(config, tmp_path / "none", but=["recover"]) == {}
+
+
+def test_the_adapter_names_what_it_was_trained_on(config, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    configs = texts(config, tmp_path, "adapter/adapter_config.json")
+    read = json.loads(configs["alpha-0.2-lora"])
+    assert read["r"] == 4 and read["base_model_name_or_path"].startswith("../store/prune/")
+    base = json.loads(configs["alpha-dense-lora"])["base_model_name_or_path"]
+    assert (tmp_path / "here" / base).resolve() == config.parent / "alpha"
+    gone = texts(config, tmp_path / "gone", "adapter/adapter_config.json", but=["prune"])
+    assert json.loads(gone["alpha-0.2-lora"])["base_model_name_or_path"] is None
+
+
+def test_a_base_of_the_hub_is_named_with_its_licence(tmp_path):
+    snapshot = tmp_path / "models--some-org--a-model" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    card = (
+        "---\nlicense: other\nlicense_name: a-licence\nlicense_link: LICENSE\nlanguage: [en]\ntags: [x]\n---\n# Hello\n"
+    )
+    (snapshot / "README.md").write_text(card)
+    base = BaseModel.of("m", Input("digest", str(snapshot), content="commit"))
+    assert (base.hub_id, base.revision, base.licence) == ("some-org/a-model", "0123", "a-licence")
+    assert base.carried == {
+        "license": "other",
+        "license_name": "a-licence",
+        "license_link": "LICENSE",
+        "language": ["en"],
+    }
+    (snapshot / "README.md").write_text("---\n: [\n---\n")
+    (snapshot / "config.json").write_text('{"license": "mit"}')
+    assert BaseModel.of("m", Input("digest", str(snapshot), content="checkpoint")) == BaseModel(
+        "m", "digest", None, None, {"license": "mit"}
+    )

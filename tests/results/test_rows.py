@@ -1,0 +1,212 @@
+import csv
+import json
+import shutil
+
+import pytest
+
+from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.results.column import cells
+from hfprune_dist.results.columns import all_columns
+from hfprune_dist.results.rows import DenseModel, collect_rows
+from hfprune_dist.results.table import flat_row, write_reports
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import write_json
+from hfprune_dist.store.heartbeat import Failure, write_failure_record
+from hfprune_dist.store.stage import Input, Stage
+
+MODEL = Input("digest", "/model")
+IMPORTANCE = Stage("importance", "m", {}, {"model": MODEL})
+PRUNE = Stage("prune", "m 0.2", {"ratio": 0.2}, {"model": MODEL, "importance": IMPORTANCE.as_input()})
+DENSE_EVALUATE = Stage("evaluate", "m dense", {}, {"model": MODEL})
+EVALUATE = Stage("evaluate", "m 0.2", {}, {"model": PRUNE.as_input()})
+STAGES = (IMPORTANCE, PRUNE, DENSE_EVALUATE, EVALUATE)
+PLAN = Plan(
+    {stage.id: stage for stage in STAGES},
+    (
+        Cell("m dense", "m", None, None, None, "none", (), DENSE_EVALUATE.id),
+        Cell("m 0.2", "m", 0.2, "hfprune", "entropy", "none", (IMPORTANCE.id, PRUNE.id), EVALUATE.id),
+    ),
+)
+DENSE = {"m": DenseModel(100, 48)}
+SCORES = {
+    "fidelity": {"perplexity": 12.5, "kl": 0.25, "top1_agreement": 0.75},
+    "tasks": {
+        "piqa": {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.6, "acc_norm_stderr": 0.1},
+        "crows_pairs_english": {"pct_stereotype": 0.7, "pct_stereotype_stderr": 0.01},
+        "wikitext": {"word_perplexity": 30.25, "word_perplexity_stderr": None},
+    },
+}
+
+
+def commit(store, stage, files=None, record=None, **metrics):
+    draft = store.open_draft(stage.id)
+    for name, content in (files or {}).items():
+        (draft / name).parent.mkdir(exist_ok=True)
+        (draft / name).write_text(content)
+    costs = {"wall_time_s": 2.0, "peak_memory_bytes": 100 + len(stage.kind)}
+    store.commit(stage, draft, {"metrics": metrics, **costs, **(record or {})})
+
+
+def table(rows):
+    """Headers and cells of all columns."""
+    columns = all_columns(rows)
+    return [it.header for it in columns], cells(rows, columns)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "store")
+    commit(store, DENSE_EVALUATE, **SCORES)
+    commit(store, IMPORTANCE)
+    commit(store, PRUNE, ratio_reached=0.21, parameters=79, intermediate_size=15)
+    return store
+
+
+def test_a_finished_cell_shows_what_was_measured(store):
+    commit(store, EVALUATE, **SCORES)
+    dense, pruned = collect_rows(PLAN, store, DENSE)
+    assert (dense["parameters"], dense["ratio_reached"], dense["wall_time_s"]) == (100, 0.0, 2.0)
+    assert (pruned["parameters"], pruned["ratio_reached"], pruned["intermediate_size"]) == (79, 0.21, 15)
+    assert pruned["peak_memory_bytes"] == 110, "the importance pass's, the longest name here"
+    assert pruned["wall_time_s"] == 6.0 and pruned["checkpoint"].endswith(PRUNE.id)
+    assert pruned["average"] == pytest.approx(0.65)
+    assert pruned["average_without_crows_pairs"] == pytest.approx(0.6)
+
+
+def test_what_more_than_neurons_lost_has_columns(store):
+    more = {"num_hidden_layers": 5, "num_key_value_heads": None, "num_key_value_heads_by_layer": [1, 3]}
+    headers, _ = table(collect_rows(PLAN, store, DENSE))
+    assert "width" in headers and "layers" not in headers and "KV heads" not in headers
+    again = Store(store.root.parent / "again")
+    commit(again, PRUNE, ratio_reached=0.21, parameters=79, intermediate_size=15, **more)
+    dense, pruned = collect_rows(PLAN, again, DENSE)
+    assert not dense.keys() & more.keys() and more.items() <= pruned.items()
+    headers, (first, second) = table([dense, pruned])
+    assert [second[headers.index(name)] for name in ("layers", "KV heads", "width")] == ["5", "1-3", "15"]
+    assert [first[headers.index(name)] for name in ("layers", "KV heads", "width")] == ["-", "-", "48"]
+    assert "num_key_value_heads_by_layer" not in flat_row(pruned)
+
+
+def test_a_missing_cell_is_missing_and_says_why(store):
+    _, pruned = collect_rows(PLAN, store, DENSE)
+    assert pruned["status"] == "missing" and pruned["cause"] == "evaluate has not run yet"
+    assert pruned["kl"] is None and pruned["average"] is None and pruned["wall_time_s"] is None
+    store.work(EVALUATE.id).mkdir(parents=True)
+    write_failure_record(store.work(EVALUATE.id), Failure("input", "first line\nlast line", 0, 0.0))
+    _, pruned = collect_rows(PLAN, store, DENSE)
+    assert pruned["cause"] == "evaluate failed (input): first line"
+
+
+def test_a_result_stands_when_a_pass_behind_it_is_made_again(tmp_path):
+    """For a further criterion, say; what it will cost is not known yet."""
+    store = Store(tmp_path)
+    commit(store, PRUNE, ratio_reached=0.2, parameters=80, intermediate_size=38)
+    commit(store, EVALUATE, **SCORES)
+    _, row = collect_rows(PLAN, store, DENSE)
+    assert (row["status"], row["cause"], row["kl"], row["parameters"]) == ("done", None, 0.25, 80)
+    assert row["wall_time_s"] is None and row["peak_memory_bytes"] is None
+    shutil.rmtree(store.path(PRUNE.id))
+    assert collect_rows(PLAN, store, DENSE)[1]["status"] == "missing", "without a checkpoint there is no row"
+
+
+def test_a_cell_that_waits_names_what_failed_before_it(tmp_path):
+    store = Store(tmp_path)
+    store.work(IMPORTANCE.id).mkdir(parents=True)
+    write_failure_record(store.work(IMPORTANCE.id), Failure("killed", "a rank died", -1, 0.0))
+    _, pruned = collect_rows(PLAN, store, DENSE)
+    assert pruned["cause"] == "importance failed (killed): a rank died"
+    assert pruned["parameters"] is None
+
+
+def test_files_hold_every_metric_and_agree(store, tmp_path):
+    rows = collect_rows(PLAN, store, DENSE)
+    write_reports(rows, tmp_path)
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        flat = list(csv.DictReader(stream))
+    assert flat[0]["piqa/acc_norm_stderr"] == "0.1" and flat[0]["crows_pairs_english/pct_stereotype"] == "0.7"
+    assert flat[1]["kl"] == "" and flat[1]["cause"] == "evaluate has not run yet"
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    tables = [line.count("|") for line in lines if line.startswith("|")]
+    assert len(set(tables[:4])) == len(set(tables[4:])) == 1 and len(tables) == 8
+    assert "- missing: m 0.2: evaluate has not run yet" in lines
+
+
+def test_a_row_tells_its_own_time_from_what_it_shares(store):
+    """The dense model's evaluation is shared with nobody; two ratios share a pass."""
+    other = Stage("evaluate", "m 0.3", {"limit": 3}, {"model": PRUNE.as_input()})
+    commit(store, EVALUATE, record={"wall_time_s": 7.0}, **SCORES)
+    cell = Cell("m 0.3", "m", 0.3, "hfprune", "entropy", "none", (IMPORTANCE.id, PRUNE.id), other.id)
+    plan = Plan({**PLAN.stages, other.id: other}, (*PLAN.cells, cell))
+    dense, pruned, late = collect_rows(plan, store, DENSE)
+    times = ("own_time_s", "shared_time_s", "wall_time_s")
+    assert [dense[it] for it in times] == [2.0, 0, 2.0]
+    assert [pruned[it] for it in times] == [7.0, 4.0, 11.0]
+    assert [late[it] for it in times] == [None, 4.0, None]
+    assert pruned["stages"] == {IMPORTANCE.id: 2.0, PRUNE.id: 2.0, EVALUATE.id: 7.0}
+
+
+def test_weights_are_counted_without_the_adapter(tmp_path):
+    store = Store(tmp_path)
+    weights = {"model-1.safetensors": "12", "model-2.safetensors": "345", "adapter/adapter_model.safetensors": "6789"}
+    commit(store, PRUNE, weights, ratio_reached=0.2, parameters=80, intermediate_size=38)
+    dense, pruned = collect_rows(PLAN, store, {"m": DenseModel(100, 48, 400)})
+    assert (dense["weight_bytes"], pruned["weight_bytes"]) == (400, 5)
+    assert collect_rows(PLAN, store, DENSE)[0]["weight_bytes"] is None, "in the record of an earlier version"
+
+
+def test_a_row_tells_where_it_comes_from_and_over_how_many_examples(store):
+    counts = {"piqa": {"n-samples": {"piqa": {"effective": 30, "original": 1838}}}}
+    counts["mmlu"] = {"n-samples": {"mmlu_a": {"effective": 10}, "mmlu_b": {"effective": 5}}}
+    made = {"git_commit": "abc", "packages": {"torch": "2.6"}}
+    record = {"provenance": made, "finished": 1.7e9, "config": {"seed": 3}, "device": "cpu"}
+    commit(store, EVALUATE, {"results.json": json.dumps({"tasks": counts})}, record, **SCORES)
+    dense, pruned = collect_rows(PLAN, store, DENSE)
+    assert pruned["provenance"] == {"date": "2023-11-14T22:13:20+00:00", "seed": 3, "device": "cpu", **made}
+    assert pruned["samples"] == {"piqa": 30, "mmlu_a": 10, "mmlu_b": 5, "mmlu": 15}
+    assert flat_row(pruned)["piqa/samples"] == 30 and "provenance" not in flat_row(pruned)
+    assert dense["samples"] == {} and dense["provenance"]["date"] is None, "as of an earlier version"
+
+
+def test_errors_of_older_evaluations_are_unknown(store):
+    errors = {"perplexity_stderr": 0.5, "kl_stderr": 0.01, "top1_agreement_stderr": 0.02, "windows": 24}
+    commit(store, EVALUATE, **SCORES | {"fidelity": SCORES["fidelity"] | errors})
+    rows = collect_rows(PLAN, store, DENSE)
+    headers, (dense, pruned) = table(rows)
+    shown = {header: (dense[place], pruned[place]) for place, header in enumerate(headers)}
+    assert shown["KL"] == ("0.2500±-", "0.2500±0.0100") and shown["ppl"] == ("12.50±-", "12.50±0.50")
+    assert shown["agree"] == ("0.750±-", "0.750±0.020")
+    assert flat_row(rows[1]).items() >= errors.items() and flat_row(rows[0])["kl_stderr"] is None
+
+
+def test_the_table_shows_headlines_and_both_averages(store):
+    headers, body = table(collect_rows(PLAN, store, DENSE))
+    shown = dict(zip(headers, body[0], strict=True))
+    assert (shown["piqa"], shown["crows_pairs_english"], shown["wikitext"]) == ("60.0±10.0", "70.0±1.0", "30.25")
+    assert (shown["avg"], shown["avg w/o crows"], shown["KL"]) == ("65.0±5.0", "60.0±10.0", "0.2500")
+    assert dict(zip(headers, body[1], strict=True))["KL"] == "missing"
+
+
+def test_the_worst_of_the_other_texts_stands_beside_the_first(store, tmp_path):
+    others = {"news": {"kl": 0.5, "perplexity": 40.0}, "law": {"kl": 1.5, "perplexity": None}, "code": {"kl": None}}
+    for names, header, shown in (
+        (["news"], "KL news", "0.5000"),
+        (["news", "law"], "worst KL", "1.5000 (law)"),
+        ([*others], "worst KL", "- (code)"),
+    ):
+        again = Store(tmp_path / f"{len(names)}")
+        commit(again, DENSE_EVALUATE, **SCORES)
+        commit(again, IMPORTANCE)
+        commit(again, PRUNE)
+        commit(again, EVALUATE, **SCORES, other_texts={name: others[name] for name in names})
+        rows = collect_rows(PLAN, again, DENSE)
+        headers, body = table(rows)
+        place = headers.index("ppl") + 1
+        assert (headers[place], body[0][place], body[1][place]) == (header, "-", shown)
+        assert flat_row(rows[1])["fidelity/news/kl"] == 0.5 and rows[1]["kl"] == 0.25
+
+
+def test_a_damaged_manifest_is_a_missing_result(store):
+    write_json(store.path(DENSE_EVALUATE.id) / "manifest.json", [])
+    dense, _ = collect_rows(PLAN, store, DENSE)
+    assert dense["status"] == "missing" and dense["perplexity"] is None

@@ -1,0 +1,59 @@
+"""Rows of a table, as ``collect_rows`` gives them, without a sweep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfprune_dist.results.rows import Row
+
+MEASURES = {"perplexity": 17.52, "kl": 0.26294, "top1_agreement": 0.7617}
+ERRORS = {"perplexity_stderr": 0.51, "kl_stderr": 0.01234, "top1_agreement_stderr": 0.0151}
+
+
+def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surgeon-plain", **changes: Any) -> Row:
+    """A finished row of a usual sweep, but for what ``changes`` says."""
+    method = method if ratio else None
+    scores = {"acc_norm": 0.7333, "acc_norm_stderr": 0.0576}
+    row = {
+        "label": f"{model} {ratio:g} {method}",
+        "model": model,
+        "ratio": ratio,
+        "ratio_reached": ratio,
+        "parameters": 134_515_008,
+        "intermediate_size": 1536,
+        "intermediate_sizes": None,
+        "method": method,
+        "criterion": "surgeon",
+        "recovery": "lora",
+        **MEASURES,
+        **ERRORS,
+        "windows": 24,
+        "tokens": 6144,
+        "other_texts": {},
+        "tasks": {"demo_docstring": scores},
+        "samples": {"demo_docstring": 60},
+        "average": 0.6833,
+        "average_without_crows_pairs": 0.6833,
+        "average_stderr": 0.0423,
+        "average_without_crows_pairs_stderr": 0.0423,
+        "weight_bytes": 269_000_000,
+        "stages": {f"evaluate/{model} {ratio} {method}": 100.0, f"importance/{model}": 180.0},
+        "own_time_s": 264.0,
+        "shared_time_s": 180.0,
+        "wall_time_s": 444.0,
+        "peak_memory_bytes": 2_400_000_000,
+        "checkpoint": "runs/demo/store/recover/0123456789",
+        "provenance": None,
+        "status": "done",
+        "cause": None,
+    }
+    return row | changes
+
+
+def missing(row: Row) -> Row:
+    """The same row before anything of it was made."""
+    unknown = [*MEASURES, *ERRORS, "windows", "tokens", "average", "average_without_crows_pairs", "parameters"]
+    unknown += ["average_stderr", "average_without_crows_pairs_stderr", "ratio_reached", "weight_bytes", "own_time_s"]
+    unknown += ["shared_time_s", "wall_time_s", "peak_memory_bytes"]
+    nothing = {"tasks": {}, "samples": {}, "other_texts": {}, "status": "missing", "cause": "prune has not run yet"}
+    return row | dict.fromkeys(unknown) | nothing | {"stages": dict.fromkeys(row["stages"])}

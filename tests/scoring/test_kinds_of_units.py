@@ -1,0 +1,160 @@
+"""KV groups scored beside neurons, from the stage's first window to its last file."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from core_definition import GRADIENT_CRITERIA, definition, moments, student
+from damage import nothing_reaches_the_disk
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny import VARIANTS, importance_stage, save_tiny, tiny_model, write_documents
+from worlds import Death, Ranks, run_in_threads, without_deepspeed
+
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.elimination import elimination_scores
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.structures.score_names import SCORES, score_name, scores_of_layers
+
+SEED = 3
+BOTH = ["neurons", "kv_groups"]
+OUTPUT = "self_attn.o_proj"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patch():
+    with pytest.MonkeyPatch.context() as patch, nothing_reaches_the_disk():
+        without_deepspeed(patch)
+        yield patch
+
+
+@dataclass(frozen=True)
+class Model:
+    variant: str
+    layers: int
+    groups: int
+    queries: int
+    head_dim: int
+
+    @property
+    def shape(self):
+        heads = self.groups * self.queries
+        size = {"num_attention_heads": heads, "num_key_value_heads": self.groups, "hidden_size": heads * self.head_dim}
+        if self.variant != "qwen2":  # which knows no other size of a head
+            size |= {"hidden_size": 4 * heads, "head_dim": self.head_dim}
+        return {"num_hidden_layers": self.layers, "intermediate_size": 20, **size}
+
+    def tiny(self):
+        return tiny_model(self.variant, **self.shape)
+
+
+MODELS = st.builds(
+    Model,
+    variant=st.sampled_from(sorted(VARIANTS)),
+    layers=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    queries=st.integers(1, 3),
+    head_dim=st.sampled_from((2, 4, 8)),
+)
+CALIBRATIONS = st.fixed_dictionaries(
+    {"samples": st.integers(1, 5), "micro_batch_size": st.integers(1, 2), "shard_size": st.integers(1, 2)}
+)
+SIZES = st.integers(1, 4)
+
+
+class Scored:
+    """A model and its text, to be scored in stores of their own."""
+
+    def __init__(self, folder, model, calibration):
+        self.folder = folder
+        save_tiny(folder / "model", model.variant, **model.shape)
+        write_documents(folder / "text.jsonl")
+        self._settings = {"sequence_length": 16, "text_field": "text", "settled": None, **calibration}
+
+    def stage(self, structures):
+        params = {"calibration": self._settings, "criteria": sorted(CRITERIA), "dtype": "float32"}
+        params |= {"add_bos_token": True, "seed": SEED}
+        if structures != ["neurons"]:
+            params["structures"] = structures
+        return importance_stage(self.folder, "groups", params)
+
+    def files(self, name, ranks, structures=BOTH):
+        """Run the stage in the store of this name; what it leaves."""
+        store, stage = Store(self.folder / name), self.stage(structures)
+        run_in_threads(store, stage, ranks)
+        return {file.name: file.read_bytes() for file in store.path(stage.id).glob("*.safetensors")}
+
+    def load(self, name, file, structures=BOTH):
+        return load_file(Store(self.folder / name).path(self.stage(structures).id) / file)
+
+
+def assert_as_defined(scores, model, windows, calibration):
+    dense, channels = model.tiny(), model.queries * model.head_dim
+    keeps = student(dense, windows[: calibration["micro_batch_size"] * calibration["shard_size"]])
+    for name in (*GRADIENT_CRITERIA, "activation"):
+        if CRITERIA[name].is_rounded and calibration["micro_batch_size"] > 1:
+            continue  # it is defined for windows that are micro-batches
+        expected = definition(dense, windows, name, SEED, keeps, channels, OUTPUT)
+        ours = torch.stack(scores_of_layers(scores, name, "kv_groups"))
+        assert ours.shape == (model.layers, model.groups)
+        tolerance = 2e-2 if CRITERIA[name].is_rounded else 1e-3
+        assert (ours - expected).norm() < tolerance * expected.norm() + 1e-9, name
+    for layer, (gram, curvature, fisher) in enumerate(moments(dense, windows, SEED, channels, OUTPUT)):
+        attention = dense.model.layers[layer].self_attn
+        expected = elimination_scores(gram, curvature, attention.o_proj.weight.detach(), fisher)
+        found = scores[score_name(layer, "surgeon", "kv_groups")]
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-12)
+        for group, norm in enumerate(norms(attention, model.groups)):
+            assert scores[score_name(layer, "magnitude", "kv_groups")][group].item() == pytest.approx(norm)
+
+
+def norms(attention, groups):
+    for group in range(groups):
+        rows = [it.weight.chunk(groups)[group] for it in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        owned = [*rows, attention.o_proj.weight.chunk(groups, dim=1)[group]]
+        yield sum(it.double().square().sum() for it in owned).sqrt().item()
+
+
+# The victim is counted among the ranks, and the collective before which it dies among its own.
+@settings(derandomize=True, deadline=None, max_examples=10)
+@example(
+    model=Model("qwen3", 2, 2, 2, 8),
+    calibration={"samples": 2, "micro_batch_size": 1, "shard_size": 1},
+    size=4,
+    later=3,
+    dies_at=0.95,
+    victim=0,
+)
+@given(
+    model=MODELS,
+    calibration=CALIBRATIONS,
+    size=SIZES,
+    later=SIZES,
+    dies_at=st.floats(0, 0.999),
+    victim=st.integers(0, 3),
+)
+def test_groups_are_as_defined_and_neurons_as_without_them_on_any_ranks_after_any_death(
+    tmp_path_factory, model, calibration, size, later, dies_at, victim
+):
+    scored = Scored(tmp_path_factory.mktemp("groups"), model, calibration)
+    files = scored.files("one", Ranks(1))
+    scores, windows = scored.load("one", SCORES), scored.load("one", "windows.safetensors")["input_ids"]
+    assert_as_defined(scores, model, windows, calibration)
+
+    without = scored.files("without", Ranks(1), ["neurons"])
+    assert {name: it for name, it in files.items() if name != SCORES} == {
+        name: it for name, it in without.items() if name != SCORES
+    }
+    alone = scored.load("without", SCORES, ["neurons"])
+    assert len(scores) == 2 * len(alone) == 2 * model.layers * len(CRITERIA)
+    for name, expected in alone.items():
+        assert torch.equal(scores[name], expected), name
+
+    ranks = Ranks(size)
+    assert scored.files("many", ranks) == files
+    victim %= size
+    mortal = Ranks(size, deaths={victim: int(dies_at * len(ranks.logs[victim]))})
+    with pytest.raises(Death):
+        scored.files("killed", mortal)
+    assert scored.files("killed", Ranks(later)) == files

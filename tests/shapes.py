@@ -1,0 +1,141 @@
+"""The prune stage of methods that look for a shape, over tiny models with random scores."""
+
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny
+from transformers import AutoModelForCausalLM
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.distributed.whole_model_probe import PROBE, record_probe
+from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.stages import prune
+from hfprune_dist.stages.context import Context
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import read_json
+from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.structures.score_names import score_name
+
+IMPORTANCE = Stage("importance", "tiny", {}, {})
+LAYERS, GROUPS, QUERIES, NEURONS = 4, 4, 2, 48
+MICRO_BATCH = 2
+
+
+def prepare(folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS, silent=None, worth=1.0, **settings):
+    """A store with an importance artifact of random scores, and the stage that looks for a shape by them.
+
+    ``silent``: what the names of tensors end with that are all zeros. ``worth``: of a group's score, where a neuron's
+    is 1. ``settings``: of the stage; ``attention_bias`` is the model's.
+    """
+    folder.mkdir(exist_ok=True)
+    store = Store(folder / "store")
+    draft = store.open_draft(IMPORTANCE.id)
+    generator = torch.Generator().manual_seed(0)
+    biases = {name: settings.pop(name) for name in ("attention_bias",) if name in settings}
+    criterion = settings.get("criterion", "entropy")
+    scores = {
+        f"layers.{layer}.{name}{criterion}": torch.rand(count, generator=generator, dtype=torch.float64) * factor
+        for layer in range(layers)
+        for name, count, factor in (("", NEURONS, 1.0), ("kv_groups.", groups, worth))
+    }
+    save_file(scores, draft / "importance.safetensors")
+    windows_ST = torch.randint(3, 264, (samples, 12), generator=generator)
+    save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
+    heads = {"num_key_value_heads": groups, "num_attention_heads": groups * QUERIES}
+    sizes = {"intermediate_size": NEURONS, "num_hidden_layers": layers}
+    model = save_tiny(folder / "model", variant, **sizes, **heads, **biases)
+    if silent is not None:
+        silence(model / "model.safetensors", silent)
+    leave_probe(model, windows_ST, draft)
+    store.commit(IMPORTANCE, draft, {"metrics": {}})
+    defaults = {
+        "ratio": 0.2,
+        "criterion": "entropy",
+        "allocation": "plain",
+        "refit": "dense",
+        "multiple_of": 1,
+        "structures": ["neurons", "kv_groups", "layers"],
+        "dtype": "float32",
+        "micro_batch_size": MICRO_BATCH,
+    }
+    inputs = {"model": Input(FileHashes(None).of_folder(model), str(model)), "importance": IMPORTANCE.as_input()}
+    params = {**defaults, **settings}
+    if params["structures"] == ["neurons"]:  # which records leave out
+        del params["structures"]
+    return store, Stage("prune", "tiny", params, inputs)
+
+
+def next_round(store, first, ratio, worth=4.0):
+    """The stage that prunes what another one left, once that has run, by random scores of what there is."""
+    pruned = store.path(first.id)
+    scored = Stage("importance", "next", {"of": first.id}, {})
+    draft = store.open_draft(scored.id)
+    generator, criterion = torch.Generator().manual_seed(1), first.params.criterion
+    scores = {
+        score_name(layer, criterion, kind): torch.rand(count, generator=generator, dtype=torch.float64) * factor
+        for (kind, units), factor in zip(open_checkpoint(pruned).structures.items(), (1.0, worth), strict=True)
+        for layer, count in enumerate(units.counts)
+    }
+    save_file(scores, draft / "importance.safetensors")
+    windows_ST = windows_of(store)
+    save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
+    leave_probe(pruned, windows_ST, draft)
+    store.commit(scored, draft, {"metrics": {}})
+    inputs = {"model": first.as_input(), "importance": scored.as_input(), "dense": first.inputs["model"]}
+    return Stage("prune", "tiny", {**first.params.to_json(), "ratio": ratio}, inputs)
+
+
+def silence(file, ending, by=0):
+    tensors = {name: it * (by if name.endswith(ending) else 1) for name, it in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+
+
+def leave_probe(model, windows_ST, folder):
+    whole, family = load_causal_lm(model, torch.float32), open_checkpoint(model).family
+    record_probe(whole, family, folder / PROBE)
+    with torch.no_grad():
+        whole(input_ids=windows_ST[:MICRO_BATCH], use_cache=False)
+
+
+def run(store, stage, world, interruption=None):
+    store.work(stage.id).mkdir(parents=True, exist_ok=True)
+    asked = interruption or Interruption()
+    prune.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1, interruption=asked))
+
+
+def outcome(store, stage):
+    """All that must have the same bits."""
+    folder = store.path(stage.id)
+    names = ("model.safetensors", "kept.json", "config.json")
+    files = {name: (folder / name).read_bytes() for name in names}
+    return files, store.manifest(stage.id)["metrics"]
+
+
+def metrics_of(store, stage):
+    return store.manifest(stage.id)["metrics"]
+
+
+def kept_of(store, stage):
+    return read_json(store.path(stage.id) / "kept.json")
+
+
+def windows_of(store):
+    return load_file(store.path(IMPORTANCE.id) / "windows.safetensors")["input_ids"]
+
+
+def scores_of(store):
+    return load_file(store.path(IMPORTANCE.id) / "importance.safetensors")
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def divergence(dense, model, windows_ST, every=1):
+    """Nats per token, of one token in so many."""
+    log_p, log_q = (it(windows_ST, use_cache=False).logits.double().log_softmax(-1) for it in (dense, model))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)[:, ::every].mean().item()

@@ -1,0 +1,209 @@
+"""Shapes for which neurons, KV groups and layers compete: cut, measured, loaded, and the same however they are made."""
+
+import itertools
+import shutil
+
+import pytest
+import shapes
+import torch
+from faults.kill import die_in_fork
+from forks import on_ranks
+from masking import mask
+from ranks import SoloWorld
+from shapes import GROUPS, NEURONS, divergence, kept_of, metrics_of, outcome, scores_of, windows_of
+from transformers import AutoModelForCausalLM
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.kept_file import read_kept
+from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.refit.measurement import Measurement
+from hfprune_dist.stages import prune_shapes
+from hfprune_dist.stages.cheap_measurement import EVERY
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Stage
+
+LAYERS = 3
+NEURONS_ALONE, BOTH, ALL = ["neurons"], ["neurons", "kv_groups"], ["neurons", "kv_groups", "layers"]
+
+
+def prepare(folder, variant="llama", **changes):
+    """A group's score per parameter is about a neuron's."""
+    settings = {"criterion": "surgeon", "allocation": "searched", "refit": "none", "structures": BOTH}
+    limits = {"floor": 0.2, "protect_first": 0, "protect_last": 0}
+    biases = {"attention_bias": True} if variant == "qwen3" else {}
+    return shapes.prepare(folder, variant, layers=LAYERS, worth=4.0, **biases, **{**settings, **limits, **changes})
+
+
+def run(store, stage, world=None):
+    shapes.run(store, stage, world or SoloWorld())
+
+
+def neuron_in(folder):
+    checkpoint = open_checkpoint(folder / "model")
+    return checkpoint.parameters_per_unit / checkpoint.parameters
+
+
+@pytest.mark.parametrize(
+    ("variant", "criterion", "refit"),
+    [
+        ("llama-tied-biases", "surgeon", "dense"),
+        ("qwen3", "entropy", "layerwise"),
+        ("qwen2", "surgeon", "none"),
+        ("mistral", "entropy", "none"),
+    ],
+)
+def test_neurons_and_groups_of_all_layers_compete_and_the_checkpoint_loads(tmp_path, variant, criterion, refit):
+    store, stage = prepare(tmp_path, variant, allocation="global", criterion=criterion, refit=refit)
+    run(store, stage)
+    metrics, kept = metrics_of(store, stage), kept_of(store, stage)
+    assert abs(metrics["ratio_reached"] - 0.2) <= 0.51 * neuron_in(tmp_path)
+    scores = scores_of(store)
+    for kind, name, most in (("neurons", criterion, NEURONS), ("kv_groups", f"kv_groups.{criterion}", GROUPS)):
+        assert any(len(row) < most for row in kept[kind])
+        for layer, row in enumerate(kept[kind]):
+            assert row == sorted(scores[f"layers.{layer}.{name}"].topk(len(row)).indices.tolist())
+    ours = load_causal_lm(store.path(stage.id), torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(store.path(stage.id), trust_remote_code=True, dtype=torch.float32)
+    assert sum(it.numel() for it in plain.parameters()) == metrics["parameters"]
+    ids = torch.arange(12)[None] + 3
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, plain(ids).logits)
+    assert plain.generate(ids, max_new_tokens=3).shape == (1, 15)
+
+
+@pytest.mark.parametrize(("structures", "ratio"), [(BOTH, 0.3), (ALL, 0.3), (["neurons", "layers"], 0.35), (ALL, 0.5)])
+def test_a_search_writes_what_measures_closest(tmp_path, structures, ratio):
+    """What it measured of the winner is what the finished checkpoint has on the held-out window."""
+    store, stage = prepare(tmp_path, structures=structures, ratio=ratio, floor=0.1)
+    run(store, stage)
+    metrics, kept = metrics_of(store, stage), kept_of(store, stage)
+    assert abs(metrics["ratio_reached"] - ratio) <= 0.51 * neuron_in(tmp_path)
+    exchanged = any("exchange" in name for name in metrics["search_kl"])
+    assert exchanged is ("kv_groups" in structures)
+    dense, written = (load_causal_lm(it, torch.float32) for it in (tmp_path / "model", store.path(stage.id)))
+    windows_ST = windows_of(store)
+    best = min(metrics["search_kl"].values())
+    assert divergence(dense, written, windows_ST[8:], EVERY) == pytest.approx(best, rel=1e-3)
+    gone = metrics.get("layers_in_order_of_dropping", [])[: LAYERS - written.config.num_hidden_layers]
+    assert kept.get("layers", [*range(LAYERS)]) == [layer for layer in range(LAYERS) if layer not in gone]
+
+
+@pytest.mark.parametrize(
+    ("variant", "allocation", "structures", "refit"),
+    [
+        ("llama", "searched", ALL, "none"),
+        ("qwen2", "global", BOTH, "none"),
+        ("llama", "searched", NEURONS_ALONE, "none"),
+        ("mistral", "searched", ALL, "block"),
+    ],
+)
+def test_another_round_prunes_what_is_left_and_compares_with_the_dense_model(
+    tmp_path, variant, allocation, structures, refit
+):
+    settings = {"allocation": allocation, "structures": structures, "refit": refit, "floor": 0.1}
+    earlier, ratio = (0.15, 0.3) if structures == NEURONS_ALONE else (0.25, 0.4)
+    store, first = prepare(tmp_path, variant, ratio=earlier, **settings)
+    run(store, first)
+    second = shapes.next_round(store, first, ratio)
+    run(store, second)
+    metrics, kept = metrics_of(store, second), read_kept(store.path(second.id))
+    before = read_kept(store.path(first.id))
+    assert before.shape != kept.shape and set(kept.layers) <= set(before.layers)
+    assert abs(metrics["ratio_reached"] - ratio) <= 1.6 * neuron_in(tmp_path), "of the dense one; a plain shape may win"
+    dense, written = (load_causal_lm(it, torch.float32) for it in (tmp_path / "model", store.path(second.id)))
+    assert sum(it.numel() for it in written.parameters()) == metrics["parameters"]
+    windows_ST = windows_of(store)[8:]
+    if refit == "none":
+        expected = mask(load_causal_lm(tmp_path / "model", torch.float32), kept)
+        with torch.no_grad():
+            torch.testing.assert_close(written(windows_ST).logits, expected(windows_ST).logits, rtol=1e-4, atol=1e-4)
+    if allocation == "searched" and refit == "none":
+        every = EVERY if structures == ALL else 1
+        best = min(metrics["search_kl"].values())
+        assert divergence(dense, written, windows_ST, every) == pytest.approx(best, rel=1e-3)
+    gone = [layer for layer in before.layers if layer not in kept.layers]
+    assert metrics.get("layers_in_order_of_dropping", [])[: len(gone)] == gone
+
+
+@pytest.mark.parametrize(
+    ("allocation", "structures"), [("searched", ALL), ("searched", NEURONS_ALONE), ("global", NEURONS_ALONE)]
+)
+def test_a_checkpoint_whose_layers_differ_is_pruned_as_a_model_of_its_own(tmp_path, allocation, structures):
+    store, first = prepare(tmp_path, ratio=0.15, allocation="global", structures=structures[:2])
+    run(store, first)
+    again = shapes.next_round(store, first, 0.15)
+    params = {**again.params.to_json(), "allocation": allocation}
+    params |= {"structures": structures} if structures == ALL else {}
+    inputs = {role: it for role, it in again.inputs.items() if role != "dense"}
+    stage = Stage("prune", "of its own", params, inputs)
+    run(store, stage)
+    model, metrics, kept = open_checkpoint(store.path(first.id)), metrics_of(store, stage), store.path(stage.id)
+    assert not model.is_uniform
+    assert abs(metrics["ratio_reached"] - 0.15) <= 0.51 * model.parameters_per_unit / model.parameters
+    assert metrics["ratio_reached"] == 1 - metrics["parameters"] / model.parameters
+    shape = read_kept(kept).shape
+    assert model.parameter_counts.of(shape) == metrics["parameters"]
+    if allocation == "searched":
+        assert not any("everywhere" in name or name == "uniform" for name in metrics["search_kl"])
+
+
+def test_where_layers_add_nothing_they_go(tmp_path):
+    silent = ("layers.1.mlp.down_proj.weight", "layers.1.self_attn.o_proj.weight")
+    store, stage = prepare(tmp_path, structures=ALL, ratio=0.3, silent=silent)
+    run(store, stage)
+    metrics = metrics_of(store, stage)
+    assert metrics["layers_in_order_of_dropping"] == [1] and kept_of(store, stage)["layers"] == [0, 2]
+    assert metrics["search_kl"]["2 layers"] < metrics["search_kl"]["3 layers"]
+
+
+def test_protected_layers_keep_all_and_groups_are_divisible(tmp_path):
+    store, stage = prepare(tmp_path, structures=ALL, ratio=0.3, protect_first=1, tensor_parallel=2, multiple_of=8)
+    run(store, stage)
+    kept = kept_of(store, stage)
+    assert len(kept["neurons"][0]) == NEURONS and len(kept["kv_groups"][0]) == GROUPS
+    assert all(len(row) in (2, 4) for row in kept["kv_groups"]) and all(len(row) % 8 == 0 for row in kept["neurons"])
+    assert abs(metrics_of(store, stage)["ratio_reached"] - 0.3) <= 4.1 * neuron_in(tmp_path)
+
+
+@pytest.mark.parametrize(("variant", "dtype", "rounds"), [("qwen3", "bfloat16", 1), ("llama", "float32", 2)])
+def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, dtype, rounds):
+    outcomes = []
+    for ranks in (1, 2, 3):
+        store, stage = prepare(tmp_path / str(ranks), variant, structures=ALL, refit="dense", dtype=dtype, samples=5)
+        if rounds == 2:
+            run(store, stage)
+            stage = shapes.next_round(store, stage, 0.35)
+        ended = on_ranks(ranks, lambda world, store=store, stage=stage: run(store, stage, world))
+        assert ended.codes == [0] * ranks, ended.messages
+        outcomes.append(outcome(store, stage))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def test_an_interrupted_search_measures_nothing_twice(tmp_path, monkeypatch):
+    measured, original = [], Measurement._measure
+    monkeypatch.setattr(Measurement, "_measure", lambda self, them: measured.extend(them) or original(self, them))
+    store, stage = prepare(tmp_path, structures=ALL)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prune_shapes, "kept_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(store, stage)
+    run(store, stage)
+    metrics = metrics_of(store, stage)
+    assert len(measured) == len(metrics["search_kl"]) + LAYERS - 1, "the start of the closest is measured once"
+
+
+def test_death_on_the_way_ends_with_the_same_checkpoint(tmp_path):
+    """In a second round, which computes what the dense model puts out as well."""
+    reference, first = prepare(tmp_path / "whole", structures=ALL, samples=2, ratio=0.1)
+    run(reference, first)
+    stage = shapes.next_round(reference, first, 0.3)
+    shutil.copytree(reference.root, tmp_path / "before")
+    run(reference, stage)
+    for kill_at in itertools.count(1, 13):
+        store = Store(shutil.copytree(tmp_path / "before", tmp_path / str(kill_at)))
+        died = die_in_fork(lambda store=store: run(store, stage), kill_at, store.root)
+        if store.verify(stage.id).state == "missing":
+            run(store, stage)
+        assert outcome(store, stage) == outcome(reference, stage)
+        if not died:
+            break
+    assert kill_at > 10

@@ -1,0 +1,126 @@
+"""Attempts to find a plain shape that end early, in any phase: what is left is done once, with the same bits."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from faults.kill import die_in_fork
+from forks import INTERRUPTED, on_ranks
+from ranks import SoloWorld
+from shapes import metrics_of, outcome, prepare, run
+
+from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.refit.measurement import Measurement
+from hfprune_dist.refit.refitted_layers import RefittedLayers
+from hfprune_dist.refit.sequential_refit import SequentialRefit
+from hfprune_dist.stages import prune_plain
+
+SMALL = {"layers": 3, "groups": 2, "samples": 4}
+PHASES = {"layers", "shapes", "final", "finalists", "refit"}
+RANKS = [(1, 2), (3, 1), (2, 3)]
+APPEARING = "rename", "replace"
+
+
+@pytest.fixture(autouse=True)
+def _finals_in_turns(monkeypatch):
+    """The shape that loses neurons alone, then the one with fewer layers: each phase of the finals comes twice."""
+    monkeypatch.setattr(prune_plain, "HOPELESS", 1e6)
+    monkeypatch.setattr(prune_plain, "FINALISTS", 0)
+
+
+class Interrupting(Interruption):
+    """Asks all ranks to end the so-manieth time that they are asked; counts how often they were."""
+
+    def __init__(self, at=0):
+        super().__init__()
+        self.at, self.asked = at, 0
+
+    def agreed(self, world):
+        self.asked += 1
+        return self.asked == self.at
+
+
+@pytest.fixture
+def worked(tmp_path, monkeypatch):
+    """Reads a line for each layer that the first rank took candidates through, and for each that was fitted."""
+    file = tmp_path / "log"
+
+    def log(owner, name, line_of):
+        original = getattr(owner, name)
+
+        def wrapper(self, *arguments):
+            result = original(self, *arguments)
+            with file.open("a") as stream:
+                stream.write(line_of(self, *arguments) + "\n")
+            return result
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    log(RefittedLayers, "write", lambda self, number, *_: f"{self._folder.name}: {number} fitted")
+    log(
+        Measurement,
+        "_through",
+        lambda self, _variants, number, *_: f"{self._folder.name} {self._measurements}: {number} of {self._world.rank}",
+    )
+    return lambda: [line for line in file.read_text().splitlines() if line.endswith((" of 0", "fitted"))]
+
+
+@pytest.mark.parametrize("refit", ["dense", "layerwise"])
+def test_no_layer_is_measured_or_fitted_twice_however_often_an_attempt_ends(tmp_path, worked, refit):
+    """It is asked to end after any layer of any phase, and goes on, on another number of ranks."""
+    (tmp_path / "whole").mkdir()
+    reference, stage = prepare(tmp_path / "whole", **SMALL, refit=refit)
+    asked = Interrupting()
+    run(reference, stage, SoloWorld(), asked)
+    once = worked()
+    assert {line.partition(" ")[0].partition("-")[0].rstrip(":") for line in once} == PHASES
+    assert {name.split(" ")[0] for name in metrics_of(reference, stage)["finalists_kl"]} == {"2", "3"}
+    for at in range(1, asked.asked + 1, 3):
+        (tmp_path / "log").unlink()
+        (folder := tmp_path / str(at)).mkdir()
+        store, _ = prepare(folder, **SMALL, refit=refit)
+        before, after = RANKS[at // 3 % len(RANKS)]
+        codes = on_ranks(before, lambda world, store=store, at=at: run(store, stage, world, Interrupting(at))).codes
+        assert codes == [INTERRUPTED] * before
+        assert on_ranks(after, lambda world, store=store: run(store, stage, world)).codes == [0] * after
+        assert Counter(worked()) == Counter(once), f"asked to end the {at}. time"
+        assert outcome(store, stage) == outcome(reference, stage)
+
+
+def test_a_refit_that_is_over_is_not_gone_through_again(tmp_path, monkeypatch):
+    """Where an attempt ends after it, the windows aren't taken through its layers any more."""
+    store, stage = prepare(tmp_path, **SMALL, refit="layerwise", structures=["neurons", "kv_groups"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prune_plain._Finals, "_measurement", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(store, stage, SoloWorld())
+    through, folders = SequentialRefit._through, set()
+
+    def noted(self, *arguments, **options):
+        folders.add(self._fitted._folder.name)
+        through(self, *arguments, **options)
+
+    monkeypatch.setattr(SequentialRefit, "_through", noted)
+    run(store, stage, SoloWorld())
+    assert folders == {"refit"}, "the final one; those of finalists are over"
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_death_before_any_file_appears_ends_with_the_same_bits(tmp_path, first):
+    """Every second file that is written, of every phase, and of the checkpoint."""
+    torch.set_num_threads(1)  # a forked child has no other threads
+    (tmp_path / "whole").mkdir()
+    reference, stage = prepare(tmp_path / "whole", **SMALL)
+    run(reference, stage, SoloWorld())
+    found = set()
+    for kill_at in itertools.count(first, 2):
+        (folder := tmp_path / str(kill_at)).mkdir()
+        store, _ = prepare(folder, **SMALL)
+        died = die_in_fork(lambda store=store: run(store, stage, SoloWorld()), kill_at, store.root, APPEARING)
+        found |= {file.parent.name.partition("-")[0] for file in store.work(stage.id).rglob("*") if file.is_file()}
+        if store.verify(stage.id).state == "missing":
+            run(store, stage, SoloWorld())
+        assert outcome(store, stage) == outcome(reference, stage)
+        if not died:
+            break
+    assert kill_at > 25 and found >= PHASES
