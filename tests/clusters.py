@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -31,6 +32,7 @@ COSTS = ("own_time_s", "shared_time_s", "wall_time_s", "peak_memory_bytes", "che
 # After so long something hangs: tests that run beside each other, and those of other workers, share a slow machine.
 PATIENCE_S = 1800.0
 ONE_CELL = ("--models", "alpha", "--ratios", "0.2", "--set", "recovery.max_steps=12")
+TELLING = re.compile("requeue|preempt|respon|down|error|fail|signal|cancel|kill|limit|complete", re.IGNORECASE)
 # All that were started: those that still run are killed with the tests that started them.
 LAUNCHERS: list[subprocess.Popen[str]] = []
 
@@ -89,6 +91,11 @@ class Cluster:
 
     def pid(self, daemon: str) -> int:
         return int((self.folder / "run" / f"{daemon}.pid").read_text())
+
+    def controller_log(self) -> str:
+        """The last lines in which the controller tells of what it did to jobs and nodes, or of what went wrong."""
+        lines = (self.folder / "logs" / "slurmctld.log").read_text(errors="replace").splitlines()
+        return "\n".join([line for line in lines if TELLING.search(line)][-80:])
 
     def states(self, names: set[str]) -> dict[str, str]:
         """Job id -> state of the jobs with these names that have not ended."""

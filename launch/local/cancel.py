@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 
 from hfprune_launch.stage.standing import name_of
 
@@ -57,7 +58,7 @@ def wait_for_running(plan: Plan, store: Store) -> list[Running]:
     while not (running := running_without_job(plan, store)) and time.monotonic() < deadline:
         if not plan.lacking(lambda stage_id: store.handle(stage_id).is_committed()):
             break
-        time.sleep(POLL_S)
+        sleep(POLL_S)
     return running
 
 
@@ -104,5 +105,5 @@ def _ends(running: Running) -> bool:
     while running.goes_on():
         if time.monotonic() > deadline:
             return False
-        time.sleep(POLL_S)
+        sleep(POLL_S)
     return True

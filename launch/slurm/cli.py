@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from time import sleep
 
 from hfprune_launch.project import Project
 from hfprune_launch.slurm.attempts import Attempts
@@ -109,7 +110,7 @@ def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
             looks_at_rest = 0 if screen.refresh(jobs.now()) else looks_at_rest + 1
             if not sweep.plan.lacking(lambda stage_id: sweep.store.handle(stage_id).is_committed()):
                 break
-            time.sleep(STATUS_INTERVAL_S)
+            sleep(STATUS_INTERVAL_S)
     console.print(status_table(stage_statuses(sweep.plan, sweep.store, jobs.now())))
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING
 
 from hfprune_launch.slurm.attempt_records import Run
@@ -252,7 +253,7 @@ class _StartGate:
         if isinstance(claim, Holder):
             if time.monotonic() - self._asked_since > CLAIM_PATIENCE_S:
                 return "held"
-            time.sleep(CLAIM_POLL_S)
+            sleep(CLAIM_POLL_S)
             return "wait"
         self.claim = claim
         if self._handle.is_done():
@@ -288,7 +289,7 @@ def _renew(renewal: Renewal) -> None:
     """Renew the claim until it is released or lost; that it is lost the stage itself notices at its next heartbeat."""
     with contextlib.suppress(ClaimLostError):
         while True:
-            time.sleep(CLAIM_POLL_S)
+            sleep(CLAIM_POLL_S)
             renewal.tick()
 
 

@@ -169,3 +169,13 @@ def pytest_pyfunc_call(pyfuncitem):
         return None
     pyfuncitem.funcargs["_beside"][pyfuncitem.nodeid].result()
     return True
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    """With a failure, what the controllers have to say: why a job was ended or requeued stands nowhere else."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.failed:
+        clusters = {name: it for name, it in item.funcargs.items() if isinstance(it, Cluster)}
+        report.sections += [(f"controller of {name}", it.controller_log()) for name, it in clusters.items()]

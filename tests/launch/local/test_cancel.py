@@ -67,7 +67,7 @@ def test_nothing_runs(store, monkeypatch):
 
 def test_what_a_launcher_begins_next_is_waited_for(store, monkeypatch):
     claims = []
-    monkeypatch.setattr(cancel.time, "sleep", lambda _: claims.append(store.handle(STAGE.id).claim()))
+    monkeypatch.setattr(cancel, "sleep", lambda _: claims.append(store.handle(STAGE.id).claim()))
     (running,) = wait_for_running(PLAN, store)
     assert running.stage == STAGE and running.holder == Holder.me() and len(claims) == 1
 
@@ -76,7 +76,7 @@ def test_a_finished_sweep_is_not_waited_for(store, monkeypatch):
     draft = store.open_draft(STAGE.id)
     (draft / "model.bin").write_text("weights")
     store.commit(STAGE, draft, {"metrics": {}})
-    monkeypatch.setattr(cancel.time, "sleep", None)
+    monkeypatch.setattr(cancel, "sleep", None)
     assert wait_for_running(PLAN, store) == []
 
 

@@ -200,7 +200,7 @@ def test_renewal_survives_a_file_system_that_fails_once(tmp_path, monkeypatch):
         renewed.append(len(ticks))
         utime(file)
 
-    monkeypatch.setattr(job.time, "sleep", sleep)
+    monkeypatch.setattr(job, "sleep", sleep)
     monkeypatch.setattr(os, "utime", fail_once)
     job._renew(Renewal(claim, None, Clock()))  # returns when the claim is gone
     assert renewed == [2, 3]

@@ -112,7 +112,7 @@ def test_who_follows_does_not_leave_between_two_stages(store, tmp_path, monkeypa
         ]
     )
     looks = []
-    monkeypatch.setattr(cli.time, "sleep", lambda _: looks.append(next(moments, lambda: None)()))
+    monkeypatch.setattr(cli, "sleep", lambda _: looks.append(next(moments, lambda: None)()))
     claim = store.handle(STAGE.id).claim()
     cli.show_status(Console(file=io.StringIO()), Sweep(PLAN, store, tmp_path), keep_on=True)
     assert len(held) == 1 and len(looks) == 4 + cli.LOOKS_AT_REST
