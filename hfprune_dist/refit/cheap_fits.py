@@ -58,9 +58,6 @@ class CheapFits:
         self._stream = stream
         self._refit = refit
         self._world = world
-        self.whole: Candidate = tuple(
-            tuple(len(scored.scores[number]) for scored in kinds) for number in range(stream.num_layers)
-        )
 
     def weights(self, number: int, layer: nn.Module, choices: Sequence[Choice]) -> Mapping[Choice, Weights]:
         """See ``Variants``; ranks share the solving."""

@@ -12,9 +12,6 @@ from hfprune_dist.refit.measurement import Candidate, Choice, Weights
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.structures.kept import Kept
 
-# Of the dense model.
-DENSE: Choice = ()
-
 
 def candidates_of(kepts: Sequence[Kept], num_layers: int) -> list[Candidate]:
     """The models that keep this, by their numbers.
@@ -39,7 +36,6 @@ class FinishedLayers:
     def __init__(self, models: Sequence[tuple[Kept, RefittedLayers]], stream: LayerStream) -> None:
         self._models = models
         self._stream = stream
-        self.whole: Candidate = (DENSE,) * stream.num_layers
 
     def weights(self, number: int, layer: nn.Module, choices: Sequence[Choice]) -> Mapping[Choice, Weights]:
         """See ``Variants``."""
@@ -51,9 +47,6 @@ class FinishedLayers:
         self._stream.advance(layer)
 
     def _of_model(self, number: int, layer: nn.Module, choice: Choice) -> Weights:
-        if choice == DENSE:
-            kinds = self._models[0][1].kinds
-            return {name: it for units in kinds for name, it in weights_kept(layer, units).items()}
         (model,) = choice
         kept, fitted = self._models[model]
         weights = {

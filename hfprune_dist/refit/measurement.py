@@ -1,8 +1,7 @@
 """How far pruned models are from the dense one, measured for many of them in one pass layer by layer.
 
-The windows go through the layers of the model that is pruned and, beside them, through every candidate's: candidates
-share all layers up to the first in which they differ. Memory is that of one layer and of the windows' hidden states of
-each candidate.
+The windows go through the layers of every candidate: candidates share all layers up to the first in which they differ.
+Memory is that of one layer and of the windows' hidden states of each candidate.
 """
 
 from __future__ import annotations
@@ -39,9 +38,6 @@ KNOWN = "search.json"
 class Variants(Protocol):
     """The layers that candidates have in place of those of the model that is pruned."""
 
-    whole: Candidate
-    """The model that is pruned, before it is."""
-
     def weights(self, number: int, layer: nn.Module, choices: Sequence[Choice]) -> Mapping[Choice, Weights]:
         """What a layer of the model has, once it is pruned, in place of its own. Called for each layer in order;
         collective.
@@ -57,8 +53,7 @@ class Measurement:
     Args:
         checkpoint: the model that is pruned.
         micro_batches: number -> ids [windows, tokens], of all ranks together.
-        reference: gives what ``dense_outputs`` does, where the model isn't the dense one but what an earlier round left
-            of it; collective.
+        reference: gives what ``dense_outputs`` does for these micro-batches, or for more; collective.
         every: one token in so many is compared. Logits cost more than all layers where vocabularies are large.
         folder: for a later attempt: what was measured, and where a measurement stands.
         after_each: called on every rank with the number of layers that are done, those of all measurements so far.
@@ -70,7 +65,7 @@ class Measurement:
         variants: Callable[[], Variants],
         micro_batches: Mapping[int, Tensor],
         *,
-        reference: Callable[[], Hidden] | None = None,
+        reference: Callable[[], Hidden],
         every: int = 1,
         dtype: torch.dtype,
         world: World,
@@ -104,30 +99,25 @@ class Measurement:
 
     def _states(self, candidates: Sequence[Candidate]) -> LayerStates:
         """Where a measurement of these candidates stands."""
-        return LayerStates(self._folder / f"search-{digest_of(candidates)[:16]}", self._all, self._world)
+        return LayerStates(self._folder / f"candidates-{digest_of(candidates)[:16]}", self._all, self._world)
 
     def _measure(self, candidates: Sequence[Candidate]) -> list[float]:
         """Saved after each layer; goes on after the last one that was saved."""
-        outputs = None if self._reference is None else self._reference()
-        states, variants = self._states(candidates), self._variants()
-        everyone = [*([variants.whole] if outputs is None else []), *candidates]
+        reference, states, variants = self._reference(), self._states(candidates), self._variants()
         num_layers = self._checkpoint.num_layers
         done, saved = states.newest()
-        branches = _unpacked(saved, [it[:done] for it in everyone])
+        branches = _unpacked(saved, [it[:done] for it in candidates])
         if not done:
-            branches = {tuple(range(len(everyone))): self._reader.embed(self._batches)}
+            branches = {tuple(range(len(candidates))): self._reader.embed(self._batches)}
         for number in range(num_layers if done < num_layers else 0):
             layer = self._reader.layer(number)
             if number < done:
                 variants.go_past(layer)
             else:
-                branches = self._through(variants, number, layer, branches, [it[number] for it in everyone])
+                branches = self._through(variants, number, layer, branches, [it[number] for it in candidates])
                 states.save(number + 1, _packed(branches, self._batches))
             self._after_each(self._measurements * num_layers + number + 1)
-        if outputs is None:
-            outputs = next(hidden for members, hidden in branches.items() if 0 in members)
-            branches = {members: hidden for members, hidden in branches.items() if members != (0,)}  # not with itself
-        return self._compared(branches, outputs, len(everyone))[-len(candidates) :]
+        return self._compared(branches, reference, len(candidates))
 
     def _through(
         self, variants: Variants, number: int, layer: nn.Module, branches: Branches, choices: Sequence[Choice | None]

@@ -74,7 +74,7 @@ class Measured:
             checkpoint,
             variants,
             self._compared(windows),
-            reference=None if self.dense is checkpoint else lambda: self._outputs,
+            reference=lambda: self._outputs,
             dtype=getattr(torch, name),
             world=context.world,
             every=1 if self._of_widths_alone else EVERY,

@@ -1,7 +1,8 @@
 """What stays by score: the same width everywhere, or a shape for which kinds of units and all layers compete.
 
 Layers that may go are first put in the order in which they are missed least. Shapes that lack none, or some of them,
-are compared as their scores want them; the search then goes on with as many layers as the closest of them has.
+are compared as their scores want them: with a cheap refit, then the best of them fitted layer after layer, on windows
+that nothing before saw. The search goes on with as many layers as the closest has.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from hfprune_dist.planning.plain_shapes import LAYERS_OF_A_STEP, all_plain_shape
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.refit.cheap_fits import Scored, kept_of
-from hfprune_dist.refit.measurement import Candidate
+from hfprune_dist.refit.measurement import Candidate, Measurement
 from hfprune_dist.stages.cheap_measurement import Measured
 from hfprune_dist.stages.contest import Contest
+from hfprune_dist.stages.finals import FINALISTS, Finals, Windows, hopeful
 from hfprune_dist.stages.prune_refit import Context, dense_numbers, pruned_kinds
-from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures import LAYERS, NEURONS
 from hfprune_dist.structures.kept import Kept
 
 
@@ -81,37 +83,69 @@ class _Search:
     ) -> None:
         self._context = context
         self._checkpoint, self._dense = models
+        self._kinds = kinds
         self._contest = contest
         self._target = ShapeTarget.of(self._dense, context.params, context.stage.label)
-        self._measured = Measured(context, *models, kinds, context.calibration_windows())
+        windows_ST, micro_batch_size = context.calibration_windows(), context.params.forward_pass()[1]
+        self._windows = Windows.apart(windows_ST, micro_batch_size)
+        # Without finals, none need be kept apart.
+        seen_ST = self._windows.seen_ST if LAYERS in context.params.structures else windows_ST
+        self._measured = Measured(context, *models, kinds, seen_ST)
 
     def run(self) -> tuple[Candidate, dict[str, Any]]:
         """The shape that is measured closest, and metrics."""
-        budget, num_layers = self._contest.budget, self._checkpoint.num_layers
-        count = min(len(budget.droppable), num_layers - budget.fewest_layers)
-        order = self._measured.layers_in_order(budget.droppable, count)
-        step = max(1, round(num_layers / LAYERS_OF_A_STEP))
-        contests = _possible([self._contest.without(order[:gone]) for gone in range(0, count + 1, step)])
-        contests = contests or [self._contest.without(order)]  # where steps go past the fewest layers
+        budget = self._contest.budget
+        most_gone = min(len(budget.droppable), self._checkpoint.num_layers - budget.fewest_layers)
+        order = self._measured.layers_in_order(budget.droppable, most_gone)
+        contests = self._contests(order)
         measurement = self._measured.measurement(
             "search",
             self._context.work,
             refit=self._context.params.refit != "none",
             measurements=MEASUREMENTS + (len(contests) > 1),
         )
-        numbers = dense_numbers(self._context, self._checkpoint)
-        told: dict[str, Any] = {"layers_in_order_of_dropping": [numbers[it] for it in order]} if order else {}
-        measured, best = {}, contests[0]
-        if len(contests) > 1:
-            kls = measurement.kl([it.candidate(it.reweighted().counts(START)) for it in contests])
-            measured = {f"{len(it.layers)} layers": kl for it, kl in zip(contests, kls, strict=True)}
-            best = contests[kls.index(min(kls))]
+        best, told = self._number_of_layers(contests, measurement)
         found = search_shapes(
             best.reweighted(),
             self._plain(best),
             lambda many: measurement.kl([best.candidate(counts) for counts in many]),
         )
-        return best.candidate(found.counts), told | {"search_kl": measured | found.candidates}
+        numbers = dense_numbers(self._context, self._checkpoint)
+        told |= {"layers_in_order_of_dropping": [numbers[it] for it in order]} if order else {}
+        return best.candidate(found.counts), told | {"search_kl": told.get("search_kl", {}) | found.candidates}
+
+    def _contests(self, order: Sequence[int]) -> dict[str, Contest]:
+        """One for every number of layers that may stay, most first; by what they are called."""
+        step = max(1, round(self._checkpoint.num_layers / LAYERS_OF_A_STEP))
+        contests = _possible([self._contest.without(order[:gone]) for gone in range(0, len(order) + 1, step)])
+        contests = contests or [self._contest.without(order)]  # where steps go past the fewest layers
+        return {f"{len(it.layers)} layers": it for it in contests}
+
+    def _number_of_layers(
+        self, contests: Mapping[str, Contest], measurement: Measurement
+    ) -> tuple[Contest, dict[str, Any]]:
+        """The contest whose shape is the closest as scores want it, and metrics."""
+        first, *others = contests
+        if not others:
+            return contests[first], {}
+        candidates = {name: it.candidate(it.reweighted().counts(START)) for name, it in contests.items()}
+        kls = dict(zip(contests, measurement.kl([*candidates.values()]), strict=True))
+        competing = hopeful(kls)
+        if self._context.params.refit == "none":
+            return contests[competing[0]], {"search_kl": kls}
+
+        def with_fewer_layers(closest: str) -> str | None:
+            fewer = [it for it in competing if len(contests[it].layers) < len(contests[closest].layers)]
+            return max(fewer, key=lambda it: len(contests[it].layers), default=None)
+
+        finals = Finals(
+            self._context,
+            (self._checkpoint, self._dense),
+            self._windows,
+            lambda name: self._context.world.broadcast(kept_of(self._kinds, candidates[name])),
+        )
+        best = finals.closest(competing[:FINALISTS], with_fewer_layers)
+        return contests[best], {"search_kl": kls} | ({"finalists_kl": finals.kl} if finals.kl else {})
 
     def _plain(self, contest: Contest) -> dict[str, Counts]:
         """Shapes that are the same in all layers of a contest, where they may be."""

@@ -29,7 +29,7 @@ from shapes import (
 from hfprune_dist.core.least_squares import RIDGES
 from hfprune_dist.core.selection import entries_of, top_units
 from hfprune_dist.refit.measurement import Measurement
-from hfprune_dist.stages import prune_plain, prune_refit
+from hfprune_dist.stages import finals, prune_plain, prune_refit
 from hfprune_dist.stages.cheap_measurement import EVERY
 from hfprune_dist.structures.kept import Kept
 
@@ -41,7 +41,7 @@ COMPARED, JUDGED = slice(6, 8), slice(8, 9)
 @pytest.fixture
 def all_hopeful(monkeypatch):
     """As many finalists as there may be, however random models differ."""
-    monkeypatch.setattr(prune_plain, "HOPELESS", ALL_HOPEFUL)
+    monkeypatch.setattr(finals, "HOPELESS", ALL_HOPEFUL)
 
 
 def numbers_of(name):
@@ -94,7 +94,7 @@ def test_the_finalist_that_is_closest_on_windows_apart_is_written(tmp_path, vari
 @pytest.mark.usefixtures("all_hopeful")
 def test_finalists_are_compared_with_least_squares_on_windows_apart(tmp_path, monkeypatch, variant, refit):
     """What is written is what was compared, where the final refit is left out."""
-    fit, fitted_by_shape = prune_plain._Finals._fitted, {}
+    fit, fitted_by_shape = finals.Finals._fitted, {}
 
     def fitting(self, shape, kept):
         fitted_by_shape[shape] = fit(self, shape, kept)
@@ -104,11 +104,12 @@ def test_finalists_are_compared_with_least_squares_on_windows_apart(tmp_path, mo
         (found,) = (
             it
             for shape, it in fitted_by_shape.items()
-            if shape.num_layers == len(kept.layers) and {shape.width} == {len(row) for row in kept.units["neurons"]}
+            if numbers_of(shape)[0] == len(kept.layers)
+            and {numbers_of(shape)[2]} == {len(row) for row in kept.units["neurons"]}
         )
         return found
 
-    monkeypatch.setattr(prune_plain._Finals, "_fitted", fitting)
+    monkeypatch.setattr(finals.Finals, "_fitted", fitting)
     monkeypatch.setattr(prune_plain, "final_refit", compared)
     store, stage = prepare(tmp_path, variant, refit=refit)
     run(store, stage, SoloWorld())
@@ -120,7 +121,7 @@ def test_finalists_are_compared_with_least_squares_on_windows_apart(tmp_path, mo
 
 def expected_finalists(measured, finalists, layers=LAYERS):
     """Names of finalists, given how close they are."""
-    most = prune_plain.HOPELESS * min(measured.values())
+    most = finals.HOPELESS * min(measured.values())
     hopeful = [it for it in sorted(measured, key=measured.get) if measured[it] <= most]
     mlp_alone = [name for name in hopeful if numbers_of(name)[:2] == (layers, GROUPS)]
     expected = {*mlp_alone, *[name for name in hopeful if name not in mlp_alone][: prune_plain.FINALISTS]}
@@ -276,7 +277,7 @@ def used(monkeypatch):
         refit(context, models, kept, windows_ST, fitted, phase=phase)
 
     monkeypatch.setattr(Measurement, "__init__", measuring)
-    for module in (prune_plain, prune_refit):
+    for module in (finals, prune_refit):
         monkeypatch.setattr(module, "refit_layers", refitting)
     return seen
 
@@ -298,7 +299,7 @@ def test_a_shape_that_has_no_rival_is_fitted_once(tmp_path, used):
     store, stage = prepare(tmp_path, "qwen2", refit="block")
     run(store, stage, SoloWorld())
     measured = sorted(metrics_of(store, stage)["search_kl"].values())
-    assert measured[1] > prune_plain.HOPELESS * measured[0], "not what this test is about"
+    assert measured[1] > finals.HOPELESS * measured[0], "not what this test is about"
     (fitted_on,) = used["refit refits"]
     assert torch.equal(fitted_on, windows_of(store)) and not used["finalists refits"]
     assert "finalists" not in used and "finalists_kl" not in metrics_of(store, stage)

@@ -15,14 +15,17 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.kept_file import read_kept
+from hfprune_dist.core.width_search import START, Found
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.refit.measurement import Measurement
-from hfprune_dist.stages import prune_shapes
+from hfprune_dist.stages import finals, prune, prune_shapes
 from hfprune_dist.stages.cheap_measurement import EVERY
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Stage
 
 LAYERS = 3
+# Where layers compete, of nine windows in micro-batches of two: on two shapes are compared, on one the finalists.
+COMPARED, JUDGED = slice(6, 8), slice(8, 9)
 NEURONS_ALONE, BOTH, ALL = ["neurons"], ["neurons", "kv_groups"], ["neurons", "kv_groups", "layers"]
 
 
@@ -81,9 +84,9 @@ def test_a_search_writes_what_measures_closest(tmp_path, structures, ratio):
     exchanged = any("exchange" in name for name in metrics["search_kl"])
     assert exchanged is ("kv_groups" in structures)
     dense, written = (load_causal_lm(it, torch.float32) for it in (tmp_path / "model", store.path(stage.id)))
-    windows_ST = windows_of(store)
+    windows_ST = windows_of(store)[COMPARED if "layers" in structures else slice(8, 9)]
     best = min(metrics["search_kl"].values())
-    assert divergence(dense, written, windows_ST[8:], EVERY) == pytest.approx(best, rel=1e-3)
+    assert divergence(dense, written, windows_ST, EVERY) == pytest.approx(best, rel=1e-3)
     gone = metrics.get("layers_in_order_of_dropping", [])[: LAYERS - written.config.num_hidden_layers]
     assert kept.get("layers", [*range(LAYERS)]) == [layer for layer in range(LAYERS) if layer not in gone]
 
@@ -112,7 +115,7 @@ def test_another_round_prunes_what_is_left_and_compares_with_the_dense_model(
     assert abs(metrics["ratio_reached"] - ratio) <= 1.6 * neuron_in(tmp_path), "of the dense one; a plain shape may win"
     dense, written = (load_causal_lm(it, torch.float32) for it in (tmp_path / "model", store.path(second.id)))
     assert sum(it.numel() for it in written.parameters()) == metrics["parameters"]
-    windows_ST = windows_of(store)[8:]
+    windows_ST = windows_of(store)[COMPARED if structures == ALL else slice(8, 9)]
     if refit == "none":
         expected = mask(load_causal_lm(tmp_path / "model", torch.float32), kept)
         with torch.no_grad():
@@ -154,6 +157,41 @@ def test_where_layers_add_nothing_they_go(tmp_path):
     metrics = metrics_of(store, stage)
     assert metrics["layers_in_order_of_dropping"] == [1] and kept_of(store, stage)["layers"] == [0, 2]
     assert metrics["search_kl"]["2 layers"] < metrics["search_kl"]["3 layers"]
+
+
+def layers_of(name):
+    return int(name.removesuffix(" layers"))
+
+
+@pytest.mark.parametrize(("variant", "refit", "rounds"), [("llama", "block", 1), ("mistral", "layerwise", 2)])
+def test_the_number_of_layers_is_that_of_the_closest_finalist(tmp_path, monkeypatch, variant, refit, rounds):
+    """What is written is a finalist, where it is neither searched any further nor refitted anew."""
+    monkeypatch.setattr(finals, "HOPELESS", 1e6)
+    fit, fitted = finals.Finals._fitted, {}
+
+    def fitting(self, shape, kept):
+        fitted[len(kept.layers)] = fit(self, shape, kept)
+        return fitted[len(kept.layers)]
+
+    store, stage = prepare(tmp_path, variant, structures=ALL, ratio=0.2 / rounds**2, refit=refit, floor=0.05)
+    if rounds == 2:
+        run(store, stage)
+        stage = shapes.next_round(store, stage, 0.3)
+    monkeypatch.setattr(finals.Finals, "_fitted", fitting)
+    monkeypatch.setattr(prune_shapes, "search_shapes", lambda shapes, *_: Found(shapes.counts(START), {}))
+    monkeypatch.setattr(prune, "final_refit", lambda _context, _models, kept: fitted[len(kept.layers)])
+    run(store, stage)
+    metrics = metrics_of(store, stage)
+    measured, compared = metrics["search_kl"], metrics["finalists_kl"]
+    best = min(compared, key=compared.get)
+    dense, written = (load_causal_lm(it, torch.float32) for it in (tmp_path / "model", store.path(stage.id)))
+    assert written.config.num_hidden_layers == layers_of(best) and len(measured) > 1
+    closest = sorted(measured, key=measured.get)
+    assert {*closest[: finals.FINALISTS]} <= {*compared} <= {*measured}
+    fewer = [name for name in measured if layers_of(name) < layers_of(best)]
+    assert not fewer or max(fewer, key=layers_of) in compared, "fewer layers are tried as long as that helps"
+    judged = windows_of(store)[JUDGED]
+    assert divergence(dense, written, judged) == pytest.approx(compared[best], rel=1e-3)
 
 
 def test_protected_layers_keep_all_and_groups_are_divisible(tmp_path):

@@ -14,7 +14,7 @@ from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
-from hfprune_dist.stages import prune_plain
+from hfprune_dist.stages import finals, prune_plain
 
 SMALL = {"layers": 3, "groups": 2, "samples": 4}
 PHASES = {"layers", "shapes", "final", "finalists", "refit"}
@@ -25,7 +25,7 @@ APPEARING = "rename", "replace"
 @pytest.fixture(autouse=True)
 def _finals_in_turns(monkeypatch):
     """The shape that loses neurons alone, then the one with fewer layers: each phase of the finals comes twice."""
-    monkeypatch.setattr(prune_plain, "HOPELESS", 1e6)
+    monkeypatch.setattr(finals, "HOPELESS", 1e6)
     monkeypatch.setattr(prune_plain, "FINALISTS", 0)
 
 
@@ -90,9 +90,10 @@ def test_no_layer_is_measured_or_fitted_twice_however_often_an_attempt_ends(tmp_
 
 def test_a_refit_that_is_over_is_not_gone_through_again(tmp_path, monkeypatch):
     """Where an attempt ends after it, the windows aren't taken through its layers any more."""
+    monkeypatch.setattr(prune_plain, "FINALISTS", 1)
     store, stage = prepare(tmp_path, **SMALL, refit="layerwise", structures=["neurons", "kv_groups"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prune_plain._Finals, "_measurement", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(finals.Finals, "_measurement", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         run(store, stage, SoloWorld())
     through, folders = SequentialRefit._through, set()
 

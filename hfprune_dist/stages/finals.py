@@ -1,0 +1,154 @@
+"""Shapes that cheap refits leave close to each other, fitted layer after layer and compared on windows apart.
+
+Fitting layer after layer makes up for more where layers went, which cheap refits can't tell. So the closest is tried
+with fewer layers as well, as long as that helps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.refit.finished_layers import FinishedLayers, candidates_of
+from hfprune_dist.refit.measurement import Hidden, Measurement, dense_outputs, one_by_one
+from hfprune_dist.refit.refitted_layers import RefittedLayers
+from hfprune_dist.stages.prune_refit import (
+    Context,
+    after_each_layer,
+    probe_of,
+    pruned_kinds,
+    refit_layers,
+    stream_of,
+)
+from hfprune_dist.structures.kept import Kept
+
+# One in so many windows is kept apart from all else, to compare finalists.
+JUDGED_EVERY = 16
+# Those that cheap refits leave closest are finalists.
+FINALISTS = 2
+# Those that cheap refits leave so many times farther than the closest are not. Better refits turned the order of shapes
+# of a small model around where that was 1.06 or 1.14, but not where it was 1.30, 1.42 or 1.51.
+HOPELESS = 1.25
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Calibration windows.
+
+    Attributes:
+        seen_ST: that refits and measurements before the finals see.
+        judged: the others one by one.
+    """
+
+    seen_ST: Tensor
+    judged: Mapping[int, Tensor]
+
+    @classmethod
+    def apart(cls, windows_ST: Tensor, micro_batch_size: int) -> Windows:
+        """The last windows are kept apart; where there is one micro-batch alone, it is both."""
+        batches = windows_ST.split(micro_batch_size)
+        judged = max(1, len(batches) // JUDGED_EVERY)
+        if len(batches) == 1:
+            return cls(windows_ST, one_by_one(windows_ST))
+        return cls(torch.cat(batches[:-judged]), one_by_one(torch.cat(batches[-judged:])))
+
+
+def hopeful(kls: Mapping[str, float]) -> list[str]:
+    """The shapes that may turn out to be the closest, the closest after a cheap refit first."""
+    closest = min(kls.values())
+    return [shape for shape in sorted(kls, key=kls.__getitem__) if kls[shape] <= HOPELESS * closest]
+
+
+class Finals:
+    """Shapes that are fitted layer after layer, compared on windows that were kept apart.
+
+    Args:
+        models: that is pruned; and the dense one, which it is or comes from.
+        kept: what a shape with this name keeps; collective.
+
+    Attributes:
+        kl: how far each is from the dense model, nats per token.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        models: tuple[Checkpoint, Checkpoint],
+        windows: Windows,
+        kept: Callable[[str], Kept],
+    ) -> None:
+        self._context = context
+        self._checkpoint, self._dense = models
+        self._windows = windows
+        self._kept = kept
+        self._models: dict[str, tuple[Kept, RefittedLayers]] = {}
+        self.kl: dict[str, float] = {}
+
+    def closest(self, first: Sequence[str], with_fewer_layers: Callable[[str], str | None]) -> str:
+        """The shape that is closest once its layers were fitted one after the other.
+
+        Args:
+            first: those that are compared at first; of those that are as close, the first wins.
+            with_fewer_layers: what else to try where this one is the closest.
+        """
+        best, *rivals = first
+        ahead = first if rivals or with_fewer_layers(best) else []
+        while ahead:
+            self._hold(ahead)
+            best = min(self.kl, key=self.kl.__getitem__)
+            fewer = with_fewer_layers(best)
+            ahead = [] if fewer is None or fewer in self.kl else [fewer]
+        return best
+
+    def _hold(self, shapes: Sequence[str]) -> None:
+        """Refit and compare some more."""
+        for shape in shapes:
+            kept = self._kept(shape)
+            self._models[shape] = kept, self._fitted(shape, kept)
+        candidates = candidates_of([kept for kept, _ in self._models.values()], self._checkpoint.num_layers)
+        self.kl = dict(zip(self._models, self._measurement().kl(candidates), strict=True))
+
+    def _fitted(self, shape: str, kept: Kept) -> RefittedLayers:
+        """Least squares alone: steps that follow it take several times as long and leave the order as it is."""
+        context, checkpoint = self._context, self._checkpoint
+        folder = context.work / f"final-{re.sub('[^a-zA-Z0-9]+', '-', shape)}"
+        fitted = RefittedLayers(checkpoint, pruned_kinds(context, checkpoint), whole_mlp=False, folder=folder)
+        models = checkpoint, self._dense
+        refit_layers(context, models, kept, self._windows.seen_ST, fitted, phase="finalists")
+        return fitted
+
+    def _measurement(self) -> Measurement:
+        """Of all models so far, of which it knows those that were compared before."""
+        context, checkpoint = self._context, self._checkpoint
+        name, size = context.params.forward_pass()
+        probe = probe_of(context, checkpoint, self._windows.seen_ST)
+
+        def variants() -> FinishedLayers:
+            through_ST = probe.micro_batch_of(self._windows.seen_ST, size)
+            models = list(self._models.values())
+            return FinishedLayers(models, stream_of(context, checkpoint, through_ST, probe))
+
+        return Measurement(
+            checkpoint,
+            variants,
+            self._windows.judged,
+            reference=lambda: self._outputs,
+            dtype=getattr(torch, name),
+            world=context.world,
+            folder=context.work / "finalists",
+            after_each=after_each_layer(context, "comparison", checkpoint.num_layers),
+        )
+
+    @cached_property
+    def _outputs(self) -> Hidden:
+        """The dense model's."""
+        context, dense = self._context, self._dense
+        dtype = getattr(torch, context.params.forward_pass()[0])
+        after_each = after_each_layer(context, "dense model", dense.num_layers)
+        return dense_outputs(dense, self._windows.judged, dtype, context.world, after_each)
