@@ -137,12 +137,24 @@ def ridge_regression(weight, hidden, targets, ridge):
 
 def best_of(ridges, weight, hidden_BTK, targets_BTC):
     """The ridge whose weights, fitted on all other windows, are closest on those that are held out."""
+    errors = held_out_errors(ridges, weight, hidden_BTK, targets_BTC)
+    return min(errors, key=errors.get)
+
+
+def is_as_good_as_any(ridge, ridges, weight, hidden_BTK, targets_BTC):
+    """Whether no other ridge is closer by more than rounding; where nothing is lost, all are as good."""
+    errors = held_out_errors(ridges, weight, hidden_BTK, targets_BTC)
+    return errors[ridge] <= min(errors.values()) * (1 + 1e-6) + 1e-14
+
+
+def held_out_errors(ridges, weight, hidden_BTK, targets_BTC):
+    """Ridge -> squared error on what is held out of weights that are fitted on all else, as a share of the targets."""
     count = -(-len(hidden_BTK) // MICRO_BATCH)
     apart = torch.tensor([is_held_out(row // MICRO_BATCH, count) for row in range(len(hidden_BTK))])
     hidden, targets = (it[~apart].flatten(0, 1) for it in (hidden_BTK, targets_BTC))
     unseen_hidden, unseen_targets = (it[apart].flatten(0, 1) for it in (hidden_BTK, targets_BTC))
-    errors = {
+    missed = {
         ridge: (unseen_hidden @ ridge_regression(weight, hidden, targets, ridge).T - unseen_targets).square().sum()
         for ridge in ridges
     }
-    return min(errors, key=errors.get)
+    return {ridge: float(it / unseen_targets.square().sum()) for ridge, it in missed.items()}
