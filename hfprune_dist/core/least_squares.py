@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -70,14 +71,29 @@ class LeastSquares:
         return both
 
 
-def best_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[float] = RIDGES) -> tuple[float, Tensor]:
-    """The ridge whose weight, fitted on some tokens, has the smallest error on others; and that weight."""
-    best = ridges[0], fitted.weight(ridges[0])
-    least = held_out.error(best[1])
-    for ridge in ridges[1:]:
+@dataclass(frozen=True)
+class Ridge:
+    """A ridge that was tried.
+
+    Attributes:
+        error: of its weight on tokens that are held out.
+        weight_CK: fitted on the others.
+    """
+
+    ridge: float
+    error: float
+    weight_CK: Tensor
+
+
+def best_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[float] = RIDGES) -> Ridge:
+    """The ridge whose weight, fitted on some tokens, has the smallest error on others; of equals the first."""
+    best: Ridge | None = None
+    for ridge in ridges:
         weight_CK = fitted.weight(ridge)
-        if (error := held_out.error(weight_CK)) < least:
-            least, best = error, (ridge, weight_CK)
+        error = held_out.error(weight_CK)
+        if best is None or error < best.error:
+            best = Ridge(ridge, error, weight_CK)
+    assert best is not None, "no ridge to try"
     return best
 
 

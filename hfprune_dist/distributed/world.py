@@ -68,7 +68,7 @@ class World:
         return answer  # type: ignore[return-value]
 
     def broadcast_tensor(self, tensor: torch.Tensor, source: int) -> None:
-        """Overwrite a CPU tensor of every rank with that of rank ``source``."""
+        """Overwrite a tensor of every rank, on the CPU or the device, with that of rank ``source``."""
         dist.broadcast(tensor, src=source)
 
     def add_up(self, tensor: torch.Tensor) -> None:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hfprune_dist.core.least_squares import LeastSquares, best_ridge
+from hfprune_dist.core.least_squares import LeastSquares
 from hfprune_dist.core.selection import entries_of, top_units
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import output_of, weights_kept
+from hfprune_dist.refit.least_squares_fit import ridge_of_all_ranks
 from hfprune_dist.refit.measurement import Candidate, Choice, Weights
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
@@ -105,13 +106,11 @@ class CheapFits:
         channels = {count: entries_of(kept_K, units.channels_per_unit) for count, kept_K in kept.items()}
         on_device = {count: channels_K.to(weight_CD.device) for count, channels_K in channels.items()}
         fewest_K = on_device[min(on_device)]
-        ridge = 0.0
-        if self._world.is_first:
-            held_out = LeastSquares(weight_CD, grams.held_out_DD, fewest_K)
-            ridge, _ = best_ridge(LeastSquares(weight_CD, grams.fitted_DD, fewest_K), held_out)
-        ridge = self._world.broadcast(ridge)
+        held_out = LeastSquares(weight_CD, grams.held_out_DD, fewest_K)
+        best, _ = ridge_of_all_ranks(LeastSquares(weight_CD, grams.fitted_DD, fewest_K), held_out, self._world)
+        del held_out
         mine = {
-            count: LeastSquares(weight_CD, grams.fitted_DD, channels_K).weight(ridge).float().cpu()
+            count: LeastSquares(weight_CD, grams.fitted_DD, channels_K).weight(best.ridge).float().cpu()
             for place, (count, channels_K) in enumerate(on_device.items())
             if place % self._world.size == self._world.rank
         }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from hfprune_dist.core.least_squares import LeastSquares, best_ridge
+from hfprune_dist.core.least_squares import RIDGES, LeastSquares, Ridge, best_ridge
 from hfprune_dist.distributed.gram_sums import Grams
+from hfprune_dist.distributed.world import World
 from hfprune_dist.refit.refitted_layers import ProjectionFit
 
 
@@ -36,15 +38,61 @@ def solve(weight_CD: Tensor, grams: Grams, kept: Tensor) -> Solution:
         grams: of its channels.
         kept: ascending int64 indices of the channels that stay.
     """
-    fitted, held_out = (LeastSquares(weight_CD, gram_DD, kept) for gram_DD in (grams.fitted_DD, grams.held_out_DD))
-    ridge, fitted_CK = best_ridge(fitted, held_out)
+    fitted, held_out = _problems(weight_CD, grams, kept)
+    best = best_ridge(fitted, held_out)
     whole = fitted.mixed(held_out, grams.held_out_share)
     del held_out
-    whole_CK = whole.weight(ridge)
-    return Solution(
-        ProjectionFit(ridge, error_before=whole.error(whole.old_CK), error_after=whole.error(whole_CK)),
-        fitted_CK.float(),
-        fitted.gram_KK,
-        whole_CK.float(),
-        whole.gram_KK,
-    )
+    whole_CK = whole.weight(best.ridge)
+    return _solution(_fit(best.ridge, whole, whole_CK), best.weight_CK, whole_CK, (fitted, whole))
+
+
+def solve_together(weight_CD: Tensor, grams: Grams, kept: Tensor, world: World) -> Solution:
+    """The same bits where all ranks have the same problem: each solves a part. Collective."""
+    if world.size == 1:
+        return solve(weight_CD, grams, kept)
+    fitted, held_out = _problems(weight_CD, grams, kept)
+    best, rank = ridge_of_all_ranks(fitted, held_out, world)
+    fitted_CK = best.weight_CK if world.rank == rank else _like(fitted.old_CK)
+    world.broadcast_tensor(fitted_CK, rank)
+    whole = fitted.mixed(held_out, grams.held_out_share)
+    del held_out
+    whole_CK = whole.weight(best.ridge) if world.is_first else _like(whole.old_CK)
+    fit = world.broadcast(_fit(best.ridge, whole, whole_CK) if world.is_first else None)
+    assert fit is not None
+    world.broadcast_tensor(whole_CK, 0)
+    return _solution(fit, fitted_CK, whole_CK, (fitted, whole))
+
+
+def ridge_of_all_ranks(fitted: LeastSquares, held_out: LeastSquares, world: World) -> tuple[Ridge, int]:
+    """What ``best_ridge`` finds, where each rank tries some; and the rank that has its weight. Collective.
+
+    Returns:
+        The ridge and its error; on other ranks the weight is none that fits.
+    """
+    mine = RIDGES[world.rank :: world.size]
+    own = best_ridge(fitted, held_out, mine) if mine else None
+    tried = world.gather(None if own is None else (own.error, own.ridge))
+    (error, ridge), rank = min((it, rank) for rank, it in enumerate(tried) if it is not None)
+    return Ridge(ridge, error, fitted.old_CK if own is None else own.weight_CK), rank
+
+
+def _like(weight_CK: Tensor) -> Tensor:
+    """To be overwritten by another rank's."""
+    return torch.empty_like(weight_CK, memory_format=torch.contiguous_format)
+
+
+def _problems(weight_CD: Tensor, grams: Grams, kept: Tensor) -> tuple[LeastSquares, LeastSquares]:
+    """On the windows that are fitted, and on those that are held out."""
+    fitted, held_out = (LeastSquares(weight_CD, gram_DD, kept) for gram_DD in (grams.fitted_DD, grams.held_out_DD))
+    return fitted, held_out
+
+
+def _fit(ridge: float, whole: LeastSquares, whole_CK: Tensor) -> ProjectionFit:
+    return ProjectionFit(ridge, error_before=whole.error(whole.old_CK), error_after=whole.error(whole_CK))
+
+
+def _solution(
+    fit: ProjectionFit, fitted_CK: Tensor, whole_CK: Tensor, problems: tuple[LeastSquares, LeastSquares]
+) -> Solution:
+    fitted, whole = problems
+    return Solution(fit, fitted_CK.float(), fitted.gram_KK, whole_CK.float(), whole.gram_KK)

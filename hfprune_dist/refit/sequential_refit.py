@@ -28,7 +28,7 @@ from hfprune_dist.models.single_layer import (
 )
 from hfprune_dist.refit.dense_refit import AfterEach
 from hfprune_dist.refit.gauss_newton_ranks import Reconstruction, Start
-from hfprune_dist.refit.least_squares_fit import Solution, solve
+from hfprune_dist.refit.least_squares_fit import Solution, solve_together
 from hfprune_dist.refit.refitted_layers import ProjectionFit, RefittedLayers
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
@@ -140,7 +140,7 @@ class SequentialRefit:
         return [*blocks, _Block(self._mlp, layer, self._dense.all_hidden(), gap)]
 
     def _fit(self, number: int, layer: nn.Module, blocks: list[_Block]) -> None:
-        """Leaves the windows before the MLP. Every rank has the Gram matrices and solves; rank 0 writes.
+        """Leaves the windows before the MLP. Every rank has the Gram matrices; rank 0 writes.
 
         Args:
             blocks: emptied, since what they are fitted to is as large as the windows.
@@ -174,7 +174,7 @@ class SequentialRefit:
     def _solved(
         self, number: int, layer: nn.Module, block: _Block, targets: dict[int, Tensor] | None = None
     ) -> Solution:
-        """Least squares on an output projection.
+        """Least squares on an output projection; ranks share the solving.
 
         Args:
             targets: gets those of every micro-batch of this rank, on the CPU.
@@ -182,7 +182,7 @@ class SequentialRefit:
         weight_CK = output_of(layer, block.units).weight.data
         grams = self._stream.grams_of(number, sum(weight_CK.shape), self._vectors(layer, block, targets))
         kept = torch.arange(weight_CK.shape[1], device=weight_CK.device)
-        return solve(weight_of_targets(weight_CK), grams, kept)
+        return solve_together(weight_of_targets(weight_CK), grams, kept, self._world)
 
     def _vectors(
         self, layer: nn.Module, block: _Block, targets: dict[int, Tensor] | None

@@ -60,18 +60,18 @@ def test_a_silent_mlp_stays_as_it_is(silent):
     weight_CD, gram_DD, kept = torch.randn(4, 6), torch.eye(6, dtype=torch.float64), torch.tensor([0, 2, 5])
     (gram_DD if silent == "activations" else weight_CD).zero_()
     problem = LeastSquares(weight_CD, gram_DD, kept)
-    ridge, fitted_CK = best_ridge(problem, problem)
-    assert torch.equal(fitted_CK, weight_CD[:, kept].double())
-    assert problem.error(problem.weight(ridge)) == 0.0
+    best = best_ridge(problem, problem)
+    assert torch.equal(best.weight_CK, weight_CD[:, kept].double())
+    assert problem.error(problem.weight(best.ridge)) == 0.0
 
 
 def test_held_out_tokens_choose_more_ridge_where_samples_are_few():
     def chosen(tokens):
         few, held_out = activations(seed=3, tokens=tokens), activations(seed=4)
         fitted, judge = (LeastSquares(WEIGHT, hidden.T @ hidden / len(hidden), KEPT) for hidden in (few, held_out))
-        ridge, weight = best_ridge(fitted, judge, ridges=(1e-6, 1e-2, 1e-1))
-        assert torch.equal(weight, fitted.weight(ridge))
-        return ridge
+        best = best_ridge(fitted, judge, ridges=(1e-6, 1e-2, 1e-1))
+        assert torch.equal(best.weight_CK, fitted.weight(best.ridge)) and best.error == judge.error(best.weight_CK)
+        return best.ridge
 
     assert chosen(tokens=7) > chosen(tokens=3000)
 

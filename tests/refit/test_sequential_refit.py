@@ -1,5 +1,8 @@
 """Refits layer after layer: exact maths against whole layers in float64, gaps, ranks, resuming, and what is run."""
 
+import threading
+from collections import Counter
+
 import pytest
 import tiny
 import torch
@@ -28,7 +31,7 @@ from worlds import Ranks
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES, Family
-from hfprune_dist.core.least_squares import RIDGES
+from hfprune_dist.core.least_squares import RIDGES, LeastSquares
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import part_of, run
@@ -149,6 +152,25 @@ def test_attention_makes_the_refit_better_than_neurons_alone_do(tmp_path):
         (through(refitted_model(checkpoint, kept, it), hidden) - dense).square().sum().item() for it in (neurons, both)
     ]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 7])
+def test_nothing_is_solved_twice_however_many_ranks_there_are(tmp_path, monkeypatch, ranks):
+    """Every ridge, and the whole problem by the one that is found; each by one rank."""
+    solve, solved = LeastSquares.weight, Counter()
+
+    def counted(self, ridge):
+        solved[threading.get_ident()] += 1
+        return solve(self, ridge)
+
+    monkeypatch.setattr(LeastSquares, "weight", counted)
+    checkpoint, kept = checkpoint_in(tmp_path / "model", layers=3), some_kept((0, 2))
+    Ranks(ranks).run(
+        lambda world: refit("layerwise", checkpoint, kept, tmp_path / "refit", world=world, windows_ST=windows_of(9))
+    )
+    projections = 2 * len(kept.layers)
+    assert sum(solved.values()) == projections * (len(RIDGES) + 1)
+    assert max(solved.values()) == projections * (-(-len(RIDGES) // ranks) + 1)
 
 
 @pytest.mark.parametrize("method", ["layerwise", "block"])
