@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hfprune_dist.results.efficiency import efficiency_of
 from hfprune_dist.results.rows import Row
 
 MEASURES = {"perplexity": 17.52, "kl": 0.26294, "top1_agreement": 0.7617}
@@ -37,6 +38,7 @@ def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surge
         "average_stderr": 0.0423,
         "average_without_crows_pairs_stderr": 0.0423,
         "weight_bytes": 269_000_000,
+        **efficiency_of(None),
         "stages": {f"evaluate/{model} {ratio} {method}": 100.0, f"importance/{model}": 180.0},
         "own_time_s": 264.0,
         "shared_time_s": 180.0,

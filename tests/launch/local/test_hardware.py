@@ -45,8 +45,8 @@ def test_the_note_names_the_settings_of_the_stages_to_run(machine, line):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_all_settings_of_a_plan_are_known(machine, tmp_path, dtype):
     machine(BEFORE_AVX512)
-    keys = [f"{section}.dtype" for section in ("distillation", "evaluation", "importance", "recovery")]
-    settings = {key.replace(".", "__"): dtype for key in keys}
+    keys = [f"{section}.dtype" for section in ("distillation", "efficiency", "evaluation", "importance", "recovery")]
+    settings = {key.replace(".", "__"): dtype for key in keys} | {"efficiency__enabled": True}
     _, plan = planned(make_inputs(tmp_path), methods=["surgeon-uniform-distilled"], **settings)
     assert {stage.kind for stage in plan.stages.values()} == {*SECTIONS, "reference"}
     expected = " ".join(f"--set {key}=float32" for key in keys) if dtype == "bfloat16" else ""
