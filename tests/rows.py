@@ -52,6 +52,23 @@ def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surge
     return row | changes
 
 
+def efficiency(factor: float, tokens_per_s: float, seconds: float) -> dict[str, Any]:
+    """Metrics of an efficiency stage, of two workloads; the first is as fast as the dense model."""
+
+    def spread(value: float) -> dict[str, float]:
+        return {"median": value, "min": 0.9 * value, "max": 1.1 * value}
+
+    model = {"decode_tokens_per_s": spread(tokens_per_s), "time_to_first_token_s": spread(seconds)}
+    model |= {"peak_memory_bytes": 3_000_000}
+    runs = [
+        {"batch_size": batch_size, "prompt_tokens": 32, "new_tokens": 16, "model": model, "dense": model}
+        | {"decode_speed": spread(speed), "first_token_speed": spread(speed)}
+        for batch_size, speed in ((1, 1.0), (4, factor))
+    ]
+    costs = {"flops_per_token": 215_000_000, "cache_bytes_per_token": 46_080}
+    return {"device": "a processor", "threads": 2, "model": costs, "dense": costs, "runs": runs}
+
+
 def missing(row: Row) -> Row:
     """The same row before anything of it was made."""
     unknown = [*MEASURES, *ERRORS, "windows", "tokens", "average", "average_without_crows_pairs", "parameters"]
