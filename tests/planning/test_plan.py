@@ -138,9 +138,8 @@ def test_efficiency_is_of_shapes_and_only_where_it_is_asked_for(world):
 
 def test_a_measurement_is_of_its_device_and_workloads(world):
     def measured(device="here", **settings):
-        return {
-            it.id for it in stages_of(plan_of(world, efficiency__enabled=True, device=device, **settings), "efficiency")
-        }
+        plan = plan_of(world, efficiency__enabled=True, device=device, **settings)
+        return {it.id for it in stages_of(plan, "efficiency")}
 
     once = measured()
     assert once == measured(efficiency__batch_sizes=[8, 1], recovery__rank=4)
