@@ -175,7 +175,7 @@ def test_speed_is_of_the_device_on_which_the_sweep_ran(config, tmp_path, monkeyp
 
     monkeypatch.setattr(sweep_plan, "device_here", lambda _: "another machine")
     code, status, _ = run("--config", config, "--out", out, "--status", *asked)
-    assert code == 0 and "waiting" not in status and "efficiency" in status
+    assert code == 0 and "missing" not in status and "efficiency" in status
     assert planned_actions(config, out, *asked)["run"] == {"efficiency"}
     assert planned_actions(config, out)["run"] == set(), "which nobody asks for"
 
