@@ -4,6 +4,8 @@ import json
 import random
 from pathlib import Path
 
+from rows import efficiency
+
 from hfprune_dist.planning.plan import Cell, Plan, label_of
 from hfprune_dist.report.evidence import Attempt, Evidence, collect
 from hfprune_dist.results.rows import DenseModel, collect_rows
@@ -19,11 +21,13 @@ class DrawnSweep:
 
     Args:
         missing: labels of rows whose evaluation isn't there.
+        timed: whether the efficiency of each shape was measured.
     """
 
     def __init__(self, out: Path, models=("m",), methods=("hfprune", "other"), ratios=(0.2, 0.5), **settings):
         self.out, self.methods, self.ratios = out, methods, ratios
         self.tasks = settings.get("tasks", ("piqa",))
+        self.timed = settings.get("timed", False)
         self.missing = set(settings.get("missing", ()))
         self._random = random.Random(0)
         self._stages: dict[str, Stage] = {}
@@ -54,6 +58,9 @@ class DrawnSweep:
 
     def _add_cells(self, named, ratio, method, producers, checkpoint):
         model, dense = named
+        label = label_of(model, ratio, method, "none")
+        efficiency = {"model": checkpoint, "dense": dense}
+        timed = self._stage("efficiency", label, efficiency, **self._efficiency(ratio)).id if self.timed else None
         recovered = self._stage("recover", label_of(model, ratio, method, "lora"), {"model": checkpoint})
         losses = [{"step": step, "loss": 3 / step} for step in range(1, STEPS)]
         self._write(recovered, "loss.jsonl", "".join(json.dumps(line) + "\n" for line in losses))
@@ -65,7 +72,7 @@ class DrawnSweep:
             scores = {"fidelity": self._fidelity(), "other_texts": {"papers": self._fidelity()}, "tasks": self._tasks()}
             inputs = {"model": model_input, "dense": dense}
             evaluated = self._stage("evaluate", label, inputs, made=label not in self.missing, **scores)
-            self._cells.append(Cell(label, model, ratio, method, "entropy", recovery, made, evaluated.id))
+            self._cells.append(Cell(label, model, ratio, method, "entropy", recovery, made, evaluated.id, timed))
 
     def _stage(self, kind, label, inputs, made=True, **metrics):
         stage = Stage(kind, label, {"number": len(self._stages)}, inputs)
@@ -84,6 +91,10 @@ class DrawnSweep:
 
     def _fidelity(self):
         return {"perplexity": 10 + self._random.random(), "kl": self._random.random(), "top1_agreement": 0.5}
+
+    def _efficiency(self, ratio):
+        factor = 1 / (1 - (ratio or 0.0))
+        return efficiency(factor, tokens_per_s=100 * factor, seconds=0.5 / factor)
 
     def _tasks(self):
         return {task: {"acc": self._random.random(), "acc_stderr": 0.01} for task in self.tasks}

@@ -34,6 +34,8 @@ from typing import Any, NoReturn
 
 from hfprune_launch.stage.parent import die_with_parent
 
+from hfprune_dist.config.parameters import PARAMETERS
+
 FOLDER = Path(__file__).resolve().parent
 TORCHRUN = "torch.distributed.run"
 SCRIPTS = FOLDER.parent / "launch"
@@ -49,7 +51,7 @@ IMPORTED = (
     "lm_eval.evaluator",
     "lm_eval.tasks",
     "rich.live",
-    *(f"hfprune_dist.stages.{kind}" for kind in ("distill", "evaluate", "importance", "prune", "recover", "reference")),
+    *(f"hfprune_dist.stages.{kind}" for kind in PARAMETERS),
     *(f"hfprune_launch.{name}" for name in ("modes.sweep", "modes.compare", "stage.run", "slurm.job", "report")),
 )
 # Libraries that would start threads, or ask the network, when they are imported.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hfprune_dist.results.efficiency import efficiency_of
 from hfprune_dist.results.rows import Row
 
 MEASURES = {"perplexity": 17.52, "kl": 0.26294, "top1_agreement": 0.7617}
@@ -37,6 +38,7 @@ def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surge
         "average_stderr": 0.0423,
         "average_without_crows_pairs_stderr": 0.0423,
         "weight_bytes": 269_000_000,
+        **efficiency_of(None),
         "stages": {f"evaluate/{model} {ratio} {method}": 100.0, f"importance/{model}": 180.0},
         "own_time_s": 264.0,
         "shared_time_s": 180.0,
@@ -48,6 +50,23 @@ def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surge
         "cause": None,
     }
     return row | changes
+
+
+def efficiency(factor: float, tokens_per_s: float, seconds: float) -> dict[str, Any]:
+    """Metrics of an efficiency stage, of two workloads; the first is as fast as the dense model."""
+
+    def spread(value: float) -> dict[str, float]:
+        return {"median": value, "min": 0.9 * value, "max": 1.1 * value}
+
+    model = {"decode_tokens_per_s": spread(tokens_per_s), "time_to_first_token_s": spread(seconds)}
+    model |= {"peak_memory_bytes": 3_000_000}
+    runs = [
+        {"batch_size": batch_size, "prompt_tokens": 32, "new_tokens": 16, "model": model, "dense": model}
+        | {"decode_speed": spread(speed), "first_token_speed": spread(speed)}
+        for batch_size, speed in ((1, 1.0), (4, factor))
+    ]
+    costs = {"flops_per_token": 215_000_000, "cache_bytes_per_token": 46_080}
+    return {"device": "a processor", "threads": 2, "model": costs, "dense": costs, "runs": runs}
 
 
 def missing(row: Row) -> Row:

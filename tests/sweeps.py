@@ -76,13 +76,13 @@ def make_inputs(folder: Path) -> Path:
     return file
 
 
-def planned(config_file: Path, **overrides: object) -> tuple[SweepConfig, Plan]:
+def planned(config_file: Path, *, device: str = "", **overrides: object) -> tuple[SweepConfig, Plan]:
     """What a sweep would do; a key's dots are written as ``__``."""
     config = load_config([config_file], {key.replace("__", "."): value for key, value in overrides.items()})
     hashes = FileHashes(None)
     models = resolve_models(config, config_file.parent / "none", hashes, download=False)
     methods = resolve_methods(config, ROOT / "configs" / "methods")
-    return config, build_plan(config, models, methods, hashes)
+    return config, build_plan(config, models, methods, hashes, device)
 
 
 def command(config: Path | None, out: Path, *arguments: str) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
@@ -34,7 +34,11 @@ class Parameters(Section):
     """The settings that a stage's result depends on, besides its inputs and the version of its code.
 
     They are equal where they are recorded alike: where a text lies makes no difference.
+
+    ``on_one_rank``: whether such stages are started on a single rank, however many others have.
     """
+
+    on_one_rank: ClassVar[bool] = False
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self._text() == other._text()
@@ -199,6 +203,33 @@ class EvaluateParameters(Parameters):
         return self.dtype
 
 
+class EfficiencyParameters(Parameters):
+    """Of a measurement of speed and memory: the settings of an ``EfficiencyConfig``, and what it is made on.
+
+    ``device``: as the planner knows it, the processor or GPU of this machine or what a cluster is asked for.
+    ``packages``: versions of the libraries that compute.
+    """
+
+    on_one_rank: ClassVar[bool] = True
+
+    batch_sizes: list[int]
+    prompt_tokens: list[int]
+    new_tokens: int
+    repeats: int
+    dtype: Dtype
+    device: str
+    packages: dict[str, str | None]
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a sequence, once it is generated."""
+        return max(self.prompt_tokens) + self.new_tokens
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        return self.dtype
+
+
 PARAMETERS: dict[str, type[Parameters]] = {
     "importance": ImportanceParameters,
     "reference": ReferenceParameters,
@@ -206,6 +237,7 @@ PARAMETERS: dict[str, type[Parameters]] = {
     "distill": DistillParameters,
     "recover": RecoverParameters,
     "evaluate": EvaluateParameters,
+    "efficiency": EfficiencyParameters,
 }
 
 

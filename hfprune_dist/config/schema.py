@@ -74,6 +74,27 @@ class EvaluationConfig(Section):
     fidelity: FidelityConfig = FidelityConfig()
 
 
+class EfficiencyConfig(Section):
+    """How fast models generate and what memory that takes, each measured in turn with its dense model.
+
+    A measurement is of one device and dtype, on one rank, with the dense and the pruned model in memory together. So it
+    is off unless a configuration asks for it; on a cluster it is of the partition and constraint of the profile.
+    """
+
+    enabled: bool = False
+    """Measure each shape that the sweep makes, before its recovery, which leaves shapes alone; and the dense models."""
+    batch_sizes: list[Positive] = Field(default=[1, 8], min_length=1)
+    """Sequences that are generated together; tables show the largest."""
+    prompt_tokens: list[Positive] = Field(default=[256], min_length=1)
+    """Tokens of each sequence before the first new one; tables show the most."""
+    new_tokens: Annotated[int, Field(ge=2, lt=2**31)] = 256
+    """Tokens that are generated of each sequence: the first from the prompt, all others one by one."""
+    repeats: Positive = 5
+    """Timed generations of each model, in turn, after one that isn't; results are medians."""
+    dtype: Dtype = "bfloat16"
+    """Of weights, computation and cache."""
+
+
 class RuntimeConfig(Section):
     """How stages run. Nothing in this section changes a result, so nothing in it is part of a fingerprint."""
 
@@ -129,6 +150,7 @@ class SweepConfig(Section):
     distillation: DistillationConfig = DistillationConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    efficiency: EfficiencyConfig = EfficiencyConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
     @property

@@ -13,13 +13,14 @@ from typing import Any
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import (
     DistillParameters,
+    EfficiencyParameters,
     EvaluateParameters,
     ImportanceParameters,
     PruneParameters,
     RecoverParameters,
     ReferenceParameters,
 )
-from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.schema import EfficiencyConfig, SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST, reference_role
 from hfprune_dist.core.criteria import CRITERIA, CriterionName
@@ -31,21 +32,29 @@ from hfprune_dist.planning.plan import Cell, Plan, label_of
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.provenance import package_versions
 from hfprune_dist.store.stage import Input, Stage
 from hfprune_dist.structures import KV_GROUPS, NEURONS, Kind, kinds_among
 
 
 def build_plan(
-    config: SweepConfig, models: Sequence[ModelSource], methods: Mapping[str, Method], hashes: FileHashes
+    config: SweepConfig,
+    models: Sequence[ModelSource],
+    methods: Mapping[str, Method],
+    hashes: FileHashes,
+    device: str = "",
 ) -> Plan:
     """Expand a sweep into stages and cells; stages that several cells need appear once.
 
+    Args:
+        device: what efficiency is measured on, if it is.
+
     Raises:
-        UserError: for a ratio that a model can't reach, rows that would be the same, input text that can't be read, or
-            a calibration that is to end early where no criterion can tell.
+        UserError: for a ratio that a model can't reach, rows that would be the same, input text that can't be read, a
+            calibration that is to end early where no criterion can tell, or generations beyond a model's positions.
     """
     _check_settled(config, methods)
-    planner = _Planner(config, methods, hashes)
+    planner = _Planner(config, methods, hashes, device)
     cells = [cell for model in models for cell in planner.cells(model)]
     _refuse_same_rows(cells)
     return Plan(planner.stages, tuple(cells), tuple(planner.asked))
@@ -53,12 +62,16 @@ def build_plan(
 
 @dataclass(frozen=True)
 class _Variant:
-    """A checkpoint before recovery: the dense one, or one that a method pruned at a ratio."""
+    """A checkpoint before recovery: the dense one, or one that a method pruned at a ratio.
+
+    ``cut`` has its shape: where it was distilled, what it was before.
+    """
 
     label: str
     model: str
     dense: Input
     checkpoint: Input
+    cut: Input
     ratio: float | None = None
     method: str | None = None
     producers: tuple[str, ...] = ()
@@ -75,16 +88,18 @@ class _Scored:
 class _Planner:
     """Collects stages by id while the cells of each model are laid out."""
 
-    def __init__(self, config: SweepConfig, methods: Mapping[str, Method], hashes: FileHashes) -> None:
+    def __init__(self, config: SweepConfig, methods: Mapping[str, Method], hashes: FileHashes, device: str) -> None:
         self.config = config
         self.methods = methods
         self.hashes = hashes
+        self.device = device
         self.stages: dict[str, Stage] = {}
         self.asked: list[str] = []
 
     def cells(self, model: ModelSource) -> list[Cell]:
         for name, method in self.methods.items():
             check_ratios(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
+        _check_positions(self.config.efficiency, model)
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
         needed = {method.criterion for method in self.methods.values()}
         pruned = {structure for method in self.methods.values() for structure in method.structures}
@@ -93,14 +108,16 @@ class _Planner:
         # First, since most of the sweep waits for it.
         importance = self._importance(model.name, dense, scored, biased)
         self.asked += [importance.id] if scored.criteria > needed else []
-        cells = self._finish(_Variant(label_of(model.name, None, None, "none"), model.name, dense, dense))
+        cells = self._finish(_Variant(label_of(model.name, None, None, "none"), model.name, dense, dense, dense))
         for ratio in self.config.ratios:
             for name, method in self.methods.items():
                 label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, "none")
                 settled = with_multiple(method, model.checkpoint, ratio, place_of(model.name, name))
                 chain = self._rounds(label, dense, importance, ratio, settled)
                 producers = tuple(stage.id for stage in chain)
-                cells += self._finish(_Variant(label, model.name, dense, chain[-1].as_input(), ratio, name, producers))
+                cut = next(stage.as_input() for stage in reversed(chain) if stage.kind == "prune")
+                made = (dense, chain[-1].as_input(), cut)
+                cells += self._finish(_Variant(label, model.name, *made, ratio, name, producers))
         return cells
 
     def _finish(self, variant: _Variant) -> list[Cell]:
@@ -118,9 +135,9 @@ class _Planner:
 
     def _cell(self, variant: _Variant, recovery: str, producers: tuple[str, ...], evaluate: Stage) -> Cell:
         criterion = None if variant.method is None else self.methods[variant.method].criterion
-        return Cell(
-            evaluate.label, variant.model, variant.ratio, variant.method, criterion, recovery, producers, evaluate.id
-        )
+        measured = self._efficiency(variant).id if self.config.efficiency.enabled else None
+        made = (variant.model, variant.ratio, variant.method, criterion, recovery, producers)
+        return Cell(evaluate.label, *made, evaluate.id, measured)
 
     def _add(self, stage: Stage) -> Stage:
         return self.stages.setdefault(stage.id, stage)
@@ -234,6 +251,18 @@ class _Planner:
             inputs["tasks"] = Input(self.hashes.of_folder(folder), str(folder), content="folder")
         return self._add(Stage("evaluate", label, params, inputs))
 
+    def _efficiency(self, variant: _Variant) -> Stage:
+        """Of the variant's shape; recovery and distillation keep it."""
+        efficiency = self.config.efficiency
+        params = EfficiencyParameters(
+            batch_sizes=sorted({*efficiency.batch_sizes}),
+            prompt_tokens=sorted({*efficiency.prompt_tokens}),
+            **efficiency.model_dump(exclude={"enabled", "batch_sizes", "prompt_tokens"}),
+            device=self.device,
+            packages=package_versions(("torch", "transformers")),
+        )
+        return self._add(Stage("efficiency", variant.label, params, {"model": variant.cut, "dense": variant.dense}))
+
     def _text(self, role: str, source: TextSource) -> dict[str, Input]:
         """The input that a text is, known by its content; none where it is a data set, which its settings name."""
         if source.path is None:
@@ -252,6 +281,16 @@ def _check_settled(config: SweepConfig, methods: Mapping[str, Method]) -> None:
         f"calibration.settled: by {', '.join(sorted(criteria))} alone nobody can tell when what is kept has settled; "
         f"set it to null, or add to importance.criteria one of {', '.join(able)}"
     )
+
+
+def _check_positions(efficiency: EfficiencyConfig, model: ModelSource) -> None:
+    """Refuse generations that are longer than a model's positions."""
+    longest, positions = max(efficiency.prompt_tokens) + efficiency.new_tokens, model.checkpoint.max_positions
+    if efficiency.enabled and positions is not None and longest > positions:
+        raise UserError(
+            f"efficiency: the longest of prompt_tokens and new_tokens are {longest} together, more than the "
+            f"{positions} positions of model {model.name!r} (max_position_embeddings); choose fewer"
+        )
 
 
 def place_of(model: str, method: str) -> str:

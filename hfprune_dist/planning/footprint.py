@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, CHUNK_BYTES
 from hfprune_dist.planning.dimensions import Dimensions
+from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import Gpus, Memory, Work
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit, memory_of_layer_pass, tokens_of_a_rank, widest
 
@@ -243,7 +244,7 @@ class Evaluate:
 TimedJob = Importance | Train | Evaluate
 # What has a layer at a time on each rank.
 LayerPass = Refit | Reference
-Job = TimedJob | LayerPass
+Job = TimedJob | LayerPass | Generate
 
 
 def fits(job: Job, dims: Dimensions, gpus: Gpus) -> bool:

@@ -18,7 +18,7 @@ class Cell:
     """One row of the result table: a checkpoint and its evaluation.
 
     ``label`` names it among the sweep's. ``ratio`` and ``method`` are None for the dense model; ``producers`` are the
-    stages that make the checkpoint, in order.
+    stages that make the checkpoint, in order; ``efficiency`` is None where speed and memory are not measured.
     """
 
     label: str
@@ -29,11 +29,18 @@ class Cell:
     recovery: str
     producers: tuple[str, ...]
     evaluate: str
+    efficiency: str | None = None
 
     @property
     def results(self) -> tuple[str, ...]:
-        """Ids of the stages whose artifacts are the row: its checkpoint, but for the dense model, and its scores."""
-        return *self.producers[-1:], self.evaluate
+        """Ids of the stages whose artifacts are the row: its checkpoint, but for the dense model, and what was measured
+        of it.
+        """
+        return *self.producers[-1:], *self._measured
+
+    @property
+    def _measured(self) -> tuple[str, ...]:
+        return (self.evaluate,) if self.efficiency is None else (self.efficiency, self.evaluate)
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Plan:
     def upstream(self, cell: Cell) -> list[str]:
         """Ids of all stages whose cost a row carries, in order; the evaluation is the last."""
         evaluate = self.stages[cell.evaluate]
-        return [*dict.fromkeys([*cell.producers, *evaluate.needs, evaluate.id])]
+        return [*dict.fromkeys([*cell.producers, *evaluate.needs, *cell.results])]
 
     def dense_folder(self, stage: Stage) -> Path:
         """The checkpoint of the user's that a stage's model is, or comes from."""

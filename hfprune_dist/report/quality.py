@@ -1,4 +1,4 @@
-"""Charts of what rows measured: quality against size, distance from the dense model, tasks.
+"""Charts of what rows measured: quality against size and against speed, distance from the dense model, tasks.
 
 To add one, say what it shows (``Measure``) and along what (``Scale``), and give both to ``_figure``.
 """
@@ -46,6 +46,7 @@ class Scale:
 PERCENT = {"tickformat": ".3~p"}
 LOG = {"type": "log", "exponentformat": "none"}
 SIZE = Scale("parameters", lambda row: row["parameters"], {"tickformat": ".4~s"})
+SPEED = Scale("decoding speed, dense = 1", lambda row: row["decode_speed"], {"tickformat": ".3~g"})
 RATIO = Scale("parameters removed", lambda row: row["ratio_reached"], {"tickformat": ".3~p", "rangemode": "tozero"})
 
 
@@ -56,6 +57,8 @@ def _of_rows(title: str, name: str, **settings: Any) -> Measure:
 AVERAGE = _of_rows("average of the tasks", "average", **PERCENT)
 PERPLEXITY = _of_rows("perplexity (log)", "perplexity", **LOG)
 KL = _of_rows("KL from dense, nats per token", "kl", rangemode="tozero")
+QUALITY = (AVERAGE, PERPLEXITY)
+TIMED = "Speed is of decoding, as a multiple of the dense model's in turn, under the most demanding workload."
 AGREEMENT = _of_rows("same next token as dense", "top1_agreement", **PERCENT)
 
 
@@ -79,7 +82,7 @@ def _task(name: str) -> list[Measure]:
 
 
 def quality_charts(evidence: Evidence) -> list[Chart]:
-    """Quality against size, distance from the dense model by ratio, and tasks."""
+    """Quality against size, and against speed where that is measured; distance from the dense model, and tasks."""
     texts = dict.fromkeys(text for row in evidence.rows for text in row[OTHER_TEXTS])
     tasks = dict.fromkeys(task for row in evidence.rows for task in row["tasks"])
     keys = keys_of(evidence)
@@ -92,8 +95,10 @@ def quality_charts(evidence: Evidence) -> list[Chart]:
         return (_figure(evidence, model, measure, scale) for model in evidence.models for measure in measures)
 
     baselines = "Grey lines are the dense model, and the dense model with the same recovery."
+    timed = [f"{baselines} {TIMED}"] if any(cell.efficiency for cell in evidence.plan.cells) else []
     return [
-        chart("size", "Quality against size", baselines, panels([AVERAGE, PERPLEXITY], SIZE)),
+        chart("size", "Quality against size", baselines, panels(QUALITY, SIZE)),
+        *(chart("speed", "Quality against speed", told, panels(QUALITY, SPEED)) for told in timed),
         chart(
             "distance",
             "Distance from the dense model",

@@ -9,7 +9,16 @@ from typing import Any
 
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.results.column import Column
-from hfprune_dist.results.formats import byte_count, count, duration, measured, number, percent, percent_measured
+from hfprune_dist.results.formats import (
+    byte_count,
+    count,
+    duration,
+    measured,
+    milliseconds,
+    number,
+    percent,
+    percent_measured,
+)
 from hfprune_dist.results.headline import headline, headline_error
 from hfprune_dist.results.rows import KEY_VALUE_HEADS, LAYERS, Row
 from hfprune_dist.structures.units import plural_of
@@ -27,7 +36,7 @@ def few_columns(rows: Sequence[Row], with_errors: bool = True) -> Columns:
     columns += [_kl(rows if with_errors else [], digits=3)]
     if any(row["average"] is not None for row in rows):
         columns += [_average(rows, "average", "avg")]
-    columns += [Column("size", lambda row: byte_count(row["weight_bytes"]))]
+    columns += [Column("size", lambda row: byte_count(row["weight_bytes"])), *_speed(rows)]
     return [*columns, Column("time", lambda row: duration(row["own_time_s"]))]
 
 
@@ -41,10 +50,29 @@ def all_columns(rows: Sequence[Row]) -> Columns:
         _measure(rows, "agree", "top1_agreement", 3),
         _measure(rows, "ppl", "perplexity", 2),
     ]
-    columns += [*_other_texts(rows), *_tasks(rows), *_averages(rows)]
+    columns += [*_other_texts(rows), *_tasks(rows), *_averages(rows), *_speed(rows), *_efficiency(rows)]
     columns += [Column("time", lambda row: duration(row["own_time_s"]))]
     columns += [Column("shared", lambda row: duration(row["shared_time_s"]))]
     return [*columns, Column("memory", lambda row: byte_count(row["peak_memory_bytes"]))]
+
+
+def _speed(rows: Sequence[Row]) -> Columns:
+    """Where it was measured of any row."""
+    known = any(row["decode_speed"] is not None for row in rows)
+    return [Column("speed", lambda row: number(row["decode_speed"], ".2f"))] * known
+
+
+def _efficiency(rows: Sequence[Row]) -> Columns:
+    """The rest of what was measured beside speed, and what a token costs."""
+    if not _speed(rows):
+        return []
+    return [
+        Column("tokens/s", lambda row: number(row["decode_tokens_per_s"], ".4g")),
+        Column("first token", lambda row: milliseconds(row["time_to_first_token_s"])),
+        Column("generating", lambda row: byte_count(row["generation_memory_bytes"])),
+        Column("FLOPs/token", lambda row: count(row["flops_per_token"])),
+        Column("cache/token", lambda row: byte_count(row["cache_bytes_per_token"])),
+    ]
 
 
 def _names(rows: Sequence[Row]) -> Columns:
@@ -93,7 +121,9 @@ def _measure(rows: Sequence[Row], header: str, name: str, digits: int) -> Column
 def _kl(rows: Sequence[Row], digits: int) -> Column[Row]:
     """Where there is no result, this column says so."""
     measure = _measure(rows, "KL", "kl", digits)
-    return Column(measure.header, lambda row: "missing" if row["status"] == "missing" else measure.show(row))
+    return Column(
+        measure.header, lambda row: "missing" if row["status"] == "missing" and row["kl"] is None else measure.show(row)
+    )
 
 
 def _other_texts(rows: Sequence[Row]) -> Columns:

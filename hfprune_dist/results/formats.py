@@ -32,7 +32,7 @@ def percent_measured(share: float | None, error: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """A number of parameters in four digits."""
+    """A number of parameters or operations in four digits."""
     if value is None:
         return "-"
     amount, unit = _scaled(value, _COUNTS, 1000)
@@ -47,6 +47,11 @@ def byte_count(value: float | None) -> str:
 def duration(seconds: float | None) -> str:
     """Seconds, minutes, hours or days in two digits."""
     return "-" if seconds is None else _short(seconds, _SECONDS, 100)
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Less than a few seconds, in three digits."""
+    return "-" if seconds is None else f"{1000 * seconds:.3g}ms"
 
 
 def _short(value: float, units: Mapping[str, int], limit: int) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from hfprune_dist.results.efficiency import workload
 from hfprune_dist.results.formats import duration
 from hfprune_dist.results.headline import headline_metric, is_bias_task
 from hfprune_dist.results.rows import Row
@@ -14,7 +16,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """One paragraph for each thing that the table of ``few_columns`` doesn't say itself."""
     if not rows:
         return []
-    return [*_fidelity(rows), *_average(rows), *_costs(rows)]
+    return [*_fidelity(rows), *_average(rows), *_speed(rows), *_costs(rows)]
 
 
 def wide_notes(rows: Sequence[Row]) -> list[str]:
@@ -23,6 +25,7 @@ def wide_notes(rows: Sequence[Row]) -> list[str]:
         "reached: removed / all parameters; width: what is left of intermediate_size",
         "agree: share of held-out tokens with the dense model's most likely next token, higher is better",
         "ppl, and tasks without a share of right answers: perplexity, lower is better",
+        *_efficiency(rows),
         "shared: time of the stages that a row shares with others; memory: the most that one rank took",
     ]
     return told if rows else []
@@ -57,6 +60,28 @@ def _average(rows: Sequence[Row]) -> list[str]:
     ]
     bias = ", but for crows_pairs lower is" if any(map(is_bias_task, metrics)) else ""
     return [f"avg: mean of the tasks' scores in %, higher is better{bias}; ±: standard error; {', '.join(tasks)}"]
+
+
+def _speed(rows: Sequence[Row]) -> list[str]:
+    """Over what speed was measured; each kind of measurement once, where rows have several."""
+    found = [row["efficiency"] for row in rows if row["efficiency"] is not None]
+    how = dict.fromkeys(f"{workload(it['runs'][-1])}; {_device(it)}" for it in found)
+    told = "speed: tokens per second after the first, as a multiple of the dense model's in turn, higher is better"
+    return [f"{told} ({' / '.join(how)})"] if how else []
+
+
+def _device(efficiency: Mapping[str, Any]) -> str:
+    threads = f", {efficiency['threads']} threads" if "threads" in efficiency else ""
+    return f"{efficiency['device']}{threads}"
+
+
+def _efficiency(rows: Sequence[Row]) -> list[str]:
+    if not _speed(rows):
+        return []
+    return [
+        "tokens/s: of all sequences together; first token: from the prompts; generating: most memory at once, of "
+        "weights and whatever torch allocates; FLOPs and bytes of cache per token: computed from shapes"
+    ]
 
 
 def _costs(rows: Sequence[Row]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.results.efficiency import efficiency_of
 from hfprune_dist.results.headline import average_errors, averages
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_object
@@ -80,6 +81,7 @@ def _row(cell: Cell, plan: Plan, store: Store, dense: DenseModel, shared: Set[st
         "samples": _samples(read_object(store.handle(cell.evaluate).artifact / "results.json") or {}),
         **_averages(metrics.get("tasks", {})),
         "weight_bytes": weight_bytes_of(manifests[cell.producers[-1]]) if cell.producers else dense.weight_bytes,
+        **efficiency_of(manifests.get(cell.efficiency or "")),
         **_times(manifests, shared),
         "peak_memory_bytes": _peak_memory(list(manifests.values())),
         "checkpoint": str(store.handle(cell.producers[-1]).artifact) if cell.producers else None,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+CPU_INFO = Path("/proc/cpuinfo")
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "lm-eval", "safetensors")
 
 
@@ -24,13 +26,26 @@ def code_version(root: Path) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Versions of Python and of every package that can change a number."""
+    packages = package_versions(PACKAGES)
+    return {"python": platform.python_version(), "packages": packages, "machine": platform.machine()}
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """By package; None for one that isn't installed."""
     versions: dict[str, str | None] = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    return {"python": platform.python_version(), "packages": versions, "machine": platform.machine()}
+    return versions
+
+
+def cpu_model() -> str:
+    """The name of this machine's processor; its architecture where it has none."""
+    lines = CPU_INFO.read_text(errors="replace").splitlines() if CPU_INFO.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.machine()
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -12,7 +12,15 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import digest_of
 
 # Raise a stage's version when its code changes its result: artifacts of the old version are then not reused.
-STAGE_VERSIONS = {"importance": 6, "reference": 1, "prune": 4, "distill": 1, "recover": 1, "evaluate": 3}
+STAGE_VERSIONS = {
+    "importance": 6,
+    "reference": 1,
+    "prune": 4,
+    "distill": 1,
+    "recover": 1,
+    "evaluate": 3,
+    "efficiency": 1,
+}
 Content = Literal["", "text", "folder", "checkpoint", "commit"]
 
 
@@ -40,7 +48,7 @@ class Stage:
     """One unit of work with one artifact.
 
     Attributes:
-        kind: importance, reference, prune, distill, recover or evaluate.
+        kind: importance, reference, prune, distill, recover, evaluate or efficiency.
         label: for people; not part of the fingerprint.
         params: every setting that affects the result, as the kind's class; the mapping that records have is read as it.
         inputs: role -> what is read.

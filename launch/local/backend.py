@@ -16,11 +16,10 @@ from functools import partial
 from pathlib import Path
 
 from hfprune_launch.local.deaths import explain_death
-from hfprune_launch.local.hardware import ranks_here
+from hfprune_launch.local.hardware import ranks_here, threads_of_a_rank
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.parent import die_with_parent
 from hfprune_launch.stage.stage_file import Provenance, attempts_so_far, write_stage_file
-from hfprune_launch.stage.threads import threads_allowed
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, Renewal
@@ -74,8 +73,9 @@ class LocalBackend:
         return self._logs / f"{stage.kind}-{stage.fingerprint}.{attempt}.log"
 
     def _start(self, stage: Stage, claim: Claim, log: Path, scratch: str) -> subprocess.Popen[bytes]:
+        ranks = 1 if stage.params.on_one_rank else self.ranks
         # Without a folder for its own files torchrun makes one, and leaves it behind.
-        options = ["--standalone", f"--nproc-per-node={self.ranks}", f"--log-dir={scratch}"]
+        options = ["--standalone", f"--nproc-per-node={ranks}", f"--log-dir={scratch}"]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
         command = [*torchrun, str(STAGE_SCRIPT), str(self._store.root.resolve()), stage.id, "--claim", claim.ticket]
         with log.open("wb") as stream:
@@ -86,15 +86,14 @@ class LocalBackend:
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env=self._environment(),
+                env=self._environment(ranks),
                 start_new_session=True,  # Ctrl-C reaches this process only, which then ends the ranks in order
                 preexec_fn=partial(die_with_parent, signal.SIGTERM),  # torchrun then ends its ranks
             )
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, ranks: int) -> dict[str, str]:
         """The ranks' environment: threads, and a project that can be imported from wherever the sweep was started."""
-        threads = self._provenance.runtime.threads_per_rank or threads_allowed()
-        threads = threads or max(1, (os.cpu_count() or 1) // self.ranks)
+        threads = threads_of_a_rank(self._provenance.runtime, ranks)
         return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
     def _failure(self, handle: StageHandle, claim: Claim, log: Path, attempt: _Attempt) -> Failure:

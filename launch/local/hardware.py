@@ -7,11 +7,14 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from hfprune_launch.stage.threads import threads_allowed
+
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.errors import UserError
+from hfprune_dist.store.provenance import CPU_INFO, cpu_model
 from hfprune_dist.store.stage import Stage
 
-CPU_INFO = Path("/proc/cpuinfo")
+GPUS = Path("/proc/driver/nvidia/gpus")
 # Kind of stage -> the section of the configuration that sets its compute dtype. A prune stage has that of the
 # calibration pass; a reference has that of the stage that reads it, which is named for it.
 SECTIONS = {
@@ -20,6 +23,7 @@ SECTIONS = {
     "distill": "distillation",
     "recover": "recovery",
     "evaluate": "evaluation",
+    "efficiency": "efficiency",
 }
 
 
@@ -29,8 +33,21 @@ def count_gpus() -> int:
     if visible is not None:
         devices = [device.strip() for device in visible.split(",")]
         return len(list(itertools.takewhile(lambda it: it and not it.startswith("-"), devices)))  # as CUDA reads it
-    driver = Path("/proc/driver/nvidia/gpus")
-    return len(list(driver.iterdir())) if driver.is_dir() else 0
+    return len(list(GPUS.iterdir())) if GPUS.is_dir() else 0
+
+
+def device_here(runtime: RuntimeConfig) -> str:
+    """What a stage of one rank computes on: this machine's kind of GPU, or its processor and how many threads."""
+    if not count_gpus():
+        return f"{cpu_model()}, {threads_of_a_rank(runtime, 1)} threads"
+    facts = [line for file in sorted(GPUS.glob("*/information")) for line in file.read_text().splitlines()]
+    models = {line.partition(":")[2].strip() for line in facts if line.startswith("Model:")}
+    return ", ".join(sorted(models)) or "a GPU"
+
+
+def threads_of_a_rank(runtime: RuntimeConfig, ranks: int) -> int:
+    """CPU threads of each rank, where a stage has so many on this machine."""
+    return runtime.threads_per_rank or threads_allowed() or max(1, (os.cpu_count() or 1) // ranks)
 
 
 def fitting_runtime(runtime: RuntimeConfig) -> tuple[RuntimeConfig, str]:

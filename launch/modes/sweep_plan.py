@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from hfprune_launch.local.hardware import fitting_runtime
+from hfprune_launch.local.hardware import device_here, fitting_runtime
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.preflight import check_stages
 from hfprune_launch.project import PROJECT
 from hfprune_launch.slurm.batch_script import refuse_unusable_path
 from hfprune_launch.slurm.estimate import Estimate, estimate_stages, refuse_what_cannot_fit
 from hfprune_launch.slurm.profile import Profile
-from hfprune_launch.sweep_folder import Sweep, read_record, require_apart, require_folder
+from hfprune_launch.sweep_folder import Record, Sweep, read_record, require_apart, require_folder
 
 from hfprune_dist.config.method import Method
+from hfprune_dist.config.parameters import EfficiencyParameters
 from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.build_plan import build_plan, place_of
@@ -94,12 +95,13 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     config = command.configuration()
     require_folder(command.out)
     store = command.store
-    models, methods, plan = _plan(config, store, download=download)
+    profile = command.profile()
+    device = device_here(config.runtime) if profile is None else profile.resources["efficiency"].device
+    models, methods, plan = _plan(config, store, device, download=download)
     require_apart(command.out, plan)
     for model in models:
         for remark in model.checkpoint.remarks:
             command.tell(f"note: model {model.name!r}: {remark}")
-    profile = command.profile()
     if profile is not None:
         refuse_unusable_path(command.out)
     verdicts = {stage_id: store.handle(stage_id).verify() for stage_id in plan.stages}
@@ -122,19 +124,26 @@ def _runtime(command: Command, config: SweepConfig, profile: Profile | None) -> 
 def sweep_to_show(command: Command) -> Sweep:
     """Today's plan with the folder's other rows; where its inputs can't be read any more, what the folder tells."""
     config, store, out = command.configuration(), command.store, command.out
-    show = partial(Sweep, store=store, out=out)
+    show, record = partial(Sweep, store=store, out=out), read_record(out)
     try:
-        *_, today = _plan(config, store, download=False)
+        *_, today = _plan(config, store, _device_of(record) or device_here(config.runtime), download=False)
     except UserError:
-        record = read_record(out)
         if record is None:
             raise
         return show(record.plan)
-    record = read_record(out)
     return show(with_earlier_rows(today, record.plan) if record else today)
 
 
-def _plan(config: SweepConfig, store: Store, download: bool) -> tuple[list[ModelSource], dict[str, Method], Plan]:
+def _device_of(record: Record | None) -> str | None:
+    """What the last run of a folder measured efficiency on; None where it didn't."""
+    stages = record.plan.stages.values() if record else ()
+    devices = (it.params.device for it in stages if isinstance(it.params, EfficiencyParameters))
+    return next(devices, None)
+
+
+def _plan(
+    config: SweepConfig, store: Store, device: str, download: bool
+) -> tuple[list[ModelSource], dict[str, Method], Plan]:
     models = resolve_models(config, PROJECT.configs / "models", store.hashes, download)
     methods = resolve_methods(config, PROJECT.configs / "methods")
-    return models, methods, build_plan(config, models, methods, store.hashes)
+    return models, methods, build_plan(config, models, methods, store.hashes, device)

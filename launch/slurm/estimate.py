@@ -14,6 +14,7 @@ from rich.table import Table
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.config.parameters import (
     DistillParameters,
+    EfficiencyParameters,
     EvaluateParameters,
     ImportanceParameters,
     Parameters,
@@ -29,6 +30,7 @@ from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
 from hfprune_dist.planning.footprint import Evaluate, Importance, Job, LayerPass, TimedJob, Train, fits, seconds
+from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import Gpus, Memory
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
 from hfprune_dist.planning.plain_shapes import plain_shapes
@@ -163,6 +165,8 @@ def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
             return _training(settings, _calibration(plan, stage).sequence_length, distills=True)
         case EvaluateParameters() as params:
             return Evaluate(params.batch_size, _held_out(plan, stage).sequence_length, ITEMSIZE[params.dtype])
+        case EfficiencyParameters() as params:
+            return Generate(max(params.batch_sizes), params.most_tokens, ITEMSIZE[params.dtype])
     raise AssertionError(f"{stage.id} was planned by another version of the code")
 
 
@@ -262,6 +266,8 @@ def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: i
     For a job that keeps all it needs on each GPU (then ``placed`` is one GPU) and so gathers nothing: the largest
     micro-batch that fits.
     """
+    if isinstance(job, Generate):
+        return "" if fits(job, dims, placed) else "fewer efficiency.batch_sizes or tokens, or efficiency.enabled false"
     if isinstance(job, LayerPass) or placed != gpus:
         return "" if fits(job, dims, placed) else _smaller(job, dims, placed)
     smallest = job.resized(1)
@@ -277,7 +283,7 @@ def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: i
     return f"nodes {advised.nodes}, micro-batch {size}"
 
 
-def _smaller(job: Job, dims: Dimensions, placed: Gpus) -> str:
+def _smaller(job: TimedJob | LayerPass, dims: Dimensions, placed: Gpus) -> str:
     """What helps a job that puts all it needs on each GPU."""
     fitting = [size for size in MICRO_BATCHES if fits(job.resized(size), dims, placed)]
     if fitting:
@@ -294,7 +300,7 @@ def _gpu_hours(rounds: int | None, job: Job, dims: Dimensions, gpus: Gpus) -> fl
     """GPU-hours of so many micro-batches of every rank; None where their number, or what limits their rate, is not
     known.
     """
-    if rounds is None or isinstance(job, LayerPass) or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
+    if rounds is None or not isinstance(job, TimedJob) or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
         return None
     if isinstance(job, Importance) and job.curvature:  # Gram matrices and what is made of them take a time of their own
         return None

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from hfprune_dist.config.load import parse, read_yaml
+from hfprune_dist.config.parameters import PARAMETERS
 from hfprune_dist.config.section import Positive, Section
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.store.stage import STAGE_VERSIONS
 
-Kind = Literal["importance", "reference", "prune", "distill", "recover", "evaluate"]
+Kind = Literal["importance", "reference", "prune", "distill", "recover", "evaluate", "efficiency"]
 Scalar = str | int | bool
 # Of Slurm's --mem; megabytes where none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -104,6 +105,13 @@ class Resources(Section):
     def cores(self) -> int:
         return self.ranks * self.cpus_per_task
 
+    @property
+    def device(self) -> str:
+        """What a rank computes on, as far as it is asked for."""
+        asked = {"partition": self.partition, "constraint": self.constraint, "gres": self.sbatch.get("gres")}
+        told = [f"{name} {value}" for name, value in asked.items() if value is not None]
+        return ", ".join([*told, "a GPU" if self.gpus else f"{self.cpus_per_task} threads"])
+
 
 class ProfileFile(Resources):
     """A whole file: resources of all stages, and what differs for some kinds."""
@@ -140,10 +148,17 @@ def load_profile(name: str, shipped: Path) -> Profile:
     whole = parse(ProfileFile, raw, str(file))
     common = whole.model_dump(exclude={"stages", "max_running"})
     resources = {
-        kind: parse(Resources, _laid_over(common, whole.stages.get(kind, {})), f"{file}: stages.{kind}")  # type: ignore[call-overload]
+        kind: parse(Resources, _laid_over(_shared(common, kind), whole.stages.get(kind, {})), f"{file}: stages.{kind}")  # type: ignore[call-overload]
         for kind in STAGE_VERSIONS
     }
     return Profile(file.stem, resources, whole.max_running)
+
+
+def _shared(common: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """The settings of all stages, as far as a kind takes them: one on a single rank takes one GPU at most."""
+    if not PARAMETERS[kind].on_one_rank:
+        return common
+    return {**common, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, common["gpus_per_node"])}
 
 
 def _laid_over(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

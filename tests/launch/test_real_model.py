@@ -23,6 +23,9 @@ SETTINGS = {
     "evaluation.limit": "24",
     "evaluation.fidelity.windows": "3",
     "evaluation.fidelity.texts": "null",
+    "efficiency.batch_sizes": "[1]",
+    "efficiency.new_tokens": "2",
+    "efficiency.repeats": "1",
 }
 
 
@@ -49,6 +52,17 @@ def test_the_table_tells_a_pretrained_model_from_a_pruned_one(finished):
     assert float(dense["demo_continuation/acc"]) > 0.5
     assert int(dense["parameters"]) == 134_515_008
     assert pruned["intermediate_size"] == "1017" and float(pruned["ratio_reached"]) == pytest.approx(0.2, abs=1e-4)
+
+
+def test_every_shape_was_measured_once_by_one_rank(finished):
+    dense, control, pruned = results(finished)
+    manifests = [json.loads(file.read_text()) for file in finished.glob("store/efficiency/*/manifest.json")]
+    assert [it["world_size"] for it in manifests] == [1, 1]
+    assert float(dense["decode_speed"]) == float(control["decode_speed"]) == 1.0 and float(pruned["decode_speed"]) > 0
+    gone = int(dense["parameters"]) - int(pruned["parameters"])
+    assert int(dense["flops_per_token"]) - int(pruned["flops_per_token"]) == 2 * gone, "neurons alone went"
+    assert int(dense["generation_memory_bytes"]) > int(pruned["generation_memory_bytes"])
+    assert dense["cache_bytes_per_token"] == pruned["cache_bytes_per_token"] == str(30 * 2 * 3 * 64 * 4)
 
 
 def test_the_kept_neurons_are_those_of_the_highest_scores(finished):

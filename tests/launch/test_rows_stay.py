@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import yaml
 from hfprune_launch import compare, report, sweep
+from hfprune_launch.modes import sweep_plan
+from rows import efficiency
 from safetensors.numpy import save_file
 from sweeps import in_process, make_inputs, planned
 
@@ -32,7 +34,8 @@ def fill(out, wanted, but=()):
         (draft / "content").write_text(stage.id)
         metrics = {"fidelity": {"perplexity": 9.0, "kl": 0.5, "top1_agreement": 0.5}, "tasks": {}}
         shape = {"ratio_reached": 0.1, "parameters": 5, "intermediate_size": 7, "intermediate_sizes": None}
-        store.commit(stage, draft, {"metrics": metrics | shape, "wall_time_s": 1.0, "peak_memory_bytes": 1})
+        measured = metrics | shape | efficiency(1.5, tokens_per_s=30.0, seconds=0.1)
+        store.commit(stage, draft, {"metrics": measured, "wall_time_s": 1.0, "peak_memory_bytes": 1})
 
 
 def run(*arguments, command=sweep):
@@ -159,6 +162,22 @@ def test_todays_row_replaces_the_one_of_other_settings(config, tmp_path):
     other_text = {"evaluation__fidelity__windows": 3, "ratios": [0.2]}
     shown = done(config, out, "--set", "evaluation.fidelity.windows=3", "--ratios", "0.2", **other_text)
     assert "not to be compared with the other rows, since measured in another way: alpha 0.1 + lora, beta 0.1" in shown
+
+
+def test_speed_is_of_the_device_on_which_the_sweep_ran(config, tmp_path, monkeypatch):
+    """Elsewhere the sweep's state can be looked at; a run there would measure again, and nothing else."""
+    out, asked = tmp_path / "out", ["--set", "efficiency.enabled=true"]
+    monkeypatch.setattr(sweep_plan, "device_here", lambda _: "this machine")
+    shown = done(config, out, *asked, efficiency__enabled=True, device="this machine")
+    assert "speed" in shown and "1.50" in shown and "batch 4, 32 in, 16 out" in shown
+    measured = {row["decode_speed"] for row in csv.DictReader((out / "results.csv").open())}
+    assert measured == {"1.5"} and planned_actions(config, out, *asked)["run"] == set()
+
+    monkeypatch.setattr(sweep_plan, "device_here", lambda _: "another machine")
+    code, status, _ = run("--config", config, "--out", out, "--status", *asked)
+    assert code == 0 and "missing" not in status and "efficiency" in status
+    assert planned_actions(config, out, *asked)["run"] == {"efficiency"}
+    assert planned_actions(config, out)["run"] == set(), "which nobody asks for"
 
 
 def test_a_row_is_removed_on_purpose(config, tmp_path):

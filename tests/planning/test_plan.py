@@ -29,7 +29,7 @@ def world(tmp_path_factory):
     return folder
 
 
-def plan_of(world, *, criteria=None, **overrides):
+def plan_of(world, *, criteria=None, device="", **overrides):
     """The plan of a sweep; with one method for each of some criteria, or the methods of its configuration."""
     base = {
         "models": ["a", "b"],
@@ -45,7 +45,7 @@ def plan_of(world, *, criteria=None, **overrides):
     hashes = FileHashes(None)
     models = resolve_models(config, world / "none", hashes, download=False)
     own = {name: Method(criterion=name) for name in criteria or ()}
-    return build_plan(config, models, own or resolve_methods(config, METHODS), hashes)
+    return build_plan(config, models, own or resolve_methods(config, METHODS), hashes, device)
 
 
 def kinds(plan):
@@ -117,6 +117,37 @@ def test_what_affects_a_result_changes_its_fingerprint_and_no_other(world, chang
     assert set(before.stages) != set(after.stages)
     if "dense" in untouched:  # recovery and evaluation of the dense model
         assert {"recover", "evaluate"} <= kept
+
+
+def test_efficiency_is_of_shapes_and_only_where_it_is_asked_for(world):
+    """Recovery and distillation keep a shape, so that they share its measurement."""
+    plain = plan_of(world)
+    methods = ["surgeon-block", "surgeon-distilled"]
+    before, after = (plan_of(world, methods=methods, efficiency__enabled=it, device="here") for it in (False, True))
+    assert "efficiency" not in kinds(plain) and list(before.stages) == [
+        key for key, stage in after.stages.items() if stage.kind != "efficiency"
+    ]
+    measured = {stage.id: stage.inputs["model"] for stage in stages_of(after, "efficiency")}
+    assert len(measured) == 2 * (1 + len([0.1, 0.2]))
+    for cell in after.cells:
+        cuts = [it for it in cell.producers if it.startswith("prune/")]
+        assert measured[cell.efficiency].location == cuts[-1] if cuts else not measured[cell.efficiency].is_stage
+        assert cell.efficiency in cell.results and cell.efficiency in after.upstream(cell)
+    assert Plan.from_json(json.loads(json.dumps(after.to_json()))) == after
+
+
+def test_a_measurement_is_of_its_device_and_workloads(world):
+    def measured(device="here", **settings):
+        plan = plan_of(world, efficiency__enabled=True, device=device, **settings)
+        return {it.id for it in stages_of(plan, "efficiency")}
+
+    once = measured()
+    assert once == measured(efficiency__batch_sizes=[8, 1], recovery__rank=4)
+    others = [measured("there"), measured(efficiency__new_tokens=9), measured(efficiency__dtype="float32")]
+    assert all(not once & other for other in others)
+    with pytest.raises(UserError, match=r"520 together, more than the 512 positions of model 'a'"):
+        measured(efficiency__prompt_tokens=[8, 500], efficiency__new_tokens=20)
+    assert plan_of(world, efficiency__prompt_tokens=[600]), "which nobody measures"
 
 
 def test_several_texts_add_references_and_inputs_and_leave_what_a_single_text_made(world):

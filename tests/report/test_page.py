@@ -12,6 +12,7 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.report import page as page_module
 from hfprune_dist.report.evidence import MOST_SINGLE_CELLS, collect
 from hfprune_dist.report.page import page
+from hfprune_dist.report.quality import quality_charts
 from hfprune_dist.results.table import write_reports
 
 ODD = ["<script>alert(1)</script>", "a\"b'c&amp;<b>", "%{x} ${y} </script><!--", "--method=x y"]
@@ -73,7 +74,8 @@ def rows_of_csv(folder):
 
 
 def test_the_table_has_every_number_of_results_csv(tmp_path):
-    evidence = DrawnSweep(tmp_path, ["m", "n"], missing={"n 0.5 other + lora"}, tasks=("piqa", "arc")).evidence()
+    missing, tasks = {"n 0.5 other + lora"}, ("piqa", "arc")
+    evidence = DrawnSweep(tmp_path, ["m", "n"], missing=missing, tasks=tasks, timed=True).evidence()
     write_reports(evidence.rows, tmp_path)
     expected, shown = rows_of_csv(tmp_path), Parsed(page(evidence)).rows
     assert len(shown) == len(expected) == 20
@@ -90,6 +92,18 @@ def test_figures_have_the_numbers_of_rows(tmp_path):
     bars = [trace["error_y"]["array"] for figure in parsed.figures for trace in figure["data"] if "error_y" in trace]
     assert {error for array in bars for error in array} == {None, 0.01, math.hypot(0.01, 0.01) / 2}
     assert set(CHARTS) <= set(parsed.ids)
+
+
+def test_quality_is_drawn_against_speed_where_that_was_measured(tmp_path):
+    """Dense models are as fast as themselves, and lines along all."""
+    charts = quality_charts(DrawnSweep(tmp_path / "timed", timed=True).evidence())
+    (speed,) = [it for it in charts if it.id == "speed"]
+    for figure in speed.figures:
+        xs = {trace["name"]: trace["x"] for trace in figure.data}
+        assert xs["hfprune"] == xs["other + lora"] == pytest.approx([1.25, 2.0])
+        assert xs["dense"] == xs["dense + lora"] == pytest.approx([1.0, 2.0])
+    assert [figure.title for figure in speed.figures] == ["m: average of the tasks", "m: perplexity (log)"]
+    assert "speed" not in {it.id for it in quality_charts(DrawnSweep(tmp_path / "not").evidence())}
 
 
 def _flat(values):

@@ -1,10 +1,12 @@
 import pytest
-from rows import missing, row_of
+from rows import efficiency, missing, row_of
 
 from hfprune_dist.results.column import Column, cells, markdown
 from hfprune_dist.results.columns import all_columns, few_columns
+from hfprune_dist.results.efficiency import efficiency_of
 from hfprune_dist.results.formats import byte_count, count, duration
 from hfprune_dist.results.notes import causes, notes, wide_notes
+from hfprune_dist.results.table import flat_row
 
 DENSE = row_of(ratio=0.0, recovery="none", kl=0.0, kl_stderr=0.0)
 
@@ -52,6 +54,27 @@ def test_notes_tell_directions_numbers_and_what_is_shared():
     assert costs.endswith("llama 3.0m"), "the only model of which several rows are done"
     assert causes(rows) == ["missing: llama 0.5 surgeon-plain: prune has not run yet"]
     assert "crows_pairs" not in average and notes([]) == wide_notes([]) == []
+
+
+def test_speed_has_columns_where_it_was_measured():
+    measured = {"metrics": efficiency(1.254, tokens_per_s=123.4, seconds=0.0456)}
+    rows = [DENSE, row_of(**efficiency_of(measured))]
+    assert shown(rows, few_columns(rows))["speed"] == ("-", "1.25")
+    everything = shown(rows, all_columns(rows))
+    assert (everything["tokens/s"][1], everything["first token"][1]) == ("123.4", "45.6ms")
+    assert (everything["FLOPs/token"][1], everything["cache/token"][1]) == ("215M", "46kB")
+    (told,) = [it for it in notes(rows) if it.startswith("speed")]
+    assert told.endswith("(batch 4, 32 in, 16 out; a processor, 2 threads)")
+    flat = flat_row(rows[1])
+    assert flat["efficiency/batch 1, 32 in, 16 out/decode_speed"] == 1.0 and "efficiency" not in flat
+    assert flat["efficiency/batch 4, 32 in, 16 out/decode_tokens_per_s"] == flat["decode_tokens_per_s"] == 123.4
+    unmeasured = [DENSE, row_of()]
+    assert "speed" not in shown(unmeasured, few_columns(unmeasured)) and len(notes(unmeasured)) == 3
+
+
+def test_a_row_that_lacks_its_speed_alone_keeps_its_scores():
+    rows = [row_of(status="missing", cause="efficiency failed (killed): a rank died")]
+    assert shown(rows, few_columns(rows))["KL"] == ("0.263±0.012",) and len(causes(rows)) == 1
 
 
 def test_notes_on_older_evaluations_and_bias():

@@ -1,15 +1,16 @@
-"""Whether ranks would compute in a dtype that this CPU is slow with."""
+"""What this machine computes on, and whether ranks would compute in a dtype that its CPU is slow with."""
 
 import pytest
 from hfprune_launch.local import hardware
-from hfprune_launch.local.hardware import SECTIONS, note_on_bfloat16
+from hfprune_launch.local.hardware import SECTIONS, device_here, note_on_bfloat16
 from hfprune_launch.stage.threads import threads_allowed
 from sweeps import make_inputs, planned
 
 from hfprune_dist.config.parameters import ImportanceParameters, RecoverParameters
-from hfprune_dist.config.schema import EvaluationConfig
+from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
 from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.store import provenance
 from hfprune_dist.store.stage import Stage
 
 BEFORE_AVX512, AVX512 = "flags\t\t: fpu sse2 avx avx2 fma", "flags\t\t: fpu sse2 avx avx2 fma avx512f avx512bw"
@@ -45,8 +46,8 @@ def test_the_note_names_the_settings_of_the_stages_to_run(machine, line):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_all_settings_of_a_plan_are_known(machine, tmp_path, dtype):
     machine(BEFORE_AVX512)
-    keys = [f"{section}.dtype" for section in ("distillation", "evaluation", "importance", "recovery")]
-    settings = {key.replace(".", "__"): dtype for key in keys}
+    keys = [f"{section}.dtype" for section in ("distillation", "efficiency", "evaluation", "importance", "recovery")]
+    settings = {key.replace(".", "__"): dtype for key in keys} | {"efficiency__enabled": True}
     _, plan = planned(make_inputs(tmp_path), methods=["surgeon-uniform-distilled"], **settings)
     assert {stage.kind for stage in plan.stages.values()} == {*SECTIONS, "reference"}
     expected = " ".join(f"--set {key}=float32" for key in keys) if dtype == "bfloat16" else ""
@@ -80,3 +81,18 @@ def test_no_note_where_all_that_is_left_computes_in_float32(machine, tmp_path, m
     assert not note_on_bfloat16([STAGES[1], STAGES[3]])
     monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "none")
     assert not note_on_bfloat16(STAGES)
+
+
+def test_the_device_of_one_rank_is_told_without_torch(machine, tmp_path, monkeypatch):
+    machine("model name\t: A processor @ 2 GHz")
+    monkeypatch.setattr(provenance, "CPU_INFO", tmp_path / "cpuinfo")
+    assert device_here(RuntimeConfig(threads_per_rank=3, ranks=2)) == "A processor @ 2 GHz, 3 threads"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert device_here(RuntimeConfig()) == "A processor @ 2 GHz, 5 threads"
+    machine(AVX512, gpus="0,1")
+    monkeypatch.setattr(hardware, "GPUS", tmp_path / "gpus")
+    assert device_here(RuntimeConfig()) == "a GPU", "whose driver tells nothing"
+    for number in range(2):
+        (tmp_path / "gpus" / str(number)).mkdir(parents=True)
+        (tmp_path / "gpus" / str(number) / "information").write_text("Model: \t\t NVIDIA A100\nIRQ: 7\n")
+    assert device_here(RuntimeConfig()) == "NVIDIA A100"

@@ -91,6 +91,18 @@ def test_a_distillation_is_estimated_from_the_windows_that_it_reads(inputs, tmp_
     assert longer.memory.activations > twice.memory.activations
 
 
+def test_two_models_that_are_timed_in_turn_must_fit_one_gpu(inputs, tmp_path):
+    def measurement(gib, **overrides):
+        settings = {"efficiency__enabled": True, "efficiency__new_tokens": 8, "efficiency__prompt_tokens": [8]}
+        found = estimates(inputs, tmp_path, f"{GPUS}gpu_memory_gib: {gib}\n", **settings | overrides)
+        return next(it for it in found if it.stage.kind == "efficiency")
+
+    roomy, tight = measurement(80), measurement(1e-4)
+    assert (roomy.fits, roomy.advice, roomy.gpu_hours) == (True, "", None)
+    assert not tight.fits and "fewer efficiency.batch_sizes" in tight.advice
+    assert roomy.memory.activations == 4 * measurement(80, efficiency__batch_sizes=[2]).memory.activations
+
+
 def test_nothing_is_claimed_that_the_profile_does_not_say(inputs, tmp_path):
     assert all(each.fits is None and each.gpu_hours is None for each in estimates(inputs, tmp_path, GPUS))
     assert estimates(inputs, tmp_path, "tasks_per_node: 2\n") == [], "no GPUs, no estimates"

@@ -1,0 +1,70 @@
+"""What a token costs: floating-point operations, bytes of cache and parameters, from the shapes of tensors alone.
+
+Layers may differ in width and heads: every number is a sum over the tensors of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class TokenCosts:
+    """Of one token in a model whose every layer attends to all tokens before.
+
+    Attributes:
+        parameters: of the whole model; a head tied to the embedding counts once.
+        parameters_without_embeddings: without the table of embeddings and the head.
+        active_parameters: those that compute a token's output; all, in families without experts.
+        multiplied: entries of the matrices that a token's vectors are multiplied with, the head's included.
+        query_channels: of all heads of all layers.
+        cached_channels: of the keys and values of all layers.
+    """
+
+    parameters: int
+    parameters_without_embeddings: int
+    active_parameters: int
+    multiplied: int
+    query_channels: int
+    cached_channels: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> TokenCosts:
+        """Of a checkpoint's tensors."""
+        family, shapes = checkpoint.family, {name: info.shape for name, info in checkpoint.tensors.items()}
+        table, head = shapes[family.embedding_tensor()], family.head_tensor()
+        tied = bool(checkpoint.config.get("tie_word_embeddings"))
+        outside = math.prod(table) * (1 if tied else 2)
+        of_layers = {
+            name.removeprefix(f"{family.layers}."): shape
+            for name, shape in shapes.items()
+            if name.startswith(f"{family.layers}.") and len(shape) == 2
+        }
+        query, key, value, _ = (f"{family.attention}.{name}.weight" for name in family.attention_projections)
+        assert tied or head in shapes, f"{checkpoint.path} has no {head}"
+        return cls(
+            parameters=checkpoint.parameters,
+            parameters_without_embeddings=checkpoint.parameters - outside,
+            active_parameters=checkpoint.parameters,
+            multiplied=sum(map(math.prod, of_layers.values())) + math.prod(table),
+            query_channels=sum(rows for name, (rows, _) in of_layers.items() if name.endswith(query)),
+            cached_channels=sum(rows for name, (rows, _) in of_layers.items() if name.endswith((key, value))),
+        )
+
+    def flops(self, context: int) -> int:
+        """Of the forward pass of one token: two for each entry that it is multiplied with, and attention's two products
+        with each of ``context`` tokens, itself included. Norms, activations, biases and rotations are left out, as
+        ``torch.utils.flop_counter`` leaves them out.
+        """
+        return 2 * self.multiplied + 4 * context * self.query_channels
+
+    def cache_bytes(self, itemsize: int) -> int:
+        """Of keys and values.
+
+        Args:
+            itemsize: bytes of one number of the cache.
+        """
+        return self.cached_channels * itemsize

@@ -1,0 +1,92 @@
+"""Greedy generation against the clock, and the memory that it takes."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is generated: ``new_tokens``, at least two, for each of ``batch_size`` prompts of ``prompt_tokens``."""
+
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch_size}, {self.prompt_tokens} in, {self.new_tokens} out"
+
+    def prompts(self, vocabulary: int, device: torch.device) -> Tensor:
+        """Random tokens, the same for every model of a vocabulary, int64 [batch_size, prompt_tokens]."""
+        shape = (self.batch_size, self.prompt_tokens)
+        return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(SEED)).to(device)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """How long one generation took.
+
+    Attributes:
+        first: from the prompts to the first new token of each.
+        others: for all further tokens.
+    """
+
+    first: float
+    others: float
+
+
+@torch.inference_mode()
+def time_generation(model: nn.Module, prompts_BT: Tensor, new_tokens: int) -> Seconds:
+    """Generate the likeliest tokens one by one with a cache of keys and values, end-of-text tokens too.
+
+    Args:
+        model: a causal LM of transformers, on the prompts' device.
+    """
+    started = _now(prompts_BT.device)
+    next_B1, cache = _step(model, prompts_BT, None)
+    first = _now(prompts_BT.device)
+    for _ in range(new_tokens - 1):
+        next_B1, cache = _step(model, next_B1, cache)
+    return Seconds(first - started, _now(prompts_BT.device) - first)
+
+
+def _step(model: nn.Module, input_ids_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """The likeliest next tokens [B, 1], and the cache with what was read."""
+    outputs = model(input_ids=input_ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return outputs.logits[:, -1].argmax(dim=-1, keepdim=True), outputs.past_key_values
+
+
+def _now(device: torch.device) -> float:
+    """Seconds of a clock once the device has done all that it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of parameters and buffers in memory; tied ones count once."""
+    return sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+
+
+def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
+    """The most memory of torch's allocator for a device that an action holds at once, beyond what was held before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    events = (it for it in profiler.profiler.kineto_results.events() if it.name() == "[memory]")
+    changes = sorted((it.start_ns(), it.nbytes()) for it in events)
+    return max(itertools.accumulate(change for _, change in changes), default=0)

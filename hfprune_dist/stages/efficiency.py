@@ -1,0 +1,154 @@
+"""Efficiency: how fast a model generates, and what memory that takes, in turn with the dense model that it comes from.
+
+Rank 0 measures, with both models in memory; others, where there are any, wait. It is short: a killed one begins anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.token_costs import TokenCosts
+from hfprune_dist.config.parameters import EfficiencyParameters
+from hfprune_dist.evaluation.generation import Seconds, Workload, peak_bytes, time_generation, weight_bytes
+from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.stages.context import Context as AnyContext
+from hfprune_dist.store.atomic_files import write_json
+from hfprune_dist.store.hashing import AfterEach
+from hfprune_dist.store.provenance import cpu_model
+
+Context = AnyContext[EfficiencyParameters]
+
+RESULTS = "efficiency.json"
+DENSE, MODEL = "dense", "model"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model under one workload.
+
+    Attributes:
+        peak_memory_bytes: weights, and the most that a generation took beside them.
+        seconds: of each timed generation.
+    """
+
+    peak_memory_bytes: int
+    seconds: Sequence[Seconds]
+
+
+def run(context: Context) -> None:
+    """Write ``efficiency.json``: what a token costs each model, and all that was measured under each workload."""
+    models = _load(context) if context.world.is_first else {}
+    workloads = workloads_of(context.params)
+    measured: list[Mapping[str, Measured]] = []
+    for done, workload in enumerate(workloads):
+        context.progress.update(str(workload), done, len(workloads))
+        measured.append(context.world.let_first(partial(_measure, models, workload, context.params.repeats)))
+        context.interruption.stop_if_agreed(context.world)
+    draft = context.open_draft()
+    metrics = {
+        **_device(context.world.device),
+        **{role: _costs(context, role) for role in (DENSE, MODEL)},
+        "runs": [_described(*pair) for pair in zip(workloads, measured, strict=True)],
+    }
+    if context.world.is_first:
+        seconds = [{role: asdict(it)["seconds"] for role, it in found.items()} for found in measured]
+        write_json(draft / RESULTS, {**metrics, "seconds": seconds})
+    context.commit(draft, metrics)
+
+
+def workloads_of(params: EfficiencyParameters) -> list[Workload]:
+    """The most demanding one last."""
+    return [
+        Workload(batch_size, prompt_tokens, params.new_tokens)
+        for batch_size in params.batch_sizes
+        for prompt_tokens in params.prompt_tokens
+    ]
+
+
+def _load(context: Context) -> dict[str, PreTrainedModel]:
+    """The dense model and, unless it is that one, the model: role -> model."""
+    dtype, inputs = getattr(torch, context.params.dtype), context.stage.inputs
+    roles = [DENSE] if inputs[DENSE].identity == inputs[MODEL].identity else [DENSE, MODEL]
+    loaded = {role: load_causal_lm(context.input_path(role), dtype) for role in roles}
+    return {role: model.to(context.world.device).eval() for role, model in loaded.items()}
+
+
+def _measure(
+    models: Mapping[str, PreTrainedModel], workload: Workload, repeats: int, after_each: AfterEach
+) -> dict[str, Measured]:
+    """Each model by its role: one generation for its memory, which also warms it up; then timed ones in turn."""
+    generations: dict[str, Callable[[], Seconds]] = {}
+    memory: dict[str, int] = {}
+    for role, model in models.items():
+        prompts_BT = workload.prompts(model.config.vocab_size, model.device)
+        generations[role] = partial(time_generation, model, prompts_BT, workload.new_tokens)
+        memory[role] = weight_bytes(model) + peak_bytes(generations[role], model.device)
+        after_each()
+    seconds: dict[str, list[Seconds]] = {role: [] for role in models}
+    for _ in range(repeats):
+        for role, generate in generations.items():
+            seconds[role].append(generate())
+            after_each()
+    return {role: Measured(memory[role], seconds[role]) for role in models}
+
+
+# What is told of it.
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    """The device that it was measured on."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    return {"device": cpu_model(), "threads": torch.get_num_threads()}
+
+
+def _costs(context: Context, role: str) -> dict[str, int]:
+    """A token's, at the most tokens that a prompt has."""
+    checkpoint = open_checkpoint(context.input_path(role))
+    costs = TokenCosts.of(checkpoint)
+    return {
+        "parameters": costs.parameters,
+        "parameters_without_embeddings": costs.parameters_without_embeddings,
+        "active_parameters": costs.active_parameters,
+        "weight_bytes_on_disk": _bytes_on_disk(checkpoint),
+        "flops_per_token": costs.flops(max(context.params.prompt_tokens)),
+        "cache_bytes_per_token": costs.cache_bytes(getattr(torch, context.params.dtype).itemsize),
+    }
+
+
+def _bytes_on_disk(checkpoint: Checkpoint) -> int:
+    return sum(tensor.bytes for tensor in checkpoint.tensors.values())
+
+
+def _described(workload: Workload, measured: Mapping[str, Measured]) -> dict[str, Any]:
+    """A workload's results: of both models, and how many times as fast as the dense one the model is, pair by pair."""
+    dense, model = measured[DENSE], measured.get(MODEL, measured[DENSE])
+    pairs = list(zip(dense.seconds, model.seconds, strict=True))
+    return {
+        **asdict(workload),
+        DENSE: _summary(workload, dense),
+        MODEL: _summary(workload, model),
+        "first_token_speed": _spread([one.first / other.first for one, other in pairs]),
+        "decode_speed": _spread([one.others / other.others for one, other in pairs]),
+    }
+
+
+def _summary(workload: Workload, measured: Measured) -> dict[str, Any]:
+    decoded = workload.batch_size * (workload.new_tokens - 1)
+    return {
+        "peak_memory_bytes": measured.peak_memory_bytes,
+        "time_to_first_token_s": _spread([it.first for it in measured.seconds]),
+        "decode_tokens_per_s": _spread([decoded / it.others for it in measured.seconds]),
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": median(values), "min": min(values), "max": max(values)}

@@ -1,0 +1,80 @@
+"""What a token costs, against torch's own counter and against the tensors of a real cache."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import VARIANTS, save_tiny
+from torch.utils.flop_counter import FlopCounterMode
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.pruned_config import pruned_config
+from hfprune_dist.checkpoints.token_costs import TokenCosts
+from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
+from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.structures.kept import Kept
+
+LAYERS, GROUPS, WIDTH = 3, 3, 48
+SHAPE = {"num_hidden_layers": LAYERS, "num_key_value_heads": GROUPS, "num_attention_heads": 2 * GROUPS}
+
+
+def cut(folder, variant, layers, widths, groups):
+    """A checkpoint whose staying layers have so many neurons and KV groups."""
+    dense = open_checkpoint(save_tiny(folder / "dense", variant, hidden_size=36, **SHAPE))
+    units = {"neurons": [torch.arange(it) for it in widths], "kv_groups": [torch.arange(it) for it in groups]}
+    kept = Kept(layers, units)
+    (folder / "pruned").mkdir()
+    for file in dense.weight_files:
+        write_weight_file(dense, file, kept, folder / "pruned")
+    write_companions(dense, folder / "pruned", pruned_config(dense, kept.shape))
+    return open_checkpoint(folder / "pruned")
+
+
+@st.composite
+def shapes(draw):
+    """Layers that stay, and the neurons and KV groups of each: all alike, or of their own."""
+    layers = tuple(sorted(draw(st.sets(st.integers(0, LAYERS - 1), min_size=1))))
+    alike = draw(st.booleans())
+
+    def counts(most):
+        drawn = [draw(st.integers(1, most)) for _ in layers]
+        return drawn[:1] * len(layers) if alike else drawn
+
+    return layers, counts(WIDTH), counts(GROUPS)
+
+
+def counted_flops(model, input_ids_BT, cache=None):
+    """torch's number for one forward pass, and the cache after it; its counter knows nothing of fused attention."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        outputs = model(input_ids=input_ids_BT, past_key_values=cache, use_cache=True)
+    return counter.get_total_flops(), outputs.past_key_values
+
+
+def check(checkpoint, batch_size, tokens):
+    costs, model = TokenCosts.of(checkpoint), load_causal_lm(checkpoint.path, torch.float32)
+    vocabulary = checkpoint.config["vocab_size"]
+    of_prompt, cache = counted_flops(model, torch.randint(vocabulary, (batch_size, tokens)))
+    assert of_prompt == batch_size * tokens * costs.flops(tokens), "each token with all of the prompt"
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == batch_size * tokens * costs.cache_bytes(torch.float32.itemsize)
+    of_next, _ = counted_flops(model, torch.randint(vocabulary, (batch_size, 1)), cache)
+    assert of_next == batch_size * costs.flops(tokens + 1)
+    tables = {id(it.weight): it.weight.numel() for it in (model.get_input_embeddings(), model.get_output_embeddings())}
+    assert costs.parameters == costs.active_parameters == sum(it.numel() for it in model.parameters())
+    assert costs.parameters_without_embeddings == costs.parameters - sum(tables.values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dense_models_of_every_family(tmp_path, variant):
+    check(open_checkpoint(save_tiny(tmp_path / "dense", variant)), batch_size=2, tokens=7)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.sampled_from(["llama", "llama-tied-biases", "qwen3"]), shapes(), st.integers(1, 3), st.integers(2, 9))
+def test_pruned_shapes_plain_and_layer_by_layer(variant, shape, batch_size, tokens):
+    with TemporaryDirectory() as folder:
+        check(cut(Path(folder), variant, *shape), batch_size, tokens)

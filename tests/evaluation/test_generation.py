@@ -1,0 +1,57 @@
+"""Greedy generation: the tokens that transformers would generate, and memory that can be told beforehand."""
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from hfprune_dist.evaluation import generation
+from hfprune_dist.evaluation.generation import Workload, peak_bytes, time_generation, weight_bytes
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "mistral"])
+def test_tokens_are_those_of_transformers_without_an_end(variant, monkeypatch):
+    model, workload = tiny_model(variant), Workload(3, 8, 6)
+    prompts_BT = workload.prompts(264, CPU)
+    tokens, step = [], generation._step
+
+    def seen(*arguments):
+        next_B1, cache = step(*arguments)
+        tokens.append(next_B1)
+        return next_B1, cache
+
+    monkeypatch.setattr(generation, "_step", seen)
+    seconds = time_generation(model, prompts_BT, workload.new_tokens)
+    model.generation_config.eos_token_id = None
+    expected = model.generate(prompts_BT, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(torch.cat([prompts_BT, *tokens], dim=1), expected)
+    assert seconds.first > 0 and seconds.others > 0
+
+
+def test_prompts_are_the_same_for_every_model():
+    first, second = (Workload(2, 5, 2).prompts(264, CPU) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == (2, 5) and first.max() < 264
+
+
+def test_the_peak_is_what_is_held_at_once():
+    kept = torch.zeros(1000)
+
+    def action():
+        first = torch.zeros(1_000_000)
+        second = first + kept[0]
+        del first
+        third = second[:10].clone()
+        return torch.zeros(100_000), third
+
+    assert 8_000_000 <= peak_bytes(action, CPU) < 8_001_000
+    assert peak_bytes(lambda: None, CPU) == 0
+
+
+def test_a_generation_holds_its_cache():
+    model = tiny_model("llama")
+    prompts_BT = Workload(4, 3, 2).prompts(264, CPU)
+    short, long = (peak_bytes(lambda new=new: time_generation(model, prompts_BT, new), CPU) for new in (20, 60))
+    per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, channels, bytes
+    assert long >= 4 * (3 + 59) * per_token and long - short >= 4 * 40 * per_token
+    assert weight_bytes(model) >= 4 * sum(it.numel() for it in model.parameters())
