@@ -35,7 +35,7 @@ class TokenCosts:
     def of(cls, checkpoint: Checkpoint) -> TokenCosts:
         """Of a checkpoint's tensors."""
         family, shapes = checkpoint.family, {name: info.shape for name, info in checkpoint.tensors.items()}
-        table, head = shapes[family.embedding_tensor()], family.head_tensor()
+        table = shapes[family.embedding_tensor()]
         tied = bool(checkpoint.config.get("tie_word_embeddings"))
         outside = math.prod(table) * (1 if tied else 2)
         of_layers = {
@@ -44,7 +44,6 @@ class TokenCosts:
             if name.startswith(f"{family.layers}.") and len(shape) == 2
         }
         query, key, value, _ = (f"{family.attention}.{name}.weight" for name in family.attention_projections)
-        assert tied or head in shapes, f"{checkpoint.path} has no {head}"
         return cls(
             parameters=checkpoint.parameters,
             parameters_without_embeddings=checkpoint.parameters - outside,

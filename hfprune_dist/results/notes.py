@@ -71,7 +71,7 @@ def _speed(rows: Sequence[Row]) -> list[str]:
 
 
 def _device(efficiency: Mapping[str, Any]) -> str:
-    threads = f", {efficiency['threads']} threads" if "threads" in efficiency else ""
+    threads = f", threads: {efficiency['threads']}" if "threads" in efficiency else ""
     return f"{efficiency['device']}{threads}"
 
 

@@ -39,7 +39,7 @@ def count_gpus() -> int:
 def device_here(runtime: RuntimeConfig) -> str:
     """What a stage of one rank computes on: this machine's kind of GPU, or its processor and how many threads."""
     if not count_gpus():
-        return f"{cpu_model()}, {threads_of_a_rank(runtime, 1)} threads"
+        return f"{cpu_model()}, threads: {threads_of_a_rank(runtime, 1)}"
     facts = [line for file in sorted(GPUS.glob("*/information")) for line in file.read_text().splitlines()]
     models = {line.partition(":")[2].strip() for line in facts if line.startswith("Model:")}
     return ", ".join(sorted(models)) or "a GPU"

@@ -110,7 +110,7 @@ class Resources(Section):
         """What a rank computes on, as far as it is asked for."""
         asked = {"partition": self.partition, "constraint": self.constraint, "gres": self.sbatch.get("gres")}
         told = [f"{name} {value}" for name, value in asked.items() if value is not None]
-        return ", ".join([*told, "a GPU" if self.gpus else f"{self.cpus_per_task} threads"])
+        return ", ".join([*told, "a GPU" if self.gpus else f"threads: {self.cpus_per_task}"])
 
 
 class ProfileFile(Resources):

@@ -64,7 +64,7 @@ def test_speed_has_columns_where_it_was_measured():
     assert (everything["tokens/s"][1], everything["first token"][1]) == ("123.4", "45.6ms")
     assert (everything["FLOPs/token"][1], everything["cache/token"][1]) == ("215M", "46kB")
     (told,) = [it for it in notes(rows) if it.startswith("speed")]
-    assert told.endswith("(batch 4, 32 in, 16 out; a processor, 2 threads)")
+    assert told.endswith("(batch 4, 32 in, 16 out; a processor, threads: 2)")
     flat = flat_row(rows[1])
     assert flat["efficiency/batch 1, 32 in, 16 out/decode_speed"] == 1.0 and "efficiency" not in flat
     assert flat["efficiency/batch 4, 32 in, 16 out/decode_tokens_per_s"] == flat["decode_tokens_per_s"] == 123.4

@@ -86,9 +86,9 @@ def test_no_note_where_all_that_is_left_computes_in_float32(machine, tmp_path, m
 def test_the_device_of_one_rank_is_told_without_torch(machine, tmp_path, monkeypatch):
     machine("model name\t: A processor @ 2 GHz")
     monkeypatch.setattr(provenance, "CPU_INFO", tmp_path / "cpuinfo")
-    assert device_here(RuntimeConfig(threads_per_rank=3, ranks=2)) == "A processor @ 2 GHz, 3 threads"
+    assert device_here(RuntimeConfig(threads_per_rank=3, ranks=2)) == "A processor @ 2 GHz, threads: 3"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert device_here(RuntimeConfig()) == "A processor @ 2 GHz, 5 threads"
+    assert device_here(RuntimeConfig()) == "A processor @ 2 GHz, threads: 5"
     machine(AVX512, gpus="0,1")
     monkeypatch.setattr(hardware, "GPUS", tmp_path / "gpus")
     assert device_here(RuntimeConfig()) == "a GPU", "whose driver tells nothing"

@@ -94,4 +94,4 @@ def test_efficiency_is_measured_by_one_rank_on_what_is_asked_for(tmp_path):
     other = load_profile(write(tmp_path, common + own), SHIPPED).resources["efficiency"]
     assert other.device == "partition gpu, constraint h100, gres gpu:h100:1, a GPU"
     without = load_profile(write(tmp_path, "cpus_per_task: 4\n"), SHIPPED).resources["efficiency"]
-    assert without.gpus == 0 and without.device == "4 threads"
+    assert without.gpus == 0 and without.device == "threads: 4"
