@@ -13,7 +13,6 @@ if TYPE_CHECKING:  # rows are made with this
     from hfprune_dist.results.rows import Row
 
 AVERAGES = ("average", "average_without_crows_pairs")
-BEFORE = "average_of_dense_before_recovery"
 
 
 def add_shares_of_dense(rows: Sequence[Row], plan: Plan) -> None:
@@ -29,7 +28,7 @@ def add_shares_of_dense(rows: Sequence[Row], plan: Plan) -> None:
         row |= _shares(row, dense.get(_scale(cell, plan)))
     for cell, row in by_cell:
         before = bare.get(_checkpoint(cell, plan)) if cell.recovery != "none" else None
-        row[BEFORE] = None if before is None else before["average_of_dense"]
+        row |= {f"{it}_of_dense_before_recovery": before and before[f"{it}_of_dense"] for it in AVERAGES}
 
 
 def _scale(cell: Cell, plan: Plan) -> str:
