@@ -6,6 +6,7 @@ Products of matrices, Cholesky factors and what is solved with them are counted 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hfprune_dist.planning.dimensions import Dimensions
@@ -45,7 +46,9 @@ class Windows:
     def held_out(self) -> int:
         """Tokens in micro-batches that are held out; where there is one micro-batch alone, it is both."""
         every = min(HOLD_OUT_EVERY, self.batches)
-        return min(self.batches // every * self.micro_batch, self.count) * self.length
+        windows = self.batches // every * self.micro_batch
+        missing = self.batches * self.micro_batch - self.count  # in the last one
+        return (windows - (missing if self.batches % every == 0 else 0)) * self.length
 
     @property
     def fitted(self) -> int:
@@ -110,9 +113,16 @@ def cholesky(size: int) -> float:
     return size**3 / 3
 
 
-def dense_refit(dense: ModelShape, kept: ModelShape, windows: Windows, *, kv_groups: bool) -> float:
-    """A pass through the dense model with the Gram matrices of the layers that stay, and their least squares."""
-    flops = windows.tokens * forward_of_all(dense, windows.length)
+def dense_refit(
+    dense: ModelShape, kept: ModelShape, windows: Windows, *, kv_groups: bool, dropped: Sequence[int] = ()
+) -> float:
+    """A pass through the dense model with the Gram matrices of the layers that stay, and their least squares.
+
+    Args:
+        dropped: numbers of layers that go; the pass ends with the last that stays.
+    """
+    last = max(number for number in range(len(dense.layers)) if number not in dropped)
+    flops = windows.tokens * sum(forward(dims, windows.length) for dims in dense.layers[: last + 1])
     for whole, left in zip(dense.layers, kept.layers, strict=False):
         for channels, stay in zip(channels_of(whole, kv_groups), channels_of(left, kv_groups), strict=True):
             flops += windows.tokens * gram(channels) + least_squares(dense.hidden_size, channels, stay)

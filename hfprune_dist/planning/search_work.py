@@ -1,7 +1,8 @@
 """Floating-point operations of prune stages that measure shapes: which those were, manifests tell.
 
-What nobody wrote down is taken as it usually is: of shapes that differ from layer to layer the sizes (those of the
-outcome), and which layers were tried again on the way to an order.
+What nobody wrote down is taken as it usually is. Shapes that differ from layer to layer count with the outcome's sizes,
+and as if no two were alike, nor any measured before. Of the layers that were tried again on the way to an order, only
+those that went are known.
 """
 
 from __future__ import annotations
@@ -126,8 +127,10 @@ class Search:
 
     def _refitted(self, candidate: Candidate) -> float:
         kept = ModelShape(tuple(choice[0] for choice in candidate if choice is not None))
-        refit = dense_refit if self.params.refit == "dense" else sequential_refit
-        return refit(self.dense, kept, self._seen, kv_groups=self._kv_groups)
+        if self.params.refit != "dense":
+            return sequential_refit(self.dense, kept, self._seen, kv_groups=self._kv_groups)
+        dropped = [number for number, choice in enumerate(candidate) if choice is None]
+        return dense_refit(self.dense, kept, self._seen, kv_groups=self._kv_groups, dropped=dropped)
 
     def _searched(self) -> float:
         windows = self.windows

@@ -131,7 +131,9 @@ class StageCosts:
             flops += Search(params, model, dense, kept, windows, metrics).flops()
         kv_groups = KV_GROUPS in params.structures
         if params.refit == "dense":
-            flops += dense_refit(model, kept, windows, kv_groups=kv_groups)
+            order = metrics.get("layers_in_order_of_dropping") or []
+            dropped = order[: len(model.layers) - len(kept.layers)]
+            flops += dense_refit(model, kept, windows, kv_groups=kv_groups, dropped=dropped)
         elif params.refit != "none":
             flops += sequential_refit(dense, kept, windows, kv_groups=kv_groups, whole_mlp=params.refit == "block")
         return Cost(windows.tokens, flops)
