@@ -92,6 +92,14 @@ def test_figures_have_the_numbers_of_rows(tmp_path):
     assert set(CHARTS) <= set(parsed.ids)
 
 
+def test_tasks_show_what_a_constant_answer_gets(tmp_path):
+    sweep = DrawnSweep(tmp_path, tasks=("piqa", "arc"))
+    rows = [dict(row, floors={"piqa": 0.517}, average_floor=0.333) for row in sweep.evidence().rows]
+    figures = Parsed(page(collect(tmp_path, sweep.plan, rows, lambda _: (), math.pi))).figures
+    floors = [trace["y"] for it in figures for trace in it["data"] if trace.get("name") == "constant answer"]
+    assert sorted(floors) == [[0.333] * 2, [0.517] * 2], "once in each panel, and none where it is not known"
+
+
 def _flat(values):
     return [value for value in values if isinstance(value, float)]
 
