@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.modes.sweep_plan import Prepared, prepare
 from hfprune_launch.modes.sweep_run import run_missing, run_prepared
@@ -93,7 +94,7 @@ class Session:
         prepared = prepare(self._command, download=True)
         prepared.require_runnable()
         run_prepared(self._command, prepared)
-        return read_sweep(self._command.out).rows
+        return read_sweep(self._command.out, past_attempts(self._command.out)).rows
 
     def _make(self, prepared: Prepared, stage_ids: Iterable[str]) -> None:
         sweep = prepared.sweep

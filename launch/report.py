@@ -23,6 +23,7 @@ def _report(argv: Sequence[str] | None) -> int:
     parser.add_argument("--published", action="store_true", help="show the paper's rows below ours")
     parser.add_argument("--wide", action="store_true", help="show all columns, however wide that is")
     arguments = parser.parse_args(argv)
+    from hfprune_launch.modes.past_attempts import past_attempts
     from hfprune_launch.modes.report_page import ReportPage
     from hfprune_launch.project import PROJECT
     from hfprune_launch.screen import make_console, show_checkpoints, show_published, show_results
@@ -30,7 +31,7 @@ def _report(argv: Sequence[str] | None) -> int:
 
     from hfprune_dist.results.table import write_reports
 
-    sweep = read_sweep(arguments.out)
+    sweep = read_sweep(arguments.out, past_attempts(arguments.out))
     write_reports(sweep.rows, arguments.out)
     console = make_console()
     show_results(console, sweep.rows, arguments.wide)

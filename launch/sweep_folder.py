@@ -23,6 +23,7 @@ from hfprune_dist.results.rows import DenseModel, Row, collect_rows
 from hfprune_dist.results.table import write_reports
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json, write_json, write_text
+from hfprune_dist.store.attempt import AttemptsOf
 
 SWEEP_FILE = "sweep.json"
 CONFIG_FILE = "config.yaml"
@@ -48,8 +49,8 @@ class Record:
     plan: Plan
     dense: Mapping[str, DenseModel]
 
-    def rows(self, store: Store) -> list[Row]:
-        return collect_rows(self.plan, store, self.dense)
+    def rows(self, store: Store, attempts_of: AttemptsOf) -> list[Row]:
+        return collect_rows(self.plan, store, self.dense, attempts_of)
 
     def write_checkpoints(self, out: Path) -> Update:
         """Bring the named checkpoints of the folder that it is of up to date."""
@@ -89,14 +90,17 @@ class Finished:
         return self.record.plan
 
 
-def read_sweep(out: Path) -> Finished:
+def read_sweep(out: Path, attempts_of: AttemptsOf) -> Finished:
     """What the last run left, and the rows that there are.
+
+    Args:
+        attempts_of: what launchers know of a stage.
 
     Raises:
         UserError: where the folder is not a sweep's.
     """
     record = _require_record(out)
-    return Finished(out, record, record.rows(Store(out / "store")))
+    return Finished(out, record, record.rows(Store(out / "store"), attempts_of))
 
 
 def planned_sweep(out: Path) -> Sweep:
@@ -120,8 +124,11 @@ def write_record(out: Path, record: Record) -> None:
     write_json(out / SWEEP_FILE, {**record.plan.to_json(), "dense": dense})
 
 
-def forget_rows(out: Path, labels: Sequence[str]) -> tuple[list[Row], Update]:
+def forget_rows(out: Path, labels: Sequence[str], attempts_of: AttemptsOf) -> tuple[list[Row], Update]:
     """Remove rows from a folder's record, tables and named checkpoints; the store stays as it is.
+
+    Args:
+        attempts_of: what launchers know of a stage.
 
     Returns:
         the rows that are left, and what has become of the named checkpoints.
@@ -138,7 +145,7 @@ def forget_rows(out: Path, labels: Sequence[str]) -> tuple[list[Row], Update]:
     assert record is not None
     left = Record(without_rows(record.plan, labels), record.dense)
     write_record(out, left)
-    rows_left = left.rows(Store(out / "store"))
+    rows_left = left.rows(Store(out / "store"), attempts_of)
     write_reports(rows_left, out)
     return rows_left, left.write_checkpoints(out)
 

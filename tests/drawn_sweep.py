@@ -7,9 +7,10 @@ from pathlib import Path
 from rows import efficiency
 
 from hfprune_dist.planning.plan import Cell, Plan, label_of
-from hfprune_dist.report.evidence import Attempt, Evidence, collect
+from hfprune_dist.report.evidence import Evidence, collect
 from hfprune_dist.results.rows import DenseModel, collect_rows
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempt import Attempt
 from hfprune_dist.store.stage import Input, Stage
 
 LAYERS, WIDTH, STEPS = 4, 48, 12

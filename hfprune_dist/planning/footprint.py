@@ -203,10 +203,17 @@ class Train:
         return norms + attention + gated + inputs
 
     def work(self, dims: Dimensions) -> Work:
-        """Of one micro-batch: a forward, and a backward without gradients of frozen weights; a teacher's head."""
+        """Of one micro-batch: a forward, and a backward without gradients of frozen weights; a teacher's head.
+
+        Where it doesn't distill, several pairs share a row, and a mask that keeps them apart takes away what attention
+        saves where it is merely causal. What the first layer's attention reads gets no gradient.
+        """
         matrices = dims.body_parameters + dims.head_parameters
         teacher = 2 * dims.head_parameters if self.distills else 0
-        flops = 4 * matrices + teacher + 6 * self.lora_parameters(dims) + 3.5 * attention_flops(dims, self.tokens)
+        attention = attention_flops(dims, self.tokens) * (1 if self.distills else 2)
+        flops = 4 * matrices + teacher + 6 * self.lora_parameters(dims) + 3.5 * attention
+        read = dims.head_size * (dims.num_heads + 2 * dims.num_key_value_heads) + 3 * self.rank
+        flops -= 2 * dims.hidden_size * read
         gathered = 2 * matrices + dims.head_parameters
         return Work(self.rows * self.tokens * flops, gathered * self.itemsize)
 

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.rows import Row
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempt import Attempt, AttemptsOf
 from hfprune_dist.store.stage import Stage
 
 # With more cells than these, lines that belong to one checkpoint are drawn as one per method, with the range around it.
 MOST_SINGLE_CELLS = 50
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One attempt at a stage, as the records of who started it tell.
-
-    Attributes:
-        number: 1 for the first.
-        started, ended: unix time; None where nobody has written it down, or where it hasn't come yet.
-        state: ``open`` where no end is known: it is queued, runs, or was cut off.
-        cause: why it ended, in a word or two; empty where there is nothing to say.
-        message: the reason at length.
-        where: job and nodes; empty on this machine.
-    """
-
-    number: int
-    state: Literal["done", "failed", "open"]
-    started: float | None
-    ended: float | None
-    cause: str = ""
-    message: str = ""
-    where: str = ""
-    logs: tuple[Path, ...] = ()
-
-
-AttemptsOf = Callable[[Stage], Sequence[Attempt]]
 
 
 @dataclass(frozen=True)

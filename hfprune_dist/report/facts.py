@@ -9,8 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.report.evidence import Attempt, Evidence
+from hfprune_dist.report.evidence import Evidence
 from hfprune_dist.report.rows_table import link
+from hfprune_dist.store.attempt import Attempt
 from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.store.stage import Stage
 

@@ -6,11 +6,11 @@ To add one, say what it shows (``Measure``) and along what (``Scale``), and give
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hfprune_dist.config.texts import OTHER_TEXTS
-from hfprune_dist.report.chart import Chart, Figure, Key, Trace, axis, line, method_color, style
+from hfprune_dist.report.chart import GREY, Chart, Figure, Key, Trace, axis, line, method_color, style
 from hfprune_dist.report.evidence import Evidence
 from hfprune_dist.results.headline import headline, headline_error
 from hfprune_dist.results.rows import Row
@@ -26,12 +26,14 @@ class Measure:
     Attributes:
         error: its standard error; None where there is none.
         axis: settings of plotly.js.
+        floor: what always choosing the same answer gets; None where that is nothing known.
     """
 
     title: str
     value: Value
     error: Value
     axis: Mapping[str, Any]
+    floor: Value = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Scale:
     axis: Mapping[str, Any]
 
 
+FLOORS = "Thin dots across: what always choosing the same answer gets."
 PERCENT = {"tickformat": ".3~p"}
 LOG = {"type": "log", "exponentformat": "none"}
 SIZE = Scale("parameters", lambda row: row["parameters"], {"tickformat": ".4~s"})
@@ -54,7 +57,7 @@ def _of_rows(title: str, name: str, **settings: Any) -> Measure:
     return Measure(title, lambda row: row[name], lambda row: row.get(f"{name}_stderr"), settings)
 
 
-AVERAGE = _of_rows("average of the tasks", "average", **PERCENT)
+AVERAGE = replace(_of_rows("average of the tasks", "average", **PERCENT), floor=lambda row: row["average_floor"])
 PERPLEXITY = _of_rows("perplexity (log)", "perplexity", **LOG)
 KL = _of_rows("KL from dense, nats per token", "kl", rangemode="tozero")
 QUALITY = (AVERAGE, PERPLEXITY)
@@ -77,7 +80,7 @@ def _task(name: str) -> list[Measure]:
 
     perplexity = of(lambda metrics: metrics.get("word_perplexity"))
     error = of(lambda metrics: metrics.get("word_perplexity_stderr"))
-    scores = Measure(name, of(headline), of(headline_error), PERCENT)
+    scores = Measure(name, of(headline), of(headline_error), PERCENT, lambda row: row["floors"].get(name))
     return [scores, Measure(f"{name}, word perplexity (log)", perplexity, error, LOG)]
 
 
@@ -108,7 +111,7 @@ def quality_charts(evidence: Evidence) -> list[Chart]:
         chart(
             "tasks",
             "Tasks",
-            "With standard errors. " + baselines,
+            f"With standard errors. {baselines} {FLOORS}",
             panels([it for task in tasks for it in _task(task)], RATIO),
         ),
     ]
@@ -147,11 +150,20 @@ def _figure(evidence: Evidence, model: str, measure: Measure, scale: Scale) -> F
         if of_key:
             trace = _points(key, of_key, measure, scale)
             traces.append((trace if method else _across(trace, known, scale)) | _marks(number, key))
+    traces += _floors(known, measure, scale)
     return Figure(f"{model}: {measure.title}", model, traces, _layout(measure, scale))
 
 
 def _layout(measure: Measure, scale: Scale) -> dict[str, Any]:
     return {"xaxis": axis(scale.title, **scale.axis), "yaxis": dict(measure.axis)}
+
+
+def _floors(rows: Sequence[Row], measure: Measure, scale: Scale) -> list[Trace]:
+    """A line at each floor, of which there is one where all rows are over the same documents."""
+    along = [value for row in rows if (value := scale.value(row)) is not None]
+    floors = sorted({floor for row in rows if (floor := measure.floor(row)) is not None})
+    key = Key("constant answer", GREY, "dot")
+    return [line(key, [min(along), max(along)], [floor, floor]) for floor in floors]
 
 
 def _across(trace: Trace, rows: Sequence[Row], scale: Scale) -> Trace:

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from itertools import pairwise
 
 from hfprune_dist.report.chart import Chart, Figure, Key, Trace, shown, style
-from hfprune_dist.report.evidence import Attempt, Evidence
+from hfprune_dist.report.evidence import Evidence
+from hfprune_dist.store.attempt import Attempt
 from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
 
 # Idle time longer than this share of the busy time is cut out of the picture, where it is more than some minutes.

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from hfprune_dist.config.texts import OTHER_TEXTS
+from hfprune_dist.results.against_dense import AVERAGES
 from hfprune_dist.results.column import Column
+from hfprune_dist.results.costs import MEASURES, OWN, SHARED
 from hfprune_dist.results.formats import (
     byte_count,
     count,
     duration,
+    flop_count,
+    hours,
     measured,
     milliseconds,
     number,
@@ -50,7 +54,8 @@ def all_columns(rows: Sequence[Row]) -> Columns:
         _measure(rows, "agree", "top1_agreement", 3),
         _measure(rows, "ppl", "perplexity", 2),
     ]
-    columns += [*_other_texts(rows), *_tasks(rows), *_averages(rows), *_speed(rows), *_efficiency(rows)]
+    columns += [*_other_texts(rows), *_tasks(rows), *_averages(rows), *_shares_of_dense(rows)]
+    columns += [*_speed(rows), *_efficiency(rows), *_costs(rows)]
     columns += [Column("time", lambda row: duration(row["own_time_s"]))]
     columns += [Column("shared", lambda row: duration(row["shared_time_s"]))]
     return [*columns, Column("memory", lambda row: byte_count(row["peak_memory_bytes"]))]
@@ -171,3 +176,33 @@ def _average(rows: Sequence[Row], key: str, header: str) -> Column[Row]:
     if _has_errors(rows, key):
         return Column(header, lambda row: percent_measured(row[key], row[f"{key}_stderr"]))
     return Column(header, lambda row: percent(row[key]))
+
+
+def _shares_of_dense(rows: Sequence[Row]) -> Columns:
+    """Of the average without what isn't better where it is higher, if tasks differ in that."""
+    name = AVERAGES[any(row[AVERAGES[0]] != row[AVERAGES[1]] for row in rows)]
+    shown = {
+        "avg % of dense": f"{name}_of_dense",
+        "before recovery": f"{name}_of_dense_before_recovery",
+        "above floor % of dense": f"{name}_above_floor_of_dense",
+    }
+    return [
+        Column(header, lambda row, key=key: percent(row[key]))  # type: ignore[misc]
+        for header, key in shown.items()
+        if any(row[key] is not None for row in rows)
+    ]
+
+
+def _costs(rows: Sequence[Row]) -> Columns:
+    """Of training: of a row's own stages, and of those that it shares."""
+    shown = {"tokens": count, "FLOPs": flop_count, "device-h": hours, "wasted-h": hours}
+    columns: Columns = []
+    for whose in (OWN, SHARED):
+        prefix = "" if whose == OWN else f"{whose} "
+        for (header, form), measure in zip(shown.items(), MEASURES, strict=True):
+            columns.append(Column(prefix + header, partial(_cost, form=form, key=f"{whose}_training_{measure}")))
+    return columns
+
+
+def _cost(row: Row, form: Callable[[float | None], str], key: str) -> str:
+    return form(row[key])

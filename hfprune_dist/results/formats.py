@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _COUNTS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
+_FLOPS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18, "Z": 10**21}
 _BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -32,16 +33,26 @@ def percent_measured(share: float | None, error: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """A number of parameters or operations in four digits."""
+    """A number of parameters, tokens or operations in four digits."""
     if value is None:
         return "-"
     amount, unit = _scaled(value, _COUNTS, 1000)
     return f"{amount:.4g}{unit}"
 
 
+def flop_count(value: float | None) -> str:
+    """Floating-point operations, in two or three digits."""
+    return "-" if value is None else _short(value, _FLOPS, 1000)
+
+
 def byte_count(value: float | None) -> str:
     """Bytes, in units of powers of ten, in two or three digits."""
     return "-" if value is None else _short(value, _BYTES, 1000)
+
+
+def hours(value: float | None) -> str:
+    """Hours in two digits, as a number."""
+    return number(value, ".0f" if value is not None and value >= 10 else ".2g")
 
 
 def duration(seconds: float | None) -> str:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from hfprune_dist.results.costs import OWN, SHARED
 from hfprune_dist.results.efficiency import workload
-from hfprune_dist.results.formats import duration
+from hfprune_dist.results.formats import duration, flop_count, hours, percent
 from hfprune_dist.results.headline import headline_metric, is_bias_task
 from hfprune_dist.results.rows import Row
+
+# Type of device -> what hours on it are called.
+DEVICE_HOURS = {"cuda": "GPU-hours", "cpu": "CPU rank-hours"}
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """One paragraph for each thing that the table of ``few_columns`` doesn't say itself."""
     if not rows:
         return []
-    return [*_fidelity(rows), *_average(rows), *_speed(rows), *_costs(rows)]
+    return [*_fidelity(rows), *_average(rows), *_floors(rows), *_speed(rows), *_costs(rows), *_training(rows)]
 
 
 def wide_notes(rows: Sequence[Row]) -> list[str]:
@@ -27,6 +31,10 @@ def wide_notes(rows: Sequence[Row]) -> list[str]:
         "ppl, and tasks without a share of right answers: perplexity, lower is better",
         *_efficiency(rows),
         "shared: time of the stages that a row shares with others; memory: the most that one rank took",
+        "tokens, FLOPs, device-h: of importance, pruning, distillation and recovery, own stages and shared ones; FLOPs "
+        "are computed from shapes, device-h is time x ranks of all attempts, wasted-h of those that failed",
+        "% of dense: of the dense row that was measured alike; above floor: (score - floor) / (dense - floor), where "
+        "floor is what always choosing the same answer gets",
     ]
     return told if rows else []
 
@@ -82,6 +90,39 @@ def _efficiency(rows: Sequence[Row]) -> list[str]:
         "tokens/s: of all sequences together; first token: from the prompts; generating: most memory at once, of "
         "weights and whatever torch allocates; FLOPs and bytes of cache per token: computed from shapes"
     ]
+
+
+def _floors(rows: Sequence[Row]) -> list[str]:
+    """What constant answers get, where evaluations tell it."""
+    known: dict[str, set[str]] = {}
+    for row in rows:
+        averages = {"avg": row["average_floor"], "avg w/o crows": row["average_without_crows_pairs_floor"]}
+        if averages["avg"] is not None:
+            del averages["avg w/o crows"]
+        for name, floor in {**row["floors"], **averages}.items():
+            known.setdefault(name, set()).update([] if floor is None else [percent(floor)])
+    told = [f"{name} {' or '.join(sorted(floors))}" for name, floors in known.items() if floors]
+    return [f"floor, what always choosing the same answer gets: {', '.join(told)}"] if told else []
+
+
+def _training(rows: Sequence[Row]) -> list[str]:
+    """What training costs: the range over rows that train something, and of what they share."""
+    devices = {row["training_device"] for row in rows} - {None}
+    hours_of = DEVICE_HOURS.get(next(iter(devices)), "device-hours") if len(devices) == 1 else "device-hours"
+    told = []
+    for whose, what in ((OWN, "of a row's own stages"), (SHARED, "of those that it shares")):
+        flops = _spread([row[f"{whose}_training_flops"] for row in rows], flop_count)
+        times = _spread([row[f"{whose}_training_device_hours"] for row in rows], hours)
+        found = [f"{amount} {unit}" for amount, unit in ((flops, "FLOPs"), (times, hours_of)) if amount]
+        told += [f"{what} {', '.join(found)}"] if found else []
+    return [f"training cost, without evaluation: {'; '.join(told)}"] if told else []
+
+
+def _spread(values: Iterable[float | None], form: Callable[[float | None], str]) -> str:
+    """The least and the most that is not nothing; empty where there is none."""
+    known = [value for value in values if value]
+    ends = dict.fromkeys(map(form, (min(known), max(known)))) if known else ()
+    return " to ".join(ends)
 
 
 def _costs(rows: Sequence[Row]) -> list[str]:

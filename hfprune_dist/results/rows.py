@@ -11,10 +11,14 @@ from typing import Any
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.results.against_dense import AVERAGES, add_shares_of_dense
+from hfprune_dist.results.costs import CostTable
 from hfprune_dist.results.efficiency import efficiency_of
+from hfprune_dist.results.floors import average_floors, floors_of
 from hfprune_dist.results.headline import average_errors, averages
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_object
+from hfprune_dist.store.attempt import AttemptsOf
 from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.structures.units import plural_of
 
@@ -50,23 +54,48 @@ class DenseModel:
         return cls(checkpoint.parameters, sizes["intermediate_size"], weights)
 
 
-def collect_rows(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> list[Row]:
+def collect_rows(
+    plan: Plan, store: Store, dense: Mapping[str, DenseModel], attempts_of: AttemptsOf = lambda _: ()
+) -> list[Row]:
     """One row per cell, in plan order; ``status`` is done or missing, and ``cause`` says why it is missing.
 
     Args:
         dense: model name -> facts of the dense checkpoint.
+        attempts_of: what launchers know of a stage beside its manifest.
     """
     rows_behind = Counter(stage_id for cell in plan.cells for stage_id in plan.upstream(cell))
     shared = {stage_id for stage_id, rows in rows_behind.items() if rows > 1}
-    return [_row(cell, plan, store, dense[cell.model], shared) for cell in plan.cells]
+    manifests = {stage_id: store.handle(stage_id).manifest() for stage_id in rows_behind}
+    known = _Known(plan, store, manifests, shared, CostTable.of(plan, manifests, attempts_of, shared))
+    rows = [_row(cell, known, dense[cell.model]) for cell in plan.cells]
+    add_shares_of_dense(rows, plan)
+    return rows
 
 
-def _row(cell: Cell, plan: Plan, store: Store, dense: DenseModel, shared: Set[str]) -> Row:
-    manifests = {stage_id: store.handle(stage_id).manifest() for stage_id in plan.upstream(cell)}
+@dataclass(frozen=True)
+class _Known:
+    """What rows are made from.
+
+    Attributes:
+        manifests: stage id -> manifest; None where there is none.
+        shared: ids of stages that several rows need.
+    """
+
+    plan: Plan
+    store: Store
+    manifests: Mapping[str, Manifest | None]
+    shared: Set[str]
+    costs: CostTable
+
+
+def _row(cell: Cell, known: _Known, dense: DenseModel) -> Row:
+    plan, store = known.plan, known.store
+    manifests = {stage_id: known.manifests[stage_id] for stage_id in plan.upstream(cell)}
     evaluation = manifests[cell.evaluate]
     missing = plan.lacking(lambda stage_id: manifests[stage_id] is not None, [cell])
     cause = _cause(missing[0], plan, store) if missing else None
     metrics: Mapping[str, Any] = evaluation["metrics"] if evaluation else {}
+    details = read_object(store.handle(cell.evaluate).artifact / "results.json") or {}
     return {
         "label": cell.label,
         "model": cell.model,
@@ -78,11 +107,12 @@ def _row(cell: Cell, plan: Plan, store: Store, dense: DenseModel, shared: Set[st
         **_compared(metrics.get("fidelity", {})),
         OTHER_TEXTS: {name: _compared(there) for name, there in metrics.get(OTHER_TEXTS, {}).items()},
         "tasks": metrics.get("tasks", {}),
-        "samples": _samples(read_object(store.handle(cell.evaluate).artifact / "results.json") or {}),
-        **_averages(metrics.get("tasks", {})),
+        "samples": _samples(details),
+        **_averages(metrics.get("tasks", {}), floors_of(metrics.get("tasks", {}), details)),
         "weight_bytes": weight_bytes_of(manifests[cell.producers[-1]]) if cell.producers else dense.weight_bytes,
         **efficiency_of(manifests.get(cell.efficiency or "")),
-        **_times(manifests, shared),
+        **_times(manifests, known.shared),
+        **known.costs.of_row(cell),
         "peak_memory_bytes": _peak_memory(list(manifests.values())),
         "checkpoint": str(store.handle(cell.producers[-1]).artifact) if cell.producers else None,
         "provenance": _provenance(evaluation) if evaluation else None,
@@ -144,10 +174,12 @@ def _shape(cell: Cell, manifests: Mapping[str, Manifest | None], dense: DenseMod
     return {key: metrics.get(key) for key in (*always, *(key for key in _OF_MORE_THAN_NEURONS if key in metrics))}
 
 
-def _averages(tasks: Mapping[str, Mapping[str, Any]]) -> Row:
-    names = ("average", "average_without_crows_pairs")
-    values, errors = averages(tasks), average_errors(tasks)
-    return dict(zip(names, values, strict=True)) | dict(zip([f"{it}_stderr" for it in names], errors, strict=True))
+def _averages(tasks: Mapping[str, Mapping[str, Any]], floors: Mapping[str, float]) -> Row:
+    told: Row = {"floors": floors}
+    of_each = averages(tasks), average_errors(tasks), average_floors(tasks, floors)
+    for suffix, both in zip(("", "_stderr", "_floor"), of_each, strict=True):
+        told |= {f"{name}{suffix}": value for name, value in zip(AVERAGES, both, strict=True)}
+    return told
 
 
 def _times(manifests: Mapping[str, Manifest | None], shared: Set[str]) -> Row:

@@ -11,14 +11,20 @@ from pathlib import Path
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.results.column import markdown
 from hfprune_dist.results.columns import all_columns, few_columns
+from hfprune_dist.results.costs import MEASURES, OWN, SHARED
 from hfprune_dist.results.efficiency import by_workload
 from hfprune_dist.results.notes import causes, notes, wide_notes
 from hfprune_dist.results.rows import BY_LAYER, Row
 from hfprune_dist.store.atomic_files import write_text
 
 # Of a row, what only results.json has; the results of texts, tasks and workloads have columns of their own.
-NESTED = (OTHER_TEXTS, "tasks", "samples", "efficiency", "stages", "provenance", *BY_LAYER)
-LAST = ("own_time_s", "shared_time_s", "wall_time_s", "peak_memory_bytes", "checkpoint", "status", "cause")
+NESTED = (
+    *(OTHER_TEXTS, "tasks", "samples", "floors", "tasks_of_dense", "efficiency", "stages", "costs", "provenance"),
+    *BY_LAYER,
+)
+_OF_ROW = tuple(f"{whose}_training_{measure}" for whose in (OWN, SHARED) for measure in MEASURES)
+_TIMES = ("own_time_s", "shared_time_s", "wall_time_s")
+LAST = (*_OF_ROW, "training_device", *_TIMES, "peak_memory_bytes", "checkpoint", "status", "cause")
 
 
 def write_reports(rows: Sequence[Row], out: Path) -> None:
@@ -29,15 +35,19 @@ def write_reports(rows: Sequence[Row], out: Path) -> None:
 
 
 def flat_row(row: Row) -> Row:
-    """A row with ``fidelity/<text>/<metric>``, ``<task>/<metric>`` and ``efficiency/<workload>/<metric>`` columns in
-    place of the nested results.
+    """A row with ``fidelity/<text>/<metric>``, ``<task>/<metric>``, ``training/<kind>/<cost>`` and
+    ``efficiency/<workload>/<metric>`` columns in place of the nested results.
     """
     flat = {key: value for key, value in row.items() if key not in NESTED}
     nested = {f"fidelity/{text}": metrics for text, metrics in row[OTHER_TEXTS].items()} | row["tasks"]
+    nested |= {f"training/{kind}": cost for kind, cost in row["costs"].items()}
     for name, metrics in nested.items():
         flat |= {f"{name}/{metric}": value for metric, value in metrics.items()}
     flat |= by_workload(row)
-    return flat | {f"{task}/samples": row["samples"][task] for task in row["tasks"] if task in row["samples"]}
+    of_tasks = {"samples": row["samples"], "floor": row["floors"], "of_dense": row["tasks_of_dense"]}
+    for name, known in of_tasks.items():
+        flat |= {f"{task}/{name}": known[task] for task in row["tasks"] if task in known}
+    return flat
 
 
 def _csv(rows: Sequence[Row]) -> str:

@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
+import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
 from hfprune_launch.stage.stage_file import find_stage_file
 
-from hfprune_dist.report.evidence import Attempt
 from hfprune_dist.store.artifacts import STAGE_FILE
+from hfprune_dist.store.attempt import Attempt
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
+
+# What a log begins with (``local.backend``): local time, and among torchrun's options the number of ranks.
+TIME, RANKS = "%Y-%m-%d %H:%M:%S", re.compile(r"--nproc-per-node=(\d+)")
 
 
 def past_attempts(stage: Stage, handle: StageHandle, logs: Path) -> list[Attempt]:
     """Attempts of the local backend at a stage, first to last.
 
-    Of an attempt that a later one followed, the log is all that is left: it tells when it ended.
+    Of an attempt that a later one followed, the log is all that is left: its first line tells when it began and on how
+    many ranks, the time of its last when it ended.
 
     Args:
         logs: folder of the logs.
     """
     found = sorted((_number(log), log) for log in logs.glob(f"{stage.kind}-{stage.fingerprint}.*.log"))
     last = _made(handle) or _unfinished(handle)
-    earlier = [
-        Attempt(number, "failed", None, _modified(log), "cut off", "its log tells how far it came", logs=(log,))
-        for number, log in found
-        if last is None or number < last.number
-    ]
+    earlier = [_cut_off(number, log) for number, log in found if last is None or number < last.number]
     return [*earlier, *_with_log(last, dict(found))]
+
+
+def _cut_off(number: int, log: Path) -> Attempt:
+    started, ranks = _beginning(log)
+    said = "its log tells how far it came"
+    return Attempt(number, "failed", started, _modified(log), "cut off", said, logs=(log,), ranks=ranks)
+
+
+def _beginning(log: Path) -> tuple[float | None, int | None]:
+    """Unix time and ranks by a log's first line, as the backend writes it; None where it is something else."""
+    try:
+        with log.open(errors="replace") as stream:
+            first = stream.readline()
+        started = time.mktime(time.strptime(first[: len("2000-01-31 00:00:00")], TIME))
+    except (OSError, ValueError, OverflowError):
+        return None, None
+    ranks = RANKS.search(first)
+    return started, None if ranks is None else int(ranks.group(1))
 
 
 def _number(log: Path) -> int:
@@ -48,7 +68,8 @@ def _made(handle: StageHandle) -> Attempt | None:
     manifest = handle.manifest()
     if manifest is None:
         return None
-    return Attempt(manifest.get("attempts", 1), "done", manifest.get("started"), manifest.get("finished"), "done")
+    times = manifest.get("started"), manifest.get("finished")
+    return Attempt(manifest.get("attempts", 1), "done", *times, "done", ranks=manifest.get("world_size"))
 
 
 def _unfinished(handle: StageHandle) -> Attempt | None:

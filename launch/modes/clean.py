@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.screen import make_console, say
 from hfprune_launch.sweep_folder import Finished, read_sweep
 
@@ -25,7 +26,7 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
     Raises:
         UserError: where the folder is not a sweep's, or a stage of it is running.
     """
-    sweep, store = read_sweep(out), Store(out / "store")
+    sweep, store = read_sweep(out, past_attempts(out)), Store(out / "store")
     _refuse_while_needed(store)
     linked = _linked(out, store)
     found = list(unused(store, {*sweep.plan.stages, *linked}))

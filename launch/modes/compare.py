@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.screen import ROOMY, SAID_OF_WIDE, TIGHT, make_console, say, show_table, table_of
 from hfprune_launch.sweep_folder import Finished, read_sweep, require_folder
 from rich.console import Console
@@ -40,7 +41,7 @@ def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{', '.join(map(str, folders))}: one folder is given twice; give each sweep once")
-    sweeps = [read_sweep(folder) for folder in folders]
+    sweeps = [read_sweep(folder, past_attempts(folder)) for folder in folders]
     _refuse_other_models(sweeps)
     require_folder(out)
     reference = "hfprune" if named is None else named

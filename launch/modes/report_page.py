@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hfprune_launch.local import past_attempts as local
+from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.screen import say
-from hfprune_launch.slurm import past_attempts as slurm
-from hfprune_launch.slurm.slurm_stage import SlurmStage
 from hfprune_launch.sweep_folder import read_record
 from rich.console import Console
 
-from hfprune_dist.report.evidence import Attempt, AttemptsOf, collect
+from hfprune_dist.report.evidence import collect
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_text
-from hfprune_dist.store.stage import Stage
 
 REPORT = "report.html"
 INTERVAL_S = 30.0
@@ -59,19 +56,7 @@ class ReportPage:
         record = read_record(self.out)
         if record is None:
             return
-        store = Store(self.out / "store")
-        evidence = collect(
-            self.out, record.plan, record.rows(store), _attempts_of(store, self.out / "logs"), time.time()
-        )
+        attempts_of = past_attempts(self.out)
+        rows = record.rows(Store(self.out / "store"), attempts_of)
+        evidence = collect(self.out, record.plan, rows, attempts_of, time.time())
         write_text(self.out / REPORT, page(evidence))
-
-
-def _attempts_of(store: Store, logs: Path) -> AttemptsOf:
-    def of(stage: Stage) -> Sequence[Attempt]:
-        on_cluster = slurm.past_attempts(SlurmStage(store, stage.id))
-        here = local.past_attempts(stage, store.handle(stage.id), logs)
-        # What a job made has a manifest too, which tells nothing more than the job's own record.
-        own = [it for it in here if it.logs or not on_cluster]
-        return sorted([*on_cluster, *own], key=lambda it: it.started or it.ended or 0.0)
-
-    return of

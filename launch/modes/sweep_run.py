@@ -7,6 +7,7 @@ from functools import partial
 
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.local.hardware import note_on_bfloat16
+from hfprune_launch.modes.past_attempts import past_attempts
 from hfprune_launch.modes.report_page import REPORT, ReportPage
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.modes.sweep_plan import Prepared
@@ -137,7 +138,7 @@ def _with_earlier(command: Command, prepared: Prepared) -> Record:
 def _report(command: Command, prepared: Prepared) -> None:
     """The tables of all rows of the folder, those that another run has begun meanwhile included."""
     out, today, folder = command.out, prepared.sweep.plan, _with_earlier(command, prepared)
-    rows = folder.rows(prepared.sweep.store)
+    rows = folder.rows(prepared.sweep.store, past_attempts(out))
     write_reports(rows, out)
     show_results(command.console, rows, command.arguments.wide)
     if kept := kept_rows(today, folder.plan):

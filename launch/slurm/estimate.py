@@ -24,14 +24,13 @@ from hfprune_dist.config.parameters import (
 )
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.config.texts import FIRST, CalibrationConfig, FidelityConfig, reference_role
-from hfprune_dist.config.training import LoraTraining
-from hfprune_dist.core.criteria import CRITERIA, losses_of
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
-from hfprune_dist.planning.footprint import Evaluate, Importance, Job, LayerPass, TimedJob, Train, fits, seconds
+from hfprune_dist.planning.footprint import Evaluate, Importance, Job, LayerPass, TimedJob, fits, seconds
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import Gpus, Memory
+from hfprune_dist.planning.jobs import ITEMSIZE, importance_job, training_job
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.plan import Plan
@@ -41,7 +40,6 @@ from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS
 
 GIB = 2**30
-ITEMSIZE = {"float32": 4, "bfloat16": 2}
 NOTHING_HELPS = "no number of nodes is enough"
 NO_REFIT_FITS = "every rank has a layer's Gram matrices: GPUs with more memory, or a method with another refit, or none"
 MOST_NODES, MICRO_BATCHES = 256, (1, 2, 4, 8, 16, 32, 64)
@@ -154,36 +152,20 @@ def _host_bytes(job: Job, dims: Dimensions, gpus: Gpus) -> int:
 def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
     match stage.params:
         case ImportanceParameters() as params:
-            return _importance(params, runtime.activation_checkpointing)
+            return importance_job(params, runtime.activation_checkpointing)
         case ReferenceParameters() as params:
             return _reference(params, plan, stage)
         case PruneParameters() as params:
             return _refit(params, plan, stage)
         case RecoverParameters(recovery=settings):
-            return _training(settings, settings.sequence_length, distills=False)
+            return training_job(settings, settings.sequence_length, distills=False)
         case DistillParameters(distillation=settings):
-            return _training(settings, _calibration(plan, stage).sequence_length, distills=True)
+            return training_job(settings, _calibration(plan, stage).sequence_length, distills=True)
         case EvaluateParameters() as params:
             return Evaluate(params.batch_size, _held_out(plan, stage).sequence_length, ITEMSIZE[params.dtype])
         case EfficiencyParameters() as params:
             return Generate(max(params.batch_sizes), params.most_tokens, ITEMSIZE[params.dtype])
     raise AssertionError(f"{stage.id} was planned by another version of the code")
-
-
-def _importance(params: ImportanceParameters, checkpointing: bool) -> Importance:
-    criteria = [CRITERIA[name] for name in params.criteria]
-    losses = losses_of(criteria)
-    return Importance(
-        windows=params.calibration.micro_batch_size,
-        tokens=params.calibration.sequence_length,
-        losses=sum(loss.of == "dense" for loss in losses),
-        student=any(loss.of == "student" for loss in losses),
-        itemsize=ITEMSIZE[params.dtype],
-        checkpointing=checkpointing,
-        curvature=any(criterion.needs_moments for criterion in criteria),
-        samples=params.calibration.samples,
-        kv_groups=KV_GROUPS in params.structures,
-    )
 
 
 def _reference(params: ReferenceParameters, plan: Plan, stage: Stage) -> Reference:
@@ -212,17 +194,6 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit:
         share_kept=width / size.units,
         itemsize=ITEMSIZE[dtype],
         kv_groups=KV_GROUPS in params.structures,
-    )
-
-
-def _training(settings: LoraTraining, tokens: int, distills: bool) -> Train:
-    return Train(
-        rows=settings.micro_batch_size,
-        tokens=tokens,
-        rank=settings.rank,
-        dropout=settings.dropout > 0,
-        itemsize=ITEMSIZE[settings.dtype],
-        distills=distills,
     )
 
 

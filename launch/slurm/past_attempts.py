@@ -9,7 +9,7 @@ from hfprune_launch.slurm import attempts
 from hfprune_launch.slurm.attempt_records import End, Run
 from hfprune_launch.slurm.slurm_stage import SlurmStage
 
-from hfprune_dist.report.evidence import Attempt
+from hfprune_dist.store.attempt import Attempt
 
 
 def past_attempts(handle: SlurmStage) -> list[Attempt]:
@@ -19,14 +19,15 @@ def past_attempts(handle: SlurmStage) -> list[Attempt]:
 
 def _starts(attempt: attempts.Attempt) -> Iterator[Attempt]:
     end, runs, logs = attempt.end, attempt.runs(), tuple(attempt.logs())
-    number = attempt.intent.number
+    number, ranks = attempt.intent.number, attempt.intent.gpus or None
     for run in runs[:-1]:
-        yield Attempt(number, "failed", run.started, run.ended, run.how or "died", "requeued", _where(run), logs)
+        how, where = run.how or "died", _where(run)
+        yield Attempt(number, "failed", run.started, run.ended, how, "requeued", where, logs, ranks)
     last = runs[-1] if runs else None
     ended = (last.ended if last is not None else None) or (end.at if end is not None else None)
     started, where = (last.started, _where(last)) if last is not None else (None, f"job {attempt.job_id or 'unknown'}")
     cause, message = (end.cause, end.message) if end is not None else ("no end known", "")
-    yield Attempt(number, _state(end), started, ended, cause, message, where, logs)
+    yield Attempt(number, _state(end), started, ended, cause, message, where, logs, ranks)
 
 
 def _state(end: End | None) -> Literal["done", "failed", "open"]:

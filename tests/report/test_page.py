@@ -106,6 +106,14 @@ def test_quality_is_drawn_against_speed_where_that_was_measured(tmp_path):
     assert "speed" not in {it.id for it in quality_charts(DrawnSweep(tmp_path / "not").evidence())}
 
 
+def test_tasks_show_what_a_constant_answer_gets(tmp_path):
+    sweep = DrawnSweep(tmp_path, tasks=("piqa", "arc"))
+    rows = [dict(row, floors={"piqa": 0.517}, average_floor=0.333) for row in sweep.evidence().rows]
+    figures = Parsed(page(collect(tmp_path, sweep.plan, rows, lambda _: (), math.pi))).figures
+    floors = [trace["y"] for it in figures for trace in it["data"] if trace.get("name") == "constant answer"]
+    assert sorted(floors) == [[0.333] * 2, [0.517] * 2], "once in each panel, and none where it is not known"
+
+
 def _flat(values):
     return [value for value in values if isinstance(value, float)]
 

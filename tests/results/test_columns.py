@@ -1,5 +1,5 @@
 import pytest
-from rows import efficiency, missing, row_of
+from rows import TRAINING, efficiency, missing, row_of
 
 from hfprune_dist.results.column import Column, cells, markdown
 from hfprune_dist.results.columns import all_columns, few_columns
@@ -43,15 +43,21 @@ def test_all_columns_have_the_rest():
     assert everything["ppl"] == ("17.52±0.51", "-") and everything["agree"] == ("0.762±0.015", "-")
     assert everything["demo_docstring"] == ("73.3±5.8", "-") and everything["KL"] == ("0.2629±0.0123", "missing")
     assert (everything["time"][0], everything["shared"][0], everything["memory"][0]) == ("4.4m", "3.0m", "2.4GB")
+    assert (everything["avg % of dense"], everything["above floor % of dense"]) == (("90.1", "-"), ("85.0", "-"))
+    assert everything["before recovery"][0] == "70.0" and everything["shared FLOPs"] == ("45T", "-")
+    costs = [everything[name][0] for name in ("tokens", "FLOPs", "device-h", "wasted-h")]
+    assert costs == ["10.24k", "45T", "0.073", "0"]
     assert everything.keys() > {"reached", "params", "size", "width", "avg"}
 
 
 def test_notes_tell_directions_numbers_and_what_is_shared():
     rows = [DENSE, row_of(), row_of(model="qwen", tokens=4096, windows=16), missing(row_of(ratio=0.5))]
-    fidelity, average, costs = notes(rows)
+    fidelity, average, floors, costs, training = notes(rows)
     assert "lower is better" in fidelity and "n = 16-24 windows, 4,096-6,144 tokens" in fidelity
     assert "higher is better" in average and "demo_docstring acc_norm (n = 60)" in average
     assert costs.endswith("llama 3.0m"), "the only model of which several rows are done"
+    assert floors.endswith("demo_docstring 25.0, avg 25.0")
+    assert "a row's own stages 45T FLOPs, 0.073 CPU rank-hours; of those that it shares 45T FLOPs" in training
     assert causes(rows) == ["missing: llama 0.5 surgeon-plain: prune has not run yet"]
     assert "crows_pairs" not in average and notes([]) == wide_notes([]) == []
 
@@ -69,7 +75,8 @@ def test_speed_has_columns_where_it_was_measured():
     assert flat["efficiency/batch 1, 32 in, 16 out/decode_speed"] == 1.0 and "efficiency" not in flat
     assert flat["efficiency/batch 4, 32 in, 16 out/decode_tokens_per_s"] == flat["decode_tokens_per_s"] == 123.4
     unmeasured = [DENSE, row_of()]
-    assert "speed" not in shown(unmeasured, few_columns(unmeasured)) and len(notes(unmeasured)) == 3
+    assert "speed" not in shown(unmeasured, few_columns(unmeasured))
+    assert not [it for it in notes(unmeasured) if it.startswith("speed")]
 
 
 def test_a_row_that_lacks_its_speed_alone_keeps_its_scores():
@@ -79,7 +86,13 @@ def test_a_row_that_lacks_its_speed_alone_keeps_its_scores():
 
 def test_notes_on_older_evaluations_and_bias():
     bias = {"tasks": {"crows_pairs_english": {"pct_stereotype": 0.6}}, "samples": {}}
-    fidelity, average, _ = notes([row_of(kl_stderr=None, windows=None, **bias)])
+    unknown = {
+        **dict.fromkeys(TRAINING),
+        "average_floor": None,
+        "average_without_crows_pairs_floor": None,
+        "floors": {},
+    }
+    fidelity, average, _ = notes([row_of(kl_stderr=None, windows=None, **bias, **unknown)])
     assert "n = 6,144 tokens" in fidelity and "±" not in fidelity
     assert "for crows_pairs lower is" in average and "crows_pairs_english pct_stereotype" in average
 

@@ -1,8 +1,10 @@
 """What logs, manifests and work folders tell of attempts on this machine."""
 
 import os
+import time
 
 import pytest
+from hfprune_launch.local.backend import _first_line
 from hfprune_launch.local.past_attempts import past_attempts
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 
@@ -54,3 +56,19 @@ def test_a_stage_that_is_tried_until_it_is_made(handle, logs):
     handle.discard_work()
     assert told(handle, logs) == [(1, "failed", "cut off", (first,)), (2, "done", "done", (second,))]
     assert past_attempts(STAGE, handle, logs)[1].started == 2.0
+
+
+def test_a_log_tells_when_an_attempt_began_and_on_how_many_ranks(handle, logs):
+    """As the backend begins it; whatever else a log begins with tells nothing."""
+    beginnings = {
+        1: _first_line(STAGE, ["python", "-m", "torch.distributed.run", "--nproc-per-node=3", "run.py"]),
+        2: "Traceback (most recent call last):",
+        3: "2026-13-77 12:00:00 prune",
+    }
+    before = int(time.time())
+    for number, line in beginnings.items():
+        begin(handle, logs, number).write_text(line)
+    begin(handle, logs, 4)
+    first, *others, _ = past_attempts(STAGE, handle, logs)
+    assert first.ranks == 3 and before - 1 <= first.started <= first.ended + 1
+    assert [(it.started, it.ranks) for it in others] == [(None, None)] * 2

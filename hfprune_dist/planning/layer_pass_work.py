@@ -1,0 +1,202 @@
+"""Floating-point operations of passes layer by layer: forwards, Gram matrices, least squares, steps on whole MLPs.
+
+Products of matrices, Cholesky factors and what is solved with them are counted as the code makes them, a product of
+[m, k] and [k, n] as 2 m k n; what goes over numbers one by one is not. Gram matrices count in full, as on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hfprune_dist.planning.dimensions import Dimensions
+from hfprune_dist.planning.footprint import attention_flops
+from hfprune_dist.planning.model_shape import ModelShape
+
+# distributed.gram_sums: of so many micro-batches one is held out. core.least_squares: ridges that are tried.
+HOLD_OUT_EVERY, RIDGES = 8, 5
+# refit.gauss_newton_ranks: iterations of the first step and of the second; lengths that are tried.
+ITERATIONS, STEP_LENGTHS = (4, 2), 3
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of text on their way through a model, all ranks' together.
+
+    Attributes:
+        count: how many.
+        length: tokens of each.
+        micro_batch: windows per forward pass.
+    """
+
+    count: int
+    length: int
+    micro_batch: int
+
+    @property
+    def tokens(self) -> int:
+        return self.count * self.length
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches."""
+        return -(-self.count // self.micro_batch)
+
+    @property
+    def held_out(self) -> int:
+        """Tokens in micro-batches that are held out; where there is one micro-batch alone, it is both."""
+        every = min(HOLD_OUT_EVERY, self.batches)
+        windows = self.batches // every * self.micro_batch
+        missing = self.batches * self.micro_batch - self.count  # in the last one
+        return (windows - (missing if self.batches % every == 0 else 0)) * self.length
+
+    @property
+    def fitted(self) -> int:
+        """Tokens in those that are not."""
+        return self.tokens - (self.held_out if self.batches > 1 else 0)
+
+
+# A token's operations in one layer.
+
+
+def attention_core(dims: Dimensions, length: int) -> float:
+    """Of both products of attention."""
+    return attention_flops(dims, length) / dims.num_layers
+
+
+def attention_block(dims: Dimensions, length: int) -> float:
+    """Of attention with its projections."""
+    return 2 * dims.attention_parameters + attention_core(dims, length)
+
+
+def mlp_block(dims: Dimensions) -> float:
+    return 6 * dims.hidden_size * dims.intermediate_size
+
+
+def forward(dims: Dimensions, length: int) -> float:
+    """Of a whole layer."""
+    return attention_block(dims, length) + mlp_block(dims)
+
+
+def gram(size: int) -> float:
+    """Of the Gram matrix of vectors of this size."""
+    return 2 * size**2
+
+
+def forward_of_all(shape: ModelShape, length: int) -> float:
+    """A token's operations in all layers."""
+    return sum(forward(dims, length) for dims in shape.layers)
+
+
+# Least squares.
+
+
+def channels_of(dims: Dimensions, kv_groups: bool) -> list[int]:
+    """What output projections that are fitted read: the MLP's, then attention's."""
+    return [dims.intermediate_size, *([dims.attention_size] if kv_groups else [])]
+
+
+def least_squares(outputs: int, channels: int, kept: int) -> float:
+    """Of one output projection: its problem on two sets of tokens, a weight for each ridge and its error, and the
+    weight on all tokens with the errors before and after.
+    """
+    return least_squares_for(outputs, channels, kept, problems=2, ridges=RIDGES + 1, errors=RIDGES + 2)
+
+
+def least_squares_for(outputs: int, channels: int, kept: int, *, problems: int, ridges: int, errors: int) -> float:
+    """Of problems that are set up, weights that are solved for, and errors that are computed."""
+    solved = cholesky(kept) + 2 * kept**2 * outputs
+    return problems * 2 * outputs * channels**2 + ridges * solved + errors * 2 * outputs * kept**2
+
+
+def cholesky(size: int) -> float:
+    return size**3 / 3
+
+
+def dense_refit(
+    dense: ModelShape, kept: ModelShape, windows: Windows, *, kv_groups: bool, dropped: Sequence[int] = ()
+) -> float:
+    """A pass through the dense model with the Gram matrices of the layers that stay, and their least squares.
+
+    Args:
+        dropped: numbers of layers that go; the pass ends with the last that stays.
+    """
+    last = max(number for number in range(len(dense.layers)) if number not in dropped)
+    flops = windows.tokens * sum(forward(dims, windows.length) for dims in dense.layers[: last + 1])
+    for whole, left in zip(dense.layers, kept.layers, strict=False):
+        for channels, stay in zip(channels_of(whole, kv_groups), channels_of(left, kv_groups), strict=True):
+            flops += windows.tokens * gram(channels) + least_squares(dense.hidden_size, channels, stay)
+    return flops
+
+
+def sequential_refit(
+    dense: ModelShape, kept: ModelShape, windows: Windows, *, kv_groups: bool, whole_mlp: bool = False
+) -> float:
+    """A pass through both models, every block fitted towards the dense one's hidden states on the way."""
+    tokens, length = windows.tokens, windows.length
+    # Of the dense model one window besides shows that blocks are residual. A layer that goes is run again behind the
+    # block that makes up for it.
+    gone = dense.layers[len(kept.layers) :]
+    flops = tokens * (forward_of_all(dense, length) + sum(forward(dims, length) for dims in gone))
+    for whole, left in zip(dense.layers, kept.layers, strict=False):
+        flops += length * forward(whole, length) + tokens * forward(left, length)
+        if kv_groups:
+            target = attention_block(whole, length)
+            read = attention_block(left, length) - 2 * left.attention_size * left.hidden_size
+            flops += tokens * (target + read) + _fitted_to_targets(left.hidden_size, left.attention_size, tokens)
+        read = 4 * left.hidden_size * left.intermediate_size
+        flops += tokens * (mlp_block(whole) + read)
+        flops += _fitted_to_targets(left.hidden_size, left.intermediate_size, tokens)
+        if whole_mlp:
+            flops += steps(left.hidden_size, left.intermediate_size, windows)
+    return flops
+
+
+def _fitted_to_targets(outputs: int, kept: int, tokens: int) -> float:
+    """Of least squares on vectors of what the projection reads and what it lacks to its targets."""
+    size = kept + outputs
+    return tokens * (2 * kept * outputs + gram(size)) + least_squares(outputs, size, kept)
+
+
+def steps(outputs: int, kept: int, windows: Windows) -> float:
+    """Of Gauss-Newton on an MLP: the first on the windows that are not held out, which these judge, and one on all."""
+    product = 2 * outputs * kept
+    judged = STEP_LENGTHS * windows.held_out * 3 * product
+    return judged + sum(
+        _step(outputs, kept, tokens, iterations)
+        for tokens, iterations in zip((windows.fitted, windows.tokens), ITERATIONS, strict=True)
+    )
+
+
+def _step(outputs: int, kept: int, tokens: int, iterations: int) -> float:
+    """Around some weights: gate and up, the Gram matrix of inputs, the residual; then four products forward and four
+    backward in each iteration. Preconditioners are inverted once.
+    """
+    product = 2 * outputs * kept
+    of_tokens = (2 + 1 + 4 + 8 * iterations) * product + gram(outputs)
+    preconditioned = 2 * 2 * kept * outputs**2 + 2 * outputs * kept**2
+    return tokens * of_tokens + inverse(outputs) + inverse(kept) + (iterations + 1) * preconditioned
+
+
+def inverse(size: int) -> float:
+    """Of a symmetric matrix by its Cholesky factor."""
+    return cholesky(size) + 2 * size**3 / 3
+
+
+def elimination(outputs: int, channels: int) -> float:
+    """Of removing all channels one after another (core.elimination): the inverse of their Gram matrix, W^T F W, and
+    the products that shrink both matrices, 64 channels at a time; rows that are read meanwhile are corrected by the
+    products that wait.
+    """
+    curvature = 2 * outputs**2 * channels + 2 * outputs * channels**2
+    shrinking = 3 * 2 * channels**3 / 3
+    return inverse(channels) + curvature + shrinking
+
+
+def second_moments(shape: ModelShape, windows: Windows, *, kv_groups: bool) -> float:
+    """A pass through the model with Gram matrices of what output projections read, and an elimination of each."""
+    flops = windows.tokens * forward_of_all(shape, windows.length)
+    for dims in shape.layers:
+        for channels in channels_of(dims, kv_groups):
+            flops += windows.tokens * gram(channels) + elimination(dims.hidden_size, channels)
+    return flops

@@ -1,0 +1,63 @@
+"""The dimensions of a decoder layer by layer, dense or pruned, from which its work is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
+from hfprune_dist.structures.units import plural_of, read_counts
+
+# Field of a config.json in which layers may differ -> what ``Dimensions`` calls it.
+_OF_LAYERS = {
+    "intermediate_size": "intermediate_size",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_key_value_heads",
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder whose layers may differ.
+
+    Attributes:
+        layers: for each layer, the dimensions of a model all of whose layers are like it.
+    """
+
+    layers: tuple[Dimensions, ...]
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """The shape that a ``config.json`` describes.
+
+        Raises:
+            KeyError, TypeError, ValueError: where it describes no decoder that is known.
+        """
+        whole = dimensions_of(config)
+        by_layer = {ours: read_counts(config, field) for field, ours in _OF_LAYERS.items() if field in config}
+        return cls._of_layers([whole] * whole.num_layers, by_layer)
+
+    def pruned(self, told: Mapping[str, Any]) -> ModelShape:
+        """The shape of what a prune stage made of this model.
+
+        Args:
+            told: the stage's metrics.
+        """
+        count = told.get("num_hidden_layers") or len(self.layers)
+        by_layer = {ours: told[plural_of(field)] for field, ours in _OF_LAYERS.items() if told.get(plural_of(field))}
+        return self._of_layers([replace(dims, num_layers=count) for dims in self.layers[:count]], by_layer)
+
+    @classmethod
+    def _of_layers(cls, layers: list[Dimensions], by_layer: Mapping[str, Any]) -> ModelShape:
+        changes = [{name: values[number] for name, values in by_layer.items()} for number in range(len(layers))]
+        return cls(tuple(replace(dims, **change) for dims, change in zip(layers, changes, strict=True)))
+
+    @property
+    def hidden_size(self) -> int:
+        return self.layers[0].hidden_size
+
+    def mean(self, of: Callable[[Dimensions], float]) -> float:
+        """The mean over layers of what holds for a model of equal layers: where that is a sum over layers, exact."""
+        distinct = {dims: self.layers.count(dims) for dims in self.layers}
+        return sum(of(dims) * count for dims, count in distinct.items()) / len(self.layers)

@@ -1,0 +1,207 @@
+"""Floating-point operations of prune stages that measure shapes: which those were, manifests tell.
+
+What nobody wrote down is taken as it usually is. Shapes that differ from layer to layer count with the outcome's sizes,
+and as if no two were alike, nor any measured before. Of the layers that were tried again on the way to an order, only
+those that went are known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hfprune_dist.config.parameters import PruneParameters
+from hfprune_dist.planning.dimensions import Dimensions
+from hfprune_dist.planning.layer_pass_work import (
+    RIDGES,
+    Windows,
+    channels_of,
+    dense_refit,
+    forward,
+    forward_of_all,
+    gram,
+    least_squares_for,
+    sequential_refit,
+)
+from hfprune_dist.planning.model_shape import ModelShape
+from hfprune_dist.structures import KV_GROUPS, NEURONS
+
+# stages.cheap_measurement: windows that are compared, and of those for an order of layers; every how many-th token.
+WINDOWS, WINDOWS_OF_ORDER, EVERY = 8, 2, 2
+# stages.prune_plain: one of so many micro-batches is kept apart; shapes of the first comparison of refitted models.
+JUDGED_EVERY, FINALISTS = 16, 3
+# core.drop_order: layers that are measured again; core.width_search: how often a search measures.
+CONTENDERS, MEASUREMENTS = 5, 3
+
+PLAIN = re.compile(r"(\d+) layers, (\d+) KV groups, width (\d+)")
+LAYERS_ALONE = re.compile(r"(\d+) layers")
+
+# What a candidate makes of a layer, and a number that tells choices of unknown sizes apart; None: the layer goes.
+Choice = tuple[Dimensions, int] | None
+Candidate = Sequence[Choice]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A prune stage that measured.
+
+    Attributes:
+        model: that is pruned; ``dense`` where that is an earlier round's.
+        kept: what came of it.
+        told: metrics of the stage.
+    """
+
+    params: PruneParameters
+    model: ModelShape
+    dense: ModelShape
+    kept: ModelShape
+    windows: Windows
+    told: Mapping[str, Any]
+
+    def flops(self) -> float:
+        """Of all that comes before the refit of what is written."""
+        if self.params.allocation == "plain":
+            return self._order(self._seen) + self._grid() + self._finals()
+        return self._order(self.windows) + self._searched()
+
+    @property
+    def _kv_groups(self) -> bool:
+        return KV_GROUPS in self.params.structures
+
+    @property
+    def _every(self) -> int:
+        return 1 if self.params.structures == [NEURONS] else EVERY
+
+    @property
+    def _dropped(self) -> list[int]:
+        """Layers in the order in which they would go."""
+        return list(self.told.get("layers_in_order_of_dropping") or [])
+
+    # Windows.
+
+    @property
+    def _judged(self) -> Windows:
+        """Of a plain search, those that are kept apart."""
+        count = max(1, self.windows.batches // JUDGED_EVERY) * self.windows.micro_batch
+        return replace(self.windows, count=min(count, self.windows.count))
+
+    @property
+    def _seen(self) -> Windows:
+        """Of a plain search, the others; where there is one micro-batch alone, it is both."""
+        if self.windows.batches == 1:
+            return self.windows
+        judged = max(1, self.windows.batches // JUDGED_EVERY)
+        return replace(self.windows, count=(self.windows.batches - judged) * self.windows.micro_batch)
+
+    def _compared(self, windows: Windows, most: int) -> int:
+        """Tokens on which candidates are compared."""
+        batches = max(1, most // windows.micro_batch)
+        count = min(batches * windows.micro_batch, windows.held_out // windows.length)
+        return windows.length * (count if self.params.structures == [NEURONS] else min(count, most))
+
+    # Measurements.
+
+    def _order(self, windows: Windows) -> float:
+        tokens, dropped = self._compared(windows, WINDOWS_OF_ORDER), self._dropped
+        flops = 0.0
+        for rank in range(len(dropped)):
+            later = [it for it in (*dropped[rank:], *range(len(self.model.layers))) if it not in dropped[:rank]]
+            contenders = list(dict.fromkeys(later))[: CONTENDERS if rank else None]
+            candidates = [self._without([*dropped[:rank], layer]) for layer in contenders]
+            flops += self._measured(candidates, tokens, self._every, None)
+        return flops
+
+    def _grid(self) -> float:
+        windows = self._seen
+        candidates = [self._plain(name) for name in self.told.get("search_kl", {})]
+        fitted = windows if self.params.refit != "none" else None
+        return self._measured(candidates, self._compared(windows, WINDOWS), self._every, fitted)
+
+    def _finals(self) -> float:
+        finalists = [self._plain(name) for name in self.told.get("finalists_kl", {})]
+        rounds = [finalists[:FINALISTS], *([it] for it in finalists[FINALISTS:])] if finalists else []
+        compared = sum(self._measured(it, self._judged.tokens, 1, None) for it in rounds)
+        return compared + sum(self._refitted(it) for it in finalists)
+
+    def _refitted(self, candidate: Candidate) -> float:
+        kept = ModelShape(tuple(choice[0] for choice in candidate if choice is not None))
+        if self.params.refit != "dense":
+            return sequential_refit(self.dense, kept, self._seen, kv_groups=self._kv_groups)
+        dropped = [number for number, choice in enumerate(candidate) if choice is None]
+        return dense_refit(self.dense, kept, self._seen, kv_groups=self._kv_groups, dropped=dropped)
+
+    def _searched(self) -> float:
+        windows = self.windows
+        candidates = [self._by_name(name, number) for number, name in enumerate(self.told.get("search_kl", {}), 1)]
+        tokens = self._compared(windows, WINDOWS)
+        fitted = windows if self.params.refit != "none" else None
+        again = MEASUREMENTS - 1 + any(LAYERS_ALONE.fullmatch(name) for name in self.told.get("search_kl", {}))
+        flops = self._measured(candidates, tokens, self._every, fitted)
+        flops += again * self._measured([], tokens, self._every, fitted)
+        return flops + (0.0 if self.model == self.dense else tokens * forward_of_all(self.dense, windows.length))
+
+    def _measured(self, candidates: Sequence[Candidate], tokens: int, every: int, fitted: Windows | None) -> float:
+        """One pass layer by layer of the model and of all candidates, and their logits.
+
+        Args:
+            tokens: on which they are compared, one in ``every`` of them at the head.
+            fitted: windows that a cheap refit sees; None without one: then one micro-batch goes along.
+        """
+        length, outputs = self.windows.length, self.model.hidden_size
+        whole: Candidate = [(dims, 0) for dims in self.model.layers]
+        everyone = [whole, *candidates]
+        along = self.windows.micro_batch * length if fitted is None else fitted.tokens
+        flops = 0.0
+        for number, dims in enumerate(self.model.layers):
+            there = {tuple(it[: number + 1]) for it in everyone}
+            flops += sum(tokens * forward(prefix[-1][0], length) for prefix in there if prefix[-1] is not None)
+            flops += along * forward(dims, length)
+            if fitted is not None:
+                choices = {choice for it in candidates if (choice := it[number]) is not None}
+                flops += _cheap_fits(dims, choices, self._kv_groups) + along * sum(
+                    gram(size) for size in channels_of(dims, self._kv_groups)
+                )
+        return flops + tokens / every * len(set(map(tuple, everyone))) * 2 * outputs * self.model.layers[0].vocabulary
+
+    # Candidates.
+
+    def _without(self, gone: Sequence[int]) -> Candidate:
+        return [None if number in gone else (dims, 0) for number, dims in enumerate(self.model.layers)]
+
+    def _plain(self, name: str) -> Candidate:
+        found = PLAIN.fullmatch(name)
+        assert found is not None, f"{name!r} names no shape"
+        layers, groups, width = map(int, found.groups())
+        gone = self._dropped[: len(self.model.layers) - layers]
+        return [
+            None if number in gone else (_smaller(dims, groups, width), 0)
+            for number, dims in enumerate(self.model.layers)
+        ]
+
+    def _by_name(self, name: str, number: int) -> Candidate:
+        """A shape whose sizes nobody wrote down: about those of the outcome."""
+        alone = LAYERS_ALONE.fullmatch(name)
+        layers = int(alone.group(1)) if alone else len(self.kept.layers)
+        gone = self._dropped[: len(self.model.layers) - layers]
+        like = self.kept.layers[len(self.kept.layers) // 2]
+        return [None if it in gone else (like, number) for it in range(len(self.model.layers))]
+
+
+def _smaller(dims: Dimensions, groups: int, width: int) -> Dimensions:
+    queries = dims.num_heads // dims.num_key_value_heads
+    return replace(dims, num_key_value_heads=groups, num_heads=groups * queries, intermediate_size=width)
+
+
+def _cheap_fits(dims: Dimensions, choices: set[tuple[Dimensions, int]], kv_groups: bool) -> float:
+    """Least squares on one layer's output projections for every number of units; one ridge for all."""
+    flops = 0.0
+    for place, channels in enumerate(channels_of(dims, kv_groups)):
+        sizes = {(channels_of(choice, kv_groups)[place], number) for choice, number in choices}
+        kept = [size for size, _ in sorted(sizes) if size < channels]
+        if kept:
+            tried = least_squares_for(dims.hidden_size, channels, kept[0], problems=2, ridges=RIDGES, errors=RIDGES)
+            each = [least_squares_for(dims.hidden_size, channels, it, problems=1, ridges=1, errors=0) for it in kept]
+            flops += tried + sum(each)
+    return flops

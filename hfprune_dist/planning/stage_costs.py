@@ -1,0 +1,181 @@
+"""What stages have cost in tokens and floating-point operations, from settings, shapes and manifests.
+
+The operations are analytic, not measured: products of matrices as the code makes them (``footprint``,
+``layer_pass_work``, ``search_work``), so artifacts that know nothing of this have them too. What runs is counted: a
+calibration pass goes backward to activations alone, LoRA to activations and adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from hfprune_dist.config.parameters import (
+    DistillParameters,
+    ImportanceParameters,
+    PruneParameters,
+    RecoverParameters,
+    ReferenceParameters,
+)
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.planning.jobs import importance_job, training_job
+from hfprune_dist.planning.layer_pass_work import (
+    Windows,
+    dense_refit,
+    forward_of_all,
+    gram,
+    second_moments,
+    sequential_refit,
+)
+from hfprune_dist.planning.model_shape import ModelShape
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.search_work import Search
+from hfprune_dist.store.atomic_files import read_object
+from hfprune_dist.store.stage import Stage
+from hfprune_dist.structures import KV_GROUPS
+
+Manifest = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage works through.
+
+    Attributes:
+        tokens: of calibration windows, once for each stage whose model reads them; of training rows, as often as they
+            are trained on.
+        flops: floating-point operations of all ranks together.
+    """
+
+    tokens: int
+    flops: float
+
+
+NOTHING = Cost(0, 0.0)
+
+
+class StageCosts:
+    """Of the stages of a plan.
+
+    Args:
+        manifest_of: by a stage's id; None where there is none.
+    """
+
+    def __init__(self, plan: Plan, manifest_of: Callable[[str], Manifest | None]) -> None:
+        self._plan = plan
+        self._manifest_of = manifest_of
+        self._config_of = cache(read_object)
+
+    def of(self, stage_id: str) -> Cost | None:
+        """None where the stage has no artifact (yet), or too little is known: of records of other versions, and of
+        models whose configuration is gone.
+        """
+        manifest = self._manifest_of(stage_id)
+        if manifest is None:
+            return None
+        try:
+            return self._cost(self._plan.stages[stage_id], manifest)
+        except (LookupError, TypeError, ValueError, _UnknownError):
+            return None
+
+    def _cost(self, stage: Stage, manifest: Manifest) -> Cost:
+        metrics = manifest["metrics"]
+        match stage.params:
+            case ImportanceParameters() as params:
+                runtime = manifest.get("config", {}).get("runtime", {})
+                checkpointing = bool(runtime.get("activation_checkpointing", False))
+                return self._importance(stage, params, metrics["tokens"], checkpointing)
+            case ReferenceParameters():
+                length = self._calibration(stage).length
+                return Cost(metrics["tokens"], metrics["tokens"] * forward_of_all(self._shape(stage), length))
+            case PruneParameters() as params:
+                return self._prune(stage, params, metrics)
+            case DistillParameters(distillation=settings, passes=passes):
+                length = self._calibration(self._need(stage, "reference")).length
+                job = training_job(settings, length, distills=True).resized(1)
+                tokens = passes * metrics["tokens"]
+            case RecoverParameters(recovery=settings):
+                job = training_job(settings, settings.sequence_length, distills=False).resized(1)
+                tokens = rows_trained(metrics["rows"], settings.batch_size, metrics["steps"]) * settings.sequence_length
+            case _:
+                raise _UnknownError
+        return Cost(tokens, tokens / job.tokens * self._shape(stage).mean(lambda dims: job.work(dims).flops))
+
+    def _importance(self, stage: Stage, params: ImportanceParameters, tokens: int, checkpointing: bool) -> Cost:
+        """Of the pass over windows, and of the second one for criteria that need moments."""
+        if all(CRITERIA[name].summed == "nothing" for name in params.criteria):
+            return NOTHING
+        shape, job = self._shape(stage), importance_job(params, checkpointing).resized(1)
+        flops = tokens / job.tokens * shape.mean(lambda dims: job.work(dims).flops)
+        if job.student:  # which neurons it lacks, the first shard tells
+            first = params.calibration.shard_size * params.calibration.micro_batch_size * job.tokens
+            flops += min(first, tokens) * forward_of_all(shape, job.tokens)
+        if job.curvature:
+            kinds = 1 + job.kv_groups
+            windows = Windows(tokens // job.tokens, job.tokens, params.calibration.micro_batch_size)
+            flops += tokens * kinds * len(shape.layers) * gram(shape.hidden_size)
+            flops += second_moments(shape, windows, kv_groups=job.kv_groups)
+        return Cost(tokens, flops)
+
+    def _prune(self, stage: Stage, params: PruneParameters, metrics: Mapping[str, Any]) -> Cost:
+        """Of a search and of the refit of what is written; of scores alone nothing."""
+        searches = params.allocation in ("plain", "searched")
+        if params.refit == "none" and not searches:
+            return NOTHING
+        model = self._shape(stage)
+        dense = self._dense(stage)
+        kept, windows, flops = dense.pruned(metrics), self._calibration(stage), 0.0
+        if searches:
+            flops += Search(params, model, dense, kept, windows, metrics).flops()
+        kv_groups = KV_GROUPS in params.structures
+        if params.refit == "dense":
+            order = metrics.get("layers_in_order_of_dropping") or []
+            dropped = order[: len(model.layers) - len(kept.layers)]
+            flops += dense_refit(model, kept, windows, kv_groups=kv_groups, dropped=dropped)
+        elif params.refit != "none":
+            flops += sequential_refit(dense, kept, windows, kv_groups=kv_groups, whole_mlp=params.refit == "block")
+        return Cost(windows.tokens, flops)
+
+    def _calibration(self, stage: Stage) -> Windows:
+        """The calibration windows that a stage reads; those that were scored, where a pass ended early."""
+        scored = self._need(stage, "importance")
+        assert isinstance(scored.params, ImportanceParameters)
+        settings, manifest = scored.params.calibration, self._manifest_of(scored.id)
+        tokens = settings.samples * settings.sequence_length if manifest is None else manifest["metrics"]["tokens"]
+        size = getattr(stage.params, "micro_batch_size", None) or settings.micro_batch_size
+        return Windows(tokens // settings.sequence_length, settings.sequence_length, size)
+
+    def _need(self, stage: Stage, role: str) -> Stage:
+        return self._plan.stages[stage.inputs[role].location]
+
+    def _shape(self, stage: Stage) -> ModelShape:
+        """Of the model that a stage reads."""
+        source = stage.inputs["model"]
+        if not source.is_stage:
+            return self._dense(stage)
+        made_by = self._plan.stages[source.location]
+        manifest = self._manifest_of(made_by.id)
+        if made_by.kind != "prune":
+            return self._shape(made_by)
+        if manifest is None:
+            raise _UnknownError
+        return self._dense(made_by).pruned(manifest["metrics"])
+
+    def _dense(self, stage: Stage) -> ModelShape:
+        config = self._config_of(self._plan.dense_folder(stage) / "config.json")
+        if config is None:
+            raise _UnknownError
+        return ModelShape.of_config(config)
+
+
+class _UnknownError(Exception):
+    """Too little is known."""
+
+
+def rows_trained(rows: int, batch_size: int, steps: int) -> int:
+    """Rows that so many optimizer steps see, as ``data.schedule.Schedule`` cuts epochs into steps."""
+    steps_per_epoch = -(-rows // batch_size)
+    epochs, part = divmod(steps, steps_per_epoch)
+    return epochs * rows + rows * part // steps_per_epoch

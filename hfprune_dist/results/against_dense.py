@@ -1,0 +1,67 @@
+"""Rows' quality in shares of the dense model's: whole, above what constant answers get, before and after recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from hfprune_dist.planning.earlier_rows import scale_of
+from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.results.headline import headline
+
+if TYPE_CHECKING:  # rows are made with this
+    from hfprune_dist.results.rows import Row
+
+AVERAGES = ("average", "average_without_crows_pairs")
+
+
+def add_shares_of_dense(rows: Sequence[Row], plan: Plan) -> None:
+    """Add to each row its shares of the dense row that was measured in the same way.
+
+    Args:
+        rows: of the plan's cells, in their order.
+    """
+    by_cell = list(zip(plan.cells, rows, strict=True))
+    dense = {_scale(cell, plan): row for cell, row in by_cell if not cell.producers}
+    bare = {_checkpoint(cell, plan): row for cell, row in by_cell if cell.recovery == "none"}
+    for cell, row in by_cell:
+        row |= _shares(row, dense.get(_scale(cell, plan)))
+    for cell, row in by_cell:
+        before = bare.get(_checkpoint(cell, plan)) if cell.recovery != "none" else None
+        row |= {f"{it}_of_dense_before_recovery": before and before[f"{it}_of_dense"] for it in AVERAGES}
+
+
+def _scale(cell: Cell, plan: Plan) -> str:
+    """What a row can be compared with: measured alike, of the same dense model."""
+    return repr((cell.model, scale_of(plan.stages[cell.evaluate])))
+
+
+def _checkpoint(cell: Cell, plan: Plan) -> str:
+    """What a row is before recovery, and how it is measured."""
+    pruned = [it for it in cell.producers if not it.startswith("recover/")]
+    return repr((_scale(cell, plan), pruned))
+
+
+def _shares(row: Row, dense: Row | None) -> Row:
+    """None and nothing where there is no dense row to compare with."""
+    beside = dense or dict.fromkeys(AVERAGES)
+    whole = {f"{name}_of_dense": _share(row[name], beside[name]) for name in AVERAGES}
+    above = {f"{name}_above_floor_of_dense": _share(row[name], beside[name], row[f"{name}_floor"]) for name in AVERAGES}
+    return {**whole, **above, "tasks_of_dense": {} if dense is None else _of_tasks(row, dense)}
+
+
+def _of_tasks(row: Row, dense: Row) -> dict[str, float]:
+    shares = {task: _share(headline(scores), _score(dense, task)) for task, scores in row["tasks"].items()}
+    return {task: share for task, share in shares.items() if share is not None}
+
+
+def _score(row: Row, task: str) -> float | None:
+    metrics: Mapping[str, float] = row["tasks"].get(task, {})
+    return headline(metrics)
+
+
+def _share(score: float | None, dense: float | None, floor: float | None = 0.0) -> float | None:
+    """(score - floor) / (dense - floor); None where one isn't known, or the dense model is no better than the floor."""
+    if score is None or dense is None or floor is None or dense <= floor:
+        return None
+    return (score - floor) / (dense - floor)

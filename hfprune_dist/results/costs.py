@@ -1,0 +1,91 @@
+"""What training a row's checkpoint has cost: tokens, floating-point operations and device-hours, by kind of stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.planning.stage_costs import StageCosts
+from hfprune_dist.store.attempt import Attempt, AttemptsOf
+
+Manifest = Mapping[str, Any]
+
+# What is told of each stage, and summed. Device-hours are of all attempts, wasted ones of those that failed.
+MEASURES = ("tokens", "flops", "device_hours", "wasted_device_hours")
+# Measuring is no training.
+KINDS = ("importance", "prune", "distill", "recover")
+OWN, SHARED = "own", "shared"
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs of all stages of a plan.
+
+    Attributes:
+        costs: stage id -> measure -> its value, None where it isn't known; stages that train nothing are left out.
+        devices: stage id -> type of device, cpu or cuda; None where it isn't known.
+        shared: ids of stages that several rows need.
+    """
+
+    costs: Mapping[str, Mapping[str, float | None]]
+    devices: Mapping[str, str | None]
+    shared: Set[str]
+
+    @classmethod
+    def of(
+        cls, plan: Plan, manifests: Mapping[str, Manifest | None], attempts_of: AttemptsOf, shared: Set[str]
+    ) -> CostTable:
+        """Read from plan, manifests and the records of attempts."""
+        analytic = StageCosts(plan, lambda stage_id: manifests.get(stage_id))
+        costs: dict[str, Mapping[str, float | None]] = {}
+        trained = {it: plan.stages[it] for cell in plan.cells for it in cell.producers if it in plan.stages}
+        for stage_id, stage in trained.items():
+            cost, manifest = analytic.of(stage_id), manifests.get(stage_id)
+            hours = (None, None) if manifest is None else device_hours(manifest, attempts_of(stage))
+            counted = (None, None) if cost is None else (cost.tokens, cost.flops)
+            costs[stage_id] = dict(zip(MEASURES, (*counted, *hours), strict=True))
+        devices = {it: (manifests.get(it) or {}).get("device") for it in trained}
+        return cls(costs, devices, shared)
+
+    def of_row(self, cell: Cell) -> dict[str, Any]:
+        """What a row tells: sums over its own stages and over those that it shares, and by kind of stage."""
+        own = [it for it in cell.producers if it not in self.shared]
+        shared = [it for it in cell.producers if it in self.shared]
+        told: dict[str, Any] = {}
+        for whose, stage_ids in ((OWN, own), (SHARED, shared)):
+            told |= {f"{whose}_training_{measure}": self._sum(stage_ids, measure) for measure in MEASURES}
+        devices = dict.fromkeys(device for it in cell.producers if (device := self.devices[it]) is not None)
+        return told | {"training_device": ", ".join(devices) or None, "costs": self._by_kind(cell.producers)}
+
+    def _by_kind(self, stage_ids: Sequence[str]) -> dict[str, dict[str, float | None]]:
+        """A reference on calibration windows is part of the distillation that it is for."""
+        groups: dict[str, list[str]] = {}
+        for stage_id in stage_ids:
+            kind = stage_id.partition("/")[0]
+            groups.setdefault(kind if kind in KINDS else "distill", []).append(stage_id)
+        return {kind: {it: self._sum(members, it) for it in MEASURES} for kind, members in groups.items()}
+
+    def _sum(self, stage_ids: Iterable[str], measure: str) -> float | None:
+        """None where one is not known."""
+        values = [self.costs[it][measure] for it in stage_ids]
+        known = [value for value in values if value is not None]
+        return sum(known) if len(known) == len(values) else None
+
+
+def device_hours(manifest: Manifest, attempts: Iterable[Attempt]) -> tuple[float | None, float | None]:
+    """(of all attempts, of those that failed) at a stage: time times ranks, in hours.
+
+    Of what failed, a part may have been saved and gone on from; an attempt that was asked to end, and saved all of its
+    work before it did, has not failed. Attempts of which nobody wrote down both begin and end count nothing.
+    """
+    ranks, seconds = manifest.get("world_size"), manifest.get("wall_time_s")
+    if ranks is None or seconds is None:
+        return None, None
+    saved, wasted = 0.0, 0.0
+    for it in attempts:
+        if it.state == "failed" and it.started is not None and it.ended is not None:
+            spent = max(0.0, it.ended - it.started) * (it.ranks or ranks)
+            saved, wasted = (saved + spent, wasted) if it.cause == "interrupted" else (saved, wasted + spent)
+    return (seconds * ranks + saved + wasted) / 3600, wasted / 3600

@@ -1,0 +1,39 @@
+"""Attempts at stages that a folder knows of: those on this machine, and jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hfprune_launch.local import past_attempts as local
+from hfprune_launch.slurm import past_attempts as slurm
+from hfprune_launch.slurm.slurm_stage import SlurmStage
+
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempt import Attempt, AttemptsOf
+from hfprune_dist.store.stage import Stage
+
+
+def past_attempts(out: Path) -> AttemptsOf:
+    """What the launchers know of the stages of a sweep. Records of a stage are read when it is first asked for.
+
+    Args:
+        out: folder of the sweep.
+    """
+    store, logs = Store(out / "store"), out / "logs"
+
+    read: dict[str, Sequence[Attempt]] = {}
+
+    def of(stage: Stage) -> Sequence[Attempt]:
+        if stage.id not in read:
+            read[stage.id] = attempts_at(stage)
+        return read[stage.id]
+
+    def attempts_at(stage: Stage) -> Sequence[Attempt]:
+        on_cluster = slurm.past_attempts(SlurmStage(store, stage.id))
+        here = local.past_attempts(stage, store.handle(stage.id), logs)
+        # What a job made has a manifest too, which tells nothing more than the job's own record.
+        own = [it for it in here if it.logs or not on_cluster]
+        return sorted([*on_cluster, *own], key=lambda it: it.started or it.ended or 0.0)
+
+    return of

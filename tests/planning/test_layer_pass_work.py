@@ -1,0 +1,89 @@
+"""The operations of refits over tiny models of drawn sizes, as torch counts them."""
+
+import pytest
+import torch
+from counted_flops import counting
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import SoloWorld
+from tiny import save_tiny
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.core import gram
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.planning.layer_pass_work import Windows, dense_refit, sequential_refit
+from hfprune_dist.planning.model_shape import ModelShape
+from hfprune_dist.refit import gauss_newton_ranks
+from hfprune_dist.refit.dense_refit import DenseRefit
+from hfprune_dist.refit.refitted_layers import RefittedLayers
+from hfprune_dist.refit.sequential_refit import SequentialRefit
+from hfprune_dist.structures.kept import Kept
+
+SIZES = st.fixed_dictionaries(
+    {
+        "hidden_size": st.sampled_from([16, 32, 48]),
+        "intermediate_size": st.integers(24, 80),
+        "num_hidden_layers": st.integers(2, 3),
+    }
+)
+WINDOWS = st.builds(Windows, st.integers(1, 17), st.integers(8, 16), st.integers(1, 3))
+
+
+@pytest.fixture
+def as_counted(monkeypatch):
+    """Gram matrices in one go; and a second step, which comes wherever a first one helped."""
+    monkeypatch.setattr(gram, "BLOCK", 2**40)
+    monkeypatch.setattr(gauss_newton_ranks, "STEP_LENGTHS", (1.0, 0.5, 0.25))
+
+
+@pytest.mark.usefixtures("as_counted")
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "layerwise", "block"])
+def test_refits(tmp_path_factory, kind, groups):
+    @given(sizes=SIZES, windows=WINDOWS, seed=st.integers(0, 9))
+    @settings(max_examples=3, deadline=None)
+    def holds(sizes, windows, seed):
+        folder = tmp_path_factory.mktemp("refit")
+        checkpoint = open_checkpoint(save_tiny(folder / "model", **sizes))
+        kept = drawn(checkpoint, groups, seed)
+        counted = flops_of(kind, checkpoint, kept, windows, folder)
+        dense, left = ModelShape.of_config(checkpoint.config), ModelShape.of_config(checkpoint.config)
+        told = {"num_hidden_layers": len(kept.layers)}
+        for name, units in checkpoint.structures.items():
+            told |= units.sizes(kept.shape.counts(units)) if name in kept.units else {}
+        left = dense.pruned(told)
+        if kind == "dense":
+            gone = {*range(checkpoint.num_layers)} - {*kept.layers}
+            found = dense_refit(dense, left, windows, kv_groups=groups, dropped=[*gone])
+        else:
+            found = sequential_refit(dense, left, windows, kv_groups=groups, whole_mlp=kind == "block")
+        assert found == pytest.approx(counted, rel=1e-4)
+
+    holds()
+
+
+def drawn(checkpoint, groups, seed):
+    """Some units of some layers, the first among them."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = tuple(range(1 + seed % checkpoint.num_layers))
+
+    def some(size, least):
+        count = int(torch.randint(least, size + 1, (1,), generator=generator))
+        return torch.randperm(size, generator=generator)[:count].sort().values
+
+    units = {"neurons": [some(checkpoint.units.most, 8) for _ in layers]}
+    return Kept(layers, units | ({"kv_groups": [some(2, 1) for _ in layers]} if groups else {}))
+
+
+def flops_of(kind, checkpoint, kept, windows, folder):
+    world, kinds = SoloWorld(), [checkpoint.structures[name] for name in kept.units]
+    windows_ST = torch.randint(264, (windows.count, windows.length), generator=torch.Generator().manual_seed(0))
+    dense, pruned = (LayerStream(checkpoint, windows_ST, torch.float32, windows.micro_batch, world) for _ in range(2))
+    fitted = RefittedLayers(checkpoint, kinds, kind == "block", folder / "fitted")
+    if kind == "dense":
+        refit = DenseRefit(kept, dense, fitted, world)
+    else:
+        refit = SequentialRefit(checkpoint.family, kept, pruned, dense, fitted, dense_layers=kept.layers, world=world)
+    with counting() as total:
+        refit.run(lambda done: None)
+        return total()
