@@ -28,6 +28,14 @@ def planned(tmp_path_factory):
     return {stage_id: stage for plan in plans for stage_id, stage in plan.stages.items()}
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Stages of one that measures speed as well."""
+    first, efficiency = PLANS[0], {"enabled": True, "prompt_tokens": [3], "new_tokens": 2}
+    drawing = Drawing(tmp_path_factory.mktemp("measured"))
+    return drawing.plan(first["settings"] | {"efficiency": efficiency}, first["methods"]).stages
+
+
 def sections_of(kind):
     """A class of settings, and those of its parts."""
     yield kind
@@ -45,9 +53,10 @@ def test_there_is_a_class_for_every_kind_of_stage():
     assert PARAMETERS.keys() == STAGE_VERSIONS.keys()
 
 
-def test_what_is_recorded_is_read_as_what_was_planned(planned):
-    assert {stage.kind for stage in planned.values()} == PARAMETERS.keys()
-    for stage in planned.values():
+def test_what_is_recorded_is_read_as_what_was_planned(planned, measured):
+    stages = planned | measured
+    assert {stage.kind for stage in stages.values()} == PARAMETERS.keys()
+    for stage in stages.values():
         for read in (Stage.from_json(through_json(stage)), Stage.to_run(through_json(stage))):
             assert type(read.params) is type(stage.params) is PARAMETERS[stage.kind]
             assert read == stage and hash(read.params) == hash(stage.params)
