@@ -61,7 +61,11 @@ class Search:
     told: Mapping[str, Any]
 
     def flops(self) -> float:
-        """Of all that comes before the refit of what is written."""
+        """Of all that comes before the refit of what is written.
+
+        Raises:
+            ValueError: where the metrics are another version's.
+        """
         if self.params.allocation == "plain":
             return self._order(self._seen) + self._grid() + self._finals()
         return self._order(self.windows) + self._searched()
@@ -172,7 +176,8 @@ class Search:
 
     def _plain(self, name: str) -> Candidate:
         found = PLAIN.fullmatch(name)
-        assert found is not None, f"{name!r} names no shape"
+        if found is None:
+            raise ValueError(f"{name!r} names no shape")
         layers, groups, width = map(int, found.groups())
         gone = self._dropped[: len(self.model.layers) - layers]
         return [

@@ -141,7 +141,8 @@ class StageCosts:
     def _calibration(self, stage: Stage) -> Windows:
         """The calibration windows that a stage reads; those that were scored, where a pass ended early."""
         scored = self._need(stage, "importance")
-        assert isinstance(scored.params, ImportanceParameters)
+        if not isinstance(scored.params, ImportanceParameters):
+            raise _UnknownError
         settings, manifest = scored.params.calibration, self._manifest_of(scored.id)
         tokens = settings.samples * settings.sequence_length if manifest is None else manifest["metrics"]["tokens"]
         size = getattr(stage.params, "micro_batch_size", None) or settings.micro_batch_size

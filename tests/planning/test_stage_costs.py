@@ -210,3 +210,14 @@ def test_a_pruned_model_counts_as_it_is_and_what_is_not_known_costs_nothing_know
     gone = Stage("recover", "tiny", params, {"model": Input("digest", str(tmp_path / "gone"))})
     manifest = {"metrics": {"rows": 4, "steps": 1}}
     assert StageCosts(Plan({gone.id: gone}, ()), lambda _: manifest).of(gone.id) is None
+
+
+def test_metrics_and_settings_of_other_versions_tell_no_cost(scored):
+    _, importance = scored
+    params = {"ratio": 0.2, "criterion": "entropy", "allocation": "plain", "refit": "dense", "multiple_of": 1}
+    params |= {"dtype": "float32", "micro_batch_size": 1, "structures": ALL}
+    other = Stage("importance", "tiny", {"samples": 4}, importance.inputs)
+    for source, metrics in ((other, {}), (importance, {"search_kl": {"12 blocks": 1.0}})):
+        cut = Stage("prune", "tiny", params, {"model": importance.inputs["model"], "importance": source.as_input()})
+        plan = Plan({it.id: it for it in (source, cut)}, ())
+        assert StageCosts(plan, {cut.id: {"metrics": metrics}}.get).of(cut.id) is None
