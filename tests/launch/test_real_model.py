@@ -14,15 +14,18 @@ pytestmark = pytest.mark.slow
 SETTINGS = {
     "models": "[llama]",
     "ratios": "[0.2]",
-    "methods": "[surgeon-uniform-block]",
+    "methods": "[surgeon-uniform]",
     "calibration.samples": "4",
     "calibration.shard_size": "1",
+    "calibration.sequence_length": "64",
     "calibration.mixture": "null",
+    "recovery.sequence_length": "64",
     "recovery.max_steps": "2",
     "evaluation.tasks": "[demo_continuation]",
     "evaluation.limit": "24",
     "evaluation.fidelity.windows": "3",
     "evaluation.fidelity.texts": "null",
+    "runtime.ranks": "1",
 }
 
 
