@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import fork_server
 import pytest
 from hfprune_launch.demo.assets import build
 from xdist.scheduler import LoadScopeScheduling
@@ -35,6 +36,12 @@ def pytest_configure():
     """A suite that was started in the background ignores Ctrl-C, and so would all processes that it starts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_xdist_setupnodes(config, specs):
+    """Workers share one fork server; without them, it is started by the first test that needs it."""
+    if len(specs) > 1:
+        os.environ[fork_server.ADDRESS] = fork_server.start()
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -84,11 +84,17 @@ def forked(command: Sequence[str | Path]) -> list[str]:
 
 @functools.cache
 def _address() -> str:
-    """The socket of the server, which is started where there is none."""
-    return os.environ.get(ADDRESS) or _start_server()
+    """The socket of a server that is ready; it is started where there is none."""
+    address = os.environ.get(ADDRESS) or start()
+    while not Path(address).exists():
+        assert Path(address).parent.is_dir(), "the fork server is gone"
+        assert not Path(address).with_name("failed").exists(), Path(address).with_name("log").read_text()
+        time.sleep(0.05)
+    return address
 
 
-def _start_server() -> str:
+def start() -> str:
+    """The socket of a new server, which appears once the server is ready; both end with this process."""
     folder = tempfile.TemporaryDirectory(prefix="hfprune-fork-server-")
     address, log = f"{folder.name}/socket", Path(folder.name, "log")
     with log.open("wb") as stream:
@@ -106,9 +112,6 @@ def _start_server() -> str:
         folder.cleanup()
 
     atexit.register(stop)
-    while not Path(address).exists():
-        assert server.poll() is None, log.read_text()
-        time.sleep(0.05)
     return address
 
 
@@ -374,4 +377,8 @@ def _run(process: Process) -> int:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    try:
+        serve(sys.argv[1])
+    except BaseException:
+        traceback.print_exc()
+        Path(sys.argv[1]).with_name("failed").touch()

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import signal
 import sys
 import time
@@ -73,3 +74,35 @@ def die_in_fork(action, kill_at, store, operations=OPERATIONS):
             os._exit(0)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status)
+
+
+def deaths_during(action, folder, copies, operations=OPERATIONS):
+    """Run ``action`` here, and copy ``folder`` as a death before each of its operations would leave it.
+
+    A killed process loses nothing but its memory, so that a copy is what its death leaves. Operations that find the
+    same files as those before them, such as the fsyncs of one write, share a copy: whoever goes on can't tell them
+    apart.
+
+    Returns:
+        The copies, in ``copies``, in their order; the last is of what the whole run leaves.
+    """
+    states, originals = [], {name: getattr(os, name) for name in operations}
+
+    def copy():
+        if not states or _files_in(folder) != _files_in(states[-1]):
+            states.append(shutil.copytree(folder, copies / str(len(states)), symlinks=True))
+
+    try:
+        for name in operations:
+            before(name, str(folder), copy)
+        action()
+    finally:
+        for name, original in originals.items():
+            setattr(os, name, original)
+    copy()
+    return states
+
+
+def _files_in(folder):
+    """Path below the folder -> content; None of a folder."""
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}

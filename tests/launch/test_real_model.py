@@ -14,10 +14,12 @@ pytestmark = pytest.mark.slow
 SETTINGS = {
     "models": "[llama]",
     "ratios": "[0.2]",
-    "methods": "[surgeon-uniform-block]",
+    "methods": "[surgeon-uniform]",
     "calibration.samples": "4",
     "calibration.shard_size": "1",
+    "calibration.sequence_length": "64",
     "calibration.mixture": "null",
+    "recovery.sequence_length": "64",
     "recovery.max_steps": "2",
     "evaluation.tasks": "[demo_continuation]",
     "evaluation.limit": "24",
@@ -26,6 +28,7 @@ SETTINGS = {
     "efficiency.batch_sizes": "[1]",
     "efficiency.new_tokens": "2",
     "efficiency.repeats": "1",
+    "runtime.ranks": "1",
 }
 
 

@@ -1,11 +1,10 @@
 """Attempts to find a plain shape that end early, in any phase: what is left is done once, with the same bits."""
 
-import itertools
+import shutil
 from collections import Counter
 
 import pytest
-import torch
-from faults.kill import die_in_fork
+from faults.kill import deaths_during
 from forks import INTERRUPTED, on_ranks
 from ranks import SoloWorld
 from shapes import metrics_of, outcome, prepare, run
@@ -15,6 +14,7 @@ from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.stages import finals, prune_plain
+from hfprune_dist.store.artifacts import Store
 
 SMALL = {"layers": 3, "groups": 2, "samples": 4}
 PHASES = {"layers", "shapes", "final", "finalists", "refit"}
@@ -69,8 +69,8 @@ def worked(tmp_path, monkeypatch):
 @pytest.mark.parametrize("refit", ["dense", "layerwise"])
 def test_no_layer_is_measured_or_fitted_twice_however_often_an_attempt_ends(tmp_path, worked, refit):
     """It is asked to end after any layer of any phase, and goes on, on another number of ranks."""
-    (tmp_path / "whole").mkdir()
     reference, stage = prepare(tmp_path / "whole", **SMALL, refit=refit)
+    shutil.copytree(reference.root, tmp_path / "before")
     asked = Interrupting()
     run(reference, stage, SoloWorld(), asked)
     once = worked()
@@ -78,8 +78,7 @@ def test_no_layer_is_measured_or_fitted_twice_however_often_an_attempt_ends(tmp_
     assert {name.split(" ")[0] for name in metrics_of(reference, stage)["finalists_kl"]} == {"2", "3"}
     for at in range(1, asked.asked + 1, 3):
         (tmp_path / "log").unlink()
-        (folder := tmp_path / str(at)).mkdir()
-        store, _ = prepare(folder, **SMALL, refit=refit)
+        store = Store(shutil.copytree(tmp_path / "before", tmp_path / str(at)))
         before, after = RANKS[at // 3 % len(RANKS)]
         codes = on_ranks(before, lambda world, store=store, at=at: run(store, stage, world, Interrupting(at))).codes
         assert codes == [INTERRUPTED] * before
@@ -106,22 +105,15 @@ def test_a_refit_that_is_over_is_not_gone_through_again(tmp_path, monkeypatch):
     assert folders == {"refit"}, "the final one; those of finalists are over"
 
 
-@pytest.mark.parametrize("first", [1, 2])
-def test_death_before_any_file_appears_ends_with_the_same_bits(tmp_path, first):
-    """Every second file that is written, of every phase, and of the checkpoint."""
-    torch.set_num_threads(1)  # a forked child has no other threads
-    (tmp_path / "whole").mkdir()
-    reference, stage = prepare(tmp_path / "whole", **SMALL)
-    run(reference, stage, SoloWorld())
-    found = set()
-    for kill_at in itertools.count(first, 2):
-        (folder := tmp_path / str(kill_at)).mkdir()
-        store, _ = prepare(folder, **SMALL)
-        died = die_in_fork(lambda store=store: run(store, stage, SoloWorld()), kill_at, store.root, APPEARING)
+def test_death_before_any_file_appears_ends_with_the_same_bits(tmp_path):
+    """Before every file that is written, of every phase, and of the checkpoint."""
+    reference, stage = prepare(tmp_path, **SMALL)
+    (tmp_path / "copies").mkdir()
+    deaths = deaths_during(lambda: run(reference, stage, SoloWorld()), reference.root, tmp_path / "copies", APPEARING)
+    expected, found = outcome(reference, stage), set()
+    for store in map(Store, deaths):
         found |= {file.parent.name.partition("-")[0] for file in store.work(stage.id).rglob("*") if file.is_file()}
         if store.verify(stage.id).state == "missing":
             run(store, stage, SoloWorld())
-        assert outcome(store, stage) == outcome(reference, stage)
-        if not died:
-            break
-    assert kill_at > 25 and found >= PHASES
+        assert outcome(store, stage) == expected
+    assert len(deaths) > 40 and found >= PHASES
