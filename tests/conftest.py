@@ -31,6 +31,10 @@ def real_assets(tmp_path_factory):
     return folder
 
 
+def pytest_addoption(parser):
+    parser.addoption("--engines", action="store_true", help="run checkpoints in other engines, which are built first")
+
+
 def pytest_configure():
     """A suite that was started in the background ignores Ctrl-C, and so would all processes that it starts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -58,9 +62,13 @@ class TogetherByFile(LoadScopeScheduling):
         return "the demo's assets" if file in DEMO_ASSETS else file
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """The longest come first, so that no worker is left with them alone at the end."""
     items.sort(key=lambda item: _turn(item.path))
+    if not config.getoption("engines"):
+        for item in items:
+            if item.get_closest_marker("engines"):
+                item.add_marker(pytest.mark.skip(reason="builds an engine; only with --engines"))
 
 
 def _turn(file):
