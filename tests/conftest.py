@@ -20,7 +20,7 @@ LONG = [
     "launch",
     "stages",
 ]
-DEMO_ASSETS = ("tests/launch/test_real_model.py", "tests/test_demo_assets.py")
+DEMO_ASSETS = ("tests/launch/test_real_model.py", "tests/test_demo_assets.py", "tests/checkpoints/test_llama_cpp.py")
 
 
 @pytest.fixture(scope="session")

@@ -42,9 +42,9 @@ class LlamaCpp:
         _run(*script, checkpoint, "--outtype", "f16", "--outfile", target, environment=needs)
         return target
 
-    def quantize(self, file: Path, target: Path, kind: str) -> str:
-        """Write a file whose matrices are quantized; returns what the tool says of them."""
-        return _run(self._root / "build" / "bin" / "llama-quantize", file, target, kind)
+    def quantize(self, file: Path, target: Path, kind: str) -> None:
+        """Write a file whose matrices are quantized."""
+        _run(self._root / "build" / "bin" / "llama-quantize", file, target, kind)
 
     def perplexity(self, file: Path, text: Path, context: int, chunks: int) -> float:
         options = ["-c", context, "-b", context, "--chunks", chunks, "-t", 2]

@@ -9,10 +9,9 @@ import shutil
 
 import pytest
 import torch
-from hfprune_launch.api import Session
 from llama_cpp import LlamaCpp
 from masking import write
-from ranks import ROOT
+from safetensors import safe_open
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,63 +38,48 @@ def text(real_assets, tmp_path_factory):
     return file
 
 
-@pytest.fixture(scope="module")
-def pruned(real_assets, tmp_path_factory):
-    """SmolLM2-135M without a fifth of its parameters, by the plain method."""
-    session = Session(
-        tmp_path_factory.mktemp("plain") / "out",
-        ROOT / "configs" / "demo.yaml",
-        models=["llama"],
-        aliases={"llama": {"path": str(real_assets / "llama")}},
-        ratios=[0.2],
-        methods=["surgeon-plain"],
-        prune={"multiple_of": 32},
-        calibration={
-            "mixture": None,
-            "path": str(real_assets / "text" / "calibration.jsonl"),
-            "samples": 4,
-            "sequence_length": 64,
-        },
-        recovery={"method": "none"},
-        evaluation={"tasks": [], "fidelity": {"texts": None, "path": str(real_assets / "text" / "heldout.jsonl")}},
-    )
-    (folder,) = session.prune().values()
-    return folder
+def test_a_real_model_with_fewer_layers_and_neurons(llama_cpp, text, tmp_path, real_assets):
+    dense, pruned = open_checkpoint(real_assets / "llama"), tmp_path / "pruned"
+    layers = [number for number in range(dense.num_layers) if number not in (20, 24)]
+    kept = {"neurons": [strongest(dense.path, number, 1408) for number in layers]}
+    write(dense, Kept(tuple(layers), kept), pruned)
+    assert require_same_perplexity(llama_cpp, text, tmp_path, pruned) < 1000, "it still reads English"
 
 
-def fewer_heads(variant, tokenizer, folder):
-    """A tiny model with 5 of 8 KV groups, which don't divide its hidden size, and a tokenizer that llama.cpp knows."""
-    dense = folder / "dense"
-    shutil.copytree(tokenizer, dense, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
-    sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 128}
-    model = tiny_model(variant, vocab_size=len(AutoTokenizer.from_pretrained(dense)), **sizes)
+def strongest(folder, layer, count):
+    """The neurons of a layer whose columns of down_proj are longest, ascending."""
+    (file,) = folder.glob("*.safetensors")
+    with safe_open(file, framework="pt") as weights:
+        norms_I = weights.get_tensor(f"model.layers.{layer}.mlp.down_proj.weight").float().norm(dim=0)
+    return norms_I.topk(count).indices.sort().values
+
+
+@pytest.mark.parametrize(
+    ("variant", "groups", "written"), [("llama", 4, "llama"), ("llama", 5, "mistral"), ("qwen3", 5, "qwen3")]
+)
+def test_fewer_heads_of_the_same_size(llama_cpp, text, tmp_path, real_assets, variant, groups, written):
+    """Tiny models with the real one's tokenizer, which llama.cpp knows. 5 heads don't divide the hidden size."""
+    dense, pruned = tmp_path / "dense", tmp_path / "pruned"
+    shutil.copytree(real_assets / "llama", dense, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
+    shape = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32}
+    model = tiny_model(variant, vocab_size=len(AutoTokenizer.from_pretrained(dense)), intermediate_size=128, **shape)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.2)  # else perplexities are astronomic, and so are their differences
     model.save_pretrained(dense)
-    kept = {"neurons": [torch.arange(96)] * 2, "kv_groups": [torch.arange(5)] * 2}
-    write(open_checkpoint(dense), Kept.of_all_layers(kept), folder / "pruned")
-    return folder / "pruned"
-
-
-def test_a_plainly_pruned_model(llama_cpp, text, tmp_path, pruned):
-    assert open_checkpoint(pruned).config["model_type"] == "llama"
+    kept = {"neurons": [torch.arange(96)] * 2, "kv_groups": [torch.arange(groups)] * 2}
+    write(open_checkpoint(dense), Kept.of_all_layers(kept), pruned)
+    assert open_checkpoint(pruned).config["model_type"] == written
     require_same_perplexity(llama_cpp, text, tmp_path, pruned)
 
 
-@pytest.mark.parametrize(("variant", "written"), [("llama", "mistral"), ("qwen2", "qwen2"), ("qwen3", "qwen3")])
-def test_heads_that_do_not_divide_the_hidden_size(llama_cpp, text, tmp_path, real_assets, variant, written):
-    folder = fewer_heads(variant, real_assets / "llama", tmp_path)
-    assert open_checkpoint(folder).config["model_type"] == written
-    require_same_perplexity(llama_cpp, text, tmp_path, folder)
-
-
 def require_same_perplexity(llama_cpp, text, tmp_path, folder):
-    assert open_checkpoint(folder).config["intermediate_size"] % 32 == 0
+    """Check both kinds of files against transformers, whose perplexity is returned."""
     expected = perplexity(folder, text.read_text())
     half, eighth = llama_cpp.convert(folder, tmp_path / "f16.gguf"), tmp_path / "q8_0.gguf"
     assert llama_cpp.perplexity(half, text, CONTEXT, CHUNKS) == pytest.approx(expected, rel=F16_TOLERANCE)
-    assert "fallback" not in llama_cpp.quantize(half, eighth, "Q8_0")  # as where rows don't divide into blocks of 32
+    llama_cpp.quantize(half, eighth, "Q8_0")  # refuses rows that don't divide into blocks of 32
     assert llama_cpp.perplexity(eighth, text, CONTEXT, CHUNKS) == pytest.approx(expected, rel=Q8_0_TOLERANCE)
+    return expected
 
 
 def perplexity(folder, text):
