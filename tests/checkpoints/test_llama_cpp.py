@@ -40,8 +40,8 @@ def text(real_assets, tmp_path_factory):
 
 def test_a_real_model_with_fewer_layers_and_neurons(llama_cpp, text, tmp_path, real_assets):
     dense, pruned = open_checkpoint(real_assets / "llama"), tmp_path / "pruned"
-    layers = [number for number in range(dense.num_layers) if number not in (20, 24)]
-    kept = {"neurons": [strongest(dense.path, number, 1408) for number in layers]}
+    layers = [number for number in range(dense.num_layers) if number not in (5, 26)]
+    kept = {"neurons": [strongest(dense.path, number, 1504) for number in layers]}
     write(dense, Kept(tuple(layers), kept), pruned)
     assert require_same_perplexity(llama_cpp, text, tmp_path, pruned) < 1000, "it still reads English"
 
