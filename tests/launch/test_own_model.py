@@ -17,6 +17,7 @@ EXAMPLE = ROOT / "configs" / "sweeps" / "own-model.yaml"
 NO_NETWORK = """
 import os, pathlib, socket
 
+pathlib.Path(os.environ["ASKED"]).with_name("guarded").touch()
 HERE = {"127.0.0.1", "::1", "0.0.0.0", "::", "localhost", socket.gethostname(), "", None}
 look_up = socket.getaddrinfo
 
@@ -32,8 +33,8 @@ socket.getaddrinfo = here_alone
 
 def own_files(folder):
     save_tiny(folder / "model", num_hidden_layers=4)
-    write_documents(folder / "calibration.jsonl", count=80)
-    write_documents(folder / "heldout.jsonl", count=40, seed=7)
+    write_documents(folder / "calibration.jsonl", count=20, words=120)
+    write_documents(folder / "heldout.jsonl", words=120, seed=7)
     write_pairs(folder / "instructions.jsonl")
     (folder / "tasks").mkdir()
     questions = [{"question": "ban der", "choices": ["kin", "gos t"], "answer": number % 2} for number in range(6)]
@@ -57,8 +58,9 @@ def test_the_example_runs_to_its_table_without_a_network(tmp_path):
     asked = tmp_path / "asked"
     guarded = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path / "guard"), "ASKED": str(asked)}
     finish(config, tmp_path / "out", environment=guarded)
+    assert asked.with_name("guarded").exists()
     assert not asked.exists(), asked.read_text()
     dense, control, pruned = results(tmp_path / "out")
-    assert float(dense["kl"]) == 0 < float(control["kl"]) and 0 < float(pruned["kl"])
+    assert float(dense["kl"]) == 0 < float(control["kl"]) and float(pruned["kl"]) > 0
     assert 0.15 < float(pruned["ratio_reached"]) < 0.25 and pruned["method"] == "surgeon-plain"
     assert all(0 <= float(row["own_questions/acc"]) <= 1 for row in (dense, control, pruned))
