@@ -82,15 +82,15 @@ def _install(tools: Path) -> None:
 
 
 def _run(*command: object, environment: dict[str, str] | None = None) -> str:
-    """Everything that a command says; it must end well."""
+    """Everything that a command says, which must end well. In one pipe, the tools' lines would cut into each other."""
     ended = subprocess.run(
         [str(part) for part in command],
         env={**os.environ, **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
         errors="replace",
         check=False,
     )
-    assert ended.returncode == 0, f"{command[0]}: {ended.stdout[-4000:]}"
-    return ended.stdout
+    said = f"{ended.stdout}\n{ended.stderr}"
+    assert ended.returncode == 0, f"{command[0]}: {said[-4000:]}"
+    return said
