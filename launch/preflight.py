@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hfprune_dist.config.parameters import (
     RecoverParameters,
     ReferenceParameters,
 )
-from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.data.text import Beginning, read_beginning
 from hfprune_dist.errors import UserError
@@ -54,9 +55,11 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
         profile: of the cluster where they run; None: this machine.
 
     Raises:
-        UserError: for a text that can't be read or is too short, a batch that ranks can't share, an unknown task, or a
-            model whose tokenizer, weights or positions don't suit.
+        UserError: for a tracker that isn't there, a text that can't be read or is too short, a batch that ranks can't
+            share, an unknown task, or a model whose tokenizer, weights or positions don't suit.
     """
+    if {"recover", "distill"} & {plan.stages[stage_id].kind for stage_id in todo}:
+        _check_trackers(config.runtime)
     models = _models_by_kind(plan, todo)
     readings = _read_texts(config, models)
     if "recover" in models:
@@ -71,6 +74,14 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
     for folder in dict.fromkeys(folder for folders in models.values() for folder in folders):
         kinds = [kind for kind, folders in models.items() if folder in folders]
         _check_model(config, folder, [it for kind in kinds for it in readings.get(kind, [])], "evaluate" in kinds)
+
+
+def _check_trackers(runtime: RuntimeConfig) -> None:
+    for tracker in runtime.report_to:
+        if find_spec(tracker) is None:
+            raise UserError(
+                f"runtime.report_to: {tracker} is not installed; `pip install {tracker}`, or leave it out of the list"
+            )
 
 
 def _models_by_kind(plan: Plan, todo: Sequence[str]) -> dict[str, list[Path]]:

@@ -21,7 +21,7 @@ LONG = [
     "launch",
     "stages",
 ]
-DEMO_ASSETS = ("tests/launch/test_real_model.py", "tests/test_demo_assets.py")
+DEMO_ASSETS = ("tests/launch/test_real_model.py", "tests/test_demo_assets.py", "tests/checkpoints/test_llama_cpp.py")
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +30,10 @@ def real_assets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo-assets")
     build(folder)
     return folder
+
+
+def pytest_addoption(parser):
+    parser.addoption("--engines", action="store_true", help="run checkpoints in other engines, which are built first")
 
 
 def pytest_configure():
@@ -65,9 +69,13 @@ class TogetherByFile(LoadScopeScheduling):
         return "the demo's assets" if file in DEMO_ASSETS else file
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """The longest come first, so that no worker is left with them alone at the end."""
     items.sort(key=lambda item: _turn(item.path))
+    if not config.getoption("engines"):
+        for item in items:
+            if item.get_closest_marker("engines"):
+                item.add_marker(pytest.mark.skip(reason="builds an engine; only with --engines"))
 
 
 def _turn(file):

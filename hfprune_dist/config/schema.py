@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hfprune_dist.config.method import PruneConfig
 from hfprune_dist.config.section import Dtype, Positive, Section
@@ -17,6 +17,15 @@ from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.core.criteria import CriterionName
 
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
+# Names of packages, too; of the trackers that the Trainer knows, those that can go on with a run.
+Tracker = Literal["tensorboard", "trackio", "wandb"]
+
+
+def _once_each(values: list[Any]) -> list[Any]:
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise ValueError(f"{repeated[0]} is listed twice")
+    return values
 
 
 class ImportanceConfig(Section):
@@ -110,6 +119,10 @@ class RuntimeConfig(Section):
     """Recovery, distillation: optimizer steps between snapshots."""
     collective_timeout_minutes: Annotated[int, Field(ge=1, le=366 * 24 * 60)] = 10
     """A collective that takes longer than this ends the stage (a lost rank would hang the others)."""
+    report_to: Annotated[list[Tracker], AfterValidator(_once_each)] = Field(default=[])
+    """Trackers that recovery and distillation report losses to while they train: one run for each stage."""
+    tracking_project: Annotated[str, Field(min_length=1)] = "hfprune"
+    """What trackers that have projects (trackio, wandb) file the runs under."""
 
 
 class ModelAlias(Section):
@@ -162,10 +175,7 @@ class SweepConfig(Section):
     @field_validator("models", "ratios", "methods")
     @classmethod
     def _no_duplicates(cls, values: list[Any]) -> list[Any]:
-        repeated = sorted({value for value in values if values.count(value) > 1})
-        if repeated:
-            raise ValueError(f"{repeated[0]} is listed twice")
-        return values
+        return _once_each(values)
 
     @field_validator("ratios")
     @classmethod

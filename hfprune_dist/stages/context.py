@@ -20,12 +20,14 @@ from hfprune_dist.errors import LostInputError, UserError
 from hfprune_dist.planning.user_files import ChangedInputError, UserFiles
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Claim, ClaimLostError
-from hfprune_dist.store.hashing import AfterEach
+from hfprune_dist.store.hashing import AfterEach, digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.provenance import environment
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
+from hfprune_dist.training.tracking import TrackedRun
 
+TRACKING = "tracking"  # beside the store
 T = TypeVar("T")
 P = TypeVar("P", bound=Parameters)
 
@@ -67,6 +69,18 @@ class Context(Generic[P]):
     @property
     def work(self) -> Path:
         return self.handle.work
+
+    @property
+    def tracked_run(self) -> TrackedRun:
+        """What trackers know of the stage. The same stage in another store is another run."""
+        return TrackedRun(
+            report_to=self.runtime.report_to,
+            project=self.runtime.tracking_project,
+            title=f"{self.stage.label} {self.stage.kind}",
+            digits=digest_of([self.stage.id, str(self.store.root.resolve())])[:16],
+            attempt=self.attempt,
+            folder=self.store.root.parent / TRACKING,
+        )
 
     def has_input(self, role: str) -> bool:
         return role in self.stage.inputs

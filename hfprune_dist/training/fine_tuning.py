@@ -11,6 +11,7 @@ from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.data.schedule import RowReader, Schedule
 from hfprune_dist.errors import UserError
 from hfprune_dist.training.snapshots import Snapshot
+from hfprune_dist.training.tracking import TrackedRun
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class FineTuning:
         warmup_steps: those of them in which the learning rate rises; in the first it is 0.
         save_every_steps: optimizer steps between snapshots; the last step leaves one in any case.
         timeout_minutes: a collective that takes longer ends the stage.
+        run: as trackers know it.
         start: where to go on; None begins anew.
     """
 
@@ -40,6 +42,7 @@ class FineTuning:
     warmup_steps: int
     save_every_steps: int
     timeout_minutes: int
+    run: TrackedRun
     start: Snapshot | None = None
 
     @property

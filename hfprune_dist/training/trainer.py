@@ -37,6 +37,7 @@ from hfprune_dist.training.engine_setup import load_trainable_model, prepare_pro
 from hfprune_dist.training.fine_tuning import FineTuning, finite_values, learning_rate_share
 from hfprune_dist.training.snapshots import MOMENTS, LossLine, Snapshot, Snapshots, read_snapshot
 from hfprune_dist.training.teacher_states import DENSE
+from hfprune_dist.training.tracking import open_trackers
 
 
 def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, interruption: Interruption) -> Snapshot:
@@ -76,7 +77,10 @@ def _train(
         task, snapshots, world, progress, interruption, model=model, args=arguments, train_dataset=rows
     )
     gc.freeze()  # else Python walks all modules and parameters again and again: a seventh of the time on CPU
-    trainer.train()
+    with open_trackers(task.run, task.first_step, world) as trackers:
+        for tracker in trackers:
+            trainer.add_callback(tracker)
+        trainer.train()
 
 
 class _LoraTrainer(Trainer):  # type: ignore[misc]
@@ -122,13 +126,10 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
         if "loss" not in logs:
             return
         task, step = self._task, self._task.first_step + self.state.global_step
-        self._losses.append(
-            {
-                "step": step,
-                "epoch": round(step / task.schedule.steps_per_epoch, 4),
-                **finite_values(logs, step, task.section),
-            }
-        )
+        epoch = round(step / task.schedule.steps_per_epoch, 4)
+        line: LossLine = {"step": step, "epoch": epoch, **finite_values(logs, step, task.section)}
+        self._losses.append(line)
+        self._report(line)
         self._progress.update(task.section, step, task.total_steps)
         if self._world.is_first:
             print(f"{task.section}: step {step}/{task.total_steps}, loss {logs['loss']:.4f}", flush=True)
@@ -137,6 +138,12 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
             self._save_snapshot(step)
         if interrupted:
             raise Interrupted
+
+    def _report(self, line: LossLine) -> None:
+        """Hand what is recorded of a step to the trackers, which count steps as we do: over all attempts."""
+        values = {key: value for key, value in line.items() if key != "step"}
+        state = replace(self.state, global_step=line["step"])
+        self.callback_handler.on_log(self.args, state, self.control, values)
 
     def _save_snapshot(self, step: int) -> None:
         """Gather the state parameter by parameter and write it on rank 0; the others wait, so that none runs ahead."""

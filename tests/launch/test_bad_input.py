@@ -64,6 +64,8 @@ def files_below(folder):
             ["--ratios", "0.1,0.101", "--methods", "surgeon", "--set", "prune.multiple_of=8"],
             ["method 'surgeon'", "ratios 0.1 and 0.101"],
         ),
+        (["--set", "runtime.report_to=[tensorbord]"], ["runtime.report_to.0", "'tensorboard', 'trackio' or 'wandb'"]),
+        (["--set", "runtime.report_to=[wandb, wandb]"], ["runtime.report_to", "wandb is listed twice"]),
         (["--max-running", "3"], ["--max-running 3", "--profile"]),
         (["--no-follow"], ["--no-follow", "--profile"]),
         (["--out", ""], ["folder is empty"]),
@@ -90,6 +92,16 @@ def test_a_sweep_that_can_not_be_is_refused(config, tmp_path, monkeypatch, argum
     for part in expected:
         assert part in said
     assert files_below(tmp_path) == [] and files_below(config.parent) == before
+
+
+def test_a_tracker_that_is_not_installed_is_refused_where_something_is_trained(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as Python sees what can't be imported
+    reports = ["--config", config, "--out", tmp_path / "out", "--set", "runtime.report_to=[tensorboard, wandb]"]
+    for dry in ([], ["--dry-run"]):
+        code, _, said = in_process(sweep.main, *reports, *dry)
+        assert code == 2 and "runtime.report_to: wandb is not installed; `pip install wandb`" in said, said
+        assert not (tmp_path / "out").exists()
+    assert in_process(sweep.main, *reports, "--dry-run", "--set", "recovery.method=none")[0] == 0
 
 
 def test_a_sweep_may_lie_beside_the_text_that_it_reads_but_not_among_it(config, tmp_path):

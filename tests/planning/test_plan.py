@@ -94,7 +94,7 @@ def test_paths_names_and_runtime_stay_out_of_fingerprints(world, tmp_path):
     moved = tmp_path / "renamed.jsonl"
     moved.write_bytes((world / "text.jsonl").read_bytes())
     plan = plan_of(world)
-    same = plan_of(world, calibration__path=str(moved), runtime__ranks=7, runtime__save_every_steps=3)
+    same = plan_of(world, calibration__path=str(moved), runtime__ranks=7, runtime__report_to=["wandb"])
     assert list(plan.stages) == list(same.stages)
 
 

@@ -8,6 +8,7 @@ import torch
 from ranks import SoloWorld, killing, run_stage
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_model, tiny_tokenizer
+from tracked import require_reported
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -76,8 +77,12 @@ def finish(store, stage, ranks, torchrun=False):
     return result.stdout
 
 
+def lines_of(store, stage):
+    return [json.loads(line) for line in (store.path(stage.id) / "loss.jsonl").read_text().splitlines()]
+
+
 def losses_of(store, stage, key="loss"):
-    return [json.loads(line)[key] for line in (store.path(stage.id) / "loss.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines_of(store, stage)]
 
 
 def weights_of(store, stage):
@@ -133,11 +138,15 @@ def test_other_numbers_of_ranks_come_close(source, uninterrupted, tmp_path, rank
 @pytest.mark.slow
 @pytest.mark.parametrize(("match", "kill_at"), [("/snapshots", 6), ("/adapter", 1)])
 def test_killed_stage_goes_on_to_the_same_bits(source, uninterrupted, tmp_path, match, kill_at):
+    """With a tracker, unlike the one that was not killed: it is told each step once, and changes no bit."""
     store, stage = write_stage_file(source, tmp_path)
-    killed = run_stage(store, stage, 2, environment=killing(0, kill_at, match), **RUNTIME)
+    tracked = {**RUNTIME, "report_to": ["tensorboard"]}
+    killed = run_stage(store, stage, 2, environment=killing(0, kill_at, match), **tracked)
     assert killed.returncode != 0
     assert not store.path(stage.id).exists()
-    assert "step 1/" not in finish(store, stage, ranks=2)
+    resumed = run_stage(store, stage, 2, **tracked)
+    assert resumed.returncode == 0 and "step 1/" not in resumed.stdout, resumed.stderr[-2000:]
+    require_reported(tmp_path / "tracking" / "tensorboard", lines_of(store, stage))
     for name, tensor in weights_of(store, stage).items():
         assert torch.equal(tensor, weights_of(*uninterrupted)[name]), name
 

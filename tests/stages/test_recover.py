@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from peft import PeftModel
 from ranks import SoloWorld, killing, run_ranks
 from safetensors.torch import load_file
 from tiny import save_tiny, write_pairs
+from tracked import require_reported
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.config.schema import RuntimeConfig, Tracker
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.data.instructions import RowCounts, save_rows
 from hfprune_dist.errors import UserError
@@ -57,8 +59,11 @@ class Run:
     def snapshots(self) -> Path:
         return self.store.work(self.stage.id) / "snapshots"
 
+    def lines(self) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.artifact / "loss.jsonl").read_text().splitlines()]
+
     def losses(self) -> list[float]:
-        return [json.loads(line)["loss"] for line in (self.artifact / "loss.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in self.lines()]
 
     def weights(self) -> dict[str, torch.Tensor]:
         checkpoint = open_checkpoint(self.artifact)
@@ -67,7 +72,7 @@ class Run:
         }
 
 
-def write_stage_file(root: Path, source: Path, **changes: object) -> Run:
+def write_stage_file(root: Path, source: Path, report_to: Sequence[Tracker] = (), **changes: object) -> Run:
     recovery = RecoveryConfig(**{**RECOVERY, **changes}).model_dump(
         exclude={"path", "dataset", "name", "split", "revision"}
     )
@@ -78,7 +83,7 @@ def write_stage_file(root: Path, source: Path, **changes: object) -> Run:
     stage = Stage("recover", "tiny", {"recovery": recovery, "seed": 0}, inputs)
     work = Store(root).work(stage.id)
     work.mkdir(parents=True)
-    runtime = RuntimeConfig(save_every_steps=3, collective_timeout_minutes=1).model_dump()
+    runtime = RuntimeConfig(save_every_steps=3, collective_timeout_minutes=1, report_to=list(report_to)).model_dump()
     record = {"stage": stage.to_json(), "runtime": runtime, "config": {}, "code": {}, "attempt": 1}
     (work / "stage.json").write_text(json.dumps(record), encoding="utf-8")
     return Run(Store(root), stage)
@@ -107,7 +112,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, source):
     """The stage on two ranks, in bfloat16 and with dropout."""
-    run = write_stage_file(tmp_path_factory.mktemp("uninterrupted"), source)
+    run = write_stage_file(tmp_path_factory.mktemp("uninterrupted") / "store", source)
     finish(run, ranks=2, torchrun=True)
     return run
 
@@ -137,7 +142,7 @@ def test_adapter_on_the_source_computes_what_the_artifact_computes(uninterrupted
 
 @pytest.mark.slow
 def test_losses_fall_and_reach_the_manifest(uninterrupted):
-    lines = [json.loads(line) for line in (uninterrupted.artifact / "loss.jsonl").read_text().splitlines()]
+    lines = uninterrupted.lines()
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[0].keys() == {"step", "epoch", "loss", "learning_rate", "grad_norm"}
     assert lines[0]["learning_rate"] == RECOVERY["learning_rate"]
@@ -153,14 +158,17 @@ def test_losses_fall_and_reach_the_manifest(uninterrupted):
 
 @pytest.mark.slow
 def test_killed_stage_goes_on_to_the_same_bits_and_on_another_world_size_close_to_them(tmp_path, source, uninterrupted):
-    killed = write_stage_file(tmp_path / "two", source)
+    """With a tracker, unlike the one that was not killed: it is told each step once, and changes no bit."""
+    killed = write_stage_file(tmp_path / "two" / "store", source, report_to=["tensorboard"])
     kill_after_first_snapshot(killed)
     (killed.snapshots / "step-99999999.safetensors").write_bytes(b"cut short")
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    alone = Run(Store(tmp_path / "one"), killed.stage)
+    alone = Run(Store(tmp_path / "one" / "store"), killed.stage)
 
     assert "step 1/" not in finish(killed, ranks=2)
     assert killed.losses() == uninterrupted.losses()
+    name = require_reported(tmp_path / "two" / "tracking" / "tensorboard", killed.lines())
+    assert name.startswith("tiny-recover-") and not (uninterrupted.store.root.parent / "tracking").exists()
     for name, tensor in killed.weights().items():
         assert torch.equal(tensor, uninterrupted.weights()[name]), name
 

@@ -1,0 +1,66 @@
+"""configs/sweeps/own-model.yaml as it is, with somebody's files where it says that they can lie, and no network."""
+
+import json
+import re
+import shutil
+
+import pytest
+import yaml
+from ranks import ROOT
+from sweeps import finish, results
+from tiny import save_tiny, write_documents, write_pairs
+
+pytestmark = pytest.mark.slow
+
+EXAMPLE = ROOT / "configs" / "sweeps" / "own-model.yaml"
+# Every process that Python starts reads this first: who looks for a machine elsewhere fails, and leaves a trace.
+NO_NETWORK = """
+import os, pathlib, socket
+
+pathlib.Path(os.environ["ASKED"]).with_name("guarded").touch()
+HERE = {"127.0.0.1", "::1", "0.0.0.0", "::", "localhost", socket.gethostname(), "", None}
+look_up = socket.getaddrinfo
+
+def here_alone(host, *arguments, **options):
+    if host not in HERE:
+        pathlib.Path(os.environ["ASKED"]).write_text(str(host))
+        raise OSError(f"no network: {host}")
+    return look_up(host, *arguments, **options)
+
+socket.getaddrinfo = here_alone
+"""
+
+
+def own_files(folder):
+    save_tiny(folder / "model", num_hidden_layers=4)
+    write_documents(folder / "calibration.jsonl", count=20, words=120)
+    write_documents(folder / "heldout.jsonl", words=120, seed=7)
+    write_pairs(folder / "instructions.jsonl")
+    (folder / "tasks").mkdir()
+    questions = [{"question": "ban der", "choices": ["kin", "gos t"], "answer": number % 2} for number in range(6)]
+    data = folder / "tasks" / "questions.json"
+    data.write_text(json.dumps(questions))
+    task = yaml.safe_load(re.sub(r"^#   ", "", commented_task(), flags=re.MULTILINE))
+    task["dataset_kwargs"]["data_files"] = str(data)
+    (folder / "tasks" / "questions.yaml").write_text(yaml.safe_dump(task))
+
+
+def commented_task():
+    """The lines of the example that show a file for lm-eval."""
+    return re.search(r"^#   task: .*\n(#   .*\n)+", EXAMPLE.read_text(), re.MULTILINE)[0]
+
+
+def test_the_example_runs_to_its_table_without_a_network(tmp_path):
+    own_files(tmp_path)
+    config = shutil.copy(EXAMPLE, tmp_path)
+    (tmp_path / "guard").mkdir()
+    (tmp_path / "guard" / "sitecustomize.py").write_text(NO_NETWORK)
+    asked = tmp_path / "asked"
+    guarded = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path / "guard"), "ASKED": str(asked)}
+    finish(config, tmp_path / "out", environment=guarded)
+    assert asked.with_name("guarded").exists()
+    assert not asked.exists(), asked.read_text()
+    dense, control, pruned = results(tmp_path / "out")
+    assert float(dense["kl"]) == 0 < float(control["kl"]) and float(pruned["kl"]) > 0
+    assert 0.15 < float(pruned["ratio_reached"]) < 0.25 and pruned["method"] == "surgeon-plain"
+    assert all(0 <= float(row["own_questions/acc"]) <= 1 for row in (dense, control, pruned))
