@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from hfprune_dist.distributed.determinism import compute_deterministically
+
 T = TypeVar("T")
 
 
@@ -82,17 +84,20 @@ class World:
         return boxes
 
 
-def join_world(environment: Mapping[str, str], timeout_minutes: int) -> World:
+def join_world(environment: Mapping[str, str], timeout_minutes: int, *, reproducible: bool = False) -> World:
     """Join the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
     CPU tensors travel over gloo in any case, so that float64 sums and decisions never depend on the accelerator.
 
     Args:
         timeout_minutes: a collective that takes longer raises; a lost rank would else hang the others.
+        reproducible: whether what GPUs compute must have the same bits each time.
     """
     local_rank = int(environment.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
     if on_gpu:
+        if reproducible:
+            compute_deterministically()
         torch.cuda.set_device(local_rank)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1)
     dist.init_process_group(

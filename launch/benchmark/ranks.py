@@ -60,7 +60,7 @@ def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
     from hfprune_dist.distributed.world import join_world
     from hfprune_dist.scoring.shard_scorer import ShardScorer
 
-    world = join_world(os.environ, timeout_minutes=10)
+    world = join_world(os.environ, timeout_minutes=10, reproducible=True)
     windows_ST = read_text(model, text, shards * SHARD_SIZE, tokens)
     scorer = ShardScorer(
         open_checkpoint(Path(model)),
