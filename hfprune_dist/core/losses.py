@@ -63,7 +63,7 @@ def sample_labels(logits_NV: Tensor, uniform_N: Tensor) -> Tensor:
     """
     shares_NV = logits_NV.softmax(dim=-1).double().div_(SHARE).long()
     cumulative_NV = shares_NV.cumsum_(dim=-1).to(logits_NV.dtype)
-    # The last entry stands for 1, up to rounding. A number that was rounded up to 1 falls on the vocabulary's last word.
+    # The last entry stands for 1, up to rounding. A number rounded up to 1 falls on the last word of the vocabulary.
     threshold_N1 = uniform_N[:, None].to(logits_NV.dtype) * cumulative_NV[:, -1:]
     return torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(1).clamp_(max=logits_NV.shape[1] - 1)
 
