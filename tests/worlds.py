@@ -165,7 +165,7 @@ class ThreadWorld(World):
     """One of the ranks, as a stage sees it."""
 
     def __init__(self, rank: int, ranks: Ranks) -> None:
-        super().__init__(rank=rank, size=ranks.size, local_rank=rank, local_size=ranks.size, device=torch.device("cpu"))
+        super().__init__(rank=rank, size=ranks.size, local_size=ranks.size, device=torch.device("cpu"))
         object.__setattr__(self, "_ranks", ranks)
 
     def together(self, kind: str) -> None:
