@@ -6,6 +6,7 @@ Stages whose results are promised to have the same bits compute so. On CPUs noth
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -18,8 +19,9 @@ def compute_deterministically() -> None:
 
     GPUs of one model and one version of the libraries are meant: others have other kernels.
     """
-    # Else cuBLAS shares its scratch memory between streams, and splits sums by what happens to be free of it.
+    # Else cuBLAS may choose among kernels by the scratch memory that other streams leave it.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each new tensor that we fill anyway
+    filling: Any = torch.utils.deterministic
+    filling.fill_uninitialized_memory = False  # a pass over each new tensor that we fill anyway
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward is not among the operations that raise

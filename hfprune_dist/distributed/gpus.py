@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,7 +38,7 @@ def place_of(device: torch.device) -> Place | None:
     """Where a GPU is; None for a CPU."""
     if device.type != "cuda":
         return None
-    gpu = torch.cuda.get_device_properties(device)
+    gpu: Any = torch.cuda.get_device_properties(device)
     # Slices of one GPU have its address on the bus, by which NCCL tells GPUs apart. torch before 2.9 doesn't tell it.
     address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}" if hasattr(gpu, "pci_bus_id") else str(gpu.uuid)
     return socket.gethostname(), address
