@@ -6,6 +6,7 @@ from pathlib import Path
 
 import fork_server
 import pytest
+from gpu_marks import lacking
 from hfprune_launch.demo.assets import build
 from xdist.scheduler import LoadScopeScheduling
 
@@ -48,6 +49,13 @@ def pytest_xdist_setupnodes(config, specs):
         os.environ[fork_server.ADDRESS] = fork_server.start()
 
 
+def pytest_runtest_setup(item):
+    """Tests that wait for GPUs are skipped where there are none, before anything is made for them."""
+    reason = lacking(item)
+    if reason:
+        pytest.skip(reason)
+
+
 def pytest_xdist_auto_num_workers(config):
     """Two more than there are processors: tests wait for the Slurm cluster, for timeouts and for the death of ranks."""
     return len(os.sched_getaffinity(0)) + 2
@@ -59,13 +67,14 @@ def pytest_xdist_make_scheduler(config, log):
 
 class TogetherByFile(LoadScopeScheduling):
     """Where several workers run the tests, those of a file stay together, and those of files that share what is dear:
-    the one Slurm cluster, and the demo's assets.
+    the one Slurm cluster, the GPUs, and the demo's assets.
     """
 
     def _split_scope(self, nodeid):
         file = nodeid.split("::")[0]
-        if file.startswith("tests/slurm/"):
-            return "tests/slurm"
+        for folder in ("tests/slurm", "tests/gpu"):
+            if file.startswith(f"{folder}/"):
+                return folder
         return "the demo's assets" if file in DEMO_ASSETS else file
 
 

@@ -73,7 +73,7 @@ def _fork(rank: int, size: int, action: Callable[[World], None], folder: Path) -
             world_size=size,
             timeout=datetime.timedelta(minutes=5),
         )
-        action(World(rank, size, rank, size, torch.device("cpu")))
+        action(World(rank, size, size, torch.device("cpu")))
         code = 0
     except Interrupted:
         code = INTERRUPTED

@@ -24,7 +24,7 @@ class SoloWorld(World):
     """A world of one rank on the CPU, without a process group; or one of several, whose others bring nothing."""
 
     def __init__(self, rank=0, size=1):
-        super().__init__(rank=rank, size=size, local_rank=0, local_size=1, device=torch.device("cpu"))
+        super().__init__(rank=rank, size=size, local_size=1, device=torch.device("cpu"))
 
     def broadcast(self, value, source=0):
         return value

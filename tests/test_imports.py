@@ -81,7 +81,7 @@ def test_the_rooms_are_these():
 
 def test_tests_mirror_the_rooms():
     folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/test_*.py")}
-    assert folders <= ROOMS | {"launch", "slurm", "faults"}
+    assert folders <= ROOMS | {"launch", "slurm", "faults", "gpu"}
 
 
 def test_no_circle():

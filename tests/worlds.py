@@ -25,6 +25,7 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.scoring import shard_scorer
+from hfprune_dist.scoring.placement import Placed
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Progress
@@ -165,7 +166,7 @@ class ThreadWorld(World):
     """One of the ranks, as a stage sees it."""
 
     def __init__(self, rank: int, ranks: Ranks) -> None:
-        super().__init__(rank=rank, size=ranks.size, local_rank=rank, local_size=ranks.size, device=torch.device("cpu"))
+        super().__init__(rank=rank, size=ranks.size, local_size=ranks.size, device=torch.device("cpu"))
         object.__setattr__(self, "_ranks", ranks)
 
     def together(self, kind: str) -> None:
@@ -203,25 +204,23 @@ def without_deepspeed(monkeypatch: Any) -> None:
     loaded: dict[Any, torch.nn.Module] = {}
     reading = threading.Lock()
 
-    def load(checkpoint, dtype, _micro_batch_size, world, body_of):
+    def place(checkpoint, dtype, _micro_batch_size, world):
         with reading:
-            if (checkpoint, dtype) not in loaded:
-                loaded[checkpoint, dtype] = load_causal_lm(checkpoint, dtype).requires_grad_(False).eval()
-            model = copy.deepcopy(loaded[checkpoint, dtype])
-        for module in model.modules():
-            module.world = world
-        body_of(model).register_forward_pre_hook(lambda *_: world.together(FORWARD))
-        return model
+            if (checkpoint.path, dtype) not in loaded:
+                loaded[checkpoint.path, dtype] = load_causal_lm(checkpoint.path, dtype).requires_grad_(False).eval()
+            model = copy.deepcopy(loaded[checkpoint.path, dtype])
+        family = checkpoint.family
+        family.body_of(model).register_forward_pre_hook(lambda *_: world.together(FORWARD))
+        head = family.head_of(model)
 
-    @contextlib.contextmanager
-    def gathered(head):
-        head.world.together(HEAD)
-        yield head.weight.data, None if head.bias is None else head.bias.data
+        @contextlib.contextmanager
+        def gathered():
+            world.together(HEAD)
+            yield head.weight.data, None if head.bias is None else head.bias.data
 
-    monkeypatch.setattr(shard_scorer, "load_frozen", load)
-    monkeypatch.setattr(shard_scorer, "gathered", gathered)
-    monkeypatch.setattr(shard_scorer, "rearming", lambda model: lambda: model.world.together(BACKWARD))
-    monkeypatch.setattr(shard_scorer, "empty_shards", lambda model: None)
+        return Placed(model, gathered, lambda: lambda: world.together(BACKWARD), lambda: None)
+
+    monkeypatch.setattr(shard_scorer, "place", place)
 
 
 def run_in_threads(store: Store, stage: Stage, ranks: Ranks) -> None:

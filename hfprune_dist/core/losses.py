@@ -12,6 +12,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+# Of a probability, when probabilities are added up: few float32 have more digits, and a sum stays far below 2^63.
+SHARE = 2.0**-60
 # Tokens whose signs are drawn at a time, so that the bits of a long window with a large vocabulary don't all exist.
 SIGN_TOKENS = 64
 
@@ -56,10 +58,17 @@ def sampled_label_gradient(logits_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor
 
 def sample_labels(logits_NV: Tensor, uniform_N: Tensor) -> Tensor:
     """Labels y ~ p = softmax(z), int64 [tokens]: p's cumulative distribution, inverted at ``uniform_N``."""
-    cumulative_NV = logits_NV.softmax(dim=-1).cumsum_(dim=-1)
-    # The last entry is 1 up to rounding. A uniform number rounded up to 1 falls on the last word of the vocabulary.
+    p_NV = logits_NV.softmax(dim=-1)
+    # Accelerators add floating-point numbers in an order that changes; on CPUs it is one, which earlier draws follow.
+    cumulative_NV = p_NV.cumsum_(dim=-1) if p_NV.device.type == "cpu" else exact_cumulative(p_NV)
+    # The last entry stands for 1, up to rounding. A number rounded up to 1 falls on the last word of the vocabulary.
     threshold_N1 = uniform_N[:, None].to(logits_NV.dtype) * cumulative_NV[:, -1:]
     return torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(1).clamp_(max=logits_NV.shape[1] - 1)
+
+
+def exact_cumulative(p_NV: Tensor) -> Tensor:
+    """Probabilities added up along a row as integers, in multiples of ``SHARE``: the same bits in whatever order."""
+    return p_NV.double().div_(SHARE).long().cumsum_(dim=-1).to(p_NV.dtype)
 
 
 def random_signs_gradient(logits_NV: Tensor, signs_NV: Tensor) -> tuple[Tensor, Tensor]:

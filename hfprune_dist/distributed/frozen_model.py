@@ -52,7 +52,7 @@ class FrozenModel:
         self.module = (
             _load_sharded(checkpoint, dtype, batch_size, world)
             if self._sharded
-            else _load_whole(checkpoint, dtype, world)
+            else load_whole(checkpoint, dtype, world)
         )
         self._idle = False
         if self._sharded:
@@ -76,8 +76,7 @@ class FrozenModel:
 
             empty_shards(self.module)
         else:
-            for parameter in self.module.parameters():
-                parameter.data = parameter.data.new_empty(0)
+            release_whole(self.module)
 
     @contextmanager
     def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -111,10 +110,17 @@ class FrozenModel:
             self.world.gather(True)
 
 
-def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> nn.Module:
+def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> nn.Module:
+    """A model with all its weights on this rank, none of which needs a gradient."""
     model = load_causal_lm(checkpoint.path, dtype)
     whole: nn.Module = model.to(world.device).requires_grad_(False).eval()
     return whole
+
+
+def release_whole(module: nn.Module) -> None:
+    """Give the memory of its weights back."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(0)
 
 
 def _load_sharded(checkpoint: Checkpoint, dtype: torch.dtype, batch_size: int, world: World) -> nn.Module:

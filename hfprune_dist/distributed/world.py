@@ -6,12 +6,15 @@ import datetime
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from hfprune_dist.distributed.determinism import compute_deterministically
+from hfprune_dist.distributed.gpus import claim_device, place_of, require_own_gpus
 
 T = TypeVar("T")
 
@@ -22,7 +25,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     local_size: int
     device: torch.device
 
@@ -82,29 +84,33 @@ class World:
         return boxes
 
 
-def join_world(environment: Mapping[str, str], timeout_minutes: int) -> World:
+def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, reproducible: bool = False) -> World:
     """Join the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
     CPU tensors travel over gloo in any case, so that float64 sums and decisions never depend on the accelerator.
 
     Args:
         timeout_minutes: a collective that takes longer raises; a lost rank would else hang the others.
+        reproducible: whether what GPUs compute must have the same bits each time.
+
+    Raises:
+        UserError: where ranks would share a GPU.
     """
-    local_rank = int(environment.get("LOCAL_RANK", "0"))
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(local_rank)
+    if reproducible and torch.cuda.is_available():
+        compute_deterministically()
+    device = claim_device(environment)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes)
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes)
     )
-    return World(
+    world = World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
-        local_rank=local_rank,
         local_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
-        device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
+        device=device,
     )
+    require_own_gpus(world, place_of(device))
+    return world
 
 
 def _max_resident_bytes() -> int:

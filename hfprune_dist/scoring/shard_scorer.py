@@ -1,4 +1,4 @@
-"""One rank of the calibration pass: a sharded model runs over windows of text, and what units are scored by adds up."""
+"""One rank of the calibration pass: a model runs over windows of text, and what units are scored by adds up."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.scores import STUDENT_CRITERION, finished, student_keeps
 from hfprune_dist.core.unit_sums import KindSums, UnitOutputs
-from hfprune_dist.distributed.deepspeed_patches import empty_shards, rearming
 from hfprune_dist.distributed.world import World
-from hfprune_dist.distributed.zero3 import gathered, load_frozen
 from hfprune_dist.models.memory_efficient_backward import (
     checkpoint_activations,
     keep_no_gathered_weights,
     use_memory_efficient_backward,
 )
+from hfprune_dist.scoring.placement import place
 from hfprune_dist.structures import NEURONS, Kind
 from hfprune_dist.structures.units import Units
 
@@ -63,7 +62,8 @@ class ShardScorer:
         activation_checkpointing: bool = False,
     ) -> None:
         family = checkpoint.family
-        self.module = load_frozen(checkpoint.path, dtype, micro_batch_size, world, family.body_of)
+        placed = place(checkpoint, dtype, micro_batch_size, world)
+        self.module, self._release = placed.module, placed.release
         use_memory_efficient_backward(self.module, family)
         keep_no_gathered_weights(self.module)
         if activation_checkpointing:
@@ -71,9 +71,9 @@ class ShardScorer:
         body, head = family.body_of(self.module), family.head_of(self.module)
         self._model = ScoredModel(
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
-            head=lambda: gathered(head),
+            head=placed.head,
             outputs={kind: _outputs_of(checkpoint.structures[kind], self.module) for kind in structures},
-            rearming=lambda: rearming(self.module),
+            rearming=placed.rearming,
         )
         self._vocabulary = head.out_features
         self._checkpoint = checkpoint
@@ -111,7 +111,7 @@ class ShardScorer:
 
     def release(self) -> None:
         """Give the memory of the model's weights back; nothing can be scored any more."""
-        empty_shards(self.module)
+        self._release()
 
     def score(self, micro_batches: Sequence[range], forwards: int = 0) -> Sums:
         """Sums over the windows of some micro-batches.

@@ -1,4 +1,4 @@
-"""Importance: score every unit over the calibration windows, on a model sharded over all ranks.
+"""Importance: score every unit over the calibration windows, on a model sharded over all ranks, or whole on one.
 
 Any number of criteria share the pass: one forward, one pass over the logits, one backward for each loss; a loss of a
 student adds a forward. Windows are cut into fixed shards, whatever the number of ranks; ranks work on consecutive
@@ -156,7 +156,7 @@ def _accumulate(
 
 
 def _scorer(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]) -> ShardScorer:
-    """The sharded model, ready to score; before that, it leaves its probe."""
+    """The model, ready to score; before that, it leaves its probe."""
     params = context.params
     scorer = ShardScorer(
         checkpoint,

@@ -15,13 +15,14 @@ import os
 import shutil
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import fsync_path, listed, read_object, write_json
 from hfprune_dist.store.claims import CLAIM_FILES, Claim
-from hfprune_dist.store.hashing import AfterEach, FileHashes, nothing
+from hfprune_dist.store.hashing import AfterEach, FileHashes, for_each_file, nothing
 from hfprune_dist.store.heartbeat import FAILURES, PROGRESS
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
@@ -93,12 +94,17 @@ class Store:
             return Verdict("corrupt", f"{MANIFEST} is missing or damaged")
         if manifest.get(EMPTIED):
             return Verdict("corrupt", "its files were removed to make room")
-        for name, entry in manifest["files"].items():
-            problem = self._check_file(folder / name, entry, thorough, after_each)
-            after_each()
-            if problem:
-                return Verdict("corrupt", f"{name}: {problem}")
-        return Verdict("done", "verified")
+        listing = {folder / name: entry for name, entry in manifest["files"].items()}
+
+        def check(file: Path, tell: AfterEach) -> str:
+            problem = self._check_file(file, listing[file], thorough, tell)
+            tell()
+            return problem
+
+        problems = for_each_file({file: entry["bytes"] for file, entry in listing.items()}, check, after_each)
+        found = (f"{file.relative_to(folder)}: {problem}" for file, problem in problems.items() if problem)
+        reason = next(found, "")
+        return Verdict("corrupt", reason) if reason else Verdict("done", "verified")
 
     def _check_file(self, file: Path, entry: dict[str, Any], thorough: bool, after_each: AfterEach) -> str:
         try:
@@ -214,12 +220,9 @@ class Store:
     def _seal(self, stage: Stage, draft: Path, record: dict[str, Any], after_each: AfterEach) -> None:
         """Flush all files of a draft, and write its manifest."""
         files = sorted(file for file in draft.rglob("*") if file.is_file())
-        listing = {}
-        for file in files:
-            file.chmod(READABLE & ~_umask())  # safetensors leaves its files to their owner alone
-            fsync_path(file)
-            listing[str(file.relative_to(draft))] = self._describe(file, after_each)
-            after_each()
+        mode = READABLE & ~_umask()
+        sealed = for_each_file({file: file.stat().st_size for file in files}, partial(_sealed, mode), after_each)
+        listing = {str(file.relative_to(draft)): entry for file, entry in sealed.items()}
         write_json(draft / MANIFEST, {"format": 1, "stage": stage.to_json(), "files": listing, **record})
         for folder in {file.parent for file in files} | {draft}:
             fsync_path(folder)
@@ -240,11 +243,6 @@ class Store:
                 return
             self.set_aside(stage_id, after_each)
         raise taken
-
-    def _describe(self, file: Path, after_each: AfterEach) -> dict[str, Any]:
-        stat = file.stat()
-        sha256 = FileHashes(None).of_file(file, after_each)
-        return {"bytes": stat.st_size, "sha256": sha256, "mtime_ns": stat.st_mtime_ns}
 
     def empty(self, stage_id: str) -> None:
         """Remove an artifact's files, but for its manifest; whoever needs them makes the artifact again."""
@@ -300,6 +298,16 @@ def _remove(draft: Path) -> None:
 def _is_unclaimed(draft: Path) -> bool:
     """Whether a draft's name, ``.draft-<fingerprint>[-<token of a claim>]-<random>``, has no claim."""
     return draft.name.count("-") == 2
+
+
+def _sealed(mode: int, file: Path, after_each: AfterEach) -> dict[str, Any]:
+    """Flush a file, with this mode: safetensors leaves its files to their owner alone. Returns its manifest entry."""
+    file.chmod(mode)
+    fsync_path(file)
+    stat = file.stat()
+    sha256 = FileHashes(None).of_file(file, after_each)
+    after_each()
+    return {"bytes": stat.st_size, "sha256": sha256, "mtime_ns": stat.st_mtime_ns}
 
 
 def _inode(folder: Path) -> int | None:

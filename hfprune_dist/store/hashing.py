@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import read_object, write_json
@@ -17,6 +21,10 @@ CHUNK_BYTES = 16 * 1024 * 1024
 # A file that changed less than this before it was read may change again without looking any different.
 STABLE_NS = 2_000_000_000
 
+# Files from this size on are hashed side by side: file systems of clusters read faster than one thread hashes.
+LARGE_BYTES = 64 * 1024 * 1024
+
+T = TypeVar("T")
 AfterEach = Callable[[], None]
 """Called after each piece of work, so that others know that it goes on."""
 
@@ -61,7 +69,9 @@ class FileHashes:
 
     def of_files(self, folder: Path, names: Iterable[str], after_each: AfterEach = nothing) -> str:
         """One digest for the named files of a folder, names included."""
-        return digest_of({name: self.of_file(folder / name, after_each) for name in names})
+        files = {name: folder / name for name in names}
+        digests = for_each_file({file: _size_of(file) for file in files.values()}, self.of_file, after_each)
+        return digest_of({name: digests[file] for name, file in files.items()})
 
     def of_folder(self, folder: Path, after_each: AfterEach = nothing) -> str:
         """One digest for all files below a folder, as ``files_below`` lists them."""
@@ -94,6 +104,65 @@ class FileHashes:
         if entry is None and self._cache is not None:
             entry = read_object(self._cache / name)
         return str(entry["sha256"]) if entry and entry.get("key") == key and "sha256" in entry else None
+
+
+def for_each_file(
+    sizes: Mapping[Path, int], work: Callable[[Path, AfterEach], T], after_each: AfterEach
+) -> dict[Path, T]:
+    """What ``work`` returns for each file; large ones have a thread each, as far as there are cores.
+
+    Args:
+        sizes: file -> its bytes, as far as they are known.
+        work: reads a file; calls what it is given after each piece.
+        after_each: called for each of these calls, by this thread alone.
+
+    Raises:
+        Exception: of the first file whose ``work`` raised one, or of ``after_each``; no thread reads on then.
+    """
+    large = [file for file, size in sizes.items() if size >= LARGE_BYTES]
+    if len(large) < 2:
+        return {file: work(file, after_each) for file in sizes}
+    results = {file: work(file, after_each) for file in sizes if file not in large}
+    results |= _in_threads(large, work, after_each)
+    return {file: results[file] for file in sizes}
+
+
+def _in_threads(files: Sequence[Path], work: Callable[[Path, AfterEach], T], after_each: AfterEach) -> dict[Path, T]:
+    told: SimpleQueue[bool] = SimpleQueue()  # True: by a file that is done
+    abandoned = threading.Event()
+
+    def tell() -> None:
+        if abandoned.is_set():
+            raise _AbandonedError
+        told.put(False)
+
+    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
+        reading = {file: pool.submit(work, file, tell) for file in files}
+        for future in reading.values():
+            future.add_done_callback(lambda _: told.put(True))
+        try:
+            left = len(files)
+            while left:
+                if told.get():
+                    left -= 1
+                else:
+                    after_each()
+            return {file: future.result() for file, future in reading.items()}
+        except BaseException:
+            abandoned.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+class _AbandonedError(Exception):
+    """Ends a thread whose result nobody waits for any more."""
+
+
+def _size_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # for whoever reads it to tell
+        return 0
 
 
 def files_below(folder: Path) -> list[str]:

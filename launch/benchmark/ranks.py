@@ -1,4 +1,4 @@
-"""Section ``ranks``: the pass on models sharded with ZeRO-3, on one rank and on two, one thread each."""
+"""Section ``ranks``: the pass on a whole model on one rank, and sharded with ZeRO-3 on two, one thread each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from hfprune_launch.benchmark.isolated import call
 from hfprune_launch.benchmark.results import Findings, Line
 from hfprune_launch.benchmark.settings import Settings
-from hfprune_launch.benchmark.subject import load_subject, read_text
+from hfprune_launch.benchmark.subject import read_text
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.criteria import CRITERIA
@@ -40,12 +40,10 @@ def measure_ranks(settings: Settings) -> Findings:
         for ranks, done in runs.items():
             alone = ALONE if ranks == 1 else {}
             done.append(call(f"{__name__}:score", where, {**ONE_THREAD, **device, **alone}, ranks))
-    plain = call(f"{__name__}:score_unsharded", where, {**ONE_THREAD, **device})
     seconds = {ranks: statistics.median(run["seconds"] for run in done) for ranks, done in runs.items()}
     sums = {tuple(run["digests"]) for done in runs.values() for run in done}
     return Findings(
         [
-            Line("ranks", f"{DTYPE}: ZeRO-3 on 1 rank, time", seconds[1] / plain, "x unsharded"),
             Line(
                 "ranks", f"{DTYPE}: ZeRO-3 on 2 ranks, time for the same windows", seconds[2] / seconds[1], "x 1 rank"
             ),
@@ -56,11 +54,10 @@ def measure_ranks(settings: Settings) -> Findings:
 
 def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
     """On every rank: seconds for all shards and the sums' digests, in shard order."""
-    # The ranks' process group belongs to the package; a process that only measures unsharded models needs none.
     from hfprune_dist.distributed.world import join_world
     from hfprune_dist.scoring.shard_scorer import ShardScorer
 
-    world = join_world(os.environ, timeout_minutes=10)
+    world = join_world(os.environ, timeout_minutes=10, reproducible=True)
     windows_ST = read_text(model, text, shards * SHARD_SIZE, tokens)
     scorer = ShardScorer(
         open_checkpoint(Path(model)),
@@ -81,17 +78,6 @@ def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
     digests = {shard: hashlib.sha256(it.numpy().tobytes()).hexdigest() for shard, it in entropy.items()}
     everybody = {shard: digest for share in world.gather(digests) for shard, digest in share.items()}
     return {"seconds": seconds, "digests": [everybody[shard] for shard in sorted(everybody)]}
-
-
-def score_unsharded(model: str, text: str, tokens: int, shards: int) -> float:
-    """Seconds for the same windows where the model is whole."""
-    torch.set_num_threads(1)
-    subject = load_subject(model, DTYPE)
-    windows_ST = read_text(model, text, shards * SHARD_SIZE, tokens)
-    subject.ours([windows_ST[:1]], ["entropy"])
-    started = time.perf_counter()
-    subject.ours(list(windows_ST[:, None]), ["entropy"])
-    return time.perf_counter() - started
 
 
 def _micro_batches(shard: int) -> list[range]:

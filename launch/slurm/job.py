@@ -19,6 +19,7 @@ from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING
 
+import psutil
 from hfprune_launch.slurm.attempt_records import Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from hfprune_dist.distributed.world import World
 
 FIRST_PORT, PORTS = 20000, 12000  # below the range from which systems take ports for outgoing connections
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 CLAIM_POLL_S = 1.0
 CLAIM_PATIENCE_S = RENEWAL_LIMIT_S + 30.0
 
@@ -91,15 +93,15 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
         job_id, local_size = slurm["SLURM_JOB_ID"], slurm.get("SLURM_STEP_TASKS_PER_NODE", "1")
     except KeyError as error:
         raise NodeError(f"{error.args[0]} is not set: stages are started by srun inside a job") from None
-    # Where Slurm shows each task its own GPU only, that one is number 0.
-    one_gpu_each = len([gpu for gpu in slurm.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]) == 1
+    address = _master_address(slurm)
     return {
         "RANK": rank,
         "WORLD_SIZE": size,
-        "LOCAL_RANK": "0" if one_gpu_each else local_rank,
+        "LOCAL_RANK": local_rank,
         "LOCAL_WORLD_SIZE": re.findall(r"\d+", local_size)[0],
-        "MASTER_ADDR": _master_address(slurm),
+        "MASTER_ADDR": address,
         "MASTER_PORT": str(FIRST_PORT + int(job_id) % PORTS),
+        GLOO_INTERFACE: slurm.get(GLOO_INTERFACE) or _interface_towards(address),
     }
 
 
@@ -112,6 +114,24 @@ def _master_address(slurm: Mapping[str, str]) -> str:
     except OSError as error:
         raise NodeError(f"the first rank's address {address!r} does not resolve: {error}") from None
     return address
+
+
+def _interface_towards(address: str) -> str:
+    """The network interface of this node from which an address is reached.
+
+    Left to itself, gloo takes that of the node's own name, which Debian gives an address that no other node reaches.
+    """
+    family, kind, _, _, target = socket.getaddrinfo(address, FIRST_PORT, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        try:
+            probe.connect(target)  # sends nothing
+        except OSError as error:
+            raise NodeError(
+                f"node {socket.gethostname()} has no route to the first rank at {address}: {error}"
+            ) from None
+        own = probe.getsockname()[0]
+    has_own = (name for name, its in psutil.net_if_addrs().items() if any(it.address == own for it in its))
+    return next(has_own, "")
 
 
 def preflight(store: Store, environment: Mapping[str, str]) -> None:

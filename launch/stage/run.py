@@ -103,10 +103,12 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
         ClaimLostError: where another process has claimed the stage meanwhile.
         Interrupted: where the ranks have saved their work because ``interruption`` asked them to end.
     """
+    from hfprune_dist.distributed.determinism import REPRODUCIBLE
     from hfprune_dist.distributed.world import join_world, leave_world
     from hfprune_dist.stages.context import Context
 
-    world = join_world(os.environ, _timeout_minutes(handle))
+    kind = handle.id.partition("/")[0]
+    world = join_world(os.environ, _timeout_minutes(handle), reproducible=kind in REPRODUCIBLE)
     admission = should_run(world)
     if admission.runs:
         content, claim = read_stage_file(handle), admission.claim

@@ -9,6 +9,7 @@ from hfprune_dist.core.losses import (
     distillation_gradient,
     draw_sign_bits,
     draw_uniform,
+    exact_cumulative,
     random_signs_gradient,
     sample_labels,
     sampled_label_gradient,
@@ -90,6 +91,16 @@ def test_the_ends_of_the_unit_interval_are_labels_of_some_probability(dtype):
     assert sample_labels(logits, torch.zeros(1, dtype=torch.float64)).item() == 1
     almost = torch.tensor([1.0], dtype=torch.float64).nextafter(torch.tensor(0.0, dtype=torch.float64))
     assert sample_labels(logits, almost).item() in (2, 3)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 49_152])
+def test_probabilities_are_added_up_exactly_in_whatever_order(vocabulary):
+    p = some_logits(3, vocabulary).float().softmax(-1)
+    cumulative = exact_cumulative(p)
+    torch.testing.assert_close(cumulative / cumulative[:, -1:], p.double().cumsum(-1).float(), rtol=0.0, atol=1e-5)
+    assert (cumulative.diff(dim=1) >= 0).all()
+    backwards = exact_cumulative(p.flip(1))
+    assert torch.equal(backwards[:, -1], cumulative[:, -1]), "the sum of all is the same from either end"
 
 
 def test_over_all_labels_the_expectation_is_the_exact_fisher_matrix():

@@ -484,7 +484,7 @@ def test_models_are_sharded_where_they_do_not_fit(inputs, monkeypatch, requested
     monkeypatch.setattr(inference, "_free_bytes", lambda world: free[0])
     checkpoint = open_checkpoint(inputs / "model")
     parameters = checkpoint.parameters
-    world = Several(rank=0, size=len(free), local_rank=0, local_size=1, device=torch.device("cpu"))
+    world = Several(rank=0, size=len(free), local_size=1, device=torch.device("cpu"))
     assert inference.choose_sharding(requested, checkpoint, torch.float32, world) == expected
 
 
@@ -498,7 +498,7 @@ def test_weights_may_take_most_of_the_free_memory(inputs, monkeypatch):
             claims.append(value)
             return [value]
 
-    world = Asked(rank=0, size=2, local_rank=0, local_size=2, device=torch.device("cpu"))
+    world = Asked(rank=0, size=2, local_size=2, device=torch.device("cpu"))
     for share in (0.59, 0.61):
         monkeypatch.setattr(inference, "_free_bytes", lambda world, share=share: needed / share)
         inference.choose_sharding("auto", checkpoint, torch.bfloat16, world)

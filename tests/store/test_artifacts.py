@@ -4,6 +4,7 @@ import os
 import pytest
 
 from hfprune_dist.errors import UserError
+from hfprune_dist.store import hashing
 from hfprune_dist.store.artifacts import MANIFEST, Store, require_writable
 from hfprune_dist.store.stage import Input, Stage
 
@@ -18,8 +19,10 @@ def make(store, content="weights"):
     store.commit(STAGE, draft, {"metrics": {"parameters": 3}})
 
 
-@pytest.fixture
-def store(tmp_path):
+@pytest.fixture(params=["files one after another", "files side by side"])
+def store(tmp_path, request, monkeypatch):
+    if request.param == "files side by side":
+        monkeypatch.setattr(hashing, "LARGE_BYTES", 1)
     return Store(tmp_path / "store")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store import hashing as identity
-from hfprune_dist.store.hashing import FileHashes, digest_of, files_below
+from hfprune_dist.store.hashing import FileHashes, digest_of, files_below, for_each_file
 
 NAMES = st.text("ab_.", min_size=1, max_size=4).filter(lambda name: set(name) - {"."})
 
@@ -149,6 +150,86 @@ def test_others_hear_of_every_piece_of_a_large_file(tmp_path_factory, size, chun
         patch.setattr(identity, "CHUNK_BYTES", chunk)
         digest = FileHashes(None).of_file(file, lambda: calls.append(1))
     assert digest == hashlib.sha256(content).hexdigest() and len(calls) == -(-size // chunk)
+
+
+@pytest.fixture
+def all_large(monkeypatch):
+    monkeypatch.setattr(identity, "LARGE_BYTES", 1)
+    monkeypatch.setattr(identity, "CHUNK_BYTES", 4)
+
+
+def files_of_sizes(folder, *sizes):
+    files = {folder / f"{number}.safetensors": size for number, size in enumerate(sizes)}
+    for file, size in files.items():
+        file.write_bytes(bytes(range(size)))
+    return files
+
+
+@pytest.mark.usefixtures("all_large")
+@pytest.mark.parametrize("sizes", [(9, 17, 0, 30), (5, 0), (0, 0), ()])
+def test_large_files_are_read_side_by_side_and_others_hear_of_it_from_one_thread(tmp_path, sizes):
+    """The digest is that of files read one after another."""
+    names = [file.name for file in files_of_sizes(tmp_path, *sizes)]
+    readers, heard, compute = set(), [], FileHashes._compute
+
+    def read(self, file, *rest):
+        readers.add(threading.get_ident())
+        return compute(self, file, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileHashes, "_compute", read)
+        digest = FileHashes(None).of_files(tmp_path, names, lambda: heard.append(threading.get_ident()))
+    one_by_one = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names}
+    assert digest == digest_of(one_by_one)
+    assert heard == [threading.get_ident()] * sum(-(-size // 4) for size in sizes)
+    has_threads = sum(size > 0 for size in sizes) > 1
+    assert bool(readers - {threading.get_ident()}) == has_threads
+
+
+@pytest.mark.usefixtures("all_large")
+def test_large_files_wait_for_each_other_only_where_cores_are_few(tmp_path, monkeypatch):
+    """Two threads meet in the middle of their files: neither could go on alone."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    meeting = threading.Barrier(2, timeout=60)
+
+    def work(file, tell):
+        meeting.wait()
+        tell()
+        return file.name
+
+    files = files_of_sizes(tmp_path, 8, 8)
+    assert list(for_each_file(files, work, lambda: None).values()) == [file.name for file in files]
+
+
+@pytest.mark.usefixtures("all_large")
+def test_nobody_reads_on_once_a_stage_has_ended(tmp_path):
+    class LostError(Exception):
+        pass
+
+    def lost():
+        raise LostError
+
+    pieces = []
+
+    def endless(_file, tell):
+        while True:
+            pieces.append(1)
+            tell()
+
+    with pytest.raises(LostError):
+        for_each_file(files_of_sizes(tmp_path, 8, 8, 8), endless, lost)
+    read = len(pieces)
+    time.sleep(0.05)
+    assert len(pieces) == read, "threads have ended"
+
+
+@pytest.mark.usefixtures("all_large")
+def test_of_large_files_that_can_not_be_read_the_first_is_named(tmp_path):
+    files = files_of_sizes(tmp_path, 8, 8, 8)
+    for file in list(files)[1:]:
+        file.unlink()
+    with pytest.raises(UserError, match=r"1.safetensors: No such file"):
+        for_each_file(files, FileHashes(None).of_file, lambda: None)
 
 
 def test_what_can_not_be_read_is_named(tmp_path):

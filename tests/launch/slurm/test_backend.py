@@ -544,10 +544,10 @@ def test_dry_run_prints_what_would_be_submitted_where_there_is_no_slurm(tmp_path
     assert result.stdout.count("#!/bin/bash") == 22 and "#SBATCH --gpus-per-node=8" in result.stdout
     assert "srun --unbuffered" in result.stdout and "--kill-on-bad-exit=1" in result.stdout
     assert "#SBATCH --dependency='afterok:<job of importance/" in result.stdout
-    importance, reference, prune = 2 * 16 * 4, 2 * 8 * 4, 4 * 8 * 4  # stages * GPUs * hours
-    recover, evaluate = 6 * 32 * 12, 8 * 8 * 2
-    assert importance + reference + prune + recover + evaluate == 2752
-    assert "at most 2,752.0 GPU-hours" in result.stdout
+    importance, reference, prune = 2 * 8 * 4, 2 * 8 * 4, 4 * 8 * 4  # stages * GPUs * hours
+    recover, evaluate = 6 * 8 * 12, 8 * 8 * 2
+    assert importance + reference + prune + recover + evaluate == 960
+    assert "at most 960.0 GPU-hours" in result.stdout
 
 
 def test_no_slurm_is_one_clear_message(tmp_path):

@@ -1,0 +1,65 @@
+"""Where the weights of a model that is scored lie: sharded over all ranks, or whole on the only one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.distributed.frozen_model import load_whole, release_whole
+from hfprune_dist.distributed.world import World
+
+WeightAndBias = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A frozen model, ready for backward passes down to its activations; either way with the same bits.
+
+    Attributes:
+        module: the Hugging Face model. Where it is sharded, its forwards and backwards are collectives.
+        head: gives the whole weight [vocabulary, hidden_size] and bias of the head, for as long as its context lasts.
+        rearming: called after a forward; what it returns is called before each backward.
+        release: gives the memory of the weights back.
+    """
+
+    module: nn.Module
+    head: Callable[[], AbstractContextManager[WeightAndBias]]
+    rearming: Callable[[], Callable[[], None]]
+    release: Callable[[], None]
+
+
+def place(checkpoint: Checkpoint, dtype: torch.dtype, micro_batch_size: int, world: World) -> Placed:
+    """Load a checkpoint; collective. A rank that is alone gains nothing from sharding, and pays for it."""
+    return _sharded(checkpoint, dtype, micro_batch_size, world) if world.size > 1 else _whole(checkpoint, dtype, world)
+
+
+def _whole(checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> Placed:
+    module = load_whole(checkpoint, dtype, world)
+    head = checkpoint.family.head_of(module)
+    return Placed(
+        module=module,
+        head=lambda: nullcontext((head.weight.data, None if head.bias is None else head.bias.data)),
+        rearming=lambda: lambda: None,
+        release=partial(release_whole, module),
+    )
+
+
+def _sharded(checkpoint: Checkpoint, dtype: torch.dtype, micro_batch_size: int, world: World) -> Placed:
+    # DeepSpeed takes long to import, and one rank doesn't need it.
+    from hfprune_dist.distributed.deepspeed_patches import empty_shards, rearming
+    from hfprune_dist.distributed.zero3 import gathered, load_frozen
+
+    family = checkpoint.family
+    module = load_frozen(checkpoint.path, dtype, micro_batch_size, world, family.body_of)
+    return Placed(
+        module=module,
+        head=partial(gathered, family.head_of(module)),
+        rearming=partial(rearming, module),
+        release=partial(empty_shards, module),
+    )

@@ -1,0 +1,54 @@
+"""Memory is as estimated (check 5), GPUs are busy (check 6), and larger micro-batches pay off (check 7)."""
+
+import json
+import statistics
+
+import pytest
+from gpu_marks import MODEL
+from gpu_runs import finish_watched, folder_of, manifest_of, seconds_per_unit, shape_of, visible, write_config
+from hfprune_launch.local.hardware import count_gpus
+
+from hfprune_dist.planning.footprint import Importance
+
+# What an estimate leaves out: CUDA's own memory, NCCL's buffers, what the allocator can't use.
+MEMORY_TOLERANCE = 0.25
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("windows", [1, 8])
+def test_memory_of_a_calibration_pass_is_as_estimated(real_assets, tmp_path, windows):
+    model, ranks = folder_of(MODEL), count_gpus()
+    config = write_config(tmp_path, real_assets, model, calibration={"samples": 256, "micro_batch_size": windows})
+    finish_watched(config, tmp_path / "out", environment=visible(ranks))
+    expected = Importance(windows=windows, tokens=1024).memory(shape_of(model), ranks).total
+    found = manifest_of(tmp_path / "out", "importance")["peak_memory_bytes"]
+    assert found == pytest.approx(expected, rel=MEMORY_TOLERANCE)
+
+
+@pytest.mark.gpu
+def test_gpus_are_busy_in_the_calibration_pass_of_the_best_method(real_assets, tmp_path):
+    config = write_config(tmp_path, real_assets, folder_of(MODEL), methods=["surgeon-plain"])
+    beats = finish_watched(config, tmp_path / "out", environment=visible(count_gpus()))
+    busy = [share for beat in beats if beat.phase == "calibration" and beat.done for share in beat.busy]
+    assert statistics.mean(busy) > 70, json.dumps(busy)
+
+
+@pytest.mark.gpu
+def test_recovery_is_at_least_twice_as_fast_with_four_rows_at_a_time(real_assets, tmp_path):
+    """Twenty steps each, without running out of memory."""
+    seconds = {}
+    for rows in (1, 4):
+        folder = tmp_path / str(rows)
+        folder.mkdir()
+        recovery = {
+            "method": "lora",
+            "path": str(real_assets / "instructions.jsonl"),
+            "sequence_length": 1024,
+            "batch_size": 4 * count_gpus(),
+            "micro_batch_size": rows,
+            "max_steps": 20,
+        }
+        config = write_config(folder, real_assets, folder_of(MODEL), recovery=recovery)
+        beats = finish_watched(config, folder / "out", environment=visible(count_gpus()))
+        seconds[rows] = seconds_per_unit(beats, "recover", "recovery", first=3)
+    assert seconds[1] >= 2 * seconds[4], seconds

@@ -1,0 +1,38 @@
+"""The demo's sweep on GPUs gives what the README shows of CPUs (checks 1 and 2)."""
+
+import re
+
+import pytest
+from gpu_runs import logs_of, visible
+from ranks import ROOT
+from sweeps import finish, results
+
+# Rounding differs, and with it some of the units that are kept, and four steps of training.
+KL_TOLERANCE, KL_FLOOR, SIZE_TOLERANCE = 0.1, 0.02, 0.02
+
+
+def readme_rows():
+    """(KL, millions of parameters) of each row of the README's first table."""
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (?:llama|qwen) \|.*$", text, re.MULTILINE)
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return [(float(row[6].split("±")[0]), float(row[4].rstrip("M"))) for row in cells]
+
+
+def test_the_readme_has_the_rows_of_the_demo():
+    rows = readme_rows()
+    assert len(rows) == 12 and rows[0] == (0.0, 134.5)
+
+
+@pytest.mark.parametrize("gpus", [pytest.param(1, marks=pytest.mark.gpu), pytest.param(2, marks=pytest.mark.multi_gpu)])
+def test_the_table_of_the_demo(real_assets, tmp_path, gpus):
+    text = (ROOT / "configs" / "demo.yaml").read_text().replace("../runs/demo-assets", str(real_assets))
+    (tmp_path / "demo.yaml").write_text(text)
+    out, which = tmp_path / "out", ["--models", "llama,qwen", "--ratios", "0.2,0.5"]
+    finish(tmp_path / "demo.yaml", out, *which, environment=visible(gpus), real=True)
+    rows = results(out)
+    assert len(rows) == 12
+    for row, (kl, millions) in zip(rows, readme_rows(), strict=True):
+        assert float(row["kl"]) == pytest.approx(kl, rel=KL_TOLERANCE, abs=KL_FLOOR), row
+        assert int(row["parameters"]) / 1e6 == pytest.approx(millions, rel=SIZE_TOLERANCE), row
+    assert not re.search(r"\b(nvcc|ninja)\b", logs_of(out)), "nothing is compiled on the way"

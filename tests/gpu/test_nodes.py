@@ -1,0 +1,69 @@
+"""Two nodes of a Slurm cluster: their networks, how ranks are bound to GPUs, a large model (checks 8, 9 and 10)."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from gpu_marks import LARGE_MODEL, PROFILE
+from gpu_runs import (
+    finish_watched,
+    folder_of,
+    logs_of,
+    manifest_of,
+    shape_of,
+    write_config,
+)
+
+from hfprune_dist.planning.footprint import Importance
+
+pytestmark = pytest.mark.multi_gpu(nodes=2)
+
+LOADING_S = 180.0
+MEMORY_TOLERANCE = 0.25
+
+
+def profile_in(folder, **changes):
+    """The cluster's profile with importance on two nodes, whose NCCL tells what it does; its path."""
+    profile = yaml.safe_load(Path(os.environ[PROFILE]).read_text()) | changes
+    profile["environment"] = {**profile.get("environment", {}), "NCCL_DEBUG": "INFO"}
+    profile["stages"] = {**profile.get("stages", {}), "importance": {"nodes": 2}}
+    file = folder / "profile.yaml"
+    file.write_text(yaml.safe_dump(profile))
+    return str(file)
+
+
+def run(config, folder, **changes):
+    """Heartbeats of a sweep in a folder that all nodes see: the one in which the tests run."""
+    profile = profile_in(folder, **changes)
+    return finish_watched(config, folder / "out", "--profile", profile, environment={})
+
+
+@pytest.fixture
+def shared(tmp_path_factory):
+    """A new folder beside the profile, which lies where all nodes see it."""
+    folder = Path(os.environ[PROFILE]).resolve().parent / tmp_path_factory.mktemp("gpu").name
+    folder.mkdir()
+    return folder
+
+
+def test_nodes_talk_by_the_fast_network_and_by_addresses_that_others_reach(real_assets, shared):
+    run(write_config(shared, real_assets, real_assets / "llama"), shared)
+    said = logs_of(shared)
+    assert "NET/IB" in said and "127.0.1.1" not in said
+
+
+def test_ranks_whose_gpus_slurm_binds_find_theirs(real_assets, shared):
+    run(write_config(shared, real_assets, real_assets / "llama"), shared, srun_args=["--gpus-per-task=1"])
+    said = logs_of(shared)
+    assert "invalid device ordinal" not in said and "via P2P" in said
+
+
+def test_a_large_model_on_two_nodes(real_assets, shared):
+    model = folder_of(LARGE_MODEL)
+    beats = run(write_config(shared, real_assets, model, calibration={"samples": 64}), shared)
+    manifest = manifest_of(shared / "out", "importance")
+    first = min(beat.at for beat in beats if beat.phase == "calibration")
+    assert first - manifest["started"] < LOADING_S
+    expected = Importance(windows=1, tokens=1024).memory(shape_of(model), manifest["world_size"]).total
+    assert manifest["peak_memory_bytes"] == pytest.approx(expected, rel=MEMORY_TOLERANCE)

@@ -1,0 +1,28 @@
+"""What tests that are marked ``gpu`` or ``multi_gpu`` need; without torch, since every run of the suite asks.
+
+They run wherever there are GPUs. Some take more than the demo's small models, by environment variables:
+
+HFPRUNE_GPU_MODEL        folder of a model of about 7B parameters, e.g. Llama-2-7B
+HFPRUNE_GPU_LARGE_MODEL  folder of one of about 70B
+HFPRUNE_GPU_PROFILE      a profile (slurm/profiles) of a cluster with two nodes of GPUs, in a folder that all nodes see
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hfprune_launch.local.hardware import count_gpus
+
+MODEL, LARGE_MODEL, PROFILE = "HFPRUNE_GPU_MODEL", "HFPRUNE_GPU_LARGE_MODEL", "HFPRUNE_GPU_PROFILE"
+
+
+def lacking(item: pytest.Item) -> str:
+    """What a test needs of GPUs and this machine has not; empty where there is nothing."""
+    several = item.get_closest_marker("multi_gpu")
+    if several is not None and several.kwargs.get("nodes"):
+        return "" if PROFILE in os.environ else f"needs two nodes with GPUs: {PROFILE} names no profile"
+    needed = 2 if several is not None else int(item.get_closest_marker("gpu") is not None)
+    if needed and count_gpus() < needed:
+        return f"needs {needed} NVIDIA GPU{'s' * (needed > 1)}; this machine has {count_gpus()}"
+    return ""

@@ -1,0 +1,133 @@
+"""What tests on GPUs share: larger models, long texts, and sweeps whose heartbeats are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from hfprune_launch.local.hardware import count_gpus
+from sweeps import command
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
+from hfprune_dist.store.artifacts import Store
+
+POLL_S = 0.5
+
+
+def folder_of(variable: str) -> Path:
+    """The folder that an environment variable names; without it the test is skipped."""
+    if variable not in os.environ:
+        pytest.skip(f"needs a large model: {variable} names no folder")
+    return Path(os.environ[variable])
+
+
+def shape_of(model: Path) -> Dimensions:
+    return dimensions_of(open_checkpoint(model).config)
+
+
+def visible(count: int) -> dict[str, str]:
+    """Environment in which the first so many GPUs of this test are seen."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = shown.split(",") if shown else [str(number) for number in range(count_gpus())]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(devices[:count])}
+
+
+def write_config(folder: Path, assets: Path, model: Path, **sections: object) -> Path:
+    """A sweep of one model on the demo's text, in windows of 1,024 tokens, without recovery and tasks."""
+    texts = {name: _long_texts(assets, name, folder) for name in ("calibration", "heldout")}
+    defaults: dict[str, dict[str, object]] = {
+        "calibration": {"path": str(texts["calibration"]), "samples": 64, "sequence_length": 1024},
+        "importance": {"dtype": "bfloat16"},
+        "recovery": {"method": "none"},
+        "evaluation": {"tasks": [], "fidelity": {"path": str(texts["heldout"]), "windows": 8, "sequence_length": 1024}},
+    }
+    config: dict[str, object] = {"models": ["model"], "aliases": {"model": {"path": str(model)}}, "ratios": [0.2]}
+    config |= {"methods": ["hfprune"], **defaults, **sections}
+    for name in defaults.keys() & sections.keys():
+        config[name] = {**defaults[name], **sections[name]}  # type: ignore[dict-item]
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def _long_texts(assets: Path, name: str, folder: Path) -> Path:
+    """The demo's texts of one kind, drawn and joined until each is long enough for any window."""
+    lines = (assets / "text" / f"{name}.jsonl").read_text().splitlines()
+    texts, generator = [json.loads(line)["text"] for line in lines], random.Random(name)
+    joined = ["\n\n".join(generator.sample(texts, 4)) for _ in range(400)]
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in joined))
+    return file
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a running stage said, when, and how busy the GPUs were then, in %, each."""
+
+    kind: str
+    phase: str
+    done: int
+    at: float
+    busy: tuple[int, ...]
+
+
+def finish_watched(config: Path, out: Path, *arguments: str, environment: dict[str, str]) -> list[Beat]:
+    """Run a sweep that must end well, and look at its stages twice a second."""
+    log = out.with_suffix(".log")
+    beats: list[Beat] = []
+    with log.open("w") as stream:
+        running = subprocess.Popen(
+            command(config, out, *arguments), env={**os.environ, **environment}, stdout=stream, stderr=stream
+        )
+        try:
+            while running.poll() is None:
+                beats += _beats(out, environment.get("CUDA_VISIBLE_DEVICES", ""))
+                time.sleep(POLL_S)
+        finally:
+            running.terminate()
+            running.wait()
+    assert running.returncode == 0, log.read_text()[-3000:]
+    return beats
+
+
+def _beats(out: Path, gpus: str) -> Iterator[Beat]:
+    store = Store(out / "store")
+    for folder in sorted((out / "store" / "work").glob("*/*")):
+        heartbeat = store.handle(f"{folder.parent.name}/{folder.name}").heartbeat()
+        if heartbeat is not None:
+            yield Beat(folder.parent.name, heartbeat.phase, heartbeat.done, heartbeat.updated, tuple(_busy(gpus)))
+
+
+def _busy(gpus: str) -> list[int]:
+    if not gpus:  # those of other nodes
+        return []
+    query = ["nvidia-smi", f"--id={gpus}", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    return [int(line) for line in answer.split() if line.isdecimal()]
+
+
+def seconds_per_unit(beats: list[Beat], kind: str, phase: str, first: int) -> float:
+    """Of a phase, from the heartbeat after its first so many units to its last one."""
+    at = {beat.done: beat.at for beat in beats if beat.kind == kind and beat.phase == phase and beat.done >= first}
+    return (at[max(at)] - at[min(at)]) / (max(at) - min(at))
+
+
+def manifest_of(out: Path, kind: str) -> dict:
+    """Of the only artifact of a kind."""
+    (manifest,) = (out / "store" / kind).glob("*/manifest.json")
+    return json.loads(manifest.read_text())
+
+
+def logs_of(out: Path) -> str:
+    """All that ranks and launchers have written."""
+    files = [file for pattern in ("*.log", "*.out", "*.err") for file in out.rglob(pattern)]
+    return "\n".join(file.read_text(errors="replace") for file in sorted(files))
