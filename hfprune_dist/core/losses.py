@@ -58,12 +58,17 @@ def sampled_label_gradient(logits_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor
 
 def sample_labels(logits_NV: Tensor, uniform_N: Tensor) -> Tensor:
     """Labels y ~ p = softmax(z), int64 [tokens]: p's cumulative distribution, inverted at ``uniform_N``."""
-    p_NV = logits_NV.softmax(dim=-1)
-    # Accelerators add floating-point numbers in an order that changes; on CPUs it is one, which earlier draws follow.
-    cumulative_NV = p_NV.cumsum_(dim=-1) if p_NV.device.type == "cpu" else exact_cumulative(p_NV)
+    cumulative_NV = _cumulative(logits_NV.softmax(dim=-1))
     # The last entry stands for 1, up to rounding. A number rounded up to 1 falls on the last word of the vocabulary.
     threshold_N1 = uniform_N[:, None].to(logits_NV.dtype) * cumulative_NV[:, -1:]
     return torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(1).clamp_(max=logits_NV.shape[1] - 1)
+
+
+def _cumulative(p_NV: Tensor) -> Tensor:
+    """Overwrites the probabilities. GPUs add floating-point numbers in an order that changes; on CPUs it is one, which
+    draws have followed from the beginning.
+    """
+    return p_NV.cumsum_(dim=-1) if p_NV.device.type == "cpu" else exact_cumulative(p_NV)
 
 
 def exact_cumulative(p_NV: Tensor) -> Tensor:
