@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fork_server import IMPORTED
 
 from faults.crash import Event, Recorder, State, states_of
 from faults.subjects import Subject, subjects
@@ -49,6 +51,8 @@ def main() -> int:
     parser.add_argument("--show", type=int, default=5, help="failures to print per subject")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    for name in IMPORTED:  # once, and not in every fork
+        importlib.import_module(name)
     gc.freeze()  # memory that forks share
     known = {subject.name: subject for subject in subjects()}
     reports = {}

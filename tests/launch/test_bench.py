@@ -17,7 +17,7 @@ BENCH = [sys.executable, str(ROOT / "launch" / "bench.py")]
 def test_a_section_of_a_model_of_ones_own(tmp_path):
     model = save_tiny(tmp_path / "model")
     arguments = ["--model", str(model), "--only", "prune", "--quick", "--out", str(tmp_path / "out")]
-    result = subprocess.run([*BENCH, *arguments], capture_output=True, text=True, timeout=600, check=False)
+    result = subprocess.run(forked([*BENCH, *arguments]), capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     told = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [line["section"] for line in told["lines"]] == ["prune", "prune"]

@@ -315,13 +315,13 @@ def test_killing_the_launcher_at_any_moment(finished, config, tmp_path):
 
 
 def test_no_rank_outlives_its_launcher(config, tmp_path):
-    """Ranks that would not end by themselves before the test does."""
+    """A rank that would not end by itself before the test does."""
     out = tmp_path / "out"
     sleeping = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "partial", "SLOW_S": "600"}
-    launcher = start(config, out, *ONE_CELL, real=True, environment=sleeping)
+    launcher = start(config, out, *ONE_CELL, "--ranks", "1", real=True, environment=sleeping)
     wait_for(lambda: at_work(out, "importance"))
     started = descendants_of(launcher)
-    assert len(started) >= 3, "torchrun and two ranks"
+    assert len(started) >= 2, "torchrun and a rank"
     launcher.kill()
     launcher.communicate()
     wait_for(lambda: all_gone(started), 30)

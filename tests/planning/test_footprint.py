@@ -81,11 +81,11 @@ def scored(model, kinds=("neurons",)):
     )
 
 
-def score(model, criteria, groups=False):
-    """One micro-batch of two windows of 128 tokens."""
+def score(model, criteria, groups=False, tokens=128):
+    """One micro-batch of two windows."""
     model_scored = scored(model, ("neurons", "kv_groups") if groups else ("neurons",))
     sums = UnitSums(model_scored.outputs, [CRITERIA[name] for name in criteria])
-    score_batch(model_scored, Batch(torch.ones(2, 128, dtype=torch.int64), range(2), 264, 0), sums)
+    score_batch(model_scored, Batch(torch.ones(2, tokens, dtype=torch.int64), range(2), 264, 0), sums)
 
 
 @pytest.mark.parametrize("size", [("7B", 6.74), ("13B", 13.0), ("70B", 69.0)])
@@ -148,9 +148,9 @@ def test_memory_of_the_calibration_pass(losses, checkpointing, groups, monkeypat
     for name in ("HEAD_CHUNK_BYTES", "ACCELERATOR_BYTES"):
         monkeypatch.setattr(footprint, name, 0)
     student = "self_distillation" in losses
-    job = Importance(2, 128, len(losses) - student, checkpointing=checkpointing, student=student, kv_groups=groups)
+    job = Importance(2, 48, len(losses) - student, checkpointing=checkpointing, student=student, kv_groups=groups)
     with PeakBytes() as counted:
-        score(model, losses, groups)
+        score(model, losses, groups, tokens=48)
     # Weights count as well: their transposes are views that are made meanwhile.
     assert 0.9 < counted.peak / job.memory(dimensions_of(model.config.to_dict()), 1).total < 1.05
 
