@@ -17,7 +17,7 @@ import psutil
 import yaml
 from fork_server import forked
 from ranks import FAULTS, ROOT
-from sweeps import artifacts, command, finish, results
+from sweeps import artifacts, command, finish, results, without_costs
 
 from hfprune_dist.store.atomic_files import read_json
 
@@ -27,8 +27,6 @@ SLOWLY = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "progress.json", "SLOW_S": "0
 CONTROL = "recover alpha dense"
 DENSE = "evaluate alpha dense"
 PRUNE = "prune alpha 0.2"
-# What may differ between two undisturbed sweeps.
-COSTS = ("own_time_s", "shared_time_s", "wall_time_s", "peak_memory_bytes", "checkpoint")
 # After so long something hangs: tests that run beside each other, and those of other workers, share a slow machine.
 PATIENCE_S = 1800.0
 ONE_CELL = ("--models", "alpha", "--ratios", "0.2", "--set", "recovery.max_steps=12")
@@ -223,7 +221,7 @@ def rank_processes(out: Path, stage: str) -> dict[int, psutil.Process]:
 
 
 def table(out: Path) -> list[dict[str, str]]:
-    return [{key: value for key, value in row.items() if key not in COSTS} for row in results(out)]
+    return [{**without_costs(row), "checkpoint": ""} for row in results(out)]
 
 
 def assert_undisturbed(cluster: Cluster, out: Path, finished: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import statistics
 import subprocess
 import time
 from collections.abc import Iterator
@@ -71,9 +72,9 @@ def _long_texts(assets: Path, name: str, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a running stage said, when, and how busy the GPUs were then, in %, each."""
+    """What a running stage, by its id, said, when, and how busy the GPUs were then, in %, each."""
 
-    kind: str
+    stage: str
     phase: str
     done: int
     at: float
@@ -102,9 +103,10 @@ def finish_watched(config: Path, out: Path, *arguments: str, environment: dict[s
 def _beats(out: Path, gpus: str) -> Iterator[Beat]:
     store = Store(out / "store")
     for folder in sorted((out / "store" / "work").glob("*/*")):
-        heartbeat = store.handle(f"{folder.parent.name}/{folder.name}").heartbeat()
+        stage = f"{folder.parent.name}/{folder.name}"
+        heartbeat = store.handle(stage).heartbeat()
         if heartbeat is not None:
-            yield Beat(folder.parent.name, heartbeat.phase, heartbeat.done, heartbeat.updated, tuple(_busy(gpus)))
+            yield Beat(stage, heartbeat.phase, heartbeat.done, heartbeat.updated, tuple(_busy(gpus)))
 
 
 def _busy(gpus: str) -> list[int]:
@@ -116,9 +118,13 @@ def _busy(gpus: str) -> list[int]:
 
 
 def seconds_per_unit(beats: list[Beat], kind: str, phase: str, first: int) -> float:
-    """Of a phase, from the heartbeat after its first so many units to its last one."""
-    at = {beat.done: beat.at for beat in beats if beat.kind == kind and beat.phase == phase and beat.done >= first}
-    return (at[max(at)] - at[min(at)]) / (max(at) - min(at))
+    """Of a phase, from the heartbeat after its first so many units to its last one; the mean of all such stages."""
+    seconds = []
+    for stage in {beat.stage for beat in beats if beat.stage.startswith(f"{kind}/") and beat.phase == phase}:
+        of_stage = [beat for beat in beats if beat.stage == stage and beat.phase == phase and beat.done >= first]
+        at = {beat.done: beat.at for beat in of_stage}
+        seconds.append((at[max(at)] - at[min(at)]) / (max(at) - min(at)))
+    return statistics.mean(seconds)
 
 
 def manifest_of(out: Path, kind: str) -> dict:

@@ -138,6 +138,12 @@ def results(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+def without_costs(row: dict[str, str]) -> dict[str, str]:
+    """What two undisturbed sweeps have in common: no times, no memory."""
+    costs = ("own_time_s", "shared_time_s", "wall_time_s", "peak_memory_bytes")
+    return {name: value for name, value in row.items() if name not in costs and not name.endswith("device_hours")}
+
+
 def artifacts(out: Path, kind: str) -> dict[str, bytes]:
     """Every weight and score of one kind of stage, by artifact and file name."""
     folder = out / "store" / kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,9 @@ from hfprune_dist.store.stage_handle import StageHandle
 from hfprune_dist.training.tracking import TrackedRun
 
 TRACKING = "tracking"  # beside the store
+# Much shorter than any collective timeout.
+TELL_EVERY_S = 5.0
+
 T = TypeVar("T")
 P = TypeVar("P", bound=Parameters)
 
@@ -149,6 +153,14 @@ class Context(Generic[P]):
             self.handle.discard_progress()
             raise
 
+    def let_first_work(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns on rank 0, on every rank; collective.
+
+        However long it takes, no rank waits longer than the collective timeout, since rank 0 tells the others that it
+        goes on. Where ``work`` raises a ``UserError``, all ranks do.
+        """
+        return self._let_first(lambda after_each: _told(work, after_each))
+
     def open_draft(self) -> Path:
         """The folder in which all ranks may write files of the artifact."""
         return self._let_first(lambda _: self.handle.open_draft(self.claim))
@@ -199,3 +211,15 @@ class Context(Generic[P]):
             "wall_time_s": finished - self.started,
             "attempts": self.attempt,
         }
+
+
+def _told(work: Callable[[], T], go_on: AfterEach) -> T:
+    """What ``work`` returns, from a thread of its own; meanwhile ``go_on`` is called now and then."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        future = pool.submit(work)
+        while not wait([future], TELL_EVERY_S).done:
+            go_on()
+        return future.result()
+    finally:
+        pool.shutdown(wait=False)

@@ -26,7 +26,7 @@ from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
 from hfprune_dist.core.scores import ScoredLayer, SecondMoments, finished
 from hfprune_dist.data.mixture import Source, read_mixture
 from hfprune_dist.data.tokenizer import load_tokenizer
-from hfprune_dist.data.windows import Sampling, Windows, load_windows, read_windows, save_windows
+from hfprune_dist.data.windows import WINDOWS, Sampling, Windows, load_windows, read_windows, save_windows
 from hfprune_dist.distributed.gram_sums import Grams, is_held_out
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
@@ -38,12 +38,15 @@ from hfprune_dist.scoring.kind_totals import KindTotals, Shape
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.scoring.shard_sums import Accumulation
 from hfprune_dist.stages.context import Context as AnyContext
+from hfprune_dist.store.atomic_files import read_object, write_json
 from hfprune_dist.structures.score_names import SCORES, score_name
 from hfprune_dist.structures.units import Units
 
 Context = AnyContext[ImportanceParameters]
 
 PARTIAL = "partial.safetensors"
+# In the work folder: what is said of the windows there.
+COUNTS = "windows.json"
 
 
 def run(context: Context) -> None:
@@ -102,13 +105,22 @@ def _scored_units(context: Context, checkpoint: Checkpoint) -> dict[str, Units]:
 
 
 def _prepare_windows(context: Context) -> dict[str, int]:
-    """Cut the calibration windows on rank 0 and leave them in the work folder; return counts for the manifest."""
-    if not context.world.is_first:
-        return context.world.broadcast({})
-    windows = _cut_windows(context)
-    save_windows(windows.input_ids_ST, context.work)
-    counts = {"documents_read": windows.documents_read, "documents_used": windows.documents_used}
-    return context.world.broadcast(counts)
+    """Cut the calibration windows on rank 0, once for all attempts, and leave them in the work folder.
+
+    Returns:
+        counts for the manifest.
+    """
+    return context.let_first_work(lambda: _windows_counted(context))
+
+
+def _windows_counted(context: Context) -> dict[str, int]:
+    counts = read_object(context.work / COUNTS)
+    if counts is None or not is_usable(context.work / WINDOWS):
+        windows = _cut_windows(context)
+        save_windows(windows.input_ids_ST, context.work)
+        counts = {"documents_read": windows.documents_read, "documents_used": windows.documents_used}
+        write_json(context.work / COUNTS, counts)
+    return counts
 
 
 def _cut_windows(context: Context) -> Windows:

@@ -47,12 +47,14 @@ def _stream(context: Context, dense: Checkpoint, windows_ST: Tensor) -> LayerStr
 
 def held_out_windows(context: Context) -> Tensor:
     """Windows [windows, sequence_length] of the held-out text, cut on rank 0."""
-    if not context.world.is_first:
-        return context.world.broadcast(torch.empty(0))
+    return context.let_first_work(lambda: _cut_windows(context))
+
+
+def _cut_windows(context: Context) -> Tensor:
     settings, add_bos_token = context.params.text, context.params.add_bos_token
     assert settings is not None and add_bos_token is not None, "planned on the windows of an importance stage"
     path = context.input_path("text") if context.has_input("text") else None
     tokenizer = load_tokenizer(context.input_path("model"))
     sampling = Sampling(settings.windows, settings.sequence_length, SEED, add_bos_token)
     windows = read_windows(settings.model_dump(), path, tokenizer, sampling, "fidelity")
-    return context.world.broadcast(windows.input_ids_ST)
+    return windows.input_ids_ST

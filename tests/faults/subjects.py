@@ -30,7 +30,7 @@ from hfprune_launch.slurm.submission import Submitting
 from hfprune_launch.stage import run as stage_script
 from hfprune_launch.stage.stage_file import Provenance
 from safetensors.torch import save_file
-from sweeps import make_inputs, results
+from sweeps import make_inputs, results, without_costs
 from tiny import save_tiny, write_documents, write_pairs
 
 from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
@@ -338,7 +338,6 @@ class Code(Subject):
 
 # Whole sweeps.
 
-COSTS = ("own_time_s", "shared_time_s", "wall_time_s", "peak_memory_bytes")
 # What tells checkpoints by name from files of the user's, for as long as there are any.
 BOOKKEEPING = {"checkpoints/.lock", "checkpoints/.written"}
 
@@ -365,8 +364,7 @@ class WholeSweep(Subject):
         return sorted({*super().leftovers(root)} - BOOKKEEPING)
 
     def _without_costs(self, row: dict[str, str], root: Path) -> dict[str, str]:
-        kept = {name: value for name, value in row.items() if name not in COSTS}
-        return {**kept, "checkpoint": kept["checkpoint"].replace(str(root), "")}
+        return {**without_costs(row), "checkpoint": row["checkpoint"].replace(str(root), "")}
 
 
 # Slurm.

@@ -13,6 +13,8 @@ from worlds import Death, Ranks, run_in_threads, without_deepspeed
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.elimination import elimination_scores
+from hfprune_dist.data.windows import read_windows
+from hfprune_dist.stages import importance
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
@@ -145,6 +147,26 @@ def test_every_criterion_that_sums_has_a_curve_and_can_end_the_pass(tmp_path, mo
         assert store.manifest(early.id)["metrics"] == metrics
         for name, expected in scores_of(one, early).items():
             assert torch.equal(scores_of(store, early)[name], expected), name
+
+
+@pytest.mark.parametrize("lost", [None, "windows.json", "windows.safetensors", "damaged"])
+def test_the_text_is_read_by_one_attempt_alone_unless_its_windows_are_lost(tmp_path, monkeypatch, lost):
+    without_deepspeed(monkeypatch)
+    stage = make_stage(tmp_path, samples=3, sequence_length=16)
+    whole, store, reads = Store(tmp_path / "whole"), Store(tmp_path / "killed"), []
+    monkeypatch.setattr(importance, "read_windows", lambda *rest: reads.append(1) or read_windows(*rest))
+    run_in_threads(whole, stage, Ranks(1))
+    with pytest.raises(Death):
+        run_in_threads(store, stage, Ranks(1, deaths={0: 6}))
+    if lost == "damaged":
+        (store.work(stage.id) / "windows.safetensors").write_bytes(b"half")
+    elif lost:
+        (store.work(stage.id) / lost).unlink()
+    run_in_threads(store, stage, Ranks(1))
+    assert len(reads) == (3 if lost else 2)
+    assert store.manifest(stage.id)["metrics"] == whole.manifest(stage.id)["metrics"]
+    for name, expected in scores_of(whole, stage).items():
+        assert torch.equal(scores_of(store, stage)[name], expected), name
 
 
 @pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen2", "qwen3", "mistral"])

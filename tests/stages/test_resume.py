@@ -201,8 +201,10 @@ def test_a_search_takes_no_candidate_through_a_layer_twice(tmp_path, uninterrupt
     expected = uninterrupted(allocation="searched", refit="dense")
     passed = logged(Measurement, "_through", lambda _self, _stream, number, *_: number)
     store, stage = prepare(tmp_path, allocation="searched", refit="dense")
-    assert ended(before, store, stage, interrupt_at=layers) == INTERRUPTED
-    assert len(list(store.work(stage.id).glob("search-*/*.safetensors"))) == 3, "one layer's micro-batches"
+    assert ended(before, store, stage, interrupt_at=LAYERS + layers) == INTERRUPTED, (
+        "the dense model goes through first"
+    )
+    assert len(list(store.work(stage.id).glob("candidates-*/*.safetensors"))) == 3, "one layer's micro-batches"
     assert ended(after, store, stage) == 0
     assert len(passed()) == layers * before + (SEARCHED - layers) * after
     assert files_of(store, stage) == expected
