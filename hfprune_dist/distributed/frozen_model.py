@@ -14,17 +14,27 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.planning.gpu_needs import RESERVE
 
 Sharding = Literal["replicate", "zero3"]
 
 
 def choose_sharding(
-    requested: Literal["auto", "replicate", "zero3"], checkpoint: Checkpoint, dtype: torch.dtype, world: World
+    requested: Literal["auto", "replicate", "zero3"],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    world: World,
+    beside: float = 0.0,
 ) -> Sharding:
-    """Decide together how to place a model: whole on each rank where the weights fit everywhere, else sharded."""
+    """Decide together how to place a model: whole on each rank where the weights fit everywhere, else sharded.
+
+    Args:
+        beside: bytes that are needed beside the weights, where that is known.
+    """
     if requested != "auto":
         return requested
-    fits = checkpoint.parameters * dtype.itemsize <= WEIGHTS_SHARE * _free_bytes(world)
+    weights, free = checkpoint.parameters * dtype.itemsize, _free_bytes(world)
+    fits = weights <= WEIGHTS_SHARE * free and weights + beside <= (1 - RESERVE) * free
     # One rank alone gains nothing from sharding.
     return "replicate" if all(world.gather(fits)) or world.size == 1 else "zero3"
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, CHUNK_BYTES
 from hfprune_dist.planning.dimensions import Dimensions
-from hfprune_dist.planning.gpu_needs import Gpus, Memory, Work
+from hfprune_dist.planning.gpu_needs import ITEMSIZE, RESERVE, Gpus, Memory, Work
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit, memory_of_layer_pass, tokens_of_a_rank, widest
 
-# Of a GPU's memory: the runtime's context, communication buffers, fragmentation.
-RESERVE = 0.1
 # Of a GPU's nominal floating-point rate, what dense transformers reach in practice; and of a network's nominal rate.
 EFFICIENCY = 0.4
 NETWORK_EFFICIENCY = 0.8
@@ -158,6 +157,18 @@ class Train:
     itemsize: int = 2
     distills: bool = False
 
+    @classmethod
+    def of(cls, settings: LoraTraining, tokens: int, distills: bool) -> Train:
+        """What a stage with such settings does with rows of so many tokens."""
+        return cls(
+            rows=settings.micro_batch_size,
+            tokens=tokens,
+            rank=settings.rank,
+            dropout=settings.dropout > 0,
+            itemsize=ITEMSIZE[settings.dtype],
+            distills=distills,
+        )
+
     def resized(self, rows: int) -> Train:
         """The same with so many rows in a micro-batch."""
         return replace(self, rows=rows)
@@ -173,6 +184,10 @@ class Train:
             activations=tokens * dims.num_layers * self.layer_bytes(dims),
             scratch=self.logits_bytes(dims),
         )
+
+    def beside_weights(self, dims: Dimensions) -> float:
+        """Bytes on one GPU beside the model's own weights, where these are whole."""
+        return self.memory(dims, 1).total - dims.parameters * self.itemsize
 
     def logits_bytes(self, dims: Dimensions) -> int:
         """Of a micro-batch's head."""

@@ -50,4 +50,5 @@ def _task(context: Context, settings: DistillationConfig, checkpoint: Checkpoint
         warmup_steps=min(settings.warmup_steps, total_steps // LONGEST_WARMUP),
         save_every_steps=context.runtime.save_every_steps,
         timeout_minutes=context.runtime.collective_timeout_minutes,
+        sharding=context.runtime.sharding,
     )

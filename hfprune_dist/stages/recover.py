@@ -147,5 +147,6 @@ def _train(context: Context, checkpoint: Checkpoint, settings: RecoveryConfig, c
         total_steps=settings.max_steps or ceil(settings.epochs * schedule.steps_per_epoch),
         save_every_steps=context.runtime.save_every_steps,
         timeout_minutes=context.runtime.collective_timeout_minutes,
+        sharding=context.runtime.sharding,
     )
     return fine_tune(task, context.work / "snapshots", context.world, context.progress, context.interruption)

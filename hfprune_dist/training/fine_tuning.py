@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.training import LoraTraining
@@ -26,6 +27,7 @@ class FineTuning:
         warmup_steps: those of them in which the learning rate rises; in the first it is 0.
         save_every_steps: optimizer steps between snapshots; the last step leaves one in any case.
         timeout_minutes: a collective that takes longer ends the stage.
+        sharding: where frozen weights lie (``runtime.sharding``); it changes nothing in what is learnt.
         start: where to go on; None begins anew.
     """
 
@@ -40,6 +42,7 @@ class FineTuning:
     warmup_steps: int
     save_every_steps: int
     timeout_minutes: int
+    sharding: Literal["auto", "replicate", "zero3"] = "auto"
     start: Snapshot | None = None
 
     @property

@@ -23,13 +23,12 @@ from hfprune_dist.config.parameters import (
 )
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.config.texts import FIRST, CalibrationConfig, FidelityConfig, reference_role
-from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.criteria import CRITERIA, losses_of
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
 from hfprune_dist.planning.footprint import Evaluate, Importance, Job, LayerPass, TimedJob, Train, fits, seconds
-from hfprune_dist.planning.gpu_needs import Gpus, Memory
+from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.plan import Plan
@@ -39,7 +38,6 @@ from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS
 
 GIB = 2**30
-ITEMSIZE = {"float32": 4, "bfloat16": 2}
 NOTHING_HELPS = "no number of nodes is enough"
 NO_REFIT_FITS = "every rank has a layer's Gram matrices: GPUs with more memory, or a method with another refit, or none"
 MOST_NODES, MICRO_BATCHES = 256, (1, 2, 4, 8, 16, 32, 64)
@@ -140,7 +138,7 @@ def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeCo
         host_available=resources.memory_bytes,
         fits=fits(job, dims, placed) if resources.gpu_memory_gib else None,
         advice=_advice(job, dims, gpus, placed, _shared_rows(stage)) if resources.gpu_memory_gib else "",
-        gpu_hours=_gpu_hours(_rounds(plan, stage, gpus.ranks), job, dims, gpus),
+        gpu_hours=_gpu_hours(_rounds(plan, stage, gpus.ranks), job, dims, gpus, placed),
     )
 
 
@@ -158,9 +156,9 @@ def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
         case PruneParameters() as params:
             return _refit(params, plan, stage)
         case RecoverParameters(recovery=settings):
-            return _training(settings, settings.sequence_length, distills=False)
+            return Train.of(settings, settings.sequence_length, distills=False)
         case DistillParameters(distillation=settings):
-            return _training(settings, _calibration(plan, stage).sequence_length, distills=True)
+            return Train.of(settings, _calibration(plan, stage).sequence_length, distills=True)
         case EvaluateParameters() as params:
             return Evaluate(params.batch_size, _held_out(plan, stage).sequence_length, ITEMSIZE[params.dtype])
     raise AssertionError(f"{stage.id} was planned by another version of the code")
@@ -211,17 +209,6 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit:
     )
 
 
-def _training(settings: LoraTraining, tokens: int, distills: bool) -> Train:
-    return Train(
-        rows=settings.micro_batch_size,
-        tokens=tokens,
-        rank=settings.rank,
-        dropout=settings.dropout > 0,
-        itemsize=ITEMSIZE[settings.dtype],
-        distills=distills,
-    )
-
-
 def _held_out(plan: Plan, stage: Stage) -> FidelityConfig:
     """Settings of the text that an evaluation compares on; those of several differ in nothing that counts here."""
     params = plan.stages[stage.inputs[reference_role(FIRST)].location].params
@@ -249,10 +236,12 @@ def _gpus(resources: Resources) -> Gpus:
 
 
 def _whole_on_each(job: Job, dims: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -> bool:
-    """Whether an evaluation puts whole weights on every GPU."""
-    if not isinstance(job, Evaluate) or runtime.sharding == "zero3":
+    """Whether evaluation or training puts whole weights on every GPU."""
+    if not isinstance(job, Evaluate | Train) or runtime.sharding == "zero3":
         return False
     small = dims.parameters * job.itemsize <= WEIGHTS_SHARE * gpus.memory
+    if isinstance(job, Train):
+        small = small and fits(job, dims, dataclasses.replace(gpus, nodes=1, per_node=1))
     return runtime.sharding == "replicate" or small
 
 
@@ -282,7 +271,7 @@ def _smaller(job: Job, dims: Dimensions, placed: Gpus) -> str:
     fitting = [size for size in MICRO_BATCHES if fits(job.resized(size), dims, placed)]
     if fitting:
         return f"micro-batch {fitting[-1]}"
-    return "sharding zero3" if isinstance(job, Evaluate) else ""
+    return "sharding zero3" if isinstance(job, Evaluate | Train) else ""
 
 
 def _is_hidden(job: TimedJob, dims: Dimensions, gpus: Gpus) -> bool:
@@ -290,7 +279,7 @@ def _is_hidden(job: TimedJob, dims: Dimensions, gpus: Gpus) -> bool:
     return on_network <= at_work
 
 
-def _gpu_hours(rounds: int | None, job: Job, dims: Dimensions, gpus: Gpus) -> float | None:
+def _gpu_hours(rounds: int | None, job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus) -> float | None:
     """GPU-hours of so many micro-batches of every rank; None where their number, or what limits their rate, is not
     known.
     """
@@ -298,7 +287,7 @@ def _gpu_hours(rounds: int | None, job: Job, dims: Dimensions, gpus: Gpus) -> fl
         return None
     if isinstance(job, Importance) and job.curvature:  # Gram matrices and what is made of them take a time of their own
         return None
-    return rounds * max(seconds(job, dims, gpus)) * gpus.ranks / 3600
+    return rounds * max(seconds(job, dims, placed)) * gpus.ranks / 3600
 
 
 def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:
