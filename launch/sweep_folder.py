@@ -17,6 +17,7 @@ from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.earlier_rows import without_rows
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.training_memory import as_chosen_in, chooses
 from hfprune_dist.results.checkpoint_folders import Update
 from hfprune_dist.results.named_checkpoints import checkpoint_folders, named_checkpoints
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows
@@ -199,7 +200,8 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
     """
     own = out / CONFIG_FILE
     if files or not own.is_file():
-        return load_config(files, overrides, PROJECT.configs), ""
+        config = load_config(files, overrides, PROJECT.configs)
+        return as_chosen_in(load_config([own], {}), config) if own.is_file() and chooses(config) else config, ""
     try:
         if "models" not in read_yaml(own, "configuration", "keys and values at the top level"):
             raise UserError(f"{own}: damaged, it doesn't name any models")
@@ -210,7 +212,10 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
             "--config"
         ) from None
     laid_over = ", with this command's settings over it" if overrides else ""
-    return load_config([own], overrides), f"configuration: {own}, of the last run in this folder{laid_over}"
+    config = load_config([own], overrides)
+    if chooses(config):
+        config = as_chosen_in(load_config([own], {}), config)
+    return config, f"configuration: {own}, of the last run in this folder{laid_over}"
 
 
 def configuration_layers(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> list[Layer]:

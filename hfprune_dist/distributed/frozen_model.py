@@ -14,32 +14,23 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.planning.gpu_needs import RESERVE
 
 Sharding = Literal["replicate", "zero3"]
 
 
 def choose_sharding(
-    requested: Literal["auto", "replicate", "zero3"],
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    world: World,
-    beside: float = 0.0,
+    requested: Literal["auto", "replicate", "zero3"], checkpoint: Checkpoint, dtype: torch.dtype, world: World
 ) -> Sharding:
-    """Decide together how to place a model: whole on each rank where the weights fit everywhere, else sharded.
-
-    Args:
-        beside: bytes that are needed beside the weights, where that is known.
-    """
+    """Decide together how to place a model: whole on each rank where the weights fit everywhere, else sharded."""
     if requested != "auto":
         return requested
-    weights, free = checkpoint.parameters * dtype.itemsize, _free_bytes(world)
-    fits = weights <= WEIGHTS_SHARE * free and weights + beside <= (1 - RESERVE) * free
+    fits = checkpoint.parameters * dtype.itemsize <= WEIGHTS_SHARE * free_bytes(world)
     # One rank alone gains nothing from sharding.
     return "replicate" if all(world.gather(fits)) or world.size == 1 else "zero3"
 
 
-def _free_bytes(world: World) -> float:
+def free_bytes(world: World) -> float:
+    """Of this rank: of its GPU, or its share of the main memory that is available."""
     if world.device.type == "cuda":
         return float(torch.cuda.mem_get_info(world.device)[0])
     return float(psutil.virtual_memory().available / world.local_size)

@@ -187,7 +187,7 @@ class _Planner:
     def _reference_of_calibration(self, importance: Stage) -> Stage:
         """On the windows that the dense model was scored on."""
         distillation = self.config.distillation
-        params = ReferenceParameters(dtype=distillation.dtype, micro_batch_size=distillation.micro_batch_size)
+        params = ReferenceParameters(dtype=distillation.dtype, micro_batch_size=distillation.rows_at_once)
         inputs = {
             "model": importance.inputs["model"],
             "importance": _part_of(importance, _Scored(frozenset(), [NEURONS])),

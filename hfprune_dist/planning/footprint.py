@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, CHUNK_BYTES
 from hfprune_dist.planning.dimensions import Dimensions
-from hfprune_dist.planning.gpu_needs import ITEMSIZE, RESERVE, Gpus, Memory, Work
+from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory, Work
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit, memory_of_layer_pass, tokens_of_a_rank, widest
 
+# Of a GPU's memory: the runtime's context, communication buffers, fragmentation.
+RESERVE = 0.1
 # Of a GPU's nominal floating-point rate, what dense transformers reach in practice; and of a network's nominal rate.
 EFFICIENCY = 0.4
 NETWORK_EFFICIENCY = 0.8
@@ -156,12 +158,13 @@ class Train:
     dropout: bool
     itemsize: int = 2
     distills: bool = False
+    checkpointing: bool = False
 
     @classmethod
     def of(cls, settings: LoraTraining, tokens: int, distills: bool) -> Train:
         """What a stage with such settings does with rows of so many tokens."""
         return cls(
-            rows=settings.micro_batch_size,
+            rows=settings.rows_at_once,
             tokens=tokens,
             rank=settings.rank,
             dropout=settings.dropout > 0,
@@ -181,13 +184,9 @@ class Train:
         return Memory(
             weights=(dims.parameters * self.itemsize + lora) / ranks,
             gathered=_gathered_at_a_time(dims, self.itemsize, ranks),
-            activations=tokens * dims.num_layers * self.layer_bytes(dims),
+            activations=tokens * self.activation_bytes(dims),
             scratch=self.logits_bytes(dims),
         )
-
-    def beside_weights(self, dims: Dimensions) -> float:
-        """Bytes on one GPU beside the model's own weights, where these are whole."""
-        return self.memory(dims, 1).total - dims.parameters * self.itemsize
 
     def logits_bytes(self, dims: Dimensions) -> int:
         """Of a micro-batch's head."""
@@ -196,6 +195,12 @@ class Train:
             return 2 * HEAD_CHUNK_BYTES + 3 * tokens * dims.hidden_size * self.itemsize
         # The logits, and in float32: themselves, their log-softmax and its gradient.
         return tokens * dims.vocabulary * (self.itemsize + 3 * 4)
+
+    def activation_bytes(self, dims: Dimensions) -> int:
+        """Bytes a token that stay until backward: of all layers, or their inputs and one layer that runs again."""
+        if self.checkpointing:
+            return dims.num_layers * dims.hidden_size * self.itemsize + self.layer_bytes(dims)
+        return dims.num_layers * self.layer_bytes(dims)
 
     def lora_parameters(self, dims: Dimensions) -> int:
         """Of A and B of every projection."""
@@ -222,6 +227,8 @@ class Train:
         teacher = 2 * dims.head_parameters if self.distills else 0
         flops = 4 * matrices + teacher + 6 * self.lora_parameters(dims) + 3.5 * attention_flops(dims, self.tokens)
         gathered = 2 * matrices + dims.head_parameters
+        if self.checkpointing:  # the layers' forward once more
+            flops += 2 * dims.body_parameters + attention_flops(dims, self.tokens)
         return Work(self.rows * self.tokens * flops, gathered * self.itemsize)
 
 

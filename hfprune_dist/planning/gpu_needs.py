@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Of a GPU's memory: the runtime's context, communication buffers, fragmentation.
-RESERVE = 0.1
 # Of a compute dtype, bytes of a number.
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 

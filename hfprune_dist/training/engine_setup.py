@@ -16,6 +16,7 @@ from transformers.utils import logging
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.planning.training_memory import Placement
 from hfprune_dist.training.fine_tuning import FineTuning
 
 # More elements than any parameter has.
@@ -34,7 +35,8 @@ def prepare_process() -> None:
 def _zero3_config(bfloat16: bool, whole: bool) -> dict[str, Any]:
     """Parameters, gradients and optimizer states sharded; gradients reduced and added up in float32.
 
-    Parameters go as soon as they are used. To find those that backward uses again soon, DeepSpeed would walk up to a
+    Where frozen weights are ``whole``, they are not DeepSpeed's, and LoRA's stay gathered between optimizer steps. Else
+    parameters go as soon as they are used. To find those that backward uses again soon, DeepSpeed would walk up to a
     billion parameters of the modules that follow, for every module: with LoRA's many modules 20 s in the second step.
     """
     return {
@@ -55,19 +57,15 @@ def _zero3_config(bfloat16: bool, whole: bool) -> dict[str, Any]:
 
 
 def training_arguments(
-    task: FineTuning, accumulation_steps: int, folder: Path, whole: bool, world: World
+    task: FineTuning, accumulation_steps: int, folder: Path, way: Placement, world: World
 ) -> TrainingArguments:
-    """Settings of the Trainer; while they live, from_pretrained shards a model as it loads.
-
-    Args:
-        whole: whether frozen weights are not DeepSpeed's, and LoRA's stay gathered between optimizer steps.
-    """
+    """Settings of the Trainer; while they live, from_pretrained shards a model as it loads."""
     settings = task.settings
     on_cpu = world.device.type == "cpu"
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,  # one pass over ScheduledRows, which has the rows of all epochs
-        per_device_train_batch_size=settings.micro_batch_size,
+        per_device_train_batch_size=settings.rows_at_once,
         gradient_accumulation_steps=accumulation_steps,
         train_sampling_strategy="sequential",
         optim="adamw_torch",
@@ -78,7 +76,9 @@ def training_arguments(
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu else "nccl",
         ddp_timeout=task.timeout_minutes * 60,
-        deepspeed=_zero3_config(settings.dtype == "bfloat16", whole),
+        deepspeed=_zero3_config(settings.dtype == "bfloat16", way.whole),
+        gradient_checkpointing=way.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",

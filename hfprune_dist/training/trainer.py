@@ -40,7 +40,7 @@ from hfprune_dist.training.engine_setup import load_trainable_model, prepare_pro
 from hfprune_dist.training.fine_tuning import FineTuning, finite_values, learning_rate_share
 from hfprune_dist.training.snapshots import MOMENTS, LossLine, Snapshot, Snapshots, read_snapshot
 from hfprune_dist.training.teacher_states import DENSE
-from hfprune_dist.training.whole_weights import place_weights, with_whole_weights
+from hfprune_dist.training.whole_weights import place_training, with_whole_weights
 
 
 def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, interruption: Interruption) -> Snapshot:
@@ -71,18 +71,18 @@ def _train(
     task: FineTuning, snapshots: Snapshots, world: World, progress: Progress, interruption: Interruption
 ) -> None:
     prepare_process()
-    rows_at_once = task.settings.micro_batch_size * world.size
+    rows_at_once = task.settings.rows_at_once * world.size
     rows = ScheduledRows(task.rows, task.schedule, task.first_step, task.total_steps, multiple_of=rows_at_once)
-    whole = place_weights(task, world) == "replicate"
+    way = place_training(task, world)
     init_deepspeed(world)
-    if whole:
+    if way.whole:
         model = with_whole_weights(load_trainable_model(task))
-    arguments = training_arguments(task, rows.slots // rows_at_once, snapshots.folder, whole, world)
-    if not whole:
+    arguments = training_arguments(task, rows.slots // rows_at_once, snapshots.folder, way, world)
+    if not way.whole:
         model = load_trainable_model(task)
     trainer_of = _DistillingTrainer if task.distills else _LoraTrainer
     trainer = trainer_of(
-        task, snapshots, world, progress, interruption, whole=whole, model=model, args=arguments, train_dataset=rows
+        task, snapshots, world, progress, interruption, whole=way.whole, model=model, args=arguments, train_dataset=rows
     )
     gc.freeze()  # else Python walks all modules and parameters again and again: a seventh of the time on CPU
     trainer.train()

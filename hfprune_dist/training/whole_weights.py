@@ -7,23 +7,24 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from hfprune_dist.distributed.frozen_model import Sharding, choose_sharding
+from hfprune_dist.distributed.frozen_model import free_bytes
 from hfprune_dist.distributed.world import World
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import Train
+from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.planning.training_memory import Placement, place
 from hfprune_dist.training.fine_tuning import FineTuning
 
 
-def place_weights(task: FineTuning, world: World) -> Sharding:
-    """Decide together where a model's frozen weights lie while LoRA weights train."""
-    tokens = len(task.rows(0)["input_ids"])
-    needs = Train.of(task.settings, tokens, task.distills).beside_weights(dimensions_of(task.checkpoint.config))
-    return choose_sharding(task.sharding, task.checkpoint, getattr(torch, task.settings.dtype), world, needs)
+def place_training(task: FineTuning, world: World) -> Placement:
+    """Decide together how a training lies in the memory that is free; the rank with the least decides for all."""
+    job = Train.of(task.settings, len(task.rows(0)["input_ids"]), task.distills)
+    gpus = Gpus(nodes=1, per_node=world.size, memory=min(world.gather(free_bytes(world))))
+    return place(job, dimensions_of(task.checkpoint.config), gpus, task.sharding)
 
 
 def with_whole_weights(model: nn.Module) -> nn.Module:
@@ -45,12 +46,12 @@ def _keep_whole(model: nn.Module) -> None:
 def _compute_as_sharded(model: nn.Module) -> None:
     """Round where DeepSpeed's hooks and its linear layers let a sharded model round, so that the bits are the same.
 
-    Gradients of what a projection or a norm reads are added up for it alone before the rest of its layer's are added;
-    a bias is added to a product that is rounded already; and products of LoRA's gradients have the same order of factors.
+    Gradients of what a projection or a norm reads are added up for it alone before the rest of its layer's are added; a
+    bias is added to a product that is rounded already; products of LoRA's gradients have the same order of factors.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer) or type(module).__name__.endswith("RMSNorm"):
-            module.register_forward_pre_hook(_branch_off)  # type: ignore[attr-defined]
+            module.register_forward_pre_hook(_branch_off)
         if type(module) is nn.Linear:
             trained = module.weight.requires_grad
             module.forward = partial(_train_linear if trained else _run_frozen, module)  # type: ignore[method-assign]

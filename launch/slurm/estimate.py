@@ -33,6 +33,7 @@ from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.training_memory import gpus_of, place
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS
@@ -128,8 +129,8 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
 
 def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeConfig) -> Estimate:
     dims = dimensions_of(_dense(plan, stage).config)
-    job, gpus = _job(plan, stage, runtime), _gpus(resources)
-    placed = dataclasses.replace(gpus, nodes=1, per_node=1) if _whole_on_each(job, dims, gpus, runtime) else gpus
+    gpus = _gpus(resources)
+    job, placed = _placed(_job(plan, stage, runtime), dims, gpus, runtime)
     return Estimate(
         stage=stage,
         memory=job.memory(dims, placed.ranks),
@@ -225,6 +226,11 @@ def _calibration(plan: Plan, stage: Stage) -> CalibrationConfig:
     return params.calibration
 
 
+def gpus_of_profile(resources: Resources) -> Gpus | None:
+    """The GPUs of a kind of stage; None where it has none, or the profile doesn't say how much memory they have."""
+    return _gpus(resources) if resources.gpus and resources.gpu_memory_gib else None
+
+
 def _gpus(resources: Resources) -> Gpus:
     return Gpus(
         nodes=resources.nodes,
@@ -235,14 +241,16 @@ def _gpus(resources: Resources) -> Gpus:
     )
 
 
-def _whole_on_each(job: Job, dims: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -> bool:
-    """Whether evaluation or training puts whole weights on every GPU."""
-    if not isinstance(job, Evaluate | Train) or runtime.sharding == "zero3":
-        return False
-    small = dims.parameters * job.itemsize <= WEIGHTS_SHARE * gpus.memory
-    if isinstance(job, Train):
-        small = small and fits(job, dims, dataclasses.replace(gpus, nodes=1, per_node=1))
-    return runtime.sharding == "replicate" or small
+def _placed(job: Job, dims: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -> tuple[Job, Gpus]:
+    """A job as it will run, and the GPUs that one copy of the model lies on: one where each has whole weights."""
+    if isinstance(job, Train) and gpus.memory:
+        way = place(job, dims, gpus, runtime.sharding)
+        return dataclasses.replace(job, checkpointing=way.checkpointing), gpus_of(way, gpus)
+    if isinstance(job, Evaluate) and runtime.sharding != "zero3":
+        small = dims.parameters * job.itemsize <= WEIGHTS_SHARE * gpus.memory
+        if runtime.sharding == "replicate" or small:
+            return job, dataclasses.replace(gpus, nodes=1, per_node=1)
+    return job, gpus
 
 
 def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: int | None) -> str:
@@ -303,9 +311,9 @@ def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:
             samples = _calibration(plan, stage).samples
             # As data.schedule.Schedule, which imports torch, cuts a pass into steps.
             steps = _ceil(samples, distillation.batch_size)
-            return passes * steps * _ceil(_ceil(samples, steps), distillation.micro_batch_size * ranks)
+            return passes * steps * _ceil(_ceil(samples, steps), distillation.rows_at_once * ranks)
         case RecoverParameters(recovery=recovery) if recovery.max_steps is not None:
-            return recovery.max_steps * _ceil(recovery.batch_size, recovery.micro_batch_size * ranks)
+            return recovery.max_steps * _ceil(recovery.batch_size, recovery.rows_at_once * ranks)
     return None
 
 
