@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from hfprune_dist.config.load import parse
 from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import Train, fits
 from hfprune_dist.planning.gpu_needs import Gpus
@@ -116,7 +117,5 @@ def test_what_was_chosen_stays_and_what_is_set_is_not_chosen():
 
 @pytest.mark.parametrize("value", ["fastest", 0, None])
 def test_other_words_are_refused(value):
-    from hfprune_dist.errors import UserError
-
-    with pytest.raises(UserError, match="recovery.micro_batch_size"):
+    with pytest.raises(UserError, match=r"recovery\.micro_batch_size"):
         parse(SweepConfig, {"recovery": {"micro_batch_size": value}}, "the configuration")

@@ -133,8 +133,9 @@ def test_other_numbers_of_ranks_come_close(source, uninterrupted, tmp_path, rank
 @pytest.mark.slow
 @pytest.mark.parametrize(("match", "kill_at"), [("/snapshots", 6), ("/adapter", 1)])
 def test_killed_stage_goes_on_to_the_same_bits(source, uninterrupted, tmp_path, match, kill_at):
+    """Sharded weights before, whole ones afterwards."""
     store, stage = write_stage_file(source, tmp_path)
-    killed = run_stage(store, stage, 2, environment=killing(0, kill_at, match), **RUNTIME)
+    killed = run_stage(store, stage, 2, environment=killing(0, kill_at, match), sharding="zero3", **RUNTIME)
     assert killed.returncode != 0
     assert not store.path(stage.id).exists()
     assert "step 1/" not in finish(store, stage, ranks=2)

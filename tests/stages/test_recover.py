@@ -67,7 +67,7 @@ class Run:
         }
 
 
-def write_stage_file(root: Path, source: Path, **changes: object) -> Run:
+def write_stage_file(root: Path, source: Path, sharding: str = "replicate", **changes: object) -> Run:
     recovery = RecoveryConfig(**{**RECOVERY, **changes}).model_dump(
         exclude={"path", "dataset", "name", "split", "revision"}
     )
@@ -77,8 +77,8 @@ def write_stage_file(root: Path, source: Path, **changes: object) -> Run:
     }
     stage = Stage("recover", "tiny", {"recovery": recovery, "seed": 0}, inputs)
     work = Store(root).work(stage.id)
-    work.mkdir(parents=True)
-    runtime = RuntimeConfig(save_every_steps=3, collective_timeout_minutes=1).model_dump()
+    work.mkdir(parents=True, exist_ok=True)
+    runtime = RuntimeConfig(sharding=sharding, save_every_steps=3, collective_timeout_minutes=1).model_dump()
     record = {"stage": stage.to_json(), "runtime": runtime, "config": {}, "code": {}, "attempt": 1}
     (work / "stage.json").write_text(json.dumps(record), encoding="utf-8")
     return Run(Store(root), stage)
@@ -106,7 +106,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, source):
-    """The stage on two ranks, in bfloat16 and with dropout."""
+    """The stage on two ranks, in bfloat16 and with dropout; each has whole weights."""
     run = write_stage_file(tmp_path_factory.mktemp("uninterrupted"), source)
     finish(run, ranks=2, torchrun=True)
     return run
@@ -153,12 +153,14 @@ def test_losses_fall_and_reach_the_manifest(uninterrupted):
 
 @pytest.mark.slow
 def test_killed_stage_goes_on_to_the_same_bits_and_on_another_world_size_close_to_them(tmp_path, source, uninterrupted):
-    killed = write_stage_file(tmp_path / "two", source)
+    """A snapshot of sharded weights is taken up with whole ones, on one rank with sharded ones again."""
+    killed = write_stage_file(tmp_path / "two", source, sharding="zero3")
     kill_after_first_snapshot(killed)
     (killed.snapshots / "step-99999999.safetensors").write_bytes(b"cut short")
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     alone = Run(Store(tmp_path / "one"), killed.stage)
 
+    write_stage_file(tmp_path / "two", source, sharding="replicate")
     assert "step 1/" not in finish(killed, ranks=2)
     assert killed.losses() == uninterrupted.losses()
     for name, tensor in killed.weights().items():
