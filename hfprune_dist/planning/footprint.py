@@ -184,7 +184,7 @@ class Train:
         return Memory(
             weights=(dims.parameters * self.itemsize + lora) / ranks,
             gathered=_gathered_at_a_time(dims, self.itemsize, ranks),
-            activations=tokens * self.activation_bytes(dims),
+            activations=tokens * self.activation_bytes(dims, sharded=ranks > 1),
             scratch=self.logits_bytes(dims),
         )
 
@@ -196,11 +196,12 @@ class Train:
         # The logits, and in float32: themselves, their log-softmax and its gradient.
         return tokens * dims.vocabulary * (self.itemsize + 3 * 4)
 
-    def activation_bytes(self, dims: Dimensions) -> int:
+    def activation_bytes(self, dims: Dimensions, *, sharded: bool) -> int:
         """Bytes a token that stay until backward: of all layers, or their inputs and one layer that runs again."""
+        kept = self.layer_bytes(dims, sharded=sharded)
         if self.checkpointing:
-            return dims.num_layers * dims.hidden_size * self.itemsize + self.layer_bytes(dims)
-        return dims.num_layers * self.layer_bytes(dims)
+            return dims.num_layers * dims.hidden_size * self.itemsize + kept
+        return dims.num_layers * kept
 
     def lora_parameters(self, dims: Dimensions) -> int:
         """Of A and B of every projection."""
@@ -209,14 +210,17 @@ class Train:
         sides = 2 * (hidden + heads) + 2 * (hidden + groups) + 3 * (hidden + inner)
         return dims.num_layers * self.rank * sides
 
-    def layer_bytes(self, dims: Dimensions) -> int:
-        """Bytes a token of one layer, as Hugging Face's layers keep them for backward."""
+    def layer_bytes(self, dims: Dimensions, *, sharded: bool) -> int:
+        """Bytes a token of one layer, as Hugging Face's layers keep them for backward, with DeepSpeed's linear layers
+        where weights are sharded: those keep their inputs, frozen or not.
+        """
         heads = dims.num_heads * dims.head_size
         norms = 2 * 4 * dims.hidden_size
         attention = 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size * self.itemsize
         gated = 3 * dims.intermediate_size * self.itemsize
         if self.dropout:  # a dropped copy and a mask for each projection
             inputs = (5 * dims.hidden_size + heads + dims.intermediate_size) * (self.itemsize + 1)
+            inputs += (2 * dims.hidden_size + dims.intermediate_size) * self.itemsize * sharded
         else:
             inputs = (2 * dims.hidden_size + dims.intermediate_size) * self.itemsize
         return norms + attention + gated + inputs
