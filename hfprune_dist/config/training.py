@@ -15,9 +15,9 @@ class LoraTraining(Section):
 
     batch_size: Positive = 128
     """Rows per optimizer step, over all ranks together."""
-    micro_batch_size: Positive | Literal["auto"] = 1
+    micro_batch_size: Positive | Literal["auto"] = "auto"
     """Rows per forward pass of one rank. auto: as many as the memory of the GPUs that it is planned for lets in (1
-    without GPUs), chosen when a sweep begins and then part of its configuration."""
+    where that isn't known), chosen by the first run in a folder and then part of the folder's configuration."""
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4
     """Peak learning rate; decays to zero along a cosine."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -35,9 +35,8 @@ class LoraTraining(Section):
 
     @property
     def rows_at_once(self) -> int:
-        """``micro_batch_size``, once it has been chosen."""
-        assert self.micro_batch_size != "auto", "planning chooses it"
-        return self.micro_batch_size
+        """``micro_batch_size``; 1 where nobody has chosen."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class DistillationConfig(LoraTraining):

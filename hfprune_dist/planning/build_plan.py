@@ -30,7 +30,7 @@ from hfprune_dist.planning.multiples import with_multiple
 from hfprune_dist.planning.plan import Cell, Plan, label_of
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.rounds import round_ratios
-from hfprune_dist.planning.training_memory import chooses
+from hfprune_dist.planning.training_memory import choose_micro_batches
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
 from hfprune_dist.structures import KV_GROUPS, NEURONS, Kind, kinds_among
@@ -45,7 +45,7 @@ def build_plan(
         UserError: for a ratio that a model can't reach, rows that would be the same, input text that can't be read, or
             a calibration that is to end early where no criterion can tell.
     """
-    assert not chooses(config), "micro-batches are chosen first"
+    config = choose_micro_batches(config, [], {})  # where nobody has chosen yet
     _check_settled(config, methods)
     planner = _Planner(config, methods, hashes)
     cells = [cell for model in models for cell in planner.cells(model)]

@@ -66,24 +66,22 @@ def chooses(config: SweepConfig) -> bool:
     return any(settings.micro_batch_size == AUTO for settings in _trainings(config).values())
 
 
-def as_chosen_in(earlier: SweepConfig, config: SweepConfig) -> SweepConfig:
-    """A configuration with the micro-batches that an earlier one has where they are still to be chosen."""
-    return _with_rows(config, {name: it.micro_batch_size for name, it in _trainings(earlier).items()})
+def as_chosen_before(config: SweepConfig, earlier: Mapping[str, int | Literal["auto"]]) -> SweepConfig:
+    """A configuration with earlier micro-batches, by section, where there are any and it has none."""
+    return _with_rows(config, earlier)
 
 
-def choose_micro_batches(
-    config: SweepConfig, models: Sequence[Dimensions], gpus: Mapping[str, Gpus | None]
-) -> SweepConfig:
+def choose_micro_batches(config: SweepConfig, models: Sequence[Dimensions], gpus: Mapping[str, Gpus]) -> SweepConfig:
     """A configuration in which every micro-batch of LoRA training is a number.
 
     Args:
         models: every dense model of the sweep; the one that leaves room for the fewest rows decides.
-        gpus: section -> what its stages run on; None: no GPUs, or of unknown memory.
+        gpus: section -> what its stages run on; none: no GPUs, or of unknown memory.
     """
     tokens = {"recovery": config.recovery.sequence_length, "distillation": config.calibration.sequence_length}
     rows: dict[str, int | Literal["auto"]] = {}
     for section, settings in _trainings(config).items():
-        where, one = gpus[section], settings.model_copy(update={"micro_batch_size": 1})
+        where, one = gpus.get(section), settings.model_copy(update={"micro_batch_size": 1})
         job = Train.of(one, tokens[section], distills=section == "distillation")
         rows[section] = 1
         if where is not None:
@@ -99,8 +97,13 @@ def _trainings(config: SweepConfig) -> dict[str, LoraTraining]:
 def _with_rows(config: SweepConfig, rows: Mapping[str, int | Literal["auto"]]) -> SweepConfig:
     """With these micro-batches, by section, where they are still to be chosen."""
     open_to_choice = {name: it for name, it in _trainings(config).items() if it.micro_batch_size == AUTO}
-    chosen = {name: it.model_copy(update={"micro_batch_size": rows[name]}) for name, it in open_to_choice.items()}
-    return config.model_copy(update=chosen)
+    return config.model_copy(
+        update={
+            name: settings.model_copy(update={"micro_batch_size": rows[name]})
+            for name, settings in open_to_choice.items()
+            if name in rows
+        }
+    )
 
 
 def _most_rows(job: Train, dims: Dimensions, gpus: Gpus, batch_size: int, sharding: Sharding) -> int:

@@ -152,11 +152,12 @@ def _with_micro_batches(command: Command, config: SweepConfig, models: Sequence[
     """The configuration with micro-batches that suit the GPUs of the profile, or of this machine."""
     profile = command.profile()
     if profile is None:
-        here = gpus_here(fitting_runtime(config.runtime)[0])
-        gpus = {"recovery": here, "distillation": here}
+        found = dict.fromkeys(TRAINING_STAGES, gpus_here(fitting_runtime(config.runtime)[0]))
     else:
-        gpus = {name: gpus_of_profile(profile.resources[kind]) for name, kind in TRAINING_STAGES.items()}
+        found = {name: gpus_of_profile(profile.resources[kind]) for name, kind in TRAINING_STAGES.items()}
+    gpus = {name: it for name, it in found.items() if it is not None}
     chosen = choose_micro_batches(config, [dimensions_of(it.checkpoint.config) for it in models], gpus)
     rows = {name: getattr(chosen, name).rows_at_once for name in TRAINING_STAGES}
-    command.tell(f"note: micro-batches of {' and '.join(f'{name} {number}' for name, number in rows.items())}")
+    if gpus:
+        command.tell(f"note: micro-batches of {' and '.join(f'{name} {number}' for name, number in rows.items())}")
     return chosen

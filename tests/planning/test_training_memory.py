@@ -12,7 +12,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import Train, fits
 from hfprune_dist.planning.gpu_needs import Gpus
-from hfprune_dist.planning.training_memory import as_chosen_in, choose_micro_batches, chooses, gpus_of, place
+from hfprune_dist.planning.training_memory import as_chosen_before, choose_micro_batches, chooses, gpus_of, place
 
 GIB = 2**30
 LLAMA = {"vocab_size": 32000, "num_attention_heads": 32}
@@ -38,13 +38,11 @@ def gpus(count=8, gib=80):
     return Gpus(nodes=1, per_node=count, memory=gib * GIB)
 
 
-def chosen(models, where, **sections):
-    automatic = {"recovery": {"micro_batch_size": "auto"}, "distillation": {"micro_batch_size": "auto"}}
-    config = SweepConfig(
-        **{name: {**automatic.get(name, {}), **sections.get(name, {})} for name in {*automatic, *sections}}
-    )
+def chosen(models, where, **recovery):
+    config = SweepConfig(recovery=recovery)
     assert chooses(config)
-    done = choose_micro_batches(config, [DIMS[it] for it in models], {"recovery": where, "distillation": where})
+    gpus = {} if where is None else {"recovery": where, "distillation": where}
+    done = choose_micro_batches(config, [DIMS[it] for it in models], gpus)
     assert not chooses(done)
     return done.recovery.rows_at_once
 
@@ -86,8 +84,8 @@ def test_the_first_way_that_fits_is_taken(model, rows, count, gib, sharding):
 )
 def test_chosen_rows_can_be_shared_and_suit_every_model(count, gib, batch_size, models):
     where = gpus(count, gib)
-    rows = chosen(sorted(models), where, recovery={"batch_size": batch_size})
-    assert rows == min(chosen([it], where, recovery={"batch_size": batch_size}) for it in models)
+    rows = chosen(sorted(models), where, batch_size=batch_size)
+    assert rows == min(chosen([it], where, batch_size=batch_size) for it in models)
     assert rows == 1 or batch_size % (rows * count) == 0
     for model in models:
         way, one = (place(job(it), DIMS[model], where, "auto") for it in (rows, 1))
@@ -105,13 +103,12 @@ def test_checkpointing_lets_four_rows_in():
 
 
 def test_without_gpus_it_is_what_it_was_by_default():
-    assert chosen(["7B"], None) == 1 == SweepConfig().recovery.micro_batch_size
+    assert chosen(["7B"], None) == 1 == SweepConfig().recovery.rows_at_once
 
 
 def test_what_was_chosen_stays_and_what_is_set_is_not_chosen():
-    earlier = SweepConfig(recovery={"micro_batch_size": 8}, distillation={"micro_batch_size": 2})
     now = SweepConfig(recovery={"micro_batch_size": "auto"}, distillation={"micro_batch_size": 4})
-    again = as_chosen_in(earlier, now)
+    again = as_chosen_before(now, {"recovery": 8, "distillation": 2, "calibration": 16})
     assert (again.recovery.micro_batch_size, again.distillation.micro_batch_size) == (8, 4)
 
 
