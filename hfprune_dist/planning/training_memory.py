@@ -46,14 +46,19 @@ def place(job: Train, dims: Dimensions, gpus: Gpus, sharding: Sharding) -> Place
         gpus: of all ranks.
         sharding: ``runtime.sharding``.
     """
-    wholes = {"replicate": [True], "zero3": [False]}.get(sharding, [True, False])
-    if sharding == "auto" and gpus.ranks > 1 and dims.parameters * job.itemsize > WEIGHTS_SHARE * gpus.memory:
-        wholes = [False]
+    wholes = {"replicate": [True], "zero3": [False]}.get(sharding) or _to_choose_from(job, dims, gpus)
     ways = [Placement(whole, checkpointing, True) for whole in wholes for checkpointing in (False, True)]
     for way in ways:
         if fits(replace(job, checkpointing=way.checkpointing), dims, gpus_of(way, gpus)):
             return way
     return replace(ways[-1], fits=False)
+
+
+def _to_choose_from(job: Train, dims: Dimensions, gpus: Gpus) -> list[bool]:
+    """Whether weights may be whole, the faster first. One rank alone gains nothing from sharding."""
+    if gpus.ranks == 1:
+        return [True]
+    return [True, False] if dims.parameters * job.itemsize <= WEIGHTS_SHARE * gpus.memory else [False]
 
 
 def gpus_of(way: Placement, gpus: Gpus) -> Gpus:

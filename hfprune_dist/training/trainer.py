@@ -76,7 +76,7 @@ def _train(
     way = place_training(task, world)
     init_deepspeed(world)
     if way.whole:
-        model = with_whole_weights(load_trainable_model(task))
+        model = with_whole_weights(load_trainable_model(task), world)
     arguments = training_arguments(task, rows.slots // rows_at_once, snapshots.folder, way, world)
     if not way.whole:
         model = load_trainable_model(task)

@@ -27,9 +27,9 @@ def place_training(task: FineTuning, world: World) -> Placement:
     return place(job, dimensions_of(task.checkpoint.config), gpus, task.sharding)
 
 
-def with_whole_weights(model: nn.Module) -> nn.Module:
+def with_whole_weights(model: nn.Module, world: World) -> nn.Module:
     """A model with LoRA layers, ready for DeepSpeed to shard nothing of it but LoRA's optimizer states."""
-    _keep_whole(model)
+    _keep_whole(model.to(world.device))  # a head that shares the embedding's weight would be moved apart afterwards
     _compute_as_sharded(model)
     return model
 
