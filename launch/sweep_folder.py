@@ -17,6 +17,7 @@ from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.earlier_rows import without_rows
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.training_memory import as_chosen_before
 from hfprune_dist.results.checkpoint_folders import Update
 from hfprune_dist.results.named_checkpoints import checkpoint_folders, named_checkpoints
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows
@@ -206,7 +207,7 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
     """
     own = out / CONFIG_FILE
     if files or not own.is_file():
-        return load_config(files, overrides, PROJECT.configs), ""
+        return as_chosen_before(load_config(files, overrides, PROJECT.configs), _chosen_rows(own)), ""
     try:
         if "models" not in read_yaml(own, "configuration", "keys and values at the top level"):
             raise UserError(f"{own}: damaged, it doesn't name any models")
@@ -217,7 +218,20 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
             "--config"
         ) from None
     laid_over = ", with this command's settings over it" if overrides else ""
-    return load_config([own], overrides), f"configuration: {own}, of the last run in this folder{laid_over}"
+    config = as_chosen_before(load_config([own], overrides), _chosen_rows(own))
+    return config, f"configuration: {own}, of the last run in this folder{laid_over}"
+
+
+def _chosen_rows(own: Path) -> dict[str, int]:
+    """Section -> the micro-batch that the last run in a folder trained with; of a damaged file, none."""
+    if not own.is_file():
+        return {}
+    try:
+        raw = read_yaml(own, "configuration", "keys and values at the top level")
+    except UserError:
+        return {}
+    rows = {name: section.get("micro_batch_size") for name, section in raw.items() if isinstance(section, dict)}
+    return {name: number for name, number in rows.items() if isinstance(number, int) and number > 0}
 
 
 def configuration_layers(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> list[Layer]:

@@ -114,7 +114,8 @@ class RuntimeConfig(Section):
     activation_checkpointing: bool = False
     """Importance: keep only the layers' inputs and run each layer again in backward; less memory, the same bits."""
     sharding: Literal["auto", "replicate", "zero3"] = "auto"
-    """Evaluation: replicate the model on every rank, shard it with ZeRO-3, or decide by its size (auto)."""
+    """Evaluation, distillation, recovery: replicate the model on every rank, shard it with ZeRO-3, or decide by the
+    memory that is free (auto)."""
     save_every_steps: Positive = 50
     """Recovery, distillation: optimizer steps between snapshots."""
     collective_timeout_minutes: Annotated[int, Field(ge=1, le=366 * 24 * 60)] = 10

@@ -15,8 +15,9 @@ class LoraTraining(Section):
 
     batch_size: Positive = 128
     """Rows per optimizer step, over all ranks together."""
-    micro_batch_size: Positive = 1
-    """Rows per forward pass of one rank."""
+    micro_batch_size: Positive | Literal["auto"] = "auto"
+    """Rows per forward pass of one rank. auto: as many as the memory of the GPUs that it is planned for lets in (1
+    where that isn't known), chosen by the first run in a folder and then part of the folder's configuration."""
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4
     """Peak learning rate; decays to zero along a cosine."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -31,6 +32,11 @@ class LoraTraining(Section):
     """LoRA dropout."""
     dtype: Dtype = "bfloat16"
     """Compute dtype; LoRA weights and optimizer states are float32 in any case."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """``micro_batch_size``; 1 where nobody has chosen."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class DistillationConfig(LoraTraining):
@@ -85,12 +91,12 @@ class RecoveryConfig(TextSource, LoraTraining):
         Raises:
             UserError: where they can't; the message tells which values work.
         """
-        at_once = self.micro_batch_size * world_size
+        at_once = self.rows_at_once * world_size
         below = self.batch_size // at_once * at_once
         if below == self.batch_size:
             return
-        most = self.batch_size // self.micro_batch_size
-        rank_counts = [n for n in range(1, most + 1) if self.batch_size % (n * self.micro_batch_size) == 0]
+        most = self.batch_size // self.rows_at_once
+        rank_counts = [n for n in range(1, most + 1) if self.batch_size % (n * self.rows_at_once) == 0]
         ranks = f", or the ranks to one of {', '.join(map(str, rank_counts))}" if rank_counts else ""
         raise UserError(
             f"recovery.batch_size {self.batch_size} isn't a multiple of recovery.micro_batch_size "

@@ -64,6 +64,18 @@ def rearming(model: nn.Module) -> Callable[[], None]:
     return rearm
 
 
+def keep_gathered(model: nn.Module) -> None:
+    """Gather the parameters of a model that trains now and after each step, and not for each of its modules.
+
+    DeepSpeed's hooks take longer than small layers themselves, and there would be nothing for them to do. All
+    parameters must be below the configuration's ``stage3_param_persistence_threshold``.
+    """
+    first: Any = next(model.parameters())
+    offload = first._z3_optimizer.parameter_offload
+    offload.destroy()
+    first.all_gather(offload.persistent_parameters)
+
+
 def empty_shards(model: nn.Module) -> None:
     """Give the memory of a sharded model's weights back: DeepSpeed holds on to the model for ever."""
     parameters: Iterable[Any] = model.parameters()

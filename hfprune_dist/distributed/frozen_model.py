@@ -24,12 +24,13 @@ def choose_sharding(
     """Decide together how to place a model: whole on each rank where the weights fit everywhere, else sharded."""
     if requested != "auto":
         return requested
-    fits = checkpoint.parameters * dtype.itemsize <= WEIGHTS_SHARE * _free_bytes(world)
+    fits = checkpoint.parameters * dtype.itemsize <= WEIGHTS_SHARE * free_bytes(world)
     # One rank alone gains nothing from sharding.
     return "replicate" if all(world.gather(fits)) or world.size == 1 else "zero3"
 
 
-def _free_bytes(world: World) -> float:
+def free_bytes(world: World) -> float:
+    """Of this rank: of its GPU, or its share of the main memory that is available."""
     if world.device.type == "cuda":
         return float(torch.cuda.mem_get_info(world.device)[0])
     return float(psutil.virtual_memory().available / world.local_size)

@@ -31,6 +31,7 @@ from hfprune_dist.planning.multiples import with_multiple
 from hfprune_dist.planning.plan import Cell, Plan, label_of
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.rounds import round_ratios
+from hfprune_dist.planning.training_memory import choose_micro_batches
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.provenance import package_versions
 from hfprune_dist.store.stage import Input, Stage
@@ -53,6 +54,7 @@ def build_plan(
         UserError: for a ratio that a model can't reach, rows that would be the same, input text that can't be read, a
             calibration that is to end early where no criterion can tell, or generations beyond a model's positions.
     """
+    config = choose_micro_batches(config, [], {})  # where nobody has chosen yet
     _check_settled(config, methods)
     planner = _Planner(config, methods, hashes, device)
     cells = [cell for model in models for cell in planner.cells(model)]
@@ -204,7 +206,7 @@ class _Planner:
     def _reference_of_calibration(self, importance: Stage) -> Stage:
         """On the windows that the dense model was scored on."""
         distillation = self.config.distillation
-        params = ReferenceParameters(dtype=distillation.dtype, micro_batch_size=distillation.micro_batch_size)
+        params = ReferenceParameters(dtype=distillation.dtype, micro_batch_size=distillation.rows_at_once)
         inputs = {
             "model": importance.inputs["model"],
             "importance": _part_of(importance, _Scored(frozenset(), [NEURONS])),

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, CHUNK_BYTES
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.generation_footprint import Generate
-from hfprune_dist.planning.gpu_needs import Gpus, Memory, Work
+from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory, Work
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit, memory_of_layer_pass, tokens_of_a_rank, widest
 
 # Of a GPU's memory: the runtime's context, communication buffers, fragmentation.
@@ -158,6 +159,19 @@ class Train:
     dropout: bool
     itemsize: int = 2
     distills: bool = False
+    checkpointing: bool = False
+
+    @classmethod
+    def of(cls, settings: LoraTraining, tokens: int, distills: bool) -> Train:
+        """What a stage with such settings does with rows of so many tokens."""
+        return cls(
+            rows=settings.rows_at_once,
+            tokens=tokens,
+            rank=settings.rank,
+            dropout=settings.dropout > 0,
+            itemsize=ITEMSIZE[settings.dtype],
+            distills=distills,
+        )
 
     def resized(self, rows: int) -> Train:
         """The same with so many rows in a micro-batch."""
@@ -171,7 +185,7 @@ class Train:
         return Memory(
             weights=(dims.parameters * self.itemsize + lora) / ranks,
             gathered=_gathered_at_a_time(dims, self.itemsize, ranks),
-            activations=tokens * dims.num_layers * self.layer_bytes(dims),
+            activations=tokens * self.activation_bytes(dims, sharded=ranks > 1),
             scratch=self.logits_bytes(dims),
         )
 
@@ -183,6 +197,13 @@ class Train:
         # The logits, and in float32: themselves, their log-softmax and its gradient.
         return tokens * dims.vocabulary * (self.itemsize + 3 * 4)
 
+    def activation_bytes(self, dims: Dimensions, *, sharded: bool) -> int:
+        """Bytes a token that stay until backward: of all layers, or their inputs and one layer that runs again."""
+        kept = self.layer_bytes(dims, sharded=sharded)
+        if self.checkpointing:
+            return dims.num_layers * dims.hidden_size * self.itemsize + kept
+        return dims.num_layers * kept
+
     def lora_parameters(self, dims: Dimensions) -> int:
         """Of A and B of every projection."""
         hidden, inner = dims.hidden_size, dims.intermediate_size
@@ -190,14 +211,17 @@ class Train:
         sides = 2 * (hidden + heads) + 2 * (hidden + groups) + 3 * (hidden + inner)
         return dims.num_layers * self.rank * sides
 
-    def layer_bytes(self, dims: Dimensions) -> int:
-        """Bytes a token of one layer, as Hugging Face's layers keep them for backward."""
+    def layer_bytes(self, dims: Dimensions, *, sharded: bool) -> int:
+        """Bytes a token of one layer, as Hugging Face's layers keep them for backward, with DeepSpeed's linear layers
+        where weights are sharded: those keep their inputs, frozen or not.
+        """
         heads = dims.num_heads * dims.head_size
         norms = 2 * 4 * dims.hidden_size
         attention = 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size * self.itemsize
         gated = 3 * dims.intermediate_size * self.itemsize
         if self.dropout:  # a dropped copy and a mask for each projection
             inputs = (5 * dims.hidden_size + heads + dims.intermediate_size) * (self.itemsize + 1)
+            inputs += (2 * dims.hidden_size + dims.intermediate_size) * self.itemsize * sharded
         else:
             inputs = (2 * dims.hidden_size + dims.intermediate_size) * self.itemsize
         return norms + attention + gated + inputs
@@ -215,6 +239,8 @@ class Train:
         read = dims.head_size * (dims.num_heads + 2 * dims.num_key_value_heads) + 3 * self.rank
         flops -= 2 * dims.hidden_size * read
         gathered = 2 * matrices + dims.head_parameters
+        if self.checkpointing:  # the layers' forward once more
+            flops += 2 * dims.body_parameters + attention_flops(dims, self.tokens)
         return Work(self.rows * self.tokens * flops, gathered * self.itemsize)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Of a compute dtype, bytes of a number.
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+
 
 @dataclass(frozen=True)
 class Memory:

@@ -20,7 +20,8 @@ from hfprune_dist.config.parameters import (
     ReferenceParameters,
 )
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.planning.jobs import importance_job, training_job
+from hfprune_dist.planning.footprint import Train
+from hfprune_dist.planning.importance_job import importance_job
 from hfprune_dist.planning.layer_pass_work import (
     Windows,
     dense_refit,
@@ -94,10 +95,10 @@ class StageCosts:
                 return self._prune(stage, params, metrics)
             case DistillParameters(distillation=settings, passes=passes):
                 length = self._calibration(self._need(stage, "reference")).length
-                job = training_job(settings, length, distills=True).resized(1)
+                job = Train.of(settings, length, distills=True).resized(1)
                 tokens = passes * metrics["tokens"]
             case RecoverParameters(recovery=settings):
-                job = training_job(settings, settings.sequence_length, distills=False).resized(1)
+                job = Train.of(settings, settings.sequence_length, distills=False).resized(1)
                 tokens = rows_trained(metrics["rows"], settings.batch_size, metrics["steps"]) * settings.sequence_length
             case _:
                 raise _UnknownError

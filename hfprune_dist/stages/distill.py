@@ -51,4 +51,5 @@ def _task(context: Context, settings: DistillationConfig, checkpoint: Checkpoint
         save_every_steps=context.runtime.save_every_steps,
         timeout_minutes=context.runtime.collective_timeout_minutes,
         run=context.tracked_run,
+        sharding=context.runtime.sharding,
     )

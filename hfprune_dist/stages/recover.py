@@ -148,5 +148,6 @@ def _train(context: Context, checkpoint: Checkpoint, settings: RecoveryConfig, c
         save_every_steps=context.runtime.save_every_steps,
         timeout_minutes=context.runtime.collective_timeout_minutes,
         run=context.tracked_run,
+        sharding=context.runtime.sharding,
     )
     return fine_tune(task, context.work / "snapshots", context.world, context.progress, context.interruption)

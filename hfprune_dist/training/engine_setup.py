@@ -15,10 +15,12 @@ from transformers.utils import logging
 
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.distributed.world import World
-from hfprune_dist.distributed.zero3 import init_deepspeed
 from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.planning.training_memory import Placement
 from hfprune_dist.training.fine_tuning import FineTuning
 
+# More elements than any parameter has.
+KEEP_ALL_GATHERED = {"stage3_param_persistence_threshold": 2**62}
 MAX_GRAD_NORM = 1.0  # the Trainer's default, which the published recipe leaves alone
 
 
@@ -30,10 +32,11 @@ def prepare_process() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
-def _zero3_config(bfloat16: bool) -> dict[str, Any]:
+def _zero3_config(bfloat16: bool, whole: bool) -> dict[str, Any]:
     """Parameters, gradients and optimizer states sharded; gradients reduced and added up in float32.
 
-    Parameters go as soon as they are used. To find those that backward uses again soon, DeepSpeed would walk up to a
+    Where frozen weights are ``whole``, they are not DeepSpeed's, and LoRA's stay gathered between optimizer steps. Else
+    parameters go as soon as they are used. To find those that backward uses again soon, DeepSpeed would walk up to a
     billion parameters of the modules that follow, for every module: with LoRA's many modules 20 s in the second step.
     """
     return {
@@ -45,6 +48,7 @@ def _zero3_config(bfloat16: bool) -> dict[str, Any]:
             "overlap_comm": True,
             "contiguous_gradients": False,
             "stage3_max_reuse_distance": 0,
+            **(KEEP_ALL_GATHERED if whole else {}),
         },
         "bf16": {"enabled": bfloat16},
         "communication_data_type": "fp32",
@@ -52,15 +56,16 @@ def _zero3_config(bfloat16: bool) -> dict[str, Any]:
     }
 
 
-def training_arguments(task: FineTuning, accumulation_steps: int, folder: Path, world: World) -> TrainingArguments:
+def training_arguments(
+    task: FineTuning, accumulation_steps: int, folder: Path, way: Placement, world: World
+) -> TrainingArguments:
     """Settings of the Trainer; while they live, from_pretrained shards a model as it loads."""
     settings = task.settings
     on_cpu = world.device.type == "cpu"
-    init_deepspeed(world)
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,  # one pass over ScheduledRows, which has the rows of all epochs
-        per_device_train_batch_size=settings.micro_batch_size,
+        per_device_train_batch_size=settings.rows_at_once,
         gradient_accumulation_steps=accumulation_steps,
         train_sampling_strategy="sequential",
         optim="adamw_torch",
@@ -71,7 +76,9 @@ def training_arguments(task: FineTuning, accumulation_steps: int, folder: Path, 
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu else "nccl",
         ddp_timeout=task.timeout_minutes * 60,
-        deepspeed=_zero3_config(settings.dtype == "bfloat16"),
+        deepspeed=_zero3_config(settings.dtype == "bfloat16", way.whole),
+        gradient_checkpointing=way.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
@@ -87,7 +94,7 @@ def training_arguments(task: FineTuning, accumulation_steps: int, folder: Path, 
 
 
 def load_trainable_model(task: FineTuning) -> nn.Module:
-    """The sharded model with LoRA layers, which hold the weights of ``task.start`` if there is one."""
+    """The model with LoRA layers, which hold the weights of ``task.start`` if there is one."""
     dtype = getattr(torch, task.settings.dtype)
     model = load_causal_lm(task.checkpoint.path, dtype)
     model.config.use_cache = False  # where there is a cache, transformers doesn't look for packed pairs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.training import LoraTraining
@@ -28,6 +29,7 @@ class FineTuning:
         save_every_steps: optimizer steps between snapshots; the last step leaves one in any case.
         timeout_minutes: a collective that takes longer ends the stage.
         run: as trackers know it.
+        sharding: where frozen weights lie (``runtime.sharding``); it changes nothing in what is learnt.
         start: where to go on; None begins anew.
     """
 
@@ -43,6 +45,7 @@ class FineTuning:
     save_every_steps: int
     timeout_minutes: int
     run: TrackedRun
+    sharding: Literal["auto", "replicate", "zero3"] = "auto"
     start: Snapshot | None = None
 
     @property

@@ -1,4 +1,6 @@
-"""LoRA training of a model sharded over all ranks: the Hugging Face Trainer, peft and DeepSpeed ZeRO-3.
+"""LoRA training on all ranks: the Hugging Face Trainer, peft and DeepSpeed ZeRO-3.
+
+Frozen weights are whole on each rank where they fit, and else sharded; both have the same bits on the same ranks.
 
 Two losses: that of the rows' labels, and the divergence from a dense model whose hidden states the rows bring along.
 
@@ -26,9 +28,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hfprune_dist.data.schedule import IGNORED, ScheduledRows
-from hfprune_dist.distributed.deepspeed_patches import limit_timeouts, torchs_linear_afterwards
+from hfprune_dist.distributed.deepspeed_patches import keep_gathered, limit_timeouts, torchs_linear_afterwards
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
+from hfprune_dist.distributed.zero3 import init_deepspeed
 from hfprune_dist.models.distillation_head import DistillingHead
 from hfprune_dist.models.loading import require_exact_rotary
 from hfprune_dist.store.hashing import digest_of
@@ -38,6 +41,7 @@ from hfprune_dist.training.fine_tuning import FineTuning, finite_values, learnin
 from hfprune_dist.training.snapshots import MOMENTS, LossLine, Snapshot, Snapshots, read_snapshot
 from hfprune_dist.training.teacher_states import DENSE
 from hfprune_dist.training.tracking import open_trackers
+from hfprune_dist.training.whole_weights import place_training, with_whole_weights
 
 
 def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, interruption: Interruption) -> Snapshot:
@@ -68,13 +72,18 @@ def _train(
     task: FineTuning, snapshots: Snapshots, world: World, progress: Progress, interruption: Interruption
 ) -> None:
     prepare_process()
-    rows_at_once = task.settings.micro_batch_size * world.size
+    rows_at_once = task.settings.rows_at_once * world.size
     rows = ScheduledRows(task.rows, task.schedule, task.first_step, task.total_steps, multiple_of=rows_at_once)
-    arguments = training_arguments(task, rows.slots // rows_at_once, snapshots.folder, world)
-    model = load_trainable_model(task)
+    way = place_training(task, world)
+    init_deepspeed(world)
+    if way.whole:
+        model = with_whole_weights(load_trainable_model(task), world)
+    arguments = training_arguments(task, rows.slots // rows_at_once, snapshots.folder, way, world)
+    if not way.whole:
+        model = load_trainable_model(task)
     trainer_of = _DistillingTrainer if task.distills else _LoraTrainer
     trainer = trainer_of(
-        task, snapshots, world, progress, interruption, model=model, args=arguments, train_dataset=rows
+        task, snapshots, world, progress, interruption, whole=way.whole, model=model, args=arguments, train_dataset=rows
     )
     gc.freeze()  # else Python walks all modules and parameters again and again: a seventh of the time on CPU
     with open_trackers(task.run, task.first_step, world) as trackers:
@@ -95,9 +104,11 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
         world: World,
         progress: Progress,
         interruption: Interruption,
+        *,
+        whole: bool,
         **trainer_arguments: Any,
     ) -> None:
-        super().__init__(**trainer_arguments, data_collator=_stack, callbacks=[_PrepareEngine(task, world)])
+        super().__init__(**trainer_arguments, data_collator=_stack, callbacks=[_PrepareEngine(task, whole, world)])
         self.remove_callback(PrinterCallback)
         self._task = task
         self._snapshots = snapshots
@@ -184,10 +195,13 @@ class _DistillingTrainer(_LoraTrainer):
 
 
 class _PrepareEngine(TrainerCallback):  # type: ignore[misc]
-    """What can be done only once the engine exists: shorten its groups' timeouts, and restore the optimizer."""
+    """What can be done only once the engine exists: shorten its groups' timeouts, restore the optimizer, and gather
+    what stays gathered.
+    """
 
-    def __init__(self, task: FineTuning, world: World) -> None:
+    def __init__(self, task: FineTuning, whole: bool, world: World) -> None:
         self._task = task
+        self._whole = whole
         self._world = world
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
@@ -195,6 +209,8 @@ class _PrepareEngine(TrainerCallback):  # type: ignore[misc]
         limit_timeouts(self._task.timeout_minutes)
         if self._task.start is not None:
             _restore(trained["model"], self._task.start, self._world.rank)
+        if self._whole:
+            keep_gathered(trained["model"])
 
 
 def _restore(model: nn.Module, start: Snapshot, rank: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hfprune_launch.stage.threads import threads_allowed
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.store.provenance import CPU_INFO, cpu_model
 from hfprune_dist.store.stage import Stage
 
@@ -73,6 +75,19 @@ def ranks_here(runtime: RuntimeConfig) -> int:
     if gpus and ranks > gpus:
         raise UserError(f"--ranks {ranks}: this machine has {gpus} GPUs, a rank needs one of its own")
     return ranks
+
+
+def gpus_here(runtime: RuntimeConfig) -> Gpus | None:
+    """The GPUs that ranks of this machine get; None where it has none, or nvidia-smi doesn't tell their memory."""
+    if not count_gpus():
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+        memory = min(int(line) for line in told.splitlines()) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return Gpus(nodes=1, per_node=ranks_here(runtime), memory=memory)
 
 
 def note_on_bfloat16(stages: Iterable[Stage]) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from hfprune_launch.local.hardware import device_here, fitting_runtime
+from hfprune_launch.local.hardware import device_here, fitting_runtime, gpus_here
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.preflight import check_stages
 from hfprune_launch.project import PROJECT
 from hfprune_launch.slurm.batch_script import refuse_unusable_path
-from hfprune_launch.slurm.estimate import Estimate, estimate_stages, refuse_what_cannot_fit
+from hfprune_launch.slurm.estimate import Estimate, estimate_stages, gpus_of_profile, refuse_what_cannot_fit
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.sweep_folder import Record, Sweep, read_record, require_apart, require_folder
 
@@ -20,13 +20,18 @@ from hfprune_dist.config.parameters import EfficiencyParameters
 from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.build_plan import build_plan, place_of
+from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.earlier_rows import with_earlier_rows
 from hfprune_dist.planning.known_shapes import KnownShape, dense_shape, known_shape
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.ratios import remarks_on_shapes
-from hfprune_dist.store.artifacts import Store, Verdict
+from hfprune_dist.planning.training_memory import choose_micro_batches, chooses
+from hfprune_dist.store.artifacts import Verdict
+
+# Section of the configuration -> the kind of stage that it is of.
+TRAINING_STAGES = {"recovery": "recover", "distillation": "distill"}
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,11 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     Raises:
         UserError: for bad input; nothing has been written.
     """
-    config = command.configuration()
     require_folder(command.out)
     store = command.store
     profile = command.profile()
-    device = device_here(config.runtime) if profile is None else profile.resources["efficiency"].device
-    models, methods, plan = _plan(config, store, device, download=download)
+    device = None if profile is None else profile.resources["efficiency"].device
+    config, models, methods, plan = _plan(command, device, download=download)
     require_apart(command.out, plan)
     for model in models:
         for remark in model.checkpoint.remarks:
@@ -123,10 +127,10 @@ def _runtime(command: Command, config: SweepConfig, profile: Profile | None) -> 
 
 def sweep_to_show(command: Command) -> Sweep:
     """Today's plan with the folder's other rows; where its inputs can't be read any more, what the folder tells."""
-    config, store, out = command.configuration(), command.store, command.out
+    store, out = command.store, command.out
     show, record = partial(Sweep, store=store, out=out), read_record(out)
     try:
-        *_, today = _plan(config, store, _device_of(record) or device_here(config.runtime), download=False)
+        *_, today = _plan(command, _device_of(record), download=False)
     except UserError:
         if record is None:
             raise
@@ -142,8 +146,32 @@ def _device_of(record: Record | None) -> str | None:
 
 
 def _plan(
-    config: SweepConfig, store: Store, device: str, download: bool
-) -> tuple[list[ModelSource], dict[str, Method], Plan]:
-    models = resolve_models(config, PROJECT.configs / "models", store.hashes, download)
+    command: Command, device: str | None, *, download: bool
+) -> tuple[SweepConfig, list[ModelSource], dict[str, Method], Plan]:
+    """The configuration with all that planning chooses, and what it comes to.
+
+    Args:
+        device: what efficiency is measured on; None for this machine.
+    """
+    config, hashes = command.configuration(), command.store.hashes
+    models = resolve_models(config, PROJECT.configs / "models", hashes, download)
+    if chooses(config):
+        config = _with_micro_batches(command, config, models)
     methods = resolve_methods(config, PROJECT.configs / "methods")
-    return models, methods, build_plan(config, models, methods, store.hashes, device)
+    plan = build_plan(config, models, methods, hashes, device or device_here(config.runtime))
+    return config, models, methods, plan
+
+
+def _with_micro_batches(command: Command, config: SweepConfig, models: Sequence[ModelSource]) -> SweepConfig:
+    """The configuration with micro-batches that suit the GPUs of the profile, or of this machine."""
+    profile = command.profile()
+    if profile is None:
+        found = dict.fromkeys(TRAINING_STAGES, gpus_here(fitting_runtime(config.runtime)[0]))
+    else:
+        found = {name: gpus_of_profile(profile.resources[kind]) for name, kind in TRAINING_STAGES.items()}
+    gpus = {name: it for name, it in found.items() if it is not None}
+    chosen = choose_micro_batches(config, [dimensions_of(it.checkpoint.config) for it in models], gpus)
+    rows = {name: getattr(chosen, name).rows_at_once for name in TRAINING_STAGES}
+    if gpus:
+        command.tell(f"note: micro-batches of {' and '.join(f'{name} {number}' for name, number in rows.items())}")
+    return chosen

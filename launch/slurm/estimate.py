@@ -27,14 +27,15 @@ from hfprune_dist.config.texts import FIRST, CalibrationConfig, FidelityConfig, 
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
-from hfprune_dist.planning.footprint import Evaluate, Importance, Job, LayerPass, TimedJob, fits, seconds
+from hfprune_dist.planning.footprint import Evaluate, Importance, Job, LayerPass, TimedJob, Train, fits, seconds
 from hfprune_dist.planning.generation_footprint import Generate
-from hfprune_dist.planning.gpu_needs import Gpus, Memory
-from hfprune_dist.planning.jobs import ITEMSIZE, importance_job, training_job
+from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory
+from hfprune_dist.planning.importance_job import importance_job
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.training_memory import gpus_of, place
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS
@@ -130,8 +131,8 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
 
 def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeConfig) -> Estimate:
     dims = dimensions_of(_dense(plan, stage).config)
-    job, gpus = _job(plan, stage, runtime), _gpus(resources)
-    placed = dataclasses.replace(gpus, nodes=1, per_node=1) if _whole_on_each(job, dims, gpus, runtime) else gpus
+    gpus = _gpus(resources)
+    job, placed = _placed(_job(plan, stage, runtime), dims, gpus, runtime)
     return Estimate(
         stage=stage,
         memory=job.memory(dims, placed.ranks),
@@ -140,7 +141,7 @@ def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeCo
         host_available=resources.memory_bytes,
         fits=fits(job, dims, placed) if resources.gpu_memory_gib else None,
         advice=_advice(job, dims, gpus, placed, _shared_rows(stage)) if resources.gpu_memory_gib else "",
-        gpu_hours=_gpu_hours(_rounds(plan, stage, gpus.ranks), job, dims, gpus),
+        gpu_hours=_gpu_hours(_rounds(plan, stage, gpus.ranks), job, dims, gpus, placed),
     )
 
 
@@ -158,9 +159,9 @@ def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
         case PruneParameters() as params:
             return _refit(params, plan, stage)
         case RecoverParameters(recovery=settings):
-            return training_job(settings, settings.sequence_length, distills=False)
+            return Train.of(settings, settings.sequence_length, distills=False)
         case DistillParameters(distillation=settings):
-            return training_job(settings, _calibration(plan, stage).sequence_length, distills=True)
+            return Train.of(settings, _calibration(plan, stage).sequence_length, distills=True)
         case EvaluateParameters() as params:
             return Evaluate(params.batch_size, _held_out(plan, stage).sequence_length, ITEMSIZE[params.dtype])
         case EfficiencyParameters() as params:
@@ -213,6 +214,11 @@ def _calibration(plan: Plan, stage: Stage) -> CalibrationConfig:
     return params.calibration
 
 
+def gpus_of_profile(resources: Resources) -> Gpus | None:
+    """The GPUs of a kind of stage; None where it has none, or the profile doesn't say how much memory they have."""
+    return _gpus(resources) if resources.gpus and resources.gpu_memory_gib else None
+
+
 def _gpus(resources: Resources) -> Gpus:
     return Gpus(
         nodes=resources.nodes,
@@ -223,12 +229,16 @@ def _gpus(resources: Resources) -> Gpus:
     )
 
 
-def _whole_on_each(job: Job, dims: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -> bool:
-    """Whether an evaluation puts whole weights on every GPU."""
-    if not isinstance(job, Evaluate) or runtime.sharding == "zero3":
-        return False
-    small = dims.parameters * job.itemsize <= WEIGHTS_SHARE * gpus.memory
-    return runtime.sharding == "replicate" or small
+def _placed(job: Job, dims: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -> tuple[Job, Gpus]:
+    """A job as it will run, and the GPUs that one copy of the model lies on: one where each has whole weights."""
+    if isinstance(job, Train) and gpus.memory:
+        way = place(job, dims, gpus, runtime.sharding)
+        return dataclasses.replace(job, checkpointing=way.checkpointing), gpus_of(way, gpus)
+    if isinstance(job, Evaluate) and runtime.sharding != "zero3":
+        small = dims.parameters * job.itemsize <= WEIGHTS_SHARE * gpus.memory
+        if runtime.sharding == "replicate" or small:
+            return job, dataclasses.replace(gpus, nodes=1, per_node=1)
+    return job, gpus
 
 
 def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: int | None) -> str:
@@ -259,7 +269,7 @@ def _smaller(job: TimedJob | LayerPass, dims: Dimensions, placed: Gpus) -> str:
     fitting = [size for size in MICRO_BATCHES if fits(job.resized(size), dims, placed)]
     if fitting:
         return f"micro-batch {fitting[-1]}"
-    return "sharding zero3" if isinstance(job, Evaluate) else ""
+    return "sharding zero3" if isinstance(job, Evaluate | Train) else ""
 
 
 def _is_hidden(job: TimedJob, dims: Dimensions, gpus: Gpus) -> bool:
@@ -267,7 +277,7 @@ def _is_hidden(job: TimedJob, dims: Dimensions, gpus: Gpus) -> bool:
     return on_network <= at_work
 
 
-def _gpu_hours(rounds: int | None, job: Job, dims: Dimensions, gpus: Gpus) -> float | None:
+def _gpu_hours(rounds: int | None, job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus) -> float | None:
     """GPU-hours of so many micro-batches of every rank; None where their number, or what limits their rate, is not
     known.
     """
@@ -275,7 +285,7 @@ def _gpu_hours(rounds: int | None, job: Job, dims: Dimensions, gpus: Gpus) -> fl
         return None
     if isinstance(job, Importance) and job.curvature:  # Gram matrices and what is made of them take a time of their own
         return None
-    return rounds * max(seconds(job, dims, gpus)) * gpus.ranks / 3600
+    return rounds * max(seconds(job, dims, placed)) * gpus.ranks / 3600
 
 
 def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:
@@ -291,9 +301,9 @@ def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:
             samples = _calibration(plan, stage).samples
             # As data.schedule.Schedule, which imports torch, cuts a pass into steps.
             steps = _ceil(samples, distillation.batch_size)
-            return passes * steps * _ceil(_ceil(samples, steps), distillation.micro_batch_size * ranks)
+            return passes * steps * _ceil(_ceil(samples, steps), distillation.rows_at_once * ranks)
         case RecoverParameters(recovery=recovery) if recovery.max_steps is not None:
-            return recovery.max_steps * _ceil(recovery.batch_size, recovery.micro_batch_size * ranks)
+            return recovery.max_steps * _ceil(recovery.batch_size, recovery.rows_at_once * ranks)
     return None
 
 

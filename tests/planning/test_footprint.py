@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from peft import LoraConfig, get_peft_model
 from ranks import SoloWorld
 from tiny import save_tiny, tiny_model
@@ -298,15 +299,20 @@ def test_memory_of_a_reference(tmp_path):
     assert 0.7 < counted.peak / (job.memory(dims, 1).total + job.host_bytes(dims, 1)) < 1.05
 
 
-def test_kept_activations_of_lora_training():
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_kept_activations_of_lora_training(monkeypatch, sharded, dropout):
+    if sharded:
+        monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
     model = tiny_model("llama", **SHAPE).bfloat16()
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.05, target_modules=lora_targets(FAMILIES["llama"]))
+    targets = lora_targets(FAMILIES["llama"])
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=dropout, target_modules=targets)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False).train()
-    job = Train(rows=2, tokens=128, rank=4, dropout=True)
+    job = Train(rows=2, tokens=128, rank=4, dropout=dropout > 0)
     dims = dimensions_of(model.config.to_dict())
     with kept_for_backward(adapted) as counted:
         adapted.base_model.model.model(torch.ones(2, 128, dtype=torch.int64), use_cache=False)
-        assert 2 * 128 * dims.num_layers * job.layer_bytes(dims) == pytest.approx(counted(), rel=0.15)
+        assert 2 * 128 * dims.num_layers * job.layer_bytes(dims, sharded=sharded) == pytest.approx(counted(), rel=0.15)
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     assert job.lora_parameters(dims) == trained
 

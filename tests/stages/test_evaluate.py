@@ -481,7 +481,7 @@ def test_models_are_sharded_where_they_do_not_fit(inputs, monkeypatch, requested
         def gather(self, value):
             return [parameters * 4 <= 0.6 * bytes_there for bytes_there in free]
 
-    monkeypatch.setattr(inference, "_free_bytes", lambda world: free[0])
+    monkeypatch.setattr(inference, "free_bytes", lambda world: free[0])
     checkpoint = open_checkpoint(inputs / "model")
     parameters = checkpoint.parameters
     world = Several(rank=0, size=len(free), local_size=1, device=torch.device("cpu"))
@@ -500,6 +500,6 @@ def test_weights_may_take_most_of_the_free_memory(inputs, monkeypatch):
 
     world = Asked(rank=0, size=2, local_size=2, device=torch.device("cpu"))
     for share in (0.59, 0.61):
-        monkeypatch.setattr(inference, "_free_bytes", lambda world, share=share: needed / share)
+        monkeypatch.setattr(inference, "free_bytes", lambda world, share=share: needed / share)
         inference.choose_sharding("auto", checkpoint, torch.bfloat16, world)
     assert claims == [True, False]

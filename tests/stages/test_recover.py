@@ -72,7 +72,9 @@ class Run:
         }
 
 
-def write_stage_file(root: Path, source: Path, report_to: Sequence[Tracker] = (), **changes: object) -> Run:
+def write_stage_file(
+    root: Path, source: Path, *, sharding: str = "replicate", report_to: Sequence[Tracker] = (), **changes: object
+) -> Run:
     recovery = RecoveryConfig(**{**RECOVERY, **changes}).model_dump(
         exclude={"path", "dataset", "name", "split", "revision"}
     )
@@ -82,8 +84,9 @@ def write_stage_file(root: Path, source: Path, report_to: Sequence[Tracker] = ()
     }
     stage = Stage("recover", "tiny", {"recovery": recovery, "seed": 0}, inputs)
     work = Store(root).work(stage.id)
-    work.mkdir(parents=True)
-    runtime = RuntimeConfig(save_every_steps=3, collective_timeout_minutes=1, report_to=list(report_to)).model_dump()
+    work.mkdir(parents=True, exist_ok=True)
+    settings = {"sharding": sharding, "save_every_steps": 3, "collective_timeout_minutes": 1}
+    runtime = RuntimeConfig(**settings, report_to=list(report_to)).model_dump()
     record = {"stage": stage.to_json(), "runtime": runtime, "config": {}, "code": {}, "attempt": 1}
     (work / "stage.json").write_text(json.dumps(record), encoding="utf-8")
     return Run(Store(root), stage)
@@ -111,7 +114,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, source):
-    """The stage on two ranks, in bfloat16 and with dropout."""
+    """The stage on two ranks, in bfloat16 and with dropout; each has whole weights."""
     run = write_stage_file(tmp_path_factory.mktemp("uninterrupted") / "store", source)
     finish(run, ranks=2, torchrun=True)
     return run
@@ -158,13 +161,16 @@ def test_losses_fall_and_reach_the_manifest(uninterrupted):
 
 @pytest.mark.slow
 def test_killed_stage_goes_on_to_the_same_bits_and_on_another_world_size_close_to_them(tmp_path, source, uninterrupted):
-    """With a tracker, unlike the one that was not killed: it is told each step once, and changes no bit."""
-    killed = write_stage_file(tmp_path / "two" / "store", source, report_to=["tensorboard"])
+    """A snapshot of sharded weights is taken up with whole ones, on one rank with sharded ones again. With a tracker,
+    unlike the one that was not killed: it is told each step once, and changes no bit.
+    """
+    killed = write_stage_file(tmp_path / "two" / "store", source, sharding="zero3", report_to=["tensorboard"])
     kill_after_first_snapshot(killed)
     (killed.snapshots / "step-99999999.safetensors").write_bytes(b"cut short")
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     alone = Run(Store(tmp_path / "one" / "store"), killed.stage)
 
+    write_stage_file(tmp_path / "two" / "store", source, sharding="replicate", report_to=["tensorboard"])
     assert "step 1/" not in finish(killed, ranks=2)
     assert killed.losses() == uninterrupted.losses()
     name = require_reported(tmp_path / "two" / "tracking" / "tensorboard", killed.lines())

@@ -1,0 +1,124 @@
+"""LoRA training in the memory that there is: where frozen weights lie, what is kept for backward, how many rows.
+
+One rule for those who plan a training, estimate it and run it. Of all this, the number of rows alone changes bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.training import LoraTraining
+from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
+from hfprune_dist.planning.dimensions import Dimensions
+from hfprune_dist.planning.footprint import Train, fits
+from hfprune_dist.planning.gpu_needs import Gpus
+
+# More rows at a time are hardly faster, so that activations are not checkpointed for their sake.
+ENOUGH_ROWS = 4
+MOST_ROWS = 64
+AUTO = "auto"
+
+Sharding = Literal["auto", "replicate", "zero3"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a training lies in memory.
+
+    Attributes:
+        whole: whether each rank has all frozen weights; else they are sharded with ZeRO-3.
+        checkpointing: whether layers keep their inputs alone, and run again in backward.
+        fits: whether that is expected to fit.
+    """
+
+    whole: bool
+    checkpointing: bool
+    fits: bool
+
+
+def place(job: Train, dims: Dimensions, gpus: Gpus, sharding: Sharding) -> Placement:
+    """The fastest way that fits; where none does, the one that takes least.
+
+    Args:
+        gpus: of all ranks.
+        sharding: ``runtime.sharding``.
+    """
+    wholes = {"replicate": [True], "zero3": [False]}.get(sharding) or _to_choose_from(job, dims, gpus)
+    ways = [Placement(whole, checkpointing, True) for whole in wholes for checkpointing in (False, True)]
+    for way in ways:
+        if fits(replace(job, checkpointing=way.checkpointing), dims, gpus_of(way, gpus)):
+            return way
+    return replace(ways[-1], fits=False)
+
+
+def _to_choose_from(job: Train, dims: Dimensions, gpus: Gpus) -> list[bool]:
+    """Whether weights may be whole, the faster first. One rank alone gains nothing from sharding."""
+    if gpus.ranks == 1:
+        return [True]
+    return [True, False] if dims.parameters * job.itemsize <= WEIGHTS_SHARE * gpus.memory else [False]
+
+
+def gpus_of(way: Placement, gpus: Gpus) -> Gpus:
+    """Those that one copy of the frozen weights lies on."""
+    return replace(gpus, nodes=1, per_node=1) if way.whole else gpus
+
+
+def chooses(config: SweepConfig) -> bool:
+    """Whether a micro-batch of LoRA training is still to be chosen."""
+    return any(settings.micro_batch_size == AUTO for settings in _trainings(config).values())
+
+
+def as_chosen_before(config: SweepConfig, earlier: Mapping[str, int | Literal["auto"]]) -> SweepConfig:
+    """A configuration with earlier micro-batches, by section, where there are any and it has none."""
+    return _with_rows(config, earlier)
+
+
+def choose_micro_batches(config: SweepConfig, models: Sequence[Dimensions], gpus: Mapping[str, Gpus]) -> SweepConfig:
+    """A configuration in which every micro-batch of LoRA training is a number.
+
+    Args:
+        models: every dense model of the sweep; the one that leaves room for the fewest rows decides.
+        gpus: section -> what its stages run on; none: no GPUs, or of unknown memory.
+    """
+    tokens = {"recovery": config.recovery.sequence_length, "distillation": config.calibration.sequence_length}
+    rows: dict[str, int | Literal["auto"]] = {}
+    for section, settings in _trainings(config).items():
+        where, one = gpus.get(section), settings.model_copy(update={"micro_batch_size": 1})
+        job = Train.of(one, tokens[section], distills=section == "distillation")
+        rows[section] = 1
+        if where is not None:
+            sharding, batch = config.runtime.sharding, settings.batch_size
+            rows[section] = min(_most_rows(job, dims, where, batch, sharding) for dims in models)
+    return _with_rows(config, rows)
+
+
+def _trainings(config: SweepConfig) -> dict[str, LoraTraining]:
+    return {"recovery": config.recovery, "distillation": config.distillation}
+
+
+def _with_rows(config: SweepConfig, rows: Mapping[str, int | Literal["auto"]]) -> SweepConfig:
+    """With these micro-batches, by section, where they are still to be chosen."""
+    open_to_choice = {name: it for name, it in _trainings(config).items() if it.micro_batch_size == AUTO}
+    return config.model_copy(
+        update={
+            name: settings.model_copy(update={"micro_batch_size": rows[name]})
+            for name, settings in open_to_choice.items()
+            if name in rows
+        }
+    )
+
+
+def _most_rows(job: Train, dims: Dimensions, gpus: Gpus, batch_size: int, sharding: Sharding) -> int:
+    """The largest power of two that fits, that ranks can share a step with, and for whose sake nothing is sharded."""
+    best, first = 1, place(job, dims, gpus, sharding)
+    rows = 2
+    while rows <= MOST_ROWS and batch_size % (rows * gpus.ranks) == 0:
+        way = place(job.resized(rows), dims, gpus, sharding)
+        worth_it = not way.checkpointing or rows <= ENOUGH_ROWS
+        if way.fits and way.whole == first.whole and worth_it:
+            best = rows
+        rows *= 2
+    return best

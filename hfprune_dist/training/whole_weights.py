@@ -1,0 +1,72 @@
+"""Frozen weights whole on every rank, and training with the bits that it has where they are sharded.
+
+DeepSpeed then knows the LoRA weights alone. It keeps their optimizer's states sharded, and reduces their gradients.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from hfprune_dist.distributed.frozen_model import free_bytes
+from hfprune_dist.distributed.world import World
+from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.planning.footprint import Train
+from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.planning.training_memory import Placement, place
+from hfprune_dist.training.fine_tuning import FineTuning
+
+
+def place_training(task: FineTuning, world: World) -> Placement:
+    """Decide together how a training lies in the memory that is free; the rank with the least decides for all."""
+    job = Train.of(task.settings, len(task.rows(0)["input_ids"]), task.distills)
+    gpus = Gpus(nodes=1, per_node=world.size, memory=min(world.gather(free_bytes(world))))
+    return place(job, dimensions_of(task.checkpoint.config), gpus, task.sharding)
+
+
+def with_whole_weights(model: nn.Module, world: World) -> nn.Module:
+    """A model with LoRA layers, ready for DeepSpeed to shard nothing of it but LoRA's optimizer states."""
+    _keep_whole(model.to(world.device))  # a head that shares the embedding's weight would be moved apart afterwards
+    _compute_as_sharded(model)
+    return model
+
+
+def _keep_whole(model: nn.Module) -> None:
+    """Make what is frozen no parameter: DeepSpeed shards all parameters, and leaves buffers alone."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.data, persistent=False)
+
+
+def _compute_as_sharded(model: nn.Module) -> None:
+    """Round where DeepSpeed's hooks and its linear layers let a sharded model round, so that the bits are the same.
+
+    Gradients of what a projection or a norm reads are added up for it alone before the rest of its layer's are added; a
+    bias is added to a product that is rounded already; products of LoRA's gradients have the same order of factors.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer) or type(module).__name__.endswith("RMSNorm"):
+            module.register_forward_pre_hook(_branch_off)
+        if type(module) is nn.Linear:
+            trained = module.weight.requires_grad
+            module.forward = partial(_train_linear if trained else _run_frozen, module)  # type: ignore[method-assign]
+
+
+def _branch_off(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs[0].view_as(inputs[0]), *inputs[1:]
+
+
+def _train_linear(linear: nn.Linear, x_BTC: Tensor) -> Tensor:
+    output_BTC: Tensor = zero3_linear_wrap(x_BTC, linear.weight)
+    return output_BTC
+
+
+def _run_frozen(linear: nn.Linear, x_BTC: Tensor) -> Tensor:
+    """Keeps no inputs for backward, as DeepSpeed's would."""
+    product_BTC = nn.functional.linear(x_BTC, linear.weight)
+    return product_BTC if linear.bias is None else product_BTC + linear.bias

@@ -1,0 +1,86 @@
+"""Micro-batches that planning chooses: from the GPUs that there are, once for a folder."""
+
+import os
+
+import pytest
+import yaml
+from hfprune_launch.modes.sweep_arguments import Command
+from hfprune_launch.modes.sweep_plan import prepare, sweep_to_show
+from hfprune_launch.screen import make_console
+from hfprune_launch.sweep import sweep_parser
+from hfprune_launch.sweep_folder import write_config
+from sweeps import make_inputs, planned
+
+# So little that a tiny model's activations count.
+SMALL, LARGE = 1, 80 * 1024
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Gives this machine two GPUs of so many MiB, as nvidia-smi tells."""
+
+    def build(mebibytes):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        script = tmp_path / "bin" / "nvidia-smi"
+        script.write_text(f"#!/bin/sh\necho {mebibytes}\necho {mebibytes}\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+
+    return build
+
+
+def command(config, out, *arguments):
+    automatic = ["--set", "recovery.micro_batch_size=auto", "--set", "recovery.batch_size=16"]
+    given = [*([] if config is None else ["--config", str(config)]), *arguments]
+    return Command(sweep_parser().parse_args([*automatic, *given]), out, make_console())
+
+
+def begin(config, out):
+    """What a sweep plans and writes before its first stage; returns recovery's rows at a time."""
+    prepared = prepare(command(config, out), download=False)
+    out.mkdir(exist_ok=True)
+    write_config(out, prepared.config, prepared.models)
+    return prepared.config.recovery.micro_batch_size, set(prepared.sweep.plan.stages)
+
+
+def test_the_first_run_in_a_folder_chooses_for_all_that_follow(machine, config, tmp_path):
+    machine(LARGE)
+    rows, stages = begin(config, tmp_path / "one")
+    assert rows == 8, "with two ranks, a whole step of 16"
+    assert yaml.safe_load((tmp_path / "one" / "config.yaml").read_text())["recovery"]["micro_batch_size"] == 8
+    machine(SMALL)
+    assert begin(config, tmp_path / "two")[0] == 1
+    for again in (config, None):
+        assert begin(again, tmp_path / "one") == (rows, stages)
+        assert set(sweep_to_show(command(again, tmp_path / "one")).plan.stages) == stages
+
+
+def test_a_number_that_was_set_before_stays_too(machine, config, tmp_path):
+    machine(LARGE)
+    (tmp_path / "out").mkdir()
+    settings, _ = planned(config, recovery__micro_batch_size=2)
+    (tmp_path / "out" / "config.yaml").write_text(yaml.safe_dump(settings.model_dump()))
+    assert begin(config, tmp_path / "out")[0] == 2
+
+
+def test_the_profile_of_a_cluster_decides(machine, config, tmp_path):
+    machine(SMALL)
+    profile = tmp_path / "mine.yaml"
+    profile.write_text("tasks_per_node: 4\ngpus_per_node: 4\ngpu_memory_gib: 80\n")
+    chosen = prepare(command(config, tmp_path / "out", "--profile", str(profile)), download=False)
+    assert chosen.config.recovery.micro_batch_size == 4
+
+
+@pytest.mark.parametrize("told", ["", "unknown", None])
+def test_without_gpus_or_where_their_memory_is_not_told_it_is_one(machine, config, tmp_path, monkeypatch, told):
+    if told is not None:
+        machine(told)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert begin(config, tmp_path / "out")[0] == 1

@@ -1,0 +1,118 @@
+"""Where LoRA training lies in memory, and how many rows it takes at a time."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfprune_dist.config.load import parse
+from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.planning.footprint import Train, fits
+from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.planning.training_memory import as_chosen_before, choose_micro_batches, chooses, gpus_of, place
+
+GIB = 2**30
+LLAMA = {"vocab_size": 32000, "num_attention_heads": 32}
+MODELS = {
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, **LLAMA},
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "vocab_size": 32000,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+DIMS = {name: dimensions_of(config) for name, config in MODELS.items()}
+
+
+def job(rows):
+    return Train(rows=rows, tokens=1024, rank=32, dropout=True)
+
+
+def gpus(count=8, gib=80):
+    return Gpus(nodes=1, per_node=count, memory=gib * GIB)
+
+
+def chosen(models, where, **recovery):
+    config = SweepConfig(recovery=recovery)
+    assert chooses(config)
+    gpus = {} if where is None else {"recovery": where, "distillation": where}
+    done = choose_micro_batches(config, [DIMS[it] for it in models], gpus)
+    assert not chooses(done)
+    return done.recovery.rows_at_once
+
+
+def test_7b_on_80_gib_takes_at_least_four_rows_with_whole_weights():
+    for count in (1, 2, 4, 8):
+        rows = chosen(["7B"], gpus(count))
+        assert rows >= 4
+        assert place(job(rows), DIMS["7B"], gpus(count), "auto").whole
+
+
+@given(
+    model=st.sampled_from(sorted(MODELS)),
+    rows=st.sampled_from([1, 2, 4, 8, 16, 32]),
+    count=st.integers(1, 16),
+    gib=st.integers(8, 200),
+    sharding=st.sampled_from(["auto", "replicate", "zero3"]),
+)
+def test_the_first_way_that_fits_is_taken(model, rows, count, gib, sharding):
+    where, dims = gpus(count, gib), DIMS[model]
+    way = place(job(rows), dims, where, sharding)
+    placed = replace(job(rows), checkpointing=way.checkpointing)
+    assert way.fits == fits(placed, dims, gpus_of(way, where))
+    if way.checkpointing:
+        assert not fits(job(rows), dims, gpus_of(way, where)), "no layer runs again without need"
+    if sharding != "auto":
+        assert way.whole == (sharding == "replicate")
+    elif not way.whole:
+        weights = dims.parameters * 2
+        one = gpus(1, gib)
+        assert weights > 0.6 * where.memory or not fits(replace(job(rows), checkpointing=True), dims, one)
+
+
+@given(
+    count=st.sampled_from([1, 2, 3, 4, 8]),
+    gib=st.integers(8, 200),
+    batch_size=st.sampled_from([1, 24, 32, 128]),
+    models=st.sets(st.sampled_from(sorted(MODELS)), min_size=1),
+)
+def test_chosen_rows_can_be_shared_and_suit_every_model(count, gib, batch_size, models):
+    where = gpus(count, gib)
+    rows = chosen(sorted(models), where, batch_size=batch_size)
+    assert rows == min(chosen([it], where, batch_size=batch_size) for it in models)
+    assert rows == 1 or batch_size % (rows * count) == 0
+    for model in models:
+        way, one = (place(job(it), DIMS[model], where, "auto") for it in (rows, 1))
+        assert way.whole == one.whole, "never sharded for the sake of more rows"
+        assert way.fits or rows == 1
+        assert rows <= 4 or not way.checkpointing
+
+
+def test_checkpointing_lets_four_rows_in():
+    """Where the layers' activations of four rows don't fit, their inputs may."""
+    where = gpus(1, 36)
+    assert place(job(1), DIMS["7B"], where, "auto").checkpointing is False
+    assert chosen(["7B"], where) == 4
+    assert place(job(4), DIMS["7B"], where, "auto").checkpointing
+
+
+def test_without_gpus_it_is_what_it_was_by_default():
+    assert chosen(["7B"], None) == 1 == SweepConfig().recovery.rows_at_once
+
+
+def test_what_was_chosen_stays_and_what_is_set_is_not_chosen():
+    now = SweepConfig(recovery={"micro_batch_size": "auto"}, distillation={"micro_batch_size": 4})
+    again = as_chosen_before(now, {"recovery": 8, "distillation": 2, "calibration": 16})
+    assert (again.recovery.micro_batch_size, again.distillation.micro_batch_size) == (8, 4)
+
+
+@pytest.mark.parametrize("value", ["fastest", 0, None])
+def test_other_words_are_refused(value):
+    with pytest.raises(UserError, match=r"recovery\.micro_batch_size"):
+        parse(SweepConfig, {"recovery": {"micro_batch_size": value}}, "the configuration")

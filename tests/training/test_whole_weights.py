@@ -1,0 +1,108 @@
+"""Frozen weights whole on every rank or sharded over all: the same bits, and how much is gathered for them."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from forks import on_ranks
+from tiny import save_tiny
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.data.schedule import Schedule
+from hfprune_dist.distributed.gather_counter import counting_gathers
+from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.distributed.zero3 import init_deepspeed
+from hfprune_dist.planning.footprint import SMALL_PARAMETER
+from hfprune_dist.planning.training_memory import Placement
+from hfprune_dist.training import trainer
+from hfprune_dist.training.fine_tuning import FineTuning
+from hfprune_dist.training.snapshots import Snapshots, read_snapshot
+from hfprune_dist.training.trainer import fine_tune
+
+# Every matrix of a layer has more elements than DeepSpeed leaves unsharded, head and embedding have fewer.
+SHARDED = {"hidden_size": 320, "intermediate_size": 416, "num_key_value_heads": 4}
+ROWS, TOKENS, STEPS = 8, 24, 3
+
+
+def make_task(checkpoint, **settings):
+    ids_ST = torch.randint(3, 264, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    return FineTuning(
+        checkpoint=checkpoint,
+        section="recovery",
+        settings=RecoveryConfig(batch_size=ROWS, rank=4, alpha=8, learning_rate=1e-3, **settings),
+        seed=0,
+        rows=lambda row: {"input_ids": ids_ST[row], "labels": ids_ST[row].clone()},
+        distills=False,
+        schedule=Schedule(ROWS, ROWS, 0),
+        total_steps=STEPS,
+        warmup_steps=0,
+        save_every_steps=STEPS,
+        timeout_minutes=5,
+    )
+
+
+def train(folder, ranks, task):
+    """The last snapshot, and the bytes that had been gathered when each step had ended."""
+    file = folder / "counts.json"
+
+    folder.mkdir(exist_ok=True)
+
+    def act(world):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # which nobody connects to any more
+        init_deepspeed(world)
+        counts = []
+        with counting_gathers() as gathered:
+            noting = SimpleNamespace(update=lambda *_: counts.append(gathered.bytes))
+            fine_tune(task, folder / "snapshots", world, noting, Interruption())
+        if world.is_first:
+            file.write_text(json.dumps(counts))
+
+    assert on_ranks(ranks, act).codes == [0] * ranks
+    return read_snapshot(Snapshots(folder / "snapshots").newest()), json.loads(file.read_text())
+
+
+def state_of(snapshot):
+    return {**snapshot.weights, **snapshot.moments}
+
+
+WAYS = {
+    f"{whole}-{checkpointing}": Placement(whole == "whole", checkpointing == "checkpointed", fits=True)
+    for whole in ("sharded", "whole")
+    for checkpointing in ("plain", "checkpointed")
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "variant", "dtype"),
+    [(1, "qwen3", "float32"), (2, "qwen2", "bfloat16"), (4, "llama-tied-biases", "float32")],
+)
+def test_all_learn_the_same_bits_and_gather_what_their_formulas_say(monkeypatch, tmp_path, ranks, variant, dtype):
+    compute = getattr(torch, dtype)
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", variant, dtype=compute, **SHARDED))
+    snapshots, counts = {}, {}
+    for name, way in WAYS.items():
+        if way.checkpointing and ranks != 2:
+            continue
+        monkeypatch.setattr(trainer, "place_training", lambda *_, way=way: way)
+        snapshots[name], counts[name] = train(tmp_path / name, ranks, make_task(checkpoint, dtype=dtype, dropout=0.1))
+    expected = snapshots["sharded-plain"]
+    for name, snapshot in snapshots.items():
+        assert snapshot.losses == expected.losses, name
+        for key, tensor in state_of(expected).items():
+            assert torch.equal(tensor, state_of(snapshot)[key]), (name, key)
+
+    lora = sum(it.numel() for it in expected.weights.values()) * compute.itemsize
+    frozen = sum(it.numel for it in checkpoint.tensors.values() if it.numel > SMALL_PARAMETER) * compute.itemsize
+    shared = ranks > 1  # one rank alone has everything
+    # Whole: nothing for a micro-batch, nothing frozen at all. LoRA's weights while DeepSpeed sets up its hooks, for the
+    # first step and after each step.
+    for name in counts.keys() & {"whole-plain", "whole-checkpointed"}:
+        assert counts[name] == [lora * (1 + (1 + step) * shared) for step in range(1, STEPS + 1)]
+    # Sharded: all for each micro-batch. A model this small then stays gathered until its backward is over.
+    later, micro_batches = counts["sharded-plain"][2] - counts["sharded-plain"][1], ROWS // ranks
+    assert later // frozen == micro_batches * shared
+    assert later % frozen <= 2 * micro_batches * lora
