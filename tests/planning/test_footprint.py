@@ -265,7 +265,7 @@ def test_memory_of_a_refit(kind, rank, ranks, groups, dims, dtype, tmp_path, mon
         refit.run(lambda done: None)
     memory = job.memory(dimensions_of(checkpoint.config), ranks)
     # Of a step, the weights of the dense layer are counted beside its sums, though they are gone by then.
-    assert 0.75 * memory.total < counted.peak < 1.05 * memory.total
+    assert 0.72 * memory.total < counted.peak < 1.05 * memory.total
 
 
 @pytest.mark.parametrize("dims", [(32, 1024), (128, 512)], ids=["wide", "square"])
