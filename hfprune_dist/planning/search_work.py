@@ -26,12 +26,13 @@ from hfprune_dist.planning.layer_pass_work import (
     sequential_refit,
 )
 from hfprune_dist.planning.model_shape import ModelShape
-from hfprune_dist.structures import KV_GROUPS, NEURONS
+from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
 
 # stages.cheap_measurement: windows that are compared, and of those for an order of layers; every how many-th token.
 WINDOWS, WINDOWS_OF_ORDER, EVERY = 8, 2, 2
-# stages.prune_plain: one of so many micro-batches is kept apart; shapes of the first comparison of refitted models.
-JUDGED_EVERY, FINALISTS = 16, 3
+# stages.finals: one of so many micro-batches is kept apart; shapes of the first comparison of refitted models, of which
+# a plain search has the one more that prunes MLPs alone.
+JUDGED_EVERY, FINALISTS = 16, 2
 # core.drop_order: layers that are measured again; core.width_search: how often a search measures.
 CONTENDERS, MEASUREMENTS = 5, 3
 
@@ -66,9 +67,18 @@ class Search:
         Raises:
             ValueError: where the metrics are another version's.
         """
-        if self.params.allocation == "plain":
-            return self._order(self._seen) + self._grid() + self._finals()
-        return self._order(self.windows) + self._searched()
+        windows = self._seen if self._has_finals else self.windows
+        dense = self._compared(windows, WINDOWS) * forward_of_all(self.dense, windows.length)
+        compared = self._grid() if self._is_plain else self._searched(windows)
+        return dense + self._order(windows) + compared + self._finals()
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.params.allocation == "plain"
+
+    @property
+    def _has_finals(self) -> bool:
+        return self._is_plain or LAYERS in self.params.structures
 
     @property
     def _kv_groups(self) -> bool:
@@ -87,13 +97,13 @@ class Search:
 
     @property
     def _judged(self) -> Windows:
-        """Of a plain search, those that are kept apart."""
+        """Where there may be finals, those that are kept apart."""
         count = max(1, self.windows.batches // JUDGED_EVERY) * self.windows.micro_batch
         return replace(self.windows, count=min(count, self.windows.count))
 
     @property
     def _seen(self) -> Windows:
-        """Of a plain search, the others; where there is one micro-batch alone, it is both."""
+        """The others; where there is one micro-batch alone, it is both."""
         if self.windows.batches == 1:
             return self.windows
         judged = max(1, self.windows.batches // JUDGED_EVERY)
@@ -124,10 +134,14 @@ class Search:
         return self._measured(candidates, self._compared(windows, WINDOWS), self._every, fitted)
 
     def _finals(self) -> float:
-        finalists = [self._plain(name) for name in self.told.get("finalists_kl", {})]
-        rounds = [finalists[:FINALISTS], *([it] for it in finalists[FINALISTS:])] if finalists else []
+        finalists = [self._named(name, number) for number, name in enumerate(self.told.get("finalists_kl", {}), 1)]
+        if not finalists:
+            return 0.0
+        first = FINALISTS + self._is_plain
+        rounds = [finalists[:first], *([it] for it in finalists[first:])]
+        dense = self._judged.tokens * forward_of_all(self.dense, self._judged.length)
         compared = sum(self._measured(it, self._judged.tokens, 1, None) for it in rounds)
-        return compared + sum(self._refitted(it) for it in finalists)
+        return dense + compared + sum(self._refitted(it) for it in finalists)
 
     def _refitted(self, candidate: Candidate) -> float:
         kept = ModelShape(tuple(choice[0] for choice in candidate if choice is not None))
@@ -136,30 +150,26 @@ class Search:
         dropped = [number for number, choice in enumerate(candidate) if choice is None]
         return dense_refit(self.dense, kept, self._seen, kv_groups=self._kv_groups, dropped=dropped)
 
-    def _searched(self) -> float:
-        windows = self.windows
-        candidates = [self._by_name(name, number) for number, name in enumerate(self.told.get("search_kl", {}), 1)]
+    def _searched(self, windows: Windows) -> float:
+        candidates = [self._named(name, number) for number, name in enumerate(self.told.get("search_kl", {}), 1)]
         tokens = self._compared(windows, WINDOWS)
         fitted = windows if self.params.refit != "none" else None
         again = MEASUREMENTS - 1 + any(LAYERS_ALONE.fullmatch(name) for name in self.told.get("search_kl", {}))
         flops = self._measured(candidates, tokens, self._every, fitted)
-        flops += again * self._measured([], tokens, self._every, fitted)
-        return flops + (0.0 if self.model == self.dense else tokens * forward_of_all(self.dense, windows.length))
+        return flops + again * self._measured([], tokens, self._every, fitted)
 
     def _measured(self, candidates: Sequence[Candidate], tokens: int, every: int, fitted: Windows | None) -> float:
-        """One pass layer by layer of the model and of all candidates, and their logits.
+        """One pass layer by layer of all candidates, their logits and the dense model's.
 
         Args:
             tokens: on which they are compared, one in ``every`` of them at the head.
             fitted: windows that a cheap refit sees; None without one: then one micro-batch goes along.
         """
         length, outputs = self.windows.length, self.model.hidden_size
-        whole: Candidate = [(dims, 0) for dims in self.model.layers]
-        everyone = [whole, *candidates]
         along = self.windows.micro_batch * length if fitted is None else fitted.tokens
         flops = 0.0
         for number, dims in enumerate(self.model.layers):
-            there = {tuple(it[: number + 1]) for it in everyone}
+            there = {tuple(it[: number + 1]) for it in candidates}
             flops += sum(tokens * forward(prefix[-1][0], length) for prefix in there if prefix[-1] is not None)
             flops += along * forward(dims, length)
             if fitted is not None:
@@ -167,7 +177,8 @@ class Search:
                 flops += _cheap_fits(dims, choices, self._kv_groups) + along * sum(
                     gram(size) for size in channels_of(dims, self._kv_groups)
                 )
-        return flops + tokens / every * len(set(map(tuple, everyone))) * 2 * outputs * self.model.layers[0].vocabulary
+        models = 1 + len(set(map(tuple, candidates)))
+        return flops + tokens / every * models * 2 * outputs * self.model.layers[0].vocabulary
 
     # Candidates.
 
@@ -185,8 +196,10 @@ class Search:
             for number, dims in enumerate(self.model.layers)
         ]
 
-    def _by_name(self, name: str, number: int) -> Candidate:
-        """A shape whose sizes nobody wrote down: about those of the outcome."""
+    def _named(self, name: str, number: int) -> Candidate:
+        """By what metrics call it; of a shape whose sizes nobody wrote down, about those of the outcome."""
+        if self._is_plain:
+            return self._plain(name)
         alone = LAYERS_ALONE.fullmatch(name)
         layers = int(alone.group(1)) if alone else len(self.kept.layers)
         gone = self._dropped[: len(self.model.layers) - layers]

@@ -22,7 +22,7 @@ from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.models.distillation_head import DistillingHead
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.stage_costs import NOTHING, StageCosts, rows_trained
-from hfprune_dist.stages import prune_plain
+from hfprune_dist.stages import finals
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Progress
@@ -106,7 +106,7 @@ def scored(tmp_path_factory):
     ],
 )
 def test_a_cut(scored, monkeypatch, allocation, refit, structures):
-    monkeypatch.setattr(prune_plain, "HOPELESS", 1e6)  # so that there are finalists
+    monkeypatch.setattr(finals, "HOPELESS", 1e6)  # so that there are finalists
     store, importance = scored
     params = {"ratio": 0.25, "criterion": "entropy", "allocation": allocation, "refit": refit, "multiple_of": 1}
     params |= LIMITS if allocation in ("global", "searched") else {}
