@@ -84,7 +84,7 @@ def test_ends(script, text, code, said):
 WAIT = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
-print(os.getpid(), flush=True)
+os.write(1, f"{os.getpid()}\\n".encode())  # at once, as two ranks write there
 time.sleep(60)
 """
 

@@ -20,6 +20,7 @@ from hfprune_dist.planning.training_memory import Placement
 from hfprune_dist.training import trainer
 from hfprune_dist.training.fine_tuning import FineTuning
 from hfprune_dist.training.snapshots import Snapshots, read_snapshot
+from hfprune_dist.training.tracking import TrackedRun
 from hfprune_dist.training.trainer import fine_tune
 
 # Every matrix of a layer has more elements than DeepSpeed leaves unsharded, head and embedding have fewer.
@@ -41,6 +42,7 @@ def make_task(checkpoint, **settings):
         warmup_steps=0,
         save_every_steps=STEPS,
         timeout_minutes=5,
+        run=TrackedRun((), "", "tiny", "0" * 8, 1, checkpoint.path),
     )
 
 
