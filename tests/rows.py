@@ -59,8 +59,10 @@ def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surge
         "peak_memory_bytes": 2_400_000_000,
         "checkpoint": "runs/demo/store/recover/0123456789",
         "provenance": None,
+        "measured_as": "0123456789ab",
         "status": "done",
         "cause": None,
+        "speed_cause": None,
     }
     return row | changes
 

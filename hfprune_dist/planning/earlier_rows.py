@@ -31,16 +31,6 @@ def kept_rows(today: Plan, folder: Plan) -> list[Cell]:
     return [cell for cell in folder.cells if cell not in planned]
 
 
-def measured_otherwise(today: Plan, folder: Plan) -> list[Cell]:
-    """Of these, the ones whose scores can't be compared with today's of that model: other weights, text or tasks."""
-    scales = {cell.model: scale_of(today.stages[cell.evaluate]) for cell in today.cells}
-    return [
-        cell
-        for cell in kept_rows(today, folder)
-        if cell.model in scales and scales[cell.model] != scale_of(folder.stages[cell.evaluate])
-    ]
-
-
 def without_rows(plan: Plan, labels: Iterable[str]) -> Plan:
     """A plan without some of its rows, and without the stages that nothing else needs."""
     dropped = set(labels)

@@ -79,14 +79,17 @@ def _on_hub(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def _tasks(subject: Subject) -> Iterator[Score]:
     dense_tasks = subject.dense_scores.get("tasks", {})
-    shots = subject.evaluation.params.to_json().get("num_fewshot")
+    settings = subject.evaluation.params.to_json()
+    shots, limit = settings.get("num_fewshot"), settings.get("limit")
+    how = f"lm-eval{'' if shots is None else f', {shots}-shot'}"
+    how += "" if limit is None else f", at most {limit} documents a task"
     for task, metrics in subject.scores.get("tasks", {}).items():
         dense: Mapping[str, Any] = dense_tasks.get(task, {})
         for metric, value in metrics.items():
             if value is not None and not metric.endswith(STDERR):
                 yield Score(
                     {"type": task},
-                    f"{task} (lm-eval{'' if shots is None else f', {shots}-shot'})",
+                    f"{task} ({how})",
                     metric,
                     metric,
                     value,

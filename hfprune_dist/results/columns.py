@@ -67,11 +67,19 @@ def _speed(rows: Sequence[Row]) -> Columns:
     return [Column("speed", lambda row: number(row["decode_speed"], ".2f"))] * known
 
 
+def _speeds(row: Row) -> str:
+    """The least and the most of a measurement."""
+    if row["decode_speed"] is None:
+        return "-"
+    return f"{row['decode_speed_min']:.2f}-{row['decode_speed_max']:.2f}"
+
+
 def _efficiency(rows: Sequence[Row]) -> Columns:
     """The rest of what was measured beside speed, and what a token costs."""
     if not _speed(rows):
         return []
     return [
+        Column("speeds", _speeds),
         Column("tokens/s", lambda row: number(row["decode_tokens_per_s"], ".4g")),
         Column("first token", lambda row: milliseconds(row["time_to_first_token_s"])),
         Column("generating", lambda row: byte_count(row["generation_memory_bytes"])),
@@ -126,9 +134,7 @@ def _measure(rows: Sequence[Row], header: str, name: str, digits: int) -> Column
 def _kl(rows: Sequence[Row], digits: int) -> Column[Row]:
     """Where there is no result, this column says so."""
     measure = _measure(rows, "KL", "kl", digits)
-    return Column(
-        measure.header, lambda row: "missing" if row["status"] == "missing" and row["kl"] is None else measure.show(row)
-    )
+    return Column(measure.header, lambda row: "missing" if row["status"] == "missing" else measure.show(row))
 
 
 def _other_texts(rows: Sequence[Row]) -> Columns:

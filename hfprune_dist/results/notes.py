@@ -40,8 +40,25 @@ def wide_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def causes(rows: Sequence[Row]) -> list[str]:
-    """One line for each row without a result."""
-    return [f"missing: {row['label']}: {row['cause']}" for row in rows if row["status"] == "missing"]
+    """One line for each row without a result, for those that are no match for others, and for speed that is missing."""
+    missing = [f"missing: {row['label']}: {row['cause']}" for row in rows if row["status"] == "missing"]
+    unmeasured: dict[str, list[str]] = {}
+    for row in rows:
+        if row["speed_cause"] is not None:
+            unmeasured.setdefault(row["speed_cause"], []).append(row["label"])
+    return [
+        *missing,
+        *_measured_otherwise(rows),
+        *(f"speed missing: {', '.join(labels)}: {cause}" for cause, labels in unmeasured.items()),
+    ]
+
+
+def _measured_otherwise(rows: Sequence[Row]) -> list[str]:
+    """Rows whose scores can't be compared with those of their model's first row: other weights, text or tasks."""
+    first: dict[str, str] = {}
+    others = [row["label"] for row in rows if first.setdefault(row["model"], row["measured_as"]) != row["measured_as"]]
+    told = "not to be compared with the first rows of their models, since measured in another way"
+    return [f"{told}: {', '.join(others)}"] if others else []
 
 
 def _fidelity(rows: Sequence[Row]) -> list[str]:
@@ -87,8 +104,9 @@ def _efficiency(rows: Sequence[Row]) -> list[str]:
     if not _speed(rows):
         return []
     return [
-        "tokens/s: of all sequences together; first token: from the prompts; generating: most memory at once, of "
-        "weights and whatever torch allocates; FLOPs and bytes of cache per token: computed from shapes"
+        "speeds: the least and the most of a measurement's pairs; tokens/s: of all sequences together; first token: "
+        "from the prompts; generating: most memory at once, of weights and whatever torch allocates; FLOPs and bytes "
+        "of cache per token: computed from shapes"
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.texts import OTHER_TEXTS
+from hfprune_dist.planning.earlier_rows import scale_of
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.against_dense import AVERAGES, add_shares_of_dense
 from hfprune_dist.results.costs import CostTable
@@ -19,6 +20,7 @@ from hfprune_dist.results.headline import average_errors, averages
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_object
 from hfprune_dist.store.attempt import AttemptsOf
+from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.structures.units import plural_of
 
@@ -93,6 +95,10 @@ def _row(cell: Cell, known: _Known, dense: DenseModel) -> Row:
     manifests = {stage_id: known.manifests[stage_id] for stage_id in plan.upstream(cell)}
     evaluation = manifests[cell.evaluate]
     missing = plan.lacking(lambda stage_id: manifests[stage_id] is not None, [cell])
+    unmeasured = cell.efficiency if cell.efficiency in missing else None
+    if unmeasured is not None:  # the row stands without its speed
+        missing.remove(unmeasured)
+        del manifests[unmeasured]
     cause = _cause(missing[0], plan, store) if missing else None
     metrics: Mapping[str, Any] = evaluation["metrics"] if evaluation else {}
     details = read_object(store.handle(cell.evaluate).artifact / "results.json") or {}
@@ -116,8 +122,10 @@ def _row(cell: Cell, known: _Known, dense: DenseModel) -> Row:
         "peak_memory_bytes": _peak_memory(list(manifests.values())),
         "checkpoint": str(store.handle(cell.producers[-1]).artifact) if cell.producers else None,
         "provenance": _provenance(evaluation) if evaluation else None,
+        "measured_as": digest_of(scale_of(plan.stages[cell.evaluate]))[:12],
         "status": "done" if cause is None else "missing",
         "cause": cause,
+        "speed_cause": None if unmeasured is None else _cause(unmeasured, plan, store),
     }
 
 

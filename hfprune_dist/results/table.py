@@ -24,7 +24,10 @@ NESTED = (
 )
 _OF_ROW = tuple(f"{whose}_training_{measure}" for whose in (OWN, SHARED) for measure in MEASURES)
 _TIMES = ("own_time_s", "shared_time_s", "wall_time_s")
-LAST = (*_OF_ROW, "training_device", *_TIMES, "peak_memory_bytes", "checkpoint", "status", "cause")
+LAST = (
+    *(*_OF_ROW, "training_device", *_TIMES, "peak_memory_bytes", "checkpoint"),
+    *("measured_as", "status", "cause", "speed_cause"),
+)
 
 
 def write_reports(rows: Sequence[Row], out: Path) -> None:

@@ -43,6 +43,7 @@ def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -
         raise UserError(f"{', '.join(map(str, folders))}: one folder is given twice; give each sweep once")
     sweeps = [read_sweep(folder, past_attempts(folder)) for folder in folders]
     _refuse_other_models(sweeps)
+    _refuse_rows_twice(sweeps)
     require_folder(out)
     reference = "hfprune" if named is None else named
     methods = compare_methods([sweep.rows for sweep in sweeps], reference)
@@ -95,6 +96,19 @@ def _refuse_other_models(sweeps: Sequence[Finished]) -> None:
                 raise UserError(
                     f"{sweep.folder}: its model {stage.label!r} is another checkpoint than that of {first}; compare "
                     "sweeps of the same models, or run one of them again with the model under another alias"
+                )
+
+
+def _refuse_rows_twice(sweeps: Sequence[Finished]) -> None:
+    """Refuse sweeps that have a row in common, which would be taken for a second seed's."""
+    known: dict[str, Path] = {}
+    for sweep in sweeps:
+        for cell in sweep.plan.cells:
+            first = known.setdefault(cell.evaluate, sweep.folder) if cell.producers else sweep.folder
+            if first != sweep.folder:
+                raise UserError(
+                    f"{sweep.folder}: its row {cell.label!r} is the same as in {first}, seed and settings too; "
+                    "compare sweeps that differ in their seed (--set seed=1)"
                 )
 
 

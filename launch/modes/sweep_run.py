@@ -19,7 +19,7 @@ from hfprune_launch.stage.stage_file import Provenance
 from hfprune_launch.sweep_folder import Record, Sweep, read_record, write_config, write_record
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.earlier_rows import kept_rows, measured_otherwise, with_earlier_rows
+from hfprune_dist.planning.earlier_rows import kept_rows, with_earlier_rows
 from hfprune_dist.planning.plan import Cell
 from hfprune_dist.results.rows import DenseModel
 from hfprune_dist.results.table import write_reports
@@ -143,8 +143,6 @@ def _report(command: Command, prepared: Prepared) -> None:
     show_results(command.console, rows, command.arguments.wide)
     if kept := kept_rows(today, folder.plan):
         command.tell(f"rows of earlier runs: {_labels(kept)}; to remove one: --forget '{kept[0].label}'")
-    if others := measured_otherwise(today, folder.plan):
-        command.tell(f"not to be compared with the other rows, since measured in another way: {_labels(others)}")
     show_checkpoints(command.console, folder.write_checkpoints(out))
     command.tell(f"written: {out / 'results.csv'}, results.md, results.json, {REPORT}")
 

@@ -161,7 +161,8 @@ def test_todays_row_replaces_the_one_of_other_settings(config, tmp_path):
     assert "rows of earlier runs: alpha 0.1 + lora, beta 0.1 + lora" in shown and "not to be compared" not in shown
     other_text = {"evaluation__fidelity__windows": 3, "ratios": [0.2]}
     shown = done(config, out, "--set", "evaluation.fidelity.windows=3", "--ratios", "0.2", **other_text)
-    assert "not to be compared with the other rows, since measured in another way: alpha 0.1 + lora, beta 0.1" in shown
+    assert "since measured in another way: alpha 0.1 + lora, beta 0.1 + lora" in " ".join(shown.split())
+    assert "since measured in another way: alpha 0.1 + lora, beta 0.1 + lora" in (out / "results.md").read_text()
 
 
 def test_speed_is_of_the_device_on_which_the_sweep_ran(config, tmp_path, monkeypatch):
@@ -282,3 +283,16 @@ def test_models_that_only_share_a_name_are_not_compared(config, tmp_path):
     code, _, said = run(tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both", command=compare)
     assert code == 2 and f"{tmp_path / 'two'}: its model 'alpha' is another checkpoint than that of" in said
     assert not (tmp_path / "both").exists()
+
+
+def test_a_row_counts_once_however_many_sweeps_have_it(config, tmp_path):
+    for name, seed in (("one", 0), ("two", 1), ("three", 1)):
+        done(config, tmp_path / name, "--models", "alpha", "--set", f"seed={seed}", models=["alpha"], seed=seed)
+    folders = {name: tmp_path / name for name in ("one", "two", "three")}
+    for artifact in (folders["one"] / "store" / "importance").iterdir():
+        save_file({"layers.0.entropy": np.arange(8.0)}, artifact / SCORES)
+    code, _, said = run(folders["one"], folders["two"], "--out", tmp_path / "both", command=compare)
+    assert code == 0, said
+    code, _, said = run(*folders.values(), "--out", tmp_path / "all", command=compare)
+    assert code == 2 and f"{folders['three']}: its row 'alpha 0.1 + lora' is the same as in {folders['two']}" in said
+    assert not (tmp_path / "all").exists()

@@ -80,8 +80,17 @@ def test_speed_has_columns_where_it_was_measured():
 
 
 def test_a_row_that_lacks_its_speed_alone_keeps_its_scores():
-    rows = [row_of(status="missing", cause="efficiency failed (killed): a rank died")]
-    assert shown(rows, few_columns(rows))["KL"] == ("0.263±0.012",) and len(causes(rows)) == 1
+    cause = "efficiency failed (killed): a rank died"
+    rows = [row_of(speed_cause=cause), row_of("qwen", speed_cause=cause), row_of()]
+    assert shown(rows, few_columns(rows))["KL"][0] == "0.263±0.012"
+    assert causes(rows) == [f"speed missing: {rows[0]['label']}, {rows[1]['label']}: {cause}"], "once for all"
+
+
+def test_rows_that_were_measured_in_another_way_are_named():
+    others = [row_of(measured_as="another", label="this"), row_of("qwen", measured_as="another", label="that")]
+    assert causes([DENSE, row_of(), *others]) == [
+        "not to be compared with the first rows of their models, since measured in another way: this"
+    ], "of qwen, there is no other"
 
 
 def test_notes_on_older_evaluations_and_bias():

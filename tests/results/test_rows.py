@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -95,6 +96,21 @@ def test_a_missing_cell_is_missing_and_says_why(store):
     write_failure_record(store.work(EVALUATE.id), Failure("input", "first line\nlast line", 0, 0.0))
     _, pruned = collect_rows(PLAN, store, DENSE)
     assert pruned["cause"] == "evaluate failed (input): first line"
+
+
+def test_a_row_stands_without_its_speed(store):
+    commit(store, EVALUATE, **SCORES)
+    measured = Stage("efficiency", "m 0.2", {}, {"model": PRUNE.as_input(), "dense": MODEL})
+    cells = (PLAN.cells[0], replace(PLAN.cells[1], efficiency=measured.id))
+    plan = Plan({**PLAN.stages, measured.id: measured}, cells)
+    store.work(measured.id).mkdir(parents=True)
+    write_failure_record(store.work(measured.id), Failure("code", "out of memory\nat last", 0, 0.0))
+    _, row = collect_rows(plan, store, DENSE)
+    assert (row["status"], row["cause"], row["kl"], row["decode_speed"]) == ("done", None, 0.25, None)
+    assert row["speed_cause"] == "efficiency failed (code): out of memory" and row["own_time_s"] == 6.0
+    shutil.rmtree(store.path(PRUNE.id))
+    _, row = collect_rows(plan, store, DENSE)
+    assert row["status"] == "missing" and row["cause"] == "prune has not run yet"
 
 
 def test_a_result_stands_when_a_pass_behind_it_is_made_again(tmp_path):
