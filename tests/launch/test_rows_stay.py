@@ -294,5 +294,5 @@ def test_a_row_counts_once_however_many_sweeps_have_it(config, tmp_path):
     code, _, said = run(folders["one"], folders["two"], "--out", tmp_path / "both", command=compare)
     assert code == 0, said
     code, _, said = run(*folders.values(), "--out", tmp_path / "all", command=compare)
-    assert code == 2 and f"{folders['three']}: its row 'alpha 0.1 + lora' is the same as in {folders['two']}" in said
+    assert code == 2 and f"{folders['three']}: its row 'alpha dense + lora' is the same as in {folders['two']}" in said
     assert not (tmp_path / "all").exists()
