@@ -92,9 +92,9 @@ class EfficiencyConfig(Section):
 
     enabled: bool = False
     """Measure each shape that the sweep makes, before its recovery, which leaves shapes alone; and the dense models."""
-    batch_sizes: list[Positive] = Field(default=[1, 8], min_length=1)
+    batch_sizes: Annotated[list[Positive], AfterValidator(_once_each)] = Field(default=[1, 8], min_length=1)
     """Sequences that are generated together; tables show the largest."""
-    prompt_tokens: list[Positive] = Field(default=[256], min_length=1)
+    prompt_tokens: Annotated[list[Positive], AfterValidator(_once_each)] = Field(default=[256], min_length=1)
     """Tokens of each sequence before the first new one; tables show the most."""
     new_tokens: Annotated[int, Field(ge=2, lt=2**31)] = 256
     """Tokens that are generated of each sequence: the first from the prompt, all others one by one."""

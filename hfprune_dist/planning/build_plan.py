@@ -257,8 +257,8 @@ class _Planner:
         """Of the variant's shape; recovery and distillation keep it."""
         efficiency = self.config.efficiency
         params = EfficiencyParameters(
-            batch_sizes=sorted({*efficiency.batch_sizes}),
-            prompt_tokens=sorted({*efficiency.prompt_tokens}),
+            batch_sizes=sorted(efficiency.batch_sizes),
+            prompt_tokens=sorted(efficiency.prompt_tokens),
             **efficiency.model_dump(exclude={"enabled", "batch_sizes", "prompt_tokens"}),
             device=self.device,
             packages=package_versions(("torch", "transformers")),

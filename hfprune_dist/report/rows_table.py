@@ -38,7 +38,7 @@ FEW: dict[str, tuple[str, Callable[[Row], str]]] = {
     "perplexity": ("perplexity", lambda row: _measured(row, "perplexity", 2)),
     "average": ("average %", lambda row: _percent_measured(row, "average")),
     "decode_speed": ("speed", lambda row: number(row["decode_speed"], ".2f")),
-    "wall_time_s": ("time", lambda row: duration(row["wall_time_s"])),
+    "own_time_s": ("time", lambda row: duration(row["own_time_s"])),
     "checkpoint": ("checkpoint", lambda row: _short(row["checkpoint"])),
     "status": ("status", lambda row: f"missing: {row['cause']}" if row["cause"] else str(row["status"])),
 }

@@ -168,8 +168,8 @@ def _how_to_load(subject: Subject) -> str:
         text += f"the one in `{NEEDS_CODE}`."
     if subject.trained_on:
         before = "base model" if subject.cell.ratio is None else "pruned model before it"
-        text += f"\n\n`adapter/` holds what the fine-tuning added, as an adapter of the {before}; it is part of the "
-        text += "weights here already."
+        text += "\n\nWhat the fine-tuning added is part of these weights. Where they were made, `adapter/` beside them "
+        text += f"holds it as an adapter of the {before}."
     return text
 
 
