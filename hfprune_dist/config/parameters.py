@@ -181,6 +181,8 @@ class RecoverParameters(Parameters):
 
     recovery: Annotated[RecoveryConfig, Text]
     seed: int
+    layers_may_differ: Annotated[bool, LeftOutAt(False)] = False
+    """Whether layers of the model may have different sizes. Where they did, pairs in a row were once not kept apart."""
 
     @property
     def compute_dtype(self) -> Dtype:

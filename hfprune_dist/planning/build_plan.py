@@ -74,6 +74,7 @@ class _Variant:
     dense: Input
     checkpoint: Input
     cut: Input
+    layers_may_differ: bool
     ratio: float | None = None
     method: str | None = None
     producers: tuple[str, ...] = ()
@@ -110,7 +111,9 @@ class _Planner:
         # First, since most of the sweep waits for it.
         importance = self._importance(model.name, dense, scored, biased)
         self.asked += [importance.id] if scored.criteria > needed else []
-        cells = self._finish(_Variant(label_of(model.name, None, None, "none"), model.name, dense, dense, dense))
+        differ = not model.checkpoint.is_plain
+        label = label_of(model.name, None, None, "none")
+        cells = self._finish(_Variant(label, model.name, dense, dense, dense, differ))
         for ratio in self.config.ratios:
             for name, method in self.methods.items():
                 label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, "none")
@@ -118,7 +121,7 @@ class _Planner:
                 chain = self._rounds(label, dense, importance, ratio, settled)
                 producers = tuple(stage.id for stage in chain)
                 cut = next(stage.as_input() for stage in reversed(chain) if stage.kind == "prune")
-                made = (dense, chain[-1].as_input(), cut)
+                made = (dense, chain[-1].as_input(), cut, differ or method.allocation in ("global", "searched"))
                 cells += self._finish(_Variant(label, model.name, *made, ratio, name, producers))
         return cells
 
@@ -130,7 +133,7 @@ class _Planner:
             evaluate = self._evaluate(variant.label, variant, variant.checkpoint)
             cells.append(self._cell(variant, "none", variant.producers, evaluate))
         if recovery != "none":
-            recover = self._recover(variant.label, variant.checkpoint)
+            recover = self._recover(variant)
             evaluate = self._evaluate(f"{variant.label} + {recovery}", variant, recover.as_input())
             cells.append(self._cell(variant, recovery, (*variant.producers, recover.id), evaluate))
         return cells
@@ -238,10 +241,12 @@ class _Planner:
         inputs = {"model": pruned, "reference": reference.as_input()}
         return self._add(Stage("distill", label, params, inputs))
 
-    def _recover(self, label: str, checkpoint: Input) -> Stage:
-        params = RecoverParameters(recovery=self.config.recovery, seed=self.config.seed)
-        inputs = {"model": checkpoint, **self._text("instructions", self.config.recovery)}
-        return self._add(Stage("recover", label, params, inputs))
+    def _recover(self, variant: _Variant) -> Stage:
+        params = RecoverParameters(
+            recovery=self.config.recovery, seed=self.config.seed, layers_may_differ=variant.layers_may_differ
+        )
+        inputs = {"model": variant.checkpoint, **self._text("instructions", self.config.recovery)}
+        return self._add(Stage("recover", variant.label, params, inputs))
 
     def _evaluate(self, label: str, variant: _Variant, checkpoint: Input) -> Stage:
         evaluation = self.config.evaluation

@@ -97,7 +97,10 @@ def load_trainable_model(task: FineTuning) -> nn.Module:
     """The model with LoRA layers, which hold the weights of ``task.start`` if there is one."""
     dtype = getattr(torch, task.settings.dtype)
     model = load_causal_lm(task.checkpoint.path, dtype)
-    model.config.use_cache = False  # where there is a cache, transformers doesn't look for packed pairs
+    # Where there is a cache, transformers doesn't look for packed pairs. The body may have a configuration of its own.
+    configs: list[Any] = [model.config, task.checkpoint.family.body_of(model).config]
+    for config in configs:
+        config.use_cache = False
     set_seed(task.seed)
     adapter = LoraConfig(
         task_type="CAUSAL_LM",

@@ -370,6 +370,15 @@ def test_a_checkpoint_whose_layers_differ_is_pruned_again_where_layers_compete(w
         plan_of(world, models=[str(folder)], methods=["surgeon"], ratios=[0.4])
 
 
+def test_recoveries_are_told_apart_where_layers_may_differ(world):
+    """Their packed pairs were once not kept from each other; all others keep the fingerprints that they had."""
+    plan = plan_of(world, methods=["hfprune", "surgeon-plain", "surgeon", "surgeon-searched"], ratios=[0.2])
+    recoveries = {it.label: it.params.to_json() for it in plan.stages.values() if it.kind == "recover"}
+    differ = {label for label, recorded in recoveries.items() if recorded.get("layers_may_differ")}
+    assert differ == {it for it in recoveries if it.endswith((" surgeon", "surgeon-searched"))} and differ
+    assert all("layers_may_differ" not in recoveries[label] for label in recoveries.keys() - differ)
+
+
 def test_each_method_is_a_row_and_shares_the_importance_pass(world):
     plan = plan_of(world, models=["a"], methods=["hfprune", "surgeon"])
     assert kinds(plan).count("importance") == 1 and kinds(plan).count("prune") == 4
