@@ -92,7 +92,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=30
 KillWait=5
 SchedulerParameters=bf_interval=1,sched_min_interval=0
 PreemptType=preempt/partition_prio
