@@ -18,11 +18,10 @@ from hfprune_dist.refit.measurement import (
     Hidden,
     Measurement,
     Variants,
-    dense_outputs,
     held_out_batches,
     one_by_one,
 )
-from hfprune_dist.stages.prune_refit import Context, after_each_layer, probe_of, stream_of
+from hfprune_dist.stages.prune_refit import Context, after_each_layer, outputs_of_dense, probe_of, stream_of
 from hfprune_dist.structures import NEURONS
 
 # Windows on which candidates are compared, and layers put in order: of those that refits keep apart for their ridge.
@@ -104,10 +103,7 @@ class Measured:
     @cached_property
     def _outputs(self) -> Hidden:
         """The dense model's; one pass through its layers serves all measurements."""
-        context, dense = self.context, self.dense
-        dtype = getattr(torch, context.params.forward_pass()[0])
-        after_each = after_each_layer(context, "dense model", dense.num_layers)
-        return dense_outputs(dense, self._compared(WINDOWS), dtype, context.world, after_each)
+        return outputs_of_dense(self.context, self.dense, self._compared(WINDOWS))
 
     def _whole_without(self, gone: Sequence[int]) -> Candidate:
         return tuple(

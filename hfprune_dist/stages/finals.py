@@ -16,11 +16,12 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.refit.finished_layers import FinishedLayers, candidates_of
-from hfprune_dist.refit.measurement import Hidden, Measurement, dense_outputs, one_by_one
+from hfprune_dist.refit.measurement import Hidden, Measurement, one_by_one
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.stages.prune_refit import (
     Context,
     after_each_layer,
+    outputs_of_dense,
     probe_of,
     pruned_kinds,
     refit_layers,
@@ -148,7 +149,4 @@ class Finals:
     @cached_property
     def _outputs(self) -> Hidden:
         """The dense model's."""
-        context, dense = self._context, self._dense
-        dtype = getattr(torch, context.params.forward_pass()[0])
-        after_each = after_each_layer(context, "dense model", dense.num_layers)
-        return dense_outputs(dense, self._windows.judged, dtype, context.world, after_each)
+        return outputs_of_dense(self._context, self._dense, self._windows.judged)

@@ -14,6 +14,7 @@ from hfprune_dist.config.parameters import PruneParameters
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe
 from hfprune_dist.refit.dense_refit import AfterEach, DenseRefit
+from hfprune_dist.refit.measurement import Hidden, dense_outputs
 from hfprune_dist.refit.refitted_layers import ProjectionFit, RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.stages.context import Context as AnyContext
@@ -127,6 +128,13 @@ def probe_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Pr
         saved=context.input_path("importance") / PROBE if scored else None,
         sharding=context.runtime.sharding,
     )
+
+
+def outputs_of_dense(context: Context, dense: Checkpoint, micro_batches: Mapping[int, Tensor]) -> Hidden:
+    """What the dense model puts out for micro-batches of all ranks; one pass through its layers. Collective."""
+    dtype = getattr(torch, context.params.forward_pass()[0])
+    after_each = after_each_layer(context, "dense model", dense.num_layers)
+    return dense_outputs(dense, micro_batches, dtype, context.world, after_each)
 
 
 def after_each_layer(context: Context, phase: str, total: int) -> AfterEach:
