@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,23 +15,35 @@ from hfprune_dist.store.attempt import Attempt
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
+# ``<kind>-<fingerprint>`` of a stage -> its logs, by the number of the attempt.
+LogsOfStages = Mapping[str, Mapping[int, Path]]
+
 # What a log begins with (``local.backend``): local time, and among torchrun's options the number of ranks.
 TIME, RANKS = "%Y-%m-%d %H:%M:%S", re.compile(r"--nproc-per-node=(\d+)")
 
 
-def past_attempts(stage: Stage, handle: StageHandle, logs: Path) -> list[Attempt]:
+def logs_below(folder: Path) -> LogsOfStages:
+    """One look at the folder of logs for all stages of a sweep."""
+    found: dict[str, dict[int, Path]] = {}
+    for log in folder.glob("*.*.log"):
+        stage, *_, number, _ = log.name.split(".")
+        found.setdefault(stage, {})[int(number) if number.isdecimal() else 0] = log
+    return found
+
+
+def past_attempts(stage: Stage, handle: StageHandle, logs: LogsOfStages) -> list[Attempt]:
     """Attempts of the local backend at a stage, first to last.
 
     Of an attempt that a later one followed, the log is all that is left: its first line tells when it began and on how
     many ranks, the time of its last when it ended.
 
     Args:
-        logs: folder of the logs.
+        logs: what ``logs_below`` found.
     """
-    found = sorted((_number(log), log) for log in logs.glob(f"{stage.kind}-{stage.fingerprint}.*.log"))
+    found = logs.get(f"{stage.kind}-{stage.fingerprint}", {})
     last = _made(handle) or _unfinished(handle)
-    earlier = [_cut_off(number, log) for number, log in found if last is None or number < last.number]
-    return [*earlier, *_with_log(last, dict(found))]
+    earlier = [_cut_off(number, log) for number, log in sorted(found.items()) if last is None or number < last.number]
+    return [*earlier, *_with_log(last, found)]
 
 
 def _cut_off(number: int, log: Path) -> Attempt:
@@ -49,11 +62,6 @@ def _beginning(log: Path) -> tuple[float | None, int | None]:
         return None, None
     ranks = RANKS.search(first)
     return started, None if ranks is None else int(ranks.group(1))
-
-
-def _number(log: Path) -> int:
-    number = log.suffixes[-2].removeprefix(".")
-    return int(number) if number.isdecimal() else 0
 
 
 def _modified(file: Path) -> float | None:
@@ -85,7 +93,7 @@ def _unfinished(handle: StageHandle) -> Attempt | None:
     return Attempt(content.attempt, "open", started, beat.updated if beat else None, "no end known", said)
 
 
-def _with_log(last: Attempt | None, logs: dict[int, Path]) -> list[Attempt]:
+def _with_log(last: Attempt | None, logs: Mapping[int, Path]) -> list[Attempt]:
     if last is None:
         return []
     log = logs.get(last.number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from hfprune_launch.local import past_attempts as local
@@ -20,8 +21,7 @@ def past_attempts(out: Path) -> AttemptsOf:
     Args:
         out: folder of the sweep.
     """
-    store, logs = Store(out / "store"), out / "logs"
-
+    store, logs = Store(out / "store"), cache(local.logs_below)
     read: dict[str, Sequence[Attempt]] = {}
 
     def of(stage: Stage) -> Sequence[Attempt]:
@@ -31,7 +31,7 @@ def past_attempts(out: Path) -> AttemptsOf:
 
     def attempts_at(stage: Stage) -> Sequence[Attempt]:
         on_cluster = slurm.past_attempts(SlurmStage(store, stage.id))
-        here = local.past_attempts(stage, store.handle(stage.id), logs)
+        here = local.past_attempts(stage, store.handle(stage.id), logs(out / "logs"))
         # What a job made has a manifest too, which tells nothing more than the job's own record.
         own = [it for it in here if it.logs or not on_cluster]
         return sorted([*on_cluster, *own], key=lambda it: it.started or it.ended or 0.0)

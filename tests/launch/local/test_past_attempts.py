@@ -4,8 +4,8 @@ import os
 import time
 
 import pytest
+from hfprune_launch.local import past_attempts as local
 from hfprune_launch.local.backend import _first_line
-from hfprune_launch.local.past_attempts import past_attempts
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 
 from hfprune_dist.config.schema import RuntimeConfig
@@ -33,6 +33,10 @@ def begin(handle, logs, number):
     log.write_text("")
     os.utime(log, (1000.0 * number, 1000.0 * number))
     return log
+
+
+def past_attempts(stage, handle, logs):
+    return local.past_attempts(stage, handle, local.logs_below(logs))
 
 
 def told(handle, logs):
