@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from hfprune_dist.config.section import Positive, Section
+from hfprune_dist.config.section import Positive, PositiveOrAuto, Section
 from hfprune_dist.core.criteria import CriterionName
 from hfprune_dist.structures import LAYERS, NEURONS, Kind, Structure
 
@@ -26,20 +26,11 @@ def _in_order(structures: list[StructureT]) -> list[StructureT]:
     return [kind for kind in known if kind in structures]
 
 
-def _multiple(value: object) -> object:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if value == "auto" or (whole and 1 <= value < 2**31):  # type: ignore[operator]
-        return value
-    raise ValueError(f"give a whole number from 1 on, or auto (got {value!r})")
-
-
 # What is pruned, in one order whatever the order that it is given in; and of that, what is scored.
 Structures = Annotated[list[Structure], AfterValidator(_in_order)]
 Kinds = Annotated[list[Kind], AfterValidator(_in_order)]
 # Of the dense model's parameters, what goes in a round; smaller ones would be more rounds than anyone waits for.
 RoundRatio = Annotated[float, Field(ge=0.01, lt=1)]
-# Of widths.
-Multiple = Annotated[int | Literal["auto"], BeforeValidator(_multiple)]
 
 
 class Method(Section):
@@ -73,7 +64,7 @@ class Method(Section):
     activations; the target lies half way between the dense MLP's output there and the output that would restore the
     dense model's hidden states. block: as layerwise, then Gauss-Newton steps on gate_proj, up_proj and down_proj
     together; takes minutes, not seconds."""
-    multiple_of: Multiple = 1
+    multiple_of: PositiveOrAuto = 1
     """Round intermediate_size to a multiple of this (64 or 128 suit GPU kernels). auto: for each model and ratio the
     largest of 256, 128, 64 and 32 with which at least the ratio goes, and at most 0.0125 more; where there is none, 32
     if the model is at least 1,024 wide, else 1. Where there is a ``round_ratio``, what it is in the first round."""
@@ -135,7 +126,7 @@ class PruneConfig(Section):
     protect_last: Annotated[int, Field(ge=0)] | None = None
     tensor_parallel: Positive | None = None
     refit: Refit | None = None
-    multiple_of: Multiple | None = None
+    multiple_of: PositiveOrAuto | None = None
     steps: Positive | None = None
     round_ratio: RoundRatio | None = None
     distill: Annotated[int, Field(ge=0)] | None = None

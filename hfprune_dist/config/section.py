@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
 # Counts: beyond what any of them can be, a mistyped one would fail, or never end, in a stage.
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+def _positive_or_auto(value: object) -> object:
+    """One message for both kinds of value."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value == "auto" or (whole and 1 <= value < 2**31):  # type: ignore[operator]
+        return value
+    raise ValueError(f"give a whole number from 1 on, or auto (got {value!r})")
+
+
+# The same, or left to be chosen while planning.
+PositiveOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_positive_or_auto)]
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hfprune_dist.config.section import Dtype, Positive, Section, TextSource
+from hfprune_dist.config.section import Dtype, Positive, PositiveOrAuto, Section, TextSource
 from hfprune_dist.errors import UserError
 
 
@@ -15,7 +15,7 @@ class LoraTraining(Section):
 
     batch_size: Positive = 128
     """Rows per optimizer step, over all ranks together."""
-    micro_batch_size: Positive | Literal["auto"] = "auto"
+    micro_batch_size: PositiveOrAuto = "auto"
     """Rows per forward pass of one rank. auto: as many as the memory of the GPUs that it is planned for lets in (1
     where that isn't known), chosen by the first run in a folder and then part of the folder's configuration."""
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4

@@ -92,6 +92,11 @@ def test_the_papers_recipe_is_the_default():
         ({"prune": {"multiple_of": "automatic"}}, ["prune.multiple_of", "or auto (got 'automatic')"]),
         ({"prune": {"multiple_of": 64.0}}, ["prune.multiple_of", "or auto (got 64.0)"]),
         ({"prune": {"multiple_of": True}}, ["prune.multiple_of", "or auto (got True)"]),
+        (
+            {"recovery": {"micro_batch_size": 0}},
+            ["recovery.micro_batch_size: give a whole number from 1 on, or auto (got 0)"],
+        ),
+        ({"distillation": {"micro_batch_size": "all"}}, ["distillation.micro_batch_size", "or auto (got 'all')"]),
         ({"prune": {"tensor_parallel": 0}}, ["prune.tensor_parallel", "greater than or equal to 1"]),
         ({"prune": {"allocation": "flat"}}, ["prune.allocation", "'plain'"]),
         ({"prune": {"structures": ["kv_groups"]}}, ["prune.structures", "neurons must be among them", "kv_groups"]),
