@@ -365,6 +365,9 @@ case $command in
     up | down | status) "$command" ;;
     start | stop)
         [[ " ${DAEMONS[*]} " == *" $DAEMON "* ]] || fail "unknown daemon '$DAEMON'; valid: ${DAEMONS[*]}"
+        # Without munge a daemon ends at once and silently, as it has gone into the background.
+        [ "$command $DAEMON" = "start munge" ] || [ "$command" = stop ] || is_running munge ||
+            fail "$FOLDER: the cluster is down, so $DAEMON can't run; start it with: $0 up $FOLDER"
         "$command" "$DAEMON"
         ;;
 esac

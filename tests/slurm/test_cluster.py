@@ -111,9 +111,22 @@ def test_a_cluster_goes_down_while_its_daemons_start(new_cluster):
         subprocess.run(["slurmd", "-N", "n3", "-f", conf], env=environment, check=True)
         (another.folder / "run" / "n3.pid").unlink(missing_ok=True)
         another.run("down")
-        for start in starts:
-            start.wait(timeout=60)
+        # One whose turn came after "down" is refused.
+        assert all(start.wait(timeout=60) in (0, 2) for start in starts)
         another.run("down")
+        assert processes_in(another.folder) == []
+
+
+@of_another
+def test_a_daemon_of_a_cluster_that_is_down_is_refused_at_once(new_cluster):
+    with new_cluster(PORT_BASE) as another:
+        another.run("up", "--no-accounting")
+        another.run("down")
+        for daemon in ("n2", "slurmctld"):
+            call = [SCRIPT, "start", another.folder, daemon]
+            environment = {**os.environ, **another.environment}
+            result = subprocess.run(call, env=environment, capture_output=True, text=True, check=False, timeout=30)
+            assert result.returncode == 2 and "the cluster is down" in result.stderr and "up" in result.stderr
         assert processes_in(another.folder) == []
 
 
