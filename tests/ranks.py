@@ -38,6 +38,9 @@ class SoloWorld(World):
     def add_up(self, tensor):
         pass
 
+    def add_up_on(self, tensor, owner):
+        pass
+
 
 def write_stage_file(store: Store, stage: Stage, **runtime: object) -> None:
     work = store.work(stage.id)

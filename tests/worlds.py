@@ -191,6 +191,11 @@ class ThreadWorld(World):
         brought = self._meet(f"add_up {tensor.dtype} {list(tensor.shape)}", tensor.clone(), tensor.nbytes)
         tensor.copy_(torch.stack(brought).sum(0))
 
+    def add_up_on(self, tensor: torch.Tensor, owner: int) -> None:
+        kind = f"add_up_on {owner}, {tensor.dtype} {list(tensor.shape)}"
+        brought = self._meet(kind, tensor.clone(), tensor.nbytes)
+        tensor.copy_(torch.stack(brought).sum(0)) if self.rank == owner else tensor.fill_(-1)
+
     def _meet(self, kind: str, mine: Any = None, size: int = 0) -> list[Any]:
         ranks: Ranks = object.__getattribute__(self, "_ranks")
         return ranks.meet(self.rank, kind, mine, size)

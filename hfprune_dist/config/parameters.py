@@ -11,8 +11,8 @@ a stage does what it did before.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
@@ -21,7 +21,7 @@ from hfprune_dist.config.method import Allocation, Kinds, Refit, Structures
 from hfprune_dist.config.section import Dtype, Section, TextSource
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
-from hfprune_dist.core.criteria import CriterionName
+from hfprune_dist.core.criteria import CRITERIA, CriterionName
 from hfprune_dist.structures import NEURONS
 
 # What a text source says of a data set of the hub.
@@ -91,9 +91,10 @@ class ImportanceParameters(Parameters):
     """Of a calibration pass.
 
     ``settled_by_sums_of``: criteria of the pass whose scores are more than sums, where it may end early; their sums
-    decide as well. ``biases``: how a pass in bfloat16 adds the model's biases, if it has any. Both are absent in
-    records of passes that took no notice of such criteria, or rounded before they added biases. ``structures``: the
-    kinds of units that are scored, each by all criteria.
+    decide as well. ``biases``: how a pass in bfloat16 adds the model's biases, if it has any. ``curvature``: how output
+    gradients' second moments are rounded, where a criterion needs them and that makes a difference. These are absent in
+    records of passes that took no notice of such criteria, rounded before they added biases, or rounded once a shard.
+    ``structures``: the kinds of units that are scored, each by all criteria.
     """
 
     calibration: Annotated[CalibrationConfig, Text]
@@ -103,11 +104,25 @@ class ImportanceParameters(Parameters):
     seed: int
     settled_by_sums_of: Annotated[list[CriterionName] | None, LeftOutAt(None)] = None
     biases: Annotated[Literal["added before rounding"] | None, LeftOutAt(None)] = None
+    curvature: Annotated[Literal["rounded by micro-batch"] | None, LeftOutAt(None)] = None
     structures: Annotated[Kinds, LeftOutAt([NEURONS])] = Field(default=[NEURONS])
 
     @property
     def compute_dtype(self) -> Dtype:
         return self.dtype
+
+    def scoring(self, criteria: Iterable[str], structures: Sequence[str]) -> Self:
+        """The same pass for these criteria on these kinds of units."""
+        names = sorted(criteria)
+        calibration = self.calibration
+        # Of a shard that is one micro-batch it makes no difference.
+        is_cut = (
+            min(calibration.shard_size * calibration.micro_batch_size, calibration.samples)
+            > calibration.micro_batch_size
+        )
+        moments = any(CRITERIA[name].needs_moments for name in names)
+        curvature = "rounded by micro-batch" if moments and is_cut else None
+        return self.model_copy(update={"criteria": names, "structures": list(structures), "curvature": curvature})
 
 
 class ReferenceParameters(Parameters):

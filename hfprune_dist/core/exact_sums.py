@@ -23,11 +23,43 @@ class ExactOverflowError(ValueError):
     """A term is so much larger than the first that the sum can't hold it."""
 
 
-class ExactGram:
-    """The sum of Gram matrices x x^T of many terms, as integers at a fixed scale per row and column.
+class GramScale:
+    """How Gram matrices x x^T of many terms are rounded to integers: at a fixed scale per row and column.
 
     Args:
-        first_diagonal_D: float64, the diagonal of one term that all ranks agree on; it decides the scale.
+        first_diagonal_D: the diagonal of one term that all ranks agree on; it decides the scale.
+        terms: number of terms of the whole sum.
+    """
+
+    def __init__(self, first_diagonal_D: Tensor, terms: int) -> None:
+        diagonal_D = first_diagonal_D.double()
+        # A channel may be silent in the first term.
+        floor = diagonal_D.mean().clamp(min=1e-30) * 2.0**-10
+        largest_D = torch.maximum(diagonal_D, floor) * terms * HEADROOM
+        # A power of two, so that scaling rounds nothing.
+        self._scale_D = torch.exp2(torch.floor(31 - torch.log2(largest_D) / 2))
+        self._limit_D = largest_D / terms
+
+    def holds(self, term_DD: Tensor) -> Tensor:
+        """Whether a term can be added: a bool, on its device, False also where it is not finite."""
+        return (term_DD.diagonal().double() <= self._limit_D).all()
+
+    def add(self, term_DD: Tensor, total_DD: Tensor) -> None:
+        """Add a term that this scale ``holds``, float32 or float64, to an int64 total."""
+        for rows in row_blocks(term_DD, scratch_bytes=16):
+            scaled_RD = term_DD[rows].to(torch.float64, copy=True).mul_(self._scale_D[rows, None]).mul_(self._scale_D)
+            total_DD[rows] += scaled_RD.round_().to(torch.int64)
+
+    def value_of(self, total_DD: Tensor) -> Tensor:
+        """What a total stands for, float64."""
+        return total_DD.double().div_(self._scale_D[:, None]).div_(self._scale_D)
+
+
+class ExactGram:
+    """The sum of Gram matrices x x^T of many terms, as integers.
+
+    Args:
+        first_diagonal_D: the diagonal of one term that all ranks agree on; it decides the scale.
         terms: number of terms of the whole sum.
 
     Attributes:
@@ -35,13 +67,9 @@ class ExactGram:
     """
 
     def __init__(self, first_diagonal_D: Tensor, terms: int) -> None:
-        diagonal_D = first_diagonal_D.double()
-        floor = diagonal_D.mean().clamp(min=1e-30) * 2.0**-10  # a channel may be silent in the first term
-        largest_D = diagonal_D.clamp(min=float(floor)) * terms * HEADROOM
-        # A power of two, so that scaling rounds nothing.
-        self._scale_D = torch.exp2(torch.floor(31 - torch.log2(largest_D) / 2))
-        self._limit_D = largest_D / terms
-        self.total_DD = torch.zeros(len(diagonal_D), len(diagonal_D), dtype=torch.int64, device=diagonal_D.device)
+        size = len(first_diagonal_D)
+        self._scale = GramScale(first_diagonal_D, terms)
+        self.total_DD = torch.zeros(size, size, dtype=torch.int64, device=first_diagonal_D.device)
 
     def add(self, term_DD: Tensor) -> None:
         """Add one term, a float32 or float64 Gram matrix.
@@ -49,20 +77,13 @@ class ExactGram:
         Raises:
             ExactOverflowError: where it is out of range or not finite; the sum is left as it was.
         """
-        diagonal_D = term_DD.diagonal().double()
-        if not bool((diagonal_D <= self._limit_D).all()):
+        if not bool(self._scale.holds(term_DD)):
             raise ExactOverflowError(OUT_OF_RANGE)
-        for rows in row_blocks(term_DD, scratch_bytes=16):
-            scaled_RD = term_DD[rows].to(torch.float64, copy=True).mul_(self._scale_D[rows, None]).mul_(self._scale_D)
-            self.total_DD[rows] += scaled_RD.round_().to(torch.int64)
+        self._scale.add(term_DD, self.total_DD)
 
     def value(self) -> Tensor:
         """The sum, float64."""
-        return self.value_of(self.total_DD)
-
-    def value_of(self, total_DD: Tensor) -> Tensor:
-        """What another total at this scale stands for, float64."""
-        return total_DD.double().div_(self._scale_D[:, None]).div_(self._scale_D)
+        return self._scale.value_of(self.total_DD)
 
 
 class ExactSum:

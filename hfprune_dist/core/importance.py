@@ -12,7 +12,7 @@ from torch import Tensor
 from hfprune_dist.core.bound_losses import Batch, bind
 from hfprune_dist.core.criteria import Criterion, Loss, losses_of
 from hfprune_dist.core.head import head_gradients
-from hfprune_dist.core.unit_sums import KindObserver, KindSums, Phase, UnitOutputs
+from hfprune_dist.core.unit_sums import KindObserver, KindSums, Phase, SeeOutputGradients, UnitOutputs
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,24 @@ class UnitSums:
     Args:
         outputs: kind -> where its units are seen.
         criteria: those with something to sum.
+        see_output_gradients: kinds -> what is shown the gradients at their output projections' outputs.
 
     Attributes:
         criteria: as given.
     """
 
-    def __init__(self, outputs: Mapping[str, UnitOutputs], criteria: Sequence[Criterion]) -> None:
+    def __init__(
+        self,
+        outputs: Mapping[str, UnitOutputs],
+        criteria: Sequence[Criterion],
+        see_output_gradients: Mapping[str, SeeOutputGradients] | None = None,
+    ) -> None:
         self.criteria = criteria
         self._phase = Phase()
-        self._observers = {kind: KindObserver(kind, it, criteria, self._phase) for kind, it in outputs.items()}
+        see = see_output_gradients or {}
+        self._observers = {
+            kind: KindObserver(kind, it, criteria, self._phase, see.get(kind)) for kind, it in outputs.items()
+        }
 
     @property
     def kinds(self) -> dict[str, KindSums]:

@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
 from hfprune_dist.core.criteria import Criterion, Loss
-from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.memory_efficient import can_be_observed, masked, observe_gradient, observed
 
 
@@ -48,13 +47,15 @@ class KindSums:
         exact: criterion -> float64 [num_layers, units], or channels of criteria that are ``is_of_channels``; of all
             whose sum isn't rounded. Layers with fewer units than others have zeros behind theirs.
         terms: of criteria whose sum ``is_rounded``, what each micro-batch adds: criterion -> float32, shaped alike.
-        curvature_LCC: float32 [num_layers, hidden_size, hidden_size], the sum over tokens of g g^T, g the gradient at
-            the projection's output of the loss of the criterion that needs it; empty where none does.
     """
 
     exact: dict[str, Tensor]
     terms: list[dict[str, Tensor]]
-    curvature_LCC: Tensor
+
+
+# Called in a backward with a layer's number and the gradients at its output projection's output [tokens, hidden_size],
+# of the criterion that ``needs_moments``; layers come from the last to the first.
+SeeOutputGradients = Callable[[int, Tensor], None]
 
 
 @dataclass
@@ -75,7 +76,6 @@ class _Seen:
     """What hooks have seen of one micro-batch, by layer: float32 or wider, on the model's device."""
 
     sums: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    curvature: dict[int, Tensor] = field(default_factory=dict)
     activation_sum: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -88,15 +88,24 @@ class KindObserver:
         kind: what they are called in ``Phase.student``.
         criteria: those with something to sum.
         phase: changes as the model runs.
+        see_output_gradients: None where no criterion needs moments, or nobody wants them.
     """
 
-    def __init__(self, kind: str, outputs: UnitOutputs, criteria: Sequence[Criterion], phase: Phase) -> None:
+    def __init__(
+        self,
+        kind: str,
+        outputs: UnitOutputs,
+        criteria: Sequence[Criterion],
+        phase: Phase,
+        see_output_gradients: SeeOutputGradients | None = None,
+    ) -> None:
         self._kind = kind
         self._modules = outputs.projections
         self._channels_per_unit = outputs.channels_per_unit
         self._criteria = criteria
         self._phase = phase
-        self._curvature_loss = next((criterion.loss for criterion in criteria if criterion.needs_moments), None)
+        self._moments_loss = next((criterion.loss for criterion in criteria if criterion.needs_moments), None)
+        self._see_output_gradients = see_output_gradients
         self._seen = _Seen()
         self.sums = _nothing_yet(outputs, criteria)
 
@@ -106,9 +115,9 @@ class KindObserver:
             module.register_forward_pre_hook(partial(self._before, layer), prepend=True)
             for layer, module in enumerate(self._modules)
         ]
-        if self._curvature_loss is not None:
+        if self._see_output_gradients is not None and self._moments_loss is not None:
             handles += [
-                module.register_forward_hook(self._make_output_hook(layer))
+                module.register_forward_hook(self._make_output_hook(layer, self._see_output_gradients))
                 for layer, module in enumerate(self._modules)
             ]
         return handles
@@ -135,8 +144,6 @@ class KindObserver:
         terms = {it.name: seen[it.name] for it in self._criteria if it.is_rounded}
         if terms:
             self.sums.terms.append(terms)
-        for layer, curvature_CC in self._seen.curvature.items():
-            self.sums.curvature_LCC[layer] += curvature_CC
 
     def forget(self) -> None:
         """Let go of what was seen of a micro-batch."""
@@ -168,16 +175,18 @@ class KindObserver:
             return masked(hidden_BTD, keeps_U.repeat_interleave(self._channels_per_unit))
         return hidden_BTD if layer > 0 and can_be_observed(hidden_BTD) else observed(hidden_BTD)
 
-    def _make_output_hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def _make_output_hook(
+        self, layer: int, see: SeeOutputGradients
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def show(gradient_BTC: Tensor) -> None:
+            if self._phase.backward_of is self._moments_loss:
+                see(layer, gradient_BTC.flatten(0, -2))
+
         def after_output_projection(_module: nn.Module, _inputs: tuple[Tensor, ...], output_BTC: Tensor) -> None:
             if output_BTC.requires_grad:
-                output_BTC.register_hook(lambda gradient_BTC: self._reduce_output_gradient(layer, gradient_BTC))
+                output_BTC.register_hook(show)
 
         return after_output_projection
-
-    def _reduce_output_gradient(self, layer: int, gradient_BTC: Tensor) -> None:
-        if self._phase.backward_of is self._curvature_loss:
-            self._seen.curvature[layer] = gram_matrix(_widened(gradient_BTC.flatten(0, -2))).cpu()
 
     def _reduce_activation(self, layer: int, hidden_BTD: Tensor) -> None:
         for criterion in self._criteria:
@@ -207,15 +216,13 @@ class KindObserver:
 def _nothing_yet(outputs: UnitOutputs, criteria: Sequence[Criterion]) -> KindSums:
     layers, projections = len(outputs.projections), outputs.projections
     channels = max(int(it.in_features) for it in projections)  # type: ignore[arg-type]
-    hidden_size = int(projections[0].out_features)  # type: ignore[arg-type]
     units = channels // outputs.channels_per_unit
     exact = {
         it.name: torch.zeros(layers, channels if it.is_of_channels else units, dtype=torch.float64)
         for it in criteria
         if not it.is_rounded
     }
-    has_curvature = any(it.needs_moments for it in criteria)
-    return KindSums(exact, [], torch.zeros((layers, hidden_size, hidden_size) if has_curvature else (0,)))
+    return KindSums(exact, [])
 
 
 def sum_over_channels(values_D: Tensor, channels_per_unit: int) -> Tensor:

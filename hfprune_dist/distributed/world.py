@@ -77,6 +77,12 @@ class World:
         """Overwrite a tensor of every rank with the sum over all ranks; exact for integers alone."""
         dist.all_reduce(tensor)
 
+    def add_up_on(self, tensor: torch.Tensor, owner: int) -> None:
+        """Overwrite a tensor of rank ``owner`` with the sum over all ranks, others' with anything; exact for integers
+        alone.
+        """
+        dist.reduce(tensor, dst=owner)
+
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in rank order, on every rank (any picklable object)."""
         boxes: list[T] = [value] * self.size

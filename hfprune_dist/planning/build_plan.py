@@ -182,14 +182,13 @@ class _Planner:
         params = ImportanceParameters(
             # Of BOS the stage is told once, wherever the configuration says it.
             calibration=config.calibration.model_copy(update={"add_bos_token": None}),
-            criteria=sorted(scored.criteria),
+            criteria=[],
             dtype=config.importance.dtype,
             add_bos_token=config.calibrates_with_bos,
             seed=config.seed,
             settled_by_sums_of=by_sums,
             biases="added before rounding" if biased and config.importance.dtype == "bfloat16" else None,
-            structures=scored.structures,
-        )
+        ).scoring(scored.criteria, scored.structures)
         inputs = {"model": model}
         for share in config.calibration.shares():
             inputs |= self._text(share.role, share.text)
@@ -316,8 +315,7 @@ def _part_of(importance: Stage, scored: _Scored) -> Input:
     params = _importance_parameters(importance)
     if params.calibration.settled is not None:
         return importance.as_input()
-    update = {"criteria": sorted(scored.criteria), "structures": scored.structures}
-    alone = replace(importance, params=params.model_copy(update=update))
+    alone = replace(importance, params=params.scoring(scored.criteria, scored.structures))
     return replace(importance.as_input(), identity=alone.id)
 
 

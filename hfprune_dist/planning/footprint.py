@@ -30,9 +30,9 @@ SMALL_PARAMETER = 100_000
 HEAD_CHUNK_BYTES = 2 * CHUNK_BYTES + 3 * 2 * CHUNK_BYTES
 # core.memory_efficient: portions, in float32, of a gated MLP's backward.
 GATED_PORTIONS = 7
-# scoring.shard_sums: of each number of the curvature, with a shard's in float32; and without it, after the pass: an
-# exact sum over shards, of this rank and of all, 8 bytes each.
-CURVATURE_BYTES, CURVATURE_SUMS_BYTES = 20, 16
+# scoring.curvature: of each number of a layer's matrix that a rank owns; while a layer's is made, in float32, as
+# integers and, on several ranks, as what travels; in main memory while it is saved.
+OWNED_BYTES, MADE_BYTES, SENT_BYTES, SAVED_BYTES = 8, 20, 8, 16
 # core.elimination: for each number of a layer's Gram matrix, with what is made of it, but for products that wait (384
 # numbers a neuron); of a matrix that waits for its turn.
 ELIMINATION_BYTES, MOMENTS_BYTES = 32, 8
@@ -42,9 +42,9 @@ ELIMINATION_BYTES, MOMENTS_BYTES = 32, 8
 class Importance:
     """A calibration pass: ``windows`` of ``tokens`` at a time, a backward for each of ``losses``.
 
-    With ``curvature``, it also adds up g g^T at the output of every MLP; a pass layer by layer follows for their Gram
-    matrices, on all of ``samples`` windows, without the model. With ``kv_groups`` it does at attention's outputs what
-    it does at those of MLPs.
+    With ``curvature``, it also adds up g g^T at the output of every MLP, each rank for its share of the layers; a pass
+    layer by layer follows for their Gram matrices, on all of ``samples`` windows, without the model. With ``kv_groups``
+    it does at attention's outputs what it does at those of MLPs.
     With a ``student`` the model runs again without some neurons, forward and backward, with the dense model as teacher.
     """
 
@@ -63,13 +63,19 @@ class Importance:
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
-        """Main memory that one rank's curvature takes, and, when the model is gone, hidden states of its windows."""
+        """Main memory of one rank for a layer's curvature that is saved, or later for hidden states of its windows."""
         if not self.curvature:
             return 0
         assert self.samples is not None, "the pass layer by layer goes over all windows"
-        numbers = len(self._sizes(dims)) * dims.num_layers * dims.hidden_size**2
         hidden = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks) * dims.hidden_size * self.itemsize
-        return max(CURVATURE_BYTES * numbers, CURVATURE_SUMS_BYTES * numbers + hidden)
+        return max(SAVED_BYTES * dims.hidden_size**2, hidden)
+
+    def curvature_bytes(self, dims: Dimensions, ranks: int) -> int:
+        """Of the layers that a rank owns, of each kind of units, and of the one whose matrix is made."""
+        if not self.curvature:
+            return 0
+        owned = OWNED_BYTES * len(self._sizes(dims)) * -(-dims.num_layers // ranks)
+        return dims.hidden_size**2 * (owned + MADE_BYTES + (SENT_BYTES if ranks > 1 else 0))
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
         """On one of the ranks that the model is sharded over: the larger of both passes."""
@@ -95,6 +101,7 @@ class Importance:
             gathered=_gathered_at_a_time(dims, self.itemsize, ranks),
             activations=tokens * self.activation_bytes(dims),
             scratch=max(head, backward) + tokens * dims.hidden_size * self.itemsize * (self.losses + 2 + self.student),
+            sums=self.curvature_bytes(dims, ranks),
         )
 
     def activation_bytes(self, dims: Dimensions) -> int:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.unit_sums import NonFiniteError
+from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.errors import UserError
-from hfprune_dist.scoring.shard_scorer import ShardScorer
+from hfprune_dist.scoring.shard_scorer import ShardScorer, Sums
 from hfprune_dist.scoring.shard_sums import Accumulation
 
 # A shard: the numbers of the windows of each of its micro-batches.
@@ -40,7 +41,7 @@ class CalibrationPass:
 
         Args:
             before_round: called with the number of shards that are done.
-            after_round: called once a round is saved; may end the pass by an exception.
+            after_round: called once a round is added; may end the pass by ``Interrupted``.
 
         Raises:
             UserError: where activations or gradients are not finite.
@@ -54,9 +55,17 @@ class CalibrationPass:
         while not totals.is_complete:
             before_round(totals.next_shard)
             with _explaining(totals.mine):
-                totals.add_round(scorer.score(self._shards[totals.mine], forwards=self._most_forwards()))
-            after_round()
+                totals.add_round(self._score_round(scorer))
+            try:
+                after_round()
+            except Interrupted:
+                totals.save()
+                raise
         scorer.release()
+
+    def _score_round(self, scorer: ShardScorer) -> Sums:
+        totals = self._totals
+        return scorer.score(self._shards[totals.mine], self._most_forwards(), counts=totals.mine_counts)
 
     def _most_forwards(self) -> int:
         """Micro-batches of the round's longest shard: its first, since none but the last one of all is shorter."""

@@ -16,6 +16,11 @@ from hfprune_dist.scoring.kind_totals import Layout, Saved, Shape
 CURVE = "curve"
 
 
+def next_point(shards: int) -> int:
+    """After how many shards halves are compared next, when so many are done: a power of two, from 2 on."""
+    return max(2, 1 << shards.bit_length())
+
+
 class Halves:
     """Sums over every other shard, of one kind of units, compared with those over the others on the way.
 
@@ -40,7 +45,7 @@ class Halves:
 
     def compare(self, shards: int, exact: Mapping[str, Tensor]) -> None:
         """Add a point to the curve after 2, 4, 8, ... shards; ``exact`` are the sums over all of them."""
-        if shards < 2 or shards & (shards - 1):
+        if shards != next_point(shards - 1):
             return
         for criterion, odd_LU in zip(self._criteria, self._odd_KLU, strict=True):
             if criterion.has_halves:
@@ -75,8 +80,9 @@ class Halves:
         if saved:
             points = saved[CURVE].tolist()
             self.curve = {(int(it[0]), self._criteria[int(it[1])].name, it[2]): it[3] for it in points}
+            self._odd_KLU.copy_(saved[self.ODD])
         self.curve = world.broadcast(self.curve)
-        self._odd_KLU = world.broadcast(saved.get(self.ODD, self._odd_KLU))
+        world.broadcast_tensor(self._odd_KLU, 0)
 
     def _of_units(self, criterion: Criterion, exact: Mapping[str, Tensor]) -> Tensor:
         channels = self._shape.channels_per_unit if criterion.is_of_channels else 1

@@ -21,6 +21,7 @@ from hfprune_dist.models.memory_efficient_backward import (
     keep_no_gathered_weights,
     use_memory_efficient_backward,
 )
+from hfprune_dist.scoring.curvature import Curvature
 from hfprune_dist.scoring.placement import place
 from hfprune_dist.structures import NEURONS, Kind
 from hfprune_dist.structures.units import Units
@@ -46,6 +47,7 @@ class ShardScorer:
         windows_ST: int64 [windows, tokens], the same on every rank.
         criteria: those with something to sum.
         structures: the kinds of units that are scored.
+        curvature: what adds up output gradients, where a criterion needs it.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class ShardScorer:
         world: World,
         structures: Sequence[Kind] = (NEURONS,),
         activation_checkpointing: bool = False,
+        curvature: Curvature | None = None,
     ) -> None:
         family = checkpoint.family
         placed = place(checkpoint, dtype, micro_batch_size, world)
@@ -81,6 +84,7 @@ class ShardScorer:
         self._criteria = criteria
         self._seed = seed
         self._world = world
+        self._curvature = curvature
 
     def choose_student(self, micro_batches: Sequence[range]) -> None:
         """Before the first ``score``: fix the student of the losses that need one, if any does.
@@ -94,7 +98,7 @@ class ShardScorer:
         if all(loss.of != "student" for loss in losses_of(self._criteria)):
             return
         criterion, world, neurons = CRITERIA[STUDENT_CRITERION], self._world, self._checkpoint.structures[NEURONS]
-        sums_LD = self._score(micro_batches, [criterion], [NEURONS]).kinds[NEURONS].exact[criterion.name]
+        sums_LD = self._score(micro_batches, [criterion], [NEURONS], counts=False).kinds[NEURONS].exact[criterion.name]
         mine = {
             number: student_keeps(
                 finished(
@@ -113,30 +117,37 @@ class ShardScorer:
         """Give the memory of the model's weights back; nothing can be scored any more."""
         self._release()
 
-    def score(self, micro_batches: Sequence[range], forwards: int = 0) -> Sums:
+    def score(self, micro_batches: Sequence[range], forwards: int = 0, *, counts: bool = True) -> Sums:
         """Sums over the windows of some micro-batches.
 
         Args:
             forwards: micro-batches that the rank with most of them scores meanwhile. Forwards and backwards of a
                 sharded model are collective: where this rank has fewer, it begins by scoring its first one that many
                 times more, and drops what comes of it.
+            counts: whether these are added to the curvature of all ranks.
 
         Raises:
             NonFiniteError: where a layer saw NaN or infinity.
+            ExactOverflowError: where output gradients are out of all proportion.
         """
         missing = forwards - len(micro_batches)
         if missing > 0:
-            self._score([micro_batches[0]] * missing, self._criteria, self._model.outputs)
-        return self._score(micro_batches, self._criteria, self._model.outputs)
+            self._score([micro_batches[0]] * missing, self._criteria, self._model.outputs, counts=False)
+        return self._score(micro_batches, self._criteria, self._model.outputs, counts=counts)
 
-    def _score(self, micro_batches: Sequence[range], criteria: Sequence[Criterion], kinds: Iterable[str]) -> Sums:
-        sums = UnitSums({kind: self._model.outputs[kind] for kind in kinds}, criteria)
+    def _score(
+        self, micro_batches: Sequence[range], criteria: Sequence[Criterion], kinds: Iterable[str], *, counts: bool
+    ) -> Sums:
+        see = self._curvature.seeing(counts=counts) if self._curvature else {}
+        sums = UnitSums({kind: self._model.outputs[kind] for kind in kinds}, criteria, see)
         losses = {loss.name: 0.0 for loss in losses_of(criteria)}
         for windows in micro_batches:
             input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
             batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed)
             for name, value in score_batch(self._model, batch, sums).items():
                 losses[name] += value
+            if self._curvature:
+                self._curvature.check()
         return Sums(sums.kinds, losses)
 
 

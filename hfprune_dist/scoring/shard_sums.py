@@ -11,10 +11,16 @@ from torch import Tensor
 from hfprune_dist.checkpoints.tensor_files import DamagedFileError, load_tensors, save_tensors
 from hfprune_dist.core.criteria import Criterion, losses_of
 from hfprune_dist.distributed.world import World
-from hfprune_dist.scoring.halves import CURVE, Halves
+from hfprune_dist.scoring.curvature import Curvature
+from hfprune_dist.scoring.halves import CURVE, Halves, next_point
 from hfprune_dist.scoring.kind_totals import KindTotals, Layout, Saved, Shape
 from hfprune_dist.scoring.shard_scorer import Sums
 from hfprune_dist.store.atomic_files import set_aside
+
+# A folder of sums of curvature, and what is saved of their scales with everything else.
+CURVATURE, FIRST = "curvature", "curvature.first"
+# What a rank may write of curvature for each round: where it owns more, only every other round or fewer are saved.
+BYTES_SAVED_A_ROUND = 2**27
 
 
 class Accumulation:
@@ -25,14 +31,16 @@ class Accumulation:
         shapes: of each kind of units that is scored. Halves are of the first: a layer may have too few others to be
             compared, and what else is scored must not change where a pass ends.
         shards: of the whole pass.
-        file: where rank 0 saves after every round; if it is there, the pass goes on from it. One that is damaged, or of
-            another pass, is set aside, and the pass begins anew.
+        micro_batches: of the whole pass.
+        file: where rank 0 saves after a round; if it is there, the pass goes on from it. One that is damaged, or of
+            another pass, is set aside, and the pass begins anew. What is saved of curvature lies beside it.
         settled: stop as soon as both halves of the shards so far keep this share of their units in common, by every
             criterion that has halves and at every share; looked at when the number of shards is a power of two. None
             goes through all.
 
     Attributes:
         kinds: the sums of each kind.
+        curvature: those of output gradients; of no kind where no criterion needs them.
         losses: loss name -> sum over windows of the loss per token.
     """
 
@@ -44,9 +52,10 @@ class Accumulation:
         file: Path,
         world: World,
         *,
+        micro_batches: int,
         settled: float | None = None,
     ) -> None:
-        self.kinds = {kind: KindTotals(criteria, shape, shards, world) for kind, shape in shapes.items()}
+        self.kinds = {kind: KindTotals(criteria, shape, world) for kind, shape in shapes.items()}
         self.losses: dict[str, float] = {}
         self.next_shard = 0
         self.shards = shards
@@ -56,6 +65,13 @@ class Accumulation:
         self._criteria = criteria
         self._file = file
         self._world = world
+        self._curvature_shapes = {
+            kind: (shape.layers, shape.hidden_size)
+            for kind, shape in shapes.items()
+            if any(it.needs_moments for it in criteria)
+        }
+        self.curvature = Curvature(self._curvature_shapes, micro_batches, file.parent / CURVATURE, world)
+        self._rounds_unsaved = 0
         self._resume()
 
     @property
@@ -68,20 +84,30 @@ class Accumulation:
         return min(self.next_shard + self._world.rank, self.shards - 1)
 
     @property
+    def counted(self) -> int:
+        """How many of the ranks' shards count in this round.
+
+        Where the pass may end early and curvature is summed, which is as it appears, a round ends where the pass may.
+        """
+        left = self.shards - self.next_shard
+        if self._sufficient_overlap is not None and self._curvature_shapes:
+            left = min(left, next_point(self.next_shard) - self.next_shard)
+        return min(self._world.size, left)
+
+    @property
+    def mine_counts(self) -> bool:
+        """Whether this rank's shard counts in this round."""
+        return self._world.rank < self.counted
+
+    @property
     def curve(self) -> dict[tuple[int, str, float], float]:
         """(shards, criterion, share kept) -> overlap of the two halves (see ``core.split_half``)."""
         return self._halves.curve
 
     def add_round(self, shard: Sums) -> None:
-        """Add the sums of every rank's shard of this round, and save.
-
-        Raises:
-            ExactOverflowError: where output gradients are out of all proportion.
-        """
-        counted = min(self._world.size, self.shards - self.next_shard)
+        """Add the sums of every rank's shard of this round, and save, unless that is left to a later round."""
         losses = self._world.gather(shard.losses)
-        before = self.next_shard
-        for source in range(counted):
+        for source in range(self.counted):
             received = {kind: totals.add(shard.kinds[kind], source) for kind, totals in self.kinds.items()}
             self.losses = {name: self.losses.get(name, 0.0) + value for name, value in losses[source].items()}
             self._halves.add(self.next_shard, received[self._first])
@@ -89,17 +115,43 @@ class Accumulation:
             self._halves.compare(self.next_shard, self.kinds[self._first].sums)
             if self._has_settled():
                 break
-        counts = self._world.rank < self.next_shard - before
-        for kind, totals in self.kinds.items():
-            totals.add_curvature(shard.kinds[kind].curvature_LCC, counts)
+        self._rounds_unsaved += 1
+        if self.is_complete or self._rounds_unsaved >= self._rounds_a_save():
+            self.save()
+        if self.is_complete:
+            self.curvature.release()
+
+    def save(self) -> None:
+        """Save what no earlier call has saved. Collective.
+
+        Curvature comes first, each rank's own; it counts as soon as rank 0 has saved the rest.
+        """
+        if not self._rounds_unsaved:
+            return
+        if self._curvature_shapes:
+            self.curvature.save(self.next_shard)
+            self._world.barrier()
         if self._world.is_first:
             self._save()
+            if self._curvature_shapes:
+                self.curvature.keep_only(self.next_shard)
+        self._rounds_unsaved = 0
+
+    def mean_curvature(self, kind: str, layer: int, tokens: int) -> Tensor:
+        """After the pass, mean of g g^T over so many tokens, where a criterion needs moments: float64 [hidden_size,
+        hidden_size], on the device.
+        """
+        return self.curvature.value(kind, layer, self.next_shard) / tokens
+
+    def _rounds_a_save(self) -> int:
+        return max(1, -(-self.curvature.owned_bytes // BYTES_SAVED_A_ROUND))
 
     def _has_settled(self) -> bool:
         return self._sufficient_overlap is not None and self._halves.agree(self.next_shard, self._sufficient_overlap)
 
     def _resume(self) -> None:
         saved = self._read_saved() if self._world.is_first else {}
+        saved = self._with_curvature(saved)
         if saved:
             self.losses = {loss.name: float(saved[f"loss.{loss.name}"]) for loss in losses_of(self._criteria)}
             self.next_shard = int(saved["next_shard"])
@@ -108,6 +160,24 @@ class Accumulation:
             self._halves.resume(saved, self._world)
             for kind, totals in self.kinds.items():
                 totals.resume({name: saved[self._name(kind, name)] for name in totals.layout()} if saved else {})
+            if self.is_complete:
+                self.curvature.release()
+
+    def _with_curvature(self, saved: Saved) -> Saved:
+        """What rank 0 has read, if every rank can go on from the curvature that goes with it."""
+        if not self._curvature_shapes:
+            return saved
+        first = {kind: saved[self._name(kind, FIRST)] for kind in self._curvature_shapes} if saved else {}
+        shards, first = self._world.broadcast((int(saved["next_shard"]) if saved else 0, first))
+        if not shards:
+            return {}
+        problem = next(filter(None, self._world.gather(self.curvature.resume(first, shards))), "")
+        if not problem:
+            return saved
+        self.curvature.begin_anew()
+        if self._world.is_first:
+            set_aside(self._file, problem)
+        return {}
 
     def _name(self, kind: str, name: str) -> str:
         """Of a saved tensor; the first kind's have none in front."""
@@ -147,12 +217,14 @@ class Accumulation:
             self._name(kind, name): it for kind, totals in self.kinds.items() for name, it in totals.layout().items()
         }
         losses: Layout = {f"loss.{loss.name}": (torch.float64, ()) for loss in losses_of(self._criteria)}
-        return {"next_shard": (torch.int64, ()), **losses, **self._halves.layout(), **of_kinds}
+        first: Layout = {self._name(kind, FIRST): (torch.float64, it) for kind, it in self._curvature_shapes.items()}
+        return {"next_shard": (torch.int64, ()), **losses, **self._halves.layout(), **of_kinds, **first}
 
     def _save(self) -> None:
         of_kinds = {
             self._name(kind, name): it for kind, totals in self.kinds.items() for name, it in totals.saved().items()
         }
         losses = {f"loss.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.losses.items()}
-        saved = {"next_shard": torch.tensor(self.next_shard), **losses, **self._halves.saved(), **of_kinds}
+        first = {self._name(kind, FIRST): it for kind, it in self.curvature.first().items()}
+        saved = {"next_shard": torch.tensor(self.next_shard), **losses, **self._halves.saved(), **of_kinds, **first}
         save_tensors(saved, self._file)

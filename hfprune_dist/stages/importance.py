@@ -34,6 +34,7 @@ from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe, record_probe
 from hfprune_dist.errors import UserError
 from hfprune_dist.scoring.calibration_pass import CalibrationPass, cut_into_shards
+from hfprune_dist.scoring.curvature import Curvature
 from hfprune_dist.scoring.kind_totals import KindTotals, Shape
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.scoring.shard_sums import Accumulation
@@ -154,20 +155,33 @@ def _accumulate(
         kind: Shape(units.counts, units.channels_per_unit, hidden_size)
         for kind, units in _scored_units(context, checkpoint).items()
     }
-    partial = context.work / PARTIAL
-    totals = Accumulation(criteria, shapes, len(shards), partial, context.world, settled=settings.settled)
+    totals = Accumulation(
+        criteria,
+        shapes,
+        len(shards),
+        context.work / PARTIAL,
+        context.world,
+        micro_batches=sum(map(len, shards)),
+        settled=settings.settled,
+    )
 
     def report(done: int) -> None:
         context.progress.update("calibration", done, len(shards))
 
-    CalibrationPass(shards, totals, lambda: _scorer(context, checkpoint, windows_ST, criteria)).run(
+    CalibrationPass(shards, totals, lambda: _scorer(context, checkpoint, windows_ST, criteria, totals.curvature)).run(
         before_round=report, after_round=lambda: context.interruption.stop_if_agreed(context.world)
     )
     report(len(shards))
     return totals
 
 
-def _scorer(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]) -> ShardScorer:
+def _scorer(
+    context: Context,
+    checkpoint: Checkpoint,
+    windows_ST: Tensor,
+    criteria: Sequence[Criterion],
+    curvature: Curvature,
+) -> ShardScorer:
     """The model, ready to score; before that, it leaves its probe."""
     params = context.params
     scorer = ShardScorer(
@@ -180,6 +194,7 @@ def _scorer(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criter
         world=context.world,
         structures=params.structures,
         activation_checkpointing=context.runtime.activation_checkpointing,
+        curvature=curvature,
     )
     if context.world.is_first and not (context.work / PROBE).is_file():
         record_probe(scorer.module, checkpoint.family, context.work / PROBE)
@@ -276,12 +291,15 @@ class _SecondPass:
 
     def layer(self, number: int, is_mine: bool) -> _Layer | None:
         """The next layer as criteria see it, None where another rank solves it; collective."""
-        moments = self._moments(number) if self._needed else {}
+        grams = self._grams(number) if self._needed else {}
+        if not is_mine:
+            return None
+        moments = {kind: self._moments(kind, number, it) for kind, it in grams.items()}
         where, seed = self._checkpoint, self._context.params.seed
         kinds = {
             kind: scored_layer(where, units, number, seed, moments.get(kind)) for kind, units in self._units.items()
         }
-        return _Layer(number, kinds) if is_mine else None
+        return _Layer(number, kinds)
 
     def go_past(self, number: int) -> None:
         """Take the windows through the next layer, whose scores are known; collective."""
@@ -295,14 +313,13 @@ class _SecondPass:
             self._context.progress.update("moments", number + 1, self._checkpoint.num_layers)
         self._context.interruption.stop_if_agreed(self._context.world)
 
-    def _moments(self, number: int) -> dict[str, SecondMoments]:
+    def _grams(self, number: int) -> dict[str, Grams]:
         stream = self._begun()
         grams = stream.grams(number, stream.layer(number), list(self._units.values()))
-        return {kind: self._moments_of(kind, number, grams[units.kind]) for kind, units in self._units.items()}
+        return {kind: grams[units.kind] for kind, units in self._units.items()}
 
-    def _moments_of(self, kind: str, number: int, grams: Grams) -> SecondMoments:
-        curvature_CC = self._totals.kinds[kind].mean_curvature(number, self._tokens)
-        return SecondMoments(grams.whole(), curvature_CC.to(self._context.world.device), self._tokens)
+    def _moments(self, kind: str, number: int, grams: Grams) -> SecondMoments:
+        return SecondMoments(grams.whole(), self._totals.mean_curvature(kind, number, self._tokens), self._tokens)
 
     def _begun(self) -> LayerStream:
         """The windows on their way; where all scores are known, they never begin. Collective."""

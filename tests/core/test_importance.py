@@ -1,6 +1,8 @@
 """Sums against the definitions: float64 autograd through the whole model, per window."""
 
 import contextlib
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core import head, importance
 from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.unit_sums import NonFiniteError, UnitOutputs
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
@@ -26,7 +29,7 @@ def ours(model, windows, micro_batch_size, names=("entropy",), **options):
 
 
 def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=use_memory_efficient_backward, kinds=(NEURONS,)):
-    """Sums of each kind."""
+    """Sums of each kind; and, as ``curvature``, those of g g^T at their output projections' outputs, by layer."""
     model = model.requires_grad_(False)
     family = FAMILIES[model.config.model_type]
     prepare(model, family)
@@ -37,11 +40,22 @@ def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=use_memory
         outputs=outputs_of(model, kinds),
         student={NEURONS: a_student(model)},
     )
-    sums = UnitSums(scored.outputs, [CRITERIA[name] for name in names])
+    curvature = {kind: defaultdict(float) for kind in kinds}
+
+    def seeing(kind):
+        def see(layer, gradients):
+            curvature[kind][layer] += gram_matrix(gradients.float())
+
+        return see
+
+    sums = UnitSums(scored.outputs, [CRITERIA[name] for name in names], {kind: seeing(kind) for kind in kinds})
     for start in range(0, len(windows), micro_batch_size):
         input_ids = windows[start : start + micro_batch_size]
         score_batch(scored, Batch(input_ids, range(start, start + len(input_ids)), linear.out_features, seed), sums)
-    return sums.kinds
+    return {
+        kind: SimpleNamespace(exact=it.exact, terms=it.terms, curvature=curvature[kind])
+        for kind, it in sums.kinds.items()
+    }
 
 
 def outputs_of(model, kinds):
@@ -94,7 +108,7 @@ def test_curvature_is_the_second_moment_of_the_gradients_at_the_mlps_outputs(var
 
 def assert_moments(sums, expected_moments, tokens):
     for layer, (_, expected, fisher) in enumerate(expected_moments):
-        found = sums.curvature_LCC[layer] / tokens
+        found = sums.curvature[layer] / tokens
         assert torch.linalg.norm(found - expected) / torch.linalg.norm(expected) < 2e-5
         torch.testing.assert_close(sums.exact["surgeon"][layer] / tokens, fisher, rtol=1e-3, atol=1e-9)
 
@@ -167,7 +181,8 @@ def test_neurons_have_the_same_bits_where_groups_are_scored_beside_them(variant,
 def assert_same_bits(sums, expected):
     assert sums.exact.keys() == expected.exact.keys()
     assert all(torch.equal(sums.exact[name], it) for name, it in expected.exact.items())
-    assert torch.equal(sums.curvature_LCC, expected.curvature_LCC)
+    assert sums.curvature.keys() == expected.curvature.keys() and len(sums.curvature) > 1
+    assert all(torch.equal(sums.curvature[layer], it) for layer, it in expected.curvature.items())
     for terms, expected_terms in zip(sums.terms, expected.terms, strict=True):
         assert all(torch.equal(terms[name], it) for name, it in expected_terms.items())
 

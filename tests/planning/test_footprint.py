@@ -32,6 +32,7 @@ from hfprune_dist.planning.layer_pass_footprint import Reference, Refit, memory_
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
+from hfprune_dist.scoring.curvature import CurvatureSums
 from hfprune_dist.structures.kept import Kept
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 264}
@@ -156,15 +157,42 @@ def test_memory_of_the_calibration_pass(losses, checkpointing, groups, monkeypat
     assert 0.9 < counted.peak / job.memory(dimensions_of(model.config.to_dict()), 1).total < 1.05
 
 
-def test_curvature_and_the_walk_are_counted_as_memory_of_the_host():
-    dims, numbers = published("7B"), 32 * 4096**2
+def test_no_host_holds_more_of_the_curvature_than_a_layer():
+    dims = published("7B")
     assert Importance(1, 1024, samples=64).host_bytes(dims, 8) == 0
-    few, many = (Importance(1, 1024, curvature=True, samples=samples) for samples in (64, 10_000))
-    assert few.host_bytes(dims, 8) == 20 * numbers, "of the pass"
-    assert many.host_bytes(dims, 8) == 16 * numbers + 1250 * 1024 * 4096 * 2, "of the pass layer by layer"
-    few, many = (replace(it, kv_groups=True) for it in (few, many))
-    assert few.host_bytes(dims, 8) == 2 * 20 * numbers, "at attention's outputs too"
-    assert many.host_bytes(dims, 8) == 2 * 16 * numbers + 1250 * 1024 * 4096 * 2
+    few, many = (Importance(1, 1024, curvature=True, samples=samples) for samples in (8, 10_000))
+    assert few.host_bytes(dims, 8) == 16 * 4096**2, "while it is saved"
+    assert many.host_bytes(dims, 8) == 1250 * 1024 * 4096 * 2, "hidden states of the pass layer by layer"
+    assert replace(few, kv_groups=True).host_bytes(dims, 8) == 16 * 4096**2
+
+
+@pytest.mark.parametrize(("ranks", "layers"), [(1, 32), (2, 16), (4, 8), (5, 7), (32, 1), (100, 1)])
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_ranks_share_the_curvature_of_layers(kinds, ranks, layers):
+    job = Importance(1, 1024, curvature=True, samples=64, kv_groups=kinds == 2)
+    made = 20 if ranks == 1 else 28
+    assert job.curvature_bytes(published("7B"), ranks) == (8 * kinds * layers + made) * 4096**2
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_memory_of_the_curvature_of_layers(ranks, monkeypatch):
+    for module, name in ((gram, "BLOCK"), (blocks, "CACHE_BYTES")):
+        monkeypatch.setattr(module, name, 2**40)  # as on a GPU: in one go
+    layers, hidden_size = 5, 192
+    with PeakBytes() as counted:
+        sums = CurvatureSums((layers, hidden_size), 2, SoloWorld(0, ranks))
+        for layer in 2 * list(reversed(range(layers))):
+            sums.add(layer, torch.randn(4, hidden_size), counts=True)
+    dims = replace(published("7B"), num_layers=layers, hidden_size=hidden_size)
+    expected = Importance(1, 4, curvature=True, samples=1).curvature_bytes(dims, ranks)
+    assert 0.9 < counted.peak / expected < 1.05
+
+
+def test_curvature_of_a_large_model_with_its_attention_heads_fits_gpus():
+    job = Importance(1, 1024, curvature=True, samples=1024, kv_groups=True)
+    gpus = Gpus(nodes=2, per_node=8, memory=80 * 2**30, flops=None, network=None)
+    assert fits(job, published("70B"), gpus)
+    assert job.curvature_bytes(published("70B"), 16) < 8 * 2**30
 
 
 @pytest.mark.parametrize("kinds", [["neurons"], ["neurons", "kv_groups"]])

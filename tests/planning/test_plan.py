@@ -294,7 +294,39 @@ def test_only_where_the_pass_may_end_early_fingerprints_say_whose_sums_decide(wo
         importance_of(importance__criteria=criteria),
         importance_of(methods=["hfprune"], importance__criteria=["entropy"], calibration__settled=0.9),
     ):
-        assert set(stage.params.to_json()) == {"calibration", "criteria", "dtype", "add_bos_token", "seed"}
+        settings = set(stage.params.to_json()) - {"curvature"}
+        assert settings == {"calibration", "criteria", "dtype", "add_bos_token", "seed"}
+
+
+@pytest.mark.parametrize(
+    ("surgeon", "samples", "micro_batch_size", "shard_size", "says_so"),
+    [
+        (True, 8, 1, 4, True),
+        (True, 8, 3, 2, True),
+        (True, 3, 2, 4, True),
+        (True, 8, 2, 1, False),
+        (True, 4, 4, 4, False),
+        (True, 1, 2, 8, False),
+        (False, 8, 1, 4, False),
+    ],
+)
+def test_where_a_shard_is_one_micro_batch_its_curvature_is_rounded_as_ever(
+    world, surgeon, samples, micro_batch_size, shard_size, says_so
+):
+    plan = plan_of(
+        world,
+        models=["a"],
+        methods=["surgeon-uniform", "hfprune"] if surgeon else ["hfprune"],
+        importance__criteria=[],
+        calibration__samples=samples,
+        calibration__micro_batch_size=micro_batch_size,
+        calibration__shard_size=shard_size,
+    )
+    (importance,) = (stage for stage in plan.stages.values() if stage.kind == "importance")
+    assert ("curvature" in importance.params.to_json()) == says_so
+    # What is not made of curvature is known by what it was without.
+    entropy_alone = importance.params.scoring(["entropy"], ["neurons"])
+    assert "curvature" not in entropy_alone.to_json()
 
 
 @pytest.mark.parametrize("criteria", [["magnitude"], ["magnitude", "random"], ["entropy_bfloat16"]])

@@ -54,8 +54,16 @@ class Case(NamedTuple):
         """Of every rank: in each round as many as the longest shard has; a student takes as many again, and a shard's
         to be chosen.
         """
-        in_rounds = sum(self.shards[first] for first in range(0, shards_done, ranks))
+        in_rounds = sum(self.shards[first] for first in self._rounds(shards_done, ranks))
         return in_rounds if self.choice == 0 else 2 * in_rounds + self.shards[0]
+
+    def _rounds(self, shards_done, ranks):
+        """The first shard of each; where the pass may end, which is after a power of two of them, so does a round."""
+        first = 0
+        while first < shards_done:
+            yield first
+            point = next(2**power for power in range(1, 20) if 2**power > first)
+            first += ranks if self.settled is None else min(ranks, point - first)
 
     def backwards(self, forwards):
         """One for surgeon's loss; of two forwards three, one for the entropy's and one for the student's."""
@@ -130,8 +138,8 @@ def assert_same(totals, expected, tokens):
         for name, sums in expected.kinds[kind].sums.items():
             assert torch.equal(of_kind.sums[name], sums), (kind, name)
         for layer in range(2):
-            curvature = expected.kinds[kind].mean_curvature(layer, tokens)
-            assert torch.equal(of_kind.mean_curvature(layer, tokens), curvature), kind
+            curvature = expected.mean_curvature(kind, layer, tokens)
+            assert torch.equal(totals.mean_curvature(kind, layer, tokens), curvature), kind
 
 
 # The victim is counted among the ranks, and the collective before which it dies among its own.

@@ -6,10 +6,12 @@ from damage import DAMAGES, damage, nothing_reaches_the_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld
+from worlds import Ranks
 
 from hfprune_dist.checkpoints.tensor_files import load_tensors, save_tensors
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.unit_sums import KindSums
+from hfprune_dist.scoring import shard_sums
 from hfprune_dist.scoring.kind_totals import Shape
 from hfprune_dist.scoring.shard_scorer import Sums
 from hfprune_dist.scoring.shard_sums import Accumulation
@@ -27,17 +29,17 @@ def shard_of(terms):
     """What a shard of micro-batches with these terms of entropy reports: the float64 sum, and rounded terms."""
     exact = sum(torch.full((1, 1), term, dtype=torch.float64) for term in terms)
     rounded = [{"entropy_bfloat16": torch.full((1, 1), term)} for term in terms]
-    return Sums({"neurons": KindSums({"entropy": exact}, rounded, torch.zeros(0))}, {"entropy": 0.0})
+    return Sums({"neurons": KindSums({"entropy": exact}, rounded)}, {"entropy": 0.0})
 
 
 def accumulate(folder, shards, restart=False):
     file, world = folder / "partial.safetensors", SoloWorld()
     shapes = {"neurons": Shape((1,), 1, 1)}
-    totals = Accumulation(CHOSEN, shapes, len(shards), file, world)
+    totals = Accumulation(CHOSEN, shapes, len(shards), file, world, micro_batches=len(shards))
     while not totals.is_complete:
         totals.add_round(shard_of(shards[totals.mine]))
         if restart:
-            totals = Accumulation(CHOSEN, shapes, len(shards), file, world)
+            totals = Accumulation(CHOSEN, shapes, len(shards), file, world, micro_batches=len(shards))
     return [totals.kinds["neurons"].sums[it.name].item() for it in CHOSEN]
 
 
@@ -70,8 +72,7 @@ def kind_of_shard(shape, generator):
         if not it.is_rounded
     }
     terms = [{"entropy_bfloat16": torch.rand(LAYERS, shape.units, generator=generator)} for _ in range(2)]
-    gradients = torch.randn(LAYERS, 4, HIDDEN, generator=generator)
-    return KindSums(exact, terms, gradients.transpose(1, 2) @ gradients)
+    return KindSums(exact, terms)
 
 
 def full_shard(number, shapes):
@@ -81,36 +82,102 @@ def full_shard(number, shapes):
 
 
 def add_rounds(file, rounds=SHARDS, shapes=SHAPES, settled=None):
-    totals = Accumulation(FULL, shapes, SHARDS, file, SoloWorld(), settled=settled)
+    totals = Accumulation(FULL, shapes, SHARDS, file, SoloWorld(), micro_batches=SHARDS, settled=settled)
     while not totals.is_complete and totals.next_shard < rounds:
+        show_gradients(totals)
         totals.add_round(full_shard(totals.mine, shapes))
     return totals
+
+
+def show_gradients(totals):
+    """As a backward of this round's shard does, which is a micro-batch; of neurons the same beside other kinds."""
+    for kind, see in totals.curvature.seeing(counts=totals.mine_counts).items():
+        generator = torch.Generator().manual_seed(2 * totals.mine + (kind != "neurons"))
+        for layer in reversed(range(LAYERS)):
+            see(layer, torch.randn(4, HIDDEN, generator=generator))
 
 
 def assert_same(totals, expected):
     assert totals.losses == expected.losses and totals.curve == expected.curve
     assert totals.kinds.keys() == expected.kinds.keys()
     for kind in totals.kinds:
-        assert_same_kind(totals.kinds[kind], expected.kinds[kind])
+        assert_same_kind(kind, totals, expected)
 
 
-def assert_same_kind(totals, expected):
-    assert totals.sums.keys() == expected.sums.keys()
-    assert all(torch.equal(totals.sums[name], sums) for name, sums in expected.sums.items())
+def assert_same_kind(kind, totals, expected):
+    sums, expected_sums = totals.kinds[kind].sums, expected.kinds[kind].sums
+    assert sums.keys() == expected_sums.keys()
+    assert all(torch.equal(sums[name], it) for name, it in expected_sums.items())
     for layer in range(LAYERS):
-        assert torch.equal(totals.mean_curvature(layer, 1), expected.mean_curvature(layer, 1))
+        assert torch.equal(totals.mean_curvature(kind, layer, 1), expected.mean_curvature(kind, layer, 1))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(rounds=st.integers(1, SHARDS), how=DAMAGES)
-def test_a_damaged_file_is_set_aside_and_the_pass_begins_anew(tmp_path_factory, rounds, how):
+@given(
+    rounds=st.integers(1, SHARDS),
+    damaged=st.sampled_from(
+        (None, None, *(f"{kind}-{layer}.safetensors" for kind in SHAPES for layer in range(LAYERS)))
+    ),
+    how=DAMAGES,
+)
+def test_a_damaged_file_is_set_aside_and_the_pass_begins_anew(tmp_path_factory, rounds, damaged, how):
+    """Whether it is the one that says where the pass is, or one of those that go with it."""
+    expected = add_rounds(tmp_path_factory.mktemp("expected") / "partial.safetensors")
     folder = tmp_path_factory.mktemp("damaged")
-    expected = add_rounds(folder / "expected.safetensors")
     file = folder / "partial.safetensors"
     add_rounds(file, rounds)
-    if damage(file, *how):
+    if damage(file if damaged is None else folder / "curvature" / str(rounds) / damaged, *how):
         assert_same(add_rounds(file), expected)
         assert (folder / "partial.safetensors.damaged-1").is_file()
+
+
+@pytest.mark.parametrize("replaced", [None, {"total": torch.zeros(HIDDEN, HIDDEN)}, {"sum": torch.zeros(2)}])
+def test_a_pass_whose_curvature_is_missing_or_of_another_begins_anew(tmp_path, capsys, replaced):
+    file, lost = tmp_path / "partial.safetensors", tmp_path / "curvature" / "3" / "kv_groups-1.safetensors"
+    add_rounds(file, 3)
+    lost.unlink()
+    if replaced:
+        save_tensors(replaced, lost)
+    assert_same(add_rounds(file), add_rounds(tmp_path / "other" / "partial.safetensors"))
+    assert "goes with kv_groups-1.safetensors" in capsys.readouterr().out
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    size=st.integers(1, 5),
+    later=st.integers(1, 5),
+    rounds=st.integers(1, SHARDS),
+    settled=st.sampled_from((None, 0.3, 0.999)),
+    ends=st.booleans(),
+)
+def test_where_ranks_own_much_not_every_round_is_saved_and_nothing_is_lost_at_an_end_that_is_asked_for(
+    tmp_path_factory, size, later, rounds, settled, ends
+):
+    expected = add_rounds(tmp_path_factory.mktemp("expected") / "partial.safetensors", settled=settled)
+    file = tmp_path_factory.mktemp("seldom") / "partial.safetensors"
+    owned = 2 * -(-LAYERS // size) * HIDDEN**2 * 8
+
+    def go_on(world, rounds):
+        totals = Accumulation(FULL, SHAPES, SHARDS, file, world, micro_batches=SHARDS, settled=settled)
+        where, begun_at = [], totals.next_shard
+        while not totals.is_complete and len(where) < rounds:
+            show_gradients(totals)
+            totals.add_round(full_shard(totals.mine, SHAPES))
+            where.append(totals.next_shard)
+        if ends:
+            totals.save()
+        return totals, begun_at, where
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_sums, "BYTES_SAVED_A_ROUND", -(-owned // 2))
+        (_, begun_at, where), *_ = Ranks(size).run(lambda world: go_on(world, rounds))
+        assert begun_at == 0
+        saved = where[-1] if ends or where[-1] == expected.next_shard else [0, *where][len(where) // 2 * 2]
+        ranks = Ranks(later)
+        for totals, begun_at, _ in ranks.run(lambda world: go_on(world, SHARDS)):
+            assert begun_at == saved
+            assert_same(totals, expected)
+    assert sorted(it.name for it in (file.parent / "curvature").iterdir()) == [str(expected.next_shard)]
 
 
 @pytest.mark.parametrize(
@@ -138,11 +205,12 @@ def test_a_file_of_another_pass_is_set_aside(tmp_path, capsys, other):
         other.get("shards", SHARDS),
         file,
         SoloWorld(),
+        micro_batches=SHARDS,
     )
     assert totals.next_shard == 0 and not any(it.any() for it in totals.kinds["neurons"].sums.values())
     assert not file.exists()
     assert "is of another pass" in capsys.readouterr().out
-    assert_same(add_rounds(file), add_rounds(tmp_path / "expected.safetensors"))
+    assert_same(add_rounds(file), add_rounds(tmp_path / "expected" / "partial.safetensors"))
 
 
 @pytest.mark.parametrize("points", [torch.ones(3), torch.ones(2, 5), torch.tensor([[2.0, 9.0, 0.5, 1.0]])])
@@ -151,26 +219,25 @@ def test_a_curve_that_is_none_is_of_another_pass(tmp_path, points):
     add_rounds(file, 2)
     saved, _ = load_tensors(file)
     save_tensors({**saved, "curve": points.double()}, file)
-    assert_same(add_rounds(file), add_rounds(tmp_path / "expected.safetensors"))
+    assert_same(add_rounds(file), add_rounds(tmp_path / "expected" / "partial.safetensors"))
     assert (tmp_path / "partial.safetensors.damaged-1").is_file()
 
 
 def test_a_whole_file_is_taken_up(tmp_path, capsys):
     file = tmp_path / "partial.safetensors"
     add_rounds(file, 3)
-    assert Accumulation(FULL, SHAPES, SHARDS, file, SoloWorld()).next_shard == 3
-    assert_same(add_rounds(file), add_rounds(tmp_path / "expected.safetensors"))
+    assert Accumulation(FULL, SHAPES, SHARDS, file, SoloWorld(), micro_batches=SHARDS).next_shard == 3
+    assert_same(add_rounds(file), add_rounds(tmp_path / "expected" / "partial.safetensors"))
     assert not capsys.readouterr().out
 
 
-def test_of_neurons_alone_the_file_is_as_it_was_before_there_were_other_kinds(tmp_path):
+def test_of_neurons_alone_the_file_says_nothing_of_kinds(tmp_path):
     file = tmp_path / "partial.safetensors"
     totals = add_rounds(file, 3, {"neurons": NEURONS})
     saved, _ = load_tensors(file)
     sums = {f"sums.{it.name}": (torch.float64, (LAYERS, 6)) for it in FULL}
     losses = {f"loss.{name}": (torch.float64, ()) for name in ("entropy", "random_signs")}
     curvature = {"curvature.first": (torch.float64, (LAYERS, HIDDEN))}
-    curvature["curvature.total"] = (torch.int64, (LAYERS, HIDDEN, HIDDEN))
     rest = {"next_shard": (torch.int64, ()), "odd": (torch.float64, (3, LAYERS, 6)), "curve": (torch.float64, (6, 4))}
     assert {name: (it.dtype, tuple(it.shape)) for name, it in saved.items()} == sums | losses | curvature | rest
     for place, criterion in enumerate(FULL):
@@ -183,8 +250,8 @@ def test_of_neurons_alone_the_file_is_as_it_was_before_there_were_other_kinds(tm
 
 @pytest.mark.parametrize("settled", [None, 0.3])
 def test_other_kinds_change_neither_the_sums_of_neurons_nor_where_a_pass_ends(tmp_path, settled):
-    alone = add_rounds(tmp_path / "alone.safetensors", shapes={"neurons": NEURONS}, settled=settled)
-    beside = add_rounds(tmp_path / "beside.safetensors", settled=settled)
+    alone = add_rounds(tmp_path / "alone" / "partial.safetensors", shapes={"neurons": NEURONS}, settled=settled)
+    beside = add_rounds(tmp_path / "beside" / "partial.safetensors", settled=settled)
     assert beside.next_shard == alone.next_shard == (SHARDS if settled is None else 2)
     assert beside.curve == alone.curve
-    assert_same_kind(beside.kinds["neurons"], alone.kinds["neurons"])
+    assert_same_kind("neurons", beside, alone)
