@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.blocks import row_blocks
+from hfprune_dist.core.triangle import block_rows
 
 # The diagonal of the sum may grow to this multiple of what the first term's diagonal lets expect; 2^20 of 2^62 leaves
 # 42 bits, more than float32 terms have.
@@ -50,9 +51,26 @@ class GramScale:
             scaled_RD = term_DD[rows].to(torch.float64, copy=True).mul_(self._scale_D[rows, None]).mul_(self._scale_D)
             total_DD[rows] += scaled_RD.round_().to(torch.int64)
 
+    def add_packed(self, term_DD: Tensor, total_P: Tensor) -> None:
+        """The same to a total that is packed (see ``core.triangle``)."""
+        for start, end, first in block_rows(len(term_DD)):
+            scaled_RE = term_DD[start:end, start:].to(torch.float64, copy=True)
+            scaled_RE.mul_(self._scale_D[start:end, None]).mul_(self._scale_D[start:])
+            total_P[first : first + scaled_RE.numel()] += scaled_RE.round_().to(torch.int64).flatten()
+
     def value_of(self, total_DD: Tensor) -> Tensor:
         """What a total stands for, float64."""
         return total_DD.double().div_(self._scale_D[:, None]).div_(self._scale_D)
+
+    def value_of_packed(self, total_P: Tensor) -> Tensor:
+        """What a packed total stands for, float64, the whole matrix."""
+        size = len(self._scale_D)
+        total_DD = total_P.new_empty(size, size)
+        for start, end, first in block_rows(size):
+            row_RE = total_P[first : first + (end - start) * (size - start)].view(end - start, size - start)
+            total_DD[start:end, start:] = row_RE
+            total_DD[end:, start:end] = row_RE[:, end - start :].T
+        return self.value_of(total_DD)
 
 
 class ExactGram:

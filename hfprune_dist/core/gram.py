@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Rows of the result that are made at once: large enough for a product's full speed.
-BLOCK = 256
+from hfprune_dist.core.triangle import block_rows
 
 
 def gram_matrix(vectors_ND: Tensor) -> Tensor:
@@ -18,8 +17,7 @@ def gram_matrix(vectors_ND: Tensor) -> Tensor:
         return vectors_ND.T @ vectors_ND
     size = vectors_ND.shape[1]
     gram_DD = vectors_ND.new_empty(size, size)
-    for start in range(0, size, BLOCK):
-        end = min(start + BLOCK, size)
+    for start, end, _ in block_rows(size):
         gram_DD[start:end, start:] = vectors_ND[:, start:end].T @ vectors_ND[:, start:]
         gram_DD[end:, start:end] = gram_DD[start:end, end:].T
     return gram_DD

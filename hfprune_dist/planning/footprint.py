@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, CHUNK_BYTES
+from hfprune_dist.core.triangle import BLOCK, packed_size
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory, Work
@@ -30,9 +31,9 @@ SMALL_PARAMETER = 100_000
 HEAD_CHUNK_BYTES = 2 * CHUNK_BYTES + 3 * 2 * CHUNK_BYTES
 # core.memory_efficient: portions, in float32, of a gated MLP's backward.
 GATED_PORTIONS = 7
-# scoring.curvature: of each number of a layer's matrix that a rank owns; while a layer's is made, in float32, as
-# integers and, on several ranks, as what travels; in main memory while it is saved.
-OWNED_BYTES, MADE_BYTES, SENT_BYTES, SAVED_BYTES = 8, 20, 8, 16
+# scoring.curvature: of each number of a layer's matrix, while it is made, in float32, with a block of its rows as
+# integers; of each number of a packed one that a rank owns, and of one on its way; in main memory while it is saved.
+MADE_BYTES, ROUNDED_BYTES, OWNED_BYTES, SAVED_BYTES = 4, 16, 8, 16
 # core.elimination: for each number of a layer's Gram matrix, with what is made of it, but for products that wait (384
 # numbers a neuron); of a matrix that waits for its turn.
 ELIMINATION_BYTES, MOMENTS_BYTES = 32, 8
@@ -68,14 +69,16 @@ class Importance:
             return 0
         assert self.samples is not None, "the pass layer by layer goes over all windows"
         hidden = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks) * dims.hidden_size * self.itemsize
-        return max(SAVED_BYTES * dims.hidden_size**2, hidden)
+        return max(SAVED_BYTES * packed_size(dims.hidden_size), hidden)
 
     def curvature_bytes(self, dims: Dimensions, ranks: int) -> int:
         """Of the layers that a rank owns, of each kind of units, and of the one whose matrix is made."""
         if not self.curvature:
             return 0
-        owned = OWNED_BYTES * len(self._sizes(dims)) * -(-dims.num_layers // ranks)
-        return dims.hidden_size**2 * (owned + MADE_BYTES + (SENT_BYTES if ranks > 1 else 0))
+        size = dims.hidden_size
+        packed = len(self._sizes(dims)) * -(-dims.num_layers // ranks) + (ranks > 1)
+        made = MADE_BYTES * size**2 + ROUNDED_BYTES * min(BLOCK, size) * size
+        return OWNED_BYTES * packed * packed_size(size) + made
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
         """On one of the ranks that the model is sharded over: the larger of both passes."""

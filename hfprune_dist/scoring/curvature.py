@@ -1,8 +1,9 @@
 """Second moments of the gradients at output projections' outputs, summed over all ranks where they appear.
 
-They are too large to travel shard by shard, or to lie on one host: of Llama-2-70B 43 GB. So each layer's are rounded to
+They are too large to travel shard by shard, or to lie on one host: of Llama-2-70B 22 GB. So each layer's are rounded to
 integers in the backward that makes them, added over all ranks on their device, and kept by the rank that owns the
-layer, which also saves them. One layer's matrix is alive at a time besides what a rank owns.
+layer, which also saves them. One layer's matrix is alive at a time besides what a rank owns. Integers travel, and are
+kept, without what is below the diagonal (``core.triangle``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from hfprune_dist.checkpoints.tensor_files import DamagedFileError, load_tensors, save_tensors
 from hfprune_dist.core.exact_sums import OUT_OF_RANGE, ExactOverflowError, GramScale
 from hfprune_dist.core.gram import gram_matrix
+from hfprune_dist.core.triangle import packed_size
 from hfprune_dist.core.unit_sums import SeeOutputGradients
 from hfprune_dist.distributed.world import World
 
@@ -44,7 +46,7 @@ class CurvatureSums:
     @property
     def owned_bytes(self) -> int:
         """The most that any rank owns, in bytes."""
-        return -(-self._num_layers // self._world.size) * self._hidden_size**2 * torch.int64.itemsize
+        return -(-self._num_layers // self._world.size) * packed_size(self._hidden_size) * torch.int64.itemsize
 
     def add(self, layer: int, gradients_NC: Tensor, *, counts: bool) -> None:
         """Add a micro-batch's gradients at a layer, of all ranks together, this rank's if they count. Collective.
@@ -60,15 +62,15 @@ class CurvatureSums:
             self._fits &= scale.holds(term_CC)
         if self._world.size == 1:
             if term_CC is not None:
-                scale.add(term_CC, self._total(layer))
+                scale.add_packed(term_CC, self._total(layer))
             return
-        sum_CC = self._nothing()
+        sum_P = self._nothing()
         if term_CC is not None:
-            scale.add(term_CC, sum_CC)
-        del term_CC  # as large as what a collective may need for itself
-        self._world.add_up_on(sum_CC, owner)
+            scale.add_packed(term_CC, sum_P)
+        del term_CC  # a collective may need as much for itself
+        self._world.add_up_on(sum_P, owner)
         if owner == self._world.rank:
-            self._total(layer).add_(sum_CC)
+            self._total(layer).add_(sum_P)
 
     def fits(self) -> bool:
         """Whether none of this rank's gradients was out of all proportion."""
@@ -106,7 +108,7 @@ class CurvatureSums:
 
     def value(self, layer: int, prefix: Path) -> Tensor:
         """The saved sum of any layer, float64 [hidden_size, hidden_size] on the device."""
-        return self._scales[layer].value_of(self._read(prefix, layer))
+        return self._scales[layer].value_of_packed(self._read(prefix, layer))
 
     def _owned(self) -> Sequence[int]:
         return range(self._world.rank, self._num_layers, self._world.size)
@@ -126,8 +128,7 @@ class CurvatureSums:
         return self._totals[layer]
 
     def _nothing(self) -> Tensor:
-        shape = self._hidden_size, self._hidden_size
-        return torch.zeros(shape, dtype=torch.int64, device=self._world.device)
+        return torch.zeros(packed_size(self._hidden_size), dtype=torch.int64, device=self._world.device)
 
     def _read(self, prefix: Path, layer: int) -> Tensor:
         file = _file(prefix, layer)
@@ -137,10 +138,10 @@ class CurvatureSums:
             tensors, _ = load_tensors(file)
         except DamagedFileError as error:
             raise DamagedFileError(f"goes with {file.name}, which {error}") from None
-        total_CC = tensors.get(TOTAL, torch.zeros(0))
-        if total_CC.dtype != torch.int64 or total_CC.shape != (self._hidden_size, self._hidden_size):
+        total_P = tensors.get(TOTAL, torch.zeros(0))
+        if total_P.dtype != torch.int64 or total_P.shape != (packed_size(self._hidden_size),):
             raise DamagedFileError(f"goes with {file.name}, which is of another pass")
-        return total_CC.to(self._world.device)
+        return total_P.to(self._world.device)
 
 
 class Curvature:

@@ -1,7 +1,10 @@
 import pytest
 import torch
 
-from hfprune_dist.core.exact_sums import ExactGram, ExactOverflowError, ExactSum
+from hfprune_dist.core import triangle
+from hfprune_dist.core.exact_sums import ExactGram, ExactOverflowError, ExactSum, GramScale
+from hfprune_dist.core.gram import gram_matrix
+from hfprune_dist.core.triangle import packed_size
 
 
 def terms(count=12, width=9):
@@ -76,3 +79,18 @@ def test_plain_sums_are_as_exact_and_as_free_of_order():
 def test_a_sum_does_not_begin_with_what_is_not_finite(maximum):
     with pytest.raises(ExactOverflowError, match="NaN"):
         ExactSum(maximum, 3, torch.Size([2]), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 20])
+def test_a_packed_total_is_the_same_matrix(size, monkeypatch):
+    monkeypatch.setattr(triangle, "BLOCK", 8)
+    grams = [gram_matrix(torch.randn(30, size, generator=torch.Generator().manual_seed(seed))) for seed in range(4)]
+    scale = GramScale(grams[0].diagonal(), len(grams))
+    total_DD, total_P = torch.zeros(size, size, dtype=torch.int64), torch.zeros(packed_size(size), dtype=torch.int64)
+    for term in grams:
+        scale.add(term, total_DD)
+        scale.add_packed(term, total_P)
+    assert torch.equal(scale.value_of_packed(total_P), scale.value_of(total_DD))
+    rows = list(triangle.block_rows(size))
+    assert [row.start for row in rows] == list(range(0, size, 8)) and rows[-1].end == size
+    assert len(total_P) == sum(min(8, size - start) * (size - start) for start in range(0, size, 8))

@@ -9,7 +9,7 @@ from ranks import SoloWorld
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.core import gram
+from hfprune_dist.core import triangle
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.planning.layer_pass_work import Windows, dense_refit, sequential_refit
 from hfprune_dist.planning.model_shape import ModelShape
@@ -32,7 +32,7 @@ WINDOWS = st.builds(Windows, st.integers(1, 17), st.integers(8, 16), st.integers
 @pytest.fixture
 def as_counted(monkeypatch):
     """Gram matrices in one go; and a second step, which comes wherever a first one helped."""
-    monkeypatch.setattr(gram, "BLOCK", 2**40)
+    monkeypatch.setattr(triangle, "BLOCK", 2**40)
     monkeypatch.setattr(gauss_newton_ranks, "STEP_LENGTHS", (1.0, 0.5, 0.25))
 
 

@@ -17,7 +17,7 @@ from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.config.parameters import RecoverParameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
-from hfprune_dist.core import gram
+from hfprune_dist.core import triangle
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.models.distillation_head import DistillingHead
 from hfprune_dist.planning.plan import Plan
@@ -35,7 +35,7 @@ LIMITS = {"floor": 0.2, "protect_first": 0, "protect_last": 0}
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     """Gram matrices in one go."""
-    monkeypatch.setattr(gram, "BLOCK", 2**40)
+    monkeypatch.setattr(triangle, "BLOCK", 2**40)
     without_deepspeed(monkeypatch)
 
 

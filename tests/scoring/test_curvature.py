@@ -8,6 +8,7 @@ from ranks import SoloWorld
 from worlds import Ranks
 
 from hfprune_dist.core.exact_sums import ExactOverflowError
+from hfprune_dist.core.triangle import packed_size
 from hfprune_dist.scoring.curvature import Curvature
 
 
@@ -76,7 +77,7 @@ def test_a_micro_batch_sends_each_layers_integers_to_its_owner_and_nothing_else_
     for log in world_of.logs:
         sent = [call for call in log if call.kind.startswith("add_up_on")]
         expected = 0 if ranks == 1 else steps * layers * len(kinds)
-        assert len(sent) == expected and sum(call.bytes for call in sent) == expected * 8 * hidden_size**2
+        assert len(sent) == expected and sum(call.bytes for call in sent) == expected * 8 * packed_size(hidden_size)
         # Once for all: what decides a layer's scale, from rank 0.
         rest = [call for call in log if call not in sent]
         assert len(rest) == layers * len(kinds) and max(call.bytes for call in rest) <= 8 * hidden_size
