@@ -51,7 +51,7 @@ class Estimate:
     """What one stage needs, as computed.
 
     Attributes:
-        host_memory: bytes of main memory on one node that curvature or hidden states of all its ranks take.
+        host_memory: bytes of main memory on one node that hidden states of all its ranks take.
         host_available: of one node; None where the profile does not say.
         fits: whether the GPUs' memory is enough; None where the profile does not say how much memory a GPU has.
         advice: nodes and micro-batch that suit it better; empty where nothing is known to.
@@ -103,12 +103,10 @@ def _problems(estimate: Estimate) -> Iterator[str]:
             f"{estimate.advice or (NO_REFIT_FITS if kind == 'prune' else NOTHING_HELPS)}"
         )
     if estimate.host_available is not None and estimate.host_memory > estimate.host_available:
-        what, instead = ("hidden states", "fewer calibration windows")
-        if kind == "importance":
-            what, instead = ("curvature and hidden states", "a method without the surgeon criterion")
+        instead = ", or a method without the surgeon criterion" if kind == "importance" else ""
         yield (
-            f"{stage}: about {estimate.host_memory / GIB:,.1f} GiB of {what} on each node, which has "
-            f"{estimate.host_available / GIB:,.1f} GiB (memory); fewer tasks_per_node on more nodes, or {instead}"
+            f"{stage}: about {estimate.host_memory / GIB:,.1f} GiB of hidden states on each node, which has "
+            f"{estimate.host_available / GIB:,.1f} GiB (memory); more nodes, or fewer calibration windows{instead}"
         )
 
 
@@ -146,7 +144,7 @@ def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeCo
 
 
 def _host_bytes(job: Job, dims: Dimensions, gpus: Gpus) -> int:
-    """Main memory of one rank for curvature or hidden states; 0 for jobs that keep neither there."""
+    """Main memory of one rank for hidden states; 0 for jobs that keep none there."""
     return job.host_bytes(dims, gpus.ranks) if isinstance(job, Importance | LayerPass) else 0
 
 

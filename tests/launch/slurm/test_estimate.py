@@ -117,13 +117,13 @@ def test_a_plan_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path
         refuse_what_cannot_fit(none)
 
 
-def test_curvature_of_all_ranks_of_a_node_must_fit_its_main_memory(inputs, tmp_path):
+def test_hidden_states_of_all_ranks_of_a_node_must_fit_its_main_memory(inputs, tmp_path):
     def importance(memory, **overrides):
         found = estimates(inputs, tmp_path, GPUS + memory, **overrides)
         return [each for each in found if each.stage.kind == "importance"]
 
     small = importance("memory: 20K\n", importance__criteria=["surgeon"])
-    with pytest.raises(UserError, match=r"importance alpha: .* of curvature and hidden .*fewer tasks_per_node"):
+    with pytest.raises(UserError, match=r"importance alpha: .* of hidden states on each .*more nodes, or fewer calib.*surgeon"):
         refuse_what_cannot_fit(small)
     refuse_what_cannot_fit(importance("memory: 2G\n", importance__criteria=["surgeon"]))
     refuse_what_cannot_fit(importance("", importance__criteria=["surgeon"]))
