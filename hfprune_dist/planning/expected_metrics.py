@@ -7,6 +7,7 @@ others; where scores decide, every layer is taken to lose the same.
 from __future__ import annotations
 
 from functools import cache
+from math import ceil
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -26,7 +27,7 @@ from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS, LAYERS
 
-# core.width_search: shapes that are measured around two centres, two on each of four axes, and where it begins and ends.
+# core.width_search: shapes that are measured around two centres, two on each of four axes; the first and the last.
 SEARCHED = 2 * 2 * 4 + 2
 
 
@@ -85,8 +86,8 @@ class ExpectedManifests:
 
 
 def steps_of(rows: int, batch_size: int, epochs: float) -> int:
-    """Optimizer steps of so many passes over the rows, as the training counts them."""
-    return max(1, round(-(-rows // batch_size) * epochs))
+    """Optimizer steps of so many passes over the rows, as the stage counts them."""
+    return ceil(epochs * -(-rows // batch_size))
 
 
 def _plain(dense: Checkpoint, params: PruneParameters, where: str) -> dict[str, Any]:

@@ -24,10 +24,12 @@ MODULES, LORA_MODULES = 9, 9 + 7 * 3
 # Of those, the ones with weights that ZeRO-3 gathers.
 GATHERED_MODULES, GATHERED_LORA_MODULES = 9, 9 + 7 * 2
 # Seconds of one module's call, forward or backward, on the processor that starts its kernels, and of a gather besides.
-# Measured on a CPU with hardly any arithmetic: 32 layers with LoRA forward and backward took 496 ms with whole weights,
-# 1,351 ms with ZeRO-3. Launches run ahead of the GPU, so these count only where they take longer than its work.
-CALL_S = 0.496 / (32 * 2 * LORA_MODULES)
-GATHER_S = (1.351 - 0.496) / (32 * 2 * GATHERED_LORA_MODULES)
+# Measured with hardly any arithmetic on a slow core: 32 layers with LoRA forward and backward took 496 ms with whole
+# weights, 1,351 ms with ZeRO-3. A GPU's host is taken to be three times as fast. Launches run ahead of the GPU, so these
+# count only where they take longer than its work.
+HOST_SPEED = 3
+CALL_S = 0.496 / (32 * 2 * LORA_MODULES) / HOST_SPEED
+GATHER_S = (1.351 - 0.496) / (32 * 2 * GATHERED_LORA_MODULES) / HOST_SPEED
 
 # Bytes per second: of one node's reads and writes on a shared file system;
 DISK = 1e9

@@ -84,7 +84,7 @@ class StageCosts:
             return None
         try:
             return self._cost(self._plan.stages[stage_id], manifest)
-        except (LookupError, TypeError, ValueError, _UnknownError):
+        except (LookupError, TypeError, ValueError):
             return None
 
     def _cost(self, stage: Stage, manifest: Manifest) -> Cost:
@@ -94,9 +94,9 @@ class StageCosts:
                 runtime = manifest.get("config", {}).get("runtime", {})
                 checkpointing = bool(runtime.get("activation_checkpointing", False))
                 return self._importance(stage, params, metrics["tokens"], checkpointing)
-            case ReferenceParameters():
-                length = self._calibration(stage).length
-                products = metrics["tokens"] * forward_of_all(self._shape(stage), length)
+            case ReferenceParameters(text=text):
+                length = self._calibration(stage).length if text is None else text.sequence_length
+                products = metrics["tokens"] * forward_of_all(self.shape(stage), length)
                 return Cost(metrics["tokens"], Operations(products))
             case PruneParameters() as params:
                 return self._prune(stage, params, metrics)
@@ -109,14 +109,14 @@ class StageCosts:
                 tokens = rows_trained(metrics["rows"], settings.batch_size, metrics["steps"]) * settings.sequence_length
             case _:
                 raise _UnknownError
-        products = tokens / job.tokens * self._shape(stage).mean(lambda dims: job.work(dims).flops)
+        products = tokens / job.tokens * self.shape(stage).mean(lambda dims: job.work(dims).flops)
         return Cost(tokens, Operations(products))
 
     def _importance(self, stage: Stage, params: ImportanceParameters, tokens: int, checkpointing: bool) -> Cost:
         """Of the pass over windows, and of the second one for criteria that need moments."""
         if all(CRITERIA[name].summed == "nothing" for name in params.criteria):
             return NOTHING
-        shape, job = self._shape(stage), importance_job(params, checkpointing).resized(1)
+        shape, job = self.shape(stage), importance_job(params, checkpointing).resized(1)
         flops = Operations(tokens / job.tokens * shape.mean(lambda dims: job.work(dims).flops))
         if job.student:  # which neurons it lacks, the first shard tells
             first = params.calibration.shard_size * params.calibration.micro_batch_size * job.tokens
@@ -133,7 +133,7 @@ class StageCosts:
         searches = params.allocation in ("plain", "searched")
         if params.refit == "none" and not searches:
             return NOTHING
-        model = self._shape(stage)
+        model = self.shape(stage)
         dense = self._dense(stage)
         kept, windows, flops = dense.pruned(metrics), self._calibration(stage), NO_OPERATIONS
         if searches:
@@ -160,15 +160,19 @@ class StageCosts:
     def _need(self, stage: Stage, role: str) -> Stage:
         return self._plan.stages[stage.inputs[role].location]
 
-    def _shape(self, stage: Stage) -> ModelShape:
-        """Of the model that a stage reads."""
+    def shape(self, stage: Stage) -> ModelShape:
+        """Of the model that a stage reads.
+
+        Raises:
+            LookupError: where too little is known.
+        """
         source = stage.inputs["model"]
         if not source.is_stage:
             return self._dense(stage)
         made_by = self._plan.stages[source.location]
         manifest = self._manifest_of(made_by.id)
         if made_by.kind != "prune":
-            return self._shape(made_by)
+            return self.shape(made_by)
         if manifest is None:
             raise _UnknownError
         return self._dense(made_by).pruned(manifest["metrics"])
@@ -180,7 +184,7 @@ class StageCosts:
         return ModelShape.of_config(config)
 
 
-class _UnknownError(Exception):
+class _UnknownError(LookupError):
     """Too little is known."""
 
 

@@ -49,7 +49,7 @@ def place(job: Train, dims: Dimensions, gpus: Gpus, sharding: Sharding) -> Place
     wholes = {"replicate": [True], "zero3": [False]}.get(sharding) or _to_choose_from(job, dims, gpus)
     ways = [Placement(whole, checkpointing, True) for whole in wholes for checkpointing in (False, True)]
     for way in ways:
-        if fits(replace(job, checkpointing=way.checkpointing), dims, gpus_of(way, gpus)):
+        if fits(replace(job, checkpointing=way.checkpointing), dims, copy_of(way, gpus)):
             return way
     return replace(ways[-1], fits=False)
 
@@ -61,7 +61,7 @@ def _to_choose_from(job: Train, dims: Dimensions, gpus: Gpus) -> list[bool]:
     return [True, False] if dims.parameters * job.itemsize <= WEIGHTS_SHARE * gpus.memory else [False]
 
 
-def gpus_of(way: Placement, gpus: Gpus) -> Gpus:
+def copy_of(way: Placement, gpus: Gpus) -> Gpus:
     """Those that one copy of the frozen weights lies on."""
     return replace(gpus, nodes=1, per_node=1) if way.whole else gpus
 

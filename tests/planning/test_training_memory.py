@@ -12,7 +12,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import Train, fits
 from hfprune_dist.planning.gpu_needs import Gpus
-from hfprune_dist.planning.training_memory import as_chosen_before, choose_micro_batches, chooses, gpus_of, place
+from hfprune_dist.planning.training_memory import as_chosen_before, choose_micro_batches, chooses, copy_of, place
 
 GIB = 2**30
 LLAMA = {"vocab_size": 32000, "num_attention_heads": 32}
@@ -65,9 +65,9 @@ def test_the_first_way_that_fits_is_taken(model, rows, count, gib, sharding):
     where, dims = gpus(count, gib), DIMS[model]
     way = place(job(rows), dims, where, sharding)
     placed = replace(job(rows), checkpointing=way.checkpointing)
-    assert way.fits == fits(placed, dims, gpus_of(way, where))
+    assert way.fits == fits(placed, dims, copy_of(way, where))
     if way.checkpointing:
-        assert not fits(job(rows), dims, gpus_of(way, where)), "no layer runs again without need"
+        assert not fits(job(rows), dims, copy_of(way, where)), "no layer runs again without need"
     if sharding != "auto":
         assert way.whole == (sharding == "replicate")
     elif not way.whole:
