@@ -25,8 +25,8 @@ MODULES, LORA_MODULES = 9, 9 + 7 * 3
 GATHERED_MODULES, GATHERED_LORA_MODULES = 9, 9 + 7 * 2
 # Seconds of one module's call, forward or backward, on the processor that starts its kernels, and of a gather besides.
 # Measured with hardly any arithmetic on a slow core: 32 layers with LoRA forward and backward took 496 ms with whole
-# weights, 1,351 ms with ZeRO-3. A GPU's host is taken to be three times as fast. Launches run ahead of the GPU, so these
-# count only where they take longer than its work.
+# weights, 1,351 ms with ZeRO-3. A GPU's host is taken to be three times as fast. Launches run ahead of the GPU, so
+# these count only where they take longer than its work.
 HOST_SPEED = 3
 CALL_S = 0.496 / (32 * 2 * LORA_MODULES) / HOST_SPEED
 GATHER_S = (1.351 - 0.496) / (32 * 2 * GATHERED_LORA_MODULES) / HOST_SPEED
