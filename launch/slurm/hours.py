@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hfprune_launch.slurm.estimate import dense_of, gpus_of, job_of, placed_job, runs_a_model
 from hfprune_launch.slurm.profile import Profile
@@ -52,11 +52,11 @@ def _time(times: StageTimes, plan: Plan, stage: Stage, where: tuple[Profile, Run
     profile, runtime = where
     resources = profile.resources[stage.kind]
     gpus = gpus_of(resources) if resources.gpus else None
-    if gpus is None or not runs_a_model(stage.params):
-        return times.of(stage, None, gpus, gpus)
-    dims = dimensions_of(dense_of(plan, stage).config)
-    job, placed = placed_job(job_of(plan, stage, runtime), dims, gpus, runtime)
-    return times.of(stage, job, gpus, placed)
+    job, placed = None, gpus
+    if gpus is not None and runs_a_model(stage.params):
+        dims = dimensions_of(dense_of(plan, stage).config)
+        job, placed = placed_job(job_of(plan, stage, runtime), dims, gpus, runtime)
+    return replace(times.of(stage, job, gpus, placed), gpus=resources.gpus)  # some may have no rank
 
 
 def show_hours(console: Console, hours: Sequence[StageHours]) -> None:

@@ -224,5 +224,6 @@ def test_a_dry_run_shows_estimates_and_refuses(inputs, tmp_path, memory, code):
     result = sweep(inputs, tmp_path / "out", *arguments)
     assert result.returncode == code, result.stderr
     assert "nothing here was measured" in result.stdout and "Traceback" not in result.stderr
+    assert "hours on the profile's nodes" in result.stdout and "the profile has no gpu_tflops" in result.stdout
     assert ("can't fit the profile's GPUs" in result.stderr) == (code == 2)
     assert not Store(tmp_path / "out" / "store").root.exists()
