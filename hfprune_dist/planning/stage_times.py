@@ -154,7 +154,7 @@ class StageTimes:
         of_a_shard = min(calibration.shard_size, micro_batches)
         shards = _ceil(_ceil(micro_batches, of_a_shard), gpus.ranks)
         rounds = of_a_shard * shards
-        share = min(1.0, rounds / micro_batches)
+        share = min(1.0, rounds * calibration.micro_batch_size / calibration.samples)
         passed = _of_shape(job, shape, gpus) * rounds
         at_work = cost.operations.products * share / product_rate(gpus, job.itemsize)
         load = _Load(replace(passed, at_work=at_work), cost.operations, share)
@@ -177,22 +177,22 @@ class StageTimes:
             return None
         shape, params = self._costs.shape(stage), stage.params
         length, micro_batch = self._windows(stage)
-        batches = _ceil(cost.tokens, length * micro_batch)
-        mine = _ceil(batches, gpus.ranks)
+        mine = _ceil(_ceil(cost.tokens, length * micro_batch), gpus.ranks)
+        share = min(1.0, mine * micro_batch * length / cost.tokens)
         itemsize = ITEMSIZE[params.compute_dtype or "bfloat16"]
         passes = cost.operations.products / (cost.tokens * forward_of_all(shape, length))
         called = passes * mine * len(shape.layers) * MODULES * CALL_S
-        at_work = cost.operations.products * mine / batches / product_rate(gpus, itemsize)
+        at_work = cost.operations.products * share / product_rate(gpus, itemsize)
         # A Gram matrix of n^2 numbers took 2 n^2 operations a token.
         summed = cost.operations.float32 / (2 * cost.tokens)
         is_reference = isinstance(params, ReferenceParameters)
         return _Load(
             overlapping=Seconds(at_work, 0.0, called),
             operations=cost.operations,
-            windows=mine / batches,
+            windows=share,
             problems=_ceil(len(shape.layers), gpus.ranks) / len(shape.layers),
             exchanged=network_seconds(ALL_SUMS_BYTES * summed, gpus),
-            copied=_copied(shape, cost.tokens * mine / batches, itemsize, passes),
+            copied=_copied(shape, cost.tokens * share, itemsize, passes),
             written=cost.tokens * shape.hidden_size * itemsize if is_reference else self._on_disk(stage),
         )
 

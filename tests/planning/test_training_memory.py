@@ -96,9 +96,16 @@ def test_chosen_rows_can_be_shared_and_suit_every_model(count, gib, batch_size, 
 
 def test_checkpointing_lets_four_rows_in():
     """Where the layers' activations of four rows don't fit, their inputs may."""
-    where = gpus(1, 36)
+    where = gpus(1, 28)
     assert place(job(1), DIMS["7B"], where, "auto").checkpointing is False
     assert chosen(["7B"], where) == 4
+    assert place(job(4), DIMS["7B"], where, "auto").checkpointing
+
+
+def test_two_rows_of_whole_weights_are_not_given_up_for_four_whose_layers_run_again():
+    where = gpus(1, 36)
+    assert chosen(["7B"], where) == 2
+    assert place(job(2), DIMS["7B"], where, "auto").checkpointing is False
     assert place(job(4), DIMS["7B"], where, "auto").checkpointing
 
 
