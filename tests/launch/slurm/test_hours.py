@@ -54,7 +54,7 @@ def seconds_by_stage(hours):
     gbits=st.floats(10, 800),
     by=st.floats(1, 20),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_no_stage_takes_longer_on_faster_gpus_or_networks(models, nodes, per_node, tflops, gbytes, gbits, by):
     rates = {"gpu_tflops": tflops, "gpu_link_gbytes": gbytes, "network_gbits": gbits}
     where = {"nodes": nodes, "tasks_per_node": per_node}
@@ -71,9 +71,9 @@ def test_no_stage_takes_longer_on_faster_gpus_or_networks(models, nodes, per_nod
         assert all(after[stage] <= before[stage] for stage in before)
 
 
-@given(samples=st.integers(16, 300), more=st.integers(1, 300), steps=st.integers(1, 300), micro_batch=st.integers(1, 5))
-@settings(max_examples=8, deadline=None)
-def test_more_windows_and_steps_take_longer_whatever_their_number(models, samples, more, steps, micro_batch):
+@given(samples=st.integers(16, 300), times=st.integers(2, 5), steps=st.integers(1, 300), micro_batch=st.integers(1, 5))
+@settings(max_examples=5, deadline=None)
+def test_more_windows_and_steps_take_longer_whatever_their_number(models, samples, times, steps, micro_batch):
     """Also where ranks have unequal shares of them."""
 
     def by_kind(**overrides):
@@ -83,9 +83,9 @@ def test_more_windows_and_steps_take_longer_whatever_their_number(models, sample
         return {kind: sum(it.time.seconds for it in hours if it.stage.kind == kind) for kind in kinds}
 
     few = by_kind(calibration__samples=samples, recovery__max_steps=steps)
-    many = by_kind(calibration__samples=samples + more, recovery__max_steps=steps + more)
+    many = by_kind(calibration__samples=times * samples, recovery__max_steps=times * steps)
     assert many["recover"] > few["recover"] and many["evaluate"] == few["evaluate"]
-    assert many["importance"] >= few["importance"] and many["prune"] > 0
+    assert many["importance"] >= few["importance"] and many["prune"] > few["prune"]
 
 
 def test_a_total_is_the_sum_of_what_is_known(models):
