@@ -1,8 +1,8 @@
 """What a stage needs of a cluster, from a model's dimensions: gathered bytes, floating-point work, memory per GPU.
 
 Estimates, not measurements: products of matrices and gathered bytes are counted as the code makes them, other work is
-not; memory leaves out fragmentation and the runtime's own buffers, for which ``RESERVE`` is kept free; times assume
-``EFFICIENCY``.
+not; memory leaves out fragmentation and the runtime's own buffers, for which ``RESERVE`` is kept free. Times are in
+``timing``.
 Torch-free, so that a login node answers at once.
 """
 
@@ -20,9 +20,6 @@ from hfprune_dist.planning.layer_pass_footprint import Reference, Refit, memory_
 
 # Of a GPU's memory: the runtime's context, communication buffers, fragmentation.
 RESERVE = 0.1
-# Of a GPU's nominal floating-point rate, what dense transformers reach in practice; and of a network's nominal rate.
-EFFICIENCY = 0.4
-NETWORK_EFFICIENCY = 0.8
 # DeepSpeed's defaults: parameters that may be gathered at a time, and those too small to be sharded, in elements.
 LIVE_PARAMETERS = 1_000_000_000
 SMALL_PARAMETER = 100_000
@@ -293,19 +290,6 @@ Job = TimedJob | LayerPass | Generate
 def fits(job: Job, dims: Dimensions, gpus: Gpus) -> bool:
     """Whether the job's peak leaves ``RESERVE`` of a GPU's memory free."""
     return job.memory(dims, gpus.ranks).total <= (1 - RESERVE) * gpus.memory
-
-
-def seconds(job: TimedJob, dims: Dimensions, gpus: Gpus) -> tuple[float, float]:
-    """Of one micro-batch on each rank: at work, and on the network; the larger one counts where they overlap.
-
-    A ring over all ranks carries every gathered byte once through each node's link; inside a node there is none.
-    """
-    assert gpus.flops is not None, "the rate of a GPU is not known"
-    work = job.work(dims)
-    at_work = work.flops / (EFFICIENCY * gpus.flops)
-    if gpus.nodes == 1 or gpus.network is None:
-        return at_work, 0.0
-    return at_work, work.gathered_bytes * (gpus.ranks - 1) / gpus.ranks / (NETWORK_EFFICIENCY * gpus.network)
 
 
 def _gathered_at_a_time(dims: Dimensions, itemsize: int, ranks: int) -> float:

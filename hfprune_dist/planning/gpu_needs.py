@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hfprune_dist.planning.rates import LINK
+
 # Of a compute dtype, bytes of a number.
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
@@ -50,8 +52,9 @@ class Gpus:
 
     Attributes:
         memory: bytes of one GPU.
-        flops: nominal floating-point operations per second of one GPU in the compute dtype.
-        network: nominal bytes per second between two nodes.
+        flops: nominal floating-point operations per second of one GPU in dense bfloat16 products.
+        network: nominal bytes per second between two nodes; None: taken not to be the limit.
+        link: nominal bytes per second, one way, between a GPU and the others of its node.
     """
 
     nodes: int
@@ -59,6 +62,7 @@ class Gpus:
     memory: float
     flops: float | None = None
     network: float | None = None
+    link: float = LINK
 
     @property
     def ranks(self) -> int:

@@ -1,7 +1,8 @@
 """Floating-point operations of passes layer by layer: forwards, Gram matrices, least squares, steps on whole MLPs.
 
 Products of matrices, Cholesky factors and what is solved with them are counted as the code makes them, a product of
-[m, k] and [k, n] as 2 m k n; what goes over numbers one by one is not. Gram matrices count in full, as on a GPU.
+[m, k] and [k, n] as 2 m k n; what goes over numbers one by one is not. Gram matrices count in full, as on a GPU. A bare
+number is of one dtype; sums over several are ``Operations``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.footprint import attention_flops
 from hfprune_dist.planning.model_shape import ModelShape
+from hfprune_dist.planning.operations import Operations
 
 # distributed.gram_sums: of so many micro-batches one is held out. core.least_squares: ridges that are tried.
 HOLD_OUT_EVERY, RIDGES = 8, 5
@@ -96,17 +98,20 @@ def channels_of(dims: Dimensions, kv_groups: bool) -> list[int]:
     return [dims.intermediate_size, *([dims.attention_size] if kv_groups else [])]
 
 
-def least_squares(outputs: int, channels: int, kept: int) -> float:
+def least_squares(outputs: int, channels: int, kept: int) -> Operations:
     """Of one output projection: its problem on two sets of tokens, a weight for each ridge and its error, and the
     weight on all tokens with the errors before and after.
     """
     return least_squares_for(outputs, channels, kept, problems=2, ridges=RIDGES + 1, errors=RIDGES + 2)
 
 
-def least_squares_for(outputs: int, channels: int, kept: int, *, problems: int, ridges: int, errors: int) -> float:
-    """Of problems that are set up, weights that are solved for, and errors that are computed."""
+def least_squares_for(outputs: int, channels: int, kept: int, *, problems: int, ridges: int, errors: int) -> Operations:
+    """Of problems that are set up, weights that are solved for, and errors that are computed, all in float64; where
+    ranks have the same problem, they share its ridges.
+    """
     solved = cholesky(kept) + 2 * kept**2 * outputs
-    return problems * 2 * outputs * channels**2 + ridges * solved + errors * 2 * outputs * kept**2
+    own = problems * 2 * outputs * channels**2 + errors * 2 * outputs * kept**2
+    return Operations(float64=ridges * solved, own_float64=own)
 
 
 def cholesky(size: int) -> float:
@@ -115,67 +120,72 @@ def cholesky(size: int) -> float:
 
 def dense_refit(
     dense: ModelShape, kept: ModelShape, windows: Windows, *, kv_groups: bool, dropped: Sequence[int] = ()
-) -> float:
+) -> Operations:
     """A pass through the dense model with the Gram matrices of the layers that stay, and their least squares.
 
     Args:
         dropped: numbers of layers that go; the pass ends with the last that stays.
     """
     last = max(number for number in range(len(dense.layers)) if number not in dropped)
-    flops = windows.tokens * sum(forward(dims, windows.length) for dims in dense.layers[: last + 1])
+    flops = Operations(windows.tokens * sum(forward(dims, windows.length) for dims in dense.layers[: last + 1]))
     for whole, left in zip(dense.layers, kept.layers, strict=False):
         for channels, stay in zip(channels_of(whole, kv_groups), channels_of(left, kv_groups), strict=True):
-            flops += windows.tokens * gram(channels) + least_squares(dense.hidden_size, channels, stay)
+            flops += Operations(float32=windows.tokens * gram(channels))
+            flops += least_squares(dense.hidden_size, channels, stay).shared()
     return flops
 
 
 def sequential_refit(
     dense: ModelShape, kept: ModelShape, windows: Windows, *, kv_groups: bool, whole_mlp: bool = False
-) -> float:
+) -> Operations:
     """A pass through both models, every block fitted towards the dense one's hidden states on the way."""
     tokens, length = windows.tokens, windows.length
     # Of the dense model one window besides shows that blocks are residual. A layer that goes is run again behind the
     # block that makes up for it.
     gone = dense.layers[len(kept.layers) :]
-    flops = tokens * (forward_of_all(dense, length) + sum(forward(dims, length) for dims in gone))
+    flops = Operations(tokens * (forward_of_all(dense, length) + sum(forward(dims, length) for dims in gone)))
     for whole, left in zip(dense.layers, kept.layers, strict=False):
-        flops += length * forward(whole, length) + tokens * forward(left, length)
+        flops += Operations(length * forward(whole, length) + tokens * forward(left, length))
         if kv_groups:
             target = attention_block(whole, length)
             read = attention_block(left, length) - 2 * left.attention_size * left.hidden_size
-            flops += tokens * (target + read) + _fitted_to_targets(left.hidden_size, left.attention_size, tokens)
+            flops += Operations(tokens * (target + read))
+            flops += _fitted_to_targets(left.hidden_size, left.attention_size, tokens)
         read = 4 * left.hidden_size * left.intermediate_size
-        flops += tokens * (mlp_block(whole) + read)
+        flops += Operations(tokens * (mlp_block(whole) + read))
         flops += _fitted_to_targets(left.hidden_size, left.intermediate_size, tokens)
         if whole_mlp:
             flops += steps(left.hidden_size, left.intermediate_size, windows)
     return flops
 
 
-def _fitted_to_targets(outputs: int, kept: int, tokens: int) -> float:
+def _fitted_to_targets(outputs: int, kept: int, tokens: int) -> Operations:
     """Of least squares on vectors of what the projection reads and what it lacks to its targets."""
     size = kept + outputs
-    return tokens * (2 * kept * outputs + gram(size)) + least_squares(outputs, size, kept)
+    return Operations(float32=tokens * (2 * kept * outputs + gram(size))) + least_squares(outputs, size, kept)
 
 
-def steps(outputs: int, kept: int, windows: Windows) -> float:
+def steps(outputs: int, kept: int, windows: Windows) -> Operations:
     """Of Gauss-Newton on an MLP: the first on the windows that are not held out, which these judge, and one on all."""
     product = 2 * outputs * kept
-    judged = STEP_LENGTHS * windows.held_out * 3 * product
-    return judged + sum(
-        _step(outputs, kept, tokens, iterations)
-        for tokens, iterations in zip((windows.fitted, windows.tokens), ITERATIONS, strict=True)
-    )
+    flops = Operations(STEP_LENGTHS * windows.held_out * 3 * product)
+    for tokens, iterations in zip((windows.fitted, windows.tokens), ITERATIONS, strict=True):
+        flops += _step(outputs, kept, tokens, iterations)
+    return flops
 
 
-def _step(outputs: int, kept: int, tokens: int, iterations: int) -> float:
+def _step(outputs: int, kept: int, tokens: int, iterations: int) -> Operations:
     """Around some weights: gate and up, the Gram matrix of inputs, the residual; then four products forward and four
     backward in each iteration. Preconditioners are inverted once.
     """
     product = 2 * outputs * kept
-    of_tokens = (2 + 1 + 4 + 8 * iterations) * product + gram(outputs)
     preconditioned = 2 * 2 * kept * outputs**2 + 2 * outputs * kept**2
-    return tokens * of_tokens + inverse(outputs) + inverse(kept) + (iterations + 1) * preconditioned
+    return Operations(
+        products=tokens * (2 + 1 + 4 + 8 * iterations) * product,
+        float32=tokens * gram(outputs),
+        own_float32=(iterations + 1) * preconditioned,
+        own_float64=inverse(outputs) + inverse(kept),
+    )
 
 
 def inverse(size: int) -> float:
@@ -193,10 +203,11 @@ def elimination(outputs: int, channels: int) -> float:
     return inverse(channels) + curvature + shrinking
 
 
-def second_moments(shape: ModelShape, windows: Windows, *, kv_groups: bool) -> float:
+def second_moments(shape: ModelShape, windows: Windows, *, kv_groups: bool) -> Operations:
     """A pass through the model with Gram matrices of what output projections read, and an elimination of each."""
-    flops = windows.tokens * forward_of_all(shape, windows.length)
-    for dims in shape.layers:
-        for channels in channels_of(dims, kv_groups):
-            flops += windows.tokens * gram(channels) + elimination(dims.hidden_size, channels)
-    return flops
+    sizes = [(dims.hidden_size, channels) for dims in shape.layers for channels in channels_of(dims, kv_groups)]
+    return Operations(
+        products=windows.tokens * forward_of_all(shape, windows.length),
+        float32=windows.tokens * sum(gram(channels) for _, channels in sizes),
+        float64=sum(elimination(outputs, channels) for outputs, channels in sizes),
+    )

@@ -26,6 +26,7 @@ from hfprune_dist.planning.layer_pass_work import (
     sequential_refit,
 )
 from hfprune_dist.planning.model_shape import ModelShape
+from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
 
 # stages.cheap_measurement: windows that are compared, and of those for an order of layers; every how many-th token.
@@ -61,7 +62,7 @@ class Search:
     windows: Windows
     told: Mapping[str, Any]
 
-    def flops(self) -> float:
+    def operations(self) -> Operations:
         """Of all that comes before the refit of what is written.
 
         Raises:
@@ -70,7 +71,7 @@ class Search:
         windows = self._seen if self._has_finals else self.windows
         dense = self._compared(windows, WINDOWS) * forward_of_all(self.dense, windows.length)
         compared = self._grid() if self._is_plain else self._searched(windows)
-        return dense + self._order(windows) + compared + self._finals()
+        return Operations(dense) + self._order(windows) + compared + self._finals()
 
     @property
     def _is_plain(self) -> bool:
@@ -117,9 +118,9 @@ class Search:
 
     # Measurements.
 
-    def _order(self, windows: Windows) -> float:
+    def _order(self, windows: Windows) -> Operations:
         tokens, dropped = self._compared(windows, WINDOWS_OF_ORDER), self._dropped
-        flops = 0.0
+        flops = NO_OPERATIONS
         for rank in range(len(dropped)):
             later = [it for it in (*dropped[rank:], *range(len(self.model.layers))) if it not in dropped[:rank]]
             contenders = list(dict.fromkeys(later))[: CONTENDERS if rank else None]
@@ -127,38 +128,38 @@ class Search:
             flops += self._measured(candidates, tokens, self._every, None)
         return flops
 
-    def _grid(self) -> float:
+    def _grid(self) -> Operations:
         windows = self._seen
         candidates = [self._plain(name) for name in self.told.get("search_kl", {})]
         fitted = windows if self.params.refit != "none" else None
         return self._measured(candidates, self._compared(windows, WINDOWS), self._every, fitted)
 
-    def _finals(self) -> float:
+    def _finals(self) -> Operations:
         finalists = [self._named(name, number) for number, name in enumerate(self.told.get("finalists_kl", {}), 1)]
         if not finalists:
-            return 0.0
+            return NO_OPERATIONS
         first = FINALISTS + self._is_plain
         rounds = [finalists[:first], *([it] for it in finalists[first:])]
-        dense = self._judged.tokens * forward_of_all(self.dense, self._judged.length)
-        compared = sum(self._measured(it, self._judged.tokens, 1, None) for it in rounds)
-        return dense + compared + sum(self._refitted(it) for it in finalists)
+        dense = Operations(self._judged.tokens * forward_of_all(self.dense, self._judged.length))
+        compared = (self._measured(it, self._judged.tokens, 1, None) for it in rounds)
+        return sum((*compared, *(self._refitted(it) for it in finalists)), dense)
 
-    def _refitted(self, candidate: Candidate) -> float:
+    def _refitted(self, candidate: Candidate) -> Operations:
         kept = ModelShape(tuple(choice[0] for choice in candidate if choice is not None))
         if self.params.refit != "dense":
             return sequential_refit(self.dense, kept, self._seen, kv_groups=self._kv_groups)
         dropped = [number for number, choice in enumerate(candidate) if choice is None]
         return dense_refit(self.dense, kept, self._seen, kv_groups=self._kv_groups, dropped=dropped)
 
-    def _searched(self, windows: Windows) -> float:
+    def _searched(self, windows: Windows) -> Operations:
         candidates = [self._named(name, number) for number, name in enumerate(self.told.get("search_kl", {}), 1)]
         tokens = self._compared(windows, WINDOWS)
         fitted = windows if self.params.refit != "none" else None
         again = MEASUREMENTS - 1 + any(LAYERS_ALONE.fullmatch(name) for name in self.told.get("search_kl", {}))
         flops = self._measured(candidates, tokens, self._every, fitted)
-        return flops + again * self._measured([], tokens, self._every, fitted)
+        return flops + self._measured([], tokens, self._every, fitted) * again
 
-    def _measured(self, candidates: Sequence[Candidate], tokens: int, every: int, fitted: Windows | None) -> float:
+    def _measured(self, candidates: Sequence[Candidate], tokens: int, every: int, fitted: Windows | None) -> Operations:
         """One pass layer by layer of all candidates, their logits and the dense model's.
 
         Args:
@@ -167,18 +168,17 @@ class Search:
         """
         length, outputs = self.windows.length, self.model.hidden_size
         along = self.windows.micro_batch * length if fitted is None else fitted.tokens
-        flops = 0.0
+        models = 1 + len(set(map(tuple, candidates)))
+        flops = Operations(tokens / every * models * 2 * outputs * self.model.layers[0].vocabulary)
         for number, dims in enumerate(self.model.layers):
             there = {tuple(it[: number + 1]) for it in candidates}
-            flops += sum(tokens * forward(prefix[-1][0], length) for prefix in there if prefix[-1] is not None)
-            flops += along * forward(dims, length)
+            own = sum(tokens * forward(prefix[-1][0], length) for prefix in there if prefix[-1] is not None)
+            flops += Operations(own + along * forward(dims, length))
             if fitted is not None:
                 choices = {choice for it in candidates if (choice := it[number]) is not None}
-                flops += _cheap_fits(dims, choices, self._kv_groups) + along * sum(
-                    gram(size) for size in channels_of(dims, self._kv_groups)
-                )
-        models = 1 + len(set(map(tuple, candidates)))
-        return flops + tokens / every * models * 2 * outputs * self.model.layers[0].vocabulary
+                grams = sum(gram(size) for size in channels_of(dims, self._kv_groups))
+                flops += Operations(float32=along * grams) + _cheap_fits(dims, choices, self._kv_groups)
+        return flops
 
     # Candidates.
 
@@ -212,14 +212,14 @@ def _smaller(dims: Dimensions, groups: int, width: int) -> Dimensions:
     return replace(dims, num_key_value_heads=groups, num_heads=groups * queries, intermediate_size=width)
 
 
-def _cheap_fits(dims: Dimensions, choices: set[tuple[Dimensions, int]], kv_groups: bool) -> float:
-    """Least squares on one layer's output projections for every number of units; one ridge for all."""
-    flops = 0.0
+def _cheap_fits(dims: Dimensions, choices: set[tuple[Dimensions, int]], kv_groups: bool) -> Operations:
+    """Least squares on one layer's output projections for every number of units, with one ridge."""
+    flops = NO_OPERATIONS
     for place, channels in enumerate(channels_of(dims, kv_groups)):
         sizes = {(channels_of(choice, kv_groups)[place], number) for choice, number in choices}
         kept = [size for size, _ in sorted(sizes) if size < channels]
         if kept:
             tried = least_squares_for(dims.hidden_size, channels, kept[0], problems=2, ridges=RIDGES, errors=RIDGES)
             each = [least_squares_for(dims.hidden_size, channels, it, problems=1, ridges=1, errors=0) for it in kept]
-            flops += tried + sum(each)
+            flops += sum((it.shared() for it in each), tried)
     return flops

@@ -31,6 +31,7 @@ from hfprune_dist.planning.layer_pass_work import (
     sequential_refit,
 )
 from hfprune_dist.planning.model_shape import ModelShape
+from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.search_work import Search
 from hfprune_dist.store.atomic_files import read_object
@@ -47,14 +48,19 @@ class Cost:
     Attributes:
         tokens: of calibration windows, once for each stage whose model reads them; of training rows, as often as they
             are trained on.
-        flops: floating-point operations of all ranks together.
+        operations: of all ranks together.
     """
 
     tokens: int
-    flops: float
+    operations: Operations
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of every kind."""
+        return self.operations.total
 
 
-NOTHING = Cost(0, 0.0)
+NOTHING = Cost(0, NO_OPERATIONS)
 
 
 class StageCosts:
@@ -78,7 +84,7 @@ class StageCosts:
             return None
         try:
             return self._cost(self._plan.stages[stage_id], manifest)
-        except (LookupError, TypeError, ValueError, _UnknownError):
+        except (LookupError, TypeError, ValueError):
             return None
 
     def _cost(self, stage: Stage, manifest: Manifest) -> Cost:
@@ -88,9 +94,10 @@ class StageCosts:
                 runtime = manifest.get("config", {}).get("runtime", {})
                 checkpointing = bool(runtime.get("activation_checkpointing", False))
                 return self._importance(stage, params, metrics["tokens"], checkpointing)
-            case ReferenceParameters():
-                length = self._calibration(stage).length
-                return Cost(metrics["tokens"], metrics["tokens"] * forward_of_all(self._shape(stage), length))
+            case ReferenceParameters(text=text):
+                length = self._calibration(stage).length if text is None else text.sequence_length
+                products = metrics["tokens"] * forward_of_all(self.shape(stage), length)
+                return Cost(metrics["tokens"], Operations(products))
             case PruneParameters() as params:
                 return self._prune(stage, params, metrics)
             case DistillParameters(distillation=settings, passes=passes):
@@ -102,21 +109,22 @@ class StageCosts:
                 tokens = rows_trained(metrics["rows"], settings.batch_size, metrics["steps"]) * settings.sequence_length
             case _:
                 raise _UnknownError
-        return Cost(tokens, tokens / job.tokens * self._shape(stage).mean(lambda dims: job.work(dims).flops))
+        products = tokens / job.tokens * self.shape(stage).mean(lambda dims: job.work(dims).flops)
+        return Cost(tokens, Operations(products))
 
     def _importance(self, stage: Stage, params: ImportanceParameters, tokens: int, checkpointing: bool) -> Cost:
         """Of the pass over windows, and of the second one for criteria that need moments."""
         if all(CRITERIA[name].summed == "nothing" for name in params.criteria):
             return NOTHING
-        shape, job = self._shape(stage), importance_job(params, checkpointing).resized(1)
-        flops = tokens / job.tokens * shape.mean(lambda dims: job.work(dims).flops)
+        shape, job = self.shape(stage), importance_job(params, checkpointing).resized(1)
+        flops = Operations(tokens / job.tokens * shape.mean(lambda dims: job.work(dims).flops))
         if job.student:  # which neurons it lacks, the first shard tells
             first = params.calibration.shard_size * params.calibration.micro_batch_size * job.tokens
-            flops += min(first, tokens) * forward_of_all(shape, job.tokens)
+            flops += Operations(min(first, tokens) * forward_of_all(shape, job.tokens))
         if job.curvature:
             kinds = 1 + job.kv_groups
             windows = Windows(tokens // job.tokens, job.tokens, params.calibration.micro_batch_size)
-            flops += tokens * kinds * len(shape.layers) * gram(shape.hidden_size)
+            flops += Operations(float32=tokens * kinds * len(shape.layers) * gram(shape.hidden_size))
             flops += second_moments(shape, windows, kv_groups=job.kv_groups)
         return Cost(tokens, flops)
 
@@ -125,11 +133,11 @@ class StageCosts:
         searches = params.allocation in ("plain", "searched")
         if params.refit == "none" and not searches:
             return NOTHING
-        model = self._shape(stage)
+        model = self.shape(stage)
         dense = self._dense(stage)
-        kept, windows, flops = dense.pruned(metrics), self._calibration(stage), 0.0
+        kept, windows, flops = dense.pruned(metrics), self._calibration(stage), NO_OPERATIONS
         if searches:
-            flops += Search(params, model, dense, kept, windows, metrics).flops()
+            flops += Search(params, model, dense, kept, windows, metrics).operations()
         kv_groups = KV_GROUPS in params.structures
         if params.refit == "dense":
             order = metrics.get("layers_in_order_of_dropping") or []
@@ -152,15 +160,19 @@ class StageCosts:
     def _need(self, stage: Stage, role: str) -> Stage:
         return self._plan.stages[stage.inputs[role].location]
 
-    def _shape(self, stage: Stage) -> ModelShape:
-        """Of the model that a stage reads."""
+    def shape(self, stage: Stage) -> ModelShape:
+        """Of the model that a stage reads.
+
+        Raises:
+            LookupError: where too little is known.
+        """
         source = stage.inputs["model"]
         if not source.is_stage:
             return self._dense(stage)
         made_by = self._plan.stages[source.location]
         manifest = self._manifest_of(made_by.id)
         if made_by.kind != "prune":
-            return self._shape(made_by)
+            return self.shape(made_by)
         if manifest is None:
             raise _UnknownError
         return self._dense(made_by).pruned(manifest["metrics"])
@@ -172,7 +184,7 @@ class StageCosts:
         return ModelShape.of_config(config)
 
 
-class _UnknownError(Exception):
+class _UnknownError(LookupError):
     """Too little is known."""
 
 

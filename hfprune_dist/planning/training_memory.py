@@ -16,8 +16,9 @@ from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.footprint import Train, fits
 from hfprune_dist.planning.gpu_needs import Gpus
 
-# More rows at a time are hardly faster, so that activations are not checkpointed for their sake.
-ENOUGH_ROWS = 4
+# More rows at a time are hardly faster, so that activations are not checkpointed for their sake. Of whole weights,
+# which no micro-batch gathers, so many already take a GPU longer than its host needs to start them.
+ENOUGH_ROWS, ENOUGH_OF_WHOLE = 4, 2
 MOST_ROWS = 64
 AUTO = "auto"
 
@@ -49,7 +50,7 @@ def place(job: Train, dims: Dimensions, gpus: Gpus, sharding: Sharding) -> Place
     wholes = {"replicate": [True], "zero3": [False]}.get(sharding) or _to_choose_from(job, dims, gpus)
     ways = [Placement(whole, checkpointing, True) for whole in wholes for checkpointing in (False, True)]
     for way in ways:
-        if fits(replace(job, checkpointing=way.checkpointing), dims, gpus_of(way, gpus)):
+        if fits(replace(job, checkpointing=way.checkpointing), dims, copy_of(way, gpus)):
             return way
     return replace(ways[-1], fits=False)
 
@@ -61,7 +62,7 @@ def _to_choose_from(job: Train, dims: Dimensions, gpus: Gpus) -> list[bool]:
     return [True, False] if dims.parameters * job.itemsize <= WEIGHTS_SHARE * gpus.memory else [False]
 
 
-def gpus_of(way: Placement, gpus: Gpus) -> Gpus:
+def copy_of(way: Placement, gpus: Gpus) -> Gpus:
     """Those that one copy of the frozen weights lies on."""
     return replace(gpus, nodes=1, per_node=1) if way.whole else gpus
 
@@ -114,10 +115,12 @@ def _with_rows(config: SweepConfig, rows: Mapping[str, int | Literal["auto"]]) -
 def _most_rows(job: Train, dims: Dimensions, gpus: Gpus, batch_size: int, sharding: Sharding) -> int:
     """The largest power of two that fits, that ranks can share a step with, and for whose sake nothing is sharded."""
     best, first = 1, place(job, dims, gpus, sharding)
-    rows = 2
+    rows, enough = 2, ENOUGH_ROWS
     while rows <= MOST_ROWS and batch_size % (rows * gpus.ranks) == 0:
         way = place(job.resized(rows), dims, gpus, sharding)
-        worth_it = not way.checkpointing or rows <= ENOUGH_ROWS
+        if way.whole and not way.checkpointing and rows >= ENOUGH_OF_WHOLE:
+            enough = rows
+        worth_it = not way.checkpointing or rows <= enough
         if way.fits and way.whole == first.whole and worth_it:
             best = rows
         rows *= 2

@@ -18,6 +18,7 @@ from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.cli import cancel_sweep, show_jobs, show_status
 from hfprune_launch.slurm.commands import SlurmUnavailableError
 from hfprune_launch.slurm.estimate import show_estimates
+from hfprune_launch.slurm.hours import plan_hours, show_hours
 from hfprune_launch.slurm.status_table import cell_logs
 from hfprune_launch.sweep_folder import Sweep, configuration, configuration_layers, forget_rows, require_sweep
 
@@ -69,8 +70,10 @@ def dry_run(command: Command) -> int:
     for remark in prepared.remarks():
         command.tell(f"note: {remark}")
     if prepared.profile is not None:
-        show_jobs(console, prepared.sweep, prepared.profile, prepared.config.runtime, prepared.verdicts)
+        plan, profile, runtime = prepared.sweep.plan, prepared.profile, prepared.config.runtime
+        show_jobs(console, prepared.sweep, profile, runtime, prepared.verdicts)
         show_estimates(console, prepared.estimates)
+        show_hours(console, plan_hours(plan, prepared.todo, profile, runtime))
     prepared.require_runnable()
     return 0
 

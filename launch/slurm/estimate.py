@@ -27,7 +27,7 @@ from hfprune_dist.config.texts import FIRST, CalibrationConfig, FidelityConfig, 
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
-from hfprune_dist.planning.footprint import Evaluate, Importance, Job, LayerPass, TimedJob, Train, fits, seconds
+from hfprune_dist.planning.footprint import Evaluate, Importance, Job, LayerPass, TimedJob, Train, fits
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory
 from hfprune_dist.planning.importance_job import importance_job
@@ -35,7 +35,8 @@ from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.planning.training_memory import gpus_of, place
+from hfprune_dist.planning.timing import seconds
+from hfprune_dist.planning.training_memory import ENOUGH_ROWS, copy_of, place
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS
@@ -55,7 +56,6 @@ class Estimate:
         host_available: of one node; None where the profile does not say.
         fits: whether the GPUs' memory is enough; None where the profile does not say how much memory a GPU has.
         advice: nodes and micro-batch that suit it better; empty where nothing is known to.
-        gpu_hours: None where the amount of work, or the rate of a GPU in that dtype, is not known.
     """
 
     stage: Stage
@@ -65,7 +65,6 @@ class Estimate:
     host_available: float | None
     fits: bool | None
     advice: str
-    gpu_hours: float | None
 
 
 def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: RuntimeConfig) -> list[Estimate]:
@@ -76,11 +75,12 @@ def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: 
     return [
         _estimate(plan, stage, profile.resources[stage.kind], runtime)
         for stage in (plan.stages[stage_id] for stage_id in todo)
-        if profile.resources[stage.kind].gpus and _runs_a_model(stage.params)
+        if profile.resources[stage.kind].gpus and runs_a_model(stage.params)
     ]
 
 
-def _runs_a_model(params: Parameters) -> bool:
+def runs_a_model(params: Parameters) -> bool:
+    """Whether it needs memory of GPUs that is estimated."""
     return not isinstance(params, PruneParameters) or params.refit != "none"
 
 
@@ -114,23 +114,20 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
     """Print the estimates as a table, which says that nothing in it was measured."""
     if not estimates:
         return
-    lines = Table(
-        "stage", "for", "memory per GPU", "host memory", "fits", "suggested", "GPU-hours", box=None, pad_edge=False
-    )
+    lines = Table("stage", "for", "memory per GPU", "host memory", "fits", "suggested", box=None, pad_edge=False)
     for each in estimates:
         verdict = {None: "? (gpu_memory_gib)", True: "yes", False: "no"}[each.fits]
-        hours = "?" if each.gpu_hours is None else f"~{each.gpu_hours:,.2f}"
         memory = f"~{each.memory.total / GIB:,.1f} GiB"
         host = f"~{each.host_memory / GIB:,.1f} GiB" if each.host_memory else ""
-        lines.add_row(each.stage.kind, escape(each.stage.label), memory, host, verdict, escape(each.advice), hours)
+        lines.add_row(each.stage.kind, escape(each.stage.label), memory, host, verdict, escape(each.advice))
     console.print("\nestimates from the models' shapes and the profile's GPUs; nothing here was measured:")
     console.print(lines)
 
 
 def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeConfig) -> Estimate:
-    dims = dimensions_of(_dense(plan, stage).config)
-    gpus = _gpus(resources)
-    job, placed = _placed(_job(plan, stage, runtime), dims, gpus, runtime)
+    dims = dimensions_of(dense_of(plan, stage).config)
+    gpus = gpus_of(resources)
+    job, placed = placed_job(job_of(plan, stage, runtime), dims, gpus, runtime)
     return Estimate(
         stage=stage,
         memory=job.memory(dims, placed.ranks),
@@ -139,7 +136,6 @@ def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeCo
         host_available=resources.memory_bytes,
         fits=fits(job, dims, placed) if resources.gpu_memory_gib else None,
         advice=_advice(job, dims, gpus, placed, _shared_rows(stage)) if resources.gpu_memory_gib else "",
-        gpu_hours=_gpu_hours(_rounds(plan, stage, gpus.ranks), job, dims, gpus, placed),
     )
 
 
@@ -148,7 +144,8 @@ def _host_bytes(job: Job, dims: Dimensions, gpus: Gpus) -> int:
     return job.host_bytes(dims, gpus.ranks) if isinstance(job, Importance | LayerPass) else 0
 
 
-def _job(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
+def job_of(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
+    """What a stage that runs a model does with it."""
     match stage.params:
         case ImportanceParameters() as params:
             return importance_job(params, runtime.activation_checkpointing)
@@ -175,7 +172,7 @@ def _reference(params: ReferenceParameters, plan: Plan, stage: Stage) -> Referen
 
 
 def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit:
-    calibration, dense = _calibration(plan, stage), _dense(plan, stage)
+    calibration, dense = _calibration(plan, stage), dense_of(plan, stage)
     size = size_of(dense)
     dtype, windows = params.forward_pass()
     width = size.units  # where layers differ, one may keep all of them
@@ -214,24 +211,26 @@ def _calibration(plan: Plan, stage: Stage) -> CalibrationConfig:
 
 def gpus_of_profile(resources: Resources) -> Gpus | None:
     """The GPUs of a kind of stage; None where it has none, or the profile doesn't say how much memory they have."""
-    return _gpus(resources) if resources.gpus and resources.gpu_memory_gib else None
+    return gpus_of(resources) if resources.gpus and resources.gpu_memory_gib else None
 
 
-def _gpus(resources: Resources) -> Gpus:
+def gpus_of(resources: Resources) -> Gpus:
+    """The GPUs of a kind of stage, one for each rank."""
     return Gpus(
         nodes=resources.nodes,
         per_node=resources.tasks_per_node,
         memory=(resources.gpu_memory_gib or 0.0) * GIB,
         flops=resources.gpu_tflops and resources.gpu_tflops * 1e12,
         network=resources.network_gbits and resources.network_gbits * 1e9 / 8,
+        link=resources.gpu_link_gbytes * 1e9,
     )
 
 
-def _placed(job: Job, dims: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -> tuple[Job, Gpus]:
+def placed_job(job: Job, dims: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -> tuple[Job, Gpus]:
     """A job as it will run, and the GPUs that one copy of the model lies on: one where each has whole weights."""
     if isinstance(job, Train) and gpus.memory:
         way = place(job, dims, gpus, runtime.sharding)
-        return dataclasses.replace(job, checkpointing=way.checkpointing), gpus_of(way, gpus)
+        return dataclasses.replace(job, checkpointing=way.checkpointing), copy_of(way, gpus)
     if isinstance(job, Evaluate) and runtime.sharding != "zero3":
         small = dims.parameters * job.itemsize <= WEIGHTS_SHARE * gpus.memory
         if runtime.sharding == "replicate" or small:
@@ -240,7 +239,8 @@ def _placed(job: Job, dims: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -> t
 
 
 def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: int | None) -> str:
-    """The fewest nodes that hold one window, and the micro-batch whose work hides the network's time.
+    """The fewest nodes that hold one window, and the smallest micro-batch of ``ENOUGH_ROWS`` at least, where so many
+    fit, whose work hides the time of the network and of calls.
 
     For a job that keeps all it needs on each GPU (then ``placed`` is one GPU) and so gathers nothing: the largest
     micro-batch that fits.
@@ -257,8 +257,9 @@ def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: i
         return ""
     shared = [size for size in MICRO_BATCHES if not shared_rows or size * advised.ranks <= shared_rows]
     fitting = [size for size in shared or MICRO_BATCHES[:1] if fits(job.resized(size), dims, advised)]
-    hidden = [size for size in fitting if gpus.flops and _is_hidden(job.resized(size), dims, advised)]
-    size = hidden[0] if hidden else fitting[-1] if gpus.flops else fitting[0]
+    hidden = [size for size in fitting if gpus.flops and seconds(job.resized(size), dims, advised).is_work]
+    enough = [size for size in fitting if size >= ENOUGH_ROWS] or fitting[-1:]
+    size = max(hidden[0] if hidden else fitting[-1], enough[0]) if gpus.flops else enough[0]
     return f"nodes {advised.nodes}, micro-batch {size}"
 
 
@@ -268,41 +269,6 @@ def _smaller(job: TimedJob | LayerPass, dims: Dimensions, placed: Gpus) -> str:
     if fitting:
         return f"micro-batch {fitting[-1]}"
     return "sharding zero3" if isinstance(job, Evaluate | Train) else ""
-
-
-def _is_hidden(job: TimedJob, dims: Dimensions, gpus: Gpus) -> bool:
-    at_work, on_network = seconds(job, dims, gpus)
-    return on_network <= at_work
-
-
-def _gpu_hours(rounds: int | None, job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus) -> float | None:
-    """GPU-hours of so many micro-batches of every rank; None where their number, or what limits their rate, is not
-    known.
-    """
-    if rounds is None or not isinstance(job, TimedJob) or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
-        return None
-    if isinstance(job, Importance) and job.curvature:  # Gram matrices and what is made of them take a time of their own
-        return None
-    return rounds * max(seconds(job, dims, placed)) * gpus.ranks / 3600
-
-
-def _rounds(plan: Plan, stage: Stage, ranks: int) -> int | None:
-    """Micro-batches of the rank that has most of them; None where that is known only once the stage runs, as of
-    evaluations and of epochs of recovery.
-    """
-    match stage.params:
-        case ImportanceParameters(calibration=calibration):
-            micro_batches = _ceil(calibration.samples, calibration.micro_batch_size)
-            of_a_shard = min(calibration.shard_size, micro_batches)
-            return of_a_shard * _ceil(_ceil(micro_batches, of_a_shard), ranks)
-        case DistillParameters(distillation=distillation, passes=passes):
-            samples = _calibration(plan, stage).samples
-            # As data.schedule.Schedule, which imports torch, cuts a pass into steps.
-            steps = _ceil(samples, distillation.batch_size)
-            return passes * steps * _ceil(_ceil(samples, steps), distillation.rows_at_once * ranks)
-        case RecoverParameters(recovery=recovery) if recovery.max_steps is not None:
-            return recovery.max_steps * _ceil(recovery.batch_size, recovery.rows_at_once * ranks)
-    return None
 
 
 def _shared_rows(stage: Stage) -> int | None:
@@ -319,10 +285,6 @@ def _shared_rows(stage: Stage) -> int | None:
     return None
 
 
-def _ceil(number: int, divisor: int) -> int:
-    return -(-number // divisor)
-
-
-def _dense(plan: Plan, stage: Stage) -> Checkpoint:
+def dense_of(plan: Plan, stage: Stage) -> Checkpoint:
     """The dense checkpoint that a stage's model comes from."""
     return open_checkpoint(plan.dense_folder(stage))

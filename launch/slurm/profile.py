@@ -14,6 +14,7 @@ from hfprune_dist.config.load import parse, read_yaml
 from hfprune_dist.config.parameters import PARAMETERS
 from hfprune_dist.config.section import Positive, Section
 from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.planning.rates import LINK
 from hfprune_dist.store.stage import STAGE_VERSIONS
 
 Kind = Literal["importance", "reference", "prune", "distill", "recover", "evaluate", "efficiency"]
@@ -46,9 +47,12 @@ class Resources(Section):
     gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
     """Memory of one GPU; with it, plans that can't fit are refused before anything is submitted."""
     gpu_tflops: Annotated[float, Field(gt=0)] | None = None
-    """Nominal rate of one GPU in dense bfloat16 products, in TFLOP/s; with it, --dry-run estimates GPU-hours."""
+    """Nominal rate of one GPU in dense bfloat16 products, in TFLOP/s; with it, --dry-run estimates hours."""
     network_gbits: Annotated[float, Field(gt=0)] | None = None
     """Nominal rate of the network between two nodes, in Gb/s; null: taken not to be the limit."""
+    gpu_link_gbytes: Annotated[float, Field(gt=0)] = LINK / 1e9
+    """Nominal rate between a GPU and the others of its node, one way, in GB/s; the default is PCIe 4.0's. NVLink: 300
+    on an A100, 450 on an H100."""
     cpus_per_task: Positive = 1
     """CPU cores of each rank; also its number of threads, unless runtime.threads_per_rank is set."""
     memory: Annotated[str, Field(pattern=r"^\d+[KMGTkmgt]?[Bb]?$")] | None = None

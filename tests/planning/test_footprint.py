@@ -26,7 +26,7 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 from hfprune_dist.planning import footprint
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.footprint import Evaluate, Importance, Train, fits, seconds
+from hfprune_dist.planning.footprint import Evaluate, Importance, Train, fits
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit, memory_of_layer_pass
 from hfprune_dist.refit.dense_refit import DenseRefit
@@ -386,17 +386,3 @@ def test_more_ranks_need_less_memory_each_and_more_windows_more():
     totals = [job.memory(dims, ranks).total for ranks in (2, 8, 64)]
     assert totals == sorted(totals, reverse=True)
     assert Importance(windows=4, tokens=1024).memory(dims, 8).total > totals[1]
-
-
-def test_the_network_is_hidden_by_larger_micro_batches():
-    dims = published("7B")
-    gpus = {
-        rate: Gpus(nodes=2, per_node=8, memory=80 * GIB, flops=312e12, network=rate * 1e9 / 8) for rate in (100, 400)
-    }
-    one, many = Importance(windows=1, tokens=1024), Importance(windows=16, tokens=1024)
-    at_work, on_network = seconds(one, dims, gpus[100])
-    assert on_network > at_work, "one window does not pay for its gathers"
-    assert seconds(many, dims, gpus[100])[1] == on_network, "a micro-batch gathers once, whatever its size"
-    assert seconds(many, dims, gpus[100])[0] == pytest.approx(16 * at_work)
-    assert seconds(one, dims, gpus[400])[1] == pytest.approx(on_network / 4)
-    assert seconds(one, dims, Gpus(nodes=1, per_node=8, memory=80 * GIB, flops=312e12))[1] == 0.0

@@ -20,6 +20,7 @@ from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.core import triangle
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.models.distillation_head import DistillingHead
+from hfprune_dist.planning.expected_metrics import ExpectedManifests
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.stage_costs import NOTHING, StageCosts, rows_trained
 from hfprune_dist.stages import finals
@@ -119,6 +120,11 @@ def test_a_cut(scored, monkeypatch, allocation, refit, structures):
     assert cost == NOTHING if not runs else cost.tokens == 6 * 24
     # So few neurons leave a search few shapes, of which some come again.
     assert cost.flops == pytest.approx(flops, rel=0.25 if allocation == "searched" else 1e-4)
+    plan = Plan({it.id: it for it in (importance, stage)}, ())
+    expected = StageCosts(plan, ExpectedManifests(plan, checkpointing=False).of).of(stage.id)
+    # Shapes of a search, and how many are compared at last, are known once they are measured.
+    assert expected.tokens == cost.tokens
+    assert expected.flops == pytest.approx(flops, rel=1e-4 if allocation == "uniform" else 0.8)
 
 
 def trained(folder, kind, params, **metrics):

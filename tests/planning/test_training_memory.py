@@ -12,7 +12,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import Train, fits
 from hfprune_dist.planning.gpu_needs import Gpus
-from hfprune_dist.planning.training_memory import as_chosen_before, choose_micro_batches, chooses, gpus_of, place
+from hfprune_dist.planning.training_memory import as_chosen_before, choose_micro_batches, chooses, copy_of, place
 
 GIB = 2**30
 LLAMA = {"vocab_size": 32000, "num_attention_heads": 32}
@@ -65,9 +65,9 @@ def test_the_first_way_that_fits_is_taken(model, rows, count, gib, sharding):
     where, dims = gpus(count, gib), DIMS[model]
     way = place(job(rows), dims, where, sharding)
     placed = replace(job(rows), checkpointing=way.checkpointing)
-    assert way.fits == fits(placed, dims, gpus_of(way, where))
+    assert way.fits == fits(placed, dims, copy_of(way, where))
     if way.checkpointing:
-        assert not fits(job(rows), dims, gpus_of(way, where)), "no layer runs again without need"
+        assert not fits(job(rows), dims, copy_of(way, where)), "no layer runs again without need"
     if sharding != "auto":
         assert way.whole == (sharding == "replicate")
     elif not way.whole:
@@ -96,9 +96,16 @@ def test_chosen_rows_can_be_shared_and_suit_every_model(count, gib, batch_size, 
 
 def test_checkpointing_lets_four_rows_in():
     """Where the layers' activations of four rows don't fit, their inputs may."""
-    where = gpus(1, 36)
+    where = gpus(1, 28)
     assert place(job(1), DIMS["7B"], where, "auto").checkpointing is False
     assert chosen(["7B"], where) == 4
+    assert place(job(4), DIMS["7B"], where, "auto").checkpointing
+
+
+def test_two_rows_of_whole_weights_are_not_given_up_for_four_whose_layers_run_again():
+    where = gpus(1, 36)
+    assert chosen(["7B"], where) == 2
+    assert place(job(2), DIMS["7B"], where, "auto").checkpointing is False
     assert place(job(4), DIMS["7B"], where, "auto").checkpointing
 
 

@@ -1,0 +1,121 @@
+"""What manifests of stages that have not run will tell of their work, as far as a plan decides it.
+
+Where a measurement decides a shape, it is taken to be the first that competes, which has as many parameters as the
+others; where scores decide, every layer is taken to lose the same.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import ceil
+from typing import Any
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.config.parameters import (
+    DistillParameters,
+    ImportanceParameters,
+    PruneParameters,
+    RecoverParameters,
+    ReferenceParameters,
+)
+from hfprune_dist.planning.known_sizes import packed_rows
+from hfprune_dist.planning.plain_shapes import LAYERS_OF_A_STEP, plain_shapes
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.search_work import FINALISTS
+from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.widths import Target, size_of
+from hfprune_dist.store.stage import Stage
+from hfprune_dist.structures import KV_GROUPS, LAYERS
+
+# core.width_search: shapes that are measured around two centres, two on each of four axes; the first and the last.
+SEARCHED = 2 * 2 * 4 + 2
+
+
+class ExpectedManifests:
+    """Of the stages of a plan, by id.
+
+    Args:
+        checkpointing: whether calibration computes activations again in backward.
+    """
+
+    def __init__(self, plan: Plan, *, checkpointing: bool) -> None:
+        self._plan = plan
+        self._runtime = {"activation_checkpointing": checkpointing}
+        self._checkpoint = cache(open_checkpoint)
+
+    def of(self, stage_id: str) -> dict[str, Any] | None:
+        """None for stages whose work nobody can know yet."""
+        metrics = self._metrics(self._plan.stages[stage_id])
+        return None if metrics is None else {"metrics": metrics, "config": {"runtime": self._runtime}}
+
+    def dense(self, stage: Stage) -> Checkpoint:
+        """The dense checkpoint that a stage's model comes from."""
+        return self._checkpoint(self._plan.dense_folder(stage))
+
+    def _metrics(self, stage: Stage) -> dict[str, Any] | None:
+        match stage.params:
+            case ImportanceParameters(calibration=calibration):
+                return {"tokens": calibration.samples * calibration.sequence_length}
+            case ReferenceParameters(text=text) if text is not None:
+                return {"tokens": text.windows * text.sequence_length}
+            case ReferenceParameters():
+                return self._metrics(self._plan.stages[stage.inputs["importance"].location])
+            case DistillParameters():
+                return self._metrics(self._plan.stages[stage.inputs["reference"].location])
+            case PruneParameters() as params:
+                return self._cut(stage, params)
+            case RecoverParameters(recovery=recovery):
+                rows = packed_rows(recovery)
+                if rows is None and recovery.max_steps is None:
+                    return None
+                steps = recovery.max_steps or steps_of(rows or 1, recovery.batch_size, recovery.epochs)
+                return {"rows": rows or recovery.batch_size, "steps": steps}
+        return None
+
+    def _cut(self, stage: Stage, params: PruneParameters) -> dict[str, Any]:
+        dense = self.dense(stage)
+        size = size_of(dense)
+        if params.allocation == "plain":
+            return _plain(dense, params, stage.label)
+        if params.allocation == "uniform":
+            width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()
+            return dense.units.sizes([width] * size.num_layers)
+        gone = params.ratio * size.parameters / size.parameters_per_unit / sum(size.counts)
+        told = dense.units.sizes([max(1, round(count * (1 - gone))) for count in size.counts])
+        return told | (_searched(size.num_layers, params) if params.allocation == "searched" else {})
+
+
+def steps_of(rows: int, batch_size: int, epochs: float) -> int:
+    """Optimizer steps of so many passes over the rows, as the stage counts them."""
+    return ceil(epochs * -(-rows // batch_size))
+
+
+def _plain(dense: Checkpoint, params: PruneParameters, where: str) -> dict[str, Any]:
+    """Metrics of a search for a plain shape, its order of layers the last ones first."""
+    shapes = plain_shapes(ShapeTarget.of(dense, params, where))
+    names = [f"{it.num_layers} layers, {it.kv_groups} KV groups, width {it.width}" for it in shapes]
+    first, layers = shapes[0], dense.num_layers
+    gone = layers - min(it.num_layers for it in shapes)
+    told = dense.units.sizes([first.width] * first.num_layers)
+    told |= dense.structures[KV_GROUPS].sizes([first.kv_groups] * first.num_layers)
+    finalists = names[: FINALISTS + 1] if params.refit != "none" and len(names) > 1 else []
+    return told | {
+        "num_hidden_layers": first.num_layers,
+        "layers_in_order_of_dropping": [*range(layers)][layers - gone :][::-1],
+        "search_kl": dict.fromkeys(names),
+        "finalists_kl": dict.fromkeys(finalists),
+    }
+
+
+def _searched(num_layers: int, params: PruneParameters) -> dict[str, Any]:
+    """Metrics of a search layer by layer; where layers may go, up to the ratio's share of them."""
+    shapes: list[str] = [f"shape {number}" for number in range(SEARCHED)]
+    if LAYERS not in params.structures:
+        return {"search_kl": dict.fromkeys(shapes)}
+    gone, step = int(params.ratio * num_layers), max(1, round(num_layers / LAYERS_OF_A_STEP))
+    contests = [f"{num_layers - number} layers" for number in range(0, gone + 1, step)]
+    return {
+        "layers_in_order_of_dropping": [*range(num_layers)][num_layers - gone :][::-1],
+        "search_kl": dict.fromkeys([*contests, *shapes]),
+        "finalists_kl": dict.fromkeys(contests[:FINALISTS] if len(contests) > 1 and params.refit != "none" else []),
+    }

@@ -1,0 +1,107 @@
+"""How much there is to read of public data and of a user's files, as far as a plan can tell without tokenizing it.
+
+Documents of tasks are those of the split that lm-eval evaluates, requests the choices of each; both are facts of the
+data. Tokens of a request or a pair are about those of Llama 2's tokenizer: assumptions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hfprune_dist.config.parameters import EvaluateParameters
+from hfprune_dist.config.training import RecoveryConfig
+
+# Instruction pairs of a data set of the hub.
+PAIRS = {"MBZUAI/LaMini-instruction": 2_585_615}
+# Tokens of a pair, some 35 of which are the template's; and bytes of a token in files.
+TOKENS_OF_A_PAIR, TEMPLATE, BYTES_OF_A_TOKEN = 150, 35, 4
+# Of a file, so much is read to tell how long its records are.
+BEGINNING = 2**20
+LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What a task asks of a model.
+
+    Attributes:
+        each: requests of a document.
+        tokens: of a request, without examples.
+    """
+
+    documents: int
+    each: float
+    tokens: int
+
+    @property
+    def count(self) -> int:
+        return round(self.documents * self.each)
+
+
+TASKS = {
+    "arc_challenge": Requests(1172, 4, 40),
+    "arc_easy": Requests(2376, 4, 35),
+    "boolq": Requests(3270, 2, 150),
+    "crows_pairs_english": Requests(1677, 2, 20),
+    "openbookqa": Requests(500, 4, 20),
+    "piqa": Requests(1838, 2, 40),
+    "race": Requests(1045, 4, 450),
+    "social_iqa": Requests(1954, 3, 40),
+    "truthfulqa_mc2": Requests(817, 7.2, 250),
+    "winogrande": Requests(1267, 2, 30),
+}
+# Of a document of any other task, where evaluation.limit says how many there are at most.
+USUAL = Requests(1, 4, 128)
+
+
+def requests_of(params: EvaluateParameters) -> tuple[list[Requests], list[str]]:
+    """The tasks of which it is known how much they ask, and the names of the others."""
+    known, unknown = [], []
+    for task in params.tasks:
+        asked = TASKS.get(task, USUAL)
+        documents = min(it for it in (params.limit, TASKS.get(task) and asked.documents, 2**31) if it)
+        if documents == 2**31:
+            unknown.append(task)
+        else:
+            known.append(Requests(documents, asked.each, asked.tokens * (1 + (params.num_fewshot or 0))))
+    return known, unknown
+
+
+def packed_rows(recovery: RecoveryConfig) -> int | None:
+    """About how many rows the instruction pairs fill; None where nobody knows how many pairs there are."""
+    found = _pairs_of_files(Path(recovery.path)) if recovery.path else None
+    if found is None:
+        known = PAIRS.get(recovery.dataset or "") if recovery.path is None else None
+        pairs = min((it for it in (known, recovery.samples) if it), default=None)
+        found = None if pairs is None else (pairs, TOKENS_OF_A_PAIR)
+    if found is None:
+        return None
+    pairs, tokens = found
+    used = min(pairs, recovery.samples or pairs)
+    return max(1, -(-used * min(tokens, recovery.sequence_length) // recovery.sequence_length))
+
+
+def _pairs_of_files(place: Path) -> tuple[int, int] | None:
+    """Records of files that have one in each line, as far as their beginnings tell, and tokens of each."""
+    files = [place] if place.is_file() else sorted(it for it in place.glob("*") if it.is_file())
+    if not files or any(file.suffix not in LINES for file in files):
+        return None
+    beginnings = [_beginning(file) for file in files]
+    size, lines, read = sum(it.stat().st_size for it in files), *_sums(beginnings)
+    if not lines:
+        return None
+    return max(1, round(size * lines / read)), TEMPLATE + round(read / lines / BYTES_OF_A_TOKEN)
+
+
+def _beginning(file: Path) -> tuple[int, int]:
+    """Lines and bytes of a file's first part, whole lines alone where there is one."""
+    with file.open("rb") as stream:
+        part = stream.read(BEGINNING)
+    whole = part[: part.rfind(b"\n") + 1] or part
+    return whole.count(b"\n") or bool(whole), len(whole)
+
+
+def _sums(beginnings: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return sum(lines for lines, _ in beginnings), sum(read for _, read in beginnings)

@@ -1,0 +1,48 @@
+"""The rates that hours are computed from: assumptions, with their units and where each comes from.
+
+Nobody has measured any of them on a GPU. ``ASSUMED`` says them in one sentence, for whoever reads the hours.
+"""
+
+from __future__ import annotations
+
+# Shares of a GPU's nominal rate in dense bfloat16 products. What dense transformers reach in practice:
+PRODUCTS = 0.4
+# Large products in float32 without TF32: 19.5 TFLOP/s beside 312 on an A100, 67 beside 989 on an H100, less a fifth.
+FLOAT32 = 0.05
+# Cholesky factors, triangular solves and their products in float64: about half of 9.7 TFLOP/s (A100) or 34 (H100).
+# Consumer cards have a tenth of that or less.
+FLOAT64 = 0.015
+
+# Share of the nominal rate that a network or a link between GPUs reaches.
+NETWORK = 0.8
+# Bytes per second, nominal, one way, between a GPU and the others of its node where the profile names none: 16 lanes of
+# PCIe 4.0, which every node has at least. NVLink: 300e9 on an A100, 450e9 on an H100.
+LINK = 32e9
+
+# Modules of a layer that are called: seven projections and two norms; LoRA adds A, B and a dropout to each projection.
+MODULES, LORA_MODULES = 9, 9 + 7 * 3
+# Of those, the ones with weights that ZeRO-3 gathers.
+GATHERED_MODULES, GATHERED_LORA_MODULES = 9, 9 + 7 * 2
+# Seconds of one module's call, forward or backward, on the processor that starts its kernels, and of a gather besides.
+# Measured with hardly any arithmetic on a slow core: 32 layers with LoRA forward and backward took 496 ms with whole
+# weights, 1,351 ms with ZeRO-3. A GPU's host is taken to be three times as fast. Launches run ahead of the GPU, so
+# these count only where they take longer than its work.
+HOST_SPEED = 3
+CALL_S = 0.496 / (32 * 2 * LORA_MODULES) / HOST_SPEED
+GATHER_S = (1.351 - 0.496) / (32 * 2 * GATHERED_LORA_MODULES) / HOST_SPEED
+
+# Bytes per second: of one node's reads and writes on a shared file system;
+DISK = 1e9
+# of SHA-256 on one thread, measured: 1 to 2;
+HASHING = 1.5e9
+# of copies between a GPU and pageable main memory, where hidden states and layers wait in passes layer by layer.
+HOST_COPY = 5e9
+# Seconds before a stage's first product: imports, CUDA, NCCL.
+START_S = 60.0
+
+ASSUMED = (
+    f"assumed: {PRODUCTS:.0%} of gpu_tflops for matrix products, {FLOAT32:.0%} in float32, {FLOAT64:.1%} for solves in "
+    f"float64 (data-centre GPUs), {NETWORK:.0%} of links and networks, {1e3 * CALL_S:.2f} ms a module call and "
+    f"{1e3 * GATHER_S:.2f} ms a gather where that is not hidden behind products, disk {DISK / 1e9:g} GB/s a node, "
+    f"SHA-256 {HASHING / 1e9:g} GB/s, host copies {HOST_COPY / 1e9:g} GB/s a rank, {START_S:g} s to start a stage"
+)

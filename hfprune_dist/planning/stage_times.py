@@ -1,0 +1,297 @@
+"""How long each stage of a plan takes on given GPUs: work that is counted, at the rates of ``rates``.
+
+Products, gathers and the calls that start them overlap, and the longest counts. What follows adds up: Gram matrices and
+solves, sums over ranks, copies to main memory, the disk, the start. Ranks wait for the one with the most windows.
+Reading and tokenizing text, waiting in a queue and what is done again after a fault are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from hfprune_dist.config.parameters import (
+    DistillParameters,
+    EfficiencyParameters,
+    EvaluateParameters,
+    ImportanceParameters,
+    PruneParameters,
+    RecoverParameters,
+    ReferenceParameters,
+)
+from hfprune_dist.planning.expected_metrics import ExpectedManifests
+from hfprune_dist.planning.footprint import Evaluate, Importance, Job, Train
+from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus
+from hfprune_dist.planning.known_sizes import requests_of
+from hfprune_dist.planning.layer_pass_work import channels_of, forward_of_all
+from hfprune_dist.planning.model_shape import ModelShape
+from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.rates import CALL_S, DISK, HASHING, HOST_COPY, MODULES, START_S
+from hfprune_dist.planning.stage_costs import NOTHING, StageCosts
+from hfprune_dist.planning.timing import Seconds, network_seconds, precise_seconds, product_rate, seconds
+from hfprune_dist.store.stage import Stage
+
+# Of a checkpoint's parameter, bytes on disk.
+ON_DISK = 2
+# Of exact sums of Gram matrices, bytes of a number; such sums there are over windows that are fitted and held out, each
+# reduced and then told to all.
+SUM_BYTES, ALL_SUMS_BYTES = 8, 2 * 2 * 8
+# Of a gradient of LoRA's weights, bytes that all ranks add up and are told.
+GRADIENT_BYTES = 2 * 4
+NO_SECONDS = Seconds(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """What one stage is expected to take.
+
+    Attributes:
+        seconds: on the wall's clock; None where the rate of its GPUs, or nearly all of its work, is not known.
+        gpus: that it holds meanwhile.
+        missing: what is not counted; empty where that is nothing.
+    """
+
+    seconds: float | None
+    gpus: int
+    missing: str = ""
+
+    @property
+    def hours(self) -> float | None:
+        return None if self.seconds is None else self.seconds / 3600
+
+    @property
+    def gpu_hours(self) -> float | None:
+        return None if self.seconds is None else self.gpus * self.seconds / 3600
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What the rank with most of a stage's work does.
+
+    Attributes:
+        overlapping: products, gathers, calls.
+        operations: of all ranks; those beside products count here.
+        windows: the rank's share of all windows.
+        problems: its share of what is solved.
+        exchanged: seconds of sums over ranks.
+        copied: bytes between its GPU and main memory.
+        written: bytes of the artifact.
+        missing: what is not counted.
+    """
+
+    overlapping: Seconds = NO_SECONDS
+    operations: Operations = NO_OPERATIONS
+    windows: float = 1.0
+    problems: float = 1.0
+    exchanged: float = 0.0
+    copied: float = 0.0
+    written: float = 0.0
+    missing: str = ""
+
+    def seconds(self, gpus: Gpus) -> float:
+        """On GPUs, before and after which there is the disk."""
+        if self == _Load(written=self.written):  # nothing that needs their rate
+            return 0.0
+        precise = precise_seconds(self.operations, gpus, self.windows, self.problems)
+        return self.overlapping.longest + precise + self.exchanged + self.copied / HOST_COPY
+
+
+class StageTimes:
+    """Of the stages of a plan.
+
+    Args:
+        checkpointing: whether calibration computes activations again in backward.
+    """
+
+    def __init__(self, plan: Plan, *, checkpointing: bool) -> None:
+        self._plan = plan
+        self._expected = ExpectedManifests(plan, checkpointing=checkpointing)
+        self._costs = StageCosts(plan, self._expected.of)
+
+    def of(self, stage: Stage, job: Job | None, gpus: Gpus | None, placed: Gpus | None) -> StageTime:
+        """Of one stage.
+
+        Args:
+            job: as it will run; None for a prune stage without a refit.
+            gpus: of all its ranks; None where it has none, which is enough for what only copies files.
+            placed: those that one copy of the model lies on.
+        """
+        held = 0 if gpus is None else gpus.ranks
+        if isinstance(stage.params, PruneParameters) and self._costs.of(stage.id) == NOTHING:
+            load: _Load | None = _Load(written=self._on_disk(stage))
+        elif gpus is None or placed is None:
+            return StageTime(None, held, "all of it: it has no GPUs in the profile")
+        elif gpus.flops is None:
+            return StageTime(None, held, "all of it: the profile has no gpu_tflops")
+        else:
+            load = self._load(stage, job, gpus, placed)
+        if load is None:
+            return StageTime(None, held, _unknown_of(stage))
+        disk = (self._on_disk(stage) + load.written) * (1 / DISK + 1 / HASHING)
+        return StageTime(START_S + disk + (load.seconds(gpus) if gpus is not None else 0.0), held, load.missing)
+
+    def _load(self, stage: Stage, job: Job | None, gpus: Gpus, placed: Gpus) -> _Load | None:
+        match stage.params, job:
+            case ImportanceParameters() as params, Importance():
+                return self._importance(stage, params, job, placed)
+            case ReferenceParameters() | PruneParameters(), _:
+                return self._layer_pass(stage, gpus)
+            case DistillParameters() | RecoverParameters(), Train():
+                return self._training(stage, job, gpus, placed)
+            case EvaluateParameters() as params, Evaluate():
+                return self._evaluation(stage, params, job, (gpus, placed))
+            case EfficiencyParameters() as params, _:
+                return self._generations(stage, params, gpus)
+        raise AssertionError(f"{stage.id} was planned by another version of the code")
+
+    def _importance(self, stage: Stage, params: ImportanceParameters, job: Importance, gpus: Gpus) -> _Load | None:
+        cost = self._costs.of(stage.id)
+        if cost is None or cost == NOTHING:
+            return None if cost is None else _Load()
+        shape, calibration = self._costs.shape(stage), params.calibration
+        micro_batches = _ceil(calibration.samples, calibration.micro_batch_size)
+        of_a_shard = min(calibration.shard_size, micro_batches)
+        shards = _ceil(_ceil(micro_batches, of_a_shard), gpus.ranks)
+        rounds = of_a_shard * shards
+        share = min(1.0, rounds * calibration.micro_batch_size / calibration.samples)
+        passed = _of_shape(job, shape, gpus) * rounds
+        at_work = cost.operations.products * share / product_rate(gpus, job.itemsize)
+        load = _Load(replace(passed, at_work=at_work), cost.operations, share)
+        if not job.curvature:
+            return load
+        kinds, hidden = 1 + job.kv_groups, shape.hidden_size
+        reduced = SUM_BYTES * len(shape.layers) * kinds * hidden**2 * shards
+        moments = sum(size**2 for dims in shape.layers for size in channels_of(dims, job.kv_groups))
+        return replace(
+            load,
+            problems=_ceil(len(shape.layers), gpus.ranks) / len(shape.layers),
+            exchanged=network_seconds(reduced + ALL_SUMS_BYTES * moments, gpus),
+            copied=_copied(shape, cost.tokens * share, job.itemsize, 1),
+        )
+
+    def _layer_pass(self, stage: Stage, gpus: Gpus) -> _Load | None:
+        """Of passes layer by layer, however many: what they compute tells how often windows go through the model."""
+        cost = self._costs.of(stage.id)
+        if cost is None:
+            return None
+        shape, params = self._costs.shape(stage), stage.params
+        length, micro_batch = self._windows(stage)
+        mine = _ceil(_ceil(cost.tokens, length * micro_batch), gpus.ranks)
+        share = min(1.0, mine * micro_batch * length / cost.tokens)
+        itemsize = ITEMSIZE[params.compute_dtype or "bfloat16"]
+        passes = cost.operations.products / (cost.tokens * forward_of_all(shape, length))
+        called = passes * mine * len(shape.layers) * MODULES * CALL_S
+        at_work = cost.operations.products * share / product_rate(gpus, itemsize)
+        # A Gram matrix of n^2 numbers took 2 n^2 operations a token.
+        summed = cost.operations.float32 / (2 * cost.tokens)
+        is_reference = isinstance(params, ReferenceParameters)
+        return _Load(
+            overlapping=Seconds(at_work, 0.0, called),
+            operations=cost.operations,
+            windows=share,
+            problems=_ceil(len(shape.layers), gpus.ranks) / len(shape.layers),
+            exchanged=network_seconds(ALL_SUMS_BYTES * summed, gpus),
+            copied=_copied(shape, cost.tokens * share, itemsize, passes),
+            written=cost.tokens * shape.hidden_size * itemsize if is_reference else self._on_disk(stage),
+        )
+
+    def _windows(self, stage: Stage) -> tuple[int, int]:
+        """Tokens of a window, and windows of a micro-batch."""
+        match stage.params:
+            case ReferenceParameters(text=text, micro_batch_size=windows) if text is not None:
+                return text.sequence_length, min(windows, text.windows)
+            case ReferenceParameters() | PruneParameters() as params:
+                scored = self._plan.stages[stage.inputs["importance"].location].params
+                assert isinstance(scored, ImportanceParameters)
+                return scored.calibration.sequence_length, params.micro_batch_size or 1
+        raise AssertionError(stage.kind)
+
+    def _training(self, stage: Stage, job: Train, gpus: Gpus, placed: Gpus) -> _Load | None:
+        told = self._expected.of(stage.id)
+        if told is None:
+            return None
+        match stage.params:
+            case RecoverParameters(recovery=recovery):
+                batch_size, steps = recovery.batch_size, told["metrics"]["steps"]
+            case DistillParameters(distillation=distillation, passes=passes):
+                rows = _ceil(told["metrics"]["tokens"], job.tokens)
+                # As data.schedule.Schedule, which imports torch, cuts a pass into steps.
+                each = _ceil(rows, distillation.batch_size)
+                batch_size, steps = _ceil(rows, each), passes * each
+            case _:
+                raise AssertionError(stage.kind)
+        shape = self._costs.shape(stage)
+        gradients = GRADIENT_BYTES * shape.mean(job.lora_parameters) * steps
+        return _Load(
+            overlapping=_of_shape(job, shape, placed) * (steps * _ceil(batch_size, job.rows * gpus.ranks)),
+            exchanged=network_seconds(gradients, gpus),
+            written=self._on_disk(stage),
+        )
+
+    def _evaluation(
+        self, stage: Stage, params: EvaluateParameters, job: Evaluate, gpus: tuple[Gpus, Gpus]
+    ) -> _Load | None:
+        """Of held-out windows one by one, with both models' logits, and of requests in batches."""
+        everywhere, placed = gpus
+        shape, dense = self._costs.shape(stage), self._plan.dense_folder(stage)
+        is_dense = str(dense) == stage.inputs["model"].location
+        total = NO_SECONDS
+        references = [it for role, it in stage.inputs.items() if role.startswith("reference")]
+        for reference in references:
+            text = self._plan.stages[reference.location].params
+            assert isinstance(text, ReferenceParameters) and text.text is not None
+            window = _of_shape(replace(job, sequences=1, tokens=text.text.sequence_length), shape, placed)
+            rounds = _ceil(text.text.windows, everywhere.ranks)
+            total = _sum(total, NO_SECONDS if is_dense else window * (2 * rounds))
+        known, unknown = requests_of(params)
+        for task in known:
+            batch = _of_shape(replace(job, tokens=task.tokens), shape, placed)
+            total = _sum(total, batch * _ceil(task.count, job.sequences * everywhere.ranks))
+        missing = f"documents of {', '.join(unknown)} (evaluation.limit bounds them)" if unknown else ""
+        return _Load(overlapping=total, missing=missing)
+
+    def _generations(self, stage: Stage, params: EfficiencyParameters, gpus: Gpus) -> _Load:
+        """Of both models in turn, on one rank: each new token takes a call of all modules at least."""
+        dense = self._costs.shape(stage)
+        timed = 2 * (params.repeats + 1) * len(params.batch_sizes) * len(params.prompt_tokens)
+        calls = timed * params.new_tokens * len(dense.layers) * MODULES * CALL_S
+        lengths = sum(it + params.new_tokens for it in params.prompt_tokens)
+        tokens = 2 * (params.repeats + 1) * sum(params.batch_sizes) * lengths
+        products = 2 * tokens * dense.mean(lambda dims: dims.body_parameters + dims.head_parameters)
+        return _Load(overlapping=Seconds(products / product_rate(gpus, ITEMSIZE[params.dtype]), 0.0, calls))
+
+    def _on_disk(self, stage: Stage) -> float:
+        """Bytes of the checkpoint that a stage reads, as if it were dense."""
+        return ON_DISK * self._expected.dense(stage).parameters
+
+
+def _unknown_of(stage: Stage) -> str:
+    if isinstance(stage.params, RecoverParameters):
+        place = stage.params.recovery.path or stage.params.recovery.dataset
+        return f"all of it: instruction pairs of {place} (recovery.samples or max_steps tells)"
+    return "all of it: its shape is not known"
+
+
+def _of_shape(job: Importance | Train | Evaluate, shape: ModelShape, gpus: Gpus) -> Seconds:
+    """Of a micro-batch, of a model whose layers may differ."""
+
+    def mean(of: Callable[[Seconds], float]) -> float:
+        return shape.mean(lambda dims: of(seconds(job, dims, gpus)))
+
+    return Seconds(mean(lambda it: it.at_work), mean(lambda it: it.on_network), mean(lambda it: it.in_calls))
+
+
+def _copied(shape: ModelShape, tokens: float, itemsize: int, passes: float) -> float:
+    """Bytes of a rank's hidden states to a layer and back, and of every layer's weights, in passes layer by layer."""
+    weights = shape.mean(lambda dims: dims.body_parameters) * itemsize
+    return passes * (weights + 2 * len(shape.layers) * tokens * shape.hidden_size * itemsize)
+
+
+def _sum(one: Seconds, other: Seconds) -> Seconds:
+    """Of two things that come one after the other: what is longest in each counts."""
+    return Seconds(one.longest + other.longest, 0.0, 0.0)
+
+
+def _ceil(number: int, divisor: int) -> int:
+    return -(-number // divisor)

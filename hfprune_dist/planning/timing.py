@@ -1,0 +1,108 @@
+"""How long a job takes for one micro-batch, from counted work and the rates of ``rates``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hfprune_dist.planning.dimensions import Dimensions
+from hfprune_dist.planning.footprint import Importance, TimedJob, Train
+from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus
+from hfprune_dist.planning.operations import Operations
+from hfprune_dist.planning.rates import (
+    CALL_S,
+    FLOAT32,
+    FLOAT64,
+    GATHER_S,
+    GATHERED_LORA_MODULES,
+    GATHERED_MODULES,
+    LORA_MODULES,
+    MODULES,
+    NETWORK,
+    PRODUCTS,
+)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one rank, for what overlaps: the longest of them counts.
+
+    Attributes:
+        at_work: the GPU's, on products in the compute dtype.
+        on_network: what is gathered on its way.
+        in_calls: the processor's, which calls modules and starts gathers.
+    """
+
+    at_work: float
+    on_network: float
+    in_calls: float
+
+    @property
+    def longest(self) -> float:
+        return max(self.at_work, self.on_network, self.in_calls)
+
+    @property
+    def is_work(self) -> bool:
+        """Whether the GPU's work hides all else."""
+        return self.longest == self.at_work
+
+    def __mul__(self, times: float) -> Seconds:
+        return Seconds(times * self.at_work, times * self.on_network, times * self.in_calls)
+
+
+def seconds(job: TimedJob, dims: Dimensions, gpus: Gpus) -> Seconds:
+    """Of one micro-batch on each rank.
+
+    Args:
+        gpus: those that one copy of the model lies on; of known ``flops``.
+    """
+    work = job.work(dims)
+    return Seconds(
+        at_work=work.flops / product_rate(gpus, job.itemsize),
+        on_network=network_seconds(work.gathered_bytes, gpus),
+        in_calls=_calls(job, dims, sharded=gpus.ranks > 1),
+    )
+
+
+def product_rate(gpus: Gpus, itemsize: int) -> float:
+    """Floating-point operations per second that one GPU reaches in products of numbers of this size."""
+    return nominal(gpus) * (PRODUCTS if itemsize == ITEMSIZE["bfloat16"] else FLOAT32)
+
+
+def nominal(gpus: Gpus) -> float:
+    """A GPU's rate in dense bfloat16, which must be known."""
+    assert gpus.flops is not None, "the rate of a GPU is not known"
+    return gpus.flops
+
+
+def network_seconds(whole: float, gpus: Gpus) -> float:
+    """For bytes of which each rank receives (ranks - 1) / ranks, such as those that are gathered or reduce-scattered.
+
+    A ring over all ranks carries every byte once through each GPU's link and through each node's.
+    """
+    slowest = gpus.link if gpus.nodes == 1 or gpus.network is None else min(gpus.link, gpus.network)
+    return whole * (gpus.ranks - 1) / gpus.ranks / (NETWORK * slowest)
+
+
+def precise_seconds(operations: Operations, gpus: Gpus, float32_share: float, float64_share: float) -> float:
+    """Of Gram matrices and solves, which nothing overlaps.
+
+    Args:
+        float32_share: of the windows, those of the rank that has most.
+        float64_share: of what ranks share to solve, the same.
+    """
+    in_float32 = operations.float32 * float32_share + operations.own_float32
+    in_float64 = operations.float64 * float64_share + operations.own_float64
+    return (in_float32 / FLOAT32 + in_float64 / FLOAT64) / nominal(gpus)
+
+
+def _calls(job: TimedJob, dims: Dimensions, *, sharded: bool) -> float:
+    """Every layer's modules once forward and once for each backward; layers that run again, once more."""
+    modules, gathered = (LORA_MODULES, GATHERED_LORA_MODULES) if isinstance(job, Train) else (MODULES, GATHERED_MODULES)
+    return _directions(job) * dims.num_layers * (modules * CALL_S + gathered * GATHER_S * sharded)
+
+
+def _directions(job: TimedJob) -> int:
+    if isinstance(job, Importance):
+        backwards = job.losses + job.student
+        return 1 + job.student + backwards * (1 + job.checkpointing)
+    return 2 + job.checkpointing if isinstance(job, Train) else 1

@@ -1,0 +1,85 @@
+"""What a plan's stages take on a profile's GPUs, for a dry run: a table of hours and what is assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from hfprune_launch.slurm.estimate import dense_of, gpus_of, job_of, placed_job, runs_a_model
+from hfprune_launch.slurm.profile import Profile
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.rates import ASSUMED
+from hfprune_dist.planning.stage_times import StageTime, StageTimes
+from hfprune_dist.store.stage import Stage
+
+
+@dataclass(frozen=True)
+class StageHours:
+    """A stage and what it is expected to take."""
+
+    stage: Stage
+    time: StageTime
+
+
+@dataclass(frozen=True)
+class Total:
+    """Of stages one after the other, and of how many it is; what is not known is left out."""
+
+    hours: float
+    gpu_hours: float
+    known: int
+
+    @classmethod
+    def of(cls, every: Iterable[StageHours]) -> Total:
+        known = [it.time for it in every if it.time.seconds is not None]
+        return cls(sum(it.hours or 0.0 for it in known), sum(it.gpu_hours or 0.0 for it in known), len(known))
+
+
+def plan_hours(plan: Plan, todo: Sequence[str], profile: Profile, runtime: RuntimeConfig) -> list[StageHours]:
+    """Of some stages, by id, each on the nodes that the profile has for its kind."""
+    times = StageTimes(plan, checkpointing=runtime.activation_checkpointing)
+    stages = [plan.stages[stage_id] for stage_id in todo]
+    return [StageHours(stage, _time(times, plan, stage, (profile, runtime))) for stage in stages]
+
+
+def _time(times: StageTimes, plan: Plan, stage: Stage, where: tuple[Profile, RuntimeConfig]) -> StageTime:
+    profile, runtime = where
+    resources = profile.resources[stage.kind]
+    gpus = gpus_of(resources) if resources.gpus else None
+    job, placed = None, gpus
+    if gpus is not None and runs_a_model(stage.params):
+        dims = dimensions_of(dense_of(plan, stage).config)
+        job, placed = placed_job(job_of(plan, stage, runtime), dims, gpus, runtime)
+    return replace(times.of(stage, job, gpus, placed), gpus=resources.gpus)  # some may have no rank
+
+
+def show_hours(console: Console, hours: Sequence[StageHours]) -> None:
+    """Print the hours as a table with its total; nothing where no stage has GPUs."""
+    if not any(it.time.gpus for it in hours):
+        return
+    lines = Table(box=None, pad_edge=False)
+    for name in ("stage", "for", "GPUs", "GPU-hours", "hours", "not counted"):
+        lines.add_column(name, justify="right" if name in ("GPUs", "GPU-hours", "hours") else "left")
+    for each in hours:
+        time = each.time
+        counted = shown(time.gpu_hours), shown(time.hours)
+        lines.add_row(each.stage.kind, escape(each.stage.label), str(time.gpus), *counted, escape(time.missing))
+    total = Total.of(hours)
+    unknown = len(hours) - total.known
+    lines.add_row(
+        "all", "", "", shown(total.gpu_hours), shown(total.hours), f"all of {unknown} stages" if unknown else ""
+    )
+    console.print("\nhours on the profile's nodes, one stage after the other; computed, nothing here was measured:")
+    console.print(lines)
+    console.print(ASSUMED, soft_wrap=True)
+
+
+def shown(hours: float | None) -> str:
+    """Two digits that count, at least."""
+    return "?" if hours is None else f"{hours:.2f}" if hours < 10 else f"{hours:,.0f}"

@@ -1,0 +1,62 @@
+"""What is expected of stages before they run, on a model of a published shape."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from published import published_model, published_plan
+from ranks import ROOT
+
+from hfprune_dist.config.parameters import EvaluateParameters, PruneParameters, RecoverParameters
+from hfprune_dist.data.schedule import Schedule
+from hfprune_dist.planning.expected_metrics import ExpectedManifests, steps_of
+from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.planning.model_shape import ModelShape
+from hfprune_dist.planning.stage_costs import StageCosts
+
+METHODS = sorted(file.stem for file in (ROOT / "configs" / "methods").glob("*.yaml"))
+GPUS = Gpus(1, 8, 80 * 2**30)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return published_model(tmp_path_factory.mktemp("expected"), "llama-2-7b")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_comes_to_a_shape_of_the_ratio_and_to_known_work(model, method):
+    _, plan = published_plan([model], [method], GPUS, ratios=[0.3])
+    expected = ExpectedManifests(plan, checkpointing=False)
+    costs = StageCosts(plan, expected.of)
+    for stage in plan.stages.values():
+        if isinstance(stage.params, EvaluateParameters):
+            assert expected.of(stage.id) is None
+            continue
+        assert costs.of(stage.id) is not None, stage.kind
+        if isinstance(stage.params, PruneParameters):
+            kept = ModelShape.of_config(model.checkpoint.config).pruned(expected.of(stage.id)["metrics"])
+            gone = sum(dims.layer_parameters for dims in kept.layers)
+            whole = model.checkpoint.parameters
+            body = ModelShape.of_config(model.checkpoint.config).layers[0].body_parameters
+            # Multiples of a width come to a little more.
+            assert stage.params.ratio - 1e-3 < (body - gone) / whole < stage.params.ratio + 0.02
+
+
+def test_a_recovery_is_known_by_its_steps_its_data_or_not_at_all(model):
+    def expected(**recovery):
+        settings = {f"recovery__{name}": value for name, value in recovery.items()}
+        _, plan = published_plan([model], ["hfprune"], GPUS, **settings)
+        manifests = ExpectedManifests(plan, checkpointing=False)
+        return next(manifests.of(it.id) for it in plan.stages.values() if isinstance(it.params, RecoverParameters))
+
+    assert expected(max_steps=7)["metrics"]["steps"] == 7
+    assert expected(dataset="someone/some-pairs") is None
+    assert expected(dataset="someone/some-pairs", max_steps=7)["metrics"]["steps"] == 7
+    once, twice = (expected(epochs=epochs)["metrics"]["steps"] for epochs in (1.0, 2.0))
+    assert twice == 2 * once > 1000
+
+
+@given(rows=st.integers(1, 500), batch_size=st.integers(1, 60), epochs=st.integers(1, 3))
+def test_steps_are_those_of_the_schedule(rows, batch_size, epochs):
+    assert steps_of(rows, batch_size, epochs) == epochs * Schedule(rows, batch_size, seed=0).steps_per_epoch

@@ -1,0 +1,99 @@
+"""What a stage's time is made of, on a model of a published shape."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from published import published_model, published_plan
+
+from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.planning.footprint import Train
+from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.planning.importance_job import importance_job
+from hfprune_dist.planning.rates import DISK, FLOAT32, HASHING, NETWORK, START_S
+from hfprune_dist.planning.stage_times import GRADIENT_BYTES, StageTimes
+from hfprune_dist.planning.timing import seconds
+
+GPUS = Gpus(1, 8, 80 * 2**30, flops=312e12, link=300e9)
+ONE = replace(GPUS, per_node=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return published_model(tmp_path_factory.mktemp("times"), "llama-2-7b")
+
+
+def first(plan, kind):
+    return next(stage for stage in plan.stages.values() if stage.kind == kind)
+
+
+def of_importance(model, method, gpus=GPUS, **overrides):
+    _, plan = published_plan([model], [method], gpus, **overrides)
+    stage = first(plan, "importance")
+    job = importance_job(stage.params, checkpointing=False)
+    return StageTimes(plan, checkpointing=False).of(stage, job, gpus, gpus).seconds
+
+
+@given(
+    steps=st.integers(1, 500),
+    rows=st.integers(1, 4),
+    ranks=st.integers(1, 8),
+    batch_size=st.integers(1, 128),
+    whole=st.booleans(),
+)
+@settings(max_examples=20, deadline=None)
+def test_a_recovery_is_its_steps_on_the_rank_with_most_rows(model, steps, rows, ranks, batch_size, whole):
+    gpus = replace(GPUS, per_node=ranks)
+    chosen = {"max_steps": steps, "micro_batch_size": rows, "batch_size": batch_size}
+    settings = {f"recovery__{name}": value for name, value in chosen.items()}
+    config, plan = published_plan([model], ["hfprune"], gpus, **settings)
+    dims, job = dimensions_of(model.checkpoint.config), Train.of(config.recovery, 1024, distills=False)
+    placed = ONE if whole else gpus
+    took = StageTimes(plan, checkpointing=False).of(first(plan, "recover"), job, gpus, placed)
+    rounds = -(-batch_size // (rows * ranks))
+    training = steps * rounds * seconds(job, dims, placed).longest
+    gradients = steps * GRADIENT_BYTES * job.lora_parameters(dims) * (ranks - 1) / ranks / (NETWORK * gpus.link)
+    disk = 2 * 2 * model.checkpoint.parameters * (1 / DISK + 1 / HASHING)
+    assert took.seconds == pytest.approx(START_S + disk + training + gradients)
+    assert (took.gpus, took.gpu_hours) == (ranks, pytest.approx(ranks * took.hours))
+
+
+def test_curvature_costs_a_gram_matrix_a_layer_and_its_sums_in_every_round(model):
+    """Beside what removes neurons in order, whose share is the same however the windows are cut."""
+    tokens, numbers = 1000 * 1024, 32 * 4096**2
+    plain, curved = (of_importance(model, it) for it in ("hfprune", "surgeon-uniform"))
+    grams = tokens * 2 * numbers / 8 / (FLOAT32 * 312e12)
+    assert curved - plain > grams
+    slow = replace(GPUS, link=GPUS.link / 100)
+    few, many = (
+        of_importance(model, "surgeon-uniform", slow, calibration__shard_size=size) for size in (25, 5)
+    )  # 40 shards, 200 shards: 5 rounds, 25 rounds, and 125 micro-batches of each rank either way
+    sums = (25 - 5) * 8 * numbers * 7 / 8 / (NETWORK * slow.link)
+    assert many - few == pytest.approx(sums)
+
+
+@given(samples=st.integers(1, 400), ranks=st.integers(1, 9))
+@settings(max_examples=15, deadline=None)
+def test_ranks_wait_for_the_one_with_most_windows(model, samples, ranks):
+    """A whole number of windows for each rank takes as long as one window less for some of them."""
+    gpus = replace(GPUS, per_node=ranks)
+    whole = -(-samples // ranks) * ranks
+    one_by_one = {"calibration__shard_size": 1, "importance__dtype": "bfloat16"}
+    few, many = (
+        of_importance(model, "hfprune", gpus, calibration__samples=it, **one_by_one) for it in (samples, whole)
+    )
+    assert few == pytest.approx(many)
+
+
+def test_a_rate_that_is_not_known_and_gpus_that_are_not_there_are_named(model):
+    _, plan = published_plan([model], ["hfprune"], GPUS)
+    times, stage = StageTimes(plan, checkpointing=False), first(plan, "importance")
+    job = importance_job(stage.params, checkpointing=False)
+    slow = replace(GPUS, flops=None)
+    assert times.of(stage, job, slow, slow).missing == "all of it: the profile has no gpu_tflops"
+    assert times.of(stage, None, None, None).missing == "all of it: it has no GPUs in the profile"
+    copies = times.of(first(plan, "prune"), None, None, None)
+    assert (copies.gpus, copies.missing) == (0, "") and copies.seconds > START_S
