@@ -19,6 +19,7 @@ from hfprune_dist.config.parameters import (
     RecoverParameters,
     ReferenceParameters,
 )
+from hfprune_dist.core.triangle import packed_size
 from hfprune_dist.planning.expected_metrics import ExpectedManifests
 from hfprune_dist.planning.footprint import Evaluate, Importance, Job, Train
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus
@@ -160,8 +161,8 @@ class StageTimes:
         load = _Load(replace(passed, at_work=at_work), cost.operations, share)
         if not job.curvature:
             return load
-        kinds, hidden = 1 + job.kv_groups, shape.hidden_size
-        reduced = SUM_BYTES * len(shape.layers) * kinds * hidden**2 * shards
+        kinds = 1 + job.kv_groups
+        reduced = SUM_BYTES * len(shape.layers) * kinds * packed_size(shape.hidden_size) * rounds
         moments = sum(size**2 for dims in shape.layers for size in channels_of(dims, job.kv_groups))
         return replace(
             load,

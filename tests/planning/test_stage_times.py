@@ -61,18 +61,24 @@ def test_a_recovery_is_its_steps_on_the_rank_with_most_rows(model, steps, rows, 
     assert (took.gpus, took.gpu_hours) == (ranks, pytest.approx(ranks * took.hours))
 
 
-def test_curvature_costs_a_gram_matrix_a_layer_and_its_sums_in_every_round(model):
+def test_curvature_costs_a_gram_matrix_a_layer_and_half_of_it_on_its_way_for_every_micro_batch(model):
     """Beside what removes neurons in order, whose share is the same however the windows are cut."""
     tokens, numbers = 1000 * 1024, 32 * 4096**2
     plain, curved = (of_importance(model, it) for it in ("hfprune", "surgeon-uniform"))
     grams = tokens * 2 * numbers / 8 / (FLOAT32 * 312e12)
     assert curved - plain > grams
-    slow = replace(GPUS, link=GPUS.link / 100)
-    few, many = (
-        of_importance(model, "surgeon-uniform", slow, calibration__shard_size=size) for size in (25, 5)
-    )  # 40 shards, 200 shards: 5 rounds, 25 rounds, and 125 micro-batches of each rank either way
-    sums = (25 - 5) * 8 * numbers * 7 / 8 / (NETWORK * slow.link)
-    assert many - few == pytest.approx(sums)
+    slow, slower = (replace(GPUS, link=GPUS.link / factor) for factor in (1e4, 2e4))
+    shards = [of_importance(model, "surgeon-uniform", slow, calibration__shard_size=size) for size in (25, 5)]
+    assert shards[0] == shards[1], "125 micro-batches of each rank either way"
+    sent = 32 * 8 * (125 * sum(256 * (4096 - start) for start in range(0, 4096, 256)) + 4 * 11008**2)
+
+    def more(method):
+        took = [of_importance(model, method, gpus, calibration__shard_size=5) for gpus in (slow, slower)]
+        return took[1] - took[0]
+
+    assert more("surgeon-uniform") - more("hfprune") == pytest.approx(
+        sent * 7 / 8 / NETWORK * (1 / slower.link - 1 / slow.link)
+    )
 
 
 @given(samples=st.integers(1, 400), ranks=st.integers(1, 9))
