@@ -176,7 +176,7 @@ def test_memory_of_the_gram_matrices_of_a_layer(dims, kinds, tmp_path, monkeypat
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **sizes))
     stream = LayerStream(checkpoint, torch.randint(264, (16, 16)), torch.float32, 2, SoloWorld())
     with PeakBytes() as counted:
-        stream.grams(0, stream.layer(0), [checkpoint.structures[kind] for kind in kinds])
+        stream.grams(0, next(stream.layers([0]))[1], [checkpoint.structures[kind] for kind in kinds])
     channels = [dims[1], dims[0]][: len(kinds)]
     assert 0.9 < counted.peak / memory_of_layer_pass(dimensions_of(checkpoint.config), 32, 4, channels).total < 1.05
 
@@ -291,8 +291,9 @@ def test_memory_of_a_reference(tmp_path):
     checkpoint, windows = open_checkpoint(save_tiny(tmp_path / "model", **sizes)), torch.randint(264, (8, 64))
     stream = LayerStream(checkpoint, windows, torch.float32, 2, SoloWorld())
     with PeakBytes() as counted:
-        for number in range(3):
-            stream.advance(stream.layer(number))
+        for _, layer in stream.layers(range(3)):
+            stream.advance(layer)
+            del layer
     job = Reference(windows=2, tokens=64, samples=8, itemsize=4)
     dims = dimensions_of(checkpoint.config)
     assert job.host_bytes(dims, 1) == windows.numel() * 64 * 4
