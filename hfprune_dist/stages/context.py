@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -172,7 +172,7 @@ class Context(Generic[P]):
             ChangedInputError: where a file of the user's has changed meanwhile.
             ClaimLostError: where another process has claimed the stage meanwhile.
         """
-        peak = self.world.peak_memory_bytes()
+        peak = self.world.peak_memory()
         self.world.barrier()
         record = self._record(metrics, peak)
         self._let_first(lambda after_each: self._commit(draft, record, after_each))
@@ -197,7 +197,7 @@ class Context(Generic[P]):
             raise error
         return value  # type: ignore[return-value]
 
-    def _record(self, metrics: dict[str, Any], peak_memory_bytes: int) -> dict[str, Any]:
+    def _record(self, metrics: dict[str, Any], peak_memory: Mapping[str, int | None]) -> dict[str, Any]:
         finished = time.time()
         return {
             "config": self.config,
@@ -207,7 +207,7 @@ class Context(Generic[P]):
             "device": self.world.device.type,
             "started": self.started,
             "finished": finished,
-            "peak_memory_bytes": peak_memory_bytes,
+            **peak_memory,
             "wall_time_s": finished - self.started,
             "attempts": self.attempt,
         }
