@@ -15,7 +15,14 @@ from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, CHUNK_BYTES
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory, Work
-from hfprune_dist.planning.layer_pass_footprint import Reference, Refit, memory_of_layer_pass, tokens_of_a_rank, widest
+from hfprune_dist.planning.layer_pass_footprint import (
+    Reference,
+    Refit,
+    memory_of_layer_pass,
+    pinned_bytes,
+    tokens_of_a_rank,
+    widest,
+)
 
 # Of a GPU's memory: the runtime's context, communication buffers, fragmentation.
 RESERVE = 0.1
@@ -69,6 +76,7 @@ class Importance:
         assert self.samples is not None, "the pass layer by layer goes over all windows"
         numbers = len(self._sizes(dims)) * dims.num_layers * dims.hidden_size**2
         hidden = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks) * dims.hidden_size * self.itemsize
+        hidden += pinned_bytes(dims, self.windows * self.tokens, self.itemsize)
         return max(CURVATURE_BYTES * numbers, CURVATURE_SUMS_BYTES * numbers + hidden)
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
