@@ -17,6 +17,8 @@ from hfprune_dist.distributed.determinism import compute_deterministically
 from hfprune_dist.distributed.gpus import claim_device, place_of, require_own_gpus
 
 T = TypeVar("T")
+# How often a rank that is at work for long tells those that wait for it: much more often than any collective timeout.
+TELL_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)

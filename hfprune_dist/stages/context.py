@@ -16,7 +16,7 @@ from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed.interruption import Interruption
-from hfprune_dist.distributed.world import World
+from hfprune_dist.distributed.world import TELL_EVERY_S, World
 from hfprune_dist.errors import LostInputError, UserError
 from hfprune_dist.planning.user_files import ChangedInputError, UserFiles
 from hfprune_dist.store.artifacts import Store
@@ -29,8 +29,6 @@ from hfprune_dist.store.stage_handle import StageHandle
 from hfprune_dist.training.tracking import TrackedRun
 
 TRACKING = "tracking"  # beside the store
-# Much shorter than any collective timeout.
-TELL_EVERY_S = 5.0
 
 T = TypeVar("T")
 P = TypeVar("P", bound=Parameters)

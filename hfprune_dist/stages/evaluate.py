@@ -207,11 +207,12 @@ def _evaluate_tasks(context: Context, model: FrozenModel, tasks: list[str]) -> N
         lm.serve()
         return
     include_path = context.input_path("tasks") if context.has_input("tasks") else None
-    loader = TaskLoader(tasks, include_path, _empty_folder(context.work / DATASETS))
-    for task in tasks:
-        context.progress.update(task, 0, 1)
-        result = _run_task(context, lm, loader, task)
-        write_json(_task_file(context.work, task), result)
+    with lm.telling_others():
+        loader = TaskLoader(tasks, include_path, _empty_folder(context.work / DATASETS))
+        for task in tasks:
+            context.progress.update(task, 0, 1)
+            result = _run_task(context, lm, loader, task)
+            write_json(_task_file(context.work, task), result)
     lm.dismiss()
 
 
