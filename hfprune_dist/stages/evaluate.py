@@ -27,8 +27,9 @@ from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.distributed.frozen_model import FrozenModel, Sharding, choose_sharding
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, details_of, explain, plain, scores_of
+from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, details_of, plain, scores_of
 from hfprune_dist.evaluation.right_answers import RIGHT_ANSWERS, right_answers
+from hfprune_dist.evaluation.task_definitions import explain
 from hfprune_dist.models.single_layer import Head, LayerReader
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
