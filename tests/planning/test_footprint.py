@@ -1,18 +1,16 @@
 """The model against what small models really keep and do."""
 
 import contextlib
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from lanes import TO_DEVICE, TO_HOST, WEIGHTS, lanes
+from peak_bytes import PeakBytes
 from peft import LoraConfig, get_peft_model
 from ranks import SoloWorld
 from tiny import save_tiny, tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from worlds import Ranks
 
@@ -191,31 +189,6 @@ def test_matrices_of_both_kinds_wait_while_one_is_eliminated():
     more = both.memory(dims, 1).sums - few.memory(dims, 1).sums
     assert more == 16 * 4096**2, "two exact sums, before anything is eliminated"
     assert both.memory(dims, 8).sums - few.memory(dims, 8).sums == more + 8 * 4096**2
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most that tensors made meanwhile take at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self._sizes = 0, 0, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                self._seen(tensor.untyped_storage())
-        return result
-
-    def _seen(self, storage):
-        if storage._cdata not in self._sizes:
-            self._sizes[storage._cdata] = storage.nbytes()
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._gone, storage._cdata)
-
-    def _gone(self, address):
-        self.live -= self._sizes.pop(address)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
