@@ -37,7 +37,7 @@ def taken(folder, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_rank_takes_its_shards_and_hardly_more_than_a_tensor_and_the_first_has_the_files_mapped(tmp_path, ranks):
+def test_a_rank_takes_its_shards_and_few_tensors_and_the_first_has_the_files_mapped(tmp_path, ranks):
     """So no rank reads the model into memory of its own, and the host needs none for those of a GPU."""
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **SHAPE))
     dims, whole = dimensions_of(checkpoint.config), checkpoint.parameters * 4
@@ -46,4 +46,4 @@ def test_a_rank_takes_its_shards_and_hardly_more_than_a_tensor_and_the_first_has
     for rank, (peak, left) in enumerate(taken(checkpoint.path, ranks)):
         mapped = whole if rank == 0 else 0
         assert left == pytest.approx(shards, rel=0.02)
-        assert 0.9 * largest < peak - mapped - shards < 1.5 * largest
+        assert 0.9 * largest < peak - mapped - shards < 3 * largest < whole / 4
