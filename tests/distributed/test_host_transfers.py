@@ -184,11 +184,32 @@ def test_a_micro_batch_goes_once_each_way_in_every_layer(tmp_path, ranks):
         Ranks(ranks).run(work(folders[1]))
     plain, ahead = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
     assert ahead == plain and len(made) == ranks
-    sent = [Counter(fake.copied[way]) for way in (TO_DEVICE, TO_HOST) for fake in made]
-    for way in (sent[:ranks], sent[ranks:]):
-        of_all = sum(way, Counter())
-        assert of_all == Counter(it.numel() * size * 2 for it in batches for _ in range(3 + 1))
-        assert [it.total() for it in way] == [(3 + 1) * len(batches[rank::ranks]) for rank in range(ranks)] or ranks > 1
+    for way in (TO_DEVICE, TO_HOST):
+        of_ranks = [Counter(fake.copied[way]) for fake in made]
+        assert sum(of_ranks, Counter()) == Counter(it.numel() * size * 2 for it in batches for _ in range(3 + 1))
+        shares = sorted(4 * len(batches[rank::ranks]) for rank in range(ranks))
+        assert sorted(it.total() for it in of_ranks) == shares
+
+
+# In every layer: the dense model's windows go before and behind its MLP, then the pruned one's do.
+TIMES = {"dense": 1, "layerwise": 4, "block": 4 + 1}  # what an MLP reads
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("method", REFITS)
+def test_bytes_that_a_refit_brings_to_main_memory(tmp_path, method, ranks):
+    """A micro-batch's states so many times in every layer, and targets of steps, in float32; all ranks together."""
+    checkpoint, windows_ST, kept = checkpoint_in(tmp_path / "model", layers=3), windows_of(7), some_kept((0, 1, 2))
+    options = {"windows_ST": windows_ST, "dtype": torch.bfloat16}
+    with lanes() as made:
+        Ranks(ranks).run(lambda world: refit(method, checkpoint, kept, tmp_path / "refit", world=world, **options))
+    found = sum((Counter(fake.copied[TO_HOST]) for fake in made), Counter())
+    expected = Counter()
+    for batch in windows_ST.split(MICRO_BATCH):
+        numbers = batch.numel() * checkpoint.config["hidden_size"]
+        expected[2 * numbers] += 3 * TIMES[method]
+        expected[4 * numbers] += 3 * (method == "block")
+    assert found == +expected
 
 
 def test_measurements_have_the_bits_of_plain_copies(tmp_path):
