@@ -14,6 +14,7 @@ import copy
 import importlib
 import pickle
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -199,6 +200,21 @@ class ThreadWorld(World):
     def _meet(self, kind: str, mine: Any = None, size: int = 0) -> list[Any]:
         ranks: Ranks = object.__getattribute__(self, "_ranks")
         return ranks.meet(self.rank, kind, mine, size)
+
+
+def until_told(ranks: Ranks, work: Callable[..., T]) -> Callable[..., T]:
+    """Work of rank 0 that isn't over before the others have been told twice that it goes on."""
+
+    def slow(*arguments: Any, **options: Any) -> T:
+        told = len(ranks.logs[0])
+        result = work(*arguments, **options)
+        deadline = time.monotonic() + PATIENCE_S
+        while len(ranks.logs[0]) < told + 2:
+            assert time.monotonic() < deadline, "nobody is told anything"
+            time.sleep(0.001)
+        return result
+
+    return slow
 
 
 FORWARD, BACKWARD, HEAD = "forward", "backward", "gather head"

@@ -8,5 +8,7 @@ ACCELERATOR_BYTES = 2**26
 CHUNK_BYTES = 32 * 2**20
 # Of a rank's micro-batches, what is kept from one iteration of conjugate gradients to the next.
 KEPT_BYTES = 4 * 2**30
+# Of a portion of weights on its way to an accelerator.
+PINNED_BYTES = 32 * 2**20
 # Share of a device's free memory that whole weights may take; the rest is for activations, caches and logits.
 WEIGHTS_SHARE = 0.6

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.distributed.gram_sums import Grams, GramSums, is_held_out
+from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_states import LayerStates
 from hfprune_dist.distributed.whole_model_probe import TOLERANCES, Guard, Probe, refuse_departure, relative_error
 from hfprune_dist.distributed.world import World
@@ -59,6 +60,7 @@ class LayerStream:
         self.windows_ST = windows_ST
         self.num_layers = checkpoint.num_layers
         self._reader = LayerReader(checkpoint, dtype, world.device)
+        self._transfers = HostTransfers(world.device)
         self._dtype = dtype
         self._family = checkpoint.family
         self._units = checkpoint.units
@@ -75,30 +77,36 @@ class LayerStream:
         self._guard = None if probe is None else Guard(probe, windows_ST, micro_batch_size, model_type, world)
         self._check()
 
-    def layer(self, number: int) -> nn.Module:
-        """The next layer; the same number on every rank."""
-        return self._reader.layer(number)
+    def layers(self, numbers: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
+        """The next layers by their numbers, which are the same on every rank; see ``HostTransfers.layers``."""
+        return self._transfers.layers(self._reader, numbers)
 
     def advance(self, layer: nn.Module) -> None:
         """Run this rank's windows through a layer."""
-        for index, hidden_BTC in self._hidden.items():
-            self._hidden[index] = run(layer, hidden_BTC.to(self._world.device)).cpu()
+        self._hidden.update(self._transfers.through(self._hidden.items(), partial(run, layer)))
         self._step()
 
     def advance_to(self, layer: nn.Module, units: Units) -> None:
         """Run this rank's windows into a layer, up to the residual stream before the block of some units."""
         norm = part_of(layer, units.norm)
-        for index, hidden_BTC in self.standing():
-            self._hidden[index] = input_of(norm, partial(run, layer, hidden_BTC)).cpu()
+
+        def first_part(hidden_BTC: Tensor) -> Tensor:
+            return input_of(norm, partial(run, layer, hidden_BTC))
+
+        self._hidden.update(self._transfers.through(self._hidden.items(), first_part))
 
     def advance_from(self, layer: nn.Module, mlp: Units) -> None:
         """Go on from ``advance_to``, where the units' block is the layer's MLP and a residual one, as
         ``require_residual`` checks; the same bits as ``advance``.
         """
-        for index, residual_BTC in self.standing():
-            with torch.no_grad():
-                output_BTC = residual_BTC + mlp_of(layer)(part_of(layer, mlp.norm)(residual_BTC))
-            self._hidden[index] = output_BTC.cpu()
+        block, norm = mlp_of(layer), part_of(layer, mlp.norm)
+
+        @torch.no_grad()
+        def rest(residual_BTC: Tensor) -> Tensor:
+            output_BTC: Tensor = residual_BTC + block(norm(residual_BTC))
+            return output_BTC
+
+        self._hidden.update(self._transfers.through(self._hidden.items(), rest))
         self._step()
 
     def states_in(self, folder: Path) -> LayerStates:
@@ -128,8 +136,8 @@ class LayerStream:
             mine = self._hidden.keys() & {self._guard.micro_batch}
             normed = {index: norm(self._hidden[index].to(self._world.device)) for index in mine}
             self._guard.check(self._done + 1, normed)
-        for index in list(self._hidden):
-            yield index, norm(self._hidden.pop(index).to(self._world.device)).cpu()
+        leaving = ((index, self._hidden.pop(index)) for index in list(self._hidden))
+        yield from self._transfers.through(leaving, norm)
 
     @property
     def micro_batches(self) -> int:
@@ -152,8 +160,7 @@ class LayerStream:
 
     def standing(self) -> Iterator[tuple[int, Tensor]]:
         """The same on the device, one after another."""
-        for index, hidden_BTC in self._hidden.items():
-            yield index, hidden_BTC.to(self._world.device)
+        return self._transfers.to_device(self._hidden.items())
 
     def require_residual(self, layer: nn.Module, kinds: Sequence[Units]) -> None:
         """Check, on one window, that blocks of a layer add their outputs to what their norms read; collective.
@@ -192,22 +199,29 @@ class LayerStream:
             Kind of units -> Gram matrices of its channels in this layer.
 
         Raises:
-            UserError: as ``grams_of`` and ``advance`` do.
+            UserError: as ``GramSums.add`` and ``advance`` do.
         """
         projections = [output_of(layer, units) for units in kinds]
-        sums = [GramSums(number, it.in_features, self._count, self._world) for it in projections]
-        for index, hidden_BTC in self._hidden.items():
-            with ExitStack() as observers:
-                seen = [observers.enter_context(_inputs_of(module)) for module in projections]
-                output_BTC = run(layer, hidden_BTC.to(self._world.device))
-            for of_kind, inputs in zip(sums, seen, strict=True):
-                of_kind.add(index, inputs.pop().flatten(0, 1))
-            self._hidden[index] = output_BTC.cpu()
+        sums = [self.sums_of(number, it.in_features) for it in projections]
+        self._hidden.update(self._transfers.to_host(self._summed(layer, projections, sums)))
         for of_kind in sums:
             of_kind.begin()
-        grams = {units.kind: self._means(of_kind) for units, of_kind in zip(kinds, sums, strict=True)}
+        grams = {units.kind: self.means(of_kind) for units, of_kind in zip(kinds, sums, strict=True)}
         self._step()
         return grams
+
+    def _summed(
+        self, layer: nn.Module, projections: Sequence[nn.Module], sums: Sequence[GramSums]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """What a layer makes of the windows, once what some modules read of it has been added to sums."""
+        for index, hidden_BTC in self.standing():
+            with ExitStack() as observers:
+                seen = [observers.enter_context(_inputs_of(module)) for module in projections]
+                output_BTC = run(layer, hidden_BTC)
+            for of_kind, inputs in zip(sums, seen, strict=True):
+                of_kind.add(index, inputs.pop().flatten(0, 1))
+            yield index, output_BTC
+            del hidden_BTC, output_BTC  # before the next are made
 
     def _step(self) -> None:
         """The stream stands before the next layer; check the one behind it."""
@@ -218,24 +232,16 @@ class LayerStream:
         if self._guard is not None:
             self._guard.check(self._done, self._hidden)
 
-    def grams_of(self, number: int, size: int, vectors: Iterable[tuple[int, Tensor]]) -> Grams:
-        """Add up Gram matrices of vectors over all windows of all ranks.
+    def sums_of(self, number: int, size: int) -> GramSums:
+        """For Gram matrices of vectors of some size, one for each token of this rank's windows; see ``means``.
 
         Args:
             number: of the layer, for messages.
-            size: of a vector.
-            vectors: (micro-batch of this rank, its vectors [tokens, size]).
-
-        Raises:
-            UserError: where activations are NaN, infinite or out of all proportion.
         """
-        sums = GramSums(number, size, self._count, self._world)
-        for index, vectors_ND in vectors:
-            sums.add(index, vectors_ND)
-        sums.begin()
-        return self._means(sums)
+        return GramSums(number, size, self._count, self._world)
 
-    def _means(self, sums: GramSums) -> Grams:
+    def means(self, sums: GramSums) -> Grams:
+        """Over all windows of all ranks, once those of this one are added and ``begin`` was called; collective."""
         fitted_DD, held_out_DD = sums.of_all_ranks()
         fitted_DD.div_(self.fitted_tokens)
         if not self._held_out_tokens:

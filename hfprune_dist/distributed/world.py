@@ -17,6 +17,8 @@ from hfprune_dist.distributed.determinism import compute_deterministically
 from hfprune_dist.distributed.gpus import claim_device, place_of, require_own_gpus
 
 T = TypeVar("T")
+# How often a rank that is at work for long tells those that wait for it: much more often than any collective timeout.
+TELL_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,23 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def peak_memory_bytes(self) -> int:
-        """The most memory that one rank's process has taken so far: of its GPU, where there is one, else resident.
+    def peak_memory(self) -> dict[str, int | None]:
+        """The most memory that one rank's process has taken so far, for a manifest. Collective.
 
         What earlier attempts took is not known; resident memory counts pages of files that are mapped.
+
+        Returns:
+            ``peak_memory_bytes``: of tensors on its GPU, where there is one, else resident; ``peak_reserved_bytes``: of
+            its GPU, what torch's allocator kept for them, which other processes can't have.
         """
-        on_gpu = self.device.type == "cuda"
-        mine = torch.cuda.max_memory_allocated(self.device) if on_gpu else _max_resident_bytes()
-        return max(self.gather(mine))
+        used, reserved = _max_resident_bytes(), 0
+        if self.device.type == "cuda":
+            used, reserved = (
+                most(self.device) for most in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+            )
+        everywhere = self.gather((used, reserved))
+        used, reserved = (max(values) for values in zip(*everywhere, strict=True))
+        return {"peak_memory_bytes": used, "peak_reserved_bytes": reserved or None}
 
     def barrier(self) -> None:
         self.broadcast(None)

@@ -8,36 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import importlib.util
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.evaluation.task_definitions import (
+    Definition,
+    explain,
+    own_definitions,
+    shipped_definitions,
+    unfolded,
+    with_included,
+)
 from hfprune_dist.store.hashing import digest_of
 
 # Loaders of the datasets library that read local files: what they build is not worth keeping in the user's cache.
 FILE_LOADERS = ("arrow", "csv", "json", "parquet", "text")
-DEFINITION = re.compile(r"^(task|group|tag):[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*$", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Definition:
-    """A name that lm-eval understands, and the YAML file that defines it.
-
-    Attributes:
-        kind: task, group, or tag (a name for all tasks that carry it).
-        members: names that a group lists, where they are known.
-    """
-
-    kind: str
-    file: Path
-    members: tuple[str, ...] = ()
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
@@ -47,11 +35,11 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
         UserError: listing all unknown names, each with a close match where there is one; or naming a file that a task
             of the user's reads, and that is missing or empty.
     """
-    own, unreadable = _own_definitions(include_path)
+    own, unreadable = own_definitions(include_path)
     if include_path is not None and not (own or unreadable):
         raise UserError(f"evaluation.include_path: no task is defined in {include_path}/**/*.yaml")
     _refuse_unknown(tasks, include_path, own, unreadable)
-    for name in _unfolded(tasks, own):
+    for name in unfolded(tasks, own):
         if name in own and own[name].kind != "group":
             assert include_path is not None
             _check_data(name, own[name].file, include_path)
@@ -61,7 +49,7 @@ def _refuse_unknown(
     tasks: Sequence[str], include_path: Path | None, own: Mapping[str, Definition], unreadable: Mapping[Path, str]
 ) -> None:
     unknown = [task for task in tasks if task not in own]
-    shipped = _shipped_definitions() if unknown else {}
+    shipped = shipped_definitions() if unknown else {}
     unknown = [task for task in unknown if task not in shipped]
     if not unknown:
         return
@@ -86,7 +74,7 @@ class TaskLoader:
     def __init__(self, tasks: Sequence[str], include_path: Path | None, cache: Path) -> None:
         _silence()
         include_path = include_path and include_path.resolve()
-        own, _ = _own_definitions(include_path)
+        own, _ = own_definitions(include_path)
         self._index = _open_index(_folders_of(tasks, own), include_path)
         self._include_path = include_path
         self._cache = cache.resolve()
@@ -125,12 +113,6 @@ class TaskLoader:
             yield
         finally:
             datasets.config.HF_DATASETS_CACHE = usual
-
-
-def explain(error: Exception) -> str:
-    """One line for an error of a library."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__
 
 
 def plain(value: Any) -> Any:
@@ -215,54 +197,14 @@ def _open_index(folders: Sequence[Path] | None, include_path: Path | None) -> An
 
 def _folders_of(tasks: Sequence[str], own: Mapping[str, Definition]) -> list[Path] | None:
     """The folders of lm-eval's that define what ``tasks`` need besides the user's; None: only a full index tells."""
-    wanted = _unfolded(tasks, own)
+    wanted = unfolded(tasks, own)
     if any(name in own and own[name].kind == "tag" for name in wanted):
         return None  # others' tasks may carry it, too
     foreign = {name for name in wanted if name not in own}
-    shipped = _shipped_definitions() if foreign else {}
+    shipped = shipped_definitions() if foreign else {}
     if not all(name in shipped and shipped[name].kind == "task" for name in foreign):
         return None
     return sorted({shipped[name].file.parent for name in foreign})
-
-
-def _unfolded(tasks: Sequence[str], own: Mapping[str, Definition]) -> list[str]:
-    """The tasks, and the members of those that are groups of the user's."""
-    wanted = list(tasks)
-    for name in wanted:  # grows while groups unfold
-        members = own[name].members if name in own else ()
-        wanted += [member for member in dict.fromkeys(members) if member not in wanted]
-    return wanted
-
-
-def _shipped_definitions() -> dict[str, Definition]:
-    """Names in lm-eval's own YAML files, found without parsing them; tags in lists and inherited names are missed."""
-    spec = importlib.util.find_spec("lm_eval")
-    assert spec is not None and spec.submodule_search_locations
-    found: dict[str, Definition] = {}
-    # In lm-eval's own order, in which the first definition of a name counts.
-    for file in sorted((Path(spec.submodule_search_locations[0]) / "tasks").glob("**/*.yaml"), key=Path.as_posix):
-        for kind, name in DEFINITION.findall(file.read_text(encoding="utf-8", errors="replace")):
-            found.setdefault(name, Definition(kind, file))
-    return found
-
-
-def _own_definitions(folder: Path | None) -> tuple[dict[str, Definition], dict[Path, str]]:
-    """What the user's YAML files define, and those that can't be read, with the reason."""
-    found: dict[str, Definition] = {}
-    unreadable: dict[Path, str] = {}
-    for file in sorted(folder.glob("**/*.yaml")) if folder else ():
-        try:
-            content = _read_yaml(file)
-        except (yaml.YAMLError, OSError, ValueError) as error:  # ValueError: not UTF-8; a date that is none
-            unreadable[file] = explain(error)
-            continue
-        if isinstance(content, dict):
-            _define(content, file, found)
-    return found, unreadable
-
-
-def _read_yaml(file: Path) -> Any:
-    return yaml.load(file.read_text(encoding="utf-8"), _TaskYaml)
 
 
 def _check_data(name: str, file: Path, include_path: Path) -> None:
@@ -271,7 +213,7 @@ def _check_data(name: str, file: Path, include_path: Path) -> None:
     Raises:
         UserError: naming the task and the file.
     """
-    content = _with_included(file)
+    content = with_included(file)
     options = content.get("dataset_kwargs")
     if content.get("dataset_path") not in FILE_LOADERS or not isinstance(options, Mapping):
         return
@@ -285,25 +227,6 @@ def _check_data(name: str, file: Path, include_path: Path) -> None:
             )
         if all(_is_blank(it) for it in files):
             raise UserError(f"task {name!r} ({file}): its data {pattern} is empty")
-
-
-def _with_included(file: Path) -> dict[str, Any]:
-    """What a task's YAML file says, with what it includes from others, as lm-eval reads it.
-
-    Raises:
-        UserError: where one of them is missing or can't be read.
-    """
-    content = dict(_read_yaml(file))
-    included = content.pop("include", None) or []
-    merged: dict[str, Any] = {}
-    for other in [included] if isinstance(included, str) else included:
-        try:
-            merged |= _with_included(file.parent / other)
-        except FileNotFoundError:
-            raise UserError(f"{file}: includes {other}, which is missing") from None
-        except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{file}: includes {other}, which can't be read: {explain(error)}") from None
-    return merged | content
 
 
 def _paths_in(data_files: Any) -> Iterator[str]:
@@ -324,27 +247,3 @@ def _matching(pattern: Path) -> list[Path]:
 def _is_blank(file: Path) -> bool:
     with file.open("rb") as stream:
         return not stream.read(4096).strip()
-
-
-def _define(content: Mapping[str, Any], file: Path, found: dict[str, Definition]) -> None:
-    if isinstance(content.get("group"), str):
-        members = content.get("task")
-        names = [_name_of(member) for member in members] if isinstance(members, list) else []
-        found.setdefault(content["group"], Definition("group", file, tuple(names)))
-    elif isinstance(content.get("task"), str):
-        found.setdefault(content["task"], Definition("task", file))
-        tags = content.get("tag") or []
-        for tag in [tags] if isinstance(tags, str) else tags:
-            found.setdefault(str(tag), Definition("tag", file))
-
-
-def _name_of(member: Any) -> str:
-    """The name that a group's entry refers to; an inline group's own name, which is defined nowhere else."""
-    return str(member.get("task") if isinstance(member, Mapping) and "group" not in member else member)
-
-
-class _TaskYaml(yaml.SafeLoader):
-    """YAML with lm-eval's ``!function module.name`` tags, which are not run here."""
-
-
-_TaskYaml.add_multi_constructor("!function", lambda loader, suffix, node: None)

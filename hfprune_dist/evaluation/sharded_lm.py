@@ -1,15 +1,18 @@
 """lm-eval's Hugging Face model, answering with all ranks of a world.
 
-lm-eval runs on rank 0 alone and sees one process: there it builds the requests and scores the answers. The other ranks
-serve. Requests are cut into chunks that don't depend on the number of ranks, and every chunk is answered in one place.
-So answers and scores have the same bits on any number of ranks, a task may have fewer documents than there are ranks,
-and a killed task goes on at a chunk, whatever the number of ranks was and is.
+lm-eval runs on rank 0 alone and sees one process: there it builds the requests and scores the answers, which may take
+minutes. The other ranks serve, and are told meanwhile that it is at work.
+
+Requests are cut into chunks that don't depend on the number of ranks, and every chunk is answered in one place. So
+answers and scores have the same bits on any number of ranks, a task may have fewer documents than there are ranks, and
+a killed task goes on at a chunk, whatever the number of ranks was and is.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,6 +25,7 @@ from lm_eval.models.huggingface import HFLM
 
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.distributed.world import TELL_EVERY_S
 from hfprune_dist.store.hashing import digest_of
 
 # Batches per chunk, at most. Choices of one letter share a forward where they share a chunk: several batches keep them
@@ -96,10 +100,29 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         self._world = model.world
         self._interruption = interruption
         self._frozen = model
+        self._speaking = threading.Lock()  # on rank 0: held from a word to the others until all have done what it says
         self._log: AnswerLog | None = None
         self._report: Callable[[int, int], None] = lambda done, total: None
 
     # On rank 0: what lm-eval calls.
+
+    @contextmanager
+    def telling_others(self) -> Iterator[None]:
+        """While lm-eval is at work: no serving rank waits longer than the collective timeout, however long it takes."""
+        over = threading.Event()
+
+        def tell() -> None:
+            while not over.wait(TELL_EVERY_S):
+                with self._speaking:
+                    self._world.broadcast([])
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            over.set()
+            teller.join()
 
     @contextmanager
     def task(self, log: AnswerLog, report: Callable[[int, int], None]) -> Iterator[None]:
@@ -139,9 +162,10 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         for start in range(0, len(missing), self._world.size):
             self._report(len(requests) - sum(len(places[number]) for number in missing[start:]), len(requests))
             now = missing[start : start + self._world.size]
-            answers = self._share([chunks[number] for number in now])
-            self._log.add([chunks[number] for number in now], answers)
-            self._interruption.stop_if_agreed(self._world)
+            with self._speaking:
+                answers = self._share([chunks[number] for number in now])
+                self._log.add([chunks[number] for number in now], answers)
+                self._interruption.stop_if_agreed(self._world)
             for number, chunk_answers in zip(now, answers, strict=True):
                 known[number] = chunk_answers
         self._report(len(requests), len(requests))
@@ -152,8 +176,9 @@ class ShardedLM(HFLM):  # type: ignore[misc]
     def serve(self) -> None:
         """Answer with rank 0 until it dismisses this rank."""
         while (chunks := self._world.broadcast(None)) is not None:
-            self._answer_mine(chunks)
-            self._interruption.stop_if_agreed(self._world)
+            if chunks:  # else lm-eval is at work
+                self._answer_mine(chunks)
+                self._interruption.stop_if_agreed(self._world)
 
     def _share(self, chunks: list[Chunk]) -> list[list[Any]]:
         return self._answer_mine(self._world.broadcast(chunks))

@@ -59,6 +59,25 @@ class LayerReader:
 
     def layer(self, number: int) -> nn.Module:
         """The decoder of one layer; call it through ``run``."""
+        return self.with_weights(number, self.weights(number, self._placed))
+
+    def weights(self, number: int, place: Callable[[Tensor, torch.dtype], Tensor]) -> dict[str, Tensor]:
+        """A layer's weights for ``with_weights``. Threads may read different layers at once.
+
+        Args:
+            place: puts what a file has onto the device, in a dtype.
+        """
+        prefix = f"{self._checkpoint.family.layers}.{number}."
+        return {
+            f"{LAYER}.{name.removeprefix(prefix)}": place(read_tensor(self._checkpoint, name), self._dtype)
+            for name in self._checkpoint.tensors
+            if name.startswith(prefix)
+        }
+
+    def with_weights(self, number: int, weights: Mapping[str, Tensor]) -> nn.Module:
+        """``layer``, of which the weights were read before. In one thread at a time: transformers changes the
+        process's default dtype meanwhile.
+        """
         family = self._checkpoint.family
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -68,12 +87,6 @@ class LayerReader:
         body.norm = nn.Identity()
         body.embed_tokens = None  # type: ignore[assignment]
         body.rotary_emb = type(body.rotary_emb)(body.config)  # its buffers are computed, not read
-        prefix = f"{family.layers}.{number}."
-        weights = {
-            f"{LAYER}.{name.removeprefix(prefix)}": self._read(name)
-            for name in self._checkpoint.tensors
-            if name.startswith(prefix)
-        }
         body.load_state_dict(weights, strict=False, assign=True)
         missing = [name for name, parameter in body.named_parameters() if parameter.is_meta]
         assert not missing, f"layer {number}: the checkpoint lacks {missing}"
@@ -100,7 +113,10 @@ class LayerReader:
         return norm.requires_grad_(False)
 
     def _read(self, name: str) -> Tensor:
-        return read_tensor(self._checkpoint, name).to(self._device, self._dtype)
+        return self._placed(read_tensor(self._checkpoint, name), self._dtype)
+
+    def _placed(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return tensor.to(self._device, dtype)
 
     def _layer_config(self, number: int) -> Any:
         config = copy.deepcopy(config_of_layer(self._config, number))

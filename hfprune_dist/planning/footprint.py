@@ -16,7 +16,14 @@ from hfprune_dist.core.triangle import BLOCK, packed_size
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory, Work
-from hfprune_dist.planning.layer_pass_footprint import Reference, Refit, memory_of_layer_pass, tokens_of_a_rank, widest
+from hfprune_dist.planning.layer_pass_footprint import (
+    Reference,
+    Refit,
+    memory_of_layer_pass,
+    pinned_bytes,
+    tokens_of_a_rank,
+    widest,
+)
 
 # Of a GPU's memory: the runtime's context, communication buffers, fragmentation.
 RESERVE = 0.1
@@ -66,6 +73,7 @@ class Importance:
             return 0
         assert self.samples is not None, "the pass layer by layer goes over all windows"
         hidden = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks) * dims.hidden_size * self.itemsize
+        hidden += pinned_bytes(dims, self.windows * self.tokens, self.itemsize)
         return max(SAVED_BYTES * packed_size(dims.hidden_size), hidden)
 
     def curvature_bytes(self, dims: Dimensions, ranks: int) -> int:

@@ -1,11 +1,13 @@
-"""What a measurement of efficiency needs of a GPU: two whole models, and what one of them generates."""
+"""What generating needs: of a GPU where efficiency is measured, of the ranks that a model is sharded over."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.planning.dimensions import Dimensions
-from hfprune_dist.planning.gpu_needs import Memory
+from hfprune_dist.planning.gpu_needs import Gpus, Memory
 from hfprune_dist.planning.layer_pass_footprint import widest
 
 
@@ -27,3 +29,15 @@ class Generate:
             activations=tokens * (cache + widest(dims)) * self.itemsize,
             scratch=self.sequences * dims.vocabulary * self.itemsize,
         )
+
+
+def gathered_per_token(dims: Dimensions, itemsize: int, gpus: Gpus, runtime: RuntimeConfig) -> int:
+    """Bytes of whole weights that every rank gathers for each token that a model generates in an evaluation.
+
+    Of a model that ZeRO-3 shards, all of them, however many sequences are generated at once; 0 where each rank has
+    whole weights (as ``distributed.frozen_model.choose_sharding`` decides), or where a GPU's memory is not known.
+    """
+    weights = dims.parameters * itemsize
+    fits = not gpus.memory or weights <= WEIGHTS_SHARE * gpus.memory
+    whole = runtime.sharding == "replicate" or (runtime.sharding == "auto" and fits)
+    return 0 if whole or gpus.ranks == 1 else weights

@@ -20,6 +20,7 @@ class Memory:
         activations: kept for backward, for all tokens of a micro-batch.
         scratch: of the head, with what the loss makes of its logits; or of a layer's backward, where that is more.
         sums: over tokens, such as Gram matrices, with what is made of them.
+        ahead: in passes layer by layer, what is on its way to main memory or from there while the GPU computes.
     """
 
     weights: float
@@ -27,10 +28,11 @@ class Memory:
     activations: float
     scratch: float
     sums: float = 0.0
+    ahead: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.gathered + self.activations + self.scratch + self.sums
+        return self.weights + self.gathered + self.activations + self.scratch + self.sums + self.ahead
 
 
 @dataclass(frozen=True)

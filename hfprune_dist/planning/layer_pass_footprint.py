@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from hfprune_dist.core.memory_limits import KEPT_BYTES
+from hfprune_dist.core.memory_limits import KEPT_BYTES, PINNED_BYTES
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.gpu_needs import Memory
 
@@ -46,12 +46,16 @@ class Refit:
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
         """Main memory of one rank: its windows' hidden states, of one model or both, and between the dense model's
-        blocks if attention pursues them; for a step, what an MLP reads and, in float32, its target.
+        blocks if attention pursues them; for a step, what an MLP reads and, in float32, its target; what is pinned.
         """
         mine = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
         between = self.pursues and self.kv_groups
         number_bytes = self.itemsize * (1 + self.pursues + between + self.steps) + 4 * self.steps
-        return mine * dims.hidden_size * number_bytes
+        numbers = self.windows * self.tokens * dims.hidden_size
+        pinned = pinned_bytes(dims, self.windows * self.tokens, self.itemsize, models=1 + self.pursues)
+        if self.steps:  # results are targets, in float32
+            pinned += 2 * (_of_a_block(4 * numbers) - _of_a_block(self.itemsize * numbers))
+        return mine * dims.hidden_size * number_bytes + pinned
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
         """On one rank: of the sums, of least squares, or of a step, whichever needs most."""
@@ -62,7 +66,9 @@ class Refit:
         needs = [memory_of_layer_pass(dims, tokens, self.itemsize, sizes) for sizes in passes]
         layer_pass = max(needs, key=lambda it: it.total)
         if self.pursues:
-            layer_pass = replace(layer_pass, weights=2 * layer_pass.weights)
+            # Each model has a next layer, and the dense one's states come along.
+            more = layer_pass.weights + tokens * dims.hidden_size * self.itemsize
+            layer_pass = replace(layer_pass, weights=2 * layer_pass.weights, ahead=layer_pass.ahead + more)
         elif ranks > 1:  # a layer's matrices wait until every rank has a layer to solve
             waiting = GRAMS_BYTES * sum(size**2 for size in together)
             layer_pass = replace(layer_pass, sums=layer_pass.sums + waiting)
@@ -117,9 +123,10 @@ class Reference:
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
-        """Main memory of one rank: its windows' hidden states."""
+        """Main memory of one rank: its windows' hidden states, and what is pinned."""
         mine = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
-        return mine * dims.hidden_size * self.itemsize
+        pinned = pinned_bytes(dims, self.windows * self.tokens, self.itemsize)
+        return mine * dims.hidden_size * self.itemsize + pinned
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
         """On one rank, whatever their number."""
@@ -127,15 +134,34 @@ class Reference:
 
 
 def memory_of_layer_pass(dims: Dimensions, tokens: int, itemsize: int, sizes: Sequence[float]) -> Memory:
-    """Of one layer at a time, where Gram matrices of vectors of these sizes are added up."""
+    """Of one layer at a time, where Gram matrices of vectors of these sizes are added up; meanwhile the next one comes,
+    with the next micro-batch, and the last one's result goes.
+    """
     matrices = [size**2 for size in sizes]
+    weights = dims.layer_parameters * itemsize
     return Memory(
-        weights=dims.layer_parameters * itemsize,
+        weights=weights,
         gathered=0.0,
         activations=tokens * (widest(dims) * itemsize + 4 * max(sizes, default=0)),
         scratch=0.0,
         sums=GRAMS_BYTES * sum(matrices) + TERM_BYTES * max(matrices, default=0),
+        ahead=weights + 2 * tokens * dims.hidden_size * itemsize,
     )
+
+
+def pinned_bytes(dims: Dimensions, tokens: int, itemsize: int, models: int = 1) -> int:
+    """Main memory that is pinned for what is on its way (distributed.host_transfers).
+
+    Of each model, a micro-batch's hidden states twice and two portions of weights; two results back.
+    """
+    portion = min(PINNED_BYTES, dims.intermediate_size * dims.hidden_size * itemsize)
+    states = _of_a_block(tokens * dims.hidden_size * itemsize)
+    return (2 * models + 2) * states + 2 * models * _of_a_block(portion)
+
+
+def _of_a_block(size: int) -> int:
+    """Bytes that torch pins for so many: a power of two."""
+    return 1 << (size - 1).bit_length()
 
 
 def tokens_of_a_rank(samples: int, windows: int, tokens: int, ranks: int) -> int:

@@ -35,8 +35,9 @@ GATHER_S = (1.351 - 0.496) / (32 * 2 * GATHERED_LORA_MODULES) / HOST_SPEED
 DISK = 1e9
 # of SHA-256 on one thread, measured: 1 to 2;
 HASHING = 1.5e9
-# of copies between a GPU and pageable main memory, where hidden states and layers wait in passes layer by layer.
-HOST_COPY = 5e9
+# of copies between a GPU and pinned main memory, where hidden states and layers wait in passes layer by layer: PCIe 4.0
+# reaches 25. They go on while Gram matrices are made and layers solved.
+HOST_COPY = 2e10
 # Seconds before a stage's first product: imports, CUDA, NCCL.
 START_S = 60.0
 

@@ -1,7 +1,7 @@
 """How long each stage of a plan takes on given GPUs: work that is counted, at the rates of ``rates``.
 
 Products, gathers and the calls that start them overlap, and the longest counts. What follows adds up: Gram matrices and
-solves, sums over ranks, copies to main memory, the disk, the start. Ranks wait for the one with the most windows.
+solves, or copies to and from main memory where these take longer; sums over ranks, the disk, the start. Ranks wait for the one with the most windows.
 Reading and tokenizing text, waiting in a queue and what is done again after a fault are not counted.
 """
 
@@ -95,7 +95,7 @@ class _Load:
         if self == _Load(written=self.written):  # nothing that needs their rate
             return 0.0
         precise = precise_seconds(self.operations, gpus, self.windows, self.problems)
-        return self.overlapping.longest + precise + self.exchanged + self.copied / HOST_COPY
+        return self.overlapping.longest + max(precise, self.copied / HOST_COPY) + self.exchanged
 
 
 class StageTimes:

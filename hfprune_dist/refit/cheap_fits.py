@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.least_squares import LeastSquares
@@ -109,9 +111,13 @@ class CheapFits:
         held_out = LeastSquares(weight_CD, grams.held_out_DD, fewest_K)
         best, _ = ridge_of_all_ranks(LeastSquares(weight_CD, grams.fitted_DD, fewest_K), held_out, self._world)
         del held_out
-        mine = {
-            count: LeastSquares(weight_CD, grams.fitted_DD, channels_K).weight(best.ridge).float().cpu()
-            for place, (count, channels_K) in enumerate(on_device.items())
-            if place % self._world.size == self._world.rank
-        }
-        return {count: weight for share in self._world.gather(mine) for count, weight in share.items()}
+        empty = partial(weight_CD.new_empty, dtype=torch.float32)
+        weights = {count: empty(len(weight_CD), len(channels_K)) for count, channels_K in on_device.items()}
+        owners = {count: place % self._world.size for place, count in enumerate(on_device)}
+        for count, owner in owners.items():
+            if owner == self._world.rank:
+                problem = LeastSquares(weight_CD, grams.fitted_DD, on_device[count])
+                weights[count].copy_(problem.weight(best.ridge))
+        for count, owner in owners.items():
+            self._world.broadcast_tensor(weights[count], owner)
+        return weights

@@ -61,12 +61,12 @@ class DenseRefit:
         left = [number for number in self._kept.layers if number not in done]
         turns = Turns(left, self._world, self._solve)
         try:
-            for number in range(left[-1] + 1 if left else 0):
-                layer = self._stream.layer(number)
+            for number, layer in self._stream.layers(range(left[-1] + 1 if left else 0)):
                 if number in left:
                     turns.add(number, self._prepared(number, layer, turns.is_mine(number)))
                 else:
                     self._stream.advance(layer)
+                del layer
                 after_each(number + 1)
         except Interrupted:
             turns.finish()

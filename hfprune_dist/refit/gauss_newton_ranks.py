@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,7 @@ from hfprune_dist.core.exact_sums import ExactSum
 from hfprune_dist.core.gauss_newton import Biases, GaussNewtonSums, Linearized, MlpWeights, solve_normal_equations
 from hfprune_dist.core.memory_limits import KEPT_BYTES
 from hfprune_dist.distributed.gram_sums import is_held_out
+from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.world import World
 
 # Of conjugate gradients, in a step and in the one that follows on all windows; each costs about as much as four
@@ -44,7 +46,7 @@ class Reconstruction:
         dtype: of products.
         biases: of gate and up, in that dtype.
         inputs: micro-batch of this rank -> what the MLP reads there, in that dtype [tokens, hidden_size] on the CPU.
-        target_of: the same -> what it should put out, without the down projection's bias, float32 on the device.
+        targets: the same -> what it should put out, without the down projection's bias, float32 on the CPU.
         micro_batches: of all ranks together.
     """
 
@@ -53,7 +55,7 @@ class Reconstruction:
         dtype: torch.dtype,
         biases: Biases,
         inputs: Mapping[int, Tensor],
-        target_of: Callable[[int], Tensor],
+        targets: Mapping[int, Tensor],
         *,
         micro_batches: int,
         world: World,
@@ -61,7 +63,8 @@ class Reconstruction:
         self._dtype = dtype
         self._biases = biases
         self._inputs = inputs
-        self._target_of = target_of
+        self._targets = targets
+        self._transfers = HostTransfers(world.device)
         self._micro_batches = micro_batches
         self._world = world
 
@@ -89,59 +92,68 @@ class Reconstruction:
     def _step(self, start: Start, indices: Sequence[int], iterations: int) -> MlpWeights:
         """Of Gauss-Newton, on some micro-batches of this rank and those of the others."""
         around = self._around(start.weights, indices)
-        gate_K, up_K, inputs_CC = self._sum(indices, lambda index: around(index).curvature())
+        gate_K, up_K, inputs_CC = self._sum(map(Linearized.curvature, around()))
         curvature = GaussNewtonSums(gate_K, up_K, inputs_CC, start.hidden_KK * start.tokens, start.tokens)
-
-        def residual(index: int) -> MlpWeights:
-            at = around(index)
-            return at.backward(self._target_of(index) - at.output())
-
-        def bent(index: int, change: MlpWeights) -> MlpWeights:
-            at = around(index)
-            return at.backward(at.forward(change))
 
         def product(change: MlpWeights) -> MlpWeights:
             rounded = change.to(self._dtype)
-            return MlpWeights(*self._sum(indices, lambda index: bent(index, rounded).tensors()))
 
-        right = MlpWeights(*self._sum(indices, lambda index: residual(index).tensors()))
+            def bent(at: Linearized) -> tuple[Tensor, ...]:
+                return at.backward(at.forward(rounded)).tensors()
+
+            return MlpWeights(*self._sum(map(bent, around())))
+
+        targets = self._sent(self._targets, indices)
+
+        def residual(at: Linearized) -> tuple[Tensor, ...]:
+            return at.backward(next(targets) - at.output()).tensors()
+
+        right = MlpWeights(*self._sum(map(residual, around())))
         return solve_normal_equations(product, right, curvature, iterations)
 
-    def _around(self, weights: MlpWeights, indices: Sequence[int]) -> Callable[[int], Linearized]:
-        """The MLP around some weights on a micro-batch.
+    def _around(self, weights: MlpWeights, indices: Sequence[int]) -> Callable[[], Iterator[Linearized]]:
+        """The MLP around some weights on each of some micro-batches, as often as it is asked for.
 
         Kept for all iterations where that fits, which saves a third of their time, else made anew.
         """
         rounded = weights.to(self._dtype)
         kept: dict[int, Linearized] = {}
-        left = KEPT_BYTES
-        for index in indices:
-            left -= Linearized.bytes_of(weights, self._inputs[index])
-            if left >= 0:
-                kept[index] = self._linearized(rounded, index)
-        return lambda index: kept[index] if index in kept else self._linearized(rounded, index)
+        taken = itertools.accumulate(Linearized.bytes_of(weights, self._inputs[index]) for index in indices)
+        fitting = [index for index, bytes_so_far in zip(indices, taken, strict=True) if bytes_so_far <= KEPT_BYTES]
+        for index, input_NC in zip(fitting, self._sent(self._inputs, fitting), strict=True):
+            kept[index] = Linearized(rounded, self._biases, input_NC)
 
-    def _linearized(self, weights: MlpWeights, index: int) -> Linearized:
-        return Linearized(weights, self._biases, self._inputs[index].to(self._world.device))
+        def each() -> Iterator[Linearized]:
+            others = self._sent(self._inputs, [index for index in indices if index not in kept])
+            for index in indices:
+                yield kept[index] if index in kept else Linearized(rounded, self._biases, next(others))
 
-    def _sum(self, indices: Sequence[int], term_of: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Add up the tensors of some micro-batches of this rank and of the others, exactly."""
-        first = term_of(indices[0]) if indices else None
+        return each
+
+    def _sent(self, tensors: Mapping[int, Tensor], indices: Sequence[int]) -> Iterator[Tensor]:
+        """Those of some micro-batches, one after another on the device."""
+        for _, tensor in self._transfers.to_device((index, tensors[index]) for index in indices):
+            yield tensor
+            del tensor  # before the one after the next is sent
+
+    def _sum(self, terms: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Add up tensors of each of this rank's micro-batches and of the others', exactly."""
+        term = next(terms, None)
         maxima: list[float] = []
         shapes: list[torch.Size] = []
-        if first is not None:
-            maxima = [it.abs().max().item() for it in first]
-            shapes = [it.shape for it in first]
+        if term is not None:
+            maxima = [it.abs().max().item() for it in term]
+            shapes = [it.shape for it in term]
         maxima, shapes = self._world.broadcast((maxima, shapes))
         sums = [
             ExactSum(maximum, self._micro_batches, shape, self._world.device)
             for maximum, shape in zip(maxima, shapes, strict=True)
         ]
-        for index in indices:
-            term, first = first or term_of(index), None
+        while term is not None:
             for total, part in zip(sums, term, strict=True):
                 total.add(part)
             del term, part  # as large as the next one
+            term = next(terms, None)
         for total in sums:
             self._world.add_up(total.total)
         return tuple(total.value().float() for total in sums)
@@ -149,14 +161,11 @@ class Reconstruction:
     def _held_out_error(self, weights: MlpWeights) -> float:
         """Squared error on the held-out windows of all ranks, added in their order."""
         rounded = weights.to(self._dtype)
-        own = {
-            index: self._squared_error(rounded, index)
-            for index in self._inputs
-            if is_held_out(index, self._micro_batches) or self._micro_batches == 1
-        }
+        judged = [it for it in self._inputs if is_held_out(it, self._micro_batches) or self._micro_batches == 1]
+        inputs, targets = (self._sent(tensors, judged) for tensors in (self._inputs, self._targets))
+        own: dict[int, float] = {}
+        for index in judged:
+            missing_NC = next(targets) - Linearized(rounded, self._biases, next(inputs)).output()
+            own[index] = float(missing_NC.square().sum(dtype=torch.float64))
         everywhere = {index: value for share in self._world.gather(own) for index, value in share.items()}
         return sum(everywhere[index] for index in sorted(everywhere))
-
-    def _squared_error(self, weights: MlpWeights, index: int) -> float:
-        output_NC = self._linearized(weights, index).output()
-        return float((self._target_of(index) - output_NC).square().sum(dtype=torch.float64))

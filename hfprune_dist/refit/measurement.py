@@ -7,6 +7,8 @@ Memory is that of one layer and of the windows' hidden states of each candidate.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.fidelity import divergences
 from hfprune_dist.distributed.gram_sums import is_held_out
+from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_states import LayerStates, Named
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import LayerReader, put_weights, run
@@ -82,6 +85,7 @@ class Measurement:
         self._known: dict[str, float] = world.broadcast(_read_known(folder / KNOWN) if world.is_first else {})
         self._measurements = 0
         self._reader = LayerReader(checkpoint, dtype, world.device)
+        self._transfers = HostTransfers(world.device)
         self._all = list(micro_batches)
         self._batches = _share_of(micro_batches, world)
 
@@ -109,13 +113,14 @@ class Measurement:
         branches = _unpacked(saved, [it[:done] for it in candidates])
         if not done:
             branches = {tuple(range(len(candidates))): self._reader.embed(self._batches)}
-        for number in range(num_layers if done < num_layers else 0):
-            layer = self._reader.layer(number)
+        left = range(num_layers if done < num_layers else 0)
+        for number, layer in self._transfers.layers(self._reader, left):
             if number < done:
                 variants.go_past(layer)
             else:
                 branches = self._through(variants, number, layer, branches, [it[number] for it in candidates])
                 states.save(number + 1, _packed(branches, self._batches))
+            del layer
             self._after_each(self._measurements * num_layers + number + 1)
         return self._compared(branches, reference, len(candidates))
 
@@ -132,19 +137,19 @@ class Measurement:
                 continue
             put_weights(layer, weights[choice])
             for members, hidden in of_choice.items():
-                advanced[members] = _advanced(layer, hidden, self._world)
+                advanced[members] = dict(self._transfers.through(hidden.items(), partial(run, layer)))
         return advanced
 
     def _compared(self, branches: Branches, reference: Hidden, count: int) -> list[float]:
         """Divergence of every candidate from the dense model, added up in the order of the micro-batches."""
-        head = self._reader.head()
+        head, models = self._reader.head(), [reference, *branches.values()]
+        compared = self._transfers.to_device(
+            (index, hidden[index][:, :: self._every]) for index in self._batches for hidden in models
+        )
         own: dict[tuple[int, int], float] = {}
         for index in self._batches:
-            dense, *models = (
-                head.outputs(hidden[index][:, :: self._every].to(self._world.device))
-                for hidden in [reference, *branches.values()]
-            )
-            for members, kl in zip(branches, divergences(dense, models), strict=True):
+            dense, *others = (head.outputs(hidden_BTC) for _, hidden_BTC in islice(compared, len(models)))
+            for members, kl in zip(branches, divergences(dense, others), strict=True):
                 own |= {(member, index): kl for member in members}
         everywhere = {key: value for share in self._world.gather(own) for key, value in share.items()}
         tokens = sum(self._world.gather(sum(ids[:, :: self._every].numel() for ids in self._batches.values())))
@@ -167,19 +172,17 @@ def dense_outputs(
         after_each: called on every rank with the number of layers that are done.
     """
     reader = LayerReader(dense, dtype, world.device)
+    transfers = HostTransfers(world.device)
     hidden = reader.embed(_share_of(micro_batches, world))
-    for number in range(dense.num_layers):
-        hidden = _advanced(reader.layer(number), hidden, world)
+    for number, layer in transfers.layers(reader, range(dense.num_layers)):
+        hidden.update(transfers.through(hidden.items(), partial(run, layer)))
+        del layer
         after_each(number + 1)
     return hidden
 
 
 def _share_of(micro_batches: Mapping[int, Tensor], world: World) -> dict[int, Tensor]:
     return {index: micro_batches[index] for index in [*micro_batches][world.rank :: world.size]}
-
-
-def _advanced(layer: nn.Module, hidden: Hidden, world: World) -> Hidden:
-    return {index: run(layer, hidden_BTC.to(world.device)).cpu() for index, hidden_BTC in hidden.items()}
 
 
 def one_by_one(windows_ST: Tensor) -> dict[int, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,8 @@ from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.gauss_newton import Biases, MlpWeights
 from hfprune_dist.core.least_squares import vectors_of_targets, weight_of_targets
-from hfprune_dist.distributed.gram_sums import unusable
+from hfprune_dist.distributed.gram_sums import GramSums, unusable
+from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import (
@@ -36,6 +38,8 @@ from hfprune_dist.structures.units import Units
 # How far a pursuing block makes up for earlier ones. What those lost is hardly a function of what this one reads: going
 # all the way fits the calibration windows rather than the model.
 SHARE_MADE_UP = 0.5
+# By their numbers.
+Layers = Iterator[tuple[int, nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class SequentialRefit:
         self._stream = stream
         self._dense = dense
         self._fitted = fitted
+        self._transfers = HostTransfers(world.device)
         self._world = world
 
     def run(self, after_each: AfterEach) -> None:
@@ -99,22 +104,24 @@ class SequentialRefit:
         """
         done = self._world.broadcast(self._fitted.done(self._kept.layers) if self._world.is_first else set())
         left = [number for number in self._kept.layers if number not in done]
+        staying = [it for it in self._kept.layers if left and it <= left[-1]]
+        dense_layers = self._dense.layers(range(self._behind(staying[-1]) if staying else 0))
         place = 0
-        for number in (it for it in self._kept.layers if left and it <= left[-1]):
-            for gone in range(place, self._places[number]):  # before the first that stays
-                self._dense.advance(self._dense.layer(gone))
+        for number, layer in self._stream.layers(staying):
+            for _ in range(place, self._places[number]):  # before the first that stays
+                self._dense.advance(next(dense_layers)[1])
             place = self._behind(number)
-            self._through(number, is_done=number in done)
+            self._through(number, layer, dense_layers, is_done=number in done)
+            del layer
             after_each(number + 1)
 
     def _behind(self, number: int) -> int:
         """Where the dense model's next layer that stays is, or its end."""
         return min((it for it in self._places.values() if it > self._places[number]), default=self._dense.num_layers)
 
-    def _through(self, number: int, *, is_done: bool) -> None:
+    def _through(self, number: int, layer: nn.Module, dense_layers: Layers, *, is_done: bool) -> None:
         """Take the windows of both models through a layer, and those of the dense one through the gap behind it."""
-        blocks = self._advance_dense(number)
-        layer = self._stream.layer(number)
+        blocks = self._advance_dense(number, dense_layers)
         for units in (*self._attention, self._mlp):
             put_weights(layer, weights_kept(layer, units, self._kept.of_layer(number, units.kind)))
         if is_done:
@@ -125,16 +132,16 @@ class SequentialRefit:
             self._fitted.install(number, layer)
         self._stream.advance_from(layer, self._mlp)
 
-    def _advance_dense(self, number: int) -> list[_Block]:
+    def _advance_dense(self, number: int, dense_layers: Layers) -> list[_Block]:
         """Take the dense model's windows through a layer and the gap behind it; what its blocks are fitted to, the
         MLP's at the end.
         """
-        layer = self._dense.layer(self._places[number])
+        layer = next(dense_layers)[1]
         self._dense.require_residual(layer, [*self._attention, self._mlp])
         self._dense.advance_to(layer, self._mlp)
         blocks = [_Block(units, layer, self._dense.all_hidden()) for units in self._attention]
         self._dense.advance_from(layer, self._mlp)
-        gap = [self._dense.layer(gone) for gone in range(self._places[number] + 1, self._behind(number))]
+        gap = [next(dense_layers)[1] for _ in range(self._places[number] + 1, self._behind(number))]
         for gone in gap:
             self._dense.advance(gone)
         return [*blocks, _Block(self._mlp, layer, self._dense.all_hidden(), gap)]
@@ -166,10 +173,9 @@ class SequentialRefit:
         self._world.barrier()
 
     def _put(self, number: int, layer: nn.Module, fitted: Mapping[str, Tensor]) -> None:
-        """Let what follows be fitted behind a block as rank 0 will save it."""
-        rounded = self._world.broadcast(self._fitted.rounded(number, fitted) if self._world.is_first else {})
+        """Let what follows be fitted behind a block as rank 0 will save it. Every rank has the same bits to round."""
         like = output_of(layer, self._mlp).weight
-        put_weights(layer, {name: it.to(like) for name, it in rounded.items()})
+        put_weights(layer, {name: it.to(like) for name, it in self._fitted.rounded(number, fitted).items()})
 
     def _solved(
         self, number: int, layer: nn.Module, block: _Block, targets: dict[int, Tensor] | None = None
@@ -180,22 +186,30 @@ class SequentialRefit:
             targets: gets those of every micro-batch of this rank, on the CPU.
         """
         weight_CK = output_of(layer, block.units).weight.data
-        grams = self._stream.grams_of(number, sum(weight_CK.shape), self._vectors(layer, block, targets))
+        sums = self._stream.sums_of(number, sum(weight_CK.shape))
+        fitted_to = self._summed(layer, block, sums)
+        if targets is None:
+            collections.deque(fitted_to, maxlen=0)
+        else:
+            targets.update(self._transfers.to_host(fitted_to))
+        sums.begin()
+        grams = self._stream.means(sums)
         kept = torch.arange(weight_CK.shape[1], device=weight_CK.device)
         return solve_together(weight_of_targets(weight_CK), grams, kept, self._world)
 
-    def _vectors(
-        self, layer: nn.Module, block: _Block, targets: dict[int, Tensor] | None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """What least squares sums, of every micro-batch of this rank."""
+    def _summed(self, layer: nn.Module, block: _Block, sums: GramSums) -> Iterator[tuple[int, Tensor]]:
+        """The targets of every micro-batch of this rank, once what least squares needs of it has been added."""
         output = output_of(layer, block.units)
+        wanted = self._transfers.to_device((index, block.wanted[index]) for index in self._stream.all_hidden())
         for index, residual_BTC in self._stream.standing():
-            target_NC = self._target(layer, residual_BTC, block, block.wanted[index])
+            target_NC = self._target(layer, residual_BTC, block, next(wanted)[1])
             if output.bias is not None:
                 target_NC -= output.bias.float()
-            if targets is not None:
-                targets[index] = target_NC.cpu()
-            yield index, vectors_of_targets(output.weight.data, self._hidden(layer, block, residual_BTC), target_NC)
+            hidden_NK = self._hidden(layer, block, residual_BTC)
+            sums.add(index, vectors_of_targets(output.weight.data, hidden_NK, target_NC))
+            del hidden_NK, residual_BTC
+            yield index, target_NC
+            del target_NC  # before the next one is made
 
     @torch.no_grad()
     def _hidden(self, layer: nn.Module, block: _Block, residual_BTC: Tensor) -> Tensor:
@@ -231,8 +245,8 @@ class SequentialRefit:
         reconstruction = Reconstruction(
             gate.weight.dtype,
             Biases(*(None if linear.bias is None else linear.bias.data for linear in (gate, up))),
-            {index: norm(residual_BTC).flatten(0, 1).cpu() for index, residual_BTC in self._stream.standing()},
-            lambda index: targets[index].to(self._world.device),
+            dict(self._transfers.through(self._stream.all_hidden().items(), lambda it: norm(it).flatten(0, 1))),
+            targets,
             micro_batches=self._stream.micro_batches,
             world=self._world,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,7 @@ from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed.interruption import Interruption
-from hfprune_dist.distributed.world import World
+from hfprune_dist.distributed.world import TELL_EVERY_S, World
 from hfprune_dist.errors import LostInputError, UserError
 from hfprune_dist.planning.user_files import ChangedInputError, UserFiles
 from hfprune_dist.store.artifacts import Store
@@ -29,8 +29,6 @@ from hfprune_dist.store.stage_handle import StageHandle
 from hfprune_dist.training.tracking import TrackedRun
 
 TRACKING = "tracking"  # beside the store
-# Much shorter than any collective timeout.
-TELL_EVERY_S = 5.0
 
 T = TypeVar("T")
 P = TypeVar("P", bound=Parameters)
@@ -172,7 +170,7 @@ class Context(Generic[P]):
             ChangedInputError: where a file of the user's has changed meanwhile.
             ClaimLostError: where another process has claimed the stage meanwhile.
         """
-        peak = self.world.peak_memory_bytes()
+        peak = self.world.peak_memory()
         self.world.barrier()
         record = self._record(metrics, peak)
         self._let_first(lambda after_each: self._commit(draft, record, after_each))
@@ -197,7 +195,7 @@ class Context(Generic[P]):
             raise error
         return value  # type: ignore[return-value]
 
-    def _record(self, metrics: dict[str, Any], peak_memory_bytes: int) -> dict[str, Any]:
+    def _record(self, metrics: dict[str, Any], peak_memory: Mapping[str, int | None]) -> dict[str, Any]:
         finished = time.time()
         return {
             "config": self.config,
@@ -207,7 +205,7 @@ class Context(Generic[P]):
             "device": self.world.device.type,
             "started": self.started,
             "finished": finished,
-            "peak_memory_bytes": peak_memory_bytes,
+            **peak_memory,
             "wall_time_s": finished - self.started,
             "attempts": self.attempt,
         }

@@ -45,7 +45,8 @@ class Measured:
 
 def run(context: Context) -> None:
     """Write ``efficiency.json``: what a token costs each model, and all that was measured under each workload."""
-    models = _load(context) if context.world.is_first else {}
+    models: dict[str, PreTrainedModel] = {}  # of rank 0; large ones take minutes to read
+    context.let_first_work(lambda: models.update(_load(context)))
     workloads = workloads_of(context.params)
     measured: list[Mapping[str, Measured]] = []
     for done, workload in enumerate(workloads):

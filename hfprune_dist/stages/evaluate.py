@@ -27,8 +27,9 @@ from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.distributed.frozen_model import FrozenModel, Sharding, choose_sharding
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, details_of, explain, plain, scores_of
+from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, details_of, plain, scores_of
 from hfprune_dist.evaluation.right_answers import RIGHT_ANSWERS, right_answers
+from hfprune_dist.evaluation.task_definitions import explain
 from hfprune_dist.models.single_layer import Head, LayerReader
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
@@ -207,11 +208,12 @@ def _evaluate_tasks(context: Context, model: FrozenModel, tasks: list[str]) -> N
         lm.serve()
         return
     include_path = context.input_path("tasks") if context.has_input("tasks") else None
-    loader = TaskLoader(tasks, include_path, _empty_folder(context.work / DATASETS))
-    for task in tasks:
-        context.progress.update(task, 0, 1)
-        result = _run_task(context, lm, loader, task)
-        write_json(_task_file(context.work, task), result)
+    with lm.telling_others():
+        loader = TaskLoader(tasks, include_path, _empty_folder(context.work / DATASETS))
+        for task in tasks:
+            context.progress.update(task, 0, 1)
+            result = _run_task(context, lm, loader, task)
+            write_json(_task_file(context.work, task), result)
     lm.dismiss()
 
 

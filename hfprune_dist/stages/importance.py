@@ -9,14 +9,14 @@ resume goes on at a shard.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import scored_layer
@@ -288,6 +288,7 @@ class _SecondPass:
         self._needed = any(criterion.needs_moments for criterion in criteria)
         self._windows_ST = windows_ST
         self._stream: LayerStream | None = None
+        self._layers: Iterator[tuple[int, nn.Module]] = iter(())
 
     def layer(self, number: int, is_mine: bool) -> _Layer | None:
         """The next layer as criteria see it, None where another rank solves it; collective."""
@@ -305,7 +306,7 @@ class _SecondPass:
         """Take the windows through the next layer, whose scores are known; collective."""
         if self._needed:
             stream = self._begun()
-            stream.advance(stream.layer(number))
+            stream.advance(self._next_layer())
 
     def after(self, number: int) -> None:
         """Show how far the pass is, and end it where all ranks were asked to."""
@@ -315,11 +316,14 @@ class _SecondPass:
 
     def _grams(self, number: int) -> dict[str, Grams]:
         stream = self._begun()
-        grams = stream.grams(number, stream.layer(number), list(self._units.values()))
+        grams = stream.grams(number, self._next_layer(), list(self._units.values()))
         return {kind: grams[units.kind] for kind, units in self._units.items()}
 
     def _moments(self, kind: str, number: int, grams: Grams) -> SecondMoments:
         return SecondMoments(grams.whole(), self._totals.mean_curvature(kind, number, self._tokens), self._tokens)
+
+    def _next_layer(self) -> nn.Module:
+        return next(self._layers)[1]
 
     def _begun(self) -> LayerStream:
         """The windows on their way; where all scores are known, they never begin. Collective."""
@@ -329,6 +333,7 @@ class _SecondPass:
             where = self._checkpoint, self._windows_ST, getattr(torch, params.dtype), size, context.world
             probe = obtain_probe(*where, saved=context.work / PROBE, sharding=context.runtime.sharding)
             self._stream = LayerStream(*where, probe=probe)
+            self._layers = self._stream.layers(range(self._checkpoint.num_layers))
         return self._stream
 
 

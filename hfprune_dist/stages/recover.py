@@ -63,17 +63,21 @@ def _prepare_rows(context: Context, settings: RecoveryConfig) -> RowCounts:
     The file in the work folder is what every rank trains on; one that an earlier attempt left damaged is set aside.
     """
     file, cache = context.work / ROWS, FileCache(context.store.root / "rows")
-    key = _rows_key(context, settings) if context.world.is_first else ""
-    missing = context.world.is_first and not is_usable(file) and not cache.take(key, file)
-    collector = _Collector(context, settings) if missing else None
-    # The other ranks are told after each batch, so that none of them waits longer than the collective timeout.
-    while context.world.broadcast(collector is not None and collector.take()):
-        pass
+    collected: list[_Collector] = []  # on rank 0, where rows are missing
+
+    def collect() -> None:
+        if not is_usable(file) and not cache.take(_rows_key(context, settings), file):
+            collected.append(_Collector(context, settings))
+            collected[0].take_all()
+
+    def save() -> None:
+        for collector in collected:
+            collector.save(file)
+            cache.put(_rows_key(context, settings), file)
+
+    context.let_first_work(collect)
     context.require_untouched_inputs()
-    if collector is not None:
-        collector.save(file)
-        cache.put(key, file)
-    context.world.barrier()
+    context.let_first_work(save)
     return read_counts(file)
 
 
@@ -107,13 +111,12 @@ class _Collector:
         self._texts = self._read_texts(path)
         self._encoded: list[Pair | None] = []
 
-    def take(self) -> bool:
-        """Tokenize the next pairs; False where there are no more."""
-        texts = list(islice(self._texts, PAIRS_AT_ONCE))
-        self._encoded += encode_for(self._tokenizer, texts, self._settings.sequence_length)
-        done = len(self._encoded)
-        self._progress.update("tokenizing pairs", done, self._settings.samples or done + len(texts))
-        return bool(texts)
+    def take_all(self) -> None:
+        """Tokenize all pairs."""
+        while texts := list(islice(self._texts, PAIRS_AT_ONCE)):
+            self._encoded += encode_for(self._tokenizer, texts, self._settings.sequence_length)
+            done = len(self._encoded)
+            self._progress.update("tokenizing pairs", done, self._settings.samples or done + len(texts))
 
     def save(self, file: Path) -> None:
         """Pack what was taken and write it.

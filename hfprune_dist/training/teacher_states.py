@@ -60,8 +60,10 @@ def write_dense_states(
     """
     if world.is_first:
         save_windows(stream.windows_ST, folder)
-    for number in range(stream.resume(states), stream.num_layers):
-        stream.advance(stream.layer(number))
+    left = range(stream.resume(states), stream.num_layers)
+    for number, layer in stream.layers(left):
+        stream.advance(layer)
+        del layer
         world.barrier()  # ranks with fewer windows wait here, never for longer than a layer
         try:
             after_each(number + 1)

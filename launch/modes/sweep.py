@@ -67,7 +67,7 @@ def dry_run(command: Command) -> int:
     prepared, console = prepare(command, download=False), command.console
     show_plan(console, prepared.sweep.plan, prepared.verdicts, prepared.todo)
     show_shapes(console, prepared.shapes())
-    for remark in prepared.remarks():
+    for remark in (*prepared.remarks(), *prepared.generation.remarks()):
         command.tell(f"note: {remark}")
     if prepared.profile is not None:
         plan, profile, runtime = prepared.sweep.plan, prepared.profile, prepared.config.runtime

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hfprune_launch.local.hardware import device_here, fitting_runtime, gpus_here
+from hfprune_launch.modes.generation import Generation
 from hfprune_launch.modes.sweep_arguments import Command
 from hfprune_launch.preflight import check_stages
 from hfprune_launch.project import PROJECT
@@ -69,6 +70,11 @@ class Prepared:
             for remark in remarks_on_shapes(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
         ]
 
+    @property
+    def generation(self) -> Generation:
+        """Of the stages that must run, those in which models generate."""
+        return Generation(self.here, self.sweep.plan, self.todo, self.profile)
+
     def shapes(self) -> dict[str, KnownShape]:
         """By cell, in the order of the table: the shape of its checkpoint as far as the plan decides it."""
         checkpoints = {model.name: model.checkpoint for model in self.models}
@@ -85,6 +91,7 @@ class Prepared:
     def require_runnable(self) -> None:
         """Raises UserError for what a stage would refuse, after the hours that others take before it."""
         refuse_what_cannot_fit(self.estimates)
+        self.generation.require_room()
         check_stages(self.here, self.sweep.plan, self.todo, self.profile)
 
 

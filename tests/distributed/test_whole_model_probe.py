@@ -136,8 +136,7 @@ def test_every_family_is_reproduced_bit_for_bit(tmp_path, variant, dtype):
             LayerStream(checkpoint, windows_ST, DTYPES[dtype], size, SoloWorld(), probe=probe) for _ in range(2)
         )
         blocks = [checkpoint.structures[kind] for kind in ("kv_groups", "neurons")]
-        for number in range(LAYERS):
-            layer = stream.layer(number)
+        for number, layer in stream.layers(range(LAYERS)):
             stream.require_residual(layer, blocks)
             stream.advance(layer)
             halting.advance_to(layer, checkpoint.units)
@@ -159,8 +158,8 @@ def test_a_departure_is_found_at_every_place(tmp_path, place):
     names = ["embeddings", *(f"outputs of layer {number}" for number in range(LAYERS)), "final norm's outputs"]
     with pytest.raises(UserError, match=f"{names[place]} depart"):
         stream = LayerStream(*where, probe=probe)
-        for number in range(LAYERS):
-            stream.advance(stream.layer(number))
+        for _, layer in stream.layers(range(LAYERS)):
+            stream.advance(layer)
         list(stream.final_hidden())
 
 

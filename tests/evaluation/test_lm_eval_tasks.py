@@ -47,7 +47,7 @@ def test_groups_of_lm_eval_are_known(no_full_index):
 
 
 def test_own_tasks_are_known_without_lm_eval(own, no_full_index, monkeypatch):
-    monkeypatch.setattr(evaluation, "_shipped_definitions", lambda: pytest.fail("searched lm-eval's tasks"))
+    monkeypatch.setattr(evaluation, "shipped_definitions", lambda: pytest.fail("searched lm-eval's tasks"))
     check_tasks(["my_task", "my_group", "my_tag"], own)
 
 
@@ -82,7 +82,7 @@ def test_unknown_names_are_listed_with_close_ones(own, monkeypatch):
     ],
 )
 def test_only_the_folders_that_matter_are_indexed(own, tasks, folders):
-    definitions, _ = evaluation._own_definitions(own)
+    definitions, _ = evaluation.own_definitions(own)
     found = evaluation._folders_of(tasks, definitions)
     assert (None if found is None else [folder.name for folder in found]) == folders
 

@@ -1,8 +1,19 @@
-"""How the requests of a task are cut into chunks that ranks share."""
+"""How the requests of a task are cut into chunks that ranks share; ranks that wait for lm-eval hear of it."""
+
+import threading
 
 import pytest
+import torch
+from lm_eval.api.instance import Instance
+from tiny import save_tiny
+from worlds import Ranks, until_told
 
-from hfprune_dist.evaluation.sharded_lm import CHUNK_BATCHES, WANTED_CHUNKS, chunk_size
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.data.tokenizer import load_tokenizer
+from hfprune_dist.distributed.frozen_model import FrozenModel
+from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.evaluation import sharded_lm
+from hfprune_dist.evaluation.sharded_lm import CHUNK_BATCHES, WANTED_CHUNKS, AnswerLog, ShardedLM, chunk_size
 
 BATCH = 16
 
@@ -22,3 +33,48 @@ BATCH = 16
 )
 def test_small_tasks_make_many_chunks_and_large_ones_large_chunks(method, requests, size):
     assert chunk_size(method, requests, BATCH) == size
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_that_wait_for_lm_eval_hear_that_it_is_at_work(tmp_path, monkeypatch, size):
+    """It works before and after it asks, each time until they have been told twice; answers are those of one rank."""
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model"))
+    monkeypatch.setattr(sharded_lm, "TELL_EVERY_S", 0.001)
+    ranks = Ranks(size)
+    at_work = until_told(ranks, lambda: None)
+
+    def work(world):
+        model = FrozenModel(checkpoint, torch.float32, 2, "replicate", world)
+        lm = ShardedLM(model, load_tokenizer(checkpoint.path), Interruption(), 2, True)
+        if not world.is_first:
+            lm.serve()
+            return None
+        with lm.telling_others():
+            at_work()
+            with lm.task(AnswerLog(tmp_path / "log"), lambda _done, _total: None):
+                requests = [Instance("loglikelihood", {}, ("a b", f" {word}"), 0) for word in "cdefghi"]
+                answers = lm.loglikelihood(requests)
+            at_work()
+        told = len(ranks.logs[0])
+        lm.dismiss()
+        assert len(ranks.logs[0]) == told + 1, "nothing is told any more"
+        return answers
+
+    (answers, *_) = ranks.run(work)
+    assert len(answers) == 7 and len(set(answers)) > 1
+
+
+def test_nobody_is_told_of_work_that_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharded_lm, "TELL_EVERY_S", 0.001)
+    checkpoint, ranks = open_checkpoint(save_tiny(tmp_path / "model")), Ranks(1)
+
+    def work(world):
+        model = FrozenModel(checkpoint, torch.float32, 2, "replicate", world)
+        lm = ShardedLM(model, load_tokenizer(checkpoint.path), Interruption(), 2, True)
+        with lm.telling_others():
+            raise ValueError("a task of others")
+
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="a task of others"):
+        ranks.run(work)
+    assert threading.active_count() == before

@@ -144,11 +144,16 @@ def test_a_refit_is_estimated_and_a_prune_stage_without_one_is_not(inputs, tmp_p
 
 
 def test_hidden_states_of_a_reference_must_fit_main_memory(inputs, tmp_path):
-    """Those of calibration windows are the larger ones, where a method distills."""
-    overrides = {"methods": ["hfprune-distilled"], "calibration__samples": 64, "distillation__dtype": "float32"}
-    found = estimates(inputs, tmp_path, GPUS, **overrides)
-    host = {each.stage.label: each.host_memory for each in found if each.stage.kind == "reference"}
-    assert host["alpha calibration"] == pytest.approx(16 * host["alpha held-out"])
+    """Those of calibration windows are there as well, where a method distills."""
+
+    def calibration(samples):
+        overrides = {"calibration__samples": samples, "calibration__sequence_length": 32}
+        overrides |= {"methods": ["hfprune-distilled"], "distillation__dtype": "float32"}
+        found = estimates(inputs, tmp_path, GPUS, **overrides)
+        return next(each.host_memory for each in found if each.stage.label == "alpha calibration")
+
+    hidden_size = open_checkpoint(inputs.parent / "alpha").config["hidden_size"]
+    assert calibration(128) - calibration(64) == 64 * 32 * hidden_size * 4, "all ranks of the node together"
     none = estimates(inputs, tmp_path, GPUS + "memory: 1K\n")
     with pytest.raises(UserError, match=r"reference alpha held-out: .* GiB of hidden states on each node"):
         refuse_what_cannot_fit([each for each in none if each.stage.kind == "reference"])
