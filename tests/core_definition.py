@@ -92,6 +92,9 @@ def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels
             scores[layer] = _added(criterion, scores[layer], terms)
         for handle in handles:
             handle.remove()
+    if criterion == "activation_l1":
+        columns = [projection.weight.detach().abs().sum(0) for projection in projections]
+        scores = [of_units(pair[0].sqrt() * pair[1], channels) for pair in zip(scores, columns, strict=True)]
     if criterion == "activation":
         columns = [projection.weight.detach().pow(2).sum(0) for projection in projections]
         scores = [of_units(pair[0] * pair[1], channels).sqrt() for pair in zip(scores, columns, strict=True)]
@@ -104,7 +107,7 @@ def _added(criterion, total, terms):
 
 
 def _summed(criterion, hidden, gradient, channels):
-    if criterion == "activation":
+    if criterion.startswith("activation"):
         return hidden**2
     _, terms = GRADIENT_CRITERIA[criterion]
     return terms(of_units(hidden * gradient, channels))

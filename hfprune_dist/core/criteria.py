@@ -167,7 +167,15 @@ CRITERIA: dict[str, Criterion] = {
         ),
         Criterion(
             "activation",
-            "norm of h over tokens times the norm of the neuron's down_proj column (Wanda-sp, arXiv 2312.11983)",
+            "norm of h over tokens times the norm of the neuron's down_proj column",
+            "activation",
+            reduction="square",
+            is_its_sum=False,
+        ),
+        Criterion(
+            "activation_l1",
+            "norm of h over tokens times the sum of the absolute weights in the neuron's down_proj column (Wanda-sp, "
+            "arXiv 2312.11983)",
             "activation",
             reduction="square",
             is_its_sum=False,

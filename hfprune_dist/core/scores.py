@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hfprune_dist.core.criteria import Criterion
 from hfprune_dist.core.elimination import elimination_scores
+from hfprune_dist.core.unit_sums import sum_over_channels
 
 # What of a layer's units the student of ``self_distillation`` does without. SDMPrune's code takes 1/40; on a model of
 # 135M parameters a tenth leaves 0.13 nats of divergence, a hundred times what rounding to bfloat16 does.
@@ -75,10 +76,19 @@ def student_keeps(scores_U: Tensor) -> Tensor:
 
 def times_column_norm(sum_D: Tensor, layer: ScoredLayer) -> Tensor:
     """||h_n|| * ||W[:, n]|| of a unit's channel n, from the sum of h_n^2 over tokens; of several channels the root of
-    the sum of squares (Wanda-sp: An et al. 2023, arXiv 2312.11983).
+    the sum of squares.
     """
     product_D = sum_D.sqrt() * _column_norms(layer, len(sum_D))
     return _norm(product_D.unflatten(0, (layer.units, -1)), dim=1)
+
+
+def times_absolute_column(sum_D: Tensor, layer: ScoredLayer) -> Tensor:
+    """||h_n|| * sum_i |W[i, n]| of a unit's channel n, from the sum of h_n^2 over tokens; of several channels the sum
+    (Wanda-sp: An et al. 2023, arXiv 2312.11983, whose code has means over tokens and rows in place of sums).
+    """
+    weight_CD = layer.read_columns()
+    product_D = sum_D.sqrt() * torch.linalg.vector_norm(weight_CD, ord=1, dim=0, dtype=torch.float64)
+    return sum_over_channels(product_D, len(product_D) // layer.units)
 
 
 def weight_norm(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
@@ -103,6 +113,7 @@ def costs_of_removal(sum_U: Tensor, layer: ScoredLayer) -> Tensor:
 # What is done to the sums of criteria whose score isn't its sum.
 _MADE_OF_SUMS: dict[str, Callable[[Tensor, ScoredLayer], Tensor]] = {
     "activation": times_column_norm,
+    "activation_l1": times_absolute_column,
     "magnitude": weight_norm,
     "random": random_scores,
     "surgeon": costs_of_removal,

@@ -32,13 +32,14 @@ from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory
 from hfprune_dist.planning.importance_job import importance_job
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
+from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.training_memory import gpus_of, place
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.store.stage import Stage
-from hfprune_dist.structures import KV_GROUPS
+from hfprune_dist.structures import KV_GROUPS, NEURONS
 
 GIB = 2**30
 NOTHING_HELPS = "no number of nodes is enough"
@@ -185,6 +186,9 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit:
         width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()
     elif params.allocation == "plain":  # which is found by measuring
         width = max(shape.width for shape in plain_shapes(ShapeTarget.of(dense, params, stage.label)))
+    elif params.allocation == "local":
+        shape = LocalTarget(ShapeTarget.of(dense, params, stage.label), *params.protected()).shape()
+        width = max(shape.units[NEURONS])
     return Refit(
         windows=min(windows, calibration.samples),
         tokens=calibration.sequence_length,
