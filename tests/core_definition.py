@@ -118,6 +118,30 @@ def of_units(values, channels):
     return values.unflatten(-1, (-1, channels)).sum(-1)
 
 
+# Output projection of a kind of units -> those that make what it reads.
+ROWS = {
+    NEURONS: ("mlp.gate_proj", "mlp.up_proj"),
+    "self_attn.o_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+}
+
+
+def weight_taylor(model, windows, units, output=NEURONS):
+    """Scores of every layer's units, float64 [layers, units]: sum |W * dL/dW| over the weights that each owns, L the
+    mean cross-entropy of all windows at once.
+    """
+    model = copy.deepcopy(model).double().requires_grad_()
+    logits = model(input_ids=windows).logits
+    torch.stack([cross_entropy(*it) for it in zip(logits, windows, strict=True)]).mean().backward()
+    scores = []
+    for layer in model.model.layers:
+        rows = [layer.get_submodule(name).weight for name in ROWS[output]]
+        columns = layer.get_submodule(output).weight
+        products = [(it.detach() * it.grad).abs() for it in (*rows, columns)]
+        of_rows = [it.reshape(units, -1).sum(1) for it in products[:-1]]
+        scores.append(sum(of_rows) + products[-1].T.reshape(units, -1).sum(1))
+    return torch.stack(scores)
+
+
 def moments(model, windows, seed=0, channels=1, output=NEURONS):
     """Of every layer: mean h h^T, mean g g^T at the output of the projection and mean (h dL/dh)^2, L the random signs'
     loss, and h dL/dh is added up for each unit.

@@ -40,6 +40,16 @@ class GramScale:
         self._scale_D = torch.exp2(torch.floor(31 - torch.log2(largest_D) / 2))
         self._limit_D = largest_D / terms
 
+    @staticmethod
+    def first_of(term_DD: Tensor) -> Tensor:
+        """What of a term decides a scale."""
+        return term_DD.diagonal()
+
+    @staticmethod
+    def first_shape(size: tuple[int, ...]) -> tuple[int, ...]:
+        """Of what decides a scale, for terms of such a size."""
+        return size[:1]
+
     def holds(self, term_DD: Tensor) -> Tensor:
         """Whether a term can be added: a bool, on its device, False also where it is not finite."""
         return (term_DD.diagonal().double() <= self._limit_D).all()
@@ -86,6 +96,47 @@ class ExactGram:
         return self._scale.value_of(self.total_DD)
 
 
+class TensorScale:
+    """How tensors of many terms are rounded to integers: all numbers at one fixed scale.
+
+    Args:
+        first_maximum: float64 scalar, the largest absolute value of one term that all ranks agree on; it decides the
+            scale. Where it is not finite, no term can be added.
+        terms: number of terms of the whole sum.
+    """
+
+    def __init__(self, first_maximum: Tensor, terms: int) -> None:
+        first = float(first_maximum)
+        largest = max(first, 1e-30) * HEADROOM if math.isfinite(first) else 1.0
+        self._scale = 2.0 ** math.floor(62 - math.log2(largest * terms))
+        self._limit = largest if math.isfinite(first) else -1.0
+
+    @staticmethod
+    def first_of(term: Tensor) -> Tensor:
+        """What of a term decides a scale."""
+        return term.abs().amax()
+
+    @staticmethod
+    def first_shape(_size: tuple[int, ...]) -> tuple[int, ...]:
+        """Of what decides a scale, for terms of such a size."""
+        return ()
+
+    def holds(self, term: Tensor) -> Tensor:
+        """Whether a term can be added: a bool, on its device, False also where it is not finite."""
+        least, most = torch.aminmax(term)
+        return torch.maximum(-least, most) <= self._limit
+
+    def add(self, term: Tensor, total: Tensor) -> None:
+        """Add a term that this scale ``holds``, float32 or float64, to an int64 total."""
+        term_RD, total_RD = term.reshape(len(term), -1), total.view(len(term), -1)
+        for rows in row_blocks(term_RD, scratch_bytes=16):
+            total_RD[rows] += term_RD[rows].to(torch.float64, copy=True).mul_(self._scale).round_().to(torch.int64)
+
+    def value_of(self, total: Tensor) -> Tensor:
+        """What a total stands for, float64."""
+        return total.double().div_(self._scale)
+
+
 class ExactSum:
     """The sum of many tensors of one shape, as integers at one scale.
 
@@ -103,9 +154,7 @@ class ExactSum:
     def __init__(self, first_maximum: float, terms: int, shape: torch.Size, device: torch.device) -> None:
         if not math.isfinite(first_maximum):
             raise ExactOverflowError(OUT_OF_RANGE)
-        largest = max(first_maximum, 1e-30) * HEADROOM
-        self._limit = largest
-        self._scale = 2.0 ** math.floor(62 - math.log2(largest * terms))
+        self._scale = TensorScale(torch.tensor(first_maximum, dtype=torch.float64), terms)
         self.total = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def add(self, term: Tensor) -> None:
@@ -114,12 +163,10 @@ class ExactSum:
         Raises:
             ExactOverflowError: where it is out of range or not finite; the sum is left as it was.
         """
-        if not all(abs(float(bound)) <= self._limit for bound in torch.aminmax(term)):
+        if not bool(self._scale.holds(term)):
             raise ExactOverflowError(OUT_OF_RANGE)
-        term_RD, total_RD = term.reshape(len(term), -1), self.total.view(len(term), -1)
-        for rows in row_blocks(term_RD, scratch_bytes=16):
-            total_RD[rows] += term_RD[rows].to(torch.float64, copy=True).mul_(self._scale).round_().to(torch.int64)
+        self._scale.add(term, self.total)
 
     def value(self) -> Tensor:
         """The sum, float64."""
-        return self.total.double() / self._scale
+        return self._scale.value_of(self.total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,19 @@ class SecondMoments:
 
 
 @dataclass(frozen=True)
+class MeanGradients:
+    """Gradients of a loss's mean over all windows by one layer's weights, which are read when asked for.
+
+    Attributes:
+        rows: of each weight whose rows the units own -> its gradient, float64, shaped as the weight.
+        columns: -> that of the output projection's weight.
+    """
+
+    rows: Sequence[Callable[[], Tensor]]
+    columns: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class ScoredLayer:
     """One layer's units and their weights, which are read when asked for.
 
@@ -45,6 +58,7 @@ class ScoredLayer:
         read_rows: -> weights whose rows the units own, each [units * rows of a unit, hidden_size].
         read_columns: -> weight of the output projection [hidden_size, units * channels of a unit].
         moments: what a criterion that ``needs_moments`` gets to see.
+        gradients: what one that ``needs_weight_gradients`` gets to see.
     """
 
     number: int
@@ -53,6 +67,7 @@ class ScoredLayer:
     read_rows: Callable[[], list[Tensor]]
     read_columns: Callable[[], Tensor]
     moments: SecondMoments | None = None
+    gradients: MeanGradients | None = None
 
 
 def finished(criterion: Criterion, sum_N: Tensor, layer: ScoredLayer) -> Tensor:
@@ -91,6 +106,17 @@ def times_absolute_column(sum_D: Tensor, layer: ScoredLayer) -> Tensor:
     return sum_over_channels(product_D, len(product_D) // layer.units)
 
 
+def first_order_of_weights(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
+    """sum |W * dL/dW| over the weights that a unit owns, its rows and its columns; biases don't count (LLM-Pruner's
+    ``param_first``: Ma et al. 2023, arXiv 2305.11627, eq. 5 to first order).
+    """
+    assert layer.gradients is not None
+    rows = zip(layer.read_rows(), layer.gradients.rows, strict=True)
+    of_weights = [_products(weight, read()).reshape(layer.units, -1).sum(dim=1) for weight, read in rows]
+    products = _products(layer.read_columns(), layer.gradients.columns())
+    return torch.stack([*of_weights, products.unflatten(1, (layer.units, -1)).sum(dim=(0, 2))]).sum(dim=0).cpu()
+
+
 def weight_norm(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
     """Euclidean norm of all weights that a unit owns, its rows and its columns; biases don't count."""
     norms = [_norm(weight_DC.reshape(layer.units, -1), dim=1) for weight_DC in layer.read_rows()]
@@ -117,12 +143,18 @@ _MADE_OF_SUMS: dict[str, Callable[[Tensor, ScoredLayer], Tensor]] = {
     "magnitude": weight_norm,
     "random": random_scores,
     "surgeon": costs_of_removal,
+    "weight_taylor": first_order_of_weights,
 }
 
 
 def _column_norms(layer: ScoredLayer, parts: int) -> Tensor:
     """Norms of so many equal parts of the output projection's columns, one part after another."""
     return _norm(layer.read_columns().unflatten(1, (parts, -1)), dim=(0, 2))
+
+
+def _products(weight: Tensor, gradient: Tensor) -> Tensor:
+    """|W * dL/dW| in place of the gradient."""
+    return gradient.mul_(weight.to(gradient)).abs_()
 
 
 def _norm(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:

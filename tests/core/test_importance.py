@@ -20,7 +20,7 @@ from hfprune_dist.models.memory_efficient_backward import checkpoint_activations
 
 NEURONS, GROUPS = "neurons", "kv_groups"
 BOTH = (NEURONS, GROUPS)
-SUMMED = [name for name, it in CRITERIA.items() if it.summed != "nothing" and not it.is_rounded]
+SUMMED = [name for name, it in CRITERIA.items() if it.has_sums_of_units and not it.is_rounded]
 
 
 def ours(model, windows, micro_batch_size, names=("entropy",), **options):
