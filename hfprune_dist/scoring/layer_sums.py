@@ -1,7 +1,7 @@
 """Sums of matrices, one for each layer, over all ranks, made where a backward makes their terms.
 
 They are too large to travel shard by shard, or to lie on one host: curvature of Llama-2-70B takes 43 GB, gradients of
-its weights 545 GB. So each layer's matrix is rounded to integers in the backward that makes it, added over all ranks on
+its weights 548 GB. So each layer's matrix is rounded to integers in the backward that makes it, added over all ranks on
 their device, and kept by the rank that owns the layer, which also saves it. One matrix is alive at a time besides what
 a rank owns.
 """

@@ -52,7 +52,7 @@ class Estimate:
     """What one stage needs, as computed.
 
     Attributes:
-        host_memory: bytes of main memory on one node that curvature or hidden states of all its ranks take.
+        host_memory: bytes of main memory on one node that matrices of layers or hidden states of all its ranks take.
         host_available: of one node; None where the profile does not say.
         fits: whether the GPUs' memory is enough; None where the profile does not say how much memory a GPU has.
         advice: nodes and micro-batch that suit it better; empty where nothing is known to.
@@ -106,7 +106,8 @@ def _problems(estimate: Estimate) -> Iterator[str]:
     if estimate.host_available is not None and estimate.host_memory > estimate.host_available:
         what, instead = ("hidden states", "fewer calibration windows")
         if kind == "importance":
-            what, instead = ("curvature and hidden states", "a method without the surgeon criterion")
+            what = "curvature, gradients of weights and hidden states"
+            instead = "a method without the criteria surgeon and weight_taylor"
         yield (
             f"{stage}: about {estimate.host_memory / GIB:,.1f} GiB of {what} on each node, which has "
             f"{estimate.host_available / GIB:,.1f} GiB (memory); fewer tasks_per_node on more nodes, or {instead}"
@@ -147,7 +148,7 @@ def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeCo
 
 
 def _host_bytes(job: Job, dims: Dimensions, gpus: Gpus) -> int:
-    """Main memory of one rank for curvature or hidden states; 0 for jobs that keep neither there."""
+    """Main memory of one rank for matrices of layers or hidden states; 0 for jobs that keep neither there."""
     return job.host_bytes(dims, gpus.ranks) if isinstance(job, Importance | LayerPass) else 0
 
 
@@ -287,7 +288,8 @@ def _gpu_hours(rounds: int | None, job: Job, dims: Dimensions, gpus: Gpus, place
     """
     if rounds is None or not isinstance(job, TimedJob) or gpus.flops is None or job.itemsize != ITEMSIZE["bfloat16"]:
         return None
-    if isinstance(job, Importance) and job.curvature:  # Gram matrices and what is made of them take a time of their own
+    # Sums of matrices, and what is made of them, take a time of their own.
+    if isinstance(job, Importance) and (job.curvature or job.weight_gradients):
         return None
     return rounds * max(seconds(job, dims, placed)) * gpus.ranks / 3600
 

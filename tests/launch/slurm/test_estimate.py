@@ -123,7 +123,7 @@ def test_curvature_of_all_ranks_of_a_node_must_fit_its_main_memory(inputs, tmp_p
         return [each for each in found if each.stage.kind == "importance"]
 
     small = importance("memory: 20K\n", importance__criteria=["surgeon"])
-    with pytest.raises(UserError, match=r"importance alpha: .* of curvature and hidden .*fewer tasks_per_node"):
+    with pytest.raises(UserError, match=r"importance alpha: .* of curvature, .* and hidden .*fewer tasks_per_node"):
         refuse_what_cannot_fit(small)
     refuse_what_cannot_fit(importance("memory: 2G\n", importance__criteria=["surgeon"]))
     refuse_what_cannot_fit(importance("", importance__criteria=["surgeon"]))
