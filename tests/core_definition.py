@@ -92,6 +92,9 @@ def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels
             scores[layer] = _added(criterion, scores[layer], terms)
         for handle in handles:
             handle.remove()
+    if criterion == "activation_l1":
+        columns = [projection.weight.detach().abs().sum(0) for projection in projections]
+        scores = [of_units(pair[0].sqrt() * pair[1], channels) for pair in zip(scores, columns, strict=True)]
     if criterion == "activation":
         columns = [projection.weight.detach().pow(2).sum(0) for projection in projections]
         scores = [of_units(pair[0] * pair[1], channels).sqrt() for pair in zip(scores, columns, strict=True)]
@@ -104,7 +107,7 @@ def _added(criterion, total, terms):
 
 
 def _summed(criterion, hidden, gradient, channels):
-    if criterion == "activation":
+    if criterion.startswith("activation"):
         return hidden**2
     _, terms = GRADIENT_CRITERIA[criterion]
     return terms(of_units(hidden * gradient, channels))
@@ -113,6 +116,30 @@ def _summed(criterion, hidden, gradient, channels):
 def of_units(values, channels):
     """Values of channels, in the last dimension, added up for each unit."""
     return values.unflatten(-1, (-1, channels)).sum(-1)
+
+
+# Output projection of a kind of units -> those that make what it reads.
+ROWS = {
+    NEURONS: ("mlp.gate_proj", "mlp.up_proj"),
+    "self_attn.o_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+}
+
+
+def weight_taylor(model, windows, units, output=NEURONS):
+    """Scores of every layer's units, float64 [layers, units]: sum |W * dL/dW| over the weights that each owns, L the
+    mean cross-entropy of all windows at once.
+    """
+    model = copy.deepcopy(model).double().requires_grad_()
+    logits = model(input_ids=windows).logits
+    torch.stack([cross_entropy(*it) for it in zip(logits, windows, strict=True)]).mean().backward()
+    scores = []
+    for layer in model.model.layers:
+        rows = [layer.get_submodule(name).weight for name in ROWS[output]]
+        columns = layer.get_submodule(output).weight
+        products = [(it.detach() * it.grad).abs() for it in (*rows, columns)]
+        of_rows = [it.reshape(units, -1).sum(1) for it in products[:-1]]
+        scores.append(sum(of_rows) + products[-1].T.reshape(units, -1).sum(1))
+    return torch.stack(scores)
 
 
 def moments(model, windows, seed=0, channels=1, output=NEURONS):

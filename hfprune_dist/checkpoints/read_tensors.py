@@ -6,7 +6,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.core.scores import ScoredLayer, SecondMoments
+from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments
 from hfprune_dist.structures.units import Units
 
 
@@ -18,7 +18,13 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def scored_layer(
-    checkpoint: Checkpoint, units: Units, layer: int, seed: int, moments: SecondMoments | None = None
+    checkpoint: Checkpoint,
+    units: Units,
+    layer: int,
+    seed: int,
+    moments: SecondMoments | None = None,
+    *,
+    gradients: MeanGradients | None = None,
 ) -> ScoredLayer:
     """A layer's units of one kind, as criteria see them."""
     return ScoredLayer(
@@ -28,4 +34,5 @@ def scored_layer(
         read_rows=lambda: [read_tensor(checkpoint, name) for name in units.row_weights(layer)],
         read_columns=lambda: read_tensor(checkpoint, units.output_weight(layer)),
         moments=moments,
+        gradients=gradients,
     )

@@ -6,11 +6,11 @@ from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from hfprune_dist.config.section import Positive, PositiveOrAuto, Section
+from hfprune_dist.config.section import NumberOrShare, Positive, PositiveOrAuto, Section
 from hfprune_dist.core.criteria import CriterionName
 from hfprune_dist.structures import LAYERS, NEURONS, Kind, Structure
 
-Allocation = Literal["uniform", "plain", "global", "searched"]
+Allocation = Literal["uniform", "plain", "local", "global", "searched"]
 Refit = Literal["none", "dense", "layerwise", "block"]
 
 
@@ -45,16 +45,18 @@ class Method(Section):
     allocation: Allocation = "uniform"
     """Which shape the pruned model has. uniform: the same width in all layers. plain: one number of layers, of KV
     groups and of neurons, the same in all layers; such shapes are measured on calibration windows, and the one closest
-    to the dense model is taken. global: neurons and groups of all layers compete by score per parameter; scores that
+    to the dense model is taken. local: every layer that isn't protected loses the same share of its neurons and of its
+    KV groups; nothing is measured. global: neurons and groups of all layers compete by score per parameter; scores that
     aren't in nats are divided by their layer's mean first. searched: shapes around those are measured, plain ones and
     some without whole layers as well, and the closest is taken.
     If layers differ, loading the checkpoint needs trust_remote_code or this package."""
     floor: Annotated[float, Field(gt=0, le=1)] = 0.2
     """global, searched: the smallest share of its neurons that a layer keeps."""
-    protect_first: Annotated[int, Field(ge=0)] = 0
-    """global, searched: number of layers, from the first on, that lose nothing."""
-    protect_last: Annotated[int, Field(ge=0)] = 0
-    """global, searched: number of layers, up to the last, that lose nothing."""
+    protect_first: NumberOrShare = 0
+    """local, global, searched: number of layers, from the first on, that lose nothing; or, below 1, the share of the
+    model's layers that they are, rounded to the nearest number."""
+    protect_last: NumberOrShare = 0
+    """local, global, searched: the same, up to the last layer."""
     tensor_parallel: Positive = 1
     """Number of devices that each layer is to be split over: layers keep numbers of KV groups that are divisible by
     it, and widths that lose neurons are multiples of it too. Matters where structures has kv_groups."""
@@ -71,7 +73,7 @@ class Method(Section):
     steps: Positive = 1
     """Number of equal parts of the ratio in which the model is pruned. Before each part but the first, the pruned model
     is scored again on the same windows. A refit of kind ``dense`` then uses that model's activations; the others aim at
-    the dense model in every step, and ``searched`` compares with it. Not with plain."""
+    the dense model in every step, and ``searched`` compares with it. Not with plain or local."""
     round_ratio: RoundRatio | None = None
     """In place of ``steps``: prune in parts of this size, the last one being what is left of the ratio. So ratios share
     the parts that they have in common. null: ``steps`` says how many there are."""
@@ -86,24 +88,24 @@ class Method(Section):
                 f"steps: {self.steps} and round_ratio: {self.round_ratio:g} are two ways to say in which parts a model "
                 "is pruned; give one of them"
             )
-        if self.allocation == "plain" and (self.steps > 1 or self.round_ratio is not None):
+        if self.allocation in ("plain", "local") and (self.steps > 1 or self.round_ratio is not None):
             named = f"steps: {self.steps}" if self.round_ratio is None else f"round_ratio: {self.round_ratio:g}"
             raise ValueError(
-                f"{named} needs allocation: uniform, global or searched; the plain shape of one part may contain none "
-                "of the next"
+                f"{named} needs allocation: uniform, global or searched; the {self.allocation} shape of one part may "
+                "contain none of the next"
             )
         return self
 
     @model_validator(mode="after")
     def _structures_suit_the_allocation(self) -> Method:
         named = ", ".join(self.structures)
-        if self.allocation == "global" and LAYERS in self.structures:
+        if self.allocation in ("local", "global") and LAYERS in self.structures:
             raise ValueError(
-                f"structures: [{named}] needs allocation: plain or searched; layers have no scores, and global "
-                "measures nothing"
+                f"structures: [{named}] needs allocation: plain or searched; layers have no scores, and "
+                f"{self.allocation} measures nothing"
             )
         if self.allocation == "uniform" and self.structures != [NEURONS]:
-            possible = "plain or searched" if LAYERS in self.structures else "plain, global or searched"
+            possible = "plain or searched" if LAYERS in self.structures else "plain, local, global or searched"
             raise ValueError(
                 f"structures: [{named}] needs allocation: {possible}; uniform is one width, of neurons alone"
             )
@@ -122,8 +124,8 @@ class PruneConfig(Section):
     structures: Structures | None = None
     allocation: Allocation | None = None
     floor: Annotated[float, Field(gt=0, le=1)] | None = None
-    protect_first: Annotated[int, Field(ge=0)] | None = None
-    protect_last: Annotated[int, Field(ge=0)] | None = None
+    protect_first: NumberOrShare | None = None
+    protect_last: NumberOrShare | None = None
     tensor_parallel: Positive | None = None
     refit: Refit | None = None
     multiple_of: PositiveOrAuto | None = None

@@ -172,11 +172,16 @@ class PruneParameters(Parameters):
         assert self.dtype is not None and self.micro_batch_size is not None, "planned without a refit or a search"
         return self.dtype, self.micro_batch_size
 
+    def protected(self) -> tuple[int, int]:
+        """``protect_first`` and ``protect_last`` of an allocation that takes notice of them."""
+        first, last = self.protect_first, self.protect_last
+        assert first is not None and last is not None, "planned for an allocation that protects no layers"
+        return first, last
+
     def limits(self) -> tuple[float, int, int]:
         """``floor``, ``protect_first`` and ``protect_last`` of an allocation that takes notice of them."""
-        floor, first, last = self.floor, self.protect_first, self.protect_last
-        assert floor is not None and first is not None and last is not None, "planned for an allocation without floors"
-        return floor, first, last
+        assert self.floor is not None, "planned for an allocation without floors"
+        return self.floor, *self.protected()
 
 
 class DistillParameters(Parameters):

@@ -23,6 +23,18 @@ def _positive_or_auto(value: object) -> object:
 PositiveOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_positive_or_auto)]
 
 
+def _number_or_share(value: object) -> object:
+    """One message for both kinds of value."""
+    number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    if number or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise ValueError(f"give a whole number from 0 on, or a share between 0 and 1 (got {value!r})")
+
+
+# How many of a number of things, or which share of them.
+NumberOrShare = Annotated[int | float, BeforeValidator(_number_or_share)]
+
+
 class Section(BaseModel):
     """A group of keys: immutable, no conversions between types, unknown keys refused."""
 

@@ -43,7 +43,8 @@ class Criterion:
         name: in the configuration and in the artifact.
         description: one line, with the source.
         summed: per token, h * dL/dh added up over the unit's channels ("gradient"), each channel's h, channels kept
-            apart ("activation"), or "nothing": no calibration pass.
+            apart ("activation"); dL/dW of the weights that units own, signs and all, which no unit has a number of
+            ("weight_gradient"); or "nothing": no calibration pass.
         loss: L, where a gradient is summed.
         reduction: the sum is one of absolute values or of squares.
         is_its_sum: whether the sum is the score; else ``core.scores`` says what is made of it.
@@ -56,7 +57,7 @@ class Criterion:
 
     name: str
     description: str
-    summed: Literal["gradient", "activation", "nothing"]
+    summed: Literal["gradient", "activation", "weight_gradient", "nothing"]
     loss: Loss | None = None
     reduction: Literal["abs", "square"] = "abs"
     is_its_sum: bool = True
@@ -65,7 +66,18 @@ class Criterion:
     accumulated_in: Literal["float64", "bfloat16"] = "float64"
 
     def __post_init__(self) -> None:
-        assert (self.summed == "gradient") == (self.loss is not None), self.name
+        assert (self.summed in ("gradient", "weight_gradient")) == (self.loss is not None), self.name
+        assert self.loss is None or self.summed == "gradient" or self.loss.of == "dense", self.name
+
+    @property
+    def has_sums_of_units(self) -> bool:
+        """Whether a pass adds up numbers of units, or of their channels."""
+        return self.summed in ("gradient", "activation")
+
+    @property
+    def needs_weight_gradients(self) -> bool:
+        """Whether it is made of gradients of weights, each summed over the whole pass."""
+        return self.summed == "weight_gradient"
 
     @property
     def is_of_channels(self) -> bool:
@@ -81,10 +93,11 @@ class Criterion:
     def has_halves(self) -> bool:
         """Whether what two halves of the windows add up to can be set against each other (see ``core.split_half``).
 
-        Rounded sums have no halves that would tell anything: the more terms, the more of them vanish, so two halves
-        lose less than the whole, and the whole stops changing because of the rounding.
+        Gradients of weights have none, since each is one sum. Rounded sums have no halves that would tell anything: the
+        more terms, the more of them vanish, so two halves lose less than the whole, and the whole stops changing
+        because of the rounding.
         """
-        return self.summed != "nothing" and not self.is_rounded
+        return self.has_sums_of_units and not self.is_rounded
 
     @property
     def compared(self) -> str:
@@ -139,8 +152,7 @@ CRITERIA: dict[str, Criterion] = {
         ),
         Criterion(
             "cross_entropy",
-            "sum over tokens of |h * dCE/dh|, CE a window's mean over the text's next tokens (LLM-Pruner's first "
-            "order, arXiv 2305.11627)",
+            "sum over tokens of |h * dCE/dh|, CE a window's mean over the text's next tokens",
             "gradient",
             CROSS_ENTROPY,
         ),
@@ -167,7 +179,15 @@ CRITERIA: dict[str, Criterion] = {
         ),
         Criterion(
             "activation",
-            "norm of h over tokens times the norm of the neuron's down_proj column (Wanda-sp, arXiv 2312.11983)",
+            "norm of h over tokens times the norm of the neuron's down_proj column",
+            "activation",
+            reduction="square",
+            is_its_sum=False,
+        ),
+        Criterion(
+            "activation_l1",
+            "norm of h over tokens times the sum of the absolute weights in the neuron's down_proj column (Wanda-sp, "
+            "arXiv 2312.11983)",
             "activation",
             reduction="square",
             is_its_sum=False,
@@ -181,6 +201,14 @@ CRITERIA: dict[str, Criterion] = {
             "square",
             needs_moments=True,
             in_nats=True,
+            is_its_sum=False,
+        ),
+        Criterion(
+            "weight_taylor",
+            "sum over the weights that the unit owns of |W * dCE/dW|, CE the mean over all windows (LLM-Pruner's "
+            "param_first, arXiv 2305.11627)",
+            "weight_gradient",
+            CROSS_ENTROPY,
             is_its_sum=False,
         ),
         Criterion("magnitude", "norm of the neuron's weights", "nothing", is_its_sum=False),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.blocks import row_blocks
-from hfprune_dist.core.triangle import block_rows
+from hfprune_dist.core.triangle import block_rows, packed_size
 
 # The diagonal of the sum may grow to this multiple of what the first term's diagonal lets expect; 2^20 of 2^62 leaves
 # 42 bits, more than float32 terms have.
@@ -41,6 +41,21 @@ class GramScale:
         self._scale_D = torch.exp2(torch.floor(31 - torch.log2(largest_D) / 2))
         self._limit_D = largest_D / terms
 
+    @staticmethod
+    def first_of(term_DD: Tensor) -> Tensor:
+        """What of a term decides a scale."""
+        return term_DD.diagonal()
+
+    @staticmethod
+    def first_shape(size: tuple[int, ...]) -> tuple[int, ...]:
+        """Of what decides a scale, for terms of such a size."""
+        return size[:1]
+
+    @staticmethod
+    def total_shape(size: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a total of terms of such a size."""
+        return size
+
     def holds(self, term_DD: Tensor) -> Tensor:
         """Whether a term can be added: a bool, on its device, False also where it is not finite."""
         return (term_DD.diagonal().double() <= self._limit_D).all()
@@ -51,26 +66,35 @@ class GramScale:
             scaled_RD = term_DD[rows].to(torch.float64, copy=True).mul_(self._scale_D[rows, None]).mul_(self._scale_D)
             total_DD[rows] += scaled_RD.round_().to(torch.int64)
 
-    def add_packed(self, term_DD: Tensor, total_P: Tensor) -> None:
-        """The same to a total that is packed (see ``core.triangle``)."""
+    def value_of(self, total_DD: Tensor) -> Tensor:
+        """What a total stands for, float64."""
+        return total_DD.double().div_(self._scale_D[:, None]).div_(self._scale_D)
+
+
+class PackedGramScale(GramScale):
+    """The same with totals that are packed (see ``core.triangle``)."""
+
+    @staticmethod
+    def total_shape(size: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a total of terms of such a size."""
+        return (packed_size(size[0]),)
+
+    def add(self, term_DD: Tensor, total_P: Tensor) -> None:
+        """Add a term that this scale ``holds``, float32 or float64, to an int64 total."""
         for start, end, first in block_rows(len(term_DD)):
             scaled_RE = term_DD[start:end, start:].to(torch.float64, copy=True)
             scaled_RE.mul_(self._scale_D[start:end, None]).mul_(self._scale_D[start:])
             total_P[first : first + scaled_RE.numel()] += scaled_RE.round_().to(torch.int64).flatten()
 
-    def value_of(self, total_DD: Tensor) -> Tensor:
-        """What a total stands for, float64."""
-        return total_DD.double().div_(self._scale_D[:, None]).div_(self._scale_D)
-
-    def value_of_packed(self, total_P: Tensor) -> Tensor:
-        """What a packed total stands for, float64, the whole matrix."""
+    def value_of(self, total_P: Tensor) -> Tensor:
+        """What a total stands for, float64, the whole matrix."""
         size = len(self._scale_D)
         total_DD = total_P.new_empty(size, size)
         for start, end, first in block_rows(size):
             row_RE = total_P[first : first + (end - start) * (size - start)].view(end - start, size - start)
             total_DD[start:end, start:] = row_RE
             total_DD[end:, start:end] = row_RE[:, end - start :].T
-        return self.value_of(total_DD)
+        return super().value_of(total_DD)
 
 
 class ExactGram:
@@ -104,6 +128,52 @@ class ExactGram:
         return self._scale.value_of(self.total_DD)
 
 
+class TensorScale:
+    """How tensors of many terms are rounded to integers: all numbers at one fixed scale.
+
+    Args:
+        first_maximum: float64 scalar, the largest absolute value of one term that all ranks agree on; it decides the
+            scale. Where it is not finite, no term can be added.
+        terms: number of terms of the whole sum.
+    """
+
+    def __init__(self, first_maximum: Tensor, terms: int) -> None:
+        first = float(first_maximum)
+        largest = max(first, 1e-30) * HEADROOM if math.isfinite(first) else 1.0
+        self._scale = 2.0 ** math.floor(62 - math.log2(largest * terms))
+        self._limit = largest if math.isfinite(first) else -1.0
+
+    @staticmethod
+    def first_of(term: Tensor) -> Tensor:
+        """What of a term decides a scale."""
+        return term.abs().amax()
+
+    @staticmethod
+    def first_shape(_size: tuple[int, ...]) -> tuple[int, ...]:
+        """Of what decides a scale, for terms of such a size."""
+        return ()
+
+    @staticmethod
+    def total_shape(size: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a total of terms of such a size."""
+        return size
+
+    def holds(self, term: Tensor) -> Tensor:
+        """Whether a term can be added: a bool, on its device, False also where it is not finite."""
+        least, most = torch.aminmax(term)
+        return torch.maximum(-least, most) <= self._limit
+
+    def add(self, term: Tensor, total: Tensor) -> None:
+        """Add a term that this scale ``holds``, float32 or float64, to an int64 total."""
+        term_RD, total_RD = term.reshape(len(term), -1), total.view(len(term), -1)
+        for rows in row_blocks(term_RD, scratch_bytes=16):
+            total_RD[rows] += term_RD[rows].to(torch.float64, copy=True).mul_(self._scale).round_().to(torch.int64)
+
+    def value_of(self, total: Tensor) -> Tensor:
+        """What a total stands for, float64."""
+        return total.double().div_(self._scale)
+
+
 class ExactSum:
     """The sum of many tensors of one shape, as integers at one scale.
 
@@ -121,9 +191,7 @@ class ExactSum:
     def __init__(self, first_maximum: float, terms: int, shape: torch.Size, device: torch.device) -> None:
         if not math.isfinite(first_maximum):
             raise ExactOverflowError(OUT_OF_RANGE)
-        largest = max(first_maximum, 1e-30) * HEADROOM
-        self._limit = largest
-        self._scale = 2.0 ** math.floor(62 - math.log2(largest * terms))
+        self._scale = TensorScale(torch.tensor(first_maximum, dtype=torch.float64), terms)
         self.total = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def add(self, term: Tensor) -> None:
@@ -132,12 +200,10 @@ class ExactSum:
         Raises:
             ExactOverflowError: where it is out of range or not finite; the sum is left as it was.
         """
-        if not all(abs(float(bound)) <= self._limit for bound in torch.aminmax(term)):
+        if not bool(self._scale.holds(term)):
             raise ExactOverflowError(OUT_OF_RANGE)
-        term_RD, total_RD = term.reshape(len(term), -1), self.total.view(len(term), -1)
-        for rows in row_blocks(term_RD, scratch_bytes=16):
-            total_RD[rows] += term_RD[rows].to(torch.float64, copy=True).mul_(self._scale).round_().to(torch.int64)
+        self._scale.add(term, self.total)
 
     def value(self) -> Tensor:
         """The sum, float64."""
-        return self.total.double() / self._scale
+        return self._scale.value_of(self.total)

@@ -12,6 +12,7 @@ from torch import Tensor
 from hfprune_dist.core.bound_losses import Batch, bind
 from hfprune_dist.core.criteria import Criterion, Loss, losses_of
 from hfprune_dist.core.head import head_gradients
+from hfprune_dist.core.linear_observer import LinearObserver, SeenLinear
 from hfprune_dist.core.unit_sums import KindObserver, KindSums, Phase, SeeOutputGradients, UnitOutputs
 
 
@@ -81,8 +82,8 @@ def _differentiate(
 class UnitSums:
     """Accumulates a sum over tokens for every unit and criterion, of all kinds of units in the same passes.
 
-    The gradient graph begins at the first ``h`` of any kind: nothing below it needs a gradient, and no parameter does.
-    What further kinds are scored changes no bits of the others' sums. Use::
+    The gradient graph begins at the first ``h`` of any kind, or at the first of ``linears``: nothing below it needs a
+    gradient, and no parameter does. What further kinds are scored changes no bits of the others' sums. Use::
 
         with sums.observe():
             hidden = body(windows)  # under no_grad where no criterion has a loss
@@ -92,6 +93,7 @@ class UnitSums:
         outputs: kind -> where its units are seen.
         criteria: those with something to sum.
         see_output_gradients: kinds -> what is shown the gradients at their output projections' outputs.
+        linears: whose weights' gradients are shown, if a criterion needs them.
 
     Attributes:
         criteria: as given.
@@ -102,13 +104,17 @@ class UnitSums:
         outputs: Mapping[str, UnitOutputs],
         criteria: Sequence[Criterion],
         see_output_gradients: Mapping[str, SeeOutputGradients] | None = None,
+        linears: Sequence[SeenLinear] = (),
     ) -> None:
         self.criteria = criteria
         self._phase = Phase()
         see = see_output_gradients or {}
+        of_units = [criterion for criterion in criteria if criterion.has_sums_of_units]
         self._observers = {
-            kind: KindObserver(kind, it, criteria, self._phase, see.get(kind)) for kind, it in outputs.items()
+            kind: KindObserver(kind, it, of_units, self._phase, see.get(kind)) for kind, it in outputs.items()
         }
+        losses = losses_of(criterion for criterion in criteria if criterion.needs_weight_gradients)
+        self._linear_observers = [LinearObserver(linears, loss, self._phase) for loss in losses]
 
     @property
     def kinds(self) -> dict[str, KindSums]:
@@ -124,6 +130,7 @@ class UnitSums:
         """
         observers = self._observers.values()
         handles = [handle for observer in observers for handle in observer.hook()]
+        handles += [handle for observer in self._linear_observers for handle in observer.hook()]
         try:
             yield
             seen = [observer.seen() for observer in observers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hfprune_dist.core.criteria import Criterion
 from hfprune_dist.core.elimination import elimination_scores
+from hfprune_dist.core.unit_sums import sum_over_channels
 
 # What of a layer's units the student of ``self_distillation`` does without. SDMPrune's code takes 1/40; on a model of
 # 135M parameters a tenth leaves 0.13 nats of divergence, a hundred times what rounding to bfloat16 does.
@@ -34,6 +35,19 @@ class SecondMoments:
 
 
 @dataclass(frozen=True)
+class MeanGradients:
+    """Gradients of a loss's mean over all windows by one layer's weights, which are read when asked for.
+
+    Attributes:
+        rows: of each weight whose rows the units own -> its gradient, float64, shaped as the weight.
+        columns: -> that of the output projection's weight.
+    """
+
+    rows: Sequence[Callable[[], Tensor]]
+    columns: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class ScoredLayer:
     """One layer's units and their weights, which are read when asked for.
 
@@ -44,6 +58,7 @@ class ScoredLayer:
         read_rows: -> weights whose rows the units own, each [units * rows of a unit, hidden_size].
         read_columns: -> weight of the output projection [hidden_size, units * channels of a unit].
         moments: what a criterion that ``needs_moments`` gets to see.
+        gradients: what one that ``needs_weight_gradients`` gets to see.
     """
 
     number: int
@@ -52,6 +67,7 @@ class ScoredLayer:
     read_rows: Callable[[], list[Tensor]]
     read_columns: Callable[[], Tensor]
     moments: SecondMoments | None = None
+    gradients: MeanGradients | None = None
 
 
 def finished(criterion: Criterion, sum_N: Tensor, layer: ScoredLayer) -> Tensor:
@@ -75,10 +91,30 @@ def student_keeps(scores_U: Tensor) -> Tensor:
 
 def times_column_norm(sum_D: Tensor, layer: ScoredLayer) -> Tensor:
     """||h_n|| * ||W[:, n]|| of a unit's channel n, from the sum of h_n^2 over tokens; of several channels the root of
-    the sum of squares (Wanda-sp: An et al. 2023, arXiv 2312.11983).
+    the sum of squares.
     """
     product_D = sum_D.sqrt() * _column_norms(layer, len(sum_D))
     return _norm(product_D.unflatten(0, (layer.units, -1)), dim=1)
+
+
+def times_absolute_column(sum_D: Tensor, layer: ScoredLayer) -> Tensor:
+    """||h_n|| * sum_i |W[i, n]| of a unit's channel n, from the sum of h_n^2 over tokens; of several channels the sum
+    (Wanda-sp: An et al. 2023, arXiv 2312.11983, whose code has means over tokens and rows in place of sums).
+    """
+    weight_CD = layer.read_columns()
+    product_D = sum_D.sqrt() * torch.linalg.vector_norm(weight_CD, ord=1, dim=0, dtype=torch.float64)
+    return sum_over_channels(product_D, len(product_D) // layer.units)
+
+
+def first_order_of_weights(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
+    """sum |W * dL/dW| over the weights that a unit owns, its rows and its columns; biases don't count (LLM-Pruner's
+    ``param_first``: Ma et al. 2023, arXiv 2305.11627, eq. 5 to first order).
+    """
+    assert layer.gradients is not None
+    rows = zip(layer.read_rows(), layer.gradients.rows, strict=True)
+    of_weights = [_products(weight, read()).reshape(layer.units, -1).sum(dim=1) for weight, read in rows]
+    products = _products(layer.read_columns(), layer.gradients.columns())
+    return torch.stack([*of_weights, products.unflatten(1, (layer.units, -1)).sum(dim=(0, 2))]).sum(dim=0).cpu()
 
 
 def weight_norm(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
@@ -103,15 +139,22 @@ def costs_of_removal(sum_U: Tensor, layer: ScoredLayer) -> Tensor:
 # What is done to the sums of criteria whose score isn't its sum.
 _MADE_OF_SUMS: dict[str, Callable[[Tensor, ScoredLayer], Tensor]] = {
     "activation": times_column_norm,
+    "activation_l1": times_absolute_column,
     "magnitude": weight_norm,
     "random": random_scores,
     "surgeon": costs_of_removal,
+    "weight_taylor": first_order_of_weights,
 }
 
 
 def _column_norms(layer: ScoredLayer, parts: int) -> Tensor:
     """Norms of so many equal parts of the output projection's columns, one part after another."""
     return _norm(layer.read_columns().unflatten(1, (parts, -1)), dim=(0, 2))
+
+
+def _products(weight: Tensor, gradient: Tensor) -> Tensor:
+    """|W * dL/dW| in place of the gradient."""
+    return gradient.mul_(weight.to(gradient)).abs_()
 
 
 def _norm(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:

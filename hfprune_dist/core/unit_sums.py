@@ -133,7 +133,8 @@ class KindObserver:
             it.name: pad_sequence([self._seen.sums[it.name, layer] for layer in layers], batch_first=True).cpu()
             for it in self._criteria
         }
-        if not all(sums_LN.isfinite().all() for sums_LN in sums.values()):
+        checked = sums or self._seen.activation_sum
+        if not all(it.isfinite().all() for it in checked.values()):
             self._explain(sums)
         return sums
 

@@ -41,7 +41,7 @@ def keep_no_gathered_weights(model: nn.Module) -> None:
 def checkpoint_activations(model: nn.Module, family: Family) -> None:
     """Keep a layer's input alone for backward, and run the layer again there: less memory, one more forward.
 
-    The first layer has nothing to keep, since the graph begins at its neurons.
+    The first layer has little to keep, since the graph begins within it.
     """
     for layer in family.layers_of(model)[1:]:
         layer.forward = partial(_run_checkpointed, layer.forward)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hfprune_dist.errors import UserError
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.structures import KV_GROUPS, NEURONS
@@ -60,10 +59,7 @@ def budget_of(target: ShapeTarget, limits: Limits) -> Budget:
         raise target.out_of_reach(largest, largest_ratio(target.largest_structures, limits), floors)
     fewest = min(target.multiple_of, target.neurons.most) * target.counts.units[NEURONS]
     if 2 * budget.parameters < fewest:
-        raise UserError(
-            f"{target.where}: ratio {target.ratio:g} removes nothing once units are rounded ({target.rounding}); use a "
-            "larger ratio or a smaller prune.multiple_of"
-        )
+        raise target.removes_nothing()
     return budget
 
 

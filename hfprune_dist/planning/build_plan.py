@@ -27,7 +27,7 @@ from hfprune_dist.core.criteria import CRITERIA, CriterionName
 from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.multiples import with_multiple
+from hfprune_dist.planning.multiples import protected_by, with_numbers
 from hfprune_dist.planning.plan import Cell, Plan, label_of
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.rounds import round_ratios
@@ -117,11 +117,11 @@ class _Planner:
         for ratio in self.config.ratios:
             for name, method in self.methods.items():
                 label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, "none")
-                settled = with_multiple(method, model.checkpoint, ratio, place_of(model.name, name))
+                settled = with_numbers(method, model.checkpoint, ratio, place_of(model.name, name))
                 chain = self._rounds(label, dense, importance, ratio, settled)
                 producers = tuple(stage.id for stage in chain)
                 cut = next(stage.as_input() for stage in reversed(chain) if stage.kind == "prune")
-                made = (dense, chain[-1].as_input(), cut, differ or method.allocation in ("global", "searched"))
+                made = (dense, chain[-1].as_input(), cut, differ or _tells_layers_apart(settled))
                 cells += self._finish(_Variant(label, model.name, *made, ratio, name, producers))
         return cells
 
@@ -331,9 +331,15 @@ def _refuse_same_rows(cells: Iterable[Cell]) -> None:
         labels[cell.evaluate] = label
 
 
+def _tells_layers_apart(method: Method) -> bool:
+    """Whether layers that are alike may differ once they are pruned."""
+    return method.allocation in ("global", "searched") or (method.allocation == "local" and any(protected_by(method)))
+
+
 def _effective(method: Method) -> dict[str, Any]:
     """The settings of a method that affect what one prune stage does; others make stages of their own."""
     idle = {"floor", "protect_first", "protect_last"} if method.allocation in ("uniform", "plain") else set()
+    idle |= {"floor"} if method.allocation == "local" else set()
     idle |= set() if KV_GROUPS in method.structures else {"tensor_parallel"}
     return method.model_dump(exclude=idle | {"steps", "round_ratio", "distill"})
 

@@ -29,6 +29,12 @@ class Dimensions:
     def attention_parameters(self) -> int:
         return self.hidden_size * self.head_size * (2 * self.num_heads + 2 * self.num_key_value_heads)
 
+    def layer_weights(self, *, attention: bool) -> list[int]:
+        """Sizes of one layer's matrices: of the MLP, then those of attention if they are asked for."""
+        heads = [self.num_heads] * 2 + [self.num_key_value_heads] * 2
+        channels = [self.intermediate_size] * 3 + [it * self.head_size for it in heads if attention]
+        return [self.hidden_size * it for it in channels]
+
     @property
     def layer_parameters(self) -> int:
         """The matrices of one layer; norms and biases are too few to matter."""

@@ -35,9 +35,10 @@ SMALL_PARAMETER = 100_000
 HEAD_CHUNK_BYTES = 2 * CHUNK_BYTES + 3 * 2 * CHUNK_BYTES
 # core.memory_efficient: portions, in float32, of a gated MLP's backward.
 GATED_PORTIONS = 7
-# scoring.curvature: of each number of a layer's matrix, while it is made, in float32, with a block of its rows as
-# integers; of each number of a packed one that a rank owns, and of one on its way; in main memory while it is saved.
-MADE_BYTES, ROUNDED_BYTES, OWNED_BYTES, SAVED_BYTES = 4, 16, 8, 16
+# scoring.layer_sums: of each number of a layer's matrix, while it is made, in float32; of each that is rounded at a
+# time, of curvature a block of rows; of each that a rank owns, and of one on its way, of curvature packed; in main
+# memory while it is saved.
+TERM_BYTES, ROUNDED_BYTES, OWNED_BYTES, SAVED_BYTES = 4, 16, 8, 16
 # core.elimination: for each number of a layer's Gram matrix, with what is made of it, but for products that wait (384
 # numbers a neuron); of a matrix that waits for its turn.
 ELIMINATION_BYTES, MOMENTS_BYTES = 32, 8
@@ -50,6 +51,7 @@ class Importance:
     With ``curvature``, it also adds up g g^T at the output of every MLP, each rank for its share of the layers; a pass
     layer by layer follows for their Gram matrices, on all of ``samples`` windows, without the model. With ``kv_groups``
     it does at attention's outputs what it does at those of MLPs.
+    With ``weight_gradients`` it adds up the gradients of the weights that units own, shared out in the same way.
     With a ``student`` the model runs again without some neurons, forward and backward, with the dense model as teacher.
     """
 
@@ -62,19 +64,21 @@ class Importance:
     student: bool = False
     samples: int | None = None
     kv_groups: bool = False
+    weight_gradients: bool = False
 
     def resized(self, windows: int) -> Importance:
         """The same with so many windows in a micro-batch."""
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
-        """Main memory of one rank for a layer's curvature that is saved, or later for hidden states of its windows."""
+        """Main memory of one rank for a layer's matrix that is saved, or later for hidden states of its windows."""
+        saved = SAVED_BYTES * max([*self._weights(dims), self.curvature * packed_size(dims.hidden_size)])
         if not self.curvature:
-            return 0
+            return saved
         assert self.samples is not None, "the pass layer by layer goes over all windows"
         hidden = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks) * dims.hidden_size * self.itemsize
         hidden += pinned_bytes(dims, self.windows * self.tokens, self.itemsize)
-        return max(SAVED_BYTES * packed_size(dims.hidden_size), hidden)
+        return max(saved, hidden)
 
     def curvature_bytes(self, dims: Dimensions, ranks: int) -> int:
         """Of the layers that a rank owns, of each kind of units, and of the one whose matrix is made."""
@@ -82,8 +86,15 @@ class Importance:
             return 0
         size = dims.hidden_size
         packed = len(self._sizes(dims)) * -(-dims.num_layers // ranks) + (ranks > 1)
-        made = MADE_BYTES * size**2 + ROUNDED_BYTES * min(BLOCK, size) * size
+        made = TERM_BYTES * size**2 + ROUNDED_BYTES * min(BLOCK, size) * size
         return OWNED_BYTES * packed * packed_size(size) + made
+
+    def gradient_bytes(self, dims: Dimensions, ranks: int) -> int:
+        """The same of gradients: of the layers that a rank owns, and of the one weight whose turn it is."""
+        weights = self._weights(dims)
+        owned = OWNED_BYTES * -(-dims.num_layers // ranks) * sum(weights)
+        made = TERM_BYTES + ROUNDED_BYTES + (OWNED_BYTES if ranks > 1 else 0)
+        return owned + made * max(weights, default=0)
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
         """On one of the ranks that the model is sharded over: the larger of both passes."""
@@ -104,33 +115,46 @@ class Importance:
         # Gradients at h, gate and up; and h itself in a layer that runs again.
         portions = GATED_PORTIONS * min(ACCELERATOR_BYTES, 4 * numbers)
         backward = (3 + self.checkpointing) * numbers * self.itemsize + portions
+        if self.weight_gradients and self.itemsize < 4:  # a linear layer's input and output gradient in float32
+            backward = max(backward, 2 * numbers * self.itemsize + 4 * (numbers + tokens * dims.hidden_size))
         return Memory(
             weights=dims.parameters * self.itemsize / ranks,
             gathered=_gathered_at_a_time(dims, self.itemsize, ranks),
             activations=tokens * self.activation_bytes(dims),
             scratch=max(head, backward) + tokens * dims.hidden_size * self.itemsize * (self.losses + 2 + self.student),
-            sums=self.curvature_bytes(dims, ranks),
+            sums=self.curvature_bytes(dims, ranks) + self.gradient_bytes(dims, ranks),
         )
 
     def activation_bytes(self, dims: Dimensions) -> int:
         """Bytes a token that stay until backward. The graph begins at the first layer's neurons, or with what its
-        attention puts out.
+        attention puts out; with gradients of weights, at what its linear layers put out.
         """
         first, kept = dims.intermediate_size * self.itemsize, self.layer_bytes(dims)
         if self.kv_groups:  # attention's output, what the norm after it reads, and the MLP's gate and up
             first += (dims.attention_size + dims.hidden_size + 2 * dims.intermediate_size) * self.itemsize + 4
+        if self.weight_gradients and self.kv_groups:  # all but the input of the norm before attention
+            first = kept - dims.hidden_size * self.itemsize - 4
+        elif self.weight_gradients:
+            first += (2 * dims.intermediate_size + dims.hidden_size) * self.itemsize
         later = dims.num_layers - 1
         return first + (later * dims.hidden_size * self.itemsize + kept if self.checkpointing else later * kept)
 
     def layer_bytes(self, dims: Dimensions) -> int:
-        """Bytes a token of one layer: norms' inputs, q, k, v and attention's output, gate and up; a student's h."""
-        attention = 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size
-        values = 2 * dims.hidden_size + attention + (3 if self.student else 2) * dims.intermediate_size
+        """Bytes a token of one layer: norms' inputs, q, k, v and attention's output, gate and up; h of a student, or
+        where there are gradients of weights, then also norms' outputs.
+        """
+        values = 2 * dims.hidden_size + 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size
+        values += (2 + (self.student or self.weight_gradients)) * dims.intermediate_size
+        values += self.weight_gradients * (1 + self.kv_groups) * dims.hidden_size
         return values * self.itemsize + 4 * (2 + dims.num_heads)  # float32: norms' scales, log-sum-exp of each head
 
     def _sizes(self, dims: Dimensions) -> list[int]:
         """Channels that the output projection of each kind of units reads."""
         return [dims.intermediate_size, *([dims.attention_size] if self.kv_groups else [])]
+
+    def _weights(self, dims: Dimensions) -> list[int]:
+        """Sizes of one layer's weights whose gradients are summed."""
+        return dims.layer_weights(attention=self.kv_groups) if self.weight_gradients else []
 
     def work(self, dims: Dimensions) -> Work:
         """Of one micro-batch: a forward, the head forward once and backward for each loss, the body's backwards.
@@ -157,8 +181,15 @@ class Importance:
         gathered = passes * (2 * dims.head_parameters + dims.body_parameters)
         if self.checkpointing or not _stays_gathered(dims):
             gathered += backwards * backward_parameters + reruns * later_layers
-        flops = tokens * (passes * forward + heads + backwards * backward + reruns * rerun)
+        flops = tokens * (passes * forward + heads + backwards * backward + reruns * rerun + self._gradient_flops(dims))
         return Work(flops, gathered * self.itemsize)
+
+    def _gradient_flops(self, dims: Dimensions) -> float:
+        """A token's, and of what backwards do more for them: first attention, and down projections that run again."""
+        attended = 2.5 * self.kv_groups * attention_flops(dims, self.tokens) / dims.num_layers
+        again = 2 * self.checkpointing * (dims.num_layers - 1) * dims.hidden_size * dims.intermediate_size
+        gradients = 2 * dims.num_layers * sum(self._weights(dims))
+        return gradients + self.losses * (attended + again) if self.weight_gradients else 0.0
 
 
 @dataclass(frozen=True)

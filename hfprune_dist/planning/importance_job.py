@@ -27,4 +27,5 @@ def importance_job(params: ImportanceParameters, checkpointing: bool) -> Importa
         curvature=any(criterion.needs_moments for criterion in criteria),
         samples=params.calibration.samples,
         kv_groups=KV_GROUPS in params.structures,
+        weight_gradients=any(criterion.needs_weight_gradients for criterion in criteria),
     )

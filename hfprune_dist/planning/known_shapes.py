@@ -8,11 +8,12 @@ from typing import Generic, TypeVar
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
-from hfprune_dist.planning.multiples import target_of, with_multiple
+from hfprune_dist.planning.local_shapes import LocalTarget
+from hfprune_dist.planning.multiples import protected_by, target_of, with_numbers
 from hfprune_dist.planning.plain_shapes import plain_shapes, ratio_of
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
-from hfprune_dist.structures import KV_GROUPS, LAYERS
+from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
 
 Number = TypeVar("Number", int, float)
 
@@ -66,11 +67,14 @@ def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str
     Raises:
         UserError: where the method can't reach the ratio.
     """
-    target = target_of(with_multiple(method, checkpoint, ratio, where), checkpoint, ratio, where)
+    settled = with_numbers(method, checkpoint, ratio, where)
+    target = target_of(settled, checkpoint, ratio, where)
     if method.allocation == "uniform":
         return _uniform(target)
     if method.allocation == "plain":
         return _plain(target)
+    if method.allocation == "local":
+        return _local(LocalTarget(target, *protected_by(settled)))
     return KnownShape(
         layers=None if LAYERS in method.structures else Span.of([checkpoint.num_layers]),
         kv_heads=None if KV_GROUPS in method.structures else _kv_heads(checkpoint),
@@ -95,6 +99,16 @@ def _plain(target: ShapeTarget) -> KnownShape:
         width=Span.of(shape.width for shape in shapes),
         reached=Span.of(ratio_of(target, shape) for shape in shapes),
         open=f"the closest of {len(shapes)} shapes, by measurement" if len(shapes) > 1 else "",
+    )
+
+
+def _local(target: LocalTarget) -> KnownShape:
+    shape = target.shape()
+    return KnownShape(
+        layers=Span.of([len(shape.layers)]),
+        kv_heads=Span.of(shape.units[KV_GROUPS]),
+        width=Span.of(shape.units[NEURONS]),
+        reached=Span.of([target.asked.counts.ratio(shape)]),
     )
 
 

@@ -1,4 +1,7 @@
-"""What widths are multiples of: what hardware likes, where that costs few parameters, and what devices can share."""
+"""Settings of a method as numbers of a model: what its widths are multiples of, and how many layers lose nothing.
+
+Multiples are what hardware likes, where that costs few parameters, and what devices can share.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from dataclasses import replace
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, ratio_of
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
@@ -20,18 +25,34 @@ MOST_BEYOND = 0.0125
 WIDE, LEAST = 1024, 32
 
 
-def with_multiple(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> Method:
-    """A method whose ``multiple_of`` is a number, which ``tensor_parallel`` divides where KV groups may go.
+def with_numbers(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> Method:
+    """A method whose ``multiple_of`` is a number, which ``tensor_parallel`` divides where KV groups may go, and whose
+    protected layers are numbers too.
 
     Raises:
         UserError: where ``tensor_parallel`` divides no number of KV groups.
     """
+    method = _with_protected(method, checkpoint)
     multiple_of = method.multiple_of
     if multiple_of == "auto":
         multiple_of = _what_auto_is(method, checkpoint, ratio, where)
     if KV_GROUPS in method.structures:
         multiple_of = math.lcm(multiple_of, method.tensor_parallel)
     return method.model_copy(update={"multiple_of": multiple_of})
+
+
+def protected_by(method: Method) -> tuple[int, int]:
+    """How many of the first and of the last layers lose nothing, of a method with such numbers."""
+    first, last = method.protect_first, method.protect_last
+    assert isinstance(first, int) and isinstance(last, int), "planned with numbers"
+    return first, last
+
+
+def _with_protected(method: Method, checkpoint: Checkpoint) -> Method:
+    """Shares of the layers are rounded to the nearest number."""
+    given = {"protect_first": method.protect_first, "protect_last": method.protect_last}
+    shares = {name: it for name, it in given.items() if isinstance(it, float)}
+    return method.model_copy(update={name: round(it * checkpoint.num_layers) for name, it in shares.items()})
 
 
 def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> int:
@@ -58,6 +79,16 @@ def _suits(multiple_of: int, method: Method, checkpoint: Checkpoint, ratio: floa
         return ratio <= size.reached([width] * size.num_layers) <= ratio + MOST_BEYOND
     finest = target_of(method.model_copy(update={"multiple_of": 1}), checkpoint, ratio, where)
     target = replace(finest, multiple_of=multiple_of)
+    if method.allocation == "local":
+        return _suits_locally(LocalTarget(target, *protected_by(method)))
     shapes = all_plain_shapes(target)
     as_many = len(shapes) == len(all_plain_shapes(finest)) > 0
     return as_many and all(ratio_of(target, shape) <= ratio + MOST_BEYOND for shape in shapes)
+
+
+def _suits_locally(target: LocalTarget) -> bool:
+    try:
+        reached = target.asked.counts.ratio(target.shape())
+    except UserError:
+        return False
+    return target.asked.ratio <= reached <= target.asked.ratio + MOST_BEYOND

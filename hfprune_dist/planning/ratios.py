@@ -9,7 +9,8 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import Limits, budget_of
-from hfprune_dist.planning.multiples import target_of, with_multiple
+from hfprune_dist.planning.local_shapes import LocalTarget
+from hfprune_dist.planning.multiples import protected_by, target_of, with_numbers
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
@@ -27,12 +28,12 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
     if method.allocation in ("uniform", "plain") and not checkpoint.is_uniform:
         raise UserError(
             f"{where}: its layers differ in width or in heads, so it has been pruned already; allocation: "
-            f"{method.allocation} makes them alike. Use a method whose allocation is global or searched, or prune the "
-            "model that it came from, at a larger ratio"
+            f"{method.allocation} makes them alike. Use a method whose allocation is local, global or searched, or "
+            "prune the model that it came from, at a larger ratio"
         )
     reached: dict[Hashable, float] = {}
     for ratio in ratios:
-        settled = with_multiple(method, checkpoint, ratio, where)
+        settled = with_numbers(method, checkpoint, ratio, where)
         _check_multiple(checkpoint, settled, where)
         decided = _of_all_rounds(checkpoint, ratio, settled, where)
         if decided in reached:
@@ -61,7 +62,7 @@ def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: M
     """
     told = []
     if method.multiple_of == "auto":
-        multiples = [(ratio, with_multiple(method, checkpoint, ratio, where).multiple_of) for ratio in ratios]
+        multiples = [(ratio, with_numbers(method, checkpoint, ratio, where).multiple_of) for ratio in ratios]
         told.append(f"{where}: multiple_of is {', '.join(f'{multiple} at {ratio:g}' for ratio, multiple in multiples)}")
     if KV_GROUPS in method.structures:
         largest = min(_largest_split(checkpoint, ratio, method, where) for ratio in ratios)
@@ -89,6 +90,8 @@ def _deciding_numbers(checkpoint: Checkpoint, ratio: float, method: Method, wher
     target = target_of(method, checkpoint, ratio, where)
     if method.allocation == "plain":
         return tuple(plain_shapes(target))
+    if method.allocation == "local":
+        return tuple(LocalTarget(target, *protected_by(method)).shape().units.values())
     if method.structures == [NEURONS]:
         return _widths(size_of(checkpoint), target, method)
     # The smallest step is one of a layer's width.
@@ -126,4 +129,4 @@ def _splits(checkpoint: Checkpoint, ratio: float, method: Method, tensor_paralle
 
 
 def _limits(method: Method) -> Limits:
-    return method.floor, method.protect_first, method.protect_last
+    return method.floor, *protected_by(method)

@@ -12,7 +12,7 @@ from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.config.parameters import PruneParameters
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.widths import round_down
-from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, Structure
+from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, Kind, Structure
 from hfprune_dist.structures.parameter_counts import ParameterCounts
 from hfprune_dist.structures.units import Units
 
@@ -79,24 +79,42 @@ class ShapeTarget:
         return replace(self, structures=get_args(Structure))
 
     @property
+    def with_all_kinds(self) -> ShapeTarget:
+        """The same where units of all kinds may go, but no whole layers."""
+        return replace(self, structures=get_args(Kind))
+
+    @property
     def rounding(self) -> str:
         """The settings that units are rounded by, for messages."""
         split = f", tensor_parallel {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
         return f"multiple_of {self.multiple_of}{split}"
 
-    def out_of_reach(self, largest: float, with_all: float, limits: str = "") -> UserError:
+    def out_of_reach(
+        self,
+        largest: float,
+        with_all: float,
+        limits: str = "",
+        possible: tuple[Structure, ...] = get_args(Structure),
+    ) -> UserError:
         """What to tell where the ratio is larger than can be reached.
 
         Args:
             largest: the largest that can be.
-            with_all: the same if all structures might go.
+            with_all: the same if all structures that are possible might go.
             limits: what else bounds it.
         """
-        missing = [name for name in get_args(Structure) if name not in self.structures]
+        missing = [name for name in possible if name not in self.structures]
         more = f"; with {' and '.join(missing)} in prune.structures {round_down(with_all)}" if missing else ""
         return UserError(
             f"{self.where}: ratio {self.ratio:g} can't be reached by pruning {_listed(self.structures)}{limits}; the "
             f"largest possible is {round_down(largest)} ({self.rounding}){more}"
+        )
+
+    def removes_nothing(self) -> UserError:
+        """What to tell where the ratio is smaller than what rounding lets go."""
+        return UserError(
+            f"{self.where}: ratio {self.ratio:g} removes nothing once units are rounded ({self.rounding}); use a "
+            "larger ratio or a smaller prune.multiple_of"
         )
 
     def unusable_split(self, largest: int) -> UserError:

@@ -1,8 +1,9 @@
 """How long each stage of a plan takes on given GPUs: work that is counted, at the rates of ``rates``.
 
 Products, gathers and the calls that start them overlap, and the longest counts. What follows adds up: Gram matrices and
-solves, or copies to and from main memory where these take longer; sums over ranks, the disk, the start. Ranks wait for the one with the most windows.
-Reading and tokenizing text, waiting in a queue and what is done again after a fault are not counted.
+solves, or copies to and from main memory where these take longer; sums over ranks, the disk, the start. Ranks wait for
+the one with the most windows. Reading and tokenizing text, waiting in a queue and what is done again after a fault are
+not counted.
 """
 
 from __future__ import annotations
@@ -159,10 +160,12 @@ class StageTimes:
         passed = _of_shape(job, shape, gpus) * rounds
         at_work = cost.operations.products * share / product_rate(gpus, job.itemsize)
         load = _Load(replace(passed, at_work=at_work), cost.operations, share)
+        weights = sum(sum(dims.layer_weights(attention=job.kv_groups)) for dims in shape.layers)
+        reduced = SUM_BYTES * rounds * weights if job.weight_gradients else 0
         if not job.curvature:
-            return load
+            return replace(load, exchanged=network_seconds(reduced, gpus))
         kinds = 1 + job.kv_groups
-        reduced = SUM_BYTES * len(shape.layers) * kinds * packed_size(shape.hidden_size) * rounds
+        reduced += SUM_BYTES * rounds * len(shape.layers) * kinds * packed_size(shape.hidden_size)
         moments = sum(size**2 for dims in shape.layers for size in channels_of(dims, job.kv_groups))
         return replace(
             load,

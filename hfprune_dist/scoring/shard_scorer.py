@@ -13,6 +13,7 @@ from hfprune_dist.checkpoints.read_tensors import scored_layer
 from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.scores import STUDENT_CRITERION, finished, student_keeps
 from hfprune_dist.core.unit_sums import KindSums, UnitOutputs
 from hfprune_dist.distributed.world import World
@@ -23,6 +24,7 @@ from hfprune_dist.models.memory_efficient_backward import (
 )
 from hfprune_dist.scoring.curvature import Curvature
 from hfprune_dist.scoring.placement import place
+from hfprune_dist.scoring.weight_gradients import WeightGradients
 from hfprune_dist.structures import NEURONS, Kind
 from hfprune_dist.structures.units import Units
 
@@ -48,6 +50,7 @@ class ShardScorer:
         criteria: those with something to sum.
         structures: the kinds of units that are scored.
         curvature: what adds up output gradients, where a criterion needs it.
+        gradients: the same of weights' gradients.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class ShardScorer:
         structures: Sequence[Kind] = (NEURONS,),
         activation_checkpointing: bool = False,
         curvature: Curvature | None = None,
+        gradients: WeightGradients | None = None,
     ) -> None:
         family = checkpoint.family
         placed = place(checkpoint, dtype, micro_batch_size, world)
@@ -85,6 +89,8 @@ class ShardScorer:
         self._seed = seed
         self._world = world
         self._curvature = curvature
+        self._gradients = gradients
+        self._linears = _linears_of(checkpoint, structures, self.module)
 
     def choose_student(self, micro_batches: Sequence[range]) -> None:
         """Before the first ``score``: fix the student of the losses that need one, if any does.
@@ -124,11 +130,11 @@ class ShardScorer:
             forwards: micro-batches that the rank with most of them scores meanwhile. Forwards and backwards of a
                 sharded model are collective: where this rank has fewer, it begins by scoring its first one that many
                 times more, and drops what comes of it.
-            counts: whether these are added to the curvature of all ranks.
+            counts: whether these are added to the curvature and the weights' gradients of all ranks.
 
         Raises:
             NonFiniteError: where a layer saw NaN or infinity.
-            ExactOverflowError: where output gradients are out of all proportion.
+            ExactOverflowError: where gradients are out of all proportion.
         """
         missing = forwards - len(micro_batches)
         if missing > 0:
@@ -139,16 +145,35 @@ class ShardScorer:
         self, micro_batches: Sequence[range], criteria: Sequence[Criterion], kinds: Iterable[str], *, counts: bool
     ) -> Sums:
         see = self._curvature.seeing(counts=counts) if self._curvature else {}
-        sums = UnitSums({kind: self._model.outputs[kind] for kind in kinds}, criteria, see)
+        outputs = {kind: self._model.outputs[kind] for kind in kinds}
+        sums = UnitSums(outputs, criteria, see, self._seen_linears(counts=counts))
         losses = {loss.name: 0.0 for loss in losses_of(criteria)}
         for windows in micro_batches:
             input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
             batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed)
             for name, value in score_batch(self._model, batch, sums).items():
                 losses[name] += value
-            if self._curvature:
-                self._curvature.check()
+            for of_layers in (self._curvature, self._gradients):
+                if of_layers:
+                    of_layers.check()
         return Sums(sums.kinds, losses)
+
+    def _seen_linears(self, *, counts: bool) -> list[SeenLinear]:
+        seeing = self._gradients.seeing(counts=counts) if self._gradients else {}
+        return [
+            SeenLinear(module, see)
+            for name, of_layers in seeing.items()
+            for module, see in zip(self._linears[name], of_layers, strict=True)
+        ]
+
+
+def _linears_of(checkpoint: Checkpoint, structures: Sequence[Kind], model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Name of a weight that units own within a layer -> the linear layers that have it, in order."""
+    return {
+        name: [model.get_submodule(units.tensor(it, name.removesuffix(".weight"))) for it in range(units.num_layers)]
+        for units in (checkpoint.structures[kind] for kind in structures)
+        for name in units.weights
+    }
 
 
 def _outputs_of(units: Units, model: nn.Module) -> UnitOutputs:

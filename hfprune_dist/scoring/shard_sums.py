@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,12 +15,16 @@ from hfprune_dist.distributed.world import World
 from hfprune_dist.scoring.curvature import Curvature
 from hfprune_dist.scoring.halves import CURVE, Halves, next_point
 from hfprune_dist.scoring.kind_totals import KindTotals, Layout, Saved, Shape
+from hfprune_dist.scoring.layer_sums import Size
 from hfprune_dist.scoring.shard_scorer import Sums
+from hfprune_dist.scoring.weight_gradients import WeightGradients
 from hfprune_dist.store.atomic_files import set_aside
 
-# A folder of sums of curvature, and what is saved of their scales with everything else.
+# Folders of sums of curvature and of weights' gradients, and what is saved of their scales with everything else.
 CURVATURE, FIRST = "curvature", "curvature.first"
-# What a rank may write of curvature for each round: where it owns more, only every other round or fewer are saved.
+GRADIENTS, FIRST_GRADIENTS = "gradients", "gradients.first"
+# What a rank may write of matrices of layers for each round: where it owns more, only every other round or fewer are
+# saved.
 BYTES_SAVED_A_ROUND = 2**27
 
 
@@ -33,7 +38,9 @@ class Accumulation:
         shards: of the whole pass.
         micro_batches: of the whole pass.
         file: where rank 0 saves after a round; if it is there, the pass goes on from it. One that is damaged, or of
-            another pass, is set aside, and the pass begins anew. What is saved of curvature lies beside it.
+            another pass, is set aside, and the pass begins anew. What is saved of matrices of layers lies beside it.
+        weights: those that units own: name within a layer -> size [out, in] in each layer. Their gradients are summed
+            where a criterion needs them.
         settled: stop as soon as both halves of the shards so far keep this share of their units in common, by every
             criterion that has halves and at every share; looked at when the number of shards is a power of two. None
             goes through all.
@@ -41,6 +48,7 @@ class Accumulation:
     Attributes:
         kinds: the sums of each kind.
         curvature: those of output gradients; of no kind where no criterion needs them.
+        gradients: those of weights' gradients; of no weight where no criterion needs them.
         losses: loss name -> sum over windows of the loss per token.
     """
 
@@ -53,24 +61,26 @@ class Accumulation:
         world: World,
         *,
         micro_batches: int,
+        weights: Mapping[str, Sequence[Size]] | None = None,
         settled: float | None = None,
     ) -> None:
-        self.kinds = {kind: KindTotals(criteria, shape, world) for kind, shape in shapes.items()}
+        of_units = [criterion for criterion in criteria if criterion.has_sums_of_units]
+        self.kinds = {kind: KindTotals(of_units, shape, world) for kind, shape in shapes.items()}
         self.losses: dict[str, float] = {}
         self.next_shard = 0
         self.shards = shards
         self._first = next(iter(shapes))
-        self._halves = Halves(criteria, shapes[self._first])
+        self._halves = Halves(of_units, shapes[self._first])
         self._sufficient_overlap = settled
         self._criteria = criteria
         self._file = file
         self._world = world
-        self._curvature_shapes = {
-            kind: (shape.layers, shape.hidden_size)
-            for kind, shape in shapes.items()
-            if any(it.needs_moments for it in criteria)
-        }
-        self.curvature = Curvature(self._curvature_shapes, micro_batches, file.parent / CURVATURE, world)
+        moments = shapes if any(it.needs_moments for it in criteria) else {}
+        curvature = {kind: (shape.layers, shape.hidden_size) for kind, shape in moments.items()}
+        self.curvature = Curvature(curvature, micro_batches, file.parent / CURVATURE, world)
+        needed = weights if weights and any(it.needs_weight_gradients for it in criteria) else {}
+        self.gradients = WeightGradients(needed, micro_batches, file.parent / GRADIENTS, world)
+        self._of_layers = [sums for sums in (self.curvature, self.gradients) if sums]
         self._rounds_unsaved = 0
         self._resume()
 
@@ -87,10 +97,11 @@ class Accumulation:
     def counted(self) -> int:
         """How many of the ranks' shards count in this round.
 
-        Where the pass may end early and curvature is summed, which is as it appears, a round ends where the pass may.
+        Where the pass may end early and matrices of layers are summed, which is as they appear, a round ends where the
+        pass may.
         """
         left = self.shards - self.next_shard
-        if self._sufficient_overlap is not None and self._curvature_shapes:
+        if self._sufficient_overlap is not None and self._of_layers:
             left = min(left, next_point(self.next_shard) - self.next_shard)
         return min(self._world.size, left)
 
@@ -119,22 +130,23 @@ class Accumulation:
         if self.is_complete or self._rounds_unsaved >= self._rounds_a_save():
             self.save()
         if self.is_complete:
-            self.curvature.release()
+            self._release()
 
     def save(self) -> None:
         """Save what no earlier call has saved. Collective.
 
-        Curvature comes first, each rank's own; it counts as soon as rank 0 has saved the rest.
+        Matrices of layers come first, each rank's own; they count as soon as rank 0 has saved the rest.
         """
         if not self._rounds_unsaved:
             return
-        if self._curvature_shapes:
-            self.curvature.save(self.next_shard)
+        for sums in self._of_layers:
+            sums.save(self.next_shard)
+        if self._of_layers:
             self._world.barrier()
         if self._world.is_first:
             self._save()
-            if self._curvature_shapes:
-                self.curvature.keep_only(self.next_shard)
+            for sums in self._of_layers:
+                sums.keep_only(self.next_shard)
         self._rounds_unsaved = 0
 
     def mean_curvature(self, kind: str, layer: int, tokens: int) -> Tensor:
@@ -143,15 +155,26 @@ class Accumulation:
         """
         return self.curvature.value(kind, layer, self.next_shard) / tokens
 
+    def mean_gradient(self, weight: str, layer: int, windows: int) -> Tensor:
+        """After the pass, dL/dW of a layer's weight, L the mean over so many windows, where a criterion needs it:
+        float64 [out, in], on the device.
+        """
+        return self.gradients.value(weight, layer, self.next_shard).div_(windows)
+
     def _rounds_a_save(self) -> int:
-        return max(1, -(-self.curvature.owned_bytes // BYTES_SAVED_A_ROUND))
+        owned = sum(sums.owned_bytes for sums in self._of_layers)
+        return max(1, -(-owned // BYTES_SAVED_A_ROUND))
+
+    def _release(self) -> None:
+        for sums in self._of_layers:
+            sums.release()
 
     def _has_settled(self) -> bool:
         return self._sufficient_overlap is not None and self._halves.agree(self.next_shard, self._sufficient_overlap)
 
     def _resume(self) -> None:
         saved = self._read_saved() if self._world.is_first else {}
-        saved = self._with_curvature(saved)
+        saved = self._with_layers(saved)
         if saved:
             self.losses = {loss.name: float(saved[f"loss.{loss.name}"]) for loss in losses_of(self._criteria)}
             self.next_shard = int(saved["next_shard"])
@@ -161,20 +184,24 @@ class Accumulation:
             for kind, totals in self.kinds.items():
                 totals.resume({name: saved[self._name(kind, name)] for name in totals.layout()} if saved else {})
             if self.is_complete:
-                self.curvature.release()
+                self._release()
 
-    def _with_curvature(self, saved: Saved) -> Saved:
-        """What rank 0 has read, if every rank can go on from the curvature that goes with it."""
-        if not self._curvature_shapes:
+    def _with_layers(self, saved: Saved) -> Saved:
+        """What rank 0 has read, if every rank can go on from the matrices of layers that go with it."""
+        if not self._of_layers:
             return saved
-        first = {kind: saved[self._name(kind, FIRST)] for kind in self._curvature_shapes} if saved else {}
+        first = {name: saved[name] for name in self._first_layout()} if saved else {}
         shards, first = self._world.broadcast((int(saved["next_shard"]) if saved else 0, first))
         if not shards:
             return {}
-        problem = next(filter(None, self._world.gather(self.curvature.resume(first, shards))), "")
+        curvature = {kind: first[self._name(kind, FIRST)] for kind in self.curvature.first_shapes()}
+        gradients = {weight: first[f"{FIRST_GRADIENTS}.{weight}"] for weight in self.gradients.first_shapes()}
+        problems = [self.curvature.resume(curvature, shards), self.gradients.resume(gradients, shards)]
+        problem = next(filter(None, itertools.chain(*self._world.gather(problems))), "")
         if not problem:
             return saved
-        self.curvature.begin_anew()
+        for sums in self._of_layers:
+            sums.begin_anew()
         if self._world.is_first:
             set_aside(self._file, problem)
         return {}
@@ -217,8 +244,14 @@ class Accumulation:
             self._name(kind, name): it for kind, totals in self.kinds.items() for name, it in totals.layout().items()
         }
         losses: Layout = {f"loss.{loss.name}": (torch.float64, ()) for loss in losses_of(self._criteria)}
-        first: Layout = {self._name(kind, FIRST): (torch.float64, it) for kind, it in self._curvature_shapes.items()}
-        return {"next_shard": (torch.int64, ()), **losses, **self._halves.layout(), **of_kinds, **first}
+        layout: Layout = {"next_shard": (torch.int64, ()), **losses, **self._halves.layout(), **of_kinds}
+        return layout | self._first_layout()
+
+    def _first_layout(self) -> Layout:
+        """Of what is saved of the scales of matrices of layers."""
+        curvature = {self._name(kind, FIRST): shape for kind, shape in self.curvature.first_shapes().items()}
+        gradients = {f"{FIRST_GRADIENTS}.{name}": shape for name, shape in self.gradients.first_shapes().items()}
+        return {name: (torch.float64, shape) for name, shape in (curvature | gradients).items()}
 
     def _save(self) -> None:
         of_kinds = {
@@ -226,5 +259,6 @@ class Accumulation:
         }
         losses = {f"loss.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.losses.items()}
         first = {self._name(kind, FIRST): it for kind, it in self.curvature.first().items()}
+        first |= {f"{FIRST_GRADIENTS}.{weight}": it for weight, it in self.gradients.first().items()}
         saved = {"next_shard": torch.tensor(self.next_shard), **losses, **self._halves.saved(), **of_kinds, **first}
         save_tensors(saved, self._file)

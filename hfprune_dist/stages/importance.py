@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import scored_layer
-from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
+from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.config.parameters import ImportanceParameters
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
-from hfprune_dist.core.scores import ScoredLayer, SecondMoments, finished
+from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments, finished
 from hfprune_dist.data.mixture import Source, read_mixture
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import WINDOWS, Sampling, Windows, load_windows, read_windows, save_windows
@@ -34,8 +34,9 @@ from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe, record_probe
 from hfprune_dist.errors import UserError
 from hfprune_dist.scoring.calibration_pass import CalibrationPass, cut_into_shards
-from hfprune_dist.scoring.curvature import Curvature
 from hfprune_dist.scoring.kind_totals import KindTotals, Shape
+from hfprune_dist.scoring.layer_sums import Size
+from hfprune_dist.scoring.saved_scores import SavedScores
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.scoring.shard_sums import Accumulation
 from hfprune_dist.stages.context import Context as AnyContext
@@ -162,17 +163,28 @@ def _accumulate(
         context.work / PARTIAL,
         context.world,
         micro_batches=sum(map(len, shards)),
+        weights=_weights_of_units(context, checkpoint),
         settled=settings.settled,
     )
 
     def report(done: int) -> None:
         context.progress.update("calibration", done, len(shards))
 
-    CalibrationPass(shards, totals, lambda: _scorer(context, checkpoint, windows_ST, criteria, totals.curvature)).run(
+    CalibrationPass(shards, totals, lambda: _scorer(context, checkpoint, windows_ST, criteria, totals)).run(
         before_round=report, after_round=lambda: context.interruption.stop_if_agreed(context.world)
     )
     report(len(shards))
     return totals
+
+
+def _weights_of_units(context: Context, checkpoint: Checkpoint) -> dict[str, list[Size]]:
+    """Name within a layer -> size [out, in] in each layer."""
+    tensors, layers = checkpoint.tensors, range(checkpoint.num_layers)
+    return {
+        name: [tensors[units.tensor(layer, name)].shape for layer in layers]
+        for units in _scored_units(context, checkpoint).values()
+        for name in units.weights
+    }
 
 
 def _scorer(
@@ -180,7 +192,7 @@ def _scorer(
     checkpoint: Checkpoint,
     windows_ST: Tensor,
     criteria: Sequence[Criterion],
-    curvature: Curvature,
+    totals: Accumulation,
 ) -> ShardScorer:
     """The model, ready to score; before that, it leaves its probe."""
     params = context.params
@@ -194,7 +206,8 @@ def _scorer(
         world=context.world,
         structures=params.structures,
         activation_checkpointing=context.runtime.activation_checkpointing,
-        curvature=curvature,
+        curvature=totals.curvature,
+        gradients=totals.gradients,
     )
     if context.world.is_first and not (context.work / PROBE).is_file():
         record_probe(scorer.module, checkpoint.family, context.work / PROBE)
@@ -213,7 +226,7 @@ def _scores(
     Each layer's scores are saved once they are finished, and taken up by a later attempt.
     """
     world = context.world
-    saved = _SavedScores(context.work / "scores", checkpoint.num_layers)
+    saved = SavedScores(context.work / "scores", checkpoint.num_layers)
     done = world.broadcast(saved.done() if world.is_first else set())
     left = [number for number in range(checkpoint.num_layers) if number not in done]
 
@@ -242,31 +255,6 @@ class _Layer:
 
     number: int
     kinds: dict[str, ScoredLayer]
-
-
-class _SavedScores:
-    """Scores of finished layers, a file each, written by the rank that solved it."""
-
-    def __init__(self, folder: Path, num_layers: int) -> None:
-        self._folder = folder
-        self._layers = range(num_layers)
-
-    def done(self) -> set[int]:
-        """Layers that have a file; damaged ones are set aside."""
-        return {number for number in self._layers if is_usable(self._file(number))}
-
-    def write(self, number: int, scores: dict[str, Tensor]) -> None:
-        """Keep the scores of one layer, by their names in the artifact."""
-        self._folder.mkdir(exist_ok=True)
-        save_tensors(scores, self._file(number))
-
-    def read(self) -> dict[str, Tensor]:
-        """The scores of all layers."""
-        files = [load_tensors(self._file(number))[0] for number in self._layers]
-        return {name: scores_U for scores in files for name, scores_U in scores.items()}
-
-    def _file(self, number: int) -> Path:
-        return self._folder / f"layer-{number}.safetensors"
 
 
 class _SecondPass:
@@ -298,7 +286,8 @@ class _SecondPass:
         moments = {kind: self._moments(kind, number, it) for kind, it in grams.items()}
         where, seed = self._checkpoint, self._context.params.seed
         kinds = {
-            kind: scored_layer(where, units, number, seed, moments.get(kind)) for kind, units in self._units.items()
+            kind: scored_layer(where, units, number, seed, moments.get(kind), gradients=self._gradients(units, number))
+            for kind, units in self._units.items()
         }
         return _Layer(number, kinds)
 
@@ -324,6 +313,14 @@ class _SecondPass:
 
     def _next_layer(self) -> nn.Module:
         return next(self._layers)[1]
+
+    def _gradients(self, units: Units, number: int) -> MeanGradients | None:
+        """Of the weights that a layer's units own, where a criterion needs them; read from where they are saved."""
+        if not self._totals.gradients:
+            return None
+        windows = len(self._windows_ST)
+        *rows, columns = (partial(self._totals.mean_gradient, name, number, windows) for name in units.weights)
+        return MeanGradients(rows, columns)
 
     def _begun(self) -> LayerStream:
         """The windows on their way; where all scores are known, they never begin. Collective."""

@@ -1,4 +1,4 @@
-"""What stays by score: the same width everywhere, or a shape for which kinds of units and all layers compete.
+"""What stays by score: of a shape that the ratio decides, or of one for which kinds of units and all layers compete.
 
 Layers that may go are first put in the order in which they are missed least. Shapes that lack none, or some of them,
 are compared as their scores want them: with a cheap refit, then the best of them fitted layer after layer, on windows
@@ -16,6 +16,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.allocation import EXCHANGE, allocate_globally
 from hfprune_dist.core.width_search import MEASUREMENTS, START, Counts, search_shapes
 from hfprune_dist.planning.budget import Budget, budget_of
+from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.plain_shapes import LAYERS_OF_A_STEP, all_plain_shapes, shape_of
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
@@ -43,6 +44,10 @@ def decide_shape(
     if context.params.allocation == "uniform":
         width = _target(context, dense).uniform_width()
         return kept_of(kinds, ((width,),) * checkpoint.num_layers), {}
+    if context.params.allocation == "local":
+        asked = ShapeTarget.of(dense, context.params, context.stage.label)
+        shape = LocalTarget(asked, *context.params.protected()).shape()
+        return kept_of(kinds, tuple(zip(*(shape.units[it.units.kind] for it in kinds), strict=True))), {}
     gone = dense.parameters - checkpoint.parameters
     budget = _budget(context, dense).left(dense_numbers(context, checkpoint), gone)
     contest = Contest.of(context.params, checkpoint, kinds, budget)
@@ -50,8 +55,8 @@ def decide_shape(
         others = [ladder.dearer(EXCHANGE) for ladder in contest.others]
         counts = allocate_globally([*contest.neurons, *others], contest.removals)
         return kept_of(kinds, contest.candidate(counts)), {}
-    shape, told = _Search(context, (checkpoint, dense), kinds, contest).run()
-    return kept_of(kinds, shape), told
+    found, told = _Search(context, (checkpoint, dense), kinds, contest).run()
+    return kept_of(kinds, found), told
 
 
 def _target(context: Context, dense: Checkpoint) -> Target:

@@ -108,7 +108,12 @@ class Units:
 
     def row_weights(self, layer: int) -> list[str]:
         """Weights [units * rows of a unit, ...] of which they own rows, without biases."""
-        return [self.tensor(layer, it.tensor) for it in self.rows if it.tensor.endswith(".weight")]
+        return [self.tensor(layer, name) for name in self.weights[:-1]]
+
+    @property
+    def weights(self) -> list[str]:
+        """Names within a layer of the weights that they own something of: rows of all but the last, then columns."""
+        return [owned.tensor for owned in self.owned if owned.tensor.endswith(".weight")]
 
     def in_layer(self, layer: int, tensors: Mapping[str, Any]) -> Iterator[tuple[str, Owned]]:
         """Of these tensors the ones that the layer's units own something of: (name in the whole model, what)."""

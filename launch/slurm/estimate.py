@@ -32,6 +32,7 @@ from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory
 from hfprune_dist.planning.importance_job import importance_job
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
+from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.shape_target import ShapeTarget
@@ -39,7 +40,7 @@ from hfprune_dist.planning.timing import seconds
 from hfprune_dist.planning.training_memory import ENOUGH_ROWS, copy_of, place
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.store.stage import Stage
-from hfprune_dist.structures import KV_GROUPS
+from hfprune_dist.structures import KV_GROUPS, NEURONS
 
 GIB = 2**30
 NOTHING_HELPS = "no number of nodes is enough"
@@ -52,7 +53,7 @@ class Estimate:
     """What one stage needs, as computed.
 
     Attributes:
-        host_memory: bytes of main memory on one node that hidden states of all its ranks take.
+        host_memory: bytes of main memory on one node that matrices of layers or hidden states of all its ranks take.
         host_available: of one node; None where the profile does not say.
         fits: whether the GPUs' memory is enough; None where the profile does not say how much memory a GPU has.
         advice: nodes and micro-batch that suit it better; empty where nothing is known to.
@@ -103,10 +104,13 @@ def _problems(estimate: Estimate) -> Iterator[str]:
             f"{estimate.advice or (NO_REFIT_FITS if kind == 'prune' else NOTHING_HELPS)}"
         )
     if estimate.host_available is not None and estimate.host_memory > estimate.host_available:
-        instead = ", or a method without the surgeon criterion" if kind == "importance" else ""
+        what, instead = "hidden states", "fewer calibration windows"
+        if kind == "importance":
+            what += " or matrices of layers"
+            instead += ", or a method without the criteria surgeon and weight_taylor"
         yield (
-            f"{stage}: about {estimate.host_memory / GIB:,.1f} GiB of hidden states on each node, which has "
-            f"{estimate.host_available / GIB:,.1f} GiB (memory); more nodes, or fewer calibration windows{instead}"
+            f"{stage}: about {estimate.host_memory / GIB:,.1f} GiB of {what} on each node, which has "
+            f"{estimate.host_available / GIB:,.1f} GiB (memory); more nodes, or {instead}"
         )
 
 
@@ -140,7 +144,7 @@ def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeCo
 
 
 def _host_bytes(job: Job, dims: Dimensions, gpus: Gpus) -> int:
-    """Main memory of one rank for hidden states; 0 for jobs that keep none there."""
+    """Main memory of one rank for matrices of layers or hidden states; 0 for jobs that keep neither there."""
     return job.host_bytes(dims, gpus.ranks) if isinstance(job, Importance | LayerPass) else 0
 
 
@@ -180,6 +184,9 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit:
         width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()
     elif params.allocation == "plain":  # which is found by measuring
         width = max(shape.width for shape in plain_shapes(ShapeTarget.of(dense, params, stage.label)))
+    elif params.allocation == "local":
+        shape = LocalTarget(ShapeTarget.of(dense, params, stage.label), *params.protected()).shape()
+        width = max(shape.units[NEURONS])
     return Refit(
         windows=min(windows, calibration.samples),
         tokens=calibration.sequence_length,

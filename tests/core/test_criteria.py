@@ -70,6 +70,17 @@ def test_activation_is_the_norm_of_what_the_neuron_adds_to_the_residual_stream()
         torch.testing.assert_close(scores[neuron], added.norm())
 
 
+def test_activation_l1_is_what_wanda_sp_scores():
+    """|W| times the root of the mean square of h, averaged over rows; of several channels the sum. All but a factor."""
+    layer = dataclasses.replace(some_layer(), units=2)
+    hidden = torch.randn(9, 6, dtype=torch.float64)
+    scores = finished(CRITERIA["activation_l1"], hidden.square().sum(0), layer)
+    weight = layer.read_columns().double()
+    metric = (weight.abs() * hidden.square().mean(0).sqrt()).mean(0).reshape(2, 3).sum(1)
+    torch.testing.assert_close(scores / metric, torch.full((2,), len(weight) * 9**0.5, dtype=torch.float64))
+    assert not torch.allclose(scores, finished(CRITERIA["activation"], hidden.square().sum(0), layer))
+
+
 def test_activation_of_several_channels_weighs_each_with_its_own_column():
     layer = dataclasses.replace(some_layer(), units=2)
     hidden = torch.randn(9, 6, dtype=torch.float64)

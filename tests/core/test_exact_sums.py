@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hfprune_dist.core import triangle
-from hfprune_dist.core.exact_sums import ExactGram, ExactOverflowError, ExactSum, GramScale
+from hfprune_dist.core.exact_sums import ExactGram, ExactOverflowError, ExactSum, GramScale, PackedGramScale
 from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.triangle import packed_size
 
@@ -85,12 +85,13 @@ def test_a_sum_does_not_begin_with_what_is_not_finite(maximum):
 def test_a_packed_total_is_the_same_matrix(size, monkeypatch):
     monkeypatch.setattr(triangle, "BLOCK", 8)
     grams = [gram_matrix(torch.randn(30, size, generator=torch.Generator().manual_seed(seed))) for seed in range(4)]
-    scale = GramScale(grams[0].diagonal(), len(grams))
+    scale, packed = (it(grams[0].diagonal(), len(grams)) for it in (GramScale, PackedGramScale))
     total_DD, total_P = torch.zeros(size, size, dtype=torch.int64), torch.zeros(packed_size(size), dtype=torch.int64)
     for term in grams:
         scale.add(term, total_DD)
-        scale.add_packed(term, total_P)
-    assert torch.equal(scale.value_of_packed(total_P), scale.value_of(total_DD))
+        packed.add(term, total_P)
+    assert torch.equal(packed.value_of(total_P), scale.value_of(total_DD))
+    assert packed.total_shape((size, size)) == tuple(total_P.shape)
     rows = list(triangle.block_rows(size))
     assert [row.start for row in rows] == list(range(0, size, 8)) and rows[-1].end == size
     assert len(total_P) == sum(min(8, size - start) * (size - start) for start in range(0, size, 8))

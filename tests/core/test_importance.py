@@ -20,7 +20,7 @@ from hfprune_dist.models.memory_efficient_backward import checkpoint_activations
 
 NEURONS, GROUPS = "neurons", "kv_groups"
 BOTH = (NEURONS, GROUPS)
-SUMMED = [name for name, it in CRITERIA.items() if it.summed != "nothing" and not it.is_rounded]
+SUMMED = [name for name, it in CRITERIA.items() if it.has_sums_of_units and not it.is_rounded]
 
 
 def ours(model, windows, micro_batch_size, names=("entropy",), **options):
@@ -120,7 +120,7 @@ def test_kv_groups_match_the_definitions_in_every_family(variant, micro_batch_si
     model, windows = tiny_model(variant), some_windows()
     channels = channels_of_groups(model)
     found = all_sums(model, windows, micro_batch_size, SUMMED, seed=4, kinds=BOTH)[GROUPS]
-    assert all(found.exact[name].shape == (2, 2) for name in SUMMED if name != "activation")
+    assert all(found.exact[name].shape == (2, 2) for name in SUMMED if not CRITERIA[name].is_of_channels)
     for name in GRADIENT_CRITERIA:
         if name in SUMMED:
             expected = definition(model, windows, name, 4, a_student(model), channels, "self_attn.o_proj")

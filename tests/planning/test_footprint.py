@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from hfprune_dist.core import blocks, elimination, head, triangle
 from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
+from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.unit_sums import UnitOutputs
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
@@ -32,7 +34,8 @@ from hfprune_dist.planning.layer_pass_footprint import Reference, Refit, memory_
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
-from hfprune_dist.scoring.curvature import CurvatureSums
+from hfprune_dist.scoring.curvature import Curvature
+from hfprune_dist.scoring.weight_gradients import WeightGradients
 from hfprune_dist.structures.kept import Kept
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 264}
@@ -83,11 +86,30 @@ def scored(model, kinds=("neurons",)):
     )
 
 
-def score(model, criteria, groups=False, tokens=128):
-    """One micro-batch of two windows."""
-    model_scored = scored(model, ("neurons", "kv_groups") if groups else ("neurons",))
-    sums = UnitSums(model_scored.outputs, [CRITERIA[name] for name in criteria])
-    score_batch(model_scored, Batch(torch.ones(2, tokens, dtype=torch.int64), range(2), 264, 0), sums)
+def score(model, criteria, groups=False, tokens=128, micro_batches=1):
+    """Micro-batches of two windows; gradients of weights are added up by the only rank."""
+    kinds = ("neurons", "kv_groups") if groups else ("neurons",)
+    model_scored = scored(model, kinds)
+    sums = UnitSums(model_scored.outputs, [CRITERIA[name] for name in criteria], None, seen_linears(model, kinds))
+    for _ in range(micro_batches):
+        score_batch(model_scored, Batch(torch.ones(2, tokens, dtype=torch.int64), range(2), 264, 0), sums)
+
+
+def seen_linears(model, kinds):
+    structures = FAMILIES[model.config.model_type].structures(model.config.to_dict())
+    layers = model.model.layers
+    modules = {
+        name: [layer.get_submodule(name.removesuffix(".weight")) for layer in layers]
+        for kind in kinds
+        for name in structures[kind].weights
+    }
+    sizes = {name: [tuple(module.weight.shape) for module in of_layers] for name, of_layers in modules.items()}
+    gradients = WeightGradients(sizes, 1, Path("none"), SoloWorld())
+    return [
+        SeenLinear(module, see)
+        for name, of_layers in gradients.seeing(counts=True).items()
+        for module, see in zip(modules[name], of_layers, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("size", [("7B", 6.74), ("13B", 13.0), ("70B", 69.0)])
@@ -107,14 +129,15 @@ def test_kept_activations_of_a_student():
         assert estimate == pytest.approx(counted(), rel=0.05)
 
 
+@pytest.mark.parametrize("criterion", ["entropy", "weight_taylor"])
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2"])
-def test_kept_activations_of_the_calibration_pass(variant, groups):
+def test_kept_activations_of_the_calibration_pass(variant, groups, criterion):
     model = tiny_model(variant, **SHAPE).bfloat16().requires_grad_(False)
     use_memory_efficient_backward(model, FAMILIES[model.config.model_type])
-    job = Importance(windows=2, tokens=128, kv_groups=groups)
+    job = Importance(windows=2, tokens=128, kv_groups=groups, weight_gradients=criterion == "weight_taylor")
     with kept_for_backward(model) as counted:
-        score(model, ["entropy"], groups)
+        score(model, [criterion], groups)
         estimate = 2 * 128 * job.activation_bytes(dimensions_of(model.config.to_dict()))
         assert estimate == pytest.approx(counted(), rel=0.05)
 
@@ -137,7 +160,14 @@ def test_checkpointing_keeps_the_inputs_of_layers():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("losses", "groups"),
-    [(["entropy"], False), (["entropy"], True), (["entropy", "fisher"], False), (["self_distillation"], False)],
+    [
+        (["entropy"], False),
+        (["entropy"], True),
+        (["entropy", "fisher"], False),
+        (["self_distillation"], False),
+        (["weight_taylor"], False),
+        (["weight_taylor"], True),
+    ],
 )
 def test_memory_of_the_calibration_pass(losses, checkpointing, groups, monkeypatch):
     model = tiny_model("llama", **{**SHAPE, "num_hidden_layers": 6}).bfloat16().requires_grad_(False)
@@ -147,12 +177,13 @@ def test_memory_of_the_calibration_pass(losses, checkpointing, groups, monkeypat
     # What is the same for every model would hide all else of one this small.
     for module, name in ((blocks, "CACHE_BYTES"), (head, "CHUNK_BYTES")):
         monkeypatch.setattr(module, name, 1)
-    for name in ("HEAD_CHUNK_BYTES", "ACCELERATOR_BYTES"):
-        monkeypatch.setattr(footprint, name, 0)
-    student = "self_distillation" in losses
+    for name, left in (("HEAD_CHUNK_BYTES", 0), ("ACCELERATOR_BYTES", 0), ("ROUNDED_BYTES", 0)):
+        monkeypatch.setattr(footprint, name, left)
+    student, gradients = "self_distillation" in losses, "weight_taylor" in losses
     job = Importance(2, 48, len(losses) - student, checkpointing=checkpointing, student=student, kv_groups=groups)
+    job = replace(job, weight_gradients=gradients)
     with PeakBytes() as counted:
-        score(model, losses, groups, tokens=48)
+        score(model, losses, groups, tokens=48, micro_batches=1 + gradients)  # from the first on there are sums
     # Weights count as well: their transposes are views that are made meanwhile.
     assert 0.9 < counted.peak / job.memory(dimensions_of(model.config.to_dict()), 1).total < 1.05
 
@@ -180,15 +211,46 @@ def test_ranks_share_the_curvature_of_layers(kinds, ranks, layers):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_memory_of_the_curvature_of_layers(ranks):
+def test_memory_of_the_curvature_of_layers(ranks, tmp_path):
     layers, hidden_size = 5, 600
     with PeakBytes() as counted:
-        sums = CurvatureSums((layers, hidden_size), 2, SoloWorld(0, ranks))
+        see = Curvature({"neurons": (layers, hidden_size)}, 2, tmp_path, SoloWorld(0, ranks)).seeing(counts=True)
         for layer in 2 * list(reversed(range(layers))):
-            sums.add(layer, torch.randn(4, hidden_size), counts=True)
+            see["neurons"](layer, torch.randn(4, hidden_size))
     dims = replace(published("7B"), num_layers=layers, hidden_size=hidden_size)
     expected = Importance(1, 4, curvature=True, samples=1).curvature_bytes(dims, ranks)
     assert 0.9 < counted.peak / expected < 1.05
+
+
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_memory_of_the_gradients_of_weights(ranks, groups, monkeypatch, tmp_path):
+    monkeypatch.setattr(blocks, "CACHE_BYTES", 2**40)  # as on a GPU: in one go
+    layers, hidden, inner = 5, 96, 224
+    dims = dimensions_of(
+        {**SHAPE, "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    )
+    channels = [(inner, hidden)] * 2 + [(hidden, inner)]
+    channels += [(hidden, hidden)] * 2 + [(hidden // 2, hidden)] * 2 if groups else []
+    sizes = {str(number): [size] * layers for number, size in enumerate(channels)}
+    with PeakBytes() as counted:
+        seeing = WeightGradients(sizes, 2, tmp_path, SoloWorld(0, ranks)).seeing(counts=True)
+        for layer in 2 * list(reversed(range(layers))):
+            for name, see in seeing.items():
+                rows, columns = sizes[name][layer]
+                see[layer](torch.randn(1, columns), torch.randn(1, rows))
+    expected = Importance(1, 4, weight_gradients=True, kv_groups=groups).gradient_bytes(dims, ranks)
+    assert 0.9 < counted.peak / expected < 1.05
+
+
+@pytest.mark.parametrize(("ranks", "layers"), [(1, 32), (2, 16), (4, 8), (5, 7)])
+def test_ranks_share_the_gradients_of_weights(ranks, layers):
+    job, largest = Importance(1, 1024, weight_gradients=True, kv_groups=True), 4096 * 11008
+    owned = 8 * layers * (3 * largest + 4 * 4096**2)
+    assert job.gradient_bytes(published("7B"), ranks) == owned + (20 if ranks == 1 else 28) * largest
+    assert job.host_bytes(published("7B"), ranks) == 16 * largest, "while it is saved"
+    assert Importance(1, 1024).gradient_bytes(published("7B"), ranks) == 0
 
 
 def test_curvature_of_a_large_model_with_its_attention_heads_fits_gpus():
@@ -386,6 +448,8 @@ def test_kept_activations_of_lora_training(monkeypatch, sharded, dropout):
         (["self_distillation"], False),
         (["entropy", "self_distillation"], False),
         (["entropy", "self_distillation"], True),
+        (["weight_taylor"], False),
+        (["weight_taylor", "entropy", "self_distillation"], True),
     ],
 )
 def test_floating_point_work_of_the_calibration_pass(losses, checkpointing, groups):
@@ -398,9 +462,12 @@ def test_floating_point_work_of_the_calibration_pass(losses, checkpointing, grou
     dims = dimensions_of(model.config.to_dict())
     student = "self_distillation" in losses
     job = Importance(2, 128, len(losses) - student, 4, checkpointing=checkpointing, student=student, kv_groups=groups)
+    job = replace(job, weight_gradients="weight_taylor" in losses)
     # The counter knows matrix products only; it sees no fused attention on a CPU.
     later = footprint.attention_flops(dims, 128) * 3 / 4
     attention = (later * 4 / 3 * (1 + student) + later * (2.5 + checkpointing) * len(losses)) * 2 * 128
+    if job.weight_gradients and groups:  # the first layer's as well, in backwards of the dense model
+        attention += later / 3 * 2.5 * job.losses * 2 * 128
     assert job.work(dims).flops - attention == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 

@@ -45,6 +45,15 @@ def test_a_plain_shape_without_a_rival_is_known():
     assert shape.open == "" and shape.layers == one(1) and shape.width.least == shape.width.most
 
 
+@pytest.mark.parametrize("protect_first", [0, 1])
+def test_local_shapes_are_known(protect_first):
+    both = {"allocation": "local", "structures": ["neurons", "kv_groups"]}
+    shape = known(0.4, **both, protect_first=protect_first)
+    assert shape.open == "" and shape.layers == one(3) and shape.kv_heads == Span(1, 1 + protect_first)
+    assert (shape.width.most == 512) == bool(protect_first) and shape.width.least < 512
+    assert shape.reached == one(pytest.approx(0.4, abs=1e-3))
+
+
 @pytest.mark.parametrize(
     ("allocation", "structures", "layers", "kv_heads", "decides"),
     [

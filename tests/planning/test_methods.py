@@ -46,7 +46,10 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
         ("criterion: entropy\nsteps: 0\n", "steps.*greater than or equal to 1"),
         ("criterion: entropy\nsteps: 2\nround_ratio: 0.1\n", "steps: 2 and round_ratio: 0.1 are two ways.*give one"),
         ("criterion: entropy\nround_ratio: 0.001\n", "round_ratio.*greater than or equal to 0.01"),
-        ("criterion: entropy\nstructures: [neurons, kv_groups]\n", "kv_groups. needs allocation: plain, global or"),
+        (
+            "criterion: entropy\nstructures: [neurons, kv_groups]\n",
+            "kv_groups. needs allocation: plain, local, global or",
+        ),
         (
             "criterion: entropy\nstructures: [layers, neurons]\nsteps: 2\n",
             "layers. needs allocation: plain or searched",
@@ -60,6 +63,16 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
             "criterion: entropy\nallocation: plain\nstructures: [neurons, layers]\nsteps: 2\n",
             "steps: 2 needs allocation: uniform, global or searched",
         ),
+        (
+            "criterion: entropy\nallocation: local\nstructures: [neurons, layers]\n",
+            "layers. needs allocation: plain or searched; layers have no scores, and local measures",
+        ),
+        (
+            "criterion: entropy\nallocation: local\nround_ratio: 0.1\n",
+            "round_ratio: 0.1 needs allocation: uniform, global or searched; the local shape",
+        ),
+        ("criterion: entropy\nprotect_last: 1.5\n", r"protect_last.*whole number from 0 on, or a share.*got 1.5"),
+        ("criterion: entropy\nprotect_first: -1\n", r"protect_first.*whole number from 0 on, or a share.*got -1"),
         ("- entropy\n", "expected the keys of a method"),
         ("a: [\n", "not valid YAML"),
         (None, "No such file"),

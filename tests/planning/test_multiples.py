@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.multiples import MOST_BEYOND, MULTIPLES, target_of, with_multiple
+from hfprune_dist.planning.local_shapes import LocalTarget
+from hfprune_dist.planning.multiples import MOST_BEYOND, MULTIPLES, protected_by, target_of, with_numbers
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, plain_shapes, ratio_of
 from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
 from hfprune_dist.planning.widths import Target, size_of
 
-ALL = ["neurons", "kv_groups", "layers"]
+BOTH = ["neurons", "kv_groups"]
+ALL = [*BOTH, "layers"]
 LLAMA_7B = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -24,13 +26,13 @@ LLAMA_7B = {
 
 
 def method(allocation="plain", **options):
-    structures = {"uniform": ["neurons"], "global": ["neurons", "kv_groups"]}.get(allocation, ALL)
+    structures = {"uniform": ["neurons"], "global": BOTH, "local": BOTH}.get(allocation, ALL)
     given = {"criterion": "surgeon", "multiple_of": "auto"} | options
     return Method(**given, allocation=allocation, structures=structures)
 
 
 def multiple(checkpoint, ratio, it):
-    return with_multiple(it, checkpoint, ratio, "m").multiple_of
+    return with_numbers(it, checkpoint, ratio, "m").multiple_of
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)
@@ -38,7 +40,7 @@ def multiple(checkpoint, ratio, it):
     sizes(),
     st.sampled_from([100, 1023, 1024, 3000, 11008]),
     st.floats(0.02, 0.9),
-    st.sampled_from(["plain", "uniform", "global"]),
+    st.sampled_from(["plain", "uniform", "global", "local"]),
 )
 def test_it_is_the_largest_that_costs_little(changes, width, ratio, allocation):
     checkpoint = blank("mistral", **changes | {"intermediate_size": width})
@@ -56,6 +58,9 @@ def suits(it, checkpoint, ratio, auto):
         except UserError:
             return False
         return ratio <= size.reached([width] * size.num_layers) <= ratio + MOST_BEYOND
+    if auto.allocation == "local":
+        shape = local_shape(checkpoint, ratio, auto.model_copy(update={"multiple_of": it}))
+        return shape is not None and ratio <= checkpoint.parameter_counts.ratio(shape) <= ratio + MOST_BEYOND
     asked, finest = (
         target_of(auto.model_copy(update={"multiple_of": each}), checkpoint, ratio, "m") for each in (it, 1)
     )
@@ -63,11 +68,18 @@ def suits(it, checkpoint, ratio, auto):
     return len(reached) == len(all_plain_shapes(finest)) > 0 and max(reached) <= ratio + MOST_BEYOND
 
 
+def local_shape(checkpoint, ratio, method):
+    try:
+        return LocalTarget(target_of(method, checkpoint, ratio, "m"), 0, 0).shape()
+    except UserError:
+        return None
+
+
 @settings(derandomize=True, deadline=None, max_examples=15)
 @given(st.floats(0.05, 0.7))
 def test_at_least_the_ratio_goes_and_little_more(ratio):
     checkpoint = blank(**SMOLLM2)
-    settled = with_multiple(method(), checkpoint, ratio, "m")
+    settled = with_numbers(method(), checkpoint, ratio, "m")
     asked = target_of(settled, checkpoint, ratio, "m")
     for shape in plain_shapes(asked):
         assert ratio - 1e-12 <= ratio_of(asked, shape) <= ratio + MOST_BEYOND
@@ -76,6 +88,14 @@ def test_at_least_the_ratio_goes_and_little_more(ratio):
 @pytest.mark.parametrize(("ratio", "expected"), [(0.2, 32), (0.5, 32)])
 def test_of_a_small_model_it_is_small(ratio, expected):
     assert multiple(blank(**SMOLLM2), ratio, method()) == expected
+
+
+@pytest.mark.parametrize(("share", "layers", "number"), [(0.125, 32, 4), (0.0625, 30, 2), (0.125, 2, 0), (3, 30, 3)])
+def test_protected_layers_are_a_number_or_a_share_of_the_models(share, layers, number):
+    checkpoint = blank(**SMOLLM2 | {"num_hidden_layers": layers})
+    protecting = method("local", protect_first=share, protect_last=1)
+    settled = with_numbers(protecting, checkpoint, 0.2, "m")
+    assert protected_by(settled) == (number, 1) and type(settled.protect_first) is int
 
 
 def test_of_a_large_model_it_is_large():
@@ -95,7 +115,7 @@ def test_ratios_that_come_to_the_same_shapes_are_refused():
         check_ratios(checkpoint, [0.2, 0.20001], method("searched", multiple_of=32), "m")
 
 
-@pytest.mark.parametrize("allocation", ["plain", "global", "searched"])
+@pytest.mark.parametrize("allocation", ["plain", "local", "global", "searched"])
 @settings(derandomize=True, deadline=None, max_examples=15)
 @given(sizes(), st.floats(0.02, 0.6))
 def test_the_split_that_remarks_name_works_and_no_larger_one_does(allocation, changes, ratio):
@@ -138,7 +158,7 @@ def test_devices_share_groups_and_neurons(changes, width, ratio, multiple_of, de
         check_ratios(checkpoint, [ratio], split, "m")
     except UserError:
         assume(False)
-    settled = with_multiple(split, checkpoint, ratio, "m")
+    settled = with_numbers(split, checkpoint, ratio, "m")
     assert settled.multiple_of % devices == 0 and (multiple_of == "auto" or settled.multiple_of % multiple_of == 0)
     if allocation == "plain":
         shapes = plain_shapes(target_of(settled, checkpoint, ratio, "m"))

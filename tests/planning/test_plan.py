@@ -287,7 +287,7 @@ def test_only_where_the_pass_may_end_early_fingerprints_say_whose_sums_decide(wo
 
     criteria = ["entropy", "magnitude", "surgeon", "activation"]
     beyond_sums = {name for name, it in CRITERIA.items() if it.has_halves and it.compared != "scores"}
-    assert beyond_sums == {"activation", "surgeon"}
+    assert beyond_sums == {"activation", "activation_l1", "surgeon"}
     early = importance_of(importance__criteria=criteria, calibration__settled=0.9)
     assert early.params.settled_by_sums_of == ["activation", "surgeon"]
     for stage in (

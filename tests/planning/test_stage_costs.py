@@ -67,6 +67,8 @@ def cost_of(store, *stages):
         (["fisher", "activation"], ("neurons", "kv_groups")),
         (["self_distillation"], ("neurons",)),
         (["surgeon"], ("neurons", "kv_groups")),
+        (["weight_taylor"], ("neurons",)),
+        (["weight_taylor", "entropy"], ("neurons", "kv_groups")),
         (["magnitude"], ("neurons",)),
     ],
 )
@@ -99,6 +101,8 @@ def scored(tmp_path_factory):
         ("uniform", "none", ["neurons"]),
         ("global", "dense", ["neurons", "kv_groups"]),
         ("uniform", "layerwise", ["neurons"]),
+        ("local", "none", ["neurons", "kv_groups"]),
+        ("local", "dense", ["neurons", "kv_groups"]),
         ("plain", "none", ALL),
         ("plain", "dense", ALL),
         ("plain", "layerwise", ALL),
@@ -111,6 +115,7 @@ def test_a_cut(scored, monkeypatch, allocation, refit, structures):
     store, importance = scored
     params = {"ratio": 0.25, "criterion": "entropy", "allocation": allocation, "refit": refit, "multiple_of": 1}
     params |= LIMITS if allocation in ("global", "searched") else {}
+    params |= {"protect_first": 0, "protect_last": 1} if allocation == "local" else {}
     params |= {} if structures == ["neurons"] else {"structures": structures}
     runs = refit != "none" or allocation in ("plain", "searched")
     params |= {"dtype": "float32", "micro_batch_size": 1} if runs else {}

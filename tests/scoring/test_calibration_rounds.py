@@ -21,8 +21,12 @@ from hfprune_dist.store.heartbeat import Progress
 
 TOKENS = 6
 SMALLEST = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
-# The default alone, and with a student, a rounded sum and one of activations.
-CHOICES = (("surgeon",), ("activation", "entropy_bfloat16", "self_distillation", "surgeon"))
+# The default alone; with a student, a rounded sum and one of activations; and gradients of weights.
+CHOICES = (
+    ("surgeon",),
+    ("activation", "entropy_bfloat16", "self_distillation", "surgeon"),
+    ("entropy", "weight_taylor"),
+)
 
 
 class Case(NamedTuple):
@@ -55,7 +59,7 @@ class Case(NamedTuple):
         to be chosen.
         """
         in_rounds = sum(self.shards[first] for first in self._rounds(shards_done, ranks))
-        return in_rounds if self.choice == 0 else 2 * in_rounds + self.shards[0]
+        return 2 * in_rounds + self.shards[0] if self.choice == 1 else in_rounds
 
     def _rounds(self, shards_done, ranks):
         """The first shard of each; where the pass may end, which is after a power of two of them, so does a round."""
@@ -66,8 +70,10 @@ class Case(NamedTuple):
             first += ranks if self.settled is None else min(ranks, point - first)
 
     def backwards(self, forwards):
-        """One for surgeon's loss; of two forwards three, one for the entropy's and one for the student's."""
-        return forwards if self.choice == 0 else 3 * (forwards - self.shards[0]) // 2
+        """One for surgeon's loss; of two forwards three, one for the entropy's and one for the student's; or one
+        for the entropy's and one for gradients of weights.
+        """
+        return (forwards, 3 * (forwards - self.shards[0]) // 2, 2 * forwards)[self.choice]
 
 
 CASES = st.builds(
@@ -75,7 +81,7 @@ CASES = st.builds(
     samples=st.integers(1, 10),
     shard_size=st.integers(1, 4),
     micro_batch_size=st.integers(1, 3),
-    choice=st.sampled_from((0, 0, 0, 0, 1)),
+    choice=st.sampled_from((0, 0, 0, 0, 1, 2)),
     settled=st.sampled_from((None, None, 0.6, 0.75, 0.9)),
     groups=st.sampled_from((False, False, False, False, True)),
 )
@@ -137,9 +143,13 @@ def assert_same(totals, expected, tokens):
     for kind, of_kind in totals.kinds.items():
         for name, sums in expected.kinds[kind].sums.items():
             assert torch.equal(of_kind.sums[name], sums), (kind, name)
-        for layer in range(2):
+        for layer in range(2) if totals.curvature else ():
             curvature = expected.mean_curvature(kind, layer, tokens)
             assert torch.equal(totals.mean_curvature(kind, layer, tokens), curvature), kind
+    for weight in totals.gradients.first():
+        for layer in range(2):
+            gradient = expected.mean_gradient(weight, layer, tokens)
+            assert torch.equal(totals.mean_gradient(weight, layer, tokens), gradient), weight
 
 
 # The victim is counted among the ranks, and the collective before which it dies among its own.
@@ -150,6 +160,8 @@ def assert_same(totals, expected, tokens):
 @example(case=Case(1, 1, 1, 0, 0.5), size=5, later=2, dies_at=0.99, victim=3)
 @example(case=Case(13, 4, 2, 1, 0.6), size=3, later=1, dies_at=0.7, victim=2)
 @example(case=Case(3, 1, 1, 1, None, groups=True), size=5, later=2, dies_at=0.8, victim=0)
+@example(case=Case(9, 2, 1, 2, None, groups=True), size=3, later=2, dies_at=0.7, victim=1)
+@example(case=Case(9, 2, 2, 2, 0.6), size=2, later=3, dies_at=0.5, victim=0)
 @given(case=CASES, size=SIZES, later=SIZES, dies_at=st.floats(0, 0.999), victim=st.integers(0, 4))
 def test_all_ranks_keep_step_and_have_the_bits_of_one(
     calibrate, on_one_rank, tmp_path_factory, case, size, later, dies_at, victim

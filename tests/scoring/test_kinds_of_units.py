@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from core_definition import GRADIENT_CRITERIA, definition, moments, student
+from core_definition import GRADIENT_CRITERIA, NEURONS, definition, moments, student, weight_taylor
 from damage import nothing_reaches_the_disk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -92,7 +92,7 @@ class Scored:
 def assert_as_defined(scores, model, windows, calibration):
     dense, channels = model.tiny(), model.queries * model.head_dim
     keeps = student(dense, windows[: calibration["micro_batch_size"] * calibration["shard_size"]])
-    for name in (*GRADIENT_CRITERIA, "activation"):
+    for name in (*GRADIENT_CRITERIA, "activation", "activation_l1"):
         if CRITERIA[name].is_rounded and calibration["micro_batch_size"] > 1:
             continue  # it is defined for windows that are micro-batches
         expected = definition(dense, windows, name, SEED, keeps, channels, OUTPUT)
@@ -100,6 +100,9 @@ def assert_as_defined(scores, model, windows, calibration):
         assert ours.shape == (model.layers, model.groups)
         tolerance = 2e-2 if CRITERIA[name].is_rounded else 1e-3
         assert (ours - expected).norm() < tolerance * expected.norm() + 1e-9, name
+    for kind, units, output in (("neurons", 20, NEURONS), ("kv_groups", model.groups, OUTPUT)):
+        ours = torch.stack(scores_of_layers(scores, "weight_taylor", kind))
+        torch.testing.assert_close(ours, weight_taylor(dense, windows, units, output), rtol=1e-3, atol=1e-9)
     for layer, (gram, curvature, fisher) in enumerate(moments(dense, windows, SEED, channels, OUTPUT)):
         attention = dense.model.layers[layer].self_attn
         expected = elimination_scores(gram, curvature, attention.o_proj.weight.detach(), fisher)

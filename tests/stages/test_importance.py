@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from core_definition import GRADIENT_CRITERIA, definition, moments, student
+from core_definition import GRADIENT_CRITERIA, definition, moments, student, weight_taylor
 from ranks import failure_of, killing, run_stage
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
@@ -201,7 +201,7 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     model = tiny_model("llama", **SHARDED)
     windows = load_file(one.path(stage.id) / "windows.safetensors")["input_ids"]
     keeps = student(model, windows[:1])  # the first shard's
-    for name in (*GRADIENT_CRITERIA, "activation"):
+    for name in (*GRADIENT_CRITERIA, "activation", "activation_l1"):
         expected = definition(model, windows, name, seed=3, keeps=keeps)
         ours = torch.stack([scores[f"layers.{layer}.{name}"] for layer in range(2)])
         tolerance = 1e-2 if CRITERIA[name].is_rounded else 1e-4  # a term on the edge is rounded the other way
@@ -209,6 +209,9 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
         expected = definition(model, windows, name, 3, keeps, 2 * 64, "self_attn.o_proj")
         ours = torch.stack(scores_of_layers(scores, name, "kv_groups"))
         assert ours.shape == (2, 2) and (ours - expected).norm() / expected.norm() < tolerance, name
+    for kind, (units, output) in {"neurons": (416, "mlp.down_proj"), "kv_groups": (2, "self_attn.o_proj")}.items():
+        ours = torch.stack(scores_of_layers(scores, "weight_taylor", kind))
+        torch.testing.assert_close(ours, weight_taylor(model, windows, units, output), rtol=1e-3, atol=1e-9)
     assert all(value == value.bfloat16().double() for value in scores["layers.1.entropy_bfloat16"])
     for layer, (gram, curvature, fisher) in enumerate(moments(model, windows, seed=3)):
         weight = model.model.layers[layer].mlp.down_proj.weight

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_definition import GRADIENT_CRITERIA, definition, moments, student
+from core_definition import GRADIENT_CRITERIA, definition, moments, student, weight_taylor
 from damage import nothing_reaches_the_disk
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -99,7 +99,7 @@ def test_scores_of_pairs_are_as_defined_on_any_number_of_ranks(tmp_path_factory,
     dense = model.tiny()
     first_shard = windows[: calibration["micro_batch_size"] * calibration["shard_size"]]
     keeps = student(dense, first_shard, CHANNELS)
-    for name in (*GRADIENT_CRITERIA, "activation"):
+    for name in (*GRADIENT_CRITERIA, "activation", "activation_l1"):
         if CRITERIA[name].is_rounded and calibration["micro_batch_size"] > 1:
             continue  # it is defined for windows that are micro-batches
         expected = definition(dense, windows, name, SEED, keeps, CHANNELS)
@@ -108,6 +108,8 @@ def test_scores_of_pairs_are_as_defined_on_any_number_of_ranks(tmp_path_factory,
         tolerance = 1e-2 if CRITERIA[name].is_rounded else 1e-4
         # A student of a few pairs lacks none of them, and its divergence is 0.
         assert (ours - expected).norm() < tolerance * expected.norm() + 1e-12, name
+    ours = torch.stack([scores[f"layers.{layer}.weight_taylor"] for layer in range(model.layers)])
+    torch.testing.assert_close(ours, weight_taylor(dense, windows, model.pairs), rtol=1e-3, atol=1e-9)
     for layer, (gram, curvature, fisher) in enumerate(moments(dense, windows, SEED, CHANNELS)):
         mlp = dense.model.layers[layer].mlp
         expected = elimination_scores(gram, curvature, mlp.down_proj.weight.detach(), fisher)

@@ -155,7 +155,7 @@ def test_hidden_states_of_a_reference_must_fit_main_memory(inputs, tmp_path):
     hidden_size = open_checkpoint(inputs.parent / "alpha").config["hidden_size"]
     assert calibration(128) - calibration(64) == 64 * 32 * hidden_size * 4, "all ranks of the node together"
     none = estimates(inputs, tmp_path, GPUS + "memory: 1K\n")
-    with pytest.raises(UserError, match=r"reference alpha held-out: .* GiB of hidden states on each node"):
+    with pytest.raises(UserError, match=r"reference alpha held-out: .* GiB of hidden states"):
         refuse_what_cannot_fit([each for each in none if each.stage.kind == "reference"])
 
 

@@ -1,0 +1,139 @@
+"""Local shapes: every layer that isn't protected loses the same share of its units of each kind.
+
+Which shape that is follows from the ratio alone; scores decide within each layer. KV groups are few, so they are
+rounded first, and neurons make up what is left of the ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hfprune_dist.checkpoints.pruned_config import plain_group_counts
+from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.structures import KV_GROUPS, NEURONS
+from hfprune_dist.structures.kept import Shape
+
+
+@dataclass(frozen=True)
+class LocalTarget:
+    """What is asked of a shape all of whose layers but the first and the last few lose the same share.
+
+    Attributes:
+        asked: the ratio, and what may go for it.
+        protect_first, protect_last: numbers of layers that lose nothing.
+    """
+
+    asked: ShapeTarget
+    protect_first: int
+    protect_last: int
+
+    def shape(self) -> Shape:
+        """The shape whose parameters come as close to the ratio as rounding allows.
+
+        Layers keep the number of KV groups that is nearest to the share, of those with which neurons make up the rest.
+        Without protected layers, layers that were alike stay alike, and the checkpoint is a plain one.
+
+        Raises:
+            UserError: where no shape reaches the ratio, rounding leaves nothing to remove, or ``tensor_parallel``
+                divides no number of KV groups.
+        """
+        asked, rows = self.asked, self._group_rows()
+        largest = self._largest(rows)
+        if asked.ratio > largest:
+            raise self._out_of_reach(largest)
+        shape = self._shape(min(rows, key=self._misses))
+        if asked.counts.of(shape) == asked.counts.total:
+            raise asked.removes_nothing()
+        return shape
+
+    def largest(self) -> float:
+        """The ratio at which nothing is left that may go, whatever ratio is asked for."""
+        return self._largest(self._group_rows())
+
+    @property
+    def _pruned(self) -> Sequence[int]:
+        """Numbers of the layers that lose something."""
+        num_layers = self.asked.checkpoint.num_layers
+        return range(self.protect_first, max(self.protect_first, num_layers - self.protect_last))
+
+    @property
+    def _wanted(self) -> float:
+        """Parameters to remove."""
+        return self.asked.ratio * self.asked.counts.total
+
+    def _group_rows(self) -> list[tuple[int, ...]]:
+        """Numbers of KV groups that the pruned layers may keep, falling; every number is divisible by
+        ``tensor_parallel``.
+        """
+        asked, split = self.asked, self.asked.tensor_parallel
+        groups = [asked.groups.counts[layer] for layer in self._pruned]
+        if KV_GROUPS not in asked.structures:
+            return [tuple(groups)]
+        if asked.groups.is_uniform and len(groups) == asked.checkpoint.num_layers:
+            plain = plain_group_counts(asked.checkpoint)[::-1]
+            divisible = [count for count in plain if count % split == 0]
+            if not divisible:
+                raise asked.unusable_split(plain[0])
+            return [(count,) * len(groups) for count in divisible]
+        if asked.divisor % split:
+            raise asked.unusable_split(asked.divisor)
+        most = asked.groups.most
+        shares = [kept / most for kept in range(most, 0, -split)]
+        rows = [tuple(max(split, round(share * it / split) * split) for it in groups) for share in shares]
+        return list(dict.fromkeys(rows))
+
+    def _misses(self, groups: Sequence[int]) -> tuple[float, float]:
+        """How far a row of groups is from what is wanted: parameters that neurons can't make up; and distance from the
+        share of groups that should stay.
+        """
+        counts, left = self.asked.counts, self._left(groups)
+        most = counts.units[NEURONS] * sum(count - self._narrowest(count) for count in self._widths)
+        all_groups = sum(self.asked.groups.counts[layer] for layer in self._pruned)
+        removable = counts.units[NEURONS] * sum(self._widths) + counts.units[KV_GROUPS] * all_groups
+        return max(-left, left - most, 0.0), abs(sum(groups) / all_groups - (1 - self._wanted / removable))
+
+    def _left(self, groups: Sequence[int]) -> float:
+        """Parameters that neurons are to make up."""
+        gone = sum(self.asked.groups.counts[layer] for layer in self._pruned) - sum(groups)
+        return self._wanted - gone * self.asked.counts.units[KV_GROUPS]
+
+    @property
+    def _widths(self) -> list[int]:
+        """Neurons that the pruned layers have."""
+        return [self.asked.neurons.counts[layer] for layer in self._pruned]
+
+    def _narrowest(self, width: int) -> int:
+        return min(self.asked.multiple_of, width)
+
+    def _shape(self, groups: Sequence[int]) -> Shape:
+        share = self._left(groups) / (self.asked.counts.units[NEURONS] * sum(self._widths))
+        widths = [self._rounded((1 - min(max(share, 0.0), 1.0)) * width, width) for width in self._widths]
+        return self._whole_but(widths, groups)
+
+    def _rounded(self, exact: float, width: int) -> int:
+        """The nearest of what a layer of such a width may keep."""
+        multiple_of = self.asked.multiple_of
+        multiple = max(multiple_of, round(exact / multiple_of) * multiple_of)
+        return min((min(multiple, width), width), key=lambda kept: abs(kept - exact))
+
+    def _largest(self, rows: Sequence[Sequence[int]]) -> float:
+        if not self._pruned:
+            return 0.0
+        narrowest = [self._narrowest(width) for width in self._widths]
+        return self.asked.counts.ratio(self._whole_but(narrowest, rows[-1]))
+
+    def _whole_but(self, widths: Sequence[int], groups: Sequence[int]) -> Shape:
+        """The shape in which the pruned layers have so many units, and the others all."""
+        asked, layers = self.asked, range(self.asked.checkpoint.num_layers)
+        units = {}
+        for of_kind, counts in ((asked.neurons, widths), (asked.groups, groups)):
+            pruned = dict(zip(self._pruned, counts, strict=True))
+            units[of_kind.kind] = tuple(pruned.get(layer, of_kind.counts[layer]) for layer in layers)
+        return Shape(tuple(layers), units)
+
+    def _out_of_reach(self, largest: float) -> Exception:
+        wider = LocalTarget(self.asked.with_all_kinds, self.protect_first, self.protect_last)
+        protects = self.protect_first + self.protect_last > 0
+        limits = " with the layers that prune.protect_first and protect_last set aside" if protects else ""
+        return self.asked.out_of_reach(largest, wider.largest(), limits, wider.asked.structures)

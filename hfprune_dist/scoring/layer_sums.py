@@ -1,0 +1,234 @@
+"""Sums of matrices, one for each layer, over all ranks, made where a backward makes their terms.
+
+They are too large to travel shard by shard, or to lie on one host: curvature of Llama-2-70B takes 22 GB, gradients of
+its weights 548 GB. So each layer's matrix is rounded to integers in the backward that makes it, added over all ranks on
+their device, and kept by the rank that owns the layer, which also saves it. One matrix is alive at a time besides what
+a rank owns.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hfprune_dist.checkpoints.tensor_files import DamagedFileError, load_tensors, save_tensors
+from hfprune_dist.core.exact_sums import OUT_OF_RANGE, ExactOverflowError, GramScale, TensorScale
+from hfprune_dist.distributed.world import World
+
+TOTAL = "total"
+
+Scale = GramScale | TensorScale
+# Rows and columns of a matrix.
+Size = tuple[int, ...]
+
+
+class MatrixSums:
+    """The sum over all micro-batches of one matrix of every layer.
+
+    Args:
+        sizes: of the matrix in each layer.
+        scale: how terms are rounded.
+        micro_batches: of the whole pass.
+    """
+
+    def __init__(self, sizes: Sequence[Size], scale: type[Scale], micro_batches: int, world: World) -> None:
+        self._sizes = sizes
+        self._scale = scale
+        self._micro_batches = micro_batches
+        self._world = world
+        self._first: dict[int, Tensor] = {}
+        self._scales: dict[int, Scale] = {}
+        self._totals: dict[int, Tensor] = {}
+        self._fits = torch.ones((), dtype=torch.bool, device=world.device)
+
+    @property
+    def owned_bytes(self) -> int:
+        """The most that any rank owns, in bytes."""
+        numbers = [math.prod(self._scale.total_shape(size)) for size in self._sizes]
+        return max(sum(numbers[rank :: self._world.size]) for rank in range(self._world.size)) * torch.int64.itemsize
+
+    @property
+    def first_shape(self) -> tuple[int, ...]:
+        """Of what ``first`` tells."""
+        return len(self._sizes), *self._scale.first_shape(self._sizes[0])
+
+    def add(self, layer: int, term: Tensor | None) -> None:
+        """Add a micro-batch's float32 or float64 term of a layer, of all ranks together; of this one nothing where it
+        is None. Collective.
+
+        The first one of rank 0, which must not be None, decides the layer's scale. ``fits`` tells whether all could be
+        added.
+        """
+        scale = self._scales.get(layer) or self._begin(layer, term)
+        owner = layer % self._world.size
+        if term is not None:
+            self._fits &= scale.holds(term)
+        if self._world.size == 1:
+            if term is not None:
+                scale.add(term, self._total(layer))
+            return
+        total = self._nothing(layer)
+        if term is not None:
+            scale.add(term, total)
+        del term  # a collective may need as much for itself
+        self._world.add_up_on(total, owner)
+        if owner == self._world.rank:
+            self._total(layer).add_(total)
+
+    def fits(self) -> bool:
+        """Whether none of this rank's terms was out of all proportion."""
+        return bool(self._fits)
+
+    def first(self) -> Tensor:
+        """What decides the layers' scales: float64 [num_layers, ...]."""
+        return torch.stack([self._first[layer].cpu() for layer in range(len(self._sizes))])
+
+    def save(self, prefix: Path) -> None:
+        """Write the totals of this rank's layers, a file each, whose names begin with ``prefix``."""
+        for layer in self._owned():
+            save_tensors({TOTAL: self._total(layer).cpu()}, _file(prefix, layer))
+
+    def resume(self, first: Tensor, prefix: Path) -> None:
+        """Go on from what ranks saved, however many there were.
+
+        Args:
+            first: what ``first`` told.
+
+        Raises:
+            DamagedFileError: where a file of this rank's layers is missing or can't be used.
+        """
+        self._first = {layer: of_layer.to(self._world.device) for layer, of_layer in enumerate(first)}
+        self._scales = {layer: self._scale(it, self._micro_batches) for layer, it in self._first.items()}
+        self._totals = {layer: self._read(prefix, layer) for layer in self._owned()}
+
+    def release(self) -> None:
+        """Let go of the totals, once they are saved for good."""
+        self._totals = {}
+
+    def begin_anew(self) -> None:
+        """As if nothing had been added, or resumed."""
+        self._first, self._scales, self._totals = {}, {}, {}
+
+    def value(self, layer: int, prefix: Path) -> Tensor:
+        """The saved sum of any layer, float64 on the device."""
+        return self._scales[layer].value_of(self._read(prefix, layer))
+
+    def _owned(self) -> Sequence[int]:
+        return range(self._world.rank, len(self._sizes), self._world.size)
+
+    def _begin(self, layer: int, term: Tensor | None) -> Scale:
+        first = torch.zeros(self._scale.first_shape(self._sizes[layer]), dtype=torch.float64, device=self._world.device)
+        if term is not None:
+            first += self._scale.first_of(term)
+        self._world.broadcast_tensor(first, 0)
+        self._first[layer] = first
+        self._scales[layer] = self._scale(first, self._micro_batches)
+        return self._scales[layer]
+
+    def _total(self, layer: int) -> Tensor:
+        if layer not in self._totals:
+            self._totals[layer] = self._nothing(layer)
+        return self._totals[layer]
+
+    def _nothing(self, layer: int) -> Tensor:
+        return torch.zeros(self._scale.total_shape(self._sizes[layer]), dtype=torch.int64, device=self._world.device)
+
+    def _read(self, prefix: Path, layer: int) -> Tensor:
+        file = _file(prefix, layer)
+        if not file.is_file():
+            raise DamagedFileError(f"goes with {file.name}, which is missing")
+        try:
+            tensors, _ = load_tensors(file)
+        except DamagedFileError as error:
+            raise DamagedFileError(f"goes with {file.name}, which {error}") from None
+        total = tensors.get(TOTAL, torch.zeros(0))
+        if total.dtype != torch.int64 or tuple(total.shape) != self._scale.total_shape(self._sizes[layer]):
+            raise DamagedFileError(f"goes with {file.name}, which is of another pass")
+        return total.to(self._world.device)
+
+
+class LayerSums:
+    """Sums of several matrices of every layer, and their files: in a folder for each state of the pass, which is valid
+    from the moment when something else says so; then the one before it can go.
+
+    Args:
+        sums: by what the matrix is called.
+        folder: where folders of states are.
+    """
+
+    def __init__(self, sums: Mapping[str, MatrixSums], folder: Path) -> None:
+        self._sums = sums
+        self._folder = folder
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to sum."""
+        return bool(self._sums)
+
+    @property
+    def owned_bytes(self) -> int:
+        """About the most that any rank owns, in bytes."""
+        return sum(sums.owned_bytes for sums in self._sums.values())
+
+    def check(self) -> None:
+        """After a micro-batch.
+
+        Raises:
+            ExactOverflowError: where terms of this rank were out of all proportion.
+        """
+        if not all(sums.fits() for sums in self._sums.values()):
+            raise ExactOverflowError(OUT_OF_RANGE)
+
+    def release(self) -> None:
+        """Let go of the sums, once they are saved for good."""
+        for sums in self._sums.values():
+            sums.release()
+
+    def begin_anew(self) -> None:
+        """As if nothing had been added, or resumed."""
+        for sums in self._sums.values():
+            sums.begin_anew()
+
+    def first(self) -> dict[str, Tensor]:
+        """What decides scales: name -> float64, shaped as ``first_shapes`` says."""
+        return {name: sums.first() for name, sums in self._sums.items()}
+
+    def first_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what ``first`` tells."""
+        return {name: sums.first_shape for name, sums in self._sums.items()}
+
+    def save(self, shards: int) -> None:
+        """Write what this rank owns, after so many shards."""
+        self._of(shards).mkdir(parents=True, exist_ok=True)
+        for name, sums in self._sums.items():
+            sums.save(self._of(shards) / name)
+
+    def resume(self, first: Mapping[str, Tensor], shards: int) -> str:
+        """Read what this rank owns; returns what is wrong with it, empty where nothing is."""
+        try:
+            for name, sums in self._sums.items():
+                sums.resume(first[name], self._of(shards) / name)
+        except DamagedFileError as error:
+            return str(error)
+        return ""
+
+    def value(self, name: str, layer: int, shards: int) -> Tensor:
+        """The sum of any layer after so many shards, float64 on the device."""
+        return self._sums[name].value(layer, self._of(shards) / name)
+
+    def keep_only(self, shards: int) -> None:
+        """Remove what was saved after any other number of shards."""
+        for folder in self._folder.iterdir():
+            if folder != self._of(shards):
+                shutil.rmtree(folder)
+
+    def _of(self, shards: int) -> Path:
+        return self._folder / str(shards)
+
+
+def _file(prefix: Path, layer: int) -> Path:
+    return prefix.with_name(f"{prefix.name}-{layer}.safetensors")

@@ -1,0 +1,42 @@
+"""Gradients of the weights that units own, summed over all windows, by all ranks together where they appear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hfprune_dist.core.exact_sums import TensorScale
+from hfprune_dist.core.linear_observer import SeeLinear
+from hfprune_dist.distributed.world import World
+from hfprune_dist.scoring.layer_sums import LayerSums, MatrixSums, Size
+
+
+class WeightGradients(LayerSums):
+    """The sum over windows of dL/dW, of some weights of every layer.
+
+    Args:
+        sizes: name of a weight within its layer -> its size [out, in] in each layer.
+        micro_batches: of the whole pass.
+        folder: where folders of states are.
+    """
+
+    def __init__(self, sizes: Mapping[str, Sequence[Size]], micro_batches: int, folder: Path, world: World) -> None:
+        sums = {name: MatrixSums(of_layers, TensorScale, micro_batches, world) for name, of_layers in sizes.items()}
+        super().__init__(sums, folder)
+        self._num_layers = {name: len(of_layers) for name, of_layers in sizes.items()}
+
+    def seeing(self, *, counts: bool) -> Mapping[str, Sequence[SeeLinear]]:
+        """What adds up gradients of each weight, of every layer; this rank's if they count."""
+        return {
+            name: [partial(_see, sums, counts, layer) for layer in range(self._num_layers[name])]
+            for name, sums in self._sums.items()
+        }
+
+
+def _see(sums: MatrixSums, counts: bool, layer: int, inputs_NI: Tensor, gradients_NO: Tensor) -> None:
+    wide = torch.promote_types(gradients_NO.dtype, torch.float32)
+    sums.add(layer, gradients_NO.to(wide).T @ inputs_NI.to(wide) if counts else None)

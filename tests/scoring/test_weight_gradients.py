@@ -1,0 +1,189 @@
+"""Gradients of weights over ranks: bits, who holds what, what travels, and passes that are taken up again."""
+
+import pytest
+import torch
+from damage import nothing_reaches_the_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import SoloWorld
+from worlds import Death, Ranks
+
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.exact_sums import ExactOverflowError
+from hfprune_dist.core.unit_sums import KindSums
+from hfprune_dist.scoring import shard_sums
+from hfprune_dist.scoring.kind_totals import Shape
+from hfprune_dist.scoring.shard_scorer import Sums
+from hfprune_dist.scoring.shard_sums import Accumulation
+from hfprune_dist.scoring.weight_gradients import WeightGradients
+
+TOKENS = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast():
+    with nothing_reaches_the_disk():
+        yield
+
+
+@st.composite
+def all_sizes(draw):
+    """Weights by name, of which each layer has its own number of rows."""
+    layers, names = draw(st.integers(1, 4)), draw(st.sampled_from((("up",), ("up", "down", "q"))))
+    side = st.integers(1, 7)
+    return {name: [(draw(side), draw(side)) for _ in range(layers)] for name in names}
+
+
+def seen_of(batch, layer, name, size):
+    """A linear layer's inputs and output gradients, whose size is that of the weight's place."""
+    generator = torch.Generator().manual_seed(1000 * batch + 10 * layer + len(name))
+    return tuple(torch.randn(TOKENS, it, generator=generator) * 10.0 ** (len(name) - 3) for it in reversed(size))
+
+
+def show(gradients, batch, sizes, *, counts):
+    """As the backward of a micro-batch does."""
+    seeing = gradients.seeing(counts=counts)
+    for layer in reversed(range(len(next(iter(sizes.values()))))):
+        for name, of_layers in sizes.items():
+            seeing[name][layer](*seen_of(batch, layer, name, of_layers[layer]))
+    gradients.check()
+
+
+def totals_of(world, folder, sizes, batches):
+    """Micro-batches are dealt out to ranks, which go in step: one without any left takes part, and doesn't count."""
+    gradients = WeightGradients(sizes, batches, folder, world)
+    for first in range(0, batches, world.size):
+        mine = first + world.rank
+        show(gradients, min(mine, batches - 1), sizes, counts=mine < batches)
+    gradients.save(batches)
+    world.barrier()
+    return {
+        (name, layer): gradients.value(name, layer, batches)
+        for name, of_layers in sizes.items()
+        for layer in range(len(of_layers))
+    }
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(sizes=all_sizes(), ranks=st.integers(1, 5), batches=st.integers(1, 7))
+def test_any_number_of_ranks_has_the_bits_of_one(tmp_path_factory, sizes, ranks, batches):
+    alone = totals_of(SoloWorld(), tmp_path_factory.mktemp("one"), sizes, batches)
+    for (name, layer), total in alone.items():
+        seen = [seen_of(batch, layer, name, sizes[name][layer]) for batch in range(batches)]
+        expected = sum(gradients.double().T @ inputs.double() for inputs, gradients in seen)
+        torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+    folder = tmp_path_factory.mktemp("many")
+    for totals in Ranks(ranks).run(lambda world: totals_of(world, folder, sizes, batches)):
+        assert totals.keys() == alone.keys()
+        assert all(torch.equal(totals[it], alone[it]) for it in alone)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_each_weights_integers_travel_to_the_layers_owner_and_nothing_else_of_their_size(tmp_path, ranks):
+    batches, sizes = 6, {"up": [(8, 4)] * 5, "down": [(4, 8)] * 5}
+    world_of = Ranks(ranks)
+    world_of.run(lambda world: totals_of(world, tmp_path, sizes, batches))
+    for log in world_of.logs:
+        sent = [call for call in log if call.kind.startswith("add_up_on")]
+        expected = 0 if ranks == 1 else -(-batches // ranks) * 10
+        assert len(sent) == expected and sum(call.bytes for call in sent) == expected * 8 * 32
+        # Once for all: one number that decides a weight's scale, from rank 0; and the barrier at the end.
+        scales = [call for call in log if call.kind.startswith("broadcast_tensor")]
+        assert len(scales) == 10 and max(call.bytes for call in scales) <= 8
+    owners = {call.kind.split(",")[0] for log in world_of.logs for call in log if "add_up_on" in call.kind}
+    assert owners == (set() if ranks == 1 else {f"add_up_on {layer % ranks}" for layer in range(5)})
+
+
+@pytest.mark.parametrize(
+    ("value", "first"), [(float("nan"), False), (float("inf"), False), (1e9, False), (float("nan"), True)]
+)
+def test_gradients_out_of_all_proportion_are_refused_once_the_micro_batch_is_over(tmp_path, value, first):
+    gradients, sizes = WeightGradients({"up": [(2, 3)]}, 2, tmp_path, SoloWorld()), {"up": [(2, 3)]}
+    if not first:
+        show(gradients, 0, sizes, counts=True)
+    gradients.seeing(counts=True)["up"][0](torch.full((1, 3), value), torch.ones(1, 2))
+    with pytest.raises(ExactOverflowError, match="more than a thousand times"):
+        gradients.check()
+
+
+# A pass for gradients of weights, with sums of units beside them or without.
+LAYERS, SHARDS = 3, 5
+SIZES = {"mlp.up_proj.weight": [(6, 4)] * LAYERS, "mlp.down_proj.weight": [(4, 6)] * LAYERS}
+SHAPES = {"neurons": Shape((6,) * LAYERS, 1, 4)}
+
+
+def accumulated(world, file, criteria, rounds=SHARDS, settled=None):
+    chosen = [CRITERIA[name] for name in criteria]
+    options = {"micro_batches": SHARDS, "weights": SIZES, "settled": settled}
+    totals = Accumulation(chosen, SHAPES, SHARDS, file, world, **options)
+    begun_at = totals.next_shard
+    while not totals.is_complete and rounds > 0:
+        show(totals.gradients, totals.mine, SIZES, counts=totals.mine_counts)
+        generator = torch.Generator().manual_seed(totals.mine)
+        entropy = {"entropy": torch.rand(LAYERS, 6, generator=generator).double()} if "entropy" in criteria else {}
+        losses = {criterion.loss.name: 1.0 + totals.mine for criterion in chosen}
+        totals.add_round(Sums({"neurons": KindSums(entropy, [])}, losses))
+        rounds -= 1
+    return totals, begun_at
+
+
+def assert_same(totals, expected):
+    assert totals.next_shard == expected.next_shard and totals.losses == expected.losses
+    assert totals.curve == expected.curve
+    for name in SIZES:
+        for layer in range(LAYERS):
+            windows = totals.next_shard
+            gradient = totals.mean_gradient(name, layer, windows)
+            assert torch.equal(gradient, expected.mean_gradient(name, layer, windows))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    size=st.integers(1, 4),
+    later=st.integers(1, 4),
+    dies_at=st.floats(0, 0.999),
+    settled=st.sampled_from((None, None, 0.3)),
+    beside=st.booleans(),
+    seldom=st.booleans(),
+)
+def test_a_pass_that_died_goes_on_from_what_it_saved_with_the_same_bits(
+    tmp_path_factory, size, later, dies_at, settled, beside, seldom
+):
+    criteria = ["weight_taylor", *(["entropy"] if beside or settled else [])]
+    expected, _ = accumulated(SoloWorld(), tmp_path_factory.mktemp("one") / "partial", criteria, settled=settled)
+    with pytest.MonkeyPatch.context() as patch:
+        if seldom:
+            patch.setattr(shard_sums, "BYTES_SAVED_A_ROUND", 1000)
+        whole = Ranks(size)
+        file = tmp_path_factory.mktemp("many") / "partial"
+        for totals, _ in whole.run(lambda world: accumulated(world, file, criteria, settled=settled)):
+            assert_same(totals, expected)
+        killed = tmp_path_factory.mktemp("killed") / "partial"
+        mortal = Ranks(size, deaths={size - 1: int(dies_at * len(whole.logs[size - 1]))})
+        with pytest.raises(Death):
+            mortal.run(lambda world: accumulated(world, killed, criteria, settled=settled))
+        for totals, _ in Ranks(later).run(lambda world: accumulated(world, killed, criteria, settled=settled)):
+            assert_same(totals, expected)
+    assert sorted(it.name for it in (killed.parent / "gradients").iterdir()) == [str(expected.next_shard)]
+
+
+@pytest.mark.parametrize("how", ["missing", "another"])
+def test_a_pass_whose_gradients_are_missing_or_of_another_begins_anew(tmp_path, capsys, how):
+    file, criteria = tmp_path / "partial", ["weight_taylor"]
+    expected, _ = accumulated(SoloWorld(), tmp_path / "other" / "partial", criteria)
+    accumulated(SoloWorld(), file, criteria, rounds=2)
+    lost = tmp_path / "gradients" / "2" / "mlp.up_proj.weight-1.safetensors"
+    if how == "missing":
+        lost.unlink()
+    else:
+        lost.write_bytes((lost.parent / "mlp.down_proj.weight-1.safetensors").read_bytes())
+    totals, begun_at = accumulated(SoloWorld(), file, criteria)
+    assert begun_at == 0
+    assert_same(totals, expected)
+    assert "goes with mlp.up_proj.weight-1.safetensors" in capsys.readouterr().out
+
+
+def test_a_whole_file_is_taken_up(tmp_path):
+    accumulated(SoloWorld(), tmp_path / "partial", ["weight_taylor"], rounds=3)
+    _, begun_at = accumulated(SoloWorld(), tmp_path / "partial", ["weight_taylor"])
+    assert begun_at == 3
