@@ -13,7 +13,7 @@ from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.linear_observer import SeenLinear
-from hfprune_dist.core.unit_sums import UnitOutputs
+from hfprune_dist.core.unit_sums import NonFiniteError, UnitOutputs
 from hfprune_dist.models.memory_efficient_backward import (
     checkpoint_activations,
     keep_no_gathered_weights,
@@ -115,3 +115,12 @@ def test_gradients_of_neurons_have_the_same_bits_without_those_of_attention():
     both, _ = gradients_of(copy.deepcopy(model), windows)
     alone, _ = gradients_of(copy.deepcopy(model), windows, names=[name for name in NAMES if "mlp" in name])
     assert len(alone) == 6 and all(torch.equal(both[key], it) for key, it in alone.items())
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_with_nan_weights_is_named_also_where_no_unit_has_a_sum(layer):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[layer].mlp.up_proj.weight[3, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match=f"activations of layer {layer} are NaN"):
+        gradients_of(model, some_windows(1))

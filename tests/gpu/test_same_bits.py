@@ -7,7 +7,7 @@ from ranks import killing
 from sweeps import artifacts, finish, results, sweep
 
 SMALL = {
-    "methods": ["surgeon-uniform-block"],
+    "methods": ["surgeon-uniform-block", "llm-pruner"],
     "calibration": {"samples": 16, "sequence_length": 256, "shard_size": 1},
 }
 

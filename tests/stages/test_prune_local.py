@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.kept_file import read_kept
 from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.store.stage import Stage
 
 BOTH = ["neurons", "kv_groups"]
 
@@ -88,3 +89,19 @@ def test_any_number_of_ranks_writes_the_same_bits(tmp_path):
             assert ended.codes == [0] * ranks, ended.messages
         outcomes.append(outcome(store, stage))
     assert outcomes[0] == outcomes[1]
+
+
+def test_a_checkpoint_whose_layers_differ_is_pruned_again(tmp_path):
+    store, first = prepare(tmp_path, allocation="global", floor=0.2, ratio=0.15)
+    shapes.run(store, first, SoloWorld())
+    again = shapes.next_round(store, first, 0.15)
+    params = {**again.params.to_json(), "allocation": "local"}
+    del params["floor"]
+    inputs = {role: it for role, it in again.inputs.items() if role != "dense"}
+    stage = Stage("prune", "of its own", params, inputs)
+    shapes.run(store, stage, SoloWorld())
+    model, kept = open_checkpoint(store.path(first.id)), read_kept(store.path(stage.id))
+    assert not model.is_uniform and abs(metrics_of(store, stage)["ratio_reached"] - 0.15) < 0.01
+    had = model.units.counts
+    left = [len(row) / count for row, count in zip(kept.units["neurons"], had, strict=True)]
+    assert max(left) - min(left) <= 1.1 / min(had) and max(left) < 1

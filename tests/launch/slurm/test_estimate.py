@@ -8,6 +8,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import RESERVE
 from hfprune_dist.planning.layer_pass_footprint import Refit
+from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.store.artifacts import Store
@@ -232,3 +233,27 @@ def test_a_dry_run_shows_estimates_and_refuses(inputs, tmp_path, memory, code):
     assert "hours on the profile's nodes" in result.stdout and "the profile has no gpu_tflops" in result.stdout
     assert ("can't fit the profile's GPUs" in result.stderr) == (code == 2)
     assert not Store(tmp_path / "out" / "store").root.exists()
+
+
+@pytest.mark.parametrize("protect_first", [0, 1])
+def test_of_local_shapes_the_widest_layer_counts(inputs, tmp_path, protect_first):
+    settings = {"ratios": [0.1], "prune__refit": "dense", "prune__protect_first": protect_first}
+    found = prunings(inputs, tmp_path, "", methods=["wanda-sp"], **settings)[0]
+    checkpoint = open_checkpoint(inputs.parent / "alpha")
+    asked = ShapeTarget(checkpoint, 0.1, STRUCTURES[:2], 1, "alpha")
+    widest = max(LocalTarget(asked, protect_first, 0).shape().units["neurons"])
+    assert (widest == 48) == bool(protect_first)
+    job = Refit(
+        1, 32, 8, pursues=False, steps=False, searches=False, share_kept=widest / 48, itemsize=4, kv_groups=True
+    )
+    assert found.memory == job.memory(dimensions_of(checkpoint.config), 2)
+
+
+def test_gradients_of_weights_are_estimated_in_both_memories_and_their_time_is_not(inputs, tmp_path):
+    def importance(method):
+        found = estimates(inputs, tmp_path, GPUS + "gpu_tflops: 100\n", methods=[method], ratios=[0.2])
+        return next(each for each in found if each.stage.kind == "importance")
+
+    without, found = importance("wanda-sp"), importance("llm-pruner")
+    assert found.memory.sums > without.memory.sums == 0 and found.host_memory > without.host_memory == 0
+    assert found.gpu_hours is None
