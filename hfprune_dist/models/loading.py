@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from hfprune_dist.checkpoints import modeling_pruned
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.errors import UserError
 
+# transformers changes defaults of the whole process while it makes a model: threads that make one at the same time
+# would restore each other's, and every later model might lack its tied head.
+ONE_AT_A_TIME = threading.Lock()
+
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint folder; sharded while an ``HfDeepSpeedConfig`` lives.
@@ -24,9 +29,10 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     checkpoint = open_checkpoint(folder)
     # Left to itself, transformers compares the head with the embedding, which it can't where both are sharded.
     changes = {"tie_word_embeddings": False} if checkpoint.has_untied_head else {}
-    model: PreTrainedModel = model_class(checkpoint).from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", **changes
-    )
+    with ONE_AT_A_TIME:
+        model: PreTrainedModel = model_class(checkpoint).from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", **changes
+        )
     require_exact_rotary(model, folder)
     return model
 
@@ -90,7 +96,7 @@ def _without_weights(checkpoint: Checkpoint) -> nn.Module:
     logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(checkpoint.path)
-        with torch.device("meta"):
+        with ONE_AT_A_TIME, torch.device("meta"):
             kind = model_class(checkpoint)
             model: nn.Module = kind.from_config(config) if checkpoint.is_plain else kind(config)
     except Exception as error:  # of many kinds, for settings of many kinds

@@ -16,6 +16,7 @@ from hfprune_dist.checkpoints.modeling_pruned import config_of_layer
 from hfprune_dist.checkpoints.read_tensors import read_tensor
 from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.selection import entries_of
+from hfprune_dist.models.loading import ONE_AT_A_TIME
 from hfprune_dist.structures.units import Units
 
 # Of the only layer inside what ``LayerReader.layer`` makes.
@@ -75,11 +76,9 @@ class LayerReader:
         }
 
     def with_weights(self, number: int, weights: Mapping[str, Tensor]) -> nn.Module:
-        """``layer``, of which the weights were read before. In one thread at a time: transformers changes the
-        process's default dtype meanwhile.
-        """
+        """``layer``, of which the weights were read before."""
         family = self._checkpoint.family
-        with torch.device("meta"):
+        with ONE_AT_A_TIME, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 self._layer_config(number), dtype=self._dtype, attn_implementation="sdpa"
             )
@@ -106,7 +105,7 @@ class LayerReader:
     def final_norm(self) -> nn.Module:
         """Between the last layer and the head."""
         family = self._checkpoint.family
-        with torch.device("meta"):
+        with ONE_AT_A_TIME, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self._layer_config(0), dtype=self._dtype)
         norm: nn.Module = model.get_submodule(family.norm)
         norm.load_state_dict({"weight": self._read(family.norm_tensor())}, assign=True)

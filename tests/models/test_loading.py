@@ -1,6 +1,7 @@
 """Loading whole models: what must hold of every one, which weights are a model's own, and which are refused."""
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import VARIANTS, save_tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.data.tokenizer import load_tokenizer, require_embedded
@@ -119,3 +121,20 @@ def test_rounded_rotary_frequencies_are_refused(tmp_path):
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.bfloat16()
     with pytest.raises(UserError, match=r"rotary_emb.inv_freq is torch.bfloat16 .* install deepspeed 0.19.4"):
         require_exact_rotary(model, tmp_path)
+
+
+def test_models_made_in_threads_leave_defaults_as_they_were(tmp_path):
+    """transformers changes them meanwhile: for the process, and not for a thread."""
+    folder = save_tiny(tmp_path / "tied", "llama-tied-biases")
+    checkpoint = open_checkpoint(folder)
+
+    def make(number):
+        if number % 2:
+            return load_causal_lm(folder, torch.bfloat16)
+        return LayerReader(checkpoint, torch.bfloat16, torch.device("cpu")).layer(0)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(list(threads.map(make, range(64)))) == 64
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.get_default_dtype() == model.dtype == torch.float32
