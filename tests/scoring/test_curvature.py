@@ -37,7 +37,7 @@ def totals_of(world, folder, kinds, sizes):
     return {(kind, layer): curvature.value(kind, layer, batches) for kind in kinds for layer in range(layers)}
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     ranks=st.integers(1, 5),
     batches=st.integers(1, 7),

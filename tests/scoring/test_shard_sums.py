@@ -112,7 +112,7 @@ def assert_same_kind(kind, totals, expected):
         assert torch.equal(totals.mean_curvature(kind, layer, 1), expected.mean_curvature(kind, layer, 1))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     rounds=st.integers(1, SHARDS),
     damaged=st.sampled_from(
@@ -142,7 +142,7 @@ def test_a_pass_whose_curvature_is_missing_or_of_another_begins_anew(tmp_path, c
     assert "goes with kv_groups-1.safetensors" in capsys.readouterr().out
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     size=st.integers(1, 5),
     later=st.integers(1, 5),

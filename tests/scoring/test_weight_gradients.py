@@ -64,7 +64,7 @@ def totals_of(world, folder, sizes, batches):
     }
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(sizes=all_sizes(), ranks=st.integers(1, 5), batches=st.integers(1, 7))
 def test_any_number_of_ranks_has_the_bits_of_one(tmp_path_factory, sizes, ranks, batches):
     alone = totals_of(SoloWorld(), tmp_path_factory.mktemp("one"), sizes, batches)
