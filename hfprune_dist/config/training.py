@@ -16,8 +16,9 @@ class LoraTraining(Section):
     batch_size: Positive = 128
     """Rows per optimizer step, over all ranks together."""
     micro_batch_size: PositiveOrAuto = "auto"
-    """Rows per forward pass of one rank. auto: as many as the memory of the GPUs that it is planned for lets in (1
-    where that isn't known), chosen by the first run in a folder and then part of the folder's configuration."""
+    """Rows per forward pass of one rank. auto: what suits the memory, and the rate if it is known, of the GPUs that it
+    is planned for (1 where their memory isn't known), chosen by the first run in a folder and then part of the
+    folder's configuration."""
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4
     """Peak learning rate; decays to zero along a cosine."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0

@@ -24,7 +24,7 @@ from hfprune_dist.core.triangle import packed_size
 from hfprune_dist.planning.expected_metrics import ExpectedManifests
 from hfprune_dist.planning.footprint import Evaluate, Importance, Job, Train
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus
-from hfprune_dist.planning.known_sizes import requests_of
+from hfprune_dist.planning.known_sizes import TASKS, requests_of
 from hfprune_dist.planning.layer_pass_work import channels_of, forward_of_all
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
@@ -252,8 +252,10 @@ class StageTimes:
         for task in known:
             batch = _of_shape(replace(job, tokens=task.tokens), shape, placed)
             total = _sum(total, batch * _ceil(task.count, job.sequences * everywhere.ranks))
-        missing = f"documents of {', '.join(unknown)} (evaluation.limit bounds them)" if unknown else ""
-        return _Load(overlapping=total, missing=missing)
+        missing = [f"documents of {', '.join(unknown)} (evaluation.limit bounds them)"] if unknown else []
+        others = [task for task in params.tasks if task not in TASKS and task not in unknown]
+        missing += [f"answers that a model writes for {', '.join(others)}"] if others else []
+        return _Load(overlapping=total, missing="; ".join(missing))
 
     def _generations(self, stage: Stage, params: EfficiencyParameters, gpus: Gpus) -> _Load:
         """Of both models in turn, on one rank: each new token takes a call of all modules at least."""

@@ -15,11 +15,14 @@ from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.footprint import Train, fits
 from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.planning.timing import seconds
 
 # More rows at a time are hardly faster, so that activations are not checkpointed for their sake. Of whole weights,
 # which no micro-batch gathers, so many already take a GPU longer than its host needs to start them.
 ENOUGH_ROWS, ENOUGH_OF_WHOLE = 4, 2
 MOST_ROWS = 64
+# Where the rates of GPUs are known, fewer rows that take this much longer a row are as good.
+AS_FAST = 1.02
 AUTO = "auto"
 
 Sharding = Literal["auto", "replicate", "zero3"]
@@ -113,15 +116,25 @@ def _with_rows(config: SweepConfig, rows: Mapping[str, int | Literal["auto"]]) -
 
 
 def _most_rows(job: Train, dims: Dimensions, gpus: Gpus, batch_size: int, sharding: Sharding) -> int:
-    """The largest power of two that fits, that ranks can share a step with, and for whose sake nothing is sharded."""
-    best, first = 1, place(job, dims, gpus, sharding)
-    rows, enough = 2, ENOUGH_ROWS
+    """A power of two that fits, that ranks can share a step with, and for whose sake nothing is sharded.
+
+    It is the fastest, as far as rates are known; else the largest, unless layers would run again for more than enough.
+    """
+    ways = {1: place(job, dims, gpus, sharding)}
+    rows = 2
     while rows <= MOST_ROWS and batch_size % (rows * gpus.ranks) == 0:
         way = place(job.resized(rows), dims, gpus, sharding)
-        if way.whole and not way.checkpointing and rows >= ENOUGH_OF_WHOLE:
-            enough = rows
-        worth_it = not way.checkpointing or rows <= enough
-        if way.fits and way.whole == first.whole and worth_it:
-            best = rows
+        if way.fits and way.whole == ways[1].whole:
+            ways[rows] = way
         rows *= 2
-    return best
+    kept = max((rows for rows, way in ways.items() if not way.checkpointing), default=1)
+    if gpus.flops is None:
+        enough = kept if ways[1].whole and kept >= ENOUGH_OF_WHOLE else ENOUGH_ROWS
+        return max(kept, *(rows for rows in ways if rows <= enough))
+    each = {rows: _seconds_a_row(job.resized(rows), dims, gpus, way) for rows, way in ways.items()}
+    fast = min(rows for rows, it in each.items() if it <= AS_FAST * min(each.values()))
+    return max(fast, min(kept, ENOUGH_ROWS))
+
+
+def _seconds_a_row(job: Train, dims: Dimensions, gpus: Gpus, way: Placement) -> float:
+    return seconds(replace(job, checkpointing=way.checkpointing), dims, copy_of(way, gpus)).longest / job.rows

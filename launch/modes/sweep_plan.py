@@ -179,6 +179,11 @@ def _with_micro_batches(command: Command, config: SweepConfig, models: Sequence[
     gpus = {name: it for name, it in found.items() if it is not None}
     chosen = choose_micro_batches(config, [dimensions_of(it.checkpoint.config) for it in models], gpus)
     rows = {name: getattr(chosen, name).rows_at_once for name in TRAINING_STAGES}
+    told = " and ".join(f"{name} {number}" for name, number in rows.items())
     if gpus:
-        command.tell(f"note: micro-batches of {' and '.join(f'{name} {number}' for name, number in rows.items())}")
+        command.tell(f"note: micro-batches of {told}")
+    elif profile is not None and any(profile.resources[kind].gpus for kind in TRAINING_STAGES.values()):
+        command.tell(
+            f"note: micro-batches of {told}, as the profile doesn't say gpu_memory_gib; config.yaml keeps them"
+        )
     return chosen

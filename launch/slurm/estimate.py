@@ -27,7 +27,7 @@ from hfprune_dist.config.texts import FIRST, CalibrationConfig, FidelityConfig, 
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
-from hfprune_dist.planning.footprint import Evaluate, Importance, Job, LayerPass, TimedJob, Train, fits
+from hfprune_dist.planning.footprint import RESERVE, Evaluate, Importance, Job, LayerPass, TimedJob, Train, fits
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory
 from hfprune_dist.planning.importance_job import importance_job
@@ -43,7 +43,7 @@ from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 
 GIB = 2**30
-NOTHING_HELPS = "no number of nodes is enough"
+NOTHING_HELPS = "no number of nodes is enough: GPUs with more memory, or shorter sequences"
 NO_REFIT_FITS = "every rank has a layer's Gram matrices: GPUs with more memory, or a method with another refit, or none"
 MOST_NODES, MICRO_BATCHES = 256, (1, 2, 4, 8, 16, 32, 64)
 
@@ -66,6 +66,11 @@ class Estimate:
     host_available: float | None
     fits: bool | None
     advice: str
+
+    @property
+    def lacks_host_memory(self) -> bool:
+        """Whether nodes have less main memory than is needed."""
+        return self.host_available is not None and self.host_memory > self.host_available
 
 
 def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: RuntimeConfig) -> list[Estimate]:
@@ -99,18 +104,18 @@ def _problems(estimate: Estimate) -> Iterator[str]:
     stage = f"{kind} {estimate.stage.label}"
     if estimate.fits is False:
         yield (
-            f"{stage}: about {estimate.memory.total / GIB:,.0f} GiB on each GPU, which has "
-            f"{(estimate.available or 0) / GIB:,.0f} GiB (gpu_memory_gib); "
+            f"{stage}: about {estimate.memory.total / GIB:,.1f} GiB on each GPU, which has "
+            f"{(estimate.available or 0) / GIB:,.1f} GiB (gpu_memory_gib) less {RESERVE:.0%}, which is kept free; "
             f"{estimate.advice or (NO_REFIT_FITS if kind == 'prune' else NOTHING_HELPS)}"
         )
-    if estimate.host_available is not None and estimate.host_memory > estimate.host_available:
+    if estimate.lacks_host_memory:
         what, instead = "hidden states", "fewer calibration windows"
         if kind == "importance":
             what += " or matrices of layers"
             instead += ", or a method without the criteria surgeon and weight_taylor"
         yield (
             f"{stage}: about {estimate.host_memory / GIB:,.1f} GiB of {what} on each node, which has "
-            f"{estimate.host_available / GIB:,.1f} GiB (memory); more nodes, or {instead}"
+            f"{(estimate.host_available or 0) / GIB:,.1f} GiB (memory); more nodes, or {instead}"
         )
 
 
@@ -121,6 +126,8 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
     lines = Table("stage", "for", "memory per GPU", "host memory", "fits", "suggested", box=None, pad_edge=False)
     for each in estimates:
         verdict = {None: "? (gpu_memory_gib)", True: "yes", False: "no"}[each.fits]
+        if each.lacks_host_memory:
+            verdict = "no (memory)"
         memory = f"~{each.memory.total / GIB:,.1f} GiB"
         host = f"~{each.host_memory / GIB:,.1f} GiB" if each.host_memory else ""
         lines.add_row(each.stage.kind, escape(each.stage.label), memory, host, verdict, escape(each.advice))
@@ -267,15 +274,25 @@ def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: i
     hidden = [size for size in fitting if gpus.flops and seconds(job.resized(size), dims, advised).is_work]
     enough = [size for size in fitting if size >= ENOUGH_ROWS] or fitting[-1:]
     size = max(hidden[0] if hidden else fitting[-1], enough[0]) if gpus.flops else enough[0]
-    return f"nodes {advised.nodes}, micro-batch {size}"
+    return f"nodes {advised.nodes}, {_setting_of(job)} {size}"
 
 
 def _smaller(job: TimedJob | LayerPass, dims: Dimensions, placed: Gpus) -> str:
     """What helps a job that puts all it needs on each GPU."""
     fitting = [size for size in MICRO_BATCHES if fits(job.resized(size), dims, placed)]
     if fitting:
-        return f"micro-batch {fitting[-1]}"
-    return "sharding zero3" if isinstance(job, Evaluate | Train) else ""
+        return f"{_setting_of(job)} {fitting[-1]}"
+    return "runtime.sharding zero3" if isinstance(job, Evaluate | Train) else ""
+
+
+def _setting_of(job: TimedJob | LayerPass) -> str:
+    """The setting that says how large a job's micro-batches are."""
+    match job:
+        case Train(distills=distills):
+            return f"{'distillation' if distills else 'recovery'}.micro_batch_size"
+        case Evaluate():
+            return "evaluation.batch_size"
+    return "calibration.micro_batch_size"
 
 
 def _shared_rows(stage: Stage) -> int | None:

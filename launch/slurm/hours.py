@@ -72,8 +72,9 @@ def show_hours(console: Console, hours: Sequence[StageHours]) -> None:
         lines.add_row(each.stage.kind, escape(each.stage.label), str(time.gpus), *counted, escape(time.missing))
     total = Total.of(hours)
     unknown = len(hours) - total.known
+    name = "at least" if any(it.time.missing for it in hours) else "all"
     lines.add_row(
-        "all", "", "", shown(total.gpu_hours), shown(total.hours), f"all of {unknown} stages" if unknown else ""
+        name, "", "", shown(total.gpu_hours), shown(total.hours), f"{unknown} whole stages" if unknown else ""
     )
     console.print("\nhours on the profile's nodes, one stage after the other; computed, nothing here was measured:")
     console.print(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -155,7 +155,18 @@ def load_profile(name: str, shipped: Path) -> Profile:
         kind: parse(Resources, _laid_over(_shared(common, kind), whole.stages.get(kind, {})), f"{file}: stages.{kind}")  # type: ignore[call-overload]
         for kind in STAGE_VERSIONS
     }
+    _require_gpus(file, list(resources.values()))
     return Profile(file.stem, resources, whole.max_running)
+
+
+def _require_gpus(file: Path, kinds: Sequence[Resources]) -> None:
+    """Refuse what is said of GPUs where no kind of stage asks for any."""
+    told = [key for key in ("gpu_memory_gib", "gpu_tflops") if any(getattr(it, key) for it in kinds)]
+    if told and not any(it.gpus for it in kinds):
+        raise UserError(
+            f"{file}: {told[0]} tells of GPUs, but gpus_per_node is 0 for every kind of stage; set gpus_per_node, or "
+            f"leave {' and '.join(told)} out"
+        )
 
 
 def _shared(common: Mapping[str, Any], kind: str) -> Mapping[str, Any]:

@@ -69,12 +69,16 @@ def test_a_number_that_was_set_before_stays_too(machine, config, tmp_path):
     assert begin(config, tmp_path / "out")[0] == 2
 
 
-def test_the_profile_of_a_cluster_decides(machine, config, tmp_path):
+def test_the_profile_of_a_cluster_decides(machine, config, tmp_path, capsys):
     machine(SMALL)
     profile = tmp_path / "mine.yaml"
     profile.write_text("tasks_per_node: 4\ngpus_per_node: 4\ngpu_memory_gib: 80\n")
     chosen = prepare(command(config, tmp_path / "out", "--profile", str(profile)), download=False)
     assert chosen.config.recovery.micro_batch_size == 4
+    profile.write_text("tasks_per_node: 4\ngpus_per_node: 4\n")
+    other = command(config, tmp_path / "other", "--profile", str(profile))
+    assert prepare(other, download=False).config.recovery.micro_batch_size == 1
+    assert "doesn't say gpu_memory_gib" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("told", ["", "unknown", None])

@@ -56,10 +56,12 @@ def test_a_micro_batch_has_four_rows_where_ranks_can_share_so_many(inputs, tmp_p
         found = estimates(inputs, tmp_path, profile, **settings)
         return next(each for each in found if each.stage.kind == "importance")
 
-    assert importance(300, calibration__shard_size=2).advice == "nodes 4, micro-batch 1", "a shard for each rank"
+    assert importance(300, calibration__shard_size=2).advice == "nodes 4, calibration.micro_batch_size 1", (
+        "a shard for each rank"
+    )
     many = {"calibration__shard_size": 2, "calibration__samples": 256}
-    assert importance(1e-9, **many).advice == "nodes 4, micro-batch 4", "work hides all else"
-    assert importance(300, **many).advice == "nodes 4, micro-batch 16", "nothing is hidden"
+    assert importance(1e-9, **many).advice == "nodes 4, calibration.micro_batch_size 4", "work hides all else"
+    assert importance(300, **many).advice == "nodes 4, calibration.micro_batch_size 16", "nothing is hidden"
 
 
 def test_whole_weights_that_do_not_fit_are_to_be_sharded(inputs, tmp_path):
@@ -70,8 +72,8 @@ def test_whole_weights_that_do_not_fit_are_to_be_sharded(inputs, tmp_path):
         return next(each for each in found if each.stage.kind == "evaluate")
 
     assert evaluation(80).advice == ""
-    assert evaluation(1e-5).advice == "sharding zero3"
-    assert evaluation(0.01, evaluation__batch_size=4096).advice.startswith("micro-batch ")
+    assert evaluation(1e-5).advice == "runtime.sharding zero3"
+    assert evaluation(0.01, evaluation__batch_size=4096).advice.startswith("evaluation.batch_size ")
 
 
 def test_a_distillation_is_estimated_from_the_windows_that_it_reads(inputs, tmp_path):
@@ -107,7 +109,9 @@ def test_nothing_is_claimed_that_the_profile_does_not_say(inputs, tmp_path):
 
 def test_a_plan_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path):
     small = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 0.3\n", calibration__micro_batch_size=4096)
-    with pytest.raises(UserError, match=r"importance alpha: about .* GiB on each GPU, which has 0 GiB.*micro-batch 4"):
+    with pytest.raises(
+        UserError, match=r"importance alpha: about .* GiB on each GPU, which has 0.3 GiB.*micro_batch_size 4"
+    ):
         refuse_what_cannot_fit([each for each in small if each.stage.kind == "importance"])
     none = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 0.001\n")
     with pytest.raises(UserError, match="no number of nodes is enough"):
@@ -170,9 +174,9 @@ def test_one_rank_alone_may_hold_what_two_do_not(inputs, tmp_path):
 
     least, more = (importance(nodes, 1).memory.total / (1 - RESERVE) / GIB for nodes in (1, 2))
     assert least < more
-    assert importance(2, more * 1.000001).advice == "nodes 2, micro-batch 1"
-    assert importance(2, (least + more) / 2).advice == "nodes 4, micro-batch 1", "with smaller shards"
-    assert importance(2, least * 1.000001).advice == "nodes 1, micro-batch 1"
+    assert importance(2, more * 1.000001).advice == "nodes 2, calibration.micro_batch_size 1"
+    assert importance(2, (least + more) / 2).advice == "nodes 4, calibration.micro_batch_size 1", "with smaller shards"
+    assert importance(2, least * 1.000001).advice == "nodes 1, calibration.micro_batch_size 1"
     assert importance(2, least * 0.99).advice == ""
 
 
@@ -202,7 +206,7 @@ def test_a_plain_shape_is_as_wide_as_the_widest_that_competes(inputs, tmp_path):
 
 def test_a_refit_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path):
     large = {"calibration__micro_batch_size": 512, "calibration__samples": 512, "ratios": [0.2]}
-    with pytest.raises(UserError, match=r"prune alpha 0\.2: about .* micro-batch 64"):
+    with pytest.raises(UserError, match=r"prune alpha 0\.2: about .*micro_batch_size 64"):
         refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 0.02\n", **large))
     with pytest.raises(UserError, match=r"prune alpha 0\.2: .*another refit"):
         refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 0.0001\n", ratios=[0.2]))
@@ -249,11 +253,10 @@ def test_of_local_shapes_the_widest_layer_counts(inputs, tmp_path, protect_first
     assert found.memory == job.memory(dimensions_of(checkpoint.config), 2)
 
 
-def test_gradients_of_weights_are_estimated_in_both_memories_and_their_time_is_not(inputs, tmp_path):
+def test_gradients_of_weights_are_estimated_in_both_memories(inputs, tmp_path):
     def importance(method):
         found = estimates(inputs, tmp_path, GPUS + "gpu_tflops: 100\n", methods=[method], ratios=[0.2])
         return next(each for each in found if each.stage.kind == "importance")
 
     without, found = importance("wanda-sp"), importance("llm-pruner")
     assert found.memory.sums > without.memory.sums == 0 and found.host_memory > without.host_memory == 0
-    assert found.gpu_hours is None

@@ -127,7 +127,8 @@ def test_documents_that_nobody_knows_are_named_and_a_limit_counts_them(inputs):
 
     unknown, few, many = evaluation(), *(evaluation(evaluation__limit=it) for it in (100, 10**6))
     assert "tiny_choice (evaluation.limit bounds them)" in unknown.missing and unknown.seconds is not None
-    assert few.missing == many.missing == "" and unknown.seconds < few.seconds < many.seconds
+    assert few.missing == many.missing == "answers that a model writes for tiny_choice"
+    assert unknown.seconds < few.seconds < many.seconds
 
 
 def test_speed_is_counted_by_the_tokens_that_are_generated(inputs):
@@ -158,6 +159,10 @@ def test_the_table_shows_every_stage_its_total_and_what_is_assumed(models):
     assert sum(row[:1] == ["importance"] for row in rows) == 1 and sum(row[:1] == ["evaluate"] for row in rows) == 4
     total = Total.of(hours)
     assert [row for row in rows if row[:1] == ["all"]] == [["all", shown(total.gpu_hours), shown(total.hours)]]
+    screen = io.StringIO()
+    unknown = replace(hours[0], time=replace(hours[0].time, seconds=None, missing="all of it"))
+    show_hours(Console(file=screen, width=300), [unknown, *hours[1:]])
+    assert "\nat least" in screen.getvalue() and "1 whole stages" in screen.getvalue()
     screen = io.StringIO()
     show_hours(Console(file=screen), hours_of([models["llama-2-7b"]], ["hfprune"], profile_of(gpus_per_node=0)))
     assert screen.getvalue() == ""

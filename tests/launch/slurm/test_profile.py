@@ -57,6 +57,8 @@ def test_environment_and_sbatch_are_merged_key_by_key_and_lists_replaced(tmp_pat
         ("time_minutes: 5\nsignal_seconds: 6000", ["signal_seconds 6000 is more than time_minutes 5"]),
         ("gpus_per_node: 8\ntasks_per_node: 16", ["tasks_per_node 16 is more than gpus_per_node 8"]),
         ("gpu_tflops: .inf", ["gpu_tflops", "finite"]),
+        ("gpu_memory_gib: 80", ["gpu_memory_gib tells of GPUs", "gpus_per_node is 0", "set gpus_per_node"]),
+        ("gpu_tflops: 300\nstages: {prune: {gpu_memory_gib: 4}}", ["leave gpu_memory_gib and gpu_tflops out"]),
         ("environment: {BAD NAME: x}", ["environment", "pattern"]),
         ("environment: {A: null}", ["environment.A", "string"]),
         ("stages: {recover: {environment: [A]}}", ["stages.recover", "environment", "dictionary"]),
