@@ -73,9 +73,8 @@ def show_hours(console: Console, hours: Sequence[StageHours]) -> None:
     total = Total.of(hours)
     unknown = len(hours) - total.known
     name = "at least" if any(it.time.missing for it in hours) else "all"
-    lines.add_row(
-        name, "", "", shown(total.gpu_hours), shown(total.hours), f"{unknown} whole stages" if unknown else ""
-    )
+    left_out = f"all of {unknown} {'stage' if unknown == 1 else 'stages'}" if unknown else ""
+    lines.add_row(name, "", "", shown(total.gpu_hours), shown(total.hours), left_out)
     console.print("\nhours on the profile's nodes, one stage after the other; computed, nothing here was measured:")
     console.print(lines)
     console.print(ASSUMED, soft_wrap=True)

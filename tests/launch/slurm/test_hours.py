@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from hfprune_launch.slurm.estimate import gpus_of
@@ -162,7 +163,7 @@ def test_the_table_shows_every_stage_its_total_and_what_is_assumed(models):
     screen = io.StringIO()
     unknown = replace(hours[0], time=replace(hours[0].time, seconds=None, missing="all of it"))
     show_hours(Console(file=screen, width=300), [unknown, *hours[1:]])
-    assert "\nat least" in screen.getvalue() and "1 whole stages" in screen.getvalue()
+    assert "\nat least" in screen.getvalue() and "all of 1 stage" in screen.getvalue()
     screen = io.StringIO()
     show_hours(Console(file=screen), hours_of([models["llama-2-7b"]], ["hfprune"], profile_of(gpus_per_node=0)))
     assert screen.getvalue() == ""
