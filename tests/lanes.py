@@ -44,7 +44,7 @@ class FakeLanes:
         self.copied[WEIGHTS].append(size)
         for tensor in weights.values():
             self.alive(WEIGHTS, tensor)
-        return _Read(weights)
+        return Arrived(weights)
 
     def alive(self, way, tensor):
         """Count a tensor of the device for as long as it lives."""
@@ -93,7 +93,9 @@ class _Late:
         self._pinned, self._source, self._target = 0, None, None
 
 
-class _Read:
+class Arrived:
+    """What is on its way has arrived."""
+
     def __init__(self, weights):
         self._weights = weights
 

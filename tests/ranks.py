@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from fork_server import forked
@@ -18,13 +20,14 @@ from hfprune_dist.store.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "tests" / "faults"
+CPU = torch.device("cpu")
 
 
 class SoloWorld(World):
-    """A world of one rank on the CPU, without a process group; or one of several, whose others bring nothing."""
+    """A world of one rank, without a process group; or one of several, whose others bring nothing."""
 
-    def __init__(self, rank=0, size=1):
-        super().__init__(rank=rank, size=size, local_size=1, device=torch.device("cpu"))
+    def __init__(self, rank=0, size=1, device=CPU):
+        super().__init__(rank=rank, size=size, local_size=1, device=device)
 
     def broadcast(self, value, source=0):
         return value
@@ -93,6 +96,22 @@ def run_ranks(
         timeout=600,
         check=False,
     )
+
+
+def result_of(script: Path, ranks: int, *arguments: str) -> Any:
+    """What a script prints behind "result: " as JSON, on one of the ranks on which torchrun runs it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    result = subprocess.run(
+        forked([sys.executable, *launcher, str(script), *arguments]),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("result: ")]
+    assert lines, result.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("result: "))
 
 
 def killing(rank: int | str, kill_at: int, match: str) -> dict[str, str]:

@@ -1,14 +1,10 @@
 """What two real ranks gather, against the model of it."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from fork_server import forked
+from ranks import result_of
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -29,19 +25,8 @@ SHARDED = {
 
 
 def counts(folder, criteria="entropy", structures="neurons", checkpointing="plain"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = Path(__file__).with_name("count_gathers.py")
-    result = subprocess.run(
-        forked([*command, str(script), str(folder), criteria, structures, checkpointing]),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    lines = [line for line in result.stdout.splitlines() if line.startswith("result: ")]
-    assert lines, result.stderr[-3000:]
-    found = json.loads(lines[0].removeprefix("result: "))
+    found = result_of(script, 2, str(folder), criteria, structures, checkpointing)
     assert found["left_of_shards"] == 0, "released"
     return found["counts"]
 

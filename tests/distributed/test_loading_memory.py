@@ -1,13 +1,9 @@
 """What each of some real ranks takes while it loads a sharded model, against what is planned for it."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from fork_server import forked
+from ranks import result_of
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -22,18 +18,7 @@ SHAPE = {"hidden_size": 320, "intermediate_size": 832, "num_hidden_layers": 4, "
 
 def taken(folder, ranks):
     """(peak, what is left of it) of each rank, in bytes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    result = subprocess.run(
-        forked([*command, str(Path(__file__).with_name("load_sharded.py")), str(folder)]),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    lines = [line for line in result.stdout.splitlines() if line.startswith("result: ")]
-    assert lines, result.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("result: "))
+    return result_of(Path(__file__).with_name("load_sharded.py"), ranks, str(folder))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -2,35 +2,17 @@
 
 import pytest
 import torch
+from lanes import Arrived
+from ranks import SoloWorld
 from refitting import checkpoint_in, refit, some_kept, weights_in, windows_of
 
 from hfprune_dist.distributed import host_transfers
 from hfprune_dist.distributed.host_transfers import HostTransfers
-from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import LayerReader
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
 TOKENS, SIZE = 2048, 4096
-
-
-class OnlyRank(World):
-    """One rank on a GPU, without a process group."""
-
-    def __init__(self):
-        super().__init__(rank=0, size=1, local_size=1, device=GPU)
-
-    def broadcast(self, value, source=0):
-        return value
-
-    def gather(self, value):
-        return [value]
-
-    def broadcast_tensor(self, tensor, source):
-        pass
-
-    def add_up(self, tensor):
-        pass
 
 
 def busy(weight_CC):
@@ -99,7 +81,7 @@ def test_layers_have_the_bits_of_those_read_one_by_one(tmp_path, dtype, monkeypa
 @pytest.mark.parametrize("method", ["dense", "layerwise", "block"])
 def test_refits_have_the_bits_of_plain_copies(tmp_path, method, monkeypatch):
     checkpoint, kept = checkpoint_in(tmp_path / "model", "qwen3", layers=4), some_kept((0, 1, 3))
-    options = {"world": OnlyRank(), "windows_ST": windows_of(31, tokens=64), "dtype": torch.bfloat16}
+    options = {"world": SoloWorld(device=GPU), "windows_ST": windows_of(31, tokens=64), "dtype": torch.bfloat16}
     refit(method, checkpoint, kept, tmp_path / "ahead", **options)
     with monkeypatch.context() as patch:
         patch.setattr(host_transfers, "lanes_of", lambda _device: Plain())
@@ -111,22 +93,10 @@ class Plain:
     """``Lanes`` on which everybody waits."""
 
     def to_device(self, tensor):
-        return _There(tensor.to(GPU))
+        return Arrived(tensor.to(GPU))
 
     def to_host(self, tensor):
-        return _There(tensor.cpu())
+        return Arrived(tensor.cpu())
 
     def weights(self, reader, number):
-        return _There(reader.weights(number, lambda tensor, dtype: tensor.to(GPU, dtype)))
-
-
-class _There:
-    def __init__(self, value):
-        self._value = value
-
-    def wait(self):
-        value, self._value = self._value, None
-        return value
-
-    def settle(self):
-        self._value = None
+        return Arrived(reader.weights(number, lambda tensor, dtype: tensor.to(GPU, dtype)))

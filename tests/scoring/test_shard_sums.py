@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ranks import SoloWorld
 from worlds import Ranks
 
+from hfprune_dist.checkpoints import tensor_files
 from hfprune_dist.checkpoints.tensor_files import load_tensors, save_tensors
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.unit_sums import KindSums
@@ -129,6 +130,33 @@ def test_a_damaged_file_is_set_aside_and_the_pass_begins_anew(tmp_path_factory, 
     if damage(file if damaged is None else folder / "curvature" / str(rounds) / damaged, *how):
         assert_same(add_rounds(file), expected)
         assert (folder / "partial.safetensors.damaged-1").is_file()
+
+
+class Death(BaseException):
+    """The end of a process at a write."""
+
+
+@pytest.mark.parametrize("moment", ["before it has its name", "once it has its name"])
+def test_death_at_any_write_of_any_round_ends_with_the_same_sums(tmp_path, monkeypatch, moment):
+    expected, publish = add_rounds(tmp_path / "expected" / "partial.safetensors"), tensor_files.publish
+    writes = [0]
+
+    def counted(draft, file):
+        writes[0] += 1
+        if writes[0] == dies_at and moment == "before it has its name":
+            raise Death
+        publish(draft, file)
+        if writes[0] == dies_at:
+            raise Death
+
+    monkeypatch.setattr(tensor_files, "publish", counted)
+    for dies_at in range(1, SHARDS * (2 * LAYERS + 1) + 1):
+        writes[0], file = 0, tmp_path / str(dies_at) / "partial.safetensors"
+        with pytest.raises(Death):
+            add_rounds(file)
+        assert_same(add_rounds(file), expected)
+        # Who died when a pass was whole leaves the state before it, until the stage is done.
+        assert {it.name for it in (file.parent / "curvature").iterdir()} - {str(SHARDS - 1)} == {str(SHARDS)}
 
 
 @pytest.mark.parametrize("replaced", [None, {"total": torch.zeros(HIDDEN, HIDDEN)}, {"sum": torch.zeros(2)}])
