@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(argv: Sequence[str] | None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
-    parser.add_argument("--published", action="store_true", help="show the paper's rows below ours")
+    parser.add_argument("--published", action="store_true", help="show what papers report, and how they came to it")
     parser.add_argument("--wide", action="store_true", help="show all columns, however wide that is")
     arguments = parser.parse_args(argv)
     from hfprune_launch.modes.past_attempts import past_attempts
@@ -29,6 +29,7 @@ def _report(argv: Sequence[str] | None) -> int:
     from hfprune_launch.screen import make_console, show_checkpoints, show_published, show_results
     from hfprune_launch.sweep_folder import read_sweep
 
+    from hfprune_dist.results.published import read_published
     from hfprune_dist.results.table import write_reports
 
     sweep = read_sweep(arguments.out, past_attempts(arguments.out))
@@ -36,7 +37,7 @@ def _report(argv: Sequence[str] | None) -> int:
     console = make_console()
     show_results(console, sweep.rows, arguments.wide)
     if arguments.published:
-        show_published(console, PROJECT.configs / "published.yaml", arguments.wide)
+        show_published(console, read_published(PROJECT.configs / "published.yaml"), arguments.wide)
     show_checkpoints(console, sweep.record.write_checkpoints(arguments.out))
     ReportPage(arguments.out, console).write()
     return 0

@@ -6,11 +6,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import yaml
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.progress_lines import ProgressLines
 from hfprune_launch.stage.standing import time_left
@@ -26,6 +23,7 @@ from hfprune_dist.results.checkpoint_folders import Update
 from hfprune_dist.results.column import Column, cells
 from hfprune_dist.results.columns import all_columns, few_columns
 from hfprune_dist.results.notes import causes, notes, wide_notes
+from hfprune_dist.results.published import PublishedTable
 from hfprune_dist.results.rows import Row
 from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.heartbeat import Heartbeat
@@ -206,24 +204,18 @@ def show_checkpoints(console: Console, update: Update) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def show_published(console: Console, file: Path, wide: bool = False) -> None:
-    """The rows of a paper, as ``configs/published.yaml`` has them.
+def show_published(console: Console, tables: Sequence[PublishedTable], wide: bool = False) -> None:
+    """What papers report, and how they came to it.
 
     Args:
-        wide: show every task's score, and not only their average.
+        wide: show every task's score too, however wide that is.
     """
-    source = yaml.safe_load(file.read_text(encoding="utf-8"))
-    tasks = source["tasks"] if wide else []
-    columns: list[Column[Mapping[str, Any]]] = [
-        Column("published", lambda row: row["method"], is_text=True),
-        Column("ratio", lambda row: f"{row['ratio']:g}", is_text=True),
-        Column("recovery", lambda row: row["recovery"], is_text=True),
-        *(Column(task, partial(_published_score, place=place)) for place, task in enumerate(tasks)),
-        Column("avg", lambda row: f"{row['average']:.1f}"),
-    ]
-    console.print("\nLLaMA-2-7B, arXiv 2603.08083, 10-task average; crows_pairs_english: lower is better")
-    show_table(console, [table_of(source["rows"], columns, ROOMY)], wide)
-
-
-def _published_score(row: Mapping[str, Any], place: int) -> str:
-    return f"{row['scores'][place]:.1f}" if "scores" in row else "-"
+    for table in tables:
+        console.print(f"\n{table.title}", highlight=False, markup=False)
+        show_table(console, [table_of(table.rows, table.shown(wide), ROOMY)], wide)
+        console.print(table.protocol, highlight=False, markup=False)
+    console.print(
+        "\nof all: that ratio as a share of all parameters, which is what ratio means in our tables; -: not known",
+        highlight=False,
+        markup=False,
+    )

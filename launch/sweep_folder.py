@@ -72,7 +72,7 @@ def read_record(out: Path) -> Record | None:
         record = read_json(out / SWEEP_FILE)
         if record is None:
             return None
-        dense = {name: DenseModel(**facts) for name, facts in record["dense"].items()}
+        dense = {name: DenseModel.from_json(facts) for name, facts in record["dense"].items()}
         return Record(Plan.from_json(record), dense)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{out / SWEEP_FILE}: damaged; run the sweep again, it makes only what is missing") from None

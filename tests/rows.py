@@ -27,6 +27,8 @@ def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surge
         "ratio": ratio,
         "ratio_reached": ratio,
         "parameters": 134_515_008,
+        "ratio_of_decoder": 1.25 * ratio,
+        "ratio_of_pruned_layers": 1.5 * ratio,
         "intermediate_size": 1536,
         "intermediate_sizes": None,
         "method": method,
@@ -88,7 +90,7 @@ def missing(row: Row) -> Row:
     """The same row before anything of it was made."""
     unknown = [*MEASURES, *ERRORS, "windows", "tokens", "average", "average_without_crows_pairs", "parameters"]
     unknown += ["average_stderr", "average_without_crows_pairs_stderr", "ratio_reached", "weight_bytes", "own_time_s"]
-    unknown += ["shared_time_s", "wall_time_s", "peak_memory_bytes"]
+    unknown += ["shared_time_s", "wall_time_s", "peak_memory_bytes", "ratio_of_decoder", "ratio_of_pruned_layers"]
     unknown += ["average_floor", "average_without_crows_pairs_floor", *SHARES, *TRAINING]
     none = {key: {} for key in ("tasks", "samples", "other_texts", "floors", "tasks_of_dense")}
     nothing = {**none, "status": "missing", "cause": "prune has not run yet"}

@@ -47,6 +47,7 @@ def few_columns(rows: Sequence[Row], with_errors: bool = True) -> Columns:
 def all_columns(rows: Sequence[Row]) -> Columns:
     """All that rows have but the numbers behind a task's headline."""
     columns = [*_names(rows), Column("reached", lambda row: number(row["ratio_reached"], ".4f"))]
+    columns += [Column(header, partial(_native, key=key)) for header, key in NATIVE.items()]
     columns += [Column("params", lambda row: number(row["parameters"], ","))]
     columns += [Column("size", lambda row: byte_count(row["weight_bytes"])), *_sizes(rows)]
     columns += [
@@ -100,6 +101,14 @@ def _names(rows: Sequence[Row]) -> Columns:
 
 def _kept(row: Row) -> str:
     return percent(None if row["ratio_reached"] is None else 1 - row["ratio_reached"])
+
+
+# What rivals call the ratio: see ``native_ratios``.
+NATIVE = {"of decoder": "ratio_of_decoder", "of pruned layers": "ratio_of_pruned_layers"}
+
+
+def _native(row: Row, key: str) -> str:
+    return number(row[key], ".4f")
 
 
 def _sizes(rows: Sequence[Row]) -> Columns:

@@ -26,7 +26,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
 def wide_notes(rows: Sequence[Row]) -> list[str]:
     """The same for the columns that ``all_columns`` has besides."""
     told = [
-        "reached: removed / all parameters; width: what is left of intermediate_size",
+        "reached: removed / all parameters; of decoder: removed / weights in the layers' matrices, as FLAP and LoRAP "
+        "count; of pruned layers: the same of layers that lose something, as LLM-Pruner and LoRAPrune count",
+        "width: what is left of intermediate_size",
         "agree: share of held-out tokens with the dense model's most likely next token, higher is better",
         "ppl, and tasks without a share of right answers: perplexity, lower is better",
         *_efficiency(rows),

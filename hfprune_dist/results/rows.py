@@ -17,6 +17,7 @@ from hfprune_dist.results.costs import CostTable
 from hfprune_dist.results.efficiency import efficiency_of
 from hfprune_dist.results.floors import average_floors, floors_of
 from hfprune_dist.results.headline import average_errors, averages
+from hfprune_dist.results.native_ratios import Decoder, native_ratios
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_object
 from hfprune_dist.store.attempt import AttemptsOf
@@ -41,19 +42,33 @@ class DenseModel:
     """What a dense row shows that no stage has measured.
 
     Attributes:
-        weight_bytes: of its tensors; None in records of before there was this field.
+        weight_bytes: of its tensors.
+        decoder: what its layers have, where they are alike.
+
+    The last two are None in records of before there were these fields.
     """
 
     parameters: int
     intermediate_size: int
     weight_bytes: int | None = None
+    decoder: Decoder | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> DenseModel:
         """What a dense checkpoint has of it."""
         sizes = checkpoint.units.sizes(checkpoint.units.counts)
         weights = sum(tensor.bytes for tensor in checkpoint.tensors.values())
-        return cls(checkpoint.parameters, sizes["intermediate_size"], weights)
+        return cls(checkpoint.parameters, sizes["intermediate_size"], weights, Decoder.of(checkpoint))
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> DenseModel:
+        """What a record holds, of any version.
+
+        Raises:
+            TypeError: where it is none.
+        """
+        decoder = facts.get("decoder")
+        return cls(**{**facts, "decoder": None if decoder is None else Decoder(**decoder)})
 
 
 def collect_rows(
@@ -175,11 +190,13 @@ def _shape(cell: Cell, manifests: Mapping[str, Manifest | None], dense: DenseMod
     """Reached ratio, parameters and sizes: the dense model's, or those that the prune stage reports."""
     if cell.ratio is None:
         sizes = {"parameters": dense.parameters, "intermediate_size": dense.intermediate_size}
-        return {"ratio_reached": 0.0, **sizes, "intermediate_sizes": None}
+        return {"ratio_reached": 0.0, **native_ratios(dense.decoder, 0, sizes), **sizes, "intermediate_sizes": None}
     *_, prune = (found for stage_id, found in manifests.items() if stage_id.startswith("prune/"))
     metrics: Mapping[str, Any] = prune["metrics"] if prune else {}
     always = ("ratio_reached", "parameters", "intermediate_size", "intermediate_sizes")
-    return {key: metrics.get(key) for key in (*always, *(key for key in _OF_MORE_THAN_NEURONS if key in metrics))}
+    told = {key: metrics.get(key) for key in (*always, *(key for key in _OF_MORE_THAN_NEURONS if key in metrics))}
+    left = told["parameters"]
+    return told | native_ratios(dense.decoder, None if left is None else dense.parameters - left, told)
 
 
 def _averages(tasks: Mapping[str, Mapping[str, Any]], floors: Mapping[str, float]) -> Row:

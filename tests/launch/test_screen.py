@@ -20,6 +20,7 @@ from rows import missing, row_of
 
 from hfprune_dist.results.checkpoint_folders import Update
 from hfprune_dist.results.comparison import compare_methods
+from hfprune_dist.results.published import read_published
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Input, Stage
 
@@ -128,8 +129,10 @@ def rows_of(draw):
 def test_all_columns_are_shown_whole_on_any_terminal(on_terminal):
     head, *_ = on_terminal(show_results, USUAL, wide=True)
     assert head.split()[-3:] == ["time", "shared", "memory"] and len(head) > 80
-    narrow, wide = (on_terminal(show_published, PROJECT.configs / "published.yaml", wide) for wide in (False, True))
+    published = read_published(PROJECT.configs / "published.yaml")
+    narrow, wide = (on_terminal(show_published, published, wide) for wide in (False, True))
     assert max(map(width_of, narrow)) <= 80 and any("truthfulqa_mc2" in line for line in wide)
+    assert any(line.split()[:2] == ["SDMPrune", "0.2"] for line in narrow), "names are whole"
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then():

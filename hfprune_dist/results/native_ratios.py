@@ -1,0 +1,72 @@
+"""What other papers call the ratio of a pruned model, beside ours, which is of all parameters.
+
+Their numbers at "20 %" belong to another share of the model: of the decoder's matrices (FLAP, LoRAP), or of the
+matrices in the layers that lose something (LLM-Pruner and LoRAPrune, which set some layers aside).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
+from hfprune_dist.structures.units import plural_of
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a dense model's layers have, each alike.
+
+    Attributes:
+        matrices: weights of all layers' projections, biases and norms not counted.
+    """
+
+    matrices: int
+    layers: int
+    intermediate_size: int
+    num_key_value_heads: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Decoder | None:
+        """Of a dense checkpoint; None where its layers differ, since a ratio of some of them says little then."""
+        return cls.of_dimensions(dimensions_of(checkpoint.config)) if checkpoint.is_plain else None
+
+    @classmethod
+    def of_dimensions(cls, sizes: Dimensions) -> Decoder:
+        return cls(sizes.body_parameters, sizes.num_layers, sizes.intermediate_size, sizes.num_key_value_heads)
+
+
+def native_ratios(decoder: Decoder | None, removed: int | None, sizes: Mapping[str, Any]) -> dict[str, float | None]:
+    """A row's ratios as other papers count them.
+
+    Args:
+        removed: parameters; None where that isn't known.
+        sizes: what the prune stage tells of the shape: ``intermediate_size`` or, by layer, ``intermediate_sizes``;
+            where heads or layers went, ``num_key_value_heads`` and ``num_hidden_layers`` likewise.
+
+    Returns:
+        ``ratio_of_decoder``: removed / weights of all layers' matrices. ``ratio_of_pruned_layers``: removed / weights
+        of the matrices in layers that lose something. Both None where one of the facts is missing.
+    """
+    if decoder is None or removed is None:
+        return {"ratio_of_decoder": None, "ratio_of_pruned_layers": None}
+    of_layer = decoder.matrices / decoder.layers
+    pruned = _pruned_layers(decoder, sizes)
+    of_pruned = removed / (of_layer * pruned) if pruned else 0.0
+    return {"ratio_of_decoder": removed / decoder.matrices, "ratio_of_pruned_layers": of_pruned}
+
+
+def _pruned_layers(decoder: Decoder, sizes: Mapping[str, Any]) -> int:
+    """How many layers lose something; those that went as a whole are among them."""
+    staying = sizes.get("num_hidden_layers") or decoder.layers
+    widths = _by_layer("intermediate_size", sizes, staying, decoder.intermediate_size)
+    groups = _by_layer("num_key_value_heads", sizes, staying, decoder.num_key_value_heads)
+    whole = (decoder.intermediate_size, decoder.num_key_value_heads)
+    return decoder.layers - sum(pair == whole for pair in zip(widths, groups, strict=True))
+
+
+def _by_layer(field: str, sizes: Mapping[str, Any], layers: int, dense: int) -> list[int]:
+    """A field's value in each staying layer."""
+    return list(sizes.get(plural_of(field)) or [sizes.get(field) or dense] * layers)

@@ -1,0 +1,97 @@
+"""What papers report of their methods, to be read beside a sweep's own rows."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from hfprune_dist.config.load import read_yaml
+from hfprune_dist.config.section import Section
+from hfprune_dist.results.column import Column
+from hfprune_dist.results.formats import number
+
+# As printed: with as many digits.
+Figure = int | float
+
+
+class PublishedRow(Section):
+    """One model of a paper.
+
+    Attributes:
+        ratio: what the paper calls it; None: the dense model.
+        removed: that ratio as a share of all parameters, None where the paper doesn't tell enough.
+        recovery: its training; "own" where pruning and training are one.
+        scores, of_tasks: in the order of the table's ``columns`` and ``tasks``; None: not reported.
+    """
+
+    method: str
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    removed: Annotated[float, Field(gt=0, lt=1)] | None = None
+    recovery: Literal["none", "lora", "own"] = "none"
+    scores: list[Figure | None]
+    of_tasks: list[Figure] = Field(default=[])
+
+
+class PublishedTable(Section):
+    """A paper's numbers that were measured in one way, which ``protocol`` describes."""
+
+    title: str
+    protocol: str
+    columns: list[str]
+    tasks: list[str] = Field(default=[])
+    rows: list[PublishedRow]
+
+    @model_validator(mode="after")
+    def _rows_have_the_columns(self) -> PublishedTable:
+        for row in self.rows:
+            if len(row.scores) != len(self.columns) or len(row.of_tasks) not in (0, len(self.tasks)):
+                raise ValueError(f"{row.method} of {self.title!r} has more or fewer scores than the table has columns")
+        return self
+
+    def shown(self, wide: bool) -> list[Column[PublishedRow]]:
+        """Its columns.
+
+        Args:
+            wide: with each task's score.
+        """
+        tasks = [Column(task, partial(_of_task, place=place)) for place, task in enumerate(self.tasks)]
+        trained: list[Column[PublishedRow]] = [Column("recovery", lambda row: row.recovery, is_text=True)]
+        return [
+            Column("published", lambda row: row.method, is_text=True),
+            Column("ratio", lambda row: "dense" if row.ratio is None else f"{row.ratio:g}", is_text=True),
+            Column("of all", lambda row: number(row.removed, "g"), is_text=True),
+            *(trained if any(row.recovery != "none" for row in self.rows) else []),
+            *(tasks if wide else []),
+            *(Column(name, partial(_score, place=place)) for place, name in enumerate(self.columns)),
+        ]
+
+
+class Published(Section):
+    """All that ``configs/published.yaml`` has."""
+
+    tables: list[PublishedTable]
+
+
+def read_published(file: Path) -> list[PublishedTable]:
+    """The tables of a file such as ``configs/published.yaml``.
+
+    Raises:
+        UserError: where it can't be read as YAML.
+        ValidationError: where it is no such file.
+    """
+    return Published.model_validate(read_yaml(file, "published", "tables")).tables
+
+
+def _score(row: PublishedRow, place: int) -> str:
+    return _printed(row.scores[place])
+
+
+def _of_task(row: PublishedRow, place: int) -> str:
+    return _printed(row.of_tasks[place] if row.of_tasks else None)
+
+
+def _printed(figure: Figure | None) -> str:
+    return "-" if figure is None else str(figure)

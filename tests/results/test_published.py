@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from hfprune_dist.results.column import cells
+from hfprune_dist.results.published import PublishedTable, read_published
+
+FILE = Path(__file__).parents[2] / "configs" / "published.yaml"
+TABLES = read_published(FILE)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda it: it.title)
+def test_what_papers_report(table):
+    """Every table has a source and its way of measuring; what is removed is never more than what the paper calls it."""
+    assert table.protocol and any(mark in table.title for mark in ("arXiv", "ICML", "Tyr"))
+    assert all(row.removed is None or row.removed <= row.ratio for row in table.rows)
+    names = [(row.method, row.ratio, row.recovery) for row in table.rows]
+    assert len(set(names)) == len(names)
+    for wide in (False, True):
+        columns = table.shown(wide)
+        trained = any(row.recovery != "none" for row in table.rows)
+        assert len(columns) == 3 + trained + len(table.columns) + wide * len(table.tasks)
+        assert all("" not in line for line in cells(table.rows, columns))
+
+
+def test_averages_of_tasks_are_the_printed_ones():
+    for row in TABLES[0].rows:
+        if row.of_tasks:
+            assert row.scores[0] == pytest.approx(sum(row.of_tasks) / len(row.of_tasks), abs=0.06)
+
+
+def test_unsound_rows_are_left_out():
+    """LoRAPrune's row in the first paper's table has one task's score twice."""
+    assert "LoRAPrune" not in {row.method for row in TABLES[0].rows}
+
+
+@pytest.mark.parametrize("scores", [[], [1.0, 2.0]])
+def test_rows_that_miss_their_columns_are_refused(scores):
+    row = {"method": "mine", "scores": scores}
+    with pytest.raises(ValidationError, match="more or fewer scores"):
+        PublishedTable.model_validate({"title": "t", "protocol": "p", "columns": ["avg"], "rows": [row]})
