@@ -125,9 +125,9 @@ ROWS = {
 }
 
 
-def weight_taylor(model, windows, units, output=NEURONS):
+def weight_taylor(model, windows, units, output=NEURONS, vectorized=False):
     """Scores of every layer's units, float64 [layers, units]: sum |W * dL/dW| over the weights that each owns, L the
-    mean cross-entropy of all windows at once.
+    mean cross-entropy of all windows at once; or sum over rows and columns of the sum's absolute value.
     """
     model = copy.deepcopy(model).double().requires_grad_()
     logits = model(input_ids=windows).logits
@@ -136,9 +136,10 @@ def weight_taylor(model, windows, units, output=NEURONS):
     for layer in model.model.layers:
         rows = [layer.get_submodule(name).weight for name in ROWS[output]]
         columns = layer.get_submodule(output).weight
-        products = [(it.detach() * it.grad).abs() for it in (*rows, columns)]
-        of_rows = [it.reshape(units, -1).sum(1) for it in products[:-1]]
-        scores.append(sum(of_rows) + products[-1].T.reshape(units, -1).sum(1))
+        products = [it.detach() * it.grad for it in (*rows, columns)]
+        vectors = [*products[:-1], products[-1].T]
+        each = [it.sum(1).abs() if vectorized else it.abs().sum(1) for it in vectors]
+        scores.append(sum(it.reshape(units, -1).sum(1) for it in each))
     return torch.stack(scores)
 
 

@@ -211,6 +211,14 @@ CRITERIA: dict[str, Criterion] = {
             CROSS_ENTROPY,
             is_its_sum=False,
         ),
+        Criterion(
+            "weight_taylor_vectorized",
+            "as weight_taylor, but W * dCE/dW is added up over each row, or column, before its absolute value is taken "
+            "(LLM-Pruner's vectorize)",
+            "weight_gradient",
+            CROSS_ENTROPY,
+            is_its_sum=False,
+        ),
         Criterion("magnitude", "norm of the neuron's weights", "nothing", is_its_sum=False),
         Criterion("random", "a random order, the floor of any comparison", "nothing", is_its_sum=False),
     )

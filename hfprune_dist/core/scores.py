@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,11 +110,15 @@ def first_order_of_weights(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
     """sum |W * dL/dW| over the weights that a unit owns, its rows and its columns; biases don't count (LLM-Pruner's
     ``param_first``: Ma et al. 2023, arXiv 2305.11627, eq. 5 to first order).
     """
-    assert layer.gradients is not None
-    rows = zip(layer.read_rows(), layer.gradients.rows, strict=True)
-    of_weights = [_products(weight, read()).reshape(layer.units, -1).sum(dim=1) for weight, read in rows]
-    products = _products(layer.read_columns(), layer.gradients.columns())
-    return torch.stack([*of_weights, products.unflatten(1, (layer.units, -1)).sum(dim=(0, 2))]).sum(dim=0).cpu()
+    of_rows = [products.abs_().reshape(layer.units, -1).sum(dim=1) for products in _row_products(layer)]
+    of_columns = _column_products(layer).abs_().unflatten(1, (layer.units, -1)).sum(dim=(0, 2))
+    return torch.stack([*of_rows, of_columns]).sum(dim=0).cpu()
+
+
+def first_order_of_vectors(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
+    """The same with |sum W * dL/dW| of each row and each column that a unit owns (LLM-Pruner's ``vectorize``)."""
+    of_vectors = [*(products.sum(dim=1) for products in _row_products(layer)), _column_products(layer).sum(dim=0)]
+    return torch.stack([it.abs().unflatten(0, (layer.units, -1)).sum(dim=1) for it in of_vectors]).sum(dim=0).cpu()
 
 
 def weight_norm(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
@@ -144,6 +148,7 @@ _MADE_OF_SUMS: dict[str, Callable[[Tensor, ScoredLayer], Tensor]] = {
     "random": random_scores,
     "surgeon": costs_of_removal,
     "weight_taylor": first_order_of_weights,
+    "weight_taylor_vectorized": first_order_of_vectors,
 }
 
 
@@ -152,9 +157,22 @@ def _column_norms(layer: ScoredLayer, parts: int) -> Tensor:
     return _norm(layer.read_columns().unflatten(1, (parts, -1)), dim=(0, 2))
 
 
-def _products(weight: Tensor, gradient: Tensor) -> Tensor:
-    """|W * dL/dW| in place of the gradient."""
-    return gradient.mul_(weight.to(gradient)).abs_()
+def _row_products(layer: ScoredLayer) -> Iterator[Tensor]:
+    """W * dL/dW, float64, of one after another of the weights whose rows the units own."""
+    assert layer.gradients is not None
+    for weight, read in zip(layer.read_rows(), layer.gradients.rows, strict=True):
+        yield _times(read(), weight)
+
+
+def _column_products(layer: ScoredLayer) -> Tensor:
+    """The same of the weight whose columns they own."""
+    assert layer.gradients is not None
+    return _times(layer.gradients.columns(), layer.read_columns())
+
+
+def _times(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Their product in place of the gradient."""
+    return gradient.mul_(weight.to(gradient))
 
 
 def _norm(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:

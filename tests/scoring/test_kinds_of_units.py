@@ -101,8 +101,10 @@ def assert_as_defined(scores, model, windows, calibration):
         tolerance = 2e-2 if CRITERIA[name].is_rounded else 1e-3
         assert (ours - expected).norm() < tolerance * expected.norm() + 1e-9, name
     for kind, units, output in (("neurons", 20, NEURONS), ("kv_groups", model.groups, OUTPUT)):
-        ours = torch.stack(scores_of_layers(scores, "weight_taylor", kind))
-        torch.testing.assert_close(ours, weight_taylor(dense, windows, units, output), rtol=1e-3, atol=1e-9)
+        for name in ("weight_taylor", "weight_taylor_vectorized"):
+            ours = torch.stack(scores_of_layers(scores, name, kind))
+            expected = weight_taylor(dense, windows, units, output, vectorized=name.endswith("vectorized"))
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
     for layer, (gram, curvature, fisher) in enumerate(moments(dense, windows, SEED, channels, OUTPUT)):
         attention = dense.model.layers[layer].self_attn
         expected = elimination_scores(gram, curvature, attention.o_proj.weight.detach(), fisher)

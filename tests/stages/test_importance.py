@@ -210,8 +210,10 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
         ours = torch.stack(scores_of_layers(scores, name, "kv_groups"))
         assert ours.shape == (2, 2) and (ours - expected).norm() / expected.norm() < tolerance, name
     for kind, (units, output) in {"neurons": (416, "mlp.down_proj"), "kv_groups": (2, "self_attn.o_proj")}.items():
-        ours = torch.stack(scores_of_layers(scores, "weight_taylor", kind))
-        torch.testing.assert_close(ours, weight_taylor(model, windows, units, output), rtol=1e-3, atol=1e-9)
+        for name in ("weight_taylor", "weight_taylor_vectorized"):
+            ours = torch.stack(scores_of_layers(scores, name, kind))
+            expected = weight_taylor(model, windows, units, output, vectorized=name.endswith("vectorized"))
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
     assert all(value == value.bfloat16().double() for value in scores["layers.1.entropy_bfloat16"])
     for layer, (gram, curvature, fisher) in enumerate(moments(model, windows, seed=3)):
         weight = model.model.layers[layer].mlp.down_proj.weight
