@@ -73,7 +73,7 @@ class Method(Section):
     steps: Positive = 1
     """Number of equal parts of the ratio in which the model is pruned. Before each part but the first, the pruned model
     is scored again on the same windows. A refit of kind ``dense`` then uses that model's activations; the others aim at
-    the dense model in every step, and ``searched`` compares with it. Not with plain or local."""
+    the dense model in every step, and ``searched`` compares with it. Not with plain."""
     round_ratio: RoundRatio | None = None
     """In place of ``steps``: prune in parts of this size, the last one being what is left of the ratio. So ratios share
     the parts that they have in common. null: ``steps`` says how many there are."""
@@ -88,10 +88,10 @@ class Method(Section):
                 f"steps: {self.steps} and round_ratio: {self.round_ratio:g} are two ways to say in which parts a model "
                 "is pruned; give one of them"
             )
-        if self.allocation in ("plain", "local") and (self.steps > 1 or self.round_ratio is not None):
+        if self.allocation == "plain" and (self.steps > 1 or self.round_ratio is not None):
             named = f"steps: {self.steps}" if self.round_ratio is None else f"round_ratio: {self.round_ratio:g}"
             raise ValueError(
-                f"{named} needs allocation: uniform, global or searched; the {self.allocation} shape of one part may "
+                f"{named} needs allocation: uniform, local, global or searched; the plain shape of one part may "
                 "contain none of the next"
             )
         return self

@@ -8,12 +8,13 @@ from typing import Generic, TypeVar
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
-from hfprune_dist.planning.local_shapes import LocalTarget
-from hfprune_dist.planning.multiples import protected_by, target_of, with_numbers
+from hfprune_dist.planning.multiples import target_of, with_numbers
 from hfprune_dist.planning.plain_shapes import plain_shapes, ratio_of
+from hfprune_dist.planning.rounds import local_shapes
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
+from hfprune_dist.structures.kept import Shape
 
 Number = TypeVar("Number", int, float)
 
@@ -74,7 +75,7 @@ def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str
     if method.allocation == "plain":
         return _plain(target)
     if method.allocation == "local":
-        return _local(LocalTarget(target, *protected_by(settled)))
+        return _local(target, local_shapes(settled, checkpoint, ratio, where)[-1])
     return KnownShape(
         layers=None if LAYERS in method.structures else Span.of([checkpoint.num_layers]),
         kv_heads=None if KV_GROUPS in method.structures else _kv_heads(checkpoint),
@@ -102,13 +103,12 @@ def _plain(target: ShapeTarget) -> KnownShape:
     )
 
 
-def _local(target: LocalTarget) -> KnownShape:
-    shape = target.shape()
+def _local(target: ShapeTarget, shape: Shape) -> KnownShape:
     return KnownShape(
         layers=Span.of([len(shape.layers)]),
         kv_heads=Span.of(shape.units[KV_GROUPS]),
         width=Span.of(shape.units[NEURONS]),
-        reached=Span.of([target.asked.counts.ratio(shape)]),
+        reached=Span.of([target.counts.ratio(shape)]),
     )
 
 

@@ -1,7 +1,8 @@
 """Local shapes: every layer that isn't protected loses the same share of its units of each kind.
 
 Which shape that is follows from the ratio alone; scores decide within each layer. KV groups are few, so they are
-rounded first, and neurons make up what is left of the ratio.
+rounded first, and neurons make up what is left of the ratio. Where a model is pruned in rounds, each shape lies within
+the one before.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from hfprune_dist.checkpoints.pruned_config import plain_group_counts
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 from hfprune_dist.structures.kept import Shape
+from hfprune_dist.structures.units import Units
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,13 @@ class LocalTarget:
     Attributes:
         asked: the ratio, and what may go for it.
         protect_first, protect_last: numbers of layers that lose nothing.
+        before: what earlier rounds to this ratio left, by the same method; None: this is the first.
     """
 
     asked: ShapeTarget
     protect_first: int
     protect_last: int
+    before: Shape | None = None
 
     def shape(self) -> Shape:
         """The shape whose parameters come as close to the ratio as rounding allows.
@@ -66,6 +70,11 @@ class LocalTarget:
         """Numbers of KV groups that the pruned layers may keep, falling; every number is divisible by
         ``tensor_parallel``.
         """
+        most = self._left_before(self.asked.groups)
+        return [row for row in self._all_group_rows() if all(it <= left for it, left in zip(row, most, strict=True))]
+
+    def _all_group_rows(self) -> list[tuple[int, ...]]:
+        """The same for a first round."""
         asked, split = self.asked, self.asked.tensor_parallel
         groups = [asked.groups.counts[layer] for layer in self._pruned]
         if KV_GROUPS not in asked.structures:
@@ -84,14 +93,15 @@ class LocalTarget:
         return list(dict.fromkeys(rows))
 
     def _misses(self, groups: Sequence[int]) -> tuple[float, float]:
-        """How far a row of groups is from what is wanted: parameters that neurons can't make up; and distance from the
-        share of groups that should stay.
+        """How far a row of groups is from what is wanted: parameters that neurons can't make up, or that went with them
+        before; and distance from the share of groups that should stay.
         """
         counts, left = self.asked.counts, self._left(groups)
         most = counts.units[NEURONS] * sum(count - self._narrowest(count) for count in self._widths)
+        least = counts.units[NEURONS] * (sum(self._widths) - sum(self._left_before(self.asked.neurons)))
         all_groups = sum(self.asked.groups.counts[layer] for layer in self._pruned)
         removable = counts.units[NEURONS] * sum(self._widths) + counts.units[KV_GROUPS] * all_groups
-        return max(-left, left - most, 0.0), abs(sum(groups) / all_groups - (1 - self._wanted / removable))
+        return max(least - left, left - most, 0.0), abs(sum(groups) / all_groups - (1 - self._wanted / removable))
 
     def _left(self, groups: Sequence[int]) -> float:
         """Parameters that neurons are to make up."""
@@ -109,7 +119,13 @@ class LocalTarget:
     def _shape(self, groups: Sequence[int]) -> Shape:
         share = self._left(groups) / (self.asked.counts.units[NEURONS] * sum(self._widths))
         widths = [self._rounded((1 - min(max(share, 0.0), 1.0)) * width, width) for width in self._widths]
-        return self._whole_but(widths, groups)
+        most = self._left_before(self.asked.neurons)
+        return self._whole_but([min(pair) for pair in zip(widths, most, strict=True)], groups)
+
+    def _left_before(self, units: Units) -> list[int]:
+        """What the pruned layers have of a kind of units when this round begins."""
+        counts = units.counts if self.before is None else self.before.counts(units)
+        return [counts[layer] for layer in self._pruned]
 
     def _rounded(self, exact: float, width: int) -> int:
         """The nearest of what a layer of such a width may keep."""

@@ -9,10 +9,9 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import Limits, budget_of
-from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.multiples import protected_by, target_of, with_numbers
 from hfprune_dist.planning.plain_shapes import plain_shapes
-from hfprune_dist.planning.rounds import round_ratios
+from hfprune_dist.planning.rounds import local_shapes, round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import ModelSize, Target, size_of
 from hfprune_dist.structures import KV_GROUPS, NEURONS
@@ -73,7 +72,11 @@ def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: M
 def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
     """The numbers that decide, in every round to a ratio, what stays."""
     rounds = round_ratios(method, ratio)
-    decided = [_deciding_numbers(checkpoint, it, method, where) for it in rounds]
+    if method.allocation == "local":
+        shapes = local_shapes(method, checkpoint, ratio, where)
+        decided: list[Hashable] = [tuple(shape.units.values()) for shape in shapes]
+    else:
+        decided = [_deciding_numbers(checkpoint, it, method, where) for it in rounds]
     for (before, then), (earlier, later) in zip(pairwise(rounds), pairwise(decided), strict=True):
         if earlier == later:
             setting = "fewer steps" if method.round_ratio is None else "a larger prune.round_ratio"
@@ -90,8 +93,6 @@ def _deciding_numbers(checkpoint: Checkpoint, ratio: float, method: Method, wher
     target = target_of(method, checkpoint, ratio, where)
     if method.allocation == "plain":
         return tuple(plain_shapes(target))
-    if method.allocation == "local":
-        return tuple(LocalTarget(target, *protected_by(method)).shape().units.values())
     if method.structures == [NEURONS]:
         return _widths(size_of(checkpoint), target, method)
     # The smallest step is one of a layer's width.

@@ -27,7 +27,7 @@ from hfprune_dist.stages.contest import Contest
 from hfprune_dist.stages.finals import FINALISTS, Finals, Windows, hopeful
 from hfprune_dist.stages.prune_refit import Context, dense_numbers, pruned_kinds
 from hfprune_dist.structures import LAYERS, NEURONS
-from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.kept import Kept, Shape
 
 
 def decide_shape(
@@ -46,7 +46,7 @@ def decide_shape(
         return kept_of(kinds, ((width,),) * checkpoint.num_layers), {}
     if context.params.allocation == "local":
         asked = ShapeTarget.of(dense, context.params, context.stage.label)
-        shape = LocalTarget(asked, *context.params.protected()).shape()
+        shape = LocalTarget(asked, *context.params.protected(), _whole(checkpoint)).shape()
         return kept_of(kinds, tuple(zip(*(shape.units[it.units.kind] for it in kinds), strict=True))), {}
     gone = dense.parameters - checkpoint.parameters
     budget = _budget(context, dense).left(dense_numbers(context, checkpoint), gone)
@@ -57,6 +57,12 @@ def decide_shape(
         return kept_of(kinds, contest.candidate(counts)), {}
     found, told = _Search(context, (checkpoint, dense), kinds, contest).run()
     return kept_of(kinds, found), told
+
+
+def _whole(checkpoint: Checkpoint) -> Shape:
+    """All that there is of it."""
+    units = {kind: it.counts for kind, it in checkpoint.structures.items()}
+    return Shape(tuple(range(checkpoint.num_layers)), units)
 
 
 def _target(context: Context, dense: Checkpoint) -> Target:

@@ -1,5 +1,6 @@
 """Shapes whose layers lose the same share, against all that there are, and models that transformers makes of them."""
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -12,8 +13,10 @@ from tiny import VARIANTS
 from hfprune_dist.checkpoints.pruned_config import is_plain
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.known_shapes import known_shape
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.ratios import check_ratios
+from hfprune_dist.planning.rounds import local_shapes, round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.structures.kept import Shape
@@ -162,3 +165,54 @@ def test_ratios_that_come_to_the_same_shape_are_refused():
     check_ratios(checkpoint, [0.2, 0.3], method, "m")
     with pytest.raises(UserError, match=r"ratios 0.2 and 0.2001 would be the same checkpoint"):
         check_ratios(checkpoint, [0.2, 0.2001], method, "m")
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(targets(), st.integers(2, 4))
+def test_rounds_end_where_one_would_or_as_close_as_what_is_left_allows(drawn, steps):
+    """Every round lies within the one before, and no shape within that comes closer by more than half a step."""
+    _, changes, asked = drawn
+    target = asked.asked
+    protects = {"protect_first": asked.protect_first, "protect_last": asked.protect_last}
+    method = Method(
+        criterion="entropy",
+        allocation="local",
+        structures=[*target.structures],
+        multiple_of=target.multiple_of,
+        tensor_parallel=target.tensor_parallel,
+        steps=steps,
+        **protects,
+    )
+    try:
+        shapes = local_shapes(method, target.checkpoint, target.ratio, "m")
+    except UserError:
+        assume(False)
+    counts, dense = target.counts, (changes["intermediate_size"], changes["num_key_value_heads"])
+    pruned = changes["num_hidden_layers"] - asked.protect_first - asked.protect_last
+    step = pruned * target.multiple_of * counts.units["neurons"]
+
+    def removed(width, groups):
+        return pruned * (counts.units["neurons"] * (dense[0] - width) + counts.units["kv_groups"] * (dense[1] - groups))
+
+    before = dense
+    for ratio, shape in zip(round_ratios(method, target.ratio), shapes, strict=True):
+        width, groups = (shape.units[kind][asked.protect_first] for kind in BOTH)
+        assert width <= before[0] and groups <= before[1]
+        widths = {*range(target.multiple_of, before[0], target.multiple_of), before[0]}
+        shrinks = "kv_groups" in target.structures
+        rows = range(target.tensor_parallel, before[1] + 1, target.tensor_parallel) if shrinks else [dense[1]]
+        if pruned == changes["num_hidden_layers"]:
+            rows = [it for it in rows if is_plain(*alike(asked, width, it))]
+        closest = min(abs(removed(*it) - ratio * counts.total) for it in itertools.product(widths, rows))
+        assert abs(removed(width, groups) - ratio * counts.total) <= closest + step / 2 + 1e-3
+        before = width, groups
+
+
+def test_groups_that_went_in_a_round_stay_away_and_dry_runs_know_the_last_shape():
+    checkpoint = blank(**SMOLLM2)
+    method = Method(criterion="entropy", allocation="local", structures=[*BOTH], steps=3)
+    first, second, last = local_shapes(method, checkpoint, 0.6, "m")
+    assert [set(it.units["kv_groups"]) for it in (first, second, last)] == [{2}, {1}, {1}]
+    assert known_shape(checkpoint, 0.6, method, "m").width.least == last.units["neurons"][0]
+    in_one = local_shapes(method.model_copy(update={"steps": 1}), checkpoint, 0.6, "m")
+    assert in_one == [last]

@@ -61,15 +61,15 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
         ("criterion: entropy\nallocation: plain\n", "plain needs kv_groups or layers.*allocation: uniform"),
         (
             "criterion: entropy\nallocation: plain\nstructures: [neurons, layers]\nsteps: 2\n",
-            "steps: 2 needs allocation: uniform, global or searched",
+            "steps: 2 needs allocation: uniform, local, global or searched",
         ),
         (
             "criterion: entropy\nallocation: local\nstructures: [neurons, layers]\n",
             "layers. needs allocation: plain or searched; layers have no scores, and local measures",
         ),
         (
-            "criterion: entropy\nallocation: local\nround_ratio: 0.1\n",
-            "round_ratio: 0.1 needs allocation: uniform, global or searched; the local shape",
+            "criterion: entropy\nallocation: plain\nstructures: [neurons, layers]\nround_ratio: 0.1\n",
+            "round_ratio: 0.1 needs allocation: uniform, local, global or searched; the plain shape",
         ),
         ("criterion: entropy\nprotect_last: 1.5\n", r"protect_last.*whole number from 0 on, or a share.*got 1.5"),
         ("criterion: entropy\nprotect_first: -1\n", r"protect_first.*whole number from 0 on, or a share.*got -1"),

@@ -362,10 +362,10 @@ def test_death_at_every_point_ends_with_the_same_weights(tmp_path, method):
         assert weights_of(store, stage) == expected
 
 
-@pytest.mark.parametrize("refit", ["none", "dense"])
-def test_a_second_step_is_a_prune_of_the_first_ones_model(tmp_path, refit):
+@pytest.mark.parametrize(("refit", "allocation"), [("none", "uniform"), ("dense", "uniform"), ("none", "local")])
+def test_a_second_step_is_a_prune_of_the_first_ones_model(tmp_path, refit, allocation):
     """By hand: a checkpoint of the first step, pruned on its own at the share of it that is left to remove."""
-    store, second, _ = prepare(tmp_path, ratio=0.2, refit=refit)
+    store, second, _ = prepare(tmp_path, ratio=0.2, refit=refit, allocation=allocation)
     first = Stage("prune", "step 1/2", {**second.params.to_json(), "ratio": 0.1}, second.inputs)
     run_solo(store, first)
     half = store.manifest(first.id)["metrics"]
