@@ -24,15 +24,21 @@ def scored_layer(
     seed: int,
     moments: SecondMoments | None = None,
     *,
+    tokens: int = 0,
     gradients: MeanGradients | None = None,
 ) -> ScoredLayer:
-    """A layer's units of one kind, as criteria see them."""
+    """A layer's units of one kind, as criteria see them.
+
+    Args:
+        tokens: how many sums are over.
+    """
     return ScoredLayer(
         number=layer,
         units=units.counts[layer],
         seed=seed,
         read_rows=lambda: [read_tensor(checkpoint, name) for name in units.row_weights(layer)],
         read_columns=lambda: read_tensor(checkpoint, units.output_weight(layer)),
+        tokens=tokens,
         moments=moments,
         gradients=gradients,
     )

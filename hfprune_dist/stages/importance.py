@@ -284,9 +284,9 @@ class _SecondPass:
         if not is_mine:
             return None
         moments = {kind: self._moments(kind, number, it) for kind, it in grams.items()}
-        where, seed = self._checkpoint, self._context.params.seed
+        seed, scored = self._context.params.seed, partial(scored_layer, self._checkpoint, tokens=self._tokens)
         kinds = {
-            kind: scored_layer(where, units, number, seed, moments.get(kind), gradients=self._gradients(units, number))
+            kind: scored(units, number, seed, moments.get(kind), gradients=self._gradients(units, number))
             for kind, units in self._units.items()
         }
         return _Layer(number, kinds)
