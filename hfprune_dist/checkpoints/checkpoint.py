@@ -15,7 +15,7 @@ from hfprune_dist.checkpoints.safetensors_header import TensorInfo
 from hfprune_dist.checkpoints.weight_files import matching, read_headers, read_json_object
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures.parameter_counts import ParameterCounts, count_parameters
-from hfprune_dist.structures.units import LAYER_SIZES, Units
+from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, Units
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
@@ -76,8 +76,10 @@ class Checkpoint:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether transformers has a class for it: no layer differs from another in its sizes."""
-        return LAYER_SIZES not in self.config and self.is_uniform
+        """Whether transformers has a class for it: no layer differs from another in its sizes, and no projection has a
+        bias that its family's has not.
+        """
+        return LAYER_SIZES not in self.config and not self.config.get(OUTPUT_BIASES) and self.is_uniform
 
     @cached_property
     def max_positions(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -9,12 +10,20 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments
 from hfprune_dist.structures.units import Units
 
+# By what safetensors files call them.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     """One tensor, in the dtype of the file, on the CPU."""
     with safe_open(checkpoint.path / checkpoint.tensors[name].file, framework="pt") as source:
         tensor: Tensor = source.get_tensor(name)
     return tensor
+
+
+def dtype_of(checkpoint: Checkpoint, name: str) -> torch.dtype:
+    """The dtype of a tensor in the checkpoint's files."""
+    return DTYPES[checkpoint.tensors[name].dtype]
 
 
 def scored_layer(

@@ -53,21 +53,21 @@ class Method(Section):
     floor: Annotated[float, Field(ge=0, le=1)] = 0.2
     """global, standardized, searched: the smallest share of its neurons that a layer keeps; with 0 it keeps one."""
     protect_first: NumberOrShare = 0
-    """local, global, standardized, searched: number of layers, from the first on, that lose nothing; or, below 1, the share of the
-    model's layers that they are, rounded to the nearest number."""
+    """local, global, standardized, searched: number of layers, from the first on, that lose nothing; or, below 1, the
+    share of the model's layers that they are, rounded to the nearest number."""
     protect_last: NumberOrShare = 0
     """local, global, standardized, searched: the same, up to the last layer."""
     tensor_parallel: Positive = 1
     """Number of devices that each layer is to be split over: layers keep numbers of KV groups that are divisible by
     it, and widths that lose neurons are multiples of it too. Matters where structures has kv_groups."""
     refit: Refit = "none"
-    """bias: output projections get biases, or what biases they have more, so that their mean outputs on the dense model's
-    activations stay; not with plain or searched. All others are least squares on down_proj, so that the kept neurons
-    also do what the removed ones did. dense: fitted to the
-    dense MLP's outputs, on the dense model's activations. layerwise: layer after layer, on the pruned model's own
-    activations; the target lies half way between the dense MLP's output there and the output that would restore the
-    dense model's hidden states. block: as layerwise, then Gauss-Newton steps on gate_proj, up_proj and down_proj
-    together; takes minutes, not seconds."""
+    """bias: biases of output projections that make up for the mean of what the removed units put out, on the dense
+    model's activations; loading the checkpoint then needs trust_remote_code or this package, unless the architecture
+    has these biases. All others are least squares on down_proj, so that the kept neurons also do what the removed ones
+    did. dense: fitted to the dense MLP's outputs, on the dense model's activations. layerwise: layer after layer, on
+    the pruned model's own activations; the target lies half way between the dense MLP's output there and the output
+    that would restore the dense model's hidden states. block: as layerwise, then Gauss-Newton steps on gate_proj,
+    up_proj and down_proj together; takes minutes, not seconds."""
     multiple_of: PositiveOrAuto = 1
     """Round intermediate_size to a multiple of this (64 or 128 suit GPU kernels). auto: for each model and ratio the
     largest of 256, 128, 64 and 32 with which at least the ratio goes, and at most 0.0125 more; where there is none, 32
@@ -93,8 +93,8 @@ class Method(Section):
         if self.allocation in ("plain", "local") and (self.steps > 1 or self.round_ratio is not None):
             named = f"steps: {self.steps}" if self.round_ratio is None else f"round_ratio: {self.round_ratio:g}"
             raise ValueError(
-                f"{named} needs allocation: uniform, global, standardized or searched; the {self.allocation} shape of one part may "
-                "contain none of the next"
+                f"{named} needs allocation: uniform, global, standardized or searched; the {self.allocation} shape of "
+                "one part may contain none of the next"
             )
         return self
 
@@ -107,7 +107,9 @@ class Method(Section):
                 f"{self.allocation} measures nothing"
             )
         if self.allocation == "uniform" and self.structures != [NEURONS]:
-            possible = "plain or searched" if LAYERS in self.structures else "plain, local, global, standardized or searched"
+            possible = (
+                "plain or searched" if LAYERS in self.structures else "plain, local, global, standardized or searched"
+            )
             raise ValueError(
                 f"structures: [{named}] needs allocation: {possible}; uniform is one width, of neurons alone"
             )
@@ -122,8 +124,8 @@ class Method(Section):
     def _refit_suits_the_allocation(self) -> Method:
         if self.refit == "bias" and self.allocation in ("plain", "searched"):
             raise ValueError(
-                f"refit: bias needs allocation: uniform, local, global or standardized; {self.allocation} measures shapes "
-                "after least squares"
+                f"refit: bias needs allocation: uniform, local, global or standardized; {self.allocation} measures "
+                "shapes after least squares"
             )
         return self
 

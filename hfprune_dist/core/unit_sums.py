@@ -45,8 +45,9 @@ class KindSums:
     """What some micro-batches add up to, for the units of one kind; on the CPU.
 
     Attributes:
-        exact: criterion -> float64 [num_layers, units], or sums of channels, those of one behind those of
-            another, where criteria are ``is_of_channels``; of all whose sum isn't rounded. Layers with fewer units than others have zeros behind theirs.
+        exact: criterion -> float64 [num_layers, units], or sums of channels, those of one behind those of another,
+            where criteria are ``is_of_channels``; of all whose sum isn't rounded. Layers with fewer units than others
+            have zeros behind theirs.
         terms: of criteria whose sum ``is_rounded``, what each micro-batch adds: criterion -> float32, shaped alike.
     """
 

@@ -52,9 +52,9 @@ class KindTotals:
         criteria: those with something to sum.
 
     Attributes:
-        sums: criterion -> float64 [num_layers, units], or sums of channels (``Shape.of_sums``), added in shard order; of
-            criteria that are accumulated in a narrower dtype, micro-batch by micro-batch, and rounded to it each time.
-            Layers with fewer units than others have zeros behind theirs.
+        sums: criterion -> float64 [num_layers, units], or sums of channels (``Shape.of_sums``), added in shard order;
+            of criteria that are accumulated in a narrower dtype, micro-batch by micro-batch, and rounded to it each
+            time. Layers with fewer units than others have zeros behind theirs.
     """
 
     def __init__(self, criteria: Sequence[Criterion], shape: Shape, world: World) -> None:
