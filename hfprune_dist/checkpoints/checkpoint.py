@@ -8,7 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.checkpoints.checks import check_config, check_dtypes, check_folder, check_shapes, check_tensors
+from hfprune_dist.checkpoints.checks import (
+    check_config,
+    check_dtypes,
+    check_folder,
+    check_output_biases,
+    check_shapes,
+    check_tensors,
+)
 from hfprune_dist.checkpoints.families import Family, family_of
 from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo
@@ -161,6 +168,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is needed")
     check_config(config, path / "config.json")
+    check_output_biases(config, family, path / "config.json")
     found = read_headers(path)
     known = family.tensors(config)
     tensors = {name: info for name, info in found.items() if name in known}

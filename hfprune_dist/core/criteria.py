@@ -203,8 +203,8 @@ CRITERIA: dict[str, Criterion] = {
         ),
         Criterion(
             "fluctuation",
-            "variance of h over tokens times the squared norm of the neuron's down_proj column, in its layer's standard "
-            "deviations (FLAP's WIFV, arXiv 2312.11983)",
+            "variance of h over tokens times the squared norm of the neuron's down_proj column, in standard "
+            "deviations of its layer (FLAP's WIFV, arXiv 2312.11983)",
             "moments",
             is_its_sum=False,
             in_deviations=True,
