@@ -66,6 +66,7 @@ def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels
     layers = model.model.layers
     projections = [layer.get_submodule(output) for layer in layers]
     scores = [torch.zeros((), dtype=torch.float64) for _ in layers]
+    read = [[] for _ in layers]
     masks = iter(())
     if criterion == "self_distillation":
         masks = itertools.cycle(keeps.double().repeat_interleave(channels if output == NEURONS else 1, dim=1))
@@ -88,10 +89,15 @@ def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels
             loss, _ = GRADIENT_CRITERIA[criterion]
             loss(logits, input_ids=window, window=number, seed=seed, teacher=teacher).backward()
         for layer, (hidden, masked) in enumerate(captured):
-            terms = _summed(criterion, hidden, masked.grad, channels).sum((0, 1)).detach()
-            scores[layer] = _added(criterion, scores[layer], terms)
+            read[layer].append(hidden.detach().flatten(0, 1))
+            if criterion != "fluctuation":
+                terms = _summed(criterion, hidden, masked.grad, channels).sum((0, 1)).detach()
+                scores[layer] = _added(criterion, scores[layer], terms)
         for handle in handles:
             handle.remove()
+    if criterion == "fluctuation":
+        weights = [projection.weight.detach() for projection in projections]
+        scores = [fluctuation(torch.cat(pair[0]), pair[1], channels) for pair in zip(read, weights, strict=True)]
     if criterion == "activation_l1":
         columns = [projection.weight.detach().abs().sum(0) for projection in projections]
         scores = [of_units(pair[0].sqrt() * pair[1], channels) for pair in zip(scores, columns, strict=True)]
@@ -99,6 +105,13 @@ def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels
         columns = [projection.weight.detach().pow(2).sum(0) for projection in projections]
         scores = [of_units(pair[0] * pair[1], channels).sqrt() for pair in zip(scores, columns, strict=True)]
     return torch.stack(scores)
+
+
+def fluctuation(hidden, weight, channels=1):
+    """FLAP's metric of channels, in standard deviations of all of them, averaged over each unit's."""
+    metric = (hidden - hidden.mean(0)).square().sum(0) * weight.square().sum(0)
+    metric = metric**2 if channels > 1 else metric
+    return of_units(metric / metric.std(), channels) / channels
 
 
 def _added(criterion, total, terms):

@@ -8,14 +8,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.checkpoints.checks import check_config, check_dtypes, check_folder, check_shapes, check_tensors
+from hfprune_dist.checkpoints.checks import (
+    check_config,
+    check_dtypes,
+    check_folder,
+    check_output_biases,
+    check_shapes,
+    check_tensors,
+)
 from hfprune_dist.checkpoints.families import Family, family_of
 from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo
 from hfprune_dist.checkpoints.weight_files import matching, read_headers, read_json_object
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures.parameter_counts import ParameterCounts, count_parameters
-from hfprune_dist.structures.units import LAYER_SIZES, Units
+from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, Units
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
@@ -76,8 +83,10 @@ class Checkpoint:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether transformers has a class for it: no layer differs from another in its sizes."""
-        return LAYER_SIZES not in self.config and self.is_uniform
+        """Whether transformers has a class for it: no layer differs from another in its sizes, and no projection has a
+        bias that its family's has not.
+        """
+        return LAYER_SIZES not in self.config and not self.config.get(OUTPUT_BIASES) and self.is_uniform
 
     @cached_property
     def max_positions(self) -> int | None:
@@ -159,6 +168,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is needed")
     check_config(config, path / "config.json")
+    check_output_biases(config, family, path / "config.json")
     found = read_headers(path)
     known = family.tensors(config)
     tensors = {name: info for name, info in found.items() if name in known}

@@ -9,7 +9,7 @@ from typing import Any
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.checkpoints.safetensors_header import FLOATS, TensorInfo
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures.units import LAYER_SIZES, PER_LAYER, Units
+from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER, Units
 
 # What some architectures do to logits after their head -> the value that does nothing. A head is its weights here.
 _AFTER_THE_HEAD = {"logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1, "final_logit_softcapping": None}
@@ -73,6 +73,18 @@ def _check_layer_sizes(config: Mapping[str, Any], file: Path) -> None:
         raise UserError(f"{file}: {PER_LAYER} must give each layer's number its settings")
     for settings in own.values():
         _require_positive(settings.get("intermediate_size", 1), f"intermediate_size in {PER_LAYER}", file)
+
+
+def check_output_biases(config: Mapping[str, Any], family: Family, file: Path) -> None:
+    """Check what a checked config says of biases that its family's output projections don't have.
+
+    Raises:
+        UserError: where it names other modules.
+    """
+    known = [units.output for units in family.structures(config).values()]
+    named = config.get(OUTPUT_BIASES, [])
+    if not isinstance(named, list) or any(name not in known for name in named) or len({*named}) < len(named):
+        raise UserError(f"{file}: {OUTPUT_BIASES} must be a list of some of {', '.join(known)}, not {named!r}")
 
 
 def _require_positive(value: Any, key: str, file: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures.kv_groups import kv_groups
 from hfprune_dist.structures.neurons import neurons
-from hfprune_dist.structures.units import Block, Units
+from hfprune_dist.structures.units import OUTPUT_BIASES, Block, Units
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,7 +83,8 @@ class Family:
 
     def biased(self, config: Mapping[str, Any]) -> set[str]:
         """The projections that have a bias in a model of this ``config.json``."""
-        return {name for key, names in self.biases if key is None or config.get(key) for name in names}
+        own = {name for key, names in self.biases if key is None or config.get(key) for name in names}
+        return own | {module.rpartition(".")[2] for module in config.get(OUTPUT_BIASES, ())}
 
     def embedding_tensor(self) -> str:
         """The table of token embeddings [vocabulary, hidden_size]."""

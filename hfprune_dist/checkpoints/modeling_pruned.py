@@ -1,14 +1,17 @@
-"""Causal language models whose layers differ in heads and MLP widths; this file also travels inside such checkpoints.
+"""Causal language models whose layers differ in heads and MLP widths, or whose output projections have biases that
+their architecture's don't; this file also travels inside such checkpoints.
 
 It needs transformers alone: load such a checkpoint with
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. Heads and widths are in its config.json, under
-``layer_sizes``: a field of the configuration -> its value in each layer. Earlier versions wrote widths alone, under
+``layer_sizes``: a field of the configuration -> its value in each layer. Projections with such biases are in
+``output_biases``, by their names within a layer. Earlier versions wrote widths alone, under
 ``per_layer_config``.
 """
 
 import copy
 from typing import Any
 
+from torch import nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 
@@ -20,8 +23,16 @@ def config_of_layer(config: Any, number: int) -> Any:
     return own
 
 
+def add_output_biases(config: Any, layer: nn.Module) -> None:
+    """Give projections of a layer the biases that the configuration says, with whatever values."""
+    for name in getattr(config, "output_biases", None) or ():
+        block, _, projection = name.rpartition(".")
+        linear: Any = layer.get_submodule(name)
+        setattr(layer.get_submodule(block), projection, nn.Linear(linear.in_features, linear.out_features))
+
+
 class SizesPerLayer:
-    """Gives each decoder layer as many heads, and an MLP as wide, as the configuration says for that layer."""
+    """Gives each decoder layer as many heads, an MLP as wide, and the biases that the configuration says for it."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config.per_layer_config[0])  # type: ignore[call-arg]
@@ -29,6 +40,7 @@ class SizesPerLayer:
             own = config_of_layer(config, number)
             layer.self_attn = type(layer.self_attn)(own, number)
             layer.mlp = type(layer.mlp)(own)
+            add_output_biases(config, layer)
             layer.self_attn.config = self.model.config  # type: ignore[attr-defined] # the attention that is chosen later
         self.config = config
 

@@ -5,7 +5,7 @@ A plain checkpoint is one that transformers, and every engine built for its arch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES, Family
 from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
 from hfprune_dist.structures.kept import Shape
-from hfprune_dist.structures.units import LAYER_SIZES, PER_LAYER
+from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER
 
 # Where a checkpoint isn't plain, this module of ours travels inside it.
 MODELING_FILE = Path(__file__).with_name("modeling_pruned.py")
@@ -40,12 +40,16 @@ def plain_group_counts(checkpoint: Checkpoint) -> list[int]:
 def is_plain(checkpoint: Checkpoint, shape: Shape) -> bool:
     """Whether what has such a shape can be written as a plain checkpoint."""
     values = _values(checkpoint, shape)
-    is_uniform = all(len(set(row)) == 1 for row in values.values())
+    is_uniform = all(len(set(row)) == 1 for row in values.values()) and not checkpoint.config.get(OUTPUT_BIASES)
     return is_uniform and _plain_type(checkpoint, values[HEADS][0]) is not None
 
 
-def pruned_config(checkpoint: Checkpoint, shape: Shape) -> dict[str, Any]:
-    """The whole config.json of a checkpoint of which such a shape is left."""
+def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = ()) -> dict[str, Any]:
+    """The whole config.json of a checkpoint of which such a shape is left.
+
+    Args:
+        biased: output projections, by their names within a layer, that have biases then.
+    """
     gone = set(range(checkpoint.num_layers)).difference(shape.layers)
     needed = gone & undroppable_layers(checkpoint.config).keys()
     assert not needed, f"layers {sorted(needed)} can't be dropped"
@@ -55,13 +59,22 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape) -> dict[str, Any]:
     changed = {field: row for field, row in values.items() if any(value != known[field] for value in row)}
     if HEADS in changed:
         stated |= checkpoint.structures["kv_groups"].implied
-    if not is_plain(checkpoint, shape):
+    own = checkpoint.family.biased(checkpoint.config)
+    added = [module for module in biased if module.rpartition(".")[2] not in own]
+    stated |= {OUTPUT_BIASES: [*stated.get(OUTPUT_BIASES, ()), *added]} if added else {}
+    if added or not is_plain(checkpoint, shape):
         name = checkpoint.family.pruned_class
         auto_map = {AUTO_CLASS: f"{MODELING_FILE.stem}.{name}"}
         return stated | {LAYER_SIZES: changed, "architectures": [name], "auto_map": auto_map}
     stated |= {field: row[0] for field, row in changed.items()}
     model_type = _plain_type(checkpoint, values[HEADS][0])
     return stated if model_type == checkpoint.family.model_type else _as_twin(stated, FAMILIES[str(model_type)])
+
+
+def parameters_of_biases(dense: Checkpoint, config: Mapping[str, Any]) -> int:
+    """Parameters of biases that a model of ``config`` has, and the dense one that it comes from doesn't."""
+    added = dense.family.biased(config) - dense.family.biased(dense.config)
+    return len(added) * int(config["num_hidden_layers"]) * int(config["hidden_size"])
 
 
 def _values(checkpoint: Checkpoint, shape: Shape) -> dict[str, list[int]]:

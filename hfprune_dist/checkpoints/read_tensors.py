@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments
 from hfprune_dist.structures.units import Units
+
+# By what safetensors files call them.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -17,6 +21,11 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     return tensor
 
 
+def dtype_of(checkpoint: Checkpoint, name: str) -> torch.dtype:
+    """The dtype of a tensor in the checkpoint's files."""
+    return DTYPES[checkpoint.tensors[name].dtype]
+
+
 def scored_layer(
     checkpoint: Checkpoint,
     units: Units,
@@ -24,15 +33,21 @@ def scored_layer(
     seed: int,
     moments: SecondMoments | None = None,
     *,
+    tokens: int = 0,
     gradients: MeanGradients | None = None,
 ) -> ScoredLayer:
-    """A layer's units of one kind, as criteria see them."""
+    """A layer's units of one kind, as criteria see them.
+
+    Args:
+        tokens: how many sums are over.
+    """
     return ScoredLayer(
         number=layer,
         units=units.counts[layer],
         seed=seed,
         read_rows=lambda: [read_tensor(checkpoint, name) for name in units.row_weights(layer)],
         read_columns=lambda: read_tensor(checkpoint, units.output_weight(layer)),
+        tokens=tokens,
         moments=moments,
         gradients=gradients,
     )

@@ -8,7 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.cut import Cut
 from hfprune_dist.checkpoints.pruned_config import AUTO_CLASS, MODELING_FILE
+from hfprune_dist.checkpoints.read_tensors import DTYPES
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo, read_safetensors_header
 from hfprune_dist.checkpoints.weight_files import INDEX_FILE
 from hfprune_dist.core.selection import entries_of
@@ -42,11 +43,14 @@ class Changes:
         transforms: name -> what is done to it; the other tensors' bytes are copied as they are.
         shapes: name -> the shape that it gets, of those whose shape changes.
         names: name -> the name that it gets; tensors without one are left out. None: all keep theirs.
+        added: name of a tensor that isn't there yet -> what it is: its file, dtype and shape. ``transforms`` make it of
+            an empty one.
     """
 
     transforms: Mapping[str, Transform]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     names: Mapping[str, str] | None = None
+    added: Mapping[str, TensorInfo] = field(default_factory=dict)
 
 
 def unit_cuts(checkpoint: Checkpoint, kept: Kept) -> dict[str, Cut]:
@@ -59,12 +63,15 @@ def unit_cuts(checkpoint: Checkpoint, kept: Kept) -> dict[str, Cut]:
     }
 
 
-def kept_names(checkpoint: Checkpoint, layers: Sequence[int]) -> dict[str, str]:
-    """The tensors that stay where these layers do, ascending -> their names in the smaller checkpoint."""
+def kept_names(checkpoint: Checkpoint, layers: Sequence[int], added: Iterable[str] = ()) -> dict[str, str]:
+    """The tensors that stay where these layers do, ascending, and those that are added to them, all as ``checkpoint``
+    numbers layers -> their names in the smaller checkpoint.
+    """
     prefix = f"{checkpoint.family.layers}."
     numbers = {str(layer): str(number) for number, layer in enumerate(layers)}
+    every = {*checkpoint.tensors, *added}
     names = {name: name for name in checkpoint.tensors if not name.startswith(prefix)}
-    for name in checkpoint.tensors.keys() - names.keys():
+    for name in every - names.keys():
         layer, _, part = name.removeprefix(prefix).partition(".")
         if layer in numbers:
             names[name] = f"{prefix}{numbers[layer]}.{part}"
@@ -82,17 +89,29 @@ def write_weight_file(
 
     Args:
         replacements: tensor name, as ``checkpoint`` has it -> reads what is written in place of the cut tensor, of the
-            same shape.
+            same shape; or as it would have it -> reads a bias, written behind the other tensors of its weight's file.
     """
-    names = kept_names(checkpoint, kept.layers)
-    if not any(checkpoint.tensors[name].file == file for name in names):
+    added = _biases_added(checkpoint, replacements or {})
+    names = kept_names(checkpoint, kept.layers, added)
+    if not any(checkpoint.tensors[name].file == file for name in names if name not in added):
         return
     cuts = unit_cuts(checkpoint, kept)
     shapes = {name: cut.shape(checkpoint.tensors[name].shape) for name, cut in cuts.items()}
     transforms: dict[str, Transform] = {name: cut.apply for name, cut in cuts.items()}
     for name, read in (replacements or {}).items():
         transforms[name] = partial(_replace, read)
-    stream_weight_file(checkpoint, file, Changes(transforms, shapes, names), target)
+    stream_weight_file(checkpoint, file, Changes(transforms, shapes, names, added), target)
+
+
+def _biases_added(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, TensorInfo]:
+    """What these tensors are that the checkpoint lacks: as its weights are, but vectors."""
+    added = {}
+    for name in names:
+        if name not in checkpoint.tensors:
+            weight = checkpoint.tensors[f"{name.removesuffix('.bias')}.weight"]
+            outputs = weight.shape[0]
+            added[name] = replace(weight, shape=(outputs,), bytes=weight.bytes // weight.numel * outputs)
+    return added
 
 
 def _replace(read: Callable[[], Tensor], tensor: Tensor) -> Tensor:
@@ -104,14 +123,17 @@ def stream_weight_file(checkpoint: Checkpoint, file: str, changes: Changes, targ
 
     Peak memory is what one transform needs and the transformed tensor before it.
     """
-    infos = {name: info for name, info in checkpoint.tensors.items() if info.file == file}
+    every = {**checkpoint.tensors, **changes.added}
+    infos = {name: info for name, info in every.items() if info.file == file}
     if changes.names is not None:
         infos = {name: info for name, info in infos.items() if name in changes.names}
     transforms, path = changes.transforms, checkpoint.path / file
     with safe_open(path, framework="pt") as source, path.open("rb") as raw, (target / file).open("wb") as stream:
 
         def transformed(name: str) -> Tensor:
-            return transforms[name](source.get_tensor(name)).contiguous()
+            like = changes.added.get(name)
+            tensor = source.get_tensor(name) if like is None else torch.empty(0, dtype=DTYPES[like.dtype])
+            return transforms[name](tensor).contiguous()
 
         tensors = _one_ahead(partial(transformed, name) for name in infos if name in transforms)
         stream.write(_header(infos, changes))

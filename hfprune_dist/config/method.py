@@ -10,9 +10,8 @@ from hfprune_dist.config.section import NumberOrShare, Positive, PositiveOrAuto,
 from hfprune_dist.core.criteria import CriterionName
 from hfprune_dist.structures import LAYERS, NEURONS, Kind, Structure
 
-Allocation = Literal["uniform", "plain", "local", "global", "searched"]
-Refit = Literal["none", "dense", "layerwise", "block"]
-
+Allocation = Literal["uniform", "plain", "local", "global", "standardized", "searched"]
+Refit = Literal["none", "bias", "dense", "layerwise", "block"]
 
 StructureT = TypeVar("StructureT", Kind, Structure)
 
@@ -47,25 +46,28 @@ class Method(Section):
     groups and of neurons, the same in all layers; such shapes are measured on calibration windows, and the one closest
     to the dense model is taken. local: every layer that isn't protected loses the same share of its neurons and of its
     KV groups; nothing is measured. global: neurons and groups of all layers compete by score per parameter; scores that
-    aren't in nats are divided by their layer's mean first. searched: shapes around those are measured, plain ones and
+    aren't in nats are divided by their layer's mean first. standardized: they compete by scores less the layer's mean,
+    in its standard deviations, whatever their size. searched: shapes around those are measured, plain ones and
     some without whole layers as well, and the closest is taken.
     If layers differ, loading the checkpoint needs trust_remote_code or this package."""
-    floor: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """global, searched: the smallest share of its neurons that a layer keeps."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """global, standardized, searched: the smallest share of its neurons that a layer keeps; with 0 it keeps one."""
     protect_first: NumberOrShare = 0
-    """local, global, searched: number of layers, from the first on, that lose nothing; or, below 1, the share of the
-    model's layers that they are, rounded to the nearest number."""
+    """local, global, standardized, searched: number of layers, from the first on, that lose nothing; or, below 1, the
+    share of the model's layers that they are, rounded to the nearest number."""
     protect_last: NumberOrShare = 0
-    """local, global, searched: the same, up to the last layer."""
+    """local, global, standardized, searched: the same, up to the last layer."""
     tensor_parallel: Positive = 1
     """Number of devices that each layer is to be split over: layers keep numbers of KV groups that are divisible by
     it, and widths that lose neurons are multiples of it too. Matters where structures has kv_groups."""
     refit: Refit = "none"
-    """Least squares on down_proj, so that the kept neurons also do what the removed ones did. dense: fitted to the
-    dense MLP's outputs, on the dense model's activations. layerwise: layer after layer, on the pruned model's own
-    activations; the target lies half way between the dense MLP's output there and the output that would restore the
-    dense model's hidden states. block: as layerwise, then Gauss-Newton steps on gate_proj, up_proj and down_proj
-    together; takes minutes, not seconds."""
+    """bias: biases of output projections that make up for the mean of what the removed units put out, on the dense
+    model's activations; loading the checkpoint then needs trust_remote_code or this package, unless the architecture
+    has these biases. All others are least squares on down_proj, so that the kept neurons also do what the removed ones
+    did. dense: fitted to the dense MLP's outputs, on the dense model's activations. layerwise: layer after layer, on
+    the pruned model's own activations; the target lies half way between the dense MLP's output there and the output
+    that would restore the dense model's hidden states. block: as layerwise, then Gauss-Newton steps on gate_proj,
+    up_proj and down_proj together; takes minutes, not seconds."""
     multiple_of: PositiveOrAuto = 1
     """Round intermediate_size to a multiple of this (64 or 128 suit GPU kernels). auto: for each model and ratio the
     largest of 256, 128, 64 and 32 with which at least the ratio goes, and at most 0.0125 more; where there is none, 32
@@ -91,21 +93,23 @@ class Method(Section):
         if self.allocation == "plain" and (self.steps > 1 or self.round_ratio is not None):
             named = f"steps: {self.steps}" if self.round_ratio is None else f"round_ratio: {self.round_ratio:g}"
             raise ValueError(
-                f"{named} needs allocation: uniform, local, global or searched; the plain shape of one part may "
-                "contain none of the next"
+                f"{named} needs allocation: uniform, local, global, standardized or searched; the plain shape of one "
+                "part may contain none of the next"
             )
         return self
 
     @model_validator(mode="after")
     def _structures_suit_the_allocation(self) -> Method:
         named = ", ".join(self.structures)
-        if self.allocation in ("local", "global") and LAYERS in self.structures:
+        if self.allocation in ("local", "global", "standardized") and LAYERS in self.structures:
             raise ValueError(
                 f"structures: [{named}] needs allocation: plain or searched; layers have no scores, and "
                 f"{self.allocation} measures nothing"
             )
         if self.allocation == "uniform" and self.structures != [NEURONS]:
-            possible = "plain or searched" if LAYERS in self.structures else "plain, local, global or searched"
+            possible = (
+                "plain or searched" if LAYERS in self.structures else "plain, local, global, standardized or searched"
+            )
             raise ValueError(
                 f"structures: [{named}] needs allocation: {possible}; uniform is one width, of neurons alone"
             )
@@ -116,6 +120,15 @@ class Method(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _refit_suits_the_allocation(self) -> Method:
+        if self.refit == "bias" and self.allocation in ("plain", "searched"):
+            raise ValueError(
+                f"refit: bias needs allocation: uniform, local, global or standardized; {self.allocation} measures "
+                "shapes after least squares"
+            )
+        return self
+
 
 class PruneConfig(Section):
     """Settings that override those of every method; null keeps the method's (see ``Method``)."""
@@ -123,7 +136,7 @@ class PruneConfig(Section):
     criterion: CriterionName | None = None
     structures: Structures | None = None
     allocation: Allocation | None = None
-    floor: Annotated[float, Field(gt=0, le=1)] | None = None
+    floor: Annotated[float, Field(ge=0, le=1)] | None = None
     protect_first: NumberOrShare | None = None
     protect_last: NumberOrShare | None = None
     tensor_parallel: Positive | None = None

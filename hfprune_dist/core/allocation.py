@@ -97,6 +97,18 @@ def layer_mean_one(scores: Sequence[Tensor]) -> list[Tensor]:
     return [scores_D / scores_D.mean().clamp(min=torch.finfo(torch.float64).tiny) for scores_D in scores]
 
 
+def standardized(scores: Sequence[Tensor], *, in_deviations: bool) -> list[Tensor]:
+    """Scores less their layer's mean, in its standard deviations (FLAP: An et al. 2023, arXiv 2312.11983, AL-AM).
+
+    Args:
+        in_deviations: whether they are in standard deviations already.
+    """
+    centred = [scores_U - scores_U.mean() for scores_U in scores]
+    if in_deviations:
+        return centred
+    return [it / (float(it.std()) or 1.0) if len(it) > 1 else it for it in centred]
+
+
 def _steps(ladder: Ladder, place: int, finest: int) -> list[Step]:
     """A ladder's steps from all units down; a step is never cheaper than the one that must come before it."""
     rising = ladder.scores.sort().values.tolist()

@@ -43,26 +43,29 @@ class Criterion:
         name: in the configuration and in the artifact.
         description: one line, with the source.
         summed: per token, h * dL/dh added up over the unit's channels ("gradient"), each channel's h, channels kept
-            apart ("activation"); dL/dW of the weights that units own, signs and all, which no unit has a number of
-            ("weight_gradient"); or "nothing": no calibration pass.
+            apart ("activation"), h and h^2 of each channel, one behind the other, signs and all ("moments"); dL/dW of
+            the weights that units own, signs and all, which no unit has a number of ("weight_gradient"); or "nothing":
+            no calibration pass.
         loss: L, where a gradient is summed.
         reduction: the sum is one of absolute values or of squares.
         is_its_sum: whether the sum is the score; else ``core.scores`` says what is made of it.
         needs_moments: the score also depends on the layer's ``SecondMoments``, which cost a second pass over the
             windows.
         in_nats: scores are estimates of KL divergence per token, which layers share as a unit of measure.
+        in_deviations: scores are means over a unit's channels, in standard deviations of the channels of its layer.
         accumulated_in: dtype of the running sum over micro-batches. A narrower one than float64 is for comparison with
             code that adds up in it: the sum is then rounded after each micro-batch, in the order of the whole pass.
     """
 
     name: str
     description: str
-    summed: Literal["gradient", "activation", "weight_gradient", "nothing"]
+    summed: Literal["gradient", "activation", "moments", "weight_gradient", "nothing"]
     loss: Loss | None = None
     reduction: Literal["abs", "square"] = "abs"
     is_its_sum: bool = True
     needs_moments: bool = False
     in_nats: bool = False
+    in_deviations: bool = False
     accumulated_in: Literal["float64", "bfloat16"] = "float64"
 
     def __post_init__(self) -> None:
@@ -72,7 +75,7 @@ class Criterion:
     @property
     def has_sums_of_units(self) -> bool:
         """Whether a pass adds up numbers of units, or of their channels."""
-        return self.summed in ("gradient", "activation")
+        return self.summed in ("gradient", "activation", "moments")
 
     @property
     def needs_weight_gradients(self) -> bool:
@@ -81,8 +84,13 @@ class Criterion:
 
     @property
     def is_of_channels(self) -> bool:
-        """Whether there is a sum for each channel, of which ``core.scores`` makes one score for each unit."""
-        return self.summed == "activation"
+        """Whether there are sums for each channel, of which ``core.scores`` makes one score for each unit."""
+        return self.summed in ("activation", "moments")
+
+    @property
+    def sums_of_a_channel(self) -> int:
+        """How many sums each channel has, of criteria that are ``is_of_channels``."""
+        return 2 if self.summed == "moments" else 1
 
     @property
     def is_rounded(self) -> bool:
@@ -93,11 +101,12 @@ class Criterion:
     def has_halves(self) -> bool:
         """Whether what two halves of the windows add up to can be set against each other (see ``core.split_half``).
 
-        Gradients of weights have none, since each is one sum. Rounded sums have no halves that would tell anything: the
+        Gradients of weights have none, since each is one sum. Moments have none, of which no one sum says which units
+        stay. Rounded sums have no halves that would tell anything: the
         more terms, the more of them vanish, so two halves lose less than the whole, and the whole stops changing
         because of the rounding.
         """
-        return self.has_sums_of_units and not self.is_rounded
+        return self.summed in ("gradient", "activation") and not self.is_rounded
 
     @property
     def compared(self) -> str:
@@ -191,6 +200,14 @@ CRITERIA: dict[str, Criterion] = {
             "activation",
             reduction="square",
             is_its_sum=False,
+        ),
+        Criterion(
+            "fluctuation",
+            "variance of h over tokens times the squared norm of the neuron's down_proj column, in standard "
+            "deviations of its layer (FLAP's WIFV, arXiv 2312.11983)",
+            "moments",
+            is_its_sum=False,
+            in_deviations=True,
         ),
         Criterion(
             "surgeon",

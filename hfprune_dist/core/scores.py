@@ -57,6 +57,7 @@ class ScoredLayer:
         seed: the sweep's.
         read_rows: -> weights whose rows the units own, each [units * rows of a unit, hidden_size].
         read_columns: -> weight of the output projection [hidden_size, units * channels of a unit].
+        tokens: how many the sums are over.
         moments: what a criterion that ``needs_moments`` gets to see.
         gradients: what one that ``needs_weight_gradients`` gets to see.
     """
@@ -66,6 +67,7 @@ class ScoredLayer:
     seed: int
     read_rows: Callable[[], list[Tensor]]
     read_columns: Callable[[], Tensor]
+    tokens: int = 0
     moments: SecondMoments | None = None
     gradients: MeanGradients | None = None
 
@@ -74,7 +76,7 @@ def finished(criterion: Criterion, sum_N: Tensor, layer: ScoredLayer) -> Tensor:
     """Scores [units] from the criterion's sums over tokens, both float64 on the CPU.
 
     Args:
-        sum_N: of each unit, or of each channel where the criterion ``is_of_channels``.
+        sum_N: of each unit; of each channel where the criterion ``is_of_channels``, its sums one behind the other.
     """
     return sum_N if criterion.is_its_sum else _MADE_OF_SUMS[criterion.name](sum_N, layer)
 
@@ -104,6 +106,26 @@ def times_absolute_column(sum_D: Tensor, layer: ScoredLayer) -> Tensor:
     weight_CD = layer.read_columns()
     product_D = sum_D.sqrt() * torch.linalg.vector_norm(weight_CD, ord=1, dim=0, dtype=torch.float64)
     return sum_over_channels(product_D, len(product_D) // layer.units)
+
+
+def fluctuation(sums_N: Tensor, layer: ScoredLayer) -> Tensor:
+    """x_n = sum over tokens of (h_n - mean)^2 * ||W[:, n]||^2, in standard deviations of x over all channels of the
+    layer; of several channels the mean, of x_n^2 in place of x_n (FLAP: An et al. 2023, arXiv 2312.11983, whose code
+    squares the scores of heads' channels once more; less their mean over the layer, these are its standardized scores).
+
+    Args:
+        sums_N: of each channel the sums of h_n and of h_n^2.
+    """
+    assert layer.tokens, "a mean needs to know over how many tokens"
+    sum_D, square_D = sums_N.unflatten(0, (-1, 2)).unbind(1)
+    # In float64, even a channel whose mean is a thousand standard deviations is known to ten digits.
+    deviations_D = (square_D - sum_D.square() / layer.tokens).clamp(min=0)
+    product_D = deviations_D * _column_norms(layer, len(sum_D)).square()
+    channels = len(sum_D) // layer.units
+    if channels > 1:
+        product_D = product_D.square()
+    spread = float(product_D.std()) if len(product_D) > 1 else 0.0
+    return sum_over_channels(product_D, channels) / channels / (spread or 1.0)
 
 
 def first_order_of_weights(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
@@ -144,6 +166,7 @@ def costs_of_removal(sum_U: Tensor, layer: ScoredLayer) -> Tensor:
 _MADE_OF_SUMS: dict[str, Callable[[Tensor, ScoredLayer], Tensor]] = {
     "activation": times_column_norm,
     "activation_l1": times_absolute_column,
+    "fluctuation": fluctuation,
     "magnitude": weight_norm,
     "random": random_scores,
     "surgeon": costs_of_removal,

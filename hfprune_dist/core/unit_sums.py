@@ -4,7 +4,7 @@ layer.
 A unit is one or more consecutive channels of what a layer's output projection reads (``hfprune_dist.structures``).
 ``h`` is that input. Of a gradient, what is added up is |x| or x^2, x the sum of h_n * dL/dh_n over the unit's channels
 n: the first-order effect of its removal. Of activations, it is |h_n| or h_n^2 of each channel: the root of a sum of
-squares is a norm.
+squares is a norm; or h_n and h_n^2, in float64, since their variance is a difference of the two.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
+from hfprune_dist.core.blocks import row_blocks
 from hfprune_dist.core.criteria import Criterion, Loss
 from hfprune_dist.core.memory_efficient import can_be_observed, masked, observe_gradient, observed
 
@@ -44,8 +45,9 @@ class KindSums:
     """What some micro-batches add up to, for the units of one kind; on the CPU.
 
     Attributes:
-        exact: criterion -> float64 [num_layers, units], or channels of criteria that are ``is_of_channels``; of all
-            whose sum isn't rounded. Layers with fewer units than others have zeros behind theirs.
+        exact: criterion -> float64 [num_layers, units], or sums of channels, those of one behind those of another,
+            where criteria are ``is_of_channels``; of all whose sum isn't rounded. Layers with fewer units than others
+            have zeros behind theirs.
         terms: of criteria whose sum ``is_rounded``, what each micro-batch adds: criterion -> float32, shaped alike.
     """
 
@@ -191,7 +193,9 @@ class KindObserver:
 
     def _reduce_activation(self, layer: int, hidden_BTD: Tensor) -> None:
         for criterion in self._criteria:
-            if criterion.summed == "activation":
+            if criterion.summed == "moments":
+                self._seen.sums[criterion.name, layer] = _moments_over_tokens(hidden_BTD)
+            elif criterion.summed == "activation":
                 self._seen.sums[criterion.name, layer] = _sum_over_tokens(criterion, _widened(hidden_BTD).abs())
 
     def _reduce_gradient(self, layer: int, product_ND: Tensor) -> None:
@@ -219,7 +223,7 @@ def _nothing_yet(outputs: UnitOutputs, criteria: Sequence[Criterion]) -> KindSum
     channels = max(int(it.in_features) for it in projections)  # type: ignore[arg-type]
     units = channels // outputs.channels_per_unit
     exact = {
-        it.name: torch.zeros(layers, channels if it.is_of_channels else units, dtype=torch.float64)
+        it.name: torch.zeros(layers, channels * it.sums_of_a_channel if it.is_of_channels else units).double()
         for it in criteria
         if not it.is_rounded
     }
@@ -240,6 +244,17 @@ def _lost(sums_LN: Tensor) -> bool:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _moments_over_tokens(hidden_BTD: Tensor) -> Tensor:
+    """Of each channel the sums of h and of h^2, float64 [2 * channels], one channel behind another."""
+    hidden_ND = hidden_BTD.flatten(0, -2)
+    moments_D2 = hidden_ND.new_zeros(hidden_ND.shape[1], 2, dtype=torch.float64)
+    for rows in row_blocks(hidden_ND, scratch_bytes=16):
+        wide_RD = hidden_ND[rows].double()
+        moments_D2[:, 0] += wide_RD.sum(dim=0)
+        moments_D2[:, 1] += wide_RD.square().sum(dim=0)
+    return moments_D2.flatten()
 
 
 def _sum_over_tokens(criterion: Criterion, magnitude_BTD: Tensor) -> Tensor:

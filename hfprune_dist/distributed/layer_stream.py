@@ -1,4 +1,4 @@
-"""Windows of text on their way through a model, layer by layer, with each layer's Gram matrix added up on the way.
+"""Windows of text on their way through a model, layer by layer, with sums over what each layer reads on the way.
 
 Layer after layer, a pass is compared with what the whole model computes for one window
 (``distributed.whole_model_probe``).
@@ -22,12 +22,14 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.distributed.gram_sums import Grams, GramSums, is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_states import LayerStates
+from hfprune_dist.distributed.mean_sums import MeanSums
 from hfprune_dist.distributed.whole_model_probe import TOLERANCES, Guard, Probe, refuse_departure, relative_error
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import LayerReader, input_of, mlp_of, output_of, part_of, run
 from hfprune_dist.structures.units import Units
 
 HIDDEN = "hidden"
+_Sums = GramSums | MeanSums
 
 
 class LayerStream:
@@ -201,17 +203,30 @@ class LayerStream:
         Raises:
             UserError: as ``GramSums.add`` and ``advance`` do.
         """
-        projections = [output_of(layer, units) for units in kinds]
-        sums = [self.sums_of(number, it.in_features) for it in projections]
-        self._hidden.update(self._transfers.to_host(self._summed(layer, projections, sums)))
-        for of_kind in sums:
-            of_kind.begin()
-        grams = {units.kind: self.means(of_kind) for units, of_kind in zip(kinds, sums, strict=True)}
+        sums = {units.kind: self.sums_of(number, output_of(layer, units).in_features) for units in kinds}
+        self._add_up(layer, kinds, sums.values())
+        grams = {kind: self.means(of_kind) for kind, of_kind in sums.items()}
         self._step()
         return grams
 
+    def channel_means(self, number: int, layer: nn.Module, kinds: Sequence[Units]) -> dict[str, Tensor]:
+        """The same with means of what these projections read, float64 [channels], on the device, on every rank."""
+        sizes = {units.kind: output_of(layer, units).in_features for units in kinds}
+        sums = {kind: MeanSums(number, size, self._count, self._world) for kind, size in sizes.items()}
+        self._add_up(layer, kinds, sums.values())
+        means = {kind: of_kind.of_all_ranks() / self._tokens for kind, of_kind in sums.items()}
+        self._step()
+        return means
+
+    def _add_up(self, layer: nn.Module, kinds: Sequence[Units], sums: Iterable[_Sums]) -> None:
+        """Run this rank's windows through a layer, and add up what its output projections read on the way."""
+        projections, sums = [output_of(layer, units) for units in kinds], list(sums)
+        self._hidden.update(self._transfers.to_host(self._summed(layer, projections, sums)))
+        for of_kind in sums:
+            of_kind.begin()
+
     def _summed(
-        self, layer: nn.Module, projections: Sequence[nn.Module], sums: Sequence[GramSums]
+        self, layer: nn.Module, projections: Sequence[nn.Module], sums: Sequence[_Sums]
     ) -> Iterator[tuple[int, Tensor]]:
         """What a layer makes of the windows, once what some modules read of it has been added to sums."""
         for index, hidden_BTC in self.standing():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.modeling_pruned import config_of_layer
+from hfprune_dist.checkpoints.modeling_pruned import add_output_biases, config_of_layer
 from hfprune_dist.checkpoints.read_tensors import read_tensor
 from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.selection import entries_of
@@ -82,6 +82,7 @@ class LayerReader:
             model = AutoModelForCausalLM.from_config(
                 self._layer_config(number), dtype=self._dtype, attn_implementation="sdpa"
             )
+            add_output_biases(self._config, family.layers_of(model)[0])
         body: nn.Module = family.body_of(model)
         body.norm = nn.Identity()
         body.embed_tokens = None  # type: ignore[assignment]

@@ -333,7 +333,8 @@ def _refuse_same_rows(cells: Iterable[Cell]) -> None:
 
 def _tells_layers_apart(method: Method) -> bool:
     """Whether layers that are alike may differ once they are pruned."""
-    return method.allocation in ("global", "searched") or (method.allocation == "local" and any(protected_by(method)))
+    by_scores = method.allocation in ("global", "standardized", "searched")
+    return by_scores or (method.allocation == "local" and any(protected_by(method)))
 
 
 def _effective(method: Method) -> dict[str, Any]:

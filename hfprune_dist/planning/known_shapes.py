@@ -81,7 +81,7 @@ def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str
         kv_heads=None if KV_GROUPS in method.structures else _kv_heads(checkpoint),
         width=None,
         reached=None,
-        open="scores decide, layer by layer" if method.allocation == "global" else "a search decides, layer by layer",
+        open=f"{'a search decides' if method.allocation == 'searched' else 'scores decide'}, layer by layer",
     )
 
 

@@ -111,7 +111,9 @@ class Refit:
 
 @dataclass(frozen=True)
 class Reference:
-    """All of ``samples`` windows through the dense model, layer by layer, ``windows`` of ``tokens`` at a time."""
+    """All of ``samples`` windows through the dense model, layer by layer, ``windows`` of ``tokens`` at a time; nothing
+    but its outputs or means of its channels are kept.
+    """
 
     windows: int
     tokens: int

@@ -27,7 +27,8 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
     if method.allocation in ("uniform", "plain") and not checkpoint.is_uniform:
         raise UserError(
             f"{where}: its layers differ in width or in heads, so it has been pruned already; allocation: "
-            f"{method.allocation} makes them alike. Use a method whose allocation is local, global or searched, or "
+            f"{method.allocation} makes them alike. Use a method whose allocation is local, global, standardized or "
+            "searched, or "
             "prune the model that it came from, at a larger ratio"
         )
     reached: dict[Hashable, float] = {}
@@ -103,7 +104,7 @@ def _deciding_numbers(checkpoint: Checkpoint, ratio: float, method: Method, wher
 def _widths(size: ModelSize, asked: ShapeTarget, method: Method) -> tuple[int, ...]:
     target = Target(size, asked.ratio, asked.multiple_of, asked.where)
     numbers: list[int] = []
-    if method.allocation != "global" and asked.neurons.is_uniform:
+    if method.allocation not in ("global", "standardized") and asked.neurons.is_uniform:
         numbers.append(target.uniform_width())
     if method.allocation != "uniform":
         wanted = target.removals(target.narrowest_widths(*_limits(method)))

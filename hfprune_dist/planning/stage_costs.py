@@ -139,7 +139,9 @@ class StageCosts:
         if searches:
             flops += Search(params, model, dense, kept, windows, metrics).operations()
         kv_groups = KV_GROUPS in params.structures
-        if params.refit == "dense":
+        if params.refit == "bias":
+            flops += Operations(windows.tokens * forward_of_all(model, windows.length))
+        elif params.refit == "dense":
             order = metrics.get("layers_in_order_of_dropping") or []
             dropped = order[: len(model.layers) - len(kept.layers)]
             flops += dense_refit(model, kept, windows, kv_groups=kv_groups, dropped=dropped)

@@ -164,7 +164,9 @@ def _how_to_load(subject: Subject) -> str:
     ]
     text = "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```"
     if code:
-        text += "\n\nIts layers differ in their sizes, for which transformers has no class: `trust_remote_code` loads "
+        biases = any(it.params.to_json().get("refit") == "bias" for it in subject.stages if it.kind == "prune")
+        what = "Its output projections have biases, and layers may" if biases else "Its layers"
+        text += f"\n\n{what} differ in their sizes, for which transformers has no class: `trust_remote_code` loads "
         text += f"the one in `{NEEDS_CODE}`."
     if subject.trained_on:
         before = "base model" if subject.cell.ratio is None else "pruned model before it"

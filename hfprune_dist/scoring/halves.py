@@ -40,7 +40,7 @@ class Halves:
         """Add the shard of this number, if it is of the half that is added up; the other one is the rest."""
         if number % 2:
             for odd_LU, criterion in zip(self._odd_KLU, self._criteria, strict=True):
-                if criterion.name in exact:
+                if criterion.has_halves:
                     odd_LU += self._of_units(criterion, exact)
 
     def compare(self, shards: int, exact: Mapping[str, Tensor]) -> None:

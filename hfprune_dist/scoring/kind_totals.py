@@ -34,7 +34,7 @@ class Shape(NamedTuple):
         return max(self.counts)
 
     def of_sums(self, criterion: Criterion) -> tuple[int, int]:
-        """(layers, units), or channels where the criterion ``is_of_channels``."""
+        """(layers, units), or sums of channels where the criterion ``is_of_channels``."""
         return self.layers, self.units * self._numbers_of_unit(criterion)
 
     def own(self, criterion: Criterion, layer: int) -> int:
@@ -42,7 +42,7 @@ class Shape(NamedTuple):
         return self.counts[layer] * self._numbers_of_unit(criterion)
 
     def _numbers_of_unit(self, criterion: Criterion) -> int:
-        return self.channels_per_unit if criterion.is_of_channels else 1
+        return self.channels_per_unit * criterion.sums_of_a_channel if criterion.is_of_channels else 1
 
 
 class KindTotals:
@@ -52,9 +52,9 @@ class KindTotals:
         criteria: those with something to sum.
 
     Attributes:
-        sums: criterion -> float64 [num_layers, units], or channels (``Shape.of_sums``), added in shard order; of
-            criteria that are accumulated in a narrower dtype, micro-batch by micro-batch, and rounded to it each time.
-            Layers with fewer units than others have zeros behind theirs.
+        sums: criterion -> float64 [num_layers, units], or sums of channels (``Shape.of_sums``), added in shard order;
+            of criteria that are accumulated in a narrower dtype, micro-batch by micro-batch, and rounded to it each
+            time. Layers with fewer units than others have zeros behind theirs.
     """
 
     def __init__(self, criteria: Sequence[Criterion], shape: Shape, world: World) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.parameters import PruneParameters
-from hfprune_dist.core.allocation import Ladder, layer_mean_one
+from hfprune_dist.core.allocation import Ladder, layer_mean_one, standardized
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.width_search import Counts, ReweightedShapes
 from hfprune_dist.planning.budget import Budget
@@ -36,7 +36,8 @@ class Contest:
     @classmethod
     def of(cls, params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored], budget: Budget) -> Contest:
         """The contest in which all layers stay."""
-        ladders = [_ladders(params, checkpoint, scored, budget) for scored in kinds]
+        comparable = _comparable(params, checkpoint, kinds)
+        ladders = [_ladders(params, checkpoint, scored, budget) for scored in comparable]
         return cls(checkpoint, kinds, budget, ladders, budget.parameters)
 
     def without(self, gone: Collection[int]) -> Contest:
@@ -82,13 +83,31 @@ class Contest:
         return tuple(choices.get(layer) for layer in range(self.checkpoint.num_layers))
 
 
+def _comparable(params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored]) -> list[Scored]:
+    """The same with scores that all layers and kinds share as a unit of measure, none of them negative; what competes
+    is a score divided by its unit's parameters.
+    """
+    criterion = CRITERIA[params.criterion]
+    if params.allocation == "standardized":  # a unit's score, whatever its size: the smallest becomes 0
+        of_kinds = [standardized(it.scores, in_deviations=criterion.in_deviations) for it in kinds]
+        smallest = min(float(scores_U.min()) for scores in of_kinds for scores_U in scores)
+        of_kinds = [[scores_U - smallest for scores_U in scores] for scores in of_kinds]
+    elif criterion.in_nats:
+        return list(kinds)
+    else:  # a parameter of every kind and layer counts the same on average
+        of_kinds = [layer_mean_one(it.scores) for it in kinds]
+    per_unit = checkpoint.parameter_counts.units
+    sizes = [per_unit[it.units.kind] / per_unit[NEURONS] for it in kinds]
+    return [
+        Scored(it.units, [scores_U * size for scores_U in scores])
+        for it, scores, size in zip(kinds, of_kinds, sizes, strict=True)
+    ]
+
+
 def _ladders(params: PruneParameters, checkpoint: Checkpoint, scored: Scored, budget: Budget) -> list[Ladder]:
     kind, per_unit = scored.units.kind, checkpoint.parameter_counts.units
-    scores = list(scored.scores)
-    if not CRITERIA[params.criterion].in_nats:  # then a parameter of every kind and layer counts the same on average
-        scores = [scores_U * (per_unit[kind] / per_unit[NEURONS]) for scores_U in layer_mean_one(scores)]
     multiple_of = params.multiple_of if kind == NEURONS else params.tensor_parallel
     return [
-        Ladder(layer, scores[layer], least, per_unit[kind], multiple_of)
+        Ladder(layer, scored.scores[layer], least, per_unit[kind], multiple_of)
         for layer, least in enumerate(budget.least[kind])
     ]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import scored_layer
+from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.config.parameters import ImportanceParameters
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
@@ -36,7 +37,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.scoring.calibration_pass import CalibrationPass, cut_into_shards
 from hfprune_dist.scoring.kind_totals import KindTotals, Shape
 from hfprune_dist.scoring.layer_sums import Size
-from hfprune_dist.scoring.saved_scores import SavedScores
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.scoring.shard_sums import Accumulation
 from hfprune_dist.stages.context import Context as AnyContext
@@ -226,7 +226,7 @@ def _scores(
     Each layer's scores are saved once they are finished, and taken up by a later attempt.
     """
     world = context.world
-    saved = SavedScores(context.work / "scores", checkpoint.num_layers)
+    saved = SavedLayers(context.work / "scores", range(checkpoint.num_layers))
     done = world.broadcast(saved.done() if world.is_first else set())
     left = [number for number in range(checkpoint.num_layers) if number not in done]
 
@@ -284,9 +284,9 @@ class _SecondPass:
         if not is_mine:
             return None
         moments = {kind: self._moments(kind, number, it) for kind, it in grams.items()}
-        where, seed = self._checkpoint, self._context.params.seed
+        seed, scored = self._context.params.seed, partial(scored_layer, self._checkpoint, tokens=self._tokens)
         kinds = {
-            kind: scored_layer(where, units, number, seed, moments.get(kind), gradients=self._gradients(units, number))
+            kind: scored(units, number, seed, moments.get(kind), gradients=self._gradients(units, number))
             for kind, units in self._units.items()
         }
         return _Layer(number, kinds)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from safetensors.torch import load_file
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.kept_file import digest_of_kept, write_kept
-from hfprune_dist.checkpoints.pruned_config import pruned_config
+from hfprune_dist.checkpoints.pruned_config import parameters_of_biases, pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.stages.prune_plain import decide_plain
 from hfprune_dist.stages.prune_refit import (
     Context,
     Replacements,
+    added_biases,
     final_refit,
     in_dense_numbering,
     pruned_kinds,
@@ -36,10 +38,12 @@ def run(context: Context) -> None:
         write_weight_file(checkpoint, file, kept, draft, replacements)
     context.world.barrier()
     kept_of_dense = in_dense_numbering(context, kept)
+    biased = [units.output for units in pruned_kinds(context, checkpoint)] if context.params.refit == "bias" else []
+    config = pruned_config(checkpoint, kept.shape, biased)
     if context.world.is_first:
-        write_companions(checkpoint, draft, pruned_config(checkpoint, kept.shape))
+        write_companions(checkpoint, draft, config)
         write_kept(draft, kept_of_dense)
-    metrics = _metrics(dense, kept_of_dense.shape) | told
+    metrics = _metrics(dense, kept_of_dense.shape, config) | told
     context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept_of_dense)})
 
 
@@ -56,6 +60,8 @@ def _decide(context: Context, checkpoint: Checkpoint, dense: Checkpoint) -> tupl
     kept = _agreed(context, kept)
     if params.refit == "none":
         return kept, {}, told
+    if params.refit == "bias":
+        return kept, added_biases(context, checkpoint, kept), told
     fitted = final_refit(context, (checkpoint, dense), kept)
     return kept, fitted.replacements(kept.layers), told | told_of_refit(fitted, kept.layers)
 
@@ -68,7 +74,7 @@ def _agreed(context: Context, kept: Kept) -> Kept:
     return kept
 
 
-def _metrics(dense: Checkpoint, shape: Shape) -> dict[str, Any]:
+def _metrics(dense: Checkpoint, shape: Shape, config: Mapping[str, Any]) -> dict[str, Any]:
     """What results tell of the shape; of kinds beside the neurons, and of layers, where some of them went."""
     told = {}
     if len(shape.layers) < dense.num_layers:
@@ -76,5 +82,5 @@ def _metrics(dense: Checkpoint, shape: Shape) -> dict[str, Any]:
     for kind, units in dense.structures.items():
         if kind in shape.units or kind == dense.units.kind:
             told |= units.sizes(shape.counts(units))
-    counts = dense.parameter_counts
-    return {"ratio_reached": counts.ratio(shape), "parameters": counts.of(shape), **told}
+    total, parameters = dense.parameters, dense.parameter_counts.of(shape) + parameters_of_biases(dense, config)
+    return {"ratio_reached": (total - parameters) / total, "parameters": parameters, **told}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.kept_file import read_kept
+from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.config.parameters import PruneParameters
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe
+from hfprune_dist.refit.bias_refit import BiasRefit
 from hfprune_dist.refit.dense_refit import AfterEach, DenseRefit
 from hfprune_dist.refit.measurement import Hidden, dense_outputs
 from hfprune_dist.refit.refitted_layers import ProjectionFit, RefittedLayers
@@ -44,6 +47,21 @@ def final_refit(context: Context, models: tuple[Checkpoint, Checkpoint], kept: K
     fitted = RefittedLayers(checkpoint, kinds, whole_mlp, context.work / "refit")
     refit_layers(context, models, kept, context.calibration_windows(), fitted, phase="refit")
     return fitted
+
+
+def added_biases(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replacements:
+    """Biases that make up for what goes, on all calibration windows, once they are found."""
+    saved = SavedLayers(context.work / "biases", kept.layers)
+    windows_ST = context.calibration_windows()
+    stream = stream_of(context, checkpoint, windows_ST, probe_of(context, checkpoint, windows_ST))
+    kinds = pruned_kinds(context, checkpoint)
+    refit = BiasRefit(checkpoint, kept, kinds, stream, saved, world=context.world)
+    refit.run(after_each_layer(context, "biases", checkpoint.num_layers))
+    return {name: partial(_identity, bias_C) for name, bias_C in saved.read().items()}
+
+
+def _identity(bias_C: Tensor) -> Tensor:
+    return bias_C
 
 
 def refit_layers(

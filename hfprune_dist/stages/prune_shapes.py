@@ -51,8 +51,9 @@ def decide_shape(
     gone = dense.parameters - checkpoint.parameters
     budget = _budget(context, dense).left(dense_numbers(context, checkpoint), gone)
     contest = Contest.of(context.params, checkpoint, kinds, budget)
-    if context.params.allocation == "global":
-        others = [ladder.dearer(EXCHANGE) for ladder in contest.others]
+    if context.params.allocation in ("global", "standardized"):
+        rate = EXCHANGE if context.params.allocation == "global" else 1.0
+        others = [ladder.dearer(rate) for ladder in contest.others]
         counts = allocate_globally([*contest.neurons, *others], contest.removals)
         return kept_of(kinds, contest.candidate(counts)), {}
     found, told = _Search(context, (checkpoint, dense), kinds, contest).run()

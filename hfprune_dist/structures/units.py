@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Where a config.json has what layers differ in: field -> its value in each layer. Fields beside it are of no layer.
 LAYER_SIZES = "layer_sizes"
+# Where it names output projections, by their names within a layer, that have biases which their family's don't.
+OUTPUT_BIASES = "output_biases"
 # The same as earlier versions wrote it: layer's number -> field -> value.
 PER_LAYER = "per_layer_config"
 
@@ -105,6 +107,10 @@ class Units:
     def output_weight(self, layer: int) -> str:
         """The output projection's weight [hidden_size, units * channels_per_unit]."""
         return self.tensor(layer, f"{self.output}.weight")
+
+    def output_bias(self, layer: int) -> str:
+        """The output projection's bias [hidden_size], which a checkpoint may lack."""
+        return self.tensor(layer, f"{self.output}.bias")
 
     def row_weights(self, layer: int) -> list[str]:
         """Weights [units * rows of a unit, ...] of which they own rows, without biases."""

@@ -182,10 +182,13 @@ def _reference(params: ReferenceParameters, plan: Plan, stage: Stage) -> Referen
     return Reference(windows, text.sequence_length, samples, ITEMSIZE[params.dtype])
 
 
-def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit:
+def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | Reference:
     calibration, dense = _calibration(plan, stage), dense_of(plan, stage)
     size = size_of(dense)
     dtype, windows = params.forward_pass()
+    if params.refit == "bias":  # means are vectors, which take next to nothing
+        windows = min(windows, calibration.samples)
+        return Reference(windows, calibration.sequence_length, calibration.samples, ITEMSIZE[dtype])
     width = size.units  # where layers differ, one may keep all of them
     if params.allocation == "uniform":
         width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()

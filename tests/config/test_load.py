@@ -153,7 +153,8 @@ def test_the_order_of_structures_does_not_matter():
 
 def test_it_is_known_which_criteria_have_halves():
     without = {name for name, criterion in CRITERIA.items() if not criterion.has_halves}
-    assert without == {"entropy_bfloat16", "magnitude", "random", "weight_taylor", "weight_taylor_vectorized"}
+    gradients = {"weight_taylor", "weight_taylor_vectorized"}
+    assert without == {"entropy_bfloat16", "fluctuation", "magnitude", "random"} | gradients
 
 
 def test_every_problem_is_told_at_once(tmp_path):

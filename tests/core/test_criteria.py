@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from core_definition import fluctuation
 
 from hfprune_dist.core import bound_losses, scores
 from hfprune_dist.core.bound_losses import Batch, bind
@@ -79,6 +80,24 @@ def test_activation_l1_is_what_wanda_sp_scores():
     metric = (weight.abs() * hidden.square().mean(0).sqrt()).mean(0).reshape(2, 3).sum(1)
     torch.testing.assert_close(scores / metric, torch.full((2,), len(weight) * 9**0.5, dtype=torch.float64))
     assert not torch.allclose(scores, finished(CRITERIA["activation"], hidden.square().sum(0), layer))
+
+
+@pytest.mark.parametrize("units", [6, 2, 1])
+def test_fluctuation_is_what_flap_scores_also_where_means_dwarf_deviations(units):
+    """From sums of h and of h^2, in which nine of sixteen digits are those of means."""
+    layer = dataclasses.replace(some_layer(), units=units, tokens=50)
+    hidden = torch.randn(50, 6, dtype=torch.float64) + 3e4 * torch.randn(6, dtype=torch.float64)
+    sums = torch.stack([hidden.sum(0), hidden.square().sum(0)], dim=1).flatten()
+    expected = fluctuation(hidden, layer.read_columns().double(), channels=6 // units)
+    torch.testing.assert_close(finished(CRITERIA["fluctuation"], sums, layer), expected, rtol=1e-5, atol=0)
+
+
+def test_layers_whose_channels_all_fluctuate_alike_have_scores_nonetheless():
+    constant = torch.tensor([[2.0, 2.0]], dtype=torch.float64).repeat(6, 1).flatten()
+    still = finished(CRITERIA["fluctuation"], constant, dataclasses.replace(some_layer(), tokens=2, units=2))
+    assert torch.equal(still, torch.tensor([0.0, 0.0], dtype=torch.float64)), "in which nothing varies over tokens"
+    one = ScoredLayer(0, 1, 0, unread, lambda: torch.ones(3, 1), tokens=2)
+    assert finished(CRITERIA["fluctuation"], torch.tensor([2.0, 10.0]).double(), one).isfinite().all()
 
 
 def test_activation_of_several_channels_weighs_each_with_its_own_column():

@@ -1,14 +1,21 @@
 """Rivals beside a method of ours: the same windows, one calibration pass, the same parameters removed, one table."""
 
+import shutil
+from pathlib import Path
+
 import pytest
+import torch
 from hfprune_launch import sweep as sweep_command
+from safetensors.torch import load_file
 from sweeps import artifacts, finish, in_process, make_inputs, results, without_costs
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
+from hfprune_dist.models.loading import load_causal_lm
+
 pytestmark = pytest.mark.slow
 
-RIVALS = ["wanda-sp", "llm-pruner"]
+RIVALS = ["wanda-sp", "llm-pruner", "flap"]
 
 
 def arguments(ranks):
@@ -40,8 +47,10 @@ def test_rivals_share_a_calibration_pass_and_remove_as_much(finished):
     assert len(list((out / "store" / "importance").iterdir())) == 1
     rows = {row["method"]: row for row in results(out)}
     assert set(rows) == {"", "hfprune", *RIVALS}
+    biases = 2 * 9 * 32 / int(rows[""]["parameters"])  # which flap adds
     for name in RIVALS:
-        assert float(rows[name]["ratio_reached"]) == pytest.approx(0.2, abs=2e-3)
+        expected = 0.2 - biases * (name == "flap")
+        assert float(rows[name]["ratio_reached"]) == pytest.approx(expected, abs=2e-3)
         assert float(rows[name]["kl"]) > 0
 
 
@@ -53,21 +62,45 @@ def test_any_number_of_ranks_makes_the_same_scores_checkpoints_and_rows(finished
     assert next(rows) == next(rows)
 
 
-def test_wanda_sp_loads_everywhere_and_llm_pruner_where_layers_may_differ(finished):
-    plain = {}
+def test_wanda_sp_loads_everywhere_and_the_others_where_layers_may_differ(finished):
+    plain, biased = {}, {}
     for folder in (finished[0] / "store" / "prune").iterdir():
-        config = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).config
-        plain[folder.name] = not getattr(config, "layer_sizes", None)
-    assert sorted(plain.values()) == [False, True, True]
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+        plain[folder.name] = not getattr(model.config, "layer_sizes", None)
+        biased[folder.name] = any(name.endswith("o_proj.bias") for name, _ in model.named_parameters())
+        ids = torch.arange(12)[None] + 3
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, load_causal_lm(folder, torch.float32)(ids).logits)
+    assert sorted(plain.values()) == [False, False, True, True]
+    assert [not plain[name] for name, has_biases in biased.items() if has_biases] == [True], "flap's alone"
 
 
-def test_a_dry_run_shows_the_shapes_of_both(config, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_flap_is_recovered_and_its_biases_stay(config, finished, tmp_path, ranks):
+    """From the artifacts of a sweep without recovery; on two ranks weights, biases among them, are sharded."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[0] / "store", out / "store")
+    method = ["--models", "alpha", "--ratios", "0.2", "--methods", "flap", "--set", f"runtime.ranks={ranks}"]
+    finish(config, out, *method, "--set", "recovery.method=lora", "--set", "runtime.sharding=zero3")
+    (row,) = [it for it in results(out) if it["method"] == "flap"]
+    (pruned,) = [it for it in results(finished[0]) if it["method"] == "flap"]
+    assert row["parameters"] == pruned["parameters"] and row["kl"] != pruned["kl"]
+    before, after = (load_file(Path(it["checkpoint"]) / "model.safetensors") for it in (pruned, row))
+    biases = {name for name in before if name.endswith(("o_proj.bias", "down_proj.bias"))}
+    assert len(biases) == 2 * 9 and all(torch.equal(before[name], after[name]) for name in biases)
+    assert not torch.equal(*(it["model.layers.0.mlp.down_proj.weight"] for it in (before, after)))
+
+
+def test_a_dry_run_shows_the_shapes_of_all(config, tmp_path):
     code, shown, said = in_process(
         sweep_command.main, "--config", config, "--out", tmp_path / "out", *arguments(1), "--dry-run"
     )
     assert code == 0, said
     for name in RIVALS:
         (line,) = [it.split() for it in shown.splitlines() if it.startswith(f"alpha 0.2 {name} ")]
+        if name == "flap":
+            assert "scores decide, layer by layer" in " ".join(line)
+            continue
         width, heads, layers, reached = line[3:]
         assert layers == "9" and float(reached) == pytest.approx(0.2, abs=2e-3)
         assert ("-" in width, "-" in heads) == (name == "llm-pruner",) * 2, "protected layers keep all"

@@ -355,14 +355,20 @@ def test_refits_keep_hidden_states_of_their_windows_on_the_host():
     assert replace(job, kv_groups=True).host_bytes(published("7B"), 4) == (4 * 2 + 4) * states + pinned
 
 
-def test_memory_of_a_reference(tmp_path):
-    """Windows are its ranks' own: hidden states on the host, a layer with a micro-batch on the GPU."""
+@pytest.mark.parametrize("biases", [False, True])
+def test_memory_of_a_reference(tmp_path, biases):
+    """Windows are its ranks' own: hidden states on the host, a layer with a micro-batch on the GPU. Means of channels
+    on the way, of which biases are made, take no more.
+    """
     sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 264}
     checkpoint, windows = open_checkpoint(save_tiny(tmp_path / "model", **sizes)), torch.randint(264, (8, 64))
     stream = LayerStream(checkpoint, windows, torch.float32, 2, SoloWorld())
     with PeakBytes() as counted:
-        for _, layer in stream.layers(range(3)):
-            stream.advance(layer)
+        for number, layer in stream.layers(range(3)):
+            if biases:
+                stream.channel_means(number, layer, list(checkpoint.structures.values()))
+            else:
+                stream.advance(layer)
             del layer
     job = Reference(windows=2, tokens=64, samples=8, itemsize=4)
     dims = dimensions_of(checkpoint.config)

@@ -48,7 +48,7 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
         ("criterion: entropy\nround_ratio: 0.001\n", "round_ratio.*greater than or equal to 0.01"),
         (
             "criterion: entropy\nstructures: [neurons, kv_groups]\n",
-            "kv_groups. needs allocation: plain, local, global or",
+            "kv_groups. needs allocation: plain, local, global, standardized or",
         ),
         (
             "criterion: entropy\nstructures: [layers, neurons]\nsteps: 2\n",
@@ -61,15 +61,24 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
         ("criterion: entropy\nallocation: plain\n", "plain needs kv_groups or layers.*allocation: uniform"),
         (
             "criterion: entropy\nallocation: plain\nstructures: [neurons, layers]\nsteps: 2\n",
-            "steps: 2 needs allocation: uniform, local, global or searched",
+            "steps: 2 needs allocation: uniform, local, global, standardized or searched",
         ),
         (
             "criterion: entropy\nallocation: local\nstructures: [neurons, layers]\n",
             "layers. needs allocation: plain or searched; layers have no scores, and local measures",
         ),
         (
+            "criterion: fluctuation\nallocation: standardized\nstructures: [neurons, layers]\n",
+            "layers. needs allocation: plain or searched; layers have no scores, and standardized measures",
+        ),
+        (
+            "criterion: fluctuation\nallocation: searched\nrefit: bias\n",
+            "refit: bias needs allocation: uniform, local, global or standardized; searched measures shapes after",
+        ),
+        ("criterion: entropy\nfloor: -0.1\n", "floor.*greater than or equal to 0"),
+        (
             "criterion: entropy\nallocation: plain\nstructures: [neurons, layers]\nround_ratio: 0.1\n",
-            "round_ratio: 0.1 needs allocation: uniform, local, global or searched; the plain shape",
+            "round_ratio: 0.1 needs allocation: uniform, local, global, standardized or searched; the plain",
         ),
         ("criterion: entropy\nprotect_last: 1.5\n", r"protect_last.*whole number from 0 on, or a share.*got 1.5"),
         ("criterion: entropy\nprotect_first: -1\n", r"protect_first.*whole number from 0 on, or a share.*got -1"),

@@ -103,6 +103,8 @@ def scored(tmp_path_factory):
         ("uniform", "layerwise", ["neurons"]),
         ("local", "none", ["neurons", "kv_groups"]),
         ("local", "dense", ["neurons", "kv_groups"]),
+        ("uniform", "bias", ["neurons"]),
+        ("standardized", "bias", ["neurons", "kv_groups"]),
         ("plain", "none", ALL),
         ("plain", "dense", ALL),
         ("plain", "layerwise", ALL),
@@ -114,7 +116,7 @@ def test_a_cut(scored, monkeypatch, allocation, refit, structures):
     monkeypatch.setattr(finals, "HOPELESS", 1e6)  # so that there are finalists
     store, importance = scored
     params = {"ratio": 0.25, "criterion": "entropy", "allocation": allocation, "refit": refit, "multiple_of": 1}
-    params |= LIMITS if allocation in ("global", "searched") else {}
+    params |= LIMITS if allocation in ("global", "standardized", "searched") else {}
     params |= {"protect_first": 0, "protect_last": 1} if allocation == "local" else {}
     params |= {} if structures == ["neurons"] else {"structures": structures}
     runs = refit != "none" or allocation in ("plain", "searched")

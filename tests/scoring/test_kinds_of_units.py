@@ -92,7 +92,7 @@ class Scored:
 def assert_as_defined(scores, model, windows, calibration):
     dense, channels = model.tiny(), model.queries * model.head_dim
     keeps = student(dense, windows[: calibration["micro_batch_size"] * calibration["shard_size"]])
-    for name in (*GRADIENT_CRITERIA, "activation", "activation_l1"):
+    for name in (*GRADIENT_CRITERIA, "activation", "activation_l1", "fluctuation"):
         if CRITERIA[name].is_rounded and calibration["micro_batch_size"] > 1:
             continue  # it is defined for windows that are micro-batches
         expected = definition(dense, windows, name, SEED, keeps, channels, OUTPUT)

@@ -201,7 +201,7 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     model = tiny_model("llama", **SHARDED)
     windows = load_file(one.path(stage.id) / "windows.safetensors")["input_ids"]
     keeps = student(model, windows[:1])  # the first shard's
-    for name in (*GRADIENT_CRITERIA, "activation", "activation_l1"):
+    for name in (*GRADIENT_CRITERIA, "activation", "activation_l1", "fluctuation"):
         expected = definition(model, windows, name, seed=3, keeps=keeps)
         ours = torch.stack([scores[f"layers.{layer}.{name}"] for layer in range(2)])
         tolerance = 1e-2 if CRITERIA[name].is_rounded else 1e-4  # a term on the edge is rounded the other way

@@ -99,7 +99,7 @@ def test_scores_of_pairs_are_as_defined_on_any_number_of_ranks(tmp_path_factory,
     dense = model.tiny()
     first_shard = windows[: calibration["micro_batch_size"] * calibration["shard_size"]]
     keeps = student(dense, first_shard, CHANNELS)
-    for name in (*GRADIENT_CRITERIA, "activation", "activation_l1"):
+    for name in (*GRADIENT_CRITERIA, "activation", "activation_l1", "fluctuation"):
         if CRITERIA[name].is_rounded and calibration["micro_batch_size"] > 1:
             continue  # it is defined for windows that are micro-batches
         expected = definition(dense, windows, name, SEED, keeps, CHANNELS)

@@ -7,7 +7,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import RESERVE
-from hfprune_dist.planning.layer_pass_footprint import Refit
+from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.shape_target import ShapeTarget
@@ -146,6 +146,13 @@ def test_a_refit_is_estimated_and_a_prune_stage_without_one_is_not(inputs, tmp_p
     assert prunings(inputs, tmp_path, "", methods=["hfprune"]) == []
     (tmp_path / "measured.yaml").write_text("{criterion: entropy, allocation: searched}")
     assert prunings(inputs, tmp_path, "", methods=[str(tmp_path / "measured.yaml")]) == []
+
+
+def test_biases_take_what_a_reference_does_on_the_same_windows(inputs, tmp_path):
+    (bias,) = prunings(inputs, tmp_path, "gpu_memory_gib: 1\n", methods=["flap"], ratios=[0.2], models=["alpha"])
+    job = Reference(1, 32, 8, itemsize=4)
+    dims = dimensions_of(open_checkpoint(inputs.parent / "alpha").config)
+    assert bias.memory == job.memory(dims, 2) and bias.host_memory == 2 * job.host_bytes(dims, 2) and bias.fits
 
 
 def test_hidden_states_of_a_reference_must_fit_main_memory(inputs, tmp_path):

@@ -1,0 +1,39 @@
+"""Tensors of the layers that are finished, which a later attempt takes up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
+
+
+class SavedLayers:
+    """Tensors of finished layers, a file each, written by the rank that solved it.
+
+    Args:
+        layers: numbers of all that there will be.
+    """
+
+    def __init__(self, folder: Path, layers: Iterable[int]) -> None:
+        self._folder = folder
+        self._layers = tuple(layers)
+
+    def done(self) -> set[int]:
+        """Layers that have a file; damaged ones are set aside."""
+        return {number for number in self._layers if is_usable(self._file(number))}
+
+    def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of one layer, by names that no other layer's have."""
+        self._folder.mkdir(exist_ok=True)
+        save_tensors(tensors, self._file(number))
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors of all layers."""
+        files = [load_tensors(self._file(number))[0] for number in self._layers]
+        return {name: tensor for tensors in files for name, tensor in tensors.items()}
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"layer-{number}.safetensors"

@@ -1,0 +1,76 @@
+"""Biases in place of removed channels: what they put out on average, on the dense model's activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.read_tensors import dtype_of
+from hfprune_dist.checkpoints.saved_layers import SavedLayers
+from hfprune_dist.core.selection import entries_of
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.world import World
+from hfprune_dist.models.single_layer import output_of
+from hfprune_dist.refit.dense_refit import AfterEach
+from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.units import Units
+
+
+class BiasRefit:
+    """Output projections whose biases make their mean outputs those of before (FLAP: An et al. 2023, arXiv 2312.11983).
+
+    Args:
+        kept: what stays of the checkpoint.
+        kinds: of units whose output projections get biases.
+        stream: its windows before the first layer.
+        saved: where the biases of layers are kept, by their names in the checkpoint and in the dtypes of the weights.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        kept: Kept,
+        kinds: Sequence[Units],
+        stream: LayerStream,
+        saved: SavedLayers,
+        *,
+        world: World,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._kept = kept
+        self._kinds = kinds
+        self._stream = stream
+        self._saved = saved
+        self._world = world
+
+    def run(self, after_each: AfterEach) -> None:
+        """Find the biases of all layers that stay and are not done.
+
+        Raises:
+            UserError: as ``LayerStream.channel_means`` does.
+        """
+        done = self._world.broadcast(self._saved.done() if self._world.is_first else set())
+        left = [number for number in self._kept.layers if number not in done]
+        for number, layer in self._stream.layers(range(left[-1] + 1 if left else 0)):
+            if number in left:
+                means = self._stream.channel_means(number, layer, self._kinds)
+                if self._world.is_first:
+                    self._saved.write(number, dict(self._bias(number, layer, it, means) for it in self._kinds))
+            else:
+                self._stream.advance(layer)
+            del layer
+            after_each(number + 1)
+        self._world.barrier()
+
+    def _bias(self, number: int, layer: nn.Module, units: Units, means: dict[str, Tensor]) -> tuple[str, Tensor]:
+        """Its name; and what the channels that go put out on average, with the bias that is there."""
+        output, mean_D = output_of(layer, units), means[units.kind]
+        kept_K = entries_of(self._kept.of_layer(number, units.kind), units.channels_per_unit).to(mean_D.device)
+        goes_D = torch.ones_like(mean_D, dtype=torch.bool).index_fill_(0, kept_K, False)
+        bias_C = output.weight.data[:, goes_D].double() @ mean_D[goes_D]
+        if output.bias is not None:
+            bias_C += output.bias.data
+        return units.output_bias(number), bias_C.to(dtype_of(self._checkpoint, units.output_weight(number))).cpu()
