@@ -6,6 +6,7 @@ example:  python launch/report.py runs/demo --published
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -26,20 +27,25 @@ def _report(argv: Sequence[str] | None) -> int:
     from hfprune_launch.modes.past_attempts import past_attempts
     from hfprune_launch.modes.report_page import ReportPage
     from hfprune_launch.project import PROJECT
-    from hfprune_launch.screen import make_console, show_checkpoints, show_published, show_results
+    from hfprune_launch.screen import make_console, say, show_checkpoints, show_published, show_results
     from hfprune_launch.sweep_folder import read_sweep
 
     from hfprune_dist.results.published import read_published
     from hfprune_dist.results.table import write_reports
 
     sweep = read_sweep(arguments.out, past_attempts(arguments.out))
-    write_reports(sweep.rows, arguments.out)
+    is_writable = os.access(arguments.out, os.W_OK)
+    if is_writable:
+        write_reports(sweep.rows, arguments.out)
     console = make_console()
     show_results(console, sweep.rows, arguments.wide)
     if arguments.published:
         show_published(console, read_published(PROJECT.configs / "published.yaml"), arguments.wide)
-    show_checkpoints(console, sweep.record.write_checkpoints(arguments.out))
-    ReportPage(arguments.out, console).write()
+    if is_writable:
+        show_checkpoints(console, sweep.record.write_checkpoints(arguments.out))
+        ReportPage(arguments.out, console).write()
+    else:  # somebody else's, perhaps
+        say(console, f"note: {arguments.out} can't be written to; the files in it stay as they are")
     return 0
 
 

@@ -30,7 +30,8 @@ def summary(evidence: Evidence) -> str:
     done = sum(row["status"] == "done" for row in evidence.rows)
     made = [manifest for manifest in evidence.manifests.values() if manifest]
     hours = sum(manifest.get("wall_time_s", 0.0) for manifest in made) / 3600
-    stages = f"{len(made)} of {len(evidence.manifests)} stages made, in {hours:.1f} hours"
+    lacking = evidence.plan.lacking(lambda stage_id: evidence.manifests[stage_id] is not None)
+    stages = f"{len(made)} of {len(made) + len(lacking)} stages made, in {hours:.1f} hours"
     return (
         f"<p><b>{done} of {len(evidence.rows)} rows</b> have their result; {stages}.</p>"
         + _open(evidence)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 
-from hfprune_dist.report.chart import Chart, Figure, Key, Trace, shown, style
+from hfprune_dist.report.chart import GREY, PALETTE, Chart, Figure, Key, Trace, shown
 from hfprune_dist.report.evidence import Evidence
 from hfprune_dist.store.attempt import Attempt
 from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
@@ -17,6 +17,10 @@ LONG_IDLE_SHARE = 0.1
 LONG_IDLE_S = 300.0
 # With more stages than these, a line is a kind of stage.
 MOST_LINES = 60
+# On both sides of the time that is drawn, as shares of it.
+LEFT_ROOM, RIGHT_ROOM = 0.01, 0.08
+# There is one kind more than colours.
+COLORS = dict(zip(STAGE_VERSIONS, (*PALETTE, GREY), strict=True))
 # Of plotly.js, by the state of the attempt.
 PATTERNS = {"done": "", "failed": "x", "open": "."}
 
@@ -44,7 +48,7 @@ def timeline_chart(evidence: Evidence) -> Chart:
 
 
 def _key(kind: str) -> Key:
-    return Key(kind, style([*STAGE_VERSIONS].index(kind)).color)
+    return Key(kind, COLORS[kind])
 
 
 def _periods(evidence: Evidence) -> Iterator[Period]:
@@ -90,7 +94,12 @@ def _figure(evidence: Evidence, periods: Sequence[Period], sessions: Sequence[tu
     cuts = [{"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": x, "x1": x} for x in places[1:]]
     layout = {
         "barmode": "overlay",
-        "xaxis": {"tickvals": [place for place, _ in marks], "ticktext": [_time(moment) for _, moment in marks]},
+        "xaxis": {
+            "tickvals": [place for place, _ in marks],
+            "ticktext": [_time(moment) for _, moment in marks],
+            # plotly.js leaves out the last time where the page has no room for it.
+            "range": [-LEFT_ROOM * marks[-1][0], (1 + RIGHT_ROOM) * marks[-1][0]],
+        },
         "yaxis": {"type": "category", "categoryarray": [*map(shown, lines)], "autorange": "reversed"},
         "shapes": [cut | {"line": {"dash": "dot", "width": 1, "color": "#888888"}} for cut in cuts],
     }

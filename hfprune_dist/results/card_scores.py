@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hfprune_dist.config.texts import FIRST, OTHER_TEXTS
 from hfprune_dist.results.card_subject import Subject, text_of
 
 if TYPE_CHECKING:  # takes a while to import; commands should answer at once
@@ -49,7 +50,7 @@ def scores_of(subject: Subject) -> list[Score]:
 
 
 def _fidelity(subject: Subject) -> Iterator[Score]:
-    dense = subject.dense_scores.get("fidelity", {})
+    dense_texts = {FIRST: subject.dense_scores.get("fidelity", {}), **subject.dense_scores.get(OTHER_TEXTS, {})}
     for name, reference, metrics in subject.held_out_texts():
         settings = reference.params.to_json().get("text") or {}
         source = reference.inputs.get("text")
@@ -67,7 +68,7 @@ def _fidelity(subject: Subject) -> Iterator[Score]:
                     title,
                     value,
                     metrics.get(metric + STDERR),
-                    None if name else dense.get(metric),
+                    dense_texts.get(name, {}).get(metric),
                 )
 
 

@@ -161,7 +161,9 @@ def _worst(row: Row, is_named: bool) -> str:
         return "-"
     # What isn't a number was too large to be one.
     text = max(compared, key=lambda it: math.inf if compared[it]["kl"] is None else compared[it]["kl"])
-    return number(compared[text]["kl"], ".4f") + (f" ({text})" if is_named else "")
+    value, error = compared[text]["kl"], compared[text]["kl_stderr"]
+    told = number(value, ".4f") if error is None else measured(value, error, 4)
+    return told + (f" ({text})" if is_named else "")
 
 
 def _tasks(rows: Sequence[Row]) -> Columns:

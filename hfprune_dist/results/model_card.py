@@ -5,6 +5,7 @@ Its format: https://huggingface.co/docs/hub/model-cards; the metadata is written
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def _summary(subject: Subject) -> str:
     if cell.ratio is None:
         return f"{model} with the fine-tuning that its pruned versions get: the control that they are held against."
     after = ", then fine-tuned with LoRA to recover" if subject.trained_on else ""
-    return f"{model} with {cell.ratio:.0%} of its parameters pruned by the method `{cell.method}`{after}."
+    return f"{model} with {100 * cell.ratio:.4g}% of its parameters pruned by the method `{cell.method}`{after}."
 
 
 def _facts(subject: Subject) -> dict[str, str | None]:
@@ -179,8 +180,8 @@ def _how_it_was_made(subject: Subject) -> str:
     """The command, the settings of all stages, and versions."""
     cell, base = subject.cell, subject.base
     model = f"{base.hub_id}@{base.revision}" if base.hub_id else base.name
-    command = f"python launch/sweep.py --models {model}"
-    command += "" if cell.ratio is None else f" --ratios {cell.ratio:g} --methods {cell.method}"
+    command = f"python launch/sweep.py --models {shlex.quote(model)}"
+    command += "" if cell.ratio is None else f" --ratios {cell.ratio:g} --methods {shlex.quote(str(cell.method))}"
     settings = [_portable(_settings(stage)) for stage in subject.stages]
     return (
         f"## How it was made\n\nWith {_versions(subject.manifest.get('provenance', {}))}:\n\n```bash\n"

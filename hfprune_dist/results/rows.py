@@ -13,6 +13,7 @@ from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.earlier_rows import scale_of
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.against_dense import AVERAGES, add_shares_of_dense
+from hfprune_dist.results.as_made import as_made
 from hfprune_dist.results.costs import CostTable
 from hfprune_dist.results.efficiency import efficiency_of
 from hfprune_dist.results.floors import average_floors, floors_of
@@ -80,6 +81,7 @@ def collect_rows(
         dense: model name -> facts of the dense checkpoint.
         attempts_of: what launchers know of a stage beside its manifest.
     """
+    plan = as_made(plan, store)
     rows_behind = Counter(stage_id for cell in plan.cells for stage_id in plan.upstream(cell))
     shared = {stage_id for stage_id, rows in rows_behind.items() if rows > 1}
     manifests = {stage_id: store.handle(stage_id).manifest() for stage_id in rows_behind}

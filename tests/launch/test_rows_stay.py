@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 
@@ -296,3 +297,12 @@ def test_a_row_counts_once_however_many_sweeps_have_it(config, tmp_path):
     code, _, said = run(*folders.values(), "--out", tmp_path / "all", command=compare)
     assert code == 2 and f"{folders['three']}: its row 'alpha dense + lora' is the same as in {folders['two']}" in said
     assert not (tmp_path / "all").exists()
+
+
+def test_somebody_elses_tables_are_shown_where_nothing_can_be_written(config, tmp_path, monkeypatch):
+    done(config, tmp_path)
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    code, shown, said = run(tmp_path, command=report)
+    assert code == 0 and "alpha  dense" in shown and f"{tmp_path} can't be written to" in shown, said
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from hfprune_dist.report import curves
 from hfprune_dist.report.layers import Units, _bits
-from hfprune_dist.report.timeline import LONG_IDLE_S, LONG_IDLE_SHARE, Period, _offsets, _sessions, timeline_chart
+from hfprune_dist.report.timeline import (
+    COLORS,
+    LONG_IDLE_S,
+    LONG_IDLE_SHARE,
+    Period,
+    _offsets,
+    _sessions,
+    timeline_chart,
+)
+from hfprune_dist.store.stage import STAGE_VERSIONS
 
 KEPT = st.dictionaries(st.integers(0, 5), st.sets(st.integers(0, 70), min_size=1), min_size=1)
 
@@ -49,6 +58,10 @@ def test_every_attempt_is_a_bar_where_it_ran(tmp_path):
     assert [bar[:3] for bar in bars[:2]] == [(0.0, 10.0, "x"), (20.0, 30.0, "")]
     assert "killed, job 7 on n1" in bars[0][3]
     assert bars[2][0] == 50.0 and bars[2][2] == ".", "the idle time before it is left out"
+
+
+def test_kinds_of_stages_differ_in_colour():
+    assert len({*COLORS.values()}) == len(COLORS) == len(STAGE_VERSIONS)
 
 
 def test_long_curves_are_thinned_to_their_end(tmp_path):

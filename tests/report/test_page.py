@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -80,6 +81,15 @@ def test_the_table_has_every_number_of_results_csv(tmp_path):
     expected, shown = rows_of_csv(tmp_path), Parsed(page(evidence)).rows
     assert len(shown) == len(expected) == 20
     assert [{column: row[column] for column in expected[0]} for row in shown] == expected
+
+
+def test_stages_that_no_row_needs_any_more_are_not_waited_for(tmp_path):
+    """What results were made from may be gone, or be another pass today."""
+    sweep = DrawnSweep(tmp_path, missing={"m 0.5 other + lora"})
+    importance = next(iter(sweep.plan.stages))
+    shutil.rmtree(tmp_path / "store" / importance)
+    stages = len(sweep.plan.stages)
+    assert f"{stages - 2} of {stages - 1} stages made" in page(sweep.evidence())
 
 
 def test_figures_have_the_numbers_of_rows(tmp_path):

@@ -110,6 +110,9 @@ def test_results_of_several_texts_come_back_as_they_were(config, tmp_path):
         "0" * 40,
     )
     assert all(isinstance(it, EvalResult) and math.isfinite(it.metric_value) for it in read)
+    measured = {**SCORES, OTHER_TEXTS: {"b": {"kl": 0.0}}}
+    dense = {it.dataset: it.dense for it in scores_of(replace(subject, dense_scores=measured)) if it.metric == "kl"}
+    assert [*dense.values()] == [0.25, 0.0], "of each text the dense model's own"
 
 
 def test_people_read_how_it_was_made(config, tmp_path):
@@ -130,6 +133,14 @@ def test_people_read_how_it_was_made(config, tmp_path):
         assert shown in card, shown
     assert "control" in cards["alpha-dense-lora"] and "ratio asked" not in cards["alpha-dense-lora"]
     assert "trust_remote_code" not in card
+
+
+def test_shells_and_people_read_odd_names_and_ratios_as_they_are(config, tmp_path):
+    plan, store = planned(config)[1], Store(tmp_path / "store")
+    fill(store, plan)
+    subject = Subject.of("name", replace(plan.cells[1], model="my $model", ratio=0.125), plan, store, DENSE["alpha"])
+    card = model_card(subject)
+    assert "--models 'my $model' --ratios 0.125 " in card and "12.5% of its parameters" in card
 
 
 def test_no_path_of_this_machine_is_in_it(config, tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from hfprune_dist.config.parameters import read_parameters
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.column import cells
 from hfprune_dist.results.columns import all_columns
@@ -203,10 +204,34 @@ def test_the_table_shows_headlines_and_both_averages(store):
     assert dict(zip(headers, body[1], strict=True))["KL"] == "missing"
 
 
+def test_a_row_carries_the_pass_that_really_made_it_while_todays_has_not_run(store):
+    """The pass of a sweep with more methods made the checkpoint; a sweep with fewer plans another pass."""
+    commit(store, EVALUATE, **SCORES)
+    params = {"criteria": ["entropy"]}
+    today = replace(IMPORTANCE, params=read_parameters("importance", params))
+    source = replace(PRUNE.inputs["importance"], location=today.id)
+    cut = replace(PRUNE, inputs={**PRUNE.inputs, "importance": source})
+    dense, pruned = PLAN.cells
+    stages = {stage.id: stage for stage in (today, cut, DENSE_EVALUATE, EVALUATE)}
+    plan = Plan(stages, (dense, replace(pruned, producers=(today.id, cut.id))))
+    assert cut.id == PRUNE.id and today.id != IMPORTANCE.id
+    _, row = collect_rows(plan, store, DENSE)
+    assert (row["own_time_s"], row["stages"][IMPORTANCE.id], row["status"]) == (6.0, 2.0, "done")
+    commit(store, today, record={"wall_time_s": 5.0})
+    assert collect_rows(plan, store, DENSE)[1]["own_time_s"] == 9.0, "where it has run, rows carry it"
+    for stage in (today, IMPORTANCE):
+        shutil.rmtree(store.path(stage.id))
+    assert collect_rows(plan, store, DENSE)[1]["own_time_s"] is None
+
+
 def test_the_worst_of_the_other_texts_stands_beside_the_first(store, tmp_path):
-    others = {"news": {"kl": 0.5, "perplexity": 40.0}, "law": {"kl": 1.5, "perplexity": None}, "code": {"kl": None}}
+    others = {
+        "news": {"kl": 0.5, "kl_stderr": 0.125, "perplexity": 40.0},
+        "law": {"kl": 1.5, "perplexity": None},
+        "code": {"kl": None},
+    }
     for names, header, shown in (
-        (["news"], "KL news", "0.5000"),
+        (["news"], "KL news", "0.5000±0.1250"),
         (["news", "law"], "worst KL", "1.5000 (law)"),
         ([*others], "worst KL", "- (code)"),
     ):
