@@ -28,10 +28,16 @@ def test_the_dense_model_is_the_users_own():
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [("a/../b c", "a-b-c-0.2-lora"), (".hidden", "hidden-0.2-lora"), ("模", "0.2-lora")]
+    ("model", "name"), [("a/../b c", "a-b-c-0.2-lora"), (".hidden", "hidden-0.2-lora"), ("模 a", "a-0.2-lora")]
 )
 def test_unsafe_characters_are_left_out(model, name):
     assert [*checkpoint_names([cell(model)])] == [name]
+
+
+def test_a_model_of_whose_name_nothing_is_left_gets_digits():
+    rows = [cell("模型"), cell("型")]
+    first, second = checkpoint_names(rows)
+    assert first == with_digits("model-0.2-lora", rows[0]) != second
 
 
 def test_rows_whose_names_would_be_the_same_are_told_apart_whatever_the_order():
