@@ -142,6 +142,50 @@ def weight_taylor(model, windows, units, output=NEURONS):
     return torch.stack(scores)
 
 
+def labels_and_teacher(logits, input_ids, teacher, share, temperature):
+    """The teacher's logits alone are divided by the temperature."""
+    p, log_q = (teacher / temperature).softmax(-1), logits.log_softmax(-1)
+    divergence = torch.nn.functional.kl_div(log_q, p, reduction="sum") / len(logits)
+    return (1 - share) * cross_entropy(logits, input_ids) + share * divergence
+
+
+def coupled_taylor(model, windows, keeps=None, share=0.0, temperature=1.0):
+    """Scores of every layer's neurons, float64 [layers, neurons]: a sum over windows of the mean over hidden channels of
+    |gate * dL/dgate + up * dL/dup + down * dL/ddown|.
+
+    With ``keeps`` that of a student from which the other neurons have really gone; theirs are zeros.
+    """
+    teacher = copy.deepcopy(model).double()
+    model = copy.deepcopy(model).double().requires_grad_()
+    layers = model.model.layers
+    kept = [torch.arange(layer.mlp.down_proj.in_features) for layer in layers]
+    if keeps is not None:
+        kept = [keeps_N.nonzero().squeeze(1) for keeps_N in keeps]
+        for layer, numbers in zip(layers, kept, strict=True):
+            _cut(layer.mlp, numbers)
+    scores = torch.zeros(len(layers), teacher.config.intermediate_size, dtype=torch.float64)
+    for window in windows:
+        model.zero_grad()
+        logits = model(input_ids=window[None]).logits[0]
+        with torch.no_grad():
+            told = teacher(input_ids=window[None]).logits[0]
+        labels_and_teacher(logits, window, told, share, temperature).backward()
+        for layer, (block, numbers) in enumerate(zip(layers, kept, strict=True)):
+            gate, up, down = (
+                it.weight * it.weight.grad for it in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
+            )
+            scores[layer, numbers] += (gate + up + down.T).abs().mean(dim=1).detach()
+    return scores
+
+
+def _cut(mlp, numbers):
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.weight = torch.nn.Parameter(linear.weight.detach()[numbers])
+        if linear.bias is not None:
+            linear.bias = torch.nn.Parameter(linear.bias.detach()[numbers])
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.detach()[:, numbers])
+
+
 def moments(model, windows, seed=0, channels=1, output=NEURONS):
     """Of every layer: mean h h^T, mean g g^T at the output of the projection and mean (h dL/dh)^2, L the random signs'
     loss, and h dL/dh is added up for each unit.
