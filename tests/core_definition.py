@@ -150,8 +150,8 @@ def labels_and_teacher(logits, input_ids, teacher, share, temperature):
 
 
 def coupled_taylor(model, windows, keeps=None, share=0.0, temperature=1.0):
-    """Scores of every layer's neurons, float64 [layers, neurons]: a sum over windows of the mean over hidden channels of
-    |gate * dL/dgate + up * dL/dup + down * dL/ddown|.
+    """Scores of every layer's neurons, float64 [layers, neurons]: a sum over windows of the mean over hidden channels
+    of |gate * dL/dgate + up * dL/dup + down * dL/ddown|.
 
     With ``keeps`` that of a student from which the other neurons have really gone; theirs are zeros.
     """

@@ -105,8 +105,8 @@ class Method(Section):
         if criterion.student_of is not None and (self.steps > 1 or self.round_ratio is not None):
             named = f"steps: {self.steps}" if self.round_ratio is None else f"round_ratio: {self.round_ratio:g}"
             raise ValueError(
-                f"criterion: {self.criterion} is of a student of the dense model, and with {named} what is left of that is "
-                "scored; leave it out"
+                f"criterion: {self.criterion} is of a student of the dense model, and with {named} it would be of "
+                "what is left of that; leave it out"
             )
         return self
 

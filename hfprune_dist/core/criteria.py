@@ -229,7 +229,7 @@ CRITERIA: dict[str, Criterion] = {
         ),
         Criterion(
             "coupled_taylor",
-            "sum over windows of the mean over hidden channels of |W * dCE/dW, added up over the neuron's three weights "
+            "sum over windows of the mean over hidden channels of |W * dCE/dW, added up over a neuron's three weights "
             "there|, CE a window's mean (SDMPrune's start, arXiv 2506.11120)",
             "weight_product",
             CROSS_ENTROPY,

@@ -172,9 +172,11 @@ def _scorer(
 
 def _given_student(context: Context, criteria: Sequence[Criterion]) -> GivenStudent | None:
     """The student that an earlier pass chose, where a criterion is of one."""
-    student, chosen_by = context.params.student, {it.student_of for it in criteria if it.student_of is not None}
-    if student is None or not chosen_by:
+    chosen_by = {criterion.student_of for criterion in criteria if criterion.student_of is not None}
+    if not chosen_by:
         return None
+    student = context.params.student
+    assert student is not None, "planned without its settings"
     stored = load_file(context.input_path("student") / SCORES)
     (scores,) = (scores_of_layers(stored, name, NEURONS) for name in chosen_by)
     keeps = [student_keeps(scores_U, student.lacks) for scores_U in scores]
