@@ -5,6 +5,7 @@ import itertools
 
 import torch
 
+from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.losses import SIGN_TOKENS, draw_sign_bits, draw_uniform, sample_labels, signs_of
 from hfprune_dist.core.scores import student_keeps
 
@@ -54,6 +55,8 @@ def student(model, windows, channels=1):
 
 
 NEURONS = "mlp.down_proj"
+# Criteria for which one pass is enough.
+OF_ONE_PASS = sorted(name for name, it in CRITERIA.items() if it.student_of is None)
 
 
 def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels=1, output=NEURONS):

@@ -152,9 +152,9 @@ class KindObserver:
         if terms:
             self.sums.terms.append(terms)
 
-    def see_sum(self, criterion: Criterion, layer: int, sum_U: Tensor) -> None:
-        """Take note of a layer's sum of a micro-batch that was made elsewhere: float32 or wider, on any device."""
-        self._seen.sums[criterion.name, layer] = sum_U
+    def see_sum(self, criterion: Criterion, layer: int, sum_D: Tensor) -> None:
+        """Take note of a layer's sum of a micro-batch that was made elsewhere, float32 or wider, of each channel."""
+        self._seen.sums[criterion.name, layer] = sum_over_channels(sum_D, self._channels_per_unit)
 
     def forget(self) -> None:
         """Let go of what was seen of a micro-batch."""
