@@ -34,6 +34,7 @@ from hfprune_dist.core.least_squares import LeastSquares
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.planning.build_plan import OF_A_STUDENT
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.widths import size_of
 from hfprune_dist.store.artifacts import Store
@@ -150,7 +151,9 @@ def prune(folder, scored, ratio, method, ranks=1):
     store, importance = scored
     params = {
         "ratio": ratio,
-        **method.model_dump(exclude={"steps", "round_ratio", "distill", "structures", "tensor_parallel"}),
+        **method.model_dump(
+            exclude={"steps", "round_ratio", "distill", "structures", "tensor_parallel", *OF_A_STUDENT}
+        ),
     }
     params |= {"dtype": "float32", "micro_batch_size": 2}
     stage = Stage("prune", "pairs", params, {"model": importance.inputs["model"], "importance": importance.as_input()})
