@@ -1,14 +1,20 @@
 """Rivals beside a method of ours: the same windows, one calibration pass, the same parameters removed, one table."""
 
 import pytest
+import torch
 from hfprune_launch import sweep as sweep_command
+from safetensors.torch import load_file
 from sweeps import artifacts, finish, in_process, make_inputs, results, without_costs
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
+from hfprune_dist.checkpoints.kept_file import read_kept
+from hfprune_dist.core.scores import student_keeps
+from hfprune_dist.store.atomic_files import read_json
+
 pytestmark = pytest.mark.slow
 
-RIVALS = ["wanda-sp", "llm-pruner"]
+RIVALS = ["wanda-sp", "llm-pruner", "sdmprune"]
 
 
 def arguments(ranks):
@@ -36,8 +42,10 @@ def finished(config, tmp_path_factory):
 
 
 def test_rivals_share_a_calibration_pass_and_remove_as_much(finished):
+    """And one has another, in its student."""
     out = finished[0]
-    assert len(list((out / "store" / "importance").iterdir())) == 1
+    passes = [read_json(it / "manifest.json") for it in (out / "store" / "importance").iterdir()]
+    assert sorted(it["params"]["criteria"] == ["coupled_taylor_distilled"] for it in passes) == [False, True]
     rows = {row["method"]: row for row in results(out)}
     assert set(rows) == {"", "hfprune", *RIVALS}
     for name in RIVALS:
@@ -53,15 +61,45 @@ def test_any_number_of_ranks_makes_the_same_scores_checkpoints_and_rows(finished
     assert next(rows) == next(rows)
 
 
-def test_wanda_sp_loads_everywhere_and_llm_pruner_where_layers_may_differ(finished):
+def test_all_load_everywhere_but_llm_pruner_which_does_where_layers_may_differ(finished):
     plain = {}
     for folder in (finished[0] / "store" / "prune").iterdir():
         config = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).config
         plain[folder.name] = not getattr(config, "layer_sizes", None)
-    assert sorted(plain.values()) == [False, True, True]
+    assert sorted(plain.values()) == [False, True, True, True]
 
 
-def test_a_dry_run_shows_the_shapes_of_both(config, tmp_path):
+def test_what_the_student_lacks_goes_first_and_numbers_are_the_dense_models(finished):
+    out = finished[0]
+    scores = {}
+    for folder in (out / "store" / "importance").iterdir():
+        scores |= load_file(folder / "importance.safetensors")
+    folders = {read_json(it / "manifest.json")["params"]["criterion"]: it for it in (out / "store" / "prune").iterdir()}
+    kept = read_kept(folders["coupled_taylor_distilled"])
+    for layer in range(9):
+        first, second = (scores[f"layers.{layer}.{name}"] for name in ("coupled_taylor", "coupled_taylor_distilled"))
+        numbers = kept.of_layer(layer, "neurons")
+        assert not second[~student_keeps(first, 0.025)].any()
+        assert second[numbers].min() >= second[~torch.isin(torch.arange(len(second)), numbers)].max()
+
+
+def test_other_ratios_take_up_the_first_pass_and_settings_the_students(config, finished, tmp_path):
+    """Published settings differ at 30 %; given for both, the student is one."""
+
+    def passes(*more):
+        given = ["--config", config, "--out", finished[0], *arguments(1), "--dry-run"]
+        code, shown, said = in_process(sweep_command.main, *given, *more)
+        assert code == 0, said
+        lines = [it.split() for it in shown.splitlines() if it.startswith("importance ")]
+        return sorted("reuse" in it for it in lines)
+
+    alone = ("--ratios", "0.2,0.3", "--methods", "hfprune,wanda-sp,llm-pruner,sdmprune")
+    assert passes(*alone) == [False, True, True]
+    same = ("--set", "prune.teacher_share=0.4", "--set", "prune.teacher_temperature=0.2")
+    assert passes(*alone, *same) == [True, True]
+
+
+def test_a_dry_run_shows_the_shapes_of_all(config, tmp_path):
     code, shown, said = in_process(
         sweep_command.main, "--config", config, "--out", tmp_path / "out", *arguments(1), "--dry-run"
     )
