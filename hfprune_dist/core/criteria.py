@@ -236,7 +236,7 @@ CRITERIA: dict[str, Criterion] = {
         ),
         Criterion(
             "coupled_taylor_distilled",
-            "the same in a student without the neurons that score least so, of a loss on labels and on the dense "
+            "the same in a student without the neurons that score least by that, of a loss on labels and on the dense "
             "model's distribution (SDMPrune, arXiv 2506.11120)",
             "weight_product",
             LABELS_AND_TEACHER,

@@ -41,11 +41,15 @@ def finished(config, tmp_path_factory):
     return outs
 
 
+def folders_of(out, kind):
+    return list((out / "store" / kind).iterdir())
+
+
 def test_rivals_share_a_calibration_pass_and_remove_as_much(finished):
     """And one has another, in its student."""
     out = finished[0]
-    passes = [read_json(it / "manifest.json") for it in (out / "store" / "importance").iterdir()]
-    assert sorted(it["params"]["criteria"] == ["coupled_taylor_distilled"] for it in passes) == [False, True]
+    passes = [read_json(it / "manifest.json") for it in folders_of(out, "importance")]
+    assert sorted(it["stage"]["params"]["criteria"] == ["coupled_taylor_distilled"] for it in passes) == [False, True]
     rows = {row["method"]: row for row in results(out)}
     assert set(rows) == {"", "hfprune", *RIVALS}
     for name in RIVALS:
@@ -72,10 +76,10 @@ def test_all_load_everywhere_but_llm_pruner_which_does_where_layers_may_differ(f
 def test_what_the_student_lacks_goes_first_and_numbers_are_the_dense_models(finished):
     out = finished[0]
     scores = {}
-    for folder in (out / "store" / "importance").iterdir():
+    for folder in folders_of(out, "importance"):
         scores |= load_file(folder / "importance.safetensors")
-    folders = {read_json(it / "manifest.json")["params"]["criterion"]: it for it in (out / "store" / "prune").iterdir()}
-    kept = read_kept(folders["coupled_taylor_distilled"])
+    pruned = {read_json(it / "manifest.json")["stage"]["params"]["criterion"]: it for it in folders_of(out, "prune")}
+    kept = read_kept(pruned["coupled_taylor_distilled"])
     for layer in range(9):
         first, second = (scores[f"layers.{layer}.{name}"] for name in ("coupled_taylor", "coupled_taylor_distilled"))
         numbers = kept.of_layer(layer, "neurons")
