@@ -14,7 +14,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.elimination import elimination_scores
 from hfprune_dist.data.windows import read_windows
-from hfprune_dist.stages import importance
+from hfprune_dist.stages import calibration_windows
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
@@ -154,7 +154,7 @@ def test_the_text_is_read_by_one_attempt_alone_unless_its_windows_are_lost(tmp_p
     without_deepspeed(monkeypatch)
     stage = make_stage(tmp_path, samples=3, sequence_length=16)
     whole, store, reads = Store(tmp_path / "whole"), Store(tmp_path / "killed"), []
-    monkeypatch.setattr(importance, "read_windows", lambda *rest: reads.append(1) or read_windows(*rest))
+    monkeypatch.setattr(calibration_windows, "read_windows", lambda *rest: reads.append(1) or read_windows(*rest))
     run_in_threads(whole, stage, Ranks(1))
     with pytest.raises(Death):
         run_in_threads(store, stage, Ranks(1, deaths={0: 6}))
