@@ -5,6 +5,7 @@ import itertools
 
 import torch
 
+from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.losses import SIGN_TOKENS, draw_sign_bits, draw_uniform, sample_labels, signs_of
 from hfprune_dist.core.scores import student_keeps
 
@@ -54,6 +55,8 @@ def student(model, windows, channels=1):
 
 
 NEURONS = "mlp.down_proj"
+# Criteria for which one pass is enough.
+OF_ONE_PASS = sorted(name for name, it in CRITERIA.items() if it.student_of is None)
 
 
 def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels=1, output=NEURONS):
@@ -154,6 +157,50 @@ def weight_taylor(model, windows, units, output=NEURONS, vectorized=False):
         each = [it.sum(1).abs() if vectorized else it.abs().sum(1) for it in vectors]
         scores.append(sum(it.reshape(units, -1).sum(1) for it in each))
     return torch.stack(scores)
+
+
+def labels_and_teacher(logits, input_ids, teacher, share, temperature):
+    """The teacher's logits alone are divided by the temperature."""
+    p, log_q = (teacher / temperature).softmax(-1), logits.log_softmax(-1)
+    divergence = torch.nn.functional.kl_div(log_q, p, reduction="sum") / len(logits)
+    return (1 - share) * cross_entropy(logits, input_ids) + share * divergence
+
+
+def coupled_taylor(model, windows, keeps=None, share=0.0, temperature=1.0):
+    """Scores of every layer's neurons, float64 [layers, neurons]: a sum over windows of the mean over hidden channels
+    of |gate * dL/dgate + up * dL/dup + down * dL/ddown|.
+
+    With ``keeps`` that of a student from which the other neurons have really gone; theirs are zeros.
+    """
+    teacher = copy.deepcopy(model).double()
+    model = copy.deepcopy(model).double().requires_grad_()
+    layers = model.model.layers
+    kept = [torch.arange(layer.mlp.down_proj.in_features) for layer in layers]
+    if keeps is not None:
+        kept = [keeps_N.nonzero().squeeze(1) for keeps_N in keeps]
+        for layer, numbers in zip(layers, kept, strict=True):
+            _cut(layer.mlp, numbers)
+    scores = torch.zeros(len(layers), teacher.config.intermediate_size, dtype=torch.float64)
+    for window in windows:
+        model.zero_grad()
+        logits = model(input_ids=window[None]).logits[0]
+        with torch.no_grad():
+            told = teacher(input_ids=window[None]).logits[0]
+        labels_and_teacher(logits, window, told, share, temperature).backward()
+        for layer, (block, numbers) in enumerate(zip(layers, kept, strict=True)):
+            gate, up, down = (
+                it.weight * it.weight.grad for it in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
+            )
+            scores[layer, numbers] += (gate + up + down.T).abs().mean(dim=1).detach()
+    return scores
+
+
+def _cut(mlp, numbers):
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.weight = torch.nn.Parameter(linear.weight.detach()[numbers])
+        if linear.bias is not None:
+            linear.bias = torch.nn.Parameter(linear.bias.detach()[numbers])
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.detach()[:, numbers])
 
 
 def moments(model, windows, seed=0, channels=1, output=NEURONS):

@@ -87,6 +87,19 @@ def _placed(settings: object, place: str) -> object:
 Text = BeforeValidator(_as_input)
 
 
+class StudentParameters(Section):
+    """Of a student that scores of another pass choose, which its scores come from.
+
+    ``lacks``: the share of each layer's neurons that it does without. ``teacher_share``: of the divergence from the
+    dense model in its loss; the rest is of labels. ``teacher_temperature``: by which the dense model's logits alone are
+    divided.
+    """
+
+    lacks: float
+    teacher_share: float
+    teacher_temperature: float
+
+
 class ImportanceParameters(Parameters):
     """Of a calibration pass.
 
@@ -94,7 +107,8 @@ class ImportanceParameters(Parameters):
     decide as well. ``biases``: how a pass in bfloat16 adds the model's biases, if it has any. ``curvature``: how output
     gradients' second moments are rounded, where a criterion needs them and that makes a difference. These are absent in
     records of passes that took no notice of such criteria, rounded before they added biases, or rounded once a shard.
-    ``structures``: the kinds of units that are scored, each by all criteria.
+    ``structures``: the kinds of units that are scored, each by all criteria that have scores for it. ``student``: which
+    the scores of the input of this role choose.
     """
 
     calibration: Annotated[CalibrationConfig, Text]
@@ -106,6 +120,7 @@ class ImportanceParameters(Parameters):
     biases: Annotated[Literal["added before rounding"] | None, LeftOutAt(None)] = None
     curvature: Annotated[Literal["rounded by micro-batch"] | None, LeftOutAt(None)] = None
     structures: Annotated[Kinds, LeftOutAt([NEURONS])] = Field(default=[NEURONS])
+    student: Annotated[StudentParameters | None, LeftOutAt(None)] = None
 
     @property
     def compute_dtype(self) -> Dtype:

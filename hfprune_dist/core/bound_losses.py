@@ -12,6 +12,7 @@ from torch import Tensor
 from hfprune_dist.core.criteria import (
     CROSS_ENTROPY,
     ENTROPY,
+    LABELS_AND_TEACHER,
     RANDOM_SIGNS,
     SAMPLED_LABEL,
     SELF_DISTILLATION,
@@ -26,10 +27,24 @@ from hfprune_dist.core.losses import (
     distillation_gradient,
     draw_sign_bits,
     draw_uniform,
+    labels_and_teacher_gradient,
     random_signs_gradient,
     sampled_label_gradient,
     signs_of,
 )
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a student learns from, where that is labels and a teacher.
+
+    Attributes:
+        share: of the teacher in the loss, in [0, 1]; the rest is of labels.
+        temperature: by which the teacher's logits, and no others, are divided.
+    """
+
+    share: float
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -41,12 +56,14 @@ class Batch:
         windows: each window's number among all of the calibration's.
         vocabulary: number of logits of a token.
         seed: the sweep's.
+        teaching: for losses of a student that has labels as well.
     """
 
     input_ids_BT: Tensor
     windows: Sequence[int]
     vocabulary: int
     seed: int
+    teaching: Teaching | None = None
 
     def draw(self, of_window: Callable[[int], Tensor]) -> Tensor:
         """Random numbers of each window, one window after another, on the model's device."""
@@ -102,12 +119,32 @@ def _self_distillation(_batch: Batch) -> LogitGradient:
     return gradient
 
 
+def _labels_and_teacher(batch: Batch) -> LogitGradient:
+    """(1 - a) times the mean over a window's labels, plus a times the mean over all of its tokens: of each token, as
+    it counts in a mean over all tokens.
+    """
+    teaching, tokens = batch.teaching, batch.input_ids_BT.shape[1]
+    assert teaching is not None
+    labels_N = torch.cat([next_ids(input_ids_T) for input_ids_T in batch.input_ids_BT])
+    of_labels = (1 - teaching.share) * tokens / CROSS_ENTROPY.terms(tokens)
+
+    def gradient(rows: Rows) -> tuple[Tensor, Tensor]:
+        assert rows.teacher_NV is not None
+        some_N = labels_N[rows.numbers]
+        shares_N = (some_N >= 0).to(rows.logits_NV.dtype).mul_(of_labels)
+        tempered_NV = rows.teacher_NV.div_(teaching.temperature)
+        return labels_and_teacher_gradient(rows.logits_NV, tempered_NV, shares_N, some_N, teacher_share=teaching.share)
+
+    return gradient
+
+
 _BINDINGS: dict[Loss, Callable[[Batch], LogitGradient]] = {
     ENTROPY: _entropy,
     CROSS_ENTROPY: _cross_entropy,
     SAMPLED_LABEL: _sampled_label,
     RANDOM_SIGNS: _random_signs,
     SELF_DISTILLATION: _self_distillation,
+    LABELS_AND_TEACHER: _labels_and_teacher,
 }
 
 

@@ -43,9 +43,10 @@ class Criterion:
         name: in the configuration and in the artifact.
         description: one line, with the source.
         summed: per token, h * dL/dh added up over the unit's channels ("gradient"), each channel's h, channels kept
-            apart ("activation"), h and h^2 of each channel, one behind the other, signs and all ("moments"); dL/dW of
-            the weights that units own, signs and all, which no unit has a number of ("weight_gradient"); or "nothing":
-            no calibration pass.
+            apart ("activation"), h and h^2 of each channel, one behind the other, signs and all ("moments"); per
+            window, W * dL/dW of a neuron's three weights at a hidden channel, added up, and of that the mean absolute
+            value over hidden channels ("weight_product"); dL/dW of the weights that units own, signs and all, which no
+            unit has a number of ("weight_gradient"); or "nothing": no calibration pass.
         loss: L, where a gradient is summed.
         reduction: the sum is one of absolute values or of squares.
         is_its_sum: whether the sum is the score; else ``core.scores`` says what is made of it.
@@ -55,11 +56,13 @@ class Criterion:
         in_deviations: scores are means over a unit's channels, in standard deviations of the channels of its layer.
         accumulated_in: dtype of the running sum over micro-batches. A narrower one than float64 is for comparison with
             code that adds up in it: the sum is then rounded after each micro-batch, in the order of the whole pass.
+        student_of: of a loss of a student, the criterion whose scores, of an earlier pass, say which neurons it lacks;
+            None where the pass says that itself.
     """
 
     name: str
     description: str
-    summed: Literal["gradient", "activation", "moments", "weight_gradient", "nothing"]
+    summed: Literal["gradient", "activation", "moments", "weight_product", "weight_gradient", "nothing"]
     loss: Loss | None = None
     reduction: Literal["abs", "square"] = "abs"
     is_its_sum: bool = True
@@ -67,15 +70,22 @@ class Criterion:
     in_nats: bool = False
     in_deviations: bool = False
     accumulated_in: Literal["float64", "bfloat16"] = "float64"
+    student_of: str | None = None
 
     def __post_init__(self) -> None:
-        assert (self.summed in ("gradient", "weight_gradient")) == (self.loss is not None), self.name
-        assert self.loss is None or self.summed == "gradient" or self.loss.of == "dense", self.name
+        of_gradients = ("gradient", "weight_product", "weight_gradient")
+        assert (self.summed in of_gradients) == (self.loss is not None), self.name
+        assert self.loss is None or self.summed != "weight_gradient" or self.loss.of == "dense", self.name
 
     @property
     def has_sums_of_units(self) -> bool:
         """Whether a pass adds up numbers of units, or of their channels."""
-        return self.summed in ("gradient", "activation", "moments")
+        return self.summed in ("gradient", "activation", "moments", "weight_product")
+
+    @property
+    def is_of_neurons(self) -> bool:
+        """Whether it has scores for neurons alone: rows of attention's projections belong to no common channel."""
+        return self.summed == "weight_product"
 
     @property
     def needs_weight_gradients(self) -> bool:
@@ -102,11 +112,10 @@ class Criterion:
         """Whether what two halves of the windows add up to can be set against each other (see ``core.split_half``).
 
         Gradients of weights have none, since each is one sum. Moments have none, of which no one sum says which units
-        stay. Rounded sums have no halves that would tell anything: the
-        more terms, the more of them vanish, so two halves lose less than the whole, and the whole stops changing
-        because of the rounding.
+        stay. Rounded sums have no halves that would tell anything: the more terms, the more of them vanish, so two
+        halves lose less than the whole, and the whole stops changing because of the rounding.
         """
-        return self.summed in ("gradient", "activation") and not self.is_rounded
+        return self.has_sums_of_units and self.summed != "moments" and not self.is_rounded
 
     @property
     def compared(self) -> str:
@@ -122,6 +131,11 @@ def losses_of(criteria: Iterable[Criterion]) -> list[Loss]:
     return list(dict.fromkeys(criterion.loss for criterion in criteria if criterion.loss is not None))
 
 
+def lacking(units: int, share: float) -> int:
+    """How many of a layer's units a student lacks."""
+    return round(share * units)
+
+
 ENTROPY = Loss("entropy", "mean")
 CROSS_ENTROPY = Loss("cross_entropy", "mean", unlabelled=1)
 # Fisher losses stay sums: the gradients of different tokens' losses are then uncorrelated terms of one sum, whose
@@ -129,6 +143,7 @@ CROSS_ENTROPY = Loss("cross_entropy", "mean", unlabelled=1)
 SAMPLED_LABEL = Loss("sampled_label", "sum")
 RANDOM_SIGNS = Loss("random_signs", "sum", in_nats=False)
 SELF_DISTILLATION = Loss("self_distillation", "mean", of="student")
+LABELS_AND_TEACHER = Loss("labels_and_teacher", "mean", of="student")
 
 # A Fisher score is sum_s (h_s * d/dh_s sum_t log p(y_t))^2 over the tokens s of a window. Attention mixes tokens: the
 # gradient at token s holds the effect on every later token t. With labels drawn independently, terms of different t
@@ -235,6 +250,21 @@ CRITERIA: dict[str, Criterion] = {
             "weight_gradient",
             CROSS_ENTROPY,
             is_its_sum=False,
+        ),
+        Criterion(
+            "coupled_taylor",
+            "sum over windows of the mean over hidden channels of |W * dCE/dW, added up over a neuron's three weights "
+            "there|, CE a window's mean (SDMPrune's start, arXiv 2506.11120)",
+            "weight_product",
+            CROSS_ENTROPY,
+        ),
+        Criterion(
+            "coupled_taylor_distilled",
+            "the same in a student without the neurons that score least by that, of a loss on labels and on the dense "
+            "model's distribution (SDMPrune, arXiv 2506.11120)",
+            "weight_product",
+            LABELS_AND_TEACHER,
+            student_of="coupled_taylor",
         ),
         Criterion("magnitude", "norm of the neuron's weights", "nothing", is_its_sum=False),
         Criterion("random", "a random order, the floor of any comparison", "nothing", is_its_sum=False),

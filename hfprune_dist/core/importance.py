@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hfprune_dist.core.bound_losses import Batch, bind
+from hfprune_dist.core.coupled_products import CoupledProducts
 from hfprune_dist.core.criteria import Criterion, Loss, losses_of
 from hfprune_dist.core.head import head_gradients
 from hfprune_dist.core.linear_observer import LinearObserver, SeenLinear
@@ -109,12 +111,18 @@ class UnitSums:
         self.criteria = criteria
         self._phase = Phase()
         see = see_output_gradients or {}
-        of_units = [criterion for criterion in criteria if criterion.has_sums_of_units]
         self._observers = {
-            kind: KindObserver(kind, it, of_units, self._phase, see.get(kind)) for kind, it in outputs.items()
+            kind: KindObserver(kind, it, list(filter(it.have, criteria)), self._phase, see.get(kind))
+            for kind, it in outputs.items()
         }
         losses = losses_of(criterion for criterion in criteria if criterion.needs_weight_gradients)
         self._linear_observers = [LinearObserver(linears, loss, self._phase) for loss in losses]
+        for kind, it in outputs.items():
+            self._linear_observers += [
+                LinearObserver(_coupled(it, criterion, self._observers[kind]), criterion.loss, self._phase)
+                for criterion in criteria
+                if criterion.summed == "weight_product" and criterion.loss is not None and it.have(criterion)
+            ]
 
     @property
     def kinds(self) -> dict[str, KindSums]:
@@ -187,3 +195,12 @@ class UnitSums:
             self._phase.backward_of = None
             values[loss.name] = loss_N.sum(dtype=torch.float64).item() / terms
         return values
+
+
+def _coupled(outputs: UnitOutputs, criterion: Criterion, observer: KindObserver) -> list[SeenLinear]:
+    """The linear layers of which a criterion's products of weights are made; their sums go to an observer."""
+    layers = enumerate(zip(outputs.makers, outputs.projections, strict=True))
+    products = [
+        CoupledProducts(rows, columns, partial(observer.see_sum, criterion, layer)) for layer, (rows, columns) in layers
+    ]
+    return [seen for it in products for seen in it.seen_linears()]

@@ -114,6 +114,32 @@ def distillation_gradient(logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor
     return loss_N, log_q_NV.exp_().sub_(p_NV)
 
 
+def labels_and_teacher_gradient(
+    logits_NV: Tensor, teacher_NV: Tensor, label_shares_N: Tensor, labels_N: Tensor, *, teacher_share: float
+) -> tuple[Tensor, Tensor]:
+    """b CE + a KL(teacher || model), a a number and b one of each token, and its gradient (a + b) q - b onehot - a p.
+
+    Args:
+        logits_NV: the model's, q = softmax(z): float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes
+            the gradient.
+        teacher_NV: the teacher's, p = softmax(t), same shape and dtype. Overwritten: the buffer becomes scratch space.
+        label_shares_N: b; 0 for tokens without a label, same dtype [tokens].
+        labels_N: int64 [tokens]; any number where there is no label.
+        teacher_share: a.
+
+    Returns:
+        The loss in nats [tokens] and its gradient [tokens, vocabulary], in the dtype of the logits.
+    """
+    log_q_NV = logits_NV.sub_(torch.logsumexp(logits_NV, dim=-1, keepdim=True))
+    log_p_NV = teacher_NV.sub_(torch.logsumexp(teacher_NV, dim=-1, keepdim=True))
+    labels_N1, shares_N1 = labels_N.clamp(min=0)[:, None], label_shares_N[:, None]
+    labelled_N = log_q_NV.gather(1, labels_N1).squeeze(1).mul_(-label_shares_N)
+    p_NV = log_p_NV.exp()
+    divergence_N = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV))
+    gradient_NV = log_q_NV.exp_().mul_(shares_N1 + teacher_share).sub_(p_NV.mul_(teacher_share))
+    return labelled_N.add_(divergence_N, alpha=teacher_share), gradient_NV.scatter_add_(1, labels_N1, -shares_N1)
+
+
 def draw_uniform(seed: int, window: int, tokens: int) -> Tensor:
     """One number in [0, 1) for each token of a calibration window, float64 on the CPU."""
     return torch.rand(tokens, generator=_generator(seed, window, "labels"), dtype=torch.float64)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.criteria import Criterion
+from hfprune_dist.core.criteria import Criterion, lacking
 from hfprune_dist.core.elimination import elimination_scores
 from hfprune_dist.core.unit_sums import sum_over_channels
 
@@ -81,13 +81,14 @@ def finished(criterion: Criterion, sum_N: Tensor, layer: ScoredLayer) -> Tensor:
     return sum_N if criterion.is_its_sum else _MADE_OF_SUMS[criterion.name](sum_N, layer)
 
 
-def student_keeps(scores_U: Tensor) -> Tensor:
-    """Which units of a layer the student has, bool [units]: all but the tenth that scores least.
+def student_keeps(scores_U: Tensor, share: float = STUDENT_LACKS) -> Tensor:
+    """Which units of a layer the student has, bool [units]: all but the share that scores least.
 
     Args:
-        scores_U: by ``STUDENT_CRITERION``.
+        scores_U: by ``STUDENT_CRITERION``, or that which the student's criterion names.
+        share: of the units, those that it lacks.
     """
-    lacks = scores_U.sort(stable=True).indices[: round(STUDENT_LACKS * len(scores_U))]
+    lacks = scores_U.sort(stable=True).indices[: lacking(len(scores_U), share)]
     return torch.ones(len(scores_U), dtype=torch.bool).index_fill_(0, lacks, False)
 
 

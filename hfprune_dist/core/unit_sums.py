@@ -34,10 +34,16 @@ class UnitOutputs:
     Attributes:
         projections: the output projection of each layer, in order.
         channels_per_unit: consecutive channels that are one unit's.
+        makers: of each layer, the linear layers that make the channels; where units are scored by weights' products.
     """
 
     projections: Sequence[nn.Module]
     channels_per_unit: int
+    makers: Sequence[Sequence[nn.Module]] = ()
+
+    def have(self, criterion: Criterion) -> bool:
+        """Whether these units have a sum by such a criterion."""
+        return bool(self.makers) if criterion.is_of_neurons else criterion.has_sums_of_units
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class KindObserver:
 
     Args:
         kind: what they are called in ``Phase.student``.
-        criteria: those with something to sum.
+        criteria: those of which these units have a sum.
         phase: changes as the model runs.
         see_output_gradients: None where no criterion needs moments, or nobody wants them.
     """
@@ -148,6 +154,10 @@ class KindObserver:
         if terms:
             self.sums.terms.append(terms)
 
+    def see_sum(self, criterion: Criterion, layer: int, sum_D: Tensor) -> None:
+        """Take note of a layer's sum of a micro-batch that was made elsewhere, float32 or wider, of each channel."""
+        self._seen.sums[criterion.name, layer] = sum_over_channels(sum_D, self._channels_per_unit)
+
     def forget(self) -> None:
         """Let go of what was seen of a micro-batch."""
         self._seen = _Seen()
@@ -203,7 +213,7 @@ class KindObserver:
         assert self._phase.backward_of is not None, "a backward that is not ours"
         magnitude_NU = sum_over_channels(product_ND, self._channels_per_unit).abs_()
         for criterion in self._criteria:
-            if criterion.loss is self._phase.backward_of:
+            if criterion.summed == "gradient" and criterion.loss is self._phase.backward_of:
                 sum_U = _sum_over_tokens(criterion, magnitude_NU)
                 if (criterion.name, layer) in self._seen.sums:
                     sum_U += self._seen.sums[criterion.name, layer]

@@ -5,8 +5,8 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,14 @@ from hfprune_dist.config.parameters import (
     DistillParameters,
     EfficiencyParameters,
     EvaluateParameters,
-    ImportanceParameters,
     PruneParameters,
     RecoverParameters,
     ReferenceParameters,
+    StudentParameters,
 )
 from hfprune_dist.config.schema import EfficiencyConfig, SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST, reference_role
-from hfprune_dist.core.criteria import CRITERIA, CriterionName
 from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.model_sources import ModelSource
@@ -31,11 +30,21 @@ from hfprune_dist.planning.multiples import protected_by, with_numbers
 from hfprune_dist.planning.plan import Cell, Plan, label_of
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.rounds import round_ratios
+from hfprune_dist.planning.scoring_passes import (
+    Scored,
+    check_criteria,
+    first_criterion,
+    importance_parameters,
+    part_of,
+    pass_parameters,
+    scored_for,
+)
+from hfprune_dist.planning.students import student_of
 from hfprune_dist.planning.training_memory import choose_micro_batches
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.provenance import package_versions
 from hfprune_dist.store.stage import Input, Stage
-from hfprune_dist.structures import KV_GROUPS, NEURONS, Kind, kinds_among
+from hfprune_dist.structures import KV_GROUPS, NEURONS, kinds_among
 
 
 def build_plan(
@@ -55,7 +64,7 @@ def build_plan(
             calibration that is to end early where no criterion can tell, or generations beyond a model's positions.
     """
     config = choose_micro_batches(config, [], {})  # where nobody has chosen yet
-    _check_settled(config, methods)
+    check_criteria(config, methods)
     planner = _Planner(config, methods, hashes, device)
     cells = [cell for model in models for cell in planner.cells(model)]
     _refuse_same_rows(cells)
@@ -80,12 +89,8 @@ class _Variant:
     producers: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """What a calibration pass is for: units of these kinds, each by all of these criteria."""
-
-    criteria: Set[CriterionName]
-    structures: list[Kind]
+# Settings of a method that its student's pass depends on.
+OF_A_STUDENT = ("student_lacks", "teacher_share", "teacher_temperature")
 
 
 class _Planner:
@@ -104,12 +109,12 @@ class _Planner:
             check_ratios(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
         _check_positions(self.config.efficiency, model)
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
-        needed = {method.criterion for method in self.methods.values()}
+        needed = {first_criterion(method) for method in self.methods.values()}
         pruned = {structure for method in self.methods.values() for structure in method.structures}
-        scored = _Scored(needed.union(self.config.importance.criteria), kinds_among(pruned))
         biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
+        scored = Scored(needed.union(self.config.importance.criteria), kinds_among(pruned), biased)
         # First, since most of the sweep waits for it.
-        importance = self._importance(model.name, dense, scored, biased)
+        importance = self._importance(model.name, {"model": dense}, scored)
         self.asked += [importance.id] if scored.criteria > needed else []
         differ = not model.checkpoint.is_plain
         label = label_of(model.name, None, None, "none")
@@ -152,14 +157,19 @@ class _Planner:
         the method's distillation, if it has one.
         """
         chain, model = [importance], dense
+        scored = scored_for(method, biased=importance_parameters(importance).biases is not None)
+        student = student_of(method, ratio)
+        if student is not None:
+            chosen_by = Scored(frozenset([first_criterion(method)]), [NEURONS])
+            inputs = {"model": dense, "student": part_of(importance, chosen_by)}
+            chain.append(self._importance(f"{label} student", inputs, scored, student))
         rounds = round_ratios(method, ratio)
         for step, reached in enumerate(rounds, start=1):
             step_label = f"{label} step {step}/{len(rounds)}"
             if step > 1:
-                biased = _importance_parameters(importance).biases is not None
-                chain.append(self._importance(step_label, model, _scored_for(method), biased))
+                chain.append(self._importance(step_label, {"model": model}, scored))
             prune_label = label if step == len(rounds) else step_label
-            inputs = {"model": model, "importance": _part_of(chain[-1], _scored_for(method))}
+            inputs = {"model": model, "importance": part_of(chain[-1], scored)}
             if model != dense:
                 inputs["dense"] = dense  # whose parameters ratios are of
             chain.append(self._prune(prune_label, inputs, reached, method))
@@ -169,29 +179,13 @@ class _Planner:
             chain.append(self._distill(label, model, chain[-1], method.distill))
         return chain
 
-    def _importance(self, label: str, model: Input, scored: _Scored, biased: bool) -> Stage:
-        config = self.config
-        by_sums = None
-        if config.calibration.settled is not None:
-            # Sums decide where the pass ends also of criteria whose scores are more than sums. Fingerprints say so,
-            # since there are artifacts whose pass took no notice of them.
-            beyond_sums = [
-                name for name in scored.criteria if CRITERIA[name].has_halves and not CRITERIA[name].is_its_sum
-            ]
-            by_sums = sorted(beyond_sums) or None
-        params = ImportanceParameters(
-            # Of BOS the stage is told once, wherever the configuration says it.
-            calibration=config.calibration.model_copy(update={"add_bos_token": None}),
-            criteria=[],
-            dtype=config.importance.dtype,
-            add_bos_token=config.calibrates_with_bos,
-            seed=config.seed,
-            settled_by_sums_of=by_sums,
-            biases="added before rounding" if biased and config.importance.dtype == "bfloat16" else None,
-        ).scoring(scored.criteria, scored.structures)
-        inputs = {"model": model}
-        for share in config.calibration.shares():
+    def _importance(
+        self, label: str, inputs: dict[str, Input], scored: Scored, student: StudentParameters | None = None
+    ) -> Stage:
+        inputs = {**inputs}
+        for share in self.config.calibration.shares():
             inputs |= self._text(share.role, share.text)
+        params = pass_parameters(self.config, scored, student)
         return self._add(Stage("importance", label, params, inputs))
 
     def _prune(self, label: str, inputs: dict[str, Input], ratio: float, method: Method) -> Stage:
@@ -211,7 +205,7 @@ class _Planner:
         params = ReferenceParameters(dtype=distillation.dtype, micro_batch_size=distillation.rows_at_once)
         inputs = {
             "model": importance.inputs["model"],
-            "importance": _part_of(importance, _Scored(frozenset(), [NEURONS])),
+            "importance": part_of(importance, Scored(frozenset(), [NEURONS])),
         }
         return self._add(Stage("reference", f"{importance.label} calibration", params, inputs))
 
@@ -277,18 +271,6 @@ class _Planner:
         return {role: Input(identity_of(file, self.hashes), str(file), content="text")}
 
 
-def _check_settled(config: SweepConfig, methods: Mapping[str, Method]) -> None:
-    """Refuse to end calibration early where no criterion of the sweep can tell when."""
-    criteria = {*config.importance.criteria, *(method.criterion for method in methods.values())}
-    if config.calibration.settled is None or any(CRITERIA[name].has_halves for name in criteria):
-        return
-    able = [name for name, criterion in CRITERIA.items() if criterion.has_halves]
-    raise UserError(
-        f"calibration.settled: by {', '.join(sorted(criteria))} alone nobody can tell when what is kept has settled; "
-        f"set it to null, or add to importance.criteria one of {', '.join(able)}"
-    )
-
-
 def _check_positions(efficiency: EfficiencyConfig, model: ModelSource) -> None:
     """Refuse generations that are longer than a model's positions."""
     longest, positions = max(efficiency.prompt_tokens) + efficiency.new_tokens, model.checkpoint.max_positions
@@ -302,21 +284,6 @@ def _check_positions(efficiency: EfficiencyConfig, model: ModelSource) -> None:
 def place_of(model: str, method: str) -> str:
     """A model and a method, for messages."""
     return f"model {model!r}, method {method!r}"
-
-
-def _scored_for(method: Method) -> _Scored:
-    return _Scored(frozenset([method.criterion]), kinds_among(method.structures))
-
-
-def _part_of(importance: Stage, scored: _Scored) -> Input:
-    """The artifact of a calibration pass, known by what some of its criteria on some kinds of units alone would have
-    made: others that share the pass change neither their scores nor the windows, unless they decide where it ends.
-    """
-    params = _importance_parameters(importance)
-    if params.calibration.settled is not None:
-        return importance.as_input()
-    alone = replace(importance, params=params.scoring(scored.criteria, scored.structures))
-    return replace(importance.as_input(), identity=alone.id)
 
 
 def _refuse_same_rows(cells: Iterable[Cell]) -> None:
@@ -342,9 +309,4 @@ def _effective(method: Method) -> dict[str, Any]:
     idle = {"floor", "protect_first", "protect_last"} if method.allocation in ("uniform", "plain") else set()
     idle |= {"floor"} if method.allocation == "local" else set()
     idle |= set() if KV_GROUPS in method.structures else {"tensor_parallel"}
-    return method.model_dump(exclude=idle | {"steps", "round_ratio", "distill"})
-
-
-def _importance_parameters(stage: Stage) -> ImportanceParameters:
-    assert isinstance(stage.params, ImportanceParameters)
-    return stage.params
+    return method.model_dump(exclude=idle | {"steps", "round_ratio", "distill", *OF_A_STUDENT})

@@ -14,6 +14,7 @@ from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, CHUNK_BYTES
 from hfprune_dist.core.triangle import BLOCK, packed_size
 from hfprune_dist.planning.dimensions import Dimensions
+from hfprune_dist.planning.gathering import attention_flops, gathered_at_a_time, stays_gathered
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory, Work
 from hfprune_dist.planning.layer_pass_footprint import (
@@ -24,12 +25,10 @@ from hfprune_dist.planning.layer_pass_footprint import (
     tokens_of_a_rank,
     widest,
 )
+from hfprune_dist.planning.product_footprint import product_bytes
 
 # Of a GPU's memory: the runtime's context, communication buffers, fragmentation.
 RESERVE = 0.1
-# DeepSpeed's defaults: parameters that may be gathered at a time, and those too small to be sharded, in elements.
-LIVE_PARAMETERS = 1_000_000_000
-SMALL_PARAMETER = 100_000
 # core.head: of a chunk its logits and another loss's gradient in bfloat16; in float32, twice as wide, the logits,
 # exponentials and their products.
 HEAD_CHUNK_BYTES = 2 * CHUNK_BYTES + 3 * 2 * CHUNK_BYTES
@@ -51,7 +50,9 @@ class Importance:
     With ``curvature``, it also adds up g g^T at the output of every MLP, each rank for its share of the layers; a pass
     layer by layer follows for their Gram matrices, on all of ``samples`` windows, without the model. With ``kv_groups``
     it does at attention's outputs what it does at those of MLPs.
-    With ``weight_gradients`` it adds up the gradients of the weights that units own, shared out in the same way.
+    With ``weight_gradients`` it adds up the gradients of the weights that units own, shared out in the same way. With
+    ``products`` it makes those of neurons' weights window by window: of the dense model's losses, if there are any,
+    else of the student's.
     With a ``student`` the model runs again without some neurons, forward and backward, with the dense model as teacher.
     """
 
@@ -65,6 +66,7 @@ class Importance:
     samples: int | None = None
     kv_groups: bool = False
     weight_gradients: bool = False
+    products: bool = False
 
     def resized(self, windows: int) -> Importance:
         """The same with so many windows in a micro-batch."""
@@ -96,6 +98,16 @@ class Importance:
         made = TERM_BYTES + ROUNDED_BYTES + (OWNED_BYTES if ranks > 1 else 0)
         return owned + made * max(weights, default=0)
 
+    @property
+    def _sees_mlps(self) -> bool:
+        """Whether inputs and output gradients of MLPs' linear layers are seen."""
+        return self.weight_gradients or self.products
+
+    @property
+    def _sees_student(self) -> bool:
+        """Whether these are a student's, of which h is kept with and without its mask."""
+        return self.products and not self.losses
+
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
         """On one of the ranks that the model is sharded over: the larger of both passes."""
         sizes = self._sizes(dims)
@@ -117,9 +129,11 @@ class Importance:
         backward = (3 + self.checkpointing) * numbers * self.itemsize + portions
         if self.weight_gradients and self.itemsize < 4:  # a linear layer's input and output gradient in float32
             backward = max(backward, 2 * numbers * self.itemsize + 4 * (numbers + tokens * dims.hidden_size))
+        if self.products:
+            backward = max(backward, product_bytes(dims, self.windows, self.tokens, self.itemsize))
         return Memory(
             weights=dims.parameters * self.itemsize / ranks,
-            gathered=_gathered_at_a_time(dims, self.itemsize, ranks),
+            gathered=gathered_at_a_time(dims, self.itemsize, ranks),
             activations=tokens * self.activation_bytes(dims),
             scratch=max(head, backward) + tokens * dims.hidden_size * self.itemsize * (self.losses + 2 + self.student),
             sums=self.curvature_bytes(dims, ranks) + self.gradient_bytes(dims, ranks),
@@ -134,8 +148,8 @@ class Importance:
             first += (dims.attention_size + dims.hidden_size + 2 * dims.intermediate_size) * self.itemsize + 4
         if self.weight_gradients and self.kv_groups:  # all but the input of the norm before attention
             first = kept - dims.hidden_size * self.itemsize - 4
-        elif self.weight_gradients:
-            first += (2 * dims.intermediate_size + dims.hidden_size) * self.itemsize
+        elif self._sees_mlps and not self.kv_groups:
+            first += ((2 + self._sees_student) * dims.intermediate_size + dims.hidden_size) * self.itemsize
         later = dims.num_layers - 1
         return first + (later * dims.hidden_size * self.itemsize + kept if self.checkpointing else later * kept)
 
@@ -144,8 +158,8 @@ class Importance:
         where there are gradients of weights, then also norms' outputs.
         """
         values = 2 * dims.hidden_size + 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size
-        values += (2 + (self.student or self.weight_gradients)) * dims.intermediate_size
-        values += self.weight_gradients * (1 + self.kv_groups) * dims.hidden_size
+        values += (2 + (self.student or self._sees_mlps) + self._sees_student) * dims.intermediate_size
+        values += (self._sees_mlps + self.weight_gradients * self.kv_groups) * dims.hidden_size
         return values * self.itemsize + 4 * (2 + dims.num_heads)  # float32: norms' scales, log-sum-exp of each head
 
     def _sizes(self, dims: Dimensions) -> list[int]:
@@ -179,17 +193,20 @@ class Importance:
         passes, backwards = 1 + self.student, self.losses + self.student
         reruns = backwards if self.checkpointing else 0
         gathered = passes * (2 * dims.head_parameters + dims.body_parameters)
-        if self.checkpointing or not _stays_gathered(dims):
+        if self.checkpointing or not stays_gathered(dims):
             gathered += backwards * backward_parameters + reruns * later_layers
         flops = tokens * (passes * forward + heads + backwards * backward + reruns * rerun + self._gradient_flops(dims))
         return Work(flops, gathered * self.itemsize)
 
     def _gradient_flops(self, dims: Dimensions) -> float:
         """A token's, and of what backwards do more for them: first attention, and down projections that run again."""
+        if not self._sees_mlps:
+            return 0.0
         attended = 2.5 * self.kv_groups * attention_flops(dims, self.tokens) / dims.num_layers
         again = 2 * self.checkpointing * (dims.num_layers - 1) * dims.hidden_size * dims.intermediate_size
-        gradients = 2 * dims.num_layers * sum(self._weights(dims))
-        return gradients + self.losses * (attended + again) if self.weight_gradients else 0.0
+        weights = sum(self._weights(dims)) + self.products * sum(dims.layer_weights(attention=False))
+        more = self.weight_gradients * attended + again
+        return 2 * dims.num_layers * weights + (self.losses or self.student) * more
 
 
 @dataclass(frozen=True)
@@ -230,7 +247,7 @@ class Train:
         lora = self.lora_parameters(dims) * (4 * 4 + self.itemsize)
         return Memory(
             weights=(dims.parameters * self.itemsize + lora) / ranks,
-            gathered=_gathered_at_a_time(dims, self.itemsize, ranks),
+            gathered=gathered_at_a_time(dims, self.itemsize, ranks),
             activations=tokens * self.activation_bytes(dims, sharded=ranks > 1),
             scratch=self.logits_bytes(dims),
         )
@@ -307,7 +324,7 @@ class Evaluate:
         tokens = self.sequences * self.tokens
         return Memory(
             weights=dims.parameters * self.itemsize / ranks,
-            gathered=_gathered_at_a_time(dims, self.itemsize, ranks),
+            gathered=gathered_at_a_time(dims, self.itemsize, ranks),
             activations=tokens * widest(dims) * self.itemsize,
             scratch=tokens * dims.vocabulary * (self.itemsize + 2 * 4),
         )
@@ -329,18 +346,3 @@ Job = TimedJob | LayerPass | Generate
 def fits(job: Job, dims: Dimensions, gpus: Gpus) -> bool:
     """Whether the job's peak leaves ``RESERVE`` of a GPU's memory free."""
     return job.memory(dims, gpus.ranks).total <= (1 - RESERVE) * gpus.memory
-
-
-def _gathered_at_a_time(dims: Dimensions, itemsize: int, ranks: int) -> float:
-    """Bytes of gathered parameters that DeepSpeed holds; one rank alone holds all as its own."""
-    return 0.0 if ranks == 1 else min(dims.parameters, LIVE_PARAMETERS + dims.head_parameters) * itemsize
-
-
-def _stays_gathered(dims: Dimensions) -> bool:
-    """Whether DeepSpeed keeps what it has gathered in forward until backward is over."""
-    return dims.parameters <= LIVE_PARAMETERS
-
-
-def attention_flops(dims: Dimensions, tokens: int) -> float:
-    """A token's share of both products of causal attention in all layers, forward."""
-    return dims.num_layers * 2 * tokens * dims.num_heads * dims.head_size

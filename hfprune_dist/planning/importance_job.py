@@ -28,4 +28,5 @@ def importance_job(params: ImportanceParameters, checkpointing: bool) -> Importa
         samples=params.calibration.samples,
         kv_groups=KV_GROUPS in params.structures,
         weight_gradients=any(criterion.needs_weight_gradients for criterion in criteria),
+        products=any(criterion.is_of_neurons for criterion in criteria),
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hfprune_dist.planning.dimensions import Dimensions
-from hfprune_dist.planning.footprint import attention_flops
+from hfprune_dist.planning.gathering import attention_flops
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import Operations
 

@@ -13,6 +13,7 @@ from hfprune_dist.planning.multiples import protected_by, target_of, with_number
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.rounds import local_shapes, round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.students import check_student
 from hfprune_dist.planning.widths import ModelSize, Target, size_of
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 
@@ -35,6 +36,7 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
     for ratio in ratios:
         settled = with_numbers(method, checkpoint, ratio, where)
         _check_multiple(checkpoint, settled, where)
+        check_student(checkpoint, ratio, settled, where)
         decided = _of_all_rounds(checkpoint, ratio, settled, where)
         if decided in reached:
             raise UserError(

@@ -118,7 +118,7 @@ class StageCosts:
             return NOTHING
         shape, job = self.shape(stage), importance_job(params, checkpointing).resized(1)
         flops = Operations(tokens / job.tokens * shape.mean(lambda dims: job.work(dims).flops))
-        if job.student:  # which neurons it lacks, the first shard tells
+        if job.student and params.student is None:  # which neurons it lacks, the first shard tells
             first = params.calibration.shard_size * params.calibration.micro_batch_size * job.tokens
             flops += Operations(min(first, tokens) * forward_of_all(shape, job.tokens))
         if job.curvature:

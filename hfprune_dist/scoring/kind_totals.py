@@ -11,10 +11,16 @@ from torch import Tensor
 from hfprune_dist.core.criteria import Criterion
 from hfprune_dist.core.unit_sums import KindSums
 from hfprune_dist.distributed.world import World
+from hfprune_dist.structures import NEURONS
 
 Saved = dict[str, Tensor]
 # Name of a saved tensor -> its dtype and shape.
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def scored_by(criteria: Sequence[Criterion], kind: str) -> list[Criterion]:
+    """Those that have scores for this kind of units."""
+    return [criterion for criterion in criteria if kind == NEURONS or not criterion.is_of_neurons]
 
 
 class Shape(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.read_tensors import scored_layer
-from hfprune_dist.core.bound_losses import Batch
+from hfprune_dist.core.bound_losses import Batch, Teaching
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.linear_observer import SeenLinear
@@ -42,6 +42,18 @@ class Sums:
     losses: dict[str, float]
 
 
+@dataclass(frozen=True)
+class GivenStudent:
+    """A student that is known before the pass, and what it learns from.
+
+    Attributes:
+        keeps: which neurons it has, bool [neurons] of each layer.
+    """
+
+    keeps: Sequence[Tensor]
+    teaching: Teaching
+
+
 class ShardScorer:
     """Scores windows on one rank, in step with the others.
 
@@ -51,6 +63,7 @@ class ShardScorer:
         structures: the kinds of units that are scored.
         curvature: what adds up output gradients, where a criterion needs it.
         gradients: the same of weights' gradients.
+        student: of criteria that name the one by which it was chosen.
     """
 
     def __init__(
@@ -67,6 +80,7 @@ class ShardScorer:
         activation_checkpointing: bool = False,
         curvature: Curvature | None = None,
         gradients: WeightGradients | None = None,
+        student: GivenStudent | None = None,
     ) -> None:
         family = checkpoint.family
         placed = place(checkpoint, dtype, micro_batch_size, world)
@@ -76,12 +90,15 @@ class ShardScorer:
         if activation_checkpointing:
             checkpoint_activations(self.module, family)
         body, head = family.body_of(self.module), family.head_of(self.module)
+        self._linears = _linears_of(checkpoint, structures, self.module)
         self._model = ScoredModel(
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
             head=placed.head,
-            outputs={kind: _outputs_of(checkpoint.structures[kind], self.module) for kind in structures},
+            outputs={kind: self._outputs_of(checkpoint.structures[kind], criteria) for kind in structures},
             rearming=placed.rearming,
+            student={NEURONS: [keeps_U.to(world.device) for keeps_U in student.keeps]} if student else {},
         )
+        self._teaching = student.teaching if student else None
         self._vocabulary = head.out_features
         self._checkpoint = checkpoint
         self._windows_ST = windows_ST
@@ -90,10 +107,9 @@ class ShardScorer:
         self._world = world
         self._curvature = curvature
         self._gradients = gradients
-        self._linears = _linears_of(checkpoint, structures, self.module)
 
     def choose_student(self, micro_batches: Sequence[range]) -> None:
-        """Before the first ``score``: fix the student of the losses that need one, if any does.
+        """Before the first ``score``: fix the student of the losses that need one, if any does and none was given.
 
         It lacks the neurons that score least in these windows. They must be the same on every rank, then so is the
         student, on any number of ranks and after a resume.
@@ -101,7 +117,7 @@ class ShardScorer:
         Raises:
             NonFiniteError: where a layer saw NaN or infinity.
         """
-        if all(loss.of != "student" for loss in losses_of(self._criteria)):
+        if self._model.student or all(loss.of != "student" for loss in losses_of(self._criteria)):
             return
         criterion, world, neurons = CRITERIA[STUDENT_CRITERION], self._world, self._checkpoint.structures[NEURONS]
         sums_LD = self._score(micro_batches, [criterion], [NEURONS], counts=False).kinds[NEURONS].exact[criterion.name]
@@ -150,13 +166,19 @@ class ShardScorer:
         losses = {loss.name: 0.0 for loss in losses_of(criteria)}
         for windows in micro_batches:
             input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
-            batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed)
+            batch = Batch(input_ids_BT, windows, self._vocabulary, self._seed, self._teaching)
             for name, value in score_batch(self._model, batch, sums).items():
                 losses[name] += value
             for of_layers in (self._curvature, self._gradients):
                 if of_layers:
                     of_layers.check()
         return Sums(sums.kinds, losses)
+
+    def _outputs_of(self, units: Units, criteria: Sequence[Criterion]) -> UnitOutputs:
+        """Where units are seen; of neurons also what makes them, where a criterion needs that."""
+        needed = units.kind == NEURONS and any(criterion.is_of_neurons for criterion in criteria)
+        makers = list(zip(*(self._linears[name] for name in units.weights[:-1]), strict=True)) if needed else ()
+        return UnitOutputs(units.outputs_of(self.module), units.channels_per_unit, makers)
 
     def _seen_linears(self, *, counts: bool) -> list[SeenLinear]:
         seeing = self._gradients.seeing(counts=counts) if self._gradients else {}
@@ -174,7 +196,3 @@ def _linears_of(checkpoint: Checkpoint, structures: Sequence[Kind], model: nn.Mo
         for units in (checkpoint.structures[kind] for kind in structures)
         for name in units.weights
     }
-
-
-def _outputs_of(units: Units, model: nn.Module) -> UnitOutputs:
-    return UnitOutputs(units.outputs_of(model), units.channels_per_unit)

@@ -14,7 +14,7 @@ from hfprune_dist.core.criteria import Criterion, losses_of
 from hfprune_dist.distributed.world import World
 from hfprune_dist.scoring.curvature import Curvature
 from hfprune_dist.scoring.halves import CURVE, Halves, next_point
-from hfprune_dist.scoring.kind_totals import KindTotals, Layout, Saved, Shape
+from hfprune_dist.scoring.kind_totals import KindTotals, Layout, Saved, Shape, scored_by
 from hfprune_dist.scoring.layer_sums import Size
 from hfprune_dist.scoring.shard_scorer import Sums
 from hfprune_dist.scoring.weight_gradients import WeightGradients
@@ -65,7 +65,7 @@ class Accumulation:
         settled: float | None = None,
     ) -> None:
         of_units = [criterion for criterion in criteria if criterion.has_sums_of_units]
-        self.kinds = {kind: KindTotals(of_units, shape, world) for kind, shape in shapes.items()}
+        self.kinds = {kind: KindTotals(scored_by(of_units, kind), shape, world) for kind, shape in shapes.items()}
         self.losses: dict[str, float] = {}
         self.next_shard = 0
         self.shards = shards

@@ -37,6 +37,7 @@ class WeightGradients(LayerSums):
         }
 
 
-def _see(sums: MatrixSums, counts: bool, layer: int, inputs_NI: Tensor, gradients_NO: Tensor) -> None:
+def _see(sums: MatrixSums, counts: bool, layer: int, inputs_BTI: Tensor, gradients_BTO: Tensor) -> None:
+    inputs_NI, gradients_NO = inputs_BTI.flatten(0, -2), gradients_BTO.flatten(0, -2)
     wide = torch.promote_types(gradients_NO.dtype, torch.float32)
     sums.add(layer, gradients_NO.to(wide).T @ inputs_NI.to(wide) if counts else None)

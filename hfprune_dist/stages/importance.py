@@ -15,47 +15,40 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import scored_layer
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
-from hfprune_dist.checkpoints.tensor_files import is_usable
-from hfprune_dist.config.parameters import ImportanceParameters
+from hfprune_dist.core.bound_losses import Teaching
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
-from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments, finished
-from hfprune_dist.data.mixture import Source, read_mixture
-from hfprune_dist.data.tokenizer import load_tokenizer
-from hfprune_dist.data.windows import WINDOWS, Sampling, Windows, load_windows, read_windows, save_windows
-from hfprune_dist.distributed.gram_sums import Grams, is_held_out
+from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments, finished, student_keeps
+from hfprune_dist.data.windows import load_windows, save_windows
+from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe, record_probe
 from hfprune_dist.errors import UserError
 from hfprune_dist.scoring.calibration_pass import CalibrationPass, cut_into_shards
-from hfprune_dist.scoring.kind_totals import KindTotals, Shape
+from hfprune_dist.scoring.kind_totals import KindTotals, Shape, scored_by
 from hfprune_dist.scoring.layer_sums import Size
-from hfprune_dist.scoring.shard_scorer import ShardScorer
+from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer
 from hfprune_dist.scoring.shard_sums import Accumulation
-from hfprune_dist.stages.context import Context as AnyContext
-from hfprune_dist.store.atomic_files import read_object, write_json
-from hfprune_dist.structures.score_names import SCORES, score_name
+from hfprune_dist.stages.calibration_windows import Context, prepare_windows
+from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures.score_names import SCORES, score_name, scores_of_layers
 from hfprune_dist.structures.units import Units
 
-Context = AnyContext[ImportanceParameters]
-
 PARTIAL = "partial.safetensors"
-# In the work folder: what is said of the windows there.
-COUNTS = "windows.json"
 
 
 def run(context: Context) -> None:
     """Write ``importance.safetensors`` and ``windows.safetensors``; of a calibration pass also its probe."""
     checkpoint = open_checkpoint(context.input_path("model"))
     criteria = [CRITERIA[name] for name in context.params.criteria]
-    documents = _prepare_windows(context)
+    documents = prepare_windows(context)
     windows_ST = load_windows(context.work)
     totals = _accumulate(context, checkpoint, windows_ST, _summed(criteria))
     windows_ST = windows_ST[: _windows_used(context, totals, len(windows_ST))]
@@ -104,44 +97,6 @@ def _summed(criteria: Sequence[Criterion]) -> list[Criterion]:
 def _scored_units(context: Context, checkpoint: Checkpoint) -> dict[str, Units]:
     """Kind -> its units, neurons first."""
     return {kind: checkpoint.structures[kind] for kind in context.params.structures}
-
-
-def _prepare_windows(context: Context) -> dict[str, int]:
-    """Cut the calibration windows on rank 0, once for all attempts, and leave them in the work folder.
-
-    Returns:
-        counts for the manifest.
-    """
-    return context.let_first_work(lambda: _windows_counted(context))
-
-
-def _windows_counted(context: Context) -> dict[str, int]:
-    counts = read_object(context.work / COUNTS)
-    if counts is None or not is_usable(context.work / WINDOWS):
-        windows = _cut_windows(context)
-        save_windows(windows.input_ids_ST, context.work)
-        counts = {"documents_read": windows.documents_read, "documents_used": windows.documents_used}
-        write_json(context.work / COUNTS, counts)
-    return counts
-
-
-def _cut_windows(context: Context) -> Windows:
-    settings = context.params.calibration
-    sampling = Sampling(settings.samples, settings.sequence_length, context.params.seed, context.params.add_bos_token)
-    tokenizer = load_tokenizer(context.input_path("model"))
-    sources = [
-        Source(
-            share.text.model_dump(),
-            context.input_path(share.role) if context.has_input(share.role) else None,
-            share.windows,
-        )
-        for share in settings.shares()
-    ]
-    if settings.mixture is None:
-        return read_windows(sources[0].settings, sources[0].path, tokenizer, sampling, "calibration")
-    batches = -(-settings.samples // settings.micro_batch_size)
-    apart = [is_held_out(window // settings.micro_batch_size, batches) for window in range(settings.samples)]
-    return read_mixture(sources, tokenizer, sampling, apart, "calibration")
 
 
 def _accumulate(
@@ -208,10 +163,24 @@ def _scorer(
         activation_checkpointing=context.runtime.activation_checkpointing,
         curvature=totals.curvature,
         gradients=totals.gradients,
+        student=_given_student(context, criteria),
     )
     if context.world.is_first and not (context.work / PROBE).is_file():
         record_probe(scorer.module, checkpoint.family, context.work / PROBE)
     return scorer
+
+
+def _given_student(context: Context, criteria: Sequence[Criterion]) -> GivenStudent | None:
+    """The student that an earlier pass chose, where a criterion is of one."""
+    chosen_by = {criterion.student_of for criterion in criteria if criterion.student_of is not None}
+    if not chosen_by:
+        return None
+    student = context.params.student
+    assert student is not None, "planned without its settings"
+    stored = load_file(context.input_path("student") / SCORES)
+    (scores,) = (scores_of_layers(stored, name, NEURONS) for name in chosen_by)
+    keeps = [student_keeps(scores_U, student.lacks) for scores_U in scores]
+    return GivenStudent(keeps, Teaching(student.teacher_share, student.teacher_temperature))
 
 
 def _scores(
@@ -338,7 +307,7 @@ def _layer_scores(
     kind: str, layer: ScoredLayer, criteria: Sequence[Criterion], totals: KindTotals
 ) -> dict[str, Tensor]:
     scores = {}
-    for criterion in criteria:
+    for criterion in scored_by(criteria, kind):
         scores_U = finished(criterion, totals.of_layer(criterion, layer.number), layer).clone()
         if not scores_U.isfinite().all():
             raise UserError(

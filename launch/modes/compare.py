@@ -115,7 +115,7 @@ def _refuse_rows_twice(sweeps: Sequence[Finished]) -> None:
 def _calibrations(sweep: Finished) -> list[Stage]:
     """The calibration passes of a sweep's dense models, labelled with the models' names."""
     stages = [stage for stage in sweep.plan.stages.values() if stage.kind == "importance"]
-    return [stage for stage in stages if not stage.inputs["model"].is_stage]
+    return [stage for stage in stages if not stage.needs]
 
 
 def _criteria(sweep: Finished) -> dict[str, list[dict[str, Any]]]:

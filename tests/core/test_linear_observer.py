@@ -37,9 +37,9 @@ def gradients_of(model, windows, criteria=("weight_taylor",), names=NAMES, prepa
     gradients = {}
 
     def seeing(key):
-        def see(inputs_NI, gradients_NO):
-            assert inputs_NI.dim() == gradients_NO.dim() == 2
-            gradients[key] = gradients.get(key, 0) + gradients_NO.T @ inputs_NI
+        def see(inputs_BTI, gradients_BTO):
+            assert inputs_BTI.dim() == gradients_BTO.dim() == 3
+            gradients[key] = gradients.get(key, 0) + gradients_BTO.flatten(0, 1).T @ inputs_BTI.flatten(0, 1)
 
         return see
 

@@ -8,9 +8,10 @@ from ranks import result_of
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.planning import footprint
+from hfprune_dist.planning import gathering
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.footprint import SMALL_PARAMETER, Importance
+from hfprune_dist.planning.footprint import Importance
+from hfprune_dist.planning.gathering import SMALL_PARAMETER
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,7 @@ def test_gathers_of_a_micro_batch(monkeypatch, folder, criteria, losses, structu
     job = Importance(1, 16, losses, kv_groups="kv_groups" in structures)
     learning, *later = counts(folder, criteria, structures)
     # DeepSpeed learns the order of layers: every matrix for forward and for each backward, the head once.
-    monkeypatch.setattr(footprint, "LIVE_PARAMETERS", 0)
+    monkeypatch.setattr(gathering, "LIVE_PARAMETERS", 0)
     assert learning[1] == pytest.approx(job.work(shape).gathered_bytes, rel=0.002)
     # Then it gathers ahead, and a model this small stays gathered: each matrix once, the body's together.
     monkeypatch.undo()

@@ -19,18 +19,20 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.core import blocks, elimination, head, triangle
-from hfprune_dist.core.bound_losses import Batch
+from hfprune_dist.core.bound_losses import Batch, Teaching
+from hfprune_dist.core.coupled_products import CoupledProducts
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.unit_sums import UnitOutputs
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
-from hfprune_dist.planning import footprint
+from hfprune_dist.planning import footprint, gathering, product_footprint
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import Evaluate, Importance, Train, fits
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit, memory_of_layer_pass, pinned_bytes
+from hfprune_dist.planning.product_footprint import product_bytes
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
@@ -80,7 +82,12 @@ def scored(model, kinds=("neurons",)):
         body=lambda input_ids: family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
         head=lambda: contextlib.nullcontext((head.weight, head.bias)),
         outputs={
-            kind: UnitOutputs(structures[kind].outputs_of(model), structures[kind].channels_per_unit) for kind in kinds
+            kind: UnitOutputs(
+                structures[kind].outputs_of(model),
+                structures[kind].channels_per_unit,
+                [(it.mlp.gate_proj, it.mlp.up_proj) for it in model.model.layers] if kind == "neurons" else (),
+            )
+            for kind in kinds
         },
         student={"neurons": torch.rand(model.config.num_hidden_layers, model.config.intermediate_size) > 0.1},
     )
@@ -92,7 +99,13 @@ def score(model, criteria, groups=False, tokens=128, micro_batches=1):
     model_scored = scored(model, kinds)
     sums = UnitSums(model_scored.outputs, [CRITERIA[name] for name in criteria], None, seen_linears(model, kinds))
     for _ in range(micro_batches):
-        score_batch(model_scored, Batch(torch.ones(2, tokens, dtype=torch.int64), range(2), 264, 0), sums)
+        score_batch(
+            model_scored, Batch(torch.ones(2, tokens, dtype=torch.int64), range(2), 264, 0, Teaching(0.4, 0.2)), sums
+        )
+
+
+def is_of_a_student(losses):
+    return any(CRITERIA[name].loss.of == "student" for name in losses)
 
 
 def seen_linears(model, kinds):
@@ -118,24 +131,26 @@ def test_the_parameters_of_published_models(size):
     assert published(name).parameters / 1e9 == pytest.approx(billions, rel=0.01)
 
 
-def test_kept_activations_of_a_student():
+@pytest.mark.parametrize("criterion", ["self_distillation", "coupled_taylor_distilled"])
+def test_kept_activations_of_a_student(criterion):
     """Also that the teacher's forward keeps nothing where no loss is the dense model's."""
     model = tiny_model("llama", **SHAPE).bfloat16().requires_grad_(False)
     use_memory_efficient_backward(model, FAMILIES["llama"])
-    job = Importance(windows=2, tokens=128, losses=0, student=True)
+    job = Importance(windows=2, tokens=128, losses=0, student=True, products=CRITERIA[criterion].is_of_neurons)
     with kept_for_backward(model) as counted:
-        score(model, ["self_distillation"])
+        score(model, [criterion])
         estimate = 2 * 128 * job.activation_bytes(dimensions_of(model.config.to_dict()))
         assert estimate == pytest.approx(counted(), rel=0.05)
 
 
-@pytest.mark.parametrize("criterion", ["entropy", "weight_taylor"])
+@pytest.mark.parametrize("criterion", ["entropy", "weight_taylor", "coupled_taylor"])
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2"])
 def test_kept_activations_of_the_calibration_pass(variant, groups, criterion):
     model = tiny_model(variant, **SHAPE).bfloat16().requires_grad_(False)
     use_memory_efficient_backward(model, FAMILIES[model.config.model_type])
     job = Importance(windows=2, tokens=128, kv_groups=groups, weight_gradients=criterion == "weight_taylor")
+    job = replace(job, products=criterion == "coupled_taylor")
     with kept_for_backward(model) as counted:
         score(model, [criterion], groups)
         estimate = 2 * 128 * job.activation_bytes(dimensions_of(model.config.to_dict()))
@@ -167,6 +182,9 @@ def test_checkpointing_keeps_the_inputs_of_layers():
         (["self_distillation"], False),
         (["weight_taylor"], False),
         (["weight_taylor"], True),
+        (["coupled_taylor"], False),
+        (["coupled_taylor"], True),
+        (["coupled_taylor_distilled"], False),
     ],
 )
 def test_memory_of_the_calibration_pass(losses, checkpointing, groups, monkeypatch):
@@ -177,11 +195,12 @@ def test_memory_of_the_calibration_pass(losses, checkpointing, groups, monkeypat
     # What is the same for every model would hide all else of one this small.
     for module, name in ((blocks, "CACHE_BYTES"), (head, "CHUNK_BYTES")):
         monkeypatch.setattr(module, name, 1)
+    monkeypatch.setattr(product_footprint, "ACCELERATOR_BYTES", 0)
     for name, left in (("HEAD_CHUNK_BYTES", 0), ("ACCELERATOR_BYTES", 0), ("ROUNDED_BYTES", 0)):
         monkeypatch.setattr(footprint, name, left)
-    student, gradients = "self_distillation" in losses, "weight_taylor" in losses
+    student, gradients = is_of_a_student(losses), "weight_taylor" in losses
     job = Importance(2, 48, len(losses) - student, checkpointing=checkpointing, student=student, kv_groups=groups)
-    job = replace(job, weight_gradients=gradients)
+    job = replace(job, weight_gradients=gradients, products=any(CRITERIA[name].is_of_neurons for name in losses))
     with PeakBytes() as counted:
         score(model, losses, groups, tokens=48, micro_batches=1 + gradients)  # from the first on there are sums
     # Weights count as well: their transposes are views that are made meanwhile.
@@ -242,6 +261,33 @@ def test_memory_of_the_gradients_of_weights(ranks, groups, monkeypatch, tmp_path
                 see[layer](torch.randn(1, columns), torch.randn(1, rows))
     expected = Importance(1, 4, weight_gradients=True, kv_groups=groups).gradient_bytes(dims, ranks)
     assert 0.9 < counted.peak / expected < 1.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_a_layers_products(dtype, monkeypatch):
+    """A neuron's three weights are alive with all that their gradients are made of, one window in float32."""
+    monkeypatch.setattr(blocks, "CACHE_BYTES", 2**40)  # as on a GPU whose portions hold a layer
+    inner, hidden, tokens, windows = 224, 96, 64, 3
+    dims = replace(published("7B"), hidden_size=hidden, intermediate_size=inner)
+    linears = [torch.nn.Linear(*sides, dtype=dtype) for sides in ((hidden, inner), (hidden, inner), (inner, hidden))]
+    products = CoupledProducts(linears[:2], linears[2], lambda _: None)
+    inputs = [torch.randn(windows, tokens, it.in_features, dtype=dtype) for it in linears]
+    weights = sum(it.weight.nbytes for it in linears)  # views of them are made meanwhile
+    with PeakBytes() as counted:
+        for seen, shown in zip(products.seen_linears(), inputs, strict=True):
+            seen.see(shown, torch.randn(windows, tokens, seen.module.out_features, dtype=dtype))
+            seen.see_weight(seen.module.weight.detach())
+    expected = product_bytes(dims, windows, tokens, dtype.itemsize)
+    kept = sum(it.nbytes for it in inputs)  # until backward, which the pass counts among its activations
+    assert 0.9 < (counted.peak - weights - kept) / expected < 1.05
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_products_take_as_much_on_any_number_of_ranks(ranks):
+    with_products, without = (Importance(1, 4096, products=on).memory(published("7B"), ranks) for on in (True, False))
+    assert with_products.sums == without.sums == 0, "only scores travel"
+    more = with_products.scratch - without.scratch
+    assert more == Importance(1, 4096, products=True).memory(published("7B"), 1).scratch - without.scratch
 
 
 @pytest.mark.parametrize(("ranks", "layers"), [(1, 32), (2, 16), (4, 8), (5, 7)])
@@ -456,6 +502,9 @@ def test_kept_activations_of_lora_training(monkeypatch, sharded, dropout):
         (["entropy", "self_distillation"], True),
         (["weight_taylor"], False),
         (["weight_taylor", "entropy", "self_distillation"], True),
+        (["coupled_taylor", "entropy"], False),
+        (["coupled_taylor"], True),
+        (["coupled_taylor_distilled"], False),
     ],
 )
 def test_floating_point_work_of_the_calibration_pass(losses, checkpointing, groups):
@@ -466,11 +515,12 @@ def test_floating_point_work_of_the_calibration_pass(losses, checkpointing, grou
     with FlopCounterMode(display=False) as counter:
         score(model, losses, groups)
     dims = dimensions_of(model.config.to_dict())
-    student = "self_distillation" in losses
+    student = is_of_a_student(losses)
     job = Importance(2, 128, len(losses) - student, 4, checkpointing=checkpointing, student=student, kv_groups=groups)
-    job = replace(job, weight_gradients="weight_taylor" in losses)
+    products = any(CRITERIA[name].is_of_neurons for name in losses)
+    job = replace(job, weight_gradients="weight_taylor" in losses, products=products)
     # The counter knows matrix products only; it sees no fused attention on a CPU.
-    later = footprint.attention_flops(dims, 128) * 3 / 4
+    later = gathering.attention_flops(dims, 128) * 3 / 4
     attention = (later * 4 / 3 * (1 + student) + later * (2.5 + checkpointing) * len(losses)) * 2 * 128
     if job.weight_gradients and groups:  # the first layer's as well, in backwards of the dense model
         attention += later / 3 * 2.5 * job.losses * 2 * 128

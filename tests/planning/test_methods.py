@@ -45,6 +45,15 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
         ("criterion: entropy\nrefits: dense\n", "unknown key 'refits'.*did you mean 'refit'"),
         ("criterion: entropy\nsteps: 0\n", "steps.*greater than or equal to 1"),
         ("criterion: entropy\nsteps: 2\nround_ratio: 0.1\n", "steps: 2 and round_ratio: 0.1 are two ways.*give one"),
+        (
+            "criterion: coupled_taylor\nallocation: local\nstructures: [neurons, kv_groups]\n",
+            "coupled_taylor scores neurons alone.*kv_groups. use another criterion, such as weight_taylor",
+        ),
+        ("criterion: coupled_taylor_distilled\nsteps: 2\n", "is of a student of the dense model, and with steps: 2"),
+        ("criterion: coupled_taylor_distilled\nround_ratio: 0.1\n", "and with round_ratio: 0.1 it would.*leave it out"),
+        ("criterion: coupled_taylor_distilled\nstudent_lacks: 1\n", "student_lacks.*less than 1"),
+        ("criterion: coupled_taylor_distilled\nteacher_share: 1.5\n", "teacher_share.*less than or equal to 1"),
+        ("criterion: coupled_taylor_distilled\nteacher_temperature: 0\n", "teacher_temperature.*0.01"),
         ("criterion: entropy\nround_ratio: 0.001\n", "round_ratio.*greater than or equal to 0.01"),
         (
             "criterion: entropy\nstructures: [neurons, kv_groups]\n",

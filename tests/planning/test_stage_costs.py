@@ -68,6 +68,7 @@ def cost_of(store, *stages):
         (["self_distillation"], ("neurons",)),
         (["surgeon"], ("neurons", "kv_groups")),
         (["weight_taylor"], ("neurons",)),
+        (["coupled_taylor"], ("neurons", "kv_groups")),
         (["weight_taylor", "entropy"], ("neurons", "kv_groups")),
         (["magnitude"], ("neurons",)),
     ],

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from core_definition import GRADIENT_CRITERIA, definition, moments, student, weight_taylor
+from core_definition import GRADIENT_CRITERIA, OF_ONE_PASS, definition, moments, student, weight_taylor
 from ranks import failure_of, killing, run_stage
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
@@ -14,7 +14,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.elimination import elimination_scores
 from hfprune_dist.data.windows import read_windows
-from hfprune_dist.stages import importance
+from hfprune_dist.stages import calibration_windows
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input, Stage
@@ -154,7 +154,7 @@ def test_the_text_is_read_by_one_attempt_alone_unless_its_windows_are_lost(tmp_p
     without_deepspeed(monkeypatch)
     stage = make_stage(tmp_path, samples=3, sequence_length=16)
     whole, store, reads = Store(tmp_path / "whole"), Store(tmp_path / "killed"), []
-    monkeypatch.setattr(importance, "read_windows", lambda *rest: reads.append(1) or read_windows(*rest))
+    monkeypatch.setattr(calibration_windows, "read_windows", lambda *rest: reads.append(1) or read_windows(*rest))
     run_in_threads(whole, stage, Ranks(1))
     with pytest.raises(Death):
         run_in_threads(store, stage, Ranks(1, deaths={0: 6}))
@@ -185,14 +185,19 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     neurons and of KV groups.
     """
     kinds = ["neurons", "kv_groups"]
-    stage = make_stage(tmp_path, criteria=CRITERIA, shape=SHARDED, structures=kinds, samples=5, micro_batch_size=1)
+    stage = make_stage(tmp_path, criteria=OF_ONE_PASS, shape=SHARDED, structures=kinds, samples=5, micro_batch_size=1)
     one = run_in(tmp_path / "one", stage, 1)
     two = Store(tmp_path / "two")
     assert run_stage(two, stage, 2, environment=killing(rank=0, kill_at=5, match="partial.draft")).returncode != 0
     assert load_file(two.work(stage.id) / "partial.safetensors")["next_shard"] == 4
     run_in(two.root, stage, 2)
     scores = scores_of(one, stage)
-    assert set(scores) == {score_name(layer, name, kind) for layer in range(2) for name in CRITERIA for kind in kinds}
+    assert set(scores) == {
+        score_name(layer, name, kind)
+        for layer in range(2)
+        for name in OF_ONE_PASS
+        for kind in kinds[: 1 if CRITERIA[name].is_of_neurons else 2]
+    }
     for name, expected in scores.items():
         assert torch.equal(scores_of(two, stage)[name], expected), name
     metrics = [store.manifest(stage.id)["metrics"] for store in (one, two)]

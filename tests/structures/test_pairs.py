@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_definition import GRADIENT_CRITERIA, definition, moments, student, weight_taylor
+from core_definition import (
+    GRADIENT_CRITERIA,
+    OF_ONE_PASS,
+    coupled_taylor,
+    definition,
+    moments,
+    of_units,
+    student,
+    weight_taylor,
+)
 from damage import nothing_reaches_the_disk
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -25,6 +34,7 @@ from hfprune_dist.core.least_squares import LeastSquares
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.planning.build_plan import OF_A_STUDENT
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.widths import size_of
 from hfprune_dist.store.artifacts import Store
@@ -91,9 +101,9 @@ def windows_of(store, stage):
 @given(model=MODELS, calibration=CALIBRATIONS, ranks=st.integers(2, 3))
 def test_scores_of_pairs_are_as_defined_on_any_number_of_ranks(tmp_path_factory, model, calibration, ranks):
     folder = tmp_path_factory.mktemp("scores")
-    store, stage = score(folder, model, calibration, CRITERIA)
+    store, stage = score(folder, model, calibration, OF_ONE_PASS)
     scores, windows = scores_of(store, stage), windows_of(store, stage)
-    again = scores_of(*score(folder, model, calibration, CRITERIA, ranks))
+    again = scores_of(*score(folder, model, calibration, OF_ONE_PASS, ranks))
     assert scores.keys() == again.keys() and all(torch.equal(again[name], it) for name, it in scores.items())
 
     dense = model.tiny()
@@ -108,6 +118,8 @@ def test_scores_of_pairs_are_as_defined_on_any_number_of_ranks(tmp_path_factory,
         tolerance = 1e-2 if CRITERIA[name].is_rounded else 1e-4
         # A student of a few pairs lacks none of them, and its divergence is 0.
         assert (ours - expected).norm() < tolerance * expected.norm() + 1e-12, name
+    ours = torch.stack([scores[f"layers.{layer}.coupled_taylor"] for layer in range(model.layers)])
+    torch.testing.assert_close(ours, of_units(coupled_taylor(dense, windows), CHANNELS), rtol=1e-3, atol=1e-9)
     ours = torch.stack([scores[f"layers.{layer}.weight_taylor"] for layer in range(model.layers)])
     torch.testing.assert_close(ours, weight_taylor(dense, windows, model.pairs), rtol=1e-3, atol=1e-9)
     for layer, (gram, curvature, fisher) in enumerate(moments(dense, windows, SEED, CHANNELS)):
@@ -139,7 +151,9 @@ def prune(folder, scored, ratio, method, ranks=1):
     store, importance = scored
     params = {
         "ratio": ratio,
-        **method.model_dump(exclude={"steps", "round_ratio", "distill", "structures", "tensor_parallel"}),
+        **method.model_dump(
+            exclude={"steps", "round_ratio", "distill", "structures", "tensor_parallel", *OF_A_STUDENT}
+        ),
     }
     params |= {"dtype": "float32", "micro_batch_size": 2}
     stage = Stage("prune", "pairs", params, {"model": importance.inputs["model"], "importance": importance.as_input()})

@@ -15,7 +15,7 @@ from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.distributed.gather_counter import counting_gathers
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.zero3 import init_deepspeed
-from hfprune_dist.planning.footprint import SMALL_PARAMETER
+from hfprune_dist.planning.gathering import SMALL_PARAMETER
 from hfprune_dist.planning.training_memory import Placement
 from hfprune_dist.training import trainer
 from hfprune_dist.training.fine_tuning import FineTuning

@@ -1,0 +1,97 @@
+"""Calibration passes in a plan: what units are scored by, with which settings, and what others know of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
+
+from hfprune_dist.config.method import Method
+from hfprune_dist.config.parameters import ImportanceParameters, StudentParameters
+from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.core.criteria import CRITERIA, CriterionName
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.structures import Kind, kinds_among
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a calibration pass is for: units of these kinds, each by all of these criteria.
+
+    ``biased``: whether the model has biases.
+    """
+
+    criteria: Set[CriterionName]
+    structures: list[Kind]
+    biased: bool = False
+
+
+def scored_for(method: Method, *, biased: bool) -> Scored:
+    """What the scores that a method prunes by are."""
+    return Scored(frozenset([method.criterion]), kinds_among(method.structures), biased)
+
+
+def first_criterion(method: Method) -> CriterionName:
+    """The criterion by which a method needs the dense model scored: its own, or that which chooses its student."""
+    return CRITERIA[method.criterion].student_of or method.criterion
+
+
+def pass_parameters(
+    config: SweepConfig, scored: Scored, student: StudentParameters | None = None
+) -> ImportanceParameters:
+    """The settings of a pass for some scores."""
+    by_sums = None
+    if config.calibration.settled is not None:
+        # Sums decide where the pass ends also of criteria whose scores are more than sums. Fingerprints say so,
+        # since there are artifacts whose pass took no notice of them.
+        beyond_sums = [name for name in scored.criteria if CRITERIA[name].has_halves and not CRITERIA[name].is_its_sum]
+        by_sums = sorted(beyond_sums) or None
+    return ImportanceParameters(
+        # Of BOS the stage is told once, wherever the configuration says it.
+        calibration=config.calibration.model_copy(update={"add_bos_token": None}),
+        criteria=[],
+        dtype=config.importance.dtype,
+        add_bos_token=config.calibrates_with_bos,
+        seed=config.seed,
+        settled_by_sums_of=by_sums,
+        biases="added before rounding" if scored.biased and config.importance.dtype == "bfloat16" else None,
+        student=student,
+    ).scoring(scored.criteria, scored.structures)
+
+
+def part_of(importance: Stage, scored: Scored) -> Input:
+    """The artifact of a calibration pass, known by what some of its criteria on some kinds of units alone would have
+    made: others that share the pass change neither their scores nor the windows, unless they decide where it ends.
+    """
+    params = importance_parameters(importance)
+    if params.calibration.settled is not None:
+        return importance.as_input()
+    alone = replace(importance, params=params.scoring(scored.criteria, scored.structures))
+    return replace(importance.as_input(), identity=alone.id)
+
+
+def importance_parameters(stage: Stage) -> ImportanceParameters:
+    """The settings of a pass that is planned."""
+    assert isinstance(stage.params, ImportanceParameters)
+    return stage.params
+
+
+def check_criteria(config: SweepConfig, methods: Mapping[str, Method]) -> None:
+    """Refuse criteria beside the methods' that nothing chooses the student of, and to end calibration early where no
+    criterion of the sweep can tell when.
+    """
+    for name in config.importance.criteria:
+        chosen_by = CRITERIA[name].student_of
+        if chosen_by is not None:
+            raise UserError(
+                f"importance.criteria: {name} scores a student that a method chooses by {chosen_by}; prune by it "
+                "instead, as the method sdmprune does"
+            )
+    criteria = {*config.importance.criteria, *map(first_criterion, methods.values())}
+    if config.calibration.settled is None or any(CRITERIA[name].has_halves for name in criteria):
+        return
+    able = [name for name, it in CRITERIA.items() if it.has_halves and it.student_of is None]
+    raise UserError(
+        f"calibration.settled: by {', '.join(sorted(criteria))} alone nobody can tell when what is kept has settled; "
+        f"set it to null, or add to importance.criteria one of {', '.join(able)}"
+    )

@@ -1,0 +1,45 @@
+"""Students that one score chooses and another is made in: with which settings, and from which ratio on."""
+
+from __future__ import annotations
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.method import Method
+from hfprune_dist.config.parameters import StudentParameters
+from hfprune_dist.core.criteria import CRITERIA, lacking
+from hfprune_dist.errors import UserError
+
+# Ratio -> the teacher's share of the loss, and its temperature, as SDMPrune has them (arXiv 2506.11120; its code's
+# settings for Llama-3.2-1B).
+PUBLISHED = {0.2: (0.4, 0.2), 0.3: (0.42, 0.5), 0.4: (0.1, 0.2)}
+
+
+def student_of(method: Method, ratio: float) -> StudentParameters | None:
+    """Of a method whose criterion is of such a student; what it leaves open is as published for the nearest ratio, of
+    two the smaller.
+    """
+    if CRITERIA[method.criterion].student_of is None:
+        return None
+    share, temperature = PUBLISHED[min(PUBLISHED, key=lambda it: (round(abs(it - ratio), 12), it))]
+    return StudentParameters(
+        lacks=method.student_lacks,
+        teacher_share=share if method.teacher_share is None else method.teacher_share,
+        teacher_temperature=temperature if method.teacher_temperature is None else method.teacher_temperature,
+    )
+
+
+def check_student(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> None:
+    """Refuse a ratio at which neurons would stay that have no score, since the student lacks them.
+
+    Raises:
+        UserError: telling what the student lacks.
+    """
+    if CRITERIA[method.criterion].student_of is None:
+        return
+    gone = sum(lacking(count, method.student_lacks) for count in checkpoint.units.counts)
+    least = gone * checkpoint.parameters_per_unit / checkpoint.parameters
+    if ratio < least:
+        raise UserError(
+            f"{where}: ratio {ratio:g} removes less than the student of {method.criterion} lacks, which is "
+            f"{method.student_lacks:g} of the neurons or {least:.4f} of all parameters; use a larger ratio or a "
+            "smaller prune.student_lacks"
+        )

@@ -1,0 +1,55 @@
+"""The windows of text that units are scored on, cut by rank 0 once for all attempts at an importance stage."""
+
+from __future__ import annotations
+
+from hfprune_dist.checkpoints.tensor_files import is_usable
+from hfprune_dist.config.parameters import ImportanceParameters
+from hfprune_dist.data.mixture import Source, read_mixture
+from hfprune_dist.data.tokenizer import load_tokenizer
+from hfprune_dist.data.windows import WINDOWS, Sampling, Windows, read_windows, save_windows
+from hfprune_dist.distributed.gram_sums import is_held_out
+from hfprune_dist.stages.context import Context as AnyContext
+from hfprune_dist.store.atomic_files import read_object, write_json
+
+Context = AnyContext[ImportanceParameters]
+
+# In the work folder: what is said of the windows there.
+COUNTS = "windows.json"
+
+
+def prepare_windows(context: Context) -> dict[str, int]:
+    """Leave the windows in the work folder, unless an earlier attempt has.
+
+    Returns:
+        counts for the manifest.
+    """
+    return context.let_first_work(lambda: _windows_counted(context))
+
+
+def _windows_counted(context: Context) -> dict[str, int]:
+    counts = read_object(context.work / COUNTS)
+    if counts is None or not is_usable(context.work / WINDOWS):
+        windows = _cut_windows(context)
+        save_windows(windows.input_ids_ST, context.work)
+        counts = {"documents_read": windows.documents_read, "documents_used": windows.documents_used}
+        write_json(context.work / COUNTS, counts)
+    return counts
+
+
+def _cut_windows(context: Context) -> Windows:
+    settings = context.params.calibration
+    sampling = Sampling(settings.samples, settings.sequence_length, context.params.seed, context.params.add_bos_token)
+    tokenizer = load_tokenizer(context.input_path("model"))
+    sources = [
+        Source(
+            share.text.model_dump(),
+            context.input_path(share.role) if context.has_input(share.role) else None,
+            share.windows,
+        )
+        for share in settings.shares()
+    ]
+    if settings.mixture is None:
+        return read_windows(sources[0].settings, sources[0].path, tokenizer, sampling, "calibration")
+    batches = -(-settings.samples // settings.micro_batch_size)
+    apart = [is_held_out(window // settings.micro_batch_size, batches) for window in range(settings.samples)]
+    return read_mixture(sources, tokenizer, sampling, apart, "calibration")
