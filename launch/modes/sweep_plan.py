@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +23,7 @@ from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.build_plan import build_plan, place_of
 from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.planning.earlier_passes import with_earlier_passes
 from hfprune_dist.planning.earlier_rows import with_earlier_rows
 from hfprune_dist.planning.known_shapes import KnownShape, dense_shape, known_shape
 from hfprune_dist.planning.methods import resolve_methods
@@ -166,6 +168,9 @@ def _plan(
         config = _with_micro_batches(command, config, models)
     methods = resolve_methods(config, PROJECT.configs / "methods")
     plan = build_plan(config, models, methods, hashes, device or device_here(config.runtime))
+    with suppress(UserError):  # of a damaged record, whose rows are lost
+        if record := read_record(command.out):
+            plan = with_earlier_passes(plan, record.plan, lambda stage_id: command.store.handle(stage_id).is_done())
     return config, models, methods, plan
 
 

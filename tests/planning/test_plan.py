@@ -1,7 +1,10 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, write_documents, write_pairs
 
@@ -10,6 +13,7 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.build_plan import build_plan
+from hfprune_dist.planning.earlier_passes import with_earlier_passes
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import resolve_models
 from hfprune_dist.planning.plan import Plan
@@ -546,3 +550,71 @@ def test_only_passes_that_add_biases_in_bfloat16_have_other_fingerprints_than_be
     moved = [stage.label for stage in passes if stage.params.biases]
     assert len(passes) == 6
     assert moved == ([stage.label for stage in passes if stage.label.startswith("b")] if dtype == "bfloat16" else [])
+
+
+# Passes that a folder has, in place of narrower ones.
+
+OF_PASSES = ["entropy", "cross_entropy", "surgeon", "activation", "magnitude", "weight_taylor"]
+ONE_MODEL = {"models": ["a"], "ratios": [0.2], "recovery__method": "none"}
+
+
+def passes(plan):
+    return [stage.id for stage in stages_of(plan, "importance")]
+
+
+def planned(world, criteria, **changes):
+    return plan_of(world, criteria=sorted(criteria), **ONE_MODEL, **changes)
+
+
+@settings(deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    earlier=st.sets(st.sampled_from(OF_PASSES), min_size=1),
+    today=st.sets(st.sampled_from(OF_PASSES), min_size=1),
+    sizes=st.sampled_from([{}, {"calibration__shard_size": 1}, {"importance__criteria": ["fisher"]}]),
+)
+def test_a_pass_is_taken_up_where_it_has_all_scores(world, earlier, today, sizes):
+    before, plan = planned(world, earlier, **sizes), planned(world, today, **sizes)
+    done = {*before.stages}
+    found = with_earlier_passes(plan, before, done.__contains__)
+    assert (passes(found) == passes(before)) == (today <= earlier)
+    assert (passes(found) == passes(plan)) == (today == earlier or not today <= earlier)
+    for kind in ("prune", "evaluate", "reference"):
+        assert [it.id for it in stages_of(found, kind)] == [it.id for it in stages_of(plan, kind)], "fingerprints stay"
+    assert all(need in found.stages for stage in found.stages.values() for need in stage.needs)
+    assert all(producer in found.stages for cell in found.cells for producer in cell.producers)
+    assert Plan.from_json(found.to_json()) == found
+    if today <= earlier:
+        assert not [it for it in found.lacking(done.__contains__) if it.startswith("importance/")]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"seed": 1}, {"calibration__samples": 5}, {"calibration__settled": 0.9}, {"importance__dtype": "float32"}],
+    ids=str,
+)
+def test_a_pass_with_other_settings_is_not(world, changed):
+    before = planned(world, {"entropy", "cross_entropy"}, **changed)
+    plan = planned(world, {"entropy"})
+    assert with_earlier_passes(plan, before, {*before.stages}.__contains__) == plan
+
+
+def test_where_criteria_decide_the_end_a_pass_stands_for_itself_alone(world):
+    before, plan = (planned(world, it, calibration__settled=0.9) for it in (["entropy", "fisher"], ["entropy"]))
+    assert with_earlier_passes(plan, before, {*before.stages}.__contains__) == plan
+
+
+def test_a_pass_that_was_not_made_or_of_another_version_is_not_taken_up(world):
+    before, plan = planned(world, {"entropy", "cross_entropy"}), planned(world, {"entropy"})
+    assert with_earlier_passes(plan, before, lambda _: False) == plan
+    (wide,) = stages_of(before, "importance")
+    old = replace(wide, version=5)
+    assert with_earlier_passes(plan, Plan({old.id: old}, ()), lambda it: it == old.id) == plan
+
+
+def test_all_steps_of_a_method_find_theirs(world):
+    in_steps = {**ONE_MODEL, "prune__steps": 2, "prune__allocation": "uniform"}
+    wide = plan_of(world, methods=["surgeon-uniform", "hfprune"], **in_steps)
+    narrow = plan_of(world, methods=["hfprune"], **in_steps)
+    found = with_earlier_passes(narrow, wide, {*wide.stages}.__contains__)
+    assert len(passes(found)) == 2 and set(passes(found)) <= set(passes(wide))
+    assert [it.id for it in stages_of(found, "prune")] == [it.id for it in stages_of(narrow, "prune")]
