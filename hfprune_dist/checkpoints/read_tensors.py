@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -15,6 +16,12 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     with safe_open(checkpoint.path / checkpoint.tensors[name].file, framework="pt") as source:
         tensor: Tensor = source.get_tensor(name)
     return tensor
+
+
+def dtype_of(checkpoint: Checkpoint, name: str) -> torch.dtype:
+    """The dtype of a tensor in the checkpoint's files."""
+    names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return names[checkpoint.tensors[name].dtype]
 
 
 def scored_layer(

@@ -7,10 +7,10 @@ from typing import Annotated, Literal, TypeVar, get_args
 from pydantic import AfterValidator, Field, model_validator
 
 from hfprune_dist.config.section import NumberOrShare, Positive, PositiveOrAuto, Section
-from hfprune_dist.core.criteria import CriterionName
+from hfprune_dist.core.criteria import CRITERIA, SCORED_WHILE_PRUNED, CriterionName, MethodCriterion
 from hfprune_dist.structures import LAYERS, NEURONS, Kind, Structure
 
-Allocation = Literal["uniform", "plain", "local", "global", "searched"]
+Allocation = Literal["uniform", "plain", "local", "global", "searched", "low_rank"]
 Refit = Literal["none", "dense", "layerwise", "block"]
 
 
@@ -36,8 +36,9 @@ RoundRatio = Annotated[float, Field(ge=0.01, lt=1)]
 class Method(Section):
     """How scores become a smaller checkpoint. ``configs/methods`` has the ones that come with the project."""
 
-    criterion: CriterionName
-    """The score by which neurons stay: those with the highest scores."""
+    criterion: MethodCriterion
+    """The score by which neurons stay: those with the highest scores; with lorap, which the prune stage computes, also
+    the hundredth with the lowest."""
     structures: Structures = Field(default=[NEURONS])
     """What is pruned: neurons of MLPs; beside them kv_groups, the key-value heads of attention with the query heads
     that read them, and whole layers. Neurons and groups are scored; what a model loses without a layer is measured.
@@ -48,8 +49,9 @@ class Method(Section):
     to the dense model is taken. local: every layer that isn't protected loses the same share of its neurons and of its
     KV groups; nothing is measured. global: neurons and groups of all layers compete by score per parameter; scores that
     aren't in nats are divided by their layer's mean first. searched: shapes around those are measured, plain ones and
-    some without whole layers as well, and the closest is taken.
-    If layers differ, loading the checkpoint needs trust_remote_code or this package."""
+    some without whole layers as well, and the closest is taken. low_rank: attention's matrices become products of two
+    of low rank, and all layers get one width, in a pass layer after layer that scores as well.
+    If layers differ, or with low_rank, loading the checkpoint needs trust_remote_code or this package."""
     floor: Annotated[float, Field(gt=0, le=1)] = 0.2
     """global, searched: the smallest share of its neurons that a layer keeps."""
     protect_first: NumberOrShare = 0
@@ -88,11 +90,20 @@ class Method(Section):
                 f"steps: {self.steps} and round_ratio: {self.round_ratio:g} are two ways to say in which parts a model "
                 "is pruned; give one of them"
             )
-        if self.allocation in ("plain", "local") and (self.steps > 1 or self.round_ratio is not None):
+        if self.allocation in ("plain", "local", "low_rank") and (self.steps > 1 or self.round_ratio is not None):
             named = f"steps: {self.steps}" if self.round_ratio is None else f"round_ratio: {self.round_ratio:g}"
             raise ValueError(
                 f"{named} needs allocation: uniform, global or searched; the {self.allocation} shape of one part may "
                 "contain none of the next"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _criterion_suits_the_allocation(self) -> Method:
+        if (self.criterion in SCORED_WHILE_PRUNED) != (self.allocation == "low_rank"):
+            raise ValueError(
+                f"criterion: {self.criterion} and allocation: {self.allocation} don't go together; allocation: "
+                f"low_rank scores while it prunes, by {' or '.join(SCORED_WHILE_PRUNED)}, and nothing else does"
             )
         return self
 
@@ -103,6 +114,11 @@ class Method(Section):
             raise ValueError(
                 f"structures: [{named}] needs allocation: plain or searched; layers have no scores, and "
                 f"{self.allocation} measures nothing"
+            )
+        if self.allocation == "low_rank" and (self.structures != [NEURONS] or self.refit != "none"):
+            raise ValueError(
+                f"allocation: low_rank needs structures: [{NEURONS}] and refit: none, not structures: [{named}] and "
+                f"refit: {self.refit}; nothing of attention goes as a whole, and its new weights are no refit"
             )
         if self.allocation == "uniform" and self.structures != [NEURONS]:
             possible = "plain or searched" if LAYERS in self.structures else "plain, local, global or searched"
@@ -116,11 +132,16 @@ class Method(Section):
             )
         return self
 
+    @property
+    def scored_before(self) -> frozenset[CriterionName]:
+        """What a calibration pass computes for it."""
+        return frozenset({self.criterion} & CRITERIA.keys())
+
 
 class PruneConfig(Section):
     """Settings that override those of every method; null keeps the method's (see ``Method``)."""
 
-    criterion: CriterionName | None = None
+    criterion: MethodCriterion | None = None
     structures: Structures | None = None
     allocation: Allocation | None = None
     floor: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -104,7 +104,7 @@ class _Planner:
             check_ratios(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
         _check_positions(self.config.efficiency, model)
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
-        needed = {method.criterion for method in self.methods.values()}
+        needed = {criterion for method in self.methods.values() for criterion in method.scored_before}
         pruned = {structure for method in self.methods.values() for structure in method.structures}
         scored = _Scored(needed.union(self.config.importance.criteria), kinds_among(pruned))
         biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
@@ -196,7 +196,7 @@ class _Planner:
 
     def _prune(self, label: str, inputs: dict[str, Input], ratio: float, method: Method) -> Stage:
         # Windows go through the model again.
-        runs_model = method.refit != "none" or method.allocation in ("plain", "searched")
+        runs_model = method.refit != "none" or method.allocation in ("plain", "searched", "low_rank")
         params = PruneParameters(
             ratio=ratio,
             **_effective(method),
@@ -280,7 +280,7 @@ class _Planner:
 def _check_settled(config: SweepConfig, methods: Mapping[str, Method]) -> None:
     """Refuse to end calibration early where no criterion of the sweep can tell when."""
     criteria = {*config.importance.criteria, *(method.criterion for method in methods.values())}
-    if config.calibration.settled is None or any(CRITERIA[name].has_halves for name in criteria):
+    if config.calibration.settled is None or any(CRITERIA[it].has_halves for it in criteria & CRITERIA.keys()):
         return
     able = [name for name, criterion in CRITERIA.items() if criterion.has_halves]
     raise UserError(
@@ -305,7 +305,7 @@ def place_of(model: str, method: str) -> str:
 
 
 def _scored_for(method: Method) -> _Scored:
-    return _Scored(frozenset([method.criterion]), kinds_among(method.structures))
+    return _Scored(method.scored_before, kinds_among(method.structures))
 
 
 def _part_of(importance: Stage, scored: _Scored) -> Input:
@@ -338,7 +338,9 @@ def _tells_layers_apart(method: Method) -> bool:
 
 def _effective(method: Method) -> dict[str, Any]:
     """The settings of a method that affect what one prune stage does; others make stages of their own."""
-    idle = {"floor", "protect_first", "protect_last"} if method.allocation in ("uniform", "plain") else set()
+    idle = (
+        {"floor", "protect_first", "protect_last"} if method.allocation in ("uniform", "plain", "low_rank") else set()
+    )
     idle |= {"floor"} if method.allocation == "local" else set()
     idle |= set() if KV_GROUPS in method.structures else {"tensor_parallel"}
     return method.model_dump(exclude=idle | {"steps", "round_ratio", "distill"})

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.read_tensors import dtype_of
 from hfprune_dist.checkpoints.tensor_files import is_usable, save_tensors
 from hfprune_dist.models.single_layer import output_of, put_weights
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
@@ -59,7 +59,7 @@ class RefittedLayers:
     def rounded(self, number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Some of a layer's tensors, by their names within it, in the checkpoint's dtypes; on the CPU."""
         return {
-            name: tensor.to(self._dtype(self.kinds[0].tensor(number, name))).cpu().contiguous()
+            name: tensor.to(dtype_of(self._checkpoint, self.kinds[0].tensor(number, name))).cpu().contiguous()
             for name, tensor in tensors.items()
         }
 
@@ -110,11 +110,6 @@ class RefittedLayers:
         with safe_open(self._weight_file(number), framework="pt") as source:
             tensor: Tensor = source.get_tensor(name)
         return tensor
-
-    def _dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor in the checkpoint's files."""
-        names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        return names[self._checkpoint.tensors[name].dtype]
 
     def _weight_file(self, number: int) -> Path:
         return self._folder / f"layer-{number}.safetensors"

@@ -31,7 +31,7 @@ from hfprune_dist.planning.footprint import RESERVE, Evaluate, Importance, Job, 
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory
 from hfprune_dist.planning.importance_job import importance_job
-from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
+from hfprune_dist.planning.layer_pass_footprint import LowRank, Reference, Refit
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.plan import Plan
@@ -87,7 +87,7 @@ def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: 
 
 def runs_a_model(params: Parameters) -> bool:
     """Whether it needs memory of GPUs that is estimated."""
-    return not isinstance(params, PruneParameters) or params.refit != "none"
+    return not isinstance(params, PruneParameters) or params.refit != "none" or params.allocation == "low_rank"
 
 
 def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
@@ -182,10 +182,13 @@ def _reference(params: ReferenceParameters, plan: Plan, stage: Stage) -> Referen
     return Reference(windows, text.sequence_length, samples, ITEMSIZE[params.dtype])
 
 
-def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit:
+def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | LowRank:
     calibration, dense = _calibration(plan, stage), dense_of(plan, stage)
     size = size_of(dense)
     dtype, windows = params.forward_pass()
+    if params.allocation == "low_rank":
+        at_once = min(windows, calibration.samples)
+        return LowRank(at_once, calibration.sequence_length, calibration.samples, ITEMSIZE[dtype])
     width = size.units  # where layers differ, one may keep all of them
     if params.allocation == "uniform":
         width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()

@@ -52,7 +52,9 @@ def merge(source, adapter_folder, target):
 def test_merged_model_computes_what_model_and_adapter_compute(tmp_path, variant):
     source = save_tiny(tmp_path / "source", variant, shard_size="60KB")
     model = adapted_model(source)
-    write_adapter(tmp_path / "adapter", lora_parameters(model), FAMILIES[model.config.model_type], RANK, ALPHA)
+    write_adapter(
+        tmp_path / "adapter", lora_parameters(model), lora_targets(FAMILIES[model.config.model_type]), RANK, ALPHA
+    )
     merged = merge(source, tmp_path / "adapter", tmp_path / "merged")
     assert merged.tensors == open_checkpoint(source).tensors
     logits = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
@@ -63,7 +65,7 @@ def test_merged_model_computes_what_model_and_adapter_compute(tmp_path, variant)
 def test_peft_loads_our_adapter_and_we_load_pefts(tmp_path):
     source = save_tiny(tmp_path / "source")
     model = adapted_model(source)
-    write_adapter(tmp_path / "ours", lora_parameters(model), FAMILIES["llama"], RANK, ALPHA)
+    write_adapter(tmp_path / "ours", lora_parameters(model), lora_targets(FAMILIES["llama"]), RANK, ALPHA)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), tmp_path / "ours").eval()
     torch.testing.assert_close(logits_of(loaded), logits_of(model), rtol=0, atol=0)
     model.save_pretrained(tmp_path / "pefts")
@@ -77,7 +79,7 @@ def test_peft_loads_our_adapter_and_we_load_pefts(tmp_path):
 def test_every_projection_of_every_layer_gets_an_adapter(tmp_path):
     source = save_tiny(tmp_path / "source", "qwen2")
     model = adapted_model(source)
-    write_adapter(tmp_path / "adapter", lora_parameters(model), FAMILIES["qwen2"], RANK, ALPHA)
+    write_adapter(tmp_path / "adapter", lora_parameters(model), lora_targets(FAMILIES["qwen2"]), RANK, ALPHA)
     attention = {f"self_attn.{name}_proj" for name in "qkvo"}
     projections = attention | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     expected = {f"model.layers.{layer}.{projection}.weight" for layer in (0, 1) for projection in projections}
@@ -87,7 +89,7 @@ def test_every_projection_of_every_layer_gets_an_adapter(tmp_path):
 def test_bfloat16_is_rounded_once(tmp_path):
     source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
     model = adapted_model(source)
-    write_adapter(tmp_path / "adapter", lora_parameters(model), FAMILIES["llama"], RANK, ALPHA)
+    write_adapter(tmp_path / "adapter", lora_parameters(model), lora_targets(FAMILIES["llama"]), RANK, ALPHA)
     merge(source, tmp_path / "adapter", tmp_path / "merged")
     name = "model.layers.1.mlp.up_proj.weight"
     factor_a, factor_b = (factor.double() for factor in read_adapter(tmp_path / "adapter").factors[name])
