@@ -43,7 +43,7 @@ def low_rank_factors(weight_OI: Tensor, norms_I: Tensor, rank: int) -> tuple[Ten
     smallest = torch.finfo(torch.float64).eps * len(squares_O) * squares_O[-1]
     roots_K = squares_K.clamp(min=0.0).pow(0.25)  # of the singular values
     inverse_K = torch.where(squares_K > smallest, 1 / roots_K, 0.0)
-    return inverse_K[:, None] * (left_OK.T @ weight_OI), left_OK * roots_K
+    return inverse_K[:, None] * (left_OK.T @ weight_OI), (left_OK * roots_K).contiguous()
 
 
 def neuron_scores(rows: tuple[Tensor, Tensor], down_CK: Tensor, read_C: Tensor, hidden_K: Tensor) -> Tensor:

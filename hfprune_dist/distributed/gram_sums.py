@@ -125,7 +125,7 @@ class SquareSums:
 
 
 def _of_first_rank(term_D: Tensor, world: World) -> Tensor:
-    first_D = term_D.double().cpu()
+    first_D = term_D.to("cpu", torch.float64, copy=True)  # others' terms stay
     world.broadcast_tensor(first_D, 0)
     return first_D.to(world.device)
 
