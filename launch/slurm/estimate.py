@@ -90,6 +90,10 @@ def runs_a_model(params: Parameters) -> bool:
     return not isinstance(params, PruneParameters) or params.refit != "none" or params.allocation == "low_rank"
 
 
+def _refits(params: Parameters) -> bool:
+    return isinstance(params, PruneParameters) and params.refit != "none"
+
+
 def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
     """Raises UserError naming every stage that needs more memory than its GPUs or nodes have, and what would help."""
     problems = [problem for each in estimates for problem in _problems(each)]
@@ -106,7 +110,7 @@ def _problems(estimate: Estimate) -> Iterator[str]:
         yield (
             f"{stage}: about {estimate.memory.total / GIB:,.1f} GiB on each GPU, which has "
             f"{(estimate.available or 0) / GIB:,.1f} GiB (gpu_memory_gib) less {RESERVE:.0%}, which is kept free; "
-            f"{estimate.advice or (NO_REFIT_FITS if kind == 'prune' else NOTHING_HELPS)}"
+            f"{estimate.advice or (NO_REFIT_FITS if _refits(estimate.stage.params) else NOTHING_HELPS)}"
         )
     if estimate.lacks_host_memory:
         what, instead = "hidden states", "fewer calibration windows"
