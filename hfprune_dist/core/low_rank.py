@@ -54,8 +54,10 @@ def neuron_scores(rows: tuple[Tensor, Tensor], down_CK: Tensor, read_C: Tensor, 
         read_C: d of the channels that they read.
         hidden_K: d of the neurons.
     """
-    gate_K, up_K = (torch.linalg.vector_norm(weight_KC.double() * read_C, dim=1) for weight_KC in rows)
-    return gate_K + up_K + torch.linalg.vector_norm(down_CK, dim=0, dtype=torch.float64) * hidden_K
+    scores_K = hidden_K * torch.linalg.vector_norm(down_CK, dim=0, dtype=torch.float64)
+    for weight_KC in rows:
+        scores_K = scores_K + torch.linalg.vector_norm(weight_KC.double() * read_C, dim=1)
+    return scores_K
 
 
 def kept_neurons(scores_K: Tensor, width: int, *, lowest_stay: bool) -> Tensor:

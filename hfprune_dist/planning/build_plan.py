@@ -338,9 +338,7 @@ def _tells_layers_apart(method: Method) -> bool:
 
 def _effective(method: Method) -> dict[str, Any]:
     """The settings of a method that affect what one prune stage does; others make stages of their own."""
-    idle = (
-        {"floor", "protect_first", "protect_last"} if method.allocation in ("uniform", "plain", "low_rank") else set()
-    )
+    idle = set() if method.allocation in ("local", "global", "searched") else {"floor", "protect_first", "protect_last"}
     idle |= {"floor"} if method.allocation == "local" else set()
     idle |= set() if KV_GROUPS in method.structures else {"tensor_parallel"}
     return method.model_dump(exclude=idle | {"steps", "round_ratio", "distill"})

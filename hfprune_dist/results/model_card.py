@@ -110,7 +110,9 @@ def _sizes(shape: Mapping[str, Any]) -> str | None:
         "num_key_value_heads": "key-value heads",
         "intermediate_size": "`intermediate_size`",
     }
-    return ", ".join(f"{title} {size}" for key, title in titles.items() if (size := _size(shape, key))) or None
+    told = [f"{title} {size}" for key, title in titles.items() if (size := _size(shape, key))]
+    told += [f"rank of `{name}` {rank}" for name, rank in (shape.get("attention_ranks") or {}).items()]
+    return ", ".join(told) or None
 
 
 def _size(shape: Mapping[str, Any], field: str) -> str | None:
