@@ -54,7 +54,7 @@ def neuron_scores(rows: tuple[Tensor, Tensor], down_CK: Tensor, read_C: Tensor, 
         read_C: d of the channels that they read.
         hidden_K: d of the neurons.
     """
-    scores_K = hidden_K * torch.linalg.vector_norm(down_CK, dim=0, dtype=torch.float64)
+    scores_K: Tensor = hidden_K * torch.linalg.vector_norm(down_CK, dim=0, dtype=torch.float64)
     for weight_KC in rows:
         scores_K = scores_K + torch.linalg.vector_norm(weight_KC.double() * read_C, dim=1)
     return scores_K

@@ -166,8 +166,9 @@ def _how_to_load(subject: Subject) -> str:
     ]
     text = "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```"
     if code:
-        text += "\n\nIts layers differ in their sizes, for which transformers has no class: `trust_remote_code` loads "
-        text += f"the one in `{NEEDS_CODE}`."
+        low_rank = subject.shape.get("attention_ranks")
+        why = "Its attention has matrices of low rank" if low_rank else "Its layers differ in their sizes"
+        text += f"\n\n{why}, for which transformers has no class: `trust_remote_code` loads the one in `{NEEDS_CODE}`."
     if subject.trained_on:
         before = "base model" if subject.cell.ratio is None else "pruned model before it"
         text += "\n\nWhat the fine-tuning added is part of these weights. Where they were made, `adapter/` beside them "
