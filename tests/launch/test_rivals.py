@@ -105,10 +105,10 @@ def test_a_ratio_out_of_reach_is_refused_with_the_largest_that_is_not(config, tm
 
 @pytest.fixture(scope="module")
 def recovered(config, tmp_path_factory):
-    """Of a sweep with no other method, so that no criterion needs the calibration pass."""
+    """Of a sweep with no other method, so that no criterion needs the calibration pass; weights are sharded."""
     out = tmp_path_factory.mktemp("recovered") / "out"
     asked = ["--models", "alpha", "--ratios", "0.4", "--methods", "lorap", "--set", "efficiency.enabled=true"]
-    finish(config, out, *asked, *EFFICIENCY, "--set", "evaluation.tasks=[]")
+    finish(config, out, *asked, *EFFICIENCY, "--set", "evaluation.tasks=[]", "--set", "runtime.sharding=zero3")
     return out
 
 
