@@ -1,4 +1,4 @@
-"""What torch's own counter finds, with factors of matrices and a CPU's fused attention, which it passes over."""
+"""What torch's own counter finds, with factors of matrices and what a CPU fuses of attention, which it passes over."""
 
 import contextlib
 
@@ -35,12 +35,17 @@ def _cholesky_inverse(factor, *_, **others):
     return 2 * factor.shape.numel() * factor.shape[-1] // 3
 
 
+def _eigenvectors(matrix, *_, **others):
+    return 9 * matrix.shape.numel() * matrix.shape[-1]
+
+
 MAPPING = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     aten.linalg_cholesky_ex: _cholesky,
     aten.cholesky_solve: _cholesky_solve,
     aten.cholesky_inverse: _cholesky_inverse,
+    aten._linalg_eigh: _eigenvectors,
 }
 for formula in MAPPING.values():
     formula._get_raw = True

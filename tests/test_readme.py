@@ -17,7 +17,7 @@ from rich.console import Console
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.schema import SweepConfig
-from hfprune_dist.core.criteria import CriterionName
+from hfprune_dist.core.criteria import MethodCriterion
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import shipped_aliases
@@ -328,7 +328,7 @@ def test_all_criteria_are_explained():
     text = (ROOT / "configs" / "methods" / "README.md").read_text()
     table = next(rows for rows in tables_of(text) if rows[0][0] == "criterion")
     shown = [name for row in table[1:] for name in CODE.findall(row[0])]
-    assert sorted(shown) == sorted(CriterionName.__args__)
+    assert sorted(shown) == sorted(MethodCriterion.__args__)
 
 
 @pytest.mark.parametrize("readme", READMES, ids=names)

@@ -11,6 +11,7 @@ from typing import Any
 from hfprune_dist.checkpoints.checks import (
     check_config,
     check_dtypes,
+    check_factors,
     check_folder,
     check_output_biases,
     check_shapes,
@@ -75,6 +76,11 @@ class Checkpoint:
     def structures(self) -> dict[str, Units]:
         """All kinds of units that it has, by what they are called."""
         return self.family.structures(self.config)
+
+    @cached_property
+    def ranks(self) -> dict[str, tuple[int, ...]]:
+        """Name within a layer of every projection of low rank -> its rank in each layer."""
+        return self.family.ranks(self.config)
 
     @cached_property
     def is_uniform(self) -> bool:
@@ -182,6 +188,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         path, config | ({"tie_word_embeddings": False} if untied else {}), family, tensors, unused, untied
     )
     check_shapes(path, tensors, checkpoint.structures, config["hidden_size"])
+    check_factors(checkpoint.path, tensors, checkpoint.structures, checkpoint.ranks, hidden=config["hidden_size"])
     return checkpoint
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.checkpoints.safetensors_header import FLOATS, TensorInfo
 from hfprune_dist.errors import UserError
+from hfprune_dist.structures.low_rank import FACTORS, factor_shapes, rank_field
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER, Units
 
 # What some architectures do to logits after their head -> the value that does nothing. A head is its weights here.
@@ -151,3 +152,31 @@ def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], structures: Mapp
                         f"{path}: {name} has shape {list(tensors[name].shape)}, but config.json makes it {wanted}: "
                         f"{units.described(layer)} for this layer"
                     )
+
+
+def check_factors(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    structures: Mapping[str, Units],
+    ranks: Mapping[str, Sequence[int]],
+    *,
+    hidden: int,
+) -> None:
+    """Check that factors of projections of low rank have the shapes that the config states.
+
+    Raises:
+        UserError: naming the tensor.
+    """
+    for units in structures.values():
+        for owned in units.owned:
+            projection = owned.tensor.removesuffix(".weight")
+            for layer, rank in enumerate(ranks.get(projection, ())):
+                size = units.counts[layer] * owned.per_unit
+                wanted = factor_shapes((size, hidden) if owned.axis == 0 else (hidden, size), rank)
+                for factor, shape in zip(FACTORS, wanted, strict=True):
+                    name = units.tensor(layer, f"{projection}.{factor}.weight")
+                    if tuple(tensors[name].shape) != shape:
+                        raise UserError(
+                            f"{path}: {name} has shape {list(tensors[name].shape)}, but config.json makes it "
+                            f"{list(shape)}: {rank_field(projection)} {rank} for this layer"
+                        )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures.kv_groups import kv_groups
+from hfprune_dist.structures.low_rank import linear_modules, read_ranks
 from hfprune_dist.structures.neurons import neurons
 from hfprune_dist.structures.units import OUTPUT_BIASES, Block, Units
 
@@ -86,6 +87,10 @@ class Family:
         own = {name for key, names in self.biases if key is None or config.get(key) for name in names}
         return own | {module.rpartition(".")[2] for module in config.get(OUTPUT_BIASES, ())}
 
+    def ranks(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Attention's projections of low rank in a model of this ``config.json``: see ``structures.low_rank``."""
+        return read_ranks(config, self.attention, self.attention_projections)
+
     def embedding_tensor(self) -> str:
         """The table of token embeddings [vocabulary, hidden_size]."""
         return f"{self.embedding}.weight"
@@ -102,12 +107,14 @@ class Family:
         """The tensors that a model of this ``config.json`` computes with, its head included; others in the files of a
         checkpoint are ignored when it is loaded.
         """
-        biased = self.biased(config)
+        biased, ranks = self.biased(config), self.ranks(config)
         modules = [(self.attention, name) for name in (*self.attention_projections, *self.head_norms)]
         modules += [(self.mlp, name) for name in (*self.row_projections, self.down_projection)]
         parts = [f"{norm}.weight" for norm in (self.attention_norm, self.mlp_norm)]
-        parts += [f"{block}.{name}.weight" for block, name in modules]
-        parts += [f"{block}.{name}.bias" for block, name in modules if name in biased]
+        for block, name in modules:
+            linears = linear_modules(f"{block}.{name}", ranks)
+            parts += [f"{linear}.weight" for linear in linears]
+            parts += [f"{linears[-1]}.bias"] if name in biased else []
         layers = range(int(config["num_hidden_layers"]))
         of_layers = {f"{self.layers}.{layer}.{part}" for layer in layers for part in parts}
         return of_layers | {self.embedding_tensor(), self.norm_tensor(), self.head_tensor()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.checkpoints.write_pruned import Changes, stream_weight_file
 from hfprune_dist.store.atomic_files import read_json, write_json
+from hfprune_dist.structures.low_rank import linear_modules
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -36,16 +37,26 @@ class Adapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
 
-def lora_targets(family: Family) -> list[str]:
-    """Names of the linear layers that get an adapter: all projections of attention and MLP."""
-    return [*ATTENTION_PROJECTIONS, *family.row_projections, family.down_projection]
+def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str]:
+    """Names of the linear layers that get an adapter: all projections of attention and MLP; of one of low rank both
+    factors.
+
+    Args:
+        low_rank: names within a layer of projections of low rank.
+    """
+    factored = {name.rpartition(".")[2]: () for name in low_rank}
+    attention = [linear for name in ATTENTION_PROJECTIONS for linear in linear_modules(name, factored)]
+    return [*attention, *family.row_projections, family.down_projection]
 
 
-def write_adapter(folder: Path, parameters: Mapping[str, Tensor], family: Family, rank: int, alpha: int) -> None:
+def write_adapter(
+    folder: Path, parameters: Mapping[str, Tensor], targets: Sequence[str], rank: int, alpha: int
+) -> None:
     """Write an adapter that ``peft.PeftModel.from_pretrained`` loads.
 
     Args:
         parameters: the LoRA parameters under the names that they have in a ``PeftModel``.
+        targets: ``lora_targets``.
     """
     folder.mkdir()
     # The base model is left open: its path would differ from machine to machine.
@@ -56,7 +67,7 @@ def write_adapter(folder: Path, parameters: Mapping[str, Tensor], family: Family
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": lora_targets(family),
+        "target_modules": list(targets),
     }
     write_json(folder / ADAPTER_CONFIG, config)
     save_file(

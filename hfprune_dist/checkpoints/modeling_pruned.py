@@ -1,9 +1,10 @@
-"""Causal language models whose layers differ in heads and MLP widths, or whose output projections have biases that
-their architecture's don't; this file also travels inside such checkpoints.
+"""Causal language models whose layers differ in heads and MLP widths, whose output projections have biases that their
+architecture's don't, or whose attention has matrices of low rank; this file also travels inside such checkpoints.
 
 It needs transformers alone: load such a checkpoint with
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. Heads and widths are in its config.json, under
-``layer_sizes``: a field of the configuration -> its value in each layer. Projections with such biases are in
+``layer_sizes``: a field of the configuration -> its value in each layer. ``q_proj_rank`` there makes ``q_proj`` two
+linear layers, one after the other, the first one of so many outputs. Projections with such biases are in
 ``output_biases``, by their names within a layer. Earlier versions wrote widths alone, under
 ``per_layer_config``.
 """
@@ -13,6 +14,8 @@ from typing import Any
 
 from torch import nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def config_of_layer(config: Any, number: int) -> Any:
@@ -31,6 +34,20 @@ def add_output_biases(config: Any, layer: nn.Module) -> None:
         setattr(layer.get_submodule(block), projection, nn.Linear(linear.in_features, linear.out_features))
 
 
+def in_two(whole: Any, rank: int) -> nn.Sequential:
+    """Two linear layers in place of one, the first one of so many outputs; a bias is the second's."""
+    second = nn.Linear(rank, whole.out_features, bias=whole.bias is not None)
+    return nn.Sequential(nn.Linear(whole.in_features, rank, bias=False), second)
+
+
+def factorize(attention: nn.Module, own: Any) -> None:
+    """Make those projections two linear layers that the configuration of the layer gives a rank."""
+    for name in PROJECTIONS:
+        rank = getattr(own, f"{name}_rank", None)
+        if rank is not None:
+            setattr(attention, name, in_two(getattr(attention, name), rank))
+
+
 class SizesPerLayer:
     """Gives each decoder layer as many heads, an MLP as wide, and the biases that the configuration says for it."""
 
@@ -39,6 +56,7 @@ class SizesPerLayer:
         for number, layer in enumerate(self.model.layers):  # type: ignore[attr-defined]
             own = config_of_layer(config, number)
             layer.self_attn = type(layer.self_attn)(own, number)
+            factorize(layer.self_attn, own)
             layer.mlp = type(layer.mlp)(own)
             add_output_biases(config, layer)
             layer.self_attn.config = self.model.config  # type: ignore[attr-defined] # the attention that is chosen later

@@ -13,6 +13,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES, Family
 from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
 from hfprune_dist.structures.kept import Shape
+from hfprune_dist.structures.low_rank import rank_field
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER
 
 # Where a checkpoint isn't plain, this module of ours travels inside it.
@@ -39,6 +40,8 @@ def plain_group_counts(checkpoint: Checkpoint) -> list[int]:
 
 def is_plain(checkpoint: Checkpoint, shape: Shape) -> bool:
     """Whether what has such a shape can be written as a plain checkpoint."""
+    if shape.ranks:
+        return False
     values = _values(checkpoint, shape)
     is_uniform = all(len(set(row)) == 1 for row in values.values()) and not checkpoint.config.get(OUTPUT_BIASES)
     return is_uniform and _plain_type(checkpoint, values[HEADS][0]) is not None
@@ -65,6 +68,7 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
     if added or not is_plain(checkpoint, shape):
         name = checkpoint.family.pruned_class
         auto_map = {AUTO_CLASS: f"{MODELING_FILE.stem}.{name}"}
+        changed |= {rank_field(projection): list(ranks) for projection, ranks in shape.ranks.items()}
         return stated | {LAYER_SIZES: changed, "architectures": [name], "auto_map": auto_map}
     stated |= {field: row[0] for field, row in changed.items()}
     model_type = _plain_type(checkpoint, values[HEADS][0])

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.structures.low_rank import linear_modules
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class TokenCosts:
             for name, shape in shapes.items()
             if name.startswith(f"{family.layers}.") and len(shape) == 2
         }
-        query, key, value, _ = (f"{family.attention}.{name}.weight" for name in family.attention_projections)
+        names = (f"{family.attention}.{name}" for name in family.attention_projections)
+        query, key, value, _ = (f"{linear_modules(name, checkpoint.ranks)[-1]}.weight" for name in names)
         return cls(
             parameters=checkpoint.parameters,
             parameters_without_embeddings=checkpoint.parameters - outside,

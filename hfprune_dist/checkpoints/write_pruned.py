@@ -28,11 +28,28 @@ from hfprune_dist.checkpoints.weight_files import INDEX_FILE
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.low_rank import FACTORS, factor_shapes
 
 COPY_BYTES = 256 * 1024
 
 # A tensor as it is -> the tensor to write, of the same dtype.
 Transform = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A tensor of a file that is written.
+
+    Attributes:
+        name: that it gets.
+        source: name of what it is made of.
+        transform: what is done to that; None: its bytes are copied as they are.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    transform: Transform | None
 
 
 @dataclass(frozen=True)
@@ -45,12 +62,22 @@ class Changes:
         names: name -> the name that it gets; tensors without one are left out. None: all keep theirs.
         added: name of a tensor that isn't there yet -> what it is: its file, dtype and shape. ``transforms`` make it of
             an empty one.
+        parts: name -> what is written in its place, where that is several tensors.
     """
 
     transforms: Mapping[str, Transform]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     names: Mapping[str, str] | None = None
     added: Mapping[str, TensorInfo] = field(default_factory=dict)
+    parts: Mapping[str, Sequence[Written]] = field(default_factory=dict)
+
+    def of(self, name: str, info: TensorInfo) -> Sequence[Written]:
+        """What is written of a tensor, or in its place."""
+        if name in self.parts:
+            return self.parts[name]
+        new = name if self.names is None else self.names.get(name)
+        shape = self.shapes.get(name, tuple(info.shape))
+        return [] if new is None else [Written(new, name, shape, self.transforms.get(name))]
 
 
 def unit_cuts(checkpoint: Checkpoint, kept: Kept) -> dict[str, Cut]:
@@ -89,10 +116,12 @@ def write_weight_file(
 
     Args:
         replacements: tensor name, as ``checkpoint`` has it -> reads what is written in place of the cut tensor, of the
-            same shape; or as it would have it -> reads a bias, written behind the other tensors of its weight's file.
+            same shape; or as it would have it -> reads a bias, written behind the other tensors of its weight's file;
+            of a projection that is given a low rank, name of each factor -> reads it.
     """
     added = _biases_added(checkpoint, replacements or {})
     names = kept_names(checkpoint, kept.layers, added)
+    factors, biases = _factored(checkpoint, kept, names, replacements or {})
     if not any(checkpoint.tensors[name].file == file for name in names if name not in added):
         return
     cuts = unit_cuts(checkpoint, kept)
@@ -100,18 +129,42 @@ def write_weight_file(
     transforms: dict[str, Transform] = {name: cut.apply for name, cut in cuts.items()}
     for name, read in (replacements or {}).items():
         transforms[name] = partial(_replace, read)
-    stream_weight_file(checkpoint, file, Changes(transforms, shapes, names, added), target)
+    stream_weight_file(checkpoint, file, Changes(transforms, shapes, names | biases, added, factors), target)
 
 
 def _biases_added(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, TensorInfo]:
-    """What these tensors are that the checkpoint lacks: as its weights are, but vectors."""
+    """What the biases among these tensors are that the checkpoint lacks: as its weights are, but vectors."""
     added = {}
     for name in names:
-        if name not in checkpoint.tensors:
+        if name.endswith(".bias") and name not in checkpoint.tensors:
             weight = checkpoint.tensors[f"{name.removesuffix('.bias')}.weight"]
             outputs = weight.shape[0]
             added[name] = replace(weight, shape=(outputs,), bytes=weight.bytes // weight.numel * outputs)
     return added
+
+
+def _factored(
+    checkpoint: Checkpoint, kept: Kept, names: Mapping[str, str], replacements: Mapping[str, Callable[[], Tensor]]
+) -> tuple[dict[str, list[Written]], dict[str, str]]:
+    """Of projections that are given a low rank: weight's name -> its factors, bias's name -> the one that it gets."""
+    factors, biases = {}, {}
+    for projection, ranks in kept.ranks.items():
+        for layer, rank in zip(kept.layers, ranks, strict=True):
+            own = checkpoint.units.tensor(layer, projection)
+            new = names[f"{own}.weight"].removesuffix(".weight")
+            shapes = factor_shapes(checkpoint.tensors[f"{own}.weight"].shape, rank)
+            factors[f"{own}.weight"] = [
+                Written(
+                    f"{new}.{factor}.weight",
+                    f"{own}.weight",
+                    shape,
+                    partial(_replace, replacements[f"{own}.{factor}.weight"]),
+                )
+                for factor, shape in zip(FACTORS, shapes, strict=True)
+            ]
+            if f"{own}.bias" in names:
+                biases[f"{own}.bias"] = f"{new}.{FACTORS[-1]}.bias"
+    return factors, biases
 
 
 def _replace(read: Callable[[], Tensor], tensor: Tensor) -> Tensor:
@@ -125,24 +178,23 @@ def stream_weight_file(checkpoint: Checkpoint, file: str, changes: Changes, targ
     """
     every = {**checkpoint.tensors, **changes.added}
     infos = {name: info for name, info in every.items() if info.file == file}
-    if changes.names is not None:
-        infos = {name: info for name, info in infos.items() if name in changes.names}
-    transforms, path = changes.transforms, checkpoint.path / file
+    written = [it for name, info in infos.items() for it in changes.of(name, info)]
+    path = checkpoint.path / file
     with safe_open(path, framework="pt") as source, path.open("rb") as raw, (target / file).open("wb") as stream:
 
-        def transformed(name: str) -> Tensor:
+        def transformed(name: str, transform: Transform) -> Tensor:
             like = changes.added.get(name)
             tensor = source.get_tensor(name) if like is None else torch.empty(0, dtype=DTYPES[like.dtype])
-            return transforms[name](tensor).contiguous()
+            return transform(tensor).contiguous()
 
-        tensors = _one_ahead(partial(transformed, name) for name in infos if name in transforms)
-        stream.write(_header(infos, changes))
-        for name, info in infos.items():
-            if name in transforms:
+        tensors = _one_ahead(partial(transformed, it.source, it.transform) for it in written if it.transform)
+        stream.write(_header(infos, written))
+        for it in written:
+            if it.transform:
                 stream.write(next(tensors).view(torch.uint8).numpy().data)
             else:
-                raw.seek(info.offset)
-                _copy(raw, stream, info.bytes)
+                raw.seek(infos[it.source].offset)
+                _copy(raw, stream, infos[it.source].bytes)
 
 
 def _one_ahead(makers: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
@@ -158,15 +210,14 @@ def _one_ahead(makers: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
             yield waiting.result()
 
 
-def _header(infos: Mapping[str, TensorInfo], changes: Changes) -> bytes:
+def _header(infos: Mapping[str, TensorInfo], written: Sequence[Written]) -> bytes:
     """What a safetensors file begins with: the length of a JSON object, and that object."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, info in infos.items():
-        shape = changes.shapes.get(name, info.shape)
-        size = info.bytes // info.numel * math.prod(shape)
-        entry = {"dtype": info.dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        header[changes.names[name] if changes.names is not None else name] = entry
+    for it in written:
+        info = infos[it.source]
+        size = info.bytes // info.numel * math.prod(it.shape)
+        header[it.name] = {"dtype": info.dtype, "shape": list(it.shape), "data_offsets": [offset, offset + size]}
         offset += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8 bytes, as the format asks

@@ -7,10 +7,10 @@ from typing import Annotated, Literal, TypeVar, get_args
 from pydantic import AfterValidator, Field, model_validator
 
 from hfprune_dist.config.section import NumberOrShare, Positive, PositiveOrAuto, Section
-from hfprune_dist.core.criteria import CRITERIA, CriterionName
+from hfprune_dist.core.criteria import CRITERIA, SCORED_WHILE_PRUNED, CriterionName, MethodCriterion
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, Kind, Structure
 
-Allocation = Literal["uniform", "plain", "local", "global", "standardized", "searched"]
+Allocation = Literal["uniform", "plain", "local", "global", "standardized", "searched", "low_rank"]
 Refit = Literal["none", "bias", "dense", "layerwise", "block"]
 
 StructureT = TypeVar("StructureT", Kind, Structure)
@@ -38,8 +38,9 @@ Temperature = Annotated[float, Field(ge=0.01, le=100)]
 class Method(Section):
     """How scores become a smaller checkpoint. ``configs/methods`` has the ones that come with the project."""
 
-    criterion: CriterionName
-    """The score by which neurons stay: those with the highest scores."""
+    criterion: MethodCriterion
+    """The score by which neurons stay: those with the highest scores; with lorap, which the prune stage computes, also
+    the hundredth with the lowest."""
     structures: Structures = Field(default=[NEURONS])
     """What is pruned: neurons of MLPs; beside them kv_groups, the key-value heads of attention with the query heads
     that read them, and whole layers. Neurons and groups are scored; what a model loses without a layer is measured.
@@ -51,8 +52,9 @@ class Method(Section):
     KV groups; nothing is measured. global: neurons and groups of all layers compete by score per parameter; scores that
     aren't in nats are divided by their layer's mean first. standardized: they compete by scores less the layer's mean,
     in its standard deviations, whatever their size. searched: shapes around those are measured, plain ones and
-    some without whole layers as well, and the closest is taken.
-    If layers differ, loading the checkpoint needs trust_remote_code or this package."""
+    some without whole layers as well, and the closest is taken. low_rank: attention's matrices become products of two
+    of low rank, and all layers get one width, in a pass layer after layer that scores as well.
+    If layers differ, or with low_rank, loading the checkpoint needs trust_remote_code or this package."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.2
     """global, standardized, searched: the smallest share of its neurons that a layer keeps; with 0 it keeps one."""
     protect_first: NumberOrShare = 0
@@ -98,13 +100,13 @@ class Method(Section):
 
     @model_validator(mode="after")
     def _structures_and_parts_suit_the_criterion(self) -> Method:
-        criterion = CRITERIA[self.criterion]
-        if criterion.is_of_neurons and KV_GROUPS in self.structures:
+        of_neurons = any(CRITERIA[name].is_of_neurons for name in self.scored_before)
+        if of_neurons and KV_GROUPS in self.structures:
             raise ValueError(
                 f"criterion: {self.criterion} scores neurons alone, whose weights meet at the hidden channels; with "
                 f"structures: [{', '.join(self.structures)}] use another criterion, such as weight_taylor"
             )
-        if criterion.student_of is not None and (self.steps > 1 or self.round_ratio is not None):
+        if self.student_chosen_by is not None and (self.steps > 1 or self.round_ratio is not None):
             named = f"steps: {self.steps}" if self.round_ratio is None else f"round_ratio: {self.round_ratio:g}"
             raise ValueError(
                 f"criterion: {self.criterion} is of a student of the dense model, and with {named} it would be of "
@@ -119,11 +121,20 @@ class Method(Section):
                 f"steps: {self.steps} and round_ratio: {self.round_ratio:g} are two ways to say in which parts a model "
                 "is pruned; give one of them"
             )
-        if self.allocation == "plain" and (self.steps > 1 or self.round_ratio is not None):
+        if self.allocation in ("plain", "low_rank") and (self.steps > 1 or self.round_ratio is not None):
             named = f"steps: {self.steps}" if self.round_ratio is None else f"round_ratio: {self.round_ratio:g}"
             raise ValueError(
-                f"{named} needs allocation: uniform, local, global, standardized or searched; the plain shape of one "
-                "part may contain none of the next"
+                f"{named} needs allocation: uniform, local, global, standardized or searched; the "
+                f"{self.allocation} shape of one part may contain none of the next"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _criterion_suits_the_allocation(self) -> Method:
+        if (self.criterion in SCORED_WHILE_PRUNED) != (self.allocation == "low_rank"):
+            raise ValueError(
+                f"criterion: {self.criterion} and allocation: {self.allocation} don't go together; allocation: "
+                f"low_rank scores while it prunes, by {' or '.join(SCORED_WHILE_PRUNED)}, and nothing else does"
             )
         return self
 
@@ -134,6 +145,11 @@ class Method(Section):
             raise ValueError(
                 f"structures: [{named}] needs allocation: plain or searched; layers have no scores, and "
                 f"{self.allocation} measures nothing"
+            )
+        if self.allocation == "low_rank" and (self.structures != [NEURONS] or self.refit != "none"):
+            raise ValueError(
+                f"allocation: low_rank needs structures: [{NEURONS}] and refit: none, not structures: [{named}] and "
+                f"refit: {self.refit}; nothing of attention goes as a whole, and its new weights are no refit"
             )
         if self.allocation == "uniform" and self.structures != [NEURONS]:
             possible = (
@@ -158,11 +174,21 @@ class Method(Section):
             )
         return self
 
+    @property
+    def scored_before(self) -> frozenset[CriterionName]:
+        """What a calibration pass computes for it."""
+        return frozenset({self.criterion} & CRITERIA.keys())
+
+    @property
+    def student_chosen_by(self) -> CriterionName | None:
+        """The criterion whose scores choose the student that its own are of; None where there is none."""
+        return next((CRITERIA[name].student_of for name in self.scored_before), None)
+
 
 class PruneConfig(Section):
     """Settings that override those of every method; null keeps the method's (see ``Method``)."""
 
-    criterion: CriterionName | None = None
+    criterion: MethodCriterion | None = None
     structures: Structures | None = None
     allocation: Allocation | None = None
     floor: Annotated[float, Field(ge=0, le=1)] | None = None

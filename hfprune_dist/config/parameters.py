@@ -21,7 +21,7 @@ from hfprune_dist.config.method import Allocation, Kinds, Refit, Structures
 from hfprune_dist.config.section import Dtype, Section, TextSource
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
-from hfprune_dist.core.criteria import CRITERIA, CriterionName
+from hfprune_dist.core.criteria import CRITERIA, CriterionName, MethodCriterion
 from hfprune_dist.structures import NEURONS
 
 # What a text source says of a data set of the hub.
@@ -166,7 +166,7 @@ class PruneParameters(Parameters):
     """
 
     ratio: float
-    criterion: CriterionName
+    criterion: MethodCriterion
     allocation: Allocation
     refit: Refit
     multiple_of: int
@@ -184,7 +184,7 @@ class PruneParameters(Parameters):
 
     def forward_pass(self) -> tuple[Dtype, int]:
         """Compute dtype and windows per forward pass of one rank, of a cut for which a model runs."""
-        assert self.dtype is not None and self.micro_batch_size is not None, "planned without a refit or a search"
+        assert self.dtype is not None and self.micro_batch_size is not None, "planned as one for which none runs"
         return self.dtype, self.micro_batch_size
 
     def protected(self) -> tuple[int, int]:

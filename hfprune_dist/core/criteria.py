@@ -276,3 +276,16 @@ if TYPE_CHECKING:
     CriterionName = str
 else:
     CriterionName = Literal[tuple(CRITERIA)]
+
+# Criteria by which the prune stage itself scores neurons, layer after layer, in the model as it is pruned so far.
+SCORED_WHILE_PRUNED = {
+    "lorap": "norms of the neuron's weights times those of what they read, added up; the hundredth that scores lowest "
+    "stays all the same (the code of LoRAP, ICML 2024)",
+    "lorap_highest": "as lorap, but all that stay are those that score highest",
+}
+
+# The name of what a method may score by.
+if TYPE_CHECKING:
+    MethodCriterion = str
+else:
+    MethodCriterion = Literal[(*CRITERIA, *SCORED_WHILE_PRUNED)]

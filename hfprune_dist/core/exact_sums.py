@@ -58,7 +58,19 @@ class GramScale:
 
     def holds(self, term_DD: Tensor) -> Tensor:
         """Whether a term can be added: a bool, on its device, False also where it is not finite."""
-        return (term_DD.diagonal().double() <= self._limit_D).all()
+        return self.holds_squares(term_DD.diagonal())
+
+    def holds_squares(self, diagonal_D: Tensor) -> Tensor:
+        """The same of a term of which this is the diagonal."""
+        return (diagonal_D.double() <= self._limit_D).all()
+
+    def rounded_squares(self, diagonal_D: Tensor) -> Tensor:
+        """What is added to a total's diagonal for that of a term."""
+        return diagonal_D.double().mul(self._scale_D).mul_(self._scale_D).round_().to(torch.int64)
+
+    def squares_of(self, total_D: Tensor) -> Tensor:
+        """What the diagonal of a total stands for, float64."""
+        return total_D.double().div_(self._scale_D).div_(self._scale_D)
 
     def add(self, term_DD: Tensor, total_DD: Tensor) -> None:
         """Add a term that this scale ``holds``, float32 or float64, to an int64 total."""
@@ -207,3 +219,33 @@ class ExactSum:
     def value(self) -> Tensor:
         """The sum, float64."""
         return self._scale.value_of(self.total)
+
+
+class ExactSquares:
+    """The sum over many terms of squares, channel by channel, as integers: the diagonal alone of an ``ExactGram``.
+
+    Args:
+        first_D: one term that all ranks agree on; it decides the scale.
+        terms: number of terms of the whole sum.
+
+    Attributes:
+        total_D: int64; add the totals of all ranks to get the whole sum.
+    """
+
+    def __init__(self, first_D: Tensor, terms: int) -> None:
+        self._scale = GramScale(first_D, terms)
+        self.total_D = torch.zeros(len(first_D), dtype=torch.int64, device=first_D.device)
+
+    def add(self, term_D: Tensor) -> None:
+        """Add one term, float64 [channels].
+
+        Raises:
+            ExactOverflowError: where it is out of range or not finite; the sum is left as it was.
+        """
+        if not bool(self._scale.holds_squares(term_D)):
+            raise ExactOverflowError(OUT_OF_RANGE)
+        self.total_D += self._scale.rounded_squares(term_D)
+
+    def value(self) -> Tensor:
+        """The sum, float64."""
+        return self._scale.squares_of(self.total_D)

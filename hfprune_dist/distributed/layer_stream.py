@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.distributed.gram_sums import Grams, GramSums, is_held_out
+from hfprune_dist.distributed.gram_sums import Grams, GramSums, SquareSums, is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_states import LayerStates
 from hfprune_dist.distributed.mean_sums import MeanSums
 from hfprune_dist.distributed.whole_model_probe import TOLERANCES, Guard, Probe, refuse_departure, relative_error
 from hfprune_dist.distributed.world import World
-from hfprune_dist.models.single_layer import LayerReader, input_of, mlp_of, output_of, part_of, run
+from hfprune_dist.models.single_layer import LayerReader, input_of, linear_of, mlp_of, output_of, part_of, run
 from hfprune_dist.structures.units import Units
 
 HIDDEN = "hidden"
@@ -224,6 +224,31 @@ class LayerStream:
         self._hidden.update(self._transfers.to_host(self._summed(layer, projections, sums)))
         for of_kind in sums:
             of_kind.begin()
+
+    def squares(self, number: int, layer: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+        """Add up the squares of what some linear modules of a layer read, and stay before it; collective.
+
+        Args:
+            names: of the modules within the layer.
+
+        Returns:
+            Name -> float64 [channels], over all tokens of all ranks' windows, on the device.
+
+        Raises:
+            UserError: as ``SquareSums.add`` does.
+        """
+        modules = [linear_of(layer, name) for name in names]
+        sums = [SquareSums(number, it.in_features, self._count, self._world) for it in modules]
+        for _, hidden_BTC in self.standing():
+            with ExitStack() as observers:
+                seen = [observers.enter_context(_inputs_of(module)) for module in modules]
+                run(layer, hidden_BTC)
+            for of_module, inputs in zip(sums, seen, strict=True):
+                of_module.add(inputs.pop().flatten(0, 1))
+            del hidden_BTC
+        for of_module in sums:
+            of_module.begin()
+        return {name: of_module.of_all_ranks() for name, of_module in zip(names, sums, strict=True)}
 
     def _summed(
         self, layer: nn.Module, projections: Sequence[nn.Module], sums: Sequence[_Sums]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.modeling_pruned import add_output_biases, config_of_layer
+from hfprune_dist.checkpoints.modeling_pruned import add_output_biases, config_of_layer, factorize
 from hfprune_dist.checkpoints.read_tensors import read_tensor
 from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.selection import entries_of
@@ -79,11 +79,11 @@ class LayerReader:
         """``layer``, of which the weights were read before."""
         family = self._checkpoint.family
         with ONE_AT_A_TIME, torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                self._layer_config(number), dtype=self._dtype, attn_implementation="sdpa"
-            )
+            config = self._layer_config(number)
+            model = AutoModelForCausalLM.from_config(config, dtype=self._dtype, attn_implementation="sdpa")
+            body: nn.Module = family.body_of(model)
+            factorize(body.get_submodule(f"{LAYER}.{family.attention}"), config)
             add_output_biases(self._config, family.layers_of(model)[0])
-        body: nn.Module = family.body_of(model)
         body.norm = nn.Identity()
         body.embed_tokens = None  # type: ignore[assignment]
         body.rotary_emb = type(body.rotary_emb)(body.config)  # its buffers are computed, not read
@@ -177,9 +177,14 @@ def part_of(layer: nn.Module, name: str) -> nn.Module:
     return layer.get_submodule(f"{LAYER}.{name}")
 
 
+def linear_of(layer: nn.Module, name: str) -> nn.Linear:
+    """A projection of such a layer, by its name within it."""
+    return cast("nn.Linear", part_of(layer, name))
+
+
 def output_of(layer: nn.Module, units: Units) -> nn.Linear:
     """The output projection of such a layer, which reads the units' channels."""
-    return cast("nn.Linear", layer.get_submodule(f"{LAYER}.{units.output}"))
+    return linear_of(layer, units.output)
 
 
 def weights_kept(layer: nn.Module, units: Units, kept: Tensor | None = None) -> dict[str, Tensor]:

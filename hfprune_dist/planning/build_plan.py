@@ -33,7 +33,7 @@ from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.scoring_passes import (
     Scored,
     check_criteria,
-    first_criterion,
+    first_criteria,
     importance_parameters,
     part_of,
     pass_parameters,
@@ -109,7 +109,7 @@ class _Planner:
             check_ratios(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
         _check_positions(self.config.efficiency, model)
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
-        needed = {first_criterion(method) for method in self.methods.values()}
+        needed = {criterion for method in self.methods.values() for criterion in first_criteria(method)}
         pruned = {structure for method in self.methods.values() for structure in method.structures}
         biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
         scored = Scored(needed.union(self.config.importance.criteria), kinds_among(pruned), biased)
@@ -160,7 +160,7 @@ class _Planner:
         scored = scored_for(method, biased=importance_parameters(importance).biases is not None)
         student = student_of(method, ratio)
         if student is not None:
-            chosen_by = Scored(frozenset([first_criterion(method)]), [NEURONS])
+            chosen_by = Scored(first_criteria(method), [NEURONS])
             inputs = {"model": dense, "student": part_of(importance, chosen_by)}
             chain.append(self._importance(f"{label} student", inputs, scored, student))
         rounds = round_ratios(method, ratio)
@@ -190,7 +190,7 @@ class _Planner:
 
     def _prune(self, label: str, inputs: dict[str, Input], ratio: float, method: Method) -> Stage:
         # Windows go through the model again.
-        runs_model = method.refit != "none" or method.allocation in ("plain", "searched")
+        runs_model = method.refit != "none" or method.allocation in ("plain", "searched", "low_rank")
         params = PruneParameters(
             ratio=ratio,
             **_effective(method),
@@ -306,7 +306,8 @@ def _tells_layers_apart(method: Method) -> bool:
 
 def _effective(method: Method) -> dict[str, Any]:
     """The settings of a method that affect what one prune stage does; others make stages of their own."""
-    idle = {"floor", "protect_first", "protect_last"} if method.allocation in ("uniform", "plain") else set()
+    limited = method.allocation in ("local", "global", "standardized", "searched")
+    idle = set() if limited else {"floor", "protect_first", "protect_last"}
     idle |= {"floor"} if method.allocation == "local" else set()
     idle |= set() if KV_GROUPS in method.structures else {"tensor_parallel"}
     return method.model_dump(exclude=idle | {"steps", "round_ratio", "distill", *OF_A_STUDENT})

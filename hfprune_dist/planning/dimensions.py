@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Dimensions:
-    """A decoder's dimensions, as they decide memory and work."""
+    """A decoder's dimensions, as they decide memory and work.
+
+    ``ranks``: of attention's query, key, value and output projections, 0 where one is whole; empty where all are.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -19,6 +22,7 @@ class Dimensions:
     head_size: int
     vocabulary: int
     tied: bool
+    ranks: tuple[int, ...] = ()
 
     @property
     def attention_size(self) -> int:
@@ -27,7 +31,17 @@ class Dimensions:
 
     @property
     def attention_parameters(self) -> int:
-        return self.hidden_size * self.head_size * (2 * self.num_heads + 2 * self.num_key_value_heads)
+        if not self.ranks:
+            return sum(self._attention_weights)
+        sides = (weight // self.hidden_size + self.hidden_size for weight in self._attention_weights)
+        matrices = zip(self._attention_weights, self.ranks, sides, strict=True)
+        return sum(rank * side if rank else weight for weight, rank, side in matrices)
+
+    @property
+    def _attention_weights(self) -> list[int]:
+        """Sizes of whole matrices: query, key, value, output."""
+        heads = self.num_heads, self.num_key_value_heads, self.num_key_value_heads, self.num_heads
+        return [self.hidden_size * self.head_size * it for it in heads]
 
     def layer_weights(self, *, attention: bool) -> list[int]:
         """Sizes of one layer's matrices: of the MLP, then those of attention if they are asked for."""

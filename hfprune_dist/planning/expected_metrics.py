@@ -19,13 +19,14 @@ from hfprune_dist.config.parameters import (
     ReferenceParameters,
 )
 from hfprune_dist.planning.known_sizes import packed_rows
+from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.plain_shapes import LAYERS_OF_A_STEP, plain_shapes
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.search_work import FINALISTS
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.store.stage import Stage
-from hfprune_dist.structures import KV_GROUPS, LAYERS
+from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
 
 # core.width_search: shapes that are measured around two centres, two on each of four axes; the first and the last.
 SEARCHED = 2 * 2 * 4 + 2
@@ -80,6 +81,8 @@ class ExpectedManifests:
         if params.allocation == "uniform":
             width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()
             return dense.units.sizes([width] * size.num_layers)
+        if params.allocation == "low_rank":
+            return _low_rank(dense, params, stage.label)
         gone = params.ratio * size.parameters / size.parameters_per_unit / sum(size.counts)
         told = dense.units.sizes([max(1, round(count * (1 - gone))) for count in size.counts])
         return told | (_searched(size.num_layers, params) if params.allocation == "searched" else {})
@@ -105,6 +108,12 @@ def _plain(dense: Checkpoint, params: PruneParameters, where: str) -> dict[str, 
         "search_kl": dict.fromkeys(names),
         "finalists_kl": dict.fromkeys(finalists),
     }
+
+
+def _low_rank(dense: Checkpoint, params: PruneParameters, where: str) -> dict[str, Any]:
+    shape = LowRankTarget(ShapeTarget.of(dense, params, where)).shape()
+    ranks = {name.rpartition(".")[2]: row[0] for name, row in shape.ranks.items()}
+    return dense.units.sizes(shape.units[NEURONS]) | {"attention_ranks": ranks}
 
 
 def _searched(num_layers: int, params: PruneParameters) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from hfprune_dist.planning.gathering import attention_flops, gathered_at_a_time,
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory, Work
 from hfprune_dist.planning.layer_pass_footprint import (
+    LowRank,
     Reference,
     Refit,
     memory_of_layer_pass,
@@ -272,6 +273,7 @@ class Train:
         hidden, inner = dims.hidden_size, dims.intermediate_size
         heads, groups = dims.num_heads * dims.head_size, dims.num_key_value_heads * dims.head_size
         sides = 2 * (hidden + heads) + 2 * (hidden + groups) + 3 * (hidden + inner)
+        sides += 2 * sum(dims.ranks)  # of one of low rank, each factor gets an adapter
         return dims.num_layers * self.rank * sides
 
     def layer_bytes(self, dims: Dimensions, *, sharded: bool) -> int:
@@ -339,7 +341,7 @@ class Evaluate:
 # What is known to be bound by products in the compute dtype, or by gathers.
 TimedJob = Importance | Train | Evaluate
 # What has a layer at a time on each rank.
-LayerPass = Refit | Reference
+LayerPass = Refit | LowRank | Reference
 Job = TimedJob | LayerPass | Generate
 
 

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
+from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import target_of, with_numbers
 from hfprune_dist.planning.plain_shapes import plain_shapes, ratio_of
 from hfprune_dist.planning.rounds import local_shapes
@@ -76,6 +77,8 @@ def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str
         return _plain(target)
     if method.allocation == "local":
         return _local(target, local_shapes(settled, checkpoint, ratio, where)[-1])
+    if method.allocation == "low_rank":
+        return _low_rank(LowRankTarget(target))
     return KnownShape(
         layers=None if LAYERS in method.structures else Span.of([checkpoint.num_layers]),
         kv_heads=None if KV_GROUPS in method.structures else _kv_heads(checkpoint),
@@ -110,6 +113,12 @@ def _local(target: ShapeTarget, shape: Shape) -> KnownShape:
         width=Span.of(shape.units[NEURONS]),
         reached=Span.of([target.counts.ratio(shape)]),
     )
+
+
+def _low_rank(target: LowRankTarget) -> KnownShape:
+    shape, checkpoint = target.shape(), target.asked.checkpoint
+    reached = Span.of([target.asked.counts.ratio(shape)])
+    return KnownShape(Span.of([len(shape.layers)]), _kv_heads(checkpoint), Span.of(shape.units[NEURONS]), reached)
 
 
 def _kv_heads(checkpoint: Checkpoint) -> Span[int]:

@@ -12,6 +12,8 @@ from hfprune_dist.planning.gpu_needs import Memory
 # distributed.layer_stream: for each number of a Gram matrix two exact sums, in 8 bytes each; or the two matrices that
 # are made of them; and what is added to them.
 GRAMS_BYTES, TERM_BYTES = 16, 20
+# core.low_rank: of each number of W W^T, in float64: it, its eigenvectors and what finds them.
+EIGENVECTORS_BYTES = 5 * 8
 # core.gauss_newton: for each number of activations' Gram matrix, while it is inverted, and afterwards; for each
 # weight of an MLP the vectors of conjugate gradients and where steps begin.
 INVERSE_BYTES, INVERTED_BYTES, STEP_BYTES = 36, 12, 60
@@ -107,6 +109,34 @@ class Refit:
         weights = 3 * kept * dims.hidden_size
         inverting, iterating = INVERSE_BYTES * kept**2, INVERTED_BYTES * kept**2 + STEP_BYTES * weights
         return 16 * kept**2 + max(inverting, iterating) + linearized
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The same of a pass in which attention gets matrices of low rank: one model's windows, and eigenvectors."""
+
+    windows: int
+    tokens: int
+    samples: int
+    itemsize: int = 2
+
+    def resized(self, windows: int) -> LowRank:
+        """The same with so many windows in a micro-batch."""
+        return replace(self, windows=windows)
+
+    def host_bytes(self, dims: Dimensions, ranks: int) -> int:
+        """Main memory of one rank: its windows' hidden states, and one micro-batch's of the whole model."""
+        whole = self.windows * self.tokens * dims.hidden_size * self.itemsize
+        return Reference(self.windows, self.tokens, self.samples, self.itemsize).host_bytes(dims, ranks) + whole
+
+    def memory(self, dims: Dimensions, ranks: int) -> Memory:
+        """On one rank: of the windows' pass, in float64 of what they read, and of the largest matrix's eigenvectors."""
+        layer_pass = memory_of_layer_pass(dims, self.windows * self.tokens, self.itemsize, [])
+        squares = 8 * 2 * self.windows * self.tokens * max(dims.intermediate_size, dims.attention_size)
+        rows = max(dims.hidden_size, dims.attention_size)
+        solving = EIGENVECTORS_BYTES * rows**2 + 8 * 2 * rows * max(dims.hidden_size, dims.attention_size)
+        factors = 8 * 2 * dims.attention_parameters
+        return replace(layer_pass, sums=max(squares, solving + factors))
 
 
 @dataclass(frozen=True)

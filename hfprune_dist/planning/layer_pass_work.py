@@ -193,6 +193,26 @@ def inverse(size: int) -> float:
     return cholesky(size) + 2 * size**3 / 3
 
 
+def low_rank(dense: ModelShape, kept: ModelShape, windows: Windows) -> Operations:
+    """Of compressing a model layer after layer: the windows go through each layer as it is and as it becomes, one
+    micro-batch through it as it is once more; and of the factors of its attention, which ranks share.
+    """
+    alone = min(windows.micro_batch, windows.count) * windows.length
+    flops = Operations((windows.tokens + alone) * forward_of_all(dense, windows.length))
+    flops += Operations(windows.tokens * forward_of_all(kept, windows.length))
+    for dims in kept.layers:
+        outputs = [it * dims.head_size for it in (dims.num_heads, *[dims.num_key_value_heads] * 2)]
+        sizes = [*((it, dims.hidden_size) for it in outputs), (dims.hidden_size, dims.attention_size)]
+        found = (factors(*size, rank) for size, rank in zip(sizes, dims.ranks, strict=True) if rank)
+        flops += Operations(float64=sum(found))
+    return flops
+
+
+def factors(outputs: int, inputs: int, rank: int) -> float:
+    """Of W W^T, about nine cubes for its eigenvectors, and a factor's product with W."""
+    return 2 * outputs**2 * inputs + 9 * outputs**3 + 2 * rank * outputs * inputs
+
+
 def elimination(outputs: int, channels: int) -> float:
     """Of removing all channels one after another (core.elimination): the inverse of their Gram matrix, W^T F W, and
     the products that shrink both matrices, 64 channels at a time; rows that are read meanwhile are corrected by the

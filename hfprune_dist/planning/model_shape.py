@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hfprune_dist.checkpoints.families import ATTENTION
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
 from hfprune_dist.structures.units import plural_of, read_counts
 
@@ -46,7 +47,9 @@ class ModelShape:
         """
         count = told.get("num_hidden_layers") or len(self.layers)
         by_layer = {ours: told[plural_of(field)] for field, ours in _OF_LAYERS.items() if told.get(plural_of(field))}
-        return self._of_layers([replace(dims, num_layers=count) for dims in self.layers[:count]], by_layer)
+        told_ranks = told.get("attention_ranks") or {}
+        ranks = tuple(told_ranks.get(name, 0) for name in ATTENTION) if told_ranks else ()
+        return self._of_layers([replace(dims, num_layers=count, ranks=ranks) for dims in self.layers[:count]], by_layer)
 
     @classmethod
     def _of_layers(cls, layers: list[Dimensions], by_layer: Mapping[str, Any]) -> ModelShape:

@@ -12,6 +12,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.local_shapes import LocalTarget
+from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, ratio_of
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
@@ -80,13 +81,16 @@ def _suits(multiple_of: int, method: Method, checkpoint: Checkpoint, ratio: floa
     finest = target_of(method.model_copy(update={"multiple_of": 1}), checkpoint, ratio, where)
     target = replace(finest, multiple_of=multiple_of)
     if method.allocation == "local":
-        return _suits_locally(LocalTarget(target, *protected_by(method)))
+        return _suits_alone(LocalTarget(target, *protected_by(method)))
+    if method.allocation == "low_rank":
+        return _suits_alone(LowRankTarget(target))
     shapes = all_plain_shapes(target)
     as_many = len(shapes) == len(all_plain_shapes(finest)) > 0
     return as_many and all(ratio_of(target, shape) <= ratio + MOST_BEYOND for shape in shapes)
 
 
-def _suits_locally(target: LocalTarget) -> bool:
+def _suits_alone(target: LocalTarget | LowRankTarget) -> bool:
+    """Of what asks for one shape."""
     try:
         reached = target.asked.counts.ratio(target.shape())
     except UserError:

@@ -9,6 +9,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import Limits, budget_of
+from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import protected_by, target_of, with_numbers
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.rounds import local_shapes, round_ratios
@@ -16,6 +17,7 @@ from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.students import check_student
 from hfprune_dist.planning.widths import ModelSize, Target, size_of
 from hfprune_dist.structures import KV_GROUPS, NEURONS
+from hfprune_dist.structures.low_rank import rank_field
 
 
 def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method, where: str) -> None:
@@ -25,7 +27,12 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
         UserError: telling the largest ratio that it can reach, or which two are the same; or that layers differ, where
             the method makes all alike.
     """
-    if method.allocation in ("uniform", "plain") and not checkpoint.is_uniform:
+    if checkpoint.ranks:
+        raise UserError(
+            f"{where}: its attention has matrices of low rank ({', '.join(map(rank_field, checkpoint.ranks))} in "
+            "config.json), so it has been pruned already; prune the model that it came from, at a larger ratio"
+        )
+    if method.allocation in ("uniform", "plain", "low_rank") and not checkpoint.is_uniform:
         raise UserError(
             f"{where}: its layers differ in width or in heads, so it has been pruned already; allocation: "
             f"{method.allocation} makes them alike. Use a method whose allocation is local, global, standardized or "
@@ -66,10 +73,19 @@ def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: M
     if method.multiple_of == "auto":
         multiples = [(ratio, with_numbers(method, checkpoint, ratio, where).multiple_of) for ratio in ratios]
         told.append(f"{where}: multiple_of is {', '.join(f'{multiple} at {ratio:g}' for ratio, multiple in multiples)}")
+    if method.allocation == "low_rank":
+        told += [_told_of_ranks(checkpoint, ratio, method, where) for ratio in ratios]
     if KV_GROUPS in method.structures:
         largest = min(_largest_split(checkpoint, ratio, method, where) for ratio in ratios)
         told.append(f"{where}: the largest prune.tensor_parallel that works is {largest}")
     return told
+
+
+def _told_of_ranks(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> str:
+    settled = with_numbers(method, checkpoint, ratio, where)
+    shape = LowRankTarget(target_of(settled, checkpoint, ratio, where)).shape()
+    ranks = ", ".join(f"{rank_field(name)} {row[0]}" for name, row in shape.ranks.items())
+    return f"{where}: at {ratio:g}, in every layer {ranks}; attention's other matrices stay whole"
 
 
 def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
@@ -96,6 +112,9 @@ def _deciding_numbers(checkpoint: Checkpoint, ratio: float, method: Method, wher
     target = target_of(method, checkpoint, ratio, where)
     if method.allocation == "plain":
         return tuple(plain_shapes(target))
+    if method.allocation == "low_rank":
+        shape = LowRankTarget(target).shape()
+        return *shape.ranks.items(), *shape.units.items()
     if method.structures == [NEURONS]:
         return _widths(size_of(checkpoint), target, method)
     # The smallest step is one of a layer's width.

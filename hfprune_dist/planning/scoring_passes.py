@@ -28,12 +28,14 @@ class Scored:
 
 def scored_for(method: Method, *, biased: bool) -> Scored:
     """What the scores that a method prunes by are."""
-    return Scored(frozenset([method.criterion]), kinds_among(method.structures), biased)
+    return Scored(method.scored_before, kinds_among(method.structures), biased)
 
 
-def first_criterion(method: Method) -> CriterionName:
-    """The criterion by which a method needs the dense model scored: its own, or that which chooses its student."""
-    return CRITERIA[method.criterion].student_of or method.criterion
+def first_criteria(method: Method) -> frozenset[CriterionName]:
+    """The criterion by which a method needs the dense model scored: its own, or that which chooses its student; none
+    where it scores while it prunes.
+    """
+    return frozenset(CRITERIA[name].student_of or name for name in method.scored_before)
 
 
 def pass_parameters(
@@ -87,11 +89,13 @@ def check_criteria(config: SweepConfig, methods: Mapping[str, Method]) -> None:
                 f"importance.criteria: {name} scores a student that a method chooses by {chosen_by}; prune by it "
                 "instead, as the method sdmprune does"
             )
-    criteria = {*config.importance.criteria, *map(first_criterion, methods.values())}
+    criteria = {*config.importance.criteria}.union(*map(first_criteria, methods.values()))
     if config.calibration.settled is None or any(CRITERIA[name].has_halves for name in criteria):
         return
+    of_none = {method.criterion for method in methods.values() if not method.scored_before}
+    named = ", ".join(sorted(criteria | of_none))
     able = [name for name, it in CRITERIA.items() if it.has_halves and it.student_of is None]
     raise UserError(
-        f"calibration.settled: by {', '.join(sorted(criteria))} alone nobody can tell when what is kept has settled; "
+        f"calibration.settled: by {named} alone nobody can tell when what is kept has settled; "
         f"set it to null, or add to importance.criteria one of {', '.join(able)}"
     )

@@ -27,6 +27,7 @@ from hfprune_dist.planning.layer_pass_work import (
     dense_refit,
     forward_of_all,
     gram,
+    low_rank,
     second_moments,
     sequential_refit,
 )
@@ -131,11 +132,13 @@ class StageCosts:
     def _prune(self, stage: Stage, params: PruneParameters, metrics: Mapping[str, Any]) -> Cost:
         """Of a search and of the refit of what is written; of scores alone nothing."""
         searches = params.allocation in ("plain", "searched")
-        if params.refit == "none" and not searches:
+        if params.refit == "none" and not searches and params.allocation != "low_rank":
             return NOTHING
         model = self.shape(stage)
         dense = self._dense(stage)
         kept, windows, flops = dense.pruned(metrics), self._calibration(stage), NO_OPERATIONS
+        if params.allocation == "low_rank":
+            return Cost(windows.tokens, low_rank(dense, kept, windows))
         if searches:
             flops += Search(params, model, dense, kept, windows, metrics).operations()
         kv_groups = KV_GROUPS in params.structures

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import StudentParameters
-from hfprune_dist.core.criteria import CRITERIA, lacking
+from hfprune_dist.core.criteria import lacking
 from hfprune_dist.errors import UserError
 
 # Ratio -> the teacher's share of the loss, and its temperature, as SDMPrune has them (arXiv 2506.11120; its code's
@@ -17,7 +17,7 @@ def student_of(method: Method, ratio: float) -> StudentParameters | None:
     """Of a method whose criterion is of such a student; what it leaves open is as published for the nearest ratio, of
     two the smaller.
     """
-    if CRITERIA[method.criterion].student_of is None:
+    if method.student_chosen_by is None:
         return None
     share, temperature = PUBLISHED[min(PUBLISHED, key=lambda it: (round(abs(it - ratio), 12), it))]
     return StudentParameters(
@@ -33,7 +33,7 @@ def check_student(checkpoint: Checkpoint, ratio: float, method: Method, where: s
     Raises:
         UserError: telling what the student lacks.
     """
-    if CRITERIA[method.criterion].student_of is None:
+    if method.student_chosen_by is None:
         return
     gone = sum(lacking(count, method.student_lacks) for count in checkpoint.units.counts)
     least = gone * checkpoint.parameters_per_unit / checkpoint.parameters

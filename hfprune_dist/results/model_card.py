@@ -111,7 +111,9 @@ def _sizes(shape: Mapping[str, Any]) -> str | None:
         "num_key_value_heads": "key-value heads",
         "intermediate_size": "`intermediate_size`",
     }
-    return ", ".join(f"{title} {size}" for key, title in titles.items() if (size := _size(shape, key))) or None
+    told = [f"{title} {size}" for key, title in titles.items() if (size := _size(shape, key))]
+    told += [f"rank of `{name}` {rank}" for name, rank in (shape.get("attention_ranks") or {}).items()]
+    return ", ".join(told) or None
 
 
 def _size(shape: Mapping[str, Any], field: str) -> str | None:
@@ -155,6 +157,15 @@ def _datasets(subject: Subject) -> set[str]:
     return {text["dataset"] for text in texts if text.get("dataset") and not Path(text["dataset"]).is_absolute()}
 
 
+def _why_code(subject: Subject) -> str:
+    """What of a checkpoint transformers has no class for."""
+    if subject.shape.get("attention_ranks"):
+        return "Its attention has matrices of low rank"
+    if any(it.params.to_json().get("refit") == "bias" for it in subject.stages if it.kind == "prune"):
+        return "Its output projections have biases, and layers may differ in their sizes"
+    return "Its layers differ in their sizes"
+
+
 def _how_to_load(subject: Subject) -> str:
     code = ", trust_remote_code=True" if NEEDS_CODE in subject.files else ""
     lines = [
@@ -165,10 +176,8 @@ def _how_to_load(subject: Subject) -> str:
     ]
     text = "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```"
     if code:
-        biases = any(it.params.to_json().get("refit") == "bias" for it in subject.stages if it.kind == "prune")
-        what = "Its output projections have biases, and layers may" if biases else "Its layers"
-        text += f"\n\n{what} differ in their sizes, for which transformers has no class: `trust_remote_code` loads "
-        text += f"the one in `{NEEDS_CODE}`."
+        text += f"\n\n{_why_code(subject)}, for which transformers has no class: `trust_remote_code` loads the one in "
+        text += f"`{NEEDS_CODE}`."
     if subject.trained_on:
         before = "base model" if subject.cell.ratio is None else "pruned model before it"
         text += "\n\nWhat the fine-tuning added is part of these weights. Where they were made, `adapter/` beside them "

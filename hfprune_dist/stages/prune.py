@@ -11,6 +11,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.kept_file import digest_of_kept, write_kept
 from hfprune_dist.checkpoints.pruned_config import parameters_of_biases, pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
+from hfprune_dist.stages.prune_low_rank import decide_low_rank
 from hfprune_dist.stages.prune_plain import decide_plain
 from hfprune_dist.stages.prune_refit import (
     Context,
@@ -50,6 +51,9 @@ def run(context: Context) -> None:
 def _decide(context: Context, checkpoint: Checkpoint, dense: Checkpoint) -> tuple[Kept, Replacements, dict[str, Any]]:
     """What stays, new weights for it, and metrics."""
     params = context.params
+    if params.allocation == "low_rank":
+        kept, replacements, told = decide_low_rank(context, checkpoint)
+        return _agreed(context, kept), replacements, told
     stored = load_file(context.input_path("importance") / SCORES)
     kinds = [units.kind for units in pruned_kinds(context, checkpoint)]
     scores = {kind: scores_of_layers(stored, params.criterion, kind) for kind in kinds}

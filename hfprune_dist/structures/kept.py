@@ -20,10 +20,12 @@ class Shape:
         layers: numbers of the layers that stay, ascending.
         units: kind -> how many units each of these layers keeps, aligned with ``layers``. A kind that isn't named
             stays whole.
+        ranks: name within a layer of a projection of low rank (``low_rank``) -> its rank in each of these layers.
     """
 
     layers: tuple[int, ...]
     units: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def counts(self, units: Units) -> tuple[int, ...]:
         """Units of a kind that each staying layer keeps.
@@ -48,10 +50,12 @@ class Kept:
         layers: numbers of the layers that stay, ascending.
         units: kind -> what each of these layers keeps, aligned with ``layers``: ascending int64 indices of units. A
             kind that isn't named stays whole.
+        ranks: as in ``Shape``.
     """
 
     layers: tuple[int, ...]
     units: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def of_all_layers(cls, units: Mapping[str, Sequence[Tensor]]) -> Kept:
@@ -65,7 +69,8 @@ class Kept:
     @property
     def shape(self) -> Shape:
         """How much it is."""
-        return Shape(self.layers, {kind: tuple(len(row) for row in rows) for kind, rows in self.units.items()})
+        units = {kind: tuple(len(row) for row in rows) for kind, rows in self.units.items()}
+        return Shape(self.layers, units, self.ranks)
 
     def of_layer(self, layer: int, kind: str) -> Tensor:
         """The units that a staying layer keeps of a kind that is named."""
@@ -79,7 +84,7 @@ class Kept:
         """
         kinds = [*earlier.units, *(kind for kind in self.units if kind not in earlier.units)]
         layers = tuple(earlier.layers[layer] for layer in self.layers)
-        return Kept(layers, {kind: self._numbered(kind, earlier) for kind in kinds})
+        return Kept(layers, {kind: self._numbered(kind, earlier) for kind in kinds}, self.ranks)
 
     def _numbered(self, kind: str, earlier: Kept) -> list[Tensor]:
         if kind not in earlier.units:

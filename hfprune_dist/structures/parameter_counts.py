@@ -18,17 +18,19 @@ class ParameterCounts:
         total: of the whole model; a head tied to the embedding counts once.
         layers: of each layer, norms and biases included.
         units: kind -> of one unit, the same in every layer.
+        shapes: of the model's tensors.
     """
 
     total: int
     layers: tuple[int, ...]
     units: Mapping[str, int]
     structures: Mapping[str, Units]
+    shapes: Mapping[str, Sequence[int]]
 
     def of(self, shape: Shape) -> int:
         """Of the model with such a shape."""
-        outside = self.total - sum(self.layers)
-        return outside + sum(self.layers[layer] for layer in shape.layers) - sum(map(sum, self._gone(shape)))
+        outside, gone = self.total - sum(self.layers), sum(map(sum, self._gone(shape))) + self._factored(shape)
+        return outside + sum(self.layers[layer] for layer in shape.layers) - gone
 
     def ratio(self, shape: Shape) -> float:
         """The share of the model's parameters that such a shape lacks."""
@@ -43,6 +45,16 @@ class ParameterCounts:
             ]
             for kind, units in self.structures.items()
         ]
+
+    def _factored(self, shape: Shape) -> int:
+        """What goes with matrices of which factors are left."""
+        units = next(iter(self.structures.values()))
+        gone = 0
+        for projection, ranks in shape.ranks.items():
+            for layer, rank in zip(shape.layers, ranks, strict=True):
+                outputs, inputs = self.shapes[units.tensor(layer, f"{projection}.weight")]
+                gone += outputs * inputs - rank * (outputs + inputs)
+        return gone
 
 
 def count_parameters(
@@ -62,4 +74,4 @@ def count_parameters(
         if name.startswith(f"{units.layers}."):
             of_layers[int(name.removeprefix(f"{units.layers}.").partition(".")[0])] += size
     per_unit = {kind: it.parameters_per_unit(shapes) for kind, it in structures.items()}
-    return ParameterCounts(sum(sizes.values()), tuple(of_layers), per_unit, structures)
+    return ParameterCounts(sum(sizes.values()), tuple(of_layers), per_unit, structures, shapes)

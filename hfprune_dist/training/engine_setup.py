@@ -107,7 +107,7 @@ def load_trainable_model(task: FineTuning) -> nn.Module:
         r=task.settings.rank,
         lora_alpha=task.settings.alpha,
         lora_dropout=task.settings.dropout,
-        target_modules=lora_targets(task.checkpoint.family),
+        target_modules=lora_targets(task.checkpoint.family, task.checkpoint.ranks),
     )
     adapted: nn.Module = get_peft_model(model, adapter, autocast_adapter_dtype=False)
     if task.start is not None:

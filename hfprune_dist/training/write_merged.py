@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.lora_adapter import merge_weight_file, read_adapter, write_adapter
+from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
 from hfprune_dist.checkpoints.write_pruned import write_companions
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.distributed.world import World
@@ -20,7 +20,8 @@ LOSSES = "loss.jsonl"
 
 def write_trained(checkpoint: Checkpoint, trained: Snapshot, settings: LoraTraining, draft: Path) -> None:
     """Write what was trained: ``adapter/`` and ``loss.jsonl``."""
-    write_adapter(draft / ADAPTER, trained.weights, checkpoint.family, settings.rank, settings.alpha)
+    targets = lora_targets(checkpoint.family, checkpoint.ranks)
+    write_adapter(draft / ADAPTER, trained.weights, targets, settings.rank, settings.alpha)
     write_text(draft / LOSSES, "".join(json.dumps(line) + "\n" for line in trained.losses))
 
 

@@ -31,7 +31,7 @@ from hfprune_dist.planning.footprint import RESERVE, Evaluate, Importance, Job, 
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory
 from hfprune_dist.planning.importance_job import importance_job
-from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
+from hfprune_dist.planning.layer_pass_footprint import LowRank, Reference, Refit
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.plan import Plan
@@ -87,7 +87,11 @@ def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: 
 
 def runs_a_model(params: Parameters) -> bool:
     """Whether it needs memory of GPUs that is estimated."""
-    return not isinstance(params, PruneParameters) or params.refit != "none"
+    return not isinstance(params, PruneParameters) or params.refit != "none" or params.allocation == "low_rank"
+
+
+def _refits(params: Parameters) -> bool:
+    return isinstance(params, PruneParameters) and params.refit != "none"
 
 
 def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
@@ -106,7 +110,7 @@ def _problems(estimate: Estimate) -> Iterator[str]:
         yield (
             f"{stage}: about {estimate.memory.total / GIB:,.1f} GiB on each GPU, which has "
             f"{(estimate.available or 0) / GIB:,.1f} GiB (gpu_memory_gib) less {RESERVE:.0%}, which is kept free; "
-            f"{estimate.advice or (NO_REFIT_FITS if kind == 'prune' else NOTHING_HELPS)}"
+            f"{estimate.advice or (NO_REFIT_FITS if _refits(estimate.stage.params) else NOTHING_HELPS)}"
         )
     if estimate.lacks_host_memory:
         what, instead = "hidden states", "fewer calibration windows"
@@ -182,13 +186,16 @@ def _reference(params: ReferenceParameters, plan: Plan, stage: Stage) -> Referen
     return Reference(windows, text.sequence_length, samples, ITEMSIZE[params.dtype])
 
 
-def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | Reference:
+def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | LowRank | Reference:
     calibration, dense = _calibration(plan, stage), dense_of(plan, stage)
     size = size_of(dense)
     dtype, windows = params.forward_pass()
     if params.refit == "bias":  # means are vectors, which take next to nothing
         windows = min(windows, calibration.samples)
         return Reference(windows, calibration.sequence_length, calibration.samples, ITEMSIZE[dtype])
+    if params.allocation == "low_rank":
+        at_once = min(windows, calibration.samples)
+        return LowRank(at_once, calibration.sequence_length, calibration.samples, ITEMSIZE[dtype])
     width = size.units  # where layers differ, one may keep all of them
     if params.allocation == "uniform":
         width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()

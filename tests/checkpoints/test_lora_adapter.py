@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -11,7 +13,11 @@ from transformers import AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
-from hfprune_dist.checkpoints.write_pruned import write_companions
+from hfprune_dist.checkpoints.pruned_config import pruned_config
+from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
+from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.low_rank import factor_shapes
 
 RANK, ALPHA = 4, 6
 INPUT_IDS = torch.arange(3, 43).view(2, 20)
@@ -20,8 +26,9 @@ INPUT_IDS = torch.arange(3, 43).view(2, 20)
 def adapted_model(folder):
     """A peft model whose adapter does something."""
     checkpoint = open_checkpoint(folder)
-    config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=lora_targets(checkpoint.family))
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
+    targets = lora_targets(checkpoint.family, checkpoint.ranks)
+    config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=targets)
+    model = get_peft_model(load_causal_lm(folder, torch.float32), config).eval()
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -52,7 +59,9 @@ def merge(source, adapter_folder, target):
 def test_merged_model_computes_what_model_and_adapter_compute(tmp_path, variant):
     source = save_tiny(tmp_path / "source", variant, shard_size="60KB")
     model = adapted_model(source)
-    write_adapter(tmp_path / "adapter", lora_parameters(model), FAMILIES[model.config.model_type], RANK, ALPHA)
+    write_adapter(
+        tmp_path / "adapter", lora_parameters(model), lora_targets(FAMILIES[model.config.model_type]), RANK, ALPHA
+    )
     merged = merge(source, tmp_path / "adapter", tmp_path / "merged")
     assert merged.tensors == open_checkpoint(source).tensors
     logits = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
@@ -60,10 +69,34 @@ def test_merged_model_computes_what_model_and_adapter_compute(tmp_path, variant)
     assert not torch.allclose(logits, logits_of(AutoModelForCausalLM.from_pretrained(source)), atol=0.1)
 
 
+def test_of_a_projection_of_low_rank_both_factors_get_an_adapter(tmp_path):
+    dense = open_checkpoint(save_tiny(tmp_path / "dense", "qwen2"))
+    ranks = {"self_attn.q_proj": (3, 5), "self_attn.o_proj": (4, 4)}
+    factors = {
+        f"model.layers.{layer}.{name}.{place}.weight": partial(torch.randn, shape)
+        for name, row in ranks.items()
+        for layer, rank in enumerate(row)
+        for place, shape in enumerate(factor_shapes((32, 32), rank))
+    }
+    source, kept = tmp_path / "source", Kept((0, 1), {}, ranks)
+    source.mkdir()
+    for file in dense.weight_files:
+        write_weight_file(dense, file, kept, source, factors)
+    write_companions(dense, source, pruned_config(dense, kept.shape))
+    model = adapted_model(source)
+    targets = lora_targets(FAMILIES["qwen2"], ranks)
+    write_adapter(tmp_path / "adapter", lora_parameters(model), targets, RANK, ALPHA)
+    assert len(read_adapter(tmp_path / "adapter").factors) == 2 * (7 + 2)
+    merged = merge(source, tmp_path / "adapter", tmp_path / "merged")
+    assert merged.tensors == open_checkpoint(source).tensors
+    logits = logits_of(load_causal_lm(merged.path, torch.float32))
+    torch.testing.assert_close(logits, logits_of(model), rtol=1e-4, atol=1e-4)
+
+
 def test_peft_loads_our_adapter_and_we_load_pefts(tmp_path):
     source = save_tiny(tmp_path / "source")
     model = adapted_model(source)
-    write_adapter(tmp_path / "ours", lora_parameters(model), FAMILIES["llama"], RANK, ALPHA)
+    write_adapter(tmp_path / "ours", lora_parameters(model), lora_targets(FAMILIES["llama"]), RANK, ALPHA)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), tmp_path / "ours").eval()
     torch.testing.assert_close(logits_of(loaded), logits_of(model), rtol=0, atol=0)
     model.save_pretrained(tmp_path / "pefts")
@@ -77,7 +110,7 @@ def test_peft_loads_our_adapter_and_we_load_pefts(tmp_path):
 def test_every_projection_of_every_layer_gets_an_adapter(tmp_path):
     source = save_tiny(tmp_path / "source", "qwen2")
     model = adapted_model(source)
-    write_adapter(tmp_path / "adapter", lora_parameters(model), FAMILIES["qwen2"], RANK, ALPHA)
+    write_adapter(tmp_path / "adapter", lora_parameters(model), lora_targets(FAMILIES["qwen2"]), RANK, ALPHA)
     attention = {f"self_attn.{name}_proj" for name in "qkvo"}
     projections = attention | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     expected = {f"model.layers.{layer}.{projection}.weight" for layer in (0, 1) for projection in projections}
@@ -87,7 +120,7 @@ def test_every_projection_of_every_layer_gets_an_adapter(tmp_path):
 def test_bfloat16_is_rounded_once(tmp_path):
     source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
     model = adapted_model(source)
-    write_adapter(tmp_path / "adapter", lora_parameters(model), FAMILIES["llama"], RANK, ALPHA)
+    write_adapter(tmp_path / "adapter", lora_parameters(model), lora_targets(FAMILIES["llama"]), RANK, ALPHA)
     merge(source, tmp_path / "adapter", tmp_path / "merged")
     name = "model.layers.1.mlp.up_proj.weight"
     factor_a, factor_b = (factor.double() for factor in read_adapter(tmp_path / "adapter").factors[name])

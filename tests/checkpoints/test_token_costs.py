@@ -16,6 +16,7 @@ from hfprune_dist.checkpoints.token_costs import TokenCosts
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.low_rank import factor_shapes
 
 LAYERS, GROUPS, WIDTH = 3, 3, 48
 SHAPE = {"num_hidden_layers": LAYERS, "num_key_value_heads": GROUPS, "num_attention_heads": 2 * GROUPS}
@@ -25,10 +26,14 @@ def cut(folder, variant, layers, widths, groups):
     """A checkpoint whose staying layers have so many neurons and KV groups."""
     dense = open_checkpoint(save_tiny(folder / "dense", variant, hidden_size=36, **SHAPE))
     units = {"neurons": [torch.arange(it) for it in widths], "kv_groups": [torch.arange(it) for it in groups]}
-    kept = Kept(layers, units)
+    return written(folder, dense, Kept(layers, units))
+
+
+def written(folder, dense, kept, factors=None):
+    """What stays of a model, with the factors that it gets."""
     (folder / "pruned").mkdir()
     for file in dense.weight_files:
-        write_weight_file(dense, file, kept, folder / "pruned")
+        write_weight_file(dense, file, kept, folder / "pruned", factors)
     write_companions(dense, folder / "pruned", pruned_config(dense, kept.shape))
     return open_checkpoint(folder / "pruned")
 
@@ -78,3 +83,19 @@ def test_dense_models_of_every_family(tmp_path, variant):
 def test_pruned_shapes_plain_and_layer_by_layer(variant, shape, batch_size, tokens):
     with TemporaryDirectory() as folder:
         check(cut(Path(folder), variant, *shape), batch_size, tokens)
+
+
+@pytest.mark.parametrize("variant", ["llama-tied-biases", "qwen3"])
+def test_attention_of_low_rank(tmp_path, variant):
+    dense = open_checkpoint(save_tiny(tmp_path / "dense", variant, hidden_size=36, **SHAPE))
+    ranks = {f"self_attn.{name}_proj": (1 + place, 2, 3) for place, name in enumerate("qkvo")}
+    factors = {}
+    for projection, row in ranks.items():
+        for layer, rank in enumerate(row):
+            name = f"model.layers.{layer}.{projection}"
+            shapes = factor_shapes(dense.tensors[f"{name}.weight"].shape, rank)
+            factors |= {f"{name}.{place}.weight": lambda it=it: torch.ones(it) for place, it in enumerate(shapes)}
+    kept = Kept(tuple(range(LAYERS)), {"neurons": [torch.arange(20)] * LAYERS}, ranks)
+    checkpoint = written(tmp_path, dense, kept, factors)
+    assert checkpoint.ranks == ranks and checkpoint.parameters == dense.parameter_counts.of(kept.shape)
+    check(checkpoint, 2, 5)

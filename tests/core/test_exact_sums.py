@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from hfprune_dist.core import triangle
-from hfprune_dist.core.exact_sums import ExactGram, ExactOverflowError, ExactSum, GramScale, PackedGramScale
+from hfprune_dist.core.exact_sums import (
+    ExactGram,
+    ExactOverflowError,
+    ExactSquares,
+    ExactSum,
+    GramScale,
+    PackedGramScale,
+)
 from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.triangle import packed_size
 
@@ -39,6 +46,16 @@ def test_the_sum_is_exact_to_more_than_float32():
     scale = expected.diagonal().sqrt()
     error = (summed(grams, list(range(12))) - expected) / scale[:, None] / scale
     assert error.abs().max() < 1e-11
+
+
+def test_squares_are_the_diagonal_of_the_gram_matrix_bit_by_bit():
+    grams = terms()
+    squares = ExactSquares(grams[0].diagonal(), len(grams))
+    for gram in reversed(grams):
+        squares.add(gram.diagonal().double())
+    assert torch.equal(squares.value(), summed(grams, list(range(12))).diagonal())
+    with pytest.raises(ExactOverflowError):
+        squares.add(grams[0].diagonal() * float("nan"))
 
 
 def test_a_neuron_that_is_silent_at_first_is_heard_later():

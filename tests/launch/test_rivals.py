@@ -11,14 +11,23 @@ from sweeps import artifacts, finish, in_process, make_inputs, results, without_
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.kept_file import read_kept
 from hfprune_dist.core.scores import student_keeps
+from hfprune_dist.data.windows import load_windows
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.store.atomic_files import read_json
 
 pytestmark = pytest.mark.slow
 
-RIVALS = ["wanda-sp", "llm-pruner", "flap", "sdmprune"]
+RIVALS = ["wanda-sp", "llm-pruner", "flap", "sdmprune", "lorap"]
+
+PROJECTIONS = [f"self_attn.{name}_proj" for name in "qkvo"]
+EFFICIENCY = [
+    word
+    for setting in ("batch_sizes=[1]", "prompt_tokens=[8]", "new_tokens=4", "repeats=1", "dtype=float32")
+    for word in ("--set", f"efficiency.{setting}")
+]
 
 
 def arguments(ranks):
@@ -59,7 +68,7 @@ def test_rivals_share_a_calibration_pass_and_remove_as_much(finished):
     biases = 2 * 9 * 32 / int(rows[""]["parameters"])  # which flap adds
     for name in RIVALS:
         expected = 0.2 - biases * (name == "flap")
-        assert float(rows[name]["ratio_reached"]) == pytest.approx(expected, abs=2e-3)
+        assert float(rows[name]["ratio_reached"]) == pytest.approx(expected, abs=2.5e-3)
         assert float(rows[name]["kl"]) > 0
 
 
@@ -80,7 +89,7 @@ def test_wanda_sp_loads_everywhere_and_the_others_where_layers_may_differ(finish
         ids = torch.arange(12)[None] + 3
         with torch.no_grad():
             assert torch.equal(model(ids).logits, load_causal_lm(folder, torch.float32)(ids).logits)
-    assert sorted(plain.values()) == [False, False, True, True, True]
+    assert sorted(plain.values()) == [False, False, False, True, True, True]
     assert [not plain[name] for name, has_biases in biased.items() if has_biases] == [True], "flap's alone"
 
 
@@ -142,26 +151,72 @@ def test_a_dry_run_shows_the_shapes_of_all(config, tmp_path):
             assert "scores decide, layer by layer" in " ".join(line)
             continue
         width, heads, layers, reached = line[3:]
-        assert layers == "9" and float(reached) == pytest.approx(0.2, abs=2e-3)
+        assert layers == "9" and float(reached) == pytest.approx(0.2, abs=2.5e-3)
         assert ("-" in width, "-" in heads) == (name == "llm-pruner",) * 2, "protected layers keep all"
 
 
-def test_a_ratio_out_of_reach_is_refused_with_the_largest_that_is_not(config, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "limits"),
+    [
+        ("llm-pruner", "by pruning neurons and kv_groups with the layers that"),
+        ("lorap", "with attention of low rank; the largest possible is"),
+    ],
+)
+def test_a_ratio_out_of_reach_is_refused_with_the_largest_that_is_not(config, tmp_path, method, limits):
     out = tmp_path / "out"
-    code, _, said = in_process(
-        sweep_command.main,
-        "--config",
-        config,
-        "--out",
-        out,
-        "--methods",
-        "llm-pruner",
-        "--models",
-        "alpha",
-        "--ratios",
-        "0.9",
-    )
-    assert code == 2 and "can't be reached by pruning neurons and kv_groups with the layers that" in " ".join(
-        said.split()
-    )
-    assert "the largest possible is 0." in " ".join(said.split()) and not out.exists()
+    asked = ["--config", config, "--out", out, "--methods", method, "--models", "alpha", "--ratios", "0.9"]
+    code, _, said = in_process(sweep_command.main, *asked)
+    told = " ".join(said.split())
+    assert code == 2 and f"can't be reached {limits}" in told
+    assert "the largest possible is 0." in told and not out.exists()
+
+
+@pytest.fixture(scope="module")
+def recovered(config, tmp_path_factory):
+    """Of a sweep with no other method, so that no criterion needs the calibration pass; weights are sharded."""
+    out = tmp_path_factory.mktemp("recovered") / "out"
+    asked = ["--models", "alpha", "--ratios", "0.4", "--methods", "lorap", "--set", "efficiency.enabled=true"]
+    finish(config, out, *asked, *EFFICIENCY, "--set", "evaluation.tasks=[]", "--set", "runtime.sharding=zero3")
+    return out
+
+
+def test_recovery_trains_both_factors_and_keeps_the_shape(recovered):
+    (pruned,), (trained,) = (folders_with(recovered, kind, "layer_sizes") for kind in ("prune", "recover"))
+    checkpoints = [open_checkpoint(folder) for folder in (pruned, trained)]
+    assert checkpoints[0].ranks == checkpoints[1].ranks and set(checkpoints[0].ranks) == set(PROJECTIONS)
+    assert checkpoints[0].parameters == checkpoints[1].parameters
+    before, after = (load_file(folder / "model.safetensors") for folder in (pruned, trained))
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    linear = {f"mlp.{it}_proj" for it in ("gate", "up", "down")}
+    linear |= {f"{it}.{place}" for it in PROJECTIONS for place in "01"}
+    assert changed == {f"model.layers.{layer}.{it}.weight" for layer in range(9) for it in linear}
+    adapter = read_json(trained / "adapter" / "adapter_config.json")
+    assert {"q_proj.0", "q_proj.1", "o_proj.0", "o_proj.1"} < set(adapter["target_modules"])
+
+
+def test_what_recovery_writes_loads_with_its_code_and_is_measured(recovered):
+    (trained,) = folders_with(recovered, "recover", "layer_sizes")
+    ids = torch.arange(3, 43)[None]
+    remote = AutoModelForCausalLM.from_pretrained(trained, trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(remote(ids).logits, load_causal_lm(trained, torch.float32)(ids).logits)
+    (row,) = [row for row in results(recovered) if row["method"] == "lorap"]
+    parameters = sum(it.numel() for it in remote.parameters())
+    assert int(row["parameters"]) == parameters and float(row["kl"]) > 0 and float(row["decode_speed"]) > 0
+
+
+def test_an_importance_artifact_without_scores_carries_the_windows(recovered):
+    (folder,) = (recovered / "store" / "importance").iterdir()
+    assert load_file(folder / "importance.safetensors") == {} and len(load_windows(folder)) == 8
+
+
+def test_a_recovered_model_is_pruned_by_no_method(recovered, config, tmp_path):
+    (trained,) = folders_with(recovered, "recover", "layer_sizes")
+    asked = ["--config", config, "--out", tmp_path / "out", "--models", trained, "--ratios", "0.1"]
+    code, _, said = in_process(sweep_command.main, *asked, "--methods", "hfprune")
+    assert code == 2 and "its attention has matrices of low rank (q_proj_rank" in " ".join(said.split())
+
+
+def folders_with(out, kind, field):
+    """Artifacts of a kind of stage whose config.json has a field."""
+    return [it for it in (out / "store" / kind).iterdir() if field in read_json(it / "config.json")]

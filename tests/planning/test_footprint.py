@@ -31,9 +31,11 @@ from hfprune_dist.planning import footprint, gathering, product_footprint
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import Evaluate, Importance, Train, fits
 from hfprune_dist.planning.gpu_needs import Gpus
-from hfprune_dist.planning.layer_pass_footprint import Reference, Refit, memory_of_layer_pass, pinned_bytes
+from hfprune_dist.planning.layer_pass_footprint import LowRank, Reference, Refit, memory_of_layer_pass, pinned_bytes
 from hfprune_dist.planning.product_footprint import product_bytes
 from hfprune_dist.refit.dense_refit import DenseRefit
+from hfprune_dist.refit.low_rank_layers import LowRankLayers
+from hfprune_dist.refit.low_rank_pass import LowRankPass, Sizes
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.scoring.curvature import Curvature
@@ -421,6 +423,27 @@ def test_memory_of_a_reference(tmp_path, biases):
     states = windows.numel() * 64 * 4
     assert job.host_bytes(dims, 1) == states + pinned_bytes(dims, 2 * 64, 4)
     assert 0.7 < counted.peak / (at_once(job.memory(dims, 1)) + states) < 1.05
+
+
+@pytest.mark.parametrize("dims", [(32, 512, 64), (128, 160, 16)], ids=["wide", "square"])
+def test_memory_of_a_low_rank_pass(dims, tmp_path):
+    """Of long micro-batches what layers read counts, else eigenvectors."""
+    hidden_size, width, tokens = dims
+    sizes = {"hidden_size": hidden_size, "intermediate_size": width, "num_hidden_layers": 2, "vocab_size": 264}
+    checkpoint, windows = open_checkpoint(save_tiny(tmp_path / "model", **sizes)), torch.randint(264, (8, tokens))
+    ranks, world = {"self_attn.q_proj": hidden_size // 4, "self_attn.o_proj": hidden_size // 4}, SoloWorld()
+    stream, whole = (LayerStream(checkpoint, it, torch.float32, 2, world) for it in (windows, windows[:2]))
+    layers = LowRankLayers(checkpoint, list(ranks), tmp_path / "layers")
+    low_rank = LowRankPass(
+        checkpoint, Sizes(width // 2, ranks, lowest_stay=True), stream, layers, whole=whole, world=world
+    )
+    with PeakBytes() as counted:
+        low_rank.run(lambda done: None)
+    job = LowRank(windows=2, tokens=tokens, samples=8, itemsize=4)
+    dims = dimensions_of(checkpoint.config)
+    states = (windows.numel() + 2 * tokens) * hidden_size * 4
+    assert job.host_bytes(dims, 1) == states + pinned_bytes(dims, 2 * tokens, 4)
+    assert 0.5 < counted.peak / (at_once(job.memory(dims, 1)) + states) < 1.05
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

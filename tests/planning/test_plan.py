@@ -435,6 +435,21 @@ def test_settings_that_a_uniform_allocation_ignores_do_not_change_its_fingerprin
     assert global_prunes[0] != global_prunes[1]
 
 
+def test_a_method_that_scores_while_it_prunes_needs_the_windows_alone(world):
+    def prune_of_lorap(**settings):
+        plan = plan_of(world, models=["a"], ratios=[0.2], **settings)
+        (importance,) = (stage for stage in plan.stages.values() if stage.kind == "importance")
+        (prune,) = (stage for stage in plan.stages.values() if getattr(stage.params, "criterion", "") == "lorap")
+        return importance.params.criteria, prune
+
+    (nothing, alone), (scored, beside) = (prune_of_lorap(methods=it) for it in (["lorap"], ["lorap", "hfprune"]))
+    assert (nothing, scored) == ([], ["entropy"]) and alone.id == beside.id
+    recorded = alone.params.to_json()
+    assert recorded["dtype"] and recorded["micro_batch_size"] and not {"floor", "protect_first"} & recorded.keys()
+    with pytest.raises(UserError, match=r"calibration\.settled: by lorap alone nobody can tell"):
+        prune_of_lorap(methods=["lorap"], calibration__settled=0.9)
+
+
 def test_steps_are_a_chain_of_importance_and_prune_stages(world):
     plan = plan_of(
         world, models=["a"], methods=["hfprune"], ratios=[0.2], prune__steps=2, importance__criteria=["random"]

@@ -143,6 +143,17 @@ def test_shells_and_people_read_odd_names_and_ratios_as_they_are(config, tmp_pat
     assert "--models 'my $model' --ratios 0.125 " in card and "12.5% of its parameters" in card
 
 
+@pytest.mark.parametrize(
+    ("told", "why"), [({}, "Its layers differ"), ({"attention_ranks": {"q_proj": 5}}, "Its attention has matrices of")]
+)
+def test_it_says_why_remote_code_is_needed(config, tmp_path, monkeypatch, told, why):
+    monkeypatch.setitem(SHAPE, "attention_ranks", told.get("attention_ranks"))
+    monkeypatch.setattr("hfprune_dist.results.card_subject.Subject.files", ["modeling_pruned.py"], raising=False)
+    card = texts(config, tmp_path)["alpha-0.2-lora"]
+    assert f"{why}" in card and "trust_remote_code=True" in card
+    assert ("rank of `q_proj` 5" in card) == bool(told)
+
+
 def test_no_path_of_this_machine_is_in_it(config, tmp_path):
     here = [str(config.parent), str(tmp_path), "/tmp"]
     cards = texts(config, tmp_path, evaluation__tasks=["/home/me/task.yaml"])

@@ -7,7 +7,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import RESERVE
-from hfprune_dist.planning.layer_pass_footprint import Reference, Refit
+from hfprune_dist.planning.layer_pass_footprint import LowRank, Reference, Refit
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.shape_target import ShapeTarget
@@ -258,6 +258,17 @@ def test_of_local_shapes_the_widest_layer_counts(inputs, tmp_path, protect_first
         1, 32, 8, pursues=False, steps=False, searches=False, share_kept=widest / 48, itemsize=4, kv_groups=True
     )
     assert found.memory == job.memory(dimensions_of(checkpoint.config), 2)
+
+
+def test_a_low_rank_pass_is_estimated_and_more_memory_is_what_helps(inputs, tmp_path):
+    lorap = {"methods": ["lorap"], "ratios": [0.2]}
+    found = prunings(inputs, tmp_path, "gpu_memory_gib: 80\n", **lorap)[0]
+    dims = dimensions_of(open_checkpoint(inputs.parent / "alpha").config)
+    job = LowRank(1, 32, 8, itemsize=4)
+    assert found.memory == job.memory(dims, 2) and found.fits
+    assert found.host_memory == 2 * job.host_bytes(dims, 2)
+    with pytest.raises(UserError, match=r"prune alpha 0\.2: .*GPUs with more memory, or shorter sequences"):
+        refuse_what_cannot_fit(prunings(inputs, tmp_path, "gpu_memory_gib: 0.0001\n", **lorap))
 
 
 def test_gradients_of_weights_are_estimated_in_both_memories(inputs, tmp_path):

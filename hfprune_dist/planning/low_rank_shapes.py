@@ -1,0 +1,109 @@
+"""Shapes whose attention has matrices of low rank, as LoRAP chooses them; every layer has the same.
+
+The share of the decoder's matrices that stays is the same for attention and MLPs. Of what stays of attention, ``SPLIT``
+parts are for v and o, one is for q and k. Within such a pair both keep the same share of their parameters, and ranks
+are rounded down. What is whole at its share stays as it is, and passes the rest on. Neurons make up for what rounding
+leaves of the ratio.
+
+Of a model without grouped queries these are the ranks of LoRAP's code, but for one or two where that rounds twice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.widths import round_down
+from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures.kept import Shape
+
+# Parameters of v and o to those of q and k.
+SPLIT = 3
+
+
+@dataclass(frozen=True)
+class LowRankTarget:
+    """What is asked of such a shape.
+
+    Attributes:
+        asked: the ratio, of a model whose layers are alike.
+    """
+
+    asked: ShapeTarget
+
+    def shape(self) -> Shape:
+        """The shape whose parameters come as close to the ratio as widths allow.
+
+        Raises:
+            UserError: where no shape reaches the ratio, or rounding leaves nothing to remove.
+        """
+        asked, largest = self.asked, self.largest()
+        if asked.ratio > largest:
+            raise UserError(
+                f"{asked.where}: ratio {asked.ratio:g} can't be reached with attention of low rank; the largest "
+                f"possible is {round_down(largest)} ({asked.rounding})"
+            )
+        shape = self._with_ranks(self._kept_share)
+        if asked.counts.of(shape) == asked.counts.total:
+            raise asked.removes_nothing()
+        return shape
+
+    def largest(self) -> float:
+        """The ratio at which every rank is 1 and widths are the narrowest, whatever ratio is asked for."""
+        everything = replace(self, asked=replace(self.asked, ratio=1.0))
+        return self.asked.counts.ratio(everything._with_ranks(0.0))
+
+    @property
+    def _wanted(self) -> float:
+        """Parameters to remove."""
+        return self.asked.ratio * self.asked.counts.total
+
+    @property
+    def _kept_share(self) -> float:
+        """Of the decoder's matrices, what stays."""
+        checkpoint = self.asked.checkpoint
+        layers = f"{checkpoint.family.layers}."
+        shapes = [it.shape for name, it in checkpoint.tensors.items() if name.startswith(layers)]
+        matrices = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+        return max(0.0, 1 - self._wanted / matrices)
+
+    def _with_ranks(self, share: float) -> Shape:
+        """Where so much of attention stays, with the width that makes up the rest."""
+        asked, layers = self.asked, range(self.asked.checkpoint.num_layers)
+        ranks = {name: (rank,) * len(layers) for name, rank in self._ranks(share).items()}
+        whole = Shape(tuple(layers), ranks=ranks)
+        left = self._wanted - (asked.counts.total - asked.counts.of(whole))
+        width = self._rounded(asked.neurons.most - left / (len(layers) * asked.counts.units[NEURONS]))
+        return replace(whole, units={NEURONS: (width,) * len(layers)})
+
+    def _rounded(self, exact: float) -> int:
+        """The nearest of what a layer may keep."""
+        multiple_of, most = self.asked.multiple_of, self.asked.neurons.most
+        multiple = max(multiple_of, round(exact / multiple_of) * multiple_of)
+        return min((min(multiple, most), most), key=lambda kept: abs(kept - exact))
+
+    def _ranks(self, share: float) -> dict[str, int]:
+        """Name within a layer of each projection that gets a low rank -> that rank."""
+        query, key, value, output = (name.removesuffix(".weight") for name in self.asked.groups.weights)
+        sizes = {name: self._matrix(name) for name in (query, key, value, output)}
+        pairs = (value, output), (query, key)
+        whole = [sum(math.prod(sizes[name]) for name in pair) for pair in pairs]
+        budget = share * sum(whole)
+        first = min(budget * SPLIT / (1 + SPLIT), whole[0])
+        shares = first / whole[0], (budget - first) / whole[1]
+        kept = {name: of_pair for pair, of_pair in zip(pairs, shares, strict=True) for name in pair}
+        ranks = {name: _rank(sizes[name], kept[name]) for name in sizes}
+        return {name: rank for name, rank in ranks.items() if rank is not None}
+
+    def _matrix(self, projection: str) -> tuple[int, int]:
+        groups, tensors = self.asked.groups, self.asked.checkpoint.tensors
+        outputs, inputs = tensors[groups.tensor(0, f"{projection}.weight")].shape
+        return outputs, inputs
+
+
+def _rank(size: tuple[int, int], share: float) -> int | None:
+    """Of factors that have such a share of a matrix's parameters; None where that stays as it is."""
+    rank = max(1, int(share * math.prod(size) / sum(size)))
+    return rank if share < 1 and rank * sum(size) < math.prod(size) else None

@@ -1,0 +1,123 @@
+"""LoRAP, layer after layer: what a layer reads is what the model compressed so far makes of the windows.
+
+All norms of a layer come from one pass of the windows through it as it is. Then neurons go, attention gets factors, and
+the windows go through what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.core.low_rank import channel_norms, kept_neurons, low_rank_factors, neuron_scores
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.world import World
+from hfprune_dist.models.single_layer import linear_of
+from hfprune_dist.refit.dense_refit import AfterEach
+from hfprune_dist.refit.low_rank_layers import LowRankLayers
+from hfprune_dist.structures import KV_GROUPS
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What every layer is left with.
+
+    Attributes:
+        width: neurons.
+        ranks: name within a layer of each projection that gets a low rank -> that rank.
+        lowest_stay: whether those neurons stay that score lowest (``core.low_rank.kept_neurons``).
+    """
+
+    width: int
+    ranks: Mapping[str, int]
+    lowest_stay: bool
+
+
+class LowRankPass:
+    """Compresses a model's layers, one after another; the same bits on any number of ranks.
+
+    Args:
+        stream: all windows before the first layer.
+        whole: some of them, which go through the layers as they are, to check that these are the model's.
+        layers: where compressed ones are written.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        sizes: Sizes,
+        stream: LayerStream,
+        layers: LowRankLayers,
+        *,
+        whole: LayerStream,
+        world: World,
+    ) -> None:
+        self._sizes = sizes
+        self._stream = stream
+        self._whole = whole
+        self._layers = layers
+        self._world = world
+        groups, neurons = checkpoint.structures[KV_GROUPS], checkpoint.units
+        # What q, k and v read, and what gate and up read, is the same.
+        self._query, self._output = _module(groups.weights[0]), groups.output
+        self._gate, self._up, self._down = (_module(name) for name in neurons.weights)
+
+    def run(self, after_each: AfterEach) -> None:
+        """Compress all layers that are not done; windows go no further than to the last of these.
+
+        Raises:
+            UserError: where layers are not the model's, or what they read is NaN or infinite.
+        """
+        every = range(self._stream.num_layers)
+        done = self._world.broadcast(self._layers.done() if self._world.is_first else set())
+        left = [number for number in every if number not in done]
+        for number, layer in self._stream.layers(range(left[-1] + 1 if left else 0)):
+            self._whole.advance(layer)
+            if number in left:
+                self._compress(number, layer)
+            self._layers.install(number, layer)
+            self._stream.advance(layer)
+            del layer
+            after_each(number + 1)
+
+    def _compress(self, number: int, layer: nn.Module) -> None:
+        """Write what is left of a layer."""
+        names = [self._query, self._output, self._gate, self._down]
+        squares = self._stream.squares(number, layer, names)
+        norms = {name: channel_norms(it, len(self._stream.windows_ST)) for name, it in squares.items()}
+        factors = self._factors(layer, norms)
+        if self._world.is_first:
+            self._layers.write(number, self._kept(layer, norms), factors)
+        self._world.barrier()
+
+    def _kept(self, layer: nn.Module, norms: Mapping[str, Tensor]) -> Tensor:
+        gate_KC, up_KC, down_CK = (linear_of(layer, it).weight.data for it in (self._gate, self._up, self._down))
+        scores_K = neuron_scores((gate_KC, up_KC), down_CK, norms[self._gate], norms[self._down])
+        return kept_neurons(scores_K, self._sizes.width, lowest_stay=self._sizes.lowest_stay)
+
+    def _factors(self, layer: nn.Module, norms: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each projection that gets a low rank, found by one of the ranks."""
+        factors = {}
+        for place, (projection, rank) in enumerate(self._sizes.ranks.items()):
+            weight_OI = linear_of(layer, projection).weight.data
+            outputs, inputs = weight_OI.shape
+            if place % self._world.size == self._world.rank:
+                read_I = norms[projection if projection == self._output else self._query]
+                pair = low_rank_factors(weight_OI, read_I, rank)
+            else:
+                empty = partial(weight_OI.new_empty, dtype=torch.float64)
+                pair = empty((rank, inputs)), empty((outputs, rank))
+            factors[projection] = pair
+        for place, pair in enumerate(factors.values()):
+            for factor in pair:
+                self._world.broadcast_tensor(factor, place % self._world.size)
+        return factors
+
+
+def _module(weight: str) -> str:
+    return weight.removesuffix(".weight")

@@ -1,0 +1,244 @@
+"""LoRAP's cut against its definition by whole layers in float64; loaded, resumed, the same on any number of ranks."""
+
+import json
+import shutil
+
+import pytest
+import shapes
+import torch
+from faults.kill import deaths_during
+from ranks import SoloWorld
+from refitting import embedded, inside
+from safetensors.torch import load_file
+from shapes import IMPORTANCE, LAYERS, MICRO_BATCH, NEURONS, kept_of, metrics_of, outcome, windows_of
+from tiny import VARIANTS
+from transformers import AutoModelForCausalLM
+from worlds import Ranks
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.loading import load_causal_lm, require_own_weights
+from hfprune_dist.models.single_layer import LayerReader, part_of, run
+from hfprune_dist.store.artifacts import Store
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+IDS = torch.arange(12)[None] + 3
+
+
+def prepare(folder, variant="llama", **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"allocation": "low_rank", "criterion": "lorap", "refit": "none", "structures": ["neurons"]}
+    return shapes.prepare(folder, variant, **{**settings, "ratio": 0.3, **changes})
+
+
+def logits_of(model, ids=IDS):
+    with torch.no_grad():
+        return model.eval()(ids, use_cache=False).logits
+
+
+def norms(rows_BTD):
+    """Of the channels of what a module reads, over a window on average."""
+    return rows_BTD.double().square().sum(1).mean(0).sqrt()
+
+
+def truncated(weight, read, rank):
+    """The product of LoRAP's factors."""
+    left, values, right = torch.linalg.svd(weight * read, full_matrices=False)
+    return (left[:, :rank] * values[:rank]) @ right[:rank] / read
+
+
+def defined(checkpoint, windows_ST, ranks, width):
+    """What stays of every layer, and the matrices that stand for attention's, layer after layer."""
+    reader, hidden = embedded(checkpoint, windows_ST)
+    kept, products = [], []
+    for number in range(checkpoint.num_layers):
+        layer = reader.layer(number)
+        attention, mlp = part_of(layer, "self_attn"), part_of(layer, "mlp")
+        seen = inside(layer, hidden)
+        norm, attended = seen["input_layernorm"][1], seen["self_attn.o_proj"][0]
+        normed, gated = seen["post_attention_layernorm"][1], seen["mlp.down_proj"][0]
+        d, d_hidden = norms(normed), norms(gated)
+        scores = sum((it.weight.data * d).norm(dim=1) for it in (mlp.gate_proj, mlp.up_proj))
+        scores += mlp.down_proj.weight.data.norm(dim=0) * d_hidden
+        order = scores.argsort()
+        lowest = int(0.01 * len(order))
+        staying = torch.cat([order[:lowest], order[lowest + len(order) - width :]]).sort().values
+        kept.append(staying.tolist())
+        gone = torch.ones(len(order), dtype=torch.bool).index_fill_(0, staying, False)
+        mlp.down_proj.weight.data[:, gone] = 0
+        products.append({})
+        for name, rank in ranks.items():
+            linear = getattr(attention, name)
+            linear.weight.data = truncated(linear.weight.data, norms(attended if name == "o_proj" else norm), rank)
+            products[-1][name] = linear.weight.data
+        hidden = run(layer, hidden)
+    return kept, products
+
+
+@pytest.mark.parametrize(("variant", "ratio"), [("llama", 0.15), *((it, 0.45) for it in VARIANTS)])
+def test_neurons_and_matrices_are_those_of_the_definition(tmp_path, variant, ratio):
+    biases = {"attention_bias": True} if variant == "qwen3" else {}
+    store, stage = prepare(tmp_path, variant, ratio=ratio, **biases)
+    shapes.run(store, stage, SoloWorld())
+    metrics, folder, dense = metrics_of(store, stage), store.path(stage.id), open_checkpoint(tmp_path / "model")
+    ranks, (width,) = metrics["attention_ranks"], set(metrics["intermediate_sizes"])
+    assert set(ranks) == set(PROJECTIONS[:2] if ratio == 0.15 else PROJECTIONS)
+    kept, products = defined(dense, windows_of(store), ranks, width)
+    assert kept_of(store, stage)["neurons"] == kept
+    tensors = load_file(folder / "model.safetensors")
+    original = load_file(tmp_path / "model" / "model.safetensors")
+    for number in range(LAYERS):
+        prefix = f"model.layers.{number}.self_attn."
+        for name in PROJECTIONS:
+            bias = original.get(f"{prefix}{name}.bias")
+            if name not in ranks:
+                assert torch.equal(tensors[f"{prefix}{name}.weight"], original[f"{prefix}{name}.weight"])
+                continue
+            first, second = (tensors[f"{prefix}{name}.{place}.weight"].double() for place in (0, 1))
+            assert first.shape[0] == second.shape[1] == ranks[name] and f"{prefix}{name}.weight" not in tensors
+            torch.testing.assert_close(second @ first, products[number][name], rtol=1e-3, atol=1e-3)
+            assert bias is None or torch.equal(tensors[f"{prefix}{name}.1.bias"], bias)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_written_loads_everywhere_with_its_code_and_computes_products(tmp_path, variant):
+    store, stage = prepare(tmp_path, variant, ratio=0.45)
+    shapes.run(store, stage, SoloWorld())
+    folder, metrics = store.path(stage.id), metrics_of(store, stage)
+    checkpoint, dense = open_checkpoint(folder), open_checkpoint(tmp_path / "model")
+    require_own_weights(checkpoint)
+    ours = load_causal_lm(folder, torch.float32)
+    remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    assert torch.equal(logits_of(ours), logits_of(remote))
+    generated = remote.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert generated[:, : IDS.shape[1]].equal(IDS), "with a cache"
+    assert sum(it.numel() for it in ours.parameters()) == metrics["parameters"] == checkpoint.parameters
+    step = LAYERS * dense.parameters_per_unit / dense.parameters
+    assert metrics["ratio_reached"] == pytest.approx(1 - checkpoint.parameters / dense.parameters)
+    assert abs(metrics["ratio_reached"] - 0.45) <= 0.51 * step
+    whole = load_causal_lm(tmp_path / "model", torch.float32)
+    whole.config.intermediate_size = metrics["intermediate_size"]
+    for layer, low, kept in zip(whole.model.layers, ours.model.layers, kept_of(store, stage)["neurons"], strict=True):
+        for name in PROJECTIONS:
+            first, second = getattr(low.self_attn, name)
+            getattr(layer.self_attn, name).weight.data = second.weight.data @ first.weight.data
+        gone = torch.ones(NEURONS, dtype=torch.bool).index_fill_(0, torch.tensor(kept), False)
+        layer.mlp.down_proj.weight.data[:, gone] = 0
+    torch.testing.assert_close(logits_of(whole), logits_of(ours), rtol=1e-3, atol=1e-3)
+
+
+def test_factors_that_are_not_as_config_json_says_are_told(tmp_path):
+    store, stage = prepare(tmp_path)
+    shapes.run(store, stage, SoloWorld())
+    file = store.path(stage.id) / "config.json"
+    config = json.loads(file.read_text())
+    rank = config["layer_sizes"]["k_proj_rank"][1]
+    config["layer_sizes"]["k_proj_rank"][1] += 1
+    file.write_text(json.dumps(config))
+    shown = rf"layers\.1\.self_attn\.k_proj\.0\.weight has shape \[{rank}, 32\].* k_proj_rank {rank + 1} for this layer"
+    with pytest.raises(UserError, match=shown):
+        open_checkpoint(file.parent)
+    config["layer_sizes"]["k_proj_rank"] = [rank, None, rank, rank]
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="k_proj_rank in layer_sizes must be a positive integer, not None"):
+        open_checkpoint(file.parent)
+
+
+def test_a_layer_of_it_is_read_alone(tmp_path):
+    store, stage = prepare(tmp_path, "qwen2")
+    shapes.run(store, stage, SoloWorld())
+    checkpoint = open_checkpoint(store.path(stage.id))
+    reader = LayerReader(checkpoint, torch.float32, torch.device("cpu"))
+    hidden = reader.embed({0: IDS})[0]
+    for number in range(LAYERS):
+        hidden = run(reader.layer(number), hidden)
+    head = reader.head()
+    logits = torch.nn.functional.linear(head.norm(hidden), head.weight_VC)
+    torch.testing.assert_close(logits, logits_of(load_causal_lm(checkpoint.path, torch.float32)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_other_criterion_keeps_those_that_score_highest(tmp_path):
+    """Of layers with so few neurons a hundredth is none."""
+    published, highest = (prepare(tmp_path / it, criterion=it) for it in ("lorap", "lorap_highest"))
+    for store, stage in (published, highest):
+        shapes.run(store, stage, SoloWorld())
+    assert outcome(*published)[0]["kept.json"] == outcome(*highest)[0]["kept.json"]
+    assert published[1].fingerprint != highest[1].fingerprint
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """One rank's cut, and the stores that its deaths leave with other files of layers."""
+    folder = tmp_path_factory.mktemp("written")
+    store, stage = prepare(folder / "whole", "qwen2", ratio=0.45)
+    untouched = Store(shutil.copytree(store.root, folder / "untouched"))
+    states = deaths_during(lambda: shapes.run(store, stage, SoloWorld()), store.root, folder / "copies")
+    left = {tuple(sorted(it.name for it in layers_of(Store(root), stage).glob("*"))): root for root in states[::-1]}
+    return untouched, stage, [*left.values()][::-1], outcome(store, stage)
+
+
+def layers_of(store, stage):
+    """Where layers are that are done."""
+    return store.work(stage.id) / "low_rank"
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_any_number_of_ranks_writes_the_same_bits(written, tmp_path, ranks):
+    """Of nine windows in micro-batches of two, the sixth rank has none. Sweeps of rivals compare real ranks."""
+    untouched, stage, _, expected = written
+    store = Store(shutil.copytree(untouched.root, tmp_path / "store"))
+    Ranks(ranks).run(lambda world: shapes.run(store, stage, world))
+    assert outcome(store, stage) == expected
+
+
+def test_after_a_death_at_any_write_other_ranks_go_on_to_the_same_bits(written, tmp_path):
+    _, stage, states, expected = written
+    assert len(states) > 2 * LAYERS, "a draft, then the file, of each layer"
+    for number, state in enumerate(states):
+        store = Store(shutil.copytree(state, tmp_path / str(number)))
+        Ranks(1 + number % 2).run(lambda world, store=store: shapes.run(store, stage, world))
+        assert outcome(store, stage) == expected
+
+
+def test_layers_that_are_done_are_taken_up_and_damaged_ones_made_again(written, tmp_path, monkeypatch):
+    _, stage, states, expected = written
+    whole = next(it for it in states if len([*layers_of(Store(it), stage).glob("*.safetensors")]) == LAYERS)
+    store = Store(shutil.copytree(whole, tmp_path / "store"))
+    damaged = layers_of(store, stage) / "layer-1.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    compressed, squares = [], LayerStream.squares
+    monkeypatch.setattr(
+        LayerStream, "squares", lambda self, number, *rest: compressed.append(number) or squares(self, number, *rest)
+    )
+    shapes.run(store, stage, SoloWorld())
+    assert compressed == [1] and outcome(store, stage) == expected
+
+
+def test_an_architecture_that_does_more_between_its_layers_is_refused(tmp_path, monkeypatch):
+    store, stage = prepare(tmp_path)
+    layer = LayerReader.with_weights
+
+    def other(self, number, weights):
+        found = layer(self, number, weights)
+        part_of(found, "mlp").down_proj.weight.data *= 1 + number
+        return found
+
+    monkeypatch.setattr(LayerReader, "with_weights", other)
+    with pytest.raises(UserError, match="outputs of layer 1 depart from the whole model's"):
+        shapes.run(store, stage, SoloWorld())
+
+
+def test_weights_that_are_not_finite_are_told(tmp_path):
+    store, stage = prepare(tmp_path)
+    file = tmp_path / "model" / "model.safetensors"
+    shapes.silence(file, "layers.1.input_layernorm.weight", by=float("inf"))
+    with pytest.raises(UserError, match="layer 1"):
+        shapes.run(store, stage, SoloWorld())
+
+
+def test_it_needs_nothing_of_the_artifact_but_its_windows(tmp_path):
+    store, stage = prepare(tmp_path)
+    (store.path(IMPORTANCE.id) / "importance.safetensors").unlink()
+    shapes.run(store, stage, SoloWorld())
+    assert metrics_of(store, stage)["attention_ranks"] and len(windows_of(store)) > MICRO_BATCH
