@@ -17,7 +17,6 @@ from hfprune_dist.store.atomic_files import read_json, write_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 _PEFT_PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -38,7 +37,7 @@ class Adapter:
 
 def lora_targets(family: Family) -> list[str]:
     """Names of the linear layers that get an adapter: all projections of attention and MLP."""
-    return [*ATTENTION_PROJECTIONS, *family.row_projections, family.down_projection]
+    return [*family.attention_projections, *family.row_projections, family.down_projection]
 
 
 def write_adapter(folder: Path, parameters: Mapping[str, Tensor], family: Family, rank: int, alpha: int) -> None:

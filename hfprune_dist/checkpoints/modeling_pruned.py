@@ -4,12 +4,16 @@ It needs transformers alone: load such a checkpoint with
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. Heads and widths are in its config.json, under
 ``layer_sizes``: a field of the configuration -> its value in each layer. Earlier versions wrote widths alone, under
 ``per_layer_config``.
+
+``PrunedLlamaForCausalLM`` is made of ``LlamaForCausalLM`` when it is asked for, and so with every other architecture.
 """
 
 import copy
 from typing import Any
 
-from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+import transformers
+
+_PRUNED = "Pruned"
 
 
 def config_of_layer(config: Any, number: int) -> Any:
@@ -25,24 +29,21 @@ class SizesPerLayer:
 
     def __init__(self, config: Any) -> None:
         super().__init__(config.per_layer_config[0])  # type: ignore[call-arg]
-        for number, layer in enumerate(self.model.layers):  # type: ignore[attr-defined]
+        body = self.model  # type: ignore[attr-defined]
+        for number, layer in enumerate(body.layers):
             own = config_of_layer(config, number)
-            layer.self_attn = type(layer.self_attn)(own, number)
-            layer.mlp = type(layer.mlp)(own)
-            layer.self_attn.config = self.model.config  # type: ignore[attr-defined] # the attention that is chosen later
+            body.layers[number] = type(layer)(own, number)
+            for module in body.layers[number].modules():
+                if getattr(module, "config", None) is own:
+                    module.config = body.config  # the attention that is chosen later
         self.config = config
 
     def _get_static_cache_init_shape(self) -> None:
         """Static caches wait for the keys of each layer, since transformers takes all layers' for alike."""
 
 
-class PrunedLlamaForCausalLM(SizesPerLayer, LlamaForCausalLM): ...  # type: ignore[misc]
-
-
-class PrunedMistralForCausalLM(SizesPerLayer, MistralForCausalLM): ...  # type: ignore[misc]
-
-
-class PrunedQwen2ForCausalLM(SizesPerLayer, Qwen2ForCausalLM): ...  # type: ignore[misc]
-
-
-class PrunedQwen3ForCausalLM(SizesPerLayer, Qwen3ForCausalLM): ...  # type: ignore[misc]
+def __getattr__(name: str) -> Any:
+    plain = getattr(transformers, name.removeprefix(_PRUNED), None) if name.startswith(_PRUNED) else None
+    if plain is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, type(name, (SizesPerLayer, plain), {"__module__": __name__}))

@@ -25,6 +25,7 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
         UserError: telling the largest ratio that it can reach, or which two are the same; or that layers differ, where
             the method makes all alike.
     """
+    _check_family(checkpoint, method, where)
     if method.allocation in ("uniform", "plain") and not checkpoint.is_uniform:
         raise UserError(
             f"{where}: its layers differ in width or in heads, so it has been pruned already; allocation: "
@@ -42,6 +43,21 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
                 f"are multiples of {settled.multiple_of}; leave one of them out or use a smaller prune.multiple_of"
             )
         reached[decided] = ratio
+
+
+def _check_family(checkpoint: Checkpoint, method: Method, where: str) -> None:
+    """Refuse what can't be done to an architecture."""
+    family = checkpoint.family
+    if KV_GROUPS in method.structures and family.whole_groups:
+        raise UserError(
+            f"{where}: KV groups of {family.model_type} can't be pruned: {family.whole_groups}; leave kv_groups out of "
+            "prune.structures"
+        )
+    if method.refit in ("layerwise", "block") and family.no_sequence:
+        raise UserError(
+            f"{where}: refit: {method.refit} isn't possible with {family.model_type}: {family.no_sequence}; use dense "
+            "or none"
+        )
 
 
 def _check_multiple(checkpoint: Checkpoint, method: Method, where: str) -> None:

@@ -17,6 +17,7 @@ from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.scores import STUDENT_CRITERION, finished, student_keeps
 from hfprune_dist.core.unit_sums import KindSums, UnitOutputs
 from hfprune_dist.distributed.world import World
+from hfprune_dist.models.after_head import after_head, require_known_logits
 from hfprune_dist.models.memory_efficient_backward import (
     checkpoint_activations,
     keep_no_gathered_weights,
@@ -80,8 +81,10 @@ class ShardScorer:
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
             head=placed.head,
             outputs={kind: _outputs_of(checkpoint.structures[kind], self.module) for kind in structures},
+            after=after_head(checkpoint),
             rearming=placed.rearming,
         )
+        require_known_logits(checkpoint, self.module, placed.head, windows_ST[0].to(world.device))
         self._vocabulary = head.out_features
         self._checkpoint = checkpoint
         self._windows_ST = windows_ST

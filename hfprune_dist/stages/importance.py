@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.read_tensors import scored_layer
+from hfprune_dist.checkpoints.read_tensors import mean_gradients, scored_layer
 from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.config.parameters import ImportanceParameters
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
@@ -319,8 +318,7 @@ class _SecondPass:
         if not self._totals.gradients:
             return None
         windows = len(self._windows_ST)
-        *rows, columns = (partial(self._totals.mean_gradient, name, number, windows) for name in units.weights)
-        return MeanGradients(rows, columns)
+        return mean_gradients(units, lambda name: self._totals.mean_gradient(name, number, windows))
 
     def _begun(self) -> LayerStream:
         """The windows on their way; where all scores are known, they never begin. Collective."""
