@@ -42,6 +42,22 @@ FAMILIES: dict[str, dict[str, object]] = {
     "ernie4_5": {"use_bias": True},
     "hunyuan_v1_dense": {},
     "gemma": {},
+    "olmo2": {},
+    "olmo3": SLIDING,
+    "exaone4": SLIDING,
+    "gemma2": {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 8.0, "query_pre_attn_scalar": 8, **SLIDING},
+    "gemma3_text": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, **SLIDING},
+    "gemma4_text": {
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "global_head_dim": 16,
+        "final_logit_softcapping": 5.0,
+        **SLIDING,
+    },
+    "phi3": {"sliding_window": 4},
+    "glm": {"attention_bias": True},
+    "glm4": {},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
 }
 
 
@@ -51,7 +67,7 @@ def make_model(model_type: str, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.copy_(torch.randn_like(parameter) * 0.3)
             else:  # around 0 or 1, as the architecture begins them

@@ -66,6 +66,7 @@ def discover(config: Mapping[str, Any], shapes: Shapes, where: str) -> tuple[Fam
     body = layers.rpartition(".")[0]
     outside = {name for name in shapes if name.startswith(f"{body}.") and not name.startswith(f"{layers}.")}
     norm, embedding = search.norm(outside), search.embedding(outside)
+    search.check_outside(outside, {norm, embedding})
     of_layers = {f"{layers}.{layer}.{name}" for layer, part in enumerate(parts) for name in part}
     head = {name for name in shapes if name.startswith("lm_head.")}
     family = Family(
@@ -187,6 +188,15 @@ class _Search:
             raise self._refusal(f"it has no one table of embeddings of shape {wanted}")
         return found[0].removesuffix(".weight")
 
+    def check_outside(self, outside: set[str], known: set[str]) -> None:
+        """Refuse what works between layers, which passes through one layer at a time know nothing of."""
+        more = [name for name in outside if name.rpartition(".")[0] not in known and not name.endswith(BUFFERS)]
+        if more:
+            raise self._refusal(f"beside its layers it has {sorted(more)[0]}")
+        shared = self._config.get("num_kv_shared_layers")
+        if shared:
+            raise self._refusal(f"its last {shared} layers read keys and values of others (num_kv_shared_layers)")
+
 
 @dataclass(frozen=True)
 class _Attention:
@@ -229,18 +239,20 @@ class _Attention:
         queries = int((config.get(LAYER_SIZES) or {}).get("num_attention_heads", [config["num_attention_heads"]])[0])
         head_dim = query // queries
         heads = {"num_key_value_heads": key // head_dim, "head_dim": head_dim} if head_dim else {}
-        return cls(name, projections, heads, _why_whole(parts, found, head_dim))
+        return cls(name, projections, heads, _why_whole(config, parts, found, head_dim))
 
 
-def _why_whole(parts: Sequence[Shapes], found: tuple[str, tuple[str, ...]], head_dim: int) -> str:
+def _why_whole(
+    config: Mapping[str, Any], parts: Sequence[Shapes], found: tuple[str, tuple[str, ...]], head_dim: int
+) -> str:
     """Why no KV group can go from a model's attention; empty where some can."""
     name, projections = found
     weights = [f"{name}.{it}.weight" for it in projections]
     without = [layer for layer, there in enumerate(parts) if not all(it in there for it in weights)]
     if without:
         return f"layer {without[0]} has none"
-    if len({(parts_of[weights[0]][0], parts_of[weights[1]][0]) for parts_of in parts}) > 1:
-        return ""
+    if LAYER_SIZES not in config and len({tuple(there[it][0] for it in weights[:2]) for there in parts}) > 1:
+        return "its layers differ in heads"
     known = {f"{name}.{it}.{part}" for it in projections for part in ("weight", "bias")}
     for there in parts:
         for more in sorted(it for it in there if it.startswith(f"{name}.") and it not in known):
@@ -260,6 +272,9 @@ def _norms_of(parts: Sequence[Shapes], hidden_size: int, mlp: str) -> dict[str, 
         for there in parts
     }
     norms = found.pop() if len(found) == 1 else frozenset()
+    between = sorted(name for there in parts for name in there if "." not in name)
+    if between:
+        return {"attention_norm": None, "mlp_norm": None, "no_sequence": f"a layer does more ({between[0]})"}
     if norms in _NORMS:
         (attention, attention_after), (of_mlp, mlp_after) = _NORMS[norms]
         return {

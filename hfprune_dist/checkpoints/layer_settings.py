@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hfprune_dist.structures.units import PER_LAYER
+
 # An entry for each layer.
 _LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 # How many of the first layers are of one kind.
@@ -34,4 +36,6 @@ def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any
     """What config.json says once these layers alone are left, ascending and renumbered from 0: what changes of it."""
     kinds = {key: [config[key][layer] for layer in layers] for key in _LISTS if config.get(key)}
     firsts = {key: sum(layer < config[key] for layer in layers) for key in _OF_THE_FIRST if config.get(key) is not None}
-    return {"num_hidden_layers": len(layers), **kinds, **firsts}
+    numbers = {str(layer): str(number) for number, layer in enumerate(layers)}
+    own = {numbers[layer]: it for layer, it in (config.get(PER_LAYER) or {}).items() if layer in numbers}
+    return {"num_hidden_layers": len(layers), **kinds, **firsts, **({PER_LAYER: own} if PER_LAYER in config else {})}

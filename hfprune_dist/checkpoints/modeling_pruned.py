@@ -28,7 +28,8 @@ class SizesPerLayer:
     """Gives each decoder layer as many heads, and an MLP as wide, as the configuration says for that layer."""
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config.per_layer_config[0])  # type: ignore[call-arg]
+        sizes = getattr(config, "layer_sizes", None)
+        super().__init__(config if sizes else config.per_layer_config[0])  # type: ignore[call-arg]
         body = self.model  # type: ignore[attr-defined]
         for number, layer in enumerate(body.layers):
             own = config_of_layer(config, number)

@@ -88,7 +88,7 @@ def _without_ours(checkpoint: Checkpoint) -> dict[str, Any]:
     config = dict(checkpoint.config)
     if checkpoint.is_plain:
         return config
-    left_out = (LAYER_SIZES, PER_LAYER, "auto_map")
+    left_out = (LAYER_SIZES, "auto_map", *([] if checkpoint.family.found else [PER_LAYER]))
     plain = {key: value for key, value in config.items() if key not in left_out}
     return plain | {"architectures": [checkpoint.family.plain_class]}
 

@@ -32,6 +32,7 @@ from hfprune_dist.models.single_layer import (
     mlp_of,
     output_of,
     part_of,
+    read_by,
     run,
 )
 from hfprune_dist.structures.units import Units
@@ -263,7 +264,9 @@ class LayerStream:
 def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collects what goes into a module."""
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    handle = module.register_forward_pre_hook(
+        lambda _module, inputs, options: seen.append(read_by(inputs, options)), with_kwargs=True
+    )
     try:
         yield seen
     finally:

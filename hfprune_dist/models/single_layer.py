@@ -20,7 +20,7 @@ from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.head import AfterHead
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.models.after_head import after_head
-from hfprune_dist.models.loading import ONE_AT_A_TIME
+from hfprune_dist.models.loading import ONE_AT_A_TIME, attention_of
 from hfprune_dist.models.memory_efficient_backward import SILU
 from hfprune_dist.structures.units import Units
 
@@ -129,7 +129,7 @@ class LayerReader:
     def _model(self, number: int) -> Any:
         with ONE_AT_A_TIME, torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                self._layer_config(number), dtype=self._dtype, attn_implementation="sdpa"
+                self._layer_config(number), dtype=self._dtype, attn_implementation=attention_of(self._checkpoint)
             )
 
     def _read(self, name: str) -> Tensor:
@@ -183,6 +183,12 @@ class _Reached(Exception):  # noqa: N818  no error: it ends a computation that h
         self.input_BTC = input_BTC
 
 
+def read_by(inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a module."""
+    hidden: Tensor = inputs[0] if inputs else options["hidden_states"]
+    return hidden
+
+
 @torch.no_grad()
 def input_of(module: nn.Module, compute: Callable[[], object]) -> Tensor:
     """What a module reads in a computation, of which nothing is computed from there on.
@@ -191,10 +197,10 @@ def input_of(module: nn.Module, compute: Callable[[], object]) -> Tensor:
         compute: runs the module, and what comes before it. It is left by an exception that a hook raises.
     """
 
-    def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        raise _Reached(inputs[0])
+    def stop(_module: nn.Module, inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> None:
+        raise _Reached(read_by(inputs, options))
 
-    handle = module.register_forward_pre_hook(stop)
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         compute()
     except _Reached as reached:

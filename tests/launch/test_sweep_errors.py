@@ -65,7 +65,7 @@ def test_bad_arguments(config, tmp_path, arguments, expected):
         (lambda model: (model / "config.json").write_text("{"), "not valid JSON"),
         (
             lambda model: (model / "config.json").write_text('{"model_type": "gpt2"}'),
-            "config.json has no num_hidden_layers",
+            "has no num_hidden_layers",
         ),
         (lambda model: [file.unlink() for file in model.glob("tokenizer*")], "no tokenizer"),
     ],
