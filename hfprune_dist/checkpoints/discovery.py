@@ -226,9 +226,20 @@ class _Attention:
                     projections = (query, *others, output)
                     if all(f"{name}.{it}.weight" in there for it in projections) and "linear" not in name:
                         return cls._with(config, parts, there, (name, projections))
-        latent = next((name for there in parts for name in there if ".kv_a_proj" in name), None)
-        why = f"it has multi-head latent attention, without KV groups ({latent})" if latent else "there is none known"
-        return cls("self_attn", (), {}, why)
+        return cls._unknown(parts)
+
+    @classmethod
+    def _unknown(cls, parts: Sequence[Shapes]) -> _Attention:
+        """One of another kind, whose linear layers can learn but go as a whole."""
+        inside = {it: shape for there in parts for it, shape in there.items() if it.startswith("self_attn.")}
+        linears = {it.split(".")[-2] for it, shape in inside.items() if it.endswith(".weight") and len(shape) == 2}
+        latent, fused = (next((it for it in inside if part in it), None) for part in (".kv_a_proj", ".qkv_proj"))
+        why = "it has no attention of a kind that is known"
+        if latent:
+            why = f"its attention keeps one latent vector for all heads ({latent})"
+        if fused:
+            why = f"its queries, keys and values are one matrix ({fused})"
+        return cls("self_attn", tuple(sorted(linears)), {}, why)
 
     @classmethod
     def _with(

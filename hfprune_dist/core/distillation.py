@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,17 +22,15 @@ class Divergence(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_NC: Tensor, dense_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, after: AfterHead
-    ) -> Tensor:
-        ((loss_N, gradient_NC),) = head_gradients(hidden_NC, weight_VC, bias_V, [_loss_of_rows], dense_NC, after)
+    def forward(ctx: Any, hidden_NC: Tensor, gradients: Callable[[Tensor], list[tuple[Tensor, Tensor]]]) -> Tensor:
+        ((loss_N, gradient_NC),) = gradients(hidden_NC)
         ctx.save_for_backward(gradient_NC)
         return loss_N.sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (gradient_NC,) = ctx.saved_tensors
-        return gradient_NC * gradient.to(gradient_NC.dtype), None, None, None, None
+        return gradient_NC * gradient.to(gradient_NC.dtype), None
 
 
 def summed_divergence(
@@ -47,9 +47,15 @@ def summed_divergence(
     """
     if not len(hidden_NC):
         return hidden_NC.sum(dtype=torch.promote_types(hidden_NC.dtype, torch.float32))
-    divergence: Tensor = Divergence.apply(  # type: ignore[no-untyped-call]
-        hidden_NC, dense_NC, weight_VC, bias_V, after
+    gradients = partial(
+        head_gradients,
+        weight_VC=weight_VC,
+        bias_V=bias_V,
+        logit_gradients=[_loss_of_rows],
+        teacher_NC=dense_NC,
+        after=after,
     )
+    divergence: Tensor = Divergence.apply(hidden_NC, gradients)  # type: ignore[no-untyped-call]
     return divergence
 
 

@@ -57,6 +57,7 @@ def head_gradients(
     bias_V: Tensor | None,
     logit_gradients: Sequence[LogitGradient],
     teacher_NC: Tensor | None = None,
+    *,
     after: AfterHead = NOTHING,
 ) -> list[tuple[Tensor, Tensor]]:
     """Per-token losses and their gradients at the hidden states, dL/dhidden = dL/dz @ W, in one pass over the logits.
@@ -89,7 +90,9 @@ def head_gradients(
         assert logits_NV is not None
         for number, logit_gradient in enumerate(logit_gradients):
             gradient_NV = logits_NV if number == last else torch.empty_like(logits_NV)
-            losses[number] += _fill_gradient(gradient_NV, logits_NV, teacher_NV, logit_gradient, rows.start, after)
+            losses[number] += _fill_gradient(
+                gradient_NV, logits_NV, teacher_NV, logit_gradient, rows.start, after=after
+            )
             torch.matmul(gradient_NV, weight_VC, out=gradients_NC[number][rows])
             del gradient_NV
         del logits_NV, teacher_NV  # before the next chunk's are made
@@ -102,6 +105,7 @@ def _fill_gradient(
     teacher_NV: Tensor | None,
     logit_gradient: LogitGradient,
     first_row: int,
+    *,
     after: AfterHead,
 ) -> Iterator[Tensor]:
     """Write a loss's gradient at the head's logits, in place of these or elsewhere; yield its losses block by block."""

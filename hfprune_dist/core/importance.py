@@ -78,7 +78,7 @@ def _differentiate(
     with model.head() as (weight_VC, bias_V):
         bound = [bind(loss, batch) for loss in losses]
         hidden_NC = hidden_BTC.detach().flatten(0, 1)
-        gradients = head_gradients(hidden_NC, weight_VC, bias_V, bound, teacher_NC, model.after)
+        gradients = head_gradients(hidden_NC, weight_VC, bias_V, bound, teacher_NC, after=model.after)
     return sums.backward(hidden_BTC, dict(zip(losses, gradients, strict=True)), model.rearming())
 
 

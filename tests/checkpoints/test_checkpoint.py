@@ -169,3 +169,9 @@ def test_what_changes_the_logits_after_the_head_is_refused(folder, key):
     assert refusal(folder).endswith(f"{key} 30.0 changes the logits, which its architecture doesn't do")
     edit_config(folder, **{key: None if key.startswith("final") else 1.0})
     assert open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("method", "how"), [("mxfp4", "Mxfp4Config(dequantize=True)"), ("awq", "the unquantized")])
+def test_quantized_weights_are_refused_with_what_to_do(folder, method, how):
+    edit_config(folder, quantization_config={"quant_method": method})
+    assert how in refusal(folder)

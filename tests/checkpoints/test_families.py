@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from core_definition import definition
-from families import FAMILIES, SHAPE, save_model
+from families import FAMILIES, save_model
 from forks import on_ranks
 from masking import write
 from peft import LoraConfig, get_peft_model
@@ -22,11 +24,14 @@ from hfprune_dist.checkpoints.pruned_config import is_plain
 from hfprune_dist.checkpoints.write_pruned import write_companions
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.selection import entries_of
+from hfprune_dist.models.after_head import after_head
+from hfprune_dist.models.distillation_head import DistillingHead
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.models.single_layer import LayerReader, run
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.structures.kept import Kept
 
+README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 ENTROPY = CRITERIA["entropy"]
@@ -207,6 +212,19 @@ def divergence(dense, other, windows_ST):
 
 
 @every_family
+@torch.no_grad()
+def test_distillation_compares_the_logits_that_count(checkpoint_of, model_type):
+    checkpoint = checkpoint_of(model_type)
+    dense, model = load(checkpoint.path), masked(checkpoint, some_kept(checkpoint, range(3), (15,) * 3))
+    log_p, log_q = (logits_of(it).log_softmax(-1) for it in (dense, model))
+    head = DistillingHead(model, checkpoint.family, after_head(checkpoint))
+    dense_BTC = checkpoint.family.body_of(dense)(input_ids=WINDOWS, use_cache=False).last_hidden_state
+    head.expect(dense_BTC, torch.ones(len(WINDOWS), dtype=torch.bool))
+    expected = (log_p.exp() * (log_p - log_q)).sum()
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=0.0)
+
+
+@every_family
 def test_lora_trains_and_merges(checkpoint_of, tmp_path, model_type):
     checkpoint = checkpoint_of(model_type)
     torch.manual_seed(0)
@@ -257,12 +275,19 @@ def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
                 assert torch.equal(found[name][kind], expected), (name, kind)
 
 
-def test_how_many_are_covered(capsys):
+def test_the_readme_lists_what_is_covered(checkpoint_of, capsys):
     present = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert FAMILIES.keys() <= present
+    rows = [line.split("|")[1:-1] for line in README.read_text().splitlines() if line.startswith("| `")]
+    listed = {}
+    for families, neurons, groups, layers, refits in rows:
+        if neurons.strip() == "yes":
+            assert layers.strip() == "yes"
+            listed |= dict.fromkeys(re.findall(r"`(\w+)`", families), (groups, refits))
+    assert listed.keys() == FAMILIES.keys()
+    for name, (groups, refits) in listed.items():
+        family = checkpoint_of(name).family
+        assert (groups.strip() == "yes") == (not family.whole_groups), name
+        assert (refits.strip() == "all") == (not family.no_sequence), name
     with capsys.disabled():
         print(f"\n{len(FAMILIES)} of the {len(present)} causal language models of transformers are tested here")
-
-
-def test_models_are_small():
-    assert SHAPE["hidden_size"] <= 32
