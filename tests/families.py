@@ -57,6 +57,31 @@ FAMILIES: dict[str, dict[str, object]] = {
     "phi3": {"sliding_window": 4},
     "glm": {"attention_bias": True},
     "glm4": {},
+    "cohere": {},
+    "cwm": SLIDING,
+    "gemma4_unified_text": {"global_head_dim": 16, "final_logit_softcapping": 5.0, **SLIDING},
+    "granite_swa": {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "hyperclovax": {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "internlm3": {},
+    "iquestcoder": {},
+    "ministral": SLIDING,
+    "vaultgemma": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, **SLIDING},
+    "youtu": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "pad_token_id": None,  # whose row transformers empties as it loads
+    },
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
 }
 

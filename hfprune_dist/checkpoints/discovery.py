@@ -40,9 +40,12 @@ _NORMS: dict[frozenset[str], tuple[tuple[str | None, str | None], tuple[str | No
             ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
         ),
         (("input_layernorm", "post_attention_layernorm"), ("pre_mlp_layernorm", "post_mlp_layernorm")),
+        (("input_layernorm", "post_norm1"), ("post_attention_layernorm", "post_norm2")),
         (("input_layernorm", "post_self_attn_layernorm"), ("post_attention_layernorm", "post_mlp_layernorm")),
     )
 }
+# What neither names nor shapes tell: config.json has no say in the size of a head.
+_FIXED_HEADS = ("helium", "stablelm")
 _PARALLEL = frozenset({"input_layernorm"})
 
 
@@ -264,6 +267,8 @@ def _why_whole(
         return f"layer {without[0]} has none"
     if LAYER_SIZES not in config and len({tuple(there[it][0] for it in weights[:2]) for there in parts}) > 1:
         return "its layers differ in heads"
+    if config["model_type"] in _FIXED_HEADS:
+        return "its classes take the size of a head from the number of heads"
     known = {f"{name}.{it}.{part}" for it in projections for part in ("weight", "bias")}
     for there in parts:
         for more in sorted(it for it in there if it.startswith(f"{name}.") and it not in known):

@@ -16,6 +16,8 @@ from hfprune_dist.errors import UserError
 
 # Attributes of configurations and models -> the value that does nothing.
 _NEUTRAL = {"logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0, "final_logit_softcapping": None}
+# Architectures that multiply by ``logits_scaling``, by which others divide.
+_MULTIPLYING = ("hyperclovax",)
 # What is left of the logits' size where rounding has other orders of sums.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _TOKENS = 16
@@ -27,7 +29,9 @@ def after_head(checkpoint: Checkpoint) -> AfterHead:
         return NOTHING
     config: Any = AutoConfig.from_pretrained(checkpoint.path)
     stated: dict[str, Any] = {key: getattr(config, key, None) or neutral for key, neutral in _NEUTRAL.items()}
-    scale = stated["logit_scale"] * stated["lm_head_multiplier"] / stated["logits_scaling"]
+    scaling = stated["logits_scaling"]
+    scale = stated["logit_scale"] * stated["lm_head_multiplier"]
+    scale *= scaling if checkpoint.family.model_type in _MULTIPLYING else 1 / scaling
     return AfterHead(scale, stated["final_logit_softcapping"])
 
 
