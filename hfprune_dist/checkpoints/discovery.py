@@ -46,6 +46,8 @@ _NORMS: dict[frozenset[str], tuple[tuple[str | None, str | None], tuple[str | No
 }
 # What neither names nor shapes tell: config.json has no say in the size of a head.
 _FIXED_HEADS = ("helium", "stablelm")
+# Whose models transformers makes of another architecture's class.
+_CLASSES = {"internlm3": "Llama", "iquestcoder": "Llama"}
 _PARALLEL = frozenset({"input_layernorm"})
 
 
@@ -86,7 +88,7 @@ def discover(config: Mapping[str, Any], shapes: Shapes, where: str) -> tuple[Fam
         any_heads=config["hidden_size"] % int(config["num_attention_heads"]) != 0,
         found=frozenset(name for name in of_layers | outside | head if not name.endswith(BUFFERS)),
         **attention.names(),
-        **_norms_of(parts, config["hidden_size"], f"{mlp}."),
+        **_norms_of(parts, config["hidden_size"]),
     )
     return family, _stated(config, family, parts[0], head)
 
@@ -105,6 +107,7 @@ def _stated(config: Mapping[str, Any], family: Family, parts: Shapes, head: set[
     ):
         width = parts[f"{family.mlp}.{family.down_projection}.weight"][1]
         told |= {"block_auto_adjust_ff_dim": False, "intermediate_size": width}
+        told |= {"block_ff_dim": width} if "block_ff_dim" in config else {}
     return told
 
 
@@ -122,6 +125,8 @@ class _Search:
 
     def architecture(self) -> str:
         """The stem of its classes' names."""
+        if self._config["model_type"] in _CLASSES:
+            return _CLASSES[self._config["model_type"]]
         names = self._config.get("architectures") or [""]
         found = re.fullmatch(r"(?:Pruned)?(\w+)ForCausalLM", str(names[0]))
         if found is None:
@@ -277,7 +282,7 @@ def _why_whole(
     return ""
 
 
-def _norms_of(parts: Sequence[Shapes], hidden_size: int, mlp: str) -> dict[str, Any]:
+def _norms_of(parts: Sequence[Shapes], hidden_size: int) -> dict[str, Any]:
     """Names of norms as ``Family`` has them, and why its blocks can't be refitted one after another."""
     found = {
         frozenset(

@@ -62,8 +62,18 @@ def model_class(checkpoint: Checkpoint) -> Any:
 
 
 def attention_of(checkpoint: Checkpoint) -> str:
-    """The implementation of attention that it runs with: torch's, or its own where torch's can't do what it does."""
-    return "sdpa" if getattr(transformers, checkpoint.family.plain_class)._supports_sdpa else "eager"
+    """The implementation of attention that it runs with: torch's, or its own where torch's can't do what it does.
+
+    Raises:
+        UserError: where transformers has no class for it.
+    """
+    kind = getattr(transformers, checkpoint.family.plain_class, None)
+    if kind is None:
+        raise UserError(
+            f"{checkpoint.path / 'config.json'}: transformers has no {checkpoint.family.plain_class}, which architectures "
+            "names; install a version that has it (pip install -U transformers)"
+        )
+    return "sdpa" if kind._supports_sdpa else "eager"
 
 
 def require_own_weights(checkpoint: Checkpoint) -> None:

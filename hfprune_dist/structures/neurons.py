@@ -7,6 +7,9 @@ from typing import Any
 
 from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 
+# What configurations of lfm2 call it too, and read first.
+_OLDER_NAME = "block_ff_dim"
+
 
 def neurons(config: Mapping[str, Any], mlp: Block, row_projections: Sequence[str], down: str) -> Units:
     """The neurons of a model: each owns a row of every row projection, weight and bias, and a column of the down
@@ -29,5 +32,5 @@ def neurons(config: Mapping[str, Any], mlp: Block, row_projections: Sequence[str
         output=f"{mlp.name}.{down}",
         block=mlp,
         channels_per_unit=1,
-        fields={"intermediate_size": 1},
+        fields={field: 1 for field in ("intermediate_size", _OLDER_NAME) if field in config},
     )

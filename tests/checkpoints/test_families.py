@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from core_definition import definition
-from families import FAMILIES, save_model
+from families import FAMILIES, SHAPE, save_model
 from forks import on_ranks
 from masking import write
 from peft import LoraConfig, get_peft_model
 from ranks import SoloWorld
 from refitting import refit
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
 from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
 from hfprune_dist.checkpoints.pruned_config import is_plain
 from hfprune_dist.checkpoints.write_pruned import write_companions
@@ -141,6 +144,22 @@ def unchanged(checkpoint, smaller):
     return {key: value for key, value in checkpoint.config.items() if key not in ours}
 
 
+def test_an_older_name_of_the_width_follows(tmp_path):
+    """Files of lfm2 say block_ff_dim and full_attn_idxs, which its configuration reads first."""
+    folder = save_model(tmp_path / "dense", "lfm2")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for key in ("intermediate_size", "layer_types", "block_auto_adjust_ff_dim"):
+        config.pop(key, None)
+    file.write_text(json.dumps(config | {"intermediate_size": 99, "block_ff_dim": 24, "full_attn_idxs": [1]}))
+    checkpoint = open_checkpoint(folder)
+    kept = some_kept(checkpoint, (0, 1), (15, 15))
+    write(checkpoint, kept, tmp_path / "pruned")
+    assert_same(logits_of(load(tmp_path / "pruned")), logits_of(masked(checkpoint, kept)))
+    smaller = open_checkpoint(tmp_path / "pruned").config
+    assert (smaller["intermediate_size"], smaller["block_ff_dim"], smaller["full_attn_idxs"]) == (15, 15, [1])
+
+
 @every_family
 def test_layers_that_differ_load_with_their_code_and_are_pruned_again(checkpoint_of, tmp_path, model_type):
     checkpoint = checkpoint_of(model_type)
@@ -209,6 +228,18 @@ def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type, method):
 def divergence(dense, other, windows_ST):
     log_p, log_q = (it(input_ids=windows_ST).logits.log_softmax(-1) for it in (dense, other))
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@every_family
+def test_layers_that_are_told_apart_by_their_number_stay(model_type):
+    """Where config.json lists no kinds of layers, the class of the configuration may make such a list."""
+    made = CONFIG_MAPPING[model_type](**SHAPE | {"num_hidden_layers": 12}).to_dict()
+    lists = [key for key in ("layer_types", "no_rope_layers") if len(set(map(str, made.get(key) or []))) > 1]
+    stated = {key: value for key, value in made.items() if key not in lists and "interval" not in key}
+    assert bool(undroppable_layers(stated)) == bool(lists)
+    assert not undroppable_layers(made)
+    smaller = of_layers(made, range(1, 12))
+    assert all(smaller[key] == list(made[key][1:]) for key in lists)
 
 
 @every_family
