@@ -67,11 +67,12 @@ def attention_of(checkpoint: Checkpoint) -> str:
     Raises:
         UserError: where transformers has no class for it.
     """
-    kind = getattr(transformers, checkpoint.family.plain_class, None)
+    name = checkpoint.family.plain_class
+    kind = getattr(transformers, name, None)
     if kind is None:
         raise UserError(
-            f"{checkpoint.path / 'config.json'}: transformers has no {checkpoint.family.plain_class}, which architectures "
-            "names; install a version that has it (pip install -U transformers)"
+            f"{checkpoint.path / 'config.json'}: transformers has no {name}, which architectures names; install a "
+            "version that has it (pip install -U transformers)"
         )
     return "sdpa" if kind._supports_sdpa else "eager"
 
