@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import SHAPE, VARIANTS
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.families import family_of
+from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo
 
 SMOLLM2 = {
@@ -36,7 +36,7 @@ def blank(variant: str = "llama", **changes: object) -> Checkpoint:
     config_class, _, options = VARIANTS[variant]
     stated = {**SHAPE, **options, **changes}
     config = {"model_type": config_class.model_type, **stated}
-    family = family_of(config, "none")
+    family = FAMILIES[config_class.model_type]
     completed = family.completed(config)
     tensors = {name: TensorInfo("", "F32", _shape(name, completed), 0, 0) for name in sorted(family.tensors(config))}
     return Checkpoint(Path("none"), config, family, tensors)

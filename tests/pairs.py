@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from hfprune_dist.checkpoints.families import FAMILIES, Family
-from hfprune_dist.structures.units import Owned, Units, read_counts
+from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 
 CHANNELS = 2
 
@@ -15,10 +15,9 @@ class FamilyOfPairs(Family):
         return Units(
             kind="neurons",  # for which they stand
             counts=read_counts(config, "intermediate_size", CHANNELS),
-            layers=self.layers,
             rows=tuple(Owned(part, axis=0, per_unit=CHANNELS) for part in parts),
             output=f"{self.mlp}.{self.down_projection}",
-            norm=self.mlp_norm,
+            block=Block(self.layers, self.mlp, self.mlp_norm),
             channels_per_unit=CHANNELS,
             fields={"intermediate_size": CHANNELS},
         )

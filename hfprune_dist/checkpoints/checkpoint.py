@@ -16,8 +16,10 @@ from hfprune_dist.checkpoints.checks import (
     check_output_biases,
     check_shapes,
     check_tensors,
+    quantized,
 )
-from hfprune_dist.checkpoints.families import Family, family_of
+from hfprune_dist.checkpoints.discovery import BUFFERS, discover
+from hfprune_dist.checkpoints.families import FAMILIES, Family, refuse_other_kinds
 from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo
 from hfprune_dist.checkpoints.weight_files import matching, read_headers, read_json_object
@@ -37,8 +39,6 @@ COMPANION_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
 )
-# Of rotary embeddings: saved with some checkpoints, computed by every model.
-BUFFERS = "rotary_emb.inv_freq"
 COMPARED_BYTES = 2**20
 # Kinds of rope scaling that make max_position_embeddings, or the original number, so many times larger.
 _STRETCHING = ("linear", "dynamic", "yarn")
@@ -49,8 +49,9 @@ class Checkpoint:
     """A folder with config.json, safetensors weights and a tokenizer, checked to be whole.
 
     Attributes:
-        config: config.json; but where it ties a head that the files have with other values than the embedding, it says
-            here that the head isn't tied, and the saved one counts, as it does for transformers.
+        config: config.json, and what holds for an architecture that isn't listed of keys that it lacks. But where it
+            ties a head that the files have with other values than the embedding, it says here that the head isn't
+            tied, and the saved one counts, as it does for transformers.
         tensors: those that the model computes with.
         unused: names of the others in the files. They are no parameters, and pruning leaves them out.
         has_untied_head: whether ``config`` says otherwise than config.json.
@@ -168,14 +169,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     check_folder(path)
     config = read_json_object(path / "config.json", "every Hugging Face checkpoint has one")
-    family = family_of(config, str(path / "config.json"))
+    refuse_other_kinds(config, str(path / "config.json"))
     if config.get("quantization_config"):
-        raise UserError(f"{path / 'config.json'}: quantized weights can't be pruned; use the unquantized checkpoint")
+        raise quantized(config, path)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is needed")
     check_config(config, path / "config.json")
-    check_output_biases(config, family, path / "config.json")
     found = read_headers(path)
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        family, stated = discover(config, {name: info.shape for name, info in found.items()}, str(path / "config.json"))
+        config |= stated
+    check_output_biases(config, family, path / "config.json")
     known = family.tensors(config)
     tensors = {name: info for name, info in found.items() if name in known}
     unused = tuple(sorted(found.keys() - known))

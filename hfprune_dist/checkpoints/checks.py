@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.checkpoints.families import Family
+from hfprune_dist.checkpoints.families import FAMILIES, Family
 from hfprune_dist.checkpoints.safetensors_header import FLOATS, TensorInfo
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures.low_rank import FACTORS, factor_shapes, rank_field
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER, Units
 
-# What some architectures do to logits after their head -> the value that does nothing. A head is its weights here.
+# What some architectures do to logits after their head -> the value that does nothing. Those that are listed don't.
 _AFTER_THE_HEAD = {"logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1, "final_logit_softcapping": None}
 
 
@@ -37,6 +37,19 @@ def check_folder(path: Path) -> None:
         )
 
 
+def quantized(config: Mapping[str, Any], path: Path) -> UserError:
+    """What to tell of weights that a config.json calls quantized."""
+    method = dict(config["quantization_config"]).get("quant_method")
+    loaded = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}.get(str(method))
+    how = (
+        "dequantize it first: load it with transformers' AutoModelForCausalLM.from_pretrained(..., "
+        f"quantization_config={loaded}(dequantize=True)) and save_pretrained"
+        if loaded
+        else "use the unquantized checkpoint"
+    )
+    return UserError(f"{path / 'config.json'}: quantized weights can't be pruned; {how}")
+
+
 def check_config(config: Mapping[str, Any], file: Path) -> None:
     """Check the numbers that say which tensors there must be, and of what shape.
 
@@ -57,8 +70,8 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
     if not isinstance(rope, dict):
         raise UserError(f"{file}: rope_parameters and rope_scaling must be objects, not {rope!r}")
     for key, neutral in _AFTER_THE_HEAD.items():
-        if config.get(key) not in (None, neutral):
-            raise UserError(f"{file}: {key} {config[key]!r} changes the logits, which is not supported yet")
+        if config.get("model_type") in FAMILIES and config.get(key) not in (None, neutral):
+            raise UserError(f"{file}: {key} {config[key]!r} changes the logits, which its architecture doesn't do")
     _check_layer_sizes(config, file)
 
 
@@ -145,7 +158,7 @@ def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], structures: Mapp
     for units in structures.values():
         for layer, count in enumerate(units.counts):
             for name, owned in units.in_layer(layer, tensors):
-                size = count * owned.per_unit
+                size = count * owned.entries
                 wanted = [size] if name.endswith(".bias") else [size, hidden] if owned.axis == 0 else [hidden, size]
                 if list(tensors[name].shape) != wanted:
                     raise UserError(

@@ -1,6 +1,7 @@
 """The one adapter between an architecture and the rest: what its parts are called, in its modules and in its files.
 
-Adding a family whose MLP computes ``down(act(gate(x)) * up(x))`` is one line in ``FAMILIES``.
+Four families are listed, with what their checkpoints must hold. Of others, whose MLPs compute
+``down(act(gate(x)) * up(x))`` too, the parts are found in a checkpoint (see ``discovery``).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures.kv_groups import kv_groups
+from hfprune_dist.structures.kv_groups import kv_groups, whole_groups
 from hfprune_dist.structures.low_rank import linear_modules, read_ranks
 from hfprune_dist.structures.neurons import neurons
 from hfprune_dist.structures.units import OUTPUT_BIASES, Block, Units
@@ -31,7 +32,13 @@ class Family:
         heads: what its configuration class takes for ``num_key_value_heads`` and ``head_dim`` where config.json lacks
             them; else one key-value head for each query head, and heads that make up ``hidden_size``.
         twin: the model_type that computes the same without biases, for numbers of heads that don't divide
-            ``hidden_size``, which this one's configuration class refuses; None: it takes them.
+            ``hidden_size``, which this one's configuration class refuses; None: there is none.
+        any_heads: whether its configuration class takes numbers of heads that don't divide ``hidden_size``.
+        mlp_norm, attention_norm: that whose output the block reads; None: it reads the residual stream.
+        mlp_norm_after, attention_norm_after: that which the block's outputs go through.
+        found: of a family that isn't listed, the names of all tensors that a model has.
+        whole_groups: why its KV groups can't be pruned; empty: they can.
+        no_sequence: why its blocks can't be refitted one after another; empty: they can.
     """
 
     model_type: str
@@ -42,16 +49,22 @@ class Family:
     layers: str = "model.layers"
     norm: str = "model.norm"
     attention: str = "self_attn"
-    attention_norm: str = "input_layernorm"
+    attention_norm: str | None = "input_layernorm"
+    attention_norm_after: str | None = None
     attention_projections: tuple[str, ...] = ATTENTION
     head_norms: tuple[str, ...] = ()
     mlp: str = "mlp"
-    mlp_norm: str = "post_attention_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
+    mlp_norm_after: str | None = None
     row_projections: tuple[str, ...] = ("gate_proj", "up_proj")
     down_projection: str = "down_proj"
     biases: tuple[tuple[str | None, tuple[str, ...]], ...] = ()
     heads: Mapping[str, int] = field(default_factory=dict)
     twin: str | None = None
+    any_heads: bool = True
+    found: frozenset[str] = frozenset()
+    whole_groups: str = ""
+    no_sequence: str = ""
 
     @property
     def plain_class(self) -> str:
@@ -65,14 +78,21 @@ class Family:
 
     def units(self, config: Mapping[str, Any]) -> Units:
         """What pruning removes from a model of this ``config.json``: the neurons of its MLPs."""
-        mlp = Block(self.layers, self.mlp, self.mlp_norm)
+        mlp = self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after)
         return neurons(config, mlp, self.row_projections, self.down_projection)
 
     def structures(self, config: Mapping[str, Any]) -> dict[str, Units]:
         """All kinds of units of such a model, by what they are called."""
-        attention = Block(self.layers, self.attention, self.attention_norm)
-        groups = kv_groups(self.completed(config), attention, self.attention_projections)
+        attention = self._block(config, self.attention, self.attention_norm, self.attention_norm_after)
+        if self.whole_groups:
+            groups = whole_groups(self.completed(config), attention)
+        else:
+            groups = kv_groups(self.completed(config), attention, self.attention_projections)
         return {units.kind: units for units in (self.units(config), groups)}
+
+    def _block(self, config: Mapping[str, Any], name: str, norm: str | None, norm_after: str | None) -> Block:
+        multiplier = config.get("residual_multiplier", 1.0) if self.found else 1.0
+        return Block(self.layers, name, norm, norm_after, float(multiplier))
 
     def completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A ``config.json`` that says how many key-value heads there are and how large a head is."""
@@ -99,14 +119,12 @@ class Family:
         """The head's weight [vocabulary, hidden_size]; a checkpoint whose head is tied may lack it."""
         return f"{self.head}.weight"
 
-    def norm_tensor(self) -> str:
-        """The weight of the final norm."""
-        return f"{self.norm}.weight"
-
     def tensors(self, config: Mapping[str, Any]) -> set[str]:
         """The tensors that a model of this ``config.json`` computes with, its head included; others in the files of a
         checkpoint are ignored when it is loaded.
         """
+        if self.found:
+            return {*self.found, self.head_tensor()}
         biased, ranks = self.biased(config), self.ranks(config)
         modules = [(self.attention, name) for name in (*self.attention_projections, *self.head_norms)]
         modules += [(self.mlp, name) for name in (*self.row_projections, self.down_projection)]
@@ -117,7 +135,7 @@ class Family:
             parts += [f"{linears[-1]}.bias"] if name in biased else []
         layers = range(int(config["num_hidden_layers"]))
         of_layers = {f"{self.layers}.{layer}.{part}" for layer in layers for part in parts}
-        return of_layers | {self.embedding_tensor(), self.norm_tensor(), self.head_tensor()}
+        return of_layers | {self.embedding_tensor(), f"{self.norm}.weight", self.head_tensor()}
 
     def body_of(self, model: nn.Module) -> nn.Module:
         """The decoder without its head: input_ids -> last_hidden_state, final norm included."""
@@ -135,7 +153,13 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama", biases=(("attention_bias", ATTENTION), ("mlp_bias", MLP)), twin="mistral"),
+        Family(
+            "llama",
+            "Llama",
+            biases=(("attention_bias", ATTENTION), ("mlp_bias", MLP)),
+            twin="mistral",
+            any_heads=False,
+        ),
         Family("mistral", "Mistral", heads={"num_key_value_heads": 8}),
         Family("qwen2", "Qwen2", biases=((None, ATTENTION[:3]),), heads={"num_key_value_heads": 32}),
         Family(
@@ -160,17 +184,27 @@ _OTHER_KINDS = {
 }
 
 
-def family_of(config: dict[str, Any], where: str) -> Family:
-    """Return the family of a checkpoint's ``config.json``.
+_NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
+
+def refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what is no decoder with one MLP in each layer.
 
     Raises:
-        UserError: for an architecture without an adapter; the message says what it is and lists those with one.
+        UserError: telling what it is.
     """
-    model_type = str(config.get("model_type"))
     found = next((key for key in _OTHER_KINDS if config.get(key) not in (None, False)), None)
-    if found is None and model_type in FAMILIES:
-        return FAMILIES[model_type]
-    why = f", {_OTHER_KINDS[found]} ({found})," if found else ""
-    raise UserError(
-        f"{where}: model_type {model_type!r}{why} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+    if found:
+        raise not_supported(config, where, f"it is {_OTHER_KINDS[found]} ({found})")
+    missing = [key for key in _NEEDED if key not in config]
+    if missing and config.get("model_type") not in FAMILIES:
+        raise not_supported(config, where, f"config.json has no {', '.join(missing)}")
+
+
+def not_supported(config: Mapping[str, Any], where: str, why: str) -> UserError:
+    """What to tell of a model that can't be pruned."""
+    return UserError(
+        f"{where}: model_type {str(config.get('model_type'))!r} is not supported: {why}. Pruned are "
+        f"{', '.join(sorted(FAMILIES))} and other decoders whose layers have one gated MLP "
+        "(hfprune_dist/checkpoints/README.md lists those that are tested)"
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hfprune_dist.structures.units import PER_LAYER
+
 # An entry for each layer.
 _LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 # How many of the first layers are of one kind.
@@ -15,6 +17,28 @@ _INTERVALS = {
     "full_attention_interval": "layer_types",
     "sliding_window_pattern": "layer_types",
 }
+# Architectures whose classes tell layers apart by their number -> the list without which they do.
+_UNLISTED = {
+    **dict.fromkeys(
+        (
+            "cohere2",
+            "cwm",
+            "exaone4",
+            "gemma2",
+            "gemma3_text",
+            "gemma4_text",
+            "gemma4_unified_text",
+            "granite_swa",
+            "olmo3",
+            "qwen3_5_text",
+            "vaultgemma",
+        ),
+        "layer_types",
+    ),
+    "smollm3": "no_rope_layers",
+}
+# Numbers of the layers of one kind.
+_NUMBERS = ("full_attn_idxs",)
 _SHARED = "num_kv_shared_layers"
 
 
@@ -25,6 +49,10 @@ def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
         if config.get(interval) and not config.get(listed):
             why = f"{interval} {config[interval]} tells layers apart by their number, and it has no {listed}"
             return dict.fromkeys(layers, why)
+    model_type = str(config.get("model_type"))
+    if model_type in _UNLISTED and not config.get(_UNLISTED[model_type]):
+        why = f"{model_type} tells layers apart by their number where config.json has no {_UNLISTED[model_type]}"
+        return dict.fromkeys(layers, why)
     if config.get(_SHARED):
         return dict.fromkeys(layers, f"its last {config[_SHARED]} layers read keys and values of others ({_SHARED})")
     return dict.fromkeys(layers, "it is the only one") if len(layers) == 1 else {}
@@ -34,4 +62,12 @@ def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any
     """What config.json says once these layers alone are left, ascending and renumbered from 0: what changes of it."""
     kinds = {key: [config[key][layer] for layer in layers] for key in _LISTS if config.get(key)}
     firsts = {key: sum(layer < config[key] for layer in layers) for key in _OF_THE_FIRST if config.get(key) is not None}
-    return {"num_hidden_layers": len(layers), **kinds, **firsts}
+    places = {
+        key: [number for number, layer in enumerate(layers) if layer in config[key]]
+        for key in _NUMBERS
+        if config.get(key)
+    }
+    settings = config.get(PER_LAYER) or {}
+    own = {str(number): settings[str(layer)] for number, layer in enumerate(layers) if str(layer) in settings}
+    kept = {PER_LAYER: own} if settings else {}
+    return {"num_hidden_layers": len(layers), **kinds, **firsts, **places, **kept}

@@ -18,7 +18,6 @@ from hfprune_dist.structures.low_rank import linear_modules
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 _PEFT_PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -45,7 +44,7 @@ def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str]:
         low_rank: names within a layer of projections of low rank.
     """
     factored = {name.rpartition(".")[2]: () for name in low_rank}
-    attention = [linear for name in ATTENTION_PROJECTIONS for linear in linear_modules(name, factored)]
+    attention = [linear for name in family.attention_projections for linear in linear_modules(name, factored)]
     return [*attention, *family.row_projections, family.down_projection]
 
 

@@ -7,13 +7,17 @@ It needs transformers alone: load such a checkpoint with
 linear layers, one after the other, the first one of so many outputs. Projections with such biases are in
 ``output_biases``, by their names within a layer. Earlier versions wrote widths alone, under
 ``per_layer_config``.
+
+``PrunedLlamaForCausalLM`` is made of ``LlamaForCausalLM`` when it is asked for, and so with every other architecture.
 """
 
 import copy
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+
+_PRUNED = "Pruned"
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -40,39 +44,37 @@ def in_two(whole: Any, rank: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(whole.in_features, rank, bias=False), second)
 
 
-def factorize(attention: nn.Module, own: Any) -> None:
-    """Make those projections two linear layers that the configuration of the layer gives a rank."""
+def factorize(layer: Any, own: Any) -> None:
+    """Make those projections of attention two linear layers that the configuration of the layer gives a rank."""
     for name in PROJECTIONS:
         rank = getattr(own, f"{name}_rank", None)
         if rank is not None:
-            setattr(attention, name, in_two(getattr(attention, name), rank))
+            setattr(layer.self_attn, name, in_two(getattr(layer.self_attn, name), rank))
 
 
 class SizesPerLayer:
     """Gives each decoder layer as many heads, an MLP as wide, and the biases that the configuration says for it."""
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config.per_layer_config[0])  # type: ignore[call-arg]
-        for number, layer in enumerate(self.model.layers):  # type: ignore[attr-defined]
+        sizes = getattr(config, "layer_sizes", None)
+        super().__init__(config if sizes else config.per_layer_config[0])  # type: ignore[call-arg]
+        body = self.model  # type: ignore[attr-defined]
+        for number, layer in enumerate(body.layers):
             own = config_of_layer(config, number)
-            layer.self_attn = type(layer.self_attn)(own, number)
-            factorize(layer.self_attn, own)
-            layer.mlp = type(layer.mlp)(own)
-            add_output_biases(config, layer)
-            layer.self_attn.config = self.model.config  # type: ignore[attr-defined] # the attention that is chosen later
+            body.layers[number] = type(layer)(own, number)
+            factorize(body.layers[number], own)
+            add_output_biases(config, body.layers[number])
+            for module in body.layers[number].modules():
+                if getattr(module, "config", None) is own:
+                    module.config = body.config  # the attention that is chosen later
         self.config = config
 
     def _get_static_cache_init_shape(self) -> None:
         """Static caches wait for the keys of each layer, since transformers takes all layers' for alike."""
 
 
-class PrunedLlamaForCausalLM(SizesPerLayer, LlamaForCausalLM): ...  # type: ignore[misc]
-
-
-class PrunedMistralForCausalLM(SizesPerLayer, MistralForCausalLM): ...  # type: ignore[misc]
-
-
-class PrunedQwen2ForCausalLM(SizesPerLayer, Qwen2ForCausalLM): ...  # type: ignore[misc]
-
-
-class PrunedQwen3ForCausalLM(SizesPerLayer, Qwen3ForCausalLM): ...  # type: ignore[misc]
+def __getattr__(name: str) -> Any:
+    plain = getattr(transformers, name.removeprefix(_PRUNED), None) if name.startswith(_PRUNED) else None
+    if plain is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, type(name, (SizesPerLayer, plain), {"__module__": __name__}))

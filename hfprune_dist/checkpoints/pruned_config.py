@@ -31,6 +31,8 @@ _TRANSFORMERS = "5.24.0"
 def plain_group_counts(checkpoint: Checkpoint) -> list[int]:
     """The numbers of KV groups, ascending, that every layer of a plain checkpoint can have."""
     groups = checkpoint.structures["kv_groups"]
+    if not groups.fields:  # none can go
+        return [min(groups.counts)]
     return [
         count
         for count in range(1, min(groups.counts) + 1)
@@ -83,7 +85,7 @@ def parameters_of_biases(dense: Checkpoint, config: Mapping[str, Any]) -> int:
 
 def _values(checkpoint: Checkpoint, shape: Shape) -> dict[str, list[int]]:
     """Fields of config.json that say how many units there are -> their value in each layer that stays."""
-    return {
+    return {HEADS: [checkpoint.config[HEADS]] * len(shape.layers)} | {
         field: row
         for units in checkpoint.structures.values()
         for field, row in units.values(shape.counts(units)).items()
@@ -93,7 +95,7 @@ def _values(checkpoint: Checkpoint, shape: Shape) -> dict[str, list[int]]:
 def _plain_type(checkpoint: Checkpoint, heads: int) -> str | None:
     """The model_type of a plain checkpoint with so many query heads; None where there is none."""
     family, config = checkpoint.family, checkpoint.config
-    if family.twin is None or config["hidden_size"] % heads == 0:
+    if family.any_heads or config["hidden_size"] % heads == 0:
         return family.model_type
     return None if family.biased(config) else family.twin
 
@@ -103,7 +105,7 @@ def _without_ours(checkpoint: Checkpoint) -> dict[str, Any]:
     config = dict(checkpoint.config)
     if checkpoint.is_plain:
         return config
-    left_out = (LAYER_SIZES, PER_LAYER, "auto_map")
+    left_out = (LAYER_SIZES, "auto_map", *([] if checkpoint.family.found else [PER_LAYER]))
     plain = {key: value for key, value in config.items() if key not in left_out}
     return plain | {"architectures": [checkpoint.family.plain_class]}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -45,9 +48,32 @@ def scored_layer(
         number=layer,
         units=units.counts[layer],
         seed=seed,
-        read_rows=lambda: [read_tensor(checkpoint, name) for name in units.row_weights(layer)],
+        read_rows=lambda: [
+            part
+            for name, parts in zip(units.row_weights(layer), units.row_parts, strict=True)
+            for part in read_tensor(checkpoint, name).chunk(parts)
+        ],
         read_columns=lambda: read_tensor(checkpoint, units.output_weight(layer)),
         tokens=tokens,
         moments=moments,
         gradients=gradients,
     )
+
+
+def mean_gradients(units: Units, read: Callable[[str], Tensor]) -> MeanGradients:
+    """Gradients of the weights that a layer's units own, in the parts in which ``scored_layer`` reads these weights.
+
+    Args:
+        read: name within a layer -> the gradient of a whole weight.
+    """
+    *rows, columns = units.weights
+    of_parts = [
+        partial(_part_of, partial(read, name), part, parts)
+        for name, parts in zip(rows, units.row_parts, strict=True)
+        for part in range(parts)
+    ]
+    return MeanGradients(of_parts, partial(read, columns))
+
+
+def _part_of(read: Callable[[], Tensor], part: int, parts: int) -> Tensor:
+    return read().chunk(parts)[part]

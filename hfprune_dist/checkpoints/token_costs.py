@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.families import ATTENTION
 from hfprune_dist.structures.low_rank import linear_modules
 
 
@@ -44,15 +45,14 @@ class TokenCosts:
             for name, shape in shapes.items()
             if name.startswith(f"{family.layers}.") and len(shape) == 2
         }
-        names = (f"{family.attention}.{name}" for name in family.attention_projections)
-        query, key, value, _ = (f"{linear_modules(name, checkpoint.ranks)[-1]}.weight" for name in names)
+        queries, cached = _attention_channels(checkpoint)
         return cls(
             parameters=checkpoint.parameters,
             parameters_without_embeddings=checkpoint.parameters - outside,
             active_parameters=checkpoint.parameters,
             multiplied=sum(map(math.prod, of_layers.values())) + math.prod(table),
-            query_channels=sum(rows for name, (rows, _) in of_layers.items() if name.endswith(query)),
-            cached_channels=sum(rows for name, (rows, _) in of_layers.items() if name.endswith((key, value))),
+            query_channels=queries,
+            cached_channels=cached,
         )
 
     def flops(self, context: int) -> int:
@@ -69,3 +69,21 @@ class TokenCosts:
             itemsize: bytes of one number of the cache.
         """
         return self.cached_channels * itemsize
+
+
+def _attention_channels(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Of the queries, and of keys and values, of all layers together."""
+    family = checkpoint.family
+    if family.attention_projections[:3] == ATTENTION[:3]:
+        projections = (f"{family.attention}.{name}" for name in ATTENTION[:3])
+        query, key, value = (f".{linear_modules(name, checkpoint.ranks)[-1]}.weight" for name in projections)
+        rows = {name: info.shape[0] for name, info in checkpoint.tensors.items()}
+        queries, cached = (
+            sum(count for name, count in rows.items() if name.startswith(family.layers) and name.endswith(names))
+            for names in ((query,), (key, value))
+        )
+        return queries, cached
+    config = family.completed(checkpoint.config)
+    latent, heads = config.get("kv_lora_rank"), 2 * config["num_key_value_heads"] * config["head_dim"]
+    cached = int(latent) + int(config.get("qk_rope_head_dim") or 0) if latent else heads
+    return checkpoint.num_layers * config["num_attention_heads"] * config["head_dim"], checkpoint.num_layers * cached

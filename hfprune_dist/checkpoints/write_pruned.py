@@ -83,10 +83,10 @@ class Changes:
 def unit_cuts(checkpoint: Checkpoint, kept: Kept) -> dict[str, Cut]:
     """The cut of every tensor that shrinks where this alone stays of a checkpoint."""
     return {
-        name: Cut(owned.axis, entries_of(kept_K, owned.per_unit))
-        for kind, rows in kept.units.items()
+        name: Cut(owned.axis, entries_of(kept_K, owned.per_unit, owned.parts, units.counts[layer]))
+        for units, rows in ((checkpoint.structures[kind], rows) for kind, rows in kept.units.items())
         for layer, kept_K in zip(kept.layers, rows, strict=True)
-        for name, owned in checkpoint.structures[kind].in_layer(layer, checkpoint.tensors)
+        for name, owned in units.in_layer(layer, checkpoint.tensors)
     }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from hfprune_dist.core.head import Rows, head_gradients
+from hfprune_dist.core.head import NOTHING, AfterHead, Rows, head_gradients
 from hfprune_dist.core.losses import distillation_gradient
 
 
@@ -20,18 +22,20 @@ class Divergence(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_NC: Tensor, dense_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
-        ((loss_N, gradient_NC),) = head_gradients(hidden_NC, weight_VC, bias_V, [_loss_of_rows], dense_NC)
+    def forward(ctx: Any, hidden_NC: Tensor, gradients: Callable[[Tensor], list[tuple[Tensor, Tensor]]]) -> Tensor:
+        ((loss_N, gradient_NC),) = gradients(hidden_NC)
         ctx.save_for_backward(gradient_NC)
         return loss_N.sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (gradient_NC,) = ctx.saved_tensors
-        return gradient_NC * gradient.to(gradient_NC.dtype), None, None, None
+        return gradient_NC * gradient.to(gradient_NC.dtype), None
 
 
-def summed_divergence(hidden_NC: Tensor, dense_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
+def summed_divergence(
+    hidden_NC: Tensor, dense_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, after: AfterHead = NOTHING
+) -> Tensor:
     """Sum over tokens of KL(dense || model) in nats, a scalar in float32 (float64 where the model is).
 
     Args:
@@ -39,10 +43,19 @@ def summed_divergence(hidden_NC: Tensor, dense_NC: Tensor, weight_VC: Tensor, bi
         dense_NC: the dense model's for the same tokens, same dtype.
         weight_VC: the head's weight [vocabulary, hidden_size], same dtype.
         bias_V: the head's bias, if it has one.
+        after: what becomes of the head's logits.
     """
     if not len(hidden_NC):
         return hidden_NC.sum(dtype=torch.promote_types(hidden_NC.dtype, torch.float32))
-    divergence: Tensor = Divergence.apply(hidden_NC, dense_NC, weight_VC, bias_V)  # type: ignore[no-untyped-call]
+    gradients = partial(
+        head_gradients,
+        weight_VC=weight_VC,
+        bias_V=bias_V,
+        logit_gradients=[_loss_of_rows],
+        teacher_NC=dense_NC,
+        after=after,
+    )
+    divergence: Tensor = Divergence.apply(hidden_NC, gradients)  # type: ignore[no-untyped-call]
     return divergence
 
 

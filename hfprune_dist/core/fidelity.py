@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.head import logit_chunks
+from hfprune_dist.core.head import NOTHING, AfterHead, logit_chunks
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,17 @@ class Outputs:
         hidden_NC: final hidden states [tokens, hidden_size].
         weight_VC: the head's weight [vocabulary, hidden_size], same dtype and device.
         bias_V: the head's bias, if it has one.
+        after: what becomes of the head's logits.
     """
 
     hidden_NC: Tensor
     weight_VC: Tensor
     bias_V: Tensor | None
+    after: AfterHead = NOTHING
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, logits of those rows), a chunk at a time."""
-        return logit_chunks(self.hidden_NC, self.weight_VC, self.bias_V)
+        return logit_chunks(self.hidden_NC, self.weight_VC, self.bias_V, self.after)
 
 
 @torch.no_grad()

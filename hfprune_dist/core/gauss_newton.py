@@ -1,6 +1,6 @@
 """Gauss-Newton steps on all three weights of a pruned MLP, which bring its outputs closer to given targets.
 
-With y the targets, minimise the sum over tokens of ||y - D h||^2, h = silu(G x) * (U x), over gate G, up U and down D
+With y the targets, minimise the sum over tokens of ||y - D h||^2, h = act(G x) * (U x), over gate G, up U and down D
 of the kept neurons, step by step: h is taken as linear in G and U around their present values, and the damped normal
 equations (J^T J + damping diag(J^T J)) delta = J^T r are solved by conjugate gradients, which need only products with J
 and J^T. They are preconditioned with blocks of J^T J in Kronecker form (as in K-FAC, arXiv 1503.05671). No new
@@ -49,10 +49,22 @@ class MlpWeights:
 
 @dataclass(frozen=True)
 class Biases:
-    """Of gate and up [kept], where the architecture has them."""
+    """Of gate and up [kept], where the architecture has them; and what it puts the gate through."""
 
     gate_K: Tensor | None = None
     up_K: Tensor | None = None
+    activation: Callable[[Tensor], Tensor] = silu
+
+    def acted(self, gate_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """The activation of a gate, and its derivative there."""
+        if self.activation is silu:
+            sigmoid_NK = gate_NK.sigmoid()
+            return silu(gate_NK), sigmoid_NK * (1 + gate_NK * (1 - sigmoid_NK))
+        with torch.enable_grad():
+            gate_NK = gate_NK.detach().requires_grad_()
+            acted_NK = self.activation(gate_NK)
+            (slope_NK,) = torch.autograd.grad(acted_NK.sum(), gate_NK)
+        return acted_NK.detach(), slope_NK
 
 
 class Linearized:
@@ -66,11 +78,11 @@ class Linearized:
     def __init__(self, weights: MlpWeights, biases: Biases, input_NC: Tensor) -> None:
         gate_NK = linear(input_NC, weights.gate_KC, biases.gate_K)
         up_NK = linear(input_NC, weights.up_KC, biases.up_K)
-        sigmoid_NK = gate_NK.sigmoid()
+        acted_NK, slope_NK = biases.acted(gate_NK)
         self._input_NC = input_NC
         self._down_CK = weights.down_CK
-        self._by_up_NK = silu(gate_NK)
-        self._by_gate_NK = sigmoid_NK * (1 + gate_NK * (1 - sigmoid_NK)) * up_NK
+        self._by_up_NK = acted_NK
+        self._by_gate_NK = slope_NK * up_NK
         self.hidden_NK = self._by_up_NK * up_NK
 
     @staticmethod

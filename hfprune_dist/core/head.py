@@ -27,6 +27,26 @@ class Rows:
     teacher_NV: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class AfterHead:
+    """What an architecture does to the logits z that its head computes: scale * z, or cap * tanh(scale * z / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits_NV: Tensor) -> Tensor:
+        """The logits that count; may overwrite what it is given."""
+        if self.scale != 1.0:
+            logits_NV = logits_NV.mul_(self.scale)
+        return logits_NV if self.cap is None else logits_NV.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, logits_NV: Tensor) -> Tensor | float:
+        """The derivative of those logits, which are given, at the head's own."""
+        return self.scale if self.cap is None else self.scale * (1 - (logits_NV / self.cap).square())
+
+
+NOTHING = AfterHead()
+
 # -> (loss per token [N], its gradient at those tokens' logits [N, V])
 LogitGradient = Callable[[Rows], tuple[Tensor, Tensor]]
 
@@ -37,6 +57,8 @@ def head_gradients(
     bias_V: Tensor | None,
     logit_gradients: Sequence[LogitGradient],
     teacher_NC: Tensor | None = None,
+    *,
+    after: AfterHead = NOTHING,
 ) -> list[tuple[Tensor, Tensor]]:
     """Per-token losses and their gradients at the hidden states, dL/dhidden = dL/dz @ W, in one pass over the logits.
 
@@ -51,6 +73,7 @@ def head_gradients(
         bias_V: the head's bias, if it has one.
         logit_gradients: the losses, as closed forms on float32 logits (float64 where the model is).
         teacher_NC: final hidden states of the dense model for the same tokens, if the losses compare with it.
+        after: what becomes of the logits.
 
     Returns:
         For each loss: loss_N in float32 (or float64), and the gradient of ``loss_N.sum()`` at ``hidden_NC``, in its
@@ -60,11 +83,16 @@ def head_gradients(
     gradients_NC = [torch.empty_like(hidden_NC) for _ in logit_gradients]
     last = len(logit_gradients) - 1
     for rows in _chunks(hidden_NC, weight_VC, hidden_NC.dtype):
-        logits_NV = torch.nn.functional.linear(hidden_NC[rows], weight_VC, bias_V)
-        teacher_NV = None if teacher_NC is None else torch.nn.functional.linear(teacher_NC[rows], weight_VC, bias_V)
+        logits_NV, teacher_NV = (
+            None if it is None else after(torch.nn.functional.linear(it[rows], weight_VC, bias_V))
+            for it in (hidden_NC, teacher_NC)
+        )
+        assert logits_NV is not None
         for number, logit_gradient in enumerate(logit_gradients):
             gradient_NV = logits_NV if number == last else torch.empty_like(logits_NV)
-            losses[number] += _fill_gradient(gradient_NV, logits_NV, teacher_NV, logit_gradient, rows.start)
+            losses[number] += _fill_gradient(
+                gradient_NV, logits_NV, teacher_NV, logit_gradient, rows.start, after=after
+            )
             torch.matmul(gradient_NV, weight_VC, out=gradients_NC[number][rows])
             del gradient_NV
         del logits_NV, teacher_NV  # before the next chunk's are made
@@ -72,9 +100,15 @@ def head_gradients(
 
 
 def _fill_gradient(
-    gradient_NV: Tensor, logits_NV: Tensor, teacher_NV: Tensor | None, logit_gradient: LogitGradient, first_row: int
+    gradient_NV: Tensor,
+    logits_NV: Tensor,
+    teacher_NV: Tensor | None,
+    logit_gradient: LogitGradient,
+    first_row: int,
+    *,
+    after: AfterHead,
 ) -> Iterator[Tensor]:
-    """Write a loss's gradient at some logits, which may be the same tensor; yield its losses block by block."""
+    """Write a loss's gradient at the head's logits, in place of these or elsewhere; yield its losses block by block."""
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
     for block in row_blocks(logits_NV):
         rows = Rows(
@@ -82,16 +116,19 @@ def _fill_gradient(
             slice(first_row + block.start, first_row + block.stop),
             None if teacher_NV is None else teacher_NV[block].to(wide, copy=True),
         )
+        slope = 1.0 if after == NOTHING else after.slope(rows.logits_NV)  # before they are overwritten
         loss_N, wide_gradient_NV = logit_gradient(rows)
-        gradient_NV[block] = wide_gradient_NV
+        gradient_NV[block] = wide_gradient_NV if after == NOTHING else wide_gradient_NV * slope
         yield loss_N
 
 
-def logit_chunks(hidden_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+def logit_chunks(
+    hidden_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, after: AfterHead = NOTHING
+) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, logits of those rows) in float32 or wider, at most ``CHUNK_BYTES`` of logits at a time."""
     wide = torch.promote_types(hidden_NC.dtype, torch.float32)
     for rows in _chunks(hidden_NC, weight_VC, wide):
-        yield rows, torch.nn.functional.linear(hidden_NC[rows], weight_VC, bias_V).to(wide)
+        yield rows, after(torch.nn.functional.linear(hidden_NC[rows], weight_VC, bias_V)).to(wide)
 
 
 def _chunks(hidden_NC: Tensor, weight_VC: Tensor, dtype: torch.dtype) -> Iterator[slice]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hfprune_dist.core.bound_losses import Batch, bind
 from hfprune_dist.core.coupled_products import CoupledProducts
 from hfprune_dist.core.criteria import Criterion, Loss, losses_of
-from hfprune_dist.core.head import head_gradients
+from hfprune_dist.core.head import NOTHING, AfterHead, head_gradients
 from hfprune_dist.core.linear_observer import LinearObserver, SeenLinear
 from hfprune_dist.core.unit_sums import KindObserver, KindSums, Phase, SeeOutputGradients, UnitOutputs
 
@@ -26,6 +26,7 @@ class ScoredModel:
         body: input_ids [B, T] -> final hidden states [B, T, hidden_size], the final norm included.
         head: gives the head's weight [vocabulary, hidden_size] and bias, for as long as its context lasts.
         outputs: kind -> where its units are seen.
+        after: what becomes of the head's logits.
         rearming: called after a forward; what it returns is called before each backward.
         student: kinds of which the student lacks some units -> which it has, bool [units] of each layer, on the
             model's device; for losses of a student alone.
@@ -34,6 +35,7 @@ class ScoredModel:
     body: Callable[[Tensor], Tensor]
     head: Callable[[], AbstractContextManager[tuple[Tensor, Tensor | None]]]
     outputs: Mapping[str, UnitOutputs]
+    after: AfterHead = NOTHING
     rearming: Callable[[], Callable[[], None]] = lambda: lambda: None
     student: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
@@ -77,7 +79,8 @@ def _differentiate(
     teacher_NC = None if teacher_BTC is None else teacher_BTC.flatten(0, 1)
     with model.head() as (weight_VC, bias_V):
         bound = [bind(loss, batch) for loss in losses]
-        gradients = head_gradients(hidden_BTC.detach().flatten(0, 1), weight_VC, bias_V, bound, teacher_NC)
+        hidden_NC = hidden_BTC.detach().flatten(0, 1)
+        gradients = head_gradients(hidden_NC, weight_VC, bias_V, bound, teacher_NC, after=model.after)
     return sums.backward(hidden_BTC, dict(zip(losses, gradients, strict=True)), model.rearming())
 
 

@@ -13,6 +13,12 @@ def top_units(scores_U: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
-def entries_of(units_K: Tensor, per_unit: int) -> Tensor:
-    """Indices of the entries that some units own where each owns ``per_unit`` consecutive ones: ascending, as units."""
-    return (units_K[:, None] * per_unit + torch.arange(per_unit, device=units_K.device)).flatten()
+def entries_of(units_K: Tensor, per_unit: int, parts: int = 1, units: int = 0) -> Tensor:
+    """Indices of the entries that some units own where each owns ``per_unit`` consecutive ones: ascending, as units.
+
+    Args:
+        parts: of the tensor, one behind the other, each with such entries of every unit.
+        units: how many there are, where there are several parts.
+    """
+    entries_N = (units_K[:, None] * per_unit + torch.arange(per_unit, device=units_K.device)).flatten()
+    return torch.cat([entries_N + part * units * per_unit for part in range(parts)]) if parts > 1 else entries_N

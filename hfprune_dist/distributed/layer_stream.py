@@ -25,7 +25,18 @@ from hfprune_dist.distributed.layer_states import LayerStates
 from hfprune_dist.distributed.mean_sums import MeanSums
 from hfprune_dist.distributed.whole_model_probe import TOLERANCES, Guard, Probe, refuse_departure, relative_error
 from hfprune_dist.distributed.world import World
-from hfprune_dist.models.single_layer import LayerReader, input_of, linear_of, mlp_of, output_of, part_of, run
+from hfprune_dist.models.single_layer import (
+    LayerReader,
+    added,
+    entering,
+    input_of,
+    linear_of,
+    mlp_of,
+    output_of,
+    part_of,
+    read_by,
+    run,
+)
 from hfprune_dist.structures.units import Units
 
 HIDDEN = "hidden"
@@ -90,10 +101,10 @@ class LayerStream:
 
     def advance_to(self, layer: nn.Module, units: Units) -> None:
         """Run this rank's windows into a layer, up to the residual stream before the block of some units."""
-        norm = part_of(layer, units.norm)
+        reader = part_of(layer, units.block.reader)
 
         def first_part(hidden_BTC: Tensor) -> Tensor:
-            return input_of(norm, partial(run, layer, hidden_BTC))
+            return input_of(reader, partial(run, layer, hidden_BTC))
 
         self._hidden.update(self._transfers.through(self._hidden.items(), first_part))
 
@@ -101,11 +112,11 @@ class LayerStream:
         """Go on from ``advance_to``, where the units' block is the layer's MLP and a residual one, as
         ``require_residual`` checks; the same bits as ``advance``.
         """
-        block, norm = mlp_of(layer), part_of(layer, mlp.norm)
+        block, enter = mlp_of(layer, mlp), entering(layer, mlp)
 
         @torch.no_grad()
         def rest(residual_BTC: Tensor) -> Tensor:
-            output_BTC: Tensor = residual_BTC + block(norm(residual_BTC))
+            output_BTC: Tensor = residual_BTC + added(layer, mlp, block(enter(residual_BTC)))
             return output_BTC
 
         self._hidden.update(self._transfers.through(self._hidden.items(), rest))
@@ -165,7 +176,7 @@ class LayerStream:
         return self._transfers.to_device(self._hidden.items())
 
     def require_residual(self, layer: nn.Module, kinds: Sequence[Units]) -> None:
-        """Check, on one window, that blocks of a layer add their outputs to what their norms read; collective.
+        """Check, on one window, that a layer adds its blocks' outputs to its residual stream as known; collective.
 
         Args:
             kinds: whose blocks, in the order in which they follow one another, the layer's last one at the end.
@@ -177,19 +188,19 @@ class LayerStream:
         outputs: list[Tensor] = []
         if 0 in self._hidden:
             with ExitStack() as observers:
-                norms = [observers.enter_context(_inputs_of(part_of(layer, units.norm))) for units in kinds]
+                readers = [observers.enter_context(_inputs_of(part_of(layer, units.block.reader))) for units in kinds]
                 blocks = [observers.enter_context(_outputs_of(output_of(layer, units))) for units in kinds]
                 output_BTC = run(layer, self._hidden[0][:1].to(self._world.device))
-            streams = [it.pop() for it in norms] + [output_BTC]
+            streams = [it.pop() for it in readers] + [output_BTC]
             outputs = [it.pop() for it in blocks]
         for place, units in enumerate(kinds):
             error = None
             if streams:
-                found_BTC = streams[place] + outputs[place]
+                found_BTC = streams[place] + added(layer, units, outputs[place])
                 error = relative_error(*(it.flatten(0, 1).double() for it in (found_BTC, streams[place + 1])))
             what = (
-                f"{self._family.model_type}: in layer {self._done}, the inputs of {units.norm} plus the outputs of "
-                f"{units.output} depart from the hidden states that follow"
+                f"{self._family.model_type}: in layer {self._done}, the inputs of {units.block.reader} plus the "
+                f"outputs of {units.output} depart from the hidden states that follow"
             )
             error = self._world.broadcast(error, 0)
             refuse_departure(error, TOLERANCES[self._dtype], what, "a method whose refit is dense or none works")
@@ -294,7 +305,9 @@ class LayerStream:
 def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collects what goes into a module."""
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    handle = module.register_forward_pre_hook(
+        lambda _module, inputs, options: seen.append(read_by(inputs, options)), with_kwargs=True
+    )
     try:
         yield seen
     finally:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.core.distillation import summed_divergence
+from hfprune_dist.core.head import NOTHING, AfterHead
+from hfprune_dist.models.after_head import leave_logits
 
 
 class DistillingHead:
@@ -17,10 +19,13 @@ class DistillingHead:
 
     Args:
         model: a causal language model, whose head is frozen and the dense model's too.
+        after: what becomes of its logits.
     """
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
+    def __init__(self, model: nn.Module, family: Family, after: AfterHead = NOTHING) -> None:
+        leave_logits(model)
         head: Any = family.head_of(model)
+        self._after = after
         head.forward = self._diverge
         self._head = head
         self._dense_BTC = self._counts_B = head.weight.new_empty(0)
@@ -37,4 +42,4 @@ class DistillingHead:
     def _diverge(self, hidden_BTC: Tensor) -> Tensor:
         """Sum over the tokens of the rows that count of KL(dense || model), nats."""
         hidden_NC, dense_NC = (it[self._counts_B].flatten(0, 1) for it in (hidden_BTC, self._dense_BTC))
-        return summed_divergence(hidden_NC, dense_NC, self._head.weight, self._head.bias)
+        return summed_divergence(hidden_NC, dense_NC, self._head.weight, self._head.bias, self._after)

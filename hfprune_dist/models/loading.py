@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -31,7 +32,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     changes = {"tie_word_embeddings": False} if checkpoint.has_untied_head else {}
     with ONE_AT_A_TIME:
         model: PreTrainedModel = model_class(checkpoint).from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", **changes
+            folder, dtype=dtype, attn_implementation=attention_of(checkpoint), **changes
         )
     require_exact_rotary(model, folder)
     return model
@@ -58,6 +59,22 @@ def model_class(checkpoint: Checkpoint) -> Any:
     if checkpoint.is_plain:
         return AutoModelForCausalLM
     return getattr(modeling_pruned, checkpoint.family.pruned_class)
+
+
+def attention_of(checkpoint: Checkpoint) -> str:
+    """The implementation of attention that it runs with: torch's, or its own where torch's can't do what it does.
+
+    Raises:
+        UserError: where transformers has no class for it.
+    """
+    name = checkpoint.family.plain_class
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise UserError(
+            f"{checkpoint.path / 'config.json'}: transformers has no {name}, which architectures names; install a "
+            "version that has it (pip install -U transformers)"
+        )
+    return "sdpa" if kind._supports_sdpa else "eager"
 
 
 def require_own_weights(checkpoint: Checkpoint) -> None:

@@ -8,22 +8,23 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.core.memory_efficient import frozen_linear, gated_product, rms_norm
 
-SILU = ("silu", "swish")
+SILU = tuple({type(ACT2FN[name]) for name in ("silu", "swish")})
 
 
 def use_memory_efficient_backward(model: nn.Module, family: Family) -> None:
-    """Let a model's norms and gated MLPs run with backwards of ours; an MLP with another activation stays as it is."""
+    """Let norms and gated MLPs that compute what Llama's do run with backwards of ours; others stay as they are."""
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
+        if _computes_as(module, LlamaRMSNorm):
             module.forward = partial(_normalize, module)
-    config: Any = model.config
-    if config.hidden_act in SILU:
-        for layer in family.layers_of(model):
-            mlp = layer.get_submodule(family.mlp)
+    for layer in family.layers_of(model):
+        mlp: Any = layer.get_submodule(family.mlp)
+        if _computes_as(mlp, LlamaMLP) and isinstance(mlp.act_fn, SILU):
             gate, up = (mlp.get_submodule(name) for name in family.row_projections)
             mlp.forward = partial(_run_mlp, gate, up, mlp.get_submodule(family.down_projection))
 
@@ -45,6 +46,27 @@ def checkpoint_activations(model: nn.Module, family: Family) -> None:
     """
     for layer in family.layers_of(model)[1:]:
         layer.forward = partial(_run_checkpointed, layer.forward)
+
+
+def branch_off(model: nn.Module, family: Family) -> None:
+    """Let gradients of what an MLP or a norm reads be added up for it alone, as DeepSpeed's hooks do it in a sharded
+    model, before those of others that read the same are added.
+    """
+    mlps = [layer.get_submodule(family.mlp) for layer in family.layers_of(model)]
+    for module in model.modules():
+        if module in mlps or type(module).__name__.endswith("Norm"):
+            module.register_forward_pre_hook(_viewed)
+
+
+def _viewed(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs[0].view_as(inputs[0]), *inputs[1:]
+
+
+def _computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
+    """Whether a module's forward is that of a class of transformers, which has copies of it in many architectures."""
+    codes = [getattr(kind.forward, "__code__", None) for kind in (type(module), known)]
+    ours, theirs = ((code.co_code, code.co_names, code.co_consts) if code else None for code in codes)
+    return ours == theirs is not None
 
 
 def _project(layer: nn.Linear, x_NC: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,11 +13,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.layer_settings import of_layers
 from hfprune_dist.checkpoints.modeling_pruned import add_output_biases, config_of_layer, factorize
 from hfprune_dist.checkpoints.read_tensors import read_tensor
 from hfprune_dist.core.fidelity import Outputs
+from hfprune_dist.core.head import AfterHead
 from hfprune_dist.core.selection import entries_of
-from hfprune_dist.models.loading import ONE_AT_A_TIME
+from hfprune_dist.models.after_head import after_head
+from hfprune_dist.models.loading import ONE_AT_A_TIME, attention_of
+from hfprune_dist.models.memory_efficient_backward import SILU
 from hfprune_dist.structures.units import Units
 
 # Of the only layer inside what ``LayerReader.layer`` makes.
@@ -25,15 +30,16 @@ LAYER = "layers.0"
 
 @dataclass(frozen=True)
 class Head:
-    """The end of a model: final norm, and the projection to the vocabulary."""
+    """The end of a model: final norm, the projection to the vocabulary, and what becomes of its logits."""
 
     norm: nn.Module
     weight_VC: Tensor
     bias_V: Tensor | None
+    after: AfterHead
 
     def outputs(self, hidden_BTC: Tensor) -> Outputs:
         """From what the last layer puts out."""
-        return Outputs(self.norm(hidden_BTC).flatten(0, 1), self.weight_VC, self.bias_V)
+        return Outputs(self.norm(hidden_BTC).flatten(0, 1), self.weight_VC, self.bias_V, self.after)
 
 
 class LayerReader:
@@ -55,8 +61,15 @@ class LayerReader:
         """What the first layer reads, for micro-batches of ids [windows, tokens]: [windows, tokens, hidden_size] each,
         on the CPU.
         """
-        table_VC = read_tensor(self._checkpoint, self._checkpoint.family.embedding_tensor()).to(self._dtype)
-        return {index: nn.functional.embedding(ids_BT, table_VC) for index, ids_BT in batches.items()}
+        family = self._checkpoint.family
+        body = self._body(0)
+        table_VC = read_tensor(self._checkpoint, family.embedding_tensor()).to(self._dtype)
+        body.get_submodule(_within(family.body, family.embedding)).load_state_dict({"weight": table_VC}, assign=True)
+        first = body.get_submodule(LAYER)
+        return {
+            index: input_of(first, partial(body, input_ids=ids_BT, use_cache=False))
+            for index, ids_BT in batches.items()
+        }
 
     def layer(self, number: int) -> nn.Module:
         """The decoder of one layer; call it through ``run``."""
@@ -78,15 +91,9 @@ class LayerReader:
     def with_weights(self, number: int, weights: Mapping[str, Tensor]) -> nn.Module:
         """``layer``, of which the weights were read before."""
         family = self._checkpoint.family
-        with ONE_AT_A_TIME, torch.device("meta"):
-            config = self._layer_config(number)
-            model = AutoModelForCausalLM.from_config(config, dtype=self._dtype, attn_implementation="sdpa")
-            body: nn.Module = family.body_of(model)
-            factorize(body.get_submodule(f"{LAYER}.{family.attention}"), config)
-            add_output_biases(self._config, family.layers_of(model)[0])
-        body.norm = nn.Identity()
-        body.embed_tokens = None  # type: ignore[assignment]
-        body.rotary_emb = type(body.rotary_emb)(body.config)  # its buffers are computed, not read
+        body = self._body(number)
+        body.set_submodule(_within(family.body, family.norm), nn.Identity())
+        body.set_submodule(_within(family.body, family.embedding), nn.Identity())
         body.load_state_dict(weights, strict=False, assign=True)
         missing = [name for name, parameter in body.named_parameters() if parameter.is_meta]
         assert not missing, f"layer {number}: the checkpoint lacks {missing}"
@@ -101,16 +108,34 @@ class LayerReader:
             self.final_norm(),
             self._read(weight if weight in names else family.embedding_tensor()),  # else tied to the embedding
             self._read(bias) if bias in names else None,
+            after_head(self._checkpoint),
         )
 
     def final_norm(self) -> nn.Module:
         """Between the last layer and the head."""
         family = self._checkpoint.family
-        with ONE_AT_A_TIME, torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self._layer_config(0), dtype=self._dtype)
-        norm: nn.Module = model.get_submodule(family.norm)
-        norm.load_state_dict({"weight": self._read(family.norm_tensor())}, assign=True)
+        norm: nn.Module = self._model(0).get_submodule(family.norm)
+        norm.load_state_dict({name: self._read(f"{family.norm}.{name}") for name in norm.state_dict()}, assign=True)
         return norm.requires_grad_(False)
+
+    def _body(self, number: int) -> nn.Module:
+        """The decoder of one layer, whose parameters have no values yet."""
+        model = self._model(number)
+        body: nn.Module = self._checkpoint.family.body_of(model)
+        for module in body.modules():
+            _compute_buffers(model, module)
+        return body
+
+    def _model(self, number: int) -> Any:
+        config = self._layer_config(number)
+        with ONE_AT_A_TIME, torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=self._dtype, attn_implementation=attention_of(self._checkpoint)
+            )
+            (layer,) = self._checkpoint.family.layers_of(model)
+            factorize(layer, config)
+            add_output_biases(config, layer)
+        return model
 
     def _read(self, name: str) -> Tensor:
         return self._placed(read_tensor(self._checkpoint, name), self._dtype)
@@ -120,17 +145,39 @@ class LayerReader:
 
     def _layer_config(self, number: int) -> Any:
         config = copy.deepcopy(config_of_layer(self._config, number))
-        config.num_hidden_layers = 1
-        if getattr(config, "layer_types", None):
-            config.layer_types = [config.layer_types[number]]
+        for key, value in of_layers(vars(config), [number]).items():
+            setattr(config, key, value)
         config.use_cache = False
         return config
+
+
+def _within(body: str, name: str) -> str:
+    """A module's name within the decoder."""
+    return name.removeprefix(f"{body}.")
+
+
+def _compute_buffers(model: Any, module: nn.Module) -> None:
+    """Buffers that no file has: those of rotary embeddings from their configuration, others as transformers does it."""
+    buffers = {name: it for name, it in module.named_buffers(recurse=False) if it.is_meta}
+    if not buffers:
+        return
+    for name, buffer in buffers.items():
+        module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+    model._init_weights(module)
 
 
 @torch.no_grad()
 def run(layer: nn.Module, hidden_BTC: Tensor) -> Tensor:
     """One layer's output, same shape."""
-    output_BTC: Tensor = layer(inputs_embeds=hidden_BTC, use_cache=False).last_hidden_state
+
+    def enter(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (hidden_BTC, *inputs[1:])  # whatever the decoder does to embeddings before its first layer
+
+    handle = layer.get_submodule(LAYER).register_forward_pre_hook(enter)
+    try:
+        output_BTC: Tensor = layer(inputs_embeds=hidden_BTC, use_cache=False).last_hidden_state
+    finally:
+        handle.remove()
     return output_BTC
 
 
@@ -141,6 +188,12 @@ class _Reached(Exception):  # noqa: N818  no error: it ends a computation that h
         self.input_BTC = input_BTC
 
 
+def read_by(inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a module."""
+    hidden: Tensor = inputs[0] if inputs else options["hidden_states"]
+    return hidden
+
+
 @torch.no_grad()
 def input_of(module: nn.Module, compute: Callable[[], object]) -> Tensor:
     """What a module reads in a computation, of which nothing is computed from there on.
@@ -149,10 +202,10 @@ def input_of(module: nn.Module, compute: Callable[[], object]) -> Tensor:
         compute: runs the module, and what comes before it. It is left by an exception that a hook raises.
     """
 
-    def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        raise _Reached(inputs[0])
+    def stop(_module: nn.Module, inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> None:
+        raise _Reached(read_by(inputs, options))
 
-    handle = module.register_forward_pre_hook(stop)
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         compute()
     except _Reached as reached:
@@ -162,14 +215,70 @@ def input_of(module: nn.Module, compute: Callable[[], object]) -> Tensor:
     raise AssertionError("the computation is over, and the module was not run")
 
 
-def mlp_of(layer: nn.Module) -> nn.Module:
-    """The MLP inside what ``LayerReader.layer`` made."""
-    return layer.get_submodule(f"{LAYER}.mlp")
+def mlp_of(layer: nn.Module, units: Units) -> nn.Module:
+    """The MLP that some units are of, inside what ``LayerReader.layer`` made."""
+    return layer.get_submodule(f"{LAYER}.{units.block.name}")
 
 
-def projection(mlp: nn.Module, name: str) -> nn.Linear:
-    """One of an MLP's projections, by its family's name for it."""
-    return cast("nn.Linear", mlp.get_submodule(name))
+def entering(layer: nn.Module, units: Units) -> nn.Module:
+    """Of such a layer, what makes of the residual stream what the units' block reads."""
+    norm = units.block.norm
+    return nn.Identity() if norm is None else part_of(layer, norm)
+
+
+@torch.no_grad()
+def added(layer: nn.Module, units: Units, output_BTC: Tensor) -> Tensor:
+    """What such a layer adds to its residual stream where the units' output projection puts this out."""
+    block = units.block
+    if block.norm_after is not None:
+        output_BTC = part_of(layer, block.norm_after)(output_BTC)
+    return output_BTC if block.multiplier == 1.0 else output_BTC * block.multiplier
+
+
+def put_out(layer: nn.Module, units: Units, wanted_NC: Tensor, like_NC: Tensor) -> Tensor:
+    """What the units' output projection should put out for this to be added to the residual stream.
+
+    A norm that follows it divides by each token's size, which is taken from another output.
+
+    Args:
+        wanted_NC: float32 [tokens, hidden_size].
+        like_NC: what it puts out now, or nearly [tokens, hidden_size].
+    """
+    if units.block.norm_after is None and units.block.multiplier == 1.0:
+        return wanted_NC
+    sizes_NC = like_NC.float().square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-12).expand_as(wanted_NC)
+    scale_NC = added(layer, units, sizes_NC.to(like_NC.dtype)).float() / sizes_NC
+    return wanted_NC / scale_NC.where(scale_NC.abs() > 1e-6, torch.inf)
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """What a gated MLP computes with before its down projection.
+
+    Attributes:
+        weights, biases: of gate and up.
+        activation: of the gate.
+    """
+
+    weights: tuple[Tensor, Tensor]
+    biases: tuple[Tensor | None, Tensor | None]
+    activation: Callable[[Tensor], Tensor]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].dtype
+
+
+def gated_mlp(layer: nn.Module, units: Units) -> GatedMlp:
+    """Of such a layer, by the neurons of its MLP."""
+    mlp = mlp_of(layer, units)
+    rows = [cast("nn.Linear", part_of(layer, name.removesuffix(".weight"))) for name in units.weights[:-1]]
+    gate, up = (part for row in rows for part in row.weight.data.chunk(units.row_parts[0]))
+    biases = [part for row in rows if row.bias is not None for part in row.bias.data.chunk(units.row_parts[0])]
+    gate_bias, up_bias = biases or (None, None)
+    acting = [it for it in mlp.children() if not isinstance(it, nn.Linear)]
+    is_silu = not acting or isinstance(acting[0], SILU)
+    return GatedMlp((gate, up), (gate_bias, up_bias), nn.functional.silu if is_silu else acting[0])
 
 
 def part_of(layer: nn.Module, name: str) -> nn.Module:
@@ -198,7 +307,9 @@ def weights_kept(layer: nn.Module, units: Units, kept: Tensor | None = None) -> 
     if kept is None:
         return {it.tensor: found[it.tensor].data for it in owned}
     kept = kept.to(found[owned[0].tensor].device)
-    return {it.tensor: found[it.tensor].data.index_select(it.axis, entries_of(kept, it.per_unit)) for it in owned}
+    number = output_of(layer, units).in_features // units.channels_per_unit
+    entries = {it.tensor: entries_of(kept, it.per_unit, it.parts, number) for it in owned}
+    return {it.tensor: found[it.tensor].data.index_select(it.axis, entries[it.tensor]) for it in owned}
 
 
 def put_weights(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:

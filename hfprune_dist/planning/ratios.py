@@ -6,7 +6,9 @@ from collections.abc import Hashable, Sequence
 from itertools import pairwise
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.config.method import Method
+from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import Limits, budget_of
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
@@ -27,6 +29,7 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
         UserError: telling the largest ratio that it can reach, or which two are the same; or that layers differ, where
             the method makes all alike.
     """
+    _check_family(checkpoint, method, where)
     if checkpoint.ranks:
         raise UserError(
             f"{where}: its attention has matrices of low rank ({', '.join(map(rank_field, checkpoint.ranks))} in "
@@ -51,6 +54,30 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
                 f"are multiples of {settled.multiple_of}; leave one of them out or use a smaller prune.multiple_of"
             )
         reached[decided] = ratio
+
+
+def _check_family(checkpoint: Checkpoint, method: Method, where: str) -> None:
+    """Refuse what can't be done to an architecture."""
+    family = checkpoint.family
+    if KV_GROUPS in method.structures and family.whole_groups:
+        raise UserError(
+            f"{where}: KV groups of {family.model_type} can't be pruned: {family.whole_groups}; leave kv_groups out of "
+            "prune.structures"
+        )
+    if method.allocation == "low_rank" and family.found:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"{where}: allocation: low_rank isn't possible with {family.model_type}; it is with {known}")
+    of_neurons = any(CRITERIA[name].is_of_neurons for name in method.scored_before)
+    if of_neurons and any(parts > 1 for parts in checkpoint.units.row_parts):
+        raise UserError(
+            f"{where}: criterion: {method.criterion} needs a matrix for each of the projections that make neurons, and "
+            f"{family.model_type} has one for both; use another criterion, such as weight_taylor"
+        )
+    if method.refit in ("layerwise", "block") and family.no_sequence:
+        raise UserError(
+            f"{where}: refit: {method.refit} isn't possible with {family.model_type}: {family.no_sequence}; use dense "
+            "or none"
+        )
 
 
 def _check_multiple(checkpoint: Checkpoint, method: Method, where: str) -> None:

@@ -19,11 +19,13 @@ from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import (
+    added,
+    entering,
+    gated_mlp,
     input_of,
     mlp_of,
     output_of,
-    part_of,
-    projection,
+    put_out,
     put_weights,
     run,
     weights_kept,
@@ -216,17 +218,18 @@ class SequentialRefit:
         """What a block's output projection reads [tokens, channels]."""
         compute = partial(run, layer, residual_BTC)
         if block.units is self._mlp:
-            compute = partial(mlp_of(layer), part_of(layer, self._mlp.norm)(residual_BTC))
+            compute = partial(mlp_of(layer, self._mlp), entering(layer, self._mlp)(residual_BTC))
         return input_of(output_of(layer, block.units), compute).flatten(0, 1)
 
     @torch.no_grad()
     def _target(self, layer: nn.Module, residual_BTC: Tensor, block: _Block, wanted_BTC: Tensor) -> Tensor:
         """What a block should put out, float32 [tokens, hidden_size]."""
         if block.units is self._mlp:
-            own_NC: Tensor = mlp_of(block.dense)(part_of(layer, self._mlp.norm)(residual_BTC).flatten(0, 1))
+            own_NC: Tensor = mlp_of(block.dense, self._mlp)(entering(layer, self._mlp)(residual_BTC).flatten(0, 1))
         else:
             own_NC = output_of(block.dense, block.units)(self._hidden(block.dense, block, residual_BTC))
-        residual_NC = residual_BTC.flatten(0, 1)
+        residual_NC, put_out_NC = residual_BTC.flatten(0, 1), own_NC
+        own_NC = added(layer, block.units, own_NC)
         if block.gap:
             reached_BTC = (residual_NC + own_NC).view_as(residual_BTC)
             for gone in block.gap:
@@ -234,24 +237,24 @@ class SequentialRefit:
             own_NC = reached_BTC.flatten(0, 1).float() - residual_NC.float()
         own_NC = own_NC.float()
         missing_NC = wanted_BTC.flatten(0, 1).to(own_NC) - residual_NC.float()
-        return own_NC.lerp(missing_NC, SHARE_MADE_UP)
+        return put_out(layer, block.units, own_NC.lerp(missing_NC, SHARE_MADE_UP), put_out_NC)
 
     def _moved(
         self, number: int, layer: nn.Module, solution: Solution, targets: Mapping[int, Tensor]
     ) -> dict[str, Tensor]:
         """Gate, up and down after steps, the first from a down projection of least squares on the same windows."""
-        mlp, norm = mlp_of(layer), part_of(layer, self._mlp.norm)
-        gate, up = (projection(mlp, name) for name in self._family.row_projections)
+        enter = entering(layer, self._mlp)
+        mlp = gated_mlp(layer, self._mlp)
         reconstruction = Reconstruction(
-            gate.weight.dtype,
-            Biases(*(None if linear.bias is None else linear.bias.data for linear in (gate, up))),
-            dict(self._transfers.through(self._stream.all_hidden().items(), lambda it: norm(it).flatten(0, 1))),
+            mlp.dtype,
+            Biases(*mlp.biases, mlp.activation),
+            dict(self._transfers.through(self._stream.all_hidden().items(), lambda it: enter(it).flatten(0, 1))),
             targets,
             micro_batches=self._stream.micro_batches,
             world=self._world,
         )
 
-        gate_KC, up_KC = (linear.weight.data.float() for linear in (gate, up))
+        gate_KC, up_KC = (weight.float() for weight in mlp.weights)
         # Held-out windows judge a step, so one begins where they are unknown.
         fitted_weights, whole_weights = (
             MlpWeights(gate_KC, up_KC, down_CK) for down_CK in (solution.fitted_CK, solution.whole_CK)
@@ -265,4 +268,6 @@ class SequentialRefit:
             raise unusable(number, error) from None
         names = *self._mlp.row_weights(number), self._mlp.output_weight(number)
         within_layer = [name.removeprefix(self._mlp.tensor(number, "")) for name in names]
-        return dict(zip(within_layer, moved.tensors(), strict=True))
+        gate_KC, up_KC, down_CK = moved.tensors()
+        rows = [gate_KC, up_KC] if len(names) == 3 else [torch.cat([gate_KC, up_KC])]
+        return dict(zip(within_layer, [*rows, down_CK], strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.distributed.frozen_model import load_whole, release_whole
 from hfprune_dist.distributed.world import World
+from hfprune_dist.models.memory_efficient_backward import branch_off
 
 WeightAndBias = tuple[Tensor, Tensor | None]
 
@@ -41,6 +42,7 @@ def place(checkpoint: Checkpoint, dtype: torch.dtype, micro_batch_size: int, wor
 
 def _whole(checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> Placed:
     module = load_whole(checkpoint, dtype, world)
+    branch_off(module, checkpoint.family)
     head = checkpoint.family.head_of(module)
     return Placed(
         module=module,

@@ -17,6 +17,7 @@ from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.scores import STUDENT_CRITERION, finished, student_keeps
 from hfprune_dist.core.unit_sums import KindSums, UnitOutputs
 from hfprune_dist.distributed.world import World
+from hfprune_dist.models.after_head import after_head, require_known_logits
 from hfprune_dist.models.memory_efficient_backward import (
     checkpoint_activations,
     keep_no_gathered_weights,
@@ -95,10 +96,12 @@ class ShardScorer:
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
             head=placed.head,
             outputs={kind: self._outputs_of(checkpoint.structures[kind], criteria) for kind in structures},
+            after=after_head(checkpoint),
             rearming=placed.rearming,
             student={NEURONS: [keeps_U.to(world.device) for keeps_U in student.keeps]} if student else {},
         )
         self._teaching = student.teaching if student else None
+        require_known_logits(checkpoint, self.module, placed.head, windows_ST[0].to(world.device))
         self._vocabulary = head.out_features
         self._checkpoint = checkpoint
         self._windows_ST = windows_ST

@@ -146,7 +146,7 @@ def _compare(context: Context, text: str, head: Head, model: FrozenModel | None)
     for done, index in enumerate(mine):
         context.progress.update(_phase(text), done, len(mine))
         window_T = states.windows_ST[index]
-        dense = Outputs(states.hidden(index).to(device), head.weight_VC, head.bias_V)
+        dense = Outputs(states.hidden(index).to(device), head.weight_VC, head.bias_V, head.after)
         with _outputs(model, window_T, dense) as outputs:
             sums[index] = compare_outputs(dense, outputs, next_ids(window_T).to(device))
     return sums
@@ -159,7 +159,7 @@ def _outputs(model: FrozenModel | None, window_T: Tensor, dense: Outputs) -> Ite
         return
     hidden_TC = model.final_hidden(window_T)
     with model.head() as (weight_VC, bias_V):
-        yield Outputs(hidden_TC, weight_VC, bias_V)
+        yield Outputs(hidden_TC, weight_VC, bias_V, dense.after)
 
 
 def _save_fidelity(context: Context, text: str, sums: Mapping[int, FidelitySums]) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.read_tensors import scored_layer
+from hfprune_dist.checkpoints.read_tensors import mean_gradients, scored_layer
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.core.bound_losses import Teaching
 from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
@@ -288,8 +288,7 @@ class _SecondPass:
         if not self._totals.gradients:
             return None
         windows = len(self._windows_ST)
-        *rows, columns = (partial(self._totals.mean_gradient, name, number, windows) for name in units.weights)
-        return MeanGradients(rows, columns)
+        return mean_gradients(units, lambda name: self._totals.mean_gradient(name, number, windows))
 
     def _begun(self) -> LayerStream:
         """The windows on their way; where all scores are known, they never begin. Collective."""

@@ -25,11 +25,23 @@ def kv_groups(config: Mapping[str, Any], attention: Block, projections: Sequence
     return Units(
         kind="kv_groups",
         counts=read_counts(config, "num_key_value_heads"),
-        layers=attention.layers,
         rows=tuple(Owned(f"{name}.{part}", 0, size) for name, size in owned for part in ("weight", "bias")),
         output=output,
-        norm=attention.norm,
+        block=attention,
         channels_per_unit=queries * head_dim,
         fields={"num_attention_heads": queries, "num_key_value_heads": 1},
         implied={"head_dim": head_dim},
+    )
+
+
+def whole_groups(config: Mapping[str, Any], attention: Block) -> Units:
+    """The KV groups of a model whose attention can't lose any: they are there, and nothing goes with one."""
+    return Units(
+        kind="kv_groups",
+        counts=read_counts(config, "num_key_value_heads"),
+        rows=(),
+        output=attention.name,
+        block=attention,
+        channels_per_unit=1,
+        fields={},
     )

@@ -33,11 +33,19 @@ class Owned:
         tensor: its name within the layer. A checkpoint may lack it, as it may lack biases.
         axis: the dimension, 0 or 1, along which units follow one another.
         per_unit: consecutive entries of one unit.
+        parts: matrices that lie one behind the other along that dimension, each with such entries of every unit: two
+            where an architecture has gate and up in one.
     """
 
     tensor: str
     axis: int
     per_unit: int = 1
+    parts: int = 1
+
+    @property
+    def entries(self) -> int:
+        """Of one unit, in all parts."""
+        return self.per_unit * self.parts
 
 
 @dataclass(frozen=True)
@@ -47,12 +55,21 @@ class Block:
     Attributes:
         layers: what the names of a layer's tensors begin with, before the layer's number.
         name: of the block within a layer.
-        norm: name within a layer of the norm whose output the block reads.
+        norm: name within a layer of the norm whose output the block reads; None: it reads the residual stream.
+        norm_after: name of the norm that its outputs go through before they are added to the residual stream, if any.
+        multiplier: of what is added.
     """
 
     layers: str
     name: str
-    norm: str
+    norm: str | None
+    norm_after: str | None = None
+    multiplier: float = 1.0
+
+    @property
+    def reader(self) -> str:
+        """Name within a layer of what reads the residual stream: its norm, or the block itself."""
+        return self.norm or self.name
 
 
 @dataclass(frozen=True)
@@ -62,10 +79,9 @@ class Units:
     Attributes:
         kind: what they are called, in the plural.
         counts: how many each layer has.
-        layers: what the names of a layer's tensors begin with, before the layer's number.
         rows: what they own of projections that make the channels.
         output: name within a layer of the projection that reads the channels; units own columns of its weight.
-        norm: name within a layer of the norm whose output the units' block, its attention or its MLP, reads.
+        block: the attention or MLP that they are of.
         channels_per_unit: consecutive channels of that projection's input that are one unit's.
         fields: field of config.json -> how much of it is one unit.
         implied: field -> its value, which config.json must state once it can't be computed from ``fields`` any more.
@@ -73,13 +89,17 @@ class Units:
 
     kind: str
     counts: tuple[int, ...]
-    layers: str
     rows: tuple[Owned, ...]
     output: str
-    norm: str
+    block: Block
     channels_per_unit: int
     fields: Mapping[str, int]
     implied: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> str:
+        """What the names of a layer's tensors begin with, before the layer's number."""
+        return self.block.layers
 
     @property
     def num_layers(self) -> int:
@@ -115,6 +135,11 @@ class Units:
     def row_weights(self, layer: int) -> list[str]:
         """Weights [units * rows of a unit, ...] of which they own rows, without biases."""
         return [self.tensor(layer, name) for name in self.weights[:-1]]
+
+    @property
+    def row_parts(self) -> list[int]:
+        """Of each of the weights of ``row_weights``, how many parts it has."""
+        return [owned.parts for owned in self.rows if owned.tensor.endswith(".weight")]
 
     @property
     def weights(self) -> list[str]:

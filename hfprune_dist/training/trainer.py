@@ -32,6 +32,7 @@ from hfprune_dist.distributed.deepspeed_patches import keep_gathered, limit_time
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
 from hfprune_dist.distributed.zero3 import init_deepspeed
+from hfprune_dist.models.after_head import after_head
 from hfprune_dist.models.distillation_head import DistillingHead
 from hfprune_dist.models.loading import require_exact_rotary
 from hfprune_dist.store.hashing import digest_of
@@ -178,7 +179,7 @@ class _DistillingTrainer(_LoraTrainer):
 
     def __init__(self, task: FineTuning, *context: Any, model: Any, **trainer_arguments: Any) -> None:
         super().__init__(task, *context, model=model, **trainer_arguments)
-        self._head = DistillingHead(model.get_base_model(), task.checkpoint.family)
+        self._head = DistillingHead(model.get_base_model(), task.checkpoint.family, after_head(task.checkpoint))
         self._tokens_of_step = 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:

@@ -50,7 +50,7 @@ def _compute_as_sharded(model: nn.Module) -> None:
     bias is added to a product that is rounded already; products of LoRA's gradients have the same order of factors.
     """
     for module in model.modules():
-        if isinstance(module, LoraLayer) or type(module).__name__.endswith("RMSNorm"):
+        if isinstance(module, LoraLayer) or type(module).__name__.endswith(("Norm", "MLP")):
             module.register_forward_pre_hook(_branch_off)
         if type(module) is nn.Linear:
             trained = module.weight.requires_grad

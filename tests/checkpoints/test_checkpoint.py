@@ -38,7 +38,11 @@ def test_biases_belong_to_their_neurons(tmp_path):
 
 def test_an_unknown_family_lists_the_known_ones(folder):
     edit_config(folder, model_type="mamba")
+    config = json.loads((folder / "config.json").read_text())
+    del config["intermediate_size"]
+    (folder / "config.json").write_text(json.dumps(config))
     assert "'mamba'" in refusal(folder) and "llama, mistral, qwen2, qwen3" in refusal(folder)
+    assert "config.json has no intermediate_size" in refusal(folder)
 
 
 def test_missing_pieces_are_named(folder, tmp_path):
@@ -168,6 +172,12 @@ def test_positions_as_a_rope_scaling_stretches_them(folder, changes, positions):
 @pytest.mark.parametrize("key", ["logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping"])
 def test_what_changes_the_logits_after_the_head_is_refused(folder, key):
     edit_config(folder, **{key: 30.0})
-    assert refusal(folder).endswith(f"{key} 30.0 changes the logits, which is not supported yet")
+    assert refusal(folder).endswith(f"{key} 30.0 changes the logits, which its architecture doesn't do")
     edit_config(folder, **{key: None if key.startswith("final") else 1.0})
     assert open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("method", "how"), [("mxfp4", "Mxfp4Config(dequantize=True)"), ("awq", "the unquantized")])
+def test_quantized_weights_are_refused_with_what_to_do(folder, method, how):
+    edit_config(folder, quantization_config={"quant_method": method})
+    assert how in refusal(folder)

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.functional import silu
+from torch.nn.functional import gelu
 
 from hfprune_dist.core.gauss_newton import (
     DAMPING,
@@ -30,10 +30,12 @@ def mlp(weights, biases, x):
     gate, up = x @ weights.gate_KC.T, x @ weights.up_KC.T
     gate = gate if biases.gate_K is None else gate + biases.gate_K
     up = up if biases.up_K is None else up + biases.up_K
-    return (silu(gate) * up) @ weights.down_CK.T
+    return (biases.activation(gate) * up) @ weights.down_CK.T
 
 
-@pytest.mark.parametrize("biases", [Biases(), Biases(torch.linspace(-1, 1, K), torch.linspace(1, 2, K))])
+@pytest.mark.parametrize(
+    "biases", [Biases(), Biases(torch.linspace(-1, 1, K), torch.linspace(1, 2, K)), Biases(activation=gelu)], ids=str
+)
 def test_products_with_the_jacobian_are_those_of_autograd(biases):
     weights, x = some()
     change, error = some(1)[0], torch.randn(N, C, generator=torch.Generator().manual_seed(2))

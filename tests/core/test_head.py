@@ -77,3 +77,26 @@ def test_losses_share_the_logits_and_leave_each_others_alone(monkeypatch):
         for loss, (loss_N, gradient_NC) in zip(losses, together, strict=True):
             ((alone_N, alone_NC),) = head.head_gradients(hidden, weight, None, [loss])
             assert torch.equal(loss_N, alone_N) and torch.equal(gradient_NC, alone_NC)
+
+
+@pytest.mark.parametrize("after", [head.AfterHead(0.3), head.AfterHead(cap=2.0), head.AfterHead(1.7, 3.0)], ids=str)
+@pytest.mark.parametrize("losses", [1, 2])
+def test_what_becomes_of_logits_is_part_of_the_gradient(monkeypatch, after, losses):
+    hidden, teacher = torch.randn(2, 11, 8, dtype=torch.float64)
+    weight = torch.randn(30, 8, dtype=torch.float64)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 30 * 8)
+
+    def logits(states):
+        z = states @ weight.T * after.scale
+        return z if after.cap is None else after.cap * torch.tanh(z / after.cap)
+
+    ours = hidden.clone().requires_grad_()
+    log_p, log_q = logits(teacher).log_softmax(-1), logits(ours).log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    expected.sum().backward()
+    divergences = [lambda rows: distillation_gradient(rows.logits_NV, rows.teacher_NV)] * losses
+    for loss, gradient in head.head_gradients(hidden, weight, None, divergences, teacher, after=after):
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient, ours.grad, rtol=1e-10, atol=1e-12)
+    chunks = torch.cat([chunk for _, chunk in head.logit_chunks(hidden, weight, None, after)])
+    torch.testing.assert_close(chunks, logits(hidden), rtol=1e-12, atol=1e-12)

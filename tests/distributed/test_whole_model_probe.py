@@ -7,14 +7,7 @@ from forks import on_ranks
 from ranks import SoloWorld
 from safetensors.torch import load_file, save_file
 from scoring import LAYERS, files_of, make_stage, run
-from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-)
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES, Family
@@ -33,23 +26,21 @@ from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input, Stage
 
 IMPORTANCE = Stage("importance", "tiny", {}, {})
-# Added as the README says: each has MLPs of our kind, and something else that a single layer doesn't show.
+# The one's attention knows the number of its layer, which a single layer doesn't show; the other is said to be Llama.
 ADDED = {
-    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"no_rope_layer_interval": 2, "pad_token_id": 2}),
-    "gemma": (GemmaConfig, GemmaForCausalLM, {"head_dim": 8}),
+    "diffllama": (DiffLlamaConfig, DiffLlamaForCausalLM, {"tie_word_embeddings": False}),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"tie_word_embeddings": False}),
 }
-# What such an entry would say of itself.
-FACTS = {"olmo2": {"attention_norm": "post_feedforward_layernorm", "head_norms": ("q_norm", "k_norm")}}
-DEPARTURES = {"smollm3": "outputs of layer 1 depart", "gemma": "embeddings depart"}
+OLMO2 = Family("olmo2", "Olmo2", attention_norm="post_feedforward_layernorm", head_norms=("q_norm", "k_norm"))
+DEPARTURES = {"diffllama": "outputs of layer 1 depart"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @pytest.fixture(autouse=True)
 def families(monkeypatch):
-    for name, architecture in (("smollm3", "SmolLM3"), ("gemma", "Gemma"), ("olmo2", "Olmo2")):
-        monkeypatch.setitem(FAMILIES, name, Family(name, architecture, **FACTS.get(name, {})))
-        monkeypatch.setitem(tiny.VARIANTS, name, ADDED[name])
+    monkeypatch.setitem(FAMILIES, "olmo2", OLMO2)
+    for name, variant in ADDED.items():
+        monkeypatch.setitem(tiny.VARIANTS, name, variant)
 
 
 def prepare(folder, variant, **params):
@@ -101,7 +92,7 @@ def test_what_layers_alone_dont_reproduce_is_refused_with_its_place(tmp_path, va
 
 
 def test_all_ranks_of_a_second_pass_learn_that_it_is_refused(tmp_path):
-    stage = make_stage(tmp_path, "smollm3")
+    stage = make_stage(tmp_path, "diffllama")
     store = Store(tmp_path / "store")
     ended = on_ranks(2, lambda world: run(store, stage, world))
     assert ended.codes == [2, 2]

@@ -63,7 +63,10 @@ def test_bad_arguments(config, tmp_path, arguments, expected):
         (lambda model: (model / "model.safetensors").unlink(), "model.safetensors"),
         (lambda model: (model / "model.safetensors").write_bytes(b"\0" * 4), "header is damaged"),
         (lambda model: (model / "config.json").write_text("{"), "not valid JSON"),
-        (lambda model: (model / "config.json").write_text('{"model_type": "gpt2"}'), "supported: llama"),
+        (
+            lambda model: (model / "config.json").write_text('{"model_type": "gpt2"}'),
+            "has no num_hidden_layers",
+        ),
         (lambda model: [file.unlink() for file in model.glob("tokenizer*")], "no tokenizer"),
     ],
 )

@@ -4,7 +4,7 @@ from tiny import VARIANTS, save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.models.single_layer import LayerReader, mlp_of, run
+from hfprune_dist.models.single_layer import LayerReader, part_of, run
 
 CPU = torch.device("cpu")
 
@@ -56,5 +56,5 @@ def test_a_layer_has_its_own_weights_alone(tmp_path):
     layer = LayerReader(open_checkpoint(folder), torch.float32, CPU).layer(2)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     weight = whole.model.layers[2].mlp.down_proj.weight
-    assert torch.equal(mlp_of(layer).down_proj.weight, weight)
+    assert torch.equal(part_of(layer, "mlp").down_proj.weight, weight)
     assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in whole.model.layers[2].parameters())

@@ -1,0 +1,74 @@
+"""What an architecture does to the logits that its head computes, and whether all of that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.core.head import NOTHING, AfterHead
+from hfprune_dist.errors import UserError
+
+# Attributes of configurations and models -> the value that does nothing.
+_NEUTRAL = {"logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0, "final_logit_softcapping": None}
+# Architectures that multiply by ``logits_scaling``, by which others divide.
+_MULTIPLYING = ("hyperclovax",)
+# What is left of the logits' size where rounding has other orders of sums.
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+_TOKENS = 16
+
+
+def after_head(checkpoint: Checkpoint) -> AfterHead:
+    """What becomes of a checkpoint's logits. Architectures that are listed leave them alone."""
+    if not checkpoint.family.found:
+        return NOTHING
+    config: Any = AutoConfig.from_pretrained(checkpoint.path)
+    stated: dict[str, Any] = {key: getattr(config, key, None) or neutral for key, neutral in _NEUTRAL.items()}
+    scaling = stated["logits_scaling"]
+    scale = stated["logit_scale"] * stated["lm_head_multiplier"]
+    scale *= scaling if checkpoint.family.model_type in _MULTIPLYING else 1 / scaling
+    return AfterHead(scale, stated["final_logit_softcapping"])
+
+
+def leave_logits(model: nn.Module) -> None:
+    """Let a model put out what its head computes."""
+    for key, neutral in _NEUTRAL.items():
+        for owner in (model, model.config):
+            if getattr(owner, key, None) is not None:
+                setattr(owner, key, neutral)
+
+
+@torch.no_grad()
+def require_known_logits(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    head: Callable[[], AbstractContextManager[tuple[Tensor, Tensor | None]]],
+    window_T: Tensor,
+) -> None:
+    """Check that a model whose architecture isn't listed makes the logits that its head and ``after_head`` make.
+
+    Args:
+        head: as ``core.importance.ScoredModel`` has it.
+        window_T: ids of some text, on the model's device.
+
+    Raises:
+        UserError: where it does something else to them.
+    """
+    if not checkpoint.family.found:
+        return
+    input_ids_BT = window_T[None, :_TOKENS]
+    theirs_NV = model(input_ids=input_ids_BT, use_cache=False).logits[0].float()
+    hidden_NC = checkpoint.family.body_of(model)(input_ids=input_ids_BT, use_cache=False).last_hidden_state[0]
+    with head() as (weight_VC, bias_V):
+        ours_NV = after_head(checkpoint)(nn.functional.linear(hidden_NC, weight_VC, bias_V)).float()
+    error = float((ours_NV - theirs_NV).norm() / theirs_NV.norm().clamp(min=1e-30))
+    if not error <= _TOLERANCES.get(hidden_NC.dtype, 1e-4):
+        raise UserError(
+            f"{checkpoint.path}: {checkpoint.family.model_type} makes other logits than its final hidden states "
+            f"and its head, by {error:.2g} of their size, so scores would be wrong; it is not supported"
+        )

@@ -1,0 +1,141 @@
+"""Parts of architectures that aren't listed, found by names and shapes; and what is refused, by name."""
+
+import pytest
+
+from hfprune_dist.checkpoints.discovery import discover
+from hfprune_dist.checkpoints.families import refuse_other_kinds
+from hfprune_dist.errors import UserError
+
+CONFIG = {
+    "model_type": "new",
+    "architectures": ["NewForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_attention_heads": 4,
+    "vocab_size": 20,
+}
+LAYER = {
+    "self_attn.q_proj": [8, 8],
+    "self_attn.k_proj": [4, 8],
+    "self_attn.v_proj": [4, 8],
+    "self_attn.o_proj": [8, 8],
+    "mlp.gate_proj": [12, 8],
+    "mlp.up_proj": [12, 8],
+    "mlp.down_proj": [8, 12],
+    "input_layernorm": [8],
+    "post_attention_layernorm": [8],
+}
+
+
+def shapes_of(layer=LAYER, **outside):
+    shapes = {f"model.layers.{number}.{name}.weight": it for number in range(2) for name, it in layer.items()}
+    named = {name.replace("__", "."): shape for name, shape in outside.items()}
+    return {"model.embed_tokens.weight": [20, 8], "model.norm.weight": [8], **shapes, **named}
+
+
+def found(layer=LAYER, config=CONFIG, **outside):
+    return discover(config, shapes_of(layer, **outside), "here")
+
+
+def without(*names):
+    return {name: shape for name, shape in LAYER.items() if name not in names}
+
+
+def refusal(*args, **options):
+    with pytest.raises(UserError, match="here: model_type 'new' is not supported: ") as caught:
+        found(*args, **options)
+    return str(caught.value)
+
+
+def test_shapes_say_what_config_json_does_not():
+    family, stated = found()
+    assert stated == {"num_key_value_heads": 2, "tie_word_embeddings": True}
+    assert family.structures(CONFIG | stated)["kv_groups"].counts == (2, 2)
+    assert family.tensors(CONFIG) == {*shapes_of(), "lm_head.weight"}
+    family, stated = found(lm_head__weight=[20, 8], model__layers__2__mlp__up_proj__weight=[12, 8])
+    assert stated["tie_word_embeddings"] is False
+    assert family.tensors(CONFIG) == {*shapes_of(), "lm_head.weight"}, "layers beyond the last are no part of it"
+    assert found(config=CONFIG | {"num_key_value_heads": 2, "tie_word_embeddings": False})[1] == {}
+
+
+def test_gate_and_up_in_one_matrix_are_two_parts_of_it():
+    family, _ = found(without("mlp.gate_proj", "mlp.up_proj") | {"mlp.gate_up_proj": [24, 8]})
+    units = family.units(CONFIG)
+    assert units.row_parts == [2] and units.owned[0].entries == 2
+    shapes = shapes_of(without("mlp.gate_proj", "mlp.up_proj") | {"mlp.gate_up_proj": [24, 8]})
+    assert units.parameters_per_unit(shapes) == 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("layer", "outside", "expected"),
+    [
+        (without("mlp.gate_proj"), {}, "its layers have no gated MLP of a kind that is known (they have mlp.down_proj"),
+        (LAYER | {"mlp.sub_norm": [12]}, {}, "in layer 0, mlp.sub_norm.weight is no part of a plain gated MLP"),
+        (LAYER | {"mlp.gate_proj": [11, 8]}, {}, "mlp.gate_proj.weight of layer 0 has shape [11, 8], not [12, 8]"),
+        (LAYER, {"model__wpe__weight": [64, 8]}, "beside its layers it has model.wpe.weight"),
+        (LAYER, {"model__other_norm__weight": [8]}, "behind its layers it has no one norm with a weight"),
+        (LAYER, {"model__embed_tokens__weight": [21, 8]}, "it has no one table of embeddings of shape [20, 8]"),
+    ],
+    ids=str,
+)
+def test_what_is_missing_or_there_besides_is_named(layer, outside, expected):
+    assert expected in refusal(layer, **outside)
+
+
+def test_a_layer_without_what_the_others_have_is_named():
+    shapes = shapes_of()
+    del shapes["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(UserError, match=r"layer 1 has no mlp\.up_proj\.weight, which layer 0 has"):
+        discover(CONFIG, shapes, "here")
+
+
+def test_config_json_alone_may_rule_a_model_out():
+    assert "its last 1 layers read keys" in refusal(config=CONFIG | {"num_kv_shared_layers": 1})
+    assert "no one stack of 3 layers" in refusal(config=CONFIG | {"num_hidden_layers": 3})
+    assert "architectures is 'NewModel'" in refusal(config=CONFIG | {"architectures": ["NewModel"]})
+    for changes, why in (({"n_routed_experts": 4}, "mixture of experts"), ({"vision_config": {}}, "images and text")):
+        with pytest.raises(UserError, match=why):
+            refuse_other_kinds(CONFIG | changes, "here")
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (without("self_attn.q_proj") | {"self_attn.kv_a_proj_with_mqa": [6, 8]}, "one latent vector for all heads"),
+        (without("self_attn.q_proj") | {"self_attn.qkv_proj": [16, 8]}, "queries, keys and values are one matrix"),
+        (LAYER | {"self_attn.q_norm": [8]}, "self_attn.q_norm.weight has something of all heads"),
+        (LAYER | {"self_attn.gate_proj": [8, 8]}, "self_attn.gate_proj.weight has something of all heads"),
+    ],
+    ids=str,
+)
+def test_where_kv_groups_cannot_go_neurons_can(layer, why):
+    family, stated = found(layer)
+    assert why in family.whole_groups
+    structures = family.structures(CONFIG | stated)
+    assert structures["kv_groups"].fields == {} and structures["kv_groups"].parameters_per_unit(shapes_of(layer)) == 0
+    assert structures["neurons"].counts == (12, 12)
+
+
+@pytest.mark.parametrize(
+    ("norms", "why"),
+    [
+        (["input_layernorm"], "its attention and its MLP read the same hidden states"),
+        (["norm1", "norm2"], "what its norms do isn't known (norm1, norm2)"),
+        ([], "they differ, or have no weights"),
+    ],
+)
+def test_where_norms_say_too_little_blocks_are_not_refitted_one_after_another(norms, why):
+    family, _ = found(without("input_layernorm", "post_attention_layernorm") | {key: [8] for key in norms})
+    assert why in family.no_sequence
+
+
+def test_norms_may_come_before_blocks_after_them_or_both():
+    norms = ["post_attention_layernorm", "post_feedforward_layernorm"]
+    family, _ = found(without("input_layernorm") | {key: [8] for key in norms})
+    assert (family.mlp_norm, family.mlp_norm_after) == (None, "post_feedforward_layernorm")
+    assert family.units(CONFIG).block.reader == "mlp"
+    more = ["input_layernorm", *norms, "pre_feedforward_layernorm"]
+    family, _ = found(LAYER | {key: [8] for key in more})
+    assert (family.mlp_norm, family.mlp_norm_after) == ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+    assert (family.attention_norm, family.attention_norm_after) == ("input_layernorm", "post_attention_layernorm")

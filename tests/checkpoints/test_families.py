@@ -1,0 +1,324 @@
+"""Every architecture that is pruned, held against what transformers and autograd say of a tiny random model of it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from core_definition import definition
+from families import FAMILIES, SHAPE, save_model
+from forks import on_ranks
+from masking import write
+from peft import LoraConfig, get_peft_model
+from ranks import SoloWorld
+from refitting import refit
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
+from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
+from hfprune_dist.checkpoints.pruned_config import is_plain
+from hfprune_dist.checkpoints.write_pruned import write_companions
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.selection import entries_of
+from hfprune_dist.models.after_head import after_head
+from hfprune_dist.models.distillation_head import DistillingHead
+from hfprune_dist.models.loading import load_causal_lm, require_own_weights
+from hfprune_dist.models.single_layer import LayerReader, run
+from hfprune_dist.scoring.shard_scorer import ShardScorer
+from hfprune_dist.structures.kept import Kept
+
+README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
+CPU = torch.device("cpu")
+WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
+ENTROPY = CRITERIA["entropy"]
+every_family = pytest.mark.parametrize("model_type", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory):
+    """The checkpoint of a family, the same for all tests."""
+    return functools.cache(lambda name: open_checkpoint(save_model(tmp_path_factory.mktemp(name) / "model", name)))
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model(input_ids=WINDOWS, use_cache=False).logits
+
+
+def kinds_of(checkpoint):
+    """The kinds of units that can be pruned."""
+    return ["neurons"] if checkpoint.family.whole_groups else ["neurons", "kv_groups"]
+
+
+def some_kept(checkpoint, layers, neurons):
+    """So many neurons in each of these layers, and the second KV group alone where groups can go."""
+    generator = torch.Generator().manual_seed(1)
+    width = checkpoint.units.most
+    units = {"neurons": [torch.randperm(width, generator=generator)[:count].sort().values for count in neurons]}
+    if "kv_groups" in kinds_of(checkpoint):
+        units["kv_groups"] = [torch.tensor([1])] * len(layers)
+    return Kept(tuple(layers), units)
+
+
+def masked(checkpoint, kept):
+    """The dense model, in which what goes puts nothing out."""
+    model = load(checkpoint.path)
+    for number, layer in enumerate(checkpoint.family.layers_of(model)):
+        if number not in kept.layers:
+            layer.register_forward_hook(lambda _layer, inputs, _output: inputs[0])
+            continue
+        for kind in kept.units:
+            units = checkpoint.structures[kind]
+            weight = units.outputs_of(model)[number].weight.data
+            stays = entries_of(kept.of_layer(number, kind), units.channels_per_unit)
+            gone = torch.ones(weight.shape[1], dtype=torch.bool).index_fill_(0, stays, False)
+            weight[:, gone] = 0
+    return model
+
+
+def assert_same(ours, theirs):
+    """Within 1e-5 of the largest logit."""
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def scorer_of(checkpoint, world):
+    options = {"seed": 0, "micro_batch_size": 1, "world": world, "structures": kinds_of(checkpoint)}
+    return ShardScorer(checkpoint, torch.float32, WINDOWS, [ENTROPY], **options)
+
+
+@every_family
+def test_scores_are_those_of_autograd(checkpoint_of, model_type):
+    checkpoint = checkpoint_of(model_type)
+    require_own_weights(checkpoint)
+    sums = scorer_of(checkpoint, SoloWorld()).score([range(4)])
+    model = load(checkpoint.path)
+    for kind in kinds_of(checkpoint):
+        units = checkpoint.structures[kind]
+        expected = definition(model, WINDOWS[:4], channels=units.channels_per_unit, output=units.output)
+        found = sums.kinds[kind].exact["entropy"]
+        for layer, count in enumerate(units.counts):
+            assert (found[layer, :count] - expected[layer]).norm() < 1e-4 * expected[layer].norm(), (kind, layer)
+
+
+@every_family
+def test_a_plain_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_type):
+    checkpoint = checkpoint_of(model_type)
+    kept = some_kept(checkpoint, (0, 2), (15, 15))
+    assert is_plain(checkpoint, kept.shape)
+    write(checkpoint, kept, tmp_path)
+    smaller = open_checkpoint(tmp_path)
+    require_own_weights(smaller)
+    loaded = load(tmp_path)
+    assert not list(tmp_path.glob("*.py")) and type(loaded).__module__.startswith("transformers.")
+    assert_same(logits_of(loaded), logits_of(masked(checkpoint, kept)))
+    assert smaller.parameters == checkpoint.parameter_counts.of(kept.shape)
+    assert smaller.parameters == sum(
+        it.numel() for it in {it.data_ptr(): it for it in loaded.state_dict().values()}.values()
+    )
+    assert all(smaller.config[key] == value for key, value in unchanged(checkpoint, smaller).items())
+
+
+def unchanged(checkpoint, smaller):
+    """What config.json says of neither units nor layers."""
+    fields = {field for units in checkpoint.structures.values() for field in units.fields}
+    ours = {
+        *fields,
+        "head_dim",
+        "per_layer_config",
+        "num_hidden_layers",
+        "layer_types",
+        "no_rope_layers",
+        "max_window_layers",
+    }
+    return {key: value for key, value in checkpoint.config.items() if key not in ours}
+
+
+def test_an_older_name_of_the_width_follows(tmp_path):
+    """Files of lfm2 say block_ff_dim and full_attn_idxs, which its configuration reads first."""
+    folder = save_model(tmp_path / "dense", "lfm2")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for key in ("intermediate_size", "layer_types", "block_auto_adjust_ff_dim"):
+        config.pop(key, None)
+    file.write_text(json.dumps(config | {"intermediate_size": 99, "block_ff_dim": 24, "full_attn_idxs": [1]}))
+    checkpoint = open_checkpoint(folder)
+    kept = some_kept(checkpoint, (0, 1), (15, 15))
+    write(checkpoint, kept, tmp_path / "pruned")
+    assert_same(logits_of(load(tmp_path / "pruned")), logits_of(masked(checkpoint, kept)))
+    smaller = open_checkpoint(tmp_path / "pruned").config
+    assert (smaller["intermediate_size"], smaller["block_ff_dim"], smaller["full_attn_idxs"]) == (15, 15, [1])
+
+
+@every_family
+def test_layers_that_differ_load_with_their_code_and_are_pruned_again(checkpoint_of, tmp_path, model_type):
+    checkpoint = checkpoint_of(model_type)
+    kept = some_kept(checkpoint, (0, 2), (9, 20))
+    write(checkpoint, kept, tmp_path / "once")
+    expected = logits_of(masked(checkpoint, kept))
+    assert_same(logits_of(load(tmp_path / "once", trust_remote_code=True)), expected)
+    smaller = open_checkpoint(tmp_path / "once")
+    assert not smaller.is_plain
+    assert_same(logits_of(load_causal_lm(tmp_path / "once", torch.float32)), expected)
+    second = Kept((0, 1), {"neurons": [torch.arange(7)] * 2})
+    write(smaller, second, tmp_path / "twice")
+    twice = load_causal_lm(tmp_path / "twice", torch.float32)
+    assert_same(logits_of(twice), logits_of(masked(checkpoint, second.numbered_by(kept))))
+
+
+@every_family
+@torch.no_grad()
+def test_layer_after_layer_is_the_whole_model(checkpoint_of, model_type):
+    checkpoint = checkpoint_of(model_type)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load(checkpoint.path).to(dtype) if dtype == torch.float32 else load_causal_lm(checkpoint.path, dtype)
+        seen = []
+        for layer in checkpoint.family.layers_of(model):
+            layer.register_forward_hook(lambda _layer, inputs, output, seen=seen: seen.append((inputs[0], output)))
+        logits = logits_of(model)
+        reader = LayerReader(checkpoint, dtype, CPU)
+        hidden_BTC = reader.embed({0: WINDOWS})[0]
+        for number, (expected, output) in enumerate(seen):
+            assert torch.equal(hidden_BTC, expected), number
+            hidden_BTC = run(reader.layer(number), hidden_BTC)
+            assert torch.equal(hidden_BTC, output if isinstance(output, torch.Tensor) else output[0]), number
+        ((_, logits_NV),) = reader.head().outputs(hidden_BTC).logits()
+        error = (logits_NV - logits.flatten(0, 1).float()).abs().max()
+        assert error <= (1e-6 if dtype == torch.float32 else 1e-2) * logits.abs().max()
+
+
+@every_family
+@pytest.mark.parametrize("method", ["dense", "layerwise", "block"])
+def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type, method):
+    checkpoint = checkpoint_of(model_type)
+    if method != "dense" and checkpoint.family.no_sequence:
+        pytest.skip(checkpoint.family.no_sequence)
+    layers = range(3)
+    units = {"neurons": [torch.arange(2, 20)] * 3}
+    if "kv_groups" in kinds_of(checkpoint) and method != "block":
+        units["kv_groups"] = [torch.tensor([0])] + [torch.arange(2)] * 2
+    kept = Kept(tuple(layers), units)
+    windows_ST = torch.randint(3, 64, (24, 12), generator=torch.Generator().manual_seed(2))
+    fitted = refit(method, checkpoint, kept, tmp_path / "fit", world=SoloWorld(), windows_ST=windows_ST)
+    for report in fitted.reports(layers):
+        for fit in report.values():
+            assert fit.error_after < fit.error_before or fit.error_before < 1e-9
+    model = masked(checkpoint, kept)
+    before = divergence(load(checkpoint.path), model, windows_ST)
+    write(checkpoint, kept, tmp_path / "pruned")
+    pruned = load_causal_lm(tmp_path / "pruned", torch.float32)
+    for number in layers:
+        prefix = checkpoint.units.tensor(number, "")
+        for name, weight in fitted.weights(number, like=torch.zeros(1)).items():
+            pruned.get_parameter(prefix + name).data = weight
+    assert divergence(load(checkpoint.path), pruned, windows_ST) < before
+
+
+@torch.no_grad()
+def divergence(dense, other, windows_ST):
+    log_p, log_q = (it(input_ids=windows_ST).logits.log_softmax(-1) for it in (dense, other))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@every_family
+def test_layers_that_are_told_apart_by_their_number_stay(model_type):
+    """Where config.json lists no kinds of layers, the class of the configuration may make such a list."""
+    made = CONFIG_MAPPING[model_type](**SHAPE | {"num_hidden_layers": 12}).to_dict()
+    lists = [key for key in ("layer_types", "no_rope_layers") if len(set(map(str, made.get(key) or []))) > 1]
+    stated = {key: value for key, value in made.items() if key not in lists and "interval" not in key}
+    assert bool(undroppable_layers(stated)) == bool(lists)
+    assert not undroppable_layers(made)
+    smaller = of_layers(made, range(1, 12))
+    assert all(smaller[key] == list(made[key][1:]) for key in lists)
+
+
+@every_family
+@torch.no_grad()
+def test_distillation_compares_the_logits_that_count(checkpoint_of, model_type):
+    checkpoint = checkpoint_of(model_type)
+    dense, model = load(checkpoint.path), masked(checkpoint, some_kept(checkpoint, range(3), (15,) * 3))
+    log_p, log_q = (logits_of(it).log_softmax(-1) for it in (dense, model))
+    head = DistillingHead(model, checkpoint.family, after_head(checkpoint))
+    dense_BTC = checkpoint.family.body_of(dense)(input_ids=WINDOWS, use_cache=False).last_hidden_state
+    head.expect(dense_BTC, torch.ones(len(WINDOWS), dtype=torch.bool))
+    expected = (log_p.exp() * (log_p - log_q)).sum()
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=0.0)
+
+
+@every_family
+def test_lora_trains_and_merges(checkpoint_of, tmp_path, model_type):
+    checkpoint = checkpoint_of(model_type)
+    torch.manual_seed(0)
+    targets = lora_targets(checkpoint.family)
+    model = get_peft_model(
+        load(checkpoint.path), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=targets)
+    )
+    optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        losses.append(model(input_ids=WINDOWS, labels=WINDOWS).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    weights = {name: tensor.detach() for name, tensor in model.named_parameters() if "lora_" in name}
+    write_adapter(tmp_path / "adapter", weights, lora_targets(checkpoint.family), 4, 6)
+    (tmp_path / "merged").mkdir()
+    for file in checkpoint.weight_files:
+        merge_weight_file(checkpoint, file, read_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    write_companions(checkpoint, tmp_path / "merged", checkpoint.config)
+    ours, theirs = logits_of(load(tmp_path / "merged")), logits_of(model.eval())
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
+    """ZeRO-3 over two real ranks, for all families in one pair of processes."""
+    checkpoints = {name: checkpoint_of(name) for name in FAMILIES}
+
+    def sums_of(name, world, numbers):
+        scorer = scorer_of(checkpoints[name], world)
+        sums = scorer.score([range(number, number + 1) for number in numbers])
+        scorer.release()
+        return {kind: it.exact["entropy"] for kind, it in sums.kinds.items()}
+
+    def act(world):
+        from hfprune_dist.distributed.zero3 import init_deepspeed
+
+        init_deepspeed(world)
+        found = {name: sums_of(name, world, [world.rank, world.rank + 2]) for name in FAMILIES}
+        torch.save(found, tmp_path / f"{world.rank}.pt")
+
+    assert on_ranks(2, act).codes == [0, 0]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name in FAMILIES:
+            for kind, expected in sums_of(name, SoloWorld(), [rank, rank + 2]).items():
+                assert torch.equal(found[name][kind], expected), (name, kind)
+
+
+def test_the_readme_lists_what_is_covered(checkpoint_of, capsys):
+    present = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert FAMILIES.keys() <= present
+    rows = [line.split("|")[1:-1] for line in README.read_text().splitlines() if line.startswith("| `")]
+    listed = {}
+    for families, neurons, groups, layers, refits in rows:
+        if neurons.strip() == "yes":
+            assert layers.strip() == "yes"
+            listed |= dict.fromkeys(re.findall(r"`(\w+)`", families), (groups, refits))
+    assert listed.keys() == FAMILIES.keys()
+    for name, (groups, refits) in listed.items():
+        family = checkpoint_of(name).family
+        assert (groups.strip() == "yes") == (not family.whole_groups), name
+        assert (refits.strip() == "all") == (not family.no_sequence), name
+    with capsys.disabled():
+        print(f"\n{len(FAMILIES)} of the {len(present)} causal language models of transformers are tested here")

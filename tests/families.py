@@ -1,0 +1,107 @@
+"""Tiny random models of many architectures, each from its own configuration class, and what they compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tiny import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+# model_type -> settings that make the architecture do all that it can do.
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    "qwen2": {},
+    "qwen3": {"attention_bias": True},
+    "ministral3": {"sliding_window": 4},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": False},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 4.0,
+        "attention_multiplier": 0.2,
+    },
+    "cohere2": {"logit_scale": 0.25, **SLIDING},
+    "seed_oss": {},
+    "ernie4_5": {"use_bias": True},
+    "hunyuan_v1_dense": {},
+    "gemma": {},
+    "olmo2": {},
+    "olmo3": SLIDING,
+    "exaone4": SLIDING,
+    "gemma2": {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 8.0, "query_pre_attn_scalar": 8, **SLIDING},
+    "gemma3_text": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, **SLIDING},
+    "gemma4_text": {
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "global_head_dim": 16,
+        "final_logit_softcapping": 5.0,
+        **SLIDING,
+    },
+    "phi3": {"sliding_window": 4},
+    "glm": {"attention_bias": True},
+    "glm4": {},
+    "cohere": {},
+    "cwm": SLIDING,
+    "gemma4_unified_text": {"global_head_dim": 16, "final_logit_softcapping": 5.0, **SLIDING},
+    "granite_swa": {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "hyperclovax": {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "internlm3": {},
+    "iquestcoder": {},
+    "ministral": SLIDING,
+    "vaultgemma": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, **SLIDING},
+    "youtu": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "pad_token_id": None,  # whose row transformers empties as it loads
+    },
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+}
+
+
+def make_model(model_type: str, seed: int = 0) -> torch.nn.Module:
+    """A random float32 model whose outputs are far from uniform."""
+    config = CONFIG_MAPPING[model_type](**{**SHAPE, **FAMILIES[model_type]})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+            else:  # around 0 or 1, as the architecture begins them
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def save_model(folder: Path, model_type: str) -> Path:
+    """A checkpoint folder as a user has it."""
+    make_model(model_type).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
