@@ -175,10 +175,11 @@ class ShardScorer:
         return Sums(sums.kinds, losses)
 
     def _outputs_of(self, units: Units, criteria: Sequence[Criterion]) -> UnitOutputs:
-        """Where units are seen; of neurons also what makes them, where a criterion needs that."""
-        needed = units.kind == NEURONS and any(criterion.is_of_neurons for criterion in criteria)
+        """Where units are seen, and what makes them where a criterion needs that."""
+        needed = any(criterion.needs_weight_products for criterion in criteria)
         makers = list(zip(*(self._linears[name] for name in units.weights[:-1]), strict=True)) if needed else ()
-        return UnitOutputs(units.outputs_of(self.module), units.channels_per_unit, makers)
+        outputs, are_neurons = units.outputs_of(self.module), units.kind == NEURONS
+        return UnitOutputs(outputs, units.channels_per_unit, makers, are_neurons)
 
     def _seen_linears(self, *, counts: bool) -> list[SeenLinear]:
         seeing = self._gradients.seeing(counts=counts) if self._gradients else {}

@@ -20,11 +20,11 @@ from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.core import blocks, elimination, head, triangle
 from hfprune_dist.core.bound_losses import Batch, Teaching
-from hfprune_dist.core.coupled_products import CoupledProducts
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.unit_sums import UnitOutputs
+from hfprune_dist.core.weight_products import CoupledProducts
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 from hfprune_dist.planning import footprint, gathering, product_footprint

@@ -14,10 +14,10 @@ from tiny import VARIANTS, tiny_model
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core import blocks
 from hfprune_dist.core.bound_losses import Batch, Teaching
-from hfprune_dist.core.coupled_products import CoupledProducts
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.unit_sums import NonFiniteError, UnitOutputs
+from hfprune_dist.core.weight_products import CoupledProducts
 from hfprune_dist.models.memory_efficient_backward import (
     checkpoint_activations,
     keep_no_gathered_weights,
@@ -41,15 +41,16 @@ def a_student(model):
 
 def outputs_of(model, kinds):
     structures = FAMILIES[model.config.model_type].structures(model.config.to_dict())
-    makers = [(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in model.model.layers]
-    return {
-        kind: UnitOutputs(
-            structures[kind].outputs_of(model),
-            structures[kind].channels_per_unit,
-            makers if kind == NEURONS else (),
-        )
-        for kind in kinds
-    }
+    return {kind: unit_outputs(structures[kind], model) for kind in kinds}
+
+
+def unit_outputs(units, model):
+    """Where units are seen, with what makes them."""
+    rows = [
+        [model.get_submodule(it.removesuffix(".weight")) for it in units.row_weights(layer)]
+        for layer in range(units.num_layers)
+    ]
+    return UnitOutputs(units.outputs_of(model), units.channels_per_unit, rows, are_neurons=units.kind == NEURONS)
 
 
 def sums_of(model, windows, names, *, at_once=1, prepare=(use_memory_efficient_backward,), kinds=(NEURONS,), teaching):
