@@ -1,0 +1,11 @@
+"""Where a model's units are seen, with what makes them, as the calibration pass has it."""
+
+from hfprune_dist.core.unit_sums import UnitOutputs
+
+
+def unit_outputs(units, model):
+    rows = [
+        [model.get_submodule(name.removesuffix(".weight")) for name in units.row_weights(layer)]
+        for layer in range(units.num_layers)
+    ]
+    return UnitOutputs(units.outputs_of(model), units.channels_per_unit, rows, are_neurons=units.kind == "neurons")
