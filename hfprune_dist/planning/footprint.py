@@ -14,6 +14,7 @@ from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, CHUNK_BYTES
 from hfprune_dist.core.triangle import BLOCK, packed_size
 from hfprune_dist.planning.dimensions import Dimensions
+from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.gathering import attention_flops, gathered_at_a_time, stays_gathered
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory, Work
@@ -23,7 +24,6 @@ from hfprune_dist.planning.layer_pass_footprint import (
     memory_of_layer_pass,
     pinned_bytes,
     tokens_of_a_rank,
-    widest,
 )
 from hfprune_dist.planning.product_footprint import coupled_bytes, squared_bytes
 
@@ -313,35 +313,6 @@ class Train:
         if self.checkpointing:  # the layers' forward once more
             flops += 2 * dims.body_parameters + attention_flops(dims, self.tokens)
         return Work(self.rows * self.tokens * flops, gathered * self.itemsize)
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Forward passes of ``sequences`` of at most ``tokens`` at a time; whole weights on each rank where they fit."""
-
-    sequences: int
-    tokens: int
-    itemsize: int = 2
-
-    def resized(self, sequences: int) -> Evaluate:
-        """The same with so many sequences in a batch."""
-        return replace(self, sequences=sequences)
-
-    def memory(self, dims: Dimensions, ranks: int) -> Memory:
-        """On one of the ranks that the model is sharded over."""
-        tokens = self.sequences * self.tokens
-        return Memory(
-            weights=dims.parameters * self.itemsize / ranks,
-            gathered=gathered_at_a_time(dims, self.itemsize, ranks),
-            activations=tokens * widest(dims) * self.itemsize,
-            scratch=tokens * dims.vocabulary * (self.itemsize + 2 * 4),
-        )
-
-    def work(self, dims: Dimensions) -> Work:
-        """Of one batch."""
-        matrices = dims.body_parameters + dims.head_parameters
-        flops = 2 * matrices + attention_flops(dims, self.tokens)
-        return Work(self.sequences * self.tokens * flops, (matrices + dims.head_parameters) * self.itemsize)
 
 
 # What is known to be bound by products in the compute dtype, or by gathers.

@@ -29,7 +29,8 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 from hfprune_dist.planning import footprint, gathering, product_footprint
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.footprint import Evaluate, Importance, Train, fits
+from hfprune_dist.planning.evaluation_footprint import Evaluate
+from hfprune_dist.planning.footprint import Importance, Train, fits
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.layer_pass_footprint import Reference, Refit, memory_of_layer_pass, pinned_bytes
 from hfprune_dist.planning.product_footprint import coupled_bytes, squared_bytes
