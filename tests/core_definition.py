@@ -159,6 +159,24 @@ def weight_taylor(model, windows, units, output=NEURONS, vectorized=False):
     return torch.stack(scores)
 
 
+def weight_taylor_second_order(model, windows, units, output=NEURONS):
+    """Scores of every layer's units, float64 [layers, units]: a sum over windows of sum (W * dL/dW)^2 over the weights
+    that each owns, L a window's mean cross-entropy.
+    """
+    model = copy.deepcopy(model).double().requires_grad_()
+    scores = torch.zeros(len(model.model.layers), units, dtype=torch.float64)
+    for window in windows:
+        model.zero_grad()
+        cross_entropy(model(input_ids=window[None]).logits[0], window).backward()
+        for layer, scores_U in zip(model.model.layers, scores, strict=True):
+            rows = [layer.get_submodule(name).weight for name in ROWS[output]]
+            columns = layer.get_submodule(output).weight
+            squares = [(it.detach() * it.grad).square() for it in (*rows, columns)]
+            for it in (*squares[:-1], squares[-1].T):
+                scores_U += it.reshape(units, -1).sum(1)
+    return scores
+
+
 def labels_and_teacher(logits, input_ids, teacher, share, temperature):
     """The teacher's logits alone are divided by the temperature."""
     p, log_q = (teacher / temperature).softmax(-1), logits.log_softmax(-1)

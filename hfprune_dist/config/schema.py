@@ -43,7 +43,8 @@ class ImportanceConfig(Section):
     norm of h times the norm of the down_proj column (Wanda-sp). surgeon: KL divergence in nats that removing the neuron
     costs once all cheaper ones are gone and the others are refitted (K-FAC; a second forward over the windows, layer by
     layer). coupled_taylor: sum over windows of the mean over hidden channels of |W * dCE/dW added up over the neuron's
-    weights there| (SDMPrune's start). magnitude: norm of the weights. random: a random order.
+    weights there| (SDMPrune's start). weight_taylor_second_order: sum over windows and over the neuron's weights of
+    (W * dCE/dW)^2 (LLM-Pruner's second order). magnitude: norm of the weights. random: a random order.
     """
     dtype: Dtype = "bfloat16"
     """Compute dtype of forward and backward; scores are accumulated in float64, except for entropy_bfloat16."""

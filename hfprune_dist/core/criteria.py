@@ -35,6 +35,10 @@ class Loss:
         return tokens - self.unlabelled
 
 
+# What a criterion adds up, as ``Criterion`` tells.
+Summed = Literal["gradient", "activation", "moments", "weight_product", "coupled_product", "weight_gradient", "nothing"]
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A score per unit: a sum over all tokens of the calibration pass, then perhaps something done to that sum.
@@ -44,9 +48,10 @@ class Criterion:
         description: one line, with the source.
         summed: per token, h * dL/dh added up over the unit's channels ("gradient"), each channel's h, channels kept
             apart ("activation"), h and h^2 of each channel, one behind the other, signs and all ("moments"); per
-            window, W * dL/dW of a neuron's three weights at a hidden channel, added up, and of that the mean absolute
-            value over hidden channels ("weight_product"); dL/dW of the weights that units own, signs and all, which no
-            unit has a number of ("weight_gradient"); or "nothing": no calibration pass.
+            window, W * dL/dW of each weight that the unit owns ("weight_product"), or added up over a neuron's three
+            weights at a hidden channel, and of that the mean over hidden channels ("coupled_product"); dL/dW of the
+            weights that units own, signs and all, which no unit has a number of ("weight_gradient"); or "nothing": no
+            calibration pass.
         loss: L, where a gradient is summed.
         reduction: the sum is one of absolute values or of squares.
         is_its_sum: whether the sum is the score; else ``core.scores`` says what is made of it.
@@ -62,7 +67,7 @@ class Criterion:
 
     name: str
     description: str
-    summed: Literal["gradient", "activation", "moments", "weight_product", "weight_gradient", "nothing"]
+    summed: Summed
     loss: Loss | None = None
     reduction: Literal["abs", "square"] = "abs"
     is_its_sum: bool = True
@@ -73,19 +78,25 @@ class Criterion:
     student_of: str | None = None
 
     def __post_init__(self) -> None:
-        of_gradients = ("gradient", "weight_product", "weight_gradient")
+        of_gradients = ("gradient", "weight_product", "coupled_product", "weight_gradient")
         assert (self.summed in of_gradients) == (self.loss is not None), self.name
         assert self.loss is None or self.summed != "weight_gradient" or self.loss.of == "dense", self.name
+        assert self.summed != "weight_product" or self.reduction == "square", self.name
 
     @property
     def has_sums_of_units(self) -> bool:
         """Whether a pass adds up numbers of units, or of their channels."""
-        return self.summed in ("gradient", "activation", "moments", "weight_product")
+        return self.summed in ("gradient", "activation", "moments") or self.needs_weight_products
 
     @property
     def is_of_neurons(self) -> bool:
         """Whether it has scores for neurons alone: rows of attention's projections belong to no common channel."""
-        return self.summed == "weight_product"
+        return self.summed == "coupled_product"
+
+    @property
+    def needs_weight_products(self) -> bool:
+        """Whether it is made of weights times their gradients in each window (``core.weight_products``)."""
+        return self.summed in ("weight_product", "coupled_product")
 
     @property
     def needs_weight_gradients(self) -> bool:
@@ -252,17 +263,25 @@ CRITERIA: dict[str, Criterion] = {
             is_its_sum=False,
         ),
         Criterion(
+            "weight_taylor_second_order",
+            "sum over windows and over the weights that the unit owns of (W * dCE/dW)^2, CE a window's mean "
+            "(LLM-Pruner's param_second)",
+            "weight_product",
+            CROSS_ENTROPY,
+            "square",
+        ),
+        Criterion(
             "coupled_taylor",
             "sum over windows of the mean over hidden channels of |W * dCE/dW, added up over a neuron's three weights "
             "there|, CE a window's mean (SDMPrune's start, arXiv 2506.11120)",
-            "weight_product",
+            "coupled_product",
             CROSS_ENTROPY,
         ),
         Criterion(
             "coupled_taylor_distilled",
             "the same in a student without the neurons that score least by that, of a loss on labels and on the dense "
             "model's distribution (SDMPrune, arXiv 2506.11120)",
-            "weight_product",
+            "coupled_product",
             LABELS_AND_TEACHER,
             student_of="coupled_taylor",
         ),

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.bound_losses import Batch, bind
-from hfprune_dist.core.coupled_products import CoupledProducts
 from hfprune_dist.core.criteria import Criterion, Loss, losses_of
 from hfprune_dist.core.head import NOTHING, AfterHead, head_gradients
 from hfprune_dist.core.linear_observer import LinearObserver, SeenLinear
 from hfprune_dist.core.unit_sums import KindObserver, KindSums, Phase, SeeOutputGradients, UnitOutputs
+from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ class UnitSums:
         self._linear_observers = [LinearObserver(linears, loss, self._phase) for loss in losses]
         for kind, it in outputs.items():
             self._linear_observers += [
-                LinearObserver(_coupled(it, criterion, self._observers[kind]), criterion.loss, self._phase)
+                LinearObserver(_multiplied(it, criterion, self._observers[kind]), criterion.loss, self._phase)
                 for criterion in criteria
-                if criterion.summed == "weight_product" and criterion.loss is not None and it.have(criterion)
+                if criterion.needs_weight_products and criterion.loss is not None and it.have(criterion)
             ]
 
     @property
@@ -200,10 +200,12 @@ class UnitSums:
         return values
 
 
-def _coupled(outputs: UnitOutputs, criterion: Criterion, observer: KindObserver) -> list[SeenLinear]:
+def _multiplied(outputs: UnitOutputs, criterion: Criterion, observer: KindObserver) -> list[SeenLinear]:
     """The linear layers of which a criterion's products of weights are made; their sums go to an observer."""
+    form = CoupledProducts if criterion.is_of_neurons else SquaredProducts
     layers = enumerate(zip(outputs.makers, outputs.projections, strict=True))
     products = [
-        CoupledProducts(rows, columns, partial(observer.see_sum, criterion, layer)) for layer, (rows, columns) in layers
+        form(rows, columns, outputs.units(layer), partial(observer.see_sum, criterion, layer))
+        for layer, (rows, columns) in layers
     ]
     return [seen for it in products for seen in it.seen_linears()]

@@ -28,6 +28,18 @@ class NonFiniteError(ValueError):
 
 
 @dataclass(frozen=True)
+class Maker:
+    """A linear layer that makes units' channels.
+
+    Attributes:
+        parts: equal parts of its rows, in each of which units own some: 2 where gate and up are one matrix.
+    """
+
+    module: nn.Module
+    parts: int = 1
+
+
+@dataclass(frozen=True)
 class UnitOutputs:
     """Where a model's units of one kind are seen.
 
@@ -35,15 +47,21 @@ class UnitOutputs:
         projections: the output projection of each layer, in order.
         channels_per_unit: consecutive channels that are one unit's.
         makers: of each layer, the linear layers that make the channels; where units are scored by weights' products.
+        are_neurons: whether each of a unit's channels is made by one row of every maker's parts.
     """
 
     projections: Sequence[nn.Module]
     channels_per_unit: int
-    makers: Sequence[Sequence[nn.Module]] = ()
+    makers: Sequence[Sequence[Maker]] = ()
+    are_neurons: bool = False
 
     def have(self, criterion: Criterion) -> bool:
         """Whether these units have a sum by such a criterion."""
-        return bool(self.makers) if criterion.is_of_neurons else criterion.has_sums_of_units
+        return criterion.has_sums_of_units and (self.are_neurons or not criterion.is_of_neurons)
+
+    def units(self, layer: int) -> int:
+        """How many a layer has."""
+        return int(self.projections[layer].in_features) // self.channels_per_unit  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -154,9 +172,9 @@ class KindObserver:
         if terms:
             self.sums.terms.append(terms)
 
-    def see_sum(self, criterion: Criterion, layer: int, sum_D: Tensor) -> None:
-        """Take note of a layer's sum of a micro-batch that was made elsewhere, float32 or wider, of each channel."""
-        self._seen.sums[criterion.name, layer] = sum_over_channels(sum_D, self._channels_per_unit)
+    def see_sum(self, criterion: Criterion, layer: int, sum_U: Tensor) -> None:
+        """Take note of a layer's sum of a micro-batch that was made elsewhere, float32 or wider, of each unit."""
+        self._seen.sums[criterion.name, layer] = sum_U
 
     def forget(self) -> None:
         """Let go of what was seen of a micro-batch."""
@@ -229,9 +247,9 @@ class KindObserver:
 
 
 def _nothing_yet(outputs: UnitOutputs, criteria: Sequence[Criterion]) -> KindSums:
-    layers, projections = len(outputs.projections), outputs.projections
-    channels = max(int(it.in_features) for it in projections)  # type: ignore[arg-type]
-    units = channels // outputs.channels_per_unit
+    layers = len(outputs.projections)
+    units = max(outputs.units(layer) for layer in range(layers))
+    channels = units * outputs.channels_per_unit
     exact = {
         it.name: torch.zeros(layers, channels * it.sums_of_a_channel if it.is_of_channels else units).double()
         for it in criteria

@@ -14,6 +14,7 @@ from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, CHUNK_BYTES
 from hfprune_dist.core.triangle import BLOCK, packed_size
 from hfprune_dist.planning.dimensions import Dimensions
+from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.gathering import attention_flops, gathered_at_a_time, stays_gathered
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory, Work
@@ -24,9 +25,8 @@ from hfprune_dist.planning.layer_pass_footprint import (
     memory_of_layer_pass,
     pinned_bytes,
     tokens_of_a_rank,
-    widest,
 )
-from hfprune_dist.planning.product_footprint import product_bytes
+from hfprune_dist.planning.product_footprint import coupled_bytes, squared_bytes
 
 # Of a GPU's memory: the runtime's context, communication buffers, fragmentation.
 RESERVE = 0.1
@@ -52,8 +52,8 @@ class Importance:
     layer by layer follows for their Gram matrices, on all of ``samples`` windows, without the model. With ``kv_groups``
     it does at attention's outputs what it does at those of MLPs.
     With ``weight_gradients`` it adds up the gradients of the weights that units own, shared out in the same way. With
-    ``products`` it makes those of neurons' weights window by window: of the dense model's losses, if there are any,
-    else of the student's.
+    ``squared_products`` it makes them window by window, and with ``coupled_products`` those of neurons' weights: of the
+    dense model's losses, if there are any, else of the student's.
     With a ``student`` the model runs again without some neurons, forward and backward, with the dense model as teacher.
     """
 
@@ -67,7 +67,8 @@ class Importance:
     samples: int | None = None
     kv_groups: bool = False
     weight_gradients: bool = False
-    products: bool = False
+    squared_products: bool = False
+    coupled_products: bool = False
 
     def resized(self, windows: int) -> Importance:
         """The same with so many windows in a micro-batch."""
@@ -102,12 +103,17 @@ class Importance:
     @property
     def _sees_mlps(self) -> bool:
         """Whether inputs and output gradients of MLPs' linear layers are seen."""
-        return self.weight_gradients or self.products
+        return self.weight_gradients or self.squared_products or self.coupled_products
+
+    @property
+    def _sees_attention(self) -> bool:
+        """Whether those of attention's linear layers are."""
+        return self.kv_groups and (self.weight_gradients or self.squared_products)
 
     @property
     def _sees_student(self) -> bool:
-        """Whether these are a student's, of which h is kept with and without its mask."""
-        return self.products and not self.losses
+        """Whether what MLPs' show is a student's, of which h is kept with and without its mask."""
+        return self.coupled_products and not self.losses
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
         """On one of the ranks that the model is sharded over: the larger of both passes."""
@@ -130,8 +136,10 @@ class Importance:
         backward = (3 + self.checkpointing) * numbers * self.itemsize + portions
         if self.weight_gradients and self.itemsize < 4:  # a linear layer's input and output gradient in float32
             backward = max(backward, 2 * numbers * self.itemsize + 4 * (numbers + tokens * dims.hidden_size))
-        if self.products:
-            backward = max(backward, product_bytes(dims, self.windows, self.tokens, self.itemsize))
+        if self.squared_products:  # beside gradients at gate and up
+            backward = max(backward, 2 * numbers * self.itemsize + squared_bytes(dims, self.tokens, self.itemsize))
+        if self.coupled_products:
+            backward = max(backward, coupled_bytes(dims, self.windows, self.tokens, self.itemsize))
         return Memory(
             weights=dims.parameters * self.itemsize / ranks,
             gathered=gathered_at_a_time(dims, self.itemsize, ranks),
@@ -147,7 +155,7 @@ class Importance:
         first, kept = dims.intermediate_size * self.itemsize, self.layer_bytes(dims)
         if self.kv_groups:  # attention's output, what the norm after it reads, and the MLP's gate and up
             first += (dims.attention_size + dims.hidden_size + 2 * dims.intermediate_size) * self.itemsize + 4
-        if self.weight_gradients and self.kv_groups:  # all but the input of the norm before attention
+        if self._sees_attention:  # all but the input of the norm before attention
             first = kept - dims.hidden_size * self.itemsize - 4
         elif self._sees_mlps and not self.kv_groups:
             first += ((2 + self._sees_student) * dims.intermediate_size + dims.hidden_size) * self.itemsize
@@ -160,7 +168,7 @@ class Importance:
         """
         values = 2 * dims.hidden_size + 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size
         values += (2 + (self.student or self._sees_mlps) + self._sees_student) * dims.intermediate_size
-        values += (self._sees_mlps + self.weight_gradients * self.kv_groups) * dims.hidden_size
+        values += (self._sees_mlps + self._sees_attention) * dims.hidden_size
         return values * self.itemsize + 4 * (2 + dims.num_heads)  # float32: norms' scales, log-sum-exp of each head
 
     def _sizes(self, dims: Dimensions) -> list[int]:
@@ -203,11 +211,11 @@ class Importance:
         """A token's, and of what backwards do more for them: first attention, and down projections that run again."""
         if not self._sees_mlps:
             return 0.0
-        attended = 2.5 * self.kv_groups * attention_flops(dims, self.tokens) / dims.num_layers
+        attended = 2.5 * self._sees_attention * attention_flops(dims, self.tokens) / dims.num_layers
         again = 2 * self.checkpointing * (dims.num_layers - 1) * dims.hidden_size * dims.intermediate_size
-        weights = sum(self._weights(dims)) + self.products * sum(dims.layer_weights(attention=False))
-        more = self.weight_gradients * attended + again
-        return 2 * dims.num_layers * weights + (self.losses or self.student) * more
+        weights = self.coupled_products * sum(dims.layer_weights(attention=False))
+        weights += (self.weight_gradients + self.squared_products) * sum(dims.layer_weights(attention=self.kv_groups))
+        return 2 * dims.num_layers * weights + (self.losses or self.student) * (attended + again)
 
 
 @dataclass(frozen=True)
@@ -307,35 +315,6 @@ class Train:
         if self.checkpointing:  # the layers' forward once more
             flops += 2 * dims.body_parameters + attention_flops(dims, self.tokens)
         return Work(self.rows * self.tokens * flops, gathered * self.itemsize)
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Forward passes of ``sequences`` of at most ``tokens`` at a time; whole weights on each rank where they fit."""
-
-    sequences: int
-    tokens: int
-    itemsize: int = 2
-
-    def resized(self, sequences: int) -> Evaluate:
-        """The same with so many sequences in a batch."""
-        return replace(self, sequences=sequences)
-
-    def memory(self, dims: Dimensions, ranks: int) -> Memory:
-        """On one of the ranks that the model is sharded over."""
-        tokens = self.sequences * self.tokens
-        return Memory(
-            weights=dims.parameters * self.itemsize / ranks,
-            gathered=gathered_at_a_time(dims, self.itemsize, ranks),
-            activations=tokens * widest(dims) * self.itemsize,
-            scratch=tokens * dims.vocabulary * (self.itemsize + 2 * 4),
-        )
-
-    def work(self, dims: Dimensions) -> Work:
-        """Of one batch."""
-        matrices = dims.body_parameters + dims.head_parameters
-        flops = 2 * matrices + attention_flops(dims, self.tokens)
-        return Work(self.sequences * self.tokens * flops, (matrices + dims.head_parameters) * self.itemsize)
 
 
 # What is known to be bound by products in the compute dtype, or by gathers.

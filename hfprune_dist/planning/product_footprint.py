@@ -1,4 +1,9 @@
-"""Memory of a layer whose neurons' weights are multiplied with their gradients (``core.coupled_products``)."""
+"""Memory of a layer's weights that are multiplied with their gradients (``core.weight_products``), the same on any
+number of ranks, since only scores travel.
+
+Of a window what is as wide as the model is in float32, and of a portion of rows products, what is added to them or they
+are multiplied with, and gradients at the rows' outputs; float32 itself is not copied.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +13,21 @@ from hfprune_dist.planning.dimensions import Dimensions
 FLOAT32 = 4
 
 
-def product_bytes(dims: Dimensions, windows: int, tokens: int, itemsize: int) -> int:
-    """Bytes while a micro-batch's gradients are made, the same on any number of ranks, since only scores travel.
-
-    Gradients at the outputs of three linear layers wait for one another. Of a window what is as wide as the model is in
-    float32, and of a portion of neurons two products and gradients at their outputs; float32 itself is not copied.
-    """
-    copied = FLOAT32 if itemsize < FLOAT32 else 0
+def coupled_bytes(dims: Dimensions, windows: int, tokens: int, itemsize: int) -> int:
+    """Bytes of a micro-batch's coupled products; gradients at three linear layers' outputs wait for one another."""
     waiting = windows * tokens * (2 * dims.intermediate_size + dims.hidden_size) * itemsize
-    neurons = min(dims.intermediate_size, ACCELERATOR_BYTES // (2 * FLOAT32 * dims.hidden_size))
-    portion = neurons * (2 * FLOAT32 * dims.hidden_size + copied * tokens)
-    return waiting + 3 * tokens * dims.hidden_size * copied + portion
+    return waiting + 3 * _copied(dims, tokens, itemsize) + _portion(dims, tokens, itemsize, matrices=2)
+
+
+def squared_bytes(dims: Dimensions, tokens: int, itemsize: int) -> int:
+    """Bytes of squared products, window by window, of the widest linear layer."""
+    return _copied(dims, tokens, itemsize) + _portion(dims, tokens, itemsize, matrices=1)
+
+
+def _copied(dims: Dimensions, tokens: int, itemsize: int) -> int:
+    return tokens * dims.hidden_size * (FLOAT32 if itemsize < FLOAT32 else 0)
+
+
+def _portion(dims: Dimensions, tokens: int, itemsize: int, *, matrices: int) -> int:
+    rows = min(dims.intermediate_size, ACCELERATOR_BYTES // (2 * FLOAT32 * dims.hidden_size))
+    return rows * (matrices * FLOAT32 * dims.hidden_size + tokens * (FLOAT32 if itemsize < FLOAT32 else 0))

@@ -8,7 +8,6 @@ from itertools import pairwise
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.config.method import Method
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import Limits, budget_of
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
@@ -67,12 +66,6 @@ def _check_family(checkpoint: Checkpoint, method: Method, where: str) -> None:
     if method.allocation == "low_rank" and family.found:
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f"{where}: allocation: low_rank isn't possible with {family.model_type}; it is with {known}")
-    of_neurons = any(CRITERIA[name].is_of_neurons for name in method.scored_before)
-    if of_neurons and any(parts > 1 for parts in checkpoint.units.row_parts):
-        raise UserError(
-            f"{where}: criterion: {method.criterion} needs a matrix for each of the projections that make neurons, and "
-            f"{family.model_type} has one for both; use another criterion, such as weight_taylor"
-        )
     if method.refit in ("layerwise", "block") and family.no_sequence:
         raise UserError(
             f"{where}: refit: {method.refit} isn't possible with {family.model_type}: {family.no_sequence}; use dense "

@@ -21,8 +21,9 @@ from hfprune_dist.config.parameters import (
     ReferenceParameters,
 )
 from hfprune_dist.core.triangle import packed_size
+from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.expected_metrics import ExpectedManifests
-from hfprune_dist.planning.footprint import Evaluate, Importance, Job, Train
+from hfprune_dist.planning.footprint import Importance, Job, Train
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus
 from hfprune_dist.planning.known_sizes import TASKS, requests_of
 from hfprune_dist.planning.layer_pass_work import channels_of, forward_of_all

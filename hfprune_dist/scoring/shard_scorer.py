@@ -15,7 +15,7 @@ from hfprune_dist.core.criteria import CRITERIA, Criterion, losses_of
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.scores import STUDENT_CRITERION, finished, student_keeps
-from hfprune_dist.core.unit_sums import KindSums, UnitOutputs
+from hfprune_dist.core.unit_sums import KindSums, Maker, UnitOutputs
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.after_head import after_head, require_known_logits
 from hfprune_dist.models.memory_efficient_backward import (
@@ -178,10 +178,16 @@ class ShardScorer:
         return Sums(sums.kinds, losses)
 
     def _outputs_of(self, units: Units, criteria: Sequence[Criterion]) -> UnitOutputs:
-        """Where units are seen; of neurons also what makes them, where a criterion needs that."""
-        needed = units.kind == NEURONS and any(criterion.is_of_neurons for criterion in criteria)
-        makers = list(zip(*(self._linears[name] for name in units.weights[:-1]), strict=True)) if needed else ()
-        return UnitOutputs(units.outputs_of(self.module), units.channels_per_unit, makers)
+        """Where units are seen, and what makes them where a criterion needs that."""
+        needed = any(criterion.needs_weight_products for criterion in criteria)
+        of_weights = [
+            [Maker(module, parts) for module in self._linears[name]]
+            for name, parts in zip(units.weights[:-1], units.row_parts, strict=True)
+        ]
+        outputs, are_neurons = units.outputs_of(self.module), units.kind == NEURONS
+        return UnitOutputs(
+            outputs, units.channels_per_unit, list(zip(*of_weights, strict=True)) if needed else (), are_neurons
+        )
 
     def _seen_linears(self, *, counts: bool) -> list[SeenLinear]:
         seeing = self._gradients.seeing(counts=counts) if self._gradients else {}

@@ -27,7 +27,8 @@ from hfprune_dist.config.texts import FIRST, CalibrationConfig, FidelityConfig, 
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
-from hfprune_dist.planning.footprint import RESERVE, Evaluate, Importance, Job, LayerPass, TimedJob, Train, fits
+from hfprune_dist.planning.evaluation_footprint import Evaluate
+from hfprune_dist.planning.footprint import RESERVE, Importance, Job, LayerPass, TimedJob, Train, fits
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory
 from hfprune_dist.planning.importance_job import importance_job

@@ -8,6 +8,7 @@ import pytest
 import torch
 from core_definition import GRADIENT_CRITERIA, definition, label_terms, moments
 from tiny import VARIANTS, tiny_model
+from unit_outputs import unit_outputs
 
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.core import head, importance
@@ -15,7 +16,7 @@ from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
-from hfprune_dist.core.unit_sums import NonFiniteError, UnitOutputs
+from hfprune_dist.core.unit_sums import NonFiniteError
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 
 NEURONS, GROUPS = "neurons", "kv_groups"
@@ -60,7 +61,7 @@ def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=use_memory
 
 def outputs_of(model, kinds):
     structures = FAMILIES[model.config.model_type].structures(model.config.to_dict())
-    return {kind: UnitOutputs(structures[kind].outputs_of(model), structures[kind].channels_per_unit) for kind in kinds}
+    return {kind: unit_outputs(structures[kind], model) for kind in kinds}
 
 
 def channels_of_groups(model):
@@ -164,7 +165,7 @@ def test_any_number_of_kinds_shares_a_forward_the_logits_and_a_backward_for_each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_neurons_have_the_same_bits_where_groups_are_scored_beside_them(variant, dtype, checkpointing):
-    names = [name for name, it in CRITERIA.items() if it.summed not in ("nothing", "weight_product")]
+    names = [name for name, it in CRITERIA.items() if it.summed != "nothing" and it.student_of is None]
 
     def prepare(model, family):
         use_memory_efficient_backward(model, family)

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from ranks import SoloWorld
 from tiny import save_tiny, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from unit_outputs import unit_outputs
 from worlds import Ranks
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -20,19 +21,19 @@ from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.core import blocks, elimination, head, triangle
 from hfprune_dist.core.bound_losses import Batch, Teaching
-from hfprune_dist.core.coupled_products import CoupledProducts
-from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.criteria import CRITERIA, losses_of
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.linear_observer import SeenLinear
-from hfprune_dist.core.unit_sums import UnitOutputs
+from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 from hfprune_dist.planning import footprint, gathering, product_footprint
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.footprint import Evaluate, Importance, Train, fits
+from hfprune_dist.planning.evaluation_footprint import Evaluate
+from hfprune_dist.planning.footprint import Importance, Train, fits
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.layer_pass_footprint import LowRank, Reference, Refit, memory_of_layer_pass, pinned_bytes
-from hfprune_dist.planning.product_footprint import product_bytes
+from hfprune_dist.planning.product_footprint import coupled_bytes, squared_bytes
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.low_rank_layers import LowRankLayers
 from hfprune_dist.refit.low_rank_pass import LowRankPass, Sizes
@@ -83,14 +84,7 @@ def scored(model, kinds=("neurons",)):
     return ScoredModel(
         body=lambda input_ids: family.body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state,
         head=lambda: contextlib.nullcontext((head.weight, head.bias)),
-        outputs={
-            kind: UnitOutputs(
-                structures[kind].outputs_of(model),
-                structures[kind].channels_per_unit,
-                [(it.mlp.gate_proj, it.mlp.up_proj) for it in model.model.layers] if kind == "neurons" else (),
-            )
-            for kind in kinds
-        },
+        outputs={kind: unit_outputs(structures[kind], model) for kind in kinds},
         student={"neurons": torch.rand(model.config.num_hidden_layers, model.config.intermediate_size) > 0.1},
     )
 
@@ -104,6 +98,13 @@ def score(model, criteria, groups=False, tokens=128, micro_batches=1):
         score_batch(
             model_scored, Batch(torch.ones(2, tokens, dtype=torch.int64), range(2), 264, 0, Teaching(0.4, 0.2)), sums
         )
+
+
+def observing(criteria):
+    """What an ``Importance`` says of such criteria."""
+    summed = {CRITERIA[name].summed for name in criteria}
+    forms = {"weight_gradients": "weight_gradient", "squared_products": "weight_product"}
+    return {name: it in summed for name, it in {**forms, "coupled_products": "coupled_product"}.items()}
 
 
 def is_of_a_student(losses):
@@ -138,21 +139,20 @@ def test_kept_activations_of_a_student(criterion):
     """Also that the teacher's forward keeps nothing where no loss is the dense model's."""
     model = tiny_model("llama", **SHAPE).bfloat16().requires_grad_(False)
     use_memory_efficient_backward(model, FAMILIES["llama"])
-    job = Importance(windows=2, tokens=128, losses=0, student=True, products=CRITERIA[criterion].is_of_neurons)
+    job = Importance(windows=2, tokens=128, losses=0, student=True, **observing([criterion]))
     with kept_for_backward(model) as counted:
         score(model, [criterion])
         estimate = 2 * 128 * job.activation_bytes(dimensions_of(model.config.to_dict()))
         assert estimate == pytest.approx(counted(), rel=0.05)
 
 
-@pytest.mark.parametrize("criterion", ["entropy", "weight_taylor", "coupled_taylor"])
+@pytest.mark.parametrize("criterion", ["entropy", "weight_taylor", "weight_taylor_second_order", "coupled_taylor"])
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2"])
 def test_kept_activations_of_the_calibration_pass(variant, groups, criterion):
     model = tiny_model(variant, **SHAPE).bfloat16().requires_grad_(False)
     use_memory_efficient_backward(model, FAMILIES[model.config.model_type])
-    job = Importance(windows=2, tokens=128, kv_groups=groups, weight_gradients=criterion == "weight_taylor")
-    job = replace(job, products=criterion == "coupled_taylor")
+    job = Importance(windows=2, tokens=128, kv_groups=groups, **observing([criterion]))
     with kept_for_backward(model) as counted:
         score(model, [criterion], groups)
         estimate = 2 * 128 * job.activation_bytes(dimensions_of(model.config.to_dict()))
@@ -184,6 +184,8 @@ def test_checkpointing_keeps_the_inputs_of_layers():
         (["self_distillation"], False),
         (["weight_taylor"], False),
         (["weight_taylor"], True),
+        (["weight_taylor_second_order"], False),
+        (["weight_taylor_second_order"], True),
         (["coupled_taylor"], False),
         (["coupled_taylor"], True),
         (["coupled_taylor_distilled"], False),
@@ -200,11 +202,11 @@ def test_memory_of_the_calibration_pass(losses, checkpointing, groups, monkeypat
     monkeypatch.setattr(product_footprint, "ACCELERATOR_BYTES", 0)
     for name, left in (("HEAD_CHUNK_BYTES", 0), ("ACCELERATOR_BYTES", 0), ("ROUNDED_BYTES", 0)):
         monkeypatch.setattr(footprint, name, left)
-    student, gradients = is_of_a_student(losses), "weight_taylor" in losses
+    student, seen = is_of_a_student(losses), observing(losses)
     job = Importance(2, 48, len(losses) - student, checkpointing=checkpointing, student=student, kv_groups=groups)
-    job = replace(job, weight_gradients=gradients, products=any(CRITERIA[name].is_of_neurons for name in losses))
+    job = replace(job, **seen)
     with PeakBytes() as counted:
-        score(model, losses, groups, tokens=48, micro_batches=1 + gradients)  # from the first on there are sums
+        score(model, losses, groups, tokens=48, micro_batches=1 + seen["weight_gradients"])  # then there are sums
     # Weights count as well: their transposes are views that are made meanwhile.
     assert 0.9 < counted.peak / job.memory(dimensions_of(model.config.to_dict()), 1).total < 1.05
 
@@ -265,31 +267,37 @@ def test_memory_of_the_gradients_of_weights(ranks, groups, monkeypatch, tmp_path
     assert 0.9 < counted.peak / expected < 1.05
 
 
+@pytest.mark.parametrize("form", [CoupledProducts, SquaredProducts])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_of_a_layers_products(dtype, monkeypatch):
-    """A neuron's three weights are alive with all that their gradients are made of, one window in float32."""
+def test_memory_of_a_layers_products(dtype, form, monkeypatch):
+    """What gradients are made of is alive, one window in float32; coupled, of all three weights of a neuron at once."""
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**40)  # as on a GPU whose portions hold a layer
     inner, hidden, tokens, windows = 224, 96, 64, 3
     dims = replace(published("7B"), hidden_size=hidden, intermediate_size=inner)
     linears = [torch.nn.Linear(*sides, dtype=dtype) for sides in ((hidden, inner), (hidden, inner), (inner, hidden))]
-    products = CoupledProducts(linears[:2], linears[2], lambda _: None)
-    inputs = [torch.randn(windows, tokens, it.in_features, dtype=dtype) for it in linears]
-    weights = sum(it.weight.nbytes for it in linears)  # views of them are made meanwhile
+    products = form(linears[:2], linears[2], inner, lambda _: None)
     with PeakBytes() as counted:
-        for seen, shown in zip(products.seen_linears(), inputs, strict=True):
-            seen.see(shown, torch.randn(windows, tokens, seen.module.out_features, dtype=dtype))
-            seen.see_weight(seen.module.weight.detach())
-    expected = product_bytes(dims, windows, tokens, dtype.itemsize)
-    kept = sum(it.nbytes for it in inputs)  # until backward, which the pass counts among its activations
-    assert 0.9 < (counted.peak - weights - kept) / expected < 1.05
+        inputs = [torch.randn(windows, tokens, it.in_features, dtype=dtype) for it in linears]
+        gradients = [torch.randn(windows, tokens, it.out_features, dtype=dtype) for it in linears]
+        weights = [it.weight.detach() for it in linears]
+        for seen, weight, *shown in zip(products.seen_linears(), weights, inputs, gradients, strict=True):
+            seen.see(*shown)
+            seen.see_weight(weight)
+    given = sum(it.nbytes for it in (*inputs, *gradients, *weights))
+    if form is CoupledProducts:  # which counts gradients, since these wait for one another
+        expected = coupled_bytes(dims, windows, tokens, dtype.itemsize) - sum(it.nbytes for it in gradients)
+    else:
+        expected = squared_bytes(dims, tokens, dtype.itemsize)
+    assert 0.9 < (counted.peak - given) / expected < 1.05
 
 
+@pytest.mark.parametrize("products", ["coupled_products", "squared_products"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_products_take_as_much_on_any_number_of_ranks(ranks):
-    with_products, without = (Importance(1, 4096, products=on).memory(published("7B"), ranks) for on in (True, False))
+def test_products_take_as_much_on_any_number_of_ranks(ranks, products):
+    with_products, without = (Importance(1, 4096, **{products: on}).memory(published("7B"), ranks) for on in (1, 0))
     assert with_products.sums == without.sums == 0, "only scores travel"
     more = with_products.scratch - without.scratch
-    assert more == Importance(1, 4096, products=True).memory(published("7B"), 1).scratch - without.scratch
+    assert more == Importance(1, 4096, **{products: True}).memory(published("7B"), 1).scratch - without.scratch
 
 
 @pytest.mark.parametrize(("ranks", "layers"), [(1, 32), (2, 16), (4, 8), (5, 7)])
@@ -525,6 +533,8 @@ def test_kept_activations_of_lora_training(monkeypatch, sharded, dropout):
         (["entropy", "self_distillation"], True),
         (["weight_taylor"], False),
         (["weight_taylor", "entropy", "self_distillation"], True),
+        (["weight_taylor_second_order"], True),
+        (["weight_taylor_second_order", "weight_taylor", "coupled_taylor"], False),
         (["coupled_taylor", "entropy"], False),
         (["coupled_taylor"], True),
         (["coupled_taylor_distilled"], False),
@@ -539,13 +549,13 @@ def test_floating_point_work_of_the_calibration_pass(losses, checkpointing, grou
         score(model, losses, groups)
     dims = dimensions_of(model.config.to_dict())
     student = is_of_a_student(losses)
-    job = Importance(2, 128, len(losses) - student, 4, checkpointing=checkpointing, student=student, kv_groups=groups)
-    products = any(CRITERIA[name].is_of_neurons for name in losses)
-    job = replace(job, weight_gradients="weight_taylor" in losses, products=products)
+    backwards = len(losses_of(CRITERIA[name] for name in losses))
+    job = Importance(2, 128, backwards - student, 4, checkpointing=checkpointing, student=student, kv_groups=groups)
+    job = replace(job, **observing(losses))
     # The counter knows matrix products only; it sees no fused attention on a CPU.
     later = gathering.attention_flops(dims, 128) * 3 / 4
-    attention = (later * 4 / 3 * (1 + student) + later * (2.5 + checkpointing) * len(losses)) * 2 * 128
-    if job.weight_gradients and groups:  # the first layer's as well, in backwards of the dense model
+    attention = (later * 4 / 3 * (1 + student) + later * (2.5 + checkpointing) * backwards) * 2 * 128
+    if groups and (job.weight_gradients or job.squared_products):  # the first layer's too, where the model is dense
         attention += later / 3 * 2.5 * job.losses * 2 * 128
     assert job.work(dims).flops - attention == pytest.approx(counter.get_total_flops(), rel=0.02)
 

@@ -69,6 +69,7 @@ def cost_of(store, *stages):
         (["surgeon"], ("neurons", "kv_groups")),
         (["weight_taylor"], ("neurons",)),
         (["coupled_taylor"], ("neurons", "kv_groups")),
+        (["weight_taylor_second_order"], ("neurons", "kv_groups")),
         (["weight_taylor", "entropy"], ("neurons", "kv_groups")),
         (["magnitude"], ("neurons",)),
     ],

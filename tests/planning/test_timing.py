@@ -11,7 +11,8 @@ from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.planning import rates
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.footprint import Evaluate, Importance, Train
+from hfprune_dist.planning.evaluation_footprint import Evaluate
+from hfprune_dist.planning.footprint import Importance, Train
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.operations import Operations
 from hfprune_dist.planning.timing import precise_seconds, seconds

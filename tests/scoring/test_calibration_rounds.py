@@ -21,11 +21,12 @@ from hfprune_dist.store.heartbeat import Progress
 
 TOKENS = 6
 SMALLEST = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
-# The default alone; with a student, a rounded sum and one of activations; and gradients of weights.
+# The default alone; with a student, a rounded sum and one of activations; and gradients of weights,
+# with products of them beside.
 CHOICES = (
     ("surgeon",),
     ("activation", "entropy_bfloat16", "self_distillation", "surgeon"),
-    ("entropy", "weight_taylor"),
+    ("entropy", "weight_taylor", "weight_taylor_second_order"),
 )
 
 

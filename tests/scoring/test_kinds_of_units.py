@@ -4,7 +4,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from core_definition import GRADIENT_CRITERIA, NEURONS, OF_ONE_PASS, definition, moments, student, weight_taylor
+from core_definition import (
+    GRADIENT_CRITERIA,
+    NEURONS,
+    OF_ONE_PASS,
+    definition,
+    moments,
+    student,
+    weight_taylor,
+    weight_taylor_second_order,
+)
 from damage import nothing_reaches_the_disk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -105,6 +114,9 @@ def assert_as_defined(scores, model, windows, calibration):
             ours = torch.stack(scores_of_layers(scores, name, kind))
             expected = weight_taylor(dense, windows, units, output, vectorized=name.endswith("vectorized"))
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
+        ours = torch.stack(scores_of_layers(scores, "weight_taylor_second_order", kind))
+        expected = weight_taylor_second_order(dense, windows, units, output)
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
     for layer, (gram, curvature, fisher) in enumerate(moments(dense, windows, SEED, channels, OUTPUT)):
         attention = dense.model.layers[layer].self_attn
         expected = elimination_scores(gram, curvature, attention.o_proj.weight.detach(), fisher)

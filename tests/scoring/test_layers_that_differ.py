@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from core_definition import definition, moments, weight_taylor
+from core_definition import definition, moments, weight_taylor, weight_taylor_second_order
 from damage import nothing_reaches_the_disk
 from masking import mask, write
 from safetensors.torch import load_file
@@ -19,7 +19,8 @@ from hfprune_dist.structures.score_names import SCORES, scores_of_layers
 
 SEED, LAYERS, QUERIES, HEAD_DIM, NEURONS = 3, 3, 2, 4, 40
 HEADS = {"num_key_value_heads": 4, "num_attention_heads": 4 * QUERIES}
-CRITERIA = ["activation", "entropy", "magnitude", "random", "self_distillation", "surgeon", "weight_taylor"]
+OF_WEIGHTS = {"weight_taylor": weight_taylor, "weight_taylor_second_order": weight_taylor_second_order}
+CRITERIA = ["activation", "entropy", "magnitude", "random", "self_distillation", "surgeon", *OF_WEIGHTS]
 # Kind -> its output projection, and channels of a unit.
 OUTPUTS = {"neurons": ("mlp.down_proj", 1), "kv_groups": ("self_attn.o_proj", QUERIES * HEAD_DIM)}
 
@@ -79,9 +80,10 @@ def test_what_layers_lack_is_as_if_it_were_masked_on_any_number_of_ranks(tmp_pat
             for layer, found_K in enumerate(scores_of_layers(scores, name, kind)):
                 kept_K = KEPT.of_layer(layer, kind)
                 assert (found_K - expected[layer, kept_K]).norm() < 1e-4 * expected[layer].norm() + 1e-12, name
-        expected = weight_taylor(dense, windows, {"neurons": NEURONS, "kv_groups": 4}[kind], output)
-        for layer, found_K in enumerate(scores_of_layers(scores, "weight_taylor", kind)):
-            torch.testing.assert_close(found_K, expected[layer, KEPT.of_layer(layer, kind)], rtol=1e-3, atol=1e-9)
+        for name, defined in OF_WEIGHTS.items():
+            expected = defined(dense, windows, {"neurons": NEURONS, "kv_groups": 4}[kind], output)
+            for layer, found_K in enumerate(scores_of_layers(scores, name, kind)):
+                torch.testing.assert_close(found_K, expected[layer, KEPT.of_layer(layer, kind)], rtol=1e-3, atol=1e-9)
         for layer, (gram, curvature, fisher) in enumerate(moments(dense, windows, SEED, channels, output)):
             kept_K = KEPT.of_layer(layer, kind)
             own = entries_of(kept_K, channels)

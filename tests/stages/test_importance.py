@@ -4,7 +4,15 @@ import contextlib
 
 import pytest
 import torch
-from core_definition import GRADIENT_CRITERIA, OF_ONE_PASS, definition, moments, student, weight_taylor
+from core_definition import (
+    GRADIENT_CRITERIA,
+    OF_ONE_PASS,
+    definition,
+    moments,
+    student,
+    weight_taylor,
+    weight_taylor_second_order,
+)
 from ranks import failure_of, killing, run_stage
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
@@ -219,6 +227,9 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
             ours = torch.stack(scores_of_layers(scores, name, kind))
             expected = weight_taylor(model, windows, units, output, vectorized=name.endswith("vectorized"))
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
+        ours = torch.stack(scores_of_layers(scores, "weight_taylor_second_order", kind))
+        expected = weight_taylor_second_order(model, windows, units, output)
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
     assert all(value == value.bfloat16().double() for value in scores["layers.1.entropy_bfloat16"])
     for layer, (gram, curvature, fisher) in enumerate(moments(model, windows, seed=3)):
         weight = model.model.layers[layer].mlp.down_proj.weight

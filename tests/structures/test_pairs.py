@@ -15,6 +15,7 @@ from core_definition import (
     of_units,
     student,
     weight_taylor,
+    weight_taylor_second_order,
 )
 from damage import nothing_reaches_the_disk
 from hypothesis import assume, given, settings
@@ -122,6 +123,8 @@ def test_scores_of_pairs_are_as_defined_on_any_number_of_ranks(tmp_path_factory,
     torch.testing.assert_close(ours, of_units(coupled_taylor(dense, windows), CHANNELS), rtol=1e-3, atol=1e-9)
     ours = torch.stack([scores[f"layers.{layer}.weight_taylor"] for layer in range(model.layers)])
     torch.testing.assert_close(ours, weight_taylor(dense, windows, model.pairs), rtol=1e-3, atol=1e-9)
+    ours = torch.stack([scores[f"layers.{layer}.weight_taylor_second_order"] for layer in range(model.layers)])
+    torch.testing.assert_close(ours, weight_taylor_second_order(dense, windows, model.pairs), rtol=1e-3, atol=1e-9)
     for layer, (gram, curvature, fisher) in enumerate(moments(dense, windows, SEED, CHANNELS)):
         mlp = dense.model.layers[layer].mlp
         expected = elimination_scores(gram, curvature, mlp.down_proj.weight.detach(), fisher)

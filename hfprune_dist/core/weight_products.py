@@ -1,0 +1,157 @@
+"""Weights times their gradients, of all that a unit owns, window by window.
+
+``CoupledProducts``: neuron n of a gated MLP has three weights at hidden channel j, gate_nj, up_nj and down_jn. To first
+order, the sum of the three products W * dL/dW is what the loss loses where all of them go at once; products of opposite
+sign cancel (SDMPrune: arXiv 2506.11120).
+
+``SquaredProducts``: where the mean over windows of (dL/dW)^2 stands for the diagonal of the loss's Hessian, the second
+order of a weight's removal is half of W^2 times that (LLM-Pruner: arXiv 2305.11627, eq. 5). It has no sign, so each
+weight counts by itself, and each linear layer is done with as soon as its weight is there.
+
+A window's gradients are made where a backward shows what they are made of, a few rows at a time, so that no weight's
+whole gradient ever exists.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hfprune_dist.core.blocks import row_blocks
+from hfprune_dist.core.linear_observer import SeenLinear
+from hfprune_dist.core.unit_sums import Maker
+
+# In float32, of each number of a block of weights: products, and what is added to them or they are multiplied with.
+BLOCK_BYTES = 2 * 4
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A weight of which units own rows, and what its gradient g^T x is made of.
+
+    A projection that reads the units' channels is one that makes them, seen backwards: its weight is transposed, and x
+    and g have changed places.
+
+    Attributes:
+        weight: [rows, hidden_size].
+        inputs: x [windows, tokens, hidden_size].
+        gradients: g [windows, tokens, rows].
+    """
+
+    weight: Tensor
+    inputs: Tensor
+    gradients: Tensor
+
+    @property
+    def nothing(self) -> Tensor:
+        """Zeros in which sums over windows begin, float32 or wider [rows]."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.zeros(len(self.weight), dtype=wide, device=self.weight.device)
+
+    def of_window(self, window: int) -> Callable[[slice], Tensor]:
+        """Slice over rows -> their products with the window's gradients, float32 or wider [some rows, hidden_size]."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        gradients_TD, inputs_TC = self.gradients[window], self.inputs[window].to(wide)
+
+        def products(rows: slice) -> Tensor:
+            gradient_DC = gradients_TD[:, rows].to(wide).T @ inputs_TC
+            return gradient_DC.mul_(self.weight[rows])
+
+        return products
+
+
+Part = TypeVar("Part")
+
+
+class WeightProducts(ABC, Generic[Part]):
+    """One layer's scores by its units' weights, once a backward has shown all of its linear layers.
+
+    Args:
+        rows: linear layers that make the channels, whose rows the units own.
+        columns: the projection that reads them, whose columns they own.
+        units: how many there are.
+        add: called with the scores of a micro-batch, added up over its windows: float32 or wider [units].
+    """
+
+    def __init__(self, rows: Sequence[Maker], columns: nn.Module, units: int, add: Callable[[Tensor], None]) -> None:
+        self._linears = [*rows, Maker(columns)]
+        self._units = units
+        self._add = add
+        self._shown: dict[int, tuple[Tensor, Tensor]] = {}
+        self._parts: dict[int, list[Part]] = {}
+
+    def seen_linears(self) -> list[SeenLinear]:
+        """The linear layers, and what is to be shown of them."""
+        return [
+            SeenLinear(maker.module, partial(self._see, number), partial(self._see_weight, number))
+            for number, maker in enumerate(self._linears)
+        ]
+
+    def _see(self, number: int, inputs_BTI: Tensor, gradients_BTO: Tensor) -> None:
+        self._shown[number] = inputs_BTI, gradients_BTO
+
+    def _see_weight(self, number: int, weight_OI: Tensor) -> None:
+        inputs_BTI, gradients_BTO = self._shown.pop(number)
+        if self._linears[number] is self._linears[-1]:
+            owned = [Owned(weight_OI.T, gradients_BTO, inputs_BTI)]
+        else:
+            parts = self._linears[number].parts
+            pairs = zip(weight_OI.chunk(parts), gradients_BTO.chunk(parts, dim=-1), strict=True)
+            owned = [Owned(weight, inputs_BTI, gradients) for weight, gradients in pairs]
+        self._parts[number] = [self._part(it) for it in owned]
+        if len(self._parts) == len(self._linears):
+            self._add(self._scores([part for it in range(len(self._linears)) for part in self._parts.pop(it)]))
+
+    @abstractmethod
+    def _part(self, owned: Owned) -> Part:
+        """What is kept of a linear layer until all have been shown."""
+
+    @abstractmethod
+    def _scores(self, parts: Sequence[Part]) -> Tensor:
+        """Scores [units] from all linear layers, those of ``rows`` first."""
+
+    def _of_units(self, sums_D: Tensor) -> Tensor:
+        """Sums of rows added up for each unit."""
+        sums_U: Tensor = sums_D.unflatten(0, (self._units, -1)).sum(dim=1)
+        return sums_U
+
+
+class CoupledProducts(WeightProducts[Owned]):
+    """Sum over windows of the mean over hidden channels of |sum over a row of each weight of W * dL/dW|; units own as
+    many rows of every weight.
+    """
+
+    def _part(self, owned: Owned) -> Owned:
+        return owned
+
+    def _scores(self, parts: Sequence[Owned]) -> Tensor:
+        first, scores_D = parts[0], parts[0].nothing
+        for window in range(len(first.inputs)):
+            products = [owned.of_window(window) for owned in parts]
+            for rows in row_blocks(first.weight, BLOCK_BYTES):
+                sum_DC = scores_D.new_zeros(())
+                for of_rows in products:
+                    sum_DC = of_rows(rows).add_(sum_DC)
+                scores_D[rows] += sum_DC.abs_().mean(dim=1)
+        return self._of_units(scores_D)
+
+
+class SquaredProducts(WeightProducts[Tensor]):
+    """Sum over windows and over all weights that a unit owns of (W * dL/dW)^2."""
+
+    def _part(self, owned: Owned) -> Tensor:
+        squares_D = owned.nothing
+        for window in range(len(owned.inputs)):
+            products = owned.of_window(window)
+            for rows in row_blocks(owned.weight, BLOCK_BYTES):
+                squares_D[rows] += products(rows).square_().sum(dim=1)
+        return self._of_units(squares_D)
+
+    def _scores(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(parts)).sum(dim=0)

@@ -1,0 +1,39 @@
+"""What measuring a model on tasks and texts needs: forward passes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hfprune_dist.planning.dimensions import Dimensions
+from hfprune_dist.planning.gathering import attention_flops, gathered_at_a_time
+from hfprune_dist.planning.gpu_needs import Memory, Work
+from hfprune_dist.planning.layer_pass_footprint import widest
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Forward passes of ``sequences`` of at most ``tokens`` at a time; whole weights on each rank where they fit."""
+
+    sequences: int
+    tokens: int
+    itemsize: int = 2
+
+    def resized(self, sequences: int) -> Evaluate:
+        """The same with so many sequences in a batch."""
+        return replace(self, sequences=sequences)
+
+    def memory(self, dims: Dimensions, ranks: int) -> Memory:
+        """On one of the ranks that the model is sharded over."""
+        tokens = self.sequences * self.tokens
+        return Memory(
+            weights=dims.parameters * self.itemsize / ranks,
+            gathered=gathered_at_a_time(dims, self.itemsize, ranks),
+            activations=tokens * widest(dims) * self.itemsize,
+            scratch=tokens * dims.vocabulary * (self.itemsize + 2 * 4),
+        )
+
+    def work(self, dims: Dimensions) -> Work:
+        """Of one batch."""
+        matrices = dims.body_parameters + dims.head_parameters
+        flops = 2 * matrices + attention_flops(dims, self.tokens)
+        return Work(self.sequences * self.tokens * flops, (matrices + dims.head_parameters) * self.itemsize)

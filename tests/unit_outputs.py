@@ -1,0 +1,14 @@
+"""Where a model's units are seen, with what makes them, as the calibration pass has it."""
+
+from hfprune_dist.core.unit_sums import Maker, UnitOutputs
+
+
+def unit_outputs(units, model):
+    rows = [
+        [
+            Maker(model.get_submodule(name.removesuffix(".weight")), parts)
+            for name, parts in zip(units.row_weights(layer), units.row_parts, strict=True)
+        ]
+        for layer in range(units.num_layers)
+    ]
+    return UnitOutputs(units.outputs_of(model), units.channels_per_unit, rows, are_neurons=units.kind == "neurons")
