@@ -1,0 +1,88 @@
+"""LoRAPrune: scores of units from the gradients of LoRA's factors alone, and how many units are gone at each step.
+
+Zhang et al. 2024, arXiv 2305.18403. Where the paper and the authors' code differ, this is what the code computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# What stays of a moving average in a step.
+DECAY = 0.9
+# Of all steps, so many times the share: none is masked in the first tenth, none is left to be masked in the last.
+FLAT = 10
+# Units are masked every so many steps; of a shorter training, in each tenth of it.
+MASK_EVERY, TENTHS = 10, 10
+TINY = 1e-8
+
+
+@dataclass(frozen=True)
+class Factors:
+    """LoRA's factors of a weight [out_features, in_features], and a loss's gradients there; all of one float dtype.
+
+    Attributes:
+        a_RI, grad_a_RI: [r, in_features].
+        b_OR, grad_b_OR: [out_features, r].
+        scale: alpha / r.
+    """
+
+    a_RI: Tensor
+    b_OR: Tensor
+    grad_a_RI: Tensor
+    grad_b_OR: Tensor
+    scale: float
+
+    def gradient(self) -> Tensor:
+        """What stands for the weight's own gradient [out_features, in_features] (the paper's equation 8): how B A would
+        change in a step of gradient descent at a learning rate of 1.
+        """
+        # g_B A + B g_A - g_B g_A, in two products instead of three.
+        return self.grad_b_OR @ (self.a_RI - self.grad_a_RI) + self.b_OR @ self.grad_a_RI
+
+    def product(self) -> Tensor:
+        """What is added to the weight."""
+        return self.scale * (self.b_OR @ self.a_RI)
+
+
+def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int) -> Tensor:
+    """Sums of |gradient * (W + scale B A)| over the weights that each unit owns of a tensor, as a vector of norm 1.
+
+    The paper squares the terms; the code takes them as they are.
+
+    Args:
+        axis: along which units follow one another.
+        per_unit: consecutive entries of one unit.
+
+    Returns:
+        float64 [units].
+    """
+    terms_OI = factors.product().add_(weight_OI).mul_(factors.gradient()).abs_()
+    sums_U = terms_OI.sum(1 - axis, dtype=torch.float64).view(-1, per_unit).sum(1)
+    return sums_U / (sums_U.norm() + TINY)
+
+
+def averaged(average_U: Tensor, scores_U: Tensor) -> Tensor:
+    """The moving average after one more step; before the first it is 0."""
+    return DECAY * average_U + (1 - DECAY) * scores_U
+
+
+def masks_after(step: int, total_steps: int) -> bool:
+    """Whether units are masked after this optimizer step, counted from 1."""
+    return step == total_steps or step % max(1, min(MASK_EVERY, total_steps // TENTHS)) == 0
+
+
+def gone_after(step: int, total_steps: int, gone: int) -> int:
+    """Units that are gone after this optimizer step, counted from 1, where ``gone`` are at the end.
+
+    Their number rises from 0 along a cubic, flat in the first and in the last tenth of the steps; after the last step
+    it is ``gone``, however few steps there are.
+    """
+    if FLAT * step <= total_steps:
+        return 0
+    if FLAT * step > (FLAT - 1) * total_steps:
+        return gone
+    left = 1 - (FLAT * step - total_steps) / ((FLAT - 2) * total_steps)
+    return int(gone * (1 - left**3))
