@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
 from hfprune_dist.config.section import NumberOrShare, Positive, PositiveOrAuto, Section
 from hfprune_dist.core.criteria import CriterionName
-from hfprune_dist.structures import LAYERS, NEURONS, Kind, Structure
+from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, Kind, Structure
 
 Allocation = Literal["uniform", "plain", "local", "global", "searched"]
 Refit = Literal["none", "dense", "layerwise", "block"]
@@ -36,8 +36,12 @@ RoundRatio = Annotated[float, Field(ge=0.01, lt=1)]
 class Method(Section):
     """How scores become a smaller checkpoint. ``configs/methods`` has the ones that come with the project."""
 
-    criterion: CriterionName
-    """The score by which neurons stay: those with the highest scores."""
+    criterion: CriterionName | None = None
+    """The score by which neurons stay: those with the highest scores. null where ``prunes_in`` is recovery."""
+    prunes_in: Literal["calibration", "recovery"] = "calibration"
+    """When units are scored. calibration: in a pass over the calibration windows; they go before recovery. recovery:
+    while LoRA trains on the instruction pairs, by its own gradients, in as many steps as any recovery; units are masked
+    on the way and cut at the end (LoRAPrune). Then allocation is local, and there is no criterion, refit or round."""
     structures: Structures = Field(default=[NEURONS])
     """What is pruned: neurons of MLPs; beside them kv_groups, the key-value heads of attention with the query heads
     that read them, and whole layers. Neurons and groups are scored; what a model loses without a layer is measured.
@@ -80,6 +84,39 @@ class Method(Section):
     distill: Annotated[int, Field(ge=0)] = 0
     """Passes over the calibration windows, after pruning, in which the pruned model learns the dense model's output
     distribution (see ``DistillationConfig``). It needs no labels and no further text, but it is training."""
+
+    @property
+    def scored_by(self) -> CriterionName:
+        """The criterion of a method that has one."""
+        assert self.criterion is not None, "it prunes in recovery"
+        return self.criterion
+
+    @property
+    def tells_layers_apart(self) -> bool:
+        """Whether layers that are alike may differ once they are pruned."""
+        protects = bool(self.protect_first or self.protect_last)
+        return self.allocation in ("global", "searched") or (self.allocation == "local" and protects)
+
+    def of_one_cut(self) -> dict[str, Any]:
+        """The settings that affect what one prune stage does; others make stages of their own."""
+        idle = {"floor", "protect_first", "protect_last"} if self.allocation in ("uniform", "plain") else set()
+        idle |= {"floor"} if self.allocation == "local" else set()
+        idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
+        return self.model_dump(exclude=idle | {"prunes_in", "steps", "round_ratio", "distill"})
+
+    @model_validator(mode="after")
+    def _is_scored_once(self) -> Method:
+        if self.prunes_in == "calibration" and self.criterion is None:
+            raise ValueError(f"needs a criterion: {', '.join(get_args(CriterionName))}; or prunes_in: recovery")
+        if self.prunes_in == "recovery":
+            needed = {"criterion": None, "allocation": "local", "refit": "none", "steps": 1}
+            needed |= {"round_ratio": None, "distill": 0}
+            others = {name: getattr(self, name) for name, value in needed.items() if getattr(self, name) != value}
+            if others:
+                named = ", ".join(f"{name}: {'null' if it is None else it}" for name, it in others.items())
+                instead = ", ".join(f"{it}: {'null' if needed[it] is None else needed[it]}" for it in others)
+                raise ValueError(f"prunes_in: recovery goes with {instead}, not with {named}")
+        return self
 
     @model_validator(mode="after")
     def _rounds_suit_the_allocation(self) -> Method:

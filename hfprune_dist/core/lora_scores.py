@@ -40,7 +40,8 @@ class Factors:
         change in a step of gradient descent at a learning rate of 1.
         """
         # g_B A + B g_A - g_B g_A, in two products instead of three.
-        return self.grad_b_OR @ (self.a_RI - self.grad_a_RI) + self.b_OR @ self.grad_a_RI
+        gradient_OI: Tensor = self.grad_b_OR @ (self.a_RI - self.grad_a_RI) + self.b_OR @ self.grad_a_RI
+        return gradient_OI
 
     def product(self) -> Tensor:
         """What is added to the weight."""
@@ -61,7 +62,8 @@ def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int) -
     """
     terms_OI = factors.product().add_(weight_OI).mul_(factors.gradient()).abs_()
     sums_U = terms_OI.sum(1 - axis, dtype=torch.float64).view(-1, per_unit).sum(1)
-    return sums_U / (sums_U.norm() + TINY)
+    vector_U: Tensor = sums_U / (sums_U.norm() + TINY)
+    return vector_U
 
 
 def averaged(average_U: Tensor, scores_U: Tensor) -> Tensor:

@@ -5,10 +5,9 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import (
@@ -16,11 +15,12 @@ from hfprune_dist.config.parameters import (
     EfficiencyParameters,
     EvaluateParameters,
     ImportanceParameters,
+    LoraPruneParameters,
     PruneParameters,
     RecoverParameters,
     ReferenceParameters,
 )
-from hfprune_dist.config.schema import EfficiencyConfig, SweepConfig
+from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST, reference_role
 from hfprune_dist.core.criteria import CRITERIA, CriterionName
@@ -28,8 +28,16 @@ from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.multiples import protected_by, with_numbers
-from hfprune_dist.planning.plan import Cell, Plan, label_of
+from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
 from hfprune_dist.planning.ratios import check_ratios
+from hfprune_dist.planning.refusals import (
+    check_positions,
+    check_recovery,
+    check_settled,
+    criteria_of,
+    place_of,
+    refuse_same_rows,
+)
 from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.training_memory import choose_micro_batches
 from hfprune_dist.store.hashing import FileHashes
@@ -52,13 +60,15 @@ def build_plan(
 
     Raises:
         UserError: for a ratio that a model can't reach, rows that would be the same, input text that can't be read, a
-            calibration that is to end early where no criterion can tell, or generations beyond a model's positions.
+            calibration that is to end early where no criterion can tell, generations beyond a model's positions, or a
+            method that prunes in recovery where there is none.
     """
     config = choose_micro_batches(config, [], {})  # where nobody has chosen yet
-    _check_settled(config, methods)
+    check_settled(config, methods)
+    check_recovery(config, methods)
     planner = _Planner(config, methods, hashes, device)
     cells = [cell for model in models for cell in planner.cells(model)]
-    _refuse_same_rows(cells)
+    refuse_same_rows(cells)
     return Plan(planner.stages, tuple(cells), tuple(planner.asked))
 
 
@@ -102,37 +112,77 @@ class _Planner:
     def cells(self, model: ModelSource) -> list[Cell]:
         for name, method in self.methods.items():
             check_ratios(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
-        _check_positions(self.config.efficiency, model)
+        check_positions(self.config.efficiency, model)
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
-        needed = {method.criterion for method in self.methods.values()}
-        pruned = {structure for method in self.methods.values() for structure in method.structures}
-        scored = _Scored(needed.union(self.config.importance.criteria), kinds_among(pruned))
-        biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
         # First, since most of the sweep waits for it.
-        importance = self._importance(model.name, dense, scored, biased)
-        self.asked += [importance.id] if scored.criteria > needed else []
+        importance = self._importance_for_all(model, dense)
         differ = not model.checkpoint.is_plain
-        label = label_of(model.name, None, None, "none")
+        label = label_of(model.name, None, None, NONE)
         cells = self._finish(_Variant(label, model.name, dense, dense, dense, differ))
         for ratio in self.config.ratios:
             for name, method in self.methods.items():
-                label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, "none")
                 settled = with_numbers(method, model.checkpoint, ratio, place_of(model.name, name))
-                chain = self._rounds(label, dense, importance, ratio, settled)
-                producers = tuple(stage.id for stage in chain)
-                cut = next(stage.as_input() for stage in reversed(chain) if stage.kind == "prune")
-                made = (dense, chain[-1].as_input(), cut, differ or _tells_layers_apart(settled))
-                cells += self._finish(_Variant(label, model.name, *made, ratio, name, producers))
+                label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, NONE)
+                variant = _Variant(label, model.name, dense, dense, dense, differ, ratio, name)
+                cells += self._pruned(variant, settled, importance)
         return cells
+
+    def _pruned(self, variant: _Variant, method: Method, importance: Stage | None) -> list[Cell]:
+        """Lay out what a method makes of a dense model at the variant's ratio.
+
+        Args:
+            method: with numbers.
+            importance: None where no method needs one.
+        """
+        assert variant.ratio is not None
+        if method.prunes_in == "recovery":
+            return [self._pruned_in_recovery(variant, method, variant.ratio)]
+        assert importance is not None, "the method needs scores"
+        chain = self._rounds(variant.label, variant.dense, importance, variant.ratio, method)
+        cut = next(stage.as_input() for stage in reversed(chain) if stage.kind == "prune")
+        made = replace(variant, checkpoint=chain[-1].as_input(), cut=cut, producers=tuple(stage.id for stage in chain))
+        return self._finish(replace(made, layers_may_differ=made.layers_may_differ or method.tells_layers_apart))
+
+    def _importance_for_all(self, model: ModelSource, dense: Input) -> Stage | None:
+        """One pass for all methods that need scores, and for further criteria; None where nobody needs any."""
+        scoring = [method for method in self.methods.values() if method.prunes_in == "calibration"]
+        needed = criteria_of(self.methods)
+        pruned = {structure for method in scoring for structure in method.structures} or {NEURONS}
+        scored = _Scored(needed.union(self.config.importance.criteria), kinds_among(pruned))
+        if not scored.criteria:
+            return None
+        biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
+        importance = self._importance(model.name, dense, scored, biased)
+        self.asked += [importance.id] if scored.criteria > needed else []
+        return importance
+
+    def _pruned_in_recovery(self, variant: _Variant, method: Method, ratio: float) -> Cell:
+        """Lay out the training that is pruning and recovery in one, and its evaluation."""
+        (first, last), multiple_of = protected_by(method), method.multiple_of
+        assert isinstance(multiple_of, int), "planned with a number"
+        params = LoraPruneParameters(
+            recovery=self.config.recovery,
+            seed=self.config.seed,
+            ratio=ratio,
+            structures=kinds_among(method.structures),
+            multiple_of=multiple_of,
+            tensor_parallel=method.tensor_parallel if KV_GROUPS in method.structures else 1,
+            protect_first=first,
+            protect_last=last,
+        )
+        inputs = {"model": variant.dense, **self._text("instructions", self.config.recovery)}
+        made = self._add(Stage("loraprune", variant.label, params, inputs))
+        pruned = replace(variant, checkpoint=made.as_input(), cut=made.as_input())
+        return self._cell(pruned, OWN, (made.id,), self._evaluate(variant.label, pruned, made.as_input()))
 
     def _finish(self, variant: _Variant) -> list[Cell]:
         """Lay out recovery and evaluation of one checkpoint; the dense model is also evaluated as it is."""
         recovery = self.config.recovery.method
         cells = []
-        if variant.ratio is None or recovery == "none":
+        if variant.ratio is None or recovery == NONE:
             evaluate = self._evaluate(variant.label, variant, variant.checkpoint)
-            cells.append(self._cell(variant, "none", variant.producers, evaluate))
-        if recovery != "none":
+            cells.append(self._cell(variant, NONE, variant.producers, evaluate))
+        if recovery != NONE:
             recover = self._recover(variant)
             evaluate = self._evaluate(f"{variant.label} + {recovery}", variant, recover.as_input())
             cells.append(self._cell(variant, recovery, (*variant.producers, recover.id), evaluate))
@@ -199,7 +249,7 @@ class _Planner:
         runs_model = method.refit != "none" or method.allocation in ("plain", "searched")
         params = PruneParameters(
             ratio=ratio,
-            **_effective(method),
+            **method.of_one_cut(),
             dtype=self.config.importance.dtype if runs_model else None,
             micro_batch_size=self.config.calibration.micro_batch_size if runs_model else None,
         )
@@ -277,35 +327,8 @@ class _Planner:
         return {role: Input(identity_of(file, self.hashes), str(file), content="text")}
 
 
-def _check_settled(config: SweepConfig, methods: Mapping[str, Method]) -> None:
-    """Refuse to end calibration early where no criterion of the sweep can tell when."""
-    criteria = {*config.importance.criteria, *(method.criterion for method in methods.values())}
-    if config.calibration.settled is None or any(CRITERIA[name].has_halves for name in criteria):
-        return
-    able = [name for name, criterion in CRITERIA.items() if criterion.has_halves]
-    raise UserError(
-        f"calibration.settled: by {', '.join(sorted(criteria))} alone nobody can tell when what is kept has settled; "
-        f"set it to null, or add to importance.criteria one of {', '.join(able)}"
-    )
-
-
-def _check_positions(efficiency: EfficiencyConfig, model: ModelSource) -> None:
-    """Refuse generations that are longer than a model's positions."""
-    longest, positions = max(efficiency.prompt_tokens) + efficiency.new_tokens, model.checkpoint.max_positions
-    if efficiency.enabled and positions is not None and longest > positions:
-        raise UserError(
-            f"efficiency: the longest of prompt_tokens and new_tokens are {longest} together, more than the "
-            f"{positions} positions of model {model.name!r} (max_position_embeddings); choose fewer"
-        )
-
-
-def place_of(model: str, method: str) -> str:
-    """A model and a method, for messages."""
-    return f"model {model!r}, method {method!r}"
-
-
 def _scored_for(method: Method) -> _Scored:
-    return _Scored(frozenset([method.criterion]), kinds_among(method.structures))
+    return _Scored(frozenset([method.scored_by]), kinds_among(method.structures))
 
 
 def _part_of(importance: Stage, scored: _Scored) -> Input:
@@ -317,31 +340,6 @@ def _part_of(importance: Stage, scored: _Scored) -> Input:
         return importance.as_input()
     alone = replace(importance, params=params.scoring(scored.criteria, scored.structures))
     return replace(importance.as_input(), identity=alone.id)
-
-
-def _refuse_same_rows(cells: Iterable[Cell]) -> None:
-    labels: dict[str, str] = {}
-    for cell in cells:
-        label = label_of(cell.model, cell.ratio, cell.method, cell.recovery)
-        if cell.evaluate in labels:
-            raise UserError(
-                f"rows {labels[cell.evaluate]!r} and {label!r} would be the same: their models have the same "
-                "content, and their methods do the same at this ratio; leave one of them out"
-            )
-        labels[cell.evaluate] = label
-
-
-def _tells_layers_apart(method: Method) -> bool:
-    """Whether layers that are alike may differ once they are pruned."""
-    return method.allocation in ("global", "searched") or (method.allocation == "local" and any(protected_by(method)))
-
-
-def _effective(method: Method) -> dict[str, Any]:
-    """The settings of a method that affect what one prune stage does; others make stages of their own."""
-    idle = {"floor", "protect_first", "protect_last"} if method.allocation in ("uniform", "plain") else set()
-    idle |= {"floor"} if method.allocation == "local" else set()
-    idle |= set() if KV_GROUPS in method.structures else {"tensor_parallel"}
-    return method.model_dump(exclude=idle | {"steps", "round_ratio", "distill"})
 
 
 def _importance_parameters(stage: Stage) -> ImportanceParameters:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from hfprune_dist.planning.plan import Cell
+from hfprune_dist.planning.plan import NONE, OWN, Cell
 from hfprune_dist.store.hashing import digest_of
 
 LONGEST = 96  # as names of the hub's repositories are limited
@@ -39,7 +39,7 @@ def with_digits(name: str, cell: Cell) -> str:
 def _plain_name(cell: Cell, with_method: bool) -> str:
     ratio = "dense" if cell.ratio is None else f"{cell.ratio:g}"
     method = cell.method if with_method else None
-    recovery = None if cell.recovery == "none" else cell.recovery
+    recovery = None if cell.recovery in (NONE, OWN) else cell.recovery
     name = "-".join(part for part in (cell.model, ratio, method, recovery) if part)
     name = re.sub(r"[^A-Za-z0-9._]+", "-", name)
     return re.sub(r"-*\.{2,}-*|-{2,}", "-", name).strip("-.")

@@ -20,7 +20,8 @@ from hfprune_dist.stages.prune_refit import (
     told_of_refit,
 )
 from hfprune_dist.stages.prune_shapes import decide_shape
-from hfprune_dist.structures.kept import Kept, Shape
+from hfprune_dist.stages.told_of_shape import told_of_shape
+from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.score_names import SCORES, scores_of_layers
 
 
@@ -39,7 +40,7 @@ def run(context: Context) -> None:
     if context.world.is_first:
         write_companions(checkpoint, draft, pruned_config(checkpoint, kept.shape))
         write_kept(draft, kept_of_dense)
-    metrics = _metrics(dense, kept_of_dense.shape) | told
+    metrics = told_of_shape(dense, kept_of_dense.shape) | told
     context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept_of_dense)})
 
 
@@ -66,15 +67,3 @@ def _agreed(context: Context, kept: Kept) -> Kept:
     hashes = context.world.gather(digest_of_kept(kept))
     assert len(set(hashes)) == 1, f"ranks disagree about the kept units: {hashes}"
     return kept
-
-
-def _metrics(dense: Checkpoint, shape: Shape) -> dict[str, Any]:
-    """What results tell of the shape; of kinds beside the neurons, and of layers, where some of them went."""
-    told = {}
-    if len(shape.layers) < dense.num_layers:
-        told["num_hidden_layers"] = len(shape.layers)
-    for kind, units in dense.structures.items():
-        if kind in shape.units or kind == dense.units.kind:
-            told |= units.sizes(shape.counts(units))
-    counts = dense.parameter_counts
-    return {"ratio_reached": counts.ratio(shape), "parameters": counts.of(shape), **told}

@@ -45,8 +45,7 @@ def decide_shape(
         width = _target(context, dense).uniform_width()
         return kept_of(kinds, ((width,),) * checkpoint.num_layers), {}
     if context.params.allocation == "local":
-        asked = ShapeTarget.of(dense, context.params, context.stage.label)
-        shape = LocalTarget(asked, *context.params.protected()).shape()
+        shape = LocalTarget.of(dense, context.params, context.stage.label).shape()
         return kept_of(kinds, tuple(zip(*(shape.units[it.units.kind] for it in kinds), strict=True))), {}
     gone = dense.parameters - checkpoint.parameters
     budget = _budget(context, dense).left(dense_numbers(context, checkpoint), gone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,7 +73,7 @@ class LoraGradients:
         for parameter in self._model.parameters():
             if parameter.requires_grad:
                 squares += float(safe_get_local_grad(parameter).double().square().sum())
-        norm = sum(self._world.gather(squares)) ** 0.5
+        norm = math.sqrt(sum(self._world.gather(squares)))
         return min(1.0, self._largest_norm / (norm + 1e-6))
 
     @contextmanager

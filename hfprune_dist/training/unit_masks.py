@@ -51,15 +51,15 @@ class UnitMasks:
     def __init__(
         self, structures: Mapping[str, Units], shape: Shape, tensors: Mapping[str, Tensor] | None = None
     ) -> None:
+        self._kinds = {kind: structures[kind] for kind in shape.units}
         self._masked: dict[tuple[str, int], _Masked] = {}
-        for kind, counts in shape.units.items():
-            units = structures[kind]
-            for layer, (count, most) in enumerate(zip(counts, units.counts, strict=True)):
+        for kind, units in self._kinds.items():
+            for layer, (count, most) in enumerate(zip(shape.units[kind], units.counts, strict=True)):
                 if count < most:
                     self._masked[kind, layer] = _begun(units, most - count, most)
-        for (kind, layer), it in self._masked.items() if tensors else ():
-            it.average_U, it.stays_U = tensors[_name(kind, layer, "average")], tensors[_name(kind, layer, "stays")]
-        self._num_layers = len(shape.layers)
+        for (kind, layer), it in self._masked.items():
+            if tensors:
+                it.average_U, it.stays_U = tensors[_name(kind, layer, "average")], tensors[_name(kind, layer, "stays")]
 
     @property
     def kinds_by_layer(self) -> dict[int, list[Units]]:
@@ -98,11 +98,10 @@ class UnitMasks:
 
     def kept(self) -> Kept:
         """What isn't masked."""
-        kinds = {kind: it.units for (kind, _), it in self._masked.items()}
-        rows = {kind: [torch.arange(count) for count in units.counts] for kind, units in kinds.items()}
+        rows = {kind: [torch.arange(count) for count in units.counts] for kind, units in self._kinds.items()}
         for (kind, layer), it in self._masked.items():
             rows[kind][layer] = it.stays_U.nonzero().flatten()
-        return Kept(tuple(range(self._num_layers)), rows)
+        return Kept.of_all_layers(rows)
 
     def _show(self) -> None:
         """Let the model see what is masked. Between steps alone: activations that wait for backward are of one mask."""
@@ -117,6 +116,7 @@ def _begun(units: Units, gone: int, count: int) -> _Masked:
 
 def _masking(masked: _Masked) -> Any:
     def multiply(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert masked.mask_C is not None
         return inputs[0] * masked.mask_C, *inputs[1:]
 
     return multiply
