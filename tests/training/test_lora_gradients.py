@@ -1,5 +1,6 @@
 """Units that are scored and masked while LoRA trains, on real ranks: against autograd, and after a kill."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -21,13 +22,21 @@ from hfprune_dist.training.unit_masks import UnitMasks
 
 STEPS = 4
 SMALL = {"num_hidden_layers": 3, "intermediate_size": 12}
+# Every matrix has more elements than DeepSpeed leaves unsharded.
+SHARDED = {
+    "num_hidden_layers": 3,
+    "hidden_size": 320,
+    "intermediate_size": 416,
+    "num_key_value_heads": 4,
+    "head_dim": 80,
+}
 
 
 def masking_task(checkpoint, **settings):
     """The middle layer loses 5 neurons and a KV group, the last one 2 neurons."""
     width, groups = checkpoint.units.most, checkpoint.structures["kv_groups"].most
     shape = Shape((0, 1, 2), {"neurons": (width, width - 5, width - 2), "kv_groups": (groups, groups - 1, groups)})
-    task = make_task(checkpoint, **{"dropout": 0.0, "dtype": "float32", **settings})
+    task = make_task(checkpoint, **{"dropout": 0.0, "dtype": "float32", "learning_rate": 1e-2, **settings})
     return replace(task, total_steps=STEPS, save_every_steps=1, masked_to=shape)
 
 
@@ -81,3 +90,34 @@ def test_averages_are_those_of_the_whole_batch(monkeypatch, tmp_path, variant, r
         name = f"units.{kind}.{layer}.average"
         expected = DECAY * before.units[name] + (1 - DECAY) * scores_U
         torch.testing.assert_close(last.units[name], expected, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sharded_weights_and_any_snapshot_lead_to_the_same_bits(monkeypatch, tmp_path, dtype):
+    """Of every step's snapshot; and close ones on another number of ranks."""
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", "qwen3", **SHARDED, dtype=getattr(torch, dtype)))
+    task = masking_task(checkpoint, dropout=0.1, dtype=dtype)
+    ways = {"whole": True, "sharded": False}
+    found, counts = {}, {}
+    for name, whole in ways.items():
+        monkeypatch.setattr(trainer, "place_training", lambda *_, whole=whole: Placement(whole, False, fits=True))
+        found[name], counts[name] = train(tmp_path / name, 2, task)
+    snapshots = sorted((tmp_path / "whole" / "snapshots").glob("step-*"))
+    for snapshot in snapshots:
+        (tmp_path / snapshot.stem / "snapshots").mkdir(parents=True)
+        shutil.copy(snapshot, tmp_path / snapshot.stem / "snapshots")
+        found[snapshot.stem], _ = train(tmp_path / snapshot.stem, 2, task)
+    expected = found["whole"]
+    for name, snapshot in found.items():
+        for part in ("weights", "moments", "units"):
+            for key, tensor in getattr(expected, part).items():
+                assert torch.equal(tensor, getattr(snapshot, part)[key]), (name, key)
+    assert masks_of(task, expected).kept().shape == task.masked_to
+    # What is gathered for scores: LoRA's weights and gradients of layers that lose something, and sharded weights.
+    assert counts["sharded"][-1] > counts["whole"][-1]
+
+    monkeypatch.setattr(trainer, "place_training", lambda *_: Placement(True, False, fits=True))
+    alone, _ = train(tmp_path / "alone", 1, task)
+    for key, average in ((key, it) for key, it in expected.units.items() if key.endswith("average")):
+        torch.testing.assert_close(alone.units[key], average, rtol=0.02 if dtype == "float32" else 0.3, atol=1e-3)
