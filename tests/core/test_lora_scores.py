@@ -36,9 +36,8 @@ def test_where_the_factors_span_the_gradient_units_are_scored_by_weight_times_gr
     terms = products if axis == 0 else products.T
     expected = terms.reshape(units, -1).sum(1)
     torch.testing.assert_close(factors.gradient(), weight.grad)
-    torch.testing.assert_close(
-        unit_scores(weight.detach(), factors, axis, per_unit), expected / (expected.norm() + TINY)
-    )
+    scores = unit_scores(weight.detach(), factors, axis, per_unit)
+    torch.testing.assert_close(scores, expected / (expected.norm() + TINY))
 
 
 def test_the_gradient_is_the_step_of_the_product():
