@@ -49,7 +49,7 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
         ),
         (
             "prunes_in: recovery\nallocation: local\nround_ratio: 0.1\n",
-            "with round_ratio: null, not with round_ratio: 0.1",
+            "round_ratio: null, not with round_ratio: 0.1",
         ),
         ("criterion: entropy\nrefits: dense\n", "unknown key 'refits'.*did you mean 'refit'"),
         ("criterion: entropy\nsteps: 0\n", "steps.*greater than or equal to 1"),
