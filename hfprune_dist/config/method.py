@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from hfprune_dist.config.section import NumberOrShare, Positive, PositiveOrAuto, Section
 from hfprune_dist.core.criteria import CriterionName
@@ -35,6 +35,8 @@ RoundRatio = Annotated[float, Field(ge=0.01, lt=1)]
 
 class Method(Section):
     """How scores become a smaller checkpoint. ``configs/methods`` has the ones that come with the project."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["criterion"]}, {"required": ["prunes_in"]}]})
 
     criterion: CriterionName | None = None
     """The score by which neurons stay: those with the highest scores. null where ``prunes_in`` is recovery."""

@@ -5,10 +5,12 @@ Zhang et al. 2024, arXiv 2305.18403. Where the paper and the authors' code diffe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES
 
 # What stays of a moving average in a step.
 DECAY = 0.9
@@ -17,6 +19,8 @@ FLAT = 10
 # Units are masked every so many steps; of a shorter training, in each tenth of it.
 MASK_EVERY, TENTHS = 10, 10
 TINY = 1e-8
+# Numbers of a weight whose terms are made at a time.
+PORTION = ACCELERATOR_BYTES // 4
 
 
 @dataclass(frozen=True)
@@ -35,23 +39,26 @@ class Factors:
     grad_b_OR: Tensor
     scale: float
 
+    def rows(self, part: slice) -> Factors:
+        """Those of some rows of the weight."""
+        return replace(self, b_OR=self.b_OR[part], grad_b_OR=self.grad_b_OR[part])
+
     def gradient(self) -> Tensor:
         """What stands for the weight's own gradient [out_features, in_features] (the paper's equation 8): how B A would
         change in a step of gradient descent at a learning rate of 1.
         """
         # g_B A + B g_A - g_B g_A, in two products instead of three.
-        gradient_OI: Tensor = self.grad_b_OR @ (self.a_RI - self.grad_a_RI) + self.b_OR @ self.grad_a_RI
-        return gradient_OI
+        return torch.addmm(self.grad_b_OR @ (self.a_RI - self.grad_a_RI), self.b_OR, self.grad_a_RI)
 
-    def product(self) -> Tensor:
-        """What is added to the weight."""
-        return self.scale * (self.b_OR @ self.a_RI)
+    def added_to(self, weight_OI: Tensor) -> Tensor:
+        """The weight with what LoRA adds to it."""
+        return torch.addmm(weight_OI.to(self.a_RI.dtype), self.b_OR, self.a_RI, alpha=self.scale)
 
 
 def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int) -> Tensor:
     """Sums of |gradient * (W + scale B A)| over the weights that each unit owns of a tensor, as a vector of norm 1.
 
-    The paper squares the terms; the code takes them as they are.
+    The paper squares the terms; the code takes them as they are. Memory: for three portions of ``PORTION`` numbers.
 
     Args:
         axis: along which units follow one another.
@@ -60,8 +67,15 @@ def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int) -
     Returns:
         float64 [units].
     """
-    terms_OI = factors.product().add_(weight_OI).mul_(factors.gradient()).abs_()
-    sums_U = terms_OI.sum(1 - axis, dtype=torch.float64).view(-1, per_unit).sum(1)
+    sums = []
+    height = max(1, PORTION // weight_OI.shape[1])
+    for first in range(0, len(weight_OI), height):
+        part = slice(first, first + height)
+        of_rows = factors.rows(part)
+        terms_OI = of_rows.added_to(weight_OI[part]).mul_(of_rows.gradient()).abs_()
+        sums.append(terms_OI.sum(1 - axis, dtype=torch.float64))
+    entries = torch.cat(sums) if axis == 0 else torch.stack(sums).sum(0)
+    sums_U = entries.view(-1, per_unit).sum(1)
     vector_U: Tensor = sums_U / (sums_U.norm() + TINY)
     return vector_U
 
