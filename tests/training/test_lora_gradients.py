@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.core.lora_scores import DECAY
+from hfprune_dist.planning.footprint import SMALL_PARAMETER
 from hfprune_dist.planning.training_memory import Placement
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.training import snapshots, trainer
@@ -86,6 +87,22 @@ def test_averages_are_those_of_the_whole_batch(monkeypatch, tmp_path, variant, r
         torch.testing.assert_close(last.units[name], expected, rtol=2e-4, atol=1e-6)
 
 
+def scored_weights(task):
+    masks = UnitMasks(task.checkpoint.structures, task.masked_to)
+    return [
+        units.tensor(layer, name)
+        for layer, kinds in masks.kinds_by_layer.items()
+        for units in kinds
+        for name in units.weights
+    ]
+
+
+def lora_of(task, snapshot):
+    """LoRA's weights beside those that are scored."""
+    modules = tuple(f"base_model.model.{name.removesuffix('weight')}" for name in scored_weights(task))
+    return [tensor for name, tensor in snapshot.weights.items() if name.startswith(modules)]
+
+
 @pytest.mark.slow
 def test_sharded_weights_and_any_snapshot_lead_to_the_same_bits(monkeypatch, tmp_path):
     """Of every step's snapshot; and close ones on another number of ranks."""
@@ -106,8 +123,16 @@ def test_sharded_weights_and_any_snapshot_lead_to_the_same_bits(monkeypatch, tmp
             for key, tensor in getattr(expected, part).items():
                 assert torch.equal(tensor, getattr(snapshot, part)[key]), (name, key)
     assert masks_of(task, expected).kept().shape == task.masked_to
-    # What is gathered for scores: LoRA's weights and gradients of layers that lose something, and sharded weights.
-    assert counts["sharded"][-1] > counts["whole"][-1]
+    # Gathered in a step with whole weights: LoRA's after it, and with their moments for the snapshot before it; for
+    # scores, LoRA's of what is scored, with their gradients. Where weights are sharded, what is scored of them as well,
+    # and all for each micro-batch.
+    lora = 4 * sum(it.numel() for it in expected.weights.values())
+    scored = 4 * sum(it.numel() for it in lora_of(task, expected))
+    steps = {name: of_steps[2] - of_steps[1] for name, of_steps in counts.items()}
+    assert steps["whole"] == 4 * lora + 2 * scored
+    sizes = {name: 4 * it.numel for name, it in checkpoint.tensors.items() if it.numel > SMALL_PARAMETER}
+    layers = sum(sizes[name] for name in scored_weights(task) if name in sizes)
+    assert layers > 0 and steps["sharded"] - steps["whole"] - layers == pytest.approx(4 * sum(sizes.values()), rel=0.1)
 
     monkeypatch.setattr(trainer, "place_training", lambda *_: Placement(True, False, fits=True))
     alone, _ = train(tmp_path / "alone", 1, task)
