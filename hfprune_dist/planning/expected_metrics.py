@@ -70,8 +70,7 @@ class ExpectedManifests:
             case RecoverParameters(recovery=recovery):
                 return _trained(recovery)
             case LoraPruneParameters(recovery=recovery) as params:
-                trained, cut = _trained(recovery), _locally(self.dense(stage), params, stage.label)
-                return None if trained is None else trained | cut
+                return _locally(self.dense(stage), params, stage.label) | (_trained(recovery) or {})
         return None
 
     def _cut(self, stage: Stage, params: PruneParameters) -> dict[str, Any]:

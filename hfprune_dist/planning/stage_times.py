@@ -216,7 +216,7 @@ class StageTimes:
 
     def _training(self, stage: Stage, job: Train, gpus: Gpus, placed: Gpus) -> _Load | None:
         told = self._expected.of(stage.id)
-        if told is None:
+        if told is None or told["metrics"].keys().isdisjoint({"steps", "tokens"}):
             return None
         match stage.params:
             case RecoverParameters(recovery=recovery) | LoraPruneParameters(recovery=recovery):

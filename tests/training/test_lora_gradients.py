@@ -105,7 +105,7 @@ def lora_of(task, snapshot):
 
 @pytest.mark.slow
 def test_sharded_weights_and_any_snapshot_lead_to_the_same_bits(monkeypatch, tmp_path):
-    """Of every step's snapshot; and close ones on another number of ranks."""
+    """Of the first and the last snapshot but one; and close ones on another number of ranks."""
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", "qwen3", num_hidden_layers=3, **WIDE))
     task = masking_task(checkpoint, dropout=0.1)
     monkeypatch.setattr(snapshots, "KEPT_SNAPSHOTS", STEPS)
@@ -113,7 +113,7 @@ def test_sharded_weights_and_any_snapshot_lead_to_the_same_bits(monkeypatch, tmp
     for name, whole in (("whole", True), ("sharded", False)):
         monkeypatch.setattr(trainer, "place_training", lambda *_, whole=whole: Placement(whole, False, fits=True))
         found[name], counts[name] = train(tmp_path / name, 2, task)
-    for snapshot in sorted((tmp_path / "whole" / "snapshots").glob("step-*"))[:-1]:
+    for snapshot in sorted((tmp_path / "whole" / "snapshots").glob("step-*"))[:-1:2]:
         (tmp_path / snapshot.stem / "snapshots").mkdir(parents=True)
         shutil.copy(snapshot, tmp_path / snapshot.stem / "snapshots")
         found[snapshot.stem], _ = train(tmp_path / snapshot.stem, 2, task)

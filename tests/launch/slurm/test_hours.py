@@ -250,6 +250,8 @@ def test_loraprune_takes_what_recovery_takes_and_its_scores(models):
         hours = hours_of([models["llama-2-7b"]], ["loraprune"], profile_of(**A100), ratios=[0.2], **overrides)
         return {each.stage.kind: each.time.seconds for each in hours if each.stage.kind in ("recover", "loraprune")}
 
+    unknown = of(recovery__dataset="someone/pairs")
+    assert set(unknown.values()) == {None}
     whole, sharded = of(), of(**SHARDED)
     assert 1 < whole["loraprune"] / whole["recover"] < 1.2
     assert sharded["loraprune"] - sharded["recover"] > whole["loraprune"] - whole["recover"], "weights are gathered"
