@@ -94,11 +94,12 @@ def gone_after(step: int, total_steps: int, gone: int) -> int:
     """Units that are gone after this optimizer step, counted from 1, where ``gone`` are at the end.
 
     Their number rises from 0 along a cubic, flat in the first and in the last tenth of the steps; after the last step
-    it is ``gone``, however few steps there are.
+    it is ``gone``, however few steps there are. It is rounded to the nearest, where the code rounds down: a layer that
+    is to lose one of a few KV groups would lose it when hardly a step is left.
     """
     if FLAT * step <= total_steps:
         return 0
     if FLAT * step > (FLAT - 1) * total_steps:
         return gone
     left = 1 - (FLAT * step - total_steps) / ((FLAT - 2) * total_steps)
-    return int(gone * (1 - left**3))
+    return int(gone * (1 - left**3) + 0.5)
