@@ -61,7 +61,7 @@ class Session:
         return {stage.label: read_scores(store.handle(stage.id).artifact) for stage in passes}
 
     def prune(self) -> dict[tuple[str, float, str], Path]:
-        """Make the pruned checkpoints, as they are before recovery.
+        """Make the pruned checkpoints, as they are before recovery; of methods that prune in recovery, after it.
 
         Returns:
             (model, ratio, method) -> a folder that ``AutoModelForCausalLM.from_pretrained`` loads, with

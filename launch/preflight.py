@@ -16,6 +16,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.parameters import (
     EvaluateParameters,
     ImportanceParameters,
+    LoraPruneParameters,
     RecoverParameters,
     ReferenceParameters,
 )
@@ -24,6 +25,7 @@ from hfprune_dist.config.section import TextSource
 from hfprune_dist.data.text import Beginning, read_beginning
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan
+from hfprune_dist.store.stage import RECOVERING
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,12 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
         UserError: for a tracker that isn't there, a text that can't be read or is too short, a batch that ranks can't
             share, an unknown task, or a model whose tokenizer, weights or positions don't suit.
     """
-    if {"recover", "distill"} & {plan.stages[stage_id].kind for stage_id in todo}:
+    if {*RECOVERING, "distill"} & {plan.stages[stage_id].kind for stage_id in todo}:
         _check_trackers(config.runtime)
     models = _models_by_kind(plan, todo)
     readings = _read_texts(config, models)
-    if "recover" in models:
-        ranks = profile.resources["recover"].ranks if profile else ranks_here(config.runtime)
+    for kind in RECOVERING & models.keys():
+        ranks = profile.resources[kind].ranks if profile else ranks_here(config.runtime)
         config.recovery.require_two_fields()
         config.recovery.require_shared_evenly(ranks)
     if config.evaluation.tasks and "evaluate" in models:
@@ -90,7 +92,8 @@ def _models_by_kind(plan: Plan, todo: Sequence[str]) -> dict[str, list[Path]]:
     """
     models: dict[str, list[Path]] = {}
     for stage in (plan.stages[stage_id] for stage_id in todo):
-        if isinstance(stage.params, ImportanceParameters | RecoverParameters | EvaluateParameters) or (
+        tokenizing = ImportanceParameters | RecoverParameters | LoraPruneParameters | EvaluateParameters
+        if isinstance(stage.params, tokenizing) or (
             isinstance(stage.params, ReferenceParameters) and stage.params.text is not None
         ):
             models.setdefault(stage.kind, []).append(plan.dense_folder(stage))
@@ -99,7 +102,8 @@ def _models_by_kind(plan: Plan, todo: Sequence[str]) -> dict[str, list[Path]]:
 
 def _read_texts(config: SweepConfig, kinds: Mapping[str, object]) -> dict[str, list[Reading]]:
     """Kind of stage -> the texts that such stages will read, as far as they are read here."""
-    readers = {"importance": _calibration_texts, "reference": _held_out_texts, "recover": _pairs}
+    readers = {"importance": _calibration_texts, "reference": _held_out_texts}
+    readers |= dict.fromkeys(RECOVERING, _pairs)
     return {kind: list(read(config)) for kind, read in readers.items() if kind in kinds}
 
 

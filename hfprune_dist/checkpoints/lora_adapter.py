@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import Family
-from hfprune_dist.checkpoints.write_pruned import Changes, stream_weight_file
+from hfprune_dist.checkpoints.write_pruned import Changes, Transform, stream_weight_file, unit_cuts
 from hfprune_dist.store.atomic_files import read_json, write_json
+from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.low_rank import linear_modules
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -88,12 +89,26 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(config["lora_alpha"] / config["r"], factors)
 
 
-def merge_weight_file(checkpoint: Checkpoint, file: str, adapter: Adapter, target: Path) -> None:
-    """Write one safetensors file of the checkpoint with the adapter added; shapes and dtypes stay."""
+def merge_weight_file(
+    checkpoint: Checkpoint, file: str, adapter: Adapter, target: Path, kept: Kept | None = None
+) -> None:
+    """Write one safetensors file of the checkpoint with the adapter added, dtypes as they are.
+
+    Args:
+        kept: what is left of the units of all layers after that; None: shapes stay.
+    """
     unknown = adapter.factors.keys() - checkpoint.tensors.keys()
     assert not unknown, f"the adapter has weights that the checkpoint lacks: {sorted(unknown)[:3]}"
-    transforms = {name: partial(merged, adapter.scale, *factors) for name, factors in adapter.factors.items()}
-    stream_weight_file(checkpoint, file, Changes(transforms), target)
+    merges = {name: partial(merged, adapter.scale, *factors) for name, factors in adapter.factors.items()}
+    cuts = {} if kept is None else unit_cuts(checkpoint, kept)
+    transforms: dict[str, Transform] = {**{name: cut.apply for name, cut in cuts.items()}, **merges}
+    transforms |= {name: partial(_in_turn, merges[name], cuts[name].apply) for name in merges.keys() & cuts.keys()}
+    shapes = {name: cut.shape(checkpoint.tensors[name].shape) for name, cut in cuts.items()}
+    stream_weight_file(checkpoint, file, Changes(transforms, shapes), target)
+
+
+def _in_turn(first: Transform, then: Transform, tensor: Tensor) -> Tensor:
+    return then(first(tensor))
 
 
 def merged(scale: float, factor_a: Tensor, factor_b: Tensor, weight: Tensor) -> Tensor:

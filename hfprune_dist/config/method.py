@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from hfprune_dist.config.section import NumberOrShare, Positive, PositiveOrAuto, Section
 from hfprune_dist.core.criteria import CRITERIA, SCORED_WHILE_PRUNED, CriterionName, MethodCriterion
@@ -35,12 +35,22 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Temperature = Annotated[float, Field(ge=0.01, le=100)]
 
 
+# Settings of a method that make a pass of their own.
+OF_A_STUDENT = ("student_lacks", "teacher_share", "teacher_temperature")
+
+
 class Method(Section):
     """How scores become a smaller checkpoint. ``configs/methods`` has the ones that come with the project."""
 
-    criterion: MethodCriterion
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["criterion"]}, {"required": ["prunes_in"]}]})
+
+    criterion: MethodCriterion | None = None
     """The score by which neurons stay: those with the highest scores; with lorap, which the prune stage computes, also
-    the hundredth with the lowest."""
+    the hundredth with the lowest. null where ``prunes_in`` is recovery."""
+    prunes_in: Literal["calibration", "recovery"] = "calibration"
+    """When units are scored. calibration: in a pass over the calibration windows; they go before recovery. recovery:
+    while LoRA trains on the instruction pairs, by its own gradients, in as many steps as any recovery; units are masked
+    on the way and cut at the end (LoRAPrune). Then allocation is local, and there is no criterion, refit or round."""
     structures: Structures = Field(default=[NEURONS])
     """What is pruned: neurons of MLPs; beside them kv_groups, the key-value heads of attention with the query heads
     that read them, and whole layers. Neurons and groups are scored; what a model loses without a layer is measured.
@@ -97,6 +107,41 @@ class Method(Section):
     teacher_temperature: Temperature | None = None
     """The same criteria: what the dense model's logits are divided by in that divergence. null: as published for the
     nearest ratio, 0.2 at 20 %, 0.5 at 30 %, 0.2 at 40 %."""
+
+    @property
+    def scored_by(self) -> MethodCriterion:
+        """The criterion of a method that has one."""
+        assert self.criterion is not None, "it prunes in recovery"
+        return self.criterion
+
+    @property
+    def tells_layers_apart(self) -> bool:
+        """Whether layers that are alike may differ once they are pruned."""
+        protects = bool(self.protect_first or self.protect_last)
+        by_scores = self.allocation in ("global", "standardized", "searched")
+        return by_scores or (self.allocation == "local" and protects)
+
+    def of_one_cut(self) -> dict[str, Any]:
+        """The settings that affect what one prune stage does; others make stages of their own."""
+        limited = self.allocation in ("local", "global", "standardized", "searched")
+        idle = set() if limited else {"floor", "protect_first", "protect_last"}
+        idle |= {"floor"} if self.allocation == "local" else set()
+        idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
+        return self.model_dump(exclude=idle | {"prunes_in", "steps", "round_ratio", "distill", *OF_A_STUDENT})
+
+    @model_validator(mode="after")
+    def _is_scored_once(self) -> Method:
+        if self.prunes_in == "calibration" and self.criterion is None:
+            raise ValueError(f"needs a criterion: {', '.join(get_args(MethodCriterion))}; or prunes_in: recovery")
+        if self.prunes_in == "recovery":
+            needed = {"criterion": None, "allocation": "local", "refit": "none", "steps": 1}
+            needed |= {"round_ratio": None, "distill": 0}
+            others = {name: getattr(self, name) for name, value in needed.items() if getattr(self, name) != value}
+            if others:
+                named = ", ".join(f"{name}: {'null' if it is None else it}" for name, it in others.items())
+                instead = ", ".join(f"{it}: {'null' if needed[it] is None else needed[it]}" for it in others)
+                raise ValueError(f"prunes_in: recovery goes with {instead}, not with {named}")
+        return self
 
     @model_validator(mode="after")
     def _structures_and_parts_suit_the_criterion(self) -> Method:
@@ -177,7 +222,7 @@ class Method(Section):
     @property
     def scored_before(self) -> frozenset[CriterionName]:
         """What a calibration pass computes for it."""
-        return frozenset({self.criterion} & CRITERIA.keys())
+        return frozenset(name for name in CRITERIA if name == self.criterion)
 
     @property
     def student_chosen_by(self) -> CriterionName | None:

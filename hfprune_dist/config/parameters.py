@@ -224,6 +224,27 @@ class RecoverParameters(Parameters):
         return self.recovery.dtype
 
 
+class LoraPruneParameters(Parameters):
+    """Of the fine-tuning on instruction pairs in which units go, those of a ``PruneParameters`` that bound them."""
+
+    recovery: Annotated[RecoveryConfig, Text]
+    seed: int
+    ratio: float
+    structures: Kinds
+    multiple_of: int
+    tensor_parallel: int
+    protect_first: int
+    protect_last: int
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        return self.recovery.dtype
+
+    def protected(self) -> tuple[int, int]:
+        """Numbers of the first and of the last layers that lose nothing."""
+        return self.protect_first, self.protect_last
+
+
 class EvaluateParameters(Parameters):
     """Of an evaluation: the settings of an ``EvaluationConfig`` that it depends on."""
 
@@ -275,6 +296,7 @@ PARAMETERS: dict[str, type[Parameters]] = {
     "recover": RecoverParameters,
     "evaluate": EvaluateParameters,
     "efficiency": EfficiencyParameters,
+    "loraprune": LoraPruneParameters,
 }
 
 

@@ -76,6 +76,22 @@ def keep_gathered(model: nn.Module) -> None:
     first.all_gather(offload.persistent_parameters)
 
 
+def before_each_step(model: nn.Module, action: Callable[[], None]) -> None:
+    """Call an action before each step of the optimizer of a model that trains, which then still has its gradients.
+
+    A backward and the step after it are one call for accelerate, and gradients are gone when that returns.
+    """
+    first: Any = next(it for it in model.parameters() if it.requires_grad)
+    optimizer = first._z3_optimizer
+    step = optimizer.step
+
+    def stepping(*arguments: Any, **keywords: Any) -> Any:
+        action()
+        return step(*arguments, **keywords)
+
+    optimizer.step = stepping
+
+
 def empty_shards(model: nn.Module) -> None:
     """Give the memory of a sharded model's weights back: DeepSpeed holds on to the model for ever."""
     parameters: Iterable[Any] = model.parameters()

@@ -5,30 +5,36 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import (
     DistillParameters,
     EfficiencyParameters,
     EvaluateParameters,
+    LoraPruneParameters,
     PruneParameters,
     RecoverParameters,
     ReferenceParameters,
     StudentParameters,
 )
-from hfprune_dist.config.schema import EfficiencyConfig, SweepConfig
+from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST, reference_role
 from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.multiples import protected_by, with_numbers
-from hfprune_dist.planning.plan import Cell, Plan, label_of
+from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
 from hfprune_dist.planning.ratios import check_ratios
+from hfprune_dist.planning.refusals import (
+    check_positions,
+    check_recovery,
+    place_of,
+    refuse_same_rows,
+)
 from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.scoring_passes import (
     Scored,
@@ -61,13 +67,15 @@ def build_plan(
 
     Raises:
         UserError: for a ratio that a model can't reach, rows that would be the same, input text that can't be read, a
-            calibration that is to end early where no criterion can tell, or generations beyond a model's positions.
+            calibration that is to end early where no criterion can tell, generations beyond a model's positions, or a
+            method that prunes in recovery where there is none.
     """
     config = choose_micro_batches(config, [], {})  # where nobody has chosen yet
     check_criteria(config, methods)
+    check_recovery(config, methods)
     planner = _Planner(config, methods, hashes, device)
     cells = [cell for model in models for cell in planner.cells(model)]
-    _refuse_same_rows(cells)
+    refuse_same_rows(cells)
     return Plan(planner.stages, tuple(cells), tuple(planner.asked))
 
 
@@ -89,10 +97,6 @@ class _Variant:
     producers: tuple[str, ...] = ()
 
 
-# Settings of a method that its student's pass depends on.
-OF_A_STUDENT = ("student_lacks", "teacher_share", "teacher_temperature")
-
-
 class _Planner:
     """Collects stages by id while the cells of each model are laid out."""
 
@@ -107,37 +111,77 @@ class _Planner:
     def cells(self, model: ModelSource) -> list[Cell]:
         for name, method in self.methods.items():
             check_ratios(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
-        _check_positions(self.config.efficiency, model)
+        check_positions(self.config.efficiency, model)
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
-        needed = {criterion for method in self.methods.values() for criterion in first_criteria(method)}
-        pruned = {structure for method in self.methods.values() for structure in method.structures}
-        biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
-        scored = Scored(needed.union(self.config.importance.criteria), kinds_among(pruned), biased)
         # First, since most of the sweep waits for it.
-        importance = self._importance(model.name, {"model": dense}, scored)
-        self.asked += [importance.id] if scored.criteria > needed else []
+        importance = self._importance_for_all(model, dense)
         differ = not model.checkpoint.is_plain
-        label = label_of(model.name, None, None, "none")
+        label = label_of(model.name, None, None, NONE)
         cells = self._finish(_Variant(label, model.name, dense, dense, dense, differ))
         for ratio in self.config.ratios:
             for name, method in self.methods.items():
-                label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, "none")
                 settled = with_numbers(method, model.checkpoint, ratio, place_of(model.name, name))
-                chain = self._rounds(label, dense, importance, ratio, settled)
-                producers = tuple(stage.id for stage in chain)
-                cut = next(stage.as_input() for stage in reversed(chain) if stage.kind == "prune")
-                made = (dense, chain[-1].as_input(), cut, differ or _tells_layers_apart(settled))
-                cells += self._finish(_Variant(label, model.name, *made, ratio, name, producers))
+                label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, NONE)
+                variant = _Variant(label, model.name, dense, dense, dense, differ, ratio, name)
+                cells += self._pruned(variant, settled, importance)
         return cells
+
+    def _pruned(self, variant: _Variant, method: Method, importance: Stage | None) -> list[Cell]:
+        """Lay out what a method makes of a dense model at the variant's ratio.
+
+        Args:
+            method: with numbers.
+            importance: None where no method needs one.
+        """
+        assert variant.ratio is not None
+        if method.prunes_in == "recovery":
+            return [self._pruned_in_recovery(variant, method, variant.ratio)]
+        assert importance is not None, "the method needs scores"
+        chain = self._rounds(variant.label, variant.dense, importance, variant.ratio, method)
+        cut = next(stage.as_input() for stage in reversed(chain) if stage.kind == "prune")
+        made = replace(variant, checkpoint=chain[-1].as_input(), cut=cut, producers=tuple(stage.id for stage in chain))
+        return self._finish(replace(made, layers_may_differ=made.layers_may_differ or method.tells_layers_apart))
+
+    def _importance_for_all(self, model: ModelSource, dense: Input) -> Stage | None:
+        """One pass for all methods that need scores, and for further criteria; None where nobody needs any."""
+        scoring = [method for method in self.methods.values() if method.prunes_in == "calibration"]
+        needed = {criterion for method in scoring for criterion in first_criteria(method)}
+        criteria = needed.union(self.config.importance.criteria)
+        if not scoring and not criteria:
+            return None
+        pruned = {structure for method in scoring for structure in method.structures} or {NEURONS}
+        biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
+        importance = self._importance(model.name, {"model": dense}, Scored(criteria, kinds_among(pruned), biased))
+        self.asked += [importance.id] if criteria > needed else []
+        return importance
+
+    def _pruned_in_recovery(self, variant: _Variant, method: Method, ratio: float) -> Cell:
+        """Lay out the training that is pruning and recovery in one, and its evaluation."""
+        (first, last), multiple_of = protected_by(method), method.multiple_of
+        assert isinstance(multiple_of, int), "planned with a number"
+        params = LoraPruneParameters(
+            recovery=self.config.recovery,
+            seed=self.config.seed,
+            ratio=ratio,
+            structures=kinds_among(method.structures),
+            multiple_of=multiple_of,
+            tensor_parallel=method.tensor_parallel if KV_GROUPS in method.structures else 1,
+            protect_first=first,
+            protect_last=last,
+        )
+        inputs = {"model": variant.dense, **self._text("instructions", self.config.recovery)}
+        made = self._add(Stage("loraprune", variant.label, params, inputs))
+        pruned = replace(variant, checkpoint=made.as_input(), cut=made.as_input())
+        return self._cell(pruned, OWN, (made.id,), self._evaluate(variant.label, pruned, made.as_input()))
 
     def _finish(self, variant: _Variant) -> list[Cell]:
         """Lay out recovery and evaluation of one checkpoint; the dense model is also evaluated as it is."""
         recovery = self.config.recovery.method
         cells = []
-        if variant.ratio is None or recovery == "none":
+        if variant.ratio is None or recovery == NONE:
             evaluate = self._evaluate(variant.label, variant, variant.checkpoint)
-            cells.append(self._cell(variant, "none", variant.producers, evaluate))
-        if recovery != "none":
+            cells.append(self._cell(variant, NONE, variant.producers, evaluate))
+        if recovery != NONE:
             recover = self._recover(variant)
             evaluate = self._evaluate(f"{variant.label} + {recovery}", variant, recover.as_input())
             cells.append(self._cell(variant, recovery, (*variant.producers, recover.id), evaluate))
@@ -193,7 +237,7 @@ class _Planner:
         runs_model = method.refit != "none" or method.allocation in ("plain", "searched", "low_rank")
         params = PruneParameters(
             ratio=ratio,
-            **_effective(method),
+            **method.of_one_cut(),
             dtype=self.config.importance.dtype if runs_model else None,
             micro_batch_size=self.config.calibration.micro_batch_size if runs_model else None,
         )
@@ -269,45 +313,3 @@ class _Planner:
             return {}
         file = Path(source.path)
         return {role: Input(identity_of(file, self.hashes), str(file), content="text")}
-
-
-def _check_positions(efficiency: EfficiencyConfig, model: ModelSource) -> None:
-    """Refuse generations that are longer than a model's positions."""
-    longest, positions = max(efficiency.prompt_tokens) + efficiency.new_tokens, model.checkpoint.max_positions
-    if efficiency.enabled and positions is not None and longest > positions:
-        raise UserError(
-            f"efficiency: the longest of prompt_tokens and new_tokens are {longest} together, more than the "
-            f"{positions} positions of model {model.name!r} (max_position_embeddings); choose fewer"
-        )
-
-
-def place_of(model: str, method: str) -> str:
-    """A model and a method, for messages."""
-    return f"model {model!r}, method {method!r}"
-
-
-def _refuse_same_rows(cells: Iterable[Cell]) -> None:
-    labels: dict[str, str] = {}
-    for cell in cells:
-        label = label_of(cell.model, cell.ratio, cell.method, cell.recovery)
-        if cell.evaluate in labels:
-            raise UserError(
-                f"rows {labels[cell.evaluate]!r} and {label!r} would be the same: their models have the same "
-                "content, and their methods do the same at this ratio; leave one of them out"
-            )
-        labels[cell.evaluate] = label
-
-
-def _tells_layers_apart(method: Method) -> bool:
-    """Whether layers that are alike may differ once they are pruned."""
-    by_scores = method.allocation in ("global", "standardized", "searched")
-    return by_scores or (method.allocation == "local" and any(protected_by(method)))
-
-
-def _effective(method: Method) -> dict[str, Any]:
-    """The settings of a method that affect what one prune stage does; others make stages of their own."""
-    limited = method.allocation in ("local", "global", "standardized", "searched")
-    idle = set() if limited else {"floor", "protect_first", "protect_last"}
-    idle |= {"floor"} if method.allocation == "local" else set()
-    idle |= set() if KV_GROUPS in method.structures else {"tensor_parallel"}
-    return method.model_dump(exclude=idle | {"steps", "round_ratio", "distill", *OF_A_STUDENT})

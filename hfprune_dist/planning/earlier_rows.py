@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from hfprune_dist.planning.plan import Cell, Plan, label_of
+from hfprune_dist.planning.plan import NONE, Cell, Plan, label_of
 from hfprune_dist.store.stage import Stage
 
 
@@ -62,6 +62,6 @@ def _in_order(cells: list[Cell], seen: list[Cell]) -> list[Cell]:
     methods = list(dict.fromkeys(cell.method for cell in seen))
 
     def turn(cell: Cell) -> tuple[int, float, int, bool]:
-        return models.index(cell.model), cell.ratio or 0.0, methods.index(cell.method), cell.recovery != "none"
+        return models.index(cell.model), cell.ratio or 0.0, methods.index(cell.method), cell.recovery != NONE
 
     return sorted(cells, key=turn)

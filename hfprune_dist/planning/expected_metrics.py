@@ -14,11 +14,14 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.config.parameters import (
     DistillParameters,
     ImportanceParameters,
+    LoraPruneParameters,
     PruneParameters,
     RecoverParameters,
     ReferenceParameters,
 )
+from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.planning.known_sizes import packed_rows
+from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.plain_shapes import LAYERS_OF_A_STEP, plain_shapes
 from hfprune_dist.planning.plan import Plan
@@ -66,11 +69,9 @@ class ExpectedManifests:
             case PruneParameters() as params:
                 return self._cut(stage, params)
             case RecoverParameters(recovery=recovery):
-                rows = packed_rows(recovery)
-                if rows is None and recovery.max_steps is None:
-                    return None
-                steps = recovery.max_steps or steps_of(rows or 1, recovery.batch_size, recovery.epochs)
-                return {"rows": rows or recovery.batch_size, "steps": steps}
+                return _trained(recovery)
+            case LoraPruneParameters(recovery=recovery) as params:
+                return _locally(self.dense(stage), params, stage.label) | (_trained(recovery) or {})
         return None
 
     def _cut(self, stage: Stage, params: PruneParameters) -> dict[str, Any]:
@@ -86,6 +87,24 @@ class ExpectedManifests:
         gone = params.ratio * size.parameters / size.parameters_per_unit / sum(size.counts)
         told = dense.units.sizes([max(1, round(count * (1 - gone))) for count in size.counts])
         return told | (_searched(size.num_layers, params) if params.allocation == "searched" else {})
+
+
+def _trained(recovery: RecoveryConfig) -> dict[str, Any] | None:
+    """Of a training on instruction pairs; None where nobody knows how many there are."""
+    rows = packed_rows(recovery)
+    if rows is None and recovery.max_steps is None:
+        return None
+    steps = recovery.max_steps or steps_of(rows or 1, recovery.batch_size, recovery.epochs)
+    return {"rows": rows or recovery.batch_size, "steps": steps}
+
+
+def _locally(dense: Checkpoint, params: LoraPruneParameters, where: str) -> dict[str, Any]:
+    """Sizes of a shape that the ratio decides."""
+    shape = LocalTarget.of(dense, params, where).shape()
+    told: dict[str, Any] = {}
+    for kind in params.structures:
+        told |= dense.structures[kind].sizes(shape.units[kind])
+    return told
 
 
 def steps_of(rows: int, batch_size: int, epochs: float) -> int:

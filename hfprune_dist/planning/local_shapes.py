@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.pruned_config import plain_group_counts
+from hfprune_dist.config.parameters import LoraPruneParameters, PruneParameters
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 from hfprune_dist.structures.kept import Shape
@@ -31,6 +33,11 @@ class LocalTarget:
     protect_first: int
     protect_last: int
     before: Shape | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, params: PruneParameters | LoraPruneParameters, where: str) -> LocalTarget:
+        """What a stage that prunes with ``allocation: local`` asks of the dense model that its ratio is of."""
+        return cls(ShapeTarget.of(checkpoint, params, where), *params.protected())
 
     def shape(self) -> Shape:
         """The shape whose parameters come as close to the ratio as rounding allows.

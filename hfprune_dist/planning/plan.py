@@ -12,6 +12,9 @@ from typing import Any
 
 from hfprune_dist.store.stage import Stage
 
+# What rows say of recovery: that there is none, or that the method's own training is it.
+NONE, OWN = "none", "own"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -19,6 +22,7 @@ class Cell:
 
     ``label`` names it among the sweep's. ``ratio`` and ``method`` are None for the dense model; ``producers`` are the
     stages that make the checkpoint, in order; ``efficiency`` is None where speed and memory are not measured.
+    ``recovery`` is that of the configuration, ``none``, or ``own`` where the method prunes while it trains.
     """
 
     label: str
@@ -104,4 +108,4 @@ class Plan:
 def label_of(model: str, ratio: float | None, method: str | None, recovery: str) -> str:
     """What a row is called; ``method`` is named where it is given."""
     pruned = f"{model} dense" if ratio is None else f"{model} {ratio:g}" + (f" {method}" if method else "")
-    return pruned if recovery == "none" else f"{pruned} + {recovery}"
+    return pruned if recovery in (NONE, OWN) else f"{pruned} + {recovery}"

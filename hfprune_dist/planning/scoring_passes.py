@@ -90,9 +90,12 @@ def check_criteria(config: SweepConfig, methods: Mapping[str, Method]) -> None:
                 "instead, as the method sdmprune does"
             )
     criteria = {*config.importance.criteria}.union(*map(first_criteria, methods.values()))
+    scoring = [method for method in methods.values() if method.prunes_in == "calibration"]
     if config.calibration.settled is None or any(CRITERIA[name].has_halves for name in criteria):
         return
-    of_none = {method.criterion for method in methods.values() if not method.scored_before}
+    if not scoring and not criteria:
+        return  # no pass
+    of_none = {method.scored_by for method in scoring if not method.scored_before}
     named = ", ".join(sorted(criteria | of_none))
     able = [name for name, it in CRITERIA.items() if it.has_halves and it.student_of is None]
     raise UserError(

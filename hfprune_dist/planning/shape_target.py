@@ -9,7 +9,7 @@ from typing import get_args
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
-from hfprune_dist.config.parameters import PruneParameters
+from hfprune_dist.config.parameters import LoraPruneParameters, PruneParameters
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.widths import round_down
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, Kind, Structure
@@ -38,8 +38,8 @@ class ShapeTarget:
     tensor_parallel: int = 1
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, params: PruneParameters, where: str) -> ShapeTarget:
-        """What a prune stage asks of the dense model that its ratio is of."""
+    def of(cls, checkpoint: Checkpoint, params: PruneParameters | LoraPruneParameters, where: str) -> ShapeTarget:
+        """What a stage that prunes asks of the dense model that its ratio is of."""
         return cls(
             checkpoint, params.ratio, tuple(params.structures), params.multiple_of, where, params.tensor_parallel
         )

@@ -15,6 +15,7 @@ from typing import Any
 from hfprune_dist.config.parameters import (
     DistillParameters,
     ImportanceParameters,
+    LoraPruneParameters,
     PruneParameters,
     RecoverParameters,
     ReferenceParameters,
@@ -36,7 +37,7 @@ from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.search_work import Search
 from hfprune_dist.store.atomic_files import read_object
-from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage import CUTTING, Stage
 from hfprune_dist.structures import KV_GROUPS
 
 Manifest = Mapping[str, Any]
@@ -105,13 +106,21 @@ class StageCosts:
                 length = self._calibration(self._need(stage, "reference")).length
                 job = Train.of(settings, length, distills=True).resized(1)
                 tokens = passes * metrics["tokens"]
-            case RecoverParameters(recovery=settings):
+            case RecoverParameters(recovery=settings) | LoraPruneParameters(recovery=settings):
                 job = Train.of(settings, settings.sequence_length, distills=False).resized(1)
                 tokens = rows_trained(metrics["rows"], settings.batch_size, metrics["steps"]) * settings.sequence_length
             case _:
                 raise _UnknownError
         products = tokens / job.tokens * self.shape(stage).mean(lambda dims: job.work(dims).flops)
-        return Cost(tokens, Operations(products))
+        return Cost(tokens, Operations(products) + self._scores_of_training(stage, metrics))
+
+    def _scores_of_training(self, stage: Stage, metrics: Mapping[str, Any]) -> Operations:
+        """Of LoRAPrune, for each step: three products of LoRA's factors for each weight that units own."""
+        params = stage.params
+        if not isinstance(params, LoraPruneParameters):
+            return NO_OPERATIONS
+        scored = scored_weights(self._dense(stage), params)
+        return Operations(float32=metrics["steps"] * 3 * 2 * params.recovery.rank * scored)
 
     def _importance(self, stage: Stage, params: ImportanceParameters, tokens: int, checkpointing: bool) -> Cost:
         """Of the pass over windows, and of the second one for criteria that need moments."""
@@ -176,7 +185,7 @@ class StageCosts:
             return self._dense(stage)
         made_by = self._plan.stages[source.location]
         manifest = self._manifest_of(made_by.id)
-        if made_by.kind != "prune":
+        if made_by.kind not in CUTTING:
             return self.shape(made_by)
         if manifest is None:
             raise _UnknownError
@@ -187,6 +196,13 @@ class StageCosts:
         if config is None:
             raise _UnknownError
         return ModelShape.of_config(config)
+
+
+def scored_weights(dense: ModelShape, params: LoraPruneParameters) -> int:
+    """Weights of the layers that lose units whose scores each step of LoRAPrune makes."""
+    first, last = params.protected()
+    layers = dense.layers[first : len(dense.layers) - last]
+    return sum(sum(dims.layer_weights(attention=KV_GROUPS in params.structures)) for dims in layers)
 
 
 class _UnknownError(LookupError):

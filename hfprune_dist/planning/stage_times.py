@@ -16,6 +16,7 @@ from hfprune_dist.config.parameters import (
     EfficiencyParameters,
     EvaluateParameters,
     ImportanceParameters,
+    LoraPruneParameters,
     PruneParameters,
     RecoverParameters,
     ReferenceParameters,
@@ -31,7 +32,7 @@ from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.rates import CALL_S, DISK, HASHING, HOST_COPY, MODULES, START_S
-from hfprune_dist.planning.stage_costs import NOTHING, StageCosts
+from hfprune_dist.planning.stage_costs import NOTHING, StageCosts, scored_weights
 from hfprune_dist.planning.timing import Seconds, network_seconds, precise_seconds, product_rate, seconds
 from hfprune_dist.store.stage import Stage
 
@@ -42,6 +43,8 @@ ON_DISK = 2
 SUM_BYTES, ALL_SUMS_BYTES = 8, 2 * 2 * 8
 # Of a gradient of LoRA's weights, bytes that all ranks add up and are told.
 GRADIENT_BYTES = 2 * 4
+# Of each of LoRA's weights, bytes that ranks gather for the scores of a step: of it and of its gradient.
+FACTOR_BYTES = 2 * 4
 NO_SECONDS = Seconds(0.0, 0.0, 0.0)
 
 
@@ -140,7 +143,7 @@ class StageTimes:
                 return self._importance(stage, params, job, placed)
             case ReferenceParameters() | PruneParameters(), _:
                 return self._layer_pass(stage, gpus)
-            case DistillParameters() | RecoverParameters(), Train():
+            case DistillParameters() | RecoverParameters() | LoraPruneParameters(), Train():
                 return self._training(stage, job, gpus, placed)
             case EvaluateParameters() as params, Evaluate():
                 return self._evaluation(stage, params, job, (gpus, placed))
@@ -214,10 +217,10 @@ class StageTimes:
 
     def _training(self, stage: Stage, job: Train, gpus: Gpus, placed: Gpus) -> _Load | None:
         told = self._expected.of(stage.id)
-        if told is None:
+        if told is None or told["metrics"].keys().isdisjoint({"steps", "tokens"}):
             return None
         match stage.params:
-            case RecoverParameters(recovery=recovery):
+            case RecoverParameters(recovery=recovery) | LoraPruneParameters(recovery=recovery):
                 batch_size, steps = recovery.batch_size, told["metrics"]["steps"]
             case DistillParameters(distillation=distillation, passes=passes):
                 rows = _ceil(told["metrics"]["tokens"], job.tokens)
@@ -227,12 +230,20 @@ class StageTimes:
             case _:
                 raise AssertionError(stage.kind)
         shape = self._costs.shape(stage)
-        gradients = GRADIENT_BYTES * shape.mean(job.lora_parameters) * steps
-        return _Load(
+        lora = shape.mean(job.lora_parameters)
+        load = _Load(
             overlapping=_of_shape(job, shape, placed) * (steps * _ceil(batch_size, job.rows * gpus.ranks)),
-            exchanged=network_seconds(gradients, gpus),
+            exchanged=network_seconds(GRADIENT_BYTES * lora * steps, gpus),
             written=self._on_disk(stage),
         )
+        if not isinstance(stage.params, LoraPruneParameters):
+            return load
+        cost = self._costs.of(stage.id)
+        assert cost is not None, "what it trains on is known"
+        scored = scored_weights(shape, stage.params) * job.itemsize if placed.ranks > 1 else 0
+        gathered = network_seconds((FACTOR_BYTES * lora + scored) * steps, gpus)
+        operations = replace(cost.operations, products=0.0)
+        return replace(load, operations=operations, windows=1 / gpus.ranks, exchanged=load.exchanged + gathered)
 
     def _evaluation(
         self, stage: Stage, params: EvaluateParameters, job: Evaluate, gpus: tuple[Gpus, Gpus]
@@ -274,7 +285,7 @@ class StageTimes:
 
 
 def _unknown_of(stage: Stage) -> str:
-    if isinstance(stage.params, RecoverParameters):
+    if isinstance(stage.params, RecoverParameters | LoraPruneParameters):
         place = stage.params.recovery.path or stage.params.recovery.dataset
         return f"all of it: instruction pairs of {place} (recovery.samples or max_steps tells)"
     return "all of it: its shape is not known"

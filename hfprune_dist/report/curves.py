@@ -27,7 +27,7 @@ from hfprune_dist.report.chart import (
 )
 from hfprune_dist.report.evidence import Evidence
 
-TITLES = {"distill": "distillation", "recover": "recovery"}
+TITLES = {"distill": "distillation", "recover": "recovery", "loraprune": "recovery that prunes"}
 MOST_POINTS = 200
 
 Keys = Mapping[str | None, Key]

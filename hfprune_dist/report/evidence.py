@@ -71,9 +71,9 @@ class Evidence:
         """The rows that a stage is behind."""
         return self._cells.get(stage_id, [])
 
-    def finished(self, kind: str) -> list[tuple[Stage, Mapping[str, Any]]]:
-        """Stages of a kind that have an artifact and are behind a row, in plan order, with their metrics."""
-        found = [(stage, self.manifests[stage.id]) for stage in self.plan.stages.values() if stage.kind == kind]
+    def finished(self, *kinds: str) -> list[tuple[Stage, Mapping[str, Any]]]:
+        """Stages of some kinds that have an artifact and are behind a row, in plan order, with their metrics."""
+        found = [(stage, self.manifests[stage.id]) for stage in self.plan.stages.values() if stage.kind in kinds]
         return [(stage, manifest["metrics"]) for stage, manifest in found if manifest and self.cells_of(stage.id)]
 
 

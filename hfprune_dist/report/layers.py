@@ -25,6 +25,7 @@ from hfprune_dist.report.chart import (
     shown,
 )
 from hfprune_dist.report.evidence import Evidence
+from hfprune_dist.store.stage import CUTTING, kind_of
 
 TITLES = {"neurons": "neurons", "kv_groups": "key-value heads"}
 NOTHING_PRUNED = "No model has been pruned yet."
@@ -65,7 +66,7 @@ def layer_charts(evidence: Evidence) -> list[Chart]:
 
 
 def _pruned(evidence: Evidence) -> Iterator[Pruned]:
-    for stage, _ in evidence.finished("prune"):
+    for stage, _ in evidence.finished(*CUTTING):
         # A stage of an earlier round is behind the same rows as the last one.
         cells = [cell for cell in evidence.cells_of(stage.id) if _last_pruning(cell.producers) == stage.id]
         kept = _read(evidence.store.handle(stage.id).artifact)
@@ -74,7 +75,7 @@ def _pruned(evidence: Evidence) -> Iterator[Pruned]:
 
 
 def _last_pruning(producers: Sequence[str]) -> str:
-    return [stage_id for stage_id in producers if stage_id.startswith("prune/")][-1]
+    return [stage_id for stage_id in producers if kind_of(stage_id) in CUTTING][-1]
 
 
 @cache

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hfprune_dist.config.texts import OTHER_TEXTS
+from hfprune_dist.planning.plan import NONE, OWN
 from hfprune_dist.report.chart import GREY, Chart, Figure, Key, Trace, axis, line, method_color, style
 from hfprune_dist.report.evidence import Evidence
 from hfprune_dist.results.headline import headline, headline_error
@@ -123,7 +124,7 @@ def keys_of(evidence: Evidence) -> Keys:
     found = sorted({(row["method"], row["recovery"]) for row in evidence.rows}, key=lambda it: _place(it, methods))
     return {
         (method, recovery): Key(
-            _name(method, recovery), method_color(method, methods), "dot" if recovery == "none" else "solid"
+            _name(method, recovery), method_color(method, methods), "dot" if recovery == NONE else "solid"
         )
         for method, recovery in found
     }
@@ -131,11 +132,11 @@ def keys_of(evidence: Evidence) -> Keys:
 
 def _place(key: tuple[str | None, str], methods: Sequence[str]) -> tuple[int, bool, str]:
     method, recovery = key
-    return -1 if method is None else methods.index(method), recovery != "none", recovery
+    return -1 if method is None else methods.index(method), recovery != NONE, recovery
 
 
 def _name(method: str | None, recovery: str) -> str:
-    return (method or "dense") + ("" if recovery == "none" else f" + {recovery}")
+    return (method or "dense") + ("" if recovery in (NONE, OWN) else f" + {recovery}")
 
 
 def _figure(evidence: Evidence, model: str, measure: Measure, scale: Scale) -> Figure | None:

@@ -19,8 +19,9 @@ LONG_IDLE_S = 300.0
 MOST_LINES = 60
 # On both sides of the time that is drawn, as shares of it.
 LEFT_ROOM, RIGHT_ROOM = 0.01, 0.08
-# There is one kind more than colours.
-COLORS = dict(zip(STAGE_VERSIONS, (*PALETTE, GREY), strict=True))
+# Yellow, of the same palette, is too pale for lines, but not for bars.
+YELLOW = "#F0E442"
+COLORS = dict(zip(STAGE_VERSIONS, (*PALETTE, GREY, YELLOW), strict=True))
 # Of plotly.js, by the state of the attempt.
 PATTERNS = {"done": "", "failed": "x", "open": "."}
 

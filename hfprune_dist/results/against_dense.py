@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hfprune_dist.planning.earlier_rows import scale_of
-from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.planning.plan import NONE, Cell, Plan
 from hfprune_dist.results.headline import headline
 
 if TYPE_CHECKING:  # rows are made with this
@@ -23,11 +23,11 @@ def add_shares_of_dense(rows: Sequence[Row], plan: Plan) -> None:
     """
     by_cell = list(zip(plan.cells, rows, strict=True))
     dense = {_scale(cell, plan): row for cell, row in by_cell if not cell.producers}
-    bare = {_checkpoint(cell, plan): row for cell, row in by_cell if cell.recovery == "none"}
+    bare = {_checkpoint(cell, plan): row for cell, row in by_cell if cell.recovery == NONE}
     for cell, row in by_cell:
         row |= _shares(row, dense.get(_scale(cell, plan)))
     for cell, row in by_cell:
-        before = bare.get(_checkpoint(cell, plan)) if cell.recovery != "none" else None
+        before = bare.get(_checkpoint(cell, plan)) if cell.recovery != NONE else None
         row |= {f"{it}_of_dense_before_recovery": before and before[f"{it}_of_dense"] for it in AVERAGES}
 
 

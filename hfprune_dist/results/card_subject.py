@@ -14,7 +14,7 @@ from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.base_model import BaseModel
 from hfprune_dist.results.rows import DenseModel, Manifest
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import CUTTING, RECOVERING, Input, Stage
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class Subject:
     @property
     def shape(self) -> Mapping[str, Any]:
         """What the last cut tells of the ratio that it reached, and of parameters and sizes; empty where it is gone."""
-        cuts = [self.manifests[it.id] for it in self.stages if it.kind == "prune" and it.id in self.manifests]
+        cuts = [self.manifests[it.id] for it in self.stages if it.kind in CUTTING and it.id in self.manifests]
         return cuts[-1]["metrics"] if cuts else {}
 
     @property
     def trained_on(self) -> Stage | None:
         """The stage that the row's recovery is; None without one."""
         last = self.plan.stages[self.cell.producers[-1]]
-        return last if last.kind == "recover" else None
+        return last if last.kind in RECOVERING else None
 
     def held_out_texts(self) -> Iterator[tuple[str, Stage, Mapping[str, Any]]]:
         """(name, reference stage, metrics of the comparison) of each text on which it is compared; one has no name."""

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from hfprune_dist.planning.plan import Cell
+from hfprune_dist.planning.plan import NONE, OWN, Cell
 from hfprune_dist.store.hashing import digest_of
 
 LONGEST = 96  # as names of the hub's repositories are limited
@@ -46,7 +46,7 @@ def with_digits(name: str, cell: Cell) -> str:
 def _plain_name(cell: Cell, with_method: bool) -> str:
     ratio = "dense" if cell.ratio is None else f"{cell.ratio:g}"
     method = cell.method if with_method else None
-    recovery = None if cell.recovery == "none" else cell.recovery
+    recovery = None if cell.recovery in (NONE, OWN) else cell.recovery
     model = cell.model if _KNOWN.search(cell.model) else "model"
     name = "-".join(part for part in (model, ratio, method, recovery) if part)
     name = re.sub(r"[^A-Za-z0-9._]+", "-", name)

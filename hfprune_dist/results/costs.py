@@ -9,13 +9,14 @@ from typing import Any
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.planning.stage_costs import StageCosts
 from hfprune_dist.store.attempt import Attempt, AttemptsOf
+from hfprune_dist.store.stage import kind_of
 
 Manifest = Mapping[str, Any]
 
 # What is told of each stage, and summed. Device-hours are of all attempts, wasted ones of those that failed.
 MEASURES = ("tokens", "flops", "device_hours", "wasted_device_hours")
 # Measuring is no training.
-KINDS = ("importance", "prune", "distill", "recover")
+KINDS = ("importance", "prune", "distill", "recover", "loraprune")
 OWN, SHARED = "own", "shared"
 
 
@@ -63,7 +64,7 @@ class CostTable:
         """A reference on calibration windows is part of the distillation that it is for."""
         groups: dict[str, list[str]] = {}
         for stage_id in stage_ids:
-            kind = stage_id.partition("/")[0]
+            kind = kind_of(stage_id)
             groups.setdefault(kind if kind in KINDS else "distill", []).append(stage_id)
         return {kind: {it: self._sum(members, it) for it in MEASURES} for kind, members in groups.items()}
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
+from hfprune_dist.planning.plan import OWN
 from hfprune_dist.results.card_scores import TASK_TYPE, eval_results, scores_of, scores_table
 from hfprune_dist.results.card_subject import Subject, text_of
 from hfprune_dist.results.rows import weight_bytes_of
-from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage import CUTTING, RECOVERING, Stage
 from hfprune_dist.structures.units import plural_of
 
 TAGS = ("hfprune", "pruned", "model-compression")
@@ -57,6 +58,7 @@ def _summary(subject: Subject) -> str:
     if cell.ratio is None:
         return f"{model} with the fine-tuning that its pruned versions get: the control that they are held against."
     after = ", then fine-tuned with LoRA to recover" if subject.trained_on else ""
+    after = ", while it was fine-tuned with LoRA to recover" if cell.recovery == OWN else after
     return f"{model} with {100 * cell.ratio:.4g}% of its parameters pruned by the method `{cell.method}`{after}."
 
 
@@ -95,8 +97,10 @@ def _number(value: float | None, template: str) -> str | None:
 
 
 def _method(subject: Subject) -> str:
-    settings = next(it.params.to_json() for it in reversed(subject.stages) if it.kind == "prune")
+    settings = next(it.params.to_json() for it in reversed(subject.stages) if it.kind in CUTTING)
     what = " and ".join(settings.get("structures", ["neurons"])).replace("_", " ")
+    if subject.cell.recovery == OWN:
+        return f"{what} go, scored by LoRA's own gradients while it recovers the model"
     distilled = ", distillation" if any(it.kind == "distill" for it in subject.stages) else ""
     return (
         f"{what} go, scored by {settings.get('criterion')}; allocation {settings.get('allocation')}, refit "
@@ -151,7 +155,7 @@ def _recovery(subject: Subject) -> str | None:
 
 def _datasets(subject: Subject) -> set[str]:
     """Hub ids of the data sets that it was calibrated and trained on."""
-    settings = [it.params.to_json() for it in subject.stages if it.kind in ("importance", "recover")]
+    settings = [it.params.to_json() for it in subject.stages if it.kind in ("importance", *RECOVERING)]
     sections = [section for it in settings for section in (it.get("calibration"), it.get("recovery")) if section]
     texts = [text for section in sections for text in section.get("mixture") or [section]]
     return {text["dataset"] for text in texts if text.get("dataset") and not Path(text["dataset"]).is_absolute()}
@@ -180,6 +184,7 @@ def _how_to_load(subject: Subject) -> str:
         text += f"`{NEEDS_CODE}`."
     if subject.trained_on:
         before = "base model" if subject.cell.ratio is None else "pruned model before it"
+        before = "base model, from before units were cut" if subject.cell.recovery == OWN else before
         text += "\n\nWhat the fine-tuning added is part of these weights. Where they were made, `adapter/` beside them "
         text += f"holds it as an adapter of the {before}."
     return text

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from hfprune_dist.planning.plan import OWN as OWN_RECOVERY
 from hfprune_dist.results.costs import OWN, SHARED
 from hfprune_dist.results.efficiency import workload
 from hfprune_dist.results.formats import duration, flop_count, hours, percent
@@ -20,7 +21,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """One paragraph for each thing that the table of ``few_columns`` doesn't say itself."""
     if not rows:
         return []
-    return [*_fidelity(rows), *_average(rows), *_floors(rows), *_speed(rows), *_costs(rows), *_training(rows)]
+    quality = [*_fidelity(rows), *_average(rows), *_floors(rows)]
+    return [*_recovery(rows), *quality, *_speed(rows), *_costs(rows), *_training(rows)]
 
 
 def wide_notes(rows: Sequence[Row]) -> list[str]:
@@ -61,6 +63,12 @@ def _measured_otherwise(rows: Sequence[Row]) -> list[str]:
     others = [row["label"] for row in rows if first.setdefault(row["model"], row["measured_as"]) != row["measured_as"]]
     told = "not to be compared with the first rows of their models, since measured in another way"
     return [f"{told}: {', '.join(others)}"] if others else []
+
+
+def _recovery(rows: Sequence[Row]) -> list[str]:
+    if all(row["recovery"] != OWN_RECOVERY for row in rows):
+        return []
+    return ["recovery own: units went while LoRA trained, on the rows and in the steps of the others' recovery"]
 
 
 def _fidelity(rows: Sequence[Row]) -> list[str]:

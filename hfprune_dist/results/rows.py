@@ -24,6 +24,7 @@ from hfprune_dist.store.atomic_files import read_object
 from hfprune_dist.store.attempt import AttemptsOf
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import in_one_line
+from hfprune_dist.store.stage import CUTTING, kind_of
 from hfprune_dist.structures.units import plural_of
 
 Row = dict[str, Any]
@@ -189,12 +190,12 @@ def _cause(stage_id: str, plan: Plan, store: Store) -> str:
 
 
 def _shape(cell: Cell, manifests: Mapping[str, Manifest | None], dense: DenseModel) -> Row:
-    """Reached ratio, parameters and sizes: the dense model's, or those that the prune stage reports."""
+    """Reached ratio, parameters and sizes: the dense model's, or those that the stage reports which cut it last."""
     if cell.ratio is None:
         sizes = {"parameters": dense.parameters, "intermediate_size": dense.intermediate_size}
         return {"ratio_reached": 0.0, **native_ratios(dense.decoder, 0, sizes), **sizes, "intermediate_sizes": None}
-    *_, prune = (found for stage_id, found in manifests.items() if stage_id.startswith("prune/"))
-    metrics: Mapping[str, Any] = prune["metrics"] if prune else {}
+    *_, cut = (found for stage_id, found in manifests.items() if kind_of(stage_id) in CUTTING)
+    metrics: Mapping[str, Any] = cut["metrics"] if cut else {}
     always = ("ratio_reached", "parameters", "intermediate_size", "intermediate_sizes")
     told = {key: metrics.get(key) for key in (*always, *(key for key in _OF_MORE_THAN_NEURONS if key in metrics))}
     left = told["parameters"]

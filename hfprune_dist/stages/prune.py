@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from safetensors.torch import load_file
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.kept_file import digest_of_kept, write_kept
-from hfprune_dist.checkpoints.pruned_config import parameters_of_biases, pruned_config
+from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.stages.prune_low_rank import decide_low_rank
 from hfprune_dist.stages.prune_plain import decide_plain
@@ -23,7 +22,8 @@ from hfprune_dist.stages.prune_refit import (
     told_of_refit,
 )
 from hfprune_dist.stages.prune_shapes import decide_shape
-from hfprune_dist.structures.kept import Kept, Shape
+from hfprune_dist.stages.told_of_shape import told_of_shape
+from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.score_names import SCORES, scores_of_layers
 
 
@@ -44,7 +44,7 @@ def run(context: Context) -> None:
     if context.world.is_first:
         write_companions(checkpoint, draft, config)
         write_kept(draft, kept_of_dense)
-    metrics = _metrics(dense, kept_of_dense.shape, config) | told
+    metrics = told_of_shape(dense, kept_of_dense.shape, config) | told
     context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept_of_dense)})
 
 
@@ -76,15 +76,3 @@ def _agreed(context: Context, kept: Kept) -> Kept:
     hashes = context.world.gather(digest_of_kept(kept))
     assert len(set(hashes)) == 1, f"ranks disagree about the kept units: {hashes}"
     return kept
-
-
-def _metrics(dense: Checkpoint, shape: Shape, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What results tell of the shape; of kinds beside the neurons, and of layers, where some of them went."""
-    told = {}
-    if len(shape.layers) < dense.num_layers:
-        told["num_hidden_layers"] = len(shape.layers)
-    for kind, units in dense.structures.items():
-        if kind in shape.units or kind == dense.units.kind:
-            told |= units.sizes(shape.counts(units))
-    total, parameters = dense.parameters, dense.parameter_counts.of(shape) + parameters_of_biases(dense, config)
-    return {"ratio_reached": (total - parameters) / total, "parameters": parameters, **told}

@@ -8,6 +8,7 @@ that nothing before saw. The search goes on with as many layers as the closest h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -45,8 +46,8 @@ def decide_shape(
         width = _target(context, dense).uniform_width()
         return kept_of(kinds, ((width,),) * checkpoint.num_layers), {}
     if context.params.allocation == "local":
-        asked = ShapeTarget.of(dense, context.params, context.stage.label)
-        shape = LocalTarget(asked, *context.params.protected(), _whole(checkpoint)).shape()
+        target = LocalTarget.of(dense, context.params, context.stage.label)
+        shape = replace(target, before=_whole(checkpoint)).shape()
         return kept_of(kinds, tuple(zip(*(shape.units[it.units.kind] for it in kinds), strict=True))), {}
     gone = dense.parameters - checkpoint.parameters
     budget = _budget(context, dense).left(dense_numbers(context, checkpoint), gone)

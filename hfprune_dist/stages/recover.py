@@ -2,155 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
-from itertools import islice
-from math import ceil
-from pathlib import Path
-
-from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.tensor_files import is_usable
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.parameters import RecoverParameters
-from hfprune_dist.config.section import TextSource
-from hfprune_dist.config.training import RecoveryConfig
-from hfprune_dist.data.instructions import (
-    PackedRows,
-    Pair,
-    RowCounts,
-    encode_for,
-    nothing_to_train_on,
-    prompt_for,
-    read_counts,
-    save_rows,
-)
-from hfprune_dist.data.schedule import Schedule
-from hfprune_dist.data.text import read_texts
-from hfprune_dist.data.tokenizer import load_tokenizer, require_eos
 from hfprune_dist.stages.context import Context as AnyContext
-from hfprune_dist.store.file_cache import FileCache
-from hfprune_dist.store.hashing import FileHashes, digest_of
-from hfprune_dist.store.stage import STAGE_VERSIONS
-from hfprune_dist.training.fine_tuning import FineTuning
-from hfprune_dist.training.snapshots import Snapshot
-from hfprune_dist.training.trainer import fine_tune
+from hfprune_dist.stages.instruction_tuning import train_on_instructions
 from hfprune_dist.training.write_merged import write_merged, write_trained
 
 Context = AnyContext[RecoverParameters]
 
-ROWS = "rows.safetensors"
-PAIRS_AT_ONCE = 2000
-# The settings that decide what is in the packed rows.
-ROW_SETTINGS = {*TextSource.model_fields, "instruction_field", "response_field", "samples", "sequence_length"}
-
 
 def run(context: Context) -> None:
     """Write a Hugging Face folder that plain transformers loads, the ``adapter/`` in it, and ``loss.jsonl``."""
-    settings = context.params.recovery
     checkpoint = open_checkpoint(context.input_path("model"))
-    settings.require_shared_evenly(context.world.size)
-    counts = _prepare_rows(context, settings)
-    trained = _train(context, checkpoint, settings, counts)
+    trained = train_on_instructions(context, checkpoint)
     draft = context.open_draft()
     if context.world.is_first:
-        write_trained(checkpoint, trained, settings, draft)
+        write_trained(checkpoint, trained.last, context.params.recovery, draft)
     write_merged(checkpoint, draft, context.world, context.progress)
-    context.commit(draft, {**asdict(counts), **trained.metrics()})
-
-
-def _prepare_rows(context: Context, settings: RecoveryConfig) -> RowCounts:
-    """Tokenize and pack on rank 0, once for all attempts, and for all stages of the store that need the same rows.
-
-    The file in the work folder is what every rank trains on; one that an earlier attempt left damaged is set aside.
-    """
-    file, cache = context.work / ROWS, FileCache(context.store.root / "rows")
-    collected: list[_Collector] = []  # on rank 0, where rows are missing
-
-    def collect() -> None:
-        if not is_usable(file) and not cache.take(_rows_key(context, settings), file):
-            collected.append(_Collector(context, settings))
-            collected[0].take_all()
-
-    def save() -> None:
-        for collector in collected:
-            collector.save(file)
-            cache.put(_rows_key(context, settings), file)
-
-    context.let_first_work(collect)
-    context.require_untouched_inputs()
-    context.let_first_work(save)
-    return read_counts(file)
-
-
-def _rows_key(context: Context, settings: RecoveryConfig) -> str:
-    """Names the packed rows by what they depend on: the pairs, how they are cut, and the tokenizer's files."""
-    checkpoint = open_checkpoint(context.input_path("model"))
-    hashes = FileHashes(None)
-    content = {
-        "version": STAGE_VERSIONS["recover"],
-        "settings": settings.model_dump(include=ROW_SETTINGS, exclude={"path"}),
-        "seed": context.params.seed,
-        "instructions": context.stage.inputs["instructions"].identity if context.has_input("instructions") else None,
-        "architecture": checkpoint.config["model_type"],  # transformers chooses the tokenizer's class by it
-        "tokenizer": hashes.of_files(checkpoint.path, checkpoint.tokenizer_files),
-    }
-    return f"{digest_of(content)[:20]}.safetensors"
-
-
-class _Collector:
-    """Reads, tokenizes and packs the instruction pairs of a stage."""
-
-    def __init__(self, context: Context, settings: RecoveryConfig) -> None:
-        path = context.input_path("instructions") if context.has_input("instructions") else None
-        model = context.input_path("model")
-        self._seed = context.params.seed
-        self._settings = settings
-        self._progress = context.progress
-        self._where = f"recovery {path or settings.dataset}"
-        self._tokenizer = load_tokenizer(model)
-        require_eos(self._tokenizer, model)
-        self._texts = self._read_texts(path)
-        self._encoded: list[Pair | None] = []
-
-    def take_all(self) -> None:
-        """Tokenize all pairs."""
-        while texts := list(islice(self._texts, PAIRS_AT_ONCE)):
-            self._encoded += encode_for(self._tokenizer, texts, self._settings.sequence_length)
-            done = len(self._encoded)
-            self._progress.update("tokenizing pairs", done, self._settings.samples or done + len(texts))
-
-    def save(self, file: Path) -> None:
-        """Pack what was taken and write it.
-
-        Raises:
-            UserError: where no pair can be trained on.
-        """
-        length = self._settings.sequence_length
-        if not any(self._encoded):
-            raise nothing_to_train_on(len(self._encoded), length, self._where)
-        save_rows(file, self._encoded, length, self._tokenizer.eos_token_id, self._seed)
-
-    def _read_texts(self, path: Path | None) -> Iterator[tuple[str, str]]:
-        settings = self._settings
-        texts = read_texts(settings.model_dump(), path, settings.pair_fields, self._seed, "recovery")
-        for instruction, response in islice(texts, settings.samples):
-            yield prompt_for(instruction), response
-
-
-def _train(context: Context, checkpoint: Checkpoint, settings: RecoveryConfig, counts: RowCounts) -> Snapshot:
-    schedule = Schedule(counts.rows, settings.batch_size, context.params.seed)
-    task = FineTuning(
-        checkpoint=checkpoint,
-        section="recovery",
-        settings=settings,
-        seed=context.params.seed,
-        rows=PackedRows(context.work / ROWS),
-        distills=False,
-        schedule=schedule,
-        warmup_steps=settings.warmup_steps,
-        total_steps=settings.max_steps or ceil(settings.epochs * schedule.steps_per_epoch),
-        save_every_steps=context.runtime.save_every_steps,
-        timeout_minutes=context.runtime.collective_timeout_minutes,
-        run=context.tracked_run,
-        sharding=context.runtime.sharding,
-    )
-    return fine_tune(task, context.work / "snapshots", context.world, context.progress, context.interruption)
+    context.commit(draft, trained.metrics())

@@ -20,7 +20,11 @@ STAGE_VERSIONS = {
     "recover": 1,
     "evaluate": 3,
     "efficiency": 1,
+    "loraprune": 1,
 }
+# Kinds whose artifact is a model that lacks something of the one that they read, and kinds that train on instructions.
+CUTTING = frozenset({"prune", "loraprune"})
+RECOVERING = frozenset({"recover", "loraprune"})
 Content = Literal["", "text", "folder", "checkpoint", "commit"]
 
 
@@ -48,7 +52,7 @@ class Stage:
     """One unit of work with one artifact.
 
     Attributes:
-        kind: importance, reference, prune, distill, recover, evaluate or efficiency.
+        kind: importance, reference, prune, distill, recover, evaluate, efficiency or loraprune.
         label: for people; not part of the fingerprint.
         params: every setting that affects the result, as the kind's class; the mapping that records have is read as it.
         inputs: role -> what is read.
@@ -124,6 +128,11 @@ class Stage:
         if stage.version is not None or isinstance(stage.params, OtherParameters):
             raise _of_another_version(record)
         return stage
+
+
+def kind_of(stage_id: str) -> str:
+    """The kind of a stage, by its id."""
+    return stage_id.partition("/")[0]
 
 
 def _of_another_version(record: Mapping[str, Any]) -> UserError:

@@ -11,6 +11,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.data.schedule import RowReader, Schedule
 from hfprune_dist.errors import UserError
+from hfprune_dist.structures.kept import Shape
 from hfprune_dist.training.snapshots import Snapshot
 from hfprune_dist.training.tracking import TrackedRun
 
@@ -30,6 +31,7 @@ class FineTuning:
         timeout_minutes: a collective that takes longer ends the stage.
         run: as trackers know it.
         sharding: where frozen weights lie (``runtime.sharding``); it changes nothing in what is learnt.
+        masked_to: what is to be left of the model's units at the end, in all layers (LoRAPrune); None: all.
         start: where to go on; None begins anew.
     """
 
@@ -46,6 +48,7 @@ class FineTuning:
     timeout_minutes: int
     run: TrackedRun
     sharding: Literal["auto", "replicate", "zero3"] = "auto"
+    masked_to: Shape | None = None
     start: Snapshot | None = None
 
     @property

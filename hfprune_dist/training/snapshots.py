@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
+from hfprune_dist.training.unit_masks import PREFIX
 
 KEPT_SNAPSHOTS = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -24,12 +25,14 @@ class Snapshot:
         weights: LoRA parameters, whole, float32, under the names that they have in a ``PeftModel``.
         moments: AdamW's ``<parameter>.exp_avg`` and ``<parameter>.exp_avg_sq``, float32.
         losses: one line per step so far.
+        units: averaged scores of units that are masked meanwhile, and which of them stay (``UnitMasks.state``).
     """
 
     step: int
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
     losses: list[LossLine]
+    units: dict[str, Tensor] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float | int]:
         """What a manifest tells of the training that ended here."""
@@ -47,7 +50,7 @@ class Snapshots:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"step-{snapshot.step:08d}.safetensors"
         texts = {"step": str(snapshot.step), "losses": json.dumps(snapshot.losses)}
-        save_tensors({**snapshot.weights, **snapshot.moments}, file, texts)
+        save_tensors({**snapshot.weights, **snapshot.moments, **snapshot.units}, file, texts)
         for outdated in self._files()[KEPT_SNAPSHOTS:]:
             outdated.unlink()
 
@@ -63,5 +66,6 @@ def read_snapshot(file: Path) -> Snapshot:
     """Read the file of a snapshot."""
     tensors, texts = load_tensors(file)
     moments = {name: tensor for name, tensor in tensors.items() if name.endswith(MOMENTS)}
-    weights = {name: tensor for name, tensor in tensors.items() if name not in moments}
-    return Snapshot(int(texts["step"]), weights, moments, json.loads(texts["losses"]))
+    units = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    weights = {name: tensor for name, tensor in tensors.items() if name not in moments.keys() | units.keys()}
+    return Snapshot(int(texts["step"]), weights, moments, json.loads(texts["losses"]), units)

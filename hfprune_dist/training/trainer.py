@@ -3,6 +3,7 @@
 Frozen weights are whole on each rank where they fit, and else sharded; both have the same bits on the same ranks.
 
 Two losses: that of the rows' labels, and the divergence from a dense model whose hidden states the rows bring along.
+Units may be masked meanwhile (LoRAPrune).
 
 A snapshot holds only what trains: the LoRA weights and AdamW's two moments, float32 and whole. Rows, learning rate and
 dropout follow from the optimizer step. So training can be taken up again on any number of ranks.
@@ -11,7 +12,7 @@ dropout follow from the optimizer step. So training can be taken up again on any
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from hfprune_dist.core.lora_scores import masks_after
 from hfprune_dist.data.schedule import IGNORED, ScheduledRows
-from hfprune_dist.distributed.deepspeed_patches import keep_gathered, limit_timeouts, torchs_linear_afterwards
+from hfprune_dist.distributed.deepspeed_patches import (
+    before_each_step,
+    keep_gathered,
+    limit_timeouts,
+    torchs_linear_afterwards,
+)
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
 from hfprune_dist.distributed.zero3 import init_deepspeed
@@ -37,11 +44,18 @@ from hfprune_dist.models.distillation_head import DistillingHead
 from hfprune_dist.models.loading import require_exact_rotary
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.training.engine_setup import load_trainable_model, prepare_process, training_arguments
+from hfprune_dist.training.engine_setup import (
+    MAX_GRAD_NORM,
+    load_trainable_model,
+    prepare_process,
+    training_arguments,
+)
 from hfprune_dist.training.fine_tuning import FineTuning, finite_values, learning_rate_share
+from hfprune_dist.training.lora_gradients import LoraGradients
 from hfprune_dist.training.snapshots import MOMENTS, LossLine, Snapshot, Snapshots, read_snapshot
 from hfprune_dist.training.teacher_states import DENSE
 from hfprune_dist.training.tracking import open_trackers
+from hfprune_dist.training.unit_masks import UnitMasks
 from hfprune_dist.training.whole_weights import place_training, with_whole_weights
 
 
@@ -82,7 +96,7 @@ def _train(
     arguments = training_arguments(task, rows.slots // rows_at_once, snapshots.folder, way, world)
     if not way.whole:
         model = load_trainable_model(task)
-    trainer_of = _DistillingTrainer if task.distills else _LoraTrainer
+    trainer_of = _DistillingTrainer if task.distills else _LoraTrainer if task.masked_to is None else _MaskingTrainer
     trainer = trainer_of(
         task, snapshots, world, progress, interruption, whole=way.whole, model=model, args=arguments, train_dataset=rows
     )
@@ -168,8 +182,11 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
                 weights[name] = whole.cpu()
                 moments |= {key: tensor.cpu() for key, tensor in whole_moments.items()}
         if self._world.is_first:
-            self._snapshots.save(Snapshot(step, weights, moments, self._losses))
+            self._snapshots.save(Snapshot(step, weights, moments, self._losses, self._masked_units()))
         self._world.barrier()
+
+    def _masked_units(self) -> dict[str, Tensor]:
+        return {}
 
 
 class _DistillingTrainer(_LoraTrainer):
@@ -193,6 +210,40 @@ class _DistillingTrainer(_LoraTrainer):
         divergence: Tensor = model(**inputs).logits
         # DeepSpeed takes the mean of the ranks' gradients.
         return divergence * (self._world.size / self._tokens_of_step)
+
+
+class _MaskingTrainer(_LoraTrainer):
+    """LoRAPrune: units are scored in every step, and those with the lowest averages masked every few steps."""
+
+    def __init__(self, task: FineTuning, *context: Any, whole: bool, model: Any, **trainer_arguments: Any) -> None:
+        super().__init__(task, *context, whole=whole, model=model, **trainer_arguments)
+        assert task.masked_to is not None
+        state = None if task.start is None else task.start.units
+        self._masks = UnitMasks(task.checkpoint.structures, task.masked_to, state)
+        self._masks.attach(model.get_base_model(), self._world.device, getattr(torch, task.settings.dtype))
+        self._gradients = LoraGradients(model.get_base_model(), self._world, whole=whole, largest_norm=MAX_GRAD_NORM)
+        self.add_callback(_BeforeEachStep(self._score_and_mask))
+
+    def _score_and_mask(self) -> None:
+        """Between backward, whose gradients have been added up over all ranks, and the optimizer's step."""
+        step = self._task.first_step + self.state.global_step + 1
+        for (kind, layer), scores_U in self._gradients.scores(self._masks.kinds_by_layer).items():
+            self._masks.average(kind, layer, scores_U)
+        if masks_after(step, self._task.total_steps):
+            self._masks.mask(step, self._task.total_steps)
+
+    def _masked_units(self) -> dict[str, Tensor]:
+        return self._masks.state()
+
+
+class _BeforeEachStep(TrainerCallback):  # type: ignore[misc]
+    """Calls an action where the optimizer is about to step, once the engine exists."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
+        before_each_step(trained["model"], self._action)
 
 
 class _PrepareEngine(TrainerCallback):  # type: ignore[misc]

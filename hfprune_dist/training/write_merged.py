@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.kept_file import write_kept
 from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
+from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions
 from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.distributed.world import World
 from hfprune_dist.store.atomic_files import write_text
 from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.structures.kept import Kept
 from hfprune_dist.training.snapshots import Snapshot
 
 ADAPTER = "adapter"
@@ -25,17 +28,26 @@ def write_trained(checkpoint: Checkpoint, trained: Snapshot, settings: LoraTrain
     write_text(draft / LOSSES, "".join(json.dumps(line) + "\n" for line in trained.losses))
 
 
-def write_merged(checkpoint: Checkpoint, draft: Path, world: World, progress: Progress) -> None:
+def write_merged(
+    checkpoint: Checkpoint, draft: Path, world: World, progress: Progress, kept: Kept | None = None
+) -> None:
     """Write a Hugging Face folder of the checkpoint's layout, with the ``adapter/`` that rank 0 has written added in.
 
     Weight files are shared out over the ranks.
+
+    Args:
+        kept: what is left of the units of all layers after that, with ``kept.json`` beside it; None: all of them.
     """
     world.barrier()
     adapter = read_adapter(draft / ADAPTER)
     files = checkpoint.weight_files
     for done, file in enumerate(files[world.rank :: world.size]):
         progress.update("merging", done * world.size, len(files))
-        merge_weight_file(checkpoint, file, adapter, draft)
+        merge_weight_file(checkpoint, file, adapter, draft, kept)
     world.barrier()
     if world.is_first:
-        write_companions(checkpoint, draft, checkpoint.config)
+        write_companions(
+            checkpoint, draft, checkpoint.config if kept is None else pruned_config(checkpoint, kept.shape)
+        )
+        if kept is not None:
+            write_kept(draft, kept)

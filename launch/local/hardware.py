@@ -26,6 +26,7 @@ SECTIONS = {
     "recover": "recovery",
     "evaluate": "evaluation",
     "efficiency": "efficiency",
+    "loraprune": "recovery",
 }
 
 

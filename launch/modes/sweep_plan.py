@@ -21,7 +21,7 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import EfficiencyParameters
 from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.build_plan import build_plan, place_of
+from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.earlier_passes import with_earlier_passes
 from hfprune_dist.planning.earlier_rows import with_earlier_rows
@@ -30,6 +30,7 @@ from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.ratios import remarks_on_shapes
+from hfprune_dist.planning.refusals import place_of
 from hfprune_dist.planning.training_memory import choose_micro_batches, chooses
 from hfprune_dist.store.artifacts import Verdict
 

@@ -17,6 +17,7 @@ from hfprune_dist.config.parameters import (
     EfficiencyParameters,
     EvaluateParameters,
     ImportanceParameters,
+    LoraPruneParameters,
     Parameters,
     PruneParameters,
     RecoverParameters,
@@ -169,7 +170,7 @@ def job_of(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
             return _reference(params, plan, stage)
         case PruneParameters() as params:
             return _refit(params, plan, stage)
-        case RecoverParameters(recovery=settings):
+        case RecoverParameters(recovery=settings) | LoraPruneParameters(recovery=settings):
             return Train.of(settings, settings.sequence_length, distills=False)
         case DistillParameters(distillation=settings):
             return Train.of(settings, _calibration(plan, stage).sequence_length, distills=True)
@@ -203,7 +204,7 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | LowRank
     elif params.allocation == "plain":  # which is found by measuring
         width = max(shape.width for shape in plain_shapes(ShapeTarget.of(dense, params, stage.label)))
     elif params.allocation == "local":
-        shape = LocalTarget(ShapeTarget.of(dense, params, stage.label), *params.protected()).shape()
+        shape = LocalTarget.of(dense, params, stage.label).shape()
         width = max(shape.units[NEURONS])
     return Refit(
         windows=min(windows, calibration.samples),
@@ -315,7 +316,9 @@ def _shared_rows(stage: Stage) -> int | None:
     match stage.params:
         case ImportanceParameters(calibration=calibration):
             return max(1, calibration.samples // calibration.shard_size)
-        case DistillParameters(distillation=settings) | RecoverParameters(recovery=settings):
+        case RecoverParameters(recovery=recovery) | LoraPruneParameters(recovery=recovery):
+            return recovery.batch_size
+        case DistillParameters(distillation=settings):
             return settings.batch_size
     return None
 

@@ -17,7 +17,7 @@ from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.rates import LINK
 from hfprune_dist.store.stage import STAGE_VERSIONS
 
-Kind = Literal["importance", "reference", "prune", "distill", "recover", "evaluate", "efficiency"]
+Kind = Literal["importance", "reference", "prune", "distill", "recover", "evaluate", "efficiency", "loraprune"]
 Scalar = str | int | bool
 # Of Slurm's --mem; megabytes where none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -152,7 +152,7 @@ def load_profile(name: str, shipped: Path) -> Profile:
     whole = parse(ProfileFile, raw, str(file))
     common = whole.model_dump(exclude={"stages", "max_running"})
     resources = {
-        kind: parse(Resources, _laid_over(_shared(common, kind), whole.stages.get(kind, {})), f"{file}: stages.{kind}")  # type: ignore[call-overload]
+        kind: parse(Resources, _laid_over(_shared(common, kind), _own(whole, kind)), f"{file}: stages.{kind}")
         for kind in STAGE_VERSIONS
     }
     _require_gpus(file, list(resources.values()))
@@ -174,6 +174,12 @@ def _shared(common: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     if not PARAMETERS[kind].on_one_rank:
         return common
     return {**common, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, common["gpus_per_node"])}
+
+
+def _own(whole: ProfileFile, kind: str) -> Mapping[str, Any]:
+    """The settings that differ for a kind; without any, LoRAPrune has those of the recovery that it is."""
+    own: Mapping[str, Mapping[str, Any]] = whole.stages  # type: ignore[assignment]
+    return own.get(kind, own.get("recover", {}) if kind == "loraprune" else {})
 
 
 def _laid_over(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,9 +92,9 @@ def assert_same(ours, theirs):
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-def scorer_of(checkpoint, world):
+def scorer_of(checkpoint, world, criteria=(ENTROPY,)):
     options = {"seed": 0, "micro_batch_size": 1, "world": world, "structures": kinds_of(checkpoint)}
-    return ShardScorer(checkpoint, torch.float32, WINDOWS, [ENTROPY], **options)
+    return ShardScorer(checkpoint, torch.float32, WINDOWS, list(criteria), **options)
 
 
 @every_family
@@ -109,6 +109,31 @@ def test_scores_are_those_of_autograd(checkpoint_of, model_type):
         found = sums.kinds[kind].exact["entropy"]
         for layer, count in enumerate(units.counts):
             assert (found[layer, :count] - expected[layer]).norm() < 1e-4 * expected[layer].norm(), (kind, layer)
+
+
+@every_family
+def test_products_of_neurons_weights_are_those_of_autograd(checkpoint_of, model_type):
+    """Also where gate and up are one matrix."""
+    checkpoint = checkpoint_of(model_type)
+    require_own_weights(checkpoint)
+    criteria = [CRITERIA["coupled_taylor"], CRITERIA["weight_taylor_second_order"]]
+    found = scorer_of(checkpoint, SoloWorld(), criteria).score([range(2)]).kinds["neurons"].exact
+    units, model = checkpoint.units, load(checkpoint.path).double().requires_grad_()
+    expected = {name: [0.0] * units.num_layers for name in found}
+    for window in WINDOWS[:2]:
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(input_ids=window[None]).logits[0, :-1], window[1:]).backward()
+        for layer in range(units.num_layers):
+            whole = [model.get_parameter(name) for name in (*units.row_weights(layer), units.output_weight(layer))]
+            *rows, columns = [(it.detach() * it.grad) for it in whole]
+            products = [part for it, parts in zip(rows, units.row_parts, strict=True) for part in it.chunk(parts)]
+            products.append(columns.T)
+            expected["coupled_taylor"][layer] += sum(products).abs().mean(dim=1)
+            expected["weight_taylor_second_order"][layer] += sum(it.square().sum(dim=1) for it in products)
+    for name, each in expected.items():
+        for layer, scores_U in enumerate(each):
+            ours_U = found[name][layer, : len(scores_U)]
+            assert (ours_U - scores_U).norm() < 1e-3 * scores_U.norm(), (name, layer)
 
 
 @every_family

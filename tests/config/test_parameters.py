@@ -30,10 +30,12 @@ def planned(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Stages of one that measures speed as well."""
+    """Stages of one that measures speed as well, and of a method that prunes in recovery."""
     first, efficiency = PLANS[0], {"enabled": True, "prompt_tokens": [3], "new_tokens": 2}
     drawing = Drawing(tmp_path_factory.mktemp("measured"))
-    return drawing.plan(first["settings"] | {"efficiency": efficiency}, first["methods"]).stages
+    changes = {"efficiency": efficiency, "recovery.method": "lora"}
+    own = {"own": {"prunes_in": "recovery", "allocation": "local"}}
+    return drawing.plan(first["settings"] | changes, first["methods"] | own).stages
 
 
 def sections_of(kind):

@@ -17,7 +17,7 @@ from hfprune_dist.core import blocks
 from hfprune_dist.core.bound_losses import Batch, Teaching
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
-from hfprune_dist.core.unit_sums import NonFiniteError
+from hfprune_dist.core.unit_sums import Maker, NonFiniteError
 from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
 from hfprune_dist.models.memory_efficient_backward import (
     checkpoint_activations,
@@ -170,7 +170,7 @@ def test_no_weights_whole_gradient_ever_exists(form, monkeypatch):
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**16)
     linears = [torch.nn.Linear(hidden, width), torch.nn.Linear(hidden, width), torch.nn.Linear(width, hidden)]
     scores = []
-    products = form(linears[:2], linears[2], width // 2, scores.append)
+    products = form([Maker(it) for it in linears[:2]], linears[2], width // 2, scores.append)
     shown = [(torch.randn(3, tokens, it.in_features), torch.randn(3, tokens, it.out_features)) for it in linears]
     with PeakBytes() as counted:
         for seen, pair in zip(products.seen_linears(), shown, strict=True):

@@ -244,12 +244,15 @@ def _write_tasks(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(json.dumps(task))
 
 
-def _recover(folder: Path, store: Store) -> Stage:
+def _loraprune(folder: Path, store: Store) -> Stage:
+    """It writes what recovery writes, and more."""
     model, pairs = save_tiny(folder / "model"), write_pairs(folder / "pairs.jsonl", count=12)
     settings = {"sequence_length": 320, "batch_size": 1, "max_steps": 3, "rank": 2, "alpha": 4, "dtype": "float32"}
     recovery = RecoveryConfig(**settings).model_dump(exclude={"path", "dataset", "name", "split", "revision"})
     inputs = {"model": _folder(model), "instructions": _file(pairs)}
-    return Stage("recover", "tiny", {"recovery": recovery, "seed": 0}, inputs)
+    cut = {"ratio": 0.1, "structures": ["neurons", "kv_groups"], "multiple_of": 1, "tensor_parallel": 1}
+    protected = {"protect_first": 0, "protect_last": 1}
+    return Stage("loraprune", "tiny", {"recovery": recovery, "seed": 0, **cut, **protected}, inputs)
 
 
 def _folder(path: Path) -> Input:
@@ -475,5 +478,5 @@ def subjects() -> list[Subject]:
         StageSubject("importance", _importance, {ShardScorer: "score"}),
         StageSubject("importance's second pass", _importance, {LayerStream: "grams"}),
         StageSubject("evaluate", _evaluate, {ShardedLM: "_answer"}),
-        StageSubject("recover", _recover, {finetune._LoraTrainer: "training_step"}),
+        StageSubject("loraprune", _loraprune, {finetune._LoraTrainer: "training_step"}),
     ]

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 SUBJECTS = [
     *("commit", "claims", "cache", "code", "slurm", "sweep", "reference", "prune block", "prune dense"),
-    *("prune searched", "prune plain", "importance", "importance's second pass", "evaluate", "recover"),
+    *("prune searched", "prune plain", "importance", "importance's second pass", "evaluate", "loraprune"),
 ]
 # Of each subject, and half as many after a second crash.
 DRAWN = 6

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 RIVALS = ["wanda-sp", "llm-pruner", "flap", "sdmprune", "lorap"]
 
+OWN = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune,loraprune", "--set", "runtime.ranks=1"]
 PROJECTIONS = [f"self_attn.{name}_proj" for name in "qkvo"]
 EFFICIENCY = [
     word
@@ -220,3 +221,51 @@ def test_a_recovered_model_is_pruned_by_no_method(recovered, config, tmp_path):
 def folders_with(out, kind, field):
     """Artifacts of a kind of stage whose config.json has a field."""
     return [it for it in (out / "store" / kind).iterdir() if field in read_json(it / "config.json")]
+
+
+@pytest.fixture(scope="module")
+def pruned_in_recovery(config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("own") / "out"
+    finish(config, out, *OWN)
+    return out
+
+
+def test_loraprune_is_a_row_whose_recovery_is_its_own(config, pruned_in_recovery):
+    rows = {row["method"]: row for row in results(pruned_in_recovery) if row["recovery"] != "none"}
+    assert {name: row["recovery"] for name, row in rows.items()} == {"": "lora", "hfprune": "lora", "loraprune": "own"}
+    row = rows["loraprune"]
+    assert float(row["ratio_reached"]) == pytest.approx(0.2, abs=2e-3) and float(row["kl"]) > 0
+    assert row["criterion"] == row["average_of_dense_before_recovery"] == row["training/importance/flops"] == ""
+    assert float(row["training/loraprune/flops"]) > float(rows[""]["training/recover/flops"])
+    assert float(row["training/loraprune/tokens"]) == float(rows[""]["training/recover/tokens"])
+    again = finish(config, pruned_in_recovery, *OWN)
+    assert "stages to run" not in again.stdout and "recovery own: " in again.stdout
+
+
+def test_its_checkpoint_loads_and_its_card_says_how_it_was_made(pruned_in_recovery):
+    folder = pruned_in_recovery / "checkpoints" / "alpha-0.2-loraprune"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
+    assert widths[0] == widths[-1] == 48 > max(widths[1:-1]) == min(widths[1:-1])
+    card = (folder / "README.md").read_text()
+    assert "pruned by the method `loraprune`, while it was fine-tuned with LoRA to recover." in card
+    assert "neurons and kv groups go, scored by LoRA's own gradients" in card and "stage: loraprune" in card
+    assert "as an adapter of the base model, from before units were cut" in card and "calibration |" not in card
+    assert "alpha/" not in card and "alpha" in (folder / "adapter" / "adapter_config.json").read_text()
+    page = (pruned_in_recovery / "report.html").read_text()
+    assert "loss of recovery that prunes" in page and "loraprune + own" not in page
+
+
+def test_loraprune_alone_needs_no_calibration_and_recovery_none_is_refused(config, tmp_path):
+    alone = ["--config", config, "--out", tmp_path / "out", *OWN, "--methods", "loraprune"]
+    code, shown, said = in_process(sweep_command.main, *alone, "--dry-run")
+    assert code == 0, said
+    kinds = [line.split()[0] for line in shown.splitlines() if line.endswith("not made yet")]
+    assert "loraprune" in kinds and not {"importance", "prune"} & set(kinds)
+    (line,) = [it.split() for it in shown.splitlines() if it.startswith("alpha 0.2 ") and "-48" in it]
+    assert float(line[-1]) == pytest.approx(0.2, abs=2e-3)
+    for dry in ([], ["--dry-run"]):
+        code, _, said = in_process(sweep_command.main, *alone, "--set", "recovery.method=none", *dry)
+        assert code == 2 and "--methods loraprune: units go while LoRA recovers the model" in " ".join(said.split())
+    code, _, said = in_process(sweep_command.main, *alone, "--ratios", "0.9")
+    assert code == 2 and "the largest possible is 0." in " ".join(said.split()) and not (tmp_path / "out").exists()

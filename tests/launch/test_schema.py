@@ -47,8 +47,8 @@ def is_valid(value, rule, root):
         return rule
     if "$ref" in rule:
         rule = {**root["$defs"][rule["$ref"].rpartition("/")[2]], **{k: v for k, v in rule.items() if k != "$ref"}}
-    if "anyOf" in rule:
-        return any(is_valid(value, each, root) for each in rule["anyOf"])
+    if "anyOf" in rule and not any(is_valid(value, each, root) for each in rule["anyOf"]):
+        return False
     if "type" in rule and (
         not isinstance(value, TYPES[rule["type"]]) or (isinstance(value, bool) and rule["type"] != "boolean")
     ):

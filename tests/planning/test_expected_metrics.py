@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from published import published_model, published_plan
 from ranks import ROOT
 
-from hfprune_dist.config.parameters import EvaluateParameters, PruneParameters, RecoverParameters
+from hfprune_dist.config.parameters import EvaluateParameters, LoraPruneParameters, PruneParameters, RecoverParameters
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.planning.expected_metrics import ExpectedManifests, steps_of
 from hfprune_dist.planning.gpu_needs import Gpus
@@ -34,7 +34,7 @@ def test_every_method_comes_to_a_shape_of_the_ratio_and_to_known_work(model, met
             assert expected.of(stage.id) is None
             continue
         assert costs.of(stage.id) is not None, stage.kind
-        if isinstance(stage.params, PruneParameters):
+        if isinstance(stage.params, PruneParameters | LoraPruneParameters):
             kept = ModelShape.of_config(model.checkpoint.config).pruned(expected.of(stage.id)["metrics"])
             gone = sum(dims.layer_parameters for dims in kept.layers)
             whole = model.checkpoint.parameters

@@ -24,6 +24,7 @@ from hfprune_dist.core.bound_losses import Batch, Teaching
 from hfprune_dist.core.criteria import CRITERIA, losses_of
 from hfprune_dist.core.importance import ScoredModel, UnitSums, score_batch
 from hfprune_dist.core.linear_observer import SeenLinear
+from hfprune_dist.core.unit_sums import Maker
 from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
@@ -275,7 +276,7 @@ def test_memory_of_a_layers_products(dtype, form, monkeypatch):
     inner, hidden, tokens, windows = 224, 96, 64, 3
     dims = replace(published("7B"), hidden_size=hidden, intermediate_size=inner)
     linears = [torch.nn.Linear(*sides, dtype=dtype) for sides in ((hidden, inner), (hidden, inner), (inner, hidden))]
-    products = form(linears[:2], linears[2], inner, lambda _: None)
+    products = form([Maker(it) for it in linears[:2]], linears[2], inner, lambda _: None)
     with PeakBytes() as counted:
         inputs = [torch.randn(windows, tokens, it.in_features, dtype=dtype) for it in linears]
         gradients = [torch.randn(windows, tokens, it.out_features, dtype=dtype) for it in linears]

@@ -42,6 +42,15 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
     ("content", "message"),
     [
         ("criterion: entropi\n", "criterion"),
+        ("refit: dense\n", "needs a criterion: entropy,.*or prunes_in: recovery"),
+        (
+            "prunes_in: recovery\ncriterion: entropy\n",
+            "goes with criterion: null, allocation: local, not with criterion: entropy, allocation: uniform",
+        ),
+        (
+            "prunes_in: recovery\nallocation: local\nround_ratio: 0.1\n",
+            "round_ratio: null, not with round_ratio: 0.1",
+        ),
         ("criterion: entropy\nrefits: dense\n", "unknown key 'refits'.*did you mean 'refit'"),
         ("criterion: entropy\nsteps: 0\n", "steps.*greater than or equal to 1"),
         ("criterion: entropy\nsteps: 2\nround_ratio: 0.1\n", "steps: 2 and round_ratio: 0.1 are two ways.*give one"),

@@ -88,6 +88,26 @@ def test_without_recovery_pruned_models_are_evaluated_as_they_are(world):
     assert "recover" not in kinds(plan) and len(plan.cells) == 6
 
 
+def test_what_prunes_in_recovery_is_a_stage_and_an_evaluation_and_changes_nothing_beside_it(world):
+    """Recovery's settings are its own too; without other methods, only criteria that are asked for need a pass."""
+    names, settings = ["surgeon-uniform-block", "loraprune"], {"ratios": [0.1]}
+    beside, alone = plan_of(world, methods=names, **settings), plan_of(world, methods=names[1:], **settings)
+    without = plan_of(world, methods=names[:1], **settings)
+    assert set(without.stages) | set(alone.stages) == set(beside.stages)
+    assert {kind: kinds(alone).count(kind) for kind in set(kinds(alone))} == {
+        "reference": 2,
+        "recover": 2,
+        "loraprune": 2,
+        "evaluate": 6,
+    }
+    (row,) = [cell for cell in alone.cells if cell.model == "a" and cell.ratio]
+    assert (row.label, row.recovery, row.criterion, len(row.producers)) == ("a 0.1", "own", None, 1)
+    steps = plan_of(world, methods=names[1:], recovery__max_steps=3, **settings)
+    assert not set(steps.stages) & {stage.id for kind in ("recover", "loraprune") for stage in stages_of(alone, kind)}
+    asked = plan_of(world, methods=names[1:], importance__criteria=["entropy"], **settings)
+    assert set(asked.asked) == set(asked.stages) - set(alone.stages) == {it.id for it in stages_of(asked, "importance")}
+
+
 def test_a_further_ratio_reuses_all_that_is_there(world):
     small, large = plan_of(world), plan_of(world, ratios=[0.1, 0.2, 0.25])
     assert set(small.stages) < set(large.stages)

@@ -1,6 +1,7 @@
 """The operations of real stages over tiny models, as torch counts them, against what plan and manifests tell."""
 
 import importlib
+from itertools import product
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from worlds import Ranks, without_deepspeed
 
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
-from hfprune_dist.config.parameters import RecoverParameters
+from hfprune_dist.config.parameters import LoraPruneParameters, RecoverParameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.core import triangle
+from hfprune_dist.core.lora_scores import Factors, unit_scores
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.models.distillation_head import DistillingHead
 from hfprune_dist.planning.expected_metrics import ExpectedManifests
@@ -190,6 +192,31 @@ def test_a_step_of_lora(tmp_path_factory, sizes, rank, distills):
         params = RecoverParameters(recovery=recovery, seed=0).to_json()
         cost = trained(folder, "recover", params, rows=rows, steps=5)
         assert (cost.tokens, cost.flops) == (5 * rows * tokens, pytest.approx(5 * total(), rel=1e-4))
+
+
+@given(sizes=SIZES, rank=st.integers(1, 9), kinds=st.integers(1, 2), protected=st.integers(0, 1))
+@settings(max_examples=12, deadline=None)
+def test_scores_of_loraprune_cost_three_products_a_weight_and_step(tmp_path_factory, sizes, rank, kinds, protected):
+    folder, family = tmp_path_factory.mktemp("model"), FAMILIES["llama"]
+    model = tiny_model("llama", **sizes)
+    model.config.save_pretrained(folder)
+    structures = ["neurons", "kv_groups"][:kinds]
+    layers = range(protected, sizes["num_hidden_layers"])
+    with counting() as total:
+        for units in (family.structures(model.config.to_dict())[kind] for kind in structures):
+            for layer, owned in product(layers, units.owned):
+                if owned.tensor.endswith("weight"):
+                    weight = model.get_parameter(units.tensor(layer, owned.tensor)).detach()
+                    a, b = torch.ones(rank, weight.shape[1]), torch.ones(weight.shape[0], rank)
+                    unit_scores(weight, Factors(a, b, a, b, 1.0), owned.axis, owned.per_unit)
+    recovery = RecoveryConfig(path=str(folder), sequence_length=24, batch_size=3, rank=rank)
+    common = {"recovery": recovery, "seed": 0}
+    limits = {"multiple_of": 1, "tensor_parallel": 1, "protect_first": protected, "protect_last": 0}
+    params = LoraPruneParameters(**common, ratio=0.1, structures=structures, **limits)
+    cost = trained(folder, "loraprune", params.to_json(), rows=3, steps=5)
+    recovered = trained(folder, "recover", RecoverParameters(**common).to_json(), rows=3, steps=5)
+    assert cost.tokens == recovered.tokens
+    assert cost.flops - recovered.flops == pytest.approx(5 * total(), rel=1e-4, abs=1)
 
 
 def with_adapter(model, rank):

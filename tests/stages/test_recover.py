@@ -27,7 +27,7 @@ from hfprune_dist.data.instructions import RowCounts, save_rows
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.stages import context as contexts
-from hfprune_dist.stages import recover
+from hfprune_dist.stages import instruction_tuning
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store import file_cache as cache
 from hfprune_dist.store.artifacts import Store
@@ -209,7 +209,7 @@ def prepare_rows(run: Run, world: World | None = None) -> RowCounts:
         code={},
         attempt=1,
     )
-    return recover._prepare_rows(context, run.stage.params.recovery)
+    return instruction_tuning.prepare_rows(context, run.stage.params.recovery)
 
 
 def test_stages_that_differ_in_training_alone_share_their_rows(tmp_path, source, monkeypatch):
@@ -217,7 +217,7 @@ def test_stages_that_differ_in_training_alone_share_their_rows(tmp_path, source,
         raise AssertionError("pairs are tokenized again")
 
     counts = prepare_rows(write_stage_file(tmp_path, source))
-    monkeypatch.setattr(recover, "_Collector", refuse)
+    monkeypatch.setattr(instruction_tuning, "_Collector", refuse)
     assert prepare_rows(write_stage_file(tmp_path, source, rank=2, max_steps=3)) == counts
     for changes in ({"sequence_length": 256}, {"samples": 2}, {"response_field": "instruction"}):
         with pytest.raises(AssertionError, match="tokenized again"):
@@ -229,14 +229,14 @@ def test_ranks_that_wait_for_rows_hear_of_it(tmp_path, source, monkeypatch, what
     """However long it takes to tokenize or to pack, or to check what is there."""
     ranks, run = Ranks(2), write_stage_file(tmp_path, source)
     expected = prepare_rows(run)
-    owner, name = {"is_usable": (recover, what), "the cache": (cache.FileCache, "take")}.get(
-        what, (recover._Collector, what)
+    owner, name = {"is_usable": (instruction_tuning, what), "the cache": (cache.FileCache, "take")}.get(
+        what, (instruction_tuning._Collector, what)
     )
-    if owner is recover._Collector:
+    if owner is instruction_tuning._Collector:
         shutil.rmtree(run.store.root)
         run = write_stage_file(tmp_path, source)
     elif what == "the cache":
-        (run.store.work(run.stage.id) / recover.ROWS).unlink()
+        (run.store.work(run.stage.id) / instruction_tuning.ROWS).unlink()
     monkeypatch.setattr(contexts, "TELL_EVERY_S", 0.001)
     monkeypatch.setattr(owner, name, until_told(ranks, getattr(owner, name)))
     assert ranks.run(lambda world: prepare_rows(run, world)) == [expected] * 2
@@ -248,7 +248,7 @@ def test_another_tokenizer_makes_its_own_rows(tmp_path, source, monkeypatch):
     file = tmp_path / "source" / "model" / "tokenizer_config.json"
     file.write_text(file.read_text() + " ")
     made = []
-    monkeypatch.setattr(recover, "save_rows", lambda *arguments: made.append(1) or save_rows(*arguments))
+    monkeypatch.setattr(instruction_tuning, "save_rows", lambda *arguments: made.append(1) or save_rows(*arguments))
     shutil.rmtree(Store(tmp_path / "store").root / "work")
     prepare_rows(write_stage_file(tmp_path / "store", tmp_path / "source"))
     assert made
@@ -299,7 +299,7 @@ def test_damaged_rows_are_made_again(tmp_path, source, monkeypatch, capsys, link
         monkeypatch.setattr(cache, "_link", refuse_link)
     run = write_stage_file(tmp_path, source)
     counts = prepare_rows(run)
-    file = run.store.work(run.stage.id) / recover.ROWS
+    file = run.store.work(run.stage.id) / instruction_tuning.ROWS
     content = file.read_bytes()
     damage(file, *how)
     assert prepare_rows(run) == counts and file.read_bytes() == content

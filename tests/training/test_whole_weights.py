@@ -1,69 +1,17 @@
 """Frozen weights whole on every rank or sharded over all: the same bits, and how much is gathered for them."""
 
-import json
-import os
-from types import SimpleNamespace
-
 import pytest
 import torch
-from forks import on_ranks
+from fine_tunings import ROWS, STEPS, make_task, train
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.training import RecoveryConfig
-from hfprune_dist.data.schedule import Schedule
-from hfprune_dist.distributed.gather_counter import counting_gathers
-from hfprune_dist.distributed.interruption import Interruption
-from hfprune_dist.distributed.zero3 import init_deepspeed
 from hfprune_dist.planning.gathering import SMALL_PARAMETER
 from hfprune_dist.planning.training_memory import Placement
 from hfprune_dist.training import trainer
-from hfprune_dist.training.fine_tuning import FineTuning
-from hfprune_dist.training.snapshots import Snapshots, read_snapshot
-from hfprune_dist.training.tracking import TrackedRun
-from hfprune_dist.training.trainer import fine_tune
 
 # Every matrix of a layer has more elements than DeepSpeed leaves unsharded, head and embedding have fewer.
 SHARDED = {"hidden_size": 320, "intermediate_size": 416, "num_key_value_heads": 4}
-ROWS, TOKENS, STEPS = 8, 24, 3
-
-
-def make_task(checkpoint, **settings):
-    ids_ST = torch.randint(3, 264, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
-    return FineTuning(
-        checkpoint=checkpoint,
-        section="recovery",
-        settings=RecoveryConfig(batch_size=ROWS, rank=4, alpha=8, learning_rate=1e-3, **settings),
-        seed=0,
-        rows=lambda row: {"input_ids": ids_ST[row], "labels": ids_ST[row].clone()},
-        distills=False,
-        schedule=Schedule(ROWS, ROWS, 0),
-        total_steps=STEPS,
-        warmup_steps=0,
-        save_every_steps=STEPS,
-        timeout_minutes=5,
-        run=TrackedRun((), "", "tiny", "0" * 8, 1, checkpoint.path),
-    )
-
-
-def train(folder, ranks, task):
-    """The last snapshot, and the bytes that had been gathered when each step had ended."""
-    file = folder / "counts.json"
-
-    folder.mkdir(exist_ok=True)
-
-    def act(world):
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # which nobody connects to any more
-        init_deepspeed(world)
-        counts = []
-        with counting_gathers() as gathered:
-            noting = SimpleNamespace(update=lambda *_: counts.append(gathered.bytes))
-            fine_tune(task, folder / "snapshots", world, noting, Interruption())
-        if world.is_first:
-            file.write_text(json.dumps(counts))
-
-    assert on_ranks(ranks, act).codes == [0] * ranks
-    return read_snapshot(Snapshots(folder / "snapshots").newest()), json.loads(file.read_text())
 
 
 def state_of(snapshot):

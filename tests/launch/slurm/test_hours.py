@@ -243,3 +243,15 @@ def test_the_tables_in_the_readme_are_what_the_code_computes(models, table):
 def test_assumptions_in_the_readme_are_those_of_the_code():
     prose = " ".join(README.read_text().split())
     assert re.sub(r"^assumed: ", "", ASSUMED) in prose, f"say in {README}: {ASSUMED}"
+
+
+def test_loraprune_takes_what_recovery_takes_and_its_scores(models):
+    def of(**overrides):
+        hours = hours_of([models["llama-2-7b"]], ["loraprune"], profile_of(**A100), ratios=[0.2], **overrides)
+        return {each.stage.kind: each.time.seconds for each in hours if each.stage.kind in ("recover", "loraprune")}
+
+    unknown = of(recovery__dataset="someone/pairs")
+    assert set(unknown.values()) == {None}
+    whole, sharded = of(), of(**SHARDED)
+    assert 1 < whole["loraprune"] / whole["recover"] < 1.2
+    assert sharded["loraprune"] - sharded["recover"] > whole["loraprune"] - whole["recover"], "weights are gathered"

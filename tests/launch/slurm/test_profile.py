@@ -43,6 +43,7 @@ def test_environment_and_sbatch_are_merged_key_by_key_and_lists_replaced(tmp_pat
     assert recover.setup == ["echo b"] and recover.srun_args == prune.srun_args == ["--cpu-bind=none"]
     assert prune.environment == {"NCCL_DEBUG": "WARN", "A": "1"} and prune.setup == ["module load cuda"]
     assert prune.sbatch == {"reservation": "week4", "exclusive": True}
+    assert profile.resources["loraprune"] == recover, "which it is, where nothing is said of it"
 
 
 @pytest.mark.parametrize(

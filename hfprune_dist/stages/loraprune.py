@@ -1,0 +1,39 @@
+"""LoRAPrune: recovery in which units go: scored by LoRA's own gradients, masked on the way, cut and merged at last."""
+
+from __future__ import annotations
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.kept_file import digest_of_kept
+from hfprune_dist.config.parameters import LoraPruneParameters
+from hfprune_dist.planning.local_shapes import LocalTarget
+from hfprune_dist.stages.context import Context as AnyContext
+from hfprune_dist.stages.instruction_tuning import train_on_instructions
+from hfprune_dist.stages.told_of_shape import told_of_shape
+from hfprune_dist.structures.kept import Shape
+from hfprune_dist.training.unit_masks import UnitMasks
+from hfprune_dist.training.write_merged import write_merged, write_trained
+
+Context = AnyContext[LoraPruneParameters]
+
+
+def run(context: Context) -> None:
+    """Write a Hugging Face folder, and ``kept.json``, as a prune stage does; in it ``loss.jsonl`` and ``adapter/``, an
+    adapter of the dense model from before units were cut.
+    """
+    checkpoint = open_checkpoint(context.input_path("model"))
+    shape = _shape(context, checkpoint)
+    trained = train_on_instructions(context, checkpoint, masked_to=shape)
+    kept = UnitMasks(checkpoint.structures, shape, trained.last.units).kept()
+    draft = context.open_draft()
+    if context.world.is_first:
+        write_trained(checkpoint, trained.last, context.params.recovery, draft)
+    write_merged(checkpoint, draft, context.world, context.progress, kept)
+    metrics = told_of_shape(checkpoint, kept.shape, checkpoint.config) | trained.metrics()
+    context.commit(draft, metrics | {"kept_sha256": digest_of_kept(kept)})
+
+
+def _shape(context: Context, checkpoint: Checkpoint) -> Shape:
+    """What the ratio leaves of the kinds of units that may go."""
+    params = context.params
+    shape = LocalTarget.of(checkpoint, params, context.stage.label).shape()
+    return Shape(shape.layers, {kind: shape.units[kind] for kind in params.structures})

@@ -1,0 +1,95 @@
+"""Scores of units while LoRA trains, from its own gradients: one layer at a time, each on one of the ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_local_grad
+from torch import Tensor, nn
+
+from hfprune_dist.core.lora_scores import Factors, unit_scores
+from hfprune_dist.distributed.world import World
+from hfprune_dist.structures.units import Owned, Units
+
+ADAPTER = "default"  # as peft calls the only one
+
+
+class LoraGradients:
+    """What an engine that has ended its backward knows of a model with LoRA layers.
+
+    Args:
+        model: without peft's wrapper; its projections are LoRA layers.
+        whole: whether its frozen weights are no parameters of DeepSpeed's.
+        largest_norm: that gradients are clipped to, as the optimizer clips them afterwards.
+    """
+
+    def __init__(self, model: nn.Module, world: World, *, whole: bool, largest_norm: float) -> None:
+        self._model = model
+        self._world = world
+        self._whole = whole
+        self._largest_norm = largest_norm
+
+    def scores(self, layers: dict[int, list[Units]]) -> dict[tuple[str, int], Tensor]:
+        """Scores of units by kind and layer, float64 [units] on the CPU, the same on all ranks. Collective.
+
+        A rank makes those of its share of the layers. Where weights are sharded, all gather one layer after the other.
+
+        Args:
+            layers: layer -> kinds of its units that are scored.
+        """
+        share = self._clipped_share()
+        mine: dict[tuple[str, int], Tensor] = {}
+        for turn, (layer, kinds) in enumerate(layers.items()):
+            made_here = turn % self._world.size == self._world.rank
+            with self._gathered(layer, kinds):
+                for units in kinds:
+                    parts = [
+                        self._of_weight(units.tensor(layer, it.tensor), it, share, made_here) for it in _owned(units)
+                    ]
+                    if made_here:
+                        mine[units.kind, layer] = torch.stack(parts).sum(0).cpu()
+        return {key: scores for part in self._world.gather(mine) for key, scores in part.items()}
+
+    def _of_weight(self, name: str, owned: Owned, share: float, made_here: bool) -> Tensor:
+        """One weight's part of its units' scores. All ranks hand over their shards of LoRA's, and one computes."""
+        lora = self._projection(name)
+        a, b = lora.lora_A[ADAPTER].weight, lora.lora_B[ADAPTER].weight
+        a_RI, b_OR = safe_get_full_fp32_param(a), safe_get_full_fp32_param(b)
+        grad_a_RI, grad_b_OR = safe_get_full_grad(a), safe_get_full_grad(b)
+        if not made_here:
+            return torch.empty(0)
+        gradients = (share * grad_a_RI.float(), share * grad_b_OR.float())
+        factors = Factors(a_RI, b_OR, *gradients, lora.scaling[ADAPTER])
+        return unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit)
+
+    def _clipped_share(self) -> float:
+        """What clipping leaves of every gradient of this step: 1 where their norm is small enough."""
+        squares = 0.0
+        for parameter in self._model.parameters():
+            if parameter.requires_grad:
+                squares += float(safe_get_local_grad(parameter).double().square().sum())
+        norm = math.sqrt(sum(self._world.gather(squares)))
+        return min(1.0, self._largest_norm / (norm + 1e-6))
+
+    @contextmanager
+    def _gathered(self, layer: int, kinds: list[Units]) -> Iterator[None]:
+        """Makes the weights of a layer's units whole on every rank meanwhile."""
+        if self._whole:
+            yield
+            return
+        names = [units.tensor(layer, owned.tensor) for units in kinds for owned in _owned(units)]
+        with deepspeed.zero.GatheredParameters([self._projection(name).base_layer.weight for name in names]):
+            yield
+
+    def _projection(self, weight: str) -> Any:
+        return self._model.get_submodule(weight.removesuffix(".weight"))
+
+
+def _owned(units: Units) -> list[Owned]:
+    """What units own of weights; biases have no adapters."""
+    return [owned for owned in units.owned if owned.tensor.endswith(".weight")]

@@ -1,0 +1,126 @@
+"""Units that are masked one after the other while a model trains: their averaged scores, and which of them are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfprune_dist.core.lora_scores import averaged, gone_after
+from hfprune_dist.core.selection import top_units
+from hfprune_dist.structures.kept import Kept, Shape
+from hfprune_dist.structures.units import Units
+
+# What begins the names of its tensors in a snapshot.
+PREFIX = "units."
+
+
+@dataclass
+class _Masked:
+    """The units of one kind in one layer.
+
+    Attributes:
+        gone: how many are masked at the end.
+        average_U: float64, of their scores; on the CPU.
+        stays_U: bool; on the CPU.
+        mask_C: of the channels that the output projection reads, 0 or 1; on the model's device once there is a model.
+    """
+
+    units: Units
+    gone: int
+    average_U: Tensor
+    stays_U: Tensor
+    mask_C: Tensor | None = None
+
+
+class UnitMasks:
+    """Of all layers that lose units.
+
+    A unit is masked where the output projection of its block reads it: its channels of that input are multiplied by 0,
+    which is the same as if its weights were gone.
+
+    Args:
+        structures: the kinds of units that the model has, by name.
+        shape: what is to be left at the end; no layer goes.
+        tensors: what ``state`` gave; None before the first step.
+    """
+
+    def __init__(
+        self, structures: Mapping[str, Units], shape: Shape, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self._kinds = {kind: structures[kind] for kind in shape.units}
+        self._masked: dict[tuple[str, int], _Masked] = {}
+        for kind, units in self._kinds.items():
+            for layer, (count, most) in enumerate(zip(shape.units[kind], units.counts, strict=True)):
+                if count < most:
+                    self._masked[kind, layer] = _begun(units, most - count, most)
+        for (kind, layer), it in self._masked.items():
+            if tensors:
+                it.average_U, it.stays_U = tensors[_name(kind, layer, "average")], tensors[_name(kind, layer, "stays")]
+
+    @property
+    def kinds_by_layer(self) -> dict[int, list[Units]]:
+        """Number of each layer that loses units -> the kinds of which it does."""
+        layers = sorted({layer for _, layer in self._masked})
+        return {it: [masked.units for (_, layer), masked in self._masked.items() if layer == it] for it in layers}
+
+    def attach(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        """Let a model compute without what is masked, now and as more is."""
+        for (_, layer), it in self._masked.items():
+            it.mask_C = torch.empty(len(it.stays_U) * it.units.channels_per_unit, device=device, dtype=dtype)
+            model.get_submodule(it.units.tensor(layer, it.units.output)).register_forward_pre_hook(_masking(it))
+        self._show()
+
+    def average(self, kind: str, layer: int, scores_U: Tensor) -> None:
+        """Take a step's scores of a layer's units, float64 [units], into their average."""
+        it = self._masked[kind, layer]
+        it.average_U = averaged(it.average_U, scores_U)
+
+    def mask(self, step: int, total_steps: int) -> None:
+        """Mask the units with the lowest averages, as many as are to be gone after a step; those that are stay so."""
+        for it in self._masked.values():
+            gone = gone_after(step, total_steps, it.gone)
+            if gone:
+                average_U = it.average_U.masked_fill(~it.stays_U, -torch.inf)
+                it.stays_U = torch.zeros_like(it.stays_U)
+                it.stays_U[top_units(average_U, len(average_U) - gone)] = True
+        self._show()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a snapshot holds."""
+        told: dict[str, Tensor] = {}
+        for (kind, layer), it in self._masked.items():
+            told |= {_name(kind, layer, "average"): it.average_U, _name(kind, layer, "stays"): it.stays_U}
+        return told
+
+    def kept(self) -> Kept:
+        """What isn't masked."""
+        rows = {kind: [torch.arange(count) for count in units.counts] for kind, units in self._kinds.items()}
+        for (kind, layer), it in self._masked.items():
+            rows[kind][layer] = it.stays_U.nonzero().flatten()
+        return Kept.of_all_layers(rows)
+
+    def _show(self) -> None:
+        """Let the model see what is masked. Between steps alone: activations that wait for backward are of one mask."""
+        for it in self._masked.values():
+            if it.mask_C is not None:
+                it.mask_C.copy_(it.stays_U.repeat_interleave(it.units.channels_per_unit))
+
+
+def _begun(units: Units, gone: int, count: int) -> _Masked:
+    return _Masked(units, gone, torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool))
+
+
+def _masking(masked: _Masked) -> Any:
+    def multiply(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert masked.mask_C is not None
+        return inputs[0] * masked.mask_C, *inputs[1:]
+
+    return multiply
+
+
+def _name(kind: str, layer: int, what: str) -> str:
+    return f"{PREFIX}{kind}.{layer}.{what}"

@@ -1,0 +1,95 @@
+"""LoRAPrune's scores against the weight's own gradient, and its schedule for any number of steps."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfprune_dist.core import lora_scores
+from hfprune_dist.core.lora_scores import DECAY, FLAT, TINY, Factors, averaged, gone_after, masks_after, unit_scores
+
+STEPS = st.one_of(st.integers(1, 120), st.integers(1, 200_000))
+
+
+@st.composite
+def weights(draw):
+    """Seed, units, entries of a unit, the other dimension, and along which axis units follow one another."""
+    return *(draw(st.integers(1, most)) for most in (1000, 6, 4, 7)), draw(st.integers(0, 1))
+
+
+@given(weights(), st.floats(0.1, 4.0), st.integers(1, 40))
+def test_where_the_factors_span_the_gradient_units_are_scored_by_weight_times_gradient(drawn, scale, portion):
+    """A is orthogonal and as large as the weight is wide, and B is 0: then g_B A is the whole gradient."""
+    seed, units, per_unit, other, axis = drawn
+    generator = torch.Generator().manual_seed(seed)
+    shape = (units * per_unit, other) if axis == 0 else (other, units * per_unit)
+    weight, x = (torch.randn(size, generator=generator, dtype=torch.float64) for size in (shape, (9, shape[1])))
+    a = torch.linalg.qr(torch.randn(shape[1], shape[1], generator=generator, dtype=torch.float64)).Q
+    b = torch.zeros(shape[0], shape[1], dtype=torch.float64)
+    for leaf in (weight, a, b):
+        leaf.requires_grad_()
+    ((x @ (weight + scale * b @ a).T) ** 3).sum().backward()
+    factors = Factors(a.detach(), b.detach(), a.grad, b.grad / scale, scale)
+
+    products = (weight * weight.grad).detach().abs()
+    terms = products if axis == 0 else products.T
+    expected = terms.reshape(units, -1).sum(1)
+    torch.testing.assert_close(factors.gradient(), weight.grad)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora_scores, "PORTION", portion)
+        scores = unit_scores(weight.detach(), factors, axis, per_unit)
+    torch.testing.assert_close(scores, expected / (expected.norm() + TINY))
+
+
+def test_the_gradient_is_the_step_of_the_product():
+    """(B - g_B)(A - g_A) is B A less the gradient."""
+    a, b, grad_a, grad_b = (torch.randn(*size, dtype=torch.float64) for size in ((2, 5), (4, 2), (2, 5), (4, 2)))
+    gradient = Factors(a, b, grad_a, grad_b, 2.0).gradient()
+    torch.testing.assert_close(b @ a - (b - grad_b) @ (a - grad_a), gradient)
+
+
+def test_what_is_scored_is_the_weight_with_the_adapter():
+    """A weight that the adapter cancels is worth nothing; no weight at all is no division by 0."""
+    a, b = torch.randn(2, 5, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    cancelled = -0.5 * b @ a
+    cancelled[0] += 1
+    scores = unit_scores(cancelled, Factors(a, b, torch.ones_like(a), torch.ones_like(b), 0.5), 0, 1)
+    assert scores[0] == pytest.approx(1) and scores[1:].max() < 1e-12
+    still = Factors(a, b, torch.zeros_like(a), torch.zeros_like(b), 0.5)
+    assert torch.equal(unit_scores(cancelled, still, 0, 1), torch.zeros(4, dtype=torch.float64))
+
+
+def test_an_average_forgets_a_tenth_in_a_step():
+    first = averaged(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+    assert float(first) == pytest.approx(1 - DECAY)
+    assert float(averaged(first, torch.zeros(1, dtype=torch.float64))) == pytest.approx(DECAY * (1 - DECAY))
+
+
+@given(total=STEPS, gone=st.integers(1, 20_000), data=st.data())
+def test_any_number_of_steps_reaches_all_and_loses_no_unit_twice(total, gone, data):
+    step = data.draw(st.integers(1, total))
+    assert gone_after(total, total, gone) == gone and masks_after(total, total)
+    here = gone_after(step, total, gone)
+    assert 0 <= here <= gone_after(min(step + 1, total), total, gone) <= gone
+    if FLAT * step <= total:
+        assert here == 0
+    elif FLAT * step > (FLAT - 1) * total:
+        assert here == gone
+    else:
+        left = 1 - (step - 0.1 * total) / (0.8 * total)
+        assert here == pytest.approx(gone * (1 - left**3), abs=0.501)
+
+
+def test_the_only_unit_that_goes_does_not_wait_for_the_end():
+    assert [gone_after(step, 100, 1) for step in (10, 26, 27, 90)] == [0, 0, 1, 1]
+
+
+@given(total=st.integers(10, 3000))
+def test_what_is_masked_last_is_masked_while_there_are_steps_left(total):
+    """Ten times in a training at least, and every ten steps where it is longer."""
+    masked = [step for step in range(1, total + 1) if masks_after(step, total)]
+    assert len(masked) >= 10 and max(b - a for a, b in pairwise(masked)) <= 10
+    complete = next(step for step in masked if gone_after(step, total, 1000) == 1000)
+    assert complete <= 0.9 * total + min(10, total // 10)

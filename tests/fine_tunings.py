@@ -1,0 +1,63 @@
+"""Fine-tuning on ranks that are forks, of random rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from forks import on_ranks
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.data.schedule import Schedule
+from hfprune_dist.distributed.gather_counter import counting_gathers
+from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.distributed.world import World
+from hfprune_dist.distributed.zero3 import init_deepspeed
+from hfprune_dist.training.fine_tuning import FineTuning
+from hfprune_dist.training.snapshots import Snapshot, Snapshots, read_snapshot
+from hfprune_dist.training.tracking import TrackedRun
+from hfprune_dist.training.trainer import fine_tune
+
+ROWS, TOKENS, STEPS = 8, 24, 3
+
+
+def make_task(checkpoint: Checkpoint, **settings: object) -> FineTuning:
+    ids_ST = torch.randint(3, 264, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    return FineTuning(
+        checkpoint=checkpoint,
+        section="recovery",
+        settings=RecoveryConfig(batch_size=ROWS, rank=4, alpha=8, **{"learning_rate": 1e-3, **settings}),
+        seed=0,
+        rows=lambda row: {"input_ids": ids_ST[row], "labels": ids_ST[row].clone()},
+        distills=False,
+        schedule=Schedule(ROWS, ROWS, 0),
+        total_steps=STEPS,
+        warmup_steps=0,
+        save_every_steps=STEPS,
+        timeout_minutes=5,
+        run=TrackedRun((), "", "tiny", "0" * 8, 1, checkpoint.path),
+    )
+
+
+def train(folder: Path, ranks: int, task: FineTuning) -> tuple[Snapshot, list[int]]:
+    """The last snapshot, and the bytes that had been gathered when each step had ended."""
+    file = folder / "counts.json"
+
+    folder.mkdir(exist_ok=True)
+
+    def act(world: World) -> None:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # which nobody connects to any more
+        init_deepspeed(world)
+        counts: list[int] = []
+        with counting_gathers() as gathered:
+            noting = SimpleNamespace(update=lambda *_: counts.append(gathered.bytes))
+            fine_tune(task, folder / "snapshots", world, noting, Interruption())
+        if world.is_first:
+            file.write_text(json.dumps(counts))
+
+    assert on_ranks(ranks, act).codes == [0] * ranks
+    return read_snapshot(Snapshots(folder / "snapshots").newest()), json.loads(file.read_text())

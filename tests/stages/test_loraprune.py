@@ -1,0 +1,105 @@
+"""The stage that prunes in recovery, on real ranks: what it writes, and that no kill changes it."""
+
+import json
+
+import pytest
+import torch
+from ranks import killing, run_stage
+from safetensors.torch import load_file
+from tiny import save_tiny, write_pairs
+from transformers import AutoModelForCausalLM
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.kept_file import read_kept
+from hfprune_dist.checkpoints.lora_adapter import merged, read_adapter
+from hfprune_dist.checkpoints.write_pruned import unit_cuts
+from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.planning.local_shapes import LocalTarget
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Input, Stage
+
+STEPS = 5
+RECOVERY = {"sequence_length": 320, "batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-2, "rank": 4, "alpha": 8}
+RUNTIME = {"collective_timeout_minutes": 1, "save_every_steps": 1}
+SIZES = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    save_tiny(folder / "model", shard_size="60KB", dtype=torch.bfloat16, **SIZES)
+    write_pairs(folder / "pairs.jsonl")
+    return folder
+
+
+def lay_out(source, root, *, steps=STEPS, **changes):
+    settings = RecoveryConfig(**{**RECOVERY, "max_steps": steps})
+    recovery = settings.model_dump(exclude={"path", "dataset", "name", "split", "revision"})
+    params = {"recovery": recovery, "seed": 0, "ratio": 0.2, "structures": ["neurons", "kv_groups"]}
+    params |= {"multiple_of": 1, "tensor_parallel": 1, "protect_first": 1, "protect_last": 1}
+    inputs = {
+        "model": Input("model", str(source / "model")),
+        "instructions": Input("pairs", str(source / "pairs.jsonl")),
+    }
+    return Store(root), Stage("loraprune", "tiny", params | changes, inputs)
+
+
+def finish(store, stage, ranks):
+    ended = run_stage(store, stage, ranks, **RUNTIME)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return store.path(stage.id)
+
+
+def weights_of(artifact):
+    files = open_checkpoint(artifact).weight_files
+    return {name: tensor for file in files for name, tensor in load_file(artifact / file).items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(source, tmp_path_factory):
+    store, stage = lay_out(source, tmp_path_factory.mktemp("uninterrupted"))
+    return store, stage, finish(store, stage, 2)
+
+
+@pytest.mark.slow
+def test_what_is_left_is_the_plan_s_shape_of_the_trained_model(source, uninterrupted):
+    store, stage, artifact = uninterrupted
+    dense, kept = open_checkpoint(source / "model"), read_kept(artifact)
+    shape = LocalTarget.of(dense, stage.params, "tiny").shape()
+    assert kept.shape == shape and shape.units["neurons"][0] > shape.units["neurons"][1]
+    metrics = store.manifest(stage.id)["metrics"]
+    assert metrics["ratio_reached"] == dense.parameter_counts.ratio(shape) == pytest.approx(0.2, abs=5e-3)
+    assert metrics["parameters"] == open_checkpoint(artifact).parameters
+    assert metrics["num_key_value_heads_by_layer"] == list(shape.units["kv_groups"])
+    assert metrics["steps"] == len((artifact / "loss.jsonl").read_text().splitlines()) == STEPS
+
+    adapter, cuts, written = read_adapter(artifact / "adapter"), unit_cuts(dense, kept), weights_of(artifact)
+    for name, weight in weights_of(source / "model").items():
+        expected = merged(adapter.scale, *adapter.factors[name], weight) if name in adapter.factors else weight
+        expected = cuts[name].apply(expected) if name in cuts else expected
+        assert torch.equal(written[name], expected), name
+    model = AutoModelForCausalLM.from_pretrained(artifact, trust_remote_code=True)
+    assert torch.isfinite(model(torch.arange(3, 23)[None]).logits).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("match", "kill_at"), [("/snapshots", 12), ("kept.json", 1)])
+def test_killed_stage_goes_on_to_the_same_bits(source, uninterrupted, tmp_path, match, kill_at):
+    store, stage = lay_out(source, tmp_path)
+    killed = run_stage(store, stage, 2, environment=killing(0, kill_at, match), **RUNTIME, sharding="zero3")
+    assert killed.returncode != 0 and not store.path(stage.id).exists()
+    artifact, expected = finish(store, stage, 2), uninterrupted[-1]
+    assert (artifact / "kept.json").read_text() == (expected / "kept.json").read_text()
+    assert (artifact / "loss.jsonl").read_text() == (expected / "loss.jsonl").read_text()
+    for name, tensor in weights_of(artifact).items():
+        assert torch.equal(tensor, weights_of(expected)[name]), name
+
+
+@pytest.mark.slow
+def test_one_rank_and_one_step_are_enough_and_a_plain_shape_is_a_plain_checkpoint(source, tmp_path):
+    store, stage = lay_out(source, tmp_path, steps=1, protect_first=0, protect_last=0, multiple_of=2, ratio=0.3)
+    artifact = finish(store, stage, 1)
+    checkpoint = open_checkpoint(artifact)
+    assert checkpoint.is_plain and checkpoint.units.most < 48 and checkpoint.units.most % 2 == 0
+    assert type(AutoModelForCausalLM.from_pretrained(artifact)).__name__ in ("LlamaForCausalLM", "MistralForCausalLM")
+    assert json.loads((artifact / "loss.jsonl").read_text())["step"] == 1

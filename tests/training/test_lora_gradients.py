@@ -1,0 +1,140 @@
+"""Units that are scored and masked while LoRA trains, on real ranks: against autograd, and after a kill."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from fine_tunings import make_task, train
+from peft import LoraConfig, get_peft_model
+from tiny import save_tiny
+from transformers import AutoModelForCausalLM
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.lora_adapter import lora_targets
+from hfprune_dist.core.lora_scores import DECAY
+from hfprune_dist.planning.gathering import SMALL_PARAMETER
+from hfprune_dist.planning.training_memory import Placement
+from hfprune_dist.structures.kept import Shape
+from hfprune_dist.training import snapshots, trainer
+from hfprune_dist.training.engine_setup import MAX_GRAD_NORM
+from hfprune_dist.training.snapshots import read_snapshot
+from hfprune_dist.training.unit_masks import UnitMasks
+
+STEPS = 4
+SMALL = {"num_hidden_layers": 3, "intermediate_size": 12}
+# Every matrix has more elements than DeepSpeed leaves unsharded.
+WIDE = {"hidden_size": 320, "intermediate_size": 416, "num_key_value_heads": 4, "head_dim": 80}
+
+
+def masking_task(checkpoint, **settings):
+    """The middle layer loses 5 neurons and a KV group, the last one 2 neurons."""
+    width, groups = checkpoint.units.most, checkpoint.structures["kv_groups"].most
+    shape = Shape((0, 1, 2), {"neurons": (width, width - 5, width - 2), "kv_groups": (groups, groups - 1, groups)})
+    task = make_task(checkpoint, **{"dropout": 0.0, "dtype": "float32", "learning_rate": 1e-2, **settings})
+    return replace(task, total_steps=STEPS, save_every_steps=1, masked_to=shape)
+
+
+def masks_of(task, snapshot):
+    return UnitMasks(task.checkpoint.structures, task.masked_to, snapshot.units)
+
+
+def expected_scores(task, snapshot, step):
+    """Of the step that follows a snapshot, by autograd in one process, as the paper's code writes it."""
+    settings, family = task.settings, task.checkpoint.family
+    model = AutoModelForCausalLM.from_pretrained(task.checkpoint.path, dtype=torch.float64)
+    adapter = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=lora_targets(family))
+    model = get_peft_model(model, adapter, autocast_adapter_dtype=False).double()
+    model.load_state_dict({name: it.double() for name, it in snapshot.weights.items()}, strict=False)
+    masks = masks_of(task, snapshot)
+    masks.attach(model.get_base_model(), torch.device("cpu"), torch.float64)
+    rows = [task.rows(row) for row in task.schedule.rows_of(step)]
+    model(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}).loss.backward()
+    grads = [it.grad for it in model.parameters() if it.requires_grad]
+    share = min(1.0, MAX_GRAD_NORM / float(torch.cat([it.flatten() for it in grads]).norm()))
+    found = {}
+    for layer, kinds in masks.kinds_by_layer.items():
+        for units in kinds:
+            total = 0
+            for owned in units.owned:
+                if owned.tensor.endswith("weight"):
+                    module = model.get_base_model().get_submodule(units.tensor(layer, owned.tensor)[:-7])
+                    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+                    g_a, g_b = share * a.grad, share * b.grad
+                    terms = (g_b @ a + b @ g_a - g_b @ g_a) * (module.base_layer.weight + 2 * b @ a)
+                    terms = terms if owned.axis == 0 else terms.T
+                    sums = terms.abs().reshape(units.counts[layer], -1).sum(1)
+                    total = total + sums / sums.norm()
+            found[units.kind, layer] = total.detach()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("variant", "ranks", "whole"),
+    [("llama-tied-biases", 1, True), ("qwen2", 2, True), ("qwen3", 2, False), ("mistral", 1, False)],
+)
+def test_averages_are_those_of_the_whole_batch(monkeypatch, tmp_path, variant, ranks, whole):
+    monkeypatch.setattr(trainer, "place_training", lambda *_: Placement(whole, False, fits=True))
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", variant, **SMALL))
+    task = masking_task(checkpoint, micro_batch_size=2)
+    last, _ = train(tmp_path / "run", ranks, task)
+    before = read_snapshot(tmp_path / "run" / "snapshots" / f"step-{STEPS - 1:08d}.safetensors")
+    scores = expected_scores(task, before, STEPS - 1)
+    assert len(scores) == 3
+    for (kind, layer), scores_U in scores.items():
+        name = f"units.{kind}.{layer}.average"
+        expected = DECAY * before.units[name] + (1 - DECAY) * scores_U
+        torch.testing.assert_close(last.units[name], expected, rtol=2e-4, atol=1e-6)
+
+
+def scored_weights(task):
+    masks = UnitMasks(task.checkpoint.structures, task.masked_to)
+    return [
+        units.tensor(layer, name)
+        for layer, kinds in masks.kinds_by_layer.items()
+        for units in kinds
+        for name in units.weights
+    ]
+
+
+def lora_of(task, snapshot):
+    """LoRA's weights beside those that are scored."""
+    modules = tuple(f"base_model.model.{name.removesuffix('weight')}" for name in scored_weights(task))
+    return [tensor for name, tensor in snapshot.weights.items() if name.startswith(modules)]
+
+
+@pytest.mark.slow
+def test_sharded_weights_and_any_snapshot_lead_to_the_same_bits(monkeypatch, tmp_path):
+    """Of the first and the last snapshot but one; and close ones on another number of ranks."""
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", "qwen3", num_hidden_layers=3, **WIDE))
+    task = masking_task(checkpoint, dropout=0.1)
+    monkeypatch.setattr(snapshots, "KEPT_SNAPSHOTS", STEPS)
+    found, counts = {}, {}
+    for name, whole in (("whole", True), ("sharded", False)):
+        monkeypatch.setattr(trainer, "place_training", lambda *_, whole=whole: Placement(whole, False, fits=True))
+        found[name], counts[name] = train(tmp_path / name, 2, task)
+    for snapshot in sorted((tmp_path / "whole" / "snapshots").glob("step-*"))[:-1:2]:
+        (tmp_path / snapshot.stem / "snapshots").mkdir(parents=True)
+        shutil.copy(snapshot, tmp_path / snapshot.stem / "snapshots")
+        found[snapshot.stem], _ = train(tmp_path / snapshot.stem, 2, task)
+    expected = found["whole"]
+    for name, snapshot in found.items():
+        for part in ("weights", "moments", "units"):
+            for key, tensor in getattr(expected, part).items():
+                assert torch.equal(tensor, getattr(snapshot, part)[key]), (name, key)
+    assert masks_of(task, expected).kept().shape == task.masked_to
+    # Gathered in a step with whole weights: LoRA's after it, and with their moments for the snapshot before it; for
+    # scores, LoRA's of what is scored, with their gradients. Where weights are sharded, what is scored of them as well,
+    # and all for each micro-batch.
+    lora = 4 * sum(it.numel() for it in expected.weights.values())
+    scored = 4 * sum(it.numel() for it in lora_of(task, expected))
+    steps = {name: of_steps[2] - of_steps[1] for name, of_steps in counts.items()}
+    assert steps["whole"] == 4 * lora + 2 * scored
+    sizes = {name: 4 * it.numel for name, it in checkpoint.tensors.items() if it.numel > SMALL_PARAMETER}
+    layers = sum(sizes[name] for name in scored_weights(task) if name in sizes)
+    assert layers > 0 and steps["sharded"] - steps["whole"] - layers == pytest.approx(4 * sum(sizes.values()), rel=0.1)
+
+    monkeypatch.setattr(trainer, "place_training", lambda *_: Placement(True, False, fits=True))
+    alone, _ = train(tmp_path / "alone", 1, task)
+    for key, average in ((key, it) for key, it in expected.units.items() if key.endswith("average")):
+        torch.testing.assert_close(alone.units[key], average, rtol=0.02, atol=1e-3)
