@@ -34,7 +34,9 @@ def mlp(weights, biases, x):
 
 
 @pytest.mark.parametrize(
-    "biases", [Biases(), Biases(torch.linspace(-1, 1, K), torch.linspace(1, 2, K)), Biases(activation=gelu)], ids=str
+    "biases",
+    [Biases(), Biases(torch.linspace(-1, 1, K), torch.linspace(1, 2, K)), Biases(activation=gelu)],
+    ids=["none", "biases", "gelu"],
 )
 def test_products_with_the_jacobian_are_those_of_autograd(biases):
     weights, x = some()

@@ -28,14 +28,13 @@ from transformers import AutoModelForCausalLM
 from worlds import Ranks, run_in_threads, without_deepspeed
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.method import Method
+from hfprune_dist.config.method import OF_A_STUDENT, Method
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.elimination import elimination_scores
 from hfprune_dist.core.least_squares import LeastSquares
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.planning.build_plan import OF_A_STUDENT
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.widths import size_of
 from hfprune_dist.store.artifacts import Store
