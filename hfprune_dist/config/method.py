@@ -72,6 +72,9 @@ class Method(Section):
     share of the model's layers that they are, rounded to the nearest number."""
     protect_last: NumberOrShare = 0
     """local, global, standardized, searched: the same, up to the last layer."""
+    adapts: bool = False
+    """Whether it does without what an architecture rules out: KV groups that can't go one by one stay, and a refit that
+    goes through blocks in turn becomes dense. false: such a model is refused."""
     tensor_parallel: Positive = 1
     """Number of devices that each layer is to be split over: layers keep numbers of KV groups that are divisible by
     it, and widths that lose neurons are multiples of it too. Matters where structures has kv_groups."""
@@ -127,7 +130,7 @@ class Method(Section):
         idle = set() if limited else {"floor", "protect_first", "protect_last"}
         idle |= {"floor"} if self.allocation == "local" else set()
         idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
-        return self.model_dump(exclude=idle | {"prunes_in", "steps", "round_ratio", "distill", *OF_A_STUDENT})
+        return self.model_dump(exclude=idle | {"prunes_in", "adapts", "steps", "round_ratio", "distill", *OF_A_STUDENT})
 
     @model_validator(mode="after")
     def _is_scored_once(self) -> Method:
@@ -239,6 +242,7 @@ class PruneConfig(Section):
     floor: Annotated[float, Field(ge=0, le=1)] | None = None
     protect_first: NumberOrShare | None = None
     protect_last: NumberOrShare | None = None
+    adapts: bool | None = None
     tensor_parallel: Positive | None = None
     refit: Refit | None = None
     multiple_of: PositiveOrAuto | None = None

@@ -26,7 +26,7 @@ from hfprune_dist.config.texts import FIRST, reference_role
 from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.multiples import protected_by, with_numbers
+from hfprune_dist.planning.multiples import protected_by, suited, with_numbers
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
 from hfprune_dist.planning.ratios import check_ratios
 from hfprune_dist.planning.refusals import (
@@ -144,7 +144,8 @@ class _Planner:
 
     def _importance_for_all(self, model: ModelSource, dense: Input) -> Stage | None:
         """One pass for all methods that need scores, and for further criteria; None where nobody needs any."""
-        scoring = [method for method in self.methods.values() if method.prunes_in == "calibration"]
+        methods = [suited(method, model.checkpoint) for method in self.methods.values()]
+        scoring = [method for method in methods if method.prunes_in == "calibration"]
         needed = {criterion for method in scoring for criterion in first_criteria(method)}
         criteria = needed.union(self.config.importance.criteria)
         if not scoring and not criteria:

@@ -69,14 +69,14 @@ def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str
     Raises:
         UserError: where the method can't reach the ratio.
     """
-    settled = with_numbers(method, checkpoint, ratio, where)
-    target = target_of(settled, checkpoint, ratio, where)
+    method = with_numbers(method, checkpoint, ratio, where)
+    target = target_of(method, checkpoint, ratio, where)
     if method.allocation == "uniform":
         return _uniform(target)
     if method.allocation == "plain":
         return _plain(target)
     if method.allocation == "local":
-        return _local(target, local_shapes(settled, checkpoint, ratio, where)[-1])
+        return _local(target, local_shapes(method, checkpoint, ratio, where)[-1])
     if method.allocation == "low_rank":
         return _low_rank(LowRankTarget(target))
     return KnownShape(

@@ -26,14 +26,24 @@ MOST_BEYOND = 0.0125
 WIDE, LEAST = 1024, 32
 
 
+def suited(method: Method, checkpoint: Checkpoint) -> Method:
+    """A method that ``adapts``, without what the model's architecture rules out; any other as it is."""
+    family, changes = checkpoint.family, dict[str, object]()
+    if method.adapts and family.whole_groups:
+        changes["structures"] = [it for it in method.structures if it != KV_GROUPS]
+    if method.adapts and family.no_sequence and method.refit in ("layerwise", "block"):
+        changes["refit"] = "dense"
+    return method.model_copy(update=changes)
+
+
 def with_numbers(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> Method:
-    """A method whose ``multiple_of`` is a number, which ``tensor_parallel`` divides where KV groups may go, and whose
-    protected layers are numbers too.
+    """A method as it suits the model, whose ``multiple_of`` is a number, which ``tensor_parallel`` divides where KV
+    groups may go, and whose protected layers are numbers too.
 
     Raises:
         UserError: where ``tensor_parallel`` divides no number of KV groups.
     """
-    method = _with_protected(method, checkpoint)
+    method = _with_protected(suited(method, checkpoint), checkpoint)
     multiple_of = method.multiple_of
     if multiple_of == "auto":
         multiple_of = _what_auto_is(method, checkpoint, ratio, where)

@@ -11,7 +11,7 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import Limits, budget_of
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
-from hfprune_dist.planning.multiples import protected_by, target_of, with_numbers
+from hfprune_dist.planning.multiples import protected_by, suited, target_of, with_numbers
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.rounds import local_shapes, round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
@@ -28,6 +28,7 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
         UserError: telling the largest ratio that it can reach, or which two are the same; or that layers differ, where
             the method makes all alike.
     """
+    method = suited(method, checkpoint)
     _check_family(checkpoint, method, where)
     if checkpoint.ranks:
         raise UserError(
@@ -89,7 +90,8 @@ def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: M
     Raises:
         UserError: as ``check_ratios`` does.
     """
-    told = []
+    told = _left_out(checkpoint, method, where)
+    method = suited(method, checkpoint)
     if method.multiple_of == "auto":
         multiples = [(ratio, with_numbers(method, checkpoint, ratio, where).multiple_of) for ratio in ratios]
         told.append(f"{where}: multiple_of is {', '.join(f'{multiple} at {ratio:g}' for ratio, multiple in multiples)}")
@@ -99,6 +101,13 @@ def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: M
         largest = min(_largest_split(checkpoint, ratio, method, where) for ratio in ratios)
         told.append(f"{where}: the largest prune.tensor_parallel that works is {largest}")
     return told
+
+
+def _left_out(checkpoint: Checkpoint, method: Method, where: str) -> list[str]:
+    """What a method that adapts does without, and why."""
+    family, left = checkpoint.family, suited(method, checkpoint)
+    told = [f"{where}: KV groups stay: {family.whole_groups}"] if left.structures != method.structures else []
+    return told + ([f"{where}: refit is {left.refit}: {family.no_sequence}"] if left.refit != method.refit else [])
 
 
 def _told_of_ranks(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> str:

@@ -6,8 +6,9 @@ from families import save_model
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.known_shapes import dense_shape
-from hfprune_dist.planning.ratios import check_ratios
+from hfprune_dist.planning.known_shapes import dense_shape, known_shape
+from hfprune_dist.planning.multiples import with_numbers
+from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
 
 PLAIN = {"criterion": "entropy", "multiple_of": 1}
 
@@ -32,6 +33,27 @@ def test_what_an_architecture_rules_out_is_named(tmp_path, model_type, settings,
     possible = {"structures": ["neurons", "layers"], "allocation": "searched", "refit": "dense"}
     for settings in ({}, {"allocation": "global"}, possible):
         check_ratios(checkpoint, [0.1], Method(**PLAIN | settings), "m by it")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "told"),
+    [
+        ("phi3", {"structures": ["neurons", "layers"]}, "KV groups stay: "),
+        ("cohere2", {"refit": "dense"}, "refit is dense: "),
+        ("llama", {}, None),
+    ],
+)
+def test_a_method_that_adapts_does_without(tmp_path, model_type, changes, told):
+    checkpoint = open_checkpoint(save_model(tmp_path / "m", model_type))
+    whole = {"structures": ["neurons", "kv_groups", "layers"], "allocation": "plain", "refit": "block"}
+    method = Method(**PLAIN | whole, adapts=True)
+    check_ratios(checkpoint, [0.1], method, "m by it")
+    settled = with_numbers(method, checkpoint, 0.1, "m by it")
+    assert settled == method.model_copy(update=changes)
+    assert settled.of_one_cut() == Method(**PLAIN | whole | changes).of_one_cut(), "fingerprints are of what is done"
+    remarks = [it for it in remarks_on_shapes(checkpoint, [0.1], method, "m by it") if "tensor_parallel" not in it]
+    assert len(remarks) == bool(told) and all(told in it for it in remarks)
+    assert known_shape(checkpoint, 0.1, method, "m by it").layers is not None
 
 
 def test_heads_that_stay_are_shown(tmp_path):
