@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 import yaml
+from core_definition import OF_ONE_PASS
 from hfprune_launch.stage import run as stage_run
 from sweeps import make_inputs, planned
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +13,6 @@ from worlds import Ranks, run_in_threads, without_deepspeed
 
 from hfprune_dist.config.parameters import PARAMETERS
 from hfprune_dist.core import losses
-from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.distributed import world as worlds
 from hfprune_dist.distributed.determinism import REPRODUCIBLE
 from hfprune_dist.store.artifacts import Store
@@ -167,7 +167,7 @@ def test_scoring_and_refits_need_nothing_that_gpus_refuse(monkeypatch, tmp_path)
     settings = {"models": ["alpha"], "ratios": [0.2], "methods": methods, "recovery": {"method": "none"}}
     settings["calibration"] = {"path": "calibration.jsonl", "samples": 4, "sequence_length": 12, "shard_size": 1}
     config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | settings))
-    _, plan = planned(config, importance__criteria=sorted(CRITERIA))
+    _, plan = planned(config, importance__criteria=OF_ONE_PASS)
     store, seen = Store(tmp_path / "store"), Refusals()
     for stage in plan.stages.values():
         if stage.kind in REPRODUCIBLE and all(store.is_committed(need) for need in stage.needs):
