@@ -15,7 +15,7 @@ SUBJECTS = [
     *("prune searched", "prune plain", "importance", "importance's second pass", "evaluate", "loraprune"),
 ]
 # Of each subject, and half as many after a second crash.
-DRAWN = 6
+DRAWN = 4
 # A subject that must end badly: as if one fsync were missing.
 BROKEN = ["commit!b.bin", "commit!manifest", "importance!partial"]
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = {
     "models": "[llama]",
     "ratios": "[0.2]",
-    "methods": "[surgeon-uniform]",
+    "methods": "[hfprune]",
     "calibration.samples": "4",
     "calibration.shard_size": "1",
     "calibration.sequence_length": "64",
@@ -74,7 +74,7 @@ def test_the_kept_neurons_are_those_of_the_highest_scores(finished):
     scores = load_file(importance / "importance.safetensors")
     kept = json.loads((prune / "kept.json").read_text())["neurons"]
     for layer in range(30):
-        assert kept[layer] == sorted(scores[f"layers.{layer}.surgeon"].topk(1017).indices.tolist())
+        assert kept[layer] == sorted(scores[f"layers.{layer}.entropy"].topk(1017).indices.tolist())
 
 
 def test_the_pruned_checkpoint_still_speaks(finished):
