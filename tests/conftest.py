@@ -8,6 +8,7 @@ import fork_server
 import pytest
 from gpu_marks import lacking
 from hfprune_launch.demo.assets import build
+from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parent
@@ -22,6 +23,9 @@ LONG = [
     "launch",
     "stages",
 ]
+# How long an example takes says something of the machine alone.
+settings.register_profile("without deadlines", parent=settings.default, deadline=None)
+settings.load_profile("without deadlines")
 DEMO_ASSETS = ("tests/launch/test_real_model.py", "tests/test_demo_assets.py", "tests/checkpoints/test_llama_cpp.py")
 
 

@@ -55,7 +55,7 @@ class Factors:
         return torch.addmm(weight_OI.to(self.a_RI.dtype), self.b_OR, self.a_RI, alpha=self.scale)
 
 
-def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int) -> Tensor:
+def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int, parts: int = 1) -> Tensor:
     """Sums of |gradient * (W + scale B A)| over the weights that each unit owns of a tensor, as a vector of norm 1.
 
     The paper squares the terms; the code takes them as they are. Memory: for three portions of ``PORTION`` numbers.
@@ -63,6 +63,7 @@ def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int) -
     Args:
         axis: along which units follow one another.
         per_unit: consecutive entries of one unit.
+        parts: matrices that lie one behind the other along that axis, each of which counts as a tensor of its own.
 
     Returns:
         float64 [units].
@@ -75,8 +76,8 @@ def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int) -
         terms_OI = of_rows.added_to(weight_OI[part]).mul_(of_rows.gradient()).abs_()
         sums.append(terms_OI.sum(1 - axis, dtype=torch.float64))
     entries = torch.cat(sums) if axis == 0 else torch.stack(sums).sum(0)
-    sums_U = entries.view(-1, per_unit).sum(1)
-    vector_U: Tensor = sums_U / (sums_U.norm() + TINY)
+    sums_PU = entries.view(parts, -1, per_unit).sum(2)
+    vector_U: Tensor = (sums_PU / (sums_PU.norm(dim=1, keepdim=True) + TINY)).sum(0)
     return vector_U
 
 

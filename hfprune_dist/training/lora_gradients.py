@@ -65,7 +65,7 @@ class LoraGradients:
             return torch.empty(0)
         gradients = (share * grad_a_RI.float(), share * grad_b_OR.float())
         factors = Factors(a_RI, b_OR, *gradients, lora.scaling[ADAPTER])
-        return unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit)
+        return unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit, owned.parts)
 
     def _clipped_share(self) -> float:
         """What clipping leaves of every gradient of this step: 1 where their norm is small enough."""

@@ -61,6 +61,17 @@ def test_what_is_scored_is_the_weight_with_the_adapter():
     assert torch.equal(unit_scores(cancelled, still, 0, 1), torch.zeros(4, dtype=torch.float64))
 
 
+@given(units=st.integers(1, 5), per_unit=st.integers(1, 3), parts=st.integers(1, 3))
+def test_parts_of_a_matrix_are_scored_as_matrices_of_their_own(units, per_unit, parts):
+    height = units * per_unit
+    weight, grad_b, b = (torch.randn(parts * height, size, dtype=torch.float64) for size in (5, 2, 2))
+    a, grad_a = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    together = unit_scores(weight, Factors(a, b, grad_a, grad_b, 0.5), 0, per_unit, parts)
+    rows = [slice(part * height, (part + 1) * height) for part in range(parts)]
+    apart = [unit_scores(weight[it], Factors(a, b[it], grad_a, grad_b[it], 0.5), 0, per_unit) for it in rows]
+    torch.testing.assert_close(together, torch.stack(apart).sum(0))
+
+
 def test_an_average_forgets_a_tenth_in_a_step():
     first = averaged(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
     assert float(first) == pytest.approx(1 - DECAY)
