@@ -61,9 +61,10 @@ class Windows:
 
 
 def hopeful(kls: Mapping[str, float]) -> list[str]:
-    """The shapes that may turn out to be the closest, the closest after a cheap refit first."""
+    """The shapes that may turn out to be the closest, the closest after a cheap refit first; there is one at least."""
     closest = min(kls.values())
-    return [shape for shape in sorted(kls, key=kls.__getitem__) if kls[shape] <= HOPELESS * closest]
+    farthest = max(closest, HOPELESS * closest)  # rounding makes a divergence of nothing negative
+    return [shape for shape in sorted(kls, key=kls.__getitem__) if kls[shape] <= farthest]
 
 
 class Finals:

@@ -7,6 +7,8 @@ import re
 import pytest
 import torch
 from forks import on_ranks
+from hypothesis import given
+from hypothesis import strategies as st
 from masking import mask
 from ranks import SoloWorld
 from refitting import best_of, ridge_regression
@@ -373,3 +375,13 @@ def test_where_attention_is_nothing_groups_go(tmp_path):
     run(store, stage, SoloWorld())
     assert kept_of(store, stage)["layers"] == list(range(LAYERS))
     assert metrics_of(store, stage)["num_key_value_heads"] < GROUPS
+
+
+@given(st.dictionaries(st.text(max_size=3), st.floats(-1e-3, 1e3), min_size=1))
+def test_the_closest_shape_is_always_hopeful(kls):
+    """Also where rounding makes a divergence of nothing negative."""
+    found = finals.hopeful(kls)
+    assert kls[found[0]] == min(kls.values())
+    assert [kls[name] for name in found] == sorted(kls[name] for name in found)
+    farther = [kls[name] for name in kls if name not in found]
+    assert all(it > max(kls[found[0]], finals.HOPELESS * kls[found[0]]) for it in farther)
