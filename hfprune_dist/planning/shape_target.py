@@ -104,7 +104,8 @@ class ShapeTarget:
             limits: what else bounds it.
         """
         missing = [name for name in possible if name not in self.structures]
-        more = f"; with {' and '.join(missing)} in prune.structures {round_down(with_all)}" if missing else ""
+        helps = missing and round_down(with_all) > round_down(largest)
+        more = f"; with {' and '.join(missing)} in prune.structures {round_down(with_all)}" if helps else ""
         return UserError(
             f"{self.where}: ratio {self.ratio:g} can't be reached by pruning {_listed(self.structures)}{limits}; the "
             f"largest possible is {round_down(largest)} ({self.rounding}){more}"
