@@ -221,6 +221,22 @@ def _cut(mlp, numbers):
     mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.detach()[:, numbers])
 
 
+def assert_scores_of_weights(of_criterion, model, windows, units, output):
+    """That criteria made of weights and their gradients have the scores that autograd gives.
+
+    Args:
+        of_criterion: its name -> our scores [layers, units].
+        units: how many a layer has; those of the projection ``output``.
+    """
+    expected = {
+        "weight_taylor": weight_taylor(model, windows, units, output),
+        "weight_taylor_vectorized": weight_taylor(model, windows, units, output, vectorized=True),
+        "weight_taylor_second_order": weight_taylor_second_order(model, windows, units, output),
+    }
+    for name, scores in expected.items():
+        torch.testing.assert_close(of_criterion(name), scores, rtol=1e-3, atol=1e-4 * scores.max().item())
+
+
 def moments(model, windows, seed=0, channels=1, output=NEURONS):
     """Of every layer: mean h h^T, mean g g^T at the output of the projection and mean (h dL/dh)^2, L the random signs'
     loss, and h dL/dh is added up for each unit.

@@ -250,12 +250,12 @@ class LayerStream:
         """
         modules = [linear_of(layer, name) for name in names]
         sums = [SquareSums(number, it.in_features, self._count, self._world) for it in modules]
-        for _, hidden_BTC in self.standing():
+        for index, hidden_BTC in self.standing():
             with ExitStack() as observers:
                 seen = [observers.enter_context(_inputs_of(module)) for module in modules]
                 run(layer, hidden_BTC)
             for of_module, inputs in zip(sums, seen, strict=True):
-                of_module.add(inputs.pop().flatten(0, 1))
+                of_module.add(index, inputs.pop().flatten(0, 1))
             del hidden_BTC
         for of_module in sums:
             of_module.begin()

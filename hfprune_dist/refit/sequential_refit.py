@@ -14,9 +14,10 @@ from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.core.exact_sums import ExactOverflowError
 from hfprune_dist.core.gauss_newton import Biases, MlpWeights
 from hfprune_dist.core.least_squares import vectors_of_targets, weight_of_targets
-from hfprune_dist.distributed.gram_sums import GramSums, unusable
+from hfprune_dist.distributed.gram_sums import GramSums
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.window_sums import unusable
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import (
     added,

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from blank import SMOLLM2, blank, sizes
+from blank import LLAMA_7B, SMOLLM2, blank, sizes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import VARIANTS
@@ -18,14 +18,6 @@ from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
 from hfprune_dist.planning.shape_target import ShapeTarget
 
 METHOD = {"criterion": "lorap", "allocation": "low_rank"}
-LLAMA_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32000,
-}
 
 
 def target(checkpoint, ratio, multiple_of=1):

@@ -1,7 +1,7 @@
 """What ``multiple_of: auto`` comes to."""
 
 import pytest
-from blank import SMOLLM2, blank, sizes
+from blank import LLAMA_7B, SMOLLM2, blank, sizes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -15,14 +15,6 @@ from hfprune_dist.planning.widths import Target, size_of
 
 BOTH = ["neurons", "kv_groups"]
 ALL = [*BOTH, "layers"]
-LLAMA_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32000,
-}
 
 
 def method(allocation="plain", **options):

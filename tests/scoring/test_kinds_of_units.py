@@ -8,11 +8,10 @@ from core_definition import (
     GRADIENT_CRITERIA,
     NEURONS,
     OF_ONE_PASS,
+    assert_scores_of_weights,
     definition,
     moments,
     student,
-    weight_taylor,
-    weight_taylor_second_order,
 )
 from damage import nothing_reaches_the_disk
 from hypothesis import example, given, settings
@@ -110,13 +109,11 @@ def assert_as_defined(scores, model, windows, calibration):
         tolerance = 2e-2 if CRITERIA[name].is_rounded else 1e-3
         assert (ours - expected).norm() < tolerance * expected.norm() + 1e-9, name
     for kind, units, output in (("neurons", 20, NEURONS), ("kv_groups", model.groups, OUTPUT)):
-        for name in ("weight_taylor", "weight_taylor_vectorized"):
-            ours = torch.stack(scores_of_layers(scores, name, kind))
-            expected = weight_taylor(dense, windows, units, output, vectorized=name.endswith("vectorized"))
-            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
-        ours = torch.stack(scores_of_layers(scores, "weight_taylor_second_order", kind))
-        expected = weight_taylor_second_order(dense, windows, units, output)
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
+
+        def ours(name, kind=kind):
+            return torch.stack(scores_of_layers(scores, name, kind))
+
+        assert_scores_of_weights(ours, dense, windows, units, output)
     for layer, (gram, curvature, fisher) in enumerate(moments(dense, windows, SEED, channels, OUTPUT)):
         attention = dense.model.layers[layer].self_attn
         expected = elimination_scores(gram, curvature, attention.o_proj.weight.detach(), fisher)

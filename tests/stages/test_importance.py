@@ -7,11 +7,10 @@ import torch
 from core_definition import (
     GRADIENT_CRITERIA,
     OF_ONE_PASS,
+    assert_scores_of_weights,
     definition,
     moments,
     student,
-    weight_taylor,
-    weight_taylor_second_order,
 )
 from ranks import failure_of, killing, run_stage
 from safetensors.torch import load_file, save_file
@@ -223,13 +222,11 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
         ours = torch.stack(scores_of_layers(scores, name, "kv_groups"))
         assert ours.shape == (2, 2) and (ours - expected).norm() / expected.norm() < tolerance, name
     for kind, (units, output) in {"neurons": (416, "mlp.down_proj"), "kv_groups": (2, "self_attn.o_proj")}.items():
-        for name in ("weight_taylor", "weight_taylor_vectorized"):
-            ours = torch.stack(scores_of_layers(scores, name, kind))
-            expected = weight_taylor(model, windows, units, output, vectorized=name.endswith("vectorized"))
-            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
-        ours = torch.stack(scores_of_layers(scores, "weight_taylor_second_order", kind))
-        expected = weight_taylor_second_order(model, windows, units, output)
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
+
+        def ours(name, kind=kind):
+            return torch.stack(scores_of_layers(scores, name, kind))
+
+        assert_scores_of_weights(ours, model, windows, units, output)
     assert all(value == value.bfloat16().double() for value in scores["layers.1.entropy_bfloat16"])
     for layer, (gram, curvature, fisher) in enumerate(moments(model, windows, seed=3)):
         weight = model.model.layers[layer].mlp.down_proj.weight
