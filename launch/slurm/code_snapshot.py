@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_launch.project import Project
+from hfprune_launch.slurm.bytecode import compile_sources
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import fsync_path, write_json, write_text
@@ -38,9 +39,11 @@ def take_snapshot(
             # The copy is what is digested: the originals may be edited at this moment.
             snapshot = folder / _digest(draft)
             if _is_intact(snapshot):
+                compile_sources(_sources(snapshot))
                 return snapshot
             if aside := _set_aside(snapshot):
                 tell(f"the code in {snapshot} was damaged: set aside as {aside}, copied again")
+            compile_sources(_sources(draft))
             write_json(draft / "provenance.json", dict(code))
             write_text(draft / "uncommitted.diff", _uncommitted(project.clone))
             if _publish(draft, snapshot):
