@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.config.method import Method
+from hfprune_dist.config.method import Method, structures_possible
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
@@ -80,7 +80,8 @@ def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: s
 def target_of(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> ShapeTarget:
     """What a method whose ``multiple_of`` is a number asks of a shape."""
     assert isinstance(method.multiple_of, int), "planned with a number"
-    return ShapeTarget(checkpoint, ratio, tuple(method.structures), method.multiple_of, where, method.tensor_parallel)
+    structures, possible = tuple(method.structures), structures_possible(method.allocation)
+    return ShapeTarget(checkpoint, ratio, structures, method.multiple_of, where, method.tensor_parallel, possible)
 
 
 def _suits(multiple_of: int, method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> bool:

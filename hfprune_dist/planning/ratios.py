@@ -46,6 +46,7 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
     for ratio in ratios:
         settled = with_numbers(method, checkpoint, ratio, where)
         _check_multiple(checkpoint, settled, where)
+        _check_protected(checkpoint, settled, where)
         check_student(checkpoint, ratio, settled, where)
         decided = _of_all_rounds(checkpoint, ratio, settled, where)
         if decided in reached:
@@ -81,6 +82,15 @@ def _check_multiple(checkpoint: Checkpoint, method: Method, where: str) -> None:
         raise UserError(
             f"{where}: prune.multiple_of comes to {method.multiple_of}{split}, but layers have {most} neurons at most; "
             f"use a number up to {most}"
+        )
+
+
+def _check_protected(checkpoint: Checkpoint, method: Method, where: str) -> None:
+    first, last = protected_by(method)
+    if method.can_protect and first + last >= checkpoint.num_layers:
+        raise UserError(
+            f"{where}: prune.protect_first {first} and prune.protect_last {last} leave none of its "
+            f"{checkpoint.num_layers} layers to prune; together they must be less than {checkpoint.num_layers}"
         )
 
 
