@@ -85,6 +85,7 @@ class Units:
         channels_per_unit: consecutive channels of that projection's input that are one unit's.
         fields: field of config.json -> how much of it is one unit.
         implied: field -> its value, which config.json must state once it can't be computed from ``fields`` any more.
+        experts: equal parts of a layer's units, one behind the other.
     """
 
     kind: str
@@ -95,6 +96,7 @@ class Units:
     channels_per_unit: int
     fields: Mapping[str, int]
     implied: Mapping[str, int] = field(default_factory=dict)
+    experts: int = 1
 
     @property
     def layers(self) -> str:
