@@ -38,8 +38,8 @@ class Adapter:
 
 
 def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str]:
-    """Names of the linear layers that get an adapter: all projections of attention and of the MLPs that every token goes
-    through; of one of low rank both factors. Experts that are chosen get none: their matrices are no linear layers.
+    """Names of the linear layers that get an adapter: all projections of attention, and of the MLPs that every token
+    goes through; of one of low rank both factors. Experts get none: their matrices are no linear layers.
 
     Args:
         low_rank: names within a layer of projections of low rank.

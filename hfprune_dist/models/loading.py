@@ -80,7 +80,7 @@ def attention_of(checkpoint: Checkpoint) -> str:
 
 
 def stays_float32(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether transformers keeps a tensor in float32, whatever dtype a model is loaded in: what chooses experts, in some."""
+    """Whether transformers keeps a tensor in float32 whatever dtype a model is loaded in, as some routers are."""
     kept = getattr(transformers, checkpoint.family.plain_class)._keep_in_fp32_modules_strict or ()
     return any(part in name for part in kept)
 

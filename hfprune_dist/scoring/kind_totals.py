@@ -18,17 +18,22 @@ Saved = dict[str, Tensor]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def scored_by(criteria: Sequence[Criterion], kind: str) -> list[Criterion]:
-    """Those that have scores for this kind of units."""
-    return [criterion for criterion in criteria if kind == NEURONS or not criterion.is_of_neurons]
+def scored_by(criteria: Sequence[Criterion], kind: str, experts: int = 1) -> list[Criterion]:
+    """Those that have scores for this kind of units, of so many experts in each layer."""
+    of_kind = [criterion for criterion in criteria if kind == NEURONS or not criterion.is_of_neurons]
+    return [criterion for criterion in of_kind if experts == 1 or criterion.is_of_experts]
 
 
 class Shape(NamedTuple):
-    """Of a model, as one kind of its units has it: units of each layer, and what their output projections put out."""
+    """Of a model, as one kind of its units has it: units of each layer, and what their output projections put out.
+
+    Where they are of experts, a layer's units are those of its first expert, then those of its second, and so on.
+    """
 
     counts: tuple[int, ...]
     channels_per_unit: int
     hidden_size: int
+    experts: int = 1
 
     @property
     def layers(self) -> int:

@@ -64,8 +64,8 @@ class Experts:
 
 
 def expert_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts) -> Units:
-    """The neurons of a model's experts, those of one expert behind those of another: unit ``e * width + n`` of a layer is
-    neuron ``n`` of its expert ``e``. All experts are equally wide, so that each keeps as many.
+    """The neurons of a model's experts, those of one behind those of another: unit ``e * width + n`` of a layer is neuron
+    ``n`` of its expert ``e``. All experts are equally wide, so that each keeps as many.
     """
     return Units(
         kind="expert_neurons",

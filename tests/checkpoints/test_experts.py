@@ -1,4 +1,4 @@
-"""Mixtures of experts: every architecture that is pruned, held against what transformers makes of a tiny model of it."""
+"""Every mixture of experts that is pruned, held against what transformers makes of a tiny model of it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,162 @@
+"""Tiny random mixtures of experts, of every family that is scored."""
+
+import copy
+
+import torch
+import transformers
+from core_definition import GRADIENT_CRITERIA
+from transformers.integrations import moe
+
+from hfprune_dist.checkpoints.families import Family
+
+HIDDEN, WIDTH, EXPERTS, LAYERS = 32, 6, 5, 3
+COMMON = {
+    "vocab_size": 264,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NARROW = {"intermediate_size": 10, "moe_intermediate_size": WIDTH}
+DENSE_FIRST = {**NARROW, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+DENSE_FIRST |= {"first_k_dense_replace": 1, "routed_scaling_factor": 1.5}
+# model_type -> the stem of its classes' names, what its configuration is given, the block with the experts.
+MIXTURES = {
+    "mixtral": ("Mixtral", {"intermediate_size": WIDTH, "num_local_experts": EXPERTS}, "mlp"),
+    "qwen2_moe": ("Qwen2Moe", {**NARROW, "num_experts": EXPERTS, "shared_expert_intermediate_size": 8}, "mlp"),
+    "qwen3_moe": ("Qwen3Moe", {**NARROW, "num_experts": EXPERTS, "head_dim": 8, "mlp_only_layers": [1]}, "mlp"),
+    "olmoe": ("Olmoe", {"intermediate_size": WIDTH, "num_experts": EXPERTS}, "mlp"),
+    "granitemoe": (
+        "GraniteMoe",
+        {"intermediate_size": WIDTH, "num_local_experts": EXPERTS, "residual_multiplier": 0.7},
+        "block_sparse_moe",
+    ),
+    "glm4_moe": ("Glm4Moe", {**DENSE_FIRST, "head_dim": 8}, "mlp"),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            **DENSE_FIRST,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 12,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+        "mlp",
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {"intermediate_size": WIDTH, "num_local_experts": EXPERTS, "head_dim": 8, "swiglu_limit": 0.7},
+        "mlp",
+    ),
+}
+# Layers without experts.
+DENSE_LAYERS = {"qwen3_moe": [1], "glm4_moe": [0], "deepseek_v3": [0]}
+
+
+def mixture(model_type, seed=0, **changes):
+    """A random float32 model whose outputs are far from uniform, and whose experts get unequal numbers of tokens."""
+    name, options, _ = MIXTURES[model_type]
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **options, **changes})
+    torch.manual_seed(seed)
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    model = kind._from_config(config, attn_implementation="sdpa" if kind._supports_sdpa else "eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1))
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(1.0)
+    return model
+
+
+def family_of(model_type):
+    """Where its parts are."""
+    name, _, block = MIXTURES[model_type]
+    return Family(model_type, name, mlp=block)
+
+
+def experts_of(model):
+    """Number of a layer with experts -> the module that has them."""
+    found = {}
+    for number, layer in enumerate(model.model.layers):
+        for module in layer.modules():
+            if hasattr(module, "down_proj") and getattr(module.down_proj, "ndim", 0) == 3:
+                found[number] = module
+    return found
+
+
+def gated(experts, made):
+    """What neurons of experts make of what gate and up put out, as the papers have it."""
+    if experts.is_transposed:  # gpt_oss, whose gate and up are interleaved
+        gate, up = made[..., 0::2].clamp(max=experts.limit), made[..., 1::2].clamp(-experts.limit, experts.limit)
+        return (up + 1) * gate * torch.sigmoid(experts.alpha * gate)
+    gate, up = made.tensor_split(2, dim=-1)
+    return gate * torch.sigmoid(gate) * up
+
+
+class Definition:
+    """Every expert computes for every token, with a mask on its neurons; routing weights are zero of other experts.
+
+    Attributes:
+        masks, hidden: of each layer with experts, masks and activations [experts, tokens, neurons] in the last forward.
+    """
+
+    def __init__(self, model, keeps=None):
+        self._keeps = keeps
+        self._layers = {module: number for number, module in experts_of(model).items()}
+        self.masks, self.hidden = {}, {}
+        for module in self._layers:
+            module.config._experts_implementation = "definition"
+            module.definition = lambda *inputs, module=module: self._compute(module, *inputs)
+
+    def _compute(self, module, hidden_NC, index_NK, weights_NK):
+        number, count = self._layers[module], module.num_experts
+        layout = "nc,ecd->end" if module.is_transposed else "nc,edc->end"
+        made = torch.einsum(layout, hidden_NC, module.gate_up_proj)
+        made = made + module.gate_up_proj_bias[:, None] if module.has_bias else made
+        hidden_END = gated(module, made)
+        routing_EN = torch.stack([(weights_NK * (index_NK == expert)).sum(1) for expert in range(count)])
+        masks_END = torch.ones_like(hidden_END)
+        if self._keeps is not None:
+            masks_END = masks_END * self._keeps[number].view(count, 1, -1)
+        self.masks[number] = masks_END = masks_END.detach().requires_grad_()
+        self.hidden[number] = hidden_END.detach() * (routing_EN > 0)[..., None]
+        layout = "end,edc->enc" if module.is_transposed else "end,ecd->enc"
+        outputs = torch.einsum(layout, hidden_END * masks_END, module.down_proj)
+        outputs = outputs + module.down_proj_bias[:, None] if module.has_bias else outputs
+        return (outputs * routing_EN[..., None]).sum(0).to(hidden_NC.dtype)
+
+
+moe.ALL_EXPERTS_FUNCTIONS.register("definition", lambda module, *inputs: module.definition(*inputs))
+
+
+def definition(model, windows, criterion, seed=0, keeps=None):
+    """Sums over windows and tokens, float64 [layers, experts * neurons]; zeros in layers without experts.
+
+    ``keeps`` is a student's mask of units, bool [experts * neurons] of each layer.
+    """
+    dense = copy.deepcopy(model).double().requires_grad_()
+    student = copy.deepcopy(dense) if criterion == "self_distillation" else dense
+    scored = Definition(student, keeps if criterion == "self_distillation" else None)
+    sums = torch.zeros(LAYERS, EXPERTS * WIDTH, dtype=torch.float64)
+    for number, window in enumerate(windows):
+        teacher = dense(input_ids=window[None]).logits[0].detach()
+        logits = student(input_ids=window[None]).logits[0]
+        if criterion == "activation":
+            for layer, hidden_END in scored.hidden.items():
+                sums[layer] += hidden_END.square().sum(1).flatten()
+            continue
+        loss, terms = GRADIENT_CRITERIA[criterion]
+        loss(logits, input_ids=window, window=number, seed=seed, teacher=teacher).backward()
+        for layer, masks_END in scored.masks.items():
+            # A mask's gradient is h * dL/dh, but where the mask is 0: there it is what the neuron's return would do.
+            sums[layer] += terms(masks_END.grad).sum(1).flatten()
+    return sums
