@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hfprune_dist.checkpoints.expert_discovery import find_experts, has_experts
+from hfprune_dist.checkpoints.expert_discovery import find_experts
 from hfprune_dist.checkpoints.families import Family, not_supported
+from hfprune_dist.structures.experts import number_of_experts
 from hfprune_dist.structures.units import LAYER_SIZES
 
 Shapes = Mapping[str, Sequence[int]]
@@ -71,7 +72,7 @@ def discover(config: Mapping[str, Any], shapes: Shapes, where: str) -> tuple[Fam
     search = _Search(config, shapes, where)
     layers = search.prefix()
     parts = search.parts_of_layers(layers)
-    experts = find_experts(config, parts, search.refusal) if has_experts(config) else None
+    experts = find_experts(config, parts, search.refusal) if number_of_experts(config) else None
     plain = [there for layer, there in enumerate(parts) if experts is None or layer not in experts.layers]
     mlp, rows, down = search.mlp(plain) if plain else _BESIDE_EXPERTS
     mlp = experts.module.rpartition(".")[0] if experts else mlp

@@ -12,17 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfprune_dist.checkpoints.families import MLP
-from hfprune_dist.structures.experts import Experts, Shared
+from hfprune_dist.structures.experts import CHOSEN, NUMBERS, SHARED_NUMBER, SHARED_WIDTH, WIDTHS, Experts, Shared
 from hfprune_dist.structures.units import Owned
 
 Shapes = Mapping[str, Sequence[int]]
 Refusal = Callable[[str], Exception]
 
-# Keys of a config.json: how many experts a layer has, how wide they are (the first one that is there), and how wide the
-# shared one is: by itself, or as many times as wide as an expert.
-_NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts")
-_WIDTHS = ("moe_intermediate_size", "intermediate_size")
-_SHARED_WIDTH, _SHARED_NUMBER = "shared_expert_intermediate_size", "n_shared_experts"
 _SHARED = ("shared_expert", "shared_experts")
 _ROUTERS = r"(gate|router|router\.layer)\.(weight|bias|e_score_correction_bias)|shared_expert_gate\.weight"
 # What modules call tensors that files call something else.
@@ -87,11 +82,6 @@ def _of_experts(owned: Owned, block: str, count: int) -> list[Owned]:
     return [Owned(name, owned.axis, expert=expert) for expert, name in enumerate(names)]
 
 
-def has_experts(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that there are several."""
-    return any(isinstance(config.get(key), int) and config[key] > 1 for key in _NUMBERS)
-
-
 def find_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refusal: Refusal) -> Experts:
     """The experts of a model that has some.
 
@@ -122,7 +112,7 @@ class _Found:
 
     def experts(self, form: _Form, layers: tuple[int, ...]) -> Experts:
         """All that is to know of them."""
-        count, chosen = self._number(), self._config.get("num_experts_per_tok")
+        count, chosen = self._number(), self._config.get(CHOSEN)
         if not isinstance(chosen, int) or not 0 < chosen <= count:
             raise self._refusal(f"num_experts_per_tok in config.json is {chosen!r}, of {count} experts")
         rows, columns = form.owned(self._block, count)
@@ -138,7 +128,7 @@ class _Found:
             chosen=chosen,
             layers=layers,
             module=f"{'mlp' if form.renamed == _OF_MIXTRAL else self._block}.experts",
-            field=next(key for key in _WIDTHS if self._config.get(key) is not None),
+            field=next(key for key in WIDTHS if self._config.get(key) is not None),
             rows=rows,
             columns=columns,
             shared=shared,
@@ -146,7 +136,7 @@ class _Found:
         )
 
     def _number(self) -> int:
-        stated = {key: self._config[key] for key in _NUMBERS if isinstance(self._config.get(key), int)}
+        stated = {key: self._config[key] for key in NUMBERS if isinstance(self._config.get(key), int)}
         if len({*stated.values()}) > 1:
             raise self._refusal(f"config.json disagrees with itself about the number of experts ({stated})")
         return int(next(iter(stated.values())))
@@ -155,12 +145,12 @@ class _Found:
         names = [name for name in _SHARED if any(it.startswith(f"{self._block}.{name}.") for it in there)]
         if not names:
             return None
-        if self._config.get(_SHARED_WIDTH) is not None:
-            return Shared(f"{self._block}.{names[0]}", _SHARED_WIDTH)
-        copies = self._config.get(_SHARED_NUMBER)
-        if not isinstance(copies, int) or copies < 1 or self._config.get(_WIDTHS[0]) is None:
+        if self._config.get(SHARED_WIDTH) is not None:
+            return Shared(f"{self._block}.{names[0]}", SHARED_WIDTH)
+        copies = self._config.get(SHARED_NUMBER)
+        if not isinstance(copies, int) or copies < 1 or self._config.get(WIDTHS[0]) is None:
             raise self._refusal(f"config.json doesn't say how wide {self._block}.{names[0]} is")
-        return Shared(f"{self._block}.{names[0]}", _WIDTHS[0], copies)
+        return Shared(f"{self._block}.{names[0]}", WIDTHS[0], copies)
 
     def _check(self, layer: int, known: set[str]) -> None:
         there = self._parts[layer]

@@ -43,8 +43,8 @@ def module_tensors(checkpoint: Checkpoint, layer: int | None = None) -> dict[str
             renamed = f"{prefix}{number}.{experts.in_modules(part)}" if name.startswith(prefix) else name
             found[renamed] = ModuleTensor(checkpoint.tensors[name].shape, ((name,),))
     if experts.each:
-        for number in experts.layers if layer is None else {layer} & {*experts.layers}:
-            found |= _of_experts(checkpoint, experts, f"{prefix}{number}")
+        for sparse in experts.layers if layer is None else {layer} & {*experts.layers}:
+            found |= _of_experts(checkpoint, experts, f"{prefix}{sparse}")
     return found
 
 

@@ -14,7 +14,7 @@ def top_units(scores_U: Tensor, count: int) -> Tensor:
 
 
 def top_units_of_each(scores_U: Tensor, count: int, experts: int) -> Tensor:
-    """Indices of ``count`` units, ascending (int64): the highest scores of each of so many equal parts, as many of each."""
+    """Indices of ``count`` units, ascending (int64): of each of so many equal parts as many, its highest scores."""
     assert count % experts == len(scores_U) % experts == 0, f"{count} of {len(scores_U)} units in {experts} parts"
     if not count:
         return torch.zeros(0, dtype=torch.int64)

@@ -34,8 +34,10 @@ Manifest = Mapping[str, Any]
 _MEASURED = ("perplexity", "kl", "top1_agreement")
 # What a prune stage tells besides where it took more than neurons.
 LAYERS, KEY_VALUE_HEADS = "num_hidden_layers", "num_key_value_heads"
+# Of mixtures of experts, beside the neurons of layers that have none.
+EXPERT_WIDTHS = ("moe_intermediate_size", "shared_expert_intermediate_size")
 _FIELDS = ("num_attention_heads", KEY_VALUE_HEADS)
-_OF_MORE_THAN_NEURONS = (LAYERS, *_FIELDS, *map(plural_of, _FIELDS))
+_OF_MORE_THAN_NEURONS = (LAYERS, *_FIELDS, *map(plural_of, _FIELDS), *EXPERT_WIDTHS)
 BY_LAYER = ("intermediate_sizes", *map(plural_of, _FIELDS))
 
 
@@ -51,16 +53,17 @@ class DenseModel:
     """
 
     parameters: int
-    intermediate_size: int
+    intermediate_size: int | None
     weight_bytes: int | None = None
     decoder: Decoder | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> DenseModel:
         """What a dense checkpoint has of it."""
-        sizes = checkpoint.units.sizes(checkpoint.units.counts)
         weights = sum(tensor.bytes for tensor in checkpoint.tensors.values())
-        return cls(checkpoint.parameters, sizes["intermediate_size"], weights, Decoder.of(checkpoint))
+        kinds = checkpoint.structures.values()
+        sizes = {name: size for it in kinds for name, size in it.sizes(it.counts).items()}
+        return cls(checkpoint.parameters, sizes.get("intermediate_size"), weights, Decoder.of(checkpoint))
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> DenseModel:

@@ -108,7 +108,7 @@ def _accumulate(
     shards = cut_into_shards(windows, settings.micro_batch_size, settings.shard_size)
     hidden_size = checkpoint.config["hidden_size"]
     shapes = {
-        kind: Shape(units.counts, units.channels_per_unit, hidden_size)
+        kind: Shape(units.counts, units.channels_per_unit, hidden_size, units.experts)
         for kind, units in _scored_units(context, checkpoint).items()
     }
     totals = Accumulation(
@@ -118,7 +118,7 @@ def _accumulate(
         context.work / PARTIAL,
         context.world,
         micro_batches=sum(map(len, shards)),
-        weights=_weights_of_units(context, checkpoint),
+        weights=_weights_of_units(context, checkpoint) if any(it.needs_weight_gradients for it in criteria) else None,
         settled=settings.settled,
     )
 
@@ -159,7 +159,7 @@ def _scorer(
         seed=params.seed,
         micro_batch_size=params.calibration.micro_batch_size,
         world=context.world,
-        structures=params.structures,
+        structures=list(_scored_units(context, checkpoint)),
         activation_checkpointing=context.runtime.activation_checkpointing,
         curvature=totals.curvature,
         gradients=totals.gradients,

@@ -9,6 +9,12 @@ from typing import Any
 from hfprune_dist.structures.neurons import neurons
 from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 
+# Keys of a config.json: how many experts a layer has, and how many of them compute a token.
+NUMBERS, CHOSEN = ("num_experts", "num_local_experts", "n_routed_experts"), "num_experts_per_tok"
+# How wide they are, by the first one that is there; and how wide the shared one is, by itself or as many times as wide.
+WIDTHS = ("moe_intermediate_size", "intermediate_size")
+SHARED_WIDTH, SHARED_NUMBER = "shared_expert_intermediate_size", "n_shared_experts"
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -63,9 +69,35 @@ class Experts:
         return not self.rows[0].stacked
 
 
+def number_of_experts(config: Mapping[str, Any]) -> int:
+    """Of a layer that has some; 0 where a config.json speaks of no more than one."""
+    stated = [int(config[key]) for key in NUMBERS if isinstance(config.get(key), int)]
+    return max(stated) if stated and max(stated) > 1 else 0
+
+
+def mlp_widths(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Of each layer of a config.json, the neurons that compute a token, and those that are there, experts' included."""
+    dense, experts = read_counts(config, "intermediate_size"), number_of_experts(config)
+    if not experts:
+        return [(width, width) for width in dense]
+    width = int(next(config[key] for key in WIDTHS if config.get(key) is not None))
+    shared = int(config.get(SHARED_WIDTH) or (config.get(SHARED_NUMBER) or 0) * width)
+    sparse = width * int(config.get(CHOSEN) or 1) + shared, width * experts + shared
+    return [sparse if _has_experts(config, layer) else (count, count) for layer, count in enumerate(dense)]
+
+
+def _has_experts(config: Mapping[str, Any], layer: int) -> bool:
+    kinds = config.get("mlp_layer_types")
+    if kinds:
+        return bool(kinds[layer] == "sparse")
+    in_turn = (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
+    plain = config.get("mlp_only_layers") or ()
+    return layer >= (config.get("first_k_dense_replace") or 0) and layer not in plain and in_turn
+
+
 def expert_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts) -> Units:
-    """The neurons of a model's experts, those of one behind those of another: unit ``e * width + n`` of a layer is neuron
-    ``n`` of its expert ``e``. All experts are equally wide, so that each keeps as many.
+    """The neurons of a model's experts, those of one behind those of another: unit ``e * width + n`` of a layer is
+    neuron ``n`` of its expert ``e``. All experts are equally wide, so that each keeps as many.
     """
     return Units(
         kind="expert_neurons",
