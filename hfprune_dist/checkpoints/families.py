@@ -77,12 +77,6 @@ class Family:
         return f"{self.architecture}ForCausalLM"
 
     @property
-    def mlp_projections(self) -> tuple[str, ...]:
-        """Linear layers of the MLPs that every token goes through."""
-        has_some = self.experts is None or self.experts.shared is not None or self.dense_layers
-        return (*self.row_projections, self.down_projection) if has_some else ()
-
-    @property
     def pruned_class(self) -> str:
         """The class in ``modeling_pruned.py`` whose layers differ in width or heads."""
         return f"Pruned{self.plain_class}"
