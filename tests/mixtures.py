@@ -144,8 +144,10 @@ def definition(model, windows, criterion, seed=0, keeps=None):
     ``keeps`` is a student's mask of units, bool [experts * neurons] of each layer.
     """
     dense = copy.deepcopy(model).double().requires_grad_()
-    student = copy.deepcopy(dense) if criterion == "self_distillation" else dense
-    scored = Definition(student, keeps if criterion == "self_distillation" else None)
+    student, scored = dense, Definition(dense)
+    if criterion == "self_distillation":
+        student = copy.deepcopy(model).double().requires_grad_()
+        scored = Definition(student, keeps)
     sums = torch.zeros(LAYERS, EXPERTS * WIDTH, dtype=torch.float64)
     for number, window in enumerate(windows):
         teacher = dense(input_ids=window[None]).logits[0].detach()
