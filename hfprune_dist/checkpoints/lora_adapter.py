@@ -38,15 +38,15 @@ class Adapter:
 
 
 def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str]:
-    """Names of the linear layers that get an adapter: all projections of attention and MLP; of one of low rank both
-    factors.
+    """Names of the linear layers that get an adapter: all projections of attention, and of the MLPs that every token
+    goes through; of one of low rank both factors. Experts get none: their matrices are no linear layers.
 
     Args:
         low_rank: names within a layer of projections of low rank.
     """
     factored = {name.rpartition(".")[2]: () for name in low_rank}
     attention = [linear for name in family.attention_projections for linear in linear_modules(name, factored)]
-    return [*attention, *family.row_projections, family.down_projection]
+    return [*attention, *family.mlp_projections]
 
 
 def write_adapter(

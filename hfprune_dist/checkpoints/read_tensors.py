@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.module_tensors import ModuleTensor
 from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments
 from hfprune_dist.structures.units import Units
 
@@ -22,6 +23,13 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     with safe_open(checkpoint.path / checkpoint.tensors[name].file, framework="pt") as source:
         tensor: Tensor = source.get_tensor(name)
     return tensor
+
+
+def read_module_tensor(checkpoint: Checkpoint, made: ModuleTensor) -> Tensor:
+    """A tensor of a module, in the dtype of the files, on the CPU."""
+    matrices = [[read_tensor(checkpoint, name) for name in names] for names in made.sources]
+    whole = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in matrices]
+    return torch.stack(whole) if made.is_stacked else whole[0]
 
 
 def dtype_of(checkpoint: Checkpoint, name: str) -> torch.dtype:

@@ -96,7 +96,7 @@ def _summed(criteria: Sequence[Criterion]) -> list[Criterion]:
 
 def _scored_units(context: Context, checkpoint: Checkpoint) -> dict[str, Units]:
     """Kind -> its units, neurons first."""
-    return {kind: checkpoint.structures[kind] for kind in context.params.structures}
+    return {units.kind: units for units in checkpoint.pruned_kinds(context.params.structures)}
 
 
 def _accumulate(

@@ -1,0 +1,104 @@
+"""Neurons of mixtures of experts: of the experts among which a router chooses, and of the shared one beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hfprune_dist.structures.neurons import neurons
+from hfprune_dist.structures.units import Block, Owned, Units, read_counts
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The MLP beside a layer's experts that every token goes through.
+
+    Attributes:
+        name: within a layer.
+        field: of config.json, which says how wide it is.
+        copies: neurons for each one that the field counts.
+    """
+
+    name: str
+    field: str
+    copies: int = 1
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a model, in its modules and in its files.
+
+    Attributes:
+        count: of a layer that has any.
+        chosen: that compute a token.
+        layers: numbers of the layers that have them; the others have a plain MLP.
+        module: name within a layer of the module that has them all.
+        field: of config.json, which says how wide they are.
+        rows, columns: what their neurons own in the files.
+        shared: None where there is none.
+        renamed: (what names within a layer begin with in files, and in modules), of those that differ.
+    """
+
+    count: int
+    chosen: int
+    layers: tuple[int, ...]
+    module: str
+    field: str
+    rows: tuple[Owned, ...]
+    columns: tuple[Owned, ...]
+    shared: Shared | None = None
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def in_modules(self, name: str) -> str:
+        """What modules call a tensor within a layer that files call so."""
+        for before, after in self.renamed:
+            if name.startswith(before):
+                return after + name.removeprefix(before)
+        return name
+
+    @property
+    def each(self) -> bool:
+        """Whether every expert has tensors of its own in the files."""
+        return not self.rows[0].stacked
+
+
+def expert_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts) -> Units:
+    """The neurons of a model's experts, those of one behind those of another: unit ``e * width + n`` of a layer is neuron
+    ``n`` of its expert ``e``. All experts are equally wide, so that each keeps as many.
+    """
+    return Units(
+        kind="expert_neurons",
+        counts=_counts(config, experts.field, experts.count, experts.layers),
+        rows=experts.rows,
+        columns=experts.columns,
+        output=experts.module,
+        block=mlp,
+        channels_per_unit=1,
+        fields={experts.field: 1},
+        experts=experts.count,
+        copies=experts.count,
+    )
+
+
+def shared_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts, rows: tuple[str, ...], down: str) -> Units:
+    """The neurons of the shared experts of a model that has such.
+
+    Args:
+        rows, down: names of projections within an MLP.
+    """
+    shared = experts.shared
+    assert shared is not None, "the model has no shared experts"
+    units = neurons(config, replace(mlp, name=shared.name), rows, down)
+    counts = _counts(config, shared.field, shared.copies, experts.layers)
+    return replace(units, kind="shared_neurons", counts=counts, fields={shared.field: 1}, copies=shared.copies)
+
+
+def dense_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts, rows: tuple[str, ...], down: str) -> Units:
+    """The neurons of the layers that have a plain MLP in place of experts."""
+    units = neurons(config, mlp, rows, down)
+    return replace(units, counts=tuple(0 if it in experts.layers else count for it, count in enumerate(units.counts)))
+
+
+def _counts(config: Mapping[str, Any], field: str, copies: int, layers: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(width * copies if it in layers else 0 for it, width in enumerate(read_counts(config, field)))
