@@ -121,10 +121,10 @@ EXPERTS: dict[str, dict[str, object]] = {
 }
 
 
-def make_model(model_type: str, seed: int = 0) -> torch.nn.Module:
+def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Module:
     """A random float32 model whose outputs are far from uniform."""
     settings = FAMILIES[model_type] if model_type in FAMILIES else {"num_experts_per_tok": 2, **EXPERTS[model_type]}
-    config = CONFIG_MAPPING[model_type](**{**SHAPE, **settings})
+    config = CONFIG_MAPPING[model_type](**{**SHAPE, **settings, **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -136,8 +136,8 @@ def make_model(model_type: str, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def save_model(folder: Path, model_type: str) -> Path:
+def save_model(folder: Path, model_type: str, **changes: object) -> Path:
     """A checkpoint folder as a user has it."""
-    make_model(model_type).save_pretrained(folder)
+    make_model(model_type, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
