@@ -1,86 +1,21 @@
-"""Tiny random mixtures of experts, of every family that is scored."""
+"""What neurons of experts are scored by, from its definition: a mask on every neuron at every token."""
 
 import copy
 
 import torch
-import transformers
 from core_definition import GRADIENT_CRITERIA
+from families import SHAPE
 from transformers.integrations import moe
 
 from hfprune_dist.checkpoints.families import Family
 
-HIDDEN, WIDTH, EXPERTS, LAYERS = 32, 6, 5, 3
-COMMON = {
-    "vocab_size": 264,
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "num_experts_per_tok": 2,
-    "tie_word_embeddings": False,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-NARROW = {"intermediate_size": 10, "moe_intermediate_size": WIDTH}
-DENSE_FIRST = {**NARROW, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
-DENSE_FIRST |= {"first_k_dense_replace": 1, "routed_scaling_factor": 1.5}
-# model_type -> the stem of its classes' names, what its configuration is given, the block with the experts.
-MIXTURES = {
-    "mixtral": ("Mixtral", {"intermediate_size": WIDTH, "num_local_experts": EXPERTS}, "mlp"),
-    "qwen2_moe": ("Qwen2Moe", {**NARROW, "num_experts": EXPERTS, "shared_expert_intermediate_size": 8}, "mlp"),
-    "qwen3_moe": ("Qwen3Moe", {**NARROW, "num_experts": EXPERTS, "head_dim": 8, "mlp_only_layers": [1]}, "mlp"),
-    "olmoe": ("Olmoe", {"intermediate_size": WIDTH, "num_experts": EXPERTS}, "mlp"),
-    "granitemoe": (
-        "GraniteMoe",
-        {"intermediate_size": WIDTH, "num_local_experts": EXPERTS, "residual_multiplier": 0.7},
-        "block_sparse_moe",
-    ),
-    "glm4_moe": ("Glm4Moe", {**DENSE_FIRST, "head_dim": 8}, "mlp"),
-    "deepseek_v3": (
-        "DeepseekV3",
-        {
-            **DENSE_FIRST,
-            "num_key_value_heads": 4,
-            "q_lora_rank": 12,
-            "kv_lora_rank": 8,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 4,
-            "v_head_dim": 8,
-        },
-        "mlp",
-    ),
-    "gpt_oss": (
-        "GptOss",
-        {"intermediate_size": WIDTH, "num_local_experts": EXPERTS, "head_dim": 8, "swiglu_limit": 0.7},
-        "mlp",
-    ),
-}
-# Layers without experts.
-DENSE_LAYERS = {"qwen3_moe": [1], "glm4_moe": [0], "deepseek_v3": [0]}
+LAYERS, COUNT, WIDTH = SHAPE["num_hidden_layers"], 4, SHAPE["intermediate_size"]
 
 
-def mixture(model_type, seed=0, **changes):
-    """A random float32 model whose outputs are far from uniform, and whose experts get unequal numbers of tokens."""
-    name, options, _ = MIXTURES[model_type]
-    config = getattr(transformers, f"{name}Config")(**{**COMMON, **options, **changes})
-    torch.manual_seed(seed)
-    kind = getattr(transformers, f"{name}ForCausalLM")
-    model = kind._from_config(config, attn_implementation="sdpa" if kind._supports_sdpa else "eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1))
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(1.0)
-    return model
-
-
-def family_of(model_type):
+def family_of(model):
     """Where its parts are."""
-    name, _, block = MIXTURES[model_type]
-    return Family(model_type, name, mlp=block)
+    name = type(model).__name__.removesuffix("ForCausalLM")
+    return Family(model.config.model_type, name, mlp="block_sparse_moe" if name == "GraniteMoe" else "mlp")
 
 
 def experts_of(model):
@@ -144,9 +79,11 @@ def definition(model, windows, criterion, seed=0, keeps=None):
     ``keeps`` is a student's mask of units, bool [experts * neurons] of each layer.
     """
     dense = copy.deepcopy(model).double().requires_grad_()
-    student = copy.deepcopy(dense) if criterion == "self_distillation" else dense
-    scored = Definition(student, keeps if criterion == "self_distillation" else None)
-    sums = torch.zeros(LAYERS, EXPERTS * WIDTH, dtype=torch.float64)
+    student, scored = dense, Definition(dense)
+    if criterion == "self_distillation":
+        student = copy.deepcopy(model).double().requires_grad_()
+        scored = Definition(student, keeps)
+    sums = torch.zeros(LAYERS, COUNT * WIDTH, dtype=torch.float64)
     for number, window in enumerate(windows):
         teacher = dense(input_ids=window[None]).logits[0].detach()
         logits = student(input_ids=window[None]).logits[0]

@@ -99,11 +99,7 @@ def why_not_experts(method: Method) -> str:
 
 
 def _why_not_scored(criterion: str) -> str:
-    possible = [
-        name
-        for name, it in CRITERIA.items()
-        if name == "random" or (it.summed == "gradient" and it.is_its_sum and it.loss and it.loss.of == "dense")
-    ]
+    possible = [name for name, it in CRITERIA.items() if it.is_of_experts]
     return "" if criterion in possible else f"criterion: {criterion} isn't possible; {', '.join(possible)} are"
 
 

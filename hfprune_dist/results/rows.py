@@ -35,9 +35,12 @@ _MEASURED = ("perplexity", "kl", "top1_agreement")
 # What a prune stage tells besides where it took more than neurons.
 LAYERS, KEY_VALUE_HEADS = "num_hidden_layers", "num_key_value_heads"
 # Of mixtures of experts, beside the neurons of layers that have none.
-EXPERT_WIDTHS = ("moe_intermediate_size", "shared_expert_intermediate_size")
+EXPERT_WIDTHS = {
+    "expert width": "moe_intermediate_size",
+    "shared expert width": "shared_expert_intermediate_size",
+}
 _FIELDS = ("num_attention_heads", KEY_VALUE_HEADS)
-_OF_MORE_THAN_NEURONS = (LAYERS, *_FIELDS, *map(plural_of, _FIELDS), *EXPERT_WIDTHS)
+_OF_MORE_THAN_NEURONS = (LAYERS, *_FIELDS, *map(plural_of, _FIELDS), *EXPERT_WIDTHS.values())
 BY_LAYER = ("intermediate_sizes", *map(plural_of, _FIELDS))
 
 

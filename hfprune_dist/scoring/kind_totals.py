@@ -66,10 +66,12 @@ class KindTotals:
         sums: criterion -> float64 [num_layers, units], or sums of channels (``Shape.of_sums``), added in shard order;
             of criteria that are accumulated in a narrower dtype, micro-batch by micro-batch, and rounded to it each
             time. Layers with fewer units than others have zeros behind theirs.
+        experts: of which a layer's units are equal parts.
     """
 
     def __init__(self, criteria: Sequence[Criterion], shape: Shape, world: World) -> None:
         self.sums = {it.name: torch.zeros(shape.of_sums(it), dtype=torch.float64) for it in criteria}
+        self.experts = shape.experts
         self._criteria = criteria
         self._shape = shape
         self._world = world

@@ -27,7 +27,7 @@ from hfprune_dist.models.memory_efficient_backward import (
 from hfprune_dist.scoring.curvature import Curvature
 from hfprune_dist.scoring.placement import place
 from hfprune_dist.scoring.weight_gradients import WeightGradients
-from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures import NEURONS, structure_of
 from hfprune_dist.structures.units import Units
 
 
@@ -127,7 +127,7 @@ class ShardScorer:
         if self._model.student or all(loss.of != "student" for loss in losses_of(self._criteria)):
             return
         criterion, world = CRITERIA[STUDENT_CRITERION], self._world
-        kinds = [kind for kind in self._structures if kind == NEURONS or self._units(kind).experts > 1]
+        kinds = [kind for kind in self._structures if structure_of(kind) == NEURONS]
         seen = self._score(micro_batches, [criterion], kinds, counts=False).kinds
         mine = {
             (kind, number): self._kept_by_student(kind, number, seen[kind].exact[criterion.name][number])
@@ -141,12 +141,9 @@ class ShardScorer:
         }
         self._model = replace(self._model, student=student)
 
-    def _units(self, kind: str) -> Units:
-        return self._checkpoint.structures[kind]
-
     def _kept_by_student(self, kind: str, number: int, sums_D: Tensor) -> Tensor:
         """Which units a layer keeps; ``sums_D`` are its own sums, and perhaps zeros behind them."""
-        units = self._units(kind)
+        units = self._checkpoint.structures[kind]
         layer = scored_layer(self._checkpoint, units, number, self._seed)
         own_D = sums_D[: layer.units * units.channels_per_unit]
         return student_keeps(finished(CRITERIA[STUDENT_CRITERION], own_D, layer) if layer.units else own_D)

@@ -118,7 +118,7 @@ def _accumulate(
         context.work / PARTIAL,
         context.world,
         micro_batches=sum(map(len, shards)),
-        weights=_weights_of_units(context, checkpoint) if any(it.needs_weight_gradients for it in criteria) else None,
+        weights=_weights_of_units(context, checkpoint, criteria),
         settled=settings.settled,
     )
 
@@ -132,8 +132,10 @@ def _accumulate(
     return totals
 
 
-def _weights_of_units(context: Context, checkpoint: Checkpoint) -> dict[str, list[Size]]:
-    """Name within a layer -> size [out, in] in each layer."""
+def _weights_of_units(context: Context, checkpoint: Checkpoint, criteria: Sequence[Criterion]) -> dict[str, list[Size]]:
+    """Name within a layer -> size [out, in] in each layer; none where no criterion is made of their gradients."""
+    if not any(criterion.needs_weight_gradients for criterion in criteria):
+        return {}
     tensors, layers = checkpoint.tensors, range(checkpoint.num_layers)
     return {
         name: [tensors[units.tensor(layer, name)].shape for layer in layers]
@@ -306,8 +308,9 @@ def _layer_scores(
     kind: str, layer: ScoredLayer, criteria: Sequence[Criterion], totals: KindTotals
 ) -> dict[str, Tensor]:
     scores = {}
-    for criterion in scored_by(criteria, kind):
-        scores_U = finished(criterion, totals.of_layer(criterion, layer.number), layer).clone()
+    for criterion in scored_by(criteria, kind, totals.experts):
+        sums_N = totals.of_layer(criterion, layer.number)
+        scores_U = finished(criterion, sums_N, layer).clone() if layer.units else sums_N
         if not scores_U.isfinite().all():
             raise UserError(
                 f"importance: {criterion.name} of layer {layer.number} is NaN or infinite; "

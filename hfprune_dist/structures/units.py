@@ -200,11 +200,11 @@ class Units:
 
     def sizes(self, counts: Sequence[int]) -> dict[str, Any]:
         """What results tell of so many units in each layer: a field of config.json (None where layers differ), and the
-        value of each layer, under the field's plural.
+        value of each layer, under the field's plural, if all layers have some.
         """
         values = self.values(counts)
         one = {field: max(row) if len({*row} - {0}) == 1 else None for field, row in values.items()}
-        return one | {plural_of(field): row for field, row in values.items()}
+        return one | {plural_of(field): row for field, row in values.items() if 0 not in row}
 
     def described(self, layer: int) -> str:
         """A layer's units as config.json states them, for messages."""
