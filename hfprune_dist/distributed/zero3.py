@@ -26,6 +26,8 @@ def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
 
     ``torch.nn.functional.linear`` stays torch's: a forward without gradients keeps no weight in any case, and for
     backward there is ``models.memory_efficient_backward.keep_no_gathered_weights`` (see ``torchs_linear_afterwards``).
+    Blocks of experts are hooked as all modules are: some would else be gathered as a whole, and their parts have
+    gradients that are added up in another order.
     """
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -34,6 +36,7 @@ def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
             "overlap_comm": True,
             "contiguous_gradients": False,
             "memory_efficient_linear": False,
+            "leaf_module": {"classes": []},
         },
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
