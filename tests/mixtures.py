@@ -67,7 +67,7 @@ class Definition:
     def _masks(self, place, hidden_ND):
         masks_ND = torch.ones_like(hidden_ND)
         if self._keeps is not None:
-            masks_ND *= self._keeps[place].view(-1, 1, hidden_ND.shape[-1])
+            masks_ND = (masks_ND * self._keeps[place].view(-1, 1, hidden_ND.shape[-1])).view_as(hidden_ND)
         self.masks[place] = masks_ND.requires_grad_()
         return self.masks[place]
 
