@@ -87,14 +87,13 @@ def _values(checkpoint: Checkpoint, shape: Shape) -> dict[str, list[int]]:
     """Fields of config.json that say how many units there are -> their value in each layer that stays; 0 where a layer
     has no such units.
     """
-    values = {HEADS: [int(checkpoint.config[HEADS])] * len(shape.layers)}
+    values: dict[str, list[int]] = {}
     for units in checkpoint.structures.values():
         for field, row in units.values(shape.counts(units)).items():
-            known = values.get(field, [0] * len(row))
-            assert all(0 in pair or pair[0] == pair[1] for pair in zip(known, row, strict=True)), (
-                f"two values of {field}"
-            )
-            values[field] = [max(pair) for pair in zip(known, row, strict=True)]
+            pairs = list(zip(values.get(field, [0] * len(row)), row, strict=True))
+            assert all(0 in pair or pair[0] == pair[1] for pair in pairs), f"two values of {field}"
+            values[field] = [max(pair) for pair in pairs]
+    values.setdefault(HEADS, [int(checkpoint.config[HEADS])] * len(shape.layers))
     return values
 
 

@@ -78,12 +78,16 @@ def _idle(checkpoint: Checkpoint) -> tuple[int, int]:
     experts, units = checkpoint.family.experts, checkpoint.units
     if experts is None:
         return 0, 0
-    names = [name for layer in experts.layers for name, _ in units.in_layer(layer, checkpoint.tensors)]
-    idle = [checkpoint.tensors[name].numel * (experts.count - experts.chosen) // experts.count for name in names]
-    of_matrices = (size for name, size in zip(names, idle, strict=True) if "bias" not in name)
-    # The biases of down projections, which no neuron owns.
-    more = sum(it.numel for name, it in checkpoint.tensors.items() if name.endswith(".experts.down_proj_bias"))
-    return sum(idle) + more * (experts.count - experts.chosen) // experts.count, sum(of_matrices)
+    sizes = {
+        name: checkpoint.tensors[name].numel
+        for layer in experts.layers
+        for name, _ in units.in_layer(layer, checkpoint.tensors)
+    }
+    # The biases of down projections are no neuron's.
+    sizes |= {name: it.numel for name, it in checkpoint.tensors.items() if name.endswith("experts.down_proj_bias")}
+    of_matrices = sum(size for name, size in sizes.items() if "bias" not in name)
+    idle = experts.count - experts.chosen
+    return sum(sizes.values()) // experts.count * idle, of_matrices // experts.count * idle
 
 
 def _attention_channels(checkpoint: Checkpoint) -> tuple[int, int]:
