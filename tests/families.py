@@ -133,6 +133,9 @@ def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Mo
                 parameter.copy_(torch.randn_like(parameter) * 0.3)
             else:  # around 0 or 1, as the architecture begins them
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
     return model
 
 

@@ -1,6 +1,8 @@
 """What neurons of experts are scored by, from its definition: a mask on every neuron at every token."""
 
 import copy
+from collections import defaultdict
+from functools import partial
 
 import torch
 from core_definition import GRADIENT_CRITERIA
@@ -9,6 +11,7 @@ from transformers.integrations import moe
 
 from hfprune_dist.checkpoints.families import Family
 
+KIND = "expert_neurons"
 LAYERS, COUNT, WIDTH = SHAPE["num_hidden_layers"], 4, SHAPE["intermediate_size"]
 
 
@@ -40,30 +43,43 @@ def gated(experts, made):
 class Definition:
     """Every expert computes for every token, with a mask on its neurons; routing weights are zero of other experts.
 
+    Args:
+        keeps: (kind, layer) -> which units a student has, bool [units].
+        others: (kind, layer) -> name of the output projection of neurons that are of no experts.
+
     Attributes:
-        masks, hidden: of each layer with experts, masks and activations [experts, tokens, neurons] in the last forward.
+        masks, hidden: (kind, layer) -> masks and activations [..., tokens, neurons] in the last forward.
     """
 
-    def __init__(self, model, keeps=None):
+    def __init__(self, model, keeps=None, others=None):
         self._keeps = keeps
-        self._layers = {module: number for number, module in experts_of(model).items()}
         self.masks, self.hidden = {}, {}
-        for module in self._layers:
+        for number, module in experts_of(model).items():
             module.config._experts_implementation = "definition"
-            module.definition = lambda *inputs, module=module: self._compute(module, *inputs)
+            module.definition = partial(self._compute, (KIND, number), module)
+        for place, name in (others or {}).items():
+            model.get_submodule(name).register_forward_pre_hook(partial(self._before, place))
 
-    def _compute(self, module, hidden_NC, index_NK, weights_NK):
-        number, count = self._layers[module], module.num_experts
+    def _before(self, place, _module, inputs):
+        self.hidden[place] = inputs[0].detach()
+        return (inputs[0] * self._masks(place, inputs[0]),)
+
+    def _masks(self, place, hidden_ND):
+        masks_ND = torch.ones_like(hidden_ND)
+        if self._keeps is not None:
+            masks_ND = (masks_ND * self._keeps[place].view(-1, 1, hidden_ND.shape[-1])).view_as(hidden_ND)
+        self.masks[place] = masks_ND.requires_grad_()
+        return self.masks[place]
+
+    def _compute(self, place, module, hidden_NC, index_NK, weights_NK):
         layout = "nc,ecd->end" if module.is_transposed else "nc,edc->end"
         made = torch.einsum(layout, hidden_NC, module.gate_up_proj)
         made = made + module.gate_up_proj_bias[:, None] if module.has_bias else made
         hidden_END = gated(module, made)
-        routing_EN = torch.stack([(weights_NK * (index_NK == expert)).sum(1) for expert in range(count)])
-        masks_END = torch.ones_like(hidden_END)
-        if self._keeps is not None:
-            masks_END = masks_END * self._keeps[number].view(count, 1, -1)
-        self.masks[number] = masks_END = masks_END.detach().requires_grad_()
-        self.hidden[number] = hidden_END.detach() * (routing_EN > 0)[..., None]
+        numbers = range(module.num_experts)
+        routing_EN = torch.stack([(weights_NK * (index_NK == expert)).sum(1) for expert in numbers])
+        masks_END = self._masks(place, hidden_END)
+        self.hidden[place] = hidden_END.detach() * (routing_EN > 0)[..., None]
         layout = "end,edc->enc" if module.is_transposed else "end,ecd->enc"
         outputs = torch.einsum(layout, hidden_END * masks_END, module.down_proj)
         outputs = outputs + module.down_proj_bias[:, None] if module.has_bias else outputs
@@ -73,27 +89,27 @@ class Definition:
 moe.ALL_EXPERTS_FUNCTIONS.register("definition", lambda module, *inputs: module.definition(*inputs))
 
 
-def definition(model, windows, criterion, seed=0, keeps=None):
-    """Sums over windows and tokens, float64 [layers, experts * neurons]; zeros in layers without experts.
+def definition(model, windows, criterion, seed=0, *, keeps=None, others=None):
+    """(kind, layer) -> sums over windows and tokens, float64 [units]; by a student where the criterion has one.
 
-    ``keeps`` is a student's mask of units, bool [experts * neurons] of each layer.
+    See ``Definition``.
     """
     dense = copy.deepcopy(model).double().requires_grad_()
-    student, scored = dense, Definition(dense)
+    student, scored = dense, Definition(dense, None, others)
     if criterion == "self_distillation":
         student = copy.deepcopy(model).double().requires_grad_()
-        scored = Definition(student, keeps)
-    sums = torch.zeros(LAYERS, COUNT * WIDTH, dtype=torch.float64)
+        scored = Definition(student, keeps, others)
+    sums = defaultdict(float)
     for number, window in enumerate(windows):
         teacher = dense(input_ids=window[None]).logits[0].detach()
         logits = student(input_ids=window[None]).logits[0]
         if criterion == "activation":
-            for layer, hidden_END in scored.hidden.items():
-                sums[layer] += hidden_END.square().sum(1).flatten()
+            for place, hidden_ND in scored.hidden.items():
+                sums[place] += hidden_ND.square().sum(-2).flatten()
             continue
         loss, terms = GRADIENT_CRITERIA[criterion]
         loss(logits, input_ids=window, window=number, seed=seed, teacher=teacher).backward()
-        for layer, masks_END in scored.masks.items():
+        for place, masks_ND in scored.masks.items():
             # A mask's gradient is h * dL/dh, but where the mask is 0: there it is what the neuron's return would do.
-            sums[layer] += terms(masks_END.grad).sum(1).flatten()
-    return sums
+            sums[place] += terms(masks_ND.grad).sum(-2).flatten()
+    return dict(sums)

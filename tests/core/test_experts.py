@@ -6,7 +6,7 @@ import pytest
 import torch
 from core_definition import GRADIENT_CRITERIA
 from families import EXPERTS, make_model
-from mixtures import COUNT, LAYERS, WIDTH, definition, experts_of, family_of
+from mixtures import COUNT, KIND, LAYERS, WIDTH, definition, experts_of, family_of
 
 from hfprune_dist.core.bound_losses import Batch
 from hfprune_dist.core.criteria import CRITERIA
@@ -20,7 +20,6 @@ from hfprune_dist.models.memory_efficient_backward import (
     use_memory_efficient_backward,
 )
 
-KIND = "expert_neurons"
 NAMES = [*(name for name in GRADIENT_CRITERIA if not CRITERIA[name].is_rounded), "activation"]
 WINDOWS = torch.randint(3, 64, (4, 11), generator=torch.Generator().manual_seed(1))
 # Which units a student has.
@@ -70,12 +69,14 @@ def sums_of(model, names, micro_batch_size=2, prepare=lean, kinds=(KIND,)):
 def test_every_family_has_the_sums_that_are_defined(model_type):
     """Also in float64, but for routers, which compute in float32 in most families."""
     narrow, wide = sums_of(make_model(model_type), NAMES), sums_of(make_model(model_type).double(), NAMES)
-    with_experts = torch.tensor([layer in experts_of(make_model(model_type)) for layer in range(LAYERS)])
+    keeps = {(KIND, layer): keeps_U for layer, keeps_U in enumerate(KEEPS)}
     for name in NAMES:
-        expected = definition(make_model(model_type), WINDOWS, name, seed=4, keeps=KEEPS)
-        assert (wide[name] - expected).norm() < 1e-6 * expected.norm(), name
-        assert (narrow[name] - expected).norm() < 1e-4 * expected.norm(), name
-        assert torch.equal((narrow[name] > 0).any(1), with_experts)
+        expected = definition(make_model(model_type), WINDOWS, name, seed=4, keeps=keeps)
+        assert {layer for _, layer in expected} == {*experts_of(make_model(model_type))}
+        for layer in range(LAYERS):
+            expected_U = expected.get((KIND, layer), torch.zeros(COUNT * WIDTH))
+            assert (wide[name][layer] - expected_U).norm() <= 1e-6 * expected_U.norm(), name
+            assert (narrow[name][layer] - expected_U).norm() <= 1e-4 * expected_U.norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
