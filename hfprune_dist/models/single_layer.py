@@ -162,12 +162,15 @@ def _within(body: str, name: str) -> str:
 
 
 def _compute_buffers(model: Any, module: nn.Module) -> None:
-    """Buffers that no file has: those of rotary embeddings from their configuration, others as transformers does it."""
+    """Buffers, as they are before weights are loaded, some of buffers among them: those of rotary embeddings from their
+    configuration, others as transformers does it.
+    """
     buffers = {name: it for name, it in module.named_buffers(recurse=False) if it.is_meta}
     if not buffers:
         return
     for name, buffer in buffers.items():
-        module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+        in_files = name not in module._non_persistent_buffers_set
+        module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=in_files)
     model._init_weights(module)
 
 

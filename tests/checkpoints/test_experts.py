@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from hfprune_dist.models.single_layer import LayerReader, run
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Kept
 
+README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
 every_family = pytest.mark.parametrize("model_type", EXPERTS)
@@ -90,6 +93,17 @@ def as_modules_have_it(folder, target, model_type):
     load(folder).save_pretrained(target, save_original_format=False)
     tiny_tokenizer().save_pretrained(target)
     return open_checkpoint(target)
+
+
+def test_the_readme_lists_what_is_covered(checkpoint_of):
+    section = README.read_text().partition("### Mixtures of experts")[2].partition("\n###")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
+    listed = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert listed.keys() == EXPERTS.keys()
+    for name, (_, neurons, beside, _) in listed.items():
+        kinds = checkpoint_of(name).structures
+        assert ("shared" in beside) == ("shared_neurons" in kinds)
+        assert ("without" in neurons) == ("neurons" in kinds), name
 
 
 @every_family
