@@ -64,9 +64,8 @@ def cut_of(units: Units, layer: int, owned: Owned, kept_K: Tensor) -> Cut | Stac
     """
     if units.experts == 1:
         return Cut(owned.axis, entries_of(kept_K, owned.per_unit, owned.parts, units.counts[layer]))
-    width = units.counts[layer] // units.experts
-    kept_EK = kept_K.unflatten(0, (units.experts, -1)) - width * torch.arange(units.experts)[:, None]
+    width, of_experts = units.counts[layer] // units.experts, kept_K.chunk(units.experts)
     if owned.expert is not None:
-        return Cut(owned.axis, kept_EK[owned.expert])
-    entries = [entries_of(it, owned.per_unit, owned.parts, width) for it in kept_EK]
-    return StackedCut(owned.axis, torch.stack(entries))
+        return Cut(owned.axis, of_experts[owned.expert] - width * owned.expert)
+    own = (entries_of(it - width * expert, owned.per_unit, owned.parts, width) for expert, it in enumerate(of_experts))
+    return StackedCut(owned.axis, torch.stack(list(own)))
