@@ -1,8 +1,11 @@
 """Shapes of mixtures of experts: what a ratio makes of every MLP's width, and which methods there are for them."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
+import yaml
 from headers import CONFIG, checkpoint_of, mixtures, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +16,7 @@ from hfprune_dist.checkpoints.token_costs import TokenCosts
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.expert_shapes import ALIGNED, ExpertTarget, can_do
+from hfprune_dist.planning.expert_shapes import ALIGNED, ExpertTarget, can_do, why_not_experts
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
 from hfprune_dist.planning.shape_target import ShapeTarget
@@ -137,6 +140,15 @@ def test_a_method_that_adapts_is_left_out_with_a_remark(checkpoint, setting):
     assert not can_do(method, checkpoint)
     (remark,) = remarks_on_shapes(checkpoint, [0.2], method, "here")
     assert remark.startswith("here: left out, since the model is a mixture of experts; ") and setting in remark
+
+
+def test_the_methods_that_are_possible_are_listed():
+    """Of those that come with the project."""
+    folder = Path(__file__).parents[2] / "configs" / "methods"
+    methods = {file.stem: Method(**yaml.safe_load(file.read_text())) for file in folder.glob("*.yaml")}
+    told = (folder / "README.md").read_text().partition("are pruned by ")[2].partition("\n\n")[0]
+    possible = {name for name, method in methods.items() if not why_not_experts(method)}
+    assert {*re.findall(r"`([\w-]+)`", told)} == possible
 
 
 def test_ratios_that_come_to_one_shape_are_told(checkpoint):
