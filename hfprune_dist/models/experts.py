@@ -68,12 +68,29 @@ def _see(layer: nn.Module) -> ExpertProjections | None:
     projections = ExpertProjections(partial(_project_down, experts), channels, experts.num_experts)
     experts.add_module(_PROJECTIONS, projections)
     experts.config._experts_implementation = _IMPLEMENTATION
+    if _is_sharded(experts.down_proj):
+        experts.register_forward_pre_hook(_in_graph, prepend=True)
     return projections
+
+
+def _is_sharded(weight: Any) -> bool:
+    return hasattr(weight, "ds_shape")
 
 
 def _shape_of(weight: Any) -> tuple[int, ...]:
     """Of a whole weight, which may be sharded."""
-    return tuple(getattr(weight, "ds_shape", weight.shape))
+    return tuple(weight.ds_shape if _is_sharded(weight) else weight.shape)
+
+
+def _in_graph(_experts: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """What experts read, with a gradient also where the graph would begin within them.
+
+    DeepSpeed gives weights back when a module's inputs have their gradients: it would keep all that a layer's experts
+    have from their backward to the next forward.
+    """
+    if inputs[0].requires_grad or not torch.is_grad_enabled():
+        return None
+    return inputs[0].detach().requires_grad_(), *inputs[1:]
 
 
 def _run(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST, reference_role
 from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.expert_shapes import can_do, refuse_with_experts
+from hfprune_dist.planning.expert_shapes import can_do, refuse_criteria, refuse_with_experts
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.multiples import protected_by, suited, with_numbers
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
@@ -161,6 +161,7 @@ class _Planner:
         methods = [suited(method, model.checkpoint) for method in self._methods_for(model).values()]
         scoring = [method for method in methods if method.prunes_in == "calibration"]
         needed = {criterion for method in scoring for criterion in first_criteria(method)}
+        refuse_criteria(self.config.importance.criteria, model.checkpoint)
         criteria = needed.union(self.config.importance.criteria)
         if not scoring and not criteria:
             return None

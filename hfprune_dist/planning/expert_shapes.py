@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
@@ -112,6 +112,18 @@ def refuse_with_experts(method: Method, model_type: str, where: str) -> None:
     why = why_not_experts(method)
     if why:
         raise UserError(f"{where}: {model_type} is a mixture of experts, with which {why}")
+
+
+def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint) -> None:
+    """Refuse further criteria by which neurons of experts have no scores.
+
+    Raises:
+        UserError: naming the first one, and what is possible.
+    """
+    why = next(filter(None, map(_why_not_scored, criteria)), "") if checkpoint.family.experts else ""
+    if why:
+        kind = checkpoint.family.model_type
+        raise UserError(f"importance.criteria: {checkpoint.path}: {kind} is a mixture of experts, with which {why}")
 
 
 def can_do(method: Method, checkpoint: Checkpoint) -> bool:

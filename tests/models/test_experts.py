@@ -78,3 +78,20 @@ def test_a_gate_with_another_activation_is_applied_as_it_is():
     expected = run(copy.deepcopy(model))
     see_experts(model, family_of(model))
     torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_what_experts_read_has_a_gradient_where_their_weights_must_be_given_back(sharded):
+    model = make_model("mixtral").requires_grad_(False)
+    for module in experts_of(model).values():
+        if sharded:
+            module.down_proj.ds_shape = module.down_proj.shape
+    see_experts(model, family_of(model))
+    have = []
+    for module in experts_of(model).values():
+        module.register_forward_hook(lambda _, inputs, _output: have.append(inputs[0].requires_grad))
+    logits = model(input_ids=WINDOWS).logits
+    assert have == [sharded] * LAYERS and logits.requires_grad == sharded
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=WINDOWS).logits, logits)
+    assert have[LAYERS:] == [False] * LAYERS

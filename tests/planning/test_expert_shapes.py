@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from hfprune_dist.checkpoints.pruned_config import is_plain, pruned_config
 from hfprune_dist.checkpoints.token_costs import TokenCosts
 from hfprune_dist.config.method import Method
+from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import dimensions_of
-from hfprune_dist.planning.expert_shapes import ALIGNED, ExpertTarget, can_do, why_not_experts
+from hfprune_dist.planning.expert_shapes import ALIGNED, ExpertTarget, can_do, refuse_criteria, why_not_experts
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
 from hfprune_dist.planning.shape_target import ShapeTarget
@@ -156,3 +157,12 @@ def test_ratios_that_come_to_one_shape_are_told(checkpoint):
     check_ratios(checkpoint, [0.1, 0.3], method, "here")
     with pytest.raises(UserError, match=r"ratios 0\.3 and 0\.301 would be the same checkpoint"):
         check_ratios(checkpoint, [0.3, 0.301], method, "here")
+
+
+@pytest.mark.parametrize("name", sorted(CRITERIA))
+def test_further_criteria_are_those_that_neurons_of_experts_have_scores_by(checkpoint, name):
+    if CRITERIA[name].is_of_experts:
+        refuse_criteria(["entropy", name], checkpoint)
+    else:
+        with pytest.raises(UserError, match=f"importance.criteria: .*criterion: {name} isn't possible; entropy, "):
+            refuse_criteria(["entropy", name], checkpoint)
