@@ -73,7 +73,7 @@ def discover(config: Mapping[str, Any], shapes: Shapes, where: str) -> tuple[Fam
     layers = search.prefix()
     parts = search.parts_of_layers(layers)
     experts = find_experts(config, parts, search.refusal) if number_of_experts(config) else None
-    plain = [there for layer, there in enumerate(parts) if experts is None or layer not in experts.layers]
+    plain = {layer: there for layer, there in enumerate(parts) if experts is None or layer not in experts.layers}
     mlp, rows, down = search.mlp(plain) if plain else _BESIDE_EXPERTS
     mlp = experts.module.rpartition(".")[0] if experts else mlp
     attention = _Attention.of(config, parts)
@@ -169,29 +169,33 @@ class _Search:
                     parts[int(number)][part] = shape
         return parts
 
-    def mlp(self, parts: Sequence[Shapes]) -> tuple[str, tuple[str, ...], str]:
-        """The gated MLP that every layer has: its name, its row projections and its down projection."""
+    def mlp(self, parts: Mapping[int, Shapes]) -> tuple[str, tuple[str, ...], str]:
+        """The gated MLP that each of these layers has: its name, its row projections and its down projection."""
+        first = next(iter(parts.values()))
         for rows, down in _MLPS:
-            names = sorted(name for name in parts[0] if re.fullmatch(rf"\w+\.{down}\.weight", name))
+            names = sorted(name for name in first if re.fullmatch(rf"\w+\.{down}\.weight", name))
             for block in (name.partition(".")[0] for name in names):
                 weights = [f"{block}.{name}.weight" for name in (*rows, down)]
-                if all(weight in parts[0] for weight in weights):
+                if all(weight in first for weight in weights):
                     self._check_mlp(block, {*rows, down}, weights, parts)
                     return block, rows, down
-        inside = ", ".join(sorted({name.rpartition(".")[0] for name in parts[0] if len(parts[0][name]) > 1}))
+        inside = ", ".join(sorted({name.rpartition(".")[0] for name in first if len(first[name]) > 1}))
         raise self.refusal(f"its layers have no gated MLP of a kind that is known (they have {inside})")
 
-    def _check_mlp(self, block: str, known: set[str], weights: Sequence[str], parts: Sequence[Shapes]) -> None:
-        for layer, there in enumerate(parts):
+    def _check_mlp(self, block: str, known: set[str], weights: Sequence[str], parts: Mapping[int, Shapes]) -> None:
+        first = min(parts)
+        for layer, there in parts.items():
             if missing := [name for name in weights if name not in there]:
-                raise self.refusal(f"layer {layer} has no {missing[0]}, which layer 0 has")
+                raise self.refusal(f"layer {layer} has no {missing[0]}, which layer {first} has")
             expected = {f"{block}.{name}.{part}" for name in known for part in ("weight", "bias")}
             if more := sorted(name for name in there if name.startswith(f"{block}.") and name not in expected):
                 raise self.refusal(f"in layer {layer}, {more[0]} is no part of a plain gated MLP")
-        *rows, down = (parts[0][name] for name in weights)
+        *rows, down = (parts[first][name] for name in weights)
         width = down[1] * (1 if len(rows) > 1 else 2)
         if any(list(row) != [width, self._hidden_size] for row in rows):
-            raise self.refusal(f"{weights[0]} of layer 0 has shape {list(rows[0])}, not {[width, self._hidden_size]}")
+            raise self.refusal(
+                f"{weights[0]} of layer {first} has shape {list(rows[0])}, not {[width, self._hidden_size]}"
+            )
 
     def norm(self, outside: set[str]) -> str:
         """The final norm."""

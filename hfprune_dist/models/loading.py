@@ -119,8 +119,8 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
 
 
 def _buffers(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Names of the tensors of a model that aren't its parameters, and that files have all the same."""
-    return {f"{name}.{part}" for name, it in modules.items() for part in it.state_dict() if "." not in part}
+    """Names of the tensors of a model that aren't its parameters; some files have them too."""
+    return {f"{name}.{part}" for name, it in modules.items() for part, _ in it.named_buffers(recurse=False)}
 
 
 def _without_weights(checkpoint: Checkpoint) -> nn.Module:
