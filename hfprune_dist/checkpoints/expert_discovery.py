@@ -128,12 +128,19 @@ class _Found:
             chosen=chosen,
             layers=layers,
             module=f"{'mlp' if form.renamed == _OF_MIXTRAL else self._block}.experts",
-            field=next(key for key in WIDTHS if self._config.get(key) is not None),
+            fields=self._fields(columns[0], layers),
             rows=rows,
             columns=columns,
             shared=shared,
             renamed=form.renamed,
         )
+
+    def _fields(self, column: Owned, layers: tuple[int, ...]) -> tuple[str, ...]:
+        """Those that say how wide experts are: one, or where no layer has a plain MLP all that say the same."""
+        stated = [key for key in WIDTHS if self._config.get(key) is not None]
+        shape = self._parts[layers[0]][column.tensor]
+        saying = [key for key in stated if self._config[key] == shape[column.axis]]
+        return tuple((saying if len(layers) == len(self._parts) else saying[:1]) or stated[:1])
 
     def _number(self) -> int:
         stated = {key: self._config[key] for key in NUMBERS if isinstance(self._config.get(key), int)}

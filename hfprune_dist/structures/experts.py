@@ -40,7 +40,7 @@ class Experts:
         chosen: that compute a token.
         layers: numbers of the layers that have them; the others have a plain MLP.
         module: name within a layer of the module that has them all.
-        field: of config.json, which says how wide they are.
+        fields: of config.json, which say how wide they are.
         rows, columns: what their neurons own in the files.
         shared: None where there is none.
         renamed: (what names within a layer begin with in files, and in modules), of those that differ.
@@ -50,7 +50,7 @@ class Experts:
     chosen: int
     layers: tuple[int, ...]
     module: str
-    field: str
+    fields: tuple[str, ...]
     rows: tuple[Owned, ...]
     columns: tuple[Owned, ...]
     shared: Shared | None = None
@@ -101,13 +101,13 @@ def expert_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts) -> U
     """
     return Units(
         kind="expert_neurons",
-        counts=_counts(config, experts.field, experts.count, experts.layers),
+        counts=_counts(config, experts.fields[0], experts.count, experts.layers),
         rows=experts.rows,
         columns=experts.columns,
         output=experts.module,
         block=mlp,
         channels_per_unit=1,
-        fields={experts.field: 1},
+        fields=dict.fromkeys(experts.fields, 1),
         experts=experts.count,
         copies=experts.count,
     )

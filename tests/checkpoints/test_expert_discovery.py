@@ -88,6 +88,14 @@ def test_config_json_must_agree_with_itself(config):
 
 
 @given(mixtures())
+def test_all_that_config_json_says_of_experts_widths_follows(config):
+    """Some classes read intermediate_size for it, whatever else a file says."""
+    both = {**config, "intermediate_size": config["moe_intermediate_size"]}
+    fields = {"moe_intermediate_size"} | ({"intermediate_size"} if not config["first_k_dense_replace"] else set())
+    assert checkpoint_of(both).structures[EXPERT_NEURONS].fields.keys() == fields
+
+
+@given(mixtures())
 def test_layers_that_predict_further_tokens_are_left_out(config):
     shapes = tensors_of(config)
     further = {
