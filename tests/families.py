@@ -82,6 +82,14 @@ FAMILIES: dict[str, dict[str, object]] = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     },
+    "arcee": {"mlp_bias": True},
+    "nemotron": {"mlp_bias": True},
+    "apertus": {},
+    "starcoder2": {"use_bias": True, "residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0},
+    "jais2": {},
+    "phi": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 24, "dropout": 0.0},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
 }
 

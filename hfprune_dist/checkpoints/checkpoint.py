@@ -19,9 +19,10 @@ from hfprune_dist.checkpoints.checks import (
     quantized,
 )
 from hfprune_dist.checkpoints.discovery import BUFFERS, discover
-from hfprune_dist.checkpoints.families import FAMILIES, Family, refuse_other_kinds
+from hfprune_dist.checkpoints.families import FAMILIES, Family, refuse_other_kinds, with_width
 from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo
+from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
 from hfprune_dist.checkpoints.weight_files import matching, read_headers, read_json_object
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures.parameter_counts import ParameterCounts, count_parameters
@@ -52,9 +53,10 @@ class Checkpoint:
         config: config.json, and what holds for an architecture that isn't listed of keys that it lacks. But where it
             ties a head that the files have with other values than the embedding, it says here that the head isn't
             tied, and the saved one counts, as it does for transformers.
-        tensors: those that the model computes with.
+        tensors: those that the model computes with, by their names in it.
         unused: names of the others in the files. They are no parameters, and pruning leaves them out.
         has_untied_head: whether ``config`` says otherwise than config.json.
+        names: what tensors are called in the files.
     """
 
     path: Path
@@ -63,6 +65,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     unused: tuple[str, ...] = ()
     has_untied_head: bool = False
+    names: StoredNames = SAME
 
     @cached_property
     def num_layers(self) -> int:
@@ -168,14 +171,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UserError: naming the file and what is wrong with it.
     """
     check_folder(path)
-    config = read_json_object(path / "config.json", "every Hugging Face checkpoint has one")
+    config = with_width(read_json_object(path / "config.json", "every Hugging Face checkpoint has one"))
     refuse_other_kinds(config, str(path / "config.json"))
     if config.get("quantization_config"):
         raise quantized(config, path)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is needed")
     check_config(config, path / "config.json")
-    found = read_headers(path)
+    stored = read_headers(path)
+    names = StoredNames.of(config, stored)
+    found = {names.in_modules(name): info for name, info in stored.items()}
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         family, stated = discover(config, {name: info.shape for name, info in found.items()}, str(path / "config.json"))
@@ -190,7 +195,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     check_tensors(path, config, family, tensors)
     untied = bool(config.get("tie_word_embeddings")) and _heads_differ(path, family, tensors)
     checkpoint = Checkpoint(
-        path, config | ({"tie_word_embeddings": False} if untied else {}), family, tensors, unused, untied
+        path, config | ({"tie_word_embeddings": False} if untied else {}), family, tensors, unused, untied, names
     )
     check_shapes(path, tensors, checkpoint.structures, config["hidden_size"])
     check_factors(checkpoint.path, tensors, checkpoint.structures, checkpoint.ranks, hidden=config["hidden_size"])

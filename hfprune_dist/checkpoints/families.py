@@ -1,7 +1,7 @@
 """The one adapter between an architecture and the rest: what its parts are called, in its modules and in its files.
 
 Four families are listed, with what their checkpoints must hold. Of others, whose MLPs compute
-``down(act(gate(x)) * up(x))`` too, the parts are found in a checkpoint (see ``discovery``).
+``down(act(gate(x)) * up(x))`` too, or ``down(act(up(x)))``, the parts are found in a checkpoint (see ``discovery``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Family:
-    """Names of the parts of a decoder-only architecture with gated MLPs.
+    """Names of the parts of a decoder-only architecture with one MLP in each layer.
 
     Attributes:
         biases: (key of config.json, the projections that have a bias where it is true); no key: in any case.
@@ -34,6 +34,7 @@ class Family:
         twin: the model_type that computes the same without biases, for numbers of heads that don't divide
             ``hidden_size``, which this one's configuration class refuses; None: there is none.
         any_heads: whether its configuration class takes numbers of heads that don't divide ``hidden_size``.
+        row_parts: matrices in each row projection, one behind the other: two where gate and up are one.
         mlp_norm, attention_norm: that whose output the block reads; None: it reads the residual stream.
         mlp_norm_after, attention_norm_after: that which the block's outputs go through.
         found: of a family that isn't listed, the names of all tensors that a model has.
@@ -57,6 +58,7 @@ class Family:
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_norm_after: str | None = None
     row_projections: tuple[str, ...] = ("gate_proj", "up_proj")
+    row_parts: int = 1
     down_projection: str = "down_proj"
     biases: tuple[tuple[str | None, tuple[str, ...]], ...] = ()
     heads: Mapping[str, int] = field(default_factory=dict)
@@ -79,7 +81,7 @@ class Family:
     def units(self, config: Mapping[str, Any]) -> Units:
         """What pruning removes from a model of this ``config.json``: the neurons of its MLPs."""
         mlp = self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after)
-        return neurons(config, mlp, self.row_projections, self.down_projection)
+        return neurons(config, mlp, self.row_projections, self.down_projection, self.row_parts)
 
     def structures(self, config: Mapping[str, Any]) -> dict[str, Units]:
         """All kinds of units of such a model, by what they are called."""
@@ -184,7 +186,15 @@ _OTHER_KINDS = {
 }
 
 
+# What some architectures call the width of their MLPs.
+_OTHER_WIDTHS = ("ffn_dim",)
 _NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
+
+def with_width(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says ``intermediate_size``, whatever its architecture calls it."""
+    width = next((config[key] for key in _OTHER_WIDTHS if key in config), None)
+    return dict(config) if width is None else {**config, "intermediate_size": width}
 
 
 def refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
@@ -205,6 +215,6 @@ def not_supported(config: Mapping[str, Any], where: str, why: str) -> UserError:
     """What to tell of a model that can't be pruned."""
     return UserError(
         f"{where}: model_type {str(config.get('model_type'))!r} is not supported: {why}. Pruned are "
-        f"{', '.join(sorted(FAMILIES))} and other decoders whose layers have one gated MLP "
+        f"{', '.join(sorted(FAMILIES))} and other decoders whose layers have one MLP "
         "(hfprune_dist/checkpoints/README.md lists those that are tested)"
     )

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import Family
+from hfprune_dist.checkpoints.pruned_config import is_plain
+from hfprune_dist.checkpoints.stored_names import SAME
 from hfprune_dist.checkpoints.write_pruned import Changes, Transform, stream_weight_file, unit_cuts
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures.kept import Kept
@@ -104,7 +106,8 @@ def merge_weight_file(
     transforms: dict[str, Transform] = {**{name: cut.apply for name, cut in cuts.items()}, **merges}
     transforms |= {name: partial(_in_turn, merges[name], cuts[name].apply) for name in merges.keys() & cuts.keys()}
     shapes = {name: cut.shape(checkpoint.tensors[name].shape) for name, cut in cuts.items()}
-    stream_weight_file(checkpoint, file, Changes(transforms, shapes), target)
+    stored = checkpoint.names if kept is None or is_plain(checkpoint, kept.shape) else SAME
+    stream_weight_file(checkpoint, file, Changes(transforms, shapes, stored=stored), target)
 
 
 def _in_turn(first: Transform, then: Transform, tensor: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
         UserError: naming a tensor that is missing, has another shape, or would be left out; or why transformers can't
             make the model.
     """
-    modules = dict(_without_weights(checkpoint).named_modules())
+    model = _without_weights(checkpoint)
+    modules = dict(model.named_modules())
     expected = {
         f"{name}.{part}": parameter.shape
         for name, module in modules.items()
@@ -101,7 +102,7 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
             raise UserError(
                 f"{checkpoint.path}: {name} has shape {list(info.shape)}, but config.json makes it {list(shape)}"
             )
-    for name in sorted({*checkpoint.tensors, *checkpoint.unused} - expected.keys()):
+    for name in sorted({*checkpoint.tensors, *checkpoint.unused} - expected.keys() - model.state_dict().keys()):
         module = modules.get(name.rpartition(".")[0])
         if module is not None and any(True for _ in module.parameters(recurse=False)):
             raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -61,10 +61,9 @@ class LayerReader:
         """What the first layer reads, for micro-batches of ids [windows, tokens]: [windows, tokens, hidden_size] each,
         on the CPU.
         """
-        family = self._checkpoint.family
+        table = self._checkpoint.family.embedding_tensor()
         body = self._body(0)
-        table_VC = read_tensor(self._checkpoint, family.embedding_tensor()).to(self._dtype)
-        body.get_submodule(_within(family.body, family.embedding)).load_state_dict({"weight": table_VC}, assign=True)
+        body.load_state_dict({**self._beside(), **self._read_within([table])}, strict=False, assign=True)
         first = body.get_submodule(LAYER)
         return {
             index: input_of(first, partial(body, input_ids=ids_BT, use_cache=False))
@@ -94,7 +93,7 @@ class LayerReader:
         body = self._body(number)
         body.set_submodule(_within(family.body, family.norm), nn.Identity())
         body.set_submodule(_within(family.body, family.embedding), nn.Identity())
-        body.load_state_dict(weights, strict=False, assign=True)
+        body.load_state_dict({**self._beside(), **weights}, strict=False, assign=True)
         missing = [name for name, parameter in body.named_parameters() if parameter.is_meta]
         assert not missing, f"layer {number}: the checkpoint lacks {missing}"
         return body.to(self._device).requires_grad_(False).eval()
@@ -117,6 +116,18 @@ class LayerReader:
         norm: nn.Module = self._model(0).get_submodule(family.norm)
         norm.load_state_dict({name: self._read(f"{family.norm}.{name}") for name in norm.state_dict()}, assign=True)
         return norm.requires_grad_(False)
+
+    def _beside(self) -> dict[str, Tensor]:
+        """What the decoder has beside its layers, its embeddings and its final norm: positions, if any."""
+        family = self._checkpoint.family
+        others = (f"{family.layers}.", f"{family.embedding}.", f"{family.norm}.")
+        names = [name for name in self._checkpoint.tensors if name.startswith(f"{family.body}.")]
+        return self._read_within([name for name in names if not name.startswith(others)])
+
+    def _read_within(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by their names within the decoder, on the CPU."""
+        body = self._checkpoint.family.body
+        return {_within(body, name): read_tensor(self._checkpoint, name).to(self._dtype) for name in names}
 
     def _body(self, number: int) -> nn.Module:
         """The decoder of one layer, whose parameters have no values yet."""
@@ -162,7 +173,8 @@ def _compute_buffers(model: Any, module: nn.Module) -> None:
     if not buffers:
         return
     for name, buffer in buffers.items():
-        module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+        in_files = name not in module._non_persistent_buffers_set
+        module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=in_files)
     model._init_weights(module)
 
 
@@ -252,16 +264,16 @@ def put_out(layer: nn.Module, units: Units, wanted_NC: Tensor, like_NC: Tensor) 
 
 
 @dataclass(frozen=True)
-class GatedMlp:
-    """What a gated MLP computes with before its down projection.
+class BeforeDown:
+    """What an MLP computes with before its down projection.
 
     Attributes:
-        weights, biases: of gate and up.
-        activation: of the gate.
+        weights, biases: of gate and up, or of up alone.
+        activation: of the first of them.
     """
 
-    weights: tuple[Tensor, Tensor]
-    biases: tuple[Tensor | None, Tensor | None]
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
     activation: Callable[[Tensor], Tensor]
 
     @property
@@ -269,16 +281,16 @@ class GatedMlp:
         return self.weights[0].dtype
 
 
-def gated_mlp(layer: nn.Module, units: Units) -> GatedMlp:
+def before_down(layer: nn.Module, units: Units) -> BeforeDown:
     """Of such a layer, by the neurons of its MLP."""
     mlp = mlp_of(layer, units)
     rows = [cast("nn.Linear", part_of(layer, name.removesuffix(".weight"))) for name in units.weights[:-1]]
-    gate, up = (part for row in rows for part in row.weight.data.chunk(units.row_parts[0]))
+    weights = tuple(part for row in rows for part in row.weight.data.chunk(units.row_parts[0]))
     biases = [part for row in rows if row.bias is not None for part in row.bias.data.chunk(units.row_parts[0])]
-    gate_bias, up_bias = biases or (None, None)
     acting = [it for it in mlp.children() if not isinstance(it, nn.Linear)]
     is_silu = not acting or isinstance(acting[0], SILU)
-    return GatedMlp((gate, up), (gate_bias, up_bias), nn.functional.silu if is_silu else acting[0])
+    activation = nn.functional.silu if is_silu else acting[0]
+    return BeforeDown(weights, tuple(biases) or (None,) * len(weights), activation)
 
 
 def part_of(layer: nn.Module, name: str) -> nn.Module:

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+
 
 @dataclass(frozen=True)
 class Dimensions:
     """A decoder's dimensions, as they decide memory and work.
 
+    ``row_projections``: of an MLP, matrices that make its neurons: gate and up, or up alone.
     ``ranks``: of attention's query, key, value and output projections, 0 where one is whole; empty where all are.
     """
 
@@ -22,7 +25,13 @@ class Dimensions:
     head_size: int
     vocabulary: int
     tied: bool
+    row_projections: int = 2
     ranks: tuple[int, ...] = ()
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Of an MLP, its down projection included."""
+        return self.row_projections + 1
 
     @property
     def attention_size(self) -> int:
@@ -46,13 +55,13 @@ class Dimensions:
     def layer_weights(self, *, attention: bool) -> list[int]:
         """Sizes of one layer's matrices: of the MLP, then those of attention if they are asked for."""
         heads = [self.num_heads] * 2 + [self.num_key_value_heads] * 2
-        channels = [self.intermediate_size] * 3 + [it * self.head_size for it in heads if attention]
+        channels = [self.intermediate_size] * self.mlp_matrices + [it * self.head_size for it in heads if attention]
         return [self.hidden_size * it for it in channels]
 
     @property
     def layer_parameters(self) -> int:
         """The matrices of one layer; norms and biases are too few to matter."""
-        return self.attention_parameters + 3 * self.hidden_size * self.intermediate_size
+        return self.attention_parameters + self.mlp_matrices * self.hidden_size * self.intermediate_size
 
     @property
     def body_parameters(self) -> int:
@@ -67,8 +76,17 @@ class Dimensions:
         return self.body_parameters + self.head_parameters * (1 if self.tied else 2)
 
 
-def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
-    """The dimensions that a ``config.json`` describes."""
+def checkpoint_dimensions(checkpoint: Checkpoint) -> Dimensions:
+    """The dimensions of a checkpoint's decoder."""
+    return dimensions_of(checkpoint.config, sum(checkpoint.units.row_parts))
+
+
+def dimensions_of(config: Mapping[str, Any], row_projections: int = 2) -> Dimensions:
+    """The dimensions that a ``config.json`` describes.
+
+    Args:
+        row_projections: see ``Dimensions``; no ``config.json`` tells.
+    """
     heads = int(config["num_attention_heads"])
     return Dimensions(
         hidden_size=int(config["hidden_size"]),
@@ -79,4 +97,5 @@ def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
         head_size=int(config.get("head_dim") or config["hidden_size"] // heads),
         vocabulary=int(config["vocab_size"]),
         tied=bool(config.get("tie_word_embeddings", False)),
+        row_projections=row_projections,
     )

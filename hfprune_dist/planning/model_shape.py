@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import ATTENTION
-from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
+from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
 from hfprune_dist.structures.units import plural_of, read_counts
 
 # Field of a config.json in which layers may differ -> what ``Dimensions`` calls it.
@@ -29,13 +30,9 @@ class ModelShape:
     layers: tuple[Dimensions, ...]
 
     @classmethod
-    def of_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """The shape that a ``config.json`` describes.
-
-        Raises:
-            KeyError, TypeError, ValueError: where it describes no decoder that is known.
-        """
-        whole = dimensions_of(config)
+    def of(cls, checkpoint: Checkpoint) -> ModelShape:
+        """The shape of a checkpoint's decoder."""
+        whole, config = checkpoint_dimensions(checkpoint), checkpoint.config
         by_layer = {ours: read_counts(config, field) for field, ours in _OF_LAYERS.items() if field in config}
         return cls._of_layers([whole] * whole.num_layers, by_layer)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
+from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
 from hfprune_dist.structures.units import plural_of
 
 
@@ -31,7 +31,7 @@ class Decoder:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Decoder | None:
         """Of a dense checkpoint; None where its layers differ, since a ratio of some of them says little then."""
-        return cls.of_dimensions(dimensions_of(checkpoint.config)) if checkpoint.is_plain else None
+        return cls.of_dimensions(checkpoint_dimensions(checkpoint)) if checkpoint.is_plain else None
 
     @classmethod
     def of_dimensions(cls, sizes: Dimensions) -> Decoder:

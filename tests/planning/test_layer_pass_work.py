@@ -47,7 +47,7 @@ def test_refits(tmp_path_factory, kind, groups):
         checkpoint = open_checkpoint(save_tiny(folder / "model", **sizes))
         kept = drawn(checkpoint, groups, seed)
         counted = flops_of(kind, checkpoint, kept, windows, folder)
-        dense, left = ModelShape.of_config(checkpoint.config), ModelShape.of_config(checkpoint.config)
+        dense, left = ModelShape.of(checkpoint), ModelShape.of(checkpoint)
         told = {"num_hidden_layers": len(kept.layers)}
         for name, units in checkpoint.structures.items():
             told |= units.sizes(kept.shape.counts(units)) if name in kept.units else {}
