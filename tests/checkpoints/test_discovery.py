@@ -84,7 +84,7 @@ def test_an_activation_may_learn():
     family, _ = discover(CONFIG, shapes_of() | numbers, "here")
     assert numbers.keys() <= family.tensors(CONFIG)
     with pytest.raises(UserError, match=r"mlp\.act_fn\.alpha is no part of a plain MLP"):
-        discover(CONFIG, shapes_of() | dict.fromkeys(numbers, [12]), "here")
+        discover(CONFIG, shapes_of() | {key: [12] for key in numbers}, "here")
 
 
 def test_the_head_and_positions_beside_the_layers_are_found():
