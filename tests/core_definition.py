@@ -60,7 +60,8 @@ NEURONS = "mlp.down_proj"
 def layers_of(model):
     """The decoder layers of a causal language model, whatever it calls its decoder."""
     body = model.base_model
-    return getattr(body, "decoder", body).layers
+    names = [name for name in ("decoder", "language_model", "text_model") if hasattr(body, name)]
+    return (getattr(body, names[0]) if names else body).layers
 
 
 # Criteria for which one pass is enough.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny import tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 SHAPE = {
@@ -94,11 +95,73 @@ FAMILIES: dict[str, dict[str, object]] = {
 }
 
 
+# The token that stands for a part of an image, and how many stand for one.
+IMAGE_TOKEN, IMAGE_TOKENS = 2, 4
+ENCODER = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+_QWEN_ENCODER = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
+_QWEN = {"image_token_id": IMAGE_TOKEN, "video_token_id": 1, "vision_start_token_id": 1}
+# The same of models of images and text; sizes of their text decoders are ``SHAPE``.
+SEEING: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {"query_pre_attn_scalar": 8, **SLIDING},
+        "vision_config": ENCODER,
+        "mm_tokens_per_image": IMAGE_TOKENS,
+        "image_token_index": IMAGE_TOKEN,
+    },
+    "qwen2_5_vl": {
+        "text_config": _AXES,
+        "vision_config": _QWEN_ENCODER | {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]},
+        **_QWEN,
+    },
+    "qwen3_vl": {
+        "text_config": _AXES,
+        "vision_config": _QWEN_ENCODER
+        | {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        **_QWEN,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral"},
+        "vision_config": ENCODER | {"model_type": "pixtral", "head_dim": 8},
+        "image_token_index": IMAGE_TOKEN,
+        "spatial_merge_size": 1,
+    },
+    "llava": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": ENCODER | {"model_type": "clip_vision_model"},
+        "image_token_index": IMAGE_TOKEN,
+    },
+    "smolvlm": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": ENCODER,
+        "image_token_id": IMAGE_TOKEN,
+        "scale_factor": 1,
+    },
+    "idefics3": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": ENCODER,
+        "image_token_id": IMAGE_TOKEN,
+        "scale_factor": 1,
+    },
+}
+
+
 def make_model(model_type: str, seed: int = 0) -> torch.nn.Module:
     """A random float32 model whose outputs are far from uniform."""
-    config = CONFIG_MAPPING[model_type](**{**SHAPE, **FAMILIES[model_type]})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    if model_type in SEEING:
+        settings = SEEING[model_type]
+        config = CONFIG_MAPPING[model_type](**settings | {"text_config": SHAPE | settings["text_config"]})
+        model = AutoModelForImageTextToText.from_config(config).eval()
+    else:
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**SHAPE | FAMILIES[model_type])).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

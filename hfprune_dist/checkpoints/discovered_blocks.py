@@ -33,7 +33,10 @@ _NORMS: dict[frozenset[str], tuple[tuple[str | None, str | None], tuple[str | No
     )
 }
 # What neither names nor shapes tell: config.json has no say in the size of a head.
-_FIXED_HEADS = ("helium", "stablelm", "opt", "biogpt")
+_FIXED_HEADS = (
+    *("helium", "stablelm", "opt", "biogpt"),
+    *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"),
+)
 _PARALLEL = frozenset({"input_layernorm"})
 # Whose attention and MLP read the same hidden states unless config.json says otherwise -> the key that says so.
 _PARALLEL_KEYS = {"gpt_neox": "use_parallel_residual"}

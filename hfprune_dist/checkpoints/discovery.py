@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfprune_dist.checkpoints.discovered_blocks import Attention, Shapes, norms_of
-from hfprune_dist.checkpoints.families import Family, not_supported
+from hfprune_dist.checkpoints.families import CAUSAL, WITH_VISION, Family, not_supported
 
 # Of rotary embeddings and masks: saved with some checkpoints, computed by every model.
 BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
@@ -39,11 +39,14 @@ _HEADS = {"biogpt": "output_projection"}
 _CLASSES = {"internlm3": "Llama", "iquestcoder": "Llama"}
 
 
-def discover(config: Mapping[str, Any], shapes: Shapes, where: str) -> tuple[Family, dict[str, Any]]:
+def discover(
+    config: Mapping[str, Any], shapes: Shapes, where: str, *, has_vision: bool = False
+) -> tuple[Family, dict[str, Any]]:
     """Find the parts of a model.
 
     Args:
-        shapes: of all tensors in the checkpoint's files.
+        shapes: of all tensors in the checkpoint's files; of a model of images and text, those of its text decoder.
+        has_vision: whether it is such a model.
 
     Returns:
         Its family; and keys of config.json that it lacks, or that mean something else there, with what holds for it.
@@ -52,6 +55,7 @@ def discover(config: Mapping[str, Any], shapes: Shapes, where: str) -> tuple[Fam
         UserError: naming what is missing, or what is there besides.
     """
     search = _Search(config, shapes, where)
+    architecture, task = search.architecture(has_vision)
     layers = search.prefix()
     parts = search.parts_of_layers(layers)
     mlp, rows, down, row_parts = search.mlp(parts)
@@ -65,7 +69,8 @@ def discover(config: Mapping[str, Any], shapes: Shapes, where: str) -> tuple[Fam
     of_head = {name for name in shapes if name.startswith(f"{head}.")}
     family = Family(
         model_type=str(config["model_type"]),
-        architecture=search.architecture(),
+        architecture=architecture,
+        task=task,
         body=body,
         head=head,
         embedding=embedding,
@@ -114,15 +119,16 @@ class _Search:
     def _refusal(self, why: str) -> Exception:
         return not_supported(self._config, self._where, why)
 
-    def architecture(self) -> str:
-        """The stem of its classes' names."""
+    def architecture(self, has_vision: bool) -> tuple[str, str]:
+        """The stem of its classes' names, and what they end with."""
+        task = WITH_VISION if has_vision else CAUSAL
         if self._config["model_type"] in _CLASSES:
-            return _CLASSES[self._config["model_type"]]
+            return _CLASSES[self._config["model_type"]], task
         names = self._config.get("architectures") or [""]
-        found = re.fullmatch(r"(?:Pruned)?(\w+)ForCausalLM", str(names[0]))
+        found = re.fullmatch(rf"(?:Pruned)?(\w+){task}", str(names[0]))
         if found is None:
-            raise self._refusal(f"architectures is {names[0]!r}, which is no ...ForCausalLM")
-        return found[1]
+            raise self._refusal(f"architectures is {names[0]!r}, which is no ...{task}")
+        return found[1], task
 
     def prefix(self) -> str:
         """What the names of a layer's tensors begin with, before its number."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+# What names of classes of transformers end with.
+CAUSAL, WITH_VISION = "ForCausalLM", "ForConditionalGeneration"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Family:
         mlp_norm, attention_norm: that whose output the block reads; None: it reads the residual stream.
         mlp_norm_after, attention_norm_after: that which the block's outputs go through.
         found: of a family that isn't listed, the names of all tensors that a model has.
+        task: what the name of its class of transformers ends with.
         whole_groups: why its KV groups can't be pruned; empty: they can.
         no_sequence: why its blocks can't be refitted one after another; empty: they can.
     """
@@ -65,13 +68,19 @@ class Family:
     twin: str | None = None
     any_heads: bool = True
     found: frozenset[str] = frozenset()
+    task: str = CAUSAL
     whole_groups: str = ""
     no_sequence: str = ""
 
     @property
     def plain_class(self) -> str:
         """The class of transformers that has all layers alike."""
-        return f"{self.architecture}ForCausalLM"
+        return f"{self.architecture}{self.task}"
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether it is the text decoder inside a model of images and text."""
+        return self.task != CAUSAL
 
     @property
     def pruned_class(self) -> str:
@@ -177,7 +186,6 @@ FAMILIES: dict[str, Family] = {
 
 # Keys of a config.json, and what a model is that has them.
 _OTHER_KINDS = {
-    "vision_config": "a model of images and text",
     "audio_config": "a model of sound and text",
     "is_encoder_decoder": "an encoder-decoder",
     "num_experts": "a mixture of experts",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hfprune_dist.checkpoints.text_decoder import DEEPSTACK
 from hfprune_dist.structures.units import PER_LAYER
 
 # An entry for each layer.
@@ -55,7 +56,10 @@ def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
         return dict.fromkeys(layers, why)
     if config.get(_SHARED):
         return dict.fromkeys(layers, f"its last {config[_SHARED]} layers read keys and values of others ({_SHARED})")
-    return dict.fromkeys(layers, "it is the only one") if len(layers) == 1 else {}
+    if len(layers) == 1:
+        return dict.fromkeys(layers, "it is the only one")
+    first = len(config.get(DEEPSTACK) or ())
+    return dict.fromkeys(layers[:first], f"images enter behind the first {first} layers ({DEEPSTACK})")
 
 
 def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,20 +40,21 @@ class Adapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
 
-def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str]:
+def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str] | str:
     """Names of the linear layers that get an adapter: all projections of attention and MLP; of one of low rank both
-    factors.
+    factors. Where other parts of a model may have such names, a pattern that matches the decoder's alone.
 
     Args:
         low_rank: names within a layer of projections of low rank.
     """
     factored = {name.rpartition(".")[2]: () for name in low_rank}
     attention = [linear for name in family.attention_projections for linear in linear_modules(name, factored)]
-    return [*attention, *family.row_projections, family.down_projection]
+    names = [*attention, *family.row_projections, family.down_projection]
+    return rf"{re.escape(family.layers)}\.\d+\.(.*\.)?({'|'.join(names)})" if family.has_vision else names
 
 
 def write_adapter(
-    folder: Path, parameters: Mapping[str, Tensor], targets: Sequence[str], rank: int, alpha: int
+    folder: Path, parameters: Mapping[str, Tensor], targets: Sequence[str] | str, rank: int, alpha: int
 ) -> None:
     """Write an adapter that ``peft.PeftModel.from_pretrained`` loads.
 
@@ -69,7 +71,7 @@ def write_adapter(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": list(targets),
+        "target_modules": targets if isinstance(targets, str) else list(targets),
     }
     write_json(folder / ADAPTER_CONFIG, config)
     save_file(

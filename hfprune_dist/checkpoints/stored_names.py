@@ -6,8 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hfprune_dist.checkpoints.text_decoder import has_vision
+
 # model_type -> (what the names of modules begin with, and what those in files may begin with).
 _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {"gpt_neox": (("lm_head.", "embed_out."),)}
+# The same of text decoders inside models of images and text.
+_OF_DECODERS = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    *((f"model.language_model.{part}.", f"model.{part}.") for part in ("embed_tokens", "layers", "norm")),
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class StoredNames:
         Args:
             names: of all tensors in its files.
         """
-        pairs = _RENAMED.get(str(config.get("model_type")), ())
+        pairs = _OF_DECODERS if has_vision(config) else _RENAMED.get(str(config.get("model_type")), ())
         every = list(names)
         return cls(tuple(pair for pair in pairs if any(name.startswith(pair[1]) for name in every)))
 

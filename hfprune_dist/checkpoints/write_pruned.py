@@ -254,7 +254,7 @@ def write_companions(checkpoint: Checkpoint, target: Path, config: Mapping[str, 
             shutil.copyfile(checkpoint.path / name, target / name)
     if config["model_type"] != checkpoint.config["model_type"]:
         _write_tokenizer(checkpoint, target)
-    write_json(target / "config.json", config)
+    write_json(target / "config.json", checkpoint.config_file(config))
     if str(config.get("auto_map", {}).get(AUTO_CLASS)).startswith(f"{MODELING_FILE.stem}."):
         shutil.copyfile(MODELING_FILE, target / MODELING_FILE.name)
     if (checkpoint.path / INDEX_FILE).is_file():

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import of_layers
@@ -20,7 +20,7 @@ from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.head import AfterHead
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.models.after_head import after_head
-from hfprune_dist.models.loading import ONE_AT_A_TIME, attention_of
+from hfprune_dist.models.loading import ONE_AT_A_TIME, attention_of, auto_class
 from hfprune_dist.models.memory_efficient_backward import SILU
 from hfprune_dist.structures.units import Units
 
@@ -140,12 +140,12 @@ class LayerReader:
     def _model(self, number: int) -> Any:
         config = self._layer_config(number)
         with ONE_AT_A_TIME, torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(self._checkpoint).from_config(
                 config, dtype=self._dtype, attn_implementation=attention_of(self._checkpoint)
             )
             (layer,) = self._checkpoint.family.layers_of(model)
-            factorize(layer, config)
-            add_output_biases(config, layer)
+            factorize(layer, config.get_text_config())
+            add_output_biases(config.get_text_config(), layer)
         return model
 
     def _read(self, name: str) -> Tensor:
@@ -155,11 +155,16 @@ class LayerReader:
         return tensor.to(self._device, dtype)
 
     def _layer_config(self, number: int) -> Any:
-        config = copy.deepcopy(config_of_layer(self._config, number))
-        for key, value in of_layers(vars(config), [number]).items():
-            setattr(config, key, value)
-        config.use_cache = False
-        return config
+        text = self._config.get_text_config()
+        own = copy.deepcopy(config_of_layer(text, number))
+        for key, value in of_layers(vars(own), [number]).items():
+            setattr(own, key, value)
+        own.use_cache = False
+        if text is self._config:
+            return own
+        whole = copy.copy(self._config)
+        whole.text_config = own
+        return whole
 
 
 def _within(body: str, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
@@ -13,6 +13,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 class Dimensions:
     """A decoder's dimensions, as they decide memory and work.
 
+    ``beside_decoder``: parameters that compute no text, of a model of images and text.
     ``row_projections``: of an MLP, matrices that make its neurons: gate and up, or up alone.
     ``ranks``: of attention's query, key, value and output projections, 0 where one is whole; empty where all are.
     """
@@ -25,6 +26,7 @@ class Dimensions:
     head_size: int
     vocabulary: int
     tied: bool
+    beside_decoder: int = 0
     row_projections: int = 2
     ranks: tuple[int, ...] = ()
 
@@ -73,12 +75,13 @@ class Dimensions:
 
     @property
     def parameters(self) -> int:
-        return self.body_parameters + self.head_parameters * (1 if self.tied else 2)
+        return self.body_parameters + self.head_parameters * (1 if self.tied else 2) + self.beside_decoder
 
 
 def checkpoint_dimensions(checkpoint: Checkpoint) -> Dimensions:
     """The dimensions of a checkpoint's decoder."""
-    return dimensions_of(checkpoint.config, sum(checkpoint.units.row_parts))
+    dims = dimensions_of(checkpoint.config, sum(checkpoint.units.row_parts))
+    return replace(dims, beside_decoder=sum(checkpoint.tensors[name].numel for name in checkpoint.beside_decoder))
 
 
 def dimensions_of(config: Mapping[str, Any], row_projections: int = 2) -> Dimensions:

@@ -46,21 +46,24 @@ class DenseModel:
     Attributes:
         weight_bytes: of its tensors.
         decoder: what its layers have, where they are alike.
+        has_vision: whether it is a model of images and text.
 
-    The last two are None in records of before there were these fields.
+    ``weight_bytes`` and ``decoder`` are None in records of before there were these fields.
     """
 
     parameters: int
     intermediate_size: int
     weight_bytes: int | None = None
     decoder: Decoder | None = None
+    has_vision: bool = False
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> DenseModel:
         """What a dense checkpoint has of it."""
         sizes = checkpoint.units.sizes(checkpoint.units.counts)
         weights = sum(tensor.bytes for tensor in checkpoint.tensors.values())
-        return cls(checkpoint.parameters, sizes["intermediate_size"], weights, Decoder.of(checkpoint))
+        decoder, vision = Decoder.of(checkpoint), checkpoint.family.has_vision
+        return cls(checkpoint.parameters, sizes["intermediate_size"], weights, decoder, vision)
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> DenseModel:
