@@ -24,6 +24,14 @@ SHAPE = {
     "eos_token_id": 2,
 }
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_expand": 1,
+    "mamba_chunk_size": 4,
+}
 # model_type -> settings that make the architecture do all that it can do.
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
@@ -91,6 +99,16 @@ FAMILIES: dict[str, dict[str, object]] = {
     "phi": {},
     "gpt_neox": {},
     "opt": {"ffn_dim": 24, "dropout": 0.0},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1], "attn_rotary_emb": 8},
+    "granitemoehybrid": {
+        **_MAMBA,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 24,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 4.0,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
 }
 

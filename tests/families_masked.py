@@ -36,7 +36,7 @@ def masked(checkpoint, kept):
     model = load(checkpoint.path)
     for number, layer in enumerate(checkpoint.family.layers_of(model)):
         if number not in kept.layers:
-            layer.register_forward_hook(lambda _layer, inputs, _output: inputs[0])
+            layer.register_forward_hook(_skip)
             continue
         for kind in kept.units:
             units = checkpoint.structures[kind]
@@ -45,6 +45,11 @@ def masked(checkpoint, kept):
             gone = torch.ones(weight.shape[1], dtype=torch.bool).index_fill_(0, stays, False)
             weight[:, gone] = 0
     return model
+
+
+def _skip(_layer, inputs, output):
+    """Puts out what goes in, alone or as the first of several."""
+    return (inputs[0], *output[1:]) if isinstance(output, tuple) else inputs[0]
 
 
 def assert_same(ours, theirs):

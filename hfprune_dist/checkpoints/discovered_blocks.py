@@ -120,6 +120,11 @@ def _why_whole(
     return ""
 
 
+def _attends(there: Shapes) -> bool:
+    """Whether a layer with these tensors has attention."""
+    return any(re.match(_BLOCKS, name) for name in there)
+
+
 def norms_of(config: Mapping[str, Any], parts: Sequence[Shapes], mlp: str) -> dict[str, Any]:
     """Names of norms as ``Family`` has them, and why its blocks can't be refitted one after another."""
     hidden_size = config["hidden_size"]
@@ -136,8 +141,9 @@ def norms_of(config: Mapping[str, Any], parts: Sequence[Shapes], mlp: str) -> di
     if between:
         return {"attention_norm": None, "mlp_norm": None, "no_sequence": f"a layer does more ({between[0]})"}
     parallel = _PARALLEL_KEYS.get(str(config["model_type"]))
+    beside = next((name for there in parts for name in there if name.startswith("mamba.") and _attends(there)), None)
     is_parallel = norms == _PARALLEL or (parallel is not None and config.get(parallel, True))
-    if norms in _NORMS and mlp and not is_parallel:
+    if norms in _NORMS and mlp and not is_parallel and not beside:
         (attention, attention_after), (of_mlp, mlp_after) = _NORMS[norms]
         return {
             "attention_norm": attention,
@@ -147,6 +153,8 @@ def norms_of(config: Mapping[str, Any], parts: Sequence[Shapes], mlp: str) -> di
         }
     if is_parallel:
         why = "its attention and its MLP read the same hidden states"
+    elif beside:
+        why = f"its attention and its state-space block read the same hidden states ({beside})"
     elif not mlp:
         why = "its MLP is no module of its own"
     else:

@@ -21,6 +21,7 @@ BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 _MLPS = (
     (("gate_proj", "up_proj"), "down_proj", 1),
     (("gate_up_proj",), "down_proj", 2),
+    (("input_linear",), "output_linear", 2),
     (("w1", "w3"), "w2", 1),
     (("up_proj",), "down_proj", 1),
     (("fc1",), "fc2", 1),

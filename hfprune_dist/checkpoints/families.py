@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures.kv_groups import kv_groups, whole_groups
 from hfprune_dist.structures.low_rank import linear_modules, read_ranks
-from hfprune_dist.structures.neurons import neurons
+from hfprune_dist.structures.neurons import OTHER_WIDTHS, neurons
 from hfprune_dist.structures.units import OUTPUT_BIASES, Block, Units
 
 if TYPE_CHECKING:
@@ -194,14 +194,22 @@ _OTHER_KINDS = {
 }
 
 
-# What some architectures call the width of their MLPs.
-_OTHER_WIDTHS = ("ffn_dim",)
+# What is special about MLPs that could be taken for others.
+_UNFIT = {
+    "recurrent_gemma": "its MLPs are half as wide as intermediate_size says",
+    "falcon_h1": "its model, not its layers, makes the scales of their state-space blocks",
+    "olmo_hybrid": "transformers makes no layer of it alone",
+    "nemotron_h": "a layer has an MLP or attention, not both",
+    **dict.fromkeys(("zamba", "zamba2"), "its layers share their MLPs"),
+    **dict.fromkeys(("gpt2", "openai-gpt"), "its matrices are transposed (Conv1D)"),
+}
 _NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
 def with_width(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json that says ``intermediate_size``, whatever its architecture calls it."""
-    width = next((config[key] for key in _OTHER_WIDTHS if key in config), None)
+    names = OTHER_WIDTHS if not config.get("num_local_experts") else ()
+    width = next((config[key] for key in names if key in config), None)
     return dict(config) if width is None else {**config, "intermediate_size": width}
 
 
@@ -211,6 +219,8 @@ def refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: telling what it is.
     """
+    if unfit := _UNFIT.get(str(config.get("model_type"))):
+        raise not_supported(config, where, unfit)
     found = next((key for key in _OTHER_KINDS if config.get(key) not in (None, False)), None)
     if found:
         raise not_supported(config, where, f"it is {_OTHER_KINDS[found]} ({found})")

@@ -39,7 +39,7 @@ _UNLISTED = {
     "smollm3": "no_rope_layers",
 }
 # Numbers of the layers of one kind.
-_NUMBERS = ("full_attn_idxs",)
+_NUMBERS = ("full_attn_idxs", "attn_layer_indices")
 _SHARED = "num_kv_shared_layers"
 
 

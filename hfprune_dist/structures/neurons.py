@@ -7,8 +7,9 @@ from typing import Any
 
 from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 
-# What configurations of lfm2 call it too, and read first; and those of opt.
-_OTHER_NAMES = ("block_ff_dim", "ffn_dim")
+# What configurations of opt and granitemoehybrid call it; and what those of lfm2 call it too, and read first.
+OTHER_WIDTHS = ("ffn_dim", "shared_intermediate_size")
+_OTHER_NAMES = (*OTHER_WIDTHS, "block_ff_dim")
 
 
 def neurons(config: Mapping[str, Any], mlp: Block, row_projections: Sequence[str], down: str, parts: int) -> Units:

@@ -36,7 +36,7 @@ from hfprune_dist.structures.kept import Kept
 README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
 CPU = torch.device("cpu")
 # Where pairs that share a row of training do so, as the README says.
-SEE_EACH_OTHER = {"lfm2", "qwen3_5_text", "opt"}
+SEE_EACH_OTHER = {"lfm2", "qwen3_5_text", "opt", "bamba", "granitemoehybrid"}
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 ENTROPY = CRITERIA["entropy"]
 every_family = pytest.mark.parametrize("model_type", FAMILIES)
@@ -127,6 +127,7 @@ def unchanged(checkpoint, smaller):
         "layer_types",
         "no_rope_layers",
         "max_window_layers",
+        "attn_layer_indices",
     }
     return {key: value for key, value in checkpoint.config.items() if key not in ours}
 
@@ -221,7 +222,8 @@ def divergence(dense, other, windows_ST):
 @every_family
 def test_layers_that_are_told_apart_by_their_number_stay(model_type):
     """Where config.json lists no kinds of layers, the class of the configuration may make such a list."""
-    made = CONFIG_MAPPING[model_type](**SHAPE | {"num_hidden_layers": 12}).to_dict()
+    needed = {key: value for key, value in FAMILIES[model_type].items() if key.startswith("mamba_")}
+    made = CONFIG_MAPPING[model_type](**SHAPE | needed | {"num_hidden_layers": 12}).to_dict()
     lists = [key for key in ("layer_types", "no_rope_layers") if len(set(map(str, made.get(key) or []))) > 1]
     stated = {key: value for key, value in made.items() if key not in lists and "interval" not in key}
     assert bool(undroppable_layers(stated)) == bool(lists)
