@@ -171,7 +171,7 @@ SEEING: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(model_type: str, seed: int = 0) -> torch.nn.Module:
+def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Module:
     """A random float32 model whose outputs are far from uniform."""
     torch.manual_seed(seed)
     if model_type in SEEING:
@@ -179,7 +179,9 @@ def make_model(model_type: str, seed: int = 0) -> torch.nn.Module:
         config = CONFIG_MAPPING[model_type](**settings | {"text_config": SHAPE | settings["text_config"]})
         model = AutoModelForImageTextToText.from_config(config).eval()
     else:
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**SHAPE | FAMILIES[model_type])).eval()
+        model = AutoModelForCausalLM.from_config(
+            CONFIG_MAPPING[model_type](**SHAPE | FAMILIES[model_type] | changes)
+        ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -189,8 +191,8 @@ def make_model(model_type: str, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def save_model(folder: Path, model_type: str) -> Path:
+def save_model(folder: Path, model_type: str, **changes: object) -> Path:
     """A checkpoint folder as a user has it."""
-    make_model(model_type).save_pretrained(folder)
+    make_model(model_type, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -164,11 +164,12 @@ class Importance:
         return first + (later * dims.hidden_size * self.itemsize + kept if self.checkpointing else later * kept)
 
     def layer_bytes(self, dims: Dimensions) -> int:
-        """Bytes a token of one layer: norms' inputs, q, k, v and attention's output, gate and up; h of a student, or
-        where there are gradients of weights, then also norms' outputs.
+        """Bytes a token of one layer: norms' inputs, q, k, v and attention's output, gate and up; h of a student, of an
+        MLP without a gate, or where there are gradients of weights, then also norms' outputs.
         """
         values = 2 * dims.hidden_size + 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size
-        of_mlp = dims.row_projections + (self.student or self._sees_mlps) + self._sees_student
+        without_gate = dims.row_projections == 1  # then no backward is ours, which makes h again
+        of_mlp = dims.row_projections + (self.student or self._sees_mlps or without_gate) + self._sees_student
         values += of_mlp * dims.intermediate_size
         values += (self._sees_mlps + self._sees_attention) * dims.hidden_size
         return values * self.itemsize + 4 * (2 + dims.num_heads)  # float32: norms' scales, log-sum-exp of each head
