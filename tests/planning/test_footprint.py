@@ -92,14 +92,14 @@ def scored(model, kinds=("neurons",)):
     )
 
 
-def score(model, criteria, groups=False, tokens=128, micro_batches=1, vocabulary=264):
+def score(model, criteria, groups=False, tokens=128, micro_batches=1):
     """Micro-batches of two windows; gradients of weights are added up by the only rank."""
     kinds = ("neurons", "kv_groups") if groups else ("neurons",)
     model_scored = scored(model, kinds)
     sums = UnitSums(model_scored.outputs, [CRITERIA[name] for name in criteria], None, seen_linears(model, kinds))
     for _ in range(micro_batches):
         input_ids_BT = torch.ones(2, tokens, dtype=torch.int64)
-        score_batch(model_scored, Batch(input_ids_BT, range(2), vocabulary, 0, Teaching(0.4, 0.2)), sums)
+        score_batch(model_scored, Batch(input_ids_BT, range(2), 264, 0, Teaching(0.4, 0.2)), sums)
 
 
 def observing(criteria):
@@ -163,20 +163,19 @@ def test_kept_activations_of_the_calibration_pass(variant, groups, criterion):
 
 @pytest.mark.parametrize("criterion", ["entropy", "weight_taylor", "coupled_taylor"])
 def test_kept_activations_of_mlps_without_a_gate(tmp_path, monkeypatch, criterion):
-    checkpoint = open_checkpoint(save_model(tmp_path, "arcee"))
+    checkpoint = open_checkpoint(save_model(tmp_path, "arcee", **SHAPE))
     monkeypatch.setitem(FAMILIES, "arcee", checkpoint.family)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).requires_grad_(False)
     use_memory_efficient_backward(model, checkpoint.family)
     job = Importance(windows=2, tokens=128, **observing([criterion]))
     with kept_for_backward(model) as counted:
-        score(model, [criterion], vocabulary=64)
+        score(model, [criterion])
         estimate = 2 * 128 * job.activation_bytes(checkpoint_dimensions(checkpoint))
         assert estimate == pytest.approx(counted(), rel=0.05)
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=lora_targets(checkpoint.family))
     trained = sum(it.numel() for it in get_peft_model(model, lora).parameters() if it.requires_grad)
-    assert (
-        Train(rows=2, tokens=128, rank=4, dropout=False).lora_parameters(checkpoint_dimensions(checkpoint)) == trained
-    )
+    job = Train(rows=2, tokens=128, rank=4, dropout=False)
+    assert job.lora_parameters(checkpoint_dimensions(checkpoint)) == trained
 
 
 def test_checkpointing_keeps_the_inputs_of_layers():

@@ -66,7 +66,7 @@ def test_refits(tmp_path_factory, kind, groups):
 @pytest.mark.usefixtures("as_counted")
 @pytest.mark.parametrize("kind", ["layerwise", "block"])
 def test_refits_of_mlps_without_a_gate(tmp_path, kind):
-    checkpoint = open_checkpoint(save_model(tmp_path / "model", "arcee"))
+    checkpoint = open_checkpoint(save_model(tmp_path / "model", "arcee", hidden_act="silu"))
     kept = Kept((0, 1, 2), {"neurons": [torch.arange(count) for count in (20, 11, 15)]})
     windows = Windows(5, 12, 2)
     counted = flops_of(kind, checkpoint, kept, windows, tmp_path, vocabulary=64)
