@@ -55,6 +55,15 @@ def student(model, windows, channels=1):
 
 
 NEURONS = "mlp.down_proj"
+
+
+def layers_of(model):
+    """The decoder layers of a causal language model, whatever it calls its decoder."""
+    body = model.base_model
+    names = [name for name in ("decoder", "language_model", "text_model") if hasattr(body, name)]
+    return (getattr(body, names[0]) if names else body).layers
+
+
 # Criteria for which one pass is enough.
 OF_ONE_PASS = sorted(name for name, it in CRITERIA.items() if it.student_of is None)
 
@@ -66,7 +75,7 @@ def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels
     so many ``channels`` of what the projection ``output`` of each layer reads, one after another.
     """
     model = copy.deepcopy(model).double().requires_grad_()
-    layers = model.model.layers
+    layers = layers_of(model)
     projections = [layer.get_submodule(output) for layer in layers]
     scores = [torch.zeros((), dtype=torch.float64) for _ in layers]
     read = [[] for _ in layers]
@@ -77,12 +86,13 @@ def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels
         captured = []
 
         def keep(module, inputs, captured=captured):
-            hidden = inputs[0]
-            masked = hidden * (next(masks, 1.0) if module.in_features == model.config.intermediate_size else 1.0)
+            hidden = inputs[0] if inputs[0].ndim == 3 else inputs[0][None]  # some see the tokens of all windows as one
+            width = getattr(model.config, "intermediate_size", None)
+            masked = hidden * (next(masks, 1.0) if module.in_features == width else 1.0)
             if module in projections:
                 masked.retain_grad()
                 captured.append((hidden, masked))
-            return (masked,)
+            return (masked.view_as(inputs[0]),)
 
         teacher = model(input_ids=window[None]).logits[0].detach()
         hooked = {*projections, *(layer.get_submodule(NEURONS) for layer in layers if keeps is not None)}
@@ -192,7 +202,7 @@ def coupled_taylor(model, windows, keeps=None, share=0.0, temperature=1.0):
     """
     teacher = copy.deepcopy(model).double()
     model = copy.deepcopy(model).double().requires_grad_()
-    layers = model.model.layers
+    layers = layers_of(model)
     kept = [torch.arange(layer.mlp.down_proj.in_features) for layer in layers]
     if keeps is not None:
         kept = [keeps_N.nonzero().squeeze(1) for keeps_N in keeps]
@@ -242,7 +252,7 @@ def moments(model, windows, seed=0, channels=1, output=NEURONS):
     loss, and h dL/dh is added up for each unit.
     """
     model = copy.deepcopy(model).double().requires_grad_()
-    layers = model.model.layers
+    layers = layers_of(model)
     grams, curvatures, fishers = ([0.0] * len(layers) for _ in range(3))
     for number, window in enumerate(windows):
         seen = []

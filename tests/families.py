@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny import tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 SHAPE = {
@@ -23,6 +24,14 @@ SHAPE = {
     "eos_token_id": 2,
 }
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_expand": 1,
+    "mamba_chunk_size": 4,
+}
 # model_type -> settings that make the architecture do all that it can do.
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
@@ -82,6 +91,24 @@ FAMILIES: dict[str, dict[str, object]] = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     },
+    "arcee": {"mlp_bias": True},
+    "nemotron": {"mlp_bias": True},
+    "apertus": {},
+    "starcoder2": {"use_bias": True, "residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0},
+    "jais2": {},
+    "phi": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 24, "dropout": 0.0},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1], "attn_rotary_emb": 8},
+    "granitemoehybrid": {
+        **_MAMBA,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 24,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 4.0,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
 }
 # The same of mixtures of experts.
@@ -121,12 +148,75 @@ EXPERTS: dict[str, dict[str, object]] = {
 }
 
 
+# The token that stands for a part of an image, and how many stand for one.
+IMAGE_TOKEN, IMAGE_TOKENS = 2, 4
+ENCODER = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+_QWEN_ENCODER = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
+_QWEN = {"image_token_id": IMAGE_TOKEN, "video_token_id": 1, "vision_start_token_id": 1}
+# The same of models of images and text; sizes of their text decoders are ``SHAPE``.
+SEEING: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {"query_pre_attn_scalar": 8, **SLIDING},
+        "vision_config": ENCODER,
+        "mm_tokens_per_image": IMAGE_TOKENS,
+        "image_token_index": IMAGE_TOKEN,
+    },
+    "qwen2_5_vl": {
+        "text_config": _AXES,
+        "vision_config": _QWEN_ENCODER | {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]},
+        **_QWEN,
+    },
+    "qwen3_vl": {
+        "text_config": _AXES,
+        "vision_config": _QWEN_ENCODER
+        | {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        **_QWEN,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral"},
+        "vision_config": ENCODER | {"model_type": "pixtral", "head_dim": 8},
+        "image_token_index": IMAGE_TOKEN,
+        "spatial_merge_size": 1,
+    },
+    "llava": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": ENCODER | {"model_type": "clip_vision_model"},
+        "image_token_index": IMAGE_TOKEN,
+    },
+    "smolvlm": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": ENCODER,
+        "image_token_id": IMAGE_TOKEN,
+        "scale_factor": 1,
+    },
+    "idefics3": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": ENCODER,
+        "image_token_id": IMAGE_TOKEN,
+        "scale_factor": 1,
+    },
+}
+
+
 def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Module:
     """A random float32 model whose outputs are far from uniform."""
-    settings = FAMILIES[model_type] if model_type in FAMILIES else {"num_experts_per_tok": 2, **EXPERTS[model_type]}
-    config = CONFIG_MAPPING[model_type](**{**SHAPE, **settings, **changes})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    if model_type in SEEING:
+        settings = SEEING[model_type]
+        config = CONFIG_MAPPING[model_type](**settings | {"text_config": SHAPE | settings["text_config"]})
+        model = AutoModelForImageTextToText.from_config(config).eval()
+    else:
+        settings = FAMILIES[model_type] if model_type in FAMILIES else {"num_experts_per_tok": 2, **EXPERTS[model_type]}
+        config = CONFIG_MAPPING[model_type](**SHAPE | settings | changes)
+        model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

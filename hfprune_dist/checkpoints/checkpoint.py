@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from hfprune_dist.checkpoints.checks import (
     quantized,
 )
 from hfprune_dist.checkpoints.discovery import BUFFERS, discover
-from hfprune_dist.checkpoints.families import FAMILIES, Family, refuse_other_kinds
+from hfprune_dist.checkpoints.families import FAMILIES, Family, refuse_other_kinds, with_width
 from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo
+from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
+from hfprune_dist.checkpoints.text_decoder import beside_decoder, decoder_config, has_vision, with_decoder
 from hfprune_dist.checkpoints.weight_files import matching, read_headers, read_json_object
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures import Structure, structure_of
@@ -40,6 +42,8 @@ COMPANION_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
 )
+# Of models of images and text, those besides that say how images become tokens.
+PROCESSOR_PATTERNS = ("*processor_config.json",)
 COMPARED_BYTES = 2**20
 # Kinds of rope scaling that make max_position_embeddings, or the original number, so many times larger.
 _STRETCHING = ("linear", "dynamic", "yarn")
@@ -53,9 +57,11 @@ class Checkpoint:
         config: config.json, and what holds for an architecture that isn't listed of keys that it lacks. But where it
             ties a head that the files have with other values than the embedding, it says here that the head isn't
             tied, and the saved one counts, as it does for transformers.
-        tensors: those that the model computes with.
+        tensors: those that the model computes with, by their names in it.
         unused: names of the others in the files. They are no parameters, and pruning leaves them out.
         has_untied_head: whether ``config`` says otherwise than config.json.
+        names: what tensors are called in the files.
+        whole: config.json as it is.
     """
 
     path: Path
@@ -64,6 +70,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     unused: tuple[str, ...] = ()
     has_untied_head: bool = False
+    names: StoredNames = SAME
+    whole: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def num_layers(self) -> int:
@@ -160,7 +168,17 @@ class Checkpoint:
 
     @cached_property
     def companion_files(self) -> list[str]:
-        return matching(self.path, COMPANION_PATTERNS)
+        processors = PROCESSOR_PATTERNS if self.family.has_vision else ()
+        return matching(self.path, (*COMPANION_PATTERNS, *processors))
+
+    @cached_property
+    def beside_decoder(self) -> frozenset[str]:
+        """The tensors that aren't of its text decoder, where it is a model of images and text."""
+        return beside_decoder(self.tensors) if self.family.has_vision else frozenset()
+
+    def config_file(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What config.json says where ``config``, of the form of this one's, holds."""
+        return with_decoder(self.whole, config) if self.family.has_vision else dict(config)
 
     @cached_property
     def tokenizer_files(self) -> list[str]:
@@ -174,30 +192,36 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UserError: naming the file and what is wrong with it.
     """
     check_folder(path)
-    config = read_json_object(path / "config.json", "every Hugging Face checkpoint has one")
-    refuse_other_kinds(config, str(path / "config.json"))
-    if config.get("quantization_config"):
-        raise quantized(config, path)
+    whole = read_json_object(path / "config.json", "every Hugging Face checkpoint has one")
+    vision = has_vision(whole)
+    config = with_width(decoder_config(whole) if vision else whole)
+    refuse_other_kinds(whole | config, str(path / "config.json"))
+    if whole.get("quantization_config") or config.get("quantization_config"):
+        raise quantized(whole | config, path)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is needed")
     check_config(config, path / "config.json")
-    found = read_headers(path)
-    family = FAMILIES.get(str(config.get("model_type")))
+    stored = read_headers(path)
+    names = StoredNames.of(whole, stored)
+    found = {names.in_modules(name): info for name, info in stored.items()}
+    beside = beside_decoder(found) if vision else frozenset()
+    family = None if vision else FAMILIES.get(str(config.get("model_type")))
     if family is None:
-        family, stated = discover(config, {name: info.shape for name, info in found.items()}, str(path / "config.json"))
+        shapes = {name: info.shape for name, info in found.items() if name not in beside}
+        family, stated = discover(config, shapes, str(path / "config.json"), has_vision=vision)
         config |= stated
     check_output_biases(config, family, path / "config.json")
     known = family.tensors(config)
-    tensors = {name: info for name, info in found.items() if name in known}
-    unused = tuple(sorted(found.keys() - known))
-    for name in matching(path, COMPANION_PATTERNS):
-        refuse_pointer(path / name)
+    tensors = {name: info for name, info in found.items() if name in known | beside}
+    unused = tuple(sorted(found.keys() - tensors.keys()))
     check_dtypes(path, found, known)
     check_tensors(path, config, family, tensors)
     untied = bool(config.get("tie_word_embeddings")) and _heads_differ(path, family, tensors)
     checkpoint = Checkpoint(
-        path, config | ({"tie_word_embeddings": False} if untied else {}), family, tensors, unused, untied
+        path, config | ({"tie_word_embeddings": False} if untied else {}), family, tensors, unused, untied, names, whole
     )
+    for name in checkpoint.companion_files:
+        refuse_pointer(path / name)
     check_shapes(path, tensors, checkpoint.structures, config["hidden_size"])
     check_factors(checkpoint.path, tensors, checkpoint.structures, checkpoint.ranks, hidden=config["hidden_size"])
     return checkpoint

@@ -1,7 +1,7 @@
 """The one adapter between an architecture and the rest: what its parts are called, in its modules and in its files.
 
 Four families are listed, with what their checkpoints must hold. Of others, whose MLPs compute
-``down(act(gate(x)) * up(x))`` too, the parts are found in a checkpoint (see ``discovery``).
+``down(act(gate(x)) * up(x))`` too, or ``down(act(up(x)))``, the parts are found in a checkpoint (see ``discovery``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.structures.experts import Experts, dense_neurons, expert_neurons, shared_neurons
 from hfprune_dist.structures.kv_groups import kv_groups, whole_groups
 from hfprune_dist.structures.low_rank import linear_modules, read_ranks
-from hfprune_dist.structures.neurons import neurons
+from hfprune_dist.structures.neurons import OTHER_WIDTHS, neurons
 from hfprune_dist.structures.units import OUTPUT_BIASES, Block, Units
 
 if TYPE_CHECKING:
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+# What names of classes of transformers end with.
+CAUSAL, WITH_VISION = "ForCausalLM", "ForConditionalGeneration"
 
 
 @dataclass(frozen=True)
 class Family:
-    """Names of the parts of a decoder-only architecture with gated MLPs.
+    """Names of the parts of a decoder-only architecture with one MLP in each layer.
 
     Attributes:
         biases: (key of config.json, the projections that have a bias where it is true); no key: in any case.
@@ -35,9 +37,11 @@ class Family:
         twin: the model_type that computes the same without biases, for numbers of heads that don't divide
             ``hidden_size``, which this one's configuration class refuses; None: there is none.
         any_heads: whether its configuration class takes numbers of heads that don't divide ``hidden_size``.
+        row_parts: matrices in each row projection, one behind the other: two where gate and up are one.
         mlp_norm, attention_norm: that whose output the block reads; None: it reads the residual stream.
         mlp_norm_after, attention_norm_after: that which the block's outputs go through.
         found: of a family that isn't listed, the names of all tensors that a model has.
+        task: what the name of its class of transformers ends with.
         whole_groups: why its KV groups can't be pruned; empty: they can.
         no_sequence: why its blocks can't be refitted one after another; empty: they can.
         experts: of one whose layers, or some of them, have experts in place of one MLP.
@@ -60,12 +64,14 @@ class Family:
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_norm_after: str | None = None
     row_projections: tuple[str, ...] = ("gate_proj", "up_proj")
+    row_parts: int = 1
     down_projection: str = "down_proj"
     biases: tuple[tuple[str | None, tuple[str, ...]], ...] = ()
     heads: Mapping[str, int] = field(default_factory=dict)
     twin: str | None = None
     any_heads: bool = True
     found: frozenset[str] = frozenset()
+    task: str = CAUSAL
     whole_groups: str = ""
     no_sequence: str = ""
     experts: Experts | None = None
@@ -74,7 +80,12 @@ class Family:
     @property
     def plain_class(self) -> str:
         """The class of transformers that has all layers alike."""
-        return f"{self.architecture}ForCausalLM"
+        return f"{self.architecture}{self.task}"
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether it is the text decoder inside a model of images and text."""
+        return self.task != CAUSAL
 
     @property
     def pruned_class(self) -> str:
@@ -88,12 +99,12 @@ class Family:
     def _mlp_units(self, config: Mapping[str, Any]) -> list[Units]:
         """The neurons of all its MLPs, by kinds."""
         mlp, experts = self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after), self.experts
-        projections = self.row_projections, self.down_projection
+        projections = self.row_projections, self.down_projection, self.row_parts
         if experts is None:
             return [neurons(config, mlp, *projections)]
         kinds = [expert_neurons(config, mlp, experts)]
-        kinds += [shared_neurons(config, mlp, experts, *projections)] if experts.shared else []
-        return kinds + ([dense_neurons(config, mlp, experts, *projections)] if self.dense_layers else [])
+        kinds += [shared_neurons(config, mlp, experts, projections)] if experts.shared else []
+        return kinds + ([dense_neurons(config, mlp, experts, projections)] if self.dense_layers else [])
 
     def structures(self, config: Mapping[str, Any]) -> dict[str, Units]:
         """All kinds of units of such a model, by what they are called."""
@@ -189,7 +200,6 @@ FAMILIES: dict[str, Family] = {
 
 # Keys of a config.json, and what a model is that has them.
 _OTHER_KINDS = {
-    "vision_config": "a model of images and text",
     "audio_config": "a model of sound and text",
     "is_encoder_decoder": "an encoder-decoder",
 }
@@ -197,7 +207,23 @@ _OTHER_KINDS = {
 _OTHER_THAN_LISTED = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "a mixture of experts")
 
 
+# What is special about MLPs that could be taken for others.
+_UNFIT = {
+    "recurrent_gemma": "its MLPs are half as wide as intermediate_size says",
+    "falcon_h1": "its model, not its layers, makes the scales of their state-space blocks",
+    "olmo_hybrid": "transformers makes no layer of it alone",
+    "nemotron_h": "a layer has an MLP or attention, not both",
+    **dict.fromkeys(("zamba", "zamba2"), "its layers share their MLPs"),
+    **dict.fromkeys(("gpt2", "openai-gpt"), "its matrices are transposed (Conv1D)"),
+}
 _NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
+
+def with_width(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says ``intermediate_size``, whatever its architecture calls it."""
+    names = OTHER_WIDTHS if not config.get("num_local_experts") else ()
+    width = next((config[key] for key in names if key in config), None)
+    return dict(config) if width is None else {**config, "intermediate_size": width}
 
 
 def refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
@@ -206,6 +232,8 @@ def refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: telling what it is.
     """
+    if unfit := _UNFIT.get(str(config.get("model_type"))):
+        raise not_supported(config, where, unfit)
     kinds = _OTHER_KINDS | (_OTHER_THAN_LISTED if config.get("model_type") in FAMILIES else {})
     found = next((key for key in kinds if config.get(key) not in (None, False)), None)
     if found:
@@ -219,6 +247,6 @@ def not_supported(config: Mapping[str, Any], where: str, why: str) -> UserError:
     """What to tell of a model that can't be pruned."""
     return UserError(
         f"{where}: model_type {str(config.get('model_type'))!r} is not supported: {why}. Pruned are "
-        f"{', '.join(sorted(FAMILIES))} and other decoders whose layers have one gated MLP, or experts that are such "
+        f"{', '.join(sorted(FAMILIES))} and other decoders whose layers have one MLP, or experts that are gated ones "
         "(hfprune_dist/checkpoints/README.md lists those that are tested)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hfprune_dist.checkpoints.text_decoder import DEEPSTACK
 from hfprune_dist.structures.units import PER_LAYER
 
 # An entry for each layer.
@@ -38,7 +39,7 @@ _UNLISTED = {
     "smollm3": "no_rope_layers",
 }
 # Numbers of the layers of one kind.
-_NUMBERS = ("full_attn_idxs",)
+_NUMBERS = ("full_attn_idxs", "attn_layer_indices")
 _SHARED = "num_kv_shared_layers"
 # Numbers of layers without experts, and every how many layers there are some elsewhere.
 _WITHOUT_EXPERTS, _SPARSE_STEP = "mlp_only_layers", "decoder_sparse_step"
@@ -57,7 +58,10 @@ def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
         return dict.fromkeys(layers, why)
     if config.get(_SHARED):
         return dict.fromkeys(layers, f"its last {config[_SHARED]} layers read keys and values of others ({_SHARED})")
-    return dict.fromkeys(layers, "it is the only one") if len(layers) == 1 else {}
+    if len(layers) == 1:
+        return dict.fromkeys(layers, "it is the only one")
+    first = len(config.get(DEEPSTACK) or ())
+    return dict.fromkeys(layers[:first], f"images enter behind the first {first} layers ({DEEPSTACK})")
 
 
 def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:

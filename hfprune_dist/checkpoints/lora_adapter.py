@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import Family
+from hfprune_dist.checkpoints.pruned_config import is_plain
+from hfprune_dist.checkpoints.stored_names import SAME
 from hfprune_dist.checkpoints.write_pruned import Changes, Transform, stream_weight_file, unit_cuts
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures.kept import Kept
@@ -37,21 +40,23 @@ class Adapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
 
-def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str]:
+def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str] | str:
     """Names of the linear layers that get an adapter: all projections of attention and MLP; of one of low rank both
-    factors. In mixtures of experts attention alone: peft takes the names of MLPs' projections for the experts', whose
-    adapters can't be merged matrix by matrix.
+    factors. Where other parts of a model may have such names, a pattern that matches the decoder's alone. In mixtures
+    of experts attention alone: peft takes the names of MLPs' projections for the experts', whose adapters can't be
+    merged matrix by matrix.
 
     Args:
         low_rank: names within a layer of projections of low rank.
     """
     factored = {name.rpartition(".")[2]: () for name in low_rank}
     attention = [linear for name in family.attention_projections for linear in linear_modules(name, factored)]
-    return attention if family.experts else [*attention, *family.row_projections, family.down_projection]
+    names = attention if family.experts else [*attention, *family.row_projections, family.down_projection]
+    return rf"{re.escape(family.layers)}\.\d+\.(.*\.)?({'|'.join(names)})" if family.has_vision else names
 
 
 def write_adapter(
-    folder: Path, parameters: Mapping[str, Tensor], targets: Sequence[str], rank: int, alpha: int
+    folder: Path, parameters: Mapping[str, Tensor], targets: Sequence[str] | str, rank: int, alpha: int
 ) -> None:
     """Write an adapter that ``peft.PeftModel.from_pretrained`` loads.
 
@@ -68,7 +73,7 @@ def write_adapter(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": list(targets),
+        "target_modules": targets if isinstance(targets, str) else list(targets),
     }
     write_json(folder / ADAPTER_CONFIG, config)
     save_file(
@@ -105,7 +110,8 @@ def merge_weight_file(
     transforms: dict[str, Transform] = {**{name: cut.apply for name, cut in cuts.items()}, **merges}
     transforms |= {name: partial(_in_turn, merges[name], cuts[name].apply) for name in merges.keys() & cuts.keys()}
     shapes = {name: cut.shape(checkpoint.tensors[name].shape) for name, cut in cuts.items()}
-    stream_weight_file(checkpoint, file, Changes(transforms, shapes), target)
+    stored = checkpoint.names if kept is None or is_plain(checkpoint, kept.shape) else SAME
+    stream_weight_file(checkpoint, file, Changes(transforms, shapes, stored=stored), target)
 
 
 def _in_turn(first: Transform, then: Transform, tensor: Tensor) -> Tensor:

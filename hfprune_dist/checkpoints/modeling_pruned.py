@@ -58,7 +58,8 @@ class SizesPerLayer:
     def __init__(self, config: Any) -> None:
         sizes = getattr(config, "layer_sizes", None)
         super().__init__(config if sizes else config.per_layer_config[0])  # type: ignore[call-arg]
-        body = self.model  # type: ignore[attr-defined]
+        body = self.base_model  # type: ignore[attr-defined]
+        body = getattr(body, "decoder", body)
         for number, layer in enumerate(body.layers):
             own = config_of_layer(config, number)
             body.layers[number] = type(layer)(own, number)

@@ -21,7 +21,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     """One tensor, in the dtype of the file, on the CPU."""
     with safe_open(checkpoint.path / checkpoint.tensors[name].file, framework="pt") as source:
-        tensor: Tensor = source.get_tensor(name)
+        tensor: Tensor = source.get_tensor(checkpoint.names.in_files(name))
     return tensor
 
 

@@ -21,9 +21,10 @@ from transformers import AutoTokenizer
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.cut import Cut, StackedCut, cut_of
-from hfprune_dist.checkpoints.pruned_config import AUTO_CLASS, MODELING_FILE
+from hfprune_dist.checkpoints.pruned_config import AUTO_CLASS, MODELING_FILE, is_plain
 from hfprune_dist.checkpoints.read_tensors import DTYPES
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo, read_safetensors_header
+from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
 from hfprune_dist.checkpoints.weight_files import INDEX_FILE
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.structures.kept import Kept
@@ -62,6 +63,7 @@ class Changes:
         added: name of a tensor that isn't there yet -> what it is: its file, dtype and shape. ``transforms`` make it of
             an empty one.
         parts: name -> what is written in its place, where that is several tensors.
+        stored: what tensors are called in that file.
     """
 
     transforms: Mapping[str, Transform]
@@ -69,6 +71,7 @@ class Changes:
     names: Mapping[str, str] | None = None
     added: Mapping[str, TensorInfo] = field(default_factory=dict)
     parts: Mapping[str, Sequence[Written]] = field(default_factory=dict)
+    stored: StoredNames = SAME
 
     def of(self, name: str, info: TensorInfo) -> Sequence[Written]:
         """What is written of a tensor, or in its place."""
@@ -129,7 +132,8 @@ def write_weight_file(
     transforms: dict[str, Transform] = {name: cut.apply for name, cut in cuts.items()}
     for name, read in (replacements or {}).items():
         transforms[name] = partial(_replace, read)
-    stream_weight_file(checkpoint, file, Changes(transforms, shapes, names | biases, added, factors), target)
+    stored = checkpoint.names if is_plain(checkpoint, kept.shape) and not added else SAME
+    stream_weight_file(checkpoint, file, Changes(transforms, shapes, names | biases, added, factors, stored), target)
 
 
 def _biases_added(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, TensorInfo]:
@@ -184,11 +188,12 @@ def stream_weight_file(checkpoint: Checkpoint, file: str, changes: Changes, targ
 
         def transformed(name: str, transform: Transform) -> Tensor:
             like = changes.added.get(name)
-            tensor = source.get_tensor(name) if like is None else torch.empty(0, dtype=DTYPES[like.dtype])
-            return transform(tensor).contiguous()
+            if like is not None:
+                return transform(torch.empty(0, dtype=DTYPES[like.dtype])).contiguous()
+            return transform(source.get_tensor(checkpoint.names.in_files(name))).contiguous()
 
         tensors = _one_ahead(partial(transformed, it.source, it.transform) for it in written if it.transform)
-        stream.write(_header(infos, written))
+        stream.write(_header(infos, written, changes.stored))
         for it in written:
             if it.transform:
                 stream.write(next(tensors).view(torch.uint8).numpy().data)
@@ -210,14 +215,18 @@ def _one_ahead(makers: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
             yield waiting.result()
 
 
-def _header(infos: Mapping[str, TensorInfo], written: Sequence[Written]) -> bytes:
+def _header(infos: Mapping[str, TensorInfo], written: Sequence[Written], names: StoredNames) -> bytes:
     """What a safetensors file begins with: the length of a JSON object, and that object."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for it in written:
         info = infos[it.source]
         size = info.bytes // info.numel * math.prod(it.shape)
-        header[it.name] = {"dtype": info.dtype, "shape": list(it.shape), "data_offsets": [offset, offset + size]}
+        header[names.in_files(it.name)] = {
+            "dtype": info.dtype,
+            "shape": list(it.shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8 bytes, as the format asks
@@ -245,7 +254,7 @@ def write_companions(checkpoint: Checkpoint, target: Path, config: Mapping[str, 
             shutil.copyfile(checkpoint.path / name, target / name)
     if config["model_type"] != checkpoint.config["model_type"]:
         _write_tokenizer(checkpoint, target)
-    write_json(target / "config.json", config)
+    write_json(target / "config.json", checkpoint.config_file(config))
     if str(config.get("auto_map", {}).get(AUTO_CLASS)).startswith(f"{MODELING_FILE.stem}."):
         shutil.copyfile(MODELING_FILE, target / MODELING_FILE.name)
     if (checkpoint.path / INDEX_FILE).is_file():

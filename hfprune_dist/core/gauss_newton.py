@@ -1,10 +1,10 @@
 """Gauss-Newton steps on all three weights of a pruned MLP, which bring its outputs closer to given targets.
 
-With y the targets, minimise the sum over tokens of ||y - D h||^2, h = act(G x) * (U x), over gate G, up U and down D
-of the kept neurons, step by step: h is taken as linear in G and U around their present values, and the damped normal
-equations (J^T J + damping diag(J^T J)) delta = J^T r are solved by conjugate gradients, which need only products with J
-and J^T. They are preconditioned with blocks of J^T J in Kronecker form (as in K-FAC, arXiv 1503.05671). No new
-parameters; biases stay as they are.
+With y the targets, minimise the sum over tokens of ||y - D h||^2, h = act(G x) * (U x) or, without a gate, act(U x),
+over gate G, up U and down D of the kept neurons, step by step: h is taken as linear in G and U around their present
+values, and the damped normal equations (J^T J + damping diag(J^T J)) delta = J^T r are solved by conjugate gradients,
+which need only products with J and J^T. They are preconditioned with blocks of J^T J in Kronecker form (as in K-FAC,
+arXiv 1503.05671). No new parameters; biases stay as they are.
 """
 
 from __future__ import annotations
@@ -23,23 +23,27 @@ DAMPING = 1e-2
 
 @dataclass(frozen=True)
 class MlpWeights:
-    """Gate and up [kept, hidden_size] and down [hidden_size, kept] of one layer, or a change of them."""
+    """Gate and up [kept, hidden_size], or up alone, and down [hidden_size, kept] of one layer, or a change of them."""
 
-    gate_KC: Tensor
-    up_KC: Tensor
+    rows_KC: tuple[Tensor, ...]
     down_CK: Tensor
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.gate_KC, self.up_KC, self.down_CK
+    @classmethod
+    def of(cls, *tensors: Tensor) -> MlpWeights:
+        """Of what ``tensors`` gives."""
+        return cls(tensors[:-1], tensors[-1])
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return *self.rows_KC, self.down_CK
 
     def to(self, dtype: torch.dtype) -> MlpWeights:
-        return MlpWeights(*(it.to(dtype) for it in self.tensors()))
+        return MlpWeights.of(*(it.to(dtype) for it in self.tensors()))
 
     def plus(self, other: MlpWeights, scale: float = 1.0) -> MlpWeights:
-        return MlpWeights(*(a + scale * b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
+        return MlpWeights.of(*(a + scale * b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
 
     def times(self, other: MlpWeights) -> MlpWeights:
-        return MlpWeights(*(a * b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
+        return MlpWeights.of(*(a * b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
 
     def dot(self, other: MlpWeights) -> float:
         return sum(
@@ -49,14 +53,15 @@ class MlpWeights:
 
 @dataclass(frozen=True)
 class Biases:
-    """Of gate and up [kept], where the architecture has them; and what it puts the gate through."""
+    """Of gate and up, or of up alone [kept], where the architecture has them; and what it puts the first of them
+    through.
+    """
 
-    gate_K: Tensor | None = None
-    up_K: Tensor | None = None
+    rows_K: tuple[Tensor | None, ...] = (None, None)
     activation: Callable[[Tensor], Tensor] = silu
 
     def acted(self, gate_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """The activation of a gate, and its derivative there."""
+        """The activation of a gate, or of an up without one, and its derivative there."""
         if self.activation is silu:
             sigmoid_NK = gate_NK.sigmoid()
             return silu(gate_NK), sigmoid_NK * (1 + gate_NK * (1 - sigmoid_NK))
@@ -76,20 +81,24 @@ class Linearized:
     """
 
     def __init__(self, weights: MlpWeights, biases: Biases, input_NC: Tensor) -> None:
-        gate_NK = linear(input_NC, weights.gate_KC, biases.gate_K)
-        up_NK = linear(input_NC, weights.up_KC, biases.up_K)
-        acted_NK, slope_NK = biases.acted(gate_NK)
+        pairs = zip(weights.rows_KC, biases.rows_K, strict=True)
+        first_NK, *gated = [linear(input_NC, weight_KC, bias_K) for weight_KC, bias_K in pairs]
+        acted_NK, slope_NK = biases.acted(first_NK)
         self._input_NC = input_NC
         self._down_CK = weights.down_CK
-        self._by_up_NK = acted_NK
-        self._by_gate_NK = slope_NK * up_NK
-        self.hidden_NK = self._by_up_NK * up_NK
+        self._by_rows_NK = [slope_NK]
+        self.hidden_NK = acted_NK
+        for up_NK in gated:
+            self._by_rows_NK = [slope_NK * up_NK, acted_NK]
+            self.hidden_NK = acted_NK * up_NK
 
     @staticmethod
     def bytes_of(weights: MlpWeights, input_NC: Tensor) -> int:
-        """What one of these keeps of its own: the inputs, and three numbers for each token and kept neuron."""
+        """What one of these keeps of its own: the inputs; for each token and kept neuron its activation, and that by
+        each row.
+        """
         tokens, hidden_size = input_NC.shape
-        return tokens * (3 * len(weights.gate_KC) + hidden_size) * input_NC.itemsize
+        return tokens * (len(weights.tensors()) * weights.down_CK.shape[1] + hidden_size) * input_NC.itemsize
 
     def output(self) -> Tensor:
         """[tokens, hidden_size], float32, without the down projection's bias."""
@@ -97,26 +106,26 @@ class Linearized:
 
     def forward(self, change: MlpWeights) -> Tensor:
         """J change: how the outputs move, float32 [tokens, hidden_size]; ``change`` is in the dtype of products."""
-        hidden_NK = linear(self._input_NC, change.gate_KC).mul_(self._by_gate_NK)
-        hidden_NK += linear(self._input_NC, change.up_KC).mul_(self._by_up_NK)
+        first, *gated = zip(change.rows_KC, self._by_rows_NK, strict=True)
+        hidden_NK = linear(self._input_NC, first[0]).mul_(first[1])
+        for row_KC, by_row_NK in gated:
+            hidden_NK += linear(self._input_NC, row_KC).mul_(by_row_NK)
         return linear(hidden_NK, self._down_CK).float() + linear(self.hidden_NK, change.down_CK).float()
 
     def backward(self, error_NC: Tensor) -> MlpWeights:
         """J^T error, from [tokens, hidden_size]."""
         error_NC = error_NC.to(self._input_NC.dtype)
         hidden_NK = error_NC @ self._down_CK
-        return MlpWeights(
-            ((hidden_NK * self._by_gate_NK).T @ self._input_NC).float(),
-            ((hidden_NK * self._by_up_NK).T @ self._input_NC).float(),
+        return MlpWeights.of(
+            *(((hidden_NK * by_row_NK).T @ self._input_NC).float() for by_row_NK in self._by_rows_NK),
             (error_NC.T @ self.hidden_NK).float(),
         )
 
-    def curvature(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What ``GaussNewtonSums`` sums over tokens, of these: its ``gate_K``, ``up_K`` and ``inputs_CC``."""
+    def curvature(self) -> tuple[Tensor, ...]:
+        """What ``GaussNewtonSums`` sums over tokens, of these: its ``rows_K``, then ``inputs_CC``."""
         columns_K = self._down_CK.float().square().sum(dim=0)
         return (
-            columns_K * self._by_gate_NK.float().square().sum(dim=0),
-            columns_K * self._by_up_NK.float().square().sum(dim=0),
+            *(columns_K * by_row_NK.float().square().sum(dim=0) for by_row_NK in self._by_rows_NK),
             gram_matrix(self._input_NC.float()),
         )
 
@@ -126,15 +135,13 @@ class GaussNewtonSums:
     """What J^T J looks like where neurons don't meet in gate and up, nor outputs in down.
 
     Attributes:
-        gate_K: sum over tokens of the squared derivative of the outputs by each neuron's gate [kept].
-        up_K: the same by its up.
+        rows_K: sum over tokens of the squared derivative of the outputs by each neuron's gate [kept], and by its up.
         inputs_CC: sum of x x^T [hidden_size, hidden_size].
         hidden_KK: sum of h h^T [kept, kept].
         tokens: how many there are.
     """
 
-    gate_K: Tensor
-    up_K: Tensor
+    rows_K: tuple[Tensor, ...]
     inputs_CC: Tensor
     hidden_KK: Tensor
     tokens: int
@@ -142,9 +149,8 @@ class GaussNewtonSums:
     def diagonal(self) -> MlpWeights:
         """About that of J^T J: derivatives and inputs are taken as independent."""
         inputs_C = self.inputs_CC.diagonal() / self.tokens
-        return MlpWeights(
-            torch.outer(self.gate_K, inputs_C),
-            torch.outer(self.up_K, inputs_C),
+        return MlpWeights.of(
+            *(torch.outer(row_K, inputs_C) for row_K in self.rows_K),
             self.hidden_KK.diagonal().to(inputs_C).expand(len(inputs_C), -1),
         )
 
@@ -152,10 +158,9 @@ class GaussNewtonSums:
         """About (J^T J)^-1, damped, as a product."""
         by_inputs_CC = damped_inverse(self.inputs_CC / self.tokens, DAMPING).float()
         by_hidden_KK = damped_inverse(self.hidden_KK, DAMPING).float()
-        gate_K, up_K = (it + damping_of(it, DAMPING) for it in (self.gate_K, self.up_K))
-        return lambda it: MlpWeights(
-            it.gate_KC @ by_inputs_CC / gate_K[:, None],
-            it.up_KC @ by_inputs_CC / up_K[:, None],
+        rows_K = [it + damping_of(it, DAMPING) for it in self.rows_K]
+        return lambda it: MlpWeights.of(
+            *(row_KC @ by_inputs_CC / row_K[:, None] for row_KC, row_K in zip(it.rows_KC, rows_K, strict=True)),
             it.down_CK @ by_hidden_KK,
         )
 
@@ -170,9 +175,9 @@ def solve_normal_equations(
         right: J^T of the residual.
         curvature: on the same tokens.
     """
-    damping = MlpWeights(*(DAMPING * (it + it.mean()) for it in curvature.diagonal().tensors()))
+    damping = MlpWeights.of(*(DAMPING * (it + it.mean()) for it in curvature.diagonal().tensors()))
     inverse = curvature.inverse()
-    solution = MlpWeights(*(torch.zeros_like(it) for it in right.tensors()))
+    solution = MlpWeights.of(*(torch.zeros_like(it) for it in right.tensors()))
     residual, direction = right, inverse(right)
     power = residual.dot(direction)
     for _ in range(iterations):

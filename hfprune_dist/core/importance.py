@@ -186,6 +186,7 @@ class UnitSums:
             Loss name -> sum over windows of the loss per token.
         """
         values = {}
+        self._phase.windows = len(hidden_BTC)
         for number, (loss, (loss_N, gradient_NC)) in enumerate(gradients.items(), start=1):
             terms = loss.terms(hidden_BTC.shape[1])
             gradient_BTC = gradient_NC.view_as(hidden_BTC)

@@ -93,7 +93,11 @@ class LinearObserver:
 
     def _show(self, see: SeeLinear, inputs: Tensor, gradients: Tensor) -> None:
         if self._phase.backward_of is self._loss:
-            see(inputs, gradients)
+            see(*(self._by_window(it) for it in (inputs, gradients)))
+
+    def _by_window(self, it: Tensor) -> Tensor:
+        """[windows, tokens, channels], also where a layer reads the tokens of all windows as one."""
+        return it if it.ndim > 2 else it.unflatten(0, (self._phase.windows, -1))
 
 
 def _in_graph(output: Tensor) -> Tensor:

@@ -106,10 +106,12 @@ class Phase:
     """What the model is about, for hooks.
 
     Attributes:
+        windows: of the micro-batch.
         backward_of: the loss whose backward is under way; None in a forward.
         student: kind -> which units the student has, bool [units] of each layer; None where the model is the dense one.
     """
 
+    windows: int = 1
     backward_of: Loss | None = None
     student: Mapping[str, Sequence[Tensor]] | None = None
 

@@ -255,7 +255,7 @@ class LayerStream:
                 seen = [observers.enter_context(_inputs_of(module)) for module in modules]
                 run(layer, hidden_BTC)
             for of_module, inputs in zip(sums, seen, strict=True):
-                of_module.add(index, inputs.pop().flatten(0, 1))
+                of_module.add(index, inputs.pop().flatten(0, -2))
             del hidden_BTC
         for of_module in sums:
             of_module.begin()
@@ -270,7 +270,7 @@ class LayerStream:
                 seen = [observers.enter_context(_inputs_of(module)) for module in projections]
                 output_BTC = run(layer, hidden_BTC)
             for of_kind, inputs in zip(sums, seen, strict=True):
-                of_kind.add(index, inputs.pop().flatten(0, 1))
+                of_kind.add(index, inputs.pop().flatten(0, -2))
             yield index, output_BTC
             del hidden_BTC, output_BTC  # before the next are made
 

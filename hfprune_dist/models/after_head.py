@@ -27,7 +27,7 @@ def after_head(checkpoint: Checkpoint) -> AfterHead:
     """What becomes of a checkpoint's logits. Architectures that are listed leave them alone."""
     if not checkpoint.family.found:
         return NOTHING
-    config: Any = AutoConfig.from_pretrained(checkpoint.path)
+    config: Any = AutoConfig.from_pretrained(checkpoint.path).get_text_config()
     stated: dict[str, Any] = {key: getattr(config, key, None) or neutral for key, neutral in _NEUTRAL.items()}
     scaling = stated["logits_scaling"]
     scale = stated["logit_scale"] * stated["lm_head_multiplier"]
@@ -35,10 +35,10 @@ def after_head(checkpoint: Checkpoint) -> AfterHead:
     return AfterHead(scale, stated["final_logit_softcapping"])
 
 
-def leave_logits(model: nn.Module) -> None:
+def leave_logits(model: Any) -> None:
     """Let a model put out what its head computes."""
     for key, neutral in _NEUTRAL.items():
-        for owner in (model, model.config):
+        for owner in (model, model.config, model.config.get_text_config()):
             if getattr(owner, key, None) is not None:
                 setattr(owner, key, neutral)
 

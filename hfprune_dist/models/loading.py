@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
 from hfprune_dist.checkpoints import modeling_pruned
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.module_tensors import module_tensors
+from hfprune_dist.checkpoints.text_decoder import is_of_decoder
 from hfprune_dist.errors import UserError
 
 # transformers changes defaults of the whole process while it makes a model: threads that make one at the same time
@@ -37,7 +37,23 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             folder, dtype=dtype, attn_implementation=attention_of(checkpoint), **changes
         )
     require_exact_rotary(model, folder)
+    if checkpoint.family.has_vision:
+        checkpoint.family.body_of(model).register_forward_pre_hook(_with_text_positions, with_kwargs=True)
     return model
+
+
+def _with_text_positions(
+    _body: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before a text decoder whose positions have several axes: tell it of texts that follow one another in a row.
+
+    It takes the first of four rows of positions for those, and sees none of them in one that it makes three of.
+    """
+    positions = options.get("position_ids")
+    rope = getattr(_body.config, "rope_parameters", None) or {}
+    if positions is None or positions.ndim != 2 or "mrope_section" not in rope:
+        return None
+    return inputs, options | {"position_ids": positions[None].expand(4, -1, -1)}
 
 
 def require_exact_rotary(model: nn.Module, folder: Path) -> None:
@@ -59,8 +75,13 @@ def require_exact_rotary(model: nn.Module, folder: Path) -> None:
 def model_class(checkpoint: Checkpoint) -> Any:
     """The class that can hold a checkpoint's weights."""
     if checkpoint.is_plain:
-        return AutoModelForCausalLM
+        return auto_class(checkpoint)
     return getattr(modeling_pruned, checkpoint.family.pruned_class)
+
+
+def auto_class(checkpoint: Checkpoint) -> Any:
+    """The class of transformers that makes models of a checkpoint's architecture."""
+    return AutoModelForImageTextToText if checkpoint.family.has_vision else AutoModelForCausalLM
 
 
 def attention_of(checkpoint: Checkpoint) -> str:
@@ -94,11 +115,13 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
         UserError: naming a tensor that is missing, has another shape, or would be left out; or why transformers can't
             make the model.
     """
-    modules = dict(_without_weights(checkpoint).named_modules())
+    model = _without_weights(checkpoint)
+    modules = dict(model.named_modules())
     expected = {
         f"{name}.{part}": parameter.shape
         for name, module in modules.items()
         for part, parameter in module.named_parameters(recurse=False)
+        if not checkpoint.family.has_vision or is_of_decoder(name + ".")
     }
     tied = checkpoint.family.head_tensor() if checkpoint.config.get("tie_word_embeddings") else None
     saved = module_tensors(checkpoint)
@@ -110,17 +133,13 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
             raise UserError(
                 f"{checkpoint.path}: {name} has shape {list(info.shape)}, but config.json makes it {list(shape)}"
             )
-    for name in sorted({*saved, *checkpoint.unused} - expected.keys() - _buffers(modules)):
+    known = expected.keys() | model.state_dict().keys() | checkpoint.beside_decoder
+    for name in sorted({*saved, *checkpoint.unused} - known):
         module = modules.get(name.rpartition(".")[0])
         if module is not None and any(True for _ in module.parameters(recurse=False)):
             raise UserError(
                 f"{checkpoint.path}: transformers would leave out the tensor {name}, which config.json gives no place"
             )
-
-
-def _buffers(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Names of the tensors of a model that aren't its parameters; some files have them too."""
-    return {f"{name}.{part}" for name, it in modules.items() for part, _ in it.named_buffers(recurse=False)}
 
 
 def _without_weights(checkpoint: Checkpoint) -> nn.Module:

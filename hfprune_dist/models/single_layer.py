@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import of_layers
@@ -21,7 +21,7 @@ from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.head import AfterHead
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.models.after_head import after_head
-from hfprune_dist.models.loading import ONE_AT_A_TIME, attention_of, stays_float32
+from hfprune_dist.models.loading import ONE_AT_A_TIME, attention_of, auto_class, stays_float32
 from hfprune_dist.models.memory_efficient_backward import SILU
 from hfprune_dist.structures.units import Units
 
@@ -62,10 +62,9 @@ class LayerReader:
         """What the first layer reads, for micro-batches of ids [windows, tokens]: [windows, tokens, hidden_size] each,
         on the CPU.
         """
-        family = self._checkpoint.family
+        table = self._checkpoint.family.embedding_tensor()
         body = self._body(0)
-        table_VC = read_tensor(self._checkpoint, family.embedding_tensor()).to(self._dtype)
-        body.get_submodule(_within(family.body, family.embedding)).load_state_dict({"weight": table_VC}, assign=True)
+        body.load_state_dict({**self._beside(), **self._read_within([table])}, strict=False, assign=True)
         first = body.get_submodule(LAYER)
         return {
             index: input_of(first, partial(body, input_ids=ids_BT, use_cache=False))
@@ -99,7 +98,7 @@ class LayerReader:
         body = self._body(number)
         body.set_submodule(_within(family.body, family.norm), nn.Identity())
         body.set_submodule(_within(family.body, family.embedding), nn.Identity())
-        body.load_state_dict(weights, strict=False, assign=True)
+        body.load_state_dict({**self._beside(), **weights}, strict=False, assign=True)
         missing = [name for name, parameter in body.named_parameters() if parameter.is_meta]
         assert not missing, f"layer {number}: the checkpoint lacks {missing}"
         return body.to(self._device).requires_grad_(False).eval()
@@ -123,6 +122,18 @@ class LayerReader:
         norm.load_state_dict({name: self._read(f"{family.norm}.{name}") for name in norm.state_dict()}, assign=True)
         return norm.requires_grad_(False)
 
+    def _beside(self) -> dict[str, Tensor]:
+        """What the decoder has beside its layers, its embeddings and its final norm: positions, if any."""
+        family = self._checkpoint.family
+        others = (f"{family.layers}.", f"{family.embedding}.", f"{family.norm}.")
+        names = [name for name in self._checkpoint.tensors if name.startswith(f"{family.body}.")]
+        return self._read_within([name for name in names if not name.startswith(others)])
+
+    def _read_within(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by their names within the decoder, on the CPU."""
+        body = self._checkpoint.family.body
+        return {_within(body, name): read_tensor(self._checkpoint, name).to(self._dtype) for name in names}
+
     def _body(self, number: int) -> nn.Module:
         """The decoder of one layer, whose parameters have no values yet."""
         model = self._model(number)
@@ -134,12 +145,12 @@ class LayerReader:
     def _model(self, number: int) -> Any:
         config = self._layer_config(number)
         with ONE_AT_A_TIME, torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(self._checkpoint).from_config(
                 config, dtype=self._dtype, attn_implementation=attention_of(self._checkpoint)
             )
             (layer,) = self._checkpoint.family.layers_of(model)
-            factorize(layer, config)
-            add_output_biases(config, layer)
+            factorize(layer, config.get_text_config())
+            add_output_biases(config.get_text_config(), layer)
         return model
 
     def _read(self, name: str) -> Tensor:
@@ -149,11 +160,16 @@ class LayerReader:
         return tensor.to(self._device, dtype)
 
     def _layer_config(self, number: int) -> Any:
-        config = copy.deepcopy(config_of_layer(self._config, number))
-        for key, value in of_layers(vars(config), [number]).items():
-            setattr(config, key, value)
-        config.use_cache = False
-        return config
+        text = self._config.get_text_config()
+        own = copy.deepcopy(config_of_layer(text, number))
+        for key, value in of_layers(vars(own), [number]).items():
+            setattr(own, key, value)
+        own.use_cache = False
+        if text is self._config:
+            return own
+        whole = copy.copy(self._config)
+        whole.text_config = own
+        return whole
 
 
 def _within(body: str, name: str) -> str:
@@ -260,16 +276,16 @@ def put_out(layer: nn.Module, units: Units, wanted_NC: Tensor, like_NC: Tensor) 
 
 
 @dataclass(frozen=True)
-class GatedMlp:
-    """What a gated MLP computes with before its down projection.
+class BeforeDown:
+    """What an MLP computes with before its down projection.
 
     Attributes:
-        weights, biases: of gate and up.
-        activation: of the gate.
+        weights, biases: of gate and up, or of up alone.
+        activation: of the first of them.
     """
 
-    weights: tuple[Tensor, Tensor]
-    biases: tuple[Tensor | None, Tensor | None]
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
     activation: Callable[[Tensor], Tensor]
 
     @property
@@ -277,16 +293,16 @@ class GatedMlp:
         return self.weights[0].dtype
 
 
-def gated_mlp(layer: nn.Module, units: Units) -> GatedMlp:
+def before_down(layer: nn.Module, units: Units) -> BeforeDown:
     """Of such a layer, by the neurons of its MLP."""
     mlp = mlp_of(layer, units)
     rows = [cast("nn.Linear", part_of(layer, name.removesuffix(".weight"))) for name in units.weights[:-1]]
-    gate, up = (part for row in rows for part in row.weight.data.chunk(units.row_parts[0]))
+    weights = tuple(part for row in rows for part in row.weight.data.chunk(units.row_parts[0]))
     biases = [part for row in rows if row.bias is not None for part in row.bias.data.chunk(units.row_parts[0])]
-    gate_bias, up_bias = biases or (None, None)
     acting = [it for it in mlp.children() if not isinstance(it, nn.Linear)]
     is_silu = not acting or isinstance(acting[0], SILU)
-    return GatedMlp((gate, up), (gate_bias, up_bias), nn.functional.silu if is_silu else acting[0])
+    activation = nn.functional.silu if is_silu else acting[0]
+    return BeforeDown(weights, tuple(biases) or (None,) * len(weights), activation)
 
 
 def part_of(layer: nn.Module, name: str) -> nn.Module:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.structures.experts import mlp_widths, number_of_experts
 
 
@@ -13,6 +14,8 @@ from hfprune_dist.structures.experts import mlp_widths, number_of_experts
 class Dimensions:
     """A decoder's dimensions, as they decide memory and work.
 
+    ``beside_decoder``: parameters that compute no text, of a model of images and text.
+    ``row_projections``: of an MLP, matrices that make its neurons: gate and up, or up alone.
     ``ranks``: of attention's query, key, value and output projections, 0 where one is whole; empty where all are.
     ``intermediate_size`` is of the neurons that compute a token, ``stored_size`` of all that a layer has: experts that
     aren't chosen count there alone. 0: as many.
@@ -26,8 +29,15 @@ class Dimensions:
     head_size: int
     vocabulary: int
     tied: bool
+    beside_decoder: int = 0
+    row_projections: int = 2
     ranks: tuple[int, ...] = ()
     stored_size: int = 0
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Of an MLP, its down projection included."""
+        return self.row_projections + 1
 
     @property
     def attention_size(self) -> int:
@@ -51,13 +61,14 @@ class Dimensions:
     def layer_weights(self, *, attention: bool) -> list[int]:
         """Sizes of one layer's matrices: of the MLP, then those of attention if they are asked for."""
         heads = [self.num_heads] * 2 + [self.num_key_value_heads] * 2
-        channels = [self.intermediate_size] * 3 + [it * self.head_size for it in heads if attention]
+        channels = [self.intermediate_size] * self.mlp_matrices + [it * self.head_size for it in heads if attention]
         return [self.hidden_size * it for it in channels]
 
     @property
     def layer_parameters(self) -> int:
         """The matrices of one layer; norms and biases are too few to matter."""
-        return self.attention_parameters + 3 * self.hidden_size * (self.stored_size or self.intermediate_size)
+        neurons = self.stored_size or self.intermediate_size
+        return self.attention_parameters + self.mlp_matrices * self.hidden_size * neurons
 
     @property
     def body_parameters(self) -> int:
@@ -66,7 +77,7 @@ class Dimensions:
     @property
     def active_layer_parameters(self) -> int:
         """Those of one layer's that a token is multiplied with."""
-        return self.attention_parameters + 3 * self.hidden_size * self.intermediate_size
+        return self.attention_parameters + self.mlp_matrices * self.hidden_size * self.intermediate_size
 
     @property
     def active_body_parameters(self) -> int:
@@ -78,11 +89,22 @@ class Dimensions:
 
     @property
     def parameters(self) -> int:
-        return self.body_parameters + self.head_parameters * (1 if self.tied else 2)
+        return self.body_parameters + self.head_parameters * (1 if self.tied else 2) + self.beside_decoder
 
 
-def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
-    """The dimensions that a ``config.json`` describes."""
+def checkpoint_dimensions(checkpoint: Checkpoint) -> Dimensions:
+    """The dimensions of a checkpoint's decoder."""
+    rows = 2 if checkpoint.family.experts else sum(checkpoint.units.row_parts)
+    dims = dimensions_of(checkpoint.config, rows)
+    return replace(dims, beside_decoder=sum(checkpoint.tensors[name].numel for name in checkpoint.beside_decoder))
+
+
+def dimensions_of(config: Mapping[str, Any], row_projections: int = 2) -> Dimensions:
+    """The dimensions that a ``config.json`` describes.
+
+    Args:
+        row_projections: see ``Dimensions``; no ``config.json`` tells.
+    """
     heads = int(config["num_attention_heads"])
     active, stored = (round(sum(it) / len(it)) for it in zip(*mlp_widths(config), strict=True))
     experts = number_of_experts(config)
@@ -96,4 +118,5 @@ def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
         head_size=int(config.get("head_dim") or config["hidden_size"] // heads),
         vocabulary=int(config["vocab_size"]),
         tied=bool(config.get("tie_word_embeddings", False)),
+        row_projections=row_projections,
     )

@@ -131,9 +131,9 @@ class Importance:
         tokens = self.windows * self.tokens
         head = HEAD_CHUNK_BYTES * (2 if self.student else 1)
         numbers = tokens * dims.intermediate_size
-        # Gradients at h, gate and up; and h itself in a layer that runs again.
-        portions = GATED_PORTIONS * min(ACCELERATOR_BYTES, 4 * numbers)
-        backward = (3 + self.checkpointing) * numbers * self.itemsize + portions
+        # Gradients at h, gate and up; and h itself in a layer that runs again. Without a gate no backward is ours.
+        portions = GATED_PORTIONS * min(ACCELERATOR_BYTES, 4 * numbers) * (dims.row_projections > 1)
+        backward = (dims.mlp_matrices + self.checkpointing) * numbers * self.itemsize + portions
         if self.weight_gradients and self.itemsize < 4:  # a linear layer's input and output gradient in float32
             backward = max(backward, 2 * numbers * self.itemsize + 4 * (numbers + tokens * dims.hidden_size))
         if self.squared_products:  # beside gradients at gate and up
@@ -153,21 +153,24 @@ class Importance:
         attention puts out; with gradients of weights, at what its linear layers put out.
         """
         first, kept = dims.intermediate_size * self.itemsize, self.layer_bytes(dims)
+        rows = dims.row_projections * dims.intermediate_size
         if self.kv_groups:  # attention's output, what the norm after it reads, and the MLP's gate and up
-            first += (dims.attention_size + dims.hidden_size + 2 * dims.intermediate_size) * self.itemsize + 4
+            first += (dims.attention_size + dims.hidden_size + rows) * self.itemsize + 4
         if self._sees_attention:  # all but the input of the norm before attention
             first = kept - dims.hidden_size * self.itemsize - 4
         elif self._sees_mlps and not self.kv_groups:
-            first += ((2 + self._sees_student) * dims.intermediate_size + dims.hidden_size) * self.itemsize
+            first += (rows + self._sees_student * dims.intermediate_size + dims.hidden_size) * self.itemsize
         later = dims.num_layers - 1
         return first + (later * dims.hidden_size * self.itemsize + kept if self.checkpointing else later * kept)
 
     def layer_bytes(self, dims: Dimensions) -> int:
-        """Bytes a token of one layer: norms' inputs, q, k, v and attention's output, gate and up; h of a student, or
-        where there are gradients of weights, then also norms' outputs.
+        """Bytes a token of one layer: norms' inputs, q, k, v and attention's output, gate and up; h of a student, of an
+        MLP without a gate, or where there are gradients of weights, then also norms' outputs.
         """
         values = 2 * dims.hidden_size + 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size
-        values += (2 + (self.student or self._sees_mlps) + self._sees_student) * dims.intermediate_size
+        without_gate = dims.row_projections == 1  # then no backward is ours, which makes h again
+        of_mlp = dims.row_projections + (self.student or self._sees_mlps or without_gate) + self._sees_student
+        values += of_mlp * dims.intermediate_size
         values += (self._sees_mlps + self._sees_attention) * dims.hidden_size
         return values * self.itemsize + 4 * (2 + dims.num_heads)  # float32: norms' scales, log-sum-exp of each head
 
@@ -187,7 +190,7 @@ class Importance:
         tokens, later_share = self.windows * self.tokens, (dims.num_layers - 1) / dims.num_layers
         down_projection = dims.hidden_size * dims.intermediate_size
         output_projection = dims.hidden_size * dims.attention_size
-        first_layer = output_projection + 3 * down_projection if self.kv_groups else down_projection
+        first_layer = output_projection + dims.mlp_matrices * down_projection if self.kv_groups else down_projection
         later_layers = dims.active_body_parameters - dims.active_layer_parameters
         attention = attention_flops(dims, self.tokens)
         forward = 2 * dims.active_body_parameters + attention
@@ -281,7 +284,7 @@ class Train:
         """Of A and B of every projection."""
         hidden, inner = dims.hidden_size, dims.intermediate_size
         heads, groups = dims.num_heads * dims.head_size, dims.num_key_value_heads * dims.head_size
-        sides = 2 * (hidden + heads) + 2 * (hidden + groups) + 3 * (hidden + inner)
+        sides = 2 * (hidden + heads) + 2 * (hidden + groups) + dims.mlp_matrices * (hidden + inner)
         sides += 2 * sum(dims.ranks)  # of one of low rank, each factor gets an adapter
         return dims.num_layers * self.rank * sides
 
@@ -292,9 +295,10 @@ class Train:
         heads = dims.num_heads * dims.head_size
         norms = 2 * 4 * dims.hidden_size
         attention = 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size * self.itemsize
-        gated = 3 * dims.intermediate_size * self.itemsize
+        gated = (2 * dims.row_projections - 1) * dims.intermediate_size * self.itemsize
         if self.dropout:  # a dropped copy and a mask for each projection
-            inputs = (5 * dims.hidden_size + heads + dims.intermediate_size) * (self.itemsize + 1)
+            inputs = (3 + dims.row_projections) * dims.hidden_size + heads + dims.intermediate_size
+            inputs *= self.itemsize + 1
             inputs += (2 * dims.hidden_size + dims.intermediate_size) * self.itemsize * sharded
         else:
             inputs = (2 * dims.hidden_size + dims.intermediate_size) * self.itemsize

@@ -105,8 +105,8 @@ class Refit:
     def _stepping(self, dims: Dimensions, kept: float, ranks: int) -> float:
         """Bytes of a step: two Gram matrices of the kept neurons in float64, what inverts them, what iterates."""
         mine = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
-        linearized = min(KEPT_BYTES, mine * (3 * kept + dims.hidden_size) * self.itemsize)
-        weights = 3 * kept * dims.hidden_size
+        linearized = min(KEPT_BYTES, mine * (dims.mlp_matrices * kept + dims.hidden_size) * self.itemsize)
+        weights = dims.mlp_matrices * kept * dims.hidden_size
         inverting, iterating = INVERSE_BYTES * kept**2, INVERTED_BYTES * kept**2 + STEP_BYTES * weights
         return 16 * kept**2 + max(inverting, iterating) + linearized
 
@@ -203,4 +203,4 @@ def tokens_of_a_rank(samples: int, windows: int, tokens: int, ranks: int) -> int
 
 def widest(dims: Dimensions) -> int:
     """Numbers a token that a forward without gradients has at a time."""
-    return 4 * dims.intermediate_size + 8 * dims.hidden_size
+    return 2 * dims.row_projections * dims.intermediate_size + 8 * dims.hidden_size

@@ -72,7 +72,7 @@ def attention_block(dims: Dimensions, length: int) -> float:
 
 
 def mlp_block(dims: Dimensions) -> float:
-    return 6 * dims.hidden_size * dims.intermediate_size
+    return 2 * dims.mlp_matrices * dims.hidden_size * dims.intermediate_size
 
 
 def forward(dims: Dimensions, length: int) -> float:
@@ -151,11 +151,11 @@ def sequential_refit(
             read = attention_block(left, length) - 2 * left.attention_size * left.hidden_size
             flops += Operations(tokens * (target + read))
             flops += _fitted_to_targets(left.hidden_size, left.attention_size, tokens)
-        read = 4 * left.hidden_size * left.intermediate_size
+        read = 2 * left.row_projections * left.hidden_size * left.intermediate_size
         flops += Operations(tokens * (mlp_block(whole) + read))
         flops += _fitted_to_targets(left.hidden_size, left.intermediate_size, tokens)
         if whole_mlp:
-            flops += steps(left.hidden_size, left.intermediate_size, windows)
+            flops += steps(left, windows)
     return flops
 
 
@@ -165,23 +165,25 @@ def _fitted_to_targets(outputs: int, kept: int, tokens: int) -> Operations:
     return Operations(float32=tokens * (2 * kept * outputs + gram(size))) + least_squares(outputs, size, kept)
 
 
-def steps(outputs: int, kept: int, windows: Windows) -> Operations:
-    """Of Gauss-Newton on an MLP: the first on the windows that are not held out, which these judge, and one on all."""
-    product = 2 * outputs * kept
-    flops = Operations(STEP_LENGTHS * windows.held_out * 3 * product)
+def steps(dims: Dimensions, windows: Windows) -> Operations:
+    """Of Gauss-Newton on a pruned MLP: the first on the windows that are not held out, which these judge, and one on
+    all.
+    """
+    flops = Operations(STEP_LENGTHS * windows.held_out * mlp_block(dims))
     for tokens, iterations in zip((windows.fitted, windows.tokens), ITERATIONS, strict=True):
-        flops += _step(outputs, kept, tokens, iterations)
+        flops += _step(dims, tokens, iterations)
     return flops
 
 
-def _step(outputs: int, kept: int, tokens: int, iterations: int) -> Operations:
+def _step(dims: Dimensions, tokens: int, iterations: int) -> Operations:
     """Around some weights: gate and up, the Gram matrix of inputs, the residual; then four products forward and four
-    backward in each iteration. Preconditioners are inverted once.
+    backward in each iteration, one less of each without a gate. Preconditioners are inverted once.
     """
+    outputs, kept, rows = dims.hidden_size, dims.intermediate_size, dims.row_projections
     product = 2 * outputs * kept
-    preconditioned = 2 * 2 * kept * outputs**2 + 2 * outputs * kept**2
+    preconditioned = rows * 2 * kept * outputs**2 + 2 * outputs * kept**2
     return Operations(
-        products=tokens * (2 + 1 + 4 + 8 * iterations) * product,
+        products=tokens * (rows + 1 + (rows + 2) * (1 + 2 * iterations)) * product,
         float32=tokens * gram(outputs),
         own_float32=(iterations + 1) * preconditioned,
         own_float64=inverse(outputs) + inverse(kept),

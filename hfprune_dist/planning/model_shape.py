@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import ATTENTION
-from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
+from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
 from hfprune_dist.structures.experts import SHARED_WIDTH, WIDTHS, mlp_widths, number_of_experts
 from hfprune_dist.structures.units import plural_of, read_counts
 
@@ -35,16 +36,11 @@ class ModelShape:
     config: Mapping[str, Any] | None = None
 
     @classmethod
-    def of_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """The shape that a ``config.json`` describes.
-
-        Raises:
-            KeyError, TypeError, ValueError: where it describes no decoder that is known.
-        """
-        whole = dimensions_of(config)
+    def of(cls, checkpoint: Checkpoint) -> ModelShape:
+        """The shape of a checkpoint's decoder."""
+        whole, config = checkpoint_dimensions(checkpoint), checkpoint.config
         if number_of_experts(config):
-            widths = mlp_widths(config)
-            return cls(tuple(replace(whole, intermediate_size=it[0], stored_size=it[1]) for it in widths), config)
+            return cls._of_mixture(whole, config)
         by_layer = {ours: read_counts(config, field) for field, ours in _OF_LAYERS.items() if field in config}
         return cls._of_layers([whole] * whole.num_layers, by_layer)
 
@@ -55,12 +51,18 @@ class ModelShape:
             told: the stage's metrics.
         """
         if self.config is not None:
-            return self.of_config({**self.config, **{key: told[key] for key in _OF_EXPERTS if told.get(key)}})
+            widths = {key: told[key] for key in _OF_EXPERTS if told.get(key)}
+            return self._of_mixture(self.layers[0], {**self.config, **widths})
         count = told.get("num_hidden_layers") or len(self.layers)
         by_layer = {ours: told[plural_of(field)] for field, ours in _OF_LAYERS.items() if told.get(plural_of(field))}
         told_ranks = told.get("attention_ranks") or {}
         ranks = tuple(told_ranks.get(name, 0) for name in ATTENTION) if told_ranks else ()
         return self._of_layers([replace(dims, num_layers=count, ranks=ranks) for dims in self.layers[:count]], by_layer)
+
+    @classmethod
+    def _of_mixture(cls, dims: Dimensions, config: Mapping[str, Any]) -> ModelShape:
+        widths = mlp_widths(config)
+        return cls(tuple(replace(dims, intermediate_size=it[0], stored_size=it[1]) for it in widths), config)
 
     @classmethod
     def _of_layers(cls, layers: list[Dimensions], by_layer: Mapping[str, Any]) -> ModelShape:

@@ -14,9 +14,9 @@ FLOAT32 = 4
 
 
 def coupled_bytes(dims: Dimensions, windows: int, tokens: int, itemsize: int) -> int:
-    """Bytes of a micro-batch's coupled products; gradients at three linear layers' outputs wait for one another."""
-    waiting = windows * tokens * (2 * dims.intermediate_size + dims.hidden_size) * itemsize
-    return waiting + 3 * _copied(dims, tokens, itemsize) + _portion(dims, tokens, itemsize, matrices=2)
+    """Bytes of a micro-batch's coupled products; gradients at all linear layers' outputs wait for one another."""
+    waiting = windows * tokens * (dims.row_projections * dims.intermediate_size + dims.hidden_size) * itemsize
+    return waiting + dims.mlp_matrices * _copied(dims, tokens, itemsize) + _portion(dims, tokens, itemsize, matrices=2)
 
 
 def squared_bytes(dims: Dimensions, tokens: int, itemsize: int) -> int:

@@ -63,6 +63,11 @@ def _check_family(checkpoint: Checkpoint, method: Method, where: str) -> None:
     family = checkpoint.family
     if family.experts:
         refuse_with_experts(method, family.model_type, where)
+    if family.has_vision and (method.allocation not in ("uniform", "plain") or method.refit == "bias"):
+        raise UserError(
+            f"{where}: a model of images and text must stay plain, with layers that are alike and biases as they are: "
+            "its allocation must be uniform or plain, and its refit not bias"
+        )
     if KV_GROUPS in method.structures and family.whole_groups:
         raise UserError(
             f"{where}: KV groups of {family.model_type} can't be pruned: {family.whole_groups}; leave kv_groups out of "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.parameters import (
     DistillParameters,
     ImportanceParameters,
@@ -21,6 +22,7 @@ from hfprune_dist.config.parameters import (
     ReferenceParameters,
 )
 from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.errors import UserError
 from hfprune_dist.planning.footprint import Train
 from hfprune_dist.planning.importance_job import importance_job
 from hfprune_dist.planning.layer_pass_work import (
@@ -36,7 +38,6 @@ from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.search_work import Search
-from hfprune_dist.store.atomic_files import read_object
 from hfprune_dist.store.stage import CUTTING, Stage
 from hfprune_dist.structures import KV_GROUPS
 
@@ -75,7 +76,7 @@ class StageCosts:
     def __init__(self, plan: Plan, manifest_of: Callable[[str], Manifest | None]) -> None:
         self._plan = plan
         self._manifest_of = manifest_of
-        self._config_of = cache(read_object)
+        self._shape_of = cache(lambda folder: ModelShape.of(open_checkpoint(folder)))
 
     def of(self, stage_id: str) -> Cost | None:
         """None where the stage has no artifact (yet), or too little is known: of records of other versions, and of
@@ -192,10 +193,10 @@ class StageCosts:
         return self._dense(made_by).pruned(manifest["metrics"])
 
     def _dense(self, stage: Stage) -> ModelShape:
-        config = self._config_of(self._plan.dense_folder(stage) / "config.json")
-        if config is None:
-            raise _UnknownError
-        return ModelShape.of_config(config)
+        try:
+            return self._shape_of(self._plan.dense_folder(stage))
+        except UserError as error:  # it is no longer there
+            raise _UnknownError from error
 
 
 def scored_weights(dense: ModelShape, params: LoraPruneParameters) -> int:

@@ -44,7 +44,7 @@ class Reconstruction:
 
     Args:
         dtype: of products.
-        biases: of gate and up, in that dtype.
+        biases: of gate and up, or up alone, in that dtype.
         inputs: micro-batch of this rank -> what the MLP reads there, in that dtype [tokens, hidden_size] on the CPU.
         targets: the same -> what it should put out, without the down projection's bias, float32 on the CPU.
         micro_batches: of all ranks together.
@@ -92,8 +92,8 @@ class Reconstruction:
     def _step(self, start: Start, indices: Sequence[int], iterations: int) -> MlpWeights:
         """Of Gauss-Newton, on some micro-batches of this rank and those of the others."""
         around = self._around(start.weights, indices)
-        gate_K, up_K, inputs_CC = self._sum(map(Linearized.curvature, around()))
-        curvature = GaussNewtonSums(gate_K, up_K, inputs_CC, start.hidden_KK * start.tokens, start.tokens)
+        *rows_K, inputs_CC = self._sum(map(Linearized.curvature, around()))
+        curvature = GaussNewtonSums(tuple(rows_K), inputs_CC, start.hidden_KK * start.tokens, start.tokens)
 
         def product(change: MlpWeights) -> MlpWeights:
             rounded = change.to(self._dtype)
@@ -101,14 +101,14 @@ class Reconstruction:
             def bent(at: Linearized) -> tuple[Tensor, ...]:
                 return at.backward(at.forward(rounded)).tensors()
 
-            return MlpWeights(*self._sum(map(bent, around())))
+            return MlpWeights.of(*self._sum(map(bent, around())))
 
         targets = self._sent(self._targets, indices)
 
         def residual(at: Linearized) -> tuple[Tensor, ...]:
             return at.backward(next(targets) - at.output()).tensors()
 
-        right = MlpWeights(*self._sum(map(residual, around())))
+        right = MlpWeights.of(*self._sum(map(residual, around())))
         return solve_normal_equations(product, right, curvature, iterations)
 
     def _around(self, weights: MlpWeights, indices: Sequence[int]) -> Callable[[], Iterator[Linearized]]:

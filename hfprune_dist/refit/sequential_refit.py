@@ -21,8 +21,8 @@ from hfprune_dist.distributed.window_sums import unusable
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import (
     added,
+    before_down,
     entering,
-    gated_mlp,
     input_of,
     mlp_of,
     output_of,
@@ -75,7 +75,7 @@ class SequentialRefit:
         stream: its windows before the first layer.
         dense: the same windows before the first layer of the dense model.
         fitted: where layers are written. Its kinds say which blocks are fitted; if it holds whole MLPs, steps of
-            Gauss-Newton on all three projections follow least squares on the down projection.
+            Gauss-Newton on all their projections follow least squares on the down projection.
     """
 
     def __init__(
@@ -245,20 +245,20 @@ class SequentialRefit:
     ) -> dict[str, Tensor]:
         """Gate, up and down after steps, the first from a down projection of least squares on the same windows."""
         enter = entering(layer, self._mlp)
-        mlp = gated_mlp(layer, self._mlp)
+        mlp = before_down(layer, self._mlp)
         reconstruction = Reconstruction(
             mlp.dtype,
-            Biases(*mlp.biases, mlp.activation),
+            Biases(mlp.biases, mlp.activation),
             dict(self._transfers.through(self._stream.all_hidden().items(), lambda it: enter(it).flatten(0, 1))),
             targets,
             micro_batches=self._stream.micro_batches,
             world=self._world,
         )
 
-        gate_KC, up_KC = (weight.float() for weight in mlp.weights)
+        rows_KC = tuple(weight.float() for weight in mlp.weights)
         # Held-out windows judge a step, so one begins where they are unknown.
         fitted_weights, whole_weights = (
-            MlpWeights(gate_KC, up_KC, down_CK) for down_CK in (solution.fitted_CK, solution.whole_CK)
+            MlpWeights(rows_KC, down_CK) for down_CK in (solution.fitted_CK, solution.whole_CK)
         )
         try:
             moved = reconstruction.improve(
@@ -269,6 +269,5 @@ class SequentialRefit:
             raise unusable(number, error) from None
         names = *self._mlp.row_weights(number), self._mlp.output_weight(number)
         within_layer = [name.removeprefix(self._mlp.tensor(number, "")) for name in names]
-        gate_KC, up_KC, down_CK = moved.tensors()
-        rows = [gate_KC, up_KC] if len(names) == 3 else [torch.cat([gate_KC, up_KC])]
-        return dict(zip(within_layer, [*rows, down_CK], strict=True))
+        rows = moved.rows_KC if self._mlp.row_parts[0] == 1 else [torch.cat(moved.rows_KC)]
+        return dict(zip(within_layer, [*rows, moved.down_CK], strict=True))

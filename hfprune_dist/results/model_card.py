@@ -172,10 +172,11 @@ def _why_code(subject: Subject) -> str:
 
 def _how_to_load(subject: Subject) -> str:
     code = ", trust_remote_code=True" if NEEDS_CODE in subject.files else ""
+    auto = "AutoModelForImageTextToText" if subject.dense.has_vision else "AutoModelForCausalLM"
     lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto}, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{subject.name}"{code})  # this folder, or its id on the hub',
+        f'model = {auto}.from_pretrained("{subject.name}"{code})  # this folder, or its id on the hub',
         f'tokenizer = AutoTokenizer.from_pretrained("{subject.name}")',
     ]
     text = "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
+from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
 from hfprune_dist.structures.units import plural_of
 
 
@@ -34,7 +34,7 @@ class Decoder:
         mixtures of experts, which those papers don't prune.
         """
         comparable = checkpoint.is_plain and not checkpoint.family.experts
-        return cls.of_dimensions(dimensions_of(checkpoint.config)) if comparable else None
+        return cls.of_dimensions(checkpoint_dimensions(checkpoint)) if comparable else None
 
     @classmethod
     def of_dimensions(cls, sizes: Dimensions) -> Decoder:

@@ -52,8 +52,9 @@ class DenseModel:
         weight_bytes: of its tensors.
         decoder: what its layers have, where they are alike.
         expert_widths: of a mixture of experts, field of config.json -> its value.
+        has_vision: whether it is a model of images and text.
 
-    The last three are None in records of before there were these fields.
+    ``weight_bytes``, ``decoder`` and ``expert_widths`` are None in records of before there were these fields.
     """
 
     parameters: int
@@ -61,6 +62,7 @@ class DenseModel:
     weight_bytes: int | None = None
     decoder: Decoder | None = None
     expert_widths: Mapping[str, int] | None = None
+    has_vision: bool = False
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> DenseModel:
@@ -69,8 +71,8 @@ class DenseModel:
         kinds = checkpoint.structures.values()
         sizes = {name: size for it in kinds for name, size in it.sizes(it.counts).items()}
         experts = {field: sizes[field] for field in EXPERT_WIDTHS.values() if field in sizes}
-        width = sizes.get("intermediate_size")
-        return cls(checkpoint.parameters, width, weights, Decoder.of(checkpoint), experts or None)
+        width, decoder, vision = sizes.get("intermediate_size"), Decoder.of(checkpoint), checkpoint.family.has_vision
+        return cls(checkpoint.parameters, width, weights, decoder, experts or None, vision)
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> DenseModel:

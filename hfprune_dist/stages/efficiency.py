@@ -89,7 +89,7 @@ def _measure(
     generations: dict[str, Callable[[], Seconds]] = {}
     memory: dict[str, int] = {}
     for role, model in models.items():
-        prompts_BT = workload.prompts(model.config.vocab_size, model.device)
+        prompts_BT = workload.prompts(model.config.get_text_config().vocab_size, model.device)
         generations[role] = partial(time_generation, model, prompts_BT, workload.new_tokens)
         memory[role] = weight_bytes(model) + peak_bytes(generations[role], model.device)
         after_each()

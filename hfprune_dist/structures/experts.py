@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hfprune_dist.structures.neurons import neurons
 from hfprune_dist.structures.units import Block, Owned, Units, read_counts
+
+# Names of an MLP's row projections and of its down projection, and the matrices in each row projection.
+Projections = tuple[Sequence[str], str, int]
 
 # Keys of a config.json: how many experts a layer has, and how many of them compute a token.
 NUMBERS, CHOSEN = ("num_experts", "num_local_experts", "n_routed_experts"), "num_experts_per_tok"
@@ -113,22 +116,18 @@ def expert_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts) -> U
     )
 
 
-def shared_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts, rows: tuple[str, ...], down: str) -> Units:
-    """The neurons of the shared experts of a model that has such.
-
-    Args:
-        rows, down: names of projections within an MLP.
-    """
+def shared_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts, projections: Projections) -> Units:
+    """The neurons of the shared experts of a model that has such."""
     shared = experts.shared
     assert shared is not None, "the model has no shared experts"
-    units = neurons(config, replace(mlp, name=shared.name), rows, down)
+    units = neurons(config, replace(mlp, name=shared.name), *projections)
     counts = _counts(config, shared.field, shared.copies, experts.layers)
     return replace(units, kind="shared_neurons", counts=counts, fields={shared.field: 1}, copies=shared.copies)
 
 
-def dense_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts, rows: tuple[str, ...], down: str) -> Units:
+def dense_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts, projections: Projections) -> Units:
     """The neurons of the layers that have a plain MLP in place of experts."""
-    units = neurons(config, mlp, rows, down)
+    units = neurons(config, mlp, *projections)
     return replace(units, counts=tuple(0 if it in experts.layers else count for it, count in enumerate(units.counts)))
 
 

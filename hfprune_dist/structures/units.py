@@ -58,7 +58,7 @@ class Block:
 
     Attributes:
         layers: what the names of a layer's tensors begin with, before the layer's number.
-        name: of the block within a layer.
+        name: of the block within a layer; empty where its projections are the layer's own.
         norm: name within a layer of the norm whose output the block reads; None: it reads the residual stream.
         norm_after: name of the norm that its outputs go through before they are added to the residual stream, if any.
         multiplier: of what is added.
@@ -69,6 +69,10 @@ class Block:
     norm: str | None
     norm_after: str | None = None
     multiplier: float = 1.0
+
+    def within(self, name: str) -> str:
+        """Name within a layer of a part of the block."""
+        return f"{self.name}.{name}" if self.name else name
 
     @property
     def reader(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.distributed.frozen_model import free_bytes
 from hfprune_dist.distributed.world import World
-from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.planning.dimensions import checkpoint_dimensions
 from hfprune_dist.planning.footprint import Train
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.training_memory import Placement, place
@@ -24,7 +24,7 @@ def place_training(task: FineTuning, world: World) -> Placement:
     """Decide together how a training lies in the memory that is free; the rank with the least decides for all."""
     job = Train.of(task.settings, len(task.rows(0)["input_ids"]), task.distills)
     gpus = Gpus(nodes=1, per_node=world.size, memory=min(world.gather(free_bytes(world))))
-    return place(job, dimensions_of(task.checkpoint.config), gpus, task.sharding)
+    return place(job, checkpoint_dimensions(task.checkpoint), gpus, task.sharding)
 
 
 def with_whole_weights(model: nn.Module, world: World) -> nn.Module:

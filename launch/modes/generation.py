@@ -13,7 +13,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.parameters import EfficiencyParameters, EvaluateParameters
 from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
+from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
 from hfprune_dist.planning.footprint import fits
 from hfprune_dist.planning.generation_footprint import Generate, gathered_per_token
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus
@@ -101,4 +101,4 @@ class Generation:
 
     def _dims(self, stage: Stage) -> Dimensions:
         """Of the dense model that a stage's comes from, which is as large or larger."""
-        return dimensions_of(open_checkpoint(self._plan.dense_folder(stage)).config)
+        return checkpoint_dimensions(open_checkpoint(self._plan.dense_folder(stage)))

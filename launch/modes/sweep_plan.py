@@ -22,7 +22,7 @@ from hfprune_dist.config.parameters import EfficiencyParameters
 from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.build_plan import build_plan
-from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.planning.dimensions import checkpoint_dimensions
 from hfprune_dist.planning.earlier_passes import with_earlier_passes
 from hfprune_dist.planning.earlier_rows import with_earlier_rows
 from hfprune_dist.planning.known_shapes import KnownShape, dense_shape, known_shape
@@ -185,7 +185,7 @@ def _with_micro_batches(command: Command, config: SweepConfig, models: Sequence[
     else:
         found = {name: gpus_of_profile(profile.resources[kind]) for name, kind in TRAINING_STAGES.items()}
     gpus = {name: it for name, it in found.items() if it is not None}
-    chosen = choose_micro_batches(config, [dimensions_of(it.checkpoint.config) for it in models], gpus)
+    chosen = choose_micro_batches(config, [checkpoint_dimensions(it.checkpoint) for it in models], gpus)
     rows = {name: getattr(chosen, name).rows_at_once for name in TRAINING_STAGES}
     told = " and ".join(f"{name} {number}" for name, number in rows.items())
     if gpus:

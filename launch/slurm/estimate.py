@@ -27,7 +27,7 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.config.texts import FIRST, CalibrationConfig, FidelityConfig, reference_role
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
+from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
 from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.footprint import RESERVE, Importance, Job, LayerPass, TimedJob, Train, fits
 from hfprune_dist.planning.generation_footprint import Generate
@@ -142,7 +142,7 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
 
 
 def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeConfig) -> Estimate:
-    dims = dimensions_of(dense_of(plan, stage).config)
+    dims = checkpoint_dimensions(dense_of(plan, stage))
     gpus = gpus_of(resources)
     job, placed = placed_job(job_of(plan, stage, runtime), dims, gpus, runtime)
     return Estimate(

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.planning.dimensions import checkpoint_dimensions
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.rates import ASSUMED
 from hfprune_dist.planning.stage_times import StageTime, StageTimes
@@ -54,7 +54,7 @@ def _time(times: StageTimes, plan: Plan, stage: Stage, where: tuple[Profile, Run
     gpus = gpus_of(resources) if resources.gpus else None
     job, placed = None, gpus
     if gpus is not None and runs_a_model(stage.params):
-        dims = dimensions_of(dense_of(plan, stage).config)
+        dims = checkpoint_dimensions(dense_of(plan, stage))
         job, placed = placed_job(job_of(plan, stage, runtime), dims, gpus, runtime)
     return replace(times.of(stage, job, gpus, placed), gpus=resources.gpus)  # some may have no rank
 

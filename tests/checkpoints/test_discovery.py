@@ -68,10 +68,37 @@ def test_gate_and_up_in_one_matrix_are_two_parts_of_it():
 
 
 @pytest.mark.parametrize(
+    ("rows", "down"), [("mlp.up_proj", "mlp.down_proj"), ("mlp.c_fc", "mlp.c_proj"), ("fc1", "fc2")], ids=str
+)
+def test_an_mlp_may_have_no_gate_and_be_no_module_of_its_own(rows, down):
+    layer = without("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj") | {rows: [12, 8], down: [8, 12]}
+    family, _ = found(layer)
+    units = family.units(CONFIG)
+    assert units.row_parts == [1] and units.output == down
+    assert units.parameters_per_unit(shapes_of(layer)) == 2 * 8
+    assert family.no_sequence == ("" if rows.startswith("mlp.") else "its MLP is no module of its own")
+
+
+def test_an_activation_may_learn():
+    numbers = {f"model.layers.{layer}.mlp.act_fn.alpha": [1] for layer in range(2)}
+    family, _ = discover(CONFIG, shapes_of() | numbers, "here")
+    assert numbers.keys() <= family.tensors(CONFIG)
+    with pytest.raises(UserError, match=r"mlp\.act_fn\.alpha is no part of a plain MLP"):
+        discover(CONFIG, shapes_of() | {key: [12] for key in numbers}, "here")
+
+
+def test_the_head_and_positions_beside_the_layers_are_found():
+    family, stated = found(embed_out__weight=[20, 8], model__embed_positions__weight=[66, 8])
+    assert family.head == "embed_out" and stated["tie_word_embeddings"] is False
+    assert "model.embed_positions.weight" in family.tensors(CONFIG)
+    assert "word_embed_proj_dim 4" in refusal(config=CONFIG | {"word_embed_proj_dim": 4})
+
+
+@pytest.mark.parametrize(
     ("layer", "outside", "expected"),
     [
-        (without("mlp.gate_proj"), {}, "its layers have no gated MLP of a kind that is known (they have mlp.down_proj"),
-        (LAYER | {"mlp.sub_norm": [12]}, {}, "in layer 0, mlp.sub_norm.weight is no part of a plain gated MLP"),
+        (without("mlp.up_proj"), {}, "its layers have no MLP of a kind that is known (they have mlp.down_proj"),
+        (LAYER | {"mlp.sub_norm": [12]}, {}, "in layer 0, mlp.sub_norm.weight is no part of a plain MLP"),
         (LAYER | {"mlp.gate_proj": [11, 8]}, {}, "mlp.gate_proj.weight of layer 0 has shape [11, 8], not [12, 8]"),
         (LAYER, {"model__wpe__weight": [64, 8]}, "beside its layers it has model.wpe.weight"),
         (LAYER, {"model__other_norm__weight": [8]}, "behind its layers it has no one norm with a weight"),
@@ -95,8 +122,15 @@ def test_config_json_alone_may_rule_a_model_out():
     assert "no one stack of 3 layers" in refusal(config=CONFIG | {"num_hidden_layers": 3})
     assert "architectures is 'NewModel'" in refusal(config=CONFIG | {"architectures": ["NewModel"]})
     assert "a mixture of experts of a kind that isn't known" in refusal(config=CONFIG | {"n_routed_experts": 4})
-    with pytest.raises(UserError, match="images and text"):
-        refuse_other_kinds(CONFIG | {"vision_config": {}}, "here")
+    with pytest.raises(UserError, match="sound and text"):
+        refuse_other_kinds(CONFIG | {"audio_config": {}}, "here")
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "falcon_h1", "olmo_hybrid", "nemotron_h", "zamba2", "recurrent_gemma"])
+def test_some_are_refused_by_their_type_whatever_else_they_say(model_type):
+    with pytest.raises(UserError, match=f"'{model_type}' is not supported: [a-z ,-]*") as caught:
+        refuse_other_kinds(CONFIG | {"model_type": model_type, "n_routed_experts": 4}, "here")
+    assert "mixture" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

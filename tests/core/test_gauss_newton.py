@@ -18,24 +18,24 @@ K, C, N = 7, 5, 60
 
 def some(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    weights = MlpWeights(*(torch.randn(*shape, generator=generator) for shape in ((K, C), (K, C), (C, K))))
+    weights = MlpWeights.of(*(torch.randn(*shape, generator=generator) for shape in ((K, C), (K, C), (C, K))))
     return weights, torch.randn(N, C, generator=generator)
 
 
 def curvature_of(at):
-    return GaussNewtonSums(*at.curvature(), at.hidden_NK.T @ at.hidden_NK, len(at.hidden_NK))
+    *rows, inputs = at.curvature()
+    return GaussNewtonSums(tuple(rows), inputs, at.hidden_NK.T @ at.hidden_NK, len(at.hidden_NK))
 
 
 def mlp(weights, biases, x):
-    gate, up = x @ weights.gate_KC.T, x @ weights.up_KC.T
-    gate = gate if biases.gate_K is None else gate + biases.gate_K
-    up = up if biases.up_K is None else up + biases.up_K
-    return (biases.activation(gate) * up) @ weights.down_CK.T
+    rows = [x @ row.T for row in weights.rows_KC]
+    gate, *up = [row if bias is None else row + bias for row, bias in zip(rows, biases.rows_K, strict=True)]
+    return (biases.activation(gate) * (up[0] if up else 1)) @ weights.down_CK.T
 
 
 @pytest.mark.parametrize(
     "biases",
-    [Biases(), Biases(torch.linspace(-1, 1, K), torch.linspace(1, 2, K)), Biases(activation=gelu)],
+    [Biases(), Biases((torch.linspace(-1, 1, K), torch.linspace(1, 2, K))), Biases(activation=gelu)],
     ids=["none", "biases", "gelu"],
 )
 def test_products_with_the_jacobian_are_those_of_autograd(biases):
@@ -44,10 +44,10 @@ def test_products_with_the_jacobian_are_those_of_autograd(biases):
     at = Linearized(weights, biases, x)
     torch.testing.assert_close(at.output(), mlp(weights, biases, x))
     outputs, moved = torch.func.jvp(
-        lambda *tensors: mlp(MlpWeights(*tensors), biases, x), weights.tensors(), change.tensors()
+        lambda *tensors: mlp(MlpWeights.of(*tensors), biases, x), weights.tensors(), change.tensors()
     )
     torch.testing.assert_close(at.forward(change), moved, rtol=1e-4, atol=1e-4)
-    _, pull = torch.func.vjp(lambda *tensors: mlp(MlpWeights(*tensors), biases, x), *weights.tensors())
+    _, pull = torch.func.vjp(lambda *tensors: mlp(MlpWeights.of(*tensors), biases, x), *weights.tensors())
     for found, expected in zip(at.backward(error).tensors(), pull(error), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert outputs.shape == (N, C)
@@ -58,7 +58,7 @@ def test_the_diagonal_is_about_right():
     jacobian = torch.cat(
         [
             part.flatten(2).flatten(0, 1)
-            for part in torch.func.jacrev(lambda *t: mlp(MlpWeights(*t), Biases(), x), argnums=(0, 1, 2))(
+            for part in torch.func.jacrev(lambda *t: mlp(MlpWeights.of(*t), Biases(), x), argnums=(0, 1, 2))(
                 *weights.tensors()
             )
         ],
@@ -73,11 +73,11 @@ def test_the_diagonal_is_about_right():
 def test_the_inverse_is_that_of_each_block():
     """Where derivatives don't depend on the token: with biases so large that no input moves them."""
     weights, x = some()
-    biases = Biases(torch.full((K,), 40.0), torch.linspace(100, 200, K))
-    small = MlpWeights(1e-3 * weights.gate_KC, 1e-3 * weights.up_KC, weights.down_CK)
+    biases = Biases((torch.full((K,), 40.0), torch.linspace(100, 200, K)))
+    small = MlpWeights.of(*(1e-3 * row for row in weights.rows_KC), weights.down_CK)
     at, change = Linearized(small, biases, x), some(1)[0]
     inverse = curvature_of(at).inverse()(change)
-    jacobian = torch.func.jacrev(lambda *t: mlp(MlpWeights(*t), biases, x), argnums=(0, 1))(*small.tensors())
+    jacobian = torch.func.jacrev(lambda *t: mlp(MlpWeights.of(*t), biases, x), argnums=(0, 1))(*small.tensors())
     for derivative, before, found in zip(jacobian, change.tensors()[:2], inverse.tensors()[:2], strict=True):
         blocks = [rows.T @ rows for rows in derivative.flatten(0, 1).unbind(1)]
         traces = torch.stack([block.trace() for block in blocks])
@@ -103,7 +103,7 @@ def test_few_iterations_come_closer_with_it_than_without(seed):
         inputs_CC=curvature.inputs_CC.diagonal().diag(),
         hidden_KK=curvature.hidden_KK.diagonal().diag(),
     )
-    damping = MlpWeights(*(DAMPING * (it + it.mean()) for it in curvature.diagonal().tensors()))
+    damping = MlpWeights.of(*(DAMPING * (it + it.mean()) for it in curvature.diagonal().tensors()))
 
     def left_over(preconditioner):  # of the quadratic that the equations minimise
         change = solve_normal_equations(lambda v: at.backward(at.forward(v)), right, preconditioner, 4)
@@ -143,7 +143,7 @@ def test_a_step_or_two_find_weights_that_were_moved_a_little():
 def test_a_silent_mlp_is_left_alone():
     """Activations of 0, and nothing that a down projection of 0 would pass back."""
     weights, x = some()
-    silent = MlpWeights(*(torch.zeros_like(it) for it in weights.tensors()))
+    silent = MlpWeights.of(*(torch.zeros_like(it) for it in weights.tensors()))
     at = Linearized(silent, Biases(), x)
     right = at.backward(torch.ones(len(x), silent.down_CK.shape[0], dtype=x.dtype))
     step = solve_normal_equations(lambda v: at.backward(at.forward(v)), right, curvature_of(at), 5)
@@ -153,6 +153,6 @@ def test_a_silent_mlp_is_left_alone():
 def test_where_nothing_is_wrong_nothing_moves():
     weights, x = some()
     at = Linearized(weights, Biases(), x)
-    nothing = MlpWeights(*(torch.zeros_like(it) for it in weights.tensors()))
+    nothing = MlpWeights.of(*(torch.zeros_like(it) for it in weights.tensors()))
     solved = solve_normal_equations(lambda v: at.backward(at.forward(v)), nothing, curvature_of(at), 5)
     assert solved.dot(solved) == 0

@@ -35,10 +35,10 @@ def test_every_method_comes_to_a_shape_of_the_ratio_and_to_known_work(model, met
             continue
         assert costs.of(stage.id) is not None, stage.kind
         if isinstance(stage.params, PruneParameters | LoraPruneParameters):
-            kept = ModelShape.of_config(model.checkpoint.config).pruned(expected.of(stage.id)["metrics"])
+            kept = ModelShape.of(model.checkpoint).pruned(expected.of(stage.id)["metrics"])
             gone = sum(dims.layer_parameters for dims in kept.layers)
             whole = model.checkpoint.parameters
-            body = ModelShape.of_config(model.checkpoint.config).layers[0].body_parameters
+            body = ModelShape.of(model.checkpoint).layers[0].body_parameters
             # Multiples of a width come to a little more.
             assert stage.params.ratio - 1e-3 < (body - gone) / whole < stage.params.ratio + 0.02
 

@@ -106,7 +106,7 @@ def test_a_token_costs_what_its_experts_cost(config):
 @given(mixtures())
 def test_memory_counts_all_experts_and_work_those_that_compute(config):
     checkpoint = checkpoint_of(config)
-    costs, shape = TokenCosts.of(checkpoint), ModelShape.of_config(config)
+    costs, shape = TokenCosts.of(checkpoint), ModelShape.of(checkpoint)
     of_layers = sum(it.layer_parameters for it in shape.layers), sum(it.active_layer_parameters for it in shape.layers)
     sparse = config["num_hidden_layers"] - config["first_k_dense_replace"]
     others = config["num_hidden_layers"] * 2 * 64 + sparse * config["num_experts"] * 64 + 64 + 64_000
@@ -115,7 +115,7 @@ def test_memory_counts_all_experts_and_work_those_that_compute(config):
     whole = dimensions_of(config)
     assert abs(whole.body_parameters - of_layers[0]) <= 3 * 64 * config["num_hidden_layers"]
     pruned = shape.pruned({"moe_intermediate_size": 8, "intermediate_size": 8})
-    expected = ModelShape.of_config({**config, "moe_intermediate_size": 8, "intermediate_size": 8})
+    expected = ModelShape.of(checkpoint_of({**config, "moe_intermediate_size": 8, "intermediate_size": 8}))
     assert pruned == expected
 
 

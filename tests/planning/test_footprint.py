@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from families import save_model
 from lanes import TO_DEVICE, TO_HOST, WEIGHTS, lanes
 from peak_bytes import PeakBytes
 from peft import LoraConfig, get_peft_model
 from ranks import SoloWorld
 from tiny import save_tiny, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 from unit_outputs import unit_outputs
 from worlds import Ranks
 
@@ -29,7 +31,7 @@ from hfprune_dist.core.weight_products import CoupledProducts, SquaredProducts
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
 from hfprune_dist.planning import footprint, gathering, product_footprint
-from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.planning.dimensions import checkpoint_dimensions, dimensions_of
 from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.footprint import Importance, Train, fits
 from hfprune_dist.planning.gpu_needs import Gpus
@@ -96,9 +98,8 @@ def score(model, criteria, groups=False, tokens=128, micro_batches=1):
     model_scored = scored(model, kinds)
     sums = UnitSums(model_scored.outputs, [CRITERIA[name] for name in criteria], None, seen_linears(model, kinds))
     for _ in range(micro_batches):
-        score_batch(
-            model_scored, Batch(torch.ones(2, tokens, dtype=torch.int64), range(2), 264, 0, Teaching(0.4, 0.2)), sums
-        )
+        input_ids_BT = torch.ones(2, tokens, dtype=torch.int64)
+        score_batch(model_scored, Batch(input_ids_BT, range(2), 264, 0, Teaching(0.4, 0.2)), sums)
 
 
 def observing(criteria):
@@ -158,6 +159,23 @@ def test_kept_activations_of_the_calibration_pass(variant, groups, criterion):
         score(model, [criterion], groups)
         estimate = 2 * 128 * job.activation_bytes(dimensions_of(model.config.to_dict()))
         assert estimate == pytest.approx(counted(), rel=0.05)
+
+
+@pytest.mark.parametrize("criterion", ["entropy", "weight_taylor", "coupled_taylor"])
+def test_kept_activations_of_mlps_without_a_gate(tmp_path, monkeypatch, criterion):
+    checkpoint = open_checkpoint(save_model(tmp_path, "arcee", **SHAPE))
+    monkeypatch.setitem(FAMILIES, "arcee", checkpoint.family)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).requires_grad_(False)
+    use_memory_efficient_backward(model, checkpoint.family)
+    job = Importance(windows=2, tokens=128, **observing([criterion]))
+    with kept_for_backward(model) as counted:
+        score(model, [criterion])
+        estimate = 2 * 128 * job.activation_bytes(checkpoint_dimensions(checkpoint))
+        assert estimate == pytest.approx(counted(), rel=0.05)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=lora_targets(checkpoint.family))
+    trained = sum(it.numel() for it in get_peft_model(model, lora).parameters() if it.requires_grad)
+    job = Train(rows=2, tokens=128, rank=4, dropout=False)
+    assert job.lora_parameters(checkpoint_dimensions(checkpoint)) == trained
 
 
 def test_checkpointing_keeps_the_inputs_of_layers():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from counted_flops import counting
+from families import save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld
@@ -47,7 +48,7 @@ def test_refits(tmp_path_factory, kind, groups):
         checkpoint = open_checkpoint(save_tiny(folder / "model", **sizes))
         kept = drawn(checkpoint, groups, seed)
         counted = flops_of(kind, checkpoint, kept, windows, folder)
-        dense, left = ModelShape.of_config(checkpoint.config), ModelShape.of_config(checkpoint.config)
+        dense, left = ModelShape.of(checkpoint), ModelShape.of(checkpoint)
         told = {"num_hidden_layers": len(kept.layers)}
         for name, units in checkpoint.structures.items():
             told |= units.sizes(kept.shape.counts(units)) if name in kept.units else {}
@@ -60,6 +61,20 @@ def test_refits(tmp_path_factory, kind, groups):
         assert found.total == pytest.approx(counted, rel=1e-4)
 
     holds()
+
+
+@pytest.mark.usefixtures("as_counted")
+@pytest.mark.parametrize("kind", ["layerwise", "block"])
+def test_refits_of_mlps_without_a_gate(tmp_path, kind):
+    checkpoint = open_checkpoint(save_model(tmp_path / "model", "arcee", hidden_act="silu"))
+    kept = Kept((0, 1, 2), {"neurons": [torch.arange(count) for count in (20, 11, 15)]})
+    windows = Windows(5, 12, 2)
+    counted = flops_of(kind, checkpoint, kept, windows, tmp_path, vocabulary=64)
+    dense = ModelShape.of(checkpoint)
+    left = dense.pruned(checkpoint.units.sizes(kept.shape.counts(checkpoint.units)))
+    assert left.layers[0].mlp_matrices == 2
+    found = sequential_refit(dense, left, windows, kv_groups=False, whole_mlp=kind == "block")
+    assert found.total == pytest.approx(counted, rel=1e-4)
 
 
 def drawn(checkpoint, groups, seed):
@@ -75,9 +90,9 @@ def drawn(checkpoint, groups, seed):
     return Kept(layers, units | ({"kv_groups": [some(2, 1) for _ in layers]} if groups else {}))
 
 
-def flops_of(kind, checkpoint, kept, windows, folder):
+def flops_of(kind, checkpoint, kept, windows, folder, vocabulary=264):
     world, kinds = SoloWorld(), [checkpoint.structures[name] for name in kept.units]
-    windows_ST = torch.randint(264, (windows.count, windows.length), generator=torch.Generator().manual_seed(0))
+    windows_ST = torch.randint(vocabulary, (windows.count, windows.length), generator=torch.Generator().manual_seed(0))
     dense, pruned = (LayerStream(checkpoint, windows_ST, torch.float32, windows.micro_batch, world) for _ in range(2))
     fitted = RefittedLayers(checkpoint, kinds, kind == "block", folder / "fitted")
     if kind == "dense":

@@ -1,0 +1,162 @@
+"""The attention of an architecture that isn't listed, and its norms, by names and shapes of its layers' tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hfprune_dist.structures.units import LAYER_SIZES
+
+Shapes = Mapping[str, Sequence[int]]
+
+_ATTENTIONS = tuple(("q_proj", "k_proj", "v_proj", output) for output in ("o_proj", "out_proj", "dense"))
+_BLOCKS = r"(self_attn|attention)\."
+# The norms of a layer -> of attention and of the MLP, that which the block reads and that which its outputs go through.
+_NORMS: dict[frozenset[str], tuple[tuple[str | None, str | None], tuple[str | None, str | None]]] = {
+    frozenset(norm for block in blocks for norm in block if norm): blocks
+    for blocks in (
+        (("input_layernorm", None), ("post_attention_layernorm", None)),
+        (("input_layernorm", None), ("pre_feedforward_layernorm", None)),
+        (("input_layernorm", None), ("pre_ff_layernorm", None)),
+        (("operator_norm", None), ("ffn_norm", None)),
+        (("attention_layernorm", None), ("feedforward_layernorm", None)),
+        ((None, "post_attention_layernorm"), (None, "post_feedforward_layernorm")),
+        (
+            ("input_layernorm", "post_attention_layernorm"),
+            ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        ),
+        (("input_layernorm", "post_attention_layernorm"), ("pre_mlp_layernorm", "post_mlp_layernorm")),
+        (("input_layernorm", "post_norm1"), ("post_attention_layernorm", "post_norm2")),
+        (("input_layernorm", "post_self_attn_layernorm"), ("post_attention_layernorm", "post_mlp_layernorm")),
+    )
+}
+# What neither names nor shapes tell: config.json has no say in the size of a head.
+_FIXED_HEADS = (
+    *("helium", "stablelm", "opt", "biogpt"),
+    *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"),
+)
+_PARALLEL = frozenset({"input_layernorm"})
+# Whose attention and MLP read the same hidden states unless config.json says otherwise -> the key that says so.
+_PARALLEL_KEYS = {"gpt_neox": "use_parallel_residual"}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of a model.
+
+    Attributes:
+        name, projections: of its block and of the linear layers in it, where there are such.
+        heads: see ``Family``.
+        whole: why KV groups can't be pruned.
+    """
+
+    name: str
+    projections: tuple[str, ...]
+    heads: dict[str, int]
+    whole: str
+
+    def names(self) -> dict[str, Any]:
+        """As ``Family`` has them."""
+        return {"attention": self.name, "attention_projections": self.projections, "whole_groups": self.whole}
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], parts: Sequence[Shapes]) -> Attention:
+        """Find it in the first layer that has one."""
+        for there in parts:
+            for query, *others, output in _ATTENTIONS:
+                for name in (it.partition(".")[0] for it in there if re.fullmatch(rf"\w+\.{query}\.weight", it)):
+                    projections = (query, *others, output)
+                    if all(f"{name}.{it}.weight" in there for it in projections) and "linear" not in name:
+                        return cls._with(config, parts, there, (name, projections))
+        return cls._unknown(parts)
+
+    @classmethod
+    def _unknown(cls, parts: Sequence[Shapes]) -> Attention:
+        """One of another kind, whose linear layers can learn but go as a whole."""
+        inside = {it: shape for there in parts for it, shape in there.items() if re.match(_BLOCKS, it)}
+        name = next((it.partition(".")[0] for it in inside), "self_attn")
+        linears = {it.split(".")[-2] for it, shape in inside.items() if it.endswith(".weight") and len(shape) == 2}
+        latent = next((it for it in inside if ".kv_a_proj" in it), None)
+        fused = next((it for it in inside if ".qkv_proj" in it or ".query_key_value" in it), None)
+        why = "it has no attention of a kind that is known"
+        if latent:
+            why = f"its attention keeps one latent vector for all heads ({latent})"
+        if fused:
+            why = f"its queries, keys and values are one matrix ({fused})"
+        return cls(name, tuple(sorted(linears)), {}, why)
+
+    @classmethod
+    def _with(
+        cls, config: Mapping[str, Any], parts: Sequence[Shapes], there: Shapes, found: tuple[str, tuple[str, ...]]
+    ) -> Attention:
+        name, projections = found
+        query, key = (there[f"{name}.{it}.weight"][0] for it in projections[:2])
+        queries = int((config.get(LAYER_SIZES) or {}).get("num_attention_heads", [config["num_attention_heads"]])[0])
+        head_dim = query // queries
+        heads = {"num_key_value_heads": key // head_dim, "head_dim": head_dim} if head_dim else {}
+        return cls(name, projections, heads, _why_whole(config, parts, found, head_dim))
+
+
+def _why_whole(
+    config: Mapping[str, Any], parts: Sequence[Shapes], found: tuple[str, tuple[str, ...]], head_dim: int
+) -> str:
+    """Why no KV group can go from a model's attention; empty where some can."""
+    name, projections = found
+    weights = [f"{name}.{it}.weight" for it in projections]
+    without = [layer for layer, there in enumerate(parts) if not all(it in there for it in weights)]
+    if without:
+        return f"layer {without[0]} has none"
+    if LAYER_SIZES not in config and len({tuple(there[it][0] for it in weights[:2]) for there in parts}) > 1:
+        return "its layers differ in heads"
+    if config["model_type"] in _FIXED_HEADS or config.get("qk_layernorm"):
+        return "its classes take the size of a head from the number of heads"
+    known = {f"{name}.{it}.{part}" for it in projections for part in ("weight", "bias")}
+    for there in parts:
+        for more in sorted(it for it in there if it.startswith(f"{name}.") and it not in known):
+            if list(there[more]) != [head_dim] or "norm" not in more:
+                return f"{more} has something of all heads"
+    return ""
+
+
+def _attends(there: Shapes) -> bool:
+    """Whether a layer with these tensors has attention."""
+    return any(re.match(_BLOCKS, name) for name in there)
+
+
+def norms_of(config: Mapping[str, Any], parts: Sequence[Shapes], mlp: str) -> dict[str, Any]:
+    """Names of norms as ``Family`` has them, and why its blocks can't be refitted one after another."""
+    hidden_size = config["hidden_size"]
+    found = {
+        frozenset(
+            name.removesuffix(".weight")
+            for name, shape in there.items()
+            if name.count(".") == 1 and name.endswith(".weight") and list(shape) == [hidden_size]
+        )
+        for there in parts
+    }
+    norms = found.pop() if len(found) == 1 else frozenset()
+    between = sorted(name for there in parts for name in there if "." not in name)
+    if between:
+        return {"attention_norm": None, "mlp_norm": None, "no_sequence": f"a layer does more ({between[0]})"}
+    parallel = _PARALLEL_KEYS.get(str(config["model_type"]))
+    beside = next((name for there in parts for name in there if name.startswith("mamba.") and _attends(there)), None)
+    is_parallel = norms == _PARALLEL or (parallel is not None and config.get(parallel, True))
+    if norms in _NORMS and mlp and not is_parallel and not beside:
+        (attention, attention_after), (of_mlp, mlp_after) = _NORMS[norms]
+        return {
+            "attention_norm": attention,
+            "attention_norm_after": attention_after,
+            "mlp_norm": of_mlp,
+            "mlp_norm_after": mlp_after,
+        }
+    if is_parallel:
+        why = "its attention and its MLP read the same hidden states"
+    elif beside:
+        why = f"its attention and its state-space block read the same hidden states ({beside})"
+    elif not mlp:
+        why = "its MLP is no module of its own"
+    else:
+        why = f"what its norms do isn't known ({', '.join(sorted(norms)) or 'they differ, or have no weights'})"
+    return {"attention_norm": None, "mlp_norm": None, "no_sequence": why}

@@ -1,0 +1,194 @@
+"""Models of images and text: their text decoders are pruned, and everything else of them is as it was."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+from families import IMAGE_TOKEN, IMAGE_TOKENS, SEEING, SHAPE, save_model
+from families_masked import assert_same, load, masked, some_kept
+from masking import write
+from safetensors.torch import load_file, save_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.layer_settings import undroppable_layers
+from hfprune_dist.checkpoints.text_decoder import DEFAULTS, decoder_config, with_decoder
+from hfprune_dist.config.method import Method
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.loading import load_causal_lm, require_own_weights
+from hfprune_dist.planning.dimensions import checkpoint_dimensions
+from hfprune_dist.planning.ratios import check_ratios
+from hfprune_dist.structures.kept import Kept
+
+every_model = pytest.mark.parametrize("model_type", SEEING)
+TEXT = [5, 6, 7, 8]
+SIZES = {
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "layer_types",
+    "max_window_layers",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory):
+    def make(name):
+        folder = save_model(tmp_path_factory.mktemp(name) / "model", name)
+        (folder / "preprocessor_config.json").write_text('{"size": 28}')
+        return open_checkpoint(folder)
+
+    return functools.cache(make)
+
+
+@torch.no_grad()
+def logits_of(model, model_type):
+    """Of a text with a random image in it."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.tensor([[1, *TEXT, *[IMAGE_TOKEN] * IMAGE_TOKENS, *reversed(TEXT)]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28, generator=generator)}
+    if model_type.startswith("qwen"):
+        inputs["pixel_values"] = torch.randn(16, 3 * 2 * 4 * 4, generator=generator)
+        inputs |= {"image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": (ids == IMAGE_TOKEN).int()}
+    if model_type in ("smolvlm", "idefics3"):
+        inputs["pixel_values"] = inputs["pixel_values"][:, None]
+    if model_type == "mistral3":
+        inputs["image_sizes"] = torch.tensor([[28, 28]])
+    if model_type == "gemma3":
+        inputs["token_type_ids"] = (ids == IMAGE_TOKEN).int()
+    without = model(input_ids=ids).logits
+    seen = model(**inputs).logits
+    assert (seen - without).abs().max() > 1e-2 * seen.abs().max(), "the image must be seen"
+    return seen
+
+
+@every_model
+def test_with_an_image_it_is_the_masked_model(checkpoint_of, tmp_path, model_type):
+    checkpoint = checkpoint_of(model_type)
+    kept = some_kept(checkpoint, (0, 2), (15, 15))
+    write(checkpoint, kept, tmp_path)
+    assert_same(logits_of(load(tmp_path), model_type), logits_of(masked(checkpoint, kept), model_type))
+
+
+@every_model
+def test_nothing_but_the_text_decoder_changes(checkpoint_of, tmp_path, model_type):
+    checkpoint = checkpoint_of(model_type)
+    write(checkpoint, some_kept(checkpoint, (0, 2), (15, 15)), tmp_path)
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.path, tmp_path))
+    assert len(checkpoint.beside_decoder) > 10
+    for name in checkpoint.beside_decoder:
+        assert torch.equal(before[name], after[name])
+    was, became = (json.loads((folder / "config.json").read_text()) for folder in (checkpoint.path, tmp_path))
+    text_was, text_became = was.pop("text_config"), became.pop("text_config")
+    assert became == was
+    assert {key for key, value in text_became.items() if text_was.get(key) != value} <= SIZES
+    assert (tmp_path / "preprocessor_config.json").read_text() == '{"size": 28}'
+    assert not list(tmp_path.glob("*.py"))
+
+
+def renamed(source, folder, names, config):
+    """The same checkpoint with other names in its file, and another config.json."""
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    for ours, theirs in names.items():
+        tensors = {theirs + it.removeprefix(ours) if it.startswith(ours) else it: tensors[it] for it in tensors}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return open_checkpoint(folder)
+
+
+def flat(config):
+    """As files of qwen2_5_vl were before there was a text_config."""
+    text = {key: value for key, value in config["text_config"].items() if key not in ("model_type", "dtype")}
+    return {key: value for key, value in config.items() if key != "text_config"} | text
+
+
+LAYOUTS = {
+    "gemma3": (
+        {
+            "language_model.model.": "model.language_model.",
+            "vision_tower.": "model.vision_tower.",
+            "multi_modal_projector.": "model.multi_modal_projector.",
+        },
+        lambda config: config,
+    ),
+    "qwen2_5_vl": ({}, flat),
+    "qwen3_vl": ({}, lambda config: config),
+}
+
+
+@pytest.mark.parametrize("model_type", LAYOUTS)
+def test_other_layouts_of_files_are_read_and_kept(checkpoint_of, tmp_path, model_type):
+    checkpoint, (names, change) = checkpoint_of(model_type), LAYOUTS[model_type]
+    other = renamed(checkpoint.path, tmp_path / "other", names, change(dict(checkpoint.whole)))
+    require_own_weights(other)
+    kept = some_kept(checkpoint, (0, 2), (15, 15))
+    write(other, kept, tmp_path / "pruned")
+    assert_same(logits_of(load(tmp_path / "pruned"), model_type), logits_of(masked(checkpoint, kept), model_type))
+    assert ("text_config" in open_checkpoint(tmp_path / "pruned").whole) == ("text_config" in other.whole)
+    assert {it.split(".")[0] for it in load_file(tmp_path / "pruned" / "model.safetensors")} == {
+        it.split(".")[0] for it in load_file(other.path / "model.safetensors")
+    }
+
+
+@pytest.mark.parametrize("model_type", DEFAULTS)
+def test_keys_that_config_json_lacks_are_those_of_its_class(model_type):
+    made = CONFIG_MAPPING[model_type]().to_dict()
+    assert DEFAULTS[model_type] == {key: made[key] for key in DEFAULTS[model_type]}
+
+
+def test_only_what_changes_is_written():
+    config = {
+        "model_type": "seeing",
+        "architectures": ["A"],
+        "vision_config": {},
+        "text_config": {"model_type": "llama"},
+    }
+    decoder = decoder_config(config)
+    assert (decoder["num_hidden_layers"], decoder["architectures"]) == (32, ["A"])
+    assert with_decoder(config, decoder) == config
+    assert with_decoder(config, decoder | {"tie_word_embeddings": False}) == config
+    smaller = with_decoder(config, decoder | {"intermediate_size": 5})
+    assert smaller == config | {"text_config": {"model_type": "llama", "intermediate_size": 5}}
+    untied = with_decoder(config | {"tie_word_embeddings": True}, decoder | {"tie_word_embeddings": False})
+    assert untied["tie_word_embeddings"] is False
+
+
+def test_layers_behind_which_images_enter_stay(checkpoint_of):
+    assert list(undroppable_layers(checkpoint_of("qwen3_vl").config)) == [0]
+    assert not undroppable_layers(checkpoint_of("gemma3").config)
+
+
+def test_parameters_of_the_encoder_count(checkpoint_of):
+    checkpoint = checkpoint_of("llava")
+    encoder = sum(checkpoint.tensors[name].numel for name in checkpoint.beside_decoder)
+    assert encoder > 1000 and checkpoint_dimensions(checkpoint).beside_decoder == encoder
+    less = Kept((0, 1, 2), {"neurons": [torch.arange(23)] * 3})
+    assert checkpoint.parameters - checkpoint.parameter_counts.of(less.shape) == 3 * 3 * SHAPE["hidden_size"]
+
+
+@pytest.mark.parametrize("changes", [{"allocation": "global"}, {"allocation": "uniform", "refit": "bias"}], ids=str)
+def test_shapes_that_are_not_plain_are_refused_by_name(checkpoint_of, changes):
+    with pytest.raises(UserError, match="a model of images and text must stay plain"):
+        check_ratios(checkpoint_of("llava"), [0.1], Method(criterion="entropy", **changes), "here")
+
+
+def test_an_architecture_whose_decoder_is_elsewhere_is_refused_by_name(checkpoint_of, tmp_path):
+    checkpoint = checkpoint_of("smolvlm")
+    names = {"model.text_model.": "model.speaker."}
+    with pytest.raises(UserError, match="no one stack of 3 layers"):
+        renamed(checkpoint.path, tmp_path / "other", names, dict(checkpoint.whole))
+
+
+def test_loading_leaves_positions_of_one_axis_alone(checkpoint_of):
+    model = load_causal_lm(checkpoint_of("llava").path, torch.float32)
+    ids = torch.tensor([TEXT])
+    positions = torch.arange(len(TEXT))[None]
+    assert torch.equal(model(input_ids=ids, position_ids=positions).logits, model(input_ids=ids).logits)

@@ -1,0 +1,57 @@
+"""Checkpoints of ``families`` as transformers loads them, and what they compute once some of their parts are masked."""
+
+from __future__ import annotations
+
+import torch
+from families import SEEING
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from hfprune_dist.core.selection import entries_of
+from hfprune_dist.structures.kept import Kept
+
+
+def load(folder, **options):
+    sees = AutoConfig.from_pretrained(folder, **options).model_type in SEEING
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def kinds_of(checkpoint):
+    """The kinds of units that can be pruned."""
+    return ["neurons"] if checkpoint.family.whole_groups else ["neurons", "kv_groups"]
+
+
+def some_kept(checkpoint, layers, neurons):
+    """So many neurons in each of these layers, and the second KV group alone where groups can go."""
+    generator = torch.Generator().manual_seed(1)
+    width = checkpoint.units.most
+    units = {"neurons": [torch.randperm(width, generator=generator)[:count].sort().values for count in neurons]}
+    if "kv_groups" in kinds_of(checkpoint):
+        units["kv_groups"] = [torch.tensor([1])] * len(layers)
+    return Kept(tuple(layers), units)
+
+
+def masked(checkpoint, kept):
+    """The dense model, in which what goes puts nothing out."""
+    model = load(checkpoint.path)
+    for number, layer in enumerate(checkpoint.family.layers_of(model)):
+        if number not in kept.layers:
+            layer.register_forward_hook(_skip)
+            continue
+        for kind in kept.units:
+            units = checkpoint.structures[kind]
+            weight = units.outputs_of(model)[number].weight.data
+            stays = entries_of(kept.of_layer(number, kind), units.channels_per_unit)
+            gone = torch.ones(weight.shape[1], dtype=torch.bool).index_fill_(0, stays, False)
+            weight[:, gone] = 0
+    return model
+
+
+def _skip(_layer, inputs, output):
+    """Puts out what goes in, alone or as the first of several."""
+    return (inputs[0], *output[1:]) if isinstance(output, tuple) else inputs[0]
+
+
+def assert_same(ours, theirs):
+    """Within 1e-5 of the largest logit."""
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
