@@ -8,7 +8,7 @@ from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import ATTENTION
-from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
+from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
 from hfprune_dist.structures.units import plural_of, read_counts
 
 # Field of a config.json in which layers may differ -> what ``Dimensions`` calls it.
@@ -32,7 +32,19 @@ class ModelShape:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> ModelShape:
         """The shape of a checkpoint's decoder."""
-        whole, config = checkpoint_dimensions(checkpoint), checkpoint.config
+        return cls.of_config(checkpoint.config, sum(checkpoint.units.row_parts))
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], row_projections: int = 2) -> ModelShape:
+        """The shape that a ``config.json`` describes.
+
+        Args:
+            row_projections: see ``Dimensions``.
+
+        Raises:
+            KeyError, TypeError, ValueError: where it describes no decoder that is known.
+        """
+        whole = dimensions_of(config, row_projections)
         by_layer = {ours: read_counts(config, field) for field, ours in _OF_LAYERS.items() if field in config}
         return cls._of_layers([whole] * whole.num_layers, by_layer)
 
