@@ -19,11 +19,11 @@ from hfprune_dist.checkpoints.checks import (
     quantized,
 )
 from hfprune_dist.checkpoints.discovery import BUFFERS, discover
-from hfprune_dist.checkpoints.families import FAMILIES, Family, refuse_other_kinds, with_width
+from hfprune_dist.checkpoints.families import FAMILIES, Family, not_supported, refuse_other_kinds, with_width
 from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo
 from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
-from hfprune_dist.checkpoints.text_decoder import beside_decoder, decoder_config, has_vision, with_decoder
+from hfprune_dist.checkpoints.text_decoder import KNOWN, beside_decoder, decoder_config, has_vision, with_decoder
 from hfprune_dist.checkpoints.weight_files import matching, read_headers, read_json_object
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures.parameter_counts import ParameterCounts, count_parameters
@@ -188,6 +188,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     check_folder(path)
     whole = read_json_object(path / "config.json", "every Hugging Face checkpoint has one")
     vision = has_vision(whole)
+    if vision and whole.get("model_type") not in KNOWN:
+        why = f"it is a model of images and text (vision_config), of which {', '.join(KNOWN)} are pruned"
+        raise not_supported(whole, str(path / "config.json"), why)
     config = with_width(decoder_config(whole) if vision else whole)
     refuse_other_kinds(whole | config, str(path / "config.json"))
     if whole.get("quantization_config") or config.get("quantization_config"):
