@@ -189,9 +189,7 @@ def test_an_architecture_whose_decoder_is_elsewhere_is_refused_by_name(checkpoin
 
 def test_others_are_refused_by_name(checkpoint_of, tmp_path):
     checkpoint = checkpoint_of("llava")
-    with pytest.raises(
-        UserError, match="'mllama' is not supported: it is a model of images and text"
-    ):
+    with pytest.raises(UserError, match="'mllama' is not supported: it is a model of images and text"):
         renamed(checkpoint.path, tmp_path / "other", {}, {**checkpoint.whole, "model_type": "mllama"})
     assert {*KNOWN} == {*SEEING}
 
