@@ -197,7 +197,6 @@ _OTHER_KINDS = {
 # What is special about MLPs that could be taken for others.
 _UNFIT = {
     "recurrent_gemma": "its MLPs are half as wide as intermediate_size says",
-    "diffllama": "what its attention computes depends on the number of the layer",
     "falcon_h1": "its model, not its layers, makes the scales of their state-space blocks",
     "olmo_hybrid": "transformers makes no layer of it alone",
     "nemotron_h": "a layer has an MLP or attention, not both",

@@ -126,9 +126,7 @@ def test_config_json_alone_may_rule_a_model_out():
             refuse_other_kinds(CONFIG | changes, "here")
 
 
-@pytest.mark.parametrize(
-    "model_type", ["gpt2", "falcon_h1", "olmo_hybrid", "nemotron_h", "zamba2", "recurrent_gemma", "diffllama"]
-)
+@pytest.mark.parametrize("model_type", ["gpt2", "falcon_h1", "olmo_hybrid", "nemotron_h", "zamba2", "recurrent_gemma"])
 def test_some_are_refused_by_their_type_whatever_else_they_say(model_type):
     with pytest.raises(UserError, match=f"'{model_type}' is not supported: [a-z ,-]*") as caught:
         refuse_other_kinds(CONFIG | {"model_type": model_type, "n_routed_experts": 4}, "here")
