@@ -109,6 +109,12 @@ FAMILIES: dict[str, dict[str, object]] = {
         "residual_multiplier": 0.3,
         "logits_scaling": 4.0,
     },
+    "biogpt": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "layerdrop": 0.0},
+    "olmo": {},
+    "helium": {},
+    "stablelm": {},
+    "nanochat": {"final_logit_softcapping": 5.0},
+    "persimmon": {},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
 }
 # The same of mixtures of experts.

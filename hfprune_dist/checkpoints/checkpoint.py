@@ -19,11 +19,11 @@ from hfprune_dist.checkpoints.checks import (
     quantized,
 )
 from hfprune_dist.checkpoints.discovery import BUFFERS, discover
-from hfprune_dist.checkpoints.families import FAMILIES, Family, refuse_other_kinds, with_width
+from hfprune_dist.checkpoints.families import FAMILIES, Family, not_supported, refuse_other_kinds, with_width
 from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo
 from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
-from hfprune_dist.checkpoints.text_decoder import beside_decoder, decoder_config, has_vision, with_decoder
+from hfprune_dist.checkpoints.text_decoder import KNOWN, beside_decoder, decoder_config, has_vision, with_decoder
 from hfprune_dist.checkpoints.weight_files import matching, read_headers, read_json_object
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures import Structure, structure_of
@@ -193,11 +193,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     check_folder(path)
     whole = read_json_object(path / "config.json", "every Hugging Face checkpoint has one")
-    vision = has_vision(whole)
-    config = with_width(decoder_config(whole) if vision else whole)
-    refuse_other_kinds(whole | config, str(path / "config.json"))
-    if whole.get("quantization_config") or config.get("quantization_config"):
-        raise quantized(whole | config, path)
+    config, vision = _decoder_config(path, whole), has_vision(whole)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is needed")
     check_config(config, path / "config.json")
@@ -225,6 +221,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
     check_shapes(path, tensors, checkpoint.structures, config["hidden_size"])
     check_factors(checkpoint.path, tensors, checkpoint.structures, checkpoint.ranks, hidden=config["hidden_size"])
     return checkpoint
+
+
+def _decoder_config(path: Path, whole: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of the decoder that is pruned, which can be a part of the model."""
+    where = str(path / "config.json")
+    if has_vision(whole) and whole.get("model_type") not in KNOWN:
+        why = f"it is a model of images and text (vision_config), of which {', '.join(KNOWN)} are pruned"
+        raise not_supported(whole, where, why)
+    config = with_width(decoder_config(whole) if has_vision(whole) else whole)
+    both = {**whole, **config}
+    refuse_other_kinds(both, where)
+    if both.get("quantization_config"):
+        raise quantized(both, path)
+    return config
 
 
 def _heads_differ(path: Path, family: Family, tensors: Mapping[str, TensorInfo]) -> bool:

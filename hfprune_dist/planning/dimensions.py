@@ -94,9 +94,13 @@ class Dimensions:
 
 def checkpoint_dimensions(checkpoint: Checkpoint) -> Dimensions:
     """The dimensions of a checkpoint's decoder."""
-    rows = 2 if checkpoint.family.experts else sum(checkpoint.units.row_parts)
-    dims = dimensions_of(checkpoint.config, rows)
+    dims = dimensions_of(checkpoint.config, row_projections_of(checkpoint))
     return replace(dims, beside_decoder=sum(checkpoint.tensors[name].numel for name in checkpoint.beside_decoder))
+
+
+def row_projections_of(checkpoint: Checkpoint) -> int:
+    """Of each MLP, or expert, the matrices that make its neurons."""
+    return 2 if checkpoint.family.experts else sum(checkpoint.units.row_parts)
 
 
 def dimensions_of(config: Mapping[str, Any], row_projections: int = 2) -> Dimensions:

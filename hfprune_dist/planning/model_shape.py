@@ -8,7 +8,7 @@ from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import ATTENTION
-from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
+from hfprune_dist.planning.dimensions import Dimensions, dimensions_of, row_projections_of
 from hfprune_dist.structures.experts import SHARED_WIDTH, WIDTHS, mlp_widths, number_of_experts
 from hfprune_dist.structures.units import plural_of, read_counts
 
@@ -38,7 +38,19 @@ class ModelShape:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> ModelShape:
         """The shape of a checkpoint's decoder."""
-        whole, config = checkpoint_dimensions(checkpoint), checkpoint.config
+        return cls.of_config(checkpoint.config, row_projections_of(checkpoint))
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], row_projections: int = 2) -> ModelShape:
+        """The shape that a ``config.json`` describes.
+
+        Args:
+            row_projections: see ``Dimensions``.
+
+        Raises:
+            KeyError, TypeError, ValueError: where it describes no decoder that is known.
+        """
+        whole = dimensions_of(config, row_projections)
         if number_of_experts(config):
             return cls._of_mixture(whole, config)
         by_layer = {ours: read_counts(config, field) for field, ours in _OF_LAYERS.items() if field in config}

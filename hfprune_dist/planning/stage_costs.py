@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.config.parameters import (
     DistillParameters,
     ImportanceParameters,
@@ -38,6 +39,7 @@ from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.search_work import Search
+from hfprune_dist.store.atomic_files import read_object
 from hfprune_dist.store.stage import CUTTING, Stage
 from hfprune_dist.structures import KV_GROUPS
 
@@ -76,6 +78,7 @@ class StageCosts:
     def __init__(self, plan: Plan, manifest_of: Callable[[str], Manifest | None]) -> None:
         self._plan = plan
         self._manifest_of = manifest_of
+        self._config_of = cache(read_object)
         self._shape_of = cache(lambda folder: ModelShape.of(open_checkpoint(folder)))
 
     def of(self, stage_id: str) -> Cost | None:
@@ -193,9 +196,15 @@ class StageCosts:
         return self._dense(made_by).pruned(manifest["metrics"])
 
     def _dense(self, stage: Stage) -> ModelShape:
+        folder = self._plan.dense_folder(stage)
+        config = self._config_of(folder / "config.json")
+        if config is None:
+            raise _UnknownError
+        if config.get("model_type") in FAMILIES:  # whose weights need not be there any more
+            return ModelShape.of_config(config)
         try:
-            return self._shape_of(self._plan.dense_folder(stage))
-        except UserError as error:  # it is no longer there
+            return self._shape_of(folder)
+        except UserError as error:
             raise _UnknownError from error
 
 

@@ -12,7 +12,7 @@ OTHER_WIDTHS = ("ffn_dim", "shared_intermediate_size")
 _OTHER_NAMES = (*OTHER_WIDTHS, "block_ff_dim")
 
 
-def neurons(config: Mapping[str, Any], mlp: Block, row_projections: Sequence[str], down: str, parts: int) -> Units:
+def neurons(config: Mapping[str, Any], mlp: Block, row_projections: Sequence[str], down: str, parts: int = 1) -> Units:
     """The neurons of a model: each owns a row of every row projection, weight and bias, and a column of the down
     projection.
 

@@ -36,7 +36,7 @@ from hfprune_dist.structures.kept import Kept
 README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
 CPU = torch.device("cpu")
 # Where pairs that share a row of training do so, as the README says.
-SEE_EACH_OTHER = {"lfm2", "qwen3_5_text", "opt", "bamba", "granitemoehybrid"}
+SEE_EACH_OTHER = {"lfm2", "qwen3_5_text", "opt", "biogpt", "bamba", "granitemoehybrid"}
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 ENTROPY = CRITERIA["entropy"]
 every_family = pytest.mark.parametrize("model_type", FAMILIES)

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
-from hfprune_dist.checkpoints.text_decoder import DEFAULTS, decoder_config, with_decoder
+from hfprune_dist.checkpoints.text_decoder import DEFAULTS, KNOWN, decoder_config, with_decoder
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
@@ -185,6 +185,13 @@ def test_an_architecture_whose_decoder_is_elsewhere_is_refused_by_name(checkpoin
     names = {"model.text_model.": "model.speaker."}
     with pytest.raises(UserError, match="no one stack of 3 layers"):
         renamed(checkpoint.path, tmp_path / "other", names, dict(checkpoint.whole))
+
+
+def test_others_are_refused_by_name(checkpoint_of, tmp_path):
+    checkpoint = checkpoint_of("llava")
+    with pytest.raises(UserError, match="'mllama' is not supported: it is a model of images and text"):
+        renamed(checkpoint.path, tmp_path / "other", {}, {**checkpoint.whole, "model_type": "mllama"})
+    assert {*KNOWN} == {*SEEING}
 
 
 def test_loading_leaves_positions_of_one_axis_alone(checkpoint_of):

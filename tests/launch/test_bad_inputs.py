@@ -365,7 +365,8 @@ def without_eos(model):
 BIAS = "model.layers.{}.self_attn.q_proj.bias"
 Q, NORM, DOWN = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight", "model.layers.0.mlp.down_proj.weight"
 MODELS = {
-    "llava": (configured(model_type="llava", vision_config={}, text_config={}), ["llava", "images", "llama"]),
+    "mllama": (configured(model_type="mllama", vision_config={}, text_config={}), ["mllama", "images", "llama"]),
+    "llava": (configured(model_type="llava", vision_config={}, text_config={}), ["llava", "num_hidden_layers"]),
     "vision": (configured(vision_config={"hidden_size": 8}), ["vision_config", "images"]),
     "t5": (configured(model_type="t5", is_encoder_decoder=True), ["t5", "encoder"]),
     "mixtral": (configured(model_type="mixtral", num_local_experts=8), ["mixtral", "experts"]),

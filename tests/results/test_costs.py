@@ -17,6 +17,7 @@ from hfprune_dist.store.attempt import Attempt
 from hfprune_dist.store.stage import Input, Stage
 
 CONFIG = {
+    "model_type": "llama",
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
