@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures.experts import Experts, dense_neurons, expert_neurons, shared_neurons
+from hfprune_dist.structures.experts import Experts, Projections, dense_neurons, expert_neurons, shared_neurons
 from hfprune_dist.structures.kv_groups import kv_groups, whole_groups
 from hfprune_dist.structures.low_rank import linear_modules, read_ranks
 from hfprune_dist.structures.neurons import OTHER_WIDTHS, neurons
@@ -94,17 +94,25 @@ class Family:
 
     def units(self, config: Mapping[str, Any]) -> Units:
         """What pruning removes from a model of this ``config.json``: the neurons of its MLPs, or of its experts."""
-        return self._mlp_units(config)[0]
+        mlp = self._mlp(config)
+        if self.experts is not None:
+            return expert_neurons(config, mlp, self.experts)
+        return neurons(config, mlp, *self._projections)
 
-    def _mlp_units(self, config: Mapping[str, Any]) -> list[Units]:
-        """The neurons of all its MLPs, by kinds."""
-        mlp, experts = self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after), self.experts
-        projections = self.row_projections, self.down_projection, self.row_parts
-        if experts is None:
-            return [neurons(config, mlp, *projections)]
-        kinds = [expert_neurons(config, mlp, experts)]
-        kinds += [shared_neurons(config, mlp, experts, projections)] if experts.shared else []
-        return kinds + ([dense_neurons(config, mlp, experts, projections)] if self.dense_layers else [])
+    def _beside_experts(self, config: Mapping[str, Any]) -> list[Units]:
+        """The neurons of the other MLPs of a mixture of experts."""
+        if self.experts is None:
+            return []
+        made_of = config, self._mlp(config), self.experts, self._projections
+        shared = [shared_neurons(*made_of)] if self.experts.shared else []
+        return shared + ([dense_neurons(*made_of)] if self.dense_layers else [])
+
+    def _mlp(self, config: Mapping[str, Any]) -> Block:
+        return self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after)
+
+    @property
+    def _projections(self) -> Projections:
+        return self.row_projections, self.down_projection, self.row_parts
 
     def structures(self, config: Mapping[str, Any]) -> dict[str, Units]:
         """All kinds of units of such a model, by what they are called."""
@@ -113,7 +121,7 @@ class Family:
             groups = whole_groups(self.completed(config), attention)
         else:
             groups = kv_groups(self.completed(config), attention, self.attention_projections)
-        return {units.kind: units for units in (*self._mlp_units(config), groups)}
+        return {units.kind: units for units in (self.units(config), *self._beside_experts(config), groups)}
 
     def _block(self, config: Mapping[str, Any], name: str, norm: str | None, norm_after: str | None) -> Block:
         multiplier = config.get("residual_multiplier", 1.0) if self.found else 1.0

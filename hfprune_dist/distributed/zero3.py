@@ -73,14 +73,14 @@ def load_frozen(
     module: nn.Module = engine.module
     require_exact_rotary(module, checkpoint)
     if dtype != torch.float32:
-        _keep_float32(module, open_checkpoint(checkpoint), world.device)
+        keep_float32(module, open_checkpoint(checkpoint), world.device)
     if body_of is not None:
         begin_steps_at(body_of(module), engine)
     gc.freeze()  # else Python walks all modules and parameters again and again
     return module.eval()
 
 
-def _keep_float32(module: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
+def keep_float32(module: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
     """Let what transformers keeps in float32, such as routers, be so here too: whole on every rank.
 
     DeepSpeed has one dtype for all parameters, and routers that are rounded choose other experts.

@@ -38,7 +38,7 @@ from hfprune_dist.distributed.deepspeed_patches import (
 )
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
-from hfprune_dist.distributed.zero3 import init_deepspeed
+from hfprune_dist.distributed.zero3 import init_deepspeed, keep_float32
 from hfprune_dist.models.after_head import after_head
 from hfprune_dist.models.distillation_head import DistillingHead
 from hfprune_dist.models.loading import require_exact_rotary
@@ -96,6 +96,7 @@ def _train(
     arguments = training_arguments(task, rows.slots // rows_at_once, snapshots.folder, way, world)
     if not way.whole:
         model = load_trainable_model(task)
+        keep_float32(model.get_submodule("base_model.model"), task.checkpoint, world.device)
     trainer_of = _DistillingTrainer if task.distills else _LoraTrainer if task.masked_to is None else _MaskingTrainer
     trainer = trainer_of(
         task, snapshots, world, progress, interruption, whole=way.whole, model=model, args=arguments, train_dataset=rows

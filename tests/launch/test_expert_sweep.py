@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 from families import save_model
-from sweeps import finish, make_inputs, results, sweep
+from sweeps import artifacts, finish, make_inputs, results, sweep
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -22,6 +22,7 @@ def config(tmp_path_factory):
     save_model(folder / "moe", "glm4_moe", vocab_size=264, max_position_embeddings=512)
     settings = yaml.safe_load(file.read_text())
     del settings["methods"]
+    settings["recovery"]["dtype"] = "bfloat16"
     file.write_text(yaml.safe_dump(settings | {"models": ["moe"], "aliases": {"moe": {"path": "moe"}}}))
     return file
 
@@ -45,6 +46,13 @@ def test_the_default_methods_come_to_a_row_that_plain_transformers_loads(config,
     assert int(row["moe_intermediate_size"]) == model.config.moe_intermediate_size == 8
     assert TokenCosts.of(checkpoint).active_parameters < checkpoint.parameters
     assert float(dense["kl"]) < 1e-6 < float(row["kl"])
+
+
+def test_recovery_has_the_same_bits_sharded_and_whole(config, finished, tmp_path):
+    """Also where routers stay in float32 and everything else is bfloat16."""
+    finish(config, tmp_path / "out", *ARGUMENTS, "--set", "runtime.sharding=zero3")
+    sharded, whole = (artifacts(out, "recover") for out in (tmp_path / "out", finished[0]))
+    assert len(whole) > 2 and sharded == whole
 
 
 def test_a_second_run_starts_no_stage_and_a_dry_run_tells_what_is_left_out(config, finished):
