@@ -9,6 +9,7 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from importlib.machinery import SourcelessFileLoader
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -333,7 +334,13 @@ class Code(Subject):
     def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
         snapshot = take_snapshot(Project.around(self.prepared / "launch"), root, {"commit": "abc"})
         files = sorted(path for path in snapshot.rglob("*") if path.is_file())
-        return {"files": {str(path.relative_to(root)): digest_of(path.read_text()) for path in files}}
+        return {"files": {str(path.relative_to(root)): self._content(path) for path in files}}
+
+    def _content(self, file: Path) -> str:
+        """Its digest; of bytecode, which says where it was made, what Python makes of it."""
+        if file.suffix == ".pyc":
+            return SourcelessFileLoader(file.stem, str(file)).get_code(file.stem).co_code.hex()
+        return digest_of(file.read_text())
 
     def leftovers(self, root: Path) -> list[str]:
         return []  # half a copy may stay, a megabyte: it might be another launcher's, which is at it
