@@ -20,6 +20,7 @@ SETTINGS = {
     "calibration.sequence_length": "64",
     "calibration.mixture": "null",
     "recovery.sequence_length": "64",
+    "recovery.batch_size": "2",
     "recovery.max_steps": "2",
     "evaluation.tasks": "[demo_continuation]",
     "evaluation.limit": "12",
