@@ -340,8 +340,9 @@ def test_matrices_of_both_kinds_wait_while_one_is_eliminated():
     assert both.memory(dims, 8).sums - few.memory(dims, 8).sums == more + 8 * 4096**2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dims", [(64, 1024), (256, 512)], ids=["wide", "square"])
+@pytest.mark.parametrize(
+    ("dims", "dtype"), [((64, 1024), torch.float32), ((256, 512), torch.bfloat16)], ids=["wide", "square"]
+)
 @pytest.mark.parametrize(
     ("kind", "rank", "ranks", "groups"),
     [
