@@ -84,11 +84,47 @@ FAMILIES: dict[str, dict[str, object]] = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
 }
+# The same of mixtures of experts.
+EXPERTS: dict[str, dict[str, object]] = {
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "mlp_only_layers": [1], "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 20,
+        "decoder_sparse_step": 2,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": True,
+    },
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "granitemoe": {"num_local_experts": 4, "residual_multiplier": 0.3, "logits_scaling": 4.0},
+    "gpt_oss": {"num_local_experts": 4, "sliding_window": 4},
+}
 
 
-def make_model(model_type: str, seed: int = 0) -> torch.nn.Module:
+def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Module:
     """A random float32 model whose outputs are far from uniform."""
-    config = CONFIG_MAPPING[model_type](**{**SHAPE, **FAMILIES[model_type]})
+    settings = FAMILIES[model_type] if model_type in FAMILIES else {"num_experts_per_tok": 2, **EXPERTS[model_type]}
+    config = CONFIG_MAPPING[model_type](**{**SHAPE, **settings, **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -97,11 +133,14 @@ def make_model(model_type: str, seed: int = 0) -> torch.nn.Module:
                 parameter.copy_(torch.randn_like(parameter) * 0.3)
             else:  # around 0 or 1, as the architecture begins them
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
     return model
 
 
-def save_model(folder: Path, model_type: str) -> Path:
+def save_model(folder: Path, model_type: str, **changes: object) -> Path:
     """A checkpoint folder as a user has it."""
-    make_model(model_type).save_pretrained(folder)
+    make_model(model_type, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo
 from hfprune_dist.checkpoints.weight_files import matching, read_headers, read_json_object
 from hfprune_dist.errors import UserError
+from hfprune_dist.structures import Structure, structure_of
 from hfprune_dist.structures.parameter_counts import ParameterCounts, count_parameters
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, Units
 
@@ -77,6 +78,11 @@ class Checkpoint:
     def structures(self) -> dict[str, Units]:
         """All kinds of units that it has, by what they are called."""
         return self.family.structures(self.config)
+
+    def pruned_kinds(self, structures: Iterable[Structure]) -> list[Units]:
+        """The kinds of units that methods mean by some structures; those of MLPs first."""
+        wanted = {*structures}
+        return [units for kind, units in self.structures.items() if structure_of(kind) in wanted]
 
     @cached_property
     def ranks(self) -> dict[str, tuple[int, ...]]:

@@ -156,10 +156,9 @@ def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], structures: Mapp
         UserError: naming the tensor.
     """
     for units in structures.values():
-        for layer, count in enumerate(units.counts):
+        for layer in (it for it, count in enumerate(units.counts) if count):
             for name, owned in units.in_layer(layer, tensors):
-                size = count * owned.entries
-                wanted = [size] if name.endswith(".bias") else [size, hidden] if owned.axis == 0 else [hidden, size]
+                wanted = units.shape_of(owned, layer, hidden)
                 if list(tensors[name].shape) != wanted:
                     raise UserError(
                         f"{path}: {name} has shape {list(tensors[name].shape)}, but config.json makes it {wanted}: "

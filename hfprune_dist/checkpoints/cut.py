@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hfprune_dist.core.selection import entries_of
+from hfprune_dist.structures.units import Owned, Units
+
 # The dtype that holds a number's bits, by its size in bytes.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -29,3 +32,40 @@ class Cut:
         # Along rows, index_select takes twice as long as gather, which is faster with integers than with bfloat16.
         kept_by_row = self.kept.expand(len(tensor), -1)
         return tensor.view(BITS[tensor.itemsize]).gather(1, kept_by_row).view(tensor.dtype)
+
+
+@dataclass(frozen=True)
+class StackedCut:
+    """The same in each matrix of a tensor that has one for each expert.
+
+    Attributes:
+        dimension: 1 or 2, of the tensor.
+        kept: ascending int64, row ``e`` those of expert ``e`` [experts, entries].
+    """
+
+    dimension: int
+    kept: Tensor
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape after the cut."""
+        return (*shape[: self.dimension], self.kept.shape[1], *shape[self.dimension + 1 :])
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """The kept entries, dtype and bits unchanged."""
+        cuts = (Cut(self.dimension - 1, kept_N) for kept_N in self.kept)
+        return torch.stack([cut.apply(matrix) for cut, matrix in zip(cuts, tensor, strict=True)])
+
+
+def cut_of(units: Units, layer: int, owned: Owned, kept_K: Tensor) -> Cut | StackedCut:
+    """What becomes of a tensor of a layer where some of the layer's units stay.
+
+    Args:
+        kept_K: ascending int64; as many of every expert.
+    """
+    if units.experts == 1:
+        return Cut(owned.axis, entries_of(kept_K, owned.per_unit, owned.parts, units.counts[layer]))
+    width, of_experts = units.counts[layer] // units.experts, kept_K.chunk(units.experts)
+    if owned.expert is not None:
+        return Cut(owned.axis, of_experts[owned.expert] - width * owned.expert)
+    own = (entries_of(it - width * expert, owned.per_unit, owned.parts, width) for expert, it in enumerate(of_experts))
+    return StackedCut(owned.axis, torch.stack(list(own)))

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hfprune_dist.checkpoints.expert_discovery import find_experts
 from hfprune_dist.checkpoints.families import Family, not_supported
+from hfprune_dist.structures.experts import number_of_experts
 from hfprune_dist.structures.units import LAYER_SIZES
 
 Shapes = Mapping[str, Sequence[int]]
@@ -49,6 +51,10 @@ _FIXED_HEADS = ("helium", "stablelm")
 # Whose models transformers makes of another architecture's class.
 _CLASSES = {"internlm3": "Llama", "iquestcoder": "Llama"}
 _PARALLEL = frozenset({"input_layernorm"})
+# Projections of shared experts where no layer has a plain MLP.
+_BESIDE_EXPERTS = ("mlp", ("gate_proj", "up_proj"), "down_proj")
+# Layers behind the last one, which predict further tokens; they are no part of the model, and pruning leaves them out.
+_PREDICTING = "num_nextn_predict_layers"
 
 
 def discover(config: Mapping[str, Any], shapes: Shapes, where: str) -> tuple[Family, dict[str, Any]]:
@@ -66,7 +72,10 @@ def discover(config: Mapping[str, Any], shapes: Shapes, where: str) -> tuple[Fam
     search = _Search(config, shapes, where)
     layers = search.prefix()
     parts = search.parts_of_layers(layers)
-    mlp, rows, down = search.mlp(parts)
+    experts = find_experts(config, parts, search.refusal) if number_of_experts(config) else None
+    plain = {layer: there for layer, there in enumerate(parts) if experts is None or layer not in experts.layers}
+    mlp, rows, down = search.mlp(plain) if plain else _BESIDE_EXPERTS
+    mlp = experts.module.rpartition(".")[0] if experts else mlp
     attention = _Attention.of(config, parts)
     body = layers.rpartition(".")[0]
     outside = {name for name in shapes if name.startswith(f"{body}.") and not name.startswith(f"{layers}.")}
@@ -87,8 +96,10 @@ def discover(config: Mapping[str, Any], shapes: Shapes, where: str) -> tuple[Fam
         heads=attention.heads,
         any_heads=config["hidden_size"] % int(config["num_attention_heads"]) != 0,
         found=frozenset(name for name in of_layers | outside | head if not name.endswith(BUFFERS)),
+        experts=experts,
+        dense_layers=bool(plain),
         **attention.names(),
-        **_norms_of(parts, config["hidden_size"]),
+        **(_norms_of(parts, config["hidden_size"]) | ({"no_sequence": "it has experts"} if experts else {})),
     )
     return family, _stated(config, family, parts[0], head)
 
@@ -102,6 +113,7 @@ def _stated(config: Mapping[str, Any], family: Family, parts: Shapes, head: set[
     if family.heads.get("head_dim", config["hidden_size"] // queries) != config["hidden_size"] // queries:
         silent["head_dim"] = family.heads["head_dim"]
     told = {key: value for key, value in silent.items() if config.get(key) is None}
+    told |= {_PREDICTING: 0} if config.get(_PREDICTING) else {}
     if config.get("block_auto_adjust_ff_dim", False) or (
         config["model_type"] == "lfm2" and "block_auto_adjust_ff_dim" not in config
     ):
@@ -120,7 +132,8 @@ class _Search:
         self._where = where
         self._hidden_size = config["hidden_size"]
 
-    def _refusal(self, why: str) -> Exception:
+    def refusal(self, why: str) -> Exception:
+        """What to raise for such a reason."""
         return not_supported(self._config, self._where, why)
 
     def architecture(self) -> str:
@@ -130,7 +143,7 @@ class _Search:
         names = self._config.get("architectures") or [""]
         found = re.fullmatch(r"(?:Pruned)?(\w+)ForCausalLM", str(names[0]))
         if found is None:
-            raise self._refusal(f"architectures is {names[0]!r}, which is no ...ForCausalLM")
+            raise self.refusal(f"architectures is {names[0]!r}, which is no ...ForCausalLM")
         return found[1]
 
     def prefix(self) -> str:
@@ -143,7 +156,7 @@ class _Search:
         stacks = [prefix for prefix, there in numbers.items() if there.issuperset(wanted)]
         if len(stacks) != 1:
             found_here = ", ".join(sorted(numbers)) or "none"
-            raise self._refusal(f"it has no one stack of {len(wanted)} layers (tensors of: {found_here})")
+            raise self.refusal(f"it has no one stack of {len(wanted)} layers (tensors of: {found_here})")
         return stacks[0]
 
     def parts_of_layers(self, layers: str) -> Sequence[Shapes]:
@@ -156,36 +169,40 @@ class _Search:
                     parts[int(number)][part] = shape
         return parts
 
-    def mlp(self, parts: Sequence[Shapes]) -> tuple[str, tuple[str, ...], str]:
-        """The gated MLP that every layer has: its name, its row projections and its down projection."""
+    def mlp(self, parts: Mapping[int, Shapes]) -> tuple[str, tuple[str, ...], str]:
+        """The gated MLP that each of these layers has: its name, its row projections and its down projection."""
+        first = next(iter(parts.values()))
         for rows, down in _MLPS:
-            names = sorted(name for name in parts[0] if re.fullmatch(rf"\w+\.{down}\.weight", name))
+            names = sorted(name for name in first if re.fullmatch(rf"\w+\.{down}\.weight", name))
             for block in (name.partition(".")[0] for name in names):
                 weights = [f"{block}.{name}.weight" for name in (*rows, down)]
-                if all(weight in parts[0] for weight in weights):
+                if all(weight in first for weight in weights):
                     self._check_mlp(block, {*rows, down}, weights, parts)
                     return block, rows, down
-        inside = ", ".join(sorted({name.rpartition(".")[0] for name in parts[0] if len(parts[0][name]) > 1}))
-        raise self._refusal(f"its layers have no gated MLP of a kind that is known (they have {inside})")
+        inside = ", ".join(sorted({name.rpartition(".")[0] for name in first if len(first[name]) > 1}))
+        raise self.refusal(f"its layers have no gated MLP of a kind that is known (they have {inside})")
 
-    def _check_mlp(self, block: str, known: set[str], weights: Sequence[str], parts: Sequence[Shapes]) -> None:
-        for layer, there in enumerate(parts):
+    def _check_mlp(self, block: str, known: set[str], weights: Sequence[str], parts: Mapping[int, Shapes]) -> None:
+        first = min(parts)
+        for layer, there in parts.items():
             if missing := [name for name in weights if name not in there]:
-                raise self._refusal(f"layer {layer} has no {missing[0]}, which layer 0 has")
+                raise self.refusal(f"layer {layer} has no {missing[0]}, which layer {first} has")
             expected = {f"{block}.{name}.{part}" for name in known for part in ("weight", "bias")}
             if more := sorted(name for name in there if name.startswith(f"{block}.") and name not in expected):
-                raise self._refusal(f"in layer {layer}, {more[0]} is no part of a plain gated MLP")
-        *rows, down = (parts[0][name] for name in weights)
+                raise self.refusal(f"in layer {layer}, {more[0]} is no part of a plain gated MLP")
+        *rows, down = (parts[first][name] for name in weights)
         width = down[1] * (1 if len(rows) > 1 else 2)
         if any(list(row) != [width, self._hidden_size] for row in rows):
-            raise self._refusal(f"{weights[0]} of layer 0 has shape {list(rows[0])}, not {[width, self._hidden_size]}")
+            raise self.refusal(
+                f"{weights[0]} of layer {first} has shape {list(rows[0])}, not {[width, self._hidden_size]}"
+            )
 
     def norm(self, outside: set[str]) -> str:
         """The final norm."""
         found = [name for name in outside if list(self._shapes[name]) == [self._hidden_size]]
         names = {name.rpartition(".")[0] for name in found if name.endswith(".weight")}
         if len(names) != 1:
-            raise self._refusal(f"behind its layers it has no one norm with a weight (but {sorted(found)})")
+            raise self.refusal(f"behind its layers it has no one norm with a weight (but {sorted(found)})")
         return names.pop()
 
     def embedding(self, outside: set[str]) -> str:
@@ -193,17 +210,17 @@ class _Search:
         wanted = [self._config.get("vocab_size"), self._hidden_size]
         found = [name for name in outside if name.endswith(".weight") and list(self._shapes[name]) == wanted]
         if len(found) != 1:
-            raise self._refusal(f"it has no one table of embeddings of shape {wanted}")
+            raise self.refusal(f"it has no one table of embeddings of shape {wanted}")
         return found[0].removesuffix(".weight")
 
     def check_outside(self, outside: set[str], known: set[str]) -> None:
         """Refuse what works between layers, which passes through one layer at a time know nothing of."""
         more = [name for name in outside if name.rpartition(".")[0] not in known and not name.endswith(BUFFERS)]
         if more:
-            raise self._refusal(f"beside its layers it has {sorted(more)[0]}")
+            raise self.refusal(f"beside its layers it has {sorted(more)[0]}")
         shared = self._config.get("num_kv_shared_layers")
         if shared:
-            raise self._refusal(f"its last {shared} layers read keys and values of others (num_kv_shared_layers)")
+            raise self.refusal(f"its last {shared} layers read keys and values of others (num_kv_shared_layers)")
 
 
 @dataclass(frozen=True)

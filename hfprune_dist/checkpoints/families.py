@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from hfprune_dist.errors import UserError
+from hfprune_dist.structures.experts import Experts, dense_neurons, expert_neurons, shared_neurons
 from hfprune_dist.structures.kv_groups import kv_groups, whole_groups
 from hfprune_dist.structures.low_rank import linear_modules, read_ranks
 from hfprune_dist.structures.neurons import neurons
@@ -39,6 +40,8 @@ class Family:
         found: of a family that isn't listed, the names of all tensors that a model has.
         whole_groups: why its KV groups can't be pruned; empty: they can.
         no_sequence: why its blocks can't be refitted one after another; empty: they can.
+        experts: of one whose layers, or some of them, have experts in place of one MLP.
+        dense_layers: whether other layers of it have a plain MLP.
     """
 
     model_type: str
@@ -65,6 +68,8 @@ class Family:
     found: frozenset[str] = frozenset()
     whole_groups: str = ""
     no_sequence: str = ""
+    experts: Experts | None = None
+    dense_layers: bool = True
 
     @property
     def plain_class(self) -> str:
@@ -77,9 +82,18 @@ class Family:
         return f"Pruned{self.plain_class}"
 
     def units(self, config: Mapping[str, Any]) -> Units:
-        """What pruning removes from a model of this ``config.json``: the neurons of its MLPs."""
-        mlp = self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after)
-        return neurons(config, mlp, self.row_projections, self.down_projection)
+        """What pruning removes from a model of this ``config.json``: the neurons of its MLPs, or of its experts."""
+        return self._mlp_units(config)[0]
+
+    def _mlp_units(self, config: Mapping[str, Any]) -> list[Units]:
+        """The neurons of all its MLPs, by kinds."""
+        mlp, experts = self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after), self.experts
+        projections = self.row_projections, self.down_projection
+        if experts is None:
+            return [neurons(config, mlp, *projections)]
+        kinds = [expert_neurons(config, mlp, experts)]
+        kinds += [shared_neurons(config, mlp, experts, *projections)] if experts.shared else []
+        return kinds + ([dense_neurons(config, mlp, experts, *projections)] if self.dense_layers else [])
 
     def structures(self, config: Mapping[str, Any]) -> dict[str, Units]:
         """All kinds of units of such a model, by what they are called."""
@@ -88,7 +102,7 @@ class Family:
             groups = whole_groups(self.completed(config), attention)
         else:
             groups = kv_groups(self.completed(config), attention, self.attention_projections)
-        return {units.kind: units for units in (self.units(config), groups)}
+        return {units.kind: units for units in (*self._mlp_units(config), groups)}
 
     def _block(self, config: Mapping[str, Any], name: str, norm: str | None, norm_after: str | None) -> Block:
         multiplier = config.get("residual_multiplier", 1.0) if self.found else 1.0
@@ -178,24 +192,24 @@ _OTHER_KINDS = {
     "vision_config": "a model of images and text",
     "audio_config": "a model of sound and text",
     "is_encoder_decoder": "an encoder-decoder",
-    "num_experts": "a mixture of experts",
-    "num_local_experts": "a mixture of experts",
-    "n_routed_experts": "a mixture of experts",
 }
+# The same where the architecture is one of those that are listed.
+_OTHER_THAN_LISTED = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "a mixture of experts")
 
 
 _NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
 def refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what is no decoder with one MLP in each layer.
+    """Refuse what is no decoder.
 
     Raises:
         UserError: telling what it is.
     """
-    found = next((key for key in _OTHER_KINDS if config.get(key) not in (None, False)), None)
+    kinds = _OTHER_KINDS | (_OTHER_THAN_LISTED if config.get("model_type") in FAMILIES else {})
+    found = next((key for key in kinds if config.get(key) not in (None, False)), None)
     if found:
-        raise not_supported(config, where, f"it is {_OTHER_KINDS[found]} ({found})")
+        raise not_supported(config, where, f"it is {kinds[found]} ({found})")
     missing = [key for key in _NEEDED if key not in config]
     if missing and config.get("model_type") not in FAMILIES:
         raise not_supported(config, where, f"config.json has no {', '.join(missing)}")
@@ -205,6 +219,6 @@ def not_supported(config: Mapping[str, Any], where: str, why: str) -> UserError:
     """What to tell of a model that can't be pruned."""
     return UserError(
         f"{where}: model_type {str(config.get('model_type'))!r} is not supported: {why}. Pruned are "
-        f"{', '.join(sorted(FAMILIES))} and other decoders whose layers have one gated MLP "
+        f"{', '.join(sorted(FAMILIES))} and other decoders whose layers have one gated MLP, or experts that are such "
         "(hfprune_dist/checkpoints/README.md lists those that are tested)"
     )

@@ -40,6 +40,8 @@ _UNLISTED = {
 # Numbers of the layers of one kind.
 _NUMBERS = ("full_attn_idxs",)
 _SHARED = "num_kv_shared_layers"
+# Numbers of layers without experts, and every how many layers there are some elsewhere.
+_WITHOUT_EXPERTS, _SPARSE_STEP = "mlp_only_layers", "decoder_sparse_step"
 
 
 def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
@@ -70,4 +72,13 @@ def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any
     settings = config.get(PER_LAYER) or {}
     own = {str(number): settings[str(layer)] for number, layer in enumerate(layers) if str(layer) in settings}
     kept = {PER_LAYER: own} if settings else {}
-    return {"num_hidden_layers": len(layers), **kinds, **firsts, **places, **kept}
+    return {"num_hidden_layers": len(layers), **kinds, **firsts, **places, **kept, **_experts_of(config, layers)}
+
+
+def _experts_of(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """Which of them have no experts, where config.json says it by number."""
+    step, without = config.get(_SPARSE_STEP) or 1, config.get(_WITHOUT_EXPERTS) or []
+    if step == 1 and not without:
+        return {}
+    plain = [number for number, layer in enumerate(layers) if layer in without or (layer + 1) % step]
+    return {_SPARSE_STEP: 1, _WITHOUT_EXPERTS: plain}

@@ -39,14 +39,15 @@ class Adapter:
 
 def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str]:
     """Names of the linear layers that get an adapter: all projections of attention and MLP; of one of low rank both
-    factors.
+    factors. In mixtures of experts attention alone: peft takes the names of MLPs' projections for the experts', whose
+    adapters can't be merged matrix by matrix.
 
     Args:
         low_rank: names within a layer of projections of low rank.
     """
     factored = {name.rpartition(".")[2]: () for name in low_rank}
     attention = [linear for name in family.attention_projections for linear in linear_modules(name, factored)]
-    return [*attention, *family.row_projections, family.down_projection]
+    return attention if family.experts else [*attention, *family.row_projections, family.down_projection]
 
 
 def write_adapter(

@@ -45,7 +45,7 @@ def is_plain(checkpoint: Checkpoint, shape: Shape) -> bool:
     if shape.ranks:
         return False
     values = _values(checkpoint, shape)
-    is_uniform = all(len(set(row)) == 1 for row in values.values()) and not checkpoint.config.get(OUTPUT_BIASES)
+    is_uniform = all(len({*row} - {0}) == 1 for row in values.values()) and not checkpoint.config.get(OUTPUT_BIASES)
     return is_uniform and _plain_type(checkpoint, values[HEADS][0]) is not None
 
 
@@ -61,7 +61,7 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
     values, stated = _values(checkpoint, shape), _without_ours(checkpoint)
     stated |= of_layers(stated, shape.layers) if gone else {}
     known = checkpoint.family.completed(stated)
-    changed = {field: row for field, row in values.items() if any(value != known[field] for value in row)}
+    changed = {field: row for field, row in values.items() if any(value not in (0, known[field]) for value in row)}
     if HEADS in changed:
         stated |= checkpoint.structures["kv_groups"].implied
     own = checkpoint.family.biased(checkpoint.config)
@@ -72,7 +72,7 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
         auto_map = {AUTO_CLASS: f"{MODELING_FILE.stem}.{name}"}
         changed |= {rank_field(projection): list(ranks) for projection, ranks in shape.ranks.items()}
         return stated | {LAYER_SIZES: changed, "architectures": [name], "auto_map": auto_map}
-    stated |= {field: row[0] for field, row in changed.items()}
+    stated |= {field: max(row) for field, row in changed.items()}
     model_type = _plain_type(checkpoint, values[HEADS][0])
     return stated if model_type == checkpoint.family.model_type else _as_twin(stated, FAMILIES[str(model_type)])
 
@@ -84,12 +84,17 @@ def parameters_of_biases(dense: Checkpoint, config: Mapping[str, Any]) -> int:
 
 
 def _values(checkpoint: Checkpoint, shape: Shape) -> dict[str, list[int]]:
-    """Fields of config.json that say how many units there are -> their value in each layer that stays."""
-    return {HEADS: [checkpoint.config[HEADS]] * len(shape.layers)} | {
-        field: row
-        for units in checkpoint.structures.values()
-        for field, row in units.values(shape.counts(units)).items()
-    }
+    """Fields of config.json that say how many units there are -> their value in each layer that stays; 0 where a layer
+    has no such units.
+    """
+    values: dict[str, list[int]] = {}
+    for units in checkpoint.structures.values():
+        for field, row in units.values(shape.counts(units)).items():
+            pairs = list(zip(values.get(field, [0] * len(row)), row, strict=True))
+            assert all(0 in pair or pair[0] == pair[1] for pair in pairs), f"two values of {field}"
+            values[field] = [max(pair) for pair in pairs]
+    values.setdefault(HEADS, [int(checkpoint.config[HEADS])] * len(shape.layers))
+    return values
 
 
 def _plain_type(checkpoint: Checkpoint, heads: int) -> str | None:

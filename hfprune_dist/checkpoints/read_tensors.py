@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -10,8 +10,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.module_tensors import ModuleTensor
 from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments
-from hfprune_dist.structures.units import Units
+from hfprune_dist.structures.units import Owned, Units
 
 # By what safetensors files call them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -22,6 +23,13 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     with safe_open(checkpoint.path / checkpoint.tensors[name].file, framework="pt") as source:
         tensor: Tensor = source.get_tensor(name)
     return tensor
+
+
+def read_module_tensor(checkpoint: Checkpoint, made: ModuleTensor) -> Tensor:
+    """A tensor of a module, in the dtype of the files, on the CPU."""
+    matrices = [[read_tensor(checkpoint, name) for name in names] for names in made.sources]
+    whole = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in matrices]
+    return torch.stack(whole) if made.is_stacked else whole[0]
 
 
 def dtype_of(checkpoint: Checkpoint, name: str) -> torch.dtype:
@@ -48,16 +56,40 @@ def scored_layer(
         number=layer,
         units=units.counts[layer],
         seed=seed,
-        read_rows=lambda: [
-            part
-            for name, parts in zip(units.row_weights(layer), units.row_parts, strict=True)
-            for part in read_tensor(checkpoint, name).chunk(parts)
-        ],
-        read_columns=lambda: read_tensor(checkpoint, units.output_weight(layer)),
+        read_rows=lambda: _rows(checkpoint, units, layer),
+        read_columns=lambda: _columns(checkpoint, units, layer),
         tokens=tokens,
         moments=moments,
         gradients=gradients,
     )
+
+
+def _rows(checkpoint: Checkpoint, units: Units, layer: int) -> list[Tensor]:
+    if units.experts > 1:
+        return _of_experts(checkpoint, units, layer, units.rows)
+    return [
+        part
+        for name, parts in zip(units.row_weights(layer), units.row_parts, strict=True)
+        for part in read_tensor(checkpoint, name).chunk(parts)
+    ]
+
+
+def _columns(checkpoint: Checkpoint, units: Units, layer: int) -> Tensor:
+    if units.experts > 1:
+        (columns,) = _of_experts(checkpoint, units, layer, units.columns)
+        return columns.T
+    return read_tensor(checkpoint, units.output_weight(layer))
+
+
+def _of_experts(checkpoint: Checkpoint, units: Units, layer: int, owned: Sequence[Owned]) -> list[Tensor]:
+    """Matrices [rows of all units, hidden_size] in which experts follow one another, whatever form files have."""
+    weights = [it for it in owned if "bias" not in it.tensor]
+    read = [read_tensor(checkpoint, units.tensor(layer, it.tensor)) for it in weights]
+    if weights[0].stacked:
+        pairs = zip(read, weights, strict=True)
+        return [part.flatten(0, 1) for it, of in pairs for part in it.movedim(of.axis, 1).chunk(of.parts, dim=1)]
+    rows = [it.movedim(of.axis, 0) for it, of in zip(read, weights, strict=True)]
+    return [torch.cat(rows[start : start + units.experts]) for start in range(0, len(rows), units.experts)]
 
 
 def mean_gradients(units: Units, read: Callable[[str], Tensor]) -> MeanGradients:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from safetensors import safe_open
 from torch import Tensor
 
 from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
@@ -23,7 +24,7 @@ class SavedLayers:
 
     def done(self) -> set[int]:
         """Layers that have a file; damaged ones are set aside."""
-        return {number for number in self._layers if is_usable(self._file(number))}
+        return {number for number in self._layers if self.is_done(number)}
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep the tensors of one layer, by names that no other layer's have."""
@@ -34,6 +35,16 @@ class SavedLayers:
         """The tensors of all layers."""
         files = [load_tensors(self._file(number))[0] for number in self._layers]
         return {name: tensor for tensors in files for name, tensor in tensors.items()}
+
+    def tensor(self, number: int, name: str) -> Tensor:
+        """One tensor of a layer that is done, without reading the others."""
+        with safe_open(self._file(number), framework="pt") as source:
+            found: Tensor = source.get_tensor(name)
+        return found
+
+    def is_done(self, number: int) -> bool:
+        """Whether a layer has a file; a damaged one is set aside."""
+        return is_usable(self._file(number))
 
     def _file(self, number: int) -> Path:
         return self._folder / f"layer-{number}.safetensors"

@@ -20,7 +20,7 @@ class TokenCosts:
     Attributes:
         parameters: of the whole model; a head tied to the embedding counts once.
         parameters_without_embeddings: without the table of embeddings and the head.
-        active_parameters: those that compute a token's output; all, in families without experts.
+        active_parameters: those that compute a token's output: all but those of the experts that aren't chosen.
         multiplied: entries of the matrices that a token's vectors are multiplied with, the head's included.
         query_channels: of all heads of all layers.
         cached_channels: of the keys and values of all layers.
@@ -40,17 +40,19 @@ class TokenCosts:
         table = shapes[family.embedding_tensor()]
         tied = bool(checkpoint.config.get("tie_word_embeddings"))
         outside = math.prod(table) * (1 if tied else 2)
-        of_layers = {
-            name.removeprefix(f"{family.layers}."): shape
+        dimensions = (2, 3) if family.experts else (2,)
+        of_layers = (
+            math.prod(shape)
             for name, shape in shapes.items()
-            if name.startswith(f"{family.layers}.") and len(shape) == 2
-        }
+            if name.startswith(f"{family.layers}.") and len(shape) in dimensions and "bias" not in name
+        )
+        idle, idle_matrices = _idle(checkpoint)
         queries, cached = _attention_channels(checkpoint)
         return cls(
             parameters=checkpoint.parameters,
             parameters_without_embeddings=checkpoint.parameters - outside,
-            active_parameters=checkpoint.parameters,
-            multiplied=sum(map(math.prod, of_layers.values())) + math.prod(table),
+            active_parameters=checkpoint.parameters - idle,
+            multiplied=sum(of_layers) - idle_matrices + math.prod(table),
             query_channels=queries,
             cached_channels=cached,
         )
@@ -69,6 +71,23 @@ class TokenCosts:
             itemsize: bytes of one number of the cache.
         """
         return self.cached_channels * itemsize
+
+
+def _idle(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Parameters of the experts that a token isn't given to, in all layers; and of them entries of matrices."""
+    experts, units = checkpoint.family.experts, checkpoint.units
+    if experts is None:
+        return 0, 0
+    sizes = {
+        name: checkpoint.tensors[name].numel
+        for layer in experts.layers
+        for name, _ in units.in_layer(layer, checkpoint.tensors)
+    }
+    # The biases of down projections are no neuron's.
+    sizes |= {name: it.numel for name, it in checkpoint.tensors.items() if name.endswith("experts.down_proj_bias")}
+    of_matrices = sum(size for name, size in sizes.items() if "bias" not in name)
+    idle = experts.count - experts.chosen
+    return sum(sizes.values()) // experts.count * idle, of_matrices // experts.count * idle
 
 
 def _attention_channels(checkpoint: Checkpoint) -> tuple[int, int]:

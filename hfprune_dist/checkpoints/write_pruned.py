@@ -20,12 +20,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.cut import Cut
+from hfprune_dist.checkpoints.cut import Cut, StackedCut, cut_of
 from hfprune_dist.checkpoints.pruned_config import AUTO_CLASS, MODELING_FILE
 from hfprune_dist.checkpoints.read_tensors import DTYPES
 from hfprune_dist.checkpoints.safetensors_header import TensorInfo, read_safetensors_header
 from hfprune_dist.checkpoints.weight_files import INDEX_FILE
-from hfprune_dist.core.selection import entries_of
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.low_rank import FACTORS, factor_shapes
@@ -80,12 +79,13 @@ class Changes:
         return [] if new is None else [Written(new, name, shape, self.transforms.get(name))]
 
 
-def unit_cuts(checkpoint: Checkpoint, kept: Kept) -> dict[str, Cut]:
+def unit_cuts(checkpoint: Checkpoint, kept: Kept) -> dict[str, Cut | StackedCut]:
     """The cut of every tensor that shrinks where this alone stays of a checkpoint."""
     return {
-        name: Cut(owned.axis, entries_of(kept_K, owned.per_unit, owned.parts, units.counts[layer]))
+        name: cut_of(units, layer, owned, kept_K)
         for units, rows in ((checkpoint.structures[kind], rows) for kind, rows in kept.units.items())
         for layer, kept_K in zip(kept.layers, rows, strict=True)
+        if units.counts[layer]
         for name, owned in units.in_layer(layer, checkpoint.tensors)
     }
 

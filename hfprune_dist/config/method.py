@@ -35,6 +35,11 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Temperature = Annotated[float, Field(ge=0.01, le=100)]
 
 
+def structures_possible(allocation: Allocation) -> tuple[Structure, ...]:
+    """What may go besides neurons, with them in front. Layers have no scores: what goes without one is measured."""
+    return get_args(Structure if allocation in ("plain", "searched") else Kind)
+
+
 # Settings of a method that make a pass of their own.
 OF_A_STUDENT = ("student_lacks", "teacher_share", "teacher_temperature")
 
@@ -124,13 +129,23 @@ class Method(Section):
         by_scores = self.allocation in ("global", "standardized", "searched")
         return by_scores or (self.allocation == "local" and protects)
 
-    def of_one_cut(self) -> dict[str, Any]:
-        """The settings that affect what one prune stage does; others make stages of their own."""
-        limited = self.allocation in ("local", "global", "standardized", "searched")
-        idle = set() if limited else {"floor", "protect_first", "protect_last"}
+    @property
+    def can_protect(self) -> bool:
+        """Whether its allocation takes notice of ``protect_first`` and ``protect_last``."""
+        return self.allocation in ("local", "global", "standardized", "searched")
+
+    @property
+    def without_effect(self) -> set[str]:
+        """Names of settings that change nothing beside the others."""
+        idle = set() if self.can_protect else {"floor", "protect_first", "protect_last"}
         idle |= {"floor"} if self.allocation == "local" else set()
         idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
-        return self.model_dump(exclude=idle | {"prunes_in", "adapts", "steps", "round_ratio", "distill", *OF_A_STUDENT})
+        return idle | (set(OF_A_STUDENT) if self.student_chosen_by is None else set())
+
+    def of_one_cut(self) -> dict[str, Any]:
+        """The settings that affect what one prune stage does; others make stages of their own."""
+        of_others = {"prunes_in", "adapts", "steps", "round_ratio", "distill", *OF_A_STUDENT}
+        return self.model_dump(exclude=self.without_effect | of_others)
 
     @model_validator(mode="after")
     def _is_scored_once(self) -> Method:

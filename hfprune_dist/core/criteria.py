@@ -94,6 +94,13 @@ class Criterion:
         return self.summed == "coupled_product"
 
     @property
+    def is_of_experts(self) -> bool:
+        """Whether it has scores for neurons of experts, each of which sees tokens of its own: it sums no products of
+        tokens, nor anything of whole weights.
+        """
+        return self.summed in ("gradient", "activation", "nothing") and not self.needs_moments
+
+    @property
     def needs_weight_products(self) -> bool:
         """Whether it is made of weights times their gradients in each window (``core.weight_products``)."""
         return self.summed in ("weight_product", "coupled_product")

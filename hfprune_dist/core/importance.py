@@ -203,9 +203,8 @@ class UnitSums:
 def _multiplied(outputs: UnitOutputs, criterion: Criterion, observer: KindObserver) -> list[SeenLinear]:
     """The linear layers of which a criterion's products of weights are made; their sums go to an observer."""
     form = CoupledProducts if criterion.is_of_neurons else SquaredProducts
-    layers = enumerate(zip(outputs.makers, outputs.projections, strict=True))
     products = [
-        form(rows, columns, outputs.units(layer), partial(observer.see_sum, criterion, layer))
-        for layer, (rows, columns) in layers
+        form(outputs.makers[layer], columns, outputs.units(layer), partial(observer.see_sum, criterion, layer))
+        for layer, columns in outputs.seen_modules()
     ]
     return [seen for it in products for seen in it.seen_linears()]

@@ -69,6 +69,51 @@ class FrozenLinear(Function):
         return gradient_ND.matmul(ctx.weight_DC), None, None
 
 
+class FrozenExpert(Function):
+    """x W_e^T + b_e of one of several experts, whose weights are one tensor. Keeps that tensor, as ``FrozenLinear``."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_EDC: Tensor, bias_ED: Tensor | None, expert: int) -> Tensor:
+        ctx.weight_EDC, ctx.expert = weight_EDC, expert
+        return linear(x_ND, weight_EDC[expert], None if bias_ED is None else bias_ED[expert])
+
+    @staticmethod
+    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradient_ND.matmul(ctx.weight_EDC[ctx.expert]), None, None, None
+
+
+class FrozenTransposedExpert(Function):
+    """x W_e + b_e, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, weight_ECD: Tensor, bias_ED: Tensor | None, expert: int) -> Tensor:
+        ctx.weight_ECD, ctx.expert = weight_ECD, expert
+        product_ND = x_NC.matmul(weight_ECD[expert])
+        return product_ND if bias_ED is None else product_ND.add_(bias_ED[expert])
+
+    @staticmethod
+    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradient_ND.matmul(ctx.weight_ECD[ctx.expert].T), None, None, None
+
+
+class Routed(Function):
+    """Rows of x, each as often as experts read it, in the order of the experts. Keeps that order alone.
+
+    In backward, what several experts' gradients at a row add up to has the same bits in any order of the experts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, order_S: Tensor) -> Tensor:
+        ctx.tokens = len(x_NC)
+        ctx.save_for_backward(order_S)
+        return x_NC.index_select(0, order_S.div(len(order_S) // len(x_NC), rounding_mode="floor"))
+
+    @staticmethod
+    def backward(ctx: Any, gradient_SC: Tensor) -> tuple[Tensor, None]:
+        (order_S,) = ctx.saved_tensors
+        return returned(gradient_SC, order_S, ctx.tokens), None
+
+
 class GatedProduct(Function):
     """h = silu(gate) * up. Keeps gate and up; h is made again in backward, where ``observe_gradient`` shows it."""
 
@@ -140,6 +185,33 @@ def frozen_linear(x_NC: Tensor, weight_DC: Tensor, bias_D: Tensor | None) -> Ten
     """``FrozenLinear`` as a function."""
     output_ND: Tensor = FrozenLinear.apply(x_NC, weight_DC, bias_D)  # type: ignore[no-untyped-call]
     return output_ND
+
+
+def frozen_expert(
+    x_NC: Tensor, weight_EDC: Tensor, bias_ED: Tensor | None, expert: int, *, is_transposed: bool
+) -> Tensor:
+    """``FrozenExpert``, or ``FrozenTransposedExpert``, as a function."""
+    form = FrozenTransposedExpert if is_transposed else FrozenExpert
+    output_ND: Tensor = form.apply(x_NC, weight_EDC, bias_ED, expert)  # type: ignore[no-untyped-call]
+    return output_ND
+
+
+def routed(x_NC: Tensor, order_S: Tensor) -> Tensor:
+    """``Routed`` as a function.
+
+    Args:
+        order_S: int64, a permutation of range(rows * K); entry s is of row s // K.
+    """
+    routed_SC: Tensor = Routed.apply(x_NC, order_S)  # type: ignore[no-untyped-call]
+    return routed_SC
+
+
+def returned(routed_SC: Tensor, order_S: Tensor, tokens: int) -> Tensor:
+    """Of so many tokens the sum over what was ``routed`` of each."""
+    places_S = torch.empty_like(order_S)
+    places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+    routed_NKC: Tensor = routed_SC.index_select(0, places_S).unflatten(0, (tokens, -1))
+    return routed_NKC.sum(dim=1)
 
 
 def gated_product(gate_ND: Tensor, up_ND: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,25 +44,41 @@ class Maker:
 class UnitOutputs:
     """Where a model's units of one kind are seen.
 
+    Where layers are mixtures of experts, an output projection is called for one expert after another, with the
+    activations of the tokens that the expert sees [tokens, channels of an expert] and its number; a layer's units are
+    those of its first expert, then those of its second, and so on. An expert without tokens adds nothing.
+
     Attributes:
-        projections: the output projection of each layer, in order.
+        projections: the output projection of each layer, in order; None where a layer has no such units.
         channels_per_unit: consecutive channels that are one unit's.
         makers: of each layer, the linear layers that make the channels; where units are scored by weights' products.
         are_neurons: whether each of a unit's channels is made by one row of every maker's parts.
+        experts: of each layer that has such units; None: they are of no experts.
     """
 
-    projections: Sequence[nn.Module]
+    projections: Sequence[nn.Module | None]
     channels_per_unit: int
     makers: Sequence[Sequence[Maker]] = ()
     are_neurons: bool = False
+    experts: int | None = None
 
     def have(self, criterion: Criterion) -> bool:
         """Whether these units have a sum by such a criterion."""
+        if self.experts is not None and not criterion.is_of_experts:
+            return False
         return criterion.has_sums_of_units and (self.are_neurons or not criterion.is_of_neurons)
 
     def units(self, layer: int) -> int:
         """How many a layer has."""
-        return int(self.projections[layer].in_features) // self.channels_per_unit  # type: ignore[arg-type]
+        projection = self.projections[layer]
+        if projection is None:
+            return 0
+        channels = int(projection.in_features) * (self.experts or 1)  # type: ignore[arg-type]
+        return channels // self.channels_per_unit
+
+    def seen_modules(self) -> list[tuple[int, nn.Module]]:
+        """Layers that have units, with their output projections."""
+        return [(layer, module) for layer, module in enumerate(self.projections) if module is not None]
 
 
 @dataclass(frozen=True)
@@ -105,6 +122,17 @@ class _Seen:
     activation_sum: dict[int, Tensor] = field(default_factory=dict)
 
 
+class _Place(NamedTuple):
+    """A layer, or one of its experts, whose numbers lie behind those of the experts before it."""
+
+    layer: int
+    expert: int = 0
+
+    def own(self, count: int) -> slice:
+        """Which of a layer's numbers are its own, if so many are."""
+        return slice(self.expert * count, (self.expert + 1) * count)
+
+
 class KindObserver:
     """Adds up what hooks see at the output projections of one kind of units.
 
@@ -126,7 +154,9 @@ class KindObserver:
         see_output_gradients: SeeOutputGradients | None = None,
     ) -> None:
         self._kind = kind
-        self._modules = outputs.projections
+        self._outputs = outputs
+        self._modules = dict(outputs.seen_modules())
+        self._first_layer = min(self._modules)
         self._channels_per_unit = outputs.channels_per_unit
         self._criteria = criteria
         self._phase = phase
@@ -139,12 +169,12 @@ class KindObserver:
         """Begin to see."""
         handles = [
             module.register_forward_pre_hook(partial(self._before, layer), prepend=True)
-            for layer, module in enumerate(self._modules)
+            for layer, module in self._modules.items()
         ]
         if self._see_output_gradients is not None and self._moments_loss is not None:
             handles += [
                 module.register_forward_hook(self._make_output_hook(layer, self._see_output_gradients))
-                for layer, module in enumerate(self._modules)
+                for layer, module in self._modules.items()
             ]
         return handles
 
@@ -154,11 +184,7 @@ class KindObserver:
         Raises:
             NonFiniteError: where a layer saw NaN or infinity.
         """
-        layers = range(len(self._modules))
-        sums = {
-            it.name: pad_sequence([self._seen.sums[it.name, layer] for layer in layers], batch_first=True).cpu()
-            for it in self._criteria
-        }
+        sums = {it.name: pad_sequence(self._of_layers(it), batch_first=True).cpu() for it in self._criteria}
         checked = sums or self._seen.activation_sum
         if not all(it.isfinite().all() for it in checked.values()):
             self._explain(sums)
@@ -180,19 +206,30 @@ class KindObserver:
         """Let go of what was seen of a micro-batch."""
         self._seen = _Seen()
 
-    def _before(self, layer: int, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Before an output projection runs."""
-        (hidden_BTD,) = inputs
+    def _of_layers(self, criterion: Criterion) -> list[Tensor]:
+        """What every layer adds up to."""
+        nothing = self._seen.sums[criterion.name, self._first_layer].new_empty(0)
+        return [
+            nothing if module is None else self._seen.sums[criterion.name, layer]
+            for layer, module in enumerate(self._outputs.projections)
+        ]
+
+    def _before(self, layer: int, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Before an output projection runs, or that of one expert."""
+        hidden_BTD, *expert = inputs
+        place = _Place(layer, *expert)
         is_first_run = self._phase.backward_of is None  # else a checkpointed layer runs again
         if is_first_run and self._phase.student is None:
-            self._seen.activation_sum[layer] = hidden_BTD.detach().sum()
-            self._reduce_activation(layer, hidden_BTD.detach())
+            activation_sum = hidden_BTD.detach().sum()
+            self._seen.activation_sum[layer] = activation_sum + self._seen.activation_sum.get(layer, 0.0)
+            self._reduce_activation(place, hidden_BTD.detach())
         keeps = None if self._phase.student is None else self._phase.student.get(self._kind)
         if torch.is_grad_enabled():
-            hidden_BTD = self._in_graph(layer, hidden_BTD, None if keeps is None else keeps[layer])
+            units = hidden_BTD.shape[-1] // self._channels_per_unit
+            hidden_BTD = self._in_graph(layer, hidden_BTD, None if keeps is None else keeps[layer][place.own(units)])
             if is_first_run:
-                observe_gradient(hidden_BTD, partial(self._reduce_gradient, layer))
-        return (hidden_BTD,)
+                observe_gradient(hidden_BTD, partial(self._reduce_gradient, place))
+        return (hidden_BTD, *expert)
 
     def _in_graph(self, layer: int, hidden_BTD: Tensor, keeps_U: Tensor | None) -> Tensor:
         """h, of the student where it lacks some of these units, such that its gradient can be observed.
@@ -204,7 +241,7 @@ class KindObserver:
             hidden_BTD = hidden_BTD.detach().requires_grad_()
         if keeps_U is not None:
             return masked(hidden_BTD, keeps_U.repeat_interleave(self._channels_per_unit))
-        return hidden_BTD if layer > 0 and can_be_observed(hidden_BTD) else observed(hidden_BTD)
+        return hidden_BTD if layer > self._first_layer and can_be_observed(hidden_BTD) else observed(hidden_BTD)
 
     def _make_output_hook(
         self, layer: int, see: SeeOutputGradients
@@ -219,28 +256,35 @@ class KindObserver:
 
         return after_output_projection
 
-    def _reduce_activation(self, layer: int, hidden_BTD: Tensor) -> None:
+    def _reduce_activation(self, place: _Place, hidden_BTD: Tensor) -> None:
         for criterion in self._criteria:
             if criterion.summed == "moments":
-                self._seen.sums[criterion.name, layer] = _moments_over_tokens(hidden_BTD)
+                self._add(criterion, place, _moments_over_tokens(hidden_BTD))
             elif criterion.summed == "activation":
-                self._seen.sums[criterion.name, layer] = _sum_over_tokens(criterion, _widened(hidden_BTD).abs())
+                self._add(criterion, place, _sum_over_tokens(criterion, _widened(hidden_BTD).abs()))
 
-    def _reduce_gradient(self, layer: int, product_ND: Tensor) -> None:
+    def _reduce_gradient(self, place: _Place, product_ND: Tensor) -> None:
         """Add some tokens' h * dL/dh to the sums of the micro-batch."""
         assert self._phase.backward_of is not None, "a backward that is not ours"
         magnitude_NU = sum_over_channels(product_ND, self._channels_per_unit).abs_()
         for criterion in self._criteria:
             if criterion.summed == "gradient" and criterion.loss is self._phase.backward_of:
-                sum_U = _sum_over_tokens(criterion, magnitude_NU)
-                if (criterion.name, layer) in self._seen.sums:
-                    sum_U += self._seen.sums[criterion.name, layer]
-                self._seen.sums[criterion.name, layer] = sum_U
+                self._add(criterion, place, _sum_over_tokens(criterion, magnitude_NU))
+
+    def _add(self, criterion: Criterion, place: _Place, sum_N: Tensor) -> None:
+        """Add what some tokens add up to in a layer, or in one of its experts."""
+        name = criterion.name, place.layer
+        if self._outputs.experts is not None and name not in self._seen.sums:
+            self._seen.sums[name] = sum_N.new_zeros(len(sum_N) * self._outputs.experts)
+        if name in self._seen.sums:
+            self._seen.sums[name][place.own(len(sum_N))] += sum_N
+        else:
+            self._seen.sums[name] = sum_N
 
     def _explain(self, sums: Mapping[str, Tensor]) -> None:
-        finite = [bool(self._seen.activation_sum[layer].isfinite()) for layer in range(len(self._modules))]
-        if not all(finite):
-            raise NonFiniteError(f"activations of layer {finite.index(False)} are NaN or infinite")
+        lost_in = next((layer for layer in self._modules if not self._seen.activation_sum[layer].isfinite()), None)
+        if lost_in is not None:
+            raise NonFiniteError(f"activations of layer {lost_in} are NaN or infinite")
         what = "gradients" if any(criterion.loss for criterion in self._criteria) else "squared activations"
         lost = max(int((~sums_LN.isfinite()).any(dim=1).nonzero().max()) for sums_LN in sums.values() if _lost(sums_LN))
         raise NonFiniteError(f"{what} of layer {lost} are NaN or infinite")

@@ -16,6 +16,8 @@ from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
 
 Sharding = Literal["replicate", "zero3"]
+# Where torch's allocations begin, in bytes.
+ALIGNMENT = 64
 
 
 def choose_sharding(
@@ -114,8 +116,20 @@ class FrozenModel:
 def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> nn.Module:
     """A model with all its weights on this rank, none of which needs a gradient."""
     model = load_causal_lm(checkpoint.path, dtype)
+    if checkpoint.family.experts:
+        _align(model)
     whole: nn.Module = model.to(world.device).requires_grad_(False).eval()
     return whole
+
+
+def _align(model: nn.Module) -> None:
+    """Let weights begin where those do that are gathered from ranks, and not where their file happens to be mapped.
+
+    On CPUs, products of the few tokens that an expert may have would have other bits.
+    """
+    for parameter in model.parameters():
+        if parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def release_whole(module: nn.Module) -> None:

@@ -13,9 +13,12 @@ import torch
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.module_tensors import module_tensors
+from hfprune_dist.checkpoints.read_tensors import read_module_tensor
 from hfprune_dist.distributed.deepspeed_patches import begin_steps_at, skip_inference_kernels
 from hfprune_dist.distributed.world import World
-from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary
+from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary, stays_float32
 
 
 def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
@@ -23,6 +26,8 @@ def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
 
     ``torch.nn.functional.linear`` stays torch's: a forward without gradients keeps no weight in any case, and for
     backward there is ``models.memory_efficient_backward.keep_no_gathered_weights`` (see ``torchs_linear_afterwards``).
+    Blocks of experts are hooked as all modules are: some would else be gathered as a whole, and their parts have
+    gradients that are added up in another order.
     """
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -31,6 +36,7 @@ def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
             "overlap_comm": True,
             "contiguous_gradients": False,
             "memory_efficient_linear": False,
+            "leaf_module": {"classes": []},
         },
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
@@ -66,10 +72,25 @@ def load_frozen(
     engine, *_ = deepspeed.initialize(model=model, config=config)
     module: nn.Module = engine.module
     require_exact_rotary(module, checkpoint)
+    if dtype != torch.float32:
+        _keep_float32(module, open_checkpoint(checkpoint), world.device)
     if body_of is not None:
         begin_steps_at(body_of(module), engine)
     gc.freeze()  # else Python walks all modules and parameters again and again
     return module.eval()
+
+
+def _keep_float32(module: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Let what transformers keeps in float32, such as routers, be so here too: whole on every rank.
+
+    DeepSpeed has one dtype for all parameters, and routers that are rounded choose other experts.
+    """
+    for name, made in module_tensors(checkpoint).items():
+        if stays_float32(checkpoint, name):
+            owner, _, part = name.rpartition(".")
+            whole = read_module_tensor(checkpoint, made).to(device, torch.float32)
+            vars(module.get_submodule(owner))["_parameters"].pop(part, None)
+            module.get_submodule(owner).register_buffer(part, whole, persistent=False)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.utils import logging
 
 from hfprune_dist.checkpoints import modeling_pruned
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.module_tensors import module_tensors
 from hfprune_dist.errors import UserError
 
 # transformers changes defaults of the whole process while it makes a model: threads that make one at the same time
@@ -77,6 +79,12 @@ def attention_of(checkpoint: Checkpoint) -> str:
     return "sdpa" if kind._supports_sdpa else "eager"
 
 
+def stays_float32(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether transformers keeps a tensor in float32 whatever dtype a model is loaded in, as some routers are."""
+    kept = getattr(transformers, checkpoint.family.plain_class)._keep_in_fp32_modules_strict or ()
+    return any(part in name for part in kept)
+
+
 def require_own_weights(checkpoint: Checkpoint) -> None:
     """Check that the weights are those of the model that config.json describes.
 
@@ -93,20 +101,26 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
         for part, parameter in module.named_parameters(recurse=False)
     }
     tied = checkpoint.family.head_tensor() if checkpoint.config.get("tie_word_embeddings") else None
+    saved = module_tensors(checkpoint)
     for name, shape in expected.items():
-        info = checkpoint.tensors.get(name)
+        info = saved.get(name)
         if info is None and name != tied:
             raise UserError(f"{checkpoint.path}: tensor {name} is missing from the weight files")
         if info is not None and info.shape != shape:
             raise UserError(
                 f"{checkpoint.path}: {name} has shape {list(info.shape)}, but config.json makes it {list(shape)}"
             )
-    for name in sorted({*checkpoint.tensors, *checkpoint.unused} - expected.keys()):
+    for name in sorted({*saved, *checkpoint.unused} - expected.keys() - _buffers(modules)):
         module = modules.get(name.rpartition(".")[0])
         if module is not None and any(True for _ in module.parameters(recurse=False)):
             raise UserError(
                 f"{checkpoint.path}: transformers would leave out the tensor {name}, which config.json gives no place"
             )
+
+
+def _buffers(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the tensors of a model that aren't its parameters; some files have them too."""
+    return {f"{name}.{part}" for name, it in modules.items() for part, _ in it.named_buffers(recurse=False)}
 
 
 def _without_weights(checkpoint: Checkpoint) -> nn.Module:

@@ -23,10 +23,9 @@ def use_memory_efficient_backward(model: nn.Module, family: Family) -> None:
         if _computes_as(module, LlamaRMSNorm):
             module.forward = partial(_normalize, module)
     for layer in family.layers_of(model):
-        mlp: Any = layer.get_submodule(family.mlp)
-        if _computes_as(mlp, LlamaMLP) and isinstance(mlp.act_fn, SILU):
-            gate, up = (mlp.get_submodule(name) for name in family.row_projections)
-            mlp.forward = partial(_run_mlp, gate, up, mlp.get_submodule(family.down_projection))
+        for mlp in layer.get_submodule(family.mlp).modules():
+            if _computes_as(mlp, LlamaMLP) and isinstance(mlp.act_fn, SILU):
+                mlp.forward = partial(_run_mlp, mlp)
 
 
 def keep_no_gathered_weights(model: nn.Module) -> None:
@@ -50,12 +49,18 @@ def checkpoint_activations(model: nn.Module, family: Family) -> None:
 
 def branch_off(model: nn.Module, family: Family) -> None:
     """Let gradients of what an MLP or a norm reads be added up for it alone, as DeepSpeed's hooks do it in a sharded
-    model, before those of others that read the same are added.
+    model, before those of others that read the same are added. What a mixture of experts reads goes to several parts.
     """
-    mlps = [layer.get_submodule(family.mlp) for layer in family.layers_of(model)]
+    parts = {part for layer in family.layers_of(model) for part in _branching(layer.get_submodule(family.mlp))}
     for module in model.modules():
-        if module in mlps or type(module).__name__.endswith("Norm"):
+        if module in parts or type(module).__name__.endswith("Norm"):
             module.register_forward_pre_hook(_viewed)
+
+
+def _branching(mlp: nn.Module) -> list[nn.Module]:
+    """An MLP, with its parts where it is a mixture of experts."""
+    is_mixture = any(hasattr(part, "_apply_gate") for part in mlp.children())
+    return [part for part in mlp.modules() if not isinstance(part, nn.Linear)] if is_mixture else [mlp]
 
 
 def _viewed(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -77,8 +82,8 @@ def _normalize(norm: Any, x_NC: Tensor) -> Tensor:
     return rms_norm(x_NC, norm.weight, norm.variance_epsilon)
 
 
-def _run_mlp(gate: nn.Module, up: nn.Module, down: nn.Module, x_NC: Tensor) -> Tensor:
-    output_NC: Tensor = down(gated_product(gate(x_NC), up(x_NC)))
+def _run_mlp(mlp: Any, x_NC: Tensor) -> Tensor:
+    output_NC: Tensor = mlp.down_proj(gated_product(mlp.gate_proj(x_NC), mlp.up_proj(x_NC)))
     return output_NC
 
 

@@ -15,12 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import of_layers
 from hfprune_dist.checkpoints.modeling_pruned import add_output_biases, config_of_layer, factorize
-from hfprune_dist.checkpoints.read_tensors import read_tensor
+from hfprune_dist.checkpoints.module_tensors import module_tensors
+from hfprune_dist.checkpoints.read_tensors import read_module_tensor, read_tensor
 from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.head import AfterHead
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.models.after_head import after_head
-from hfprune_dist.models.loading import ONE_AT_A_TIME, attention_of
+from hfprune_dist.models.loading import ONE_AT_A_TIME, attention_of, stays_float32
 from hfprune_dist.models.memory_efficient_backward import SILU
 from hfprune_dist.structures.units import Units
 
@@ -83,10 +84,14 @@ class LayerReader:
         """
         prefix = f"{self._checkpoint.family.layers}.{number}."
         return {
-            f"{LAYER}.{name.removeprefix(prefix)}": place(read_tensor(self._checkpoint, name), self._dtype)
-            for name in self._checkpoint.tensors
-            if name.startswith(prefix)
+            f"{LAYER}.{name.removeprefix(prefix)}": place(
+                read_module_tensor(self._checkpoint, made), self._dtype_of(name)
+            )
+            for name, made in module_tensors(self._checkpoint, number).items()
         }
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if stays_float32(self._checkpoint, name) else self._dtype
 
     def with_weights(self, number: int, weights: Mapping[str, Tensor]) -> nn.Module:
         """``layer``, of which the weights were read before."""
@@ -157,12 +162,15 @@ def _within(body: str, name: str) -> str:
 
 
 def _compute_buffers(model: Any, module: nn.Module) -> None:
-    """Buffers that no file has: those of rotary embeddings from their configuration, others as transformers does it."""
+    """Buffers, as they are before weights are loaded, some of buffers among them: those of rotary embeddings from their
+    configuration, others as transformers does it.
+    """
     buffers = {name: it for name, it in module.named_buffers(recurse=False) if it.is_meta}
     if not buffers:
         return
     for name, buffer in buffers.items():
-        module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+        in_files = name not in module._non_persistent_buffers_set
+        module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=in_files)
     model._init_weights(module)
 
 

@@ -25,6 +25,7 @@ from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST, reference_role
 from hfprune_dist.data.formats import identity_of
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.expert_shapes import can_do, refuse_criteria, refuse_with_experts
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.multiples import protected_by, suited, with_numbers
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
@@ -109,7 +110,8 @@ class _Planner:
         self.asked: list[str] = []
 
     def cells(self, model: ModelSource) -> list[Cell]:
-        for name, method in self.methods.items():
+        methods = self._methods_for(model)
+        for name, method in methods.items():
             check_ratios(model.checkpoint, self.config.ratios, method, place_of(model.name, name))
         check_positions(self.config.efficiency, model)
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
@@ -119,12 +121,24 @@ class _Planner:
         label = label_of(model.name, None, None, NONE)
         cells = self._finish(_Variant(label, model.name, dense, dense, dense, differ))
         for ratio in self.config.ratios:
-            for name, method in self.methods.items():
+            for name, method in methods.items():
                 settled = with_numbers(method, model.checkpoint, ratio, place_of(model.name, name))
                 label = label_of(model.name, ratio, name if len(self.methods) > 1 else None, NONE)
                 variant = _Variant(label, model.name, dense, dense, dense, differ, ratio, name)
                 cells += self._pruned(variant, settled, importance)
         return cells
+
+    def _methods_for(self, model: ModelSource) -> dict[str, Method]:
+        """Those that take part on a model: all but what adapts and can do nothing there.
+
+        Raises:
+            UserError: where none is left.
+        """
+        left = {name: method for name, method in self.methods.items() if can_do(method, model.checkpoint)}
+        if not left:
+            name, method = next(iter(self.methods.items()))
+            refuse_with_experts(method, model.checkpoint.family.model_type, place_of(model.name, name))
+        return left
 
     def _pruned(self, variant: _Variant, method: Method, importance: Stage | None) -> list[Cell]:
         """Lay out what a method makes of a dense model at the variant's ratio.
@@ -144,9 +158,10 @@ class _Planner:
 
     def _importance_for_all(self, model: ModelSource, dense: Input) -> Stage | None:
         """One pass for all methods that need scores, and for further criteria; None where nobody needs any."""
-        methods = [suited(method, model.checkpoint) for method in self.methods.values()]
+        methods = [suited(method, model.checkpoint) for method in self._methods_for(model).values()]
         scoring = [method for method in methods if method.prunes_in == "calibration"]
         needed = {criterion for method in scoring for criterion in first_criteria(method)}
+        refuse_criteria(self.config.importance.criteria, model.checkpoint)
         criteria = needed.union(self.config.importance.criteria)
         if not scoring and not criteria:
             return None

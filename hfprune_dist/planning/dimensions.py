@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hfprune_dist.structures.experts import mlp_widths, number_of_experts
+
 
 @dataclass(frozen=True)
 class Dimensions:
     """A decoder's dimensions, as they decide memory and work.
 
     ``ranks``: of attention's query, key, value and output projections, 0 where one is whole; empty where all are.
+    ``intermediate_size`` is of the neurons that compute a token, ``stored_size`` of all that a layer has: experts that
+    aren't chosen count there alone. 0: as many.
     """
 
     hidden_size: int
@@ -23,6 +27,7 @@ class Dimensions:
     vocabulary: int
     tied: bool
     ranks: tuple[int, ...] = ()
+    stored_size: int = 0
 
     @property
     def attention_size(self) -> int:
@@ -52,11 +57,20 @@ class Dimensions:
     @property
     def layer_parameters(self) -> int:
         """The matrices of one layer; norms and biases are too few to matter."""
-        return self.attention_parameters + 3 * self.hidden_size * self.intermediate_size
+        return self.attention_parameters + 3 * self.hidden_size * (self.stored_size or self.intermediate_size)
 
     @property
     def body_parameters(self) -> int:
         return self.num_layers * self.layer_parameters
+
+    @property
+    def active_layer_parameters(self) -> int:
+        """Those of one layer's that a token is multiplied with."""
+        return self.attention_parameters + 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def active_body_parameters(self) -> int:
+        return self.num_layers * self.active_layer_parameters
 
     @property
     def head_parameters(self) -> int:
@@ -70,9 +84,12 @@ class Dimensions:
 def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
     """The dimensions that a ``config.json`` describes."""
     heads = int(config["num_attention_heads"])
+    active, stored = (round(sum(it) / len(it)) for it in zip(*mlp_widths(config), strict=True))
+    experts = number_of_experts(config)
     return Dimensions(
         hidden_size=int(config["hidden_size"]),
-        intermediate_size=int(config["intermediate_size"]),
+        intermediate_size=active if experts else int(config["intermediate_size"]),
+        stored_size=stored if experts else 0,
         num_layers=int(config["num_hidden_layers"]),
         num_heads=heads,
         num_key_value_heads=int(config.get("num_key_value_heads") or heads),

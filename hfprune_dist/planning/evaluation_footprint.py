@@ -35,5 +35,5 @@ class Evaluate:
     def work(self, dims: Dimensions) -> Work:
         """Of one batch."""
         matrices = dims.body_parameters + dims.head_parameters
-        flops = 2 * matrices + attention_flops(dims, self.tokens)
+        flops = 2 * (dims.active_body_parameters + dims.head_parameters) + attention_flops(dims, self.tokens)
         return Work(self.sequences * self.tokens * flops, (matrices + dims.head_parameters) * self.itemsize)

@@ -20,6 +20,7 @@ from hfprune_dist.config.parameters import (
     ReferenceParameters,
 )
 from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.known_sizes import packed_rows
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
@@ -79,6 +80,10 @@ class ExpectedManifests:
         size = size_of(dense)
         if params.allocation == "plain":
             return _plain(dense, params, stage.label)
+        if dense.family.experts:
+            shape = ExpertTarget.of(dense, params, stage.label).shape()
+            kinds = dense.pruned_kinds(params.structures)
+            return {name: size for it in kinds for name, size in it.sizes(shape.units[it.kind]).items()}
         if params.allocation == "uniform":
             width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()
             return dense.units.sizes([width] * size.num_layers)

@@ -188,9 +188,9 @@ class Importance:
         down_projection = dims.hidden_size * dims.intermediate_size
         output_projection = dims.hidden_size * dims.attention_size
         first_layer = output_projection + 3 * down_projection if self.kv_groups else down_projection
-        later_layers = dims.body_parameters - dims.layer_parameters
+        later_layers = dims.active_body_parameters - dims.active_layer_parameters
         attention = attention_flops(dims, self.tokens)
-        forward = 2 * dims.body_parameters + attention
+        forward = 2 * dims.active_body_parameters + attention
         # The head's forwards: once for all losses of the dense model; for a student its own and its teacher's.
         heads = 2 * dims.head_parameters * (bool(self.losses) + 2 * self.student)
         # ``activation_bytes`` says where the graph begins. Backward of flash attention: five products for forward's
@@ -203,7 +203,8 @@ class Importance:
         reruns = backwards if self.checkpointing else 0
         gathered = passes * (2 * dims.head_parameters + dims.body_parameters)
         if self.checkpointing or not stays_gathered(dims):
-            gathered += backwards * backward_parameters + reruns * later_layers
+            idle = dims.body_parameters - dims.active_body_parameters
+            gathered += backwards * (backward_parameters + idle) + reruns * (later_layers + idle)
         flops = tokens * (passes * forward + heads + backwards * backward + reruns * rerun + self._gradient_flops(dims))
         return Work(flops, gathered * self.itemsize)
 
@@ -305,15 +306,18 @@ class Train:
         Where it doesn't distill, several pairs share a row, and a mask that keeps them apart takes away what attention
         saves where it is merely causal. What the first layer's attention reads gets no gradient.
         """
-        matrices = dims.body_parameters + dims.head_parameters
+        matrices, active = (
+            dims.body_parameters + dims.head_parameters,
+            dims.active_body_parameters + dims.head_parameters,
+        )
         teacher = 2 * dims.head_parameters if self.distills else 0
         attention = attention_flops(dims, self.tokens) * (1 if self.distills else 2)
-        flops = 4 * matrices + teacher + 6 * self.lora_parameters(dims) + 3.5 * attention
+        flops = 4 * active + teacher + 6 * self.lora_parameters(dims) + 3.5 * attention
         read = dims.head_size * (dims.num_heads + 2 * dims.num_key_value_heads) + 3 * self.rank
         flops -= 2 * dims.hidden_size * read
         gathered = 2 * matrices + dims.head_parameters
         if self.checkpointing:  # the layers' forward once more
-            flops += 2 * dims.body_parameters + attention_flops(dims, self.tokens)
+            flops += 2 * dims.active_body_parameters + attention_flops(dims, self.tokens)
         return Work(self.rows * self.tokens * flops, gathered * self.itemsize)
 
 

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
+from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import target_of, with_numbers
 from hfprune_dist.planning.plain_shapes import plain_shapes, ratio_of
@@ -41,7 +42,7 @@ class KnownShape:
     Attributes:
         layers: how many it has.
         kv_heads: of each layer; None: scores or measurements decide.
-        width: neurons of each layer; None as for ``kv_heads``.
+        width: neurons of each layer, or of each of its experts; None as for ``kv_heads``.
         reached: removed parameters / parameters of the dense model; None as for ``kv_heads``.
         open: what decides what the plan leaves open; empty where that is nothing.
     """
@@ -55,9 +56,7 @@ class KnownShape:
 
 def dense_shape(checkpoint: Checkpoint) -> KnownShape:
     """The shape of a model as it is."""
-    return KnownShape(
-        Span.of([checkpoint.num_layers]), _kv_heads(checkpoint), Span.of(checkpoint.units.counts), Span.of([0.0])
-    )
+    return KnownShape(Span.of([checkpoint.num_layers]), _kv_heads(checkpoint), _widths(checkpoint), Span.of([0.0]))
 
 
 def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> KnownShape:
@@ -71,6 +70,8 @@ def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str
     """
     method = with_numbers(method, checkpoint, ratio, where)
     target = target_of(method, checkpoint, ratio, where)
+    if checkpoint.family.experts:
+        return _of_experts(target)
     if method.allocation == "uniform":
         return _uniform(target)
     if method.allocation == "plain":
@@ -93,6 +94,14 @@ def _uniform(target: ShapeTarget) -> KnownShape:
     width = Target(size, target.ratio, target.multiple_of, target.where).uniform_width()
     reached = size.reached([width] * size.num_layers)
     return KnownShape(Span.of([checkpoint.num_layers]), _kv_heads(checkpoint), Span.of([width]), Span.of([reached]))
+
+
+def _of_experts(target: ShapeTarget) -> KnownShape:
+    shape, checkpoint = ExpertTarget(target).shape(), target.checkpoint
+    units = checkpoint.units
+    width = max(shape.units[units.kind]) // units.copies
+    reached = Span.of([target.counts.ratio(shape)])
+    return KnownShape(Span.of([checkpoint.num_layers]), _kv_heads(checkpoint), Span.of([width]), reached)
 
 
 def _plain(target: ShapeTarget) -> KnownShape:
@@ -119,6 +128,11 @@ def _low_rank(target: LowRankTarget) -> KnownShape:
     shape, checkpoint = target.shape(), target.asked.checkpoint
     reached = Span.of([target.asked.counts.ratio(shape)])
     return KnownShape(Span.of([len(shape.layers)]), _kv_heads(checkpoint), Span.of(shape.units[NEURONS]), reached)
+
+
+def _widths(checkpoint: Checkpoint) -> Span[int]:
+    """Of its layers' MLPs, or of its experts."""
+    return Span.of(count // checkpoint.units.copies for count in checkpoint.units.counts if count)
 
 
 def _kv_heads(checkpoint: Checkpoint) -> Span[int]:

@@ -156,7 +156,7 @@ class LocalTarget:
         return Shape(tuple(layers), units)
 
     def _out_of_reach(self, largest: float) -> Exception:
-        wider = LocalTarget(self.asked.with_all_kinds, self.protect_first, self.protect_last)
+        wider = LocalTarget(self.asked.largest_structures, self.protect_first, self.protect_last)
         protects = self.protect_first + self.protect_last > 0
         limits = " with the layers that prune.protect_first and protect_last set aside" if protects else ""
-        return self.asked.out_of_reach(largest, wider.largest(), limits, wider.asked.structures)
+        return self.asked.out_of_reach(largest, wider.largest(), limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from hfprune_dist.config.load import parse, read_yaml
@@ -39,3 +40,10 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
         where = f"{file} with prune.{', prune.'.join(on_top)}" if on_top else str(file)
         methods[file.stem] = parse(Method, {**settings, **on_top}, where)
     return methods
+
+
+def remarks_on_methods(config: SweepConfig, methods: Mapping[str, Method]) -> list[str]:
+    """What to tell of settings for all methods that none of them takes notice of, in sentences."""
+    given = config.prune.model_dump(exclude_none=True)
+    idle = [name for name in given if all(name in method.without_effect for method in methods.values())]
+    return [f"prune.{name} changes nothing with {', '.join(methods)}" for name in idle]

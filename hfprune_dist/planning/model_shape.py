@@ -8,6 +8,7 @@ from typing import Any
 
 from hfprune_dist.checkpoints.families import ATTENTION
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of
+from hfprune_dist.structures.experts import SHARED_WIDTH, WIDTHS, mlp_widths, number_of_experts
 from hfprune_dist.structures.units import plural_of, read_counts
 
 # Field of a config.json in which layers may differ -> what ``Dimensions`` calls it.
@@ -17,6 +18,9 @@ _OF_LAYERS = {
     "num_key_value_heads": "num_key_value_heads",
 }
 
+# Fields of a mixture of experts, which are the same in all layers.
+_OF_EXPERTS = (*WIDTHS, SHARED_WIDTH)
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -24,9 +28,11 @@ class ModelShape:
 
     Attributes:
         layers: for each layer, the dimensions of a model all of whose layers are like it.
+        config: of a mixture of experts, the ``config.json`` that it describes.
     """
 
     layers: tuple[Dimensions, ...]
+    config: Mapping[str, Any] | None = None
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -36,6 +42,9 @@ class ModelShape:
             KeyError, TypeError, ValueError: where it describes no decoder that is known.
         """
         whole = dimensions_of(config)
+        if number_of_experts(config):
+            widths = mlp_widths(config)
+            return cls(tuple(replace(whole, intermediate_size=it[0], stored_size=it[1]) for it in widths), config)
         by_layer = {ours: read_counts(config, field) for field, ours in _OF_LAYERS.items() if field in config}
         return cls._of_layers([whole] * whole.num_layers, by_layer)
 
@@ -45,6 +54,8 @@ class ModelShape:
         Args:
             told: the stage's metrics.
         """
+        if self.config is not None:
+            return self.of_config({**self.config, **{key: told[key] for key in _OF_EXPERTS if told.get(key)}})
         count = told.get("num_hidden_layers") or len(self.layers)
         by_layer = {ours: told[plural_of(field)] for field, ours in _OF_LAYERS.items() if told.get(plural_of(field))}
         told_ranks = told.get("attention_ranks") or {}

@@ -9,8 +9,9 @@ import math
 from dataclasses import replace
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.config.method import Method
+from hfprune_dist.config.method import Method, structures_possible
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, ratio_of
@@ -74,16 +75,20 @@ def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: s
     """
     decisive = ratio if method.round_ratio is None else min(ratio, method.round_ratio)
     fitting = (it for it in MULTIPLES if _suits(it, method, checkpoint, decisive, where))
-    return next(fitting, LEAST if checkpoint.units.most >= WIDE else 1)
+    return next(fitting, LEAST if checkpoint.units.width >= WIDE else 1)
 
 
 def target_of(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> ShapeTarget:
     """What a method whose ``multiple_of`` is a number asks of a shape."""
     assert isinstance(method.multiple_of, int), "planned with a number"
-    return ShapeTarget(checkpoint, ratio, tuple(method.structures), method.multiple_of, where, method.tensor_parallel)
+    structures, possible = tuple(method.structures), structures_possible(method.allocation)
+    return ShapeTarget(checkpoint, ratio, structures, method.multiple_of, where, method.tensor_parallel, possible)
 
 
 def _suits(multiple_of: int, method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> bool:
+    if checkpoint.family.experts:
+        rounded = target_of(method.model_copy(update={"multiple_of": multiple_of}), checkpoint, ratio, where)
+        return _suits_alone(ExpertTarget(rounded))
     if method.allocation == "uniform":
         size = size_of(checkpoint)
         width = Target(size, ratio, multiple_of, where).closest_width()
@@ -99,7 +104,7 @@ def _suits(multiple_of: int, method: Method, checkpoint: Checkpoint, ratio: floa
     return as_many and all(ratio_of(target, shape) <= ratio + MOST_BEYOND for shape in shapes)
 
 
-def _suits_alone(target: LocalTarget | LowRankTarget) -> bool:
+def _suits_alone(target: LocalTarget | LowRankTarget | ExpertTarget) -> bool:
     """Of what asks for one shape."""
     try:
         reached = target.asked.counts.ratio(target.shape())

@@ -10,6 +10,7 @@ from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import Limits, budget_of
+from hfprune_dist.planning.expert_shapes import ExpertTarget, can_do, refuse_with_experts, why_not_experts
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import protected_by, suited, target_of, with_numbers
 from hfprune_dist.planning.plain_shapes import plain_shapes
@@ -46,6 +47,7 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
     for ratio in ratios:
         settled = with_numbers(method, checkpoint, ratio, where)
         _check_multiple(checkpoint, settled, where)
+        _check_protected(checkpoint, settled, where)
         check_student(checkpoint, ratio, settled, where)
         decided = _of_all_rounds(checkpoint, ratio, settled, where)
         if decided in reached:
@@ -59,6 +61,8 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
 def _check_family(checkpoint: Checkpoint, method: Method, where: str) -> None:
     """Refuse what can't be done to an architecture."""
     family = checkpoint.family
+    if family.experts:
+        refuse_with_experts(method, family.model_type, where)
     if KV_GROUPS in method.structures and family.whole_groups:
         raise UserError(
             f"{where}: KV groups of {family.model_type} can't be pruned: {family.whole_groups}; leave kv_groups out of "
@@ -75,12 +79,21 @@ def _check_family(checkpoint: Checkpoint, method: Method, where: str) -> None:
 
 
 def _check_multiple(checkpoint: Checkpoint, method: Method, where: str) -> None:
-    most = checkpoint.units.most
+    most = checkpoint.units.width
     if isinstance(method.multiple_of, int) and method.multiple_of > most:
         split = f" with prune.tensor_parallel {method.tensor_parallel}" if method.tensor_parallel > 1 else ""
         raise UserError(
             f"{where}: prune.multiple_of comes to {method.multiple_of}{split}, but layers have {most} neurons at most; "
             f"use a number up to {most}"
+        )
+
+
+def _check_protected(checkpoint: Checkpoint, method: Method, where: str) -> None:
+    first, last = protected_by(method)
+    if method.can_protect and first + last >= checkpoint.num_layers:
+        raise UserError(
+            f"{where}: prune.protect_first {first} and prune.protect_last {last} leave none of its "
+            f"{checkpoint.num_layers} layers to prune; together they must be less than {checkpoint.num_layers}"
         )
 
 
@@ -90,6 +103,8 @@ def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: M
     Raises:
         UserError: as ``check_ratios`` does.
     """
+    if not can_do(method, checkpoint):
+        return [f"{where}: left out, since the model is a mixture of experts; {why_not_experts(method)}"]
     told = _left_out(checkpoint, method, where)
     method = suited(method, checkpoint)
     if method.multiple_of == "auto":
@@ -144,6 +159,8 @@ def _deciding_numbers(checkpoint: Checkpoint, ratio: float, method: Method, wher
     if method.allocation == "low_rank":
         shape = LowRankTarget(target).shape()
         return *shape.ranks.items(), *shape.units.items()
+    if checkpoint.family.experts:
+        return tuple(ExpertTarget(target).shape().units.items())
     if method.structures == [NEURONS]:
         return _widths(size_of(checkpoint), target, method)
     # The smallest step is one of a layer's width.

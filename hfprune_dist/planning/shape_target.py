@@ -9,10 +9,11 @@ from typing import get_args
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
+from hfprune_dist.config.method import structures_possible
 from hfprune_dist.config.parameters import LoraPruneParameters, PruneParameters
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.widths import round_down
-from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, Kind, Structure
+from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, Structure
 from hfprune_dist.structures.parameter_counts import ParameterCounts
 from hfprune_dist.structures.units import Units
 
@@ -28,6 +29,7 @@ class ShapeTarget:
         multiple_of: widths of layers that lose neurons are multiples of it.
         where: the model and the method, for messages.
         tensor_parallel: numbers of KV groups are divisible by it, if groups may go.
+        possible: what may go where a method says so, by its allocation.
     """
 
     checkpoint: Checkpoint
@@ -36,13 +38,14 @@ class ShapeTarget:
     multiple_of: int
     where: str
     tensor_parallel: int = 1
+    possible: tuple[Structure, ...] = get_args(Structure)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, params: PruneParameters | LoraPruneParameters, where: str) -> ShapeTarget:
         """What a stage that prunes asks of the dense model that its ratio is of."""
-        return cls(
-            checkpoint, params.ratio, tuple(params.structures), params.multiple_of, where, params.tensor_parallel
-        )
+        possible = structures_possible(params.allocation if isinstance(params, PruneParameters) else "local")
+        structures, split = tuple(params.structures), params.tensor_parallel
+        return cls(checkpoint, params.ratio, structures, params.multiple_of, where, split, possible)
 
     @property
     def counts(self) -> ParameterCounts:
@@ -75,13 +78,8 @@ class ShapeTarget:
 
     @property
     def largest_structures(self) -> ShapeTarget:
-        """The same where all that can go may go."""
-        return replace(self, structures=get_args(Structure))
-
-    @property
-    def with_all_kinds(self) -> ShapeTarget:
-        """The same where units of all kinds may go, but no whole layers."""
-        return replace(self, structures=get_args(Kind))
+        """The same where all that is possible may go."""
+        return replace(self, structures=self.possible)
 
     @property
     def rounding(self) -> str:
@@ -89,13 +87,7 @@ class ShapeTarget:
         split = f", tensor_parallel {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
         return f"multiple_of {self.multiple_of}{split}"
 
-    def out_of_reach(
-        self,
-        largest: float,
-        with_all: float,
-        limits: str = "",
-        possible: tuple[Structure, ...] = get_args(Structure),
-    ) -> UserError:
+    def out_of_reach(self, largest: float, with_all: float, limits: str = "") -> UserError:
         """What to tell where the ratio is larger than can be reached.
 
         Args:
@@ -103,7 +95,7 @@ class ShapeTarget:
             with_all: the same if all structures that are possible might go.
             limits: what else bounds it.
         """
-        missing = [name for name in possible if name not in self.structures]
+        missing = [name for name in self.possible if name not in self.structures]
         helps = missing and round_down(with_all) > round_down(largest)
         more = f"; with {' and '.join(missing)} in prune.structures {round_down(with_all)}" if helps else ""
         return UserError(

@@ -276,7 +276,7 @@ class StageTimes:
         calls = timed * params.new_tokens * len(dense.layers) * MODULES * CALL_S
         lengths = sum(it + params.new_tokens for it in params.prompt_tokens)
         tokens = 2 * (params.repeats + 1) * sum(params.batch_sizes) * lengths
-        products = 2 * tokens * dense.mean(lambda dims: dims.body_parameters + dims.head_parameters)
+        products = 2 * tokens * dense.mean(lambda dims: dims.active_body_parameters + dims.head_parameters)
         return _Load(overlapping=Seconds(products / product_rate(gpus, ITEMSIZE[params.dtype]), 0.0, calls))
 
     def _on_disk(self, stage: Stage) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.least_squares import LeastSquares
-from hfprune_dist.core.selection import entries_of, top_units
+from hfprune_dist.core.selection import entries_of, top_units_of_each
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.world import World
@@ -30,7 +30,7 @@ class Scored:
 
     def kept(self, layer: int, count: int) -> Tensor:
         """Ascending indices of the units that a layer keeps if it keeps so many."""
-        return top_units(self.scores[layer], count)
+        return top_units_of_each(self.scores[layer], count, self.units.experts)
 
 
 def kept_of(kinds: Sequence[Scored], candidate: Candidate) -> Kept:

@@ -7,13 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.modeling_pruned import in_two
 from hfprune_dist.checkpoints.read_tensors import dtype_of
-from hfprune_dist.checkpoints.tensor_files import is_usable, save_tensors
+from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.models.single_layer import linear_of, part_of, put_weights, weights_kept
 from hfprune_dist.structures.low_rank import FACTORS
 
@@ -34,11 +33,11 @@ class LowRankLayers:
     def __init__(self, checkpoint: Checkpoint, projections: Sequence[str], folder: Path) -> None:
         self._checkpoint = checkpoint
         self._projections = projections
-        self._folder = folder
+        self._files = SavedLayers(folder, range(checkpoint.num_layers))
 
     def done(self) -> set[int]:
         """Numbers of the layers that are done. Files that are damaged are set aside, and their layers are not."""
-        return {number for number in range(self._checkpoint.num_layers) if is_usable(self._file(number))}
+        return self._files.done()
 
     def write(self, number: int, kept: Tensor, factors: Factors) -> None:
         """Publish a layer.
@@ -47,24 +46,23 @@ class LowRankLayers:
             kept: ascending int64 indices of the neurons that stay.
             factors: rounded to the checkpoint's dtypes.
         """
-        self._folder.mkdir(exist_ok=True)
         tensors = {KEPT: kept}
         for projection, pair in factors.items():
             dtype = dtype_of(self._checkpoint, self._name(number, f"{projection}.weight"))
             for factor, weight in zip(FACTORS, pair, strict=True):
                 tensors[self._name(number, f"{projection}.{factor}.weight")] = weight.to(dtype).cpu().contiguous()
-        save_tensors(tensors, self._file(number))
+        self._files.write(number, tensors)
 
     def kept(self, number: int) -> Tensor:
         """The neurons that stay of a layer that is done."""
-        return self._read(number, KEPT)
+        return self._files.tensor(number, KEPT)
 
     def install(self, number: int, layer: nn.Module) -> None:
         """Make a layer, as ``LayerReader`` has made it of the checkpoint, what its file says."""
         put_weights(layer, weights_kept(layer, self._checkpoint.units, self.kept(number)))
         for projection in self._projections:
             whole = linear_of(layer, projection)
-            pair = [self._read(number, name).to(whole.weight) for name in self._factors(number, projection)]
+            pair = [self._files.tensor(number, name).to(whole.weight) for name in self._factors(number, projection)]
             with torch.device("meta"):
                 two = in_two(whole, len(pair[0]))
             for linear, weight in zip(two, pair, strict=True):
@@ -76,7 +74,7 @@ class LowRankLayers:
     def replacements(self) -> dict[str, Callable[[], Tensor]]:
         """Name of every factor of all layers -> reads it."""
         return {
-            name: partial(self._read, number, name)
+            name: partial(self._files.tensor, number, name)
             for number in range(self._checkpoint.num_layers)
             for projection in self._projections
             for name in self._factors(number, projection)
@@ -87,11 +85,3 @@ class LowRankLayers:
 
     def _name(self, number: int, name: str) -> str:
         return self._checkpoint.units.tensor(number, name)
-
-    def _read(self, number: int, name: str) -> Tensor:
-        with safe_open(self._file(number), framework="pt") as source:
-            tensor: Tensor = source.get_tensor(name)
-        return tensor
-
-    def _file(self, number: int) -> Path:
-        return self._folder / f"layer-{number}.safetensors"

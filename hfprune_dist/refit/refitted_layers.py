@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.read_tensors import dtype_of
-from hfprune_dist.checkpoints.tensor_files import is_usable, save_tensors
+from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.models.single_layer import output_of, put_weights
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
 from hfprune_dist.structures.units import Units
@@ -51,6 +50,7 @@ class RefittedLayers:
         self.whole_mlp = whole_mlp
         self._checkpoint = checkpoint
         self._folder = folder
+        self._files = SavedLayers(folder, range(checkpoint.num_layers))
 
     def done(self, layers: Sequence[int]) -> set[int]:
         """Of these layers, those that are done. Files that are damaged are set aside, and their layers are not."""
@@ -65,10 +65,9 @@ class RefittedLayers:
 
     def write(self, number: int, tensors: Mapping[str, Tensor], fit: LayerFit) -> None:
         """Publish a layer: its refitted tensors, by their names within it, rounded to the checkpoint's dtypes."""
-        self._folder.mkdir(exist_ok=True)
         rounded = {self.kinds[0].tensor(number, name): it for name, it in self.rounded(number, tensors).items()}
         assert sorted(rounded) == sorted(self._names(number)), f"layer {number}: {sorted(rounded)}"
-        save_tensors(rounded, self._weight_file(number))  # before the report that says they are there
+        self._files.write(number, rounded)  # before the report that says they are there
         write_json(self._report_file(number), {kind: asdict(it) for kind, it in fit.items()})
 
     def install(self, number: int, layer: nn.Module) -> None:
@@ -78,7 +77,7 @@ class RefittedLayers:
     def weights(self, number: int, like: Tensor) -> dict[str, Tensor]:
         """A layer's refitted weights, by their names within it, with the dtype and on the device of another tensor."""
         prefix = self.kinds[0].tensor(number, "")
-        return {name.removeprefix(prefix): self._read(number, name).to(like) for name in self._names(number)}
+        return {name.removeprefix(prefix): self._files.tensor(number, name).to(like) for name in self._names(number)}
 
     def reports(self, layers: Sequence[int]) -> list[LayerFit]:
         """Of these layers, once they are done."""
@@ -86,7 +85,7 @@ class RefittedLayers:
 
     def replacements(self, layers: Sequence[int]) -> dict[str, Callable[[], Tensor]]:
         """Name of every refitted tensor of these layers -> reads it."""
-        return {name: partial(self._read, number, name) for number in layers for name in self._names(number)}
+        return {name: partial(self._files.tensor, number, name) for number in layers for name in self._names(number)}
 
     def _is_done(self, number: int) -> bool:
         try:
@@ -95,7 +94,7 @@ class RefittedLayers:
             if self._report_file(number).is_file():
                 set_aside(self._report_file(number), "is no report of ours")
             return False
-        return is_usable(self._weight_file(number))
+        return self._files.is_done(number)
 
     def _report(self, number: int) -> LayerFit:
         record = read_json(self._report_file(number)) or {}
@@ -105,14 +104,6 @@ class RefittedLayers:
         """Tensors of a layer that the refit changes."""
         rows = self.kinds[0].row_weights(number) if self.whole_mlp else []
         return [*rows, *(units.output_weight(number) for units in self.kinds)]
-
-    def _read(self, number: int, name: str) -> Tensor:
-        with safe_open(self._weight_file(number), framework="pt") as source:
-            tensor: Tensor = source.get_tensor(name)
-        return tensor
-
-    def _weight_file(self, number: int) -> Path:
-        return self._folder / f"layer-{number}.safetensors"
 
     def _report_file(self, number: int) -> Path:
         return self._folder / f"layer-{number}.json"

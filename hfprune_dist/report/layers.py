@@ -27,7 +27,12 @@ from hfprune_dist.report.chart import (
 from hfprune_dist.report.evidence import Evidence
 from hfprune_dist.store.stage import CUTTING, kind_of
 
-TITLES = {"neurons": "neurons", "kv_groups": "key-value heads"}
+TITLES = {
+    "neurons": "neurons",
+    "expert_neurons": "neurons of experts",
+    "shared_neurons": "neurons of shared experts",
+    "kv_groups": "key-value heads",
+}
 NOTHING_PRUNED = "No model has been pruned yet."
 
 

@@ -18,6 +18,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.results.column import Column, markdown
 from hfprune_dist.results.formats import byte_count, duration, measured, number
 from hfprune_dist.results.rows import Row
+from hfprune_dist.structures import EXPERT_NEURONS, NEURONS, SHARED_NEURONS
 from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_layers
 
 Scores = Mapping[str, list[NDArray[np.float64]]]
@@ -102,7 +103,7 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
-    """Criterion -> its scores of every layer's neurons, from an importance artifact.
+    """Criterion -> its scores of every layer's neurons, from an importance artifact; experts' are behind one another.
 
     Raises:
         UserError: where the file is gone.
@@ -111,7 +112,13 @@ def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
     if not file.is_file():
         raise UserError(f"{file}: missing; run the sweep again, it makes only what is missing")
     stored = load_file(file)
-    return {name: scores_of_layers(stored, name) for name in criteria_in(stored)}
+    return {name: _of_all_mlps(stored, name) for name in criteria_in(stored)}
+
+
+def _of_all_mlps(stored: Mapping[str, NDArray[np.float64]], criterion: str) -> list[NDArray[np.float64]]:
+    kinds = (scores_of_layers(stored, criterion, kind) for kind in (NEURONS, EXPERT_NEURONS, SHARED_NEURONS))
+    layers = zip(*(of_layers for of_layers in kinds if of_layers), strict=True)
+    return [np.concatenate(of_layer) if len(of_layer) > 1 else of_layer[0] for of_layer in layers]
 
 
 def compare_criteria(scores: Scores, shares_kept: Sequence[float]) -> list[dict[str, Any]]:

@@ -30,8 +30,11 @@ class Decoder:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Decoder | None:
-        """Of a dense checkpoint; None where its layers differ, since a ratio of some of them says little then."""
-        return cls.of_dimensions(dimensions_of(checkpoint.config)) if checkpoint.is_plain else None
+        """Of a dense checkpoint; None where its layers differ, since a ratio of some of them says little then, and of
+        mixtures of experts, which those papers don't prune.
+        """
+        comparable = checkpoint.is_plain and not checkpoint.family.experts
+        return cls.of_dimensions(dimensions_of(checkpoint.config)) if comparable else None
 
     @classmethod
     def of_dimensions(cls, sizes: Dimensions) -> Decoder:

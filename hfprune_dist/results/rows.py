@@ -34,8 +34,13 @@ Manifest = Mapping[str, Any]
 _MEASURED = ("perplexity", "kl", "top1_agreement")
 # What a prune stage tells besides where it took more than neurons.
 LAYERS, KEY_VALUE_HEADS = "num_hidden_layers", "num_key_value_heads"
+# Of mixtures of experts, beside the neurons of layers that have none.
+EXPERT_WIDTHS = {
+    "expert width": "moe_intermediate_size",
+    "shared expert width": "shared_expert_intermediate_size",
+}
 _FIELDS = ("num_attention_heads", KEY_VALUE_HEADS)
-_OF_MORE_THAN_NEURONS = (LAYERS, *_FIELDS, *map(plural_of, _FIELDS))
+_OF_MORE_THAN_NEURONS = (LAYERS, *_FIELDS, *map(plural_of, _FIELDS), *EXPERT_WIDTHS.values())
 BY_LAYER = ("intermediate_sizes", *map(plural_of, _FIELDS))
 
 
@@ -46,21 +51,26 @@ class DenseModel:
     Attributes:
         weight_bytes: of its tensors.
         decoder: what its layers have, where they are alike.
+        expert_widths: of a mixture of experts, field of config.json -> its value.
 
-    The last two are None in records of before there were these fields.
+    The last three are None in records of before there were these fields.
     """
 
     parameters: int
-    intermediate_size: int
+    intermediate_size: int | None
     weight_bytes: int | None = None
     decoder: Decoder | None = None
+    expert_widths: Mapping[str, int] | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> DenseModel:
         """What a dense checkpoint has of it."""
-        sizes = checkpoint.units.sizes(checkpoint.units.counts)
         weights = sum(tensor.bytes for tensor in checkpoint.tensors.values())
-        return cls(checkpoint.parameters, sizes["intermediate_size"], weights, Decoder.of(checkpoint))
+        kinds = checkpoint.structures.values()
+        sizes = {name: size for it in kinds for name, size in it.sizes(it.counts).items()}
+        experts = {field: sizes[field] for field in EXPERT_WIDTHS.values() if field in sizes}
+        width = sizes.get("intermediate_size")
+        return cls(checkpoint.parameters, width, weights, Decoder.of(checkpoint), experts or None)
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> DenseModel:
@@ -192,7 +202,8 @@ def _cause(stage_id: str, plan: Plan, store: Store) -> str:
 def _shape(cell: Cell, manifests: Mapping[str, Manifest | None], dense: DenseModel) -> Row:
     """Reached ratio, parameters and sizes: the dense model's, or those that the stage reports which cut it last."""
     if cell.ratio is None:
-        sizes = {"parameters": dense.parameters, "intermediate_size": dense.intermediate_size}
+        sizes: Row = {"parameters": dense.parameters, "intermediate_size": dense.intermediate_size}
+        sizes |= dense.expert_widths or {}
         return {"ratio_reached": 0.0, **native_ratios(dense.decoder, 0, sizes), **sizes, "intermediate_sizes": None}
     *_, cut = (found for stage_id, found in manifests.items() if kind_of(stage_id) in CUTTING)
     metrics: Mapping[str, Any] = cut["metrics"] if cut else {}

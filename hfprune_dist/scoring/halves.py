@@ -89,5 +89,5 @@ class Halves:
         return sum_over_channels(exact[criterion.name], channels)
 
     def _layers(self, sums_LU: Tensor) -> list[Tensor]:
-        """Of each layer, without what is behind its units."""
-        return [sums_U[:count] for sums_U, count in zip(sums_LU, self._shape.counts, strict=True)]
+        """Of each layer that has units, without what is behind them."""
+        return [sums_U[:count] for sums_U, count in zip(sums_LU, self._shape.counts, strict=True) if count]

@@ -18,17 +18,22 @@ Saved = dict[str, Tensor]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def scored_by(criteria: Sequence[Criterion], kind: str) -> list[Criterion]:
-    """Those that have scores for this kind of units."""
-    return [criterion for criterion in criteria if kind == NEURONS or not criterion.is_of_neurons]
+def scored_by(criteria: Sequence[Criterion], kind: str, experts: int = 1) -> list[Criterion]:
+    """Those that have scores for this kind of units, of so many experts in each layer."""
+    of_kind = [criterion for criterion in criteria if kind == NEURONS or not criterion.is_of_neurons]
+    return [criterion for criterion in of_kind if experts == 1 or criterion.is_of_experts]
 
 
 class Shape(NamedTuple):
-    """Of a model, as one kind of its units has it: units of each layer, and what their output projections put out."""
+    """Of a model, as one kind of its units has it: units of each layer, and what their output projections put out.
+
+    Where they are of experts, a layer's units are those of its first expert, then those of its second, and so on.
+    """
 
     counts: tuple[int, ...]
     channels_per_unit: int
     hidden_size: int
+    experts: int = 1
 
     @property
     def layers(self) -> int:
@@ -61,10 +66,12 @@ class KindTotals:
         sums: criterion -> float64 [num_layers, units], or sums of channels (``Shape.of_sums``), added in shard order;
             of criteria that are accumulated in a narrower dtype, micro-batch by micro-batch, and rounded to it each
             time. Layers with fewer units than others have zeros behind theirs.
+        experts: of which a layer's units are equal parts.
     """
 
     def __init__(self, criteria: Sequence[Criterion], shape: Shape, world: World) -> None:
         self.sums = {it.name: torch.zeros(shape.of_sums(it), dtype=torch.float64) for it in criteria}
+        self.experts = shape.experts
         self._criteria = criteria
         self._shape = shape
         self._world = world

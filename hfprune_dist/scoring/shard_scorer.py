@@ -18,6 +18,7 @@ from hfprune_dist.core.scores import STUDENT_CRITERION, finished, student_keeps
 from hfprune_dist.core.unit_sums import KindSums, Maker, UnitOutputs
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.after_head import after_head, require_known_logits
+from hfprune_dist.models.experts import see_experts
 from hfprune_dist.models.memory_efficient_backward import (
     checkpoint_activations,
     keep_no_gathered_weights,
@@ -26,7 +27,7 @@ from hfprune_dist.models.memory_efficient_backward import (
 from hfprune_dist.scoring.curvature import Curvature
 from hfprune_dist.scoring.placement import place
 from hfprune_dist.scoring.weight_gradients import WeightGradients
-from hfprune_dist.structures import NEURONS, Kind
+from hfprune_dist.structures import NEURONS, structure_of
 from hfprune_dist.structures.units import Units
 
 
@@ -77,7 +78,7 @@ class ShardScorer:
         seed: int,
         micro_batch_size: int,
         world: World,
-        structures: Sequence[Kind] = (NEURONS,),
+        structures: Sequence[str] = (NEURONS,),
         activation_checkpointing: bool = False,
         curvature: Curvature | None = None,
         gradients: WeightGradients | None = None,
@@ -91,7 +92,9 @@ class ShardScorer:
         if activation_checkpointing:
             checkpoint_activations(self.module, family)
         body, head = family.body_of(self.module), family.head_of(self.module)
-        self._linears = _linears_of(checkpoint, structures, self.module)
+        self._experts = see_experts(self.module, family)
+        needs_linears = any(it.needs_weight_products or it.needs_weight_gradients for it in criteria)
+        self._linears = _linears_of(checkpoint, structures, self.module) if needs_linears else {}
         self._model = ScoredModel(
             body=lambda input_ids_BT: body(input_ids=input_ids_BT, use_cache=False).last_hidden_state,
             head=placed.head,
@@ -104,6 +107,7 @@ class ShardScorer:
         require_known_logits(checkpoint, self.module, placed.head, windows_ST[0].to(world.device))
         self._vocabulary = head.out_features
         self._checkpoint = checkpoint
+        self._structures = structures
         self._windows_ST = windows_ST
         self._criteria = criteria
         self._seed = seed
@@ -122,21 +126,27 @@ class ShardScorer:
         """
         if self._model.student or all(loss.of != "student" for loss in losses_of(self._criteria)):
             return
-        criterion, world, neurons = CRITERIA[STUDENT_CRITERION], self._world, self._checkpoint.structures[NEURONS]
-        sums_LD = self._score(micro_batches, [criterion], [NEURONS], counts=False).kinds[NEURONS].exact[criterion.name]
+        criterion, world = CRITERIA[STUDENT_CRITERION], self._world
+        kinds = [kind for kind in self._structures if structure_of(kind) == NEURONS]
+        seen = self._score(micro_batches, [criterion], kinds, counts=False).kinds
         mine = {
-            number: student_keeps(
-                finished(
-                    criterion,
-                    sums_LD[number, : neurons.counts[number] * neurons.channels_per_unit],
-                    scored_layer(self._checkpoint, neurons, number, self._seed),
-                )
-            )
+            (kind, number): self._kept_by_student(kind, number, seen[kind].exact[criterion.name][number])
+            for kind in kinds
             for number in range(world.rank, self._checkpoint.num_layers, world.size)
         }
-        keeps = {number: keeps_U for share in world.gather(mine) for number, keeps_U in share.items()}
-        student = [keeps[number].to(world.device) for number in sorted(keeps)]
-        self._model = replace(self._model, student={NEURONS: student})
+        keeps = {place: keeps_U for share in world.gather(mine) for place, keeps_U in share.items()}
+        layers = range(self._checkpoint.num_layers)
+        student: dict[str, Sequence[Tensor]] = {
+            kind: [keeps[kind, number].to(world.device) for number in layers] for kind in kinds
+        }
+        self._model = replace(self._model, student=student)
+
+    def _kept_by_student(self, kind: str, number: int, sums_D: Tensor) -> Tensor:
+        """Which units a layer keeps; ``sums_D`` are its own sums, and perhaps zeros behind them."""
+        units = self._checkpoint.structures[kind]
+        layer = scored_layer(self._checkpoint, units, number, self._seed)
+        own_D = sums_D[: layer.units * units.channels_per_unit]
+        return student_keeps(finished(CRITERIA[STUDENT_CRITERION], own_D, layer) if layer.units else own_D)
 
     def release(self) -> None:
         """Give the memory of the model's weights back; nothing can be scored any more."""
@@ -179,15 +189,21 @@ class ShardScorer:
 
     def _outputs_of(self, units: Units, criteria: Sequence[Criterion]) -> UnitOutputs:
         """Where units are seen, and what makes them where a criterion needs that."""
-        needed = any(criterion.needs_weight_products for criterion in criteria)
+        if units.experts > 1:
+            return UnitOutputs(self._experts, units.channels_per_unit, experts=units.experts)
+        outputs = [
+            self.module.get_submodule(units.tensor(layer, units.output)) if count else None
+            for layer, count in enumerate(units.counts)
+        ]
+        makers = self._makers_of(units) if any(it.needs_weight_products for it in criteria) else ()
+        return UnitOutputs(outputs, units.channels_per_unit, makers, are_neurons=units.kind == NEURONS)
+
+    def _makers_of(self, units: Units) -> list[tuple[Maker, ...]]:
         of_weights = [
             [Maker(module, parts) for module in self._linears[name]]
             for name, parts in zip(units.weights[:-1], units.row_parts, strict=True)
         ]
-        outputs, are_neurons = units.outputs_of(self.module), units.kind == NEURONS
-        return UnitOutputs(
-            outputs, units.channels_per_unit, list(zip(*of_weights, strict=True)) if needed else (), are_neurons
-        )
+        return list(zip(*of_weights, strict=True))
 
     def _seen_linears(self, *, counts: bool) -> list[SeenLinear]:
         seeing = self._gradients.seeing(counts=counts) if self._gradients else {}
@@ -198,7 +214,7 @@ class ShardScorer:
         ]
 
 
-def _linears_of(checkpoint: Checkpoint, structures: Sequence[Kind], model: nn.Module) -> dict[str, list[nn.Module]]:
+def _linears_of(checkpoint: Checkpoint, structures: Sequence[str], model: nn.Module) -> dict[str, list[nn.Module]]:
     """Name of a weight that units own within a layer -> the linear layers that have it, in order."""
     return {
         name: [model.get_submodule(units.tensor(it, name.removesuffix(".weight"))) for it in range(units.num_layers)]

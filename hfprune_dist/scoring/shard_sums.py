@@ -65,7 +65,9 @@ class Accumulation:
         settled: float | None = None,
     ) -> None:
         of_units = [criterion for criterion in criteria if criterion.has_sums_of_units]
-        self.kinds = {kind: KindTotals(scored_by(of_units, kind), shape, world) for kind, shape in shapes.items()}
+        self.kinds = {
+            kind: KindTotals(scored_by(of_units, kind, shape.experts), shape, world) for kind, shape in shapes.items()
+        }
         self.losses: dict[str, float] = {}
         self.next_shard = 0
         self.shards = shards

@@ -96,7 +96,7 @@ def _summed(criteria: Sequence[Criterion]) -> list[Criterion]:
 
 def _scored_units(context: Context, checkpoint: Checkpoint) -> dict[str, Units]:
     """Kind -> its units, neurons first."""
-    return {kind: checkpoint.structures[kind] for kind in context.params.structures}
+    return {units.kind: units for units in checkpoint.pruned_kinds(context.params.structures)}
 
 
 def _accumulate(
@@ -108,7 +108,7 @@ def _accumulate(
     shards = cut_into_shards(windows, settings.micro_batch_size, settings.shard_size)
     hidden_size = checkpoint.config["hidden_size"]
     shapes = {
-        kind: Shape(units.counts, units.channels_per_unit, hidden_size)
+        kind: Shape(units.counts, units.channels_per_unit, hidden_size, units.experts)
         for kind, units in _scored_units(context, checkpoint).items()
     }
     totals = Accumulation(
@@ -118,7 +118,7 @@ def _accumulate(
         context.work / PARTIAL,
         context.world,
         micro_batches=sum(map(len, shards)),
-        weights=_weights_of_units(context, checkpoint),
+        weights=_weights_of_units(context, checkpoint, criteria),
         settled=settings.settled,
     )
 
@@ -132,8 +132,10 @@ def _accumulate(
     return totals
 
 
-def _weights_of_units(context: Context, checkpoint: Checkpoint) -> dict[str, list[Size]]:
-    """Name within a layer -> size [out, in] in each layer."""
+def _weights_of_units(context: Context, checkpoint: Checkpoint, criteria: Sequence[Criterion]) -> dict[str, list[Size]]:
+    """Name within a layer -> size [out, in] in each layer; none where no criterion is made of their gradients."""
+    if not any(criterion.needs_weight_gradients for criterion in criteria):
+        return {}
     tensors, layers = checkpoint.tensors, range(checkpoint.num_layers)
     return {
         name: [tensors[units.tensor(layer, name)].shape for layer in layers]
@@ -159,7 +161,7 @@ def _scorer(
         seed=params.seed,
         micro_batch_size=params.calibration.micro_batch_size,
         world=context.world,
-        structures=params.structures,
+        structures=list(_scored_units(context, checkpoint)),
         activation_checkpointing=context.runtime.activation_checkpointing,
         curvature=totals.curvature,
         gradients=totals.gradients,
@@ -306,8 +308,9 @@ def _layer_scores(
     kind: str, layer: ScoredLayer, criteria: Sequence[Criterion], totals: KindTotals
 ) -> dict[str, Tensor]:
     scores = {}
-    for criterion in scored_by(criteria, kind):
-        scores_U = finished(criterion, totals.of_layer(criterion, layer.number), layer).clone()
+    for criterion in scored_by(criteria, kind, totals.experts):
+        sums_N = totals.of_layer(criterion, layer.number)
+        scores_U = finished(criterion, sums_N, layer).clone() if layer.units else sums_N
         if not scores_U.isfinite().all():
             raise UserError(
                 f"importance: {criterion.name} of layer {layer.number} is NaN or infinite; "

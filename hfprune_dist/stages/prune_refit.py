@@ -21,7 +21,7 @@ from hfprune_dist.refit.measurement import Hidden, dense_outputs
 from hfprune_dist.refit.refitted_layers import ProjectionFit, RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.stages.context import Context as AnyContext
-from hfprune_dist.structures import NEURONS, kinds_among
+from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
 
@@ -33,7 +33,7 @@ Replacements = Mapping[str, Callable[[], Tensor]]
 
 def pruned_kinds(context: Context, checkpoint: Checkpoint) -> list[Units]:
     """The kinds of units that the stage prunes: the MLP's first."""
-    return [checkpoint.structures[kind] for kind in kinds_among(context.params.structures)]
+    return checkpoint.pruned_kinds(context.params.structures)
 
 
 def final_refit(context: Context, models: tuple[Checkpoint, Checkpoint], kept: Kept) -> RefittedLayers:

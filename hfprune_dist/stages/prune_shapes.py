@@ -17,6 +17,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.allocation import EXCHANGE, allocate_globally
 from hfprune_dist.core.width_search import MEASUREMENTS, START, Counts, search_shapes
 from hfprune_dist.planning.budget import Budget, budget_of
+from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.plain_shapes import LAYERS_OF_A_STEP, all_plain_shapes, shape_of
 from hfprune_dist.planning.shape_target import ShapeTarget
@@ -42,13 +43,16 @@ def decide_shape(
         scores: kind -> of each layer's units.
     """
     kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
+    if checkpoint.family.experts:
+        shape = ExpertTarget.of(dense, context.params, context.stage.label).shape()
+        return kept_of(kinds, _choices(kinds, shape)), {}
     if context.params.allocation == "uniform":
         width = _target(context, dense).uniform_width()
         return kept_of(kinds, ((width,),) * checkpoint.num_layers), {}
     if context.params.allocation == "local":
         target = LocalTarget.of(dense, context.params, context.stage.label)
         shape = replace(target, before=_whole(checkpoint)).shape()
-        return kept_of(kinds, tuple(zip(*(shape.units[it.units.kind] for it in kinds), strict=True))), {}
+        return kept_of(kinds, _choices(kinds, shape)), {}
     gone = dense.parameters - checkpoint.parameters
     budget = _budget(context, dense).left(dense_numbers(context, checkpoint), gone)
     contest = Contest.of(context.params, checkpoint, kinds, budget)
@@ -59,6 +63,11 @@ def decide_shape(
         return kept_of(kinds, contest.candidate(counts)), {}
     found, told = _Search(context, (checkpoint, dense), kinds, contest).run()
     return kept_of(kinds, found), told
+
+
+def _choices(kinds: Sequence[Scored], shape: Shape) -> Candidate:
+    """A shape all of whose layers stay, as a candidate."""
+    return tuple(zip(*(shape.units[it.units.kind] for it in kinds), strict=True))
 
 
 def _whole(checkpoint: Checkpoint) -> Shape:

@@ -38,7 +38,7 @@ class Shape:
         counts = tuple(self.units.get(units.kind, there))
         assert len(counts) == len(there), f"{len(counts)} numbers of {units.kind} for {len(there)} layers"
         for layer, count, most in zip(self.layers, counts, there, strict=True):
-            assert 0 < count <= most, f"layer {layer} can't keep {count} of its {most} {units.kind}"
+            assert min(1, most) <= count <= most, f"layer {layer} can't keep {count} of its {most} {units.kind}"
         return counts
 
 

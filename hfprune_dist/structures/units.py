@@ -31,16 +31,20 @@ class Owned:
 
     Attributes:
         tensor: its name within the layer. A checkpoint may lack it, as it may lack biases.
-        axis: the dimension, 0 or 1, along which units follow one another.
+        axis: the dimension along which units follow one another.
         per_unit: consecutive entries of one unit.
         parts: matrices that lie one behind the other along that dimension, each with such entries of every unit: two
             where an architecture has gate and up in one.
+        expert: the one whose units own it, where every expert has a tensor of its own.
+        stacked: whether its first dimension is experts, each of which has entries of its own units.
     """
 
     tensor: str
     axis: int
     per_unit: int = 1
     parts: int = 1
+    expert: int | None = None
+    stacked: bool = False
 
     @property
     def entries(self) -> int:
@@ -85,6 +89,9 @@ class Units:
         channels_per_unit: consecutive channels of that projection's input that are one unit's.
         fields: field of config.json -> how much of it is one unit.
         implied: field -> its value, which config.json must state once it can't be computed from ``fields`` any more.
+        columns: what they own of what reads the channels; empty: columns of the output projection's weight.
+        experts: equal parts of a layer's units, one behind the other, each of which keeps as many.
+        copies: units for each one that ``fields`` count, as many as there are experts.
     """
 
     kind: str
@@ -95,6 +102,9 @@ class Units:
     channels_per_unit: int
     fields: Mapping[str, int]
     implied: Mapping[str, int] = field(default_factory=dict)
+    columns: tuple[Owned, ...] = ()
+    experts: int = 1
+    copies: int = 1
 
     @property
     def layers(self) -> str:
@@ -112,13 +122,18 @@ class Units:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all layers have as many."""
-        return len(set(self.counts)) == 1
+        """Whether all layers that have some have as many."""
+        return len({*self.counts} - {0}) == 1
+
+    @property
+    def width(self) -> int:
+        """What ``fields`` count of the layer that has most."""
+        return self.most // self.copies
 
     @cached_property
     def owned(self) -> tuple[Owned, ...]:
         """What they own in their layer, the output projection's columns included."""
-        return *self.rows, Owned(f"{self.output}.weight", 1, self.channels_per_unit)
+        return *self.rows, *(self.columns or [Owned(f"{self.output}.weight", 1, self.channels_per_unit)])
 
     def tensor(self, layer: int, name: str) -> str:
         """A tensor or module of a layer, by the name that it has in the whole model."""
@@ -163,19 +178,33 @@ class Units:
         Args:
             shapes: of the model's tensors.
         """
-        return sum(math.prod(shapes[name]) for name, _ in self.in_layer(0, shapes)) // self.counts[0]
+        layer = next(layer for layer, count in enumerate(self.counts) if count)
+        return sum(math.prod(shapes[name]) for name, _ in self.in_layer(layer, shapes)) // self.counts[layer]
+
+    def shape_of(self, owned: Owned, layer: int, hidden: int) -> list[int]:
+        """The shape of a tensor that a layer's units own something of.
+
+        Args:
+            hidden: the hidden size, which is the other dimension of matrices.
+        """
+        within = owned.axis - owned.stacked
+        size = self.counts[layer] // self.experts * owned.entries
+        matrix = [size] if "bias" in owned.tensor else [size, hidden] if within == 0 else [hidden, size]
+        return [self.experts, *matrix] if owned.stacked else matrix
 
     def values(self, counts: Sequence[int]) -> dict[str, list[int]]:
-        """What config.json states of layers that have so many units: field -> its value in each layer."""
-        return {field: [count * size for count in counts] for field, size in self.fields.items()}
+        """What config.json states of layers that have so many units: field -> its value in each layer; 0 where a layer
+        has none.
+        """
+        return {field: [count * size // self.copies for count in counts] for field, size in self.fields.items()}
 
     def sizes(self, counts: Sequence[int]) -> dict[str, Any]:
         """What results tell of so many units in each layer: a field of config.json (None where layers differ), and the
-        value of each layer, under the field's plural.
+        value of each layer, under the field's plural, if all layers have some.
         """
         values = self.values(counts)
-        one = {field: row[0] if len(set(row)) == 1 else None for field, row in values.items()}
-        return one | {plural_of(field): row for field, row in values.items()}
+        one = {field: max(row) if len({*row} - {0}) == 1 else None for field, row in values.items()}
+        return one | {plural_of(field): row for field, row in values.items() if 0 not in row}
 
     def described(self, layer: int) -> str:
         """A layer's units as config.json states them, for messages."""

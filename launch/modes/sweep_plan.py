@@ -26,7 +26,7 @@ from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.earlier_passes import with_earlier_passes
 from hfprune_dist.planning.earlier_rows import with_earlier_rows
 from hfprune_dist.planning.known_shapes import KnownShape, dense_shape, known_shape
-from hfprune_dist.planning.methods import resolve_methods
+from hfprune_dist.planning.methods import remarks_on_methods, resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.ratios import remarks_on_shapes
@@ -113,6 +113,8 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     device = None if profile is None else profile.resources["efficiency"].device
     config, models, methods, plan = _plan(command, device, download=download)
     require_apart(command.out, plan)
+    for remark in remarks_on_methods(config, methods):
+        command.tell(f"note: {remark}")
     for model in models:
         for remark in model.checkpoint.remarks:
             command.tell(f"note: model {model.name!r}: {remark}")

@@ -94,9 +94,9 @@ def test_config_json_alone_may_rule_a_model_out():
     assert "its last 1 layers read keys" in refusal(config=CONFIG | {"num_kv_shared_layers": 1})
     assert "no one stack of 3 layers" in refusal(config=CONFIG | {"num_hidden_layers": 3})
     assert "architectures is 'NewModel'" in refusal(config=CONFIG | {"architectures": ["NewModel"]})
-    for changes, why in (({"n_routed_experts": 4}, "mixture of experts"), ({"vision_config": {}}, "images and text")):
-        with pytest.raises(UserError, match=why):
-            refuse_other_kinds(CONFIG | changes, "here")
+    assert "a mixture of experts of a kind that isn't known" in refusal(config=CONFIG | {"n_routed_experts": 4})
+    with pytest.raises(UserError, match="images and text"):
+        refuse_other_kinds(CONFIG | {"vision_config": {}}, "here")
 
 
 @pytest.mark.parametrize(

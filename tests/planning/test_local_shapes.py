@@ -25,7 +25,7 @@ NEURONS, BOTH = ("neurons",), ("neurons", "kv_groups")
 
 
 def target(checkpoint, ratio, structures=BOTH, multiple_of=1, split=1, protects=(0, 0)):
-    return LocalTarget(ShapeTarget(checkpoint, ratio, structures, multiple_of, "m", split), *protects)
+    return LocalTarget(ShapeTarget(checkpoint, ratio, structures, multiple_of, "m", split, BOTH), *protects)
 
 
 @st.composite

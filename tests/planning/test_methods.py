@@ -5,7 +5,7 @@ import pytest
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.methods import resolve_methods
+from hfprune_dist.planning.methods import remarks_on_methods, resolve_methods
 from hfprune_dist.planning.widths import ModelSize, Target
 
 SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "methods"
@@ -149,3 +149,20 @@ def test_rounds_from_the_command_line_are_refused_where_shapes_are_plain():
     assert resolved(methods=["surgeon-uniform"], **{"prune.steps": 3})["surgeon-uniform"].steps == 3
     with pytest.raises(UserError, match=r"surgeon-plain\.yaml.*\n.*round_ratio: 0.1 needs allocation: uniform"):
         resolved(methods=["surgeon-plain"], **{"prune.round_ratio": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("methods", "settings", "idle"),
+    [
+        (["hfprune"], {"floor": 0.1, "multiple_of": 8}, ["floor"]),
+        (["hfprune", "surgeon"], {"floor": 0.1}, []),
+        (["hfprune", "wanda-sp"], {"floor": 0.1, "protect_first": 1}, ["floor"]),
+        (["hfprune", "surgeon"], {"tensor_parallel": 2, "student_lacks": 0.1}, ["tensor_parallel", "student_lacks"]),
+        (["sdmprune", "flap"], {"tensor_parallel": 2, "student_lacks": 0.1}, []),
+    ],
+)
+def test_a_setting_that_no_method_takes_notice_of_is_told(methods, settings, idle):
+    config = load_config([], {"methods": methods, **{f"prune.{name}": value for name, value in settings.items()}})
+    told = remarks_on_methods(config, resolve_methods(config, SHIPPED))
+    assert [it.partition(" ")[0] for it in told] == [f"prune.{name}" for name in idle]
+    assert all(", ".join(methods) in it for it in told)

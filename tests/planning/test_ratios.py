@@ -6,8 +6,9 @@ from families import save_model
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.budget import budget_of
 from hfprune_dist.planning.known_shapes import dense_shape, known_shape
-from hfprune_dist.planning.multiples import with_numbers
+from hfprune_dist.planning.multiples import target_of, with_numbers
 from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
 
 PLAIN = {"criterion": "entropy", "multiple_of": 1}
@@ -59,3 +60,23 @@ def test_a_method_that_adapts_does_without(tmp_path, model_type, changes, told):
 def test_heads_that_stay_are_shown(tmp_path):
     heads = dense_shape(open_checkpoint(save_model(tmp_path / "m", "olmo2"))).kv_heads
     assert (heads.least, heads.most) == (2, 2)
+
+
+@pytest.mark.parametrize("allocation", ["local", "global", "standardized", "searched"])
+@pytest.mark.parametrize(("first", "last"), [(3, 0), (1, 2), (20, 20)])
+def test_layers_that_are_all_protected_are_refused(tmp_path, allocation, first, last):
+    checkpoint = open_checkpoint(save_model(tmp_path / "m", "llama"))
+    method = Method(**PLAIN, allocation=allocation, protect_first=first, protect_last=last)
+    with pytest.raises(UserError, match=rf"m by it: prune.protect_first {first} and .* {last} leave none of its 3 la"):
+        check_ratios(checkpoint, [0.1], method, "m by it")
+
+
+@pytest.mark.parametrize(
+    ("allocation", "helps"), [("global", "kv_groups"), ("standardized", "kv_groups"), ("searched", "kv_groups and la")]
+)
+def test_where_a_ratio_is_out_of_reach_only_what_the_allocation_takes_is_named(tmp_path, allocation, helps):
+    checkpoint = open_checkpoint(save_model(tmp_path / "m", "llama"))
+    method = Method(**PLAIN, allocation=allocation)
+    target = target_of(method, checkpoint, 0.9, "m by it")
+    with pytest.raises(UserError, match=rf"; with {helps}[a-z]* in prune.structures"):
+        budget_of(target, (0.2, 0, 0))

@@ -1,0 +1,61 @@
+"""The tensors of a model's modules, and what of a checkpoint's files each is made of; without torch.
+
+They have the same names and are the same tensors, but for experts: modules have all of a layer in one tensor, and some
+files a tensor for each; and some blocks are called something else there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.structures.experts import Experts
+
+
+@dataclass(frozen=True)
+class ModuleTensor:
+    """A tensor of a module.
+
+    Attributes:
+        sources: names in the files of what it is made of: for each expert, matrices that lie one behind the other; a
+            single one, where the files have it as it is.
+        is_stacked: whether those of experts are put on top of one another.
+    """
+
+    shape: tuple[int, ...]
+    sources: tuple[tuple[str, ...], ...]
+    is_stacked: bool = False
+
+
+def module_tensors(checkpoint: Checkpoint, layer: int | None = None) -> dict[str, ModuleTensor]:
+    """Name in modules -> a tensor of a model; of one layer alone, if it is given."""
+    prefix = f"{checkpoint.family.layers}."
+    wanted = prefix if layer is None else f"{prefix}{layer}."
+    names = [name for name in checkpoint.tensors if layer is None or name.startswith(wanted)]
+    experts = checkpoint.family.experts
+    if experts is None:
+        return {name: ModuleTensor(checkpoint.tensors[name].shape, ((name,),)) for name in names}
+    found: dict[str, ModuleTensor] = {}
+    owned = {it.tensor for it in (*experts.rows, *experts.columns)} if experts.each else set()
+    for name in names:
+        number, _, part = name.removeprefix(prefix).partition(".")
+        if not name.startswith(prefix) or part not in owned:
+            renamed = f"{prefix}{number}.{experts.in_modules(part)}" if name.startswith(prefix) else name
+            found[renamed] = ModuleTensor(checkpoint.tensors[name].shape, ((name,),))
+    if experts.each:
+        for sparse in experts.layers if layer is None else {layer} & {*experts.layers}:
+            found |= _of_experts(checkpoint, experts, f"{prefix}{sparse}")
+    return found
+
+
+def _of_experts(checkpoint: Checkpoint, experts: Experts, layer: str) -> dict[str, ModuleTensor]:
+    """The stacked tensors of a layer whose experts have some each in the files."""
+    stacked = {}
+    for module, owned in (("gate_up_proj", experts.rows), ("down_proj", experts.columns)):
+        sources = tuple(
+            tuple(f"{layer}.{it.tensor}" for it in owned if it.expert == expert) for expert in range(experts.count)
+        )
+        rows, columns = checkpoint.tensors[sources[0][0]].shape
+        shape = (experts.count, rows * len(sources[0]), columns)
+        stacked[f"{layer}.{experts.module}.{module}"] = ModuleTensor(shape, sources, is_stacked=True)
+    return stacked

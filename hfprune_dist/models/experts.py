@@ -1,0 +1,129 @@
+"""Mixtures of experts for the calibration pass: one expert after another, with activations that hooks can see.
+
+transformers runs all experts of a layer at once, in kernels that no hook sees into. Here each expert that has tokens
+puts its activations through a module, the layer's ``ExpertProjections``, which is to them what ``down_proj`` is to an
+MLP's. The weights stay where they are: a sharded model gathers those of all experts of a layer together, whatever
+tokens a rank has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations import moe
+
+from hfprune_dist.checkpoints.families import Family
+from hfprune_dist.core.memory_efficient import frozen_expert, gated_product, returned, routed
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.memory_efficient_backward import SILU
+
+# What transformers' dispatch calls it.
+_IMPLEMENTATION = "hfprune_one_by_one"
+_PROJECTIONS = "seen_down_proj"
+
+
+class ExpertProjections(nn.Module):
+    """The down projections of a layer's experts. Has no weights of its own.
+
+    Attributes:
+        in_features: channels of one expert.
+        experts: how many there are.
+    """
+
+    def __init__(self, project: Callable[[Tensor, int], Tensor], in_features: int, experts: int) -> None:
+        super().__init__()
+        self._project = project
+        self.in_features = in_features
+        self.experts = experts
+
+    def forward(self, hidden_ND: Tensor, expert: int) -> Tensor:
+        """What an expert makes of its activations [tokens, in_features]: [tokens, hidden_size]."""
+        return self._project(hidden_ND, expert)
+
+
+def see_experts(model: nn.Module, family: Family) -> list[ExpertProjections | None]:
+    """Let a frozen model run its experts one after another; others stay as they are.
+
+    Returns:
+        Of every layer its experts' projections; None where it has no experts.
+
+    Raises:
+        UserError: where experts compute what isn't known.
+    """
+    return [_see(layer) for layer in family.layers_of(model)]
+
+
+def _see(layer: nn.Module) -> ExpertProjections | None:
+    experts: Any = next((module for module in layer.modules() if hasattr(module, "_apply_gate")), None)
+    if experts is None:
+        return None
+    if not experts.has_gate or experts.has_post_expert_norm:
+        kind = type(experts).__name__
+        raise UserError(f"{kind}: experts that have no gate, or a norm of their own, can't be scored")
+    channels = _shape_of(experts.down_proj)[1 if experts.is_transposed else 2]
+    projections = ExpertProjections(partial(_project_down, experts), channels, experts.num_experts)
+    experts.add_module(_PROJECTIONS, projections)
+    experts.config._experts_implementation = _IMPLEMENTATION
+    if _is_sharded(experts.down_proj):
+        experts.register_forward_pre_hook(_in_graph, prepend=True)
+    return projections
+
+
+def _is_sharded(weight: Any) -> bool:
+    return hasattr(weight, "ds_shape")
+
+
+def _shape_of(weight: Any) -> tuple[int, ...]:
+    """Of a whole weight, which may be sharded."""
+    return tuple(weight.ds_shape if _is_sharded(weight) else weight.shape)
+
+
+def _in_graph(_experts: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """What experts read, with a gradient also where the graph would begin within them.
+
+    DeepSpeed gives weights back when a module's inputs have their gradients: it would keep all that a layer's experts
+    have from their backward to the next forward.
+    """
+    if inputs[0].requires_grad or not torch.is_grad_enabled():
+        return None
+    return inputs[0].detach().requires_grad_(), *inputs[1:]
+
+
+def _run(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """What a layer's experts make of its tokens [tokens, hidden_size].
+
+    Args:
+        index_NK: the experts of each token.
+        weights_NK: what their outputs are multiplied with.
+    """
+    index_S = index_NK.flatten()
+    order_S = index_S.argsort(stable=True)
+    counts = torch.bincount(index_S, minlength=experts.num_experts).tolist()
+    parts = routed(hidden_NC, order_S).split(counts)
+    down = getattr(experts, _PROJECTIONS)
+    outputs = [down(_activations(experts, part, number), number) for number, part in enumerate(parts) if len(part)]
+    weighted_SC = torch.cat(outputs) * weights_NK.flatten()[order_S, None]
+    return returned(weighted_SC, order_S, len(hidden_NC)).to(hidden_NC.dtype)
+
+
+def _activations(experts: Any, x_NC: Tensor, expert: int) -> Tensor:
+    """What an expert's down projection reads [tokens, channels of an expert]."""
+    bias = experts.gate_up_proj_bias if experts.has_bias else None
+    made_ND = frozen_expert(x_NC, experts.gate_up_proj, bias, expert, is_transposed=experts.is_transposed)
+    has_own_gate = type(experts)._apply_gate.__module__ != moe.__name__
+    if not has_own_gate and isinstance(experts.act_fn, SILU):
+        return gated_product(*made_ND.chunk(2, dim=-1))
+    gated_ND: Tensor = experts._apply_gate(made_ND)
+    return gated_ND
+
+
+def _project_down(experts: Any, hidden_ND: Tensor, expert: int) -> Tensor:
+    bias = experts.down_proj_bias if experts.has_bias else None
+    return frozen_expert(hidden_ND, experts.down_proj, bias, expert, is_transposed=experts.is_transposed)
+
+
+moe.ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _run)

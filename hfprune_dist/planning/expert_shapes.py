@@ -1,0 +1,131 @@
+"""Shapes of mixtures of experts: every MLP, experts and those beside and between them, loses the same share.
+
+All experts of a model are of one width, so that what is left loads everywhere. Scores decide within each expert which
+neurons stay.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.method import Method
+from hfprune_dist.config.parameters import PruneParameters
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.structures import EXPERT_NEURONS, NEURONS
+from hfprune_dist.structures.kept import Shape
+from hfprune_dist.structures.units import Units
+
+# The matrices of experts are multiplied in groups, for which torch wants rows of whole 16 bytes: 8 numbers of 2 bytes.
+ALIGNED = 8
+
+
+@dataclass(frozen=True)
+class ExpertTarget:
+    """What is asked of the shape of a mixture of experts."""
+
+    asked: ShapeTarget
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, params: PruneParameters, where: str) -> ExpertTarget:
+        """What a stage that prunes asks of the dense model that its ratio is of."""
+        return cls(ShapeTarget.of(checkpoint, params, where))
+
+    def shape(self) -> Shape:
+        """The largest shape with which at least the ratio goes.
+
+        Raises:
+            UserError: where no shape reaches the ratio.
+        """
+        widths, largest = self._experts_widths(), self.largest()
+        if self.asked.ratio > largest:
+            raise self.asked.out_of_reach(largest, largest)
+        return self._with(widths[bisect_left(widths, self.asked.ratio, key=self._ratio)])
+
+    def largest(self) -> float:
+        """The ratio of the smallest shape."""
+        return self._ratio(self._experts_widths()[-1])
+
+    def _ratio(self, width: int) -> float:
+        return self.asked.counts.ratio(self._with(width))
+
+    def _experts_widths(self) -> list[int]:
+        """What experts may keep, falling; not all that there is."""
+        width, step = self._experts.width, math.lcm(self.asked.multiple_of, ALIGNED)
+        return [it for it in range(width // step * step, 0, -step) if it < width] or [width]
+
+    @property
+    def _experts(self) -> Units:
+        return self.asked.checkpoint.structures[EXPERT_NEURONS]
+
+    def _with(self, width: int) -> Shape:
+        """The shape in which experts are so wide."""
+        checkpoint = self.asked.checkpoint
+        widths = self._widths(width)
+        units = {}
+        for it in checkpoint.pruned_kinds([NEURONS]):
+            (field,) = {*it.fields} & widths.keys()
+            units[it.kind] = tuple(widths[field] * it.copies if count else 0 for count in it.counts)
+        return Shape(tuple(range(checkpoint.num_layers)), units)
+
+    def _widths(self, width: int) -> Mapping[str, int]:
+        """Field of config.json -> its value where experts are so wide: others lose at least the same share."""
+        kinds, multiple_of = self.asked.checkpoint.pruned_kinds([NEURONS]), self.asked.multiple_of
+        widths: dict[str, int] = {}
+        for it in kinds:
+            exact = it.width * width // self._experts.width
+            rounded = max(exact // multiple_of * multiple_of, min(multiple_of, it.width))
+            widths.setdefault(next(iter(it.fields)), width if it is self._experts else rounded)
+        return widths
+
+
+def why_not_experts(method: Method) -> str:
+    """What of a method isn't possible with mixtures of experts; empty where nothing is."""
+    if method.prunes_in == "recovery":
+        return "prunes_in: recovery isn't possible; calibration is"
+    if method.structures != [NEURONS]:
+        return f"structures: [{', '.join(method.structures)}] aren't possible; [{NEURONS}] are"
+    if method.allocation != "uniform":
+        return f"allocation: {method.allocation} isn't possible; uniform is"
+    if method.refit != "none" or method.distill:
+        what = f"refit: {method.refit}" if method.refit != "none" else f"distill: {method.distill}"
+        return f"{what} isn't possible; refit: none and distill: 0 are"
+    return _why_not_scored(str(method.criterion))
+
+
+def _why_not_scored(criterion: str) -> str:
+    possible = [name for name, it in CRITERIA.items() if it.is_of_experts]
+    return "" if criterion in possible else f"criterion: {criterion} isn't possible; {', '.join(possible)} are"
+
+
+def refuse_with_experts(method: Method, model_type: str, where: str) -> None:
+    """Refuse what isn't possible with a mixture of experts.
+
+    Raises:
+        UserError: naming the setting, and what is possible.
+    """
+    why = why_not_experts(method)
+    if why:
+        raise UserError(f"{where}: {model_type} is a mixture of experts, with which {why}")
+
+
+def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint) -> None:
+    """Refuse further criteria by which neurons of experts have no scores.
+
+    Raises:
+        UserError: naming the first one, and what is possible.
+    """
+    why = next(filter(None, map(_why_not_scored, criteria)), "") if checkpoint.family.experts else ""
+    if why:
+        kind = checkpoint.family.model_type
+        raise UserError(f"importance.criteria: {checkpoint.path}: {kind} is a mixture of experts, with which {why}")
+
+
+def can_do(method: Method, checkpoint: Checkpoint) -> bool:
+    """Whether a method takes part where a model is pruned: one that adapts itself to models may be of none to some."""
+    return not (method.adapts and checkpoint.family.experts and why_not_experts(method))

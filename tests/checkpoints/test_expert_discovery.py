@@ -1,0 +1,107 @@
+"""Experts found by names and shapes, and what is refused because it isn't as they are."""
+
+import pytest
+from headers import checkpoint_of, mixtures, tensors_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfprune_dist.checkpoints.checks import check_shapes
+from hfprune_dist.checkpoints.discovery import discover
+from hfprune_dist.checkpoints.module_tensors import module_tensors
+from hfprune_dist.errors import UserError
+from hfprune_dist.structures import EXPERT_NEURONS, NEURONS, SHARED_NEURONS
+
+
+@given(mixtures())
+def test_every_mlp_has_its_neurons(config):
+    checkpoint = checkpoint_of(config)
+    layers, first = config["num_hidden_layers"], config["first_k_dense_replace"]
+    structures, experts = checkpoint.structures, config["num_experts"]
+    shared = config.get("shared_expert_intermediate_size") or (
+        config.get("n_shared_experts", 0) * config["moe_intermediate_size"]
+    )
+    sizes = {EXPERT_NEURONS: experts * config["moe_intermediate_size"], SHARED_NEURONS: shared}
+    for kind, size in sizes.items():
+        expected = (0,) * first + (size,) * (layers - first) if size else None
+        assert (structures[kind].counts if kind in structures else None) == expected
+    expected = (config["intermediate_size"],) * first + (0,) * (layers - first) if first else None
+    assert (structures[NEURONS].counts if NEURONS in structures else None) == expected
+    check_shapes(checkpoint.path, checkpoint.tensors, structures, 64)
+    owned = [
+        name for it in structures.values() for n in range(layers) for name, _ in it.in_layer(n, checkpoint.tensors)
+    ]
+    mlps = {name for name in checkpoint.tensors if "_proj" in name}
+    assert len(owned) == len({*owned}) and {*owned} == mlps
+
+
+@given(mixtures())
+def test_modules_have_the_experts_of_a_layer_in_two_tensors(config):
+    checkpoint = checkpoint_of(config)
+    made = module_tensors(checkpoint)
+    sources = [name for it in made.values() for names in it.sources for name in names]
+    assert sorted(sources) == sorted(checkpoint.tensors)
+    experts, width = config["num_experts"], config["moe_intermediate_size"]
+    last = f"model.layers.{config['num_hidden_layers'] - 1}.mlp.experts"
+    assert made[f"{last}.gate_up_proj"].shape == (experts, 2 * width, 64)
+    assert made[f"{last}.down_proj"].shape == (experts, 64, width)
+    assert {f"{last}.{expert}.up_proj.weight" for expert in range(experts)}.isdisjoint(made)
+
+
+@given(mixtures(), st.data())
+def test_a_tensor_that_is_missing_or_of_another_shape_is_named(config, data):
+    shapes = tensors_of(config)
+    name = data.draw(st.sampled_from(sorted(it for it in shapes if "experts" in it)))
+    if data.draw(st.booleans()):
+        checkpoint = checkpoint_of(config)
+        info = checkpoint.tensors[name]
+        wrong = {**checkpoint.tensors, name: type(info)(**{**vars(info), "shape": (*info.shape[:-1], 63)})}
+        with pytest.raises(UserError, match=name.replace(".", r"\.") + " has shape"):
+            check_shapes(checkpoint.path, wrong, checkpoint.structures, 64)
+    else:
+        del shapes[name]
+        part = name.partition("layers.")[2].partition(".")[2]
+        kind = part if "experts.0." not in part and "shared" not in part else ""
+        with pytest.raises(UserError, match=f"has no {kind}" if kind else "not supported"):
+            discover(config, shapes, "here")
+
+
+@given(mixtures(), st.sampled_from(["mlp.norm.weight", "mlp.experts.99.up_proj.weight", "mlp.gate_proj.weight"]))
+def test_what_is_there_besides_is_named(config, part):
+    last = config["num_hidden_layers"] - 1
+    shapes = tensors_of(config) | {f"model.layers.{last}.{part}": [64]}
+    with pytest.raises(UserError, match=f"in layer {last}, {part} is no part of experts of a kind that is known"):
+        discover(config, shapes, "here")
+
+
+@given(mixtures())
+def test_config_json_must_agree_with_itself(config):
+    cases = {
+        "disagrees with itself about the number": {"n_routed_experts": config["num_experts"] + 1},
+        "num_experts_per_tok in config.json is None": {"num_experts_per_tok": None},
+        "num_experts_per_tok in config.json is 99": {"num_experts_per_tok": 99},
+    }
+    if "n_shared_experts" in config:
+        cases["doesn't say how wide mlp.shared_experts is"] = {"n_shared_experts": None}
+    for why, changes in cases.items():
+        with pytest.raises(UserError, match=why):
+            discover(config | changes, tensors_of(config), "here")
+
+
+@given(mixtures())
+def test_all_that_config_json_says_of_experts_widths_follows(config):
+    """Some classes read intermediate_size for it, whatever else a file says."""
+    both = {**config, "intermediate_size": config["moe_intermediate_size"]}
+    fields = {"moe_intermediate_size"} | ({"intermediate_size"} if not config["first_k_dense_replace"] else set())
+    assert checkpoint_of(both).structures[EXPERT_NEURONS].fields.keys() == fields
+
+
+@given(mixtures())
+def test_layers_that_predict_further_tokens_are_left_out(config):
+    shapes = tensors_of(config)
+    further = {
+        name.replace("layers.0.", f"layers.{config['num_hidden_layers']}."): shape
+        for name, shape in shapes.items()
+        if "layers.0." in name
+    }
+    family, stated = discover(config | {"num_nextn_predict_layers": 1}, shapes | further, "here")
+    assert stated["num_nextn_predict_layers"] == 0 and family.found == frozenset(shapes)

@@ -1,0 +1,207 @@
+"""Every mixture of experts that is pruned, held against what transformers makes of a tiny model of it."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from families import EXPERTS, save_model
+from masking import write
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
+from hfprune_dist.checkpoints.pruned_config import is_plain
+from hfprune_dist.checkpoints.write_pruned import write_companions
+from hfprune_dist.core.selection import top_units_of_each
+from hfprune_dist.models.loading import require_own_weights
+from hfprune_dist.models.single_layer import LayerReader, run
+from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures.kept import Kept
+
+README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
+WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
+CPU = torch.device("cpu")
+every_family = pytest.mark.parametrize("model_type", EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory):
+    """The checkpoint of a family, the same for all tests."""
+    return functools.cache(lambda name: open_checkpoint(save_model(tmp_path_factory.mktemp(name) / "model", name)))
+
+
+def load(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model(input_ids=WINDOWS, use_cache=False).logits
+
+
+def some_kept(checkpoint, share):
+    """This share of the neurons of every MLP, at random; of every expert as many."""
+    generator = torch.Generator().manual_seed(1)
+    units = {}
+    for it in checkpoint.pruned_kinds([NEURONS]):
+        width = round(share * it.width)
+        units[it.kind] = [
+            top_units_of_each(torch.rand(count, generator=generator), width * it.copies * (count > 0), it.experts)
+            for count in it.counts
+        ]
+    return Kept.of_all_layers(units)
+
+
+def gone_of(units, kept, layer):
+    """Whether each unit of a layer goes, for each expert [experts, units of it]."""
+    gone_U = torch.ones(units.counts[layer], dtype=torch.bool)
+    gone_U[kept.of_layer(layer, units.kind)] = False
+    return gone_U.view(units.experts, -1)
+
+
+def masked(checkpoint, kept):
+    """The dense model, in which what goes puts nothing out."""
+    model = load(checkpoint.path)
+    for kind in kept.units:
+        units = checkpoint.structures[kind]
+        for layer in (it for it, count in enumerate(units.counts) if count):
+            module = model.get_submodule(units.tensor(layer, units.output))
+            gone_EN = gone_of(units, kept, layer)
+            if kind != "expert_neurons":
+                module.weight.data[:, gone_EN[0]] = 0
+            elif getattr(module, "is_transposed", False):
+                module.down_proj.data[gone_EN] = 0
+            else:
+                module.down_proj.data.transpose(1, 2)[gone_EN] = 0
+    return model
+
+
+def assert_same(ours, theirs):
+    """Within 1e-5 of the largest logit."""
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def as_modules_have_it(folder, target, model_type):
+    """The same checkpoint with all experts of a layer in one tensor."""
+    load(folder).save_pretrained(target, save_original_format=False)
+    tiny_tokenizer().save_pretrained(target)
+    return open_checkpoint(target)
+
+
+def test_the_readme_lists_what_is_covered(checkpoint_of):
+    section = README.read_text().partition("### Mixtures of experts")[2].partition("\n###")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
+    listed = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert listed.keys() == EXPERTS.keys()
+    for name, (_, neurons, beside, _) in listed.items():
+        kinds = checkpoint_of(name).structures
+        assert ("shared" in beside) == ("shared_neurons" in kinds)
+        assert ("without" in neurons) == ("neurons" in kinds), name
+
+
+@every_family
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_type, fused):
+    checkpoint = checkpoint_of(model_type)
+    if fused:
+        checkpoint = as_modules_have_it(checkpoint.path, tmp_path / "fused", model_type)
+        assert not checkpoint.family.experts.each
+    kept = some_kept(checkpoint, 2 / 3)
+    assert is_plain(checkpoint, kept.shape)
+    write(checkpoint, kept, tmp_path / "pruned")
+    smaller = open_checkpoint(tmp_path / "pruned")
+    require_own_weights(checkpoint)
+    require_own_weights(smaller)
+    loaded = load(tmp_path / "pruned")
+    assert type(loaded).__module__.startswith("transformers.")
+    assert_same(logits_of(loaded), logits_of(masked(checkpoint, kept)))
+    assert smaller.parameters == checkpoint.parameter_counts.of(kept.shape)
+    assert smaller.parameters == sum(it.numel() for it in loaded.state_dict().values())
+    fields = {field for units in checkpoint.structures.values() for field in units.fields}
+    assert {key for key, value in checkpoint.config.items() if smaller.config[key] != value} <= fields
+    assert {key: smaller.config[key] for key in fields & loaded.config.to_dict().keys()} == {
+        key: loaded.config.to_dict()[key] for key in fields & loaded.config.to_dict().keys()
+    }
+
+
+@every_family
+def test_what_chooses_experts_stays_byte_for_byte(checkpoint_of, tmp_path, model_type):
+    checkpoint = checkpoint_of(model_type)
+    write(checkpoint, some_kept(checkpoint, 2 / 3), tmp_path)
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.path, tmp_path))
+    owned = {
+        name
+        for units in checkpoint.pruned_kinds([NEURONS])
+        for layer in range(3)
+        for name, _ in units.in_layer(layer, checkpoint.tensors)
+    }
+    assert before.keys() == after.keys() and any("gate.weight" in it or "router" in it for it in before.keys() - owned)
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() - owned)
+    assert all(before[name].shape != after[name].shape for name in owned)
+
+
+@every_family
+def test_pruning_twice_is_pruning_once(checkpoint_of, tmp_path, model_type):
+    checkpoint = checkpoint_of(model_type)
+    first = some_kept(checkpoint, 2 / 3)
+    write(checkpoint, first, tmp_path / "once")
+    once = open_checkpoint(tmp_path / "once")
+    second = some_kept(once, 0.5)
+    write(once, second, tmp_path / "twice")
+    both = second.numbered_by(first)
+    assert_same(logits_of(load(tmp_path / "twice")), logits_of(masked(checkpoint, both)))
+    assert open_checkpoint(tmp_path / "twice").parameters == checkpoint.parameter_counts.of(both.shape)
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_layer_after_layer_is_the_whole_model(checkpoint_of, model_type, dtype):
+    checkpoint = checkpoint_of(model_type)
+    model, seen = load(checkpoint.path, dtype), []
+    for layer in checkpoint.family.layers_of(model):
+        layer.register_forward_hook(lambda _layer, inputs, output: seen.append((inputs[0], output)))
+    logits_of(model)
+    reader = LayerReader(checkpoint, dtype, CPU)
+    hidden_BTC = reader.embed({0: WINDOWS})[0]
+    for number, (expected, output) in enumerate(seen):
+        assert torch.equal(hidden_BTC, expected), number
+        hidden_BTC = run(reader.layer(number), hidden_BTC)
+        assert torch.equal(hidden_BTC, output if isinstance(output, torch.Tensor) else output[0]), number
+
+
+@every_family
+def test_lora_trains_and_merges_and_leaves_experts_as_they_are(checkpoint_of, tmp_path, model_type):
+    checkpoint = checkpoint_of(model_type)
+    torch.manual_seed(0)
+    targets = lora_targets(checkpoint.family)
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, lora_dropout=0.1, target_modules=targets)
+    model = get_peft_model(load(checkpoint.path), adapter)
+    optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        losses.append(model(input_ids=WINDOWS, labels=WINDOWS).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    weights = {name: tensor.detach() for name, tensor in model.named_parameters() if "lora_" in name}
+    write_adapter(tmp_path / "adapter", weights, targets, 4, 6)
+    (tmp_path / "merged").mkdir()
+    for file in checkpoint.weight_files:
+        merge_weight_file(checkpoint, file, read_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    write_companions(checkpoint, tmp_path / "merged", checkpoint.config)
+    ours, theirs = logits_of(load(tmp_path / "merged")), logits_of(model.eval())
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.path, tmp_path / "merged"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".self_attn." in name for name in changed)
+    saved = PeftModel.from_pretrained(load(checkpoint.path), tmp_path / "adapter")
+    assert torch.equal(logits_of(saved.eval()), theirs)

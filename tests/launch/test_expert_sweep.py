@@ -1,0 +1,63 @@
+"""A sweep over a mixture of experts with the default methods, from the command to the tables."""
+
+import pytest
+import torch
+import yaml
+from families import save_model
+from sweeps import finish, make_inputs, results, sweep
+from transformers import AutoModelForCausalLM
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.token_costs import TokenCosts
+
+pytestmark = pytest.mark.slow
+
+ARGUMENTS = ("--models", "moe", "--ratios", "0.2", "--ranks", "2")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    file = make_inputs(folder)
+    save_model(folder / "moe", "glm4_moe", vocab_size=264, max_position_embeddings=512)
+    settings = yaml.safe_load(file.read_text())
+    del settings["methods"]
+    file.write_text(yaml.safe_dump(settings | {"models": ["moe"], "aliases": {"moe": {"path": "moe"}}}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "out"
+    return out, finish(config, out, *ARGUMENTS)
+
+
+def test_the_default_methods_come_to_a_row_that_plain_transformers_loads(config, finished):
+    out, _ = finished
+    dense, control, row = results(out)
+    assert [it["method"] for it in (dense, control, row)] == ["", "", "hfprune"]
+    checkpoint = open_checkpoint(out / "checkpoints" / "moe-0.2-lora")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    assert type(model).__name__ == "Glm4MoeForCausalLM"
+    assert int(row["parameters"]) == checkpoint.parameters == sum(it.numel() for it in model.state_dict().values())
+    reached = 1 - checkpoint.parameters / int(dense["parameters"])
+    assert 0.2 <= reached == pytest.approx(float(row["ratio_reached"]))
+    assert int(row["moe_intermediate_size"]) == model.config.moe_intermediate_size == 8
+    assert TokenCosts.of(checkpoint).active_parameters < checkpoint.parameters
+    assert float(dense["kl"]) < 1e-6 < float(row["kl"])
+
+
+def test_a_second_run_starts_no_stage_and_a_dry_run_tells_what_is_left_out(config, finished):
+    out, _ = finished
+    again = sweep(config, out, *ARGUMENTS, "--dry-run")
+    assert "8 reuse, 0 run" in again.stdout, again.stdout
+    assert "method 'surgeon-plain': left out, since the model is a mixture of experts" in again.stdout
+
+
+def test_methods_that_are_not_possible_are_refused_before_anything_is_written(config, tmp_path):
+    out = tmp_path / "out"
+    refused = sweep(config, out, *ARGUMENTS, "--methods", "surgeon-block")
+    assert refused.returncode == 2 and not out.exists()
+    assert "method 'surgeon-block': glm4_moe is a mixture of experts, with which allocation" in refused.stderr
+    alone = sweep(config, out, *ARGUMENTS, "--methods", "surgeon-plain")
+    assert alone.returncode == 2 and "glm4_moe is a mixture of experts, with which structures" in alone.stderr

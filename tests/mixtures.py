@@ -1,0 +1,115 @@
+"""What neurons of experts are scored by, from its definition: a mask on every neuron at every token."""
+
+import copy
+from collections import defaultdict
+from functools import partial
+
+import torch
+from core_definition import GRADIENT_CRITERIA
+from families import SHAPE
+from transformers.integrations import moe
+
+from hfprune_dist.checkpoints.families import Family
+
+KIND = "expert_neurons"
+LAYERS, COUNT, WIDTH = SHAPE["num_hidden_layers"], 4, SHAPE["intermediate_size"]
+
+
+def family_of(model):
+    """Where its parts are."""
+    name = type(model).__name__.removesuffix("ForCausalLM")
+    return Family(model.config.model_type, name, mlp="block_sparse_moe" if name == "GraniteMoe" else "mlp")
+
+
+def experts_of(model):
+    """Number of a layer with experts -> the module that has them."""
+    found = {}
+    for number, layer in enumerate(model.model.layers):
+        for module in layer.modules():
+            if hasattr(module, "down_proj") and getattr(module.down_proj, "ndim", 0) == 3:
+                found[number] = module
+    return found
+
+
+def gated(experts, made):
+    """What neurons of experts make of what gate and up put out, as the papers have it."""
+    if experts.is_transposed:  # gpt_oss, whose gate and up are interleaved
+        gate, up = made[..., 0::2].clamp(max=experts.limit), made[..., 1::2].clamp(-experts.limit, experts.limit)
+        return (up + 1) * gate * torch.sigmoid(experts.alpha * gate)
+    gate, up = made.tensor_split(2, dim=-1)
+    return gate * torch.sigmoid(gate) * up
+
+
+class Definition:
+    """Every expert computes for every token, with a mask on its neurons; routing weights are zero of other experts.
+
+    Args:
+        keeps: (kind, layer) -> which units a student has, bool [units].
+        others: (kind, layer) -> name of the output projection of neurons that are of no experts.
+
+    Attributes:
+        masks, hidden: (kind, layer) -> masks and activations [..., tokens, neurons] in the last forward.
+    """
+
+    def __init__(self, model, keeps=None, others=None):
+        self._keeps = keeps
+        self.masks, self.hidden = {}, {}
+        for number, module in experts_of(model).items():
+            module.config._experts_implementation = "definition"
+            module.definition = partial(self._compute, (KIND, number), module)
+        for place, name in (others or {}).items():
+            model.get_submodule(name).register_forward_pre_hook(partial(self._before, place))
+
+    def _before(self, place, _module, inputs):
+        self.hidden[place] = inputs[0].detach()
+        return (inputs[0] * self._masks(place, inputs[0]),)
+
+    def _masks(self, place, hidden_ND):
+        masks_ND = torch.ones_like(hidden_ND)
+        if self._keeps is not None:
+            masks_ND = (masks_ND * self._keeps[place].view(-1, 1, hidden_ND.shape[-1])).view_as(hidden_ND)
+        self.masks[place] = masks_ND.requires_grad_()
+        return self.masks[place]
+
+    def _compute(self, place, module, hidden_NC, index_NK, weights_NK):
+        layout = "nc,ecd->end" if module.is_transposed else "nc,edc->end"
+        made = torch.einsum(layout, hidden_NC, module.gate_up_proj)
+        made = made + module.gate_up_proj_bias[:, None] if module.has_bias else made
+        hidden_END = gated(module, made)
+        numbers = range(module.num_experts)
+        routing_EN = torch.stack([(weights_NK * (index_NK == expert)).sum(1) for expert in numbers])
+        masks_END = self._masks(place, hidden_END)
+        self.hidden[place] = hidden_END.detach() * (routing_EN > 0)[..., None]
+        layout = "end,edc->enc" if module.is_transposed else "end,ecd->enc"
+        outputs = torch.einsum(layout, hidden_END * masks_END, module.down_proj)
+        outputs = outputs + module.down_proj_bias[:, None] if module.has_bias else outputs
+        return (outputs * routing_EN[..., None]).sum(0).to(hidden_NC.dtype)
+
+
+moe.ALL_EXPERTS_FUNCTIONS.register("definition", lambda module, *inputs: module.definition(*inputs))
+
+
+def definition(model, windows, criterion, seed=0, *, keeps=None, others=None):
+    """(kind, layer) -> sums over windows and tokens, float64 [units]; by a student where the criterion has one.
+
+    See ``Definition``.
+    """
+    dense = copy.deepcopy(model).double().requires_grad_()
+    student, scored = dense, Definition(dense, None, others)
+    if criterion == "self_distillation":
+        student = copy.deepcopy(model).double().requires_grad_()
+        scored = Definition(student, keeps, others)
+    sums = defaultdict(float)
+    for number, window in enumerate(windows):
+        teacher = dense(input_ids=window[None]).logits[0].detach()
+        logits = student(input_ids=window[None]).logits[0]
+        if criterion == "activation":
+            for place, hidden_ND in scored.hidden.items():
+                sums[place] += hidden_ND.square().sum(-2).flatten()
+            continue
+        loss, terms = GRADIENT_CRITERIA[criterion]
+        loss(logits, input_ids=window, window=number, seed=seed, teacher=teacher).backward()
+        for place, masks_ND in scored.masks.items():
+            # A mask's gradient is h * dL/dh, but where the mask is 0: there it is what the neuron's return would do.
+            sums[place] += terms(masks_ND.grad).sum(-2).flatten()
+    return dict(sums)

@@ -1,0 +1,97 @@
+"""Experts that run one after another, against the models as they come."""
+
+import copy
+
+import pytest
+import torch
+from families import EXPERTS, make_model
+from mixtures import COUNT, LAYERS, WIDTH, experts_of, family_of
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.experts import see_experts
+
+WINDOWS = torch.randint(3, 64, (2, 13), generator=torch.Generator().manual_seed(0))
+
+
+def run(model):
+    """Logits, and a gradient at the token embeddings."""
+    embedded = model.model.embed_tokens(WINDOWS).detach().requires_grad_()
+    logits = model.requires_grad_(False)(inputs_embeds=embedded, use_cache=False).logits
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((logits * weights).sum(), embedded)
+    return logits, gradient
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_every_family_computes_what_its_own_experts_do(model_type):
+    model = make_model(model_type)
+    model.set_experts_implementation("eager")
+    expected = run(copy.deepcopy(model))
+    see_experts(model, family_of(model))
+    found = run(model)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+    assert all(torch.equal(again, ours) for again, ours in zip(run(model), found, strict=True))
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_projections_are_shown_each_experts_tokens(model_type):
+    model = make_model(model_type)
+    projections = see_experts(model, family_of(model))
+    assert [it is None for it in projections] == [it not in experts_of(model) for it in range(LAYERS)]
+    shown, routes = {}, {}
+    for layer, module in experts_of(model).items():
+        seen = projections[layer]
+        assert (seen.in_features, seen.experts) == (WIDTH, COUNT)
+        seen.register_forward_pre_hook(lambda _, inputs, layer=layer: shown.update({(layer, inputs[1]): inputs[0]}))
+        module.register_forward_pre_hook(lambda _, inputs, layer=layer: routes.update({layer: inputs[1]}))
+    run(model)
+    for layer, index_NK in routes.items():
+        for expert in range(COUNT):
+            tokens = int((index_NK == expert).sum())
+            assert (layer, expert) in shown if tokens else (layer, expert) not in shown
+            assert not tokens or shown[layer, expert].shape == (tokens, WIDTH)
+
+
+def test_gradients_reach_no_parameter_and_names_of_weights_stay():
+    model = make_model("gpt_oss")
+    names = list(model.state_dict())
+    see_experts(model, family_of(model))
+    run(model)
+    assert list(model.state_dict()) == names
+    assert all(it.grad is None for it in model.parameters())
+
+
+@pytest.mark.parametrize("unknown", [{"has_gate": False}, {"has_post_expert_norm": True}])
+def test_experts_that_compute_something_else_are_refused(unknown):
+    model = make_model("mixtral")
+    vars(experts_of(model)[1]).update(unknown)
+    with pytest.raises(UserError, match="MixtralExperts: experts that"):
+        see_experts(model, family_of(model))
+
+
+def test_a_gate_with_another_activation_is_applied_as_it_is():
+    model = make_model("mixtral")
+    for module in experts_of(model).values():
+        module.act_fn = torch.nn.GELU()
+    model.set_experts_implementation("eager")
+    expected = run(copy.deepcopy(model))
+    see_experts(model, family_of(model))
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_what_experts_read_has_a_gradient_where_their_weights_must_be_given_back(sharded):
+    model = make_model("mixtral").requires_grad_(False)
+    for module in experts_of(model).values():
+        if sharded:
+            module.down_proj.ds_shape = module.down_proj.shape
+    see_experts(model, family_of(model))
+    have = []
+    for module in experts_of(model).values():
+        module.register_forward_hook(lambda _, inputs, _output: have.append(inputs[0].requires_grad))
+    logits = model(input_ids=WINDOWS).logits
+    assert have == [sharded] * LAYERS and logits.requires_grad == sharded
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=WINDOWS).logits, logits)
+    assert have[LAYERS:] == [False] * LAYERS

@@ -1,0 +1,168 @@
+"""Shapes of mixtures of experts: what a ratio makes of every MLP's width, and which methods there are for them."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from headers import CONFIG, checkpoint_of, mixtures, tensors_of
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hfprune_dist.checkpoints.pruned_config import is_plain, pruned_config
+from hfprune_dist.checkpoints.token_costs import TokenCosts
+from hfprune_dist.config.method import Method
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.errors import UserError
+from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.planning.expert_shapes import ALIGNED, ExpertTarget, can_do, refuse_criteria, why_not_experts
+from hfprune_dist.planning.model_shape import ModelShape
+from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
+from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.structures import EXPERT_NEURONS
+
+LIKE_HFPRUNE = {"criterion": "entropy"}
+OTHERS = {
+    "structures": {"criterion": "entropy", "structures": ["neurons", "kv_groups"], "allocation": "local"},
+    "allocation": {"criterion": "entropy", "allocation": "global"},
+    "refit": {"criterion": "entropy", "refit": "dense"},
+    "distill": {"criterion": "entropy", "distill": 1},
+    "criterion": {"criterion": "surgeon"},
+    "prunes_in": {"prunes_in": "recovery", "allocation": "local"},
+}
+
+
+def target(checkpoint, ratio, multiple_of=1):
+    return ExpertTarget(ShapeTarget(checkpoint, ratio, ("neurons",), multiple_of, "here"))
+
+
+def widths_of(checkpoint, shape):
+    """Of each kind, what its layers' MLPs or each of their experts keep."""
+    kinds = {kind: checkpoint.structures[kind] for kind in shape.units}
+    for kind, units in kinds.items():
+        assert [bool(count) for count in shape.units[kind]] == [bool(count) for count in units.counts]
+    return {kind: {count // units.copies for count in shape.units[kind] if count} for kind, units in kinds.items()}
+
+
+@given(mixtures(), st.floats(0.01, 0.95), st.sampled_from([1, 4, 32]))
+def test_the_largest_shape_with_which_the_ratio_goes(config, ratio, multiple_of):
+    checkpoint = checkpoint_of(config)
+    asked, step = target(checkpoint, ratio, multiple_of), math.lcm(multiple_of, ALIGNED)
+    if ratio > asked.largest():
+        with pytest.raises(UserError, match="the largest possible is"):
+            asked.shape()
+        return
+    shape, experts = asked.shape(), checkpoint.structures[EXPERT_NEURONS].width
+    assert checkpoint.parameter_counts.ratio(shape) >= ratio and is_plain(checkpoint, shape)
+    widths = widths_of(checkpoint, shape)
+    (width,) = widths[EXPERT_NEURONS]
+    assert width % step == 0 and width < experts
+    for kind, (kept,) in widths.items():
+        whole = checkpoint.structures[kind].width
+        assert kept <= max(whole * width / experts, min(multiple_of, whole))
+    if width + step < experts:
+        wider = asked._with(width + step)
+        assert checkpoint.parameter_counts.ratio(wider) < ratio
+
+
+@given(mixtures(), st.floats(0.05, 0.4), st.floats(1.0, 2.0))
+def test_larger_ratios_lie_within_smaller_ones(config, ratio, factor):
+    checkpoint = checkpoint_of(config)
+    larger, smaller = target(checkpoint, ratio * factor), target(checkpoint, ratio)
+    if larger.asked.ratio <= larger.largest():
+        for kind, counts in larger.shape().units.items():
+            assert all(pair[0] <= pair[1] for pair in zip(counts, smaller.shape().units[kind], strict=True))
+
+
+@given(mixtures(), st.floats(0.05, 0.5))
+def test_config_json_describes_what_is_left(config, ratio):
+    checkpoint = checkpoint_of(config)
+    asked = target(checkpoint, ratio)
+    if ratio > asked.largest():
+        return
+    shape = asked.shape()
+    smaller = pruned_config(checkpoint, shape)
+    left = checkpoint_of({**smaller, "num_experts": config["num_experts"]})
+    assert left.parameters == checkpoint.parameter_counts.of(shape)
+    assert left.tensors.keys() == tensors_of(config).keys()
+
+
+@given(mixtures())
+def test_a_token_costs_what_its_experts_cost(config):
+    """Against the same model with no more experts than a token is given to."""
+    every = {**config, "num_experts": config["num_experts_per_tok"]}
+    if every["num_experts"] < 2:
+        return
+    costs, of_chosen = (TokenCosts.of(checkpoint_of(it)) for it in (config, every))
+    layers = config["num_hidden_layers"] - config["first_k_dense_replace"]
+    routing = layers * 64 * (config["num_experts"] - every["num_experts"])
+    assert costs.parameters == checkpoint_of(config).parameters
+    assert costs.active_parameters == of_chosen.parameters + routing
+    assert costs.flops(10) == of_chosen.flops(10) + 2 * routing
+
+
+@given(mixtures())
+def test_memory_counts_all_experts_and_work_those_that_compute(config):
+    checkpoint = checkpoint_of(config)
+    costs, shape = TokenCosts.of(checkpoint), ModelShape.of_config(config)
+    of_layers = sum(it.layer_parameters for it in shape.layers), sum(it.active_layer_parameters for it in shape.layers)
+    sparse = config["num_hidden_layers"] - config["first_k_dense_replace"]
+    others = config["num_hidden_layers"] * 2 * 64 + sparse * config["num_experts"] * 64 + 64 + 64_000
+    assert of_layers[0] == costs.parameters - others
+    assert of_layers[1] == costs.active_parameters - others
+    whole = dimensions_of(config)
+    assert abs(whole.body_parameters - of_layers[0]) <= 3 * 64 * config["num_hidden_layers"]
+    pruned = shape.pruned({"moe_intermediate_size": 8, "intermediate_size": 8})
+    expected = ModelShape.of_config({**config, "moe_intermediate_size": 8, "intermediate_size": 8})
+    assert pruned == expected
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    layers = {"num_hidden_layers": 2, "intermediate_size": 64, "first_k_dense_replace": 0}
+    return checkpoint_of({**CONFIG, **layers, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2})
+
+
+@pytest.mark.parametrize("setting", OTHERS)
+def test_what_is_not_possible_is_refused_by_name(checkpoint, setting):
+    method = Method(**OTHERS[setting])
+    with pytest.raises(UserError, match=f"here: new_moe is a mixture of experts, with which {setting}: "):
+        check_ratios(checkpoint, [0.2], method, "here")
+
+
+@pytest.mark.parametrize("setting", OTHERS)
+def test_a_method_that_adapts_is_left_out_with_a_remark(checkpoint, setting):
+    try:
+        method = Method(**{**OTHERS[setting], "adapts": True})
+    except ValidationError:
+        return  # where there is nothing that it might do without
+    assert not can_do(method, checkpoint)
+    (remark,) = remarks_on_shapes(checkpoint, [0.2], method, "here")
+    assert remark.startswith("here: left out, since the model is a mixture of experts; ") and setting in remark
+
+
+def test_the_methods_that_are_possible_are_listed():
+    """Of those that come with the project."""
+    folder = Path(__file__).parents[2] / "configs" / "methods"
+    methods = {file.stem: Method(**yaml.safe_load(file.read_text())) for file in folder.glob("*.yaml")}
+    told = (folder / "README.md").read_text().partition("are pruned by ")[2].partition("\n\n")[0]
+    possible = {name for name, method in methods.items() if not why_not_experts(method)}
+    assert {*re.findall(r"`([\w-]+)`", told)} == possible
+
+
+def test_ratios_that_come_to_one_shape_are_told(checkpoint):
+    method = Method(**LIKE_HFPRUNE)
+    check_ratios(checkpoint, [0.1, 0.3], method, "here")
+    with pytest.raises(UserError, match=r"ratios 0\.3 and 0\.301 would be the same checkpoint"):
+        check_ratios(checkpoint, [0.3, 0.301], method, "here")
+
+
+@pytest.mark.parametrize("name", sorted(CRITERIA))
+def test_further_criteria_are_those_that_neurons_of_experts_have_scores_by(checkpoint, name):
+    if CRITERIA[name].is_of_experts:
+        refuse_criteria(["entropy", name], checkpoint)
+    else:
+        with pytest.raises(UserError, match=f"importance.criteria: .*criterion: {name} isn't possible; entropy, "):
+            refuse_criteria(["entropy", name], checkpoint)

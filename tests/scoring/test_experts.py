@@ -1,0 +1,158 @@
+"""Neurons of experts, of shared ones and of dense layers beside them, from the stage's first window to its file."""
+
+import pytest
+import torch
+from damage import nothing_reaches_the_disk
+from families import EXPERTS, make_model, save_model
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from mixtures import COUNT, KIND, definition, experts_of
+from ranks import run_stage
+from safetensors.torch import load_file
+from tiny import importance_stage, write_documents
+from worlds import Death, Ranks, run_in_threads, without_deepspeed
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.core.criteria import CRITERIA
+from hfprune_dist.core.scores import student_keeps
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures.score_names import SCORES, score_name
+
+SEED, VOCABULARY = 3, 264
+NAMES = sorted(name for name, it in CRITERIA.items() if it.is_of_experts)
+DEFINED = ("cross_entropy", "entropy", "entropy_squared", "fisher", "fisher_signs", "self_distillation")
+# model_type -> what makes it have many experts, of which few tokens leave some without any.
+MANY_EXPERTS = 6 * COUNT
+MANY = {"mixtral": "num_local_experts", "deepseek_v3": "n_routed_experts", "gpt_oss": "num_local_experts"}
+
+
+@pytest.fixture(scope="module")
+def threads():
+    with pytest.MonkeyPatch.context() as patch, nothing_reaches_the_disk():
+        without_deepspeed(patch)
+        yield
+
+
+def stage_of(folder, model_type, criteria=NAMES, dtype="float32", calibration=None, **changes):
+    save_model(folder / "model", model_type, vocab_size=VOCABULARY, **changes)
+    write_documents(folder / "text.jsonl")
+    settings = {"samples": 4, "sequence_length": 12, "micro_batch_size": 1, "shard_size": 1, **(calibration or {})}
+    params = {"calibration": {**settings, "text_field": "text", "settled": None}, "criteria": list(criteria)}
+    return importance_stage(folder, model_type, {**params, "dtype": dtype, "add_bos_token": True, "seed": SEED})
+
+
+def files_of(store, stage):
+    return {file.name: file.read_bytes() for file in store.path(stage.id).glob("*.safetensors")}
+
+
+def weights_of(model, layer, output):
+    """Rows [matrices, units, hidden_size] that make the neurons of an output projection, and their columns."""
+    if output.endswith(".experts"):
+        experts = experts_of(model)[layer]
+        rows, columns = experts.gate_up_proj.data, experts.down_proj.data
+        if experts.is_transposed:
+            rows, columns = rows.mT, columns.mT
+            pair = [rows[:, 0::2], rows[:, 1::2]]
+        else:
+            pair = rows.chunk(2, dim=1)
+        return torch.stack([it.flatten(0, 1) for it in pair]), columns.mT.flatten(0, 1)
+    block = model.get_submodule(output.removesuffix(".down_proj"))
+    return torch.stack([block.gate_proj.weight.data, block.up_proj.weight.data]), block.down_proj.weight.data.T
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_scores_of_all_neurons_are_as_defined_in_every_family(tmp_path, model_type, threads):
+    store, stage = Store(tmp_path / "store"), stage_of(tmp_path, model_type)
+    run_in_threads(store, stage, Ranks(1))
+    scores = load_file(store.path(stage.id) / SCORES)
+    windows = load_file(store.path(stage.id) / "windows.safetensors")["input_ids"]
+    checkpoint, model = open_checkpoint(tmp_path / "model"), make_model(model_type, vocab_size=VOCABULARY)
+    places = {
+        (units.kind, layer): units.tensor(layer, units.output)
+        for units in checkpoint.pruned_kinds([NEURONS])
+        for layer, count in enumerate(units.counts)
+        if count
+    }
+    others = {place: name for place, name in places.items() if place[0] != KIND}
+    assert {layer for kind, layer in places if kind == KIND} == {*experts_of(model)}
+
+    def assert_scored(name, expected, tolerance=1e-4):
+        for (kind, layer), expected_U in expected.items():
+            ours_U = scores[score_name(layer, name, kind)]
+            assert (ours_U - expected_U).norm() <= tolerance * expected_U.norm(), (name, kind, layer)
+
+    weights = {place: weights_of(model, place[1], name) for place, name in places.items()}
+    norms = {place: columns.double().norm(dim=1) for place, (_, columns) in weights.items()}
+
+    def activations(some):
+        return {
+            place: it.sqrt() * norms[place]
+            for place, it in definition(model, some, "activation", others=others).items()
+        }
+
+    keeps = {place: student_keeps(scores_U) for place, scores_U in activations(windows[:1]).items()}
+    for name in DEFINED:
+        assert_scored(name, definition(model, windows, name, SEED, keeps=keeps, others=others))
+    assert_scored("activation", activations(windows))
+    sums = definition(model, windows, "activation", others=others)
+    absolute = {place: columns.double().abs().sum(1) for place, (_, columns) in weights.items()}
+    assert_scored("activation_l1", {place: it.sqrt() * absolute[place] for place, it in sums.items()})
+    squares = {place: rows.double().square().sum((0, 2)) + norms[place] ** 2 for place, (rows, _) in weights.items()}
+    assert_scored("magnitude", {place: it.sqrt() for place, it in squares.items()}, 1e-6)
+    assert_scored("entropy_bfloat16", definition(model, windows, "entropy", others=others), 2e-2)
+    without = {name for name, it in scores.items() if not len(it)}
+    assert len(scores) - len(without) == len(places) * len(NAMES)
+
+
+# The victim is counted among the ranks, and the collective before which it dies among its own.
+@settings(derandomize=True, deadline=None, max_examples=6)
+@example(model_type="mixtral", samples=5, tokens=8, micro_batch_size=1, shard_size=1, size=3, later=2, dies_at=0.9)
+@example(model_type="gpt_oss", samples=1, tokens=9, micro_batch_size=1, shard_size=1, size=2, later=1, dies_at=0.5)
+@given(
+    model_type=st.sampled_from(sorted(MANY)),
+    samples=st.integers(1, 5),
+    tokens=st.integers(8, 11),
+    micro_batch_size=st.integers(1, 2),
+    shard_size=st.integers(1, 2),
+    size=st.integers(2, 3),
+    later=st.integers(1, 3),
+    dies_at=st.floats(0, 0.999),
+)
+def test_experts_come_and_go_and_sums_have_the_same_bits_on_any_ranks_after_any_death(
+    tmp_path_factory, threads, model_type, samples, tokens, micro_batch_size, shard_size, size, later, dies_at
+):
+    folder = tmp_path_factory.mktemp("experts")
+    calibration = {"samples": samples, "sequence_length": tokens}
+    calibration |= {"micro_batch_size": micro_batch_size, "shard_size": shard_size}
+    stage = stage_of(folder, model_type, calibration=calibration, **{MANY[model_type]: MANY_EXPERTS})
+
+    def files(name, ranks):
+        store = Store(folder / name)
+        run_in_threads(store, stage, ranks)
+        return files_of(store, stage)
+
+    expected = files("one", Ranks(1))
+    ranks = Ranks(size)
+    assert files("many", ranks) == expected
+    victim = samples % size
+    with pytest.raises(Death):
+        files("killed", Ranks(size, deaths={victim: int(dies_at * len(ranks.logs[victim]))}))
+    assert files("killed", Ranks(later)) == expected
+    if samples * tokens * 2 < MANY_EXPERTS:  # a token goes to two of them
+        scores = load_file(Store(folder / "one").path(stage.id) / SCORES)
+        activations = torch.cat([it for name, it in scores.items() if name.endswith(f"{KIND}.activation")])
+        assert (activations == 0).any() and (activations > 0).any()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "checkpointing"),
+    [("qwen2_moe", "float32", False), ("deepseek_v3", "bfloat16", True), ("gpt_oss", "float32", True)],
+)
+def test_two_sharded_ranks_have_the_bits_of_one(tmp_path, model_type, dtype, checkpointing):
+    stage = stage_of(tmp_path, model_type, ["activation", "entropy", "fisher_signs", "self_distillation"], dtype)
+    stores = {ranks: Store(tmp_path / f"on {ranks}") for ranks in (1, 2)}
+    for ranks, store in stores.items():
+        result = run_stage(store, stage, ranks, activation_checkpointing=checkpointing and ranks == 2)
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert files_of(stores[1], stage) == files_of(stores[2], stage)
