@@ -94,7 +94,9 @@ def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels
                 captured.append((hidden, masked))
             return (masked.view_as(inputs[0]),)
 
-        teacher = model(input_ids=window[None]).logits[0].detach()
+        teacher = None
+        if criterion == "self_distillation":
+            teacher = model(input_ids=window[None]).logits[0].detach()
         hooked = {*projections, *(layer.get_submodule(NEURONS) for layer in layers if keeps is not None)}
         handles = [module.register_forward_pre_hook(keep) for module in hooked]
         logits = model(input_ids=window[None]).logits[0]

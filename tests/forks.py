@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import signal
 import sys
@@ -63,6 +64,7 @@ def _fork(rank: int, size: int, action: Callable[[World], None], folder: Path) -
     if child:
         return child
     code = 1
+    gc.freeze()  # what the parent has made is never collected, and so stays shared with it
     try:
         torch.set_num_threads(1)  # the parent's thread pool did not survive the fork
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}

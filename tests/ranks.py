@@ -85,7 +85,7 @@ def run_ranks(
     Args:
         torchrun: whether ranks are interpreters that torchrun starts, and not forks (fork_server.py).
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launcher = _torchrun(ranks) if torchrun or ranks > 1 else []
     script = ROOT / "launch" / "stage" / "run.py"
     command = [sys.executable, *launcher, str(script), str(store.root), stage.id]
     return subprocess.run(
@@ -98,11 +98,14 @@ def run_ranks(
     )
 
 
+def _torchrun(ranks: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+
+
 def result_of(script: Path, ranks: int, *arguments: str) -> Any:
     """What a script prints behind "result: " as JSON, on one of the ranks on which torchrun runs it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     result = subprocess.run(
-        forked([sys.executable, *launcher, str(script), *arguments]),
+        forked([sys.executable, *_torchrun(ranks), str(script), *arguments]),
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
         capture_output=True,
         text=True,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,16 @@ class Operations:
 
     @property
     def total(self) -> float:
-        return float(sum(astuple(self)))
+        return float(sum(self._all()))
 
     def __add__(self, other: Operations) -> Operations:
-        return Operations(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Operations(*map(operator.add, self._all(), other._all()))
 
     def __mul__(self, times: float) -> Operations:
-        return Operations(*(times * it for it in astuple(self)))
+        return Operations(*(times * it for it in self._all()))
+
+    def _all(self) -> Iterable[float]:
+        return vars(self).values()  # astuple copies each, which takes most of what a plan's costs take
 
     def shared(self) -> Operations:
         """The same where ranks share even what each usually repeats."""

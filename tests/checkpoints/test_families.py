@@ -288,25 +288,25 @@ def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
     """ZeRO-3 over two real ranks, for all families in one pair of processes."""
     checkpoints = {name: checkpoint_of(name) for name in FAMILIES | SEEING}
 
-    def sums_of(name, world, numbers):
+    def sums_of(name, world, *ranks):
+        """Those of each of some ranks."""
         scorer = scorer_of(checkpoints[name], world)
-        sums = scorer.score([range(number, number + 1) for number in numbers])
+        sums = [scorer.score([range(number, number + 1) for number in (rank, rank + 2)]) for rank in ranks]
         scorer.release()
-        return {kind: it.exact["entropy"] for kind, it in sums.kinds.items()}
+        return [{kind: it.exact["entropy"] for kind, it in of_rank.kinds.items()} for of_rank in sums]
 
     def act(world):
         from hfprune_dist.distributed.zero3 import init_deepspeed
 
         init_deepspeed(world)
-        found = {name: sums_of(name, world, [world.rank, world.rank + 2]) for name in checkpoints}
-        torch.save(found, tmp_path / f"{world.rank}.pt")
+        torch.save({name: sums_of(name, world, world.rank) for name in checkpoints}, tmp_path / f"{world.rank}.pt")
 
     assert on_ranks(2, act).codes == [0, 0]
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        for name in checkpoints:
-            for kind, expected in sums_of(name, SoloWorld(), [rank, rank + 2]).items():
-                assert torch.equal(found[name][kind], expected), (name, kind)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name in checkpoints:
+        for rank, expected in enumerate(sums_of(name, SoloWorld(), 0, 1)):
+            (sums,) = found[rank][name]
+            assert all(torch.equal(sums[kind], it) for kind, it in expected.items()), (rank, name)
 
 
 def test_the_readme_lists_what_is_covered(checkpoint_of, capsys):

@@ -17,6 +17,7 @@ Not in the model: names that reach the disk in another order, writes of single b
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -261,7 +262,7 @@ class State:
             file = self.names[name]
             digest.update(f"\n{name}\0{-1 if file == FOLDER else places[file]}\0".encode())
             if file != FOLDER:
-                digest.update(self.contents[file][0])
+                digest.update(_digest(self.contents[file][0]))
         return digest.hexdigest()
 
     def __str__(self) -> str:
@@ -349,6 +350,13 @@ def _with_losses(
             yield State(at, named, told, names, latest | lost, marks)
 
 
+# A file's content, and what is left of it, is that of many states.
+@functools.lru_cache(maxsize=4096)
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+@functools.lru_cache(maxsize=4096)
 def _lose(safe: bytes, latest: bytes, loss: str) -> bytes:
     """What is left of a file that held ``safe`` when it was fsynced, and ``latest`` at the end."""
     kept = len(safe) if latest.startswith(safe) else 0

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from ranks import ROOT
+from fork_server import forked
+from ranks import FAULTS, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -25,9 +26,8 @@ def reports(tmp_path_factory):
     file = tmp_path_factory.mktemp("campaign") / "reports.json"
     draw = [] if os.environ.get("HFPRUNE_CRASHES") == "all" else ["--draw", str(DRAWN)]
     subprocess.run(
-        [sys.executable, "-m", "faults.campaign", *SUBJECTS, *BROKEN, *draw, "--json", str(file)],
-        cwd=ROOT / "tests",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        forked([sys.executable, FAULTS / "campaign.py", *SUBJECTS, *BROKEN, *draw, "--json", file]),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
         stdout=subprocess.DEVNULL,
         check=False,
     )

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 RIVALS = ["wanda-sp", "llm-pruner", "flap", "sdmprune", "lorap"]
 
 OWN = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune,loraprune", "--set", "runtime.ranks=1"]
+FEW_STEPS = ["--set", "recovery.max_steps=2"]
 PROJECTIONS = [f"self_attn.{name}_proj" for name in "qkvo"]
 EFFICIENCY = [
     word
@@ -100,7 +101,7 @@ def test_flap_is_recovered_and_its_biases_stay(config, finished, tmp_path, ranks
     out = tmp_path / "out"
     shutil.copytree(finished[0] / "store", out / "store")
     method = ["--models", "alpha", "--ratios", "0.2", "--methods", "flap", "--set", f"runtime.ranks={ranks}"]
-    finish(config, out, *method, "--set", "recovery.method=lora", "--set", "runtime.sharding=zero3")
+    finish(config, out, *method, *FEW_STEPS, "--set", "recovery.method=lora", "--set", "runtime.sharding=zero3")
     (row,) = [it for it in results(out) if it["method"] == "flap"]
     (pruned,) = [it for it in results(finished[0]) if it["method"] == "flap"]
     assert row["parameters"] == pruned["parameters"] and row["kl"] != pruned["kl"]
@@ -177,7 +178,8 @@ def recovered(config, tmp_path_factory):
     """Of a sweep with no other method, so that no criterion needs the calibration pass; weights are sharded."""
     out = tmp_path_factory.mktemp("recovered") / "out"
     asked = ["--models", "alpha", "--ratios", "0.4", "--methods", "lorap", "--set", "efficiency.enabled=true"]
-    finish(config, out, *asked, *EFFICIENCY, "--set", "evaluation.tasks=[]", "--set", "runtime.sharding=zero3")
+    sharded = [*FEW_STEPS, "--set", "evaluation.tasks=[]", "--set", "runtime.sharding=zero3"]
+    finish(config, out, *asked, *EFFICIENCY, *sharded)
     return out
 
 

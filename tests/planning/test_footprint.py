@@ -216,8 +216,8 @@ def test_memory_of_the_calibration_pass(losses, checkpointing, groups, monkeypat
     if checkpointing:
         checkpoint_activations(model, FAMILIES["llama"])
     # What is the same for every model would hide all else of one this small.
-    for module, name in ((blocks, "CACHE_BYTES"), (head, "CHUNK_BYTES")):
-        monkeypatch.setattr(module, name, 1)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(blocks, "CACHE_BYTES", 2**12)
     monkeypatch.setattr(product_footprint, "ACCELERATOR_BYTES", 0)
     for name, left in (("HEAD_CHUNK_BYTES", 0), ("ACCELERATOR_BYTES", 0), ("ROUNDED_BYTES", 0)):
         monkeypatch.setattr(footprint, name, left)
@@ -358,8 +358,9 @@ def test_matrices_of_both_kinds_wait_while_one_is_eliminated():
     assert both.memory(dims, 8).sums - few.memory(dims, 8).sums == more + 8 * 4096**2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dims", [(64, 1024), (256, 512)], ids=["wide", "square"])
+@pytest.mark.parametrize(
+    ("dims", "dtype"), [((64, 1024), torch.float32), ((256, 512), torch.bfloat16)], ids=["wide", "square"]
+)
 @pytest.mark.parametrize(
     ("kind", "rank", "ranks", "groups"),
     [

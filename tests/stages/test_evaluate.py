@@ -115,8 +115,8 @@ def make_reference(store, inputs, dense, dtype, name):
     return stage
 
 
-def finish(store, stage, ranks, torchrun=False):
-    result = run_ranks(store, stage, ranks, torchrun=torchrun, environment={"HF_HUB_OFFLINE": "1"})
+def finish(store, stage, ranks):
+    result = run_ranks(store, stage, ranks, environment={"HF_HUB_OFFLINE": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
     assert store.verify(stage.id, thorough=True).state == "done"
     return store.manifest(stage.id)["metrics"]
@@ -174,7 +174,7 @@ def test_results(uninterrupted):
 @pytest.mark.slow
 def test_two_ranks_have_the_bits_of_one(inputs, uninterrupted, tmp_path):
     store = Store(tmp_path)
-    metrics = finish(store, write_stage_file(store, inputs, ALL_TASKS), ranks=2, torchrun=True)
+    metrics = finish(store, write_stage_file(store, inputs, ALL_TASKS), ranks=2)
     assert metrics == uninterrupted[0]
 
 

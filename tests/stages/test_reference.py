@@ -104,8 +104,8 @@ def test_states_are_kept_in_the_dtype_that_they_are_computed_in(source, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "torchrun"), [(2, True), (6, False)])
-def test_several_ranks_have_the_bits_of_one(source, uninterrupted, tmp_path, ranks, torchrun):
+@pytest.mark.parametrize(("ranks", "torchrun"), [(1, True), (2, False), (6, False)])
+def test_any_number_of_ranks_has_the_bits_of_one(source, uninterrupted, tmp_path, ranks, torchrun):
     """Of two ranks one has a window less; of six, one has none."""
     store = Store(tmp_path)
     result = run_stage(store, held_out(source), ranks, torchrun=torchrun)
