@@ -7,7 +7,6 @@ only G = E[h h^T]: W' = (W G[:, S] + ridge' W_S) (G[S, S] + ridge' I)^-1. No bia
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -17,26 +16,45 @@ from torch import Tensor
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
-class LeastSquares:
-    """The problem on some tokens, from which every ridge's weight and any weight's error follow.
+class Projection:
+    """An output projection on some tokens, from which the problem of every choice of kept channels follows.
 
     Args:
-        weight_CD: the layer's weight before pruning [hidden_size, channels].
-        gram_DD: float64, the mean (or sum) of h h^T over tokens, of all channels; not held on to.
-        kept: ascending int64 indices of those that stay.
-
-    Attributes:
-        old_CK: the columns of ``weight_CD`` that stay.
-        gram_KK: what ``gram_DD`` has of the channels that stay.
+        weight_CD: before pruning [hidden_size, channels].
+        gram_DD: float64, the mean (or sum) of h h^T over tokens, of all channels.
     """
 
-    def __init__(self, weight_CD: Tensor, gram_DD: Tensor, kept: Tensor) -> None:
-        weight_CD = weight_CD.to(gram_DD)
-        outputs_CD = weight_CD @ gram_DD  # E[W h h^T]
-        self._energy = (outputs_CD * weight_CD).sum()
-        self._cross_CK = outputs_CD[:, kept]
-        self.gram_KK = gram_DD[kept[:, None], kept]
-        self.old_CK = weight_CD[:, kept]
+    def __init__(self, weight_CD: Tensor, gram_DD: Tensor) -> None:
+        self._weight_CD = weight_CD.to(gram_DD)
+        self._gram_DD = gram_DD
+        self._outputs_CD = self._weight_CD @ gram_DD  # E[W h h^T]
+        self._energy = (self._outputs_CD * self._weight_CD).sum()
+
+    def keeping(self, kept: Tensor) -> LeastSquares:
+        """The problem where only some channels stay.
+
+        Args:
+            kept: their ascending int64 indices.
+        """
+        cross_CK, old_CK = self._outputs_CD[:, kept], self._weight_CD[:, kept]
+        return LeastSquares(self._energy, cross_CK, self._gram_DD[kept[:, None], kept], old_CK)
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """The problem on some tokens, from which every ridge's weight and any weight's error follow; all in float64.
+
+    Attributes:
+        energy: E||W h||^2, of all channels.
+        cross_CK: E[W h h_S^T].
+        gram_KK: E[h_S h_S^T].
+        old_CK: the columns of the weight before pruning that stay.
+    """
+
+    energy: Tensor
+    cross_CK: Tensor
+    gram_KK: Tensor
+    old_CK: Tensor
 
     def weight(self, ridge: float) -> Tensor:
         """The refitted weight [hidden_size, kept], float64; the old one where the kept channels are silent.
@@ -52,23 +70,24 @@ class LeastSquares:
         damped_KK.diagonal().add_(strength)
         factor_KK = torch.linalg.cholesky(damped_KK)
         del damped_KK
-        right_CK = self._cross_CK + strength * self.old_CK
+        right_CK = self.cross_CK + strength * self.old_CK
         return torch.cholesky_solve(right_CK.T, factor_KK).T.contiguous()
 
     def error(self, weight_CK: Tensor) -> float:
         """E||W h - W' h_S||^2 / E||W h||^2: the share of the output's energy that is lost; 0 where there is none."""
-        if self._energy == 0:
+        if self.energy == 0:
             return 0.0
-        explained = (weight_CK * (2 * self._cross_CK - weight_CK @ self.gram_KK)).sum()
-        return float((1 - explained / self._energy).clamp(min=0))
+        explained = (weight_CK * (2 * self.cross_CK - weight_CK @ self.gram_KK)).sum()
+        return float((1 - explained / self.energy).clamp(min=0))
 
     def mixed(self, other: LeastSquares, share: float) -> LeastSquares:
         """The same problem on the tokens of both, where both have means; ``share`` of them are the other's."""
-        both = copy(self)
-        both._energy = self._energy.lerp(other._energy, share)
-        both._cross_CK = self._cross_CK.lerp(other._cross_CK, share)
-        both.gram_KK = self.gram_KK.lerp(other.gram_KK, share)
-        return both
+        return LeastSquares(
+            self.energy.lerp(other.energy, share),
+            self.cross_CK.lerp(other.cross_CK, share),
+            self.gram_KK.lerp(other.gram_KK, share),
+            self.old_CK,
+        )
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class Search:
             later = [it for it in (*dropped[rank:], *range(len(self.model.layers))) if it not in dropped[:rank]]
             contenders = list(dict.fromkeys(later))[: CONTENDERS if rank else None]
             candidates = [self._without([*dropped[:rank], layer]) for layer in contenders]
-            flops += self._measured(candidates, tokens, self._every, None)
+            flops += self._measured(candidates, tokens, self._every, None, checked=rank > 0)
         return flops
 
     def _grid(self) -> Operations:
@@ -157,17 +157,26 @@ class Search:
         fitted = windows if self.params.refit != "none" else None
         again = MEASUREMENTS - 1 + any(LAYERS_ALONE.fullmatch(name) for name in self.told.get("search_kl", {}))
         flops = self._measured(candidates, tokens, self._every, fitted)
-        return flops + self._measured([], tokens, self._every, fitted) * again
+        return flops + self._measured([], tokens, self._every, fitted, checked=True) * again
 
-    def _measured(self, candidates: Sequence[Candidate], tokens: int, every: int, fitted: Windows | None) -> Operations:
+    def _measured(
+        self,
+        candidates: Sequence[Candidate],
+        tokens: int,
+        every: int,
+        fitted: Windows | None,
+        *,
+        checked: bool = False,
+    ) -> Operations:
         """One pass layer by layer of all candidates, their logits and the dense model's.
 
         Args:
             tokens: on which they are compared, one in ``every`` of them at the head.
-            fitted: windows that a cheap refit sees; None without one: then one micro-batch goes along.
+            fitted: windows that a cheap refit sees; None without one: then one micro-batch goes along to check layers.
+            checked: whether they were checked before, and none goes along.
         """
         length, outputs = self.windows.length, self.model.hidden_size
-        along = self.windows.micro_batch * length if fitted is None else fitted.tokens
+        along = self.windows.micro_batch * length * (not checked) if fitted is None else fitted.tokens
         models = 1 + len(set(map(tuple, candidates)))
         flops = Operations(tokens / every * models * 2 * outputs * self.model.layers[0].vocabulary)
         for number, dims in enumerate(self.model.layers):
@@ -220,6 +229,6 @@ def _cheap_fits(dims: Dimensions, choices: set[tuple[Dimensions, int]], kv_group
         kept = [size for size, _ in sorted(sizes) if size < channels]
         if kept:
             tried = least_squares_for(dims.hidden_size, channels, kept[0], problems=2, ridges=RIDGES, errors=RIDGES)
-            each = [least_squares_for(dims.hidden_size, channels, it, problems=1, ridges=1, errors=0) for it in kept]
+            each = [least_squares_for(dims.hidden_size, channels, it, problems=0, ridges=1, errors=0) for it in kept]
             flops += sum((it.shared() for it in each), tried)
     return flops

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hfprune_dist.core.least_squares import LeastSquares
+from hfprune_dist.core.least_squares import Projection
 from hfprune_dist.core.selection import entries_of, top_units_of_each
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.layer_stream import LayerStream
@@ -52,11 +52,11 @@ class CheapFits:
 
     Args:
         kinds: in the order of a choice's numbers.
-        stream: windows before the first layer.
+        stream: windows before the first layer; None where nothing is fitted and layers need no check.
         refit: whether output projections are fitted, on the stream's windows that are not held out.
     """
 
-    def __init__(self, kinds: Sequence[Scored], stream: LayerStream, refit: bool, world: World) -> None:
+    def __init__(self, kinds: Sequence[Scored], stream: LayerStream | None, refit: bool, world: World) -> None:
         self._kinds = kinds
         self._stream = stream
         self._refit = refit
@@ -64,11 +64,11 @@ class CheapFits:
 
     def weights(self, number: int, layer: nn.Module, choices: Sequence[Choice]) -> Mapping[Choice, Weights]:
         """See ``Variants``; ranks share the solving."""
-        if self._refit:
-            grams: Mapping[str, Grams | None] = self._stream.grams(number, layer, [it.units for it in self._kinds])
+        grams: Mapping[str, Grams] = {}
+        if self._refit and self._stream is not None:
+            grams = self._stream.grams(number, layer, [it.units for it in self._kinds])
         else:
-            self._stream.advance(layer)
-            grams = {it.units.kind: None for it in self._kinds}
+            self.go_past(layer)
         of_kinds = [
             self._of_kind(number, layer, scored, sorted({choice[place] for choice in choices}), grams)
             for place, scored in enumerate(self._kinds)
@@ -84,15 +84,16 @@ class CheapFits:
 
     def go_past(self, layer: nn.Module) -> None:
         """See ``Variants``."""
-        self._stream.advance(layer)
+        if self._stream is not None:
+            self._stream.advance(layer)
 
     def _of_kind(
-        self, number: int, layer: nn.Module, scored: Scored, counts: Sequence[int], grams: Mapping[str, Grams | None]
+        self, number: int, layer: nn.Module, scored: Scored, counts: Sequence[int], grams: Mapping[str, Grams]
     ) -> dict[int, Weights]:
         """What the layer's units of one kind own, for every number of them."""
         units, most = scored.units, len(scored.scores[number])
         kept = {count: scored.kept(number, count) for count in counts if count < most}
-        of_kind = grams[units.kind]
+        of_kind = grams.get(units.kind)
         fitted = self._fitted(layer, units, kept, of_kind) if of_kind is not None and kept else {}
         weights = {most: weights_kept(layer, units)}
         for count, kept_K in kept.items():
@@ -108,16 +109,16 @@ class CheapFits:
         channels = {count: entries_of(kept_K, units.channels_per_unit) for count, kept_K in kept.items()}
         on_device = {count: channels_K.to(weight_CD.device) for count, channels_K in channels.items()}
         fewest_K = on_device[min(on_device)]
-        held_out = LeastSquares(weight_CD, grams.held_out_DD, fewest_K)
-        best, _ = ridge_of_all_ranks(LeastSquares(weight_CD, grams.fitted_DD, fewest_K), held_out, self._world)
+        held_out = Projection(weight_CD, grams.held_out_DD).keeping(fewest_K)
+        fitted = Projection(weight_CD, grams.fitted_DD)
+        best, _ = ridge_of_all_ranks(fitted.keeping(fewest_K), held_out, self._world)
         del held_out
         empty = partial(weight_CD.new_empty, dtype=torch.float32)
         weights = {count: empty(len(weight_CD), len(channels_K)) for count, channels_K in on_device.items()}
         owners = {count: place % self._world.size for place, count in enumerate(on_device)}
         for count, owner in owners.items():
             if owner == self._world.rank:
-                problem = LeastSquares(weight_CD, grams.fitted_DD, on_device[count])
-                weights[count].copy_(problem.weight(best.ridge))
+                weights[count].copy_(fitted.keeping(on_device[count]).weight(best.ridge))
         for count, owner in owners.items():
             self._world.broadcast_tensor(weights[count], owner)
         return weights

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.least_squares import RIDGES, LeastSquares, Ridge, best_ridge
+from hfprune_dist.core.least_squares import RIDGES, LeastSquares, Projection, Ridge, best_ridge
 from hfprune_dist.distributed.gram_sums import Grams
 from hfprune_dist.distributed.world import World
 from hfprune_dist.refit.refitted_layers import ProjectionFit
@@ -83,7 +83,9 @@ def _like(weight_CK: Tensor) -> Tensor:
 
 def _problems(weight_CD: Tensor, grams: Grams, kept: Tensor) -> tuple[LeastSquares, LeastSquares]:
     """On the windows that are fitted, and on those that are held out."""
-    fitted, held_out = (LeastSquares(weight_CD, gram_DD, kept) for gram_DD in (grams.fitted_DD, grams.held_out_DD))
+    fitted, held_out = (
+        Projection(weight_CD, gram_DD).keeping(kept) for gram_DD in (grams.fitted_DD, grams.held_out_DD)
+    )
     return fitted, held_out
 
 

@@ -62,11 +62,14 @@ class Measured:
         context, checkpoint, windows_ST = self.context, self.checkpoint, self.windows_ST
         name, size = context.params.forward_pass()
         probe = probe_of(context, checkpoint, windows_ST)
-        # Without a refit, the probe's micro-batch alone goes along, to check that layers are the model's.
+        # Without a refit, the probe's micro-batch alone goes along, once, to check that layers are the model's.
         through_ST = windows_ST if refit else probe.micro_batch_of(windows_ST, size)
+        is_checked = False
 
         def variants() -> Variants:
-            stream = stream_of(context, checkpoint, through_ST, probe)
+            nonlocal is_checked
+            stream = None if is_checked and not refit else stream_of(context, checkpoint, through_ST, probe)
+            is_checked = True
             return CheapFits(self.kinds, stream, refit, context.world)
 
         return Measurement(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hfprune_dist.core.least_squares import LeastSquares, best_ridge
+from hfprune_dist.core.least_squares import Projection, best_ridge
 
 D, C, T = 12, 5, 300
 
@@ -18,21 +18,21 @@ KEPT = torch.tensor([0, 2, 3, 7, 8, 11])
 
 def test_without_a_ridge_it_is_least_squares():
     hidden = activations()
-    refitted = LeastSquares(WEIGHT, hidden.T @ hidden, KEPT).weight(ridge=0.0)
+    refitted = Projection(WEIGHT, hidden.T @ hidden).keeping(KEPT).weight(ridge=0.0)
     expected = torch.linalg.lstsq(hidden[:, KEPT], hidden @ WEIGHT.T).solution.T
     torch.testing.assert_close(refitted, expected)
 
 
 def test_a_large_ridge_keeps_the_weight():
     hidden = activations()
-    refitted = LeastSquares(WEIGHT, hidden.T @ hidden / T, KEPT).weight(ridge=1e9)
+    refitted = Projection(WEIGHT, hidden.T @ hidden / T).keeping(KEPT).weight(ridge=1e9)
     torch.testing.assert_close(refitted, WEIGHT[:, KEPT], rtol=1e-6, atol=1e-6)
 
 
 def test_keeping_everything_changes_nothing():
     hidden = activations()
     everything = torch.arange(D)
-    refitted = LeastSquares(WEIGHT, hidden.T @ hidden / T, everything).weight(ridge=1e-2)
+    refitted = Projection(WEIGHT, hidden.T @ hidden / T).keeping(everything).weight(ridge=1e-2)
     torch.testing.assert_close(refitted, WEIGHT)
 
 
@@ -40,13 +40,13 @@ def test_the_scale_of_the_gram_matrix_does_not_matter():
     hidden = activations()
     gram = hidden.T @ hidden
     torch.testing.assert_close(
-        LeastSquares(WEIGHT, gram, KEPT).weight(1e-2), LeastSquares(WEIGHT, gram / T, KEPT).weight(1e-2)
+        Projection(WEIGHT, gram).keeping(KEPT).weight(1e-2), Projection(WEIGHT, gram / T).keeping(KEPT).weight(1e-2)
     )
 
 
 def test_error_is_the_lost_share_of_the_outputs_energy():
     hidden = activations()
-    problem = LeastSquares(WEIGHT, hidden.T @ hidden, KEPT)
+    problem = Projection(WEIGHT, hidden.T @ hidden).keeping(KEPT)
     new = problem.weight(1e-2)
     output, pruned = hidden @ WEIGHT.T, hidden[:, KEPT] @ new.T
     expected = (output - pruned).square().sum() / output.square().sum()
@@ -59,7 +59,7 @@ def test_a_silent_mlp_stays_as_it_is(silent):
     """Layers that were added with zeros, for example."""
     weight_CD, gram_DD, kept = torch.randn(4, 6), torch.eye(6, dtype=torch.float64), torch.tensor([0, 2, 5])
     (gram_DD if silent == "activations" else weight_CD).zero_()
-    problem = LeastSquares(weight_CD, gram_DD, kept)
+    problem = Projection(weight_CD, gram_DD).keeping(kept)
     best = best_ridge(problem, problem)
     assert torch.equal(best.weight_CK, weight_CD[:, kept].double())
     assert problem.error(problem.weight(best.ridge)) == 0.0
@@ -68,7 +68,9 @@ def test_a_silent_mlp_stays_as_it_is(silent):
 def test_held_out_tokens_choose_more_ridge_where_samples_are_few():
     def chosen(tokens):
         few, held_out = activations(seed=3, tokens=tokens), activations(seed=4)
-        fitted, judge = (LeastSquares(WEIGHT, hidden.T @ hidden / len(hidden), KEPT) for hidden in (few, held_out))
+        fitted, judge = (
+            Projection(WEIGHT, hidden.T @ hidden / len(hidden)).keeping(KEPT) for hidden in (few, held_out)
+        )
         best = best_ridge(fitted, judge, ridges=(1e-6, 1e-2, 1e-1))
         assert torch.equal(best.weight_CK, fitted.weight(best.ridge)) and best.error == judge.error(best.weight_CK)
         return best.ridge
@@ -79,8 +81,8 @@ def test_held_out_tokens_choose_more_ridge_where_samples_are_few():
 def test_problems_of_two_parts_of_the_tokens_make_that_of_all():
     hidden = activations()
     parts = (hidden[:200], hidden[200:])
-    fitted, held_out = (LeastSquares(WEIGHT, part.T @ part / len(part), KEPT) for part in parts)
-    mixed, whole = fitted.mixed(held_out, 100 / 300), LeastSquares(WEIGHT, hidden.T @ hidden / T, KEPT)
+    fitted, held_out = (Projection(WEIGHT, part.T @ part / len(part)).keeping(KEPT) for part in parts)
+    mixed, whole = fitted.mixed(held_out, 100 / 300), Projection(WEIGHT, hidden.T @ hidden / T).keeping(KEPT)
     torch.testing.assert_close(mixed.weight(1e-2), whole.weight(1e-2))
     assert mixed.error(WEIGHT[:, KEPT]) == pytest.approx(whole.error(WEIGHT[:, KEPT]))
     torch.testing.assert_close(mixed.gram_KK, whole.gram_KK)

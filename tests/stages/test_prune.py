@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.core.least_squares import LeastSquares
+from hfprune_dist.core.least_squares import Projection
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.refit import gauss_newton_ranks as reconstruct
 from hfprune_dist.refit.measurement import Measurement
@@ -139,7 +139,7 @@ def test_refit_on_dense_activations_is_least_squares(tmp_path):
         hidden = inside(dense, windows, number)["hidden"]
         ridge = metrics["refit_ridge"][number]
         weight = layer.mlp.down_proj.weight.double()
-        expected = LeastSquares(weight, hidden.T @ hidden, torch.tensor(kept[number])).weight(ridge)
+        expected = Projection(weight, hidden.T @ hidden).keeping(torch.tensor(kept[number])).weight(ridge)
         found = refitted.model.layers[number].mlp.down_proj.weight.data
         torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-4)
         assert metrics["refit_error_after"][number] < metrics["refit_error_before"][number]

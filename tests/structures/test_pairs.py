@@ -31,7 +31,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.method import OF_A_STUDENT, Method
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.elimination import elimination_scores
-from hfprune_dist.core.least_squares import LeastSquares
+from hfprune_dist.core.least_squares import Projection
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm
@@ -253,7 +253,7 @@ def test_pairs_go_through_budget_allocation_refit_and_surgery(
             assert torch.equal(after.gate_proj.weight.float(), before.gate_proj.weight[channels])
         if method.refit == "dense":
             hidden, weight = activations(dense, windows, number), before.down_proj.weight.detach().double()
-            expected = LeastSquares(weight, hidden.T @ hidden, channels).weight(metrics["refit_ridge"][number])
+            expected = Projection(weight, hidden.T @ hidden).keeping(channels).weight(metrics["refit_ridge"][number])
             torch.testing.assert_close(after.down_proj.weight.detach(), expected.float(), rtol=1e-2, atol=1e-3)
     for before, after in zip(metrics.get("refit_error_before", []), metrics.get("refit_error_after", []), strict=True):
         assert after <= before + 1e-9
