@@ -93,6 +93,7 @@ def discover(
         heads=attention.heads,
         any_heads=config["hidden_size"] % int(config["num_attention_heads"]) != 0,
         found=frozenset(name for name in of_layers | outside | of_head if not name.endswith(BUFFERS)),
+        keeps_apart=search.keeps_apart(parts, attention, outside),
         experts=experts,
         dense_layers=bool(plain),
         **attention.names(),
@@ -226,6 +227,13 @@ class _Search:
         found = {name for name, shape in self._shapes.items() if name.endswith(".weight") and list(shape) == wanted}
         names = {name.removesuffix(".weight") for name in found if not name.startswith(f"{body}.")}
         return names.pop() if len(names) == 1 else _HEADS.get(str(self._config["model_type"]), "lm_head")
+
+    def keeps_apart(self, parts: Sequence[Shapes], attention: Attention, outside: set[str]) -> bool:
+        """See ``Family``. Layers without attention go on from one sequence to the next, and models with a table of
+        positions count these themselves.
+        """
+        everywhere = all(any(name.startswith(f"{attention.name}.") for name in there) for there in parts)
+        return everywhere and not any(f".{_POSITIONS}." in name for name in outside)
 
     def check_outside(self, outside: set[str], known: set[str]) -> None:
         """Refuse what works between layers, which passes through one layer at a time know nothing of."""

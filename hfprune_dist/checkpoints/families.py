@@ -42,6 +42,7 @@ class Family:
         mlp_norm_after, attention_norm_after: that which the block's outputs go through.
         found: of a family that isn't listed, the names of all tensors that a model has.
         task: what the name of its class of transformers ends with.
+        keeps_apart: whether sequences that share a row don't see each other where their positions begin anew.
         whole_groups: why its KV groups can't be pruned; empty: they can.
         no_sequence: why its blocks can't be refitted one after another; empty: they can.
         experts: of one whose layers, or some of them, have experts in place of one MLP.
@@ -72,6 +73,7 @@ class Family:
     any_heads: bool = True
     found: frozenset[str] = frozenset()
     task: str = CAUSAL
+    keeps_apart: bool = True
     whole_groups: str = ""
     no_sequence: str = ""
     experts: Experts | None = None

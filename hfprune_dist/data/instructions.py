@@ -191,10 +191,33 @@ def fill_rows(
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def save_rows(file: Path, encoded: Sequence[Pair | None], sequence_length: int, pad: int, seed: int) -> RowCounts:
+@dataclass(frozen=True)
+class Packing:
+    """How pairs become rows.
+
+    Attributes:
+        sequence_length: tokens of a row.
+        pad: token behind the pairs.
+        seed: of the order.
+        shares: whether pairs may share a row; else each has one to itself.
+    """
+
+    sequence_length: int
+    pad: int
+    seed: int
+    shares: bool = True
+
+    def assigned(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices of the pairs of each row."""
+        if not self.shares:
+            return [[pair] for pair in range(len(lengths))]
+        return assign_rows(lengths, self.sequence_length, self.seed)
+
+
+def save_rows(file: Path, encoded: Sequence[Pair | None], packing: Packing) -> RowCounts:
     """Pack the usable pairs (at least one) into rows and write them; the file appears whole or not at all."""
     pairs = [pair for pair in encoded if pair is not None]
-    rows = assign_rows([len(pair.input_ids_T) for pair in pairs], sequence_length, seed)
+    rows = packing.assigned([len(pair.input_ids_T) for pair in pairs])
     tokens = sum(len(pair.input_ids_T) for pair in pairs)
     counts = RowCounts(
         pairs=len(pairs),
@@ -202,9 +225,10 @@ def save_rows(file: Path, encoded: Sequence[Pair | None], sequence_length: int, 
         rows=len(rows),
         tokens=tokens,
         trained_tokens=tokens - sum(pair.prompt_length for pair in pairs),
-        packing_efficiency=tokens / (len(rows) * sequence_length),
+        packing_efficiency=tokens / (len(rows) * packing.sequence_length),
     )
-    save_tensors(fill_rows(pairs, rows, sequence_length, pad), file, {"counts": json.dumps(asdict(counts))})
+    arrays = fill_rows(pairs, rows, packing.sequence_length, packing.pad)
+    save_tensors(arrays, file, {"counts": json.dumps(asdict(counts))})
     return counts
 
 

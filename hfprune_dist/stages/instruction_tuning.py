@@ -15,6 +15,7 @@ from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.data.instructions import (
     PackedRows,
+    Packing,
     Pair,
     RowCounts,
     encode_for,
@@ -95,12 +96,14 @@ def _rows_key(context: Context, settings: RecoveryConfig) -> str:
     """Names the packed rows by what they depend on: the pairs, how they are cut, and the tokenizer's files."""
     checkpoint = open_checkpoint(context.input_path("model"))
     hashes = FileHashes(None)
+    alone = {} if checkpoint.family.keeps_apart else {"pairs_of_a_row": 1}
     content = {
         "version": STAGE_VERSIONS["recover"],
         "settings": settings.model_dump(include=ROW_SETTINGS, exclude={"path"}),
         "seed": context.params.seed,
         "instructions": context.stage.inputs["instructions"].identity if context.has_input("instructions") else None,
         "architecture": checkpoint.config["model_type"],  # transformers chooses the tokenizer's class by it
+        **alone,
         "tokenizer": hashes.of_files(checkpoint.path, checkpoint.tokenizer_files),
     }
     return f"{digest_of(content)[:20]}.safetensors"
@@ -116,6 +119,7 @@ class _Collector:
         self._settings = settings
         self._progress = context.progress
         self._where = f"recovery {path or settings.dataset}"
+        self._shares = open_checkpoint(model).family.keeps_apart
         self._tokenizer = load_tokenizer(model)
         require_eos(self._tokenizer, model)
         self._texts = self._read_texts(path)
@@ -137,7 +141,7 @@ class _Collector:
         length = self._settings.sequence_length
         if not any(self._encoded):
             raise nothing_to_train_on(len(self._encoded), length, self._where)
-        save_rows(file, self._encoded, length, self._tokenizer.eos_token_id, self._seed)
+        save_rows(file, self._encoded, Packing(length, self._tokenizer.eos_token_id, self._seed, self._shares))
 
     def _read_texts(self, path: Path | None) -> Iterator[tuple[str, str]]:
         settings = self._settings

@@ -35,8 +35,6 @@ from hfprune_dist.structures.kept import Kept
 
 README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
 CPU = torch.device("cpu")
-# Where pairs that share a row of training do so, as the README says.
-SEE_EACH_OTHER = {"lfm2", "qwen3_5_text", "opt", "biogpt", "bamba", "granitemoehybrid"}
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 ENTROPY = CRITERIA["entropy"]
 every_family = pytest.mark.parametrize("model_type", FAMILIES)
@@ -273,15 +271,15 @@ def test_lora_trains_and_merges(checkpoint_of, tmp_path, model_type):
 
 @every_decoder
 @torch.no_grad()
-def test_pairs_that_share_a_row_of_training_do_not_see_each_other(checkpoint_of, model_type):
+def test_pairs_that_share_a_row_of_training_do_not_see_each_other_where_the_family_says_so(checkpoint_of, model_type):
     model = load_causal_lm(checkpoint_of(model_type).path, torch.float32)
     alone = torch.cat([model(input_ids=WINDOWS[:1, part]).logits for part in (slice(0, 5), slice(5, 12))], dim=1)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     together = model(input_ids=WINDOWS[:1], position_ids=positions, use_cache=False).logits
-    if model_type in SEE_EACH_OTHER:
-        assert (together - alone).abs().max() > 1e-2 * alone.abs().max()
-    else:
+    if checkpoint_of(model_type).family.keeps_apart:
         assert_same(together, alone)
+    else:
+        assert (together - alone).abs().max() > 1e-2 * alone.abs().max()
 
 
 def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):

@@ -9,6 +9,8 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from hfprune_dist.data.instructions import (
+    PackedRows,
+    Packing,
     assign_rows,
     encode_pairs,
     fill_rows,
@@ -83,6 +85,17 @@ def test_packing_places_every_pair_once_and_fills_rows_well():
     assert rows != assign_rows(lengths, 128, seed=1)
 
 
+def test_where_pairs_would_see_each_other_each_has_a_row_to_itself(tmp_path):
+    encoded = encode([("a", "b"), ("c", ""), ("d", "ef")])
+    counts = save_rows(tmp_path / "rows.safetensors", encoded, Packing(12, EOS, seed=0, shares=False))
+    rows = PackedRows(tmp_path / "rows.safetensors")
+    assert (counts.pairs, counts.rows) == (2, 2)
+    for number, pair in enumerate(pair for pair in encoded if pair is not None):
+        length = len(pair.input_ids_T)
+        assert rows(number)["input_ids"].tolist() == [*pair.input_ids_T, *[EOS] * (12 - length)]
+        assert (rows(number)["labels"] != IGNORED).sum() == length - pair.prompt_length
+
+
 def test_rows_restart_positions_and_train_responses_only():
     pairs = encode([("ab", "c"), ("d", "ef")])
     rows = fill_rows(pairs, [[0, 1]], 12, pad=EOS)
@@ -116,7 +129,7 @@ def test_attention_does_not_cross_pairs(variant):
 
 def test_saved_rows_and_their_counts(tmp_path):
     encoded = [*encode([("ab", "c"), ("d", "ef")], sequence_length=8), None]
-    counts = save_rows(tmp_path / "rows.safetensors", encoded, 8, EOS, seed=0)
+    counts = save_rows(tmp_path / "rows.safetensors", encoded, Packing(8, EOS, seed=0))
     assert read_counts(tmp_path / "rows.safetensors") == counts
     assert (counts.pairs, counts.dropped_pairs, counts.rows) == (2, 1, 2)
     assert (counts.tokens, counts.trained_tokens) == (10, 5)
