@@ -64,8 +64,12 @@ def test_bad_arguments(config, tmp_path, arguments, expected):
         (lambda model: (model / "model.safetensors").write_bytes(b"\0" * 4), "header is damaged"),
         (lambda model: (model / "config.json").write_text("{"), "not valid JSON"),
         (
-            lambda model: (model / "config.json").write_text('{"model_type": "gpt2"}'),
+            lambda model: (model / "config.json").write_text('{"model_type": "new"}'),
             "has no num_hidden_layers",
+        ),
+        (
+            lambda model: (model / "config.json").write_text('{"model_type": "gpt2"}'),
+            "'gpt2' is not supported: its matrices are transposed",
         ),
         (lambda model: [file.unlink() for file in model.glob("tokenizer*")], "no tokenizer"),
     ],
