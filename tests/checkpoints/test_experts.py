@@ -46,6 +46,15 @@ def logits_of(model):
     return model(input_ids=WINDOWS, use_cache=False).logits
 
 
+def routing_of(model):
+    """The experts of each token, sorted, in every layer that has some [tokens, chosen]."""
+    chosen = []
+    for experts in (it for it in model.modules() if hasattr(it, "_apply_gate")):
+        experts.register_forward_pre_hook(lambda _, inputs: chosen.append(inputs[1].sort().values))
+    logits_of(model)
+    return chosen
+
+
 def some_kept(checkpoint, share):
     """This share of the neurons of every MLP, at random; of every expert as many."""
     generator = torch.Generator().manual_seed(1)
@@ -122,6 +131,9 @@ def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_
     loaded = load(tmp_path / "pruned")
     assert type(loaded).__module__.startswith("transformers.")
     assert_same(logits_of(loaded), logits_of(masked(checkpoint, kept)))
+    routing, expected = routing_of(loaded), routing_of(masked(checkpoint, kept))
+    assert len(routing) == len(checkpoint.family.experts.layers)
+    assert all(torch.equal(*pair) for pair in zip(routing, expected, strict=True))
     assert smaller.parameters == checkpoint.parameter_counts.of(kept.shape)
     assert smaller.parameters == sum(it.numel() for it in loaded.state_dict().values())
     fields = {field for units in checkpoint.structures.values() for field in units.fields}
