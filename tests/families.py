@@ -94,10 +94,10 @@ FAMILIES: dict[str, dict[str, object]] = {
     "arcee": {"mlp_bias": True},
     "nemotron": {"mlp_bias": True},
     "apertus": {},
-    "starcoder2": {"use_bias": True, "residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0},
+    "starcoder2": {"use_bias": True, "residual_dropout": 0.0, "embedding_dropout": 0.1, "attention_dropout": 0.0},
     "jais2": {},
-    "phi": {},
-    "gpt_neox": {},
+    "phi": {"embd_pdrop": 0.1},
+    "gpt_neox": {"hidden_dropout": 0.1},
     "opt": {"ffn_dim": 24, "dropout": 0.0},
     "bamba": {**_MAMBA, "attn_layer_indices": [1], "attn_rotary_emb": 8},
     "granitemoehybrid": {

@@ -27,6 +27,7 @@ from hfprune_dist.checkpoints.text_decoder import KNOWN, beside_decoder, decoder
 from hfprune_dist.checkpoints.weight_files import matching, read_headers, read_json_object
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures import Structure, structure_of
+from hfprune_dist.structures.experts import mlp_widths
 from hfprune_dist.structures.parameter_counts import ParameterCounts, count_parameters
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, Units
 
@@ -193,10 +194,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     check_folder(path)
     whole = read_json_object(path / "config.json", "every Hugging Face checkpoint has one")
-    config, vision = _decoder_config(path, whole), has_vision(whole)
+    config = _decoder_config(path, whole)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is needed")
     check_config(config, path / "config.json")
+    try:
+        return _described(path, whole, config)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path / 'config.json'}: it can't be read as one of a {config.get('model_type')}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _described(path: Path, whole: Mapping[str, Any], config: dict[str, Any]) -> Checkpoint:
+    """The checkpoint whose config.json says this, if its files hold what that says."""
+    vision = has_vision(whole)
     stored = read_headers(path)
     names = StoredNames.of(whole, stored)
     found = {names.in_modules(name): info for name, info in stored.items()}
@@ -206,6 +219,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         shapes = {name: info.shape for name, info in found.items() if name not in beside}
         family, stated = discover(config, shapes, str(path / "config.json"), has_vision=vision)
         config |= stated
+    mlp_widths(config)  # so that nonsense about experts is told here
     check_output_biases(config, family, path / "config.json")
     known = family.tensors(config)
     tensors = {name: info for name, info in found.items() if name in known | beside}

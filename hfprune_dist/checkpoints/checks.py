@@ -39,7 +39,8 @@ def check_folder(path: Path) -> None:
 
 def quantized(config: Mapping[str, Any], path: Path) -> UserError:
     """What to tell of weights that a config.json calls quantized."""
-    method = dict(config["quantization_config"]).get("quant_method")
+    told = config["quantization_config"]
+    method = told.get("quant_method") if isinstance(told, Mapping) else told
     loaded = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}.get(str(method))
     how = (
         "dequantize it first: load it with transformers' AutoModelForCausalLM.from_pretrained(..., "

@@ -108,7 +108,8 @@ def _why_whole(
     without = [layer for layer, there in enumerate(parts) if not all(it in there for it in weights)]
     if without:
         return f"layer {without[0]} has none"
-    if LAYER_SIZES not in config and len({tuple(there[it][0] for it in weights[:2]) for there in parts}) > 1:
+    pruned_heads = "num_attention_heads" in (config.get(LAYER_SIZES) or {})
+    if not pruned_heads and len({tuple(there[it][0] for it in weights[:2]) for there in parts}) > 1:
         return "its layers differ in heads"
     if config["model_type"] in _FIXED_HEADS or config.get("qk_layernorm"):
         return "its classes take the size of a head from the number of heads"

@@ -14,7 +14,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.structures.experts import Experts, Projections, dense_neurons, expert_neurons, shared_neurons
 from hfprune_dist.structures.kv_groups import kv_groups, whole_groups
 from hfprune_dist.structures.low_rank import linear_modules, read_ranks
-from hfprune_dist.structures.neurons import OTHER_WIDTHS, neurons
+from hfprune_dist.structures.neurons import OLDER_WIDTHS, OTHER_WIDTHS, neurons
 from hfprune_dist.structures.units import OUTPUT_BIASES, Block, Units
 
 if TYPE_CHECKING:
@@ -231,7 +231,8 @@ _NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attenti
 
 def with_width(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json that says ``intermediate_size``, whatever its architecture calls it."""
-    names = OTHER_WIDTHS if not config.get("num_local_experts") else ()
+    names = tuple[str, ...](() if config.get("num_local_experts") else OTHER_WIDTHS)
+    names += () if "intermediate_size" in config else OLDER_WIDTHS
     width = next((config[key] for key in names if key in config), None)
     return dict(config) if width is None else {**config, "intermediate_size": width}
 
@@ -242,6 +243,8 @@ def refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: telling what it is.
     """
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(f"{where}: model_type is {config.get('model_type')!r}; it must name an architecture")
     if unfit := _UNFIT.get(str(config.get("model_type"))):
         raise not_supported(config, where, unfit)
     kinds = _OTHER_KINDS | (_OTHER_THAN_LISTED if config.get("model_type") in FAMILIES else {})

@@ -12,6 +12,7 @@ linear layers, one after the other, the first one of so many outputs. Projection
 """
 
 import copy
+import inspect
 from typing import Any
 
 import transformers
@@ -28,6 +29,12 @@ def config_of_layer(config: Any, number: int) -> Any:
     for field, values in (getattr(config, "layer_sizes", None) or {}).items():
         setattr(own, field, values[number])
     return own
+
+
+def kind_of_layer(layer: Any, config: Any, number: int) -> dict[str, str]:
+    """What a layer's class wants to know besides, where its layers are of several kinds and config.json lists them."""
+    asks = "layer_type" in inspect.signature(type(layer).__init__).parameters
+    return {"layer_type": config.layers_block_type[number]} if asks else {}
 
 
 def add_output_biases(config: Any, layer: nn.Module) -> None:
@@ -62,7 +69,7 @@ class SizesPerLayer:
         body = getattr(body, "decoder", body)
         for number, layer in enumerate(body.layers):
             own = config_of_layer(config, number)
-            body.layers[number] = type(layer)(own, number)
+            body.layers[number] = type(layer)(own, number, **kind_of_layer(layer, config, number))
             factorize(body.layers[number], own)
             add_output_biases(config, body.layers[number])
             for module in body.layers[number].modules():

@@ -247,15 +247,18 @@ def _copy(source: BufferedReader, stream: BinaryIO, size: int) -> None:
 def write_companions(checkpoint: Checkpoint, target: Path, config: Mapping[str, Any]) -> None:
     """Copy tokenizer, generation config and licences; write ``config`` as config.json, and the weights' index.
 
-    A checkpoint that isn't plain gets the file that plain transformers needs to load it.
+    A checkpoint that isn't plain gets the file that plain transformers needs to load it. Other code that came with the
+    dense one is left behind, and so is what config.json says of it.
     """
+    needs_ours = str(config.get("auto_map", {}).get(AUTO_CLASS)).startswith(f"{MODELING_FILE.stem}.")
     for name in checkpoint.companion_files:
         if name not in ("config.json", MODELING_FILE.name):
             shutil.copyfile(checkpoint.path / name, target / name)
     if config["model_type"] != checkpoint.config["model_type"]:
         _write_tokenizer(checkpoint, target)
-    write_json(target / "config.json", checkpoint.config_file(config))
-    if str(config.get("auto_map", {}).get(AUTO_CLASS)).startswith(f"{MODELING_FILE.stem}."):
+    stated = checkpoint.config_file(config)
+    write_json(target / "config.json", {key: it for key, it in stated.items() if needs_ours or key != "auto_map"})
+    if needs_ours:
         shutil.copyfile(MODELING_FILE, target / MODELING_FILE.name)
     if (checkpoint.path / INDEX_FILE).is_file():
         files = [target / file for file in checkpoint.weight_files]

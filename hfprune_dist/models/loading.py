@@ -27,14 +27,20 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint folder; sharded while an ``HfDeepSpeedConfig`` lives.
 
     Raises:
-        UserError: as ``require_exact_rotary`` does.
+        UserError: where a tensor is missing, and as ``require_exact_rotary`` does.
     """
     checkpoint = open_checkpoint(folder)
     # Left to itself, transformers compares the head with the embedding, which it can't where both are sharded.
     changes = {"tie_word_embeddings": False} if checkpoint.has_untied_head else {}
     with ONE_AT_A_TIME:
-        model: PreTrainedModel = model_class(checkpoint).from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention_of(checkpoint), **changes
+        model: PreTrainedModel
+        model, told = model_class(checkpoint).from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention_of(checkpoint), output_loading_info=True, **changes
+        )
+    if told["missing_keys"]:
+        raise UserError(
+            f"{folder}: its files lack {sorted(told['missing_keys'])[0]}, or call it something else than "
+            f"{checkpoint.config['model_type']} does; transformers would make it up at random"
         )
     require_exact_rotary(model, folder)
     if checkpoint.family.has_vision:

@@ -63,7 +63,7 @@ class LayerReader:
         on the CPU.
         """
         table = self._checkpoint.family.embedding_tensor()
-        body = self._body(0)
+        body = self._body(0).eval()  # some drop embeddings out
         body.load_state_dict({**self._beside(), **self._read_within([table])}, strict=False, assign=True)
         first = body.get_submodule(LAYER)
         return {

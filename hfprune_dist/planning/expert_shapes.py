@@ -126,6 +126,21 @@ def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint) -> None:
         raise UserError(f"importance.criteria: {checkpoint.path}: {kind} is a mixture of experts, with which {why}")
 
 
+def refuse_unaligned(checkpoint: Checkpoint, where: str) -> None:
+    """Refuse a mixture whose experts transformers doesn't run.
+
+    Raises:
+        UserError: naming the size.
+    """
+    width, hidden_size = checkpoint.structures[EXPERT_NEURONS].width, checkpoint.config["hidden_size"]
+    for what, size in ((f"its experts have {width} neurons", width), (f"hidden_size is {hidden_size}", hidden_size)):
+        if size % ALIGNED:
+            raise UserError(
+                f"{where}: {what}, but transformers multiplies experts' matrices in groups, whose rows must be "
+                f"multiples of {ALIGNED}"
+            )
+
+
 def can_do(method: Method, checkpoint: Checkpoint) -> bool:
     """Whether a method takes part where a model is pruned: one that adapts itself to models may be of none to some."""
     return not (method.adapts and checkpoint.family.experts and why_not_experts(method))

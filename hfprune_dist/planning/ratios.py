@@ -10,7 +10,13 @@ from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import Limits, budget_of
-from hfprune_dist.planning.expert_shapes import ExpertTarget, can_do, refuse_with_experts, why_not_experts
+from hfprune_dist.planning.expert_shapes import (
+    ExpertTarget,
+    can_do,
+    refuse_unaligned,
+    refuse_with_experts,
+    why_not_experts,
+)
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import protected_by, suited, target_of, with_numbers
 from hfprune_dist.planning.plain_shapes import plain_shapes
@@ -63,6 +69,7 @@ def _check_family(checkpoint: Checkpoint, method: Method, where: str) -> None:
     family = checkpoint.family
     if family.experts:
         refuse_with_experts(method, family.model_type, where)
+        refuse_unaligned(checkpoint, where)
     if family.has_vision and (method.allocation not in ("uniform", "plain") or method.refit == "bias"):
         raise UserError(
             f"{where}: a model of images and text must stay plain, with layers that are alike and biases as they are: "

@@ -9,7 +9,8 @@ from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 
 # What configurations of opt and granitemoehybrid call it; and what those of lfm2 call it too, and read first.
 OTHER_WIDTHS = ("ffn_dim", "shared_intermediate_size")
-_OTHER_NAMES = (*OTHER_WIDTHS, "block_ff_dim")
+OLDER_WIDTHS = ("block_ff_dim",)
+_OTHER_NAMES = (*OTHER_WIDTHS, *OLDER_WIDTHS)
 
 
 def neurons(config: Mapping[str, Any], mlp: Block, row_projections: Sequence[str], down: str, parts: int = 1) -> Units:

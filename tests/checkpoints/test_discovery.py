@@ -43,7 +43,7 @@ def without(*names):
 
 
 def refusal(*args, **options):
-    with pytest.raises(UserError, match="here: model_type 'new' is not supported: ") as caught:
+    with pytest.raises(UserError, match=r"here: model_type 'new' is not supported: ") as caught:
         found(*args, **options)
     return str(caught.value)
 
@@ -124,6 +124,12 @@ def test_config_json_alone_may_rule_a_model_out():
     assert "a mixture of experts of a kind that isn't known" in refusal(config=CONFIG | {"n_routed_experts": 4})
     with pytest.raises(UserError, match="sound and text"):
         refuse_other_kinds(CONFIG | {"audio_config": {}}, "here")
+
+
+def test_a_config_without_a_type_is_refused():
+    for told in ({}, {"model_type": None}, {"model_type": ["llama"]}):
+        with pytest.raises(UserError, match=r"here: model_type is .*; it must name an architecture"):
+            refuse_other_kinds({key: it for key, it in CONFIG.items() if key != "model_type"} | told, "here")
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "falcon_h1", "olmo_hybrid", "nemotron_h", "zamba2", "recurrent_gemma"])

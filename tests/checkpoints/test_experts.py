@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,8 @@ from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_fil
 from hfprune_dist.checkpoints.pruned_config import is_plain
 from hfprune_dist.checkpoints.write_pruned import write_companions
 from hfprune_dist.core.selection import top_units_of_each
-from hfprune_dist.models.loading import require_own_weights
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.models.single_layer import LayerReader, run
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Kept
@@ -217,3 +220,45 @@ def test_lora_trains_and_merges_and_leaves_experts_as_they_are(checkpoint_of, tm
     assert changed and all(".self_attn." in name for name in changed)
     saved = PeftModel.from_pretrained(load(checkpoint.path), tmp_path / "adapter")
     assert torch.equal(logits_of(saved.eval()), theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"first_k_dense_replace": "a"}, "it can't be read as one of a glm4_moe: TypeError"),
+        ({"mlp_layer_types": ["sparse"]}, "it can't be read as one of a glm4_moe: IndexError"),
+        ({"moe_intermediate_size": [24, 24, 24]}, "it can't be read as one of a glm4_moe: TypeError"),
+        ({"quantization_config": "awq"}, "quantized weights can't be pruned; use the unquantized checkpoint"),
+        ({"quantization_config": [1, 2]}, "quantized weights can't be pruned; use the unquantized checkpoint"),
+        ({"model_type": None}, "model_type is None; it must name an architecture"),
+    ],
+)
+def test_nonsense_in_config_json_is_refused(checkpoint_of, tmp_path, changes, why):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint_of("glm4_moe").path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError, match=re.escape(why)):
+        open_checkpoint(folder)
+
+
+def test_code_that_came_with_a_checkpoint_is_left_behind(checkpoint_of, tmp_path):
+    shutil.copytree(checkpoint_of("qwen3_moe").path, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    told = {"auto_map": {"AutoConfig": "configuration_theirs.TheirConfig"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | told))
+    (tmp_path / "model" / "configuration_theirs.py").write_text("raise SystemExit\n")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    write(checkpoint, some_kept(checkpoint, 2 / 3), tmp_path / "pruned")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
+    assert not list((tmp_path / "pruned").glob("*.py"))
+
+
+def test_tensors_that_files_call_otherwise_are_not_made_up(checkpoint_of, tmp_path):
+    """An architecture's experts under names of another one's, which loading would leave at random."""
+    shutil.copytree(checkpoint_of("olmoe").path, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    told = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | told))
+    with pytest.raises(UserError, match=r"its files lack .*experts.*, or call it something else than mixtral does"):
+        load_causal_lm(tmp_path / "model", torch.float32)

@@ -152,6 +152,15 @@ def test_the_methods_that_are_possible_are_listed():
     assert {*re.findall(r"`([\w-]+)`", told)} == possible
 
 
+@pytest.mark.parametrize("width", [1, 37, 60])
+def test_experts_that_transformers_does_not_run_are_refused(width):
+    layers = {"num_hidden_layers": 1, "intermediate_size": 64, "first_k_dense_replace": 0}
+    sizes = {**layers, "moe_intermediate_size": width, "num_experts": 4, "num_experts_per_tok": 2}
+    checkpoint = checkpoint_of({**CONFIG, **sizes})
+    with pytest.raises(UserError, match=rf"here: its experts have {width} neurons, but .* multiples of 8"):
+        check_ratios(checkpoint, [0.2], Method(**LIKE_HFPRUNE), "here")
+
+
 def test_ratios_that_come_to_one_shape_are_told(checkpoint):
     method = Method(**LIKE_HFPRUNE)
     check_ratios(checkpoint, [0.1, 0.3], method, "here")
