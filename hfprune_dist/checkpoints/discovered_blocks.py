@@ -111,6 +111,8 @@ def _why_whole(
     pruned_heads = "num_attention_heads" in (config.get(LAYER_SIZES) or {})
     if not pruned_heads and len({tuple(there[it][0] for it in weights[:2]) for there in parts}) > 1:
         return "its layers differ in heads"
+    if config.get("head_dim") not in (None, head_dim):
+        return "its heads have another size than config.json says"
     if config["model_type"] in _FIXED_HEADS or config.get("qk_layernorm"):
         return "its classes take the size of a head from the number of heads"
     known = {f"{name}.{it}.{part}" for it in projections for part in ("weight", "bias")}
