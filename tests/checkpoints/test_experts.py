@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from families import EXPERTS, save_model
+from families_lora import trained_and_merged
 from masking import write
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
 from hfprune_dist.checkpoints.pruned_config import is_plain
-from hfprune_dist.checkpoints.write_pruned import write_companions
 from hfprune_dist.core.selection import top_units_of_each
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
@@ -195,25 +194,8 @@ def test_layer_after_layer_is_the_whole_model(checkpoint_of, model_type, dtype):
 @every_family
 def test_lora_trains_and_merges_and_leaves_experts_as_they_are(checkpoint_of, tmp_path, model_type):
     checkpoint = checkpoint_of(model_type)
-    torch.manual_seed(0)
-    targets = lora_targets(checkpoint.family)
-    adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, lora_dropout=0.1, target_modules=targets)
-    model = get_peft_model(load(checkpoint.path), adapter)
-    optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(6):
-        losses.append(model(input_ids=WINDOWS, labels=WINDOWS).loss)
-        losses[-1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0]
-    weights = {name: tensor.detach() for name, tensor in model.named_parameters() if "lora_" in name}
-    write_adapter(tmp_path / "adapter", weights, targets, 4, 6)
-    (tmp_path / "merged").mkdir()
-    for file in checkpoint.weight_files:
-        merge_weight_file(checkpoint, file, read_adapter(tmp_path / "adapter"), tmp_path / "merged")
-    write_companions(checkpoint, tmp_path / "merged", checkpoint.config)
-    ours, theirs = logits_of(load(tmp_path / "merged")), logits_of(model.eval())
+    model = trained_and_merged(checkpoint, tmp_path, WINDOWS)
+    ours, theirs = logits_of(load(tmp_path / "merged")), logits_of(model)
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.path, tmp_path / "merged"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}

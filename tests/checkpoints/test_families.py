@@ -11,10 +11,10 @@ import pytest
 import torch
 from core_definition import definition
 from families import EXPERTS, FAMILIES, SEEING, SHAPE, save_model
+from families_lora import trained_and_merged
 from families_masked import assert_same, kinds_of, load, masked, some_kept
 from forks import on_ranks
 from masking import write
-from peft import LoraConfig, get_peft_model
 from ranks import SoloWorld
 from refitting import refit
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -22,9 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
-from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
 from hfprune_dist.checkpoints.pruned_config import is_plain
-from hfprune_dist.checkpoints.write_pruned import write_companions
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.models.after_head import after_head
 from hfprune_dist.models.distillation_head import DistillingHead
@@ -246,26 +244,8 @@ def test_distillation_compares_the_logits_that_count(checkpoint_of, model_type):
 @every_decoder
 def test_lora_trains_and_merges(checkpoint_of, tmp_path, model_type):
     checkpoint = checkpoint_of(model_type)
-    torch.manual_seed(0)
-    targets = lora_targets(checkpoint.family)
-    model = get_peft_model(
-        load(checkpoint.path), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=targets)
-    )
-    optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(6):
-        losses.append(model(input_ids=WINDOWS, labels=WINDOWS).loss)
-        losses[-1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0]
-    weights = {name: tensor.detach() for name, tensor in model.named_parameters() if "lora_" in name}
-    write_adapter(tmp_path / "adapter", weights, lora_targets(checkpoint.family), 4, 6)
-    (tmp_path / "merged").mkdir()
-    for file in checkpoint.weight_files:
-        merge_weight_file(checkpoint, file, read_adapter(tmp_path / "adapter"), tmp_path / "merged")
-    write_companions(checkpoint, tmp_path / "merged", checkpoint.config)
-    ours, theirs = logits_of(load(tmp_path / "merged")), logits_of(model.eval())
+    model = trained_and_merged(checkpoint, tmp_path, WINDOWS)
+    ours, theirs = logits_of(load(tmp_path / "merged")), logits_of(model)
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
