@@ -7,6 +7,7 @@ from families import SEEING
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hfprune_dist.core.selection import entries_of
+from hfprune_dist.models.single_layer import LayerReader, run
 from hfprune_dist.structures.kept import Kept
 
 
@@ -50,6 +51,25 @@ def masked(checkpoint, kept):
 def _skip(_layer, inputs, output):
     """Puts out what goes in, alone or as the first of several."""
     return (inputs[0], *output[1:]) if isinstance(output, tuple) else inputs[0]
+
+
+def through_layers(checkpoint, model, windows):
+    """Take windows through a checkpoint's layers one at a time, and hold each against the model's own, bit for bit.
+
+    Returns:
+        What reads the layers, the last one's output, and the model's logits.
+    """
+    seen = []
+    for layer in checkpoint.family.layers_of(model):
+        layer.register_forward_hook(lambda _layer, inputs, output: seen.append((inputs[0], output)))
+    logits = model(input_ids=windows, use_cache=False).logits
+    reader = LayerReader(checkpoint, model.dtype, torch.device("cpu"))
+    hidden_BTC = reader.embed({0: windows})[0]
+    for number, (expected, output) in enumerate(seen):
+        assert torch.equal(hidden_BTC, expected), number
+        hidden_BTC = run(reader.layer(number), hidden_BTC)
+        assert torch.equal(hidden_BTC, output if isinstance(output, torch.Tensor) else output[0]), number
+    return reader, hidden_BTC, logits
 
 
 def assert_same(ours, theirs):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from math import ceil
 from pathlib import Path
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.config.parameters import LoraPruneParameters, RecoverParameters
 from hfprune_dist.config.section import TextSource
@@ -64,27 +65,28 @@ def train_on_instructions(context: Context, checkpoint: Checkpoint, masked_to: S
     """
     settings = context.params.recovery
     settings.require_shared_evenly(context.world.size)
-    counts = prepare_rows(context, settings)
+    counts = prepare_rows(context, settings, checkpoint)
     return Trained(counts, _train(context, checkpoint, counts, masked_to))
 
 
-def prepare_rows(context: Context, settings: RecoveryConfig) -> RowCounts:
+def prepare_rows(context: Context, settings: RecoveryConfig, checkpoint: Checkpoint) -> RowCounts:
     """Tokenize and pack on rank 0, once for all attempts, and for all stages of the store that need the same rows.
 
     The file in the work folder is what every rank trains on; one that an earlier attempt left damaged is set aside.
     """
     file, cache = context.work / ROWS, FileCache(context.store.root / "rows")
+    key = partial(_rows_key, context, settings, checkpoint)
     collected: list[_Collector] = []  # on rank 0, where rows are missing
 
     def collect() -> None:
-        if not is_usable(file) and not cache.take(_rows_key(context, settings), file):
-            collected.append(_Collector(context, settings))
+        if not is_usable(file) and not cache.take(key(), file):
+            collected.append(_Collector(context, settings, checkpoint))
             collected[0].take_all()
 
     def save() -> None:
         for collector in collected:
             collector.save(file)
-            cache.put(_rows_key(context, settings), file)
+            cache.put(key(), file)
 
     context.let_first_work(collect)
     context.require_untouched_inputs()
@@ -92,9 +94,8 @@ def prepare_rows(context: Context, settings: RecoveryConfig) -> RowCounts:
     return read_counts(file)
 
 
-def _rows_key(context: Context, settings: RecoveryConfig) -> str:
+def _rows_key(context: Context, settings: RecoveryConfig, checkpoint: Checkpoint) -> str:
     """Names the packed rows by what they depend on: the pairs, how they are cut, and the tokenizer's files."""
-    checkpoint = open_checkpoint(context.input_path("model"))
     hashes = FileHashes(None)
     alone = {} if checkpoint.family.keeps_apart else {"pairs_of_a_row": 1}
     content = {
@@ -112,16 +113,15 @@ def _rows_key(context: Context, settings: RecoveryConfig) -> str:
 class _Collector:
     """Reads, tokenizes and packs the instruction pairs of a stage."""
 
-    def __init__(self, context: Context, settings: RecoveryConfig) -> None:
+    def __init__(self, context: Context, settings: RecoveryConfig, checkpoint: Checkpoint) -> None:
         path = context.input_path("instructions") if context.has_input("instructions") else None
-        model = context.input_path("model")
         self._seed = context.params.seed
         self._settings = settings
         self._progress = context.progress
         self._where = f"recovery {path or settings.dataset}"
-        self._shares = open_checkpoint(model).family.keeps_apart
-        self._tokenizer = load_tokenizer(model)
-        require_eos(self._tokenizer, model)
+        self._shares = checkpoint.family.keeps_apart
+        self._tokenizer = load_tokenizer(checkpoint.path)
+        require_eos(self._tokenizer, checkpoint.path)
         self._texts = self._read_texts(path)
         self._encoded: list[Pair | None] = []
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import EXPERTS, save_model
 from families_lora import trained_and_merged
+from families_masked import through_layers
 from masking import write
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -23,7 +24,6 @@ from hfprune_dist.checkpoints.pruned_config import is_plain
 from hfprune_dist.core.selection import top_units_of_each
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
-from hfprune_dist.models.single_layer import LayerReader, run
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Kept
 
@@ -179,16 +179,7 @@ def test_pruning_twice_is_pruning_once(checkpoint_of, tmp_path, model_type):
 @torch.no_grad()
 def test_layer_after_layer_is_the_whole_model(checkpoint_of, model_type, dtype):
     checkpoint = checkpoint_of(model_type)
-    model, seen = load(checkpoint.path, dtype), []
-    for layer in checkpoint.family.layers_of(model):
-        layer.register_forward_hook(lambda _layer, inputs, output: seen.append((inputs[0], output)))
-    logits_of(model)
-    reader = LayerReader(checkpoint, dtype, CPU)
-    hidden_BTC = reader.embed({0: WINDOWS})[0]
-    for number, (expected, output) in enumerate(seen):
-        assert torch.equal(hidden_BTC, expected), number
-        hidden_BTC = run(reader.layer(number), hidden_BTC)
-        assert torch.equal(hidden_BTC, output if isinstance(output, torch.Tensor) else output[0]), number
+    through_layers(checkpoint, load(checkpoint.path, dtype), WINDOWS)
 
 
 @every_family

@@ -12,7 +12,7 @@ import torch
 from core_definition import definition
 from families import EXPERTS, FAMILIES, SEEING, SHAPE, save_model
 from families_lora import trained_and_merged
-from families_masked import assert_same, kinds_of, load, masked, some_kept
+from families_masked import assert_same, kinds_of, load, masked, some_kept, through_layers
 from forks import on_ranks
 from masking import write
 from ranks import SoloWorld
@@ -27,7 +27,6 @@ from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.models.after_head import after_head
 from hfprune_dist.models.distillation_head import DistillingHead
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
-from hfprune_dist.models.single_layer import LayerReader, run
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.structures.kept import Kept
 
@@ -166,16 +165,7 @@ def test_layer_after_layer_is_the_whole_model(checkpoint_of, model_type):
     checkpoint = checkpoint_of(model_type)
     for dtype in (torch.float32, torch.bfloat16):
         model = load(checkpoint.path).to(dtype) if dtype == torch.float32 else load_causal_lm(checkpoint.path, dtype)
-        seen = []
-        for layer in checkpoint.family.layers_of(model):
-            layer.register_forward_hook(lambda _layer, inputs, output, seen=seen: seen.append((inputs[0], output)))
-        logits = logits_of(model)
-        reader = LayerReader(checkpoint, dtype, CPU)
-        hidden_BTC = reader.embed({0: WINDOWS})[0]
-        for number, (expected, output) in enumerate(seen):
-            assert torch.equal(hidden_BTC, expected), number
-            hidden_BTC = run(reader.layer(number), hidden_BTC)
-            assert torch.equal(hidden_BTC, output if isinstance(output, torch.Tensor) else output[0]), number
+        reader, hidden_BTC, logits = through_layers(checkpoint, model, WINDOWS)
         ((_, logits_NV),) = reader.head().outputs(hidden_BTC).logits()
         error = (logits_NV - logits.flatten(0, 1).float()).abs().max()
         assert error <= (1e-6 if dtype == torch.float32 else 1e-2) * logits.abs().max()

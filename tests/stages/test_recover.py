@@ -209,7 +209,8 @@ def prepare_rows(run: Run, world: World | None = None) -> RowCounts:
         code={},
         attempt=1,
     )
-    return instruction_tuning.prepare_rows(context, run.stage.params.recovery)
+    checkpoint = open_checkpoint(context.input_path("model"))
+    return instruction_tuning.prepare_rows(context, run.stage.params.recovery, checkpoint)
 
 
 def test_stages_that_differ_in_training_alone_share_their_rows(tmp_path, source, monkeypatch):
