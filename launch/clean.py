@@ -6,7 +6,7 @@ examples:
   python launch/clean.py runs/demo --intermediates    and the checkpoints on the way to those of finished rows
 
 What goes: artifacts and progress of rows that were removed (--forget) or replaced by others, drafts of stages that
-ended early, artifacts that failed verification, and packed training rows. Rows, tables, named checkpoints and logs
+ended early, artifacts that failed verification, and what stages share. Rows, tables, named checkpoints and logs
 stay, and so does whatever something in checkpoints/ is a link to.
 
 What a later sweep does: the same command runs nothing, since the rows are there. --intermediates removes pruned and

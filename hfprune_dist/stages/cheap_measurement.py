@@ -14,6 +14,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.drop_order import drop_order
 from hfprune_dist.refit.cheap_fits import CheapFits, Scored
 from hfprune_dist.refit.measurement import (
+    KNOWN,
     Candidate,
     Hidden,
     Measurement,
@@ -22,6 +23,9 @@ from hfprune_dist.refit.measurement import (
     one_by_one,
 )
 from hfprune_dist.stages.prune_refit import Context, after_each_layer, outputs_of_dense, probe_of, stream_of
+from hfprune_dist.store.file_cache import FileCache
+from hfprune_dist.store.hashing import digest_of
+from hfprune_dist.store.stage import STAGE_VERSIONS
 from hfprune_dist.structures import NEURONS
 
 # Windows on which candidates are compared, and layers put in order: of those that refits keep apart for their ridge.
@@ -29,6 +33,8 @@ from hfprune_dist.structures import NEURONS
 WINDOWS, WINDOWS_OF_ORDER = 8, 2
 # One token in so many is compared of candidates of several structures, which are many. Widths are compared on all.
 EVERY = 2
+# Inputs of a stage: what is pruned, and the dense model where that is another.
+MODELS = ("model", "dense")
 
 
 @dataclass(frozen=True)
@@ -79,22 +85,52 @@ class Measured:
             reference=lambda: self._outputs,
             dtype=getattr(torch, name),
             world=context.world,
-            every=1 if self._of_widths_alone else EVERY,
+            every=self._every,
             folder=folder,
             after_each=after_each_layer(context, phase, measurements * checkpoint.num_layers),
         )
 
     def layers_in_order(self, droppable: Sequence[int], count: int) -> list[int]:
-        """The ``count`` of some layers that are missed least, in the order in which they go."""
+        """The ``count`` of some layers that are missed least, in the order in which they go.
+
+        What was measured serves the store's other stages, of other ratios and methods, as far as they measure the same.
+        """
         if not count:
             return []
-        folder = self.context.work / "layers"
+        folder, cache = self.context.work / "layers", FileCache(self.context.store.root / "layers")
+        known, key = folder / KNOWN, self._key_of_order()
+
+        def take() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not known.is_file():
+                cache.take(key, known)
+
+        self.context.let_first_work(take)
         measurement = self.measurement("layers", folder, refit=False, measurements=count, windows=WINDOWS_OF_ORDER)
-        return drop_order(droppable, count, lambda sets: measurement.kl([self._whole_without(gone) for gone in sets]))
+        order = drop_order(droppable, count, lambda sets: measurement.kl([self._whole_without(gone) for gone in sets]))
+        self.context.let_first_work(lambda: cache.put(key, known))
+        return order
+
+    def _key_of_order(self) -> str:
+        """Names what was measured to put layers in order by all that it depends on."""
+        context, windows = self.context, self._compared(WINDOWS_OF_ORDER)
+        content = {
+            "version": STAGE_VERSIONS["prune"],
+            "models": {role: context.stage.inputs[role].identity for role in MODELS if context.has_input(role)},
+            "windows": [ids_ST.tolist() for ids_ST in windows.values()],
+            "forward_pass": context.params.forward_pass(),
+            "every": self._every,
+            "kinds": [it.units.kind for it in self.kinds],
+        }
+        return f"{digest_of(content)[:20]}.json"
 
     @property
     def _of_widths_alone(self) -> bool:
         return self.context.params.structures == [NEURONS]
+
+    @property
+    def _every(self) -> int:
+        return 1 if self._of_widths_alone else EVERY
 
     def _compared(self, windows: int) -> dict[int, Tensor]:
         """Windows on which candidates are compared, one by one where they are many."""

@@ -6,6 +6,7 @@
 <store>/quarantine/                     artifacts that failed verification, set aside
 <store>/hashes/                         sha256 of files seen before
 <store>/rows/                           packed training rows, for every recovery that needs the same
+<store>/layers/                         what was measured to put layers in order, for every pruning that needs the same
 """
 
 from __future__ import annotations

@@ -14,6 +14,11 @@ from hfprune_dist.store.atomic_files import listed
 from hfprune_dist.store.stage import STAGE_VERSIONS
 from hfprune_dist.store.stage_handle import StageHandle
 
+# Folders of what stages share, each of which makes it anew where it is missing.
+SHARED = {
+    "rows": "packed training rows, which a recovery packs again",
+    "layers": "measurements that put layers in order, which a pruning makes again",
+}
 _FINGERPRINT = re.compile(r"[0-9a-f]{20}")
 
 
@@ -41,7 +46,7 @@ def running(store: Store) -> list[str]:
 
 def unused(store: Store, kept: Collection[str]) -> Iterator[Leftover]:
     """What the stages of these ids can do without: other artifacts and their progress, drafts, what failed
-    verification, and packed rows.
+    verification, and what is shared.
 
     To be called where nothing runs: the drafts of what runs are among them.
     """
@@ -56,8 +61,9 @@ def unused(store: Store, kept: Collection[str]) -> Iterator[Leftover]:
             yield _folder(handle.work, "progress of a stage of no row of the tables")
     for folder in listed(store.root / "quarantine", "*"):
         yield _folder(folder, "an artifact that failed verification")
-    if (rows := store.root / "rows").is_dir():
-        yield _folder(rows, "packed training rows, which a recovery packs again")
+    for name, what in SHARED.items():
+        if (folder := store.root / name).is_dir():
+            yield _folder(folder, what)
 
 
 def files_of(handle: StageHandle, reason: str) -> Leftover:
