@@ -2,7 +2,7 @@
 
 What nobody wrote down is taken as it usually is. Shapes that differ from layer to layer count with the outcome's sizes,
 and as if no two were alike, nor any measured before. Of the layers that were tried again on the way to an order, only
-those that went are known.
+those that went are known; an order counts in every stage that needs it, though one may have measured it for another.
 """
 
 from __future__ import annotations
