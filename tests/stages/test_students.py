@@ -6,6 +6,7 @@ import pytest
 import torch
 from core_definition import coupled_taylor
 from damage import nothing_reaches_the_disk
+from faults.kill import deaths_during
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ranks import run_stage
@@ -115,6 +116,18 @@ class TestInThreads:
         with pytest.raises(Death):
             passes.run(killed, in_threads(size, deaths))
         assert passes.run(killed, in_threads(later))[1] == files
+
+    @pytest.mark.parametrize("later", [1, 2])
+    def test_death_before_any_file_appears_ends_with_the_same_bits(self, tmp_path, later):
+        passes, store, copies = Passes.over(tmp_path, samples=3), Store(tmp_path / "store"), tmp_path / "copies"
+        in_threads(1)(store, passes.first)
+        second = passes.second
+        deaths = deaths_during(lambda: in_threads(1)(store, second), store.root, copies, ("rename", "replace"))
+        _, files = passes.run(store, in_threads(1))
+        unfinished = [it for it in map(Store, deaths) if not it.handle(second.id).is_committed()]
+        assert len(unfinished) >= 3 * 2, "before the state of each shard, and the artifact's files"
+        for state in unfinished:
+            assert passes.run(state, in_threads(later))[1] == files
 
     def test_the_pass_in_the_student_ends_once_its_own_halves_agree(self, tmp_path):
         passes, store = Passes.over(tmp_path, samples=8, settled=0.1), Store(tmp_path / "store")
