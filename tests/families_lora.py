@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from families_masked import load
+from families_masked import dense_of
 from peft import LoraConfig, get_peft_model
 
 from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
@@ -19,7 +19,7 @@ def trained_and_merged(checkpoint, folder, windows):
     torch.manual_seed(0)
     targets = lora_targets(checkpoint.family)
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=targets)
-    model = get_peft_model(load(checkpoint.path), adapter)
+    model = get_peft_model(dense_of(checkpoint), adapter)
     optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2)
     losses = []
     for _ in range(6):

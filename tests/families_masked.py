@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 from families import SEEING
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -15,6 +18,16 @@ def load(folder, **options):
     sees = AutoConfig.from_pretrained(folder, **options).model_type in SEEING
     auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     return auto.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def dense_of(checkpoint):
+    """The dense model, for the caller alone; its files are read once."""
+    return copy.deepcopy(_loaded(checkpoint.path))
+
+
+@functools.cache
+def _loaded(folder):
+    return load(folder)
 
 
 def kinds_of(checkpoint):
@@ -34,7 +47,7 @@ def some_kept(checkpoint, layers, neurons):
 
 def masked(checkpoint, kept):
     """The dense model, in which what goes puts nothing out."""
-    model = load(checkpoint.path)
+    model = dense_of(checkpoint)
     for number, layer in enumerate(checkpoint.family.layers_of(model)):
         if number not in kept.layers:
             layer.register_forward_hook(_skip)

@@ -48,10 +48,16 @@ IMPORTED = (
     "transformers.tokenization_utils_tokenizers",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.comm.mori",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "peft.utils.transformers_weight_conversion",
+    "torch._inductor.compiler_bisector",
     "datasets",
     "lm_eval.evaluator",
     "lm_eval.tasks",
+    "scipy.io",
     "rich.live",
+    "hfprune_dist.evaluation.sharded_lm",
+    "hfprune_dist.report.page",
     *(f"hfprune_dist.stages.{kind}" for kind in PARAMETERS),
     *(f"hfprune_launch.{name}" for name in ("modes.sweep", "modes.compare", "stage.run", "slurm.job", "report")),
 )
@@ -147,7 +153,10 @@ def serve(address: str) -> NoReturn:
         importlib.import_module(name)
     from transformers import conversion_mapping
 
+    from hfprune_dist.store import provenance
+
     conversion_mapping.get_checkpoint_conversion_mapping("llama")  # whose thousand patterns every model needs
+    provenance.environment()  # reads all that packages say of themselves
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a library has started a thread when it was imported"
     sys.stdout.flush()  # else every fork would say again what imports said
     gc.freeze()  # what is never collected stays shared with the forks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,5 +88,4 @@ class ModelShape:
 
     def mean(self, of: Callable[[Dimensions], float]) -> float:
         """The mean over layers of what holds for a model of equal layers: where that is a sum over layers, exact."""
-        distinct = {dims: self.layers.count(dims) for dims in self.layers}
-        return sum(of(dims) * count for dims, count in distinct.items()) / len(self.layers)
+        return sum(of(dims) * count for dims, count in Counter(self.layers).items()) / len(self.layers)

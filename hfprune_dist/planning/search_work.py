@@ -179,9 +179,12 @@ class Search:
         along = self.windows.micro_batch * length * (not checked) if fitted is None else fitted.tokens
         models = 1 + len(set(map(tuple, candidates)))
         flops = Operations(tokens / every * models * 2 * outputs * self.model.layers[0].vocabulary)
+        alike = [0] * len(candidates)  # those that are the same up to a layer have the same number, and go through once
         for number, dims in enumerate(self.model.layers):
-            there = {tuple(it[: number + 1]) for it in candidates}
-            own = sum(tokens * forward(prefix[-1][0], length) for prefix in there if prefix[-1] is not None)
+            there: dict[tuple[int, Choice], int] = {}
+            pairs = zip(alike, candidates, strict=True)
+            alike = [there.setdefault((before, it[number]), len(there)) for before, it in pairs]
+            own = sum(tokens * forward(choice[0], length) for _, choice in there if choice is not None)
             flops += Operations(own + along * forward(dims, length))
             if fitted is not None:
                 choices = {choice for it in candidates if (choice := it[number]) is not None}

@@ -50,7 +50,7 @@ def command(tmp_path_factory):
 def finished(command, tmp_path_factory):
     config, arguments = command
     out = tmp_path_factory.mktemp("finished") / "out"
-    finish(config, out, *arguments)
+    finish(config, out, *arguments, "--ranks", "1")
     return out
 
 
@@ -91,12 +91,12 @@ def test_a_dry_run_makes_nothing_and_names_the_stages(command, finished, tmp_pat
 
 def test_a_second_run_runs_nothing_and_a_lost_prune_ends_with_the_same_bits(command, finished, tmp_path):
     config, arguments = command
-    again = sweep(config, finished, *arguments)
+    again = sweep(config, finished, *arguments, "--ranks", "1")
     assert again.returncode == 0 and "stages to run" not in again.stdout
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     for kind in ("prune", "distill", "recover"):
         shutil.rmtree(out / "store" / kind)
-    result = finish(config, out, *arguments, "--ranks", "1")
-    assert "stages to run, 1 rank" in result.stdout
+    result = finish(config, out, *arguments)
+    assert "stages to run, 2 ranks each" in result.stdout
     assert artifacts(out, "prune") == artifacts(finished, "prune")

@@ -323,25 +323,25 @@ def test_one_micro_batch_alone_is_fitted_compared_and_judged(tmp_path, used, sam
 
 
 @pytest.mark.parametrize(
-    ("variant", "samples", "method"),
+    ("variant", "samples", "several", "method"),
     [
-        ("qwen2", 9, {"refit": "layerwise", "structures": ["neurons", "kv_groups"]}),
-        ("llama-tied-biases", 1, {"refit": "block"}),
-        ("qwen3", 4, {"refit": "dense", "dtype": "bfloat16"}),
-        ("mistral", 5, {"refit": "none", "structures": ["neurons", "layers"]}),
+        ("qwen2", 9, 3, {"refit": "layerwise", "structures": ["neurons", "kv_groups"]}),
+        ("llama-tied-biases", 1, 2, {"refit": "block"}),
+        ("qwen3", 4, 3, {"refit": "dense", "dtype": "bfloat16"}),
+        ("mistral", 5, 2, {"refit": "none", "structures": ["neurons", "layers"]}),
     ],
 )
 @pytest.mark.usefixtures("all_hopeful")
-def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, samples, method):
+def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, samples, several, method):
     """Also of fewer micro-batches than ranks."""
     outcomes = []
-    for ranks in (1, 2, 3):
+    for ranks in (1, several):
         (folder := tmp_path / str(ranks)).mkdir()
         store, stage = prepare(folder, variant, samples=samples, layers=3, **method)
         ended = on_ranks(ranks, lambda world, store=store, stage=stage: run(store, stage, world))
         assert ended.codes == [0] * ranks
         outcomes.append(outcome(store, stage))
-    assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert outcomes[0] == outcomes[1]
 
 
 # What can't go, or needn't.

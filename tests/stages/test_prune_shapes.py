@@ -203,10 +203,12 @@ def test_protected_layers_keep_all_and_groups_are_divisible(tmp_path):
     assert abs(metrics_of(store, stage)["ratio_reached"] - 0.3) <= 4.1 * neuron_in(tmp_path)
 
 
-@pytest.mark.parametrize(("variant", "dtype", "rounds"), [("qwen3", "bfloat16", 1), ("llama", "float32", 2)])
-def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, dtype, rounds):
+@pytest.mark.parametrize(
+    ("variant", "dtype", "rounds", "several"), [("qwen3", "bfloat16", 1, 3), ("llama", "float32", 2, 2)]
+)
+def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, dtype, rounds, several):
     outcomes = []
-    for ranks in (1, 2, 3):
+    for ranks in (1, several):
         store, stage = prepare(tmp_path / str(ranks), variant, structures=ALL, refit="dense", dtype=dtype, samples=5)
         if rounds == 2:
             run(store, stage)
@@ -214,7 +216,7 @@ def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path, variant, dtype,
         ended = on_ranks(ranks, lambda world, store=store, stage=stage: run(store, stage, world))
         assert ended.codes == [0] * ranks, ended.messages
         outcomes.append(outcome(store, stage))
-    assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert outcomes[0] == outcomes[1]
 
 
 def test_an_interrupted_search_measures_nothing_twice(tmp_path, monkeypatch):
