@@ -101,6 +101,11 @@ class Criterion:
         return self.summed in ("gradient", "activation", "nothing") and not self.needs_moments
 
     @property
+    def is_of_whole_experts(self) -> bool:
+        """Whether it has scores for whole experts: also of no student, which lacks neurons of them."""
+        return self.is_of_experts and (self.loss is None or self.loss.of == "dense")
+
+    @property
     def needs_weight_products(self) -> bool:
         """Whether it is made of weights times their gradients in each window (``core.weight_products``)."""
         return self.summed in ("weight_product", "coupled_product")

@@ -54,6 +54,7 @@ class UnitOutputs:
         makers: of each layer, the linear layers that make the channels; where units are scored by weights' products.
         are_neurons: whether each of a unit's channels is made by one row of every maker's parts.
         experts: of each layer that has such units; None: they are of no experts.
+        are_experts: whether each of them is an expert with all its channels.
     """
 
     projections: Sequence[nn.Module | None]
@@ -61,9 +62,12 @@ class UnitOutputs:
     makers: Sequence[Sequence[Maker]] = ()
     are_neurons: bool = False
     experts: int | None = None
+    are_experts: bool = False
 
     def have(self, criterion: Criterion) -> bool:
         """Whether these units have a sum by such a criterion."""
+        if self.are_experts and not criterion.is_of_whole_experts:
+            return False
         if self.experts is not None and not criterion.is_of_experts:
             return False
         return criterion.has_sums_of_units and (self.are_neurons or not criterion.is_of_neurons)

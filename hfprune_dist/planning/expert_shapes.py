@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
-from hfprune_dist.config.parameters import PruneParameters
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.structures import EXPERT_NEURONS, NEURONS
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.units import Units
 
@@ -30,11 +29,6 @@ class ExpertTarget:
     """What is asked of the shape of a mixture of experts."""
 
     asked: ShapeTarget
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, params: PruneParameters, where: str) -> ExpertTarget:
-        """What a stage that prunes asks of the dense model that its ratio is of."""
-        return cls(ShapeTarget.of(checkpoint, params, where))
 
     def shape(self) -> Shape:
         """The largest shape with which at least the ratio goes.
@@ -88,8 +82,8 @@ def why_not_experts(method: Method) -> str:
     """What of a method isn't possible with mixtures of experts; empty where nothing is."""
     if method.prunes_in == "recovery":
         return "prunes_in: recovery isn't possible; calibration is"
-    if method.structures != [NEURONS]:
-        return f"structures: [{', '.join(method.structures)}] aren't possible; [{NEURONS}] are"
+    if method.structures not in ([NEURONS], [EXPERTS]):
+        return f"structures: [{', '.join(method.structures)}] aren't possible; [{NEURONS}] are, and [{EXPERTS}]"
     if method.allocation != "uniform":
         return f"allocation: {method.allocation} isn't possible; uniform is"
     if method.refit != "none" or method.distill:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hfprune_dist.core.criteria import Criterion
 from hfprune_dist.core.unit_sums import KindSums
 from hfprune_dist.distributed.world import World
-from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures import EXPERTS, NEURONS
 
 Saved = dict[str, Tensor]
 # Name of a saved tensor -> its dtype and shape.
@@ -21,13 +21,16 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 def scored_by(criteria: Sequence[Criterion], kind: str, experts: int = 1) -> list[Criterion]:
     """Those that have scores for this kind of units, of so many experts in each layer."""
     of_kind = [criterion for criterion in criteria if kind == NEURONS or not criterion.is_of_neurons]
+    if kind == EXPERTS:
+        return [criterion for criterion in of_kind if criterion.is_of_whole_experts]
     return [criterion for criterion in of_kind if experts == 1 or criterion.is_of_experts]
 
 
 class Shape(NamedTuple):
     """Of a model, as one kind of its units has it: units of each layer, and what their output projections put out.
 
-    Where they are of experts, a layer's units are those of its first expert, then those of its second, and so on.
+    Where they are of experts, a layer's units are those of its first expert, or that expert, then those of its second,
+    and so on.
     """
 
     counts: tuple[int, ...]
