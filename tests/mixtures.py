@@ -1,4 +1,4 @@
-"""What neurons of experts are scored by, from its definition: a mask on every neuron at every token."""
+"""What experts and their neurons are scored by, from its definition: a mask on every neuron at every token."""
 
 import copy
 from collections import defaultdict
@@ -11,7 +11,7 @@ from transformers.integrations import moe
 
 from hfprune_dist.checkpoints.families import Family
 
-KIND = "expert_neurons"
+KIND, WHOLE = "expert_neurons", "experts"
 LAYERS, COUNT, WIDTH = SHAPE["num_hidden_layers"], 4, SHAPE["intermediate_size"]
 
 
@@ -90,7 +90,8 @@ moe.ALL_EXPERTS_FUNCTIONS.register("definition", lambda module, *inputs: module.
 
 
 def definition(model, windows, criterion, seed=0, *, keeps=None, others=None):
-    """(kind, layer) -> sums over windows and tokens, float64 [units]; by a student where the criterion has one.
+    """(kind, layer) -> sums over windows and tokens, float64 [units]; by a student where the criterion has one, but not
+    of whole experts, nor of these sums of activations.
 
     See ``Definition``.
     """
@@ -112,4 +113,6 @@ def definition(model, windows, criterion, seed=0, *, keeps=None, others=None):
         for place, masks_ND in scored.masks.items():
             # A mask's gradient is h * dL/dh, but where the mask is 0: there it is what the neuron's return would do.
             sums[place] += terms(masks_ND.grad).sum(-2).flatten()
+            if place[0] == KIND and student is dense:  # an expert's mask is one on all its neurons
+                sums[WHOLE, place[1]] += terms(masks_ND.grad.sum(-1)).sum(-1)
     return dict(sums)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
@@ -16,7 +16,7 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, Structure
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.units import Units
 
@@ -89,11 +89,12 @@ def why_not_experts(method: Method) -> str:
     if method.refit != "none" or method.distill:
         what = f"refit: {method.refit}" if method.refit != "none" else f"distill: {method.distill}"
         return f"{what} isn't possible; refit: none and distill: 0 are"
-    return _why_not_scored(str(method.criterion))
+    return _why_not_scored(str(method.criterion), method.structures)
 
 
-def _why_not_scored(criterion: str) -> str:
-    possible = [name for name, it in CRITERIA.items() if it.is_of_experts]
+def _why_not_scored(criterion: str, structures: Collection[Structure]) -> str:
+    whole_alone = NEURONS not in structures
+    possible = [name for name, it in CRITERIA.items() if (it.is_of_whole_experts if whole_alone else it.is_of_experts)]
     return "" if criterion in possible else f"criterion: {criterion} isn't possible; {', '.join(possible)} are"
 
 
@@ -108,13 +109,17 @@ def refuse_with_experts(method: Method, model_type: str, where: str) -> None:
         raise UserError(f"{where}: {model_type} is a mixture of experts, with which {why}")
 
 
-def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint) -> None:
-    """Refuse further criteria by which neurons of experts have no scores.
+def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Collection[Structure]) -> None:
+    """Refuse further criteria by which neurons of experts, or experts where these alone are scored, have no scores.
+
+    Args:
+        structures: what is scored.
 
     Raises:
         UserError: naming the first one, and what is possible.
     """
-    why = next(filter(None, map(_why_not_scored, criteria)), "") if checkpoint.family.experts else ""
+    reasons = (_why_not_scored(name, structures) for name in criteria) if checkpoint.family.experts else ()
+    why = next(filter(None, reasons), "")
     if why:
         kind = checkpoint.family.model_type
         raise UserError(f"importance.criteria: {checkpoint.path}: {kind} is a mixture of experts, with which {why}")

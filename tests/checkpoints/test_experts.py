@@ -143,8 +143,9 @@ def test_the_readme_lists_what_is_covered(checkpoint_of):
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
     listed = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     assert listed.keys() == EXPERTS.keys()
-    for name, (_, neurons, beside, _) in listed.items():
+    for name, (_, neurons, beside, whole, _) in listed.items():
         kinds = checkpoint_of(name).structures
+        assert ("each group" in whole) == (name in ("glm4_moe", "deepseek_v3")) and WHOLE in kinds
         assert ("shared" in beside) == ("shared_neurons" in kinds)
         assert ("without" in neurons) == ("neurons" in kinds), name
 
