@@ -53,8 +53,9 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
         decided = _of_all_rounds(checkpoint, ratio, settled, where)
         if decided in reached:
             raise UserError(
-                f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint, with widths that "
-                f"are multiples of {settled.multiple_of}; leave one of them out or use a smaller prune.multiple_of"
+                f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint, with "
+                f"{_rounded(settled)} that are multiples of {settled.multiple_of}; leave one of them out or use a "
+                "smaller prune.multiple_of"
             )
         reached[decided] = ratio
 
@@ -96,6 +97,11 @@ def _check_multiple(checkpoint: Checkpoint, method: Method, where: str) -> None:
             f"{where}: prune.multiple_of comes to {method.multiple_of}{split}, but layers have {most} {what} at most; "
             f"use a number up to {most}"
         )
+
+
+def _rounded(method: Method) -> str:
+    """What ``multiple_of`` is of."""
+    return "numbers of experts" if EXPERTS in method.structures else "widths"
 
 
 def _check_protected(checkpoint: Checkpoint, method: Method, where: str) -> None:
@@ -155,8 +161,8 @@ def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: 
             setting = "fewer steps" if method.round_ratio is None else "a larger prune.round_ratio"
             raise UserError(
                 f"{where}: of {len(rounds)} rounds to ratio {ratio:g}, the one from {before:g} to {then:g} removes "
-                f"nothing once widths are rounded to multiples of {method.multiple_of}; use {setting}, another ratio "
-                "or a smaller prune.multiple_of"
+                f"nothing once {_rounded(method)} are rounded to multiples of {method.multiple_of}; use {setting}, "
+                "another ratio or a smaller prune.multiple_of"
             )
     return tuple(decided)
 
