@@ -49,11 +49,13 @@ class Definition:
 
     Attributes:
         masks, hidden: (kind, layer) -> masks and activations [..., tokens, neurons] in the last forward.
+        routed: layer -> norms of what experts put out, as the router weighs them, and whether they were given the
+            token, [2, experts, tokens] in the last forward.
     """
 
     def __init__(self, model, keeps=None, others=None):
         self._keeps = keeps
-        self.masks, self.hidden = {}, {}
+        self.masks, self.hidden, self.routed = {}, {}, {}
         for number, module in experts_of(model).items():
             module.config._experts_implementation = "definition"
             module.definition = partial(self._compute, (KIND, number), module)
@@ -83,10 +85,22 @@ class Definition:
         layout = "end,edc->enc" if module.is_transposed else "end,ecd->enc"
         outputs = torch.einsum(layout, hidden_END * masks_END, module.down_proj)
         outputs = outputs + module.down_proj_bias[:, None] if module.has_bias else outputs
+        self.routed[place[1]] = torch.stack([(outputs * routing_EN[..., None]).norm(dim=-1), routing_EN > 0]).detach()
         return (outputs * routing_EN[..., None]).sum(0).to(hidden_NC.dtype)
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register("definition", lambda module, *inputs: module.definition(*inputs))
+
+
+def routed_outputs(model, windows):
+    """(kind, layer) -> means over the tokens that an expert is given, float64 [experts]; see ``Definition``."""
+    dense, sums = copy.deepcopy(model).double(), defaultdict(float)
+    scored = Definition(dense)
+    for window in windows:
+        dense(input_ids=window[None])
+        for layer, terms_2EN in scored.routed.items():
+            sums[WHOLE, layer] += terms_2EN.sum(-1)
+    return {place: sum_E / tokens_E.clamp(min=1) for place, (sum_E, tokens_E) in sums.items()}
 
 
 def definition(model, windows, criterion, seed=0, *, keeps=None, others=None):

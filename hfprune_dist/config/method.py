@@ -159,6 +159,9 @@ class Method(Section):
     @model_validator(mode="after")
     def _suits_whole_experts(self) -> Method:
         if EXPERTS not in self.structures:
+            alone = [name for name in self.scored_before if CRITERIA[name].is_of_whole_experts_alone]
+            if alone:
+                raise ValueError(f"criterion: {alone[0]} scores whole experts alone; it needs structures: [{EXPERTS}]")
             return self
         needed = {"prunes_in": "calibration", "allocation": "uniform", "refit": "none", "distill": 0}
         others = {name: getattr(self, name) for name, value in needed.items() if getattr(self, name) != value}

@@ -93,8 +93,11 @@ def why_not_experts(method: Method) -> str:
 
 
 def _why_not_scored(criterion: str, structures: Collection[Structure]) -> str:
-    whole_alone = NEURONS not in structures
-    possible = [name for name, it in CRITERIA.items() if (it.is_of_whole_experts if whole_alone else it.is_of_experts)]
+    possible = [
+        name
+        for name, it in CRITERIA.items()
+        if (NEURONS in structures and it.is_of_experts) or (EXPERTS in structures and it.is_of_whole_experts)
+    ]
     return "" if criterion in possible else f"criterion: {criterion} isn't possible; {', '.join(possible)} are"
 
 
@@ -110,7 +113,7 @@ def refuse_with_experts(method: Method, model_type: str, where: str) -> None:
 
 
 def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Collection[Structure]) -> None:
-    """Refuse further criteria by which neurons of experts, or experts where these alone are scored, have no scores.
+    """Refuse further criteria by which what is scored of a model has no scores.
 
     Args:
         structures: what is scored.
@@ -118,11 +121,13 @@ def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures:
     Raises:
         UserError: naming the first one, and what is possible.
     """
-    reasons = (_why_not_scored(name, structures) for name in criteria) if checkpoint.family.experts else ()
-    why = next(filter(None, reasons), "")
-    if why:
-        kind = checkpoint.family.model_type
-        raise UserError(f"importance.criteria: {checkpoint.path}: {kind} is a mixture of experts, with which {why}")
+    kind, where = checkpoint.family.model_type, f"importance.criteria: {checkpoint.path}"
+    for name in criteria:
+        if not checkpoint.family.experts and CRITERIA[name].is_of_whole_experts_alone:
+            raise UserError(f"{where}: {name} scores whole experts alone, and {kind} has none; leave it out")
+        why = _why_not_scored(name, structures) if checkpoint.family.experts else ""
+        if why:
+            raise UserError(f"{where}: {kind} is a mixture of experts, with which {why}")
 
 
 def refuse_unaligned(checkpoint: Checkpoint, where: str) -> None:

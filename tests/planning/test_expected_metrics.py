@@ -16,7 +16,7 @@ from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.stage_costs import StageCosts
 
 FILES = (ROOT / "configs" / "methods").glob("*.yaml")
-METHODS = sorted(file.stem for file in FILES if file.stem != "hfprune-experts")  # which prunes no such model
+METHODS = sorted(file.stem for file in FILES if file.stem not in ("hfprune-experts", "reap"))  # which prune none such
 GPUS = Gpus(1, 8, 80 * 2**30)
 
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from blank import blank
 from headers import CONFIG, checkpoint_of, grouped_mixtures
 from hypothesis import given
 from hypothesis import strategies as st
@@ -145,6 +146,18 @@ def test_rounds_and_multiples_are_of_experts(checkpoint):
     with pytest.raises(UserError, match="multiple_of comes to 16, but layers have 12 experts at most"):
         check_ratios(checkpoint, [0.3], Method(**LIKE_HFPRUNE, multiple_of=16), "here")
     assert remarks_on_shapes(checkpoint, [0.3], Method(**LIKE_HFPRUNE), "here") == []
+
+
+def test_what_scores_whole_experts_alone_is_refused_for_all_else(checkpoint):
+    with pytest.raises(
+        ValidationError, match=r"criterion: reap scores whole experts alone; .* structures: \[experts\]"
+    ):
+        Method(criterion="reap")
+    refuse_criteria(["reap"], checkpoint, ["neurons", "experts"])
+    with pytest.raises(UserError, match="criterion: reap isn't possible"):
+        refuse_criteria(["reap"], checkpoint, ["neurons"])
+    with pytest.raises(UserError, match="reap scores whole experts alone, and llama has none; leave it out"):
+        refuse_criteria(["entropy", "reap"], blank("llama"), ["neurons"])
 
 
 @pytest.mark.parametrize("why", OTHERS)

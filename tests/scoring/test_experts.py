@@ -8,7 +8,7 @@ from damage import nothing_reaches_the_disk
 from families import EXPERTS, make_model, save_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from mixtures import COUNT, KIND, WHOLE, definition, experts_of
+from mixtures import COUNT, KIND, WHOLE, definition, experts_of, routed_outputs
 from ranks import run_stage
 from safetensors.torch import load_file
 from tiny import importance_stage, write_documents
@@ -25,6 +25,7 @@ SEED, VOCABULARY = 3, 264
 BOTH = [NEURONS, WHOLE]
 NAMES = sorted(name for name, it in CRITERIA.items() if it.is_of_experts)
 NAMES_OF_WHOLE = sorted(name for name, it in CRITERIA.items() if it.is_of_whole_experts)
+EVERY = sorted({*NAMES, *NAMES_OF_WHOLE})
 DEFINED = ("cross_entropy", "entropy", "entropy_squared", "fisher", "fisher_signs", "self_distillation")
 # model_type -> what makes it have many experts, of which few tokens leave some without any.
 MANY_EXPERTS = 6 * COUNT
@@ -38,7 +39,7 @@ def threads():
         yield
 
 
-def stage_of(folder, model_type, criteria=NAMES, dtype="float32", calibration=None, structures=BOTH, **changes):
+def stage_of(folder, model_type, criteria=EVERY, dtype="float32", calibration=None, structures=BOTH, **changes):
     save_model(folder / "model", model_type, vocab_size=VOCABULARY, **changes)
     write_documents(folder / "text.jsonl")
     settings = {"samples": 4, "sequence_length": 12, "micro_batch_size": 1, "shard_size": 1, **(calibration or {})}
@@ -104,6 +105,7 @@ def test_scores_of_all_units_are_as_defined_in_every_family(tmp_path, model_type
         wholes = {(WHOLE, at[1]): of_expert(it.view(COUNT, -1)) for at, it in of_neurons.items() if at[0] == KIND}
         return of_neurons | wholes
 
+    assert_scored("reap", routed_outputs(model, windows))
     assert_scored("activation", with_experts(activations(windows), lambda it_EN: it_EN.norm(dim=1)))
     sums = definition(model, windows, "activation", others=others)
     absolute = {place: columns.double().abs().sum(1) for place, (_, columns) in weights.items()}
@@ -123,7 +125,8 @@ def test_scores_of_all_units_are_as_defined_in_every_family(tmp_path, model_type
 def test_what_else_is_scored_changes_no_bits(tmp_path, model_type, dtype, threads):
     together, alone = {}, {}
     for structures in (BOTH, [NEURONS], [WHOLE]):
-        store, names = Store(tmp_path / "-".join(structures)), NAMES_OF_WHOLE if structures == [WHOLE] else NAMES
+        store = Store(tmp_path / "-".join(structures))
+        names = {NEURONS: NAMES, WHOLE: NAMES_OF_WHOLE}[structures[0]] if len(structures) == 1 else EVERY
         stage = stage_of(tmp_path, model_type, names, dtype, structures=structures)
         run_in_threads(store, stage, Ranks(1))
         (together if structures == BOTH else alone).update(load_file(store.path(stage.id) / SCORES))
@@ -175,7 +178,9 @@ def test_experts_come_and_go_and_sums_have_the_same_bits_on_any_ranks_after_any_
     [("qwen2_moe", "float32", False), ("deepseek_v3", "bfloat16", True), ("gpt_oss", "float32", True)],
 )
 def test_two_sharded_ranks_have_the_bits_of_one(tmp_path, model_type, dtype, checkpointing):
-    stage = stage_of(tmp_path, model_type, ["activation", "entropy", "fisher_signs", "self_distillation"], dtype)
+    stage = stage_of(
+        tmp_path, model_type, ["activation", "entropy", "fisher_signs", "reap", "self_distillation"], dtype
+    )
     stores = {ranks: Store(tmp_path / f"on {ranks}") for ranks in (1, 2)}
     for ranks, store in stores.items():
         result = run_stage(store, stage, ranks, activation_checkpointing=checkpointing and ranks == 2)
