@@ -190,9 +190,8 @@ class _Found:
             raise self._refusal(f"{_GROUPS} in config.json is {groups!r}, of {count} experts")
         if not isinstance(chosen_groups, int) or not 1 <= chosen_groups <= groups:
             raise self._refusal(f"{_CHOSEN_GROUPS} in config.json is {chosen_groups!r}, of {groups} groups")
-        has_groups = _GROUPS in self._config or groups > 1
-        of_group = max(-(-chosen // chosen_groups), _OF_GROUP if corrected and has_groups else 1)
-        # A model with one expert is none of a mixture.
+        of_group = max(-(-chosen // chosen_groups), _OF_GROUP if corrected and groups > 1 else 1)
+        # A model with one expert is no mixture, and a router may have one group whose best two it looks for.
         return groups, max(of_group * groups, 2)
 
     def _shared(self, there: Shapes) -> Shared | None:
