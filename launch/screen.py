@@ -68,11 +68,12 @@ def show_plan(console: Console, plan: Plan, verdicts: Mapping[str, Verdict], tod
 def show_shapes(console: Console, shapes: Mapping[str, KnownShape]) -> None:
     """What the checkpoint of each cell will be, by its label; "-" and ranges for what only a stage finds."""
     lines = Table(box=None, pad_edge=False)
-    for header in ("checkpoint of", "width", "KV heads", "layers", "ratio", ""):
+    experts = ["experts"] if any(shape.experts for shape in shapes.values()) else []
+    for header in ("checkpoint of", *experts, "width", "KV heads", "layers", "ratio", ""):
         lines.add_column(header, justify="left" if header in ("checkpoint of", "") else "right")
     for label, shape in shapes.items():
-        counts = (_span(it, "d") for it in (shape.width, shape.kv_heads, shape.layers))
-        lines.add_row(escape(label), *counts, _span(shape.reached, ".4f"), shape.open)
+        sizes = ([shape.experts] if experts else []) + [shape.width, shape.kv_heads, shape.layers]
+        lines.add_row(escape(label), *(_span(it, "d") for it in sizes), _span(shape.reached, ".4f"), shape.open)
     console.print(lines)
 
 

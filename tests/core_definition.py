@@ -64,8 +64,10 @@ def layers_of(model):
     return (getattr(body, names[0]) if names else body).layers
 
 
-# Criteria for which one pass is enough.
-OF_ONE_PASS = sorted(name for name, it in CRITERIA.items() if it.student_of is None)
+# Criteria for which one pass is enough, of any model.
+OF_ONE_PASS = sorted(
+    name for name, it in CRITERIA.items() if it.student_of is None and not it.is_of_whole_experts_alone
+)
 
 
 def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels=1, output=NEURONS):

@@ -10,6 +10,8 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hfprune_dist.structures.experts import NUMBERS
+
 SHAPE = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -210,6 +212,11 @@ SEEING: dict[str, dict[str, Any]] = {
         "scale_factor": 1,
     },
 }
+
+
+def with_experts(model_type: str, count: int) -> dict[str, int]:
+    """The setting by which a model of such an architecture has so many experts in a layer."""
+    return {next(key for key in NUMBERS if key in EXPERTS[model_type]): count}
 
 
 def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Module:

@@ -43,6 +43,17 @@ def mixtures(draw: Any) -> dict[str, Any]:
     }
 
 
+@st.composite
+def grouped_mixtures(draw: Any) -> dict[str, Any]:
+    """The same with more experts, among which a router chooses by groups, by scores that are corrected, or neither."""
+    config = draw(mixtures())
+    groups, of_group = draw(st.integers(1, 3)), draw(st.integers(2, 6))
+    chosen_groups = draw(st.integers(1, groups))
+    routing = draw(st.sampled_from([{}, {"n_group": groups, "topk_group": chosen_groups}]))
+    chosen = draw(st.integers(1, of_group * (chosen_groups if routing else 1)))
+    return {**config, "num_experts": groups * of_group, "num_experts_per_tok": chosen, **routing}
+
+
 def gated(name: str, width: int) -> dict[str, list[int]]:
     """The weights of an MLP."""
     rows = {f"{name}.{projection}.weight": [width, 64] for projection in ("gate_proj", "up_proj")}
@@ -61,6 +72,7 @@ def tensors_of(config: Mapping[str, Any]) -> dict[str, list[int]]:
             parts |= gated("mlp", config["intermediate_size"])
         else:
             parts["mlp.gate.weight"] = [config["num_experts"], 64]
+            parts |= {"mlp.gate.e_score_correction_bias": [config["num_experts"]]} if "n_group" in config else {}
             parts |= gated("mlp.shared_experts", shared) if shared else {}
             for expert in range(config["num_experts"]):
                 parts |= gated(f"mlp.experts.{expert}", width)

@@ -1,4 +1,4 @@
-"""What neurons of experts are scored by, from its definition: a mask on every neuron at every token."""
+"""What experts and their neurons are scored by, from its definition: a mask on every neuron at every token."""
 
 import copy
 from collections import defaultdict
@@ -11,7 +11,7 @@ from transformers.integrations import moe
 
 from hfprune_dist.checkpoints.families import Family
 
-KIND = "expert_neurons"
+KIND, WHOLE = "expert_neurons", "experts"
 LAYERS, COUNT, WIDTH = SHAPE["num_hidden_layers"], 4, SHAPE["intermediate_size"]
 
 
@@ -49,11 +49,13 @@ class Definition:
 
     Attributes:
         masks, hidden: (kind, layer) -> masks and activations [..., tokens, neurons] in the last forward.
+        routed: layer -> norms of what experts put out, as the router weighs them, and whether they were given the
+            token, [2, experts, tokens] in the last forward.
     """
 
     def __init__(self, model, keeps=None, others=None):
         self._keeps = keeps
-        self.masks, self.hidden = {}, {}
+        self.masks, self.hidden, self.routed = {}, {}, {}
         for number, module in experts_of(model).items():
             module.config._experts_implementation = "definition"
             module.definition = partial(self._compute, (KIND, number), module)
@@ -83,14 +85,27 @@ class Definition:
         layout = "end,edc->enc" if module.is_transposed else "end,ecd->enc"
         outputs = torch.einsum(layout, hidden_END * masks_END, module.down_proj)
         outputs = outputs + module.down_proj_bias[:, None] if module.has_bias else outputs
+        self.routed[place[1]] = torch.stack([(outputs * routing_EN[..., None]).norm(dim=-1), routing_EN > 0]).detach()
         return (outputs * routing_EN[..., None]).sum(0).to(hidden_NC.dtype)
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register("definition", lambda module, *inputs: module.definition(*inputs))
 
 
+def routed_outputs(model, windows):
+    """(kind, layer) -> means over the tokens that an expert is given, float64 [experts]; see ``Definition``."""
+    dense, sums = copy.deepcopy(model).double(), defaultdict(float)
+    scored = Definition(dense)
+    for window in windows:
+        dense(input_ids=window[None])
+        for layer, terms_2EN in scored.routed.items():
+            sums[WHOLE, layer] += terms_2EN.sum(-1)
+    return {place: sum_E / tokens_E.clamp(min=1) for place, (sum_E, tokens_E) in sums.items()}
+
+
 def definition(model, windows, criterion, seed=0, *, keeps=None, others=None):
-    """(kind, layer) -> sums over windows and tokens, float64 [units]; by a student where the criterion has one.
+    """(kind, layer) -> sums over windows and tokens, float64 [units]; by a student where the criterion has one, but not
+    of whole experts, nor of these sums of activations.
 
     See ``Definition``.
     """
@@ -112,4 +127,6 @@ def definition(model, windows, criterion, seed=0, *, keeps=None, others=None):
         for place, masks_ND in scored.masks.items():
             # A mask's gradient is h * dL/dh, but where the mask is 0: there it is what the neuron's return would do.
             sums[place] += terms(masks_ND.grad).sum(-2).flatten()
+            if place[0] == KIND and student is dense:  # an expert's mask is one on all its neurons
+                sums[WHOLE, place[1]] += terms(masks_ND.grad.sum(-1)).sum(-1)
     return dict(sums)

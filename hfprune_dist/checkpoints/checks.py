@@ -9,6 +9,7 @@ from typing import Any
 from hfprune_dist.checkpoints.families import FAMILIES, Family
 from hfprune_dist.checkpoints.safetensors_header import FLOATS, TensorInfo
 from hfprune_dist.errors import UserError
+from hfprune_dist.structures import EXPERTS
 from hfprune_dist.structures.low_rank import FACTORS, factor_shapes, rank_field
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER, Units
 
@@ -96,7 +97,7 @@ def check_output_biases(config: Mapping[str, Any], family: Family, file: Path) -
     Raises:
         UserError: where it names other modules.
     """
-    known = [units.output for units in family.structures(config).values()]
+    known = [*dict.fromkeys(units.output for units in family.structures(config).values())]
     named = config.get(OUTPUT_BIASES, [])
     if not isinstance(named, list) or any(name not in known for name in named) or len({*named}) < len(named):
         raise UserError(f"{file}: {OUTPUT_BIASES} must be a list of some of {', '.join(known)}, not {named!r}")
@@ -159,10 +160,14 @@ def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], structures: Mapp
     for units in structures.values():
         for layer in (it for it, count in enumerate(units.counts) if count):
             for name, owned in units.in_layer(layer, tensors):
-                wanted = units.shape_of(owned, layer, hidden)
-                if list(tensors[name].shape) != wanted:
+                found = list(tensors[name].shape)
+                if units.kind != EXPERTS:
+                    wanted = units.shape_of(owned, layer, hidden)
+                else:  # of whose tensors the other dimensions are known by their neurons
+                    wanted = found if owned.unit is not None else [units.counts[layer], *found[1:]]
+                if found != wanted:
                     raise UserError(
-                        f"{path}: {name} has shape {list(tensors[name].shape)}, but config.json makes it {wanted}: "
+                        f"{path}: {name} has shape {found}, but config.json makes it {wanted}: "
                         f"{units.described(layer)} for this layer"
                     )
 

@@ -62,9 +62,9 @@ def cut_of(units: Units, layer: int, owned: Owned, kept_K: Tensor) -> Cut | Stac
     Args:
         kept_K: ascending int64; as many of every expert.
     """
-    if units.experts == 1:
+    if owned.expert is None and not owned.stacked:
         return Cut(owned.axis, entries_of(kept_K, owned.per_unit, owned.parts, units.counts[layer]))
-    width, of_experts = units.counts[layer] // units.experts, kept_K.chunk(units.experts)
+    width, of_experts = units.counts[layer] // units.parts, kept_K.chunk(units.parts)
     if owned.expert is not None:
         return Cut(owned.axis, of_experts[owned.expert] - width * owned.expert)
     own = (entries_of(it - width * expert, owned.per_unit, owned.parts, width) for expert, it in enumerate(of_experts))

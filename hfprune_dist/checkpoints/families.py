@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures.experts import Experts, Projections, dense_neurons, expert_neurons, shared_neurons
+from hfprune_dist.structures.experts import (
+    Experts,
+    Projections,
+    dense_neurons,
+    expert_neurons,
+    shared_neurons,
+    whole_experts,
+)
 from hfprune_dist.structures.kv_groups import kv_groups, whole_groups
 from hfprune_dist.structures.low_rank import linear_modules, read_ranks
 from hfprune_dist.structures.neurons import OLDER_WIDTHS, OTHER_WIDTHS, neurons
@@ -102,12 +109,13 @@ class Family:
         return neurons(config, mlp, *self._projections)
 
     def _beside_experts(self, config: Mapping[str, Any]) -> list[Units]:
-        """The neurons of the other MLPs of a mixture of experts."""
+        """The neurons of the other MLPs of a mixture of experts, and the experts themselves."""
         if self.experts is None:
             return []
         made_of = config, self._mlp(config), self.experts, self._projections
         shared = [shared_neurons(*made_of)] if self.experts.shared else []
-        return shared + ([dense_neurons(*made_of)] if self.dense_layers else [])
+        dense = [dense_neurons(*made_of)] if self.dense_layers else []
+        return [*shared, *dense, whole_experts(config, made_of[1], self.experts)]
 
     def _mlp(self, config: Mapping[str, Any]) -> Block:
         return self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after)

@@ -66,7 +66,7 @@ def scored_layer(
 
 def _rows(checkpoint: Checkpoint, units: Units, layer: int) -> list[Tensor]:
     if units.experts > 1:
-        return _of_experts(checkpoint, units, layer, units.rows)
+        return _of_experts(checkpoint, layer, checkpoint.units.rows)
     return [
         part
         for name, parts in zip(units.row_weights(layer), units.row_parts, strict=True)
@@ -76,13 +76,18 @@ def _rows(checkpoint: Checkpoint, units: Units, layer: int) -> list[Tensor]:
 
 def _columns(checkpoint: Checkpoint, units: Units, layer: int) -> Tensor:
     if units.experts > 1:
-        (columns,) = _of_experts(checkpoint, units, layer, units.columns)
+        (columns,) = _of_experts(checkpoint, layer, checkpoint.units.columns)
         return columns.T
     return read_tensor(checkpoint, units.output_weight(layer))
 
 
-def _of_experts(checkpoint: Checkpoint, units: Units, layer: int, owned: Sequence[Owned]) -> list[Tensor]:
-    """Matrices [rows of all units, hidden_size] in which experts follow one another, whatever form files have."""
+def _of_experts(checkpoint: Checkpoint, layer: int, owned: Sequence[Owned]) -> list[Tensor]:
+    """Matrices [all experts' neurons, hidden_size] in which experts follow one another, whatever form files have.
+
+    Args:
+        owned: by their neurons, rows or columns.
+    """
+    units = checkpoint.units
     weights = [it for it in owned if "bias" not in it.tensor]
     read = [read_tensor(checkpoint, units.tensor(layer, it.tensor)) for it in weights]
     if weights[0].stacked:

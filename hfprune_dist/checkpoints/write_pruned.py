@@ -27,6 +27,7 @@ from hfprune_dist.checkpoints.safetensors_header import TensorInfo, read_safeten
 from hfprune_dist.checkpoints.stored_names import SAME, StoredNames
 from hfprune_dist.checkpoints.weight_files import INDEX_FILE
 from hfprune_dist.store.atomic_files import write_json
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.low_rank import FACTORS, factor_shapes
 
@@ -84,19 +85,33 @@ class Changes:
 
 def unit_cuts(checkpoint: Checkpoint, kept: Kept) -> dict[str, Cut | StackedCut]:
     """The cut of every tensor that shrinks where this alone stays of a checkpoint."""
+    assert not {EXPERTS, EXPERT_NEURONS} <= kept.units.keys(), "experts and their neurons are cut one after the other"
     return {
         name: cut_of(units, layer, owned, kept_K)
         for units, rows in ((checkpoint.structures[kind], rows) for kind, rows in kept.units.items())
         for layer, kept_K in zip(kept.layers, rows, strict=True)
         if units.counts[layer]
         for name, owned in units.in_layer(layer, checkpoint.tensors)
+        if owned.unit is None
     }
 
 
-def kept_names(checkpoint: Checkpoint, layers: Sequence[int], added: Iterable[str] = ()) -> dict[str, str]:
-    """The tensors that stay where these layers do, ascending, and those that are added to them, all as ``checkpoint``
-    numbers layers -> their names in the smaller checkpoint.
+def kept_names(checkpoint: Checkpoint, kept: Kept, added: Iterable[str] = ()) -> dict[str, str]:
+    """The tensors that stay, and those that are added to them, all as ``checkpoint`` numbers layers and units -> their
+    names in the smaller checkpoint.
     """
+    names = _of_kept_layers(checkpoint, kept.layers, added)
+    for units, rows in ((checkpoint.structures[kind], rows) for kind, rows in kept.units.items()):
+        for layer, kept_K in zip(kept.layers, rows, strict=True):
+            numbers = {unit: number for number, unit in enumerate(kept_K.tolist())}
+            for name, owned in units.in_layer(layer, checkpoint.tensors):
+                if owned.unit is not None:
+                    new = names.pop(name)
+                    names |= {name: owned.numbered(new, numbers[owned.unit])} if owned.unit in numbers else {}
+    return names
+
+
+def _of_kept_layers(checkpoint: Checkpoint, layers: Sequence[int], added: Iterable[str]) -> dict[str, str]:
     prefix = f"{checkpoint.family.layers}."
     numbers = {str(layer): str(number) for number, layer in enumerate(layers)}
     every = {*checkpoint.tensors, *added}
@@ -123,7 +138,7 @@ def write_weight_file(
             of a projection that is given a low rank, name of each factor -> reads it.
     """
     added = _biases_added(checkpoint, replacements or {})
-    names = kept_names(checkpoint, kept.layers, added)
+    names = kept_names(checkpoint, kept, added)
     factors, biases = _factored(checkpoint, kept, names, replacements or {})
     if not any(checkpoint.tensors[name].file == file for name in names if name not in added):
         return

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from hfprune_dist.config.section import NumberOrShare, Positive, PositiveOrAuto, Section
 from hfprune_dist.core.criteria import CRITERIA, SCORED_WHILE_PRUNED, CriterionName, MethodCriterion
-from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, Kind, Structure
+from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS, TOGETHER, Kind, Structure
 
 Allocation = Literal["uniform", "plain", "local", "global", "standardized", "searched", "low_rank"]
 Refit = Literal["none", "bias", "dense", "layerwise", "block"]
@@ -17,16 +17,22 @@ StructureT = TypeVar("StructureT", Kind, Structure)
 
 
 def _in_order(structures: list[StructureT]) -> list[StructureT]:
-    known = get_args(Structure)
-    if NEURONS not in structures:
-        raise ValueError(f"{NEURONS} must be among them; beside it there may be {', '.join(known[1:])}")
+    if NEURONS not in structures and EXPERTS not in structures:
+        beside = ", ".join(TOGETHER[1:])
+        raise ValueError(f"{NEURONS} must be among them; beside it there may be {beside}; or {EXPERTS}, alone")
     if len(set(structures)) < len(structures):
         raise ValueError(f"{', '.join(structures)}: name each once")
-    return [kind for kind in known if kind in structures]
+    return [kind for kind in get_args(Structure) if kind in structures]
 
 
-# What is pruned, in one order whatever the order that it is given in; and of that, what is scored.
-Structures = Annotated[list[Structure], AfterValidator(_in_order)]
+def _goes_together(structures: list[Structure]) -> list[Structure]:
+    if EXPERTS in structures and len(structures) > 1:
+        raise ValueError(f"{', '.join(structures)}: {EXPERTS} go alone; leave them out, or all else")
+    return structures
+
+
+# What is pruned, in one order whatever the order that it is given in; and what is scored, perhaps for several methods.
+Structures = Annotated[list[Structure], AfterValidator(_in_order), AfterValidator(_goes_together)]
 Kinds = Annotated[list[Kind], AfterValidator(_in_order)]
 # Of the dense model's parameters, what goes in a round; smaller ones would be more rounds than anyone waits for.
 RoundRatio = Annotated[float, Field(ge=0.01, lt=1)]
@@ -37,7 +43,7 @@ Temperature = Annotated[float, Field(ge=0.01, le=100)]
 
 def structures_possible(allocation: Allocation) -> tuple[Structure, ...]:
     """What may go besides neurons, with them in front. Layers have no scores: what goes without one is measured."""
-    return get_args(Structure if allocation in ("plain", "searched") else Kind)
+    return TOGETHER if allocation in ("plain", "searched") else TOGETHER[:-1]
 
 
 # Settings of a method that make a pass of their own.
@@ -59,17 +65,18 @@ class Method(Section):
     structures: Structures = Field(default=[NEURONS])
     """What is pruned: neurons of MLPs; beside them kv_groups, the key-value heads of attention with the query heads
     that read them, and whole layers. Neurons and groups are scored; what a model loses without a layer is measured.
-    More than neurons needs an allocation other than uniform."""
+    More than neurons needs an allocation other than uniform. Or experts alone: whole experts of a mixture of experts,
+    with allocation: uniform and without refit and distillation."""
     allocation: Allocation = "uniform"
-    """Which shape the pruned model has. uniform: the same width in all layers. plain: one number of layers, of KV
-    groups and of neurons, the same in all layers; such shapes are measured on calibration windows, and the one closest
-    to the dense model is taken. local: every layer that isn't protected loses the same share of its neurons and of its
-    KV groups; nothing is measured. global: neurons and groups of all layers compete by score per parameter; scores that
-    aren't in nats are divided by their layer's mean first. standardized: they compete by scores less the layer's mean,
-    in its standard deviations, whatever their size. searched: shapes around those are measured, plain ones and
-    some without whole layers as well, and the closest is taken. low_rank: attention's matrices become products of two
-    of low rank, and all layers get one width, in a pass layer after layer that scores as well.
-    If layers differ, or with low_rank, loading the checkpoint needs trust_remote_code or this package."""
+    """Which shape the pruned model has. uniform: the same width, or number of experts, in all layers. plain: one number
+    of layers, of KV groups and of neurons, the same in all layers; such shapes are measured on calibration windows, and
+    the one closest to the dense model is taken. local: every layer that isn't protected loses the same share of its
+    neurons and of its KV groups; nothing is measured. global: neurons and groups of all layers compete by score per
+    parameter; scores that aren't in nats are divided by their layer's mean first. standardized: they compete by scores
+    less the layer's mean, in its standard deviations, whatever their size. searched: shapes around those are measured,
+    plain ones and some without whole layers as well, and the closest is taken. low_rank: attention's matrices become
+    products of two of low rank, and all layers get one width, in a pass layer after layer that scores as well. If
+    layers differ, or with low_rank, loading the checkpoint needs trust_remote_code or this package."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.2
     """global, standardized, searched: the smallest share of its neurons that a layer keeps; with 0 it keeps one."""
     protect_first: NumberOrShare = 0
@@ -92,9 +99,11 @@ class Method(Section):
     that would restore the dense model's hidden states. block: as layerwise, then Gauss-Newton steps on gate_proj,
     up_proj and down_proj together; takes minutes, not seconds."""
     multiple_of: PositiveOrAuto = 1
-    """Round intermediate_size to a multiple of this (64 or 128 suit GPU kernels). auto: for each model and ratio the
+    """Round intermediate_size, or the number of experts, to a multiple of this (64 or 128 suit GPU kernels; the number
+    of devices, over which experts are spread). auto: for each model and ratio the
     largest of 256, 128, 64 and 32 with which at least the ratio goes, and at most 0.0125 more; where there is none, 32
-    if the model is at least 1,024 wide, else 1. Where there is a ``round_ratio``, what it is in the first round."""
+    if the model is at least 1,024 wide, else 1; of experts 1. Where there is a ``round_ratio``, what it is in the first
+    round."""
     steps: Positive = 1
     """Number of equal parts of the ratio in which the model is pruned. Before each part but the first, the pruned model
     is scored again on the same windows. A refit of kind ``dense`` then uses that model's activations; the others aim at
@@ -146,6 +155,27 @@ class Method(Section):
         """The settings that affect what one prune stage does; others make stages of their own."""
         of_others = {"prunes_in", "adapts", "steps", "round_ratio", "distill", *OF_A_STUDENT}
         return self.model_dump(exclude=self.without_effect | of_others)
+
+    @model_validator(mode="after")
+    def _suits_whole_experts(self) -> Method:
+        if EXPERTS not in self.structures:
+            alone = [name for name in self.scored_before if CRITERIA[name].is_of_whole_experts_alone]
+            if alone:
+                raise ValueError(f"criterion: {alone[0]} scores whole experts alone; it needs structures: [{EXPERTS}]")
+            return self
+        needed = {"prunes_in": "calibration", "allocation": "uniform", "refit": "none", "distill": 0}
+        others = {name: getattr(self, name) for name, value in needed.items() if getattr(self, name) != value}
+        if others:
+            named = ", ".join(f"{name}: {it}" for name, it in others.items())
+            instead = ", ".join(f"{name}: {needed[name]}" for name in others)
+            raise ValueError(f"structures: [{EXPERTS}] goes with {instead}, not with {named}")
+        possible = [name for name, it in CRITERIA.items() if it.is_of_whole_experts]
+        if self.criterion is not None and self.criterion not in possible:
+            raise ValueError(
+                f"criterion: {self.criterion} has no scores of whole experts (structures: [{EXPERTS}]); "
+                f"{', '.join(possible)} have"
+            )
+        return self
 
     @model_validator(mode="after")
     def _is_scored_once(self) -> Method:
@@ -214,7 +244,7 @@ class Method(Section):
                 f"allocation: low_rank needs structures: [{NEURONS}] and refit: none, not structures: [{named}] and "
                 f"refit: {self.refit}; nothing of attention goes as a whole, and its new weights are no refit"
             )
-        if self.allocation == "uniform" and self.structures != [NEURONS]:
+        if self.allocation == "uniform" and self.structures not in ([NEURONS], [EXPERTS]):
             possible = (
                 "plain or searched" if LAYERS in self.structures else "plain, local, global, standardized or searched"
             )

@@ -36,7 +36,16 @@ class Loss:
 
 
 # What a criterion adds up, as ``Criterion`` tells.
-Summed = Literal["gradient", "activation", "moments", "weight_product", "coupled_product", "weight_gradient", "nothing"]
+Summed = Literal[
+    "gradient",
+    "activation",
+    "moments",
+    "routed_output",
+    "weight_product",
+    "coupled_product",
+    "weight_gradient",
+    "nothing",
+]
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,12 @@ class Criterion:
         name: in the configuration and in the artifact.
         description: one line, with the source.
         summed: per token, h * dL/dh added up over the unit's channels ("gradient"), each channel's h, channels kept
-            apart ("activation"), h and h^2 of each channel, one behind the other, signs and all ("moments"); per
-            window, W * dL/dW of each weight that the unit owns ("weight_product"), or added up over a neuron's three
-            weights at a hidden channel, and of that the mean over hidden channels ("coupled_product"); dL/dW of the
-            weights that units own, signs and all, which no unit has a number of ("weight_gradient"); or "nothing": no
-            calibration pass.
+            apart ("activation"), h and h^2 of each channel, one behind the other, signs and all ("moments"), of an
+            expert that is given the token the norm of its output times its routing weight, and 1, one behind the other
+            ("routed_output"); per window, W * dL/dW of each weight that the unit owns ("weight_product"), or added up
+            over a neuron's three weights at a hidden channel, and of that the mean over hidden channels
+            ("coupled_product"); dL/dW of the weights that units own, signs and all, which no unit has a number of
+            ("weight_gradient"); or "nothing": no calibration pass.
         loss: L, where a gradient is summed.
         reduction: the sum is one of absolute values or of squares.
         is_its_sum: whether the sum is the score; else ``core.scores`` says what is made of it.
@@ -86,7 +96,8 @@ class Criterion:
     @property
     def has_sums_of_units(self) -> bool:
         """Whether a pass adds up numbers of units, or of their channels."""
-        return self.summed in ("gradient", "activation", "moments") or self.needs_weight_products
+        of_tokens = self.summed in ("gradient", "activation", "moments", "routed_output")
+        return of_tokens or self.needs_weight_products
 
     @property
     def is_of_neurons(self) -> bool:
@@ -99,6 +110,17 @@ class Criterion:
         tokens, nor anything of whole weights.
         """
         return self.summed in ("gradient", "activation", "nothing") and not self.needs_moments
+
+    @property
+    def is_of_whole_experts_alone(self) -> bool:
+        """Whether it has scores for nothing but whole experts: it is of what they put out."""
+        return self.summed == "routed_output"
+
+    @property
+    def is_of_whole_experts(self) -> bool:
+        """Whether it has scores for whole experts: also of no student, which lacks neurons of them."""
+        of_dense = self.loss is None or self.loss.of == "dense"
+        return self.is_of_whole_experts_alone or (self.is_of_experts and of_dense)
 
     @property
     def needs_weight_products(self) -> bool:
@@ -115,10 +137,10 @@ class Criterion:
         """Whether there are sums for each channel, of which ``core.scores`` makes one score for each unit."""
         return self.summed in ("activation", "moments")
 
-    @property
-    def sums_of_a_channel(self) -> int:
-        """How many sums each channel has, of criteria that are ``is_of_channels``."""
-        return 2 if self.summed == "moments" else 1
+    def sums_of_unit(self, channels: int) -> int:
+        """How many sums a unit of so many channels has."""
+        of_each = 2 if self.summed in ("moments", "routed_output") else 1
+        return of_each * channels if self.is_of_channels else of_each
 
     @property
     def is_rounded(self) -> bool:
@@ -129,11 +151,12 @@ class Criterion:
     def has_halves(self) -> bool:
         """Whether what two halves of the windows add up to can be set against each other (see ``core.split_half``).
 
-        Gradients of weights have none, since each is one sum. Moments have none, of which no one sum says which units
-        stay. Rounded sums have no halves that would tell anything: the more terms, the more of them vanish, so two
-        halves lose less than the whole, and the whole stops changing because of the rounding.
+        Gradients of weights have none, since each is one sum. Moments and routed outputs have none, of which no one sum
+        says which units stay. Rounded sums have no halves that would tell anything: the more terms, the more of them
+        vanish, so two halves lose less than the whole, and the whole stops changing because of the rounding.
         """
-        return self.has_sums_of_units and self.summed != "moments" and not self.is_rounded
+        is_one_sum = self.summed not in ("moments", "routed_output")
+        return self.has_sums_of_units and is_one_sum and not self.is_rounded
 
     @property
     def compared(self) -> str:
@@ -291,6 +314,13 @@ CRITERIA: dict[str, Criterion] = {
             "coupled_product",
             LABELS_AND_TEACHER,
             student_of="coupled_taylor",
+        ),
+        Criterion(
+            "reap",
+            "mean over the tokens that an expert is given of the norm of its output times its routing weight (REAP, "
+            "arXiv 2510.13999)",
+            "routed_output",
+            is_its_sum=False,
         ),
         Criterion("magnitude", "norm of the neuron's weights", "nothing", is_its_sum=False),
         Criterion("random", "a random order, the floor of any comparison", "nothing", is_its_sum=False),

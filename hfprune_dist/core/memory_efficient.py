@@ -238,9 +238,16 @@ def can_be_observed(h_BTD: Tensor) -> bool:
 
 
 def observe_gradient(h_BTD: Tensor, observer: Observer) -> None:
-    """Have ``observer`` called in backward with h * dL/dh."""
+    """Have ``observer`` called in backward with h * dL/dh, which it may change; of several, each sees them."""
     made_by: Any = h_BTD.grad_fn
-    made_by.observer = observer
+    earlier: Observer | None = made_by.observer
+
+    def both(product_ND: Tensor) -> None:
+        assert earlier is not None
+        earlier(product_ND.clone())
+        observer(product_ND)
+
+    made_by.observer = observer if earlier is None else both
 
 
 def _show_products(hidden_ND: Tensor, gradient_ND: Tensor, observer: Observer) -> None:

@@ -76,7 +76,8 @@ def finished(criterion: Criterion, sum_N: Tensor, layer: ScoredLayer) -> Tensor:
     """Scores [units] from the criterion's sums over tokens, both float64 on the CPU.
 
     Args:
-        sum_N: of each unit; of each channel where the criterion ``is_of_channels``, its sums one behind the other.
+        sum_N: of each unit, or of each channel where the criterion ``is_of_channels``; several of them one behind the
+            other.
     """
     return sum_N if criterion.is_its_sum else _MADE_OF_SUMS[criterion.name](sum_N, layer)
 
@@ -129,6 +130,18 @@ def fluctuation(sums_N: Tensor, layer: ScoredLayer) -> Tensor:
     return sum_over_channels(product_D, channels) / channels / (spread or 1.0)
 
 
+def mean_routed_output(sums_N: Tensor, _layer: ScoredLayer) -> Tensor:
+    """The mean over the tokens that an expert is given of ||f(x)|| times the weight that f(x) is added up with; 0 where
+    it is given none (REAP: Lasby et al. 2025, arXiv 2510.13999).
+
+    Args:
+        sums_N: of each expert the sum of that, and the number of tokens.
+    """
+    sum_U, tokens_U = sums_N.unflatten(0, (-1, 2)).unbind(1)
+    mean_U: Tensor = sum_U / tokens_U.clamp(min=1)
+    return mean_U
+
+
 def first_order_of_weights(_sum_U: Tensor, layer: ScoredLayer) -> Tensor:
     """sum |W * dL/dW| over the weights that a unit owns, its rows and its columns; biases don't count (LLM-Pruner's
     ``param_first``: Ma et al. 2023, arXiv 2305.11627, eq. 5 to first order).
@@ -170,6 +183,7 @@ _MADE_OF_SUMS: dict[str, Callable[[Tensor, ScoredLayer], Tensor]] = {
     "fluctuation": fluctuation,
     "magnitude": weight_norm,
     "random": random_scores,
+    "reap": mean_routed_output,
     "surgeon": costs_of_removal,
     "weight_taylor": first_order_of_weights,
     "weight_taylor_vectorized": first_order_of_vectors,

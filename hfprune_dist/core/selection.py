@@ -13,14 +13,14 @@ def top_units(scores_U: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
-def top_units_of_each(scores_U: Tensor, count: int, experts: int) -> Tensor:
+def top_units_of_each(scores_U: Tensor, count: int, parts: int) -> Tensor:
     """Indices of ``count`` units, ascending (int64): of each of so many equal parts as many, its highest scores."""
-    assert count % experts == len(scores_U) % experts == 0, f"{count} of {len(scores_U)} units in {experts} parts"
+    assert count % parts == len(scores_U) % parts == 0, f"{count} of {len(scores_U)} units in {parts} parts"
     if not count:
         return torch.zeros(0, dtype=torch.int64)
-    width = len(scores_U) // experts
-    parts = [top_units(part_N, count // experts) + width * it for it, part_N in enumerate(scores_U.split(width))]
-    return torch.cat(parts)
+    width = len(scores_U) // parts
+    kept = [top_units(part_N, count // parts) + width * it for it, part_N in enumerate(scores_U.split(width))]
+    return torch.cat(kept)
 
 
 def entries_of(units_K: Tensor, per_unit: int, parts: int = 1, units: int = 0) -> Tensor:

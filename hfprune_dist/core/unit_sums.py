@@ -4,7 +4,8 @@ layer.
 A unit is one or more consecutive channels of what a layer's output projection reads (``hfprune_dist.structures``).
 ``h`` is that input. Of a gradient, what is added up is |x| or x^2, x the sum of h_n * dL/dh_n over the unit's channels
 n: the first-order effect of its removal. Of activations, it is |h_n| or h_n^2 of each channel: the root of a sum of
-squares is a norm; or h_n and h_n^2, in float64, since their variance is a difference of the two.
+squares is a norm; or h_n and h_n^2, in float64, since their variance is a difference of the two. Of a whole expert it
+may be the norm of what it puts out.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ class UnitOutputs:
     """Where a model's units of one kind are seen.
 
     Where layers are mixtures of experts, an output projection is called for one expert after another, with the
-    activations of the tokens that the expert sees [tokens, channels of an expert] and its number; a layer's units are
-    those of its first expert, then those of its second, and so on. An expert without tokens adds nothing.
+    activations of the tokens that the expert sees [tokens, channels of an expert], its number, and what its outputs are
+    multiplied with [tokens]; a layer's units are those of its first expert, then those of its second, and so on. An
+    expert without tokens adds nothing.
 
     Attributes:
         projections: the output projection of each layer, in order; None where a layer has no such units.
@@ -54,6 +56,7 @@ class UnitOutputs:
         makers: of each layer, the linear layers that make the channels; where units are scored by weights' products.
         are_neurons: whether each of a unit's channels is made by one row of every maker's parts.
         experts: of each layer that has such units; None: they are of no experts.
+        are_experts: whether each of them is an expert with all its channels.
     """
 
     projections: Sequence[nn.Module | None]
@@ -61,10 +64,13 @@ class UnitOutputs:
     makers: Sequence[Sequence[Maker]] = ()
     are_neurons: bool = False
     experts: int | None = None
+    are_experts: bool = False
 
     def have(self, criterion: Criterion) -> bool:
         """Whether these units have a sum by such a criterion."""
-        if self.experts is not None and not criterion.is_of_experts:
+        if self.are_experts:
+            return criterion.has_sums_of_units and criterion.is_of_whole_experts
+        if criterion.is_of_whole_experts_alone or (self.experts is not None and not criterion.is_of_experts):
             return False
         return criterion.has_sums_of_units and (self.are_neurons or not criterion.is_of_neurons)
 
@@ -86,8 +92,8 @@ class KindSums:
     """What some micro-batches add up to, for the units of one kind; on the CPU.
 
     Attributes:
-        exact: criterion -> float64 [num_layers, units], or sums of channels, those of one behind those of another,
-            where criteria are ``is_of_channels``; of all whose sum isn't rounded. Layers with fewer units than others
+        exact: criterion -> float64 [num_layers, sums of units], those of one behind those of another
+            (``Criterion.sums_of_unit``); of all whose sum isn't rounded. Layers with fewer units than others
             have zeros behind theirs.
         terms: of criteria whose sum ``is_rounded``, what each micro-batch adds: criterion -> float32, shaped alike.
     """
@@ -178,6 +184,8 @@ class KindObserver:
                 module.register_forward_hook(self._make_output_hook(layer, self._see_output_gradients))
                 for layer, module in self._modules.items()
             ]
+        if any(criterion.summed == "routed_output" for criterion in self._criteria):
+            handles += [module.register_forward_hook(partial(self._after, it)) for it, module in self._modules.items()]
         return handles
 
     def seen(self) -> dict[str, Tensor]:
@@ -218,8 +226,8 @@ class KindObserver:
 
     def _before(self, layer: int, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before an output projection runs, or that of one expert."""
-        hidden_BTD, *expert = inputs
-        place = _Place(layer, *expert)
+        hidden_BTD, *of_expert = inputs
+        place = _Place(layer, *of_expert[:1])
         is_first_run = self._phase.backward_of is None  # else a checkpointed layer runs again
         if is_first_run and self._phase.student is None:
             activation_sum = hidden_BTD.detach().sum()
@@ -231,7 +239,17 @@ class KindObserver:
             hidden_BTD = self._in_graph(layer, hidden_BTD, None if keeps is None else keeps[layer][place.own(units)])
             if is_first_run:
                 observe_gradient(hidden_BTD, partial(self._reduce_gradient, place))
-        return (hidden_BTD, *expert)
+        return (hidden_BTD, *of_expert)
+
+    def _after(self, layer: int, _module: nn.Module, inputs: tuple[Any, ...], output_NC: Tensor) -> None:
+        """After an expert has run."""
+        _, expert, weights_N = inputs
+        if self._phase.backward_of is None and self._phase.student is None:
+            norms_N = torch.linalg.vector_norm(_widened(output_NC.detach()), dim=-1)
+            terms_2N = torch.stack([norms_N * weights_N.detach(), torch.ones_like(norms_N)])
+            for criterion in self._criteria:
+                if criterion.summed == "routed_output":
+                    self._add(criterion, _Place(layer, expert), terms_2N.sum(dim=1))
 
     def _in_graph(self, layer: int, hidden_BTD: Tensor, keeps_U: Tensor | None) -> Tensor:
         """h, of the student where it lacks some of these units, such that its gradient can be observed.
@@ -288,16 +306,15 @@ class KindObserver:
         if lost_in is not None:
             raise NonFiniteError(f"activations of layer {lost_in} are NaN or infinite")
         what = "gradients" if any(criterion.loss for criterion in self._criteria) else "squared activations"
-        lost = max(int((~sums_LN.isfinite()).any(dim=1).nonzero().max()) for sums_LN in sums.values() if _lost(sums_LN))
+        lost = max(int((~it.isfinite()).any(dim=1).nonzero().max()) for it in sums.values() if not it.isfinite().all())
         raise NonFiniteError(f"{what} of layer {lost} are NaN or infinite")
 
 
 def _nothing_yet(outputs: UnitOutputs, criteria: Sequence[Criterion]) -> KindSums:
     layers = len(outputs.projections)
     units = max(outputs.units(layer) for layer in range(layers))
-    channels = units * outputs.channels_per_unit
     exact = {
-        it.name: torch.zeros(layers, channels * it.sums_of_a_channel if it.is_of_channels else units).double()
+        it.name: torch.zeros(layers, units * it.sums_of_unit(outputs.channels_per_unit)).double()
         for it in criteria
         if not it.is_rounded
     }
@@ -310,10 +327,6 @@ def sum_over_channels(values_D: Tensor, channels_per_unit: int) -> Tensor:
         return values_D
     sums_U: Tensor = values_D.unflatten(-1, (-1, channels_per_unit)).sum(dim=-1)
     return sums_U
-
-
-def _lost(sums_LN: Tensor) -> bool:
-    return not bool(sums_LN.isfinite().all())
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -40,8 +40,12 @@ class ExpertProjections(nn.Module):
         self.in_features = in_features
         self.experts = experts
 
-    def forward(self, hidden_ND: Tensor, expert: int) -> Tensor:
-        """What an expert makes of its activations [tokens, in_features]: [tokens, hidden_size]."""
+    def forward(self, hidden_ND: Tensor, expert: int, _weights_N: Tensor) -> Tensor:
+        """What an expert makes of its activations [tokens, in_features]: [tokens, hidden_size].
+
+        Args:
+            _weights_N: what becomes of it is multiplied with, for hooks.
+        """
         return self._project(hidden_ND, expert)
 
 
@@ -103,10 +107,11 @@ def _run(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) 
     index_S = index_NK.flatten()
     order_S = index_S.argsort(stable=True)
     counts = torch.bincount(index_S, minlength=experts.num_experts).tolist()
-    parts = routed(hidden_NC, order_S).split(counts)
+    weights_S = weights_NK.flatten()[order_S]
+    parts = zip(routed(hidden_NC, order_S).split(counts), weights_S.split(counts), strict=True)
     down = getattr(experts, _PROJECTIONS)
-    outputs = [down(_activations(experts, part, number), number) for number, part in enumerate(parts) if len(part)]
-    weighted_SC = torch.cat(outputs) * weights_NK.flatten()[order_S, None]
+    outputs = [down(_activations(experts, x_NC, it), it, of_N) for it, (x_NC, of_N) in enumerate(parts) if len(x_NC)]
+    weighted_SC = torch.cat(outputs) * weights_S[:, None]
     return returned(weighted_SC, order_S, len(hidden_NC)).to(hidden_NC.dtype)
 
 

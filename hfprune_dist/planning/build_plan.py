@@ -161,11 +161,11 @@ class _Planner:
         methods = [suited(method, model.checkpoint) for method in self._methods_for(model).values()]
         scoring = [method for method in methods if method.prunes_in == "calibration"]
         needed = {criterion for method in scoring for criterion in first_criteria(method)}
-        refuse_criteria(self.config.importance.criteria, model.checkpoint)
+        pruned = {structure for method in scoring for structure in method.structures} or {NEURONS}
+        refuse_criteria(self.config.importance.criteria, model.checkpoint, pruned)
         criteria = needed.union(self.config.importance.criteria)
         if not scoring and not criteria:
             return None
-        pruned = {structure for method in scoring for structure in method.structures} or {NEURONS}
         biased = any(name.endswith(".bias") for name in model.checkpoint.tensors)
         importance = self._importance(model.name, {"model": dense}, Scored(criteria, kinds_among(pruned), biased))
         self.asked += [importance.id] if criteria > needed else []

@@ -20,7 +20,6 @@ from hfprune_dist.config.parameters import (
     ReferenceParameters,
 )
 from hfprune_dist.config.training import RecoveryConfig
-from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.known_sizes import packed_rows
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
@@ -28,6 +27,7 @@ from hfprune_dist.planning.plain_shapes import LAYERS_OF_A_STEP, plain_shapes
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.search_work import FINALISTS
 from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.whole_expert_shapes import mixture_target
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
@@ -81,8 +81,8 @@ class ExpectedManifests:
         if params.allocation == "plain":
             return _plain(dense, params, stage.label)
         if dense.family.experts:
-            shape = ExpertTarget.of(dense, params, stage.label).shape()
-            kinds = dense.pruned_kinds(params.structures)
+            shape = mixture_target(ShapeTarget.of(dense, params, stage.label)).shape()
+            kinds = (dense.structures[kind] for kind in shape.units)
             return {name: size for it in kinds for name, size in it.sizes(shape.units[it.kind]).items()}
         if params.allocation == "uniform":
             width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()

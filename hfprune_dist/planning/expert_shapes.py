@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
-from hfprune_dist.config.parameters import PruneParameters
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.structures import EXPERT_NEURONS, NEURONS
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, Structure
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.units import Units
 
@@ -30,11 +29,6 @@ class ExpertTarget:
     """What is asked of the shape of a mixture of experts."""
 
     asked: ShapeTarget
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, params: PruneParameters, where: str) -> ExpertTarget:
-        """What a stage that prunes asks of the dense model that its ratio is of."""
-        return cls(ShapeTarget.of(checkpoint, params, where))
 
     def shape(self) -> Shape:
         """The largest shape with which at least the ratio goes.
@@ -88,18 +82,22 @@ def why_not_experts(method: Method) -> str:
     """What of a method isn't possible with mixtures of experts; empty where nothing is."""
     if method.prunes_in == "recovery":
         return "prunes_in: recovery isn't possible; calibration is"
-    if method.structures != [NEURONS]:
-        return f"structures: [{', '.join(method.structures)}] aren't possible; [{NEURONS}] are"
+    if method.structures not in ([NEURONS], [EXPERTS]):
+        return f"structures: [{', '.join(method.structures)}] aren't possible; [{NEURONS}] are, and [{EXPERTS}]"
     if method.allocation != "uniform":
         return f"allocation: {method.allocation} isn't possible; uniform is"
     if method.refit != "none" or method.distill:
         what = f"refit: {method.refit}" if method.refit != "none" else f"distill: {method.distill}"
         return f"{what} isn't possible; refit: none and distill: 0 are"
-    return _why_not_scored(str(method.criterion))
+    return _why_not_scored(str(method.criterion), method.structures)
 
 
-def _why_not_scored(criterion: str) -> str:
-    possible = [name for name, it in CRITERIA.items() if it.is_of_experts]
+def _why_not_scored(criterion: str, structures: Collection[Structure]) -> str:
+    possible = [
+        name
+        for name, it in CRITERIA.items()
+        if (NEURONS in structures and it.is_of_experts) or (EXPERTS in structures and it.is_of_whole_experts)
+    ]
     return "" if criterion in possible else f"criterion: {criterion} isn't possible; {', '.join(possible)} are"
 
 
@@ -114,16 +112,22 @@ def refuse_with_experts(method: Method, model_type: str, where: str) -> None:
         raise UserError(f"{where}: {model_type} is a mixture of experts, with which {why}")
 
 
-def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint) -> None:
-    """Refuse further criteria by which neurons of experts have no scores.
+def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Collection[Structure]) -> None:
+    """Refuse further criteria by which what is scored of a model has no scores.
+
+    Args:
+        structures: what is scored.
 
     Raises:
         UserError: naming the first one, and what is possible.
     """
-    why = next(filter(None, map(_why_not_scored, criteria)), "") if checkpoint.family.experts else ""
-    if why:
-        kind = checkpoint.family.model_type
-        raise UserError(f"importance.criteria: {checkpoint.path}: {kind} is a mixture of experts, with which {why}")
+    kind, where = checkpoint.family.model_type, f"importance.criteria: {checkpoint.path}"
+    for name in criteria:
+        if not checkpoint.family.experts and CRITERIA[name].is_of_whole_experts_alone:
+            raise UserError(f"{where}: {name} scores whole experts alone, and {kind} has none; leave it out")
+        why = _why_not_scored(name, structures) if checkpoint.family.experts else ""
+        if why:
+            raise UserError(f"{where}: {kind} is a mixture of experts, with which {why}")
 
 
 def refuse_unaligned(checkpoint: Checkpoint, where: str) -> None:

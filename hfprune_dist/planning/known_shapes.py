@@ -8,14 +8,14 @@ from typing import Generic, TypeVar
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
-from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import target_of, with_numbers
 from hfprune_dist.planning.plain_shapes import plain_shapes, ratio_of
 from hfprune_dist.planning.rounds import local_shapes
 from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.whole_expert_shapes import mixture_target
 from hfprune_dist.planning.widths import Target, size_of
-from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
+from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS
 from hfprune_dist.structures.kept import Shape
 
 Number = TypeVar("Number", int, float)
@@ -45,6 +45,7 @@ class KnownShape:
         width: neurons of each layer, or of each of its experts; None as for ``kv_heads``.
         reached: removed parameters / parameters of the dense model; None as for ``kv_heads``.
         open: what decides what the plan leaves open; empty where that is nothing.
+        experts: of each layer that has some; None where none has.
     """
 
     layers: Span[int] | None
@@ -52,11 +53,13 @@ class KnownShape:
     width: Span[int] | None
     reached: Span[float] | None
     open: str = ""
+    experts: Span[int] | None = None
 
 
 def dense_shape(checkpoint: Checkpoint) -> KnownShape:
     """The shape of a model as it is."""
-    return KnownShape(Span.of([checkpoint.num_layers]), _kv_heads(checkpoint), _widths(checkpoint), Span.of([0.0]))
+    sizes = Span.of([checkpoint.num_layers]), _kv_heads(checkpoint), _widths(checkpoint), Span.of([0.0])
+    return KnownShape(*sizes, experts=_experts(checkpoint, Shape(tuple(range(checkpoint.num_layers)))))
 
 
 def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> KnownShape:
@@ -97,11 +100,10 @@ def _uniform(target: ShapeTarget) -> KnownShape:
 
 
 def _of_experts(target: ShapeTarget) -> KnownShape:
-    shape, checkpoint = ExpertTarget(target).shape(), target.checkpoint
-    units = checkpoint.units
-    width = max(shape.units[units.kind]) // units.copies
-    reached = Span.of([target.counts.ratio(shape)])
-    return KnownShape(Span.of([checkpoint.num_layers]), _kv_heads(checkpoint), Span.of([width]), reached)
+    shape, checkpoint = mixture_target(target).shape(), target.checkpoint
+    width = max(shape.counts(checkpoint.units)) // checkpoint.units.copies
+    sizes = Span.of([checkpoint.num_layers]), _kv_heads(checkpoint), Span.of([width])
+    return KnownShape(*sizes, Span.of([target.counts.ratio(shape)]), experts=_experts(checkpoint, shape))
 
 
 def _plain(target: ShapeTarget) -> KnownShape:
@@ -133,6 +135,11 @@ def _low_rank(target: LowRankTarget) -> KnownShape:
 def _widths(checkpoint: Checkpoint) -> Span[int]:
     """Of its layers' MLPs, or of its experts."""
     return Span.of(count // checkpoint.units.copies for count in checkpoint.units.counts if count)
+
+
+def _experts(checkpoint: Checkpoint, shape: Shape) -> Span[int] | None:
+    units = checkpoint.structures.get(EXPERTS)
+    return None if units is None else Span.of(count for count in shape.counts(units) if count)
 
 
 def _kv_heads(checkpoint: Checkpoint) -> Span[int]:

@@ -10,7 +10,7 @@ from typing import Any
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import ATTENTION
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of, row_projections_of
-from hfprune_dist.structures.experts import SHARED_WIDTH, WIDTHS, mlp_widths, number_of_experts
+from hfprune_dist.structures.experts import NUMBERS, SHARED_WIDTH, WIDTHS, mlp_widths, number_of_experts
 from hfprune_dist.structures.units import plural_of, read_counts
 
 # Field of a config.json in which layers may differ -> what ``Dimensions`` calls it.
@@ -21,7 +21,7 @@ _OF_LAYERS = {
 }
 
 # Fields of a mixture of experts, which are the same in all layers.
-_OF_EXPERTS = (*WIDTHS, SHARED_WIDTH)
+_OF_EXPERTS = (*NUMBERS, *WIDTHS, SHARED_WIDTH)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class ModelShape:
             told: the stage's metrics.
         """
         if self.config is not None:
-            widths = {key: told[key] for key in _OF_EXPERTS if told.get(key)}
-            return self._of_mixture(self.layers[0], {**self.config, **widths})
+            sizes = {key: told[key] for key in _OF_EXPERTS if told.get(key)}
+            return self._of_mixture(self.layers[0], {**self.config, **sizes})
         count = told.get("num_hidden_layers") or len(self.layers)
         by_layer = {ours: told[plural_of(field)] for field, ours in _OF_LAYERS.items() if told.get(plural_of(field))}
         told_ranks = told.get("attention_ranks") or {}

@@ -17,7 +17,7 @@ from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, ratio_of
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
-from hfprune_dist.structures import KV_GROUPS
+from hfprune_dist.structures import EXPERTS, KV_GROUPS
 
 # In the order in which they are tried.
 MULTIPLES = (256, 128, 64, 32)
@@ -68,11 +68,13 @@ def _with_protected(method: Method, checkpoint: Checkpoint) -> Method:
 
 
 def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> int:
-    """Where shapes compete, a number with which every plain shape of the method's structures is possible.
+    """Where shapes compete, a number with which every plain shape of the method's structures is possible; of experts 1.
 
     Shapes are compared at one multiple, and none is left out for it. Where rounds are of one size it is the first
     round's, so that they are the same rounds whatever ratio they lead to.
     """
+    if EXPERTS in method.structures:
+        return 1
     decisive = ratio if method.round_ratio is None else min(ratio, method.round_ratio)
     fitting = (it for it in MULTIPLES if _suits(it, method, checkpoint, decisive, where))
     return next(fitting, LEAST if checkpoint.units.width >= WIDE else 1)

@@ -10,21 +10,16 @@ from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import Limits, budget_of
-from hfprune_dist.planning.expert_shapes import (
-    ExpertTarget,
-    can_do,
-    refuse_unaligned,
-    refuse_with_experts,
-    why_not_experts,
-)
+from hfprune_dist.planning.expert_shapes import can_do, refuse_unaligned, refuse_with_experts, why_not_experts
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import protected_by, suited, target_of, with_numbers
 from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.rounds import local_shapes, round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.students import check_student
+from hfprune_dist.planning.whole_expert_shapes import mixture_target, refuse_without_experts
 from hfprune_dist.planning.widths import ModelSize, Target, size_of
-from hfprune_dist.structures import KV_GROUPS, NEURONS
+from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS
 from hfprune_dist.structures.low_rank import rank_field
 
 
@@ -58,8 +53,9 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
         decided = _of_all_rounds(checkpoint, ratio, settled, where)
         if decided in reached:
             raise UserError(
-                f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint, with widths that "
-                f"are multiples of {settled.multiple_of}; leave one of them out or use a smaller prune.multiple_of"
+                f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint, with "
+                f"{_rounded(settled)} that are multiples of {settled.multiple_of}; leave one of them out or use a "
+                "smaller prune.multiple_of"
             )
         reached[decided] = ratio
 
@@ -67,6 +63,7 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
 def _check_family(checkpoint: Checkpoint, method: Method, where: str) -> None:
     """Refuse what can't be done to an architecture."""
     family = checkpoint.family
+    refuse_without_experts(method, checkpoint, where)
     if family.experts:
         refuse_with_experts(method, family.model_type, where)
         refuse_unaligned(checkpoint, where)
@@ -91,13 +88,20 @@ def _check_family(checkpoint: Checkpoint, method: Method, where: str) -> None:
 
 
 def _check_multiple(checkpoint: Checkpoint, method: Method, where: str) -> None:
-    most = checkpoint.units.width
+    most, what = checkpoint.units.width, "neurons"
+    if EXPERTS in method.structures:
+        most, what = checkpoint.structures[EXPERTS].most, EXPERTS
     if isinstance(method.multiple_of, int) and method.multiple_of > most:
         split = f" with prune.tensor_parallel {method.tensor_parallel}" if method.tensor_parallel > 1 else ""
         raise UserError(
-            f"{where}: prune.multiple_of comes to {method.multiple_of}{split}, but layers have {most} neurons at most; "
+            f"{where}: prune.multiple_of comes to {method.multiple_of}{split}, but layers have {most} {what} at most; "
             f"use a number up to {most}"
         )
+
+
+def _rounded(method: Method) -> str:
+    """What ``multiple_of`` is of."""
+    return "numbers of experts" if EXPERTS in method.structures else "widths"
 
 
 def _check_protected(checkpoint: Checkpoint, method: Method, where: str) -> None:
@@ -157,8 +161,8 @@ def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: 
             setting = "fewer steps" if method.round_ratio is None else "a larger prune.round_ratio"
             raise UserError(
                 f"{where}: of {len(rounds)} rounds to ratio {ratio:g}, the one from {before:g} to {then:g} removes "
-                f"nothing once widths are rounded to multiples of {method.multiple_of}; use {setting}, another ratio "
-                "or a smaller prune.multiple_of"
+                f"nothing once {_rounded(method)} are rounded to multiples of {method.multiple_of}; use {setting}, "
+                "another ratio or a smaller prune.multiple_of"
             )
     return tuple(decided)
 
@@ -172,7 +176,7 @@ def _deciding_numbers(checkpoint: Checkpoint, ratio: float, method: Method, wher
         shape = LowRankTarget(target).shape()
         return *shape.ranks.items(), *shape.units.items()
     if checkpoint.family.experts:
-        return tuple(ExpertTarget(target).shape().units.items())
+        return tuple(mixture_target(target).shape().units.items())
     if method.structures == [NEURONS]:
         return _widths(size_of(checkpoint), target, method)
     # The smallest step is one of a layer's width.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import get_args
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
@@ -13,7 +12,7 @@ from hfprune_dist.config.method import structures_possible
 from hfprune_dist.config.parameters import LoraPruneParameters, PruneParameters
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.widths import round_down
-from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, Structure
+from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS, TOGETHER, Structure
 from hfprune_dist.structures.parameter_counts import ParameterCounts
 from hfprune_dist.structures.units import Units
 
@@ -38,7 +37,7 @@ class ShapeTarget:
     multiple_of: int
     where: str
     tensor_parallel: int = 1
-    possible: tuple[Structure, ...] = get_args(Structure)
+    possible: tuple[Structure, ...] = TOGETHER
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, params: PruneParameters | LoraPruneParameters, where: str) -> ShapeTarget:

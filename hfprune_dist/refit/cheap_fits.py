@@ -30,7 +30,7 @@ class Scored:
 
     def kept(self, layer: int, count: int) -> Tensor:
         """Ascending indices of the units that a layer keeps if it keeps so many."""
-        return top_units_of_each(self.scores[layer], count, self.units.experts)
+        return top_units_of_each(self.scores[layer], count, self.units.parts)
 
 
 def kept_of(kinds: Sequence[Scored], candidate: Candidate) -> Kept:

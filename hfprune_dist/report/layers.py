@@ -31,6 +31,7 @@ TITLES = {
     "neurons": "neurons",
     "expert_neurons": "neurons of experts",
     "shared_neurons": "neurons of shared experts",
+    "experts": "experts",
     "kv_groups": "key-value heads",
 }
 NOTHING_PRUNED = "No model has been pruned yet."

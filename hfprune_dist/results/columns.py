@@ -24,7 +24,7 @@ from hfprune_dist.results.formats import (
     percent_measured,
 )
 from hfprune_dist.results.headline import headline, headline_error
-from hfprune_dist.results.rows import EXPERT_WIDTHS, KEY_VALUE_HEADS, LAYERS, Row
+from hfprune_dist.results.rows import EXPERT_WIDTHS, KEY_VALUE_HEADS, LAYERS, NUM_EXPERTS, Row
 from hfprune_dist.structures.units import plural_of
 
 Columns = list[Column[Row]]
@@ -113,7 +113,7 @@ def _native(row: Row, key: str) -> str:
 
 def _sizes(rows: Sequence[Row]) -> Columns:
     """Fields of config.json; layers and heads where they are what some row lost, experts where there are some."""
-    optional = {"layers": LAYERS, "KV heads": KEY_VALUE_HEADS} | EXPERT_WIDTHS
+    optional = {"layers": LAYERS, "KV heads": KEY_VALUE_HEADS, "experts": NUM_EXPERTS} | EXPERT_WIDTHS
     shown = {header: field for header, field in optional.items() if any(field in row for row in rows)}
     shown["width"] = "intermediate_size"
     return [Column(header, partial(_size, field=field)) for header, field in shown.items()]

@@ -18,7 +18,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.results.column import Column, markdown
 from hfprune_dist.results.formats import byte_count, duration, measured, number
 from hfprune_dist.results.rows import Row
-from hfprune_dist.structures import EXPERT_NEURONS, NEURONS, SHARED_NEURONS
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS
 from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_layers
 
 Scores = Mapping[str, list[NDArray[np.float64]]]
@@ -104,6 +104,7 @@ def spread(values: Iterable[float]) -> Spread:
 
 def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
     """Criterion -> its scores of every layer's neurons, from an importance artifact; experts' are behind one another.
+    Where experts alone were scored, it is their scores.
 
     Raises:
         UserError: where the file is gone.
@@ -116,8 +117,9 @@ def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
 
 
 def _of_all_mlps(stored: Mapping[str, NDArray[np.float64]], criterion: str) -> list[NDArray[np.float64]]:
-    kinds = (scores_of_layers(stored, criterion, kind) for kind in (NEURONS, EXPERT_NEURONS, SHARED_NEURONS))
-    layers = zip(*(of_layers for of_layers in kinds if of_layers), strict=True)
+    of_mlps = (scores_of_layers(stored, criterion, kind) for kind in (NEURONS, EXPERT_NEURONS, SHARED_NEURONS))
+    kinds = [of_layers for of_layers in of_mlps if of_layers] or [scores_of_layers(stored, criterion, EXPERTS)]
+    layers = zip(*kinds, strict=True)
     return [np.concatenate(of_layer) if len(of_layer) > 1 else of_layer[0] for of_layer in layers]
 
 

@@ -25,6 +25,7 @@ from hfprune_dist.store.attempt import AttemptsOf
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.store.stage import CUTTING, kind_of
+from hfprune_dist.structures.experts import NUMBERS
 from hfprune_dist.structures.units import plural_of
 
 Row = dict[str, Any]
@@ -34,13 +35,14 @@ Manifest = Mapping[str, Any]
 _MEASURED = ("perplexity", "kl", "top1_agreement")
 # What a prune stage tells besides where it took more than neurons.
 LAYERS, KEY_VALUE_HEADS = "num_hidden_layers", "num_key_value_heads"
-# Of mixtures of experts, beside the neurons of layers that have none.
+# Of mixtures of experts, whatever their config.json calls it; and beside the neurons of layers that have none.
+NUM_EXPERTS = NUMBERS[0]
 EXPERT_WIDTHS = {
     "expert width": "moe_intermediate_size",
     "shared expert width": "shared_expert_intermediate_size",
 }
 _FIELDS = ("num_attention_heads", KEY_VALUE_HEADS)
-_OF_MORE_THAN_NEURONS = (LAYERS, *_FIELDS, *map(plural_of, _FIELDS), *EXPERT_WIDTHS.values())
+_OF_MORE_THAN_NEURONS = (LAYERS, *_FIELDS, *map(plural_of, _FIELDS), NUM_EXPERTS, *EXPERT_WIDTHS.values())
 BY_LAYER = ("intermediate_sizes", *map(plural_of, _FIELDS))
 
 
@@ -51,7 +53,7 @@ class DenseModel:
     Attributes:
         weight_bytes: of its tensors.
         decoder: what its layers have, where they are alike.
-        expert_widths: of a mixture of experts, field of config.json -> its value.
+        expert_widths: of a mixture of experts, field of config.json -> its value; and how many experts there are.
         has_vision: whether it is a model of images and text.
 
     ``weight_bytes``, ``decoder`` and ``expert_widths`` are None in records of before there were these fields.
@@ -69,8 +71,8 @@ class DenseModel:
         """What a dense checkpoint has of it."""
         weights = sum(tensor.bytes for tensor in checkpoint.tensors.values())
         kinds = checkpoint.structures.values()
-        sizes = {name: size for it in kinds for name, size in it.sizes(it.counts).items()}
-        experts = {field: sizes[field] for field in EXPERT_WIDTHS.values() if field in sizes}
+        sizes = _with_experts({name: size for it in kinds for name, size in it.sizes(it.counts).items()})
+        experts = {field: sizes[field] for field in (NUM_EXPERTS, *EXPERT_WIDTHS.values()) if field in sizes}
         width, decoder, vision = sizes.get("intermediate_size"), Decoder.of(checkpoint), checkpoint.family.has_vision
         return cls(checkpoint.parameters, width, weights, decoder, experts or None, vision)
 
@@ -208,11 +210,17 @@ def _shape(cell: Cell, manifests: Mapping[str, Manifest | None], dense: DenseMod
         sizes |= dense.expert_widths or {}
         return {"ratio_reached": 0.0, **native_ratios(dense.decoder, 0, sizes), **sizes, "intermediate_sizes": None}
     *_, cut = (found for stage_id, found in manifests.items() if kind_of(stage_id) in CUTTING)
-    metrics: Mapping[str, Any] = cut["metrics"] if cut else {}
+    metrics = _with_experts(cut["metrics"] if cut else {})
     always = ("ratio_reached", "parameters", "intermediate_size", "intermediate_sizes")
     told = {key: metrics.get(key) for key in (*always, *(key for key in _OF_MORE_THAN_NEURONS if key in metrics))}
     left = told["parameters"]
     return told | native_ratios(dense.decoder, None if left is None else dense.parameters - left, told)
+
+
+def _with_experts(sizes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Sizes that tell how many experts there are under one name, if there are any."""
+    stated = next((sizes[key] for key in NUMBERS if key in sizes), None)
+    return sizes if stated is None else {**sizes, NUM_EXPERTS: stated}
 
 
 def _averages(tasks: Mapping[str, Mapping[str, Any]], floors: Mapping[str, float]) -> Row:

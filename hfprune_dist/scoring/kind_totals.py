@@ -11,7 +11,7 @@ from torch import Tensor
 from hfprune_dist.core.criteria import Criterion
 from hfprune_dist.core.unit_sums import KindSums
 from hfprune_dist.distributed.world import World
-from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures import EXPERTS, NEURONS
 
 Saved = dict[str, Tensor]
 # Name of a saved tensor -> its dtype and shape.
@@ -20,14 +20,18 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 def scored_by(criteria: Sequence[Criterion], kind: str, experts: int = 1) -> list[Criterion]:
     """Those that have scores for this kind of units, of so many experts in each layer."""
-    of_kind = [criterion for criterion in criteria if kind == NEURONS or not criterion.is_of_neurons]
+    if kind == EXPERTS:
+        return [criterion for criterion in criteria if criterion.is_of_whole_experts]
+    others = [criterion for criterion in criteria if not criterion.is_of_whole_experts_alone]
+    of_kind = [criterion for criterion in others if kind == NEURONS or not criterion.is_of_neurons]
     return [criterion for criterion in of_kind if experts == 1 or criterion.is_of_experts]
 
 
 class Shape(NamedTuple):
     """Of a model, as one kind of its units has it: units of each layer, and what their output projections put out.
 
-    Where they are of experts, a layer's units are those of its first expert, then those of its second, and so on.
+    Where they are of experts, a layer's units are those of its first expert, or that expert, then those of its second,
+    and so on.
     """
 
     counts: tuple[int, ...]
@@ -45,15 +49,12 @@ class Shape(NamedTuple):
         return max(self.counts)
 
     def of_sums(self, criterion: Criterion) -> tuple[int, int]:
-        """(layers, units), or sums of channels where the criterion ``is_of_channels``."""
-        return self.layers, self.units * self._numbers_of_unit(criterion)
+        """(layers, sums of units)."""
+        return self.layers, self.units * criterion.sums_of_unit(self.channels_per_unit)
 
     def own(self, criterion: Criterion, layer: int) -> int:
         """How many of these numbers, the first ones, are a layer's own."""
-        return self.counts[layer] * self._numbers_of_unit(criterion)
-
-    def _numbers_of_unit(self, criterion: Criterion) -> int:
-        return self.channels_per_unit * criterion.sums_of_a_channel if criterion.is_of_channels else 1
+        return self.counts[layer] * criterion.sums_of_unit(self.channels_per_unit)
 
 
 class KindTotals:
@@ -63,7 +64,7 @@ class KindTotals:
         criteria: those with something to sum.
 
     Attributes:
-        sums: criterion -> float64 [num_layers, units], or sums of channels (``Shape.of_sums``), added in shard order;
+        sums: criterion -> float64 [num_layers, sums of units] (``Shape.of_sums``), added in shard order;
             of criteria that are accumulated in a narrower dtype, micro-batch by micro-batch, and rounded to it each
             time. Layers with fewer units than others have zeros behind theirs.
         experts: of which a layer's units are equal parts.

@@ -27,7 +27,7 @@ from hfprune_dist.models.memory_efficient_backward import (
 from hfprune_dist.scoring.curvature import Curvature
 from hfprune_dist.scoring.placement import place
 from hfprune_dist.scoring.weight_gradients import WeightGradients
-from hfprune_dist.structures import NEURONS, structure_of
+from hfprune_dist.structures import EXPERTS, NEURONS, structure_of
 from hfprune_dist.structures.units import Units
 
 
@@ -190,7 +190,8 @@ class ShardScorer:
     def _outputs_of(self, units: Units, criteria: Sequence[Criterion]) -> UnitOutputs:
         """Where units are seen, and what makes them where a criterion needs that."""
         if units.experts > 1:
-            return UnitOutputs(self._experts, units.channels_per_unit, experts=units.experts)
+            whole = units.kind == EXPERTS
+            return UnitOutputs(self._experts, units.channels_per_unit, experts=units.experts, are_experts=whole)
         outputs = [
             self.module.get_submodule(units.tensor(layer, units.output)) if count else None
             for layer, count in enumerate(units.counts)

@@ -17,10 +17,10 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.allocation import EXCHANGE, allocate_globally
 from hfprune_dist.core.width_search import MEASUREMENTS, START, Counts, search_shapes
 from hfprune_dist.planning.budget import Budget, budget_of
-from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.plain_shapes import LAYERS_OF_A_STEP, all_plain_shapes, shape_of
 from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.whole_expert_shapes import mixture_target
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.refit.cheap_fits import Scored, kept_of
 from hfprune_dist.refit.measurement import Candidate, Measurement
@@ -44,7 +44,7 @@ def decide_shape(
     """
     kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
     if checkpoint.family.experts:
-        shape = ExpertTarget.of(dense, context.params, context.stage.label).shape()
+        shape = mixture_target(ShapeTarget.of(dense, context.params, context.stage.label)).shape()
         return kept_of(kinds, _choices(kinds, shape)), {}
     if context.params.allocation == "uniform":
         width = _target(context, dense).uniform_width()

@@ -7,11 +7,12 @@ from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.pruned_config import parameters_of_biases
+from hfprune_dist.structures import EXPERTS
 from hfprune_dist.structures.kept import Shape
 
 
 def told_of_shape(dense: Checkpoint, shape: Shape, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Reached ratio, parameters and sizes; of kinds beside the neurons, and of layers, where some of them went.
+    """Reached ratio, parameters and sizes; of kinds beside neurons and experts, and of layers, where some of them went.
 
     Args:
         config: the ``config.json`` of what is left, which tells of biases that were added.
@@ -20,7 +21,7 @@ def told_of_shape(dense: Checkpoint, shape: Shape, config: Mapping[str, Any]) ->
     if len(shape.layers) < dense.num_layers:
         told["num_hidden_layers"] = len(shape.layers)
     for kind, units in dense.structures.items():
-        if kind in shape.units or kind == dense.units.kind:
+        if kind in shape.units or kind in (dense.units.kind, EXPERTS):
             told |= units.sizes(shape.counts(units))
     total, parameters = dense.parameters, dense.parameter_counts.of(shape) + parameters_of_biases(dense, config)
     return {"ratio_reached": (total - parameters) / total, "parameters": parameters, **told}

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, get_args
 
-# The kinds of units, which are scored; neurons by every method.
-Kind = Literal["neurons", "kv_groups"]
+# The kinds of units, which are scored.
+Kind = Literal["neurons", "kv_groups", "experts"]
 # What methods name. Layers have no scores: what a model loses without one is measured.
 Structure = Literal[Kind, "layers"]
 NEURONS: Kind = "neurons"
 KV_GROUPS: Kind = "kv_groups"
+EXPERTS: Kind = "experts"
 LAYERS: Structure = "layers"
+# What may go together, neurons in any case. Experts go alone.
+TOGETHER: tuple[Structure, ...] = (NEURONS, KV_GROUPS, LAYERS)
 # What methods call neurons too: those of experts, and of the MLP that all tokens go through beside them.
 EXPERT_NEURONS, SHARED_NEURONS = "expert_neurons", "shared_neurons"
 

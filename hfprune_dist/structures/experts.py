@@ -1,4 +1,4 @@
-"""Neurons of mixtures of experts: of the experts among which a router chooses, and of the shared one beside them."""
+"""Mixtures of experts: those among which a router chooses, whole and by neurons, and neurons of the shared one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, SHARED_NEURONS
 from hfprune_dist.structures.neurons import neurons
 from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 
@@ -44,7 +45,11 @@ class Experts:
         layers: numbers of the layers that have them; the others have a plain MLP.
         module: name within a layer of the module that has them all.
         fields: of config.json, which say how wide they are.
+        numbers: fields of config.json, which say how many there are.
         rows, columns: what their neurons own in the files.
+        whole: what each expert has there as a whole, and its rows of what chooses among them.
+        groups: among which a router chooses first.
+        fewest: that must stay, so that a router finds as many as it chooses.
         shared: None where there is none.
         renamed: (what names within a layer begin with in files, and in modules), of those that differ.
     """
@@ -54,8 +59,12 @@ class Experts:
     layers: tuple[int, ...]
     module: str
     fields: tuple[str, ...]
+    numbers: tuple[str, ...]
     rows: tuple[Owned, ...]
     columns: tuple[Owned, ...]
+    whole: tuple[Owned, ...]
+    groups: int
+    fewest: int
     shared: Shared | None = None
     renamed: tuple[tuple[str, str], ...] = ()
 
@@ -103,7 +112,7 @@ def expert_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts) -> U
     neuron ``n`` of its expert ``e``. All experts are equally wide, so that each keeps as many.
     """
     return Units(
-        kind="expert_neurons",
+        kind=EXPERT_NEURONS,
         counts=_counts(config, experts.fields[0], experts.count, experts.layers),
         rows=experts.rows,
         columns=experts.columns,
@@ -112,7 +121,26 @@ def expert_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts) -> U
         channels_per_unit=1,
         fields=dict.fromkeys(experts.fields, 1),
         experts=experts.count,
+        parts=experts.count,
         copies=experts.count,
+    )
+
+
+def whole_experts(config: Mapping[str, Any], mlp: Block, experts: Experts) -> Units:
+    """The experts of a model, each with all its neurons and its row of the router. Where a router chooses among groups
+    first, these are equal parts of a layer's experts, and each keeps as many.
+    """
+    return Units(
+        kind=EXPERTS,
+        counts=tuple(experts.count if it in experts.layers else 0 for it in range(int(config["num_hidden_layers"]))),
+        rows=(),
+        columns=experts.whole,
+        output=experts.module,
+        block=mlp,
+        channels_per_unit=max(read_counts(config, experts.fields[0])),
+        fields=dict.fromkeys(experts.numbers, 1),
+        experts=experts.count,
+        parts=experts.groups,
     )
 
 
@@ -122,7 +150,7 @@ def shared_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts, proj
     assert shared is not None, "the model has no shared experts"
     units = neurons(config, replace(mlp, name=shared.name), *projections)
     counts = _counts(config, shared.field, shared.copies, experts.layers)
-    return replace(units, kind="shared_neurons", counts=counts, fields={shared.field: 1}, copies=shared.copies)
+    return replace(units, kind=SHARED_NEURONS, counts=counts, fields={shared.field: 1}, copies=shared.copies)
 
 
 def dense_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts, projections: Projections) -> Units:

@@ -37,6 +37,7 @@ class Owned:
             where an architecture has gate and up in one.
         expert: the one whose units own it, where every expert has a tensor of its own.
         stacked: whether its first dimension is experts, each of which has entries of its own units.
+        unit: the one that it goes with as a whole, where every unit has a tensor of its own.
     """
 
     tensor: str
@@ -45,11 +46,17 @@ class Owned:
     parts: int = 1
     expert: int | None = None
     stacked: bool = False
+    unit: int | None = None
 
     @property
     def entries(self) -> int:
         """Of one unit, in all parts."""
         return self.per_unit * self.parts
+
+    def numbered(self, name: str, number: int) -> str:
+        """What a tensor is called, of this name, that goes with its unit as a whole, where that gets a number."""
+        begin, _, end = name.rpartition(f".{self.unit}.")
+        return f"{begin}.{number}.{end}"
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,9 @@ class Units:
         fields: field of config.json -> how much of it is one unit.
         implied: field -> its value, which config.json must state once it can't be computed from ``fields`` any more.
         columns: what they own of what reads the channels; empty: columns of the output projection's weight.
-        experts: equal parts of a layer's units, one behind the other, each of which keeps as many.
-        copies: units for each one that ``fields`` count, as many as there are experts.
+        experts: of a layer, among which the channels are divided, one expert's behind the other's; 1: they are of none.
+        parts: equal parts of a layer's units, one behind the other, each of which keeps as many.
+        copies: units for each one that ``fields`` count.
     """
 
     kind: str
@@ -108,6 +116,7 @@ class Units:
     implied: Mapping[str, int] = field(default_factory=dict)
     columns: tuple[Owned, ...] = ()
     experts: int = 1
+    parts: int = 1
     copies: int = 1
 
     @property
@@ -186,15 +195,15 @@ class Units:
         return sum(math.prod(shapes[name]) for name, _ in self.in_layer(layer, shapes)) // self.counts[layer]
 
     def shape_of(self, owned: Owned, layer: int, hidden: int) -> list[int]:
-        """The shape of a tensor that a layer's units own something of.
+        """The shape of a tensor that a layer's units own something of, which isn't of whole experts.
 
         Args:
             hidden: the hidden size, which is the other dimension of matrices.
         """
         within = owned.axis - owned.stacked
-        size = self.counts[layer] // self.experts * owned.entries
+        size = self.counts[layer] // self.parts * owned.entries
         matrix = [size] if "bias" in owned.tensor else [size, hidden] if within == 0 else [hidden, size]
-        return [self.experts, *matrix] if owned.stacked else matrix
+        return [self.parts, *matrix] if owned.stacked else matrix
 
     def values(self, counts: Sequence[int]) -> dict[str, list[int]]:
         """What config.json states of layers that have so many units: field -> its value in each layer; 0 where a layer

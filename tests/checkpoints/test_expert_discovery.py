@@ -1,7 +1,7 @@
 """Experts found by names and shapes, and what is refused because it isn't as they are."""
 
 import pytest
-from headers import checkpoint_of, mixtures, tensors_of
+from headers import checkpoint_of, grouped_mixtures, mixtures, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,7 +9,7 @@ from hfprune_dist.checkpoints.checks import check_shapes
 from hfprune_dist.checkpoints.discovery import discover
 from hfprune_dist.checkpoints.module_tensors import module_tensors
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures import EXPERT_NEURONS, NEURONS, SHARED_NEURONS
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS
 
 
 @given(mixtures())
@@ -27,11 +27,43 @@ def test_every_mlp_has_its_neurons(config):
     expected = (config["intermediate_size"],) * first + (0,) * (layers - first) if first else None
     assert (structures[NEURONS].counts if NEURONS in structures else None) == expected
     check_shapes(checkpoint.path, checkpoint.tensors, structures, 64)
-    owned = [
-        name for it in structures.values() for n in range(layers) for name, _ in it.in_layer(n, checkpoint.tensors)
-    ]
+    owned = [name for kind, it in structures.items() if kind != EXPERTS for name in owned_of(it, checkpoint)]
     mlps = {name for name in checkpoint.tensors if "_proj" in name}
     assert len(owned) == len({*owned}) and {*owned} == mlps
+
+
+def owned_of(units, checkpoint):
+    layers = range(units.num_layers)
+    return [name for layer in layers for name, _ in units.in_layer(layer, checkpoint.tensors)]
+
+
+@given(grouped_mixtures())
+def test_experts_own_their_tensors_and_their_rows_of_what_chooses_them(config):
+    checkpoint = checkpoint_of(config)
+    layers, first, count = (config[key] for key in ("num_hidden_layers", "first_k_dense_replace", "num_experts"))
+    experts = checkpoint.structures[EXPERTS]
+    assert experts.counts == (0,) * first + (count,) * (layers - first)
+    assert experts.parts == config.get("n_group", 1) and {*experts.fields} == {"num_experts"}
+    owned = owned_of(experts, checkpoint)
+    assert len(owned) == len({*owned})
+    assert {*owned} == {name for name in checkpoint.tensors if ".experts." in name or ".gate." in name}
+    check_shapes(checkpoint.path, checkpoint.tensors, checkpoint.structures, 64)
+
+
+@given(grouped_mixtures(), st.data())
+def test_a_router_of_another_number_of_experts_is_named(config, data):
+    checkpoint = checkpoint_of(config)
+    name = data.draw(st.sampled_from(sorted(it for it in checkpoint.tensors if ".gate." in it)))
+    info = checkpoint.tensors[name]
+    wrong = {**checkpoint.tensors, name: type(info)(**{**vars(info), "shape": (99, *info.shape[1:])})}
+    with pytest.raises(UserError, match=name.replace(".", r"\.") + " has shape .*: num_experts"):
+        check_shapes(checkpoint.path, wrong, checkpoint.structures, 64)
+
+
+@given(grouped_mixtures(), st.sampled_from([{"n_group": 99}, {"n_group": "a"}, {"n_group": 1, "topk_group": 2}]))
+def test_nonsense_about_groups_is_refused(config, changes):
+    with pytest.raises(UserError, match=f"not supported: {[*changes][-1]} in config.json is"):
+        discover(config | changes, tensors_of(config), "here")
 
 
 @given(mixtures())

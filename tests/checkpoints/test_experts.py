@@ -6,11 +6,12 @@ import functools
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from families import EXPERTS, save_model
+from families import EXPERTS, save_model, with_experts
 from families_lora import trained_and_merged
 from families_masked import through_layers
 from masking import write
@@ -24,19 +25,28 @@ from hfprune_dist.checkpoints.pruned_config import is_plain
 from hfprune_dist.core.selection import top_units_of_each
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
+from hfprune_dist.structures import EXPERTS as WHOLE
 from hfprune_dist.structures import NEURONS
-from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.kept import Kept, Shape
 
 README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
+# Of what is kept, and then of that.
+SHARES = {NEURONS: (2 / 3, 1 / 2), WHOLE: (3 / 4, 2 / 3)}
 every_family = pytest.mark.parametrize("model_type", EXPERTS)
 
 
 @pytest.fixture(scope="module")
 def checkpoint_of(tmp_path_factory):
-    """The checkpoint of a family, the same for all tests."""
-    return functools.cache(lambda name: open_checkpoint(save_model(tmp_path_factory.mktemp(name) / "model", name)))
+    """The checkpoint of a family, the same for all tests of what is pruned; with more experts where these go."""
+
+    @functools.cache
+    def made(name, structure=NEURONS):
+        changes = with_experts(name, 8) if structure == WHOLE else {}
+        return open_checkpoint(save_model(tmp_path_factory.mktemp(name) / "model", name, **changes))
+
+    return made
 
 
 def load(folder, dtype=torch.float32):
@@ -57,14 +67,14 @@ def routing_of(model):
     return chosen
 
 
-def some_kept(checkpoint, share):
-    """This share of the neurons of every MLP, at random; of every expert as many."""
+def some_kept(checkpoint, share, structure=NEURONS):
+    """This share of the neurons of every MLP, at random, of every expert as many; or of experts, of each group."""
     generator = torch.Generator().manual_seed(1)
     units = {}
-    for it in checkpoint.pruned_kinds([NEURONS]):
+    for it in checkpoint.pruned_kinds([structure]):
         width = round(share * it.width)
         units[it.kind] = [
-            top_units_of_each(torch.rand(count, generator=generator), width * it.copies * (count > 0), it.experts)
+            top_units_of_each(torch.rand(count, generator=generator), width * it.copies * (count > 0), it.parts)
             for count in it.counts
         ]
     return Kept.of_all_layers(units)
@@ -74,12 +84,34 @@ def gone_of(units, kept, layer):
     """Whether each unit of a layer goes, for each expert [experts, units of it]."""
     gone_U = torch.ones(units.counts[layer], dtype=torch.bool)
     gone_U[kept.of_layer(layer, units.kind)] = False
-    return gone_U.view(units.experts, -1)
+    return gone_U.view(units.parts, -1)
+
+
+def never_chosen(layer, gone_E):
+    """Let a layer's router choose none of these experts: their logits, or corrected scores, are -inf."""
+    router = next(it for name, it in layer.named_modules() if name.rpartition(".")[2] in ("gate", "router"))
+    compute, linear = router.forward, torch.nn.functional.linear
+
+    def forward(hidden):
+        with pytest.MonkeyPatch.context() as patch:
+            without = partial(torch.masked_fill, mask=gone_E, value=float("-inf"))
+            patch.setattr(torch.nn.functional, "linear", lambda *inputs: without(linear(*inputs)))
+            return compute(hidden)
+
+    if hasattr(router, "e_score_correction_bias"):
+        router.e_score_correction_bias[gone_E] = float("-inf")
+    else:
+        router.forward = forward
 
 
 def masked(checkpoint, kept):
-    """The dense model, in which what goes puts nothing out."""
+    """The dense model, in which neurons that go put nothing out, and experts that go aren't chosen."""
     model = load(checkpoint.path)
+    for layer, rows in zip(kept.layers, kept.units.get(WHOLE, ()), strict=False):
+        if len(rows):
+            never_chosen(model.model.layers[layer], gone_of(checkpoint.structures[WHOLE], kept, layer).flatten())
+    if WHOLE in kept.units:
+        return model
     for kind in kept.units:
         units = checkpoint.structures[kind]
         for layer in (it for it, count in enumerate(units.counts) if count):
@@ -111,20 +143,30 @@ def test_the_readme_lists_what_is_covered(checkpoint_of):
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
     listed = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     assert listed.keys() == EXPERTS.keys()
-    for name, (_, neurons, beside, _) in listed.items():
+    for name, (_, neurons, beside, whole, _) in listed.items():
         kinds = checkpoint_of(name).structures
+        assert ("each group" in whole) == (name in ("glm4_moe", "deepseek_v3")) and WHOLE in kinds
         assert ("shared" in beside) == ("shared_neurons" in kinds)
         assert ("without" in neurons) == ("neurons" in kinds), name
 
 
+def as_numbered(checkpoint, kept, routing):
+    """Experts of each token as a checkpoint numbers them that keeps these -> as the dense one numbers them."""
+    if WHOLE not in kept.units:
+        return routing
+    sparse = [kept.of_layer(layer, WHOLE) for layer in checkpoint.family.experts.layers]
+    return [rows[chosen].sort().values for rows, chosen in zip(sparse, routing, strict=True)]
+
+
 @every_family
+@pytest.mark.parametrize("structure", [NEURONS, WHOLE])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_type, fused):
-    checkpoint = checkpoint_of(model_type)
+def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_type, fused, structure):
+    checkpoint = checkpoint_of(model_type, structure)
     if fused:
         checkpoint = as_modules_have_it(checkpoint.path, tmp_path / "fused", model_type)
         assert not checkpoint.family.experts.each
-    kept = some_kept(checkpoint, 2 / 3)
+    kept = some_kept(checkpoint, SHARES[structure][0], structure)
     assert is_plain(checkpoint, kept.shape)
     write(checkpoint, kept, tmp_path / "pruned")
     smaller = open_checkpoint(tmp_path / "pruned")
@@ -133,7 +175,7 @@ def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_
     loaded = load(tmp_path / "pruned")
     assert type(loaded).__module__.startswith("transformers.")
     assert_same(logits_of(loaded), logits_of(masked(checkpoint, kept)))
-    routing, expected = routing_of(loaded), routing_of(masked(checkpoint, kept))
+    routing, expected = as_numbered(checkpoint, kept, routing_of(loaded)), routing_of(masked(checkpoint, kept))
     assert len(routing) == len(checkpoint.family.experts.layers)
     assert all(torch.equal(*pair) for pair in zip(routing, expected, strict=True))
     assert smaller.parameters == checkpoint.parameter_counts.of(kept.shape)
@@ -162,12 +204,50 @@ def test_what_chooses_experts_stays_byte_for_byte(checkpoint_of, tmp_path, model
 
 
 @every_family
-def test_pruning_twice_is_pruning_once(checkpoint_of, tmp_path, model_type):
-    checkpoint = checkpoint_of(model_type)
-    first = some_kept(checkpoint, 2 / 3)
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_chooses_experts_follows_them_bit_by_bit(checkpoint_of, tmp_path, model_type, fused):
+    checkpoint = checkpoint_of(model_type, WHOLE)
+    if fused:
+        checkpoint = as_modules_have_it(checkpoint.path, tmp_path / "fused", model_type)
+    kept = some_kept(checkpoint, SHARES[WHOLE][0], WHOLE)
+    write(checkpoint, kept, tmp_path / "pruned")
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.path, tmp_path / "pruned"))
+    expected = {}
+    for name, tensor in before.items():
+        layer = re.search(r"\.layers\.(\d+)\.(?!self_attn)", name)
+        rows = kept.of_layer(int(layer[1]), WHOLE).tolist() if layer else []
+        expert = re.search(r"\.experts\.(\d+)\.", name)
+        if not expert:
+            expected[name] = tensor[rows] if rows and len(tensor) == 8 else tensor
+        elif int(expert[1]) in rows:
+            expected[name.replace(expert[0], f".experts.{rows.index(int(expert[1]))}.")] = tensor
+    assert expected.keys() == after.keys() and all(torch.equal(after[name], it) for name, it in expected.items())
+    changed = {name for name, it in before.items() if name in after and after[name].shape != it.shape}
+    assert sum(".gate." in it or ".router." in it for it in changed) >= len(checkpoint.family.experts.layers)
+
+
+@every_family
+@pytest.mark.parametrize("structures", [(WHOLE, NEURONS), (NEURONS, WHOLE)])
+def test_experts_go_before_or_after_neurons(checkpoint_of, tmp_path, model_type, structures):
+    first, second = structures
+    checkpoint = checkpoint_of(model_type, WHOLE)
+    write(checkpoint, some_kept(checkpoint, SHARES[first][0], first), tmp_path / "once")
+    once = open_checkpoint(tmp_path / "once")
+    kept = some_kept(once, SHARES[second][0], second)
+    write(once, kept, tmp_path / "twice")
+    twice = open_checkpoint(tmp_path / "twice")
+    assert_same(logits_of(load(twice.path)), logits_of(masked(once, kept)))
+    assert is_plain(twice, Shape(tuple(range(3)))) and twice.parameters == once.parameter_counts.of(kept.shape)
+
+
+@every_family
+@pytest.mark.parametrize("structure", [NEURONS, WHOLE])
+def test_pruning_twice_is_pruning_once(checkpoint_of, tmp_path, model_type, structure):
+    checkpoint = checkpoint_of(model_type, structure)
+    first = some_kept(checkpoint, SHARES[structure][0], structure)
     write(checkpoint, first, tmp_path / "once")
     once = open_checkpoint(tmp_path / "once")
-    second = some_kept(once, 0.5)
+    second = some_kept(once, SHARES[structure][1], structure)
     write(once, second, tmp_path / "twice")
     both = second.numbered_by(first)
     assert_same(logits_of(load(tmp_path / "twice")), logits_of(masked(checkpoint, both)))

@@ -21,7 +21,8 @@ from hfprune_dist.models.memory_efficient_backward import checkpoint_activations
 
 NEURONS, GROUPS = "neurons", "kv_groups"
 BOTH = (NEURONS, GROUPS)
-SUMMED = [name for name, it in CRITERIA.items() if it.has_sums_of_units and not (it.is_rounded or it.is_of_neurons)]
+OF_OTHERS = {name for name, it in CRITERIA.items() if it.is_rounded or it.is_of_neurons or it.is_of_whole_experts_alone}
+SUMMED = [name for name, it in CRITERIA.items() if it.has_sums_of_units and name not in OF_OTHERS]
 
 
 def ours(model, windows, micro_batch_size, names=("entropy",), **options):

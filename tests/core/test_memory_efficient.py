@@ -84,6 +84,15 @@ def test_any_other_tensor_is_observed_too():
     assert torch.equal(x.grad, torch.full((2, 4), 6.0))
 
 
+def test_several_observers_see_the_same_whatever_one_does_to_it():
+    h, seen = gated_product(torch.randn(2, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)), []
+    for factor in (2, 3, 5):
+        observe_gradient(h, lambda product, by=factor: seen.append(product.mul_(by)))
+    h.backward(torch.ones(2, 4))
+    for product, factor in zip(seen, (2, 3, 5), strict=True):
+        torch.testing.assert_close(product, h.detach() * factor)
+
+
 def test_a_masked_tensor_shows_all_of_itself_and_passes_on_what_is_left():
     x, keeps, seen = torch.randn(2, 4, requires_grad=True), torch.tensor([True, False, True, True]), []
     y = masked(x * 2, keeps)

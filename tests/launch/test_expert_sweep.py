@@ -1,4 +1,4 @@
-"""A sweep over a mixture of experts with the default methods, from the command to the tables."""
+"""A sweep over a mixture of experts with the default methods and that for whole experts, from command to tables."""
 
 import pytest
 import torch
@@ -12,14 +12,15 @@ from hfprune_dist.checkpoints.token_costs import TokenCosts
 
 pytestmark = pytest.mark.slow
 
-ARGUMENTS = ("--models", "moe", "--ratios", "0.2", "--ranks", "2")
+METHODS = ("--methods", "hfprune,surgeon-plain,hfprune-experts")
+ARGUMENTS = ("--models", "moe", "--ratios", "0.2", "--ranks", "2", *METHODS)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     file = make_inputs(folder)
-    save_model(folder / "moe", "glm4_moe", vocab_size=264, max_position_embeddings=512)
+    save_model(folder / "moe", "glm4_moe", vocab_size=264, max_position_embeddings=512, n_routed_experts=6)
     settings = yaml.safe_load(file.read_text())
     del settings["methods"]
     settings["recovery"]["dtype"] = "bfloat16"
@@ -35,9 +36,9 @@ def finished(config, tmp_path_factory):
 
 def test_the_default_methods_come_to_a_row_that_plain_transformers_loads(config, finished):
     out, _ = finished
-    dense, control, row = results(out)
-    assert [it["method"] for it in (dense, control, row)] == ["", "", "hfprune"]
-    checkpoint = open_checkpoint(out / "checkpoints" / "moe-0.2-lora")
+    dense, control, row, of_experts = results(out)
+    assert [it["method"] for it in (dense, control, row, of_experts)] == ["", "", "hfprune", "hfprune-experts"]
+    checkpoint = open_checkpoint(out / "checkpoints" / "moe-0.2-hfprune-lora")
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
     assert type(model).__name__ == "Glm4MoeForCausalLM"
     assert int(row["parameters"]) == checkpoint.parameters == sum(it.numel() for it in model.state_dict().values())
@@ -46,6 +47,17 @@ def test_the_default_methods_come_to_a_row_that_plain_transformers_loads(config,
     assert int(row["moe_intermediate_size"]) == model.config.moe_intermediate_size == 8
     assert TokenCosts.of(checkpoint).active_parameters < checkpoint.parameters
     assert float(dense["kl"]) < 1e-6 < float(row["kl"])
+    assert [int(it["num_experts"]) for it in (dense, control, row, of_experts)] == [6, 6, 6, 3]
+
+
+def test_whole_experts_come_to_a_row_too(finished):
+    out, _ = finished
+    row = results(out)[-1]
+    checkpoint = open_checkpoint(out / "checkpoints" / "moe-0.2-hfprune-experts-lora")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    assert checkpoint.config["n_routed_experts"] == model.model.layers[1].mlp.gate.weight.shape[0] == 3
+    assert int(row["parameters"]) == checkpoint.parameters == sum(it.numel() for it in model.state_dict().values())
+    assert float(row["ratio_reached"]) >= 0.2 and float(row["kl"]) > 1e-6
 
 
 def test_recovery_has_the_same_bits_sharded_and_whole(config, finished, tmp_path):
@@ -58,7 +70,10 @@ def test_recovery_has_the_same_bits_sharded_and_whole(config, finished, tmp_path
 def test_a_second_run_starts_no_stage_and_a_dry_run_tells_what_is_left_out(config, finished):
     out, _ = finished
     again = sweep(config, out, *ARGUMENTS, "--dry-run")
-    assert "8 reuse, 0 run" in again.stdout, again.stdout
+    assert "11 reuse, 0 run" in again.stdout, again.stdout
+    starts = "checkpoint of", "moe 0.2 hfprune"
+    headers, *shown = [line.split() for line in again.stdout.splitlines() if line.startswith(starts)]
+    assert headers[2] == "experts" and [it[it.index("lora") + 1] for it in shown] == ["6", "3"]
     assert "method 'surgeon-plain': left out, since the model is a mixture of experts" in again.stdout
 
 

@@ -15,7 +15,8 @@ from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.stage_costs import StageCosts
 
-METHODS = sorted(file.stem for file in (ROOT / "configs" / "methods").glob("*.yaml"))
+FILES = (ROOT / "configs" / "methods").glob("*.yaml")
+METHODS = sorted(file.stem for file in FILES if file.stem not in ("hfprune-experts", "reap"))  # which prune none such
 GPUS = Gpus(1, 8, 80 * 2**30)
 
 

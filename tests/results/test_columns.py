@@ -50,6 +50,14 @@ def test_all_columns_have_the_rest():
     assert everything.keys() > {"reached", "params", "size", "width", "avg"}
 
 
+def test_mixtures_of_experts_have_columns_of_their_own():
+    sizes = {"num_experts": 8, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+    rows = [row_of(ratio=0.0, **sizes), row_of(**sizes | {"num_experts": 6}), row_of()]
+    everything = shown(rows, all_columns(rows))
+    assert everything["experts"] == ("8", "6", "-") and everything["expert width"] == ("24", "24", "-")
+    assert not {"experts", "expert width", "shared expert width"} & shown(rows[2:], all_columns(rows[2:])).keys()
+
+
 def test_notes_tell_directions_numbers_and_what_is_shared():
     rows = [DENSE, row_of(), row_of(model="qwen", tokens=4096, windows=16), missing(row_of(ratio=0.5))]
     fidelity, average, floors, costs, training = notes(rows)

@@ -1,4 +1,6 @@
-"""Neurons of experts, of shared ones and of dense layers beside them, from the stage's first window to its file."""
+"""Experts, their neurons, those of shared ones and of dense layers beside them, from the stage's first window to its
+file.
+"""
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from damage import nothing_reaches_the_disk
 from families import EXPERTS, make_model, save_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from mixtures import COUNT, KIND, definition, experts_of
+from mixtures import COUNT, KIND, WHOLE, definition, experts_of, routed_outputs
 from ranks import run_stage
 from safetensors.torch import load_file
 from tiny import importance_stage, write_documents
@@ -20,7 +22,10 @@ from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.score_names import SCORES, score_name
 
 SEED, VOCABULARY = 3, 264
+BOTH = [NEURONS, WHOLE]
 NAMES = sorted(name for name, it in CRITERIA.items() if it.is_of_experts)
+NAMES_OF_WHOLE = sorted(name for name, it in CRITERIA.items() if it.is_of_whole_experts)
+EVERY = sorted({*NAMES, *NAMES_OF_WHOLE})
 DEFINED = ("cross_entropy", "entropy", "entropy_squared", "fisher", "fisher_signs", "self_distillation")
 # model_type -> what makes it have many experts, of which few tokens leave some without any.
 MANY_EXPERTS = 6 * COUNT
@@ -34,12 +39,13 @@ def threads():
         yield
 
 
-def stage_of(folder, model_type, criteria=NAMES, dtype="float32", calibration=None, **changes):
+def stage_of(folder, model_type, criteria=EVERY, dtype="float32", calibration=None, structures=BOTH, **changes):
     save_model(folder / "model", model_type, vocab_size=VOCABULARY, **changes)
     write_documents(folder / "text.jsonl")
     settings = {"samples": 4, "sequence_length": 12, "micro_batch_size": 1, "shard_size": 1, **(calibration or {})}
     params = {"calibration": {**settings, "text_field": "text", "settled": None}, "criteria": list(criteria)}
-    return importance_stage(folder, model_type, {**params, "dtype": dtype, "add_bos_token": True, "seed": SEED})
+    params |= {"dtype": dtype, "add_bos_token": True, "seed": SEED}
+    return importance_stage(folder, model_type, params | ({"structures": structures} if WHOLE in structures else {}))
 
 
 def files_of(store, stage):
@@ -62,7 +68,7 @@ def weights_of(model, layer, output):
 
 
 @pytest.mark.parametrize("model_type", EXPERTS)
-def test_scores_of_all_neurons_are_as_defined_in_every_family(tmp_path, model_type, threads):
+def test_scores_of_all_units_are_as_defined_in_every_family(tmp_path, model_type, threads):
     store, stage = Store(tmp_path / "store"), stage_of(tmp_path, model_type)
     run_in_threads(store, stage, Ranks(1))
     scores = load_file(store.path(stage.id) / SCORES)
@@ -94,15 +100,37 @@ def test_scores_of_all_neurons_are_as_defined_in_every_family(tmp_path, model_ty
     keeps = {place: student_keeps(scores_U) for place, scores_U in activations(windows[:1]).items()}
     for name in DEFINED:
         assert_scored(name, definition(model, windows, name, SEED, keeps=keeps, others=others))
-    assert_scored("activation", activations(windows))
+
+    def with_experts(of_neurons, of_expert):
+        wholes = {(WHOLE, at[1]): of_expert(it.view(COUNT, -1)) for at, it in of_neurons.items() if at[0] == KIND}
+        return of_neurons | wholes
+
+    assert_scored("reap", routed_outputs(model, windows))
+    assert_scored("activation", with_experts(activations(windows), lambda it_EN: it_EN.norm(dim=1)))
     sums = definition(model, windows, "activation", others=others)
     absolute = {place: columns.double().abs().sum(1) for place, (_, columns) in weights.items()}
-    assert_scored("activation_l1", {place: it.sqrt() * absolute[place] for place, it in sums.items()})
+    products = {place: it.sqrt() * absolute[place] for place, it in sums.items()}
+    assert_scored("activation_l1", with_experts(products, lambda it_EN: it_EN.sum(1)))
     squares = {place: rows.double().square().sum((0, 2)) + norms[place] ** 2 for place, (rows, _) in weights.items()}
-    assert_scored("magnitude", {place: it.sqrt() for place, it in squares.items()}, 1e-6)
+    norms_of_units = {place: it.sqrt() for place, it in squares.items()}
+    assert_scored("magnitude", with_experts(norms_of_units, lambda it_EN: it_EN.norm(dim=1)), 1e-6)
     assert_scored("entropy_bfloat16", definition(model, windows, "entropy", others=others), 2e-2)
     without = {name for name, it in scores.items() if not len(it)}
-    assert len(scores) - len(without) == len(places) * len(NAMES)
+    of_whole = len(experts_of(model)) * len(NAMES_OF_WHOLE)
+    assert len(scores) - len(without) == len(places) * len(NAMES) + of_whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", sorted(MANY))
+def test_what_else_is_scored_changes_no_bits(tmp_path, model_type, dtype, threads):
+    together, alone = {}, {}
+    for structures in (BOTH, [NEURONS], [WHOLE]):
+        store = Store(tmp_path / "-".join(structures))
+        names = {NEURONS: NAMES, WHOLE: NAMES_OF_WHOLE}[structures[0]] if len(structures) == 1 else EVERY
+        stage = stage_of(tmp_path, model_type, names, dtype, structures=structures)
+        run_in_threads(store, stage, Ranks(1))
+        (together if structures == BOTH else alone).update(load_file(store.path(stage.id) / SCORES))
+    assert together.keys() == alone.keys() and all(torch.equal(together[name], it) for name, it in alone.items())
 
 
 # The victim is counted among the ranks, and the collective before which it dies among its own.
@@ -150,7 +178,9 @@ def test_experts_come_and_go_and_sums_have_the_same_bits_on_any_ranks_after_any_
     [("qwen2_moe", "float32", False), ("deepseek_v3", "bfloat16", True), ("gpt_oss", "float32", True)],
 )
 def test_two_sharded_ranks_have_the_bits_of_one(tmp_path, model_type, dtype, checkpointing):
-    stage = stage_of(tmp_path, model_type, ["activation", "entropy", "fisher_signs", "self_distillation"], dtype)
+    stage = stage_of(
+        tmp_path, model_type, ["activation", "entropy", "fisher_signs", "reap", "self_distillation"], dtype
+    )
     stores = {ranks: Store(tmp_path / f"on {ranks}") for ranks in (1, 2)}
     for ranks, store in stores.items():
         result = run_stage(store, stage, ranks, activation_checkpointing=checkpointing and ranks == 2)

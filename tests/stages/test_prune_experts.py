@@ -1,11 +1,13 @@
-"""The prune stage on mixtures of experts: of every expert as many neurons, those that score highest."""
+"""The prune stage on mixtures of experts: of every expert as many neurons, or of every group as many experts, those
+that score highest.
+"""
 
 import json
 import zlib
 
 import pytest
 import torch
-from families import EXPERTS, save_model
+from families import EXPERTS, save_model, with_experts
 from ranks import SoloWorld
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -18,19 +20,20 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.structures import EXPERTS as WHOLE
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.score_names import score_name
 
 RATIOS = (0.15, 0.35)
 
 
-def scored(store, number, checkpoint):
+def scored(store, number, checkpoint, structure):
     """An importance artifact of random scores."""
     stage = Stage("importance", f"round {number}", {"number": number}, {})
     draft = store.open_draft(stage.id)
     scores = {
         score_name(layer, "entropy", units.kind): torch.rand(count, generator=seeded(units.kind, layer)).double()
-        for units in checkpoint.pruned_kinds([NEURONS])
+        for units in checkpoint.pruned_kinds([structure])
         for layer, count in enumerate(units.counts)
     }
     save_file(scores, draft / "importance.safetensors")
@@ -42,39 +45,42 @@ def seeded(kind, layer):
     return torch.Generator().manual_seed(zlib.crc32(f"{kind} {layer}".encode()))
 
 
-def pruned(store, ratio, inputs):
+def pruned(store, ratio, inputs, structure):
     """The stage, once it has run."""
-    params = {"ratio": ratio, "criterion": "entropy", "allocation": "uniform", "floor": 0.2, "protect_first": 0}
-    stage = Stage("prune", "moe", {**params, "protect_last": 0, "multiple_of": 1, "refit": "none"}, inputs)
+    params = {"ratio": ratio, "criterion": "entropy", "allocation": "uniform", "multiple_of": 1, "refit": "none"}
+    params |= {} if structure == NEURONS else {"structures": [structure]}
+    stage = Stage("prune", "moe", params, inputs)
     store.work(stage.id).mkdir(parents=True, exist_ok=True)
     prune.run(Context(stage, store, SoloWorld(), RuntimeConfig(), Progress(None), {}, {}, 1))
     return stage
 
 
+@pytest.mark.parametrize("structure", [NEURONS, WHOLE])
 @pytest.mark.parametrize("model_type", EXPERTS)
-def test_every_expert_keeps_its_best_neurons_in_one_round_or_two(tmp_path, model_type):
-    store, folder = Store(tmp_path / "store"), save_model(tmp_path / "model", model_type)
+def test_what_scores_highest_stays_in_one_round_or_two(tmp_path, model_type, structure):
+    changes = with_experts(model_type, 12) if structure == WHOLE else {}
+    store, folder = Store(tmp_path / "store"), save_model(tmp_path / "model", model_type, **changes)
     dense = open_checkpoint(folder)
-    importance, scores = scored(store, 1, dense)
+    importance, scores = scored(store, 1, dense, structure)
     inputs = {"model": Input(FileHashes(None).of_folder(folder), str(folder)), "importance": importance.as_input()}
-    stage = pruned(store, RATIOS[0], inputs)
+    stage = pruned(store, RATIOS[0], inputs, structure)
     kept, metrics = json.loads((store.path(stage.id) / "kept.json").read_text()), store.manifest(stage.id)["metrics"]
     model = AutoModelForCausalLM.from_pretrained(store.path(stage.id))
     assert metrics["parameters"] == sum(it.numel() for it in model.state_dict().values())
     assert metrics["ratio_reached"] >= RATIOS[0]
-    for units in dense.pruned_kinds([NEURONS]):
+    for units in dense.pruned_kinds([structure]):
         for layer, rows in enumerate(kept[units.kind]):
-            scores_EN = scores[score_name(layer, "entropy", units.kind)].view(units.experts, -1)
-            count, width = len(rows) // units.experts, scores_EN.shape[1]
+            scores_EN = scores[score_name(layer, "entropy", units.kind)].view(units.parts, -1)
+            count, width = len(rows) // units.parts, scores_EN.shape[1]
             best = [row.topk(count).indices.sort().values + width * it for it, row in enumerate(scores_EN)]
             assert rows == torch.cat(best).tolist()
             for field in units.fields if rows else ():
                 assert getattr(model.config, field) == metrics[field] == len(rows) // units.copies
     once = open_checkpoint(store.path(stage.id))
-    second, _ = scored(store, 2, once)
+    second, _ = scored(store, 2, once, structure)
     both = {"model": stage.as_input(), "importance": second.as_input(), "dense": inputs["model"]}
-    twice = pruned(store, RATIOS[1], both)
+    twice = pruned(store, RATIOS[1], both, structure)
     again = json.loads((store.path(twice.id) / "kept.json").read_text())
-    for kind in (units.kind for units in dense.pruned_kinds([NEURONS])):
+    for kind in (units.kind for units in dense.pruned_kinds([structure])):
         assert all({*inner} <= {*outer} for inner, outer in zip(again[kind], kept[kind], strict=True))
     assert store.manifest(twice.id)["metrics"]["ratio_reached"] >= RATIOS[1]
