@@ -1,4 +1,4 @@
-"""What neurons of experts are scored by, from its definition: a mask on every neuron at every token."""
+"""What experts compute, from its definition: every expert for every token, with a mask on each of its neurons."""
 
 import copy
 from collections import defaultdict
@@ -10,6 +10,9 @@ from families import SHAPE
 from transformers.integrations import moe
 
 from hfprune_dist.checkpoints.families import Family
+from hfprune_dist.core.selection import top_units_of_each
+from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures.kept import Kept
 
 KIND = "expert_neurons"
 LAYERS, COUNT, WIDTH = SHAPE["num_hidden_layers"], 4, SHAPE["intermediate_size"]
@@ -31,6 +34,19 @@ def experts_of(model):
     return found
 
 
+def some_kept(checkpoint, share):
+    """This share of the neurons of every MLP, at random; of every expert as many."""
+    generator = torch.Generator().manual_seed(1)
+    units = {}
+    for it in checkpoint.pruned_kinds([NEURONS]):
+        width = round(share * it.width)
+        units[it.kind] = [
+            top_units_of_each(torch.rand(count, generator=generator), width * it.copies * (count > 0), it.experts)
+            for count in it.counts
+        ]
+    return Kept.of_all_layers(units)
+
+
 def gated(experts, made):
     """What neurons of experts make of what gate and up put out, as the papers have it."""
     if experts.is_transposed:  # gpt_oss, whose gate and up are interleaved
@@ -49,11 +65,12 @@ class Definition:
 
     Attributes:
         masks, hidden: (kind, layer) -> masks and activations [..., tokens, neurons] in the last forward.
+        routing: layer -> weights of the experts' outputs [experts, tokens] in the last forward.
     """
 
     def __init__(self, model, keeps=None, others=None):
         self._keeps = keeps
-        self.masks, self.hidden = {}, {}
+        self.masks, self.hidden, self.routing = {}, {}, {}
         for number, module in experts_of(model).items():
             module.config._experts_implementation = "definition"
             module.definition = partial(self._compute, (KIND, number), module)
@@ -78,6 +95,7 @@ class Definition:
         hidden_END = gated(module, made)
         numbers = range(module.num_experts)
         routing_EN = torch.stack([(weights_NK * (index_NK == expert)).sum(1) for expert in numbers])
+        self.routing[place[1]] = routing_EN.detach()
         masks_END = self._masks(place, hidden_END)
         self.hidden[place] = hidden_END.detach() * (routing_EN > 0)[..., None]
         layout = "end,edc->enc" if module.is_transposed else "end,ecd->enc"

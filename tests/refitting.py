@@ -1,7 +1,9 @@
 """Refits of tiny models that lose neurons, KV groups and layers; and the same by whole layers in float64."""
 
+import mixtures
 import torch
 from safetensors.torch import load_file
+from families import EXPERTS, save_model
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -24,6 +26,14 @@ def checkpoint_in(folder, variant="llama", layers=3):
     biases = {"attention_bias": True} if variant == "qwen3" else {}
     sizes = {"intermediate_size": NEURONS, "num_hidden_layers": layers}
     return open_checkpoint(save_tiny(folder, variant, **heads, **sizes, **biases))
+
+
+def to_prune(folder, variant, layers):
+    """A model and what stays of it: some units of these layers, or of a mixture of experts some of each MLP."""
+    if variant in EXPERTS:
+        checkpoint = open_checkpoint(save_model(folder, variant, vocab_size=264))
+        return checkpoint, mixtures.some_kept(checkpoint, 2 / 3)
+    return checkpoint_in(folder, variant, layers[-1] + 1), some_kept(layers)
 
 
 def windows_of(count, seed=0, tokens=20):

@@ -1,4 +1,4 @@
-"""Mixtures of experts for the calibration pass: one expert after another, with activations that hooks can see.
+"""Mixtures of experts for passes over windows: one expert after another, with activations that hooks can see.
 
 transformers runs all experts of a layer at once, in kernels that no hook sees into. Here each expert that has tokens
 puts its activations through a module, the layer's ``ExpertProjections``, which is to them what ``down_proj`` is to an
@@ -8,7 +8,7 @@ tokens a rank has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -100,14 +100,40 @@ def _run(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) 
         index_NK: the experts of each token.
         weights_NK: what their outputs are multiplied with.
     """
-    index_S = index_NK.flatten()
-    order_S = index_S.argsort(stable=True)
-    counts = torch.bincount(index_S, minlength=experts.num_experts).tolist()
-    parts = routed(hidden_NC, order_S).split(counts)
+    order_S, parts = _of_each(experts, hidden_NC, index_NK)
     down = getattr(experts, _PROJECTIONS)
     outputs = [down(_activations(experts, part, number), number) for number, part in enumerate(parts) if len(part)]
     weighted_SC = torch.cat(outputs) * weights_NK.flatten()[order_S, None]
     return returned(weighted_SC, order_S, len(hidden_NC)).to(hidden_NC.dtype)
+
+
+def _of_each(experts: Any, hidden_NC: Tensor, index_NK: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """Order of what the experts read, and what each reads [tokens, hidden_size]."""
+    index_S = index_NK.flatten()
+    order_S = index_S.argsort(stable=True)
+    counts = torch.bincount(index_S, minlength=experts.num_experts).tolist()
+    return order_S, routed(hidden_NC, order_S).split(counts)
+
+
+@torch.no_grad()
+def weighted_activations(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) -> list[Tensor]:
+    """What the down projections of a layer's experts read, each token's times the weight of the expert's output in the
+    layer's: so what a projection loses of these is what the layer's output loses.
+
+    Args:
+        experts: the module that has them all; the others are what it reads (see ``_run``).
+
+    Returns:
+        For each expert float32 [tokens, channels], of the tokens that it was given.
+    """
+    order_S, parts = _of_each(experts, hidden_NC, index_NK)
+    weights = weights_NK.flatten()[order_S, None].float().split([len(part) for part in parts])
+    return [_activations(experts, part, number).float() * weights[number] for number, part in enumerate(parts)]
+
+
+def down_projections(experts: Any) -> list[Tensor]:
+    """Of each expert [hidden_size, channels], as views of what the module has."""
+    return [it.T if experts.is_transposed else it for it in experts.down_proj.data]
 
 
 def _activations(experts: Any, x_NC: Tensor, expert: int) -> Tensor:

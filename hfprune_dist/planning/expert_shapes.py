@@ -92,9 +92,10 @@ def why_not_experts(method: Method) -> str:
         return f"structures: [{', '.join(method.structures)}] aren't possible; [{NEURONS}] are"
     if method.allocation != "uniform":
         return f"allocation: {method.allocation} isn't possible; uniform is"
-    if method.refit != "none" or method.distill:
-        what = f"refit: {method.refit}" if method.refit != "none" else f"distill: {method.distill}"
-        return f"{what} isn't possible; refit: none and distill: 0 are"
+    if method.refit not in ("none", "dense"):
+        return f"refit: {method.refit} isn't possible; none and dense are"
+    if method.distill:
+        return f"distill: {method.distill} isn't possible; 0 is"
     return _why_not_scored(str(method.criterion))
 
 

@@ -27,7 +27,7 @@ LIKE_HFPRUNE = {"criterion": "entropy"}
 OTHERS = {
     "structures": {"criterion": "entropy", "structures": ["neurons", "kv_groups"], "allocation": "local"},
     "allocation": {"criterion": "entropy", "allocation": "global"},
-    "refit": {"criterion": "entropy", "refit": "dense"},
+    "refit": {"criterion": "entropy", "refit": "layerwise"},
     "distill": {"criterion": "entropy", "distill": 1},
     "criterion": {"criterion": "surgeon"},
     "prunes_in": {"prunes_in": "recovery", "allocation": "local"},
