@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from core_definition import GRADIENT_CRITERIA
 from families import SHAPE
+from transformers import AutoModelForCausalLM
 from transformers.integrations import moe
 
 from hfprune_dist.checkpoints.families import Family
@@ -102,6 +103,27 @@ class Definition:
         outputs = torch.einsum(layout, hidden_END * masks_END, module.down_proj)
         outputs = outputs + module.down_proj_bias[:, None] if module.has_bias else outputs
         return (outputs * routing_EN[..., None]).sum(0).to(hidden_NC.dtype)
+
+
+@torch.no_grad()
+def projections(checkpoint, windows_ST):
+    """Of each expert and each other MLP of a mixture: kind, layer, number, and in float64 its down projection's weight
+    [hidden_size, channels] and what that reads [windows, tokens, channels], times what the router makes of its output.
+    """
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float64)
+    kinds = {it.kind: it for it in checkpoint.pruned_kinds([NEURONS])}
+    places = [(kind, layer) for kind, units in kinds.items() for layer, count in enumerate(units.counts) if count]
+    names = {place: kinds[place[0]].tensor(place[1], kinds[place[0]].output) for place in places}
+    seen = Definition(model, None, {place: name for place, name in names.items() if place[0] != KIND})
+    model(input_ids=windows_ST)
+    for place, name in names.items():
+        module, hidden = model.get_submodule(name), seen.hidden[place]
+        weights = [module.weight] if place[0] != KIND else module.down_proj
+        routing = seen.routing[place[1]] if place[0] == KIND else torch.ones(1, windows_ST.numel())
+        reads = hidden.view(len(routing), windows_ST.numel(), -1) * routing[..., None]
+        for expert, (weight, read_ND) in enumerate(zip(weights, reads, strict=True)):
+            weight_CD = weight.T if getattr(module, "is_transposed", False) else weight
+            yield *place, expert, weight_CD.data, read_ND.unflatten(0, windows_ST.shape)
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register("definition", lambda module, *inputs: module.definition(*inputs))
