@@ -9,7 +9,7 @@ from typing import Any
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import ATTENTION
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of, row_projections_of
-from hfprune_dist.structures.experts import SHARED_WIDTH, WIDTHS, mlp_widths, number_of_experts
+from hfprune_dist.structures.experts import SHARED_WIDTH, WIDTHS, expert_sizes, mlp_widths, number_of_experts
 from hfprune_dist.structures.units import plural_of, read_counts
 
 # Field of a config.json in which layers may differ -> what ``Dimensions`` calls it.
@@ -73,8 +73,12 @@ class ModelShape:
 
     @classmethod
     def _of_mixture(cls, dims: Dimensions, config: Mapping[str, Any]) -> ModelShape:
-        widths = mlp_widths(config)
-        return cls(tuple(replace(dims, intermediate_size=it[0], stored_size=it[1]) for it in widths), config)
+        sizes = zip(mlp_widths(config), expert_sizes(config), strict=True)
+        layers = (
+            replace(dims, intermediate_size=active, stored_size=stored, experts=experts)
+            for (active, stored), experts in sizes
+        )
+        return cls(tuple(layers), config)
 
     @classmethod
     def _of_layers(cls, layers: list[Dimensions], by_layer: Mapping[str, Any]) -> ModelShape:

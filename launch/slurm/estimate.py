@@ -29,6 +29,7 @@ from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import Dimensions, checkpoint_dimensions
 from hfprune_dist.planning.evaluation_footprint import Evaluate
+from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.footprint import RESERVE, Importance, Job, LayerPass, TimedJob, Train, fits
 from hfprune_dist.planning.generation_footprint import Generate
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory
@@ -199,7 +200,9 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | LowRank
         at_once = min(windows, calibration.samples)
         return LowRank(at_once, calibration.sequence_length, calibration.samples, ITEMSIZE[dtype])
     width = size.units  # where layers differ, one may keep all of them
-    if params.allocation == "uniform":
+    if dense.family.experts:
+        width = max(ExpertTarget.of(dense, params, stage.label).shape().units[dense.units.kind])
+    elif params.allocation == "uniform":
         width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()
     elif params.allocation == "plain":  # which is found by measuring
         width = max(shape.width for shape in plain_shapes(ShapeTarget.of(dense, params, stage.label)))
