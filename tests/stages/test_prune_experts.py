@@ -34,6 +34,8 @@ def scored(store, number, checkpoint):
         for layer, count in enumerate(units.counts)
     }
     save_file(scores, draft / "importance.safetensors")
+    windows_ST = torch.randint(3, 64, (16, 12), generator=seeded("windows", 0))
+    save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
     store.commit(stage, draft, {"metrics": {}})
     return stage, scores
 
@@ -42,26 +44,40 @@ def seeded(kind, layer):
     return torch.Generator().manual_seed(zlib.crc32(f"{kind} {layer}".encode()))
 
 
-def pruned(store, ratio, inputs):
+def pruned(store, ratio, inputs, refit):
     """The stage, once it has run."""
     params = {"ratio": ratio, "criterion": "entropy", "allocation": "uniform", "floor": 0.2, "protect_first": 0}
-    stage = Stage("prune", "moe", {**params, "protect_last": 0, "multiple_of": 1, "refit": "none"}, inputs)
+    forward = {} if refit == "none" else {"dtype": "float32", "micro_batch_size": 2}
+    stage = Stage("prune", "moe", {**params, **forward, "protect_last": 0, "multiple_of": 1, "refit": refit}, inputs)
     store.work(stage.id).mkdir(parents=True, exist_ok=True)
     prune.run(Context(stage, store, SoloWorld(), RuntimeConfig(), Progress(None), {}, {}, 1))
     return stage
 
 
-@pytest.mark.parametrize("model_type", EXPERTS)
-def test_every_expert_keeps_its_best_neurons_in_one_round_or_two(tmp_path, model_type):
+def assert_told_of_refit(dense, metrics, refit):
+    """Of each layer that has such an MLP."""
+    told = {"neurons": "refit", "expert_neurons": "refit_expert_neurons", "shared_neurons": "refit_shared_neurons"}
+    for units in dense.pruned_kinds([NEURONS]):
+        before, after = (metrics.get(f"{told[units.kind]}_error_{it}") for it in ("before", "after"))
+        assert (before is None) == (refit == "none")
+        for layer, count in enumerate(units.counts if before else ()):
+            assert after[layer] < before[layer] if count else after[layer] is before[layer] is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "refit"), [*((name, "none") for name in EXPERTS), ("qwen2_moe", "dense"), ("gpt_oss", "dense")]
+)
+def test_every_expert_keeps_its_best_neurons_in_one_round_or_two(tmp_path, model_type, refit):
     store, folder = Store(tmp_path / "store"), save_model(tmp_path / "model", model_type)
     dense = open_checkpoint(folder)
     importance, scores = scored(store, 1, dense)
     inputs = {"model": Input(FileHashes(None).of_folder(folder), str(folder)), "importance": importance.as_input()}
-    stage = pruned(store, RATIOS[0], inputs)
+    stage = pruned(store, RATIOS[0], inputs, refit)
     kept, metrics = json.loads((store.path(stage.id) / "kept.json").read_text()), store.manifest(stage.id)["metrics"]
     model = AutoModelForCausalLM.from_pretrained(store.path(stage.id))
     assert metrics["parameters"] == sum(it.numel() for it in model.state_dict().values())
     assert metrics["ratio_reached"] >= RATIOS[0]
+    assert_told_of_refit(dense, metrics, refit)
     for units in dense.pruned_kinds([NEURONS]):
         for layer, rows in enumerate(kept[units.kind]):
             scores_EN = scores[score_name(layer, "entropy", units.kind)].view(units.experts, -1)
@@ -73,7 +89,7 @@ def test_every_expert_keeps_its_best_neurons_in_one_round_or_two(tmp_path, model
     once = open_checkpoint(store.path(stage.id))
     second, _ = scored(store, 2, once)
     both = {"model": stage.as_input(), "importance": second.as_input(), "dense": inputs["model"]}
-    twice = pruned(store, RATIOS[1], both)
+    twice = pruned(store, RATIOS[1], both, refit)
     again = json.loads((store.path(twice.id) / "kept.json").read_text())
     for kind in (units.kind for units in dense.pruned_kinds([NEURONS])):
         assert all({*inner} <= {*outer} for inner, outer in zip(again[kind], kept[kind], strict=True))
