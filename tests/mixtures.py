@@ -35,8 +35,8 @@ def experts_of(model):
     return found
 
 
-def some_kept(checkpoint, share):
-    """This share of the neurons of every MLP, at random; of every expert as many."""
+def some_kept(checkpoint, share, *, groups=False):
+    """This share of the neurons of every MLP, at random, of every expert as many; and one KV group, if asked."""
     generator = torch.Generator().manual_seed(1)
     units = {}
     for it in checkpoint.pruned_kinds([NEURONS]):
@@ -45,6 +45,8 @@ def some_kept(checkpoint, share):
             top_units_of_each(torch.rand(count, generator=generator), width * it.copies * (count > 0), it.experts)
             for count in it.counts
         ]
+    if groups:
+        units["kv_groups"] = [torch.tensor([layer % 2]) for layer in range(checkpoint.num_layers)]
     return Kept.of_all_layers(units)
 
 

@@ -101,7 +101,8 @@ def _of_experts(target: ShapeTarget) -> KnownShape:
     units = checkpoint.units
     width = max(shape.units[units.kind]) // units.copies
     reached = Span.of([target.counts.ratio(shape)])
-    return KnownShape(Span.of([checkpoint.num_layers]), _kv_heads(checkpoint), Span.of([width]), reached)
+    kv_heads = Span.of(shape.units.get(KV_GROUPS, checkpoint.structures[KV_GROUPS].counts))
+    return KnownShape(Span.of([checkpoint.num_layers]), kv_heads, Span.of([width]), reached)
 
 
 def _plain(target: ShapeTarget) -> KnownShape:

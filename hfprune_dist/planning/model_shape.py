@@ -13,11 +13,8 @@ from hfprune_dist.structures.experts import SHARED_WIDTH, WIDTHS, expert_sizes, 
 from hfprune_dist.structures.units import plural_of, read_counts
 
 # Field of a config.json in which layers may differ -> what ``Dimensions`` calls it.
-_OF_LAYERS = {
-    "intermediate_size": "intermediate_size",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_key_value_heads",
-}
+_HEADS = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_key_value_heads"}
+_OF_LAYERS = {"intermediate_size": "intermediate_size", **_HEADS}
 
 # Fields of a mixture of experts, which are the same in all layers.
 _OF_EXPERTS = (*WIDTHS, SHARED_WIDTH)
@@ -64,7 +61,8 @@ class ModelShape:
         """
         if self.config is not None:
             widths = {key: told[key] for key in _OF_EXPERTS if told.get(key)}
-            return self._of_mixture(self.layers[0], {**self.config, **widths})
+            heads = {ours: told[field] for field, ours in _HEADS.items() if told.get(field)}
+            return self._of_mixture(replace(self.layers[0], **heads), {**self.config, **widths})
         count = told.get("num_hidden_layers") or len(self.layers)
         by_layer = {ours: told[plural_of(field)] for field, ours in _OF_LAYERS.items() if told.get(plural_of(field))}
         told_ranks = told.get("attention_ranks") or {}

@@ -35,6 +35,7 @@ from hfprune_dist.planning.rates import CALL_S, DISK, HASHING, HOST_COPY, MODULE
 from hfprune_dist.planning.stage_costs import NOTHING, StageCosts, scored_weights
 from hfprune_dist.planning.timing import Seconds, network_seconds, precise_seconds, product_rate, seconds
 from hfprune_dist.store.stage import Stage
+from hfprune_dist.structures import KV_GROUPS
 
 # Of a checkpoint's parameter, bytes on disk.
 ON_DISK = 2
@@ -194,7 +195,8 @@ class StageTimes:
         # A Gram matrix of n^2 numbers took 2 n^2 operations a token; of experts, those of some tokens alone.
         summed = cost.operations.float32 / (2 * cost.tokens)
         if summed and shape.config is not None:
-            summed = summed_numbers(shape, kv_groups=False)
+            kv_groups = isinstance(params, PruneParameters) and KV_GROUPS in params.structures
+            summed = summed_numbers(shape, kv_groups)
         is_reference = isinstance(params, ReferenceParameters)
         return _Load(
             overlapping=Seconds(at_work, 0.0, called),

@@ -75,7 +75,7 @@ def masked(checkpoint, kept):
             module = model.get_submodule(units.tensor(layer, units.output))
             gone_EN = gone_of(units, kept, layer)
             if kind != "expert_neurons":
-                module.weight.data[:, gone_EN[0]] = 0
+                module.weight.data[:, gone_EN[0].repeat_interleave(units.channels_per_unit)] = 0
             elif getattr(module, "is_transposed", False):
                 module.down_proj.data[gone_EN] = 0
             else:
@@ -107,13 +107,13 @@ def test_the_readme_lists_what_is_covered(checkpoint_of):
 
 
 @every_family
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_type, fused):
+@pytest.mark.parametrize(("fused", "groups"), [(False, False), (True, False), (False, True)])
+def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_type, fused, groups):
     checkpoint = checkpoint_of(model_type)
     if fused:
         checkpoint = as_modules_have_it(checkpoint.path, tmp_path / "fused", model_type)
         assert not checkpoint.family.experts.each
-    kept = some_kept(checkpoint, 2 / 3)
+    kept = some_kept(checkpoint, 2 / 3, groups=groups and not checkpoint.family.whole_groups)
     assert is_plain(checkpoint, kept.shape)
     write(checkpoint, kept, tmp_path / "pruned")
     smaller = open_checkpoint(tmp_path / "pruned")
@@ -135,13 +135,14 @@ def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_
 
 
 @every_family
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type, fused):
+@pytest.mark.parametrize(("fused", "groups"), [(False, True), (True, False)])
+def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type, fused, groups):
     """Of every layer's output on the calibration text, and of the model's."""
     checkpoint, windows_ST = checkpoint_of(model_type), torch.cat([WINDOWS, WINDOWS.flip(1), WINDOWS.roll(1, 1)])
     if fused:
         checkpoint = as_modules_have_it(checkpoint.path, tmp_path / "fused", model_type)
-    kept, world = some_kept(checkpoint, 2 / 3), SoloWorld()
+    kept = some_kept(checkpoint, 2 / 3, groups=groups and not checkpoint.family.whole_groups)
+    world = SoloWorld()
     fitted = refit("dense", checkpoint, kept, tmp_path / "refit", world=world, windows_ST=windows_ST)
     write(checkpoint, kept, tmp_path / "cut")
     write(checkpoint, kept, tmp_path / "fitted", fitted.replacements(kept.layers))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from core_definition import definition as of_channels
 from damage import nothing_reaches_the_disk
 from families import EXPERTS, make_model, save_model
 from hypothesis import example, given, settings
@@ -34,11 +35,12 @@ def threads():
         yield
 
 
-def stage_of(folder, model_type, criteria=NAMES, dtype="float32", calibration=None, **changes):
+def stage_of(folder, model_type, criteria=NAMES, dtype="float32", calibration=None, structures=None, **changes):
     save_model(folder / "model", model_type, vocab_size=VOCABULARY, **changes)
     write_documents(folder / "text.jsonl")
     settings = {"samples": 4, "sequence_length": 12, "micro_batch_size": 1, "shard_size": 1, **(calibration or {})}
     params = {"calibration": {**settings, "text_field": "text", "settled": None}, "criteria": list(criteria)}
+    params |= {} if structures is None else {"structures": structures}
     return importance_stage(folder, model_type, {**params, "dtype": dtype, "add_bos_token": True, "seed": SEED})
 
 
@@ -103,6 +105,31 @@ def test_scores_of_all_neurons_are_as_defined_in_every_family(tmp_path, model_ty
     assert_scored("entropy_bfloat16", definition(model, windows, "entropy", others=others), 2e-2)
     without = {name for name, it in scores.items() if not len(it)}
     assert len(scores) - len(without) == len(places) * len(NAMES)
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_kv_groups_are_scored_beside_experts_where_they_can_go(tmp_path, model_type, threads):
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    names, scores = ["activation_l1", "entropy", "fisher"], {}
+    for beside, structures in ((False, None), (True, ["neurons", "kv_groups"])):
+        folder = tmp_path / str(beside)
+        folder.mkdir()
+        stage, store = stage_of(folder, model_type, names, structures=structures, **heads), Store(folder / "store")
+        if open_checkpoint(folder / "model").family.whole_groups:
+            assert model_type in ("olmoe", "deepseek_v3", "gpt_oss")
+            return
+        run_in_threads(store, stage, Ranks(1))
+        scores[beside] = load_file(store.path(stage.id) / SCORES)
+        windows = load_file(store.path(stage.id) / "windows.safetensors")["input_ids"]
+    assert all(torch.equal(scores[True][name], it) for name, it in scores[False].items()), "the same bits"
+    model = make_model(model_type, vocab_size=VOCABULARY, **heads)
+    for module in model.modules():  # whose own kernels know no float64
+        getattr(module, "config", model.config)._experts_implementation = "eager"
+    for name in names:
+        expected = of_channels(model, windows, name, SEED, channels=2 * 8, output="self_attn.o_proj")
+        for layer, expected_U in enumerate(expected):
+            ours_U = scores[True][score_name(layer, name, "kv_groups")]
+            assert (ours_U - expected_U).norm() <= 1e-4 * expected_U.norm(), (name, layer)
 
 
 # The victim is counted among the ranks, and the collective before which it dies among its own.

@@ -18,10 +18,11 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input, Stage
-from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures import KV_GROUPS, NEURONS
 from hfprune_dist.structures.score_names import score_name
 
 RATIOS = (0.15, 0.35)
+BOTH = [NEURONS, KV_GROUPS]
 
 
 def scored(store, number, checkpoint):
@@ -30,7 +31,7 @@ def scored(store, number, checkpoint):
     draft = store.open_draft(stage.id)
     scores = {
         score_name(layer, "entropy", units.kind): torch.rand(count, generator=seeded(units.kind, layer)).double()
-        for units in checkpoint.pruned_kinds([NEURONS])
+        for units in checkpoint.pruned_kinds(BOTH)
         for layer, count in enumerate(units.counts)
     }
     save_file(scores, draft / "importance.safetensors")
@@ -44,53 +45,63 @@ def seeded(kind, layer):
     return torch.Generator().manual_seed(zlib.crc32(f"{kind} {layer}".encode()))
 
 
-def pruned(store, ratio, inputs, refit):
+def pruned(store, ratio, inputs, refit, structures):
     """The stage, once it has run."""
     params = {"ratio": ratio, "criterion": "entropy", "allocation": "uniform", "floor": 0.2, "protect_first": 0}
-    forward = {} if refit == "none" else {"dtype": "float32", "micro_batch_size": 2}
-    stage = Stage("prune", "moe", {**params, **forward, "protect_last": 0, "multiple_of": 1, "refit": refit}, inputs)
+    params |= {"protect_last": 0, "multiple_of": 1, "refit": refit}
+    params |= {} if refit == "none" else {"dtype": "float32", "micro_batch_size": 2}
+    params |= {} if structures == [NEURONS] else {"allocation": "local", "structures": structures}
+    stage = Stage("prune", "moe", params, inputs)
     store.work(stage.id).mkdir(parents=True, exist_ok=True)
     prune.run(Context(stage, store, SoloWorld(), RuntimeConfig(), Progress(None), {}, {}, 1))
     return stage
 
 
-def assert_told_of_refit(dense, metrics, refit):
-    """Of each layer that has such an MLP."""
-    told = {"neurons": "refit", "expert_neurons": "refit_expert_neurons", "shared_neurons": "refit_shared_neurons"}
-    for units in dense.pruned_kinds([NEURONS]):
-        before, after = (metrics.get(f"{told[units.kind]}_error_{it}") for it in ("before", "after"))
+def assert_told_of_refit(kinds, metrics, refit):
+    """Of each layer that has such units."""
+    for units in kinds:
+        name = "refit" if units.kind == NEURONS else f"refit_{units.kind}"
+        before, after = (metrics.get(f"{name}_error_{it}") for it in ("before", "after"))
         assert (before is None) == (refit == "none")
         for layer, count in enumerate(units.counts if before else ()):
             assert after[layer] < before[layer] if count else after[layer] is before[layer] is None
 
 
 @pytest.mark.parametrize(
-    ("model_type", "refit"), [*((name, "none") for name in EXPERTS), ("qwen2_moe", "dense"), ("gpt_oss", "dense")]
+    ("model_type", "refit", "structures"),
+    [
+        *((name, "none", [NEURONS]) for name in EXPERTS),
+        ("gpt_oss", "dense", [NEURONS]),
+        ("qwen2_moe", "dense", BOTH),
+        ("granitemoe", "none", BOTH),
+    ],
 )
-def test_every_expert_keeps_its_best_neurons_in_one_round_or_two(tmp_path, model_type, refit):
-    store, folder = Store(tmp_path / "store"), save_model(tmp_path / "model", model_type)
+def test_every_expert_keeps_its_best_neurons_in_one_round_or_two(tmp_path, model_type, refit, structures):
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4} if structures == BOTH else {}
+    store, folder = Store(tmp_path / "store"), save_model(tmp_path / "model", model_type, **heads)
     dense = open_checkpoint(folder)
     importance, scores = scored(store, 1, dense)
     inputs = {"model": Input(FileHashes(None).of_folder(folder), str(folder)), "importance": importance.as_input()}
-    stage = pruned(store, RATIOS[0], inputs, refit)
+    stage = pruned(store, RATIOS[0], inputs, refit, structures)
     kept, metrics = json.loads((store.path(stage.id) / "kept.json").read_text()), store.manifest(stage.id)["metrics"]
     model = AutoModelForCausalLM.from_pretrained(store.path(stage.id))
     assert metrics["parameters"] == sum(it.numel() for it in model.state_dict().values())
     assert metrics["ratio_reached"] >= RATIOS[0]
-    assert_told_of_refit(dense, metrics, refit)
-    for units in dense.pruned_kinds([NEURONS]):
+    kinds = dense.pruned_kinds(structures)
+    assert_told_of_refit(kinds, metrics, refit)
+    for units in kinds:
         for layer, rows in enumerate(kept[units.kind]):
             scores_EN = scores[score_name(layer, "entropy", units.kind)].view(units.experts, -1)
             count, width = len(rows) // units.experts, scores_EN.shape[1]
             best = [row.topk(count).indices.sort().values + width * it for it, row in enumerate(scores_EN)]
             assert rows == torch.cat(best).tolist()
             for field in units.fields if rows else ():
-                assert getattr(model.config, field) == metrics[field] == len(rows) // units.copies
+                assert getattr(model.config, field) == metrics[field] == len(rows) // units.copies * units.fields[field]
     once = open_checkpoint(store.path(stage.id))
     second, _ = scored(store, 2, once)
     both = {"model": stage.as_input(), "importance": second.as_input(), "dense": inputs["model"]}
-    twice = pruned(store, RATIOS[1], both, refit)
+    twice = pruned(store, RATIOS[1], both, refit, structures)
     again = json.loads((store.path(twice.id) / "kept.json").read_text())
-    for kind in (units.kind for units in dense.pruned_kinds([NEURONS])):
+    for kind in (units.kind for units in kinds):
         assert all({*inner} <= {*outer} for inner, outer in zip(again[kind], kept[kind], strict=True))
     assert store.manifest(twice.id)["metrics"]["ratio_reached"] >= RATIOS[1]
