@@ -24,9 +24,11 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import is_plain
+from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.models.single_layer import LayerReader, run
+from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
 from hfprune_dist.structures import NEURONS
 
 README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
@@ -100,8 +102,9 @@ def test_the_readme_lists_what_is_covered(checkpoint_of):
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
     listed = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     assert listed.keys() == EXPERTS.keys()
-    for name, (_, neurons, beside, _) in listed.items():
+    for name, (_, neurons, beside, groups) in listed.items():
         kinds = checkpoint_of(name).structures
+        assert groups.strip().startswith("no: " if checkpoint_of(name).family.whole_groups else "yes"), name
         assert ("shared" in beside) == ("shared_neurons" in kinds)
         assert ("without" in neurons) == ("neurons" in kinds), name
 
@@ -172,6 +175,19 @@ def errors_of_layers(checkpoint, folder, windows_ST):
         errors.append(float(lost_BTC.square().sum() / output_BTC.square().sum()))
         hidden_BTC = output_BTC
     return errors
+
+
+@every_family
+def test_kv_groups_go_where_they_can_and_others_are_refused_by_name(checkpoint_of, model_type):
+    checkpoint = checkpoint_of(model_type)
+    method = Method(criterion="entropy", structures=["neurons", "kv_groups"], allocation="local")
+    if not checkpoint.family.whole_groups:
+        check_ratios(checkpoint, [0.1], method, "here")
+        return
+    with pytest.raises(UserError, match=f"here: KV groups of {model_type} can't be pruned: .* has something|keeps one"):
+        check_ratios(checkpoint, [0.1], method, "here")
+    (remark,) = remarks_on_shapes(checkpoint, [0.1], method.model_copy(update={"adapts": True}), "here")
+    assert remark.startswith("here: KV groups stay: ")
 
 
 @every_family

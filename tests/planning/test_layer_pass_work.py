@@ -19,7 +19,6 @@ from hfprune_dist.refit import gauss_newton_ranks
 from hfprune_dist.refit.dense_refit import DenseRefit
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
-from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Kept
 
 SIZES = st.fixed_dictionaries(
@@ -81,16 +80,18 @@ def test_refits_of_mlps_without_a_gate(tmp_path, kind):
 
 @pytest.mark.usefixtures("as_counted")
 @pytest.mark.parametrize("model_type", EXPERTS)
-def test_refits_of_experts(tmp_path, model_type):
-    """Beside the pass itself, whose routers are not counted."""
+def test_refits_of_experts_and_of_their_attention(tmp_path, model_type):
+    """Beside the pass itself, whose routers are not counted; every expert has tokens that are held out."""
     checkpoint = open_checkpoint(save_model(tmp_path / "model", model_type))
-    kept, windows = some_kept(checkpoint, 2 / 3), Windows(13, 48, 4)  # every expert has tokens that are held out
+    groups = not checkpoint.family.whole_groups
+    kept, windows = some_kept(checkpoint, 2 / 3, groups=groups), Windows(13, 48, 4)
     counted = flops_of("dense", checkpoint, kept, windows, tmp_path, vocabulary=64)
     counted -= flops_of("none", checkpoint, kept, windows, tmp_path, vocabulary=64)
     dense, told = ModelShape.of(checkpoint), {}
-    for units in checkpoint.pruned_kinds([NEURONS]):
+    for kind in kept.units:
+        units = checkpoint.structures[kind]
         told |= units.sizes(kept.shape.counts(units))
-    found = dense_refit(dense, dense.pruned(told), windows, kv_groups=False).total
+    found = dense_refit(dense, dense.pruned(told), windows, kv_groups=groups).total
     assert found - windows.tokens * forward_of_all(dense, windows.length) == pytest.approx(counted, rel=1e-4)
 
 
