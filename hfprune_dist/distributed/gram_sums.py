@@ -34,6 +34,10 @@ class Grams:
     held_out_DD: Tensor
     held_out_share: float
 
+    def to(self, device: torch.device) -> Grams:
+        """The same on a device."""
+        return Grams(self.fitted_DD.to(device), self.held_out_DD.to(device), self.held_out_share)
+
     def whole(self) -> Tensor:
         """Over all micro-batches, as large as each of both."""
         return self.fitted_DD.lerp(self.held_out_DD, self.held_out_share)

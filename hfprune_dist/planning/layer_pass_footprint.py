@@ -48,7 +48,8 @@ class Refit:
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
         """Main memory of one rank: its windows' hidden states, of one model or both, and between the dense model's
-        blocks if attention pursues them; for a step, what an MLP reads and, in float32, its target; what is pinned.
+        blocks if attention pursues them; for a step, what an MLP reads and, in float32, its target; what is pinned; of
+        experts what waits.
         """
         mine = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
         between = self.pursues and self.kv_groups
@@ -57,7 +58,16 @@ class Refit:
         pinned = pinned_bytes(dims, self.windows * self.tokens, self.itemsize, models=1 + self.pursues)
         if self.steps:  # results are targets, in float32
             pinned += 2 * (_of_a_block(4 * numbers) - _of_a_block(self.itemsize * numbers))
-        return mine * dims.hidden_size * number_bytes + pinned
+        waiting = self._waiting(dims) if dims.experts is not None and ranks > 1 else 0
+        return mine * dims.hidden_size * number_bytes + pinned + waiting
+
+    def _waiting(self, dims: Dimensions) -> int:
+        """Bytes of a layer whose matrices wait until every rank has a layer to solve; with the weights that are fitted,
+        of which experts have many.
+        """
+        channels = self._channels(dims)
+        weights = 0 if dims.experts is None else self.itemsize * dims.hidden_size * sum(channels)
+        return int(GRAMS_BYTES * sum(size**2 for size in channels) + weights)
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
         """On one rank: of the sums, of least squares, or of a step, whichever needs most."""
@@ -71,11 +81,8 @@ class Refit:
             # Each model has a next layer, and the dense one's states come along.
             more = layer_pass.weights + tokens * dims.hidden_size * self.itemsize
             layer_pass = replace(layer_pass, weights=2 * layer_pass.weights, ahead=layer_pass.ahead + more)
-        elif ranks > 1:  # a layer's matrices wait until every rank has a layer to solve
-            waiting = GRAMS_BYTES * sum(size**2 for size in together)
-            if dims.experts is not None:  # the weights that are fitted are much of a layer
-                waiting += self.itemsize * dims.hidden_size * sum(together)
-            layer_pass = replace(layer_pass, sums=layer_pass.sums + waiting)
+        elif ranks > 1 and dims.experts is None:
+            layer_pass = replace(layer_pass, sums=layer_pass.sums + self._waiting(dims))
         phases = [layer_pass.sums, *self._solving(dims)]
         if self.steps:
             phases.append(self._stepping(dims, self.share_kept * dims.intermediate_size, ranks))

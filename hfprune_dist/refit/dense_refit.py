@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.selection import entries_of
@@ -88,7 +89,15 @@ class DenseRefit:
         kinds = self._fitted.kinds_of(number)
         grams = self._stream.grams(number, layer, kinds)
         weights = {units.kind: output_weights(layer, units) for units in kinds}
-        return _Unsolved(number, weights, grams) if is_mine else None
+        return self._to_wait(_Unsolved(number, weights, grams)) if is_mine else None
+
+    def _to_wait(self, unsolved: _Unsolved) -> _Unsolved:
+        """A layer until it is solved: what is of experts, which may be most of a GPU, in main memory."""
+        place = self._world.device if self._world.size == 1 else torch.device("cpu")
+        for kind in (units.kind for units in self._fitted.kinds_of(unsolved.number) if units.experts > 1):
+            unsolved.weights[kind] = [it.to(place) for it in unsolved.weights[kind]]
+            unsolved.grams[kind] = [it.to(place) for it in unsolved.grams[kind]]
+        return unsolved
 
     def _solve(self, unsolved: _Unsolved) -> None:
         tensors: dict[str, Tensor] = {}
@@ -101,10 +110,10 @@ class DenseRefit:
 
     def _fitted_projections(self, unsolved: _Unsolved, units: Units) -> Iterator[FittedProjection]:
         """Of each expert, or a single one."""
-        number, solved = unsolved.number, solve_expert if units.experts > 1 else solve
+        device, number, solved = self._world.device, unsolved.number, solve_expert if units.experts > 1 else solve
         dtype, width = self._fitted.output_dtype(number, units), units.counts[number] // units.experts
         for expert, kept_U in enumerate(self._kept.of_layer(number, units.kind).chunk(units.experts)):
-            weight_CD = unsolved.weights[units.kind][expert]
-            channels_K = entries_of(kept_U - width * expert, units.channels_per_unit).to(weight_CD.device)
-            solution = solved(weight_CD, unsolved.grams[units.kind][expert], channels_K)
+            channels_K = entries_of(kept_U - width * expert, units.channels_per_unit).to(device)
+            weight_CD, grams = unsolved.weights[units.kind][expert], unsolved.grams[units.kind][expert]
+            solution = solved(weight_CD.to(device), grams.to(device), channels_K)
             yield FittedProjection(solution.whole_CK.to(dtype).cpu(), solution.fit, solution.energy)
