@@ -61,9 +61,7 @@ def _see(layer: nn.Module) -> ExpertProjections | None:
     experts: Any = next((module for module in layer.modules() if hasattr(module, "_apply_gate")), None)
     if experts is None:
         return None
-    if not experts.has_gate or experts.has_post_expert_norm:
-        kind = type(experts).__name__
-        raise UserError(f"{kind}: experts that have no gate, or a norm of their own, can't be scored")
+    _require_known(experts)
     channels = _shape_of(experts.down_proj)[1 if experts.is_transposed else 2]
     projections = ExpertProjections(partial(_project_down, experts), channels, experts.num_experts)
     experts.add_module(_PROJECTIONS, projections)
@@ -71,6 +69,12 @@ def _see(layer: nn.Module) -> ExpertProjections | None:
     if _is_sharded(experts.down_proj):
         experts.register_forward_pre_hook(_in_graph, prepend=True)
     return projections
+
+
+def _require_known(experts: Any) -> None:
+    if not experts.has_gate or experts.has_post_expert_norm:
+        kind = type(experts).__name__
+        raise UserError(f"{kind}: experts that have no gate, or a norm of their own, can't be scored, nor refitted")
 
 
 def _is_sharded(weight: Any) -> bool:
@@ -125,7 +129,11 @@ def weighted_activations(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weig
 
     Returns:
         For each expert float32 [tokens, channels], of the tokens that it was given.
+
+    Raises:
+        UserError: as ``see_experts`` does.
     """
+    _require_known(experts)
     order_S, parts = _of_each(experts, hidden_NC, index_NK)
     weights = weights_NK.flatten()[order_S, None].float().split([len(part) for part in parts])
     return [_activations(experts, part, number).float() * weights[number] for number, part in enumerate(parts)]
