@@ -53,11 +53,11 @@ def kept_of(draw, model, *, uniform, layers=True):
     return Kept(tuple(staying), units)
 
 
-def write(checkpoint, kept, target):
+def write(checkpoint, kept, target, replacements=None):
     """As the prune stage writes it."""
     target.mkdir(exist_ok=True)
     for file in checkpoint.weight_files:
-        write_weight_file(checkpoint, file, kept, target)
+        write_weight_file(checkpoint, file, kept, target, replacements)
     write_companions(checkpoint, target, pruned_config(checkpoint, kept.shape))
 
 

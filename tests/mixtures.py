@@ -1,4 +1,4 @@
-"""What experts and their neurons are scored by, from its definition: a mask on every neuron at every token."""
+"""What experts compute, from its definition: every expert for every token, with a mask on each of its neurons."""
 
 import copy
 from collections import defaultdict
@@ -7,9 +7,13 @@ from functools import partial
 import torch
 from core_definition import GRADIENT_CRITERIA
 from families import SHAPE
+from transformers import AutoModelForCausalLM
 from transformers.integrations import moe
 
 from hfprune_dist.checkpoints.families import Family
+from hfprune_dist.core.selection import top_units_of_each
+from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures.kept import Kept
 
 KIND, WHOLE = "expert_neurons", "experts"
 LAYERS, COUNT, WIDTH = SHAPE["num_hidden_layers"], 4, SHAPE["intermediate_size"]
@@ -29,6 +33,23 @@ def experts_of(model):
             if hasattr(module, "down_proj") and getattr(module.down_proj, "ndim", 0) == 3:
                 found[number] = module
     return found
+
+
+def some_kept(checkpoint, share, structure=NEURONS, *, groups=False):
+    """This share of the neurons of every MLP, at random, of every expert as many; or of experts, of each group; and one
+    KV group, if asked.
+    """
+    generator = torch.Generator().manual_seed(1)
+    units = {}
+    for it in checkpoint.pruned_kinds([structure]):
+        width = round(share * it.width)
+        units[it.kind] = [
+            top_units_of_each(torch.rand(count, generator=generator), width * it.copies * (count > 0), it.parts)
+            for count in it.counts
+        ]
+    if groups:
+        units["kv_groups"] = [torch.tensor([layer % 2]) for layer in range(checkpoint.num_layers)]
+    return Kept.of_all_layers(units)
 
 
 def gated(experts, made):
@@ -51,11 +72,12 @@ class Definition:
         masks, hidden: (kind, layer) -> masks and activations [..., tokens, neurons] in the last forward.
         routed: layer -> norms of what experts put out, as the router weighs them, and whether they were given the
             token, [2, experts, tokens] in the last forward.
+        routing: layer -> weights of the experts' outputs [experts, tokens] in the last forward.
     """
 
     def __init__(self, model, keeps=None, others=None):
         self._keeps = keeps
-        self.masks, self.hidden, self.routed = {}, {}, {}
+        self.masks, self.hidden, self.routed, self.routing = {}, {}, {}, {}
         for number, module in experts_of(model).items():
             module.config._experts_implementation = "definition"
             module.definition = partial(self._compute, (KIND, number), module)
@@ -80,6 +102,7 @@ class Definition:
         hidden_END = gated(module, made)
         numbers = range(module.num_experts)
         routing_EN = torch.stack([(weights_NK * (index_NK == expert)).sum(1) for expert in numbers])
+        self.routing[place[1]] = routing_EN.detach()
         masks_END = self._masks(place, hidden_END)
         self.hidden[place] = hidden_END.detach() * (routing_EN > 0)[..., None]
         layout = "end,edc->enc" if module.is_transposed else "end,ecd->enc"
@@ -87,6 +110,27 @@ class Definition:
         outputs = outputs + module.down_proj_bias[:, None] if module.has_bias else outputs
         self.routed[place[1]] = torch.stack([(outputs * routing_EN[..., None]).norm(dim=-1), routing_EN > 0]).detach()
         return (outputs * routing_EN[..., None]).sum(0).to(hidden_NC.dtype)
+
+
+@torch.no_grad()
+def projections(checkpoint, windows_ST):
+    """Of each expert and each other MLP of a mixture: kind, layer, number, and in float64 its down projection's weight
+    [hidden_size, channels] and what that reads [windows, tokens, channels], times what the router makes of its output.
+    """
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float64)
+    kinds = {it.kind: it for it in checkpoint.pruned_kinds([NEURONS])}
+    places = [(kind, layer) for kind, units in kinds.items() for layer, count in enumerate(units.counts) if count]
+    names = {place: kinds[place[0]].tensor(place[1], kinds[place[0]].output) for place in places}
+    seen = Definition(model, None, {place: name for place, name in names.items() if place[0] != KIND})
+    model(input_ids=windows_ST)
+    for place, name in names.items():
+        module, hidden = model.get_submodule(name), seen.hidden[place]
+        weights = [module.weight] if place[0] != KIND else module.down_proj
+        routing = seen.routing[place[1]] if place[0] == KIND else torch.ones(1, windows_ST.numel())
+        reads = hidden.view(len(routing), windows_ST.numel(), -1) * routing[..., None]
+        for expert, (weight, read_ND) in enumerate(zip(weights, reads, strict=True)):
+            weight_CD = weight.T if getattr(module, "is_transposed", False) else weight
+            yield *place, expert, weight_CD.data, read_ND.unflatten(0, windows_ST.shape)
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register("definition", lambda module, *inputs: module.definition(*inputs))

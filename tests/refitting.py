@@ -1,6 +1,8 @@
 """Refits of tiny models that lose neurons, KV groups and layers; and the same by whole layers in float64."""
 
+import mixtures
 import torch
+from families import EXPERTS, save_model
 from safetensors.torch import load_file
 from tiny import save_tiny
 
@@ -24,6 +26,14 @@ def checkpoint_in(folder, variant="llama", layers=3):
     biases = {"attention_bias": True} if variant == "qwen3" else {}
     sizes = {"intermediate_size": NEURONS, "num_hidden_layers": layers}
     return open_checkpoint(save_tiny(folder, variant, **heads, **sizes, **biases))
+
+
+def to_prune(folder, variant, layers):
+    """A model and what stays of it: some units of these layers, or of a mixture of experts some of each MLP."""
+    if variant in EXPERTS:
+        checkpoint = open_checkpoint(save_model(folder, variant, vocab_size=264))
+        return checkpoint, mixtures.some_kept(checkpoint, 2 / 3)
+    return checkpoint_in(folder, variant, layers[-1] + 1), some_kept(layers)
 
 
 def windows_of(count, seed=0, tokens=20):
@@ -76,6 +86,15 @@ def weights_in(folder):
 def found(folder, number, name):
     """A refitted weight."""
     return load_file(folder / f"layer-{number}.safetensors")[f"model.layers.{number}.{name}.weight"].double()
+
+
+def in_files(files, units, number, expert):
+    """The output projection of an expert, or of a single MLP [hidden_size, kept], of tensors as files have them."""
+    first = units.output_columns[0]
+    if not first.stacked:
+        return files[units.tensor(number, units.output_columns[expert].tensor)]
+    matrix = files[units.tensor(number, first.tensor)][expert]
+    return matrix if first.axis == 2 else matrix.T
 
 
 def columns(kept, number, kind, per_unit):
@@ -147,12 +166,16 @@ def is_as_good_as_any(ridge, ridges, weight, hidden_BTK, targets_BTC):
     return errors[ridge] <= min(errors.values()) * (1 + 1e-6) + 1e-14
 
 
+def apart(rows_BTD):
+    """Of windows those that are fitted, and those that are held out [tokens, ...]."""
+    count = -(-len(rows_BTD) // MICRO_BATCH)
+    held_out = torch.tensor([is_held_out(row // MICRO_BATCH, count) for row in range(len(rows_BTD))])
+    return rows_BTD[~held_out].flatten(0, 1), rows_BTD[held_out].flatten(0, 1)
+
+
 def held_out_errors(ridges, weight, hidden_BTK, targets_BTC):
     """Ridge -> squared error on what is held out of weights that are fitted on all else, as a share of the targets."""
-    count = -(-len(hidden_BTK) // MICRO_BATCH)
-    apart = torch.tensor([is_held_out(row // MICRO_BATCH, count) for row in range(len(hidden_BTK))])
-    hidden, targets = (it[~apart].flatten(0, 1) for it in (hidden_BTK, targets_BTC))
-    unseen_hidden, unseen_targets = (it[apart].flatten(0, 1) for it in (hidden_BTK, targets_BTC))
+    (hidden, unseen_hidden), (targets, unseen_targets) = apart(hidden_BTK), apart(targets_BTC)
     missed = {
         ridge: (unseen_hidden @ ridge_regression(weight, hidden, targets, ridge).T - unseen_targets).square().sum()
         for ridge in ridges

@@ -17,6 +17,9 @@ from hfprune_dist.core.triangle import block_rows, packed_size
 # The diagonal of the sum may grow to this multiple of what the first term's diagonal lets expect; 2^20 of 2^62 leaves
 # 42 bits, more than float32 terms have.
 HEADROOM = 2.0**20
+# The least mean of a total's diagonal, in units that terms are rounded to, with which rounding is nothing beside a
+# ten-thousandth of it: a thousand terms of 16,384 channels are rounded to a matrix of norm 2^12.
+RESOLVED = 2.0**26
 OUT_OF_RANGE = "values are NaN, infinite, or more than a thousand times those of the first windows"
 
 
@@ -134,6 +137,11 @@ class ExactGram:
         if not bool(self._scale.holds(term_DD)):
             raise ExactOverflowError(OUT_OF_RANGE)
         self._scale.add(term_DD, self.total_DD)
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the sum is much more than what rounding may have made of its terms."""
+        return bool(self.total_DD.diagonal().double().mean() >= RESOLVED)
 
     def value(self) -> Tensor:
         """The sum, float64."""

@@ -5,13 +5,16 @@ Micro-batches are of two kinds: most are fitted, some are held out to choose how
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hfprune_dist.core.exact_sums import ExactGram, ExactSquares
 from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.distributed.window_sums import WindowSums
+from hfprune_dist.distributed.world import World
 
 # Of so many micro-batches one is held out.
 HOLD_OUT_EVERY = 8
@@ -31,12 +34,16 @@ class Grams:
     held_out_DD: Tensor
     held_out_share: float
 
+    def to(self, device: torch.device) -> Grams:
+        """The same on a device."""
+        return Grams(self.fitted_DD.to(device), self.held_out_DD.to(device), self.held_out_share)
+
     def whole(self) -> Tensor:
         """Over all micro-batches, as large as each of both."""
         return self.fitted_DD.lerp(self.held_out_DD, self.held_out_share)
 
 
-class GramSums(WindowSums[tuple[ExactGram, ExactGram]]):
+class GramSums(WindowSums[tuple[ExactGram, ExactGram], Tensor]):
     """Exact sums of Gram matrices over fitted and over held-out micro-batches, on one rank."""
 
     def of_all_ranks(self) -> tuple[Tensor, Tensor]:
@@ -58,7 +65,46 @@ class GramSums(WindowSums[tuple[ExactGram, ExactGram]]):
         return ExactGram(first_D, self._count), ExactGram(first_D, self._count)
 
 
-class SquareSums(WindowSums[ExactSquares]):
+class ExpertGramSums(WindowSums[list[tuple[ExactGram, ExactGram]], Sequence[Tensor]]):
+    """The same for each expert of a layer, which is given some of a micro-batch's tokens, or none.
+
+    Their scales come from one micro-batch as well. What it hardly shows of an expert is taken to be as large as what
+    experts read in the mean.
+
+    Args:
+        size: of a vector.
+    """
+
+    def __init__(self, number: int, size: int, experts: int, count: int, world: World) -> None:
+        super().__init__(number, experts * size, count, world)
+        self._experts = experts
+
+    def of_all_ranks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Expert after expert the sums, float64 [size, size] each: 0 of what is too small for the scale. Collective;
+        what this rank added is gone on the way.
+        """
+        left = self._begun()[::-1]
+        self._sums = None
+        while left:
+            fitted, held_out = left.pop()
+            yield self._added_up(fitted), self._added_up(held_out)
+
+    def _add(self, index: int, parts: Sequence[Tensor]) -> None:
+        sums = self._sums or self._at_scale_of(torch.cat([part_ND.square().sum(dim=0) for part_ND in parts]))
+        for part_ND, (fitted, held_out) in zip(parts, sums, strict=True):
+            if len(part_ND):
+                (held_out if is_held_out(index, self._count) else fitted).add(gram_matrix(part_ND))
+
+    def _added_up(self, own: ExactGram) -> Tensor:
+        self._world.add_up(own.total_DD)
+        return own.value() if own.is_resolved else torch.zeros_like(own.total_DD, dtype=torch.float64)
+
+    def _empty(self, first_D: Tensor) -> list[tuple[ExactGram, ExactGram]]:
+        scales = first_D.maximum(first_D.mean()).chunk(self._experts)
+        return [(ExactGram(it, self._count), ExactGram(it, self._count)) for it in scales]
+
+
+class SquareSums(WindowSums[ExactSquares, Tensor]):
     """Exact sums of squares, channel by channel, on one rank."""
 
     def of_all_ranks(self) -> Tensor:

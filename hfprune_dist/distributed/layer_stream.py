@@ -14,17 +14,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.distributed.gram_sums import Grams, GramSums, SquareSums, is_held_out
+from hfprune_dist.distributed.gram_sums import ExpertGramSums, Grams, GramSums, SquareSums, is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_states import LayerStates
 from hfprune_dist.distributed.mean_sums import MeanSums
 from hfprune_dist.distributed.whole_model_probe import TOLERANCES, Guard, Probe, refuse_departure, relative_error
+from hfprune_dist.distributed.window_sums import WindowSums
 from hfprune_dist.distributed.world import World
+from hfprune_dist.models.output_projections import channels_of, channels_read
 from hfprune_dist.models.single_layer import (
     LayerReader,
     added,
@@ -40,7 +43,7 @@ from hfprune_dist.models.single_layer import (
 from hfprune_dist.structures.units import Units
 
 HIDDEN = "hidden"
-_Sums = GramSums | MeanSums
+_Sums = WindowSums[Any, Any]
 
 
 class LayerStream:
@@ -205,20 +208,31 @@ class LayerStream:
             error = self._world.broadcast(error, 0)
             refuse_departure(error, TOLERANCES[self._dtype], what, "a method whose refit is dense or none works")
 
-    def grams(self, number: int, layer: nn.Module, kinds: Sequence[Units]) -> dict[str, Grams]:
+    def grams(self, number: int, layer: nn.Module, kinds: Sequence[Units]) -> dict[str, list[Grams]]:
         """Add up Gram matrices of what the output projections of some kinds of units read, and advance on the way.
 
         Returns:
-            Kind of units -> Gram matrices of its channels in this layer.
+            Kind of units -> Gram matrices of its channels in this layer: of each expert, or a single one.
 
         Raises:
             UserError: as ``GramSums.add`` and ``advance`` do.
         """
-        sums = {units.kind: self.sums_of(number, output_of(layer, units).in_features) for units in kinds}
+        sums = {units.kind: self._sums_of_units(number, layer, units) for units in kinds}
         self._add_up(layer, kinds, sums.values())
-        grams = {kind: self.means(of_kind) for kind, of_kind in sums.items()}
+        grams = {kind: self._means_of_each(of_kind) for kind, of_kind in sums.items()}
         self._step()
         return grams
+
+    def _sums_of_units(self, number: int, layer: nn.Module, units: Units) -> GramSums | ExpertGramSums:
+        channels = channels_of(layer, units)
+        if units.experts > 1:
+            return ExpertGramSums(number, channels, units.experts, self._count, self._world)
+        return self.sums_of(number, channels)
+
+    def _means_of_each(self, sums: GramSums | ExpertGramSums) -> list[Grams]:
+        if isinstance(sums, ExpertGramSums):
+            return [self._means(*of_expert) for of_expert in sums.of_all_ranks()]
+        return [self.means(sums)]
 
     def channel_means(self, number: int, layer: nn.Module, kinds: Sequence[Units]) -> dict[str, Tensor]:
         """The same with means of what these projections read, float64 [channels], on the device, on every rank."""
@@ -231,8 +245,8 @@ class LayerStream:
 
     def _add_up(self, layer: nn.Module, kinds: Sequence[Units], sums: Iterable[_Sums]) -> None:
         """Run this rank's windows through a layer, and add up what its output projections read on the way."""
-        projections, sums = [output_of(layer, units) for units in kinds], list(sums)
-        self._hidden.update(self._transfers.to_host(self._summed(layer, projections, sums)))
+        sums = list(sums)
+        self._hidden.update(self._transfers.to_host(self._summed(layer, kinds, sums)))
         for of_kind in sums:
             of_kind.begin()
 
@@ -261,16 +275,14 @@ class LayerStream:
             of_module.begin()
         return {name: of_module.of_all_ranks() for name, of_module in zip(names, sums, strict=True)}
 
-    def _summed(
-        self, layer: nn.Module, projections: Sequence[nn.Module], sums: Sequence[_Sums]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """What a layer makes of the windows, once what some modules read of it has been added to sums."""
+    def _summed(self, layer: nn.Module, kinds: Sequence[Units], sums: Sequence[_Sums]) -> Iterator[tuple[int, Tensor]]:
+        """What a layer makes of the windows, once what output projections read of it has been added to sums."""
         for index, hidden_BTC in self.standing():
             with ExitStack() as observers:
-                seen = [observers.enter_context(_inputs_of(module)) for module in projections]
+                seen = [observers.enter_context(channels_read(layer, units)) for units in kinds]
                 output_BTC = run(layer, hidden_BTC)
-            for of_kind, inputs in zip(sums, seen, strict=True):
-                of_kind.add(index, inputs.pop().flatten(0, -2))
+            for of_kind, read in zip(sums, seen, strict=True):
+                of_kind.add(index, read.pop())
             yield index, output_BTC
             del hidden_BTC, output_BTC  # before the next are made
 
@@ -293,7 +305,9 @@ class LayerStream:
 
     def means(self, sums: GramSums) -> Grams:
         """Over all windows of all ranks, once those of this one are added and ``begin`` was called; collective."""
-        fitted_DD, held_out_DD = sums.of_all_ranks()
+        return self._means(*sums.of_all_ranks())
+
+    def _means(self, fitted_DD: Tensor, held_out_DD: Tensor) -> Grams:
         fitted_DD.div_(self.fitted_tokens)
         if not self._held_out_tokens:
             return Grams(fitted_DD, fitted_DD, 0.0)

@@ -9,7 +9,7 @@ from hfprune_dist.core.exact_sums import ExactSum
 from hfprune_dist.distributed.window_sums import WindowSums
 
 
-class MeanSums(WindowSums[ExactSum]):
+class MeanSums(WindowSums[ExactSum, Tensor]):
     """The exact sum of some vectors, one for each token, on one rank."""
 
     def of_all_ranks(self) -> Tensor:

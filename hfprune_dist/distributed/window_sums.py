@@ -13,6 +13,8 @@ from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 
 Sums = TypeVar("Sums")
+# What is added of a micro-batch.
+Read = TypeVar("Read")
 
 
 def unusable(number: int, error: ExactOverflowError) -> UserError:
@@ -20,12 +22,12 @@ def unusable(number: int, error: ExactOverflowError) -> UserError:
     return UserError(f"activations of layer {number}: {error}; check the checkpoint's weights")
 
 
-class WindowSums(ABC, Generic[Sums]):
+class WindowSums(ABC, Generic[Sums, Read]):
     """Exact sums of what is made of a layer's activations, on one rank; their scale is that of the first rank's first.
 
     Args:
         number: of the layer, for messages.
-        size: of a vector.
+        size: of what decides the scale, a vector.
         count: micro-batches of all ranks.
     """
 
@@ -36,14 +38,14 @@ class WindowSums(ABC, Generic[Sums]):
         self._world = world
         self._sums: Sums | None = None
 
-    def add(self, index: int, vectors_ND: Tensor) -> None:
-        """Add a micro-batch's vectors [tokens, size]; the first time it is collective.
+    def add(self, index: int, read: Read) -> None:
+        """Add what was read in a micro-batch, vectors [tokens, size]; the first time it is collective.
 
         Raises:
             UserError: where they are not finite, or out of all proportion.
         """
         try:
-            self._add(index, vectors_ND)
+            self._add(index, read)
         except ExactOverflowError as error:
             raise unusable(self._number, error) from None
 
@@ -52,7 +54,7 @@ class WindowSums(ABC, Generic[Sums]):
         self._at_scale_of(torch.zeros(self._size))
 
     @abstractmethod
-    def _add(self, index: int, vectors_ND: Tensor) -> None:
+    def _add(self, index: int, read: Read) -> None:
         """``add``, whose sums may overflow."""
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Mixtures of experts for the calibration pass: one expert after another, with activations that hooks can see.
+"""Mixtures of experts for passes over windows: one expert after another, with activations that hooks can see.
 
 transformers runs all experts of a layer at once, in kernels that no hook sees into. Here each expert that has tokens
 puts its activations through a module, the layer's ``ExpertProjections``, which is to them what ``down_proj`` is to an
@@ -65,9 +65,7 @@ def _see(layer: nn.Module) -> ExpertProjections | None:
     experts: Any = next((module for module in layer.modules() if hasattr(module, "_apply_gate")), None)
     if experts is None:
         return None
-    if not experts.has_gate or experts.has_post_expert_norm:
-        kind = type(experts).__name__
-        raise UserError(f"{kind}: experts that have no gate, or a norm of their own, can't be scored")
+    _require_known(experts)
     channels = _shape_of(experts.down_proj)[1 if experts.is_transposed else 2]
     projections = ExpertProjections(partial(_project_down, experts), channels, experts.num_experts)
     experts.add_module(_PROJECTIONS, projections)
@@ -75,6 +73,12 @@ def _see(layer: nn.Module) -> ExpertProjections | None:
     if _is_sharded(experts.down_proj):
         experts.register_forward_pre_hook(_in_graph, prepend=True)
     return projections
+
+
+def _require_known(experts: Any) -> None:
+    if not experts.has_gate or experts.has_post_expert_norm:
+        kind = type(experts).__name__
+        raise UserError(f"{kind}: experts that have no gate, or a norm of their own, can't be scored, nor refitted")
 
 
 def _is_sharded(weight: Any) -> bool:
@@ -104,15 +108,47 @@ def _run(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) 
         index_NK: the experts of each token.
         weights_NK: what their outputs are multiplied with.
     """
+    order_S, weights_S, parts = _of_each(experts, hidden_NC, index_NK, weights_NK)
+    down = getattr(experts, _PROJECTIONS)
+    outputs = [down(_activations(experts, x_NC, it), it, of_N) for it, (x_NC, of_N) in enumerate(parts) if len(x_NC)]
+    weighted_SC = torch.cat(outputs) * weights_S[:, None]
+    return returned(weighted_SC, order_S, len(hidden_NC)).to(hidden_NC.dtype)
+
+
+def _of_each(
+    experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Order and weights of what the experts read, and of each what it reads [tokens, hidden_size], with the weights."""
     index_S = index_NK.flatten()
     order_S = index_S.argsort(stable=True)
     counts = torch.bincount(index_S, minlength=experts.num_experts).tolist()
     weights_S = weights_NK.flatten()[order_S]
     parts = zip(routed(hidden_NC, order_S).split(counts), weights_S.split(counts), strict=True)
-    down = getattr(experts, _PROJECTIONS)
-    outputs = [down(_activations(experts, x_NC, it), it, of_N) for it, (x_NC, of_N) in enumerate(parts) if len(x_NC)]
-    weighted_SC = torch.cat(outputs) * weights_S[:, None]
-    return returned(weighted_SC, order_S, len(hidden_NC)).to(hidden_NC.dtype)
+    return order_S, weights_S, list(parts)
+
+
+@torch.no_grad()
+def weighted_activations(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) -> list[Tensor]:
+    """What the down projections of a layer's experts read, each token's times the weight of the expert's output in the
+    layer's: so what a projection loses of these is what the layer's output loses.
+
+    Args:
+        experts: the module that has them all; the others are what it reads (see ``_run``).
+
+    Returns:
+        For each expert float32 [tokens, channels], of the tokens that it was given.
+
+    Raises:
+        UserError: as ``see_experts`` does.
+    """
+    _require_known(experts)
+    _, _, parts = _of_each(experts, hidden_NC, index_NK, weights_NK)
+    return [_activations(experts, x_NC, it).float() * of_N.float()[:, None] for it, (x_NC, of_N) in enumerate(parts)]
+
+
+def down_projections(experts: Any) -> list[Tensor]:
+    """Of each expert [hidden_size, channels], as views of what the module has."""
+    return [it.T if experts.is_transposed else it for it in experts.down_proj.data]
 
 
 def _activations(experts: Any, x_NC: Tensor, expert: int) -> Tensor:

@@ -7,7 +7,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.structures.experts import mlp_widths, number_of_experts
+from hfprune_dist.structures.experts import ExpertSizes, expert_sizes, mlp_widths, number_of_experts
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Output projections of a layer that are alike.
+
+    Attributes:
+        channels: that each reads.
+        share: of the tokens that each reads.
+    """
+
+    channels: int
+    count: int = 1
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -18,7 +32,7 @@ class Dimensions:
     ``row_projections``: of an MLP, matrices that make its neurons: gate and up, or up alone.
     ``ranks``: of attention's query, key, value and output projections, 0 where one is whole; empty where all are.
     ``intermediate_size`` is of the neurons that compute a token, ``stored_size`` of all that a layer has: experts that
-    aren't chosen count there alone. 0: as many.
+    aren't chosen count there alone. 0: as many. ``experts`` are those of a layer that has some.
     """
 
     hidden_size: int
@@ -33,11 +47,22 @@ class Dimensions:
     row_projections: int = 2
     ranks: tuple[int, ...] = ()
     stored_size: int = 0
+    experts: ExpertSizes | None = None
 
     @property
     def mlp_matrices(self) -> int:
         """Of an MLP, its down projection included."""
         return self.row_projections + 1
+
+    @property
+    def mlp_outputs(self) -> list[Outputs]:
+        """Those of its MLP, or of its experts and the MLP beside them."""
+        if self.experts is None:
+            return [Outputs(self.intermediate_size)]
+        beside = self.intermediate_size - self.experts.chosen * self.experts.width
+        share = self.experts.chosen / self.experts.count
+        routed = Outputs(self.experts.width, self.experts.count, share)
+        return [routed, Outputs(beside)] if beside > 0 else [routed]
 
     @property
     def attention_size(self) -> int:
@@ -116,6 +141,7 @@ def dimensions_of(config: Mapping[str, Any], row_projections: int = 2) -> Dimens
         hidden_size=int(config["hidden_size"]),
         intermediate_size=active if experts else int(config["intermediate_size"]),
         stored_size=stored if experts else 0,
+        experts=next(filter(None, expert_sizes(config)), None),
         num_layers=int(config["num_hidden_layers"]),
         num_heads=heads,
         num_key_value_heads=int(config.get("num_key_value_heads") or heads),

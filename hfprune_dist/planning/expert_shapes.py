@@ -1,7 +1,7 @@
 """Shapes of mixtures of experts: every MLP, experts and those beside and between them, loses the same share.
 
 All experts of a model are of one width, so that what is left loads everywhere. Scores decide within each expert which
-neurons stay.
+neurons stay. Where KV groups may go as well, layers keep the share of them that is nearest to that of the neurons.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import math
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.pruned_config import plain_group_counts
 from hfprune_dist.config.method import Method
 from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.shape_target import ShapeTarget
-from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, Structure
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, KV_GROUPS, LAYERS, NEURONS, Structure
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.units import Units
 
@@ -65,7 +67,27 @@ class ExpertTarget:
         for it in checkpoint.pruned_kinds([NEURONS]):
             (field,) = {*it.fields} & widths.keys()
             units[it.kind] = tuple(widths[field] * it.copies if count else 0 for count in it.counts)
+        if KV_GROUPS in self.asked.structures:
+            units[KV_GROUPS] = (self._groups(width),) * checkpoint.num_layers
         return Shape(tuple(range(checkpoint.num_layers)), units)
+
+    def _groups(self, width: int) -> int:
+        """KV groups of each layer where experts are so wide."""
+        share, every = width / self._experts.width, self._possible_groups
+        return min(every, key=lambda count: abs(count - share * every[-1]))
+
+    @cached_property
+    def _possible_groups(self) -> list[int]:
+        """Ascending.
+
+        Raises:
+            UserError: where ``tensor_parallel`` divides none.
+        """
+        plain = plain_group_counts(self.asked.checkpoint)
+        divisible = [count for count in plain if count % self.asked.tensor_parallel == 0]
+        if not divisible:
+            raise self.asked.unusable_split(plain[-1])
+        return divisible
 
     def _widths(self, width: int) -> Mapping[str, int]:
         """Field of config.json -> its value where experts are so wide: others lose at least the same share."""
@@ -82,13 +104,18 @@ def why_not_experts(method: Method) -> str:
     """What of a method isn't possible with mixtures of experts; empty where nothing is."""
     if method.prunes_in == "recovery":
         return "prunes_in: recovery isn't possible; calibration is"
-    if method.structures not in ([NEURONS], [EXPERTS]):
-        return f"structures: [{', '.join(method.structures)}] aren't possible; [{NEURONS}] are, and [{EXPERTS}]"
-    if method.allocation != "uniform":
-        return f"allocation: {method.allocation} isn't possible; uniform is"
-    if method.refit != "none" or method.distill:
-        what = f"refit: {method.refit}" if method.refit != "none" else f"distill: {method.distill}"
-        return f"{what} isn't possible; refit: none and distill: 0 are"
+    if LAYERS in method.structures:
+        named = ", ".join(method.structures)
+        return f"structures: [{named}] aren't possible; [{NEURONS}, {KV_GROUPS}] are, and [{EXPERTS}]"
+    if method.allocation not in ("uniform", "local"):
+        return f"allocation: {method.allocation} isn't possible; uniform and local are"
+    protects = [name for name in ("protect_first", "protect_last") if method.can_protect and getattr(method, name)]
+    if protects:
+        return f"{protects[0]}: {getattr(method, protects[0]):g} isn't possible; 0 is"
+    if method.refit not in ("none", "dense"):
+        return f"refit: {method.refit} isn't possible; none and dense are"
+    if method.distill:
+        return f"distill: {method.distill} isn't possible; 0 is"
     return _why_not_scored(str(method.criterion), method.structures)
 
 

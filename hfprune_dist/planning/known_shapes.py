@@ -102,7 +102,8 @@ def _uniform(target: ShapeTarget) -> KnownShape:
 def _of_experts(target: ShapeTarget) -> KnownShape:
     shape, checkpoint = mixture_target(target).shape(), target.checkpoint
     width = max(shape.counts(checkpoint.units)) // checkpoint.units.copies
-    sizes = Span.of([checkpoint.num_layers]), _kv_heads(checkpoint), Span.of([width])
+    kv_heads = Span.of(shape.counts(checkpoint.structures[KV_GROUPS]))
+    sizes = Span.of([checkpoint.num_layers]), kv_heads, Span.of([width])
     return KnownShape(*sizes, Span.of([target.counts.ratio(shape)]), experts=_experts(checkpoint, shape))
 
 

@@ -48,7 +48,8 @@ class Refit:
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
         """Main memory of one rank: its windows' hidden states, of one model or both, and between the dense model's
-        blocks if attention pursues them; for a step, what an MLP reads and, in float32, its target; what is pinned.
+        blocks if attention pursues them; for a step, what an MLP reads and, in float32, its target; what is pinned; of
+        experts what waits.
         """
         mine = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
         between = self.pursues and self.kv_groups
@@ -57,7 +58,16 @@ class Refit:
         pinned = pinned_bytes(dims, self.windows * self.tokens, self.itemsize, models=1 + self.pursues)
         if self.steps:  # results are targets, in float32
             pinned += 2 * (_of_a_block(4 * numbers) - _of_a_block(self.itemsize * numbers))
-        return mine * dims.hidden_size * number_bytes + pinned
+        waiting = self._waiting(dims) if dims.experts is not None and ranks > 1 else 0
+        return mine * dims.hidden_size * number_bytes + pinned + waiting
+
+    def _waiting(self, dims: Dimensions) -> int:
+        """Bytes of a layer whose matrices wait until every rank has a layer to solve; with the weights that are fitted,
+        of which experts have many.
+        """
+        channels = self._channels(dims)
+        weights = 0 if dims.experts is None else self.itemsize * dims.hidden_size * sum(channels)
+        return int(GRAMS_BYTES * sum(size**2 for size in channels) + weights)
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
         """On one rank: of the sums, of least squares, or of a step, whichever needs most."""
@@ -71,34 +81,38 @@ class Refit:
             # Each model has a next layer, and the dense one's states come along.
             more = layer_pass.weights + tokens * dims.hidden_size * self.itemsize
             layer_pass = replace(layer_pass, weights=2 * layer_pass.weights, ahead=layer_pass.ahead + more)
-        elif ranks > 1:  # a layer's matrices wait until every rank has a layer to solve
-            waiting = GRAMS_BYTES * sum(size**2 for size in together)
-            layer_pass = replace(layer_pass, sums=layer_pass.sums + waiting)
+        elif ranks > 1 and dims.experts is None:
+            layer_pass = replace(layer_pass, sums=layer_pass.sums + self._waiting(dims))
         phases = [layer_pass.sums, *self._solving(dims)]
         if self.steps:
             phases.append(self._stepping(dims, self.share_kept * dims.intermediate_size, ranks))
         return replace(layer_pass, sums=max(phases))
 
     def _channels(self, dims: Dimensions) -> list[float]:
-        """That output projections read: of MLPs, and of attention if that is fitted."""
-        return [dims.intermediate_size, *([dims.attention_size] if self.kv_groups else [])]
+        """That output projections read: of MLPs or experts, and of attention if that is fitted."""
+        return [*self._mlp_channels(dims), *([dims.attention_size] if self.kv_groups else [])]
+
+    def _mlp_channels(self, dims: Dimensions) -> list[float]:
+        return [it.channels for it in dims.mlp_outputs for _ in range(it.count)]
 
     def _blocks(self, dims: Dimensions) -> list[tuple[float, float]]:
         """Of each block, in the order in which they are fitted: numbers a token of what its Gram matrices are summed
         of, and channels that stay.
         """
-        kept = [self.share_kept * dims.intermediate_size, *self._channels(dims)[1:]]
+        mlp, channels = self._mlp_channels(dims), self._channels(dims)
+        kept = [*(self.share_kept * it for it in mlp), *channels[len(mlp) :]]
         if self.pursues:
             return [(it + dims.hidden_size, it) for it in reversed(kept)]
-        return list(zip(self._channels(dims), kept, strict=True))
+        return list(zip(channels, kept, strict=True))
 
     def _solving(self, dims: Dimensions) -> Iterator[float]:
         """Bytes of least squares on each block: two Gram matrices of all channels, four of those that stay, and
         weights, in float64; with what is there of the block before, and of others that were summed together with it.
         """
         blocks, solved = self._blocks(dims), 0.0
+        together = sum(it**2 for it, _ in blocks)
         for size, kept in blocks:
-            waiting = 0 if self.pursues else GRAMS_BYTES * (sum(it**2 for it, _ in blocks) - size**2)
+            waiting = 0 if self.pursues else GRAMS_BYTES * (together - size**2)
             yield 8 * (2 * size**2 + 4 * kept**2 + dims.hidden_size * (size + 6 * kept)) + waiting + solved
             solved = GRAMS_BYTES * kept**2 + 2 * 4 * dims.hidden_size * kept
 
@@ -174,11 +188,16 @@ def memory_of_layer_pass(dims: Dimensions, tokens: int, itemsize: int, sizes: Se
     return Memory(
         weights=weights,
         gathered=0.0,
-        activations=tokens * (widest(dims) * itemsize + 4 * max(sizes, default=0)),
+        activations=tokens * (widest(dims) * itemsize + (4 * _read_at_a_time(dims, sizes) if sizes else 0)),
         scratch=0.0,
         sums=GRAMS_BYTES * sum(matrices) + TERM_BYTES * max(matrices, default=0),
         ahead=weights + 2 * tokens * dims.hidden_size * itemsize,
     )
+
+
+def _read_at_a_time(dims: Dimensions, sizes: Sequence[float]) -> float:
+    """Numbers a token that are added up, in float32: of one output projection, or of all experts together."""
+    return max(sizes) if dims.experts is None else max(*sizes, dims.experts.chosen * dims.experts.width)
 
 
 def pinned_bytes(dims: Dimensions, tokens: int, itemsize: int, models: int = 1) -> int:
@@ -203,4 +222,8 @@ def tokens_of_a_rank(samples: int, windows: int, tokens: int, ranks: int) -> int
 
 def widest(dims: Dimensions) -> int:
     """Numbers a token that a forward without gradients has at a time."""
-    return 2 * dims.row_projections * dims.intermediate_size + 8 * dims.hidden_size
+    of_mlp = 2 * dims.row_projections * dims.intermediate_size
+    if dims.experts is not None:  # each reads copies of its tokens, and its outputs are weighted and put in order
+        copy = dims.experts.chosen * dims.hidden_size
+        of_mlp = max(of_mlp + copy, 4 * copy)
+    return of_mlp + 8 * dims.hidden_size

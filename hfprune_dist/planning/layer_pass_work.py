@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hfprune_dist.planning.dimensions import Dimensions
+from hfprune_dist.planning.dimensions import Dimensions, Outputs
 from hfprune_dist.planning.gathering import attention_flops
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import Operations
@@ -98,6 +98,16 @@ def channels_of(dims: Dimensions, kv_groups: bool) -> list[int]:
     return [dims.intermediate_size, *([dims.attention_size] if kv_groups else [])]
 
 
+def outputs_of(dims: Dimensions, kv_groups: bool) -> list[Outputs]:
+    """The same output projections, in groups of those that are alike."""
+    return [*dims.mlp_outputs, *([Outputs(dims.attention_size)] if kv_groups else [])]
+
+
+def summed_numbers(shape: ModelShape, kv_groups: bool) -> float:
+    """Of the Gram matrices of all of them."""
+    return sum(it.count * it.channels**2 for dims in shape.layers for it in outputs_of(dims, kv_groups))
+
+
 def least_squares(outputs: int, channels: int, kept: int) -> Operations:
     """Of one output projection: its problem on two sets of tokens, a weight for each ridge and its error, and the
     weight on all tokens with the errors before and after.
@@ -129,10 +139,17 @@ def dense_refit(
     last = max(number for number in range(len(dense.layers)) if number not in dropped)
     flops = Operations(windows.tokens * sum(forward(dims, windows.length) for dims in dense.layers[: last + 1]))
     for whole, left in zip(dense.layers, kept.layers, strict=False):
-        for channels, stay in zip(channels_of(whole, kv_groups), channels_of(left, kv_groups), strict=True):
-            flops += Operations(float32=windows.tokens * gram(channels))
-            flops += least_squares(dense.hidden_size, channels, stay).shared()
+        flops += Operations(windows.tokens * _experts_again(whole))
+        for read, stay in zip(outputs_of(whole, kv_groups), outputs_of(left, kv_groups), strict=True):
+            flops += Operations(float32=windows.tokens * read.count * read.share * gram(read.channels))
+            flops += least_squares(dense.hidden_size, read.channels, stay.channels).shared() * read.count
     return flops
+
+
+def _experts_again(dims: Dimensions) -> float:
+    """A token's operations up to what experts' down projections read, which the layer's own forward doesn't show."""
+    routed = 0 if dims.experts is None else dims.experts.chosen * dims.experts.width
+    return 2 * dims.row_projections * dims.hidden_size * routed
 
 
 def sequential_refit(

@@ -10,15 +10,19 @@ from typing import Any
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import ATTENTION
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of, row_projections_of
-from hfprune_dist.structures.experts import NUMBERS, SHARED_WIDTH, WIDTHS, mlp_widths, number_of_experts
+from hfprune_dist.structures.experts import (
+    NUMBERS,
+    SHARED_WIDTH,
+    WIDTHS,
+    expert_sizes,
+    mlp_widths,
+    number_of_experts,
+)
 from hfprune_dist.structures.units import plural_of, read_counts
 
 # Field of a config.json in which layers may differ -> what ``Dimensions`` calls it.
-_OF_LAYERS = {
-    "intermediate_size": "intermediate_size",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_key_value_heads",
-}
+_HEADS = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_key_value_heads"}
+_OF_LAYERS = {"intermediate_size": "intermediate_size", **_HEADS}
 
 # Fields of a mixture of experts, which are the same in all layers.
 _OF_EXPERTS = (*NUMBERS, *WIDTHS, SHARED_WIDTH)
@@ -65,7 +69,8 @@ class ModelShape:
         """
         if self.config is not None:
             sizes = {key: told[key] for key in _OF_EXPERTS if told.get(key)}
-            return self._of_mixture(self.layers[0], {**self.config, **sizes})
+            heads = {ours: told[field] for field, ours in _HEADS.items() if told.get(field)}
+            return self._of_mixture(replace(self.layers[0], **heads), {**self.config, **sizes})
         count = told.get("num_hidden_layers") or len(self.layers)
         by_layer = {ours: told[plural_of(field)] for field, ours in _OF_LAYERS.items() if told.get(plural_of(field))}
         told_ranks = told.get("attention_ranks") or {}
@@ -74,8 +79,12 @@ class ModelShape:
 
     @classmethod
     def _of_mixture(cls, dims: Dimensions, config: Mapping[str, Any]) -> ModelShape:
-        widths = mlp_widths(config)
-        return cls(tuple(replace(dims, intermediate_size=it[0], stored_size=it[1]) for it in widths), config)
+        sizes = zip(mlp_widths(config), expert_sizes(config), strict=True)
+        layers = (
+            replace(dims, intermediate_size=active, stored_size=stored, experts=experts)
+            for (active, stored), experts in sizes
+        )
+        return cls(tuple(layers), config)
 
     @classmethod
     def _of_layers(cls, layers: list[Dimensions], by_layer: Mapping[str, Any]) -> ModelShape:

@@ -151,7 +151,7 @@ def _told_of_ranks(checkpoint: Checkpoint, ratio: float, method: Method, where: 
 def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
     """The numbers that decide, in every round to a ratio, what stays."""
     rounds = round_ratios(method, ratio)
-    if method.allocation == "local":
+    if method.allocation == "local" and not checkpoint.family.experts:
         shapes = local_shapes(method, checkpoint, ratio, where)
         decided: list[Hashable] = [tuple(shape.units.values()) for shape in shapes]
     else:

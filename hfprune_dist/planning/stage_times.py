@@ -27,7 +27,7 @@ from hfprune_dist.planning.expected_metrics import ExpectedManifests
 from hfprune_dist.planning.footprint import Importance, Job, Train
 from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus
 from hfprune_dist.planning.known_sizes import TASKS, requests_of
-from hfprune_dist.planning.layer_pass_work import channels_of, forward_of_all
+from hfprune_dist.planning.layer_pass_work import channels_of, forward_of_all, summed_numbers
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
 from hfprune_dist.planning.plan import Plan
@@ -35,6 +35,7 @@ from hfprune_dist.planning.rates import CALL_S, DISK, HASHING, HOST_COPY, MODULE
 from hfprune_dist.planning.stage_costs import NOTHING, StageCosts, scored_weights
 from hfprune_dist.planning.timing import Seconds, network_seconds, precise_seconds, product_rate, seconds
 from hfprune_dist.store.stage import Stage
+from hfprune_dist.structures import KV_GROUPS
 
 # Of a checkpoint's parameter, bytes on disk.
 ON_DISK = 2
@@ -191,8 +192,11 @@ class StageTimes:
         passes = cost.operations.products / (cost.tokens * forward_of_all(shape, length))
         called = passes * mine * len(shape.layers) * MODULES * CALL_S
         at_work = cost.operations.products * share / product_rate(gpus, itemsize)
-        # A Gram matrix of n^2 numbers took 2 n^2 operations a token.
+        # A Gram matrix of n^2 numbers took 2 n^2 operations a token; of experts, those of some tokens alone.
         summed = cost.operations.float32 / (2 * cost.tokens)
+        if summed and shape.config is not None:
+            kv_groups = isinstance(params, PruneParameters) and KV_GROUPS in params.structures
+            summed = summed_numbers(shape, kv_groups)
         is_reference = isinstance(params, ReferenceParameters)
         return _Load(
             overlapping=Seconds(at_work, 0.0, called),

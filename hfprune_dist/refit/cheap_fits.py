@@ -64,7 +64,7 @@ class CheapFits:
 
     def weights(self, number: int, layer: nn.Module, choices: Sequence[Choice]) -> Mapping[Choice, Weights]:
         """See ``Variants``; ranks share the solving."""
-        grams: Mapping[str, Grams] = {}
+        grams: Mapping[str, Sequence[Grams]] = {}
         if self._refit and self._stream is not None:
             grams = self._stream.grams(number, layer, [it.units for it in self._kinds])
         else:
@@ -88,13 +88,13 @@ class CheapFits:
             self._stream.advance(layer)
 
     def _of_kind(
-        self, number: int, layer: nn.Module, scored: Scored, counts: Sequence[int], grams: Mapping[str, Grams]
+        self, number: int, layer: nn.Module, scored: Scored, counts: Sequence[int], grams: Mapping[str, Sequence[Grams]]
     ) -> dict[int, Weights]:
         """What the layer's units of one kind own, for every number of them."""
         units, most = scored.units, len(scored.scores[number])
         kept = {count: scored.kept(number, count) for count in counts if count < most}
         of_kind = grams.get(units.kind)
-        fitted = self._fitted(layer, units, kept, of_kind) if of_kind is not None and kept else {}
+        fitted = self._fitted(layer, units, kept, of_kind[0]) if of_kind is not None and kept else {}
         weights = {most: weights_kept(layer, units)}
         for count, kept_K in kept.items():
             weights[count] = weights_kept(layer, units, kept_K)

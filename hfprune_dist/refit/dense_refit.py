@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.selection import entries_of
@@ -13,10 +14,17 @@ from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.turns import Turns
 from hfprune_dist.distributed.world import World
-from hfprune_dist.models.single_layer import output_of
-from hfprune_dist.refit.least_squares_fit import solve
-from hfprune_dist.refit.refitted_layers import RefittedLayers
+from hfprune_dist.models.output_projections import output_weights
+from hfprune_dist.refit.least_squares_fit import solve, solve_expert
+from hfprune_dist.refit.refitted_layers import (
+    FittedProjection,
+    ProjectionFit,
+    RefittedLayers,
+    fit_of_all,
+    output_tensors,
+)
 from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.units import Units
 
 # Called on every rank with the number of layers that are done.
 AfterEach = Callable[[int], None]
@@ -27,16 +35,21 @@ class _Unsolved:
     """A layer that waits to be solved.
 
     Attributes:
-        weights, grams: kind of units -> its output projection's weight, and Gram matrices of what that reads.
+        weights, grams: kind of units -> the weights of its output projections, one for each expert or a single one,
+            and Gram matrices of what they read.
     """
 
     number: int
-    weights: dict[str, Tensor]
-    grams: dict[str, Grams]
+    weights: dict[str, list[Tensor]]
+    grams: dict[str, list[Grams]]
 
 
 class DenseRefit:
     """Output projections that make their dense outputs of the kept channels of the dense model's activations.
+
+    Of a mixture of experts each on the tokens that it is given, in which an error counts as much as the router makes of
+    it: times the square of the weight of the expert's output. An expert of few tokens stays nearer to what it was
+    (``solve_expert``), and one of none keeps its columns as they are.
 
     Args:
         kept: what stays of the model.
@@ -46,7 +59,6 @@ class DenseRefit:
 
     def __init__(self, kept: Kept, stream: LayerStream, fitted: RefittedLayers, world: World) -> None:
         self._kept = kept
-        self._kinds = fitted.kinds
         self._stream = stream
         self._fitted = fitted
         self._world = world
@@ -74,17 +86,34 @@ class DenseRefit:
 
     def _prepared(self, number: int, layer: nn.Module, is_mine: bool) -> _Unsolved | None:
         """What it takes to solve a layer, once the stream is past it."""
-        grams = self._stream.grams(number, layer, self._kinds)
-        weights = {units.kind: output_of(layer, units).weight.data for units in self._kinds}
-        return _Unsolved(number, weights, grams) if is_mine else None
+        kinds = self._fitted.kinds_of(number)
+        grams = self._stream.grams(number, layer, kinds)
+        weights = {units.kind: output_weights(layer, units) for units in kinds}
+        return self._to_wait(_Unsolved(number, weights, grams)) if is_mine else None
+
+    def _to_wait(self, unsolved: _Unsolved) -> _Unsolved:
+        """A layer until it is solved: what is of experts, which may be most of a GPU, in main memory."""
+        place = self._world.device if self._world.size == 1 else torch.device("cpu")
+        for kind in (units.kind for units in self._fitted.kinds_of(unsolved.number) if units.experts > 1):
+            unsolved.weights[kind] = [it.to(place) for it in unsolved.weights[kind]]
+            unsolved.grams[kind] = [it.to(place) for it in unsolved.grams[kind]]
+        return unsolved
 
     def _solve(self, unsolved: _Unsolved) -> None:
-        tensors, fits = {}, {}
-        for units in self._kinds:
-            weight_CD = unsolved.weights[units.kind]
-            kept_U = self._kept.of_layer(unsolved.number, units.kind)
-            channels_K = entries_of(kept_U, units.channels_per_unit).to(weight_CD.device)
-            solution = solve(weight_CD, unsolved.grams[units.kind], channels_K)
-            tensors[f"{units.output}.weight"] = solution.whole_CK
-            fits[units.kind] = solution.fit
+        tensors: dict[str, Tensor] = {}
+        fits: dict[str, ProjectionFit] = {}
+        for units in self._fitted.kinds_of(unsolved.number):
+            fitted = list(self._fitted_projections(unsolved, units))
+            tensors |= output_tensors(units, [it.weight_CK for it in fitted])
+            fits[units.kind] = fit_of_all(fitted)
         self._fitted.write(unsolved.number, tensors, fits)
+
+    def _fitted_projections(self, unsolved: _Unsolved, units: Units) -> Iterator[FittedProjection]:
+        """Of each expert, or a single one."""
+        device, number, solved = self._world.device, unsolved.number, solve_expert if units.experts > 1 else solve
+        dtype, width = self._fitted.output_dtype(number, units), units.counts[number] // units.experts
+        for expert, kept_U in enumerate(self._kept.of_layer(number, units.kind).chunk(units.experts)):
+            channels_K = entries_of(kept_U - width * expert, units.channels_per_unit).to(device)
+            weight_CD, grams = unsolved.weights[units.kind][expert], unsolved.grams[units.kind][expert]
+            solution = solved(weight_CD.to(device), grams.to(device), channels_K)
+            yield FittedProjection(solution.whole_CK.to(dtype).cpu(), solution.fit, solution.energy)

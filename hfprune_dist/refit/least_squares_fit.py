@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +20,13 @@ class Solution:
     [kept, kept].
 
     Attributes:
+        energy: mean square of what it puts out, before pruning.
         fitted_CK, fitted_KK: on the windows that are not held out.
         whole_CK, whole_KK: on all windows.
     """
 
     fit: ProjectionFit
+    energy: float
     fitted_CK: Tensor
     fitted_KK: Tensor
     whole_CK: Tensor
@@ -38,10 +41,24 @@ def solve(weight_CD: Tensor, grams: Grams, kept: Tensor) -> Solution:
         grams: of its channels.
         kept: ascending int64 indices of the channels that stay.
     """
+    return _solved(_problems(weight_CD, grams, kept), grams.held_out_share, RIDGES)
+
+
+def solve_expert(weight_CD: Tensor, grams: Grams, kept: Tensor) -> Solution:
+    """The same of an expert, which may have been given few tokens. Where either those that are fitted or those that
+    are held out tell nothing, no ridge is chosen: the largest pulls towards the weight that was; where neither do, that
+    stays.
+    """
     fitted, held_out = _problems(weight_CD, grams, kept)
-    best = best_ridge(fitted, held_out)
-    whole = fitted.mixed(held_out, grams.held_out_share)
-    del held_out
+    tells = min(fitted.energy, held_out.energy) > 0
+    return _solved((fitted, held_out), grams.held_out_share, RIDGES if tells else RIDGES[-1:])
+
+
+def _solved(problems: tuple[LeastSquares, LeastSquares], held_out_share: float, ridges: Sequence[float]) -> Solution:
+    fitted, held_out = problems
+    best = best_ridge(fitted, held_out, ridges)
+    whole = fitted.mixed(held_out, held_out_share)
+    del held_out, problems
     whole_CK = whole.weight(best.ridge)
     return _solution(_fit(best.ridge, whole, whole_CK), best.weight_CK, whole_CK, (fitted, whole))
 
@@ -97,4 +114,4 @@ def _solution(
     fit: ProjectionFit, fitted_CK: Tensor, whole_CK: Tensor, problems: tuple[LeastSquares, LeastSquares]
 ) -> Solution:
     fitted, whole = problems
-    return Solution(fit, fitted_CK.float(), fitted.gram_KK, whole_CK.float(), whole.gram_KK)
+    return Solution(fit, float(whole.energy), fitted_CK.float(), fitted.gram_KK, whole_CK.float(), whole.gram_KK)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
@@ -19,10 +21,10 @@ from hfprune_dist.structures.units import Units
 
 @dataclass(frozen=True)
 class ProjectionFit:
-    """What least squares did to one output projection.
+    """What least squares did to one output projection, or to those of all experts of a layer.
 
     Attributes:
-        ridge: chosen on held-out windows.
+        ridge: chosen on held-out windows; of experts the median.
         error_before: the share of its target's energy that is lost before the refit.
         error_after: the share that is still lost after least squares.
     """
@@ -30,6 +32,43 @@ class ProjectionFit:
     ridge: float
     error_before: float
     error_after: float
+
+
+@dataclass(frozen=True)
+class FittedProjection:
+    """An output projection's new weight [hidden_size, kept], as files have it, and what is told of it.
+
+    Attributes:
+        energy: mean square of its targets.
+    """
+
+    weight_CK: Tensor
+    fit: ProjectionFit
+    energy: float
+
+
+def fit_of_all(fitted: Sequence[FittedProjection]) -> ProjectionFit:
+    """Of one projection; or of several, whose targets' energies add up."""
+    if len(fitted) == 1:
+        return fitted[0].fit
+    energy = sum(it.energy for it in fitted)
+    lost_before = sum(it.energy * it.fit.error_before for it in fitted)
+    lost_after = sum(it.energy * it.fit.error_after for it in fitted)
+    ridge = statistics.median_low(it.fit.ridge for it in fitted)
+    return ProjectionFit(ridge, *((lost_before / energy, lost_after / energy) if energy else (0.0, 0.0)))
+
+
+def output_tensors(units: Units, weights_CK: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Name within a layer -> what files have of the output projections of some units.
+
+    Args:
+        weights_CK: of each expert [hidden_size, channels], or a single one.
+    """
+    first = units.output_columns[0]
+    if first.stacked:
+        whole = torch.stack([*weights_CK])
+        return {first.tensor: whole if first.axis == 2 else whole.transpose(1, 2)}
+    return {owned.tensor: it for owned, it in zip(units.output_columns, weights_CK, strict=True)}
 
 
 # What least squares did to a layer: kind of units -> to the output projection that reads their channels.
@@ -51,6 +90,14 @@ class RefittedLayers:
         self._checkpoint = checkpoint
         self._folder = folder
         self._files = SavedLayers(folder, range(checkpoint.num_layers))
+
+    def kinds_of(self, number: int) -> list[Units]:
+        """The kinds of which a layer has units."""
+        return [units for units in self.kinds if units.counts[number]]
+
+    def output_dtype(self, number: int, units: Units) -> torch.dtype:
+        """Of a layer's output projections in the checkpoint's files."""
+        return dtype_of(self._checkpoint, units.tensor(number, units.output_columns[0].tensor))
 
     def done(self, layers: Sequence[int]) -> set[int]:
         """Of these layers, those that are done. Files that are damaged are set aside, and their layers are not."""
@@ -98,12 +145,13 @@ class RefittedLayers:
 
     def _report(self, number: int) -> LayerFit:
         record = read_json(self._report_file(number)) or {}
-        return {units.kind: ProjectionFit(**record[units.kind]) for units in self.kinds}
+        return {units.kind: ProjectionFit(**record[units.kind]) for units in self.kinds_of(number)}
 
     def _names(self, number: int) -> list[str]:
         """Tensors of a layer that the refit changes."""
         rows = self.kinds[0].row_weights(number) if self.whole_mlp else []
-        return [*rows, *(units.output_weight(number) for units in self.kinds)]
+        columns = [owned.tensor for units in self.kinds_of(number) for owned in units.output_columns]
+        return [*rows, *(self.kinds[0].tensor(number, name) for name in columns)]
 
     def _report_file(self, number: int) -> Path:
         return self._folder / f"layer-{number}.json"

@@ -277,7 +277,7 @@ class _SecondPass:
     def _grams(self, number: int) -> dict[str, Grams]:
         stream = self._begun()
         grams = stream.grams(number, self._next_layer(), list(self._units.values()))
-        return {kind: grams[units.kind] for kind, units in self._units.items()}
+        return {kind: grams[units.kind][0] for kind, units in self._units.items()}
 
     def _moments(self, kind: str, number: int, grams: Grams) -> SecondMoments:
         return SecondMoments(grams.whole(), self._totals.mean_curvature(kind, number, self._tokens), self._tokens)

@@ -114,16 +114,16 @@ def told_of_refit(fitted: RefittedLayers, layers: Sequence[int]) -> dict[str, An
     reports = fitted.reports(layers)
     told: dict[str, Any] = {}
     for units in fitted.kinds:
-        told |= _told(units, [report[units.kind] for report in reports])
+        told |= _told(units, [report.get(units.kind) for report in reports])
     return told
 
 
-def _told(units: Units, fits: Sequence[ProjectionFit]) -> dict[str, list[float]]:
+def _told(units: Units, fits: Sequence[ProjectionFit | None]) -> dict[str, list[float | None]]:
+    """None of layers that have no units of the kind."""
     name = "refit" if units.kind == NEURONS else f"refit_{units.kind}"
     return {
-        f"{name}_ridge": [fit.ridge for fit in fits],
-        f"{name}_error_before": [fit.error_before for fit in fits],
-        f"{name}_error_after": [fit.error_after for fit in fits],
+        f"{name}_{what}": [None if fit is None else getattr(fit, what) for fit in fits]
+        for what in ("ridge", "error_before", "error_after")
     }
 
 

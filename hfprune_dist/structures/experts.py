@@ -81,6 +81,25 @@ class Experts:
         return not self.rows[0].stacked
 
 
+@dataclass(frozen=True)
+class ExpertSizes:
+    """The experts of a layer: how many there are, how many of them compute a token, and the neurons of each."""
+
+    count: int
+    chosen: int
+    width: int
+
+
+def expert_sizes(config: Mapping[str, Any]) -> list[ExpertSizes | None]:
+    """Of each layer of a config.json; None of one that has none."""
+    layers, experts = range(int(config["num_hidden_layers"])), number_of_experts(config)
+    if not experts:
+        return [None for _ in layers]
+    width = int(next(config[key] for key in WIDTHS if config.get(key) is not None))
+    sizes = ExpertSizes(experts, int(config.get(CHOSEN) or 1), width)
+    return [sizes if _has_experts(config, layer) else None for layer in layers]
+
+
 def number_of_experts(config: Mapping[str, Any]) -> int:
     """Of a layer that has some; 0 where a config.json speaks of no more than one."""
     stated = [int(config[key]) for key in NUMBERS if isinstance(config.get(key), int)]

@@ -146,7 +146,12 @@ class Units:
     @cached_property
     def owned(self) -> tuple[Owned, ...]:
         """What they own in their layer, the output projection's columns included."""
-        return *self.rows, *(self.columns or [Owned(f"{self.output}.weight", 1, self.channels_per_unit)])
+        return *self.rows, *self.output_columns
+
+    @property
+    def output_columns(self) -> tuple[Owned, ...]:
+        """What they own of what reads the channels: of one tensor, or of one for each expert."""
+        return self.columns or (Owned(f"{self.output}.weight", 1, self.channels_per_unit),)
 
     def tensor(self, layer: int, name: str) -> str:
         """A tensor or module of a layer, by the name that it has in the whole model."""

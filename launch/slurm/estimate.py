@@ -40,6 +40,7 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.timing import seconds
 from hfprune_dist.planning.training_memory import ENOUGH_ROWS, copy_of, place
+from hfprune_dist.planning.whole_expert_shapes import mixture_target
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS, NEURONS
@@ -199,7 +200,9 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | LowRank
         at_once = min(windows, calibration.samples)
         return LowRank(at_once, calibration.sequence_length, calibration.samples, ITEMSIZE[dtype])
     width = size.units  # where layers differ, one may keep all of them
-    if params.allocation == "uniform":
+    if dense.family.experts:
+        width = max(mixture_target(ShapeTarget.of(dense, params, stage.label)).shape().units[dense.units.kind])
+    elif params.allocation == "uniform":
         width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()
     elif params.allocation == "plain":  # which is found by measuring
         width = max(shape.width for shape in plain_shapes(ShapeTarget.of(dense, params, stage.label)))

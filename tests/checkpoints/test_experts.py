@@ -15,19 +15,24 @@ from families import EXPERTS, save_model, with_experts
 from families_lora import trained_and_merged
 from families_masked import through_layers
 from masking import write
+from mixtures import some_kept
 from peft import PeftModel
+from ranks import SoloWorld
+from refitting import refit
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import is_plain
-from hfprune_dist.core.selection import top_units_of_each
+from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
+from hfprune_dist.models.single_layer import LayerReader, run
+from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
 from hfprune_dist.structures import EXPERTS as WHOLE
 from hfprune_dist.structures import NEURONS
-from hfprune_dist.structures.kept import Kept, Shape
+from hfprune_dist.structures.kept import Shape
 
 README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
@@ -65,19 +70,6 @@ def routing_of(model):
         experts.register_forward_pre_hook(lambda _, inputs: chosen.append(inputs[1].sort().values))
     logits_of(model)
     return chosen
-
-
-def some_kept(checkpoint, share, structure=NEURONS):
-    """This share of the neurons of every MLP, at random, of every expert as many; or of experts, of each group."""
-    generator = torch.Generator().manual_seed(1)
-    units = {}
-    for it in checkpoint.pruned_kinds([structure]):
-        width = round(share * it.width)
-        units[it.kind] = [
-            top_units_of_each(torch.rand(count, generator=generator), width * it.copies * (count > 0), it.parts)
-            for count in it.counts
-        ]
-    return Kept.of_all_layers(units)
 
 
 def gone_of(units, kept, layer):
@@ -118,7 +110,7 @@ def masked(checkpoint, kept):
             module = model.get_submodule(units.tensor(layer, units.output))
             gone_EN = gone_of(units, kept, layer)
             if kind != "expert_neurons":
-                module.weight.data[:, gone_EN[0]] = 0
+                module.weight.data[:, gone_EN[0].repeat_interleave(units.channels_per_unit)] = 0
             elif getattr(module, "is_transposed", False):
                 module.down_proj.data[gone_EN] = 0
             else:
@@ -143,9 +135,10 @@ def test_the_readme_lists_what_is_covered(checkpoint_of):
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
     listed = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     assert listed.keys() == EXPERTS.keys()
-    for name, (_, neurons, beside, whole, _) in listed.items():
+    for name, (_, neurons, beside, whole, groups) in listed.items():
         kinds = checkpoint_of(name).structures
         assert ("each group" in whole) == (name in ("glm4_moe", "deepseek_v3")) and WHOLE in kinds
+        assert groups.strip().startswith("no: " if checkpoint_of(name).family.whole_groups else "yes"), name
         assert ("shared" in beside) == ("shared_neurons" in kinds)
         assert ("without" in neurons) == ("neurons" in kinds), name
 
@@ -159,14 +152,22 @@ def as_numbered(checkpoint, kept, routing):
 
 
 @every_family
-@pytest.mark.parametrize("structure", [NEURONS, WHOLE])
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_type, fused, structure):
+@pytest.mark.parametrize(
+    ("fused", "structure", "groups"),
+    [
+        (False, NEURONS, False),
+        (True, NEURONS, False),
+        (False, NEURONS, True),
+        (False, WHOLE, False),
+        (True, WHOLE, False),
+    ],
+)
+def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_type, fused, structure, groups):
     checkpoint = checkpoint_of(model_type, structure)
     if fused:
         checkpoint = as_modules_have_it(checkpoint.path, tmp_path / "fused", model_type)
         assert not checkpoint.family.experts.each
-    kept = some_kept(checkpoint, SHARES[structure][0], structure)
+    kept = some_kept(checkpoint, SHARES[structure][0], structure, groups=groups and not checkpoint.family.whole_groups)
     assert is_plain(checkpoint, kept.shape)
     write(checkpoint, kept, tmp_path / "pruned")
     smaller = open_checkpoint(tmp_path / "pruned")
@@ -185,6 +186,59 @@ def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_
     assert {key: smaller.config[key] for key in fields & loaded.config.to_dict().keys()} == {
         key: loaded.config.to_dict()[key] for key in fields & loaded.config.to_dict().keys()
     }
+
+
+@every_family
+@pytest.mark.parametrize(("fused", "groups"), [(False, True), (True, False)])
+def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type, fused, groups):
+    """Of every layer's output on the calibration text, and of the model's."""
+    checkpoint, windows_ST = checkpoint_of(model_type), torch.cat([WINDOWS, WINDOWS.flip(1), WINDOWS.roll(1, 1)])
+    if fused:
+        checkpoint = as_modules_have_it(checkpoint.path, tmp_path / "fused", model_type)
+    kept = some_kept(checkpoint, 2 / 3, groups=groups and not checkpoint.family.whole_groups)
+    world = SoloWorld()
+    fitted = refit("dense", checkpoint, kept, tmp_path / "refit", world=world, windows_ST=windows_ST)
+    write(checkpoint, kept, tmp_path / "cut")
+    write(checkpoint, kept, tmp_path / "fitted", fitted.replacements(kept.layers))
+    before, after = (errors_of_layers(checkpoint, tmp_path / it, windows_ST) for it in ("cut", "fitted"))
+    assert all(now < 0.95 * then for now, then in zip(after, before, strict=True)), (after, before)
+    for number, report in enumerate(fitted.reports(kept.layers)):
+        assert report.keys() == {kind for kind, rows in kept.units.items() if len(rows[number])}
+        assert all(it.error_after < it.error_before for it in report.values())
+    dense, cut, better = (load(it) for it in (checkpoint.path, tmp_path / "cut", tmp_path / "fitted"))
+    assert type(better).__module__.startswith("transformers.")
+    assert divergence(dense, better) < divergence(dense, cut)
+
+
+@torch.no_grad()
+def divergence(dense, other):
+    log_p, log_q = (logits_of(it).log_softmax(-1) for it in (dense, other))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def errors_of_layers(checkpoint, folder, windows_ST):
+    """Of each layer's output, where it reads what the dense one does, the share that is lost."""
+    dense, pruned = (LayerReader(it, torch.float32, CPU) for it in (checkpoint, open_checkpoint(folder)))
+    hidden_BTC, errors = dense.embed({0: windows_ST})[0], []
+    for number in range(checkpoint.num_layers):
+        output_BTC = run(dense.layer(number), hidden_BTC)
+        lost_BTC = run(pruned.layer(number), hidden_BTC) - output_BTC
+        errors.append(float(lost_BTC.square().sum() / output_BTC.square().sum()))
+        hidden_BTC = output_BTC
+    return errors
+
+
+@every_family
+def test_kv_groups_go_where_they_can_and_others_are_refused_by_name(checkpoint_of, model_type):
+    checkpoint = checkpoint_of(model_type)
+    method = Method(criterion="entropy", structures=["neurons", "kv_groups"], allocation="local")
+    if not checkpoint.family.whole_groups:
+        check_ratios(checkpoint, [0.1], method, "here")
+        return
+    with pytest.raises(UserError, match=f"here: KV groups of {model_type} can't be pruned: .* has something|keeps one"):
+        check_ratios(checkpoint, [0.1], method, "here")
+    (remark,) = remarks_on_shapes(checkpoint, [0.1], method.model_copy(update={"adapts": True}), "here")
+    assert remark.startswith("here: KV groups stay: ")
 
 
 @every_family

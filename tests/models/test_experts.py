@@ -8,7 +8,7 @@ from families import EXPERTS, make_model
 from mixtures import COUNT, LAYERS, WIDTH, experts_of, family_of
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.experts import see_experts
+from hfprune_dist.models.experts import down_projections, see_experts, weighted_activations
 
 WINDOWS = torch.randint(3, 64, (2, 13), generator=torch.Generator().manual_seed(0))
 
@@ -68,6 +68,27 @@ def test_experts_that_compute_something_else_are_refused(unknown):
     vars(experts_of(model)[1]).update(unknown)
     with pytest.raises(UserError, match="MixtralExperts: experts that"):
         see_experts(model, family_of(model))
+    with pytest.raises(UserError, match="MixtralExperts: experts that"):
+        weighted_activations(experts_of(model)[1], torch.ones(1, 32), torch.zeros(1, 1).long(), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+@torch.no_grad()
+def test_what_down_projections_read_adds_up_to_what_experts_put_out(model_type):
+    model, generator = make_model(model_type), torch.Generator().manual_seed(3)
+    experts = next(iter(experts_of(model).values()))
+    hidden_NC, weights_NK = torch.randn(7, 32, generator=generator), torch.rand(7, 2, generator=generator)
+    index_NK = torch.stack([torch.randperm(COUNT - 1, generator=generator)[:2] for _ in range(7)])
+    index_NK[:5] += 1  # so that some expert may have few
+    expected_NC, added_NC = experts(hidden_NC, index_NK, weights_NK), torch.zeros(7, 32)
+    parts = weighted_activations(experts, hidden_NC, index_NK, weights_NK)
+    for expert, (part_ND, weight_CD) in enumerate(zip(parts, down_projections(experts), strict=True)):
+        tokens, places = (index_NK == expert).nonzero(as_tuple=True)
+        assert part_ND.shape == (len(tokens), weight_CD.shape[1])
+        added_NC[tokens] += part_ND @ weight_CD.T
+        if experts.has_bias:
+            added_NC[tokens] += weights_NK[tokens, places, None] * experts.down_proj_bias[expert]
+    torch.testing.assert_close(added_NC, expected_NC, rtol=1e-4, atol=1e-4)
 
 
 def test_a_gate_with_another_activation_is_applied_as_it_is():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hfprune_dist.checkpoints.pruned_config import is_plain, pruned_config
+from hfprune_dist.checkpoints.pruned_config import is_plain, plain_group_counts, pruned_config
 from hfprune_dist.checkpoints.token_costs import TokenCosts
 from hfprune_dist.config.method import Method
 from hfprune_dist.core.criteria import CRITERIA
@@ -25,9 +25,10 @@ from hfprune_dist.structures import EXPERT_NEURONS
 
 LIKE_HFPRUNE = {"criterion": "entropy"}
 OTHERS = {
-    "structures": {"criterion": "entropy", "structures": ["neurons", "kv_groups"], "allocation": "local"},
+    "structures": {"criterion": "entropy", "structures": ["neurons", "layers"], "allocation": "plain"},
     "allocation": {"criterion": "entropy", "allocation": "global"},
-    "refit": {"criterion": "entropy", "refit": "dense"},
+    "protect_last": {"criterion": "entropy", "allocation": "local", "protect_last": 1},
+    "refit": {"criterion": "entropy", "refit": "layerwise"},
     "distill": {"criterion": "entropy", "distill": 1},
     "criterion": {"criterion": "surgeon"},
     "prunes_in": {"prunes_in": "recovery", "allocation": "local"},
@@ -66,6 +67,28 @@ def test_the_largest_shape_with_which_the_ratio_goes(config, ratio, multiple_of)
     if width + step < experts:
         wider = asked._with(width + step)
         assert checkpoint.parameter_counts.ratio(wider) < ratio
+
+
+@given(mixtures(), st.floats(0.01, 0.95), st.sampled_from([1, 2]))
+def test_kv_groups_lose_the_share_of_neurons_that_is_nearest(config, ratio, split):
+    checkpoint = checkpoint_of(config)
+    both, possible = ("neurons", "kv_groups"), [it for it in plain_group_counts(checkpoint) if it % split == 0]
+    asked = ExpertTarget(ShapeTarget(checkpoint, ratio, both, 1, "here", tensor_parallel=split))
+    if ratio > asked.largest():
+        with pytest.raises(UserError, match="the largest possible is"):
+            asked.shape()
+        return
+    shape, experts = asked.shape(), checkpoint.structures[EXPERT_NEURONS]
+    (groups,), (width,) = {*shape.units["kv_groups"]}, widths_of(checkpoint, shape)[EXPERT_NEURONS]
+    wanted = possible[-1] * width / experts.width
+    assert abs(groups - wanted) == min(abs(it - wanted) for it in possible)
+    assert checkpoint.parameter_counts.ratio(shape) >= ratio and is_plain(checkpoint, shape)
+    stated = pruned_config(checkpoint, shape)
+    assert (stated["num_key_value_heads"], stated["num_attention_heads"]) == (groups, 2 * groups)
+    told = experts.sizes(shape.units[EXPERT_NEURONS]) | checkpoint.structures["kv_groups"].sizes((groups,))
+    assert ModelShape.of(checkpoint).pruned(told).layers[0].num_heads == 2 * groups
+    for neurons_alone in [target(checkpoint, ratio)] if ratio <= target(checkpoint, ratio).largest() else []:
+        assert neurons_alone.shape().units[EXPERT_NEURONS] <= shape.units[EXPERT_NEURONS]
 
 
 @given(mixtures(), st.floats(0.05, 0.4), st.floats(1.0, 2.0))

@@ -9,6 +9,7 @@ import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from families import save_model
 from lanes import TO_DEVICE, TO_HOST, WEIGHTS, lanes
+from mixtures import some_kept
 from peak_bytes import PeakBytes
 from peft import LoraConfig, get_peft_model
 from ranks import SoloWorld
@@ -410,6 +411,44 @@ def test_memory_of_a_refit(kind, rank, ranks, groups, dims, dtype, tmp_path, mon
     expected = at_once(job.memory(dimensions_of(checkpoint.config), ranks))
     # Of a step, the weights of the dense layer are counted beside its sums, though they are gone by then.
     assert 0.72 * expected < counted.peak < 1.05 * expected
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 3)])
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "tokens"),
+    [
+        ("qwen3_moe", (64, 128, 8, 2), 16),  # Gram matrices count most
+        ("qwen3_moe", (256, 32, 16, 8), 128),  # copies of hidden states do
+        ("glm4_moe", (128, 64, 16, 4), 64),
+        ("gpt_oss", (64, 128, 8, 2), 16),
+    ],
+)
+def test_memory_of_a_refit_of_experts(rank, ranks, model_type, sizes, tokens, tmp_path, monkeypatch):
+    for module, name in ((triangle, "BLOCK"), (blocks, "CACHE_BYTES")):
+        monkeypatch.setattr(module, name, 2**40)  # as on a GPU: in one go
+    checkpoint = mixture_in(tmp_path / "model", model_type, *sizes)
+    windows, world = torch.randint(264, (8 * ranks, tokens)), SoloWorld(rank, ranks)
+    kept, kinds = some_kept(checkpoint, 0.5), checkpoint.pruned_kinds(["neurons"])
+    fitted = RefittedLayers(checkpoint, kinds, False, tmp_path / "fitted")
+    refit = DenseRefit(kept, LayerStream(checkpoint, windows, torch.float32, 2, world), fitted, world)
+    with PeakBytes() as counted:
+        refit.run(lambda done: None)
+    shape = {"windows": 2, "tokens": tokens, "samples": len(windows), "share_kept": 0.5, "itemsize": 4}
+    job = Refit(**shape, pursues=False, steps=False, searches=False)
+    dims = dimensions_of(checkpoint.config)
+    waits = job.host_bytes(dims, ranks) - replace(job, samples=8).host_bytes(dims, 1)
+    assert (waits > 0) == (ranks > 1), "in main memory"
+    assert 0.8 < counted.peak / (at_once(job.memory(dims, ranks)) + waits) < 1.1
+
+
+def mixture_in(folder, model_type, *sizes):
+    """One all of whose layers have experts: its hidden size, a width, how many there are and compute a token."""
+    number = {"gpt_oss": "num_local_experts", "glm4_moe": "n_routed_experts"}.get(model_type, "num_experts")
+    names = "hidden_size", "intermediate_size", number, "num_experts_per_tok"
+    settings = dict(zip(names, sizes, strict=True)) | {"vocab_size": 264, "max_position_embeddings": 512}
+    others = {"qwen3_moe": {"mlp_only_layers": []}, "glm4_moe": {"first_k_dense_replace": 0}}.get(model_type, {})
+    others |= {} if model_type == "gpt_oss" else {"moe_intermediate_size": sizes[1]}
+    return open_checkpoint(save_model(folder, model_type, **settings, **others))
 
 
 @pytest.mark.parametrize("dims", [(32, 1024), (128, 512)], ids=["wide", "square"])

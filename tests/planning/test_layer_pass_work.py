@@ -3,16 +3,17 @@
 import pytest
 import torch
 from counted_flops import counting
-from families import save_model
+from families import EXPERTS, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtures import some_kept
 from ranks import SoloWorld
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core import triangle
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.planning.layer_pass_work import Windows, dense_refit, sequential_refit
+from hfprune_dist.planning.layer_pass_work import Windows, dense_refit, forward_of_all, sequential_refit
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.refit import gauss_newton_ranks
 from hfprune_dist.refit.dense_refit import DenseRefit
@@ -77,6 +78,23 @@ def test_refits_of_mlps_without_a_gate(tmp_path, kind):
     assert found.total == pytest.approx(counted, rel=1e-4)
 
 
+@pytest.mark.usefixtures("as_counted")
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_refits_of_experts_and_of_their_attention(tmp_path, model_type):
+    """Beside the pass itself, whose routers are not counted; every expert has tokens that are held out."""
+    checkpoint = open_checkpoint(save_model(tmp_path / "model", model_type))
+    groups = not checkpoint.family.whole_groups
+    kept, windows = some_kept(checkpoint, 2 / 3, groups=groups), Windows(13, 48, 4)
+    counted = flops_of("dense", checkpoint, kept, windows, tmp_path, vocabulary=64)
+    counted -= flops_of("none", checkpoint, kept, windows, tmp_path, vocabulary=64)
+    dense, told = ModelShape.of(checkpoint), {}
+    for kind in kept.units:
+        units = checkpoint.structures[kind]
+        told |= units.sizes(kept.shape.counts(units))
+    found = dense_refit(dense, dense.pruned(told), windows, kv_groups=groups).total
+    assert found - windows.tokens * forward_of_all(dense, windows.length) == pytest.approx(counted, rel=1e-4)
+
+
 def drawn(checkpoint, groups, seed):
     """Some units of some layers, the first among them."""
     generator = torch.Generator().manual_seed(seed)
@@ -95,6 +113,11 @@ def flops_of(kind, checkpoint, kept, windows, folder, vocabulary=264):
     windows_ST = torch.randint(vocabulary, (windows.count, windows.length), generator=torch.Generator().manual_seed(0))
     dense, pruned = (LayerStream(checkpoint, windows_ST, torch.float32, windows.micro_batch, world) for _ in range(2))
     fitted = RefittedLayers(checkpoint, kinds, kind == "block", folder / "fitted")
+    if kind == "none":
+        with counting() as total:
+            for _, layer in dense.layers(range(checkpoint.num_layers)):
+                dense.advance(layer)
+            return total()
     if kind == "dense":
         refit = DenseRefit(kept, dense, fitted, world)
     else:

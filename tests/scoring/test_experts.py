@@ -4,6 +4,7 @@ file.
 
 import pytest
 import torch
+from core_definition import definition as of_channels
 from damage import nothing_reaches_the_disk
 from families import EXPERTS, make_model, save_model
 from hypothesis import example, given, settings
@@ -45,7 +46,8 @@ def stage_of(folder, model_type, criteria=EVERY, dtype="float32", calibration=No
     settings = {"samples": 4, "sequence_length": 12, "micro_batch_size": 1, "shard_size": 1, **(calibration or {})}
     params = {"calibration": {**settings, "text_field": "text", "settled": None}, "criteria": list(criteria)}
     params |= {"dtype": dtype, "add_bos_token": True, "seed": SEED}
-    return importance_stage(folder, model_type, params | ({"structures": structures} if WHOLE in structures else {}))
+    params |= {} if structures == [NEURONS] else {"structures": structures}
+    return importance_stage(folder, model_type, params)
 
 
 def files_of(store, stage):
@@ -131,6 +133,31 @@ def test_what_else_is_scored_changes_no_bits(tmp_path, model_type, dtype, thread
         run_in_threads(store, stage, Ranks(1))
         (together if structures == BOTH else alone).update(load_file(store.path(stage.id) / SCORES))
     assert together.keys() == alone.keys() and all(torch.equal(together[name], it) for name, it in alone.items())
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_kv_groups_are_scored_beside_experts_where_they_can_go(tmp_path, model_type, threads):
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    names, scores = ["activation_l1", "entropy", "fisher"], {}
+    for beside, structures in ((False, [NEURONS]), (True, [NEURONS, "kv_groups"])):
+        folder = tmp_path / str(beside)
+        folder.mkdir()
+        stage, store = stage_of(folder, model_type, names, structures=structures, **heads), Store(folder / "store")
+        if open_checkpoint(folder / "model").family.whole_groups:
+            assert model_type in ("olmoe", "deepseek_v3", "gpt_oss")
+            return
+        run_in_threads(store, stage, Ranks(1))
+        scores[beside] = load_file(store.path(stage.id) / SCORES)
+        windows = load_file(store.path(stage.id) / "windows.safetensors")["input_ids"]
+    assert all(torch.equal(scores[True][name], it) for name, it in scores[False].items()), "the same bits"
+    model = make_model(model_type, vocab_size=VOCABULARY, **heads)
+    for module in model.modules():  # whose own kernels know no float64
+        getattr(module, "config", model.config)._experts_implementation = "eager"
+    for name in names:
+        expected = of_channels(model, windows, name, SEED, channels=2 * 8, output="self_attn.o_proj")
+        for layer, expected_U in enumerate(expected):
+            ours_U = scores[True][score_name(layer, name, "kv_groups")]
+            assert (ours_U - expected_U).norm() <= 1e-4 * expected_U.norm(), (name, layer)
 
 
 # The victim is counted among the ranks, and the collective before which it dies among its own.

@@ -1,11 +1,13 @@
 import pytest
+from families import save_model
 from hfprune_launch.slurm.estimate import GIB, estimate_stages, refuse_what_cannot_fit
 from hfprune_launch.slurm.profile import load_profile
 from sweeps import make_inputs, planned, sweep
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.dimensions import dimensions_of
+from hfprune_dist.planning.dimensions import checkpoint_dimensions, dimensions_of
+from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.footprint import RESERVE
 from hfprune_dist.planning.layer_pass_footprint import LowRank, Reference, Refit
 from hfprune_dist.planning.local_shapes import LocalTarget
@@ -258,6 +260,19 @@ def test_of_local_shapes_the_widest_layer_counts(inputs, tmp_path, protect_first
         1, 32, 8, pursues=False, steps=False, searches=False, share_kept=widest / 48, itemsize=4, kv_groups=True
     )
     assert found.memory == job.memory(dimensions_of(checkpoint.config), 2)
+
+
+def test_a_refit_of_experts_has_their_gram_matrices(inputs, tmp_path):
+    folder = save_model(tmp_path / "moe", "qwen2_moe", vocab_size=264)
+    settings = {"models": [str(folder)], "methods": ["hfprune-refit"], "ratios": [0.2]}
+    found = prunings(inputs, tmp_path, "", **settings)[0]
+    checkpoint = open_checkpoint(folder)
+    shape = ExpertTarget(ShapeTarget(checkpoint, 0.2, STRUCTURES[:1], 1, "moe")).shape()
+    kept = max(shape.units["expert_neurons"]) / checkpoint.structures["expert_neurons"].most
+    job = Refit(1, 32, 8, pursues=False, steps=False, searches=False, share_kept=kept, itemsize=4)
+    assert found.memory == job.memory(checkpoint_dimensions(checkpoint), 2)
+    sums = 16 * (4 * 24**2 + 20**2)
+    assert found.memory.sums > sums and found.host_memory > 2 * sums, "of a layer, and on each rank of one that waits"
 
 
 def test_a_low_rank_pass_is_estimated_and_more_memory_is_what_helps(inputs, tmp_path):

@@ -1,0 +1,43 @@
+"""The output projections of a layer: one linear module for each kind of units, or one module with those of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from hfprune_dist.models.experts import down_projections, weighted_activations
+from hfprune_dist.models.single_layer import output_of, part_of, read_by
+from hfprune_dist.structures.units import Units
+
+
+def output_weights(layer: nn.Module, units: Units) -> list[Tensor]:
+    """Weights [hidden_size, channels] that read the units' channels: of each expert, or a single one."""
+    if units.experts > 1:
+        return down_projections(part_of(layer, units.output))
+    return [output_of(layer, units).weight.data]
+
+
+def channels_of(layer: nn.Module, units: Units) -> int:
+    """How many each of these weights reads."""
+    return output_weights(layer, units)[0].shape[1]
+
+
+@contextmanager
+def channels_read(layer: nn.Module, units: Units) -> Iterator[list[Any]]:
+    """Collects what the units' output projection reads [tokens, channels] when the layer is run; of experts what
+    ``weighted_activations`` makes of it.
+    """
+    seen: list[Any] = []
+
+    def see(module: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        is_of_experts = units.experts > 1
+        seen.append(weighted_activations(module, *inputs) if is_of_experts else read_by(inputs, options).flatten(0, -2))
+
+    handle = part_of(layer, units.output).register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()

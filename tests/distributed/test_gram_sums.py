@@ -1,0 +1,86 @@
+"""Gram matrices of experts, which are given many tokens, few or none: drawn numbers and sizes of them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from worlds import Ranks
+
+from hfprune_dist.core.exact_sums import RESOLVED
+from hfprune_dist.core.least_squares import RIDGES
+from hfprune_dist.distributed.gram_sums import ExpertGramSums, Grams, is_held_out
+from hfprune_dist.errors import UserError
+from hfprune_dist.refit.least_squares_fit import solve_expert
+
+EXPERTS, OUTPUTS = 3, 4
+# What routers and gates make of an expert's activations.
+SCALES = st.sampled_from([1e-12, 1e-6, 1e-3, 0.1, 1.0, 10.0])
+
+
+@st.composite
+def read(draw):
+    """Of each micro-batch, what each expert reads [tokens, size]; the first token is an ordinary one."""
+    size, generator = draw(st.integers(1, 6)), torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    batches = [
+        [torch.randn(draw(st.integers(0, 9)), size, generator=generator) * draw(SCALES) for _ in range(EXPERTS)]
+        for _ in range(draw(st.integers(1, 9)))
+    ]
+    batches[0][0] = torch.cat([torch.ones(1, size), batches[0][0]])
+    return batches
+
+
+def summed(batches, ranks):
+    """Of each expert the sum of what is fitted, and of what is held out [experts, 2, size, size]; on every rank."""
+
+    def work(world):
+        sums = ExpertGramSums(0, batches[0][0].shape[1], EXPERTS, len(batches), world)
+        for index in range(world.rank, len(batches), world.size):
+            sums.add(index, batches[index])
+        sums.begin()
+        return torch.stack([torch.stack(both) for both in sums.of_all_ranks()])
+
+    found = Ranks(ranks).run(work)
+    assert all(torch.equal(it, found[0]) for it in found)
+    return found[0]
+
+
+@given(read())
+@settings(max_examples=30, deadline=None)
+def test_sums_are_those_of_the_tokens_or_nothing_where_these_are_too_small(batches):
+    found = summed(batches, 1)
+    assert torch.equal(summed(batches, 2), found) and torch.equal(summed(batches, 3), found)
+    first = torch.stack([it.square().sum(0) for it in batches[0]]).mean()
+    for expert, both in enumerate(found):
+        for held_out, gram_DD in enumerate(both):
+            parts = [it[expert] for i, it in enumerate(batches) if is_held_out(i, len(batches)) == held_out]
+            vectors = torch.cat([*parts, batches[0][0][:0]]).double()
+            expected = vectors.T @ vectors
+            if gram_DD.any():
+                assert (gram_DD - expected).norm() <= 1e-6 * expected.norm()
+            else:
+                assert expected.diagonal().mean() <= first * len(batches) * 8 * RESOLVED / 2**42
+
+
+@given(read(), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_every_expert_gets_a_weight_that_is_no_worse(batches, seed):
+    generator = torch.Generator().manual_seed(seed)
+    size = batches[0][0].shape[1]
+    kept = torch.randperm(size, generator=generator)[: 1 + seed % size].sort().values
+    weight_CD = torch.randn(OUTPUTS, size, generator=generator)
+    for fitted_DD, held_out_DD in summed(batches, 1):
+        grams = Grams(fitted_DD, held_out_DD, 0.2) if len(batches) > 1 else Grams(fitted_DD, fitted_DD, 0.0)
+        solution = solve_expert(weight_CD, grams, kept)
+        assert solution.whole_CK.isfinite().all() and solution.energy >= 0
+        assert solution.fit.error_after <= solution.fit.error_before + 1e-6
+        if not grams.whole().any():
+            assert torch.equal(solution.whole_CK, weight_CD[:, kept])
+        if not (fitted_DD.any() and grams.held_out_DD.any()):
+            assert solution.fit.ridge == RIDGES[-1]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e9])
+def test_values_that_no_sum_holds_are_refused(value):
+    batches = [[torch.ones(2, 3)] * EXPERTS, [torch.ones(2, 3), torch.full((1, 3), value), torch.ones(0, 3)]]
+    with pytest.raises(UserError, match="activations of layer 0: values are NaN, infinite, or more than"):
+        summed(batches, 1)
