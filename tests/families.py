@@ -116,6 +116,10 @@ FAMILIES: dict[str, dict[str, object]] = {
     "nanochat": {"final_logit_softcapping": 5.0},
     "persimmon": {},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm3": {"layer_types": ["conv", "full_attention", "sliding_attention"], "sliding_window": 4},
+    "apertus1p5_text": {},
+    "exaone": {},
+    "doge": {"num_experts": 4},
 }
 # The same of mixtures of experts.
 EXPERTS: dict[str, dict[str, object]] = {
@@ -220,7 +224,7 @@ def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Mo
         config = CONFIG_MAPPING[model_type](**settings | {"text_config": SHAPE | settings["text_config"]})
         model = AutoModelForImageTextToText.from_config(config).eval()
     else:
-        settings = FAMILIES[model_type] if model_type in FAMILIES else {"num_experts_per_tok": 2, **EXPERTS[model_type]}
+        settings = FAMILIES.get(model_type) or {"num_experts_per_tok": 2, **EXPERTS.get(model_type, {})}
         config = CONFIG_MAPPING[model_type](**SHAPE | settings | changes)
         model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

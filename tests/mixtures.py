@@ -37,6 +37,9 @@ def gated(experts, made):
         gate, up = made[..., 0::2].clamp(max=experts.limit), made[..., 1::2].clamp(-experts.limit, experts.limit)
         return (up + 1) * gate * torch.sigmoid(experts.alpha * gate)
     gate, up = made.tensor_split(2, dim=-1)
+    if hasattr(experts, "swiglu_limit"):  # minimax_m3_vl_text
+        gate, up = gate.clamp(max=experts.swiglu_limit), up.clamp(-experts.swiglu_limit, experts.swiglu_limit)
+        return (up + 1) * gate * torch.sigmoid(experts.swiglu_alpha * gate)
     return gate * torch.sigmoid(gate) * up
 
 

@@ -32,6 +32,10 @@ _MLPS = (
 )
 # Of an activation that learns: numbers, not one for each neuron.
 _OF_ACTIVATION = re.compile(r"\w+\.act_fn\.\w+")
+# Of attention that doesn't see where positions begin anew: a convolution over tokens, how fast a state fades, and what
+# chooses among keys. And architectures that don't tell their attention about positions.
+_BLIND_PARTS = r"conv1d\.|\.A_log$|\.slope_rate$|\.indexer\."
+_BLIND = ("afmoe",)
 # Beside a model's layers: tables of positions, which are added to the embeddings.
 _POSITIONS = "embed_positions"
 # The final norm of architectures whose norms have no weights.
@@ -39,8 +43,11 @@ _BARE_NORMS = {"olmo": "norm", "nanochat": "norm"}
 # What the head is called where a checkpoint lacks it.
 _HEADS = {"biogpt": "output_projection"}
 # Whose models transformers makes of another architecture's class.
-_CLASSES = {"internlm3": "Llama", "iquestcoder": "Llama"}
-# Projections of shared experts where no layer has a plain MLP.
+_CLASSES = {
+    **dict.fromkeys(("internlm3", "iquestcoder", "exaone"), "Llama"),
+    **{"sarvam_mla": "DeepseekV3"},
+}
+# Of a mixture no layer of which has a plain MLP.
 _BESIDE_EXPERTS = ("mlp", ("gate_proj", "up_proj"), "down_proj", 1)
 # Layers behind the last one, which predict further tokens; they are no part of the model, and pruning leaves them out.
 _PREDICTING = "num_nextn_predict_layers"
@@ -229,11 +236,14 @@ class _Search:
         return names.pop() if len(names) == 1 else _HEADS.get(str(self._config["model_type"]), "lm_head")
 
     def keeps_apart(self, parts: Sequence[Shapes], attention: Attention, outside: set[str]) -> bool:
-        """See ``Family``. Layers without attention go on from one sequence to the next, and models with a table of
-        positions count these themselves.
+        """See ``Family``. Layers without attention go on from one sequence to the next, some attention too, and models
+        with a table of positions count these themselves.
         """
         everywhere = all(any(name.startswith(f"{attention.name}.") for name in there) for there in parts)
-        return everywhere and not any(f".{_POSITIONS}." in name for name in outside)
+        blind = str(self._config["model_type"]) in _BLIND or any(
+            re.search(_BLIND_PARTS, name) for there in parts for name in there
+        )
+        return everywhere and not blind and not any(f".{_POSITIONS}." in name for name in outside)
 
     def check_outside(self, outside: set[str], known: set[str]) -> None:
         """Refuse what works between layers, which passes through one layer at a time know nothing of."""

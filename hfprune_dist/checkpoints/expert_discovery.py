@@ -11,15 +11,34 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hfprune_dist.checkpoints.families import MLP
-from hfprune_dist.structures.experts import CHOSEN, NUMBERS, SHARED_NUMBER, SHARED_WIDTH, WIDTHS, Experts, Shared
+from hfprune_dist.structures.experts import (
+    NUMBERS,
+    WIDTHS,
+    Experts,
+    Projections,
+    Shared,
+    chosen_experts,
+    shared_experts,
+)
 from hfprune_dist.structures.units import Owned
 
 Shapes = Mapping[str, Sequence[int]]
 Refusal = Callable[[str], Exception]
 
-_SHARED = ("shared_expert", "shared_experts")
-_ROUTERS = r"(gate|router|router\.layer)\.(weight|bias|e_score_correction_bias)|shared_expert_gate\.weight"
+# What an MLP that every token goes through is called, within the block of experts or beside it, and its projections.
+_SHARED = ("{}.shared_expert", "{}.shared_experts", "{}.shared_mlp", "shared_mlp")
+_OF_SHARED: tuple[Projections, ...] = (
+    (("gate_proj", "up_proj"), "down_proj", 1),
+    (("gate_up_proj",), "down_proj", 2),
+    (("input_linear",), "output_linear", 2),
+)
+# What chooses among experts has a row for each of them.
+_ROUTERS = (
+    r"(gate|router)\.(weight|bias|e_score_correction_bias)|(router\.layer|router\.gate|gate\.wg)\.weight"
+    r"|e_score_correction_bias|expert_bias"
+)
+# What else may be in their block, of which no neuron has a part.
+_BESIDE = r"shared_expert_gate\.weight|gate\.moe_statics\.e_score_correction_bias|post_mlp_layernorm\.weight"
 # What modules call tensors that files call something else.
 _OF_GRANITE = (
     ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
@@ -60,7 +79,8 @@ def _stacked(rows: str, down: str, **more: Any) -> _Form:
 
 
 _FORMS = (
-    _each("gate_proj", "up_proj", "down_proj"),
+    _each("gate_proj", "up_proj", "down_proj", blocks=("mlp", "feed_forward")),
+    _each("w1", "w3", "w2", blocks=("mlp", "feed_forward")),
     _each("w1", "w3", "w2", blocks=("block_sparse_moe",), renamed=_OF_MIXTRAL),
     # Matrices [in, out], in which gate and up take turns.
     _Form(
@@ -70,7 +90,7 @@ _FORMS = (
         ),
         (Owned("experts.down_proj", 1, stacked=True),),
     ),
-    _stacked("experts.gate_up_proj", "experts.down_proj", blocks=("mlp", "block_sparse_moe")),
+    _stacked("experts.gate_up_proj", "experts.down_proj", blocks=("mlp", "block_sparse_moe", "feed_forward")),
     _stacked("input_linear.weight", "output_linear.weight", blocks=("block_sparse_moe",), renamed=_OF_GRANITE),
 )
 
@@ -112,16 +132,16 @@ class _Found:
 
     def experts(self, form: _Form, layers: tuple[int, ...]) -> Experts:
         """All that is to know of them."""
-        count, chosen = self._number(), self._config.get(CHOSEN)
+        count, chosen = self._number(), chosen_experts(self._config)
         if not isinstance(chosen, int) or not 0 < chosen <= count:
             raise self._refusal(f"num_experts_per_tok in config.json is {chosen!r}, of {count} experts")
         rows, columns = form.owned(self._block, count)
         shared = self._shared(self._parts[layers[0]])
         known = {owned.tensor for owned in (*rows, *columns)}
-        known |= {f"{shared.name}.{name}.weight" for name in MLP} if shared else set()
+        known |= self._tensors_of(shared) if shared else set()
         for layer in layers:
             self._check(layer, known)
-        if shared is not None and form.renamed:
+        if shared is not None and form.renamed and shared.name.startswith(f"{self._block}."):
             raise self._refusal(f"{shared.name} is beside experts that modules call something else")
         return Experts(
             count=count,
@@ -149,15 +169,24 @@ class _Found:
         return int(next(iter(stated.values())))
 
     def _shared(self, there: Shapes) -> Shared | None:
-        names = [name for name in _SHARED if any(it.startswith(f"{self._block}.{name}.") for it in there)]
-        if not names:
+        named = (name.format(self._block) for name in _SHARED)
+        name = next((name for name in named if any(it.startswith(f"{name}.") for it in there)), None)
+        if name is None:
             return None
-        if self._config.get(SHARED_WIDTH) is not None:
-            return Shared(f"{self._block}.{names[0]}", SHARED_WIDTH)
-        copies = self._config.get(SHARED_NUMBER)
-        if not isinstance(copies, int) or copies < 1 or self._config.get(WIDTHS[0]) is None:
-            raise self._refusal(f"config.json doesn't say how wide {self._block}.{names[0]} is")
-        return Shared(f"{self._block}.{names[0]}", WIDTHS[0], copies)
+        field, copies = shared_experts(self._config)
+        if not isinstance(copies, int) or copies < 1:
+            raise self._refusal(f"config.json doesn't say how wide {name} is")
+        return Shared(name, field, copies, self._projections(name, there))
+
+    def _projections(self, name: str, there: Shapes) -> Projections:
+        for rows, down, parts in _OF_SHARED:
+            if f"{name}.{rows[0]}.weight" in there:
+                return rows, down, parts
+        raise self._refusal(f"{name} is no MLP of a kind that is known")
+
+    def _tensors_of(self, shared: Shared) -> set[str]:
+        rows, down, _ = shared.projections
+        return {f"{shared.name}.{name}.weight" for name in (*rows, down)}
 
     def _check(self, layer: int, known: set[str]) -> None:
         there = self._parts[layer]
@@ -166,5 +195,5 @@ class _Found:
         biases = {f"{self._block}.experts.down_proj_bias"}
         for name in sorted(there.keys() - known - biases):
             inside = name.removeprefix(f"{self._block}.")
-            if inside != name and not re.fullmatch(_ROUTERS, inside):
+            if inside != name and not re.fullmatch(f"{_ROUTERS}|{_BESIDE}", inside):
                 raise self._refusal(f"in layer {layer}, {name} is no part of experts of a kind that is known")

@@ -9,7 +9,7 @@ from typing import Any
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import ATTENTION
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of, row_projections_of
-from hfprune_dist.structures.experts import SHARED_WIDTH, WIDTHS, mlp_widths, number_of_experts
+from hfprune_dist.structures.experts import SHARED_WIDTHS, WIDTHS, mlp_widths, number_of_experts
 from hfprune_dist.structures.units import plural_of, read_counts
 
 # Field of a config.json in which layers may differ -> what ``Dimensions`` calls it.
@@ -20,7 +20,7 @@ _OF_LAYERS = {
 }
 
 # Fields of a mixture of experts, which are the same in all layers.
-_OF_EXPERTS = (*WIDTHS, SHARED_WIDTH)
+_OF_EXPERTS = (*WIDTHS, *SHARED_WIDTHS)
 
 
 @dataclass(frozen=True)

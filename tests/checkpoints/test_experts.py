@@ -1,4 +1,8 @@
-"""Every mixture of experts that is pruned, held against what transformers makes of a tiny model of it."""
+"""Every mixture of experts that is pruned, held against what transformers makes of a tiny model of it.
+
+Experts of ``MORE_EXPERTS`` have a form that one of ``EXPERTS`` has too: of these is tested what could differ, all that is
+around experts, their names in files and in config.json.
+"""
 
 from __future__ import annotations
 
@@ -13,30 +17,44 @@ import torch
 from families import EXPERTS, save_model
 from families_lora import trained_and_merged
 from families_masked import through_layers
+from forks import on_ranks
 from masking import write
+from mixtures import KIND, definition, experts_of
+from more_families import MORE_EXPERTS
 from peft import PeftModel
+from ranks import SoloWorld
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import is_plain
+from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.core.selection import top_units_of_each
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
+from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures.experts import mlp_widths
 from hfprune_dist.structures.kept import Kept
 
 README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
 every_family = pytest.mark.parametrize("model_type", EXPERTS)
+every_mixture = pytest.mark.parametrize("model_type", EXPERTS | MORE_EXPERTS)
+further = pytest.mark.parametrize("model_type", MORE_EXPERTS)
 
 
 @pytest.fixture(scope="module")
 def checkpoint_of(tmp_path_factory):
     """The checkpoint of a family, the same for all tests."""
-    return functools.cache(lambda name: open_checkpoint(save_model(tmp_path_factory.mktemp(name) / "model", name)))
+
+    def made(name):
+        folder = tmp_path_factory.mktemp(name) / "model"
+        return open_checkpoint(save_model(folder, name, **MORE_EXPERTS.get(name, {})))
+
+    return functools.cache(made)
 
 
 def load(folder, dtype=torch.float32):
@@ -110,11 +128,31 @@ def test_the_readme_lists_what_is_covered(checkpoint_of):
     section = README.read_text().partition("### Mixtures of experts")[2].partition("\n###")[0]
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
     listed = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
-    assert listed.keys() == EXPERTS.keys()
+    assert listed.keys() == (EXPERTS | MORE_EXPERTS).keys()
     for name, (_, neurons, beside, _) in listed.items():
         kinds = checkpoint_of(name).structures
         assert ("shared" in beside) == ("shared_neurons" in kinds)
         assert ("without" in neurons) == ("neurons" in kinds), name
+
+
+def assert_pruned_is_masked(checkpoint, folder):
+    kept = some_kept(checkpoint, 2 / 3)
+    assert is_plain(checkpoint, kept.shape)
+    write(checkpoint, kept, folder)
+    smaller, loaded, dense = open_checkpoint(folder), load(folder), masked(checkpoint, kept)
+    require_own_weights(checkpoint)
+    require_own_weights(smaller)
+    assert type(loaded).__module__.startswith("transformers.")
+    assert_same(logits_of(loaded), logits_of(dense))
+    routing = routing_of(loaded)
+    assert len(routing) == len(checkpoint.family.experts.layers)
+    assert all(torch.equal(*pair) for pair in zip(routing, routing_of(dense), strict=True))
+    parameters = {it.data_ptr(): it.numel() for it in loaded.state_dict().values()}
+    assert smaller.parameters == checkpoint.parameter_counts.of(kept.shape) == sum(parameters.values())
+    fields = {field for units in checkpoint.structures.values() for field in units.fields}
+    assert {key for key, value in checkpoint.config.items() if smaller.config[key] != value} <= fields
+    stated = loaded.config.to_dict()
+    assert all(smaller.config[key] == stated[key] for key in fields & stated.keys())
 
 
 @every_family
@@ -124,25 +162,50 @@ def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_
     if fused:
         checkpoint = as_modules_have_it(checkpoint.path, tmp_path / "fused", model_type)
         assert not checkpoint.family.experts.each
-    kept = some_kept(checkpoint, 2 / 3)
-    assert is_plain(checkpoint, kept.shape)
-    write(checkpoint, kept, tmp_path / "pruned")
-    smaller = open_checkpoint(tmp_path / "pruned")
-    require_own_weights(checkpoint)
-    require_own_weights(smaller)
-    loaded = load(tmp_path / "pruned")
-    assert type(loaded).__module__.startswith("transformers.")
-    assert_same(logits_of(loaded), logits_of(masked(checkpoint, kept)))
-    routing, expected = routing_of(loaded), routing_of(masked(checkpoint, kept))
-    assert len(routing) == len(checkpoint.family.experts.layers)
-    assert all(torch.equal(*pair) for pair in zip(routing, expected, strict=True))
-    assert smaller.parameters == checkpoint.parameter_counts.of(kept.shape)
-    assert smaller.parameters == sum(it.numel() for it in loaded.state_dict().values())
-    fields = {field for units in checkpoint.structures.values() for field in units.fields}
-    assert {key for key, value in checkpoint.config.items() if smaller.config[key] != value} <= fields
-    assert {key: smaller.config[key] for key in fields & loaded.config.to_dict().keys()} == {
-        key: loaded.config.to_dict()[key] for key in fields & loaded.config.to_dict().keys()
+    assert_pruned_is_masked(checkpoint, tmp_path / "pruned")
+
+
+@further
+def test_what_is_around_experts_computes_the_same(checkpoint_of, tmp_path, model_type):
+    assert_pruned_is_masked(checkpoint_of(model_type), tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("model_type", ["phimoe", "lfm2_moe", "kimi_linear"])
+def test_files_may_have_what_modules_have(checkpoint_of, tmp_path, model_type):
+    checkpoint = as_modules_have_it(checkpoint_of(model_type).path, tmp_path / "fused", model_type)
+    assert not checkpoint.family.experts.each and not checkpoint.names.pairs
+    assert_pruned_is_masked(checkpoint, tmp_path / "pruned")
+
+
+@every_mixture
+def test_config_json_alone_tells_the_neurons_of_each_layer(checkpoint_of, model_type):
+    checkpoint = checkpoint_of(model_type)
+    counts = zip(*(it.counts for it in checkpoint.pruned_kinds([NEURONS])), strict=True)
+    assert [stored for _, stored in mlp_widths(checkpoint.config)] == [sum(layer) for layer in counts]
+
+
+def scorer_of(checkpoint, world):
+    kinds = [it.kind for it in checkpoint.pruned_kinds([NEURONS])]
+    options = {"seed": 0, "micro_batch_size": 2, "world": world, "structures": kinds}
+    return ShardScorer(checkpoint, torch.float32, WINDOWS, [CRITERIA["entropy"]], **options)
+
+
+@every_mixture
+def test_scores_are_those_that_are_defined(checkpoint_of, model_type):
+    checkpoint, model = checkpoint_of(model_type), load(checkpoint_of(model_type).path)
+    units = {it.kind: it for it in checkpoint.pruned_kinds([NEURONS])}
+    others = {
+        (kind, layer): it.tensor(layer, it.output)
+        for kind, it in units.items()
+        for layer, count in enumerate(it.counts)
+        if kind != KIND and count
     }
+    expected = definition(model, WINDOWS[:2], "entropy", others=others)
+    assert {layer for kind, layer in expected if kind == KIND} == {*experts_of(model)}
+    sums = scorer_of(checkpoint, SoloWorld()).score([range(2)]).kinds
+    for (kind, layer), expected_U in expected.items():
+        ours_U = sums[kind].exact["entropy"][layer, : len(expected_U)]
+        assert (ours_U - expected_U).norm() <= 1e-4 * expected_U.norm(), (kind, layer)
 
 
 @every_family
@@ -174,7 +237,7 @@ def test_pruning_twice_is_pruning_once(checkpoint_of, tmp_path, model_type):
     assert open_checkpoint(tmp_path / "twice").parameters == checkpoint.parameter_counts.of(both.shape)
 
 
-@every_family
+@every_mixture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_layer_after_layer_is_the_whole_model(checkpoint_of, model_type, dtype):
@@ -182,7 +245,7 @@ def test_layer_after_layer_is_the_whole_model(checkpoint_of, model_type, dtype):
     through_layers(checkpoint, load(checkpoint.path, dtype), WINDOWS)
 
 
-@every_family
+@every_mixture
 def test_lora_trains_and_merges_and_leaves_experts_as_they_are(checkpoint_of, tmp_path, model_type):
     checkpoint = checkpoint_of(model_type)
     model = trained_and_merged(checkpoint, tmp_path, WINDOWS)
@@ -190,9 +253,48 @@ def test_lora_trains_and_merges_and_leaves_experts_as_they_are(checkpoint_of, tm
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.path, tmp_path / "merged"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(".self_attn." in name for name in changed)
+    assert changed and all(re.search(r"\.(self_attn|attention)\.", name) for name in changed)
     saved = PeftModel.from_pretrained(load(checkpoint.path), tmp_path / "adapter")
     assert torch.equal(logits_of(saved.eval()), theirs)
+
+
+@every_mixture
+@torch.no_grad()
+def test_pairs_share_a_row_of_training_where_they_do_not_see_each_other(checkpoint_of, model_type):
+    checkpoint = checkpoint_of(model_type)
+    model = load_causal_lm(checkpoint.path, torch.float32)
+    alone = torch.cat([model(input_ids=WINDOWS[:1, part]).logits for part in (slice(0, 5), slice(5, 12))], dim=1)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    together = model(input_ids=WINDOWS[:1], position_ids=positions, use_cache=False).logits
+    if checkpoint.family.keeps_apart:
+        assert_same(together, alone)
+    else:
+        assert (together - alone).abs().max() > 1e-2 * alone.abs().max()
+
+
+def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
+    """ZeRO-3 over two real ranks, for all families in one pair of processes."""
+    checkpoints = {name: checkpoint_of(name) for name in EXPERTS | MORE_EXPERTS}
+
+    def sums_of(name, world, *ranks):
+        """Those of each of some ranks."""
+        scorer = scorer_of(checkpoints[name], world)
+        sums = [scorer.score([range(2 * rank, 2 * rank + 2)]) for rank in ranks]
+        scorer.release()
+        return [{kind: it.exact["entropy"] for kind, it in of_rank.kinds.items()} for of_rank in sums]
+
+    def act(world):
+        from hfprune_dist.distributed.zero3 import init_deepspeed
+
+        init_deepspeed(world)
+        torch.save({name: sums_of(name, world, world.rank) for name in checkpoints}, tmp_path / f"{world.rank}.pt")
+
+    assert on_ranks(2, act).codes == [0, 0]
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name in checkpoints:
+        for rank, expected in enumerate(sums_of(name, SoloWorld(), 0, 1)):
+            (sums,) = found[rank][name]
+            assert all(torch.equal(sums[kind], it) for kind, it in expected.items()), (rank, name)
 
 
 @pytest.mark.parametrize(
