@@ -85,7 +85,13 @@ MORE_EXPERTS: dict[str, dict[str, object]] = {
     "exaone_moe": _TYPES | _SLIDING | {"num_experts": 4, "moe_intermediate_size": 24, "num_shared_experts": 2},
     "solar_open": {"n_routed_experts": 4, "moe_intermediate_size": 24, "n_shared_experts": 1},
     "afmoe": _SLIDING
-    | {"num_experts": 4, "moe_intermediate_size": 24, "num_shared_experts": 2, "num_dense_layers": 1, "mup_enabled": True},
+    | {
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "num_shared_experts": 2,
+        "num_dense_layers": 1,
+        "mup_enabled": True,
+    },
     "mimo_v2_flash": _TYPES | _SLIDING | {"n_routed_experts": 4, "moe_intermediate_size": 24},
     "cohere2_moe": _SLIDING
     | {"num_experts": 4, "num_shared_experts": 2, "logit_scale": 0.25, "prefix_dense_intermediate_size": 16, **_TYPES},

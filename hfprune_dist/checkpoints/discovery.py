@@ -35,7 +35,7 @@ _OF_ACTIVATION = re.compile(r"\w+\.act_fn\.\w+")
 # Of attention that doesn't see where positions begin anew: a convolution over tokens, how fast a state fades, and what
 # chooses among keys. And architectures that don't tell their attention about positions.
 _BLIND_PARTS = r"conv1d\.|\.A_log$|\.slope_rate$|\.indexer\."
-_BLIND = ("afmoe",)
+_BLIND = ("afmoe", "gpt_oss")
 # Beside a model's layers: tables of positions, which are added to the embeddings.
 _POSITIONS = "embed_positions"
 # The final norm of architectures whose norms have no weights.
@@ -45,7 +45,7 @@ _HEADS = {"biogpt": "output_projection"}
 # Whose models transformers makes of another architecture's class.
 _CLASSES = {
     **dict.fromkeys(("internlm3", "iquestcoder", "exaone"), "Llama"),
-    **{"sarvam_mla": "DeepseekV3"},
+    "sarvam_mla": "DeepseekV3",
 }
 # Of a mixture no layer of which has a plain MLP.
 _BESIDE_EXPERTS = ("mlp", ("gate_proj", "up_proj"), "down_proj", 1)

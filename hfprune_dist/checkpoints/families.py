@@ -228,7 +228,9 @@ _UNFIT = {
     "sarvam_moe": "its files have queries, keys and values in one matrix, which its attention has in three",
     "axk2": "its files have queries and their gates in one matrix, which its attention has in two",
     **dict.fromkeys(("deepseek_v4", "hy_v4"), "several residual streams run through its layers"),
-    **dict.fromkeys(("inkling_text", "inkling2_text", "inkling2_loop_text"), "its shared experts are routed to as well"),
+    **dict.fromkeys(
+        ("inkling_text", "inkling2_text", "inkling2_loop_text"), "its shared experts are routed to as well"
+    ),
     "recurrent_gemma": "its MLPs are half as wide as intermediate_size says",
     "falcon_h1": "its model, not its layers, makes the scales of their state-space blocks",
     "olmo_hybrid": "transformers makes no layer of it alone",

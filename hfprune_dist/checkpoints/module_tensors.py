@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.structures.experts import Experts
 
-
 # Convolutions of linear attention, which some files have each.
 _JOINED, _WHOLE = (".q_conv1d.weight", ".k_conv1d.weight", ".v_conv1d.weight"), ".conv1d.weight"
 

@@ -15,6 +15,7 @@ from families_lora import trained_and_merged
 from families_masked import assert_same, kinds_of, load, masked, some_kept, through_layers
 from forks import on_ranks
 from masking import write
+from more_families import MORE_EXPERTS
 from ranks import SoloWorld
 from refitting import refit
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -279,7 +280,7 @@ def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
 
 def test_the_readme_lists_what_is_covered(checkpoint_of, capsys):
     present = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    tested = {*FAMILIES, *EXPERTS}
+    tested = {*FAMILIES, *EXPERTS, *MORE_EXPERTS}
     assert tested <= present
     without_experts = README.read_text().partition("### Mixtures of experts")[0]
     rows = [line.split("|")[1:-1] for line in without_experts.splitlines() if line.startswith("| `")]
