@@ -38,7 +38,7 @@ MORE_EXPERTS: dict[str, dict[str, object]] = {
         "moe_layer_end_index": 1,
     },
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
-    "phimoe": {"num_local_experts": 4},
+    "phimoe": {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
     "minimax_m2": {"num_local_experts": 4},
     "glm4_moe_lite": _ROUTED | _LATENT | _GROUPS | _TYPES,
     "glm_moe_dsa": _ROUTED | _LATENT | _GROUPS | _TYPES | _INDEX,

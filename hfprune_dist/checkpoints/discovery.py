@@ -50,7 +50,8 @@ _CLASSES = {
 # Of a mixture no layer of which has a plain MLP.
 _BESIDE_EXPERTS = ("mlp", ("gate_proj", "up_proj"), "down_proj", 1)
 # Layers behind the last one, which predict further tokens; they are no part of the model, and pruning leaves them out.
-_PREDICTING = "num_nextn_predict_layers"
+# They are numbered like the others, or called otherwise.
+_PREDICTING, _PREDICTING_NAMES = "num_nextn_predict_layers", ("mtp.", "mtp_")
 
 
 def discover(
@@ -78,7 +79,8 @@ def discover(
     mlp = experts.module.rpartition(".")[0] if experts else mlp
     attention = Attention.of(config, parts)
     body = layers.rpartition(".")[0]
-    outside = {name for name in shapes if name.startswith(f"{body}.") and not name.startswith(f"{layers}.")}
+    apart = (f"{layers}.", *(f"{body}.{name}" for name in _PREDICTING_NAMES))
+    outside = {name for name in shapes if name.startswith(f"{body}.") and not name.startswith(apart)}
     norm, embedding = search.norm(body, outside), search.embedding(outside)
     search.check_outside(outside, {norm, embedding})
     of_layers = {f"{layers}.{layer}.{name}" for layer, part in enumerate(parts) for name in part}
@@ -157,7 +159,7 @@ class _Search:
         wanted = range(self._config["num_hidden_layers"])
         numbers: dict[str, set[int]] = {}
         for name in self._shapes:
-            if found := re.match(r"((?:\w+\.)*layers)\.(\d+)\.", name):
+            if found := re.match(r"((?:(?!mtp)\w+\.)*layers)\.(\d+)\.", name):
                 numbers.setdefault(found[1], set()).add(int(found[2]))
         stacks = [prefix for prefix, there in numbers.items() if there.issuperset(wanted)]
         if len(stacks) != 1:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from hfprune_dist.checkpoints.layer_settings import OTHER_LAYERS
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures.experts import WIDTHS, Experts, Projections, dense_neurons, expert_neurons, shared_neurons
 from hfprune_dist.structures.kv_groups import kv_groups, whole_groups
@@ -238,11 +239,20 @@ _UNFIT = {
     **dict.fromkeys(("zamba", "zamba2"), "its layers share their MLPs"),
     **dict.fromkeys(("gpt2", "openai-gpt"), "its matrices are transposed (Conv1D)"),
 }
+# What files of hunyuan_v1_moe say of each layer.
+_LISTED = ("moe_topk", "moe_intermediate_size")
 _NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
 def with_width(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json that says ``intermediate_size``, whatever its architecture calls it."""
+    """A config.json that says ``intermediate_size``, whatever its architecture calls it, and ``num_hidden_layers``; and
+    one number of experts and widths, where it lists as many equal ones.
+    """
+    if "num_hidden_layers" not in config and OTHER_LAYERS in config:
+        config = {**config, "num_hidden_layers": config[OTHER_LAYERS]}
+    if isinstance(config.get(_LISTED[0]), list):
+        listed = {key: config[key] for key in _LISTED if isinstance(config.get(key), list)}
+        config = {**config, **{key: them[0] for key, them in listed.items() if len({*them}) == 1}}
     names = tuple[str, ...](() if config.get("num_local_experts") else OTHER_WIDTHS)
     names += () if "intermediate_size" in config else (*OLDER_WIDTHS, WIDTHS[0])
     width = next((config[key] for key in names if key in config), None)

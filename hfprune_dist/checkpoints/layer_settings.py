@@ -43,6 +43,8 @@ _UNLISTED = {
 # Numbers of the layers of one kind.
 _NUMBERS = ("full_attn_idxs", "attn_layer_indices")
 _SHARED = "num_kv_shared_layers"
+# What files of exaone call the number of layers.
+OTHER_LAYERS = "num_layers"
 # Numbers of layers without experts, and every how many layers there are some elsewhere.
 _WITHOUT_EXPERTS, _SPARSE_STEP = "mlp_only_layers", "decoder_sparse_step"
 # From which layer to which there are some, and every how many.
@@ -85,7 +87,16 @@ def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any
     settings = config.get(PER_LAYER) or {}
     own = {str(number): settings[str(layer)] for number, layer in enumerate(layers) if str(layer) in settings}
     kept = {PER_LAYER: own} if settings else {}
-    return {"num_hidden_layers": len(layers), **kinds, **firsts, **places, **kept, **_experts_of(config, layers)}
+    other = {OTHER_LAYERS: len(layers)} if config.get(OTHER_LAYERS) == config["num_hidden_layers"] else {}
+    return {
+        "num_hidden_layers": len(layers),
+        **other,
+        **kinds,
+        **firsts,
+        **places,
+        **kept,
+        **_experts_of(config, layers),
+    }
 
 
 def _experts_of(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:

@@ -98,7 +98,10 @@ def chosen_experts(config: Mapping[str, Any]) -> Any:
 
 
 def shared_experts(config: Mapping[str, Any]) -> tuple[str, Any]:
-    """The key of a config.json that says how wide the shared one is, and how many times as wide; None: it doesn't say."""
+    """The key of a config.json that says how wide the shared one is, and how many times as wide it is.
+
+    The latter is None where no key says it.
+    """
     own = next((key for key in SHARED_WIDTHS if config.get(key)), None)
     if own:
         return own, 1

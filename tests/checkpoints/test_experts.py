@@ -165,6 +165,18 @@ def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_
     assert_pruned_is_masked(checkpoint, tmp_path / "pruned")
 
 
+def test_a_list_of_equal_numbers_is_one(checkpoint_of, tmp_path):
+    """Files of hunyuan_v1_moe have an entry for each layer."""
+    shutil.copytree(checkpoint_of("hunyuan_v1_moe").path, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"moe_topk": [2] * 3, "moe_intermediate_size": [24] * 3}))
+    assert_pruned_is_masked(open_checkpoint(tmp_path / "model"), tmp_path / "pruned")
+    file.write_text(json.dumps(config | {"moe_topk": [2, 1, 2]}))
+    with pytest.raises(UserError, match=r"num_experts_per_tok in config.json is \[2, 1, 2\], of 4 experts"):
+        open_checkpoint(tmp_path / "model")
+
+
 @further
 def test_what_is_around_experts_computes_the_same(checkpoint_of, tmp_path, model_type):
     assert_pruned_is_masked(checkpoint_of(model_type), tmp_path / "pruned")

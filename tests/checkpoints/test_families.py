@@ -144,6 +144,20 @@ def test_an_older_name_of_the_width_follows(tmp_path):
     assert (smaller["intermediate_size"], smaller["block_ff_dim"], smaller["full_attn_idxs"]) == (15, 15, [1])
 
 
+def test_the_number_of_layers_follows_whatever_it_is_called(tmp_path):
+    """Files of exaone say num_layers, and name a class that transformers hasn't."""
+    folder = save_model(tmp_path / "dense", "exaone")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    told = {"num_layers": config.pop("num_hidden_layers"), "architectures": ["ExaoneForCausalLM"]}
+    file.write_text(json.dumps(config | told))
+    checkpoint = open_checkpoint(folder)
+    kept = some_kept(checkpoint, (0, 1), (15, 15))
+    write(checkpoint, kept, tmp_path / "pruned")
+    assert_same(logits_of(load(tmp_path / "pruned")), logits_of(masked(checkpoint, kept)))
+    assert open_checkpoint(tmp_path / "pruned").config["num_layers"] == 2
+
+
 @every_family
 def test_layers_that_differ_load_with_their_code_and_are_pruned_again(checkpoint_of, tmp_path, model_type):
     checkpoint = checkpoint_of(model_type)
