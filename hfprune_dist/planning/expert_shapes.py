@@ -44,7 +44,7 @@ class ExpertTarget:
         """
         widths, largest = self._experts_widths(), self.largest()
         if self.asked.ratio > largest:
-            steps = f" of experts, whose widths go in steps of {self._step},"
+            steps = f", since experts' widths go in steps of {self._step}"
             raise self.asked.out_of_reach(largest, largest, steps)
         return self._with(widths[bisect_left(widths, self.asked.ratio, key=self._ratio)])
 
