@@ -190,6 +190,11 @@ SEEING: dict[str, dict[str, Any]] = {
         | {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         **_QWEN,
     },
+    "qwen3_5": {
+        "text_config": FAMILIES["qwen3_5_text"] | _AXES,
+        "vision_config": _QWEN_ENCODER | {"patch_size": 4, "num_position_embeddings": 16},
+        **_QWEN,
+    },
     "mistral3": {
         "text_config": {"model_type": "mistral"},
         "vision_config": ENCODER | {"model_type": "pixtral", "head_dim": 8},

@@ -61,8 +61,8 @@ def logits_of(model, model_type):
         inputs["image_sizes"] = torch.tensor([[28, 28]])
     if model_type == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE_TOKEN).int()
-    without = model(input_ids=ids).logits
-    seen = model(**inputs).logits
+    without = model(input_ids=ids, use_cache=False).logits
+    seen = model(**inputs, use_cache=False).logits
     assert (seen - without).abs().max() > 1e-2 * seen.abs().max(), "the image must be seen"
     return seen
 
