@@ -221,11 +221,29 @@ SEEING: dict[str, dict[str, Any]] = {
 }
 
 
+# The same of mixtures of experts.
+SEEING_EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_5_moe": {
+        "text_config": FAMILIES["qwen3_5_text"]
+        | _AXES
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 16,
+        },
+        "vision_config": _QWEN_ENCODER | {"patch_size": 4, "num_position_embeddings": 16},
+        **_QWEN,
+    },
+}
+ALL_SEEING = SEEING | SEEING_EXPERTS
+
+
 def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Module:
     """A random float32 model whose outputs are far from uniform."""
     torch.manual_seed(seed)
-    if model_type in SEEING:
-        settings = SEEING[model_type]
+    if model_type in ALL_SEEING:
+        settings = ALL_SEEING[model_type]
         config = CONFIG_MAPPING[model_type](**settings | {"text_config": SHAPE | settings["text_config"]})
         model = AutoModelForImageTextToText.from_config(config).eval()
     else:

@@ -24,7 +24,7 @@ def family_of(model):
 def experts_of(model):
     """Number of a layer with experts -> the module that has them."""
     found = {}
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in enumerate(model.get_decoder().layers):
         for module in layer.modules():
             if hasattr(module, "down_proj") and getattr(module.down_proj, "ndim", 0) == 3:
                 found[number] = module
