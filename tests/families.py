@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from more_families import MORE_EXPERTS
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -118,6 +119,10 @@ FAMILIES: dict[str, dict[str, object]] = {
     "nanochat": {"final_logit_softcapping": 5.0},
     "persimmon": {},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm3": {"layer_types": ["conv", "full_attention", "sliding_attention"], "sliding_window": 4},
+    "apertus1p5_text": {},
+    "exaone": {},
+    "doge": {"num_experts": 4},
 }
 # The same of mixtures of experts.
 EXPERTS: dict[str, dict[str, object]] = {
@@ -188,6 +193,11 @@ SEEING: dict[str, dict[str, Any]] = {
         | {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         **_QWEN,
     },
+    "qwen3_5": {
+        "text_config": FAMILIES["qwen3_5_text"] | _AXES,
+        "vision_config": _QWEN_ENCODER | {"patch_size": 4, "num_position_embeddings": 16},
+        **_QWEN,
+    },
     "mistral3": {
         "text_config": {"model_type": "mistral"},
         "vision_config": ENCODER | {"model_type": "pixtral", "head_dim": 8},
@@ -214,20 +224,39 @@ SEEING: dict[str, dict[str, Any]] = {
 }
 
 
+# The same of mixtures of experts.
+SEEING_EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_5_moe": {
+        "text_config": FAMILIES["qwen3_5_text"]
+        | _AXES
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 16,
+        },
+        "vision_config": _QWEN_ENCODER | {"patch_size": 4, "num_position_embeddings": 16},
+        **_QWEN,
+    },
+}
+ALL_SEEING = SEEING | SEEING_EXPERTS
+
+
 def with_experts(model_type: str, count: int) -> dict[str, int]:
     """The setting by which a model of such an architecture has so many experts in a layer."""
-    return {next(key for key in NUMBERS if key in EXPERTS[model_type]): count}
+    settings = (EXPERTS | MORE_EXPERTS)[model_type]
+    return {next(key for key in NUMBERS if key in settings): count}
 
 
 def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Module:
     """A random float32 model whose outputs are far from uniform."""
     torch.manual_seed(seed)
-    if model_type in SEEING:
-        settings = SEEING[model_type]
+    if model_type in ALL_SEEING:
+        settings = ALL_SEEING[model_type]
         config = CONFIG_MAPPING[model_type](**settings | {"text_config": SHAPE | settings["text_config"]})
         model = AutoModelForImageTextToText.from_config(config).eval()
     else:
-        settings = FAMILIES[model_type] if model_type in FAMILIES else {"num_experts_per_tok": 2, **EXPERTS[model_type]}
+        settings = FAMILIES.get(model_type) or {"num_experts_per_tok": 2, **EXPERTS.get(model_type, {})}
         config = CONFIG_MAPPING[model_type](**SHAPE | settings | changes)
         model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

@@ -6,7 +6,7 @@ import copy
 import functools
 
 import torch
-from families import SEEING
+from families import ALL_SEEING
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hfprune_dist.core.selection import entries_of
@@ -15,7 +15,7 @@ from hfprune_dist.structures.kept import Kept
 
 
 def load(folder, **options):
-    sees = AutoConfig.from_pretrained(folder, **options).model_type in SEEING
+    sees = AutoConfig.from_pretrained(folder, **options).model_type in ALL_SEEING
     auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     return auto.from_pretrained(folder, dtype=torch.float32, **options).eval()
 

@@ -28,7 +28,7 @@ def family_of(model):
 def experts_of(model):
     """Number of a layer with experts -> the module that has them."""
     found = {}
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in enumerate(model.get_decoder().layers):
         for module in layer.modules():
             if hasattr(module, "down_proj") and getattr(module.down_proj, "ndim", 0) == 3:
                 found[number] = module
@@ -58,6 +58,9 @@ def gated(experts, made):
         gate, up = made[..., 0::2].clamp(max=experts.limit), made[..., 1::2].clamp(-experts.limit, experts.limit)
         return (up + 1) * gate * torch.sigmoid(experts.alpha * gate)
     gate, up = made.tensor_split(2, dim=-1)
+    if hasattr(experts, "swiglu_limit"):  # minimax_m3_vl_text
+        gate, up = gate.clamp(max=experts.swiglu_limit), up.clamp(-experts.swiglu_limit, experts.swiglu_limit)
+        return (up + 1) * gate * torch.sigmoid(experts.swiglu_alpha * gate)
     return gate * torch.sigmoid(gate) * up
 
 

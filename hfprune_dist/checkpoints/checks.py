@@ -164,7 +164,8 @@ def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], structures: Mapp
                 if units.kind != EXPERTS:
                     wanted = units.shape_of(owned, layer, hidden)
                 else:  # of whose tensors the other dimensions are known by their neurons
-                    wanted = found if owned.unit is not None else [units.counts[layer], *found[1:]]
+                    size = found[owned.axis] if owned.unit is not None else units.counts[layer]
+                    wanted = [*found[: owned.axis], size, *found[owned.axis + 1 :]]
                 if found != wanted:
                     raise UserError(
                         f"{path}: {name} has shape {found}, but config.json makes it {wanted}: "

@@ -21,6 +21,7 @@ _NORMS: dict[frozenset[str], tuple[tuple[str | None, str | None], tuple[str | No
         (("input_layernorm", None), ("pre_feedforward_layernorm", None)),
         (("input_layernorm", None), ("pre_ff_layernorm", None)),
         (("operator_norm", None), ("ffn_norm", None)),
+        (("operator_norm", "post_operator_norm"), ("ffn_norm", "post_ffn_norm")),
         (("attention_layernorm", None), ("feedforward_layernorm", None)),
         ((None, "post_attention_layernorm"), (None, "post_feedforward_layernorm")),
         (
@@ -77,7 +78,8 @@ class Attention:
         """One of another kind, whose linear layers can learn but go as a whole."""
         inside = {it: shape for there in parts for it, shape in there.items() if re.match(_BLOCKS, it)}
         name = next((it.partition(".")[0] for it in inside), "self_attn")
-        linears = {it.split(".")[-2] for it, shape in inside.items() if it.endswith(".weight") and len(shape) == 2}
+        own = {it: shape for it, shape in inside.items() if ".indexer." not in it}  # which chooses, and never learns
+        linears = {it.split(".")[-2] for it, shape in own.items() if it.endswith(".weight") and len(shape) == 2}
         latent = next((it for it in inside if ".kv_a_proj" in it), None)
         fused = next((it for it in inside if ".qkv_proj" in it or ".query_key_value" in it), None)
         why = "it has no attention of a kind that is known"

@@ -32,6 +32,10 @@ _MLPS = (
 )
 # Of an activation that learns: numbers, not one for each neuron.
 _OF_ACTIVATION = re.compile(r"\w+\.act_fn\.\w+")
+# Of attention that doesn't see where positions begin anew: a convolution over tokens, how fast a state fades, and what
+# chooses among keys. And architectures that don't tell their attention about positions.
+_BLIND_PARTS = r"conv1d\.|\.A_log$|\.slope_rate$|\.indexer\."
+_BLIND = ("afmoe", "gpt_oss")
 # Beside a model's layers: tables of positions, which are added to the embeddings.
 _POSITIONS = "embed_positions"
 # The final norm of architectures whose norms have no weights.
@@ -39,11 +43,15 @@ _BARE_NORMS = {"olmo": "norm", "nanochat": "norm"}
 # What the head is called where a checkpoint lacks it.
 _HEADS = {"biogpt": "output_projection"}
 # Whose models transformers makes of another architecture's class.
-_CLASSES = {"internlm3": "Llama", "iquestcoder": "Llama"}
-# Projections of shared experts where no layer has a plain MLP.
+_CLASSES = {
+    **dict.fromkeys(("internlm3", "iquestcoder", "exaone"), "Llama"),
+    "sarvam_mla": "DeepseekV3",
+}
+# Of a mixture no layer of which has a plain MLP.
 _BESIDE_EXPERTS = ("mlp", ("gate_proj", "up_proj"), "down_proj", 1)
 # Layers behind the last one, which predict further tokens; they are no part of the model, and pruning leaves them out.
-_PREDICTING = "num_nextn_predict_layers"
+# They are numbered like the others, or called otherwise.
+_PREDICTING, _PREDICTING_NAMES = "num_nextn_predict_layers", ("mtp.", "mtp_")
 
 
 def discover(
@@ -71,7 +79,8 @@ def discover(
     mlp = experts.module.rpartition(".")[0] if experts else mlp
     attention = Attention.of(config, parts)
     body = layers.rpartition(".")[0]
-    outside = {name for name in shapes if name.startswith(f"{body}.") and not name.startswith(f"{layers}.")}
+    apart = (f"{layers}.", *(f"{body}.{name}" for name in _PREDICTING_NAMES))
+    outside = {name for name in shapes if name.startswith(f"{body}.") and not name.startswith(apart)}
     norm, embedding = search.norm(body, outside), search.embedding(outside)
     search.check_outside(outside, {norm, embedding})
     of_layers = {f"{layers}.{layer}.{name}" for layer, part in enumerate(parts) for name in part}
@@ -150,7 +159,7 @@ class _Search:
         wanted = range(self._config["num_hidden_layers"])
         numbers: dict[str, set[int]] = {}
         for name in self._shapes:
-            if found := re.match(r"((?:\w+\.)*layers)\.(\d+)\.", name):
+            if found := re.match(r"((?:(?!mtp)\w+\.)*layers)\.(\d+)\.", name):
                 numbers.setdefault(found[1], set()).add(int(found[2]))
         stacks = [prefix for prefix, there in numbers.items() if there.issuperset(wanted)]
         if len(stacks) != 1:
@@ -229,11 +238,14 @@ class _Search:
         return names.pop() if len(names) == 1 else _HEADS.get(str(self._config["model_type"]), "lm_head")
 
     def keeps_apart(self, parts: Sequence[Shapes], attention: Attention, outside: set[str]) -> bool:
-        """See ``Family``. Layers without attention go on from one sequence to the next, and models with a table of
-        positions count these themselves.
+        """See ``Family``. Layers without attention go on from one sequence to the next, some attention too, and models
+        with a table of positions count these themselves.
         """
         everywhere = all(any(name.startswith(f"{attention.name}.") for name in there) for there in parts)
-        return everywhere and not any(f".{_POSITIONS}." in name for name in outside)
+        blind = str(self._config["model_type"]) in _BLIND or any(
+            re.search(_BLIND_PARTS, name) for there in parts for name in there
+        )
+        return everywhere and not blind and not any(f".{_POSITIONS}." in name for name in outside)
 
     def check_outside(self, outside: set[str], known: set[str]) -> None:
         """Refuse what works between layers, which passes through one layer at a time know nothing of."""

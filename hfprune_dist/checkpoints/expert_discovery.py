@@ -11,26 +11,44 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hfprune_dist.checkpoints.families import MLP
-from hfprune_dist.structures.experts import CHOSEN, NUMBERS, SHARED_NUMBER, SHARED_WIDTH, WIDTHS, Experts, Shared
+from hfprune_dist.structures.experts import (
+    NUMBERS,
+    WIDTHS,
+    Experts,
+    Projections,
+    Shared,
+    chosen_experts,
+    shared_experts,
+)
 from hfprune_dist.structures.units import Owned
 
 Shapes = Mapping[str, Sequence[int]]
 Refusal = Callable[[str], Exception]
 
-_SHARED = ("shared_expert", "shared_experts")
-_ROUTERS = re.compile(r"(gate|router|router\.layer)\.(weight|bias|e_score_correction_bias)")
-_SHARED_GATE = "shared_expert_gate.weight"
+# What an MLP that every token goes through is called, within the block of experts or beside it, and its projections.
+_SHARED = ("{}.shared_expert", "{}.shared_experts", "{}.shared_mlp", "shared_mlp")
+_OF_SHARED: tuple[Projections, ...] = (
+    (("gate_proj", "up_proj"), "down_proj", 1),
+    (("gate_up_proj",), "down_proj", 2),
+    (("input_linear",), "output_linear", 2),
+)
+# What chooses among experts has a row for each of them; or one row, with an entry for each.
+_STATICS = "gate.moe_statics.e_score_correction_bias"
+_ROUTERS = re.compile(
+    r"(gate|router)\.(weight|bias|e_score_correction_bias)|(router\.layer|router\.gate|gate\.wg)\.weight"
+    r"|e_score_correction_bias|expert_bias|gate\.moe_statics\.e_score_correction_bias"
+)
+# What else may be in their block, of which no neuron has a part; the bias is of stacked down projections.
+_BIAS = "experts.down_proj_bias"
+_BESIDE = re.compile(rf"shared_expert_gate\.weight|post_mlp_layernorm\.weight|{re.escape(_BIAS)}")
 # What a router adds to scores for its choice alone. Where it has that and groups, a group's score is that of its best
 # two experts.
 _CORRECTION = "e_score_correction_bias"
 _OF_GROUP = 2
 # Keys of a config.json: how many groups a router chooses among first, and of how many of them a token's experts are;
 # and what configuration classes take, where that isn't one group.
-_GROUPS, _CHOSEN_GROUPS = "n_group", "topk_group"
-_GROUPS_UNSTATED = {"axk1": (8, 4), "deepseek_v3": (8, 4), "deepseek_v32": (8, 4)}
-# Of stacked down projections, which is no neuron's.
-_BIAS = "experts.down_proj_bias"
+_GROUPS, _CHOSEN_GROUPS = ("n_group", "num_expert_group"), "topk_group"
+_GROUPS_UNSTATED = dict.fromkeys(("axk1", "bailing_hybrid", "deepseek_v3", "deepseek_v32"), (8, 4))
 # What modules call tensors that files call something else.
 _OF_GRANITE = (
     ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
@@ -78,7 +96,8 @@ def _stacked(rows: str, down: str, **more: Any) -> _Form:
 
 
 _FORMS = (
-    _each("gate_proj", "up_proj", "down_proj"),
+    _each("gate_proj", "up_proj", "down_proj", blocks=("mlp", "feed_forward")),
+    _each("w1", "w3", "w2", blocks=("mlp", "feed_forward")),
     _each("w1", "w3", "w2", blocks=("block_sparse_moe",), renamed=_OF_MIXTRAL),
     # Matrices [in, out], in which gate and up take turns.
     _Form(
@@ -88,7 +107,7 @@ _FORMS = (
         ),
         (Owned("experts.down_proj", 1, stacked=True),),
     ),
-    _stacked("experts.gate_up_proj", "experts.down_proj", blocks=("mlp", "block_sparse_moe")),
+    _stacked("experts.gate_up_proj", "experts.down_proj", blocks=("mlp", "block_sparse_moe", "feed_forward")),
     _stacked("input_linear.weight", "output_linear.weight", blocks=("block_sparse_moe",), renamed=_OF_GRANITE),
 )
 
@@ -130,17 +149,17 @@ class _Found:
 
     def experts(self, form: _Form, layers: tuple[int, ...]) -> Experts:
         """All that is to know of them."""
-        count, chosen = self._number(), self._config.get(CHOSEN)
+        count, chosen = self._number(), chosen_experts(self._config)
         if not isinstance(chosen, int) or not 0 < chosen <= count:
             raise self._refusal(f"num_experts_per_tok in config.json is {chosen!r}, of {count} experts")
         rows, columns = form.owned(self._block, count)
         shared = self._shared(self._parts[layers[0]])
         routers = self._routers(self._parts[layers[0]])
-        known = {owned.tensor for owned in (*rows, *columns)} | {*routers}
-        known |= {f"{shared.name}.{name}.weight" for name in MLP} if shared else set()
+        known = {owned.tensor for owned in (*rows, *columns, *routers)}
+        known |= self._tensors_of(shared) if shared else set()
         for layer in layers:
             self._check(layer, known)
-        if shared is not None and form.renamed:
+        if shared is not None and form.renamed and shared.name.startswith(f"{self._block}."):
             raise self._refusal(f"{shared.name} is beside experts that modules call something else")
         groups, fewest = self._groups(count, chosen, routers)
         return Experts(
@@ -152,7 +171,7 @@ class _Found:
             numbers=tuple(self._numbers()),
             rows=rows,
             columns=columns,
-            whole=(*form.whole(self._block, count), *(Owned(name, 0) for name in routers)),
+            whole=(*form.whole(self._block, count), *routers),
             groups=groups,
             fewest=fewest,
             shared=shared,
@@ -175,19 +194,20 @@ class _Found:
             raise self._refusal(f"config.json disagrees with itself about the number of experts ({stated})")
         return int(next(iter(stated.values())))
 
-    def _routers(self, there: Shapes) -> list[str]:
-        """What chooses among a layer's experts: weights and biases that have a row for each."""
+    def _routers(self, there: Shapes) -> list[Owned]:
+        """What chooses among a layer's experts: weights and biases that have a row, or an entry, for each."""
         inside = ((name, name.removeprefix(f"{self._block}.")) for name in sorted(there))
-        return [name for name, own in inside if own != name and _ROUTERS.fullmatch(own)]
+        return [Owned(name, int(own == _STATICS)) for name, own in inside if own != name and _ROUTERS.fullmatch(own)]
 
-    def _groups(self, count: int, chosen: int, routers: Sequence[str]) -> tuple[int, int]:
+    def _groups(self, count: int, chosen: int, routers: Sequence[Owned]) -> tuple[int, int]:
         """The groups among which a router chooses first, and how many experts it needs in all of them."""
-        corrected = any(name.endswith(_CORRECTION) for name in routers)
+        corrected = any(it.tensor.endswith(_CORRECTION) for it in routers)
         unstated = _GROUPS_UNSTATED.get(str(self._config.get("model_type")), (1, 1)) if corrected else (1, 1)
-        stated = (self._config.get(key, usual) for key, usual in zip((_GROUPS, _CHOSEN_GROUPS), unstated, strict=True))
+        key = next((key for key in _GROUPS if key in self._config), _GROUPS[0])
+        stated = (self._config.get(name, usual) for name, usual in zip((key, _CHOSEN_GROUPS), unstated, strict=True))
         groups, chosen_groups = (it or 1 for it in stated)
         if not isinstance(groups, int) or groups < 1 or count % groups:
-            raise self._refusal(f"{_GROUPS} in config.json is {groups!r}, of {count} experts")
+            raise self._refusal(f"{key} in config.json is {groups!r}, of {count} experts")
         if not isinstance(chosen_groups, int) or not 1 <= chosen_groups <= groups:
             raise self._refusal(f"{_CHOSEN_GROUPS} in config.json is {chosen_groups!r}, of {groups} groups")
         of_group = max(-(-chosen // chosen_groups), _OF_GROUP if corrected and groups > 1 else 1)
@@ -195,21 +215,30 @@ class _Found:
         return groups, max(of_group * groups, 2)
 
     def _shared(self, there: Shapes) -> Shared | None:
-        names = [name for name in _SHARED if any(it.startswith(f"{self._block}.{name}.") for it in there)]
-        if not names:
+        named = (name.format(self._block) for name in _SHARED)
+        name = next((name for name in named if any(it.startswith(f"{name}.") for it in there)), None)
+        if name is None:
             return None
-        if self._config.get(SHARED_WIDTH) is not None:
-            return Shared(f"{self._block}.{names[0]}", SHARED_WIDTH)
-        copies = self._config.get(SHARED_NUMBER)
-        if not isinstance(copies, int) or copies < 1 or self._config.get(WIDTHS[0]) is None:
-            raise self._refusal(f"config.json doesn't say how wide {self._block}.{names[0]} is")
-        return Shared(f"{self._block}.{names[0]}", WIDTHS[0], copies)
+        field, copies = shared_experts(self._config)
+        if not isinstance(copies, int) or copies < 1:
+            raise self._refusal(f"config.json doesn't say how wide {name} is")
+        return Shared(name, field, copies, self._projections(name, there))
+
+    def _projections(self, name: str, there: Shapes) -> Projections:
+        for rows, down, parts in _OF_SHARED:
+            if f"{name}.{rows[0]}.weight" in there:
+                return rows, down, parts
+        raise self._refusal(f"{name} is no MLP of a kind that is known")
+
+    def _tensors_of(self, shared: Shared) -> set[str]:
+        rows, down, _ = shared.projections
+        return {f"{shared.name}.{name}.weight" for name in (*rows, down)}
 
     def _check(self, layer: int, known: set[str]) -> None:
         there = self._parts[layer]
         if missing := sorted(known - there.keys()):
             raise self._refusal(f"layer {layer} has no {missing[0]}")
-        others = {f"{self._block}.{name}" for name in (_BIAS, _SHARED_GATE)}
-        for name in sorted(there.keys() - known - others):
-            if name.startswith(f"{self._block}."):
+        for name in sorted(there.keys() - known):
+            inside = name.removeprefix(f"{self._block}.")
+            if inside != name and not _BESIDE.fullmatch(inside):
                 raise self._refusal(f"in layer {layer}, {name} is no part of experts of a kind that is known")

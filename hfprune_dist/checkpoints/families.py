@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from hfprune_dist.checkpoints.layer_settings import OTHER_LAYERS
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures.experts import (
+    WIDTHS,
     Experts,
     Projections,
     dense_neurons,
@@ -112,10 +114,10 @@ class Family:
         """The neurons of the other MLPs of a mixture of experts, and the experts themselves."""
         if self.experts is None:
             return []
-        made_of = config, self._mlp(config), self.experts, self._projections
+        made_of = config, self._mlp(config), self.experts
         shared = [shared_neurons(*made_of)] if self.experts.shared else []
-        dense = [dense_neurons(*made_of)] if self.dense_layers else []
-        return [*shared, *dense, whole_experts(config, made_of[1], self.experts)]
+        dense = [dense_neurons(*made_of, self._projections)] if self.dense_layers else []
+        return [*shared, *dense, whole_experts(*made_of)]
 
     def _mlp(self, config: Mapping[str, Any]) -> Block:
         return self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after)
@@ -227,6 +229,18 @@ _OTHER_THAN_LISTED = dict.fromkeys(("num_experts", "num_local_experts", "n_route
 
 # What is special about MLPs that could be taken for others.
 _UNFIT = {
+    "llama4_text": "routers multiply what its experts read, not what they make",
+    "jetmoe": "its attention has experts too",
+    "beam": "what its layers add is scaled by their number",
+    "diffllama": "its attention computes with a layer's number",
+    "minicpm3": "what its layers add is scaled by how many there are",
+    "lara_mini": "its files have in one matrix what its linear attention has in four",
+    "sarvam_moe": "its files have queries, keys and values in one matrix, which its attention has in three",
+    "axk2": "its files have queries and their gates in one matrix, which its attention has in two",
+    **dict.fromkeys(("deepseek_v4", "hy_v4"), "several residual streams run through its layers"),
+    **dict.fromkeys(
+        ("inkling_text", "inkling2_text", "inkling2_loop_text"), "its shared experts are routed to as well"
+    ),
     "recurrent_gemma": "its MLPs are half as wide as intermediate_size says",
     "falcon_h1": "its model, not its layers, makes the scales of their state-space blocks",
     "olmo_hybrid": "transformers makes no layer of it alone",
@@ -234,13 +248,22 @@ _UNFIT = {
     **dict.fromkeys(("zamba", "zamba2"), "its layers share their MLPs"),
     **dict.fromkeys(("gpt2", "openai-gpt"), "its matrices are transposed (Conv1D)"),
 }
+# What files of hunyuan_v1_moe say of each layer.
+_LISTED = ("moe_topk", "moe_intermediate_size")
 _NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
 def with_width(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json that says ``intermediate_size``, whatever its architecture calls it."""
+    """A config.json that says ``intermediate_size``, whatever its architecture calls it, and ``num_hidden_layers``; and
+    one number of experts and widths, where it lists as many equal ones.
+    """
+    if "num_hidden_layers" not in config and OTHER_LAYERS in config:
+        config = {**config, "num_hidden_layers": config[OTHER_LAYERS]}
+    if isinstance(config.get(_LISTED[0]), list):
+        listed = {key: config[key] for key in _LISTED if isinstance(config.get(key), list)}
+        config = {**config, **{key: them[0] for key, them in listed.items() if len({*them}) == 1}}
     names = tuple[str, ...](() if config.get("num_local_experts") else OTHER_WIDTHS)
-    names += () if "intermediate_size" in config else OLDER_WIDTHS
+    names += () if "intermediate_size" in config else (*OLDER_WIDTHS, WIDTHS[0])
     width = next((config[key] for key in names if key in config), None)
     return dict(config) if width is None else {**config, "intermediate_size": width}
 

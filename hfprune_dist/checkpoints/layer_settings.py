@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfprune_dist.checkpoints.text_decoder import DEEPSTACK
+from hfprune_dist.structures.experts import has_experts
 from hfprune_dist.structures.units import PER_LAYER
 
 # An entry for each layer.
 _LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 # How many of the first layers are of one kind.
-_OF_THE_FIRST = ("max_window_layers", "first_k_dense_replace")
+_OF_THE_FIRST = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
 # Every so many layers are of another kind -> the list that says the same where there is one.
 _INTERVALS = {
     "no_rope_layer_interval": "no_rope_layers",
@@ -30,6 +31,7 @@ _UNLISTED = {
             "gemma4_text",
             "gemma4_unified_text",
             "granite_swa",
+            "lfm3",
             "olmo3",
             "qwen3_5_text",
             "vaultgemma",
@@ -41,8 +43,14 @@ _UNLISTED = {
 # Numbers of the layers of one kind.
 _NUMBERS = ("full_attn_idxs", "attn_layer_indices")
 _SHARED = "num_kv_shared_layers"
+# What files of exaone call the number of layers.
+OTHER_LAYERS = "num_layers"
 # Numbers of layers without experts, and every how many layers there are some elsewhere.
 _WITHOUT_EXPERTS, _SPARSE_STEP = "mlp_only_layers", "decoder_sparse_step"
+# From which layer to which there are some, and every how many.
+_FROM, _TO, _EVERY = "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"
+# Every so many layers, from one on, have experts, or attention.
+_PERIODS = {"expert_layer_period": "expert_layer_offset", "attn_layer_period": "attn_layer_offset"}
 
 
 def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
@@ -56,6 +64,9 @@ def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
     if model_type in _UNLISTED and not config.get(_UNLISTED[model_type]):
         why = f"{model_type} tells layers apart by their number where config.json has no {_UNLISTED[model_type]}"
         return dict.fromkeys(layers, why)
+    for period in _PERIODS:
+        if config.get(period):
+            return dict.fromkeys(layers, f"{period} {config[period]} tells layers apart by their number")
     if config.get(_SHARED):
         return dict.fromkeys(layers, f"its last {config[_SHARED]} layers read keys and values of others ({_SHARED})")
     if len(layers) == 1:
@@ -76,11 +87,32 @@ def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any
     settings = config.get(PER_LAYER) or {}
     own = {str(number): settings[str(layer)] for number, layer in enumerate(layers) if str(layer) in settings}
     kept = {PER_LAYER: own} if settings else {}
-    return {"num_hidden_layers": len(layers), **kinds, **firsts, **places, **kept, **_experts_of(config, layers)}
+    other = {OTHER_LAYERS: len(layers)} if config.get(OTHER_LAYERS) == config["num_hidden_layers"] else {}
+    return {
+        "num_hidden_layers": len(layers),
+        **other,
+        **kinds,
+        **firsts,
+        **places,
+        **kept,
+        **_experts_of(config, layers),
+    }
 
 
 def _experts_of(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
-    """Which of them have no experts, where config.json says it by number."""
+    """Which of them have experts, where config.json says it by number; of several layers, as far as it can."""
+    first = layers[0]
+    periods = {
+        key: value
+        for period, offset in _PERIODS.items()
+        if config.get(period)
+        for key, value in ((period, 2), (offset, int(first % config[period] != config.get(offset, 0))))
+    }
+    if _FROM in config:
+        sparse = [number for number, layer in enumerate(layers) if has_experts(config, layer)] or [1, 0]
+        return {_FROM: sparse[0], _TO: sparse[-1], _EVERY: 1}
+    if periods:
+        return periods
     step, without = config.get(_SPARSE_STEP) or 1, config.get(_WITHOUT_EXPERTS) or []
     if step == 1 and not without:
         return {}

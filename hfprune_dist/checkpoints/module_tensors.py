@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.structures.experts import Experts
 
+# Convolutions of linear attention, which some files have each.
+_JOINED, _WHOLE = (".q_conv1d.weight", ".k_conv1d.weight", ".v_conv1d.weight"), ".conv1d.weight"
+
 
 @dataclass(frozen=True)
 class ModuleTensor:
@@ -29,6 +32,21 @@ class ModuleTensor:
 
 def module_tensors(checkpoint: Checkpoint, layer: int | None = None) -> dict[str, ModuleTensor]:
     """Name in modules -> a tensor of a model; of one layer alone, if it is given."""
+    return _joined(_of_checkpoint(checkpoint, layer))
+
+
+def _joined(tensors: dict[str, ModuleTensor]) -> dict[str, ModuleTensor]:
+    """The same with those in one that modules have one behind the other."""
+    made = dict(tensors)
+    for first in (name for name in tensors if name.endswith(_JOINED[0])):
+        names = [first.removesuffix(_JOINED[0]) + part for part in _JOINED]
+        parts = [made.pop(name) for name in names]
+        shape = (sum(it.shape[0] for it in parts), *parts[0].shape[1:])
+        made[first.removesuffix(_JOINED[0]) + _WHOLE] = ModuleTensor(shape, (tuple(it.sources[0][0] for it in parts),))
+    return made
+
+
+def _of_checkpoint(checkpoint: Checkpoint, layer: int | None) -> dict[str, ModuleTensor]:
     prefix = f"{checkpoint.family.layers}."
     wanted = prefix if layer is None else f"{prefix}{layer}."
     names = [name for name in checkpoint.tensors if layer is None or name.startswith(wanted)]

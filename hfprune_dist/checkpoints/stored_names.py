@@ -2,14 +2,78 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from hfprune_dist.checkpoints.text_decoder import has_vision
 
-# model_type -> (what the names of modules begin with, and what those in files may begin with).
-_RENAMED: dict[str, tuple[tuple[str, str], ...]] = {"gpt_neox": (("lm_head.", "embed_out."),)}
+# What the names of modules begin with, and what those in files begin with; # stands for the number of a layer.
+Pair = tuple[str, str]
+
+
+def _in_layers(*pairs: Pair, layers: str = "model.layers.#.") -> tuple[Pair, ...]:
+    return tuple((f"model.layers.#.{modules}", f"{layers}{files}") for modules, files in pairs)
+
+
+_OF_GATE = "mlp.gate.e_score_correction_bias"
+_SINKS = "self_attn.sinks"
+# model_type -> those of its names that differ; the first that fits counts.
+_RENAMED: dict[str, tuple[Pair, ...]] = {
+    "gpt_neox": (("lm_head.", "embed_out."),),
+    "exaone": (
+        ("model.embed_tokens.", "transformer.wte."),
+        ("model.norm.", "transformer.ln_f."),
+        *_in_layers(
+            ("self_attn.o_proj.", "attn.attention.out_proj."),
+            ("self_attn.", "attn.attention."),
+            ("input_layernorm.", "ln_1."),
+            ("post_attention_layernorm.", "ln_2."),
+            ("mlp.gate_proj.", "mlp.c_fc_0."),
+            ("mlp.up_proj.", "mlp.c_fc_1."),
+            ("mlp.down_proj.", "mlp.c_proj."),
+            layers="transformer.h.#.",
+        ),
+    ),
+    "axk1": _in_layers(("mlp.post_mlp_layernorm.", "post_mlp_layernorm.")),
+    "bailing_hybrid": (
+        ("model.embed_tokens.", "model.word_embeddings."),
+        *_in_layers(
+            (_OF_GATE, "mlp.gate.expert_bias"),
+            *((f"self_attn.forget_gate.{part}", f"attention.{part}") for part in ("f_proj.", "dt_bias", "A_log")),
+            ("self_attn.o_proj.", "attention.dense."),
+            ("self_attn.", "attention."),
+        ),
+    ),
+    "ernie4_5_moe": _in_layers(("mlp.gate.moe_statics.", "mlp.moe_statics.")),
+    "exaone_moe": _in_layers((_OF_GATE, "mlp.e_score_correction_bias")),
+    "flint": _in_layers((_SINKS, "self_attn.softmax_offset")),
+    "hy_v3": _in_layers(
+        ("mlp.gate.", "mlp.router.gate."),
+        ("mlp.e_score_correction_bias", "mlp.expert_bias"),
+        ("mlp.shared_experts.", "mlp.shared_mlp."),
+    ),
+    "kimi_linear": _in_layers(
+        *(
+            (f"self_attn.forget_gate.{part}", f"self_attn.{part}")
+            for part in ("f_a_proj.", "f_b_proj.", "dt_bias", "A_log")
+        ),
+        ("mlp.", "block_sparse_moe."),
+    ),
+    "kolibri1": _in_layers(
+        (_OF_GATE, "moe.router.expert_bias"),
+        ("post_self_attn_layernorm.", "post_attn_norm."),
+        ("post_mlp_layernorm.", "post_ffn_norm."),
+    ),
+    "laguna": _in_layers(
+        (_OF_GATE, "mlp.experts.e_score_correction_bias"), ("mlp.shared_experts.", "mlp.shared_expert.")
+    ),
+    "lfm3": _in_layers(("self_attn.g_proj.", "self_attn.gate_proj.")),
+    "mimo_v2_flash": _in_layers((_SINKS, "self_attn.attention_sink_bias")),
+    "phimoe": _in_layers(("mlp.router.", "block_sparse_moe.gate."), ("mlp.", "block_sparse_moe.")),
+}
 # The same of text decoders inside models of images and text.
 _OF_DECODERS = (
     ("model.language_model.", "language_model.model."),
@@ -20,9 +84,9 @@ _OF_DECODERS = (
 
 @dataclass(frozen=True)
 class StoredNames:
-    """Beginnings of names: (in modules, in files) of those that differ."""
+    """Beginnings of names that differ."""
 
-    prefixes: tuple[tuple[str, str], ...] = ()
+    pairs: tuple[Pair, ...] = ()
 
     @classmethod
     def of(cls, config: Mapping[str, Any], names: Iterable[str]) -> StoredNames:
@@ -33,15 +97,28 @@ class StoredNames:
         """
         pairs = _OF_DECODERS if has_vision(config) else _RENAMED.get(str(config.get("model_type")), ())
         every = list(names)
-        return cls(tuple(pair for pair in pairs if any(name.startswith(pair[1]) for name in every)))
+        return cls(tuple(pair for pair in pairs if any(_beginning(pair[1]).match(name) for name in every)))
 
     def in_modules(self, name: str) -> str:
         """What a tensor in the files is called in a model."""
-        return next((ours + name.removeprefix(its) for ours, its in self.prefixes if name.startswith(its)), name)
+        return _renamed(name, ((its, ours) for ours, its in self.pairs))
 
     def in_files(self, name: str) -> str:
         """What a tensor of a model is called in the files."""
-        return next((its + name.removeprefix(ours) for ours, its in self.prefixes if name.startswith(ours)), name)
+        return _renamed(name, self.pairs)
+
+
+@cache
+def _beginning(part: str) -> re.Pattern[str]:
+    return re.compile(re.escape(part).replace(re.escape("#"), r"(\d+)"))
+
+
+def _renamed(name: str, pairs: Iterable[Pair]) -> str:
+    for before, after in pairs:
+        if found := _beginning(before).match(name):
+            number = found[1] if found.re.groups else ""
+            return after.replace("#", number) + name[found.end() :]
+    return name
 
 
 # Where files call all tensors as modules do.

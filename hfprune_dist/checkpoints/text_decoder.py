@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Those of which it is tested, by their model_type, that images do to a pruned decoder what they do to a masked one.
-KNOWN = ("gemma3", "idefics3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm")
+KNOWN = ("gemma3", "idefics3", "llava", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "smolvlm")
 # What the modules of a text decoder are called.
 BODIES = ("model.language_model.", "model.text_model.")
 HEAD = "lm_head."

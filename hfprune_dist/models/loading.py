@@ -21,6 +21,8 @@ from hfprune_dist.errors import UserError
 # transformers changes defaults of the whole process while it makes a model: threads that make one at the same time
 # would restore each other's, and every later model might lack its tied head.
 ONE_AT_A_TIME = threading.Lock()
+# What modules make in float32 whatever dtype a model is loaded in, of which its class doesn't tell (hunyuan_v1_moe).
+_FLOAT32 = ("gate.wg.weight",)
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -109,7 +111,7 @@ def attention_of(checkpoint: Checkpoint) -> str:
 def stays_float32(checkpoint: Checkpoint, name: str) -> bool:
     """Whether transformers keeps a tensor in float32 whatever dtype a model is loaded in, as some routers are."""
     kept = getattr(transformers, checkpoint.family.plain_class)._keep_in_fp32_modules_strict or ()
-    return any(part in name for part in kept)
+    return any(part in name for part in (*kept, *_FLOAT32))
 
 
 def require_own_weights(checkpoint: Checkpoint) -> None:

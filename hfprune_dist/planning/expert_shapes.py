@@ -40,7 +40,8 @@ class ExpertTarget:
         """
         widths, largest = self._experts_widths(), self.largest()
         if self.asked.ratio > largest:
-            raise self.asked.out_of_reach(largest, largest)
+            steps = f", since experts' widths go in steps of {self._step}"
+            raise self.asked.out_of_reach(largest, largest, steps)
         return self._with(widths[bisect_left(widths, self.asked.ratio, key=self._ratio)])
 
     def largest(self) -> float:
@@ -52,8 +53,12 @@ class ExpertTarget:
 
     def _experts_widths(self) -> list[int]:
         """What experts may keep, falling; not all that there is."""
-        width, step = self._experts.width, math.lcm(self.asked.multiple_of, ALIGNED)
+        width, step = self._experts.width, self._step
         return [it for it in range(width // step * step, 0, -step) if it < width] or [width]
+
+    @property
+    def _step(self) -> int:
+        return math.lcm(self.asked.multiple_of, ALIGNED)
 
     @property
     def _experts(self) -> Units:

@@ -14,10 +14,21 @@ from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 Projections = tuple[Sequence[str], str, int]
 
 # Keys of a config.json: how many experts a layer has, and how many of them compute a token.
-NUMBERS, CHOSEN = ("num_experts", "num_local_experts", "n_routed_experts"), "num_experts_per_tok"
+NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 # How wide they are, by the first one that is there; and how wide the shared one is, by itself or as many times as wide.
 WIDTHS = ("moe_intermediate_size", "intermediate_size")
-SHARED_WIDTH, SHARED_NUMBER = "shared_expert_intermediate_size", "n_shared_experts"
+SHARED_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size")
+SHARED_NUMBERS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+# How many times, where no key says it.
+_UNSTATED_SHARED = {"hunyuan_v1_moe": 1}
+# How wide MLPs of layers without experts are, where another key than theirs says it.
+_DENSE_WIDTHS = ("dense_intermediate_size", "prefix_dense_intermediate_size")
+# Which layers have some: those from a number on, ...
+_FIRSTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+# ... those whose number, or the next one, so many divide; and those whose number leaves such a remainder.
+_STEPS = ("decoder_sparse_step", "moe_layer_interval")
+_PERIOD, _OFFSET = "expert_layer_period", "expert_layer_offset"
 
 
 @dataclass(frozen=True)
@@ -28,11 +39,13 @@ class Shared:
         name: within a layer.
         field: of config.json, which says how wide it is.
         copies: neurons for each one that the field counts.
+        projections: that it has.
     """
 
     name: str
     field: str
-    copies: int = 1
+    copies: int
+    projections: Projections
 
 
 @dataclass(frozen=True)
@@ -96,34 +109,60 @@ def expert_sizes(config: Mapping[str, Any]) -> list[ExpertSizes | None]:
     if not experts:
         return [None for _ in layers]
     width = int(next(config[key] for key in WIDTHS if config.get(key) is not None))
-    sizes = ExpertSizes(experts, int(config.get(CHOSEN) or 1), width)
-    return [sizes if _has_experts(config, layer) else None for layer in layers]
+    sizes = ExpertSizes(experts, int(chosen_experts(config) or 1), width)
+    return [sizes if has_experts(config, layer) else None for layer in layers]
 
 
 def number_of_experts(config: Mapping[str, Any]) -> int:
     """Of a layer that has some; 0 where a config.json speaks of no more than one."""
     stated = [int(config[key]) for key in NUMBERS if isinstance(config.get(key), int)]
-    return max(stated) if stated and max(stated) > 1 else 0
+    has_some = stated and max(stated) > 1 and config.get("is_moe", True)
+    return max(stated) if has_some else 0
+
+
+def chosen_experts(config: Mapping[str, Any]) -> Any:
+    """How many of them compute a token, as a config.json says it; None where it doesn't."""
+    return next((config[key] for key in CHOSEN if config.get(key) is not None), None)
+
+
+def shared_experts(config: Mapping[str, Any]) -> tuple[str, Any]:
+    """The key of a config.json that says how wide the shared one is, and how many times as wide it is.
+
+    The latter is None where no key says it.
+    """
+    own = next((key for key in SHARED_WIDTHS if config.get(key)), None)
+    if own:
+        return own, 1
+    unstated = _UNSTATED_SHARED.get(str(config.get("model_type")))
+    number = next((config[key] for key in SHARED_NUMBERS if config.get(key) is not None), unstated)
+    return next(key for key in WIDTHS if config.get(key) is not None), number
 
 
 def mlp_widths(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Of each layer of a config.json, the neurons that compute a token, and those that are there, experts' included."""
-    dense, experts = read_counts(config, "intermediate_size"), number_of_experts(config)
+    experts = number_of_experts(config)
     if not experts:
-        return [(width, width) for width in dense]
+        return [(width, width) for width in read_counts(config, "intermediate_size")]
+    dense = read_counts(config, _dense_width(config))
     width = int(next(config[key] for key in WIDTHS if config.get(key) is not None))
-    shared = int(config.get(SHARED_WIDTH) or (config.get(SHARED_NUMBER) or 0) * width)
-    sparse = width * int(config.get(CHOSEN) or 1) + shared, width * experts + shared
-    return [sparse if _has_experts(config, layer) else (count, count) for layer, count in enumerate(dense)]
+    field, copies = shared_experts(config)
+    shared = int(config[field]) * int(copies or 0)
+    sparse = width * int(chosen_experts(config) or 1) + shared, width * experts + shared
+    return [sparse if has_experts(config, layer) else (count, count) for layer, count in enumerate(dense)]
 
 
-def _has_experts(config: Mapping[str, Any], layer: int) -> bool:
+def has_experts(config: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer of a mixture has experts, in place of a plain MLP."""
     kinds = config.get("mlp_layer_types")
     if kinds:
         return bool(kinds[layer] == "sparse")
-    in_turn = (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
-    plain = config.get("mlp_only_layers") or ()
-    return layer >= (config.get("first_k_dense_replace") or 0) and layer not in plain and in_turn
+    last = config.get("moe_layer_end_index", -1)
+    if layer in (config.get("mlp_only_layers") or ()) or (last != -1 and layer > last):
+        return False
+    if config.get(_PERIOD):
+        return bool(layer % config[_PERIOD] == (config.get(_OFFSET) or 0))
+    in_turn = all((layer + 1) % (config.get(key) or 1) == 0 for key in _STEPS)
+    return in_turn and all(layer >= (config.get(key) or 0) for key in _FIRSTS)
 
 
 def expert_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts) -> Units:
@@ -163,19 +202,24 @@ def whole_experts(config: Mapping[str, Any], mlp: Block, experts: Experts) -> Un
     )
 
 
-def shared_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts, projections: Projections) -> Units:
+def shared_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts) -> Units:
     """The neurons of the shared experts of a model that has such."""
     shared = experts.shared
     assert shared is not None, "the model has no shared experts"
-    units = neurons(config, replace(mlp, name=shared.name), *projections)
+    units = neurons(config, replace(mlp, name=shared.name), *shared.projections)
     counts = _counts(config, shared.field, shared.copies, experts.layers)
     return replace(units, kind=SHARED_NEURONS, counts=counts, fields={shared.field: 1}, copies=shared.copies)
 
 
 def dense_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts, projections: Projections) -> Units:
     """The neurons of the layers that have a plain MLP in place of experts."""
-    units = neurons(config, mlp, *projections)
-    return replace(units, counts=tuple(0 if it in experts.layers else count for it, count in enumerate(units.counts)))
+    units, field = neurons(config, mlp, *projections), _dense_width(config)
+    counts = tuple(0 if it in experts.layers else count for it, count in enumerate(read_counts(config, field)))
+    return replace(units, counts=counts, fields={field: 1})
+
+
+def _dense_width(config: Mapping[str, Any]) -> str:
+    return next((key for key in _DENSE_WIDTHS if config.get(key) is not None), "intermediate_size")
 
 
 def _counts(config: Mapping[str, Any], field: str, copies: int, layers: tuple[int, ...]) -> tuple[int, ...]:

@@ -59,6 +59,12 @@ def test_shapes_say_what_config_json_does_not():
     assert found(config=CONFIG | {"num_key_value_heads": 2, "tie_word_embeddings": False})[1] == {}
 
 
+def test_blocks_that_predict_further_tokens_are_no_part_of_it():
+    further = {f"model__mtp__layers__{number}__mlp__up_proj__weight": [12, 8] for number in range(2)}
+    family, _ = found(model__mtp_emb_norm__0__weight=[8], **further)
+    assert family.tensors(CONFIG) == {*shapes_of(), "lm_head.weight"} and family.layers == "model.layers"
+
+
 def test_gate_and_up_in_one_matrix_are_two_parts_of_it():
     family, _ = found(without("mlp.gate_proj", "mlp.up_proj") | {"mlp.gate_up_proj": [24, 8]})
     units = family.units(CONFIG)
@@ -132,9 +138,15 @@ def test_a_config_without_a_type_is_refused():
             refuse_other_kinds({key: it for key, it in CONFIG.items() if key != "model_type"} | told, "here")
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "falcon_h1", "olmo_hybrid", "nemotron_h", "zamba2", "recurrent_gemma"])
+REFUSED = (
+    *("gpt2", "falcon_h1", "olmo_hybrid", "nemotron_h", "zamba2", "recurrent_gemma", "llama4_text", "jetmoe", "beam"),
+    *("diffllama", "minicpm3", "lara_mini", "sarvam_moe", "axk2", "deepseek_v4", "hy_v4", "inkling_text"),
+)
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
 def test_some_are_refused_by_their_type_whatever_else_they_say(model_type):
-    with pytest.raises(UserError, match=f"'{model_type}' is not supported: [a-z ,-]*") as caught:
+    with pytest.raises(UserError, match=f"'{model_type}' is not supported: [a-zV, '-]*") as caught:
         refuse_other_kinds(CONFIG | {"model_type": model_type, "n_routed_experts": 4}, "here")
     assert "mixture" not in str(caught.value)
 

@@ -1,4 +1,8 @@
-"""Every mixture of experts that is pruned, held against what transformers makes of a tiny model of it."""
+"""Every mixture of experts that is pruned, held against what transformers makes of a tiny model of it.
+
+Experts of ``MORE_EXPERTS`` have a form that one of ``EXPERTS`` has too: of these is tested what could differ, which is
+all that is around experts, and their names in files and in config.json.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,10 @@ import torch
 from families import EXPERTS, save_model, with_experts
 from families_lora import trained_and_merged
 from families_masked import through_layers
+from forks import on_ranks
 from masking import write
-from mixtures import some_kept
+from mixtures import KIND, definition, experts_of, some_kept
+from more_families import MORE_EXPERTS
 from peft import PeftModel
 from ranks import SoloWorld
 from refitting import refit
@@ -26,12 +32,15 @@ from transformers import AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import is_plain
 from hfprune_dist.config.method import Method
+from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.models.single_layer import LayerReader, run
 from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
+from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.structures import EXPERTS as WHOLE
 from hfprune_dist.structures import NEURONS
+from hfprune_dist.structures.experts import mlp_widths
 from hfprune_dist.structures.kept import Shape
 
 README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
@@ -40,6 +49,8 @@ CPU = torch.device("cpu")
 # Of what is kept, and then of that.
 SHARES = {NEURONS: (2 / 3, 1 / 2), WHOLE: (3 / 4, 2 / 3)}
 every_family = pytest.mark.parametrize("model_type", EXPERTS)
+every_mixture = pytest.mark.parametrize("model_type", EXPERTS | MORE_EXPERTS)
+further = pytest.mark.parametrize("model_type", MORE_EXPERTS)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +59,7 @@ def checkpoint_of(tmp_path_factory):
 
     @functools.cache
     def made(name, structure=NEURONS):
-        changes = with_experts(name, 8) if structure == WHOLE else {}
+        changes = MORE_EXPERTS.get(name, {}) | (with_experts(name, 8) if structure == WHOLE else {})
         return open_checkpoint(save_model(tmp_path_factory.mktemp(name) / "model", name, **changes))
 
     return made
@@ -80,20 +91,20 @@ def gone_of(units, kept, layer):
 
 
 def never_chosen(layer, gone_E):
-    """Let a layer's router choose none of these experts: their logits, or corrected scores, are -inf."""
+    """Let a layer's router choose none of these experts: their logits and corrected scores are -inf."""
     router = next(it for name, it in layer.named_modules() if name.rpartition(".")[2] in ("gate", "router"))
     compute, linear = router.forward, torch.nn.functional.linear
+    without = partial(torch.masked_fill, mask=gone_E, value=float("-inf"))
 
-    def forward(hidden):
+    def forward(hidden, *corrections):
         with pytest.MonkeyPatch.context() as patch:
-            without = partial(torch.masked_fill, mask=gone_E, value=float("-inf"))
             patch.setattr(torch.nn.functional, "linear", lambda *inputs: without(linear(*inputs)))
-            return compute(hidden)
+            return compute(hidden, *map(without, corrections))
 
-    if hasattr(router, "e_score_correction_bias"):
-        router.e_score_correction_bias[gone_E] = float("-inf")
-    else:
-        router.forward = forward
+    for name, bias in router.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            bias[..., gone_E] = float("-inf")
+    router.forward = forward
 
 
 def masked(checkpoint, kept):
@@ -134,10 +145,11 @@ def test_the_readme_lists_what_is_covered(checkpoint_of):
     section = README.read_text().partition("### Mixtures of experts")[2].partition("\n###")[0]
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
     listed = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
-    assert listed.keys() == EXPERTS.keys()
+    assert listed.keys() == (EXPERTS | MORE_EXPERTS).keys()
     for name, (_, neurons, beside, whole, groups) in listed.items():
         kinds = checkpoint_of(name).structures
-        assert ("each group" in whole) == (name in ("glm4_moe", "deepseek_v3")) and WHOLE in kinds
+        grouped = {"n_group", "num_expert_group"} & checkpoint_of(name).config.keys()
+        assert ("each group" in whole) == bool(grouped) and WHOLE in kinds, name
         assert groups.strip().startswith("no: " if checkpoint_of(name).family.whole_groups else "yes"), name
         assert ("shared" in beside) == ("shared_neurons" in kinds)
         assert ("without" in neurons) == ("neurons" in kinds), name
@@ -149,6 +161,25 @@ def as_numbered(checkpoint, kept, routing):
         return routing
     sparse = [kept.of_layer(layer, WHOLE) for layer in checkpoint.family.experts.layers]
     return [rows[chosen].sort().values for rows, chosen in zip(sparse, routing, strict=True)]
+
+
+def assert_pruned_is_masked(checkpoint, kept, folder):
+    assert is_plain(checkpoint, kept.shape)
+    write(checkpoint, kept, folder)
+    smaller, loaded, dense = open_checkpoint(folder), load(folder), masked(checkpoint, kept)
+    require_own_weights(checkpoint)
+    require_own_weights(smaller)
+    assert type(loaded).__module__.startswith("transformers.")
+    assert_same(logits_of(loaded), logits_of(dense))
+    routing = as_numbered(checkpoint, kept, routing_of(loaded))
+    assert len(routing) == len(checkpoint.family.experts.layers)
+    assert all(torch.equal(*pair) for pair in zip(routing, routing_of(dense), strict=True))
+    parameters = {it.data_ptr(): it.numel() for it in loaded.state_dict().values()}
+    assert smaller.parameters == checkpoint.parameter_counts.of(kept.shape) == sum(parameters.values())
+    fields = {field for units in checkpoint.structures.values() for field in units.fields}
+    assert {key for key, value in checkpoint.config.items() if smaller.config[key] != value} <= fields
+    stated = loaded.config.to_dict()
+    assert all(smaller.config[key] == stated[key] for key in fields & stated.keys())
 
 
 @every_family
@@ -168,24 +199,66 @@ def test_a_pruned_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_
         checkpoint = as_modules_have_it(checkpoint.path, tmp_path / "fused", model_type)
         assert not checkpoint.family.experts.each
     kept = some_kept(checkpoint, SHARES[structure][0], structure, groups=groups and not checkpoint.family.whole_groups)
-    assert is_plain(checkpoint, kept.shape)
-    write(checkpoint, kept, tmp_path / "pruned")
-    smaller = open_checkpoint(tmp_path / "pruned")
-    require_own_weights(checkpoint)
-    require_own_weights(smaller)
-    loaded = load(tmp_path / "pruned")
-    assert type(loaded).__module__.startswith("transformers.")
-    assert_same(logits_of(loaded), logits_of(masked(checkpoint, kept)))
-    routing, expected = as_numbered(checkpoint, kept, routing_of(loaded)), routing_of(masked(checkpoint, kept))
-    assert len(routing) == len(checkpoint.family.experts.layers)
-    assert all(torch.equal(*pair) for pair in zip(routing, expected, strict=True))
-    assert smaller.parameters == checkpoint.parameter_counts.of(kept.shape)
-    assert smaller.parameters == sum(it.numel() for it in loaded.state_dict().values())
-    fields = {field for units in checkpoint.structures.values() for field in units.fields}
-    assert {key for key, value in checkpoint.config.items() if smaller.config[key] != value} <= fields
-    assert {key: smaller.config[key] for key in fields & loaded.config.to_dict().keys()} == {
-        key: loaded.config.to_dict()[key] for key in fields & loaded.config.to_dict().keys()
+    assert_pruned_is_masked(checkpoint, kept, tmp_path / "pruned")
+
+
+def test_a_list_of_equal_numbers_is_one(checkpoint_of, tmp_path):
+    """Files of hunyuan_v1_moe have an entry for each layer."""
+    shutil.copytree(checkpoint_of("hunyuan_v1_moe").path, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"moe_topk": [2] * 3, "moe_intermediate_size": [24] * 3}))
+    checkpoint = open_checkpoint(tmp_path / "model")
+    assert_pruned_is_masked(checkpoint, some_kept(checkpoint, 2 / 3), tmp_path / "pruned")
+    file.write_text(json.dumps(config | {"moe_topk": [2, 1, 2]}))
+    with pytest.raises(UserError, match=r"num_experts_per_tok in config.json is \[2, 1, 2\], of 4 experts"):
+        open_checkpoint(tmp_path / "model")
+
+
+@further
+@pytest.mark.parametrize("structure", [NEURONS, WHOLE])
+def test_what_is_around_experts_computes_the_same(checkpoint_of, tmp_path, model_type, structure):
+    checkpoint = checkpoint_of(model_type, structure)
+    kept = some_kept(checkpoint, SHARES[structure][0], structure)
+    assert_pruned_is_masked(checkpoint, kept, tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("model_type", ["phimoe", "lfm2_moe", "kimi_linear"])
+def test_files_may_have_what_modules_have(checkpoint_of, tmp_path, model_type):
+    checkpoint = as_modules_have_it(checkpoint_of(model_type).path, tmp_path / "fused", model_type)
+    assert not checkpoint.family.experts.each and not checkpoint.names.pairs
+    assert_pruned_is_masked(checkpoint, some_kept(checkpoint, 2 / 3), tmp_path / "pruned")
+
+
+@every_mixture
+def test_config_json_alone_tells_the_neurons_of_each_layer(checkpoint_of, model_type):
+    checkpoint = checkpoint_of(model_type)
+    counts = zip(*(it.counts for it in checkpoint.pruned_kinds([NEURONS])), strict=True)
+    assert [stored for _, stored in mlp_widths(checkpoint.config)] == [sum(layer) for layer in counts]
+
+
+def scorer_of(checkpoint, world):
+    kinds = [it.kind for it in checkpoint.pruned_kinds([NEURONS])]
+    options = {"seed": 0, "micro_batch_size": 1, "world": world, "structures": kinds}
+    return ShardScorer(checkpoint, torch.float32, WINDOWS, [CRITERIA["entropy"]], **options)
+
+
+@further
+def test_scores_are_those_that_are_defined(checkpoint_of, model_type):
+    checkpoint, model = checkpoint_of(model_type), load(checkpoint_of(model_type).path)
+    units = {it.kind: it for it in checkpoint.pruned_kinds([NEURONS])}
+    others = {
+        (kind, layer): it.tensor(layer, it.output)
+        for kind, it in units.items()
+        for layer, count in enumerate(it.counts)
+        if kind != KIND and count
     }
+    expected = definition(model, WINDOWS[:2], "entropy", others=others)
+    assert {layer for kind, layer in expected if kind == KIND} == {*experts_of(model)}
+    sums = scorer_of(checkpoint, SoloWorld()).score([range(2)]).kinds
+    for (kind, layer), expected_U in expected.items():
+        ours_U = sums[kind].exact["entropy"][layer, : len(expected_U)]
+        assert (ours_U - expected_U).norm() <= 1e-4 * expected_U.norm(), (kind, layer)
 
 
 @every_family
@@ -308,7 +381,7 @@ def test_pruning_twice_is_pruning_once(checkpoint_of, tmp_path, model_type, stru
     assert open_checkpoint(tmp_path / "twice").parameters == checkpoint.parameter_counts.of(both.shape)
 
 
-@every_family
+@every_mixture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_layer_after_layer_is_the_whole_model(checkpoint_of, model_type, dtype):
@@ -316,7 +389,7 @@ def test_layer_after_layer_is_the_whole_model(checkpoint_of, model_type, dtype):
     through_layers(checkpoint, load(checkpoint.path, dtype), WINDOWS)
 
 
-@every_family
+@every_mixture
 def test_lora_trains_and_merges_and_leaves_experts_as_they_are(checkpoint_of, tmp_path, model_type):
     checkpoint = checkpoint_of(model_type)
     model = trained_and_merged(checkpoint, tmp_path, WINDOWS)
@@ -324,9 +397,48 @@ def test_lora_trains_and_merges_and_leaves_experts_as_they_are(checkpoint_of, tm
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.path, tmp_path / "merged"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(".self_attn." in name for name in changed)
+    assert changed and all(re.search(r"\.(self_attn|attention|conv)\.", name) for name in changed)
     saved = PeftModel.from_pretrained(load(checkpoint.path), tmp_path / "adapter")
     assert torch.equal(logits_of(saved.eval()), theirs)
+
+
+@every_mixture
+@torch.no_grad()
+def test_pairs_share_a_row_of_training_where_they_do_not_see_each_other(checkpoint_of, model_type):
+    checkpoint = checkpoint_of(model_type)
+    model = load_causal_lm(checkpoint.path, torch.float32)
+    alone = torch.cat([model(input_ids=WINDOWS[:1, part]).logits for part in (slice(0, 5), slice(5, 12))], dim=1)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    together = model(input_ids=WINDOWS[:1], position_ids=positions, use_cache=False).logits
+    if checkpoint.family.keeps_apart:
+        assert_same(together, alone)
+    else:
+        assert (together - alone).abs().max() > 1e-2 * alone.abs().max()
+
+
+def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
+    """ZeRO-3 over two real ranks, for all families in one pair of processes."""
+    checkpoints = {name: checkpoint_of(name) for name in EXPERTS | MORE_EXPERTS}
+
+    def sums_of(name, world, *ranks):
+        """Those of each of some ranks."""
+        scorer = scorer_of(checkpoints[name], world)
+        sums = [scorer.score([range(2 * rank, 2 * rank + 2)]) for rank in ranks]
+        scorer.release()
+        return [{kind: it.exact["entropy"] for kind, it in of_rank.kinds.items()} for of_rank in sums]
+
+    def act(world):
+        from hfprune_dist.distributed.zero3 import init_deepspeed
+
+        init_deepspeed(world)
+        torch.save({name: sums_of(name, world, world.rank) for name in checkpoints}, tmp_path / f"{world.rank}.pt")
+
+    assert on_ranks(2, act).codes == [0, 0]
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name in checkpoints:
+        for rank, expected in enumerate(sums_of(name, SoloWorld(), 0, 1)):
+            (sums,) = found[rank][name]
+            assert all(torch.equal(sums[kind], it) for kind, it in expected.items()), (rank, name)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from core_definition import definition
-from families import EXPERTS, FAMILIES, SEEING, SHAPE, save_model
+from families import ALL_SEEING, EXPERTS, FAMILIES, SEEING, SHAPE, save_model
 from families_lora import trained_and_merged
 from families_masked import assert_same, dense_of, kinds_of, load, masked, some_kept, through_layers
 from forks import on_ranks
 from masking import write
+from more_families import MORE_EXPERTS
 from ranks import SoloWorld
 from refitting import refit
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -141,6 +142,20 @@ def test_an_older_name_of_the_width_follows(tmp_path):
     assert_same(logits_of(load(tmp_path / "pruned")), logits_of(masked(checkpoint, kept)))
     smaller = open_checkpoint(tmp_path / "pruned").config
     assert (smaller["intermediate_size"], smaller["block_ff_dim"], smaller["full_attn_idxs"]) == (15, 15, [1])
+
+
+def test_the_number_of_layers_follows_whatever_it_is_called(tmp_path):
+    """Files of exaone say num_layers, and name a class that transformers hasn't."""
+    folder = save_model(tmp_path / "dense", "exaone")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    told = {"num_layers": config.pop("num_hidden_layers"), "architectures": ["ExaoneForCausalLM"]}
+    file.write_text(json.dumps(config | told))
+    checkpoint = open_checkpoint(folder)
+    kept = some_kept(checkpoint, (0, 1), (15, 15))
+    write(checkpoint, kept, tmp_path / "pruned")
+    assert_same(logits_of(load(tmp_path / "pruned")), logits_of(masked(checkpoint, kept)))
+    assert open_checkpoint(tmp_path / "pruned").config["num_layers"] == 2
 
 
 @every_family
@@ -275,8 +290,8 @@ def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
 
 def test_the_readme_lists_what_is_covered(checkpoint_of, capsys):
     present = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    tested = {*FAMILIES, *EXPERTS}
-    assert tested <= present
+    assert {*FAMILIES, *EXPERTS, *MORE_EXPERTS} <= present
+    tested = {*FAMILIES, *EXPERTS, *MORE_EXPERTS, *ALL_SEEING} & present
     without_experts = README.read_text().partition("### Mixtures of experts")[0]
     rows = [line.split("|")[1:-1] for line in without_experts.splitlines() if line.startswith("| `")]
     listed = {}

@@ -7,9 +7,11 @@ import json
 
 import pytest
 import torch
-from families import IMAGE_TOKEN, IMAGE_TOKENS, SEEING, SHAPE, save_model
-from families_masked import assert_same, load, masked, some_kept
+from families import ALL_SEEING, IMAGE_TOKEN, IMAGE_TOKENS, SEEING, SEEING_EXPERTS, SHAPE, save_model
+from families_masked import assert_same, load, masked, some_kept, through_layers
 from masking import write
+from mixtures import KIND, definition, experts_of
+from ranks import SoloWorld
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -17,10 +19,13 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.checkpoints.text_decoder import DEFAULTS, KNOWN, decoder_config, with_decoder
 from hfprune_dist.config.method import Method
+from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.planning.dimensions import checkpoint_dimensions
 from hfprune_dist.planning.ratios import check_ratios
+from hfprune_dist.scoring.shard_scorer import ShardScorer
+from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Kept
 
 every_model = pytest.mark.parametrize("model_type", SEEING)
@@ -61,8 +66,8 @@ def logits_of(model, model_type):
         inputs["image_sizes"] = torch.tensor([[28, 28]])
     if model_type == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE_TOKEN).int()
-    without = model(input_ids=ids).logits
-    seen = model(**inputs).logits
+    without = model(input_ids=ids, use_cache=False).logits
+    seen = model(**inputs, use_cache=False).logits
     assert (seen - without).abs().max() > 1e-2 * seen.abs().max(), "the image must be seen"
     return seen
 
@@ -191,7 +196,7 @@ def test_others_are_refused_by_name(checkpoint_of, tmp_path):
     checkpoint = checkpoint_of("llava")
     with pytest.raises(UserError, match="'mllama' is not supported: it is a model of images and text"):
         renamed(checkpoint.path, tmp_path / "other", {}, {**checkpoint.whole, "model_type": "mllama"})
-    assert {*KNOWN} == {*SEEING}
+    assert {*KNOWN} == {*ALL_SEEING}
 
 
 def test_loading_leaves_positions_of_one_axis_alone(checkpoint_of):
@@ -199,3 +204,52 @@ def test_loading_leaves_positions_of_one_axis_alone(checkpoint_of):
     ids = torch.tensor([TEXT])
     positions = torch.arange(len(TEXT))[None]
     assert torch.equal(model(input_ids=ids, position_ids=positions).logits, model(input_ids=ids).logits)
+
+
+every_mixture = pytest.mark.parametrize("model_type", SEEING_EXPERTS)
+WINDOWS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@every_mixture
+def test_a_pruned_mixture_is_the_masked_model_with_an_image(checkpoint_of, tmp_path, model_type):
+    """Of each MLP and expert the first neurons go."""
+    checkpoint = checkpoint_of(model_type)
+    require_own_weights(checkpoint)
+    units, dense = {it.kind: it for it in checkpoint.pruned_kinds([NEURONS])}, load(checkpoint.path)
+    gone = {kind: it.width // 3 for kind, it in units.items()}
+    kept = {}
+    for kind, it in units.items():
+        stays = torch.arange(it.most).view(it.experts, -1)[:, gone[kind] :].flatten()
+        kept[kind] = [stays if count else stays[:0] for count in it.counts]
+        for layer in (number for number, count in enumerate(it.counts) if count):
+            output = dense.get_submodule(it.tensor(layer, it.output))
+            (output.down_proj if kind == KIND else output.weight).data[..., : gone[kind]] = 0
+    write(checkpoint, Kept.of_all_layers(kept), tmp_path)
+    require_own_weights(open_checkpoint(tmp_path))
+    assert_same(logits_of(load(tmp_path), model_type), logits_of(dense, model_type))
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.path, tmp_path))
+    assert all(torch.equal(before[name], after[name]) for name in checkpoint.beside_decoder)
+
+
+@every_mixture
+def test_scores_of_a_mixture_are_those_that_are_defined(checkpoint_of, model_type):
+    checkpoint, model = checkpoint_of(model_type), load(checkpoint_of(model_type).path)
+    units = {it.kind: it for it in checkpoint.pruned_kinds([NEURONS])}
+    places = {(kind, layer): it.tensor(layer, it.output) for kind, it in units.items() for layer in range(3)}
+    others = {place: name for place, name in places.items() if place[0] != KIND}
+    expected = definition(model, WINDOWS, "entropy", others=others)
+    assert expected.keys() == places.keys() and len(experts_of(model)) == 3
+    options = {"seed": 0, "micro_batch_size": 1, "world": SoloWorld(), "structures": [*units]}
+    scorer = ShardScorer(checkpoint, torch.float32, WINDOWS, [CRITERIA["entropy"]], **options)
+    sums = scorer.score([range(2)]).kinds
+    for (kind, layer), expected_U in expected.items():
+        ours_U = sums[kind].exact["entropy"][layer, : len(expected_U)]
+        assert (ours_U - expected_U).norm() <= 1e-4 * expected_U.norm(), (kind, layer)
+
+
+@every_mixture
+@torch.no_grad()
+def test_layer_after_layer_a_mixture_is_the_whole_model(checkpoint_of, model_type):
+    checkpoint = checkpoint_of(model_type)
+    for dtype in (torch.float32, torch.bfloat16):
+        through_layers(checkpoint, load(checkpoint.path).to(dtype), WINDOWS)

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masking import some
-from transformers import Qwen2Config, Qwen3Config
+from transformers import JambaConfig, Qwen2Config, Qwen3Config
 
 from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
+from hfprune_dist.structures.experts import has_experts
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -31,6 +32,7 @@ def test_layers_keep_the_kind_that_they_had(data):
         ({"full_attention_interval": 4}, "full_attention_interval 4"),
         ({"no_rope_layer_interval": 2}, "has no no_rope_layers"),
         ({"num_kv_shared_layers": 3}, "last 3 layers"),
+        ({"attn_layer_period": 3}, "attn_layer_period 3"),
         ({"num_hidden_layers": 1}, "only one"),
     ],
 )
@@ -46,3 +48,36 @@ def test_all_other_layers_can_be_dropped():
     listed = {"num_hidden_layers": 2, "no_rope_layer_interval": 2, "no_rope_layers": [1, 0]}
     assert undroppable_layers(listed) == {}
     assert of_layers(listed, [1])["no_rope_layers"] == [0]
+
+
+PERIODS = {"expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 4, "attn_layer_offset": 2}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PERIODS,
+        {"moe_layer_start_index": 1, "moe_layer_end_index": 4, "moe_layer_interval": 2},
+        {"moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1},
+        {"num_dense_layers": 2},
+        {"first_k_dense_replace": 3},
+        {"mlp_only_layers": [0, 4], "decoder_sparse_step": 2},
+        {"mlp_layer_types": ["dense", "sparse", "sparse", "dense", "sparse", "dense"]},
+    ],
+)
+def test_a_layer_alone_has_experts_where_it_had_them(settings):
+    config = {"num_hidden_layers": 6, **settings}
+    alone = [{**config, **of_layers(config, [layer])} for layer in range(6)]
+    assert [has_experts(it, 0) for it in alone] == [has_experts(config, layer) for layer in range(6)]
+    assert {has_experts(config, layer) for layer in range(6)} == {False, True}
+
+
+def test_a_layer_alone_has_attention_where_it_had_it():
+    config = {"num_hidden_layers": 6, "num_experts": 2, **PERIODS}
+    kinds = [JambaConfig(**config | of_layers(config, [layer])).layers_block_type for layer in range(6)]
+    assert [kind for (kind,) in kinds] == JambaConfig(**config).layers_block_type
+
+
+def test_all_that_says_how_many_layers_there_are_follows():
+    assert of_layers({"num_hidden_layers": 4, "num_layers": 4}, [1, 3])["num_layers"] == 2
+    assert "num_layers" not in of_layers({"num_hidden_layers": 4}, [1, 3])
