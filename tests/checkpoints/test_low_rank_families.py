@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +31,7 @@ from hfprune_dist.refit.low_rank_layers import LowRankLayers
 from hfprune_dist.refit.low_rank_pass import LowRankPass, Sizes
 from hfprune_dist.structures.kept import Kept
 
+README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 RATIO = 0.45  # so that no matrix of attention stays whole
 METHOD = Method(criterion="lorap", allocation="low_rank")
@@ -121,6 +124,12 @@ def test_what_is_written_loads_with_its_code_and_without_and_computes_what_lorap
     cut = cut_of(model_type)
     assert len(cut.ranks) == 4 and cut.low.ranks == cut.kept.ranks and not cut.low.is_plain
     require_own_weights(cut.low)
+    before, after = cut.dense.family, cut.low.family
+    assert (before.heads, before.whole_groups, before.no_sequence) == (
+        after.heads,
+        after.whole_groups,
+        after.no_sequence,
+    )
     expected, kept = defined(cut.dense, cut.ranks, cut.low.units.most)
     assert [it.tolist() for it in cut.kept.units["neurons"]] == [it.tolist() for it in kept]
     ours, theirs = load_causal_lm(cut.low.path, torch.float32), load(cut.low.path, trust_remote_code=True)
@@ -186,6 +195,13 @@ def test_other_ranks_than_config_json_states_are_told(cut_of, tmp_path):
             open_checkpoint(copied(whole, tmp_path / f"{model_type}-whole", config))
 
 
+def test_what_has_low_rank_is_not_pruned_again(cut_of):
+    with pytest.raises(
+        UserError, match=r"low rank \(q_proj_rank, k_proj_rank, v_proj_rank, out_proj_rank in config.json"
+    ):
+        check_ratios(cut_of("opt").low, [0.2], METHOD, "m")
+
+
 def copied(folder, target, config):
     """A checkpoint's folder that says something else in config.json."""
     target.mkdir()
@@ -202,3 +218,8 @@ def test_other_architectures_are_refused_by_name_while_planning(tmp_path, model_
     with pytest.raises(UserError) as caught:
         check_ratios(checkpoint, [0.2], METHOD, f"{model_type} and lorap")
     assert model_type in str(caught.value) and REFUSED[model_type] in str(caught.value)
+
+
+def test_the_readme_names_those_that_are_refused():
+    (told,) = re.findall(r"Refused, by name and with the reason,\nare (.*?),\s+mixtures", README.read_text(), re.DOTALL)
+    assert {*re.findall(r"`(\w+)`", told)} == REFUSED.keys() & FAMILIES.keys()
