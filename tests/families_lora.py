@@ -17,7 +17,7 @@ def trained_and_merged(checkpoint, folder, windows):
         The model with its adapter.
     """
     torch.manual_seed(0)
-    targets = lora_targets(checkpoint.family)
+    targets = lora_targets(checkpoint.family, checkpoint.ranks)
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=targets)
     model = get_peft_model(dense_of(checkpoint), adapter)
     optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2)

@@ -21,13 +21,13 @@ def load(folder, **options):
 
 
 def dense_of(checkpoint):
-    """The dense model, for the caller alone; its files are read once."""
-    return copy.deepcopy(_loaded(checkpoint.path))
+    """Its model, for the caller alone; its files are read once."""
+    return copy.deepcopy(_loaded(checkpoint.path, is_plain=checkpoint.is_plain))
 
 
 @functools.cache
-def _loaded(folder):
-    return load(folder)
+def _loaded(folder, *, is_plain):
+    return load(folder, trust_remote_code=not is_plain)
 
 
 def kinds_of(checkpoint):

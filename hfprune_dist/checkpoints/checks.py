@@ -186,16 +186,18 @@ def check_factors(
     Raises:
         UserError: naming the tensor.
     """
-    for units in structures.values():
-        for owned in units.owned:
-            projection = owned.tensor.removesuffix(".weight")
-            for layer, rank in enumerate(ranks.get(projection, ())):
-                size = units.counts[layer] * owned.per_unit
-                wanted = factor_shapes((size, hidden) if owned.axis == 0 else (hidden, size), rank)
-                for factor, shape in zip(FACTORS, wanted, strict=True):
-                    name = units.tensor(layer, f"{projection}.{factor}.weight")
-                    if tuple(tensors[name].shape) != shape:
-                        raise UserError(
-                            f"{path}: {name} has shape {list(tensors[name].shape)}, but config.json makes it "
-                            f"{list(shape)}: {rank_field(projection)} {rank} for this layer"
-                        )
+    owners = {owned.tensor: (units, owned) for units in structures.values() for owned in units.owned}
+    any_units = next(iter(structures.values()))
+    for projection, row in ranks.items():
+        for layer, rank in enumerate(row):
+            names = [any_units.tensor(layer, f"{projection}.{factor}.weight") for factor in FACTORS]
+            size: Sequence[int] = (tensors[names[1]].shape[0], tensors[names[0]].shape[1])
+            if own := owners.get(f"{projection}.weight"):  # else it goes as a whole, and modules tell its size
+                units, owned = own
+                size = units.shape_of(owned, layer, hidden)
+            for name, shape in zip(names, factor_shapes(size, rank), strict=True):
+                if tuple(tensors[name].shape) != shape:
+                    raise UserError(
+                        f"{path}: {name} has shape {list(tensors[name].shape)}, but config.json makes it "
+                        f"{list(shape)}: {rank_field(projection)} {rank} for this layer"
+                    )

@@ -51,16 +51,19 @@ class Attention:
         name, projections: of its block and of the linear layers in it, where there are such.
         heads: see ``Family``.
         whole: why KV groups can't be pruned.
+        unlike: why its matrices can't get low rank.
     """
 
     name: str
     projections: tuple[str, ...]
     heads: dict[str, int]
     whole: str
+    unlike: str
 
     def names(self) -> dict[str, Any]:
         """As ``Family`` has them."""
-        return {"attention": self.name, "attention_projections": self.projections, "whole_groups": self.whole}
+        names = {"attention": self.name, "attention_projections": self.projections}
+        return names | {"whole_groups": self.whole, "no_low_rank": self.unlike}
 
     @classmethod
     def of(cls, config: Mapping[str, Any], parts: Sequence[Shapes]) -> Attention:
@@ -87,7 +90,7 @@ class Attention:
             why = f"its attention keeps one latent vector for all heads ({latent})"
         if fused:
             why = f"its queries, keys and values are one matrix ({fused})"
-        return cls(name, tuple(sorted(linears)), {}, why)
+        return cls(name, tuple(sorted(linears)), {}, why, why)
 
     @classmethod
     def _with(
@@ -98,21 +101,26 @@ class Attention:
         queries = int((config.get(LAYER_SIZES) or {}).get("num_attention_heads", [config["num_attention_heads"]])[0])
         head_dim = query // queries
         heads = {"num_key_value_heads": key // head_dim, "head_dim": head_dim} if head_dim else {}
-        return cls(name, projections, heads, _why_whole(config, parts, found, head_dim))
+        unlike = _why_unlike(config, parts, [f"{name}.{it}.weight" for it in projections])
+        return cls(name, projections, heads, unlike or _why_whole(config, parts, found, head_dim), unlike)
+
+
+def _why_unlike(config: Mapping[str, Any], parts: Sequence[Shapes], weights: Sequence[str]) -> str:
+    """Why the attention of some layers isn't that of the others; empty where it is, but for heads that were pruned."""
+    without = [layer for layer, there in enumerate(parts) if not all(it in there for it in weights)]
+    if without:
+        return f"not all layers have attention (layer {without[0]} has none)"
+    pruned_heads = "num_attention_heads" in (config.get(LAYER_SIZES) or {})
+    if not pruned_heads and len({tuple(there[it][0] for it in weights[:2]) for there in parts}) > 1:
+        return "its layers differ in heads"
+    return ""
 
 
 def _why_whole(
     config: Mapping[str, Any], parts: Sequence[Shapes], found: tuple[str, tuple[str, ...]], head_dim: int
 ) -> str:
-    """Why no KV group can go from a model's attention; empty where some can."""
+    """Why no KV group can go from an attention that all layers have; empty where some can."""
     name, projections = found
-    weights = [f"{name}.{it}.weight" for it in projections]
-    without = [layer for layer, there in enumerate(parts) if not all(it in there for it in weights)]
-    if without:
-        return f"layer {without[0]} has none"
-    pruned_heads = "num_attention_heads" in (config.get(LAYER_SIZES) or {})
-    if not pruned_heads and len({tuple(there[it][0] for it in weights[:2]) for there in parts}) > 1:
-        return "its layers differ in heads"
     if config.get("head_dim") not in (None, head_dim):
         return "its heads have another size than config.json says"
     if config["model_type"] in _FIXED_HEADS or config.get("qk_layernorm"):

@@ -15,6 +15,7 @@ from hfprune_dist.checkpoints.discovered_blocks import Attention, Shapes, norms_
 from hfprune_dist.checkpoints.expert_discovery import find_experts
 from hfprune_dist.checkpoints.families import CAUSAL, WITH_VISION, Family, not_supported
 from hfprune_dist.structures.experts import number_of_experts
+from hfprune_dist.structures.low_rank import with_products
 
 # Of rotary embeddings and masks: saved with some checkpoints, computed by every model.
 BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
@@ -72,7 +73,8 @@ def discover(
     search = _Search(config, shapes, where)
     architecture, task = search.architecture(has_vision)
     layers = search.prefix()
-    parts = search.parts_of_layers(layers)
+    tensors = search.parts_of_layers(layers)
+    parts = [with_products(config, there) for there in tensors]
     experts = find_experts(config, parts, search.refusal) if number_of_experts(config) else None
     plain = {layer: there for layer, there in enumerate(parts) if experts is None or layer not in experts.layers}
     mlp, rows, down, row_parts = search.mlp(plain) if plain else _BESIDE_EXPERTS
@@ -83,7 +85,7 @@ def discover(
     outside = {name for name in shapes if name.startswith(f"{body}.") and not name.startswith(apart)}
     norm, embedding = search.norm(body, outside), search.embedding(outside)
     search.check_outside(outside, {norm, embedding})
-    of_layers = {f"{layers}.{layer}.{name}" for layer, part in enumerate(parts) for name in part}
+    of_layers = {f"{layers}.{layer}.{name}" for layer, there in enumerate(tensors) for name in there}
     head = search.head(body)
     of_head = {name for name in shapes if name.startswith(f"{head}.")}
     family = Family(

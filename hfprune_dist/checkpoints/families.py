@@ -53,6 +53,7 @@ class Family:
         task: what the name of its class of transformers ends with.
         keeps_apart: whether sequences that share a row don't see each other where their positions begin anew.
         whole_groups: why its KV groups can't be pruned; empty: they can.
+        no_low_rank: why its attention's matrices can't get low rank; empty: they can.
         no_sequence: why its blocks can't be refitted one after another; empty: they can.
         experts: of one whose layers, or some of them, have experts in place of one MLP.
         dense_layers: whether other layers of it have a plain MLP.
@@ -84,6 +85,7 @@ class Family:
     task: str = CAUSAL
     keeps_apart: bool = True
     whole_groups: str = ""
+    no_low_rank: str = ""
     no_sequence: str = ""
     experts: Experts | None = None
     dense_layers: bool = True
@@ -152,6 +154,11 @@ class Family:
         own = {name for key, names in self.biases if key is None or config.get(key) for name in names}
         return own | {module.rpartition(".")[2] for module in config.get(OUTPUT_BIASES, ())}
 
+    @property
+    def attention_modules(self) -> list[str]:
+        """Attention's projections by their names within a layer: where they are separate, query, key, value, output."""
+        return [f"{self.attention}.{name}" for name in self.attention_projections]
+
     def ranks(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Attention's projections of low rank in a model of this ``config.json``: see ``structures.low_rank``."""
         return read_ranks(config, self.attention, self.attention_projections)
@@ -168,9 +175,15 @@ class Family:
         """The tensors that a model of this ``config.json`` computes with, its head included; others in the files of a
         checkpoint are ignored when it is loaded.
         """
-        if self.found:
-            return {*self.found, self.head_tensor()}
         biased, ranks = self.biased(config), self.ranks(config)
+        if self.found:
+            factors = {
+                f"{self.layers}.{layer}.{it}.weight"
+                for name, row in ranks.items()
+                for layer, _ in enumerate(row)
+                for it in linear_modules(name, ranks)
+            }
+            return {*self.found, *factors, self.head_tensor()}
         modules = [(self.attention, name) for name in (*self.attention_projections, *self.head_norms)]
         modules += [(self.mlp, name) for name in (*self.row_projections, self.down_projection)]
         parts = [f"{norm}.weight" for norm in (self.attention_norm, self.mlp_norm)]

@@ -3,8 +3,8 @@ architecture's don't, or whose attention has matrices of low rank; this file als
 
 It needs transformers alone: load such a checkpoint with
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. Heads and widths are in its config.json, under
-``layer_sizes``: a field of the configuration -> its value in each layer. ``q_proj_rank`` there makes ``q_proj`` two
-linear layers, one after the other, the first one of so many outputs. Projections with such biases are in
+``layer_sizes``: a field of the configuration -> its value in each layer. ``q_proj_rank`` there makes attention's
+``q_proj`` two linear layers, one after the other, the first one of so many outputs. Projections with such biases are in
 ``output_biases``, by their names within a layer. Earlier versions wrote widths alone, under
 ``per_layer_config``.
 
@@ -18,9 +18,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-_PRUNED = "Pruned"
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_PRUNED, _RANK = "Pruned", "_rank"
 
 
 def config_of_layer(config: Any, number: int) -> Any:
@@ -53,10 +51,11 @@ def in_two(whole: Any, rank: int) -> nn.Sequential:
 
 def factorize(layer: Any, own: Any) -> None:
     """Make those projections of attention two linear layers that the configuration of the layer gives a rank."""
-    for name in PROJECTIONS:
-        rank = getattr(own, f"{name}_rank", None)
-        if rank is not None:
-            setattr(layer.self_attn, name, in_two(getattr(layer.self_attn, name), rank))
+    ranks = [field for field in getattr(own, "layer_sizes", None) or {} if field.endswith(_RANK)]
+    for field in ranks:
+        attention = next(it for it in layer.modules() if hasattr(it, "q_proj"))
+        name = field.removesuffix(_RANK)
+        setattr(attention, name, in_two(getattr(attention, name), getattr(own, field)))
 
 
 class SizesPerLayer:

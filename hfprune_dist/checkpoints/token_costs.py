@@ -94,11 +94,11 @@ def _attention_channels(checkpoint: Checkpoint) -> tuple[int, int]:
     """Of the queries, and of keys and values, of all layers together."""
     family = checkpoint.family
     if family.attention_projections[:3] == ATTENTION[:3]:
-        projections = (f"{family.attention}.{name}" for name in ATTENTION[:3])
+        projections = family.attention_modules[:3]
         query, key, value = (f".{linear_modules(name, checkpoint.ranks)[-1]}.weight" for name in projections)
-        rows = {name: info.shape[0] for name, info in checkpoint.tensors.items()}
+        of_layers = {name: it.shape for name, it in checkpoint.tensors.items() if name.startswith(family.layers)}
         queries, cached = (
-            sum(count for name, count in rows.items() if name.startswith(family.layers) and name.endswith(names))
+            sum(shape[0] for name, shape in of_layers.items() if name.endswith(names))
             for names in ((query,), (key, value))
         )
         return queries, cached

@@ -6,6 +6,8 @@ its code. Everything is float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,11 +48,11 @@ def low_rank_factors(weight_OI: Tensor, norms_I: Tensor, rank: int) -> tuple[Ten
     return inverse_K[:, None] * (left_OK.T @ weight_OI), (left_OK * roots_K).contiguous()
 
 
-def neuron_scores(rows: tuple[Tensor, Tensor], down_CK: Tensor, read_C: Tensor, hidden_K: Tensor) -> Tensor:
+def neuron_scores(rows: Sequence[Tensor], down_CK: Tensor, read_C: Tensor, hidden_K: Tensor) -> Tensor:
     """||d * gate row|| + ||d * up row|| + d_n ||down column|| of each neuron n [neurons].
 
     Args:
-        rows: weights of gate and up, each [neurons, hidden_size].
+        rows: weights of gate and up, or of up alone where an MLP has no gate, each [neurons, hidden_size].
         read_C: d of the channels that they read.
         hidden_K: d of the neurons.
     """

@@ -296,13 +296,21 @@ class BeforeDown:
 def before_down(layer: nn.Module, units: Units) -> BeforeDown:
     """Of such a layer, by the neurons of its MLP."""
     mlp = mlp_of(layer, units)
-    rows = [cast("nn.Linear", part_of(layer, name.removesuffix(".weight"))) for name in units.weights[:-1]]
-    weights = tuple(part for row in rows for part in row.weight.data.chunk(units.row_parts[0]))
+    rows, weights = _rows(layer, units), row_matrices(layer, units)
     biases = [part for row in rows if row.bias is not None for part in row.bias.data.chunk(units.row_parts[0])]
     acting = [it for it in mlp.children() if not isinstance(it, nn.Linear)]
     is_silu = not acting or isinstance(acting[0], SILU)
     activation = nn.functional.silu if is_silu else acting[0]
     return BeforeDown(weights, tuple(biases) or (None,) * len(weights), activation)
+
+
+def row_matrices(layer: nn.Module, units: Units) -> tuple[Tensor, ...]:
+    """Of such a layer, the matrices that make an MLP's neurons, gate and up or up alone [neurons, hidden_size]."""
+    return tuple(part for row in _rows(layer, units) for part in row.weight.data.chunk(units.row_parts[0]))
+
+
+def _rows(layer: nn.Module, units: Units) -> list[nn.Linear]:
+    return [linear_of(layer, name.removesuffix(".weight")) for name in units.weights[:-1]]
 
 
 def part_of(layer: nn.Module, name: str) -> nn.Module:

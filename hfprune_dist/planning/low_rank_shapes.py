@@ -86,7 +86,7 @@ class LowRankTarget:
 
     def _ranks(self, share: float) -> dict[str, int]:
         """Name within a layer of each projection that gets a low rank -> that rank."""
-        query, key, value, output = (name.removesuffix(".weight") for name in self.asked.groups.weights)
+        query, key, value, output = self.asked.checkpoint.family.attention_modules
         sizes = {name: self._matrix(name) for name in (query, key, value, output)}
         pairs = (value, output), (query, key)
         whole = [sum(math.prod(sizes[name]) for name in pair) for pair in pairs]
@@ -98,8 +98,8 @@ class LowRankTarget:
         return {name: rank for name, rank in ranks.items() if rank is not None}
 
     def _matrix(self, projection: str) -> tuple[int, int]:
-        groups, tensors = self.asked.groups, self.asked.checkpoint.tensors
-        outputs, inputs = tensors[groups.tensor(0, f"{projection}.weight")].shape
+        checkpoint = self.asked.checkpoint
+        outputs, inputs = checkpoint.tensors[checkpoint.units.tensor(0, f"{projection}.weight")].shape
         return outputs, inputs
 
 

@@ -73,8 +73,7 @@ class ModelShape:
             return self._of_mixture(replace(self.layers[0], **heads), {**self.config, **sizes})
         count = told.get("num_hidden_layers") or len(self.layers)
         by_layer = {ours: told[plural_of(field)] for field, ours in _OF_LAYERS.items() if told.get(plural_of(field))}
-        told_ranks = told.get("attention_ranks") or {}
-        ranks = tuple(told_ranks.get(name, 0) for name in ATTENTION) if told_ranks else ()
+        ranks = _ranks(told.get("attention_ranks") or {})
         return self._of_layers([replace(dims, num_layers=count, ranks=ranks) for dims in self.layers[:count]], by_layer)
 
     @classmethod
@@ -98,3 +97,9 @@ class ModelShape:
     def mean(self, of: Callable[[Dimensions], float]) -> float:
         """The mean over layers of what holds for a model of equal layers: where that is a sum over layers, exact."""
         return sum(of(dims) * count for dims, count in Counter(self.layers).items()) / len(self.layers)
+
+
+def _ranks(told: Mapping[str, int]) -> tuple[int, ...]:
+    """As ``Dimensions`` has them; the output projection has several names."""
+    output = next((name for name in told if name not in ATTENTION[:3]), ATTENTION[3])
+    return tuple(told.get(name, 0) for name in (*ATTENTION[:3], output)) if told else ()

@@ -6,7 +6,6 @@ from collections.abc import Hashable, Sequence
 from itertools import pairwise
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.budget import Limits, budget_of
@@ -77,9 +76,11 @@ def _check_family(checkpoint: Checkpoint, method: Method, where: str) -> None:
             f"{where}: KV groups of {family.model_type} can't be pruned: {family.whole_groups}; leave kv_groups out of "
             "prune.structures"
         )
-    if method.allocation == "low_rank" and family.found:
-        known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"{where}: allocation: low_rank isn't possible with {family.model_type}; it is with {known}")
+    if method.allocation == "low_rank" and family.no_low_rank:
+        raise UserError(
+            f"{where}: allocation: low_rank isn't possible with {family.model_type}: {family.no_low_rank}; use "
+            "a method of another allocation"
+        )
     if method.refit in ("layerwise", "block") and family.no_sequence:
         raise UserError(
             f"{where}: refit: {method.refit} isn't possible with {family.model_type}: {family.no_sequence}; use dense "

@@ -17,10 +17,9 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.low_rank import channel_norms, kept_neurons, low_rank_factors, neuron_scores
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.world import World
-from hfprune_dist.models.single_layer import linear_of
+from hfprune_dist.models.single_layer import linear_of, row_matrices
 from hfprune_dist.refit.dense_refit import AfterEach
 from hfprune_dist.refit.low_rank_layers import LowRankLayers
-from hfprune_dist.structures import KV_GROUPS
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,10 @@ class LowRankPass:
         self._whole = whole
         self._layers = layers
         self._world = world
-        groups, neurons = checkpoint.structures[KV_GROUPS], checkpoint.units
+        self._neurons = checkpoint.units
         # What q, k and v read, and what gate and up read, is the same.
-        self._query, self._output = _module(groups.weights[0]), groups.output
-        self._gate, self._up, self._down = (_module(name) for name in neurons.weights)
+        self._query, *_, self._output = checkpoint.family.attention_modules
+        self._row, self._down = self._neurons.weights[0].removesuffix(".weight"), self._neurons.output
 
     def run(self, after_each: AfterEach) -> None:
         """Compress all layers that are not done; windows go no further than to the last of these.
@@ -87,7 +86,7 @@ class LowRankPass:
 
     def _compress(self, number: int, layer: nn.Module) -> None:
         """Write what is left of a layer."""
-        names = [self._query, self._output, self._gate, self._down]
+        names = [self._query, self._output, self._row, self._down]
         squares = self._stream.squares(number, layer, names)
         norms = {name: channel_norms(it, len(self._stream.windows_ST)) for name, it in squares.items()}
         factors = self._factors(layer, norms)
@@ -96,8 +95,8 @@ class LowRankPass:
         self._world.barrier()
 
     def _kept(self, layer: nn.Module, norms: Mapping[str, Tensor]) -> Tensor:
-        gate_KC, up_KC, down_CK = (linear_of(layer, it).weight.data for it in (self._gate, self._up, self._down))
-        scores_K = neuron_scores((gate_KC, up_KC), down_CK, norms[self._gate], norms[self._down])
+        rows, down_CK = row_matrices(layer, self._neurons), linear_of(layer, self._down).weight.data
+        scores_K = neuron_scores(rows, down_CK, norms[self._row], norms[self._down])
         return kept_neurons(scores_K, self._sizes.width, lowest_stay=self._sizes.lowest_stay)
 
     def _factors(self, layer: nn.Module, norms: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -117,7 +116,3 @@ class LowRankPass:
             for factor in pair:
                 self._world.broadcast_tensor(factor, place % self._world.size)
         return factors
-
-
-def _module(weight: str) -> str:
-    return weight.removesuffix(".weight")

@@ -39,6 +39,23 @@ def linear_modules(projection: str, low_rank: Mapping[str, Any]) -> tuple[str, .
     return tuple(f"{projection}.{factor}" for factor in FACTORS) if projection in low_rank else (projection,)
 
 
+def with_products(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """The tensors of a layer, name within it -> shape, as if its projections of low rank were whole.
+
+    Args:
+        config: a ``config.json``, which says which these are.
+    """
+    sizes, whole = config.get(LAYER_SIZES) or {}, dict(shapes)
+    for name in shapes:
+        projection = name.removesuffix(f".{FACTORS[0]}.weight")
+        first, second = (f"{projection}.{factor}" for factor in FACTORS)
+        if rank_field(projection) in sizes and {f"{first}.weight", f"{second}.weight"} <= shapes.keys():
+            inputs, outputs = whole.pop(f"{first}.weight")[1], whole.pop(f"{second}.weight")[0]
+            whole[f"{projection}.weight"] = [outputs, inputs]
+            whole |= {f"{projection}.bias": whole.pop(it) for it in (f"{second}.bias",) if it in whole}
+    return whole
+
+
 def factor_shapes(shape: Sequence[int], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of the factors of a matrix of such a shape [out, in]."""
     outputs, inputs = shape

@@ -1,0 +1,226 @@
+"""LoRAP on every architecture whose attention has separate projections, by dense models; others refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import EXPERTS, FAMILIES, SEEING, save_model
+from families_lora import trained_and_merged
+from families_masked import assert_same, dense_of, load, through_layers
+from masking import write
+from ranks import SoloWorld
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.token_costs import TokenCosts
+from hfprune_dist.config.method import Method
+from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.loading import load_causal_lm, require_own_weights
+from hfprune_dist.planning.dimensions import row_projections_of
+from hfprune_dist.planning.low_rank_shapes import LowRankTarget
+from hfprune_dist.planning.model_shape import ModelShape
+from hfprune_dist.planning.ratios import check_ratios
+from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.refit.low_rank_layers import LowRankLayers
+from hfprune_dist.refit.low_rank_pass import LowRankPass, Sizes
+from hfprune_dist.structures.kept import Kept
+
+README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
+WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
+RATIO = 0.45  # so that no matrix of attention stays whole
+METHOD = Method(criterion="lorap", allocation="low_rank")
+ONE_MATRIX, NOT_ALL = "its queries, keys and values are one matrix", "not all layers have attention (layer 0 has none)"
+ONE_LATENT, OTHER_HEADS = "its attention keeps one latent vector for all heads", "its layers differ in heads"
+# Architecture -> why not.
+REFUSED = {
+    **dict.fromkeys(("phi3", "gpt_neox", "persimmon"), ONE_MATRIX),
+    **dict.fromkeys(("lfm2", "lfm3", "qwen3_5_text", "bamba", "granitemoehybrid"), NOT_ALL),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), OTHER_HEADS),
+    "youtu": ONE_LATENT,
+    **dict.fromkeys(EXPERTS, "allocation: low_rank isn't possible; uniform and local are"),
+    **dict.fromkeys(SEEING, "a model of images and text must stay plain"),
+}
+every_possible = pytest.mark.parametrize("model_type", [it for it in FAMILIES if it not in REFUSED])
+
+
+@pytest.fixture(scope="module")
+def cut_of(tmp_path_factory):
+    """A family's model, what LoRAP's pass makes of it, and where that is; the same for all tests."""
+
+    @functools.cache
+    def cut(model_type):
+        folder = tmp_path_factory.mktemp(model_type)
+        dense = open_checkpoint(save_model(folder / "dense", model_type))
+        check_ratios(dense, [RATIO], METHOD, "m")
+        shape = LowRankTarget(ShapeTarget(dense, RATIO, ("neurons",), 1, "m")).shape()
+        ranks = {name: row[0] for name, row in shape.ranks.items()}
+        layers = LowRankLayers(dense, list(ranks), folder / "layers")
+        stream, whole = (LayerStream(dense, it, torch.float32, 2, SoloWorld()) for it in (WINDOWS, WINDOWS[:2]))
+        sizes = Sizes(shape.units["neurons"][0], ranks, lowest_stay=False)
+        LowRankPass(dense, sizes, stream, layers, whole=whole, world=SoloWorld()).run(lambda _done: None)
+        kept = Kept(shape.layers, {"neurons": [layers.kept(it) for it in shape.layers]}, shape.ranks)
+        write(dense, kept, folder / "low", layers.replacements())
+        return SimpleNamespace(dense=dense, kept=kept, ranks=ranks, low=open_checkpoint(folder / "low"))
+
+    return cut
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model(input_ids=WINDOWS, use_cache=False).logits
+
+
+def read_by(model, names):
+    """d of what modules read: of each channel the root of its squares' sum over a window, of these the mean."""
+    read = {}
+
+    def observe(name, _module, inputs):
+        read[name] = inputs[0].double().reshape(len(WINDOWS), -1, inputs[0].shape[-1]).square().sum(1).mean(0).sqrt()
+
+    handles = [model.get_submodule(it).register_forward_pre_hook(functools.partial(observe, it)) for it in {*names}]
+    logits_of(model)
+    for handle in handles:
+        handle.remove()
+    return [read[name] for name in names]
+
+
+def truncated(weight, read, rank):
+    """The product of LoRAP's factors."""
+    left, values, right = torch.linalg.svd(weight.double() * read, full_matrices=False)
+    return ((left[:, :rank] * values[:rank]) @ right[:rank] / read).to(weight.dtype)
+
+
+def defined(dense, ranks, width):
+    """The dense model with products in place of attention's matrices and zeros for neurons that go; which of them stay.
+
+    Layer after layer, the whole model runs, so that every layer reads what those before it have become.
+    """
+    model, units, kept = dense_of(dense), dense.units, []
+    attention = [f"{dense.family.attention}.{name}" for name in dense.family.attention_projections]
+    for layer in range(3):
+        query, output = (units.tensor(layer, it) for it in (attention[0], attention[3]))
+        row, down = (it.removesuffix(".weight") for it in (units.row_weights(layer)[0], units.output_weight(layer)))
+        of_query, of_output, of_row, of_down = read_by(model, [query, output, row, down])
+        rows = [model.get_parameter(name).data.double() for name in units.row_weights(layer)]
+        matrices = [it for whole in rows for it in whole.chunk(2 if len(whole) > len(of_down) else 1)]
+        columns = model.get_submodule(down).weight.data
+        scores = sum((it * of_row).norm(dim=1) for it in matrices) + columns.double().norm(dim=0) * of_down
+        kept.append(scores.argsort()[len(scores) - width :].sort().values)
+        columns[:, torch.ones(len(scores), dtype=torch.bool).index_fill_(0, kept[-1], False)] = 0
+        for name, rank in ranks.items():
+            linear = model.get_submodule(units.tensor(layer, name))
+            linear.weight.data = truncated(linear.weight.data, of_output if name == attention[3] else of_query, rank)
+    return model, kept
+
+
+@every_possible
+def test_what_is_written_loads_with_its_code_and_without_and_computes_what_lorap_defines(cut_of, model_type):
+    cut = cut_of(model_type)
+    assert len(cut.ranks) == 4 and cut.low.ranks == cut.kept.ranks and not cut.low.is_plain
+    require_own_weights(cut.low)
+    before, after = cut.dense.family, cut.low.family
+    assert (before.heads, before.whole_groups, before.no_sequence) == (
+        after.heads,
+        after.whole_groups,
+        after.no_sequence,
+    )
+    expected, kept = defined(cut.dense, cut.ranks, cut.low.units.most)
+    assert [it.tolist() for it in cut.kept.units["neurons"]] == [it.tolist() for it in kept]
+    ours, theirs = load_causal_lm(cut.low.path, torch.float32), load(cut.low.path, trust_remote_code=True)
+    assert torch.equal(logits_of(ours), logits_of(theirs))
+    assert (logits_of(ours) - logits_of(expected)).abs().max() <= 1e-3 * logits_of(expected).abs().max()
+    distinct = {it.data_ptr(): it.numel() for it in ours.state_dict().values()}
+    assert cut.low.parameters == cut.dense.parameter_counts.of(cut.kept.shape) == sum(distinct.values())
+
+
+@every_possible
+@torch.no_grad()
+def test_layer_after_layer_it_is_the_whole_model(cut_of, model_type):
+    low = cut_of(model_type).low
+    through_layers(low, load_causal_lm(low.path, torch.float32), WINDOWS)
+
+
+@every_possible
+def test_costs_and_dimensions_know_factors(cut_of, model_type):
+    cut = cut_of(model_type)
+    before, after = TokenCosts.of(cut.dense), TokenCosts.of(cut.low)
+    (width,) = set(cut.low.units.counts)
+    assert before.multiplied - after.multiplied == matrices_of(cut.dense) - matrices_of(cut.low)
+    assert (before.query_channels, before.cached_channels) == (after.query_channels, after.cached_channels)
+    told = {"attention_ranks": {name.rpartition(".")[2]: rank for name, rank in cut.ranks.items()}}
+    found = cut.dense.family.heads if cut.dense.family.found else {}  # some classes read no num_key_value_heads
+    config = cut.dense.config | found
+    shape = ModelShape.of_config(config, row_projections_of(cut.dense))
+    pruned = shape.pruned(told | {"intermediate_sizes": [width] * 3})
+    assert sum(dims.layer_parameters for dims in pruned.layers) == matrices_of(cut.low)
+
+
+def matrices_of(checkpoint):
+    """Numbers in the matrices of its layers, without the tiny one by which attention of doge forgets."""
+    in_layers = {name: it for name, it in checkpoint.tensors.items() if name.startswith(f"{checkpoint.family.layers}.")}
+    of_layers = [it for name, it in in_layers.items() if "dt_proj" not in name]
+    return sum(it.numel for it in of_layers if len(it.shape) == 2)
+
+
+@every_possible
+def test_lora_trains_both_factors_and_merges(cut_of, tmp_path, model_type):
+    low = cut_of(model_type).low
+    model = trained_and_merged(low, tmp_path, WINDOWS)
+    trained = {name.partition(".lora_B")[0] for name, it in model.named_parameters() if ".lora_B" in name and it.any()}
+    factors = [f"{name}.{place}" for name in cut_of(model_type).ranks for place in (0, 1)]
+    assert all(f"base_model.model.{low.units.tensor(2, name)}" in trained for name in factors)
+    assert_same(logits_of(load(tmp_path / "merged", trust_remote_code=True)), logits_of(model))
+
+
+def test_other_ranks_than_config_json_states_are_told(cut_of, tmp_path):
+    """Also where groups can't go, so that no kind of unit knows attention's sizes; and missing factors."""
+    for model_type in ("olmo2", "phi"):
+        low = cut_of(model_type).low
+        config = json.loads((low.path / "config.json").read_text())
+        output = f"{low.family.attention_projections[3]}_rank"
+        config["layer_sizes"][output][1] += 1
+        folder = copied(low.path, tmp_path / model_type, config)
+        with pytest.raises(
+            UserError, match=rf"layers\.1\.self_attn\.\w+\.0\.weight has shape .*: {output} \d+ for this"
+        ):
+            open_checkpoint(folder)
+        whole = cut_of(model_type).dense.path
+        config = json.loads((whole / "config.json").read_text()) | {"layer_sizes": {output: [2, 2, 2]}}
+        with pytest.raises(UserError, match=r"self_attn\.\w+\.0\.weight \(and \d more\) is missing"):
+            open_checkpoint(copied(whole, tmp_path / f"{model_type}-whole", config))
+
+
+def test_what_has_low_rank_is_not_pruned_again(cut_of):
+    with pytest.raises(
+        UserError, match=r"low rank \(q_proj_rank, k_proj_rank, v_proj_rank, out_proj_rank in config.json"
+    ):
+        check_ratios(cut_of("opt").low, [0.2], METHOD, "m")
+
+
+def copied(folder, target, config):
+    """A checkpoint's folder that says something else in config.json."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).symlink_to(file.resolve())
+    (target / "config.json").unlink()
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_other_architectures_are_refused_by_name_while_planning(tmp_path, model_type):
+    checkpoint = open_checkpoint(save_model(tmp_path / "model", model_type))
+    with pytest.raises(UserError) as caught:
+        check_ratios(checkpoint, [0.2], METHOD, f"{model_type} and lorap")
+    assert model_type in str(caught.value) and REFUSED[model_type] in str(caught.value)
+
+
+def test_the_readme_names_those_that_are_refused():
+    (told,) = re.findall(r"Refused, by name and with the reason,\nare (.*?),\s+mixtures", README.read_text(), re.DOTALL)
+    assert {*re.findall(r"`(\w+)`", told)} == REFUSED.keys() & FAMILIES.keys()
