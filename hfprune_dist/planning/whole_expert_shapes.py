@@ -42,10 +42,14 @@ class WholeExpertTarget:
     @cached_property
     def _numbers(self) -> list[int]:
         """Of experts that each layer may keep, falling; not all that there are."""
-        experts = self._experts
-        step = math.lcm(self.asked.multiple_of, experts.groups)
+        experts, step = self._experts, self.step
         fewest = -(-experts.fewest // step) * step
         return [number for number in range(experts.count // step * step, fewest - 1, -step) if number < experts.count]
+
+    @property
+    def step(self) -> int:
+        """What numbers of experts are multiples of."""
+        return math.lcm(self.asked.multiple_of, self._experts.groups)
 
     def _ratio(self, number: int) -> float:
         return self.asked.counts.ratio(self._with(number))
