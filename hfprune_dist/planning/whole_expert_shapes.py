@@ -62,10 +62,14 @@ class WholeExpertTarget:
     def _limits(self) -> str:
         """Why no more experts can go, for messages."""
         experts = self._experts
-        groups = f", and routing wants as many in each of {experts.groups} groups" if experts.groups > 1 else ""
+        besides = ""
+        if experts.groups > 1:
+            besides = f", and routing wants as many in each of {experts.groups} groups"
+        elif experts.fewest > experts.chosen:
+            besides = f", and a mixture has {experts.fewest} at least"
         return (
             f", of which {experts.fewest} of {experts.count} in each layer must stay: a token goes to "
-            f"{experts.chosen}{groups}"
+            f"{experts.chosen}{besides}"
         )
 
     @property
