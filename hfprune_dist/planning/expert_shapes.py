@@ -40,8 +40,7 @@ class ExpertTarget:
         """
         widths, largest = self._experts_widths(), self.largest()
         if self.asked.ratio > largest:
-            steps = f", since experts' widths go in steps of {self._step}"
-            raise self.asked.out_of_reach(largest, largest, steps)
+            raise self.asked.out_of_reach(largest, largest, self._limits())
         return self._with(widths[bisect_left(widths, self.asked.ratio, key=self._ratio)])
 
     def largest(self) -> float:
@@ -53,12 +52,20 @@ class ExpertTarget:
 
     def _experts_widths(self) -> list[int]:
         """What experts may keep, falling; not all that there is."""
-        width, step = self._experts.width, self._step
+        width, step = self._experts.width, self.step
         return [it for it in range(width // step * step, 0, -step) if it < width] or [width]
 
     @property
-    def _step(self) -> int:
+    def step(self) -> int:
+        """What widths of experts are multiples of."""
         return math.lcm(self.asked.multiple_of, ALIGNED)
+
+    def _limits(self) -> str:
+        """Why no more neurons can go, for messages."""
+        return (
+            f", of which {self._experts_widths()[-1]} of {self._experts.width} in each expert must stay: widths of "
+            f"experts are multiples of {self.step}"
+        )
 
     @property
     def _experts(self) -> Units:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
@@ -51,10 +52,10 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
         check_student(checkpoint, ratio, settled, where)
         decided = _of_all_rounds(checkpoint, ratio, settled, where)
         if decided in reached:
+            what, step, finer = _rounded(checkpoint, settled)
             raise UserError(
-                f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint, with "
-                f"{_rounded(settled)} that are multiples of {settled.multiple_of}; leave one of them out or use a "
-                "smaller prune.multiple_of"
+                f"{where}: ratios {reached[decided]:g} and {ratio:g} would be the same checkpoint, with {what} that "
+                f"are multiples of {step}; leave one of them out{finer and f' or use {finer}'}"
             )
         reached[decided] = ratio
 
@@ -100,9 +101,16 @@ def _check_multiple(checkpoint: Checkpoint, method: Method, where: str) -> None:
         )
 
 
-def _rounded(method: Method) -> str:
-    """What ``multiple_of`` is of."""
-    return "numbers of experts" if EXPERTS in method.structures else "widths"
+def _rounded(checkpoint: Checkpoint, method: Method) -> tuple[str, int, str]:
+    """What is rounded, to multiples of what, and a setting that makes them smaller; empty where none does."""
+    smaller = "a smaller prune.multiple_of"
+    if not checkpoint.family.experts:
+        assert isinstance(method.multiple_of, int), "planned with a number"
+        return "widths", method.multiple_of, smaller
+    asked = target_of(method, checkpoint, 0.0, "")
+    step, finest = (mixture_target(it).step for it in (asked, replace(asked, multiple_of=1)))
+    what = "numbers of experts" if EXPERTS in method.structures else "widths of experts"
+    return what, step, smaller if step > finest else ""
 
 
 def _check_protected(checkpoint: Checkpoint, method: Method, where: str) -> None:
@@ -160,10 +168,11 @@ def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: 
     for (before, then), (earlier, later) in zip(pairwise(rounds), pairwise(decided), strict=True):
         if earlier == later:
             setting = "fewer steps" if method.round_ratio is None else "a larger prune.round_ratio"
+            what, step, finer = _rounded(checkpoint, method)
             raise UserError(
                 f"{where}: of {len(rounds)} rounds to ratio {ratio:g}, the one from {before:g} to {then:g} removes "
-                f"nothing once {_rounded(method)} are rounded to multiples of {method.multiple_of}; use {setting}, "
-                "another ratio or a smaller prune.multiple_of"
+                f"nothing once {what} are rounded to multiples of {step}; use {setting} or another ratio"
+                f"{finer and f' or {finer}'}"
             )
     return tuple(decided)
 

@@ -42,10 +42,14 @@ class WholeExpertTarget:
     @cached_property
     def _numbers(self) -> list[int]:
         """Of experts that each layer may keep, falling; not all that there are."""
-        experts = self._experts
-        step = math.lcm(self.asked.multiple_of, experts.groups)
+        experts, step = self._experts, self.step
         fewest = -(-experts.fewest // step) * step
         return [number for number in range(experts.count // step * step, fewest - 1, -step) if number < experts.count]
+
+    @property
+    def step(self) -> int:
+        """What numbers of experts are multiples of."""
+        return math.lcm(self.asked.multiple_of, self._experts.groups)
 
     def _ratio(self, number: int) -> float:
         return self.asked.counts.ratio(self._with(number))
@@ -58,10 +62,14 @@ class WholeExpertTarget:
     def _limits(self) -> str:
         """Why no more experts can go, for messages."""
         experts = self._experts
-        groups = f", and routing wants as many in each of {experts.groups} groups" if experts.groups > 1 else ""
+        besides = ""
+        if experts.groups > 1:
+            besides = f", and routing wants as many in each of {experts.groups} groups"
+        elif experts.fewest > experts.chosen:
+            besides = f", and a mixture has {experts.fewest} at least"
         return (
             f", of which {experts.fewest} of {experts.count} in each layer must stay: a token goes to "
-            f"{experts.chosen}{groups}"
+            f"{experts.chosen}{besides}"
         )
 
     @property

@@ -52,7 +52,7 @@ def test_the_largest_shape_with_which_the_ratio_goes(config, ratio, multiple_of)
     checkpoint = checkpoint_of(config)
     asked, step = target(checkpoint, ratio, multiple_of), math.lcm(multiple_of, ALIGNED)
     if ratio > asked.largest():
-        told = f"pruning neurons alone, since experts' widths go in steps of {step}; the largest possible is"
+        told = f"pruning neurons alone, of which .*: widths of experts are multiples of {step}; the largest possible is"
         with pytest.raises(UserError, match=told):
             asked.shape()
         return
@@ -189,8 +189,24 @@ def test_experts_that_transformers_does_not_run_are_refused(width):
 def test_ratios_that_come_to_one_shape_are_told(checkpoint):
     method = Method(**LIKE_HFPRUNE)
     check_ratios(checkpoint, [0.1, 0.3], method, "here")
-    with pytest.raises(UserError, match=r"ratios 0\.3 and 0\.301 would be the same checkpoint"):
+    told = r"ratios 0\.3 and 0\.301 would be the same checkpoint, with widths of experts that are multiples of "
+    with pytest.raises(UserError, match=f"{told}8; leave one of them out$"):
         check_ratios(checkpoint, [0.3, 0.301], method, "here")
+    with pytest.raises(UserError, match=f"{told}16; leave one of them out or use a smaller prune.multiple_of$"):
+        check_ratios(checkpoint, [0.3, 0.301], Method(**LIKE_HFPRUNE, multiple_of=16), "here")
+
+
+@pytest.mark.parametrize(("multiple_of", "step", "least"), [(1, 8, 8), (12, 24, 24), (50, 200, 64)])
+def test_a_ratio_out_of_reach_is_told_with_the_width_that_stays(checkpoint, multiple_of, step, least):
+    told = f"of which {least} of 64 in each expert must stay: widths of experts are multiples of {step}; the largest"
+    with pytest.raises(UserError, match=told):
+        check_ratios(checkpoint, [0.95], Method(**LIKE_HFPRUNE, multiple_of=multiple_of), "here")
+
+
+def test_a_round_that_removes_nothing_is_told_with_what_experts_are_rounded_to(checkpoint):
+    told = "removes nothing once widths of experts are rounded to multiples of 8; use fewer steps or another ratio$"
+    with pytest.raises(UserError, match=told):
+        check_ratios(checkpoint, [0.1], Method(**LIKE_HFPRUNE, steps=9), "here")
 
 
 @pytest.mark.parametrize("name", sorted(CRITERIA))

@@ -134,6 +134,13 @@ def test_a_ratio_out_of_reach_is_told_with_the_reason(checkpoint):
         check_ratios(checkpoint, [0.9], Method(**LIKE_HFPRUNE), "here")
 
 
+def test_where_a_token_goes_to_one_expert_the_other_that_stays_is_told(checkpoint):
+    lone = checkpoint_of({**checkpoint.config, "num_experts_per_tok": 1, "n_group": 1})
+    told = "2 of 12 in each layer must stay: a token goes to 1, and a mixture has 2 at least; the largest"
+    with pytest.raises(UserError, match=told):
+        check_ratios(lone, [0.9], Method(**LIKE_HFPRUNE), "here")
+
+
 def test_rounds_and_multiples_are_of_experts(checkpoint):
     for settings, expected in (({}, 8), ({"multiple_of": "auto", "steps": 2}, 8), ({"multiple_of": 3}, 6)):
         method = Method(**LIKE_HFPRUNE, **settings)
@@ -141,7 +148,8 @@ def test_rounds_and_multiples_are_of_experts(checkpoint):
         assert known_shape(checkpoint, 0.25, method, "here").experts == Span(expected, expected)
     with pytest.raises(UserError, match=r"of 2 rounds .* removes nothing once numbers of experts are rounded"):
         check_ratios(checkpoint, [0.1], Method(**LIKE_HFPRUNE, steps=2), "here")
-    with pytest.raises(UserError, match=r"ratios 0\.3 and 0\.301 .* numbers of experts that are"):
+    told = r"ratios 0\.3 and 0\.301 .* numbers of experts that are multiples of 2; leave one of them out$"
+    with pytest.raises(UserError, match=told):
         check_ratios(checkpoint, [0.3, 0.301], Method(**LIKE_HFPRUNE), "here")
     with pytest.raises(UserError, match="multiple_of comes to 16, but layers have 12 experts at most"):
         check_ratios(checkpoint, [0.3], Method(**LIKE_HFPRUNE, multiple_of=16), "here")
