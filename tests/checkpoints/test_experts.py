@@ -239,7 +239,7 @@ def test_config_json_alone_tells_the_neurons_of_each_layer(checkpoint_of, model_
 
 def scorer_of(checkpoint, world):
     kinds = [it.kind for it in checkpoint.pruned_kinds([NEURONS])]
-    options = {"seed": 0, "micro_batch_size": 1, "world": world, "structures": kinds}
+    options = {"seed": 0, "micro_batch_size": 1, "world": world, "structures": [*kinds, WHOLE]}
     return ShardScorer(checkpoint, torch.float32, WINDOWS, [CRITERIA["entropy"]], **options)
 
 

@@ -10,7 +10,7 @@ import torch
 from families import ALL_SEEING, IMAGE_TOKEN, IMAGE_TOKENS, SEEING, SEEING_EXPERTS, SHAPE, save_model
 from families_masked import assert_same, load, masked, some_kept, through_layers
 from masking import write
-from mixtures import KIND, definition, experts_of
+from mixtures import KIND, WHOLE, definition, experts_of
 from ranks import SoloWorld
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -238,8 +238,8 @@ def test_scores_of_a_mixture_are_those_that_are_defined(checkpoint_of, model_typ
     places = {(kind, layer): it.tensor(layer, it.output) for kind, it in units.items() for layer in range(3)}
     others = {place: name for place, name in places.items() if place[0] != KIND}
     expected = definition(model, WINDOWS, "entropy", others=others)
-    assert expected.keys() == places.keys() and len(experts_of(model)) == 3
-    options = {"seed": 0, "micro_batch_size": 1, "world": SoloWorld(), "structures": [*units]}
+    assert expected.keys() == places.keys() | {(WHOLE, layer) for layer in range(3)} and len(experts_of(model)) == 3
+    options = {"seed": 0, "micro_batch_size": 1, "world": SoloWorld(), "structures": [*units, WHOLE]}
     scorer = ShardScorer(checkpoint, torch.float32, WINDOWS, [CRITERIA["entropy"]], **options)
     sums = scorer.score([range(2)]).kinds
     for (kind, layer), expected_U in expected.items():

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from scoring import LAYERS, files_of, make_stage, run
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
+from hfprune_dist.checkpoints import families as families_module
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES, Family
 from hfprune_dist.config.schema import RuntimeConfig
@@ -39,6 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @pytest.fixture(autouse=True)
 def families(monkeypatch):
     monkeypatch.setitem(FAMILIES, "olmo2", OLMO2)
+    monkeypatch.delitem(families_module._UNFIT, "diffllama")  # as if nobody knew
     for name, variant in ADDED.items():
         monkeypatch.setitem(tiny.VARIANTS, name, variant)
 
