@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.kept_file import digest_of_kept, write_kept
 from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
+from hfprune_dist.errors import UserError
 from hfprune_dist.stages.prune_low_rank import decide_low_rank
 from hfprune_dist.stages.prune_plain import decide_plain
 from hfprune_dist.stages.prune_refit import (
@@ -54,9 +56,7 @@ def _decide(context: Context, checkpoint: Checkpoint, dense: Checkpoint) -> tupl
     if params.allocation == "low_rank":
         kept, replacements, told = decide_low_rank(context, checkpoint)
         return _agreed(context, kept), replacements, told
-    stored = load_file(context.input_path("importance") / SCORES)
-    kinds = [units.kind for units in pruned_kinds(context, checkpoint)]
-    scores = {kind: scores_of_layers(stored, params.criterion, kind) for kind in kinds}
+    scores = _scores(context, checkpoint)
     if params.allocation == "plain":
         kept, replacements, told = decide_plain(context, checkpoint, scores)
         return _agreed(context, kept), replacements, told
@@ -68,6 +68,25 @@ def _decide(context: Context, checkpoint: Checkpoint, dense: Checkpoint) -> tupl
         return kept, added_biases(context, checkpoint, kept), told
     fitted = final_refit(context, (checkpoint, dense), kept)
     return kept, fitted.replacements(kept.layers), told | told_of_refit(fitted, kept.layers)
+
+
+def _scores(context: Context, checkpoint: Checkpoint) -> dict[str, list[Tensor]]:
+    """Kind of the units that are pruned -> each layer's scores.
+
+    Raises:
+        UserError: where the artifact that has them was made by a version that found fewer kinds in such a model.
+    """
+    folder = context.input_path("importance")
+    stored = load_file(folder / SCORES)
+    kinds = [units.kind for units in pruned_kinds(context, checkpoint)]
+    scores = {kind: scores_of_layers(stored, context.params.criterion, kind) for kind in kinds}
+    for kind, of_layers in scores.items():
+        if len(of_layers) < checkpoint.num_layers:
+            raise UserError(
+                f"{folder}: has no scores of {kind} in layer {len(of_layers)}, which an earlier version didn't prune; "
+                "remove this folder and run the sweep again"
+            )
+    return scores
 
 
 def _agreed(context: Context, kept: Kept) -> Kept:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.errors import UserError
 from hfprune_dist.stages import prune
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
@@ -110,3 +111,14 @@ def test_what_scores_highest_stays_in_one_round_or_two(tmp_path, model_type, ref
     for kind in (units.kind for units in kinds):
         assert all({*inner} <= {*outer} for inner, outer in zip(again[kind], kept[kind], strict=True))
     assert store.manifest(twice.id)["metrics"]["ratio_reached"] >= RATIOS[1]
+
+
+def test_scores_of_a_version_that_found_fewer_kinds_are_refused_by_name(tmp_path):
+    """As those of granitemoeshared, whose shared MLP once stayed whole."""
+    store, folder = Store(tmp_path / "store"), save_model(tmp_path / "model", "qwen2_moe")
+    importance, scores = scored(store, 1, open_checkpoint(folder), [NEURONS])
+    file = store.path(importance.id) / "importance.safetensors"
+    save_file({name: it for name, it in scores.items() if "shared" not in name}, file)
+    inputs = {"model": Input(FileHashes(None).of_folder(folder), str(folder)), "importance": importance.as_input()}
+    with pytest.raises(UserError, match=r"has no scores of shared_neurons in layer 0, .*; remove this folder and run"):
+        pruned(store, RATIOS[0], inputs, "none", [NEURONS])
