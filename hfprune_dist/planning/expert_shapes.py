@@ -7,8 +7,9 @@ neurons stay. Where KV groups may go as well, layers keep the share of them that
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,8 +28,8 @@ ALIGNED = 8
 
 
 @dataclass(frozen=True)
-class ExpertTarget:
-    """What is asked of the shape of a mixture of experts."""
+class MixtureTarget(ABC):
+    """What is asked of the shape of a mixture of experts, in all layers of which one size decides what stays."""
 
     asked: ShapeTarget
 
@@ -38,20 +39,42 @@ class ExpertTarget:
         Raises:
             UserError: where no shape reaches the ratio.
         """
-        widths, largest = self._experts_widths(), self.largest()
+        sizes, largest = self._sizes, self.largest()
         if self.asked.ratio > largest:
             raise self.asked.out_of_reach(largest, largest, self._limits())
-        return self._with(widths[bisect_left(widths, self.asked.ratio, key=self._ratio)])
+        return self._with(sizes[bisect_left(sizes, self.asked.ratio, key=self._ratio)])
 
     def largest(self) -> float:
-        """The ratio of the smallest shape."""
-        return self._ratio(self._experts_widths()[-1])
+        """The ratio of the smallest shape; 0 where nothing can go."""
+        return self._ratio(self._sizes[-1]) if self._sizes else 0.0
 
-    def _ratio(self, width: int) -> float:
-        return self.asked.counts.ratio(self._with(width))
+    def _ratio(self, size: int) -> float:
+        return self.asked.counts.ratio(self._with(size))
 
-    def _experts_widths(self) -> list[int]:
-        """What experts may keep, falling; not all that there is."""
+    @property
+    @abstractmethod
+    def step(self) -> int:
+        """What sizes are multiples of."""
+
+    @property
+    @abstractmethod
+    def _sizes(self) -> Sequence[int]:
+        """Those that there may be, falling; not all that there is."""
+
+    @abstractmethod
+    def _with(self, size: int) -> Shape:
+        """The shape of a size."""
+
+    @abstractmethod
+    def _limits(self) -> str:
+        """Why no more can go, for messages."""
+
+
+class ExpertTarget(MixtureTarget):
+    """What is asked of a mixture that loses neurons; the size is the width of experts."""
+
+    @cached_property
+    def _sizes(self) -> list[int]:
         width, step = self._experts.width, self.step
         return [it for it in range(width // step * step, 0, -step) if it < width] or [width]
 
@@ -63,7 +86,7 @@ class ExpertTarget:
     def _limits(self) -> str:
         """Why no more neurons can go, for messages."""
         return (
-            f", of which {self._experts_widths()[-1]} of {self._experts.width} in each expert must stay: widths of "
+            f", of which {self._sizes[-1]} of {self._experts.width} in each expert must stay: widths of "
             f"experts are multiples of {self.step}"
         )
 
@@ -71,16 +94,16 @@ class ExpertTarget:
     def _experts(self) -> Units:
         return self.asked.checkpoint.structures[EXPERT_NEURONS]
 
-    def _with(self, width: int) -> Shape:
+    def _with(self, size: int) -> Shape:
         """The shape in which experts are so wide."""
         checkpoint = self.asked.checkpoint
-        widths = self._widths(width)
+        widths = self._widths(size)
         units = {}
         for it in checkpoint.pruned_kinds([NEURONS]):
             (field,) = {*it.fields} & widths.keys()
             units[it.kind] = tuple(widths[field] * it.copies if count else 0 for count in it.counts)
         if KV_GROUPS in self.asked.structures:
-            units[KV_GROUPS] = (self._groups(width),) * checkpoint.num_layers
+            units[KV_GROUPS] = (self._groups(size),) * checkpoint.num_layers
         return Shape(tuple(range(checkpoint.num_layers)), units)
 
     def _groups(self, width: int) -> int:
