@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from more_families import MORE_EXPERTS
+from more_families import LATENT, MAMBA, MORE_EXPERTS
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -27,14 +27,6 @@ SHAPE = {
     "eos_token_id": 2,
 }
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-_MAMBA = {
-    "mamba_n_heads": 4,
-    "mamba_d_head": 8,
-    "mamba_n_groups": 1,
-    "mamba_d_state": 8,
-    "mamba_expand": 1,
-    "mamba_chunk_size": 4,
-}
 # model_type -> settings that make the architecture do all that it can do.
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
@@ -79,12 +71,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "ministral": SLIDING,
     "vaultgemma": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, **SLIDING},
     "youtu": {
-        "num_key_value_heads": 4,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
+        **LATENT,
         "pad_token_id": None,  # whose row transformers empties as it loads
     },
     "qwen3_5_text": {
@@ -102,9 +89,9 @@ FAMILIES: dict[str, dict[str, object]] = {
     "phi": {"embd_pdrop": 0.1},
     "gpt_neox": {"hidden_dropout": 0.1},
     "opt": {"ffn_dim": 24, "dropout": 0.0},
-    "bamba": {**_MAMBA, "attn_layer_indices": [1], "attn_rotary_emb": 8},
+    "bamba": {**MAMBA, "attn_layer_indices": [1], "attn_rotary_emb": 8},
     "granitemoehybrid": {
-        **_MAMBA,
+        **MAMBA,
         "layer_types": ["mamba", "attention", "mamba"],
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
@@ -143,18 +130,13 @@ EXPERTS: dict[str, dict[str, object]] = {
         "use_qk_norm": True,
     },
     "deepseek_v3": {
-        "num_key_value_heads": 4,
         "n_routed_experts": 4,
         "moe_intermediate_size": 24,
         "n_shared_experts": 2,
         "first_k_dense_replace": 1,
         "n_group": 2,
         "topk_group": 1,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
+        **LATENT,
     },
     "granitemoe": {"num_local_experts": 4, "residual_multiplier": 0.3, "logits_scaling": 4.0},
     "gpt_oss": {"num_local_experts": 4, "sliding_window": 4},

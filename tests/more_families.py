@@ -4,13 +4,21 @@ from __future__ import annotations
 
 _ROUTED = {"n_routed_experts": 4, "moe_intermediate_size": 24, "n_shared_experts": 2, "first_k_dense_replace": 1}
 _GROUPS = {"n_group": 2, "topk_group": 1}
-_LATENT = {
+LATENT = {
     "num_key_value_heads": 4,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
+}
+MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_expand": 1,
+    "mamba_chunk_size": 4,
 }
 _INDEX = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
 _DELTA = {
@@ -24,10 +32,20 @@ _SHARED = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_interme
 _TYPES = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 _SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _GRANITE = {"num_local_experts": 4, "shared_intermediate_size": 16, "residual_multiplier": 0.3, "logits_scaling": 4.0}
+_KIMI = {
+    "num_local_experts": 4,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    **LATENT,
+    **_TYPES,
+}
 MORE_EXPERTS: dict[str, dict[str, object]] = {
     "qwen3_next": _SHARED | _DELTA,
     "qwen3_5_moe_text": _SHARED | _DELTA,
-    "deepseek_v2": _ROUTED | _LATENT,
+    "deepseek_v2": _ROUTED | LATENT,
     "dots1": _ROUTED | _GROUPS,
     "ernie4_5_moe": {
         "moe_num_experts": 4,
@@ -40,21 +58,16 @@ MORE_EXPERTS: dict[str, dict[str, object]] = {
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "phimoe": {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
     "minimax_m2": {"num_local_experts": 4},
-    "glm4_moe_lite": _ROUTED | _LATENT | _GROUPS | _TYPES,
-    "glm_moe_dsa": _ROUTED | _LATENT | _GROUPS | _TYPES | _INDEX,
-    "deepseek_v32": _ROUTED | _LATENT | _GROUPS | _INDEX,
+    "glm4_moe_lite": _ROUTED | LATENT | _GROUPS | _TYPES,
+    "glm_moe_dsa": _ROUTED | LATENT | _GROUPS | _TYPES | _INDEX,
+    "deepseek_v32": _ROUTED | LATENT | _GROUPS | _INDEX,
     "flex_olmo": {"num_experts": 4},
     "granitemoeshared": _GRANITE,
     "granitemoehybrid": _GRANITE
     | {
         "num_experts_per_tok": 2,
         "layer_types": ["mamba", "attention", "mamba"],
-        "mamba_n_heads": 4,
-        "mamba_d_head": 8,
-        "mamba_n_groups": 1,
-        "mamba_d_state": 8,
-        "mamba_expand": 1,
-        "mamba_chunk_size": 4,
+        **MAMBA,
     },
     "lfm2_moe": {
         "num_experts": 4,
@@ -72,16 +85,7 @@ MORE_EXPERTS: dict[str, dict[str, object]] = {
         "mamba_dt_rank": 4,
         "use_mamba_kernels": False,
     },
-    "kimi_linear": {
-        "num_local_experts": 4,
-        "moe_intermediate_size": 24,
-        "n_shared_experts": 2,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_head_dim": 8,
-        "linear_num_heads": 4,
-        **_LATENT,
-        **_TYPES,
-    },
+    "kimi_linear": _KIMI,
     "exaone_moe": _TYPES | _SLIDING | {"num_experts": 4, "moe_intermediate_size": 24, "num_shared_experts": 2},
     "solar_open": {"n_routed_experts": 4, "moe_intermediate_size": 24, "n_shared_experts": 1},
     "afmoe": _SLIDING
@@ -102,9 +106,9 @@ MORE_EXPERTS: dict[str, dict[str, object]] = {
         "layer_types": ["full_attention", "linear_attention", "full_attention"],
         "block_size": 8,
     },
-    "axk1": _ROUTED | _LATENT | _GROUPS | _TYPES,
+    "axk1": _ROUTED | LATENT | _GROUPS | _TYPES,
     "flint": _SHARED | {"mlp_only_layers": [0]},
-    "sarvam_mla": _ROUTED | _LATENT,
+    "sarvam_mla": _ROUTED | LATENT,
     "kolibri1": {"num_local_experts": 4} | _SHARED | _SLIDING,
     "minimax_m3_vl_text": {
         "num_local_experts": 4,
@@ -112,17 +116,7 @@ MORE_EXPERTS: dict[str, dict[str, object]] = {
         "dense_intermediate_size": 40,
         **_TYPES,
     },
-    "bailing_hybrid": {
-        "num_local_experts": 4,
-        "moe_intermediate_size": 24,
-        "n_shared_experts": 2,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_head_dim": 8,
-        "linear_num_heads": 4,
-        **_GROUPS,
-        **_LATENT,
-        **_TYPES,
-    },
+    "bailing_hybrid": _KIMI | _GROUPS,
     "hy_v3": _TYPES | {"num_experts": 4, "moe_intermediate_size": 24, "num_shared_experts": 2},
     "laguna": _SHARED | _TYPES,
 }

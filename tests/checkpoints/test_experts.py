@@ -18,7 +18,7 @@ import torch
 from families import EXPERTS, save_model, with_experts
 from families_lora import trained_and_merged
 from families_masked import through_layers
-from forks import on_ranks
+from families_ranks import assert_two_ranks_have_the_bits_of_one
 from masking import write
 from mixtures import KIND, definition, experts_of, some_kept
 from more_families import MORE_EXPERTS
@@ -423,28 +423,8 @@ def test_pairs_share_a_row_of_training_where_they_do_not_see_each_other(checkpoi
 
 
 def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
-    """ZeRO-3 over two real ranks, for all families in one pair of processes."""
     checkpoints = {name: checkpoint_of(name) for name in EXPERTS | MORE_EXPERTS}
-
-    def sums_of(name, world, *ranks):
-        """Those of each of some ranks."""
-        scorer = scorer_of(checkpoints[name], world)
-        sums = [scorer.score([range(2 * rank, 2 * rank + 2)]) for rank in ranks]
-        scorer.release()
-        return [{kind: it.exact["entropy"] for kind, it in of_rank.kinds.items()} for of_rank in sums]
-
-    def act(world):
-        from hfprune_dist.distributed.zero3 import init_deepspeed
-
-        init_deepspeed(world)
-        torch.save({name: sums_of(name, world, world.rank) for name in checkpoints}, tmp_path / f"{world.rank}.pt")
-
-    assert on_ranks(2, act).codes == [0, 0]
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for name in checkpoints:
-        for rank, expected in enumerate(sums_of(name, SoloWorld(), 0, 1)):
-            (sums,) = found[rank][name]
-            assert all(torch.equal(sums[kind], it) for kind, it in expected.items()), (rank, name)
+    assert_two_ranks_have_the_bits_of_one(checkpoints, scorer_of, tmp_path, shards=(range(2), range(2, 4)))
 
 
 @pytest.mark.parametrize(

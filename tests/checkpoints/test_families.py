@@ -13,7 +13,7 @@ from core_definition import definition
 from families import ALL_SEEING, EXPERTS, FAMILIES, SEEING, SHAPE, save_model
 from families_lora import trained_and_merged
 from families_masked import assert_same, dense_of, kinds_of, load, masked, some_kept, through_layers
-from forks import on_ranks
+from families_ranks import assert_two_ranks_have_the_bits_of_one
 from masking import write
 from more_families import MORE_EXPERTS
 from ranks import SoloWorld
@@ -264,28 +264,8 @@ def test_pairs_that_share_a_row_of_training_do_not_see_each_other_where_the_fami
 
 
 def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
-    """ZeRO-3 over two real ranks, for all families in one pair of processes."""
     checkpoints = {name: checkpoint_of(name) for name in FAMILIES | SEEING}
-
-    def sums_of(name, world, *ranks):
-        """Those of each of some ranks."""
-        scorer = scorer_of(checkpoints[name], world)
-        sums = [scorer.score([range(rank, rank + 1)]) for rank in ranks]
-        scorer.release()
-        return [{kind: it.exact["entropy"] for kind, it in of_rank.kinds.items()} for of_rank in sums]
-
-    def act(world):
-        from hfprune_dist.distributed.zero3 import init_deepspeed
-
-        init_deepspeed(world)
-        torch.save({name: sums_of(name, world, world.rank) for name in checkpoints}, tmp_path / f"{world.rank}.pt")
-
-    assert on_ranks(2, act).codes == [0, 0]
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for name in checkpoints:
-        for rank, expected in enumerate(sums_of(name, SoloWorld(), 0, 1)):
-            (sums,) = found[rank][name]
-            assert all(torch.equal(sums[kind], it) for kind, it in expected.items()), (rank, name)
+    assert_two_ranks_have_the_bits_of_one(checkpoints, scorer_of, tmp_path, shards=(range(1), range(1, 2)))
 
 
 def test_the_readme_lists_what_is_covered(checkpoint_of, capsys):
