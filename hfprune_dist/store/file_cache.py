@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -37,15 +38,15 @@ class FileCache:
     def put(self, key: str, source: Path) -> None:
         """Keep ``source``, which nobody may change from now on.
 
-        Nothing is kept where the file system has no hard links, or where another stage keeps the same at this moment.
+        Nothing is kept where the file system has no hard links, where the folder can't be written, or where another
+        stage keeps the same at this moment. The stage that has the file goes on.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
         fsync_path(source)
-        try:
+        digest = FileHashes(None).of_file(source)
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
             _link(source, self._folder / key)
-        except OSError:
-            return
-        write_json(self._folder / f"{key}.json", {"sha256": FileHashes(None).of_file(source)})
+            write_json(self._folder / f"{key}.json", {"sha256": digest})
 
     def _promised(self, key: str) -> str | None:
         return (read_object(self._folder / f"{key}.json") or {}).get("sha256")

@@ -54,3 +54,13 @@ def test_death_at_every_point(tmp_path):
         if not died:
             break
     assert taken.index(True) > 3, "points of death before the promise"
+
+
+def test_a_folder_that_can_not_be_made_keeps_nothing_and_stops_nobody(tmp_path):
+    (tmp_path / "cache").write_text("not a folder")
+    source = tmp_path / "file"
+    source.write_text("rows")
+    cache = FileCache(tmp_path / "cache")
+    cache.put("key", source)
+    assert not cache.take("key", tmp_path / "taken") and not (tmp_path / "taken").exists()
+    assert source.read_text() == "rows" and (tmp_path / "cache").read_text() == "not a folder"
