@@ -28,6 +28,8 @@ from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.world import TELL_EVERY_S
 from hfprune_dist.store.hashing import digest_of
 
+TELLER = "tells the other ranks that lm-eval is at work"
+
 # Batches per chunk, at most. Choices of one letter share a forward where they share a chunk: several batches keep them
 # together.
 CHUNK_BATCHES = 4
@@ -116,7 +118,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
                 with self._speaking:
                     self._world.broadcast([])
 
-        teller = threading.Thread(target=tell, daemon=True)
+        teller = threading.Thread(target=tell, name=TELLER, daemon=True)
         teller.start()
         try:
             yield
