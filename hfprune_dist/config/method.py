@@ -103,11 +103,11 @@ class Method(Section):
     of devices, over which experts are spread). auto: for each model and ratio the
     largest of 256, 128, 64 and 32 with which at least the ratio goes, and at most 0.0125 more; where there is none, 32
     if the model is at least 1,024 wide, else 1; of experts 1. Where there is a ``round_ratio``, what it is in the first
-    round."""
+    round; with plain, what it may be in every round."""
     steps: Positive = 1
     """Number of equal parts of the ratio in which the model is pruned. Before each part but the first, the pruned model
     is scored again on the same windows. A refit of kind ``dense`` then uses that model's activations; the others aim at
-    the dense model in every step, and ``searched`` compares with it. Not with plain."""
+    the dense model in every step, and ``searched`` and ``plain`` compare with it."""
     round_ratio: RoundRatio | None = None
     """In place of ``steps``: prune in parts of this size, the last one being what is left of the ratio. So ratios share
     the parts that they have in common. null: ``steps`` says how many there are."""
@@ -214,11 +214,11 @@ class Method(Section):
                 f"steps: {self.steps} and round_ratio: {self.round_ratio:g} are two ways to say in which parts a model "
                 "is pruned; give one of them"
             )
-        if self.allocation in ("plain", "low_rank") and (self.steps > 1 or self.round_ratio is not None):
+        if self.allocation == "low_rank" and (self.steps > 1 or self.round_ratio is not None):
             named = f"steps: {self.steps}" if self.round_ratio is None else f"round_ratio: {self.round_ratio:g}"
             raise ValueError(
-                f"{named} needs allocation: uniform, local, global, standardized or searched; the "
-                f"{self.allocation} shape of one part may contain none of the next"
+                f"{named} needs allocation: uniform, plain, local, global, standardized or searched; a model whose "
+                "matrices have low rank isn't pruned again"
             )
         return self
 

@@ -6,6 +6,7 @@ others; where scores decide, every layer is taken to lose the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from math import ceil
 from typing import Any
@@ -23,7 +24,7 @@ from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.planning.known_sizes import packed_rows
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
-from hfprune_dist.planning.plain_shapes import LAYERS_OF_A_STEP, plain_shapes
+from hfprune_dist.planning.plain_shapes import LAYERS_OF_A_STEP, PlainShape, plain_shapes
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.search_work import FINALISTS
 from hfprune_dist.planning.shape_target import ShapeTarget
@@ -79,7 +80,9 @@ class ExpectedManifests:
         dense = self.dense(stage)
         size = size_of(dense)
         if params.allocation == "plain":
-            return _plain(dense, params, stage.label)
+            before = self._before(stage)
+            shapes = plain_shapes(ShapeTarget.of(dense, params, stage.label), before)
+            return _plain(dense, params, before, shapes)
         if dense.family.experts:
             shape = mixture_target(ShapeTarget.of(dense, params, stage.label)).shape()
             kinds = (dense.structures[kind] for kind in shape.units)
@@ -92,6 +95,15 @@ class ExpectedManifests:
         gone = params.ratio * size.parameters / size.parameters_per_unit / sum(size.counts)
         told = dense.units.sizes([max(1, round(count * (1 - gone))) for count in size.counts])
         return told | (_searched(size.num_layers, params) if params.allocation == "searched" else {})
+
+    def _before(self, stage: Stage) -> PlainShape:
+        """What a stage that looks for a plain shape prunes, if the first that competes stays in every round."""
+        dense = self.dense(stage)
+        if "dense" not in stage.inputs:
+            return PlainShape.of(dense)
+        earlier = self._plan.stages[stage.inputs["model"].location]
+        assert isinstance(earlier.params, PruneParameters), f"{earlier.id} prunes no plain shape"
+        return plain_shapes(ShapeTarget.of(dense, earlier.params, earlier.label), self._before(earlier))[0]
 
 
 def _trained(recovery: RecoveryConfig) -> dict[str, Any] | None:
@@ -117,11 +129,12 @@ def steps_of(rows: int, batch_size: int, epochs: float) -> int:
     return ceil(epochs * -(-rows // batch_size))
 
 
-def _plain(dense: Checkpoint, params: PruneParameters, where: str) -> dict[str, Any]:
+def _plain(
+    dense: Checkpoint, params: PruneParameters, before: PlainShape, shapes: Sequence[PlainShape]
+) -> dict[str, Any]:
     """Metrics of a search for a plain shape, its order of layers the last ones first."""
-    shapes = plain_shapes(ShapeTarget.of(dense, params, where))
-    names = [f"{it.num_layers} layers, {it.kv_groups} KV groups, width {it.width}" for it in shapes]
-    first, layers = shapes[0], dense.num_layers
+    names = [it.name for it in shapes]
+    first, layers = shapes[0], before.num_layers
     gone = layers - min(it.num_layers for it in shapes)
     told = dense.units.sizes([first.width] * first.num_layers)
     told |= dense.structures[KV_GROUPS].sizes([first.kv_groups] * first.num_layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -10,9 +10,9 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import target_of, with_numbers
-from hfprune_dist.planning.plain_shapes import plain_shapes, ratio_of
-from hfprune_dist.planning.rounds import local_shapes
+from hfprune_dist.planning.plain_shapes import PlainShape, ratio_of
 from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.shapes_of_rounds import local_shapes, plain_shapes_of_rounds
 from hfprune_dist.planning.whole_expert_shapes import mixture_target
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS
@@ -78,7 +78,7 @@ def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str
     if method.allocation == "uniform":
         return _uniform(target)
     if method.allocation == "plain":
-        return _plain(target)
+        return _plain(target, plain_shapes_of_rounds(method, checkpoint, ratio, where))
     if method.allocation == "local":
         return _local(target, local_shapes(method, checkpoint, ratio, where)[-1])
     if method.allocation == "low_rank":
@@ -107,14 +107,15 @@ def _of_experts(target: ShapeTarget) -> KnownShape:
     return KnownShape(*sizes, Span.of([target.counts.ratio(shape)]), experts=_experts(checkpoint, shape))
 
 
-def _plain(target: ShapeTarget) -> KnownShape:
-    shapes = plain_shapes(target)
+def _plain(target: ShapeTarget, rounds: Sequence[Sequence[PlainShape]]) -> KnownShape:
+    *earlier, shapes = rounds
+    which = "one" if earlier else "the closest"
     return KnownShape(
         layers=Span.of(shape.num_layers for shape in shapes),
         kv_heads=Span.of(shape.kv_groups for shape in shapes),
         width=Span.of(shape.width for shape in shapes),
         reached=Span.of(ratio_of(target, shape) for shape in shapes),
-        open=f"the closest of {len(shapes)} shapes, by measurement" if len(shapes) > 1 else "",
+        open=f"{which} of {len(shapes)} shapes, by measurement" if len(shapes) > 1 else "",
     )
 
 

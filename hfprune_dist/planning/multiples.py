@@ -15,6 +15,7 @@ from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.plain_shapes import all_plain_shapes, ratio_of
+from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.structures import EXPERTS, KV_GROUPS
@@ -71,12 +72,14 @@ def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: s
     """Where shapes compete, a number with which every plain shape of the method's structures is possible; of experts 1.
 
     Shapes are compared at one multiple, and none is left out for it. Where rounds are of one size it is the first
-    round's, so that they are the same rounds whatever ratio they lead to.
+    round's, so that they are the same rounds whatever ratio they lead to; a plain shape is to be one in every round.
     """
     if EXPERTS in method.structures:
         return 1
-    decisive = ratio if method.round_ratio is None else min(ratio, method.round_ratio)
-    fitting = (it for it in MULTIPLES if _suits(it, method, checkpoint, decisive, where))
+    decisive = [ratio if method.round_ratio is None else min(ratio, method.round_ratio)]
+    if method.allocation == "plain":
+        decisive = round_ratios(method, ratio)
+    fitting = (it for it in MULTIPLES if all(_suits(it, method, checkpoint, each, where) for each in decisive))
     return next(fitting, LEAST if checkpoint.units.width >= WIDE else 1)
 
 

@@ -1,6 +1,7 @@
 """Plain shapes: one number of layers, of KV groups and of neurons, the same in all layers.
 
 Many of them have as many parameters. Which of those is closest to the dense model is measured, so there must be few.
+Where a model is pruned in rounds, each shape lies within the one before.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.pruned_config import plain_group_counts
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.shape_target import ShapeTarget
@@ -31,23 +33,37 @@ class PlainShape:
     kv_groups: int
     width: int
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> PlainShape:
+        """Of a model whose layers are alike, as it is."""
+        structures = checkpoint.structures
+        return cls(checkpoint.num_layers, structures[KV_GROUPS].most, structures[NEURONS].most)
 
-def plain_shapes(target: ShapeTarget) -> list[PlainShape]:
+    @property
+    def name(self) -> str:
+        """What metrics call it."""
+        return f"{self.num_layers} layers, {self.kv_groups} KV groups, width {self.width}"
+
+
+def plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[PlainShape]:
     """The shapes to choose from, at most ``MOST_SHAPES``, the largest numbers of layers, then of groups, first.
 
     The first is the one that only loses neurons, if those are enough. Where widths are multiples of 1, parameters come
     as close to the ratio as they can; wider multiples are rounded down, so that at least the ratio goes.
 
+    Args:
+        before: what earlier rounds left, within which they must lie; None: this is the first.
+
     Raises:
         UserError: where no shape reaches the ratio, or ``tensor_parallel`` divides no number of groups.
     """
-    found = all_plain_shapes(target)
+    found = all_plain_shapes(target, before)
     if not found:
-        raise _none_reaches(target)
+        raise _none_reaches(target) if before is None else _none_within(target, before)
     return _spread(found, MOST_SHAPES)
 
 
-def all_plain_shapes(target: ShapeTarget) -> list[PlainShape]:
+def all_plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[PlainShape]:
     """The same shapes however many there are, and none where none reaches the ratio or layers differ already.
 
     Raises:
@@ -55,7 +71,8 @@ def all_plain_shapes(target: ShapeTarget) -> list[PlainShape]:
     """
     if not target.checkpoint.is_uniform:
         return []
-    shapes = [_with_width(target, *cell) for cell in _cells(target)]
+    before = before or PlainShape.of(target.checkpoint)
+    shapes = [_with_width(target, before, *cell) for cell in _cells(target, before)]
     return [shape for shape in shapes if shape is not None]
 
 
@@ -92,17 +109,17 @@ def group_counts(target: ShapeTarget) -> list[int]:
     return divisible
 
 
-def _cells(target: ShapeTarget) -> list[tuple[int, int]]:
+def _cells(target: ShapeTarget, before: PlainShape) -> list[tuple[int, int]]:
     """(layers, KV groups) that there may be."""
-    layers = target.checkpoint.num_layers
-    numbers = range(layers, target.fewest_layers - 1, -max(1, round(layers / LAYERS_OF_A_STEP)))
-    groups = _spread(group_counts(target), MOST_GROUP_COUNTS)
+    step = max(1, round(target.checkpoint.num_layers / LAYERS_OF_A_STEP))
+    numbers = range(before.num_layers, target.fewest_layers - 1, -step)
+    groups = _spread([it for it in group_counts(target) if it <= before.kv_groups], MOST_GROUP_COUNTS)
     return [(number, count) for number in numbers for count in groups]
 
 
-def _with_width(target: ShapeTarget, num_layers: int, kv_groups: int) -> PlainShape | None:
+def _with_width(target: ShapeTarget, before: PlainShape, num_layers: int, kv_groups: int) -> PlainShape | None:
     """The shape with the width that the ratio asks for; None where there is none, or nothing goes."""
-    counts, most, multiple_of = target.counts, target.neurons.most, target.multiple_of
+    counts, most, multiple_of = target.counts, before.width, target.multiple_of
     whole, narrowest = (PlainShape(num_layers, kv_groups, width) for width in (most, multiple_of))
     if multiple_of > most or target.ratio > ratio_of(target, narrowest):
         return None
@@ -110,28 +127,34 @@ def _with_width(target: ShapeTarget, num_layers: int, kv_groups: int) -> PlainSh
     exact = most - (target.ratio * counts.total - gone) / (num_layers * counts.units[NEURONS])
     width = round(exact) if multiple_of == 1 else int(exact // multiple_of) * multiple_of
     shape = replace(whole, width=max(width, multiple_of))
-    return None if shape.width > most or _is_whole(target, shape) else shape
-
-
-def _is_whole(target: ShapeTarget, shape: PlainShape) -> bool:
-    return shape == PlainShape(target.checkpoint.num_layers, target.groups.most, target.neurons.most)
+    return None if shape.width > most or shape == before else shape
 
 
 def _none_reaches(target: ShapeTarget) -> UserError:
     largest = _largest(target)
     if target.ratio > largest:
         return target.out_of_reach(largest, _largest(target.largest_structures))
-    larger = min(it for it in (_smallest(target, *cell) for cell in _cells(target)) if it > target.ratio)
+    cells = _cells(target, PlainShape.of(target.checkpoint))
+    larger = min(it for it in (_smallest(target, *cell) for cell in cells) if it > target.ratio)
     return UserError(
         f"{target.where}: no shape of {', '.join(target.structures)} comes to ratio {target.ratio:g}; the next larger "
         f"one that is possible is {int(larger * 1e6) / 1e6:g} ({target.rounding})"
     )
 
 
+def _none_within(target: ShapeTarget, before: PlainShape) -> UserError:
+    return UserError(
+        f"{target.where}: no shape of {', '.join(target.structures)} comes to ratio {target.ratio:g} within "
+        f"{before.name}, which an earlier round may leave ({target.rounding}); use fewer steps, a larger "
+        "prune.round_ratio or another ratio"
+    )
+
+
 def _largest(target: ShapeTarget) -> float:
     if target.multiple_of > target.neurons.most:
         return 0.0
-    return max(ratio_of(target, PlainShape(*cell, target.multiple_of)) for cell in _cells(target))
+    cells = _cells(target, PlainShape.of(target.checkpoint))
+    return max(ratio_of(target, PlainShape(*cell, target.multiple_of)) for cell in cells)
 
 
 def _smallest(target: ShapeTarget, num_layers: int, kv_groups: int) -> float:
@@ -139,7 +162,7 @@ def _smallest(target: ShapeTarget, num_layers: int, kv_groups: int) -> float:
     most, multiple_of = target.neurons.most, target.multiple_of
     widest = PlainShape(num_layers, kv_groups, max(most // multiple_of * multiple_of, 1))
     narrower = replace(widest, width=max(widest.width - multiple_of, 1))
-    return ratio_of(target, narrower if _is_whole(target, widest) else widest)
+    return ratio_of(target, narrower if widest == PlainShape.of(target.checkpoint) else widest)
 
 
 def _spread(values: Sequence[T], most: int) -> list[T]:

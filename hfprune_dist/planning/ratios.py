@@ -13,9 +13,9 @@ from hfprune_dist.planning.budget import Limits, budget_of
 from hfprune_dist.planning.expert_shapes import can_do, refuse_unaligned, refuse_with_experts, why_not_experts
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import protected_by, suited, target_of, with_numbers
-from hfprune_dist.planning.plain_shapes import plain_shapes
-from hfprune_dist.planning.rounds import local_shapes, round_ratios
+from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.shapes_of_rounds import local_shapes, plain_shapes_of_rounds
 from hfprune_dist.planning.students import check_student
 from hfprune_dist.planning.whole_expert_shapes import mixture_target, refuse_without_experts
 from hfprune_dist.planning.widths import ModelSize, Target, size_of
@@ -160,6 +160,8 @@ def _told_of_ranks(checkpoint: Checkpoint, ratio: float, method: Method, where: 
 def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
     """The numbers that decide, in every round to a ratio, what stays."""
     rounds = round_ratios(method, ratio)
+    if method.allocation == "plain":
+        return tuple(map(tuple, plain_shapes_of_rounds(method, checkpoint, ratio, where)))
     if method.allocation == "local" and not checkpoint.family.experts:
         shapes = local_shapes(method, checkpoint, ratio, where)
         decided: list[Hashable] = [tuple(shape.units.values()) for shape in shapes]
@@ -180,8 +182,6 @@ def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: 
 def _deciding_numbers(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
     """The numbers that decide, with the scores and what is measured, what stays."""
     target = target_of(method, checkpoint, ratio, where)
-    if method.allocation == "plain":
-        return tuple(plain_shapes(target))
     if method.allocation == "low_rank":
         shape = LowRankTarget(target).shape()
         return *shape.ranks.items(), *shape.units.items()

@@ -91,8 +91,10 @@ class Search:
 
     @property
     def _dropped(self) -> list[int]:
-        """Layers in the order in which they would go."""
-        return list(self.told.get("layers_in_order_of_dropping") or [])
+        """Layers in the order in which they would go; the last ones of a model that numbers its layers anew."""
+        order = list(self.told.get("layers_in_order_of_dropping") or [])
+        layers = len(self.model.layers)
+        return order if layers == len(self.dense.layers) else [*range(layers)][layers - len(order) :][::-1]
 
     # Windows.
 

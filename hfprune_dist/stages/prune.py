@@ -58,7 +58,7 @@ def _decide(context: Context, checkpoint: Checkpoint, dense: Checkpoint) -> tupl
         return _agreed(context, kept), replacements, told
     scores = _scores(context, checkpoint)
     if params.allocation == "plain":
-        kept, replacements, told = decide_plain(context, checkpoint, scores)
+        kept, replacements, told = decide_plain(context, (checkpoint, dense), scores)
         return _agreed(context, kept), replacements, told
     kept, told = decide_shape(context, checkpoint, dense, scores)
     kept = _agreed(context, kept)

@@ -3,7 +3,8 @@
 Layers are put in the order in which they are missed least. Candidates on a grid then differ in how many layers, KV
 groups and neurons they keep, all with about the same number of parameters; they are measured with a cheap refit. The
 one that prunes MLPs alone and the best others are then fitted layer after layer, and compared on windows that nothing
-before saw. The closest gets its final refit on all windows.
+before saw. The closest gets its final refit on all windows. In rounds, candidates lie within what the round before
+left, and all are compared with the dense model.
 """
 
 from __future__ import annotations
@@ -20,30 +21,38 @@ from hfprune_dist.refit.cheap_fits import Scored, kept_of
 from hfprune_dist.refit.measurement import Candidate
 from hfprune_dist.stages.cheap_measurement import Measured
 from hfprune_dist.stages.finals import FINALISTS, Finals, Windows, hopeful
-from hfprune_dist.stages.prune_refit import Context, Replacements, final_refit, pruned_kinds, told_of_refit
+from hfprune_dist.stages.prune_refit import (
+    Context,
+    Replacements,
+    dense_numbers,
+    final_refit,
+    pruned_kinds,
+    told_of_refit,
+)
 from hfprune_dist.structures import KV_GROUPS, NEURONS, kinds_among
 from hfprune_dist.structures.kept import Kept
 
 
 def decide_plain(
-    context: Context, checkpoint: Checkpoint, scores: Mapping[str, Sequence[Tensor]]
+    context: Context, models: tuple[Checkpoint, Checkpoint], scores: Mapping[str, Sequence[Tensor]]
 ) -> tuple[Kept, Replacements, dict[str, Any]]:
     """What stays, its refitted weights, and metrics of the search; the same on every rank.
 
     Args:
+        models: that is pruned; and the dense one, which it is or comes from.
         scores: kind -> of each layer's units.
     """
     windows = Windows.apart(context.calibration_windows(), context.params.forward_pass()[1])
-    grid = _Grid(context, checkpoint, scores, windows.seen_ST)
+    grid = _Grid(context, models, scores, windows.seen_ST)
     kls = grid.kl()
-    told: dict[str, Any] = {"layers_in_order_of_dropping": grid.order, "search_kl": kls}
+    told: dict[str, Any] = {"layers_in_order_of_dropping": grid.order_in_dense_model, "search_kl": kls}
     if context.params.refit == "none":
         return grid.kept(min(kls, key=kls.__getitem__)), {}, told
     competing = hopeful(kls)
-    finals = Finals(context, (checkpoint, checkpoint), windows, grid.kept)
+    finals = Finals(context, models, windows, grid.kept)
     best = finals.closest(_first_finalists(competing, grid), lambda closest: grid.with_fewer_layers(closest, competing))
     kept = grid.kept(best)
-    fitted = final_refit(context, (checkpoint, checkpoint), kept)
+    fitted = final_refit(context, models, kept)
     told |= {"finalists_kl": finals.kl} if finals.kl else {}
     return kept, fitted.replacements(kept.layers), told | told_of_refit(fitted, kept.layers)
 
@@ -59,18 +68,32 @@ def _first_finalists(competing: Sequence[str], grid: _Grid) -> list[str]:
 
 
 class _Grid:
-    """Candidates, and how far models of their shape are from the dense one after a cheap refit."""
+    """Candidates, and how far models of their shape are from the dense one after a cheap refit.
+
+    Args:
+        models: that is pruned; and the dense one.
+    """
 
     def __init__(
-        self, context: Context, checkpoint: Checkpoint, scores: Mapping[str, Sequence[Tensor]], windows_ST: Tensor
+        self,
+        context: Context,
+        models: tuple[Checkpoint, Checkpoint],
+        scores: Mapping[str, Sequence[Tensor]],
+        windows_ST: Tensor,
     ) -> None:
         self._context = context
-        self._checkpoint = checkpoint
-        self._kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
-        self._measured = Measured(context, checkpoint, checkpoint, self._kinds, windows_ST)
-        self._target = ShapeTarget.of(checkpoint, context.params, context.stage.label)
-        self._shapes = {_name(shape): shape for shape in plain_shapes(self._target)}
-        self.order = self._order()
+        self._checkpoint, dense = models
+        self._numbers = dense_numbers(context, self._checkpoint)
+        self._kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, self._checkpoint)]
+        self._measured = Measured(context, *models, self._kinds, windows_ST)
+        self._target = ShapeTarget.of(dense, context.params, context.stage.label)
+        self._shapes = {it.name: it for it in plain_shapes(self._target, PlainShape.of(self._checkpoint))}
+        self._order = self._layers_in_order()
+
+    @property
+    def order_in_dense_model(self) -> list[int]:
+        """The layers that candidates lack, in the order in which they go, as the dense model numbers them."""
+        return [self._numbers[layer] for layer in self._order]
 
     def is_mlp_alone(self, name: str) -> bool:
         """Whether it keeps all layers and all KV groups."""
@@ -100,18 +123,14 @@ class _Grid:
 
     def _candidate(self, shape: PlainShape) -> Candidate:
         """So many units in each of the layers that are missed most."""
-        gone = self.order[: self._checkpoint.num_layers - shape.num_layers]
+        gone = self._order[: self._checkpoint.num_layers - shape.num_layers]
         counts = {NEURONS: shape.width, KV_GROUPS: shape.kv_groups}
         choice = tuple(counts[kind] for kind in kinds_among(self._context.params.structures))
         return tuple(None if layer in gone else choice for layer in range(self._checkpoint.num_layers))
 
-    def _order(self) -> list[int]:
+    def _layers_in_order(self) -> list[int]:
         """The layers that candidates lack, in the order in which they go."""
         count = self._checkpoint.num_layers - min(shape.num_layers for shape in self._shapes.values())
         stuck = self._target.undroppable
-        droppable = [layer for layer in range(self._checkpoint.num_layers) if layer not in stuck]
+        droppable = [layer for layer, number in enumerate(self._numbers) if number not in stuck]
         return self._measured.layers_in_order(droppable, count)
-
-
-def _name(shape: PlainShape) -> str:
-    return f"{shape.num_layers} layers, {shape.kv_groups} KV groups, width {shape.width}"

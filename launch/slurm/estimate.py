@@ -35,7 +35,7 @@ from hfprune_dist.planning.gpu_needs import ITEMSIZE, Gpus, Memory
 from hfprune_dist.planning.importance_job import importance_job
 from hfprune_dist.planning.layer_pass_footprint import LowRank, Reference, Refit
 from hfprune_dist.planning.local_shapes import LocalTarget
-from hfprune_dist.planning.plain_shapes import plain_shapes
+from hfprune_dist.planning.plain_shapes import all_plain_shapes
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.timing import seconds
@@ -205,7 +205,7 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | LowRank
     elif params.allocation == "uniform":
         width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()
     elif params.allocation == "plain":  # which is found by measuring
-        width = max(shape.width for shape in plain_shapes(ShapeTarget.of(dense, params, stage.label)))
+        width = max(shape.width for shape in all_plain_shapes(ShapeTarget.of(dense, params, stage.label)))
     elif params.allocation == "local":
         shape = LocalTarget.of(dense, params, stage.label).shape()
         width = max(shape.units[NEURONS])

@@ -16,8 +16,9 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.known_shapes import known_shape
 from hfprune_dist.planning.local_shapes import LocalTarget
 from hfprune_dist.planning.ratios import check_ratios
-from hfprune_dist.planning.rounds import local_shapes, round_ratios
+from hfprune_dist.planning.rounds import round_ratios
 from hfprune_dist.planning.shape_target import ShapeTarget
+from hfprune_dist.planning.shapes_of_rounds import local_shapes
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.structures.kept import Shape
 

@@ -78,8 +78,8 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
         ),
         ("criterion: entropy\nallocation: plain\n", "plain needs kv_groups or layers.*allocation: uniform"),
         (
-            "criterion: entropy\nallocation: plain\nstructures: [neurons, layers]\nsteps: 2\n",
-            "steps: 2 needs allocation: uniform, local, global, standardized or searched",
+            "criterion: lorap_highest\nallocation: low_rank\nsteps: 2\n",
+            "steps: 2 needs allocation: uniform, plain, local, global, standardized or searched",
         ),
         (
             "criterion: entropy\nallocation: local\nstructures: [neurons, layers]\n",
@@ -95,8 +95,8 @@ def test_a_file_of_ones_own_is_found_beside_the_configuration(tmp_path):
         ),
         ("criterion: entropy\nfloor: -0.1\n", "floor.*greater than or equal to 0"),
         (
-            "criterion: entropy\nallocation: plain\nstructures: [neurons, layers]\nround_ratio: 0.1\n",
-            "round_ratio: 0.1 needs allocation: uniform, local, global, standardized or searched; the plain",
+            "criterion: lorap\nallocation: low_rank\nround_ratio: 0.1\n",
+            "round_ratio: 0.1 needs allocation: uniform, plain, local, global, standardized or searched; a model whose",
         ),
         ("criterion: entropy\nprotect_last: 1.5\n", r"protect_last.*whole number from 0 on, or a share.*got 1.5"),
         ("criterion: entropy\nprotect_first: -1\n", r"protect_first.*whole number from 0 on, or a share.*got -1"),
@@ -145,10 +145,10 @@ def test_multiples_bound_what_can_go_as_well():
     assert replace(target, multiple_of=128).narrowest_widths(0.3, 0, 0) == [100] * 4
 
 
-def test_rounds_from_the_command_line_are_refused_where_shapes_are_plain():
-    assert resolved(methods=["surgeon-uniform"], **{"prune.steps": 3})["surgeon-uniform"].steps == 3
-    with pytest.raises(UserError, match=r"surgeon-plain\.yaml.*\n.*round_ratio: 0.1 needs allocation: uniform"):
-        resolved(methods=["surgeon-plain"], **{"prune.round_ratio": 0.1})
+def test_rounds_from_the_command_line_are_refused_where_ranks_are_low():
+    assert resolved(methods=["surgeon-plain"], **{"prune.steps": 3})["surgeon-plain"].steps == 3
+    with pytest.raises(UserError, match=r"lorap\.yaml.*\n.*round_ratio: 0.1 needs allocation: uniform"):
+        resolved(methods=["lorap"], **{"prune.round_ratio": 0.1})
 
 
 @pytest.mark.parametrize(
