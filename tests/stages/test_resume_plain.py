@@ -7,7 +7,7 @@ import pytest
 from faults.kill import deaths_during
 from forks import INTERRUPTED, on_ranks
 from ranks import SoloWorld
-from shapes import metrics_of, outcome, prepare, run
+from shapes import metrics_of, next_round, outcome, prepare, run
 
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.refit.measurement import Measurement
@@ -117,3 +117,19 @@ def test_death_before_any_file_appears_ends_with_the_same_bits(tmp_path):
             run(store, stage, SoloWorld())
         assert outcome(store, stage) == expected
     assert len(deaths) > 40 and found >= PHASES
+
+
+def test_death_in_a_second_round_ends_with_the_same_bits(tmp_path):
+    """On another number of ranks, at every fifth file."""
+    reference, first = prepare(tmp_path, **SMALL, ratio=0.1, structures=["neurons", "layers"])
+    run(reference, first, SoloWorld())
+    stage = next_round(reference, first, 0.3)
+    (tmp_path / "copies").mkdir()
+    deaths = deaths_during(lambda: run(reference, stage, SoloWorld()), reference.root, tmp_path / "copies", APPEARING)
+    expected = outcome(reference, stage)
+    for number, store in enumerate(map(Store, deaths[::5])):
+        if store.verify(stage.id).state == "missing":
+            ranks = 1 + number % 2
+            assert on_ranks(ranks, lambda world, store=store: run(store, stage, world)).codes == [0] * ranks
+        assert outcome(store, stage) == expected
+    assert len(deaths) > 20
