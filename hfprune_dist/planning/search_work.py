@@ -91,10 +91,7 @@ class Search:
 
     @property
     def _dropped(self) -> list[int]:
-        """Layers in the order in which they would go; the last ones of a model that numbers its layers anew."""
-        order = list(self.told.get("layers_in_order_of_dropping") or [])
-        layers = len(self.model.layers)
-        return order if layers == len(self.dense.layers) else [*range(layers)][layers - len(order) :][::-1]
+        return layers_in_order(self.told, self.model, self.dense)
 
     # Windows.
 
@@ -219,6 +216,16 @@ class Search:
         gone = self._dropped[: len(self.model.layers) - layers]
         like = self.kept.layers[len(self.kept.layers) // 2]
         return [None if it in gone else (like, number) for it in range(len(self.model.layers))]
+
+
+def layers_in_order(told: Mapping[str, Any], model: ModelShape, dense: ModelShape) -> list[int]:
+    """The layers of the model that is pruned, in the order in which they would go.
+
+    Metrics have numbers of the dense model; a model that lacks some numbers its layers anew, and its last ones are
+    taken to go.
+    """
+    order, layers = list(told.get("layers_in_order_of_dropping") or []), len(model.layers)
+    return order if layers == len(dense.layers) else [*range(layers)][layers - len(order) :][::-1]
 
 
 def _smaller(dims: Dimensions, groups: int, width: int) -> Dimensions:

@@ -38,7 +38,7 @@ from hfprune_dist.planning.layer_pass_work import (
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.planning.search_work import Search
+from hfprune_dist.planning.search_work import Search, layers_in_order
 from hfprune_dist.store.atomic_files import read_object
 from hfprune_dist.store.stage import CUTTING, Stage
 from hfprune_dist.structures import KV_GROUPS
@@ -158,8 +158,7 @@ class StageCosts:
         if params.refit == "bias":
             flops += Operations(windows.tokens * forward_of_all(model, windows.length))
         elif params.refit == "dense":
-            order = metrics.get("layers_in_order_of_dropping") or []
-            dropped = order[: len(model.layers) - len(kept.layers)]
+            dropped = layers_in_order(metrics, model, dense)[: len(model.layers) - len(kept.layers)]
             flops += dense_refit(model, kept, windows, kv_groups=kv_groups, dropped=dropped)
         elif params.refit != "none":
             flops += sequential_refit(dense, kept, windows, kv_groups=kv_groups, whole_mlp=params.refit == "block")
