@@ -148,8 +148,8 @@ def obtain_probe(
     """The probe of a model for a pass over some windows; collective.
 
     Args:
-        saved: where a calibration pass of this model left it. Where it didn't, or with other windows or another dtype,
-            the whole model is loaded for one forward of the first micro-batch.
+        saved: where a calibration pass of this model left it, or ``save_probe``. Where neither did, or with other
+            windows or another dtype, the whole model is loaded for one forward of the first micro-batch.
         sharding: how it is then placed on the ranks (``runtime.sharding``).
     """
     probe = world.broadcast(_read(saved) if world.is_first and saved is not None else None)
@@ -160,7 +160,7 @@ def obtain_probe(
 
 def record_probe(model: nn.Module, family: Family, file: Path) -> None:
     """Let the model's next forward leave its first window's probe in a file."""
-    _record(model, family, lambda probe: _write(file, probe))
+    _record(model, family, lambda probe: save_probe(probe, file))
 
 
 def _computed(checkpoint: Checkpoint, windows_BT: Tensor, dtype: torch.dtype, sharding: Any, world: World) -> Probe:
@@ -212,7 +212,8 @@ def _positions(tokens: int) -> Tensor:
     return torch.linspace(0, tokens - 1, min(tokens, POSITIONS)).round().long()
 
 
-def _write(file: Path, probe: Probe) -> None:
+def save_probe(probe: Probe, file: Path) -> None:
+    """Leave it for ``obtain_probe``."""
     save_tensors({"input_ids": probe.window_T, "hidden_states": probe.states_LPC}, file)
 
 

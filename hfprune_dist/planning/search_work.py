@@ -148,7 +148,7 @@ class Search:
         if self.params.refit != "dense":
             return sequential_refit(self.dense, kept, self._seen, kv_groups=self._kv_groups)
         dropped = [number for number, choice in enumerate(candidate) if choice is None]
-        return dense_refit(self.dense, kept, self._seen, kv_groups=self._kv_groups, dropped=dropped)
+        return dense_refit(self.model, kept, self._seen, kv_groups=self._kv_groups, dropped=dropped)
 
     def _searched(self, windows: Windows) -> Operations:
         candidates = [self._named(name, number) for number, name in enumerate(self.told.get("search_kl", {}), 1)]

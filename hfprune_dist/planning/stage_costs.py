@@ -162,6 +162,8 @@ class StageCosts:
             flops += dense_refit(model, kept, windows, kv_groups=kv_groups, dropped=dropped)
         elif params.refit != "none":
             flops += sequential_refit(dense, kept, windows, kv_groups=kv_groups, whole_mlp=params.refit == "block")
+            if "dense" in stage.inputs:  # a micro-batch shows what layers must compute of a model that wasn't scored
+                flops += Operations(windows.micro_batch * windows.length * forward_of_all(dense, windows.length))
         return Cost(windows.tokens, flops)
 
     def _calibration(self, stage: Stage) -> Windows:

@@ -14,7 +14,7 @@ from hfprune_dist.checkpoints.kept_file import read_kept
 from hfprune_dist.checkpoints.saved_layers import SavedLayers
 from hfprune_dist.config.parameters import PruneParameters
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe
+from hfprune_dist.distributed.whole_model_probe import PROBE, Probe, obtain_probe, save_probe
 from hfprune_dist.refit.bias_refit import BiasRefit
 from hfprune_dist.refit.dense_refit import AfterEach, DenseRefit
 from hfprune_dist.refit.measurement import Hidden, dense_outputs
@@ -134,18 +134,24 @@ def stream_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, prob
 
 
 def probe_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Probe:
-    """Of the model that scores come from its importance stage has left one."""
+    """Of the model that scores come from its importance stage has left one; of the dense one of rounds, the first use
+    does.
+    """
     scored = checkpoint.path == context.input_path("model")
+    saved = (context.input_path("importance") if scored else context.work) / PROBE
     dtype, size = context.params.forward_pass()
-    return obtain_probe(
+    probe = obtain_probe(
         checkpoint,
         windows_ST,
         getattr(torch, dtype),
         size,
         context.world,
-        saved=context.input_path("importance") / PROBE if scored else None,
+        saved=saved,
         sharding=context.runtime.sharding,
     )
+    if not scored:
+        context.let_first_work(lambda: save_probe(probe, saved))
+    return probe
 
 
 def outputs_of_dense(context: Context, dense: Checkpoint, micro_batches: Mapping[int, Tensor]) -> Hidden:

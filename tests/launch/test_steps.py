@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from sweeps import artifacts, finish, make_inputs, results, sweep
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,14 @@ def test_two_steps_from_the_plan_to_the_table(tmp_path):
     assert "stages to run" not in again.stdout
 
 
-def test_steps_of_a_plain_allocation_are_one_message(tmp_path):
-    result = sweep(make_inputs(tmp_path), tmp_path / "out", "--methods", "surgeon-plain", "--set", "prune.steps=2")
-    assert result.returncode == 2 and "steps: 2 needs allocation: uniform" in result.stderr + result.stdout
-    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+def test_two_steps_of_a_plain_shape(tmp_path):
+    """Which plain transformers loads, and which has the same bits on one rank."""
+    asked = [*TWO_STEPS, "--methods", "surgeon-plain", "--ratios", "0.4"]
+    config, out = make_inputs(tmp_path), tmp_path / "out"
+    finish(config, out, *asked)
+    _, pruned = results(out)
+    model = AutoModelForCausalLM.from_pretrained(pruned["checkpoint"])
+    assert sum(it.numel() for it in model.parameters()) == int(pruned["parameters"])
+    assert float(pruned["ratio_reached"]) == pytest.approx(0.4, abs=0.02)
+    finish(config, tmp_path / "one", *asked, "--ranks", "1")
+    assert artifacts(tmp_path / "one", "prune") == artifacts(out, "prune")

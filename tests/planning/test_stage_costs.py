@@ -24,9 +24,10 @@ from hfprune_dist.core.lora_scores import Factors, unit_scores
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.models.distillation_head import DistillingHead
 from hfprune_dist.planning.expected_metrics import ExpectedManifests
+from hfprune_dist.planning.plain_shapes import plain_shapes
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.stage_costs import NOTHING, StageCosts, rows_trained
-from hfprune_dist.stages import finals
+from hfprune_dist.stages import finals, prune_plain
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Progress
@@ -140,6 +141,35 @@ def test_a_cut(scored, monkeypatch, allocation, refit, structures):
     # Shapes of a search, and how many are compared at last, are known once they are measured.
     assert expected.tokens == cost.tokens
     assert expected.flops == pytest.approx(flops, rel=1e-4 if allocation in ("uniform", "low_rank") else 0.8)
+
+
+@pytest.mark.parametrize("refit", ["none", "dense", "layerwise"])
+def test_a_second_round(scored, monkeypatch, refit):
+    """Of a model that numbers its layers anew, compared with the dense one."""
+    monkeypatch.setattr(finals, "HOPELESS", 1e6)
+    store, importance = scored
+    params = {"criterion": "entropy", "allocation": "plain", "refit": refit, "multiple_of": 1, "structures": ALL}
+    params |= {"dtype": "float32", "micro_batch_size": 1}
+    model = importance.inputs["model"]
+    first = Stage("prune", "1", {**params, "ratio": 0.1}, {"model": model, "importance": importance.as_input()})
+    with monkeypatch.context() as patch:
+        patch.setattr(prune_plain, "plain_shapes", fewest_layers)
+        counted(store, first)
+    again = Stage("importance", "2", importance.params, {**importance.inputs, "model": first.as_input()})
+    counted(store, again)
+    inputs = {"model": first.as_input(), "importance": again.as_input(), "dense": model}
+    second = Stage("prune", "2", {**params, "ratio": 0.35}, inputs)
+    stages = importance, first, again, second
+    flops, cost = counted(store, second), cost_of(store, *stages)
+    assert cost.flops == pytest.approx(flops, rel=1e-4)
+    plan = Plan({it.id: it for it in stages}, ())
+    expected = StageCosts(plan, ExpectedManifests(plan, checkpointing=False).of).of(second.id)
+    assert expected.flops == pytest.approx(flops, rel=0.8)
+
+
+def fewest_layers(target, before):
+    """The plain shape that lacks the most layers, and the most neurons of those."""
+    return [min(plain_shapes(target, before))]
 
 
 def trained(folder, kind, params, **metrics):
