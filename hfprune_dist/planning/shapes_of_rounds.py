@@ -39,6 +39,7 @@ def plain_shapes_of_rounds(method: Method, checkpoint: Checkpoint, ratio: float,
     Raises:
         UserError: as ``plain_shapes`` does, for any shape that the round before may leave.
     """
+    plain_shapes(target_of(method, checkpoint, ratio, where))  # a ratio that is out of reach is told as such
     rounds: list[list[PlainShape]] = []
     for reached in round_ratios(method, ratio):
         asked = target_of(method, checkpoint, reached, where)

@@ -91,6 +91,13 @@ def test_auto_is_what_suits_every_round():
     assert halves == min(at_once, alone)
 
 
+def test_a_ratio_that_no_rounds_reach_is_told_as_without_rounds():
+    checkpoint = blank(**SMOLLM2)
+    for steps in (1, 3):
+        with pytest.raises(UserError, match=r"m: ratio 0.9 can't be reached .*; the largest possible is 0.7452"):
+            check_ratios(checkpoint, [0.9], plain(steps=steps), "m")
+
+
 def test_rounds_that_may_end_before_the_ratio_are_refused():
     """A round may leave a width that only fewer KV groups could go on from, which the model can't do without."""
     checkpoint = blank(**SMOLLM2)
