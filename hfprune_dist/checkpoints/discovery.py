@@ -211,6 +211,8 @@ class _Search:
     def _check_width(self, weights: Sequence[str], parts: Mapping[int, Shapes], row_parts: int) -> None:
         first = min(parts)
         *rows, down = (parts[first][name] for name in weights)
+        if len(down) != 2:
+            raise self._refusals.unsupported(f"{weights[-1]} of layer {first} has shape {list(down)}, and is no matrix")
         width = down[1] * row_parts
         wanted = [width, self._hidden_size]
         for name, row in zip(weights, rows, strict=False):

@@ -199,7 +199,7 @@ class _Found:
         """Those that say how wide experts are: one, or where no layer has a plain MLP all that say the same."""
         stated = [key for key in WIDTHS if self._config.get(key) is not None]
         shape = self._parts[layers[0]][column.tensor]
-        saying = [key for key in stated if self._config[key] == shape[column.axis]]
+        saying = [key for key in stated if [self._config[key]] == [*shape[column.axis : column.axis + 1]]]
         return tuple((saying if len(layers) == len(self._parts) else saying[:1]) or stated[:1])
 
     def _numbers(self) -> dict[str, int]:
