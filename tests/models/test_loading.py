@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import ALL_SEEING, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -101,6 +102,26 @@ def change_and_refuse(folder, weights, expected):
     with pytest.raises(UserError) as caught:
         require_own_weights(open_checkpoint(folder))
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "part"),
+    [("glm4_moe", "gate.e_score_correction_bias"), ("llava", "multi_modal_projector"), ("llava", "vision_tower")],
+)
+def test_buffers_and_what_sees_images_are_needed_too(tmp_path, model_type, part):
+    """No module of the text decoder has them as parameters, and loading would make them up."""
+    folder = save_model(tmp_path / "m", model_type)
+    require_own_weights(open_checkpoint(folder))
+    weights = load_file(folder / "model.safetensors")
+    change_and_refuse(folder, {name: it for name, it in weights.items() if part not in name}, part)
+
+
+def test_a_text_decoder_that_transformers_does_not_run_is_refused(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ALL_SEEING, "llava", ALL_SEEING["llava"] | {"text_config": {"model_type": "gemma2"}})
+        folder = save_model(tmp_path / "m", "llava")
+    with pytest.raises(UserError, match=r"transformers can't make this model: .*Gemma2Model does not support"):
+        require_own_weights(open_checkpoint(folder))
 
 
 def frequencies(model):
