@@ -16,6 +16,7 @@ from transformers.utils import logging
 from hfprune_dist.checkpoints import modeling_pruned
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.module_tensors import module_tensors
+from hfprune_dist.checkpoints.read_tensors import read_tensor
 from hfprune_dist.checkpoints.text_decoder import is_of_decoder
 from hfprune_dist.errors import UserError
 
@@ -164,6 +165,22 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
             raise UserError(
                 f"{checkpoint.path}: transformers would leave out the tensor {name}, which config.json gives no place"
             )
+
+
+def require_finite_routers(checkpoint: Checkpoint) -> None:
+    """Check that what chooses among experts is finite. Where it isn't, experts are chosen that nobody means, which no
+    score shows, or activations of the next layer are NaN.
+
+    Raises:
+        UserError: naming the tensor.
+    """
+    experts = checkpoint.family.experts
+    if experts is None:
+        return
+    names = (f"{checkpoint.family.layers}.{layer}.{name}" for layer in experts.layers for name in experts.routers)
+    for name in (it for it in names if it in checkpoint.tensors):
+        if not read_tensor(checkpoint, name).isfinite().all():
+            raise UserError(f"{checkpoint.path}: {name} is NaN or infinite in part; it chooses among experts")
 
 
 def _without_weights(checkpoint: Checkpoint) -> tuple[nn.Module, list[str]]:

@@ -94,6 +94,12 @@ class Experts:
         return name
 
     @property
+    def routers(self) -> list[str]:
+        """Names within a layer of what chooses among experts, and of other tensors with a row for each of them."""
+        of_neurons = {it.tensor for it in (*self.rows, *self.columns)}
+        return [it.tensor for it in self.whole if it.tensor not in of_neurons]
+
+    @property
     def each(self) -> bool:
         """Whether every expert has tensors of its own in the files."""
         return not self.rows[0].stacked

@@ -16,7 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.data.tokenizer import load_tokenizer, require_embedded
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary, require_own_weights
+from hfprune_dist.models.loading import (
+    load_causal_lm,
+    require_exact_rotary,
+    require_finite_routers,
+    require_own_weights,
+)
 from hfprune_dist.models.single_layer import LayerReader
 
 
@@ -122,6 +127,29 @@ def test_a_text_decoder_that_transformers_does_not_run_is_refused(tmp_path):
         folder = save_model(tmp_path / "m", "llava")
     with pytest.raises(UserError, match=r"transformers can't make this model: .*Gemma2Model does not support"):
         require_own_weights(open_checkpoint(folder))
+
+
+ROUTERS = {
+    "qwen3_moe": ["mlp.gate.weight"],
+    "granitemoe": ["block_sparse_moe.router.layer.weight"],
+    "gpt_oss": ["mlp.router.weight", "mlp.router.bias"],
+    "glm4_moe": ["mlp.gate.weight", "mlp.gate.e_score_correction_bias"],
+}
+
+
+@pytest.mark.parametrize("model_type", ROUTERS)
+def test_routers_must_be_finite(tmp_path, model_type):
+    folder = save_model(tmp_path / "m", model_type)
+    checkpoint, whole = open_checkpoint(folder), load_file(folder / "model.safetensors")
+    require_finite_routers(checkpoint)
+    for part in ROUTERS[model_type]:
+        for value in (float("nan"), float("-inf")):
+            weights = {name: it.clone() for name, it in whole.items()}
+            weights[f"model.layers.2.{part}"].view(-1)[-1] = value
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
+            with pytest.raises(UserError, match=rf"model.layers.2.{part} is NaN or infinite in part"):
+                require_finite_routers(open_checkpoint(folder))
+    require_finite_routers(open_checkpoint(save_tiny(tmp_path / "dense")))
 
 
 def frequencies(model):
