@@ -186,6 +186,7 @@ def require_finite_routers(checkpoint: Checkpoint) -> None:
 def _without_weights(checkpoint: Checkpoint) -> tuple[nn.Module, list[str]]:
     """See ``_loaded``; of the files nothing but headers is read."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         return _loaded(checkpoint, device_map="meta", ignore_mismatched_sizes=True)
     except UserError:
