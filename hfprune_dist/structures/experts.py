@@ -95,9 +95,9 @@ class Experts:
 
     @property
     def routers(self) -> list[str]:
-        """Names within a layer of what chooses among experts, and of other tensors with a row for each of them."""
-        of_neurons = {it.tensor for it in (*self.rows, *self.columns)}
-        return [it.tensor for it in self.whole if it.tensor not in of_neurons]
+        """Names within a layer of what chooses among experts: of what goes with them all that isn't their own."""
+        own = {it.tensor for it in (*self.rows, *self.columns)}
+        return [it.tensor for it in self.whole if it.tensor.removesuffix("_bias") not in own]
 
     @property
     def each(self) -> bool:
