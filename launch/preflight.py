@@ -139,11 +139,12 @@ def _begin(
 def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading], evaluates: bool) -> None:
     # These import torch and transformers, which takes seconds.
     from hfprune_dist.data.tokenizer import load_tokenizer, require_embedded
-    from hfprune_dist.models.loading import require_own_weights
+    from hfprune_dist.models.loading import require_finite_routers, require_own_weights
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns when stages are started from here
     checkpoint = open_checkpoint(folder)
     require_own_weights(checkpoint)
+    require_finite_routers(checkpoint)
     tokenizer = load_tokenizer(folder)
     require_embedded(tokenizer, checkpoint.config["vocab_size"], folder)
     if evaluates and config.evaluation.tasks and config.evaluation.apply_chat_template and not tokenizer.chat_template:

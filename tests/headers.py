@@ -80,9 +80,9 @@ def tensors_of(config: Mapping[str, Any]) -> dict[str, list[int]]:
     return shapes
 
 
-def checkpoint_of(config: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint whose files have these tensors."""
-    shapes = tensors_of(config)
+def checkpoint_of(config: Mapping[str, Any], shapes: Mapping[str, list[int]] | None = None) -> Checkpoint:
+    """The checkpoint whose files have these tensors; those of ``tensors_of`` where none are given."""
+    shapes = tensors_of(config) if shapes is None else shapes
     family, stated = discover(config, shapes, "here")
     infos = {name: TensorInfo("", "F32", tuple(shape), 0, 4 * math.prod(shape)) for name, shape in shapes.items()}
     return Checkpoint(Path("nowhere"), {**config, **stated}, family, infos)

@@ -18,6 +18,7 @@ from hfprune_dist.checkpoints.checks import (
     check_tensors,
     quantized,
 )
+from hfprune_dist.checkpoints.config_types import check_types
 from hfprune_dist.checkpoints.discovery import BUFFERS, discover
 from hfprune_dist.checkpoints.families import FAMILIES, Family, not_supported, refuse_other_kinds, with_width
 from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
@@ -198,13 +199,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is needed")
     check_config(config, path / "config.json")
-    try:
-        return _described(path, whole, config)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{path / 'config.json'}: it can't be read as one of a {config.get('model_type')}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    check_types(config, str(path / "config.json"))
+    return _described(path, whole, config)
 
 
 def _described(path: Path, whole: Mapping[str, Any], config: dict[str, Any]) -> Checkpoint:

@@ -164,8 +164,8 @@ def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], structures: Mapp
                 if units.kind != EXPERTS:
                     wanted = units.shape_of(owned, layer, hidden)
                 else:  # of whose tensors the other dimensions are known by their neurons
-                    size = found[owned.axis] if owned.unit is not None else units.counts[layer]
-                    wanted = [*found[: owned.axis], size, *found[owned.axis + 1 :]]
+                    size = found[owned.axis : owned.axis + 1] if owned.unit is not None else [units.counts[layer]]
+                    wanted = [*found[: owned.axis], *size, *found[owned.axis + 1 :]]
                 if found != wanted:
                     raise UserError(
                         f"{path}: {name} has shape {found}, but config.json makes it {wanted}: "
@@ -191,6 +191,8 @@ def check_factors(
     for projection, row in ranks.items():
         for layer, rank in enumerate(row):
             names = [any_units.tensor(layer, f"{projection}.{factor}.weight") for factor in FACTORS]
+            if odd := [name for name in names if len(tensors[name].shape) != 2]:
+                raise UserError(f"{path}: {odd[0]} has shape {list(tensors[odd[0]].shape)}, and is no matrix")
             size: Sequence[int] = (tensors[names[1]].shape[0], tensors[names[0]].shape[1])
             if own := owners.get(f"{projection}.weight"):  # else it goes as a whole, and modules tell its size
                 units, owned = own

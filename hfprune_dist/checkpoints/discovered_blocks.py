@@ -72,7 +72,10 @@ class Attention:
             for query, *others, output in _ATTENTIONS:
                 for name in (it.partition(".")[0] for it in there if re.fullmatch(rf"\w+\.{query}\.weight", it)):
                     projections = (query, *others, output)
-                    if all(f"{name}.{it}.weight" in there for it in projections) and "linear" not in name:
+                    if (
+                        all(len(there.get(f"{name}.{it}.weight", ())) == 2 for it in projections)
+                        and "linear" not in name
+                    ):
                         return cls._with(config, parts, there, (name, projections))
         return cls._unknown(parts)
 
@@ -111,7 +114,7 @@ def _why_unlike(config: Mapping[str, Any], parts: Sequence[Shapes], weights: Seq
     if without:
         return f"not all layers have attention (layer {without[0]} has none)"
     pruned_heads = "num_attention_heads" in (config.get(LAYER_SIZES) or {})
-    if not pruned_heads and len({tuple(there[it][0] for it in weights[:2]) for there in parts}) > 1:
+    if not pruned_heads and len({tuple(tuple(there[it][:1]) for it in weights[:2]) for there in parts}) > 1:
         return "its layers differ in heads"
     return ""
 

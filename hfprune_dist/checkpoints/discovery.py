@@ -13,8 +13,8 @@ from typing import Any
 
 from hfprune_dist.checkpoints.discovered_blocks import Attention, Shapes, norms_of
 from hfprune_dist.checkpoints.expert_discovery import find_experts
-from hfprune_dist.checkpoints.families import CAUSAL, WITH_VISION, Family, not_supported
-from hfprune_dist.structures.experts import number_of_experts
+from hfprune_dist.checkpoints.families import CAUSAL, WITH_VISION, Family
+from hfprune_dist.checkpoints.refusals import Refusals
 from hfprune_dist.structures.low_rank import with_products
 
 # Of rotary embeddings and masks: saved with some checkpoints, computed by every model.
@@ -70,20 +70,22 @@ def discover(
     Raises:
         UserError: naming what is missing, or what is there besides.
     """
-    search = _Search(config, shapes, where)
+    refusals = Refusals(config, where)
+    search = _Search(config, shapes, refusals)
     architecture, task = search.architecture(has_vision)
     layers = search.prefix()
+    body = layers.rpartition(".")[0]
+    apart = (f"{layers}.", *(f"{body}.{name}" for name in _PREDICTING_NAMES))
+    outside = {name for name in shapes if name.startswith(f"{body}.") and not name.startswith(apart)}
+    embedding = search.embedding(outside)
     tensors = search.parts_of_layers(layers)
     parts = [with_products(config, there) for there in tensors]
-    experts = find_experts(config, parts, search.refusal) if number_of_experts(config) else None
+    experts = find_experts(config, parts, refusals)
     plain = {layer: there for layer, there in enumerate(parts) if experts is None or layer not in experts.layers}
     mlp, rows, down, row_parts = search.mlp(plain) if plain else _BESIDE_EXPERTS
     mlp = experts.module.rpartition(".")[0] if experts else mlp
     attention = Attention.of(config, parts)
-    body = layers.rpartition(".")[0]
-    apart = (f"{layers}.", *(f"{body}.{name}" for name in _PREDICTING_NAMES))
-    outside = {name for name in shapes if name.startswith(f"{body}.") and not name.startswith(apart)}
-    norm, embedding = search.norm(body, outside), search.embedding(outside)
+    norm = search.norm(body, outside)
     search.check_outside(outside, {norm, embedding})
     of_layers = {f"{layers}.{layer}.{name}" for layer, there in enumerate(tensors) for name in there}
     head = search.head(body)
@@ -135,15 +137,11 @@ def _stated(config: Mapping[str, Any], family: Family, parts: Shapes, head: set[
 class _Search:
     """A checkpoint's tensors, with what to tell where something is missing."""
 
-    def __init__(self, config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
+    def __init__(self, config: Mapping[str, Any], shapes: Shapes, refusals: Refusals) -> None:
         self._config = config
         self._shapes = shapes
-        self._where = where
+        self._refusals = refusals
         self._hidden_size = config["hidden_size"]
-
-    def refusal(self, why: str) -> Exception:
-        """What to raise for such a reason."""
-        return not_supported(self._config, self._where, why)
 
     def architecture(self, has_vision: bool) -> tuple[str, str]:
         """The stem of its classes' names, and what they end with."""
@@ -153,7 +151,7 @@ class _Search:
         names = self._config.get("architectures") or [""]
         found = re.fullmatch(rf"(?:Pruned)?(\w+){task}", str(names[0]))
         if found is None:
-            raise self.refusal(f"architectures is {names[0]!r}, which is no ...{task}")
+            raise self._refusals.unsupported(f"architectures is {names[0]!r}, which is no ...{task}")
         return found[1], task
 
     def prefix(self) -> str:
@@ -164,9 +162,14 @@ class _Search:
             if found := re.match(r"((?:(?!mtp)\w+\.)*layers)\.(\d+)\.", name):
                 numbers.setdefault(found[1], set()).add(int(found[2]))
         stacks = [prefix for prefix, there in numbers.items() if there.issuperset(wanted)]
+        if not stacks and len(numbers) == 1:
+            ((prefix, there),) = numbers.items()
+            missing = min({*wanted} - there)
+            told = f"num_hidden_layers is {len(wanted)}, and they have no {prefix}.{missing}"
+            raise self._refusals.unlike_tensors(told)
         if len(stacks) != 1:
             found_here = ", ".join(sorted(numbers)) or "none"
-            raise self.refusal(f"it has no one stack of {len(wanted)} layers (tensors of: {found_here})")
+            raise self._refusals.unsupported(f"it has no one stack of {len(wanted)} layers (tensors of: {found_here})")
         return stacks[0]
 
     def parts_of_layers(self, layers: str) -> Sequence[Shapes]:
@@ -193,26 +196,28 @@ class _Search:
                     self._check_width(weights, parts, row_parts)
                     return block.removesuffix("."), rows, down, row_parts
         inside = ", ".join(sorted({name.rpartition(".")[0] for name in first if len(first[name]) > 1}))
-        raise self.refusal(f"its layers have no MLP of a kind that is known (they have {inside})")
+        raise self._refusals.unsupported(f"its layers have no MLP of a kind that is known (they have {inside})")
 
     def _check_mlp(self, block: str, known: set[str], weights: Sequence[str], parts: Mapping[int, Shapes]) -> None:
         first = min(parts)
         for layer, there in parts.items():
             if missing := [name for name in weights if name not in there]:
-                raise self.refusal(f"layer {layer} has no {missing[0]}, which layer {first} has")
+                raise self._refusals.unsupported(f"layer {layer} has no {missing[0]}, which layer {first} has")
             expected = {f"{block}{name}.{part}" for name in known for part in ("weight", "bias")}
             inside = {name for name in there if block and name.startswith(block) and not _is_of_activation(name, there)}
             if more := sorted(inside - expected):
-                raise self.refusal(f"in layer {layer}, {more[0]} is no part of a plain MLP")
+                raise self._refusals.unsupported(f"in layer {layer}, {more[0]} is no part of a plain MLP")
 
     def _check_width(self, weights: Sequence[str], parts: Mapping[int, Shapes], row_parts: int) -> None:
         first = min(parts)
         *rows, down = (parts[first][name] for name in weights)
+        if len(down) != 2:
+            raise self._refusals.unsupported(f"{weights[-1]} of layer {first} has shape {list(down)}, and is no matrix")
         width = down[1] * row_parts
-        if any(list(row) != [width, self._hidden_size] for row in rows):
-            raise self.refusal(
-                f"{weights[0]} of layer {first} has shape {list(rows[0])}, not {[width, self._hidden_size]}"
-            )
+        wanted = [width, self._hidden_size]
+        for name, row in zip(weights, rows, strict=False):
+            if list(row) != wanted:
+                raise self._refusals.unsupported(f"{name} of layer {first} has shape {list(row)}, not {wanted}")
 
     def norm(self, body: str, outside: set[str]) -> str:
         """The final norm."""
@@ -221,15 +226,22 @@ class _Search:
         found = [name for name in outside if list(self._shapes[name]) == [self._hidden_size]]
         names = {name.rpartition(".")[0] for name in found if name.endswith(".weight")}
         if len(names) != 1:
-            raise self.refusal(f"behind its layers it has no one norm with a weight (but {sorted(found)})")
+            raise self._refusals.unsupported(
+                f"behind its layers it has no one norm with a weight (but {sorted(found)})"
+            )
         return names.pop()
 
     def embedding(self, outside: set[str]) -> str:
         """The table of token embeddings."""
         wanted = [self._config.get("vocab_size"), self._hidden_size]
         found = [name for name in outside if name.endswith(".weight") and list(self._shapes[name]) == wanted]
+        tables = [name for name in outside if len(self._shapes[name]) == 2 and f".{_POSITIONS}." not in name]
+        if not found and len(tables) == 1:
+            raise self._refusals.unlike_tensors(
+                f"{tables[0]} has shape {list(self._shapes[tables[0]])}, but vocab_size and hidden_size are {wanted}"
+            )
         if len(found) != 1:
-            raise self.refusal(f"it has no one table of embeddings of shape {wanted}")
+            raise self._refusals.unsupported(f"it has no one table of embeddings of shape {wanted}")
         return found[0].removesuffix(".weight")
 
     def head(self, body: str) -> str:
@@ -253,14 +265,18 @@ class _Search:
         """Refuse what works between layers, which passes through one layer at a time know nothing of."""
         embedded = self._config.get("word_embed_proj_dim")
         if embedded not in (None, self._hidden_size):
-            raise self.refusal(f"its embeddings are of another size than its layers (word_embed_proj_dim {embedded})")
+            raise self._refusals.unsupported(
+                f"its embeddings are of another size than its layers (word_embed_proj_dim {embedded})"
+            )
         modules = {name: name.rpartition(".")[0] for name in outside if not name.endswith(BUFFERS)}
         more = [name for name, it in modules.items() if it not in known and not it.endswith(f".{_POSITIONS}")]
         if more:
-            raise self.refusal(f"beside its layers it has {sorted(more)[0]}")
+            raise self._refusals.unsupported(f"beside its layers it has {sorted(more)[0]}")
         shared = self._config.get("num_kv_shared_layers")
         if shared:
-            raise self.refusal(f"its last {shared} layers read keys and values of others (num_kv_shared_layers)")
+            raise self._refusals.unsupported(
+                f"its last {shared} layers read keys and values of others (num_kv_shared_layers)"
+            )
 
 
 def _is_of_activation(name: str, there: Shapes) -> bool:

@@ -7,23 +7,27 @@ for each of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hfprune_dist.checkpoints.refusals import Refusals
 from hfprune_dist.structures.experts import (
+    CHOSEN,
     NUMBERS,
+    SHARED_NUMBERS,
+    SHARED_WIDTHS,
     WIDTHS,
     Experts,
     Projections,
     Shared,
     chosen_experts,
+    number_of_experts,
     shared_experts,
 )
 from hfprune_dist.structures.units import Owned
 
 Shapes = Mapping[str, Sequence[int]]
-Refusal = Callable[[str], Exception]
 
 # What an MLP that every token goes through is called, within the block of experts or beside it, and its projections.
 _SHARED = ("{}.shared_expert", "{}.shared_experts", "{}.shared_mlp", "shared_mlp")
@@ -41,6 +45,7 @@ _ROUTERS = re.compile(
 # What else may be in their block, of which no neuron has a part; the bias is of stacked down projections.
 _BIAS = "experts.down_proj_bias"
 _BESIDE = re.compile(rf"shared_expert_gate\.weight|post_mlp_layernorm\.weight|{re.escape(_BIAS)}")
+_OF_EXPERT, _OF_EXPERTS = re.compile(r"experts\.(\d+)\."), re.compile(r"(^|\.)experts\.|^block_sparse_moe\.")
 # What a router adds to scores for its choice alone. Where it has that and groups, a group's score is that of its best
 # two experts.
 _CORRECTION = "e_score_correction_bias"
@@ -119,48 +124,60 @@ def _of_experts(owned: Owned, block: str, count: int) -> list[Owned]:
     return [Owned(name, owned.axis, expert=expert) for expert, name in enumerate(names)]
 
 
-def find_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refusal: Refusal) -> Experts:
-    """The experts of a model that has some.
+def find_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refusals: Refusals) -> Experts | None:
+    """The experts of a model; None where it has none.
 
     Args:
         parts: the tensors of each layer, by their names within it.
-        refusal: what to raise, made of the reason.
 
     Raises:
-        Exception: as ``refusal`` makes it: naming what is missing, or what is there besides.
+        UserError: naming what is missing, or what is there besides.
     """
+    if not number_of_experts(config):
+        _refuse_experts(config, parts, refusals)
+        return None
     for form in _FORMS:
         for block in form.blocks:
             first = [f"{block}.{name.format(0)}" for name in form.needed]
             layers = tuple(number for number, there in enumerate(parts) if all(name in there for name in first))
             if layers:
-                return _Found(config, parts, refusal, block=block).experts(form, layers)
-    raise refusal("it is a mixture of experts of a kind that isn't known")
+                return _Found(config, parts, refusals, block=block).experts(form, layers)
+    raise refusals.unsupported("it is a mixture of experts of a kind that isn't known")
+
+
+def _refuse_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refusals: Refusals) -> None:
+    """Refuse files with experts where config.json speaks of no more than one."""
+    found = next((name for there in parts for name in there if _OF_EXPERTS.search(name)), None)
+    key = next((key for key in NUMBERS if config.get(key) is not None), None)
+    if found is None or key is None or not config.get("is_moe", True):
+        return
+    if config[key] == 1:
+        raise refusals.unsupported(f"it is a mixture of one expert ({key} 1), and pruned are those of two or more")
+    raise refusals.unlike_tensors(f"they have experts ({found}), and {key} is {config[key]!r}")
 
 
 class _Found:
     """A model whose experts' form is known, and whether all of it is as it must be."""
 
-    def __init__(self, config: Mapping[str, Any], parts: Sequence[Shapes], refusal: Refusal, *, block: str) -> None:
+    def __init__(self, config: Mapping[str, Any], parts: Sequence[Shapes], refusals: Refusals, *, block: str) -> None:
         self._config = config
         self._parts = parts
-        self._refusal = refusal
+        self._refusals = refusals
         self._block = block
 
     def experts(self, form: _Form, layers: tuple[int, ...]) -> Experts:
         """All that is to know of them."""
-        count, chosen = self._number(), chosen_experts(self._config)
-        if not isinstance(chosen, int) or not 0 < chosen <= count:
-            raise self._refusal(f"num_experts_per_tok in config.json is {chosen!r}, of {count} experts")
+        count = self._number()
+        chosen = self._chosen(count)
         rows, columns = form.owned(self._block, count)
         shared = self._shared(self._parts[layers[0]])
         routers = self._routers(self._parts[layers[0]])
         known = {owned.tensor for owned in (*rows, *columns, *routers)}
         known |= self._tensors_of(shared) if shared else set()
         for layer in layers:
-            self._check(layer, known)
+            self._check(layer, known, count)
         if shared is not None and form.renamed and shared.name.startswith(f"{self._block}."):
-            raise self._refusal(f"{shared.name} is beside experts that modules call something else")
+            raise self._refusals.unsupported(f"{shared.name} is beside experts that modules call something else")
         groups, fewest = self._groups(count, chosen, routers)
         return Experts(
             count=count,
@@ -182,7 +199,7 @@ class _Found:
         """Those that say how wide experts are: one, or where no layer has a plain MLP all that say the same."""
         stated = [key for key in WIDTHS if self._config.get(key) is not None]
         shape = self._parts[layers[0]][column.tensor]
-        saying = [key for key in stated if self._config[key] == shape[column.axis]]
+        saying = [key for key in stated if [self._config[key]] == [*shape[column.axis : column.axis + 1]]]
         return tuple((saying if len(layers) == len(self._parts) else saying[:1]) or stated[:1])
 
     def _numbers(self) -> dict[str, int]:
@@ -191,8 +208,19 @@ class _Found:
     def _number(self) -> int:
         stated = self._numbers()
         if len({*stated.values()}) > 1:
-            raise self._refusal(f"config.json disagrees with itself about the number of experts ({stated})")
+            told = " and ".join(f"{key} is {value}" for key, value in stated.items())
+            raise self._refusals.inconsistent(f"{told}, and each says how many experts there are")
         return int(next(iter(stated.values())))
+
+    def _chosen(self, count: int) -> int:
+        key, chosen = self._chosen_key, chosen_experts(self._config)
+        if not _is_in(chosen, range(1, count + 1)):
+            raise self._refusals.invalid(key, chosen, f"an integer from 1 to {count}, the number of experts")
+        return int(chosen)
+
+    @property
+    def _chosen_key(self) -> str:
+        return next((key for key in CHOSEN if self._config.get(key) is not None), CHOSEN[0])
 
     def _routers(self, there: Shapes) -> list[Owned]:
         """What chooses among a layer's experts: weights and biases that have a row, or an entry, for each."""
@@ -202,17 +230,36 @@ class _Found:
     def _groups(self, count: int, chosen: int, routers: Sequence[Owned]) -> tuple[int, int]:
         """The groups among which a router chooses first, and how many experts it needs in all of them."""
         corrected = any(it.tensor.endswith(_CORRECTION) for it in routers)
-        unstated = _GROUPS_UNSTATED.get(str(self._config.get("model_type")), (1, 1)) if corrected else (1, 1)
-        key = next((key for key in _GROUPS if key in self._config), _GROUPS[0])
-        stated = (self._config.get(name, usual) for name, usual in zip((key, _CHOSEN_GROUPS), unstated, strict=True))
-        groups, chosen_groups = (it or 1 for it in stated)
-        if not isinstance(groups, int) or groups < 1 or count % groups:
-            raise self._refusal(f"{key} in config.json is {groups!r}, of {count} experts")
-        if not isinstance(chosen_groups, int) or not 1 <= chosen_groups <= groups:
-            raise self._refusal(f"{_CHOSEN_GROUPS} in config.json is {chosen_groups!r}, of {groups} groups")
+        groups, chosen_groups = self._stated_groups(count, corrected)
         of_group = max(-(-chosen // chosen_groups), _OF_GROUP if corrected and groups > 1 else 1)
+        if of_group > count // groups:
+            keys = ", ".join((self._chosen_key, self._groups_key, _CHOSEN_GROUPS))
+            raise self._refusals.inconsistent(
+                f"{groups} groups have {count // groups} experts each, but a router that takes {chosen} of "
+                f"{chosen_groups} of them needs {of_group} in each ({keys})"
+            )
         # A model with one expert is no mixture, and a router may have one group whose best two it looks for.
         return groups, max(of_group * groups, 2)
+
+    def _stated_groups(self, count: int, corrected: bool) -> tuple[int, int]:
+        """How many groups there are, and of how many of them a token's experts are; null and false are no number."""
+        if self._config.get("model_type") == "deepseek_v2" and self._config.get("topk_method", "greedy") == "greedy":
+            return 1, 1  # its router has no use for them
+        unstated = _GROUPS_UNSTATED.get(str(self._config.get("model_type")), (1, 1)) if corrected else (1, 1)
+        key = self._groups_key
+        stated = (self._config.get(name, usual) for name, usual in zip((key, _CHOSEN_GROUPS), unstated, strict=True))
+        groups, chosen_groups = (1 if it is None or it is False else it for it in stated)
+        if not _is_in(groups, range(1, count + 1)) or count % groups:
+            raise self._refusals.invalid(key, groups, f"an integer that divides {count}, the number of experts")
+        if not _is_in(chosen_groups, range(1, groups + 1)):
+            raise self._refusals.invalid(
+                _CHOSEN_GROUPS, chosen_groups, f"an integer from 1 to {groups}, the number of groups"
+            )
+        return groups, chosen_groups
+
+    @property
+    def _groups_key(self) -> str:
+        return next((key for key in _GROUPS if key in self._config), _GROUPS[0])
 
     def _shared(self, there: Shapes) -> Shared | None:
         named = (name.format(self._block) for name in _SHARED)
@@ -221,24 +268,34 @@ class _Found:
             return None
         field, copies = shared_experts(self._config)
         if not isinstance(copies, int) or copies < 1:
-            raise self._refusal(f"config.json doesn't say how wide {name} is")
+            keys = ", ".join((*SHARED_WIDTHS, *SHARED_NUMBERS))
+            raise self._refusals.unlike_tensors(f"they have {name}, and none of {keys} says how wide it is")
         return Shared(name, field, copies, self._projections(name, there))
 
     def _projections(self, name: str, there: Shapes) -> Projections:
         for rows, down, parts in _OF_SHARED:
             if f"{name}.{rows[0]}.weight" in there:
                 return rows, down, parts
-        raise self._refusal(f"{name} is no MLP of a kind that is known")
+        raise self._refusals.unsupported(f"{name} is no MLP of a kind that is known")
 
     def _tensors_of(self, shared: Shared) -> set[str]:
         rows, down, _ = shared.projections
         return {f"{shared.name}.{name}.weight" for name in (*rows, down)}
 
-    def _check(self, layer: int, known: set[str]) -> None:
+    def _check(self, layer: int, known: set[str], count: int) -> None:
         there = self._parts[layer]
         if missing := sorted(known - there.keys()):
-            raise self._refusal(f"layer {layer} has no {missing[0]}")
+            raise self._refusals.unlike_tensors(f"layer {layer} has no {missing[0]}, of {count} experts")
         for name in sorted(there.keys() - known):
             inside = name.removeprefix(f"{self._block}.")
+            if (number := _OF_EXPERT.match(inside)) and int(number[1]) >= count:
+                raise self._refusals.unlike_tensors(f"layer {layer} has {name}, of {count} experts")
             if inside != name and not _BESIDE.fullmatch(inside):
-                raise self._refusal(f"in layer {layer}, {name} is no part of experts of a kind that is known")
+                raise self._refusals.unsupported(
+                    f"in layer {layer}, {name} is no part of experts of a kind that is known"
+                )
+
+
+def _is_in(value: Any, valid: range) -> bool:
+    """Whether it is one of these numbers, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and value in valid

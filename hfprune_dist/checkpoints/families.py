@@ -138,8 +138,8 @@ class Family:
         return {units.kind: units for units in (self.units(config), *self._beside_experts(config), groups)}
 
     def _block(self, config: Mapping[str, Any], name: str, norm: str | None, norm_after: str | None) -> Block:
-        multiplier = config.get("residual_multiplier", 1.0) if self.found else 1.0
-        return Block(self.layers, name, norm, norm_after, float(multiplier))
+        multiplier = config.get("residual_multiplier") if self.found else None
+        return Block(self.layers, name, norm, norm_after, 1.0 if multiplier is None else float(multiplier))
 
     def completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A ``config.json`` that says how many key-value heads there are and how large a head is."""
@@ -274,7 +274,7 @@ def with_width(config: Mapping[str, Any]) -> dict[str, Any]:
         config = {**config, "num_hidden_layers": config[OTHER_LAYERS]}
     if isinstance(config.get(_LISTED[0]), list):
         listed = {key: config[key] for key in _LISTED if isinstance(config.get(key), list)}
-        config = {**config, **{key: them[0] for key, them in listed.items() if len({*them}) == 1}}
+        config = {**config, **{key: them[0] for key, them in listed.items() if them and them == them[:1] * len(them)}}
     names = tuple[str, ...](() if config.get("num_local_experts") else OTHER_WIDTHS)
     names += () if "intermediate_size" in config else (*OLDER_WIDTHS, WIDTHS[0])
     width = next((config[key] for key in names if key in config), None)

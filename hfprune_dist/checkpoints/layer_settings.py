@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfprune_dist.checkpoints.text_decoder import DEEPSTACK
-from hfprune_dist.structures.experts import has_experts
+from hfprune_dist.structures.experts import LAYERS_WITHOUT, has_experts
 from hfprune_dist.structures.units import PER_LAYER
 
 # An entry for each layer.
-_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 # How many of the first layers are of one kind.
-_OF_THE_FIRST = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
+OF_THE_FIRST = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
 # Every so many layers are of another kind -> the list that says the same where there is one.
 _INTERVALS = {
     "no_rope_layer_interval": "no_rope_layers",
@@ -41,16 +41,16 @@ _UNLISTED = {
     "smollm3": "no_rope_layers",
 }
 # Numbers of the layers of one kind.
-_NUMBERS = ("full_attn_idxs", "attn_layer_indices")
+NUMBERS = ("full_attn_idxs", "attn_layer_indices")
 _SHARED = "num_kv_shared_layers"
 # What files of exaone call the number of layers.
 OTHER_LAYERS = "num_layers"
-# Numbers of layers without experts, and every how many layers there are some elsewhere.
-_WITHOUT_EXPERTS, _SPARSE_STEP = "mlp_only_layers", "decoder_sparse_step"
+# Every how many layers there are experts.
+_SPARSE_STEP = "decoder_sparse_step"
 # From which layer to which there are some, and every how many.
 _FROM, _TO, _EVERY = "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"
 # Every so many layers, from one on, have experts, or attention.
-_PERIODS = {"expert_layer_period": "expert_layer_offset", "attn_layer_period": "attn_layer_offset"}
+PERIODS = {"expert_layer_period": "expert_layer_offset", "attn_layer_period": "attn_layer_offset"}
 
 
 def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
@@ -64,7 +64,7 @@ def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
     if model_type in _UNLISTED and not config.get(_UNLISTED[model_type]):
         why = f"{model_type} tells layers apart by their number where config.json has no {_UNLISTED[model_type]}"
         return dict.fromkeys(layers, why)
-    for period in _PERIODS:
+    for period in PERIODS:
         if config.get(period):
             return dict.fromkeys(layers, f"{period} {config[period]} tells layers apart by their number")
     if config.get(_SHARED):
@@ -77,11 +77,11 @@ def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
 
 def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
     """What config.json says once these layers alone are left, ascending and renumbered from 0: what changes of it."""
-    kinds = {key: [config[key][layer] for layer in layers] for key in _LISTS if config.get(key)}
-    firsts = {key: sum(layer < config[key] for layer in layers) for key in _OF_THE_FIRST if config.get(key) is not None}
+    kinds = {key: [config[key][layer] for layer in layers] for key in LISTS if config.get(key)}
+    firsts = {key: sum(layer < config[key] for layer in layers) for key in OF_THE_FIRST if config.get(key) is not None}
     places = {
         key: [number for number, layer in enumerate(layers) if layer in config[key]]
-        for key in _NUMBERS
+        for key in NUMBERS
         if config.get(key)
     }
     settings = config.get(PER_LAYER) or {}
@@ -104,7 +104,7 @@ def _experts_of(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, A
     first = layers[0]
     periods = {
         key: value
-        for period, offset in _PERIODS.items()
+        for period, offset in PERIODS.items()
         if config.get(period)
         for key, value in ((period, 2), (offset, int(first % config[period] != config.get(offset, 0))))
     }
@@ -113,8 +113,8 @@ def _experts_of(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, A
         return {_FROM: sparse[0], _TO: sparse[-1], _EVERY: 1}
     if periods:
         return periods
-    step, without = config.get(_SPARSE_STEP) or 1, config.get(_WITHOUT_EXPERTS) or []
+    step, without = config.get(_SPARSE_STEP) or 1, config.get(LAYERS_WITHOUT) or []
     if step == 1 and not without:
         return {}
     plain = [number for number, layer in enumerate(layers) if layer in without or (layer + 1) % step]
-    return {_SPARSE_STEP: 1, _WITHOUT_EXPERTS: plain}
+    return {_SPARSE_STEP: 1, LAYERS_WITHOUT: plain}

@@ -265,7 +265,7 @@ def write_companions(checkpoint: Checkpoint, target: Path, config: Mapping[str, 
     A checkpoint that isn't plain gets the file that plain transformers needs to load it. Other code that came with the
     dense one is left behind, and so is what config.json says of it.
     """
-    needs_ours = str(config.get("auto_map", {}).get(AUTO_CLASS)).startswith(f"{MODELING_FILE.stem}.")
+    needs_ours = str((config.get("auto_map") or {}).get(AUTO_CLASS)).startswith(f"{MODELING_FILE.stem}.")
     for name in checkpoint.companion_files:
         if name not in ("config.json", MODELING_FILE.name):
             shutil.copyfile(checkpoint.path / name, target / name)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
 from hfprune_dist.checkpoints import modeling_pruned
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.module_tensors import module_tensors
+from hfprune_dist.checkpoints.read_tensors import read_tensor
 from hfprune_dist.checkpoints.text_decoder import is_of_decoder
 from hfprune_dist.errors import UserError
 
@@ -32,22 +34,36 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         UserError: where a tensor is missing, and as ``require_exact_rotary`` does.
     """
     checkpoint = open_checkpoint(folder)
-    # Left to itself, transformers compares the head with the embedding, which it can't where both are sharded.
-    changes = {"tie_word_embeddings": False} if checkpoint.has_untied_head else {}
-    with ONE_AT_A_TIME:
-        model: PreTrainedModel
-        model, told = model_class(checkpoint).from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention_of(checkpoint), output_loading_info=True, **changes
-        )
-    if told["missing_keys"]:
-        raise UserError(
-            f"{folder}: its files lack {sorted(told['missing_keys'])[0]}, or call it something else than "
-            f"{checkpoint.config['model_type']} does; transformers would make it up at random"
-        )
+    model, missing = _loaded(checkpoint, dtype=dtype)
+    _refuse_missing(checkpoint, missing)
     require_exact_rotary(model, folder)
     if checkpoint.family.has_vision:
         checkpoint.family.body_of(model).register_forward_pre_hook(_with_text_positions, with_kwargs=True)
     return model
+
+
+def _loaded(checkpoint: Checkpoint, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """What transformers makes of a checkpoint, and the tensors that it would make up, at random."""
+    # Left to itself, transformers compares the head with the embedding, which it can't where both are sharded.
+    changes = {"tie_word_embeddings": False} if checkpoint.has_untied_head else {}
+    with ONE_AT_A_TIME:
+        model, told = model_class(checkpoint).from_pretrained(
+            checkpoint.path,
+            attn_implementation=attention_of(checkpoint),
+            output_loading_info=True,
+            **changes,
+            **options,
+        )
+    return model, sorted(told["missing_keys"])
+
+
+def _refuse_missing(checkpoint: Checkpoint, missing: Sequence[str]) -> None:
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(
+            f"{checkpoint.path}: its files lack {missing[0]}{more}, or call it something else than "
+            f"{checkpoint.config['model_type']} does; transformers would make it up at random"
+        )
 
 
 def _with_text_positions(
@@ -115,7 +131,7 @@ def stays_float32(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def require_own_weights(checkpoint: Checkpoint) -> None:
-    """Check that the weights are those of the model that config.json describes.
+    """Check that the weights are those of the model that config.json describes, by headers alone.
 
     transformers makes up tensors that are missing, at random, and leaves out those that it has no use for.
 
@@ -123,7 +139,7 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
         UserError: naming a tensor that is missing, has another shape, or would be left out; or why transformers can't
             make the model.
     """
-    model = _without_weights(checkpoint)
+    model, missing = _without_weights(checkpoint)
     modules = dict(model.named_modules())
     expected = {
         f"{name}.{part}": parameter.shape
@@ -141,6 +157,7 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
             raise UserError(
                 f"{checkpoint.path}: {name} has shape {list(info.shape)}, but config.json makes it {list(shape)}"
             )
+    _refuse_missing(checkpoint, missing)
     known = expected.keys() | model.state_dict().keys() | checkpoint.beside_decoder
     for name in sorted({*saved, *checkpoint.unused} - known):
         module = modules.get(name.rpartition(".")[0])
@@ -150,14 +167,30 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
             )
 
 
-def _without_weights(checkpoint: Checkpoint) -> nn.Module:
+def require_finite_routers(checkpoint: Checkpoint) -> None:
+    """Check that what chooses among experts is finite. Where it isn't, experts are chosen that nobody means, which no
+    score shows, or activations of the next layer are NaN.
+
+    Raises:
+        UserError: naming the tensor.
+    """
+    experts = checkpoint.family.experts
+    if experts is None:
+        return
+    names = (f"{checkpoint.family.layers}.{layer}.{name}" for layer in experts.layers for name in experts.routers)
+    for name in (it for it in names if it in checkpoint.tensors):
+        if not read_tensor(checkpoint, name).isfinite().all():
+            raise UserError(f"{checkpoint.path}: {name} is NaN or infinite in part; it chooses among experts")
+
+
+def _without_weights(checkpoint: Checkpoint) -> tuple[nn.Module, list[str]]:
+    """See ``_loaded``; of the files nothing but headers is read."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path)
-        with ONE_AT_A_TIME, torch.device("meta"):
-            kind = model_class(checkpoint)
-            model: nn.Module = kind.from_config(config) if checkpoint.is_plain else kind(config)
+        return _loaded(checkpoint, device_map="meta", ignore_mismatched_sizes=True)
+    except UserError:
+        raise
     except Exception as error:  # of many kinds, for settings of many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{checkpoint.path / 'config.json'}: transformers can't make this model: {reason}") from None
-    return model

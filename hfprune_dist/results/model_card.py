@@ -17,7 +17,7 @@ from hfprune_dist.results.card_scores import TASK_TYPE, eval_results, scores_of,
 from hfprune_dist.results.card_subject import Subject, text_of
 from hfprune_dist.results.rows import EXPERT_WIDTHS, weight_bytes_of
 from hfprune_dist.store.stage import CUTTING, RECOVERING, Stage
-from hfprune_dist.structures.experts import NUMBERS
+from hfprune_dist.structures.experts import NUMBERS, SHARED_WIDTHS
 from hfprune_dist.structures.units import plural_of
 
 TAGS = ("hfprune", "pruned", "model-compression")
@@ -115,7 +115,7 @@ def _sizes(shape: Mapping[str, Any]) -> str | None:
         "num_attention_heads": "attention heads",
         "num_key_value_heads": "key-value heads",
         **dict.fromkeys(NUMBERS, "experts"),
-        **{field: f"`{field}`" for field in ("intermediate_size", *EXPERT_WIDTHS.values())},
+        **{field: f"`{field}`" for field in ("intermediate_size", *EXPERT_WIDTHS.values(), *SHARED_WIDTHS)},
     }
     told = [f"{title} {size}" for key, title in titles.items() if (size := _size(shape, key))]
     told += [f"rank of `{name}` {rank}" for name, rank in (shape.get("attention_ranks") or {}).items()]

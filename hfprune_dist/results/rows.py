@@ -25,7 +25,7 @@ from hfprune_dist.store.attempt import AttemptsOf
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.store.stage import CUTTING, kind_of
-from hfprune_dist.structures.experts import NUMBERS
+from hfprune_dist.structures.experts import NUMBERS, SHARED_WIDTHS
 from hfprune_dist.structures.units import plural_of
 
 Row = dict[str, Any]
@@ -39,7 +39,7 @@ LAYERS, KEY_VALUE_HEADS = "num_hidden_layers", "num_key_value_heads"
 NUM_EXPERTS = NUMBERS[0]
 EXPERT_WIDTHS = {
     "expert width": "moe_intermediate_size",
-    "shared expert width": "shared_expert_intermediate_size",
+    "shared expert width": SHARED_WIDTHS[0],
 }
 _FIELDS = ("num_attention_heads", KEY_VALUE_HEADS)
 _OF_MORE_THAN_NEURONS = (LAYERS, *_FIELDS, *map(plural_of, _FIELDS), NUM_EXPERTS, *EXPERT_WIDTHS.values())
@@ -218,9 +218,11 @@ def _shape(cell: Cell, manifests: Mapping[str, Manifest | None], dense: DenseMod
 
 
 def _with_experts(sizes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Sizes that tell how many experts there are under one name, if there are any."""
-    stated = next((sizes[key] for key in NUMBERS if key in sizes), None)
-    return sizes if stated is None else {**sizes, NUM_EXPERTS: stated}
+    """Sizes that tell how many experts there are, and how wide the shared one is, under one name, if there are any."""
+    if not any(key in sizes for key in NUMBERS):
+        return sizes
+    names = ((NUM_EXPERTS, NUMBERS), (EXPERT_WIDTHS["shared expert width"], SHARED_WIDTHS))
+    return {**sizes, **{name: sizes[key] for name, keys in names for key in reversed(keys) if key in sizes}}
 
 
 def _averages(tasks: Mapping[str, Mapping[str, Any]], floors: Mapping[str, float]) -> Row:

@@ -29,6 +29,11 @@ _FIRSTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 # ... those whose number, or the next one, so many divide; and those whose number leaves such a remainder.
 _STEPS = ("decoder_sparse_step", "moe_layer_interval")
 _PERIOD, _OFFSET = "expert_layer_period", "expert_layer_offset"
+# ... none of those that are listed, nor those behind one.
+LAYERS_WITHOUT, _LAST = "mlp_only_layers", "moe_layer_end_index"
+# Of all these, integers: about which layers; and widths that are positive.
+PLACES = (*_FIRSTS, *_STEPS, _PERIOD, _OFFSET, _LAST)
+ALL_WIDTHS = (*WIDTHS, *_DENSE_WIDTHS)
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,12 @@ class Experts:
             if name.startswith(before):
                 return after + name.removeprefix(before)
         return name
+
+    @property
+    def routers(self) -> list[str]:
+        """Names within a layer of what chooses among experts: of what goes with them all that isn't their own."""
+        own = {it.tensor for it in (*self.rows, *self.columns)}
+        return [it.tensor for it in self.whole if it.tensor.removesuffix("_bias") not in own]
 
     @property
     def each(self) -> bool:
@@ -156,8 +167,8 @@ def has_experts(config: Mapping[str, Any], layer: int) -> bool:
     kinds = config.get("mlp_layer_types")
     if kinds:
         return bool(kinds[layer] == "sparse")
-    last = config.get("moe_layer_end_index", -1)
-    if layer in (config.get("mlp_only_layers") or ()) or (last != -1 and layer > last):
+    last = config.get(_LAST)
+    if layer in (config.get(LAYERS_WITHOUT) or ()) or (last not in (None, -1) and layer > last):
         return False
     if config.get(_PERIOD):
         return bool(layer % config[_PERIOD] == (config.get(_OFFSET) or 0))

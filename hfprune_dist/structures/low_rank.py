@@ -49,7 +49,8 @@ def with_products(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
     for name in shapes:
         projection = name.removesuffix(f".{FACTORS[0]}.weight")
         first, second = (f"{projection}.{factor}" for factor in FACTORS)
-        if rank_field(projection) in sizes and {f"{first}.weight", f"{second}.weight"} <= shapes.keys():
+        factors = [shapes.get(f"{it}.weight", ()) for it in (first, second)]
+        if rank_field(projection) in sizes and all(len(it) == len(FACTORS) for it in factors):
             inputs, outputs = whole.pop(f"{first}.weight")[1], whole.pop(f"{second}.weight")[0]
             whole[f"{projection}.weight"] = [outputs, inputs]
             whole |= {f"{projection}.bias": whole.pop(it) for it in (f"{second}.bias",) if it in whole}

@@ -108,12 +108,33 @@ def test_the_head_and_positions_beside_the_layers_are_found():
         (LAYER | {"mlp.gate_proj": [11, 8]}, {}, "mlp.gate_proj.weight of layer 0 has shape [11, 8], not [12, 8]"),
         (LAYER, {"model__wpe__weight": [64, 8]}, "beside its layers it has model.wpe.weight"),
         (LAYER, {"model__other_norm__weight": [8]}, "behind its layers it has no one norm with a weight"),
-        (LAYER, {"model__embed_tokens__weight": [21, 8]}, "it has no one table of embeddings of shape [20, 8]"),
+        (
+            LAYER,
+            {"model__embed_tokens__weight": [21, 8], "model__wte__weight": [22, 8]},
+            "it has no one table of embeddings of shape [20, 8]",
+        ),
     ],
     ids=str,
 )
 def test_what_is_missing_or_there_besides_is_named(layer, outside, expected):
     assert expected in refusal(layer, **outside)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_hidden_layers": 4}, "num_hidden_layers is 4, and they have no model.layers.2"),
+        *(
+            ({key: wrong}, f"embed_tokens.weight has shape [20, 8], but vocab_size and hidden_size are {sizes}")
+            for key, wrong, sizes in (("hidden_size", 16, [20, 16]), ("vocab_size", 24, [24, 8]))
+        ),
+    ],
+)
+def test_sizes_that_are_not_those_of_the_tensors_are_told_as_such(changes, told):
+    with pytest.raises(UserError) as caught:
+        found(config=CONFIG | changes)
+    assert str(caught.value).startswith("here: it contradicts the tensors in the weight files: ")
+    assert told in str(caught.value)
 
 
 def test_a_layer_without_what_the_others_have_is_named():
@@ -125,7 +146,6 @@ def test_a_layer_without_what_the_others_have_is_named():
 
 def test_config_json_alone_may_rule_a_model_out():
     assert "its last 1 layers read keys" in refusal(config=CONFIG | {"num_kv_shared_layers": 1})
-    assert "no one stack of 3 layers" in refusal(config=CONFIG | {"num_hidden_layers": 3})
     assert "architectures is 'NewModel'" in refusal(config=CONFIG | {"architectures": ["NewModel"]})
     assert "a mixture of experts of a kind that isn't known" in refusal(config=CONFIG | {"n_routed_experts": 4})
     with pytest.raises(UserError, match="sound and text"):

@@ -60,10 +60,49 @@ def test_a_router_of_another_number_of_experts_is_named(config, data):
         check_shapes(checkpoint.path, wrong, checkpoint.structures, 64)
 
 
-@given(grouped_mixtures(), st.sampled_from([{"n_group": 99}, {"n_group": "a"}, {"n_group": 1, "topk_group": 2}]))
-def test_nonsense_about_groups_is_refused(config, changes):
-    with pytest.raises(UserError, match=f"not supported: {[*changes][-1]} in config.json is"):
-        discover(config | changes, tensors_of(config), "here")
+NO_NUMBERS = st.one_of(st.integers(-3, 0), st.sampled_from([99, True, "a", 1.0, [1]]))
+
+
+@given(grouped_mixtures(), NO_NUMBERS, st.sampled_from(["num_experts_per_tok", "n_group", "topk_group"]))
+def test_what_a_router_cannot_choose_is_refused_with_what_it_can(config, value, key):
+    valid = {
+        "num_experts_per_tok": f"from 1 to {config['num_experts']}, the number of experts",
+        "n_group": f"that divides {config['num_experts']}, the number of experts",
+        "topk_group": f"from 1 to {config.get('n_group', 1)}, the number of groups",
+    }
+    with pytest.raises(UserError) as caught:
+        discover(config | {key: value}, tensors_of(config), "here")
+    assert str(caught.value) == f"here: {key} must be an integer {valid[key]}, not {value!r}"
+
+
+@given(grouped_mixtures(), st.sampled_from([None, False]))
+def test_groups_that_are_not_stated_are_one(config, value):
+    shapes = tensors_of(config)
+    family, _ = discover(config | {"n_group": value, "topk_group": value}, shapes, "here")
+    assert family.experts.groups == 1
+    greedy = config | {"model_type": "deepseek_v2", "n_group": 0, "topk_group": 0}
+    assert discover(greedy, shapes, "here")[0].experts.groups == 1, "its router has no use for groups"
+    with pytest.raises(UserError, match="here: n_group must be an integer that divides"):
+        discover(greedy | {"topk_method": "group_limited_greedy"}, shapes, "here")
+
+
+@given(grouped_mixtures())
+def test_groups_must_have_as_many_as_a_router_takes(config):
+    experts = config["num_experts"]
+    told = "here: it contradicts itself: .* groups have .* experts each, but a router that takes"
+    cases = [{"n_group": experts, "topk_group": 1, "num_experts_per_tok": 2}]
+    cases += [{"n_group": experts, "topk_group": experts}] if "n_group" in config else []
+    for changes in cases:
+        with pytest.raises(UserError, match=told):
+            discover(config | changes, tensors_of(config), "here")
+
+
+@given(mixtures(), st.sampled_from([1, 0, -1, "2"]))
+def test_a_mixture_of_one_expert_or_none_is_told(config, number):
+    told = {1: "not supported: it is a mixture of one expert .num_experts 1., and pruned are those of two or more"}
+    other = f"here: it contradicts the tensors in the weight files: they have experts .*, and num_experts is {number!r}"
+    with pytest.raises(UserError, match=told.get(number, other)):
+        discover(config | {"num_experts": number}, tensors_of(config | {"num_experts": 1}), "here")
 
 
 @given(mixtures())
@@ -92,12 +131,21 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(config, data):
     else:
         del shapes[name]
         part = name.partition("layers.")[2].partition(".")[2]
-        kind = part if "experts.0." not in part and "shared" not in part else ""
-        with pytest.raises(UserError, match=f"has no {kind}" if kind else "not supported"):
+        lacks = f"contradicts the tensors .*: layer .* has no {part}, of {config['num_experts']} experts"
+        known = "experts.0." in part or "shared" in part  # which tell of what kind they are
+        with pytest.raises(UserError, match="not supported|has no" if known else lacks):
             discover(config, shapes, "here")
 
 
-@given(mixtures(), st.sampled_from(["mlp.norm.weight", "mlp.experts.99.up_proj.weight", "mlp.gate_proj.weight"]))
+@given(mixtures())
+def test_more_experts_than_config_json_says_are_named(config):
+    count = config["num_experts"]
+    told = rf"contradicts the tensors .*: layer \d+ has mlp\.experts\.{count}\..*, of {count} experts"
+    with pytest.raises(UserError, match=told):
+        discover(config, tensors_of(config | {"num_experts": count + 1}), "here")
+
+
+@given(mixtures(), st.sampled_from(["mlp.norm.weight", "mlp.gate_proj.weight"]))
 def test_what_is_there_besides_is_named(config, part):
     last = config["num_hidden_layers"] - 1
     shapes = tensors_of(config) | {f"model.layers.{last}.{part}": [64]}
@@ -108,12 +156,14 @@ def test_what_is_there_besides_is_named(config, part):
 @given(mixtures())
 def test_config_json_must_agree_with_itself(config):
     cases = {
-        "disagrees with itself about the number": {"n_routed_experts": config["num_experts"] + 1},
-        "num_experts_per_tok in config.json is None": {"num_experts_per_tok": None},
-        "num_experts_per_tok in config.json is 99": {"num_experts_per_tok": 99},
+        "it contradicts itself: num_experts is .* and n_routed_experts is": {
+            "n_routed_experts": config["num_experts"] + 1
+        },
+        "num_experts_per_tok must be an integer from 1 to .*, not None": {"num_experts_per_tok": None},
     }
     if "n_shared_experts" in config:
-        cases["doesn't say how wide mlp.shared_experts is"] = {"n_shared_experts": None}
+        told = "contradicts the tensors .*: they have mlp.shared_experts, and none of .* says how wide it is"
+        cases |= {told: {"n_shared_experts": None}}
     for why, changes in cases.items():
         with pytest.raises(UserError, match=why):
             discover(config | changes, tensors_of(config), "here")

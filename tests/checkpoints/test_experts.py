@@ -211,7 +211,9 @@ def test_a_list_of_equal_numbers_is_one(checkpoint_of, tmp_path):
     checkpoint = open_checkpoint(tmp_path / "model")
     assert_pruned_is_masked(checkpoint, some_kept(checkpoint, 2 / 3), tmp_path / "pruned")
     file.write_text(json.dumps(config | {"moe_topk": [2, 1, 2]}))
-    with pytest.raises(UserError, match=r"num_experts_per_tok in config.json is \[2, 1, 2\], of 4 experts"):
+    with pytest.raises(
+        UserError, match=r"moe_topk must be an integer from 1 to 4, the number of experts, not \[2, 1, 2\]"
+    ):
         open_checkpoint(tmp_path / "model")
 
 
@@ -430,9 +432,6 @@ def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"first_k_dense_replace": "a"}, "it can't be read as one of a glm4_moe: TypeError"),
-        ({"mlp_layer_types": ["sparse"]}, "it can't be read as one of a glm4_moe: IndexError"),
-        ({"moe_intermediate_size": [24, 24, 24]}, "it can't be read as one of a glm4_moe: TypeError"),
         ({"quantization_config": "awq"}, "quantized weights can't be pruned; use the unquantized checkpoint"),
         ({"quantization_config": [1, 2]}, "quantized weights can't be pruned; use the unquantized checkpoint"),
         ({"model_type": None}, "model_type is None; it must name an architecture"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import ALL_SEEING, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.data.tokenizer import load_tokenizer, require_embedded
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary, require_own_weights
+from hfprune_dist.models.loading import (
+    load_causal_lm,
+    require_exact_rotary,
+    require_finite_routers,
+    require_own_weights,
+)
 from hfprune_dist.models.single_layer import LayerReader
 
 
@@ -101,6 +107,49 @@ def change_and_refuse(folder, weights, expected):
     with pytest.raises(UserError) as caught:
         require_own_weights(open_checkpoint(folder))
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "part"),
+    [("glm4_moe", "gate.e_score_correction_bias"), ("llava", "multi_modal_projector"), ("llava", "vision_tower")],
+)
+def test_buffers_and_what_sees_images_are_needed_too(tmp_path, model_type, part):
+    """No module of the text decoder has them as parameters, and loading would make them up."""
+    folder = save_model(tmp_path / "m", model_type)
+    require_own_weights(open_checkpoint(folder))
+    weights = load_file(folder / "model.safetensors")
+    change_and_refuse(folder, {name: it for name, it in weights.items() if part not in name}, part)
+
+
+def test_a_text_decoder_that_transformers_does_not_run_is_refused(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ALL_SEEING, "llava", ALL_SEEING["llava"] | {"text_config": {"model_type": "gemma2"}})
+        folder = save_model(tmp_path / "m", "llava")
+    with pytest.raises(UserError, match=r"transformers can't make this model: .*Gemma2Model does not support"):
+        require_own_weights(open_checkpoint(folder))
+
+
+ROUTERS = {
+    "qwen3_moe": ["mlp.gate.weight"],
+    "granitemoe": ["block_sparse_moe.router.layer.weight"],
+    "gpt_oss": ["mlp.router.weight", "mlp.router.bias"],
+    "glm4_moe": ["mlp.gate.weight", "mlp.gate.e_score_correction_bias"],
+}
+
+
+@pytest.mark.parametrize("model_type", ROUTERS)
+def test_routers_must_be_finite(tmp_path, model_type):
+    folder = save_model(tmp_path / "m", model_type)
+    checkpoint, whole = open_checkpoint(folder), load_file(folder / "model.safetensors")
+    require_finite_routers(checkpoint)
+    for part in ROUTERS[model_type]:
+        for value in (float("nan"), float("-inf")):
+            weights = {name: it.clone() for name, it in whole.items()}
+            weights[f"model.layers.2.{part}"].view(-1)[-1] = value
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
+            with pytest.raises(UserError, match=rf"model.layers.2.{part} is NaN or infinite in part"):
+                require_finite_routers(open_checkpoint(folder))
+    require_finite_routers(open_checkpoint(save_tiny(tmp_path / "dense")))
 
 
 def frequencies(model):

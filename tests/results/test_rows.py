@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from headers import CONFIG, checkpoint_of, tensors_of
 
 from hfprune_dist.config.parameters import read_parameters
 from hfprune_dist.planning.plan import Cell, Plan
@@ -15,6 +16,7 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.heartbeat import Failure, write_failure_record
 from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.structures.experts import NUMBERS, SHARED_WIDTHS
 
 MODEL = Input("digest", "/model")
 IMPORTANCE = Stage("importance", "m", {}, {"model": MODEL})
@@ -87,6 +89,22 @@ def test_what_more_than_neurons_lost_has_columns(store):
     assert [second[headers.index(name)] for name in ("layers", "KV heads", "width")] == ["5", "1-3", "15"]
     assert [first[headers.index(name)] for name in ("layers", "KV heads", "width")] == ["-", "-", "48"]
     assert "num_key_value_heads_by_layer" not in flat_row(pruned)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("shared", SHARED_WIDTHS)
+def test_sizes_of_experts_have_columns_whatever_config_json_calls_them(store, number, shared):
+    config = CONFIG | {"num_hidden_layers": 2, "intermediate_size": 24, "num_experts_per_tok": 1, number: 4, shared: 40}
+    shapes = tensors_of(
+        config
+        | {"num_experts": 4, "moe_intermediate_size": 24, "first_k_dense_replace": 0}
+        | {"shared_expert_intermediate_size": 40}
+    )
+    dense = {"m": DenseModel.of(checkpoint_of(config, shapes))}
+    commit(store, PRUNE, **{number: 3, shared: 39})
+    headers, rows = table(collect_rows(PLAN, store, dense))
+    assert [row[headers.index("experts")] for row in rows] == ["4", "3"]
+    assert [row[headers.index("shared expert width")] for row in rows] == ["40", "39"]
 
 
 def test_a_missing_cell_is_missing_and_says_why(store):

@@ -1,0 +1,51 @@
+"""Whether the values of a config.json are of the kinds that they are read as, so that what isn't is told by its key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hfprune_dist.checkpoints.layer_settings import LISTS, NUMBERS, OF_THE_FIRST, PERIODS
+from hfprune_dist.checkpoints.refusals import Refusals
+from hfprune_dist.checkpoints.text_decoder import DEEPSTACK
+from hfprune_dist.structures.experts import (
+    ALL_WIDTHS,
+    LAYERS_WITHOUT,
+    PLACES,
+    SHARED_NUMBERS,
+    SHARED_WIDTHS,
+    number_of_experts,
+)
+
+# What ``isinstance`` takes, and what it is called.
+Kind = tuple[type | tuple[type, ...], str]
+
+
+def check_types(config: Mapping[str, Any], where: str) -> None:
+    """Check the values of a config.json whose sizes ``checks.check_config`` has checked; null is none.
+
+    Raises:
+        UserError: naming the key, its value and what it must be.
+    """
+    refusals = Refusals(config, where)
+    for key, (kind, valid) in _kinds(config).items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise refusals.invalid(key, value, valid)
+    for key in ALL_WIDTHS if number_of_experts(config) else ():
+        if config.get(key) is not None and config[key] < 1:
+            raise refusals.invalid(key, config[key], "a positive integer")
+    layers = config["num_hidden_layers"]
+    for key in (it for it in LISTS if config.get(it)):
+        if not isinstance(config[key], list) or len(config[key]) < layers:
+            raise refusals.invalid(key, config[key], f"a list with an entry for each of {layers} layers")
+
+
+def _kinds(config: Mapping[str, Any]) -> dict[str, Kind]:
+    """Key -> the kind of its value; some keys mean something to mixtures of experts alone."""
+    integers = (*OF_THE_FIRST, *PLACES, *PERIODS, *PERIODS.values())
+    if number_of_experts(config):
+        integers = (*integers, *ALL_WIDTHS, *SHARED_WIDTHS, *SHARED_NUMBERS)
+    lists = (*NUMBERS, LAYERS_WITHOUT, DEEPSTACK, "architectures")
+    kinds: dict[str, Kind] = {"residual_multiplier": ((int, float), "a number"), "auto_map": (dict, "an object")}
+    return kinds | dict.fromkeys(integers, (int, "an integer")) | dict.fromkeys(lists, (list, "a list"))
