@@ -200,7 +200,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} is needed")
     check_config(config, path / "config.json")
     check_types(config, str(path / "config.json"))
-    return _described(path, whole, config)
+    try:
+        return _described(path, whole, config)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path / 'config.json'}: it can't be read as one of a {config.get('model_type')} "
+            f"({type(error).__name__}: {error}); if plain transformers loads the model, this is a fault of hfprune_dist"
+        ) from error
 
 
 def _described(path: Path, whole: Mapping[str, Any], config: dict[str, Any]) -> Checkpoint:

@@ -9,7 +9,7 @@ import struct
 
 import pytest
 from families import save_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from more_families import MORE_EXPERTS
 
@@ -56,12 +56,13 @@ def is_refused(folder):
         assert checkpoint.parameters > 0 and checkpoint.structures
         assert undroppable_layers(checkpoint.config) or of_layers(checkpoint.config, [0])
     except UserError as error:
-        assert str(folder) in str(error)
+        assert str(folder) in str(error) and "a fault of hfprune_dist" not in str(error)
         return True
     return False
 
 
 @pytest.mark.parametrize("name", MODELS)
+@settings(derandomize=True, deadline=None)
 @given(data=st.data())
 def test_any_value_of_any_key_is_taken_or_told(folder_of, name, data):
     file = folder_of(name) / "config.json"
@@ -77,6 +78,7 @@ def test_any_value_of_any_key_is_taken_or_told(folder_of, name, data):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@settings(derandomize=True, deadline=None)
 @given(data=st.data())
 def test_a_tensor_of_any_shape_is_taken_or_told(folder_of, name, data):
     file = folder_of(name) / "model.safetensors"
