@@ -7,11 +7,10 @@ others; where scores decide, every layer is taken to lose the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from math import ceil
 from typing import Any
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.parameters import (
     DistillParameters,
     ImportanceParameters,
@@ -47,7 +46,6 @@ class ExpectedManifests:
     def __init__(self, plan: Plan, *, checkpointing: bool) -> None:
         self._plan = plan
         self._runtime = {"activation_checkpointing": checkpointing}
-        self._checkpoint = cache(open_checkpoint)
 
     def of(self, stage_id: str) -> dict[str, Any] | None:
         """None for stages whose work nobody can know yet."""
@@ -56,7 +54,7 @@ class ExpectedManifests:
 
     def dense(self, stage: Stage) -> Checkpoint:
         """The dense checkpoint that a stage's model comes from."""
-        return self._checkpoint(self._plan.dense_folder(stage))
+        return self._plan.dense_checkpoint(stage)
 
     def _metrics(self, stage: Stage) -> dict[str, Any] | None:
         match stage.params:

@@ -6,10 +6,11 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.store.stage import Stage
 
 # What rows say of recovery: that there is none, or that the method's own training is it.
@@ -58,6 +59,7 @@ class Plan:
     stages: Mapping[str, Stage]
     cells: tuple[Cell, ...]
     asked: tuple[str, ...] = ()
+    _opened: dict[Path, Checkpoint] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def lacking(self, is_done: Callable[[str], bool], cells: Sequence[Cell] | None = None) -> list[str]:
         """Ids of the stages that must run, in order. What only results that stand were made from needn't be there.
@@ -93,6 +95,17 @@ class Plan:
         """The checkpoint of the user's that a stage's model is, or comes from."""
         source = stage.inputs["model"]
         return self.dense_folder(self.stages[source.location]) if source.is_stage else Path(source.location)
+
+    def dense_checkpoint(self, stage: Stage) -> Checkpoint:
+        """The same, opened once for all stages.
+
+        Raises:
+            UserError: as ``open_checkpoint`` does.
+        """
+        folder = self.dense_folder(stage)
+        if folder not in self._opened:
+            self._opened[folder] = open_checkpoint(folder)
+        return self._opened[folder]
 
     def to_json(self) -> dict[str, Any]:
         stages = [stage.to_json() for stage in self.stages.values()]

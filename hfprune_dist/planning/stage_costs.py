@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES
 from hfprune_dist.config.parameters import (
     DistillParameters,
@@ -79,7 +78,6 @@ class StageCosts:
         self._plan = plan
         self._manifest_of = manifest_of
         self._config_of = cache(read_object)
-        self._shape_of = cache(lambda folder: ModelShape.of(open_checkpoint(folder)))
 
     def of(self, stage_id: str) -> Cost | None:
         """None where the stage has no artifact (yet), or too little is known: of records of other versions, and of
@@ -204,7 +202,7 @@ class StageCosts:
         if config.get("model_type") in FAMILIES:  # whose weights need not be there any more
             return ModelShape.of_config(config)
         try:
-            return self._shape_of(folder)
+            return ModelShape.of(self._plan.dense_checkpoint(stage))
         except UserError as error:
             raise _UnknownError from error
 

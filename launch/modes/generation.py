@@ -9,7 +9,6 @@ from hfprune_launch.local.hardware import gpus_here, ranks_here
 from hfprune_launch.slurm.estimate import GIB
 from hfprune_launch.slurm.profile import Profile
 
-from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.parameters import EfficiencyParameters, EvaluateParameters
 from hfprune_dist.config.schema import RuntimeConfig, SweepConfig
 from hfprune_dist.errors import UserError
@@ -101,4 +100,4 @@ class Generation:
 
     def _dims(self, stage: Stage) -> Dimensions:
         """Of the dense model that a stage's comes from, which is as large or larger."""
-        return checkpoint_dimensions(open_checkpoint(self._plan.dense_folder(stage)))
+        return checkpoint_dimensions(self._plan.dense_checkpoint(stage))

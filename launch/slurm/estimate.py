@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.config.parameters import (
     DistillParameters,
     EfficiencyParameters,
@@ -143,7 +142,7 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
 
 
 def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeConfig) -> Estimate:
-    dims = checkpoint_dimensions(dense_of(plan, stage))
+    dims = checkpoint_dimensions(plan.dense_checkpoint(stage))
     gpus = gpus_of(resources)
     job, placed = placed_job(job_of(plan, stage, runtime), dims, gpus, runtime)
     return Estimate(
@@ -190,7 +189,7 @@ def _reference(params: ReferenceParameters, plan: Plan, stage: Stage) -> Referen
 
 
 def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | LowRank | Reference:
-    calibration, dense = _calibration(plan, stage), dense_of(plan, stage)
+    calibration, dense = _calibration(plan, stage), plan.dense_checkpoint(stage)
     size = size_of(dense)
     dtype, windows = params.forward_pass()
     if params.refit == "bias":  # means are vectors, which take next to nothing
@@ -324,8 +323,3 @@ def _shared_rows(stage: Stage) -> int | None:
         case DistillParameters(distillation=settings):
             return settings.batch_size
     return None
-
-
-def dense_of(plan: Plan, stage: Stage) -> Checkpoint:
-    """The dense checkpoint that a stage's model comes from."""
-    return open_checkpoint(plan.dense_folder(stage))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from hfprune_launch.slurm.estimate import dense_of, gpus_of, job_of, placed_job, runs_a_model
+from hfprune_launch.slurm.estimate import gpus_of, job_of, placed_job, runs_a_model
 from hfprune_launch.slurm.profile import Profile
 from rich.console import Console
 from rich.markup import escape
@@ -54,7 +54,7 @@ def _time(times: StageTimes, plan: Plan, stage: Stage, where: tuple[Profile, Run
     gpus = gpus_of(resources) if resources.gpus else None
     job, placed = None, gpus
     if gpus is not None and runs_a_model(stage.params):
-        dims = checkpoint_dimensions(dense_of(plan, stage))
+        dims = checkpoint_dimensions(plan.dense_checkpoint(stage))
         job, placed = placed_job(job_of(plan, stage, runtime), dims, gpus, runtime)
     return replace(times.of(stage, job, gpus, placed), gpus=resources.gpus)  # some may have no rank
 
