@@ -11,6 +11,7 @@ a killed task goes on at a chunk, whatever the number of ranks was and is.
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import zlib
@@ -26,6 +27,7 @@ from lm_eval.models.huggingface import HFLM
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.world import TELL_EVERY_S
+from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import digest_of
 
 TELLER = "tells the other ranks that lm-eval is at work"
@@ -171,6 +173,8 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             for number, chunk_answers in zip(now, answers, strict=True):
                 known[number] = chunk_answers
         self._report(len(requests), len(requests))
+        if any(_is_nan(answer) for answers in known for answer in answers or ()):
+            raise UserError(f"{method}: the model's log-likelihoods are NaN; check the checkpoint's weights")
         return _in_place(places, known, len(requests))
 
     # On all ranks.
@@ -232,6 +236,12 @@ def _in_place(places: list[list[int]], answers: Sequence[list[Any] | None], tota
         for index, answer in zip(place, chunk_answers, strict=True):
             result[index] = answer
     return result
+
+
+def _is_nan(answer: Any) -> bool:
+    """Of a log-likelihood, or of one and whether the text is the most likely one; others are texts."""
+    value = answer[0] if isinstance(answer, list | tuple) else answer
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _read_lines(file: Path) -> Iterator[tuple[str, list[Any]]]:

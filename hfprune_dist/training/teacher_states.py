@@ -18,6 +18,7 @@ from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_states import LayerStates
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.world import World
+from hfprune_dist.errors import UserError
 
 DENSE = "dense"
 
@@ -57,6 +58,9 @@ def write_dense_states(
         stream: the windows before the first layer.
         states: where an earlier attempt was interrupted, if one was, and where this one is kept if it is.
         after_each: called on every rank with the number of layers that are done; it may raise ``Interrupted``.
+
+    Raises:
+        UserError: on all ranks, where they are NaN or infinite, with which nothing can be compared.
     """
     if world.is_first:
         save_windows(stream.windows_ST, folder)
@@ -70,8 +74,12 @@ def write_dense_states(
         except Interrupted:
             stream.save(states)
             raise
+    is_finite = True
     for index, hidden_BTC in stream.final_hidden():
         save_file({DENSE: hidden_BTC.contiguous()}, _file(folder, index))
+        is_finite = is_finite and bool(hidden_BTC.isfinite().all())
+    if not all(world.gather(is_finite)):
+        raise UserError("the dense model's final hidden states are NaN or infinite; check the checkpoint's weights")
 
 
 def _file(folder: Path, number: int) -> Path:

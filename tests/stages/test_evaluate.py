@@ -8,6 +8,7 @@ from damage import DAMAGES, damage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld, killing, run_ranks
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_text, tiny_tokenizer, write_documents
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -503,3 +504,36 @@ def test_weights_may_take_most_of_the_free_memory(inputs, monkeypatch):
         monkeypatch.setattr(inference, "free_bytes", lambda world, share=share: needed / share)
         inference.choose_sharding("auto", checkpoint, torch.bfloat16, world)
     assert claims == [True, False]
+
+
+def damaged(inputs, folder, name, place=(0, 0)):
+    """The inputs, with one number of the model's weights NaN."""
+    shutil.copytree(inputs, folder)
+    file = folder / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name][place] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def test_outputs_that_are_no_numbers_are_no_result(inputs, tmp_path):
+    """Nor is what tasks make of them, which choose among NaN as if they were numbers."""
+    there = damaged(inputs, tmp_path / "inputs", "model.layers.1.mlp.down_proj.weight")
+    store = Store(tmp_path / "store")
+    stage = write_stage_file(store, there, [])
+    with pytest.raises(UserError, match=r"^fidelity: the model's outputs are NaN or infinite; check the checkpoint's"):
+        run_alone(store, stage)
+    assert store.verify(stage.id).state == "missing"
+
+
+@pytest.mark.parametrize("task", ["tiny_choice", "tiny_rolling"])
+def test_log_likelihoods_that_are_no_numbers_are_no_score(inputs, tmp_path, monkeypatch, task):
+    there = damaged(inputs, tmp_path / "inputs", "model.layers.1.mlp.down_proj.weight")
+    monkeypatch.setattr(evaluate, "_measure_fidelity", lambda *_: None)
+    store = Store(tmp_path / "store")
+    stage = write_stage_file(store, there, [task])
+    with pytest.raises(
+        UserError, match=r"^loglikelihood\w*: the model's log-likelihoods are NaN; check the checkpoint"
+    ):
+        run_alone(store, stage)
+    assert store.verify(stage.id).state == "missing"

@@ -1,11 +1,13 @@
 """The reference stage: what the dense model's head reads, on any number of ranks and after any kill."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld, killing, run_stage, write_stage_file
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
 from transformers import AutoModelForCausalLM
 from worlds import Ranks, run_in_threads
@@ -130,3 +132,32 @@ def test_short_held_out_text_is_refused(source, tmp_path):
     write_documents(source / "short.jsonl", words=3)
     with pytest.raises(UserError, match=r"fidelity .*short.jsonl: no document has 47 tokens"):
         run_alone(Store(tmp_path), held_out(source, text="short.jsonl"))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_states_that_are_no_numbers_are_refused_on_all_ranks(source, tmp_path, size, value):
+    """Also where one rank's windows alone see them: a token's embedding is damaged that few windows have."""
+    stage = held_out(source)
+    windows_ST = run_alone(Store(tmp_path / "sound"), stage).windows_ST
+    counts = {token: int((windows_ST == token).any(dim=1).sum()) for token in windows_ST.unique().tolist()}
+    rarest = min(counts, key=counts.__getitem__)
+    assert counts[rarest] < len(windows_ST)
+    shutil.copytree(source / "dense", tmp_path / "damaged")
+    file = tmp_path / "damaged" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][rarest, 0] = value
+    save_file(tensors, file, {"format": "pt"})
+    inputs = {**stage.inputs, "model": Input("damaged", str(tmp_path / "damaged"))}
+    stage = Stage(stage.kind, stage.label, stage.params, inputs)
+    store = Store(tmp_path / "store")
+
+    def refused(world):
+        progress = Progress(None)
+        context = Context(stage, store, world, RuntimeConfig(), progress, config={}, code={}, attempt=1)
+        with pytest.raises(UserError, match=r"final hidden states are NaN or infinite; check the checkpoint's weights"):
+            reference.run(context)
+
+    store.work(stage.id).mkdir(parents=True)
+    Ranks(size).run(refused)
+    assert store.verify(stage.id).state == "missing"
