@@ -47,6 +47,10 @@ class Verdict:
     reason: str
 
 
+# What an artifact of which ``Store.empty`` left the manifest is.
+NOTHING_LEFT = Verdict("missing", "its files were removed to make room")
+
+
 class Store:
     """Artifacts by stage id, on a local or shared file system.
 
@@ -94,7 +98,7 @@ class Store:
         if manifest is None or not _is_listing(manifest.get("files")) or not isinstance(manifest.get("metrics"), dict):
             return Verdict("corrupt", f"{MANIFEST} is missing or damaged")
         if manifest.get(EMPTIED):
-            return Verdict("corrupt", "its files were removed to make room")
+            return NOTHING_LEFT
         listing = {folder / name: entry for name, entry in manifest["files"].items()}
 
         def check(file: Path, tell: AfterEach) -> str:
@@ -128,16 +132,19 @@ class Store:
             return "missing"  # set aside by another process in the meantime
 
     def set_aside(self, stage_id: str, after_each: AfterEach = nothing) -> Path | None:
-        """Move a corrupt artifact to the quarantine, so that the stage can run again.
+        """Move a corrupt artifact, or one without files, to the quarantine, so that another can have its place.
 
         Others may find the same damage at the same time, and make the artifact anew: what they made stays.
 
         Returns:
-            where it is now; None where there is no corrupt artifact (any more).
+            where it is now; None where there is nothing of the kind (any more).
         """
         folder = self.path(stage_id)
         judged = _inode(folder)
-        if judged is None or self.verify(stage_id, thorough=True, after_each=after_each).state != "corrupt":
+        if judged is None:
+            return None
+        verdict = self.verify(stage_id, thorough=True, after_each=after_each)
+        if verdict.state != "corrupt" and verdict != NOTHING_LEFT:
             return None
         target = self.root / "quarantine" / f"{stage_id.replace('/', '-')}-{uuid.uuid4().hex[:6]}"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +249,9 @@ class Store:
             if self.verify(stage_id, after_each=after_each).state == "done":
                 shutil.rmtree(draft, ignore_errors=True)
                 return
-            self.set_aside(stage_id, after_each)
+            aside = self.set_aside(stage_id, after_each)
+            if aside is not None and (read_object(aside / MANIFEST) or {}).get(EMPTIED):
+                shutil.rmtree(aside)
         raise taken
 
     def empty(self, stage_id: str) -> None:
