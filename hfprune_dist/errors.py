@@ -46,8 +46,9 @@ class LostInputError(UserError):
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` where a valid word is close to ``word``, else an empty string."""
-    close = difflib.get_close_matches(word, list(valid), n=1)
+    """Return ``"; did you mean 'x'?"`` where a valid word begins with ``word`` or is close to it, else nothing."""
+    words = list(valid)
+    close = [it for it in words if word and it.startswith(word)] or difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hfprune_dist.errors import UserError, explained, from_os_error
+from hfprune_dist.errors import UserError, did_you_mean, explained, from_os_error
 
 
 def test_a_full_disk_met_by_safetensors_is_one_too(tmp_path):
@@ -40,3 +40,16 @@ def test_a_wrong_path_ends_a_command_with_one_message(tmp_path, capsys, action, 
     with pytest.raises(SystemExit) as ended, explained():
         action(file)
     assert ended.value.code == 2 and expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "valid", "told"),
+    [
+        ("model 0.4", ["model dense", "model 0.4 hfprune"], "; did you mean 'model 0.4 hfprune'?"),
+        ("modle", ["model", "method"], "; did you mean 'model'?"),
+        ("", ["model"], ""),
+        ("zebra", ["model"], ""),
+    ],
+)
+def test_what_begins_alike_is_meant_before_what_looks_alike(word, valid, told):
+    assert did_you_mean(word, valid) == told

@@ -281,8 +281,18 @@ def _explain(schema: type[Section], problem: Mapping[str, Any]) -> str:
     if key and "input" in problem and problem["type"] not in ("value_error", "missing"):
         given = problem["input"]
         percent = location[0] == "ratios" and problem["type"] == "less_than" and 2 <= given < 100
-        return f"{key}: {message} (got {given!r})" + (f"; did you mean {given / 100:g}?" if percent else "")
+        hint = f"; did you mean {given / 100:g}?" if percent else _hint_on_numbers(given)
+        return f"{key}: {message} (got {given!r}){hint}"
     return f"{key}: {message}" if key else message
+
+
+def _hint_on_numbers(given: Any) -> str:
+    """What to tell of a text that looks like a number: YAML wants a point and a signed exponent."""
+    found = re.fullmatch(r"([+-]?\d+)(\.\d*)?[eE]([+-]?)(\d+)", given) if isinstance(given, str) else None
+    if found is None:
+        return ""
+    digits, fraction, sign, exponent = found.groups()
+    return f"; YAML reads this as text, write {digits}{fraction or '.0'}e{sign or '+'}{exponent}"
 
 
 def _fields_at(schema: type[BaseModel], location: Iterable[str]) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.pruned_config import parameters_of_biases, pruned_config
 from hfprune_dist.config.method import Method
 from hfprune_dist.planning.low_rank_shapes import LowRankTarget
 from hfprune_dist.planning.multiples import target_of, with_numbers
@@ -72,6 +73,17 @@ def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str
         UserError: where the method can't reach the ratio.
     """
     method = with_numbers(method, checkpoint, ratio, where)
+    known = _known_shape(checkpoint, ratio, method, where)
+    if method.refit != "bias" or known.reached is None:
+        return known
+    outputs = [units.output for units in checkpoint.pruned_kinds(method.structures)]
+    biased = pruned_config(checkpoint, Shape(tuple(range(checkpoint.num_layers))), outputs)
+    added = parameters_of_biases(checkpoint, biased) / checkpoint.parameters
+    return replace(known, reached=Span(known.reached.least - added, known.reached.most - added))
+
+
+def _known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> KnownShape:
+    """Of a method with numbers, without biases that it adds."""
     target = target_of(method, checkpoint, ratio, where)
     if checkpoint.family.experts:
         return _of_experts(target)

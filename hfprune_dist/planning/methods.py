@@ -43,7 +43,7 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
 
 
 def remarks_on_methods(config: SweepConfig, methods: Mapping[str, Method]) -> list[str]:
-    """What to tell of settings for all methods that none of them takes notice of, in sentences."""
+    """What to tell of settings for all methods that some of them take no notice of, in sentences."""
     given = config.prune.model_dump(exclude_none=True)
-    idle = [name for name in given if all(name in method.without_effect for method in methods.values())]
-    return [f"prune.{name} changes nothing with {', '.join(methods)}" for name in idle]
+    idle = {name: [it for it, method in methods.items() if name in method.without_effect] for name in given}
+    return [f"prune.{name} changes nothing with {', '.join(those)}" for name, those in idle.items() if those]

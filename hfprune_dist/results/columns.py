@@ -147,11 +147,11 @@ def _kl(rows: Sequence[Row], digits: int) -> Column[Row]:
 
 
 def _other_texts(rows: Sequence[Row]) -> Columns:
-    """KL on the text beside the first, or the largest on several."""
+    """KL on the text beside the first, or the largest on several others."""
     others = list(dict.fromkeys(text for row in rows for text in row[OTHER_TEXTS]))
     if not others:
         return []
-    header = f"KL {others[0]}" if len(others) == 1 else "worst KL"
+    header = f"KL {others[0]}" if len(others) == 1 else "worst other KL"
     return [Column(header, partial(_worst, is_named=len(others) > 1))]
 
 

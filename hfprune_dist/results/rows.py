@@ -152,13 +152,19 @@ def _row(cell: Cell, known: _Known, dense: DenseModel) -> Row:
         **_times(manifests, known.shared),
         **known.costs.of_row(cell),
         "peak_memory_bytes": _peak_memory(list(manifests.values())),
-        "checkpoint": str(store.handle(cell.producers[-1]).artifact) if cell.producers else None,
+        "checkpoint": _checkpoint(cell, known),
         "provenance": _provenance(evaluation) if evaluation else None,
         "measured_as": digest_of(scale_of(plan.stages[cell.evaluate]))[:12],
         "status": "done" if cause is None else "missing",
         "cause": cause,
         "speed_cause": None if unmeasured is None else _cause(unmeasured, plan, store),
     }
+
+
+def _checkpoint(cell: Cell, known: _Known) -> str | None:
+    """The folder of what was made for a row; None of the dense model, and where it isn't there yet."""
+    made = cell.producers[-1:]
+    return str(known.store.handle(made[0]).artifact) if made and known.manifests[made[0]] is not None else None
 
 
 def _compared(fidelity: Mapping[str, Any]) -> Row:

@@ -30,6 +30,10 @@ LAST = (
 )
 
 
+# What the rows are written to.
+RESULTS = ("results.csv", "results.md", "results.json")
+
+
 def write_reports(rows: Sequence[Row], out: Path) -> None:
     """Write results.json (nested), results.csv (flat, every metric a column) and results.md (the table)."""
     write_text(out / "results.json", json.dumps({"rows": rows}, indent=1, allow_nan=False) + "\n")

@@ -22,7 +22,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.earlier_rows import kept_rows, with_earlier_rows
 from hfprune_dist.planning.plan import Cell
 from hfprune_dist.results.rows import DenseModel
-from hfprune_dist.results.table import write_reports
+from hfprune_dist.results.table import RESULTS, write_reports
 from hfprune_dist.store.artifacts import require_writable
 from hfprune_dist.store.stage import Stage
 
@@ -39,7 +39,11 @@ def run_prepared(command: Command, prepared: Prepared) -> int:
         UserError: where stages can't run as asked for; nothing has been written.
     """
     code = run_missing(command, prepared, lambda: _report(command, prepared))
-    return _exit_code(prepared.sweep) if code is None else code
+    if code is not None:
+        return code
+    written = [name for name in (*RESULTS, REPORT) if (command.out / name).exists()]
+    command.tell(f"written: {command.out / written[0]}, {', '.join(written[1:])}")
+    return _exit_code(prepared.sweep)
 
 
 def run_missing(command: Command, prepared: Prepared, finish: Callable[[], None] | None = None) -> int | None:
@@ -146,7 +150,6 @@ def _report(command: Command, prepared: Prepared) -> None:
     if kept := kept_rows(today, folder.plan):
         command.tell(f"rows of earlier runs: {_labels(kept)}; to remove one: --forget '{kept[0].label}'")
     show_checkpoints(command.console, folder.write_checkpoints(out))
-    command.tell(f"written: {out / 'results.csv'}, results.md, results.json, {REPORT}")
 
 
 def _labels(cells: Sequence[Cell]) -> str:

@@ -77,6 +77,11 @@ def test_the_papers_recipe_is_the_default():
         ({"calibration": {"path": ""}}, ["calibration.path", "at least 1 character"]),
         ({"evaluation": {"include_path": ""}}, ["evaluation.include_path", "at least 1 character"]),
         ({"calibration": {"path": "a\0b"}}, ["null byte"]),
+        (
+            "recovery: {learning_rate: 1e9}",
+            ["(got '1e9'); YAML reads this as text, write 1.0e+9"],
+        ),
+        ("recovery: {learning_rate: 2.5E4}", ["(got '2.5E4'); YAML reads this as text, write 2.5e+4"]),
         ("calibration: {samples: 010}", ["calibration.samples", "integer", "'010'"]),
         ("seed: 12:30", ["seed", "integer", "'12:30'"]),
         ("a: " + 20_000 * "[", ["sweep.yaml", "not valid YAML"]),

@@ -8,6 +8,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.known_shapes import KnownShape, Span, dense_shape, known_shape
 
 ALL = ["neurons", "kv_groups", "layers"]
+BIASES = {"llama-biases": {"mlp_bias": True, "attention_bias": True}}
 SMALL = {"intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -31,6 +32,19 @@ def test_a_uniform_width_is_known_with_what_it_reaches(multiple_of, steps):
     kept, dense = (parameters_of("llama", **SMALL | {"intermediate_size": it}) for it in (width, 512))
     assert shape == KnownShape(one(3), one(2), one(width), one(pytest.approx((dense - kept) / dense)))
     assert abs(shape.reached.least - 0.2) < 0.05 and width % (32 if multiple_of == 32 else 1) == 0
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "llama-biases"])
+@pytest.mark.parametrize("allocation", ["uniform", "local"])
+def test_biases_that_a_refit_adds_count(variant, allocation):
+    structures = ALL[:2] if allocation == "local" else ALL[:1]
+    method = Method(criterion="fluctuation", allocation=allocation, structures=structures, refit="bias")
+    checkpoint = blank(variant.partition("-")[0], **SMALL, **BIASES.get(variant, {}))
+    without = known_shape(checkpoint, 0.2, method.model_copy(update={"refit": "none"}), "m").reached
+    projections = [name for name, it in zip(("mlp", "attention"), structures, strict=False) if it]
+    added = sum(f"{name}_bias" not in BIASES.get(variant, {}) for name in projections)
+    more = added * SMALL["num_hidden_layers"] * checkpoint.config["hidden_size"] / checkpoint.parameters
+    assert known_shape(checkpoint, 0.2, method, "m").reached == one(pytest.approx(without.least - more))
 
 
 def test_plain_shapes_are_known_as_those_that_compete():

@@ -77,6 +77,14 @@ def test_a_finished_cell_shows_what_was_measured(store):
     assert pruned["average_without_crows_pairs"] == pytest.approx(0.6)
 
 
+def test_a_row_without_a_checkpoint_names_none(store):
+    """Nobody can load one that isn't there; without its evaluation, a row has it all the same."""
+    assert collect_rows(PLAN, store, DENSE)[1]["checkpoint"].endswith(PRUNE.id)
+    store.discard(PRUNE.id)
+    (_, pruned) = collect_rows(PLAN, store, DENSE)
+    assert pruned["status"] == "missing" and pruned["checkpoint"] is None
+
+
 def test_what_more_than_neurons_lost_has_columns(store):
     more = {"num_hidden_layers": 5, "num_key_value_heads": None, "num_key_value_heads_by_layer": [1, 3]}
     headers, _ = table(collect_rows(PLAN, store, DENSE))
@@ -250,8 +258,8 @@ def test_the_worst_of_the_other_texts_stands_beside_the_first(store, tmp_path):
     }
     for names, header, shown in (
         (["news"], "KL news", "0.5000±0.1250"),
-        (["news", "law"], "worst KL", "1.5000 (law)"),
-        ([*others], "worst KL", "- (code)"),
+        (["news", "law"], "worst other KL", "1.5000 (law)"),
+        ([*others], "worst other KL", "- (code)"),
     ):
         again = Store(tmp_path / f"{len(names)}")
         commit(again, DENSE_EVALUATE, **SCORES)
