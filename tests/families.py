@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy as own  # classes of configurations change lists that they are given
 from pathlib import Path
 from typing import Any
 
@@ -234,12 +235,12 @@ def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Mo
     """A random float32 model whose outputs are far from uniform."""
     torch.manual_seed(seed)
     if model_type in ALL_SEEING:
-        settings = ALL_SEEING[model_type]
+        settings = own(ALL_SEEING[model_type])
         config = CONFIG_MAPPING[model_type](**settings | {"text_config": SHAPE | settings["text_config"]})
         model = AutoModelForImageTextToText.from_config(config).eval()
     else:
-        settings = FAMILIES.get(model_type) or {"num_experts_per_tok": 2, **EXPERTS.get(model_type, {})}
-        config = CONFIG_MAPPING[model_type](**SHAPE | settings | changes)
+        settings = own(FAMILIES.get(model_type) or {"num_experts_per_tok": 2, **EXPERTS.get(model_type, {})})
+        config = CONFIG_MAPPING[model_type](**SHAPE | settings | own(changes))
         model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
