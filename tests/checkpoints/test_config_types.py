@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 import struct
+from contextlib import contextmanager
 
 import pytest
 from families import save_model
@@ -61,20 +62,27 @@ def is_refused(folder):
     return False
 
 
+@contextmanager
+def holding(file, content):
+    """A file with other content for a while."""
+    before = file.read_bytes()
+    file.write_bytes(content)
+    try:
+        yield
+    finally:
+        file.write_bytes(before)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @settings(derandomize=True, deadline=None)
 @given(data=st.data())
 def test_any_value_of_any_key_is_taken_or_told(folder_of, name, data):
     file = folder_of(name) / "config.json"
-    text = file.read_text()
-    whole = json.loads(text)
+    whole = json.loads(file.read_bytes())
     config = whole.get("text_config", whole)
     config[data.draw(st.sampled_from(sorted({*config, *KEYS})))] = data.draw(NONSENSE)
-    try:
-        file.write_text(json.dumps(whole))
+    with holding(file, json.dumps(whole).encode()):
         is_refused(file.parent)
-    finally:
-        file.write_text(text)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -89,11 +97,8 @@ def test_a_tensor_of_any_shape_is_taken_or_told(folder_of, name, data):
     (size,) = {(end - begin) // 4 for begin, end in [header[tensor]["data_offsets"]]}
     header[tensor]["shape"] = data.draw(st.sampled_from([[size], [1, size], [size, 1], [1, 1, size]]))
     changed = json.dumps(header).encode()
-    try:
-        file.write_bytes(struct.pack("<Q", len(changed)) + changed + content[8 + length :])
+    with holding(file, struct.pack("<Q", len(changed)) + changed + content[8 + length :]):
         is_refused(file.parent)
-    finally:
-        file.write_bytes(content)
 
 
 @pytest.mark.parametrize(

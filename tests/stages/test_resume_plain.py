@@ -10,6 +10,7 @@ from ranks import SoloWorld
 from shapes import metrics_of, next_round, outcome, prepare, run
 
 from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.distributed.whole_model_probe import PROBE
 from hfprune_dist.refit.measurement import Measurement
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
@@ -120,14 +121,17 @@ def test_death_before_any_file_appears_ends_with_the_same_bits(tmp_path):
 
 
 def test_death_in_a_second_round_ends_with_the_same_bits(tmp_path):
-    """On another number of ranks, at every fifth file."""
-    reference, first = prepare(tmp_path, **SMALL, ratio=0.1, structures=["neurons", "layers"])
+    """On another number of ranks, at every fifth file, and before and after the dense model's probe is there."""
+    reference, first = prepare(tmp_path, **SMALL, ratio=0.1, structures=["neurons", "layers"], refit="layerwise")
     run(reference, first, SoloWorld())
     stage = next_round(reference, first, 0.3)
     (tmp_path / "copies").mkdir()
     deaths = deaths_during(lambda: run(reference, stage, SoloWorld()), reference.root, tmp_path / "copies", APPEARING)
     expected = outcome(reference, stage)
-    for number, store in enumerate(map(Store, deaths[::5])):
+    probes = [number for number, root in enumerate(deaths) if (Store(root).work(stage.id) / PROBE).is_file()]
+    assert probes and probes[0] > 0, "of the dense model, on the way"
+    around = deaths[probes[0] - 1 : probes[0] + 1]
+    for number, store in enumerate(map(Store, dict.fromkeys([*deaths[::5], *around]))):
         if store.verify(stage.id).state == "missing":
             ranks = 1 + number % 2
             assert on_ranks(ranks, lambda world, store=store: run(store, stage, world)).codes == [0] * ranks
