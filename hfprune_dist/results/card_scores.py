@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfprune_dist.config.texts import FIRST, OTHER_TEXTS
 from hfprune_dist.results.card_subject import Subject, text_of
+from hfprune_dist.results.column import markdown_of
 
 if TYPE_CHECKING:  # takes a while to import; commands should answer at once
     from huggingface_hub import EvalResult
@@ -128,10 +129,10 @@ def eval_results(scores: list[Score]) -> list[EvalResult]:
 def scores_table(scores: list[Score]) -> str:
     """Markdown; the dense model's column is there where it was measured in the same way."""
     with_dense = any(score.dense is not None for score in scores)
-    lines = ["| on | metric | value |" + (" dense |" if with_dense else ""), "|---|---|---|" + "---|" * with_dense]
+    lines = []
     for number, score in enumerate(scores):
         again = number > 0 and scores[number - 1].dataset == score.dataset
         error = "" if score.error is None else f" ± {score.error:.2g}"
-        dense = "" if not with_dense else f" {'-' if score.dense is None else f'{score.dense:.5g}'} |"
-        lines.append(f"| {'' if again else score.dataset} | {score.title} | {score.value:.5g}{error} |{dense}")
-    return "\n".join(lines)
+        dense = "-" if score.dense is None else f"{score.dense:.5g}"
+        lines.append(["" if again else score.dataset, score.title, f"{score.value:.5g}{error}", *[dense] * with_dense])
+    return markdown_of(["on", "metric", "value", *["dense"] * with_dense], lines)

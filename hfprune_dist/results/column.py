@@ -30,6 +30,14 @@ def cells(rows: Sequence[T], columns: Sequence[Column[T]]) -> list[list[str]]:
 def markdown(rows: Sequence[T], columns: Sequence[Column[T]]) -> str:
     """A table in GitHub's markdown."""
     sides = ["---" if column.is_text else "---:" for column in columns]
-    lines = [[column.header for column in columns], *cells(rows, columns)]
-    head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([head, f"|{'|'.join(sides)}|", *body]) + "\n"
+    return markdown_of([column.header for column in columns], cells(rows, columns), sides) + "\n"
+
+
+def markdown_of(head: Sequence[str], body: Sequence[Sequence[str]], sides: Sequence[str] | None = None) -> str:
+    """The same of what cells show, without a line's end behind it.
+
+    Args:
+        sides: ``---`` of a column on the left, ``---:`` of one on the right; None: all are on the left.
+    """
+    first, *others = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, *body)]
+    return "\n".join([first, f"|{'|'.join(sides or ['---'] * len(head))}|", *others])

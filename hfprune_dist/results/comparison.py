@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.results.column import Column, markdown
+from hfprune_dist.results.column import Column, markdown, markdown_of
 from hfprune_dist.results.formats import byte_count, duration, measured, number
 from hfprune_dist.results.rows import Row
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS
@@ -200,7 +200,7 @@ def criteria_table(pairs: Sequence[Mapping[str, Any]]) -> str:
         [" / ".join(pair["criteria"]), _mean(pair["spearman"]), *(_mean(pair["overlap"][share]) for share in shares)]
         for pair in pairs
     ]
-    return _markdown(head, lines)
+    return markdown_of(head, lines) + "\n"
 
 
 def convergence_table(points: Sequence[Mapping[str, Any]]) -> str:
@@ -222,7 +222,7 @@ def convergence_table(points: Sequence[Mapping[str, Any]]) -> str:
         ]
         for criterion, share in places
     ]
-    return _markdown(head, lines)
+    return markdown_of(head, lines) + "\n"
 
 
 def _overlap(value: float | None) -> str:
@@ -239,8 +239,3 @@ def _shown(value: Spread | None, digits: int) -> str:
 
 def _mean(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f}"
-
-
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"

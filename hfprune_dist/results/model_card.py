@@ -15,6 +15,7 @@ import yaml
 from hfprune_dist.planning.plan import OWN
 from hfprune_dist.results.card_scores import TASK_TYPE, eval_results, scores_of, scores_table
 from hfprune_dist.results.card_subject import Subject, text_of
+from hfprune_dist.results.column import markdown_of
 from hfprune_dist.results.rows import EXPERT_WIDTHS, weight_bytes_of
 from hfprune_dist.store.stage import CUTTING, RECOVERING, Stage
 from hfprune_dist.structures.experts import NUMBERS, SHARED_WIDTHS
@@ -90,7 +91,7 @@ def _licence_files(subject: Subject) -> str:
 
 
 def _facts_table(facts: Mapping[str, str | None]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items() if value)])
+    return markdown_of(["", ""], [[name, value] for name, value in facts.items() if value])
 
 
 def _number(value: float | None, template: str) -> str | None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hfprune_dist.results.column import markdown_of
+
 
 @dataclass(frozen=True)
 class Line:
@@ -51,8 +53,12 @@ class Findings:
 def markdown(lines: Sequence[Line]) -> str:
     """The table, for a screen and for the README."""
     rows = [
-        f"| {line.section} | {line.what} | {f'{line.value:.3g} {line.unit}'.strip()} | "
-        f"{'' if line.target is None else f'{line.target:g}'} |"
+        [
+            line.section,
+            line.what,
+            f"{line.value:.3g} {line.unit}".strip(),
+            "" if line.target is None else f"{line.target:g}",
+        ]
         for line in lines
     ]
-    return "\n".join(["| section | what | measured | target |", "|---|---|---|---|", *rows])
+    return markdown_of(["section", "what", "measured", "target"], rows)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -141,6 +142,15 @@ def test_shells_and_people_read_odd_names_and_ratios_as_they_are(config, tmp_pat
     subject = Subject.of("name", replace(plan.cells[1], model="my $model", ratio=0.125), plan, store, DENSE["alpha"])
     card = model_card(subject)
     assert "--models 'my $model' --ratios 0.125 " in card and "12.5% of its parameters" in card
+
+
+def test_bars_in_names_end_no_cell_of_a_table(config, tmp_path):
+    plan, store = planned(config)[1], Store(tmp_path / "store")
+    fill(store, plan)
+    pruned = next(cell for cell in plan.cells if cell.method)
+    subject = Subject.of("name", replace(pruned, method="a|b"), plan, store, DENSE["alpha"])
+    facts = [line for line in model_card(subject).splitlines() if line.startswith("| method ")]
+    assert [len(re.split(r"(?<!\\)\|", line)) for line in facts] == [4]
 
 
 @pytest.mark.parametrize(
