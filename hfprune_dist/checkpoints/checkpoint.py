@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint's folder, opened without torch: its config, its tensors and the files beside them."""
+"""A Hugging Face checkpoint's folder, opened without torch: its config, its tensors and its other files."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ COMPANION_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
 )
-# Of models of images and text, those besides that say how images become tokens.
+# For models of images and text, further files, which say how images become tokens.
 PROCESSOR_PATTERNS = ("*processor_config.json",)
 COMPARED_BYTES = 2**20
-# Kinds of rope scaling that make max_position_embeddings, or the original number, so many times larger.
+# Kinds of rope scaling whose factor multiplies max_position_embeddings, or the original number of positions.
 _STRETCHING = ("linear", "dynamic", "yarn")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config.json, safetensors weights and a tokenizer, checked to be whole.
+    """A folder with config.json, safetensors weights and a tokenizer, checked to be complete.
 
     Attributes:
-        config: config.json, and what holds for an architecture that isn't listed of keys that it lacks. But where it
-            ties a head that the files have with other values than the embedding, it says here that the head isn't
-            tied, and the saved one counts, as it does for transformers.
-        tensors: those that the model computes with, by their names in it.
-        unused: names of the others in the files. They are no parameters, and pruning leaves them out.
-        has_untied_head: whether ``config`` says otherwise than config.json.
-        names: what tensors are called in the files.
-        whole: config.json as it is.
+        config: config.json's settings; for an architecture that isn't listed, with values for the keys that it lacks.
+            If config.json ties the head, but the files have one whose values differ from the embedding's, the head
+            isn't tied here and the saved one counts, as it does for transformers.
+        tensors: the tensors that the model computes with, by their names in the model.
+        unused: names of the other tensors in the files. They aren't parameters, and pruning leaves them out.
+        has_untied_head: whether config.json ties the head and ``config``, for that reason, doesn't.
+        names: the names of tensors in the files, where they differ from those in the model.
+        whole: config.json, unchanged.
     """
 
     path: Path
@@ -81,40 +81,40 @@ class Checkpoint:
 
     @cached_property
     def units(self) -> Units:
-        """What pruning removes from it."""
+        """The main units of the model: see ``Family.units``."""
         return self.family.units(self.config)
 
     @cached_property
     def structures(self) -> dict[str, Units]:
-        """All kinds of units that it has, by what they are called."""
+        """All kinds of units in the model, by name."""
         return self.family.structures(self.config)
 
     def pruned_kinds(self, structures: Iterable[Structure]) -> list[Units]:
-        """The kinds of units that methods mean by some structures; those of MLPs first."""
+        """The kinds of units that belong to some structures; those of MLPs first."""
         wanted = {*structures}
         return [units for kind, units in self.structures.items() if structure_of(kind) in wanted]
 
     @cached_property
     def ranks(self) -> dict[str, tuple[int, ...]]:
-        """Name within a layer of every projection of low rank -> its rank in each layer."""
+        """Name within a layer of every low-rank projection -> its rank in each layer."""
         return self.family.ranks(self.config)
 
     @cached_property
     def is_uniform(self) -> bool:
-        """Whether no layer differs from another in its units."""
+        """Whether all layers that have units of a kind have the same number of them."""
         return all(units.is_uniform for units in self.structures.values())
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether transformers has a class for it: no layer differs from another in its sizes, and no projection has a
-        bias that its family's has not.
+        """Whether transformers has a class for it: all layers have the same sizes, and no projection has a bias that it
+        doesn't have in other models of its family.
         """
         return LAYER_SIZES not in self.config and not self.config.get(OUTPUT_BIASES) and self.is_uniform
 
     @cached_property
     def max_positions(self) -> int | None:
-        """The longest sequence that the model's positions were made for, with those that a rope scaling adds; None
-        where the config doesn't say.
+        """The longest sequence that the model's positions were made for, including positions added by rope scaling;
+        None if the config doesn't say.
         """
         stated: int | None = self.config.get("max_position_embeddings")
         rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
@@ -126,7 +126,7 @@ class Checkpoint:
 
     @cached_property
     def parameter_counts(self) -> ParameterCounts:
-        """Parameters of the model, of its layers and of their units."""
+        """Numbers of parameters in the model, in its layers and in their units."""
         tied_head = self.family.head_tensor() if self.config.get("tie_word_embeddings") else None
         shapes = {name: info.shape for name, info in self.tensors.items()}
         return count_parameters(shapes, self.structures, tied_head)
@@ -138,17 +138,17 @@ class Checkpoint:
 
     @cached_property
     def parameters_per_unit(self) -> int:
-        """Parameters that go when one unit of one layer goes."""
+        """Number of parameters that are removed with one unit of one layer."""
         return self.parameter_counts.units[self.units.kind]
 
     @cached_property
     def surplus(self) -> list[str]:
-        """The unused tensors that aren't buffers which any model computes for itself."""
+        """The unused tensors, except for buffers that every model computes itself."""
         return [name for name in self.unused if not name.endswith(BUFFERS)]
 
     @cached_property
     def remarks(self) -> list[str]:
-        """What the owner of the checkpoint may not expect, in sentences."""
+        """Sentences about what the owner of the checkpoint may not expect."""
         told = []
         if self.has_untied_head:
             told.append(
@@ -175,11 +175,11 @@ class Checkpoint:
 
     @cached_property
     def beside_decoder(self) -> frozenset[str]:
-        """The tensors that aren't of its text decoder, where it is a model of images and text."""
+        """Names of the tensors outside its text decoder; empty unless it is a model of images and text."""
         return beside_decoder(self.tensors) if self.family.has_vision else frozenset()
 
     def config_file(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What config.json says where ``config``, of the form of this one's, holds."""
+        """The content of config.json for settings in the form of this checkpoint's ``config``."""
         return with_decoder(self.whole, config) if self.family.has_vision else dict(config)
 
     @cached_property
@@ -210,7 +210,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _described(path: Path, whole: Mapping[str, Any], config: dict[str, Any]) -> Checkpoint:
-    """The checkpoint whose config.json says this, if its files hold what that says."""
+    """The checkpoint with this config.json, after checking that its files hold what it states."""
     vision = has_vision(whole)
     stored = read_headers(path)
     names = StoredNames.of(whole, stored)
@@ -221,7 +221,7 @@ def _described(path: Path, whole: Mapping[str, Any], config: dict[str, Any]) -> 
         shapes = {name: info.shape for name, info in found.items() if name not in beside}
         family, stated = discover(config, shapes, str(path / "config.json"), has_vision=vision)
         config |= stated
-    mlp_widths(config)  # so that nonsense about experts is told here
+    mlp_widths(config)  # so that nonsense about experts is reported here
     check_output_biases(config, family, path / "config.json")
     known = family.tensors(config)
     tensors = {name: info for name, info in found.items() if name in known | beside}
@@ -240,7 +240,7 @@ def _described(path: Path, whole: Mapping[str, Any], config: dict[str, Any]) -> 
 
 
 def _decoder_config(path: Path, whole: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json says of the decoder that is pruned, which can be a part of the model."""
+    """The settings of the decoder that is pruned, which may be only a part of the model."""
     where = str(path / "config.json")
     if has_vision(whole) and whole.get("model_type") not in KNOWN:
         why = f"it is a model of images and text (vision_config), of which {', '.join(KNOWN)} are pruned"
@@ -254,7 +254,7 @@ def _decoder_config(path: Path, whole: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _heads_differ(path: Path, family: Family, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether a head is saved beside the embedding that it is said to be tied to, with other values."""
+    """Whether the files hold a head whose values differ from the embedding that it is said to be tied to."""
     embedding, head = tensors[family.embedding_tensor()], tensors.get(family.head_tensor())
     if head is None:
         return False

@@ -1,4 +1,4 @@
-"""Whether the values of a config.json are of the kinds that they are read as, so that what isn't is told by its key."""
+"""Type checks for the values of a config.json, so that a message can name the key of a wrong one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hfprune_dist.structures.experts import (
     number_of_experts,
 )
 
-# What ``isinstance`` takes, and what it is called.
+# The type or types for ``isinstance``, and their description for messages.
 Kind = tuple[type | tuple[type, ...], str]
 
 
 def check_types(config: Mapping[str, Any], where: str) -> None:
-    """Check the values of a config.json whose sizes ``checks.check_config`` has checked; null is none.
+    """Check a config.json's values, after ``checks.check_config`` has checked its sizes; null counts as absent.
 
     Raises:
         UserError: naming the key, its value and what it must be.
@@ -42,7 +42,7 @@ def check_types(config: Mapping[str, Any], where: str) -> None:
 
 
 def _kinds(config: Mapping[str, Any]) -> dict[str, Kind]:
-    """Key -> the kind of its value; some keys mean something to mixtures of experts alone."""
+    """Key -> the type of its value; some keys matter only in mixtures of experts."""
     integers = (*OF_THE_FIRST, *PLACES, *PERIODS, *PERIODS.values())
     if number_of_experts(config):
         integers = (*integers, *ALL_WIDTHS, *SHARED_WIDTHS, *SHARED_NUMBERS)

@@ -16,7 +16,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Cut:
-    """Keep the entries ``kept`` (ascending int64) along ``dimension`` (0 or 1); the rest goes."""
+    """Keep the entries ``kept`` (ascending int64) along ``dimension`` (0 or 1) and drop the rest."""
 
     dimension: int
     kept: Tensor
@@ -36,11 +36,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class StackedCut:
-    """The same in each matrix of a tensor that has one for each expert.
+    """A ``Cut`` of each matrix in a tensor that stacks one matrix for each expert.
 
     Attributes:
-        dimension: 1 or 2, of the tensor.
-        kept: ascending int64, row ``e`` those of expert ``e`` [experts, entries].
+        dimension: dimension of the whole tensor, 1 or 2.
+        kept: int64 [experts, entries]; row ``e`` holds the kept entries of expert ``e``, ascending.
     """
 
     dimension: int
@@ -57,10 +57,10 @@ class StackedCut:
 
 
 def cut_of(units: Units, layer: int, owned: Owned, kept_K: Tensor) -> Cut | StackedCut:
-    """What becomes of a tensor of a layer where some of the layer's units stay.
+    """The cut of one of a layer's tensors that leaves only the units that stay.
 
     Args:
-        kept_K: ascending int64; as many of every expert.
+        kept_K: the units that stay, ascending int64; the same number for every expert.
     """
     if owned.expert is None and not owned.stacked:
         return Cut(owned.axis, entries_of(kept_K, owned.per_unit, owned.parts, units.counts[layer]))

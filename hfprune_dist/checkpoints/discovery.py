@@ -1,8 +1,8 @@
-"""Where the parts of an architecture are that isn't listed, by the names and shapes of a checkpoint's tensors.
+"""Locating the parts of an unlisted architecture by the names and shapes of a checkpoint's tensors.
 
-A name tells what a tensor is, and its shape confirms it. What names can't tell, how the parts work together, is checked
-when the model runs: each layer against the whole model (``distributed.whole_model_probe``), the head against its logits
-(``models.after_head``).
+A tensor's name tells what it is, and its shape confirms it. Names can't tell how the parts work together; that is
+checked when the model runs: each layer against the whole model (``distributed.whole_model_probe``), and the head
+against the model's logits (``models.after_head``).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from hfprune_dist.checkpoints.families import CAUSAL, WITH_VISION, Family
 from hfprune_dist.checkpoints.refusals import Refusals
 from hfprune_dist.structures.low_rank import with_products
 
-# Of rotary embeddings and masks: saved with some checkpoints, computed by every model.
+# Buffers of rotary embeddings and masks: some checkpoints hold them, but every model computes them itself.
 BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
-# Row projections and down projection of an MLP, and how many matrices each row projection is: gate and up, both in one,
-# or no gate.
+# An MLP's row projections, its down projection, and the number of matrices in each row projection: separate gate and up
+# projections, both in one, or no gate.
 _MLPS = (
     (("gate_proj", "up_proj"), "down_proj", 1),
     (("gate_up_proj",), "down_proj", 2),
@@ -31,27 +31,27 @@ _MLPS = (
     (("c_fc",), "c_proj", 1),
     (("dense_h_to_4h",), "dense_4h_to_h", 1),
 )
-# Of an activation that learns: numbers, not one for each neuron.
+# Parameters of a learned activation: single numbers, not one per neuron.
 _OF_ACTIVATION = re.compile(r"\w+\.act_fn\.\w+")
-# Of attention that doesn't see where positions begin anew: a convolution over tokens, how fast a state fades, and what
-# chooses among keys. And architectures that don't tell their attention about positions.
+# Tensors of attention that doesn't notice when positions restart: convolutions over tokens, decay rates of a state, and
+# whatever chooses among keys; and architectures that don't pass positions to their attention.
 _BLIND_PARTS = r"conv1d\.|\.A_log$|\.slope_rate$|\.indexer\."
 _BLIND = ("afmoe", "gpt_oss")
-# Beside a model's layers: tables of positions, which are added to the embeddings.
+# Next to a model's layers: tables of positions, which are added to the embeddings.
 _POSITIONS = "embed_positions"
 # The final norm of architectures whose norms have no weights.
 _BARE_NORMS = {"olmo": "norm", "nanochat": "norm"}
-# What the head is called where a checkpoint lacks it.
+# The head's name, if it isn't ``lm_head``, for checkpoints that lack its tensor.
 _HEADS = {"biogpt": "output_projection"}
-# Whose models transformers makes of another architecture's class.
+# Architectures whose models transformers builds with another architecture's class.
 _CLASSES = {
     **dict.fromkeys(("internlm3", "iquestcoder", "exaone"), "Llama"),
     "sarvam_mla": "DeepseekV3",
 }
-# Of a mixture no layer of which has a plain MLP.
+# Stand-in for the MLP of a mixture of experts in which no layer has a plain MLP.
 _BESIDE_EXPERTS = ("mlp", ("gate_proj", "up_proj"), "down_proj", 1)
-# Layers behind the last one, which predict further tokens; they are no part of the model, and pruning leaves them out.
-# They are numbered like the others, or called otherwise.
+# Extra layers after the last one, which predict further tokens; they aren't part of the model, and pruning leaves them
+# out. They are either numbered like the others or named differently.
 _PREDICTING, _PREDICTING_NAMES = "num_nextn_predict_layers", ("mtp.", "mtp_")
 
 
@@ -61,14 +61,14 @@ def discover(
     """Find the parts of a model.
 
     Args:
-        shapes: of all tensors in the checkpoint's files; of a model of images and text, those of its text decoder.
-        has_vision: whether it is such a model.
+        shapes: shapes of all tensors in the checkpoint's files; for a model of images and text, of its text decoder's.
+        has_vision: whether it is a model of images and text.
 
     Returns:
-        Its family; and keys of config.json that it lacks, or that mean something else there, with what holds for it.
+        Its family; and the values that hold for keys that its config.json lacks or that mean something else there.
 
     Raises:
-        UserError: naming what is missing, or what is there besides.
+        UserError: naming what is missing or unexpected.
     """
     refusals = Refusals(config, where)
     search = _Search(config, shapes, refusals)
@@ -116,7 +116,7 @@ def discover(
 
 
 def _stated(config: Mapping[str, Any], family: Family, parts: Shapes, head: set[str]) -> dict[str, Any]:
-    """See ``discover``."""
+    """The second result of ``discover``."""
     silent: dict[str, Any] = {"tie_word_embeddings": not head}
     queries = int(config["num_attention_heads"])
     if family.heads.get("num_key_value_heads", queries) != queries:
@@ -135,7 +135,7 @@ def _stated(config: Mapping[str, Any], family: Family, parts: Shapes, head: set[
 
 
 class _Search:
-    """A checkpoint's tensors, with what to tell where something is missing."""
+    """A search through a checkpoint's tensors, which raises a fitting error if something is missing."""
 
     def __init__(self, config: Mapping[str, Any], shapes: Shapes, refusals: Refusals) -> None:
         self._config = config
@@ -144,7 +144,7 @@ class _Search:
         self._hidden_size = config["hidden_size"]
 
     def architecture(self, has_vision: bool) -> tuple[str, str]:
-        """The stem of its classes' names, and what they end with."""
+        """The stem and the ending of the architecture's class names."""
         task = WITH_VISION if has_vision else CAUSAL
         if self._config["model_type"] in _CLASSES:
             return _CLASSES[self._config["model_type"]], task
@@ -155,7 +155,7 @@ class _Search:
         return found[1], task
 
     def prefix(self) -> str:
-        """What the names of a layer's tensors begin with, before its number."""
+        """The beginning of the names of a layer's tensors, before the layer's number."""
         wanted = range(self._config["num_hidden_layers"])
         numbers: dict[str, set[int]] = {}
         for name in self._shapes:
@@ -183,8 +183,8 @@ class _Search:
         return parts
 
     def mlp(self, parts: Mapping[int, Shapes]) -> tuple[str, tuple[str, ...], str, int]:
-        """The MLP that each of these layers has: its name, its row projections, its down projection, and the matrices
-        in each row projection.
+        """The MLP that all of these layers have: its name, its row projections, its down projection, and the number of
+        matrices in each row projection.
         """
         first = next(iter(parts.values()))
         for rows, down, row_parts in _MLPS:
@@ -220,7 +220,7 @@ class _Search:
                 raise self._refusals.unsupported(f"{name} of layer {first} has shape {list(row)}, not {wanted}")
 
     def norm(self, body: str, outside: set[str]) -> str:
-        """The final norm."""
+        """Name of the final norm."""
         if bare := _BARE_NORMS.get(str(self._config["model_type"])):
             return f"{body}.{bare}"
         found = [name for name in outside if list(self._shapes[name]) == [self._hidden_size]]
@@ -232,7 +232,7 @@ class _Search:
         return names.pop()
 
     def embedding(self, outside: set[str]) -> str:
-        """The table of token embeddings."""
+        """Name of the table of token embeddings."""
         wanted = [self._config.get("vocab_size"), self._hidden_size]
         found = [name for name in outside if name.endswith(".weight") and list(self._shapes[name]) == wanted]
         tables = [name for name in outside if len(self._shapes[name]) == 2 and f".{_POSITIONS}." not in name]
@@ -245,15 +245,15 @@ class _Search:
         return found[0].removesuffix(".weight")
 
     def head(self, body: str) -> str:
-        """The projection to the vocabulary."""
+        """Name of the projection to the vocabulary."""
         wanted = [self._config.get("vocab_size"), self._hidden_size]
         found = {name for name, shape in self._shapes.items() if name.endswith(".weight") and list(shape) == wanted}
         names = {name.removesuffix(".weight") for name in found if not name.startswith(f"{body}.")}
         return names.pop() if len(names) == 1 else _HEADS.get(str(self._config["model_type"]), "lm_head")
 
     def keeps_apart(self, parts: Sequence[Shapes], attention: Attention, outside: set[str]) -> bool:
-        """See ``Family``. Layers without attention go on from one sequence to the next, some attention too, and models
-        with a table of positions count these themselves.
+        """See ``Family``. Layers without attention, and some with it, carry state from one sequence into the next, and
+        models with a table of positions count the positions themselves.
         """
         everywhere = all(any(name.startswith(f"{attention.name}.") for name in there) for there in parts)
         blind = str(self._config["model_type"]) in _BLIND or any(
@@ -262,7 +262,7 @@ class _Search:
         return everywhere and not blind and not any(f".{_POSITIONS}." in name for name in outside)
 
     def check_outside(self, outside: set[str], known: set[str]) -> None:
-        """Refuse what works between layers, which passes through one layer at a time know nothing of."""
+        """Refuse parts that act between layers, which passes that run one layer at a time would miss."""
         embedded = self._config.get("word_embed_proj_dim")
         if embedded not in (None, self._hidden_size):
             raise self._refusals.unsupported(
@@ -280,5 +280,5 @@ class _Search:
 
 
 def _is_of_activation(name: str, there: Shapes) -> bool:
-    """Whether a tensor of an MLP is one number of its activation."""
+    """Whether a tensor of an MLP is a single parameter of its activation."""
     return _OF_ACTIVATION.fullmatch(name) is not None and list(there[name]) in ([], [1])

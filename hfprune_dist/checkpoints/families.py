@@ -1,7 +1,7 @@
-"""The one adapter between an architecture and the rest: what its parts are called, in its modules and in its files.
+"""Model families, the only adapter between architectures and the rest: names of parts in modules and in files.
 
-Four families are listed, with what their checkpoints must hold. Of others, whose MLPs compute
-``down(act(gate(x)) * up(x))`` too, or ``down(act(up(x)))``, the parts are found in a checkpoint (see ``discovery``).
+Four families are listed, with what their checkpoints must hold. For others, whose MLPs also compute ``down(act(gate(x))
+* up(x))``, or ``down(act(up(x)))``, the parts are found in the checkpoint (see ``discovery``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-# What names of classes of transformers end with.
+# Endings of the names of transformers' classes.
 CAUSAL, WITH_VISION = "ForCausalLM", "ForConditionalGeneration"
 
 
@@ -40,23 +40,23 @@ class Family:
     """Names of the parts of a decoder-only architecture with one MLP in each layer.
 
     Attributes:
-        biases: (key of config.json, the projections that have a bias where it is true); no key: in any case.
-        heads: what its configuration class takes for ``num_key_value_heads`` and ``head_dim`` where config.json lacks
-            them; else one key-value head for each query head, and heads that make up ``hidden_size``.
-        twin: the model_type that computes the same without biases, for numbers of heads that don't divide
-            ``hidden_size``, which this one's configuration class refuses; None: there is none.
-        any_heads: whether its configuration class takes numbers of heads that don't divide ``hidden_size``.
-        row_parts: matrices in each row projection, one behind the other: two where gate and up are one.
-        mlp_norm, attention_norm: that whose output the block reads; None: it reads the residual stream.
-        mlp_norm_after, attention_norm_after: that which the block's outputs go through.
-        found: of a family that isn't listed, the names of all tensors that a model has.
-        task: what the name of its class of transformers ends with.
-        keeps_apart: whether sequences that share a row don't see each other where their positions begin anew.
-        whole_groups: why its KV groups can't be pruned; empty: they can.
-        no_low_rank: why its attention's matrices can't get low rank; empty: they can.
-        no_sequence: why its blocks can't be refitted one after another; empty: they can.
-        experts: of one whose layers, or some of them, have experts in place of one MLP.
-        dense_layers: whether other layers of it have a plain MLP.
+        biases: (key of config.json, projections that have a bias if it is true); with no key, they always have one.
+        heads: its configuration class's defaults for ``num_key_value_heads`` and ``head_dim``; without one, there is
+            one key-value head for each query head, and the heads together make up ``hidden_size``.
+        twin: the model_type that computes the same if there are no biases, for numbers of heads that don't divide
+            ``hidden_size``, which this one's configuration class refuses; None if there is none.
+        any_heads: whether its configuration class accepts numbers of heads that don't divide ``hidden_size``.
+        row_parts: number of matrices in each row projection, one after the other: two if it holds both gate and up.
+        mlp_norm, attention_norm: the norm whose output the block reads; None: the block reads the residual stream.
+        mlp_norm_after, attention_norm_after: the norm that the block's outputs go through, if any.
+        found: names of all tensors of a model, if the family isn't listed.
+        task: the ending of its transformers class's name.
+        keeps_apart: whether sequences that share a row can't see each other, given positions that restart with each.
+        whole_groups: why its KV groups can't be pruned; empty if they can.
+        no_low_rank: why its attention's matrices can't be given a low rank; empty if they can.
+        no_sequence: why its blocks can't be refitted one after another; empty if they can.
+        experts: the experts that some or all of its layers have in place of one MLP, if any.
+        dense_layers: whether some of its layers have a plain MLP.
     """
 
     model_type: str
@@ -92,28 +92,28 @@ class Family:
 
     @property
     def plain_class(self) -> str:
-        """The class of transformers that has all layers alike."""
+        """Name of the transformers class whose layers are all alike."""
         return f"{self.architecture}{self.task}"
 
     @property
     def has_vision(self) -> bool:
-        """Whether it is the text decoder inside a model of images and text."""
+        """Whether this is the text decoder inside a model of images and text."""
         return self.task != CAUSAL
 
     @property
     def pruned_class(self) -> str:
-        """The class in ``modeling_pruned.py`` whose layers differ in width or heads."""
+        """Name of the class in ``modeling_pruned.py`` whose layers may differ in width or heads."""
         return f"Pruned{self.plain_class}"
 
     def units(self, config: Mapping[str, Any]) -> Units:
-        """What pruning removes from a model of this ``config.json``: the neurons of its MLPs, or of its experts."""
+        """The main units of a model with this ``config.json``: the neurons of its MLPs, or of its experts."""
         mlp = self._mlp(config)
         if self.experts is not None:
             return expert_neurons(config, mlp, self.experts)
         return neurons(config, mlp, *self._projections)
 
     def _beside_experts(self, config: Mapping[str, Any]) -> list[Units]:
-        """The neurons of the other MLPs of a mixture of experts, and the experts themselves."""
+        """In a mixture of experts, the neurons of the other MLPs, and the experts themselves."""
         if self.experts is None:
             return []
         made_of = config, self._mlp(config), self.experts
@@ -129,7 +129,7 @@ class Family:
         return self.row_projections, self.down_projection, self.row_parts
 
     def structures(self, config: Mapping[str, Any]) -> dict[str, Units]:
-        """All kinds of units of such a model, by what they are called."""
+        """All kinds of units in a model with this ``config.json``, by name."""
         attention = self._block(config, self.attention, self.attention_norm, self.attention_norm_after)
         if self.whole_groups:
             groups = whole_groups(self.completed(config), attention)
@@ -142,7 +142,7 @@ class Family:
         return Block(self.layers, name, norm, norm_after, 1.0 if multiplier is None else float(multiplier))
 
     def completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A ``config.json`` that says how many key-value heads there are and how large a head is."""
+        """The ``config.json`` with the number of key-value heads and the size of a head filled in."""
         stated = {**self.heads, **config}
         queries = int(stated["num_attention_heads"])
         groups = stated.get("num_key_value_heads") or queries
@@ -150,30 +150,30 @@ class Family:
         return {**config, "num_key_value_heads": groups, "head_dim": head_dim}
 
     def biased(self, config: Mapping[str, Any]) -> set[str]:
-        """The projections that have a bias in a model of this ``config.json``."""
+        """The projections that have a bias in a model with this ``config.json``."""
         own = {name for key, names in self.biases if key is None or config.get(key) for name in names}
         return own | {module.rpartition(".")[2] for module in config.get(OUTPUT_BIASES, ())}
 
     @property
     def attention_modules(self) -> list[str]:
-        """Attention's projections by their names within a layer: where they are separate, query, key, value, output."""
+        """Names within a layer of attention's projections: if these are separate, query, key, value, output."""
         return [f"{self.attention}.{name}" for name in self.attention_projections]
 
     def ranks(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Attention's projections of low rank in a model of this ``config.json``: see ``structures.low_rank``."""
+        """Attention's low-rank projections in a model with this ``config.json``; see ``structures.low_rank``."""
         return read_ranks(config, self.attention, self.attention_projections)
 
     def embedding_tensor(self) -> str:
-        """The table of token embeddings [vocabulary, hidden_size]."""
+        """Name of the table of token embeddings [vocabulary, hidden_size]."""
         return f"{self.embedding}.weight"
 
     def head_tensor(self) -> str:
-        """The head's weight [vocabulary, hidden_size]; a checkpoint whose head is tied may lack it."""
+        """Name of the head's weight [vocabulary, hidden_size]; a checkpoint whose head is tied may lack it."""
         return f"{self.head}.weight"
 
     def tensors(self, config: Mapping[str, Any]) -> set[str]:
-        """The tensors that a model of this ``config.json`` computes with, its head included; others in the files of a
-        checkpoint are ignored when it is loaded.
+        """Names of the tensors that a model with this ``config.json`` computes with, its head included; others in a
+        checkpoint's files are ignored when it is loaded.
         """
         biased, ranks = self.biased(config), self.ranks(config)
         if self.found:
@@ -231,16 +231,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# Keys of a config.json, and what a model is that has them.
+# Keys of a config.json -> the kind of model that has them.
 _OTHER_KINDS = {
     "audio_config": "a model of sound and text",
     "is_encoder_decoder": "an encoder-decoder",
 }
-# The same where the architecture is one of those that are listed.
+# Further such keys, checked only for listed architectures.
 _OTHER_THAN_LISTED = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "a mixture of experts")
 
 
-# What is special about MLPs that could be taken for others.
+# Architectures that could be taken for supported ones -> why they aren't.
 _UNFIT = {
     "llama4_text": "routers multiply what its experts read, not what they make",
     "jetmoe": "its attention has experts too",
@@ -261,14 +261,14 @@ _UNFIT = {
     **dict.fromkeys(("zamba", "zamba2"), "its layers share their MLPs"),
     **dict.fromkeys(("gpt2", "openai-gpt"), "its matrices are transposed (Conv1D)"),
 }
-# What files of hunyuan_v1_moe say of each layer.
+# Keys that files of hunyuan_v1_moe state for each layer.
 _LISTED = ("moe_topk", "moe_intermediate_size")
 _NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
 def with_width(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json that says ``intermediate_size``, whatever its architecture calls it, and ``num_hidden_layers``; and
-    one number of experts and widths, where it lists as many equal ones.
+    """A config.json with ``intermediate_size`` and ``num_hidden_layers``, whatever its architecture calls them, and
+    with one number of chosen experts and one width of experts in place of lists of equal ones.
     """
     if "num_hidden_layers" not in config and OTHER_LAYERS in config:
         config = {**config, "num_hidden_layers": config[OTHER_LAYERS]}
@@ -282,10 +282,10 @@ def with_width(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what is no decoder.
+    """Refuse models that aren't decoders of a supported kind.
 
     Raises:
-        UserError: telling what it is.
+        UserError: saying what the model is, or what its config.json lacks.
     """
     if not isinstance(config.get("model_type"), str):
         raise UserError(f"{where}: model_type is {config.get('model_type')!r}; it must name an architecture")
@@ -301,7 +301,7 @@ def refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
 
 
 def not_supported(config: Mapping[str, Any], where: str, why: str) -> UserError:
-    """What to tell of a model that can't be pruned."""
+    """The error to raise for a model that can't be pruned."""
     return UserError(
         f"{where}: model_type {str(config.get('model_type'))!r} is not supported: {why}. Pruned are "
         f"{', '.join(sorted(FAMILIES))} and other decoders whose layers have one MLP, or experts that are gated ones "

@@ -1,4 +1,4 @@
-"""``kept.json`` beside a pruned checkpoint: what stayed of the dense model, in that model's numbering."""
+"""``kept.json`` next to a pruned checkpoint: the layers and units that stayed, in the dense model's numbering."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hfprune_dist.structures.kept import Kept
 
 
 def write_kept(folder: Path, kept: Kept) -> None:
-    """Write ``kept.json``: ``format``, ``layers``, and for each kind the units of each of these layers."""
+    """Write ``kept.json``: ``format``, ``layers`` and, for each kind, the units kept in each of these layers."""
     write_json(folder / KEPT, {"format": FORMAT, "layers": list(kept.layers), **_numbers(kept)})
 
 
@@ -25,7 +25,7 @@ def read_kept(folder: Path) -> Kept:
 
 
 def digest_of_kept(kept: Kept) -> str:
-    """Equal for what is equal; of one kind in layers that all stay, as earlier versions had it."""
+    """A digest of the content; for one kind of units and no dropped layers, the same as in earlier versions."""
     numbers = _numbers(kept)
     if len(numbers) == 1 and kept.layers == tuple(range(len(kept.layers))):
         return digest_of(next(iter(numbers.values())))

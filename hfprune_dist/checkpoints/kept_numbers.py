@@ -1,4 +1,4 @@
-"""``kept.json`` beside a pruned checkpoint, as plain numbers: for those who only look, without torch."""
+"""``kept.json`` next to a pruned checkpoint, read as plain numbers, without torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Numbers = Mapping[str, Sequence[Sequence[int]]]
 
 
 def read_kept_numbers(folder: Path) -> tuple[tuple[int, ...], Numbers]:
-    """Numbers of the layers that stay, and kind -> the units that each of these keeps, in the dense model's numbering.
+    """The layers that stay, and kind -> the units that each of these layers keeps, in the dense model's numbering.
 
-    Earlier versions wrote the neurons of each layer alone, as ``layers``.
+    Earlier versions wrote only the neurons of each layer, under ``layers``.
 
     Raises:
-        FileNotFoundError: where there is no such file.
+        FileNotFoundError: if there is no such file.
     """
     content: dict[str, Any] | None = read_json(folder / KEPT)
     if content is None:

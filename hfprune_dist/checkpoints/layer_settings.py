@@ -1,4 +1,4 @@
-"""What a config.json says of layers by their number, and what becomes of it when layers go; without torch."""
+"""Settings of a config.json that depend on layer numbers, and how dropping layers changes them; without torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from hfprune_dist.checkpoints.text_decoder import DEEPSTACK
 from hfprune_dist.structures.experts import LAYERS_WITHOUT, has_experts
 from hfprune_dist.structures.units import PER_LAYER
 
-# An entry for each layer.
+# Lists with one entry per layer.
 LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
-# How many of the first layers are of one kind.
+# The number of leading layers of one kind.
 OF_THE_FIRST = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
-# Every so many layers are of another kind -> the list that says the same where there is one.
+# Intervals at which layers of another kind recur -> the list that states the same explicitly, if there is one.
 _INTERVALS = {
     "no_rope_layer_interval": "no_rope_layers",
     "full_attention_interval": "layer_types",
     "sliding_window_pattern": "layer_types",
 }
-# Architectures whose classes tell layers apart by their number -> the list without which they do.
+# Architectures whose classes derive a layer's kind from its number if config.json lacks a list -> that list.
 _UNLISTED = {
     **dict.fromkeys(
         (
@@ -40,21 +40,21 @@ _UNLISTED = {
     ),
     "smollm3": "no_rope_layers",
 }
-# Numbers of the layers of one kind.
+# Lists of the numbers of the layers of one kind.
 NUMBERS = ("full_attn_idxs", "attn_layer_indices")
 _SHARED = "num_kv_shared_layers"
-# What files of exaone call the number of layers.
+# The name that exaone's files use for the number of layers.
 OTHER_LAYERS = "num_layers"
-# Every how many layers there are experts.
+# The interval between layers with experts.
 _SPARSE_STEP = "decoder_sparse_step"
-# From which layer to which there are some, and every how many.
+# The first and the last layer with experts, and the interval between such layers.
 _FROM, _TO, _EVERY = "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"
-# Every so many layers, from one on, have experts, or attention.
+# Period at which layers have experts, or attention -> number of the first such layer.
 PERIODS = {"expert_layer_period": "expert_layer_offset", "attn_layer_period": "attn_layer_offset"}
 
 
 def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
-    """The layers without which no config.json describes what is left, each with the reason."""
+    """Layers that can't be dropped, because no config.json could describe the remaining model; each with the reason."""
     layers = range(int(config["num_hidden_layers"]))
     for interval, listed in _INTERVALS.items():
         if config.get(interval) and not config.get(listed):
@@ -76,7 +76,7 @@ def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
 
 
 def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
-    """What config.json says once these layers alone are left, ascending and renumbered from 0: what changes of it."""
+    """New values of the config.json keys that change if only these layers (ascending) stay, renumbered from 0."""
     kinds = {key: [config[key][layer] for layer in layers] for key in LISTS if config.get(key)}
     firsts = {key: sum(layer < config[key] for layer in layers) for key in OF_THE_FIRST if config.get(key) is not None}
     places = {
@@ -100,7 +100,7 @@ def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any
 
 
 def _experts_of(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
-    """Which of them have experts, where config.json says it by number; of several layers, as far as it can."""
+    """Settings for which of these layers have experts, if config.json goes by numbers; a best effort for several."""
     first = layers[0]
     periods = {
         key: value

@@ -1,4 +1,4 @@
-"""LoRA adapters on disk, in peft's format, and adding them to a checkpoint without holding the model in memory."""
+"""LoRA adapters on disk, in peft's format, and merging them into a checkpoint without holding the model in memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Adapter:
 
     Attributes:
         scale: alpha / r.
-        factors: weight tensor's name -> (A [r, in_features], B [out_features, r]).
+        factors: name of a weight -> (A [r, in_features], B [out_features, r]).
     """
 
     scale: float
@@ -41,13 +41,13 @@ class Adapter:
 
 
 def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str] | str:
-    """Names of the linear layers that get an adapter: all projections of attention and MLP; of one of low rank both
-    factors. Where other parts of a model may have such names, a pattern that matches the decoder's alone. In mixtures
-    of experts attention alone: peft takes the names of MLPs' projections for the experts', whose adapters can't be
-    merged matrix by matrix.
+    """Names of the linear layers that get an adapter: all projections of attention and MLP, and both factors of those
+    of low rank. If other parts of the model may use the same names, a pattern that matches only the decoder's. In
+    mixtures of experts, only attention gets adapters: peft would take the names of MLP projections for the experts',
+    whose adapters can't be merged matrix by matrix.
 
     Args:
-        low_rank: names within a layer of projections of low rank.
+        low_rank: names within a layer of its low-rank projections.
     """
     factored = {name.rpartition(".")[2]: () for name in low_rank}
     attention = [linear for name in family.attention_projections for linear in linear_modules(name, factored)]
@@ -61,8 +61,8 @@ def write_adapter(
     """Write an adapter that ``peft.PeftModel.from_pretrained`` loads.
 
     Args:
-        parameters: the LoRA parameters under the names that they have in a ``PeftModel``.
-        targets: ``lora_targets``.
+        parameters: the LoRA parameters, by their names in a ``PeftModel``.
+        targets: what ``lora_targets`` returns.
     """
     folder.mkdir()
     # The base model is left open: its path would differ from machine to machine.
@@ -98,10 +98,10 @@ def read_adapter(folder: Path) -> Adapter:
 def merge_weight_file(
     checkpoint: Checkpoint, file: str, adapter: Adapter, target: Path, kept: Kept | None = None
 ) -> None:
-    """Write one safetensors file of the checkpoint with the adapter added, dtypes as they are.
+    """Write one safetensors file of the checkpoint with the adapter merged into it; dtypes don't change.
 
     Args:
-        kept: what is left of the units of all layers after that; None: shapes stay.
+        kept: the units that all layers keep after merging; None: all, so that no shape changes.
     """
     unknown = adapter.factors.keys() - checkpoint.tensors.keys()
     assert not unknown, f"the adapter has weights that the checkpoint lacks: {sorted(unknown)[:3]}"

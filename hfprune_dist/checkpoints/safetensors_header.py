@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read without torch: which tensors there are, of what shape, where."""
+"""The header of a safetensors file, read without torch: the tensors' names, shapes and places in the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from hfprune_dist.checkpoints.lfs_pointers import refuse_pointer
 from hfprune_dist.errors import UserError
 
-# Bytes of a number, by the file format's name of its type. Other types are those of quantized weights.
+# Bytes per number, by the file format's name for its type. Any other type means quantized weights.
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -42,7 +42,7 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a safetensors file, and check that the file is as long as its header says.
 
     Raises:
-        UserError: where the file is missing, damaged or truncated.
+        UserError: if the file is missing, damaged or truncated.
     """
     try:
         refuse_pointer(file)
@@ -76,7 +76,7 @@ def _tensor_info(file: str, data: int, entry: Mapping[str, Any]) -> TensorInfo:
 
 
 def _check_places(tensors: Iterable[TensorInfo], file: Path, data: int) -> None:
-    """Tensors must follow one another from ``data``, each as long as its shape says."""
+    """Check that the tensors follow one another from ``data`` on, each as long as its shape says."""
     for info in sorted(tensors, key=lambda info: (info.offset, info.bytes)):
         is_long_enough = info.dtype not in FLOATS or info.bytes == info.numel * FLOATS[info.dtype]
         if info.offset != data or not is_long_enough:

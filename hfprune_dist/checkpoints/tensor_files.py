@@ -1,4 +1,4 @@
-"""Files of tensors with a checksum, so that a later attempt uses what an earlier one wrote whole, and nothing else."""
+"""Files of tensors with a checksum, so that a later attempt uses only what an earlier one wrote completely."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hfprune_dist.store.atomic_files import publish, set_aside
 
-# The only entry of a header's metadata: safetensors writes several in an order of its own, another one each time.
+# The only entry of a header's metadata: safetensors writes several entries in an order that changes each time.
 ABOUT = "about"
 
 
@@ -23,10 +23,10 @@ class DamagedFileError(Exception):
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Replace a safetensors file: its reader sees the old content or the new, even if the node dies on the way.
+    """Replace a safetensors file; its readers see the old content or the new, even if the node dies meanwhile.
 
     Args:
-        texts: what the file's header is to tell besides.
+        texts: texts to store in the file's header.
     """
     about = {"texts": dict(texts or {}), "crc32": _checksum(tensors, texts or {})}
     draft = file.with_suffix(".draft")
@@ -35,10 +35,10 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, 
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the texts that ``save_tensors`` wrote. A file of an earlier version has no checksum.
+    """Return the tensors and the texts that ``save_tensors`` wrote. A file of an earlier version has no checksum.
 
     Raises:
-        DamagedFileError: where the content is not what was written.
+        DamagedFileError: if the file is cut short, or its content is not what was written.
     """
     try:
         texts, checksum = _about(file)
@@ -51,12 +51,12 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_texts(file: Path) -> dict[str, str]:
-    """The texts that ``save_tensors`` wrote, without a look at the tensors."""
+    """Return the texts that ``save_tensors`` wrote, without reading the tensors."""
     return _about(file)[0]
 
 
 def is_usable(file: Path) -> bool:
-    """Whether an earlier attempt left this file whole; one that is damaged is set aside."""
+    """Whether an earlier attempt left this file intact; a damaged one is set aside."""
     if not file.is_file():
         return False
     try:
@@ -68,7 +68,7 @@ def is_usable(file: Path) -> bool:
 
 
 def _about(file: Path) -> tuple[dict[str, str], str | None]:
-    """The texts of a file, and its checksum where it has one."""
+    """The texts in a file, and its checksum if it has one."""
     with safe_open(file, framework="pt") as stream:
         metadata: dict[str, str] = stream.metadata() or {}
     if ABOUT not in metadata:

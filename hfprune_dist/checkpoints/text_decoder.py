@@ -1,7 +1,7 @@
-"""The text decoder inside a model of images and text: what config.json says of it, and which tensors are its own.
+"""The text decoder inside a model of images and text: its settings in config.json, and its tensors.
 
-It alone is pruned; everything else of such a checkpoint is copied. Sizes are in config.json's ``text_config``, or, in
-older files, beside ``vision_config``.
+Only the decoder is pruned; everything else in such a checkpoint is copied. Its sizes are in config.json's
+``text_config`` or, in older files, next to ``vision_config``.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# Those of which it is tested, by their model_type, that images do to a pruned decoder what they do to a masked one.
+# The model_types for which tests show that images do the same to a pruned decoder as to a masked one.
 KNOWN = ("gemma3", "idefics3", "llava", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "smolvlm")
-# What the modules of a text decoder are called.
+# Beginnings of the names of a text decoder's modules.
 BODIES = ("model.language_model.", "model.text_model.")
 HEAD = "lm_head."
-# Keys of a config.json that are of the whole model, wherever its text decoder's are.
+# Keys of a config.json that describe the whole model, wherever those of its text decoder are.
 _OF_THE_WHOLE = ("architectures", "auto_map", "tie_word_embeddings")
-# Where encoders of images put something between the first layers: the key of ``vision_config`` that lists from where.
+# The key of ``vision_config`` that lists the encoder's layers whose outputs enter behind the decoder's first layers.
 DEEPSTACK = "deepstack_visual_indexes"
 _LLAMA = {
     "vocab_size": 32000,
@@ -25,7 +25,7 @@ _LLAMA = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
 }
-# model_type -> what its configuration class takes for keys that ``text_config`` lacks.
+# model_type -> its configuration class's defaults for keys that ``text_config`` lacks.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": _LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8},
@@ -42,12 +42,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def has_vision(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is of a model of images and text."""
+    """Whether a ``config.json`` describes a model of images and text."""
     return isinstance(config.get("vision_config"), Mapping)
 
 
 def decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What it says of the text decoder, as the ``config.json`` of a decoder alone would say it."""
+    """The text decoder's settings, in the form of a standalone decoder's ``config.json``."""
     text = config.get("text_config")
     vision = config["vision_config"]
     deepstack = {DEEPSTACK: vision[DEEPSTACK]} if vision.get(DEEPSTACK) else {}
@@ -59,10 +59,10 @@ def decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_decoder(config: Mapping[str, Any], decoder: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole ``config.json`` once ``decoder`` holds of its text decoder; what doesn't change stays as it is.
+    """The whole ``config.json`` with the text decoder's settings changed to ``decoder``; all else stays as it is.
 
     Args:
-        decoder: of the form that ``decoder_config`` gives.
+        decoder: settings in the form that ``decoder_config`` returns.
     """
     before = decoder_config(config)
     changed = {key: value for key, value in decoder.items() if before.get(key) != value or key not in before}
@@ -75,15 +75,15 @@ def with_decoder(config: Mapping[str, Any], decoder: Mapping[str, Any]) -> dict[
 
 
 def _is_news(config: Mapping[str, Any], key: str, changed: Mapping[str, Any]) -> bool:
-    """Whether it must be said of the whole model: not of a head that is tied, or has a weight, as it was before."""
+    """Whether a change must be stated for the whole model; a head's tie only if it was stated there and is undone."""
     return key != "tie_word_embeddings" or (bool(config.get(key)) and not changed[key])
 
 
 def is_of_decoder(name: str) -> bool:
-    """Whether a tensor is the text decoder's, or the head's."""
+    """Whether a tensor belongs to the text decoder or the head."""
     return name.startswith((*BODIES, HEAD))
 
 
 def beside_decoder(names: Iterable[str]) -> frozenset[str]:
-    """The tensors that are copied."""
+    """Names of the tensors outside the text decoder, which are copied."""
     return frozenset(name for name in names if not is_of_decoder(name))

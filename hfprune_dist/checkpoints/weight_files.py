@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint's folder: the single one, or those that an index names."""
+"""The weight files in a checkpoint's folder: a single file, or those listed in an index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hfprune_dist.errors import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-# Files of weights in other formats -> what to do about them.
+# Weight files in other formats -> what to do about them.
 _FOREIGN_WEIGHTS = {
     "*.gguf": "GGUF, the format of llama.cpp; take the safetensors checkpoint that it was made from",
     "pytorch_model*.bin": (
@@ -49,7 +49,7 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
 
 
 def _weight_files(path: Path, indexed: list[str]) -> list[str]:
-    """Those that the index names, or the only one there is."""
+    """Names of the weight files: those in the index, or the only one there is."""
     if (path / SINGLE_FILE).is_file():
         if indexed not in ([], [SINGLE_FILE]):  # transformers would read the single file
             raise UserError(f"{path}: has both {SINGLE_FILE} and {INDEX_FILE} of other files; remove one of them")
@@ -63,7 +63,7 @@ def _weight_files(path: Path, indexed: list[str]) -> list[str]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """The file of every tensor, by the index; nothing where there is none."""
+    """Tensor -> its file, as stated in the index; empty if there is no index."""
     if not (path / INDEX_FILE).is_file():
         return {}
     weight_map = read_json_object(path / INDEX_FILE, "").get("weight_map")
@@ -82,10 +82,10 @@ def matching(path: Path, patterns: Iterable[str]) -> list[str]:
 
 
 def read_json_object(file: Path, why: str) -> dict[str, Any]:
-    """A JSON object; ``why`` it must be there, for messages.
+    """Read a JSON object from a file; ``why`` tells users, in messages, why the file must exist.
 
     Raises:
-        UserError: where there is none.
+        UserError: if the file is missing or holds no JSON object.
     """
     try:
         refuse_pointer(file)
