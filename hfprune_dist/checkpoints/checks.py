@@ -1,4 +1,4 @@
-"""Checks of a checkpoint before it is used: its folder, its config.json and its tensors, without torch."""
+"""Checks of a checkpoint's folder, config.json and tensors before it is used, without torch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hfprune_dist.structures import EXPERTS
 from hfprune_dist.structures.low_rank import FACTORS, factor_shapes, rank_field
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER, Units
 
-# What some architectures do to logits after their head -> the value that does nothing. Those that are listed don't.
+# Keys by which some architectures change their head's logits -> the neutral value. Listed architectures don't.
 _AFTER_THE_HEAD = {"logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1, "final_logit_softcapping": None}
 
 
 def check_folder(path: Path) -> None:
-    """Refuse what is taken for a checkpoint's folder by mistake.
+    """Refuse a path that is given by mistake in place of a checkpoint's folder.
 
     Raises:
-        UserError: telling what to give instead.
+        UserError: saying what to give instead.
     """
     wanted = "give a Hugging Face checkpoint folder (config.json, *.safetensors)"
     if path.exists() and not path.is_dir():
@@ -39,7 +39,7 @@ def check_folder(path: Path) -> None:
 
 
 def quantized(config: Mapping[str, Any], path: Path) -> UserError:
-    """What to tell of weights that a config.json calls quantized."""
+    """The error to raise for weights that a config.json calls quantized."""
     told = config["quantization_config"]
     method = told.get("quant_method") if isinstance(told, Mapping) else told
     loaded = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}.get(str(method))
@@ -53,7 +53,7 @@ def quantized(config: Mapping[str, Any], path: Path) -> UserError:
 
 
 def check_config(config: Mapping[str, Any], file: Path) -> None:
-    """Check the numbers that say which tensors there must be, and of what shape.
+    """Check the numbers that determine which tensors there must be, and their shapes.
 
     Raises:
         UserError: naming the key, its value and what it must be.
@@ -92,10 +92,10 @@ def _check_layer_sizes(config: Mapping[str, Any], file: Path) -> None:
 
 
 def check_output_biases(config: Mapping[str, Any], family: Family, file: Path) -> None:
-    """Check what a checked config says of biases that its family's output projections don't have.
+    """Check which output projections a checked config gives biases that they don't have in its family.
 
     Raises:
-        UserError: where it names other modules.
+        UserError: if it names other modules.
     """
     known = [*dict.fromkeys(units.output for units in family.structures(config).values())]
     named = config.get(OUTPUT_BIASES, [])
@@ -109,7 +109,7 @@ def _require_positive(value: Any, key: str, file: Path) -> None:
 
 
 def check_dtypes(path: Path, found: Mapping[str, TensorInfo], known: set[str]) -> None:
-    """Check that whatever a module of the model has is floating-point numbers of 16 bits or more.
+    """Check that all tensors of the model's modules are floating-point numbers of 16 bits or more.
 
     Raises:
         UserError: for quantized weights.
@@ -128,10 +128,10 @@ def _module_of(tensor: str) -> str:
 
 
 def check_tensors(path: Path, config: Mapping[str, Any], family: Family, tensors: Mapping[str, TensorInfo]) -> None:
-    """Check that all tensors of the model are there; transformers makes up what is missing, at random.
+    """Check that no tensor of the model is missing; transformers would fill missing ones with random values.
 
     Raises:
-        UserError: naming the one that is missing, or an embedding that isn't as the config says.
+        UserError: naming the missing tensor, or an embedding whose shape isn't what the config says.
     """
     known = family.tensors(config)
     needed = known - {family.head_tensor()} if config.get("tie_word_embeddings") else known
@@ -149,10 +149,10 @@ def check_tensors(path: Path, config: Mapping[str, Any], family: Family, tensors
 
 
 def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], structures: Mapping[str, Units], hidden: int) -> None:
-    """Check that every layer's tensors have room for as many units as the config states.
+    """Check that every layer's tensors have the shapes that follow from the config's numbers of units.
 
     Args:
-        hidden: the hidden size, which is the other dimension of weights that units own a part of.
+        hidden: the hidden size, which is the other dimension of weights that units own parts of.
 
     Raises:
         UserError: naming the tensor.
@@ -163,7 +163,7 @@ def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], structures: Mapp
                 found = list(tensors[name].shape)
                 if units.kind != EXPERTS:
                     wanted = units.shape_of(owned, layer, hidden)
-                else:  # of whose tensors the other dimensions are known by their neurons
+                else:  # whose other dimensions are checked with their neurons
                     size = found[owned.axis : owned.axis + 1] if owned.unit is not None else [units.counts[layer]]
                     wanted = [*found[: owned.axis], *size, *found[owned.axis + 1 :]]
                 if found != wanted:
@@ -181,7 +181,7 @@ def check_factors(
     *,
     hidden: int,
 ) -> None:
-    """Check that factors of projections of low rank have the shapes that the config states.
+    """Check that the factors of low-rank projections have the shapes that the config states.
 
     Raises:
         UserError: naming the tensor.
@@ -194,7 +194,7 @@ def check_factors(
             if odd := [name for name in names if len(tensors[name].shape) != 2]:
                 raise UserError(f"{path}: {odd[0]} has shape {list(tensors[odd[0]].shape)}, and is no matrix")
             size: Sequence[int] = (tensors[names[1]].shape[0], tensors[names[0]].shape[1])
-            if own := owners.get(f"{projection}.weight"):  # else it goes as a whole, and modules tell its size
+            if own := owners.get(f"{projection}.weight"):  # otherwise modules tell its size
                 units, owned = own
                 size = units.shape_of(owned, layer, hidden)
             for name, shape in zip(names, factor_shapes(size, rank), strict=True):

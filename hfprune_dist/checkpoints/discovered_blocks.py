@@ -1,4 +1,4 @@
-"""The attention of an architecture that isn't listed, and its norms, by names and shapes of its layers' tensors."""
+"""The attention and the norms of an unlisted architecture, found by the names and shapes of its layers' tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 _ATTENTIONS = tuple(("q_proj", "k_proj", "v_proj", output) for output in ("o_proj", "out_proj", "dense"))
 _BLOCKS = r"(self_attn|attention)\."
-# The norms of a layer -> of attention and of the MLP, that which the block reads and that which its outputs go through.
+# The norms of a layer -> for attention and for the MLP, the norm before the block and the norm after it.
 _NORMS: dict[frozenset[str], tuple[tuple[str | None, str | None], tuple[str | None, str | None]]] = {
     frozenset(norm for block in blocks for norm in block if norm): blocks
     for blocks in (
@@ -33,13 +33,13 @@ _NORMS: dict[frozenset[str], tuple[tuple[str | None, str | None], tuple[str | No
         (("input_layernorm", "post_self_attn_layernorm"), ("post_attention_layernorm", "post_mlp_layernorm")),
     )
 }
-# What neither names nor shapes tell: config.json has no say in the size of a head.
+# Architectures in which config.json can't set the size of a head, which neither names nor shapes tell.
 _FIXED_HEADS = (
     *("helium", "stablelm", "opt", "biogpt"),
     *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"),
 )
 _PARALLEL = frozenset({"input_layernorm"})
-# Whose attention and MLP read the same hidden states unless config.json says otherwise -> the key that says so.
+# Architectures whose attention and MLP read the same hidden states unless config.json says otherwise -> its key.
 _PARALLEL_KEYS = {"gpt_neox": "use_parallel_residual"}
 
 
@@ -48,10 +48,10 @@ class Attention:
     """The attention of a model.
 
     Attributes:
-        name, projections: of its block and of the linear layers in it, where there are such.
+        name, projections: names of its block and of the linear layers in it, if it has any.
         heads: see ``Family``.
-        whole: why KV groups can't be pruned.
-        unlike: why its matrices can't get low rank.
+        whole: why KV groups can't be pruned; empty if they can.
+        unlike: why its matrices can't be given a low rank; empty if they can.
     """
 
     name: str
@@ -61,13 +61,13 @@ class Attention:
     unlike: str
 
     def names(self) -> dict[str, Any]:
-        """As ``Family`` has them."""
+        """The values of ``Family``'s attributes."""
         names = {"attention": self.name, "attention_projections": self.projections}
         return names | {"whole_groups": self.whole, "no_low_rank": self.unlike}
 
     @classmethod
     def of(cls, config: Mapping[str, Any], parts: Sequence[Shapes]) -> Attention:
-        """Find it in the first layer that has one."""
+        """Find the attention in the first layer that has one."""
         for there in parts:
             for query, *others, output in _ATTENTIONS:
                 for name in (it.partition(".")[0] for it in there if re.fullmatch(rf"\w+\.{query}\.weight", it)):
@@ -81,10 +81,10 @@ class Attention:
 
     @classmethod
     def _unknown(cls, parts: Sequence[Shapes]) -> Attention:
-        """One of another kind, whose linear layers can learn but go as a whole."""
+        """Attention of another kind, whose linear layers can be trained, but not pruned in part."""
         inside = {it: shape for there in parts for it, shape in there.items() if re.match(_BLOCKS, it)}
         name = next((it.partition(".")[0] for it in inside), "self_attn")
-        own = {it: shape for it, shape in inside.items() if ".indexer." not in it}  # which chooses, and never learns
+        own = {it: shape for it, shape in inside.items() if ".indexer." not in it}  # chooses keys, is never trained
         linears = {it.split(".")[-2] for it, shape in own.items() if it.endswith(".weight") and len(shape) == 2}
         latent = next((it for it in inside if ".kv_a_proj" in it), None)
         fused = next((it for it in inside if ".qkv_proj" in it or ".query_key_value" in it), None)
@@ -109,7 +109,7 @@ class Attention:
 
 
 def _why_unlike(config: Mapping[str, Any], parts: Sequence[Shapes], weights: Sequence[str]) -> str:
-    """Why the attention of some layers isn't that of the others; empty where it is, but for heads that were pruned."""
+    """How the attention of some layers differs from that of others, other than by pruned heads; empty if it doesn't."""
     without = [layer for layer, there in enumerate(parts) if not all(it in there for it in weights)]
     if without:
         return f"not all layers have attention (layer {without[0]} has none)"
@@ -122,7 +122,7 @@ def _why_unlike(config: Mapping[str, Any], parts: Sequence[Shapes], weights: Seq
 def _why_whole(
     config: Mapping[str, Any], parts: Sequence[Shapes], found: tuple[str, tuple[str, ...]], head_dim: int
 ) -> str:
-    """Why no KV group can go from an attention that all layers have; empty where some can."""
+    """Why no KV group can be removed from an attention that all layers have; empty if some can."""
     name, projections = found
     if config.get("head_dim") not in (None, head_dim):
         return "its heads have another size than config.json says"
@@ -142,7 +142,7 @@ def _attends(there: Shapes) -> bool:
 
 
 def norms_of(config: Mapping[str, Any], parts: Sequence[Shapes], mlp: str) -> dict[str, Any]:
-    """Names of norms as ``Family`` has them, and why its blocks can't be refitted one after another."""
+    """The values of ``Family``'s norms, and the reason if its blocks can't be refitted one after another."""
     hidden_size = config["hidden_size"]
     found = {
         frozenset(

@@ -1,7 +1,7 @@
-"""Where the experts of an architecture are, by the names and shapes of a checkpoint's tensors.
+"""Locating the experts of an architecture by the names and shapes of a checkpoint's tensors.
 
-Files have a tensor for each expert, or all experts in one, as modules have them. What chooses among experts has a row
-for each of them.
+Files have either one tensor per expert or, like modules, one tensor for all experts. A router, which chooses among
+experts, has a row for each of them.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from hfprune_dist.structures.units import Owned
 
 Shapes = Mapping[str, Sequence[int]]
 
-# What an MLP that every token goes through is called, within the block of experts or beside it, and its projections.
+# Names of the MLP that every token goes through, inside the block of experts or next to it; and its projections.
 _SHARED = ("{}.shared_expert", "{}.shared_experts", "{}.shared_mlp", "shared_mlp")
 _OF_SHARED: tuple[Projections, ...] = (
     (("gate_proj", "up_proj"), "down_proj", 1),
     (("gate_up_proj",), "down_proj", 2),
     (("input_linear",), "output_linear", 2),
 )
-# What chooses among experts has a row for each of them; or one row, with an entry for each.
+# Tensors of a router: they have a row for each expert, or one row with an entry for each.
 _STATICS = "gate.moe_statics.e_score_correction_bias"
 _ROUTERS = re.compile(
     r"(gate|router)\.(weight|bias|e_score_correction_bias)|(router\.layer|router\.gate|gate\.wg)\.weight"
     r"|e_score_correction_bias|expert_bias|gate\.moe_statics\.e_score_correction_bias"
 )
-# What else may be in their block, of which no neuron has a part; the bias is of stacked down projections.
+# Other tensors in the experts' block, of which no neuron owns a part; the bias is that of stacked down projections.
 _BIAS = "experts.down_proj_bias"
 _BESIDE = re.compile(rf"shared_expert_gate\.weight|post_mlp_layernorm\.weight|{re.escape(_BIAS)}")
 _OF_EXPERT, _OF_EXPERTS = re.compile(r"experts\.(\d+)\."), re.compile(r"(^|\.)experts\.|^block_sparse_moe\.")
-# What a router adds to scores for its choice alone. Where it has that and groups, a group's score is that of its best
+# What a router adds to scores only to make its choice. If it has that and groups, a group's score is that of its best
 # two experts.
 _CORRECTION = "e_score_correction_bias"
 _OF_GROUP = 2
-# Keys of a config.json: how many groups a router chooses among first, and of how many of them a token's experts are;
-# and what configuration classes take, where that isn't one group.
+# Keys of a config.json: how many groups a router first chooses among, and how many of them a token's experts come from;
+# and the defaults of configuration classes, where these aren't one group.
 _GROUPS, _CHOSEN_GROUPS = ("n_group", "num_expert_group"), "topk_group"
 _GROUPS_UNSTATED = dict.fromkeys(("axk1", "bailing_hybrid", "deepseek_v3", "deepseek_v32"), (8, 4))
-# What modules call tensors that files call something else.
+# Names of tensors in files, and in modules, where they differ.
 _OF_GRANITE = (
     ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
     ("block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"),
@@ -65,7 +65,7 @@ _OF_MIXTRAL = (("block_sparse_moe.", "mlp."),)
 
 @dataclass(frozen=True)
 class _Form:
-    """How files may have experts, within their block: rows, then columns; {} stands for an expert's number."""
+    """A form in which files may hold experts, within their block: rows, then columns; {} is an expert's number."""
 
     rows: tuple[Owned, ...]
     columns: tuple[Owned, ...]
@@ -78,13 +78,13 @@ class _Form:
         return [owned.tensor for owned in (*self.rows, *self.columns)]
 
     def owned(self, block: str, count: int) -> list[tuple[Owned, ...]]:
-        """What neurons of so many experts of a block own: rows, and columns."""
+        """What the neurons of a block's experts, ``count`` in number, own: rows, and columns."""
         return [
             tuple(one for it in part for one in _of_experts(it, block, count)) for part in (self.rows, self.columns)
         ]
 
     def whole(self, block: str, count: int) -> list[Owned]:
-        """What so many experts of a block are."""
+        """What a block's experts, ``count`` in number, consist of."""
         parts = [f"{block}.{name}" for name in self.needed]
         if all(it.stacked for it in self.rows):
             return [Owned(name, 0) for name in (*parts, f"{block}.{_BIAS}")]
@@ -104,7 +104,7 @@ _FORMS = (
     _each("gate_proj", "up_proj", "down_proj", blocks=("mlp", "feed_forward")),
     _each("w1", "w3", "w2", blocks=("mlp", "feed_forward")),
     _each("w1", "w3", "w2", blocks=("block_sparse_moe",), renamed=_OF_MIXTRAL),
-    # Matrices [in, out], in which gate and up take turns.
+    # Matrices [in, out], in which gate and up alternate.
     _Form(
         (
             Owned("experts.gate_up_proj", 2, per_unit=2, stacked=True),
@@ -125,13 +125,13 @@ def _of_experts(owned: Owned, block: str, count: int) -> list[Owned]:
 
 
 def find_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refusals: Refusals) -> Experts | None:
-    """The experts of a model; None where it has none.
+    """The experts of a model; None if it has none.
 
     Args:
         parts: the tensors of each layer, by their names within it.
 
     Raises:
-        UserError: naming what is missing, or what is there besides.
+        UserError: naming what is missing or unexpected.
     """
     if not number_of_experts(config):
         _refuse_experts(config, parts, refusals)
@@ -146,7 +146,7 @@ def find_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refusals: R
 
 
 def _refuse_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refusals: Refusals) -> None:
-    """Refuse files with experts where config.json speaks of no more than one."""
+    """Refuse files with experts if config.json states no more than one."""
     found = next((name for there in parts for name in there if _OF_EXPERTS.search(name)), None)
     key = next((key for key in NUMBERS if config.get(key) is not None), None)
     if found is None or key is None or not config.get("is_moe", True):
@@ -157,7 +157,7 @@ def _refuse_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refusals
 
 
 class _Found:
-    """A model whose experts' form is known, and whether all of it is as it must be."""
+    """A model whose experts have a known form; describes them and checks that all is as it must be."""
 
     def __init__(self, config: Mapping[str, Any], parts: Sequence[Shapes], refusals: Refusals, *, block: str) -> None:
         self._config = config
@@ -166,7 +166,7 @@ class _Found:
         self._block = block
 
     def experts(self, form: _Form, layers: tuple[int, ...]) -> Experts:
-        """All that is to know of them."""
+        """The description of the experts."""
         count = self._number()
         chosen = self._chosen(count)
         rows, columns = form.owned(self._block, count)
@@ -196,7 +196,7 @@ class _Found:
         )
 
     def _fields(self, column: Owned, layers: tuple[int, ...]) -> tuple[str, ...]:
-        """Those that say how wide experts are: one, or where no layer has a plain MLP all that say the same."""
+        """The fields that state the experts' width: one or, if no layer has a plain MLP, all that state the same."""
         stated = [key for key in WIDTHS if self._config.get(key) is not None]
         shape = self._parts[layers[0]][column.tensor]
         saying = [key for key in stated if [self._config[key]] == [*shape[column.axis : column.axis + 1]]]
@@ -223,12 +223,12 @@ class _Found:
         return next((key for key in CHOSEN if self._config.get(key) is not None), CHOSEN[0])
 
     def _routers(self, there: Shapes) -> list[Owned]:
-        """What chooses among a layer's experts: weights and biases that have a row, or an entry, for each."""
+        """What chooses among a layer's experts: weights and biases that have a row, or an entry, for each expert."""
         inside = ((name, name.removeprefix(f"{self._block}.")) for name in sorted(there))
         return [Owned(name, int(own == _STATICS)) for name, own in inside if own != name and _ROUTERS.fullmatch(own)]
 
     def _groups(self, count: int, chosen: int, routers: Sequence[Owned]) -> tuple[int, int]:
-        """The groups among which a router chooses first, and how many experts it needs in all of them."""
+        """The number of groups that a router first chooses among, and how many experts it needs in all of them."""
         corrected = any(it.tensor.endswith(_CORRECTION) for it in routers)
         groups, chosen_groups = self._stated_groups(count, corrected)
         of_group = max(-(-chosen // chosen_groups), _OF_GROUP if corrected and groups > 1 else 1)
@@ -238,13 +238,13 @@ class _Found:
                 f"{groups} groups have {count // groups} experts each, but a router that takes {chosen} of "
                 f"{chosen_groups} of them needs {of_group} in each ({keys})"
             )
-        # A model with one expert is no mixture, and a router may have one group whose best two it looks for.
+        # A model with one expert isn't a mixture, and a router with one group may look for the best two in it.
         return groups, max(of_group * groups, 2)
 
     def _stated_groups(self, count: int, corrected: bool) -> tuple[int, int]:
-        """How many groups there are, and of how many of them a token's experts are; null and false are no number."""
+        """The number of groups, and how many of them a token's experts come from; null and false count as 1."""
         if self._config.get("model_type") == "deepseek_v2" and self._config.get("topk_method", "greedy") == "greedy":
-            return 1, 1  # its router has no use for them
+            return 1, 1  # its router doesn't use them
         unstated = _GROUPS_UNSTATED.get(str(self._config.get("model_type")), (1, 1)) if corrected else (1, 1)
         key = self._groups_key
         stated = (self._config.get(name, usual) for name, usual in zip((key, _CHOSEN_GROUPS), unstated, strict=True))
@@ -297,5 +297,5 @@ class _Found:
 
 
 def _is_in(value: Any, valid: range) -> bool:
-    """Whether it is one of these numbers, and no bool."""
+    """Whether a value is one of these numbers, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value in valid

@@ -1,4 +1,4 @@
-"""What Git LFS leaves in place of a large file that was not fetched: a text of three lines."""
+"""Git LFS pointers: texts of three lines in place of large files that were not fetched."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _BEGIN = b"version https://git-lfs.github.com/"
 
 
 def refuse_pointer(file: Path) -> None:
-    """Refuse a file that only points to the one that is meant.
+    """Refuse a file that is only a pointer to the real one.
 
     Raises:
-        UserError: telling how to fetch that one.
-        OSError: where the file can't be read.
+        UserError: saying how to fetch the real one.
+        OSError: if the file can't be read.
     """
     with file.open("rb") as stream:
         if stream.read(len(_BEGIN)) == _BEGIN:

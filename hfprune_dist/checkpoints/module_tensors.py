@@ -1,7 +1,7 @@
-"""The tensors of a model's modules, and what of a checkpoint's files each is made of; without torch.
+"""The tensors of a model's modules, and the tensors in a checkpoint's files that each is made from; without torch.
 
-They have the same names and are the same tensors, but for experts: modules have all of a layer in one tensor, and some
-files a tensor for each; and some blocks are called something else there.
+Files and modules mostly have the same tensors under the same names. But modules hold all experts of a layer in one
+tensor, while some files have one tensor per expert; and some blocks have other names in files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.structures.experts import Experts
 
-# Convolutions of linear attention, which some files have each.
+# Convolutions of linear attention, which some files have as separate tensors.
 _JOINED, _WHOLE = (".q_conv1d.weight", ".k_conv1d.weight", ".v_conv1d.weight"), ".conv1d.weight"
 
 
@@ -20,9 +20,9 @@ class ModuleTensor:
     """A tensor of a module.
 
     Attributes:
-        sources: names in the files of what it is made of: for each expert, matrices that lie one behind the other; a
-            single one, where the files have it as it is.
-        is_stacked: whether those of experts are put on top of one another.
+        sources: names in the files of the tensors that it is made from: for each expert, the matrices to concatenate; a
+            single name if the files have the tensor as it is.
+        is_stacked: whether the experts' matrices are stacked, along a new first dimension.
     """
 
     shape: tuple[int, ...]
@@ -31,12 +31,12 @@ class ModuleTensor:
 
 
 def module_tensors(checkpoint: Checkpoint, layer: int | None = None) -> dict[str, ModuleTensor]:
-    """Name in modules -> a tensor of a model; of one layer alone, if it is given."""
+    """Name in modules -> tensor, for the whole model, or only for one layer if it is given."""
     return _joined(_of_checkpoint(checkpoint, layer))
 
 
 def _joined(tensors: dict[str, ModuleTensor]) -> dict[str, ModuleTensor]:
-    """The same with those in one that modules have one behind the other."""
+    """The same tensors, with those joined that modules have as one."""
     made = dict(tensors)
     for first in (name for name in tensors if name.endswith(_JOINED[0])):
         names = [first.removesuffix(_JOINED[0]) + part for part in _JOINED]
@@ -67,7 +67,7 @@ def _of_checkpoint(checkpoint: Checkpoint, layer: int | None) -> dict[str, Modul
 
 
 def _of_experts(checkpoint: Checkpoint, experts: Experts, layer: str) -> dict[str, ModuleTensor]:
-    """The stacked tensors of a layer whose experts have some each in the files."""
+    """The stacked tensors of a layer whose experts have tensors of their own in the files."""
     stacked = {}
     for module, owned in (("gate_up_proj", experts.rows), ("down_proj", experts.columns)):
         sources = tuple(

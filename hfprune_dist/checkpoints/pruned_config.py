@@ -1,6 +1,6 @@
-"""config.json of a smaller checkpoint: which shapes a plain one can state, and what it says; without torch.
+"""The config.json of a smaller checkpoint: which shapes a plain one can have, and its content; without torch.
 
-A plain checkpoint is one that transformers, and every engine built for its architecture, loads without code of ours.
+A plain checkpoint is one that transformers, and every engine built for its architecture, loads without our code.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.low_rank import rank_field
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER
 
-# Where a checkpoint isn't plain, this module of ours travels inside it.
+# Our module that travels inside every checkpoint that isn't plain.
 MODELING_FILE = Path(__file__).with_name("modeling_pruned.py")
 AUTO_CLASS = "AutoModelForCausalLM"
 HEADS = "num_attention_heads"
-# What the configuration class of a family's twin doesn't know; ``rope_parameters`` says what ``rope_scaling`` said.
+# Keys that the configuration class of a family's twin doesn't have; ``rope_parameters`` replaces ``rope_scaling``.
 _NOT_OF_A_TWIN = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_scaling")
-# What LlamaConfig takes where config.json doesn't say, and its twin doesn't.
+# Defaults of LlamaConfig that its twin doesn't share.
 _DEFAULTS_OF_A_TWIN = {"max_position_embeddings": 2048, "tie_word_embeddings": False}
-# The version whose form a twin's config.json has. Of one before 5, transformers suspects the tokenizer to be faulty.
+# The version whose form a twin's config.json has. With one before 5, transformers suspects a faulty tokenizer.
 _TRANSFORMERS = "5.24.0"
 
 
 def plain_group_counts(checkpoint: Checkpoint) -> list[int]:
     """The numbers of KV groups, ascending, that every layer of a plain checkpoint can have."""
     groups = checkpoint.structures["kv_groups"]
-    if not groups.fields:  # none can go
+    if not groups.fields:  # none can be removed
         return [min(groups.counts)]
     return [
         count
@@ -41,7 +41,7 @@ def plain_group_counts(checkpoint: Checkpoint) -> list[int]:
 
 
 def is_plain(checkpoint: Checkpoint, shape: Shape) -> bool:
-    """Whether what has such a shape can be written as a plain checkpoint."""
+    """Whether a model of this shape can be written as a plain checkpoint."""
     if shape.ranks:
         return False
     values = _values(checkpoint, shape)
@@ -50,10 +50,10 @@ def is_plain(checkpoint: Checkpoint, shape: Shape) -> bool:
 
 
 def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = ()) -> dict[str, Any]:
-    """The whole config.json of a checkpoint of which such a shape is left.
+    """The complete settings of a checkpoint that is pruned to this shape, in the form of ``Checkpoint.config``.
 
     Args:
-        biased: output projections, by their names within a layer, that have biases then.
+        biased: names within a layer of the output projections that have biases after pruning.
     """
     gone = set(range(checkpoint.num_layers)).difference(shape.layers)
     needed = gone & undroppable_layers(checkpoint.config).keys()
@@ -78,13 +78,13 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
 
 
 def parameters_of_biases(dense: Checkpoint, config: Mapping[str, Any]) -> int:
-    """Parameters of biases that a model of ``config`` has, and the dense one that it comes from doesn't."""
+    """Number of parameters in biases that a model with ``config`` has and its dense original lacks."""
     added = dense.family.biased(config) - dense.family.biased(dense.config)
     return len(added) * int(config["num_hidden_layers"]) * int(config["hidden_size"])
 
 
 def _values(checkpoint: Checkpoint, shape: Shape) -> dict[str, list[int]]:
-    """Fields of config.json that say how many units there are -> their value in each layer that stays; 0 where a layer
+    """Fields of config.json that say how many units there are -> their value in each layer that stays; 0 if the layer
     has no such units.
     """
     values: dict[str, list[int]] = {}
@@ -98,7 +98,7 @@ def _values(checkpoint: Checkpoint, shape: Shape) -> dict[str, list[int]]:
 
 
 def _plain_type(checkpoint: Checkpoint, heads: int) -> str | None:
-    """The model_type of a plain checkpoint with so many query heads; None where there is none."""
+    """The model_type of a plain checkpoint with this many query heads; None if there is none."""
     family, config = checkpoint.family, checkpoint.config
     if family.any_heads or config["hidden_size"] % heads == 0:
         return family.model_type
@@ -106,7 +106,7 @@ def _plain_type(checkpoint: Checkpoint, heads: int) -> str | None:
 
 
 def _without_ours(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json as one without sizes per layer has it."""
+    """The checkpoint's settings without sizes per layer, for the plain class."""
     config = dict(checkpoint.config)
     if checkpoint.is_plain:
         return config
@@ -116,7 +116,7 @@ def _without_ours(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _as_twin(config: Mapping[str, Any], twin: Family) -> dict[str, Any]:
-    """The same model in the words of its family's twin, nothing left to the defaults of that configuration class."""
+    """The settings of the same model as its family's twin, with nothing left to that configuration class's defaults."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope_type, rope_theta = rope.get("type", "default"), config.get("rope_theta", 10000.0)
     rope = {"rope_type": rope_type, "rope_theta": rope_theta, **{key: rope[key] for key in rope if key != "type"}}

@@ -14,19 +14,19 @@ from hfprune_dist.checkpoints.module_tensors import ModuleTensor
 from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments
 from hfprune_dist.structures.units import Owned, Units
 
-# By what safetensors files call them.
+# By their names in safetensors files.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """One tensor, in the dtype of the file, on the CPU."""
+    """Read one tensor, in the dtype of the file, on the CPU."""
     with safe_open(checkpoint.path / checkpoint.tensors[name].file, framework="pt") as source:
         tensor: Tensor = source.get_tensor(checkpoint.names.in_files(name))
     return tensor
 
 
 def read_module_tensor(checkpoint: Checkpoint, made: ModuleTensor) -> Tensor:
-    """A tensor of a module, in the dtype of the files, on the CPU."""
+    """Read a tensor of a module, in the dtype of the files, on the CPU."""
     matrices = [[read_tensor(checkpoint, name) for name in names] for names in made.sources]
     whole = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in matrices]
     return torch.stack(whole) if made.is_stacked else whole[0]
@@ -50,7 +50,7 @@ def scored_layer(
     """A layer's units of one kind, as criteria see them.
 
     Args:
-        tokens: how many sums are over.
+        tokens: the number of tokens that sums run over.
     """
     return ScoredLayer(
         number=layer,
@@ -82,10 +82,10 @@ def _columns(checkpoint: Checkpoint, units: Units, layer: int) -> Tensor:
 
 
 def _of_experts(checkpoint: Checkpoint, layer: int, owned: Sequence[Owned]) -> list[Tensor]:
-    """Matrices [all experts' neurons, hidden_size] in which experts follow one another, whatever form files have.
+    """Matrices [all experts' neurons, hidden_size], one expert after another, whatever the form of the files.
 
     Args:
-        owned: by their neurons, rows or columns.
+        owned: the rows or the columns that their neurons own.
     """
     units = checkpoint.units
     weights = [it for it in owned if "bias" not in it.tensor]
@@ -98,7 +98,7 @@ def _of_experts(checkpoint: Checkpoint, layer: int, owned: Sequence[Owned]) -> l
 
 
 def mean_gradients(units: Units, read: Callable[[str], Tensor]) -> MeanGradients:
-    """Gradients of the weights that a layer's units own, in the parts in which ``scored_layer`` reads these weights.
+    """Gradients of the weights that a layer's units own, divided into parts as ``scored_layer`` divides the weights.
 
     Args:
         read: name within a layer -> the gradient of a whole weight.

@@ -1,4 +1,4 @@
-"""What to tell of a config.json that can't be followed: it is of a kind that isn't pruned, or it isn't true."""
+"""Errors about a config.json that can't be followed: its model is of an unsupported kind, or it isn't true."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hfprune_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Refusals:
-    """Of one config.json, what to raise for each kind of reason.
+    """The errors to raise about one config.json, one for each kind of reason.
 
     Attributes:
         where: the file, for messages.
@@ -22,11 +22,11 @@ class Refusals:
     where: str
 
     def unsupported(self, why: str) -> UserError:
-        """The architecture isn't pruned."""
+        """The architecture isn't supported."""
         return not_supported(self.config, self.where, why)
 
     def invalid(self, key: str, value: Any, valid: str) -> UserError:
-        """A key has a value, or where it is missing an architecture takes one, that it can't have."""
+        """The value of a key, or the architecture's default if the key is missing, isn't allowed."""
         return UserError(f"{self.where}: {key} must be {valid}, not {value!r}")
 
     def inconsistent(self, why: str) -> UserError:
@@ -34,5 +34,5 @@ class Refusals:
         return UserError(f"{self.where}: it contradicts itself: {why}")
 
     def unlike_tensors(self, why: str) -> UserError:
-        """It isn't of the model whose tensors are beside it."""
+        """config.json doesn't describe the model whose tensors are next to it."""
         return UserError(f"{self.where}: it contradicts the tensors in the weight files: {why}")

@@ -1,4 +1,4 @@
-"""Tensors of the layers that are finished, which a later attempt takes up."""
+"""Saved tensors of finished layers, from which a later attempt resumes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_
 
 
 class SavedLayers:
-    """Tensors of finished layers, a file each, written by the rank that solved it.
+    """Tensors of finished layers, one file per layer, written by the rank that solved the layer.
 
     Args:
-        layers: numbers of all that there will be.
+        layers: numbers of all layers that there will be.
     """
 
     def __init__(self, folder: Path, layers: Iterable[int]) -> None:
@@ -27,7 +27,7 @@ class SavedLayers:
         return {number for number in self._layers if self.is_done(number)}
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the tensors of one layer, by names that no other layer's have."""
+        """Save the tensors of one layer, under names that no other layer uses."""
         self._folder.mkdir(exist_ok=True)
         save_tensors(tensors, self._file(number))
 
@@ -37,7 +37,7 @@ class SavedLayers:
         return {name: tensor for tensors in files for name, tensor in tensors.items()}
 
     def tensor(self, number: int, name: str) -> Tensor:
-        """One tensor of a layer that is done, without reading the others."""
+        """One tensor of a finished layer, without reading the others."""
         with safe_open(self._file(number), framework="pt") as source:
             found: Tensor = source.get_tensor(name)
         return found

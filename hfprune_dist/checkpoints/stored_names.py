@@ -1,4 +1,4 @@
-"""What tensors are called in a checkpoint's files, where transformers calls them otherwise once they are loaded."""
+"""Names of tensors in a checkpoint's files, where transformers uses other names once they are loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from hfprune_dist.checkpoints.text_decoder import has_vision
 
-# What the names of modules begin with, and what those in files begin with; # stands for the number of a layer.
+# The beginning of names in modules, and that of the same names in files; # stands for the number of a layer.
 Pair = tuple[str, str]
 
 
@@ -20,7 +20,7 @@ def _in_layers(*pairs: Pair, layers: str = "model.layers.#.") -> tuple[Pair, ...
 
 _OF_GATE = "mlp.gate.e_score_correction_bias"
 _SINKS = "self_attn.sinks"
-# model_type -> those of its names that differ; the first that fits counts.
+# model_type -> beginnings of its names that differ; the first that matches counts.
 _RENAMED: dict[str, tuple[Pair, ...]] = {
     "gpt_neox": (("lm_head.", "embed_out."),),
     "exaone": (
@@ -74,7 +74,7 @@ _RENAMED: dict[str, tuple[Pair, ...]] = {
     "mimo_v2_flash": _in_layers((_SINKS, "self_attn.attention_sink_bias")),
     "phimoe": _in_layers(("mlp.router.", "block_sparse_moe.gate."), ("mlp.", "block_sparse_moe.")),
 }
-# The same of text decoders inside models of images and text.
+# The same for text decoders inside models of images and text.
 _OF_DECODERS = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
@@ -84,27 +84,27 @@ _OF_DECODERS = (
 
 @dataclass(frozen=True)
 class StoredNames:
-    """Beginnings of names that differ."""
+    """Beginnings of names that differ between modules and files."""
 
     pairs: tuple[Pair, ...] = ()
 
     @classmethod
     def of(cls, config: Mapping[str, Any], names: Iterable[str]) -> StoredNames:
-        """Of a checkpoint with such a ``config.json``.
+        """The names of a checkpoint with this ``config.json``.
 
         Args:
-            names: of all tensors in its files.
+            names: names of all tensors in its files.
         """
         pairs = _OF_DECODERS if has_vision(config) else _RENAMED.get(str(config.get("model_type")), ())
         every = list(names)
         return cls(tuple(pair for pair in pairs if any(_beginning(pair[1]).match(name) for name in every)))
 
     def in_modules(self, name: str) -> str:
-        """What a tensor in the files is called in a model."""
+        """The name in a model of a tensor in the files."""
         return _renamed(name, ((its, ours) for ours, its in self.pairs))
 
     def in_files(self, name: str) -> str:
-        """What a tensor of a model is called in the files."""
+        """The name in the files of a model's tensor."""
         return _renamed(name, self.pairs)
 
 
@@ -121,5 +121,5 @@ def _renamed(name: str, pairs: Iterable[Pair]) -> str:
     return name
 
 
-# Where files call all tensors as modules do.
+# For files in which all tensors have the same names as in modules.
 SAME = StoredNames()

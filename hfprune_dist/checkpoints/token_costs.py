@@ -1,6 +1,6 @@
-"""What a token costs: floating-point operations, bytes of cache and parameters, from the shapes of tensors alone.
+"""The cost of a token: floating-point operations, bytes of cache and parameters, computed from tensors' shapes.
 
-Layers may differ in width and heads: every number is a sum over the tensors of a checkpoint.
+Layers may differ in width and heads, because every number is a sum over the tensors of a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from hfprune_dist.structures.low_rank import linear_modules
 
 @dataclass(frozen=True)
 class TokenCosts:
-    """Of one token in a model whose every layer attends to all tokens before.
+    """Costs of one token in a model in which every layer attends to all previous tokens.
 
     Attributes:
-        parameters: of the whole model; a head tied to the embedding counts once.
-        parameters_without_embeddings: without the table of embeddings and the head.
-        active_parameters: those that compute a token's output: all but those of the experts that aren't chosen.
-        multiplied: entries of the matrices that a token's vectors are multiplied with, the head's included.
-        query_channels: of all heads of all layers.
-        cached_channels: of the keys and values of all layers.
+        parameters: parameters of the whole model; a head tied to the embedding counts once.
+        parameters_without_embeddings: the same, without the table of embeddings and the head.
+        active_parameters: parameters that a token's output is computed with: all except those of experts not chosen.
+        multiplied: entries of the matrices that a token's vectors are multiplied by, including the head's.
+        query_channels: channels of the queries of all heads in all layers.
+        cached_channels: channels of the keys and values in all layers.
     """
 
     parameters: int
@@ -35,7 +35,7 @@ class TokenCosts:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> TokenCosts:
-        """Of a checkpoint's tensors."""
+        """The costs for a checkpoint, by its tensors."""
         family, shapes = checkpoint.family, {name: info.shape for name, info in checkpoint.tensors.items()}
         table = shapes[family.embedding_tensor()]
         tied = bool(checkpoint.config.get("tie_word_embeddings"))
@@ -58,23 +58,23 @@ class TokenCosts:
         )
 
     def flops(self, context: int) -> int:
-        """Of the forward pass of one token: two for each entry that it is multiplied with, and attention's two products
-        with each of ``context`` tokens, itself included. Norms, activations, biases and rotations are left out, as
-        ``torch.utils.flop_counter`` leaves them out.
+        """Floating-point operations of one token's forward pass: two for each entry that it is multiplied by, and
+        attention's two products with each of ``context`` tokens, itself included. Norms, activations, biases and
+        rotations are left out, as in ``torch.utils.flop_counter``.
         """
         return 2 * self.multiplied + 4 * context * self.query_channels
 
     def cache_bytes(self, itemsize: int) -> int:
-        """Of keys and values.
+        """Bytes that the keys and values of one token take in the cache.
 
         Args:
-            itemsize: bytes of one number of the cache.
+            itemsize: bytes of one number in the cache.
         """
         return self.cached_channels * itemsize
 
 
 def _idle(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Parameters of the experts that a token isn't given to, in all layers; and of them entries of matrices."""
+    """Parameters, in all layers, of the experts that a token isn't given to; and how many are entries of matrices."""
     experts, units = checkpoint.family.experts, checkpoint.units
     if experts is None:
         return 0, 0
@@ -83,7 +83,7 @@ def _idle(checkpoint: Checkpoint) -> tuple[int, int]:
         for layer in experts.layers
         for name, _ in units.in_layer(layer, checkpoint.tensors)
     }
-    # The biases of down projections are no neuron's.
+    # The biases of down projections belong to no neuron.
     sizes |= {name: it.numel for name, it in checkpoint.tensors.items() if name.endswith("experts.down_proj_bias")}
     of_matrices = sum(size for name, size in sizes.items() if "bias" not in name)
     idle = experts.count - experts.chosen
@@ -91,7 +91,7 @@ def _idle(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def _attention_channels(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Of the queries, and of keys and values, of all layers together."""
+    """Channels of the queries, and of the keys and values, in all layers together."""
     family = checkpoint.family
     if family.attention_projections[:3] == ATTENTION[:3]:
         projections = family.attention_modules[:3]

@@ -33,18 +33,18 @@ from hfprune_dist.structures.low_rank import FACTORS, factor_shapes
 
 COPY_BYTES = 256 * 1024
 
-# A tensor as it is -> the tensor to write, of the same dtype.
+# A tensor as read -> the tensor to write, of the same dtype.
 Transform = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Written:
-    """A tensor of a file that is written.
+    """A tensor to write to a file.
 
     Attributes:
-        name: that it gets.
-        source: name of what it is made of.
-        transform: what is done to that; None: its bytes are copied as they are.
+        name: its name in the new file.
+        source: name of the tensor that it is made from.
+        transform: applied to the source; None: the source's bytes are copied as they are.
     """
 
     name: str
@@ -55,16 +55,16 @@ class Written:
 
 @dataclass(frozen=True)
 class Changes:
-    """What becomes of some tensors on their way from one file to another.
+    """Changes to tensors on their way from one file to another.
 
     Attributes:
-        transforms: name -> what is done to it; the other tensors' bytes are copied as they are.
-        shapes: name -> the shape that it gets, of those whose shape changes.
-        names: name -> the name that it gets; tensors without one are left out. None: all keep theirs.
-        added: name of a tensor that isn't there yet -> what it is: its file, dtype and shape. ``transforms`` make it of
-            an empty one.
-        parts: name -> what is written in its place, where that is several tensors.
-        stored: what tensors are called in that file.
+        transforms: name -> what is applied to the tensor; the bytes of other tensors are copied as they are.
+        shapes: name -> new shape, for tensors whose shape changes.
+        names: name -> new name; tensors without one are left out. None: all keep their names.
+        added: name of a tensor that doesn't exist yet -> its file, dtype and shape. ``transforms`` make it from an
+            empty tensor.
+        parts: name -> the tensors to write in its place, if these are several.
+        stored: the names of tensors in the new file.
     """
 
     transforms: Mapping[str, Transform]
@@ -75,7 +75,7 @@ class Changes:
     stored: StoredNames = SAME
 
     def of(self, name: str, info: TensorInfo) -> Sequence[Written]:
-        """What is written of a tensor, or in its place."""
+        """The tensors to write for a tensor, or in its place."""
         if name in self.parts:
             return self.parts[name]
         new = name if self.names is None else self.names.get(name)
@@ -84,7 +84,7 @@ class Changes:
 
 
 def unit_cuts(checkpoint: Checkpoint, kept: Kept) -> dict[str, Cut | StackedCut]:
-    """The cut of every tensor that shrinks where this alone stays of a checkpoint."""
+    """The cut of every tensor that shrinks when only ``kept`` stays of a checkpoint."""
     assert not {EXPERTS, EXPERT_NEURONS} <= kept.units.keys(), "experts and their neurons are cut one after the other"
     return {
         name: cut_of(units, layer, owned, kept_K)
@@ -97,8 +97,8 @@ def unit_cuts(checkpoint: Checkpoint, kept: Kept) -> dict[str, Cut | StackedCut]
 
 
 def kept_names(checkpoint: Checkpoint, kept: Kept, added: Iterable[str] = ()) -> dict[str, str]:
-    """The tensors that stay, and those that are added to them, all as ``checkpoint`` numbers layers and units -> their
-    names in the smaller checkpoint.
+    """Name of every tensor that stays or is added, with ``checkpoint``'s numbers of layers and units -> its name in the
+    smaller checkpoint.
     """
     names = _of_kept_layers(checkpoint, kept.layers, added)
     for units, rows in ((checkpoint.structures[kind], rows) for kind, rows in kept.units.items()):
@@ -130,12 +130,12 @@ def write_weight_file(
     target: Path,
     replacements: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> None:
-    """Write one safetensors file of the smaller checkpoint; none where nothing stays of it.
+    """Write one safetensors file of the smaller checkpoint, or no file if nothing of it stays.
 
     Args:
-        replacements: tensor name, as ``checkpoint`` has it -> reads what is written in place of the cut tensor, of the
-            same shape; or as it would have it -> reads a bias, written behind the other tensors of its weight's file;
-            of a projection that is given a low rank, name of each factor -> reads it.
+        replacements: name of a tensor in ``checkpoint`` -> reads the tensor to write in place of the cut one, of the
+            same shape. A bias that ``checkpoint`` lacks, under the name it would have there, is written after the other
+            tensors of its weight's file. A projection given a low rank has one entry for each factor.
     """
     added = _biases_added(checkpoint, replacements or {})
     names = kept_names(checkpoint, kept, added)
@@ -152,7 +152,7 @@ def write_weight_file(
 
 
 def _biases_added(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, TensorInfo]:
-    """What the biases among these tensors are that the checkpoint lacks: as its weights are, but vectors."""
+    """The named biases that the checkpoint lacks: of the same file and dtype as their weights, but vectors."""
     added = {}
     for name in names:
         if name.endswith(".bias") and name not in checkpoint.tensors:
@@ -165,7 +165,7 @@ def _biases_added(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Ten
 def _factored(
     checkpoint: Checkpoint, kept: Kept, names: Mapping[str, str], replacements: Mapping[str, Callable[[], Tensor]]
 ) -> tuple[dict[str, list[Written]], dict[str, str]]:
-    """Of projections that are given a low rank: weight's name -> its factors, bias's name -> the one that it gets."""
+    """For projections given a low rank: name of the weight -> its factors, and name of the bias -> its new name."""
     factors, biases = {}, {}
     for projection, ranks in kept.ranks.items():
         for layer, rank in zip(kept.layers, ranks, strict=True):
@@ -191,9 +191,9 @@ def _replace(read: Callable[[], Tensor], tensor: Tensor) -> Tensor:
 
 
 def stream_weight_file(checkpoint: Checkpoint, file: str, changes: Changes, target: Path) -> None:
-    """Write one safetensors file with some tensors transformed, one of them made while that before it is written.
+    """Write one safetensors file with some tensors transformed, each of them while the previous one is written.
 
-    Peak memory is what one transform needs and the transformed tensor before it.
+    Peak memory is what one transform needs plus the previous transformed tensor.
     """
     every = {**checkpoint.tensors, **changes.added}
     infos = {name: info for name, info in every.items() if info.file == file}
@@ -218,7 +218,7 @@ def stream_weight_file(checkpoint: Checkpoint, file: str, changes: Changes, targ
 
 
 def _one_ahead(makers: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
-    """What each maker makes, in order; a thread makes the next one while its taker works on this one."""
+    """Yield each maker's tensor, in order; a thread makes the next one while the caller works on this one."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = None
         for make in makers:
@@ -231,7 +231,7 @@ def _one_ahead(makers: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
 
 
 def _header(infos: Mapping[str, TensorInfo], written: Sequence[Written], names: StoredNames) -> bytes:
-    """What a safetensors file begins with: the length of a JSON object, and that object."""
+    """The beginning of a safetensors file: the length of a JSON object, and that object."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for it in written:
@@ -263,7 +263,7 @@ def write_companions(checkpoint: Checkpoint, target: Path, config: Mapping[str, 
     """Copy tokenizer, generation config and licences; write ``config`` as config.json, and the weights' index.
 
     A checkpoint that isn't plain gets the file that plain transformers needs to load it. Other code that came with the
-    dense one is left behind, and so is what config.json says of it.
+    dense checkpoint is left out, and so are config.json's references to it.
     """
     needs_ours = str((config.get("auto_map") or {}).get(AUTO_CLASS)).startswith(f"{MODELING_FILE.stem}.")
     for name in checkpoint.companion_files:
@@ -284,9 +284,9 @@ def write_companions(checkpoint: Checkpoint, target: Path, config: Mapping[str, 
 
 
 def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
-    """Replace the tokenizer's files by what they say once they are loaded.
+    """Replace the tokenizer's files with those that transformers saves after loading them.
 
-    Of some architectures transformers makes a tokenizer by rules of its own and takes no more than the vocabulary from
-    tokenizer.json; of others it takes tokenizer.json as it is. Without this a text would have other ids.
+    For some architectures, transformers makes a tokenizer by rules of its own and takes only the vocabulary from
+    tokenizer.json; for others, it takes tokenizer.json as it is. Without this, a text would get other ids.
     """
     AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False).save_pretrained(target)
