@@ -1,1 +1,1 @@
-"""Models as torch modules: one layer at a time, memory-efficient backwards, loading."""
+"""Models as torch modules: loading, running one layer at a time, and memory-efficient backward passes."""

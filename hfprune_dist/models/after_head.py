@@ -1,4 +1,4 @@
-"""What an architecture does to the logits that its head computes, and whether all of that is known."""
+"""What an architecture does to its head's logits, and a check that it does nothing else to them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.head import NOTHING, AfterHead
 from hfprune_dist.errors import UserError
 
-# Attributes of configurations and models -> the value that does nothing.
+# Attributes of configurations and models -> the neutral value.
 _NEUTRAL = {"logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0, "final_logit_softcapping": None}
-# Architectures that multiply by ``logits_scaling``, by which others divide.
+# Architectures that multiply by ``logits_scaling``; others divide by it.
 _MULTIPLYING = ("hyperclovax",)
-# What is left of the logits' size where rounding has other orders of sums.
+# Differences, relative to the size of the logits, that rounding can make if sums are taken in another order.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _TOKENS = 16
 
 
 def after_head(checkpoint: Checkpoint) -> AfterHead:
-    """What becomes of a checkpoint's logits. Architectures that are listed leave them alone."""
+    """What a checkpoint's architecture does to its logits: nothing if it is listed."""
     if not checkpoint.family.found:
         return NOTHING
     config: Any = AutoConfig.from_pretrained(checkpoint.path).get_text_config()
@@ -36,7 +36,7 @@ def after_head(checkpoint: Checkpoint) -> AfterHead:
 
 
 def leave_logits(model: Any) -> None:
-    """Let a model put out what its head computes."""
+    """Make a model output exactly what its head computes."""
     for key, neutral in _NEUTRAL.items():
         for owner in (model, model.config, model.config.get_text_config()):
             if getattr(owner, key, None) is not None:
@@ -50,14 +50,14 @@ def require_known_logits(
     head: Callable[[], AbstractContextManager[tuple[Tensor, Tensor | None]]],
     window_T: Tensor,
 ) -> None:
-    """Check that a model whose architecture isn't listed makes the logits that its head and ``after_head`` make.
+    """Check that a model of an unlisted architecture outputs the logits that its head and ``after_head`` give.
 
     Args:
-        head: as ``core.importance.ScoredModel`` has it.
+        head: as in ``core.importance.ScoredModel``.
         window_T: ids of some text, on the model's device.
 
     Raises:
-        UserError: where it does something else to them.
+        UserError: if the model does something else to them.
     """
     if not checkpoint.family.found:
         return
@@ -67,7 +67,7 @@ def require_known_logits(
     with head() as (weight_VC, bias_V):
         ours_NV = after_head(checkpoint)(nn.functional.linear(hidden_NC, weight_VC, bias_V)).float()
     if not theirs_NV.isfinite().all():
-        return  # the pass itself tells where that begins
+        return  # the pass itself reports where that begins
     error = float((ours_NV - theirs_NV).norm() / theirs_NV.norm().clamp(min=1e-30))
     if not error <= _TOLERANCES.get(hidden_NC.dtype, 1e-4):
         raise UserError(

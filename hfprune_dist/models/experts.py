@@ -1,9 +1,9 @@
 """Mixtures of experts for passes over windows: one expert after another, with activations that hooks can see.
 
-transformers runs all experts of a layer at once, in kernels that no hook sees into. Here each expert that has tokens
-puts its activations through a module, the layer's ``ExpertProjections``, which is to them what ``down_proj`` is to an
-MLP's. The weights stay where they are: a sharded model gathers those of all experts of a layer together, whatever
-tokens a rank has.
+transformers runs all experts of a layer at once, in kernels that hooks can't see into. Here, each expert that has
+tokens passes its activations through a module, the layer's ``ExpertProjections``, which has the role that ``down_proj``
+has in an MLP. The weights stay where they are: a sharded model gathers the weights of all experts of a layer together,
+whatever tokens a rank has.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from hfprune_dist.core.memory_efficient import frozen_expert, gated_product, ret
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.memory_efficient_backward import SILU
 
-# What transformers' dispatch calls it.
+# The name of this implementation in transformers' dispatch.
 _IMPLEMENTATION = "hfprune_one_by_one"
 _PROJECTIONS = "seen_down_proj"
 
 
 class ExpertProjections(nn.Module):
-    """The down projections of a layer's experts. Has no weights of its own.
+    """The down projections of a layer's experts, as a module without weights of its own.
 
     Attributes:
-        in_features: channels of one expert.
-        experts: how many there are.
+        in_features: number of channels of one expert.
+        experts: number of experts.
     """
 
     def __init__(self, project: Callable[[Tensor, int], Tensor], in_features: int, experts: int) -> None:
@@ -41,22 +41,22 @@ class ExpertProjections(nn.Module):
         self.experts = experts
 
     def forward(self, hidden_ND: Tensor, expert: int, _weights_N: Tensor) -> Tensor:
-        """What an expert makes of its activations [tokens, in_features]: [tokens, hidden_size].
+        """Project an expert's activations [tokens, in_features] to its output [tokens, hidden_size].
 
         Args:
-            _weights_N: what becomes of it is multiplied with, for hooks.
+            _weights_N: factors by which the output will be multiplied; not used here, but seen by hooks.
         """
         return self._project(hidden_ND, expert)
 
 
 def see_experts(model: nn.Module, family: Family) -> list[ExpertProjections | None]:
-    """Let a frozen model run its experts one after another; others stay as they are.
+    """Make a frozen model run its experts one after another; models without experts stay as they are.
 
     Returns:
-        Of every layer its experts' projections; None where it has no experts.
+        For every layer, its experts' projections; None if it has no experts.
 
     Raises:
-        UserError: where experts compute what isn't known.
+        UserError: if experts compute something unknown.
     """
     return [_see(layer) for layer in family.layers_of(model)]
 
@@ -86,15 +86,15 @@ def _is_sharded(weight: Any) -> bool:
 
 
 def _shape_of(weight: Any) -> tuple[int, ...]:
-    """Of a whole weight, which may be sharded."""
+    """The whole shape of a weight, which may be sharded."""
     return tuple(weight.ds_shape if _is_sharded(weight) else weight.shape)
 
 
 def _in_graph(_experts: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """What experts read, with a gradient also where the graph would begin within them.
+    """The inputs of experts, with a gradient even if the graph would begin inside the experts.
 
-    DeepSpeed gives weights back when a module's inputs have their gradients: it would keep all that a layer's experts
-    have from their backward to the next forward.
+    DeepSpeed releases a module's weights when its inputs have their gradients: without one, it would keep all weights
+    of a layer's experts from their backward until the next forward.
     """
     if inputs[0].requires_grad or not torch.is_grad_enabled():
         return None
@@ -102,11 +102,11 @@ def _in_graph(_experts: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
 
 
 def _run(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
-    """What a layer's experts make of its tokens [tokens, hidden_size].
+    """The output of a layer's experts for its tokens [tokens, hidden_size].
 
     Args:
         index_NK: the experts of each token.
-        weights_NK: what their outputs are multiplied with.
+        weights_NK: factors by which these experts' outputs are multiplied.
     """
     order_S, weights_S, parts = _of_each(experts, hidden_NC, index_NK, weights_NK)
     down = getattr(experts, _PROJECTIONS)
@@ -118,7 +118,7 @@ def _run(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) 
 def _of_each(
     experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Order and weights of what the experts read, and of each what it reads [tokens, hidden_size], with the weights."""
+    """Order and weights of all experts' inputs; and for each expert its inputs [tokens, hidden_size] and weights."""
     index_S = index_NK.flatten()
     order_S = index_S.argsort(stable=True)
     counts = torch.bincount(index_S, minlength=experts.num_experts).tolist()
@@ -129,14 +129,14 @@ def _of_each(
 
 @torch.no_grad()
 def weighted_activations(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) -> list[Tensor]:
-    """What the down projections of a layer's experts read, each token's times the weight of the expert's output in the
-    layer's: so what a projection loses of these is what the layer's output loses.
+    """The inputs of the down projections of a layer's experts, multiplied for each token by the weight of the expert's
+    output: so what a projection loses of these, the layer's output loses.
 
     Args:
-        experts: the module that has them all; the others are what it reads (see ``_run``).
+        experts: the module that holds all experts; the other arguments are its inputs (see ``_run``).
 
     Returns:
-        For each expert float32 [tokens, channels], of the tokens that it was given.
+        For each expert, float32 [tokens, channels], for the tokens that it was given.
 
     Raises:
         UserError: as ``see_experts`` does.
@@ -147,12 +147,12 @@ def weighted_activations(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weig
 
 
 def down_projections(experts: Any) -> list[Tensor]:
-    """Of each expert [hidden_size, channels], as views of what the module has."""
+    """The down projection of each expert [hidden_size, channels], as views of the module's weights."""
     return [it.T if experts.is_transposed else it for it in experts.down_proj.data]
 
 
 def _activations(experts: Any, x_NC: Tensor, expert: int) -> Tensor:
-    """What an expert's down projection reads [tokens, channels of an expert]."""
+    """The input of an expert's down projection [tokens, channels of an expert]."""
     bias = experts.gate_up_proj_bias if experts.has_bias else None
     made_ND = frozen_expert(x_NC, experts.gate_up_proj, bias, expert, is_transposed=experts.is_transposed)
     has_own_gate = type(experts)._apply_gate.__module__ != moe.__name__

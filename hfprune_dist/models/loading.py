@@ -1,4 +1,4 @@
-"""Loading checkpoints, those with layers of different sizes included, without code from the checkpoint."""
+"""Loading checkpoints, including those with layers of different sizes, without running code from the checkpoint."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from hfprune_dist.checkpoints.read_tensors import read_tensor
 from hfprune_dist.checkpoints.text_decoder import is_of_decoder
 from hfprune_dist.errors import UserError
 
-# transformers changes defaults of the whole process while it makes a model: threads that make one at the same time
-# would restore each other's, and every later model might lack its tied head.
+# transformers changes process-wide defaults while it makes a model: threads that make models at the same time would
+# restore each other's, and every later model might lack its tied head.
 ONE_AT_A_TIME = threading.Lock()
-# What modules make in float32 whatever dtype a model is loaded in, of which its class doesn't tell (hunyuan_v1_moe).
+# Tensors that modules make in float32 in a model of any dtype, without its class saying so (hunyuan_v1_moe).
 _FLOAT32 = ("gate.wg.weight",)
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a checkpoint folder; sharded while an ``HfDeepSpeedConfig`` lives.
+    """Load the model of a checkpoint folder; it is sharded if an ``HfDeepSpeedConfig`` is alive.
 
     Raises:
-        UserError: where a tensor is missing, and as ``require_exact_rotary`` does.
+        UserError: if a tensor is missing, and as ``require_exact_rotary`` does.
     """
     checkpoint = open_checkpoint(folder)
     model, missing = _loaded(checkpoint, dtype=dtype)
@@ -43,8 +43,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _loaded(checkpoint: Checkpoint, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """What transformers makes of a checkpoint, and the tensors that it would make up, at random."""
-    # Left to itself, transformers compares the head with the embedding, which it can't where both are sharded.
+    """The model that transformers makes from a checkpoint, and the missing tensors that it fills at random."""
+    # Left to itself, transformers compares the head with the embedding, which it can't do if both are sharded.
     changes = {"tie_word_embeddings": False} if checkpoint.has_untied_head else {}
     with ONE_AT_A_TIME:
         model, told = model_class(checkpoint).from_pretrained(
@@ -69,9 +69,9 @@ def _refuse_missing(checkpoint: Checkpoint, missing: Sequence[str]) -> None:
 def _with_text_positions(
     _body: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Before a text decoder whose positions have several axes: tell it of texts that follow one another in a row.
+    """Hook before a text decoder whose positions have several axes: tell it where the texts that share a row begin.
 
-    It takes the first of four rows of positions for those, and sees none of them in one that it makes three of.
+    The decoder looks for that in the first of four rows of positions; from a single row it makes three, and sees none.
     """
     positions = options.get("position_ids")
     rope = getattr(_body.config, "rope_parameters", None) or {}
@@ -109,10 +109,10 @@ def auto_class(checkpoint: Checkpoint) -> Any:
 
 
 def attention_of(checkpoint: Checkpoint) -> str:
-    """The implementation of attention that it runs with: torch's, or its own where torch's can't do what it does.
+    """The attention that a checkpoint runs with: torch's, or its own implementation if torch's can't replace it.
 
     Raises:
-        UserError: where transformers has no class for it.
+        UserError: if transformers has no class for it.
     """
     name = checkpoint.family.plain_class
     kind = getattr(transformers, name, None)
@@ -131,13 +131,13 @@ def stays_float32(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def require_own_weights(checkpoint: Checkpoint) -> None:
-    """Check that the weights are those of the model that config.json describes, by headers alone.
+    """Check, by headers only, that the weights are those of the model that config.json describes.
 
-    transformers makes up tensors that are missing, at random, and leaves out those that it has no use for.
+    transformers fills missing tensors with random values, and leaves out tensors that it has no use for.
 
     Raises:
-        UserError: naming a tensor that is missing, has another shape, or would be left out; or why transformers can't
-            make the model.
+        UserError: naming a tensor that is missing, has another shape, or would be left out; or saying why transformers
+            can't make the model.
     """
     model, missing = _without_weights(checkpoint)
     modules = dict(model.named_modules())
@@ -168,8 +168,8 @@ def require_own_weights(checkpoint: Checkpoint) -> None:
 
 
 def require_finite_routers(checkpoint: Checkpoint) -> None:
-    """Check that what chooses among experts is finite. Where it isn't, experts are chosen that nobody means, which no
-    score shows, or activations of the next layer are NaN.
+    """Check that the weights that choose among experts are finite. Otherwise experts are chosen arbitrarily, which no
+    score shows, or the next layer's activations are NaN.
 
     Raises:
         UserError: naming the tensor.
@@ -184,13 +184,13 @@ def require_finite_routers(checkpoint: Checkpoint) -> None:
 
 
 def _without_weights(checkpoint: Checkpoint) -> tuple[nn.Module, list[str]]:
-    """See ``_loaded``; of the files nothing but headers is read."""
+    """The same as ``_loaded``, but reading only the files' headers."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         return _loaded(checkpoint, device_map="meta", ignore_mismatched_sizes=True)
     except UserError:
         raise
-    except Exception as error:  # of many kinds, for settings of many kinds
+    except Exception as error:  # of many kinds, depending on the settings
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{checkpoint.path / 'config.json'}: transformers can't make this model: {reason}") from None

@@ -18,7 +18,7 @@ SILU = tuple({type(ACT2FN[name]) for name in ("silu", "swish")})
 
 
 def use_memory_efficient_backward(model: nn.Module, family: Family) -> None:
-    """Let norms and gated MLPs that compute what Llama's do run with backwards of ours; others stay as they are."""
+    """Give norms and gated MLPs that compute what Llama's do our backward; others stay as they are."""
     for module in model.modules():
         if _computes_as(module, LlamaRMSNorm):
             module.forward = partial(_normalize, module)
@@ -29,9 +29,9 @@ def use_memory_efficient_backward(model: nn.Module, family: Family) -> None:
 
 
 def keep_no_gathered_weights(model: nn.Module) -> None:
-    """Let a frozen, sharded model's linear layers gather their weights again for backward.
+    """Make a frozen, sharded model's linear layers gather their weights again for backward.
 
-    torch's own would hold every layer's weights, as they were gathered for forward, until backward.
+    torch's own layers would hold the weights that were gathered for forward until backward.
     """
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -39,17 +39,17 @@ def keep_no_gathered_weights(model: nn.Module) -> None:
 
 
 def checkpoint_activations(model: nn.Module, family: Family) -> None:
-    """Keep a layer's input alone for backward, and run the layer again there: less memory, one more forward.
+    """Keep only each layer's input for backward, and run the layer again then: less memory, one more forward.
 
-    The first layer has little to keep, since the graph begins within it.
+    The first layer stays as it is: it has little to keep, since the graph begins inside it.
     """
     for layer in family.layers_of(model)[1:]:
         layer.forward = partial(_run_checkpointed, layer.forward)
 
 
 def branch_off(model: nn.Module, family: Family) -> None:
-    """Let gradients of what an MLP or a norm reads be added up for it alone, as DeepSpeed's hooks do it in a sharded
-    model, before those of others that read the same are added. What a mixture of experts reads goes to several parts.
+    """Sum the gradients of each MLP's or norm's input separately, before adding those of other readers of the same
+    tensor, as DeepSpeed's hooks do in a sharded model. The input of a mixture of experts goes to several of its parts.
     """
     parts = {part for layer in family.layers_of(model) for part in _branching(layer.get_submodule(family.mlp))}
     for module in model.modules():
@@ -58,7 +58,7 @@ def branch_off(model: nn.Module, family: Family) -> None:
 
 
 def _branching(mlp: nn.Module) -> list[nn.Module]:
-    """An MLP, with its parts where it is a mixture of experts."""
+    """An MLP, with its parts if it is a mixture of experts."""
     is_mixture = any(hasattr(part, "_apply_gate") for part in mlp.children())
     return [part for part in mlp.modules() if not isinstance(part, nn.Linear)] if is_mixture else [mlp]
 
@@ -68,7 +68,7 @@ def _viewed(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...
 
 
 def _computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
-    """Whether a module's forward is that of a class of transformers, which has copies of it in many architectures."""
+    """Whether a module's forward is that of a transformers class, which many architectures copy."""
     codes = [getattr(kind.forward, "__code__", None) for kind in (type(module), known)]
     ours, theirs = ((code.co_code, code.co_names, code.co_consts) if code else None for code in codes)
     return ours == theirs is not None

@@ -1,4 +1,4 @@
-"""The output projections of a layer: one linear module for each kind of units, or one module with those of experts."""
+"""The output projections of a layer: a linear module for each kind of units, or a single module for all experts."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from hfprune_dist.structures.units import Units
 
 
 def output_weights(layer: nn.Module, units: Units) -> list[Tensor]:
-    """Weights [hidden_size, channels] that read the units' channels: of each expert, or a single one."""
+    """Weights [hidden_size, channels] that read the units' channels: one for each expert, or a single one."""
     if units.experts > 1:
         return down_projections(part_of(layer, units.output))
     return [output_of(layer, units).weight.data]
 
 
 def channels_of(layer: nn.Module, units: Units) -> int:
-    """How many each of these weights reads."""
+    """Number of channels that each of ``output_weights`` reads."""
     return output_weights(layer, units)[0].shape[1]
 
 
 @contextmanager
 def channels_read(layer: nn.Module, units: Units) -> Iterator[list[Any]]:
-    """Collects what the units' output projection reads [tokens, channels] when the layer is run; of experts what
-    ``weighted_activations`` makes of it.
+    """Collect the inputs [tokens, channels] of the units' output projection whenever the layer runs; for experts, the
+    result of ``weighted_activations``.
     """
     seen: list[Any] = []
 

@@ -25,13 +25,13 @@ from hfprune_dist.models.loading import ONE_AT_A_TIME, attention_of, auto_class,
 from hfprune_dist.models.memory_efficient_backward import SILU
 from hfprune_dist.structures.units import Units
 
-# Of the only layer inside what ``LayerReader.layer`` makes.
+# Name of the only layer in a decoder that ``LayerReader.layer`` makes.
 LAYER = "layers.0"
 
 
 @dataclass(frozen=True)
 class Head:
-    """The end of a model: final norm, the projection to the vocabulary, and what becomes of its logits."""
+    """The end of a model: the final norm, the projection to the vocabulary, and what is done to the logits."""
 
     norm: nn.Module
     weight_VC: Tensor
@@ -39,17 +39,17 @@ class Head:
     after: AfterHead
 
     def outputs(self, hidden_BTC: Tensor) -> Outputs:
-        """From what the last layer puts out."""
+        """The model's outputs, given the last layer's."""
         return Outputs(self.norm(hidden_BTC).flatten(0, 1), self.weight_VC, self.bias_V, self.after)
 
 
 class LayerReader:
-    """Makes the layers of a checkpoint, each as a decoder that has this layer alone and no final norm.
+    """Makes the layers of a checkpoint, each as a decoder with only this layer and no final norm.
 
-    So a layer sees the masks and positions that its architecture makes for it.
+    So each layer sees the masks and positions that its architecture makes for it.
 
     Args:
-        dtype: of weights and activations.
+        dtype: dtype of weights and activations.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
@@ -59,11 +59,11 @@ class LayerReader:
         self._config: Any = AutoConfig.from_pretrained(checkpoint.path)
 
     def embed(self, batches: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """What the first layer reads, for micro-batches of ids [windows, tokens]: [windows, tokens, hidden_size] each,
-        on the CPU.
+        """The first layer's inputs for micro-batches of ids [windows, tokens]: [windows, tokens, hidden_size] each, on
+        the CPU.
         """
         table = self._checkpoint.family.embedding_tensor()
-        body = self._body(0).eval()  # some drop embeddings out
+        body = self._body(0).eval()  # some apply dropout to embeddings
         body.load_state_dict({**self._beside(), **self._read_within([table])}, strict=False, assign=True)
         first = body.get_submodule(LAYER)
         return {
@@ -79,7 +79,7 @@ class LayerReader:
         """A layer's weights for ``with_weights``. Threads may read different layers at once.
 
         Args:
-            place: puts what a file has onto the device, in a dtype.
+            place: moves a tensor from a file to the device, in a given dtype.
         """
         prefix = f"{self._checkpoint.family.layers}.{number}."
         return {
@@ -93,7 +93,7 @@ class LayerReader:
         return torch.float32 if stays_float32(self._checkpoint, name) else self._dtype
 
     def with_weights(self, number: int, weights: Mapping[str, Tensor]) -> nn.Module:
-        """``layer``, of which the weights were read before."""
+        """The same as ``layer``, with weights that were read before."""
         family = self._checkpoint.family
         body = self._body(number)
         body.set_submodule(_within(family.body, family.norm), nn.Identity())
@@ -104,26 +104,26 @@ class LayerReader:
         return body.to(self._device).requires_grad_(False).eval()
 
     def head(self) -> Head:
-        """What turns the last layer's output into logits."""
+        """The part of the model that turns the last layer's output into logits."""
         family, names = self._checkpoint.family, self._checkpoint.tensors
         weight = family.head_tensor()
         bias = f"{family.head}.bias"
         return Head(
             self.final_norm(),
-            self._read(weight if weight in names else family.embedding_tensor()),  # else tied to the embedding
+            self._read(weight if weight in names else family.embedding_tensor()),  # otherwise tied to the embedding
             self._read(bias) if bias in names else None,
             after_head(self._checkpoint),
         )
 
     def final_norm(self) -> nn.Module:
-        """Between the last layer and the head."""
+        """The norm between the last layer and the head."""
         family = self._checkpoint.family
         norm: nn.Module = self._model(0).get_submodule(family.norm)
         norm.load_state_dict({name: self._read(f"{family.norm}.{name}") for name in norm.state_dict()}, assign=True)
         return norm.requires_grad_(False)
 
     def _beside(self) -> dict[str, Tensor]:
-        """What the decoder has beside its layers, its embeddings and its final norm: positions, if any."""
+        """The decoder's tensors outside its layers, embeddings and final norm: positions, if any."""
         family = self._checkpoint.family
         others = (f"{family.layers}.", f"{family.embedding}.", f"{family.norm}.")
         names = [name for name in self._checkpoint.tensors if name.startswith(f"{family.body}.")]
@@ -178,8 +178,8 @@ def _within(body: str, name: str) -> str:
 
 
 def _compute_buffers(model: Any, module: nn.Module) -> None:
-    """Buffers, as they are before weights are loaded, some of buffers among them: those of rotary embeddings from their
-    configuration, others as transformers does it.
+    """Compute a module's buffers, as they are before the weights, some of which are buffers, are loaded: those of
+    rotary embeddings from their configuration, others as transformers does it.
     """
     buffers = {name: it for name, it in module.named_buffers(recurse=False) if it.is_meta}
     if not buffers:
@@ -192,10 +192,10 @@ def _compute_buffers(model: Any, module: nn.Module) -> None:
 
 @torch.no_grad()
 def run(layer: nn.Module, hidden_BTC: Tensor) -> Tensor:
-    """One layer's output, same shape."""
+    """One layer's output, of the same shape as its input."""
 
     def enter(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (hidden_BTC, *inputs[1:])  # whatever the decoder does to embeddings before its first layer
+        return (hidden_BTC, *inputs[1:])  # whatever the decoder does to embeddings before it
 
     handle = layer.get_submodule(LAYER).register_forward_pre_hook(enter)
     try:
@@ -205,8 +205,8 @@ def run(layer: nn.Module, hidden_BTC: Tensor) -> Tensor:
     return output_BTC
 
 
-class _Reached(Exception):  # noqa: N818  no error: it ends a computation that has done what it was run for
-    """Carries what a module was to read."""
+class _Reached(Exception):  # noqa: N818  not an error: it ends a computation that has served its purpose
+    """Carries the input of a module that is about to run."""
 
     def __init__(self, input_BTC: Tensor) -> None:
         self.input_BTC = input_BTC
@@ -220,10 +220,10 @@ def read_by(inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def input_of(module: nn.Module, compute: Callable[[], object]) -> Tensor:
-    """What a module reads in a computation, of which nothing is computed from there on.
+    """The input of a module in a computation, which is stopped when it reaches the module.
 
     Args:
-        compute: runs the module, and what comes before it. It is left by an exception that a hook raises.
+        compute: runs the module, and what comes before it. A hook stops it by raising an exception.
     """
 
     def stop(_module: nn.Module, inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> None:
@@ -240,19 +240,19 @@ def input_of(module: nn.Module, compute: Callable[[], object]) -> Tensor:
 
 
 def mlp_of(layer: nn.Module, units: Units) -> nn.Module:
-    """The MLP that some units are of, inside what ``LayerReader.layer`` made."""
+    """The MLP that some units belong to, in a decoder that ``LayerReader.layer`` made."""
     return layer.get_submodule(f"{LAYER}.{units.block.name}")
 
 
 def entering(layer: nn.Module, units: Units) -> nn.Module:
-    """Of such a layer, what makes of the residual stream what the units' block reads."""
+    """The module of such a layer that turns the residual stream into the input of the units' block."""
     norm = units.block.norm
     return nn.Identity() if norm is None else part_of(layer, norm)
 
 
 @torch.no_grad()
 def added(layer: nn.Module, units: Units, output_BTC: Tensor) -> Tensor:
-    """What such a layer adds to its residual stream where the units' output projection puts this out."""
+    """What such a layer adds to its residual stream for this output of the units' output projection."""
     block = units.block
     if block.norm_after is not None:
         output_BTC = part_of(layer, block.norm_after)(output_BTC)
@@ -260,13 +260,13 @@ def added(layer: nn.Module, units: Units, output_BTC: Tensor) -> Tensor:
 
 
 def put_out(layer: nn.Module, units: Units, wanted_NC: Tensor, like_NC: Tensor) -> Tensor:
-    """What the units' output projection should put out for this to be added to the residual stream.
+    """The output that the units' output projection needs for ``wanted_NC`` to be added to the residual stream.
 
-    A norm that follows it divides by each token's size, which is taken from another output.
+    A norm after it divides by each token's size, which is taken from ``like_NC``.
 
     Args:
         wanted_NC: float32 [tokens, hidden_size].
-        like_NC: what it puts out now, or nearly [tokens, hidden_size].
+        like_NC: its current output, or one close to it [tokens, hidden_size].
     """
     if units.block.norm_after is None and units.block.multiplier == 1.0:
         return wanted_NC
@@ -277,11 +277,11 @@ def put_out(layer: nn.Module, units: Units, wanted_NC: Tensor, like_NC: Tensor) 
 
 @dataclass(frozen=True)
 class BeforeDown:
-    """What an MLP computes with before its down projection.
+    """The parts of an MLP before its down projection.
 
     Attributes:
-        weights, biases: of gate and up, or of up alone.
-        activation: of the first of them.
+        weights, biases: those of gate and up, or only of up.
+        activation: applied to the output of the first of them.
     """
 
     weights: tuple[Tensor, ...]
@@ -294,7 +294,7 @@ class BeforeDown:
 
 
 def before_down(layer: nn.Module, units: Units) -> BeforeDown:
-    """Of such a layer, by the neurons of its MLP."""
+    """The parts before the down projection of such a layer's MLP, of which ``units`` are the neurons."""
     mlp = mlp_of(layer, units)
     rows, weights = _rows(layer, units), row_matrices(layer, units)
     biases = [part for row in rows if row.bias is not None for part in row.bias.data.chunk(units.row_parts[0])]
@@ -305,7 +305,7 @@ def before_down(layer: nn.Module, units: Units) -> BeforeDown:
 
 
 def row_matrices(layer: nn.Module, units: Units) -> tuple[Tensor, ...]:
-    """Of such a layer, the matrices that make an MLP's neurons, gate and up or up alone [neurons, hidden_size]."""
+    """The matrices that compute the neurons of such a layer's MLP, gate and up or only up [neurons, hidden_size]."""
     return tuple(part for row in _rows(layer, units) for part in row.weight.data.chunk(units.row_parts[0]))
 
 
@@ -329,7 +329,7 @@ def output_of(layer: nn.Module, units: Units) -> nn.Linear:
 
 
 def weights_kept(layer: nn.Module, units: Units, kept: Tensor | None = None) -> dict[str, Tensor]:
-    """What is left of every parameter that units own something of, by its name within the layer.
+    """The remaining part of every parameter that units own a part of, by its name within the layer.
 
     Args:
         kept: ascending int64 indices of the units that stay; None: all.
@@ -345,6 +345,6 @@ def weights_kept(layer: nn.Module, units: Units, kept: Tensor | None = None) -> 
 
 
 def put_weights(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give such a layer's parameters, by their names within the layer, other values; sizes may differ."""
+    """Replace such a layer's parameters, given by their names within the layer; sizes may differ."""
     for name, weight in weights.items():
         layer.get_parameter(f"{LAYER}.{name}").data = weight
