@@ -1,6 +1,6 @@
-"""The formats of local text files, and how the records in them are read.
+"""The formats of local text files, and readers of the records in them.
 
-Records come one at a time, each with its place (file and line or number), so that a message can name it.
+Records are read one at a time, each with its place (file and line or number), so that a message can name it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _REFUSED = {
     ".arrow": "Arrow files aren't read; write the data set as .parquet (datasets.load_from_disk(...).to_parquet(...))",
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "archives aren't read; unpack it"),
 }
-# What files of other kinds begin with, for messages about a file that isn't the text that its name promises.
+# First bytes of files of other kinds, for messages about a file that isn't the text that its name promises.
 _SIGNATURES = {
     b"\x1f\x8b": "it looks like gzip, whose names end in .gz",
     b"BZh": "it looks like bzip2, whose names end in .bz2",
@@ -56,18 +56,18 @@ _SIGNATURES = {
     codecs.BOM_UTF16_LE: "it looks like UTF-16; save it as UTF-8",
     codecs.BOM_UTF16_BE: "it looks like UTF-16; save it as UTF-8",
 }
-_LONGEST_FIELD = 2**31 - 1  # of a csv file; the csv module's own limit, 131,072 characters, is less than a document
+_LONGEST_FIELD = 2**31 - 1  # in a csv file; the csv module's default, 131,072 characters, is less than a document
 _CHUNK_CHARACTERS = 2**20
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that a path stands for: itself, or those in a folder whose names end as ``SUPPORTED`` says, in order.
+    """The files that a path stands for: itself or, in order, a folder's files that end as ``SUPPORTED`` says.
 
     Files without such an ending (a README) and subfolders are left out.
 
     Raises:
-        UserError: where there are none, and for pipes and devices, which can't be read twice.
+        UserError: if there are none, and for pipes and devices, which can't be read twice.
     """
     with _explaining(path):
         mode = path.stat().st_mode
@@ -83,17 +83,17 @@ def files_of(path: Path) -> list[Path]:
 
 
 def identity_of(path: Path, hashes: FileHashes, after_each: AfterEach = nothing) -> str:
-    """What stands for a local text in fingerprints: the content of its files and how it is read, whatever their names.
+    """The identity of a local text in fingerprints: its files' content and how it is read, but not their names.
 
     Args:
         after_each: called after each piece of a file that is read.
 
     Raises:
-        UserError: where a file can't be read.
+        UserError: if a file can't be read.
     """
     files = files_of(path)
     if files == [path] and (path.suffix == ".jsonl" or _format_of(path) == (PLAIN, "")):
-        return hashes.of_file(path, after_each)  # alone, as before there were other formats
+        return hashes.of_file(path, after_each)  # only that, as before there were other formats
     return digest_of([[*_format_of(file), hashes.of_file(file, after_each)] for file in files])
 
 
@@ -101,7 +101,7 @@ def read_files(path: Path, fields: Sequence[str]) -> Iterator[Placed]:
     """Yield the records of a local file, or of a folder's files, each with its place.
 
     Args:
-        fields: names of the fields that are wanted. Plain text has one field, the first of them.
+        fields: names of the fields that are wanted. Plain text has a single field, the first of these.
 
     Raises:
         UserError: naming the file and what is wrong with it.
@@ -127,13 +127,13 @@ def _read(file: Path, fields: Sequence[str]) -> Iterator[Placed]:
 
 
 def _format_of(file: Path) -> tuple[str, str]:
-    """Format and compression, by the name's endings."""
+    """Format and compression, by the endings of the name."""
     compression = file.suffix.lower() if file.suffix.lower() in _OPENERS else ""
     return _BY_ENDING.get(_ending(file), PLAIN), compression
 
 
 def _ending(file: Path) -> str:
-    """The ending that tells the format, in lower case; before it is compressed."""
+    """The ending that tells the format, in lower case, without the one that tells the compression."""
     return Path(file.stem if file.suffix.lower() in _OPENERS else file.name).suffix.lower()
 
 
@@ -204,7 +204,7 @@ def _read_json(file: Path, stream: BinaryIO) -> Iterator[Placed]:
 
 
 class _JsonText:
-    """The values in a stream of JSON, read as far as they are asked for."""
+    """The values in a stream of JSON, read only as far as needed."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -213,7 +213,7 @@ class _JsonText:
         self._decoder = json.JSONDecoder()
 
     def next_character(self) -> str:
-        """The next one that is no white space, which stays; empty at the end."""
+        """The next character that isn't white space, without going past it; empty at the end."""
         while True:
             space = _SPACE.match(self._text, self._place)
             assert space is not None
@@ -222,7 +222,7 @@ class _JsonText:
                 return self._text[self._place : self._place + 1]
 
     def skip(self, character: str) -> bool:
-        """Go past the next character, if it is this one."""
+        """Go past the next character if it is this one; return whether it was."""
         found = self.next_character() == character
         self._place += found
         return found
@@ -243,7 +243,7 @@ class _JsonText:
                 return value
 
     def _read_on(self) -> bool:
-        """Read as much again as is waiting, so that a long value is tried a few times only; False at the end."""
+        """Read at least as much again as is waiting, so that a long value takes few attempts; False at the end."""
         more = self._stream.read(max(_CHUNK_CHARACTERS, len(self._text) - self._place))
         self._text, self._place = self._text[self._place :] + more, 0
         return bool(more)
@@ -272,7 +272,7 @@ _READERS: dict[str, Callable[[Path, BinaryIO], Iterator[Placed]]] = {
 
 
 def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[Placed]:
-    """Of a wide table, only the wanted columns are read."""
+    """Yield the rows of a Parquet file, reading only the wanted columns if it has all of them."""
     from pyarrow import ArrowException, parquet
 
     try:
@@ -301,5 +301,5 @@ def _explaining(file: Path) -> Iterator[None]:
 
 
 def _hint(begin: bytes) -> str:
-    """What a file is instead, where its first bytes tell."""
+    """What a file really is, if its first bytes tell."""
     return next((f"; {hint}" for signature, hint in _SIGNATURES.items() if begin.startswith(signature)), "")

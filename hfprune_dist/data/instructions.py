@@ -1,7 +1,7 @@
 """Instruction pairs -> tokens -> packed rows.
 
-A pair is ``[BOS] prompt response EOS`` and its loss is taken on response and EOS alone. Several pairs share a row;
-their positions restart at 0, from which transformers builds an attention mask that keeps each pair to itself.
+A pair is ``[BOS] prompt response EOS``, with loss only on response and EOS. Several pairs share a row; the positions of
+each restart at 0, from which transformers builds an attention mask that keeps each pair to itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-# The most pairs that are tokenized before a sweep begins, to see that one can be trained on: a second's work.
+# The most pairs that are tokenized before a sweep begins, to check that one can be trained on: a second's work.
 PAIRS_TO_TRY = 4096
 PACKING_BUFFER = 8192  # pairs that are packed together: enough to fill rows well, few enough to keep them mixed
 
@@ -48,13 +48,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of the pairs.
+    """Numbers of pairs, rows and tokens after packing.
 
     Attributes:
         pairs: pairs that are trained on.
         dropped_pairs: pairs without a response token inside sequence_length.
         rows: packed rows.
-        tokens: tokens of all pairs, padding left out.
+        tokens: tokens of all pairs, without padding.
         trained_tokens: tokens that carry loss.
         packing_efficiency: share of the rows' tokens that is not padding.
     """
@@ -68,7 +68,7 @@ class RowCounts:
 
 
 def prompt_for(instruction: str) -> str:
-    """The text that a response to an instruction follows."""
+    """The prompt for an instruction, which the response follows."""
     return PROMPT.format_map({"instruction": instruction})
 
 
@@ -93,10 +93,10 @@ def encode_for(tokenizer: Any, texts: Iterable[tuple[str, str]], sequence_length
 
 
 def require_room(tokenizer: Any, sequence_length: int) -> None:
-    """Refuse a ``sequence_length`` that the template alone fills.
+    """Refuse a ``sequence_length`` that the template fills by itself.
 
     Raises:
-        UserError: telling how many tokens it takes.
+        UserError: saying how many tokens the template takes.
     """
     (template,) = all_plain_ids(tokenizer, [prompt_for("")])
     taken = len(template) + (bos_id(tokenizer, add_bos_token=True) is not None)
@@ -108,10 +108,10 @@ def require_room(tokenizer: Any, sequence_length: int) -> None:
 
 
 def require_trainable(beginning: Beginning, tokenizer: Any, sequence_length: int, where: str) -> None:
-    """Refuse instructions and responses that leave nothing to train on, where ``PAIRS_TO_TRY`` are all there are.
+    """Refuse instructions and responses that leave nothing to train on, if there are at most ``PAIRS_TO_TRY``.
 
     Raises:
-        UserError: as ``nothing_to_train_on`` says.
+        UserError: the one that ``nothing_to_train_on`` makes.
     """
     if not beginning.is_all or len(beginning.texts) > PAIRS_TO_TRY:
         return
@@ -121,7 +121,7 @@ def require_trainable(beginning: Beginning, tokenizer: Any, sequence_length: int
 
 
 def nothing_to_train_on(pairs: int, sequence_length: int, where: str) -> UserError:
-    """What is wrong where none of so many pairs has a response token within ``sequence_length``."""
+    """The error to raise if none of so many pairs has a response token within ``sequence_length``."""
     return UserError(
         f"{where}: none of {pairs} pairs has a response token within recovery.sequence_length {sequence_length}; raise "
         "it, or give other pairs"
@@ -145,7 +145,7 @@ def assign_rows(lengths: Sequence[int], sequence_length: int, seed: int) -> list
         lengths: tokens of each pair, at most ``sequence_length``.
 
     Returns:
-        Indices of the pairs of each row.
+        Indices of the pairs in each row.
     """
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     buffers = [order[start : start + PACKING_BUFFER] for start in range(0, len(order), PACKING_BUFFER)]
@@ -196,10 +196,10 @@ class Packing:
     """How pairs become rows.
 
     Attributes:
-        sequence_length: tokens of a row.
-        pad: token behind the pairs.
-        seed: of the order.
-        shares: whether pairs may share a row; else each has one to itself.
+        sequence_length: tokens per row.
+        pad: padding token after the pairs.
+        seed: seed of the order of the pairs.
+        shares: whether pairs may share a row; otherwise each has a row to itself.
     """
 
     sequence_length: int
@@ -208,7 +208,7 @@ class Packing:
     shares: bool = True
 
     def assigned(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices of the pairs of each row."""
+        """Indices of the pairs in each row."""
         if not self.shares:
             return [[pair] for pair in range(len(lengths))]
         return assign_rows(lengths, self.sequence_length, self.seed)
@@ -233,7 +233,7 @@ def save_rows(file: Path, encoded: Sequence[Pair | None], packing: Packing) -> R
 
 
 def read_counts(file: Path) -> RowCounts:
-    """The counts that ``save_rows`` left in its file."""
+    """The counts that ``save_rows`` stored in its file."""
     return RowCounts(**json.loads(read_texts(file)["counts"]))
 
 

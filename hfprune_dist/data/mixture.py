@@ -1,4 +1,4 @@
-"""Windows of several texts in given shares, mixed so that every part of the windows has the texts in these shares."""
+"""Windows from several texts in given shares, mixed so that every part of the windows has these shares too."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Source:
     """A text of a mixture.
 
     Attributes:
-        settings: as ``read_windows`` has them.
+        settings: as in ``read_windows``.
         path: the local file or folder; None streams the hub data set.
-        windows: that are cut from it.
+        windows: number of windows that are cut from it.
     """
 
     settings: Mapping[str, Any]
@@ -30,15 +30,15 @@ class Source:
 def read_mixture(
     sources: Sequence[Source], tokenizer: Any, sampling: Sampling, apart: Sequence[bool], where: str
 ) -> Windows:
-    """Cut windows from several texts, each from its own as ``read_windows`` does.
+    """Cut windows from several texts, from each text as ``read_windows`` does.
 
     Args:
-        sampling: of all windows; ``samples`` are as many as those of the sources together.
-        apart: whether a window will be kept apart from others; see ``interleaved``.
+        sampling: how all windows are cut; ``samples`` is the total number of the sources' windows.
+        apart: for each window, whether it will be kept apart from others; see ``interleaved``.
         where: what the texts are for, for messages.
 
     Raises:
-        UserError: where a text can't be read, no document is long enough, or there is less of it than its share.
+        UserError: if a text can't be read, none of its documents is long enough, or it has less than its share.
     """
     drawn = [_read(source, tokenizer, sampling, where) for source in sources]
     left = [iter(windows.input_ids_ST) for windows in drawn]
@@ -60,17 +60,17 @@ def _read(source: Source, tokenizer: Any, sampling: Sampling, where: str) -> Win
 
 
 def interleaved(counts: Sequence[int], apart: Sequence[bool], seed: int) -> list[int]:
-    """Which text each window is from, in the order of the windows.
+    """The number of the text that each window is from, in the order of the windows.
 
-    A text's windows are as far from each other as its share has it, give or take a random part of that: so any run of
-    windows has the texts in their shares, and no period hides one from every other shard. Windows that will be kept
-    apart are dealt first, and the others after them, so that each of both has the texts in their shares as well. Off by
-    less than 1 + the number of texts, in what is kept apart and in any first or last part of the others.
+    A text's windows are spaced by its share, give or take a random part of that distance: so any run of windows has the
+    texts in their shares, and no period hides a text from every other shard. Windows that will be kept apart are dealt
+    first, and the others after them, so that both groups have the texts in their shares. Counts are off by less than 1
+    + the number of texts, in what is kept apart and in any first or last part of the others.
 
     Args:
-        counts: windows of each text.
-        apart: of each window, whether it is kept apart.
-        seed: decides the random part.
+        counts: number of windows of each text.
+        apart: for each window, whether it is kept apart.
+        seed: determines the random part.
     """
     generator = torch.Generator().manual_seed(seed)
     places = [

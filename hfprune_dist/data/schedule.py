@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 IGNORED = -100  # the label that transformers leaves out of the loss
 
-# Number of a row -> what training needs of it: int64 ``input_ids`` and ``labels`` [sequence_length], and more.
+# Number of a row -> the tensors that training needs: int64 ``input_ids`` and ``labels`` [sequence_length], and more.
 RowReader = Callable[[int], dict[str, Tensor]]
 
 
@@ -21,7 +21,7 @@ RowReader = Callable[[int], dict[str, Tensor]]
 class Schedule:
     """Which rows each optimizer step sees; depends on the seed, never on the number of ranks.
 
-    An epoch is a shuffle of all rows, cut into ceil(rows / batch_size) steps whose sizes differ by one row at most. So
+    An epoch is a shuffle of all rows, cut into ceil(rows / batch_size) steps whose sizes differ by one row at most. So,
     with fewer rows than ``batch_size``, each epoch is one step over all of them.
     """
 
@@ -54,8 +54,8 @@ def _shuffled(rows: int, seed: int, epoch: int) -> Tensor:
 class ScheduledRows(Dataset[Mapping[str, Tensor]]):
     """The rows of optimizer steps ``first_step`` to ``last_step`` (exclusive), in order.
 
-    Every step has the same number of ``slots``, a multiple of ``multiple_of``; those that its rows leave free hold a
-    row without loss. An item is what ``read`` gives, with ``place`` [2]: its step and its slot.
+    Every step has the same number of ``slots``, a multiple of ``multiple_of``; slots that its rows leave free hold a
+    row without loss. An item is what ``read`` returns, plus ``place`` [2]: its step and its slot.
     """
 
     def __init__(self, read: RowReader, schedule: Schedule, first_step: int, last_step: int, multiple_of: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from hfprune_dist.data.formats import Placed, Record, read_files
 from hfprune_dist.errors import UserError
 
-# Characters that are read of a local source before a sweep begins; all of most of them, in a second or two.
+# Characters of a local source that are read before a sweep begins: most sources as a whole, in a second or two.
 CHECKED_CHARACTERS = 32 * 2**20
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -24,7 +24,7 @@ class Beginning:
     """The first texts of a local source.
 
     Attributes:
-        texts: of each record, those in the wanted fields.
+        texts: for each record, the texts in the wanted fields.
         is_all: whether the source ends with them.
     """
 
@@ -44,7 +44,7 @@ def read_texts(
         where: what the text is for, for messages.
 
     Raises:
-        UserError: where the text can't be read, has no records, or a record has no text in one of the fields.
+        UserError: if the text can't be read, has no records, or a record has no text in one of the fields.
     """
     records = _stream(source, seed) if path is None else read_files(path, fields)
     is_empty = True
@@ -56,7 +56,7 @@ def read_texts(
 
 
 def read_beginning(path: Path, fields: Sequence[str], where: str, records: int | None = None) -> Beginning:
-    """Read a local source as ``read_texts`` does, but ``CHECKED_CHARACTERS`` and so many records of it at most.
+    """Read a local source as ``read_texts`` does, but stop after ``CHECKED_CHARACTERS`` or after ``records`` records.
 
     Raises:
         UserError: as ``read_texts``, for what is read.
@@ -75,7 +75,7 @@ def field_of(record: Record, key: str, where: str) -> str:
     """The text in a record's field.
 
     Raises:
-        UserError: where the field is missing or holds something else; the message lists the fields there are.
+        UserError: if the field is missing, where the message lists the fields there are, or if it holds no text.
     """
     value = record.get(key)
     if isinstance(value, str):

@@ -15,7 +15,7 @@ def load_tokenizer(checkpoint: Path) -> Any:
     """Load the tokenizer of a checkpoint folder.
 
     Raises:
-        UserError: where its files are missing or damaged, or need code from the folder to be run.
+        UserError: if its files are missing or damaged, or need code from the folder to be run.
     """
     logging.set_verbosity_error()
     try:
@@ -25,7 +25,7 @@ def load_tokenizer(checkpoint: Path) -> Any:
 
 
 def bos_id(tokenizer: Any, add_bos_token: bool) -> int | None:
-    """The id that begins every sequence; None where it isn't wanted or the tokenizer has none (Qwen)."""
+    """The id that begins every sequence; None if it isn't wanted or the tokenizer has none (Qwen)."""
     return tokenizer.bos_token_id if add_bos_token else None
 
 
@@ -53,12 +53,12 @@ def require_eos(tokenizer: Any, where: Path) -> None:
 
 
 def require_embedded(tokenizer: Any, rows: int, where: Path) -> None:
-    """Refuse a tokenizer that can give ids for which the table of embeddings has no row.
+    """Refuse a tokenizer that can produce ids for which the table of embeddings has no row.
 
-    Tokens for padding and for unknown text may be beyond it: many tokenizers have them without a use for them.
+    Tokens for padding and for unknown text may lie beyond it: many tokenizers have them without using them.
 
     Raises:
-        UserError: naming the largest of them.
+        UserError: naming the largest of these ids.
     """
     idle = {tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.bos_token, tokenizer.eos_token}
     used = ((token, index) for token, index in tokenizer.get_vocab().items() if token not in idle)

@@ -1,4 +1,4 @@
-"""Windows of tokens cut from long documents: what importance is accumulated over and fidelity is measured on."""
+"""Windows of tokens cut from long documents, on which importance is accumulated and fidelity is measured."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hfprune_dist.store.atomic_files import publish
 Tokenize = Callable[[str], list[int]]
 
 WINDOWS, INPUT_IDS = "windows.safetensors", "input_ids"
-# What is tokenized in search of a document that is long enough, before a sweep begins: so many characters for each
-# token of a window, which hold that many tokens in most languages; and so many characters in all, a few seconds' work.
+# Limits of what is tokenized before a sweep begins, in search of documents that are long enough: characters per token
+# that is needed, plenty in most languages; and characters in all, a few seconds' work.
 CHARACTERS_PER_TOKEN, TOKENIZED_CHARACTERS = 16, 2 * 2**20
 
 
@@ -32,7 +32,7 @@ class Windows:
         input_ids_ST: int64 [samples, sequence_length].
         documents_read: documents that were tokenized.
         documents_used: documents that were long enough.
-        tokens: in these documents.
+        tokens: number of tokens in the documents used.
     """
 
     input_ids_ST: Tensor
@@ -48,8 +48,8 @@ class Sampling:
     Attributes:
         samples: number of windows.
         sequence_length: tokens per window, a BOS token included.
-        seed: decides the order of a local file's documents, and where each window begins.
-        add_bos_token: begin every window with BOS, where the tokenizer has one.
+        seed: determines the order of a local file's documents, and where each window begins.
+        add_bos_token: whether every window begins with BOS, if the tokenizer has one.
     """
 
     samples: int
@@ -58,7 +58,7 @@ class Sampling:
     add_bos_token: bool = True
 
     def body(self, tokenizer: Any) -> int:
-        """Tokens of a window that come from the text."""
+        """Number of a window's tokens that come from the text."""
         return self.sequence_length - (bos_id(tokenizer, self.add_bos_token) is not None)
 
 
@@ -68,12 +68,12 @@ def read_windows(
     """Cut windows from a text source; a local file's documents are taken in random order.
 
     Args:
-        source: settings of the source (see ``read_texts``) with ``text_field``.
+        source: settings of the source (see ``read_texts``), including ``text_field``.
         path: the local file or folder; None streams the hub data set.
         where: what the text is for, for messages.
 
     Raises:
-        UserError: where the text can't be read or no document is long enough.
+        UserError: if the text can't be read or no document is long enough.
     """
     texts = (text for (text,) in read_texts(source, path, [source["text_field"]], sampling.seed, where))
     return sample_windows(
@@ -86,11 +86,11 @@ def read_windows(
 
 
 def require_long_enough(beginning: Beginning, tokenizer: Any, sampling: Sampling, where: str) -> None:
-    """Refuse a source from which ``read_windows`` could cut no window, or that has fewer tokens than all windows, as
-    far as that is soon known: where all of it was read, and ``TOKENIZED_CHARACTERS`` of the longest documents tell.
+    """Refuse a source from which ``read_windows`` could cut no window, or that has fewer tokens than all windows
+    together. This is checked only if the whole source was read and ``TOKENIZED_CHARACTERS`` of it suffice to tell.
 
     Args:
-        sampling: one sample, where windows may see a text several times.
+        sampling: how windows are cut; a single sample if windows may see a text several times.
 
     Raises:
         UserError: as ``read_windows`` and ``require_tokens``.
@@ -117,14 +117,14 @@ def require_long_enough(beginning: Beginning, tokenizer: Any, sampling: Sampling
 
 
 def require_tokens(found: int, sampling: Sampling, body: int, where: str) -> None:
-    """Refuse a text of which windows would see much several times.
+    """Refuse a text that is so short that windows would see much of it several times.
 
     Args:
         found: tokens in documents that are long enough.
         body: tokens of a window that come from the text.
 
     Raises:
-        UserError: where there are fewer than in all windows together; the message tells both.
+        UserError: if there are fewer than in all windows together; the message states both numbers.
     """
     if found < sampling.samples * body:
         raise UserError(
@@ -134,19 +134,19 @@ def require_tokens(found: int, sampling: Sampling, body: int, where: str) -> Non
 
 
 def _parts_to_try(text: str, characters: int) -> Sequence[str]:
-    """The beginning alone may do; the whole text always tells."""
+    """The beginning of a text, which may be enough, and the whole text, which always tells."""
     return [text[:characters], text] if len(text) > characters else [text]
 
 
 def save_windows(input_ids_ST: Tensor, folder: Path) -> None:
-    """Keep the exact windows in an artifact, or in what will be one; a reader of older ones goes on undisturbed."""
+    """Save the exact windows in an artifact, finished or not; readers of earlier ones aren't disturbed."""
     draft = folder / f".{WINDOWS}.draft"
     save_file({INPUT_IDS: input_ids_ST}, draft)
     publish(draft, folder / WINDOWS)
 
 
 def load_windows(folder: Path) -> Tensor:
-    """What ``save_windows`` kept, int64 [samples, sequence_length]."""
+    """The windows that ``save_windows`` saved, int64 [samples, sequence_length]."""
     windows_ST: Tensor = load_file(folder / WINDOWS)[INPUT_IDS]
     return windows_ST
 
@@ -154,16 +154,16 @@ def load_windows(folder: Path) -> Tensor:
 def sample_windows(
     texts: Iterable[str], tokenize: Tokenize, bos: int | None, sampling: Sampling, where: str
 ) -> Windows:
-    """Cut one random window from each document that is long enough; go round again where documents run out.
+    """Cut one random window from each document that is long enough; start again if documents run out.
 
     Args:
         texts: documents in the order in which they are used.
         tokenize: text -> token ids without special tokens.
-        bos: first token of every window; None where they have none.
+        bos: first token of every window; None if they have none.
         where: the source, for messages.
 
     Raises:
-        UserError: where no document is long enough; the message tells the longest one's length.
+        UserError: if no document is long enough; the message states the longest one's length.
     """
     body = sampling.sequence_length - (bos is not None)
     documents: list[list[int]] = []
@@ -184,7 +184,7 @@ def sample_windows(
 
 
 def in_random_order(texts: Iterable[str], seed: int) -> list[str]:
-    """All texts in an order that depends on the seed alone."""
+    """All texts, in an order that depends only on the seed."""
     listed = list(texts)
     order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(seed))
     return [listed[index] for index in order.tolist()]
