@@ -92,7 +92,7 @@ def _check_layer_sizes(config: Mapping[str, Any], file: Path) -> None:
 
 
 def check_output_biases(config: Mapping[str, Any], family: Family, file: Path) -> None:
-    """Check which output projections a checked config gives biases that they don't have in its family.
+    """Check the output projections to which a checked config gives biases that they lack in its family.
 
     Raises:
         UserError: if it names other modules.

@@ -33,7 +33,7 @@ _NORMS: dict[frozenset[str], tuple[tuple[str | None, str | None], tuple[str | No
         (("input_layernorm", "post_self_attn_layernorm"), ("post_attention_layernorm", "post_mlp_layernorm")),
     )
 }
-# Architectures in which config.json can't set the size of a head, which neither names nor shapes tell.
+# Architectures in which config.json can't set the size of a head; neither names nor shapes tell which these are.
 _FIXED_HEADS = (
     *("helium", "stablelm", "opt", "biogpt"),
     *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"),
@@ -61,7 +61,7 @@ class Attention:
     unlike: str
 
     def names(self) -> dict[str, Any]:
-        """The values of ``Family``'s attributes."""
+        """These values, under the names of ``Family``'s attributes."""
         names = {"attention": self.name, "attention_projections": self.projections}
         return names | {"whole_groups": self.whole, "no_low_rank": self.unlike}
 

@@ -1,7 +1,7 @@
 """Model families, the only adapter between architectures and the rest: names of parts in modules and in files.
 
-Four families are listed, with what their checkpoints must hold. For others, whose MLPs also compute ``down(act(gate(x))
-* up(x))``, or ``down(act(up(x)))``, the parts are found in the checkpoint (see ``discovery``).
+Four families are listed, with what their checkpoints must hold. For others, whose MLPs also compute
+``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))``, the parts are found in the checkpoint (see ``discovery``).
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Family:
         return [f"{self.attention}.{name}" for name in self.attention_projections]
 
     def ranks(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Attention's low-rank projections in a model with this ``config.json``; see ``structures.low_rank``."""
+        """Ranks of attention's low-rank projections under this ``config.json``; see ``structures.low_rank``."""
         return read_ranks(config, self.attention, self.attention_projections)
 
     def embedding_tensor(self) -> str:

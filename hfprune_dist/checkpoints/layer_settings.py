@@ -100,7 +100,7 @@ def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any
 
 
 def _experts_of(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
-    """Settings for which of these layers have experts, if config.json goes by numbers; a best effort for several."""
+    """Settings that say which of these layers have experts, where numbers say it; for several layers, a best effort."""
     first = layers[0]
     periods = {
         key: value

@@ -14,7 +14,7 @@ from hfprune_dist.checkpoints.module_tensors import ModuleTensor
 from hfprune_dist.core.scores import MeanGradients, ScoredLayer, SecondMoments
 from hfprune_dist.structures.units import Owned, Units
 
-# By their names in safetensors files.
+# torch's dtypes, by their names in safetensors files.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

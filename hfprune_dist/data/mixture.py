@@ -64,8 +64,8 @@ def interleaved(counts: Sequence[int], apart: Sequence[bool], seed: int) -> list
 
     A text's windows are spaced by its share, give or take a random part of that distance: so any run of windows has the
     texts in their shares, and no period hides a text from every other shard. Windows that will be kept apart are dealt
-    first, and the others after them, so that both groups have the texts in their shares. Counts are off by less than 1
-    + the number of texts, in what is kept apart and in any first or last part of the others.
+    first, and the others after them, so that both groups have the texts in their shares. Counts are off by less than
+    1 + the number of texts, in what is kept apart and in any first or last part of the others.
 
     Args:
         counts: number of windows of each text.

@@ -25,7 +25,7 @@ class Beginning:
 
     Attributes:
         texts: for each record, the texts in the wanted fields.
-        is_all: whether the source ends with them.
+        is_all: whether they are all of the source, or all of the records that were asked for.
     """
 
     texts: list[tuple[str, ...]]

@@ -93,8 +93,8 @@ def _shape_of(weight: Any) -> tuple[int, ...]:
 def _in_graph(_experts: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """The inputs of experts, with a gradient even if the graph would begin inside the experts.
 
-    DeepSpeed releases a module's weights when its inputs have their gradients: without one, it would keep all weights
-    of a layer's experts from their backward until the next forward.
+    DeepSpeed releases a module's weights when its inputs have their gradients: if they got none, it would keep all
+    weights of a layer's experts from their backward until the next forward.
     """
     if inputs[0].requires_grad or not torch.is_grad_enabled():
         return None

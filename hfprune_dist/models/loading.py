@@ -112,7 +112,7 @@ def attention_of(checkpoint: Checkpoint) -> str:
     """The attention that a checkpoint runs with: torch's, or its own implementation if torch's can't replace it.
 
     Raises:
-        UserError: if transformers has no class for it.
+        UserError: if transformers has no class for the checkpoint's architecture.
     """
     name = checkpoint.family.plain_class
     kind = getattr(transformers, name, None)

@@ -18,7 +18,7 @@ SILU = tuple({type(ACT2FN[name]) for name in ("silu", "swish")})
 
 
 def use_memory_efficient_backward(model: nn.Module, family: Family) -> None:
-    """Give norms and gated MLPs that compute what Llama's do our backward; others stay as they are."""
+    """Make norms and gated MLPs that compute the same as Llama's use our backward; others stay as they are."""
     for module in model.modules():
         if _computes_as(module, LlamaRMSNorm):
             module.forward = partial(_normalize, module)

@@ -178,8 +178,8 @@ def _within(body: str, name: str) -> str:
 
 
 def _compute_buffers(model: Any, module: nn.Module) -> None:
-    """Compute a module's buffers, as they are before the weights, some of which are buffers, are loaded: those of
-    rotary embeddings from their configuration, others as transformers does it.
+    """Compute a module's buffers as they are before weights (some of them buffers) are loaded: those of rotary
+    embeddings from their configuration, others as transformers does it.
     """
     buffers = {name: it for name, it in module.named_buffers(recurse=False) if it.is_meta}
     if not buffers:
@@ -195,7 +195,7 @@ def run(layer: nn.Module, hidden_BTC: Tensor) -> Tensor:
     """One layer's output, of the same shape as its input."""
 
     def enter(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (hidden_BTC, *inputs[1:])  # whatever the decoder does to embeddings before it
+        return (hidden_BTC, *inputs[1:])  # replaces what the decoder makes of embeddings before its layers
 
     handle = layer.get_submodule(LAYER).register_forward_pre_hook(enter)
     try:
