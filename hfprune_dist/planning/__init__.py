@@ -1,1 +1,1 @@
-"""Which stages a sweep needs, which ratios a model can reach, and what fits a GPU."""
+"""Planning: the stages a sweep needs, the ratios a model can reach, and what fits on a GPU."""

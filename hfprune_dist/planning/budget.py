@@ -1,4 +1,4 @@
-"""What a model is to lose where units of all kinds and layers compete, and what none of them may fall below."""
+"""Budget of parameters to remove where units of all kinds and whole layers compete, and the bounds on it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 from hfprune_dist.structures.kept import Shape
 
-# Share of its neurons that a layer keeps, and how many of the first and of the last layers lose nothing.
+# The least share of its neurons that a layer keeps, and how many of the first and last layers lose nothing.
 Limits = tuple[float, int, int]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Any shape that loses about so many parameters will do, within these bounds.
+    """How many parameters to remove, and within which bounds; any shape that meets both will do.
 
     Attributes:
         parameters: to remove from the whole model.
-        least: kind -> the fewest units that each layer keeps, if the layer stays. Numbers of KV groups are
+        least: kind -> the fewest units that each layer keeps, if the layer itself stays. Numbers of KV groups are
             divisible by ``tensor_parallel``.
-        droppable: numbers of the layers that may go, ascending.
-        fewest_layers: how many stay at least.
+        droppable: indices of the layers that may be removed, ascending.
+        fewest_layers: the fewest layers that must stay.
     """
 
     parameters: int
@@ -32,11 +32,11 @@ class Budget:
     fewest_layers: int
 
     def left(self, layers: Sequence[int], gone: int) -> Budget:
-        """What is left of it for a model that lacks something already, in the numbering of its own layers.
+        """Return the rest of the budget for a model that has been pruned already, with its layers renumbered from 0.
 
         Args:
-            layers: the numbers that its layers have here, ascending.
-            gone: parameters that it lacks.
+            layers: the indices of its layers in this budget, ascending.
+            gone: the number of parameters it has lost.
         """
         return Budget(
             self.parameters - gone,
@@ -47,11 +47,11 @@ class Budget:
 
 
 def budget_of(target: ShapeTarget, limits: Limits) -> Budget:
-    """What a ratio asks for.
+    """Return the budget that a ratio asks for.
 
     Raises:
-        UserError: where the bounds don't let so much go, rounding leaves nothing to remove, or ``tensor_parallel``
-            doesn't divide the number of KV groups.
+        UserError: if the bounds don't allow that much to be removed, rounding leaves nothing to remove, or
+            ``tensor_parallel`` doesn't divide the number of KV groups.
     """
     budget, largest = _bounded(target, limits), largest_ratio(target, limits)
     if target.ratio > largest:
@@ -64,9 +64,9 @@ def budget_of(target: ShapeTarget, limits: Limits) -> Budget:
 
 
 def largest_ratio(target: ShapeTarget, limits: Limits) -> float:
-    """The ratio at which nothing is left that may go, whatever ratio is asked for."""
+    """The ratio at which everything that may be removed is gone, whatever ratio is asked for."""
     budget, num_layers = _bounded(target, limits), target.checkpoint.num_layers
-    # Which layers go is measured: where they differ, those that leave most behind may.
+    # Measurements decide which layers go. Where layers differ, count on those whose removal leaves the most behind.
     smallest_first = sorted(budget.droppable, key=lambda layer: _at_least(target, budget, layer))
     gone = smallest_first[: num_layers - budget.fewest_layers]
     layers = tuple(layer for layer in range(num_layers) if layer not in gone)
@@ -75,7 +75,7 @@ def largest_ratio(target: ShapeTarget, limits: Limits) -> float:
 
 
 def _at_least(target: ShapeTarget, budget: Budget, layer: int) -> int:
-    """Parameters of a layer that has lost all units that may go."""
+    """Parameters of a layer that has lost every unit it may lose."""
     counts, structures = target.counts, target.checkpoint.structures
     gone = sum(counts.units[kind] * (structures[kind].counts[layer] - it[layer]) for kind, it in budget.least.items())
     return counts.layers[layer] - gone

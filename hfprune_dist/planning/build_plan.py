@@ -1,4 +1,4 @@
-"""How a configuration becomes a plan: which stages the rows of its table need, and with which settings.
+"""Expansion of a configuration into a plan: the stages that the rows of its table need, with their settings.
 
 Pure and instant: no torch, no clock, nothing written. Two sweeps that want the same result plan the same stage.
 """
@@ -64,14 +64,14 @@ def build_plan(
     """Expand a sweep into stages and cells; stages that several cells need appear once.
 
     Args:
-        device: what efficiency is measured on, if it is.
+        device: the device that efficiency is measured on, if it is measured at all.
 
     Raises:
         UserError: for a ratio that a model can't reach, rows that would be the same, input text that can't be read, a
-            calibration that is to end early where no criterion can tell, generations beyond a model's positions, or a
-            method that prunes in recovery where there is none.
+            calibration that is to end early although no criterion can tell when, generations beyond a model's
+            positions, or a method that prunes during recovery if there is no recovery.
     """
-    config = choose_micro_batches(config, [], {})  # where nobody has chosen yet
+    config = choose_micro_batches(config, [], {})  # 1 where still to be chosen
     check_criteria(config, methods)
     check_recovery(config, methods)
     planner = _Planner(config, methods, hashes, device)
@@ -84,7 +84,7 @@ def build_plan(
 class _Variant:
     """A checkpoint before recovery: the dense one, or one that a method pruned at a ratio.
 
-    ``cut`` has its shape: where it was distilled, what it was before.
+    ``cut`` has the same shape: if the checkpoint was distilled, ``cut`` is what it was before distillation.
     """
 
     label: str
@@ -129,10 +129,10 @@ class _Planner:
         return cells
 
     def _methods_for(self, model: ModelSource) -> dict[str, Method]:
-        """Those that take part on a model: all but what adapts and can do nothing there.
+        """The methods that apply to a model: all but adaptive ones that can do nothing there.
 
         Raises:
-            UserError: where none is left.
+            UserError: if none is left.
         """
         left = {name: method for name, method in self.methods.items() if can_do(method, model.checkpoint)}
         if not left:
@@ -141,11 +141,11 @@ class _Planner:
         return left
 
     def _pruned(self, variant: _Variant, method: Method, importance: Stage | None) -> list[Cell]:
-        """Lay out what a method makes of a dense model at the variant's ratio.
+        """Lay out the stages and cells of a dense model that a method prunes at the variant's ratio.
 
         Args:
-            method: with numbers.
-            importance: None where no method needs one.
+            method: with numbers, as ``with_numbers`` returns it.
+            importance: None if no method needs scores.
         """
         assert variant.ratio is not None
         if method.prunes_in == "recovery":
@@ -157,7 +157,7 @@ class _Planner:
         return self._finish(replace(made, layers_may_differ=made.layers_may_differ or method.tells_layers_apart))
 
     def _importance_for_all(self, model: ModelSource, dense: Input) -> Stage | None:
-        """One pass for all methods that need scores, and for further criteria; None where nobody needs any."""
+        """One pass for all methods that need scores and for further criteria; None if there are neither."""
         methods = [suited(method, model.checkpoint) for method in self._methods_for(model).values()]
         scoring = [method for method in methods if method.prunes_in == "calibration"]
         needed = {criterion for method in scoring for criterion in first_criteria(method)}
@@ -172,7 +172,7 @@ class _Planner:
         return importance
 
     def _pruned_in_recovery(self, variant: _Variant, method: Method, ratio: float) -> Cell:
-        """Lay out the training that is pruning and recovery in one, and its evaluation."""
+        """Lay out the training that prunes and recovers at the same time, and its evaluation."""
         (first, last), multiple_of = protected_by(method), method.multiple_of
         assert isinstance(multiple_of, int), "planned with a number"
         params = LoraPruneParameters(
@@ -213,8 +213,8 @@ class _Planner:
         return self.stages.setdefault(stage.id, stage)
 
     def _rounds(self, label: str, dense: Input, importance: Stage, ratio: float, method: Method) -> list[Stage]:
-        """Importance and prune stages in turn, from the dense model to the one that is pruned at ``ratio``; at the end
-        the method's distillation, if it has one.
+        """Alternating importance and prune stages, from the dense model to the one pruned at ``ratio``, and then the
+        method's distillation, if it has one.
         """
         chain, model = [importance], dense
         scored = scored_for(method, biased=importance_parameters(importance).biases is not None)
@@ -231,7 +231,7 @@ class _Planner:
             prune_label = label if step == len(rounds) else step_label
             inputs = {"model": model, "importance": part_of(chain[-1], scored)}
             if model != dense:
-                inputs["dense"] = dense  # whose parameters ratios are of
+                inputs["dense"] = dense  # ratios are shares of its parameters
             chain.append(self._prune(prune_label, inputs, reached, method))
             model = chain[-1].as_input()
         if method.distill:
@@ -249,7 +249,7 @@ class _Planner:
         return self._add(Stage("importance", label, params, inputs))
 
     def _prune(self, label: str, inputs: dict[str, Input], ratio: float, method: Method) -> Stage:
-        # Windows go through the model again.
+        # These run windows through the model again.
         runs_model = method.refit != "none" or method.allocation in ("plain", "searched", "low_rank")
         params = PruneParameters(
             ratio=ratio,
@@ -260,7 +260,7 @@ class _Planner:
         return self._add(Stage("prune", label, params, inputs))
 
     def _reference_of_calibration(self, importance: Stage) -> Stage:
-        """On the windows that the dense model was scored on."""
+        """The reference on the windows that the dense model was scored on."""
         distillation = self.config.distillation
         params = ReferenceParameters(dtype=distillation.dtype, micro_batch_size=distillation.rows_at_once)
         inputs = {
@@ -270,7 +270,7 @@ class _Planner:
         return self._add(Stage("reference", f"{importance.label} calibration", params, inputs))
 
     def _references_of_held_out(self, model: str, dense: Input) -> dict[str, Input]:
-        """On the texts that fidelity is measured on: role of an evaluation's input -> reference."""
+        """References on the texts that fidelity is measured on: role of an evaluation's input -> reference."""
         evaluation = self.config.evaluation
         references: dict[str, Input] = {}
         for name, text in evaluation.fidelity.each().items():
@@ -312,7 +312,7 @@ class _Planner:
         return self._add(Stage("evaluate", label, params, inputs))
 
     def _efficiency(self, variant: _Variant) -> Stage:
-        """Of the variant's shape; recovery and distillation keep it."""
+        """The measurement of the variant's shape, which recovery and distillation don't change."""
         efficiency = self.config.efficiency
         params = EfficiencyParameters(
             batch_sizes=sorted(efficiency.batch_sizes),
@@ -324,7 +324,7 @@ class _Planner:
         return self._add(Stage("efficiency", variant.label, params, {"model": variant.cut, "dense": variant.dense}))
 
     def _text(self, role: str, source: TextSource) -> dict[str, Input]:
-        """The input that a text is, known by its content; none where it is a data set, which its settings name."""
+        """A text file as an input, identified by its content; nothing for a data set, which the settings name."""
         if source.path is None:
             return {}
         file = Path(source.path)

@@ -1,4 +1,4 @@
-"""The dimensions of a decoder from which its memory and work are computed."""
+"""The dimensions of a decoder, from which its memory and work are computed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hfprune_dist.structures.experts import ExpertSizes, expert_sizes, mlp_width
 
 @dataclass(frozen=True)
 class Outputs:
-    """Output projections of a layer that are alike.
+    """Output projections of a layer that all have the same size.
 
     Attributes:
-        channels: that each reads.
-        share: of the tokens that each reads.
+        channels: number of channels that each one reads.
+        share: share of the tokens that each one reads.
     """
 
     channels: int
@@ -26,13 +26,13 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """A decoder's dimensions, as they decide memory and work.
+    """The dimensions of a decoder that decide its memory and work.
 
-    ``beside_decoder``: parameters that compute no text, of a model of images and text.
-    ``row_projections``: of an MLP, matrices that make its neurons: gate and up, or up alone.
-    ``ranks``: of attention's query, key, value and output projections, 0 where one is whole; empty where all are.
-    ``intermediate_size`` is of the neurons that compute a token, ``stored_size`` of all that a layer has: experts that
-    aren't chosen count there alone. 0: as many. ``experts`` are those of a layer that has some.
+    ``beside_decoder``: parameters outside the text decoder, in a model of images and text.
+    ``row_projections``: number of matrices that produce an MLP's neurons: gate and up, or only up.
+    ``ranks``: of attention's query, key, value and output projections, 0 for one that is whole; empty if all are.
+    ``intermediate_size`` counts the neurons that compute a token, ``stored_size`` all neurons of a layer, experts that
+    aren't chosen included (0: the same number). ``experts``: sizes of the experts, for layers that have some.
     """
 
     hidden_size: int
@@ -51,12 +51,12 @@ class Dimensions:
 
     @property
     def mlp_matrices(self) -> int:
-        """Of an MLP, its down projection included."""
+        """Number of matrices of an MLP, including its down projection."""
         return self.row_projections + 1
 
     @property
     def mlp_outputs(self) -> list[Outputs]:
-        """Those of its MLP, or of its experts and the MLP beside them."""
+        """Output projections of a layer's MLP, or of its experts and the MLP that runs alongside them."""
         if self.experts is None:
             return [Outputs(self.intermediate_size)]
         beside = self.intermediate_size - self.experts.chosen * self.experts.width
@@ -79,12 +79,12 @@ class Dimensions:
 
     @property
     def _attention_weights(self) -> list[int]:
-        """Sizes of whole matrices: query, key, value, output."""
+        """Sizes of the query, key, value and output matrices when whole."""
         heads = self.num_heads, self.num_key_value_heads, self.num_key_value_heads, self.num_heads
         return [self.hidden_size * self.head_size * it for it in heads]
 
     def layer_weights(self, *, attention: bool) -> list[int]:
-        """Sizes of one layer's matrices: of the MLP, then those of attention if they are asked for."""
+        """Sizes of one layer's matrices: the MLP's, then those of attention if requested."""
         heads = [self.num_heads] * 2 + [self.num_key_value_heads] * 2
         channels = [self.intermediate_size] * self.mlp_matrices + [it * self.head_size for it in heads if attention]
         return [self.hidden_size * it for it in channels]
@@ -101,7 +101,7 @@ class Dimensions:
 
     @property
     def active_layer_parameters(self) -> int:
-        """Those of one layer's that a token is multiplied with."""
+        """The parameters of one layer that a token is multiplied with."""
         return self.attention_parameters + self.mlp_matrices * self.hidden_size * self.intermediate_size
 
     @property
@@ -124,7 +124,7 @@ def checkpoint_dimensions(checkpoint: Checkpoint) -> Dimensions:
 
 
 def row_projections_of(checkpoint: Checkpoint) -> int:
-    """Of each MLP, or expert, the matrices that make its neurons."""
+    """Number of matrices that produce the neurons of each MLP or expert."""
     return 2 if checkpoint.family.experts else sum(checkpoint.units.row_parts)
 
 
@@ -132,7 +132,7 @@ def dimensions_of(config: Mapping[str, Any], row_projections: int = 2) -> Dimens
     """The dimensions that a ``config.json`` describes.
 
     Args:
-        row_projections: see ``Dimensions``; no ``config.json`` tells.
+        row_projections: see ``Dimensions``; a ``config.json`` doesn't contain it.
     """
     heads = int(config["num_attention_heads"])
     active, stored = (round(sum(it) / len(it)) for it in zip(*mlp_widths(config), strict=True))

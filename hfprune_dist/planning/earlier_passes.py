@@ -1,4 +1,4 @@
-"""Calibration passes that a folder has already, in place of planned ones that would make a part of the same."""
+"""Reuse of a folder's calibration passes in place of planned ones that would compute part of the same scores."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hfprune_dist.store.stage import Stage
 
 
 def with_earlier_passes(today: Plan, earlier: Plan, is_done: Callable[[str], bool]) -> Plan:
-    """Today's plan, which runs no pass for scores that an earlier run's pass has made for more methods.
+    """Return today's plan with passes replaced by those of an earlier run that contain their scores already.
 
-    Fingerprints stay: a stage knows a pass by what it reads of it alone.
+    Fingerprints stay the same: a stage identifies a pass only by the part it reads.
 
     Args:
-        is_done: whether a stage has its artifact.
+        is_done: whether the stage with this id has its artifact.
     """
     wanted = [stage for stage in today.stages.values() if stage.kind == "importance" and not is_done(stage.id)]
     made = [it for it in earlier.stages.values() if it.kind == "importance" and is_done(it.id)] if wanted else []
@@ -25,7 +25,7 @@ def with_earlier_passes(today: Plan, earlier: Plan, is_done: Callable[[str], boo
 
 
 def _holds(made: Stage, wanted: Stage) -> bool:
-    """Whether a pass has all scores of another, and they have the same bits; not so where criteria decide its end."""
+    """Whether a pass contains all scores of another with the same bits; never if criteria decide where it ends."""
     has, asks = made.params, wanted.params
     if not isinstance(has, ImportanceParameters) or not isinstance(asks, ImportanceParameters):
         return False
@@ -36,7 +36,7 @@ def _holds(made: Stage, wanted: Stage) -> bool:
 
 
 def _with_instead(plan: Plan, instead: dict[str, Stage]) -> Plan:
-    """A plan in which some stages stand for others, by the others' ids."""
+    """Return a plan in which stages are replaced: id of a stage -> its replacement."""
     ids = {stage_id: it.id for stage_id, it in instead.items()}
     stages: dict[str, Stage] = {}
     for stage_id, stage in plan.stages.items():
@@ -44,7 +44,7 @@ def _with_instead(plan: Plan, instead: dict[str, Stage]) -> Plan:
             role: replace(source, location=ids.get(source.location, source.location))
             for role, source in stage.inputs.items()
         }
-        # What stands for a pass reads the same, wherever the earlier plan had it from.
+        # A replacement reads the same content, wherever the earlier plan located it.
         standing = replace(instead.get(stage_id, stage), inputs=inputs, label=stage.label)
         stages.setdefault(standing.id, standing)
     cells = [replace(cell, producers=tuple(ids.get(it, it) for it in cell.producers)) for cell in plan.cells]

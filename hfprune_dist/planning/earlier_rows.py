@@ -1,4 +1,4 @@
-"""Rows that earlier runs in a folder made, beside those of today's plan."""
+"""Rows from earlier runs in a folder, added to those of today's plan."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hfprune_dist.store.stage import Stage
 
 
 def with_earlier_rows(today: Plan, earlier: Plan) -> Plan:
-    """Today's plan, and every earlier row that it doesn't replace.
+    """Return today's plan with every earlier row that it doesn't replace.
 
-    A row is replaced by today's of the same model, ratio, method and recovery, whatever its settings, and by one with
-    the same evaluation. Rows are in the order of models, ratios, methods and recovery, where both plans have some.
+    An earlier row is replaced by one of today with the same model, ratio, method and recovery, whatever its settings,
+    or with the same evaluation. If earlier rows are added, rows are sorted by model, ratio, method and recovery.
     """
     places = {_place(cell) for cell in today.cells} | {cell.evaluate for cell in today.cells}
     kept = [cell for cell in earlier.cells if not {_place(cell), cell.evaluate} & places]
@@ -26,13 +26,13 @@ def with_earlier_rows(today: Plan, earlier: Plan) -> Plan:
 
 
 def kept_rows(today: Plan, folder: Plan) -> list[Cell]:
-    """The rows of a folder that today's plan doesn't have."""
+    """Return the rows of a folder that are not in today's plan."""
     planned = set(today.cells)
     return [cell for cell in folder.cells if cell not in planned]
 
 
 def without_rows(plan: Plan, labels: Iterable[str]) -> Plan:
-    """A plan without some of its rows, and without the stages that nothing else needs."""
+    """Return a plan without some of its rows and without the stages that nothing else needs."""
     dropped = set(labels)
     cells = tuple(cell for cell in plan.cells if cell.label not in dropped)
     needed = {stage_id for cell in cells for stage_id in plan.upstream(cell)} | {*plan.asked}
@@ -44,20 +44,20 @@ def _place(cell: Cell) -> str:
 
 
 def scale_of(stage: Stage) -> object:
-    """What an evaluation's scores depend on besides the model that is evaluated."""
+    """Everything that an evaluation's scores depend on besides the evaluated model."""
     inputs = {role: source.identity for role, source in stage.inputs.items() if role != "model"}
     return stage.version, stage.params.to_json(), inputs
 
 
 def _relabelled(kept: list[Cell], today: Plan) -> list[Cell]:
-    """Where there are several methods, a label names its own."""
+    """Add each row's method to its label if there are several methods."""
     if len({cell.method for cell in (*kept, *today.cells)} - {None}) < 2:
         return kept
     return [replace(cell, label=label_of(cell.model, cell.ratio, cell.method, cell.recovery)) for cell in kept]
 
 
 def _in_order(cells: list[Cell], seen: list[Cell]) -> list[Cell]:
-    """Models and methods in the order in which they were first planned."""
+    """Sort rows, with models and methods in the order in which they were first planned."""
     models = list(dict.fromkeys(cell.model for cell in seen))
     methods = list(dict.fromkeys(cell.method for cell in seen))
 

@@ -1,4 +1,4 @@
-"""What measuring a model on tasks and texts needs: forward passes alone."""
+"""Memory and work of evaluating a model on tasks and texts, which takes only forward passes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from hfprune_dist.planning.layer_pass_footprint import widest
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Forward passes of ``sequences`` of at most ``tokens`` at a time; whole weights on each rank where they fit."""
+    """Forward passes of ``sequences`` of at most ``tokens`` at a time; each rank has whole weights if they fit."""
 
     sequences: int
     tokens: int
     itemsize: int = 2
 
     def resized(self, sequences: int) -> Evaluate:
-        """The same with so many sequences in a batch."""
+        """Return a copy with this many sequences in a batch."""
         return replace(self, sequences=sequences)
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
-        """On one of the ranks that the model is sharded over."""
+        """Memory on one of the ranks that the model is sharded over."""
         tokens = self.sequences * self.tokens
         return Memory(
             weights=dims.parameters * self.itemsize / ranks,
@@ -33,7 +33,7 @@ class Evaluate:
         )
 
     def work(self, dims: Dimensions) -> Work:
-        """Of one batch."""
+        """Work of one batch."""
         matrices = dims.body_parameters + dims.head_parameters
         flops = 2 * (dims.active_body_parameters + dims.head_parameters) + attention_flops(dims, self.tokens)
         return Work(self.sequences * self.tokens * flops, (matrices + dims.head_parameters) * self.itemsize)

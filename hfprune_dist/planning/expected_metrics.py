@@ -1,7 +1,7 @@
-"""What manifests of stages that have not run will tell of their work, as far as a plan decides it.
+"""Expected manifests of stages that have not run yet, as far as the plan decides their metrics.
 
-Where a measurement decides a shape, it is taken to be the first that competes, which has as many parameters as the
-others; where scores decide, every layer is taken to lose the same.
+Where a measurement decides a shape, the first of the competing shapes is assumed, which has as many parameters as the
+others; where scores decide, every layer is assumed to lose the same share.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
 
-# core.width_search: shapes that are measured around two centres, two on each of four axes; the first and the last.
+# core.width_search: shapes measured around two centres, two on each of four axes, plus the first and the last.
 SEARCHED = 2 * 2 * 4 + 2
 
 
 class ExpectedManifests:
-    """Of the stages of a plan, by id.
+    """Expected manifests of a plan's stages, by stage id.
 
     Args:
-        checkpointing: whether calibration computes activations again in backward.
+        checkpointing: whether calibration recomputes activations in backward.
     """
 
     def __init__(self, plan: Plan, *, checkpointing: bool) -> None:
@@ -48,7 +48,7 @@ class ExpectedManifests:
         self._runtime = {"activation_checkpointing": checkpointing}
 
     def of(self, stage_id: str) -> dict[str, Any] | None:
-        """None for stages whose work nobody can know yet."""
+        """The expected manifest of a stage; None if its work can't be known yet."""
         metrics = self._metrics(self._plan.stages[stage_id])
         return None if metrics is None else {"metrics": metrics, "config": {"runtime": self._runtime}}
 
@@ -95,7 +95,7 @@ class ExpectedManifests:
         return told | (_searched(size.num_layers, params) if params.allocation == "searched" else {})
 
     def _before(self, stage: Stage) -> PlainShape:
-        """What a stage that looks for a plain shape prunes, if the first that competes stays in every round."""
+        """The shape that a search for a plain shape starts from, if the first candidate wins in every round."""
         dense = self.dense(stage)
         if "dense" not in stage.inputs:
             return PlainShape.of(dense)
@@ -105,7 +105,7 @@ class ExpectedManifests:
 
 
 def _trained(recovery: RecoveryConfig) -> dict[str, Any] | None:
-    """Of a training on instruction pairs; None where nobody knows how many there are."""
+    """Metrics of training on instruction pairs; None if the numbers of both pairs and steps are unknown."""
     rows = packed_rows(recovery)
     if rows is None and recovery.max_steps is None:
         return None
@@ -114,7 +114,7 @@ def _trained(recovery: RecoveryConfig) -> dict[str, Any] | None:
 
 
 def _locally(dense: Checkpoint, params: LoraPruneParameters, where: str) -> dict[str, Any]:
-    """Sizes of a shape that the ratio decides."""
+    """Sizes of a local shape, which the ratio alone decides."""
     shape = LocalTarget.of(dense, params, where).shape()
     told: dict[str, Any] = {}
     for kind in params.structures:
@@ -123,14 +123,14 @@ def _locally(dense: Checkpoint, params: LoraPruneParameters, where: str) -> dict
 
 
 def steps_of(rows: int, batch_size: int, epochs: float) -> int:
-    """Optimizer steps of so many passes over the rows, as the stage counts them."""
+    """Optimizer steps of ``epochs`` passes over the rows, as the stage counts them."""
     return ceil(epochs * -(-rows // batch_size))
 
 
 def _plain(
     dense: Checkpoint, params: PruneParameters, before: PlainShape, shapes: Sequence[PlainShape]
 ) -> dict[str, Any]:
-    """Metrics of a search for a plain shape, its order of layers the last ones first."""
+    """Metrics of a search for a plain shape, assuming that the last layers are dropped first."""
     names = [it.name for it in shapes]
     first, layers = shapes[0], before.num_layers
     gone = layers - min(it.num_layers for it in shapes)
@@ -152,7 +152,7 @@ def _low_rank(dense: Checkpoint, params: PruneParameters, where: str) -> dict[st
 
 
 def _searched(num_layers: int, params: PruneParameters) -> dict[str, Any]:
-    """Metrics of a search layer by layer; where layers may go, up to the ratio's share of them."""
+    """Metrics of a layer-by-layer search; if layers may be dropped, up to the ratio's share of them are."""
     shapes: list[str] = [f"shape {number}" for number in range(SEARCHED)]
     if LAYERS not in params.structures:
         return {"search_kl": dict.fromkeys(shapes)}

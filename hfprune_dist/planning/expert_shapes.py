@@ -1,7 +1,7 @@
-"""Shapes of mixtures of experts: every MLP, experts and those beside and between them, loses the same share.
+"""Shapes of mixtures of experts in which all MLPs (experts, shared and dense ones) lose the same share of neurons.
 
-All experts of a model are of one width, so that what is left loads everywhere. Scores decide within each expert which
-neurons stay. Where KV groups may go as well, layers keep the share of them that is nearest to that of the neurons.
+All experts of a model have the same width, so that the result loads everywhere. Within each expert, scores decide which
+neurons stay. If KV groups may go as well, layers keep the share of them that is closest to the share of neurons.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, KV_GROUPS, LAYERS, 
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.units import Units
 
-# The matrices of experts are multiplied in groups, for which torch wants rows of whole 16 bytes: 8 numbers of 2 bytes.
+# Experts' matrices are multiplied in groups, for which torch requires rows of whole 16 bytes: 8 numbers of 2 bytes.
 ALIGNED = 8
 
 
 @dataclass(frozen=True)
 class MixtureTarget(ABC):
-    """What is asked of the shape of a mixture of experts, in all layers of which one size decides what stays."""
+    """The shape wanted of a mixture of experts, in which one size decides what stays in every layer."""
 
     asked: ShapeTarget
 
     def shape(self) -> Shape:
-        """The largest shape with which at least the ratio goes.
+        """Return the largest shape that removes at least the ratio.
 
         Raises:
             UserError: where no shape reaches the ratio.
@@ -45,7 +45,7 @@ class MixtureTarget(ABC):
         return self._with(sizes[bisect_left(sizes, self.asked.ratio, key=self._ratio)])
 
     def largest(self) -> float:
-        """The ratio of the smallest shape; 0 where nothing can go."""
+        """The ratio of the smallest shape; 0 if nothing can be removed."""
         return self._ratio(self._sizes[-1]) if self._sizes else 0.0
 
     def _ratio(self, size: int) -> float:
@@ -54,24 +54,24 @@ class MixtureTarget(ABC):
     @property
     @abstractmethod
     def step(self) -> int:
-        """What sizes are multiples of."""
+        """The number that sizes are multiples of."""
 
     @property
     @abstractmethod
     def _sizes(self) -> Sequence[int]:
-        """Those that there may be, falling; not all that there is."""
+        """The sizes to choose from, descending, all smaller than the dense model's."""
 
     @abstractmethod
     def _with(self, size: int) -> Shape:
-        """The shape of a size."""
+        """The shape with the given size."""
 
     @abstractmethod
     def _limits(self) -> str:
-        """Why no more can go, for messages."""
+        """Why no more can be removed, for messages."""
 
 
 class ExpertTarget(MixtureTarget):
-    """What is asked of a mixture that loses neurons; the size is the width of experts."""
+    """The shape wanted of a mixture that loses neurons; the size is the width of its experts."""
 
     @cached_property
     def _sizes(self) -> list[int]:
@@ -80,11 +80,11 @@ class ExpertTarget(MixtureTarget):
 
     @property
     def step(self) -> int:
-        """What widths of experts are multiples of."""
+        """The number that experts' widths are multiples of."""
         return math.lcm(self.asked.multiple_of, ALIGNED)
 
     def _limits(self) -> str:
-        """Why no more neurons can go, for messages."""
+        """Why no more neurons can be removed, for messages."""
         return (
             f", of which {self._sizes[-1]} of {self._experts.width} in each expert must stay: widths of "
             f"experts are multiples of {self.step}"
@@ -95,7 +95,7 @@ class ExpertTarget(MixtureTarget):
         return self.asked.checkpoint.structures[EXPERT_NEURONS]
 
     def _with(self, size: int) -> Shape:
-        """The shape in which experts are so wide."""
+        """The shape whose experts have the width ``size``."""
         checkpoint = self.asked.checkpoint
         widths = self._widths(size)
         units = {}
@@ -107,16 +107,16 @@ class ExpertTarget(MixtureTarget):
         return Shape(tuple(range(checkpoint.num_layers)), units)
 
     def _groups(self, width: int) -> int:
-        """KV groups of each layer where experts are so wide."""
+        """KV groups of each layer for experts of this width."""
         share, every = width / self._experts.width, self._possible_groups
         return min(every, key=lambda count: abs(count - share * every[-1]))
 
     @cached_property
     def _possible_groups(self) -> list[int]:
-        """Ascending.
+        """Possible numbers of KV groups, ascending.
 
         Raises:
-            UserError: where ``tensor_parallel`` divides none.
+            UserError: if ``tensor_parallel`` divides none of them.
         """
         plain = plain_group_counts(self.asked.checkpoint)
         divisible = [count for count in plain if count % self.asked.tensor_parallel == 0]
@@ -125,7 +125,7 @@ class ExpertTarget(MixtureTarget):
         return divisible
 
     def _widths(self, width: int) -> Mapping[str, int]:
-        """Field of config.json -> its value where experts are so wide: others lose at least the same share."""
+        """Field of config.json -> its value for experts of this width; other MLPs lose at least the same share."""
         kinds, multiple_of = self.asked.checkpoint.pruned_kinds([NEURONS]), self.asked.multiple_of
         widths: dict[str, int] = {}
         for it in kinds:
@@ -136,7 +136,7 @@ class ExpertTarget(MixtureTarget):
 
 
 def why_not_experts(method: Method) -> str:
-    """What of a method isn't possible with mixtures of experts; empty where nothing is."""
+    """The first setting of a method that isn't possible with mixtures of experts, for messages; empty if all are."""
     if method.prunes_in == "recovery":
         return "prunes_in: recovery isn't possible; calibration is"
     if LAYERS in method.structures:
@@ -164,7 +164,7 @@ def _why_not_scored(criterion: str, structures: Collection[Structure]) -> str:
 
 
 def refuse_with_experts(method: Method, model_type: str, where: str) -> None:
-    """Refuse what isn't possible with a mixture of experts.
+    """Refuse a method that isn't possible with a mixture of experts.
 
     Raises:
         UserError: naming the setting, and what is possible.
@@ -175,10 +175,10 @@ def refuse_with_experts(method: Method, model_type: str, where: str) -> None:
 
 
 def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Collection[Structure]) -> None:
-    """Refuse further criteria by which what is scored of a model has no scores.
+    """Refuse further criteria that can't score a model's units.
 
     Args:
-        structures: what is scored.
+        structures: the structures that are scored.
 
     Raises:
         UserError: naming the first one, and what is possible.
@@ -193,7 +193,7 @@ def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures:
 
 
 def refuse_unaligned(checkpoint: Checkpoint, where: str) -> None:
-    """Refuse a mixture whose experts transformers doesn't run.
+    """Refuse a mixture whose experts transformers can't run.
 
     Raises:
         UserError: naming the size.
@@ -208,5 +208,5 @@ def refuse_unaligned(checkpoint: Checkpoint, where: str) -> None:
 
 
 def can_do(method: Method, checkpoint: Checkpoint) -> bool:
-    """Whether a method takes part where a model is pruned: one that adapts itself to models may be of none to some."""
+    """Whether a method applies to a model; an adaptive one is left out where a mixture of experts rules it out."""
     return not (method.adapts and checkpoint.family.experts and why_not_experts(method))
