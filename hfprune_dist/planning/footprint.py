@@ -1,6 +1,6 @@
-"""What a stage needs of a cluster, from a model's dimensions: gathered bytes, floating-point work, memory per GPU.
+"""Resources that a stage needs, from a model's dimensions: gathered bytes, floating-point work, memory per GPU.
 
-Estimates, not measurements: products of matrices and gathered bytes are counted as the code makes them, other work is
+Estimates, not measurements: matrix products and gathered bytes are counted as the code performs them, other work is
 not; memory leaves out fragmentation and the runtime's own buffers, for which ``RESERVE`` is kept free. Times are in
 ``timing``.
 Torch-free, so that a login node answers at once.
@@ -28,33 +28,33 @@ from hfprune_dist.planning.layer_pass_footprint import (
 )
 from hfprune_dist.planning.product_footprint import coupled_bytes, squared_bytes
 
-# Of a GPU's memory: the runtime's context, communication buffers, fragmentation.
+# Share of a GPU's memory that is kept free for the runtime's context, communication buffers and fragmentation.
 RESERVE = 0.1
-# core.head: of a chunk its logits and another loss's gradient in bfloat16; in float32, twice as wide, the logits,
-# exponentials and their products.
+# core.head: for each chunk, its logits and another loss's gradient in bfloat16; in float32, which is twice as wide, the
+# logits, exponentials and their products.
 HEAD_CHUNK_BYTES = 2 * CHUNK_BYTES + 3 * 2 * CHUNK_BYTES
-# core.memory_efficient: portions, in float32, of a gated MLP's backward.
+# core.memory_efficient: number of portions, in float32, that a gated MLP's backward holds.
 GATED_PORTIONS = 7
-# scoring.layer_sums: of each number of a layer's matrix, while it is made, in float32; of each that is rounded at a
-# time, of curvature a block of rows; of each that a rank owns, and of one on its way, of curvature packed; in main
-# memory while it is saved.
+# scoring.layer_sums, for each number of a layer's matrix: while it is computed, in float32; while it is rounded, for
+# curvature one block of rows at a time; while a rank owns it or it is in transit, for curvature packed; in main memory
+# while it is saved.
 TERM_BYTES, ROUNDED_BYTES, OWNED_BYTES, SAVED_BYTES = 4, 16, 8, 16
-# core.elimination: for each number of a layer's Gram matrix, with what is made of it, but for products that wait (384
-# numbers a neuron); of a matrix that waits for its turn.
+# core.elimination: for each number of a layer's Gram matrix, with what is computed from it but without pending products
+# (384 numbers per neuron); and for each number of a matrix that waits for its turn.
 ELIMINATION_BYTES, MOMENTS_BYTES = 32, 8
 
 
 @dataclass(frozen=True)
 class Importance:
-    """A calibration pass: ``windows`` of ``tokens`` at a time, a backward for each of ``losses``.
+    """A calibration pass: ``windows`` of ``tokens`` at a time, with one backward for each of ``losses``.
 
-    With ``curvature``, it also adds up g g^T at the output of every MLP, each rank for its share of the layers; a pass
-    layer by layer follows for their Gram matrices, on all of ``samples`` windows, without the model. With ``kv_groups``
-    it does at attention's outputs what it does at those of MLPs.
-    With ``weight_gradients`` it adds up the gradients of the weights that units own, shared out in the same way. With
-    ``squared_products`` it makes them window by window, and with ``coupled_products`` those of neurons' weights: of the
-    dense model's losses, if there are any, else of the student's.
-    With a ``student`` the model runs again without some neurons, forward and backward, with the dense model as teacher.
+    With ``curvature``, it also sums g g^T at the output of every MLP, each rank for its share of the layers; a pass
+    layer by layer over all ``samples`` windows follows for their Gram matrices, without the whole model in memory. With
+    ``kv_groups``, attention's outputs are treated like those of MLPs.
+    With ``weight_gradients``, it sums the gradients of the weights that units own, distributed in the same way. With
+    ``squared_products``, it computes them window by window, and with ``coupled_products`` those of neurons' weights:
+    from the dense model's losses if there are any, otherwise from the student's.
+    With a ``student``, the model runs again without some neurons, forward and backward; the dense model is the teacher.
     """
 
     windows: int
@@ -71,11 +71,11 @@ class Importance:
     coupled_products: bool = False
 
     def resized(self, windows: int) -> Importance:
-        """The same with so many windows in a micro-batch."""
+        """Return a copy with this many windows in a micro-batch."""
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
-        """Main memory of one rank for a layer's matrix that is saved, or later for hidden states of its windows."""
+        """Main memory of one rank: to save a layer's matrix, or later for the hidden states of its windows."""
         saved = SAVED_BYTES * max([*self._weights(dims), self.curvature * packed_size(dims.hidden_size)])
         if not self.curvature:
             return saved
@@ -85,7 +85,7 @@ class Importance:
         return max(saved, hidden)
 
     def curvature_bytes(self, dims: Dimensions, ranks: int) -> int:
-        """Of the layers that a rank owns, of each kind of units, and of the one whose matrix is made."""
+        """Bytes of curvature: for each kind of unit in the layers that a rank owns, and in the layer being computed."""
         if not self.curvature:
             return 0
         size = dims.hidden_size
@@ -94,7 +94,7 @@ class Importance:
         return OWNED_BYTES * packed * packed_size(size) + made
 
     def gradient_bytes(self, dims: Dimensions, ranks: int) -> int:
-        """The same of gradients: of the layers that a rank owns, and of the one weight whose turn it is."""
+        """Bytes of weight gradients: in the layers that a rank owns, and of the one weight being computed."""
         weights = self._weights(dims)
         owned = OWNED_BYTES * -(-dims.num_layers // ranks) * sum(weights)
         made = TERM_BYTES + ROUNDED_BYTES + (OWNED_BYTES if ranks > 1 else 0)
@@ -102,24 +102,24 @@ class Importance:
 
     @property
     def _sees_mlps(self) -> bool:
-        """Whether inputs and output gradients of MLPs' linear layers are seen."""
+        """Whether the inputs and output gradients of MLPs' linear layers are captured."""
         return self.weight_gradients or self.squared_products or self.coupled_products
 
     @property
     def _sees_attention(self) -> bool:
-        """Whether those of attention's linear layers are."""
+        """Whether the inputs and output gradients of attention's linear layers are captured."""
         return self.kv_groups and (self.weight_gradients or self.squared_products)
 
     @property
     def _sees_student(self) -> bool:
-        """Whether what MLPs' show is a student's, of which h is kept with and without its mask."""
+        """Whether what is captured in MLPs is a student's, whose h is kept both with and without its mask."""
         return self.coupled_products and not self.losses
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
-        """On one of the ranks that the model is sharded over: the larger of both passes."""
+        """Memory on one of the ranks that the model is sharded over: what the larger of the two passes needs."""
         sizes = self._sizes(dims)
         moments = memory_of_layer_pass(dims, self.windows * self.tokens, self.itemsize, sizes)
-        # Of other kinds than the one whose turn it is, matrices wait; on several ranks, those of another layer too.
+        # While matrices of one kind are processed, those of others wait; on several ranks, those of another layer too.
         matrices = [size**2 for size in sizes]
         waiting = MOMENTS_BYTES * sum(matrices)
         eliminating = max(ELIMINATION_BYTES * it + waiting - MOMENTS_BYTES * it for it in matrices)
@@ -131,12 +131,12 @@ class Importance:
         tokens = self.windows * self.tokens
         head = HEAD_CHUNK_BYTES * (2 if self.student else 1)
         numbers = tokens * dims.intermediate_size
-        # Gradients at h, gate and up; and h itself in a layer that runs again. Without a gate no backward is ours.
+        # Gradients at h, gate and up, and h itself in a layer that runs again. Only gated MLPs use our own backward.
         portions = GATED_PORTIONS * min(ACCELERATOR_BYTES, 4 * numbers) * (dims.row_projections > 1)
         backward = (dims.mlp_matrices + self.checkpointing) * numbers * self.itemsize + portions
         if self.weight_gradients and self.itemsize < 4:  # a linear layer's input and output gradient in float32
             backward = max(backward, 2 * numbers * self.itemsize + 4 * (numbers + tokens * dims.hidden_size))
-        if self.squared_products:  # beside gradients at gate and up
+        if self.squared_products:  # in addition to gradients at gate and up
             backward = max(backward, 2 * numbers * self.itemsize + squared_bytes(dims, self.tokens, self.itemsize))
         if self.coupled_products:
             backward = max(backward, coupled_bytes(dims, self.windows, self.tokens, self.itemsize))
@@ -149,8 +149,8 @@ class Importance:
         )
 
     def activation_bytes(self, dims: Dimensions) -> int:
-        """Bytes a token that stay until backward. The graph begins at the first layer's neurons, or with what its
-        attention puts out; with gradients of weights, at what its linear layers put out.
+        """Bytes per token that are kept until backward. The graph begins at the first layer's neurons or, with KV
+        groups, at its attention's output; with gradients of weights, at the outputs of its linear layers.
         """
         first, kept = dims.intermediate_size * self.itemsize, self.layer_bytes(dims)
         rows = dims.row_projections * dims.intermediate_size
@@ -164,18 +164,18 @@ class Importance:
         return first + (later * dims.hidden_size * self.itemsize + kept if self.checkpointing else later * kept)
 
     def layer_bytes(self, dims: Dimensions) -> int:
-        """Bytes a token of one layer: norms' inputs, q, k, v and attention's output, gate and up; h of a student, of an
-        MLP without a gate, or where there are gradients of weights, then also norms' outputs.
+        """Bytes per token of one layer: the norms' inputs; q, k, v and attention's output; gate and up; h for a student
+        or an MLP without a gate; with gradients of weights, h and the norms' outputs.
         """
         values = 2 * dims.hidden_size + 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size
-        without_gate = dims.row_projections == 1  # then no backward is ours, which makes h again
+        without_gate = dims.row_projections == 1  # then it isn't our own backward, which recomputes h
         of_mlp = dims.row_projections + (self.student or self._sees_mlps or without_gate) + self._sees_student
         values += of_mlp * dims.intermediate_size
         values += (self._sees_mlps + self._sees_attention) * dims.hidden_size
         return values * self.itemsize + 4 * (2 + dims.num_heads)  # float32: norms' scales, log-sum-exp of each head
 
     def _sizes(self, dims: Dimensions) -> list[int]:
-        """Channels that the output projection of each kind of units reads."""
+        """Number of channels that the output projection of each kind of unit reads."""
         return [dims.intermediate_size, *([dims.attention_size] if self.kv_groups else [])]
 
     def _weights(self, dims: Dimensions) -> list[int]:
@@ -183,9 +183,9 @@ class Importance:
         return dims.layer_weights(attention=self.kv_groups) if self.weight_gradients else []
 
     def work(self, dims: Dimensions) -> Work:
-        """Of one micro-batch: a forward, the head forward once and backward for each loss, the body's backwards.
+        """Work of one micro-batch: a forward; the head forward once, and backward for each loss; the body's backwards.
 
-        Gathered bytes are the most there can be where activations are checkpointed or a model does not stay gathered.
+        Gathered bytes are an upper bound if activations are checkpointed or the model does not stay gathered.
         """
         tokens, later_share = self.windows * self.tokens, (dims.num_layers - 1) / dims.num_layers
         down_projection = dims.hidden_size * dims.intermediate_size
@@ -194,13 +194,13 @@ class Importance:
         later_layers = dims.active_body_parameters - dims.active_layer_parameters
         attention = attention_flops(dims, self.tokens)
         forward = 2 * dims.active_body_parameters + attention
-        # The head's forwards: once for all losses of the dense model; for a student its own and its teacher's.
+        # The head's forwards: one for all losses of the dense model; for a student, its own and its teacher's.
         heads = 2 * dims.head_parameters * (bool(self.losses) + 2 * self.student)
         # ``activation_bytes`` says where the graph begins. Backward of flash attention: five products for forward's
         # two.
         backward_parameters = later_layers + first_layer
         backward = 2 * (backward_parameters + dims.head_parameters) + 2.5 * later_share * attention
-        # Of a layer that runs again, nothing that backward needs comes after its neurons.
+        # In a layer that runs again, backward needs nothing that comes after its neurons.
         rerun = 2 * (later_layers - (dims.num_layers - 1) * down_projection) + later_share * attention
         passes, backwards = 1 + self.student, self.losses + self.student
         reruns = backwards if self.checkpointing else 0
@@ -212,7 +212,7 @@ class Importance:
         return Work(flops, gathered * self.itemsize)
 
     def _gradient_flops(self, dims: Dimensions) -> float:
-        """A token's, and of what backwards do more for them: first attention, and down projections that run again."""
+        """Operations per token for weights' gradients, with what backward adds: first attention, down projections."""
         if not self._sees_mlps:
             return 0.0
         attended = 2.5 * self._sees_attention * attention_flops(dims, self.tokens) / dims.num_layers
@@ -226,7 +226,7 @@ class Importance:
 class Train:
     """LoRA training: ``rows`` of ``tokens`` at a time, rank ``rank`` on all projections of a layer.
 
-    Where it ``distills``, its head never has the logits of all tokens, but a dense model's beside its own.
+    If it ``distills``, its head never holds the logits of all tokens, but has a dense model's in addition to its own.
     """
 
     rows: int
@@ -239,7 +239,7 @@ class Train:
 
     @classmethod
     def of(cls, settings: LoraTraining, tokens: int, distills: bool) -> Train:
-        """What a stage with such settings does with rows of so many tokens."""
+        """Return the job of a stage with these settings on rows of ``tokens`` tokens."""
         return cls(
             rows=settings.rows_at_once,
             tokens=tokens,
@@ -250,13 +250,13 @@ class Train:
         )
 
     def resized(self, rows: int) -> Train:
-        """The same with so many rows in a micro-batch."""
+        """Return a copy with this many rows in a micro-batch."""
         return replace(self, rows=rows)
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
-        """On one of the ranks that model, LoRA weights and optimizer are sharded over."""
+        """Memory on one of the ranks that the model, LoRA weights and optimizer are sharded over."""
         tokens = self.rows * self.tokens
-        # In float32: the weight, its gradient and two moments; and the weight that computes.
+        # In float32: the weight, its gradient and two moments; in the compute dtype: the weight.
         lora = self.lora_parameters(dims) * (4 * 4 + self.itemsize)
         return Memory(
             weights=(dims.parameters * self.itemsize + lora) / ranks,
@@ -266,37 +266,37 @@ class Train:
         )
 
     def logits_bytes(self, dims: Dimensions) -> int:
-        """Of a micro-batch's head."""
+        """Bytes that the head needs for a micro-batch."""
         tokens = self.rows * self.tokens
         if self.distills:  # final hidden states of both models, and the gradient there
             return 2 * HEAD_CHUNK_BYTES + 3 * tokens * dims.hidden_size * self.itemsize
-        # The logits, and in float32: themselves, their log-softmax and its gradient.
+        # The logits; in float32: the logits again, their log-softmax and its gradient.
         return tokens * dims.vocabulary * (self.itemsize + 3 * 4)
 
     def activation_bytes(self, dims: Dimensions, *, sharded: bool) -> int:
-        """Bytes a token that stay until backward: of all layers, or their inputs and one layer that runs again."""
+        """Bytes per token that are kept until backward: all layers', or their inputs and one layer that runs again."""
         kept = self.layer_bytes(dims, sharded=sharded)
         if self.checkpointing:
             return dims.num_layers * dims.hidden_size * self.itemsize + kept
         return dims.num_layers * kept
 
     def lora_parameters(self, dims: Dimensions) -> int:
-        """Of A and B of every projection."""
+        """Parameters of A and B of every projection."""
         hidden, inner = dims.hidden_size, dims.intermediate_size
         heads, groups = dims.num_heads * dims.head_size, dims.num_key_value_heads * dims.head_size
         sides = 2 * (hidden + heads) + 2 * (hidden + groups) + dims.mlp_matrices * (hidden + inner)
-        sides += 2 * sum(dims.ranks)  # of one of low rank, each factor gets an adapter
+        sides += 2 * sum(dims.ranks)  # in a projection of low rank, each factor gets an adapter
         return dims.num_layers * self.rank * sides
 
     def layer_bytes(self, dims: Dimensions, *, sharded: bool) -> int:
-        """Bytes a token of one layer, as Hugging Face's layers keep them for backward, with DeepSpeed's linear layers
-        where weights are sharded: those keep their inputs, frozen or not.
+        """Bytes per token that one of Hugging Face's layers keeps for backward. If weights are sharded, DeepSpeed's
+        linear layers are used, which keep their inputs whether they are frozen or not.
         """
         heads = dims.num_heads * dims.head_size
         norms = 2 * 4 * dims.hidden_size
         attention = 2 * (dims.num_heads + dims.num_key_value_heads) * dims.head_size * self.itemsize
         gated = (2 * dims.row_projections - 1) * dims.intermediate_size * self.itemsize
-        if self.dropout:  # a dropped copy and a mask for each projection
+        if self.dropout:  # a copy after dropout and a mask for each projection
             inputs = (3 + dims.row_projections) * dims.hidden_size + heads + dims.intermediate_size
             inputs *= self.itemsize + 1
             inputs += (2 * dims.hidden_size + dims.intermediate_size) * self.itemsize * sharded
@@ -305,10 +305,10 @@ class Train:
         return norms + attention + gated + inputs
 
     def work(self, dims: Dimensions) -> Work:
-        """Of one micro-batch: a forward, and a backward without gradients of frozen weights; a teacher's head.
+        """Work of one micro-batch: a forward, a backward without gradients of frozen weights, and a teacher's head.
 
-        Where it doesn't distill, several pairs share a row, and a mask that keeps them apart takes away what attention
-        saves where it is merely causal. What the first layer's attention reads gets no gradient.
+        Without distillation, several pairs share a row, and the mask that separates them forgoes the savings of purely
+        causal attention. The input of the first layer's attention gets no gradient.
         """
         matrices, active = (
             dims.body_parameters + dims.head_parameters,
@@ -325,9 +325,9 @@ class Train:
         return Work(self.rows * self.tokens * flops, gathered * self.itemsize)
 
 
-# What is known to be bound by products in the compute dtype, or by gathers.
+# Jobs that are known to be bound by products in the compute dtype, or by gathers.
 TimedJob = Importance | Train | Evaluate
-# What has a layer at a time on each rank.
+# Jobs that hold one layer at a time on each rank.
 LayerPass = Refit | LowRank | Reference
 Job = TimedJob | LayerPass | Generate
 

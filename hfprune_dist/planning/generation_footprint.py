@@ -1,4 +1,4 @@
-"""What generating needs: of a GPU where efficiency is measured, of the ranks that a model is sharded over."""
+"""Needs of text generation: memory where efficiency is measured, and gathered bytes where a model is sharded."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hfprune_dist.planning.layer_pass_footprint import widest
 
 @dataclass(frozen=True)
 class Generate:
-    """Two models in turn generate ``sequences`` at once, each of ``tokens`` in the end; rank 0 has all of it."""
+    """Two models in turn generate ``sequences`` at once, each ``tokens`` long in the end, all on rank 0."""
 
     sequences: int
     tokens: int
     itemsize: int = 2
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
-        """On rank 0, however many others wait."""
+        """Memory on rank 0, however many others wait."""
         tokens = self.sequences * self.tokens
         cache = 2 * dims.num_layers * dims.num_key_value_heads * dims.head_size
         return Memory(
@@ -34,8 +34,8 @@ class Generate:
 def gathered_per_token(dims: Dimensions, itemsize: int, gpus: Gpus, runtime: RuntimeConfig) -> int:
     """Bytes of whole weights that every rank gathers for each token that a model generates in an evaluation.
 
-    Of a model that ZeRO-3 shards, all of them, however many sequences are generated at once; 0 where each rank has
-    whole weights (as ``distributed.frozen_model.choose_sharding`` decides), or where a GPU's memory is not known.
+    If ZeRO-3 shards the model, these are all its weights, however many sequences are generated at once; 0 if each rank
+    has whole weights (as ``distributed.frozen_model.choose_sharding`` decides) or a GPU's memory is not known.
     """
     weights = dims.parameters * itemsize
     fits = not gpus.memory or weights <= WEIGHTS_SHARE * gpus.memory

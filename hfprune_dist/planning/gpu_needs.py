@@ -1,4 +1,4 @@
-"""What a job needs of GPUs, and what GPUs it gets."""
+"""The memory and work that a job needs of GPUs, and the GPUs that it gets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hfprune_dist.planning.rates import LINK
 
-# Of a compute dtype, bytes of a number.
+# Bytes of a number in each compute dtype.
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
@@ -16,11 +16,11 @@ class Memory:
 
     Attributes:
         weights: this rank's shards, and what training keeps for each of them.
-        gathered: whole parameters of the layers at work.
+        gathered: whole parameters of the layers being computed.
         activations: kept for backward, for all tokens of a micro-batch.
-        scratch: of the head, with what the loss makes of its logits; or of a layer's backward, where that is more.
-        sums: over tokens, such as Gram matrices, with what is made of them.
-        ahead: in passes layer by layer, what is on its way to main memory or from there while the GPU computes.
+        scratch: temporary values of the head and of the loss on its logits; or of a layer's backward, if that is more.
+        sums: sums over tokens, such as Gram matrices, with what is computed from them.
+        ahead: in passes layer by layer, what is in transit to or from main memory while the GPU computes.
     """
 
     weights: float
@@ -41,7 +41,7 @@ class Work:
 
     Attributes:
         flops: floating-point operations.
-        gathered_bytes: bytes of whole parameters that ZeRO-3 gathers; of them, a rank receives (ranks - 1) / ranks.
+        gathered_bytes: bytes of whole parameters that ZeRO-3 gathers, of which a rank receives (ranks - 1) / ranks.
     """
 
     flops: float
@@ -50,12 +50,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Gpus:
-    """What a job runs on.
+    """The GPUs that a job runs on.
 
     Attributes:
         memory: bytes of one GPU.
         flops: nominal floating-point operations per second of one GPU in dense bfloat16 products.
-        network: nominal bytes per second between two nodes; None: taken not to be the limit.
+        network: nominal bytes per second between two nodes; None: assumed not to be the limit.
         link: nominal bytes per second, one way, between a GPU and the others of its node.
     """
 

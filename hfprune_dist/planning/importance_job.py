@@ -1,4 +1,4 @@
-"""What an importance stage asks of the machine, from its settings."""
+"""The job of an importance stage, from its settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def importance_job(params: ImportanceParameters, checkpointing: bool) -> Importa
     """The calibration pass of an importance stage.
 
     Args:
-        checkpointing: whether activations are computed again in backward.
+        checkpointing: whether activations are recomputed in backward.
     """
     criteria = [CRITERIA[name] for name in params.criteria]
     losses = losses_of(criteria)

@@ -1,4 +1,4 @@
-"""What is known of the shapes of a sweep's checkpoints before its first stage has run."""
+"""The shapes of a sweep's checkpoints, as far as they are known before its first stage has run."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class Span(Generic[Number]):
-    """The least and the most of some numbers, of layers or of shapes that compete."""
+    """The smallest and the largest of some numbers, taken over layers or competing shapes."""
 
     least: Number
     most: Number
 
     @classmethod
     def of(cls, numbers: Iterable[Number]) -> Span[Number]:
-        """Of at least one number."""
+        """Return the span of at least one number."""
         every = sorted(numbers)
         return cls(every[0], every[-1])
 
@@ -41,12 +41,12 @@ class KnownShape:
     """A checkpoint's shape as far as the plan decides it.
 
     Attributes:
-        layers: how many it has.
+        layers: how many it has; None as for ``kv_heads``.
         kv_heads: of each layer; None: scores or measurements decide.
         width: neurons of each layer, or of each of its experts; None as for ``kv_heads``.
         reached: removed parameters / parameters of the dense model; None as for ``kv_heads``.
-        open: what decides what the plan leaves open; empty where that is nothing.
-        experts: of each layer that has some; None where none has.
+        open: what decides the numbers that the plan leaves open; empty if it leaves none open.
+        experts: of each layer that has some; None if no layer has any.
     """
 
     layers: Span[int] | None
@@ -64,7 +64,7 @@ def dense_shape(checkpoint: Checkpoint) -> KnownShape:
 
 
 def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> KnownShape:
-    """The shape of what a method makes of a model; of the last round, where there are several.
+    """The shape of the checkpoint that a method makes of a model; after the last round, if there are several.
 
     Args:
         where: the model and the method, for messages.
@@ -83,7 +83,7 @@ def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str
 
 
 def _known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> KnownShape:
-    """Of a method with numbers, without biases that it adds."""
+    """The same for a method with numbers, without counting the biases that it adds."""
     target = target_of(method, checkpoint, ratio, where)
     if checkpoint.family.experts:
         return _of_experts(target)
@@ -147,7 +147,7 @@ def _low_rank(target: LowRankTarget) -> KnownShape:
 
 
 def _widths(checkpoint: Checkpoint) -> Span[int]:
-    """Of its layers' MLPs, or of its experts."""
+    """Widths of its layers' MLPs, or of its experts."""
     return Span.of(count // checkpoint.units.copies for count in checkpoint.units.counts if count)
 
 

@@ -1,7 +1,7 @@
-"""How much there is to read of public data and of a user's files, as far as a plan can tell without tokenizing it.
+"""Sizes of public data sets and of a user's files, as far as a plan can tell without tokenizing them.
 
-Documents of tasks are those of the split that lm-eval evaluates, requests the choices of each; both are facts of the
-data. Tokens of a request or a pair are about those of Llama 2's tokenizer: assumptions.
+A task's documents are those of the split that lm-eval evaluates, its requests the choices of each document; both are
+facts of the data. Tokens per request or pair are assumptions, roughly those of Llama 2's tokenizer.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from pathlib import Path
 from hfprune_dist.config.parameters import EvaluateParameters
 from hfprune_dist.config.training import RecoveryConfig
 
-# Instruction pairs of a data set of the hub.
+# Number of instruction pairs in a data set of the hub.
 PAIRS = {"MBZUAI/LaMini-instruction": 2_585_615}
-# Tokens of a pair, some 35 of which are the template's; and bytes of a token in files.
+# Tokens per pair, some 35 of which are the template's; and bytes per token in files.
 TOKENS_OF_A_PAIR, TEMPLATE, BYTES_OF_A_TOKEN = 150, 35, 4
-# Of a file, so much is read to tell how long its records are.
+# Bytes of a file that are read to estimate how long its records are.
 BEGINNING = 2**20
 LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
 class Requests:
-    """What a task asks of a model.
+    """The requests that a task makes of a model.
 
     Attributes:
-        each: requests of a document.
-        tokens: of a request, without examples.
+        each: requests per document.
+        tokens: tokens per request, without examples.
     """
 
     documents: int
@@ -52,12 +52,12 @@ TASKS = {
     "truthfulqa_mc2": Requests(817, 7.2, 250),
     "winogrande": Requests(1267, 2, 30),
 }
-# Of a document of any other task, where evaluation.limit says how many there are at most.
+# For each document of any other task, if evaluation.limit says how many there are at most.
 USUAL = Requests(1, 4, 128)
 
 
 def requests_of(params: EvaluateParameters) -> tuple[list[Requests], list[str]]:
-    """The tasks of which it is known how much they ask, and the names of the others."""
+    """Return the requests of the tasks whose sizes are known, and the names of the other tasks."""
     known, unknown = [], []
     for task in params.tasks:
         asked = TASKS.get(task, USUAL)
@@ -70,7 +70,7 @@ def requests_of(params: EvaluateParameters) -> tuple[list[Requests], list[str]]:
 
 
 def packed_rows(recovery: RecoveryConfig) -> int | None:
-    """About how many rows the instruction pairs fill; None where nobody knows how many pairs there are."""
+    """Estimate how many rows the instruction pairs fill; None if the number of pairs is unknown."""
     found = _pairs_of_files(Path(recovery.path)) if recovery.path else None
     if found is None:
         known = PAIRS.get(recovery.dataset or "") if recovery.path is None else None
@@ -84,7 +84,7 @@ def packed_rows(recovery: RecoveryConfig) -> int | None:
 
 
 def _pairs_of_files(place: Path) -> tuple[int, int] | None:
-    """Records of files that have one in each line, as far as their beginnings tell, and tokens of each."""
+    """Number of records in files with one per line, estimated from their beginnings, and tokens per record."""
     files = [place] if place.is_file() else sorted(it for it in place.glob("*") if it.is_file())
     if not files or any(file.suffix not in LINES for file in files):
         return None
@@ -96,7 +96,7 @@ def _pairs_of_files(place: Path) -> tuple[int, int] | None:
 
 
 def _beginning(file: Path) -> tuple[int, int]:
-    """Lines and bytes of a file's first part, whole lines alone where there is one."""
+    """Lines and bytes in the first part of a file, counting only whole lines if there are any."""
     with file.open("rb") as stream:
         part = stream.read(BEGINNING)
     whole = part[: part.rfind(b"\n") + 1] or part
