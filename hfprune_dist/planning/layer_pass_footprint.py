@@ -1,4 +1,4 @@
-"""What passes layer by layer need: every rank has one layer at a time, and sums over tokens, but never the model."""
+"""Memory of passes layer by layer: each rank holds one layer at a time and sums over tokens, never the whole model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from hfprune_dist.core.memory_limits import KEPT_BYTES, PINNED_BYTES
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.planning.gpu_needs import Memory
 
-# distributed.layer_stream: for each number of a Gram matrix two exact sums, in 8 bytes each; or the two matrices that
-# are made of them; and what is added to them.
+# distributed.layer_stream: for each number of a Gram matrix, two exact sums of 8 bytes each, or the two matrices that
+# are computed from them; and what is being added to them.
 GRAMS_BYTES, TERM_BYTES = 16, 20
-# core.low_rank: of each number of W W^T, in float64: it, its eigenvectors and what finds them.
+# core.low_rank: for each number of W W^T, in float64: the number, the eigenvectors and the solver's workspace.
 EIGENVECTORS_BYTES = 5 * 8
-# core.gauss_newton: for each number of activations' Gram matrix, while it is inverted, and afterwards; for each
-# weight of an MLP the vectors of conjugate gradients and where steps begin.
+# core.gauss_newton: for each number of the activations' Gram matrix, while it is inverted and afterwards; for each
+# weight of an MLP, the vectors of conjugate gradients and the starting points of steps.
 INVERSE_BYTES, INVERTED_BYTES, STEP_BYTES = 36, 12, 60
 
 
@@ -25,11 +25,11 @@ class Refit:
 
     Attributes:
         samples: all calibration windows.
-        pursues: whether it goes through the pruned model as well as the dense one, towards the dense hidden states.
-        steps: whether steps of Gauss-Newton on whole MLPs follow.
-        searches: whether shapes are measured with refits of the dense model's layers before it.
-        share_kept: of the widest layer's neurons.
-        kv_groups: whether attention's output projections are fitted as well as MLPs', none of whose channels need go.
+        pursues: whether it runs the pruned model as well as the dense one, and fits towards the dense hidden states.
+        steps: whether Gauss-Newton steps on whole MLPs follow.
+        searches: whether shapes are measured before it, with refits of the dense model's layers.
+        share_kept: share of the widest layer's neurons that stays.
+        kv_groups: whether attention's output projections are fitted as well; all of their channels may stay.
     """
 
     windows: int
@@ -47,9 +47,9 @@ class Refit:
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
-        """Main memory of one rank: its windows' hidden states, of one model or both, and between the dense model's
-        blocks if attention pursues them; for a step, what an MLP reads and, in float32, its target; what is pinned; of
-        experts what waits.
+        """Main memory of one rank: its windows' hidden states in one model or both, and those between the dense model's
+        blocks if attention is fitted to them; for steps, an MLP's inputs and, in float32, its targets; pinned memory;
+        for experts, matrices that wait.
         """
         mine = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
         between = self.pursues and self.kv_groups
@@ -62,23 +62,23 @@ class Refit:
         return mine * dims.hidden_size * number_bytes + pinned + waiting
 
     def _waiting(self, dims: Dimensions) -> int:
-        """Bytes of a layer whose matrices wait until every rank has a layer to solve; with the weights that are fitted,
-        of which experts have many.
+        """Bytes of a layer whose matrices wait until every rank has a layer to solve; for experts, also those of the
+        fitted weights, of which there are many.
         """
         channels = self._channels(dims)
         weights = 0 if dims.experts is None else self.itemsize * dims.hidden_size * sum(channels)
         return int(GRAMS_BYTES * sum(size**2 for size in channels) + weights)
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
-        """On one rank: of the sums, of least squares, or of a step, whichever needs most."""
+        """Memory on one rank, in whichever phase needs most: the sums, least squares or a step."""
         tokens, blocks = self.windows * self.tokens, self._blocks(dims)
         together = [size for size, _ in blocks]
-        passes = [[max(together)]] if self.pursues else [together]  # one block after another, or all at once
+        passes = [[max(together)]] if self.pursues else [together]  # block by block, or all at once
         passes += [self._channels(dims)] if self.searches else []
         needs = [memory_of_layer_pass(dims, tokens, self.itemsize, sizes) for sizes in passes]
         layer_pass = max(needs, key=lambda it: it.total)
         if self.pursues:
-            # Each model has a next layer, and the dense one's states come along.
+            # Each model has a next layer in transit, and the dense model's states travel along.
             more = layer_pass.weights + tokens * dims.hidden_size * self.itemsize
             layer_pass = replace(layer_pass, weights=2 * layer_pass.weights, ahead=layer_pass.ahead + more)
         elif ranks > 1 and dims.experts is None:
@@ -89,15 +89,15 @@ class Refit:
         return replace(layer_pass, sums=max(phases))
 
     def _channels(self, dims: Dimensions) -> list[float]:
-        """That output projections read: of MLPs or experts, and of attention if that is fitted."""
+        """Channels that output projections read: of MLPs or experts, and of attention if that is fitted."""
         return [*self._mlp_channels(dims), *([dims.attention_size] if self.kv_groups else [])]
 
     def _mlp_channels(self, dims: Dimensions) -> list[float]:
         return [it.channels for it in dims.mlp_outputs for _ in range(it.count)]
 
     def _blocks(self, dims: Dimensions) -> list[tuple[float, float]]:
-        """Of each block, in the order in which they are fitted: numbers a token of what its Gram matrices are summed
-        of, and channels that stay.
+        """For each block, in the order in which blocks are fitted: the size of the vectors whose Gram matrices are
+        summed, and the number of channels that stay.
         """
         mlp, channels = self._mlp_channels(dims), self._channels(dims)
         kept = [*(self.share_kept * it for it in mlp), *channels[len(mlp) :]]
@@ -106,8 +106,8 @@ class Refit:
         return list(zip(channels, kept, strict=True))
 
     def _solving(self, dims: Dimensions) -> Iterator[float]:
-        """Bytes of least squares on each block: two Gram matrices of all channels, four of those that stay, and
-        weights, in float64; with what is there of the block before, and of others that were summed together with it.
+        """Bytes of least squares on each block, in float64: two Gram matrices of all channels, four of those that stay,
+        and weights; plus what remains of the previous block, and the matrices of blocks summed together with this one.
         """
         blocks, solved = self._blocks(dims), 0.0
         together = sum(it**2 for it, _ in blocks)
@@ -117,7 +117,7 @@ class Refit:
             solved = GRAMS_BYTES * kept**2 + 2 * 4 * dims.hidden_size * kept
 
     def _stepping(self, dims: Dimensions, kept: float, ranks: int) -> float:
-        """Bytes of a step: two Gram matrices of the kept neurons in float64, what inverts them, what iterates."""
+        """Bytes of a step: two Gram matrices of the kept neurons in float64, their inversion, and the iterations."""
         mine = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
         linearized = min(KEPT_BYTES, mine * (dims.mlp_matrices * kept + dims.hidden_size) * self.itemsize)
         weights = dims.mlp_matrices * kept * dims.hidden_size
@@ -127,7 +127,7 @@ class Refit:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The same of a pass in which attention gets matrices of low rank: one model's windows, and eigenvectors."""
+    """A pass in which attention gets matrices of low rank: one model's windows, and eigenvectors."""
 
     windows: int
     tokens: int
@@ -139,12 +139,12 @@ class LowRank:
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
-        """Main memory of one rank: its windows' hidden states, and one micro-batch's of the whole model."""
+        """Main memory of one rank: its windows' hidden states, and those of one micro-batch in the whole model."""
         whole = self.windows * self.tokens * dims.hidden_size * self.itemsize
         return Reference(self.windows, self.tokens, self.samples, self.itemsize).host_bytes(dims, ranks) + whole
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
-        """On one rank: of the windows' pass, in float64 of what they read, and of the largest matrix's eigenvectors."""
+        """Memory on one rank: the pass with layers' inputs in float64, or eigenvectors of the largest matrix."""
         layer_pass = memory_of_layer_pass(dims, self.windows * self.tokens, self.itemsize, [])
         squares = 8 * 2 * self.windows * self.tokens * max(dims.intermediate_size, dims.attention_size)
         rows = max(dims.hidden_size, dims.attention_size)
@@ -155,8 +155,8 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Reference:
-    """All of ``samples`` windows through the dense model, layer by layer, ``windows`` of ``tokens`` at a time; nothing
-    but its outputs or means of its channels are kept.
+    """All of ``samples`` windows through the dense model, layer by layer, ``windows`` of ``tokens`` at a time; only its
+    outputs or the means of its channels are kept.
     """
 
     windows: int
@@ -169,19 +169,19 @@ class Reference:
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
-        """Main memory of one rank: its windows' hidden states, and what is pinned."""
+        """Main memory of one rank: its windows' hidden states, and pinned memory."""
         mine = tokens_of_a_rank(self.samples, self.windows, self.tokens, ranks)
         pinned = pinned_bytes(dims, self.windows * self.tokens, self.itemsize)
         return mine * dims.hidden_size * self.itemsize + pinned
 
     def memory(self, dims: Dimensions, ranks: int) -> Memory:
-        """On one rank, whatever their number."""
+        """Memory on one rank, the same for any number of ranks."""
         return memory_of_layer_pass(dims, self.windows * self.tokens, self.itemsize, [])
 
 
 def memory_of_layer_pass(dims: Dimensions, tokens: int, itemsize: int, sizes: Sequence[float]) -> Memory:
-    """Of one layer at a time, where Gram matrices of vectors of these sizes are added up; meanwhile the next one comes,
-    with the next micro-batch, and the last one's result goes.
+    """Memory of one layer at a time, while Gram matrices of vectors of ``sizes`` are summed. Meanwhile the next layer
+    and the next micro-batch arrive, and the last micro-batch's result leaves.
     """
     matrices = [size**2 for size in sizes]
     weights = dims.layer_parameters * itemsize
@@ -196,14 +196,14 @@ def memory_of_layer_pass(dims: Dimensions, tokens: int, itemsize: int, sizes: Se
 
 
 def _read_at_a_time(dims: Dimensions, sizes: Sequence[float]) -> float:
-    """Numbers a token that are added up, in float32: of one output projection, or of all experts together."""
+    """Numbers per token that are summed at a time, in float32: of one output projection, or of all experts together."""
     return max(sizes) if dims.experts is None else max(*sizes, dims.experts.chosen * dims.experts.width)
 
 
 def pinned_bytes(dims: Dimensions, tokens: int, itemsize: int, models: int = 1) -> int:
-    """Main memory that is pinned for what is on its way (distributed.host_transfers).
+    """Main memory that is pinned for data in transit (distributed.host_transfers).
 
-    Of each model, a micro-batch's hidden states twice and two portions of weights; two results back.
+    For each model, a micro-batch's hidden states twice and two portions of weights; and two results on their way back.
     """
     portion = min(PINNED_BYTES, dims.intermediate_size * dims.hidden_size * itemsize)
     states = _of_a_block(tokens * dims.hidden_size * itemsize)
@@ -211,19 +211,19 @@ def pinned_bytes(dims: Dimensions, tokens: int, itemsize: int, models: int = 1) 
 
 
 def _of_a_block(size: int) -> int:
-    """Bytes that torch pins for so many: a power of two."""
+    """Bytes that torch pins for a block of ``size`` bytes: the next power of two."""
     return 1 << (size - 1).bit_length()
 
 
 def tokens_of_a_rank(samples: int, windows: int, tokens: int, ranks: int) -> int:
-    """The most that any rank gets, of micro-batches that are dealt out whole."""
+    """The most tokens that any rank gets when whole micro-batches are distributed."""
     return min(samples, -(-samples // (windows * ranks)) * windows) * tokens
 
 
 def widest(dims: Dimensions) -> int:
-    """Numbers a token that a forward without gradients has at a time."""
+    """Numbers per token that a forward without gradients holds at a time."""
     of_mlp = 2 * dims.row_projections * dims.intermediate_size
-    if dims.experts is not None:  # each reads copies of its tokens, and its outputs are weighted and put in order
+    if dims.experts is not None:  # each expert reads copies of its tokens; its outputs are weighted and reordered
         copy = dims.experts.chosen * dims.hidden_size
         of_mlp = max(of_mlp + copy, 4 * copy)
     return of_mlp + 8 * dims.hidden_size

@@ -1,8 +1,8 @@
 """Floating-point operations of passes layer by layer: forwards, Gram matrices, least squares, steps on whole MLPs.
 
-Products of matrices, Cholesky factors and what is solved with them are counted as the code makes them, a product of
-[m, k] and [k, n] as 2 m k n; what goes over numbers one by one is not. Gram matrices count in full, as on a GPU. A bare
-number is of one dtype; sums over several are ``Operations``.
+Matrix products, Cholesky factors and solves with them are counted as the code performs them, a product of [m, k] and
+[k, n] as 2 m k n; elementwise work is not. Gram matrices count in full, as on a GPU. A bare number counts operations in
+one dtype; ``Operations`` holds several.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from hfprune_dist.planning.gathering import attention_flops
 from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import Operations
 
-# distributed.gram_sums: of so many micro-batches one is held out. core.least_squares: ridges that are tried.
+# distributed.gram_sums: one of this many micro-batches is held out. core.least_squares: ridges that are tried.
 HOLD_OUT_EVERY, RIDGES = 8, 5
-# refit.gauss_newton_ranks: iterations of the first step and of the second; lengths that are tried.
+# refit.gauss_newton_ranks: iterations of the first and the second step; step lengths that are tried.
 ITERATIONS, STEP_LENGTHS = (4, 2), 3
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of text on their way through a model, all ranks' together.
+    """Windows of text that go through a model, on all ranks together.
 
     Attributes:
         count: how many.
@@ -41,12 +41,12 @@ class Windows:
 
     @property
     def batches(self) -> int:
-        """Micro-batches."""
+        """Number of micro-batches."""
         return -(-self.count // self.micro_batch)
 
     @property
     def held_out(self) -> int:
-        """Tokens in micro-batches that are held out; where there is one micro-batch alone, it is both."""
+        """Tokens in micro-batches that are held out; a single micro-batch is both held out and fitted."""
         every = min(HOLD_OUT_EVERY, self.batches)
         windows = self.batches // every * self.micro_batch
         missing = self.batches * self.micro_batch - self.count  # in the last one
@@ -54,20 +54,20 @@ class Windows:
 
     @property
     def fitted(self) -> int:
-        """Tokens in those that are not."""
+        """Tokens in micro-batches that are fitted."""
         return self.tokens - (self.held_out if self.batches > 1 else 0)
 
 
-# A token's operations in one layer.
+# Operations per token in one layer.
 
 
 def attention_core(dims: Dimensions, length: int) -> float:
-    """Of both products of attention."""
+    """Both products of attention."""
     return attention_flops(dims, length) / dims.num_layers
 
 
 def attention_block(dims: Dimensions, length: int) -> float:
-    """Of attention with its projections."""
+    """Attention with its projections."""
     return 2 * dims.attention_parameters + attention_core(dims, length)
 
 
@@ -76,17 +76,17 @@ def mlp_block(dims: Dimensions) -> float:
 
 
 def forward(dims: Dimensions, length: int) -> float:
-    """Of a whole layer."""
+    """A whole layer."""
     return attention_block(dims, length) + mlp_block(dims)
 
 
 def gram(size: int) -> float:
-    """Of the Gram matrix of vectors of this size."""
+    """The Gram matrix of vectors of this size."""
     return 2 * size**2
 
 
 def forward_of_all(shape: ModelShape, length: int) -> float:
-    """A token's operations in all layers."""
+    """Operations per token in all layers."""
     return sum(forward(dims, length) for dims in shape.layers)
 
 
@@ -94,30 +94,30 @@ def forward_of_all(shape: ModelShape, length: int) -> float:
 
 
 def channels_of(dims: Dimensions, kv_groups: bool) -> list[int]:
-    """What output projections that are fitted read: the MLP's, then attention's."""
+    """Numbers of channels that the fitted output projections read: the MLP's, then attention's."""
     return [dims.intermediate_size, *([dims.attention_size] if kv_groups else [])]
 
 
 def outputs_of(dims: Dimensions, kv_groups: bool) -> list[Outputs]:
-    """The same output projections, in groups of those that are alike."""
+    """The same output projections, grouped by size."""
     return [*dims.mlp_outputs, *([Outputs(dims.attention_size)] if kv_groups else [])]
 
 
 def summed_numbers(shape: ModelShape, kv_groups: bool) -> float:
-    """Of the Gram matrices of all of them."""
+    """Numbers in the Gram matrices of all fitted output projections."""
     return sum(it.count * it.channels**2 for dims in shape.layers for it in outputs_of(dims, kv_groups))
 
 
 def least_squares(outputs: int, channels: int, kept: int) -> Operations:
-    """Of one output projection: its problem on two sets of tokens, a weight for each ridge and its error, and the
-    weight on all tokens with the errors before and after.
+    """Least squares for one output projection: its problem on two sets of tokens, a weight and its error per ridge, and
+    the weight on all tokens with the errors before and after.
     """
     return least_squares_for(outputs, channels, kept, problems=2, ridges=RIDGES + 1, errors=RIDGES + 2)
 
 
 def least_squares_for(outputs: int, channels: int, kept: int, *, problems: int, ridges: int, errors: int) -> Operations:
-    """Of problems that are set up, weights that are solved for, and errors that are computed, all in float64; where
-    ranks have the same problem, they share its ridges.
+    """Setting up ``problems``, solving for a weight per ridge and computing ``errors``, all in float64; ranks that have
+    the same problem share its ridges.
     """
     solved = cholesky(kept) + 2 * kept**2 * outputs
     own = problems * 2 * outputs * channels**2 + errors * 2 * outputs * kept**2
@@ -134,7 +134,7 @@ def dense_refit(
     """A pass through the dense model with the Gram matrices of the layers that stay, and their least squares.
 
     Args:
-        dropped: numbers of layers that go; the pass ends with the last that stays.
+        dropped: indices of the layers that go; the pass ends with the last layer that stays.
     """
     last = max(number for number in range(len(dense.layers)) if number not in dropped)
     flops = Operations(windows.tokens * sum(forward(dims, windows.length) for dims in dense.layers[: last + 1]))
@@ -147,7 +147,7 @@ def dense_refit(
 
 
 def _experts_again(dims: Dimensions) -> float:
-    """A token's operations up to what experts' down projections read, which the layer's own forward doesn't show."""
+    """Operations per token to recompute the inputs of experts' down projections, which the layer doesn't expose."""
     routed = 0 if dims.experts is None else dims.experts.chosen * dims.experts.width
     return 2 * dims.row_projections * dims.hidden_size * routed
 
@@ -157,7 +157,7 @@ def sequential_refit(
 ) -> Operations:
     """A pass through both models, every block fitted towards the dense one's hidden states on the way."""
     tokens, length = windows.tokens, windows.length
-    # Of the dense model one window besides shows that blocks are residual. A layer that goes is run again behind the
+    # One extra window through the dense model shows that blocks are residual. A layer that goes is run again behind the
     # block that makes up for it.
     gone = dense.layers[len(kept.layers) :]
     flops = Operations(tokens * (forward_of_all(dense, length) + sum(forward(dims, length) for dims in gone)))
@@ -177,14 +177,14 @@ def sequential_refit(
 
 
 def _fitted_to_targets(outputs: int, kept: int, tokens: int) -> Operations:
-    """Of least squares on vectors of what the projection reads and what it lacks to its targets."""
+    """Least squares on vectors of the projection's inputs and of the differences between its outputs and targets."""
     size = kept + outputs
     return Operations(float32=tokens * (2 * kept * outputs + gram(size))) + least_squares(outputs, size, kept)
 
 
 def steps(dims: Dimensions, windows: Windows) -> Operations:
-    """Of Gauss-Newton on a pruned MLP: the first on the windows that are not held out, which these judge, and one on
-    all.
+    """Gauss-Newton on a pruned MLP: one step on the windows that are not held out, judged on those that are, and one on
+    all windows.
     """
     flops = Operations(STEP_LENGTHS * windows.held_out * mlp_block(dims))
     for tokens, iterations in zip((windows.fitted, windows.tokens), ITERATIONS, strict=True):
@@ -193,8 +193,8 @@ def steps(dims: Dimensions, windows: Windows) -> Operations:
 
 
 def _step(dims: Dimensions, tokens: int, iterations: int) -> Operations:
-    """Around some weights: gate and up, the Gram matrix of inputs, the residual; then four products forward and four
-    backward in each iteration, one less of each without a gate. Preconditioners are inverted once.
+    """One step: at the current weights, gate and up, the inputs' Gram matrix and the residual; then in each iteration
+    four products forward and four backward, one fewer of each without a gate. Preconditioners are inverted once.
     """
     outputs, kept, rows = dims.hidden_size, dims.intermediate_size, dims.row_projections
     product = 2 * outputs * kept
@@ -208,13 +208,13 @@ def _step(dims: Dimensions, tokens: int, iterations: int) -> Operations:
 
 
 def inverse(size: int) -> float:
-    """Of a symmetric matrix by its Cholesky factor."""
+    """Inverse of a symmetric matrix from its Cholesky factor."""
     return cholesky(size) + 2 * size**3 / 3
 
 
 def low_rank(dense: ModelShape, kept: ModelShape, windows: Windows) -> Operations:
-    """Of compressing a model layer after layer: the windows go through each layer as it is and as it becomes, one
-    micro-batch through it as it is once more; and of the factors of its attention, which ranks share.
+    """Compressing a model layer by layer: all windows go through each layer before and after compression, and one
+    micro-batch through the original layer once more; plus the factors of its attention, which ranks share.
     """
     alone = min(windows.micro_batch, windows.count) * windows.length
     flops = Operations((windows.tokens + alone) * forward_of_all(dense, windows.length))
@@ -228,14 +228,14 @@ def low_rank(dense: ModelShape, kept: ModelShape, windows: Windows) -> Operation
 
 
 def factors(outputs: int, inputs: int, rank: int) -> float:
-    """Of W W^T, about nine cubes for its eigenvectors, and a factor's product with W."""
+    """W W^T, its eigenvectors (about 9 ``outputs``^3), and the product of a factor with W."""
     return 2 * outputs**2 * inputs + 9 * outputs**3 + 2 * rank * outputs * inputs
 
 
 def elimination(outputs: int, channels: int) -> float:
-    """Of removing all channels one after another (core.elimination): the inverse of their Gram matrix, W^T F W, and
-    the products that shrink both matrices, 64 channels at a time; rows that are read meanwhile are corrected by the
-    products that wait.
+    """Removing all channels one by one (core.elimination): the inverse of their Gram matrix, W^T F W, and the products
+    that shrink both matrices, 64 channels at a time; rows that are read in between are corrected by the pending
+    products.
     """
     curvature = 2 * outputs**2 * channels + 2 * outputs * channels**2
     shrinking = 3 * 2 * channels**3 / 3
@@ -243,7 +243,7 @@ def elimination(outputs: int, channels: int) -> float:
 
 
 def second_moments(shape: ModelShape, windows: Windows, *, kv_groups: bool) -> Operations:
-    """A pass through the model with Gram matrices of what output projections read, and an elimination of each."""
+    """A pass through the model with Gram matrices of the output projections' inputs, and an elimination for each."""
     sizes = [(dims.hidden_size, channels) for dims in shape.layers for channels in channels_of(dims, kv_groups)]
     return Operations(
         products=windows.tokens * forward_of_all(shape, windows.length),

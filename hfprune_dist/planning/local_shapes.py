@@ -1,8 +1,7 @@
 """Local shapes: every layer that isn't protected loses the same share of its units of each kind.
 
-Which shape that is follows from the ratio alone; scores decide within each layer. KV groups are few, so they are
-rounded first, and neurons make up what is left of the ratio. Where a model is pruned in rounds, each shape lies within
-the one before.
+The ratio alone decides the shape; scores decide within each layer. There are few KV groups, so they are rounded first,
+and neurons make up the rest of the ratio. If a model is pruned in rounds, each shape lies within the one before.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from hfprune_dist.structures.units import Units
 
 @dataclass(frozen=True)
 class LocalTarget:
-    """What is asked of a shape all of whose layers but the first and the last few lose the same share.
+    """The shape wanted where all layers but the first and the last few lose the same share.
 
     Attributes:
-        asked: the ratio, and what may go for it.
-        protect_first, protect_last: numbers of layers that lose nothing.
-        before: what earlier rounds to this ratio left, by the same method; None: this is the first.
+        asked: the ratio, and what may be removed for it.
+        protect_first, protect_last: how many of the first and last layers lose nothing.
+        before: what earlier rounds of the same method to this ratio left; None: this is the first round.
     """
 
     asked: ShapeTarget
@@ -36,13 +35,13 @@ class LocalTarget:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, params: PruneParameters | LoraPruneParameters, where: str) -> LocalTarget:
-        """What a stage that prunes with ``allocation: local`` asks of the dense model that its ratio is of."""
+        """Return the target of a stage that prunes with ``allocation: local``; ``checkpoint`` is the dense model."""
         return cls(ShapeTarget.of(checkpoint, params, where), *params.protected())
 
     def shape(self) -> Shape:
-        """The shape whose parameters come as close to the ratio as rounding allows.
+        """Return the shape whose parameters come as close to the ratio as rounding allows.
 
-        Layers keep the number of KV groups that is nearest to the share, of those with which neurons make up the rest.
+        Of the numbers of KV groups for which neurons can make up the rest, layers keep the one closest to the share.
         Without protected layers, layers that were alike stay alike, and the checkpoint is a plain one.
 
         Raises:
@@ -59,12 +58,12 @@ class LocalTarget:
         return shape
 
     def largest(self) -> float:
-        """The ratio at which nothing is left that may go, whatever ratio is asked for."""
+        """The ratio at which everything that may be removed is gone, whatever ratio is asked for."""
         return self._largest(self._group_rows())
 
     @property
     def _pruned(self) -> Sequence[int]:
-        """Numbers of the layers that lose something."""
+        """Indices of the layers that lose something."""
         num_layers = self.asked.checkpoint.num_layers
         return range(self.protect_first, max(self.protect_first, num_layers - self.protect_last))
 
@@ -74,14 +73,14 @@ class LocalTarget:
         return self.asked.ratio * self.asked.counts.total
 
     def _group_rows(self) -> list[tuple[int, ...]]:
-        """Numbers of KV groups that the pruned layers may keep, falling; every number is divisible by
+        """Rows of the KV groups that each pruned layer may keep, descending; every number is divisible by
         ``tensor_parallel``.
         """
         most = self._left_before(self.asked.groups)
         return [row for row in self._all_group_rows() if all(it <= left for it, left in zip(row, most, strict=True))]
 
     def _all_group_rows(self) -> list[tuple[int, ...]]:
-        """The same for a first round."""
+        """The same rows for a first round."""
         asked, split = self.asked, self.asked.tensor_parallel
         groups = [asked.groups.counts[layer] for layer in self._pruned]
         if KV_GROUPS not in asked.structures:
@@ -100,8 +99,8 @@ class LocalTarget:
         return list(dict.fromkeys(rows))
 
     def _misses(self, groups: Sequence[int]) -> tuple[float, float]:
-        """How far a row of groups is from what is wanted: parameters that neurons can't make up, or that went with them
-        before; and distance from the share of groups that should stay.
+        """How far a row of groups is from what is wanted: parameters that neurons can't make up, or that earlier rounds
+        removed in excess; and the distance from the share of groups that should stay.
         """
         counts, left = self.asked.counts, self._left(groups)
         most = counts.units[NEURONS] * sum(count - self._narrowest(count) for count in self._widths)
@@ -111,13 +110,13 @@ class LocalTarget:
         return max(least - left, left - most, 0.0), abs(sum(groups) / all_groups - (1 - self._wanted / removable))
 
     def _left(self, groups: Sequence[int]) -> float:
-        """Parameters that neurons are to make up."""
+        """Parameters that neurons have to make up."""
         gone = sum(self.asked.groups.counts[layer] for layer in self._pruned) - sum(groups)
         return self._wanted - gone * self.asked.counts.units[KV_GROUPS]
 
     @property
     def _widths(self) -> list[int]:
-        """Neurons that the pruned layers have."""
+        """Numbers of neurons of the pruned layers."""
         return [self.asked.neurons.counts[layer] for layer in self._pruned]
 
     def _narrowest(self, width: int) -> int:
@@ -130,12 +129,12 @@ class LocalTarget:
         return self._whole_but([min(pair) for pair in zip(widths, most, strict=True)], groups)
 
     def _left_before(self, units: Units) -> list[int]:
-        """What the pruned layers have of a kind of units when this round begins."""
+        """Units of one kind that the pruned layers have when this round begins."""
         counts = units.counts if self.before is None else self.before.counts(units)
         return [counts[layer] for layer in self._pruned]
 
     def _rounded(self, exact: float, width: int) -> int:
-        """The nearest of what a layer of such a width may keep."""
+        """The permitted number of neurons closest to ``exact``, for a layer of this width."""
         multiple_of = self.asked.multiple_of
         multiple = max(multiple_of, round(exact / multiple_of) * multiple_of)
         return min((min(multiple, width), width), key=lambda kept: abs(kept - exact))
@@ -147,7 +146,7 @@ class LocalTarget:
         return self.asked.counts.ratio(self._whole_but(narrowest, rows[-1]))
 
     def _whole_but(self, widths: Sequence[int], groups: Sequence[int]) -> Shape:
-        """The shape in which the pruned layers have so many units, and the others all."""
+        """The shape in which the pruned layers have these numbers of units, and the other layers all of theirs."""
         asked, layers = self.asked, range(self.asked.checkpoint.num_layers)
         units = {}
         for of_kind, counts in ((asked.neurons, widths), (asked.groups, groups)):

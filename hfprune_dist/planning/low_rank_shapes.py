@@ -1,11 +1,11 @@
 """Shapes whose attention has matrices of low rank, as LoRAP chooses them; every layer has the same.
 
-The share of the decoder's matrices that stays is the same for attention and MLPs. Of what stays of attention, ``SPLIT``
-parts are for v and o, one is for q and k. Within such a pair both keep the same share of their parameters, and ranks
-are rounded down. What is whole at its share stays as it is, and passes the rest on. Neurons make up for what rounding
-leaves of the ratio.
+Attention and MLPs keep the same share of the decoder's matrices. Of attention's parameters that stay, ``SPLIT`` parts
+go to v and o, and one part to q and k. Both matrices of such a pair keep the same share of their parameters, and ranks
+are rounded down. A pair whose part is at least its full size stays as it is and passes the rest on. Neurons make up
+for what rounding leaves of the ratio.
 
-Of a model without grouped queries these are the ranks of LoRAP's code, but for one or two where that rounds twice.
+For a model without grouped queries, these are the ranks of LoRAP's code, except for one or two where it rounds twice.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from hfprune_dist.planning.widths import round_down
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Shape
 
-# Parameters of v and o to those of q and k.
+# Ratio of the parameters of v and o to those of q and k.
 SPLIT = 3
 
 
 @dataclass(frozen=True)
 class LowRankTarget:
-    """What is asked of such a shape.
+    """The shape wanted where attention gets matrices of low rank.
 
     Attributes:
-        asked: the ratio, of a model whose layers are alike.
+        asked: the ratio, for a model whose layers are alike.
     """
 
     asked: ShapeTarget
 
     def shape(self) -> Shape:
-        """The shape whose parameters come as close to the ratio as widths allow.
+        """Return the shape whose parameters come as close to the ratio as widths allow.
 
         Raises:
             UserError: where no shape reaches the ratio, or rounding leaves nothing to remove.
@@ -62,7 +62,7 @@ class LowRankTarget:
 
     @property
     def _kept_share(self) -> float:
-        """Of the decoder's matrices, what stays."""
+        """The share of the decoder's matrices that stays."""
         checkpoint = self.asked.checkpoint
         layers = f"{checkpoint.family.layers}."
         shapes = [it.shape for name, it in checkpoint.tensors.items() if name.startswith(layers)]
@@ -70,7 +70,7 @@ class LowRankTarget:
         return max(0.0, 1 - self._wanted / matrices)
 
     def _with_ranks(self, share: float) -> Shape:
-        """Where so much of attention stays, with the width that makes up the rest."""
+        """The shape in which this share of attention stays, with the width that makes up the rest."""
         asked, layers = self.asked, range(self.asked.checkpoint.num_layers)
         ranks = {name: (rank,) * len(layers) for name, rank in self._ranks(share).items()}
         whole = Shape(tuple(layers), ranks=ranks)
@@ -79,7 +79,7 @@ class LowRankTarget:
         return replace(whole, units={NEURONS: (width,) * len(layers)})
 
     def _rounded(self, exact: float) -> int:
-        """The nearest of what a layer may keep."""
+        """The permitted number of neurons closest to ``exact``."""
         multiple_of, most = self.asked.multiple_of, self.asked.neurons.most
         multiple = max(multiple_of, round(exact / multiple_of) * multiple_of)
         return min((min(multiple, most), most), key=lambda kept: abs(kept - exact))
@@ -104,6 +104,6 @@ class LowRankTarget:
 
 
 def _rank(size: tuple[int, int], share: float) -> int | None:
-    """Of factors that have such a share of a matrix's parameters; None where that stays as it is."""
+    """The rank of factors that have this share of a matrix's parameters; None if the matrix stays as it is."""
     rank = max(1, int(share * math.prod(size) / sum(size)))
     return rank if share < 1 and rank * sum(size) < math.prod(size) else None

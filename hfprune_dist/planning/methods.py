@@ -12,7 +12,7 @@ from hfprune_dist.errors import UserError, did_you_mean
 
 
 def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
-    """The sweep's methods by name: shipped ones or YAML files, with the keys of the ``prune`` section on top.
+    """Return the sweep's methods by name: shipped ones or YAML files, with the ``prune`` section's keys on top.
 
     Args:
         shipped: folder with the methods that come with the project, ``<name>.yaml``.
@@ -43,7 +43,7 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
 
 
 def remarks_on_methods(config: SweepConfig, methods: Mapping[str, Method]) -> list[str]:
-    """What to tell of settings for all methods that some of them take no notice of, in sentences."""
+    """Return sentences about settings of the ``prune`` section that have no effect with some of the methods."""
     given = config.prune.model_dump(exclude_none=True)
     idle = {name: [it for it, method in methods.items() if name in method.without_effect] for name in given}
     return [f"prune.{name} changes nothing with {', '.join(those)}" for name, those in idle.items() if those]

@@ -1,4 +1,4 @@
-"""The dimensions of a decoder layer by layer, dense or pruned, from which its work is counted."""
+"""The dimensions of each layer of a dense or pruned decoder, from which its work is counted."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from hfprune_dist.structures.experts import (
 )
 from hfprune_dist.structures.units import plural_of, read_counts
 
-# Field of a config.json in which layers may differ -> what ``Dimensions`` calls it.
+# Field of a config.json in which layers may differ -> its name in ``Dimensions``.
 _HEADS = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_key_value_heads"}
 _OF_LAYERS = {"intermediate_size": "intermediate_size", **_HEADS}
 
-# Fields of a mixture of experts, which are the same in all layers.
+# Fields of a mixture of experts, whose values are the same in all layers.
 _OF_EXPERTS = (*NUMBERS, *WIDTHS, *SHARED_WIDTHS)
 
 
@@ -34,7 +34,7 @@ class ModelShape:
 
     Attributes:
         layers: for each layer, the dimensions of a model all of whose layers are like it.
-        config: of a mixture of experts, the ``config.json`` that it describes.
+        config: the ``config.json`` behind the shape, if it is a mixture of experts.
     """
 
     layers: tuple[Dimensions, ...]
@@ -53,7 +53,7 @@ class ModelShape:
             row_projections: see ``Dimensions``.
 
         Raises:
-            KeyError, TypeError, ValueError: where it describes no decoder that is known.
+            KeyError, TypeError, ValueError: if it doesn't describe a known decoder.
         """
         whole = dimensions_of(config, row_projections)
         if number_of_experts(config):
@@ -62,7 +62,7 @@ class ModelShape:
         return cls._of_layers([whole] * whole.num_layers, by_layer)
 
     def pruned(self, told: Mapping[str, Any]) -> ModelShape:
-        """The shape of what a prune stage made of this model.
+        """Return the shape of the checkpoint that a prune stage made of this model.
 
         Args:
             told: the stage's metrics.
@@ -95,11 +95,11 @@ class ModelShape:
         return self.layers[0].hidden_size
 
     def mean(self, of: Callable[[Dimensions], float]) -> float:
-        """The mean over layers of what holds for a model of equal layers: where that is a sum over layers, exact."""
+        """The mean over layers of a function of a model of equal layers; exact if the function is a sum over layers."""
         return sum(of(dims) * count for dims, count in Counter(self.layers).items()) / len(self.layers)
 
 
 def _ranks(told: Mapping[str, int]) -> tuple[int, ...]:
-    """As ``Dimensions`` has them; the output projection has several names."""
+    """Ranks in the order of ``Dimensions``; the output projection's name depends on the family."""
     output = next((name for name in told if name not in ATTENTION[:3]), ATTENTION[3])
     return tuple(told.get(name, 0) for name in (*ATTENTION[:3], output)) if told else ()

@@ -1,4 +1,4 @@
-"""Finding checkpoints by the names that a user gives, and the hash that stands for their content."""
+"""Finding checkpoints by the names that a user gives, and the hashes that identify their content."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ModelSource:
 
     Attributes:
         name: short, for labels.
-        identity: the digest that stands for its content.
-        spelling: what ``models`` of a configuration calls it from any folder: an alias, a hub id or an absolute path.
+        identity: the digest that identifies its content.
+        spelling: its name in a configuration's ``models``, valid in any folder: alias, hub id or absolute path.
         content: how ``identity`` is computed from its files.
     """
 
@@ -42,7 +42,7 @@ def resolve_models(config: SweepConfig, shipped: Path, hashes: FileHashes, downl
 
     Args:
         shipped: folder with the alias files that come with the project.
-        download: fetch models of the hub that are not in the local cache; otherwise such a model is an error.
+        download: fetch hub models that are not in the local cache; otherwise such a model is an error.
 
     Raises:
         UserError: for an unknown alias or a damaged checkpoint.
@@ -93,7 +93,7 @@ def _resolve(name: str, aliases: Mapping[str, ModelAlias], hashes: FileHashes, d
 
 
 def _hub_model(spelling: str, download: bool) -> ModelSource:
-    """A model that is named by its hub id, with or without a revision."""
+    """Resolve a model named by its hub id, with or without a revision."""
     hub_id, _, revision = spelling.partition("@")
     name = spelling.split("/", 1)[1]
     try:
@@ -128,7 +128,7 @@ def _snapshot(name: str, hub_id: str, revision: str, download: bool) -> Path:
     except LocalEntryNotFoundError:
         action = "check the network" if download else "it is downloaded when the sweep runs without --dry-run"
         raise UserError(f"model {name!r}: {hub_id}@{revision} is not in the local hub cache; {action}") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: no such name can be
+    except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: not a valid name
         raise UserError(
             f"model {name!r}: {hub_id}@{revision} can't be downloaded: {error}; for a gated model, accept its licence "
             "on its page and run `hf auth login`"

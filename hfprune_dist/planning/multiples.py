@@ -1,6 +1,6 @@
-"""Settings of a method as numbers of a model: what its widths are multiples of, and how many layers lose nothing.
+"""A method's settings as numbers for one model: what widths are multiples of, and how many layers lose nothing.
 
-Multiples are what hardware likes, where that costs few parameters, and what devices can share.
+Multiples are sizes that run fast on hardware, if that costs few parameters, and that can be split over devices.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.planning.widths import Target, size_of
 from hfprune_dist.structures import EXPERTS, KV_GROUPS
 
-# In the order in which they are tried.
+# Multiples, in the order in which they are tried.
 MULTIPLES = (256, 128, 64, 32)
-# The share of all parameters that may go beyond the ratio.
+# The share of all parameters that may be removed beyond the ratio.
 MOST_BEYOND = 0.0125
-# From this width on, every multiple is at least this.
+# From width WIDE on, every multiple is at least LEAST.
 WIDE, LEAST = 1024, 32
 
 
 def suited(method: Method, checkpoint: Checkpoint) -> Method:
-    """A method that ``adapts``, without what the model's architecture rules out; any other as it is."""
+    """Return a method that ``adapts`` without what the model's architecture rules out; any other method unchanged."""
     family, changes = checkpoint.family, dict[str, object]()
     if method.adapts and family.whole_groups:
         changes["structures"] = [it for it in method.structures if it != KV_GROUPS]
@@ -39,8 +39,8 @@ def suited(method: Method, checkpoint: Checkpoint) -> Method:
 
 
 def with_numbers(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> Method:
-    """A method as it suits the model, whose ``multiple_of`` is a number, which ``tensor_parallel`` divides where KV
-    groups may go, and whose protected layers are numbers too.
+    """Return the method as it suits the model, with numbers for ``multiple_of`` and the protected layers; if KV groups
+    may go, ``tensor_parallel`` divides ``multiple_of``.
 
     Raises:
         UserError: where ``tensor_parallel`` divides no number of KV groups.
@@ -55,24 +55,24 @@ def with_numbers(method: Method, checkpoint: Checkpoint, ratio: float, where: st
 
 
 def protected_by(method: Method) -> tuple[int, int]:
-    """How many of the first and of the last layers lose nothing, of a method with such numbers."""
+    """How many of the first and of the last layers lose nothing, for a method with numbers."""
     first, last = method.protect_first, method.protect_last
     assert isinstance(first, int) and isinstance(last, int), "planned with numbers"
     return first, last
 
 
 def _with_protected(method: Method, checkpoint: Checkpoint) -> Method:
-    """Shares of the layers are rounded to the nearest number."""
+    """Replace shares of the layers by the nearest whole numbers."""
     given = {"protect_first": method.protect_first, "protect_last": method.protect_last}
     shares = {name: it for name, it in given.items() if isinstance(it, float)}
     return method.model_copy(update={name: round(it * checkpoint.num_layers) for name, it in shares.items()})
 
 
 def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> int:
-    """Where shapes compete, a number with which every plain shape of the method's structures is possible; of experts 1.
+    """If shapes compete, a number with which every plain shape of the method's structures is possible; for experts, 1.
 
-    Shapes are compared at one multiple, and none is left out for it. Where rounds are of one size it is the first
-    round's, so that they are the same rounds whatever ratio they lead to; a plain shape is to be one in every round.
+    Shapes are compared at one multiple, which rules none of them out. With ``round_ratio`` it is the first round's, so
+    that the rounds are the same whatever ratio they lead to; for plain shapes it must suit every round.
     """
     if EXPERTS in method.structures:
         return 1
@@ -84,7 +84,7 @@ def _what_auto_is(method: Method, checkpoint: Checkpoint, ratio: float, where: s
 
 
 def target_of(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> ShapeTarget:
-    """What a method whose ``multiple_of`` is a number asks of a shape."""
+    """Return the target of a method whose ``multiple_of`` is a number."""
     assert isinstance(method.multiple_of, int), "planned with a number"
     structures, possible = tuple(method.structures), structures_possible(method.allocation)
     return ShapeTarget(checkpoint, ratio, structures, method.multiple_of, where, method.tensor_parallel, possible)
@@ -110,7 +110,7 @@ def _suits(multiple_of: int, method: Method, checkpoint: Checkpoint, ratio: floa
 
 
 def _suits_alone(target: LocalTarget | LowRankTarget | ExpertTarget) -> bool:
-    """Of what asks for one shape."""
+    """Whether the only shape of a target reaches the ratio without going too far beyond it."""
     try:
         reached = target.asked.counts.ratio(target.shape())
     except UserError:

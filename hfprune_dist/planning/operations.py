@@ -1,4 +1,4 @@
-"""Floating-point operations, apart by what they are done in and by whether ranks share them."""
+"""Counts of floating-point operations, separated by dtype and by whether ranks share them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Operations:
-    """Of all ranks together; what every rank does for itself counts once.
+    """Operations of all ranks together; those that every rank repeats count once.
 
     Attributes:
-        products: of matrices in the compute dtype; ranks share them by windows or rows.
+        products: matrix products in the compute dtype; ranks share them by windows or rows.
         float32: products for Gram matrices; ranks share them by windows.
-        float64: factors of matrices and what is solved with them; ranks share them by layers or by problems.
+        float64: factors of matrices and solves with them; ranks share them by layers or by problems.
         own_float32: products that every rank repeats.
-        own_float64: what of least squares every rank repeats.
+        own_float64: the part of least squares that every rank repeats.
     """
 
     products: float = 0.0
@@ -36,10 +36,10 @@ class Operations:
         return Operations(*(times * it for it in self._all()))
 
     def _all(self) -> Iterable[float]:
-        return vars(self).values()  # astuple copies each, which takes most of what a plan's costs take
+        return vars(self).values()  # astuple copies each, which would dominate the time of computing costs
 
     def shared(self) -> Operations:
-        """The same where ranks share even what each usually repeats."""
+        """Return the same operations for ranks that share even what each usually repeats."""
         return Operations(self.products, self.float32 + self.own_float32, self.float64 + self.own_float64)
 
 
