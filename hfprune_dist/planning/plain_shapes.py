@@ -1,7 +1,7 @@
-"""Plain shapes: one number of layers, of KV groups and of neurons, the same in all layers.
+"""Plain shapes: a number of layers, and numbers of KV groups and neurons that are the same in all layers.
 
-Many of them have as many parameters. Which of those is closest to the dense model is measured, so there must be few.
-Where a model is pruned in rounds, each shape lies within the one before.
+Many plain shapes have the same number of parameters. Measurements decide which of them is closest to the dense model,
+so there must be few. If a model is pruned in rounds, each shape lies within the one before.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from hfprune_dist.planning.shape_target import ShapeTarget
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 from hfprune_dist.structures.kept import Shape
 
-# The most shapes that are measured for a ratio, and the most numbers of KV groups among them.
+# The most shapes that are measured for a ratio, and the most different numbers of KV groups among them.
 MOST_SHAPES, MOST_GROUP_COUNTS = 24, 4
-# One layer of so many is the step between numbers of layers.
+# Numbers of layers differ in steps of one layer for every so many layers of the model.
 LAYERS_OF_A_STEP = 15
 
 T = TypeVar("T")
@@ -35,24 +35,24 @@ class PlainShape:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> PlainShape:
-        """Of a model whose layers are alike, as it is."""
+        """Return the current shape of a model whose layers are alike."""
         structures = checkpoint.structures
         return cls(checkpoint.num_layers, structures[KV_GROUPS].most, structures[NEURONS].most)
 
     @property
     def name(self) -> str:
-        """What metrics call it."""
+        """Its name in metrics."""
         return f"{self.num_layers} layers, {self.kv_groups} KV groups, width {self.width}"
 
 
 def plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[PlainShape]:
-    """The shapes to choose from, at most ``MOST_SHAPES``, the largest numbers of layers, then of groups, first.
+    """Return the shapes to choose from, at most ``MOST_SHAPES``, sorted by numbers of layers, then groups, descending.
 
-    The first is the one that only loses neurons, if those are enough. Where widths are multiples of 1, parameters come
-    as close to the ratio as they can; wider multiples are rounded down, so that at least the ratio goes.
+    The first is the one that only loses neurons, if those are enough. With ``multiple_of`` 1, parameters come as close
+    to the ratio as possible; with larger multiples, widths are rounded down, so that at least the ratio is removed.
 
     Args:
-        before: what earlier rounds left, within which they must lie; None: this is the first.
+        before: what earlier rounds left, within which the shapes must lie; None: this is the first round.
 
     Raises:
         UserError: where no shape reaches the ratio, or ``tensor_parallel`` divides no number of groups.
@@ -64,7 +64,7 @@ def plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[
 
 
 def all_plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[PlainShape]:
-    """The same shapes however many there are, and none where none reaches the ratio or layers differ already.
+    """Return all such shapes, however many there are; none if none reaches the ratio or layers differ already.
 
     Raises:
         UserError: where ``tensor_parallel`` divides no number of groups.
@@ -80,7 +80,7 @@ def shape_of(target: ShapeTarget, plain: PlainShape, layers: Sequence[int] | Non
     """A plain shape of a model.
 
     Args:
-        layers: numbers of those that stay; None: the first ones, for counting where all are alike.
+        layers: indices of the layers that stay; None: the first ones, for counting if all are alike.
     """
     kept = tuple(range(plain.num_layers) if layers is None else layers)
     assert len(kept) == plain.num_layers, f"{len(kept)} layers for {plain}"
@@ -94,7 +94,7 @@ def ratio_of(target: ShapeTarget, plain: PlainShape) -> float:
 
 
 def group_counts(target: ShapeTarget) -> list[int]:
-    """Numbers of KV groups that all layers may have, falling: a quarter of the dense model's at least.
+    """Numbers of KV groups that all layers may have, descending: at least a quarter of the dense model's.
 
     Raises:
         UserError: where ``tensor_parallel`` divides none of them.
@@ -110,7 +110,7 @@ def group_counts(target: ShapeTarget) -> list[int]:
 
 
 def _cells(target: ShapeTarget, before: PlainShape) -> list[tuple[int, int]]:
-    """(layers, KV groups) that there may be."""
+    """Possible pairs (layers, KV groups)."""
     step = max(1, round(target.checkpoint.num_layers / LAYERS_OF_A_STEP))
     numbers = range(before.num_layers, target.fewest_layers - 1, -step)
     groups = _spread([it for it in group_counts(target) if it <= before.kv_groups], MOST_GROUP_COUNTS)
@@ -118,7 +118,7 @@ def _cells(target: ShapeTarget, before: PlainShape) -> list[tuple[int, int]]:
 
 
 def _with_width(target: ShapeTarget, before: PlainShape, num_layers: int, kv_groups: int) -> PlainShape | None:
-    """The shape with the width that the ratio asks for; None where there is none, or nothing goes."""
+    """The shape with the width that the ratio asks for; None if there is none, or if it removes nothing."""
     counts, most, multiple_of = target.counts, before.width, target.multiple_of
     whole, narrowest = (PlainShape(num_layers, kv_groups, width) for width in (most, multiple_of))
     if multiple_of > most or target.ratio > ratio_of(target, narrowest):
@@ -166,7 +166,7 @@ def _smallest(target: ShapeTarget, num_layers: int, kv_groups: int) -> float:
 
 
 def _spread(values: Sequence[T], most: int) -> list[T]:
-    """At most so many of some values, the first and the last among them, as evenly as can be."""
+    """At most ``most`` of the values, spread as evenly as possible, with the first and the last among them."""
     if len(values) <= most:
         return list(values)
     return [values[number * (len(values) - 1) // (most - 1)] for number in range(most)]

@@ -1,4 +1,4 @@
-"""The plan: which stages a sweep's table needs, each named by what its result depends on.
+"""The plan: the stages that a sweep's table needs, each identified by what its result depends on.
 
 Pure and instant: no torch, no clock, nothing written. Two sweeps that want the same result plan the same stage.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.store.stage import Stage
 
-# What rows say of recovery: that there is none, or that the method's own training is it.
+# Values of a row's recovery: there is none, or the method's own training takes its place.
 NONE, OWN = "none", "own"
 
 
@@ -21,9 +21,9 @@ NONE, OWN = "none", "own"
 class Cell:
     """One row of the result table: a checkpoint and its evaluation.
 
-    ``label`` names it among the sweep's. ``ratio`` and ``method`` are None for the dense model; ``producers`` are the
-    stages that make the checkpoint, in order; ``efficiency`` is None where speed and memory are not measured.
-    ``recovery`` is that of the configuration, ``none``, or ``own`` where the method prunes while it trains.
+    ``label`` is its name within the sweep. ``ratio`` and ``method`` are None for the dense model; ``producers`` are the
+    stages that make the checkpoint, in order; ``efficiency`` is None if speed and memory are not measured.
+    ``recovery`` is the configuration's method, ``none``, or ``own`` if the row's method prunes while it trains.
     """
 
     label: str
@@ -38,8 +38,8 @@ class Cell:
 
     @property
     def results(self) -> tuple[str, ...]:
-        """Ids of the stages whose artifacts are the row: its checkpoint, but for the dense model, and what was measured
-        of it.
+        """Ids of the stages whose artifacts make up the row: its checkpoint (except for the dense model) and its
+        measurements.
         """
         return *self.producers[-1:], *self._measured
 
@@ -53,7 +53,7 @@ class Plan:
     """All stages in an order in which they can run, and the cells they serve.
 
     Attributes:
-        asked: ids of the stages that are wanted for themselves too: passes with further criteria to compare.
+        asked: ids of stages that are wanted for their own sake: passes with further criteria to compare.
     """
 
     stages: Mapping[str, Stage]
@@ -62,11 +62,11 @@ class Plan:
     _opened: dict[Path, Checkpoint] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def lacking(self, is_done: Callable[[str], bool], cells: Sequence[Cell] | None = None) -> list[str]:
-        """Ids of the stages that must run, in order. What only results that stand were made from needn't be there.
+        """Ids of the stages that must run, in order. Stages that only serve existing results may lack their artifacts.
 
         Args:
-            is_done: whether a stage has its artifact.
-            cells: look at these alone; None: all, and what is asked for.
+            is_done: whether the stage with this id has its artifact.
+            cells: consider only these; None: all cells, and the stages in ``asked``.
         """
         wanted = [*self.asked] if cells is None else []
         wanted += [stage_id for cell in (self.cells if cells is None else cells) for stage_id in cell.results]
@@ -76,7 +76,7 @@ class Plan:
         """Ids of the stages that must run for the artifacts of some stages, in order.
 
         Args:
-            is_done: whether a stage has its artifact.
+            is_done: whether the stage with this id has its artifact.
         """
         wanted, missing = list(stage_ids), set()
         while wanted:
@@ -92,12 +92,12 @@ class Plan:
         return [*dict.fromkeys([*cell.producers, *evaluate.needs, *cell.results])]
 
     def dense_folder(self, stage: Stage) -> Path:
-        """The checkpoint of the user's that a stage's model is, or comes from."""
+        """The folder of the user's checkpoint that a stage's model is, or was made from."""
         source = stage.inputs["model"]
         return self.dense_folder(self.stages[source.location]) if source.is_stage else Path(source.location)
 
     def dense_checkpoint(self, stage: Stage) -> Checkpoint:
-        """The same, opened once for all stages.
+        """The checkpoint in that folder, opened once for all stages.
 
         Raises:
             UserError: as ``open_checkpoint`` does.
@@ -119,6 +119,6 @@ class Plan:
 
 
 def label_of(model: str, ratio: float | None, method: str | None, recovery: str) -> str:
-    """What a row is called; ``method`` is named where it is given."""
+    """Return the label of a row, with the method if it is given."""
     pruned = f"{model} dense" if ratio is None else f"{model} {ratio:g}" + (f" {method}" if method else "")
     return pruned if recovery in (NONE, OWN) else f"{pruned} + {recovery}"

@@ -1,8 +1,8 @@
-"""Memory of a layer's weights that are multiplied with their gradients (``core.weight_products``), the same on any
-number of ranks, since only scores travel.
+"""Memory to multiply a layer's weights with their gradients (``core.weight_products``), the same on any number of
+ranks, since only scores are exchanged.
 
-Of a window what is as wide as the model is in float32, and of a portion of rows products, what is added to them or they
-are multiplied with, and gradients at the rows' outputs; float32 itself is not copied.
+Held in float32: a window's values that are as wide as the model; and for a portion of rows, products with their other
+operands and gradients at the rows' outputs. Values that are float32 already are not copied.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ FLOAT32 = 4
 
 
 def coupled_bytes(dims: Dimensions, windows: int, tokens: int, itemsize: int) -> int:
-    """Bytes of a micro-batch's coupled products; gradients at all linear layers' outputs wait for one another."""
+    """Bytes of a micro-batch's coupled products; gradients at the outputs of all linear layers are kept meanwhile."""
     waiting = windows * tokens * (dims.row_projections * dims.intermediate_size + dims.hidden_size) * itemsize
     return waiting + dims.mlp_matrices * _copied(dims, tokens, itemsize) + _portion(dims, tokens, itemsize, matrices=2)
 
 
 def squared_bytes(dims: Dimensions, tokens: int, itemsize: int) -> int:
-    """Bytes of squared products, window by window, of the widest linear layer."""
+    """Bytes of squared products of the widest linear layer, window by window."""
     return _copied(dims, tokens, itemsize) + _portion(dims, tokens, itemsize, matrices=1)
 
 

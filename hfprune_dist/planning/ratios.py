@@ -1,4 +1,4 @@
-"""Whether a method can reach ratios on a model, and tell them apart there."""
+"""Checks that a method can reach the given ratios on a model, and that they lead to different checkpoints."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from hfprune_dist.structures.low_rank import rank_field
 
 
 def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method, where: str) -> None:
-    """Refuse ratios that a method can't reach on a model, or can't tell apart there.
+    """Refuse ratios that a method can't reach on a model, or that would lead to the same checkpoint.
 
     Raises:
-        UserError: telling the largest ratio that it can reach, or which two are the same; or that layers differ, where
-            the method makes all alike.
+        UserError: naming the largest ratio within reach, or two ratios that are the same; or if the model's layers
+            differ and the method makes all of them alike.
     """
     method = suited(method, checkpoint)
     _check_family(checkpoint, method, where)
@@ -61,7 +61,7 @@ def check_ratios(checkpoint: Checkpoint, ratios: Sequence[float], method: Method
 
 
 def _check_family(checkpoint: Checkpoint, method: Method, where: str) -> None:
-    """Refuse what can't be done to an architecture."""
+    """Refuse a method that the model's architecture doesn't permit."""
     family = checkpoint.family
     refuse_without_experts(method, checkpoint, where)
     if family.experts:
@@ -102,7 +102,7 @@ def _check_multiple(checkpoint: Checkpoint, method: Method, where: str) -> None:
 
 
 def _rounded(checkpoint: Checkpoint, method: Method) -> tuple[str, int, str]:
-    """What is rounded, to multiples of what, and a setting that makes them smaller; empty where none does."""
+    """What is rounded, to multiples of which number, and a setting that makes it smaller; empty if none does."""
     smaller = "a smaller prune.multiple_of"
     if not checkpoint.family.experts:
         assert isinstance(method.multiple_of, int), "planned with a number"
@@ -123,7 +123,7 @@ def _check_protected(checkpoint: Checkpoint, method: Method, where: str) -> None
 
 
 def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: Method, where: str) -> list[str]:
-    """What dry runs tell of a method whose settings depend on the model, in sentences.
+    """Return sentences for dry runs about a method's settings that depend on the model.
 
     Raises:
         UserError: as ``check_ratios`` does.
@@ -144,7 +144,7 @@ def remarks_on_shapes(checkpoint: Checkpoint, ratios: Sequence[float], method: M
 
 
 def _left_out(checkpoint: Checkpoint, method: Method, where: str) -> list[str]:
-    """What a method that adapts does without, and why."""
+    """What an adaptive method leaves out for this model, and why."""
     family, left = checkpoint.family, suited(method, checkpoint)
     told = [f"{where}: KV groups stay: {family.whole_groups}"] if left.structures != method.structures else []
     return told + ([f"{where}: refit is {left.refit}: {family.no_sequence}"] if left.refit != method.refit else [])
@@ -158,7 +158,7 @@ def _told_of_ranks(checkpoint: Checkpoint, ratio: float, method: Method, where: 
 
 
 def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
-    """The numbers that decide, in every round to a ratio, what stays."""
+    """The numbers that decide what stays in each round to a ratio."""
     rounds = round_ratios(method, ratio)
     if method.allocation == "plain":
         return tuple(map(tuple, plain_shapes_of_rounds(method, checkpoint, ratio, where)))
@@ -180,7 +180,7 @@ def _of_all_rounds(checkpoint: Checkpoint, ratio: float, method: Method, where: 
 
 
 def _deciding_numbers(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Hashable:
-    """The numbers that decide, with the scores and what is measured, what stays."""
+    """The numbers that decide what stays, together with scores and measurements."""
     target = target_of(method, checkpoint, ratio, where)
     if method.allocation == "low_rank":
         shape = LowRankTarget(target).shape()
@@ -201,7 +201,7 @@ def _widths(size: ModelSize, asked: ShapeTarget, method: Method) -> tuple[int, .
         numbers.append(target.uniform_width())
     if method.allocation != "uniform":
         wanted = target.removals(target.narrowest_widths(*_limits(method)))
-        # Where all of a layer's steps down are of this size, so many are taken as come closest.
+        # If every layer shrinks in steps of this size only, the closest number of steps is taken.
         all_alike = all(count % target.multiple_of == 0 for count in size.counts)
         numbers.append((wanted + target.multiple_of // 2) // target.multiple_of if all_alike else wanted)
     return tuple(numbers)

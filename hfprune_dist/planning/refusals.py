@@ -1,4 +1,4 @@
-"""What a plan refuses of a configuration, before any stage is planned or once all are."""
+"""Checks that refuse a configuration, before any stage is planned or once all are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hfprune_dist.planning.plan import NONE, Cell, label_of
 
 
 def check_recovery(config: SweepConfig, methods: Mapping[str, Method]) -> None:
-    """Refuse methods that prune while recovery trains where nothing does.
+    """Refuse methods that prune during recovery if there is no recovery.
 
     Raises:
         UserError: naming them.
@@ -26,7 +26,7 @@ def check_recovery(config: SweepConfig, methods: Mapping[str, Method]) -> None:
 
 
 def check_positions(efficiency: EfficiencyConfig, model: ModelSource) -> None:
-    """Refuse generations that are longer than a model's positions."""
+    """Refuse generations that are longer than the number of a model's positions."""
     longest, positions = max(efficiency.prompt_tokens) + efficiency.new_tokens, model.checkpoint.max_positions
     if efficiency.enabled and positions is not None and longest > positions:
         raise UserError(
@@ -36,7 +36,7 @@ def check_positions(efficiency: EfficiencyConfig, model: ModelSource) -> None:
 
 
 def place_of(model: str, method: str) -> str:
-    """A model and a method, for messages."""
+    """Name a model and a method, for messages."""
     return f"model {model!r}, method {method!r}"
 
 

@@ -8,10 +8,10 @@ from hfprune_dist.config.method import Method
 
 
 def round_ratios(method: Method, ratio: float) -> list[float]:
-    """The ratios that a method goes through, rising, the last one ``ratio`` itself.
+    """Return the ratios that a method goes through, ascending, the last one being ``ratio`` itself.
 
-    All are of the dense model's parameters. They are rounded to what a person would write, so that a third of 0.3 is
-    0.1 and finds the artifact of that ratio.
+    All are shares of the dense model's parameters. They are rounded to what a person would write, so that a third of
+    0.3 is 0.1 and finds the artifact of that ratio.
     """
     size = method.round_ratio
     if size is None:

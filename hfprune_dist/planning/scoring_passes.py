@@ -1,4 +1,4 @@
-"""Calibration passes in a plan: what units are scored by, with which settings, and what others know of a pass."""
+"""Calibration passes in a plan: their criteria and settings, and how other stages identify them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hfprune_dist.structures import Kind, kinds_among
 
 @dataclass(frozen=True)
 class Scored:
-    """What a calibration pass is for: units of these kinds, each by all of these criteria.
+    """What a calibration pass scores: units of these kinds, each by all of these criteria.
 
     ``biased``: whether the model has biases.
     """
@@ -27,13 +27,13 @@ class Scored:
 
 
 def scored_for(method: Method, *, biased: bool) -> Scored:
-    """What the scores that a method prunes by are."""
+    """Return the scores that a method prunes by."""
     return Scored(method.scored_before, kinds_among(method.structures), biased)
 
 
 def first_criteria(method: Method) -> frozenset[CriterionName]:
-    """The criterion by which a method needs the dense model scored: its own, or that which chooses its student; none
-    where it scores while it prunes.
+    """The criterion by which a method needs the dense model scored: its own, or the one that chooses its student; empty
+    if the method scores while it prunes.
     """
     return frozenset(CRITERIA[name].student_of or name for name in method.scored_before)
 
@@ -41,15 +41,15 @@ def first_criteria(method: Method) -> frozenset[CriterionName]:
 def pass_parameters(
     config: SweepConfig, scored: Scored, student: StudentParameters | None = None
 ) -> ImportanceParameters:
-    """The settings of a pass for some scores."""
+    """Return the settings of a pass that computes the given scores."""
     by_sums = None
     if config.calibration.settled is not None:
-        # Sums decide where the pass ends also of criteria whose scores are more than sums. Fingerprints say so,
-        # since there are artifacts whose pass took no notice of them.
+        # Criteria whose scores are more than sums have a say in where the pass ends, too, by their sums. Fingerprints
+        # include them, since there are older artifacts whose passes ignored them.
         beyond_sums = [name for name in scored.criteria if CRITERIA[name].has_halves and not CRITERIA[name].is_its_sum]
         by_sums = sorted(beyond_sums) or None
     return ImportanceParameters(
-        # Of BOS the stage is told once, wherever the configuration says it.
+        # The stage has one setting for BOS, wherever the configuration sets it.
         calibration=config.calibration.model_copy(update={"add_bos_token": None}),
         criteria=[],
         dtype=config.importance.dtype,
@@ -62,8 +62,8 @@ def pass_parameters(
 
 
 def part_of(importance: Stage, scored: Scored) -> Input:
-    """The artifact of a calibration pass, known by what some of its criteria on some kinds of units alone would have
-    made: others that share the pass change neither their scores nor the windows, unless they decide where it ends.
+    """The artifact of a calibration pass, identified as if the pass had computed only these scores: others that share
+    the pass change neither these scores nor the windows, unless criteria decide where it ends.
     """
     params = importance_parameters(importance)
     if params.calibration.settled is not None:
@@ -73,14 +73,14 @@ def part_of(importance: Stage, scored: Scored) -> Input:
 
 
 def importance_parameters(stage: Stage) -> ImportanceParameters:
-    """The settings of a pass that is planned."""
+    """Return the settings of a planned pass."""
     assert isinstance(stage.params, ImportanceParameters)
     return stage.params
 
 
 def check_criteria(config: SweepConfig, methods: Mapping[str, Method]) -> None:
-    """Refuse criteria beside the methods' that nothing chooses the student of, and to end calibration early where no
-    criterion of the sweep can tell when.
+    """Refuse further criteria that score a student, which only a method can choose, and an early end of calibration if
+    no criterion of the sweep can tell when.
     """
     for name in config.importance.criteria:
         chosen_by = CRITERIA[name].student_of

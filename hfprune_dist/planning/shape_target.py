@@ -1,4 +1,4 @@
-"""A ratio that is asked of a model of which more than neurons may go, and what of the model may go."""
+"""The ratio asked for, and what may be removed for it, where that may be more than neurons."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from hfprune_dist.structures.units import Units
 
 @dataclass(frozen=True)
 class ShapeTarget:
-    """What is asked of a shape.
+    """The requirements that a shape must meet.
 
     Attributes:
-        checkpoint: of the dense model.
-        ratio: of its parameters.
-        structures: what may go.
+        checkpoint: the dense model.
+        ratio: share of its parameters to remove.
+        structures: what may be removed.
         multiple_of: widths of layers that lose neurons are multiples of it.
         where: the model and the method, for messages.
-        tensor_parallel: numbers of KV groups are divisible by it, if groups may go.
-        possible: what may go where a method says so, by its allocation.
+        tensor_parallel: numbers of KV groups are divisible by it, if groups may be removed.
+        possible: everything that the method's allocation could remove, if its ``structures`` said so.
     """
 
     checkpoint: Checkpoint
@@ -41,14 +41,14 @@ class ShapeTarget:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, params: PruneParameters | LoraPruneParameters, where: str) -> ShapeTarget:
-        """What a stage that prunes asks of the dense model that its ratio is of."""
+        """Return the target of a stage that prunes; ``checkpoint`` is the dense model that its ratio refers to."""
         possible = structures_possible(params.allocation if isinstance(params, PruneParameters) else "local")
         structures, split = tuple(params.structures), params.tensor_parallel
         return cls(checkpoint, params.ratio, structures, params.multiple_of, where, split, possible)
 
     @property
     def counts(self) -> ParameterCounts:
-        """Of the dense model."""
+        """Parameter counts of the dense model."""
         return self.checkpoint.parameter_counts
 
     @property
@@ -66,18 +66,18 @@ class ShapeTarget:
 
     @cached_property
     def undroppable(self) -> set[int]:
-        """Numbers of the layers that must stay."""
+        """Indices of the layers that must stay."""
         every = range(self.checkpoint.num_layers)
         return set(every) if LAYERS not in self.structures else {*undroppable_layers(self.checkpoint.config)}
 
     @property
     def fewest_layers(self) -> int:
-        """Layers that must stay: two thirds of them, since what more of them lose no refit brings back."""
+        """How many layers must stay: at least two thirds, since no refit recovers what dropping more of them loses."""
         return max(-(-2 * self.checkpoint.num_layers // 3), len(self.undroppable))
 
     @property
     def largest_structures(self) -> ShapeTarget:
-        """The same where all that is possible may go."""
+        """The same target with all possible structures."""
         return replace(self, structures=self.possible)
 
     @property
@@ -87,12 +87,12 @@ class ShapeTarget:
         return f"multiple_of {self.multiple_of}{split}"
 
     def out_of_reach(self, largest: float, with_all: float, limits: str = "") -> UserError:
-        """What to tell where the ratio is larger than can be reached.
+        """The error for a ratio that is larger than can be reached.
 
         Args:
-            largest: the largest that can be.
-            with_all: the same if all structures that are possible might go.
-            limits: what else bounds it.
+            largest: the largest ratio that can be reached.
+            with_all: the same with all possible structures.
+            limits: what else bounds the ratio.
         """
         missing = [name for name in self.possible if name not in self.structures]
         helps = missing and round_down(with_all) > round_down(largest)
@@ -103,14 +103,14 @@ class ShapeTarget:
         )
 
     def removes_nothing(self) -> UserError:
-        """What to tell where the ratio is smaller than what rounding lets go."""
+        """The error for a ratio that is so small that nothing is removed after rounding."""
         return UserError(
             f"{self.where}: ratio {self.ratio:g} removes nothing once units are rounded ({self.rounding}); use a "
             "larger ratio or a smaller prune.multiple_of"
         )
 
     def unusable_split(self, largest: int) -> UserError:
-        """What to tell where no number of KV groups is divisible by ``tensor_parallel``."""
+        """The error if no possible number of KV groups is divisible by ``tensor_parallel``."""
         return UserError(
             f"{self.where}: prune.tensor_parallel {self.tensor_parallel} divides no number of KV groups that its "
             f"{self.groups.most} can be pruned to; the largest that works is {largest}"

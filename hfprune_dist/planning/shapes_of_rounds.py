@@ -1,4 +1,4 @@
-"""What the rounds of a method may leave on the way to a ratio, each shape within one of the round before."""
+"""Shapes that a method's rounds may leave on the way to a ratio, each within a shape of the round before."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hfprune_dist.structures.kept import Shape
 
 
 def local_shapes(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> list[Shape]:
-    """What each round of a method with ``allocation: local`` leaves.
+    """Return the shape that each round of a method with ``allocation: local`` leaves.
 
     Args:
-        method: with numbers, as ``with_numbers`` gives it.
-        checkpoint: of the dense model.
+        method: with numbers, as ``with_numbers`` returns it.
+        checkpoint: the dense model.
 
     Raises:
         UserError: as ``LocalTarget.shape`` does.
@@ -30,16 +30,16 @@ def local_shapes(method: Method, checkpoint: Checkpoint, ratio: float, where: st
 
 
 def plain_shapes_of_rounds(method: Method, checkpoint: Checkpoint, ratio: float, where: str) -> list[list[PlainShape]]:
-    """What may compete in each round of a method with ``allocation: plain``, largest first; one of each round stays.
+    """Return the shapes that may compete in each round with ``allocation: plain``, largest first; each round picks one.
 
     Args:
-        method: with numbers, as ``with_numbers`` gives it.
-        checkpoint: of the dense model.
+        method: with numbers, as ``with_numbers`` returns it.
+        checkpoint: the dense model.
 
     Raises:
         UserError: as ``plain_shapes`` does, for any shape that the round before may leave.
     """
-    plain_shapes(target_of(method, checkpoint, ratio, where))  # a ratio that is out of reach is told as such
+    plain_shapes(target_of(method, checkpoint, ratio, where))  # reports a ratio that is out of reach as such
     rounds: list[list[PlainShape]] = []
     for reached in round_ratios(method, ratio):
         asked = target_of(method, checkpoint, reached, where)
