@@ -37,7 +37,7 @@ class MixtureTarget(ABC):
         """Return the largest shape that removes at least the ratio.
 
         Raises:
-            UserError: where no shape reaches the ratio.
+            UserError: if no shape reaches the ratio.
         """
         sizes, largest = self._sizes, self.largest()
         if self.asked.ratio > largest:

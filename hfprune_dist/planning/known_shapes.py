@@ -70,7 +70,7 @@ def known_shape(checkpoint: Checkpoint, ratio: float, method: Method, where: str
         where: the model and the method, for messages.
 
     Raises:
-        UserError: where the method can't reach the ratio.
+        UserError: if the method can't reach the ratio.
     """
     method = with_numbers(method, checkpoint, ratio, where)
     known = _known_shape(checkpoint, ratio, method, where)

@@ -45,7 +45,7 @@ class LocalTarget:
         Without protected layers, layers that were alike stay alike, and the checkpoint is a plain one.
 
         Raises:
-            UserError: where no shape reaches the ratio, rounding leaves nothing to remove, or ``tensor_parallel``
+            UserError: if no shape reaches the ratio, rounding leaves nothing to remove, or ``tensor_parallel``
                 divides no number of KV groups.
         """
         asked, rows = self.asked, self._group_rows()

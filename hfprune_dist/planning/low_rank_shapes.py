@@ -37,7 +37,7 @@ class LowRankTarget:
         """Return the shape whose parameters come as close to the ratio as widths allow.
 
         Raises:
-            UserError: where no shape reaches the ratio, or rounding leaves nothing to remove.
+            UserError: if no shape reaches the ratio, or rounding leaves nothing to remove.
         """
         asked, largest = self.asked, self.largest()
         if asked.ratio > largest:

@@ -43,7 +43,7 @@ def with_numbers(method: Method, checkpoint: Checkpoint, ratio: float, where: st
     may go, ``tensor_parallel`` divides ``multiple_of``.
 
     Raises:
-        UserError: where ``tensor_parallel`` divides no number of KV groups.
+        UserError: if ``tensor_parallel`` divides no number of KV groups.
     """
     method = _with_protected(suited(method, checkpoint), checkpoint)
     multiple_of = method.multiple_of

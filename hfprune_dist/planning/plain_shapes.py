@@ -19,7 +19,7 @@ from hfprune_dist.structures.kept import Shape
 
 # The most shapes that are measured for a ratio, and the most different numbers of KV groups among them.
 MOST_SHAPES, MOST_GROUP_COUNTS = 24, 4
-# Numbers of layers differ in steps of one layer for every so many layers of the model.
+# Numbers of layers are tried in steps of one layer for every LAYERS_OF_A_STEP layers of the model.
 LAYERS_OF_A_STEP = 15
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ def plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> list[
         before: what earlier rounds left, within which the shapes must lie; None: this is the first round.
 
     Raises:
-        UserError: where no shape reaches the ratio, or ``tensor_parallel`` divides no number of groups.
+        UserError: if no shape reaches the ratio, or ``tensor_parallel`` divides no number of groups.
     """
     found = all_plain_shapes(target, before)
     if not found:
@@ -67,7 +67,7 @@ def all_plain_shapes(target: ShapeTarget, before: PlainShape | None = None) -> l
     """Return all such shapes, however many there are; none if none reaches the ratio or layers differ already.
 
     Raises:
-        UserError: where ``tensor_parallel`` divides no number of groups.
+        UserError: if ``tensor_parallel`` divides no number of groups.
     """
     if not target.checkpoint.is_uniform:
         return []
@@ -97,7 +97,7 @@ def group_counts(target: ShapeTarget) -> list[int]:
     """Numbers of KV groups that all layers may have, descending: at least a quarter of the dense model's.
 
     Raises:
-        UserError: where ``tensor_parallel`` divides none of them.
+        UserError: if ``tensor_parallel`` divides none of them.
     """
     most = target.groups.most
     if KV_GROUPS not in target.structures:

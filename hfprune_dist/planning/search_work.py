@@ -1,8 +1,8 @@
-"""Floating-point operations of prune stages that measure shapes: which those were, manifests tell.
+"""Floating-point operations of prune stages that measure shapes, which the stages' manifests name.
 
-What nobody wrote down is taken as it usually is. Shapes that differ from layer to layer count with the outcome's sizes,
-and as if no two were alike, nor any measured before. Of the layers that were tried again on the way to an order, only
-those that went are known; an order counts in every stage that needs it, though one may have measured it for another.
+Usual values are assumed for what is not recorded. Shapes that differ from layer to layer count with the outcome's
+sizes, as if no two were alike and none had been measured before. Of the layers that were tried again on the way to an
+order, only those that went are known. An order counts in every stage that needs it, even if stages shared one.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.operations import NO_OPERATIONS, Operations
 from hfprune_dist.structures import KV_GROUPS, LAYERS, NEURONS
 
-# stages.cheap_measurement: windows that are compared, and of those for an order of layers; every how many-th token.
+# stages.cheap_measurement: windows on which candidates are compared, fewer for an order of layers; one in EVERY tokens.
 WINDOWS, WINDOWS_OF_ORDER, EVERY = 8, 2, 2
-# stages.finals: one of so many micro-batches is kept apart; shapes of the first comparison of refitted models, of which
-# a plain search has the one more that prunes MLPs alone.
+# stages.finals: one of this many micro-batches is kept apart; shapes in the first comparison of refitted models, to
+# which a plain search adds the shape that only prunes MLPs.
 JUDGED_EVERY, FINALISTS = 16, 2
-# core.drop_order: layers that are measured again; core.width_search: how often a search measures.
+# core.drop_order: layers that are measured again; core.width_search: number of times a search measures.
 CONTENDERS, MEASUREMENTS = 5, 3
 
 PLAIN = re.compile(r"(\d+) layers, (\d+) KV groups, width (\d+)")
 LAYERS_ALONE = re.compile(r"(\d+) layers")
 
-# What a candidate makes of a layer, and a number that tells choices of unknown sizes apart; None: the layer goes.
+# What a candidate makes of a layer, and a number to distinguish choices of unknown sizes; None: the layer goes.
 Choice = tuple[Dimensions, int] | None
 Candidate = Sequence[Choice]
 
 
 @dataclass(frozen=True)
 class Search:
-    """A prune stage that measured.
+    """A prune stage that measured shapes.
 
     Attributes:
-        model: that is pruned; ``dense`` where that is an earlier round's.
-        kept: what came of it.
-        told: metrics of the stage.
+        model: the model that is pruned, which differs from ``dense`` after the first round.
+        kept: the outcome.
+        told: the stage's metrics.
     """
 
     params: PruneParameters
@@ -63,10 +63,10 @@ class Search:
     told: Mapping[str, Any]
 
     def operations(self) -> Operations:
-        """Of all that comes before the refit of what is written.
+        """Operations of everything before the refit of the result.
 
         Raises:
-            ValueError: where the metrics are another version's.
+            ValueError: if the metrics are another version's.
         """
         windows = self._seen if self._has_finals else self.windows
         dense = self._compared(windows, WINDOWS) * forward_of_all(self.dense, windows.length)
@@ -97,20 +97,20 @@ class Search:
 
     @property
     def _judged(self) -> Windows:
-        """Where there may be finals, those that are kept apart."""
+        """The windows that are kept apart if there may be finals."""
         count = max(1, self.windows.batches // JUDGED_EVERY) * self.windows.micro_batch
         return replace(self.windows, count=min(count, self.windows.count))
 
     @property
     def _seen(self) -> Windows:
-        """The others; where there is one micro-batch alone, it is both."""
+        """The other windows; a single micro-batch is both."""
         if self.windows.batches == 1:
             return self.windows
         judged = max(1, self.windows.batches // JUDGED_EVERY)
         return replace(self.windows, count=(self.windows.batches - judged) * self.windows.micro_batch)
 
     def _compared(self, windows: Windows, most: int) -> int:
-        """Tokens on which candidates are compared."""
+        """Number of tokens on which candidates are compared."""
         batches = max(1, most // windows.micro_batch)
         count = min(batches * windows.micro_batch, windows.held_out // windows.length)
         return windows.length * (count if self.params.structures == [NEURONS] else min(count, most))
@@ -167,18 +167,18 @@ class Search:
         *,
         checked: bool = False,
     ) -> Operations:
-        """One pass layer by layer of all candidates, their logits and the dense model's.
+        """One pass of all candidates layer by layer, with their logits and the dense model's.
 
         Args:
-            tokens: on which they are compared, one in ``every`` of them at the head.
-            fitted: windows that a cheap refit sees; None without one: then one micro-batch goes along to check layers.
-            checked: whether they were checked before, and none goes along.
+            tokens: number of tokens compared, of which one in ``every`` goes through the head.
+            fitted: windows that a cheap refit sees; None without one: then one more micro-batch checks the layers.
+            checked: whether layers were checked before, so that no such micro-batch is needed.
         """
         length, outputs = self.windows.length, self.model.hidden_size
         along = self.windows.micro_batch * length * (not checked) if fitted is None else fitted.tokens
         models = 1 + len(set(map(tuple, candidates)))
         flops = Operations(tokens / every * models * 2 * outputs * self.model.layers[0].vocabulary)
-        alike = [0] * len(candidates)  # those that are the same up to a layer have the same number, and go through once
+        alike = [0] * len(candidates)  # candidates that are the same up to a layer share a number and one run
         for number, dims in enumerate(self.model.layers):
             there: dict[tuple[int, Choice], int] = {}
             pairs = zip(alike, candidates, strict=True)
@@ -208,7 +208,7 @@ class Search:
         ]
 
     def _named(self, name: str, number: int) -> Candidate:
-        """By what metrics call it; of a shape whose sizes nobody wrote down, about those of the outcome."""
+        """The candidate that metrics call ``name``; if its sizes aren't recorded, about those of the outcome."""
         if self._is_plain:
             return self._plain(name)
         alone = LAYERS_ALONE.fullmatch(name)
@@ -221,8 +221,8 @@ class Search:
 def layers_in_order(told: Mapping[str, Any], model: ModelShape, dense: ModelShape) -> list[int]:
     """The layers of the model that is pruned, in the order in which they would go.
 
-    Metrics have numbers of the dense model; a model that lacks some numbers its layers anew, and its last ones are
-    taken to go.
+    Metrics use the dense model's indices. A model that has lost layers renumbers the others; its last layers are
+    assumed to go.
     """
     order, layers = list(told.get("layers_in_order_of_dropping") or []), len(model.layers)
     return order if layers == len(dense.layers) else [*range(layers)][layers - len(order) :][::-1]
@@ -234,7 +234,7 @@ def _smaller(dims: Dimensions, groups: int, width: int) -> Dimensions:
 
 
 def _cheap_fits(dims: Dimensions, choices: set[tuple[Dimensions, int]], kv_groups: bool) -> Operations:
-    """Least squares on one layer's output projections for every number of units, with one ridge."""
+    """Least squares on one layer's output projections for every number of units, all with the same ridge."""
     flops = NO_OPERATIONS
     for place, channels in enumerate(channels_of(dims, kv_groups)):
         sizes = {(channels_of(choice, kv_groups)[place], number) for choice, number in choices}

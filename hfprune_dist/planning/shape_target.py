@@ -1,4 +1,4 @@
-"""The ratio asked for, and what may be removed for it, where that may be more than neurons."""
+"""The ratio asked for, and the structures that may be removed to reach it."""
 
 from __future__ import annotations
 

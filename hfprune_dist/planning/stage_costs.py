@@ -1,8 +1,8 @@
-"""What stages have cost in tokens and floating-point operations, from settings, shapes and manifests.
+"""Costs of stages in tokens and floating-point operations, from settings, shapes and manifests.
 
-The operations are analytic, not measured: products of matrices as the code makes them (``footprint``,
-``layer_pass_work``, ``search_work``), so artifacts that know nothing of this have them too. What runs is counted: a
-calibration pass goes backward to activations alone, LoRA to activations and adapters.
+Operations are analytic, not measured: matrix products as the code performs them (``footprint``, ``layer_pass_work``,
+``search_work``), so that they are known even for artifacts that don't record them. Only what runs is counted: backward
+computes gradients of activations in a calibration pass, of activations and adapters with LoRA.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ Manifest = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cost:
-    """What one stage works through.
+    """The tokens and operations of one stage.
 
     Attributes:
-        tokens: of calibration windows, once for each stage whose model reads them; of training rows, as often as they
-            are trained on.
-        operations: of all ranks together.
+        tokens: those of calibration windows, once for each stage whose model reads them; those of training rows, as
+            often as they are trained on.
+        operations: those of all ranks together.
     """
 
     tokens: int
@@ -68,10 +68,10 @@ NOTHING = Cost(0, NO_OPERATIONS)
 
 
 class StageCosts:
-    """Of the stages of a plan.
+    """Costs of a plan's stages.
 
     Args:
-        manifest_of: by a stage's id; None where there is none.
+        manifest_of: returns a stage's manifest by the stage's id; None if there is none.
     """
 
     def __init__(self, plan: Plan, manifest_of: Callable[[str], Manifest | None]) -> None:
@@ -80,8 +80,8 @@ class StageCosts:
         self._config_of = cache(read_object)
 
     def of(self, stage_id: str) -> Cost | None:
-        """None where the stage has no artifact (yet), or too little is known: of records of other versions, and of
-        models whose configuration is gone.
+        """The cost of a stage; None if it has no artifact (yet) or too little is known, as with records of other
+        versions and models whose configuration is gone.
         """
         manifest = self._manifest_of(stage_id)
         if manifest is None:
@@ -117,7 +117,7 @@ class StageCosts:
         return Cost(tokens, Operations(products) + self._scores_of_training(stage, metrics))
 
     def _scores_of_training(self, stage: Stage, metrics: Mapping[str, Any]) -> Operations:
-        """Of LoRAPrune, for each step: three products of LoRA's factors for each weight that units own."""
+        """LoRAPrune's scores: in each step, three products of LoRA's factors for each weight that units own."""
         params = stage.params
         if not isinstance(params, LoraPruneParameters):
             return NO_OPERATIONS
@@ -125,12 +125,12 @@ class StageCosts:
         return Operations(float32=metrics["steps"] * 3 * 2 * params.recovery.rank * scored)
 
     def _importance(self, stage: Stage, params: ImportanceParameters, tokens: int, checkpointing: bool) -> Cost:
-        """Of the pass over windows, and of the second one for criteria that need moments."""
+        """Cost of the pass over windows, and of the second one for criteria that need moments."""
         if all(CRITERIA[name].summed == "nothing" for name in params.criteria):
             return NOTHING
         shape, job = self.shape(stage), importance_job(params, checkpointing).resized(1)
         flops = Operations(tokens / job.tokens * shape.mean(lambda dims: job.work(dims).flops))
-        if job.student and params.student is None:  # which neurons it lacks, the first shard tells
+        if job.student and params.student is None:  # the first shard decides which neurons it lacks
             first = params.calibration.shard_size * params.calibration.micro_batch_size * job.tokens
             flops += Operations(min(first, tokens) * forward_of_all(shape, job.tokens))
         if job.curvature:
@@ -141,7 +141,7 @@ class StageCosts:
         return Cost(tokens, flops)
 
     def _prune(self, stage: Stage, params: PruneParameters, metrics: Mapping[str, Any]) -> Cost:
-        """Of a search and of the refit of what is written; of scores alone nothing."""
+        """Cost of a search and of the refit of the result; nothing if scores alone decide."""
         searches = params.allocation in ("plain", "searched")
         if params.refit == "none" and not searches and params.allocation != "low_rank":
             return NOTHING
@@ -160,12 +160,12 @@ class StageCosts:
             flops += dense_refit(model, kept, windows, kv_groups=kv_groups, dropped=dropped)
         elif params.refit != "none":
             flops += sequential_refit(dense, kept, windows, kv_groups=kv_groups, whole_mlp=params.refit == "block")
-            if "dense" in stage.inputs:  # a micro-batch shows what layers must compute of a model that wasn't scored
+            if "dense" in stage.inputs:  # it wasn't scored: one micro-batch shows what its layers must compute
                 flops += Operations(windows.micro_batch * windows.length * forward_of_all(dense, windows.length))
         return Cost(windows.tokens, flops)
 
     def _calibration(self, stage: Stage) -> Windows:
-        """The calibration windows that a stage reads; those that were scored, where a pass ended early."""
+        """The calibration windows that a stage reads; only those that were scored, if the pass ended early."""
         scored = self._need(stage, "importance")
         if not isinstance(scored.params, ImportanceParameters):
             raise _UnknownError
@@ -178,10 +178,10 @@ class StageCosts:
         return self._plan.stages[stage.inputs[role].location]
 
     def shape(self, stage: Stage) -> ModelShape:
-        """Of the model that a stage reads.
+        """The shape of the model that a stage reads.
 
         Raises:
-            LookupError: where too little is known.
+            LookupError: if too little is known.
         """
         source = stage.inputs["model"]
         if not source.is_stage:
@@ -199,7 +199,7 @@ class StageCosts:
         config = self._config_of(folder / "config.json")
         if config is None:
             raise _UnknownError
-        if config.get("model_type") in FAMILIES:  # whose weights need not be there any more
+        if config.get("model_type") in FAMILIES:  # its weights may be gone by now
             return ModelShape.of_config(config)
         try:
             return ModelShape.of(self._plan.dense_checkpoint(stage))
@@ -208,7 +208,7 @@ class StageCosts:
 
 
 def scored_weights(dense: ModelShape, params: LoraPruneParameters) -> int:
-    """Weights of the layers that lose units whose scores each step of LoRAPrune makes."""
+    """Number of weights that each step of LoRAPrune scores, in the layers that lose units."""
     first, last = params.protected()
     layers = dense.layers[first : len(dense.layers) - last]
     return sum(sum(dims.layer_weights(attention=KV_GROUPS in params.structures)) for dims in layers)
@@ -219,7 +219,7 @@ class _UnknownError(LookupError):
 
 
 def rows_trained(rows: int, batch_size: int, steps: int) -> int:
-    """Rows that so many optimizer steps see, as ``data.schedule.Schedule`` cuts epochs into steps."""
+    """Rows that ``steps`` optimizer steps see, with epochs cut into steps as by ``data.schedule.Schedule``."""
     steps_per_epoch = -(-rows // batch_size)
     epochs, part = divmod(steps, steps_per_epoch)
     return epochs * rows + rows * part // steps_per_epoch

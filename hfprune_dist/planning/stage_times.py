@@ -1,9 +1,9 @@
-"""How long each stage of a plan takes on given GPUs: work that is counted, at the rates of ``rates``.
+"""Expected times of a plan's stages on given GPUs: counted work at the rates of ``rates``.
 
-Products, gathers and the calls that start them overlap, and the longest counts. What follows adds up: Gram matrices and
-solves, or copies to and from main memory where these take longer; sums over ranks, the disk, the start. Ranks wait for
-the one with the most windows. Reading and tokenizing text, waiting in a queue and what is done again after a fault are
-not counted.
+Products, gathers and the calls that start them overlap, and the longest of them counts. Added to it are Gram matrices
+and solves (or copies to and from main memory, if those take longer), sums over ranks, the disk and the start of the
+stage. Ranks wait for the one with the most windows. Reading and tokenizing text, waiting in a queue and work that is
+repeated after a fault are not counted.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from hfprune_dist.planning.timing import Seconds, network_seconds, precise_secon
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import KV_GROUPS
 
-# Of a checkpoint's parameter, bytes on disk.
+# Bytes on disk per parameter of a checkpoint.
 ON_DISK = 2
-# Of exact sums of Gram matrices, bytes of a number; such sums there are over windows that are fitted and held out, each
-# reduced and then told to all.
+# Bytes of a number in exact sums of Gram matrices; and in all such sums together: over windows that are fitted and held
+# out, each reduced and then sent to all ranks.
 SUM_BYTES, ALL_SUMS_BYTES = 8, 2 * 2 * 8
-# Of a gradient of LoRA's weights, bytes that all ranks add up and are told.
+# Bytes per gradient of a LoRA weight that ranks exchange: its sum over ranks, and the result sent back.
 GRADIENT_BYTES = 2 * 4
-# Of each of LoRA's weights, bytes that ranks gather for the scores of a step: of it and of its gradient.
+# Bytes per LoRA weight that ranks gather for the scores of a step: the weight and its gradient.
 FACTOR_BYTES = 2 * 4
 NO_SECONDS = Seconds(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class StageTime:
-    """What one stage is expected to take.
+    """The time that one stage is expected to take.
 
     Attributes:
-        seconds: on the wall's clock; None where the rate of its GPUs, or nearly all of its work, is not known.
-        gpus: that it holds meanwhile.
-        missing: what is not counted; empty where that is nothing.
+        seconds: wall-clock time; None if the rate of its GPUs, or nearly all of its work, is not known.
+        gpus: number of GPUs that it holds meanwhile.
+        missing: what is not counted; empty if everything is.
     """
 
     seconds: float | None
@@ -74,13 +74,13 @@ class StageTime:
 
 @dataclass(frozen=True)
 class _Load:
-    """What the rank with most of a stage's work does.
+    """The work of the rank that has the most of a stage's work.
 
     Attributes:
         overlapping: products, gathers, calls.
-        operations: of all ranks; those beside products count here.
+        operations: of all ranks; only those other than products count here.
         windows: the rank's share of all windows.
-        problems: its share of what is solved.
+        problems: its share of the problems that are solved.
         exchanged: seconds of sums over ranks.
         copied: bytes between its GPU and main memory.
         written: bytes of the artifact.
@@ -97,7 +97,7 @@ class _Load:
     missing: str = ""
 
     def seconds(self, gpus: Gpus) -> float:
-        """On GPUs, before and after which there is the disk."""
+        """Time on GPUs, without reading and writing the disk before and after."""
         if self == _Load(written=self.written):  # nothing that needs their rate
             return 0.0
         precise = precise_seconds(self.operations, gpus, self.windows, self.problems)
@@ -105,10 +105,10 @@ class _Load:
 
 
 class StageTimes:
-    """Of the stages of a plan.
+    """Expected times of a plan's stages.
 
     Args:
-        checkpointing: whether calibration computes activations again in backward.
+        checkpointing: whether calibration recomputes activations in backward.
     """
 
     def __init__(self, plan: Plan, *, checkpointing: bool) -> None:
@@ -117,12 +117,12 @@ class StageTimes:
         self._costs = StageCosts(plan, self._expected.of)
 
     def of(self, stage: Stage, job: Job | None, gpus: Gpus | None, placed: Gpus | None) -> StageTime:
-        """Of one stage.
+        """The expected time of one stage.
 
         Args:
             job: as it will run; None for a prune stage without a refit.
-            gpus: of all its ranks; None where it has none, which is enough for what only copies files.
-            placed: those that one copy of the model lies on.
+            gpus: of all its ranks; None if it has none, which suffices for a stage that only copies files.
+            placed: the GPUs that hold one copy of the model.
         """
         held = 0 if gpus is None else gpus.ranks
         if isinstance(stage.params, PruneParameters) and self._costs.of(stage.id) == NOTHING:
@@ -180,7 +180,7 @@ class StageTimes:
         )
 
     def _layer_pass(self, stage: Stage, gpus: Gpus) -> _Load | None:
-        """Of passes layer by layer, however many: what they compute tells how often windows go through the model."""
+        """Load of passes layer by layer; their number follows from the counted operations."""
         cost = self._costs.of(stage.id)
         if cost is None:
             return None
@@ -192,7 +192,7 @@ class StageTimes:
         passes = cost.operations.products / (cost.tokens * forward_of_all(shape, length))
         called = passes * mine * len(shape.layers) * MODULES * CALL_S
         at_work = cost.operations.products * share / product_rate(gpus, itemsize)
-        # A Gram matrix of n^2 numbers took 2 n^2 operations a token; of experts, those of some tokens alone.
+        # A Gram matrix of n^2 numbers took 2 n^2 operations per token; an expert's, only for the tokens that it reads.
         summed = cost.operations.float32 / (2 * cost.tokens)
         if summed and shape.config is not None:
             kv_groups = isinstance(params, PruneParameters) and KV_GROUPS in params.structures
@@ -209,7 +209,7 @@ class StageTimes:
         )
 
     def _windows(self, stage: Stage) -> tuple[int, int]:
-        """Tokens of a window, and windows of a micro-batch."""
+        """Tokens per window, and windows per micro-batch."""
         match stage.params:
             case ReferenceParameters(text=text, micro_batch_size=windows) if text is not None:
                 return text.sequence_length, min(windows, text.windows)
@@ -228,7 +228,7 @@ class StageTimes:
                 batch_size, steps = recovery.batch_size, told["metrics"]["steps"]
             case DistillParameters(distillation=distillation, passes=passes):
                 rows = _ceil(told["metrics"]["tokens"], job.tokens)
-                # As data.schedule.Schedule, which imports torch, cuts a pass into steps.
+                # A pass is cut into steps as by data.schedule.Schedule, which imports torch.
                 each = _ceil(rows, distillation.batch_size)
                 batch_size, steps = _ceil(rows, each), passes * each
             case _:
@@ -252,7 +252,7 @@ class StageTimes:
     def _evaluation(
         self, stage: Stage, params: EvaluateParameters, job: Evaluate, gpus: tuple[Gpus, Gpus]
     ) -> _Load | None:
-        """Of held-out windows one by one, with both models' logits, and of requests in batches."""
+        """Load of held-out windows one by one, with both models' logits, and of requests in batches."""
         everywhere, placed = gpus
         shape, dense = self._costs.shape(stage), self._plan.dense_folder(stage)
         is_dense = str(dense) == stage.inputs["model"].location
@@ -274,7 +274,7 @@ class StageTimes:
         return _Load(overlapping=total, missing="; ".join(missing))
 
     def _generations(self, stage: Stage, params: EfficiencyParameters, gpus: Gpus) -> _Load:
-        """Of both models in turn, on one rank: each new token takes a call of all modules at least."""
+        """Load of both models in turn, on one rank: each new token takes at least one call of every module."""
         dense = self._costs.shape(stage)
         timed = 2 * (params.repeats + 1) * len(params.batch_sizes) * len(params.prompt_tokens)
         calls = timed * params.new_tokens * len(dense.layers) * MODULES * CALL_S
@@ -296,7 +296,7 @@ def _unknown_of(stage: Stage) -> str:
 
 
 def _of_shape(job: Importance | Train | Evaluate, shape: ModelShape, gpus: Gpus) -> Seconds:
-    """Of a micro-batch, of a model whose layers may differ."""
+    """Time of a micro-batch in a model whose layers may differ."""
 
     def mean(of: Callable[[Seconds], float]) -> float:
         return shape.mean(lambda dims: of(seconds(job, dims, gpus)))
@@ -305,13 +305,13 @@ def _of_shape(job: Importance | Train | Evaluate, shape: ModelShape, gpus: Gpus)
 
 
 def _copied(shape: ModelShape, tokens: float, itemsize: int, passes: float) -> float:
-    """Bytes of a rank's hidden states to a layer and back, and of every layer's weights, in passes layer by layer."""
+    """Bytes copied in passes layer by layer: a rank's hidden states to each layer and back, and all layers' weights."""
     weights = shape.mean(lambda dims: dims.body_parameters) * itemsize
     return passes * (weights + 2 * len(shape.layers) * tokens * shape.hidden_size * itemsize)
 
 
 def _sum(one: Seconds, other: Seconds) -> Seconds:
-    """Of two things that come one after the other: what is longest in each counts."""
+    """Time of two activities, one after the other: the longest part of each counts."""
     return Seconds(one.longest + other.longest, 0.0, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Students that one score chooses and another is made in: with which settings, and from which ratio on."""
+"""Students: models without neurons that one criterion chooses, in which another criterion computes its scores."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from hfprune_dist.config.parameters import StudentParameters
 from hfprune_dist.core.criteria import lacking
 from hfprune_dist.errors import UserError
 
-# Ratio -> the teacher's share of the loss, and its temperature, as SDMPrune has them (arXiv 2506.11120; its code's
-# settings for Llama-3.2-1B).
+# Ratio -> the teacher's share of the loss and its temperature, as in SDMPrune (arXiv 2506.11120; its code's settings
+# for Llama-3.2-1B).
 PUBLISHED = {0.2: (0.4, 0.2), 0.3: (0.42, 0.5), 0.4: (0.1, 0.2)}
 
 
 def student_of(method: Method, ratio: float) -> StudentParameters | None:
-    """Of a method whose criterion is of such a student; what it leaves open is as published for the nearest ratio, of
-    two the smaller.
+    """Return the settings of a method's student; None if its criterion needs none. What the method leaves open is as
+    published for the nearest ratio (of two equally near ones, the smaller).
     """
     if method.student_chosen_by is None:
         return None
@@ -28,10 +28,10 @@ def student_of(method: Method, ratio: float) -> StudentParameters | None:
 
 
 def check_student(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> None:
-    """Refuse a ratio at which neurons would stay that have no score, since the student lacks them.
+    """Refuse a ratio at which some neurons without a score would stay: those that the student lacks.
 
     Raises:
-        UserError: telling what the student lacks.
+        UserError: stating how much the student lacks.
     """
     if method.student_chosen_by is None:
         return

@@ -1,4 +1,4 @@
-"""How long a job takes for one micro-batch, from counted work and the rates of ``rates``."""
+"""The time that a job takes for one micro-batch, from counted work and the rates of ``rates``."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from hfprune_dist.planning.rates import (
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one rank, for what overlaps: the longest of them counts.
+    """Seconds that one rank spends on activities that overlap: the longest counts.
 
     Attributes:
-        at_work: the GPU's, on products in the compute dtype.
-        on_network: what is gathered on its way.
-        in_calls: the processor's, which calls modules and starts gathers.
+        at_work: the GPU's, for products in the compute dtype.
+        on_network: for transferring what is gathered.
+        in_calls: the host processor's, for calling modules and starting gathers.
     """
 
     at_work: float
@@ -42,7 +42,7 @@ class Seconds:
 
     @property
     def is_work(self) -> bool:
-        """Whether the GPU's work hides all else."""
+        """Whether the GPU's work hides everything else."""
         return self.longest == self.at_work
 
     def __mul__(self, times: float) -> Seconds:
@@ -50,10 +50,10 @@ class Seconds:
 
 
 def seconds(job: TimedJob, dims: Dimensions, gpus: Gpus) -> Seconds:
-    """Of one micro-batch on each rank.
+    """Time of one micro-batch on each rank.
 
     Args:
-        gpus: those that one copy of the model lies on; of known ``flops``.
+        gpus: the GPUs that hold one copy of the model; their ``flops`` must be known.
     """
     work = job.work(dims)
     return Seconds(
@@ -75,20 +75,20 @@ def nominal(gpus: Gpus) -> float:
 
 
 def network_seconds(whole: float, gpus: Gpus) -> float:
-    """For bytes of which each rank receives (ranks - 1) / ranks, such as those that are gathered or reduce-scattered.
+    """Time to transfer bytes of which each rank receives (ranks - 1) / ranks, as in gathers and reduce-scatters.
 
-    A ring over all ranks carries every byte once through each GPU's link and through each node's.
+    A ring over all ranks carries every byte once through each GPU's link and once through each node's.
     """
     slowest = gpus.link if gpus.nodes == 1 or gpus.network is None else min(gpus.link, gpus.network)
     return whole * (gpus.ranks - 1) / gpus.ranks / (NETWORK * slowest)
 
 
 def precise_seconds(operations: Operations, gpus: Gpus, float32_share: float, float64_share: float) -> float:
-    """Of Gram matrices and solves, which nothing overlaps.
+    """Time of Gram matrices and solves, which don't overlap with anything.
 
     Args:
-        float32_share: of the windows, those of the rank that has most.
-        float64_share: of what ranks share to solve, the same.
+        float32_share: share of the windows on the rank that has the most.
+        float64_share: share of the solves that ranks divide among them, on the rank that has the most.
     """
     in_float32 = operations.float32 * float32_share + operations.own_float32
     in_float64 = operations.float64 * float64_share + operations.own_float64
@@ -96,7 +96,7 @@ def precise_seconds(operations: Operations, gpus: Gpus, float32_share: float, fl
 
 
 def _calls(job: TimedJob, dims: Dimensions, *, sharded: bool) -> float:
-    """Every layer's modules once forward and once for each backward; layers that run again, once more."""
+    """Time to call every layer's modules: once forward, once for each backward, and once more for a rerun."""
     modules, gathered = (LORA_MODULES, GATHERED_LORA_MODULES) if isinstance(job, Train) else (MODULES, GATHERED_MODULES)
     return _directions(job) * dims.num_layers * (modules * CALL_S + gathered * GATHER_S * sharded)
 

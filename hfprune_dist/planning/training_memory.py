@@ -1,6 +1,6 @@
-"""LoRA training in the memory that there is: where frozen weights lie, what is kept for backward, how many rows.
+"""Fitting LoRA training into memory: where frozen weights lie, what is kept for backward, how many rows at a time.
 
-One rule for those who plan a training, estimate it and run it. Of all this, the number of rows alone changes bits.
+Planning, estimating and running a training follow the same rule. Only the number of rows changes the result's bits.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from hfprune_dist.planning.footprint import Train, fits
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.timing import seconds
 
-# More rows at a time are hardly faster, so that activations are not checkpointed for their sake. Of whole weights,
-# which no micro-batch gathers, so many already take a GPU longer than its host needs to start them.
+# More rows at a time than this are hardly faster, so activations are not checkpointed for their sake. With whole
+# weights, which need no gathering, a GPU is busy with fewer rows for longer than its host needs to start them.
 ENOUGH_ROWS, ENOUGH_OF_WHOLE = 4, 2
 MOST_ROWS = 64
-# Where the rates of GPUs are known, fewer rows that take this much longer a row are as good.
+# If the rates of GPUs are known, fewer rows are as good if each takes at most this many times as long.
 AS_FAST = 1.02
 AUTO = "auto"
 
@@ -30,12 +30,12 @@ Sharding = Literal["auto", "replicate", "zero3"]
 
 @dataclass(frozen=True)
 class Placement:
-    """How a training lies in memory.
+    """How a training uses memory.
 
     Attributes:
-        whole: whether each rank has all frozen weights; else they are sharded with ZeRO-3.
-        checkpointing: whether layers keep their inputs alone, and run again in backward.
-        fits: whether that is expected to fit.
+        whole: whether each rank has all frozen weights; otherwise they are sharded with ZeRO-3.
+        checkpointing: whether layers keep only their inputs, and run again in backward.
+        fits: whether this is expected to fit.
     """
 
     whole: bool
@@ -44,7 +44,7 @@ class Placement:
 
 
 def place(job: Train, dims: Dimensions, gpus: Gpus, sharding: Sharding) -> Placement:
-    """The fastest way that fits; where none does, the one that takes least.
+    """Return the fastest placement that fits; if none does, the one that takes the least memory.
 
     Args:
         gpus: of all ranks.
@@ -59,33 +59,33 @@ def place(job: Train, dims: Dimensions, gpus: Gpus, sharding: Sharding) -> Place
 
 
 def _to_choose_from(job: Train, dims: Dimensions, gpus: Gpus) -> list[bool]:
-    """Whether weights may be whole, the faster first. One rank alone gains nothing from sharding."""
+    """Possible values of ``whole``, the fastest first. A single rank gains nothing from sharding."""
     if gpus.ranks == 1:
         return [True]
     return [True, False] if dims.parameters * job.itemsize <= WEIGHTS_SHARE * gpus.memory else [False]
 
 
 def copy_of(way: Placement, gpus: Gpus) -> Gpus:
-    """Those that one copy of the frozen weights lies on."""
+    """The GPUs that hold one copy of the frozen weights."""
     return replace(gpus, nodes=1, per_node=1) if way.whole else gpus
 
 
 def chooses(config: SweepConfig) -> bool:
-    """Whether a micro-batch of LoRA training is still to be chosen."""
+    """Whether the size of a LoRA training's micro-batch is still to be chosen."""
     return any(settings.micro_batch_size == AUTO for settings in _trainings(config).values())
 
 
 def as_chosen_before(config: SweepConfig, earlier: Mapping[str, int | Literal["auto"]]) -> SweepConfig:
-    """A configuration with earlier micro-batches, by section, where there are any and it has none."""
+    """Return the configuration with micro-batch sizes chosen earlier, by section, where it leaves them open."""
     return _with_rows(config, earlier)
 
 
 def choose_micro_batches(config: SweepConfig, models: Sequence[Dimensions], gpus: Mapping[str, Gpus]) -> SweepConfig:
-    """A configuration in which every micro-batch of LoRA training is a number.
+    """Return the configuration with a number for every micro-batch size of LoRA training.
 
     Args:
         models: every dense model of the sweep; the one that leaves room for the fewest rows decides.
-        gpus: section -> what its stages run on; none: no GPUs, or of unknown memory.
+        gpus: section -> what its stages run on; a section is absent without GPUs, or if their memory is unknown.
     """
     tokens = {"recovery": config.recovery.sequence_length, "distillation": config.calibration.sequence_length}
     rows: dict[str, int | Literal["auto"]] = {}
@@ -104,7 +104,7 @@ def _trainings(config: SweepConfig) -> dict[str, LoraTraining]:
 
 
 def _with_rows(config: SweepConfig, rows: Mapping[str, int | Literal["auto"]]) -> SweepConfig:
-    """With these micro-batches, by section, where they are still to be chosen."""
+    """Set these micro-batch sizes, by section, where they are still to be chosen."""
     open_to_choice = {name: it for name, it in _trainings(config).items() if it.micro_batch_size == AUTO}
     return config.model_copy(
         update={
@@ -116,9 +116,9 @@ def _with_rows(config: SweepConfig, rows: Mapping[str, int | Literal["auto"]]) -
 
 
 def _most_rows(job: Train, dims: Dimensions, gpus: Gpus, batch_size: int, sharding: Sharding) -> int:
-    """A power of two that fits, that ranks can share a step with, and for whose sake nothing is sharded.
+    """A power of two that fits, that divides a step evenly among ranks, and for whose sake nothing is sharded.
 
-    It is the fastest, as far as rates are known; else the largest, unless layers would run again for more than enough.
+    It is the fastest if rates are known; otherwise the largest, but no more than enough rows if layers would run again.
     """
     ways = {1: place(job, dims, gpus, sharding)}
     rows = 2

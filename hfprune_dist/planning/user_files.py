@@ -12,24 +12,24 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import AfterEach, FileHashes, digest_of, files_below, nothing
 from hfprune_dist.store.stage import Input
 
-# Size, modification time and inode: what shows without reading that a file was written or replaced.
+# Size, modification time and inode: they show that a file was written or replaced without reading it.
 Traits = tuple[int, int, int]
 
 
 class ChangedInputError(UserError):
-    """A file is not what the sweep was planned with: what has been made of it may be made of either."""
+    """A file is not the one that the sweep was planned with, so results may come from either version."""
 
 
 def content_files(checkpoint: Checkpoint) -> list[str]:
-    """Names of the files that a local checkpoint is known by."""
+    """Names of the files that identify a local checkpoint."""
     return checkpoint.weight_files + checkpoint.companion_files
 
 
 def checkpoint_identity(checkpoint: Checkpoint, content: str) -> str:
-    """What a local checkpoint is known by, from the digest of its files.
+    """Return the identity of a checkpoint, from the digest of its files.
 
-    Where the model doesn't compute with all that is in them, its number of parameters is part of it: an earlier version
-    counted the others too, and what it made for a ratio isn't what that ratio means.
+    If the model doesn't compute with everything in them, its number of parameters is part of the identity: an earlier
+    version counted the unused parameters too, so that a ratio meant something else in its artifacts.
     """
     recounted = checkpoint.surplus or checkpoint.has_untied_head
     return digest_of([content, checkpoint.parameters]) if recounted else content
@@ -39,8 +39,8 @@ class UserFiles:
     """The files of the user's that a stage reads, from its start to its commit.
 
     Args:
-        inputs: of the stage; artifacts among them are passed over.
-        make_hashes: makes what recalls the hashes of files that any process of the store has read before.
+        inputs: of the stage; artifacts among them are ignored.
+        make_hashes: makes the cache of hashes of files that any process of the store has read before.
     """
 
     def __init__(self, inputs: Iterable[Input], make_hashes: Callable[[], FileHashes]) -> None:
@@ -49,7 +49,7 @@ class UserFiles:
         self._at_start: dict[Path, Traits] | None = None
 
     def require_planned(self, after_each: AfterEach = nothing) -> None:
-        """Check that the content of all files is what the plan says; of a hub's commit, that the files are there.
+        """Check that all files have the content that was planned; for a commit of the hub, that the files are there.
 
         Args:
             after_each: called after each piece of a file that is read.
@@ -64,7 +64,7 @@ class UserFiles:
     def require_untouched(self, after_each: AfterEach = nothing) -> None:
         """Check that nobody has written or replaced a file since ``require_planned``, if that was called.
 
-        Files are read only where a change could have left size, modification time and inode alone.
+        Files are read only if a change could have left size, modification time and inode as they were.
 
         Raises:
             ChangedInputError: naming what has changed.
@@ -83,7 +83,7 @@ class UserFiles:
         for source in self._inputs:
             if _identity_now(source, hashes, after_each) != source.identity:
                 raise ChangedInputError(f"{_changed_part(source)}: changed {when}; run the sweep again")
-        with contextlib.suppress(OSError):  # they are read again the next time
+        with contextlib.suppress(OSError):  # then files are read again the next time
             hashes.save()
 
     def _traits(self) -> dict[Path, Traits]:
@@ -102,7 +102,7 @@ def _identity_now(source: Input, hashes: FileHashes, after_each: AfterEach) -> s
 
 
 def _names(source: Input) -> list[str]:
-    """The files of a folder that count, relative to it."""
+    """Names of the files in a folder that matter, relative to it."""
     location = Path(source.location)
     return files_below(location) if source.content == "folder" else content_files(open_checkpoint(location))
 
@@ -116,7 +116,7 @@ def _files(source: Input) -> list[Path]:
 
 
 def _changed_part(source: Input) -> str:
-    """What to name of an input that has changed; of several files, the one that changed last is the best guess."""
+    """How to name an input that has changed; of several files, the one that changed last is the best guess."""
     newest = max(_files(source), key=lambda file: file.stat().st_ctime_ns, default=Path(source.location))
     return str(newest) if newest == Path(source.location) else f"{source.location} (most recently {newest.name})"
 

@@ -1,4 +1,4 @@
-"""Shapes of mixtures of experts that lose whole experts: every layer that has experts keeps as many."""
+"""Shapes of mixtures of experts that lose whole experts: every layer with experts keeps the same number of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hfprune_dist.structures.units import Units
 
 
 class WholeExpertTarget(MixtureTarget):
-    """What is asked of a mixture that loses experts; the size is the number of those that each layer keeps."""
+    """The shape wanted of a mixture that loses experts; the size is the number of experts that each layer keeps."""
 
     @cached_property
     def _sizes(self) -> list[int]:
@@ -27,16 +27,16 @@ class WholeExpertTarget(MixtureTarget):
 
     @property
     def step(self) -> int:
-        """What numbers of experts are multiples of."""
+        """The number that numbers of experts are multiples of."""
         return math.lcm(self.asked.multiple_of, self._experts.groups)
 
     def _with(self, size: int) -> Shape:
-        """The shape in which layers have so many experts."""
+        """The shape in which layers have ``size`` experts."""
         counts = self._units.counts
         return Shape(tuple(range(len(counts))), {EXPERTS: tuple(size if count else 0 for count in counts)})
 
     def _limits(self) -> str:
-        """Why no more experts can go, for messages."""
+        """Why no more experts can be removed, for messages."""
         experts = self._experts
         besides = ""
         if experts.groups > 1:
@@ -60,12 +60,12 @@ class WholeExpertTarget(MixtureTarget):
 
 
 def mixture_target(asked: ShapeTarget) -> MixtureTarget:
-    """What is asked of the shape of a mixture of experts, whichever of its structures may go."""
+    """Return the target for a mixture of experts, whichever of its structures may be removed."""
     return WholeExpertTarget(asked) if EXPERTS in asked.structures else ExpertTarget(asked)
 
 
 def refuse_without_experts(method: Method, checkpoint: Checkpoint, where: str) -> None:
-    """Refuse to prune experts of a model that has none.
+    """Refuse to prune the experts of a model that has none.
 
     Raises:
         UserError: naming the setting.

@@ -1,7 +1,7 @@
-"""Arithmetic between a ratio of parameters and widths: the units that each layer keeps.
+"""Conversion between a ratio of parameters and widths, the numbers of units that layers keep.
 
-A ratio is removed parameters / all parameters of the model, as in the paper; it is not the share of the units that goes
-(20 % of Llama-3.2-1B is 31 % of its neurons).
+A ratio is removed parameters / all parameters of the model, as in the paper; it is not the share of units removed (20 %
+of Llama-3.2-1B is 31 % of its neurons).
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ class ModelSize:
 
     @property
     def units(self) -> int:
-        """Of the layer that has most."""
+        """Units of the layer that has the most."""
         return max(self.counts)
 
     def ratio_of(self, removed: int) -> float:
-        """Share of all parameters that goes with so many units, whatever their layers."""
+        """Share of all parameters that is removed with this many units, whatever their layers."""
         return removed * self.parameters_per_unit / self.parameters
 
     def reached(self, widths: Sequence[int]) -> float:
-        """The ratio that is reached where each layer keeps so many units."""
+        """The ratio that is reached if layers keep these numbers of units."""
         return self.ratio_of(self.removed(widths))
 
     def removed(self, widths: Sequence[int]) -> int:
-        """Units that go where each layer keeps so many."""
+        """Number of units that are removed if layers keep these numbers."""
         return sum(self.counts) - sum(widths)
 
 
@@ -59,10 +59,10 @@ def size_of(checkpoint: Checkpoint) -> ModelSize:
 
 @dataclass(frozen=True)
 class Target:
-    """A ratio that is asked of a model, and the widths that come closest to it.
+    """A ratio asked of a model, and the widths that come closest to it.
 
     Attributes:
-        ratio: asked, of the model's parameters.
+        ratio: share of the model's parameters to remove.
         multiple_of: widths of layers that lose units are multiples of it.
         where: the model and the method, for messages.
     """
@@ -73,11 +73,11 @@ class Target:
     where: str
 
     def uniform_width(self) -> int:
-        """Units that each layer keeps so that the reached ratio is as close to the one asked as rounding allows; of a
-        model whose layers have as many.
+        """Units that each layer keeps so that the ratio is as close to the one asked for as rounding allows. For models
+        whose layers all have the same number of units.
 
         Raises:
-            UserError: where removing such units alone can't remove so much, or rounding leaves nothing to remove.
+            UserError: if removing such units alone can't remove that much, or rounding leaves nothing to remove.
         """
         size, multiple_of = self.size, self.multiple_of
         largest = size.reached([min(multiple_of, size.units)] * size.num_layers)
@@ -92,13 +92,13 @@ class Target:
         return width
 
     def closest_width(self) -> int:
-        """The same, also where it is out of reach: then the narrowest width, or one that removes nothing."""
+        """The same without errors: out of reach, it is the narrowest width or one that removes nothing."""
         size, multiple_of = self.size, self.multiple_of
         exact = size.units - self.ratio * size.parameters / (size.num_layers * size.parameters_per_unit)
         return max(multiple_of, round(exact / multiple_of) * multiple_of)
 
     def narrowest_widths(self, floor: float, protect_first: int, protect_last: int) -> list[int]:
-        """The width below which each layer doesn't go: its share ``floor``, or all of it where it is protected."""
+        """The least width of each layer: the share ``floor`` of its units, or all of them if it is protected."""
         size = self.size
         protected = {*range(protect_first), *range(size.num_layers - protect_last, size.num_layers)}
         rounded = [-(-max(1, round(floor * count)) // self.multiple_of) * self.multiple_of for count in size.counts]
@@ -108,13 +108,13 @@ class Target:
         ]
 
     def removals(self, narrowest: Sequence[int]) -> int:
-        """Units to remove from all layers together so that the reached ratio is closest to the one asked.
+        """Units to remove from all layers together so that the ratio is closest to the one asked for.
 
         Args:
-            narrowest: the width below which each layer doesn't go.
+            narrowest: the least width of each layer.
 
         Raises:
-            UserError: where the layers' floors don't let so many go, or a layer can't lose so few.
+            UserError: if the layers' floors don't allow that many to be removed, or no layer can lose so few.
         """
         size = self.size
         wanted = round(self.ratio * size.parameters / size.parameters_per_unit)
@@ -138,5 +138,5 @@ class Target:
 
 
 def round_down(ratio: float) -> str:
-    """A ratio as messages tell it, such that it can be reached."""
+    """Format a ratio for messages, rounded down so that it can be reached."""
     return f"{int(ratio * 10000) / 10000:.4f}"
