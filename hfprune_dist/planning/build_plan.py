@@ -312,7 +312,7 @@ class _Planner:
         return self._add(Stage("evaluate", label, params, inputs))
 
     def _efficiency(self, variant: _Variant) -> Stage:
-        """The measurement of the variant's shape, which recovery and distillation don't change."""
+        """The efficiency of the variant's shape, which recovery and distillation don't change."""
         efficiency = self.config.efficiency
         params = EfficiencyParameters(
             batch_sizes=sorted(efficiency.batch_sizes),

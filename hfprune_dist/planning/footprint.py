@@ -212,7 +212,7 @@ class Importance:
         return Work(flops, gathered * self.itemsize)
 
     def _gradient_flops(self, dims: Dimensions) -> float:
-        """Operations per token for weights' gradients, with what backward adds: first attention, down projections."""
+        """Operations per token for weights' gradients, and what these add to backward (first attention, reruns)."""
         if not self._sees_mlps:
             return 0.0
         attended = 2.5 * self._sees_attention * attention_flops(dims, self.tokens) / dims.num_layers

@@ -43,7 +43,7 @@ class Refit:
     kv_groups: bool = False
 
     def resized(self, windows: int) -> Refit:
-        """The same with so many windows in a micro-batch."""
+        """Return a copy with this many windows in a micro-batch."""
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
@@ -135,7 +135,7 @@ class LowRank:
     itemsize: int = 2
 
     def resized(self, windows: int) -> LowRank:
-        """The same with so many windows in a micro-batch."""
+        """Return a copy with this many windows in a micro-batch."""
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:
@@ -165,7 +165,7 @@ class Reference:
     itemsize: int = 2
 
     def resized(self, windows: int) -> Reference:
-        """The same with so many windows in a micro-batch."""
+        """Return a copy with this many windows in a micro-batch."""
         return replace(self, windows=windows)
 
     def host_bytes(self, dims: Dimensions, ranks: int) -> int:

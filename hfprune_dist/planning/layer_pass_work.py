@@ -116,8 +116,8 @@ def least_squares(outputs: int, channels: int, kept: int) -> Operations:
 
 
 def least_squares_for(outputs: int, channels: int, kept: int, *, problems: int, ridges: int, errors: int) -> Operations:
-    """Setting up ``problems``, solving for a weight per ridge and computing ``errors``, all in float64; ranks that have
-    the same problem share its ridges.
+    """Setting up this many problems, solving for a weight per ridge and computing this many errors, all in float64;
+    ranks that have the same problem share its ridges.
     """
     solved = cholesky(kept) + 2 * kept**2 * outputs
     own = problems * 2 * outputs * channels**2 + errors * 2 * outputs * kept**2

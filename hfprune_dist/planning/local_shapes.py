@@ -73,7 +73,7 @@ class LocalTarget:
         return self.asked.ratio * self.asked.counts.total
 
     def _group_rows(self) -> list[tuple[int, ...]]:
-        """Rows of the KV groups that each pruned layer may keep, descending; every number is divisible by
+        """Possible rows of KV group counts, one count per pruned layer, descending; every count is divisible by
         ``tensor_parallel``.
         """
         most = self._left_before(self.asked.groups)

@@ -5,7 +5,7 @@ None of them has been measured on a GPU. ``ASSUMED`` sums them up in one sentenc
 
 from __future__ import annotations
 
-# Shares of a GPU's nominal rate in dense bfloat16 products. Products, as dense transformers reach in practice:
+# Shares of a GPU's nominal rate in dense bfloat16 products. The share that dense transformers reach in practice:
 PRODUCTS = 0.4
 # Large products in float32 without TF32: 19.5 of 312 TFLOP/s on an A100, 67 of 989 on an H100, less a fifth.
 FLOAT32 = 0.05
@@ -33,7 +33,7 @@ GATHER_S = (1.351 - 0.496) / (32 * 2 * GATHERED_LORA_MODULES) / HOST_SPEED
 
 # Bytes per second: of one node's reads and writes on a shared file system;
 DISK = 1e9
-# of SHA-256 on one thread, measured: 1 to 2;
+# of SHA-256 on one thread, measured: 1e9 to 2e9;
 HASHING = 1.5e9
 # of copies between a GPU and pinned main memory, where hidden states and layers wait in passes layer by layer: PCIe 4.0
 # reaches 25e9. Copies overlap with computing Gram matrices and solving layers.

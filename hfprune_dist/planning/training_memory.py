@@ -18,7 +18,7 @@ from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.timing import seconds
 
 # More rows at a time than this are hardly faster, so activations are not checkpointed for their sake. With whole
-# weights, which need no gathering, a GPU is busy with fewer rows for longer than its host needs to start them.
+# weights, which need no gathering, fewer rows already keep a GPU busy for longer than its host needs to launch them.
 ENOUGH_ROWS, ENOUGH_OF_WHOLE = 4, 2
 MOST_ROWS = 64
 # If the rates of GPUs are known, fewer rows are as good if each takes at most this many times as long.

@@ -12,7 +12,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import AfterEach, FileHashes, digest_of, files_below, nothing
 from hfprune_dist.store.stage import Input
 
-# Size, modification time and inode: they show that a file was written or replaced without reading it.
+# Size, modification time and inode: they reveal, without reading a file, that it was written or replaced.
 Traits = tuple[int, int, int]
 
 
