@@ -59,7 +59,7 @@ class MixtureTarget(ABC):
     @property
     @abstractmethod
     def _sizes(self) -> Sequence[int]:
-        """The sizes to choose from, descending, all smaller than the dense model's."""
+        """The sizes to choose from, descending; the dense model's own only if there is no smaller one."""
 
     @abstractmethod
     def _with(self, size: int) -> Shape:

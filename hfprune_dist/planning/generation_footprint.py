@@ -35,7 +35,7 @@ def gathered_per_token(dims: Dimensions, itemsize: int, gpus: Gpus, runtime: Run
     """Bytes of whole weights that every rank gathers for each token that a model generates in an evaluation.
 
     If ZeRO-3 shards the model, these are all its weights, however many sequences are generated at once; 0 if each rank
-    has whole weights (as ``distributed.frozen_model.choose_sharding`` decides) or a GPU's memory is not known.
+    has whole weights (see ``distributed.frozen_model.choose_sharding``; weights are taken to fit unknown GPU memory).
     """
     weights = dims.parameters * itemsize
     fits = not gpus.memory or weights <= WEIGHTS_SHARE * gpus.memory
