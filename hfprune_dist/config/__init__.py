@@ -1,1 +1,1 @@
-"""What a user may set, and how files and flags become it."""
+"""The settings of a sweep, and how they are read from files and flags."""

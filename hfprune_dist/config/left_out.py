@@ -1,4 +1,4 @@
-"""Settings that were added later: where they do what was done before them, no fingerprint and no record knows them."""
+"""Settings added later: fingerprints and records leave them out at the value that keeps the earlier behaviour."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pydantic import BaseModel
 
 @dataclass(frozen=True)
 class LeftOutAt:
-    """Marks a setting that is younger than results which it concerns: ``Annotated[type, LeftOutAt(value)] = value``.
+    """Marks a setting that is newer than some results it applies to: ``Annotated[type, LeftOutAt(value)] = value``.
 
     Attributes:
-        value: with it a stage does what it did before there was the setting. It is the setting's default too, so that
-            records from before are read as what they were.
+        value: the value with which a stage does what it did before the setting existed. It is also the setting's
+            default, so that older records keep their meaning.
     """
 
     value: Any
 
 
 def left_out(section: BaseModel) -> set[str]:
-    """Names of the settings of a section that are at the values at which they are left out."""
+    """Names of a section's settings that currently have the value at which they are left out."""
     return {
         name
         for name, field in type(section).model_fields.items()

@@ -1,4 +1,4 @@
-"""How files and flags become a configuration: defaults <- YAML files <- command line, unknown keys refused."""
+"""Build a configuration from files and flags: defaults <- YAML files <- command line; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Section
 from hfprune_dist.errors import UserError, did_you_mean
 
-# Keys whose value is a path: relative ones are taken from the folder of the YAML file that names them, or from the
-# current folder when they come from the command line.
+# Keys whose value is a path: relative ones are resolved against the folder of the YAML file that names them, or against
+# the current folder when they come from the command line.
 PATH_KEYS = ("calibration.path", "recovery.path", "evaluation.include_path", "evaluation.fidelity.path")
-# Mappings and lists of sections that have a path each.
+# Mappings and lists whose sections have a path each.
 HOLDERS_OF_PATHS = ("aliases", "calibration.mixture", "evaluation.fidelity.texts")
 # Folder of the project's own configurations.
 SHIPPED = "configs"
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, where 5e-4 is a string; here it is the number that everybody means.
+    """Loader that reads 5e-4 as a number; PyYAML follows YAML 1.1, where it is a string.
 
-    An exponent without a sign stays a string, since 4e51234 may be the hash of a revision. So do 010 and 12:30, which
-    YAML 1.1 reads to the bases 8 and 60. A key that stands twice is an error, where PyYAML drops the first.
+    A number whose exponent has no sign stays a string, since 4e51234 may be the hash of a revision. So do 010 and
+    12:30, which YAML 1.1 reads in bases 8 and 60. A repeated key is an error, where PyYAML drops the first.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The keys and values of a mapping.
 
         Raises:
-            ConstructorError: for a key that stands twice.
+            ConstructorError: for a repeated key.
         """
         names = [key.value for key, _ in node.value]
         for name, (key, _) in zip(names, node.value, strict=True):
@@ -50,7 +50,7 @@ class _YamlLoader(yaml.SafeLoader):
         """The value of a node.
 
         Raises:
-            ConstructorError: for what looks like a type and is no value of it, such as 2024-13-45.
+            ConstructorError: for text in the form of a type that is no valid value of it, such as 2024-13-45.
         """
         try:
             return super().construct_object(node, deep)
@@ -73,11 +73,11 @@ _YamlLoader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class Layer:
-    """A part of a configuration.
+    """One of the sources that a configuration is merged from.
 
     Attributes:
-        source: where it comes from: a file as it was named, or the command line.
-        content: keys and values; its paths are absolute.
+        source: name of the source: a file, as the user named it, or the command line.
+        content: keys and values; paths are absolute.
     """
 
     source: str
@@ -99,11 +99,11 @@ def load_config(files: Sequence[Path], overrides: Mapping[str, Any], shipped: Pa
 
 
 def read_layers(files: Sequence[Path], overrides: Mapping[str, Any], shipped: Path | None = None) -> list[Layer]:
-    """What a configuration is merged from; later ones win.
+    """The layers that a configuration is merged from; later ones win.
 
     Args:
-        shipped: the folder of the project's own files; one that is named ``configs/...`` and isn't there is taken from
-            it. Its relative paths are then as if it were where it is named.
+        shipped: the folder of the project's own configurations. A file named ``configs/...`` that doesn't exist is
+            taken from there; its relative paths are resolved as if it existed where it was named.
 
     Raises:
         UserError: for an unreadable file.
@@ -179,14 +179,14 @@ def parse_ratios(text: str) -> list[float]:
 
 
 def read_yaml(file: Path, flag: str, expected: str) -> dict[str, Any]:
-    """The keys and values of a YAML file; none where it is empty.
+    """The keys and values of a YAML file; none if it is empty.
 
     Args:
         flag: the option that names the file, for messages.
         expected: what the file should hold, for messages.
 
     Raises:
-        UserError: where it can't be read, or holds something else.
+        UserError: if it can't be read, or holds something else.
     """
     try:
         raw = yaml.load(file.read_text(encoding="utf-8"), _YamlLoader)
@@ -221,7 +221,7 @@ def _set_dotted(target: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _resolve_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Make the relative paths in ``raw`` absolute, seen from ``base``."""
+    """Make the relative paths in ``raw`` absolute; they are relative to ``base``."""
     for key in PATH_KEYS:
         *parents, leaf = key.split(".")
         _resolve_key(_value_at(raw, parents), leaf, base)
@@ -237,7 +237,7 @@ def _resolve_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
 
 
 def _value_at(raw: Any, keys: Iterable[str]) -> Any:
-    """What keys lead to; None where they lead nowhere."""
+    """The value at nested keys; None if there is none."""
     for key in keys:
         raw = raw.get(key) if isinstance(raw, dict) else None
     return raw
@@ -253,7 +253,7 @@ def _is_file(method: Any, _base: Path) -> bool:
 
 
 def _is_folder(model: Any, base: Path) -> bool:
-    """Aliases have no slash; what could be a hub id is one where there is no such folder."""
+    """Aliases have no slash; a name that could be a hub id is a folder only if that folder exists."""
     return isinstance(model, str) and "/" in model and (not is_hub_id(model) or Path(_absolute(model, base)).is_dir())
 
 
@@ -270,7 +270,7 @@ def _absolute(path: str, base: Path) -> str:
 
 
 def _explain(schema: type[Section], problem: Mapping[str, Any]) -> str:
-    """Turn one pydantic problem into a line in our words."""
+    """Turn one of pydantic's problems into a line in our own words."""
     location = [str(part) for part in problem["loc"] if part != "[key]"]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
@@ -287,7 +287,7 @@ def _explain(schema: type[Section], problem: Mapping[str, Any]) -> str:
 
 
 def _hint_on_numbers(given: Any) -> str:
-    """What to tell of a text that looks like a number: YAML wants a point and a signed exponent."""
+    """Hint for a string that looks like a number: YAML requires a decimal point and a signed exponent."""
     found = re.fullmatch(r"([+-]?\d+)(\.\d*)?[eE]([+-]?)(\d+)", given) if isinstance(given, str) else None
     if found is None:
         return ""

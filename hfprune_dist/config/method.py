@@ -1,4 +1,4 @@
-"""Methods: how scores become a smaller checkpoint."""
+"""Pruning methods: how scores are turned into a smaller checkpoint."""
 
 from __future__ import annotations
 
@@ -31,99 +31,99 @@ def _goes_together(structures: list[Structure]) -> list[Structure]:
     return structures
 
 
-# What is pruned, in one order whatever the order that it is given in; and what is scored, perhaps for several methods.
+# What is pruned, in a fixed order whatever order it is given in; and what is scored, possibly for several methods.
 Structures = Annotated[list[Structure], AfterValidator(_in_order), AfterValidator(_goes_together)]
 Kinds = Annotated[list[Kind], AfterValidator(_in_order)]
-# Of the dense model's parameters, what goes in a round; smaller ones would be more rounds than anyone waits for.
+# Share of the dense model's parameters removed per round; smaller shares would mean more rounds than anyone waits for.
 RoundRatio = Annotated[float, Field(ge=0.01, lt=1)]
-# Of neurons that a student lacks; of logits that are divided, which must stay finite.
+# Share of the neurons that a student lacks; divisor of logits, which must stay finite.
 Share = Annotated[float, Field(gt=0, lt=1)]
 Temperature = Annotated[float, Field(ge=0.01, le=100)]
 
 
 def structures_possible(allocation: Allocation) -> tuple[Structure, ...]:
-    """What may go besides neurons, with them in front. Layers have no scores: what goes without one is measured."""
+    """Structures that may be pruned, neurons first. Layers have no scores: the effect of removing one is measured."""
     return TOGETHER if allocation in ("plain", "searched") else TOGETHER[:-1]
 
 
-# Settings of a method that make a pass of their own.
+# Settings of a method that affect a calibration pass of their own, not a cut.
 OF_A_STUDENT = ("student_lacks", "teacher_share", "teacher_temperature")
 
 
 class Method(Section):
-    """How scores become a smaller checkpoint. ``configs/methods`` has the ones that come with the project."""
+    """How scores are turned into a smaller checkpoint. ``configs/methods`` has the methods shipped with the project."""
 
     model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["criterion"]}, {"required": ["prunes_in"]}]})
 
     criterion: MethodCriterion | None = None
-    """The score by which neurons stay: those with the highest scores; with lorap, which the prune stage computes, also
-    the hundredth with the lowest. null where ``prunes_in`` is recovery."""
+    """The score that decides which units are kept: those that score highest. lorap, which the prune stage computes,
+    also keeps the 1 % that score lowest. null if ``prunes_in`` is recovery."""
     prunes_in: Literal["calibration", "recovery"] = "calibration"
-    """When units are scored. calibration: in a pass over the calibration windows; they go before recovery. recovery:
-    while LoRA trains on the instruction pairs, by its own gradients, in as many steps as any recovery; units are masked
-    on the way and cut at the end (LoRAPrune). Then allocation is local, and there is no criterion, refit or round."""
+    """When units are scored. calibration: in a pass over the calibration windows, before recovery. recovery: by LoRA's
+    own gradients while it trains on the instruction pairs, in the usual number of steps; units are masked meanwhile and
+    cut at the end (LoRAPrune). This requires allocation: local, and no criterion, refit, rounds or distillation."""
     structures: Structures = Field(default=[NEURONS])
-    """What is pruned: neurons of MLPs; beside them kv_groups, the key-value heads of attention with the query heads
-    that read them, and whole layers. Neurons and groups are scored; what a model loses without a layer is measured.
-    More than neurons needs an allocation other than uniform. Or experts alone: whole experts of a mixture of experts,
-    with allocation: uniform and without refit and distillation."""
+    """What is pruned. neurons: channels of MLPs. In addition: kv_groups, the key-value heads of attention with the
+    query heads that read them; layers, whole layers. Neurons and groups are scored; the effect of removing a layer is
+    measured. Anything besides neurons requires an allocation other than uniform. Or only experts: whole experts of a
+    mixture of experts, which requires allocation: uniform, and neither refit nor distillation."""
     allocation: Allocation = "uniform"
-    """Which shape the pruned model has. uniform: the same width, or number of experts, in all layers. plain: one number
-    of layers, of KV groups and of neurons, the same in all layers; such shapes are measured on calibration windows, and
-    the one closest to the dense model is taken. local: every layer that isn't protected loses the same share of its
-    neurons and of its KV groups; nothing is measured. global: neurons and groups of all layers compete by score per
-    parameter; scores that aren't in nats are divided by their layer's mean first. standardized: they compete by scores
-    less the layer's mean, in its standard deviations, whatever their size. searched: shapes around those are measured,
-    plain ones and some without whole layers as well, and the closest is taken. low_rank: attention's matrices become
-    products of two of low rank, and all layers get one width, in a pass layer after layer that scores as well. If
-    layers differ, or with low_rank, loading the checkpoint needs trust_remote_code or this package."""
+    """The shape of the pruned model. uniform: the same width, or number of experts, in all layers. plain: the same
+    numbers of KV groups and neurons in all layers, perhaps fewer layers; such shapes are measured on calibration
+    windows, and the one closest to the dense model is taken. local: every layer that isn't protected loses the same
+    share of its neurons and of its KV groups; nothing is measured. global: units of all layers compete by score per
+    parameter; scores that aren't in nats are first divided by their layer's mean. standardized: they compete by score
+    minus the layer's mean, in its standard deviations, whatever their size. searched: shapes around that of global are
+    measured, and plain ones and some without whole layers; the closest is taken. low_rank: one pass, layer by layer,
+    scores and prunes: attention's matrices become products of two low-rank ones, and all layers get the same width.
+    If layers differ, or with low_rank, loading the checkpoint needs trust_remote_code or this package."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """global, standardized, searched: the smallest share of its neurons that a layer keeps; with 0 it keeps one."""
+    """global, standardized, searched: the smallest share of its neurons that a layer may keep; 0 means one neuron."""
     protect_first: NumberOrShare = 0
-    """local, global, standardized, searched: number of layers, from the first on, that lose nothing; or, below 1, the
-    share of the model's layers that they are, rounded to the nearest number."""
+    """local, global, standardized, searched: number of layers at the beginning of the model that lose nothing; or, if
+    it is between 0 and 1, their share of all layers, rounded to the nearest whole number of layers."""
     protect_last: NumberOrShare = 0
-    """local, global, standardized, searched: the same, up to the last layer."""
+    """local, global, standardized, searched: as protect_first, for layers at the end of the model."""
     adapts: bool = False
-    """Whether it does without what an architecture rules out: KV groups that can't go one by one stay, and a refit that
-    goes through blocks in turn becomes dense. false: such a model is refused."""
+    """Whether the method omits what an architecture doesn't allow: KV groups that can't be removed one by one are kept,
+    and a refit that works block by block (layerwise, block) becomes dense. false: such a model is refused."""
     tensor_parallel: Positive = 1
-    """Number of devices that each layer is to be split over: layers keep numbers of KV groups that are divisible by
-    it, and widths that lose neurons are multiples of it too. Matters where structures has kv_groups."""
+    """Number of devices that each layer will be split over: the number of KV groups that a layer keeps, and the width
+    of a layer that loses neurons, are multiples of it. Has an effect only if structures includes kv_groups."""
     refit: Refit = "none"
-    """bias: biases of output projections that make up for the mean of what the removed units put out, on the dense
-    model's activations; loading the checkpoint then needs trust_remote_code or this package, unless the architecture
-    has these biases. All others are least squares on down_proj, so that the kept neurons also do what the removed ones
-    did. dense: fitted to the dense MLP's outputs, on the dense model's activations. layerwise: layer after layer, on
-    the pruned model's own activations; the target lies half way between the dense MLP's output there and the output
-    that would restore the dense model's hidden states. block: as layerwise, then Gauss-Newton steps on gate_proj,
-    up_proj and down_proj together; takes minutes, not seconds."""
+    """New values for the weights that stay. bias: biases of output projections that make up for the removed units' mean
+    output on the dense model's activations; loading the checkpoint then needs trust_remote_code or this package, unless
+    the architecture has these biases. The others solve least squares for down_proj, so that the kept neurons take over
+    from the removed ones. dense: fitted to the dense MLP's outputs, on the dense model's activations. layerwise: layer
+    by layer, on the pruned model's own activations; the target lies halfway between the dense MLP's output there and
+    the output that would restore the dense model's hidden states. block: as layerwise, then Gauss-Newton steps on
+    gate_proj, up_proj and down_proj together; takes minutes, not seconds."""
     multiple_of: PositiveOrAuto = 1
-    """Round intermediate_size, or the number of experts, to a multiple of this (64 or 128 suit GPU kernels; the number
-    of devices, over which experts are spread). auto: for each model and ratio the
-    largest of 256, 128, 64 and 32 with which at least the ratio goes, and at most 0.0125 more; where there is none, 32
-    if the model is at least 1,024 wide, else 1; of experts 1. Where there is a ``round_ratio``, what it is in the first
-    round; with plain, what it may be in every round."""
+    """Round intermediate_size, or the number of experts, to a multiple of this (64 or 128 suit GPU kernels; experts,
+    the number of devices that they are spread over). auto: for each model and ratio, the largest of 256, 128, 64 and 32
+    that removes at least the ratio and at most 0.0125 more; if there is none, 32 for models whose intermediate_size is
+    at least 1,024, otherwise 1; always 1 for experts. If ``round_ratio`` is set, the first round decides; with
+    allocation: plain, the multiple must suit every round."""
     steps: Positive = 1
-    """Number of equal parts of the ratio in which the model is pruned. Before each part but the first, the pruned model
-    is scored again on the same windows. A refit of kind ``dense`` then uses that model's activations; the others aim at
-    the dense model in every step, and ``searched`` and ``plain`` compare with it."""
+    """Number of equal rounds in which the ratio is removed. Before every round but the first, the pruned model is
+    scored again on the same windows. The refit ``dense`` then uses that model's activations; other refits aim at the
+    dense model in every round, and ``searched`` and ``plain`` compare with it."""
     round_ratio: RoundRatio | None = None
-    """In place of ``steps``: prune in parts of this size, the last one being what is left of the ratio. So ratios share
-    the parts that they have in common. null: ``steps`` says how many there are."""
+    """Instead of ``steps``: prune in rounds that remove this share of all parameters each; the last one removes what is
+    left of the ratio. Different ratios then share their first rounds. null: ``steps`` sets the number of rounds."""
     distill: Annotated[int, Field(ge=0)] = 0
     """Passes over the calibration windows, after pruning, in which the pruned model learns the dense model's output
-    distribution (see ``DistillationConfig``). It needs no labels and no further text, but it is training."""
+    distribution (see ``DistillationConfig``). This needs no labels and no further text, but it is training."""
 
     student_lacks: Share = 0.025
-    """Criteria of a student that an earlier score chooses (coupled_taylor_distilled): the share of each layer's neurons
-    that it does without, those of the lowest score."""
+    """Criteria computed on a student that an earlier score chooses (coupled_taylor_distilled): the share of each
+    layer's neurons that the student lacks, those with the lowest scores."""
     teacher_share: Annotated[float, Field(ge=0, le=1)] | None = None
-    """The same criteria: how much of the student's loss is its divergence from the dense model; the rest is of labels.
-    null: as published for the nearest ratio, 0.4 at 20 %, 0.42 at 30 %, 0.1 at 40 %."""
+    """The same criteria: weight of the divergence from the dense model in the student's loss; the rest is the loss on
+    labels. null: as published for the nearest ratio, 0.4 at 20 %, 0.42 at 30 %, 0.1 at 40 %."""
     teacher_temperature: Temperature | None = None
-    """The same criteria: what the dense model's logits are divided by in that divergence. null: as published for the
-    nearest ratio, 0.2 at 20 %, 0.5 at 30 %, 0.2 at 40 %."""
+    """The same criteria: divisor of the dense model's logits (only those) in that divergence. null: as published for
+    the nearest ratio, 0.2 at 20 %, 0.5 at 30 %, 0.2 at 40 %."""
 
     @property
     def scored_by(self) -> MethodCriterion:
@@ -133,26 +133,26 @@ class Method(Section):
 
     @property
     def tells_layers_apart(self) -> bool:
-        """Whether layers that are alike may differ once they are pruned."""
+        """Whether layers that are alike in the dense model may differ after pruning."""
         protects = bool(self.protect_first or self.protect_last)
         by_scores = self.allocation in ("global", "standardized", "searched")
         return by_scores or (self.allocation == "local" and protects)
 
     @property
     def can_protect(self) -> bool:
-        """Whether its allocation takes notice of ``protect_first`` and ``protect_last``."""
+        """Whether its allocation uses ``protect_first`` and ``protect_last``."""
         return self.allocation in ("local", "global", "standardized", "searched")
 
     @property
     def without_effect(self) -> set[str]:
-        """Names of settings that change nothing beside the others."""
+        """Names of settings that have no effect, given the others."""
         idle = set() if self.can_protect else {"floor", "protect_first", "protect_last"}
         idle |= {"floor"} if self.allocation == "local" else set()
         idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
         return idle | (set(OF_A_STUDENT) if self.student_chosen_by is None else set())
 
     def of_one_cut(self) -> dict[str, Any]:
-        """The settings that affect what one prune stage does; others make stages of their own."""
+        """The settings that affect a single prune stage; the others affect which stages there are."""
         of_others = {"prunes_in", "adapts", "steps", "round_ratio", "distill", *OF_A_STUDENT}
         return self.model_dump(exclude=self.without_effect | of_others)
 
@@ -269,17 +269,17 @@ class Method(Section):
 
     @property
     def scored_before(self) -> frozenset[CriterionName]:
-        """What a calibration pass computes for it."""
+        """The scores that a calibration pass computes for it."""
         return frozenset(name for name in CRITERIA if name == self.criterion)
 
     @property
     def student_chosen_by(self) -> CriterionName | None:
-        """The criterion whose scores choose the student that its own are of; None where there is none."""
+        """The criterion whose scores choose the student on which this method's are computed; None without a student."""
         return next((CRITERIA[name].student_of for name in self.scored_before), None)
 
 
 class PruneConfig(Section):
-    """Settings that override those of every method; null keeps the method's (see ``Method``)."""
+    """Settings that override those of every method; null keeps the method's own value (see ``Method``)."""
 
     criterion: MethodCriterion | None = None
     structures: Structures | None = None
