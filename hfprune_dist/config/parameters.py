@@ -1,11 +1,11 @@
-"""What each kind of stage depends on: the settings that make its fingerprint, and that it is handed when it runs.
+"""The parameters of each kind of stage: the settings that enter its fingerprint and that it gets when it runs.
 
-A plan builds them from a configuration, the store keeps them in records (``stage.json``, manifests, ``sweep.json``), a
-stage reads them. So they lie below all three: beside the sections of the configuration, of which they are parts.
+Plans build them from a configuration, the store keeps them in records (``stage.json``, manifests, ``sweep.json``), and
+stages read them. They are therefore defined below all three, next to the sections of the configuration they consist of.
 
-Fingerprints are made of ``Parameters.to_json``. Two rules keep those of results that exist where they are:
-names and values of settings stay as they are; a setting that is added is marked with ``LeftOutAt`` the value with which
-a stage does what it did before.
+Fingerprints are computed from ``Parameters.to_json``. Two rules keep the fingerprints of existing results unchanged:
+names and values of settings stay as they are; a new setting is marked with ``LeftOutAt`` the value with which a stage
+does what it did before.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.core.criteria import CRITERIA, CriterionName, MethodCriterion
 from hfprune_dist.structures import NEURONS
 
-# What a text source says of a data set of the hub.
+# Fields of a text source that describe a data set on the hub.
 OF_A_DATA_SET = {"dataset", "name", "split", "revision"}
-# Stands for the path of a text in settings that were read from a record, which has none.
+# Stands for the path of a text in settings read from a record, since records have no paths.
 AN_INPUT = "(an input of the stage)"
 
 
 class Parameters(Section):
     """The settings that a stage's result depends on, besides its inputs and the version of its code.
 
-    They are equal where they are recorded alike: where a text lies makes no difference.
+    Two are equal if their records are: the path of a text makes no difference.
 
-    ``on_one_rank``: whether such stages are started on a single rank, however many others have.
+    ``on_one_rank``: whether such stages always run on a single rank, however many ranks others have.
     """
 
     on_one_rank: ClassVar[bool] = False
@@ -50,17 +50,17 @@ class Parameters(Section):
         return _text_of(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """What fingerprints are made of, and what records hold."""
+        """The content of records, from which fingerprints are computed."""
         return _record_of(self)
 
     @property
     def compute_dtype(self) -> Dtype | None:
-        """The dtype in which a model computes; None where none does."""
+        """The dtype in which a model computes; None if no model runs."""
         return None
 
 
 class OtherParameters(Parameters):
-    """The settings of a stage that another version of the code planned, as it recorded them. No stage runs with them.
+    """The settings of a stage planned by another version of the code, as recorded. No stage runs with them.
 
     ``record``: the settings by name.
     """
@@ -72,7 +72,7 @@ class OtherParameters(Parameters):
 
 
 def _as_input(settings: object) -> object:
-    """Settings of a text in a record; where they name no data set, the text is a file of the user's."""
+    """Add a placeholder path to recorded settings of a text that name no data set: the text is a user's file."""
     if isinstance(settings, Mapping) and isinstance(settings.get("mixture"), list):
         return {**settings, "mixture": [_placed(text, f"{AN_INPUT} {n}") for n, text in enumerate(settings["mixture"])]}
     return _placed(settings, AN_INPUT)
@@ -83,16 +83,16 @@ def _placed(settings: object, place: str) -> object:
     return {**settings, "path": place} if is_file else settings  # type: ignore[dict-item]
 
 
-# Marks settings of a text. Of a file neither path nor name matter: the stage has an input, known by its content.
+# Marks settings of a text. A file's path and name don't matter: it is an input of the stage, identified by its content.
 Text = BeforeValidator(_as_input)
 
 
 class StudentParameters(Section):
-    """Of a student that scores of another pass choose, which its scores come from.
+    """Settings of a student, chosen by the scores of another pass, on which the scores of a pass are computed.
 
-    ``lacks``: the share of each layer's neurons that it does without. ``teacher_share``: of the divergence from the
-    dense model in its loss; the rest is of labels. ``teacher_temperature``: by which the dense model's logits alone are
-    divided.
+    ``lacks``: the share of each layer's neurons that it lacks. ``teacher_share``: weight of the divergence from the
+    dense model in its loss; the rest is the loss on labels. ``teacher_temperature``: divisor of the logits of the dense
+    model only.
     """
 
     lacks: float
@@ -101,14 +101,14 @@ class StudentParameters(Section):
 
 
 class ImportanceParameters(Parameters):
-    """Of a calibration pass.
+    """Parameters of a calibration pass.
 
-    ``settled_by_sums_of``: criteria of the pass whose scores are more than sums, where it may end early; their sums
-    decide as well. ``biases``: how a pass in bfloat16 adds the model's biases, if it has any. ``curvature``: how output
-    gradients' second moments are rounded, where a criterion needs them and that makes a difference. These are absent in
-    records of passes that took no notice of such criteria, rounded before they added biases, or rounded once a shard.
-    ``structures``: the kinds of units that are scored, each by all criteria that have scores for it. ``student``: which
-    the scores of the input of this role choose.
+    ``settled_by_sums_of``: for a pass that may end early, its criteria whose scores are more than sums; their sums
+    decide as well. ``biases``: how a pass in bfloat16 adds the model's biases, if it has any. ``curvature``: how second
+    moments of output gradients are rounded, if a criterion needs them and it makes a difference. These are absent in
+    records of passes that ignored such criteria, rounded before they added biases, or rounded once per shard.
+    ``structures``: the kinds of units that are scored, each by all criteria that have scores for it. ``student``: the
+    student chosen by the scores in the input of this role.
     """
 
     calibration: Annotated[CalibrationConfig, Text]
@@ -127,10 +127,10 @@ class ImportanceParameters(Parameters):
         return self.dtype
 
     def scoring(self, criteria: Iterable[str], structures: Sequence[str]) -> Self:
-        """The same pass for these criteria on these kinds of units."""
+        """The same pass, for these criteria and these kinds of units."""
         names = sorted(criteria)
         calibration = self.calibration
-        # Of a shard that is one micro-batch it makes no difference.
+        # If a shard is a single micro-batch, it makes no difference.
         is_cut = (
             min(calibration.shard_size * calibration.micro_batch_size, calibration.samples)
             > calibration.micro_batch_size
@@ -141,7 +141,7 @@ class ImportanceParameters(Parameters):
 
 
 class ReferenceParameters(Parameters):
-    """Of the dense model's hidden states on a text: held-out ``text``, or else the windows of an importance stage.
+    """Parameters of the dense model's hidden states on held-out ``text`` or, if None, on an importance stage's windows.
 
     ``micro_batch_size``: windows per forward pass of one rank.
     """
@@ -157,12 +157,12 @@ class ReferenceParameters(Parameters):
 
 
 class PruneParameters(Parameters):
-    """Of one cut: the settings of a ``Method`` that it depends on.
+    """Parameters of one cut: the settings of a ``Method`` that it depends on.
 
     ``ratio``: removed parameters / all parameters of the dense model, after this cut. ``floor``, ``protect_first`` and
-    ``protect_last`` are None where the allocation takes no notice of them, ``dtype`` and ``micro_batch_size`` (windows
-    per forward pass of one rank) where no model runs. ``tensor_parallel``: numbers of KV groups are divisible by it, as
-    ``multiple_of`` is; 1 where none go.
+    ``protect_last`` are None if the allocation doesn't use them, ``dtype`` and ``micro_batch_size`` (windows per
+    forward pass of one rank) if no model runs. ``tensor_parallel`` divides ``multiple_of`` and the layers' numbers of
+    KV groups; it is 1 if no KV groups are pruned.
     """
 
     ratio: float
@@ -183,24 +183,24 @@ class PruneParameters(Parameters):
         return self.dtype
 
     def forward_pass(self) -> tuple[Dtype, int]:
-        """Compute dtype and windows per forward pass of one rank, of a cut for which a model runs."""
+        """Compute dtype, and windows per forward pass of one rank, of a cut for which a model runs."""
         assert self.dtype is not None and self.micro_batch_size is not None, "planned as one for which none runs"
         return self.dtype, self.micro_batch_size
 
     def protected(self) -> tuple[int, int]:
-        """``protect_first`` and ``protect_last`` of an allocation that takes notice of them."""
+        """``protect_first`` and ``protect_last``, for an allocation that uses them."""
         first, last = self.protect_first, self.protect_last
         assert first is not None and last is not None, "planned for an allocation that protects no layers"
         return first, last
 
     def limits(self) -> tuple[float, int, int]:
-        """``floor``, ``protect_first`` and ``protect_last`` of an allocation that takes notice of them."""
+        """``floor``, ``protect_first`` and ``protect_last``, for an allocation that uses them."""
         assert self.floor is not None, "planned for an allocation without floors"
         return self.floor, *self.protected()
 
 
 class DistillParameters(Parameters):
-    """Of a distillation; ``passes``: over the calibration windows."""
+    """Parameters of a distillation. ``passes``: number of passes over the calibration windows."""
 
     distillation: DistillationConfig
     passes: int
@@ -212,12 +212,12 @@ class DistillParameters(Parameters):
 
 
 class RecoverParameters(Parameters):
-    """Of the fine-tuning on instruction pairs."""
+    """Parameters of fine-tuning on instruction pairs."""
 
     recovery: Annotated[RecoveryConfig, Text]
     seed: int
     layers_may_differ: Annotated[bool, LeftOutAt(False)] = False
-    """Whether layers of the model may have different sizes. Where they did, pairs in a row were once not kept apart."""
+    """Whether layers of the model may differ in size. Early versions didn't keep pairs in a row apart if they did."""
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -225,7 +225,7 @@ class RecoverParameters(Parameters):
 
 
 class LoraPruneParameters(Parameters):
-    """Of the fine-tuning on instruction pairs in which units go, those of a ``PruneParameters`` that bound them."""
+    """Parameters of fine-tuning that prunes, with the settings of ``PruneParameters`` that bound what it removes."""
 
     recovery: Annotated[RecoveryConfig, Text]
     seed: int
@@ -241,12 +241,12 @@ class LoraPruneParameters(Parameters):
         return self.recovery.dtype
 
     def protected(self) -> tuple[int, int]:
-        """Numbers of the first and of the last layers that lose nothing."""
+        """How many layers at the beginning, and how many at the end of the model, lose nothing."""
         return self.protect_first, self.protect_last
 
 
 class EvaluateParameters(Parameters):
-    """Of an evaluation: the settings of an ``EvaluationConfig`` that it depends on."""
+    """Parameters of an evaluation: the settings of an ``EvaluationConfig`` that it depends on."""
 
     tasks: list[str]
     num_fewshot: int | None
@@ -262,10 +262,10 @@ class EvaluateParameters(Parameters):
 
 
 class EfficiencyParameters(Parameters):
-    """Of a measurement of speed and memory: the settings of an ``EfficiencyConfig``, and what it is made on.
+    """Parameters of a measurement of speed and memory: the settings of an ``EfficiencyConfig``, and the environment.
 
-    ``device``: as the planner knows it, the processor or GPU of this machine or what a cluster is asked for.
-    ``packages``: versions of the libraries that compute.
+    ``device``: as the planner knows it, the processor or GPU of this machine or what is requested from a cluster.
+    ``packages``: versions of the libraries that do the computing.
     """
 
     on_one_rank: ClassVar[bool] = True
@@ -280,7 +280,7 @@ class EfficiencyParameters(Parameters):
 
     @property
     def most_tokens(self) -> int:
-        """Of a sequence, once it is generated."""
+        """Tokens of the longest sequence, including those generated."""
         return max(self.prompt_tokens) + self.new_tokens
 
     @property
@@ -301,17 +301,17 @@ PARAMETERS: dict[str, type[Parameters]] = {
 
 
 def read_parameters(kind: str, record: Mapping[str, Any]) -> Parameters:
-    """The settings that a record holds; ``OtherParameters`` where they are not exactly what today's code would record.
+    """The settings in a record; ``OtherParameters`` if they are not exactly what today's code would record.
 
     Args:
-        kind: of stage.
-        record: what ``Parameters.to_json`` gave, in any version of the code.
+        kind: kind of stage.
+        record: result of ``Parameters.to_json``, in any version of the code.
     """
     try:
         parameters = PARAMETERS[kind].model_validate(dict(record))
     except (KeyError, ValidationError):
         return OtherParameters(record=dict(record))
-    # Fingerprints tell 1 from 1.0, and a setting that is absent from one at its default.
+    # Fingerprints distinguish 1 from 1.0, and an absent setting from one at its default.
     return parameters if _text_of(parameters.to_json()) == _text_of(record) else OtherParameters(record=dict(record))
 
 
@@ -332,8 +332,8 @@ def _recorded(value: object) -> object:
 
 
 def _without_place(source: TextSource) -> set[str]:
-    """What a record leaves out of a text source: where a file lies, or, of a data set, that there is no file; where
-    several texts are mixed, all that would be of one.
+    """Fields of a text source that a record leaves out: the path and, for a file, what describes a data set; for a
+    mixture, all fields of a single text.
     """
     if isinstance(source, CalibrationConfig) and source.mixture is not None:
         return set(TextSource.model_fields)

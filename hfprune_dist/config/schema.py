@@ -1,6 +1,6 @@
-"""Everything that a user may set: sections, keys, types and defaults.
+"""All settings of a sweep: sections, keys, types and defaults.
 
-The text below each field says its meaning and unit. ``python launch/sweep.py --help`` lists the keys that have a flag
+The text below each field gives its meaning and unit. ``python launch/sweep.py --help`` lists the keys that have a flag
 of their own; all others are set with ``--set section.key=value`` or in a YAML file.
 """
 
@@ -17,7 +17,7 @@ from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
 from hfprune_dist.core.criteria import CriterionName
 
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
-# Names of packages, too; of the trackers that the Trainer knows, those that can go on with a run.
+# The Trainer's trackers that can resume a run; these are also the names of their packages.
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 
 
@@ -32,19 +32,19 @@ class ImportanceConfig(Section):
     """How neurons are scored."""
 
     criteria: list[CriterionName] = Field(default=[])
-    """Scores to compute beside those that the methods need, all in one calibration pass: one forward, and one
+    """Scores to compute in addition to those that the methods need, all in one calibration pass: one forward, and one
     backward for each loss.
 
-    entropy: sum over tokens of |h * dH/dh| (HFPrune). entropy_bfloat16: the same, added up over micro-batches in
-    bfloat16, to see what the rounding does. entropy_squared: sum of squares of the same terms.
+    entropy: sum over tokens of |h * dH/dh| (HFPrune). entropy_bfloat16: the same, summed over micro-batches in
+    bfloat16, to show the effect of rounding. entropy_squared: sum of squares of the same terms.
     cross_entropy: sum of |h * dCE/dh| (LLM-Pruner's first order). fisher: sum of (h * dlog p(y)/dh)^2 with y drawn
     from p. fisher_signs: the same expectation, from random signs. self_distillation: sum of |h * dKL/dh| in a student
     that lacks a tenth of its neurons, against the dense model (SDMPrune; another forward and backward). activation:
     norm of h times the norm of the down_proj column (Wanda-sp). surgeon: KL divergence in nats that removing the neuron
     costs once all cheaper ones are gone and the others are refitted (K-FAC; a second forward over the windows, layer by
-    layer). coupled_taylor: sum over windows of the mean over hidden channels of |W * dCE/dW added up over the neuron's
-    weights there| (SDMPrune's start). weight_taylor_second_order: sum over windows and over the neuron's weights of
-    (W * dCE/dW)^2 (LLM-Pruner's second order). magnitude: norm of the weights. random: a random order.
+    layer). coupled_taylor: sum over windows of the mean over hidden channels of |W * dCE/dW summed over the neuron's
+    weights at that channel| (SDMPrune's start). weight_taylor_second_order: sum over windows and the neuron's weights
+    of (W * dCE/dW)^2 (LLM-Pruner's second order). magnitude: norm of the weights. random: a random order.
     """
     dtype: Dtype = "bfloat16"
     """Compute dtype of forward and backward; scores are accumulated in float64, except for entropy_bfloat16."""
@@ -71,13 +71,13 @@ class EvaluationConfig(Section):
     include_path: Annotated[str, Field(min_length=1)] | None = None
     """Folder with further lm-eval task YAML files."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = 0
-    """Examples in the prompt; null leaves it to each task."""
+    """Number of examples in the prompt; null leaves it to each task."""
     add_bos_token: bool = True
-    """Begin every sequence with the tokenizer's BOS token, here and, where calibration says nothing else, there."""
+    """Begin every sequence with the tokenizer's BOS token; also calibration windows, if calibration leaves it open."""
     apply_chat_template: bool = False
     """Format prompts with the tokenizer's chat template."""
     limit: Positive | None = None
-    """Number of documents of each task that are used, from the first on (for tests: such scores can't be published)."""
+    """Use only this many documents of each task, the first ones (for tests: such scores can't be published)."""
     batch_size: Positive = 8
     """Requests per forward pass of one rank."""
     dtype: Dtype = "bfloat16"
@@ -86,24 +86,24 @@ class EvaluationConfig(Section):
 
 
 class EfficiencyConfig(Section):
-    """How fast models generate and what memory that takes, each measured in turn with its dense model.
+    """Speed and memory of generation, each pruned model measured in turn with its dense model.
 
-    A measurement is of one device and dtype, on one rank, with the dense and the pruned model in memory together. So it
-    is off unless a configuration asks for it; on a cluster it is of the partition and constraint of the profile.
+    A measurement holds for one device and dtype, and has the dense and the pruned model in memory together on one rank.
+    It is therefore off by default; on a cluster it holds for the profile's partition and constraint.
     """
 
     enabled: bool = False
-    """Measure each shape that the sweep makes, before its recovery, which leaves shapes alone; and the dense models."""
+    """Measure the dense models and each shape that the sweep makes, before recovery, which doesn't change shapes."""
     batch_sizes: Annotated[list[Positive], AfterValidator(_once_each)] = Field(default=[1, 8], min_length=1)
-    """Sequences that are generated together; tables show the largest."""
+    """Numbers of sequences that are generated together; tables show the results for the largest."""
     prompt_tokens: Annotated[list[Positive], AfterValidator(_once_each)] = Field(default=[256], min_length=1)
-    """Tokens of each sequence before the first new one; tables show the most."""
+    """Prompt lengths, in tokens; tables show the results for the longest."""
     new_tokens: Annotated[int, Field(ge=2, lt=2**31)] = 256
-    """Tokens that are generated of each sequence: the first from the prompt, all others one by one."""
+    """Tokens to generate for each sequence: the first from the prompt, all others one by one."""
     repeats: Positive = 5
-    """Timed generations of each model, in turn, after one that isn't; results are medians."""
+    """Timed generations of each model, alternating between the two, after an untimed one; results are medians."""
     dtype: Dtype = "bfloat16"
-    """Of weights, computation and cache."""
+    """Dtype of weights, computation and cache."""
 
 
 class RuntimeConfig(Section):
@@ -112,20 +112,20 @@ class RuntimeConfig(Section):
     ranks: Positive | None = None
     """Processes per stage; null: one per GPU, or 1 without a GPU."""
     threads_per_rank: Positive | None = None
-    """CPU threads of each rank; null: OMP_NUM_THREADS if set, else the cores divided by the ranks."""
+    """CPU threads of each rank; null: OMP_NUM_THREADS if set, otherwise the cores divided by the ranks."""
     activation_checkpointing: bool = False
-    """Importance: keep only the layers' inputs and run each layer again in backward; less memory, the same bits."""
+    """Importance: keep only the layers' inputs and run each layer again in backward; less memory, identical scores."""
     sharding: Literal["auto", "replicate", "zero3"] = "auto"
     """Evaluation, distillation, recovery: replicate the model on every rank, shard it with ZeRO-3, or decide by the
-    memory that is free (auto)."""
+    free memory (auto)."""
     save_every_steps: Positive = 50
     """Recovery, distillation: optimizer steps between snapshots."""
     collective_timeout_minutes: Annotated[int, Field(ge=1, le=366 * 24 * 60)] = 10
-    """A collective that takes longer than this ends the stage (a lost rank would hang the others)."""
+    """A collective operation that takes longer than this ends the stage (otherwise a lost rank would hang the rest)."""
     report_to: Annotated[list[Tracker], AfterValidator(_once_each)] = Field(default=[])
-    """Trackers that recovery and distillation report losses to while they train: one run for each stage."""
+    """Experiment trackers to which recovery and distillation report losses as they train: one run for each stage."""
     tracking_project: Annotated[str, Field(min_length=1)] = "hfprune"
-    """What trackers that have projects (trackio, wandb) file the runs under."""
+    """Project under which trackers that have projects (trackio, wandb) file the runs."""
 
 
 class ModelAlias(Section):
@@ -146,20 +146,20 @@ class ModelAlias(Section):
 
 
 class SweepConfig(Section):
-    """Everything a sweep needs to know."""
+    """The configuration of a sweep."""
 
     models: list[str] = Field(default=["llama", "qwen"], min_length=1)
     """Aliases (configs/models/*.yaml, or the aliases section), folders of Hugging Face checkpoints, or hub ids
-    (org/name, org/name@revision); a folder of that name comes before the hub."""
+    (org/name, org/name@revision); a folder of that name takes precedence over the hub."""
     ratios: list[Ratio] = Field(default=[0.2, 0.3], min_length=1)
     """Removed parameters / all parameters of the model, for each pruned row."""
     methods: list[str] = Field(default=["hfprune", "surgeon-plain"], min_length=1)
-    """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``. By default the
-    published one and the best that loads everywhere, side by side."""
+    """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``. By default, the
+    published method and the best one whose checkpoints load everywhere."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seeds the calibration windows, the order of the training rows and the LoRA initialisation."""
+    """Seed of the calibration windows, the order of the training rows and the LoRA initialisation."""
     aliases: dict[str, ModelAlias] = Field(default={})
-    """Further model aliases; they win over those shipped in configs/models."""
+    """Further model aliases; they take precedence over those shipped in configs/models."""
     calibration: CalibrationConfig = CalibrationConfig()
     importance: ImportanceConfig = ImportanceConfig()
     prune: PruneConfig = PruneConfig()

@@ -1,4 +1,4 @@
-"""Types that sections of a configuration share: strict sections, counts, sources of text."""
+"""Types shared by the sections of a configuration: strict sections, counts, sources of text."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
-# Counts: beyond what any of them can be, a mistyped one would fail, or never end, in a stage.
+# Counts. The limit is beyond any sensible value: a mistyped one would make a stage fail, or never end.
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 def _positive_or_auto(value: object) -> object:
-    """One message for both kinds of value."""
+    """Check both kinds of value, with one message for either."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if value == "auto" or (whole and 1 <= value < 2**31):  # type: ignore[operator]
         return value
     raise ValueError(f"give a whole number from 1 on, or auto (got {value!r})")
 
 
-# The same, or left to be chosen while planning.
+# A count, or ``auto``: chosen during planning.
 PositiveOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_positive_or_auto)]
 
 
 def _number_or_share(value: object) -> object:
-    """One message for both kinds of value."""
+    """Check both kinds of value, with one message for either."""
     number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
     if number or (isinstance(value, float) and 0 < value < 1):
         return value
     raise ValueError(f"give a whole number from 0 on, or a share between 0 and 1 (got {value!r})")
 
 
-# How many of a number of things, or which share of them.
+# A number of things, or a share of all of them.
 NumberOrShare = Annotated[int | float, BeforeValidator(_number_or_share)]
 
 
 class Section(BaseModel):
-    """A group of keys: immutable, no conversions between types, unknown keys refused."""
+    """A group of keys: immutable, without type conversions; unknown keys are refused."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -44,23 +44,23 @@ class Section(BaseModel):
 
 
 class TextSource(Section):
-    """Where text comes from: a local file (``path``) if given, else a data set of the Hugging Face hub."""
+    """Source of a text: a local file (``path``) if given, otherwise a data set on the Hugging Face hub."""
 
     path: Annotated[str, Field(min_length=1)] | None = None
-    """A file of text: .jsonl or .ndjson (one JSON object a line), .json (an array of objects, or one object after
-    another), .csv or .tsv (the first line names the fields), .parquet, or any other UTF-8 file as plain text (one
-    document). All but .parquet may be compressed (.gz, .bz2, .xz, .zst). A folder stands for those of its files whose
-    names end in one of these or in .txt, in the order of their names."""
+    """A file of text: .jsonl or .ndjson (one JSON object per line), .json (an array of objects, or concatenated
+    objects), .csv or .tsv (the first line names the fields), .parquet, or any other UTF-8 file as plain text (one
+    document). All but .parquet may be compressed (.gz, .bz2, .xz, .zst). A folder stands for all of its files with one
+    of these extensions or .txt, in the order of their names."""
     dataset: str | None = None
-    """Hub id of a data set; streamed, so only the documents that are used are downloaded."""
+    """Hub id of a data set; it is streamed, so only the documents that are used are downloaded."""
     name: str | None = None
     """Configuration name of the data set."""
     split: str = "train"
     """Split of the data set."""
     revision: str | None = None
-    """Commit of the data set; pin it for results that can be repeated."""
+    """Commit of the data set; pin it to make results reproducible."""
     text_field: str = "text"
-    """Field that holds the text, in a file of records or a data set."""
+    """Field that holds the text, in a file of records or in a data set."""
 
     @model_validator(mode="after")
     def _has_a_source(self) -> TextSource:

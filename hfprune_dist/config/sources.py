@@ -1,4 +1,4 @@
-"""A configuration as YAML in which each value says where it comes from."""
+"""A configuration written as YAML, with the source of each value as a comment."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Key = tuple[str, ...]
 
 
 def with_sources(config: SweepConfig, layers: Sequence[Layer]) -> str:
-    """All keys of a configuration as YAML, which is a configuration itself.
+    """All keys of a configuration as YAML, which can be used as a configuration file.
 
     Args:
-        layers: what it was merged from; a value that one of them gives has its source as a comment.
+        layers: the layers it was merged from; a value given by one of them has its source as a comment.
     """
     sources = {key: layer.source for layer in layers for key, _ in _leaves(layer.content)}
     return "# A value without a comment is the default.\n" + "\n".join(_lines(config.model_dump(), sources)) + "\n"
 
 
 def _leaves(section: Mapping[str, Any], above: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """Each key whose value holds no further keys, with those above it."""
+    """Yield each key whose value has no keys of its own, together with the keys above it, and its value."""
     for name, value in section.items():
         key = (*above, str(name))
         if isinstance(value, Mapping) and value:

@@ -1,4 +1,4 @@
-"""The texts that models are calibrated on, and those on which they are compared with the dense model."""
+"""The texts on which models are calibrated, and those on which they are compared with the dense model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pydantic import AfterValidator, Field, model_validator
 from hfprune_dist.config.left_out import LeftOutAt
 from hfprune_dist.config.section import Positive, TextSource
 
-# Stands for the name of the text whose numbers tables show first.
+# Stands for the name of the text whose numbers come first in tables.
 FIRST = ""
-# What rows, and manifests of evaluations, call the comparisons on the others.
+# Key of the comparisons on the other texts, in rows and in manifests of evaluations.
 OTHER_TEXTS = "other_texts"
 _REFERENCE = "reference"
 
@@ -23,15 +23,15 @@ class MixedText(TextSource):
     """One text of a mixture."""
 
     weight: Annotated[float, Field(gt=0, lt=2**31)] = 1.0
-    """Its share of the windows is its weight divided by the sum of all weights."""
+    """The text's share of the windows is its weight divided by the sum of all weights."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A text and how many of the calibration windows are cut from it.
+    """A text and the number of calibration windows cut from it.
 
     Attributes:
-        role: of the text among a stage's inputs, where it is a file.
+        role: the text's role among the inputs of a stage, if it is a file.
     """
 
     role: str
@@ -40,7 +40,7 @@ class Share:
 
 
 class CalibrationConfig(TextSource):
-    """The text over which importance is accumulated."""
+    """The text on which units are scored."""
 
     dataset: str | None = "allenai/c4"
     name: str | None = "en"
@@ -51,20 +51,20 @@ class CalibrationConfig(TextSource):
     micro_batch_size: Positive = 1
     """Windows per forward pass of one rank."""
     shard_size: Positive = 4
-    """Micro-batches of a shard. Sums are reduced over ranks and saved shard by shard; a resume goes on at a shard."""
+    """Micro-batches per shard. Sums are reduced over ranks and saved after each shard, from which a run can resume."""
     settled: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Stop before all samples are used, as soon as two halves of the windows so far agree on this share of the neurons
-    to keep, by every criterion of the pass (checked after 2, 4, 8, ... shards); null uses all samples. The agreement is
-    reported in any case. For activation and surgeon it is that of the sums from which their scores are computed.
-    magnitude and random have no sums, and entropy_bfloat16 rounds its own: they don't take part in the decision."""
+    """Stop early, as soon as the two halves of the windows so far agree on this share of the neurons to keep, by every
+    criterion of the pass (checked after 2, 4, 8, ... shards); null uses all samples. The agreement is always reported.
+    For activation and surgeon it is the agreement of the sums from which their scores are computed. magnitude and
+    random, which have no sums, and entropy_bfloat16, which rounds its sums, don't take part in the decision."""
     add_bos_token: Annotated[bool | None, LeftOutAt(None)] = None
-    """Begin every window with the tokenizer's BOS token; null: as evaluation.add_bos_token says. A model that was
-    pruned on windows with BOS is further from the dense one on text without it."""
+    """Begin every window with the tokenizer's BOS token; null: as in evaluation.add_bos_token. A model that was pruned
+    on windows with BOS is further from the dense model on text without it."""
     mixture: Annotated[list[MixedText] | None, LeftOutAt(None)] = None
-    """Several texts in place of one: a list in which each has the keys of a text (path, or dataset, name, ...) and a
-    ``weight``, e.g. [{path: code.jsonl, weight: 1}, {dataset: allenai/c4, name: en, weight: 3}]. They are
-    interleaved: each part of the windows, those that refits keep apart among them, has the texts in about these
-    shares. What is pruned on text of one kind stays close to the dense model on that kind, much less so on others."""
+    """Several texts instead of one: a list of texts, each with the usual keys (path, or dataset, name, ...) and a
+    ``weight``, e.g. [{path: code.jsonl, weight: 1}, {dataset: allenai/c4, name: en, weight: 3}]. They are interleaved,
+    so that any part of the windows, such as those that refits hold out, has about these shares of the texts. A model
+    pruned on one kind of text stays close to the dense model on that kind, but much less so on others."""
 
     @model_validator(mode="after")
     def _is_a_mixture_or_one_text(self) -> CalibrationConfig:
@@ -83,7 +83,7 @@ class CalibrationConfig(TextSource):
         return self
 
     def shares(self) -> list[Share]:
-        """The texts, and how many windows each gives; together ``samples``."""
+        """The texts, with the number of windows cut from each; the numbers sum to ``samples``."""
         if self.mixture is None:
             return [Share("calibration", self, self.samples)]
         counts = apportioned(self.samples, [text.weight for text in self.mixture])
@@ -94,7 +94,7 @@ class CalibrationConfig(TextSource):
 
 
 def apportioned(total: int, weights: list[float]) -> list[int]:
-    """Whole numbers in proportion to the weights that sum to ``total``, by largest remainders."""
+    """Whole numbers that sum to ``total``, in proportion to the weights (largest-remainder method)."""
     exact = [total * weight / sum(weights) for weight in weights]
     counts = [int(it) for it in exact]
     by_remainder = sorted(range(len(weights)), key=lambda index: counts[index] - exact[index])
@@ -110,7 +110,7 @@ class HeldOutText(TextSource):
 
 
 def _text_name(name: str) -> str:
-    # It is part of a file's name, of columns and of labels.
+    # The name becomes part of file names, columns and labels.
     if re.fullmatch(r"\w[\w.-]{0,39}", name, re.ASCII) is None:
         raise ValueError(f"{name!r}: name a text with up to 40 letters, digits, _, - and ., the first no - or .")
     return name
@@ -122,13 +122,13 @@ class FidelityConfig(HeldOutText):
     dataset: str | None = "allenai/c4"
     name: str | None = "en"
     windows: Positive = 64
-    """Number of held-out windows, of each text."""
+    """Number of held-out windows from each text."""
     sequence_length: Annotated[int, Field(ge=8)] = 1024
     """Tokens per window, the beginning-of-sequence token included."""
     texts: Annotated[dict[Annotated[str, AfterValidator(_text_name)], HeldOutText] | None, LeftOutAt(None)] = None
-    """Several texts in place of one, by names of your choice, each with the keys of a text (path, or dataset, ...),
-    e.g. {own: {path: own.jsonl}, news: {path: news.jsonl}}. Perplexity, KL and agreement in tables are those on the
-    first; --wide shows KL on the second too or, where there are more, the worst. results.csv has all."""
+    """Several texts instead of one, under names of your choice, each with the keys of a text (path, or dataset, ...),
+    e.g. {own: {path: own.jsonl}, news: {path: news.jsonl}}. Tables show perplexity, KL and agreement on the first text;
+    --wide also shows KL on the second or, if there are more, the worst KL on the others. results.csv has all."""
 
     @model_validator(mode="after")
     def _is_one_text_or_several(self) -> FidelityConfig:
@@ -141,7 +141,7 @@ class FidelityConfig(HeldOutText):
         return self
 
     def each(self) -> dict[str, FidelityConfig]:
-        """Every text by its name, with settings as if it were the only one; a single one has no name."""
+        """Settings for each text as if it were the only one, by name; a single text has no name."""
         if self.texts is None:
             return {FIRST: self}
         sizes: dict[str, Any] = {"windows": self.windows, "sequence_length": self.sequence_length}
@@ -149,18 +149,18 @@ class FidelityConfig(HeldOutText):
 
 
 def reference_role(name: str) -> str:
-    """Role, among an evaluation's inputs, of the dense model's reference on a text."""
+    """Role of the dense model's reference on a text, among the inputs of an evaluation."""
     return f"{_REFERENCE} {name}".rstrip()
 
 
 def compared_texts(roles: Iterable[str]) -> dict[str, str]:
-    """Name of each text that an evaluation compares on -> role of its reference, the first text first."""
+    """Name of each text on which an evaluation compares -> role of its reference, the first text first."""
     names = {role.removeprefix(_REFERENCE).strip(): role for role in roles if role.split(" ")[0] == _REFERENCE}
     return {name: names[name] for name in sorted(names)}
 
 
 def _refuse_beside(section: TextSource, schema: type[TextSource], several: str) -> None:
-    """Refuse settings of a single text beside several that have their own."""
+    """Refuse settings of a single text where there are several texts with their own."""
     fields = schema.model_fields
     own = [name for name in TextSource.model_fields if getattr(section, name) != fields[name].default]
     if own:

@@ -11,16 +11,16 @@ from hfprune_dist.errors import UserError
 
 
 class LoraTraining(Section):
-    """How LoRA on all attention and MLP projections is trained, before it is merged."""
+    """Settings of LoRA training, on all attention and MLP projections, which is then merged into the weights."""
 
     batch_size: Positive = 128
     """Rows per optimizer step, over all ranks together."""
     micro_batch_size: PositiveOrAuto = "auto"
-    """Rows per forward pass of one rank. auto: what suits the memory, and the rate if it is known, of the GPUs that it
-    is planned for (1 where their memory isn't known), chosen by the first run in a folder and then part of the
-    folder's configuration."""
+    """Rows per forward pass of one rank. auto: chosen to suit the memory of the GPUs that the sweep is planned for and,
+    if known, their speed (1 if their memory isn't known). The first run in a folder chooses it, and the folder's
+    configuration keeps it."""
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4
-    """Peak learning rate; decays to zero along a cosine."""
+    """Peak learning rate; it decays to zero along a cosine."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of linear warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -32,16 +32,16 @@ class LoraTraining(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """LoRA dropout."""
     dtype: Dtype = "bfloat16"
-    """Compute dtype; LoRA weights and optimizer states are float32 in any case."""
+    """Compute dtype; LoRA weights and optimizer states are always float32."""
 
     @property
     def rows_at_once(self) -> int:
-        """``micro_batch_size``; 1 where nobody has chosen."""
+        """``micro_batch_size``; 1 as long as it is ``auto``."""
         return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class DistillationConfig(LoraTraining):
-    """How methods that ``distill`` train. The rows are the calibration windows, the loss is KL(dense || pruned) of
+    """Training of methods that ``distill``. The rows are the calibration windows; the loss is KL(dense || pruned) at
     every token. The dense model's final hidden states are kept on disk: tokens x hidden_size numbers in ``dtype``. If a
     step has fewer rows than there are ranks, some ranks are idle. Warm-up takes at most a quarter of all steps.
     """
@@ -53,7 +53,7 @@ class DistillationConfig(LoraTraining):
 
 
 class RecoveryConfig(TextSource, LoraTraining):
-    """Fine-tuning after pruning; the defaults are the paper's recipe. Rows are packed instruction pairs."""
+    """Fine-tuning after pruning. The defaults are the paper's recipe; rows are packed instruction pairs."""
 
     method: Literal["none", "lora"] = "lora"
     """lora: LoRA on all attention and MLP projections, merged afterwards. none: no recovery."""
@@ -61,10 +61,10 @@ class RecoveryConfig(TextSource, LoraTraining):
     instruction_field: str = "instruction"
     """Field that holds the instruction."""
     response_field: str = "response"
-    """Field that holds the response; the loss is taken on its tokens only."""
+    """Field that holds the response; the loss is computed on its tokens only."""
     text_field: str = "response"
     samples: Positive | None = None
-    """Number of instruction pairs that are used, from the first on; null uses all of them."""
+    """Use only this many instruction pairs, the first ones; null uses all of them."""
     sequence_length: Annotated[int, Field(ge=8)] = 1024
     """Pairs are packed into rows of this many tokens; attention does not cross pairs."""
     epochs: Annotated[float, Field(gt=0)] = 2.0
@@ -74,23 +74,23 @@ class RecoveryConfig(TextSource, LoraTraining):
 
     @property
     def pair_fields(self) -> list[str]:
-        """The fields that are read of each record."""
+        """The fields that are read from each record."""
         return [self.instruction_field, self.response_field]
 
     def require_two_fields(self) -> None:
-        """Check that instructions and responses are not the same texts.
+        """Check that instructions and responses come from different fields.
 
         Raises:
-            UserError: where they are.
+            UserError: if they don't.
         """
         if self.instruction_field == self.response_field:
             raise UserError(f"recovery.instruction_field and recovery.response_field are both {self.response_field!r}")
 
     def require_shared_evenly(self, world_size: int) -> None:
-        """Check that so many ranks can share the rows of an optimizer step evenly.
+        """Check that this many ranks can share the rows of an optimizer step evenly.
 
         Raises:
-            UserError: where they can't; the message tells which values work.
+            UserError: if they can't; the message names values that work.
         """
         at_once = self.rows_at_once * world_size
         below = self.batch_size // at_once * at_once
