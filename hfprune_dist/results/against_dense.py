@@ -1,4 +1,4 @@
-"""Rows' quality in shares of the dense model's: whole, above what constant answers get, before and after recovery."""
+"""Quality of rows as shares of the dense model's: in full, above the floor of constant answers, and before recovery."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ AVERAGES = ("average", "average_without_crows_pairs")
 
 
 def add_shares_of_dense(rows: Sequence[Row], plan: Plan) -> None:
-    """Add to each row its shares of the dense row that was measured in the same way.
+    """Add to each row its scores as shares of those of the dense row measured in the same way.
 
     Args:
-        rows: of the plan's cells, in their order.
+        rows: one per cell of the plan, in order.
     """
     by_cell = list(zip(plan.cells, rows, strict=True))
     dense = {_scale(cell, plan): row for cell, row in by_cell if not cell.producers}
@@ -32,18 +32,18 @@ def add_shares_of_dense(rows: Sequence[Row], plan: Plan) -> None:
 
 
 def _scale(cell: Cell, plan: Plan) -> str:
-    """What a row can be compared with: measured alike, of the same dense model."""
+    """Key shared by rows that can be compared: those measured alike that come from the same dense model."""
     return repr((cell.model, scale_of(plan.stages[cell.evaluate])))
 
 
 def _checkpoint(cell: Cell, plan: Plan) -> str:
-    """What a row is before recovery, and how it is measured."""
+    """Key of a row's checkpoint before recovery, and of how it is measured."""
     pruned = [it for it in cell.producers if not it.startswith("recover/")]
     return repr((_scale(cell, plan), pruned))
 
 
 def _shares(row: Row, dense: Row | None) -> Row:
-    """None and nothing where there is no dense row to compare with."""
+    """A row's shares; None, and no tasks, if there is no dense row to compare with."""
     beside = dense or dict.fromkeys(AVERAGES)
     whole = {f"{name}_of_dense": _share(row[name], beside[name]) for name in AVERAGES}
     above = {f"{name}_above_floor_of_dense": _share(row[name], beside[name], row[f"{name}_floor"]) for name in AVERAGES}
@@ -61,7 +61,7 @@ def _score(row: Row, task: str) -> float | None:
 
 
 def _share(score: float | None, dense: float | None, floor: float | None = 0.0) -> float | None:
-    """(score - floor) / (dense - floor); None where one isn't known, or the dense model is no better than the floor."""
+    """(score - floor) / (dense - floor); None if one isn't known, or if the dense model is no better than the floor."""
     if score is None or dense is None or floor is None or dense <= floor:
         return None
     return (score - floor) / (dense - floor)

@@ -1,4 +1,4 @@
-"""The stages that results were really made from, where a plan names others that would make the same of them."""
+"""The stages that results were actually made from, where a plan names equivalent ones that never ran."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hfprune_dist.store.stage import Stage
 
 
 def as_made(plan: Plan, store: Store) -> Plan:
-    """A plan whose rows carry the cost of what made them.
+    """The plan with the stages that made its artifacts, so that rows carry the cost of what actually ran.
 
-    A prune stage knows its calibration pass by the criteria that it reads alone. So its artifact stands where methods
-    come or go, though today's pass, which scores for other methods, may never have run.
+    A prune stage identifies its calibration pass only by the criteria that it reads. Its artifact thus stays valid when
+    methods are added or removed, although today's pass, which scores for other methods too, may never have run.
     """
     made: dict[str, Stage] = {}
     cells = []
@@ -37,6 +37,6 @@ def _instead(cell: Cell, plan: Plan, store: Store) -> Iterator[tuple[str, Stage]
             if location == planned.location or not planned.is_stage or store.handle(planned.location).manifest():
                 continue
             manifest = store.handle(location).manifest()
-            with suppress(UserError):  # of a version whose fingerprints were others
+            with suppress(UserError):  # planned by a version with other fingerprints
                 if manifest is not None:
                     yield planned.location, Stage.from_json(manifest["stage"])

@@ -1,4 +1,4 @@
-"""What a card tells of the dense model that a checkpoint comes from: where it is found, and its licence."""
+"""The dense model that a checkpoint comes from, as its card describes it: its place on the hub and its licence."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class BaseModel:
     """A dense checkpoint.
 
     Attributes:
-        name: what the sweep calls it.
+        name: its name in the sweep.
         identity: digest of its content.
-        hub_id: ``org/name``; None where it is known as a folder only.
+        hub_id: ``org/name``; None if it is known only as a folder.
         revision: commit on the hub, None without a hub id.
-        carried: entries of its card's metadata that hold for what is made of it: licence and language.
+        carried: metadata of its card that also holds for models made from it: licence and language.
     """
 
     name: str
@@ -38,20 +38,20 @@ class BaseModel:
 
     @classmethod
     def of(cls, name: str, source: Input) -> BaseModel:
-        """What is known of a checkpoint that stages read; one that has been removed since is known by its name."""
+        """Describe a checkpoint that stages read; of one that has been removed since, only the name is certain."""
         folder = Path(source.location)
         hub_id, revision = _place_on_hub(folder) if source.content == "commit" else (None, None)
         return cls(name, source.identity, hub_id, revision, _carried_over(folder))
 
     @property
     def licence(self) -> str | None:
-        """The licence's identifier, or the name of one that has none."""
+        """Name of the licence, or its identifier where no name is given; None if it isn't known."""
         named = self.carried.get("license_name") or self.carried.get("license")
         return None if named is None else str(named)
 
 
 def _place_on_hub(snapshot: Path) -> tuple[str | None, str | None]:
-    """Hub id and commit of a folder ``models--org--name/snapshots/commit`` of the hub's cache."""
+    """Hub id and commit of a folder ``models--org--name/snapshots/commit`` in the hub's cache."""
     cached = snapshot.parent.parent.name
     if not cached.startswith(_HUB_CACHE):
         return None, None
@@ -59,14 +59,14 @@ def _place_on_hub(snapshot: Path) -> tuple[str | None, str | None]:
 
 
 def _carried_over(folder: Path) -> dict[str, Any]:
-    """From the card, or else, of the licence alone, from config.json."""
+    """Licence and language from the card; the licence from config.json if the card has none."""
     metadata, config = _metadata(folder / CARD), read_object(folder / "config.json") or {}
     licence = {"license": config["license"]} if isinstance(config.get("license"), str) else {}
     return {key: value for key, value in {**licence, **metadata}.items() if key in _CARRIED_OVER and value}
 
 
 def _metadata(card: Path) -> Mapping[str, Any]:
-    """A card's metadata; none where there is no card, or none that can be read."""
+    """A card's metadata; empty if there is no readable card."""
     from huggingface_hub import metadata_load
 
     try:

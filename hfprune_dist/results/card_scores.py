@@ -1,4 +1,4 @@
-"""The scores of a model card: as the hub's ``model-index`` has them, and as the table that people read."""
+"""The scores of a model card: as entries of the hub's ``model-index``, and as a table for people."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # takes a while to import; commands should answer at once
 
 TASK_TYPE, TASK_NAME = "text-generation", "Text Generation"
 STDERR = "_stderr"
-# metric of a comparison -> what people call it, and which way is better.
+# Metric of a comparison -> its title for people, and which direction is better.
 _COMPARED = {
     "kl": "KL divergence from the dense model per token, nats (lower is better)",
     "top1_agreement": "agreement with the dense model on the most likely next token (higher is better)",
@@ -28,12 +28,12 @@ class Score:
     """One number.
 
     Attributes:
-        place: type (or id), config, split and revision of the data set, as far as it has some; tells it from others.
-        dataset: the same for people.
-        metric: its identifier.
-        title: the same for people.
-        error: standard error, None where it isn't known.
-        dense: the dense model's value; None where it was not measured in the same way.
+        place: type (or id), config, split and revision of the data set, as far as it has them; identifies it.
+        dataset: the data set, described for people.
+        metric: identifier of the metric.
+        title: the metric, described for people.
+        error: standard error, None if it isn't known.
+        dense: the dense model's value; None if it was not measured in the same way.
     """
 
     place: Mapping[str, str]
@@ -46,7 +46,7 @@ class Score:
 
 
 def scores_of(subject: Subject) -> list[Score]:
-    """All numbers of a checkpoint's evaluation that are known, fidelity first."""
+    """All known scores of a checkpoint's evaluation, fidelity first."""
     return [*_fidelity(subject), *_tasks(subject)]
 
 
@@ -74,7 +74,7 @@ def _fidelity(subject: Subject) -> Iterator[Score]:
 
 
 def _on_hub(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Where the hub has a text."""
+    """Where to find a text on the hub."""
     keys = {"dataset": "type", "name": "config", "split": "split", "revision": "revision"}
     return {ours: settings[key] for key, ours in keys.items() if settings.get(key)}
 
@@ -101,7 +101,7 @@ def _tasks(subject: Subject) -> Iterator[Score]:
 
 
 def eval_results(scores: list[Score]) -> list[EvalResult]:
-    """In the hub's form; a standard error is a metric of its own, ``<metric>_stderr``."""
+    """Convert scores to the hub's format, in which a standard error is a metric of its own, ``<metric>_stderr``."""
     from huggingface_hub import EvalResult
 
     def result(score: Score, metric: str, title: str, value: float) -> EvalResult:
@@ -127,7 +127,7 @@ def eval_results(scores: list[Score]) -> list[EvalResult]:
 
 
 def scores_table(scores: list[Score]) -> str:
-    """Markdown; the dense model's column is there where it was measured in the same way."""
+    """Markdown table of the scores, with a column for the dense model if it was measured in the same way."""
     with_dense = any(score.dense is not None for score in scores)
     lines = []
     for number, score in enumerate(scores):

@@ -1,4 +1,4 @@
-"""What a model card is about: a row's checkpoint, how it was made and how it was measured, from plan and manifests."""
+"""The subject of a model card: a row's checkpoint, how it was made and how it was measured, from plan and manifests."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Subject:
     """A row's checkpoint.
 
     Attributes:
-        name: of its folder.
-        manifest: of the artifact that it is.
-        manifests: of the stages behind the row that are there, by id, the row's own evaluation among them.
-        dense_scores: metrics of the dense model's evaluation, where it was measured in the same way; empty otherwise.
+        name: name of its folder.
+        manifest: manifest of the artifact that is the checkpoint.
+        manifests: stage id -> manifest, for all finished stages behind the row, including its evaluation.
+        dense_scores: metrics of the dense model's evaluation, if it was measured in the same way; empty otherwise.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Subject:
 
     @classmethod
     def of(cls, name: str, cell: Cell, plan: Plan, store: Store, dense: DenseModel) -> Subject | None:
-        """A row's checkpoint; None where there is none (yet)."""
+        """The checkpoint of a row; None if there is none (yet)."""
         found = {stage_id: store.handle(stage_id).manifest() for stage_id in plan.upstream(cell)}
         manifests = {stage_id: manifest for stage_id, manifest in found.items() if manifest is not None}
         checkpoint = cell.producers[-1]
@@ -57,12 +57,12 @@ class Subject:
 
     @cached_property
     def base(self) -> BaseModel:
-        """The dense model that it comes from."""
+        """The dense model that the checkpoint comes from."""
         return BaseModel.of(self.cell.model, self.evaluation.inputs["dense"])
 
     @property
     def scores(self) -> Mapping[str, Any]:
-        """Metrics of its evaluation; empty where it has not been evaluated (yet)."""
+        """Metrics of its evaluation; empty if it has not been evaluated (yet)."""
         found = self.manifests.get(self.cell.evaluate)
         return {} if found is None else found["metrics"]
 
@@ -73,13 +73,13 @@ class Subject:
 
     @property
     def shape(self) -> Mapping[str, Any]:
-        """What the last cut tells of the ratio that it reached, and of parameters and sizes; empty where it is gone."""
+        """Metrics of the last cut: ratio reached, parameters and sizes; empty if its manifest is gone."""
         cuts = [self.manifests[it.id] for it in self.stages if it.kind in CUTTING and it.id in self.manifests]
         return cuts[-1]["metrics"] if cuts else {}
 
     @property
     def trained_on(self) -> Stage | None:
-        """The stage that the row's recovery is; None without one."""
+        """The stage of the row's recovery; None without recovery."""
         last = self.plan.stages[self.cell.producers[-1]]
         return last if last.kind in RECOVERING else None
 
@@ -102,11 +102,11 @@ def _dense_scores(cell: Cell, plan: Plan, store: Store) -> Mapping[str, Any]:
 
 
 def text_of(settings: Mapping[str, Any], source: Input | None) -> str:
-    """A text, for people: a data set of the hub, or the name of a file.
+    """Describe a text for people: a data set on the hub, or the name of a file.
 
     Args:
-        settings: of the text, as a stage records them.
-        source: the input that it is, where it is a file.
+        settings: settings of the text, as a stage records them.
+        source: the stage's input, if the text is a file.
     """
     if source is not None:
         return f"the file `{Path(source.location).name}` (sha256 `{source.identity[:12]}`)"

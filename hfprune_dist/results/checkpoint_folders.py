@@ -1,7 +1,7 @@
 """The folder ``checkpoints/`` of a sweep: each row's checkpoint under its name, as links into the store and a card.
 
-Nothing is changed or removed there that was not written here, since users add files and edit cards. What was written
-here is known by its sha256, which is noted in ``.written`` before the file is there.
+Users add files and edit cards, so only files written by this module are ever changed or removed. They are recognized
+by their sha256, which is noted in ``.written`` before the file is written.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from pathlib import Path
 from hfprune_dist.store.atomic_files import publish, read_object, write_json, write_text
 
 LOCK, WRITTEN = ".lock", ".written"
-# Of folders and files that are being written, or removed.
+# Prefix of folders and files that are being written or removed.
 DRAFT = ".hfprune-draft-"
-# Nothing that is written here comes near it; larger files aren't read to learn that they are the user's.
+# No file written here comes near this size, so larger files are the user's without being read.
 MOST_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What lies in a named folder.
+    """Contents of a named folder.
 
     Attributes:
-        second_name: what it is called where files of the user's have its name.
-        links: name of a file, relative to the folder -> the file that it is a link to.
+        second_name: name to use instead if files of the user's are in the way.
+        links: name of a file, relative to the folder -> target of the link.
         texts: name of a file -> its content.
     """
 
@@ -42,11 +42,11 @@ class Contents:
 
 @dataclass(frozen=True)
 class Update:
-    """What has become of the folders.
+    """Result of updating the folders.
 
     Attributes:
-        folders: name -> where it lies, under its second name perhaps.
-        remarks: what the user should know, in sentences.
+        folders: name -> path of the folder, which may have its second name.
+        remarks: messages for the user, in sentences.
     """
 
     folders: Mapping[str, Path]
@@ -58,7 +58,7 @@ class CheckpointFolders:
 
     Args:
         root: the folder ``checkpoints/``.
-        store: where links lead.
+        store: folder of the store, into which links lead.
     """
 
     def __init__(self, root: Path, store: Path) -> None:
@@ -67,10 +67,10 @@ class CheckpointFolders:
         self._written: set[str] = set()
 
     def update(self, wanted: Mapping[str, Contents]) -> Update:
-        """Make the folders these, and none of ours besides. A reader finds each one whole, or not at all.
+        """Write the wanted folders and remove all others of ours. A reader finds each one whole, or not at all.
 
         Args:
-            wanted: name -> what lies there.
+            wanted: name -> contents of the folder.
         """
         if not wanted and not self._root.is_dir():
             return Update({}, [])
@@ -90,12 +90,12 @@ class CheckpointFolders:
             return Update(dict(zip(wanted, places, strict=True)), remarks)
 
     def linked(self) -> set[Path]:
-        """Files and folders of the store, relative to it, to which anything here is a link, the user's links too."""
+        """Files and folders of the store, relative to it, that any link here points to, including the user's links."""
         targets = map(self._target, _files_in(self._root))
         return {target.relative_to(self._store) for target in targets if target is not None}
 
     def _place_of(self, name: str, contents: Contents) -> Path:
-        """Where a folder of this name can be: there is none yet, it has these links, or all in it was written here."""
+        """Path for a folder: under its name if that is free, has these links or only files of ours; else its second."""
         folder = self._root / name
         free = not os.path.lexists(folder) or self._has(folder, contents) or not self._others(folder)
         return folder if free else self._root / contents.second_name
@@ -123,7 +123,7 @@ class CheckpointFolders:
         return []
 
     def _draft(self, contents: Contents) -> Path:
-        """A new folder with all that belongs into a named one, in the same depth."""
+        """Create a folder with these contents, at the same depth as the named one, so that relative links hold."""
         draft = self._new_draft()
         for name, target in contents.links.items():
             link = draft / name
@@ -135,48 +135,48 @@ class CheckpointFolders:
         return draft
 
     def _outgoing(self, folder: Path) -> Path:
-        """Give a folder that is to go another name, so that nobody finds half of it."""
+        """Rename a folder that will be removed, so that nobody finds half of it."""
         return folder.rename(self._new_draft())
 
     def _new_draft(self) -> Path:
         return self._root / f"{DRAFT}{uuid.uuid4().hex[:8]}"
 
     def _remove_drafts(self) -> None:
-        """Remove what a process that died has left."""
+        """Remove drafts that a dead process left behind."""
         for draft in self._root.glob(f"{DRAFT}*"):
             shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
     def _remove(self, folder: Path) -> list[str]:
-        """Remove a folder whose row is gone; what it holds of the user's keeps it."""
+        """Remove a folder whose row is gone, unless it holds files of the user's."""
         if not self._links(folder):
-            return []  # never was one of ours
+            return []  # was never one of ours
         if others := self._others(folder):
             return [f"{folder}: its row is gone, but it stays, since it holds files of yours ({others[0]})"]
         shutil.rmtree(self._outgoing(folder))
         return []
 
-    # What is there.
+    # What is on disk.
 
     def _folders(self) -> list[Path]:
         found = sorted(self._root.iterdir()) if self._root.is_dir() else []
         return [path for path in found if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")]
 
     def _has(self, folder: Path, contents: Contents) -> bool:
-        """Whether a folder has exactly these links into the store."""
+        """Whether the folder's links into the store are exactly these."""
         return self._links(folder) == {name: _absolute(target) for name, target in contents.links.items()}
 
     def _links(self, folder: Path) -> dict[str, Path]:
-        """The links into the store that a folder has: name -> target."""
+        """The folder's links into the store: name -> target."""
         targets = {str(path.relative_to(folder)): self._target(path) for path in _files_in(folder)}
         return {name: target for name, target in targets.items() if target is not None}
 
     def _target(self, path: Path) -> Path | None:
-        """Which file of the store it is a link to, whether that is there or not; None for all else."""
+        """Target of a link into the store, whether it exists or not; None for anything else."""
         target = _absolute(path.parent / path.readlink()) if path.is_symlink() else None
         return target if target is not None and target.is_relative_to(self._store) else None
 
     def _others(self, folder: Path) -> list[str]:
-        """Names of what was not written here; its own, where it isn't a folder."""
+        """Names of files in a folder that were not written here; its own name if it isn't a folder."""
         if folder.is_symlink() or not folder.is_dir():
             return [folder.name] if os.path.lexists(folder) else []
         return [str(path.relative_to(folder)) for path in _files_in(folder) if not self._is_ours(path)]
@@ -185,7 +185,7 @@ class CheckpointFolders:
         return self._target(path) is not None or _digest(path) in self._written
 
     def _note(self, texts: Iterable[str]) -> None:
-        """Remember what is about to be written, and of what was written before that which is there."""
+        """Record the hashes of what is about to be written, and of earlier files of ours that still exist."""
         noted = (read_object(self._root / WRITTEN) or {}).get("sha256", [])
         there = {_digest(path) for folder in self._folders() for path in _files_in(folder)}
         self._written = {sha256(text.encode()).hexdigest() for text in texts} | {it for it in noted if it in there}
@@ -195,7 +195,7 @@ class CheckpointFolders:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Keep other launchers of the same sweep out; a process that dies leaves no lock."""
+    """Keep out other launchers of the same sweep; a process that dies leaves no lock behind."""
     with file.open("a") as stream:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(stream, fcntl.LOCK_EX)
@@ -203,7 +203,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _absolute(path: Path) -> Path:
-    """Without resolving links: the store may be reached through some."""
+    """Make a path absolute without resolving links, since the store may be reached through some."""
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
@@ -213,7 +213,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _digest(path: Path) -> str | None:
-    """sha256 of a small file; None of all else."""
+    """sha256 of a small file; None for anything else."""
     if path.is_symlink() or not path.is_file() or path.stat().st_size > MOST_BYTES:
         return None
     return sha256(path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""What the checkpoints of a sweep's rows are called in its folder ``checkpoints/``."""
+"""Names of rows' checkpoints in the folder ``checkpoints/`` of a sweep."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from hfprune_dist.planning.plan import NONE, OWN, Cell
 from hfprune_dist.store.hashing import digest_of
 
-LONGEST = 96  # as names of the hub's repositories are limited
+LONGEST = 96  # the hub's limit for names of repositories
 _DIGITS = 6
-# What names keep of others' letters and digits.
+# Letters and digits of a model's name that checkpoint names keep.
 _KNOWN = re.compile(r"[A-Za-z0-9]")
 
 
 def checkpoint_names(cells: Sequence[Cell]) -> dict[str, Cell]:
-    """Name -> the row that it stands for; a dense model without recovery is the user's own and has none.
+    """Name -> its row. Dense models without recovery have no name, since they are the user's own checkpoints.
 
-    A name is made like a row's label, ``llama-0.2-lora``, of characters that file systems and the hub allow. The method
-    is part of it where rows have several. Rows whose names would be the same, or differ in upper and lower case alone,
-    get 6 hex digits each that depend on nothing but the row; so do those of a model of whose name nothing is left.
+    A name resembles the row's label, e.g. ``llama-0.2-lora``, in characters that file systems and the hub allow. It
+    includes the method if rows have several. Rows whose names would be the same, or differ only in case, get 6 hex
+    digits that depend only on the row; so do those with names that are too long or keep nothing of the model's name.
     """
     named = [cell for cell in cells if cell.producers]
     several = len({cell.method for cell in named} - {None}) > 1
@@ -33,12 +33,12 @@ def checkpoint_names(cells: Sequence[Cell]) -> dict[str, Cell]:
 
 
 def _tells(name: str, cell: Cell) -> bool:
-    """Whether a name is short enough, and has something of its model's."""
+    """Whether a name is short enough and keeps something of its model's name."""
     return len(name) <= LONGEST and _KNOWN.search(cell.model) is not None
 
 
 def with_digits(name: str, cell: Cell) -> str:
-    """A name that no other row has: this one, cut where it is too long, and digits from all that tells rows apart."""
+    """A unique name: this one, cut if it is too long, with digits derived from everything that tells rows apart."""
     digits = digest_of([cell.model, cell.ratio, cell.method, cell.recovery])[:_DIGITS]
     return f"{name[: LONGEST - _DIGITS - 1].rstrip('-.')}-{digits}"
 

@@ -1,4 +1,4 @@
-"""Columns, and tables made of them."""
+"""Columns, and the tables made from them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Column(Generic[T]):
-    """One column: its header, and what it shows of a row.
+    """One column of a table: its header, and the text that it shows for a row.
 
     Attributes:
-        is_text: whether it is a name, which is aligned to the left and may be broken, and not a number.
+        is_text: whether the column holds names, which are left-aligned and may wrap, rather than numbers.
     """
 
     header: str
@@ -23,7 +23,7 @@ class Column(Generic[T]):
 
 
 def cells(rows: Sequence[T], columns: Sequence[Column[T]]) -> list[list[str]]:
-    """What each column shows of each row, on one line."""
+    """Text of each column for each row, on one line."""
     return [[" ".join(column.show(row).split()) for column in columns] for row in rows]
 
 
@@ -34,10 +34,10 @@ def markdown(rows: Sequence[T], columns: Sequence[Column[T]]) -> str:
 
 
 def markdown_of(head: Sequence[str], body: Sequence[Sequence[str]], sides: Sequence[str] | None = None) -> str:
-    """The same of what cells show, without a line's end behind it.
+    """A table in GitHub's markdown from the text of its cells, without a trailing newline.
 
     Args:
-        sides: ``---`` of a column on the left, ``---:`` of one on the right; None: all are on the left.
+        sides: ``---`` for each left-aligned column, ``---:`` for each right-aligned one; None: all left-aligned.
     """
     first, *others = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, *body)]
     return "\n".join([first, f"|{'|'.join(sides or ['---'] * len(head))}|", *others])

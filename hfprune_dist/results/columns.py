@@ -1,4 +1,4 @@
-"""The columns of a sweep's table: a few by default, or all that there are."""
+"""The columns of a sweep's table: a few by default, or all of them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Columns = list[Column[Row]]
 
 
 def few_columns(rows: Sequence[Row], with_errors: bool = True) -> Columns:
-    """What a terminal of 80 columns has room for, at usual names.
+    """The default columns, which fit a terminal 80 characters wide if names have the usual lengths.
 
     Args:
-        with_errors: show the standard error of KL too.
+        with_errors: also show the standard error of KL.
     """
     columns = [*_names(rows), Column("params", lambda row: count(row["parameters"])), Column("kept%", _kept)]
     columns += [_kl(rows if with_errors else [], digits=3)]
@@ -45,7 +45,7 @@ def few_columns(rows: Sequence[Row], with_errors: bool = True) -> Columns:
 
 
 def all_columns(rows: Sequence[Row]) -> Columns:
-    """All that rows have but the numbers behind a task's headline."""
+    """Columns for everything in the rows except the numbers behind a task's headline."""
     columns = [*_names(rows), Column("reached", lambda row: number(row["ratio_reached"], ".4f"))]
     columns += [Column(header, partial(_native, key=key)) for header, key in NATIVE.items()]
     columns += [Column("params", lambda row: number(row["parameters"], ","))]
@@ -63,20 +63,20 @@ def all_columns(rows: Sequence[Row]) -> Columns:
 
 
 def _speed(rows: Sequence[Row]) -> Columns:
-    """Where it was measured of any row."""
+    """The column of decoding speed, if it was measured for any row."""
     known = any(row["decode_speed"] is not None for row in rows)
     return [Column("speed", lambda row: number(row["decode_speed"], ".2f"))] * known
 
 
 def _speeds(row: Row) -> str:
-    """The least and the most of a measurement."""
+    """The lowest and the highest speed of a measurement."""
     if row["decode_speed"] is None:
         return "-"
     return f"{row['decode_speed_min']:.2f}-{row['decode_speed_max']:.2f}"
 
 
 def _efficiency(rows: Sequence[Row]) -> Columns:
-    """The rest of what was measured beside speed, and what a token costs."""
+    """The other measurements of an efficiency stage, and the cost of a token."""
     if not _speed(rows):
         return []
     return [
@@ -103,7 +103,7 @@ def _kept(row: Row) -> str:
     return percent(None if row["ratio_reached"] is None else 1 - row["ratio_reached"])
 
 
-# What rivals call the ratio: see ``native_ratios``.
+# The ratio as rivals define it: see ``native_ratios``.
 NATIVE = {"of decoder": "ratio_of_decoder", "of pruned layers": "ratio_of_pruned_layers"}
 
 
@@ -112,7 +112,7 @@ def _native(row: Row, key: str) -> str:
 
 
 def _sizes(rows: Sequence[Row]) -> Columns:
-    """Fields of config.json; layers and heads where they are what some row lost, experts where there are some."""
+    """Fields of config.json: layers and heads if any row lost some, experts if there are any, and the width."""
     optional = {"layers": LAYERS, "KV heads": KEY_VALUE_HEADS, "experts": NUM_EXPERTS} | EXPERT_WIDTHS
     shown = {header: field for header, field in optional.items() if any(field in row for row in rows)}
     shown["width"] = "intermediate_size"
@@ -120,14 +120,14 @@ def _sizes(rows: Sequence[Row]) -> Columns:
 
 
 def _size(row: Row, field: str) -> str:
-    """The layers' width or heads, or the fewest and most where they differ."""
+    """The layers' width or heads; the lowest and the highest number if layers differ."""
     values = row.get(plural_of(field))
     if not values:
         return number(row.get(field), "d")
     return f"{min(values)}" if len(set(values)) == 1 else f"{min(values)}-{max(values)}"
 
 
-# Measures. Where no row knows an error, as in those of older evaluations, none is shown.
+# Measures. If no row has a standard error, as with older evaluations, none is shown.
 
 
 def _has_errors(rows: Sequence[Row], name: str) -> bool:
@@ -141,13 +141,13 @@ def _measure(rows: Sequence[Row], header: str, name: str, digits: int) -> Column
 
 
 def _kl(rows: Sequence[Row], digits: int) -> Column[Row]:
-    """Where there is no result, this column says so."""
+    """The column of KL, which also says if a row's result is missing."""
     measure = _measure(rows, "KL", "kl", digits)
     return Column(measure.header, lambda row: "missing" if row["status"] == "missing" else measure.show(row))
 
 
 def _other_texts(rows: Sequence[Row]) -> Columns:
-    """KL on the text beside the first, or the largest on several others."""
+    """The column of KL on the second text, or of the largest KL on several further texts."""
     others = list(dict.fromkeys(text for row in rows for text in row[OTHER_TEXTS]))
     if not others:
         return []
@@ -159,7 +159,7 @@ def _worst(row: Row, is_named: bool) -> str:
     compared: Mapping[str, Row] = row[OTHER_TEXTS]
     if not compared:
         return "-"
-    # What isn't a number was too large to be one.
+    # A KL that isn't known was too large to be represented.
     text = max(compared, key=lambda it: math.inf if compared[it]["kl"] is None else compared[it]["kl"])
     value, error = compared[text]["kl"], compared[text]["kl_stderr"]
     told = number(value, ".4f") if error is None else measured(value, error, 4)
@@ -172,7 +172,7 @@ def _tasks(rows: Sequence[Row]) -> Columns:
 
 
 def _score(row: Row, task: str) -> str:
-    """A task's headline in percent; the word perplexity of a task that has no share to show."""
+    """A task's headline in percent; its word perplexity if it has no headline."""
     metrics: Mapping[str, Any] = row["tasks"].get(task, {})
     value = headline(metrics)
     if value is None:
@@ -181,7 +181,7 @@ def _score(row: Row, task: str) -> str:
 
 
 def _averages(rows: Sequence[Row]) -> Columns:
-    """Averages of one score, or of none, would only repeat it."""
+    """The columns of averages that are known; a single one if the average without CrowS-Pairs is the same."""
     names = {"average": "avg", "average_without_crows_pairs": "avg w/o crows"}
     known = [key for key in names if any(row[key] is not None for row in rows)]
     if all(row["average"] == row["average_without_crows_pairs"] for row in rows):
@@ -196,7 +196,7 @@ def _average(rows: Sequence[Row], key: str, header: str) -> Column[Row]:
 
 
 def _shares_of_dense(rows: Sequence[Row]) -> Columns:
-    """Of the average without what isn't better where it is higher, if tasks differ in that."""
+    """Columns for the average as shares of the dense model's; without CrowS-Pairs, if that average differs."""
     name = AVERAGES[any(row[AVERAGES[0]] != row[AVERAGES[1]] for row in rows)]
     shown = {
         "avg % of dense": f"{name}_of_dense",
@@ -211,7 +211,7 @@ def _shares_of_dense(rows: Sequence[Row]) -> Columns:
 
 
 def _costs(rows: Sequence[Row]) -> Columns:
-    """Of training: of a row's own stages, and of those that it shares."""
+    """Columns for the cost of training: that of a row's own stages, and that of the stages it shares."""
     shown = {"tokens": count, "FLOPs": flop_count, "device-h": hours, "wasted-h": hours}
     columns: Columns = []
     for whose in (OWN, SHARED):
