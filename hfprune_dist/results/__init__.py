@@ -1,1 +1,1 @@
-"""Tables from finished cells."""
+"""Tables, model cards and named checkpoints from finished cells."""

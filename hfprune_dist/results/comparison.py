@@ -1,4 +1,4 @@
-"""Methods and criteria side by side, over sweeps that differ in their seed: means, spreads, and how scores agree."""
+"""Methods and criteria compared over sweeps that differ in their seed: means, spreads, and agreement of scores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEASURES = ("kl", "top1_agreement", "perplexity")
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean over sweeps, and their standard deviation; None where there is a single one."""
+    """Mean and standard deviation over sweeps; the deviation is None for a single sweep."""
 
     mean: float
     deviation: float | None
@@ -35,14 +35,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model's method at one ratio.
+    """Results of one method, on one model at one ratio.
 
     Attributes:
-        measures: kl, top1_agreement and perplexity; None where a sweep's isn't a number.
-        kl_share: the mean of KL over the reference method's KL in the same sweep, None without one.
-        sweeps: how many sweeps have a result.
-        wall_time_s: of all stages behind a row, shared ones included; the mean of those that know it.
-        peak_memory_bytes: the most that one rank took in one of these stages, None where that was not recorded.
+        measures: kl, top1_agreement and perplexity; None if the value isn't a number in some sweep.
+        kl_share: KL divided by the reference method's KL in the same sweep, over sweeps; None without a reference.
+        sweeps: number of sweeps with a result.
+        wall_time_s: time of all stages behind a row, shared ones included; mean over the rows for which it is known.
+        peak_memory_bytes: the highest peak of a rank in any of these stages, None if none was recorded.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Comparison:
 
 
 def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Comparison]:
-    """Group the finished rows of several sweeps by model, ratio, method and recovery, in the order of the first."""
+    """Group the finished rows of several sweeps by model, ratio, method and recovery, in order of first appearance."""
     groups: dict[tuple[str, float, str, str], list[tuple[Row, float | None]]] = {}
     for rows in sweeps:
         done = [row for row in rows if row["status"] == "done"]
@@ -97,17 +97,17 @@ def _spread_of_known(values: Sequence[float | None]) -> Spread | None:
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Mean and standard deviation (of a sample)."""
+    """Mean and sample standard deviation."""
     listed = list(values)
     return Spread(statistics.fmean(listed), statistics.stdev(listed) if len(listed) > 1 else None)
 
 
 def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
-    """Criterion -> its scores of every layer's neurons, from an importance artifact; experts' are behind one another.
-    Where experts alone were scored, it is their scores.
+    """Criterion -> its scores of every layer's neurons, from an importance artifact; those of experts are concatenated.
+    If only whole experts were scored, their scores.
 
     Raises:
-        UserError: where the file is gone.
+        UserError: if the file is missing.
     """
     file = importance / SCORES
     if not file.is_file():
@@ -124,10 +124,10 @@ def _of_all_mlps(stored: Mapping[str, NDArray[np.float64]], criterion: str) -> l
 
 
 def compare_criteria(scores: Scores, shares_kept: Sequence[float]) -> list[dict[str, Any]]:
-    """For every pair of criteria: rank correlation, and overlap of the kept sets, layer by layer.
+    """For every pair of criteria: rank correlation and overlap of the kept sets, layer by layer.
 
     Args:
-        scores: criterion -> float64 [units] of every layer.
+        scores: criterion -> scores of each layer, float64 [units].
         shares_kept: widths to compare, as shares of the layer's units.
     """
     return [
@@ -144,13 +144,13 @@ def compare_criteria(scores: Scores, shares_kept: Sequence[float]) -> list[dict[
 
 
 def spearman(a_D: NDArray[np.float64], b_D: NDArray[np.float64]) -> float:
-    """Rank correlation; units of equal score are taken in their order."""
+    """Rank correlation; units with equal scores are ranked in their order."""
     a_ranks_D, b_ranks_D = (np.argsort(np.argsort(it, kind="stable")) for it in (a_D, b_D))
     return float(np.corrcoef(a_ranks_D, b_ranks_D)[0, 1])
 
 
 def overlap(a_D: NDArray[np.float64], b_D: NDArray[np.float64], share: float) -> float:
-    """Share of the units that one criterion keeps which the other keeps too."""
+    """Share of the units kept by one criterion that the other one keeps too."""
     width = max(1, round(share * len(a_D)))
     kept = [set(np.argsort(-it, kind="stable")[:width].tolist()) for it in (a_D, b_D)]
     return len(kept[0] & kept[1]) / width
@@ -163,7 +163,7 @@ NOTE_ON_METHODS = (
 
 
 def few_columns_of_methods(comparisons: Sequence[Comparison], reference: str) -> list[Column[Comparison]]:
-    """What a terminal of 80 columns has room for, at usual names."""
+    """The default columns, which fit a terminal 80 characters wide if names have the usual lengths."""
     differs = len({it.recovery for it in comparisons}) > 1
     return [
         Column("model", lambda it: it.model, is_text=True),
@@ -178,7 +178,7 @@ def few_columns_of_methods(comparisons: Sequence[Comparison], reference: str) ->
 
 
 def all_columns_of_methods(comparisons: Sequence[Comparison], reference: str) -> list[Column[Comparison]]:
-    """All that is known of a method; its time is that of all stages behind a row, shared ones included."""
+    """All columns; the time is that of all stages behind a row, shared ones included."""
     return [
         *few_columns_of_methods(comparisons, reference),
         Column("perplexity", lambda it: _shown(it.measures["perplexity"], 1)),
@@ -188,12 +188,12 @@ def all_columns_of_methods(comparisons: Sequence[Comparison], reference: str) ->
 
 
 def methods_table(comparisons: Sequence[Comparison], reference: str) -> str:
-    """Markdown."""
+    """Markdown table of methods, with a note below."""
     return f"{markdown(comparisons, all_columns_of_methods(comparisons, reference))}\n{NOTE_ON_METHODS}\n"
 
 
 def criteria_table(pairs: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: means over layers."""
+    """Markdown table of pairs of criteria: means over layers."""
     shares = list(pairs[0]["overlap"]) if pairs else []
     head = ["criteria", "Spearman", *(f"overlap, {float(share):.0%} kept" for share in shares)]
     lines = [
@@ -204,10 +204,10 @@ def criteria_table(pairs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def convergence_table(points: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: overlap of what two halves of the windows keep, by how many windows there were.
+    """Markdown table of the overlap between the units kept by two halves of the windows, by number of windows.
 
     Args:
-        points: ``split_half_overlap`` of an importance artifact's metrics.
+        points: ``split_half_overlap`` from the metrics of an importance artifact.
     """
     numbers = sorted({point["windows"] for point in points})
     values = {(point["criterion"], point["share_kept"], point["windows"]): point["overlap"] for point in points}

@@ -1,4 +1,4 @@
-"""What training a row's checkpoint has cost: tokens, floating-point operations and device-hours, by kind of stage."""
+"""The cost of training a row's checkpoint: tokens, floating-point operations and device-hours, by kind of stage."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hfprune_dist.store.stage import kind_of
 
 Manifest = Mapping[str, Any]
 
-# What is told of each stage, and summed. Device-hours are of all attempts, wasted ones of those that failed.
+# Costs of each stage, to be summed. Device-hours cover all attempts, wasted ones only those that failed.
 MEASURES = ("tokens", "flops", "device_hours", "wasted_device_hours")
-# Measuring is no training.
+# Kinds of stages that count as training; those that measure don't.
 KINDS = ("importance", "prune", "distill", "recover", "loraprune")
 OWN, SHARED = "own", "shared"
 
@@ -25,8 +25,8 @@ class CostTable:
     """Costs of all stages of a plan.
 
     Attributes:
-        costs: stage id -> measure -> its value, None where it isn't known; stages that train nothing are left out.
-        devices: stage id -> type of device, cpu or cuda; None where it isn't known.
+        costs: stage id -> measure -> its value, None if it isn't known; stages that train nothing are left out.
+        devices: stage id -> type of device, cpu or cuda; None if it isn't known.
         shared: ids of stages that several rows need.
     """
 
@@ -38,7 +38,7 @@ class CostTable:
     def of(
         cls, plan: Plan, manifests: Mapping[str, Manifest | None], attempts_of: AttemptsOf, shared: Set[str]
     ) -> CostTable:
-        """Read from plan, manifests and the records of attempts."""
+        """Read the costs from plan, manifests and the records of attempts."""
         analytic = StageCosts(plan, lambda stage_id: manifests.get(stage_id))
         costs: dict[str, Mapping[str, float | None]] = {}
         trained = {it: plan.stages[it] for cell in plan.cells for it in cell.producers if it in plan.stages}
@@ -51,7 +51,7 @@ class CostTable:
         return cls(costs, devices, shared)
 
     def of_row(self, cell: Cell) -> dict[str, Any]:
-        """What a row tells: sums over its own stages and over those that it shares, and by kind of stage."""
+        """Cost columns of a row: sums over its own stages, over those that it shares, and by kind of stage."""
         own = [it for it in cell.producers if it not in self.shared]
         shared = [it for it in cell.producers if it in self.shared]
         told: dict[str, Any] = {}
@@ -61,7 +61,7 @@ class CostTable:
         return told | {"training_device": ", ".join(devices) or None, "costs": self._by_kind(cell.producers)}
 
     def _by_kind(self, stage_ids: Sequence[str]) -> dict[str, dict[str, float | None]]:
-        """A reference on calibration windows is part of the distillation that it is for."""
+        """Sums by kind of stage; a reference on calibration windows counts towards the distillation that uses it."""
         groups: dict[str, list[str]] = {}
         for stage_id in stage_ids:
             kind = kind_of(stage_id)
@@ -69,17 +69,17 @@ class CostTable:
         return {kind: {it: self._sum(members, it) for it in MEASURES} for kind, members in groups.items()}
 
     def _sum(self, stage_ids: Iterable[str], measure: str) -> float | None:
-        """None where one is not known."""
+        """Sum of a measure over stages; None if it isn't known for one of them."""
         values = [self.costs[it][measure] for it in stage_ids]
         known = [value for value in values if value is not None]
         return sum(known) if len(known) == len(values) else None
 
 
 def device_hours(manifest: Manifest, attempts: Iterable[Attempt]) -> tuple[float | None, float | None]:
-    """(of all attempts, of those that failed) at a stage: time times ranks, in hours.
+    """(all attempts, failed attempts) at a stage: time times ranks, in hours.
 
-    Of what failed, a part may have been saved and gone on from; an attempt that was asked to end, and saved all of its
-    work before it did, has not failed. Attempts of which nobody wrote down both begin and end count nothing.
+    A later attempt may have resumed from part of a failed one's work. An attempt that was asked to end, and saved its
+    work first, doesn't count as failed. Attempts whose beginning or end wasn't recorded count as nothing.
     """
     ranks, seconds = manifest.get("world_size"), manifest.get("wall_time_s")
     if ranks is None or seconds is None:

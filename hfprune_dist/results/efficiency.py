@@ -1,4 +1,4 @@
-"""What a row tells of speed and memory: the most demanding workload in a few columns, and all of them by name."""
+"""Speed and memory in a row: the most demanding workload in a few columns, and all workloads by name."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ COLUMNS = (
 
 
 def efficiency_of(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Columns of a row, and under ``efficiency`` all that was measured; None where it wasn't.
+    """Columns of a row, and all measurements under ``efficiency``; None where nothing was measured.
 
-    ``decode_speed`` and ``first_token_speed`` are multiples of the dense model's, by pairs of generations in turn.
+    ``decode_speed`` and ``first_token_speed`` are multiples of the dense model's, from generations in alternation.
 
     Args:
-        manifest: of the artifact of the row's efficiency stage.
+        manifest: manifest of the row's efficiency stage; None if there is none.
     """
     if manifest is None:
         return dict.fromkeys(COLUMNS) | {"efficiency": None}
@@ -40,7 +40,7 @@ def efficiency_of(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def by_workload(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Name -> value of what was measured under each workload, for a flat table: medians."""
+    """Yield (name, value) of each measurement under each workload, for a flat table; the values are medians."""
     for run in (row["efficiency"] or {}).get("runs", ()):
         where = f"efficiency/{workload(run)}"
         for name, value in run["model"].items():
@@ -50,5 +50,5 @@ def by_workload(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def workload(run: Mapping[str, Any]) -> str:
-    """What was generated."""
+    """Label of a workload: what was generated."""
     return f"batch {run['batch_size']}, {run['prompt_tokens']} in, {run['new_tokens']} out"

@@ -1,4 +1,4 @@
-"""What a model gets that always chooses the same answer, by task, over the documents that were evaluated."""
+"""Floors: scores of a model that always chooses the same answer, by task, over the documents that were evaluated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from hfprune_dist.results.headline import averages, headline_metric
 
-# Scores for which a constant answer is one: the share of documents whose choice was right.
+# Metrics that have a floor: the share of documents whose choice was right.
 OF_CHOICES = ("acc_norm", "acc")
 
 
@@ -16,8 +16,8 @@ def floors_of(tasks: Mapping[str, Mapping[str, Any]], details: Mapping[str, Any]
     """Task or group -> the share of its documents for which the best constant answer is right.
 
     Args:
-        tasks: a row's scores; a task whose headline is no share of right choices has no floor.
-        details: an evaluation's own results, with how often each answer was right; older ones lack that.
+        tasks: a row's scores; a task whose headline isn't a share of right choices has no floor.
+        details: an evaluation's own results, with how often each answer was right; older evaluations lack that.
     """
     known: dict[str, list[int]] = {}
     for task, found in details.get("tasks", {}).items():
@@ -31,16 +31,16 @@ def floors_of(tasks: Mapping[str, Mapping[str, Any]], details: Mapping[str, Any]
 
 
 def floor_of(counts: Sequence[int]) -> float | None:
-    """The share of the most frequent right answer; None where all documents have the same one, as where the right
-    choice is always listed first: of such a task the places of answers say nothing.
+    """Share of the most frequent right answer; None if all documents have the same one, as when the right choice is
+    always listed first: the places of answers mean nothing in such a task.
 
     Args:
-        counts: of documents, by the place of their right answer.
+        counts: numbers of documents, by the place of their right answer.
     """
     return None if max(counts, default=0) == sum(counts) else max(counts) / sum(counts)
 
 
 def average_floors(tasks: Mapping[str, Mapping[str, Any]], floors: Mapping[str, float]) -> tuple[float | None, ...]:
-    """The floors of a row's averages; None where a task that is averaged has none."""
+    """The floors of a row's averages; None if one of the averaged tasks has no floor."""
     metrics = {task: {"acc": floors.get(task)} if headline_metric(scores) else scores for task, scores in tasks.items()}
     return averages(metrics)

@@ -1,4 +1,4 @@
-"""How tables show numbers; what isn't known is "-"."""
+"""Formats of numbers in tables; unknown values are shown as "-"."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def number(value: float | None, form: str) -> str:
-    """A number in one of Python's formats; "-" for one that isn't known."""
+    """A number in one of Python's formats; "-" if it isn't known."""
     return "-" if value is None else format(value, form)
 
 
 def measured(value: float | None, error: float | None, digits: int) -> str:
-    """A value and its error, so many digits behind the point."""
+    """A value and its error, with this many digits after the decimal point."""
     form = f".{digits}f"
     return number(value, form) + ("" if value is None else f"±{number(error, form)}")
 
@@ -33,7 +33,7 @@ def percent_measured(share: float | None, error: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """A number of parameters, tokens or operations in four digits."""
+    """A number of parameters, tokens or operations, in four digits."""
     if value is None:
         return "-"
     amount, unit = _scaled(value, _COUNTS, 1000)
@@ -51,7 +51,7 @@ def byte_count(value: float | None) -> str:
 
 
 def hours(value: float | None) -> str:
-    """Hours in two digits, as a number."""
+    """Hours in two digits, without a unit."""
     return number(value, ".0f" if value is not None and value >= 10 else ".2g")
 
 
@@ -61,7 +61,7 @@ def duration(seconds: float | None) -> str:
 
 
 def milliseconds(seconds: float | None) -> str:
-    """Less than a few seconds, in three digits."""
+    """A time of up to a few seconds, as milliseconds in three digits."""
     return "-" if seconds is None else f"{1000 * seconds:.3g}ms"
 
 
@@ -71,6 +71,6 @@ def _short(value: float, units: Mapping[str, int], limit: int) -> str:
 
 
 def _scaled(value: float, units: Mapping[str, int], limit: int) -> tuple[float, str]:
-    """A value in the first unit of which there are fewer than ``limit``, and that unit."""
+    """A value in the first unit in which it is below ``limit``, and that unit."""
     unit = next((unit for unit, size in units.items() if value < limit * size), [*units][-1])
     return value / units[unit], unit

@@ -1,4 +1,4 @@
-"""Which of a task's many numbers stands for it in a table, and their averages. Torch-free, no lm-eval."""
+"""Headlines of tasks, the one metric of each that tables show, and their averages. Needs neither torch nor lm-eval."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# The first that a task reports is its headline; all are shares between 0 and 1. Perplexities are not, and can't be
-# averaged with them: a task that reports nothing else has no headline.
+# The first of these that a task reports is its headline; all are shares between 0 and 1. Perplexities are not, and
+# can't be averaged with them: a task that reports nothing else has no headline.
 HEADLINE_METRICS = ("acc_norm", "acc", "pct_stereotype", "exact_match", "em", "f1", "pass@1")
-# lm-eval's usual filters, of which the strictest counts: metric[filter].
+# lm-eval's usual filters, the strictest first: metric[filter].
 FILTERS = ("", "[strict-match]", "[flexible-extract]")
 
 
 def headline(metrics: Mapping[str, Any]) -> float | None:
-    """The score that stands for a task; None where it has none, or where it is missing.
+    """The score that stands for a task; None if it has none, or if it is missing.
 
     Args:
         metrics: metric name -> value, as in the manifest of an evaluation: ``acc``, ``exact_match[strict-match]``, ...
@@ -23,7 +23,7 @@ def headline(metrics: Mapping[str, Any]) -> float | None:
 
 
 def headline_error(metrics: Mapping[str, Any]) -> float | None:
-    """The standard error of a task's headline; None where it has none."""
+    """The standard error of a task's headline; None if it has none."""
     name = headline_metric(metrics)
     return _number(metrics, None if name is None else f"{name}_stderr")
 
@@ -34,7 +34,7 @@ def _number(metrics: Mapping[str, Any], name: str | None) -> float | None:
 
 
 def headline_metric(metrics: Mapping[str, Any]) -> str | None:
-    """The name of the metric that stands for a task; None where it reports none that could."""
+    """Name of the metric that stands for a task; None if it reports no suitable one."""
     for metric in HEADLINE_METRICS:
         others = sorted(name for name in metrics if name.startswith(f"{metric}[") and name.endswith("]"))
         for name in (*(metric + suffix for suffix in FILTERS), *others):
@@ -44,12 +44,12 @@ def headline_metric(metrics: Mapping[str, Any]) -> str | None:
 
 
 def is_bias_task(task: str) -> bool:
-    """Whether a task measures bias: CrowS-Pairs is better where it is lower, so it is reported apart."""
+    """Whether a task measures bias: for CrowS-Pairs, lower is better, so averages are also reported without it."""
     return task.startswith("crows_pairs")
 
 
 def averages(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, float | None]:
-    """Mean headline over all tasks, and over those without CrowS-Pairs; None where a task's score is missing.
+    """Mean headline over all tasks, and over all but CrowS-Pairs; None if a task's score is missing.
 
     A task that reports only other metrics, such as perplexities, is left out: it has no score that could be missing.
     """
@@ -57,7 +57,7 @@ def averages(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, floa
 
 
 def average_errors(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, float | None]:
-    """Standard errors of ``averages``, as of independent tasks; None where a task's score has none."""
+    """Standard errors of ``averages``, treating tasks as independent; None if a task's score has none."""
     return _error_of_mean(_scored(tasks)), _error_of_mean(_without_bias(_scored(tasks)))
 
 

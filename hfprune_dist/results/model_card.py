@@ -1,6 +1,6 @@
-"""The model card of a checkpoint: README.md as the Hugging Face hub has it, without any path of this machine.
+"""The model card of a checkpoint: a README.md in the Hugging Face hub's format, without paths of this machine.
 
-Its format: https://huggingface.co/docs/hub/model-cards; the metadata is written by huggingface_hub itself.
+The format: https://huggingface.co/docs/hub/model-cards; the metadata is written by huggingface_hub itself.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from hfprune_dist.structures.experts import NUMBERS, SHARED_WIDTHS
 from hfprune_dist.structures.units import plural_of
 
 TAGS = ("hfprune", "pruned", "model-compression")
-NEEDS_CODE = "modeling_pruned.py"  # which plain transformers loads with trust_remote_code alone
+NEEDS_CODE = "modeling_pruned.py"  # plain transformers loads it only with trust_remote_code
 PROJECT = "hfprune_dist"
 
 
 def model_card(subject: Subject) -> str:
-    """The whole file."""
+    """The full text of the card."""
     from huggingface_hub import ModelCardData
 
     scores = scores_of(subject)
@@ -65,7 +65,7 @@ def _summary(subject: Subject) -> str:
 
 
 def _facts(subject: Subject) -> dict[str, str | None]:
-    """Line of the table -> what it says; None where it isn't known or there is nothing to say."""
+    """Heading of each line of the table -> its text; None if it isn't known or there is nothing to say."""
     base, cell = subject.base, subject.cell
     revision = f", commit `{base.revision}`" if base.revision else ""
     dense = subject.dense.parameters
@@ -124,7 +124,7 @@ def _sizes(shape: Mapping[str, Any]) -> str | None:
 
 
 def _size(shape: Mapping[str, Any], field: str) -> str | None:
-    """What all layers have, or the fewest and most."""
+    """A size that all layers share, or the lowest and highest if they differ; None if it isn't known."""
     by_layer = shape.get(plural_of(field))
     if by_layer and min(by_layer) < max(by_layer):
         return f"{min(by_layer)} to {max(by_layer)}"
@@ -157,7 +157,7 @@ def _recovery(subject: Subject) -> str | None:
 
 
 def _datasets(subject: Subject) -> set[str]:
-    """Hub ids of the data sets that it was calibrated and trained on."""
+    """Hub ids of the data sets on which the checkpoint was calibrated and trained."""
     settings = [it.params.to_json() for it in subject.stages if it.kind in ("importance", *RECOVERING)]
     sections = [section for it in settings for section in (it.get("calibration"), it.get("recovery")) if section]
     texts = [text for section in sections for text in section.get("mixture") or [section]]
@@ -165,7 +165,7 @@ def _datasets(subject: Subject) -> set[str]:
 
 
 def _why_code(subject: Subject) -> str:
-    """What of a checkpoint transformers has no class for."""
+    """The property of a checkpoint for which transformers has no class."""
     if subject.shape.get("attention_ranks"):
         return "Its attention has matrices of low rank"
     if any(it.params.to_json().get("refit") == "bias" for it in subject.stages if it.kind == "prune"):
@@ -195,7 +195,7 @@ def _how_to_load(subject: Subject) -> str:
 
 
 def _how_it_was_made(subject: Subject) -> str:
-    """The command, the settings of all stages, and versions."""
+    """The section with versions, the command and the settings of all stages."""
     cell, base = subject.cell, subject.base
     model = f"{base.hub_id}@{base.revision}" if base.hub_id else base.name
     command = f"python launch/sweep.py --models {shlex.quote(model)}"
@@ -219,7 +219,7 @@ def _versions(provenance: Mapping[str, Any]) -> str:
 
 
 def _settings(stage: Stage) -> dict[str, Any]:
-    """A stage's settings, and the files that it read besides the model."""
+    """A stage's settings, and the files that it read other than the model."""
     files = {
         role: f"{Path(source.location).name} {source.identity}"
         for role, source in stage.inputs.items()
@@ -229,7 +229,7 @@ def _settings(stage: Stage) -> dict[str, Any]:
 
 
 def _portable(value: Any) -> Any:
-    """Settings with the last part alone of each absolute path."""
+    """Settings with each absolute path reduced to its last part."""
     if isinstance(value, Mapping):
         return {key: _portable(it) for key, it in value.items()}
     if isinstance(value, str):

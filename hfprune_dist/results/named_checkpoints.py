@@ -1,4 +1,4 @@
-"""What lies in the folder of each named checkpoint: its files, its card, and an adapter that knows its base."""
+"""Contents of the folder of each named checkpoint: its files, its card, and an adapter that names its base model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ ADAPTER_CONFIG = "adapter/adapter_config.json"
 
 
 def checkpoint_folders(out: Path, store: Store) -> CheckpointFolders:
-    """The named folders of a sweep that lies in ``out``."""
+    """The named folders of the sweep in ``out``."""
     return CheckpointFolders(out / CHECKPOINTS, store.root)
 
 
 def named_checkpoints(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> dict[str, Contents]:
-    """Name -> what lies in the folder, of every row whose checkpoint is there.
+    """Name -> contents of the folder, for every row whose checkpoint exists.
 
     Args:
-        dense: model name -> facts of the dense checkpoint.
+        dense: model name -> facts about the dense checkpoint.
     """
     named = checkpoint_names(plan.cells)
     subjects = {name: Subject.of(name, cell, plan, store, dense[cell.model]) for name, cell in named.items()}
@@ -49,15 +49,15 @@ def _contents(subject: Subject, store: Store) -> Contents:
 
 
 def _adapter_config(artifact: Path, recover: Stage, store: Store) -> str:
-    """The adapter's settings with the model that it was trained on, which the artifact's own leave open."""
+    """The adapter's settings plus the model that it was trained on, which the settings in the artifact leave open."""
     config = (read_object(artifact / ADAPTER_CONFIG) or {}) | _base_of_adapter(recover, store)
     return json.dumps(config, indent=1, sort_keys=True) + "\n"
 
 
 def _base_of_adapter(recover: Stage, store: Store) -> dict[str, Any]:
-    """Its id and commit on the hub; else its folder as seen from the current one, as paths of a sweep are given.
+    """Id and commit of the base model on the hub; otherwise its folder, relative to the current one.
 
-    It begins with a dot, so that nobody takes it for a name on the hub. A folder that is gone is not named.
+    The path begins with a dot, so that it can't be taken for a name on the hub. It is None if the folder is gone.
     """
     source = recover.inputs["model"]
     model = BaseModel.of(recover.label, source)
@@ -71,7 +71,7 @@ def _base_of_adapter(recover: Stage, store: Store) -> dict[str, Any]:
 
 
 def _folder_of(source: Input, store: Store) -> Path | None:
-    """Where a checkpoint lies that a stage read; None where it doesn't any more."""
+    """Folder of a checkpoint that a stage read; None if it is gone."""
     if not source.is_stage:
         return folder if (folder := Path(source.location)).is_dir() else None
     handle = store.handle(source.location)

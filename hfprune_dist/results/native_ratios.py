@@ -1,7 +1,7 @@
-"""What other papers call the ratio of a pruned model, beside ours, which is of all parameters.
+"""The ratio of a pruned model as other papers define it; ours is relative to all parameters.
 
-Their numbers at "20 %" belong to another share of the model: of the decoder's matrices (FLAP, LoRAP), or of the
-matrices in the layers that lose something (LLM-Pruner and LoRAPrune, which set some layers aside).
+Their "20 %" refers to a different part of the model: the decoder's matrices (FLAP, LoRAP), or the matrices in the
+layers that lose something (LLM-Pruner and LoRAPrune, which leave some layers unpruned).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from hfprune_dist.structures.units import plural_of
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a dense model's layers have, each alike.
+    """Sizes of a dense model whose layers are all alike.
 
     Attributes:
-        matrices: weights of all layers' projections, biases and norms not counted.
+        matrices: number of weights in all layers' projections, without biases and norms.
     """
 
     matrices: int
@@ -30,8 +30,8 @@ class Decoder:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Decoder | None:
-        """Of a dense checkpoint; None where its layers differ, since a ratio of some of them says little then, and of
-        mixtures of experts, which those papers don't prune.
+        """Sizes of a dense checkpoint; None for mixtures of experts, which those papers don't prune, and if its layers
+        differ, since a ratio of some of them then says little.
         """
         comparable = checkpoint.is_plain and not checkpoint.family.experts
         return cls.of_dimensions(checkpoint_dimensions(checkpoint)) if comparable else None
@@ -42,16 +42,16 @@ class Decoder:
 
 
 def native_ratios(decoder: Decoder | None, removed: int | None, sizes: Mapping[str, Any]) -> dict[str, float | None]:
-    """A row's ratios as other papers count them.
+    """A row's ratios as other papers define them.
 
     Args:
-        removed: parameters; None where that isn't known.
-        sizes: what the prune stage tells of the shape: ``intermediate_size`` or, by layer, ``intermediate_sizes``;
-            where heads or layers went, ``num_key_value_heads`` and ``num_hidden_layers`` likewise.
+        removed: number of removed parameters; None if it isn't known.
+        sizes: the shape reported by the prune stage: ``intermediate_size`` or, by layer, ``intermediate_sizes``; if
+            heads or layers were removed, ``num_key_value_heads`` and ``num_hidden_layers`` likewise.
 
     Returns:
         ``ratio_of_decoder``: removed / weights of all layers' matrices. ``ratio_of_pruned_layers``: removed / weights
-        of the matrices in layers that lose something. Both None where one of the facts is missing.
+        of the matrices in layers that lose something. Both are None if ``decoder`` or ``removed`` is.
     """
     if decoder is None or removed is None:
         return {"ratio_of_decoder": None, "ratio_of_pruned_layers": None}
@@ -62,7 +62,7 @@ def native_ratios(decoder: Decoder | None, removed: int | None, sizes: Mapping[s
 
 
 def _pruned_layers(decoder: Decoder, sizes: Mapping[str, Any]) -> int:
-    """How many layers lose something; those that went as a whole are among them."""
+    """Number of layers that lose something, including those removed as a whole."""
     staying = sizes.get("num_hidden_layers") or decoder.layers
     widths = _by_layer("intermediate_size", sizes, staying, decoder.intermediate_size)
     groups = _by_layer("num_key_value_heads", sizes, staying, decoder.num_key_value_heads)
@@ -71,5 +71,5 @@ def _pruned_layers(decoder: Decoder, sizes: Mapping[str, Any]) -> int:
 
 
 def _by_layer(field: str, sizes: Mapping[str, Any], layers: int, dense: int) -> list[int]:
-    """A field's value in each staying layer."""
+    """A field's value in each remaining layer."""
     return list(sizes.get(plural_of(field)) or [sizes.get(field) or dense] * layers)

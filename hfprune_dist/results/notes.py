@@ -1,4 +1,4 @@
-"""What is said below a table: what its columns mean, which way is better, over how many examples, what is shared."""
+"""Notes below a table: what its columns mean, which direction is better, numbers of examples, and shared costs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hfprune_dist.results.formats import duration, flop_count, hours, percent
 from hfprune_dist.results.headline import headline_metric, is_bias_task
 from hfprune_dist.results.rows import Row
 
-# Type of device -> what hours on it are called.
+# Type of device -> name of the hours on it.
 DEVICE_HOURS = {"cuda": "GPU-hours", "cpu": "CPU rank-hours"}
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """One paragraph for each thing that the table of ``few_columns`` doesn't say itself."""
+    """Notes on the table of ``few_columns``, one paragraph for each thing that it doesn't explain itself."""
     if not rows:
         return []
     quality = [*_fidelity(rows), *_average(rows), *_floors(rows)]
@@ -26,7 +26,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def wide_notes(rows: Sequence[Row]) -> list[str]:
-    """The same for the columns that ``all_columns`` has besides."""
+    """Notes on the additional columns of ``all_columns``."""
     told = [
         "reached: removed / all parameters; of decoder: removed / weights in the layers' matrices, as FLAP and LoRAP "
         "count; of pruned layers: the same of layers that lose something, as LLM-Pruner and LoRAPrune count",
@@ -44,7 +44,7 @@ def wide_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def causes(rows: Sequence[Row]) -> list[str]:
-    """One line for each row without a result, for those that are no match for others, and for speed that is missing."""
+    """Lines on each row without a result, on rows that can't be compared with others, and on missing speeds."""
     missing = [f"missing: {row['label']}: {row['cause']}" for row in rows if row["status"] == "missing"]
     unmeasured: dict[str, list[str]] = {}
     for row in rows:
@@ -98,7 +98,7 @@ def _average(rows: Sequence[Row]) -> list[str]:
 
 
 def _speed(rows: Sequence[Row]) -> list[str]:
-    """Over what speed was measured; each kind of measurement once, where rows have several."""
+    """How speed was measured; each kind of measurement once, if rows have several."""
     found = [row["efficiency"] for row in rows if row["efficiency"] is not None]
     how = dict.fromkeys(f"{workload(it['runs'][-1])}; {_device(it)}" for it in found)
     told = "speed: tokens per second after the first, as a multiple of the dense model's in turn, higher is better"
@@ -121,7 +121,7 @@ def _efficiency(rows: Sequence[Row]) -> list[str]:
 
 
 def _floors(rows: Sequence[Row]) -> list[str]:
-    """What constant answers get, where evaluations tell it."""
+    """The floors, as far as evaluations report them."""
     known: dict[str, set[str]] = {}
     for row in rows:
         averages = {"avg": row["average_floor"], "avg w/o crows": row["average_without_crows_pairs_floor"]}
@@ -134,7 +134,7 @@ def _floors(rows: Sequence[Row]) -> list[str]:
 
 
 def _training(rows: Sequence[Row]) -> list[str]:
-    """What training costs: the range over rows that train something, and of what they share."""
+    """The cost of training: its range over rows, for their own stages and for those that they share."""
     devices = {row["training_device"] for row in rows} - {None}
     hours_of = DEVICE_HOURS.get(next(iter(devices)), "device-hours") if len(devices) == 1 else "device-hours"
     told = []
@@ -147,7 +147,7 @@ def _training(rows: Sequence[Row]) -> list[str]:
 
 
 def _spread(values: Iterable[float | None], form: Callable[[float | None], str]) -> str:
-    """The least and the most that is not nothing; empty where there is none."""
+    """The lowest and highest of the nonzero values; empty if there is none."""
     known = [value for value in values if value]
     ends = dict.fromkeys(map(form, (min(known), max(known)))) if known else ()
     return " to ".join(ends)
@@ -160,7 +160,7 @@ def _costs(rows: Sequence[Row]) -> list[str]:
 
 
 def _shared_times(rows: Sequence[Row]) -> dict[str, float]:
-    """Model -> seconds of all stages that several of its rows need, as far as they are known."""
+    """Model -> seconds of all stages that several of its rows need, as far as known."""
     behind = Counter(stage_id for row in rows for stage_id in row["stages"])
     shared: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -171,7 +171,7 @@ def _shared_times(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _range(values: Iterable[int | None]) -> str:
-    """The least and the most of those that are known; empty where none is."""
+    """The lowest and highest of the known values; empty if none is known."""
     known = [value for value in values if value is not None]
     if not known:
         return ""

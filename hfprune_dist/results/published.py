@@ -1,4 +1,4 @@
-"""What papers report of their methods, to be read beside a sweep's own rows."""
+"""Results that papers report for their methods, to be read next to a sweep's own rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hfprune_dist.config.section import Section
 from hfprune_dist.results.column import Column
 from hfprune_dist.results.formats import number
 
-# As printed: with as many digits.
+# As printed in the paper, with the same number of digits.
 Figure = int | float
 
 
@@ -21,9 +21,9 @@ class PublishedRow(Section):
     """One model of a paper.
 
     Attributes:
-        ratio: what the paper calls it; None: the dense model.
-        removed: that ratio as a share of all parameters, None where the paper doesn't tell enough.
-        recovery: its training; "own" where pruning and training are one.
+        ratio: as the paper defines it; None: the dense model.
+        removed: that ratio as a share of all parameters, None if the paper doesn't give enough information.
+        recovery: its training; "own" if pruning and training are one.
         scores, of_tasks: in the order of the table's ``columns`` and ``tasks``; None: not reported.
     """
 
@@ -36,7 +36,7 @@ class PublishedRow(Section):
 
 
 class PublishedTable(Section):
-    """A paper's numbers that were measured in one way, which ``protocol`` describes."""
+    """Numbers from a paper that were all measured in the same way, described in ``protocol``."""
 
     title: str
     protocol: str
@@ -52,10 +52,10 @@ class PublishedTable(Section):
         return self
 
     def shown(self, wide: bool) -> list[Column[PublishedRow]]:
-        """Its columns.
+        """The table's columns.
 
         Args:
-            wide: with each task's score.
+            wide: include the score of each task.
         """
         tasks = [Column(task, partial(_of_task, place=place)) for place, task in enumerate(self.tasks)]
         trained: list[Column[PublishedRow]] = [Column("recovery", lambda row: row.recovery, is_text=True)]
@@ -70,7 +70,7 @@ class PublishedTable(Section):
 
 
 class Published(Section):
-    """All that ``configs/published.yaml`` has."""
+    """Content of ``configs/published.yaml``."""
 
     tables: list[PublishedTable]
 
@@ -79,8 +79,8 @@ def read_published(file: Path) -> list[PublishedTable]:
     """The tables of a file such as ``configs/published.yaml``.
 
     Raises:
-        UserError: where it can't be read as YAML.
-        ValidationError: where it is no such file.
+        UserError: if it can't be read as YAML.
+        ValidationError: if its content has another form.
     """
     return Published.model_validate(read_yaml(file, "published", "tables")).tables
 

@@ -1,4 +1,4 @@
-"""From committed artifacts to the rows of a table; a cell without a result says why instead of having a number."""
+"""Rows of a table from committed artifacts; a cell without a result has a cause instead of numbers."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from hfprune_dist.structures.units import plural_of
 Row = dict[str, Any]
 Manifest = Mapping[str, Any]
 
-# Of the comparison with the dense model on one text.
+# Measures of the comparison with the dense model on one text.
 _MEASURED = ("perplexity", "kl", "top1_agreement")
-# What a prune stage tells besides where it took more than neurons.
+# Fields that a prune stage also reports if it removed more than neurons.
 LAYERS, KEY_VALUE_HEADS = "num_hidden_layers", "num_key_value_heads"
-# Of mixtures of experts, whatever their config.json calls it; and beside the neurons of layers that have none.
+# Fields of mixtures of experts, whatever config.json calls them, next to the width of layers without experts.
 NUM_EXPERTS = NUMBERS[0]
 EXPERT_WIDTHS = {
     "expert width": "moe_intermediate_size",
@@ -48,15 +48,15 @@ BY_LAYER = ("intermediate_sizes", *map(plural_of, _FIELDS))
 
 @dataclass(frozen=True)
 class DenseModel:
-    """What a dense row shows that no stage has measured.
+    """Facts in a dense row that no stage measures.
 
     Attributes:
-        weight_bytes: of its tensors.
-        decoder: what its layers have, where they are alike.
-        expert_widths: of a mixture of experts, field of config.json -> its value; and how many experts there are.
+        weight_bytes: size of its tensors.
+        decoder: sizes of its layers, if they are alike.
+        expert_widths: for a mixture of experts, field of config.json -> its value, and the number of experts.
         has_vision: whether it is a model of images and text.
 
-    ``weight_bytes``, ``decoder`` and ``expert_widths`` are None in records of before there were these fields.
+    ``weight_bytes``, ``decoder`` and ``expert_widths`` are None in records older than these fields.
     """
 
     parameters: int
@@ -68,7 +68,7 @@ class DenseModel:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> DenseModel:
-        """What a dense checkpoint has of it."""
+        """Collect the facts from a dense checkpoint."""
         weights = sum(tensor.bytes for tensor in checkpoint.tensors.values())
         kinds = checkpoint.structures.values()
         sizes = _with_experts({name: size for it in kinds for name, size in it.sizes(it.counts).items()})
@@ -78,10 +78,10 @@ class DenseModel:
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> DenseModel:
-        """What a record holds, of any version.
+        """Read a record, written by any version.
 
         Raises:
-            TypeError: where it is none.
+            TypeError: if it isn't such a record.
         """
         decoder = facts.get("decoder")
         return cls(**{**facts, "decoder": None if decoder is None else Decoder(**decoder)})
@@ -93,8 +93,8 @@ def collect_rows(
     """One row per cell, in plan order; ``status`` is done or missing, and ``cause`` says why it is missing.
 
     Args:
-        dense: model name -> facts of the dense checkpoint.
-        attempts_of: what launchers know of a stage beside its manifest.
+        dense: model name -> facts about the dense checkpoint.
+        attempts_of: returns the attempts at a stage, as launchers recorded them.
     """
     plan = as_made(plan, store)
     rows_behind = Counter(stage_id for cell in plan.cells for stage_id in plan.upstream(cell))
@@ -108,10 +108,10 @@ def collect_rows(
 
 @dataclass(frozen=True)
 class _Known:
-    """What rows are made from.
+    """The data from which rows are made.
 
     Attributes:
-        manifests: stage id -> manifest; None where there is none.
+        manifests: stage id -> manifest; None if there is none.
         shared: ids of stages that several rows need.
     """
 
@@ -128,7 +128,7 @@ def _row(cell: Cell, known: _Known, dense: DenseModel) -> Row:
     evaluation = manifests[cell.evaluate]
     missing = plan.lacking(lambda stage_id: manifests[stage_id] is not None, [cell])
     unmeasured = cell.efficiency if cell.efficiency in missing else None
-    if unmeasured is not None:  # the row stands without its speed
+    if unmeasured is not None:  # the row is complete even without its speed
         missing.remove(unmeasured)
         del manifests[unmeasured]
     cause = _cause(missing[0], plan, store) if missing else None
@@ -162,21 +162,20 @@ def _row(cell: Cell, known: _Known, dense: DenseModel) -> Row:
 
 
 def _checkpoint(cell: Cell, known: _Known) -> str | None:
-    """The folder of what was made for a row; None of the dense model, and where it isn't there yet."""
+    """Folder of the checkpoint made for a row; None for the dense model, and if it isn't there yet."""
     made = cell.producers[-1:]
     return str(known.store.handle(made[0]).artifact) if made and known.manifests[made[0]] is not None else None
 
 
 def _compared(fidelity: Mapping[str, Any]) -> Row:
-    """What a row tells of the comparison with the dense model on one text; evaluations of before there were standard
-    errors have none.
+    """Fields of a row from the comparison with the dense model on one text; older evaluations have no standard errors.
     """
     values = {name: fidelity.get(name) for measure in _MEASURED for name in (measure, f"{measure}_stderr")}
     return {**values, "windows": fidelity.get("windows"), "tokens": fidelity.get("tokens")}
 
 
 def _samples(details: Mapping[str, Any]) -> dict[str, int]:
-    """Task or group -> how many examples its scores are over, from an evaluation's own results."""
+    """Task or group -> number of examples behind its scores, from an evaluation's own results."""
     samples: dict[str, int] = {}
     for task, found in details.get("tasks", {}).items():
         members = {name: counts["effective"] for name, counts in found.get("n-samples", {}).items()}
@@ -186,13 +185,13 @@ def _samples(details: Mapping[str, Any]) -> dict[str, int]:
 
 
 def weight_bytes_of(manifest: Manifest | None) -> int | None:
-    """Bytes of a checkpoint's weights on disk; an adapter, in a folder of its own, is merged into them."""
+    """Bytes of a checkpoint's weights on disk, without the adapter in its own folder, which is merged into them."""
     files = manifest["files"].items() if manifest else ()
     return sum(entry["bytes"] for name, entry in files if "/" not in name and name.endswith(".safetensors")) or None
 
 
 def _provenance(evaluation: Manifest) -> Row:
-    """What a row's scores were computed with; its checkpoint's manifest tells the same of the checkpoint."""
+    """What a row's scores were computed with; the checkpoint's manifest has the same for the checkpoint."""
     seed = evaluation.get("config", {}).get("seed")
     finished = evaluation.get("finished")
     date = None if finished is None else datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds")
@@ -200,7 +199,7 @@ def _provenance(evaluation: Manifest) -> Row:
 
 
 def _cause(stage_id: str, plan: Plan, store: Store) -> str:
-    """Why a stage has no artifact, in one line; a stage that waits for another names that one's reason."""
+    """Why a stage has no artifact, in one line; for a stage that waits for another, the other's reason."""
     stage = plan.stages[stage_id]
     failure = store.handle(stage_id).failure()
     if failure is not None:
@@ -210,7 +209,7 @@ def _cause(stage_id: str, plan: Plan, store: Store) -> str:
 
 
 def _shape(cell: Cell, manifests: Mapping[str, Manifest | None], dense: DenseModel) -> Row:
-    """Reached ratio, parameters and sizes: the dense model's, or those that the stage reports which cut it last."""
+    """Reached ratio, parameters and sizes: the dense model's, or those reported by the stage that cut it last."""
     if cell.ratio is None:
         sizes: Row = {"parameters": dense.parameters, "intermediate_size": dense.intermediate_size}
         sizes |= dense.expert_widths or {}
@@ -224,7 +223,7 @@ def _shape(cell: Cell, manifests: Mapping[str, Manifest | None], dense: DenseMod
 
 
 def _with_experts(sizes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Sizes that tell how many experts there are, and how wide the shared one is, under one name, if there are any."""
+    """Sizes with the number of experts and the width of the shared one, if any, under the same names for all models."""
     if not any(key in sizes for key in NUMBERS):
         return sizes
     names = ((NUM_EXPERTS, NUMBERS), (EXPERT_WIDTHS["shared expert width"], SHARED_WIDTHS))
@@ -240,7 +239,7 @@ def _averages(tasks: Mapping[str, Mapping[str, Any]], floors: Mapping[str, float
 
 
 def _times(manifests: Mapping[str, Manifest | None], shared: Set[str]) -> Row:
-    """Seconds of the stages behind a row: of each, of those that no other row needs, of the others, and of all."""
+    """Seconds of the stages behind a row: of each, and in total for its own stages, for shared ones, and for all."""
     seconds = {stage_id: found["wall_time_s"] if found else None for stage_id, found in manifests.items()}
     return {
         "stages": seconds,
@@ -251,14 +250,14 @@ def _times(manifests: Mapping[str, Manifest | None], shared: Set[str]) -> Row:
 
 
 def _sum_of_known(values: Iterable[float | None]) -> float | None:
-    """Their sum; None where one is missing."""
+    """Sum of the values; None if one is missing."""
     listed = list(values)
     known = [value for value in listed if value is not None]
     return sum(known) if len(known) == len(listed) else None
 
 
 def _peak_memory(manifests: Sequence[Manifest | None]) -> int | None:
-    """The most that one rank took in any stage behind a row; None where a stage is missing or did not say."""
+    """The highest peak of a rank in any stage behind a row; None if a stage is missing or didn't record it."""
     peaks = [None if found is None else found.get("peak_memory_bytes") for found in manifests]
     known = [peak for peak in peaks if peak is not None]
     return max(known) if len(known) == len(peaks) else None

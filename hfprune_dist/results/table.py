@@ -1,4 +1,4 @@
-"""The tables of results in files: csv, json and markdown."""
+"""Files with the table of results: csv, json and markdown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hfprune_dist.results.notes import causes, notes, wide_notes
 from hfprune_dist.results.rows import BY_LAYER, Row
 from hfprune_dist.store.atomic_files import write_text
 
-# Of a row, what only results.json has; the results of texts, tasks and workloads have columns of their own.
+# Fields of a row that only results.json has; results of texts, tasks and workloads get columns of their own.
 NESTED = (
     *(OTHER_TEXTS, "tasks", "samples", "floors", "tasks_of_dense", "efficiency", "stages", "costs", "provenance"),
     *BY_LAYER,
@@ -30,7 +30,7 @@ LAST = (
 )
 
 
-# What the rows are written to.
+# The files to which rows are written.
 RESULTS = ("results.csv", "results.md", "results.json")
 
 
@@ -43,7 +43,7 @@ def write_reports(rows: Sequence[Row], out: Path) -> None:
 
 def flat_row(row: Row) -> Row:
     """A row with ``fidelity/<text>/<metric>``, ``<task>/<metric>``, ``training/<kind>/<cost>`` and
-    ``efficiency/<workload>/<metric>`` columns in place of the nested results.
+    ``efficiency/<workload>/<metric>`` columns instead of nested results.
     """
     flat = {key: value for key, value in row.items() if key not in NESTED}
     nested = {f"fidelity/{text}": metrics for text, metrics in row[OTHER_TEXTS].items()} | row["tasks"]
@@ -68,7 +68,7 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """Markdown: the table of a few columns and what it means, then all columns."""
+    """Markdown: a table of a few columns with notes, then a table of all columns."""
     few, everything = (markdown(rows, columns) for columns in (few_columns(rows), all_columns(rows)))
     below = _listed([*notes(rows), *causes(rows)])
     return f"{few}\n{below}\n## All columns\n\n{everything}\n{_listed(wide_notes(rows))}"
