@@ -1,1 +1,1 @@
-"""Artifacts by fingerprint, claims, heartbeats: what is on disk between and during stages."""
+"""Artifacts by fingerprint, claims and heartbeats: the state on disk between and during stages."""

@@ -1,12 +1,12 @@
 """The store: one folder per finished result, written whole or not at all, verified before it is trusted.
 
 <store>/<kind>/<fingerprint>/           an artifact; manifest.json is written last
-<store>/<kind>/.draft-<fingerprint>-*/  one being written, under the claim that its name ends with
+<store>/<kind>/.draft-<fingerprint>-*/  an artifact being written, under the claim in its name
 <store>/work/<kind>/<fingerprint>/      progress inside a stage, kept until its artifact is committed
 <store>/quarantine/                     artifacts that failed verification, set aside
 <store>/hashes/                         sha256 of files seen before
-<store>/rows/                           packed training rows, for every recovery that needs the same
-<store>/layers/                         what was measured to put layers in order, for every pruning that needs the same
+<store>/rows/                           packed training rows, shared by recoveries that need the same ones
+<store>/layers/                         measurements that rank layers, shared by prunings that need the same ones
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
 MANIFEST = "manifest.json"
-# In the manifest of an artifact whose files were removed: what it tells stays, for the tables.
+# Marks the manifest of an artifact whose files were removed; the manifest stays, for the tables.
 EMPTIED = "emptied"
-READABLE = 0o666  # but for what the umask keeps back
-STAGE_FILE = "stage.json"  # in a work folder: what ``launch/stage/stage_file.py`` leaves for the ranks
-# Each time, a corrupt artifact that somebody has put in the place of ours is set aside.
+READABLE = 0o666  # minus the bits in the umask
+STAGE_FILE = "stage.json"  # in a work folder: written by ``launch/stage/stage_file.py`` for the ranks
+# After each failed attempt, a corrupt artifact found in the place of ours is set aside.
 PUBLISHING_ATTEMPTS = 3
-# In a work folder, what launchers leave there; all else is progress inside the stage.
+# Files of launchers in a work folder; everything else there is progress inside the stage.
 OF_LAUNCHERS = (CLAIM_FILES, f".{CLAIM_FILES}", STAGE_FILE, PROGRESS, FAILURES)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an artifact can be used, and why not."""
+    """Whether an artifact can be used, and if not, why."""
 
     state: Literal["done", "missing", "corrupt"]
     reason: str
 
 
-# What an artifact of which ``Store.empty`` left the manifest is.
+# The verdict on an artifact of which ``Store.empty`` left only the manifest.
 NOTHING_LEFT = Verdict("missing", "its files were removed to make room")
 
 
 class Store:
     """Artifacts by stage id, on a local or shared file system.
 
-    Outside of this package a stage in a store is reached by its ``handle``.
+    Outside this package, a stage in a store is accessed through its ``handle``.
     """
 
     def __init__(self, root: Path) -> None:
@@ -62,11 +62,11 @@ class Store:
         self.hashes = self.make_hashes()
 
     def make_hashes(self) -> FileHashes:
-        """What recalls the hashes of files that any process of the store has read before."""
+        """Hashes of files, recalled if any process has read the files before with this store."""
         return FileHashes(self.root / "hashes")
 
     def handle(self, stage_id: str) -> StageHandle:
-        """What answers for a stage: its folders, its artifact, and what runs or has failed."""
+        """The handle of a stage: its folders, its artifact, its claim and its failures."""
         return StageHandle(self, stage_id)
 
     def path(self, stage_id: str) -> Path:
@@ -76,11 +76,11 @@ class Store:
         return self.root / "work" / stage_id
 
     def manifest(self, stage_id: str) -> dict[str, Any] | None:
-        """The manifest of a committed artifact; None where there is none. Does not verify the files."""
+        """The manifest of a committed artifact; None if there is none. Does not verify the files."""
         return read_object(self.path(stage_id) / MANIFEST)
 
     def is_committed(self, stage_id: str) -> bool:
-        """Whether there is an artifact, verified or not, whose files were not removed to make room."""
+        """Whether there is an artifact, verified or not, whose files have not been removed to make room."""
         manifest = self.manifest(stage_id)
         return manifest is not None and not manifest.get(EMPTIED)
 
@@ -89,7 +89,7 @@ class Store:
 
         Args:
             thorough: read every file; otherwise a file whose size and modification time are as committed is trusted.
-            after_each: called after every file, and within large ones.
+            after_each: called after every file, and repeatedly within large ones.
         """
         folder = self.path(stage_id)
         if not folder.is_dir():
@@ -120,7 +120,7 @@ class Store:
             return f"{stat.st_size:,} bytes, committed with {entry['bytes']:,}"
         if stat.st_mtime_ns == entry["mtime_ns"] and not thorough:
             return ""
-        # A copied store has other times: hash once, then the cache of hashes remembers.
+        # Modification times in a copied store differ: hash each file once, after which the cache knows it.
         hashes = FileHashes(None) if thorough else self.hashes
         try:
             return (
@@ -132,12 +132,12 @@ class Store:
             return "missing"  # set aside by another process in the meantime
 
     def set_aside(self, stage_id: str, after_each: AfterEach = nothing) -> Path | None:
-        """Move a corrupt artifact, or one without files, to the quarantine, so that another can have its place.
+        """Move a corrupt artifact, or one without files, to the quarantine, so that another can take its place.
 
-        Others may find the same damage at the same time, and make the artifact anew: what they made stays.
+        Other processes may find the same damage at the same time and remake the artifact; a remade one is kept.
 
         Returns:
-            where it is now; None where there is nothing of the kind (any more).
+            its new path; None if there is no such artifact (any more).
         """
         folder = self.path(stage_id)
         judged = _inode(folder)
@@ -158,25 +158,25 @@ class Store:
         return None
 
     def _put_back(self, taken: Path, folder: Path) -> None:
-        """Return an artifact that was made while the one before it was judged; a third may be there by now."""
+        """Put back an artifact that was made while its predecessor was verified; a third may be there by now."""
         try:
             taken.rename(folder)
         except OSError:
             shutil.rmtree(taken, ignore_errors=True)
 
     def open_draft(self, stage_id: str, claim: Claim | None = None) -> Path:
-        """Create the folder in which an artifact is written; drafts that dead attempts left are removed.
+        """Create the folder in which an artifact is written; drafts left by dead attempts are removed.
 
         Args:
-            claim: under which the stage runs. What was written under earlier claims goes; without a claim, only what
-                was written without one.
+            claim: the claim under which the stage runs. Drafts written under earlier claims are removed; without a
+                claim, only drafts written without one.
 
         Raises:
-            ClaimLostError: where another process has claimed the stage since.
+            ClaimLostError: if another process has claimed the stage since.
         """
         kind, fingerprint = stage_id.split("/")
         owner = "" if claim is None else f"{claim.token}-"
-        # Listed before the claim is checked: a process that loses it at any moment can't list its successor's draft.
+        # Listed before the claim is checked: a process that loses the claim can thus never list its successor's draft.
         found = listed(self.root / kind, f".draft-{fingerprint}-*")
         if claim is not None:
             claim.require_held()
@@ -188,7 +188,7 @@ class Store:
         return draft
 
     def discard_drafts(self, stage_id: str, claim: Claim) -> None:
-        """Remove what was written under a claim."""
+        """Remove the drafts of a stage that were written under a claim."""
         kind, fingerprint = stage_id.split("/")
         for draft in listed(self.root / kind, f".draft-{fingerprint}-{claim.token}-*"):
             _remove(draft)
@@ -204,15 +204,15 @@ class Store:
     ) -> None:
         """Turn a draft into the stage's artifact: fsync, manifest last, one rename.
 
-        Where another attempt committed first, its artifact is verified and ours dropped; if it is corrupt, it is set
-        aside for ours.
+        If another attempt committed first, its artifact is verified and the draft is dropped; if that artifact is
+        corrupt, it is set aside and the draft takes its place.
 
         Args:
-            after_each: called after every file, and within large ones.
-            claim: under which the stage ran.
+            after_each: called after every file, and repeatedly within large ones.
+            claim: the claim under which the stage ran.
 
         Raises:
-            ClaimLostError: where another process has claimed the stage since.
+            ClaimLostError: if another process has claimed the stage since.
         """
         try:
             self._seal(stage, draft, record, after_each)
@@ -226,7 +226,7 @@ class Store:
         fsync_path(self.path(stage.id).parent)
 
     def _seal(self, stage: Stage, draft: Path, record: dict[str, Any], after_each: AfterEach) -> None:
-        """Flush all files of a draft, and write its manifest."""
+        """Flush all files of a draft and write its manifest."""
         files = sorted(file for file in draft.rglob("*") if file.is_file())
         mode = READABLE & ~_umask()
         sealed = for_each_file({file: file.stat().st_size for file in files}, partial(_sealed, mode), after_each)
@@ -236,7 +236,7 @@ class Store:
             fsync_path(folder)
 
     def _publish(self, draft: Path, stage_id: str, after_each: AfterEach) -> None:
-        """Give a finished draft its final name, unless an artifact has it."""
+        """Give a finished draft its final name, unless a valid artifact has it already."""
         final = self.path(stage_id)
         for _ in range(PUBLISHING_ATTEMPTS):
             try:
@@ -255,7 +255,7 @@ class Store:
         raise taken
 
     def empty(self, stage_id: str) -> None:
-        """Remove an artifact's files, but for its manifest; whoever needs them makes the artifact again."""
+        """Remove an artifact's files, except for its manifest; the artifact is made again when its files are needed."""
         folder, manifest = self.path(stage_id), self.manifest(stage_id)
         if manifest is None:
             return
@@ -268,7 +268,7 @@ class Store:
                 path.unlink()
 
     def discard(self, stage_id: str) -> None:
-        """Remove an artifact; whoever dies meanwhile leaves a draft."""
+        """Remove an artifact; a process that dies meanwhile leaves a draft behind."""
         kind, fingerprint = stage_id.split("/")
         doomed = self.root / kind / f".draft-{fingerprint}-{uuid.uuid4().hex[:8]}"
         with contextlib.suppress(FileNotFoundError):
@@ -276,11 +276,11 @@ class Store:
         shutil.rmtree(doomed, ignore_errors=True)
 
     def discard_work(self, stage_id: str) -> None:
-        """Forget all about a stage whose artifact is committed."""
+        """Remove the work folder of a stage whose artifact is committed."""
         shutil.rmtree(self.work(stage_id), ignore_errors=True)
 
     def discard_progress(self, stage_id: str) -> None:
-        """Let the next attempt at a stage begin anew; claims and what launchers and ranks tell each other stay."""
+        """Make the next attempt at a stage start over; claims and files exchanged by launchers and ranks are kept."""
         for path in listed(self.work(stage_id), "*"):
             if any(path.match(pattern) for pattern in OF_LAUNCHERS):
                 continue
@@ -291,14 +291,14 @@ class Store:
 
 
 def _is_listing(files: Any) -> bool:
-    """Whether it gives what verification needs of at least one file."""
+    """Whether a manifest's list of files is not empty and has what verification needs for every file."""
     if not isinstance(files, dict) or not files:
         return False
     return all(isinstance(entry, dict) and {"bytes", "mtime_ns", "sha256"} <= entry.keys() for entry in files.values())
 
 
 def _remove(draft: Path) -> None:
-    """Remove a draft, under another name: whoever is about to commit it must not commit what is left of it."""
+    """Rename a draft and remove it: a process about to commit it must not commit a partly removed one."""
     doomed = draft.with_name(f"{'-'.join(draft.name.split('-')[:2])}-{uuid.uuid4().hex[:8]}")
     with contextlib.suppress(FileNotFoundError):
         draft.rename(doomed)
@@ -306,12 +306,12 @@ def _remove(draft: Path) -> None:
 
 
 def _is_unclaimed(draft: Path) -> bool:
-    """Whether a draft's name, ``.draft-<fingerprint>[-<token of a claim>]-<random>``, has no claim."""
+    """Whether a draft's name, ``.draft-<fingerprint>[-<token of a claim>]-<random>``, has no token of a claim."""
     return draft.name.count("-") == 2
 
 
 def _sealed(mode: int, file: Path, after_each: AfterEach) -> dict[str, Any]:
-    """Flush a file, with this mode: safetensors leaves its files to their owner alone. Returns its manifest entry."""
+    """Set a file's mode (safetensors makes files private), flush it, and return its manifest entry."""
     file.chmod(mode)
     fsync_path(file)
     stat = file.stat()
@@ -321,7 +321,7 @@ def _sealed(mode: int, file: Path, after_each: AfterEach) -> dict[str, Any]:
 
 
 def _inode(folder: Path) -> int | None:
-    """What tells a folder from another one that takes its name; None where there is none."""
+    """Inode number of a folder, which tells it from another that takes its name; None if there is no such folder."""
     try:
         return folder.stat().st_ino
     except FileNotFoundError:
@@ -329,7 +329,7 @@ def _inode(folder: Path) -> int | None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)  # there is no way to read it alone
+    mask = os.umask(0)  # it can't be read without being set
     os.umask(mask)
     return mask
 
@@ -338,7 +338,7 @@ def require_writable(root: Path) -> None:
     """Create a folder and check that it can be written to, before any work starts.
 
     Raises:
-        UserError: naming the folder and the reason.
+        UserError: if it can't; the message names the folder and the reason.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a resumed run, sees the old content or the new, never half of it."""
+"""Atomic writes: a reader, or a resumed run, sees either the old content of a file or the new, never a part of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replace ``file`` atomically: write a sibling, fsync it, rename it over."""
+    """Replace ``file`` atomically: write a sibling, fsync it, and rename it over ``file``."""
     draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
         with draft.open("w", encoding="utf-8") as stream:
@@ -34,7 +34,7 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """Return the JSON value in ``file``, or None where there is no such file."""
+    """Return the JSON value in ``file``, or None if there is no such file."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -42,7 +42,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any] | None:
-    """The JSON object in a file that others write or remove meanwhile; None where there is none that can be read."""
+    """The JSON object in a file that others may write or remove meanwhile; None if none can be read."""
     try:
         value = read_json(file)
     except (OSError, ValueError):
@@ -51,15 +51,15 @@ def read_object(file: Path) -> dict[str, Any] | None:
 
 
 def read_record(kind: type[T], file: Path) -> T | None:
-    """The dataclass that a JSON file holds; None where it holds none.
+    """Read a dataclass of this kind from a JSON file; None if the file holds none.
 
-    A file that has vanished, is damaged or holds something else counts like one that was never written.
+    A file that has vanished, is damaged or holds something else is treated like one that was never written.
     """
     return as_record(kind, read_object(file))
 
 
 def as_record(kind: type[T], value: dict[str, Any] | None) -> T | None:
-    """The dataclass that a JSON object describes, without fields that the class doesn't have; None where it doesn't."""
+    """Make a dataclass of this kind from a JSON object, ignoring unknown fields; None if the object doesn't fit."""
     try:
         record: T | None = None if value is None else _adapter(kind).validate_python(value)
     except ValidationError:
@@ -72,7 +72,7 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 
 def listed(folder: Path, pattern: str) -> list[Path]:
-    """The files of a folder that match a pattern, sorted by name; none where the folder is gone or has just gone."""
+    """Files in a folder that match a pattern, sorted by name; empty if the folder is gone or vanishes meanwhile."""
     try:
         return sorted(folder.glob(pattern))
     except FileNotFoundError:
@@ -80,7 +80,7 @@ def listed(folder: Path, pattern: str) -> list[Path]:
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -89,7 +89,7 @@ def fsync_path(path: Path) -> None:
 
 
 def fsync_folders(folder: Path, root: Path) -> None:
-    """Flush the entries of ``root``, of ``folder``, and of all folders on the way from one to the other."""
+    """Flush the entries of ``folder``, of ``root``, and of all folders between them."""
     for path in (folder, *folder.parents):
         fsync_path(path)
         if path == root:
@@ -97,14 +97,14 @@ def fsync_folders(folder: Path, root: Path) -> None:
 
 
 def publish(draft: Path, file: Path) -> None:
-    """Give a finished draft its name, for good: what a file of that name holds is whole, even if the node dies."""
+    """Give a finished draft its final name, durably: a file of that name is complete even if the node dies."""
     fsync_path(draft)
     draft.replace(file)
     fsync_path(file.parent)
 
 
 def set_aside(file: Path, reason: str) -> None:
-    """Rename a file that can't be used, say so, and leave its name free for a new one."""
+    """Rename a file that can't be used, which frees its name for a new one, and print a message."""
     number = 1
     while (aside := file.with_name(f"{file.name}.damaged-{number}")).exists():
         number += 1

@@ -1,4 +1,4 @@
-"""Attempts at stages, as those who start them know of them."""
+"""Attempts at stages, as recorded by the launchers that start them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from hfprune_dist.store.stage import Stage
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at a stage, as the records of who started it tell.
+    """One attempt at a stage, from the records of the launcher that started it.
 
     Attributes:
         number: 1 for the first.
-        started, ended: unix time; None where nobody has written it down, or where it hasn't come yet.
-        state: ``open`` where no end is known: it is queued, runs, or was cut off.
-        cause: why it ended, in a word or two; empty where there is nothing to say.
-        message: the reason at length.
+        started, ended: unix time; None if it wasn't recorded, or hasn't come yet.
+        state: ``open`` if no end is known: the attempt is queued, is running, or was cut off.
+        cause: why it ended, in a word or two; empty if there is nothing to say.
+        message: the reason in full.
         where: job and nodes; empty on this machine.
-        ranks: None where nobody has written it down.
+        ranks: number of ranks; None if it wasn't recorded.
     """
 
     number: int

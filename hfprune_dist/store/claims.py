@@ -1,8 +1,8 @@
 """Exclusive claims, so that two sweeps or jobs on one store never run the same stage at once.
 
-A claim is a file ``claim.<generation>`` created by hard link (atomic on local disks, NFS and Lustre). The highest
-generation holds; a dead holder is succeeded by creating the next one, so nothing is ever deleted under a competitor.
-A holder that only looked dead, since it was suspended, finds a higher generation than its own and must leave.
+A claim is a file ``claim.<generation>``, created by hard link (atomic on local disks, NFS and Lustre). The highest
+generation is in force; to succeed a dead holder, a process creates the next one, so no file is deleted under a
+competitor. A holder that only seemed dead, e.g. while suspended, finds a higher generation than its own and must leave.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import psutil
 from hfprune_dist.store.atomic_files import as_record, listed, read_json, write_json
 
 CLAIM_FILES = "claim.*"
-# A holder on another host can't be looked up by process; it counts as dead when its claim was not renewed so long.
+# The process of a holder on another host can't be checked; it counts as dead if its claim wasn't renewed for this long.
 RENEWAL_LIMIT_S = 300.0
 RENEW_S = 60.0
-# Unix times of one process's start differ by so much where the system's clock is being adjusted.
+# Unix times computed for the start of one process may differ by this much while the system's clock is adjusted.
 START_TOLERANCE_S = 2.0
 READING_ATTEMPTS = 5
 
@@ -36,17 +36,17 @@ Clock = Callable[[], float]
 
 
 class ClaimLostError(Exception):
-    """Another process has taken this one for dead and claimed the stage: whatever is left to do is that one's."""
+    """Another process has taken this one for dead and claimed the stage; the remaining work is left to that process."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process and its job in a batch system, if any.
+    """A process, and its job in a batch system, if any.
 
     Attributes:
-        started: with ``pid`` it names the process, since ids are used again. On Linux ``<system>/<ticks>``: within
-            which boot and PID namespace, and how many clock ticks after that boot, which no adjustment of a clock
-            changes. Elsewhere, and in claims of before, unix time; None where it isn't known.
+        started: start of the process; with ``pid`` it identifies the process, since ids are reused. On Linux
+            ``<system>/<ticks>``: boot and PID namespace, and clock ticks since that boot, which adjusting a clock does
+            not change. On other systems, and in older claims, unix time; None if it isn't known.
     """
 
     host: str
@@ -59,7 +59,7 @@ class Holder:
         return cls(socket.gethostname(), os.getpid(), _start_on_linux(os.getpid()) or _start_time(os.getpid()), job)
 
     def is_running(self) -> bool | None:
-        """Whether the process runs; None where only its claim's renewals can tell, since it isn't to be seen here."""
+        """Whether the process is running; None if it can't be seen from here and only its claim's renewals can tell."""
         if self.host != socket.gethostname():
             return None
         if isinstance(self.started, str):
@@ -69,7 +69,7 @@ class Holder:
 
     def _is_running_on_linux(self, started: str) -> bool | None:
         if started.rpartition("/")[0] != _system():
-            return None  # another machine of the same name, or a container, or this one before it was booted again
+            return None  # another machine of the same name, a container, or this machine before it was rebooted
         found = _start_on_linux(self.pid)
         if found is None and _is_hidden(self.pid):
             return None
@@ -81,7 +81,7 @@ class Claim:
 
     Args:
         folder: the stage's work folder.
-        token: random; tells this claim from one of the same generation in a folder that was removed and made again.
+        token: random; tells this claim from one of the same generation in a folder that was removed and recreated.
     """
 
     def __init__(self, folder: Path, generation: int, token: str) -> None:
@@ -92,7 +92,7 @@ class Claim:
 
     @property
     def ticket(self) -> str:
-        """What another process of the holder's needs to check the claim; see ``from_ticket``."""
+        """Text from which another process of the holder's can restore the claim to check it; see ``from_ticket``."""
         return f"{self._generation}.{self.token}"
 
     @classmethod
@@ -101,17 +101,17 @@ class Claim:
         return cls(folder, int(generation), token)
 
     def is_held(self) -> bool:
-        """Whether nobody has claimed the stage since, nor finished it, nor released this claim."""
+        """Whether the claim is still in force: not released or succeeded by another, and the stage not finished."""
         if _newest_generation(self._folder) != self._generation:
             return False
         record = _read(self._file)
         return record.get("token") == self.token and not record.get("released")
 
     def require_held(self) -> None:
-        """To be called before anything that must not meet the work of a successor.
+        """Check the claim; to be called before anything that must not collide with the work of a successor.
 
         Raises:
-            ClaimLostError: where the claim is not held any more.
+            ClaimLostError: if the claim is no longer held.
         """
         if not self.is_held():
             raise ClaimLostError(
@@ -123,24 +123,24 @@ class Claim:
         """Show processes on other hosts that this one is alive.
 
         Raises:
-            ClaimLostError: where the claim is not held any more.
-            OSError: where the file system fails.
+            ClaimLostError: if the claim is no longer held.
+            OSError: if the file system fails.
         """
         self.require_held()
         os.utime(self._file)
 
     def release(self) -> None:
-        """Give the claim up; the file stays, so that generations only grow while the folder exists."""
+        """Give up the claim; its file stays, so that generations only grow while the folder exists."""
         if self.is_held():
             write_json(self._file, {**_read(self._file), "released": True})
 
 
 class Renewal:
-    """Renews a claim at intervals for as long as it is held; a file system that fails for a while ends nothing.
+    """Renews a claim at intervals as long as it is held; temporary failures of the file system are tolerated.
 
     Args:
-        tell: is told when the claim can't be renewed for so long that others may soon take its holder for dead.
-        clock: seconds, from any start.
+        tell: called with a warning if renewals fail for so long that others may soon take the holder for dead.
+        clock: returns seconds, from any origin.
     """
 
     def __init__(self, claim: Claim, tell: Callable[[str], None] | None = None, clock: Clock = time.monotonic) -> None:
@@ -150,10 +150,10 @@ class Renewal:
         self._tried_at = self._renewed_at = self._told_at = clock()
 
     def tick(self) -> None:
-        """Renew the claim where it is time to.
+        """Renew the claim if it is time to.
 
         Raises:
-            ClaimLostError: where the claim is not held any more.
+            ClaimLostError: if the claim is no longer held.
         """
         now = self._clock()
         if now - self._tried_at < RENEW_S:
@@ -178,15 +178,15 @@ class Renewal:
 
 
 def try_claim(folder: Path, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:
-    """Claim ``folder`` (created if need be), or return who holds it.
+    """Claim ``folder`` (created if needed), or return its holder.
 
     Args:
         folder: the stage's work folder.
-        job: the batch job that claims, if any; it succeeds itself when it was requeued.
-        ended_jobs: jobs known to have ended: what they hold is free, however lately it was renewed.
+        job: the batch job that claims, if any; a requeued job succeeds itself.
+        ended_jobs: jobs known to have ended: their claims are void, however recently they were renewed.
     """
     while True:
-        folder.mkdir(parents=True, exist_ok=True)  # a holder that finishes removes it
+        folder.mkdir(parents=True, exist_ok=True)  # removed by a holder that finishes
         generation, holder = _current(folder)
         if holder is not None and (holder.job is None or holder.job not in {job, *ended_jobs}):
             return holder
@@ -198,14 +198,14 @@ def try_claim(folder: Path, job: str | None = None, ended_jobs: Collection[str] 
 
 @dataclass(frozen=True)
 class OpenClaim:
-    """A claim that its holder has not released; where the holder does not live, it died at work."""
+    """A claim that its holder has not released; if the holder is not alive, it died at work."""
 
     holder: Holder
     lives: bool
 
 
 def open_claim(folder: Path) -> OpenClaim | None:
-    """The newest claim on ``folder``, for who only looks; None where it was released, or nobody has claimed."""
+    """The newest claim on ``folder``, without claiming it; None if it was released, or if there is none."""
     return _open_claim(folder, _newest_generation(folder))
 
 
@@ -217,17 +217,17 @@ def _open_claim(folder: Path, generation: int) -> OpenClaim | None:
 
 
 def _current(folder: Path) -> tuple[int, Holder | None]:
-    """The highest generation, and its holder if that one lives."""
+    """The highest generation, and its holder if that process is alive."""
     generation = _newest_generation(folder)
     claim = _open_claim(folder, generation)
     return generation, claim.holder if claim is not None and claim.lives else None
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What a claim says; nothing where it is gone or damaged.
+    """Content of a claim; empty if it is gone or damaged.
 
     Raises:
-        OSError: where it can't be read: whoever holds it may well be alive.
+        OSError: if it can't be read, in which case its holder may well be alive.
     """
     for _ in range(READING_ATTEMPTS):
         try:
@@ -244,7 +244,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _newest_generation(folder: Path) -> int:
-    """0 where there is no claim."""
+    """The highest generation; 0 if there is no claim."""
     numbers = [file.suffix[1:] for file in listed(folder, CLAIM_FILES)]
     return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
@@ -257,12 +257,12 @@ def _lives(holder: Holder, file: Path) -> bool:
         renewed_at = file.stat().st_mtime
     except FileNotFoundError:
         return False
-    # This host's clock may be ahead; the one that the file system goes by is asked where that would make a difference.
+    # This host's clock may be ahead, so the file system's clock is checked too before the holder counts as dead.
     return time.time() - renewed_at < RENEWAL_LIMIT_S or _clock_of(file.parent) - renewed_at < RENEWAL_LIMIT_S
 
 
 def _clock_of(folder: Path) -> float:
-    """The time by which a file system dates what is written now; on NFS its server's, like that of all renewals."""
+    """Current time by the clock that dates files on a file system; on NFS the server's, which dates all renewals."""
     probe = folder / f".clock.{uuid.uuid4().hex}"
     try:
         probe.touch()
@@ -275,9 +275,9 @@ def _clock_of(folder: Path) -> float:
 
 
 def _create(file: Path, text: str) -> bool:
-    """Create ``file`` with its content in one step: readers never see a claim without its holder.
+    """Create ``file`` with its content in one step, so that readers never see a claim without its holder.
 
-    False where somebody else was faster, or has just removed the folder.
+    Returns False if another process was faster, or has just removed the folder.
     """
     draft = file.with_name(f".{file.name}.{socket.gethostname()}.{uuid.uuid4().hex}")
     try:
@@ -293,7 +293,7 @@ def _create(file: Path, text: str) -> bool:
 
 
 def _has_two_names(draft: Path) -> bool:
-    """Whether a link that "exists already" is ours: NFS repeats a request whose answer was lost."""
+    """Whether a link that "already exists" is ours: NFS repeats a request whose answer was lost."""
     try:
         return draft.stat().st_nlink > 1
     except FileNotFoundError:
@@ -301,7 +301,7 @@ def _has_two_names(draft: Path) -> bool:
 
 
 def _system() -> str | None:
-    """Within which a process id and its start mean one process: the boot of a machine, and a PID namespace."""
+    """Boot and PID namespace, within which a process id and a start time identify one process; None if not on Linux."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
@@ -310,10 +310,10 @@ def _system() -> str | None:
 
 
 def _start_on_linux(pid: int) -> str | None:
-    """When a process started, as ``Holder.started`` has it on Linux; None where it does not run, or elsewhere."""
+    """Start of a process in the form of ``Holder.started`` on Linux; None if it isn't running, or on other systems."""
     system = _system()
     try:
-        # The name in parentheses may hold anything; state is the first field behind it, the start the twentieth.
+        # The name in parentheses may contain anything; state is the first field after it, the start the twentieth.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
@@ -321,7 +321,7 @@ def _start_on_linux(pid: int) -> str | None:
 
 
 def _is_hidden(pid: int) -> bool:
-    """Whether a process runs that ``/proc`` doesn't show, as it may hide what belongs to other users."""
+    """Whether a process is running that ``/proc`` doesn't show, since it may hide processes of other users."""
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -332,7 +332,7 @@ def _is_hidden(pid: int) -> bool:
 
 
 def _start_time(pid: int) -> float | None:
-    """When a process started, in unix time; None where it does not run."""
+    """Start of a process, in unix time; None if it isn't running."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()

@@ -1,4 +1,4 @@
-"""Files that several stages of a store need alike: made once, checked before every use, replaced if damaged.
+"""Files shared by several stages of a store: made once, checked before every use, replaced if damaged.
 
 <folder>/<key>        the file
 <folder>/<key>.json   its sha256, written last
@@ -16,16 +16,16 @@ from hfprune_dist.store.hashing import FileHashes
 
 
 class FileCache:
-    """Files by key, on the disk of the work folders that use them.
+    """Files by key, on the same disk as the work folders that use them.
 
-    A key must say everything that the file's bytes depend on: of two stages that make it at once, either may win.
+    A key must cover everything that the file's bytes depend on: if two stages make the file at once, either may win.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def take(self, key: str, target: Path) -> bool:
-        """Make ``target`` the file, without a copy; False where there is none that is whole and can be had."""
+        """Link ``target`` to the file of this key, without copying; False if there is no intact file to link to."""
         file = self._folder / key
         try:
             if not file.is_file() or FileHashes(None).of_file(file) != self._promised(key):
@@ -36,10 +36,10 @@ class FileCache:
         return True
 
     def put(self, key: str, source: Path) -> None:
-        """Keep ``source``, which nobody may change from now on.
+        """Keep ``source`` under a key; the file must not change from now on.
 
-        Nothing is kept where the file system has no hard links, where the folder can't be written, or where another
-        stage keeps the same at this moment. The stage that has the file goes on.
+        Nothing is kept if the file system has no hard links, if the folder can't be written to, or if another stage is
+        keeping the same file at this moment. None of this is an error: the stage has its file and goes on.
         """
         fsync_path(source)
         digest = FileHashes(None).of_file(source)
@@ -53,10 +53,10 @@ class FileCache:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make ``target`` another name of ``source``, in place of what it named before; leaves no draft where it dies.
+    """Make ``target`` another name of ``source``, replacing what it named before; leaves no draft if the process dies.
 
     Raises:
-        OSError: also where somebody else was faster.
+        OSError: also if another process was faster.
     """
     target.unlink(missing_ok=True)
     os.link(source, target)

@@ -1,4 +1,4 @@
-"""Hashes that identify content, whatever its name and place: sha256 of files, folders and values."""
+"""Hashes that identify content regardless of its name and place: sha256 of files, folders and values."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import Any, TypeVar
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import read_object, write_json
 
-# Read at once. ``after_each`` is called in between: a slow disk must not keep other ranks waiting for minutes.
+# Bytes per read. ``after_each`` is called in between: a slow disk must not keep other ranks waiting for minutes.
 CHUNK_BYTES = 16 * 1024 * 1024
-# A file that changed less than this before it was read may change again without looking any different.
+# A file changed less than this long before it was read could change again without its times showing it.
 STABLE_NS = 2_000_000_000
 
-# Files from this size on are hashed side by side: file systems of clusters read faster than one thread hashes.
+# Files of at least this size are hashed in parallel: file systems of clusters read faster than one thread hashes.
 LARGE_BYTES = 64 * 1024 * 1024
 
 T = TypeVar("T")
 AfterEach = Callable[[], None]
-"""Called after each piece of work, so that others know that it goes on."""
+"""Called after each piece of work, to show others that it is progressing."""
 
 
 def digest_of(value: Any) -> str:
@@ -40,11 +40,11 @@ def nothing() -> None:
 
 
 class FileHashes:
-    """sha256 of files, remembered by path, size, times of change and inode, so that a re-run reads none of them.
+    """sha256 of files, remembered by path, size, times of change and inode, so that a re-run doesn't read them again.
 
     Args:
-        cache: folder with one small JSON file per file hashed before; None recalls nothing. Nothing is written to it
-            before ``save``.
+        cache: folder with one small JSON file per file hashed before; with None, nothing is recalled from earlier runs.
+            Nothing is written to it before ``save``.
     """
 
     def __init__(self, cache: Path | None) -> None:
@@ -59,7 +59,7 @@ class FileHashes:
             after_each: called after each piece of the file that is read.
 
         Raises:
-            UserError: where the file can't be read.
+            UserError: if the file can't be read.
         """
         try:
             key = _key_of(file)
@@ -78,7 +78,7 @@ class FileHashes:
         return self.of_files(folder, files_below(folder), after_each)
 
     def save(self) -> None:
-        """Write what was hashed since the last call to the cache folder, but for files that had only just changed."""
+        """Write the hashes computed since the last call to the cache, except those of files that had just changed."""
         if self._cache is not None and self._stable:
             self._cache.mkdir(parents=True, exist_ok=True)
             for name in self._stable:
@@ -109,15 +109,15 @@ class FileHashes:
 def for_each_file(
     sizes: Mapping[Path, int], work: Callable[[Path, AfterEach], T], after_each: AfterEach
 ) -> dict[Path, T]:
-    """What ``work`` returns for each file; large ones have a thread each, as far as there are cores.
+    """Return the result of ``work`` for each file; large files are processed in parallel threads, up to one per core.
 
     Args:
-        sizes: file -> its bytes, as far as they are known.
-        work: reads a file; calls what it is given after each piece.
-        after_each: called for each of these calls, by this thread alone.
+        sizes: file -> its size in bytes, as far as known.
+        work: reads a file; calls its second argument after each piece.
+        after_each: called for each of these calls, always in the current thread.
 
     Raises:
-        Exception: of the first file whose ``work`` raised one, or of ``after_each``; no thread reads on then.
+        Exception: the one raised for the first file whose ``work`` failed, or by ``after_each``; all threads then stop.
     """
     large = [file for file, size in sizes.items() if size >= LARGE_BYTES]
     if len(large) < 2:
@@ -128,7 +128,7 @@ def for_each_file(
 
 
 def _in_threads(files: Sequence[Path], work: Callable[[Path, AfterEach], T], after_each: AfterEach) -> dict[Path, T]:
-    told: SimpleQueue[bool] = SimpleQueue()  # True: by a file that is done
+    told: SimpleQueue[bool] = SimpleQueue()  # True: a file is done; False: a piece of one
     abandoned = threading.Event()
 
     def tell() -> None:
@@ -155,23 +155,23 @@ def _in_threads(files: Sequence[Path], work: Callable[[Path, AfterEach], T], aft
 
 
 class _AbandonedError(Exception):
-    """Ends a thread whose result nobody waits for any more."""
+    """Ends a thread whose result is no longer needed."""
 
 
 def _size_of(file: Path) -> int:
     try:
         return file.stat().st_size
-    except OSError:  # for whoever reads it to tell
+    except OSError:  # reported when the file is read
         return 0
 
 
 def files_below(folder: Path) -> list[str]:
-    """Names of the files below a folder, relative to it; hidden ones and Python's ``__pycache__`` are left out.
+    """Names of the files below a folder, relative to it, without hidden ones and Python's ``__pycache__``.
 
     Links to files and folders are followed.
 
     Raises:
-        UserError: where there is no such folder, or part of it can't be listed.
+        UserError: if there is no such folder, or part of it can't be listed.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
@@ -182,9 +182,9 @@ def files_below(folder: Path) -> list[str]:
 
 
 def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """What lies in a folder and, in turn, in its folders; ``above`` are those that it lies in, links resolved."""
+    """Yield all files below a folder; ``above`` are the folders that contain it, with links resolved."""
     here = folder.resolve()
-    if here in above:  # a link back to where it lies
+    if here in above:  # a link back to a folder above it
         return
     for path in folder.iterdir():
         if path.name.startswith(".") or path.name == "__pycache__":
@@ -196,7 +196,7 @@ def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
 
 
 def _key_of(file: Path) -> list[Any]:
-    """What a file looks like from outside; the time of its last change (of content or attributes) comes last."""
+    """Path, size, times and inode of a file; the time of its last change (of content or attributes) comes last."""
     stat = file.stat()
     return [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
 

@@ -1,4 +1,4 @@
-"""What a running stage tells the outside: a heartbeat file, and on failure a file that says why."""
+"""Files in which a running stage reports to others: a heartbeat and, on failure, the reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hfprune_dist.store.atomic_files import listed, read_record, write_json
 PROGRESS = "progress.json"
 FAILURES = "failure.*.json"
 WRITE_INTERVAL_S = 0.5
-# What the other ranks of a stage say when one of them has died or hangs.
+# Error messages of the other ranks of a stage when one of them has died or hangs.
 LOST_RANK = re.compile(
     r"closed by peer|connection (reset|refused)|broken pipe|remote process exited|recvvalue failed|gloo.*timeout"
     r"|\bsocket\b|timed out waiting|wait timeout|network error|distnetworkerror|failed to (recv|send|connect)"
@@ -26,11 +26,11 @@ LOST_RANK = re.compile(
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Last word of a running stage: ``done`` of ``total`` units of the current phase, at unix time ``updated``.
+    """Latest report of a running stage: ``done`` of ``total`` units of the current phase, at unix time ``updated``.
 
     Attributes:
-        began: unix time of the first word about this phase; None in records of before there was this field.
-        done_before: units that were done by then, some of them perhaps in an earlier attempt.
+        began: unix time of the first report on this phase; None in records older than this field.
+        done_before: units that were already done at that time, perhaps in an earlier attempt.
     """
 
     phase: str
@@ -42,7 +42,7 @@ class Heartbeat:
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the end of the phase, at its pace so far; None where there is no pace yet, or nothing left."""
+        """Seconds until the end of the phase, at its pace so far; None if there is no pace yet, or nothing left."""
         units = self.done - self.done_before
         if self.began is None or units <= 0 or self.done >= self.total:
             return None
@@ -56,8 +56,8 @@ class Progress:
     """Writes the heartbeat of a stage, at most twice a second.
 
     Args:
-        work: the stage's work folder; None keeps silent (all ranks but one).
-        guard: called before each heartbeat; what it raises ends the stage.
+        work: the stage's work folder; None writes nothing (all ranks but one).
+        guard: called before each heartbeat; an exception that it raises ends the stage.
     """
 
     def __init__(self, work: Path | None, guard: Callable[[], None] | None = None) -> None:
@@ -67,7 +67,7 @@ class Progress:
         self._first: Heartbeat | None = None
 
     def update(self, phase: str, done: int, total: int) -> None:
-        """Say that ``done`` of ``total`` units of a phase are done; the first call in a phase sets its pace's start."""
+        """Report that ``done`` of ``total`` units of a phase are done; its pace is measured from the first call."""
         now = time.time()
         first = self._first
         if first is None or first.phase != phase or done < first.done:
@@ -82,17 +82,17 @@ class Progress:
 
 
 def read_heartbeat(work: Path) -> Heartbeat | None:
-    """The last heartbeat in a work folder, None where there is none that can be read."""
+    """The latest heartbeat in a work folder, None if none can be read."""
     return read_record(Heartbeat, work / PROGRESS)
 
 
 @dataclass(frozen=True)
 class Failure:
     """Why a stage ended early: ``cause`` is input (the user can fix it), lost input (an artifact must be made again),
-    code (we must fix it) or killed (from outside); a backend may know more, e.g. node failure.
+    code (we must fix it) or killed (from outside); a backend may give others, e.g. node failure.
 
-    ``rank`` is -1 where the launcher noticed, not a rank. ``attempt`` is the number of the attempt that failed; None
-    in records of before there was this field.
+    ``rank`` is -1 if the launcher noticed the failure, not a rank. ``attempt`` is the number of the attempt that
+    failed; None in records older than this field.
     """
 
     cause: str
@@ -103,26 +103,26 @@ class Failure:
 
     @property
     def is_consequence(self) -> bool:
-        """Whether the rank failed because it waited for another one, which died or hangs."""
+        """Whether the rank failed only because it waited for another one, which died or hangs."""
         return self.cause == "code" and LOST_RANK.search(self.message) is not None
 
     def is_of(self, attempt: int, created: float) -> bool:
-        """Whether it belongs to an attempt.
+        """Whether the failure belongs to an attempt.
 
         Args:
-            created: unix time of the attempt's beginning, for records that don't say to which attempt they belong.
+            created: unix time of the attempt's beginning, for records that don't name their attempt.
         """
         return self.at >= created if self.attempt is None else self.attempt == attempt
 
 
 def in_one_line(message: str) -> str:
-    """What a failure's message comes to: a traceback's last line, else its first; the rest is the end of a log."""
+    """The essence of a failure's message: the last line of a traceback, otherwise the first; the rest is from a log."""
     lines = message.strip().splitlines() or [""]
     return lines[-1 if lines[0].startswith(("Traceback", 'File "')) else 0].strip()
 
 
 def write_failure(work: Path, error: BaseException, rank: int, attempt: int | None) -> None:
-    """Leave the reason of a failed rank for the launcher."""
+    """Record why a rank failed, for the launcher."""
     if isinstance(error, UserError):
         failure = Failure(error.CAUSE, str(error), rank, time.time(), attempt)
     else:
@@ -132,21 +132,21 @@ def write_failure(work: Path, error: BaseException, rank: int, attempt: int | No
 
 
 def write_failure_record(work: Path, failure: Failure) -> None:
-    """Leave a failure in the work folder, where the report finds it."""
+    """Write a failure to the work folder, where the report finds it."""
     write_json(work / f"failure.{failure.rank}.json", asdict(failure))
 
 
 def clear_failures(work: Path) -> None:
-    """Forget the failures of earlier attempts."""
+    """Remove the failures and the heartbeat of earlier attempts."""
     for file in [*listed(work, FAILURES), work / PROGRESS]:
         file.unlink(missing_ok=True)
 
 
 def read_failures(work: Path) -> list[Failure]:
-    """What the ranks and the launcher have left, the best explanation first.
+    """The failures recorded by the ranks and the launcher, the best explanation first.
 
-    Bad input explains more than any error of ours, and errors that say of themselves that another rank was lost explain
-    least. Only among equals does time decide, since ranks on several hosts have several clocks.
+    Bad input explains more than any error of ours, and errors that only report the loss of another rank explain least.
+    Time decides only among equals, since the clocks of ranks on several hosts differ.
     """
     failures = [failure for file in listed(work, FAILURES) if (failure := read_record(Failure, file)) is not None]
     return sorted(failures, key=_order)
@@ -158,5 +158,5 @@ def _order(failure: Failure) -> tuple[bool, bool, bool, float, int]:
 
 
 def read_failure(work: Path) -> Failure | None:
-    """The failure that explains most, None where there is none."""
+    """The failure that explains most, None if there is none."""
     return next(iter(read_failures(work)), None)

@@ -1,4 +1,4 @@
-"""What takes room in a store and could go: how much it is, why nothing needs it, and its removal."""
+"""Leftovers in a store that could be removed to make room: their sizes, why nothing needs them, and their removal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hfprune_dist.store.atomic_files import listed
 from hfprune_dist.store.stage import STAGE_VERSIONS
 from hfprune_dist.store.stage_handle import StageHandle
 
-# Folders of what stages share, each of which makes it anew where it is missing.
+# Folders of files that stages share; a stage makes such a file anew if it is missing.
 SHARED = {
     "rows": "packed training rows, which a recovery packs again",
     "layers": "measurements that put layers in order, which a pruning makes again",
@@ -28,7 +28,7 @@ class Leftover:
 
     Attributes:
         reason: why nothing needs it.
-        size_bytes: how much room that makes.
+        size_bytes: how much space its removal frees.
     """
 
     path: Path
@@ -38,17 +38,17 @@ class Leftover:
 
 
 def running(store: Store) -> list[str]:
-    """Ids of the stages that some living process has claimed."""
+    """Ids of the stages claimed by a process that is alive."""
     handles = (handle for kind in STAGE_VERSIONS for handle in _handles(store, store.root / "work" / kind))
     claims = ((handle.id, handle.open_claim()) for handle in handles)
     return [stage_id for stage_id, claim in claims if claim is not None and claim.lives]
 
 
 def unused(store: Store, kept: Collection[str]) -> Iterator[Leftover]:
-    """What the stages of these ids can do without: other artifacts and their progress, drafts, what failed
-    verification, and what is shared.
+    """Everything that the stages with these ids don't need: other artifacts and their progress, drafts, artifacts that
+    failed verification, and shared files.
 
-    To be called where nothing runs: the drafts of what runs are among them.
+    To be called only while no stage runs: the drafts of running stages would be included.
     """
     for kind in STAGE_VERSIONS:
         for draft in listed(store.root / kind, ".draft-*"):
@@ -67,13 +67,13 @@ def unused(store: Store, kept: Collection[str]) -> Iterator[Leftover]:
 
 
 def files_of(handle: StageHandle, reason: str) -> Leftover:
-    """The files of an artifact, whose manifest stays."""
+    """The files of an artifact, except its manifest, as a leftover."""
     size = size_of(handle.artifact) - size_of(handle.artifact / MANIFEST)
     return Leftover(handle.artifact, reason, size, handle.empty)
 
 
 def _handles(store: Store, folder: Path) -> list[StageHandle]:
-    """The stages of one kind that have a folder there; what else may lie there is not ours."""
+    """The stages of one kind that have a subfolder in a folder; anything else in it is not ours."""
     names = [path.name for path in listed(folder, "*") if path.is_dir() and _FINGERPRINT.fullmatch(path.name)]
     return [store.handle(f"{folder.name}/{name}") for name in names]
 

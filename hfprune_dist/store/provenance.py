@@ -1,4 +1,4 @@
-"""Where a result comes from: code, packages, machine."""
+"""Provenance of a result: code, packages, machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "dataset
 
 
 def code_version(root: Path) -> dict[str, Any]:
-    """Commit of the working tree at ``root`` and the sha256 of what differs from it (None: nothing does)."""
+    """Commit of the working tree at ``root``, and the sha256 of its uncommitted changes (None: there are none)."""
     commit = _git(root, "rev-parse", "HEAD")
     if commit is None:
         return {"git_commit": None, "dirty_diff_sha256": None}
@@ -32,11 +32,11 @@ def environment() -> dict[str, Any]:
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """By package; None for one that isn't installed."""
+    """Package -> its version; None if it isn't installed."""
     return {package: _version(package) for package in packages}
 
 
-@cache  # all that a package says of itself is read for it
+@cache  # reads all of a package's metadata
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -45,7 +45,7 @@ def _version(package: str) -> str | None:
 
 
 def cpu_model() -> str:
-    """The name of this machine's processor; its architecture where it has none."""
+    """Name of this machine's processor; its architecture if there is no name."""
     lines = CPU_INFO.read_text(errors="replace").splitlines() if CPU_INFO.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, "") or platform.machine()

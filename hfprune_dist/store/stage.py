@@ -1,4 +1,4 @@
-"""A stage: one unit of work with one artifact, named by what its result depends on."""
+"""A stage: one unit of work with one artifact, identified by everything that its result depends on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hfprune_dist.config.parameters import OtherParameters, Parameters, read_par
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import digest_of
 
-# Raise a stage's version when its code changes its result: artifacts of the old version are then not reused.
+# Raise a stage's version when a change to its code changes its result: artifacts of the old version are not reused.
 STAGE_VERSIONS = {
     "importance": 6,
     "reference": 1,
@@ -22,7 +22,7 @@ STAGE_VERSIONS = {
     "efficiency": 1,
     "loraprune": 1,
 }
-# Kinds whose artifact is a model that lacks something of the one that they read, and kinds that train on instructions.
+# Kinds whose artifact is a model with parts of their input model removed, and kinds that train on instructions.
 CUTTING = frozenset({"prune", "loraprune"})
 RECOVERING = frozenset({"recover", "loraprune"})
 Content = Literal["", "text", "folder", "checkpoint", "commit"]
@@ -30,15 +30,15 @@ Content = Literal["", "text", "folder", "checkpoint", "commit"]
 
 @dataclass(frozen=True)
 class Input:
-    """Something a stage reads. ``identity`` is part of the fingerprint, nothing else is.
+    """Something that a stage reads. Only ``identity`` is part of the fingerprint.
 
-    For an artifact of another stage the location is its id, and so is the identity where all of it matters; for files
-    of the user's, the digest of their content and their path.
+    For an artifact of another stage, the location is its id, and so is the identity if all of the artifact matters. For
+    files of the user's, the identity is a digest of their content, and the location their path.
 
     Attributes:
-        content: what the identity of the user's files is the digest of: a ``text``, all files of a ``folder``, the
-            files that make a ``checkpoint``, or the name of a ``commit`` of the hub, whose files never change. Empty
-            for artifacts, and in records of before there was this field: such files are not checked.
+        content: what the identity of a user's files is the digest of: a ``text``, all files of a ``folder``, the files
+            that make up a ``checkpoint``, or the name of a ``commit`` on the hub, whose files never change. Empty for
+            artifacts, and in records older than this field: such files are not checked.
     """
 
     identity: str
@@ -53,10 +53,10 @@ class Stage:
 
     Attributes:
         kind: importance, reference, prune, distill, recover, evaluate, efficiency or loraprune.
-        label: for people; not part of the fingerprint.
-        params: every setting that affects the result, as the kind's class; the mapping that records have is read as it.
-        inputs: role -> what is read.
-        version: of the code that planned it; None: today's.
+        label: name for people; not part of the fingerprint.
+        params: all settings that affect the result, as the kind's class; a record's mapping is converted to it.
+        inputs: role -> input.
+        version: version of the stage's code that planned it; None: the current one.
     """
 
     kind: str
@@ -104,10 +104,10 @@ class Stage:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Stage:
-        """Read what ``to_json`` wrote, whichever version of the code that was.
+        """Read a record written by ``to_json`` in any version of the code.
 
         Raises:
-            UserError: where the fingerprint was computed by other rules than today's.
+            UserError: if the fingerprint was computed by other rules than today's.
         """
         inputs = {role: Input(**source) for role, source in record["inputs"].items()}
         version = record.get("version")
@@ -119,10 +119,10 @@ class Stage:
 
     @classmethod
     def to_run(cls, record: Mapping[str, Any]) -> Stage:
-        """Read what ``to_json`` wrote, to run it.
+        """Read a record written by ``to_json``, to run the stage.
 
         Raises:
-            UserError: where another version of the code planned it, or one with other settings.
+            UserError: if it was planned by another version of the code, or one with other settings.
         """
         stage = cls.from_json(record)
         if stage.version is not None or isinstance(stage.params, OtherParameters):
@@ -131,7 +131,7 @@ class Stage:
 
 
 def kind_of(stage_id: str) -> str:
-    """The kind of a stage, by its id."""
+    """The kind of a stage, from its id."""
     return stage_id.partition("/")[0]
 
 

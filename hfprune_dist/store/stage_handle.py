@@ -1,7 +1,7 @@
-"""One stage in a store, by its id: where it lies, what has become of it, and the right to run it.
+"""Handle of one stage in a store, by its id: its folders, its state, and the right to run it.
 
-Code that asks about a stage, or runs it, does so through its handle. A handle keeps no state: each answer is what the
-file system says at that moment.
+Code that asks about a stage, or runs it, does so through its handle. A handle keeps no state: each answer reflects the
+file system at that moment.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class StageHandle:
 
     @property
     def artifact(self) -> Path:
-        """The folder of its result."""
+        """The folder of its artifact."""
         return self.store.path(self.id)
 
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest of its artifact; None where there is none. Verifies no file."""
+        """The manifest of its artifact; None if there is none. Does not verify the files."""
         return self.store.manifest(self.id)
 
     def is_committed(self) -> bool:
-        """Whether it has an artifact, verified or not, whose files were not removed to make room; costs nothing."""
+        """Whether it has an artifact, verified or not, whose files have not been removed to make room; cheap."""
         return self.store.is_committed(self.id)
 
     def verify(self, thorough: bool = False, after_each: AfterEach = nothing) -> Verdict:
@@ -58,7 +58,7 @@ class StageHandle:
         return self.store.verify(self.id, thorough, after_each)
 
     def is_done(self) -> bool:
-        """Whether it has an artifact that verifies: the only success there is."""
+        """Whether it has an artifact that passes verification, which is the only definition of success."""
         return self.verify().state == "done"
 
     def set_aside(self, after_each: AfterEach = nothing) -> Path | None:
@@ -70,11 +70,11 @@ class StageHandle:
         return self.store.open_draft(self.id, claim)
 
     def discard_drafts(self, claim: Claim) -> None:
-        """Remove what was written of its artifact under a claim."""
+        """Remove the drafts of its artifact that were written under a claim."""
         self.store.discard_drafts(self.id, claim)
 
     def empty(self) -> None:
-        """Remove the files of its artifact, but for the manifest; see ``Store.empty``."""
+        """Remove the files of its artifact, except for the manifest; see ``Store.empty``."""
         self.store.empty(self.id)
 
     def discard(self) -> None:
@@ -85,15 +85,15 @@ class StageHandle:
 
     @property
     def work(self) -> Path:
-        """The folder of its progress, which survives a death and is gone once the artifact is committed."""
+        """The folder of its progress, which survives a crash and is removed once the artifact is committed."""
         return self.store.work(self.id)
 
     def claim(self, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:
-        """Claim the right to run it, or learn who holds it; creates the work folder. See ``try_claim``."""
+        """Claim the right to run it, or return the holder; creates the work folder. See ``try_claim``."""
         return try_claim(self.work, job, ended_jobs)
 
     def open_claim(self) -> OpenClaim | None:
-        """The claim under which it runs, or ran when its launcher died; None where nobody is at it. Claims nothing."""
+        """The claim under which it runs, or ran when its launcher died; None if there is none. Claims nothing."""
         return open_claim(self.work)
 
     def claim_of(self, ticket: str) -> Claim:
@@ -101,39 +101,39 @@ class StageHandle:
         return Claim.from_ticket(self.work, ticket)
 
     def heartbeat(self) -> Heartbeat | None:
-        """How far it said it was; None where it has not said anything that can be read."""
+        """The latest report of its progress; None if none can be read."""
         return read_heartbeat(self.work)
 
     def failures(self) -> list[Failure]:
-        """Why it failed, by all that have said so, the best explanation first."""
+        """All recorded reasons why it failed, the best explanation first."""
         return read_failures(self.work)
 
     def failure(self) -> Failure | None:
-        """Why it failed; None where nobody has said so."""
+        """The best explanation of why it failed; None if no failure was recorded."""
         return read_failure(self.work)
 
     def report_failure(self, failure: Failure) -> None:
-        """Leave a failure where the report finds it."""
+        """Record a failure where the report finds it."""
         write_failure_record(self.work, failure)
 
     def report_error(self, error: BaseException, rank: int, attempt: int | None) -> None:
-        """Leave the reason why a rank failed for the launcher."""
+        """Record why a rank failed, for the launcher."""
         write_failure(self.work, error, rank, attempt)
 
     def clear_failures(self) -> None:
-        """Forget failures and heartbeat of earlier attempts."""
+        """Remove the failures and the heartbeat of earlier attempts."""
         clear_failures(self.work)
 
     def discard_progress(self) -> None:
-        """Let the next attempt begin anew; see ``Store.discard_progress``."""
+        """Make the next attempt start over; see ``Store.discard_progress``."""
         self.store.discard_progress(self.id)
 
     def discard_work(self) -> None:
-        """Forget all about its running, once its artifact is committed."""
+        """Remove its work folder, once its artifact is committed."""
         self.store.discard_work(self.id)
 
     def discard_leftovers(self) -> None:
-        """Forget what a process that died at its very end has left of the work, where the stage is done."""
+        """Remove the work folder left by a process that died just after committing, if the stage is done."""
         if not self.work.is_dir() or isinstance(claim := self.claim(), Holder):
             return  # a process that has just committed is about to do the same
         try:
