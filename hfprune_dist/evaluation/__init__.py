@@ -1,1 +1,1 @@
-"""lm-eval's tasks, answered by all ranks."""
+"""Evaluation on lm-eval's tasks by all ranks, and timed generation."""

@@ -1,4 +1,4 @@
-"""Greedy generation against the clock, and the memory that it takes."""
+"""Timed greedy generation, and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Workload:
-    """What is generated: ``new_tokens``, at least two, for each of ``batch_size`` prompts of ``prompt_tokens``."""
+    """What to generate: ``new_tokens`` (at least two) for each of ``batch_size`` prompts of ``prompt_tokens``."""
 
     batch_size: int
     prompt_tokens: int
@@ -27,18 +27,18 @@ class Workload:
         return f"batch {self.batch_size}, {self.prompt_tokens} in, {self.new_tokens} out"
 
     def prompts(self, vocabulary: int, device: torch.device) -> Tensor:
-        """Random tokens, the same for every model of a vocabulary, int64 [batch_size, prompt_tokens]."""
+        """Random tokens, the same for all models with this vocabulary size, int64 [batch_size, prompt_tokens]."""
         shape = (self.batch_size, self.prompt_tokens)
         return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(SEED)).to(device)
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """How long one generation took.
+    """Duration of one generation, in seconds.
 
     Attributes:
-        first: from the prompts to the first new token of each.
-        others: for all further tokens.
+        first: time from the prompts to the first new token of each.
+        others: time for all further tokens.
     """
 
     first: float
@@ -47,10 +47,10 @@ class Seconds:
 
 @torch.inference_mode()
 def time_generation(model: nn.Module, prompts_BT: Tensor, new_tokens: int) -> Seconds:
-    """Generate the likeliest tokens one by one with a cache of keys and values, end-of-text tokens too.
+    """Generate the most likely tokens one by one, with a key-value cache, past any end-of-text token.
 
     Args:
-        model: a causal LM of transformers, on the prompts' device.
+        model: a causal LM from transformers, on the same device as the prompts.
     """
     started = _now(prompts_BT.device)
     next_B1, cache = _step(model, prompts_BT, None)
@@ -61,25 +61,25 @@ def time_generation(model: nn.Module, prompts_BT: Tensor, new_tokens: int) -> Se
 
 
 def _step(model: nn.Module, input_ids_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """The likeliest next tokens [B, 1], and the cache with what was read."""
+    """The most likely next tokens [B, 1], and the cache extended by the input."""
     outputs = model(input_ids=input_ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return outputs.logits[:, -1].argmax(dim=-1, keepdim=True), outputs.past_key_values
 
 
 def _now(device: torch.device) -> float:
-    """Seconds of a clock once the device has done all that it was asked to."""
+    """Clock time in seconds, after the device has finished all pending work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Of parameters and buffers in memory; tied ones count once."""
+    """Bytes of parameters and buffers in memory; tied ones count once."""
     return sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
-    """The most memory of torch's allocator for a device that an action holds at once, beyond what was held before."""
+    """Peak memory of torch's allocator for a device during an action, in bytes beyond what was allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

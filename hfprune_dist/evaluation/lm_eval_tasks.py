@@ -1,7 +1,7 @@
-"""lm-eval's tasks: are they known, how to load them fast, and what of their results is kept.
+"""lm-eval's tasks: checking their names, loading them fast, and selecting the results to keep.
 
 lm-eval ships 14,000 YAML files, and its own index parses all of them (12 s). Here their text is searched for the wanted
-names (0.6 s), and only the folders that define them are indexed, wherever that gives the same tasks.
+names (0.6 s), and only the folders that define them are indexed, if that is sure to give the same tasks.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from hfprune_dist.evaluation.task_definitions import (
 )
 from hfprune_dist.store.hashing import digest_of
 
-# Loaders of the datasets library that read local files: what they build is not worth keeping in the user's cache.
+# Loaders of the datasets library that read local files; what they build isn't worth keeping in the user's cache.
 FILE_LOADERS = ("arrow", "csv", "json", "parquet", "text")
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
-    """Refuse task names that lm-eval doesn't know, and those of the user's task files that can't be used.
+    """Refuse task names that lm-eval doesn't know, and tasks of the user's own that can't be used.
 
     Raises:
-        UserError: listing all unknown names, each with a close match where there is one; or naming a file that a task
-            of the user's reads, and that is missing or empty.
+        UserError: for unknown names, listing all of them with close matches, if any; for an ``include_path`` without
+            tasks; for a missing or empty file that one of the user's own tasks reads, naming it.
     """
     own, unreadable = own_definitions(include_path)
     if include_path is not None and not (own or unreadable):
@@ -67,8 +67,8 @@ class TaskLoader:
 
     Args:
         tasks: all names that will be loaded.
-        include_path: folder with the user's YAML files; relative paths of data in them are taken from this folder.
-        cache: folder for what the datasets library makes of local files.
+        include_path: folder with the user's YAML files; relative paths of data in them are relative to this folder.
+        cache: folder for what the datasets library builds from local files.
     """
 
     def __init__(self, tasks: Sequence[str], include_path: Path | None, cache: Path) -> None:
@@ -83,17 +83,17 @@ class TaskLoader:
         """Load a task, or all tasks of a group or tag, with their data.
 
         Returns:
-            what ``lm_eval.evaluator.evaluate`` takes.
+            tasks in the form that ``lm_eval.evaluator.evaluate`` takes.
 
         Raises:
-            UserError: naming the task and why its YAML file or its data can't be loaded.
+            UserError: if its YAML file or its data can't be loaded; the message names the task and the reason.
         """
         try:
             with self._own_folder(), self._own_cache(name):
                 loaded = self._index.load(name)
             for task in loaded["tasks"].values():
                 _set_fewshot(task, num_fewshot)
-        except Exception as error:  # a task is code and data of others: anything can happen
+        except Exception as error:  # a task is third-party code and data: anything can happen
             raise UserError(f"task {name!r} can't be loaded: {explain(error)}") from error
         return loaded
 
@@ -102,7 +102,7 @@ class TaskLoader:
 
     @contextlib.contextmanager
     def _own_cache(self, name: str) -> Iterator[None]:
-        """Keep what is made of local files out of the user's cache of downloaded data sets."""
+        """Keep what is built from local files out of the user's cache of downloaded data sets."""
         import datasets
 
         usual = datasets.config.HF_DATASETS_CACHE
@@ -116,12 +116,12 @@ class TaskLoader:
 
 
 def plain(value: Any) -> Any:
-    """A JSON value for anything that lm-eval returns: functions by name, numbers that aren't finite as null."""
+    """Convert anything that lm-eval returns to a JSON value: functions become names, non-finite numbers null."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set):
         return [plain(entry) for entry in value]
-    if hasattr(value, "item"):  # a number of numpy's
+    if hasattr(value, "item"):  # a numpy number
         return plain(value.item())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -131,10 +131,10 @@ def plain(value: Any) -> Any:
 
 
 def scores_of(name: str, result: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """The scores of a task or group under its name; where it has none of its own (a tag), those of its members.
+    """The scores of a task or group under its name; if it has none of its own (a tag), those of its members.
 
     Args:
-        result: what ``lm_eval.evaluator.evaluate`` returned for ``name``, made plain.
+        result: result of ``lm_eval.evaluator.evaluate`` for ``name``, converted by ``plain``.
     """
     cleaned = {member: clean_metrics(metrics) for member, metrics in result["results"].items()}
     return (
@@ -159,14 +159,14 @@ def clean_metrics(metrics: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def details_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What lm-eval reports about a task besides its configuration, of which a hash is kept."""
+    """What lm-eval reports about a task, with its configuration reduced to a hash."""
     kept = ("results", "groups", "group_subtasks", "n-samples", "n-shot", "versions", "higher_is_better")
     hashes = {task: digest_of(config)[:16] for task, config in result["configs"].items()}
     return {key: result[key] for key in kept if key in result} | {"config_hashes": hashes}
 
 
 def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
-    """As lm-eval's command line does: a task that says 0 itself stays at 0; sampled examples have a fixed seed."""
+    """Set the number of examples as lm-eval's command line does: a task set to 0 stays at 0; sampling is seeded."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
     usual = task.get_config("num_fewshot")
@@ -178,7 +178,7 @@ def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
 
 
 def _silence() -> None:
-    """No progress bars and chatter: progress has its own file, errors their own messages."""
+    """Turn off progress bars and log output: progress has its own file, errors have their own messages."""
     import datasets
     import lm_eval.api.task
 
@@ -188,7 +188,7 @@ def _silence() -> None:
 
 
 def _open_index(folders: Sequence[Path] | None, include_path: Path | None) -> Any:
-    """lm-eval's index over some of its folders (None: all of them) and the user's."""
+    """lm-eval's index over some of its own folders (None: all of them) and the user's folder."""
     from lm_eval.tasks import TaskManager
 
     paths = [*(folders or []), *([include_path] if include_path else [])]
@@ -196,10 +196,10 @@ def _open_index(folders: Sequence[Path] | None, include_path: Path | None) -> An
 
 
 def _folders_of(tasks: Sequence[str], own: Mapping[str, Definition]) -> list[Path] | None:
-    """The folders of lm-eval's that define what ``tasks`` need besides the user's; None: only a full index tells."""
+    """lm-eval's folders that define what ``tasks`` need in addition to the user's; None if a full index is needed."""
     wanted = unfolded(tasks, own)
     if any(name in own and own[name].kind == "tag" for name in wanted):
-        return None  # others' tasks may carry it, too
+        return None  # lm-eval's own tasks may carry the tag, too
     foreign = {name for name in wanted if name not in own}
     shipped = shipped_definitions() if foreign else {}
     if not all(name in shipped and shipped[name].kind == "task" for name in foreign):
@@ -211,7 +211,7 @@ def _check_data(name: str, file: Path, include_path: Path) -> None:
     """Refuse a task whose local data is missing or empty.
 
     Raises:
-        UserError: naming the task and the file.
+        UserError: if it is; the message names the task and the file.
     """
     content = with_included(file)
     options = content.get("dataset_kwargs")
@@ -230,7 +230,7 @@ def _check_data(name: str, file: Path, include_path: Path) -> None:
 
 
 def _paths_in(data_files: Any) -> Iterator[str]:
-    """A path, several, or those of each split."""
+    """Yield the paths in ``data_files``: a single one, several, or those of each split."""
     if isinstance(data_files, str):
         yield data_files
     elif isinstance(data_files, Mapping | list):
@@ -239,7 +239,7 @@ def _paths_in(data_files: Any) -> Iterator[str]:
 
 
 def _matching(pattern: Path) -> list[Path]:
-    """The file of this name, or those whose names match the pattern."""
+    """The file with this name, or the files that match it as a pattern."""
     names = [str(pattern)] if pattern.is_file() else glob.glob(str(pattern), recursive=True)  # noqa: PTH207
     return [Path(name) for name in names]
 

@@ -1,4 +1,4 @@
-"""Where the right answers of lm-eval's tasks are among the choices, from which follows what a constant answer gets."""
+"""Places of the right answers among the choices of lm-eval's tasks, which give the score of a constant answer."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-# In an evaluation's results: task -> how many documents have their right answer in each place.
+# Key in an evaluation's results: task -> number of documents with their right answer in each place.
 RIGHT_ANSWERS = "right_answers"
 
 
 def right_answers(tasks: Mapping[str, Any], limit: int | None) -> dict[str, list[int]]:
-    """Of the documents that are evaluated, how many have their right answer in each place.
+    """Task -> number of evaluated documents with their right answer in each place.
 
-    Tasks that choose among no answers, accept several, or score by code of their own have no entry.
+    Tasks that aren't multiple-choice, accept several answers, or score with code of their own have no entry.
 
     Args:
         tasks: name -> lm-eval's task.
-        limit: documents of each task at most.
+        limit: maximum number of documents per task.
     """
     found = {name: _places(task, limit) for name, task in tasks.items() if _has_one_right_choice(task)}
     return {name: [places[place] for place in range(max(places) + 1)] for name, places in found.items() if places}
@@ -33,13 +33,13 @@ def _has_one_right_choice(task: Any) -> bool:
 
 
 def _places(task: Any, limit: int | None) -> Counter[int]:
-    """Place -> documents; none where one has no right answer among its choices, which lm-eval counts as wrong."""
+    """Place -> number of documents; empty if one has no right answer among its choices (lm-eval counts it as wrong)."""
     places = Counter(_place(task, document) for _, document in task.doc_iterator(limit=limit))
     return Counter() if None in places else Counter({place: n for place, n in places.items() if place is not None})
 
 
 def _place(task: Any, document: Any) -> int | None:
-    """As lm-eval's own scoring finds it; where texts of the question are compared, their number is the answer."""
+    """Place of the right answer, as lm-eval's own scoring finds it; with several questions, that of the right one."""
     choices = task.doc_to_choice(document)
     gold = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
     if isinstance(gold, str):

@@ -1,11 +1,11 @@
 """lm-eval's Hugging Face model, answering with all ranks of a world.
 
-lm-eval runs on rank 0 alone and sees one process: there it builds the requests and scores the answers, which may take
-minutes. The other ranks serve, and are told meanwhile that it is at work.
+lm-eval runs only on rank 0 and sees a single process: there it builds the requests and scores the answers, which may
+take minutes. The other ranks serve, and are notified meanwhile that lm-eval is at work.
 
-Requests are cut into chunks that don't depend on the number of ranks, and every chunk is answered in one place. So
-answers and scores have the same bits on any number of ranks, a task may have fewer documents than there are ranks, and
-a killed task goes on at a chunk, whatever the number of ranks was and is.
+Requests are cut into chunks that don't depend on the number of ranks, and each chunk is answered by one rank. Answers
+and scores therefore have the same bits on any number of ranks, a task may have fewer documents than there are ranks,
+and a killed task resumes at a chunk, even with another number of ranks.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from hfprune_dist.store.hashing import digest_of
 
 TELLER = "tells the other ranks that lm-eval is at work"
 
-# Batches per chunk, at most. Choices of one letter share a forward where they share a chunk: several batches keep them
-# together.
+# Maximum number of batches per chunk. Single-letter choices share a forward if they are in the same chunk; several
+# batches per chunk keep them together.
 CHUNK_BATCHES = 4
-# Chunks per task, where batches stay whole: ranks wait for each other after each, and the last may have none left.
+# Chunks per task, as long as batches stay whole: ranks wait for each other after each, and the last ones may get none.
 WANTED_CHUNKS = 64
 
 Arguments = tuple[Any, ...]
-# (method of the model, index of a chunk, arguments of its requests)
+# (name of the model's method, index of the chunk, arguments of its requests)
 Chunk = tuple[str, int, list[Arguments]]
 
 
 class ModelError(Exception):
-    """The model failed to answer; the reason is the cause. Other errors inside lm-eval are a task's."""
+    """The model failed to answer; ``__cause__`` is the reason. Other errors inside lm-eval are those of a task."""
 
 
 class AnswerLog:
-    """The answers of finished chunks of one task, in a file that survives the stage.
+    """The answers of one task's finished chunks, in a file that survives the stage.
 
     Args:
-        file: JSON lines with a checksum each; lines that are damaged are passed over, and their chunks asked again.
+        file: JSON lines, each with a checksum; damaged lines are skipped, and their chunks answered again.
     """
 
     def __init__(self, file: Path) -> None:
@@ -72,13 +72,13 @@ class AnswerLog:
 
 
 class ShardedLM(HFLM):  # type: ignore[misc]
-    """An lm-eval model over a ``FrozenModel``: ask it on rank 0 while the other ranks ``serve``.
+    """An lm-eval model over a ``FrozenModel``: use it on rank 0 while the other ranks ``serve``.
 
     Args:
-        tokenizer: the model's; it is told whether to add BOS.
-        interruption: looked at after every round of chunks, on all ranks.
+        tokenizer: the model's tokenizer; its ``add_bos_token`` is set.
+        interruption: checked after every round of chunks, on all ranks.
         batch_size: requests per forward of one rank.
-        add_bos_token: begin every sequence with BOS, where the tokenizer has one.
+        add_bos_token: begin every sequence with BOS, if the tokenizer has one.
     """
 
     def __init__(
@@ -104,15 +104,15 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         self._world = model.world
         self._interruption = interruption
         self._frozen = model
-        self._speaking = threading.Lock()  # on rank 0: held from a word to the others until all have done what it says
+        self._speaking = threading.Lock()  # on rank 0: held from a message to the others until all have acted on it
         self._log: AnswerLog | None = None
         self._report: Callable[[int, int], None] = lambda done, total: None
 
-    # On rank 0: what lm-eval calls.
+    # On rank 0: called by lm-eval.
 
     @contextmanager
     def telling_others(self) -> Iterator[None]:
-        """While lm-eval is at work: no serving rank waits longer than the collective timeout, however long it takes."""
+        """Notify serving ranks while lm-eval is at work, so that none runs into the collective timeout meanwhile."""
         over = threading.Event()
 
         def tell() -> None:
@@ -130,7 +130,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
 
     @contextmanager
     def task(self, log: AnswerLog, report: Callable[[int, int], None]) -> Iterator[None]:
-        """Answer out of ``log`` where it knows the answer, add to it, and report (done, total) requests."""
+        """Answer from ``log`` where possible, add new answers to it, and report (done, total) requests."""
         self._log, self._report = log, report
         yield
         self._log, self._report = None, lambda done, total: None
@@ -149,7 +149,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         self._world.broadcast(None)
 
     def _ask(self, method: str, requests: list[Instance]) -> list[Any]:
-        """Have all ranks answer, one chunk each at a time."""
+        """Have all ranks answer requests, each one chunk at a time."""
         try:
             return self._ask_all_ranks(method, [tuple(request.args) for request in requests])
         except Exception as error:
@@ -182,7 +182,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
     def serve(self) -> None:
         """Answer with rank 0 until it dismisses this rank."""
         while (chunks := self._world.broadcast(None)) is not None:
-            if chunks:  # else lm-eval is at work
+            if chunks:  # otherwise lm-eval is at work
                 self._answer_mine(chunks)
                 self._interruption.stop_if_agreed(self._world)
 
@@ -190,16 +190,16 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         return self._answer_mine(self._world.broadcast(chunks))
 
     def _answer_mine(self, chunks: list[Chunk]) -> list[list[Any]]:
-        """Answer this rank's chunk, if there is one for it; return the answers to all chunks."""
+        """Answer this rank's chunk, if it has one; return the answers to all chunks."""
         answers = self._answer(*chunks[self._world.rank]) if self._world.rank < len(chunks) else []
         self._frozen.join_idle_forwards()
         return self._world.gather(answers)[: len(chunks)]
 
     def _answer(self, method: str, number: int, arguments: list[Arguments]) -> list[Any]:
-        """Have lm-eval's own code answer a chunk; where it samples, the seed is the chunk's."""
+        """Have lm-eval's own code answer a chunk; sampling, if any, is seeded with the chunk's number."""
         torch.manual_seed(number)
         requests = [Instance(method, {}, args, index) for index, args in enumerate(arguments)]
-        # Rolling windows begin with BOS anyhow; a second one would count as text to be predicted.
+        # Rolling windows begin with BOS anyway; a second one would count as text to be predicted.
         with self._without_bos() if method == "loglikelihood_rolling" else nullcontext():
             answers: list[Any] = getattr(super(), method)(requests, disable_tqdm=True)
         return answers
@@ -215,16 +215,16 @@ class ShardedLM(HFLM):  # type: ignore[misc]
 
 
 def chunk_size(method: str, requests: int, batch_size: int) -> int:
-    """Requests per chunk of a task; the same for any number of ranks, so that their answers have the same bits.
+    """Requests per chunk of a task; independent of the number of ranks, so that answers always have the same bits.
 
-    Whole batches; documents to be read from end to end make batches of their own, since each has many windows.
+    A chunk has whole batches; for rolling log-likelihoods a document counts as a batch, since it has many windows.
     """
     unit = 1 if method == "loglikelihood_rolling" else batch_size
     return min(-(-requests // (WANTED_CHUNKS * unit)) * unit, CHUNK_BATCHES * batch_size)
 
 
 def _by_length(arguments: Arguments) -> tuple[int, str]:
-    """Longest first, so that memory runs out at once or never; the same prompts next to each other."""
+    """Sort key: longest first, so that memory runs out at once or never; identical prompts next to each other."""
     return -sum(len(part) for part in arguments if isinstance(part, str)), str(arguments[0])
 
 
@@ -239,7 +239,7 @@ def _in_place(places: list[list[int]], answers: Sequence[list[Any] | None], tota
 
 
 def _is_nan(answer: Any) -> bool:
-    """Of a log-likelihood, or of one and whether the text is the most likely one; others are texts."""
+    """Whether an answer is a NaN log-likelihood, alone or with whether its text is the most likely one; no text is."""
     value = answer[0] if isinstance(answer, list | tuple) else answer
     return isinstance(value, float) and math.isnan(value)
 

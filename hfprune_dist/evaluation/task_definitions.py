@@ -1,6 +1,6 @@
-"""What YAML files of lm-eval tasks define, found without lm-eval: it parses 14,000 of its own for that (12 s).
+"""Definitions in YAML files of lm-eval tasks, found without lm-eval, which parses its own 14,000 for that (12 s).
 
-Their text is searched for names (0.6 s), and what few are asked about is read.
+Their text is searched for names (0.6 s), and only the few files that are needed are parsed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 from hfprune_dist.errors import UserError
 
 DEFINITION = re.compile(r"^(task|group|tag):[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*$", re.MULTILINE)
-# What a task does that says nothing else; see ``lm_eval.config.task.TaskConfig``.
+# The default output type of a task; see ``lm_eval.config.task.TaskConfig``.
 GENERATES = "generate_until"
 
 
@@ -27,7 +27,7 @@ class Definition:
 
     Attributes:
         kind: task, group, or tag (a name for all tasks that carry it).
-        members: names that a group lists, where they are known.
+        members: names that a group lists, if they are known.
     """
 
     kind: str
@@ -36,9 +36,9 @@ class Definition:
 
 
 def generating_tasks(tasks: Sequence[str], include_path: Path | None) -> list[str]:
-    """Of some tasks, groups and tags, those of which a task lets the model write its answer.
+    """The names of tasks, groups and tags that are, or include, a task in which the model writes its answer.
 
-    A task that is a class of its own in Python, or whose file can't be read, is none: what it does is not known.
+    A task that is defined by a Python class, or whose file can't be read, doesn't count: what it does is not known.
     """
     own, _ = own_definitions(include_path)
     known = {**(shipped_definitions() if set(tasks) - set(own) else {}), **own}
@@ -46,7 +46,7 @@ def generating_tasks(tasks: Sequence[str], include_path: Path | None) -> list[st
 
 
 def _tasks_of(name: str, known: Mapping[str, Definition]) -> Iterator[Definition]:
-    """A task, the tasks of a group and of groups in it, or the first that carries a tag, as far as they are known."""
+    """Yield a task, the tasks of a group and of groups in it, or the first task with a tag, as far as known."""
     wanted = [name]
     for each in wanted:  # grows while groups unfold
         definition = known.get(each)
@@ -58,7 +58,7 @@ def _tasks_of(name: str, known: Mapping[str, Definition]) -> Iterator[Definition
 
 
 def _members_in(group: Definition) -> tuple[str, ...]:
-    """What the file of a group says, of which only the name has been looked up."""
+    """Members of a group, read from its file, if only its name has been looked up so far."""
     found: dict[str, Definition] = {}
     content = _read_yaml(group.file)
     if isinstance(content, dict):
@@ -75,13 +75,13 @@ def _generates(task: Definition) -> bool:
 
 
 def explain(error: Exception) -> str:
-    """One line for an error of a library."""
+    """Describe an error raised by a library in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__
 
 
 def unfolded(tasks: Sequence[str], own: Mapping[str, Definition]) -> list[str]:
-    """The tasks, and the members of those that are groups of the user's."""
+    """The tasks, followed by the members of those that are groups of the user's own, recursively."""
     wanted = list(tasks)
     for name in wanted:  # grows while groups unfold
         members = own[name].members if name in own else ()
@@ -90,7 +90,7 @@ def unfolded(tasks: Sequence[str], own: Mapping[str, Definition]) -> list[str]:
 
 
 def shipped_definitions() -> dict[str, Definition]:
-    """Names in lm-eval's own YAML files, found without parsing them; tags in lists and inherited names are missed."""
+    """Names in lm-eval's own YAML files, found without parsing; tags in lists and inherited names are missed."""
     spec = importlib.util.find_spec("lm_eval")
     assert spec is not None and spec.submodule_search_locations
     found: dict[str, Definition] = {}
@@ -102,13 +102,13 @@ def shipped_definitions() -> dict[str, Definition]:
 
 
 def own_definitions(folder: Path | None) -> tuple[dict[str, Definition], dict[Path, str]]:
-    """What the user's YAML files define, and those that can't be read, with the reason."""
+    """Definitions in the user's YAML files, and the files that can't be read, with the reason for each."""
     found: dict[str, Definition] = {}
     unreadable: dict[Path, str] = {}
     for file in sorted(folder.glob("**/*.yaml")) if folder else ():
         try:
             content = _read_yaml(file)
-        except (yaml.YAMLError, OSError, ValueError) as error:  # ValueError: not UTF-8; a date that is none
+        except (yaml.YAMLError, OSError, ValueError) as error:  # ValueError: not UTF-8; an invalid date
             unreadable[file] = explain(error)
             continue
         if isinstance(content, dict):
@@ -121,10 +121,10 @@ def _read_yaml(file: Path) -> Any:
 
 
 def with_included(file: Path) -> dict[str, Any]:
-    """What a task's YAML file says, with what it includes from others, as lm-eval reads it.
+    """Content of a task's YAML file, merged with the files that it includes, as lm-eval reads it.
 
     Raises:
-        UserError: where one of them is missing or can't be read.
+        UserError: if an included file is missing or can't be read.
     """
     content = dict(_read_yaml(file))
     included = content.pop("include", None) or []
@@ -152,12 +152,12 @@ def _define(content: Mapping[str, Any], file: Path, found: dict[str, Definition]
 
 
 def _name_of(member: Any) -> str:
-    """The name that a group's entry refers to; an inline group's own name, which is defined nowhere else."""
+    """Name that an entry of a group refers to; for an inline group its text, which is the name of no definition."""
     return str(member.get("task") if isinstance(member, Mapping) and "group" not in member else member)
 
 
 class _TaskYaml(yaml.SafeLoader):
-    """YAML with lm-eval's ``!function module.name`` tags, which are not run here."""
+    """YAML loader that accepts lm-eval's ``!function module.name`` tags without importing anything."""
 
 
 _TaskYaml.add_multi_constructor("!function", lambda loader, suffix, node: None)
