@@ -1,7 +1,7 @@
-"""A chart as plotly.js draws it: plain JSON, so that nothing is imported to make one.
+"""Charts in the format of plotly.js: plain JSON, so that nothing needs to be imported to make one.
 
-Colours are Okabe and Ito's, which people with any of the common kinds of colour blindness tell apart, without their
-yellow and black, which vanish on one of the two backgrounds. Points differ in their shape too.
+Colours are those of Okabe and Ito, which can be distinguished with all common kinds of colour blindness, without their
+yellow and black, which vanish on one of the two backgrounds. Points differ in shape, too.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ NAMES = {"solid": "solid", "dash": "dashed", "dot": "dotted", "dashdot": "dashes
 
 @dataclass(frozen=True)
 class Style:
-    """How lines and points of one thing look.
+    """The look of a series' lines and points.
 
     Attributes:
-        symbol: of plotly.js.
+        symbol: a marker symbol of plotly.js.
     """
 
     color: str
@@ -33,7 +33,7 @@ class Style:
 
 
 def style(number: int) -> Style:
-    """The look of the n-th of several things; colours come again after six, with other marks."""
+    """The look of the n-th of several series; colours repeat after six, with other symbols."""
     return Style(PALETTE[number % len(PALETTE)], SYMBOLS[number % len(SYMBOLS)])
 
 
@@ -43,19 +43,19 @@ def method_color(method: str | None, methods: Sequence[str]) -> str:
 
 
 def dash(value: float, values: Sequence[float]) -> str:
-    """The dashes of one of several ratios or shares."""
+    """The dash pattern for one of several ratios or shares."""
     return DASHES[values.index(value) % len(DASHES)]
 
 
 def dashes_told(values: Sequence[float], meaning: str) -> str:
-    """A sentence that explains ``dash``; empty where there is nothing to tell apart."""
+    """A sentence that explains the dash patterns; empty if there is nothing to tell apart."""
     told = [f"{NAMES[dash(value, values)]} {value:.0%}" for value in values]
     return f" Lines by {meaning}: {', '.join(told)}." if len(told) > 1 else ""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of a chart's legend, for all traces whose ``legendgroup`` is its name."""
+    """An entry of a chart's legend, for all traces whose ``legendgroup`` is its name."""
 
     name: str
     color: str
@@ -64,11 +64,11 @@ class Key:
 
 @dataclass(frozen=True)
 class Figure:
-    """One panel.
+    """One panel of a chart.
 
     Attributes:
-        model: whose it is; empty where it is everybody's.
-        layout: of plotly.js; fonts, colours and margins are the page's.
+        model: the model that it shows; empty if it shows all models.
+        layout: layout settings of plotly.js; fonts, colours and margins are set by the page.
         height: in pixels.
     """
 
@@ -84,9 +84,9 @@ class Chart:
     """A section of the page: panels that share a legend.
 
     Attributes:
-        id: names it in the page's addresses.
-        about: what is shown, in a sentence or two.
-        absent: what is said where there is no figure.
+        id: its anchor in the page.
+        about: description of the chart, in a sentence or two.
+        absent: text shown if there is no figure.
     """
 
     id: str
@@ -98,24 +98,24 @@ class Chart:
 
 
 def shown(text: str) -> str:
-    """A name as plotly.js shows it, which reads some HTML."""
+    """Escape a name for plotly.js, which interprets some HTML."""
     return html.escape(text, quote=False)
 
 
 def axis(title: str, **settings: Any) -> dict[str, Any]:
-    """An axis of a layout."""
+    """An axis of a layout, with a title."""
     return {"title": {"text": shown(title)}, **settings}
 
 
 def line(key: Key, xs: Sequence[Any], ys: Sequence[Any], **settings: Any) -> Trace:
-    """A line that belongs to a legend's entry."""
+    """A line that belongs to an entry of the legend."""
     look = {"color": key.color, "dash": key.dash, "width": 2}
     named = {"name": shown(key.name), "legendgroup": key.name, "hovertemplate": "%{fullData.name}<br>%{x}, %{y}"}
     return {"type": "scatter", "mode": "lines", **named, "x": xs, "y": ys, "line": look, **settings}
 
 
 def band(key: Key, xs: Sequence[Any], low: Sequence[float], high: Sequence[float]) -> Trace:
-    """The range around a line: one outline, filled."""
+    """The range around a line, as a filled outline."""
     outline = {"x": [*xs, *reversed(xs)], "y": [*high, *reversed(low)], "fill": "toself", "fillcolor": key.color}
     look = {"line": {"width": 0}, "opacity": 0.2, "hoverinfo": "skip"}
     return {"type": "scatter", "mode": "lines", "legendgroup": key.name, **outline, **look}

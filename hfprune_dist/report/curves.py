@@ -1,4 +1,4 @@
-"""Charts of what stages told on their way: losses of training, and whether more windows would change what stays."""
+"""Charts of what stages recorded on the way: training losses, and whether more windows would change what is kept."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Keys = Mapping[str | None, Key]
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of one training stage by step."""
+    """The losses of one training stage, by step."""
 
     model: str
     kind: str
@@ -46,7 +46,7 @@ class Curve:
 
 
 def curve_charts(evidence: Evidence) -> list[Chart]:
-    """Losses, and split halves."""
+    """The charts of training losses and of split halves."""
     return [_losses(evidence), _split_halves(evidence)]
 
 
@@ -76,7 +76,7 @@ def _curves(evidence: Evidence) -> Iterator[Curve]:
 
 @cache
 def _read(file: Path) -> Mapping[int, float]:
-    """Step -> loss, at most ``MOST_POINTS`` of them. Artifacts never change, so each is read once."""
+    """Step -> loss, thinned to about ``MOST_POINTS``. Artifacts never change, so each file is read only once."""
     try:
         records = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
         losses = [(int(it["step"]), float(it["loss"])) for it in records if it.get("loss") is not None]

@@ -1,4 +1,4 @@
-"""What a report is drawn from: rows, manifests and the attempts at stages, all read once."""
+"""The data behind a report: rows, manifests and attempts at stages, all read once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempt import Attempt, AttemptsOf
 from hfprune_dist.store.stage import Stage
 
-# With more cells than these, lines that belong to one checkpoint are drawn as one per method, with the range around it.
+# With more cells than this, lines of single checkpoints are replaced by one line per method, with the range around it.
 MOST_SINGLE_CELLS = 50
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A sweep at one moment.
+    """The state of a sweep at one moment.
 
     Attributes:
-        out: its folder, in which the report lies.
+        out: the sweep's folder, which also holds the report.
         written: unix time of the report.
-        manifests: stage id -> manifest of its artifact; None where there is none.
+        manifests: stage id -> manifest of its artifact; None if there is none.
         attempts: stage id -> attempts, first to last.
-        config: the configuration of the last run, as YAML; empty where it is gone.
+        config: the configuration of the last run, as YAML; empty if it is gone.
     """
 
     out: Path
@@ -51,12 +51,12 @@ class Evidence:
 
     @property
     def ratios(self) -> list[float]:
-        """How much pruned rows were asked to lose, ascending."""
+        """Requested ratios of the pruned rows, ascending."""
         return sorted({row["ratio"] for row in self.rows if row["method"]})
 
     @property
     def has_many_cells(self) -> bool:
-        """Whether lines of single checkpoints would hide each other."""
+        """Whether there are so many cells that lines of single checkpoints would hide each other."""
         return len(self.rows) > MOST_SINGLE_CELLS
 
     @cached_property
@@ -68,23 +68,23 @@ class Evidence:
         return behind
 
     def cells_of(self, stage_id: str) -> list[Cell]:
-        """The rows that a stage is behind."""
+        """The cells that depend on a stage."""
         return self._cells.get(stage_id, [])
 
     def finished(self, *kinds: str) -> list[tuple[Stage, Mapping[str, Any]]]:
-        """Stages of some kinds that have an artifact and are behind a row, in plan order, with their metrics."""
+        """Stages of these kinds that have an artifact and that a cell depends on, in plan order, with their metrics."""
         found = [(stage, self.manifests[stage.id]) for stage in self.plan.stages.values() if stage.kind in kinds]
         return [(stage, manifest["metrics"]) for stage, manifest in found if manifest and self.cells_of(stage.id)]
 
 
 def collect(out: Path, plan: Plan, rows: Sequence[Row], attempts_of: AttemptsOf, written: float) -> Evidence:
-    """Read what a report is drawn from.
+    """Read the data behind a report.
 
     Args:
         out: folder of the sweep, with its store.
-        rows: those of the plan's cells.
-        attempts_of: what the launchers know of a stage.
-        written: unix time.
+        rows: one per cell of the plan.
+        attempts_of: returns the attempts at a stage, as launchers recorded them.
+        written: unix time of the report.
     """
     store = Store(out / "store")
     try:

@@ -1,4 +1,4 @@
-"""What a report says in words: how far the sweep is, what went wrong, and where its results come from."""
+"""The text of a report: progress of the sweep, failures, and provenance of its results."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LONGEST_MESSAGE = 500
 
 
 def time_of(moment: float) -> str:
-    """A unix time for people."""
+    """Format a unix time for people."""
     return f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def summary(evidence: Evidence) -> str:
-    """HTML: how far it is."""
+    """HTML of the sweep's progress: finished rows and stages, and what is missing."""
     done = sum(row["status"] == "done" for row in evidence.rows)
     made = [manifest for manifest in evidence.manifests.values() if manifest]
     hours = sum(manifest.get("wall_time_s", 0.0) for manifest in made) / 3600
@@ -67,7 +67,7 @@ def _further(number: int) -> str:
 
 
 def failures(evidence: Evidence) -> str:
-    """HTML: every attempt that ended without an artifact, as a table."""
+    """HTML table of all attempts that ended without an artifact."""
     lines = [
         _failure(stage, attempt, evidence)
         for stage in evidence.plan.stages.values()
@@ -100,7 +100,7 @@ def _logs(logs: Iterable[Path], evidence: Evidence) -> str:
 
 
 def provenance(evidence: Evidence) -> str:
-    """HTML: what artifacts were made with, and the configuration of the last run."""
+    """HTML of what artifacts were made with, and of the configuration of the last run."""
     made = [manifest for manifest in evidence.manifests.values() if manifest]
     lines = [
         f'<tr><th scope="row">{escape(name)}</th><td>{_counted(value(manifest) for manifest in made)}</td></tr>'
@@ -135,7 +135,7 @@ def _packages(made: Iterable[Manifest]) -> Iterator[tuple[str, Any]]:
 
 
 def _counted(values: Iterable[str]) -> str:
-    """What there is; with how many stages each where there are several."""
+    """HTML of the distinct values, with the number of stages for each if there are several values."""
     counts = Counter(values)
     if len(counts) == 1:
         return escape(next(iter(counts)))

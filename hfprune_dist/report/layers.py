@@ -1,4 +1,4 @@
-"""Charts of what checkpoints keep: how much in every layer, and how much methods keep in common."""
+"""Charts of the units that checkpoints keep: how many in each layer, and how many methods keep in common."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ NOTHING_PRUNED = "No model has been pruned yet."
 
 @dataclass(frozen=True)
 class Units:
-    """What a checkpoint keeps of one kind of unit: layer -> the numbers of its units as bits of an integer."""
+    """The units of one kind that a checkpoint keeps: layer -> their indices, as the bits of an integer."""
 
     layers: Mapping[int, int]
 
     def counts(self, layers: int) -> list[int]:
-        """How many each of a model's layers keeps; none where the layer went."""
+        """Number of units kept in each of a model's layers; 0 if the layer was removed."""
         return [self.layers.get(layer, 0).bit_count() for layer in range(layers)]
 
     def common_share(self, other: Units) -> float:
-        """Of all units that either keeps, the share that both keep."""
+        """Share of the units kept by either checkpoint that both keep."""
         layers = self.layers.keys() | other.layers.keys()
         pairs = [(self.layers.get(layer, 0), other.layers.get(layer, 0)) for layer in layers]
         union = sum((ours | theirs).bit_count() for ours, theirs in pairs)
@@ -66,14 +66,14 @@ class Pruned:
 
 
 def layer_charts(evidence: Evidence) -> list[Chart]:
-    """Widths and heads by layer, and the overlap of what methods keep."""
+    """The charts of widths and heads by layer, and of the overlap between the units that methods keep."""
     pruned = [*_pruned(evidence)]
     return [_sizes(evidence, pruned), _overlap(evidence, pruned)]
 
 
 def _pruned(evidence: Evidence) -> Iterator[Pruned]:
     for stage, _ in evidence.finished(*CUTTING):
-        # A stage of an earlier round is behind the same rows as the last one.
+        # A cell also depends on the stages of earlier rounds; only the one of the last round counts.
         cells = [cell for cell in evidence.cells_of(stage.id) if _last_pruning(cell.producers) == stage.id]
         kept = _read(evidence.store.handle(stage.id).artifact)
         if cells and kept:
@@ -86,7 +86,7 @@ def _last_pruning(producers: Sequence[str]) -> str:
 
 @cache
 def _read(artifact: Path) -> Mapping[str, Units]:
-    """Kind -> what stays, by an artifact's ``kept.json``. Artifacts never change, so each is read once."""
+    """Kind -> kept units, from an artifact's ``kept.json``. Artifacts never change, so each is read only once."""
     try:
         layers, units = read_kept_numbers(artifact)
     except (OSError, ValueError):
@@ -123,7 +123,7 @@ def _methods(pruned: Sequence[Pruned]) -> list[str]:
 
 
 def _counting(pruned: Sequence[Pruned], kind: str) -> dict[str, Any]:
-    """An axis of whole numbers."""
+    """Settings for an axis of whole numbers."""
     most = max(bits.bit_count() for it in pruned for bits in it.units[kind].layers.values())
     return {"rangemode": "tozero", **({"dtick": 1} if most < 10 else {})}
 

@@ -1,4 +1,4 @@
-"""The page: one file with its styles, its script, plotly.js and all that is shown; it asks the network for nothing."""
+"""The page: one file with its styles, its script, plotly.js and all data; it makes no network requests."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hfprune_dist.report.quality import quality_charts
 from hfprune_dist.report.rows_table import rows_table
 from hfprune_dist.report.timeline import timeline_chart
 
-# The browser itself refuses whatever would need the network.
+# Makes the browser refuse everything that would need the network.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-# With more models, the page begins with one of them.
+# With more models than this, the page shows only the first one initially.
 MOST_MODELS_AT_ONCE = 4
 
 
@@ -62,14 +62,14 @@ def _own(name: str) -> str:
 
 
 def _plotly() -> str:
-    """plotly.js; imported where a page is written, so that nobody else waits for it."""
+    """Source of plotly.js; imported only when a page is written, so that nothing else waits for the import."""
     from plotly.offline import get_plotlyjs
 
     return str(get_plotlyjs())
 
 
 def _json(charts: Sequence[Chart]) -> str:
-    """What plotly.js draws, in the order of the page's panels; no text in it can end the script."""
+    """JSON of all figures, in the order of the page's panels, escaped so that no text in it can end the script."""
     drawn = [{"data": figure.data, "layout": figure.layout} for chart in charts for figure in chart.figures]
     text = json.dumps(drawn, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -92,7 +92,7 @@ def _body(chart: Chart) -> str:
 
 
 def _key(key: Key) -> str:
-    """An entry of a legend, which hides and shows its traces."""
+    """HTML of a legend entry, a button that hides and shows its traces."""
     stroke = f'stroke="{key.color}" stroke-width="3" stroke-dasharray="{"" if key.dash == "solid" else "2 4"}"'
     swatch = f'<svg width="28" height="8"><path d="M0 4H28" {stroke}/></svg>'
     name = escape(key.name)
@@ -107,7 +107,7 @@ def _panel(figure: Figure) -> str:
 
 
 def _models(models: Sequence[str]) -> str:
-    """What chooses the model that is shown."""
+    """HTML of the menu that selects the model to show; empty if there is only one."""
     if len(models) < 2:
         return ""
     first = models[0] if len(models) > MOST_MODELS_AT_ONCE else ""

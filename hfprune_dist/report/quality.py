@@ -1,6 +1,6 @@
-"""Charts of what rows measured: quality against size and against speed, distance from the dense model, tasks.
+"""Charts of the measurements in rows: quality against size and speed, distance from the dense model, tasks.
 
-To add one, say what it shows (``Measure``) and along what (``Scale``), and give both to ``_figure``.
+To add a chart, define its y-axis (``Measure``) and its x-axis (``Scale``), and pass both to ``_figure``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Keys = Mapping[tuple[str | None, str], Key]
 
 @dataclass(frozen=True)
 class Measure:
-    """Something that a row has measured.
+    """A measurement in rows, shown on the y-axis.
 
     Attributes:
-        error: its standard error; None where there is none.
-        axis: settings of plotly.js.
-        floor: what always choosing the same answer gets; None where that is nothing known.
+        error: returns its standard error; None if there is none.
+        axis: axis settings of plotly.js.
+        floor: returns the score of always choosing the same answer; None if it isn't known.
     """
 
     title: str
@@ -39,7 +39,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Scale:
-    """Along what rows are put."""
+    """The x-axis along which rows are placed."""
 
     title: str
     value: Value
@@ -74,7 +74,7 @@ def _kl_on(text: str) -> Measure:
 
 
 def _task(name: str) -> list[Measure]:
-    """A task's headline, and its perplexity; a task has one of them."""
+    """The measures for a task's headline and for its perplexity; each task has only one of them."""
 
     def of(read: Callable[[Mapping[str, Any]], float | None]) -> Value:
         return lambda row: read(row["tasks"].get(name, {}))
@@ -86,7 +86,7 @@ def _task(name: str) -> list[Measure]:
 
 
 def quality_charts(evidence: Evidence) -> list[Chart]:
-    """Quality against size, and against speed where that is measured; distance from the dense model, and tasks."""
+    """Charts of quality against size, and against speed if measured, of distance from the dense model, and of tasks."""
     texts = dict.fromkeys(text for row in evidence.rows for text in row[OTHER_TEXTS])
     tasks = dict.fromkeys(task for row in evidence.rows for task in row["tasks"])
     keys = keys_of(evidence)
@@ -119,7 +119,7 @@ def quality_charts(evidence: Evidence) -> list[Chart]:
 
 
 def keys_of(evidence: Evidence) -> Keys:
-    """(method, recovery) -> entry of the legend: a colour for each method, dotted where nothing was recovered."""
+    """(method, recovery) -> legend entry: one colour per method, dotted without recovery."""
     methods = evidence.methods
     found = sorted({(row["method"], row["recovery"]) for row in evidence.rows}, key=lambda it: _place(it, methods))
     return {
@@ -140,7 +140,7 @@ def _name(method: str | None, recovery: str) -> str:
 
 
 def _figure(evidence: Evidence, model: str, measure: Measure, scale: Scale) -> Figure | None:
-    """One measure of one model along a scale; None where no row has it."""
+    """Figure of a measure of one model along a scale; None if no row has it."""
     rows = [row for row in evidence.rows if row["model"] == model]
     known = [row for row in rows if measure.value(row) is not None and scale.value(row) is not None]
     if not known:
@@ -160,7 +160,7 @@ def _layout(measure: Measure, scale: Scale) -> dict[str, Any]:
 
 
 def _floors(rows: Sequence[Row], measure: Measure, scale: Scale) -> list[Trace]:
-    """A line at each floor, of which there is one where all rows are over the same documents."""
+    """A line at each floor; there is only one if all rows were evaluated on the same documents."""
     along = [value for row in rows if (value := scale.value(row)) is not None]
     floors = sorted({floor for row in rows if (floor := measure.floor(row)) is not None})
     key = Key("constant answer", GREY, "dot")
@@ -168,7 +168,7 @@ def _floors(rows: Sequence[Row], measure: Measure, scale: Scale) -> list[Trace]:
 
 
 def _across(trace: Trace, rows: Sequence[Row], scale: Scale) -> Trace:
-    """The one point of a dense model as a line along all rows; a point where there is nothing beside it."""
+    """The dense model's single point as a line across all rows; left as a point if there are no other rows."""
     along = [value for row in rows if (value := scale.value(row)) is not None]
     if min(along) == max(along):
         return trace

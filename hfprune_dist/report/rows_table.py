@@ -1,4 +1,4 @@
-"""The table of a report: every number of results.csv, a few columns of it at first, sorted by a click on a header."""
+"""The table of a report: everything in results.csv, with a few columns shown at first; clicking a header sorts it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _percent_measured(row: Row, name: str) -> str:
     return percent(value) if error is None else percent_measured(value, error)
 
 
-# The columns that show at first, where any row has them: what they are called, and how they show a row.
+# Columns shown at first, if any row has a value: their headers, and functions that return the text for a row.
 FEW: dict[str, tuple[str, Callable[[Row], str]]] = {
     "label": ("row", lambda row: str(row["label"])),
     "ratio_reached": ("% removed", lambda row: percent(row["ratio_reached"])),
@@ -67,7 +67,7 @@ def rows_table(evidence: Evidence) -> str:
 
 
 def _hidden(few: int) -> str:
-    """Styles that hide cells by their place: to say of each that it is hidden would take megabytes."""
+    """Styles that hide cells by position: marking each cell as hidden would take megabytes."""
     rest = f"#rows:not(.all) :is(th,td):nth-child(n+{few + 2}){{display:none}}"
     return f"<style>{rest}@media print{{#rows :is(th,td):nth-child(n+{few + 1}){{display:none}}}}</style>"
 
@@ -83,15 +83,15 @@ def _line(row: Row, cells: Sequence[str]) -> str:
 
 
 def _exact(value: Any) -> str:
-    """A cell that shows what results.csv has."""
+    """HTML of a cell with the value from results.csv."""
     return f"<td>{'' if value is None else escape(str(value))}</td>"
 
 
 def _few(columns: Sequence[str], row: Row, name: str, evidence: Evidence) -> Iterator[str]:
-    """Cells that show values for people; ``data-v`` is what results.csv has.
+    """Yield HTML of cells with values formatted for people; ``data-v`` is the value from results.csv.
 
     Args:
-        name: of the row's checkpoint.
+        name: name of the row's checkpoint.
     """
     for column in columns:
         value, text = row[column], escape(FEW[column][1](row))
@@ -101,7 +101,7 @@ def _few(columns: Sequence[str], row: Row, name: str, evidence: Evidence) -> Ite
 
 
 def _named(name: str, artifact: Path, out: Path) -> Path:
-    """The folder with the checkpoint's name and card; the artifact's own where that one is not there, or another's."""
+    """The folder with the checkpoint's name and card; the artifact's own if that is missing or another's."""
     folder = out / CHECKPOINTS / name
     return folder if (folder / "config.json").resolve().parent == artifact.resolve() else artifact
 
@@ -114,7 +114,7 @@ def _short(checkpoint: str | None) -> str:
 
 
 def _logs(cell: Cell, evidence: Evidence) -> str:
-    """Links to the newest log of every stage behind a row."""
+    """HTML of links to the newest log of every stage behind a row."""
     newest = [(stage_id, _newest_log(stage_id, evidence)) for stage_id in evidence.plan.upstream(cell)]
     links = [f'<a href="{link(log, evidence.out)}">{_kind(stage_id)}</a>' for stage_id, log in newest if log]
     return f"<td class=logs>{' '.join(links) or '-'}</td>"
@@ -130,5 +130,5 @@ def _kind(stage_id: str) -> str:
 
 
 def link(target: Path, out: Path) -> str:
-    """An address that leads from the report to a file, wherever both are moved together."""
+    """A relative URL from the report to a file, which still works if both are moved together."""
     return escape(quote(os.path.relpath(target, out)))

@@ -1,4 +1,4 @@
-"""When stages ran, in how many attempts, and why attempts failed."""
+"""Timeline of a sweep: when stages ran, in how many attempts, and why attempts failed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from hfprune_dist.report.evidence import Evidence
 from hfprune_dist.store.attempt import Attempt
 from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
 
-# Idle time longer than this share of the busy time is cut out of the picture, where it is more than some minutes.
+# Idle time is cut out of the chart if it exceeds both this share of the busy time and this number of seconds.
 LONG_IDLE_SHARE = 0.1
 LONG_IDLE_S = 300.0
-# With more stages than these, a line is a kind of stage.
+# With more stages than this, there is one line per kind of stage instead of one per stage.
 MOST_LINES = 60
-# On both sides of the time that is drawn, as shares of it.
+# Margins on both sides of the time axis, as shares of the time shown.
 LEFT_ROOM, RIGHT_ROOM = 0.01, 0.08
-# Yellow, of the same palette, is too pale for lines, but not for bars.
+# The yellow of the same palette is too pale for lines, but not for bars.
 YELLOW = "#F0E442"
 COLORS = dict(zip(STAGE_VERSIONS, (*PALETTE, GREY, YELLOW), strict=True))
-# Of plotly.js, by the state of the attempt.
+# Patterns of plotly.js, by state of the attempt.
 PATTERNS = {"done": "", "failed": "x", "open": "."}
 
 
 @dataclass(frozen=True)
 class Period:
-    """An attempt with a beginning and, if only for now, an end; unix times."""
+    """An attempt that has begun, with start and end in unix time; an open one ends, for now, at the report's time."""
 
     stage: Stage
     attempt: Attempt
@@ -37,7 +37,7 @@ class Period:
 
 
 def timeline_chart(evidence: Evidence) -> Chart:
-    """A bar for each attempt."""
+    """The timeline, with a bar for each attempt."""
     periods = sorted(_periods(evidence), key=lambda it: it.start)
     about = "A bar is an attempt at a stage; crossed ones failed, dotted ones have no end yet. Times are UTC."
     keys = [_key(kind) for kind in STAGE_VERSIONS if any(it.stage.kind == kind for it in periods)]
@@ -61,10 +61,10 @@ def _periods(evidence: Evidence) -> Iterator[Period]:
 
 
 def _sessions(periods: Sequence[Period]) -> Iterator[tuple[float, float]]:
-    """(begin, end) of the times between which nothing ran for long.
+    """Yield (begin, end) of the sessions: spans of time separated by long idle times.
 
     Args:
-        periods: by their start; one at least.
+        periods: sorted by start; at least one.
     """
     busy: list[list[float]] = []
     for it in periods:
@@ -98,7 +98,7 @@ def _figure(evidence: Evidence, periods: Sequence[Period], sessions: Sequence[tu
         "xaxis": {
             "tickvals": [place for place, _ in marks],
             "ticktext": [_time(moment) for _, moment in marks],
-            # plotly.js leaves out the last time where the page has no room for it.
+            # plotly.js omits the last label if there is no room for it.
             "range": [-LEFT_ROOM * marks[-1][0], (1 + RIGHT_ROOM) * marks[-1][0]],
         },
         "yaxis": {"type": "category", "categoryarray": [*map(shown, lines)], "autorange": "reversed"},
@@ -112,7 +112,7 @@ def _line(stage: Stage, by_kind: bool) -> str:
 
 
 def _offsets(sessions: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """(unix time at which a session begins, seconds on the axis) of each."""
+    """(unix time at which it begins, its position on the axis in seconds) of each session."""
     offsets, passed = [], 0.0
     for begin, end in sessions:
         offsets.append((begin, passed))
@@ -129,7 +129,7 @@ def _bars(periods: Sequence[Period], key: Key, by_kind: bool, offsets: Sequence[
         "legendgroup": key.name,
         "y": [shown(_line(it.stage, by_kind)) for it in periods],
         "base": [it.start - begin + place for it, (begin, place) in zip(periods, begins, strict=True)],
-        # A moment would not be seen.
+        # At least a second, since a shorter bar would be invisible.
         "x": [max(it.end - it.start, 1.0) for it in periods],
         "hovertext": [shown(_told(it)) for it in periods],
         "hovertemplate": "%{hovertext}<extra></extra>",

@@ -168,8 +168,7 @@ def _checkpoint(cell: Cell, known: _Known) -> str | None:
 
 
 def _compared(fidelity: Mapping[str, Any]) -> Row:
-    """Fields of a row from the comparison with the dense model on one text; older evaluations have no standard errors.
-    """
+    """Fields of a row from the comparison with the dense model on one text; old evaluations have no standard errors."""
     values = {name: fidelity.get(name) for measure in _MEASURED for name in (measure, f"{measure}_stderr")}
     return {**values, "windows": fidelity.get("windows"), "tokens": fidelity.get("tokens")}
 
