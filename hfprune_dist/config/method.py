@@ -99,11 +99,11 @@ class Method(Section):
     the output that would restore the dense model's hidden states. block: as layerwise, then Gauss-Newton steps on
     gate_proj, up_proj and down_proj together; takes minutes, not seconds."""
     multiple_of: PositiveOrAuto = 1
-    """Round intermediate_size, or the number of experts, to a multiple of this (64 or 128 suit GPU kernels; experts,
-    the number of devices that they are spread over). auto: for each model and ratio, the largest of 256, 128, 64 and 32
-    that removes at least the ratio and at most 0.0125 more; if there is none, 32 for models whose intermediate_size is
-    at least 1,024, otherwise 1; always 1 for experts. If ``round_ratio`` is set, the first round decides; with
-    allocation: plain, the multiple must suit every round."""
+    """Round intermediate_size, or the number of experts, to a multiple of this: 64 or 128 suit GPUs; for experts,
+    take the number of devices that share them. auto: for each model and ratio, the largest of 256, 128, 64 and 32 with
+    which at least the ratio is removed, and at most 0.0125 more; if there is none, 32 for models whose
+    intermediate_size is at least 1,024, otherwise 1; always 1 for experts. With ``round_ratio``, the first round
+    decides; with allocation: plain, the multiple must suit every round."""
     steps: Positive = 1
     """Number of equal rounds in which the ratio is removed. Before every round but the first, the pruned model is
     scored again on the same windows. The refit ``dense`` then uses that model's activations; other refits aim at the

@@ -73,7 +73,7 @@ class EvaluationConfig(Section):
     num_fewshot: Annotated[int, Field(ge=0)] | None = 0
     """Number of examples in the prompt; null leaves it to each task."""
     add_bos_token: bool = True
-    """Begin every sequence with the tokenizer's BOS token; also calibration windows, if calibration leaves it open."""
+    """Begin every sequence with the tokenizer's BOS token. Applies to calibration windows too, unless set there."""
     apply_chat_template: bool = False
     """Format prompts with the tokenizer's chat template."""
     limit: Positive | None = None
