@@ -1,4 +1,4 @@
-"""The one exception that means: the user can fix this."""
+"""Errors that the user can fix, and how commands report them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MENDABLE = {
     errno.EACCES: "check the permissions",
     errno.EROFS: "choose a folder on a writable file system",
 }
-# Of paths that a user gives to a command; in a stage they would be our own mistakes.
+# Errors about paths that a user passes to a command; inside a stage they would be bugs of ours.
 _WRONG_PATH = {
     errno.ENOTDIR: "give a folder",
     errno.EISDIR: "give a file",
@@ -24,7 +24,7 @@ _WRONG_PATH = {
     errno.ENAMETOOLONG: "give a shorter path",
     errno.ELOOP: "give a path whose links lead somewhere",
 }
-# How libraries in Rust, such as safetensors, tell of an operating system's refusal; their exceptions are no OSError.
+# How Rust libraries such as safetensors report an operating system error; their exceptions are not OSErrors.
 _IN_RUST = re.compile(r"\(os error (\d+)\)")
 
 
@@ -36,24 +36,24 @@ class UserError(Exception):
 
     EXIT_CODE = 2
     CAUSE = "input"
-    """What a failed stage records; see ``progress.Failure``."""
+    """Cause that a failed stage records; see ``progress.Failure``."""
 
 
 class LostInputError(UserError):
-    """An artifact that a stage reads is gone or damaged: it is made again, then the stage can run."""
+    """An artifact that a stage reads is missing or damaged; once it has been made again, the stage can run."""
 
     CAUSE = "lost input"
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` where a valid word begins with ``word`` or is close to it, else nothing."""
+    """Return ``"; did you mean 'x'?"`` if a valid word begins with ``word`` or is close to it, otherwise ``""``."""
     words = list(valid)
     close = [it for it in words if word and it.startswith(word)] or difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def from_os_error(error: Exception) -> Exception:
-    """Turn an operating system's refusal that the user can mend into a ``UserError``; pass other errors through."""
+    """Turn an operating system error that the user can fix into a ``UserError``; return other errors unchanged."""
     return error if isinstance(error, UserError) else _explained(error, _MENDABLE)
 
 
@@ -63,7 +63,7 @@ def _explained(error: Exception, remedies: Mapping[int, str]) -> Exception:
 
 
 def _refusal(error: Exception) -> tuple[int, str]:
-    """The operating system's error number, 0 where it is none of its errors; and where, where that is known."""
+    """Return the operating system's error number (0 if it has none), and a prefix with the file's name if known."""
     if isinstance(error, OSError):
         return error.errno or 0, f"{error.filename}: " if error.filename else ""
     found = _IN_RUST.search(str(error))
@@ -72,7 +72,7 @@ def _refusal(error: Exception) -> tuple[int, str]:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """End a command with one message and exit code 2 where it fails by something that the user can mend."""
+    """End a command with one message and exit code 2 if it fails with an error that the user can fix."""
     try:
         yield
     except (UserError, OSError) as error:

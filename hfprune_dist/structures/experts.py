@@ -1,4 +1,4 @@
-"""Mixtures of experts: those among which a router chooses, whole and by neurons, and neurons of the shared one."""
+"""Units in mixtures of experts: whole experts, the neurons of experts, and the neurons of the shared expert."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, SHARED_NEURONS
 from hfprune_dist.structures.neurons import neurons
 from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 
-# Names of an MLP's row projections and of its down projection, and the matrices in each row projection.
+# Names of an MLP's row projections, the name of its down projection, and the number of matrices per row projection.
 Projections = tuple[Sequence[str], str, int]
 
-# Keys of a config.json: how many experts a layer has, and how many of them compute a token.
+# Keys of config.json for the number of experts in a layer, and for the number of them that process each token.
 NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
-# How wide they are, by the first one that is there; and how wide the shared one is, by itself or as many times as wide.
+# Keys for an expert's width (the first one present counts), and for the shared expert's: its width, or a multiple.
 WIDTHS = ("moe_intermediate_size", "intermediate_size")
 SHARED_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size")
 SHARED_NUMBERS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
-# How many times, where no key says it.
+# Multiple of an expert's width that the shared one has, for model types without a key for it.
 _UNSTATED_SHARED = {"hunyuan_v1_moe": 1}
-# How wide MLPs of layers without experts are, where another key than theirs says it.
+# Keys for the width of MLPs in layers without experts, where it isn't ``intermediate_size``.
 _DENSE_WIDTHS = ("dense_intermediate_size", "prefix_dense_intermediate_size")
-# Which layers have some: those from a number on, ...
+# Keys that say which layers have experts: those from a given number on, ...
 _FIRSTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-# ... those whose number, or the next one, so many divide; and those whose number leaves such a remainder.
+# ... those whose number plus one is divisible by a step; those whose number modulo a period is the offset; ...
 _STEPS = ("decoder_sparse_step", "moe_layer_interval")
 _PERIOD, _OFFSET = "expert_layer_period", "expert_layer_offset"
-# ... none of those that are listed, nor those behind one.
+# ... but not those that are listed, nor those after a last one.
 LAYERS_WITHOUT, _LAST = "mlp_only_layers", "moe_layer_end_index"
-# Of all these, integers: about which layers; and widths that are positive.
+# The keys above that hold integers: those that select layers, and those of widths, which are positive.
 PLACES = (*_FIRSTS, *_STEPS, _PERIOD, _OFFSET, _LAST)
 ALL_WIDTHS = (*WIDTHS, *_DENSE_WIDTHS)
 
 
 @dataclass(frozen=True)
 class Shared:
-    """The MLP beside a layer's experts that every token goes through.
+    """The shared expert: the MLP next to a layer's experts that every token goes through.
 
     Attributes:
-        name: within a layer.
-        field: of config.json, which says how wide it is.
-        copies: neurons for each one that the field counts.
-        projections: that it has.
+        name: its name within a layer.
+        field: the field of config.json that determines its width.
+        copies: number of its neurons for each one that the field counts.
+        projections: its projections.
     """
 
     name: str
@@ -58,18 +58,18 @@ class Experts:
     """The experts of a model, in its modules and in its files.
 
     Attributes:
-        count: of a layer that has any.
-        chosen: that compute a token.
-        layers: numbers of the layers that have them; the others have a plain MLP.
-        module: name within a layer of the module that has them all.
-        fields: of config.json, which say how wide they are.
-        numbers: fields of config.json, which say how many there are.
-        rows, columns: what their neurons own in the files.
-        whole: what each expert has there as a whole, and its rows of what chooses among them.
-        groups: among which a router chooses first.
-        fewest: that must stay, so that a router finds as many as it chooses.
-        shared: None where there is none.
-        renamed: (what names within a layer begin with in files, and in modules), of those that differ.
+        count: number of experts in a layer that has any.
+        chosen: number of experts that process each token.
+        layers: numbers of the layers that have experts; the others have a plain MLP.
+        module: name within a layer of the module that contains all of its experts.
+        fields: fields of config.json that state an expert's width.
+        numbers: fields of config.json that state the number of experts.
+        rows, columns: the parts of the files' tensors that the experts' neurons own.
+        whole: what each expert owns there as a whole, including its rows of the router.
+        groups: number of groups of experts among which the router chooses first.
+        fewest: number of experts that must stay for the router to find as many as it chooses.
+        shared: the shared expert, or None.
+        renamed: (prefix in files, prefix in modules) of the names within a layer that differ between the two.
     """
 
     count: int
@@ -87,7 +87,7 @@ class Experts:
     renamed: tuple[tuple[str, str], ...] = ()
 
     def in_modules(self, name: str) -> str:
-        """What modules call a tensor within a layer that files call so."""
+        """Return the name in modules of a tensor that has this name within a layer in files."""
         for before, after in self.renamed:
             if name.startswith(before):
                 return after + name.removeprefix(before)
@@ -95,19 +95,19 @@ class Experts:
 
     @property
     def routers(self) -> list[str]:
-        """Names within a layer of what chooses among experts: of what goes with them all that isn't their own."""
+        """Names within a layer of the router's tensors: those of ``whole`` that don't belong to an expert itself."""
         own = {it.tensor for it in (*self.rows, *self.columns)}
         return [it.tensor for it in self.whole if it.tensor.removesuffix("_bias") not in own]
 
     @property
     def each(self) -> bool:
-        """Whether every expert has tensors of its own in the files."""
+        """Whether each expert has tensors of its own in the files."""
         return not self.rows[0].stacked
 
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """The experts of a layer: how many there are, how many of them compute a token, and the neurons of each."""
+    """Sizes of a layer's experts: their number, the number that process each token, and the neurons of each."""
 
     count: int
     chosen: int
@@ -115,7 +115,7 @@ class ExpertSizes:
 
 
 def expert_sizes(config: Mapping[str, Any]) -> list[ExpertSizes | None]:
-    """Of each layer of a config.json; None of one that has none."""
+    """Return the sizes of each layer's experts, from a config.json; None for layers without experts."""
     layers, experts = range(int(config["num_hidden_layers"])), number_of_experts(config)
     if not experts:
         return [None for _ in layers]
@@ -125,21 +125,21 @@ def expert_sizes(config: Mapping[str, Any]) -> list[ExpertSizes | None]:
 
 
 def number_of_experts(config: Mapping[str, Any]) -> int:
-    """Of a layer that has some; 0 where a config.json speaks of no more than one."""
+    """Return the number of experts in a layer that has any; 0 if the config.json states no more than one."""
     stated = [int(config[key]) for key in NUMBERS if isinstance(config.get(key), int)]
     has_some = stated and max(stated) > 1 and config.get("is_moe", True)
     return max(stated) if has_some else 0
 
 
 def chosen_experts(config: Mapping[str, Any]) -> Any:
-    """How many of them compute a token, as a config.json says it; None where it doesn't."""
+    """Return the number of experts that process each token, as config.json states it; None if it doesn't."""
     return next((config[key] for key in CHOSEN if config.get(key) is not None), None)
 
 
 def shared_experts(config: Mapping[str, Any]) -> tuple[str, Any]:
-    """The key of a config.json that says how wide the shared one is, and how many times as wide it is.
+    """Return the key of config.json for the shared expert's width, and the multiple of its value that the width is.
 
-    The latter is None where no key says it.
+    The multiple is None if no key states it.
     """
     own = next((key for key in SHARED_WIDTHS if config.get(key)), None)
     if own:
@@ -150,7 +150,7 @@ def shared_experts(config: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def mlp_widths(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Of each layer of a config.json, the neurons that compute a token, and those that are there, experts' included."""
+    """Return for each layer the number of neurons that process each token, and of all neurons, experts' included."""
     experts = number_of_experts(config)
     if not experts:
         return [(width, width) for width in read_counts(config, "intermediate_size")]
@@ -163,7 +163,7 @@ def mlp_widths(config: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def has_experts(config: Mapping[str, Any], layer: int) -> bool:
-    """Whether a layer of a mixture has experts, in place of a plain MLP."""
+    """Whether a layer of a mixture of experts has experts rather than a plain MLP."""
     kinds = config.get("mlp_layer_types")
     if kinds:
         return bool(kinds[layer] == "sparse")
@@ -177,8 +177,8 @@ def has_experts(config: Mapping[str, Any], layer: int) -> bool:
 
 
 def expert_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts) -> Units:
-    """The neurons of a model's experts, those of one behind those of another: unit ``e * width + n`` of a layer is
-    neuron ``n`` of its expert ``e``. All experts are equally wide, so that each keeps as many.
+    """Return the neurons of a model's experts, expert by expert: unit ``e * width + n`` of a layer is neuron ``n`` of
+    its expert ``e``. All experts of a model are equally wide, so each of them keeps the same number of neurons.
     """
     return Units(
         kind=EXPERT_NEURONS,
@@ -196,8 +196,8 @@ def expert_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts) -> U
 
 
 def whole_experts(config: Mapping[str, Any], mlp: Block, experts: Experts) -> Units:
-    """The experts of a model, each with all its neurons and its row of the router. Where a router chooses among groups
-    first, these are equal parts of a layer's experts, and each keeps as many.
+    """Return the experts of a model, each with all its neurons and its row of the router. If the router first chooses
+    among groups, these are equal parts of a layer's experts, and each group keeps the same number of experts.
     """
     return Units(
         kind=EXPERTS,
@@ -214,7 +214,7 @@ def whole_experts(config: Mapping[str, Any], mlp: Block, experts: Experts) -> Un
 
 
 def shared_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts) -> Units:
-    """The neurons of the shared experts of a model that has such."""
+    """Return the neurons of the shared experts of a model that has them."""
     shared = experts.shared
     assert shared is not None, "the model has no shared experts"
     units = neurons(config, replace(mlp, name=shared.name), *shared.projections)
@@ -223,7 +223,7 @@ def shared_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts) -> U
 
 
 def dense_neurons(config: Mapping[str, Any], mlp: Block, experts: Experts, projections: Projections) -> Units:
-    """The neurons of the layers that have a plain MLP in place of experts."""
+    """Return the neurons of the layers that have a plain MLP instead of experts."""
     units, field = neurons(config, mlp, *projections), _dense_width(config)
     counts = tuple(0 if it in experts.layers else count for it, count in enumerate(read_counts(config, field)))
     return replace(units, counts=counts, fields={field: 1})

@@ -1,4 +1,4 @@
-"""What stays of a model once it is pruned: which layers, and which units of each kind within them."""
+"""The layers of a model that stay when it is pruned, and the units of each kind that stay within them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """How much of a model stays.
+    """How many layers and units of a model stay.
 
     Attributes:
         layers: numbers of the layers that stay, ascending.
-        units: kind -> how many units each of these layers keeps, aligned with ``layers``. A kind that isn't named
-            stays whole.
-        ranks: name within a layer of a projection of low rank (``low_rank``) -> its rank in each of these layers.
+        units: kind -> number of units that each of these layers keeps, aligned with ``layers``. Kinds that are
+            missing here keep all units.
+        ranks: name within a layer of a low-rank projection (``low_rank``) -> its rank in each of these layers.
     """
 
     layers: tuple[int, ...]
@@ -28,10 +28,10 @@ class Shape:
     ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def counts(self, units: Units) -> tuple[int, ...]:
-        """Units of a kind that each staying layer keeps.
+        """Return the number of units of one kind that each staying layer keeps.
 
         Args:
-            units: those of the model.
+            units: the units of this kind in the unpruned model.
         """
         assert self.layers and list(self.layers) == sorted(set(self.layers)), f"layers {self.layers}"
         there = tuple(units.counts[layer] for layer in self.layers)
@@ -44,12 +44,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays of a model, by number.
+    """The layers and units of a model that stay, by their indices.
 
     Attributes:
         layers: numbers of the layers that stay, ascending.
-        units: kind -> what each of these layers keeps, aligned with ``layers``: ascending int64 indices of units. A
-            kind that isn't named stays whole.
+        units: kind -> ascending int64 indices of the units that each of these layers keeps, aligned with ``layers``.
+            Kinds that are missing here keep all units.
         ranks: as in ``Shape``.
     """
 
@@ -59,25 +59,25 @@ class Kept:
 
     @classmethod
     def of_all_layers(cls, units: Mapping[str, Sequence[Tensor]]) -> Kept:
-        """What stays where no layer goes.
+        """Return what stays of a model that keeps all its layers.
 
         Args:
-            units: kind -> what each layer keeps; one kind at least.
+            units: kind -> indices of the units that each layer keeps; at least one kind.
         """
         return cls(tuple(range(len(next(iter(units.values()))))), units)
 
     @property
     def shape(self) -> Shape:
-        """How much it is."""
+        """The number of layers and units that stay."""
         units = {kind: tuple(len(row) for row in rows) for kind, rows in self.units.items()}
         return Shape(self.layers, units, self.ranks)
 
     def of_layer(self, layer: int, kind: str) -> Tensor:
-        """The units that a staying layer keeps of a kind that is named."""
+        """Return the units that a staying layer keeps, for a kind that ``units`` contains."""
         return self.units[kind][self.layers.index(layer)]
 
     def numbered_by(self, earlier: Kept) -> Kept:
-        """The same, as the model before an earlier pruning numbers it.
+        """Return the same layers and units with the indices that they had before an earlier pruning.
 
         Args:
             earlier: what that pruning kept.

@@ -1,4 +1,4 @@
-"""KV groups of grouped-query attention: a key-value head, with the query heads that read it."""
+"""KV groups of grouped-query attention: key-value heads, each with the query heads that read it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 
 
 def kv_groups(config: Mapping[str, Any], attention: Block, projections: Sequence[str]) -> Units:
-    """The KV groups of a model: query head ``j`` belongs to group ``j // (query heads of a group)``.
+    """Return the KV groups of a model: query head ``j`` belongs to group ``j // (query heads per group)``.
 
-    Each owns its rows of the query, key and value projections, weights and biases, and its columns of the output
+    Each group owns its rows of the query, key and value projections, weights and biases, and its columns of the output
     projection. Norms over a head's channels (``q_norm``, ``k_norm``) are shared by all heads and stay.
 
     Args:
-        config: the model's ``config.json``, number of key-value heads and size of a head included.
-        projections: names of the attention's query, key, value and output projections within it.
+        config: the model's ``config.json``, including the number of key-value heads and the size of a head.
+        projections: names of the query, key, value and output projections within the attention.
     """
     query, key, value, output = (f"{attention.name}.{name}" for name in projections)
     head_dim = int(config["head_dim"])
@@ -35,7 +35,7 @@ def kv_groups(config: Mapping[str, Any], attention: Block, projections: Sequence
 
 
 def whole_groups(config: Mapping[str, Any], attention: Block) -> Units:
-    """The KV groups of a model whose attention can't lose any: they are there, and nothing goes with one."""
+    """Return the KV groups of a model whose attention can't lose any; they are counted, but own no parameters."""
     return Units(
         kind="kv_groups",
         counts=read_counts(config, "num_key_value_heads"),

@@ -1,7 +1,7 @@
-"""Projections of low rank: in place of a matrix W [out, in], a checkpoint has two factors whose product stands for it.
+"""Low-rank projections: instead of a matrix W [out, in], a checkpoint has two factors whose product approximates it.
 
-Of ``q_proj`` with rank r it has ``q_proj.0.weight`` [r, in], which reads what W reads, and ``q_proj.1.weight``
-[out, r], whose bias is W's. config.json says under ``layer_sizes`` which rank it has in each layer (``q_proj_rank``).
+For ``q_proj`` with rank r, these are ``q_proj.0.weight`` [r, in], which reads W's input, and ``q_proj.1.weight``
+[out, r], which has W's bias. config.json states the rank in each layer under ``layer_sizes`` (``q_proj_rank``).
 """
 
 from __future__ import annotations
@@ -11,39 +11,39 @@ from typing import Any
 
 from hfprune_dist.structures.units import LAYER_SIZES
 
-# Modules of a projection of low rank, in the order in which they compute.
+# Modules of a low-rank projection, in the order in which they run.
 FACTORS = ("0", "1")
 
 
 def rank_field(projection: str) -> str:
-    """The field of ``layer_sizes`` with a projection's ranks."""
+    """Return the field of ``layer_sizes`` that holds a projection's ranks."""
     return f"{projection.rpartition('.')[2]}_rank"
 
 
 def read_ranks(config: Mapping[str, Any], block: str, projections: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Name within a layer of every projection of low rank -> its rank in each layer, by a config.json.
+    """Return the ranks from a config.json: name within a layer of each low-rank projection -> its rank in each layer.
 
     Args:
-        block: name within a layer of what has these projections.
+        block: name within a layer of the block that contains these projections.
     """
     sizes = config.get(LAYER_SIZES) or {}
     return {f"{block}.{name}": tuple(sizes[field]) for name in projections if (field := rank_field(name)) in sizes}
 
 
 def linear_modules(projection: str, low_rank: Mapping[str, Any]) -> tuple[str, ...]:
-    """The modules that compute a projection, the last one with its bias: itself, or its factors.
+    """Return the modules that compute a projection, the one with its bias last: the projection itself, or its factors.
 
     Args:
-        low_rank: has the names of those of low rank.
+        low_rank: contains the names of the low-rank projections.
     """
     return tuple(f"{projection}.{factor}" for factor in FACTORS) if projection in low_rank else (projection,)
 
 
 def with_products(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """The tensors of a layer, name within it -> shape, as if its projections of low rank were whole.
+    """Return the tensors of a layer, name within it -> shape, with its low-rank projections replaced by whole ones.
 
     Args:
-        config: a ``config.json``, which says which these are.
+        config: a ``config.json``, which says which projections have low rank.
     """
     sizes, whole = config.get(LAYER_SIZES) or {}, dict(shapes)
     for name in shapes:
@@ -58,6 +58,6 @@ def with_products(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 
 
 def factor_shapes(shape: Sequence[int], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of the factors of a matrix of such a shape [out, in]."""
+    """Return the shapes of the two factors of a matrix with the given shape [out, in]."""
     outputs, inputs = shape
     return (rank, inputs), (outputs, rank)

@@ -7,21 +7,21 @@ from typing import Any
 
 from hfprune_dist.structures.units import Block, Owned, Units, read_counts
 
-# What configurations of opt and granitemoehybrid call it; and what those of lfm2 call it too, and read first.
+# Names of ``intermediate_size`` in configurations of opt and granitemoehybrid; and a second one that lfm2 reads first.
 OTHER_WIDTHS = ("ffn_dim", "shared_intermediate_size")
 OLDER_WIDTHS = ("block_ff_dim",)
 _OTHER_NAMES = (*OTHER_WIDTHS, *OLDER_WIDTHS)
 
 
 def neurons(config: Mapping[str, Any], mlp: Block, row_projections: Sequence[str], down: str, parts: int = 1) -> Units:
-    """The neurons of a model: each owns a row of every row projection, weight and bias, and a column of the down
-    projection.
+    """Return the neurons of a model: each owns a row of every row projection, weight and bias, and a column of the
+    down projection.
 
     Args:
         config: the model's ``config.json``.
-        row_projections, down: names of its projections within the MLP; of the rows one alone, where gate and up are
-            one matrix, or there is no gate.
-        parts: matrices in each row projection, one behind the other.
+        row_projections, down: names of the projections within the MLP; there is only one row projection if gate and up
+            are one matrix, or if there is no gate.
+        parts: number of matrices stacked in each row projection.
     """
     return Units(
         kind="neurons",

@@ -1,4 +1,4 @@
-"""Parameters of a model and of what pruning can take from it: what budgets are computed from."""
+"""Parameter counts of a model and of the structures that can be pruned, from which budgets are computed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hfprune_dist.structures.units import Units
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters.
+    """Numbers of parameters in a model and in its parts.
 
     Attributes:
-        total: of the whole model; a head tied to the embedding counts once.
-        layers: of each layer, norms and biases included.
-        units: kind -> of one unit, the same in every layer.
-        shapes: of the model's tensors.
+        total: parameters of the whole model; a head tied to the embedding counts once.
+        layers: parameters of each layer, including norms and biases.
+        units: kind -> parameters of one unit, the same in every layer.
+        shapes: shapes of the model's tensors, by name.
     """
 
     total: int
@@ -28,16 +28,16 @@ class ParameterCounts:
     shapes: Mapping[str, Sequence[int]]
 
     def of(self, shape: Shape) -> int:
-        """Of the model with such a shape."""
+        """Return the number of parameters of the model once it is pruned to a shape."""
         outside, gone = self.total - sum(self.layers), sum(map(sum, self._gone(shape))) + self._factored(shape)
         return outside + sum(self.layers[layer] for layer in shape.layers) - gone
 
     def ratio(self, shape: Shape) -> float:
-        """The share of the model's parameters that such a shape lacks."""
+        """Return the share of the model's parameters that pruning to a shape removes."""
         return (self.total - self.of(shape)) / self.total
 
     def _gone(self, shape: Shape) -> list[list[int]]:
-        """What each staying layer loses with its units, for each kind."""
+        """Parameters that each staying layer loses with its units, for each kind."""
         return [
             [
                 self.units[kind] * (units.counts[layer] - count)
@@ -47,7 +47,7 @@ class ParameterCounts:
         ]
 
     def _factored(self, shape: Shape) -> int:
-        """What goes with matrices of which factors are left."""
+        """Parameters saved where matrices are replaced by low-rank factors."""
         units = next(iter(self.structures.values()))
         gone = 0
         for projection, ranks in shape.ranks.items():
@@ -60,12 +60,12 @@ class ParameterCounts:
 def count_parameters(
     shapes: Mapping[str, Sequence[int]], structures: Mapping[str, Units], tied: str | None
 ) -> ParameterCounts:
-    """Count what a checkpoint has.
+    """Count the parameters of a checkpoint.
 
     Args:
-        shapes: of the tensors that the model computes with.
-        structures: all kinds of units that it has.
-        tied: name of a tensor that is another one as well.
+        shapes: name -> shape of the tensors that the model computes with.
+        structures: kind -> units, for every kind that the model has.
+        tied: name of a tensor that shares its values with another one and so doesn't count.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items() if name != tied}
     units = next(iter(structures.values()))

@@ -1,4 +1,4 @@
-"""What scores are called in the files of an importance artifact."""
+"""Names of scores in the files of an importance artifact."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ ScoresT = TypeVar("ScoresT")
 
 
 def score_name(layer: int, criterion: str, kind: str = NEURONS) -> str:
-    """Of a layer's scores [units]: ``layers.3.entropy``, and of another kind ``layers.3.kv_groups.entropy``."""
+    """Return the name of a layer's scores [units]: ``layers.3.entropy``, or ``layers.3.kv_groups.entropy``."""
     return ".".join(["layers", str(layer), *([] if kind == NEURONS else [kind]), criterion])
 
 
 def scores_of_layers(stored: Mapping[str, ScoresT], criterion: str, kind: str = NEURONS) -> list[ScoresT]:
-    """One criterion's scores of every layer's units of one kind, in the order of the layers.
+    """Return one criterion's scores for one kind of units, layer by layer.
 
     Args:
-        stored: what ``SCORES`` holds, by name.
+        stored: contents of the file ``SCORES``, by name.
     """
     names = (score_name(layer, criterion, kind) for layer in count())
     return [stored[name] for name in takewhile(stored.__contains__, names)]
 
 
 def criteria_in(stored: Iterable[str]) -> list[str]:
-    """Names of the criteria by which units are scored there, sorted."""
+    """Return the sorted names of the criteria whose scores are among these stored names."""
     return sorted({name.rpartition(".")[2] for name in stored})
