@@ -1,4 +1,4 @@
-"""How many units each layer keeps when all layers, and kinds of units, compete for the same budget."""
+"""Allocation of one parameter budget among layers and kinds of units that compete for it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# How much dearer than neurons, by their nats, units of attention count: several that go together cost about twice what
-# their scores add up to. On SmolLM2-135M (one-shot least squares, no search), KL at 20, 30, 40 and 50 % was .469, .946,
-# 1.514 and 2.055 nats at a rate of 1; .464, .834, 1.228 and 1.838 at 2; .494, .849, unknown and 1.830 at 3.
+# Factor on the scores of attention units, in nats, relative to neurons: removing several of them together costs about
+# twice the sum of their scores. On SmolLM2-135M (one-shot least squares, no search), KL at 20, 30, 40 and 50 % was .469,
+# .946, 1.514 and 2.055 nats at a factor of 1; .464, .834, 1.228 and 1.838 at 2; .494, .849, unknown and 1.830 at 3.
 EXCHANGE = 2.0
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Units of one kind in one layer, which go by steps, cheapest first.
+    """Units of one kind in one layer, which are removed in steps, cheapest first.
 
     Attributes:
-        layer: its number.
-        scores: of the units, float64 [units], in a unit of measure that all ladders share.
-        fewest: units below which the layer doesn't go.
-        parameters: of one unit.
-        multiple_of: numbers of units that are left once some are gone are multiples of it.
+        layer: number of the layer.
+        scores: scores of the units, float64 [units], in a unit of measure that all ladders share.
+        fewest: lower bound on the number of units that stay.
+        parameters: number of parameters of one unit.
+        multiple_of: once any units are removed, the number that stays is a multiple of this.
     """
 
     layer: int
@@ -34,31 +34,31 @@ class Ladder:
 
     @property
     def most(self) -> int:
-        """Units that there are."""
+        """Number of units before any are removed."""
         return len(self.scores)
 
     @property
     def least(self) -> int:
-        """The fewest units that steps lead to."""
+        """Number of units after the last step."""
         return min(-(-max(self.fewest, 1) // self.multiple_of) * self.multiple_of, self.most)
 
     def below(self, count: int) -> int:
-        """Units that are left one step below ``count``; the same where there is none."""
+        """Return the number of units one step below ``count``, or ``count`` if there is no such step."""
         fewer = (count - 1) // self.multiple_of * self.multiple_of
         return fewer if fewer >= self.least else count
 
     def above(self, count: int) -> int:
-        """Units that there are one step above ``count``; the same where there is none."""
+        """Return the number of units one step above ``count``, or ``count`` if there is no such step."""
         return min((count // self.multiple_of + 1) * self.multiple_of, self.most)
 
     def dearer(self, factor: float) -> Ladder:
-        """The same with scores multiplied by ``factor``."""
+        """Return the same ladder with its scores multiplied by ``factor``."""
         return replace(self, scores=self.scores * factor)
 
 
 @dataclass(frozen=True)
 class Step:
-    """Units of ladder ``place`` that go together, at ``price`` a parameter. Steps of a ladder follow ``number``."""
+    """Units of ladder ``place`` that are removed together, at ``price`` per parameter; ``number`` orders its steps."""
 
     price: float
     layer: int
@@ -69,14 +69,14 @@ class Step:
 
 
 def allocate_globally(ladders: Sequence[Ladder], removals: int) -> list[int]:
-    """Take away ``removals`` parameters where they score least, over all ladders together.
+    """Remove ``removals`` parameters where their scores are lowest, over all ladders together.
 
-    Steps are taken in the order of their price until so many parameters are gone. If the last step went too far, as one
-    of a large unit may, the last steps of the smallest units are taken back while that comes closer. So what is removed
-    differs from what was asked by half of such a step, as long as there are any to take back.
+    Steps are taken in order of price until that many parameters are gone. If the last step overshoots, as that of a
+    large unit may, the latest steps of the smallest units are undone as long as this comes closer. The result then
+    differs from ``removals`` by at most half of such a step, as long as there are steps to undo.
 
     Returns:
-        Units that each ladder keeps. Of equal prices, the lower layer gives first, then the earlier ladder.
+        Number of units that each ladder keeps. At equal prices, the lower layer loses first, then the earlier ladder.
     """
     finest = min(ladder.parameters for ladder in ladders)
     steps = [step for place, ladder in enumerate(ladders) for step in _steps(ladder, place, finest)]
@@ -93,15 +93,15 @@ def allocate_globally(ladders: Sequence[Ladder], removals: int) -> list[int]:
 
 
 def layer_mean_one(scores: Sequence[Tensor]) -> list[Tensor]:
-    """Scores divided by their layer's mean: makes layers comparable where the criterion's own unit doesn't."""
+    """Divide scores by their layer's mean, so that layers compare even if the criterion's unit of measure doesn't."""
     return [scores_D / scores_D.mean().clamp(min=torch.finfo(torch.float64).tiny) for scores_D in scores]
 
 
 def standardized(scores: Sequence[Tensor], *, in_deviations: bool) -> list[Tensor]:
-    """Scores less their layer's mean, in its standard deviations (FLAP: An et al. 2023, arXiv 2312.11983, AL-AM).
+    """Standardize scores within their layer: (score - mean) / std (FLAP: An et al. 2023, arXiv 2312.11983, AL-AM).
 
     Args:
-        in_deviations: whether they are in standard deviations already.
+        in_deviations: whether the scores are in standard deviations already, so that only the mean is subtracted.
     """
     centred = [scores_U - scores_U.mean() for scores_U in scores]
     if in_deviations:
@@ -110,7 +110,7 @@ def standardized(scores: Sequence[Tensor], *, in_deviations: bool) -> list[Tenso
 
 
 def _steps(ladder: Ladder, place: int, finest: int) -> list[Step]:
-    """A ladder's steps from all units down; a step is never cheaper than the one that must come before it."""
+    """Return a ladder's steps from all units down; no step is cheaper than the one that must come before it."""
     rising = ladder.scores.sort().values.tolist()
     count, price, weight = ladder.most, 0.0, ladder.parameters / finest
     steps: list[Step] = []

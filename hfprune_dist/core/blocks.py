@@ -1,4 +1,4 @@
-"""Work on a large matrix in portions of rows that fit a cache, for operations that read elements several times."""
+"""Cache-sized blocks of a large matrix's rows, for operations that read each element several times."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES, CACHE_BYTES
 
 
 def row_blocks(matrix_NV: Tensor, scratch_bytes: int = 4) -> Iterator[slice]:
-    """Slices over a matrix's rows, of at least one row each.
+    """Yield slices over a matrix's rows, each of at least one row.
 
     Args:
-        scratch_bytes: of what is made on the way of each element.
+        scratch_bytes: bytes of temporary results per element.
     """
     rows, columns = matrix_NV.shape
     on_cpu = matrix_NV.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Losses on batches of calibration windows: what each of ``core.criteria`` puts out per token, and its gradient."""
+"""Losses of ``core.criteria`` bound to batches of calibration windows: their values per token, and their gradients."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from hfprune_dist.core.losses import (
 
 @dataclass(frozen=True)
 class Teaching:
-    """What a student learns from, where that is labels and a teacher.
+    """Settings of a student's loss on labels and on a teacher.
 
     Attributes:
-        share: of the teacher in the loss, in [0, 1]; the rest is of labels.
-        temperature: by which the teacher's logits, and no others, are divided.
+        share: weight of the teacher in the loss, in [0, 1]; the rest is that of the labels.
+        temperature: number by which the teacher's logits, and only they, are divided.
     """
 
     share: float
@@ -53,10 +53,10 @@ class Batch:
 
     Attributes:
         input_ids_BT: int64 [windows, tokens], on the model's device.
-        windows: each window's number among all of the calibration's.
-        vocabulary: number of logits of a token.
-        seed: the sweep's.
-        teaching: for losses of a student that has labels as well.
+        windows: each window's number among all calibration windows.
+        vocabulary: number of logits per token.
+        seed: the sweep's seed.
+        teaching: settings for the losses of a student that also has labels.
     """
 
     input_ids_BT: Tensor
@@ -66,7 +66,7 @@ class Batch:
     teaching: Teaching | None = None
 
     def draw(self, of_window: Callable[[int], Tensor]) -> Tensor:
-        """Random numbers of each window, one window after another, on the model's device."""
+        """Concatenate the random numbers of all windows, on the model's device."""
         return torch.cat([of_window(window) for window in self.windows]).to(self.input_ids_BT.device)
 
 
@@ -101,7 +101,7 @@ def _random_signs(batch: Batch) -> LogitGradient:
 
 
 def _sign_groups(numbers: slice, tokens: int) -> Iterator[tuple[int, int, slice]]:
-    """Where signs of some of a batch's tokens are: the window's place in the batch, the group, and which of it."""
+    """Yield where the signs of a batch's tokens are: the window's place in the batch, the group, and a slice of it."""
     start = numbers.start
     while start < numbers.stop:
         place, token = divmod(start, tokens)
@@ -120,8 +120,8 @@ def _self_distillation(_batch: Batch) -> LogitGradient:
 
 
 def _labels_and_teacher(batch: Batch) -> LogitGradient:
-    """(1 - a) times the mean over a window's labels, plus a times the mean over all of its tokens: of each token, as
-    it counts in a mean over all tokens.
+    """(1 - a) times the mean over a window's labels, plus a times the mean over all its tokens; returned per token, and
+    scaled so that the mean over all tokens gives this sum.
     """
     teaching, tokens = batch.teaching, batch.input_ids_BT.shape[1]
     assert teaching is not None
@@ -149,5 +149,5 @@ _BINDINGS: dict[Loss, Callable[[Batch], LogitGradient]] = {
 
 
 def bind(loss: Loss, batch: Batch) -> LogitGradient:
-    """The loss per token of rows of a batch, and its gradient at their logits."""
+    """Return the function that computes, for rows of a batch, the loss per token and its gradient at their logits."""
     return _BINDINGS[loss](batch)

@@ -1,7 +1,7 @@
-"""The criteria by which units are scored: a table that every room can read, since it waits for no torch.
+"""Table of the criteria by which units are scored; any module can import it, since it doesn't import torch.
 
 A unit is what pruning removes as a whole (``hfprune_dist.structures``): one or more channels of the vector ``h`` that a
-layer's output projection reads. README.md beside this file explains how to add a criterion to ``CRITERIA``.
+layer's output projection reads. README.md in this folder explains how to add a criterion to ``CRITERIA``.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Literal
 
 @dataclass(frozen=True)
 class Loss:
-    """A function of a model's outputs, whose gradient scores units. Criteria of one loss share one backward.
+    """A function of a model's outputs, whose gradient scores units. Criteria with the same loss share one backward.
 
     Attributes:
-        name: for reports.
-        reduction: what is differentiated is a window's mean or sum over its tokens.
-        of: whose outputs: the dense model's, or those of a student that lacks some units, with the dense model as its
-            teacher. Units are scored at the activations of that same model.
-        unlabelled: tokens at the end of a window that have no loss.
-        in_nats: its mean per token is a quantity worth reporting.
+        name: name in reports.
+        reduction: whether the mean or the sum over a window's tokens is differentiated.
+        of: the model whose outputs it takes: the dense one, or a student that lacks some units, with the dense model as
+            its teacher. Units are scored at the activations of that same model.
+        unlabelled: number of tokens at the end of a window that have no loss.
+        in_nats: whether its mean per token is in nats and worth reporting.
     """
 
     name: str
@@ -31,11 +31,11 @@ class Loss:
     in_nats: bool = True
 
     def terms(self, tokens: int) -> int:
-        """Of a window of so many tokens, those that have a loss."""
+        """Return the number of tokens that have a loss, in a window of ``tokens`` tokens."""
         return tokens - self.unlabelled
 
 
-# What a criterion adds up, as ``Criterion`` tells.
+# The quantity that a criterion adds up; see ``Criterion``.
 Summed = Literal[
     "gradient",
     "activation",
@@ -50,29 +50,28 @@ Summed = Literal[
 
 @dataclass(frozen=True)
 class Criterion:
-    """A score per unit: a sum over all tokens of the calibration pass, then perhaps something done to that sum.
+    """A score per unit: a sum over all tokens of the calibration pass, sometimes transformed afterwards.
 
     Attributes:
-        name: in the configuration and in the artifact.
+        name: name in the configuration and in the artifact.
         description: one line, with the source.
-        summed: per token, h * dL/dh added up over the unit's channels ("gradient"), each channel's h, channels kept
-            apart ("activation"), h and h^2 of each channel, one behind the other, signs and all ("moments"), of an
-            expert that is given the token the norm of its output times its routing weight, and 1, one behind the other
-            ("routed_output"); per window, W * dL/dW of each weight that the unit owns ("weight_product"), or added up
-            over a neuron's three weights at a hidden channel, and of that the mean over hidden channels
-            ("coupled_product"); dL/dW of the weights that units own, signs and all, which no unit has a number of
-            ("weight_gradient"); or "nothing": no calibration pass.
-        loss: L, where a gradient is summed.
-        reduction: the sum is one of absolute values or of squares.
-        is_its_sum: whether the sum is the score; else ``core.scores`` says what is made of it.
-        needs_moments: the score also depends on the layer's ``SecondMoments``, which cost a second pass over the
-            windows.
-        in_nats: scores are estimates of KL divergence per token, which layers share as a unit of measure.
-        in_deviations: scores are means over a unit's channels, in standard deviations of the channels of its layer.
-        accumulated_in: dtype of the running sum over micro-batches. A narrower one than float64 is for comparison with
-            code that adds up in it: the sum is then rounded after each micro-batch, in the order of the whole pass.
-        student_of: of a loss of a student, the criterion whose scores, of an earlier pass, say which neurons it lacks;
-            None where the pass says that itself.
+        summed: the quantity that is summed. Per token: h * dL/dh, added up over the unit's channels ("gradient"); h of
+            each channel separately ("activation"); h and h^2 of each channel, adjacent and signed ("moments"); or, for
+            an expert that is given the token, the norm of its output times its routing weight, followed by 1
+            ("routed_output"). Per window: W * dL/dW of each weight that the unit owns ("weight_product"), or the same
+            added up over a neuron's three weights at a hidden channel, of which the mean over hidden channels is taken
+            ("coupled_product"). Over the whole pass: dL/dW of the weights that units own, signed, with no number per
+            unit ("weight_gradient"). Or "nothing": no calibration pass.
+        loss: L, if a gradient is summed.
+        reduction: whether absolute values or squares are summed.
+        is_its_sum: whether the sum is the score; otherwise ``core.scores`` turns it into one.
+        needs_moments: whether the score also depends on the layer's ``SecondMoments``, which cost a second pass.
+        in_nats: whether scores estimate KL divergence per token, a unit of measure that all layers share.
+        in_deviations: whether scores are means over a unit's channels, in standard deviations of its layer's channels.
+        accumulated_in: dtype of the running sum over micro-batches. One narrower than float64 is for comparison with
+            code that accumulates in it: the sum is then rounded after each micro-batch, in the order of the whole pass.
+        student_of: for the loss of a student, the criterion whose scores from an earlier pass determine the neurons it
+            lacks; None if the same pass determines them.
     """
 
     name: str
@@ -95,72 +94,72 @@ class Criterion:
 
     @property
     def has_sums_of_units(self) -> bool:
-        """Whether a pass adds up numbers of units, or of their channels."""
+        """Whether a pass adds up numbers for units or for their channels."""
         of_tokens = self.summed in ("gradient", "activation", "moments", "routed_output")
         return of_tokens or self.needs_weight_products
 
     @property
     def is_of_neurons(self) -> bool:
-        """Whether it has scores for neurons alone: rows of attention's projections belong to no common channel."""
+        """Whether only neurons have scores: rows of attention's projections share no common channel."""
         return self.summed == "coupled_product"
 
     @property
     def is_of_experts(self) -> bool:
-        """Whether it has scores for neurons of experts, each of which sees tokens of its own: it sums no products of
-        tokens, nor anything of whole weights.
+        """Whether neurons of experts have scores. Each expert sees only its own tokens, so the criterion must not sum
+        products of tokens, nor anything about whole weights.
         """
         return self.summed in ("gradient", "activation", "nothing") and not self.needs_moments
 
     @property
     def is_of_whole_experts_alone(self) -> bool:
-        """Whether it has scores for nothing but whole experts: it is of what they put out."""
+        """Whether only whole experts have scores, because the criterion is about their outputs."""
         return self.summed == "routed_output"
 
     @property
     def is_of_whole_experts(self) -> bool:
-        """Whether it has scores for whole experts: also of no student, which lacks neurons of them."""
+        """Whether whole experts have scores. Those of a student don't, since it lacks some of their neurons."""
         of_dense = self.loss is None or self.loss.of == "dense"
         return self.is_of_whole_experts_alone or (self.is_of_experts and of_dense)
 
     @property
     def needs_weight_products(self) -> bool:
-        """Whether it is made of weights times their gradients in each window (``core.weight_products``)."""
+        """Whether it needs weights times their gradients in each window (``core.weight_products``)."""
         return self.summed in ("weight_product", "coupled_product")
 
     @property
     def needs_weight_gradients(self) -> bool:
-        """Whether it is made of gradients of weights, each summed over the whole pass."""
+        """Whether it needs gradients of weights, each summed over the whole pass."""
         return self.summed == "weight_gradient"
 
     @property
     def is_of_channels(self) -> bool:
-        """Whether there are sums for each channel, of which ``core.scores`` makes one score for each unit."""
+        """Whether each channel has sums of its own, which ``core.scores`` combines into one score per unit."""
         return self.summed in ("activation", "moments")
 
     def sums_of_unit(self, channels: int) -> int:
-        """How many sums a unit of so many channels has."""
+        """Return the number of sums that a unit with this many channels has."""
         of_each = 2 if self.summed in ("moments", "routed_output") else 1
         return of_each * channels if self.is_of_channels else of_each
 
     @property
     def is_rounded(self) -> bool:
-        """Whether its running sum loses bits, so that it can't be added up shard by shard."""
+        """Whether its running sum is rounded, so that it can't be added up shard by shard."""
         return self.accumulated_in != "float64"
 
     @property
     def has_halves(self) -> bool:
-        """Whether what two halves of the windows add up to can be set against each other (see ``core.split_half``).
+        """Whether the sums over two halves of the windows can be compared (see ``core.split_half``).
 
-        Gradients of weights have none, since each is one sum. Moments and routed outputs have none, of which no one sum
-        says which units stay. Rounded sums have no halves that would tell anything: the more terms, the more of them
-        vanish, so two halves lose less than the whole, and the whole stops changing because of the rounding.
+        Gradients of weights can't, since each is one sum. Nor can moments and routed outputs, since no single sum of
+        theirs determines which units stay. Halves of rounded sums would be meaningless: the more terms, the more of
+        them vanish, so two halves lose less than the whole, and the whole stops changing because of the rounding.
         """
         is_one_sum = self.summed not in ("moments", "routed_output")
         return self.has_sums_of_units and is_one_sum and not self.is_rounded
 
     @property
     def compared(self) -> str:
-        """What is compared of two halves: scores, or the sums over tokens where a score is more than its sum."""
+        """What is compared between two halves: scores, or the sums over tokens if scores are more than their sums."""
         if self.is_its_sum:
             return "scores"
         term = "(h * dL/dh)" if self.summed == "gradient" else "h"
@@ -168,19 +167,19 @@ class Criterion:
 
 
 def losses_of(criteria: Iterable[Criterion]) -> list[Loss]:
-    """The losses that some criteria need, each once: one backward for each, and a forward more for a student's."""
+    """Return the losses of these criteria, each once; each takes a backward, and those of a student another forward."""
     return list(dict.fromkeys(criterion.loss for criterion in criteria if criterion.loss is not None))
 
 
 def lacking(units: int, share: float) -> int:
-    """How many of a layer's units a student lacks."""
+    """Return the number of a layer's units that a student lacks."""
     return round(share * units)
 
 
 ENTROPY = Loss("entropy", "mean")
 CROSS_ENTROPY = Loss("cross_entropy", "mean", unlabelled=1)
-# Fisher losses stay sums: the gradients of different tokens' losses are then uncorrelated terms of one sum, whose
-# square has the sum of their squares as its expectation.
+# Fisher losses stay sums: the gradients of different tokens' losses are then uncorrelated terms of one sum, and the
+# expectation of its square is that of the sum of their squares.
 SAMPLED_LABEL = Loss("sampled_label", "sum")
 RANDOM_SIGNS = Loss("random_signs", "sum", in_nats=False)
 SELF_DISTILLATION = Loss("self_distillation", "mean", of="student")
@@ -199,7 +198,7 @@ CRITERIA: dict[str, Criterion] = {
             "gradient",
             ENTROPY,
         ),
-        # The published code has one window in every micro-batch, and rounds the sum over its tokens on the way as well.
+        # The published code has one window per micro-batch, and also rounds while it sums over the window's tokens.
         Criterion(
             "entropy_bfloat16",
             "as entropy, but the sum over micro-batches is kept in bfloat16, as the published code keeps it over "
@@ -327,20 +326,20 @@ CRITERIA: dict[str, Criterion] = {
     )
 }
 
-# The name of a criterion, for the types of a configuration.
+# Type of a criterion's name, for configurations.
 if TYPE_CHECKING:
     CriterionName = str
 else:
     CriterionName = Literal[tuple(CRITERIA)]
 
-# Criteria by which the prune stage itself scores neurons, layer after layer, in the model as it is pruned so far.
+# Criteria by which the prune stage itself scores neurons, layer by layer, in the model as pruned so far.
 SCORED_WHILE_PRUNED = {
     "lorap": "norms of the neuron's weights times those of what they read, added up; the hundredth that scores lowest "
     "stays all the same (the code of LoRAP, ICML 2024)",
     "lorap_highest": "as lorap, but all that stay are those that score highest",
 }
 
-# The name of what a method may score by.
+# Type of the names of all criteria that a method can use.
 if TYPE_CHECKING:
     MethodCriterion = str
 else:

@@ -1,4 +1,4 @@
-"""A model's divergence from the dense model, as a loss to train on, without the logits of all tokens."""
+"""Divergence from the dense model as a training loss that never holds the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hfprune_dist.core.losses import distillation_gradient
 
 
 class Divergence(Function):
-    """Sum over tokens of KL(dense || model), both with the same head; its weights get no gradient.
+    """Sum over tokens of KL(dense || model), both with the same head, whose weights get no gradient.
 
-    The gradient at the hidden states is there after forward, in closed form: for backward one tensor of their size is
-    kept, and a chunk's logits exist at a time (see ``core.head``).
+    Forward already computes the gradient at the hidden states, in closed form. So backward needs only one tensor of
+    their size, and the logits of only one chunk exist at a time (see ``core.head``).
     """
 
     @staticmethod
@@ -36,14 +36,14 @@ class Divergence(Function):
 def summed_divergence(
     hidden_NC: Tensor, dense_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, after: AfterHead = NOTHING
 ) -> Tensor:
-    """Sum over tokens of KL(dense || model) in nats, a scalar in float32 (float64 where the model is).
+    """Return the sum over tokens of KL(dense || model) in nats, a float32 scalar (float64 if the model is float64).
 
     Args:
-        hidden_NC: the model's final hidden states [tokens, hidden_size]; none, and there is nothing to learn.
-        dense_NC: the dense model's for the same tokens, same dtype.
+        hidden_NC: the model's final hidden states [tokens, hidden_size]; there may be no tokens.
+        dense_NC: the dense model's final hidden states for the same tokens, same dtype.
         weight_VC: the head's weight [vocabulary, hidden_size], same dtype.
         bias_V: the head's bias, if it has one.
-        after: what becomes of the head's logits.
+        after: transformation of the head's logits.
     """
     if not len(hidden_NC):
         return hidden_NC.sum(dtype=torch.promote_types(hidden_NC.dtype, torch.float32))

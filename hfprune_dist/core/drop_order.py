@@ -1,22 +1,22 @@
-"""In which order layers are given up: next the one whose loss is measured to be smallest, again after each."""
+"""Order in which layers are removed: always the one whose measured loss is smallest, measured again after each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-# Layers that go, ascending -> KL divergence from the dense model, nats per token, of the model without them.
+# Sets of removed layers, ascending -> KL divergence from the dense model, nats per token, of the models without them.
 MeasureWithout = Callable[[Sequence[tuple[int, ...]]], Sequence[float]]
 
-# After the first, those that were missed least when each went alone are measured again, this many at a time. Of ten
-# layers of a small model, each was among the first five.
+# After the first removal, only this many layers are measured again: those whose removal by itself cost least. Of ten
+# layers removed from a small model, each was among the first five.
 CONTENDERS = 5
 
 
 def drop_order(droppable: Sequence[int], count: int, measure: MeasureWithout) -> list[int]:
-    """The ``count`` layers to give up, in order; fewer where there aren't so many.
+    """Return the ``count`` layers to remove, in order; fewer if ``droppable`` has fewer.
 
     Args:
-        measure: called once for every layer that goes.
+        measure: called once for every layer that is removed.
     """
     order: list[int] = []
     left = list(droppable)

@@ -1,9 +1,9 @@
-"""Removing units one after another while those that stay take over their work: structured optimal brain surgeon.
+"""Removal of units one by one while the remaining ones take over their work: structured optimal brain surgeon.
 
-Where the other units of a layer are refitted by least squares, removing unit u leaves an error along its columns W_u of
-the output projection, as large as the part of its channels h_u that the others can't express: its second moments are
+If the other units of a layer are refitted by least squares, removing unit u leaves an error along its columns W_u of
+the output projection: the part of its channels h_u that the others can't express, with second moments
 E_u = ([G^-1]_uu)^-1, G = E[h h^T]. With F = E[g g^T], g the gradient of log p(y) at the projection's output, y drawn
-from p, that costs in KL divergence per token, to second order and with F and G taken as independent,
+from p, the cost in KL divergence per token is, to second order and with F and G taken as independent,
 
     cost_u = 1/2 tr(E_u W_u^T F W_u)    (nats)
 
@@ -13,7 +13,7 @@ The LLM Surgeon (arXiv 2312.17244), after Hassibi and Stork (1992).
 
 F and G aren't quite independent. The exact Fisher score of a unit, E[(h_u . dlog p(y)/dh_u)^2], would be
 tr(G_uu W_u^T F W_u) if they were; where it differs, W_u^T F W_u of the original columns is scaled to the geometric mean
-of the two: all the way would trust a noisy estimate too much.
+of the two, since scaling all the way would trust a noisy estimate too much.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import Tensor
 from hfprune_dist.core.gram import damped_inverse
 from hfprune_dist.core.selection import entries_of
 
-# Channels removed between two updates of the costs, in whole units; and such updates that wait to be applied to whole
-# matrices at once.
+# Number of channels, in whole units, removed between two updates of the costs; and number of such updates that are
+# collected and then applied to the whole matrices at once.
 BLOCK, WAITING = 8, 8
-# Added to the diagonal of G, as a share of its mean: samples are finite.
+# Added to the diagonal of G, as a share of its mean, since the sample is finite.
 RIDGE = 1e-2
-# A correction leaves at least this share of a unit's cost.
+# Smallest share of a unit's cost that a correction may leave.
 LEAST_SHARE = 0.1
 
 
@@ -39,19 +39,19 @@ def elimination_scores(
     """Score every unit of a layer by the cost of its removal after all cheaper ones.
 
     Args:
-        gram_DD: float64 [channels, channels], the mean of h h^T over tokens; units have equally many channels, one unit
-            after another.
+        gram_DD: float64 [channels, channels], the mean of h h^T over tokens; every unit has the same number of
+            consecutive channels.
         curvature_CC: float64 [hidden_size, hidden_size], the mean of g g^T over tokens.
         weight_CD: the output projection's weight [hidden_size, channels].
         fisher_U: float64 [units], the mean over tokens of (the sum of h dlog p(y)/dh over a unit's channels)^2.
-        block: units removed between two updates of the costs; None: of ``BLOCK`` channels.
+        block: number of units removed between two updates of the costs; None for those of ``BLOCK`` channels.
 
     Returns:
-        float64 [units], nats per token, rising strictly in the order of removal: the ``n`` highest scores are what is
-        left after all other removals.
+        float64 [units], nats per token, strictly increasing in the order of removal: the units with the ``n`` highest
+        scores are those left after all others have been removed.
     """
     order_U, cost_U = eliminate(gram_DD, curvature_CC, weight_CD, fisher_U, block)
-    # A removal may be cheaper than the one before it, which made it so: the later one counts as dear as the earlier.
+    # A removal may be made cheaper by the one before it; it then scores as high as that one.
     rising_U = cost_U.cummax(dim=0).values
     ranks_U = torch.arange(1, len(order_U) + 1, dtype=torch.float64, device=cost_U.device)
     rising_U = rising_U * (1 + 1e-12 * ranks_U) + 1e-300 * ranks_U  # ties keep their order
@@ -61,15 +61,15 @@ def elimination_scores(
 def eliminate(
     gram_DD: Tensor, curvature_CC: Tensor, weight_CD: Tensor, fisher_U: Tensor, block: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Remove all units, the cheapest next; arguments as for ``elimination_scores``.
+    """Remove all units, always the cheapest next; arguments as for ``elimination_scores``.
 
     Returns:
-        Order of removal (int64 [units]), and what each removal costs when its turn comes.
+        Order of removal (int64 [units]), and the cost of each removal at the time it happens.
     """
     units, device = len(fisher_U), gram_DD.device
     channels = len(gram_DD) // units
     block = block or max(1, BLOCK // channels)
-    if not gram_DD.diagonal().any():  # a silent layer, of which no removal costs anything
+    if not gram_DD.diagonal().any():  # a silent layer, in which no removal costs anything
         return torch.arange(units, device=device), torch.zeros(units, dtype=gram_DD.dtype, device=device)
     inverse = _Shrinking(damped_inverse(gram_DD, RIDGE), channels)
     weight_CD = weight_CD.to(gram_DD)
@@ -90,7 +90,7 @@ def eliminate(
         gone = candidates[cheapest]
         order.append(left_U[gone])
         costs.append(cost_U[cheapest])
-        # Block elimination: P - P[:, gone] P[gone, gone]^-1 P[gone, :] is the inverse of G without the removed.
+        # Block elimination: P - P[:, gone] P[gone, gone]^-1 P[gone, :] is the inverse of G without the removed channels.
         gone_channels = entries_of(gone, channels)
         rows_BD = inverse.rows(gone_channels)
         absorbed_BD = torch.linalg.solve(rows_BD[:, gone_channels], rows_BD)
@@ -109,10 +109,10 @@ def eliminate(
 
 
 class _Shrinking:
-    """A symmetric matrix over the channels that are left, less products that are taken away a few at a time.
+    """A symmetric matrix over the remaining channels, from which products are subtracted a few at a time.
 
-    Applying a product to the whole matrix costs a pass over it, so products wait for each other; meanwhile the blocks
-    of units on the diagonal are kept up to date, and rows are corrected when they are read.
+    Subtracting a product from the whole matrix costs a pass over it, so products are collected first; meanwhile the
+    units' blocks on the diagonal are kept up to date, and rows are corrected when they are read.
     """
 
     def __init__(self, matrix_DD: Tensor, channels: int) -> None:
@@ -122,19 +122,19 @@ class _Shrinking:
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Some rows as they are now, [len(indices), size]."""
+        """Return some rows in their current state, [len(indices), size]."""
         rows_BD = self._matrix_DD.index_select(0, indices)
         for left_DR, right_RD in self._waiting:
             rows_BD.addmm_(left_DR.index_select(0, indices), right_RD, alpha=-1)
         return rows_BD
 
     def subtract(self, left_DR: Tensor, right_RD: Tensor) -> None:
-        """Take a product away that is symmetric."""
+        """Subtract a product that is symmetric."""
         self.blocks_Ucc -= _product_blocks(left_DR, right_RD, self._channels)
         self._waiting.append((left_DR, right_RD))
 
     def keep(self, stay_S: Tensor) -> None:
-        """Forget the units that don't stay, and apply what waits."""
+        """Drop the units that don't stay, and apply the collected products."""
         channels = entries_of(stay_S, self._channels)
         left_SR = torch.cat([left_DR for left_DR, _ in self._waiting], dim=1).index_select(0, channels)
         right_RS = torch.cat([right_RD for _, right_RD in self._waiting]).index_select(1, channels)
@@ -144,18 +144,18 @@ class _Shrinking:
         self._waiting = []
 
 
-# Blocks of one channel are numbers: for most models all there is, and much cheaper without products of matrices.
+# Blocks of one channel are plain numbers: the only case in most models, and much cheaper without matrix products.
 
 
 def _diagonal_blocks(matrix_DD: Tensor, channels: int) -> Tensor:
-    """The units' blocks on a matrix's diagonal [units, channels, channels]."""
+    """Return the units' blocks on a matrix's diagonal [units, channels, channels]."""
     by_unit_UcUc = matrix_DD.unflatten(1, (-1, channels)).unflatten(0, (-1, channels))
     blocks_ccU: Tensor = by_unit_UcUc.diagonal(dim1=0, dim2=2)
     return blocks_ccU.permute(2, 0, 1)
 
 
 def _product_blocks(left_DR: Tensor, right_RD: Tensor, channels: int) -> Tensor:
-    """Such blocks of a product."""
+    """Return the units' blocks on the diagonal of a product."""
     if channels == 1:
         return (left_DR.T * right_RD).sum(dim=0)[:, None, None]
     blocks_Ucc: Tensor = left_DR.unflatten(0, (-1, channels)) @ right_RD.unflatten(1, (-1, channels)).transpose(0, 1)
@@ -163,16 +163,16 @@ def _product_blocks(left_DR: Tensor, right_RD: Tensor, channels: int) -> Tensor:
 
 
 def _traces(inverse_Ucc: Tensor, matrix_Ucc: Tensor) -> Tensor:
-    """tr(inverse^-1 matrix) of each unit's blocks."""
+    """Return tr(inverse^-1 matrix) for each unit's blocks."""
     if inverse_Ucc.shape[1] == 1:
         return (matrix_Ucc / inverse_Ucc).flatten()
-    # By Cholesky: batches of general solves hang in oneMKL with several threads (torch 2.13, blocks of 192).
+    # Cholesky, since batches of general solves hang in oneMKL with several threads (torch 2.13, blocks of 192).
     products_Ucc: Tensor = torch.cholesky_solve(matrix_Ucc, torch.linalg.cholesky(inverse_Ucc))
     return products_Ucc.diagonal(dim1=1, dim2=2).sum(dim=1)
 
 
 def _correction(curvature_Ucc: Tensor, gram_Ucc: Tensor, fisher_U: Tensor) -> Tensor:
-    """What takes W^T F W of the original columns to the geometric mean of itself and what exact Fisher scores say."""
+    """Return what must be added to W^T F W of the original columns for its geometric mean with exact Fisher scores."""
     tiny = torch.finfo(gram_Ucc.dtype).tiny
     if gram_Ucc.shape[1] == 1:
         exact_Ucc = fisher_U[:, None, None] / gram_Ucc.clamp(min=tiny)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def entropy_gradient(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy of every row's distribution and its gradient: dH/dz = -p * (log p + H) = p * (sum_v p_v z_v - z).
+    """Return each row's entropy and its gradient: dH/dz = -p * (log p + H) = p * (sum_v p_v z_v - z).
 
     Args:
         logits_NV: float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes the gradient.
