@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 # Factor on the scores of attention units, in nats, relative to neurons: removing several of them together costs about
-# twice the sum of their scores. On SmolLM2-135M (one-shot least squares, no search), KL at 20, 30, 40 and 50 % was .469,
-# .946, 1.514 and 2.055 nats at a factor of 1; .464, .834, 1.228 and 1.838 at 2; .494, .849, unknown and 1.830 at 3.
+# twice the sum of their scores. On SmolLM2-135M (one-shot least squares, no search), KL at 20, 30, 40 and 50 % was
+# .469, .946, 1.514, 2.055 nats at a factor of 1; .464, .834, 1.228 and 1.838 at 2; .494, .849, unknown and 1.830 at 3.
 EXCHANGE = 2.0
 
 

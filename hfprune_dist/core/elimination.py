@@ -90,7 +90,7 @@ def eliminate(
         gone = candidates[cheapest]
         order.append(left_U[gone])
         costs.append(cost_U[cheapest])
-        # Block elimination: P - P[:, gone] P[gone, gone]^-1 P[gone, :] is the inverse of G without the removed channels.
+        # Block elimination: P - P[:, gone] P[gone, gone]^-1 P[gone, :] is the inverse of G without those removed.
         gone_channels = entries_of(gone, channels)
         rows_BD = inverse.rows(gone_channels)
         absorbed_BD = torch.linalg.solve(rows_BD[:, gone_channels], rows_BD)

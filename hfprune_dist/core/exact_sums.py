@@ -1,6 +1,6 @@
 """Sums whose bits don't depend on the order of their terms.
 
-The bits of floating-point sums do, so a sum over ranks changes with their number. Here every term is rounded once to
+The bits of a floating-point sum do, so a sum over ranks changes with their number. Here every term is rounded once to
 integers, and integers add up exactly: in any order, over any number of ranks, by a plain all-reduce.
 """
 
@@ -14,11 +14,11 @@ from torch import Tensor
 from hfprune_dist.core.blocks import row_blocks
 from hfprune_dist.core.triangle import block_rows, packed_size
 
-# The diagonal of the sum may grow to this multiple of what the first term's diagonal lets expect; 2^20 of 2^62 leaves
-# 42 bits, more than float32 terms have.
+# The diagonal of the sum may grow to this multiple of what the first term's diagonal predicts; 2^20 of 2^62 leaves 42
+# bits, more than float32 terms have.
 HEADROOM = 2.0**20
-# The least mean of a total's diagonal, in units that terms are rounded to, with which rounding is nothing beside a
-# ten-thousandth of it: a thousand terms of 16,384 channels are rounded to a matrix of norm 2^12.
+# Smallest mean of a total's diagonal, in multiples of the rounding unit, at which rounding errors are negligible next
+# to a ten-thousandth of it: for a thousand terms of 16,384 channels they form a matrix of norm 2^12.
 RESOLVED = 2.0**26
 OUT_OF_RANGE = "values are NaN, infinite, or more than a thousand times those of the first windows"
 
@@ -28,11 +28,11 @@ class ExactOverflowError(ValueError):
 
 
 class GramScale:
-    """How Gram matrices x x^T of many terms are rounded to integers: at a fixed scale per row and column.
+    """Scale at which the Gram matrices x x^T of many terms are rounded to integers: fixed for each row and column.
 
     Args:
-        first_diagonal_D: the diagonal of one term that all ranks agree on; it decides the scale.
-        terms: number of terms of the whole sum.
+        first_diagonal_D: the diagonal of one term that all ranks agree on; it determines the scale.
+        terms: number of terms in the whole sum.
     """
 
     def __init__(self, first_diagonal_D: Tensor, terms: int) -> None:
@@ -46,33 +46,33 @@ class GramScale:
 
     @staticmethod
     def first_of(term_DD: Tensor) -> Tensor:
-        """What of a term decides a scale."""
+        """Return the part of a term that determines a scale."""
         return term_DD.diagonal()
 
     @staticmethod
     def first_shape(size: tuple[int, ...]) -> tuple[int, ...]:
-        """Of what decides a scale, for terms of such a size."""
+        """Return the shape of what determines a scale, for terms of the given size."""
         return size[:1]
 
     @staticmethod
     def total_shape(size: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a total of terms of such a size."""
+        """Return the shape of a total of terms of the given size."""
         return size
 
     def holds(self, term_DD: Tensor) -> Tensor:
-        """Whether a term can be added: a bool, on its device, False also where it is not finite."""
+        """Return whether a term can be added: a bool on the term's device, also False if the term is not finite."""
         return self.holds_squares(term_DD.diagonal())
 
     def holds_squares(self, diagonal_D: Tensor) -> Tensor:
-        """The same of a term of which this is the diagonal."""
+        """Return the same for the term with this diagonal."""
         return (diagonal_D.double() <= self._limit_D).all()
 
     def rounded_squares(self, diagonal_D: Tensor) -> Tensor:
-        """What is added to a total's diagonal for that of a term."""
+        """Return the integers that a term's diagonal adds to that of a total."""
         return diagonal_D.double().mul(self._scale_D).mul_(self._scale_D).round_().to(torch.int64)
 
     def squares_of(self, total_D: Tensor) -> Tensor:
-        """What the diagonal of a total stands for, float64."""
+        """Return the values that a total's diagonal represents, float64."""
         return total_D.double().div_(self._scale_D).div_(self._scale_D)
 
     def add(self, term_DD: Tensor, total_DD: Tensor) -> None:
@@ -82,16 +82,16 @@ class GramScale:
             total_DD[rows] += scaled_RD.round_().to(torch.int64)
 
     def value_of(self, total_DD: Tensor) -> Tensor:
-        """What a total stands for, float64."""
+        """Return the values that a total represents, float64."""
         return total_DD.double().div_(self._scale_D[:, None]).div_(self._scale_D)
 
 
 class PackedGramScale(GramScale):
-    """The same with totals that are packed (see ``core.triangle``)."""
+    """A ``GramScale`` whose totals are packed (see ``core.triangle``)."""
 
     @staticmethod
     def total_shape(size: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a total of terms of such a size."""
+        """Return the shape of a total of terms of the given size."""
         return (packed_size(size[0]),)
 
     def add(self, term_DD: Tensor, total_P: Tensor) -> None:
@@ -102,7 +102,7 @@ class PackedGramScale(GramScale):
             total_P[first : first + scaled_RE.numel()] += scaled_RE.round_().to(torch.int64).flatten()
 
     def value_of(self, total_P: Tensor) -> Tensor:
-        """What a total stands for, float64, the whole matrix."""
+        """Return the whole matrix that a packed total represents, float64."""
         size = len(self._scale_D)
         total_DD = total_P.new_empty(size, size)
         for start, end, first in block_rows(size):
@@ -113,11 +113,11 @@ class PackedGramScale(GramScale):
 
 
 class ExactGram:
-    """The sum of Gram matrices x x^T of many terms, as integers.
+    """The sum of the Gram matrices x x^T of many terms, as integers.
 
     Args:
-        first_diagonal_D: the diagonal of one term that all ranks agree on; it decides the scale.
-        terms: number of terms of the whole sum.
+        first_diagonal_D: the diagonal of one term that all ranks agree on; it determines the scale.
+        terms: number of terms in the whole sum.
 
     Attributes:
         total_DD: int64; add the totals of all ranks to get the whole sum.
@@ -132,7 +132,7 @@ class ExactGram:
         """Add one term, a float32 or float64 Gram matrix.
 
         Raises:
-            ExactOverflowError: where it is out of range or not finite; the sum is left as it was.
+            ExactOverflowError: if the term is out of range or not finite; the sum is then unchanged.
         """
         if not bool(self._scale.holds(term_DD)):
             raise ExactOverflowError(OUT_OF_RANGE)
@@ -140,7 +140,7 @@ class ExactGram:
 
     @property
     def is_resolved(self) -> bool:
-        """Whether the sum is much more than what rounding may have made of its terms."""
+        """Whether the sum is much larger than the errors that rounding its terms may have caused."""
         return bool(self.total_DD.diagonal().double().mean() >= RESOLVED)
 
     def value(self) -> Tensor:
@@ -149,12 +149,12 @@ class ExactGram:
 
 
 class TensorScale:
-    """How tensors of many terms are rounded to integers: all numbers at one fixed scale.
+    """Scale at which the tensors of a sum are rounded to integers: one fixed scale for all numbers.
 
     Args:
-        first_maximum: float64 scalar, the largest absolute value of one term that all ranks agree on; it decides the
-            scale. Where it is not finite, no term can be added.
-        terms: number of terms of the whole sum.
+        first_maximum: float64 scalar, the largest absolute value of one term that all ranks agree on; it determines the
+            scale. If it is not finite, no term can be added.
+        terms: number of terms in the whole sum.
     """
 
     def __init__(self, first_maximum: Tensor, terms: int) -> None:
@@ -165,21 +165,21 @@ class TensorScale:
 
     @staticmethod
     def first_of(term: Tensor) -> Tensor:
-        """What of a term decides a scale."""
+        """Return the part of a term that determines a scale."""
         return term.abs().amax()
 
     @staticmethod
     def first_shape(_size: tuple[int, ...]) -> tuple[int, ...]:
-        """Of what decides a scale, for terms of such a size."""
+        """Return the shape of what determines a scale, for terms of the given size."""
         return ()
 
     @staticmethod
     def total_shape(size: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a total of terms of such a size."""
+        """Return the shape of a total of terms of the given size."""
         return size
 
     def holds(self, term: Tensor) -> Tensor:
-        """Whether a term can be added: a bool, on its device, False also where it is not finite."""
+        """Return whether a term can be added: a bool on the term's device, also False if the term is not finite."""
         least, most = torch.aminmax(term)
         return torch.maximum(-least, most) <= self._limit
 
@@ -190,7 +190,7 @@ class TensorScale:
             total_RD[rows] += term_RD[rows].to(torch.float64, copy=True).mul_(self._scale).round_().to(torch.int64)
 
     def value_of(self, total: Tensor) -> Tensor:
-        """What a total stands for, float64."""
+        """Return the values that a total represents, float64."""
         return total.double().div_(self._scale)
 
 
@@ -198,11 +198,11 @@ class ExactSum:
     """The sum of many tensors of one shape, as integers at one scale.
 
     Args:
-        first_maximum: the largest absolute value of one term that all ranks agree on; it decides the scale.
-        terms: number of terms of the whole sum.
+        first_maximum: the largest absolute value of one term that all ranks agree on; it determines the scale.
+        terms: number of terms in the whole sum.
 
     Raises:
-        ExactOverflowError: where ``first_maximum`` is not finite.
+        ExactOverflowError: if ``first_maximum`` is not finite.
 
     Attributes:
         total: int64; add the totals of all ranks to get the whole sum.
@@ -218,7 +218,7 @@ class ExactSum:
         """Add one term, float32 or float64.
 
         Raises:
-            ExactOverflowError: where it is out of range or not finite; the sum is left as it was.
+            ExactOverflowError: if the term is out of range or not finite; the sum is then unchanged.
         """
         if not bool(self._scale.holds(term)):
             raise ExactOverflowError(OUT_OF_RANGE)
@@ -230,11 +230,11 @@ class ExactSum:
 
 
 class ExactSquares:
-    """The sum over many terms of squares, channel by channel, as integers: the diagonal alone of an ``ExactGram``.
+    """The sum of many terms of squares, channel by channel, as integers: only the diagonal of an ``ExactGram``.
 
     Args:
-        first_D: one term that all ranks agree on; it decides the scale.
-        terms: number of terms of the whole sum.
+        first_D: one term that all ranks agree on; it determines the scale.
+        terms: number of terms in the whole sum.
 
     Attributes:
         total_D: int64; add the totals of all ranks to get the whole sum.
@@ -248,7 +248,7 @@ class ExactSquares:
         """Add one term, float64 [channels].
 
         Raises:
-            ExactOverflowError: where it is out of range or not finite; the sum is left as it was.
+            ExactOverflowError: if the term is out of range or not finite; the sum is then unchanged.
         """
         if not bool(self._scale.holds_squares(term_D)):
             raise ExactOverflowError(OUT_OF_RANGE)

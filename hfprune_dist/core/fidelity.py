@@ -1,4 +1,4 @@
-"""How far a model is from its dense original, token by token."""
+"""Divergence of a model from its dense original, token by token."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hfprune_dist.core.head import NOTHING, AfterHead, logit_chunks
 
 @dataclass(frozen=True)
 class FidelitySums:
-    """Sums over tokens; divide by their counts once, after adding over chunks and ranks.
+    """Sums over tokens; divide by their counts only once, after adding over chunks and ranks.
 
     Attributes:
         kl: sum over tokens of KL(dense || model), nats.
-        agree: tokens whose most likely next token is the same.
+        agree: number of positions at which both models' most likely next token is the same.
         nll: sum over predicted tokens of the model's negative log-likelihood, nats.
         tokens: number of positions (kl, agree).
         predicted: number of positions with a next token (nll).
@@ -40,7 +40,7 @@ class FidelitySums:
         )
 
     def means(self) -> dict[str, float]:
-        """Perplexity, mean KL in nats per token and top-1 agreement; values that overflow are infinite."""
+        """Return perplexity, mean KL in nats per token and top-1 agreement; values that overflow are infinite."""
         return {
             "perplexity": torch.tensor(self.nll / self.predicted, dtype=torch.float64).exp().item(),
             "kl": self.kl / self.tokens,
@@ -50,13 +50,13 @@ class FidelitySums:
 
 
 def standard_errors(windows: Sequence[FidelitySums]) -> dict[str, float]:
-    """Standard errors of the perplexity, KL and top-1 agreement of a text, from its windows: ``kl_stderr``, ...
+    """Return standard errors of a text's perplexity, KL and top-1 agreement, from its windows: ``kl_stderr``, ...
 
-    Tokens of one window depend on each other, windows hardly do. Means over tokens are ratios of sums, so their errors
-    are those of ratio estimators, whatever the windows' lengths; that of the perplexity is by the delta method.
+    Tokens within a window depend on each other, windows hardly do. Means over tokens are ratios of sums, so their
+    errors are those of ratio estimators, whatever the windows' lengths; that of perplexity uses the delta method.
 
     Returns:
-        the errors in the units of ``FidelitySums.means``; not a number where there is a single window.
+        The errors in the units of ``FidelitySums.means``; NaN if there is only one window.
     """
     total = sum(windows, FidelitySums())
     errors = {
@@ -68,7 +68,7 @@ def standard_errors(windows: Sequence[FidelitySums]) -> dict[str, float]:
 
 
 def _error_of_ratio(windows: Sequence[tuple[float, int]]) -> float:
-    """Standard error of a sum over another, linearized (Cochran, Sampling Techniques, section 6.4)."""
+    """Return the standard error of a ratio of two sums, linearized (Cochran, Sampling Techniques, section 6.4)."""
     if len(windows) < 2:
         return math.nan
     sums_W, counts_W = torch.tensor(windows, dtype=torch.float64).unbind(dim=1)
@@ -85,7 +85,7 @@ class Outputs:
         hidden_NC: final hidden states [tokens, hidden_size].
         weight_VC: the head's weight [vocabulary, hidden_size], same dtype and device.
         bias_V: the head's bias, if it has one.
-        after: what becomes of the head's logits.
+        after: transformation of the head's logits.
     """
 
     hidden_NC: Tensor
@@ -94,15 +94,15 @@ class Outputs:
     after: AfterHead = NOTHING
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, logits of those rows), a chunk at a time."""
+        """Yield (rows, logits of those rows), one chunk at a time."""
         return logit_chunks(self.hidden_NC, self.weight_VC, self.bias_V, self.after)
 
 
 @torch.no_grad()
 def divergences(dense: Outputs, models: Sequence[Outputs]) -> list[float]:
-    """KL(dense || model) of several models on the same tokens, summed over these, nats.
+    """Return KL(dense || model) for each of several models, summed over the same tokens, in nats.
 
-    The dense model's logits are computed once; those of a chunk of tokens exist at a time, for one other model.
+    The dense model's logits are computed once. At any time, only one chunk's logits exist, for it and one other model.
     """
     sums = [0.0] * len(models)
     chunks = [model.logits() for model in models]
@@ -117,12 +117,12 @@ def divergences(dense: Outputs, models: Sequence[Outputs]) -> list[float]:
 
 @torch.no_grad()
 def compare_outputs(dense: Outputs, model: Outputs, next_ids_N: Tensor) -> FidelitySums:
-    """Compare two models on the same tokens; the logits of a chunk of them exist at a time.
+    """Compare two models on the same tokens; the logits of only one chunk of tokens exist at a time.
 
     Args:
         dense: the dense model's outputs.
         model: the other model's outputs for the same tokens, over the same vocabulary.
-        next_ids_N: the text's next tokens, int64; -1 where there is none.
+        next_ids_N: the next token of the text at each position, int64; -1 where there is none.
     """
     total = FidelitySums()
     for (rows, dense_NV), (_, model_NV) in zip(dense.logits(), model.logits(), strict=True):
@@ -136,11 +136,11 @@ def compare_logits(dense_NV: Tensor, model_NV: Tensor, next_ids_N: Tensor) -> Fi
     Args:
         dense_NV: the dense model's logits, float32 or float64 [tokens, vocabulary].
         model_NV: the other model's logits, same shape.
-        next_ids_N: the text's next tokens, int64; -1 where there is none.
+        next_ids_N: the next token of the text at each position, int64; -1 where there is none.
     """
     log_p_NV = dense_NV.log_softmax(dim=-1)
     log_q_NV = model_NV.log_softmax(dim=-1)
-    # A logit that isn't a number makes all of its row's so; such models agree in nothing, not even with themselves.
+    # One NaN logit makes its whole row NaN; such a row agrees with nothing, not even with itself.
     known_N = ~(log_p_NV[:, 0].isnan() | log_q_NV[:, 0].isnan())
     has_next = next_ids_N >= 0
     nll_N = -log_q_NV[has_next].gather(1, next_ids_N[has_next, None])
@@ -158,5 +158,5 @@ def _kl(p_NV: Tensor, log_p_NV: Tensor, log_q_NV: Tensor) -> float:
 
 
 def next_ids(input_ids_T: Tensor) -> Tensor:
-    """The token that follows each position of a window [T]; -1 at its end."""
+    """Return the token that follows each position of a window [T]; -1 for the last one."""
     return torch.cat([input_ids_T[1:], input_ids_T.new_tensor([-1])])

@@ -1,10 +1,10 @@
 """Gauss-Newton steps on all three weights of a pruned MLP, which bring its outputs closer to given targets.
 
 With y the targets, minimise the sum over tokens of ||y - D h||^2, h = act(G x) * (U x) or, without a gate, act(U x),
-over gate G, up U and down D of the kept neurons, step by step: h is taken as linear in G and U around their present
+over gate G, up U and down D of the kept neurons. In each step, h is taken as linear in G and U around their current
 values, and the damped normal equations (J^T J + damping diag(J^T J)) delta = J^T r are solved by conjugate gradients,
 which need only products with J and J^T. They are preconditioned with blocks of J^T J in Kronecker form (as in K-FAC,
-arXiv 1503.05671). No new parameters; biases stay as they are.
+arXiv 1503.05671). No parameters are added, and biases stay as they are.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ DAMPING = 1e-2
 
 @dataclass(frozen=True)
 class MlpWeights:
-    """Gate and up [kept, hidden_size], or up alone, and down [hidden_size, kept] of one layer, or a change of them."""
+    """Gate and up (or only up) [kept, hidden_size] and down [hidden_size, kept] of one layer, or a change of them."""
 
     rows_KC: tuple[Tensor, ...]
     down_CK: Tensor
 
     @classmethod
     def of(cls, *tensors: Tensor) -> MlpWeights:
-        """Of what ``tensors`` gives."""
+        """Build the weights from what ``tensors`` returns."""
         return cls(tensors[:-1], tensors[-1])
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -53,15 +53,15 @@ class MlpWeights:
 
 @dataclass(frozen=True)
 class Biases:
-    """Of gate and up, or of up alone [kept], where the architecture has them; and what it puts the first of them
-    through.
+    """Biases [kept] of gate and up, or only of up, None where the architecture has none; and the activation function
+    that it applies to the first of these projections.
     """
 
     rows_K: tuple[Tensor | None, ...] = (None, None)
     activation: Callable[[Tensor], Tensor] = silu
 
     def acted(self, gate_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """The activation of a gate, or of an up without one, and its derivative there."""
+        """Return the activation of a gate (or of up, if there is no gate), and its derivative there."""
         if self.activation is silu:
             sigmoid_NK = gate_NK.sigmoid()
             return silu(gate_NK), sigmoid_NK * (1 + gate_NK * (1 - sigmoid_NK))
@@ -73,11 +73,11 @@ class Biases:
 
 
 class Linearized:
-    """The MLP around some weights, on some tokens.
+    """The MLP linearized around some weights, on some tokens.
 
     Args:
-        weights: in the dtype of all products; ``down_CK`` is kept.
-        input_NC: what the MLP reads, in that dtype [tokens, hidden_size]; kept.
+        weights: the weights, in the dtype of all products; a reference to ``down_CK`` is kept.
+        input_NC: the MLP's inputs, in that dtype [tokens, hidden_size]; a reference is kept.
     """
 
     def __init__(self, weights: MlpWeights, biases: Biases, input_NC: Tensor) -> None:
@@ -94,18 +94,18 @@ class Linearized:
 
     @staticmethod
     def bytes_of(weights: MlpWeights, input_NC: Tensor) -> int:
-        """What one of these keeps of its own: the inputs; for each token and kept neuron its activation, and that by
-        each row.
+        """Return the bytes that an instance keeps: the inputs; and for each token and kept neuron its activation, and
+        the derivative of that by each row projection.
         """
         tokens, hidden_size = input_NC.shape
         return tokens * (len(weights.tensors()) * weights.down_CK.shape[1] + hidden_size) * input_NC.itemsize
 
     def output(self) -> Tensor:
-        """[tokens, hidden_size], float32, without the down projection's bias."""
+        """Return the outputs [tokens, hidden_size], float32, without the down projection's bias."""
         return linear(self.hidden_NK, self._down_CK).float()
 
     def forward(self, change: MlpWeights) -> Tensor:
-        """J change: how the outputs move, float32 [tokens, hidden_size]; ``change`` is in the dtype of products."""
+        """Return J change, the change of the outputs, float32 [tokens, hidden_size]; ``change`` has products' dtype."""
         first, *gated = zip(change.rows_KC, self._by_rows_NK, strict=True)
         hidden_NK = linear(self._input_NC, first[0]).mul_(first[1])
         for row_KC, by_row_NK in gated:
@@ -113,7 +113,7 @@ class Linearized:
         return linear(hidden_NK, self._down_CK).float() + linear(self.hidden_NK, change.down_CK).float()
 
     def backward(self, error_NC: Tensor) -> MlpWeights:
-        """J^T error, from [tokens, hidden_size]."""
+        """Return J^T error, for an error [tokens, hidden_size]."""
         error_NC = error_NC.to(self._input_NC.dtype)
         hidden_NK = error_NC @ self._down_CK
         return MlpWeights.of(
@@ -122,7 +122,7 @@ class Linearized:
         )
 
     def curvature(self) -> tuple[Tensor, ...]:
-        """What ``GaussNewtonSums`` sums over tokens, of these: its ``rows_K``, then ``inputs_CC``."""
+        """Return the sums over these tokens that ``GaussNewtonSums`` needs: its ``rows_K``, then ``inputs_CC``."""
         columns_K = self._down_CK.float().square().sum(dim=0)
         return (
             *(columns_K * by_row_NK.float().square().sum(dim=0) for by_row_NK in self._by_rows_NK),
@@ -132,13 +132,13 @@ class Linearized:
 
 @dataclass(frozen=True)
 class GaussNewtonSums:
-    """What J^T J looks like where neurons don't meet in gate and up, nor outputs in down.
+    """Approximation of J^T J without the terms between different neurons in gate and up, or different outputs in down.
 
     Attributes:
         rows_K: sum over tokens of the squared derivative of the outputs by each neuron's gate [kept], and by its up.
         inputs_CC: sum of x x^T [hidden_size, hidden_size].
         hidden_KK: sum of h h^T [kept, kept].
-        tokens: how many there are.
+        tokens: number of tokens.
     """
 
     rows_K: tuple[Tensor, ...]
@@ -147,7 +147,7 @@ class GaussNewtonSums:
     tokens: int
 
     def diagonal(self) -> MlpWeights:
-        """About that of J^T J: derivatives and inputs are taken as independent."""
+        """Return the approximate diagonal of J^T J, with derivatives and inputs taken as independent."""
         inputs_C = self.inputs_CC.diagonal() / self.tokens
         return MlpWeights.of(
             *(torch.outer(row_K, inputs_C) for row_K in self.rows_K),
@@ -155,7 +155,7 @@ class GaussNewtonSums:
         )
 
     def inverse(self) -> Callable[[MlpWeights], MlpWeights]:
-        """About (J^T J)^-1, damped, as a product."""
+        """Return a function that multiplies with approximately (J^T J)^-1, damped."""
         by_inputs_CC = damped_inverse(self.inputs_CC / self.tokens, DAMPING).float()
         by_hidden_KK = damped_inverse(self.hidden_KK, DAMPING).float()
         rows_K = [it + damping_of(it, DAMPING) for it in self.rows_K]
@@ -168,12 +168,12 @@ class GaussNewtonSums:
 def solve_normal_equations(
     product: Callable[[MlpWeights], MlpWeights], right: MlpWeights, curvature: GaussNewtonSums, iterations: int
 ) -> MlpWeights:
-    """(J^T J + DAMPING (diag + its mean)) x = right, by preconditioned conjugate gradients.
+    """Solve (J^T J + DAMPING (diag + its mean)) x = right by preconditioned conjugate gradients.
 
     Args:
         product: v -> J^T J v.
-        right: J^T of the residual.
-        curvature: on the same tokens.
+        right: J^T residual.
+        curvature: sums over the same tokens.
     """
     damping = MlpWeights.of(*(DAMPING * (it + it.mean()) for it in curvature.diagonal().tensors()))
     inverse = curvature.inverse()

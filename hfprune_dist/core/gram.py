@@ -1,4 +1,4 @@
-"""Gram matrices of many vectors, of which one half is computed and mirrored, since they are symmetric; and inverses."""
+"""Gram matrices of many vectors, computed by halves since they are symmetric; and their damped inverses."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hfprune_dist.core.triangle import block_rows
 
 
 def gram_matrix(vectors_ND: Tensor) -> Tensor:
-    """The sum of v v^T over the rows, in their dtype [size, size].
+    """Return the sum of v v^T over the rows, in their dtype [size, size].
 
-    On a CPU only blocks on and above the diagonal are computed, which saves 30 % of the time.
+    On a CPU only the blocks on and above the diagonal are computed, which saves 30 % of the time.
     """
     if vectors_ND.device.type != "cpu":
         return vectors_ND.T @ vectors_ND
@@ -24,15 +24,15 @@ def gram_matrix(vectors_ND: Tensor) -> Tensor:
 
 
 def damping_of(diagonal_D: Tensor, damping: float) -> Tensor:
-    """``damping`` times the mean of a diagonal, a number that isn't 0: where the mean is, ``damping`` itself."""
+    """Return ``damping`` times the mean of a diagonal, or ``damping`` itself if that mean is 0."""
     mean = diagonal_D.mean()
     return damping * mean.where(mean != 0, 1.0)
 
 
 def damped_inverse(gram_DD: Tensor, damping: float) -> Tensor:
-    """The inverse, float64, with ``damping_of`` the diagonal added to the diagonal."""
+    """Return the inverse, float64, of the matrix with ``damping_of`` its diagonal added to the diagonal."""
     damped_DD = gram_DD.to(torch.float64, copy=True)
     damped_DD.diagonal().add_(damping_of(damped_DD.diagonal(), damping))
     factor_DD = torch.linalg.cholesky(damped_DD)
-    del damped_DD  # as large as what is made next
+    del damped_DD  # as large as the result of the next line
     return torch.cholesky_inverse(factor_DD)

@@ -1,4 +1,4 @@
-"""The head of a language model, in chunks: from hidden states to a loss and its gradient, never with all logits."""
+"""The head of a language model, in chunks of tokens: losses and gradients without ever holding all logits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hfprune_dist.core.memory_limits import CHUNK_BYTES
 
 @dataclass(frozen=True)
 class Rows:
-    """Some tokens of a batch, as a loss sees them; it may overwrite their logits.
+    """Some tokens of a batch, as a loss sees them. The loss may overwrite their logits.
 
     Attributes:
         logits_NV: float32 or float64 [tokens, vocabulary].
-        numbers: which tokens of the batch they are.
-        teacher_NV: the dense model's logits for the same tokens, where the model is not the dense one.
+        numbers: indices of these tokens within the batch.
+        teacher_NV: the dense model's logits for the same tokens, if the model is not the dense one.
     """
 
     logits_NV: Tensor
@@ -29,25 +29,25 @@ class Rows:
 
 @dataclass(frozen=True)
 class AfterHead:
-    """What an architecture does to the logits z that its head computes: scale * z, or cap * tanh(scale * z / cap)."""
+    """An architecture's transformation of the logits z of its head: scale * z, or cap * tanh(scale * z / cap)."""
 
     scale: float = 1.0
     cap: float | None = None
 
     def __call__(self, logits_NV: Tensor) -> Tensor:
-        """The logits that count; may overwrite what it is given."""
+        """Return the transformed logits; may overwrite its argument."""
         if self.scale != 1.0:
             logits_NV = logits_NV.mul_(self.scale)
         return logits_NV if self.cap is None else logits_NV.div_(self.cap).tanh_().mul_(self.cap)
 
     def slope(self, logits_NV: Tensor) -> Tensor | float:
-        """The derivative of those logits, which are given, at the head's own."""
+        """Return the derivative of the transformed logits, which are given, with respect to the head's own."""
         return self.scale if self.cap is None else self.scale * (1 - (logits_NV / self.cap).square())
 
 
 NOTHING = AfterHead()
 
-# -> (loss per token [N], its gradient at those tokens' logits [N, V])
+# Rows -> (loss per token [N], its gradient at those tokens' logits [N, V])
 LogitGradient = Callable[[Rows], tuple[Tensor, Tensor]]
 
 
@@ -60,24 +60,24 @@ def head_gradients(
     *,
     after: AfterHead = NOTHING,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Per-token losses and their gradients at the hidden states, dL/dhidden = dL/dz @ W, in one pass over the logits.
+    """Return per-token losses and their gradients at the hidden states, dL/dz @ W, from one pass over the logits.
 
-    A chunk's logits are computed once. A loss goes over them in blocks of rows that a cache holds in float32, and
-    leaves its gradient in the model's dtype; the last loss leaves it in place of the logits. So memory does not grow
-    with the number of losses, but for the results. Chunks have the same rows whatever the losses, so that no loss
-    changes the bits of another.
+    A chunk's logits are computed once. Each loss processes them in blocks of rows that fit a cache in float32, and
+    stores its gradient in the model's dtype; the last loss stores it in place of the logits. So apart from the results,
+    memory does not grow with the number of losses. Chunks have the same rows whatever the losses, so no loss changes
+    the bits of another.
 
     Args:
         hidden_NC: final hidden states [tokens, hidden_size], float32 or bfloat16, no graph needed.
         weight_VC: the head's weight [vocabulary, hidden_size], same dtype.
         bias_V: the head's bias, if it has one.
-        logit_gradients: the losses, as closed forms on float32 logits (float64 where the model is).
+        logit_gradients: the losses, as closed forms on float32 logits (float64 if the model is float64).
         teacher_NC: final hidden states of the dense model for the same tokens, if the losses compare with it.
-        after: what becomes of the logits.
+        after: transformation of the logits.
 
     Returns:
-        For each loss: loss_N in float32 (or float64), and the gradient of ``loss_N.sum()`` at ``hidden_NC``, in its
-        dtype.
+        For each loss: loss_N in float32 (or float64), and the gradient of ``loss_N.sum()`` at ``hidden_NC``, in the
+        dtype of ``hidden_NC``.
     """
     losses: list[list[Tensor]] = [[] for _ in logit_gradients]
     gradients_NC = [torch.empty_like(hidden_NC) for _ in logit_gradients]
@@ -108,7 +108,7 @@ def _fill_gradient(
     *,
     after: AfterHead,
 ) -> Iterator[Tensor]:
-    """Write a loss's gradient at the head's logits, in place of these or elsewhere; yield its losses block by block."""
+    """Write a loss's gradient at the head's logits, perhaps in place of them; yield each block's loss per token."""
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
     for block in row_blocks(logits_NV):
         rows = Rows(
@@ -132,7 +132,7 @@ def logit_chunks(
 
 
 def _chunks(hidden_NC: Tensor, weight_VC: Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """Rows whose logits in ``dtype`` take at most ``CHUNK_BYTES``, in chunks as equal as can be."""
+    """Yield chunks of rows, as equal as possible, whose logits in ``dtype`` take at most ``CHUNK_BYTES``."""
     tokens = hidden_NC.shape[0]
     most = max(1, CHUNK_BYTES // (weight_VC.shape[0] * dtype.itemsize))
     chunk = -(-tokens // -(-tokens // most))

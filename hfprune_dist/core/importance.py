@@ -1,4 +1,4 @@
-"""A micro-batch of the calibration pass: one forward, one pass over the logits, and a backward for each loss."""
+"""The work on one micro-batch of calibration: one forward, one pass over the logits, and one backward per loss."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class ScoredModel:
 
     Attributes:
         body: input_ids [B, T] -> final hidden states [B, T, hidden_size], the final norm included.
-        head: gives the head's weight [vocabulary, hidden_size] and bias, for as long as its context lasts.
-        outputs: kind -> where its units are seen.
-        after: what becomes of the head's logits.
-        rearming: called after a forward; what it returns is called before each backward.
-        student: kinds of which the student lacks some units -> which it has, bool [units] of each layer, on the
-            model's device; for losses of a student alone.
+        head: returns a context that provides the head's weight [vocabulary, hidden_size] and bias while it lasts.
+        outputs: kind -> the modules at which its units are observed.
+        after: transformation of the head's logits.
+        rearming: called after a forward; the function that it returns is called before each backward.
+        student: for kinds of which the student lacks some units -> mask of those it has, bool [units] for each layer,
+            on the model's device; used only by losses of a student.
     """
 
     body: Callable[[Tensor], Tensor]
@@ -41,15 +41,15 @@ class ScoredModel:
 
 
 def score_batch(model: ScoredModel, batch: Batch, sums: UnitSums) -> dict[str, float]:
-    """Add a micro-batch's sums to ``sums``, whatever the number of kinds that they are of.
+    """Add a micro-batch to ``sums``, for all kinds of units in the same passes.
 
-    Losses of a student cost all of that again. The dense model comes first and knows nothing of it.
+    Losses of a student cost the same passes again. The dense model runs first and is unaffected by the student.
 
     Returns:
         Loss name -> sum over the batch's windows of the loss per token.
 
     Raises:
-        NonFiniteError: where a layer saw NaN or infinity.
+        NonFiniteError: if a layer saw NaN or infinity.
     """
     losses = losses_of(sums.criteria)
     of_dense = [loss for loss in losses if loss.of == "dense"]
@@ -75,7 +75,7 @@ def _differentiate(
     *,
     teacher_BTC: Tensor | None = None,
 ) -> dict[str, float]:
-    """One pass over the logits of final hidden states, then one backward for each loss; returns the losses' values."""
+    """Run one pass over the logits, then one backward for each loss; return the losses' values."""
     teacher_NC = None if teacher_BTC is None else teacher_BTC.flatten(0, 1)
     with model.head() as (weight_VC, bias_V):
         bound = [bind(loss, batch) for loss in losses]
@@ -85,20 +85,20 @@ def _differentiate(
 
 
 class UnitSums:
-    """Accumulates a sum over tokens for every unit and criterion, of all kinds of units in the same passes.
+    """Sums over tokens for every unit and criterion, accumulated for all kinds of units in the same passes.
 
     The gradient graph begins at the first ``h`` of any kind, or at the first of ``linears``: nothing below it needs a
-    gradient, and no parameter does. What further kinds are scored changes no bits of the others' sums. Use::
+    gradient, and no parameter does. Scoring further kinds changes no bits of the others' sums. Use::
 
         with sums.observe():
-            hidden = body(windows)  # under no_grad where no criterion has a loss
-            sums.backward(hidden, head_gradients(...))  # where one has
+            hidden = body(windows)  # under no_grad if no criterion has a loss
+            sums.backward(hidden, head_gradients(...))  # if one has
 
     Args:
-        outputs: kind -> where its units are seen.
-        criteria: those with something to sum.
-        see_output_gradients: kinds -> what is shown the gradients at their output projections' outputs.
-        linears: whose weights' gradients are shown, if a criterion needs them.
+        outputs: kind -> the modules at which its units are observed.
+        criteria: the criteria that have something to sum.
+        see_output_gradients: kind -> callback for the gradients at the outputs of its output projections.
+        linears: linear layers whose weights' gradients are observed, if a criterion needs them.
 
     Attributes:
         criteria: as given.
@@ -129,7 +129,7 @@ class UnitSums:
 
     @property
     def kinds(self) -> dict[str, KindSums]:
-        """Of each kind, what all micro-batches so far add up to."""
+        """Sums over all micro-batches so far, for each kind of units."""
         return {kind: observer.sums for kind, observer in self._observers.items()}
 
     @contextmanager
@@ -137,7 +137,7 @@ class UnitSums:
         """Hook the modules for one forward and its backwards, then add what they saw to the sums.
 
         Raises:
-            NonFiniteError: where a layer saw NaN or infinity; the sums are then left as they were.
+            NonFiniteError: if a layer saw NaN or infinity; the sums are then unchanged.
         """
         observers = self._observers.values()
         handles = [handle for observer in observers for handle in observer.hook()]
@@ -155,13 +155,13 @@ class UnitSums:
 
     @contextmanager
     def masking(self, keeps: Mapping[str, Sequence[Tensor]]) -> Iterator[None]:
-        """Inside ``observe``: forwards and their backwards are those of a student.
+        """Make forwards and their backwards those of a student; for use inside ``observe``.
 
-        All units are scored, at the activations that they would have: one that the student lacks by what its return
-        would do to the loss.
+        All units are scored, at the activations that they would have. Those that the student lacks are scored by the
+        effect on the loss of putting them back.
 
         Args:
-            keeps: kinds of which the student lacks some units -> which it has, bool [units] of each layer.
+            keeps: for kinds of which the student lacks some units -> mask of those it has, bool [units] for each layer.
         """
         self._phase.student = keeps
         try:
@@ -175,7 +175,7 @@ class UnitSums:
         gradients: Mapping[Loss, tuple[Tensor, Tensor]],
         before_each: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
-        """One backward for each loss through the graph of one forward, freed by the last.
+        """Run one backward for each loss through the graph of one forward, which the last one frees.
 
         Args:
             hidden_BTC: final hidden states, with their graph.
@@ -202,7 +202,7 @@ class UnitSums:
 
 
 def _multiplied(outputs: UnitOutputs, criterion: Criterion, observer: KindObserver) -> list[SeenLinear]:
-    """The linear layers of which a criterion's products of weights are made; their sums go to an observer."""
+    """Return the linear layers that a criterion's weight products need; their sums go to ``observer``."""
     form = CoupledProducts if criterion.is_of_neurons else SquaredProducts
     products = [
         form(outputs.makers[layer], columns, outputs.units(layer), partial(observer.see_sum, criterion, layer))

@@ -1,7 +1,7 @@
-"""Least squares on an output projection: the channels that stay take over what the removed ones did.
+"""Least-squares refit of an output projection: the channels that stay take over the work of those removed.
 
 W' minimises E||W h - W' h_S||^2 + ridge * mean(diag G[S, S]) * ||W' - W_S||^2 over the kept channels S, which needs
-only G = E[h h^T]: W' = (W G[:, S] + ridge' W_S) (G[S, S] + ridge' I)^-1. No bias, no new parameter.
+only G = E[h h^T]: W' = (W G[:, S] + ridge' W_S) (G[S, S] + ridge' I)^-1. No bias or other parameter is added.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Shares of the kept channels' mean energy among which held-out tokens choose.
+# Candidate ridges, as shares of the kept channels' mean energy; the best one on held-out tokens is used.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 class Projection:
-    """An output projection on some tokens, from which the problem of every choice of kept channels follows.
+    """An output projection on some tokens, from which the problem for any choice of kept channels follows.
 
     Args:
-        weight_CD: before pruning [hidden_size, channels].
-        gram_DD: float64, the mean (or sum) of h h^T over tokens, of all channels.
+        weight_CD: the weight before pruning [hidden_size, channels].
+        gram_DD: float64, the mean (or sum) over tokens of h h^T, for all channels.
     """
 
     def __init__(self, weight_CD: Tensor, gram_DD: Tensor) -> None:
@@ -31,10 +31,10 @@ class Projection:
         self._energy = (self._outputs_CD * self._weight_CD).sum()
 
     def keeping(self, kept: Tensor) -> LeastSquares:
-        """The problem where only some channels stay.
+        """Return the problem in which only some channels stay.
 
         Args:
-            kept: their ascending int64 indices.
+            kept: ascending int64 indices of those channels.
         """
         cross_CK, old_CK = self._outputs_CD[:, kept], self._weight_CD[:, kept]
         return LeastSquares(self._energy, cross_CK, self._gram_DD[kept[:, None], kept], old_CK)
@@ -42,13 +42,13 @@ class Projection:
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """The problem on some tokens, from which every ridge's weight and any weight's error follow; all in float64.
+    """The problem on some tokens, from which the weight for any ridge and the error of any weight follow; in float64.
 
     Attributes:
-        energy: E||W h||^2, of all channels.
+        energy: E||W h||^2, with all channels.
         cross_CK: E[W h h_S^T].
         gram_KK: E[h_S h_S^T].
-        old_CK: the columns of the weight before pruning that stay.
+        old_CK: the kept columns of the weight before pruning.
     """
 
     energy: Tensor
@@ -57,10 +57,10 @@ class LeastSquares:
     old_CK: Tensor
 
     def weight(self, ridge: float) -> Tensor:
-        """The refitted weight [hidden_size, kept], float64; the old one where the kept channels are silent.
+        """Return the refitted weight [hidden_size, kept], float64; the old one if the kept channels are silent.
 
         Args:
-            ridge: share of the kept channels' mean of h^2 that pulls towards the old weight.
+            ridge: strength of the pull towards the old weight, as a share of the kept channels' mean of h^2.
         """
         energy = self.gram_KK.diagonal().mean()
         if energy == 0:
@@ -74,14 +74,14 @@ class LeastSquares:
         return torch.cholesky_solve(right_CK.T, factor_KK).T.contiguous()
 
     def error(self, weight_CK: Tensor) -> float:
-        """E||W h - W' h_S||^2 / E||W h||^2: the share of the output's energy that is lost; 0 where there is none."""
+        """Return E||W h - W' h_S||^2 / E||W h||^2, the share of the output's energy that is lost; 0 if it has none."""
         if self.energy == 0:
             return 0.0
         explained = (weight_CK * (2 * self.cross_CK - weight_CK @ self.gram_KK)).sum()
         return float((1 - explained / self.energy).clamp(min=0))
 
     def mixed(self, other: LeastSquares, share: float) -> LeastSquares:
-        """The same problem on the tokens of both, where both have means; ``share`` of them are the other's."""
+        """Return the problem on the tokens of both, a ``share`` of them the other's; both must consist of means."""
         return LeastSquares(
             self.energy.lerp(other.energy, share),
             self.cross_CK.lerp(other.cross_CK, share),
@@ -95,8 +95,8 @@ class Ridge:
     """A ridge that was tried.
 
     Attributes:
-        error: of its weight on tokens that are held out.
-        weight_CK: fitted on the others.
+        error: error of its weight on held-out tokens.
+        weight_CK: the weight, fitted on the other tokens.
     """
 
     ridge: float
@@ -105,7 +105,7 @@ class Ridge:
 
 
 def best_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[float] = RIDGES) -> Ridge:
-    """The ridge whose weight, fitted on some tokens, has the smallest error on others; of equals the first."""
+    """Return the ridge whose weight, fitted on some tokens, has the smallest error on others; the first of equals."""
     best: Ridge | None = None
     for ridge in ridges:
         weight_CK = fitted.weight(ridge)
@@ -117,14 +117,14 @@ def best_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[fl
 
 
 def weight_of_targets(kept_CK: Tensor) -> Tensor:
-    """The weight W [hidden_size, kept + hidden_size] that makes targets y of vectors v = [h_S; y - W_S h_S].
+    """Return the weight W [hidden_size, kept + hidden_size] that maps vectors v = [h_S; y - W_S h_S] to targets y.
 
-    So fitting W' h_S to any targets is a refit with the Gram matrix of such vectors, S their first entries.
+    So fitting W' h_S to any targets is a refit with the Gram matrix of such vectors, where S are their first entries.
     """
     return torch.cat([kept_CK, torch.eye(len(kept_CK)).to(kept_CK)], dim=1)
 
 
 def vectors_of_targets(kept_CK: Tensor, hidden_NK: Tensor, target_NC: Tensor) -> Tensor:
-    """The vectors [tokens, kept + hidden_size], float32, of which ``weight_of_targets`` makes ``target_NC``."""
+    """Return the vectors [tokens, kept + hidden_size], float32, that ``weight_of_targets`` maps to ``target_NC``."""
     hidden_NK = hidden_NK.float()
     return torch.cat([hidden_NK, target_NC.float() - hidden_NK @ kept_CK.float().T], dim=1)

@@ -1,7 +1,7 @@
-"""What gradients of linear layers' weights are made of, shown by a backward in which no parameter has a gradient.
+"""Observation of the inputs and output gradients of linear layers, of which their weights' gradients are made.
 
-The gradient of W in y = W x + b is the sum over tokens of g x^T, g = dL/dy. So it is enough to see x and g, one layer
-after another, and a weight that is sharded or frozen has no gradient of its own.
+The gradient of W in y = W x + b is the sum over tokens of g x^T, g = dL/dy. So a backward only has to show x and g,
+layer by layer, and a weight that is sharded or frozen needs no gradient of its own.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SeeWeight = Callable[[Tensor], None]
 
 @dataclass(frozen=True)
 class SeenLinear:
-    """A linear layer, and what is shown its inputs and output gradients.
+    """A linear layer, and the callbacks that get its inputs, output gradients and weight.
 
     Attributes:
-        see_weight: called after ``see``, as soon as the weight is there, which may be sharded until then.
+        see_weight: called after ``see``, as soon as the weight, which may be sharded until then, is available.
     """
 
     module: nn.Module
@@ -40,12 +40,12 @@ class SeenLinear:
 
 
 class LinearObserver:
-    """Shows some linear layers' inputs and output gradients in the backwards of one loss.
+    """Passes some linear layers' inputs and output gradients to callbacks, in the backwards of one loss.
 
-    Where there is no graph yet, it begins at a layer's output.
+    If there is no gradient graph yet, it begins at a layer's output.
 
     Args:
-        phase: changes as the model runs.
+        phase: the current state of the pass, updated as the model runs.
     """
 
     def __init__(self, linears: Sequence[SeenLinear], loss: Loss, phase: Phase) -> None:
@@ -54,8 +54,8 @@ class LinearObserver:
         self._phase = phase
 
     def hook(self) -> list[RemovableHandle]:
-        """Begin to see."""
-        # Prepended, this comes before the hooks that shard weights, in whose backwards they gather what they gave back.
+        """Register the hooks and return their handles."""
+        # Prepended, so that it runs before the hooks that shard the weights again; in backward, those gather them.
         handles = [
             it.module.register_forward_hook(partial(self._before_weight_goes, it.see_weight), prepend=True)
             for it in self._linears
@@ -64,13 +64,13 @@ class LinearObserver:
         return handles + [it.module.register_forward_hook(partial(self._after, it.see)) for it in self._linears]
 
     def _is_observed(self) -> bool:
-        """Whether the model that runs is the one whose loss it is."""
+        """Whether the model that is running is the one that this loss belongs to."""
         return torch.is_grad_enabled() and (self._phase.student is not None) == (self._loss.of == "student")
 
     def _before_weight_goes(
         self, see: SeeWeight, module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor
     ) -> Tensor | None:
-        """After a linear layer has run, before its weight may be given back."""
+        """Forward hook that runs before the layer's weight may be sharded again."""
         if not self._is_observed():
             return None
         in_graph = _in_graph(output)
@@ -82,11 +82,11 @@ class LinearObserver:
             see(module.weight.detach())  # type: ignore[operator]
 
     def _after(self, see: SeeLinear, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """After a linear layer has run."""
+        """Forward hook that makes backward show the layer's inputs and output gradients."""
         if not self._is_observed():
             return None
         shown: Any = _WithInputs.apply(_in_graph(output), inputs[0].detach())  # type: ignore[no-untyped-call]
-        if self._phase.backward_of is None:  # else a checkpointed layer runs again
+        if self._phase.backward_of is None:  # otherwise a checkpointed layer runs again
             shown.grad_fn.observer = partial(self._show, see)
         seen: Tensor = shown
         return seen
@@ -96,7 +96,7 @@ class LinearObserver:
             see(*(self._by_window(it) for it in (inputs, gradients)))
 
     def _by_window(self, it: Tensor) -> Tensor:
-        """[windows, tokens, channels], also where a layer reads the tokens of all windows as one."""
+        """Return it as [windows, tokens, channels], even if the layer reads the tokens of all windows in one row."""
         return it if it.ndim > 2 else it.unflatten(0, (self._phase.windows, -1))
 
 
@@ -105,7 +105,7 @@ def _in_graph(output: Tensor) -> Tensor:
 
 
 class _WithInputs(Function):
-    """A linear layer's output as it is. Keeps the input for backward, where an observer sees both."""
+    """Identity on a linear layer's output; keeps the input, which backward passes to an observer with the gradient."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, inputs: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""LoRAPrune: scores of units from the gradients of LoRA's factors alone, and how many units are gone at each step.
+"""LoRAPrune: scores of units from only the gradients of LoRA's factors, and the schedule by which units are removed.
 
-Zhang et al. 2024, arXiv 2305.18403. Where the paper and the authors' code differ, this is what the code computes.
+Zhang et al. 2024, arXiv 2305.18403. Where the paper and the authors' code differ, this follows the code.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES
 
-# What stays of a moving average in a step.
+# Weight of the previous value in a step of the moving average.
 DECAY = 0.9
-# Of all steps, so many times the share: none is masked in the first tenth, none is left to be masked in the last.
+# In the first 1 / FLAT of all steps no unit is masked, and in the last 1 / FLAT all are that ever will be.
 FLAT = 10
-# Units are masked every so many steps; of a shorter training, in each tenth of it.
+# Number of steps between two maskings; a training too short for this masks once in each tenth of its steps.
 MASK_EVERY, TENTHS = 10, 10
 TINY = 1e-8
-# Numbers of a weight whose terms are made at a time.
+# Number of a weight's elements whose terms are computed at a time.
 PORTION = ACCELERATOR_BYTES // 4
 
 
 @dataclass(frozen=True)
 class Factors:
-    """LoRA's factors of a weight [out_features, in_features], and a loss's gradients there; all of one float dtype.
+    """LoRA's factors for a weight [out_features, in_features], and a loss's gradients at them; all of one float dtype.
 
     Attributes:
         a_RI, grad_a_RI: [r, in_features].
@@ -40,30 +40,30 @@ class Factors:
     scale: float
 
     def rows(self, part: slice) -> Factors:
-        """Those of some rows of the weight."""
+        """Return the factors of some rows of the weight."""
         return replace(self, b_OR=self.b_OR[part], grad_b_OR=self.grad_b_OR[part])
 
     def gradient(self) -> Tensor:
-        """What stands for the weight's own gradient [out_features, in_features] (the paper's equation 8): how B A would
-        change in a step of gradient descent at a learning rate of 1.
+        """Return the estimate of the weight's own gradient [out_features, in_features] (the paper's equation 8): the
+        change of B A in one step of gradient descent at a learning rate of 1.
         """
         # g_B A + B g_A - g_B g_A, in two products instead of three.
         return torch.addmm(self.grad_b_OR @ (self.a_RI - self.grad_a_RI), self.b_OR, self.grad_a_RI)
 
     def added_to(self, weight_OI: Tensor) -> Tensor:
-        """The weight with what LoRA adds to it."""
+        """Return the weight plus LoRA's update of it."""
         return torch.addmm(weight_OI.to(self.a_RI.dtype), self.b_OR, self.a_RI, alpha=self.scale)
 
 
 def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int, parts: int = 1) -> Tensor:
-    """Sums of |gradient * (W + scale B A)| over the weights that each unit owns of a tensor, as a vector of norm 1.
+    """Return sums of |gradient * (W + scale B A)| over each unit's entries of a tensor, as a vector of norm 1.
 
-    The paper squares the terms; the code takes them as they are. Memory: for three portions of ``PORTION`` numbers.
+    The paper squares the terms; the code doesn't. Takes memory for three portions of ``PORTION`` numbers.
 
     Args:
-        axis: along which units follow one another.
-        per_unit: consecutive entries of one unit.
-        parts: matrices that lie one behind the other along that axis, each of which counts as a tensor of its own.
+        axis: dimension along which units follow one another.
+        per_unit: number of consecutive entries of one unit.
+        parts: number of matrices concatenated along that axis, each of which counts as a tensor of its own.
 
     Returns:
         float64 [units].
@@ -82,21 +82,21 @@ def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int, p
 
 
 def averaged(average_U: Tensor, scores_U: Tensor) -> Tensor:
-    """The moving average after one more step; before the first it is 0."""
+    """Return the moving average after one more step; before the first step it is 0."""
     return DECAY * average_U + (1 - DECAY) * scores_U
 
 
 def masks_after(step: int, total_steps: int) -> bool:
-    """Whether units are masked after this optimizer step, counted from 1."""
+    """Return whether units are masked after this optimizer step, counted from 1."""
     return step == total_steps or step % max(1, min(MASK_EVERY, total_steps // TENTHS)) == 0
 
 
 def gone_after(step: int, total_steps: int, gone: int) -> int:
-    """Units that are gone after this optimizer step, counted from 1, where ``gone`` are at the end.
+    """Return the number of units removed after this optimizer step, counted from 1; ``gone`` is the final number.
 
-    Their number rises from 0 along a cubic, flat in the first and in the last tenth of the steps; after the last step
-    it is ``gone``, however few steps there are. It is rounded to the nearest, where the code rounds down: a layer that
-    is to lose one of a few KV groups would lose it when hardly a step is left.
+    It rises from 0 along a cubic, flat in the first and in the last tenth of the steps; after the last step it is
+    ``gone``, however few steps there are. It is rounded to the nearest integer, whereas the authors' code rounds down:
+    a layer that is to lose one of a few KV groups would then lose it with hardly a step left.
     """
     if FLAT * step <= total_steps:
         return 0

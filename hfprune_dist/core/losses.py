@@ -1,7 +1,7 @@
 """Losses on a model's output distribution p = softmax(z), each with its gradient at the logits z in closed form.
 
-Random numbers are drawn for each window, from a generator that is seeded with the sweep's seed and the window's number:
-chunks of tokens, micro-batches and ranks don't change them, and they are the same on every device.
+Random numbers are drawn per window, from a generator seeded with the sweep's seed and the window's number. So chunks of
+tokens, micro-batches and ranks don't change them, and they are the same on every device.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import hashlib
 import torch
 from torch import Tensor
 
-# Of a probability, when probabilities are added up: few float32 have more digits, and a sum stays far below 2^63.
+# Unit in which probabilities are added up as integers: few float32 numbers need a finer one, and sums stay below 2^63.
 SHARE = 2.0**-60
-# Tokens whose signs are drawn at a time, so that the bits of a long window with a large vocabulary don't all exist.
+# Number of tokens whose signs are drawn at a time, so that the bits of a long window never all exist at once.
 SIGN_TOKENS = 64
 
 
 def cross_entropy_gradient(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p(label) and its gradient p - onehot(label); both are 0 for tokens without a label.
+    """Return -log p(label) and its gradient p - onehot(label); both are 0 for tokens without a label.
 
     Args:
         logits_NV: float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes the gradient.
-        labels_N: int64 [tokens]; -1 where there is none.
+        labels_N: int64 [tokens]; -1 for tokens without a label.
 
     Returns:
         The loss in nats [tokens] and its gradient [tokens, vocabulary], in the dtype of the logits.
@@ -42,13 +42,13 @@ def cross_entropy_gradient(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor,
 
 
 def sampled_label_gradient(logits_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p(y) and its gradient p - onehot(y), with y drawn from p: over y, E[g g^T] = diag(p) - p p^T.
+    """Return -log p(y) and its gradient p - onehot(y), with y drawn from p: over y, E[g g^T] = diag(p) - p p^T.
 
-    That is the exact Fisher matrix at the logits of a token (Kunstner et al. 2019, arXiv 1905.12558).
+    This is the exact Fisher matrix at a token's logits (Kunstner et al. 2019, arXiv 1905.12558).
 
     Args:
         logits_NV: float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes the gradient.
-        uniform_N: what decides each token's label, in [0, 1).
+        uniform_N: random numbers in [0, 1) that determine each token's label.
 
     Returns:
         The loss in nats [tokens] and its gradient [tokens, vocabulary], in the dtype of the logits.
@@ -57,30 +57,30 @@ def sampled_label_gradient(logits_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor
 
 
 def sample_labels(logits_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """Labels y ~ p = softmax(z), int64 [tokens]: p's cumulative distribution, inverted at ``uniform_N``."""
+    """Draw labels y ~ p = softmax(z), int64 [tokens], by inverting p's cumulative distribution at ``uniform_N``."""
     cumulative_NV = _cumulative(logits_NV.softmax(dim=-1))
-    # The last entry stands for 1, up to rounding. A number rounded up to 1 falls on the last word of the vocabulary.
+    # The last entry is 1 up to rounding. A number that is rounded up to 1 selects the last word of the vocabulary.
     threshold_N1 = uniform_N[:, None].to(logits_NV.dtype) * cumulative_NV[:, -1:]
     return torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(1).clamp_(max=logits_NV.shape[1] - 1)
 
 
 def _cumulative(p_NV: Tensor) -> Tensor:
-    """Overwrites the probabilities. GPUs add floating-point numbers in an order that changes; on CPUs it is one, which
-    draws have followed from the beginning.
+    """Return cumulative sums; overwrites the probabilities. GPUs add floating-point numbers in a varying order, hence
+    the exact sums; CPUs use a fixed order, in which labels have been drawn there from the beginning.
     """
     return p_NV.cumsum_(dim=-1) if p_NV.device.type == "cpu" else exact_cumulative(p_NV)
 
 
 def exact_cumulative(p_NV: Tensor) -> Tensor:
-    """Probabilities added up along a row as integers, in multiples of ``SHARE``: the same bits in whatever order."""
+    """Return cumulative sums along rows, added as integer multiples of ``SHARE``: the same bits in any order."""
     return p_NV.double().div_(SHARE).long().cumsum_(dim=-1).to(p_NV.dtype)
 
 
 def random_signs_gradient(logits_NV: Tensor, signs_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """2 sum_v e_v sqrt(p_v) and its gradient sqrt(p) * e - p * (sqrt(p) . e), for signs e that are independently +-1.
+    """Return 2 sum_v e_v sqrt(p_v) and its gradient sqrt(p) * e - p * (sqrt(p) . e), for independent signs e = +-1.
 
-    The loss means nothing by itself. Over e its gradient's E[g g^T] = diag(p) - p p^T is the exact Fisher matrix, as
-    that of a sampled label, but it spreads over the vocabulary what a label concentrates on one word.
+    The loss means nothing by itself. Over e, E[g g^T] = diag(p) - p p^T of its gradient is the exact Fisher matrix, as
+    for a sampled label, but the gradient spreads over the vocabulary what a label concentrates on one word.
 
     Args:
         logits_NV: float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes scratch space.
@@ -97,12 +97,12 @@ def random_signs_gradient(logits_NV: Tensor, signs_NV: Tensor) -> tuple[Tensor, 
 
 
 def distillation_gradient(logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(teacher || model) = sum_v p_v log(p_v / q_v) and its gradient at the model's logits, q - p.
+    """Return KL(teacher || model) = sum_v p_v log(p_v / q_v) and its gradient at the model's logits, q - p.
 
     Args:
-        logits_NV: the model's, q = softmax(z): float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes
-            the gradient.
-        teacher_NV: the teacher's, p = softmax(t), same shape and dtype. Overwritten: the buffer becomes scratch space.
+        logits_NV: the model's logits z, q = softmax(z): float32 or float64 [tokens, vocabulary]. Overwritten: the
+            buffer becomes the gradient.
+        teacher_NV: the teacher's logits t, p = softmax(t), same shape and dtype. Overwritten: used as scratch space.
 
     Returns:
         The divergence in nats [tokens] and its gradient [tokens, vocabulary], in the dtype of the logits.
@@ -117,14 +117,14 @@ def distillation_gradient(logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor
 def labels_and_teacher_gradient(
     logits_NV: Tensor, teacher_NV: Tensor, label_shares_N: Tensor, labels_N: Tensor, *, teacher_share: float
 ) -> tuple[Tensor, Tensor]:
-    """b CE + a KL(teacher || model), a a number and b one of each token, and its gradient (a + b) q - b onehot - a p.
+    """Return b CE + a KL(teacher || model), where b is per token, and its gradient (a + b) q - b onehot - a p.
 
     Args:
-        logits_NV: the model's, q = softmax(z): float32 or float64 [tokens, vocabulary]. Overwritten: the buffer becomes
-            the gradient.
-        teacher_NV: the teacher's, p = softmax(t), same shape and dtype. Overwritten: the buffer becomes scratch space.
+        logits_NV: the model's logits z, q = softmax(z): float32 or float64 [tokens, vocabulary]. Overwritten: the
+            buffer becomes the gradient.
+        teacher_NV: the teacher's logits t, p = softmax(t), same shape and dtype. Overwritten: used as scratch space.
         label_shares_N: b; 0 for tokens without a label, same dtype [tokens].
-        labels_N: int64 [tokens]; any number where there is no label.
+        labels_N: int64 [tokens]; any number for tokens without a label.
         teacher_share: a.
 
     Returns:
@@ -141,17 +141,17 @@ def labels_and_teacher_gradient(
 
 
 def draw_uniform(seed: int, window: int, tokens: int) -> Tensor:
-    """One number in [0, 1) for each token of a calibration window, float64 on the CPU."""
+    """Draw one number in [0, 1) for each token of a calibration window, float64 on the CPU."""
     return torch.rand(tokens, generator=_generator(seed, window, "labels"), dtype=torch.float64)
 
 
 def draw_sign_bits(seed: int, window: int, group: int, vocabulary: int) -> Tensor:
-    """Random bits for every word at ``SIGN_TOKENS`` tokens of a calibration window, eight to a byte: uint8 on the CPU.
+    """Draw random bits for every word at ``SIGN_TOKENS`` tokens of a calibration window, packed into bytes on the CPU.
 
-    Shape [SIGN_TOKENS, bytes], with bytes a multiple of 8 that holds ``vocabulary`` bits.
+    The shape is [SIGN_TOKENS, bytes], uint8, with bytes a multiple of 8 that holds ``vocabulary`` bits.
 
     Args:
-        group: which of the window's tokens: those from ``group * SIGN_TOKENS`` on.
+        group: number of the group of tokens, which begins at the window's token ``group * SIGN_TOKENS``.
     """
     words = torch.empty(SIGN_TOKENS, -(-vocabulary // 64), dtype=torch.int64)
     generator = _generator(seed, window, f"signs {group}")
@@ -166,7 +166,7 @@ def signs_of(bits_NB: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The eight signs of each byte [256, 8]: looking them up takes a third of the time that shifting bits does."""
+    """Return the eight signs of each byte [256, 8]: a look-up takes a third of the time of shifting bits."""
     places_8, bytes_256 = (torch.arange(count, device=device) for count in (8, 256))
     return ((bytes_256[:, None] >> places_8) & 1).to(dtype).mul_(2).sub_(1)
 

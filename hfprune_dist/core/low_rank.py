@@ -1,4 +1,4 @@
-"""LoRAP: matrices of low rank for attention, and scores of neurons from norms of what their projections read.
+"""LoRAP: low-rank matrices for attention, and scores of neurons from norms of their weights and inputs.
 
 Source: Li et al. 2024, "LoRAP: Transformer Sub-Layers Deserve Differentiated Structured Compression" (ICML 2024), and
 its code. Everything is float64.
@@ -11,31 +11,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# What a channel counts that is always zero.
+# Norm used for a channel that is always zero.
 SILENT = 1e-4
-# The share of the neurons, those with the lowest scores, that LoRAP's code keeps.
+# Share of the neurons, those with the lowest scores, that LoRAP's code keeps.
 LOWEST_KEPT = 0.01
 
 
 def channel_norms(squares_D: Tensor, windows: int) -> Tensor:
-    """d_j: the root of the mean over windows of what the squares of channel j add up to in one.
+    """Return d_j, the root of the mean over windows of the sum of squares of channel j in a window.
 
     Args:
-        squares_D: sums over the tokens of all windows.
+        squares_D: sums of squares over the tokens of all windows.
     """
     return (squares_D / windows).sqrt()
 
 
 def low_rank_factors(weight_OI: Tensor, norms_I: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors (R [rank, in], L [out, rank]) of the matrix LR of such a rank that is closest to W, where errors of a
-    column count as its channel is large: of the singular value decomposition W diag(d) = U S V^T, L = U_k S_k^(1/2)
-    and R = S_k^(1/2) V_k^T diag(1/d).
+    """Return the factors (R [rank, in], L [out, rank]) of the matrix LR of this rank that is closest to W, with errors
+    in each column weighted by its channel's norm: from the singular value decomposition W diag(d) = U S V^T,
+    L = U_k S_k^(1/2) and R = S_k^(1/2) V_k^T diag(1/d).
 
-    U and S^2 are found as eigenvectors and eigenvalues of W diag(d^2) W^T. So LR is U_k U_k^T W, W itself at full rank;
-    directions of which nothing is left (S = 0) get zeros.
+    U and S^2 are computed as eigenvectors and eigenvalues of W diag(d^2) W^T. So LR is U_k U_k^T W, and W itself at
+    full rank; directions with S = 0 get zeros.
 
     Args:
-        weight_OI: [out, in], rank at most out.
+        weight_OI: W [out, in]; the rank is at most out.
         norms_I: d.
     """
     weight_OI, norms_I = weight_OI.double(), norms_I.double()
@@ -49,11 +49,11 @@ def low_rank_factors(weight_OI: Tensor, norms_I: Tensor, rank: int) -> tuple[Ten
 
 
 def neuron_scores(rows: Sequence[Tensor], down_CK: Tensor, read_C: Tensor, hidden_K: Tensor) -> Tensor:
-    """||d * gate row|| + ||d * up row|| + d_n ||down column|| of each neuron n [neurons].
+    """Return ||d * gate row|| + ||d * up row|| + d_n ||down column|| for each neuron n [neurons].
 
     Args:
-        rows: weights of gate and up, or of up alone where an MLP has no gate, each [neurons, hidden_size].
-        read_C: d of the channels that they read.
+        rows: weights of gate and up, or only of up if the MLP has no gate, each [neurons, hidden_size].
+        read_C: d of the channels that these projections read.
         hidden_K: d of the neurons.
     """
     scores_K: Tensor = hidden_K * torch.linalg.vector_norm(down_CK, dim=0, dtype=torch.float64)
@@ -63,11 +63,11 @@ def neuron_scores(rows: Sequence[Tensor], down_CK: Tensor, read_C: Tensor, hidde
 
 
 def kept_neurons(scores_K: Tensor, width: int, *, lowest_stay: bool) -> Tensor:
-    """Ascending int64 indices of the neurons that stay, so many: those that score highest.
+    """Return ascending int64 indices of the ``width`` neurons that stay: those with the highest scores.
 
     Args:
-        lowest_stay: whether the hundredth that scores lowest stays as well, and those go that follow it, as in LoRAP's
-            code; where fewer stay, none but these.
+        lowest_stay: whether the hundredth with the lowest scores stays as well and the neurons just above it go, as in
+            LoRAP's code. If ``width`` is smaller than that, only neurons with the lowest scores stay.
     """
     order_K = scores_K.sort(stable=True).indices
     lowest = min(int(LOWEST_KEPT * len(order_K)), width) if lowest_stay else 0

@@ -1,7 +1,7 @@
 """Norms, gated products and linear layers whose backward takes less memory and work than autograd's.
 
-Their forward has the same bits as that of the layers they replace. Backward computes again, from the inputs, what
-autograd would keep of every step, and frozen weights get no gradient.
+Their forward has the same bits as that of the layers they replace. Backward recomputes from the inputs what autograd
+would keep of every step, and frozen weights get no gradient.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.nn.functional import linear, silu
 
 from hfprune_dist.core.blocks import row_blocks
 
-# Some tokens' h * dL/dh in float32 or wider, [tokens, channels]; called until all tokens have been seen.
+# Called with some tokens' h * dL/dh in float32 or wider, [tokens, channels], until all tokens have been shown.
 Observer = Callable[[Tensor], None]
 
 
 class RmsNorm(Function):
-    """x / rms(x) * weight in float32, rounded to x's dtype before the weight, as Hugging Face's models do it.
+    """x / rms(x) * weight, where x / rms(x) is float32 and rounded to x's dtype before the product, as in transformers.
 
     Keeps x and one number per token for backward.
     """
@@ -53,10 +53,10 @@ class RmsNorm(Function):
 
 
 class FrozenLinear(Function):
-    """x W^T + b, where neither W nor b gets a gradient. Keeps W, itself and neither a view nor its values.
+    """x W^T + b, where neither W nor b gets a gradient. Keeps W itself, neither a view nor a copy of it.
 
-    So a weight that is sharded over ranks can be given back after forward, and be gathered again for backward; and a
-    checkpointed layer needn't be run again up to a product of which nothing else is kept.
+    So a weight that is sharded over ranks can be released after forward and gathered again for backward; and a
+    checkpointed layer doesn't have to be rerun for a product that keeps nothing else.
     """
 
     @staticmethod
@@ -70,7 +70,7 @@ class FrozenLinear(Function):
 
 
 class FrozenExpert(Function):
-    """x W_e^T + b_e of one of several experts, whose weights are one tensor. Keeps that tensor, as ``FrozenLinear``."""
+    """x W_e^T + b_e for one of several experts that share one weight tensor. Keeps that tensor, as ``FrozenLinear``."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_EDC: Tensor, bias_ED: Tensor | None, expert: int) -> Tensor:
@@ -83,7 +83,7 @@ class FrozenExpert(Function):
 
 
 class FrozenTransposedExpert(Function):
-    """x W_e + b_e, likewise."""
+    """x W_e + b_e, otherwise like ``FrozenExpert``."""
 
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, weight_ECD: Tensor, bias_ED: Tensor | None, expert: int) -> Tensor:
@@ -97,9 +97,9 @@ class FrozenTransposedExpert(Function):
 
 
 class Routed(Function):
-    """Rows of x, each as often as experts read it, in the order of the experts. Keeps that order alone.
+    """Rows of x, each repeated for every expert that reads it, in the order of the experts. Keeps only that order.
 
-    In backward, what several experts' gradients at a row add up to has the same bits in any order of the experts.
+    In backward, the sum of several experts' gradients at a row has the same bits in any order of the experts.
     """
 
     @staticmethod
@@ -115,7 +115,7 @@ class Routed(Function):
 
 
 class GatedProduct(Function):
-    """h = silu(gate) * up. Keeps gate and up; h is made again in backward, where ``observe_gradient`` shows it."""
+    """h = silu(gate) * up. Keeps gate and up; backward recomputes h, for observers (``observe_gradient``) as well."""
 
     @staticmethod
     def forward(ctx: Any, gate_ND: Tensor, up_ND: Tensor) -> Tensor:
@@ -138,10 +138,10 @@ class GatedProduct(Function):
 
 
 class Masked(Function):
-    """h of a layer that lacks some units, in their place zeros.
+    """h of a layer that lacks some units, with zeros in their place.
 
-    In backward ``observe_gradient`` sees the whole h times the gradient at the masked one: for every channel the
-    derivative by its mask, for one that is lacking dL/dmask at mask 0, what its return would do.
+    In backward, observers (``observe_gradient``) see the whole h times the gradient at the masked one: for every
+    channel the derivative by its mask, taken at 0 for a missing channel, which is the effect of putting it back.
     """
 
     @staticmethod
@@ -159,7 +159,7 @@ class Masked(Function):
 
 
 class Observed(Function):
-    """h as it is. Keeps it for backward, where ``observe_gradient`` shows h times its gradient."""
+    """h unchanged. Keeps it for backward, where observers (``observe_gradient``) see h times its gradient."""
 
     @staticmethod
     def forward(ctx: Any, h_BTD: Tensor) -> Tensor:
@@ -200,14 +200,14 @@ def routed(x_NC: Tensor, order_S: Tensor) -> Tensor:
     """``Routed`` as a function.
 
     Args:
-        order_S: int64, a permutation of range(rows * K); entry s is of row s // K.
+        order_S: int64, a permutation of range(rows * K); the value s stands for row s // K.
     """
     routed_SC: Tensor = Routed.apply(x_NC, order_S)  # type: ignore[no-untyped-call]
     return routed_SC
 
 
 def returned(routed_SC: Tensor, order_S: Tensor, tokens: int) -> Tensor:
-    """Of so many tokens the sum over what was ``routed`` of each."""
+    """Return for each of ``tokens`` tokens the sum of the rows that were ``routed`` from it."""
     places_S = torch.empty_like(order_S)
     places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
     routed_NKC: Tensor = routed_SC.index_select(0, places_S).unflatten(0, (tokens, -1))
@@ -233,12 +233,12 @@ def observed(h_BTD: Tensor) -> Tensor:
 
 
 def can_be_observed(h_BTD: Tensor) -> bool:
-    """Whether ``observe_gradient`` takes it; an h that a ``GatedProduct`` made need not be kept for it."""
+    """Return whether ``observe_gradient`` accepts h; one made by a ``GatedProduct`` need not be kept for it."""
     return hasattr(h_BTD.grad_fn, "observer")
 
 
 def observe_gradient(h_BTD: Tensor, observer: Observer) -> None:
-    """Have ``observer`` called in backward with h * dL/dh, which it may change; of several, each sees them."""
+    """Have ``observer`` called in backward with h * dL/dh, which it may modify; several observers are all called."""
     made_by: Any = h_BTD.grad_fn
     earlier: Observer | None = made_by.observer
 

@@ -1,4 +1,4 @@
-"""Whether more calibration windows would still change which units stay: two halves of them are compared."""
+"""Agreement of two halves of the calibration windows: whether more windows would still change which units stay."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# Kept sets are compared at these shares of a layer's units: about what ratios of 10 to 30 % of a model leave.
+# Shares of a layer's units at which kept sets are compared: about what stays at ratios of 10 to 30 % of a model.
 SHARES_KEPT = (0.8, 0.65, 0.5)
 
 
 def split_half_overlap(first: Iterable[Tensor], second: Iterable[Tensor], share: float) -> float:
-    """Of the units that one half of the windows keeps, the share that the other keeps too, over all layers together.
+    """Return the share of the units kept by one half of the windows that the other half keeps too, over all layers.
 
     Args:
-        first: sums over one half, float64 [units] of each layer.
-        second: over the other.
-        share: of a layer's units that stay.
+        first: sums over one half, float64 [units] for each layer.
+        second: sums over the other half.
+        share: share of a layer's units that stay.
     """
     kept = common = 0
     for first_U, second_U in zip(first, second, strict=True):

@@ -1,16 +1,16 @@
-"""Symmetric matrices without the blocks below their diagonal, packed into a vector; numbers alone, without torch."""
+"""Layout of symmetric matrices packed into a vector without the blocks below the diagonal; doesn't import torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Rows of a block: large enough for a product's full speed.
+# Number of rows in a block: large enough for matrix products at full speed.
 BLOCK = 256
 
 
 class BlockRow(NamedTuple):
-    """Rows ``start`` to ``end`` of a matrix from column ``start`` on, which lie in the vector from ``first`` on."""
+    """Rows ``start`` to ``end`` of a matrix, from column ``start`` on; the vector holds them from ``first`` on."""
 
     start: int
     end: int
@@ -18,7 +18,7 @@ class BlockRow(NamedTuple):
 
 
 def block_rows(size: int) -> Iterator[BlockRow]:
-    """The block rows of a matrix of so many rows, from above."""
+    """Yield the block rows of a matrix of ``size`` rows, from top to bottom."""
     first = 0
     for start in range(0, size, BLOCK):
         end = min(start + BLOCK, size)
@@ -27,5 +27,5 @@ def block_rows(size: int) -> Iterator[BlockRow]:
 
 
 def packed_size(size: int) -> int:
-    """Numbers of the vector that a matrix of so many rows makes: of a large one little more than half."""
+    """Return the length of the packed vector of a matrix of ``size`` rows: for large ones little more than half."""
     return sum((row.end - row.start) * (size - row.start) for row in block_rows(size))

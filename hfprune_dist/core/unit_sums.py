@@ -1,11 +1,11 @@
 """Sums over tokens that score the units of one kind, reduced inside hooks so that no activation gradient outlives its
 layer.
 
-A unit is one or more consecutive channels of what a layer's output projection reads (``hfprune_dist.structures``).
-``h`` is that input. Of a gradient, what is added up is |x| or x^2, x the sum of h_n * dL/dh_n over the unit's channels
-n: the first-order effect of its removal. Of activations, it is |h_n| or h_n^2 of each channel: the root of a sum of
-squares is a norm; or h_n and h_n^2, in float64, since their variance is a difference of the two. Of a whole expert it
-may be the norm of what it puts out.
+A unit is one or more consecutive channels of ``h``, the input of a layer's output projection
+(``hfprune_dist.structures``). For gradients, the terms are |x| or x^2, with x the sum of h_n * dL/dh_n over the unit's
+channels n: the first-order effect of its removal. For activations, they are |h_n| or h_n^2 of each channel, since the
+root of a sum of squares is a norm; or h_n and h_n^2, in float64, since the variance is a difference of the two. For
+whole experts, they may be the norms of their outputs.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from hfprune_dist.core.memory_efficient import can_be_observed, masked, observe_
 
 
 class NonFiniteError(ValueError):
-    """Activations or gradients of a layer are NaN or infinite; the message says which."""
+    """A layer's activations or gradients are NaN or infinite; the message says which."""
 
 
 @dataclass(frozen=True)
 class Maker:
-    """A linear layer that makes units' channels.
+    """A linear layer whose outputs make the units' channels.
 
     Attributes:
-        parts: equal parts of its rows, in each of which units own some: 2 where gate and up are one matrix.
+        parts: number of equal parts of its rows, in each of which a unit owns some: 2 if gate and up are one matrix.
     """
 
     module: nn.Module
@@ -43,20 +43,20 @@ class Maker:
 
 @dataclass(frozen=True)
 class UnitOutputs:
-    """Where a model's units of one kind are seen.
+    """The modules at which a model's units of one kind are observed.
 
-    Where layers are mixtures of experts, an output projection is called for one expert after another, with the
-    activations of the tokens that the expert sees [tokens, channels of an expert], its number, and what its outputs are
-    multiplied with [tokens]; a layer's units are those of its first expert, then those of its second, and so on. An
+    In mixtures of experts, a layer's output projection is called for one expert at a time, with the activations of the
+    tokens that the expert sees [tokens, channels of an expert], the expert's number, and the weights that its outputs
+    are multiplied by [tokens]; a layer's units are those of its first expert, then those of its second, and so on. An
     expert without tokens adds nothing.
 
     Attributes:
-        projections: the output projection of each layer, in order; None where a layer has no such units.
-        channels_per_unit: consecutive channels that are one unit's.
-        makers: of each layer, the linear layers that make the channels; where units are scored by weights' products.
+        projections: the output projection of each layer, in order; None for layers without such units.
+        channels_per_unit: number of consecutive channels that belong to one unit.
+        makers: for each layer, the linear layers that make the channels; needed only for scores by weight products.
         are_neurons: whether each of a unit's channels is made by one row of every maker's parts.
-        experts: of each layer that has such units; None: they are of no experts.
-        are_experts: whether each of them is an expert with all its channels.
+        experts: number of experts in each layer that has such units; None if the units don't belong to experts.
+        are_experts: whether each unit is a whole expert with all its channels.
     """
 
     projections: Sequence[nn.Module | None]
@@ -67,7 +67,7 @@ class UnitOutputs:
     are_experts: bool = False
 
     def have(self, criterion: Criterion) -> bool:
-        """Whether these units have a sum by such a criterion."""
+        """Return whether these units have sums for a criterion."""
         if self.are_experts:
             return criterion.has_sums_of_units and criterion.is_of_whole_experts
         if criterion.is_of_whole_experts_alone or (self.experts is not None and not criterion.is_of_experts):
@@ -75,7 +75,7 @@ class UnitOutputs:
         return criterion.has_sums_of_units and (self.are_neurons or not criterion.is_of_neurons)
 
     def units(self, layer: int) -> int:
-        """How many a layer has."""
+        """Return the number of units in a layer."""
         projection = self.projections[layer]
         if projection is None:
             return 0
@@ -83,38 +83,37 @@ class UnitOutputs:
         return channels // self.channels_per_unit
 
     def seen_modules(self) -> list[tuple[int, nn.Module]]:
-        """Layers that have units, with their output projections."""
+        """Return the numbers of the layers that have units, with their output projections."""
         return [(layer, module) for layer, module in enumerate(self.projections) if module is not None]
 
 
 @dataclass(frozen=True)
 class KindSums:
-    """What some micro-batches add up to, for the units of one kind; on the CPU.
+    """Sums over some micro-batches for the units of one kind, on the CPU.
 
     Attributes:
-        exact: criterion -> float64 [num_layers, sums of units], those of one behind those of another
-            (``Criterion.sums_of_unit``); of all whose sum isn't rounded. Layers with fewer units than others
-            have zeros behind theirs.
-        terms: of criteria whose sum ``is_rounded``, what each micro-batch adds: criterion -> float32, shaped alike.
+        exact: criterion -> float64 [num_layers, sums of units], unit by unit (``Criterion.sums_of_unit``), for all
+            criteria whose sum isn't rounded. Layers with fewer units than others are padded with zeros.
+        terms: for criteria whose sum ``is_rounded``, each micro-batch's term: criterion -> float32, of the same shape.
     """
 
     exact: dict[str, Tensor]
     terms: list[dict[str, Tensor]]
 
 
-# Called in a backward with a layer's number and the gradients at its output projection's output [tokens, hidden_size],
-# of the criterion that ``needs_moments``; layers come from the last to the first.
+# Called in the backward of the criterion that ``needs_moments``, from the last layer to the first, with the layer's
+# number and the gradients at its output projection's output [tokens, hidden_size].
 SeeOutputGradients = Callable[[int, Tensor], None]
 
 
 @dataclass
 class Phase:
-    """What the model is about, for hooks.
+    """The current state of the calibration pass, which hooks read.
 
     Attributes:
-        windows: of the micro-batch.
-        backward_of: the loss whose backward is under way; None in a forward.
-        student: kind -> which units the student has, bool [units] of each layer; None where the model is the dense one.
+        windows: number of windows in the micro-batch.
+        backward_of: the loss whose backward is running; None during a forward.
+        student: kind -> mask of the units that the student has, bool [units] for each layer; None for the dense model.
     """
 
     windows: int = 1
@@ -124,33 +123,33 @@ class Phase:
 
 @dataclass
 class _Seen:
-    """What hooks have seen of one micro-batch, by layer: float32 or wider, on the model's device."""
+    """Sums that hooks have made over one micro-batch so far, by layer: float32 or wider, on the model's device."""
 
     sums: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     activation_sum: dict[int, Tensor] = field(default_factory=dict)
 
 
 class _Place(NamedTuple):
-    """A layer, or one of its experts, whose numbers lie behind those of the experts before it."""
+    """A layer, or one of its experts, whose entries in a layer's sums follow those of earlier experts."""
 
     layer: int
     expert: int = 0
 
     def own(self, count: int) -> slice:
-        """Which of a layer's numbers are its own, if so many are."""
+        """Return the slice of its own entries in a layer's sums, given their number."""
         return slice(self.expert * count, (self.expert + 1) * count)
 
 
 class KindObserver:
-    """Adds up what hooks see at the output projections of one kind of units.
+    """Adds up what hooks observe at the output projections of one kind of units.
 
-    Where gradients are wanted and there is no graph yet, it begins at the ``h`` of the first layer.
+    If gradients are needed and there is no gradient graph yet, it begins at the ``h`` of the first layer.
 
     Args:
-        kind: what they are called in ``Phase.student``.
-        criteria: those of which these units have a sum.
-        phase: changes as the model runs.
-        see_output_gradients: None where no criterion needs moments, or nobody wants them.
+        kind: name of the kind in ``Phase.student``.
+        criteria: the criteria for which these units have sums.
+        phase: the current state of the pass, updated as the model runs.
+        see_output_gradients: None if no criterion needs moments, or if they aren't wanted here.
     """
 
     def __init__(
@@ -174,7 +173,7 @@ class KindObserver:
         self.sums = _nothing_yet(outputs, criteria)
 
     def hook(self) -> list[RemovableHandle]:
-        """Begin to see."""
+        """Register the hooks and return their handles."""
         handles = [
             module.register_forward_pre_hook(partial(self._before, layer), prepend=True)
             for layer, module in self._modules.items()
@@ -189,10 +188,10 @@ class KindObserver:
         return handles
 
     def seen(self) -> dict[str, Tensor]:
-        """What a micro-batch adds up to, criterion -> float32 or wider on the CPU, shaped as ``KindSums.exact``.
+        """Return a micro-batch's sums: criterion -> float32 or wider on the CPU, shaped like ``KindSums.exact``.
 
         Raises:
-            NonFiniteError: where a layer saw NaN or infinity.
+            NonFiniteError: if a layer saw NaN or infinity.
         """
         sums = {it.name: pad_sequence(self._of_layers(it), batch_first=True).cpu() for it in self._criteria}
         checked = sums or self._seen.activation_sum
@@ -201,7 +200,7 @@ class KindObserver:
         return sums
 
     def add(self, seen: Mapping[str, Tensor]) -> None:
-        """Add a micro-batch's sums to those of all."""
+        """Add a micro-batch's sums to ``sums``."""
         for name, sums_LN in self.sums.exact.items():
             sums_LN += seen[name]
         terms = {it.name: seen[it.name] for it in self._criteria if it.is_rounded}
@@ -209,15 +208,15 @@ class KindObserver:
             self.sums.terms.append(terms)
 
     def see_sum(self, criterion: Criterion, layer: int, sum_U: Tensor) -> None:
-        """Take note of a layer's sum of a micro-batch that was made elsewhere, float32 or wider, of each unit."""
+        """Record a layer's sums over a micro-batch that were computed elsewhere, float32 or wider, one per unit."""
         self._seen.sums[criterion.name, layer] = sum_U
 
     def forget(self) -> None:
-        """Let go of what was seen of a micro-batch."""
+        """Discard what was observed of a micro-batch."""
         self._seen = _Seen()
 
     def _of_layers(self, criterion: Criterion) -> list[Tensor]:
-        """What every layer adds up to."""
+        """Return the sums of every layer; empty for layers without such units."""
         nothing = self._seen.sums[criterion.name, self._first_layer].new_empty(0)
         return [
             nothing if module is None else self._seen.sums[criterion.name, layer]
@@ -225,10 +224,10 @@ class KindObserver:
         ]
 
     def _before(self, layer: int, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Before an output projection runs, or that of one expert."""
+        """Hook that runs before an output projection, or before that of one expert."""
         hidden_BTD, *of_expert = inputs
         place = _Place(layer, *of_expert[:1])
-        is_first_run = self._phase.backward_of is None  # else a checkpointed layer runs again
+        is_first_run = self._phase.backward_of is None  # otherwise a checkpointed layer runs again
         if is_first_run and self._phase.student is None:
             activation_sum = hidden_BTD.detach().sum()
             self._seen.activation_sum[layer] = activation_sum + self._seen.activation_sum.get(layer, 0.0)
@@ -242,7 +241,7 @@ class KindObserver:
         return (hidden_BTD, *of_expert)
 
     def _after(self, layer: int, _module: nn.Module, inputs: tuple[Any, ...], output_NC: Tensor) -> None:
-        """After an expert has run."""
+        """Hook that runs after an expert."""
         _, expert, weights_N = inputs
         if self._phase.backward_of is None and self._phase.student is None:
             norms_N = torch.linalg.vector_norm(_widened(output_NC.detach()), dim=-1)
@@ -252,10 +251,10 @@ class KindObserver:
                     self._add(criterion, _Place(layer, expert), terms_2N.sum(dim=1))
 
     def _in_graph(self, layer: int, hidden_BTD: Tensor, keeps_U: Tensor | None) -> Tensor:
-        """h, of the student where it lacks some of these units, such that its gradient can be observed.
+        """Return h in a form whose gradient can be observed, masked if the student lacks some of these units.
 
-        In the first layer it is kept also where a gated product that made it could make it again: it is what the graph
-        begins with where no other units are scored, and its scores have the same bits where others are.
+        In the first layer, h is kept even if a gated product could recompute it: the graph begins with h if no other
+        units are scored, and scores must have the same bits if others are.
         """
         if not hidden_BTD.requires_grad:
             hidden_BTD = hidden_BTD.detach().requires_grad_()
@@ -284,7 +283,7 @@ class KindObserver:
                 self._add(criterion, place, _sum_over_tokens(criterion, _widened(hidden_BTD).abs()))
 
     def _reduce_gradient(self, place: _Place, product_ND: Tensor) -> None:
-        """Add some tokens' h * dL/dh to the sums of the micro-batch."""
+        """Add some tokens' h * dL/dh to the micro-batch's sums."""
         assert self._phase.backward_of is not None, "a backward that is not ours"
         magnitude_NU = sum_over_channels(product_ND, self._channels_per_unit).abs_()
         for criterion in self._criteria:
@@ -292,7 +291,7 @@ class KindObserver:
                 self._add(criterion, place, _sum_over_tokens(criterion, magnitude_NU))
 
     def _add(self, criterion: Criterion, place: _Place, sum_N: Tensor) -> None:
-        """Add what some tokens add up to in a layer, or in one of its experts."""
+        """Add the sums over some tokens to those of a layer, or of one of its experts."""
         name = criterion.name, place.layer
         if self._outputs.experts is not None and name not in self._seen.sums:
             self._seen.sums[name] = sum_N.new_zeros(len(sum_N) * self._outputs.experts)
@@ -322,7 +321,7 @@ def _nothing_yet(outputs: UnitOutputs, criteria: Sequence[Criterion]) -> KindSum
 
 
 def sum_over_channels(values_D: Tensor, channels_per_unit: int) -> Tensor:
-    """Values of channels, in the last dimension, added up for each unit; as they are where each is a unit."""
+    """Add up the channels in the last dimension for each unit; return them unchanged if each channel is a unit."""
     if channels_per_unit == 1:
         return values_D
     sums_U: Tensor = values_D.unflatten(-1, (-1, channels_per_unit)).sum(dim=-1)
@@ -334,7 +333,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def _moments_over_tokens(hidden_BTD: Tensor) -> Tensor:
-    """Of each channel the sums of h and of h^2, float64 [2 * channels], one channel behind another."""
+    """Return the sums of h and of h^2 for each channel, float64 [2 * channels], channel by channel."""
     hidden_ND = hidden_BTD.flatten(0, -2)
     moments_D2 = hidden_ND.new_zeros(hidden_ND.shape[1], 2, dtype=torch.float64)
     for rows in row_blocks(hidden_ND, scratch_bytes=16):

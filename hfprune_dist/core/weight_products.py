@@ -1,15 +1,15 @@
-"""Weights times their gradients, of all that a unit owns, window by window.
+"""Products of all the weights that a unit owns with their gradients, window by window.
 
 ``CoupledProducts``: neuron n of a gated MLP has three weights at hidden channel j, gate_nj, up_nj and down_jn. To first
-order, the sum of the three products W * dL/dW is what the loss loses where all of them go at once; products of opposite
-sign cancel (SDMPrune: arXiv 2506.11120).
+order, the sum of the three products W * dL/dW is what the loss loses if all three are removed at once; products of
+opposite sign cancel (SDMPrune: arXiv 2506.11120).
 
-``SquaredProducts``: where the mean over windows of (dL/dW)^2 stands for the diagonal of the loss's Hessian, the second
-order of a weight's removal is half of W^2 times that (LLM-Pruner: arXiv 2305.11627, eq. 5). It has no sign, so each
-weight counts by itself, and each linear layer is done with as soon as its weight is there.
+``SquaredProducts``: with the mean over windows of (dL/dW)^2 as the diagonal of the loss's Hessian, the second-order
+effect of removing a weight is half of W^2 times that (LLM-Pruner: arXiv 2305.11627, eq. 5). It has no sign, so each
+weight counts by itself, and a linear layer can be processed as soon as its weight is available.
 
-A window's gradients are made where a backward shows what they are made of, a few rows at a time, so that no weight's
-whole gradient ever exists.
+A window's gradients are computed a few rows at a time, when a backward shows the inputs and output gradients that they
+are made of, so no weight's whole gradient ever exists.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from hfprune_dist.core.blocks import row_blocks
 from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.unit_sums import Maker
 
-# In float32, of each number of a block of weights: products, and what is added to them or they are multiplied with.
+# Bytes per element of a block of weights, in float32: the products, and what is added to or multiplied with them.
 BLOCK_BYTES = 2 * 4
 
 
 @dataclass(frozen=True)
 class Owned:
-    """A weight of which units own rows, and what its gradient g^T x is made of.
+    """A weight whose rows the units own, and the two factors of its gradient g^T x.
 
-    A projection that reads the units' channels is one that makes them, seen backwards: its weight is transposed, and x
-    and g have changed places.
+    A projection that reads the units' channels is treated as one that makes them, by transposing its weight and
+    swapping x and g.
 
     Attributes:
         weight: [rows, hidden_size].
@@ -50,12 +50,12 @@ class Owned:
 
     @property
     def nothing(self) -> Tensor:
-        """Zeros in which sums over windows begin, float32 or wider [rows]."""
+        """Zeros as the start of sums over windows, float32 or wider [rows]."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         return torch.zeros(len(self.weight), dtype=wide, device=self.weight.device)
 
     def of_window(self, window: int) -> Callable[[slice], Tensor]:
-        """Slice over rows -> their products with the window's gradients, float32 or wider [some rows, hidden_size]."""
+        """Return a function: slice of rows -> their products with the window's gradients, float32 or wider."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         gradients_TD, inputs_TC = self.gradients[window], self.inputs[window].to(wide)
 
@@ -70,13 +70,13 @@ Part = TypeVar("Part")
 
 
 class WeightProducts(ABC, Generic[Part]):
-    """One layer's scores by its units' weights, once a backward has shown all of its linear layers.
+    """Scores of one layer's units from their weights, made once a backward has shown all of its linear layers.
 
     Args:
         rows: linear layers that make the channels, whose rows the units own.
-        columns: the projection that reads them, whose columns they own.
-        units: how many there are.
-        add: called with the scores of a micro-batch, added up over its windows: float32 or wider [units].
+        columns: the projection that reads the channels, whose columns the units own.
+        units: number of units.
+        add: called with the scores of a micro-batch, summed over its windows: float32 or wider [units].
     """
 
     def __init__(self, rows: Sequence[Maker], columns: nn.Module, units: int, add: Callable[[Tensor], None]) -> None:
@@ -87,7 +87,7 @@ class WeightProducts(ABC, Generic[Part]):
         self._parts: dict[int, list[Part]] = {}
 
     def seen_linears(self) -> list[SeenLinear]:
-        """The linear layers, and what is to be shown of them."""
+        """Return the linear layers with the callbacks that must see them."""
         return [
             SeenLinear(maker.module, partial(self._see, number), partial(self._see_weight, number))
             for number, maker in enumerate(self._linears)
@@ -110,21 +110,21 @@ class WeightProducts(ABC, Generic[Part]):
 
     @abstractmethod
     def _part(self, owned: Owned) -> Part:
-        """What is kept of a linear layer until all have been shown."""
+        """Return what must be kept of a linear layer until all have been shown."""
 
     @abstractmethod
     def _scores(self, parts: Sequence[Part]) -> Tensor:
-        """Scores [units] from all linear layers, those of ``rows`` first."""
+        """Return scores [units] from all linear layers, those of ``rows`` first."""
 
     def _of_units(self, sums_D: Tensor) -> Tensor:
-        """Sums of rows added up for each unit."""
+        """Add up the sums of rows for each unit."""
         sums_U: Tensor = sums_D.unflatten(0, (self._units, -1)).sum(dim=1)
         return sums_U
 
 
 class CoupledProducts(WeightProducts[Owned]):
-    """Sum over windows of the mean over hidden channels of |sum over a row of each weight of W * dL/dW|; units own as
-    many rows of every weight.
+    """Sum over windows of the mean over hidden channels of |W * dL/dW, summed over one row of each weight|; units own
+    the same number of rows of every weight.
     """
 
     def _part(self, owned: Owned) -> Owned:

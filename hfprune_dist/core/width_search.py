@@ -1,10 +1,10 @@
-"""Shapes of layers, found by measuring how far models with such shapes are from the dense one.
+"""Search for the shapes of layers, by measuring the divergence of models with candidate shapes from the dense one.
 
-Scores add up the costs of layers as if each were pruned alone. Once all are pruned, errors of some layers grow on their
-way to the output, while those of others no longer matter; and attention costs more than its scores say. Shapes that
-take this into account are searched by changing three numbers, four where units of several kinds compete. A number for
-each layer would fit only the windows that it is measured on: on a model of 30 layers, that took 3 % off the divergence
-there and added 1 % on held-out text.
+Scores add up the costs of layers as if only one were pruned. Once all are pruned, errors of some layers grow on their
+way to the output, while those of others no longer matter; and attention costs more than its scores say. The search for
+shapes that take this into account varies three numbers, or four if units of several kinds compete. One number per layer
+would only fit the windows that it is measured on: on a model of 30 layers, that took 3 % off the divergence there and
+added 1 % on held-out text.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from dataclasses import astuple, dataclass
 
 from hfprune_dist.core.allocation import EXCHANGE, Ladder, allocate_globally
 
-# Units that stay: of each layer's neurons, then of what competes with them.
+# Number of units that stay: of each layer's neurons, then of the units that compete with them.
 Counts = tuple[int, ...]
-# KL divergence from the dense model, nats per token, of models with so many units.
+# Shapes -> KL divergence from the dense model, nats per token, of models with these shapes.
 Measure = Callable[[Sequence[Counts]], Sequence[float]]
 
-# Times that the family is measured around a centre; steps halve from one to the next.
+# Number of times that shapes around a centre are measured; the steps away from it halve each time.
 ROUNDS = 2
-# How often all of that measures: once for each, and once where the last one ended.
+# Number of calls of ``Measure`` in a search: one per round, and one at the centre after the last round.
 MEASUREMENTS = ROUNDS + 1
 
 
 @dataclass(frozen=True)
 class Reweighting:
-    """What is done to the shape that scores want.
+    """Changes to the shape that scores by themselves would give.
 
     Attributes:
-        evenness: how far widths go towards the same one everywhere, from 0 to 1.
-        tilt: how much dearer the last layers' units count than the first ones', as a logarithm.
-        bend: how much dearer those of both ends count than those of the middle, as a logarithm.
-        exchange: how much dearer units of other kinds count than neurons, as a logarithm.
+        evenness: how far widths move towards their mean, from 0 to 1.
+        tilt: logarithm of a factor that makes units of the last layers dearer than those of the first.
+        bend: logarithm of a factor that makes units of both ends dearer than those of the middle.
+        exchange: logarithm of the factor by which units of other kinds count as dearer than neurons.
     """
 
     evenness: float
@@ -58,8 +58,8 @@ class Found:
     """Outcome of a search.
 
     Attributes:
-        counts: units that stay; of all candidates, those that were measured closest.
-        candidates: every measured candidate's name and KL divergence, nats per token.
+        counts: numbers of units that stay in the candidate with the lowest measured divergence.
+        candidates: name of each measured candidate -> its KL divergence, nats per token.
     """
 
     counts: Counts
@@ -67,19 +67,19 @@ class Found:
 
 
 class ReweightedShapes:
-    """Shapes for every reweighting, all of them with the same number of parameters, as closely as steps allow.
+    """Shapes for every reweighting, all with the same number of parameters, as closely as steps allow.
 
     Args:
-        neurons: of each layer; the smallest units.
-        others: what competes with them.
-        removals: parameters that go.
+        neurons: ladder of each layer's neurons, the smallest units.
+        others: ladders of the units that compete with them.
+        removals: number of parameters to remove.
     """
 
     def __init__(self, neurons: Sequence[Ladder], others: Sequence[Ladder], removals: int) -> None:
         self._neurons = neurons
         self._others = others
         self._removals = removals
-        # Axes along which shapes differ: without other kinds, all rates of exchange give the same.
+        # Axes along which shapes differ: without other kinds, the exchange changes nothing.
         self.axes = len(STEPS) if others else len(STEPS) - 1
 
     def counts(self, reweighting: Reweighting) -> Counts:
@@ -91,13 +91,13 @@ class ReweightedShapes:
         return *self._with_total(list(self._evened(widths, reweighting.evenness)), sum(widths)), *wanted[len(neurons) :]
 
     def name(self, reweighting: Reweighting) -> str:
-        """What ``Found`` calls such a shape."""
+        """Return the name of a reweighting's shape in ``Found``."""
         evenness, tilt, bend, exchange = astuple(reweighting)
         told = f"evenness {evenness:.3g}, tilt {tilt:.3g}, bend {bend:.3g}"
         return f"{told}, exchange {exchange:.3g}" if self._others else told
 
     def _reweighted(self, ladders: Sequence[Ladder], reweighting: Reweighting) -> list[Ladder]:
-        """Ladders as their places among the layers make them dearer, from -1 for the first to 1 for the last."""
+        """Return ladders made dearer according to their places among the layers, from -1 (first) to 1 (last)."""
         layers = [ladder.layer for ladder in self._neurons]
         last = max(len(layers) - 1, 1)
         places = [2 * layers.index(ladder.layer) / last - 1 for ladder in ladders]
@@ -105,7 +105,7 @@ class ReweightedShapes:
         return [ladder.dearer(factor) for ladder, factor in zip(ladders, factors, strict=True)]
 
     def _evened(self, widths: Sequence[int], evenness: float) -> Iterator[int]:
-        """Widths moved towards their mean, each as its layer allows it."""
+        """Yield widths moved towards their mean, each to a width that its layer allows."""
         mean = sum(widths) / len(widths)
         for width, ladder in zip(widths, self._neurons, strict=True):
             multiple_of = ladder.multiple_of
@@ -113,7 +113,7 @@ class ReweightedShapes:
             yield ladder.most if rounded >= ladder.most else max(rounded, ladder.least)
 
     def _with_total(self, widths: list[int], total: int) -> list[int]:
-        """Widths that add up to ``total`` as closely as rounding can, by single steps from the first layer on."""
+        """Change widths by single steps, from the first layer on, until they add up to ``total`` up to rounding."""
         multiple_of = self._neurons[0].multiple_of
         for layer in itertools.cycle(range(len(widths))):
             excess = sum(widths) - total
@@ -125,10 +125,10 @@ class ReweightedShapes:
 
 
 def search_shapes(reweighted: ReweightedShapes, also: Mapping[str, Counts], measure: Measure) -> Found:
-    """Search among reweighted scores; never worse, where it is measured, than scores alone or what else competes.
+    """Search among shapes from reweighted scores; as measured, never worse than unchanged scores or those in ``also``.
 
     Args:
-        also: name -> further shapes that compete.
+        also: name -> a further shape that competes.
         measure: called ``MEASUREMENTS`` times.
     """
     measured: dict[Counts, float] = {}
@@ -156,7 +156,7 @@ def search_shapes(reweighted: ReweightedShapes, also: Mapping[str, Counts], meas
 
 
 def _lowest(low: float, here: float, high: float) -> float:
-    """Where, from -1 to 1, the parabola through three values at -1, 0 and 1 is lowest."""
+    """Return the point in [-1, 1] at which the parabola through three values at -1, 0 and 1 is lowest."""
     curvature = low + high - 2 * here
     if curvature <= 0:
         return -1.0 if low < high else 1.0
