@@ -1,1 +1,1 @@
-"""The calibration pass: sums over windows that select units."""
+"""The calibration pass: sums over windows of text, from which units are scored."""

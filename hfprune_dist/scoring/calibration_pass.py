@@ -1,4 +1,4 @@
-"""The calibration pass: all shards of the windows, scored on all ranks, with their sums saved after every round."""
+"""The calibration pass over all shards of the windows, on all ranks, with a save of the sums after rounds."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.scoring.shard_scorer import ShardScorer, Sums
 from hfprune_dist.scoring.shard_sums import Accumulation
 
-# A shard: the numbers of the windows of each of its micro-batches.
+# A shard: the numbers of the windows in each of its micro-batches.
 Shard = Sequence[range]
 
 
 def cut_into_shards(windows: int, micro_batch_size: int, shard_size: int) -> list[Shard]:
-    """Shards of so many micro-batches each, of so many windows; none but the last ones may be smaller."""
+    """Split windows into micro-batches and these into shards; only the last micro-batch and shard may be smaller."""
     starts = range(0, windows, micro_batch_size)
     micro_batches = [range(start, min(start + micro_batch_size, windows)) for start in starts]
     return [micro_batches[start : start + shard_size] for start in range(0, len(micro_batches), shard_size)]
 
 
 class CalibrationPass:
-    """What is left of a pass, on one rank; all ranks run it together, a round of consecutive shards at a time.
+    """The rest of a pass on one rank; all ranks run it together, one round of consecutive shards at a time.
 
     Args:
         totals: sums over the shards so far.
-        load: loads the model; not called where nothing is left to score.
+        load: loads the model; not called if nothing is left to score.
     """
 
     def __init__(self, shards: Sequence[Shard], totals: Accumulation, load: Callable[[], ShardScorer]) -> None:
@@ -37,14 +37,14 @@ class CalibrationPass:
         self._load = load
 
     def run(self, before_round: Callable[[int], None], after_round: Callable[[], None]) -> None:
-        """Score what is left.
+        """Score the remaining shards.
 
         Args:
             before_round: called with the number of shards that are done.
-            after_round: called once a round is added; may end the pass by ``Interrupted``.
+            after_round: called after a round has been added; may end the pass by raising ``Interrupted``.
 
         Raises:
-            UserError: where activations or gradients are not finite.
+            UserError: if activations or gradients are not finite.
         """
         totals = self._totals
         if totals.is_complete:
@@ -68,7 +68,7 @@ class CalibrationPass:
         return scorer.score(self._shards[totals.mine], self._most_forwards(), counts=totals.mine_counts)
 
     def _most_forwards(self) -> int:
-        """Micro-batches of the round's longest shard: its first, since none but the last one of all is shorter."""
+        """Number of micro-batches in the round's longest shard: its first, since only the very last one is shorter."""
         return len(self._shards[self._totals.next_shard])
 
 

@@ -1,4 +1,4 @@
-"""Second moments of the gradients at output projections' outputs, summed over all ranks where they appear."""
+"""Second moments of the gradients at output projections' outputs, summed over all ranks as they appear in backward."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hfprune_dist.scoring.layer_sums import LayerSums, MatrixSums
 
 
 class Curvature(LayerSums):
-    """The sum of g g^T over tokens, of every layer, g the gradient at the output of its output projection of each kind.
+    """The sum of g g^T over tokens, for every layer and kind, with g the gradient at the output projection's output.
 
     Args:
         shapes: kind -> (num_layers, hidden_size).
-        micro_batches: of the whole pass.
-        folder: where folders of states are.
+        micro_batches: number of micro-batches in the whole pass.
+        folder: parent folder of the saved states.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], micro_batches: int, folder: Path, world: World) -> None:
@@ -33,7 +33,7 @@ class Curvature(LayerSums):
         super().__init__(sums, folder)
 
     def seeing(self, *, counts: bool) -> Mapping[str, SeeOutputGradients]:
-        """What adds up gradients, of each kind; this rank's if they count."""
+        """Return callbacks that add up gradients, for each kind; those of this rank are added only if ``counts``."""
         return {kind: partial(_see, sums, counts) for kind, sums in self._sums.items()}
 
 

@@ -1,4 +1,4 @@
-"""Whether the kept set has settled: what two halves of the shards keep, and how much of it they have in common."""
+"""Comparison of the units that two halves of the shards keep, which shows whether the kept set has settled."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CURVE = "curve"
 
 
 def next_point(shards: int) -> int:
-    """After how many shards halves are compared next, when so many are done: a power of two, from 2 on."""
+    """Return the number of shards after which halves are compared next: a power of two, at least 2."""
     return max(2, 1 << shards.bit_length())
 
 
 class Halves:
-    """Sums over every other shard, of one kind of units, compared with those over the others on the way.
+    """Sums over every second shard for one kind of units, compared with those over the other shards during the pass.
 
     Attributes:
         curve: (shards, criterion, share kept) -> overlap of the two halves (see ``core.split_half``).
@@ -37,7 +37,7 @@ class Halves:
         self._odd_KLU = torch.zeros(len(criteria), shape.layers, shape.units, dtype=torch.float64)
 
     def add(self, number: int, exact: Mapping[str, Tensor]) -> None:
-        """Add the shard of this number, if it is of the half that is added up; the other one is the rest."""
+        """Add a shard if its number belongs to the half that is summed; the other half is the total minus this one."""
         if number % 2:
             for odd_LU, criterion in zip(self._odd_KLU, self._criteria, strict=True):
                 if criterion.has_halves:
@@ -55,7 +55,7 @@ class Halves:
                     self.curve[shards, criterion.name, share] = split_half_overlap(*halves, share)
 
     def agree(self, shards: int, share: float) -> bool:
-        """Whether a point was added after so many shards, where the halves have this share in common throughout."""
+        """Return whether the halves were compared after ``shards`` shards and agreed on this share by every measure."""
         newest = [value for (after, *_), value in self.curve.items() if after == shards]
         return bool(newest) and min(newest) >= share
 
@@ -65,18 +65,18 @@ class Halves:
         return {self.ODD: self._odd_KLU, CURVE: torch.tensor(points, dtype=torch.float64)}
 
     def layout(self) -> Layout:
-        """Of what ``saved`` tells, but for the curve, which grows."""
+        """Return the layout of what ``saved`` returns, without the curve, which grows."""
         return {self.ODD: (torch.float64, tuple(self._odd_KLU.shape))}
 
     def is_curve(self, points_P4: Tensor) -> bool:
-        """Whether these can be a saved curve: number of shards, place of the criterion, share kept, overlap."""
+        """Return whether these may be a saved curve: (number of shards, index of criterion, share kept, overlap)."""
         if not len(points_P4):
             return True
         is_table = points_P4.dim() == 2 and points_P4.shape[1] == 4
         return is_table and bool((points_P4[:, 1] < len(self._criteria)).all())
 
     def resume(self, saved: Saved, world: World) -> None:
-        """Go on from what ``saved`` told; rank 0 has it."""
+        """Restore what ``saved`` returned; only rank 0 has it."""
         if saved:
             points = saved[CURVE].tolist()
             self.curve = {(int(it[0]), self._criteria[int(it[1])].name, it[2]): it[3] for it in points}
@@ -89,5 +89,5 @@ class Halves:
         return sum_over_channels(exact[criterion.name], channels)
 
     def _layers(self, sums_LU: Tensor) -> list[Tensor]:
-        """Of each layer that has units, without what is behind them."""
+        """Return the sums of each layer that has units, without padding."""
         return [sums_U[:count] for sums_U, count in zip(sums_LU, self._shape.counts, strict=True) if count]

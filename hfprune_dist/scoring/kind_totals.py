@@ -1,4 +1,4 @@
-"""Sums of the calibration pass for one kind of units, with the same bits on any number of ranks."""
+"""Totals of the calibration pass for one kind of units, with the same bits on any number of ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def scored_by(criteria: Sequence[Criterion], kind: str, experts: int = 1) -> list[Criterion]:
-    """Those that have scores for this kind of units, of so many experts in each layer."""
+    """Return the criteria that have scores for a kind of units, in layers with ``experts`` experts."""
     if kind == EXPERTS:
         return [criterion for criterion in criteria if criterion.is_of_whole_experts]
     others = [criterion for criterion in criteria if not criterion.is_of_whole_experts_alone]
@@ -28,10 +28,10 @@ def scored_by(criteria: Sequence[Criterion], kind: str, experts: int = 1) -> lis
 
 
 class Shape(NamedTuple):
-    """Of a model, as one kind of its units has it: units of each layer, and what their output projections put out.
+    """Sizes of a model for one kind of its units: units of each layer, and the width of their projections' outputs.
 
-    Where they are of experts, a layer's units are those of its first expert, or that expert, then those of its second,
-    and so on.
+    With experts, a layer's units are those of its first expert (or that expert itself), then those of its second, and
+    so on.
     """
 
     counts: tuple[int, ...]
@@ -45,29 +45,29 @@ class Shape(NamedTuple):
 
     @property
     def units(self) -> int:
-        """Of the layer that has most."""
+        """Number of units in the layer that has the most."""
         return max(self.counts)
 
     def of_sums(self, criterion: Criterion) -> tuple[int, int]:
-        """(layers, sums of units)."""
+        """Return the shape of a criterion's sums: (layers, sums of units)."""
         return self.layers, self.units * criterion.sums_of_unit(self.channels_per_unit)
 
     def own(self, criterion: Criterion, layer: int) -> int:
-        """How many of these numbers, the first ones, are a layer's own."""
+        """Return how many of a layer's sums, from the first on, are its own; the rest is padding."""
         return self.counts[layer] * criterion.sums_of_unit(self.channels_per_unit)
 
 
 class KindTotals:
-    """What all shards so far add up to.
+    """Sums over all shards so far.
 
     Args:
-        criteria: those with something to sum.
+        criteria: the criteria that have something to sum.
 
     Attributes:
-        sums: criterion -> float64 [num_layers, sums of units] (``Shape.of_sums``), added in shard order;
-            of criteria that are accumulated in a narrower dtype, micro-batch by micro-batch, and rounded to it each
-            time. Layers with fewer units than others have zeros behind theirs.
-        experts: of which a layer's units are equal parts.
+        sums: criterion -> float64 [num_layers, sums of units] (``Shape.of_sums``), added in shard order; for criteria
+            with a narrower ``accumulated_in``, added micro-batch by micro-batch and rounded to it each time. Layers
+            with fewer units than others are padded with zeros.
+        experts: number of experts among which a layer's units are divided equally.
     """
 
     def __init__(self, criteria: Sequence[Criterion], shape: Shape, world: World) -> None:
@@ -81,11 +81,11 @@ class KindTotals:
         """Add one rank's shard; collective.
 
         Args:
-            shard: this rank's.
-            source: the rank whose shard it is that counts.
+            shard: this rank's own shard.
+            source: the rank whose shard is added.
 
         Returns:
-            That shard's sums that aren't rounded, criterion -> float64, shaped as ``sums``.
+            The added shard's sums that aren't rounded, criterion -> float64, shaped like ``sums``.
         """
         exact = {name: sums_LN.clone() for name, sums_LN in shard.exact.items()}
         for name, received_LN in exact.items():
@@ -96,7 +96,7 @@ class KindTotals:
         return exact
 
     def of_layer(self, criterion: Criterion, layer: int) -> Tensor:
-        """A criterion's sums over a layer's units or channels, float64; zeros where it sums nothing."""
+        """Return a criterion's sums for a layer's units or channels, float64; zeros if it sums nothing."""
         count = self._shape.own(criterion, layer)
         sums_LN = self.sums.get(criterion.name)
         return torch.zeros(count, dtype=torch.float64) if sums_LN is None else sums_LN[layer, :count]
@@ -105,11 +105,11 @@ class KindTotals:
         return {f"sums.{name}": sums_LN for name, sums_LN in self.sums.items()}
 
     def layout(self) -> Layout:
-        """Of what ``saved`` tells."""
+        """Return the layout of what ``saved`` returns."""
         return {f"sums.{name}": (it.dtype, tuple(it.shape)) for name, it in self.sums.items()}
 
     def resume(self, saved: Saved) -> None:
-        """Go on from what ``saved`` told; rank 0 has it. Collective."""
+        """Restore what ``saved`` returned; only rank 0 has it. Collective."""
         for name, sums_LN in self.sums.items():
             sums_LN.copy_(saved.get(f"sums.{name}", sums_LN))
             self._world.broadcast_tensor(sums_LN, 0)

@@ -1,9 +1,9 @@
-"""Sums of matrices, one for each layer, over all ranks, made where a backward makes their terms.
+"""Sums of matrices over all ranks, one for each layer, accumulated while a backward computes their terms.
 
-They are too large to travel shard by shard, or to lie on one host: curvature of Llama-2-70B takes 22 GB, gradients of
-its weights 548 GB. So each layer's matrix is rounded to integers in the backward that makes it, added over all ranks on
-their device, and kept by the rank that owns the layer, which also saves it. One matrix is alive at a time besides what
-a rank owns.
+They are too large to be sent shard by shard, or to fit one host: curvature of Llama-2-70B takes 22 GB, gradients of its
+weights 548 GB. So each layer's matrix is rounded to integers in the backward that computes it, summed over all ranks on
+their devices, and kept by the rank that owns the layer, which also saves it. Apart from what a rank owns, only one
+matrix is alive at a time.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Size = tuple[int, ...]
 
 
 class MatrixSums:
-    """The sum over all micro-batches of one matrix of every layer.
+    """The sums over all micro-batches of one matrix per layer.
 
     Args:
-        sizes: of the matrix in each layer.
-        scale: how terms are rounded.
-        micro_batches: of the whole pass.
+        sizes: size of the matrix in each layer.
+        scale: class that rounds terms to integers.
+        micro_batches: number of micro-batches in the whole pass.
     """
 
     def __init__(self, sizes: Sequence[Size], scale: type[Scale], micro_batches: int, world: World) -> None:
@@ -48,21 +48,21 @@ class MatrixSums:
 
     @property
     def owned_bytes(self) -> int:
-        """The most that any rank owns, in bytes."""
+        """Largest size of what any one rank owns, in bytes."""
         numbers = [math.prod(self._scale.total_shape(size)) for size in self._sizes]
         return max(sum(numbers[rank :: self._world.size]) for rank in range(self._world.size)) * torch.int64.itemsize
 
     @property
     def first_shape(self) -> tuple[int, ...]:
-        """Of what ``first`` tells."""
+        """Shape of what ``first`` returns."""
         return len(self._sizes), *self._scale.first_shape(self._sizes[0])
 
     def add(self, layer: int, term: Tensor | None) -> None:
-        """Add a micro-batch's float32 or float64 term of a layer, of all ranks together; of this one nothing where it
+        """Add all ranks' float32 or float64 terms of a micro-batch to a layer's sum; this rank adds nothing if its term
         is None. Collective.
 
-        The first one of rank 0, which must not be None, decides the layer's scale. ``fits`` tells whether all could be
-        added.
+        Rank 0's first term, which must not be None, determines the layer's scale. ``fits`` says whether all terms could
+        be added.
         """
         scale = self._scales.get(layer) or self._begin(layer, term)
         owner = layer % self._world.size
@@ -75,47 +75,47 @@ class MatrixSums:
         total = self._nothing(layer)
         if term is not None:
             scale.add(term, total)
-        del term  # a collective may need as much for itself
+        del term  # the collective may need as much memory itself
         self._world.add_up_on(total, owner)
         if owner == self._world.rank:
             self._total(layer).add_(total)
 
     def fits(self) -> bool:
-        """Whether none of this rank's terms was out of all proportion."""
+        """Return whether all of this rank's terms were within the range of their scales."""
         return bool(self._fits)
 
     def first(self) -> Tensor:
-        """What decides the layers' scales: float64 [num_layers, ...]."""
+        """Return what determines the layers' scales: float64 [num_layers, ...]."""
         return torch.stack([self._first[layer].cpu() for layer in range(len(self._sizes))])
 
     def save(self, prefix: Path) -> None:
-        """Write the totals of this rank's layers, a file each, whose names begin with ``prefix``."""
+        """Write the totals of this rank's layers, one file per layer, with names that begin with ``prefix``."""
         for layer in self._owned():
             save_tensors({TOTAL: self._total(layer).cpu()}, _file(prefix, layer))
 
     def resume(self, first: Tensor, prefix: Path) -> None:
-        """Go on from what ranks saved, however many there were.
+        """Restore what ranks saved, however many they were.
 
         Args:
-            first: what ``first`` told.
+            first: what ``first`` returned.
 
         Raises:
-            DamagedFileError: where a file of this rank's layers is missing or can't be used.
+            DamagedFileError: if a file of this rank's layers is missing or can't be used.
         """
         self._first = {layer: of_layer.to(self._world.device) for layer, of_layer in enumerate(first)}
         self._scales = {layer: self._scale(it, self._micro_batches) for layer, it in self._first.items()}
         self._totals = {layer: self._read(prefix, layer) for layer in self._owned()}
 
     def release(self) -> None:
-        """Let go of the totals, once they are saved for good."""
+        """Free the totals, once they have been saved for the last time."""
         self._totals = {}
 
     def begin_anew(self) -> None:
-        """As if nothing had been added, or resumed."""
+        """Return to the state in which nothing has been added or restored."""
         self._first, self._scales, self._totals = {}, {}, {}
 
     def value(self, layer: int, prefix: Path) -> Tensor:
-        """The saved sum of any layer, float64 on the device."""
+        """Return the saved sum of any layer, float64 on the device."""
         return self._scales[layer].value_of(self._read(prefix, layer))
 
     def _owned(self) -> Sequence[int]:
@@ -153,12 +153,12 @@ class MatrixSums:
 
 
 class LayerSums:
-    """Sums of several matrices of every layer, and their files: in a folder for each state of the pass, which is valid
-    from the moment when something else says so; then the one before it can go.
+    """Sums of several matrices per layer, and their files: one folder for each state of the pass, which becomes valid
+    when another file refers to it; then the folder before it can be removed.
 
     Args:
-        sums: by what the matrix is called.
-        folder: where folders of states are.
+        sums: name of the matrix -> its sums.
+        folder: parent folder of the saved states.
     """
 
     def __init__(self, sums: Mapping[str, MatrixSums], folder: Path) -> None:
@@ -171,44 +171,44 @@ class LayerSums:
 
     @property
     def owned_bytes(self) -> int:
-        """About the most that any rank owns, in bytes."""
+        """Approximate largest size of what any one rank owns, in bytes."""
         return sum(sums.owned_bytes for sums in self._sums.values())
 
     def check(self) -> None:
-        """After a micro-batch.
+        """Check the terms of a micro-batch after it has been added.
 
         Raises:
-            ExactOverflowError: where terms of this rank were out of all proportion.
+            ExactOverflowError: if terms of this rank were out of range.
         """
         if not all(sums.fits() for sums in self._sums.values()):
             raise ExactOverflowError(OUT_OF_RANGE)
 
     def release(self) -> None:
-        """Let go of the sums, once they are saved for good."""
+        """Free the sums, once they have been saved for the last time."""
         for sums in self._sums.values():
             sums.release()
 
     def begin_anew(self) -> None:
-        """As if nothing had been added, or resumed."""
+        """Return to the state in which nothing has been added or restored."""
         for sums in self._sums.values():
             sums.begin_anew()
 
     def first(self) -> dict[str, Tensor]:
-        """What decides scales: name -> float64, shaped as ``first_shapes`` says."""
+        """Return what determines scales: name -> float64, with the shape in ``first_shapes``."""
         return {name: sums.first() for name, sums in self._sums.items()}
 
     def first_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of what ``first`` tells."""
+        """Shape of what ``first`` returns."""
         return {name: sums.first_shape for name, sums in self._sums.items()}
 
     def save(self, shards: int) -> None:
-        """Write what this rank owns, after so many shards."""
+        """Write what this rank owns, as the state after ``shards`` shards."""
         self._of(shards).mkdir(parents=True, exist_ok=True)
         for name, sums in self._sums.items():
             sums.save(self._of(shards) / name)
 
     def resume(self, first: Mapping[str, Tensor], shards: int) -> str:
-        """Read what this rank owns; returns what is wrong with it, empty where nothing is."""
+        """Read what this rank owns; return a description of what is wrong with it, or an empty string."""
         try:
             for name, sums in self._sums.items():
                 sums.resume(first[name], self._of(shards) / name)
@@ -217,11 +217,11 @@ class LayerSums:
         return ""
 
     def value(self, name: str, layer: int, shards: int) -> Tensor:
-        """The sum of any layer after so many shards, float64 on the device."""
+        """Return the sum of any layer after ``shards`` shards, float64 on the device."""
         return self._sums[name].value(layer, self._of(shards) / name)
 
     def keep_only(self, shards: int) -> None:
-        """Remove what was saved after any other number of shards."""
+        """Remove the states saved after any other number of shards."""
         for folder in self._folder.iterdir():
             if folder != self._of(shards):
                 shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Where the weights of a model that is scored lie: sharded over all ranks, or whole on the only one."""
+"""Placement of the scored model's weights: sharded over all ranks, or whole on a single one."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ WeightAndBias = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Placed:
-    """A frozen model, ready for backward passes down to its activations; either way with the same bits.
+    """A frozen model, ready for backward passes to its activations, with the same bits in either placement.
 
     Attributes:
-        module: the Hugging Face model. Where it is sharded, its forwards and backwards are collectives.
-        head: gives the whole weight [vocabulary, hidden_size] and bias of the head, for as long as its context lasts.
-        rearming: called after a forward; what it returns is called before each backward.
-        release: gives the memory of the weights back.
+        module: the Hugging Face model. If it is sharded, its forwards and backwards are collectives.
+        head: returns a context that provides the head's whole weight [vocabulary, hidden_size] and bias while it lasts.
+        rearming: called after a forward; the function that it returns is called before each backward.
+        release: frees the memory of the weights.
     """
 
     module: nn.Module
@@ -36,7 +36,7 @@ class Placed:
 
 
 def place(checkpoint: Checkpoint, dtype: torch.dtype, micro_batch_size: int, world: World) -> Placed:
-    """Load a checkpoint; collective. A rank that is alone gains nothing from sharding, and pays for it."""
+    """Load a checkpoint; collective. A single rank loads it whole, since sharding would only cost it time."""
     return _sharded(checkpoint, dtype, micro_batch_size, world) if world.size > 1 else _whole(checkpoint, dtype, world)
 
 

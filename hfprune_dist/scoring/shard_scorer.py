@@ -1,4 +1,4 @@
-"""One rank of the calibration pass: a model runs over windows of text, and what units are scored by adds up."""
+"""One rank of the calibration pass: runs a model over windows of text and adds up the sums that score units."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from hfprune_dist.structures.units import Units
 
 @dataclass(frozen=True)
 class Sums:
-    """What some micro-batches add up to.
+    """Sums over some micro-batches.
 
     Attributes:
-        kinds: of each kind of units.
+        kinds: kind of units -> its sums.
         losses: loss name -> sum over windows of the loss per token.
     """
 
@@ -46,10 +46,10 @@ class Sums:
 
 @dataclass(frozen=True)
 class GivenStudent:
-    """A student that is known before the pass, and what it learns from.
+    """A student that is known before the pass, and the settings of its loss.
 
     Attributes:
-        keeps: which neurons it has, bool [neurons] of each layer.
+        keeps: mask of the neurons that it has, bool [neurons] for each layer.
     """
 
     keeps: Sequence[Tensor]
@@ -61,11 +61,11 @@ class ShardScorer:
 
     Args:
         windows_ST: int64 [windows, tokens], the same on every rank.
-        criteria: those with something to sum.
+        criteria: the criteria that have something to sum.
         structures: the kinds of units that are scored.
-        curvature: what adds up output gradients, where a criterion needs it.
-        gradients: the same of weights' gradients.
-        student: of criteria that name the one by which it was chosen.
+        curvature: sums of output gradients' second moments, if a criterion needs them.
+        gradients: sums of weights' gradients, if a criterion needs them.
+        student: the student of criteria with a ``student_of``, chosen by an earlier pass.
     """
 
     def __init__(
@@ -116,13 +116,13 @@ class ShardScorer:
         self._gradients = gradients
 
     def choose_student(self, micro_batches: Sequence[range]) -> None:
-        """Before the first ``score``: fix the student of the losses that need one, if any does and none was given.
+        """Choose the student, if a loss needs one and none was given; call this before the first ``score``.
 
-        It lacks the neurons that score least in these windows. They must be the same on every rank, then so is the
-        student, on any number of ranks and after a resume.
+        The student lacks the neurons that score lowest on these windows. With the same windows on every rank, it is
+        the same on any number of ranks and after a resume.
 
         Raises:
-            NonFiniteError: where a layer saw NaN or infinity.
+            NonFiniteError: if a layer saw NaN or infinity.
         """
         if self._model.student or all(loss.of != "student" for loss in losses_of(self._criteria)):
             return
@@ -142,28 +142,28 @@ class ShardScorer:
         self._model = replace(self._model, student=student)
 
     def _kept_by_student(self, kind: str, number: int, sums_D: Tensor) -> Tensor:
-        """Which units a layer keeps; ``sums_D`` are its own sums, and perhaps zeros behind them."""
+        """Return the mask of the units that the student keeps in a layer; ``sums_D`` may be padded with zeros."""
         units = self._checkpoint.structures[kind]
         layer = scored_layer(self._checkpoint, units, number, self._seed)
         own_D = sums_D[: layer.units * units.channels_per_unit]
         return student_keeps(finished(CRITERIA[STUDENT_CRITERION], own_D, layer) if layer.units else own_D)
 
     def release(self) -> None:
-        """Give the memory of the model's weights back; nothing can be scored any more."""
+        """Free the memory of the model's weights; nothing can be scored afterwards."""
         self._release()
 
     def score(self, micro_batches: Sequence[range], forwards: int = 0, *, counts: bool = True) -> Sums:
-        """Sums over the windows of some micro-batches.
+        """Return sums over the windows of some micro-batches.
 
         Args:
-            forwards: micro-batches that the rank with most of them scores meanwhile. Forwards and backwards of a
-                sharded model are collective: where this rank has fewer, it begins by scoring its first one that many
-                times more, and drops what comes of it.
-            counts: whether these are added to the curvature and the weights' gradients of all ranks.
+            forwards: number of micro-batches on the rank that has the most of them. Forwards and backwards of a sharded
+                model are collective, so a rank with fewer first scores its first micro-batch once for each one that it
+                lacks, and discards the results.
+            counts: whether this shard is added to the curvature and the weights' gradients of all ranks.
 
         Raises:
-            NonFiniteError: where a layer saw NaN or infinity.
-            ExactOverflowError: where gradients are out of all proportion.
+            NonFiniteError: if a layer saw NaN or infinity.
+            ExactOverflowError: if gradients are out of range.
         """
         missing = forwards - len(micro_batches)
         if missing > 0:
@@ -188,7 +188,7 @@ class ShardScorer:
         return Sums(sums.kinds, losses)
 
     def _outputs_of(self, units: Units, criteria: Sequence[Criterion]) -> UnitOutputs:
-        """Where units are seen, and what makes them where a criterion needs that."""
+        """Return the modules at which units are observed, and those that make them if a criterion needs that."""
         if units.experts > 1:
             whole = units.kind == EXPERTS
             return UnitOutputs(self._experts, units.channels_per_unit, experts=units.experts, are_experts=whole)
@@ -216,7 +216,7 @@ class ShardScorer:
 
 
 def _linears_of(checkpoint: Checkpoint, structures: Sequence[str], model: nn.Module) -> dict[str, list[nn.Module]]:
-    """Name of a weight that units own within a layer -> the linear layers that have it, in order."""
+    """Return name within a layer of each weight that units own -> the linear modules with this weight, by layer."""
     return {
         name: [model.get_submodule(units.tensor(it, name.removesuffix(".weight"))) for it in range(units.num_layers)]
         for units in (checkpoint.structures[kind] for kind in structures)

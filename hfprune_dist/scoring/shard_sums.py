@@ -20,35 +20,35 @@ from hfprune_dist.scoring.shard_scorer import Sums
 from hfprune_dist.scoring.weight_gradients import WeightGradients
 from hfprune_dist.store.atomic_files import set_aside
 
-# Folders of sums of curvature and of weights' gradients, and what is saved of their scales with everything else.
+# Names of the folders with sums of curvature and of weights' gradients, and of their scales in the main file.
 CURVATURE, FIRST = "curvature", "curvature.first"
 GRADIENTS, FIRST_GRADIENTS = "gradients", "gradients.first"
-# What a rank may write of matrices of layers for each round: where it owns more, only every other round or fewer are
-# saved.
+# Average number of bytes that a rank may write per round for the layers' matrices: if it owns more than this, not every
+# round is saved.
 BYTES_SAVED_A_ROUND = 2**27
 
 
 class Accumulation:
-    """Sums over the shards before ``next_shard``; ranks work on consecutive shards, a round at a time.
+    """Sums over the shards before ``next_shard``; ranks work on consecutive shards, one round at a time.
 
     Args:
-        criteria: those with something to sum.
-        shapes: of each kind of units that is scored. Halves are of the first: a layer may have too few others to be
-            compared, and what else is scored must not change where a pass ends.
-        shards: of the whole pass.
-        micro_batches: of the whole pass.
-        file: where rank 0 saves after a round; if it is there, the pass goes on from it. One that is damaged, or of
-            another pass, is set aside, and the pass begins anew. What is saved of matrices of layers lies beside it.
-        weights: those that units own: name within a layer -> size [out, in] in each layer. Their gradients are summed
-            where a criterion needs them.
-        settled: stop as soon as both halves of the shards so far keep this share of their units in common, by every
-            criterion that has halves and at every share; looked at when the number of shards is a power of two. None
-            goes through all.
+        criteria: the criteria that have something to sum.
+        shapes: kind -> its shape, for each kind of units that is scored. Halves are compared for the first kind only: a
+            layer may have too few units of others, and scoring more kinds must not change where a pass ends.
+        shards: number of shards in the whole pass.
+        micro_batches: number of micro-batches in the whole pass.
+        file: file in which rank 0 saves after a round; if it exists, the pass resumes from it. A file that is damaged
+            or of another pass is set aside, and the pass starts over. The layers' matrices are saved next to it.
+        weights: weights that units own: name within a layer -> size [out, in] in each layer. Their gradients are summed
+            if a criterion needs them.
+        settled: stop as soon as the two halves of the shards so far have this share of their kept units in common, by
+            every criterion that has halves and at every share kept; checked when the number of shards is a power of
+            two. None to process all shards.
 
     Attributes:
-        kinds: the sums of each kind.
-        curvature: those of output gradients; of no kind where no criterion needs them.
-        gradients: those of weights' gradients; of no weight where no criterion needs them.
+        kinds: kind -> its sums.
+        curvature: second moments of output gradients; empty if no criterion needs them.
+        gradients: sums of weights' gradients; empty if no criterion needs them.
         losses: loss name -> sum over windows of the loss per token.
     """
 
@@ -92,15 +92,15 @@ class Accumulation:
 
     @property
     def mine(self) -> int:
-        """The shard of this rank and round; ranks beyond the last shard repeat it, since forwards are collective."""
+        """Shard of this rank in this round; ranks beyond the last shard repeat it, since forwards are collective."""
         return min(self.next_shard + self._world.rank, self.shards - 1)
 
     @property
     def counted(self) -> int:
-        """How many of the ranks' shards count in this round.
+        """Number of the ranks' shards that count in this round.
 
-        Where the pass may end early and matrices of layers are summed, which is as they appear, a round ends where the
-        pass may.
+        The layers' matrices are summed as they appear. So if there are any and the pass may end early, a round does not
+        go beyond the next point at which it may.
         """
         left = self.shards - self.next_shard
         if self._sufficient_overlap is not None and self._of_layers:
@@ -118,7 +118,7 @@ class Accumulation:
         return self._halves.curve
 
     def add_round(self, shard: Sums) -> None:
-        """Add the sums of every rank's shard of this round, and save, unless that is left to a later round."""
+        """Add the sums of every rank's shard of this round, and save if it is due."""
         losses = self._world.gather(shard.losses)
         for source in range(self.counted):
             received = {kind: totals.add(shard.kinds[kind], source) for kind, totals in self.kinds.items()}
@@ -135,9 +135,9 @@ class Accumulation:
             self._release()
 
     def save(self) -> None:
-        """Save what no earlier call has saved. Collective.
+        """Save the state unless it is saved already. Collective.
 
-        Matrices of layers come first, each rank's own; they count as soon as rank 0 has saved the rest.
+        Each rank first saves its own layers' matrices, which become valid once rank 0 has saved the rest.
         """
         if not self._rounds_unsaved:
             return
@@ -152,14 +152,14 @@ class Accumulation:
         self._rounds_unsaved = 0
 
     def mean_curvature(self, kind: str, layer: int, tokens: int) -> Tensor:
-        """After the pass, mean of g g^T over so many tokens, where a criterion needs moments: float64 [hidden_size,
-        hidden_size], on the device.
+        """Return the mean of g g^T over ``tokens`` tokens after the pass, if a criterion needs moments: float64
+        [hidden_size, hidden_size], on the device.
         """
         return self.curvature.value(kind, layer, self.next_shard) / tokens
 
     def mean_gradient(self, weight: str, layer: int, windows: int) -> Tensor:
-        """After the pass, dL/dW of a layer's weight, L the mean over so many windows, where a criterion needs it:
-        float64 [out, in], on the device.
+        """Return dL/dW of a layer's weight after the pass, with L the mean over ``windows`` windows, if a criterion
+        needs it: float64 [out, in], on the device.
         """
         return self.gradients.value(weight, layer, self.next_shard).div_(windows)
 
@@ -189,7 +189,7 @@ class Accumulation:
                 self._release()
 
     def _with_layers(self, saved: Saved) -> Saved:
-        """What rank 0 has read, if every rank can go on from the matrices of layers that go with it."""
+        """Return what rank 0 has read if every rank can resume from its layers' matrices, otherwise nothing."""
         if not self._of_layers:
             return saved
         first = {name: saved[name] for name in self._first_layout()} if saved else {}
@@ -209,11 +209,11 @@ class Accumulation:
         return {}
 
     def _name(self, kind: str, name: str) -> str:
-        """Of a saved tensor; the first kind's have none in front."""
+        """Return the name of a saved tensor; only kinds other than the first are part of it."""
         return name if kind == self._first else f"{kind}.{name}"
 
     def _read_saved(self) -> Saved:
-        """What an earlier attempt at this pass saved; empty where there is nothing, or nothing that can be used."""
+        """Return what an earlier attempt at this pass saved; empty if there is nothing that can be used."""
         if not self._file.is_file():
             return {}
         saved: Saved = {}
@@ -227,7 +227,7 @@ class Accumulation:
         return {} if problem else saved
 
     def _mismatch(self, saved: Mapping[str, Tensor]) -> str:
-        """Why these tensors can't have been saved by this pass; empty where they can."""
+        """Return the reason why this pass can't have saved these tensors, or an empty string."""
         expected = self._expected()
         found: Layout = {name: (it.dtype, tuple(it.shape)) for name, it in saved.items()}
         points = found.pop(CURVE, None)
@@ -241,7 +241,7 @@ class Accumulation:
         return ""
 
     def _expected(self) -> Layout:
-        """What a saved pass consists of, but for its curve, which grows."""
+        """Return the layout of a saved pass without its curve, which grows."""
         of_kinds: Layout = {
             self._name(kind, name): it for kind, totals in self.kinds.items() for name, it in totals.layout().items()
         }
@@ -250,7 +250,7 @@ class Accumulation:
         return layout | self._first_layout()
 
     def _first_layout(self) -> Layout:
-        """Of what is saved of the scales of matrices of layers."""
+        """Return the layout of the saved scales of the layers' matrices."""
         curvature = {self._name(kind, FIRST): shape for kind, shape in self.curvature.first_shapes().items()}
         gradients = {f"{FIRST_GRADIENTS}.{name}": shape for name, shape in self.gradients.first_shapes().items()}
         return {name: (torch.float64, shape) for name, shape in (curvature | gradients).items()}

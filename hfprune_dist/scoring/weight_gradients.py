@@ -1,4 +1,4 @@
-"""Gradients of the weights that units own, summed over all windows, by all ranks together where they appear."""
+"""Gradients of the weights that units own, summed over all windows and ranks as they appear in backward."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hfprune_dist.scoring.layer_sums import LayerSums, MatrixSums, Size
 
 
 class WeightGradients(LayerSums):
-    """The sum over windows of dL/dW, of some weights of every layer.
+    """The sum over windows of dL/dW, for some weights of every layer.
 
     Args:
         sizes: name of a weight within its layer -> its size [out, in] in each layer.
-        micro_batches: of the whole pass.
-        folder: where folders of states are.
+        micro_batches: number of micro-batches in the whole pass.
+        folder: parent folder of the saved states.
     """
 
     def __init__(self, sizes: Mapping[str, Sequence[Size]], micro_batches: int, folder: Path, world: World) -> None:
@@ -30,7 +30,7 @@ class WeightGradients(LayerSums):
         self._num_layers = {name: len(of_layers) for name, of_layers in sizes.items()}
 
     def seeing(self, *, counts: bool) -> Mapping[str, Sequence[SeeLinear]]:
-        """What adds up gradients of each weight, of every layer; this rank's if they count."""
+        """Return callbacks that add up gradients, per weight and layer; this rank's are added only if ``counts``."""
         return {
             name: [partial(_see, sums, counts, layer) for layer in range(self._num_layers[name])]
             for name, sums in self._sums.items()
