@@ -1,1 +1,1 @@
-"""The mathematics of scoring, pruning and refitting: pure torch, no files, no processes."""
+"""The mathematics of the method: pure torch, no files, no processes."""

@@ -117,7 +117,7 @@ class Criterion:
 
     @property
     def is_of_whole_experts(self) -> bool:
-        """Whether whole experts have scores. Those of a student don't, since it lacks some of their neurons."""
+        """Whether whole experts have scores; not where a student is scored, since it lacks some of their neurons."""
         of_dense = self.loss is None or self.loss.of == "dense"
         return self.is_of_whole_experts_alone or (self.is_of_experts and of_dense)
 

@@ -44,7 +44,7 @@ def elimination_scores(
         curvature_CC: float64 [hidden_size, hidden_size], the mean of g g^T over tokens.
         weight_CD: the output projection's weight [hidden_size, channels].
         fisher_U: float64 [units], the mean over tokens of (the sum of h dlog p(y)/dh over a unit's channels)^2.
-        block: number of units removed between two updates of the costs; None for those of ``BLOCK`` channels.
+        block: number of units removed between two updates of the costs; None: those that make up ``BLOCK`` channels.
 
     Returns:
         float64 [units], nats per token, strictly increasing in the order of removal: the units with the ``n`` highest
@@ -172,7 +172,7 @@ def _traces(inverse_Ucc: Tensor, matrix_Ucc: Tensor) -> Tensor:
 
 
 def _correction(curvature_Ucc: Tensor, gram_Ucc: Tensor, fisher_U: Tensor) -> Tensor:
-    """Return what must be added to W^T F W of the original columns for its geometric mean with exact Fisher scores."""
+    """Return the term that turns W^T F W of the original columns into its geometric mean with exact Fisher scores."""
     tiny = torch.finfo(gram_Ucc.dtype).tiny
     if gram_Ucc.shape[1] == 1:
         exact_Ucc = fisher_U[:, None, None] / gram_Ucc.clamp(min=tiny)

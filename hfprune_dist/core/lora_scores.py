@@ -14,7 +14,7 @@ from hfprune_dist.core.memory_limits import ACCELERATOR_BYTES
 
 # Weight of the previous value in a step of the moving average.
 DECAY = 0.9
-# In the first 1 / FLAT of all steps no unit is masked, and in the last 1 / FLAT all are that ever will be.
+# No unit is masked in the first 1 / FLAT of all steps; the final number is reached before the last 1 / FLAT.
 FLAT = 10
 # Number of steps between two maskings; a training too short for this masks once in each tenth of its steps.
 MASK_EVERY, TENTHS = 10, 10

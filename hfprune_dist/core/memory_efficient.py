@@ -56,7 +56,7 @@ class FrozenLinear(Function):
     """x W^T + b, where neither W nor b gets a gradient. Keeps W itself, neither a view nor a copy of it.
 
     So a weight that is sharded over ranks can be released after forward and gathered again for backward; and a
-    checkpointed layer doesn't have to be rerun for a product that keeps nothing else.
+    checkpointed layer needn't be rerun as far as a product that keeps nothing else.
     """
 
     @staticmethod
@@ -115,7 +115,7 @@ class Routed(Function):
 
 
 class GatedProduct(Function):
-    """h = silu(gate) * up. Keeps gate and up; backward recomputes h, for observers (``observe_gradient``) as well."""
+    """h = silu(gate) * up. Keeps gate and up, from which backward computes what ``observe_gradient`` shows."""
 
     @staticmethod
     def forward(ctx: Any, gate_ND: Tensor, up_ND: Tensor) -> Tensor:

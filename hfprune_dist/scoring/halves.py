@@ -55,7 +55,7 @@ class Halves:
                     self.curve[shards, criterion.name, share] = split_half_overlap(*halves, share)
 
     def agree(self, shards: int, share: float) -> bool:
-        """Return whether the halves were compared after ``shards`` shards and agreed on this share by every measure."""
+        """Return whether the halves were compared after ``shards`` shards and every overlap was at least ``share``."""
         newest = [value for (after, *_), value in self.curve.items() if after == shards]
         return bool(newest) and min(newest) >= share
 

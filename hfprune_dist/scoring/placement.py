@@ -36,7 +36,7 @@ class Placed:
 
 
 def place(checkpoint: Checkpoint, dtype: torch.dtype, micro_batch_size: int, world: World) -> Placed:
-    """Load a checkpoint; collective. A single rank loads it whole, since sharding would only cost it time."""
+    """Load a checkpoint; collective. A single rank loads it whole, since sharding would only add costs."""
     return _sharded(checkpoint, dtype, micro_batch_size, world) if world.size > 1 else _whole(checkpoint, dtype, world)
 
 

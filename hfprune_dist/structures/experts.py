@@ -150,7 +150,7 @@ def shared_experts(config: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def mlp_widths(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return for each layer the number of neurons that process each token, and of all neurons, experts' included."""
+    """Return for each layer how many neurons process each token, and how many there are, including those of experts."""
     experts = number_of_experts(config)
     if not experts:
         return [(width, width) for width in read_counts(config, "intermediate_size")]
