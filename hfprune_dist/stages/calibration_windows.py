@@ -1,4 +1,4 @@
-"""The windows of text that units are scored on, cut by rank 0 once for all attempts at an importance stage."""
+"""The windows of text that units are scored on, cut once, by rank 0, for all attempts at an importance stage."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hfprune_dist.store.atomic_files import read_object, write_json
 
 Context = AnyContext[ImportanceParameters]
 
-# In the work folder: what is said of the windows there.
+# File in the work folder with counts of the documents behind the windows.
 COUNTS = "windows.json"
 
 
 def prepare_windows(context: Context) -> dict[str, int]:
-    """Leave the windows in the work folder, unless an earlier attempt has.
+    """Cut the windows into the work folder, unless an earlier attempt already has.
 
     Returns:
         counts for the manifest.

@@ -1,4 +1,4 @@
-"""Measuring shapes inside a prune stage: with a cheap refit or none, on calibration windows that it doesn't see."""
+"""Measurements of shapes in a prune stage: with a cheap refit or none, on calibration windows that no refit sees."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.stage import STAGE_VERSIONS
 from hfprune_dist.structures import NEURONS
 
-# Windows on which candidates are compared, and layers put in order: of those that refits keep apart for their ridge.
-# Layers differ a lot, and to put them in order takes the most candidates.
+# Windows for comparing candidates and for ordering layers, from those that refits hold out to choose their ridge.
+# Ordering needs fewer, since layers differ a lot, and takes the most candidates.
 WINDOWS, WINDOWS_OF_ORDER = 8, 2
-# One token in so many is compared of candidates of several structures, which are many. Widths are compared on all.
+# Candidates with several structures are many, so they are compared on every second token; widths on every token.
 EVERY = 2
-# Inputs of a stage: what is pruned, and the dense model where that is another.
+# Roles of a stage's inputs: the model that is pruned, and the dense model if that is another one.
 MODELS = ("model", "dense")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured.
+    """Everything that the measurements of a prune stage have in common.
 
     Attributes:
-        checkpoint: that is pruned.
+        checkpoint: the model that is pruned.
         dense: the model that candidates are compared with: the same, or the one that it comes from.
-        kinds: whose units go, in the order of a choice's numbers.
-        windows_ST: that refits and measurements see, of all ranks.
+        kinds: the units that may go with their scores, in the order of a choice's numbers.
+        windows_ST: the windows of all ranks that refits and measurements see.
     """
 
     context: Context
@@ -57,18 +57,18 @@ class Measured:
     def measurement(
         self, phase: str, folder: Path, *, refit: bool, measurements: int, windows: int = WINDOWS
     ) -> Measurement:
-        """A measurement of candidates.
+        """Return a measurement of candidates.
 
         Args:
-            phase: what progress calls it.
-            folder: of this measurement alone, for a later attempt.
-            measurements: how often it will be asked.
-            windows: that candidates are compared on at most.
+            phase: its name in progress reports.
+            folder: for this measurement only; a later attempt resumes from it.
+            measurements: how many times it will be called.
+            windows: the most windows that candidates are compared on.
         """
         context, checkpoint, windows_ST = self.context, self.checkpoint, self.windows_ST
         name, size = context.params.forward_pass()
         probe = probe_of(context, checkpoint, windows_ST)
-        # Without a refit, the probe's micro-batch alone goes along, once, to check that layers are the model's.
+        # Without a refit, only the probe's micro-batch goes through the layers, once, to check them against the model.
         through_ST = windows_ST if refit else probe.micro_batch_of(windows_ST, size)
         is_checked = False
 
@@ -91,9 +91,9 @@ class Measured:
         )
 
     def layers_in_order(self, droppable: Sequence[int], count: int) -> list[int]:
-        """The ``count`` of some layers that are missed least, in the order in which they go.
+        """Return the ``count`` droppable layers that the model misses least, in the order in which they go.
 
-        What was measured serves the store's other stages, of other ratios and methods, as far as they measure the same.
+        Results are cached in the store for stages with other ratios and methods, as far as they measure the same.
         """
         if not count:
             return []
@@ -112,7 +112,7 @@ class Measured:
         return order
 
     def _key_of_order(self) -> str:
-        """Names what was measured to put layers in order by all that it depends on."""
+        """File name of the results that order layers, made from everything that they depend on."""
         context, windows = self.context, self._compared(WINDOWS_OF_ORDER)
         content = {
             "version": STAGE_VERSIONS["prune"],
@@ -133,7 +133,7 @@ class Measured:
         return 1 if self._of_widths_alone else EVERY
 
     def _compared(self, windows: int) -> dict[int, Tensor]:
-        """Windows on which candidates are compared, one by one where they are many."""
+        """Micro-batches on which candidates are compared; of one window each if candidates are many."""
         batches = held_out_batches(self.windows_ST, self.context.params.forward_pass()[1], windows)
         if self._of_widths_alone:
             return batches
@@ -141,7 +141,7 @@ class Measured:
 
     @cached_property
     def _outputs(self) -> Hidden:
-        """The dense model's; one pass through its layers serves all measurements."""
+        """The dense model's outputs; one pass through its layers serves all measurements."""
         return outputs_of_dense(self.context, self.dense, self._compared(WINDOWS))
 
     def _whole_without(self, gone: Sequence[int]) -> Candidate:

@@ -1,4 +1,4 @@
-"""Units of some kinds, in the layers that stay, that compete for what a model is to lose."""
+"""The contest between units, of one or more kinds in the layers that stay, over which of them a model loses."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hfprune_dist.structures import NEURONS
 
 @dataclass(frozen=True)
 class Contest:
-    """Ladders of all kinds.
+    """The ladders of all kinds of units, and how many parameters they are to lose.
 
     Attributes:
-        kinds: neurons first.
+        kinds: the units of each kind with their scores, neurons first.
         budget: of the whole model.
-        ladders: of each kind, those of the layers that stay.
-        removals: parameters that they are to lose; negative where the layers that went were more than that.
+        ladders: for each kind, one for each layer that stays.
+        removals: parameters that the ladders are to lose; negative if the layers that went had more than the budget.
     """
 
     checkpoint: Checkpoint
@@ -41,14 +41,14 @@ class Contest:
         return cls(checkpoint, kinds, budget, ladders, budget.parameters)
 
     def without(self, gone: Collection[int]) -> Contest:
-        """The same once some layers went: what they had counts."""
+        """The same contest once some layers are gone, whose parameters count as removed."""
         ladders = [[ladder for ladder in of_kind if ladder.layer not in gone] for of_kind in self.ladders]
         of_layers = self.checkpoint.parameter_counts.layers
         return replace(self, ladders=ladders, removals=self.removals - sum(of_layers[layer] for layer in gone))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """That stay."""
+        """Numbers of the layers that stay."""
         return tuple(ladder.layer for ladder in self.neurons)
 
     @property
@@ -57,12 +57,12 @@ class Contest:
 
     @property
     def others(self) -> Sequence[Ladder]:
-        """Of the kinds beside neurons."""
+        """Ladders of the kinds other than neurons."""
         return [ladder for of_kind in self.ladders[1:] for ladder in of_kind]
 
     @property
     def removable(self) -> int:
-        """Parameters that can go at most."""
+        """The most parameters that can go."""
         return sum((it.most - it.least) * it.parameters for it in [*self.neurons, *self.others])
 
     def reweighted(self) -> ReweightedShapes:
@@ -70,13 +70,13 @@ class Contest:
         return ReweightedShapes(self.neurons, self.others, self.removals)
 
     def allows(self, counts: Counts) -> bool:
-        """Whether every layer has so many, and none falls below what it must keep."""
+        """Whether every layer has that many units, and none would keep fewer than it must."""
         return all(
             it.least <= count <= it.most for count, it in zip(counts, [*self.neurons, *self.others], strict=True)
         )
 
     def candidate(self, counts: Sequence[int]) -> Candidate:
-        """Numbers of units, in the order of the ladders, as what becomes of each of the model's layers."""
+        """The candidate that keeps these numbers of units, given in the order of the ladders."""
         size = len(self.layers)
         of_kinds = [counts[start : start + size] for start in range(0, len(counts), size)]
         choices = dict(zip(self.layers, zip(*of_kinds, strict=True), strict=True))
@@ -84,17 +84,17 @@ class Contest:
 
 
 def _comparable(params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored]) -> list[Scored]:
-    """The same with scores that all layers and kinds share as a unit of measure, none of them negative; what competes
-    is a score divided by its unit's parameters.
+    """The same kinds with non-negative scores on one scale for all layers and kinds; what competes is a score divided
+    by the number of its unit's parameters.
     """
     criterion = CRITERIA[params.criterion]
-    if params.allocation == "standardized":  # a unit's score, whatever its size: the smallest becomes 0
+    if params.allocation == "standardized":  # a unit's score, whatever its size, shifted so that the smallest is 0
         of_kinds = [standardized(it.scores, in_deviations=criterion.in_deviations) for it in kinds]
         smallest = min(float(scores_U.min()) for scores in of_kinds for scores_U in scores)
         of_kinds = [[scores_U - smallest for scores_U in scores] for scores in of_kinds]
     elif criterion.in_nats:
         return list(kinds)
-    else:  # a parameter of every kind and layer counts the same on average
+    else:  # on average, a parameter counts the same in every kind and layer
         of_kinds = [layer_mean_one(it.scores) for it in kinds]
     per_unit = checkpoint.parameter_counts.units
     sizes = [per_unit[it.units.kind] / per_unit[NEURONS] for it in kinds]

@@ -1,4 +1,4 @@
-"""What a stage is handed: its settings, inputs, ranks, folders, and the way to commit its artifact."""
+"""The context of a running stage: its settings, inputs, ranks and folders, and how it commits its artifact."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 from hfprune_dist.training.tracking import TrackedRun
 
-TRACKING = "tracking"  # beside the store
+TRACKING = "tracking"  # next to the store
 
 T = TypeVar("T")
 P = TypeVar("P", bound=Parameters)
@@ -41,10 +41,10 @@ class Context(Generic[P]):
     Attributes:
         config: the resolved configuration of the sweep, kept in the manifest.
         code: provenance of the code (version, commit, dirty diff), kept in the manifest.
-        attempt: 1 for the first.
-        claim: under which the stage runs, on rank 0; None where nobody claimed it.
-        interruption: whether this attempt has been asked to end early.
-        work: folder for progress inside the stage; survives a death and is found again by the next attempt.
+        attempt: number of this attempt, from 1.
+        claim: the claim under which the stage runs, on rank 0; None if nobody claimed it.
+        interruption: tells whether this attempt has been asked to end early.
+        work: folder for the stage's progress; it outlives a crash, and the next attempt resumes from it.
     """
 
     stage: Stage
@@ -74,7 +74,7 @@ class Context(Generic[P]):
 
     @property
     def tracked_run(self) -> TrackedRun:
-        """What trackers know of the stage. The same stage in another store is another run."""
+        """The stage as trackers know it. The same stage in another store is another run."""
         return TrackedRun(
             report_to=self.runtime.report_to,
             project=self.runtime.tracking_project,
@@ -88,12 +88,12 @@ class Context(Generic[P]):
         return role in self.stage.inputs
 
     def input_path(self, role: str) -> Path:
-        """Where an input lies: a file or folder of the user's, or another stage's artifact."""
+        """Path of an input: a file or folder of the user's, or another stage's artifact."""
         source = self.stage.inputs[role]
         return self.store.handle(source.location).artifact if source.is_stage else Path(source.location)
 
     def calibration_windows(self) -> Tensor:
-        """The windows that the scores of the role ``importance`` come from, int64 [samples, sequence_length]."""
+        """The windows on which the scores of the ``importance`` input were made, int64 [samples, sequence_length]."""
         return load_windows(self.input_path("importance"))
 
     @cached_property
@@ -101,14 +101,14 @@ class Context(Generic[P]):
         return UserFiles(self.stage.inputs.values(), self.store.make_hashes)
 
     def check_inputs(self) -> None:
-        """Verify everything that this stage reads, byte for byte (rank 0 reads, all ranks learn the verdict).
+        """Verify byte for byte everything that this stage reads (rank 0 reads, all ranks learn the verdict).
 
-        Files of the user's whose size, times and inode are those of an earlier reading are not read again.
+        Files of the user's whose size, times and inode have not changed since an earlier reading are not read again.
 
         Raises:
-            LostInputError: naming the artifact; it has been set aside, so that the sweep makes it again.
-            ChangedInputError: naming a file of the user's that is not what the sweep was planned with. What earlier
-                attempts have made of it is deleted.
+            LostInputError: naming an artifact that is missing or corrupt (then set aside); the sweep makes it again.
+            ChangedInputError: naming a file of the user's that is not what the sweep was planned with. Progress that
+                earlier attempts have made with it is deleted.
         """
         self._let_first(self._check_inputs)
 
@@ -129,12 +129,12 @@ class Context(Generic[P]):
             raise LostInputError(f"{stage_id}: {verdict.reason}; run the sweep again")
 
     def require_untouched_inputs(self) -> None:
-        """Check that no file of the user's has changed since ``check_inputs`` (a collective).
+        """Check that none of the user's files has changed since ``check_inputs``; collective.
 
-        To be called before anything is kept that others, or a later attempt, take for what the planned files lead to.
+        Call it before keeping anything that others, or a later attempt, will take for the result of the planned files.
 
         Raises:
-            ChangedInputError: naming the file. What this stage has made of it so far is deleted.
+            ChangedInputError: naming the file. Progress that this stage has made with it is deleted.
         """
         self._let_first(self._require_untouched_inputs)
 
@@ -142,7 +142,7 @@ class Context(Generic[P]):
         self._discarding_progress(self._user_files.require_untouched, after_each)
 
     def _discarding_progress(self, check: Callable[[AfterEach], None], after_each: AfterEach) -> None:
-        """Check files; where they have changed, nobody knows which content the progress in the work folder is from."""
+        """Check files; if they have changed, discard the progress, which may come from either content."""
         try:
             check(after_each)
         except ChangedInputError:
@@ -152,23 +152,23 @@ class Context(Generic[P]):
             raise
 
     def let_first_work(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns on rank 0, on every rank; collective.
+        """Run ``work`` on rank 0, and return its result on every rank; collective.
 
-        However long it takes, no rank waits longer than the collective timeout, since rank 0 tells the others that it
-        goes on. Where ``work`` raises a ``UserError``, all ranks do.
+        However long it takes, no rank waits longer than the collective timeout, since rank 0 keeps telling the others
+        that it is still at work. If ``work`` raises a ``UserError``, all ranks do.
         """
         return self._let_first(lambda after_each: _told(work, after_each))
 
     def open_draft(self) -> Path:
-        """The folder in which all ranks may write files of the artifact."""
+        """Return a folder in which all ranks may write files of the artifact."""
         return self._let_first(lambda _: self.handle.open_draft(self.claim))
 
     def commit(self, draft: Path, metrics: dict[str, Any]) -> None:
         """Publish the draft as this stage's artifact, once all ranks have written their files.
 
         Raises:
-            ChangedInputError: where a file of the user's has changed meanwhile.
-            ClaimLostError: where another process has claimed the stage meanwhile.
+            ChangedInputError: if one of the user's files has changed in the meantime.
+            ClaimLostError: if another process has claimed the stage in the meantime.
         """
         peak = self.world.peak_memory()
         self.world.barrier()
@@ -182,7 +182,7 @@ class Context(Generic[P]):
         self.handle.discard_work()
 
     def _let_first(self, action: Callable[[AfterEach], T]) -> T:
-        """What an action of rank 0 returns, on every rank; where it ends the stage, all ranks leave in order."""
+        """Run an action on rank 0 and return its result on every rank; if it ends the stage, all ranks leave in order."""
 
         def outcome(after_each: AfterEach) -> tuple[T | None, UserError | ClaimLostError | None]:
             try:
@@ -212,7 +212,7 @@ class Context(Generic[P]):
 
 
 def _told(work: Callable[[], T], go_on: AfterEach) -> T:
-    """What ``work`` returns, from a thread of its own; meanwhile ``go_on`` is called now and then."""
+    """Run ``work`` in a thread of its own, and return its result; call ``go_on`` now and then meanwhile."""
     pool = ThreadPoolExecutor(1)
     try:
         future = pool.submit(work)

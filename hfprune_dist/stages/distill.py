@@ -1,6 +1,6 @@
 """Distill: a pruned model learns its dense original's output distribution, on the windows that it was pruned with.
 
-LoRA on all projections, merged into a plain checkpoint of the same layout. No labels and no text but the calibration's.
+LoRA on all projections, merged into a plain checkpoint of the same layout. No labels, and only the calibration's text.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from hfprune_dist.training.write_merged import write_merged, write_trained
 
 Context = AnyContext[DistillParameters]
 
-LONGEST_WARMUP = 4  # one part in so many of all steps
+LONGEST_WARMUP = 4  # warm-up takes at most one step in four
 
 
 def run(context: Context) -> None:
-    """Write a Hugging Face folder of the pruned one's layout, the ``adapter/`` in it, and ``loss.jsonl``."""
+    """Write a Hugging Face folder with the pruned model's layout, and ``adapter/`` and ``loss.jsonl`` in it."""
     settings = context.params.distillation
     checkpoint = open_checkpoint(context.input_path("model"))
     rows = DenseStates(context.input_path("reference"))

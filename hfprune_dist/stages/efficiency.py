@@ -1,6 +1,6 @@
-"""Efficiency: how fast a model generates, and what memory that takes, in turn with the dense model that it comes from.
+"""Efficiency: speed and memory of a model that generates, measured in turn with the dense model that it comes from.
 
-Rank 0 measures, with both models in memory; others, where there are any, wait. It is short: a killed one begins anew.
+Rank 0 measures, with both models in memory; any other ranks wait. The stage is short: a killed one starts over.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ DENSE, MODEL = "dense", "model"
 
 @dataclass(frozen=True)
 class Measured:
-    """One model under one workload.
+    """The measurements of one model under one workload.
 
     Attributes:
-        peak_memory_bytes: weights, and the most that a generation took beside them.
-        seconds: of each timed generation.
+        peak_memory_bytes: weights, plus the most memory that a generation took in addition to them.
+        seconds: the times of each timed generation.
     """
 
     peak_memory_bytes: int
@@ -44,8 +44,8 @@ class Measured:
 
 
 def run(context: Context) -> None:
-    """Write ``efficiency.json``: what a token costs each model, and all that was measured under each workload."""
-    models: dict[str, PreTrainedModel] = {}  # of rank 0; large ones take minutes to read
+    """Write ``efficiency.json``: what a token costs each model, and everything measured under each workload."""
+    models: dict[str, PreTrainedModel] = {}  # on rank 0; large ones take minutes to read
     context.let_first_work(lambda: models.update(_load(context)))
     workloads = workloads_of(context.params)
     measured: list[Mapping[str, Measured]] = []
@@ -66,7 +66,7 @@ def run(context: Context) -> None:
 
 
 def workloads_of(params: EfficiencyParameters) -> list[Workload]:
-    """The most demanding one last."""
+    """The workloads to measure, the most demanding one last."""
     return [
         Workload(batch_size, prompt_tokens, params.new_tokens)
         for batch_size in params.batch_sizes
@@ -75,7 +75,7 @@ def workloads_of(params: EfficiencyParameters) -> list[Workload]:
 
 
 def _load(context: Context) -> dict[str, PreTrainedModel]:
-    """The dense model and, unless it is that one, the model: role -> model."""
+    """Load the dense model and, if it is another one, the model: role -> model."""
     dtype, inputs = getattr(torch, context.params.dtype), context.stage.inputs
     roles = [DENSE] if inputs[DENSE].identity == inputs[MODEL].identity else [DENSE, MODEL]
     loaded = {role: load_causal_lm(context.input_path(role), dtype) for role in roles}
@@ -85,7 +85,7 @@ def _load(context: Context) -> dict[str, PreTrainedModel]:
 def _measure(
     models: Mapping[str, PreTrainedModel], workload: Workload, repeats: int, after_each: AfterEach
 ) -> dict[str, Measured]:
-    """Each model by its role: one generation for its memory, which also warms it up; then timed ones in turn."""
+    """Measure each model, by role: one generation for its memory, which also warms it up, then timed ones in turn."""
     generations: dict[str, Callable[[], Seconds]] = {}
     memory: dict[str, int] = {}
     for role, model in models.items():
@@ -101,18 +101,18 @@ def _measure(
     return {role: Measured(memory[role], seconds[role]) for role in models}
 
 
-# What is told of it.
+# Contents of the manifest and of ``efficiency.json``.
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    """The device that it was measured on."""
+    """The device that the models were measured on."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device)}
     return {"device": cpu_model(), "threads": torch.get_num_threads()}
 
 
 def _costs(context: Context, role: str) -> dict[str, int]:
-    """A token's, at the most tokens that a prompt has."""
+    """Costs of a token, at the largest number of tokens in a prompt."""
     checkpoint = open_checkpoint(context.input_path(role))
     costs = TokenCosts.of(checkpoint)
     return {
@@ -130,7 +130,7 @@ def _bytes_on_disk(checkpoint: Checkpoint) -> int:
 
 
 def _described(workload: Workload, measured: Mapping[str, Measured]) -> dict[str, Any]:
-    """A workload's results: of both models, and how many times as fast as the dense one the model is, pair by pair."""
+    """Results of a workload: those of both models, and the model's speed relative to the dense one, pair by pair."""
     dense, model = measured[DENSE], measured.get(MODEL, measured[DENSE])
     pairs = list(zip(dense.seconds, model.seconds, strict=True))
     return {

@@ -1,6 +1,6 @@
 """Evaluate: fidelity to the dense model's reference, and lm-eval tasks, on a model that is loaded once.
 
-What is finished is kept in the work folder: a killed stage goes on at the next chunk of requests of its current task.
+Finished work is kept in the work folder: a killed stage resumes at the next chunk of requests of its current task.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Context = AnyContext[EvaluateParameters]
 RESULTS = "results.json"
 TASKS = "tasks"
 DATASETS = "datasets"
-# In what is kept of a text; a manifest has only what is over all windows.
+# Key of the results for each window in a text's file; a manifest has only those over all windows.
 BY_WINDOW = "by_window"
 # Resamples for standard errors that have no closed form (e.g. of f1); lm-eval's 100,000 take minutes.
 BOOTSTRAP_ITERATIONS = 1000
@@ -63,14 +63,14 @@ def run(context: Context) -> None:
 
 
 def _left_to_do(context: Context) -> tuple[list[str], list[str]]:
-    """Texts and tasks of which earlier attempts left no result."""
+    """Texts and tasks for which earlier attempts left no result."""
     texts = [text for text in _texts(context) if not _is_done(_fidelity_file(context.work, text))]
     tasks = [task for task in context.params.tasks if not _is_done(_task_file(context.work, task))]
     return texts, list(dict.fromkeys(tasks))
 
 
 def _is_done(file: Path) -> bool:
-    """Whether an earlier attempt left its result in this file; one that is damaged is set aside."""
+    """Whether an earlier attempt left its result in this file; a damaged file is set aside."""
     try:
         content = read_json(file)
         problem = "" if content is None or isinstance(content, dict) else "holds no result"
@@ -112,7 +112,7 @@ def _commit(context: Context, sharding: Sharding) -> None:
 
 
 def _by_place(texts: Mapping[str, Any]) -> dict[str, Any]:
-    """The first text's apart from the others', if there are any."""
+    """Arrange results by text: the first text's under one key, those of any others under another."""
     others = {text: found for text, found in texts.items() if text != FIRST}
     return {"fidelity": texts[FIRST], **({OTHER_TEXTS: others} if others else {})}
 
@@ -129,7 +129,7 @@ def _texts(context: Context) -> dict[str, str]:
 def _measure_fidelity(context: Context, sharding: Sharding, texts: Sequence[str]) -> FrozenModel | None:
     """Compare the model with its dense original on some texts and keep the results; return the model, still loaded.
 
-    Of the dense model only the head is read; it is its own reference, and not loaded for that.
+    Only the head of the dense model is read. It is its own reference, so it isn't loaded to be measured itself.
     """
     head = LayerReader(open_checkpoint(context.input_path("dense")), _dtype(context), context.world.device).head()
     is_dense = context.stage.inputs["model"].identity == context.stage.inputs["dense"].identity
@@ -140,7 +140,7 @@ def _measure_fidelity(context: Context, sharding: Sharding, texts: Sequence[str]
 
 
 def _compare(context: Context, text: str, head: Head, model: FrozenModel | None) -> dict[int, FidelitySums]:
-    """Sums over each of this rank's windows of a text."""
+    """Fidelity sums of each of this rank's windows of a text."""
     states, device = DenseStates(context.input_path(_texts(context)[text])), context.world.device
     sums: dict[int, FidelitySums] = {}
     mine = _my_windows(len(states.windows_ST), context.world)
@@ -176,7 +176,7 @@ def _save_fidelity(context: Context, text: str, sums: Mapping[int, FidelitySums]
 
 
 def _described(windows: Sequence[FidelitySums]) -> dict[str, Any]:
-    """A text's fidelity with its standard errors, and that of each of its windows."""
+    """A text's fidelity with its standard errors, and the fidelity of each of its windows."""
     means = sum(windows, FidelitySums()).means()
     alone = [window.means() for window in windows]
     by_window = {name: [it[name] for it in alone] for name in ("perplexity", "kl", "top1_agreement")}
@@ -192,7 +192,7 @@ def _fidelity_file(folder: Path, text: str) -> Path:
 
 
 def _my_windows(count: int, world: World) -> list[int]:
-    """Windows of this rank; ranks with fewer repeat the last, since forwards of a sharded model are collective."""
+    """Windows of this rank, by index; ranks with fewer repeat the last, as forwards of a sharded model are collective."""
     rounds = -(-count // world.size)
     return [min(step * world.size + world.rank, count - 1) for step in range(rounds)]
 
@@ -201,7 +201,7 @@ def _my_windows(count: int, world: World) -> list[int]:
 
 
 def _evaluate_tasks(context: Context, model: FrozenModel, tasks: list[str]) -> None:
-    """Evaluate task by task: rank 0 runs lm-eval, the others answer requests with it."""
+    """Evaluate task by task: rank 0 runs lm-eval, and all ranks answer its requests."""
     from hfprune_dist.evaluation.sharded_lm import ShardedLM
 
     params = context.params
@@ -221,7 +221,7 @@ def _evaluate_tasks(context: Context, model: FrozenModel, tasks: list[str]) -> N
 
 
 def _empty_folder(folder: Path) -> Path:
-    """A folder without what an earlier attempt left: the datasets library flushes nothing, and trusts what is there."""
+    """Delete what an earlier attempt left: the datasets library flushes nothing, yet trusts the files that it finds."""
     shutil.rmtree(folder, ignore_errors=True)
     return folder
 
@@ -230,7 +230,7 @@ def _run_task(context: Context, lm: Any, loader: TaskLoader, task: str) -> dict[
     """lm-eval's result for one task or group, as a JSON value.
 
     Raises:
-        UserError: naming the task, where its YAML file, its data or its functions fail.
+        UserError: naming the task, if its YAML file, its data or its functions fail.
     """
     from lm_eval.evaluator import evaluate
 
@@ -255,7 +255,7 @@ def _run_task(context: Context, lm: Any, loader: TaskLoader, task: str) -> dict[
         except ModelError as failure:
             assert failure.__cause__ is not None
             raise failure.__cause__ from None
-        except Exception as error:  # a task is code and data of others: anything can happen
+        except Exception as error:  # a task is other people's code and data: anything can happen
             raise UserError(f"task {task!r} can't be evaluated: {explain(error)}") from error
     cleaned: dict[str, Any] = plain(result)
     return cleaned
@@ -266,7 +266,7 @@ def _task_file(folder: Path, task: str) -> Path:
 
 
 def _seed_all() -> None:
-    """lm-eval's own seeds, set anew for each task, so that a resume sees the same examples."""
+    """Set lm-eval's own seeds anew for each task, so that a resumed stage sees the same examples."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     random.seed(DEFAULT_RANDOM_SEED)

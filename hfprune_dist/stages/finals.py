@@ -1,7 +1,7 @@
-"""Shapes that cheap refits leave close to each other, fitted layer after layer and compared on windows apart.
+"""Finals between shapes that cheap refits leave close to each other: fitted layer by layer, compared on other windows.
 
-Fitting layer after layer makes up for more where layers went, which cheap refits can't tell. So the closest is tried
-with fewer layers as well, as long as that helps.
+Fitting layer by layer makes up for more where layers are gone, which cheap refits can't show. So the closest shape is
+tried with fewer layers as well, as long as that helps.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from hfprune_dist.stages.prune_refit import (
 )
 from hfprune_dist.structures.kept import Kept
 
-# One in so many windows is kept apart from all else, to compare finalists.
+# One micro-batch of windows in so many is kept apart from everything else, to compare finalists.
 JUDGED_EVERY = 16
-# Those that cheap refits leave closest are finalists.
+# How many of the shapes that cheap refits leave closest are finalists.
 FINALISTS = 2
-# Those that cheap refits leave so many times farther than the closest are not. Better refits turned the order of shapes
-# of a small model around where that was 1.06 or 1.14, but not where it was 1.30, 1.42 or 1.51.
+# Shapes that cheap refits leave so many times as far as the closest can't be finalists. Better refits reversed the
+# order of a small model's shapes where that factor was 1.06 or 1.14, but not where it was 1.30, 1.42 or 1.51.
 HOPELESS = 1.25
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Calibration windows.
+    """Calibration windows, split for the finals.
 
     Attributes:
-        seen_ST: that refits and measurements before the finals see.
-        judged: the others one by one.
+        seen_ST: those that refits, and measurements before the finals, see.
+        judged: the others, as micro-batches of one window.
     """
 
     seen_ST: Tensor
@@ -52,7 +52,7 @@ class Windows:
 
     @classmethod
     def apart(cls, windows_ST: Tensor, micro_batch_size: int) -> Windows:
-        """The last windows are kept apart; where there is one micro-batch alone, it is both."""
+        """Keep the last windows apart; if there is only one micro-batch, it is both seen and judged."""
         batches = windows_ST.split(micro_batch_size)
         judged = max(1, len(batches) // JUDGED_EVERY)
         if len(batches) == 1:
@@ -61,21 +61,21 @@ class Windows:
 
 
 def hopeful(kls: Mapping[str, float]) -> list[str]:
-    """The shapes that may turn out to be the closest, the closest after a cheap refit first; there is one at least."""
+    """The shapes, at least one, that may turn out to be the closest; the closest after a cheap refit first."""
     closest = min(kls.values())
-    farthest = max(closest, HOPELESS * closest)  # rounding makes a divergence of nothing negative
+    farthest = max(closest, HOPELESS * closest)  # rounding can make a divergence of zero negative
     return [shape for shape in sorted(kls, key=kls.__getitem__) if kls[shape] <= farthest]
 
 
 class Finals:
-    """Shapes that are fitted layer after layer, compared on windows that were kept apart.
+    """Shapes that are fitted layer by layer, and compared on windows that were kept apart.
 
     Args:
-        models: that is pruned; and the dense one, which it is or comes from.
-        kept: what a shape with this name keeps; collective.
+        models: the one that is pruned, and the dense one: the same, or the one that it comes from.
+        kept: returns what the shape with a name keeps; collective.
 
     Attributes:
-        kl: how far each is from the dense model, nats per token.
+        kl: each shape's divergence from the dense model, nats per token.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Finals:
         self.kl: dict[str, float] = {}
 
     def closest(self, first: Sequence[str], with_fewer_layers: Callable[[str], str | None]) -> str:
-        """The shape that is closest once its layers were fitted one after the other.
+        """Return the shape that is closest once its layers have been fitted one by one.
 
         Args:
-            first: those that are compared at first; of those that are as close, the first wins.
-            with_fewer_layers: what else to try where this one is the closest.
+            first: the shapes to compare first; among equally close ones, the first wins.
+            with_fewer_layers: returns what else to try if the given shape is the closest; None for nothing.
         """
         best, *rivals = first
         ahead = first if rivals or with_fewer_layers(best) else []
@@ -109,7 +109,7 @@ class Finals:
         return best
 
     def _hold(self, shapes: Sequence[str]) -> None:
-        """Refit and compare some more."""
+        """Refit some more shapes, and compare all shapes so far."""
         for shape in shapes:
             kept = self._kept(shape)
             self._models[shape] = kept, self._fitted(shape, kept)
@@ -117,7 +117,7 @@ class Finals:
         self.kl = dict(zip(self._models, self._measurement().kl(candidates), strict=True))
 
     def _fitted(self, shape: str, kept: Kept) -> RefittedLayers:
-        """Least squares alone: steps that follow it take several times as long and leave the order as it is."""
+        """Refit a shape by least squares only: further steps take several times as long, and don't change the order."""
         context, checkpoint = self._context, self._checkpoint
         folder = context.work / f"final-{re.sub('[^a-zA-Z0-9]+', '-', shape)}"
         fitted = RefittedLayers(checkpoint, pruned_kinds(context, checkpoint), whole_mlp=False, folder=folder)
@@ -126,7 +126,7 @@ class Finals:
         return fitted
 
     def _measurement(self) -> Measurement:
-        """Of all models so far, of which it knows those that were compared before."""
+        """The measurement of all models so far; it knows the results of those that were compared before."""
         context, checkpoint = self._context, self._checkpoint
         name, size = context.params.forward_pass()
         probe = probe_of(context, checkpoint, self._windows.seen_ST)
@@ -149,5 +149,5 @@ class Finals:
 
     @cached_property
     def _outputs(self) -> Hidden:
-        """The dense model's."""
+        """The dense model's outputs."""
         return outputs_of_dense(self._context, self._dense, self._windows.judged)

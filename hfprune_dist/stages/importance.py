@@ -1,9 +1,9 @@
-"""Importance: score every unit over the calibration windows, on a model sharded over all ranks, or whole on one.
+"""Importance: score every unit over the calibration windows, on a model sharded over all ranks, or whole on one rank.
 
-Any number of criteria share the pass: one forward, one pass over the logits, one backward for each loss; a loss of a
-student adds a forward. Windows are cut into fixed shards, whatever the number of ranks; ranks work on consecutive
-shards, and the shards' sums are added in shard order. So the sums have the same bits on any number of ranks, and a
-resume goes on at a shard.
+Any number of criteria share the pass: one forward, one pass over the logits, one backward for each loss; a student's
+loss adds a forward. Windows are cut into fixed shards, whatever the number of ranks; ranks work on consecutive shards,
+and the shards' sums are added in shard order. So the sums have the same bits on any number of ranks, and a resumed
+stage continues at a shard.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PARTIAL = "partial.safetensors"
 
 
 def run(context: Context) -> None:
-    """Write ``importance.safetensors`` and ``windows.safetensors``; of a calibration pass also its probe."""
+    """Write ``importance.safetensors`` and ``windows.safetensors``; after a calibration pass, also its probe."""
     checkpoint = open_checkpoint(context.input_path("model"))
     criteria = [CRITERIA[name] for name in context.params.criteria]
     documents = prepare_windows(context)
@@ -65,7 +65,7 @@ def run(context: Context) -> None:
 
 
 def _windows_used(context: Context, totals: Accumulation, windows: int) -> int:
-    """All of them, but where the pass ended early."""
+    """Number of windows that were used: all of them, unless the pass ended early."""
     return min(totals.next_shard * _windows_per_shard(context), windows) if totals.shards else windows
 
 
@@ -75,7 +75,7 @@ def _windows_per_shard(context: Context) -> int:
 
 
 def _curve(context: Context, totals: Accumulation) -> dict[str, Any]:
-    """How the kept set settled: overlap of what two halves of the windows keep, by windows, criterion and share."""
+    """Overlap of what two halves of the windows keep, by windows, criterion and share: how the kept set settled."""
     points = [
         {
             "windows": shards * _windows_per_shard(context),
@@ -102,7 +102,7 @@ def _scored_units(context: Context, checkpoint: Checkpoint) -> dict[str, Units]:
 def _accumulate(
     context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]
 ) -> Accumulation:
-    """Add up all shards; there are none, and no model is loaded, where no criterion sums anything."""
+    """Add up all shards; if no criterion sums anything, there are none, and no model is loaded."""
     settings = context.params.calibration
     windows = len(windows_ST) if criteria else 0
     shards = cut_into_shards(windows, settings.micro_batch_size, settings.shard_size)
@@ -133,7 +133,7 @@ def _accumulate(
 
 
 def _weights_of_units(context: Context, checkpoint: Checkpoint, criteria: Sequence[Criterion]) -> dict[str, list[Size]]:
-    """Name within a layer -> size [out, in] in each layer; none where no criterion is made of their gradients."""
+    """Name within a layer -> size [out, in] in each layer; none if no criterion uses their gradients."""
     if not any(criterion.needs_weight_gradients for criterion in criteria):
         return {}
     tensors, layers = checkpoint.tensors, range(checkpoint.num_layers)
@@ -151,7 +151,7 @@ def _scorer(
     criteria: Sequence[Criterion],
     totals: Accumulation,
 ) -> ShardScorer:
-    """The model, ready to score; before that, it leaves its probe."""
+    """Load the model, ready to score; its first forward leaves a probe, unless there is one already."""
     params = context.params
     scorer = ShardScorer(
         checkpoint,
@@ -173,7 +173,7 @@ def _scorer(
 
 
 def _given_student(context: Context, criteria: Sequence[Criterion]) -> GivenStudent | None:
-    """The student that an earlier pass chose, where a criterion is of one."""
+    """The student that an earlier pass chose, if a criterion needs one."""
     chosen_by = {criterion.student_of for criterion in criteria if criterion.student_of is not None}
     if not chosen_by:
         return None
@@ -194,7 +194,7 @@ def _scores(
 ) -> dict[str, Tensor]:
     """Scores by their names in the artifact, float64 [units], on rank 0; weights are read one layer at a time.
 
-    Each layer's scores are saved once they are finished, and taken up by a later attempt.
+    Each layer's scores are saved once they are finished, and reused by a later attempt.
     """
     world = context.world
     saved = SavedLayers(context.work / "scores", range(checkpoint.num_layers))
@@ -229,7 +229,7 @@ class _Layer:
 
 
 class _SecondPass:
-    """The windows' second way through the model, layer by layer, for the criteria that need moments."""
+    """The second pass of the windows through the model, layer by layer, for the criteria that need moments."""
 
     def __init__(
         self,
@@ -250,7 +250,7 @@ class _SecondPass:
         self._layers: Iterator[tuple[int, nn.Module]] = iter(())
 
     def layer(self, number: int, is_mine: bool) -> _Layer | None:
-        """The next layer as criteria see it, None where another rank solves it; collective."""
+        """The next layer as criteria see it; None if another rank scores it. Collective."""
         grams = self._grams(number) if self._needed else {}
         if not is_mine:
             return None
@@ -263,13 +263,13 @@ class _SecondPass:
         return _Layer(number, kinds)
 
     def go_past(self, number: int) -> None:
-        """Take the windows through the next layer, whose scores are known; collective."""
+        """Take the windows through the next layer, whose scores are known already; collective."""
         if self._needed:
             stream = self._begun()
             stream.advance(self._next_layer())
 
     def after(self, number: int) -> None:
-        """Show how far the pass is, and end it where all ranks were asked to."""
+        """Report how far the pass has come, and end it if any rank was asked to."""
         if self._needed:
             self._context.progress.update("moments", number + 1, self._checkpoint.num_layers)
         self._context.interruption.stop_if_agreed(self._context.world)
@@ -286,14 +286,14 @@ class _SecondPass:
         return next(self._layers)[1]
 
     def _gradients(self, units: Units, number: int) -> MeanGradients | None:
-        """Of the weights that a layer's units own, where a criterion needs them; read from where they are saved."""
+        """Gradients of the weights that a layer's units own, read from where they are saved; None if none are needed."""
         if not self._totals.gradients:
             return None
         windows = len(self._windows_ST)
         return mean_gradients(units, lambda name: self._totals.mean_gradient(name, number, windows))
 
     def _begun(self) -> LayerStream:
-        """The windows on their way; where all scores are known, they never begin. Collective."""
+        """The stream of windows, begun by the first call, which never comes if all scores are known. Collective."""
         if self._stream is None:
             params, context = self._context.params, self._context
             size = params.calibration.micro_batch_size

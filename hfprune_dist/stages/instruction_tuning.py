@@ -1,4 +1,4 @@
-"""Training on instruction pairs, which several stages do: their rows, prepared once, and LoRA on them."""
+"""Training on instruction pairs, shared by several stages: the rows, prepared once, and LoRA on them."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ ROW_SETTINGS = {*TextSource.model_fields, "instruction_field", "response_field",
 
 @dataclass(frozen=True)
 class Trained:
-    """What training left, and what there was to train on."""
+    """The result of training, and counts of the rows that there were to train on."""
 
     rows: RowCounts
     last: Snapshot
 
     def metrics(self) -> dict[str, float | int]:
-        """What a manifest tells of it."""
+        """Metrics for a manifest."""
         return {**asdict(self.rows), **self.last.metrics()}
 
 
 def train_on_instructions(context: Context, checkpoint: Checkpoint, masked_to: Shape | None = None) -> Trained:
-    """Prepare the rows, then train LoRA on them, or go on where an earlier attempt was interrupted.
+    """Prepare the rows, then train LoRA on them, or resume where an earlier attempt was interrupted.
 
     Args:
-        masked_to: what is to be left of the model's units at the end; None: all.
+        masked_to: the units that are to be left of the model at the end; None for all.
     """
     settings = context.params.recovery
     settings.require_shared_evenly(context.world.size)
@@ -70,13 +70,13 @@ def train_on_instructions(context: Context, checkpoint: Checkpoint, masked_to: S
 
 
 def prepare_rows(context: Context, settings: RecoveryConfig, checkpoint: Checkpoint) -> RowCounts:
-    """Tokenize and pack on rank 0, once for all attempts, and for all stages of the store that need the same rows.
+    """Tokenize and pack pairs on rank 0, once for all attempts, and for all stages of the store with the same rows.
 
-    The file in the work folder is what every rank trains on; one that an earlier attempt left damaged is set aside.
+    Every rank trains on the file in the work folder; one that an earlier attempt left damaged is set aside.
     """
     file, cache = context.work / ROWS, FileCache(context.store.root / "rows")
     key = partial(_rows_key, context, settings, checkpoint)
-    collected: list[_Collector] = []  # on rank 0, where rows are missing
+    collected: list[_Collector] = []  # on rank 0, if rows are missing
 
     def collect() -> None:
         if not is_usable(file) and not cache.take(key(), file):
@@ -95,7 +95,7 @@ def prepare_rows(context: Context, settings: RecoveryConfig, checkpoint: Checkpo
 
 
 def _rows_key(context: Context, settings: RecoveryConfig, checkpoint: Checkpoint) -> str:
-    """Names the packed rows by what they depend on: the pairs, how they are cut, and the tokenizer's files."""
+    """File name of the packed rows, made from what they depend on: pairs, how they are cut, the tokenizer's files."""
     hashes = FileHashes(None)
     alone = {} if checkpoint.family.keeps_apart else {"pairs_of_a_row": 1}
     content = {
@@ -133,10 +133,10 @@ class _Collector:
             self._progress.update("tokenizing pairs", done, self._settings.samples or done + len(texts))
 
     def save(self, file: Path) -> None:
-        """Pack what was taken and write it.
+        """Pack the tokenized pairs and write them.
 
         Raises:
-            UserError: where no pair can be trained on.
+            UserError: if no pair can be trained on.
         """
         length = self._settings.sequence_length
         if not any(self._encoded):

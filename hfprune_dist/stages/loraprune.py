@@ -1,4 +1,4 @@
-"""LoRAPrune: recovery in which units go: scored by LoRA's own gradients, masked on the way, cut and merged at last."""
+"""LoRAPrune: recovery that prunes: units are scored by LoRA's own gradients, masked on the way, and cut at the end."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Context = AnyContext[LoraPruneParameters]
 
 
 def run(context: Context) -> None:
-    """Write a Hugging Face folder, and ``kept.json``, as a prune stage does; in it ``loss.jsonl`` and ``adapter/``, an
-    adapter of the dense model from before units were cut.
+    """Write a Hugging Face folder with ``kept.json``, as a prune stage does, and with ``loss.jsonl`` and ``adapter/``,
+    which is an adapter of the dense model, from before units were cut.
     """
     checkpoint = open_checkpoint(context.input_path("model"))
     shape = _shape(context, checkpoint)
@@ -33,7 +33,7 @@ def run(context: Context) -> None:
 
 
 def _shape(context: Context, checkpoint: Checkpoint) -> Shape:
-    """What the ratio leaves of the kinds of units that may go."""
+    """The shape that the ratio leaves, of the kinds of units that may go."""
     params = context.params
     shape = LocalTarget.of(checkpoint, params, context.stage.label).shape()
     return Shape(shape.layers, {kind: shape.units[kind] for kind in params.structures})

@@ -1,4 +1,4 @@
-"""Prune: rank 0 decides which units stay, all ranks check that, refit what stays, and write the checkpoint."""
+"""Prune: rank 0 decides which units stay; all ranks check that, refit what stays, and write the checkpoint."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(context: Context) -> None:
 
 
 def _decide(context: Context, checkpoint: Checkpoint, dense: Checkpoint) -> tuple[Kept, Replacements, dict[str, Any]]:
-    """What stays, new weights for it, and metrics."""
+    """Return what stays, new weights for it, and metrics."""
     params = context.params
     if params.allocation == "low_rank":
         kept, replacements, told = decide_low_rank(context, checkpoint)
@@ -71,10 +71,10 @@ def _decide(context: Context, checkpoint: Checkpoint, dense: Checkpoint) -> tupl
 
 
 def _scores(context: Context, checkpoint: Checkpoint) -> dict[str, list[Tensor]]:
-    """Kind of the units that are pruned -> each layer's scores.
+    """Kind of units that are pruned -> scores of each layer's units.
 
     Raises:
-        UserError: where the artifact that has them was made by a version that found fewer kinds in such a model.
+        UserError: if the artifact with the scores was made by a version that found fewer kinds in such a model.
     """
     folder = context.input_path("importance")
     stored = load_file(folder / SCORES)
@@ -90,7 +90,7 @@ def _scores(context: Context, checkpoint: Checkpoint) -> dict[str, list[Tensor]]
 
 
 def _agreed(context: Context, kept: Kept) -> Kept:
-    """What rank 0 keeps, on every rank; that all hold the same is checked."""
+    """Return what rank 0 keeps on every rank, and check that all ranks hold the same."""
     kept = context.world.broadcast(kept)
     hashes = context.world.gather(digest_of_kept(kept))
     assert len(set(hashes)) == 1, f"ranks disagree about the kept units: {hashes}"

@@ -1,4 +1,4 @@
-"""The low-rank pass of a prune stage: attention gets matrices of low rank, MLPs one width."""
+"""The low-rank pass of a prune stage: attention gets matrices of low rank, and all MLPs one width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hfprune_dist.structures.kept import Kept
 
 
 def decide_low_rank(context: Context, checkpoint: Checkpoint) -> tuple[Kept, Replacements, dict[str, Any]]:
-    """What stays, factors of attention's projections, and metrics: their ``attention_ranks``."""
+    """Return what stays, factors of attention's projections, and metrics: their ``attention_ranks``."""
     params, windows_ST = context.params, context.calibration_windows()
     shape = LowRankTarget(ShapeTarget.of(checkpoint, params, context.stage.label)).shape()
     ranks = {name: row[0] for name, row in shape.ranks.items()}

@@ -1,10 +1,10 @@
-"""The plain shape of a smaller model, the same in all layers, found by measuring candidates and not assumed.
+"""The plain shape of a smaller model, the same in all layers, found by measuring candidates rather than assumed.
 
-Layers are put in the order in which they are missed least. Candidates on a grid then differ in how many layers, KV
+Layers are first ordered by how little the model misses them. Candidates on a grid then differ in how many layers, KV
 groups and neurons they keep, all with about the same number of parameters; they are measured with a cheap refit. The
-one that prunes MLPs alone and the best others are then fitted layer after layer, and compared on windows that nothing
-before saw. The closest gets its final refit on all windows. In rounds, candidates lie within what the round before
-left, and all are compared with the dense model.
+candidate that prunes only MLPs and the best others are then fitted layer by layer, and compared on windows that no
+earlier step has seen. The closest gets its final refit on all windows. In rounds, candidates lie within what the
+previous round left, and all are compared with the dense model.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from hfprune_dist.structures.kept import Kept
 def decide_plain(
     context: Context, models: tuple[Checkpoint, Checkpoint], scores: Mapping[str, Sequence[Tensor]]
 ) -> tuple[Kept, Replacements, dict[str, Any]]:
-    """What stays, its refitted weights, and metrics of the search; the same on every rank.
+    """Return what stays, its refitted weights, and metrics of the search; the same on every rank.
 
     Args:
-        models: that is pruned; and the dense one, which it is or comes from.
-        scores: kind -> of each layer's units.
+        models: the one that is pruned, and the dense one: the same, or the one that it comes from.
+        scores: kind -> scores of each layer's units.
     """
     windows = Windows.apart(context.calibration_windows(), context.params.forward_pass()[1])
     grid = _Grid(context, models, scores, windows.seen_ST)
@@ -58,20 +58,20 @@ def decide_plain(
 
 
 def _first_finalists(competing: Sequence[str], grid: _Grid) -> list[str]:
-    """The shape that prunes MLPs alone, and the best others.
+    """The shape that prunes only MLPs, and the best others.
 
     Args:
-        competing: the closest first.
+        competing: names of shapes, the closest first.
     """
     mlp_alone = [shape for shape in competing if grid.is_mlp_alone(shape)]
     return [*mlp_alone, *[shape for shape in competing if shape not in mlp_alone][:FINALISTS]]
 
 
 class _Grid:
-    """Candidates, and how far models of their shape are from the dense one after a cheap refit.
+    """Candidate shapes, and how far from the dense model a cheap refit leaves each of them.
 
     Args:
-        models: that is pruned; and the dense one.
+        models: the one that is pruned, and the dense one.
     """
 
     def __init__(
@@ -92,16 +92,16 @@ class _Grid:
 
     @property
     def order_in_dense_model(self) -> list[int]:
-        """The layers that candidates lack, in the order in which they go, as the dense model numbers them."""
+        """The layers that candidates drop, in the order in which they go, with their numbers in the dense model."""
         return [self._numbers[layer] for layer in self._order]
 
     def is_mlp_alone(self, name: str) -> bool:
-        """Whether it keeps all layers and all KV groups."""
+        """Whether a shape keeps all layers and all KV groups."""
         shape, groups = self._shapes[name], self._checkpoint.structures[KV_GROUPS].most
         return (shape.num_layers, shape.kv_groups) == (self._checkpoint.num_layers, groups)
 
     def with_fewer_layers(self, name: str, competing: Sequence[str]) -> str | None:
-        """Of the shapes that compete, the next one with as many KV groups and fewer layers."""
+        """The next of the competing shapes with the same number of KV groups and fewer layers, if any."""
         shape, shapes = self._shapes[name], self._shapes
         fewer = [
             it
@@ -111,25 +111,25 @@ class _Grid:
         return max(fewer, key=shapes.__getitem__, default=None)
 
     def kept(self, name: str) -> Kept:
-        """What rank 0 would keep, on every rank."""
+        """Return what rank 0 would keep of a shape, on every rank."""
         return self._context.world.broadcast(kept_of(self._kinds, self._candidate(self._shapes[name])))
 
     def kl(self) -> dict[str, float]:
-        """Nats per token of every shape."""
+        """Divergence of every shape from the dense model, nats per token."""
         refit, folder = self._context.params.refit != "none", self._context.work / "shapes"
         measurement = self._measured.measurement("shapes", folder, refit=refit, measurements=1)
         candidates = [self._candidate(shape) for shape in self._shapes.values()]
         return dict(zip(self._shapes, measurement.kl(candidates), strict=True))
 
     def _candidate(self, shape: PlainShape) -> Candidate:
-        """So many units in each of the layers that are missed most."""
+        """The candidate with a shape's units in each of the layers that are missed most."""
         gone = self._order[: self._checkpoint.num_layers - shape.num_layers]
         counts = {NEURONS: shape.width, KV_GROUPS: shape.kv_groups}
         choice = tuple(counts[kind] for kind in kinds_among(self._context.params.structures))
         return tuple(None if layer in gone else choice for layer in range(self._checkpoint.num_layers))
 
     def _layers_in_order(self) -> list[int]:
-        """The layers that candidates lack, in the order in which they go."""
+        """The layers that candidates drop, in the order in which they go."""
         count = self._checkpoint.num_layers - min(shape.num_layers for shape in self._shapes.values())
         stuck = self._target.undroppable
         droppable = [layer for layer, number in enumerate(self._numbers) if number not in stuck]

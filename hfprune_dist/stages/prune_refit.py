@@ -1,4 +1,4 @@
-"""Refits inside a prune stage: which one its settings ask for, and what the manifest tells of it."""
+"""Refits in a prune stage: the one that its settings ask for, and what the manifest records of it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from hfprune_dist.structures.units import Units
 
 Context = AnyContext[PruneParameters]
 
-# Name of a tensor of the checkpoint -> reads what is written in its place.
+# Name of a tensor of the checkpoint -> function that reads what is written in its place.
 Replacements = Mapping[str, Callable[[], Tensor]]
 
 
 def pruned_kinds(context: Context, checkpoint: Checkpoint) -> list[Units]:
-    """The kinds of units that the stage prunes: the MLP's first."""
+    """The kinds of units that the stage prunes, the MLP's first."""
     return checkpoint.pruned_kinds(context.params.structures)
 
 
@@ -40,7 +40,7 @@ def final_refit(context: Context, models: tuple[Checkpoint, Checkpoint], kept: K
     """Refit what the stage will write, as its settings say, on all calibration windows.
 
     Args:
-        models: that is pruned; and the dense one, which it is or comes from.
+        models: the one that is pruned, and the dense one: the same, or the one that it comes from.
     """
     checkpoint, _ = models
     kinds, whole_mlp = pruned_kinds(context, checkpoint), context.params.refit == "block"
@@ -50,7 +50,7 @@ def final_refit(context: Context, models: tuple[Checkpoint, Checkpoint], kept: K
 
 
 def added_biases(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replacements:
-    """Biases that make up for what goes, on all calibration windows, once they are found."""
+    """Find the biases that make up for what goes, on all calibration windows."""
     saved = SavedLayers(context.work / "biases", kept.layers)
     windows_ST = context.calibration_windows()
     stream = stream_of(context, checkpoint, windows_ST, probe_of(context, checkpoint, windows_ST))
@@ -73,12 +73,12 @@ def refit_layers(
     *,
     phase: str,
 ) -> None:
-    """Refit what stays on some windows, or go on where an earlier attempt was interrupted.
+    """Refit what stays on some windows, or resume where an earlier attempt was interrupted.
 
     Args:
-        models: that is pruned; and the dense one, which it is or comes from.
-        fitted: where layers are written.
-        phase: what progress calls it.
+        models: the one that is pruned, and the dense one: the same, or the one that it comes from.
+        fitted: where refitted layers are written.
+        phase: its name in progress reports.
     """
     checkpoint, dense = models
     refit: DenseRefit | SequentialRefit
@@ -99,18 +99,18 @@ def refit_layers(
 
 
 def in_dense_numbering(context: Context, kept: Kept) -> Kept:
-    """What stays, as the dense model numbers it, of which an earlier step may have kept the checkpoint."""
+    """What stays, numbered as in the dense model, of which the checkpoint may be what an earlier round left."""
     return kept.numbered_by(read_kept(context.input_path("model"))) if context.has_input("dense") else kept
 
 
 def dense_numbers(context: Context, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The numbers that a checkpoint's layers have in the dense model."""
+    """Numbers of a checkpoint's layers in the dense model."""
     every = Kept(tuple(range(checkpoint.num_layers)))
     return in_dense_numbering(context, every).layers
 
 
 def told_of_refit(fitted: RefittedLayers, layers: Sequence[int]) -> dict[str, Any]:
-    """What the manifest tells of least squares on the output projections of each kind, layer by layer."""
+    """Metrics, for the manifest, of least squares on the output projections of each kind, layer by layer."""
     reports = fitted.reports(layers)
     told: dict[str, Any] = {}
     for units in fitted.kinds:
@@ -119,7 +119,7 @@ def told_of_refit(fitted: RefittedLayers, layers: Sequence[int]) -> dict[str, An
 
 
 def _told(units: Units, fits: Sequence[ProjectionFit | None]) -> dict[str, list[float | None]]:
-    """None of layers that have no units of the kind."""
+    """One kind's metrics, with None for layers that have no units of that kind."""
     name = "refit" if units.kind == NEURONS else f"refit_{units.kind}"
     return {
         f"{name}_{what}": [None if fit is None else getattr(fit, what) for fit in fits]
@@ -128,14 +128,14 @@ def _told(units: Units, fits: Sequence[ProjectionFit | None]) -> dict[str, list[
 
 
 def stream_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, probe: Probe | None = None) -> LayerStream:
-    """Windows before a model's first layer; with a probe, the stream checks that layers are the model's."""
+    """Stream of windows before a model's first layer; with a probe, it checks its layers against the whole model."""
     dtype, size = context.params.forward_pass()
     return LayerStream(checkpoint, windows_ST, getattr(torch, dtype), size, context.world, probe=probe)
 
 
 def probe_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Probe:
-    """Of the model that scores come from its importance stage has left one; of the dense one of rounds, the first use
-    does.
+    """The probe of the model that is pruned, which its importance stage has left; or that of the dense model of
+    rounds, which the first use makes and saves.
     """
     scored = checkpoint.path == context.input_path("model")
     saved = (context.input_path("importance") if scored else context.work) / PROBE
@@ -155,14 +155,14 @@ def probe_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Pr
 
 
 def outputs_of_dense(context: Context, dense: Checkpoint, micro_batches: Mapping[int, Tensor]) -> Hidden:
-    """What the dense model puts out for micro-batches of all ranks; one pass through its layers. Collective."""
+    """Outputs of the dense model for this rank's share of micro-batches; one pass through its layers. Collective."""
     dtype = getattr(torch, context.params.forward_pass()[0])
     after_each = after_each_layer(context, "dense model", dense.num_layers)
     return dense_outputs(dense, micro_batches, dtype, context.world, after_each)
 
 
 def after_each_layer(context: Context, phase: str, total: int) -> AfterEach:
-    """Shows how many layers are done, and ends the stage where all ranks were asked to."""
+    """Return a callback that reports how many layers are done, and ends the stage if any rank was asked to."""
 
     def after_each(done: int) -> None:
         context.progress.update(phase, done, total)

@@ -1,8 +1,8 @@
-"""What stays by score: of a shape that the ratio decides, or of one for which kinds of units and all layers compete.
+"""What stays by score: in a shape that the ratio decides, or in one for which kinds of units and all layers compete.
 
-Layers that may go are first put in the order in which they are missed least. Shapes that lack none, or some of them,
-are compared as their scores want them: with a cheap refit, then the best of them fitted layer after layer, on windows
-that nothing before saw. The search goes on with as many layers as the closest has.
+Layers that may go are first ordered by how little the model misses them. Shapes that drop none or some of them, with
+the units that scores ask for, are compared: with a cheap refit, then the best of them fitted layer by layer, on windows
+that no earlier step has seen. The search continues with as many layers as the closest shape has.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from hfprune_dist.structures.kept import Kept, Shape
 def decide_shape(
     context: Context, checkpoint: Checkpoint, dense: Checkpoint, scores: Mapping[str, Sequence[Tensor]]
 ) -> tuple[Kept, dict[str, Any]]:
-    """What stays; also metrics of a search.
+    """Return what stays, and metrics of the search if there was one.
 
     Args:
-        checkpoint: that is pruned: the dense model, or what an earlier round left of it.
-        dense: whose parameters ratios are of, and which candidates are compared with.
-        scores: kind -> of each layer's units.
+        checkpoint: the model that is pruned: the dense one, or what an earlier round left of it.
+        dense: the model whose parameters ratios refer to, and which candidates are compared with.
+        scores: kind -> scores of each layer's units.
     """
     kinds = [Scored(units, scores[units.kind]) for units in pruned_kinds(context, checkpoint)]
     if checkpoint.family.experts:
@@ -66,12 +66,12 @@ def decide_shape(
 
 
 def _choices(kinds: Sequence[Scored], shape: Shape) -> Candidate:
-    """A shape all of whose layers stay, as a candidate."""
+    """The candidate for a shape in which all layers stay."""
     return tuple(zip(*(shape.units[it.units.kind] for it in kinds), strict=True))
 
 
 def _whole(checkpoint: Checkpoint) -> Shape:
-    """All that there is of it."""
+    """The shape of the whole checkpoint."""
     units = {kind: it.counts for kind, it in checkpoint.structures.items()}
     return Shape(tuple(range(checkpoint.num_layers)), units)
 
@@ -82,7 +82,7 @@ def _target(context: Context, dense: Checkpoint) -> Target:
 
 
 def _budget(context: Context, dense: Checkpoint) -> Budget:
-    """What goes of the dense model, within which bounds; of neurons alone a whole number of them."""
+    """What the dense model is to lose, and within which bounds; if only neurons go, a whole number of them."""
     params = context.params
     if params.structures != [NEURONS]:
         return budget_of(ShapeTarget.of(dense, params, context.stage.label), params.limits())
@@ -93,11 +93,11 @@ def _budget(context: Context, dense: Checkpoint) -> Budget:
 
 
 class _Search:
-    """Candidates, and how far models of their shape are from the dense one after a cheap refit.
+    """Candidate shapes, and how far from the dense model a cheap refit leaves each of them.
 
     Args:
-        models: that is pruned; and the dense one, which it is or comes from.
-        contest: in which all layers stay.
+        models: the one that is pruned, and the dense one: the same, or the one that it comes from.
+        contest: the one in which all layers stay.
     """
 
     def __init__(
@@ -110,12 +110,12 @@ class _Search:
         self._target = ShapeTarget.of(self._dense, context.params, context.stage.label)
         windows_ST, micro_batch_size = context.calibration_windows(), context.params.forward_pass()[1]
         self._windows = Windows.apart(windows_ST, micro_batch_size)
-        # Without finals, none need be kept apart.
+        # Without finals, no windows need to be kept apart.
         seen_ST = self._windows.seen_ST if LAYERS in context.params.structures else windows_ST
         self._measured = Measured(context, *models, kinds, seen_ST)
 
     def run(self) -> tuple[Candidate, dict[str, Any]]:
-        """The shape that is measured closest, and metrics."""
+        """Return the shape that was measured to be closest, and metrics."""
         budget = self._contest.budget
         most_gone = min(len(budget.droppable), self._checkpoint.num_layers - budget.fewest_layers)
         order = self._measured.layers_in_order(budget.droppable, most_gone)
@@ -137,16 +137,16 @@ class _Search:
         return best.candidate(found.counts), told | {"search_kl": told.get("search_kl", {}) | found.candidates}
 
     def _contests(self, order: Sequence[int]) -> dict[str, Contest]:
-        """One for every number of layers that may stay, most first; by what they are called."""
+        """Name -> contest, one for each number of layers to try; the most layers first."""
         step = max(1, round(self._checkpoint.num_layers / LAYERS_OF_A_STEP))
         contests = _possible([self._contest.without(order[:gone]) for gone in range(0, len(order) + 1, step)])
-        contests = contests or [self._contest.without(order)]  # where steps go past the fewest layers
+        contests = contests or [self._contest.without(order)]  # if steps skip the fewest layers
         return {f"{len(it.layers)} layers": it for it in contests}
 
     def _number_of_layers(
         self, contests: Mapping[str, Contest], measurement: Measurement
     ) -> tuple[Contest, dict[str, Any]]:
-        """The contest whose shape is the closest as scores want it, and metrics."""
+        """Return the contest whose shape, with the units that scores ask for, is the closest, and metrics."""
         first, *others = contests
         if not others:
             return contests[first], {}
@@ -170,7 +170,7 @@ class _Search:
         return contests[best], {"search_kl": kls} | ({"finalists_kl": finals.kl} if finals.kl else {})
 
     def _plain(self, contest: Contest) -> dict[str, Counts]:
-        """Shapes that are the same in all layers of a contest, where they may be."""
+        """Name -> shape that is the same in all layers of a contest, for those that the contest allows."""
         if not self._dense.is_uniform:
             return {}
         if self._target.structures == (NEURONS,):
@@ -186,10 +186,10 @@ class _Search:
 
 
 def _possible(contests: Sequence[Contest]) -> list[Contest]:
-    """Those in which units can make up the ratio; where the layers alone always exceed it, the one with most of them.
+    """The contests whose units can make up the ratio; if dropped layers always exceed it, the one with most layers.
 
     Args:
-        contests: most layers first.
+        contests: those with most layers first.
     """
     enough = [it for it in contests if it.removals <= it.removable]
     return [it for it in enough if it.removals >= 0] or enough[:1]

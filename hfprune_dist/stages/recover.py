@@ -12,7 +12,7 @@ Context = AnyContext[RecoverParameters]
 
 
 def run(context: Context) -> None:
-    """Write a Hugging Face folder that plain transformers loads, the ``adapter/`` in it, and ``loss.jsonl``."""
+    """Write a Hugging Face folder that plain transformers loads, with ``adapter/`` and ``loss.jsonl`` in it."""
     checkpoint = open_checkpoint(context.input_path("model"))
     trained = train_on_instructions(context, checkpoint)
     draft = context.open_draft()

@@ -22,7 +22,7 @@ SEED = 0
 def run(context: Context) -> None:
     """Write the windows and the dense model's final hidden states (``DenseStates``).
 
-    Saved where it is interrupted and not on the way: it is one forward, and saving takes longer than a layer of it.
+    Progress is saved only on interruption: the stage is one forward, and saving takes longer than one of its layers.
     """
     dense = open_checkpoint(context.input_path("model"))
     windows_ST = context.calibration_windows() if context.has_input("importance") else held_out_windows(context)
@@ -38,7 +38,7 @@ def run(context: Context) -> None:
 
 
 def _stream(context: Context, dense: Checkpoint, windows_ST: Tensor) -> LayerStream:
-    """The windows before the first layer; of calibration windows the scores' stage has left a probe."""
+    """Stream of windows before the first layer; for calibration windows, the importance stage has left a probe."""
     dtype, size = getattr(torch, context.params.dtype), context.params.micro_batch_size
     where = dense, windows_ST, dtype, size, context.world
     saved = context.input_path("importance") / PROBE if context.has_input("importance") else None

@@ -1,4 +1,4 @@
-"""What the manifest of a stage that cuts tells of the shape that it leaves."""
+"""Metrics of the shape that a pruning stage leaves, for its manifest."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hfprune_dist.structures.kept import Shape
 
 
 def told_of_shape(dense: Checkpoint, shape: Shape, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Reached ratio, parameters and sizes; of kinds beside neurons and experts, and of layers, where some of them went.
+    """Reached ratio, parameters, and sizes; those of layers and of kinds other than neurons and experts if some went.
 
     Args:
-        config: the ``config.json`` of what is left, which tells of biases that were added.
+        config: the ``config.json`` of what is left, which says whether biases were added.
     """
     told = {}
     if len(shape.layers) < dense.num_layers:
