@@ -182,7 +182,7 @@ class Context(Generic[P]):
         self.handle.discard_work()
 
     def _let_first(self, action: Callable[[AfterEach], T]) -> T:
-        """Run an action on rank 0 and return its result on every rank; if it ends the stage, all ranks leave in order."""
+        """Run an action on rank 0, return its result on every rank; if it ends the stage, all ranks leave in order."""
 
         def outcome(after_each: AfterEach) -> tuple[T | None, UserError | ClaimLostError | None]:
             try:

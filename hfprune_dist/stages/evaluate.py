@@ -192,7 +192,7 @@ def _fidelity_file(folder: Path, text: str) -> Path:
 
 
 def _my_windows(count: int, world: World) -> list[int]:
-    """Windows of this rank, by index; ranks with fewer repeat the last, as forwards of a sharded model are collective."""
+    """Indices of this rank's windows; ranks with fewer repeat the last: forwards of sharded models are collective."""
     rounds = -(-count // world.size)
     return [min(step * world.size + world.rank, count - 1) for step in range(rounds)]
 

@@ -286,7 +286,7 @@ class _SecondPass:
         return next(self._layers)[1]
 
     def _gradients(self, units: Units, number: int) -> MeanGradients | None:
-        """Gradients of the weights that a layer's units own, read from where they are saved; None if none are needed."""
+        """Gradients of the weights that a layer's units own, read from where they are saved; None if not needed."""
         if not self._totals.gradients:
             return None
         windows = len(self._windows_ST)
