@@ -1,4 +1,4 @@
-"""Biases in place of removed channels: what they put out on average, on the dense model's activations."""
+"""Biases that replace removed channels by their mean outputs on the dense model's activations."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from hfprune_dist.structures.units import Units
 
 
 class BiasRefit:
-    """Output projections whose biases make their mean outputs those of before (FLAP: An et al. 2023, arXiv 2312.11983).
+    """Biases that restore the mean outputs of output projections (FLAP: An et al. 2023, arXiv 2312.11983).
 
     Args:
         kept: what stays of the checkpoint.
-        kinds: of units whose output projections get biases.
-        stream: its windows before the first layer.
-        saved: where the biases of layers are kept, by their names in the checkpoint and in the dtypes of the weights.
+        kinds: the kinds of units whose output projections get biases.
+        stream: the checkpoint's windows before the first layer.
+        saved: where the biases of layers are saved, by their names in the checkpoint and in the dtypes of the weights.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class BiasRefit:
         self._world = world
 
     def run(self, after_each: AfterEach) -> None:
-        """Find the biases of all layers that stay and are not done.
+        """Find the biases of all layers that stay and are not done yet.
 
         Raises:
             UserError: as ``LayerStream.channel_means`` does.
@@ -66,7 +66,7 @@ class BiasRefit:
         self._world.barrier()
 
     def _bias(self, number: int, layer: nn.Module, units: Units, means: dict[str, Tensor]) -> tuple[str, Tensor]:
-        """Its name; and what the channels that go put out on average, with the bias that is there."""
+        """Return a bias's name and value: the mean output of the channels that go, plus the bias that was there."""
         output, mean_D = output_of(layer, units), means[units.kind]
         kept_K = entries_of(self._kept.of_layer(number, units.kind), units.channels_per_unit).to(mean_D.device)
         goes_D = torch.ones_like(mean_D, dtype=torch.bool).index_fill_(0, kept_K, False)

@@ -23,13 +23,13 @@ from hfprune_dist.structures.units import Units
 
 @dataclass(frozen=True)
 class Scored:
-    """Units of one kind, and each layer's scores: a layer keeps the highest."""
+    """Units of one kind, and their scores in each layer, which keeps the units that score highest."""
 
     units: Units
     scores: Sequence[Tensor]
 
     def kept(self, layer: int, count: int) -> Tensor:
-        """Ascending indices of the units that a layer keeps if it keeps so many."""
+        """Ascending indices of the units that a layer keeps if it keeps ``count`` of them."""
         return top_units_of_each(self.scores[layer], count, self.units.parts)
 
 
@@ -48,11 +48,11 @@ def kept_of(kinds: Sequence[Scored], candidate: Candidate) -> Kept:
 
 
 class CheapFits:
-    """``Variants`` in which a choice is how many units of each kind stay, the same bits on any number of ranks.
+    """``Variants`` in which a choice is how many units of each kind stay; the same bits on any number of ranks.
 
     Args:
         kinds: in the order of a choice's numbers.
-        stream: windows before the first layer; None where nothing is fitted and layers need no check.
+        stream: windows before the first layer; None if nothing is fitted and layers need no check.
         refit: whether output projections are fitted, on the stream's windows that are not held out.
     """
 
@@ -63,7 +63,7 @@ class CheapFits:
         self._world = world
 
     def weights(self, number: int, layer: nn.Module, choices: Sequence[Choice]) -> Mapping[Choice, Weights]:
-        """See ``Variants``; ranks share the solving."""
+        """See ``Variants``; ranks share the work."""
         grams: Mapping[str, Sequence[Grams]] = {}
         if self._refit and self._stream is not None:
             grams = self._stream.grams(number, layer, [it.units for it in self._kinds])
@@ -90,7 +90,7 @@ class CheapFits:
     def _of_kind(
         self, number: int, layer: nn.Module, scored: Scored, counts: Sequence[int], grams: Mapping[str, Sequence[Grams]]
     ) -> dict[int, Weights]:
-        """What the layer's units of one kind own, for every number of them."""
+        """Number of units that stay -> weights that the layer's units of one kind own then."""
         units, most = scored.units, len(scored.scores[number])
         kept = {count: scored.kept(number, count) for count in counts if count < most}
         of_kind = grams.get(units.kind)
@@ -104,7 +104,7 @@ class CheapFits:
         return weights
 
     def _fitted(self, layer: nn.Module, units: Units, kept: Mapping[int, Tensor], grams: Grams) -> dict[int, Tensor]:
-        """The output projection for every number of units, fitted where nothing is held out; one ridge for all."""
+        """The output projection for every number of units, fitted on windows not held out; one ridge for all."""
         weight_CD = output_of(layer, units).weight.data.double()
         channels = {count: entries_of(kept_K, units.channels_per_unit) for count, kept_K in kept.items()}
         on_device = {count: channels_K.to(weight_CD.device) for count, channels_K in channels.items()}

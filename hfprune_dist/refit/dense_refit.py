@@ -1,4 +1,4 @@
-"""Refits on the dense model's activations: layers don't wait for each other."""
+"""Refits on the dense model's activations, in which no layer depends on another's."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ AfterEach = Callable[[int], None]
 
 @dataclass(frozen=True)
 class _Unsolved:
-    """A layer that waits to be solved.
+    """A layer that is waiting to be solved.
 
     Attributes:
-        weights, grams: kind of units -> the weights of its output projections, one for each expert or a single one,
-            and Gram matrices of what they read.
+        weights, grams: kind of units -> the weights of its output projections, and the Gram matrices of what these
+            read: one for each expert, or a single one.
     """
 
     number: int
@@ -45,16 +45,16 @@ class _Unsolved:
 
 
 class DenseRefit:
-    """Output projections that make their dense outputs of the kept channels of the dense model's activations.
+    """Fits output projections to their dense outputs, from the kept channels of the dense model's activations.
 
-    Of a mixture of experts each on the tokens that it is given, in which an error counts as much as the router makes of
-    it: times the square of the weight of the expert's output. An expert of few tokens stays nearer to what it was
-    (``solve_expert``), and one of none keeps its columns as they are.
+    In a mixture of experts, each expert is fitted on the tokens that it is given. An error counts as much as the router
+    makes of it: times the square of the weight of the expert's output. An expert with few tokens stays nearer to what
+    it was (``solve_expert``), and one with none keeps its columns as they are.
 
     Args:
         kept: what stays of the model.
-        stream: its windows before the first layer.
-        fitted: where layers are written; its kinds of units say which output projections are fitted.
+        stream: the model's windows before the first layer.
+        fitted: where refitted layers are written; its kinds of units say which output projections are fitted.
     """
 
     def __init__(self, kept: Kept, stream: LayerStream, fitted: RefittedLayers, world: World) -> None:
@@ -64,7 +64,7 @@ class DenseRefit:
         self._world = world
 
     def run(self, after_each: AfterEach) -> None:
-        """Refit all layers that stay and are not done; where it is interrupted, ranks first solve what waits.
+        """Refit all layers that stay and are not done yet; if interrupted, ranks first solve the layers that wait.
 
         Raises:
             UserError: as ``LayerStream.grams`` does.
@@ -85,14 +85,14 @@ class DenseRefit:
             raise
 
     def _prepared(self, number: int, layer: nn.Module, is_mine: bool) -> _Unsolved | None:
-        """What it takes to solve a layer, once the stream is past it."""
+        """Take the stream past a layer, and return what solving it takes, if that is this rank's turn."""
         kinds = self._fitted.kinds_of(number)
         grams = self._stream.grams(number, layer, kinds)
         weights = {units.kind: output_weights(layer, units) for units in kinds}
         return self._to_wait(_Unsolved(number, weights, grams)) if is_mine else None
 
     def _to_wait(self, unsolved: _Unsolved) -> _Unsolved:
-        """A layer until it is solved: what is of experts, which may be most of a GPU, in main memory."""
+        """Among several ranks, hold tensors of experts, which may be most of a GPU, in main memory until solved."""
         place = self._world.device if self._world.size == 1 else torch.device("cpu")
         for kind in (units.kind for units in self._fitted.kinds_of(unsolved.number) if units.experts > 1):
             unsolved.weights[kind] = [it.to(place) for it in unsolved.weights[kind]]
@@ -109,7 +109,7 @@ class DenseRefit:
         self._fitted.write(unsolved.number, tensors, fits)
 
     def _fitted_projections(self, unsolved: _Unsolved, units: Units) -> Iterator[FittedProjection]:
-        """Of each expert, or a single one."""
+        """Fit the output projection of each expert, or the single one."""
         device, number, solved = self._world.device, unsolved.number, solve_expert if units.experts > 1 else solve
         dtype, width = self._fitted.output_dtype(number, units), units.counts[number] // units.experts
         for expert, kept_U in enumerate(self._kept.of_layer(number, units.kind).chunk(units.experts)):

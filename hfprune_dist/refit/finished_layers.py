@@ -1,4 +1,4 @@
-"""Layers of models that are refitted, to be measured beside each other."""
+"""Layers of refitted models, to be measured next to each other."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hfprune_dist.structures.kept import Kept
 
 
 def candidates_of(kepts: Sequence[Kept], num_layers: int) -> list[Candidate]:
-    """The models that keep this, by their numbers.
+    """Candidates for the models that keep this; a choice is the index of a model.
 
     Args:
-        num_layers: of the dense model.
+        num_layers: of the model that is pruned.
     """
     return [
         tuple((model,) if layer in kept.layers else None for layer in range(num_layers))
@@ -26,11 +26,11 @@ def candidates_of(kepts: Sequence[Kept], num_layers: int) -> list[Candidate]:
 
 
 class FinishedLayers:
-    """``Variants`` in which a choice is the number of one of these models.
+    """``Variants`` in which a choice is the index of one of these models.
 
     Args:
         models: what each keeps, and its refitted layers.
-        stream: windows before the first layer, to check on the way that layers are the model's.
+        stream: windows before the first layer, to check the layers against the whole model on the way.
     """
 
     def __init__(self, models: Sequence[tuple[Kept, RefittedLayers]], stream: LayerStream) -> None:

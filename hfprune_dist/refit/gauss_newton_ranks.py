@@ -16,8 +16,8 @@ from hfprune_dist.distributed.gram_sums import is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.world import World
 
-# Of conjugate gradients, in a step and in the one that follows on all windows; each costs about as much as four
-# forwards of the MLP.
+# Iterations of conjugate gradients, in a step and in the one that follows on all windows; each iteration costs about
+# as much as four forwards of the MLP.
 ITERATIONS, MORE_ITERATIONS = 4, 2
 # Shares of the step that are tried on held-out windows.
 STEP_LENGTHS = (0.0, 1.0, 0.5)
@@ -29,9 +29,9 @@ class Start:
 
     Attributes:
         weights: of the MLP.
-        hidden_KK: the mean of h h^T over the tokens that the step is fitted on, h the activations [kept, kept]; those
-            of a step before will do, since it only guides the iterations.
-        tokens: how many these are, on all ranks together.
+        hidden_KK: the mean of h h^T [kept, kept] over the tokens that the step is fitted on, where h are activations;
+            those from before an earlier step will do, since the mean only guides the iterations.
+        tokens: the number of these tokens, on all ranks together.
     """
 
     weights: MlpWeights
@@ -40,14 +40,14 @@ class Start:
 
 
 class Reconstruction:
-    """Moves a layer's pruned weights; the same bits on any number of ranks.
+    """Improves the weights of a layer's pruned MLP; the same bits on any number of ranks.
 
     Args:
-        dtype: of products.
-        biases: of gate and up, or up alone, in that dtype.
-        inputs: micro-batch of this rank -> what the MLP reads there, in that dtype [tokens, hidden_size] on the CPU.
-        targets: the same -> what it should put out, without the down projection's bias, float32 on the CPU.
-        micro_batches: of all ranks together.
+        dtype: in which products are computed.
+        biases: of gate and up, or of up only, in that dtype.
+        inputs: micro-batch of this rank -> what the MLP reads in it, in that dtype [tokens, hidden_size], on the CPU.
+        targets: micro-batch -> what the MLP should put out, without the down projection's bias, float32 on the CPU.
+        micro_batches: their number on all ranks together.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class Reconstruction:
         self._world = world
 
     def improve(self, fitted: Start, whole: Start) -> MlpWeights:
-        """Weights after a step that held-out windows, which it doesn't know, find better; and another on all windows.
+        """Return the weights after a step, if it is better on held-out windows, and after another on all windows.
 
-        Those windows also decide how far both go.
+        The held-out windows, which the first step hasn't seen, also decide how far both steps go.
 
         Args:
-            fitted: where the first begins, on the windows that are not held out.
-            whole: the same for all windows; its weights are the result where no step is better.
+            fitted: where the first step begins, on the windows that are not held out.
+            whole: the same for all windows; its weights are the result if no step is better.
 
         Raises:
-            ExactOverflowError: where outputs or targets are NaN, infinite or out of all proportion.
+            ExactOverflowError: if outputs or targets are NaN, infinite or out of all proportion.
         """
         known = [index for index in self._inputs if not is_held_out(index, self._micro_batches)]
         step = self._step(fitted, known, ITERATIONS)
@@ -90,7 +90,7 @@ class Reconstruction:
         return moved.weights.plus(self._step(moved, list(self._inputs), MORE_ITERATIONS), length)
 
     def _step(self, start: Start, indices: Sequence[int], iterations: int) -> MlpWeights:
-        """Of Gauss-Newton, on some micro-batches of this rank and those of the others."""
+        """A Gauss-Newton step, on some micro-batches of this rank and those of the other ranks."""
         around = self._around(start.weights, indices)
         *rows_K, inputs_CC = self._sum(map(Linearized.curvature, around()))
         curvature = GaussNewtonSums(tuple(rows_K), inputs_CC, start.hidden_KK * start.tokens, start.tokens)
@@ -112,9 +112,9 @@ class Reconstruction:
         return solve_normal_equations(product, right, curvature, iterations)
 
     def _around(self, weights: MlpWeights, indices: Sequence[int]) -> Callable[[], Iterator[Linearized]]:
-        """The MLP around some weights on each of some micro-batches, as often as it is asked for.
+        """Return a function that yields the MLP, linearized around some weights, on each of some micro-batches.
 
-        Kept for all iterations where that fits, which saves a third of their time, else made anew.
+        What fits is kept for all iterations, which saves a third of their time; the rest is made anew each time.
         """
         rounded = weights.to(self._dtype)
         kept: dict[int, Linearized] = {}
@@ -131,13 +131,13 @@ class Reconstruction:
         return each
 
     def _sent(self, tensors: Mapping[int, Tensor], indices: Sequence[int]) -> Iterator[Tensor]:
-        """Those of some micro-batches, one after another on the device."""
+        """Tensors of some micro-batches, one after another on the device."""
         for _, tensor in self._transfers.to_device((index, tensors[index]) for index in indices):
             yield tensor
             del tensor  # before the one after the next is sent
 
     def _sum(self, terms: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Add up tensors of each of this rank's micro-batches and of the others', exactly."""
+        """Add up the tensors of all micro-batches, this rank's and the other ranks', exactly."""
         term = next(terms, None)
         maxima: list[float] = []
         shapes: list[torch.Size] = []
@@ -159,7 +159,7 @@ class Reconstruction:
         return tuple(total.value().float() for total in sums)
 
     def _held_out_error(self, weights: MlpWeights) -> float:
-        """Squared error on the held-out windows of all ranks, added in their order."""
+        """Squared error on the held-out windows of all ranks, added up in window order."""
         rounded = weights.to(self._dtype)
         judged = [it for it in self._inputs if is_held_out(it, self._micro_batches) or self._micro_batches == 1]
         inputs, targets = (self._sent(tensors, judged) for tensors in (self._inputs, self._targets))

@@ -1,4 +1,4 @@
-"""Least squares on one output projection, with the ridge that held-out windows choose."""
+"""Least squares on one output projection, with a ridge chosen on held-out windows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hfprune_dist.refit.refitted_layers import ProjectionFit
 
 @dataclass(frozen=True)
 class Solution:
-    """Weights of an output projection by least squares, float32 [hidden_size, kept]; and the float64 mean of h h^T
+    """Least-squares weights of an output projection, float32 [hidden_size, kept], and the mean of h h^T, float64
     [kept, kept].
 
     Attributes:
-        energy: mean square of what it puts out, before pruning.
-        fitted_CK, fitted_KK: on the windows that are not held out.
-        whole_CK, whole_KK: on all windows.
+        energy: mean square of the projection's outputs before pruning.
+        fitted_CK, fitted_KK: those on the windows that are not held out.
+        whole_CK, whole_KK: those on all windows.
     """
 
     fit: ProjectionFit
@@ -34,19 +34,19 @@ class Solution:
 
 
 def solve(weight_CD: Tensor, grams: Grams, kept: Tensor) -> Solution:
-    """Fit the kept channels of an output projection to what all of them put out.
+    """Fit the kept channels of an output projection to the output of all its channels.
 
     Args:
-        weight_CD: of the projection [hidden_size, channels].
-        grams: of its channels.
+        weight_CD: the projection's weight [hidden_size, channels].
+        grams: Gram matrices of its channels.
         kept: ascending int64 indices of the channels that stay.
     """
     return _solved(_problems(weight_CD, grams, kept), grams.held_out_share, RIDGES)
 
 
 def solve_expert(weight_CD: Tensor, grams: Grams, kept: Tensor) -> Solution:
-    """The same of an expert, which may have been given few tokens. Where either those that are fitted or those that
-    are held out tell nothing, no ridge is chosen: the largest pulls towards the weight that was; where neither do, that
+    """``solve`` for an expert, which may have been given few tokens. If the fitted or the held-out ones tell nothing,
+    no ridge is chosen, and the largest one pulls towards the weight from before; if both tell nothing, that weight
     stays.
     """
     fitted, held_out = _problems(weight_CD, grams, kept)
@@ -64,7 +64,7 @@ def _solved(problems: tuple[LeastSquares, LeastSquares], held_out_share: float, 
 
 
 def solve_together(weight_CD: Tensor, grams: Grams, kept: Tensor, world: World) -> Solution:
-    """The same bits where all ranks have the same problem: each solves a part. Collective."""
+    """``solve``, with the same bits, where all ranks have the same problem: each solves a part. Collective."""
     if world.size == 1:
         return solve(weight_CD, grams, kept)
     fitted, held_out = _problems(weight_CD, grams, kept)
@@ -81,10 +81,10 @@ def solve_together(weight_CD: Tensor, grams: Grams, kept: Tensor, world: World) 
 
 
 def ridge_of_all_ranks(fitted: LeastSquares, held_out: LeastSquares, world: World) -> tuple[Ridge, int]:
-    """What ``best_ridge`` finds, where each rank tries some; and the rank that has its weight. Collective.
+    """Return what ``best_ridge`` does, with each rank trying some ridges, and the rank that has its weight. Collective.
 
     Returns:
-        The ridge and its error; on other ranks the weight is none that fits.
+        The ridge and its rank; on other ranks its weight is not the one that belongs to it.
     """
     mine = RIDGES[world.rank :: world.size]
     own = best_ridge(fitted, held_out, mine) if mine else None
@@ -94,12 +94,12 @@ def ridge_of_all_ranks(fitted: LeastSquares, held_out: LeastSquares, world: Worl
 
 
 def _like(weight_CK: Tensor) -> Tensor:
-    """To be overwritten by another rank's."""
+    """A tensor to be overwritten with another rank's."""
     return torch.empty_like(weight_CK, memory_format=torch.contiguous_format)
 
 
 def _problems(weight_CD: Tensor, grams: Grams, kept: Tensor) -> tuple[LeastSquares, LeastSquares]:
-    """On the windows that are fitted, and on those that are held out."""
+    """The problems on the windows that are fitted, and on those that are held out."""
     fitted, held_out = (
         Projection(weight_CD, gram_DD).keeping(kept) for gram_DD in (grams.fitted_DD, grams.held_out_DD)
     )

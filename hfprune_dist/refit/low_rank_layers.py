@@ -1,4 +1,4 @@
-"""Layers whose attention is given matrices of low rank, on disk: for all ranks and for later attempts."""
+"""Layers on disk whose attention has matrices of low rank, for all ranks and for later attempts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from hfprune_dist.models.single_layer import linear_of, part_of, put_weights, we
 from hfprune_dist.structures.low_rank import FACTORS
 
 KEPT = "kept"
-# Name within a layer of a projection -> its factors, in the order in which they compute.
+# Name of a projection within a layer -> its factors, in the order in which they are applied.
 Factors = Mapping[str, Sequence[Tensor]]
 
 
 class LowRankLayers:
-    """One file per layer, whose presence says that the layer is done: which neurons stay, and the factors.
+    """One file per layer, with the neurons that stay and the factors; its presence says that the layer is done.
 
     Args:
-        checkpoint: that is pruned.
-        projections: names within a layer of those that get a low rank.
+        checkpoint: the model that is pruned.
+        projections: names, within a layer, of the projections that get a low rank.
         folder: written by one rank and read by all.
     """
 
@@ -36,7 +36,7 @@ class LowRankLayers:
         self._files = SavedLayers(folder, range(checkpoint.num_layers))
 
     def done(self) -> set[int]:
-        """Numbers of the layers that are done. Files that are damaged are set aside, and their layers are not."""
+        """Numbers of the layers that are done. Damaged files are set aside, and their layers don't count."""
         return self._files.done()
 
     def write(self, number: int, kept: Tensor, factors: Factors) -> None:
@@ -44,7 +44,7 @@ class LowRankLayers:
 
         Args:
             kept: ascending int64 indices of the neurons that stay.
-            factors: rounded to the checkpoint's dtypes.
+            factors: they are rounded to the checkpoint's dtypes.
         """
         tensors = {KEPT: kept}
         for projection, pair in factors.items():
@@ -54,11 +54,11 @@ class LowRankLayers:
         self._files.write(number, tensors)
 
     def kept(self, number: int) -> Tensor:
-        """The neurons that stay of a layer that is done."""
+        """The neurons that stay in a layer that is done."""
         return self._files.tensor(number, KEPT)
 
     def install(self, number: int, layer: nn.Module) -> None:
-        """Make a layer, as ``LayerReader`` has made it of the checkpoint, what its file says."""
+        """Turn a layer that ``LayerReader`` has made from the checkpoint into what its file says."""
         put_weights(layer, weights_kept(layer, self._checkpoint.units, self.kept(number)))
         for projection in self._projections:
             whole = linear_of(layer, projection)
@@ -72,7 +72,7 @@ class LowRankLayers:
             setattr(part_of(layer, block), name, two)
 
     def replacements(self) -> dict[str, Callable[[], Tensor]]:
-        """Name of every factor of all layers -> reads it."""
+        """Name of every factor of all layers -> function that reads it."""
         return {
             name: partial(self._files.tensor, number, name)
             for number in range(self._checkpoint.num_layers)

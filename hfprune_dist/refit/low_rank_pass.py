@@ -1,7 +1,7 @@
-"""LoRAP, layer after layer: what a layer reads is what the model compressed so far makes of the windows.
+"""LoRAP, layer by layer: a layer reads what the model, as compressed so far, makes of the windows.
 
-All norms of a layer come from one pass of the windows through it as it is. Then neurons go, attention gets factors, and
-the windows go through what is left.
+All norms of a layer come from one pass of the windows through the uncompressed layer. Then neurons go, attention gets
+factors, and the windows go through the compressed layer.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from hfprune_dist.refit.low_rank_layers import LowRankLayers
 
 @dataclass(frozen=True)
 class Sizes:
-    """What every layer is left with.
+    """Sizes that every layer is left with.
 
     Attributes:
-        width: neurons.
-        ranks: name within a layer of each projection that gets a low rank -> that rank.
-        lowest_stay: whether those neurons stay that score lowest (``core.low_rank.kept_neurons``).
+        width: number of neurons.
+        ranks: name, within a layer, of each projection that gets a low rank -> that rank.
+        lowest_stay: whether the neurons that stay are those that score lowest (``core.low_rank.kept_neurons``).
     """
 
     width: int
@@ -38,12 +38,12 @@ class Sizes:
 
 
 class LowRankPass:
-    """Compresses a model's layers, one after another; the same bits on any number of ranks.
+    """Compresses a model's layers one by one; the same bits on any number of ranks.
 
     Args:
         stream: all windows before the first layer.
-        whole: some of them, which go through the layers as they are, to check that these are the model's.
-        layers: where compressed ones are written.
+        whole: some of the windows, which go through uncompressed layers to check them against the whole model.
+        layers: where compressed layers are written.
     """
 
     def __init__(
@@ -62,15 +62,15 @@ class LowRankPass:
         self._layers = layers
         self._world = world
         self._neurons = checkpoint.units
-        # What q, k and v read, and what gate and up read, is the same.
+        # q, k and v read the same vectors; gate and up do, too.
         self._query, *_, self._output = checkpoint.family.attention_modules
         self._row, self._down = self._neurons.weights[0].removesuffix(".weight"), self._neurons.output
 
     def run(self, after_each: AfterEach) -> None:
-        """Compress all layers that are not done; windows go no further than to the last of these.
+        """Compress all layers that are not done yet; windows go no further than the last of these.
 
         Raises:
-            UserError: where layers are not the model's, or what they read is NaN or infinite.
+            UserError: if layers depart from the whole model, or what they read is NaN or infinite.
         """
         every = range(self._stream.num_layers)
         done = self._world.broadcast(self._layers.done() if self._world.is_first else set())
@@ -85,7 +85,7 @@ class LowRankPass:
             after_each(number + 1)
 
     def _compress(self, number: int, layer: nn.Module) -> None:
-        """Write what is left of a layer."""
+        """Compress a layer, and write it."""
         names = [self._query, self._output, self._row, self._down]
         squares = self._stream.squares(number, layer, names)
         norms = {name: channel_norms(it, len(self._stream.windows_ST)) for name, it in squares.items()}
@@ -100,7 +100,7 @@ class LowRankPass:
         return kept_neurons(scores_K, self._sizes.width, lowest_stay=self._sizes.lowest_stay)
 
     def _factors(self, layer: nn.Module, norms: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of each projection that gets a low rank, found by one of the ranks."""
+        """Factors of each projection that gets a low rank, each found by one of the ranks."""
         factors = {}
         for place, (projection, rank) in enumerate(self._sizes.ranks.items()):
             weight_OI = linear_of(layer, projection).weight.data

@@ -1,7 +1,7 @@
-"""How far pruned models are from the dense one, measured for many of them in one pass layer by layer.
+"""Divergence of pruned models from the dense one, measured for many candidates in one pass, layer by layer.
 
-The windows go through the layers of every candidate: candidates share all layers up to the first in which they differ.
-Memory is that of one layer and of the windows' hidden states of each candidate.
+The windows go through every candidate's layers; candidates share the computation up to the first layer in which they
+differ. Memory holds one layer, and the windows' hidden states for each candidate.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from hfprune_dist.models.single_layer import LayerReader, put_weights, run
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
 from hfprune_dist.store.hashing import digest_of
 
-# What a candidate makes of a layer: numbers that its ``Variants`` understand; None where the layer goes.
+# What a candidate makes of a layer: numbers that its ``Variants`` understand; None if the layer goes.
 Choice = tuple[int, ...]
 Candidate = tuple[Choice | None, ...]
-# Of what units own in a layer, by names within it.
+# Weights that units own in a layer, by their names within it.
 Weights = dict[str, Tensor]
 # Micro-batch -> hidden states, on the CPU.
 Hidden = dict[int, Tensor]
@@ -39,27 +39,27 @@ KNOWN = "search.json"
 
 
 class Variants(Protocol):
-    """The layers that candidates have in place of those of the model that is pruned."""
+    """The pruned layers that candidates have in place of the model's own."""
 
     def weights(self, number: int, layer: nn.Module, choices: Sequence[Choice]) -> Mapping[Choice, Weights]:
-        """What a layer of the model has, once it is pruned, in place of its own. Called for each layer in order;
-        collective.
+        """Choice -> weights that a layer of the model has, once pruned, in place of its own. Called for each layer in
+        order; collective.
         """
 
     def go_past(self, layer: nn.Module) -> None:
-        """Called instead of ``weights`` for layers that a later attempt needn't measure again."""
+        """Called instead of ``weights`` for layers that an earlier attempt has measured already."""
 
 
 class Measurement:
-    """Measures candidates on windows of all ranks; the same bits on any number of them.
+    """Measures candidates on windows of all ranks; the same bits on any number of ranks.
 
     Args:
         checkpoint: the model that is pruned.
         micro_batches: number -> ids [windows, tokens], of all ranks together.
-        reference: gives what ``dense_outputs`` does for these micro-batches, or for more; collective.
-        every: one token in so many is compared. Logits cost more than all layers where vocabularies are large.
-        folder: for a later attempt: what was measured, and where a measurement stands.
-        after_each: called on every rank with the number of layers that are done, those of all measurements so far.
+        reference: returns the ``dense_outputs`` for these micro-batches, or for more; collective.
+        every: one token in so many is compared. With a large vocabulary, logits cost more than all layers.
+        folder: keeps, for a later attempt, the results so far and the state of a measurement.
+        after_each: called on every rank with the number of layers that are done, over all measurements so far.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Measurement:
         self._batches = _share_of(micro_batches, world)
 
     def kl(self, candidates: Sequence[Candidate]) -> list[float]:
-        """KL(dense || candidate) per token, nats, of every candidate; the same candidate is measured once."""
+        """Return every candidate's KL(dense || candidate) per token, in nats; equal candidates are measured once."""
         unknown = [it for it in dict.fromkeys(candidates) if digest_of(it) not in self._known]
         if unknown:
             self._known |= {digest_of(it): kl for it, kl in zip(unknown, self._measure(unknown), strict=True)}
@@ -102,11 +102,11 @@ class Measurement:
         return [self._known[digest_of(it)] for it in candidates]
 
     def _states(self, candidates: Sequence[Candidate]) -> LayerStates:
-        """Where a measurement of these candidates stands."""
+        """Saved state of a measurement of these candidates."""
         return LayerStates(self._folder / f"candidates-{digest_of(candidates)[:16]}", self._all, self._world)
 
     def _measure(self, candidates: Sequence[Candidate]) -> list[float]:
-        """Saved after each layer; goes on after the last one that was saved."""
+        """Measure candidates; save after each layer, and resume after the last one that was saved."""
         reference, states, variants = self._reference(), self._states(candidates), self._variants()
         num_layers = self._checkpoint.num_layers
         done, saved = states.newest()
@@ -127,7 +127,7 @@ class Measurement:
     def _through(
         self, variants: Variants, number: int, layer: nn.Module, branches: Branches, choices: Sequence[Choice | None]
     ) -> Branches:
-        """Take every branch through a layer, as its candidates have it there."""
+        """Take every branch through a layer, in the form that its candidates have chosen."""
         there = sorted({it for it in choices if it is not None})
         weights = variants.weights(number, layer, there)
         advanced: Branches = {}
@@ -166,7 +166,7 @@ def dense_outputs(
     world: World,
     after_each: Callable[[int], None],
 ) -> Hidden:
-    """What the dense model's last layer puts out for this rank's share of what a ``Measurement`` is given.
+    """Outputs of the dense model's last layer for this rank's share of a ``Measurement``'s micro-batches.
 
     Args:
         after_each: called on every rank with the number of layers that are done.
@@ -186,24 +186,24 @@ def _share_of(micro_batches: Mapping[int, Tensor], world: World) -> dict[int, Te
 
 
 def one_by_one(windows_ST: Tensor) -> dict[int, Tensor]:
-    """Windows as micro-batches of one each, so that more ranks have some."""
+    """Split windows into micro-batches of one each, so that more ranks have some."""
     return dict(enumerate(windows_ST.split(1)))
 
 
 def held_out_batches(windows_ST: Tensor, micro_batch_size: int, most: int) -> dict[int, Tensor]:
-    """Of the micro-batches that refits keep apart to choose their ridge, the first with up to ``most`` windows."""
+    """The first micro-batches, of up to ``most`` windows, among those that refits hold out to choose their ridge."""
     batches = windows_ST.split(micro_batch_size)
     held_out = [it for it in range(len(batches)) if is_held_out(it, len(batches))] or [0]
     return {index: batches[index] for index in held_out[: max(1, most // micro_batch_size)]}
 
 
 def _packed(branches: Branches, indices: Iterable[int]) -> dict[int, dict[str, Tensor]]:
-    """The same by micro-batch; a branch's name is its candidates' numbers."""
+    """Regroup branches by micro-batch; a branch's name is its candidates' numbers."""
     return {index: {_name(members): hidden[index] for members, hidden in branches.items()} for index in indices}
 
 
 def _unpacked(saved: Mapping[int, Named], so_far: Sequence[Candidate]) -> Branches:
-    """What ``_packed`` was given; ``so_far`` is what candidates made of the layers that are done."""
+    """Undo ``_packed``; ``so_far`` is what candidates have chosen in the layers that are done."""
     together: dict[Candidate, list[int]] = {}
     for member, choices in enumerate(so_far):
         together.setdefault(choices, []).append(member)
@@ -218,7 +218,7 @@ def _name(members: Sequence[int]) -> str:
 
 
 def _read_known(file: Path) -> dict[str, float]:
-    """What earlier attempts measured; a file that is damaged is set aside."""
+    """Read what earlier attempts have measured; a damaged file is set aside."""
     try:
         known: dict[str, float] | None = read_json(file)
     except ValueError as error:
@@ -228,7 +228,7 @@ def _read_known(file: Path) -> dict[str, float]:
 
 
 def _split(branches: Branches, choices: Sequence[Choice | None]) -> dict[Choice | None, Branches]:
-    """Choice -> the branches that go on with it; ``choices`` are the candidates' in the next layer."""
+    """Choice -> the branches that continue with it; ``choices`` are the candidates' choices in the next layer."""
     split: dict[Choice | None, Branches] = {}
     for members, hidden in branches.items():
         for choice in dict.fromkeys(choices[member] for member in members):

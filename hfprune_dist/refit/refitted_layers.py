@@ -24,7 +24,7 @@ class ProjectionFit:
     """What least squares did to one output projection, or to those of all experts of a layer.
 
     Attributes:
-        ridge: chosen on held-out windows; of experts the median.
+        ridge: chosen on held-out windows; for experts, the median.
         error_before: the share of its target's energy that is lost before the refit.
         error_after: the share that is still lost after least squares.
     """
@@ -36,7 +36,7 @@ class ProjectionFit:
 
 @dataclass(frozen=True)
 class FittedProjection:
-    """An output projection's new weight [hidden_size, kept], as files have it, and what is told of it.
+    """An output projection's new weight [hidden_size, kept], as stored in files, and a report of its fit.
 
     Attributes:
         energy: mean square of its targets.
@@ -48,7 +48,7 @@ class FittedProjection:
 
 
 def fit_of_all(fitted: Sequence[FittedProjection]) -> ProjectionFit:
-    """Of one projection; or of several, whose targets' energies add up."""
+    """The fit of one projection; or of several together, weighted by the energies of their targets."""
     if len(fitted) == 1:
         return fitted[0].fit
     energy = sum(it.energy for it in fitted)
@@ -59,10 +59,10 @@ def fit_of_all(fitted: Sequence[FittedProjection]) -> ProjectionFit:
 
 
 def output_tensors(units: Units, weights_CK: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Name within a layer -> what files have of the output projections of some units.
+    """Name within a layer -> tensor as stored in files, for the output projections of some units.
 
     Args:
-        weights_CK: of each expert [hidden_size, channels], or a single one.
+        weights_CK: the weight of each expert [hidden_size, channels], or a single one.
     """
     first = units.output_columns[0]
     if first.stacked:
@@ -71,7 +71,7 @@ def output_tensors(units: Units, weights_CK: Sequence[Tensor]) -> dict[str, Tens
     return {owned.tensor: it for owned, it in zip(units.output_columns, weights_CK, strict=True)}
 
 
-# What least squares did to a layer: kind of units -> to the output projection that reads their channels.
+# Kind of units -> what least squares did to a layer's output projection that reads their channels.
 LayerFit = Mapping[str, ProjectionFit]
 
 
@@ -79,7 +79,7 @@ class RefittedLayers:
     """Two files per layer: its new weights, then a report, whose presence says that the layer is done.
 
     Args:
-        kinds: of units whose output projections are refitted, those of the MLP first.
+        kinds: the kinds of units whose output projections are refitted, those of the MLP first.
         whole_mlp: whether the MLP's row projections are refitted too.
         folder: written by one rank and read by all.
     """
@@ -92,19 +92,19 @@ class RefittedLayers:
         self._files = SavedLayers(folder, range(checkpoint.num_layers))
 
     def kinds_of(self, number: int) -> list[Units]:
-        """The kinds of which a layer has units."""
+        """The kinds that have units in a layer."""
         return [units for units in self.kinds if units.counts[number]]
 
     def output_dtype(self, number: int, units: Units) -> torch.dtype:
-        """Of a layer's output projections in the checkpoint's files."""
+        """Dtype of a layer's output projections in the checkpoint's files."""
         return dtype_of(self._checkpoint, units.tensor(number, units.output_columns[0].tensor))
 
     def done(self, layers: Sequence[int]) -> set[int]:
-        """Of these layers, those that are done. Files that are damaged are set aside, and their layers are not."""
+        """The layers, among these, that are done. Damaged files are set aside, and their layers don't count."""
         return {number for number in layers if self._is_done(number)}
 
     def rounded(self, number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Some of a layer's tensors, by their names within it, in the checkpoint's dtypes; on the CPU."""
+        """Round some of a layer's tensors, by their names within it, to the checkpoint's dtypes; on the CPU."""
         return {
             name: tensor.to(dtype_of(self._checkpoint, self.kinds[0].tensor(number, name))).cpu().contiguous()
             for name, tensor in tensors.items()
@@ -127,11 +127,11 @@ class RefittedLayers:
         return {name.removeprefix(prefix): self._files.tensor(number, name).to(like) for name in self._names(number)}
 
     def reports(self, layers: Sequence[int]) -> list[LayerFit]:
-        """Of these layers, once they are done."""
+        """Reports of these layers, once they are done."""
         return [self._report(number) for number in layers]
 
     def replacements(self, layers: Sequence[int]) -> dict[str, Callable[[], Tensor]]:
-        """Name of every refitted tensor of these layers -> reads it."""
+        """Name of every refitted tensor of these layers -> function that reads it."""
         return {name: partial(self._files.tensor, number, name) for number in layers for name in self._names(number)}
 
     def _is_done(self, number: int) -> bool:
@@ -148,7 +148,7 @@ class RefittedLayers:
         return {units.kind: ProjectionFit(**record[units.kind]) for units in self.kinds_of(number)}
 
     def _names(self, number: int) -> list[str]:
-        """Tensors of a layer that the refit changes."""
+        """Names of the tensors of a layer that the refit changes."""
         rows = self.kinds[0].row_weights(number) if self.whole_mlp else []
         columns = [owned.tensor for units in self.kinds_of(number) for owned in units.output_columns]
         return [*rows, *(self.kinds[0].tensor(number, name) for name in columns)]

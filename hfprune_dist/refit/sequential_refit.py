@@ -1,4 +1,4 @@
-"""Refits layer after layer, each on what the model pruned and refitted so far makes of the windows."""
+"""Refits layer by layer, each on what the model, as pruned and refitted so far, makes of the windows."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from hfprune_dist.refit.refitted_layers import ProjectionFit, RefittedLayers
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.units import Units
 
-# How far a pursuing block makes up for earlier ones. What those lost is hardly a function of what this one reads: going
-# all the way fits the calibration windows rather than the model.
+# How far a block makes up for earlier ones. What those have lost is hardly a function of what this one reads: making up
+# for all of it would fit the calibration windows rather than the model.
 SHARE_MADE_UP = 0.5
-# By their numbers.
+# Layers with their numbers, in order.
 Layers = Iterator[tuple[int, nn.Module]]
 
 
@@ -50,9 +50,9 @@ class _Block:
     """A block of a layer that is fitted: its attention or its MLP.
 
     Attributes:
-        units: what is pruned of it.
-        dense: the layer of the dense model.
-        gap: layers of the dense model that follow it and go; the last block before them makes up for them.
+        units: the units that are pruned in it.
+        dense: the dense model's layer that has this block.
+        gap: layers of the dense model that follow and go; the last block before them makes up for them.
         wanted: micro-batch -> the dense model's residual stream after the block, or after the gap, on the CPU.
     """
 
@@ -63,19 +63,19 @@ class _Block:
 
 
 class SequentialRefit:
-    """Blocks that bring the pruned model's residual stream back to the dense one's, layer after layer.
+    """Fits blocks that bring the pruned model's residual stream back to the dense one's, layer by layer.
 
-    The target of a block lies between what the dense model's would put out there, and all that is missing after it to
-    the dense model's residual stream, which makes up for earlier blocks as well (``SHARE_MADE_UP``).
+    A block's target lies between what the dense model's block would put out in its place, and everything that the
+    residual stream lacks there of the dense model's, which makes up for earlier blocks as well (``SHARE_MADE_UP``).
 
     Args:
         family: of the model that is pruned.
-        kept: what stays of it.
-        dense_layers: numbers that the layers that stay have in the dense model, of which it may lack some already.
-        stream: its windows before the first layer.
+        kept: what stays of that model.
+        dense_layers: numbers, in the dense model, of the layers that stay; the pruned model may lack some already.
+        stream: the pruned model's windows before the first layer.
         dense: the same windows before the first layer of the dense model.
-        fitted: where layers are written. Its kinds say which blocks are fitted; if it holds whole MLPs, steps of
-            Gauss-Newton on all their projections follow least squares on the down projection.
+        fitted: where refitted layers are written. Its kinds say which blocks are fitted; if it holds whole MLPs, Gauss-
+            Newton steps on all their projections follow least squares on the down projection.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class SequentialRefit:
         self._world = world
 
     def run(self, after_each: AfterEach) -> None:
-        """Refit all layers that stay and are not done; windows go no further than to the last of these.
+        """Refit all layers that stay and are not done yet; windows go no further than the last of these.
 
         Raises:
-            UserError: where a layer of the dense model is not its residual stream plus its blocks.
+            UserError: if a layer of the dense model is not its residual stream plus its blocks.
         """
         done = self._world.broadcast(self._fitted.done(self._kept.layers) if self._world.is_first else set())
         left = [number for number in self._kept.layers if number not in done]
@@ -119,11 +119,11 @@ class SequentialRefit:
             after_each(number + 1)
 
     def _behind(self, number: int) -> int:
-        """Where the dense model's next layer that stays is, or its end."""
+        """Number, in the dense model, of the next layer that stays; the number of layers if there is none."""
         return min((it for it in self._places.values() if it > self._places[number]), default=self._dense.num_layers)
 
     def _through(self, number: int, layer: nn.Module, dense_layers: Layers, *, is_done: bool) -> None:
-        """Take the windows of both models through a layer, and those of the dense one through the gap behind it."""
+        """Take the windows of both models through a layer, and the dense model's through the gap behind it."""
         blocks = self._advance_dense(number, dense_layers)
         for units in (*self._attention, self._mlp):
             put_weights(layer, weights_kept(layer, units, self._kept.of_layer(number, units.kind)))
@@ -136,8 +136,8 @@ class SequentialRefit:
         self._stream.advance_from(layer, self._mlp)
 
     def _advance_dense(self, number: int, dense_layers: Layers) -> list[_Block]:
-        """Take the dense model's windows through a layer and the gap behind it; what its blocks are fitted to, the
-        MLP's at the end.
+        """Take the dense model's windows through a layer and the gap behind it, and return what its blocks are fitted
+        to, the MLP's at the end.
         """
         layer = next(dense_layers)[1]
         self._dense.require_residual(layer, [*self._attention, self._mlp])
@@ -150,10 +150,10 @@ class SequentialRefit:
         return [*blocks, _Block(self._mlp, layer, self._dense.all_hidden(), gap)]
 
     def _fit(self, number: int, layer: nn.Module, blocks: list[_Block]) -> None:
-        """Leaves the windows before the MLP. Every rank has the Gram matrices; rank 0 writes.
+        """Fit a layer's blocks; leaves the windows before the MLP. Every rank has the Gram matrices, and rank 0 writes.
 
         Args:
-            blocks: emptied, since what they are fitted to is as large as the windows.
+            blocks: emptied on the way, since what they are fitted to is as large as the windows.
         """
         tensors: dict[str, Tensor] = {}
         fits: dict[str, ProjectionFit] = {}
@@ -176,17 +176,17 @@ class SequentialRefit:
         self._world.barrier()
 
     def _put(self, number: int, layer: nn.Module, fitted: Mapping[str, Tensor]) -> None:
-        """Let what follows be fitted behind a block as rank 0 will save it. Every rank has the same bits to round."""
+        """Install a fitted block as rank 0 will save it, for what follows. Every rank has the same bits to round."""
         like = output_of(layer, self._mlp).weight
         put_weights(layer, {name: it.to(like) for name, it in self._fitted.rounded(number, fitted).items()})
 
     def _solved(
         self, number: int, layer: nn.Module, block: _Block, targets: dict[int, Tensor] | None = None
     ) -> Solution:
-        """Least squares on an output projection; ranks share the solving.
+        """Fit an output projection by least squares; ranks share the work.
 
         Args:
-            targets: gets those of every micro-batch of this rank, on the CPU.
+            targets: is given the targets of every micro-batch of this rank, on the CPU.
         """
         weight_CK = output_of(layer, block.units).weight.data
         sums = self._stream.sums_of(number, sum(weight_CK.shape))
@@ -201,7 +201,7 @@ class SequentialRefit:
         return solve_together(weight_of_targets(weight_CK), grams, kept, self._world)
 
     def _summed(self, layer: nn.Module, block: _Block, sums: GramSums) -> Iterator[tuple[int, Tensor]]:
-        """The targets of every micro-batch of this rank, once what least squares needs of it has been added."""
+        """Yield the targets of every micro-batch of this rank, once its terms for least squares have been added up."""
         output = output_of(layer, block.units)
         wanted = self._transfers.to_device((index, block.wanted[index]) for index in self._stream.all_hidden())
         for index, residual_BTC in self._stream.standing():
@@ -243,7 +243,7 @@ class SequentialRefit:
     def _moved(
         self, number: int, layer: nn.Module, solution: Solution, targets: Mapping[int, Tensor]
     ) -> dict[str, Tensor]:
-        """Gate, up and down after steps, the first from a down projection of least squares on the same windows."""
+        """Gate, up and down after Gauss-Newton steps, the first from a least-squares down on the same windows."""
         enter = entering(layer, self._mlp)
         mlp = before_down(layer, self._mlp)
         reconstruction = Reconstruction(
@@ -256,7 +256,7 @@ class SequentialRefit:
         )
 
         rows_KC = tuple(weight.float() for weight in mlp.weights)
-        # Held-out windows judge a step, so one begins where they are unknown.
+        # Held-out windows judge a step, so the first one begins at weights that haven't seen them.
         fitted_weights, whole_weights = (
             MlpWeights(rows_KC, down_CK) for down_CK in (solution.fitted_CK, solution.whole_CK)
         )
