@@ -21,23 +21,23 @@ from hfprune_dist.training.fine_tuning import FineTuning
 
 # More elements than any parameter has.
 KEEP_ALL_GATHERED = {"stage3_param_persistence_threshold": 2**62}
-MAX_GRAD_NORM = 1.0  # the Trainer's default, which the published recipe leaves alone
+MAX_GRAD_NORM = 1.0  # the Trainer's default, which the published recipe doesn't change
 
 
 def prepare_process() -> None:
     logging.set_verbosity_error()
     # DeepSpeed decorates an optimizer that isn't used here with torch.compile, which takes seconds to import.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    # DeepSpeed calls collectives by their old names, and torch says so for each call.
+    # DeepSpeed calls collectives by their old names, and torch warns at each call.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def _zero3_config(bfloat16: bool, whole: bool) -> dict[str, Any]:
     """Parameters, gradients and optimizer states sharded; gradients reduced and added up in float32.
 
-    Where frozen weights are ``whole``, they are not DeepSpeed's, and LoRA's stay gathered between optimizer steps. Else
-    parameters go as soon as they are used. To find those that backward uses again soon, DeepSpeed would walk up to a
-    billion parameters of the modules that follow, for every module: with LoRA's many modules 20 s in the second step.
+    If frozen weights are ``whole``, DeepSpeed doesn't manage them, and LoRA's stay gathered between optimizer steps.
+    Otherwise, parameters are released once used: to spare those that backward uses again soon, DeepSpeed would walk for
+    every module up to a billion parameters of those that follow, with LoRA's many modules 20 s in the second step.
     """
     return {
         "train_micro_batch_size_per_gpu": "auto",
@@ -59,7 +59,7 @@ def _zero3_config(bfloat16: bool, whole: bool) -> dict[str, Any]:
 def training_arguments(
     task: FineTuning, accumulation_steps: int, folder: Path, way: Placement, world: World
 ) -> TrainingArguments:
-    """Settings of the Trainer; while they live, from_pretrained shards a model as it loads."""
+    """Settings of the Trainer; while they exist, from_pretrained shards a model as it loads."""
     settings = task.settings
     on_cpu = world.device.type == "cpu"
     return TrainingArguments(
@@ -82,7 +82,7 @@ def training_arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to="none",  # the trackers' callbacks are given to the Trainer of one rank
+        report_to="none",  # only one rank's Trainer is given the trackers' callbacks
         run_name=task.run.name,
         project=task.run.project,
         disable_tqdm=True,
@@ -94,10 +94,10 @@ def training_arguments(
 
 
 def load_trainable_model(task: FineTuning) -> nn.Module:
-    """The model with LoRA layers, which hold the weights of ``task.start`` if there is one."""
+    """Load the model with LoRA layers, which get the weights of ``task.start`` if there is one."""
     dtype = getattr(torch, task.settings.dtype)
     model = load_causal_lm(task.checkpoint.path, dtype)
-    # Where there is a cache, transformers doesn't look for packed pairs. The body may have a configuration of its own.
+    # With a cache, transformers doesn't look for packed pairs. The body may have a configuration of its own.
     configs: list[Any] = [model.config, task.checkpoint.family.body_of(model).config]
     for config in configs:
         config.use_cache = False

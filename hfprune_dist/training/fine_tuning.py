@@ -18,21 +18,21 @@ from hfprune_dist.training.tracking import TrackedRun
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What to train, on what, and how far.
+    """What to train, on which rows, and how far.
 
     Attributes:
-        section: of the configuration that the settings come from, for progress and messages.
+        section: the part of the configuration that the settings come from, for progress and messages.
         rows: reads a row by its number.
-        distills: whether rows bring a dense model's final hidden states, and the loss is the divergence from it.
+        distills: whether rows come with a dense model's final hidden states, and the loss is the divergence from it.
         schedule: which rows each step sees.
-        total_steps: optimizer steps of the whole training, those before ``start`` included.
-        warmup_steps: those of them in which the learning rate rises; in the first it is 0.
-        save_every_steps: optimizer steps between snapshots; the last step leaves one in any case.
-        timeout_minutes: a collective that takes longer ends the stage.
-        run: as trackers know it.
-        sharding: where frozen weights lie (``runtime.sharding``); it changes nothing in what is learnt.
-        masked_to: what is to be left of the model's units at the end, in all layers (LoRAPrune); None: all.
-        start: where to go on; None begins anew.
+        total_steps: optimizer steps of the whole training, including those before ``start``.
+        warmup_steps: the first of these steps, in which the learning rate rises from 0.
+        save_every_steps: optimizer steps between snapshots; the last step always leaves one.
+        timeout_minutes: limit for a collective; one that takes longer ends the stage.
+        run: the training as trackers know it.
+        sharding: where frozen weights lie (``runtime.sharding``); it doesn't change what is learnt.
+        masked_to: the units that are to be left at the end, in all layers (LoRAPrune); None for all.
+        start: the snapshot to resume from; None to start anew.
     """
 
     checkpoint: Checkpoint
@@ -68,7 +68,7 @@ def finite_values(logs: Mapping[str, float], step: int, section: str) -> dict[st
     """Loss, learning rate and gradient norm of a step.
 
     Raises:
-        UserError: where one of them is not finite.
+        UserError: if one of them is not finite.
     """
     values = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
     for key, value in values.items():

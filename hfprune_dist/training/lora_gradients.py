@@ -1,4 +1,4 @@
-"""Scores of units while LoRA trains, from its own gradients: one layer at a time, each on one of the ranks."""
+"""Scores of units during LoRA training, from LoRA's own gradients: a layer at a time, each on one of the ranks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from hfprune_dist.core.lora_scores import Factors, unit_scores
 from hfprune_dist.distributed.world import World
 from hfprune_dist.structures.units import Owned, Units
 
-ADAPTER = "default"  # as peft calls the only one
+ADAPTER = "default"  # peft's name for the only adapter
 
 
 class LoraGradients:
-    """What an engine that has ended its backward knows of a model with LoRA layers.
+    """Gradients of a model with LoRA layers, as its engine holds them after a backward.
 
     Args:
         model: without peft's wrapper; its projections are LoRA layers.
-        whole: whether its frozen weights are no parameters of DeepSpeed's.
-        largest_norm: that gradients are clipped to, as the optimizer clips them afterwards.
+        whole: whether its frozen weights are whole on every rank, rather than parameters that DeepSpeed shards.
+        largest_norm: the norm that gradients are clipped to, as the optimizer will clip them afterwards.
     """
 
     def __init__(self, model: nn.Module, world: World, *, whole: bool, largest_norm: float) -> None:
@@ -37,10 +37,10 @@ class LoraGradients:
     def scores(self, layers: dict[int, list[Units]]) -> dict[tuple[str, int], Tensor]:
         """Scores of units by kind and layer, float64 [units] on the CPU, the same on all ranks. Collective.
 
-        A rank makes those of its share of the layers. Where weights are sharded, all gather one layer after the other.
+        Each rank computes those of its share of the layers. If weights are sharded, all ranks gather layer by layer.
 
         Args:
-            layers: layer -> kinds of its units that are scored.
+            layers: layer -> kinds of its units to score.
         """
         share = self._clipped_share()
         mine: dict[tuple[str, int], Tensor] = {}
@@ -56,7 +56,7 @@ class LoraGradients:
         return {key: scores for part in self._world.gather(mine) for key, scores in part.items()}
 
     def _of_weight(self, name: str, owned: Owned, share: float, made_here: bool) -> Tensor:
-        """One weight's part of its units' scores. All ranks hand over their shards of LoRA's, and one computes."""
+        """One weight's part of its units' scores. All ranks contribute their shards of LoRA's, and one computes."""
         lora = self._projection(name)
         a, b = lora.lora_A[ADAPTER].weight, lora.lora_B[ADAPTER].weight
         a_RI, b_OR = safe_get_full_fp32_param(a), safe_get_full_fp32_param(b)
@@ -68,7 +68,7 @@ class LoraGradients:
         return unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit, owned.parts)
 
     def _clipped_share(self) -> float:
-        """What clipping leaves of every gradient of this step: 1 where their norm is small enough."""
+        """The factor by which clipping scales every gradient of this step; 1 if their norm is small enough."""
         squares = 0.0
         for parameter in self._model.parameters():
             if parameter.requires_grad:
@@ -78,7 +78,7 @@ class LoraGradients:
 
     @contextmanager
     def _gathered(self, layer: int, kinds: list[Units]) -> Iterator[None]:
-        """Makes the weights of a layer's units whole on every rank meanwhile."""
+        """Make the weights of a layer's units whole on every rank, within the context."""
         if self._whole:
             yield
             return
@@ -91,5 +91,5 @@ class LoraGradients:
 
 
 def _owned(units: Units) -> list[Owned]:
-    """What units own of weights; biases have no adapters."""
+    """The weights that units own; biases have no adapters."""
     return [owned for owned in units.owned if owned.tensor.endswith(".weight")]

@@ -1,4 +1,4 @@
-"""The state of LoRA training between two optimizer steps, as files that any number of ranks can take up."""
+"""The state of LoRA training between two optimizer steps, as files from which any number of ranks can resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Snapshot:
         weights: LoRA parameters, whole, float32, under the names that they have in a ``PeftModel``.
         moments: AdamW's ``<parameter>.exp_avg`` and ``<parameter>.exp_avg_sq``, float32.
         losses: one line per step so far.
-        units: averaged scores of units that are masked meanwhile, and which of them stay (``UnitMasks.state``).
+        units: averaged scores of units that are masked during training, and which stay (``UnitMasks.state``).
     """
 
     step: int
@@ -35,12 +35,12 @@ class Snapshot:
     units: dict[str, Tensor] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float | int]:
-        """What a manifest tells of the training that ended here."""
+        """Metrics, for a manifest, of the training that ended here."""
         return {"steps": len(self.losses), "first_loss": self.losses[0]["loss"], "final_loss": self.losses[-1]["loss"]}
 
 
 class Snapshots:
-    """The newest snapshots in a folder, one file each; a file that has a snapshot's name is complete."""
+    """The newest snapshots in a folder, one file each; a file with a snapshot's name is complete."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -55,7 +55,7 @@ class Snapshots:
             outdated.unlink()
 
     def newest(self) -> Path | None:
-        """The newest snapshot whose file is undamaged; None where there is none. Damaged ones are set aside."""
+        """The newest snapshot whose file is undamaged; None if there is none. Damaged ones are set aside."""
         return next((file for file in self._files() if is_usable(file)), None)
 
     def _files(self) -> list[Path]:
@@ -63,7 +63,7 @@ class Snapshots:
 
 
 def read_snapshot(file: Path) -> Snapshot:
-    """Read the file of a snapshot."""
+    """Read a snapshot's file."""
     tensors, texts = load_tensors(file)
     moments = {name: tensor for name, tensor in tensors.items() if name.endswith(MOMENTS)}
     units = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}

@@ -1,7 +1,7 @@
 """The dense model's final hidden states on windows of text, on disk for all stages that compare with them.
 
 <folder>/windows.safetensors     input_ids, int64 [windows, sequence_length]
-<folder>/<number>.safetensors    final hidden states of a micro-batch [windows of it, sequence_length, hidden_size]
+<folder>/<number>.safetensors    final hidden states of a micro-batch [its windows, sequence_length, hidden_size]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DENSE = "dense"
 
 
 class DenseStates:
-    """Windows with the dense model's final hidden states, one at a time; as rows to train on, a ``RowReader``.
+    """Windows with the dense model's final hidden states, read one at a time; a ``RowReader`` for training.
 
     Attributes:
         windows_ST: int64 [windows, sequence_length].
@@ -52,15 +52,15 @@ class DenseStates:
 def write_dense_states(
     stream: LayerStream, states: LayerStates, folder: Path, world: World, after_each: Callable[[int], None]
 ) -> None:
-    """Take windows through a model layer by layer, so that it is never loaded as a whole; every rank takes some.
+    """Take windows through a model layer by layer, so that it is never loaded whole, and write their final states.
 
     Args:
-        stream: the windows before the first layer.
-        states: where an earlier attempt was interrupted, if one was, and where this one is kept if it is.
+        stream: the windows before the first layer; every rank has some.
+        states: where this attempt is saved if it is interrupted, and where an earlier one may have been.
         after_each: called on every rank with the number of layers that are done; it may raise ``Interrupted``.
 
     Raises:
-        UserError: on all ranks, where they are NaN or infinite, with which nothing can be compared.
+        UserError: on all ranks, if the states are NaN or infinite, since nothing can be compared with them.
     """
     if world.is_first:
         save_windows(stream.windows_ST, folder)

@@ -1,7 +1,7 @@
-"""Trackers that show a training while it runs: TensorBoard, trackio, Weights & Biases, by the Trainer's own callbacks.
+"""Trackers that show training as it runs (TensorBoard, trackio, Weights & Biases), by the Trainer's own callbacks.
 
-They see what ``loss.jsonl`` records; nothing of what is trained depends on them. A stage is one run: an attempt that
-goes on from a snapshot goes on in that run.
+They see what ``loss.jsonl`` records, and don't affect the training. A stage is one run: an attempt that resumes from a
+snapshot continues that run.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class TrackedRun:
     """A training as trackers know it.
 
     Attributes:
-        project: what trackers that have projects file it under.
-        title: what it is called: row and kind of stage.
-        digits: hexadecimal, of this training alone; all its attempts have them.
-        attempt: 1 for the first.
+        project: the project under which trackers file it, if they have projects.
+        title: the row and the kind of stage.
+        digits: hexadecimal, unique to this training and shared by all its attempts.
+        attempt: number of this attempt, from 1.
         folder: where the files of a sweep's runs go.
     """
 
@@ -44,19 +44,19 @@ class TrackedRun:
 
     @property
     def name(self) -> str:
-        """``llama-0.2-hfprune-recover-0f1e2d3c``: of characters that file systems and trackers allow."""
+        """``llama-0.2-hfprune-recover-0f1e2d3c``: only characters that file systems and trackers allow."""
         return f"{re.sub('[^A-Za-z0-9._]+', '-', self.title)[:_LONGEST]}-{self.digits[:8]}"
 
 
 @contextmanager
 def open_trackers(run: TrackedRun, first_step: int, world: World) -> Iterator[list[TrainerCallback]]:
-    """Callbacks for the Trainer of this rank: none but on the first, which reports for all.
+    """Yield the callbacks for this rank's Trainer: none except on the first, which reports for all.
 
     Args:
-        first_step: where this attempt goes on; what earlier ones have told of later steps is void.
+        first_step: where this attempt resumes; what earlier ones have reported of later steps is void.
 
     Raises:
-        UserError: where a tracker can't be reached.
+        UserError: if a tracker can't be reached.
     """
     openers = {"tensorboard": _open_tensorboard, "trackio": _open_trackio, "wandb": _open_wandb}
     with ExitStack() as closing:
@@ -64,7 +64,7 @@ def open_trackers(run: TrackedRun, first_step: int, world: World) -> Iterator[li
 
 
 def _open_tensorboard(run: TrackedRun, first_step: int, closing: ExitStack) -> TrainerCallback:
-    """The attempt has an event file of its own, in one folder with the others'."""
+    """Each attempt has an event file of its own, in the same folder."""
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
@@ -80,7 +80,7 @@ def _open_trackio(run: TrackedRun, first_step: int, closing: ExitStack) -> Train
     from transformers.integrations import TrackioCallback
 
     def finish() -> None:
-        if trackio.context_vars.current_run.get() is not None:  # not ended by the Trainer's own end
+        if trackio.context_vars.current_run.get() is not None:  # if the Trainer hasn't finished it itself
             trackio.finish()
 
     closing.callback(finish)

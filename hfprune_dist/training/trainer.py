@@ -1,12 +1,12 @@
 """LoRA training on all ranks: the Hugging Face Trainer, peft and DeepSpeed ZeRO-3.
 
-Frozen weights are whole on each rank where they fit, and else sharded; both have the same bits on the same ranks.
+Frozen weights are whole on each rank if they fit, and sharded otherwise, with the same bits on the same ranks.
 
-Two losses: that of the rows' labels, and the divergence from a dense model whose hidden states the rows bring along.
-Units may be masked meanwhile (LoRAPrune).
+There are two losses: that of the rows' labels, and the divergence from a dense model whose hidden states come with the
+rows. Units may be masked during training (LoRAPrune).
 
-A snapshot holds only what trains: the LoRA weights and AdamW's two moments, float32 and whole. Rows, learning rate and
-dropout follow from the optimizer step. So training can be taken up again on any number of ranks.
+A snapshot holds only what changes: the LoRA weights and AdamW's two moments, float32 and whole, the losses and the
+masks. Rows, learning rate and dropout follow from the optimizer step. So training can resume on any number of ranks.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ from hfprune_dist.training.whole_weights import place_training, with_whole_weigh
 
 
 def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, interruption: Interruption) -> Snapshot:
-    """Train from the newest snapshot in ``folder`` on to the last step, whose snapshot is the result.
+    """Train from the newest snapshot in ``folder``, if any, to the last step, and return that step's snapshot.
 
     Raises:
-        UserError: where loss or gradient are no longer finite.
-        Interrupted: after a step and its snapshot, where any rank was asked to end early.
+        UserError: if the loss or the gradient is no longer finite.
+        Interrupted: after a step and its snapshot, if any rank was asked to end early.
     """
     snapshots = Snapshots(folder)
     newest = _newest(snapshots, world)
@@ -78,7 +78,7 @@ def fine_tune(task: FineTuning, folder: Path, world: World, progress: Progress, 
 
 
 def _newest(snapshots: Snapshots, world: World) -> Snapshot | None:
-    """The newest snapshot, on every rank the one that rank 0 found."""
+    """Read the newest snapshot that rank 0 finds, on every rank."""
     file = world.broadcast(snapshots.newest() if world.is_first else None)
     return None if file is None else read_snapshot(file)
 
@@ -101,7 +101,7 @@ def _train(
     trainer = trainer_of(
         task, snapshots, world, progress, interruption, whole=way.whole, model=model, args=arguments, train_dataset=rows
     )
-    gc.freeze()  # else Python walks all modules and parameters again and again: a seventh of the time on CPU
+    gc.freeze()  # or Python walks all modules and parameters again and again: a seventh of the time on CPU
     with open_trackers(task.run, task.first_step, world) as trackers:
         for tracker in trackers:
             trainer.add_callback(tracker)
@@ -109,7 +109,7 @@ def _train(
 
 
 class _LoraTrainer(Trainer):  # type: ignore[misc]
-    """The Trainer, with dropout that depends on a row's place alone, and with our schedule, log and snapshots."""
+    """The Trainer, with dropout that depends only on a row's place, and with our schedule, log and snapshots."""
 
     lr_scheduler: LambdaLR | None
 
@@ -167,7 +167,7 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
             raise Interrupted
 
     def _report(self, line: LossLine) -> None:
-        """Hand what is recorded of a step to the trackers, which count steps as we do: over all attempts."""
+        """Pass the record of a step to the trackers, which count steps as we do: over all attempts."""
         values = {key: value for key, value in line.items() if key != "step"}
         state = replace(self.state, global_step=line["step"])
         self.callback_handler.on_log(self.args, state, self.control, values)
@@ -191,7 +191,7 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
 
 
 class _DistillingTrainer(_LoraTrainer):
-    """With the divergence from a dense model as its loss: a mean over the tokens of a step, in nats."""
+    """A trainer whose loss is the divergence from a dense model: a mean over the tokens of a step, in nats."""
 
     loss_is_scaled_for_ga = True  # divided by all tokens of a step, not by those of a micro-batch
 
@@ -214,7 +214,7 @@ class _DistillingTrainer(_LoraTrainer):
 
 
 class _MaskingTrainer(_LoraTrainer):
-    """LoRAPrune: units are scored in every step, and those with the lowest averages masked every few steps."""
+    """LoRAPrune: units are scored in every step, and those with the lowest averages are masked every few steps."""
 
     def __init__(self, task: FineTuning, *context: Any, whole: bool, model: Any, **trainer_arguments: Any) -> None:
         super().__init__(task, *context, whole=whole, model=model, **trainer_arguments)
@@ -226,7 +226,7 @@ class _MaskingTrainer(_LoraTrainer):
         self.add_callback(_BeforeEachStep(self._score_and_mask))
 
     def _score_and_mask(self) -> None:
-        """Between backward, whose gradients have been added up over all ranks, and the optimizer's step."""
+        """Score and mask, after backward has added up gradients over all ranks, and before the optimizer's step."""
         step = self._task.first_step + self.state.global_step + 1
         for (kind, layer), scores_U in self._gradients.scores(self._masks.kinds_by_layer).items():
             self._masks.average(kind, layer, scores_U)
@@ -238,7 +238,7 @@ class _MaskingTrainer(_LoraTrainer):
 
 
 class _BeforeEachStep(TrainerCallback):  # type: ignore[misc]
-    """Calls an action where the optimizer is about to step, once the engine exists."""
+    """Calls an action before each step of the optimizer, once the engine exists."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self._action = action
@@ -248,8 +248,8 @@ class _BeforeEachStep(TrainerCallback):  # type: ignore[misc]
 
 
 class _PrepareEngine(TrainerCallback):  # type: ignore[misc]
-    """What can be done only once the engine exists: shorten its groups' timeouts, restore the optimizer, and gather
-    what stays gathered.
+    """Does what can be done only once the engine exists: shorten its groups' timeouts, restore the optimizer, and
+    gather what stays gathered.
     """
 
     def __init__(self, task: FineTuning, whole: bool, world: World) -> None:
@@ -271,7 +271,7 @@ def _restore(model: nn.Module, start: Snapshot, rank: int) -> None:
     parameters = _trained(model)
     zero_optimizer = parameters[0][1]._z3_optimizer
     for flat in zero_optimizer.fp32_partitioned_groups_flat:
-        # torch's AdamW makes its state in its first step.
+        # torch's AdamW would make its state only in its first step.
         moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
         zero_optimizer.optimizer.state[flat] = {"step": torch.tensor(float(start.step)), **moments}
     for name, parameter in parameters:

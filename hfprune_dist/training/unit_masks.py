@@ -1,4 +1,4 @@
-"""Units that are masked one after the other while a model trains: their averaged scores, and which of them are gone."""
+"""Units that are masked little by little while a model trains: their averaged scores, and which of them are gone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hfprune_dist.core.selection import top_units
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.units import Units
 
-# What begins the names of its tensors in a snapshot.
+# Prefix of the names of their tensors in a snapshot.
 PREFIX = "units."
 
 
@@ -23,10 +23,10 @@ class _Masked:
     """The units of one kind in one layer.
 
     Attributes:
-        gone: how many are masked at the end.
-        average_U: float64, of their scores; on the CPU.
-        stays_U: bool; on the CPU.
-        mask_C: of the channels that the output projection reads, 0 or 1; on the model's device once there is a model.
+        gone: how many units are masked at the end.
+        average_U: averages of their scores, float64, on the CPU.
+        stays_U: whether they stay, bool, on the CPU.
+        mask_C: 0 or 1 for each channel that the output projection reads, on the model's device; None before ``attach``.
     """
 
     units: Units
@@ -37,15 +37,15 @@ class _Masked:
 
 
 class UnitMasks:
-    """Of all layers that lose units.
+    """Masks for all layers that lose units.
 
     A unit is masked where the output projection of its block reads it: its channels of that input are multiplied by 0,
-    which is the same as if its weights were gone.
+    which has the same effect as removing its weights.
 
     Args:
         structures: the kinds of units that the model has, by name.
-        shape: what is to be left at the end; no layer goes.
-        tensors: what ``state`` gave; None before the first step.
+        shape: what is to be left at the end; all layers stay.
+        tensors: what ``state`` returned; None before the first step.
     """
 
     def __init__(
@@ -63,24 +63,24 @@ class UnitMasks:
 
     @property
     def kinds_by_layer(self) -> dict[int, list[Units]]:
-        """Number of each layer that loses units -> the kinds of which it does."""
+        """Number of each layer that loses units -> the kinds of units that it loses."""
         layers = sorted({layer for _, layer in self._masked})
         return {it: [masked.units for (_, layer), masked in self._masked.items() if layer == it] for it in layers}
 
     def attach(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        """Let a model compute without what is masked, now and as more is."""
+        """Make a model compute without the masked units, now and as more are masked."""
         for (_, layer), it in self._masked.items():
             it.mask_C = torch.empty(len(it.stays_U) * it.units.channels_per_unit, device=device, dtype=dtype)
             model.get_submodule(it.units.tensor(layer, it.units.output)).register_forward_pre_hook(_masking(it))
         self._show()
 
     def average(self, kind: str, layer: int, scores_U: Tensor) -> None:
-        """Take a step's scores of a layer's units, float64 [units], into their average."""
+        """Update the averages of a layer's units with the scores of a step, float64 [units]."""
         it = self._masked[kind, layer]
         it.average_U = averaged(it.average_U, scores_U)
 
     def mask(self, step: int, total_steps: int) -> None:
-        """Mask the units with the lowest averages, as many as are to be gone after a step; those that are stay so."""
+        """Mask as many units as are to be gone after a step, the lowest averages first; masked units stay masked."""
         for it in self._masked.values():
             gone = gone_after(step, total_steps, it.gone)
             if gone:
@@ -90,21 +90,21 @@ class UnitMasks:
         self._show()
 
     def state(self) -> dict[str, Tensor]:
-        """What a snapshot holds."""
+        """Tensors for a snapshot."""
         told: dict[str, Tensor] = {}
         for (kind, layer), it in self._masked.items():
             told |= {_name(kind, layer, "average"): it.average_U, _name(kind, layer, "stays"): it.stays_U}
         return told
 
     def kept(self) -> Kept:
-        """What isn't masked."""
+        """The units that aren't masked."""
         rows = {kind: [torch.arange(count) for count in units.counts] for kind, units in self._kinds.items()}
         for (kind, layer), it in self._masked.items():
             rows[kind][layer] = it.stays_U.nonzero().flatten()
         return Kept.of_all_layers(rows)
 
     def _show(self) -> None:
-        """Let the model see what is masked. Between steps alone: activations that wait for backward are of one mask."""
+        """Apply the masks to the model. Only between steps: all activations that wait for backward are of one mask."""
         for it in self._masked.values():
             if it.mask_C is not None:
                 it.mask_C.copy_(it.stays_U.repeat_interleave(it.units.channels_per_unit))

@@ -1,6 +1,6 @@
-"""Frozen weights whole on every rank, and training with the bits that it has where they are sharded.
+"""Training with frozen weights whole on every rank, and with the same bits as if they were sharded.
 
-DeepSpeed then knows the LoRA weights alone. It keeps their optimizer's states sharded, and reduces their gradients.
+DeepSpeed then manages only the LoRA weights: it keeps their optimizer states sharded, and reduces their gradients.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from hfprune_dist.training.fine_tuning import FineTuning
 
 
 def place_training(task: FineTuning, world: World) -> Placement:
-    """Decide together how a training lies in the memory that is free; the rank with the least decides for all."""
+    """Decide together how to place a training in the free memory; the rank with the least of it decides for all."""
     job = Train.of(task.settings, len(task.rows(0)["input_ids"]), task.distills)
     gpus = Gpus(nodes=1, per_node=world.size, memory=min(world.gather(free_bytes(world))))
     return place(job, checkpoint_dimensions(task.checkpoint), gpus, task.sharding)
 
 
 def with_whole_weights(model: nn.Module, world: World) -> nn.Module:
-    """A model with LoRA layers, ready for DeepSpeed to shard nothing of it but LoRA's optimizer states."""
-    _keep_whole(model.to(world.device))  # a head that shares the embedding's weight would be moved apart afterwards
+    """Prepare a model with LoRA layers so that DeepSpeed shards nothing of it but LoRA's optimizer states."""
+    _keep_whole(model.to(world.device))  # later, this would separate a head that shares the embedding's weight
     _compute_as_sharded(model)
     return model
 
 
 def _keep_whole(model: nn.Module) -> None:
-    """Make what is frozen no parameter: DeepSpeed shards all parameters, and leaves buffers alone."""
+    """Turn frozen parameters into buffers: DeepSpeed shards all parameters, and leaves buffers as they are."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not parameter.requires_grad:
@@ -44,10 +44,10 @@ def _keep_whole(model: nn.Module) -> None:
 
 
 def _compute_as_sharded(model: nn.Module) -> None:
-    """Round where DeepSpeed's hooks and its linear layers let a sharded model round, so that the bits are the same.
+    """Round where DeepSpeed's hooks and linear layers make a sharded model round, so that the bits are the same.
 
-    Gradients of what a projection or a norm reads are added up for it alone before the rest of its layer's are added; a
-    bias is added to a product that is rounded already; products of LoRA's gradients have the same order of factors.
+    Gradients of what a projection or a norm reads are added up separately before the rest of the layer's are added; a
+    bias is added to a product that is already rounded; products in LoRA's gradients have the same order of factors.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer) or type(module).__name__.endswith(("Norm", "MLP")):
@@ -67,6 +67,6 @@ def _train_linear(linear: nn.Linear, x_BTC: Tensor) -> Tensor:
 
 
 def _run_frozen(linear: nn.Linear, x_BTC: Tensor) -> Tensor:
-    """Keeps no inputs for backward, as DeepSpeed's would."""
+    """Run a frozen layer without keeping its inputs for backward, which DeepSpeed's would keep."""
     product_BTC = nn.functional.linear(x_BTC, linear.weight)
     return product_BTC if linear.bias is None else product_BTC + linear.bias

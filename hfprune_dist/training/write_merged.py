@@ -1,4 +1,4 @@
-"""A trained adapter merged into a checkpoint, by all ranks."""
+"""Merging a trained adapter into a checkpoint, on all ranks."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def write_trained(checkpoint: Checkpoint, trained: Snapshot, settings: LoraTrain
 def write_merged(
     checkpoint: Checkpoint, draft: Path, world: World, progress: Progress, kept: Kept | None = None
 ) -> None:
-    """Write a Hugging Face folder of the checkpoint's layout, with the ``adapter/`` that rank 0 has written added in.
+    """Write a Hugging Face folder with the checkpoint's layout, and the ``adapter/`` that rank 0 has written merged in.
 
-    Weight files are shared out over the ranks.
+    Ranks share the weight files.
 
     Args:
-        kept: what is left of the units of all layers after that, with ``kept.json`` beside it; None: all of them.
+        kept: the units of all layers that stay after merging, also written to ``kept.json``; None for all of them.
     """
     world.barrier()
     adapter = read_adapter(draft / ADAPTER)
