@@ -14,20 +14,20 @@ from torch import nn
 
 
 def skip_inference_kernels() -> None:
-    """Before ``deepspeed.init_distributed``: don't compile a shared-memory all-reduce.
+    """Keep DeepSpeed from compiling a shared-memory all-reduce; to be called before ``deepspeed.init_distributed``.
 
-    DeepSpeed's inference engine alone uses it. It takes half a minute, and a compiler that not every node has.
+    Only DeepSpeed's inference engine uses it. Compiling takes half a minute, and a compiler that not every node has.
     """
     deepspeed.ops.__compatible_ops__ = {}
 
 
 @contextmanager
 def torchs_linear_afterwards() -> Iterator[None]:
-    """Undo at the end what loading a sharded model for training does to ``torch.nn.functional.linear``.
+    """Undo, when the context ends, what loading a sharded model for training does to ``torch.nn.functional.linear``.
 
-    DeepSpeed replaces it for the whole process, and never puts it back. Its own keeps no gathered weight for backward,
-    which training needs, but it rounds before it adds a bias: what runs later in the process would have other bits than
-    in a process that trained nothing. Frozen models do without it (``zero3.zero3_config``).
+    DeepSpeed replaces it for the whole process, and never puts it back. Its version keeps no gathered weights for
+    backward, as training needs, but rounds before it adds a bias: what runs later in the process would have other bits
+    than in a process that trained nothing. Frozen models do without it (``zero3.zero3_config``).
     """
     linear = torch.nn.functional.linear
     try:
@@ -37,20 +37,20 @@ def torchs_linear_afterwards() -> Iterator[None]:
 
 
 def begin_steps_at(part: nn.Module, engine: Any) -> None:
-    """Let a step begin with each forward of a part of the engine's module.
+    """Make every forward of a part of the engine's module begin a step.
 
     DeepSpeed learns the order of layers in one step and gathers ahead in the next. It takes a forward of the whole
-    module for the beginning of a step; where the part alone is run, no second step would ever begin.
+    module for the beginning of a step; if only the part is run, no second step would ever begin.
     """
     coordinator = engine.optimizer.get_param_coordinator()
     part.register_forward_pre_hook(lambda *_: coordinator.reset_step(), prepend=True)
 
 
 def rearming(model: nn.Module) -> Callable[[], None]:
-    """Call it after a forward; what it returns readies the model's hooks for one more backward of that forward.
+    """Call after a forward; returns a function that readies the model's hooks for one more backward of that forward.
 
     DeepSpeed counts how often each module's parameters are to be gathered and released in backward, and counts down
-    to nothing in the first one: a second backward over the same graph would find the parameters gone.
+    to zero in the first one: a second backward over the same graph would find the parameters gone.
     """
     counters = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
     counts = [
@@ -65,9 +65,9 @@ def rearming(model: nn.Module) -> Callable[[], None]:
 
 
 def keep_gathered(model: nn.Module) -> None:
-    """Gather the parameters of a model that trains now and after each step, and not for each of its modules.
+    """Gather the parameters of a model in training at once and after each step, instead of for each of its modules.
 
-    DeepSpeed's hooks take longer than small layers themselves, and there would be nothing for them to do. All
+    DeepSpeed's hooks take longer than small layers themselves, and would have nothing to do. All
     parameters must be below the configuration's ``stage3_param_persistence_threshold``.
     """
     first: Any = next(model.parameters())
@@ -77,9 +77,9 @@ def keep_gathered(model: nn.Module) -> None:
 
 
 def before_each_step(model: nn.Module, action: Callable[[], None]) -> None:
-    """Call an action before each step of the optimizer of a model that trains, which then still has its gradients.
+    """Call an action before each optimizer step of a model in training, while its gradients are still there.
 
-    A backward and the step after it are one call for accelerate, and gradients are gone when that returns.
+    For accelerate, a backward and the step after it are one call, and gradients are gone when that returns.
     """
     first: Any = next(it for it in model.parameters() if it.requires_grad)
     optimizer = first._z3_optimizer
@@ -93,13 +93,13 @@ def before_each_step(model: nn.Module, action: Callable[[], None]) -> None:
 
 
 def empty_shards(model: nn.Module) -> None:
-    """Give the memory of a sharded model's weights back: DeepSpeed holds on to the model for ever."""
+    """Free the memory of a sharded model's weights: DeepSpeed holds on to the model for ever."""
     parameters: Iterable[Any] = model.parameters()
     for parameter in parameters:
         parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
 
 
 def limit_timeouts(minutes: int) -> None:
-    """Let no process group wait longer: DeepSpeed makes some that wait for half an hour, and has no setting for it."""
+    """Limit the timeouts of all process groups: DeepSpeed makes some of half an hour, and has no setting for it."""
     for group in dist.distributed_c10d._world.pg_map:
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=minutes), group)

@@ -1,6 +1,6 @@
-"""The same bits from every run on GPUs, where the fastest kernels add up in an order that changes from run to run.
+"""The same bits from every run on GPUs, whose fastest kernels add up in an order that changes from run to run.
 
-Stages whose results are promised to have the same bits compute so. On CPUs nothing is needed.
+Stages that promise results with the same bits compute this way. On CPUs, nothing needs to be done.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-# Kinds of stages that promise it. Recovery and evaluation are free to use the fastest kernels.
+# Kinds of stages that promise the same bits. Recovery and evaluation are free to use the fastest kernels.
 REPRODUCIBLE = frozenset({"importance", "reference", "prune"})
 
 
 def compute_deterministically() -> None:
-    """Let every operation on a GPU have the same bits each time, or raise; before CUDA starts.
+    """Make every GPU operation give the same bits each time, or raise; to be called before CUDA starts.
 
-    GPUs of one model and one version of the libraries are meant: others have other kernels.
+    This holds for GPUs of one model and one version of the libraries: others have other kernels.
     """
-    # Else cuBLAS may choose among kernels by the scratch memory that other streams leave it.
+    # Otherwise, cuBLAS may choose among kernels by the scratch memory that other streams leave it.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     filling: Any = torch.utils.deterministic

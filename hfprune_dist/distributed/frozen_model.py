@@ -16,23 +16,23 @@ from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
 
 Sharding = Literal["replicate", "zero3"]
-# Where torch's allocations begin, in bytes.
+# Alignment of torch's allocations, in bytes.
 ALIGNMENT = 64
 
 
 def choose_sharding(
     requested: Literal["auto", "replicate", "zero3"], checkpoint: Checkpoint, dtype: torch.dtype, world: World
 ) -> Sharding:
-    """Decide together how to place a model: whole on each rank where the weights fit everywhere, else sharded."""
+    """Decide together how to place a model: whole on each rank if the weights fit everywhere, otherwise sharded."""
     if requested != "auto":
         return requested
     fits = checkpoint.parameters * dtype.itemsize <= WEIGHTS_SHARE * free_bytes(world)
-    # One rank alone gains nothing from sharding.
+    # A single rank gains nothing from sharding.
     return "replicate" if all(world.gather(fits)) or world.size == 1 else "zero3"
 
 
 def free_bytes(world: World) -> float:
-    """Of this rank: of its GPU, or its share of the main memory that is available."""
+    """Free memory of this rank: its GPU's, or its share of the available main memory."""
     if world.device.type == "cuda":
         return float(torch.cuda.mem_get_info(world.device)[0])
     return float(psutil.virtual_memory().available / world.local_size)
@@ -42,7 +42,7 @@ class FrozenModel:
     """A causal language model without gradients, placed on the ranks of a world.
 
     Attributes:
-        module: the Hugging Face model. Where it is sharded, each of its forwards is a collective of all ranks.
+        module: the Hugging Face model. If it is sharded, each of its forwards is a collective of all ranks.
         world: the ranks.
     """
 
@@ -62,18 +62,18 @@ class FrozenModel:
             self.module.register_forward_pre_hook(self._announce, prepend=True)
 
     def final_hidden(self, input_ids_T: Tensor) -> Tensor:
-        """Final hidden states [T, hidden_size] of one sequence. Sharded: every rank must call it equally often."""
+        """Final hidden states [T, hidden_size] of one sequence. If sharded, all ranks must call it equally often."""
         return self.run_body(input_ids_T[None])[0]
 
     @torch.no_grad()
     def run_body(self, input_ids_BT: Tensor) -> Tensor:
-        """The same of several sequences [B, T, hidden_size]."""
+        """Final hidden states of several sequences [B, T, hidden_size]; see ``final_hidden``."""
         body = self._family.body_of(self.module)
         hidden_BTC: Tensor = body(input_ids=input_ids_BT.to(self.world.device), use_cache=False).last_hidden_state
         return hidden_BTC
 
     def release(self) -> None:
-        """Give the memory of the weights back; the model can't be used any more."""
+        """Free the memory of the weights; the model can't be used any more."""
         if self._sharded:
             from hfprune_dist.distributed.deepspeed_patches import empty_shards
 
@@ -83,7 +83,7 @@ class FrozenModel:
 
     @contextmanager
     def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The whole weight [vocabulary, hidden_size] and bias of the head, for as long as the context lasts."""
+        """Yield the whole weight [vocabulary, hidden_size] and bias of the head, for use within the context."""
         head = self._family.head_of(self.module)
         if self._sharded:
             from hfprune_dist.distributed.zero3 import gathered
@@ -94,9 +94,9 @@ class FrozenModel:
             yield head.weight.data, None if head.bias is None else head.bias.data
 
     def join_idle_forwards(self) -> None:
-        """Run along in the other ranks' forwards of ``module`` until no rank needs one more.
+        """Take part in the other ranks' forwards of ``module`` until no rank needs another one.
 
-        Lets the ranks of a sharded model make different numbers of forwards: call it when done. All ranks must.
+        This lets ranks of a sharded model make different numbers of forwards. Every rank must call it when done.
         """
         if not self._sharded:
             return
@@ -108,13 +108,13 @@ class FrozenModel:
         self._idle = False
 
     def _announce(self, *_: Any) -> None:
-        """Before a forward: tell the ranks that are done to run along."""
+        """Tell the ranks that are done, before a forward, to take part in it."""
         if not self._idle:
             self.world.gather(True)
 
 
 def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> nn.Module:
-    """A model with all its weights on this rank, none of which needs a gradient."""
+    """Load a model with all its weights on this rank, none of which needs a gradient."""
     model = load_causal_lm(checkpoint.path, dtype)
     if checkpoint.family.experts:
         _align(model)
@@ -123,9 +123,9 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, world: World) -> nn.M
 
 
 def _align(model: nn.Module) -> None:
-    """Let weights begin where those do that are gathered from ranks, and not where their file happens to be mapped.
+    """Align weights as those that are gathered from ranks are, rather than as their file happens to be mapped.
 
-    On CPUs, products of the few tokens that an expert may have would have other bits.
+    Otherwise, on CPUs, products with the few tokens that an expert may have would have other bits.
     """
     for parameter in model.parameters():
         if parameter.data_ptr() % ALIGNMENT:
@@ -133,7 +133,7 @@ def _align(model: nn.Module) -> None:
 
 
 def release_whole(module: nn.Module) -> None:
-    """Give the memory of its weights back."""
+    """Free the memory of a module's weights."""
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)
 

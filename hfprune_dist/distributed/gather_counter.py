@@ -1,4 +1,4 @@
-"""Counting what ZeRO-3 gathers."""
+"""Counts of what ZeRO-3 gathers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Gathered:
 
     Attributes:
         calls: collectives; one may gather several parameters.
-        bytes: of whole parameters, padding to a multiple of the ranks included.
+        bytes: size of whole parameters, including padding to a multiple of the number of ranks.
     """
 
     calls: int = 0
@@ -26,7 +26,7 @@ class Gathered:
 
 @contextmanager
 def counting_gathers() -> Iterator[Gathered]:
-    """Count the all-gathers that DeepSpeed starts for as long as the context lasts."""
+    """Count the all-gathers that DeepSpeed starts within the context."""
     gathered = Gathered()
     backend: Any = comm.cdb
     original = backend.all_gather_function

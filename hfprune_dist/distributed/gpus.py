@@ -1,4 +1,4 @@
-"""Which GPU a rank computes on: one of its own, whatever the launcher lets it see."""
+"""The choice of a rank's GPU: one of its own, whatever the launcher lets it see."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hfprune_dist.errors import UserError
 if TYPE_CHECKING:
     from hfprune_dist.distributed.world import World
 
-# A node and what tells its GPUs apart there.
+# A node, and an address that tells its GPUs apart.
 Place = tuple[str, str]
 
 
 def claim_device(environment: MutableMapping[str, str]) -> torch.device:
-    """The GPU of this rank, which becomes the current one; the CPU where there is none.
+    """Return this rank's GPU, and make it the current one; the CPU if there is none.
 
-    A launcher may show a rank all GPUs of the node, those of its own, or one. Of what it sees it takes the one of its
-    local number, counted round: that is one of its own in each case, as ``require_own_gpus`` checks.
+    A launcher may show a rank all GPUs of the node, only its own, or one. Among those that it sees, it takes the one of
+    its local rank, modulo their number: in each case one of its own, as ``require_own_gpus`` checks.
 
     Args:
-        environment: ``LOCAL_RANK`` becomes the GPU's number, which DeepSpeed and accelerate take it for.
+        environment: ``LOCAL_RANK`` becomes the GPU's number, which is how DeepSpeed and accelerate read it.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -35,17 +35,17 @@ def claim_device(environment: MutableMapping[str, str]) -> torch.device:
 
 
 def place_of(device: torch.device) -> Place | None:
-    """Where a GPU is; None for a CPU."""
+    """Return the place of a GPU; None for a CPU."""
     if device.type != "cuda":
         return None
     gpu: Any = torch.cuda.get_device_properties(device)
-    # Slices of one GPU have its address on the bus, by which NCCL tells GPUs apart. torch before 2.9 doesn't tell it.
+    # Slices of one GPU share its bus address, by which NCCL tells GPUs apart. torch before 2.9 doesn't report it.
     address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}" if hasattr(gpu, "pci_bus_id") else str(gpu.uuid)
     return socket.gethostname(), address
 
 
 def require_own_gpus(world: World, place: Place | None) -> None:
-    """Check that no two ranks compute on one GPU, which NCCL refuses; collective.
+    """Check that no two ranks compute on the same GPU, which NCCL refuses; collective.
 
     Raises:
         UserError: naming the ranks and the GPU, on all ranks.

@@ -1,6 +1,6 @@
-"""Gram matrices and sums of squares over the windows of all ranks, with the same bits on any number of them.
+"""Gram matrices and sums of squares over the windows of all ranks, with the same bits on any number of ranks.
 
-Micro-batches are of two kinds: most are fitted, some are held out to choose how much to trust the others.
+There are two kinds of micro-batches: most are fitted, some are held out to choose how much to trust the others.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.distributed.window_sums import WindowSums
 from hfprune_dist.distributed.world import World
 
-# Of so many micro-batches one is held out.
+# One micro-batch in so many is held out.
 HOLD_OUT_EVERY = 8
 
 
 @dataclass(frozen=True)
 class Grams:
-    """Mean of h h^T over tokens: float64, on the device, on every rank; h a layer's activations, or what else is asked.
+    """Mean of h h^T over tokens: float64, on the device, on every rank; h is a layer's activations, or other vectors.
 
     Attributes:
         fitted_DD: over the micro-batches that are fitted.
-        held_out_DD: over those that are kept apart.
-        held_out_share: of all tokens.
+        held_out_DD: over those that are held out.
+        held_out_share: the share of all tokens that is held out.
     """
 
     fitted_DD: Tensor
@@ -35,11 +35,11 @@ class Grams:
     held_out_share: float
 
     def to(self, device: torch.device) -> Grams:
-        """The same on a device."""
+        """The same matrices on a device."""
         return Grams(self.fitted_DD.to(device), self.held_out_DD.to(device), self.held_out_share)
 
     def whole(self) -> Tensor:
-        """Over all micro-batches, as large as each of both."""
+        """The mean over all micro-batches, a new matrix that is as large as either of them."""
         return self.fitted_DD.lerp(self.held_out_DD, self.held_out_share)
 
 
@@ -47,7 +47,7 @@ class GramSums(WindowSums[tuple[ExactGram, ExactGram], Tensor]):
     """Exact sums of Gram matrices over fitted and over held-out micro-batches, on one rank."""
 
     def of_all_ranks(self) -> tuple[Tensor, Tensor]:
-        """The sums, float64 [size, size] each. Collective; what this rank added is gone afterwards."""
+        """The sums, float64 [size, size] each. Collective; this rank's own sums are gone afterwards."""
         fitted, held_out = self._begun()
         self._sums = None
         return self._added_up(fitted), self._added_up(held_out)
@@ -66,13 +66,13 @@ class GramSums(WindowSums[tuple[ExactGram, ExactGram], Tensor]):
 
 
 class ExpertGramSums(WindowSums[list[tuple[ExactGram, ExactGram]], Sequence[Tensor]]):
-    """The same for each expert of a layer, which is given some of a micro-batch's tokens, or none.
+    """``GramSums`` for each expert of a layer, which is given some of a micro-batch's tokens, or none.
 
-    Their scales come from one micro-batch as well. What it hardly shows of an expert is taken to be as large as what
-    experts read in the mean.
+    Here too, scales come from a single micro-batch. Channels that it hardly shows are assumed to be as large as the
+    mean over all experts' channels.
 
     Args:
-        size: of a vector.
+        size: length of a vector.
     """
 
     def __init__(self, number: int, size: int, experts: int, count: int, world: World) -> None:
@@ -80,8 +80,8 @@ class ExpertGramSums(WindowSums[list[tuple[ExactGram, ExactGram]], Sequence[Tens
         self._experts = experts
 
     def of_all_ranks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Expert after expert the sums, float64 [size, size] each: 0 of what is too small for the scale. Collective;
-        what this rank added is gone on the way.
+        """Yield each expert's sums, float64 [size, size] each; 0 if they are too small for the scale. Collective; this
+        rank's own sums are released on the way.
         """
         left = self._begun()[::-1]
         self._sums = None
@@ -122,6 +122,6 @@ class SquareSums(WindowSums[ExactSquares, Tensor]):
 
 
 def is_held_out(index: int, count: int) -> bool:
-    """Whether a micro-batch, one of ``count``, is kept apart from those that are fitted."""
+    """Whether the micro-batch ``index``, one of ``count``, is held out rather than fitted."""
     every = min(HOLD_OUT_EVERY, count)
     return count > 1 and index % every == every - 1

@@ -1,12 +1,12 @@
-"""Copies between main memory and a GPU that go on while it computes. Where the CPU computes, nothing is copied.
+"""Copies between main memory and a GPU that overlap with its computations. Where the CPU computes, nothing is copied.
 
-What is needed next is on its way while the GPU works on what is there, and a result goes back while the next one is
-computed. Every tensor is copied once, through pinned memory, with at most two on their way in one direction.
+What is needed next is on its way while the GPU works on what has arrived, and a result goes back while the next one is
+computed. Every tensor is copied once, through pinned memory, with at most two on their way in each direction.
 
-Copies of hidden states have streams of their own, but no memory: that is of the stream that computes. Two rules keep it
-from being in use twice. A copy begins once the GPU has done what it was asked to before, since its target may have been
-freed before that was done. And both of its tensors are held until it is over, or what is computed next waits for it.
-Weights have memory of their stream's own, which begins as soon as a file is read.
+Copies of hidden states have streams of their own, but use memory of the computing stream. Two rules keep memory from
+being used twice at once. A copy begins only when the GPU has done the work queued before it, which may still use what
+is now the copy's target. And both of its tensors are held until it is over, or until the next computation is set to
+wait for it. Weights use memory of their own stream, whose copies begin as soon as a file is read.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ Weights = dict[str, Tensor]
 
 
 class InFlight(Protocol[U_co]):
-    """Something on its way."""
+    """A transfer that may still be on its way."""
 
     def wait(self) -> U_co:
-        """What arrives, for whatever is computed from now on; to be asked for once."""
+        """Return what arrives, for use in computations from now on; to be called once."""
 
     def settle(self) -> None:
-        """Return once nothing is on its way any more; what it took is free afterwards."""
+        """Block until the transfer is over; the memory that it took is free afterwards."""
 
 
 def one_ahead(items: Iterable[tuple[K, T]], begin: Callable[[T], InFlight[U]]) -> Iterator[tuple[K, U]]:
-    """Hand out what arrives of each item, in order, when the next one has been begun.
+    """Yield what arrives for each item, in order, once the next item has been sent.
 
-    However it ends, nothing is on its way afterwards.
+    However the iteration ends, nothing is on its way afterwards.
 
     Args:
-        items: (key, item). An item is asked for when the one before the last has been handed out.
+        items: (key, item) pairs. One is requested once the pair two places before it has been handed out.
         begin: sends an item on its way.
     """
     handed_out: InFlight[U] | None = None
@@ -70,45 +70,45 @@ def one_ahead(items: Iterable[tuple[K, T]], begin: Callable[[T], InFlight[U]]) -
 
 
 class Lanes(Protocol):
-    """The ways between main memory and a device."""
+    """Ways between main memory and a device."""
 
     def to_device(self, tensor: Tensor) -> InFlight[Tensor]:
-        """Send a tensor of the main memory to the device."""
+        """Send a tensor from main memory to the device."""
 
     def to_host(self, tensor: Tensor) -> InFlight[Tensor]:
-        """Send a tensor of the device back."""
+        """Send a tensor from the device to main memory."""
 
     def weights(self, reader: LayerReader, number: int) -> InFlight[Weights]:
         """Read a layer's weights, and send them to the device."""
 
 
 class HostTransfers:
-    """What a pass layer by layer moves between main memory and the device that computes."""
+    """Transfers, in a pass layer by layer, between main memory and the device that computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._lanes = lanes_of(device)
 
     def to_device(self, states: States) -> Iterator[tuple[int, Tensor]]:
-        """Tensors of the main memory by a number, one after another on the device."""
+        """Move numbered tensors from main memory to the device, one after another."""
         yield from states if self._lanes is None else one_ahead(states, self._lanes.to_device)
 
     def to_host(self, states: States) -> Iterator[tuple[int, Tensor]]:
-        """Tensors of the device by a number, one after another in main memory; each when the next one is computed."""
+        """Move numbered tensors from the device to main memory, one by one; each arrives once the next is computed."""
         yield from states if self._lanes is None else one_ahead(states, self._lanes.to_host)
 
     def through(self, states: States, compute: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """What the device computes of tensors of the main memory, in main memory."""
+        """Compute something from each of some tensors on the device; they and the results are in main memory."""
         yield from self.to_host(self._computed(states, compute))
 
     def _computed(self, states: States, compute: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         for index, tensor in self.to_device(states):
             yield index, compute(tensor)
-            del tensor  # else it would still be there when the one after the next is sent
+            del tensor  # or it would still be there when the one after the next is sent
 
     def layers(self, reader: LayerReader, numbers: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
-        """Layers of a checkpoint by their numbers, one after another.
+        """Yield layers of a checkpoint with their numbers, one after another.
 
-        A GPU has two at a time, if whoever gets one lets it go before the next.
+        A GPU holds two at a time, if the caller drops each layer before asking for the next.
         """
         if self._lanes is None:
             for number in numbers:
@@ -121,17 +121,17 @@ class HostTransfers:
 
 
 def lanes_of(device: torch.device) -> Lanes | None:
-    """Those to a device; None to the CPU, whose memory is the main memory."""
+    """Return the lanes to a device; None for the CPU, whose memory is the main memory."""
     return CudaLanes(device) if device.type == "cuda" else None
 
 
 class CudaLanes:
-    """Those to a GPU that computes in its default stream."""
+    """Lanes to a GPU that computes in its default stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._inward, self._outward, self._files = (torch.cuda.Stream(device) for _ in range(3))
-        self._reader = ThreadPoolExecutor(1)  # whose thread ends with it
+        self._reader = ThreadPoolExecutor(1)  # its thread ends with this object
 
     def to_device(self, tensor: Tensor) -> InFlight[Tensor]:
         """See ``Lanes``."""
@@ -147,11 +147,11 @@ class CudaLanes:
         return _ToHost(tensor, pinned, self._outward)
 
     def weights(self, reader: LayerReader, number: int) -> InFlight[Weights]:
-        """See ``Lanes``; they are read in a thread, since files are slow and conversions take the CPU's time."""
+        """See ``Lanes``; weights are read in a thread, since files are slow and conversions take the CPU's time."""
         return _Reading(self._reader.submit(reader.weights, number, self._placed), self._device)
 
     def _placed(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor of a file on the device, in a dtype, portion after portion."""
+        """Copy a tensor of a file to the device, in a dtype, portion by portion."""
         with torch.cuda.stream(self._files):
             placed = torch.empty(tensor.shape, dtype=dtype, device=self._device)
             portions = (it.reshape(-1).split(PINNED_BYTES // dtype.itemsize) for it in (tensor, placed))
@@ -187,13 +187,13 @@ class _ToDevice(_Copy):
     def wait(self) -> Tensor:
         target = self._target()
         _computing(target.device).wait_event(self._over)
-        self._tensors = None  # of torch, which keeps the pinned memory until it has been read
+        self._tensors = None  # torch keeps the pinned memory until it has been read
         return target
 
 
 class _ToHost(_Copy):
     def wait(self) -> Tensor:
-        """A copy, as long as it is kept, and not the pinned memory."""
+        """Return a copy that may be kept for any time, rather than the pinned memory."""
         target = self._target()
         self.settle()
         return target.clone()
@@ -205,7 +205,7 @@ class _Arrival(_Copy):
 
 
 class _Reading:
-    """Weights that a thread reads; what is computed from now on needn't wait for them, and shares their memory."""
+    """Weights that a thread reads. Computations needn't wait for them once they are here, and share their memory."""
 
     def __init__(self, reading: Future[Weights], device: torch.device) -> None:
         self._future: Future[Weights] | None = reading
@@ -221,5 +221,5 @@ class _Reading:
 
     def settle(self) -> None:
         if self._future is not None and not self._future.cancel():
-            self._future.exception()  # once it is over
+            self._future.exception()  # waits until it is over
         self._future = None

@@ -11,14 +11,14 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a signal may come at onc
 
 
 class Interrupted(BaseException):
-    """All ranks have saved their work and leave together. Not an error, so no ``except Exception`` may stop it."""
+    """Raised when all ranks have saved and leave together. Not an error, so no ``except Exception`` may stop it."""
 
 
 class Interruption:
-    """Whether this process was asked to end early; by default nobody asks, and nothing is exchanged between ranks.
+    """A request to end this process early; unless it listens for one, nothing is exchanged between ranks.
 
     Attributes:
-        signal: the first signal that came, None before.
+        signal: the first signal that has arrived; None before that.
     """
 
     def __init__(self) -> None:
@@ -26,17 +26,17 @@ class Interruption:
         self._listening = False
 
     def listen(self, *signals: int) -> None:
-        """Take these signals as the request; all ranks of a stage must do so, or none."""
+        """Treat these signals as the request; all ranks of a stage must do so, or none."""
         self._listening = True
         for number in signals:
             signal.signal(number, self._note)
 
     def agreed(self, world: World) -> bool:
-        """Whether any rank was asked to end (a collective: every rank must call it at the same point)."""
+        """Whether any rank was asked to end; collective, so every rank must call it at the same point."""
         return self._listening and any(world.gather(self.signal is not None))
 
     def stop_if_agreed(self, world: World) -> None:
-        """Leave the stage where any rank was asked to; to be called where nothing would be lost.
+        """Leave the stage if any rank was asked to; to be called where nothing would be lost.
 
         Raises:
             Interrupted: on all ranks together.

@@ -1,4 +1,4 @@
-"""Hidden states of micro-batches on their way through the layers, on disk, so that a later attempt goes on there.
+"""Hidden states of micro-batches on their way through the layers, on disk, so that a later attempt can resume.
 
 <folder>/<layers done>.<micro-batch>.safetensors
 """
@@ -19,11 +19,11 @@ Named = Mapping[str, Tensor]
 
 
 class LayerStates:
-    """What was saved last, of all ranks' micro-batches; another number of ranks finds its own among them.
+    """The last saved states of all ranks' micro-batches; any number of ranks finds its own among them.
 
     Args:
         folder: for one pass and nothing else.
-        micro_batches: of all ranks; a rank has every so-manieth, beginning with the one at its number.
+        micro_batches: of all ranks; of N ranks, each has every Nth one, beginning with the one at its own number.
     """
 
     def __init__(self, folder: Path, micro_batches: Sequence[int], world: World) -> None:
@@ -33,7 +33,7 @@ class LayerStates:
         self._world = world
 
     def newest(self) -> tuple[int, dict[int, Named]]:
-        """After how many layers all micro-batches were saved, and this rank's; 0 and nothing where they weren't.
+        """After how many layers all micro-batches were saved, and this rank's states; 0 and none if they weren't.
 
         Collective. Damaged files are set aside.
         """
@@ -44,7 +44,7 @@ class LayerStates:
         return 0, {}
 
     def save(self, done: int, hidden: Mapping[int, Named]) -> None:
-        """Replace what was saved before, once every rank has saved; collective.
+        """Save states, and delete older ones once every rank has saved; collective.
 
         Args:
             hidden: micro-batch of this rank -> its hidden states.
@@ -59,13 +59,13 @@ class LayerStates:
                     file.unlink()
 
     def discard(self) -> None:
-        """Forget the pass, which is over; collective."""
+        """Delete the states of the pass, which is over; collective."""
         self._world.barrier()
         if self._world.is_first:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _complete(self) -> list[int]:
-        """Numbers of layers after which there is a file of every micro-batch, the largest first."""
+        """Numbers of layers after which there is a file for every micro-batch, the largest first."""
         found: dict[int, set[int]] = {}
         for file in self._folder.glob("*.*.safetensors"):
             done, index = file.name.split(".")[:2]

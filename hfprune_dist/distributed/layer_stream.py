@@ -1,6 +1,6 @@
 """Windows of text on their way through a model, layer by layer, with sums over what each layer reads on the way.
 
-Layer after layer, a pass is compared with what the whole model computes for one window
+After every layer, a pass is compared with what the whole model computes for one window
 (``distributed.whole_model_probe``).
 
 Every rank holds the hidden states of its own windows and one layer at a time: memory for a layer, its Gram matrix and
@@ -50,17 +50,17 @@ class LayerStream:
     """The windows of this rank, standing before one of the model's layers.
 
     Args:
-        windows_ST: those of all ranks, int64 [samples, sequence_length].
+        windows_ST: the windows of all ranks, int64 [samples, sequence_length].
         micro_batch_size: windows per forward.
-        probe: what the model itself computes for one of the windows, which the stream must reproduce; None where
+        probe: what the model itself computes for one of the windows, which the stream must reproduce; None if
             layers won't be run as they are.
 
     Attributes:
         num_layers: of the model.
 
     Raises:
-        UserError: where the model does more than look tokens up before its first layer; the same of what it does
-            between layers from ``advance`` and ``grams``, and after them from ``final_hidden``.
+        UserError: if the model does more than look tokens up before its first layer; ``advance`` and ``grams`` raise it
+            for what it does between layers, and ``final_hidden`` for what it does after them.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class LayerStream:
         self._check()
 
     def layers(self, numbers: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
-        """The next layers by their numbers, which are the same on every rank; see ``HostTransfers.layers``."""
+        """Yield the next layers with their numbers, the same on every rank; see ``HostTransfers.layers``."""
         return self._transfers.layers(self._reader, numbers)
 
     def advance(self, layer: nn.Module) -> None:
@@ -112,7 +112,7 @@ class LayerStream:
         self._hidden.update(self._transfers.through(self._hidden.items(), first_part))
 
     def advance_from(self, layer: nn.Module, mlp: Units) -> None:
-        """Go on from ``advance_to``, where the units' block is the layer's MLP and a residual one, as
+        """Continue from ``advance_to``, if the units' block is the layer's MLP and a residual one, as
         ``require_residual`` checks; the same bits as ``advance``.
         """
         block, enter = mlp_of(layer, mlp), entering(layer, mlp)
@@ -126,15 +126,15 @@ class LayerStream:
         self._step()
 
     def states_in(self, folder: Path) -> LayerStates:
-        """Where ``save`` and ``resume`` keep the stream."""
+        """Return the states, in a folder, for ``save`` and ``resume``."""
         return LayerStates(folder, range(self._count), self._world)
 
     def save(self, states: LayerStates) -> None:
-        """Keep the windows where they stand; collective."""
+        """Save the windows where they stand; collective."""
         states.save(self._done, {index: {HIDDEN: hidden_BTC} for index, hidden_BTC in self._hidden.items()})
 
     def resume(self, states: LayerStates) -> int:
-        """Go on where an earlier attempt was saved; returns the number of layers that are done. Collective."""
+        """Resume where an earlier attempt was saved; return the number of layers that are done. Collective."""
         done, saved = states.newest()
         if done:
             self._hidden = {index: named[HIDDEN] for index, named in saved.items()}
@@ -143,9 +143,9 @@ class LayerStream:
         return self._done
 
     def final_hidden(self) -> Iterator[tuple[int, Tensor]]:
-        """After the last layer, what the head reads: micro-batches of this rank, each [windows, tokens, hidden_size].
+        """Yield this rank's micro-batches as the head reads them after the last layer, [windows, tokens, hidden_size].
 
-        They leave the stream, one at a time.
+        They leave the stream one at a time.
         """
         norm = self._reader.final_norm()
         if self._guard is not None:
@@ -157,35 +157,35 @@ class LayerStream:
 
     @property
     def micro_batches(self) -> int:
-        """Of all ranks together."""
+        """Number of micro-batches on all ranks together."""
         return self._count
 
     @property
     def tokens(self) -> int:
-        """Of all ranks together."""
+        """Number of tokens on all ranks together."""
         return self._tokens
 
     @property
     def fitted_tokens(self) -> int:
-        """Of all ranks, in micro-batches that are not held out; where there is one micro-batch alone, it is both."""
+        """Number of all ranks' tokens that are not held out; if there is only one micro-batch, it is both."""
         return self._tokens - self._held_out_tokens
 
     def all_hidden(self) -> Mapping[int, Tensor]:
-        """Micro-batch of this rank -> where it stands now, on the CPU [windows, tokens, hidden_size]."""
+        """Micro-batch of this rank -> its current hidden states, on the CPU [windows, tokens, hidden_size]."""
         return dict(self._hidden)
 
     def standing(self) -> Iterator[tuple[int, Tensor]]:
-        """The same on the device, one after another."""
+        """Yield the micro-batches' current hidden states on the device, one after another."""
         return self._transfers.to_device(self._hidden.items())
 
     def require_residual(self, layer: nn.Module, kinds: Sequence[Units]) -> None:
-        """Check, on one window, that a layer adds its blocks' outputs to its residual stream as known; collective.
+        """Check, on one window, that a layer adds its blocks' outputs to its residual stream as expected; collective.
 
         Args:
-            kinds: whose blocks, in the order in which they follow one another, the layer's last one at the end.
+            kinds: the units whose blocks are checked, in the order of the blocks, the layer's last one at the end.
 
         Raises:
-            UserError: where one does not, e.g. since a norm follows its output projection.
+            UserError: if a block does not, e.g. because a norm follows its output projection.
         """
         streams: list[Tensor] = []
         outputs: list[Tensor] = []
@@ -209,10 +209,10 @@ class LayerStream:
             refuse_departure(error, TOLERANCES[self._dtype], what, "a method whose refit is dense or none works")
 
     def grams(self, number: int, layer: nn.Module, kinds: Sequence[Units]) -> dict[str, list[Grams]]:
-        """Add up Gram matrices of what the output projections of some kinds of units read, and advance on the way.
+        """Run windows through a layer, and return Gram matrices of what its output projections of some kinds read.
 
         Returns:
-            Kind of units -> Gram matrices of its channels in this layer: of each expert, or a single one.
+            Kind of units -> Gram matrices of its channels in this layer: one for each expert, or a single one.
 
         Raises:
             UserError: as ``GramSums.add`` and ``advance`` do.
@@ -235,7 +235,7 @@ class LayerStream:
         return [self.means(sums)]
 
     def channel_means(self, number: int, layer: nn.Module, kinds: Sequence[Units]) -> dict[str, Tensor]:
-        """The same with means of what these projections read, float64 [channels], on the device, on every rank."""
+        """As ``grams``, but with means of what projections read, float64 [channels], on the device, on every rank."""
         sizes = {units.kind: output_of(layer, units).in_features for units in kinds}
         sums = {kind: MeanSums(number, size, self._count, self._world) for kind, size in sizes.items()}
         self._add_up(layer, kinds, sums.values())
@@ -251,7 +251,7 @@ class LayerStream:
             of_kind.begin()
 
     def squares(self, number: int, layer: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-        """Add up the squares of what some linear modules of a layer read, and stay before it; collective.
+        """Add up the squares of what some linear modules of a layer read, but stay before the layer; collective.
 
         Args:
             names: of the modules within the layer.
@@ -276,7 +276,7 @@ class LayerStream:
         return {name: of_module.of_all_ranks() for name, of_module in zip(names, sums, strict=True)}
 
     def _summed(self, layer: nn.Module, kinds: Sequence[Units], sums: Sequence[_Sums]) -> Iterator[tuple[int, Tensor]]:
-        """What a layer makes of the windows, once what output projections read of it has been added to sums."""
+        """Yield a layer's outputs for the windows, once what its output projections read has been added to sums."""
         for index, hidden_BTC in self.standing():
             with ExitStack() as observers:
                 seen = [observers.enter_context(channels_read(layer, units)) for units in kinds]
@@ -287,7 +287,7 @@ class LayerStream:
             del hidden_BTC, output_BTC  # before the next are made
 
     def _step(self) -> None:
-        """The stream stands before the next layer; check the one behind it."""
+        """Move on to stand before the next layer, and check the one just passed."""
         self._done += 1
         self._check()
 
@@ -296,15 +296,15 @@ class LayerStream:
             self._guard.check(self._done, self._hidden)
 
     def sums_of(self, number: int, size: int) -> GramSums:
-        """For Gram matrices of vectors of some size, one for each token of this rank's windows; see ``means``.
+        """Sums for Gram matrices of vectors of some size, one for each token of this rank's windows; see ``means``.
 
         Args:
-            number: of the layer, for messages.
+            number: the layer's, for messages.
         """
         return GramSums(number, size, self._count, self._world)
 
     def means(self, sums: GramSums) -> Grams:
-        """Over all windows of all ranks, once those of this one are added and ``begin`` was called; collective."""
+        """Means over all ranks' windows, once this rank's are added and ``begin`` has been called; collective."""
         return self._means(*sums.of_all_ranks())
 
     def _means(self, fitted_DD: Tensor, held_out_DD: Tensor) -> Grams:

@@ -1,4 +1,4 @@
-"""Means of vectors over the windows of all ranks, with the same bits on any number of them."""
+"""Means of vectors over the windows of all ranks, with the same bits on any number of ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MeanSums(WindowSums[ExactSum, Tensor]):
 
     def _add(self, _index: int, vectors_ND: Tensor) -> None:
         wide = torch.promote_types(vectors_ND.dtype, torch.float32)
-        # Terms may cancel in the first sum, and not in others.
+        # The scale is of absolute values: terms may cancel in the first sum, and not in others.
         own = self._sums or self._at_scale_of(vectors_ND.abs().sum(dim=0, dtype=wide))
         own.add(vectors_ND.sum(dim=0, dtype=torch.float64))
 

@@ -1,4 +1,4 @@
-"""Solving layers that don't depend on each other, a different layer on each rank at the same time."""
+"""Solving independent layers, a different one on each rank at the same time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Work = TypeVar("Work")
 
 
 class Turns(Generic[Work]):
-    """Ranks take turns: each solves one layer of as many as there are ranks, all at the same time.
+    """Ranks take turns: out of as many layers as there are ranks, each solves one, all at the same time.
 
     Args:
-        layers: that are to be solved, ascending.
+        layers: the numbers of the layers to solve, ascending.
         solve: what a rank does with its layer; it saves the result.
     """
 
@@ -28,7 +28,7 @@ class Turns(Generic[Work]):
         return self._places[layer] % self._world.size == self._world.rank
 
     def add(self, layer: int, work: Work | None) -> None:
-        """Add the next layer; once every rank has one, they solve. Collective.
+        """Add the next layer; once every rank has one, all of them solve theirs. Collective.
 
         Args:
             work: of the rank whose turn it is; None on the others.
@@ -41,7 +41,7 @@ class Turns(Generic[Work]):
             self.finish()
 
     def finish(self) -> None:
-        """Solve what waits; collective, so that no rank leaves while another one still saves."""
+        """Solve the layers that wait; collective, so that no rank leaves while another one still saves."""
         if self._waiting is not None:
             self._solve(self._waiting)
             self._waiting = None

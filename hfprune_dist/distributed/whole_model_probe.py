@@ -1,7 +1,7 @@
-"""What a whole model computes for one window, which every pass through its layers one at a time must reproduce.
+"""Probes: what a whole model computes for one window, which a pass through its layers one by one must reproduce.
 
 Such a pass makes each layer from its weights and a configuration. An architecture can do more than that between its
-layers (scale embeddings, tell layers apart by their number), and a pass that doesn't know would prune on wrong numbers.
+layers (scale embeddings, treat layers by their number), and a pass unaware of that would prune on wrong numbers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 
 PROBE = "probe.safetensors"
-# Of a window, evenly spread: enough to see any departure, and little to keep of a large model.
+# Positions of a window, evenly spread: enough to see any departure, and little to keep even for a large model.
 POSITIONS = 32
-# What rounding explains: at the same shapes both computations have the same bits, elsewhere the order of sums differs.
+# Errors that rounding explains: with the same shapes, both have the same bits; otherwise, the order of sums differs.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
@@ -33,7 +33,7 @@ class Probe:
     """Hidden states of a whole model at some positions of one window.
 
     Attributes:
-        window_T: its token ids, int64 [tokens].
+        window_T: the window's token ids, int64 [tokens].
         states_LPC: in the model's dtype [num_layers + 2, positions, hidden_size]: what the first layer reads, what each
             layer puts out, and what the head reads.
     """
@@ -42,24 +42,24 @@ class Probe:
     states_LPC: Tensor
 
     def row_in(self, windows_ST: Tensor) -> int | None:
-        """Which of some windows it is."""
+        """Index of the probe's window among some windows; None if it isn't one of them."""
         if windows_ST.shape[1] != len(self.window_T):
             return None
         rows = (windows_ST == self.window_T).all(dim=1).nonzero().flatten().tolist()
         return rows[0] if rows else None
 
     def micro_batch_of(self, windows_ST: Tensor, micro_batch_size: int) -> Tensor:
-        """Of some windows, among which it is, those of its micro-batch."""
+        """The windows of the probe's micro-batch, out of some windows that contain the probe's."""
         row = self.row_in(windows_ST)
         assert row is not None, "the probe is of another window"
         first = row // micro_batch_size * micro_batch_size
         return windows_ST[first : first + micro_batch_size]
 
     def error(self, place: int, hidden_TC: Tensor) -> float:
-        """How far a window's hidden states are from the model's at a place of ``states_LPC``.
+        """Relative error of a window's hidden states against the model's at a place of ``states_LPC``.
 
         The root mean square, over positions, of |theirs - the model's| / |the model's|. Positions at which the model
-        itself is not finite don't count: that is for others to tell.
+        itself is not finite don't count: other checks report those.
         """
         model_PC = self.states_LPC[place].double()
         finite_P = model_PC.isfinite().all(dim=1)
@@ -81,10 +81,10 @@ def relative_error(ours_NC: Tensor, theirs_NC: Tensor) -> float:
 
 
 class Guard:
-    """Holds a pass against a probe, on the rank that has the probe's window.
+    """Checks a pass against a probe, on the rank that has the probe's window.
 
     Args:
-        windows_ST: those of the pass, int64 [windows, tokens]; the probe's is one of them.
+        windows_ST: the windows of the pass, int64 [windows, tokens]; the probe's is one of them.
         model_type: for messages.
     """
 
@@ -104,7 +104,7 @@ class Guard:
             hidden: micro-batch of this rank -> its hidden states [windows, tokens, hidden_size].
 
         Raises:
-            UserError: on all ranks, where they depart by more than rounding explains.
+            UserError: on all ranks, if they depart by more than rounding explains.
         """
         error = None
         if self.micro_batch in hidden:
@@ -123,10 +123,10 @@ def refuse_departure(error: float | None, tolerance: float, what: str, remedy: s
     """End a pass that doesn't compute what the model does.
 
     Args:
-        error: the same on every rank; None is unknown, and passes.
+        error: the same on every rank; None means unknown, and passes.
 
     Raises:
-        UserError: where it is larger than ``tolerance``, or NaN.
+        UserError: if ``error`` is larger than ``tolerance``, or NaN.
     """
     if error is not None and not error <= tolerance:
         raise UserError(
@@ -145,12 +145,12 @@ def obtain_probe(
     saved: Path | None,
     sharding: Sharding | str,
 ) -> Probe:
-    """The probe of a model for a pass over some windows; collective.
+    """Return the probe of a model for a pass over some windows; collective.
 
     Args:
-        saved: where a calibration pass of this model left it, or ``save_probe``. Where neither did, or with other
-            windows or another dtype, the whole model is loaded for one forward of the first micro-batch.
-        sharding: how it is then placed on the ranks (``runtime.sharding``).
+        saved: where a calibration pass of this model or ``save_probe`` left it. If neither did, or for other windows
+            or another dtype, the whole model is loaded for one forward of the first micro-batch.
+        sharding: how the model is then placed on the ranks (``runtime.sharding``).
     """
     probe = world.broadcast(_read(saved) if world.is_first and saved is not None else None)
     if probe is not None and probe.states_LPC.dtype == dtype and probe.row_in(windows_ST) is not None:
@@ -159,7 +159,7 @@ def obtain_probe(
 
 
 def record_probe(model: nn.Module, family: Family, file: Path) -> None:
-    """Let the model's next forward leave its first window's probe in a file."""
+    """Make the model's next forward leave a probe of its first window in a file."""
     _record(model, family, lambda probe: save_probe(probe, file))
 
 
@@ -175,7 +175,7 @@ def _computed(checkpoint: Checkpoint, windows_BT: Tensor, dtype: torch.dtype, sh
 
 
 def _record(model: nn.Module, family: Family, take: Callable[[Probe], None]) -> None:
-    """Let the next forward of a model's body hand over a probe of its first window."""
+    """Make the next forward of a model's body hand over a probe of its first window."""
     body, layers = family.body_of(model), family.layers_of(model)
     windows: list[Tensor] = []
     states: list[Tensor] = []
@@ -208,12 +208,12 @@ def _record(model: nn.Module, family: Family, take: Callable[[Probe], None]) -> 
 
 
 def _positions(tokens: int) -> Tensor:
-    """Of the tokens that a probe keeps, the first and the last among them."""
+    """Positions of the tokens that a probe keeps, including the first and the last."""
     return torch.linspace(0, tokens - 1, min(tokens, POSITIONS)).round().long()
 
 
 def save_probe(probe: Probe, file: Path) -> None:
-    """Leave it for ``obtain_probe``."""
+    """Save a probe for ``obtain_probe``."""
     save_tensors({"input_ids": probe.window_T, "hidden_states": probe.states_LPC}, file)
 
 

@@ -1,4 +1,4 @@
-"""Sums over the windows of all ranks that have the same bits on any number of them."""
+"""Sums over the windows of all ranks, with the same bits on any number of ranks."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 
 Sums = TypeVar("Sums")
-# What is added of a micro-batch.
+# What is added for a micro-batch.
 Read = TypeVar("Read")
 
 
 def unusable(number: int, error: ExactOverflowError) -> UserError:
-    """What to tell of sums over a layer's activations that can't be made."""
+    """The error to raise if sums over a layer's activations can't be made."""
     return UserError(f"activations of layer {number}: {error}; check the checkpoint's weights")
 
 
 class WindowSums(ABC, Generic[Sums, Read]):
-    """Exact sums of what is made of a layer's activations, on one rank; their scale is that of the first rank's first.
+    """Exact sums of terms made from a layer's activations, on one rank; the first rank's first term sets their scale.
 
     Args:
-        number: of the layer, for messages.
-        size: of what decides the scale, a vector.
-        count: micro-batches of all ranks.
+        number: the layer's, for messages.
+        size: length of the vector that sets the scale.
+        count: number of micro-batches of all ranks.
     """
 
     def __init__(self, number: int, size: int, count: int, world: World) -> None:
@@ -39,10 +39,10 @@ class WindowSums(ABC, Generic[Sums, Read]):
         self._sums: Sums | None = None
 
     def add(self, index: int, read: Read) -> None:
-        """Add what was read in a micro-batch, vectors [tokens, size]; the first time it is collective.
+        """Add what was read in a micro-batch, vectors [tokens, size]; the first call is collective.
 
         Raises:
-            UserError: where they are not finite, or out of all proportion.
+            UserError: if they are not finite, or out of all proportion.
         """
         try:
             self._add(index, read)
@@ -50,25 +50,25 @@ class WindowSums(ABC, Generic[Sums, Read]):
             raise unusable(self._number, error) from None
 
     def begin(self) -> None:
-        """After the last ``add``: a rank without windows takes part in what is collective of the first one."""
+        """Call after the last ``add``, so that ranks without windows take part in the first one's collective."""
         self._at_scale_of(torch.zeros(self._size))
 
     @abstractmethod
     def _add(self, index: int, read: Read) -> None:
-        """``add``, whose sums may overflow."""
+        """Do what ``add`` does; raises ``ExactOverflowError`` where that raises a ``UserError``."""
 
     @abstractmethod
     def _empty(self, first_D: Tensor) -> Sums:
-        """Sums of nothing yet.
+        """Return sums to which nothing has been added yet.
 
         Args:
-            first_D: float64, on the device, of the first rank: what it has passed to ``_at_scale_of``.
+            first_D: what the first rank has passed to ``_at_scale_of``, float64, on the device.
         """
 
     def _at_scale_of(self, term_D: Tensor) -> Sums:
-        """The sums; if there are none yet, at the scale of the first rank's first term [size], which is collective."""
+        """Return the sums. If there are none yet, make them at the scale of rank 0's first term [size]; collective."""
         if self._sums is None:
-            first_D = term_D.to("cpu", torch.float64, copy=True)  # others' terms stay
+            first_D = term_D.to("cpu", torch.float64, copy=True)  # leaves other ranks' terms as they are
             self._world.broadcast_tensor(first_D, 0)
             self._sums = self._empty(first_D.to(self._world.device))
         return self._sums

@@ -17,7 +17,7 @@ from hfprune_dist.distributed.determinism import compute_deterministically
 from hfprune_dist.distributed.gpus import claim_device, place_of, require_own_gpus
 
 T = TypeVar("T")
-# How often a rank that is at work for long tells those that wait for it: much more often than any collective timeout.
+# How often a rank that is busy for long tells the others that it is at work: far more often than collectives time out.
 TELL_EVERY_S = 5.0
 
 
@@ -35,13 +35,13 @@ class World:
         return self.rank == 0
 
     def peak_memory(self) -> dict[str, int | None]:
-        """The most memory that one rank's process has taken so far, for a manifest. Collective.
+        """The most memory that any one rank's process has used so far, for a manifest. Collective.
 
-        What earlier attempts took is not known; resident memory counts pages of files that are mapped.
+        What earlier attempts used is not known; resident memory includes pages of mapped files.
 
         Returns:
-            ``peak_memory_bytes``: of tensors on its GPU, where there is one, else resident; ``peak_reserved_bytes``: of
-            its GPU, what torch's allocator kept for them, which other processes can't have.
+            ``peak_memory_bytes``: of tensors on its GPU if there is one, otherwise resident; ``peak_reserved_bytes``:
+            what torch's allocator kept for them, which other processes can't have; None without a GPU.
         """
         used, reserved = _max_resident_bytes(), 0
         if self.device.type == "cuda":
@@ -57,16 +57,16 @@ class World:
         self.gather(None)
 
     def broadcast(self, value: T, source: int = 0) -> T:
-        """The value that rank ``source`` passed (any picklable object)."""
+        """Return the value that rank ``source`` passed (any picklable object)."""
         box = [value]
         dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
         return box[0]
 
     def let_first(self, action: Callable[[Callable[[], None]], T]) -> T:
-        """What an action returns that rank 0 alone runs, on every rank.
+        """Run an action on rank 0 only, and return its result on every rank.
 
         Args:
-            action: calls what it is given now and then, so that no rank waits longer than the collective timeout.
+            action: must call its argument now and then, so that no rank waits longer than the collective timeout.
         """
         not_yet: tuple[bool, T | None] = False, None
 
@@ -85,17 +85,17 @@ class World:
         dist.broadcast(tensor, src=source)
 
     def add_up(self, tensor: torch.Tensor) -> None:
-        """Overwrite a tensor of every rank with the sum over all ranks; exact for integers alone."""
+        """Overwrite a tensor of every rank with the sum over all ranks; exact only for integers."""
         dist.all_reduce(tensor)
 
     def add_up_on(self, tensor: torch.Tensor, owner: int) -> None:
-        """Overwrite a tensor of rank ``owner`` with the sum over all ranks, others' with anything; exact for integers
-        alone.
+        """Overwrite a tensor of rank ``owner`` with the sum over all ranks, and the others' with anything; exact only
+        for integers.
         """
         dist.reduce(tensor, dst=owner)
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in rank order, on every rank (any picklable object)."""
+        """Return the values of all ranks, in rank order, on every rank (any picklable objects)."""
         boxes: list[T] = [value] * self.size
         dist.all_gather_object(boxes, value)
         return boxes
@@ -107,11 +107,11 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
     CPU tensors travel over gloo in any case, so that float64 sums and decisions never depend on the accelerator.
 
     Args:
-        timeout_minutes: a collective that takes longer raises; a lost rank would else hang the others.
+        timeout_minutes: a collective that takes longer raises; otherwise a lost rank would hang the others.
         reproducible: whether what GPUs compute must have the same bits each time.
 
     Raises:
-        UserError: where ranks would share a GPU.
+        UserError: if ranks would share a GPU.
     """
     if reproducible and torch.cuda.is_available():
         compute_deterministically()

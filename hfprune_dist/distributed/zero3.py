@@ -26,8 +26,8 @@ def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
 
     ``torch.nn.functional.linear`` stays torch's: a forward without gradients keeps no weight in any case, and for
     backward there is ``models.memory_efficient_backward.keep_no_gathered_weights`` (see ``torchs_linear_afterwards``).
-    Blocks of experts are hooked as all modules are: some would else be gathered as a whole, and their parts have
-    gradients that are added up in another order.
+    Blocks of experts are hooked like all other modules: otherwise some would be gathered as a whole, and gradients of
+    their parts would be added up in another order.
     """
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -43,7 +43,7 @@ def zero3_config(dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
 
 
 def init_deepspeed(world: World) -> None:
-    """Let DeepSpeed use the process group that the world has joined."""
+    """Make DeepSpeed use the process group that the world has joined."""
     skip_inference_kernels()
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
 
@@ -55,12 +55,12 @@ def load_frozen(
     world: World,
     body_of: Callable[[nn.Module], nn.Module] | None = None,
 ) -> nn.Module:
-    """Load a checkpoint sharded over the world, with no parameter that needs a gradient.
+    """Load a checkpoint, sharded over the world; none of its parameters needs a gradient.
 
-    Run the returned module itself: its hooks gather and release parameters, forward and backward.
+    Run the returned module itself: its hooks gather and release parameters, in forward and backward.
 
     Args:
-        body_of: the part of the module whose forwards will be run in place of the module's.
+        body_of: returns the part of the module whose forwards will be run in place of the module's.
     """
     config = zero3_config(dtype, micro_batch_size)
     init_deepspeed(world)
@@ -76,14 +76,14 @@ def load_frozen(
         keep_float32(module, open_checkpoint(checkpoint), world.device)
     if body_of is not None:
         begin_steps_at(body_of(module), engine)
-    gc.freeze()  # else Python walks all modules and parameters again and again
+    gc.freeze()  # otherwise Python walks all modules and parameters again and again
     return module.eval()
 
 
 def keep_float32(module: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Let what transformers keeps in float32, such as routers, be so here too: whole on every rank.
+    """Keep in float32 here, too, what transformers keeps in it, such as routers: whole on every rank.
 
-    DeepSpeed has one dtype for all parameters, and routers that are rounded choose other experts.
+    DeepSpeed has one dtype for all parameters, and rounded routers would choose other experts.
     """
     for name, made in module_tensors(checkpoint).items():
         if stays_float32(checkpoint, name):
@@ -95,6 +95,6 @@ def keep_float32(module: nn.Module, checkpoint: Checkpoint, device: torch.device
 
 @contextmanager
 def gathered(linear: nn.Linear) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The whole weight and bias of a sharded linear layer, for as long as the context lasts."""
+    """Yield the whole weight and bias of a sharded linear layer, for use within the context."""
     with deepspeed.zero.GatheredParameters(list(linear.parameters(recurse=False))):
         yield linear.weight.data, None if linear.bias is None else linear.bias.data
