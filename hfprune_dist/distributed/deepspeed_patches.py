@@ -65,7 +65,7 @@ def rearming(model: nn.Module) -> Callable[[], None]:
 
 
 def keep_gathered(model: nn.Module) -> None:
-    """Gather the parameters of a model in training at once and after each step, instead of for each of its modules.
+    """Gather a model's parameters now and after each training step, instead of for each of its modules.
 
     DeepSpeed's hooks take longer than small layers themselves, and would have nothing to do. All
     parameters must be below the configuration's ``stage3_param_persistence_threshold``.

@@ -20,8 +20,8 @@ Place = tuple[str, str]
 def claim_device(environment: MutableMapping[str, str]) -> torch.device:
     """Return this rank's GPU, and make it the current one; the CPU if there is none.
 
-    A launcher may show a rank all GPUs of the node, only its own, or one. Among those that it sees, it takes the one of
-    its local rank, modulo their number: in each case one of its own, as ``require_own_gpus`` checks.
+    A launcher may show a rank all GPUs of the node, only its own, or one. Among those that it sees, it takes the one
+    numbered by its local rank, modulo their count: in each case its own, as ``require_own_gpus`` checks.
 
     Args:
         environment: ``LOCAL_RANK`` becomes the GPU's number, which is how DeepSpeed and accelerate read it.

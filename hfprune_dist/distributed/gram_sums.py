@@ -16,7 +16,7 @@ from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.distributed.window_sums import WindowSums
 from hfprune_dist.distributed.world import World
 
-# One micro-batch in so many is held out.
+# One micro-batch in this many is held out.
 HOLD_OUT_EVERY = 8
 
 

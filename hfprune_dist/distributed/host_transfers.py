@@ -97,7 +97,7 @@ class HostTransfers:
         yield from states if self._lanes is None else one_ahead(states, self._lanes.to_host)
 
     def through(self, states: States, compute: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Compute something from each of some tensors on the device; they and the results are in main memory."""
+        """Run a computation on the device for each tensor of main memory, and yield the results in main memory."""
         yield from self.to_host(self._computed(states, compute))
 
     def _computed(self, states: States, compute: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -193,7 +193,7 @@ class _ToDevice(_Copy):
 
 class _ToHost(_Copy):
     def wait(self) -> Tensor:
-        """Return a copy that may be kept for any time, rather than the pinned memory."""
+        """Return a copy that may be kept, rather than the pinned memory."""
         target = self._target()
         self.settle()
         return target.clone()

@@ -33,7 +33,7 @@ class LayerStates:
         self._world = world
 
     def newest(self) -> tuple[int, dict[int, Named]]:
-        """After how many layers all micro-batches were saved, and this rank's states; 0 and none if they weren't.
+        """Number of layers after which all micro-batches were saved, and this rank's states; 0 and none if never.
 
         Collective. Damaged files are set aside.
         """

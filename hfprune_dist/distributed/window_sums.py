@@ -55,7 +55,7 @@ class WindowSums(ABC, Generic[Sums, Read]):
 
     @abstractmethod
     def _add(self, index: int, read: Read) -> None:
-        """Do what ``add`` does; raises ``ExactOverflowError`` where that raises a ``UserError``."""
+        """Do what ``add`` does; raises ``ExactOverflowError`` if the sums overflow."""
 
     @abstractmethod
     def _empty(self, first_D: Tensor) -> Sums:

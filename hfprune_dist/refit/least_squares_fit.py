@@ -45,9 +45,8 @@ def solve(weight_CD: Tensor, grams: Grams, kept: Tensor) -> Solution:
 
 
 def solve_expert(weight_CD: Tensor, grams: Grams, kept: Tensor) -> Solution:
-    """``solve`` for an expert, which may have been given few tokens. If the fitted or the held-out ones tell nothing,
-    no ridge is chosen, and the largest one pulls towards the weight from before; if both tell nothing, that weight
-    stays.
+    """``solve`` for an expert, which may have been given few tokens. If the fitted or the held-out ones have no energy,
+    no ridge is chosen, and the largest one pulls towards the weight from before; if both have none, that weight stays.
     """
     fitted, held_out = _problems(weight_CD, grams, kept)
     tells = min(fitted.energy, held_out.energy) > 0

@@ -57,7 +57,7 @@ class Measurement:
         checkpoint: the model that is pruned.
         micro_batches: number -> ids [windows, tokens], of all ranks together.
         reference: returns the ``dense_outputs`` for these micro-batches, or for more; collective.
-        every: one token in so many is compared. With a large vocabulary, logits cost more than all layers.
+        every: one token in this many is compared. With a large vocabulary, logits cost more than all layers.
         folder: keeps, for a later attempt, the results so far and the state of a measurement.
         after_each: called on every rank with the number of layers that are done, over all measurements so far.
     """

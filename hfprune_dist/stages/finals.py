@@ -29,12 +29,12 @@ from hfprune_dist.stages.prune_refit import (
 )
 from hfprune_dist.structures.kept import Kept
 
-# One micro-batch of windows in so many is kept apart from everything else, to compare finalists.
+# One micro-batch of windows in this many is kept apart from everything else, to compare finalists.
 JUDGED_EVERY = 16
 # How many of the shapes that cheap refits leave closest are finalists.
 FINALISTS = 2
-# Shapes that cheap refits leave so many times as far as the closest can't be finalists. Better refits reversed the
-# order of a small model's shapes where that factor was 1.06 or 1.14, but not where it was 1.30, 1.42 or 1.51.
+# Shapes that cheap refits leave with more than this many times the least divergence aren't finalists. Better refits
+# reversed the order of a small model's shapes where that factor was 1.06 or 1.14, not where it was 1.30, 1.42 or 1.51.
 HOPELESS = 1.25
 
 

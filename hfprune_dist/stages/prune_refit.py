@@ -134,8 +134,8 @@ def stream_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, prob
 
 
 def probe_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Probe:
-    """The probe of the model that is pruned, which its importance stage has left; or that of the dense model of
-    rounds, which the first use makes and saves.
+    """The probe of the model that is pruned, left by its importance stage; or, in rounds, that of the dense model,
+    which the first use makes and saves.
     """
     scored = checkpoint.path == context.input_path("model")
     saved = (context.input_path("importance") if scored else context.work) / PROBE

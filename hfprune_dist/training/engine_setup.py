@@ -36,8 +36,8 @@ def _zero3_config(bfloat16: bool, whole: bool) -> dict[str, Any]:
     """Parameters, gradients and optimizer states sharded; gradients reduced and added up in float32.
 
     If frozen weights are ``whole``, DeepSpeed doesn't manage them, and LoRA's stay gathered between optimizer steps.
-    Otherwise, parameters are released once used: to spare those that backward uses again soon, DeepSpeed would walk for
-    every module up to a billion parameters of those that follow, with LoRA's many modules 20 s in the second step.
+    Otherwise, parameters are released right after use. To find those that backward uses again soon, DeepSpeed would
+    walk over up to a billion parameters ahead for every module: 20 s in the second step, with LoRA's many modules.
     """
     return {
         "train_micro_batch_size_per_gpu": "auto",

@@ -67,6 +67,6 @@ def _train_linear(linear: nn.Linear, x_BTC: Tensor) -> Tensor:
 
 
 def _run_frozen(linear: nn.Linear, x_BTC: Tensor) -> Tensor:
-    """Run a frozen layer without keeping its inputs for backward, which DeepSpeed's would keep."""
+    """Run a frozen layer without keeping its inputs for backward, which DeepSpeed's layer would keep."""
     product_BTC = nn.functional.linear(x_BTC, linear.weight)
     return product_BTC if linear.bias is None else product_BTC + linear.bias

@@ -33,7 +33,7 @@ def write_merged(
 ) -> None:
     """Write a Hugging Face folder with the checkpoint's layout, and the ``adapter/`` that rank 0 has written merged in.
 
-    Ranks share the weight files.
+    Each rank writes a share of the weight files.
 
     Args:
         kept: the units of all layers that stay after merging, also written to ``kept.json``; None for all of them.
