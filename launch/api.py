@@ -1,7 +1,7 @@
-"""The project from Python, for notebooks: score, prune and compare.
+"""Python interface for notebooks: score, prune and compare models.
 
-Stages run in processes of their own, one rank for each GPU, so a notebook's process needs no memory for them. Store and
-results are those of ``launch/sweep.py``: either takes up what the other has made.
+Stages run in separate processes, one rank per GPU, so they take no memory in the notebook's own process. The store and
+the results are those of ``launch/sweep.py``; each reuses what the other has made.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from hfprune_dist.store.stage import Stage
 
 
 class Session:
-    """A sweep in a folder. Each method runs what its answer needs and the folder lacks, and says so as it goes.
+    """A sweep in a folder. Each method runs the stages that its result needs and the folder lacks, and shows progress.
 
     Args:
-        out: the folder; what a session or ``launch/sweep.py`` has made there before is used again.
-        config: a YAML file, as for ``--config``. Without one, the folder's own ``config.yaml`` where there is one.
-        settings: sections and keys of ``config/schema.py``; they win over the file, key by key:
+        out: the folder; whatever a session or ``launch/sweep.py`` has made there before is reused.
+        config: a YAML file, as for ``--config``. By default the folder's own ``config.yaml``, if it has one.
+        settings: sections and keys of ``config/schema.py``, which override the file key by key:
             ``ratios=[0.2], calibration={"samples": 64}``.
     """
 
@@ -48,7 +48,7 @@ class Session:
         """Score the neurons of the dense models.
 
         Returns:
-            model -> criterion -> for each layer, float64 [intermediate_size]; higher scores are kept.
+            model -> criterion -> one float64 array [intermediate_size] per layer; neurons with higher scores are kept.
 
         Raises:
             UserError: for bad input.
@@ -61,11 +61,11 @@ class Session:
         return {stage.label: read_scores(store.handle(stage.id).artifact) for stage in passes}
 
     def prune(self) -> dict[tuple[str, float, str], Path]:
-        """Make the pruned checkpoints, as they are before recovery; of methods that prune in recovery, after it.
+        """Make the pruned checkpoints as they are before recovery, or after it for methods that prune during recovery.
 
         Returns:
             (model, ratio, method) -> a folder that ``AutoModelForCausalLM.from_pretrained`` loads, with
-            ``trust_remote_code`` where layers differ.
+            ``trust_remote_code`` if layers differ in shape.
 
         Raises:
             UserError: for bad input.
@@ -82,11 +82,11 @@ class Session:
         return {key: prepared.sweep.store.handle(stage_id).artifact for key, stage_id in made.items()}
 
     def compare(self) -> list[Row]:
-        """Recover and evaluate all models, pruned and dense; writes and shows the tables.
+        """Recover and evaluate all models, pruned and dense; write and show the tables.
 
         Returns:
-            the rows, as ``results.json`` has them: ``checkpoint`` is a folder, and a row whose ``status`` is
-            ``missing`` has a ``cause``.
+            the rows of ``results.json``: ``checkpoint`` is a folder, and a row whose ``status`` is ``missing`` has
+            a ``cause``.
 
         Raises:
             UserError: for bad input.

@@ -1,7 +1,7 @@
-"""Measure what this project costs: the published formulation against ours, scaling, ranks, pruning, the launcher.
+"""Measure the cost of this project: the published formulation against ours, scaling, ranks, pruning, the launcher.
 
 Variants are measured side by side in one run and reported as ratios (the launcher's waiting times in seconds), so that
-other work on the machine matters little. Needs no network: the model is the demo's, made if it is missing.
+other work on the machine matters little. No network is needed: the model is the demo's, which is made if missing.
 
 examples:
   python launch/bench.py                                  all sections, ten to twenty minutes on one core
@@ -35,7 +35,7 @@ TOKENS, ROUNDS, QUICK_ROUNDS = 1024, 3, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the chosen sections; print the table, write it with everything else to the output folder."""
+    """Run the chosen sections, print the table, and write it to the output folder with all other results."""
     return run(lambda: _bench(argv))
 
 
@@ -46,7 +46,7 @@ def _bench(argv: Sequence[str] | None) -> int:
 
 
 def run_sections(sections: list[str], arguments: argparse.Namespace) -> None:
-    """Measure section by section; what is done is on disk before the next begins."""
+    """Measure section by section; the findings of each are on disk before the next one begins."""
     from hfprune_launch.benchmark.plot import can_plot, plot
     from hfprune_launch.benchmark.results import Findings, markdown
 
@@ -90,7 +90,7 @@ def _measure(section: str, settings: Settings) -> Findings:
 
 
 def _settings(arguments: argparse.Namespace, scratch: Path) -> Settings:
-    """The demo's model and text, made if they are missing; or the user's model."""
+    """Return settings with the user's model, or the demo's (made if missing), and with the demo's text."""
     from hfprune_launch.benchmark.settings import Settings
     from hfprune_launch.demo.assets import QUIET_AND_OFFLINE, build
     from hfprune_launch.demo.prose import reference_prose

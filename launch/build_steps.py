@@ -1,6 +1,6 @@
-"""What setuptools does besides when it builds the project: a wheel knows the commit that it was built from.
+"""Build steps for setuptools that record in a wheel the commit it was built from.
 
-Runs in an environment that may have setuptools alone, in the project's folder.
+They run in the project's folder, in an environment that may contain only setuptools.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PROVENANCE = Path("hfprune_dist") / "store" / "provenance.py"
 
 
 def _built_from() -> dict[str, Any]:
-    """The commit of the working tree; in a source distribution, what it says itself."""
+    """Return the version and commit of the working tree, or those recorded in a source distribution."""
     told = Path("launch") / BUILD_FILE
     if told.is_file():
         content: dict[str, Any] = json.loads(told.read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ class BuildWheel(build_py):  # type: ignore[misc]
     """Collects the files of a wheel."""
 
     def run(self) -> None:
-        """Add where they come from; an editable installation is asked for its commit when it runs."""
+        """Add a record of their origin; an editable installation looks up its commit when it runs."""
         version = _built_from()
         super().run()
         if not self.editable_mode:
@@ -47,7 +47,7 @@ class BuildSource(sdist):  # type: ignore[misc]
     """Collects the files of a source distribution."""
 
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
-        """Add where they come from."""
-        version = _built_from()  # before the tree itself is a change of the working tree
+        """Add a record of their origin."""
+        version = _built_from()  # before the new files count as a change of the working tree
         super().make_release_tree(base_dir, files)
         _write(Path(base_dir) / "launch", version)

@@ -1,18 +1,18 @@
-"""Make room in a sweep's folder: remove what no row of its tables refers to any more.
+"""Free disk space in a sweep's folder by removing what no row of its tables refers to any more.
 
 examples:
-  python launch/clean.py runs/demo --dry-run          show what would go, and how many bytes that is
+  python launch/clean.py runs/demo --dry-run          show what would be removed, and its size in bytes
   python launch/clean.py runs/demo
-  python launch/clean.py runs/demo --intermediates    and the checkpoints on the way to those of finished rows
+  python launch/clean.py runs/demo --intermediates    also remove intermediate checkpoints of finished rows
 
-What goes: artifacts and progress of rows that were removed (--forget) or replaced by others, drafts of stages that
-ended early, artifacts that failed verification, and what stages share. Rows, tables, named checkpoints and logs
-stay, and so does whatever something in checkpoints/ is a link to.
+Removed: artifacts and progress of rows that were removed (--forget) or replaced by others, drafts of stages that
+ended early, artifacts that failed verification, and files that stages share, which are made again when needed. Kept:
+rows, tables, named checkpoints and logs, and whatever is linked to from checkpoints/.
 
-What a later sweep does: the same command runs nothing, since the rows are there. --intermediates removes pruned and
-distilled checkpoints that recovery has gone on from; they are made again only where something needs them: another
-recovery of the same pruned model, or a recovered checkpoint that was deleted. Scores of calibration passes stay, so
-another ratio costs what it did before. An adapter in checkpoints/ whose base was removed doesn't name it any more.
+Later sweeps: the same command still runs nothing, since the rows are complete. --intermediates removes pruned and
+distilled checkpoints that finished rows were recovered from; they are made again only if something needs them, such as
+another recovery of the same pruned model, or a recovered checkpoint that was deleted. Scores of calibration passes
+stay, so another ratio costs as much as before. An adapter in checkpoints/ no longer names a base that was removed.
 
 exit codes: 0 done; 2 a stage of the sweep is running, or bad input
 """

@@ -1,6 +1,6 @@
-"""How every command begins and ends: an error that the user can fix is one message, and Ctrl-C shows no traceback.
+"""The frame around every command: an error that the user can fix is one message, and Ctrl-C shows no traceback.
 
-This holds from the start, as this module imports next to nothing, and commands import what they need inside ``run``.
+This holds from the start, since this module imports next to nothing and commands import what they need within ``run``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 
 from hfprune_dist.errors import UserError, explained
 
-SIGPIPE_EXIT_CODE = 141  # what a shell tells of a program that SIGPIPE has ended
+SIGPIPE_EXIT_CODE = 141  # what a shell reports for a program ended by SIGPIPE
 
 
 def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
-    """Run a command; returns its exit code.
+    """Run a command and return its exit code.
 
     Args:
-        when_interrupted: what is said where the user interrupts it.
+        when_interrupted: message for when the user interrupts it.
     """
     _require_streams()
     try:
@@ -30,7 +30,7 @@ def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
             code = body()
             sys.stdout.flush()
             return code
-    except BrokenPipeError:  # who read the output, as head does, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SIGPIPE_EXIT_CODE
     except KeyboardInterrupt:
@@ -39,9 +39,9 @@ def run(body: Callable[[], int], when_interrupted: str = "interrupted") -> int:
 
 
 def make_parser(doc: str | None) -> ArgumentParser:
-    """The parser of a command whose help is the text of its module.
+    """Return the parser of a command, whose help is the docstring of its module.
 
-    Where it was started as a sub-command of ``hfprune``, so are the commands in its examples.
+    If the command was started as a sub-command of ``hfprune``, so are the commands in its examples.
     """
     if sys.argv[0].startswith("hfprune "):
         doc = re.sub(r"python launch/(\w+)\.py", lambda found: f"hfprune {found[1].replace('_', '-')}", doc or "")
@@ -57,10 +57,10 @@ def _require_streams() -> None:
 
 
 def folder(argument: str) -> Path:
-    """The type of arguments that name a folder.
+    """Argument type for folders.
 
     Raises:
-        UserError: for an empty one, as of a shell variable that isn't set: it would mean the current folder.
+        UserError: for an empty argument, e.g. from an unset shell variable; it would mean the current folder.
     """
     if not argument:
         raise UserError("an argument that names a folder is empty; give a folder (. for the current one)")

@@ -1,10 +1,10 @@
-"""Compare methods over sweeps that differ in their seed, and show how much criteria agree; runs nothing.
+"""Compare methods across sweeps that differ in their seed, and show how far criteria agree; runs nothing.
 
 example:  python launch/compare.py runs/fidelity/0 runs/fidelity/1 runs/fidelity/2 --out runs/fidelity
 
-Writes comparison.md and comparison.json: per method the mean and standard deviation of KL to the dense model, agreement
-and perplexity, time and memory; per pair of criteria the rank correlation of their scores and the overlap of what they
-keep, by layer; per criterion, how many of the kept neurons still change as calibration windows are added.
+Writes comparison.md and comparison.json. For each method: the mean and standard deviation of KL to the dense model,
+agreement and perplexity, and time and memory. For each pair of criteria: the rank correlation of their scores and the
+overlap of what they keep, by layer. For each criterion: how many kept neurons still change as windows are added.
 """
 
 from __future__ import annotations

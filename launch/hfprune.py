@@ -1,4 +1,4 @@
-"""Prune large language models, from a laptop to a Slurm cluster: all commands of the project by one name.
+"""Prune large language models on a laptop or a Slurm cluster: all commands of the project under one name.
 
 example:  hfprune sweep --models runs/demo-assets/llama --ratios 0.2 --config configs/demo.yaml
 """
@@ -29,7 +29,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Hand over to the command that is named first."""
+    """Hand over to the command named by the first argument."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in COMMANDS:
         return _main_of(arguments[0])(arguments[1:])

@@ -1,4 +1,4 @@
-"""Checks before anything runs, of what a stage would otherwise refuse only after hours of work in other stages."""
+"""Checks before anything runs, for input that a stage would otherwise refuse only after hours of other stages' work."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Reading:
     """A text that stages will read.
 
     Attributes:
-        section: of the configuration, that describes it.
-        sequence_length: tokens of a window, or of a row of pairs.
-        where: what the stages call the text in their messages.
-        beginning: its first texts; None where they come from the hub.
-        windows: that must not overlap; 0 where the text is pairs to train on.
+        section: section of the configuration that describes it.
+        sequence_length: tokens per window, or per row of pairs.
+        where: name of the text in the stages' messages.
+        beginning: its first texts; None if they come from the hub.
+        windows: number of windows that must not overlap; 0 if the text is pairs to train on.
         add_bos_token: whether windows begin with BOS.
     """
 
@@ -50,15 +50,15 @@ class Reading:
 
 
 def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: Profile | None) -> None:
-    """Check what missing stages will read, for every model before any of them runs, and whether ranks can share it.
+    """Before any missing stage runs, check what the stages will read for every model, and that ranks can share it.
 
     Args:
         todo: ids of the stages.
-        profile: of the cluster where they run; None: this machine.
+        profile: profile of the cluster on which they run; None for this machine.
 
     Raises:
-        UserError: for a tracker that isn't there, a text that can't be read or is too short, a batch that ranks can't
-            share, an unknown task, or a model whose tokenizer, weights or positions don't suit.
+        UserError: for a tracker that isn't installed, a text that can't be read or is too short, a batch that ranks
+            can't share, an unknown task, or a model with unsuitable tokenizer, weights or positions.
     """
     if {*RECOVERING, "distill"} & {plan.stages[stage_id].kind for stage_id in todo}:
         _check_trackers(config.runtime)
@@ -87,9 +87,7 @@ def _check_trackers(runtime: RuntimeConfig) -> None:
 
 
 def _models_by_kind(plan: Plan, todo: Sequence[str]) -> dict[str, list[Path]]:
-    """Kind of stage -> folders of the dense models whose tokenizers such stages need, also for models pruned from
-    them.
-    """
+    """Kind of stage -> folders of the dense models whose tokenizers it needs, for these and models pruned from them."""
     models: dict[str, list[Path]] = {}
     for stage in (plan.stages[stage_id] for stage_id in todo):
         tokenizing = ImportanceParameters | RecoverParameters | LoraPruneParameters | EvaluateParameters
@@ -101,7 +99,7 @@ def _models_by_kind(plan: Plan, todo: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def _read_texts(config: SweepConfig, kinds: Mapping[str, object]) -> dict[str, list[Reading]]:
-    """Kind of stage -> the texts that such stages will read, as far as they are read here."""
+    """Kind of stage -> the texts that such stages will read, among those that are checked here."""
     readers = {"importance": _calibration_texts, "reference": _held_out_texts}
     readers |= dict.fromkeys(RECOVERING, _pairs)
     return {kind: list(read(config)) for kind, read in readers.items() if kind in kinds}
@@ -131,7 +129,7 @@ def _pairs(config: SweepConfig) -> Iterator[Reading]:
 def _begin(
     where: str, source: TextSource, fields: Sequence[str], records: int | None = None
 ) -> tuple[str, Beginning | None]:
-    """What stages call a text, and its first records."""
+    """Return the name of a text in messages, and its first records."""
     beginning = None if source.path is None else read_beginning(Path(source.path), fields, where, records)
     return f"{where} {source.path}", beginning
 
@@ -141,7 +139,7 @@ def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading],
     from hfprune_dist.data.tokenizer import load_tokenizer, require_embedded
     from hfprune_dist.models.loading import require_finite_routers, require_own_weights
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns when stages are started from here
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns when stages are started from here
     checkpoint = open_checkpoint(folder)
     require_own_weights(checkpoint)
     require_finite_routers(checkpoint)
@@ -164,7 +162,7 @@ def _check_length(reading: Reading, folder: Path, positions: int | None) -> None
 
 
 def _check_text(reading: Reading, folder: Path, tokenizer: Any) -> None:
-    """Check that what was read of a text holds its windows, or a pair to train on."""
+    """Check that the part of a text that was read holds its windows, or a pair to train on."""
     from hfprune_dist.data.instructions import require_room, require_trainable
     from hfprune_dist.data.tokenizer import require_eos
     from hfprune_dist.data.windows import Sampling, require_long_enough

@@ -1,4 +1,4 @@
-"""Where the project's own files are: in a clone, or in the packages that a wheel has installed."""
+"""Locations of the project's own files, in a clone or in the packages installed from a wheel."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Project:
     """The folders of the project.
 
     Attributes:
-        clone: its top folder; None where it comes from a wheel, which has no git repository.
-        packages: name of a package -> folder of its modules.
-        configs: configurations, methods, aliases of models (``configs``).
-        profiles: of Slurm clusters (``slurm/profiles``).
+        clone: top folder of the clone; None for an installed wheel, which has no git repository.
+        packages: package name -> folder of its modules.
+        configs: folder of configurations, methods and model aliases (``configs``).
+        profiles: folder of Slurm profiles (``slurm/profiles``).
     """
 
     clone: Path | None
@@ -41,7 +41,7 @@ class Project:
         return cls(top, packages, top / "configs", top / "slurm" / "profiles")
 
     def code_version(self) -> dict[str, Any]:
-        """Version and commit of the code, as it is in a clone and as it was when a wheel was built."""
+        """Return version and commit of the code: the current ones in a clone, those of its build in a wheel."""
         version = {"hfprune_dist": hfprune_dist.__version__}
         if self.clone is not None:
             return version | code_version(self.clone)

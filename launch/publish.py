@@ -4,8 +4,8 @@ examples:
   python launch/publish.py runs/demo llama-0.2-lora me/llama-pruned --dry-run     the files, their sizes, and the card
   python launch/publish.py runs/demo llama-0.2-lora me/llama-pruned --private
 
-The folder checkpoints/NAME is pushed as it is, with its card, README.md; edit that before if you like. An adapter
-whose base is not on the hub stays here, since nobody else could load it; it is part of the weights. Log in with
+The folder checkpoints/NAME is pushed as it is, including its card, README.md, which you may edit first. An adapter
+whose base is not on the hub is left out, since nobody else could load it; the weights already contain it. Log in with
 `hf auth login` first. A dry run needs no network, and checks what can be checked without one.
 
 exit codes: 0 done; 2 bad input, or the hub refused

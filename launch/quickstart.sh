@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to the demo's table of results: installs into .venv, makes the demo's models and text, runs the sweep.
-# Running it again resumes; further arguments go to launch/sweep.py.
+# From a fresh clone to the demo's table of results: installs into .venv, makes the demo's models and text, and runs the
+# sweep. Running it again resumes; further arguments are passed to launch/sweep.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh

@@ -1,5 +1,5 @@
-"""Write the tables of a sweep again from its store, with report.html and its named checkpoints, and show
-the table, whether it has finished or not; runs nothing.
+"""Write a sweep's tables, report.html and named checkpoints again from its store, and show the table of results. The
+sweep need not have finished; runs nothing.
 
 example:  python launch/report.py runs/demo --published
 """
@@ -44,7 +44,7 @@ def _report(argv: Sequence[str] | None) -> int:
     if is_writable:
         show_checkpoints(console, sweep.record.write_checkpoints(arguments.out))
         ReportPage(arguments.out, console).write()
-    else:  # somebody else's, perhaps
+    else:  # perhaps another user's
         say(console, f"note: {arguments.out} can't be written to; the files in it stay as they are")
     return 0
 

@@ -1,10 +1,10 @@
-"""Print the JSON schema of a YAML file, with which editors complete keys, explain them and mark mistakes.
+"""Print the JSON schema of a kind of YAML file, so that editors can complete and explain keys and mark mistakes.
 
 examples:
   python launch/schema.py > sweep.schema.json
   python launch/schema.py profile > profile.schema.json
 
-The YAML language server (in VS Code, the extension YAML) takes the schema that a file's first line names:
+The YAML language server (in VS Code, the YAML extension) uses the schema named in a file's first line:
   # yaml-language-server: $schema=sweep.schema.json
 """
 
@@ -44,7 +44,7 @@ def _schema(argv: Sequence[str] | None) -> int:
 
 
 def section_of(kind: str) -> type[Section]:
-    """The class that says what a kind of YAML file may hold."""
+    """Return the class that defines what a kind of YAML file may contain."""
     from hfprune_launch.slurm.profile import ProfileFile
 
     from hfprune_dist.config.method import Method

@@ -1,4 +1,4 @@
-"""What the commands show: the plan, progress while stages run, and the table of results."""
+"""Screen output of the commands: the plan, progress while stages run, and the table of results."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from hfprune_dist.store.artifacts import Verdict
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
 
-# Characters; more than any table has.
+# In characters; wider than any table.
 WIDEST = 10**6
-# Blanks between columns.
+# Spaces between columns.
 ROOMY, TIGHT = 2, 1
-# Of the table of a few columns, the best first: whether KL has its standard error, and the blanks.
+# Layouts of the table with few columns, best first: whether KL has its standard error, and the spaces.
 LAYOUTS = ((True, ROOMY), (True, TIGHT), (False, TIGHT))
 SAID_OF_WIDE = "all columns: --wide"
 T = TypeVar("T")
 
 
 def make_console() -> Console:
-    """A console as wide as the terminal; a pipe or file has no width, so tables there are as wide as they are."""
+    """Return a console as wide as the terminal; a pipe or file has no width, so tables keep their full width there."""
     return Console() if sys.stdout.isatty() else Console(width=400)
 
 
 def say(console: Console, text: str) -> None:
-    """Print text as it is: no markup, and lines that nobody breaks, so that paths can be copied."""
+    """Print text as it is, without markup or added line breaks, so that paths can be copied."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_plan(console: Console, plan: Plan, verdicts: Mapping[str, Verdict], todo: Sequence[str]) -> None:
-    """One line per stage: reuse, run or not needed, and the reason."""
+    """Show one line per stage: reuse, run or not needed, and the reason."""
     actions = {stage_id: "reuse" if verdict.state == "done" else "not needed" for stage_id, verdict in verdicts.items()}
     actions |= dict.fromkeys(todo, "run")
     lines = Table("stage", "for", "id", "action", "reason", box=None, pad_edge=False)
@@ -66,7 +66,7 @@ def show_plan(console: Console, plan: Plan, verdicts: Mapping[str, Verdict], tod
 
 
 def show_shapes(console: Console, shapes: Mapping[str, KnownShape]) -> None:
-    """What the checkpoint of each cell will be, by its label; "-" and ranges for what only a stage finds."""
+    """Show the shape of each cell's checkpoint; "-" and ranges stand for sizes that only a stage can determine."""
     lines = Table(box=None, pad_edge=False)
     experts = ["experts"] if any(shape.experts for shape in shapes.values()) else []
     for header in ("checkpoint of", *experts, "width", "KV heads", "layers", "ratio", ""):
@@ -78,7 +78,7 @@ def show_shapes(console: Console, shapes: Mapping[str, KnownShape]) -> None:
 
 
 def _span(span: Span[int] | Span[float] | None, form: str) -> str:
-    """A number or a range of them; a dash where nothing is known."""
+    """Format a number or a range; a dash if nothing is known."""
     if span is None:
         return "-"
     least, most = format(span.least, form), format(span.most, form)
@@ -86,7 +86,7 @@ def _span(span: Span[int] | Span[float] | None, form: str) -> str:
 
 
 class StageScreen:
-    """Progress of a sweep: a live bar on a terminal, elsewhere lines now and then; anywhere one per finished stage."""
+    """Progress of a sweep: a live bar on a terminal, occasional lines elsewhere, and always one per finished stage."""
 
     def __init__(self, console: Console, progress: Progress, total: int) -> None:
         self._console = console
@@ -101,7 +101,7 @@ class StageScreen:
         self._bar = self._progress.add_task(name, total=None, phase="starting", left="")
 
     def beat(self, stage: Stage, heartbeat: Heartbeat | None) -> None:
-        """Show what a running stage has said last."""
+        """Show the latest heartbeat of a running stage."""
         left = time_left(heartbeat)
         self._lines.tell(stage, "" if heartbeat is None else str(heartbeat), left)
         if heartbeat is not None and self._bar is not None:
@@ -149,7 +149,7 @@ def stage_screen(console: Console, total: int) -> Iterator[StageScreen]:
 
 
 def show_results(console: Console, rows: Sequence[Row], wide: bool = False) -> None:
-    """The table of results, what it means, and why rows without a result have none.
+    """Show the table of results, notes on its meaning, and the reasons why rows have no result.
 
     Args:
         wide: show all columns, however wide that is, instead of a few that fit the terminal.
@@ -173,7 +173,7 @@ def _results(rows: Sequence[Row], columns: Sequence[Column[Row]], gap: int) -> T
 
 
 def table_of(rows: Sequence[T], columns: Sequence[Column[T]], gap: int) -> Table:
-    """A table with so many blanks between its columns."""
+    """Return a table with ``gap`` spaces between its columns."""
     lines = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
     for column in columns:
         side: JustifyMethod = "left" if column.is_text else "right"
@@ -184,10 +184,10 @@ def table_of(rows: Sequence[T], columns: Sequence[Column[T]], gap: int) -> Table
 
 
 def show_table(console: Console, layouts: Sequence[Table], wide: bool) -> None:
-    """Show the first of several layouts that fits the terminal; where none does, the last, whose names are broken.
+    """Show the first layout that fits the terminal; if none does, the last one, with its names broken over lines.
 
     Args:
-        wide: show the first whatever the terminal's width.
+        wide: show the first one, whatever the terminal's width.
     """
     widths = [Measurement.get(console, console.options.update(max_width=WIDEST), it).maximum for it in layouts]
     if wide:
@@ -199,14 +199,14 @@ def show_table(console: Console, layouts: Sequence[Table], wide: bool) -> None:
 
 
 def show_checkpoints(console: Console, update: Update) -> None:
-    """Where the rows' checkpoints are, and what is to be said of their folders."""
+    """Show where the rows' checkpoints are, and remarks on their folders."""
     lines = ["checkpoints:", *(f"  {folder}" for folder in update.folders.values())] if update.folders else []
     for line in (*lines, *(f"note: {remark}" for remark in update.remarks)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_published(console: Console, tables: Sequence[PublishedTable], wide: bool = False) -> None:
-    """What papers report, and how they came to it.
+    """Show the results that papers report, and how they were obtained.
 
     Args:
         wide: show every task's score too, however wide that is.

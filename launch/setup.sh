@@ -1,4 +1,4 @@
-# Sourced by launch/quickstart.sh and tests/run.sh: makes .venv in the project's folder, up to date with pyproject.toml.
+# Sourced by launch/quickstart.sh and tests/run.sh: brings .venv in the project's folder up to date with pyproject.toml.
 # Sets $PYTHON to its interpreter. PYTHON_BASE chooses the Python that .venv is made from (3.11 or newer).
 
 PROJECT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -20,7 +20,7 @@ make_venv() {
     local base
     base=$(find_base_python) || return
     if ! "$base" -c 'import ensurepip, venv' 2>/dev/null; then
-        # Debian keeps venv in a package of its own.
+        # Debian ships venv in a separate package.
         if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
             apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv >/dev/null
         else

@@ -1,4 +1,4 @@
-"""Show the state of every stage of a sweep, as the last run in its folder planned it, and write its report.html; starts
+"""Show the state of every stage of a sweep, as planned by the last run in its folder, and write its report.html; starts
 nothing.
 
 example:  python launch/status.py runs/demo --follow

@@ -6,7 +6,7 @@ examples:
   python launch/sweep.py --models /data/my-llama --ratios 0.2 --set calibration.path=text.jsonl --out runs/mine
   python launch/sweep.py --config configs/demo.yaml --dry-run
   python launch/sweep.py --models llama --set 'calibration.mixture=[{path: a.jsonl, weight: 3}, {path: b.jsonl}]'
-  python launch/sweep.py --out runs/mine --ratios 0.3                 another ratio, beside the rows that are there
+  python launch/sweep.py --out runs/mine --ratios 0.3                 another ratio, added to the rows already there
   python launch/sweep.py --out runs/mine --set efficiency.enabled=true      measure speed and memory too, off by default
   python launch/sweep.py --config configs/demo.yaml --profile mine.yaml     on a Slurm cluster
   python launch/sweep.py --config configs/demo.yaml --status | --cancel     from a second terminal

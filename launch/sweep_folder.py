@@ -1,4 +1,4 @@
-"""What a sweep leaves in its folder beside its store: the configuration, the plan of all its rows, and the tables."""
+"""Files in a sweep's folder next to its store: the configuration, the plan of all its rows, and the tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep and where it lives."""
+    """A sweep's plan, with its store and folder."""
 
     plan: Plan
     store: Store
@@ -41,7 +41,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Record:
-    """The rows of a folder, those of earlier runs included, and the stages behind them.
+    """The rows of a folder, including those of earlier runs, and the stages behind them.
 
     Attributes:
         dense: model name -> facts of the dense checkpoint.
@@ -54,19 +54,19 @@ class Record:
         return collect_rows(self.plan, store, self.dense, attempts_of)
 
     def write_checkpoints(self, out: Path) -> Update:
-        """Bring the named checkpoints of the folder that it is of up to date."""
+        """Bring the named checkpoints in the record's folder up to date."""
         store = Store(out / "store")
         try:
             return checkpoint_folders(out, store).update(named_checkpoints(self.plan, store, self.dense))
-        except OSError as error:  # the results are there all the same
+        except OSError as error:  # the results are complete all the same
             return Update({}, [f"named checkpoints can't be written ({error}); those in {store.root} are whole"])
 
 
 def read_record(out: Path) -> Record | None:
-    """What the last run in a folder left; None where there was none.
+    """Read the record left by the last run in a folder; None if there was no run.
 
     Raises:
-        UserError: where it is damaged.
+        UserError: if it is damaged.
     """
     try:
         record = read_json(out / SWEEP_FILE)
@@ -80,7 +80,7 @@ def read_record(out: Path) -> Record | None:
 
 @dataclass(frozen=True)
 class Finished:
-    """A sweep as its folder tells of it, finished or not."""
+    """A sweep as recorded in its folder, whether or not it has finished."""
 
     folder: Path
     record: Record
@@ -92,23 +92,23 @@ class Finished:
 
 
 def read_sweep(out: Path, attempts_of: AttemptsOf) -> Finished:
-    """What the last run left, and the rows that there are.
+    """Read the record left by the last run, and collect its rows.
 
     Args:
-        attempts_of: what launchers know of a stage.
+        attempts_of: returns the attempts at a stage that launchers know of.
 
     Raises:
-        UserError: where the folder is not a sweep's.
+        UserError: if the folder is not a sweep's.
     """
     record = _require_record(out)
     return Finished(out, record, record.rows(Store(out / "store"), attempts_of))
 
 
 def planned_sweep(out: Path) -> Sweep:
-    """The sweep of the plan that the last run left.
+    """Return the sweep as planned by the last run.
 
     Raises:
-        UserError: where the folder is not a sweep's.
+        UserError: if the folder is not a sweep's.
     """
     return Sweep(_require_record(out).plan, Store(out / "store"), out)
 
@@ -129,13 +129,13 @@ def forget_rows(out: Path, labels: Sequence[str], attempts_of: AttemptsOf) -> tu
     """Remove rows from a folder's record, tables and named checkpoints; the store stays as it is.
 
     Args:
-        attempts_of: what launchers know of a stage.
+        attempts_of: returns the attempts at a stage that launchers know of.
 
     Returns:
-        the rows that are left, and what has become of the named checkpoints.
+        the remaining rows, and the changes to the named checkpoints.
 
     Raises:
-        UserError: where there is no such row.
+        UserError: if there is no such row.
     """
     record = read_record(out)
     known = [cell.label for cell in record.plan.cells] if record else []
@@ -152,10 +152,10 @@ def forget_rows(out: Path, labels: Sequence[str], attempts_of: AttemptsOf) -> tu
 
 
 def require_folder(out: Path) -> None:
-    """Check that a folder can be made and written to, as far as that is seen without writing anything.
+    """Check that a folder can be created and written to, as far as that can be seen without writing anything.
 
     Raises:
-        UserError: where a file is in its way, or it may not be written to.
+        UserError: if a file is in its way, it can't be written to, or its name isn't UTF-8.
     """
     try:
         str(out).encode()
@@ -172,7 +172,7 @@ def require_apart(out: Path, plan: Plan) -> None:
     """Check that a sweep's own files don't become part of what it reads.
 
     Raises:
-        UserError: where ``out`` is a folder that a stage reads, or lies in one whose subfolders are read as well.
+        UserError: if ``out`` is a folder that a stage reads, or lies in one whose subfolders are read as well.
     """
     place = out.resolve()
     for source in (source for stage in plan.stages.values() for source in stage.inputs.values() if source.content):
@@ -185,22 +185,22 @@ def require_sweep(out: Path) -> None:
     """Check that a folder is a sweep's.
 
     Raises:
-        UserError: where nobody has run one there.
+        UserError: if no sweep has been run there.
     """
     if not (out / SWEEP_FILE).is_file() and not (out / CONFIG_FILE).is_file():
         raise UserError(f"{out}: no sweep has been run there; give its folder with --out, or its --config")
 
 
 def write_config(out: Path, config: SweepConfig, models: Sequence[ModelSource]) -> None:
-    """Keep the resolved configuration, in which models are named as they can be found from any folder."""
+    """Write the resolved configuration, in which models are named so that they can be found from any folder."""
     names = [model.spelling for model in models]
     write_text(out / CONFIG_FILE, yaml.safe_dump(config.model_dump() | {"models": names}, sort_keys=False))
 
 
 def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> tuple[SweepConfig, str]:
-    """The configuration of a run, and a line about where it comes from unless that is obvious.
+    """Return the configuration of a run, and a remark on where it comes from (empty if that is obvious).
 
-    Without ``files``, flags are laid over what the last run in the folder was configured with.
+    Without ``files``, ``overrides`` are applied to the configuration of the last run in the folder.
 
     Raises:
         UserError: for bad input.
@@ -223,7 +223,7 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
 
 
 def _chosen_rows(own: Path) -> dict[str, int]:
-    """Section -> the micro-batch that the last run in a folder trained with; of a damaged file, none."""
+    """Section -> the micro-batch size that the last run in a folder trained with; empty if the file is damaged."""
     if not own.is_file():
         return {}
     try:
@@ -235,7 +235,7 @@ def _chosen_rows(own: Path) -> dict[str, int]:
 
 
 def configuration_layers(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> list[Layer]:
-    """What ``configuration`` merges.
+    """Return the layers that ``configuration`` merges.
 
     Raises:
         UserError: for bad input.

@@ -1,1 +1,1 @@
-"""What launch/bench.py measures: every section compares two ways to do the same work, side by side in one run."""
+"""Measurements of launch/bench.py: each section compares two ways to do the same work, side by side in one run."""

@@ -1,4 +1,4 @@
-"""Measuring in processes of their own, so that no measurement sees what another one left behind."""
+"""Measurement in separate processes, so that none is affected by what another one left behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from hfprune_dist.errors import UserError
 
-# Freed memory goes back to the system at once, so that resident memory is what is in use.
+# Freed memory goes back to the system at once, so that resident memory is the memory in use.
 TIDY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 ANSWER = "benchmark answer: "
@@ -23,10 +23,10 @@ def call(function: str, arguments: Mapping[str, Any], environment: Mapping[str, 
     """Call ``package.module:function`` with JSON arguments in a fresh process, or on ranks of torchrun.
 
     Returns:
-        its result, a JSON value; of several ranks, that of the first.
+        its result, a JSON value; with several ranks, that of the first.
 
     Raises:
-        UserError: with the process's last words, where it fails.
+        UserError: if the process fails, with the end of its error output.
     """
     with tempfile.TemporaryDirectory() as scratch:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--log-dir={scratch}"]
@@ -41,12 +41,12 @@ def call(function: str, arguments: Mapping[str, Any], environment: Mapping[str, 
 
 
 def main() -> None:
-    """The process's side of ``call``."""
+    """Run the function that ``call`` asked for, in the new process."""
     module, name = sys.argv[1].split(":")
     answer = getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))
     if os.environ.get("RANK", "0") == "0":
         print(ANSWER + json.dumps(answer), flush=True)
-    # Threads of gloo and DeepSpeed abort now and then in the interpreter's farewell.
+    # Threads of gloo and DeepSpeed sometimes abort during the interpreter's own shutdown.
     sys.stderr.flush()
     os._exit(0)
 

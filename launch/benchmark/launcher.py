@@ -1,4 +1,4 @@
-"""Section ``launcher``: how long the commands keep a user waiting, in seconds."""
+"""Section ``launcher``: the time that a user waits for commands, in seconds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CELLS, QUICK_CELLS = 1000, 100
 FEW_CELLS = 4
 INSTANT_S, RERUN_S = 0.4, 3.0
 NORMS = ("input_layernorm", "post_attention_layernorm")
-# What the table shows of an artifact of each kind.
+# Metrics that the table shows for each kind of artifact.
 METRICS = {
     "prune": {"ratio_reached": 0.2, "parameters": 80, "intermediate_size": 8},
     "evaluate": {"fidelity": {"perplexity": 10.0, "kl": 0.5, "top1_agreement": 0.5}, "tasks": {}},
@@ -38,7 +38,7 @@ METRICS = {
 
 
 def measure_launcher(settings: Settings) -> Findings:
-    """Medians over fresh processes; the bare interpreter is what no command can be faster than."""
+    """Measure medians over fresh processes; no command can be faster than the bare interpreter."""
     few, cells = settings.scratch / "few", settings.scratch / "many"
     count = QUICK_CELLS if settings.quick else CELLS
     small, large = _finished_sweep(few, FEW_CELLS), _finished_sweep(cells, count)
@@ -76,7 +76,7 @@ def _median_seconds(command: Sequence[str], rounds: int) -> float:
 
 
 def _finished_sweep(folder: Path, cells: int) -> list[str]:
-    """A sweep of that many pruned cells of one small checkpoint whose artifacts are all there; returns its command."""
+    """Make a sweep of ``cells`` pruned cells of one small checkpoint, with all artifacts, and return its command."""
     folder.mkdir()
     _write_checkpoint(folder / "model")
     (folder / "text.txt").write_text("text", encoding="utf-8")
@@ -109,7 +109,7 @@ def _commit(store: Store, stage: Stage) -> None:
 
 
 def _write_checkpoint(folder: Path) -> None:
-    """As little as a checkpoint may have, with neurons enough for a thousand ratios; the sweep reads headers only."""
+    """Write a minimal checkpoint with enough neurons for a thousand ratios; the sweep reads only headers."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""Time as ratios of interleaved runs, and memory as the peak above what was there before."""
+"""Measurement of time, as ratios of interleaved runs, and of memory, as the peak above what was in use before."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SAMPLE_INTERVAL_S = 0.001
 
 
 def paired_ratios(variants: Mapping[str, Callable[[], object]], unit: str, rounds: int) -> dict[str, float]:
-    """Median over rounds of each variant's time divided by the unit's in the same round; one more round warms up.
+    """Return the median over rounds of each variant's time over the unit's in the same round, after one warm-up round.
 
-    Whatever else the machine does slows the variants of a round alike.
+    Other work on the machine slows the variants of a round alike.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
@@ -43,9 +43,9 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most memory that ``run`` takes beyond what is taken before it: of the GPU where there is one, else resident.
+    """Return the peak memory of ``run`` above what was in use before: of the GPU if there is one, else resident memory.
 
-    Resident memory is meaningful where freed memory goes back at once: run it in a process of ``isolated.TIDY``.
+    Resident memory is meaningful only if freed memory goes back at once: use a process with ``isolated.TIDY``.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -55,14 +55,14 @@ def peak_bytes(run: Callable[[], object]) -> int:
         return torch.cuda.max_memory_allocated() - before
     _require_linux()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     before = _status_bytes("VmRSS")
     run()
     return _status_bytes("VmHWM") - before
 
 
 def peak_anonymous_bytes(run: Callable[[], object]) -> int:
-    """The most memory, pages of files not counted, that ``run`` takes; looked at every millisecond."""
+    """Return the peak memory that ``run`` takes, not counting pages of files, sampled every millisecond."""
     _require_linux()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

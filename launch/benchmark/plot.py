@@ -1,4 +1,4 @@
-"""The charts of a benchmark as one picture; matplotlib comes with the optional extra ``bench``."""
+"""Drawing the charts of a benchmark as one picture; matplotlib comes with the optional extra ``bench``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMNS = 3
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

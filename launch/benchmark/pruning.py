@@ -1,4 +1,4 @@
-"""Section ``prune``: writing a smaller checkpoint, against copying the bytes that it has."""
+"""Section ``prune``: writing a pruned checkpoint, compared with copying as many bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RATIO = 0.2
 
 
 def measure_prune(settings: Settings) -> Findings:
-    """Time in copies of the output, peak anonymous memory in largest tensors."""
+    """Measure time in copies of the output, and peak anonymous memory in multiples of the largest tensor."""
     where = {"model": settings.model, "scratch": str(settings.scratch)}
     time = call(f"{__name__}:time_prune", {**where, "rounds": settings.rounds}, {})
     memory = call(f"{__name__}:take_memory", where, TIDY)
@@ -33,7 +33,7 @@ def measure_prune(settings: Settings) -> Findings:
 
 
 def time_prune(model: str, scratch: str, rounds: int) -> float:
-    """In a process of its own: time to write the pruned files, as a multiple of the time to copy them; both anew."""
+    """In a separate process: time to write the pruned files over the time to copy them, both into an empty folder."""
     pruned, copied, sample = (Path(scratch) / name for name in ("pruned", "copied", "sample"))
     sample.mkdir(exist_ok=True)
     _write(model, sample)
@@ -51,7 +51,7 @@ def time_prune(model: str, scratch: str, rounds: int) -> float:
 
 
 def take_memory(model: str, scratch: str) -> float:
-    """In a process of its own: peak anonymous memory, as a multiple of the largest tensor."""
+    """In a separate process: peak anonymous memory, as a multiple of the largest tensor."""
     target = Path(scratch) / "pruned"
     target.mkdir(exist_ok=True)
     largest = max(info.bytes for info in open_checkpoint(Path(model)).tensors.values())
@@ -59,7 +59,7 @@ def take_memory(model: str, scratch: str) -> float:
 
 
 def _make_anew(folder: Path) -> None:
-    """An empty folder: to write into pages that a file has already is faster, and no stage does it."""
+    """Make an empty folder: writing into the existing pages of a file is faster, but no stage does that."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
 

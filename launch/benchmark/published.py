@@ -1,8 +1,8 @@
 """The published formulation, as a reference to measure against (HFPrune, arXiv 2603.08083, and its public code).
 
-It takes the entropy of all tokens' float32 logits at once, lets autograd compute every gradient, those of the weights
-included, keeps activations and their gradients of all layers until backward is over, and accumulates in the model's
-dtype. Written from that description; the cost of doing it in this way is what is measured.
+It takes the entropy of all tokens' float32 logits at once, lets autograd compute every gradient, including those of the
+weights, keeps the activations of all layers and their gradients until the backward pass is over, and accumulates in the
+model's dtype. This code is written from that description, to measure what it costs to do it this way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PublishedScores:
         self.scores: list[Tensor] = []
 
     def add(self, input_ids_BT: Tensor) -> None:
-        """Forward and backward of some windows."""
+        """Run forward and backward on some windows."""
         hidden: list[Tensor] = []
 
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

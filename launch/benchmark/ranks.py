@@ -1,4 +1,4 @@
-"""Section ``ranks``: the pass on a whole model on one rank, and sharded with ZeRO-3 on two, one thread each."""
+"""Section ``ranks``: the calibration pass with the whole model on one rank, and ZeRO-3 on two, one thread each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPE = "bfloat16"
 
 
 def measure_ranks(settings: Settings) -> Findings:
-    """Time for the same windows, and whether the sums have the same bits."""
+    """Measure the time for the same windows, and count how many different sums the runs give."""
     repeats = 1 if settings.quick else 2
     where = {
         "model": settings.model,
@@ -33,7 +33,7 @@ def measure_ranks(settings: Settings) -> Findings:
         "tokens": settings.tokens // 4,
         "shards": 2 if settings.quick else 4,
     }
-    # Every rank needs a GPU of its own, and what is compared the same kind of machine.
+    # Every rank needs a GPU of its own, and all compared runs need the same kind of device.
     device = {} if torch.cuda.device_count() >= 2 else {"CUDA_VISIBLE_DEVICES": ""}
     runs: dict[int, list[Any]] = {1: [], 2: []}
     for _ in range(repeats):
@@ -53,7 +53,7 @@ def measure_ranks(settings: Settings) -> Findings:
 
 
 def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
-    """On every rank: seconds for all shards and the sums' digests, in shard order."""
+    """On every rank: return the seconds for all shards, and the digests of their sums in shard order."""
     from hfprune_dist.distributed.world import join_world
     from hfprune_dist.scoring.shard_scorer import ShardScorer
 
@@ -68,7 +68,7 @@ def score(model: str, text: str, tokens: int, shards: int) -> dict[str, Any]:
         micro_batch_size=1,
         world=world,
     )
-    scorer.score(_micro_batches(0))  # DeepSpeed learns the order of layers
+    scorer.score(_micro_batches(0))  # lets DeepSpeed learn the order of layers
     world.barrier()
     started = time.perf_counter()
     mine = {shard: scorer.score(_micro_batches(shard)) for shard in range(world.rank, shards, world.size)}

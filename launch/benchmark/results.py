@@ -1,4 +1,4 @@
-"""What a benchmark finds: lines of a table and charts, as values that travel between processes as JSON."""
+"""Findings of a benchmark: lines of a table, and charts, which can be written as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Line:
 
     Attributes:
         unit: what ``value`` is a multiple of, e.g. "forwards"; or "share", "s", "count".
-        target: what was aimed at, in the same unit; None where nothing was.
+        target: value that was aimed at, in the same unit; None if there was none.
     """
 
     section: str
@@ -51,7 +51,7 @@ class Findings:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """The table, for a screen and for the README."""
+    """Return the table in Markdown, for the screen and the README."""
     rows = [
         [
             line.section,

@@ -1,4 +1,4 @@
-"""Section ``scaling``: memory and time of the pass as a random model or a shard grows along one axis."""
+"""Section ``scaling``: memory and time of the calibration pass as a random model or a shard grows along one axis."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ AXES: dict[str, tuple[int, ...]] = {
     "depth": (2, 4, 8, 16),
     "micro-batches of a shard": (1, 2, 4, 8),
 }
-# Along these axes, our memory must not grow: from the first point to the last.
+# Axes along which our memory must not grow -> its most growth, from the first point to the last.
 FLAT = {"vocabulary": 1.1, "micro-batches of a shard": 1.1}
 METHODS = ("ours", "published")
 HEAD_SIZE = 32
 DTYPE = "bfloat16"
-# Times are curves of a chart, whose neighbouring points check each other; no line of the table comes from them.
+# Times are only drawn as curves, whose neighbouring points check each other; no line of the table uses them.
 TIME_ROUNDS = 1
 
 
 def measure_scaling(settings: Settings) -> Findings:
-    """One chart for memory and one for time on each axis; growth from the first to the last point as lines."""
+    """Chart memory along each axis, and time along all but the last; lines give the growth of memory over each axis."""
     lines: list[Line] = []
     charts: list[Chart] = []
     for axis, points in AXES.items():
@@ -51,7 +51,7 @@ def measure_scaling(settings: Settings) -> Findings:
 
 
 def take_memory(axis: str, points: list[int]) -> dict[str, list[int]]:
-    """In a process of its own: bytes above the model, by method, at each point."""
+    """In a separate process: bytes above the model, by method, at each point."""
     taken: dict[str, list[int]] = {method: [] for method in METHODS}
     for point in points:
         subject, shard = _build({**BASE, axis: point})
@@ -63,7 +63,7 @@ def take_memory(axis: str, points: list[int]) -> dict[str, list[int]]:
 
 
 def time(axis: str, points: list[int]) -> dict[str, list[float]]:
-    """In a process of its own: multiples of a forward, by method, at each point."""
+    """In a separate process: time in multiples of a forward pass, by method, at each point."""
     times: dict[str, list[float]] = {method: [] for method in METHODS}
     for point in points:
         subject, shard = _build({**BASE, axis: point})
@@ -93,7 +93,7 @@ def _build(case: dict[str, int]) -> tuple[Any, list[torch.Tensor]]:
 
 
 def _runner(subject: Any, shard: list[torch.Tensor], method: str) -> Any:
-    """Runs a method over a shard, over its windows' first tokens alone if told so."""
+    """Return a function that runs a method over a shard, or over only the first ``tokens`` tokens of its windows."""
 
     def run(tokens: int | None = None) -> None:
         micro_batches = [input_ids_BT[:, :tokens] for input_ids_BT in shard]

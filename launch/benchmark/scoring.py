@@ -1,4 +1,4 @@
-"""Sections ``pass`` and ``criteria``: what the importance pass costs, in forwards."""
+"""Sections ``pass`` and ``criteria``: the cost of the calibration pass, in forward passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 DTYPES = ("float32", "bfloat16")
 RATIO = 0.2
-# Each needs a backward of its own.
+# Each needs a backward pass of its own.
 GRADIENT_CRITERIA = ("entropy", "cross_entropy", "fisher", "fisher_signs")
 TIME_TARGETS = {"float32": 2.2, "bfloat16": 2.3}
 MEMORY_TARGETS = {"bfloat16": 0.25}
@@ -24,7 +24,7 @@ METHODS = ("forward", "published", "ours", "ours, activations checkpointed")
 
 
 def measure_pass(settings: Settings) -> Findings:
-    """Time, memory and kept neurons of the published formulation and of ours."""
+    """Measure time, memory and kept neurons of the published formulation and of ours."""
     lines: list[Line] = []
     kept: dict[str, Any] = {}
     for dtype in DTYPES:
@@ -49,7 +49,7 @@ def measure_pass(settings: Settings) -> Findings:
 
 
 def measure_criteria(settings: Settings) -> Findings:
-    """What further criteria cost in the same pass."""
+    """Measure the cost of further criteria in the same pass."""
     ratios = call(
         f"{__name__}:time_criteria",
         {"model": settings.model, "text": settings.text, "tokens": settings.tokens, "rounds": settings.rounds},
@@ -64,7 +64,7 @@ def measure_criteria(settings: Settings) -> Findings:
 
 
 def time_pass(model: str, text: str, dtype: str, tokens: int, rounds: int) -> dict[str, Any]:
-    """In a process of its own: ratios to a forward, and the neurons that each method keeps, layer by layer."""
+    """In a separate process: time ratios to a forward pass, and the neurons that each method keeps, layer by layer."""
     windows = iter(read_text(model, text, rounds + 1, tokens)[:, None])
     plain, checkpointed = load_subject(model, dtype), load_subject(model, dtype, checkpointing=True)
     sums: list[Tensor] = []
@@ -94,15 +94,15 @@ def time_pass(model: str, text: str, dtype: str, tokens: int, rounds: int) -> di
 
 
 def take_memory(model: str, text: str, dtype: str, tokens: int, method: str) -> int:
-    """In a process of its own: bytes above the model at a method's peak."""
+    """In a separate process: bytes above the model at a method's peak."""
     windows = read_text(model, text, 1, tokens)
     subject = load_subject(model, dtype, checkpointing=method.endswith("checkpointed"))
-    run_method(subject, method, windows[:, :8])  # what is made once, and the weights' pages
+    run_method(subject, method, windows[:, :8])  # takes what is taken only once, and the weights' pages
     return peak_bytes(lambda: run_method(subject, method, windows))
 
 
 def time_criteria(model: str, text: str, tokens: int, rounds: int) -> list[float]:
-    """In a process of its own: ``CRITERIA_NUMBERS`` of gradient criteria, as multiples of one."""
+    """In a separate process: time for each of ``CRITERIA_NUMBERS`` gradient criteria, in multiples of that for one."""
     windows = read_text(model, text, 1, tokens)
     subject = load_subject(model, "bfloat16")
 
@@ -114,7 +114,7 @@ def time_criteria(model: str, text: str, tokens: int, rounds: int) -> list[float
 
 
 def run_method(subject: Subject, method: str, input_ids_BT: Tensor) -> None:
-    """One micro-batch in one of ``METHODS``."""
+    """Run one micro-batch with one of ``METHODS``."""
     if method == "forward":
         subject.forward(input_ids_BT)
     elif method == "published":

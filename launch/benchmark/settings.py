@@ -13,10 +13,10 @@ class Settings:
     Attributes:
         model: folder of a checkpoint.
         text: file with plain text, long enough for windows of ``tokens``.
-        tokens: per window.
-        rounds: that are measured of each comparison; medians are taken over them.
+        tokens: tokens per window.
+        rounds: measured rounds of each comparison, over which medians are taken.
         quick: fewer points on every axis.
-        scratch: an empty folder on the disk where results go.
+        scratch: an empty folder on the same disk as the results.
     """
 
     model: str

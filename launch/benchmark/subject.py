@@ -1,4 +1,4 @@
-"""One model, ready to be run in every way that is compared: forward alone, as published, and as we do it."""
+"""One model, ready to run in each compared way: forward only, as published, and as in this project."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SEED = 0
 
 
 class Subject:
-    """A model in its published form and in ours, over the same weights.
+    """A model with the published formulation and ours, over the same weights.
 
     Args:
-        model: a Hugging Face causal language model; nothing else may hold it.
-        checkpointing: keep layers' inputs only (``importance`` with activation checkpointing).
+        model: a Hugging Face causal language model; nothing else may hold a reference to it.
+        checkpointing: keep only the layers' inputs (``importance`` with activation checkpointing).
     """
 
     def __init__(self, model: nn.Module, checkpointing: bool = False) -> None:
@@ -47,16 +47,16 @@ class Subject:
 
     @torch.no_grad()
     def forward(self, input_ids_BT: Tensor) -> None:
-        """A forward with all logits: the unit of every other way."""
+        """Run a forward pass with all logits, the unit for the other ways."""
         self._model(input_ids=input_ids_BT.to(self._device), use_cache=False)
 
     def published(self, input_ids_BT: Tensor) -> list[Tensor]:
-        """The published formulation; returns the scores so far, [intermediate_size] for each layer."""
+        """Run the published formulation; return the scores so far, [intermediate_size] for each layer."""
         self._published.add(input_ids_BT.to(self._device))
         return self._published.scores
 
     def ours(self, micro_batches: Sequence[Tensor], criteria: Sequence[str]) -> Tensor:
-        """What the importance stage does with a shard; returns its sums, float64 [criteria, layers, neurons]."""
+        """Score a shard as the importance stage does; return its sums, float64 [criteria, layers, neurons]."""
         chosen = [CRITERIA[name] for name in criteria]
         sums = UnitSums(self._ours.outputs, chosen)
         for number, input_ids_BT in enumerate(micro_batches):
@@ -70,7 +70,7 @@ class Subject:
         return next(self._model.parameters()).device
 
     def _scored(self, checkpointing: bool) -> ScoredModel:
-        """A frozen copy that shares the weights' storage."""
+        """Return a frozen copy that shares the weights' storage."""
         shared = {id(weight): nn.Parameter(weight.data, requires_grad=False) for weight in self._model.parameters()}
         frozen = copy.deepcopy(self._model, shared)
         use_memory_efficient_backward(frozen, self._family)
@@ -85,21 +85,21 @@ class Subject:
 
 
 def load_subject(model: str, dtype: str, checkpointing: bool = False) -> Subject:
-    """The checkpoint in folder ``model``."""
+    """Load the checkpoint in folder ``model``."""
     logging.set_verbosity_error()
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     return Subject(loaded, checkpointing)
 
 
 def random_subject(dtype: str, shape: dict[str, int], checkpointing: bool = False) -> Subject:
-    """A Llama of some shape with random weights."""
+    """Return a Llama of the given shape with random weights."""
     torch.manual_seed(SEED)
     config = LlamaConfig(**shape, attn_implementation="sdpa", tie_word_embeddings=True)
     return Subject(LlamaForCausalLM(config).to(getattr(torch, dtype)), checkpointing)
 
 
 def read_text(model: str, text: str, windows: int, tokens: int) -> Tensor:
-    """Windows [windows, tokens] of the text in file ``text``, as the model's tokenizer sees it."""
+    """Return windows [windows, tokens] of the text in file ``text``, tokenized for the model."""
     tokenizer = load_tokenizer(Path(model))
     return sample_windows(
         [Path(text).read_text(encoding="utf-8")],
@@ -111,7 +111,7 @@ def read_text(model: str, text: str, windows: int, tokens: int) -> Tensor:
 
 
 def kept_width(model: str, ratio: float) -> int:
-    """Neurons that each layer keeps at a ratio of all parameters."""
+    """Return the number of neurons that each layer keeps at a ratio of all parameters."""
     from hfprune_dist.planning.widths import Target, size_of
 
     return Target(size_of(open_checkpoint(Path(model))), ratio, 1, model).uniform_width()

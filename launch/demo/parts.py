@@ -1,4 +1,4 @@
-"""Parts of a folder that are whole or absent, whenever a build is killed: draft, rename, then list in the manifest."""
+"""Parts of a folder that are whole or absent whenever a build is killed: draft, rename, then list in the manifest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Parts:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Let one build at a time work here; what a killed one left as drafts is removed."""
+        """Let only one build at a time work here, and remove the drafts that a killed one left."""
         with (self.root / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for draft in self.root.glob(f"{DRAFT_PREFIX}*"):
@@ -38,12 +38,12 @@ class Parts:
             yield
 
     def is_whole(self, name: str, made_from: Mapping[str, str]) -> bool:
-        """Whether a part was made from these sources and its files still have the sizes that they had then."""
+        """Return whether a part was made from these sources and its files still have their sizes of that time."""
         entry = self._entries().get(name)
         return entry is not None and entry["made_from"] == made_from and entry["files"] == _sizes(self.root / name)
 
     def draft(self, name: str) -> Path:
-        """Where to make a part."""
+        """Return the path at which to make a part."""
         return self.root / f"{DRAFT_PREFIX}{name}"
 
     def commit(self, name: str, made_from: Mapping[str, str], details: Mapping[str, Any]) -> None:
@@ -68,7 +68,7 @@ class Parts:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Installed version of each package; ``python`` is the interpreter."""
+    """Return the installed version of each package; ``python`` is the interpreter."""
     return {name: platform.python_version() if name == "python" else _installed(name) for name in packages}
 
 
@@ -80,7 +80,7 @@ def _installed(package: str) -> str:
 
 
 def _sizes(part: Path) -> dict[str, int]:
-    """Bytes of each file of a part; compiled Python, which lm-eval leaves behind, is not part of it."""
+    """Return the bytes of each file of a part, without compiled Python, which lm-eval leaves behind."""
     files = [part] if part.is_file() else sorted(file for file in part.rglob("*") if file.is_file())
     return {str(file.relative_to(part.parent)): file.stat().st_size for file in files if file.suffix != ".pyc"}
 

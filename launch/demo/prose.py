@@ -1,8 +1,8 @@
-"""English prose of two kinds, each cut into calibration and held-out text: the Python reference, in
-``pydoc_data.topics``, and what papers say of benchmarks, in the READMEs of lm-eval's tasks (MIT).
+"""English prose of two kinds, each divided into calibration and held-out text: the Python reference, in
+``pydoc_data.topics``, and descriptions of benchmarks, in the READMEs of lm-eval's tasks (MIT).
 
-Topics quote each other at length, so text counts as different only paragraph by paragraph: every paragraph belongs to
-the longest topic that holds it, and topics are then split between calibration and held-out.
+Topics quote each other at length, so duplicates are removed paragraph by paragraph: every paragraph belongs to the
+longest topic that contains it, and topics are then divided between calibration and held-out text.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from hfprune_dist.errors import UserError
 
 # About 900 tokens of SmolLM2: long enough for a window of 512 to begin anywhere.
 DOCUMENT_CHARACTERS = 3600
-# Of the topics, ordered by length, every third one is held out: a third of the long and a third of the short ones.
+# Every third topic, in order of length, is held out: a third of the long and a third of the short ones.
 HELD_OUT_EVERY = 3
-# Two paragraphs that share so many words in a row are the same text.
+# Two paragraphs that share this many words in a row count as the same text.
 SHINGLE_WORDS = 12
 SENTENCE = re.compile(r"[A-Z][^|=<>{}\\]*[.]")
-# Of a README's paragraphs, those that are English sentences without markup.
+# Paragraphs of a README that are English sentences without markup.
 DESCRIPTION = re.compile(r"[A-Z][^|=<>{}\\`*#@\[\]_]*[.]")
 DESCRIPTION_WORDS = 25
 FREQUENT_WORDS = {"a", "and", "for", "in", "is", "of", "that", "the", "to", "with"}
@@ -41,7 +41,7 @@ def reference_prose() -> Prose:
     """Cut this Python's reference into calibration and held-out documents.
 
     Raises:
-        UserError: where this Python is installed without it.
+        UserError: if this Python is installed without it.
     """
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
@@ -51,11 +51,11 @@ def reference_prose() -> Prose:
 
 
 def benchmark_prose() -> Prose:
-    """Cut what the READMEs of lm-eval's tasks say in whole sentences, much of it abstracts of papers, into calibration
-    and held-out documents. lm-eval is found without being imported.
+    """Cut the whole sentences in the READMEs of lm-eval's tasks, many from abstracts of papers, into calibration and
+    held-out documents. lm-eval is located without being imported.
 
     Raises:
-        UserError: where it is installed without its tasks.
+        UserError: if it is installed without its tasks.
     """
     spec = importlib.util.find_spec("lm_eval")
     folders = [Path(folder) / "tasks" for folder in (spec.submodule_search_locations or [])] if spec else []
@@ -70,7 +70,7 @@ def benchmark_prose() -> Prose:
 
 
 def description(block: str) -> str:
-    """A README's paragraph on one line; empty where it isn't English prose."""
+    """Return a README's paragraph on one line; empty if it isn't English prose."""
     line = re.sub(r"^(\**Abstract\**:\**|>) *", "", one_line(block)).strip('`"> ')
     words = line.split()
     if len(words) < DESCRIPTION_WORDS or "://" in line or not DESCRIPTION.fullmatch(line):
@@ -86,7 +86,7 @@ def _split(topics: Iterable[list[str]]) -> Prose:
 
 
 def own_paragraphs(topics: Mapping[str, str]) -> list[list[str]]:
-    """Paragraphs of each topic, longest topic first, without those that quote or are quoted by an earlier topic."""
+    """Return the paragraphs of each topic, longest topic first, without those that share text with an earlier topic."""
     owned: list[list[str]] = []
     earlier: set[str] = set()
     for _, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
@@ -97,13 +97,13 @@ def own_paragraphs(topics: Mapping[str, str]) -> list[list[str]]:
 
 
 def shingles(text: str) -> set[str]:
-    """All runs of ``SHINGLE_WORDS`` words; none for a heading or another short line."""
+    """Return all runs of ``SHINGLE_WORDS`` words; none for a heading or other short line."""
     words = text.split()
     return {" ".join(words[end - SHINGLE_WORDS : end]) for end in range(SHINGLE_WORDS, len(words) + 1)}
 
 
 def pack(topics: Iterable[list[str]], characters: int = DOCUMENT_CHARACTERS) -> list[str]:
-    """Join paragraphs into documents of at least ``characters``; what is left over joins the last document."""
+    """Join paragraphs into documents of at least ``characters``; a shorter remainder joins the last one."""
     documents: list[list[str]] = [[]]
     for paragraph in (paragraph for topic in topics for paragraph in topic):
         if sum(map(len, documents[-1])) >= characters:
@@ -115,7 +115,7 @@ def pack(topics: Iterable[list[str]], characters: int = DOCUMENT_CHARACTERS) -> 
 
 
 def passages(documents: Iterable[str], min_words: int) -> Iterator[str]:
-    """Paragraphs of running text, without headings, code, tables and grammar, each on one line."""
+    """Yield the paragraphs of running text, without headings, code, tables and grammar, each on one line."""
     for document in documents:
         for block in document.split("\n\n"):
             line = one_line(block)
@@ -124,5 +124,5 @@ def passages(documents: Iterable[str], min_words: int) -> Iterator[str]:
 
 
 def one_line(text: str) -> str:
-    """The text with every run of white space as one space."""
+    """Return the text with every run of white space replaced by one space."""
     return " ".join(text.split())

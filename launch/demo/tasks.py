@@ -1,4 +1,4 @@
-"""An offline lm-eval suite: two multiple-choice tasks and a perplexity, as YAML files with their data beside them."""
+"""An offline lm-eval suite: two multiple-choice tasks and one for perplexity, as YAML files next to their data."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SUMMARY_WORDS = range(4, 9)
 PERPLEXITY_DOCUMENTS = 2
 SEED = 0
 
-# lm-eval takes paths in `data_files` from the current folder, but a `!function` from the folder of the YAML file: so
-# the suite works wherever it lies, and its content, hence its digest, names no path.
+# lm-eval resolves paths in `data_files` against the current folder, but a `!function` against the folder of the YAML
+# file. With the latter, the suite works wherever it lies, and its content, and so its digest, contains no path.
 LOADER = '''"""Loads a task's documents from the .jsonl file beside this one."""
 
 import json
@@ -44,7 +44,7 @@ def load(name, **_):
 
 
 def write_tasks(folder: Path, held_out: Sequence[str], library: Sequence[Documented]) -> dict[str, int]:
-    """Write the suite into a folder; returns the number of documents of each task."""
+    """Write the suite into a folder; return the number of documents of each task."""
     suite = {
         "demo_continuation": continuation_documents(held_out),
         "demo_docstring": docstring_documents(library),
@@ -59,7 +59,7 @@ def write_tasks(folder: Path, held_out: Sequence[str], library: Sequence[Documen
 
 
 def continuation_documents(held_out: Sequence[str]) -> list[Record]:
-    """Which words go on a passage? The wrong choices are what goes on other passages."""
+    """Ask which words continue a passage; the wrong choices continue other passages."""
     end = CONTEXT_WORDS + CONTINUATION_WORDS
     words = [passage.split() for passage in passages(held_out, min_words=end)]
     beginnings = [" ".join(passage[:CONTEXT_WORDS]) for passage in words]
@@ -68,17 +68,17 @@ def continuation_documents(held_out: Sequence[str]) -> list[Record]:
 
 
 def docstring_documents(library: Sequence[Documented]) -> list[Record]:
-    """Which summary belongs to a definition? The wrong choices are summaries of other definitions."""
+    """Ask which summary belongs to a definition; the wrong choices are summaries of other definitions."""
     items = summaries(library, SUMMARY_WORDS)
     beginnings = [f'{item.signature}:\n    """' for item, _ in items]
     return multiple_choice("demo_docstring", beginnings, [summary for _, summary in items])
 
 
 def multiple_choice(name: str, contexts: Sequence[str], answers: Sequence[str]) -> list[Record]:
-    """Draw documents, and for each the answers of others as wrong choices; the same on every machine.
+    """Draw documents, each with other documents' answers as wrong choices; the same ones on every machine.
 
     Raises:
-        UserError: where the installation has too little text.
+        UserError: if the installation has too little text.
     """
     if len(answers) < DOCUMENTS:
         raise UserError(
@@ -116,8 +116,8 @@ PERPLEXITY: Record = {
 
 
 def task_yaml(name: str, settings: Record) -> str:
-    """A task file of lm-eval; its `!function` tag is why it isn't simply dumped."""
-    # A docstring follows its quotes directly, a passage goes on after a space.
+    """Return the text of an lm-eval task file; it isn't simply dumped because of its `!function` tag."""
+    # A docstring follows its quotes directly; a passage continues after a space.
     delimiter = {"target_delimiter": ""} if name == "demo_docstring" else {}
     common = {"task": name, "dataset_kwargs": {"name": name}, "test_split": "test", "metadata": {"version": 1.0}}
     body = yaml.safe_dump({**common, **settings, **delimiter}, sort_keys=False)

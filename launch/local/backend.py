@@ -1,4 +1,4 @@
-"""The local backend: one stage at a time, its ranks started and watched by torchrun."""
+"""The local backend: one stage at a time, with torchrun to start and watch its ranks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class LocalBackend:
         self.ranks = ranks_here(provenance.runtime)
 
     def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> Outcome:
-        """Claim a stage, run it on all ranks, and tell how it ended; success is a verified artifact, nothing else."""
+        """Claim a stage, run it on all ranks, and return how it ended; only a verified artifact counts as success."""
         started, handle = time.time(), self._store.handle(stage.id)
         claim = _claim(handle, on_heartbeat)
         try:
@@ -68,13 +68,13 @@ class LocalBackend:
         return Outcome("failed" if failure else "done", time.time() - started, failure)
 
     def _log(self, stage: Stage, attempt: int) -> Path:
-        """The attempt's log file, in a folder that is there."""
+        """Return the path of the attempt's log file, and make its folder."""
         self._logs.mkdir(parents=True, exist_ok=True)
         return self._logs / f"{stage.kind}-{stage.fingerprint}.{attempt}.log"
 
     def _start(self, stage: Stage, claim: Claim, log: Path, scratch: str) -> subprocess.Popen[bytes]:
         ranks = 1 if stage.params.on_one_rank else self.ranks
-        # Without a folder for its own files torchrun makes one, and leaves it behind.
+        # Without a folder for its own files, torchrun makes one and leaves it behind.
         options = ["--standalone", f"--nproc-per-node={ranks}", f"--log-dir={scratch}"]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
         command = [*torchrun, str(STAGE_SCRIPT), str(self._store.root.resolve()), stage.id, "--claim", claim.ticket]
@@ -87,20 +87,20 @@ class LocalBackend:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=self._environment(ranks),
-                start_new_session=True,  # Ctrl-C reaches this process only, which then ends the ranks in order
+                start_new_session=True,  # Ctrl-C reaches only this process, which then ends the ranks cleanly
                 preexec_fn=partial(die_with_parent, signal.SIGTERM),  # torchrun then ends its ranks
             )
 
     def _environment(self, ranks: int) -> dict[str, str]:
-        """The ranks' environment: threads, and a project that can be imported from wherever the sweep was started."""
+        """Return the ranks' environment, with their number of CPU threads and unbuffered output."""
         threads = threads_of_a_rank(self._provenance.runtime, ranks)
         return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
     def _failure(self, handle: StageHandle, claim: Claim, log: Path, attempt: _Attempt) -> Failure:
-        """Why the ranks have left no artifact.
+        """Return why the ranks left no artifact.
 
         Raises:
-            ClaimLostError: where another process has claimed the stage meanwhile, and uses its work folder.
+            ClaimLostError: if another process has since claimed the stage and uses its work folder.
         """
         said = (failure for failure in handle.failures() if failure.is_of(attempt.number, attempt.started))
         left = next(said, None) or self._full_disk()
@@ -114,7 +114,7 @@ class LocalBackend:
         return failure
 
     def _full_disk(self) -> Failure | None:
-        """On a disk too full for a rank to leave its reason, the reason is that."""
+        """Return the full disk as the reason if it has no room for a rank to record its own."""
         free = shutil.disk_usage(self._store.root).free
         if free > FULL_DISK_BYTES:
             return None
@@ -124,19 +124,19 @@ class LocalBackend:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """The number of an attempt at a stage, and the unix time of its beginning."""
+    """The number of an attempt at a stage, and the unix time at which it began."""
 
     number: int
     started: float
 
 
 def _first_line(stage: Stage, command: Sequence[str]) -> str:
-    """What a log begins with: when which stage was started, and by which command."""
+    """Return the first line of a log: the time, the stage and the command that runs it."""
     return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {stage.kind} {stage.label} ({stage.id}): {shlex.join(command)}\n"
 
 
 def _claim(handle: StageHandle, on_heartbeat: OnHeartbeat) -> Claim:
-    """Wait until no other sweep works on a stage, showing its progress meanwhile."""
+    """Claim a stage once no other sweep works on it, showing its progress until then."""
     while isinstance(claim := handle.claim(), Holder):
         on_heartbeat(handle.heartbeat())
         time.sleep(POLL_S)
@@ -144,7 +144,7 @@ def _claim(handle: StageHandle, on_heartbeat: OnHeartbeat) -> Claim:
 
 
 def _watch(process: subprocess.Popen[bytes], handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat) -> None:
-    """Wait for the end of all ranks; if this process is interrupted or has lost its claim, end them first."""
+    """Wait until all ranks have ended; if this process is interrupted or loses its claim, end them."""
     renewal = Renewal(claim)
     try:
         while process.poll() is None:
@@ -158,7 +158,7 @@ def _watch(process: subprocess.Popen[bytes], handle: StageHandle, claim: Claim, 
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:
-    """End torchrun, which ends its ranks; a second kill for what does not listen."""
+    """Terminate torchrun, which then ends its ranks; kill it if it does not respond."""
     process.terminate()
     try:
         process.wait(TERMINATION_GRACE_S)

@@ -1,4 +1,4 @@
-"""Cancelling a sweep that runs on a machine: its process ends its ranks, then itself, as by Ctrl-C."""
+"""Cancellation of a sweep that runs on this machine: its process ends its ranks and then itself, as on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
-# How long a launcher may take: it gives its ranks 20 s.
+# Time that a launcher may take to end; it gives its ranks 20 s.
 WAIT_S = 30.0
 POLL_S = 0.1
-# Between two stages a launcher holds no claim while the ranks of the first end.
+# Between two stages, a launcher holds no claim while the ranks of the first one end.
 BETWEEN_STAGES_S = 5.0
 
 
 @dataclass(frozen=True)
 class Running:
-    """A stage at work, and the launcher that holds its claim."""
+    """A running stage, and the launcher that holds its claim."""
 
     stage: Stage
     handle: StageHandle
@@ -42,7 +42,7 @@ class Running:
 
 
 def running_without_job(plan: Plan, store: Store) -> list[Running]:
-    """The stages of a sweep that launchers run themselves, in no job of a batch system; in plan order."""
+    """Return the stages that launchers run themselves, not in jobs of a batch system, in plan order."""
     running = []
     for stage in plan.stages.values():
         handle = store.handle(stage.id)
@@ -53,7 +53,7 @@ def running_without_job(plan: Plan, store: Store) -> list[Running]:
 
 
 def wait_for_running(plan: Plan, store: Store) -> list[Running]:
-    """The same; where nothing runs but something is missing, what is begun within some seconds."""
+    """As ``running_without_job``; if nothing runs but stages are missing, wait some seconds for one to begin."""
     deadline = time.monotonic() + BETWEEN_STAGES_S
     while not (running := running_without_job(plan, store)) and time.monotonic() < deadline:
         if not plan.lacking(lambda stage_id: store.handle(stage_id).is_committed()):
@@ -63,10 +63,10 @@ def wait_for_running(plan: Plan, store: Store) -> list[Running]:
 
 
 def cancel_running(running: list[Running]) -> Iterator[str]:
-    """Interrupt the launchers, and say of each what has become of it."""
+    """Interrupt the launchers, and yield a message about each."""
     for it in running:
         kill = f"kill {it.holder.pid}"
-        if not it.holder.is_running():  # by its renewals it lives, but not where this process could see it
+        if not it.holder.is_running():  # its claim is being renewed, but its process can't be seen from here
             yield f"not cancelled: {it} runs elsewhere; on its machine, Ctrl-C or {kill} ends it"
         elif not _interrupt(it.holder.pid):
             yield f"not cancelled: {it} is another user's, who can end it by Ctrl-C or {kill}"
@@ -77,8 +77,8 @@ def cancel_running(running: list[Running]) -> Iterator[str]:
 
 
 def _interrupt(pid: int) -> bool:
-    """Whether a process could be told; one that has ended meanwhile needn't be."""
-    # In a notebook SIGINT ends the cell and not the kernel. What a script starts in the background ignores it.
+    """Interrupt a process and return whether that was permitted; True if it has already ended."""
+    # In a notebook, SIGINT ends the cell but not the kernel. Background processes of a script ignore it.
     number = signal.SIGTERM if _ignores(pid, signal.SIGINT) else signal.SIGINT
     try:
         os.kill(pid, number)
@@ -90,7 +90,7 @@ def _interrupt(pid: int) -> bool:
 
 
 def _ignores(pid: int, number: signal.Signals) -> bool:
-    """Whether a process ignores a signal; False where that can't be seen, as on systems other than Linux."""
+    """Return whether a process ignores a signal; False if that can't be seen, as on systems other than Linux."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -100,7 +100,7 @@ def _ignores(pid: int, number: signal.Signals) -> bool:
 
 
 def _ends(running: Running) -> bool:
-    """Whether a launcher that was interrupted leaves its stage in time."""
+    """Wait for an interrupted launcher to leave its stage; return whether it did so in time."""
     deadline = time.monotonic() + WAIT_S
     while running.goes_on():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""How the ranks of a stage on this machine died, by what they left and by what torchrun says in their log."""
+"""Causes of the deaths of local ranks, inferred from what they left and what torchrun says in their log."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from hfprune_dist.store.heartbeat import LOST_RANK, Failure
 
 LOG_TAIL_LINES = 12
-# torchrun's summary of a rank that ended by a signal; the lines between are its exit code and its error file.
+# torchrun's summary of a rank that a signal ended; the lines between are its exit code and its error file.
 _SIGNAL = re.compile(
     r"^ *rank +: (?P<rank>\d+) .*\n(?:.*\n){1,3}? *traceback : Signal \d+ \((?P<signal>SIG\w+)\) received by PID",
     re.MULTILINE,
 )
-# Signals from outside: of the kernel where memory is short or a page of a mapped file is gone, a scheduler or a user.
+# Signals from outside: from the kernel if memory is short or a page of a mapped file is gone, a scheduler or a user.
 FROM_OUTSIDE = ("SIGKILL", "SIGBUS")
 BY_ITSELF = ("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE")
-# What gloo says before it aborts the process because another rank sent something else than was waited for.
+# Message of gloo before it aborts the process because another rank sent something other than expected.
 OUT_OF_STEP = "op.preamble.length <= op.nbytes"
 
 
@@ -35,11 +35,11 @@ class Death:
 
 
 def explain_death(left: Failure | None, log: Path, attempt: int) -> Failure:
-    """Why an attempt failed.
+    """Return why an attempt failed.
 
     Args:
-        left: what explains most of what the ranks have left; None where they have left nothing.
-        log: of all ranks, and of torchrun.
+        left: the most informative failure that the ranks left; None if they left none.
+        log: log of all ranks and of torchrun.
     """
     if left is not None and left.cause != "code":
         return left
@@ -48,7 +48,7 @@ def explain_death(left: Failure | None, log: Path, attempt: int) -> Failure:
     killed = [death for death in deaths if death.signal in FROM_OUTSIDE]
     crashed = [death for death in deaths if death.signal in BY_ITSELF]
     ending = f"\n{log} ends with:\n{_tail(text)}"
-    if killed:  # the ranks that survive it fail too, in a collective
+    if killed:  # the surviving ranks then fail too, in a collective
         return _noticed("killed", f"a rank died without a message: {_listed(killed)}, from outside{ending}", attempt)
     if left is not None and not left.is_consequence:
         return left

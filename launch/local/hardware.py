@@ -17,8 +17,8 @@ from hfprune_dist.store.provenance import CPU_INFO, cpu_model
 from hfprune_dist.store.stage import Stage
 
 GPUS = Path("/proc/driver/nvidia/gpus")
-# Kind of stage -> the section of the configuration that sets its compute dtype. A prune stage has that of the
-# calibration pass; a reference has that of the stage that reads it, which is named for it.
+# Kind of stage -> the configuration section that sets its compute dtype. A prune stage uses that of the calibration
+# pass. References are not listed: they use the dtype of the stage that reads them, which is.
 SECTIONS = {
     "importance": "importance",
     "prune": "importance",
@@ -31,7 +31,7 @@ SECTIONS = {
 
 
 def count_gpus() -> int:
-    """GPUs that ranks may use."""
+    """Return the number of GPUs that ranks may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         devices = [device.strip() for device in visible.split(",")]
@@ -40,7 +40,7 @@ def count_gpus() -> int:
 
 
 def device_here(runtime: RuntimeConfig) -> str:
-    """What a stage of one rank computes on: this machine's kind of GPU, or its processor and how many threads."""
+    """Return the device of a stage with one rank: this machine's kind of GPU, or its CPU and number of threads."""
     if not count_gpus():
         return f"{cpu_model()}, threads: {threads_of_a_rank(runtime, 1)}"
     facts = [line for file in sorted(GPUS.glob("*/information")) for line in file.read_text().splitlines()]
@@ -49,14 +49,14 @@ def device_here(runtime: RuntimeConfig) -> str:
 
 
 def threads_of_a_rank(runtime: RuntimeConfig, ranks: int) -> int:
-    """CPU threads of each rank, where a stage has so many on this machine."""
+    """Return the CPU threads of each rank of a stage that has ``ranks`` ranks on this machine."""
     return runtime.threads_per_rank or threads_allowed() or max(1, (os.cpu_count() or 1) // ranks)
 
 
 def fitting_runtime(runtime: RuntimeConfig) -> tuple[RuntimeConfig, str]:
-    """A runtime whose ranks each find a GPU, where this machine has GPUs; and what to tell if they had to be fewer.
+    """Return a runtime with at most one rank per GPU, if this machine has GPUs, and a note if ranks had to be removed.
 
-    For ranks that a file asks for, perhaps one of another machine.
+    This is for numbers of ranks from a file, which may have been written for another machine.
     """
     gpus = count_gpus()
     if not gpus or runtime.ranks is None or runtime.ranks <= gpus:
@@ -66,10 +66,10 @@ def fitting_runtime(runtime: RuntimeConfig) -> tuple[RuntimeConfig, str]:
 
 
 def ranks_here(runtime: RuntimeConfig) -> int:
-    """Processes of a stage on this machine.
+    """Return the number of ranks of a stage on this machine.
 
     Raises:
-        UserError: where it has GPUs, but too few.
+        UserError: if the machine has GPUs, but too few.
     """
     gpus = count_gpus()
     ranks = runtime.ranks or gpus or 1
@@ -79,7 +79,7 @@ def ranks_here(runtime: RuntimeConfig) -> int:
 
 
 def gpus_here(runtime: RuntimeConfig) -> Gpus | None:
-    """The GPUs that ranks of this machine get; None where it has none, or nvidia-smi doesn't tell their memory."""
+    """Return the GPUs for ranks on this machine; None if it has none or nvidia-smi doesn't report their memory."""
     if not count_gpus():
         return None
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -92,7 +92,7 @@ def gpus_here(runtime: RuntimeConfig) -> Gpus | None:
 
 
 def note_on_bfloat16(stages: Iterable[Stage]) -> str:
-    """Which settings to change where stages would compute in bfloat16 on a CPU that is slow at it; empty where none."""
+    """Return which settings to change if stages would use bfloat16 on a CPU that is slow at it; empty if none."""
     if count_gpus() or not _bfloat16_is_slow():
         return ""
     computing = (it for it in stages if it.kind in SECTIONS)
@@ -105,7 +105,7 @@ def note_on_bfloat16(stages: Iterable[Stage]) -> str:
 
 
 def _bfloat16_is_slow() -> bool:
-    """Whether this is an x86 without AVX-512, where torch multiplies bfloat16 number by number."""
+    """Return whether this is an x86 without AVX-512, on which torch multiplies bfloat16 numbers one at a time."""
     if not CPU_INFO.is_file():
         return False
     flags = next((line.split() for line in CPU_INFO.read_text().splitlines() if line.startswith("flags")), [])

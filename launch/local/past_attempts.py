@@ -1,4 +1,4 @@
-"""What is known of the attempts to run stages on this machine, from logs, manifests and work folders."""
+"""Past attempts to run stages on this machine, as known from logs, manifests and work folders."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hfprune_dist.store.attempt import Attempt
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
-# ``<kind>-<fingerprint>`` of a stage -> its logs, by the number of the attempt.
+# ``<kind>-<fingerprint>`` of a stage -> its logs, by attempt number.
 LogsOfStages = Mapping[str, Mapping[int, Path]]
 
-# What a log begins with (``local.backend``): local time, and among torchrun's options the number of ranks.
+# Parts of a log's first line (``local.backend``): local time, and the number of ranks among torchrun's options.
 TIME, RANKS = "%Y-%m-%d %H:%M:%S", re.compile(r"--nproc-per-node=(\d+)")
 
 
 def logs_below(folder: Path) -> LogsOfStages:
-    """One look at the folder of logs for all stages of a sweep."""
+    """Find the logs of all stages of a sweep, in one look at their folder."""
     found: dict[str, dict[int, Path]] = {}
     for log in folder.glob("*.*.log"):
         stage, *_, number, _ = log.name.split(".")
@@ -32,10 +32,10 @@ def logs_below(folder: Path) -> LogsOfStages:
 
 
 def past_attempts(stage: Stage, handle: StageHandle, logs: LogsOfStages) -> list[Attempt]:
-    """Attempts of the local backend at a stage, first to last.
+    """Return the local backend's attempts at a stage, first to last.
 
-    Of an attempt that a later one followed, the log is all that is left: its first line tells when it began and on how
-    many ranks, the time of its last when it ended.
+    All that remains of an attempt followed by a later one is its log: the first line says when it began and on how
+    many ranks, and the file's modification time when it ended.
 
     Args:
         logs: what ``logs_below`` found.
@@ -53,7 +53,7 @@ def _cut_off(number: int, log: Path) -> Attempt:
 
 
 def _beginning(log: Path) -> tuple[float | None, int | None]:
-    """Unix time and ranks by a log's first line, as the backend writes it; None where it is something else."""
+    """Return unix time and ranks from a log's first line, as the backend writes it; None if it is something else."""
     try:
         with log.open(errors="replace") as stream:
             first = stream.readline()
@@ -72,7 +72,7 @@ def _modified(file: Path) -> float | None:
 
 
 def _made(handle: StageHandle) -> Attempt | None:
-    """The attempt that made the artifact; None where there is none."""
+    """Return the attempt that made the artifact; None if there is none."""
     manifest = handle.manifest()
     if manifest is None:
         return None
@@ -81,7 +81,7 @@ def _made(handle: StageHandle) -> Attempt | None:
 
 
 def _unfinished(handle: StageHandle) -> Attempt | None:
-    """The attempt that runs, failed, or was cut off; None where none has begun."""
+    """Return the attempt that runs, failed, or was cut off; None if none has begun."""
     content = find_stage_file(handle)
     if content is None:
         return None

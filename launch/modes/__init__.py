@@ -1,1 +1,1 @@
-"""What the commands do once their command lines are parsed."""
+"""Implementations of the commands, called once their command lines are parsed."""

@@ -1,4 +1,4 @@
-"""What launch/clean.py does: what nothing refers to -> a list with bytes -> gone."""
+"""Implementation of launch/clean.py: list what nothing refers to, with its size, and remove it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ CONFIG = "config.json"  # which every checkpoint has
 
 
 def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
-    """Remove what nothing refers to, and show it.
+    """Remove what nothing refers to, and list it.
 
     Args:
-        intermediates: also the checkpoints that finished rows have gone on from.
+        intermediates: also remove the checkpoints that finished rows have been recovered from.
 
     Raises:
-        UserError: where the folder is not a sweep's, or a stage of it is running.
+        UserError: if the folder is not a sweep's, or one of its stages is running.
     """
     sweep, store = read_sweep(out, past_attempts(out)), Store(out / "store")
     _refuse_while_needed(store)
@@ -52,12 +52,12 @@ def _refuse_while_needed(store: Store) -> None:
 
 
 def _linked(out: Path, store: Store) -> set[str]:
-    """Ids of the stages to whose artifacts something in ``checkpoints/`` is a link."""
+    """Return the ids of stages whose artifacts are linked to from ``checkpoints/``."""
     return {"/".join(file.parts[:2]) for file in checkpoint_folders(out, store).linked()}
 
 
 def _intermediates(sweep: Finished, store: Store, linked: set[str]) -> Iterator[Leftover]:
-    """Checkpoints that are no row's, and that no missing stage reads."""
+    """Yield checkpoints that belong to no row and that no missing stage reads."""
     plan = sweep.plan
     missing = plan.lacking(lambda stage_id: store.handle(stage_id).is_done())
     kept = {*linked, *plan.asked, *(result for cell in plan.cells for result in cell.results)}

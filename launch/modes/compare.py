@@ -1,4 +1,4 @@
-"""What launch/compare.py does: rows and scores of several sweeps -> comparison.md and comparison.json."""
+"""Implementation of launch/compare.py: rows and scores of several sweeps -> comparison.md and comparison.json."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from hfprune_dist.store.stage_handle import StageHandle
 
 
 def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -> None:
-    """Compare the finished cells of some sweeps, with the method ``named`` as the reference.
+    """Compare the finished cells of several sweeps, with the method ``named`` as the reference.
 
     Args:
         wide: show all columns of the table of methods.
@@ -75,7 +75,7 @@ def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -
 
 
 def show_methods(console: Console, methods: Sequence[Comparison], reference: str, wide: bool) -> None:
-    """The table of methods, and what it means.
+    """Show the table of methods, and notes on its meaning.
 
     Args:
         wide: show all columns, however wide that is, instead of a few that fit the terminal.
@@ -87,7 +87,7 @@ def show_methods(console: Console, methods: Sequence[Comparison], reference: str
 
 
 def _refuse_other_models(sweeps: Sequence[Finished]) -> None:
-    """Refuse sweeps that have different checkpoints under one name, since their rows would be taken for seeds."""
+    """Refuse sweeps with different checkpoints under one name, whose rows would be mistaken for other seeds."""
     known: dict[str, tuple[str, Path]] = {}
     for sweep in sweeps:
         for stage in _calibrations(sweep):
@@ -100,7 +100,7 @@ def _refuse_other_models(sweeps: Sequence[Finished]) -> None:
 
 
 def _refuse_rows_twice(sweeps: Sequence[Finished]) -> None:
-    """Refuse sweeps that have a row in common, which would be taken for a second seed's."""
+    """Refuse sweeps that have a row in common, which would be mistaken for that of a second seed."""
     known: dict[str, Path] = {}
     for sweep in sweeps:
         for cell in sweep.plan.cells:
@@ -113,24 +113,24 @@ def _refuse_rows_twice(sweeps: Sequence[Finished]) -> None:
 
 
 def _calibrations(sweep: Finished) -> list[Stage]:
-    """The calibration passes of a sweep's dense models, labelled with the models' names."""
+    """Return the calibration passes of a sweep's dense models, labelled with the models' names."""
     stages = [stage for stage in sweep.plan.stages.values() if stage.kind == "importance"]
     return [stage for stage in stages if not stage.needs]
 
 
 def _criteria(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
-    """Model -> how its criteria agree, from the first sweep's scores of the dense model."""
+    """Model -> agreement of its criteria, from the first sweep's scores of the dense model."""
     return {label: compare_criteria(read_scores(scored.artifact), SHARES_KEPT) for label, scored in _scored(sweep)}
 
 
 def _settling(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
-    """Model -> how what its criteria keep settled, from the first sweep's scores of the dense model."""
+    """Model -> how the units that its criteria keep settle with more windows, from the first sweep's scores."""
     manifests = {label: scored.manifest() for label, scored in _scored(sweep)}
     return {label: found["metrics"].get("split_half_overlap", []) for label, found in manifests.items() if found}
 
 
 def _scored(sweep: Finished) -> list[tuple[str, StageHandle]]:
-    """(model, stage) of every dense model that has been scored."""
+    """Return (model, stage) for every dense model that has been scored."""
     store = Store(sweep.folder / "store")
     handles = [(stage.label, store.handle(stage.id)) for stage in _calibrations(sweep)]
     return [(label, handle) for label, handle in handles if handle.is_committed()]

@@ -1,4 +1,4 @@
-"""What generating costs where models are large: said before the first stage, and refused where it can't work."""
+"""The cost of generating with large models: announced before the first stage, and refused if it can't work."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from hfprune_dist.store.stage import Stage
 
 
 class Generation:
-    """Stages in which models generate, of those that must run.
+    """The stages in which models generate, among those that must run.
 
     Args:
-        config: with the runtime that fits where stages run.
+        config: configuration with the runtime that fits where stages run.
         todo: ids of the stages that must run.
-        profile: of the cluster where they run; None: this machine.
+        profile: profile of the cluster on which they run; None for this machine.
     """
 
     def __init__(self, config: SweepConfig, plan: Plan, todo: Sequence[str], profile: Profile | None) -> None:
@@ -36,7 +36,7 @@ class Generation:
         self._profile = profile
 
     def remarks(self) -> Iterator[str]:
-        """What it costs to generate with a model that is sharded, and what is not sharded at all, in sentences."""
+        """Yield sentences on the cost of generating with sharded models, and on stages that never shard theirs."""
         gathered = self._gathered()
         tasks = self._tasks() if gathered else []
         for model, (size, ranks) in gathered.items() if tasks else ():
@@ -49,12 +49,12 @@ class Generation:
             yield "efficiency is measured with whole models on rank 0, whatever runtime.sharding says"
 
     def require_room(self) -> None:
-        """Check that rank 0 has room for both models whose efficiency it measures, where stages run on this machine.
+        """Check that rank 0 has room for both models whose efficiency it measures, if stages run on this machine.
 
-        A profile's GPUs are checked with all that its stages need.
+        A profile's GPUs are checked elsewhere, with everything that its stages need.
 
         Raises:
-            UserError: naming the stage, what it needs and what helps.
+            UserError: if it hasn't, naming the stage, what it needs and what helps.
         """
         gpus = gpus_here(self._config.runtime) if self._profile is None and self._measurements() else None
         for stage in self._measurements() if gpus else ():
@@ -78,7 +78,7 @@ class Generation:
         return generating_tasks(self._config.evaluation.tasks, Path(include_path) if include_path else None)
 
     def _gathered(self) -> Mapping[str, tuple[int, int]]:
-        """Dense models of evaluations that are sharded -> bytes gathered for each token, and ranks."""
+        """Dense model of each sharded evaluation -> bytes gathered for each token, and number of ranks."""
         if not self._config.evaluation.tasks:
             return {}
         gpus, found = self._gpus_of_evaluations(), {}
@@ -91,7 +91,7 @@ class Generation:
         return found
 
     def _gpus_of_evaluations(self) -> Gpus:
-        """With unknown memory, that of ranks without GPUs."""
+        """Return the GPUs of evaluations; unknown memory counts as 0, as for ranks without GPUs."""
         if self._profile is not None:
             resources = self._profile.resources["evaluate"]
             return Gpus(resources.nodes, resources.tasks_per_node, (resources.gpu_memory_gib or 0.0) * GIB)
@@ -99,5 +99,5 @@ class Generation:
         return gpus_here(runtime) or Gpus(nodes=1, per_node=ranks_here(runtime), memory=0.0)
 
     def _dims(self, stage: Stage) -> Dimensions:
-        """Of the dense model that a stage's comes from, which is as large or larger."""
+        """Return the dimensions of the dense model that a stage's model comes from, which is as large or larger."""
         return checkpoint_dimensions(self._plan.dense_checkpoint(stage))

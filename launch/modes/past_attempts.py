@@ -1,4 +1,4 @@
-"""Attempts at stages that a folder knows of: those on this machine, and jobs."""
+"""All known attempts at the stages of a sweep: those on this machine, and jobs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hfprune_dist.store.stage import Stage
 
 
 def past_attempts(out: Path) -> AttemptsOf:
-    """What the launchers know of the stages of a sweep. Records of a stage are read when it is first asked for.
+    """Return a function from a stage to its known attempts, which reads a stage's records on the first call for it.
 
     Args:
         out: folder of the sweep.
@@ -32,7 +32,7 @@ def past_attempts(out: Path) -> AttemptsOf:
     def attempts_at(stage: Stage) -> Sequence[Attempt]:
         on_cluster = slurm.past_attempts(SlurmStage(store, stage.id))
         here = local.past_attempts(stage, store.handle(stage.id), logs(out / "logs"))
-        # What a job made has a manifest too, which tells nothing more than the job's own record.
+        # An artifact made by a job has a manifest too, which adds nothing to the job's own record.
         own = [it for it in here if it.logs or not on_cluster]
         return sorted([*on_cluster, *own], key=lambda it: it.started or it.ended or 0.0)
 

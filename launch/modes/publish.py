@@ -1,4 +1,4 @@
-"""What launch/publish.py does: a named checkpoint -> the files that make it -> a repository of the hub."""
+"""Implementation of launch/publish.py: a named checkpoint -> its files -> a repository on the hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hfprune_dist.results.named_checkpoints import ADAPTER_CONFIG, CHECKPOINTS
 from hfprune_dist.store.artifacts import MANIFEST
 from hfprune_dist.store.atomic_files import read_object
 
-# What the HTTP library that huggingface_hub uses raises, and what the hub says of a card or a token.
+# Errors of the HTTP library that huggingface_hub uses, and of the hub about a card or a token.
 _REFUSALS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
 
 
@@ -25,7 +25,7 @@ def publish(out: Path, name: str, repo_id: str, *, private: bool, dry_run: bool)
     """Push a checkpoint, or show what would be pushed.
 
     Raises:
-        UserError: where there is no such checkpoint, it isn't whole, its card can't be read, or the hub refuses.
+        UserError: if there is no such checkpoint, it is incomplete, its card can't be read, or the hub refuses.
     """
     _check_repo_id(repo_id)
     folder = _folder(out, name)
@@ -65,7 +65,7 @@ def _folder(out: Path, name: str) -> Path:
 
 
 def _check_whole(folder: Path, store: Path) -> None:
-    """Refuse a folder that lacks files of the artifact to which it has links."""
+    """Refuse a folder that lacks files of the artifact that it links to."""
     root = store.resolve()
     targets = [path.resolve() for path in folder.rglob("*") if path.is_symlink()]
     artifacts = {root.joinpath(*it.relative_to(root).parts[:2]) for it in targets if it.is_relative_to(root)}
@@ -76,7 +76,7 @@ def _check_whole(folder: Path, store: Path) -> None:
 
 
 def _left_out(folder: Path) -> str | None:
-    """The adapter's folder, where nobody else has its base."""
+    """Return the adapter's folder if its base isn't available to others, else None."""
     config = read_object(folder / ADAPTER_CONFIG)
     if config is None:
         return None
@@ -85,10 +85,10 @@ def _left_out(folder: Path) -> str | None:
 
 
 def _files(folder: Path, left_out: str | None) -> dict[str, int]:
-    """Name -> bytes of all that is pushed.
+    """Name -> size in bytes of every file that is pushed.
 
     Raises:
-        UserError: where a link leads nowhere.
+        UserError: if a link is broken.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -101,10 +101,10 @@ def _files(folder: Path, left_out: str | None) -> dict[str, int]:
 
 
 def _notes_on_card(file: Path) -> list[str]:
-    """What its readers will miss.
+    """Return notes on what readers of a card will miss.
 
     Raises:
-        UserError: where the hub could not read it.
+        UserError: if the hub could not read the card.
     """
     try:
         data = ModelCard.load(file).data.to_dict()

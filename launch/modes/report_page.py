@@ -1,4 +1,4 @@
-"""report.html in the folder of a sweep: written whole by launchers, never by jobs."""
+"""The file report.html in a sweep's folder: always written as a whole, by launchers and never by jobs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ INTERVAL_S = 30.0
 
 @dataclass
 class ReportPage:
-    """The report of the rows that a folder has, those of earlier runs included.
+    """The report on a folder's rows, including those of earlier runs.
 
-    A report that can't be written is said to be so and ends nothing: results are there all the same.
+    If it can't be written, a note says so and the run goes on: the results are complete all the same.
 
     Args:
         out: folder of the sweep.
-        console: where it is said.
-        clock: seconds since any moment.
+        console: where that note is printed.
+        clock: seconds since an arbitrary moment.
     """
 
     out: Path
@@ -38,16 +38,16 @@ class ReportPage:
     _written: float | None = field(default=None, init=False)
 
     def refresh(self) -> None:
-        """Write it where it was not written within the last half minute."""
+        """Write the report unless it was written within the last half minute."""
         if self._written is None or self.clock() - self._written >= INTERVAL_S:
             self.write()
 
     def write(self) -> None:
-        """Write it; nothing where no run has left its rows in the folder."""
+        """Write the report; do nothing if no run has recorded its rows in the folder."""
         self._written = self.clock()
         try:
             self._write()
-        except Exception as error:  # whatever is wrong with it, the sweep is not
+        except Exception as error:  # whatever is wrong with the report, the sweep is fine
             say(self.console, f"note: {self.out / REPORT} can't be written ({type(error).__name__}: {error})")
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""What launch/sweep.py does, a function for each mode: run, dry run, configuration, status, logs, cancel, forget."""
+"""Implementation of launch/sweep.py, by mode: run, dry run, configuration, status, logs, cancel, forget."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOG_LINES = 40
 
 
 def run_sweep(arguments: Namespace) -> int:
-    """Do what the parsed command line says; returns the exit code.
+    """Run the mode that the parsed command line asks for, and return the exit code.
 
     Raises:
         UserError: for bad input; nothing has been written.
@@ -56,7 +56,7 @@ def _mode(arguments: Namespace) -> Callable[[Command], int]:
 
 
 def run(command: Command) -> int:
-    """configuration -> plan -> stages -> artifacts -> tables."""
+    """Run the sweep: configuration -> plan -> stages -> artifacts -> tables."""
     prepared = prepare(command, download=True)
     prepared.require_runnable()
     return run_prepared(command, prepared)
@@ -103,7 +103,7 @@ def logs(command: Command) -> int:
 
 
 def cancel(command: Command) -> int:
-    """End what runs of the sweep, on this machine or in jobs; what was saved stays."""
+    """End the running stages of the sweep, on this machine or in jobs; saved work stays."""
     sweep = _existing(command)
     has_jobs = not Attempts(sweep.store.root).is_empty
     running = (running_without_job if has_jobs else wait_for_running)(sweep.plan, sweep.store)
@@ -129,10 +129,10 @@ def forget(command: Command) -> int:
 
 
 def _existing(command: Command) -> Sweep:
-    """The sweep to look at, or to stop.
+    """Return the sweep to show or to stop.
 
     Raises:
-        UserError: where nobody has run one in the folder, and no configuration says which it would be.
+        UserError: if no sweep has been run in the folder, and no configuration is given that defines one.
     """
     if not command.arguments.config:
         require_sweep(command.out)

@@ -1,4 +1,4 @@
-"""What the parsed command line of launch/sweep.py asks for."""
+"""The parsed command line of launch/sweep.py."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Command:
         return Store(self.out / "store")
 
     def tell(self, text: str) -> None:
-        """Print a line as it is; nothing where it is empty."""
+        """Print a line as it is; nothing if it is empty."""
         if text:
             say(self.console, text)
 
     def configuration(self) -> SweepConfig:
-        """The configuration; says where it comes from unless that is obvious.
+        """Return the configuration, and print where it comes from unless that is obvious.
 
         Raises:
             UserError: for bad input.
@@ -47,7 +47,7 @@ class Command:
         return config
 
     def overrides(self) -> dict[str, Any]:
-        """Command-line flags as dotted keys; a flag of its own wins over --set."""
+        """Return command-line flags as dotted keys; a dedicated flag wins over --set."""
         arguments = self.arguments
         overrides = dict(parse_assignment(assignment) for assignment in arguments.set)
         if arguments.models is not None:
@@ -63,16 +63,16 @@ class Command:
         return overrides
 
     def asks_for_ranks(self) -> bool:
-        """Whether the command line says how many ranks there are."""
+        """Return whether the command line sets the number of ranks."""
         overrides = self.overrides()
         section = overrides.get("runtime")
         return "runtime.ranks" in overrides or (isinstance(section, dict) and "ranks" in section)
 
     def profile(self) -> Profile | None:
-        """The profile of the cluster to run on; None runs on this machine.
+        """Return the profile of the cluster to run on; None for this machine.
 
         Raises:
-            UserError: for flags that don't go together, or a profile that isn't one.
+            UserError: for flags that don't go together, or an invalid profile.
         """
         arguments = self.arguments
         if arguments.backend == "slurm" and arguments.profile is None:

@@ -1,4 +1,4 @@
-"""From a configuration to a plan that can be run: what is missing, where it would run, and whether it can."""
+"""The way from a configuration to a plan that can run: what is missing, where it would run, and whether it can."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from hfprune_dist.planning.refusals import place_of
 from hfprune_dist.planning.training_memory import choose_micro_batches, chooses
 from hfprune_dist.store.artifacts import Verdict
 
-# Section of the configuration -> the kind of stage that it is of.
+# Section of the configuration -> the kind of stage that it configures.
 TRAINING_STAGES = {"recovery": "recover", "distillation": "distill"}
 
 
@@ -43,13 +43,13 @@ class Prepared:
     """A sweep before its first stage; nothing has been written.
 
     Attributes:
-        config: as configured.
+        config: the configuration as given.
         here: the configuration with the runtime that fits where stages run.
-        verdicts: by stage id.
+        verdicts: verdicts on artifacts, by stage id.
         todo: ids of the stages that must run, in order.
-        profile: of the cluster where they run; None: this machine.
-        estimates: of what they need of its GPUs.
-        methods: by name.
+        profile: profile of the cluster on which they run; None for this machine.
+        estimates: estimates of what they need of its GPUs.
+        methods: methods, by name.
     """
 
     sweep: Sweep
@@ -63,7 +63,7 @@ class Prepared:
     methods: Mapping[str, Method]
 
     def remarks(self) -> list[str]:
-        """What settings come to, in sentences: how texts are mixed, and those of the methods on the models."""
+        """Return sentences on the effect of settings: how texts are mixed, and what each method does to each model."""
         shares = [f"{it.windows} of {it.text.path or it.text.dataset}" for it in self.config.calibration.shares()]
         mixed = [f"calibration windows: {', '.join(shares)}"] if len(shares) > 1 else []
         return mixed + [
@@ -75,11 +75,11 @@ class Prepared:
 
     @property
     def generation(self) -> Generation:
-        """Of the stages that must run, those in which models generate."""
+        """The stages in which models generate, among those that must run."""
         return Generation(self.here, self.sweep.plan, self.todo, self.profile)
 
     def shapes(self) -> dict[str, KnownShape]:
-        """By cell, in the order of the table: the shape of its checkpoint as far as the plan decides it."""
+        """Label of a cell -> the shape of its checkpoint as far as the plan decides it, in the order of the table."""
         checkpoints = {model.name: model.checkpoint for model in self.models}
         known = {}
         for cell in self.sweep.plan.cells:
@@ -92,17 +92,17 @@ class Prepared:
         return known
 
     def require_runnable(self) -> None:
-        """Raises UserError for what a stage would refuse, after the hours that others take before it."""
+        """Raise UserError for input that a stage would otherwise refuse only after hours of other stages' work."""
         refuse_what_cannot_fit(self.estimates)
         self.generation.require_room()
         check_stages(self.here, self.sweep.plan, self.todo, self.profile)
 
 
 def prepare(command: Command, *, download: bool) -> Prepared:
-    """Plan a sweep and see what is there of it.
+    """Plan a sweep, and check which of its artifacts exist.
 
     Args:
-        download: fetch models of the hub that are not in the local cache.
+        download: fetch models from the hub that are not in the local cache.
 
     Raises:
         UserError: for bad input; nothing has been written.
@@ -129,7 +129,7 @@ def prepare(command: Command, *, download: bool) -> Prepared:
 
 
 def _runtime(command: Command, config: SweepConfig, profile: Profile | None) -> RuntimeConfig:
-    """The runtime as configured; on this machine with no more ranks than GPUs, where a file asks for more."""
+    """Return the runtime as configured; on this machine with no more ranks than GPUs, if a file asks for more."""
     if profile is not None or command.asks_for_ranks():
         return config.runtime
     runtime, remark = fitting_runtime(config.runtime)
@@ -138,7 +138,7 @@ def _runtime(command: Command, config: SweepConfig, profile: Profile | None) -> 
 
 
 def sweep_to_show(command: Command) -> Sweep:
-    """Today's plan with the folder's other rows; where its inputs can't be read any more, what the folder tells."""
+    """Return today's plan with the folder's other rows; if inputs can't be read any more, the recorded plan."""
     store, out = command.store, command.out
     show, record = partial(Sweep, store=store, out=out), read_record(out)
     try:
@@ -151,7 +151,7 @@ def sweep_to_show(command: Command) -> Sweep:
 
 
 def _device_of(record: Record | None) -> str | None:
-    """What the last run of a folder measured efficiency on; None where it didn't."""
+    """Return the device on which a folder's last run measured efficiency; None if it didn't."""
     stages = record.plan.stages.values() if record else ()
     devices = (it.params.device for it in stages if isinstance(it.params, EfficiencyParameters))
     return next(devices, None)
@@ -160,10 +160,10 @@ def _device_of(record: Record | None) -> str | None:
 def _plan(
     command: Command, device: str | None, *, download: bool
 ) -> tuple[SweepConfig, list[ModelSource], dict[str, Method], Plan]:
-    """The configuration with all that planning chooses, and what it comes to.
+    """Return the configuration with all that planning chooses, and its models, methods and plan.
 
     Args:
-        device: what efficiency is measured on; None for this machine.
+        device: device on which efficiency is measured; None for that of this machine.
     """
     config, hashes = command.configuration(), command.store.hashes
     models = resolve_models(config, PROJECT.configs / "models", hashes, download)
@@ -171,14 +171,14 @@ def _plan(
         config = _with_micro_batches(command, config, models)
     methods = resolve_methods(config, PROJECT.configs / "methods")
     plan = build_plan(config, models, methods, hashes, device or device_here(config.runtime))
-    with suppress(UserError):  # of a damaged record, whose rows are lost
+    with suppress(UserError):  # from a damaged record, whose rows are lost
         if record := read_record(command.out):
             plan = with_earlier_passes(plan, record.plan, lambda stage_id: command.store.handle(stage_id).is_done())
     return config, models, methods, plan
 
 
 def _with_micro_batches(command: Command, config: SweepConfig, models: Sequence[ModelSource]) -> SweepConfig:
-    """The configuration with micro-batches that suit the GPUs of the profile, or of this machine."""
+    """Return the configuration with micro-batches that suit the GPUs of the profile, or of this machine."""
     profile = command.profile()
     if profile is None:
         found = dict.fromkeys(TRAINING_STAGES, gpus_here(fitting_runtime(config.runtime)[0]))

@@ -27,16 +27,16 @@ from hfprune_dist.store.artifacts import require_writable
 from hfprune_dist.store.stage import Stage
 
 RunStages = Callable[[Callable[[], None]], int | None]
-"""Runs the missing stages, calling its argument when one has ended; returns an exit code where it leaves before their
-end.
+"""Runs the missing stages, calling its argument whenever one has ended; returns an exit code if it leaves before the
+last one has.
 """
 
 
 def run_prepared(command: Command, prepared: Prepared) -> int:
-    """Run what is missing and write the tables; returns the exit code.
+    """Run missing stages, write the tables, and return the exit code.
 
     Raises:
-        UserError: where stages can't run as asked for; nothing has been written.
+        UserError: if stages can't run as asked for; nothing has been written.
     """
     code = run_missing(command, prepared, lambda: _report(command, prepared))
     if code is not None:
@@ -47,13 +47,13 @@ def run_prepared(command: Command, prepared: Prepared) -> int:
 
 
 def run_missing(command: Command, prepared: Prepared, finish: Callable[[], None] | None = None) -> int | None:
-    """Run what is missing, and keep report.html up; returns the exit code of who leaves before the end.
+    """Run missing stages and keep report.html up to date; return an exit code if leaving before they have ended.
 
     Args:
-        finish: called once all has run that can, before the report is written for the last time.
+        finish: called once every stage that can has run, before the report is written for the last time.
 
     Raises:
-        UserError: where stages can't run as asked for; nothing has been written.
+        UserError: if stages can't run as asked for; nothing has been written.
     """
     store = prepared.sweep.store
     run_stages = _runner(command, prepared) if prepared.todo else None
@@ -62,7 +62,7 @@ def run_missing(command: Command, prepared: Prepared, finish: Callable[[], None]
     require_writable(command.out)
     write_config(command.out, prepared.config, prepared.models)
     write_record(command.out, _with_earlier(command, prepared))
-    store.hashes.save()  # of files that every stage which reads them compares with the plan
+    store.hashes.save()  # of input files; every stage that reads one compares its hash with the plan
     _clean_up(command, prepared)
     report = ReportPage(command.out, command.console)
     try:
@@ -77,10 +77,10 @@ def run_missing(command: Command, prepared: Prepared, finish: Callable[[], None]
 
 
 def _runner(command: Command, prepared: Prepared) -> RunStages:
-    """What runs the missing stages.
+    """Return the function that runs the missing stages.
 
     Raises:
-        UserError: where this machine can't run them; nothing has been written.
+        UserError: if this machine can't run them; nothing has been written.
     """
     sweep, here, profile = prepared.sweep, prepared.here, prepared.profile
     provenance = Provenance(here.runtime, here.model_dump(), PROJECT.code_version())
@@ -105,7 +105,7 @@ def _run_here(command: Command, prepared: Prepared, backend: LocalBackend, on_en
 
 
 def _run_in_order(sweep: Sweep, todo: Sequence[str], backend: LocalBackend, screen: StageScreen) -> Iterator[Stage]:
-    """Run missing stages in plan order and yield those that ran; a failed one keeps back what needs its artifact."""
+    """Run missing stages in plan order and yield those that ran; stages that need a missing artifact are skipped."""
     stages = sweep.plan.stages
     for stage in (stages[stage_id] for stage_id in todo):
         missing = next((need for need in stage.needs if not sweep.store.handle(need).is_done()), None)
@@ -118,7 +118,7 @@ def _run_in_order(sweep: Sweep, todo: Sequence[str], backend: LocalBackend, scre
 
 
 def _clean_up(command: Command, prepared: Prepared) -> None:
-    """Set corrupt artifacts aside that are to be made again; forget the leftovers of stages that are done."""
+    """Set aside corrupt artifacts that are to be made again, and discard the leftovers of finished stages."""
     for stage_id, verdict in prepared.verdicts.items():
         handle = prepared.sweep.store.handle(stage_id)
         if verdict.state == "done":
@@ -130,7 +130,7 @@ def _clean_up(command: Command, prepared: Prepared) -> None:
 
 
 def _with_earlier(command: Command, prepared: Prepared) -> Record:
-    """Today's plan with the rows that the folder has besides."""
+    """Return today's plan with the folder's other rows."""
     plan = prepared.sweep.plan
     dense = {model.name: DenseModel.of(model.checkpoint) for model in prepared.models}
     try:
@@ -142,7 +142,7 @@ def _with_earlier(command: Command, prepared: Prepared) -> Record:
 
 
 def _report(command: Command, prepared: Prepared) -> None:
-    """The tables of all rows of the folder, those that another run has begun meanwhile included."""
+    """Write and show the tables of all rows of the folder, including those begun by another run in the meantime."""
     out, today, folder = command.out, prepared.sweep.plan, _with_earlier(command, prepared)
     rows = folder.rows(prepared.sweep.store, past_attempts(out))
     write_reports(rows, out)
@@ -157,7 +157,7 @@ def _labels(cells: Sequence[Cell]) -> str:
 
 
 def _exit_code(sweep: Sweep) -> int:
-    """0 where nothing is missing, 2 where a user can mend what is, else 1."""
+    """Return 0 if nothing is missing, 2 if the user can fix the cause, else 1."""
     missing = sweep.plan.lacking(lambda stage_id: sweep.store.handle(stage_id).is_committed())
     failures = [sweep.store.handle(stage_id).failure() for stage_id in missing]
     if any(failure is not None and failure.cause == "input" for failure in failures):

@@ -10,7 +10,7 @@ from hfprune_dist.store.heartbeat import Failure
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt at a stage ended; ``failure`` says why where it isn't done."""
+    """How an attempt at a stage ended; ``failure`` says why if it isn't done."""
 
     state: Literal["done", "failed"]
     seconds: float

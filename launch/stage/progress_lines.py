@@ -1,4 +1,4 @@
-"""Progress for who has no terminal, as under nohup or in a pipe: now and then a line for each stage that runs."""
+"""Progress where there is no terminal, as under nohup or in a pipe: an occasional line for each running stage."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from rich.console import Console
 
 from hfprune_dist.store.stage import Stage
 
-# So many seconds lie between two lines about one stage, and before the first.
+# Seconds between two lines about one stage, and before the first.
 INTERVAL_S = 30.0
 
 
 class ProgressLines:
-    """Prints progress; nothing on a terminal, which has something better.
+    """Prints lines of progress, except on a terminal, which shows it in a better way.
 
     Args:
-        clock: seconds that only grow.
+        clock: seconds of a monotonic clock.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -26,11 +26,11 @@ class ProgressLines:
         self._told_at: dict[str, float] = {}
 
     def tell(self, stage: Stage, progress: str, left: str) -> None:
-        """Say how far a stage is where it is time to; to be called whenever something is known of a running stage.
+        """Print how far a stage is, if a line is due; to be called on every sign of progress of a running stage.
 
         Args:
-            progress: such as "calibration 3/9"; empty while it starts.
-            left: the time left; empty where it isn't known.
+            progress: e.g. "calibration 3/9"; empty while the stage starts.
+            left: the time left; empty if it isn't known.
         """
         now = self._clock()
         if self._console.is_terminal or now - self._told_at.setdefault(stage.id, now) < INTERVAL_S:

@@ -1,4 +1,4 @@
-"""Run one stage on the ranks that torchrun or Slurm started; normally called by a backend, never by hand.
+"""Run one stage on the ranks that torchrun or Slurm started; normally called by a backend, not by hand.
 
 To run one in the foreground:  torchrun --standalone --nproc-per-node 2 launch/stage/run.py runs/demo/store prune/<id>
 """
@@ -44,7 +44,7 @@ class Admission:
 
 
 def main() -> NoReturn:
-    """Run the stage; a failure is left as a file in its work folder, with a cause, before the process ends."""
+    """Run the stage. If it fails, a file with the cause is left in its work folder before the process ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path, help="the sweep's store, e.g. runs/demo/store")
     parser.add_argument("stage", help="id of the stage, e.g. prune/0123456789abcdef0123")
@@ -62,7 +62,7 @@ def main() -> NoReturn:
         leave_process(CLAIM_LOST_EXIT_CODE)
     except Exception as error:
         mended = from_os_error(error)
-        with contextlib.suppress(OSError):  # a full disk has no room for the reason; the launcher then finds it
+        with contextlib.suppress(OSError):  # a full disk has no room for the reason; the launcher detects that
             leave_reason(handle, mended, rank, None if content is None else content.attempt, claim)
         if isinstance(mended, UserError):
             print(f"error: {mended}", file=sys.stderr)
@@ -73,20 +73,20 @@ def main() -> NoReturn:
 
 
 def leave_reason(handle: StageHandle, error: Exception, rank: int, attempt: int | None, claim: Claim | None) -> None:
-    """Tell the launcher why a rank failed, unless its work folder is another attempt's by now."""
+    """Tell the launcher why a rank failed, unless its work folder belongs to another attempt by now."""
     if claim is None or claim.is_held():
         handle.report_error(error, rank, attempt)
 
 
 def leave_process(code: int) -> NoReturn:
-    """End the process at once: in the interpreter's own shutdown, threads of gloo and DeepSpeed abort now and then."""
+    """End the process at once: threads of gloo and DeepSpeed sometimes abort during the interpreter's own shutdown."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def prepare_environment() -> None:
-    """Make a process that nobody started as a rank the only one, and keep libraries quiet."""
+    """Make a process that was not started as a rank the only rank, and keep libraries quiet."""
     single_process = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for key, value in single_process.items():
         os.environ.setdefault(key, value)
@@ -98,11 +98,11 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
     """Join the ranks, then hand over to ``hfprune_dist.stages.<kind>``.
 
     Args:
-        should_run: asked on every rank once all have joined.
+        should_run: called on every rank once all have joined.
 
     Raises:
-        ClaimLostError: where another process has claimed the stage meanwhile.
-        Interrupted: where the ranks have saved their work because ``interruption`` asked them to end.
+        ClaimLostError: if another process has claimed the stage in the meantime.
+        Interrupted: if the ranks have saved their work because ``interruption`` asked them to end.
     """
     with _imports():
         from hfprune_dist.distributed.determinism import REPRODUCIBLE
@@ -136,7 +136,7 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
 
 @contextlib.contextmanager
 def _imports() -> Iterator[None]:
-    """What imports make is no garbage: looking for some takes a quarter of their time, and of the rank's later on."""
+    """Import without garbage collection: searching imported objects costs a quarter of that time, and more later on."""
     gc.disable()
     try:
         yield
@@ -146,7 +146,7 @@ def _imports() -> Iterator[None]:
 
 
 def _timeout_minutes(handle: StageHandle) -> int:
-    """The collective timeout that the stage is run with; the default where there is no ``stage.json`` (any more)."""
+    """Return the collective timeout that the stage runs with; the default if there is no ``stage.json`` (any more)."""
     content = find_stage_file(handle)
     runtime = RuntimeConfig() if content is None else RuntimeConfig.model_validate(content.runtime)
     return runtime.collective_timeout_minutes

@@ -16,7 +16,7 @@ from hfprune_dist.store.stage_handle import StageHandle
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a sweep's stages come from.
+    """Origin of a sweep's stages, which is passed to their ranks.
 
     Attributes:
         config: the sweep's resolved configuration, kept in every manifest.
@@ -33,10 +33,10 @@ class StageFile:
     """The content of a ``stage.json``.
 
     Attributes:
-        stage: as ``Stage.to_json`` gives it.
-        runtime: settings, as ``RuntimeConfig`` takes them.
+        stage: the stage, as returned by ``Stage.to_json``.
+        runtime: settings, as accepted by ``RuntimeConfig``.
         config, code: see ``Provenance``.
-        attempt: 1 for the first.
+        attempt: number of the attempt, 1 for the first.
     """
 
     stage: dict[str, Any]
@@ -47,7 +47,7 @@ class StageFile:
 
 
 def write_stage_file(handle: StageHandle, stage: Stage, provenance: Provenance, attempt: int) -> None:
-    """Write what the ranks need to know; failures of earlier attempts are forgotten."""
+    """Write what the ranks need to know, and remove the failures of earlier attempts."""
     handle.work.mkdir(parents=True, exist_ok=True)
     handle.clear_failures()
     content = StageFile(
@@ -57,15 +57,15 @@ def write_stage_file(handle: StageHandle, stage: Stage, provenance: Provenance, 
 
 
 def find_stage_file(handle: StageHandle) -> StageFile | None:
-    """What ``write_stage_file`` wrote; None where there is nothing that can be read."""
+    """Read what ``write_stage_file`` wrote; None if there is nothing that can be read."""
     return read_record(StageFile, handle.work / STAGE_FILE)
 
 
 def read_stage_file(handle: StageHandle) -> StageFile:
-    """What ``write_stage_file`` wrote.
+    """Read what ``write_stage_file`` wrote.
 
     Raises:
-        UserError: where there is nothing that can be read.
+        UserError: if there is nothing that can be read.
     """
     content = find_stage_file(handle)
     if content is None:
@@ -74,7 +74,7 @@ def read_stage_file(handle: StageHandle) -> StageFile:
 
 
 def began_at(handle: StageHandle) -> float | None:
-    """When the last attempt began, in unix time; None where there is none in the work folder."""
+    """Return when the last attempt began, in unix time; None if the work folder has none."""
     try:
         return (handle.work / STAGE_FILE).stat().st_mtime
     except FileNotFoundError:
@@ -82,6 +82,6 @@ def began_at(handle: StageHandle) -> float | None:
 
 
 def attempts_so_far(handle: StageHandle) -> int:
-    """How many attempts the local backend has begun in the work folder that is there now."""
+    """Return the number of attempts that the local backend has begun in the current work folder."""
     content = find_stage_file(handle)
     return 0 if content is None else content.attempt

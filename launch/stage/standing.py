@@ -1,4 +1,4 @@
-"""What has become of a stage by its files alone, whichever backend runs it, and how its progress is told."""
+"""The state of a stage according to its files, whichever backend runs it, and the wording of its progress."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from hfprune_dist.store.heartbeat import Heartbeat, in_one_line
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.store.stage_handle import StageHandle
 
-# Without a sign of life for so long, a running stage may hang; a step of a large model may take as long.
+# A running stage without a sign of life for this long may hang, though a step of a large model may take as long.
 STALE_MINUTES = 5
 MINUTE_S, HOUR_S = 60, 3600
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How a stage stands.
+    """The state of a stage.
 
     Attributes:
-        state: running: somebody holds its claim; died: who held it has ended without a word; waiting: for what it
-            needs; missing: it could run.
-        detail: who runs it, why it failed, what it waits for.
+        state: running: its claim is held; died: the claim's holder has ended without a word; waiting: an artifact
+            that it needs is missing; missing: it could run.
+        detail: who runs it, why it failed, or what it waits for.
     """
 
     state: Literal["done", "running", "failed", "died", "waiting", "missing"]
@@ -31,10 +31,10 @@ class Standing:
 
 
 def standing_of(stage: Stage, handle: StageHandle, claim: OpenClaim | None) -> Standing:
-    """How a stage stands.
+    """Return the state of a stage.
 
     Args:
-        claim: on the stage, as ``handle.open_claim`` gives it; None where it is known that nobody is at work.
+        claim: claim on the stage, as returned by ``handle.open_claim``; None if it is known that nobody runs it.
     """
     if handle.is_committed():
         return Standing("done", "")
@@ -49,23 +49,23 @@ def standing_of(stage: Stage, handle: StageHandle, claim: OpenClaim | None) -> S
 
 
 def name_of(holder: Holder) -> str:
-    """A job, or a process; and its host where that is another one."""
+    """Name the job or process that holds a claim, and its host if that is not this one."""
     place = "" if holder.host == socket.gethostname() else f" on {holder.host}"
     return f"process {holder.pid}{place}" if holder.job is None else f"job {holder.job}{place}"
 
 
 def staleness(signs: list[float], now: float) -> str:
-    """For how long a running stage has given no sign of life; empty where that is not long.
+    """Say for how long a running stage has given no sign of life; empty if that is not long.
 
     Args:
-        signs: unix times, among them that of the start.
+        signs: unix times of signs of life, including that of the start.
     """
     minutes = int((now - max(signs, default=now)) / MINUTE_S)
     return f"stale for {minutes} min" if minutes >= STALE_MINUTES else ""
 
 
 def time_left(heartbeat: Heartbeat | None) -> str:
-    """Until the end of the current phase; empty where nobody can tell yet."""
+    """Return the time until the end of the current phase; empty if it isn't known yet."""
     seconds = None if heartbeat is None else heartbeat.seconds_left
     if seconds is None:
         return ""

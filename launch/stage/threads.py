@@ -1,4 +1,4 @@
-"""How many CPU threads a rank may use."""
+"""The number of CPU threads that a rank may use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import re
 
 
 def threads_allowed() -> int | None:
-    """``OMP_NUM_THREADS``, of which the first number counts here; None where it says nothing."""
+    """Return the first number in ``OMP_NUM_THREADS``; None if there is none, or if it is 0."""
     found = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))
     return (int(found[1]) or None) if found else None
