@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A real Slurm cluster on one machine, for the tests and for trying things: four nodes, partitions main and urgent
-# (urgent preempts main), all files under one folder. It listens on loopback alone where the machine's name resolves to a
-# loopback address; elsewhere on all addresses, and says so.
+# A real Slurm cluster on one machine, for tests and experiments: four nodes, partitions main and urgent (urgent
+# preempts main), all files in one folder. It listens only on loopback if the machine's name resolves to a
+# loopback address; otherwise it listens on all addresses, and says so.
 #
 #   slurm/cluster.sh install                       Debian packages, as root
 #   slurm/cluster.sh up DIR [--no-accounting] [--grace-time SECONDS]
@@ -9,10 +9,10 @@
 #   slurm/cluster.sh status DIR
 #   slurm/cluster.sh down DIR
 #
-# Clients find it by:  export SLURM_CONF=DIR/slurm.conf
+# To let clients find it:  export SLURM_CONF=DIR/slurm.conf
 # PORT_BASE (default 17000) is the first of the 12 ports it uses; change it to run two clusters side by side.
-# CPUS (default 2) is how many CPUs each node has for Slurm, which counts them only.
-# DIR/site.conf holds lines of slurm.conf of your own, e.g. "Prolog=/path"; "up" takes them over.
+# CPUS (default 2) is the number of CPUs that each node has for Slurm, which only counts them.
+# DIR/site.conf may hold your own lines of slurm.conf, e.g. "Prolog=/path"; "up" includes them.
 set -euo pipefail
 
 PORT_BASE=${PORT_BASE:-17000}
@@ -37,7 +37,7 @@ install_packages() {
 
 # Configuration.
 
-# Slurm can be told to listen on one address instead of all, and takes the one to which the machine's name resolves.
+# Slurm can be told to listen on one address instead of all; it takes the one to which the machine's name resolves.
 find_address() {
     local own
     own=$(getent ahostsv4 "$(hostname)" | awk 'NR == 1 { print $1 }') || true
@@ -51,7 +51,7 @@ find_address() {
     esac
 }
 
-# Returns 1 where both files are as they were.
+# Returns 1 if neither file has changed.
 write_conf() {
     local before
     before=$(cat "$DIR/slurm.conf" "$DIR/slurmdbd.conf" 2>/dev/null | cksum)
@@ -131,7 +131,7 @@ CONF
     chmod 600 "$DIR/slurmdbd.conf"
 }
 
-# Daemons: each writes its pid to DIR/run, and is stopped by that pid only.
+# Daemons: each writes its pid to DIR/run, and is stopped only by that pid.
 
 program_of() {
     case $1 in
@@ -153,12 +153,12 @@ port_of() {
 
 is_running() {
     local pid
-    # After a restart of the machine another process may have the pid, so the program's name must match too. It may have
-    # an ending: slurmd-wlm on Debian, where a daemon has re-executed itself.
+    # After a restart of the machine, another process may have the pid, so the program's name must match too. It may
+    # have a suffix: slurmd-wlm on Debian, if a daemon has re-executed itself.
     pid=$(cat "$DIR/run/$1.pid" 2>/dev/null) && [[ "$(cat "/proc/$pid/comm" 2>/dev/null)" == "$(program_of "$1")"* ]]
 }
 
-# Processes of this cluster, with or without a pid file: those of its programs that have files of this folder open.
+# Processes of this cluster, with or without a pid file: those of its programs that have files in this folder open.
 left_over() {
     local pattern process
     pattern=$(sed 's/[][*?\\]/\\&/g' <<<"$DIR")
@@ -172,7 +172,7 @@ left_over() {
     done
 }
 
-# Kills processes and all of their descendants, as the tasks of a step outlive it.
+# Kills processes and all of their descendants, since the tasks of a step outlive it.
 kill_trees() {
     local process
     for process in "$@"; do
@@ -192,7 +192,7 @@ refuse_taken_ports() {
     done
 }
 
-# Returns when the daemon has written its pid file: by then it is in the background, and listens.
+# Returns when the daemon has written its pid file; by then it is in the background and listens.
 start() {
     is_running "$1" && return
     case $1 in
@@ -201,7 +201,7 @@ start() {
         slurmdbd) SLURM_CONF=$DIR/slurmdbd.conf slurmdbd ;;
         slurmctld) slurmctld -f "$DIR/slurm.conf" ;;
         n[1-4]) slurmd -N "$1" -f "$DIR/slurm.conf" ;;
-    esac 9>&- # the lock is this command's, not the daemon's
+    esac 9>&- # the lock belongs to this command, not to the daemon
     wait_for "$1" is_running "$1"
 }
 
@@ -242,7 +242,7 @@ stop() {
     rm -f "$DIR/run/$1.pid"
 }
 
-# Several at once, as each of them takes seconds.
+# Stops several at once, since each of them takes seconds.
 stop_together() {
     local daemon stops=()
     for daemon in "$@"; do
@@ -283,10 +283,10 @@ up() {
     refuse_taken_ports
     mkdir -p "$DIR"/{logs,run,state,mariadb} "${NODES[@]/#/$DIR/spool/}"
     mkdir -p -m 755 "$DIR/munge"
-    chmod a+x "$DIR" # munged wants its socket to be reachable by all
+    chmod a+x "$DIR" # munged requires its socket to be reachable by everyone
     [ -s "$DIR/mariadb.password" ] || (umask 077 && head -c 12 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$DIR/mariadb.password")
     find_address
-    # Not "scontrol reconfigure": it replaces a daemon by a new process, whose pid file the old one then removes.
+    # Not "scontrol reconfigure": it replaces a daemon with a new process, whose pid file the old one then removes.
     if write_conf; then
         stop_together "${NODES[@]}" slurmctld slurmdbd
     fi
@@ -312,10 +312,10 @@ down() {
         done
     fi
     stop_together "${NODES[@]}" slurmctld
-    stop slurmdbd # after slurmctld, which reports to it as it ends
+    stop slurmdbd # after slurmctld, which reports to it while ending
     stop_together mariadb munge
-    # Daemons that have lost their pid files or not written them yet, and steps of jobs that no slurmctld could end. One
-    # that goes into the background meanwhile is another process a moment later.
+    # Daemons that have lost their pid files or not written them yet, and job steps that no slurmctld could end. This
+    # is repeated, since a daemon that goes into the background becomes another process a moment later.
     local processes
     for _ in $(seq 50); do
         processes=$(left_over)
@@ -358,14 +358,14 @@ case $command in
 esac
 DIR=$(cd "$FOLDER" && pwd -P)
 export SLURM_CONF=$DIR/slurm.conf
-# One command at a time: a daemon that one of them starts has no pid file yet for the others.
+# Only one command at a time, since a daemon that one of them is starting has no pid file yet for the others to see.
 exec 9>"$DIR/lock"
 flock 9
 case $command in
     up | down | status) "$command" ;;
     start | stop)
         [[ " ${DAEMONS[*]} " == *" $DAEMON "* ]] || fail "unknown daemon '$DAEMON'; valid: ${DAEMONS[*]}"
-        # Without munge a daemon ends at once and silently, as it has gone into the background.
+        # Without munge a daemon ends at once, and silently because it has gone into the background.
         [ "$command $DAEMON" = "start munge" ] || [ "$command" = stop ] || is_running munge ||
             fail "$FOLDER: the cluster is down, so $DAEMON can't run; start it with: $0 up $FOLDER"
         "$command" "$DAEMON"

@@ -71,7 +71,7 @@ def shipped_weights() -> Path:
 def write_llama(weights: Path, folder: Path) -> None:
     """Dequantize a Llama GGUF file into a plain Hugging Face folder.
 
-    It is in bfloat16: half the size, and the same model (mean KL to float32 5e-5, the same argmax for 99.8 % of tokens).
+    It is bfloat16: half the size, and the same model (mean KL to float32 5e-5, the same argmax for 99.8 % of tokens).
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

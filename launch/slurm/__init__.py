@@ -1,1 +1,1 @@
-"""The Slurm backend: submit, adopt, follow, retry, and what runs inside a job."""
+"""The Slurm backend: submitting, adopting, following and retrying jobs, and the code that runs inside a job."""

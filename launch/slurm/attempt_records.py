@@ -1,15 +1,15 @@
-"""What an attempt to run a stage as a job records in its folder: small JSON files, each replaced as a whole.
+"""Records of an attempt to run a stage as a job: small JSON files in its folder, each replaced as a whole.
 
 <store>/attempts/<kind>/<fingerprint>/<number>/
-    intent.json        what is about to be submitted, under which job name: written before sbatch
+    intent.json        what is about to be submitted, and its job name; written before sbatch
     stage.pkl, job.sh  what is submitted
-    job.json           the id that Slurm gave; a launcher that dies before it leaves a job to be found by its name
-    run.<id>.<n>.json  the n-th start of the job (it may be requeued): where, from when to when, how far
+    job.json           the id that Slurm gave; if a launcher dies before writing it, the job is found by its name
+    run.<id>.<n>.json  the n-th start of the job (it may be requeued): nodes, times of start and end, progress
     end.json           how the attempt ended, and why
     *_log.out, *.err   output of the ranks
 
-A record that is damaged (emptied, cut) counts as absent; but where a job may have been submitted, it is still known by
-its id or name.
+A damaged record (emptied or cut off) counts as absent; but if a job may have been submitted, it is still known by its
+id or name.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ INTENT = "intent.json"
 SCRIPT = "job.sh"
 JOB = "job.json"
 END = "end.json"
-# Causes of an attempt that came to nothing before Slurm took its job; its folder serves for the next try.
+# Causes of attempts that ended before Slurm accepted their job; the folder is used again for the next try.
 QUEUE_FULL = "submit limit"  # the user had too many jobs
-NEED_ENDED = "need ended"  # a job that it was to wait for had ended meanwhile
-# In place of a state of Slurm's: the job is over, for Slurm has known none for long and nothing shows that it lives.
+NEED_ENDED = "need ended"  # a job that it was to wait for had already ended
+# Instead of a state of Slurm's: the job is over, as Slurm has long known no such job and it shows no sign of life.
 GONE = "GONE"
 
 
 @dataclass(frozen=True)
 class Intent:
-    """What an attempt is going to submit.
+    """The job that an attempt is about to submit.
 
     Attributes:
         number: 1 for the first attempt at the stage.
-        job_name: unique, so that the job can be found by it.
+        job_name: unique, so that the job can be found by its name.
         created: unix time.
-        gpus, cores: of the whole job.
+        gpus, cores: totals of the whole job.
         time_minutes: time limit of the job.
-        slot: jobs in one slot run one after the other (``--max-running``); None without a limit. Records of earlier
+        slot: jobs in the same slot run one at a time (``--max-running``); None without a limit. Records of earlier
             versions call it ``lane``.
-        cluster, user: whose job it is. Empty in records of earlier versions.
+        cluster, user: where the job is submitted and by whom; empty in records of earlier versions.
     """
 
     stage_id: str
@@ -65,7 +65,7 @@ class Intent:
 
 @dataclass(frozen=True)
 class Job:
-    """The job that Slurm made of an intent; its name is here a second time, for where the intent is damaged."""
+    """The job that Slurm made from an intent; its name is repeated here in case the intent is damaged."""
 
     job_id: str
     at: float
@@ -74,12 +74,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """One start of a job, as its first rank tells it.
+    """One start of a job, as recorded by its first rank.
 
     Attributes:
-        restart: how often the job had been requeued before.
+        restart: number of times that the job had been requeued before.
         nodes: in Slurm's notation.
-        ended: unix time; None while it runs, or where it died and no later start has noticed.
+        ended: unix time; None while it runs, or if it died and no later start has noticed.
         how: done, failed, interrupted, duplicate or died.
         progress: the last heartbeat when it ended.
     """
@@ -100,7 +100,7 @@ class End:
     Attributes:
         cause: done, or one of ``hfprune_launch.slurm.exit_causes``.
         message: for the user.
-        state: the job's last state in Slurm, or GONE. Empty where nobody has said that the job is over.
+        state: the job's last state in Slurm, or GONE; empty if nothing has confirmed that the job is over.
         bad_nodes: nodes that the next attempt should avoid.
     """
 
@@ -117,10 +117,10 @@ class End:
 
 
 def read_attempt_record(file: Path, kind: type[Record]) -> Record | None:
-    """A record; None where there is none, or where it is damaged. Keys of later versions are passed over.
+    """Read a record; None if there is none or it is damaged. Keys of later versions are ignored.
 
     Raises:
-        OSError: where the file system does not answer, which says nothing about the record.
+        OSError: if the file system does not answer, which says nothing about the record.
     """
     try:
         return as_record(kind, read_json(file))
@@ -129,14 +129,14 @@ def read_attempt_record(file: Path, kind: type[Record]) -> Record | None:
 
 
 def read_intent(folder: Path) -> Intent | None:
-    """What was about to be submitted from a folder; None where nothing can have been."""
+    """Return what was about to be submitted from a folder; None if nothing can have been."""
     return read_attempt_record(folder / INTENT, Intent) or (_recover_intent(folder) if folder.is_dir() else None)
 
 
 def _recover_intent(folder: Path) -> Intent | None:
-    """What the other files tell of an intent that is lost: its job may be running all the same.
+    """Reconstruct a lost intent from the other files, since its job may be running all the same.
 
-    The batch script is written after the intent and before the submission: without it there is no job.
+    The batch script is written after the intent and before the submission; without it there is no job.
     """
     job, script = read_attempt_record(folder / JOB, Job), _read_script(folder / SCRIPT)
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script, re.MULTILINE))
@@ -156,7 +156,7 @@ def _recover_intent(folder: Path) -> Intent | None:
 
 
 def job_name_of(stage_id: str, number: int) -> str:
-    """What the names of an attempt's jobs begin with; the rest makes them unique."""
+    """Return the beginning of the names of an attempt's jobs; the rest makes them unique."""
     kind, fingerprint = stage_id.split("/")
     return f"hfprune-{kind}-{fingerprint[:8]}-{number}-"
 

@@ -1,6 +1,6 @@
-"""Every attempt to run a stage as a job, written down ahead of the submission and closed with a cause.
+"""Attempts to run stages as jobs, each recorded before its submission and closed with a cause.
 
-Plain files made by mkdir and rename, which are atomic on local disks, NFS and Lustre alike; ``attempt_records`` names
+Plain files made by mkdir and rename, which are atomic on local disks, NFS and Lustre alike; ``attempt_records`` lists
 them.
 """
 
@@ -43,7 +43,7 @@ class Attempt:
 
     @property
     def job_id(self) -> str | None:
-        """The job's id: as recorded by the launcher, or by the job itself where the launcher died before."""
+        """The job's id, as recorded by the launcher, or by the job itself if the launcher died before that."""
         job = read_attempt_record(self.folder / JOB, Job)
         return job.job_id if job is not None else next((run.job_id for run in self.runs()), None)
 
@@ -55,11 +55,11 @@ class Attempt:
         write_json(self.folder / JOB, asdict(Job(job_id, time.time(), self.intent.job_name)))
 
     def close(self, end: End) -> None:
-        """Record the end; where two launchers see the same end, both write the same."""
+        """Record the end; if two launchers see the same end, both write the same."""
         write_json(self.folder / END, asdict(end))
 
     def runs(self) -> list[Run]:
-        """All starts of the job, in order."""
+        """Return all starts of the job, in order."""
         runs = [read_attempt_record(file, Run) for file in self.folder.glob("run.*.json")]
         return sorted((run for run in runs if run is not None), key=lambda run: run.started)
 
@@ -67,13 +67,13 @@ class Attempt:
         write_json(self.folder / f"run.{run.job_id}.{run.restart}.json", asdict(run))
 
     def run_seconds(self, now: float) -> float:
-        """Time during which the job held its nodes, over all of its starts."""
+        """Return the seconds during which the job held its nodes, over all of its starts."""
         return sum(max(0.0, (run.ended or now) - run.started) for run in self.runs())
 
     def earlier_progress(self) -> list[dict[str, Any] | None]:
-        """How far each start of the stage's jobs got that has ended, oldest first, this attempt's included.
+        """Return how far each ended start of the stage's jobs got, oldest first, including those of this attempt.
 
-        Begins after the last attempt that made the artifact: where that was lost, work began anew.
+        It begins after the last attempt that made the artifact: if that was lost, the work started over.
         """
         number = self.intent.number
         before = [Attempt(self.folder.with_name(str(n)), self.intent) for n in range(1, number)]
@@ -84,11 +84,11 @@ class Attempt:
     def _progress(self) -> list[dict[str, Any] | None]:
         runs, end = self.runs(), self.end
         progress = [run.progress for run in runs if run.ended is not None]
-        # A start that was killed could not say how far it got; the launcher did, when it closed the attempt.
+        # A start that was killed could not record how far it got; the launcher did so when it closed the attempt.
         return [*progress, end.progress] if end is not None and runs and runs[-1].ended is None else progress
 
     def logs(self) -> list[Path]:
-        """Output of the ranks, and of the batch script and srun."""
+        """Return the log files of the ranks, and of the batch script and srun."""
         return sorted([*self.folder.glob("*_log.out"), *self.folder.glob("*_log.err")])
 
 
@@ -100,21 +100,21 @@ class Attempts:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nobody has submitted a job for this store."""
+        """Whether no job has been submitted for this store."""
         return not self._root.is_dir()
 
     def of(self, stage_id: str) -> list[Attempt]:
-        """Attempts at a stage, first to last; a folder from which nothing can have been submitted is left out."""
+        """Return the attempts at a stage, first to last, without folders from which nothing can have been submitted."""
         return list(self._iterate(stage_id))
 
     def last(self, stage_id: str) -> Attempt | None:
         return next(self._iterate(stage_id, newest_first=True), None)
 
     def attempt_at(self, folder: Path) -> Attempt:
-        """The attempt in a folder of the store.
+        """Return the attempt in a folder of the store.
 
         Raises:
-            UserError: where nothing of it is left.
+            UserError: if nothing of it is left.
         """
         intent = read_intent(folder)
         if intent is None:
@@ -122,14 +122,14 @@ class Attempts:
         return Attempt(folder, intent)
 
     def open_attempts(self) -> list[Attempt]:
-        """All attempts of the store that have no end, whichever sweep made them."""
+        """Return all attempts of the store that have no end, whichever sweep made them."""
         stages = sorted(folder.relative_to(self._root) for folder in self._root.glob("*/*"))
         return [attempt for stage in stages for attempt in self.of(str(stage)) if attempt.end is None]
 
     def ended_jobs(self, stage_id: str) -> set[str]:
-        """Jobs of a stage that are over, by Slurm's word or because they are gone: what they claim is free.
+        """Return the jobs of a stage that are over, according to Slurm or because they are gone; their claims are void.
 
-        Not those whose id an open attempt has as well: another cluster, or one that was set up anew, gives ids again.
+        Ids that an open attempt has as well are left out: another cluster, or one set up anew, reuses ids.
         """
         attempts = [(attempt.job_id, attempt.end) for attempt in self.of(stage_id)]
         over = {job_id for job_id, end in attempts if job_id is not None and end is not None and end.state}
@@ -146,7 +146,7 @@ class Attempts:
         cluster: str = "",
         user: str = "",
     ) -> Attempt:
-        """Write down the next attempt; the caller holds the stage's claim."""
+        """Record the next attempt; the caller must hold the stage's claim."""
         folder = self._root / stage.id
         folder.mkdir(parents=True, exist_ok=True)
         last = self.last(stage.id)
@@ -178,5 +178,5 @@ class Attempts:
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """What attempts may have left in a stage's folder, and its number; stray files have other names."""
+    """Return number and path of each attempt in a stage's folder; stray files have other names."""
     return [(int(path.name), path) for path in folder.iterdir() if re.fullmatch("[1-9][0-9]*", path.name)]

@@ -1,8 +1,8 @@
-"""The Slurm backend: submits what is missing, adopts what runs, tries again what died by no fault of its own.
+"""The Slurm backend: submits missing stages, adopts running jobs, retries jobs that died through no fault of theirs.
 
 All it knows comes from files (artifacts, records of attempts, heartbeats) and from Slurm: one squeue call per round,
-and more only about jobs that squeue does not list. So it may be closed at any time: the jobs go on, and the next
-launcher takes up where this one stopped.
+and further calls only about jobs that squeue does not list. So it may be closed at any time: the jobs go on, and the
+next launcher continues where this one stopped.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 10.0
 
 
 class SlurmBackend:
-    """Brings a sweep to its end, or as far as it goes.
+    """Runs a sweep to its end, or as far as it can get.
 
     Args:
-        tell: is told what happens.
-        clock: seconds that only grow.
+        tell: called with every event.
+        clock: seconds of a monotonic clock.
     """
 
     def __init__(
@@ -47,21 +47,21 @@ class SlurmBackend:
 
     @property
     def jobs(self) -> Jobs:
-        """What the last round saw, by job id."""
+        """The jobs that the last round saw, by job id."""
         return self._jobs.whereabouts.jobs
 
     def start(self) -> None:
-        """Take up what earlier launchers left, then submit what is missing."""
+        """Take over what earlier launchers left, then submit missing stages."""
         self._ends.take_up_earlier()
         self._submission.submit_missing()
 
     def step(self) -> None:
-        """One round: see what has become of the jobs, submit what has become possible."""
+        """Do one round: check on the jobs, and submit the stages that can now be submitted."""
         self._ends.take_up()
         self._submission.submit_missing()
 
     def follow(self, show: Callable[[], object], sleep: Callable[[float], None] = time.sleep) -> None:
-        """Go on until every stage is done, or failed for good.
+        """Continue until every stage is done or has failed for good.
 
         Args:
             show: called after every round.
@@ -69,13 +69,13 @@ class SlurmBackend:
         self._follow_while(lambda: bool(self._jobs.live) or self._submission.is_held_up, show, sleep)
 
     def follow_missing(self, show: Callable[[], object], sleep: Callable[[float], None] = time.sleep) -> None:
-        """Go on until it is known of every job whether it is over, for at most some minutes."""
+        """Continue until it is known for every job whether it is over, but for at most a few minutes."""
         clock = self._jobs.clock
         deadline = clock() + 2 * GONE_AFTER_S
         self._follow_while(lambda: self._is_any_missing() and clock() < deadline, show, sleep)
 
     def unsubmitted(self) -> list[Stage]:
-        """Missing stages without a job: refused, claimed by somebody else, or for which the queue has no room."""
+        """Return missing stages without a job: refused, claimed by another launcher, or without room in the queue."""
         without_job = self._jobs.todo - self._jobs.live.keys()
         return [stage for stage in self._jobs.plan.stages.values() if stage.id in without_job]
 
@@ -99,5 +99,5 @@ class SlurmBackend:
             show()
 
     def _reached(self) -> tuple[int, list[str]]:
-        """What changes when a job ends or is submitted."""
+        """Return a value that changes when a job ends or is submitted."""
         return len(self._jobs.todo), sorted(self._jobs.live)

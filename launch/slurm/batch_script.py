@@ -1,4 +1,4 @@
-"""From a stage and a profile to a submitted job; the text of every batch script comes from here, dry runs included."""
+"""Batch scripts, made from a stage and a profile; every script is written here, including those of dry runs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from hfprune_dist.store.atomic_files import fsync_path, write_text
 from hfprune_dist.store.stage import Stage
 
 PICKLE = "stage.pkl"
-# What a path of a job can't contain, and why.
+# Characters that the path of a job can't contain, and why.
 UNUSABLE = {
     "%": "Slurm and submitit put ids in its place in the names of log files",
     "\\": "Slurm takes names of log files literally that contain it",
     ":": "it separates the folders of PYTHONPATH",
 }
-# Variables (SLURM_...) by which srun takes options. A job inherits them from a launcher that runs inside another job,
-# or whose user sets them for work of another kind; Slurm itself sets only those that the job was asked for with.
+# Variables (SLURM_...) from which srun reads options. A job inherits them from a launcher that runs inside another job
+# or whose user sets them for other work; Slurm itself sets only those for options with which the job was submitted.
 SRUN_VARIABLES = (
     *("MEM_PER_CPU", "MEM_PER_GPU", "MEM_PER_NODE"),
     *("GPUS", "GPUS_PER_NODE", "GPUS_PER_SOCKET", "GPUS_PER_TASK", "GPU_BIND", "GPU_FREQ", "CPUS_PER_GPU"),
@@ -42,7 +42,7 @@ SRUN_VARIABLES = (
     *("STDINMODE", "STDOUTMODE", "STDERRMODE", "LABELIO", "PROLOG", "EPILOG", "TASK_PROLOG", "TASK_EPILOG"),
     *("MPI_TYPE", "NETWORK", "RESV_PORTS"),
 )
-# What tells a rank of GPUs; of another job where its own asks for none.
+# Variables that tell a rank about GPUs; they are another job's if its own asks for none.
 GPU_VARIABLES = ("GPUS_ON_NODE", "JOB_GPUS", "STEP_GPUS")
 
 
@@ -52,8 +52,8 @@ class Request:
 
     Attributes:
         folder: the attempt's folder, which receives script, pickle and logs.
-        after_ok: ids of jobs that must succeed before.
-        after_any: id of a job that must have ended before, however (``--max-running``).
+        after_ok: ids of jobs that must have succeeded before it starts.
+        after_any: id of a job that must have ended, in any way, before it starts (``--max-running``).
         exclude: nodes that failed earlier attempts.
         threads: CPU threads of each rank.
     """
@@ -76,22 +76,22 @@ class Request:
 
 
 def refuse_unusable_path(out: Path) -> None:
-    """Check that jobs can have their logs and code below a folder.
+    """Check that jobs can keep their logs and code below a folder.
 
     Raises:
-        UserError: for characters that Slurm or Python take for something else.
+        UserError: for characters to which Slurm or Python give a special meaning.
     """
     for path in (out.absolute(), out.resolve()):
         for character in str(path):
             why = UNUSABLE.get(character)
-            if unicodedata.category(character) in ("Cc", "Cs"):  # control characters, and bytes that are no UTF-8
+            if unicodedata.category(character) in ("Cc", "Cs"):  # control characters, and bytes that aren't UTF-8
                 why = "it can't be written into a batch script"
             if why is not None:
                 raise UserError(f"--out {str(path)!r}: a folder of jobs can't have {character!r} in its path, as {why}")
 
 
 def batch_script(request: Request) -> str:
-    """The batch script, as submitit writes it."""
+    """Return the batch script, as submitit writes it."""
     resources = request.resources
     executor = _TextExecutor(request.folder)
     executor.update_parameters(
@@ -127,10 +127,10 @@ def write_submission(request: Request, attempt: Attempt, store: Path) -> Path:
 
 
 class _TextExecutor(SlurmExecutor):  # type: ignore[misc]
-    """submitit's executor, for the text it makes: works where there is no Slurm, and submits nothing itself.
+    """submitit's executor, used only to write scripts: works without Slurm, and submits nothing itself.
 
-    submitit itself moves a job's pickle to its place after sbatch: a launcher that dies in between leaves a job that
-    fails. Ours lies there before, and the batch script links it to the name that submitit expects.
+    submitit itself moves a job's pickle into place after sbatch, so a launcher that dies in between leaves a job that
+    fails. Our pickle is there before, and the batch script links it to the name that submitit expects.
     """
 
     @classmethod
@@ -144,19 +144,19 @@ class _TextExecutor(SlurmExecutor):  # type: ignore[misc]
 
 def _common_options(request: Request) -> dict[str, str | bool]:
     options: dict[str, str | bool] = {
-        # Slurm itself requeues a job that is preempted or whose node dies.
+        # Lets Slurm requeue a job that is preempted or whose node dies.
         "requeue": True,
         # Without this, a job whose dependency failed waits for ever.
         "kill-on-invalid-dep": "yes",
         "chdir": str(request.snapshot),
-        # Limits (ulimit) of the shell in which the launcher runs are not meant for the nodes.
+        # The limits (ulimit) of the launcher's shell are not meant for the nodes.
         "propagate": "NONE",
     }
     return options if request.resources.memory is None else {**options, "mem": request.resources.memory}
 
 
 def _setup(request: Request) -> list[str]:
-    """Shell lines before srun: the profile's, the environment, and the pickle under the job's id."""
+    """Return the shell lines before srun: the profile's setup, the environment, and a link to the pickle by job id."""
     snapshot = shlex.quote(str(request.snapshot))
     environment = {"OMP_NUM_THREADS": str(request.threads), **request.resources.environment}
     folder = request.folder.resolve()
@@ -172,7 +172,7 @@ def _setup(request: Request) -> list[str]:
 
 
 def _foreign_variables(resources: Resources) -> list[str]:
-    """Variables that can't come from this job: an option that it was given reaches srun as SLURM_<OPTION>."""
+    """Return the variables that can't be this job's own: options it was given reach srun as SLURM_<OPTION>."""
     given = {name.replace("-", "_").upper() for name in resources.sbatch}
     if resources.memory is not None:
         given.add("MEM_PER_NODE")
@@ -185,9 +185,9 @@ def _foreign_variables(resources: Resources) -> list[str]:
 
 
 def _checked(setup: Sequence[str]) -> list[str]:
-    """Setup lines of which the first that fails ends the job, and is named.
+    """Return setup lines such that the first one that fails ends the job and is named in its log.
 
-    As with ``set -e``, conditions may fail; unlike there, so may commands inside functions and sourced files.
+    As with ``set -e``, conditions may fail; unlike with it, so may commands inside functions and sourced files.
     """
     if not setup:
         return []
@@ -202,13 +202,13 @@ def _checked(setup: Sequence[str]) -> list[str]:
 
 
 def _srun_arguments(resources: Resources) -> list[str]:
-    # srun takes no cpus-per-task from sbatch; a rank that dies must end the others; a requeue must not empty the logs;
-    # ranks need what the setup has exported, whatever of it the job was submitted with.
+    # srun doesn't inherit cpus-per-task from sbatch; a rank that dies must end the others; a requeue must not empty the
+    # logs; ranks need all that the setup has exported, whatever environment the job was submitted with.
     required = ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}", "--open-mode=append"]
     return [*required, "--export=ALL", *resources.srun_args]
 
 
 def default_threads(resources: Resources, threads_per_rank: int | None) -> int:
-    """CPU threads of a rank: as configured, else its cores, but no more than OMP_NUM_THREADS where that is set."""
+    """Return the CPU threads of a rank: as configured, else its cores, but no more than OMP_NUM_THREADS, if set."""
     limit = threads_allowed() or resources.cpus_per_task
     return threads_per_rank or min(limit, resources.cpus_per_task)

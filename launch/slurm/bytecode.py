@@ -1,4 +1,4 @@
-"""The compiled code of a snapshot, made before jobs run it, as what they compile themselves may be cut off."""
+"""Bytecode of a snapshot, compiled before jobs run it, since files that they compile themselves may be cut off."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _HEADER_BYTES = 16  # magic number, flags, hash of the source (PEP 552)
 
 
 def compile_sources(sources: Iterable[Path]) -> None:
-    """Have whole bytecode beside each source file, so that no job writes any.
+    """Make sure that each source file has complete bytecode next to it, so that no job writes any.
 
-    Python 3.11 doesn't notice a write that a full disk cuts off: from then on every import of that file fails, also
+    Python 3.11 doesn't notice a write that a full disk cuts off: from then on every import of that file fails, even
     once the disk has room again (https://github.com/python/cpython/issues/126606).
 
     Raises:
-        OSError: the disk is full.
-        py_compile.PyCompileError: a source file is no Python.
+        OSError: if the disk is full.
+        py_compile.PyCompileError: if a source file isn't valid Python.
     """
     for source in sources:
         bytecode = Path(importlib.util.cache_from_source(str(source)))
@@ -30,8 +30,8 @@ def compile_sources(sources: Iterable[Path]) -> None:
 
 
 def _compile(source: Path, bytecode: Path) -> None:
-    with warnings.catch_warnings(action="ignore"):  # of the sources' syntax; whoever runs them sees them
-        # Not checked against its source: a snapshot has the content of its name, and copies change times of files.
+    with warnings.catch_warnings(action="ignore"):  # about the sources' syntax; whoever runs them sees these
+        # Not checked against its source: a snapshot is named for its content, and copying changes the times of files.
         mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
         py_compile.compile(str(source), str(bytecode), doraise=True, invalidation_mode=mode)
     if not _is_whole(bytecode):

@@ -1,4 +1,4 @@
-"""Cancelling a sweep: every job of its store, whichever launcher submitted it, in today's plan or not."""
+"""Cancellation of a sweep: all jobs of its store, whichever launcher submitted them, in today's plan or not."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hfprune_dist.store.artifacts import Store
 
 @dataclass(frozen=True)
 class Cancelled:
-    """What became of an order to cancel a sweep.
+    """The outcome of cancelling a sweep.
 
     Attributes:
-        outside: stages of cancelled jobs that are not in the plan: of an edited configuration, or an earlier version.
+        outside: stages of cancelled jobs that are not in the plan, after an edit of the configuration or a new version.
         foreign: open attempts of other users or clusters, which can't be cancelled from here.
     """
 
@@ -31,14 +31,14 @@ def cancel_jobs(plan: Plan, store: Store, slurm: SlurmCommands) -> Cancelled:
     """Cancel the jobs of all open attempts.
 
     Raises:
-        SlurmUnavailableError: where Slurm did not answer; some jobs may be left.
+        SlurmUnavailableError: if Slurm did not answer; some jobs may be left.
     """
     attempts = Attempts(store.root).open_attempts()
     whereabouts = Whereabouts(store, slurm, time.monotonic)
     whereabouts.look({job_id: attempt for attempt in attempts if (job_id := attempt.job_id) is not None})
     foreign = [each for each in attempts if whereabouts.is_elsewhere(each) or whereabouts.is_somebody_elses(each)]
     stages = {attempt.intent.job_name: attempt.intent.stage_id for attempt in attempts if attempt not in foreign}
-    # Those that wait come first: they would start when the ones that they wait for are gone.
+    # Pending jobs come first: they would start when the jobs that they wait for are gone.
     found = [job for job in whereabouts.jobs.values() if job.name in stages and job.is_live]
     found.sort(key=lambda job: (job.state != "PENDING", job.job_id))
     slurm.cancel([job.job_id for job in found])

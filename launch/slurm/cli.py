@@ -1,4 +1,4 @@
-"""The commands of a sweep on a Slurm cluster: submit, follow, show, cancel, and what would be submitted."""
+"""Commands for a sweep on a Slurm cluster: submit, follow, show and cancel jobs, and show what would be submitted."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from hfprune_dist.store.stage import Stage
 
 EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow"}
 STATUS_INTERVAL_S = 5.0
-# A sweep on this machine holds no claim for some seconds between two stages, while the ranks of the first end.
+# Between two stages, a sweep on this machine holds no claim for some seconds, while the ranks of the first one end.
 LOOKS_AT_REST = 3
-# States of stages that nothing happens to.
+# States of stages on which nothing is at work.
 AT_REST = ("done", "failed", "died", "waiting", "missing", "not needed")
 
 
 @dataclass(frozen=True)
 class NewJobs:
-    """What new jobs are made from.
+    """The input for new jobs.
 
     Attributes:
-        max_running: the most jobs of the sweep that run at once; None: no limit.
-        project: of the code that they run, as it is now.
+        max_running: the most jobs of the sweep that run at once; None for no limit.
+        project: the project whose code they run, as it is now.
     """
 
     provenance: Provenance
@@ -66,14 +66,14 @@ def run_on_slurm(
     follow: bool | None,
     on_end: Callable[[], None],
 ) -> int | None:
-    """Submit what is missing and adopt what runs.
+    """Submit missing stages and adopt running jobs.
 
     Args:
-        follow: False leaves at once; otherwise stays until nothing more can be done.
+        follow: False leaves at once; otherwise the call stays until nothing more can be done.
         on_end: called when a stage's job has ended.
 
     Returns:
-        the exit code of who leaves at once; None after staying.
+        the exit code when leaving at once; None after staying.
     """
     store = sweep.store
     console.print(f"{len(todo)} of {len(sweep.plan.stages)} stages to run on Slurm; logs in {store.root / 'attempts'}")
@@ -102,7 +102,7 @@ def _tell(screen: _Screen, on_end: Callable[[], None], event: Event) -> None:
 
 
 def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
-    """The state of every stage; with ``keep_on``, live for as long as a stage is queued or running."""
+    """Show the state of every stage; with ``keep_on``, live for as long as a stage is queued or running."""
     jobs = _StatusJobs(console, sweep)
     with _Screen(console, sweep).shown() as screen:
         looks_at_rest = 0
@@ -115,7 +115,7 @@ def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
 
 
 def cancel_sweep(console: Console, sweep: Sweep) -> None:
-    """Cancel the sweep's jobs; what they have saved stays."""
+    """Cancel the sweep's jobs; their saved work stays."""
     slurm = SlurmCommands()
     slurm.require()
     cancelled = cancel_jobs(sweep.plan, sweep.store, slurm)
@@ -133,7 +133,7 @@ def cancel_sweep(console: Console, sweep: Sweep) -> None:
 def show_jobs(
     console: Console, sweep: Sweep, profile: Profile, runtime: RuntimeConfig, verdicts: Mapping[str, Verdict]
 ) -> None:
-    """What would be submitted: every batch script, and the GPU-hours that it may take at most."""
+    """Show what would be submitted: every batch script, and the GPU-hours that all may take at most."""
     todo = sweep.plan.lacking(lambda stage_id: verdicts[stage_id].state == "done")
     missing = [sweep.plan.stages[stage_id] for stage_id in todo]
     for stage in missing:
@@ -155,7 +155,7 @@ def show_jobs(
 def _planned(
     sweep: Sweep, stage: Stage, profile: Profile, runtime: RuntimeConfig, verdicts: Mapping[str, Verdict]
 ) -> Request:
-    """The request that would be submitted, with <...> for what is known only then."""
+    """Return the request that would be submitted, with <...> for what is known only then."""
     resources = profile.resources[stage.kind]
     return Request(
         stage=stage,
@@ -169,7 +169,7 @@ def _planned(
 
 
 def _expected(missing: list[Stage], sweep: Sweep, profile: Profile) -> tuple[float, int]:
-    """GPU-hours by the mean time of finished stages of each kind, and for how many stages there is such a time."""
+    """Return GPU-hours by the mean time of finished stages of each kind, and the number of stages with such a time."""
     times: dict[str, list[float]] = {}
     for stage in sweep.plan.stages.values():
         manifest = sweep.store.handle(stage.id).manifest()
@@ -181,7 +181,7 @@ def _expected(missing: list[Stage], sweep: Sweep, profile: Profile) -> tuple[flo
 
 
 class _StatusJobs:
-    """All jobs, for who only looks; none where this machine has no Slurm, or it does not answer at once."""
+    """All jobs, for read-only commands; none if this machine has no Slurm or Slurm does not answer at once."""
 
     def __init__(self, console: Console, sweep: Sweep) -> None:
         self._console = console
@@ -203,7 +203,7 @@ class _StatusJobs:
 
 
 class _Screen:
-    """A live table on a terminal, elsewhere progress now and then; anywhere one line per event."""
+    """A live table on a terminal, occasional lines of progress elsewhere, and always one line per event."""
 
     def __init__(self, console: Console, sweep: Sweep) -> None:
         self._console = console
@@ -221,7 +221,7 @@ class _Screen:
             yield self
 
     def refresh(self, jobs: Mapping[str, JobInfo]) -> bool:
-        """Show the state anew; return whether a stage is queued or running."""
+        """Update the shown state; return whether a stage is queued or running."""
         statuses = stage_statuses(self._sweep.plan, self._sweep.store, jobs)
         for status in statuses:
             if status.state == "running":
@@ -231,7 +231,7 @@ class _Screen:
         return any(status.state not in AT_REST for status in statuses)
 
     def tell(self, event: Event) -> None:
-        """Print an event; one that only says that something goes on waiting, once."""
+        """Print an event; a message about waiting is printed only the first time."""
         if event.what == "waiting" and event.message in self._told:
             return
         self._told.add(event.message)

@@ -1,4 +1,4 @@
-"""The code of a sweep, copied once, so that jobs that wait in the queue run what was submitted."""
+"""A copy of the code of a sweep, so that jobs that wait in the queue run the code with which they were submitted."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _SOMETHING_IS_THERE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 def take_snapshot(
     project: Project, folder: Path, code: Mapping[str, Any], tell: Callable[[str], object] = lambda _: None
 ) -> Path:
-    """Copy the project's packages to ``<folder>/<digest of their content>``; a good copy that is there is used again.
+    """Copy the project's packages to ``<folder>/<digest of their content>``, or reuse an intact copy that is there.
 
-    A copy that no longer has the content of its name (emptied by a full disk, purged by a cleaner of old files) is set
-    aside, as every job that runs it would fail.
+    A copy whose content no longer matches its name (emptied by a full disk, purged by a cleaner of old files) is set
+    aside, since every job that runs it would fail.
 
     Args:
-        code: provenance (commit, digest of what differs from it), kept with the copy.
-        tell: is told what was set aside.
+        code: provenance (commit, digest of the uncommitted changes), kept with the copy.
+        tell: called with a message on what was set aside.
     """
     while True:
         draft = folder / f".draft-{uuid.uuid4().hex[:8]}"
         try:
             _copy_packages(project, draft)
-            # The copy is what is digested: the originals may be edited at this moment.
+            # The copy is digested, since the originals may be edited at this moment.
             snapshot = folder / _digest(draft)
             if _is_intact(snapshot):
                 compile_sources(_sources(snapshot))
@@ -61,12 +61,12 @@ def _copy_packages(project: Project, target: Path) -> None:
 
 
 def _sources(folder: Path) -> list[Path]:
-    """The Python files below a folder, without those that editors hide beside them."""
+    """Return the Python files below a folder, without the hidden files of editors."""
     return sorted(file for file in folder.rglob("*.py") if file.is_file() and not file.name.startswith("."))
 
 
 def _digest(folder: Path) -> str:
-    """Digest of what can be imported from a copy, without what running jobs leave there (caches, core dumps)."""
+    """Return a digest of the importable files of a copy, without what running jobs leave there (caches, core dumps)."""
     hashes = FileHashes(None)
     return digest_of({str(file.relative_to(folder)): hashes.of_file(file) for file in _sources(folder)})[:16]
 
@@ -79,7 +79,7 @@ def _is_intact(snapshot: Path) -> bool:
 
 
 def _set_aside(snapshot: Path) -> Path | None:
-    """Rename what is damaged; jobs that run in it keep it. None where nothing is there (any more)."""
+    """Rename a damaged copy, which jobs that run in it keep using; None if it isn't there (any more)."""
     aside = snapshot.with_name(f"damaged-{snapshot.name}-{uuid.uuid4().hex[:8]}")
     try:
         snapshot.rename(aside)
@@ -89,7 +89,7 @@ def _set_aside(snapshot: Path) -> Path | None:
 
 
 def _publish(draft: Path, snapshot: Path) -> bool:
-    """Give a whole copy its name, once all of it is on the disk; False where another sweep was faster."""
+    """Give a complete copy its name once all of it is on disk; False if another sweep was faster."""
     for path in [*draft.rglob("*"), draft]:
         fsync_path(path)
     try:
@@ -103,7 +103,7 @@ def _publish(draft: Path, snapshot: Path) -> bool:
 
 
 def _uncommitted(clone: Path | None) -> str:
-    """What differs from the commit, as a patch; empty outside a git repository."""
+    """Return the uncommitted changes as a patch; empty outside a git repository."""
     if clone is None:
         return ""
     try:

@@ -1,8 +1,8 @@
 """Slurm's commands, with patience for a controller that is busy or restarting.
 
-Job states come from one squeue call for all jobs of the user. It also knows jobs that ended a few minutes ago
-(MinJobAge). What it does not list, the controller is asked about job by job (scontrol), and accounting (sacct) where
-there is one: that squeue does not list a job says nothing yet.
+Job states come from one squeue call for all jobs of the user, which also lists jobs that ended a few minutes ago
+(MinJobAge). A job's absence from that list says nothing yet: the controller is then asked about each such job
+(scontrol), and so is accounting (sacct), if there is one.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ TRANSIENT = re.compile(
     r"|communication|controller .*not responding|slurmctld.*(down|restart)|try again|backup|shutdown",
     re.IGNORECASE,
 )
-# Variables by which a user changes what Slurm's commands ask for or show.
+# Variables with which a user changes what Slurm's commands ask for or show.
 OPTION_VARIABLES = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
-# Those of them that say which cluster is asked, and as whom.
+# The ones among them that say which cluster is asked, and as which user.
 CONNECTION_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 NO_CONFIGURATION = re.compile("could not establish a configuration source|unable to process configuration", re.I)
-# Slurm names the limit that a job goes beyond, before a sentence that is the same for all of them.
+# Slurm names the limit that a job exceeds, before a sentence that is the same for all limits.
 NAMED_LIMIT = re.compile(r"\b(?:QOS|Assoc)\w*Limit\b", re.IGNORECASE)
 TOO_MANY_JOBS = re.compile(r"MaxSubmit|SubmitJob|job count limit|job submit limit", re.IGNORECASE)
 LIVE_STATES = frozenset(
@@ -50,7 +50,7 @@ LIVE_STATES = frozenset(
         *("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
     }
 )
-# The last mark shows that a line is whole: names may have any character, line ends included.
+# The final mark shows that a line is complete, since names may contain any character, including line ends.
 SQUEUE_FIELDS = "%i|%T|%r|%N|%S|%e|%j|;"
 SQUEUE_HEADER = re.compile(r"^JOBID\|.*\|;\n", re.MULTILINE)
 SQUEUE_JOB = re.compile(r"^(\d[^|\n]*)" + r"\|([^|\n]*)" * 5 + r"\|(.*?)\|;\n", re.MULTILINE | re.DOTALL)
@@ -63,7 +63,7 @@ Fate = Literal["cancelled", "requeued", "preempted", "open"]
 
 
 class SlurmUnavailableError(Exception):
-    """Slurm did not answer, in spite of retries; nothing is known about any job."""
+    """Slurm did not answer despite retries; nothing is known about any job."""
 
 
 class SubmitLimitError(Exception):
@@ -71,11 +71,11 @@ class SubmitLimitError(Exception):
 
 
 class SubmissionRefusedError(UserError):
-    """Slurm refuses a job as it was asked for."""
+    """Slurm refuses a job with these options."""
 
 
 class NeedEndedError(Exception):
-    """Slurm has forgotten a job on which the submitted one was to depend: that one ended some time ago."""
+    """Slurm has forgotten a job on which the submitted one was to depend, since it ended some time ago."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class JobInfo:
 
     Attributes:
         state: as squeue names it, e.g. RUNNING or NODE_FAIL.
-        reason: why it waits or ended; "None" where there is no reason.
+        reason: why it waits or ended; "None" if there is no reason.
         nodes: its nodes in Slurm's notation, e.g. n[1-2]; empty while it waits.
     """
 
@@ -106,7 +106,7 @@ class SlurmCommands:
 
     Args:
         sleep: waits between retries.
-        retry_delays_s: how long to wait before each further try of a command that got no answer.
+        retry_delays_s: seconds to wait before each retry of a command that got no answer.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class SlurmCommands:
         self._cluster: str | None = None
 
     def require(self) -> None:
-        """Raises UserError where this machine can't submit jobs."""
+        """Raise UserError if this machine can't submit jobs."""
         missing = [name for name in ("sbatch", "squeue", "scancel", "scontrol") if shutil.which(name) is None]
         if missing:
             raise UserError(
@@ -132,7 +132,7 @@ class SlurmCommands:
             )
 
     def cluster(self) -> str:
-        """The cluster that is asked: job ids of another one mean other jobs."""
+        """Return the name of the cluster that is asked; on another one, the same job ids mean other jobs."""
         if self._cluster is None:
             self._cluster = os.environ.get("SLURM_CLUSTERS") or self._configured_cluster()
         return self._cluster
@@ -143,17 +143,17 @@ class SlurmCommands:
         return str(pattern.findall(text)[0])
 
     def submit(self, script: Path, job_name: str) -> str | None:
-        """Submit a batch script and return the job's id; None where Slurm took the job without saying its id.
+        """Submit a batch script and return the job's id; None if Slurm accepted the job without saying its id.
 
-        A submission that went wrong on the way may have arrived: before another try, the job is looked for by name,
-        as late as possible, for a busy controller may take it in after sbatch has given up; and one that squeue
-        overlooks is cancelled by its name.
+        A submission that failed may have arrived all the same. Before another try, the job is looked for by name, as
+        late as possible, since a busy controller may accept it after sbatch has given up; in case squeue overlooks
+        the job, it is also cancelled by name.
 
         Raises:
-            SubmissionRefusedError: with Slurm's words, where it would be refused again.
-            SubmitLimitError: where it would be accepted later.
-            NeedEndedError: where a job that it depends on is unknown to Slurm.
-            SlurmUnavailableError: where Slurm did not answer; the job may have arrived.
+            SubmissionRefusedError: with Slurm's message, if the job would be refused again.
+            SubmitLimitError: if it would be accepted later.
+            NeedEndedError: if a job that it depends on is unknown to Slurm.
+            SlurmUnavailableError: if Slurm did not answer; the job may have arrived.
         """
         for delay in (*self._delays, None):
             result = _run(["sbatch", "--parsable", str(script)])
@@ -182,10 +182,10 @@ class SlurmCommands:
         return max(found, key=lambda job: job.is_live).job_id if found else None
 
     def jobs(self) -> dict[str, JobInfo]:
-        """All jobs of this user that squeue lists, by id. One that it does not list need not be over.
+        """Return all jobs of this user that squeue lists, by id. A job that it does not list need not be over.
 
         Raises:
-            SlurmUnavailableError: where Slurm did not answer, or never wholly.
+            SlurmUnavailableError: if Slurm did not answer, or never completely.
         """
         command = ["squeue", "--me", "--states=all", f"--format={SQUEUE_FIELDS}"]
         text = self._query(command, is_whole=_is_whole_listing)
@@ -193,10 +193,10 @@ class SlurmCommands:
         return {info.job_id: info for info in infos}
 
     def job(self, job_id: str) -> JobInfo | None:
-        """What the controller itself says about a job, whoever's it is; None where it says that it knows none.
+        """Return what the controller itself says about a job of any user; None if it says that there is none.
 
         Raises:
-            SlurmUnavailableError: where Slurm did not answer.
+            SlurmUnavailableError: if Slurm did not answer.
         """
         text = self._show(job_id, ignore=INVALID_JOB_ID)
         if not text:
@@ -205,11 +205,11 @@ class SlurmCommands:
         return JobInfo(job_id, *(_field(text, name) for name in names))
 
     def history(self, job_ids: Collection[str]) -> dict[str, JobInfo]:
-        """What accounting knows about jobs that squeue does not list; nothing where there is no accounting."""
+        """Return what accounting knows about jobs that squeue does not list; empty without accounting."""
         return {info.job_id: info for info in self._accounting(job_ids)}
 
     def launched_on(self, job_id: str) -> str:
-        """Where accounting saw the last start of a job, in Slurm's notation; empty where it knows of none."""
+        """Return the nodes of a job's last start in accounting, in Slurm's notation; empty if it knows of none."""
         nodes = [info.nodes for info in self._accounting([job_id], "--duplicates")]
         return next((node for node in reversed(nodes) if node and node != "None assigned"), "")
 
@@ -227,16 +227,16 @@ class SlurmCommands:
         return [replace(info, state=info.state.split(" ")[0]) for info in infos]
 
     def cancel(self, job_ids: Sequence[str]) -> None:
-        """Cancel jobs; one that has ended meanwhile is no error."""
+        """Cancel jobs; it is no error if one has already ended."""
         if job_ids:
             self._query(["scancel", *job_ids], ignore=re.compile("Invalid job id|already completed", re.IGNORECASE))
 
     def cancel_named(self, job_name: str) -> None:
-        """Cancel whatever jobs there are under a name."""
+        """Cancel all jobs of a name."""
         self._query(["scancel", f"--jobname={job_name}"], ignore=INVALID_JOB_ID)
 
     def fate(self, job_id: str) -> Fate:
-        """From inside a job: whether Slurm is ending it, and how; ``open`` where it is not."""
+        """From inside a job: return how Slurm is ending it, or ``open`` if it is not."""
         text = self._show(job_id)
         state = _field(text, "JobState")
         if state != "RUNNING":
@@ -244,7 +244,7 @@ class SlurmCommands:
         return "open" if _field(text, "PreemptTime") in ("", "None", "Unknown", "N/A") else "preempted"
 
     def requeue(self, job_id: str) -> bool:
-        """From inside a job: put it back into the queue, unless Slurm is ending or requeueing it already.
+        """From inside a job: put it back into the queue, unless Slurm is already ending or requeueing it.
 
         Returns:
             whether it is queued again, by us or by Slurm.
@@ -264,11 +264,11 @@ class SlurmCommands:
         ignore: re.Pattern[str] | None = None,
         is_whole: Callable[[str], bool] = lambda _: True,
     ) -> str:
-        """Run a command until it succeeds; an error that waiting can't mend is a broken assumption of ours.
+        """Run a command until it succeeds; an error that waiting can't fix is a broken assumption of ours.
 
         Args:
             ignore: errors that count as success, without output.
-            is_whole: tells a whole answer from one that was cut off.
+            is_whole: returns whether an answer is complete rather than cut off.
         """
         for delay in (*self._delays, None):
             result = _run(command)
@@ -285,9 +285,9 @@ class SlurmCommands:
 
 
 def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a command of Slurm: without the variables that change what it asks for or shows.
+    """Return the environment for a command of Slurm, without variables that change what it asks for or shows.
 
-    They come from a user's shell, or from the job in which a launcher runs.
+    Such variables come from a user's shell, or from the job in which a launcher runs.
     """
     kept = {name: value for name, value in environment.items() if not name.startswith(OPTION_VARIABLES)}
     return kept | {name: environment[name] for name in CONNECTION_VARIABLES if name in environment}
@@ -304,7 +304,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _is_whole_listing(text: str) -> bool:
-    """Whether squeue's header is there and no job's line is cut off."""
+    """Return whether squeue's header is there and no job's line is cut off."""
     if SQUEUE_HEADER.search(text) is None:
         return False
     rest = SQUEUE_JOB.sub("", text)
@@ -312,7 +312,7 @@ def _is_whole_listing(text: str) -> bool:
 
 
 def _field(text: str, name: str) -> str:
-    """A field of ``scontrol show job --oneliner``; empty where there is none."""
+    """Return a field of ``scontrol show job --oneliner``; empty if there is none."""
     found = re.search(rf"(?:^| ){name}=(\S*)", text)
     return "" if found is None or found[1] == "(null)" else found[1]
 
@@ -326,12 +326,12 @@ def _raise_refusal(script: Path, message: str) -> NoReturn:
 
 
 def _is_transient(result: subprocess.CompletedProcess[str]) -> bool:
-    # A command may be hit by a signal that is meant for the job from inside which it is called.
+    # A command may be hit by a signal that is meant for the job inside which it is called.
     return result.returncode < 0 or TRANSIENT.search(result.stderr) is not None
 
 
 def _is_full(message: str) -> bool:
-    """Whether a job is refused only because the user has as many as may be."""
+    """Return whether a job is refused only because the user has reached the limit on jobs."""
     named = NAMED_LIMIT.findall(message)
     return bool(TOO_MANY_JOBS.search(" ".join(named) if named else message))
 

@@ -1,4 +1,4 @@
-"""What a plan's stages need of a profile's GPUs: estimates for a dry run, and the refusal of plans that can't fit."""
+"""Memory that a plan's stages need on a profile's GPUs: estimates for dry runs, and refusal of plans that can't fit."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ MOST_NODES, MICRO_BATCHES = 256, (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one stage needs, as computed.
+    """The computed needs of one stage.
 
     Attributes:
         host_memory: bytes of main memory on one node that matrices of layers or hidden states of all its ranks take.
-        host_available: of one node; None where the profile does not say.
-        fits: whether the GPUs' memory is enough; None where the profile does not say how much memory a GPU has.
-        advice: nodes and micro-batch that suit it better; empty where nothing is known to.
+        host_available: bytes of main memory of one node; None if the profile does not say.
+        fits: whether the GPUs' memory is enough; None if the profile does not say how much memory a GPU has.
+        advice: nodes and micro-batch that would suit the stage better; empty if none are known.
     """
 
     stage: Stage
@@ -76,7 +76,7 @@ class Estimate:
 
 
 def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: RuntimeConfig) -> list[Estimate]:
-    """Estimates for those of some stages, by id, that run a model on GPUs.
+    """Return estimates for those of the stages in ``todo`` that run a model on GPUs.
 
     A pruned model counts as if it were dense, except in its own refit.
     """
@@ -88,7 +88,7 @@ def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: 
 
 
 def runs_a_model(params: Parameters) -> bool:
-    """Whether it needs memory of GPUs that is estimated."""
+    """Return whether a stage needs GPU memory that is estimated."""
     return not isinstance(params, PruneParameters) or params.refit != "none" or params.allocation == "low_rank"
 
 
@@ -97,7 +97,7 @@ def _refits(params: Parameters) -> bool:
 
 
 def refuse_what_cannot_fit(estimates: Sequence[Estimate]) -> None:
-    """Raises UserError naming every stage that needs more memory than its GPUs or nodes have, and what would help."""
+    """Raise UserError naming every stage that needs more memory than its GPUs or nodes have, and what would help."""
     problems = [problem for each in estimates for problem in _problems(each)]
     if problems:
         raise UserError(
@@ -126,7 +126,7 @@ def _problems(estimate: Estimate) -> Iterator[str]:
 
 
 def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
-    """Print the estimates as a table, which says that nothing in it was measured."""
+    """Print the estimates as a table that says that nothing in it was measured."""
     if not estimates:
         return
     lines = Table("stage", "for", "memory per GPU", "host memory", "fits", "suggested", box=None, pad_edge=False)
@@ -157,12 +157,12 @@ def _estimate(plan: Plan, stage: Stage, resources: Resources, runtime: RuntimeCo
 
 
 def _host_bytes(job: Job, dims: Dimensions, gpus: Gpus) -> int:
-    """Main memory of one rank for matrices of layers or hidden states; 0 for jobs that keep neither there."""
+    """Return one rank's main memory for matrices of layers or hidden states; 0 for jobs that keep neither there."""
     return job.host_bytes(dims, gpus.ranks) if isinstance(job, Importance | LayerPass) else 0
 
 
 def job_of(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
-    """What a stage that runs a model does with it."""
+    """Return the job that a stage does with the model it runs."""
     match stage.params:
         case ImportanceParameters() as params:
             return importance_job(params, runtime.activation_checkpointing)
@@ -192,18 +192,18 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | LowRank
     calibration, dense = _calibration(plan, stage), plan.dense_checkpoint(stage)
     size = size_of(dense)
     dtype, windows = params.forward_pass()
-    if params.refit == "bias":  # means are vectors, which take next to nothing
+    if params.refit == "bias":  # the means are vectors and take next to no memory
         windows = min(windows, calibration.samples)
         return Reference(windows, calibration.sequence_length, calibration.samples, ITEMSIZE[dtype])
     if params.allocation == "low_rank":
         at_once = min(windows, calibration.samples)
         return LowRank(at_once, calibration.sequence_length, calibration.samples, ITEMSIZE[dtype])
-    width = size.units  # where layers differ, one may keep all of them
+    width = size.units  # if layers differ, one may keep all of its units
     if dense.family.experts:
         width = max(mixture_target(ShapeTarget.of(dense, params, stage.label)).shape().units[dense.units.kind])
     elif params.allocation == "uniform":
         width = Target(size, params.ratio, params.multiple_of, stage.label).uniform_width()
-    elif params.allocation == "plain":  # which is found by measuring
+    elif params.allocation == "plain":  # whose shape is found by measuring
         width = max(shape.width for shape in all_plain_shapes(ShapeTarget.of(dense, params, stage.label)))
     elif params.allocation == "local":
         shape = LocalTarget.of(dense, params, stage.label).shape()
@@ -222,14 +222,14 @@ def _refit(params: PruneParameters, plan: Plan, stage: Stage) -> Refit | LowRank
 
 
 def _held_out(plan: Plan, stage: Stage) -> FidelityConfig:
-    """Settings of the text that an evaluation compares on; those of several differ in nothing that counts here."""
+    """Return the settings of an evaluation's text; if there are several, they differ in nothing that counts here."""
     params = plan.stages[stage.inputs[reference_role(FIRST)].location].params
     assert isinstance(params, ReferenceParameters) and params.text is not None
     return params.text
 
 
 def _calibration(plan: Plan, stage: Stage) -> CalibrationConfig:
-    """Settings of the calibration windows that a stage reads, itself or through its reference."""
+    """Return the settings of the calibration windows that a stage reads, directly or through its reference."""
     if "reference" in stage.inputs:
         return _calibration(plan, plan.stages[stage.inputs["reference"].location])
     params = plan.stages[stage.inputs["importance"].location].params
@@ -238,12 +238,12 @@ def _calibration(plan: Plan, stage: Stage) -> CalibrationConfig:
 
 
 def gpus_of_profile(resources: Resources) -> Gpus | None:
-    """The GPUs of a kind of stage; None where it has none, or the profile doesn't say how much memory they have."""
+    """Return the GPUs of a kind of stage; None if it has none or the profile doesn't say how much memory they have."""
     return gpus_of(resources) if resources.gpus and resources.gpu_memory_gib else None
 
 
 def gpus_of(resources: Resources) -> Gpus:
-    """The GPUs of a kind of stage, one for each rank."""
+    """Return the GPUs of a kind of stage, one for each rank."""
     return Gpus(
         nodes=resources.nodes,
         per_node=resources.tasks_per_node,
@@ -255,7 +255,7 @@ def gpus_of(resources: Resources) -> Gpus:
 
 
 def placed_job(job: Job, dims: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -> tuple[Job, Gpus]:
-    """A job as it will run, and the GPUs that one copy of the model lies on: one where each has whole weights."""
+    """Return a job as it will run, and the GPUs that hold one copy of the model: one GPU if each has whole weights."""
     if isinstance(job, Train) and gpus.memory:
         way = place(job, dims, gpus, runtime.sharding)
         return dataclasses.replace(job, checkpointing=way.checkpointing), copy_of(way, gpus)
@@ -267,18 +267,18 @@ def placed_job(job: Job, dims: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -
 
 
 def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: int | None) -> str:
-    """The fewest nodes that hold one window, and the smallest micro-batch of ``ENOUGH_ROWS`` at least, where so many
-    fit, whose work hides the time of the network and of calls.
+    """Return the fewest nodes, if possible from the profile's number up, that hold one window, and the smallest
+    micro-batch, of at least ``ENOUGH_ROWS`` if they fit, whose work hides the time of the network and of calls.
 
-    For a job that keeps all it needs on each GPU (then ``placed`` is one GPU) and so gathers nothing: the largest
-    micro-batch that fits.
+    A job that keeps all it needs on each GPU (``placed`` is then one GPU) gathers nothing; if it doesn't fit, return
+    the largest micro-batch that does.
     """
     if isinstance(job, Generate):
         return "" if fits(job, dims, placed) else "fewer efficiency.batch_sizes or tokens, or efficiency.enabled false"
     if isinstance(job, LayerPass) or placed != gpus:
         return "" if fits(job, dims, placed) else _smaller(job, dims, placed)
     smallest = job.resized(1)
-    # A single rank gathers nothing, so that fewer nodes may hold what more of them don't.
+    # A single rank gathers nothing, so fewer nodes may hold a job that more nodes can't.
     candidates = (dataclasses.replace(gpus, nodes=n) for n in (*range(gpus.nodes, MOST_NODES), *range(1, gpus.nodes)))
     advised = next((it for it in candidates if fits(smallest, dims, it)), None)
     if advised is None:
@@ -292,7 +292,7 @@ def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: i
 
 
 def _smaller(job: TimedJob | LayerPass, dims: Dimensions, placed: Gpus) -> str:
-    """What helps a job that puts all it needs on each GPU."""
+    """Return what helps a job that keeps all it needs on each GPU and doesn't fit."""
     fitting = [size for size in MICRO_BATCHES if fits(job.resized(size), dims, placed)]
     if fitting:
         return f"{_setting_of(job)} {fitting[-1]}"
@@ -300,7 +300,7 @@ def _smaller(job: TimedJob | LayerPass, dims: Dimensions, placed: Gpus) -> str:
 
 
 def _setting_of(job: TimedJob | LayerPass) -> str:
-    """The setting that says how large a job's micro-batches are."""
+    """Return the setting for the size of a job's micro-batches."""
     match job:
         case Train(distills=distills):
             return f"{'distillation' if distills else 'recovery'}.micro_batch_size"
@@ -310,10 +310,10 @@ def _setting_of(job: TimedJob | LayerPass) -> str:
 
 
 def _shared_rows(stage: Stage) -> int | None:
-    """The most rows that micro-batches of all ranks can have together; None where nothing limits them.
+    """Return the most rows that the micro-batches of all ranks can have together; None if nothing limits them.
 
-    In training, those of an optimizer step. In calibration a shard is one rank's, so that ``shard_size`` micro-batches
-    come one after the other.
+    In training, these are the rows of an optimizer step. In calibration, a shard belongs to one rank, so its
+    ``shard_size`` micro-batches run one at a time.
     """
     match stage.params:
         case ImportanceParameters(calibration=calibration):

@@ -1,4 +1,4 @@
-"""Why an attempt ended without an artifact, told from what the ranks left, what Slurm says and what the log shows."""
+"""Causes of attempts that ended without an artifact, found from what ranks left, what Slurm says and what logs show."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from hfprune_dist.store.stage import Stage
 
 NO_PROGRESS = "time limit without progress"
 WHAT_TO_RAISE = "raise time_minutes or signal_seconds in the profile, or lower runtime.save_every_steps"
-# So many starts of a job in a row may be interrupted before they get any further.
+# This many starts of a job in a row may be interrupted without getting any further.
 FRUITLESS_STARTS = 3
 # Cause -> how often a launcher tries again by itself. A new run of the command always tries again.
 RETRIES = {
     "preempted": 1000,
     "node failure": 10,
     "bad node": 3,
-    "time limit": 1000,  # only where the job got further; each time it does, so it comes to an end
+    "time limit": 1000,  # only if the job got further, as it then does each time, and so comes to an end
     "interrupted": 20,
     "killed": 2,
     "crash": 2,
@@ -63,8 +63,8 @@ STATE_CAUSES = {
     "PREEMPTED": "preempted",
     "OUT_OF_MEMORY": "out of memory",
 }
-# What Slurm writes into a job's log, for where neither squeue nor sacct remember the job. The step of a job is also
-# cancelled where one of its ranks has died.
+# Messages of Slurm in a job's log, used if neither squeue nor sacct remembers the job. The step of a job is also
+# cancelled if one of its ranks has died.
 LOG_STATES = {
     "NODE_FAIL": re.compile(r"DUE TO NODE FAILURE"),
     "PREEMPTED": re.compile(r"DUE TO PREEMPTION"),
@@ -81,12 +81,12 @@ NODE_AT_FAULT = re.compile(
 
 @dataclass(frozen=True)
 class _Evidence:
-    """What an attempt has left.
+    """The evidence that an attempt has left.
 
     Attributes:
-        state: the job's last state in Slurm; empty where nobody knows it.
-        failures: what ranks of this attempt said as they failed, the best explanation first.
-        heartbeat: how far the stage was; None where it has not said anything.
+        state: the job's last state in Slurm; empty if it isn't known.
+        failures: failures reported by ranks of this attempt, the best explanation first.
+        heartbeat: the stage's last heartbeat; None if there was none.
         text: lines of the logs since the job's last start: the last ones, and all that Slurm wrote.
         tail: the last lines of the logs, for the user.
     """
@@ -110,16 +110,16 @@ class _Evidence:
 
     @property
     def failure(self) -> Failure | None:
-        """The failure that caused the others; None where every rank says only that it lost another one."""
+        """The failure that caused the others; None if every rank only says that it lost another one."""
         return next((it for it in self.failures if not it.is_consequence), None)
 
 
-# Cause and message, or None where the evidence says nothing of the kind.
+# Cause and message, or None if the evidence shows nothing of the kind.
 _Explanation = tuple[str, str] | None
 
 
 def explain_end(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | None) -> End:
-    """How an attempt whose job is over ended; success is a verified artifact and nothing else."""
+    """Return how an attempt whose job is over ended; only a verified artifact counts as success."""
     now = time.time()
     evidence = _collect(store, stage, attempt, job)
     cause, message = _cause(evidence)
@@ -148,7 +148,7 @@ def _collect(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | None) 
 
 
 def _cause(evidence: _Evidence) -> tuple[str, str]:
-    """Cause and message, by the first explanation that fits; those that explain most come first."""
+    """Return cause and message by the first explanation that fits; those that explain most come first."""
     if evidence.store.handle(evidence.stage.id).is_done():
         return "done", ""
     explanations = (
@@ -178,7 +178,7 @@ def _cancelled(evidence: _Evidence) -> _Explanation:
 
 
 def _left_to_another(evidence: _Evidence) -> _Explanation:
-    """Of a job whose last start left the stage to another process: all that lies in the work folder is that one's."""
+    """Explain a job whose last start left the stage to another process, which now owns all of the work folder."""
     runs = evidence.attempt.runs()
     if not runs or runs[-1].how != "duplicate":
         return None
@@ -204,8 +204,8 @@ def _ended_by_slurm(evidence: _Evidence) -> _Explanation:
 
 
 def _time_limit(evidence: _Evidence) -> tuple[str, str]:
-    """Of a job that ran into its time limit before it could save its work and requeue itself: what counts is whether it
-    got further than the starts before it.
+    """Explain a job that reached its time limit before it could save its work and requeue itself. What counts is
+    whether it got further than the starts before it.
     """
     attempt = evidence.attempt
     reached = f"{evidence.job} reached its time limit of {attempt.intent.time_minutes} minutes"
@@ -258,7 +258,7 @@ def _without_a_word(evidence: _Evidence) -> str:
 
 
 def never_gets_further(attempt: Attempt) -> Failure | None:
-    """Why an interrupted job must not be requeued: its last starts got no further than those before. None: it may."""
+    """Return why an interrupted job must not be requeued, if its last starts got no further than those before."""
     starts = fruitless_starts(attempt.earlier_progress())
     if starts < FRUITLESS_STARTS:
         return None
@@ -270,7 +270,7 @@ def never_gets_further(attempt: Attempt) -> Failure | None:
 
 
 def _end_of(job: JobInfo | None, heartbeat: Heartbeat | None, now: float) -> float:
-    """Unix time of the end of a job that could not record it: as Slurm says, else its last heartbeat, else ``now``."""
+    """Return the unix time at which a job ended without a record: from Slurm, its last heartbeat, or else ``now``."""
     if job is not None:
         try:
             return time.mktime(time.strptime(job.end, "%Y-%m-%dT%H:%M:%S"))
@@ -280,7 +280,7 @@ def _end_of(job: JobInfo | None, heartbeat: Heartbeat | None, now: float) -> flo
 
 
 def _bad_nodes(cause: str, text: str, attempt: Attempt) -> list[str]:
-    """The nodes at fault: those that the log names, else the only node of the job's last start."""
+    """Return the nodes at fault: those that the log names, else the only node of the job's last start."""
     if cause not in ("node failure", "bad node"):
         return []
     named = {first or second for first, second in NODE_AT_FAULT.findall(text)}
@@ -297,7 +297,7 @@ def _state_from(text: str) -> str:
 
 
 def _telling_lines(logs: list[Path]) -> str:
-    """What every log holds since the job's last start: its last lines, and all that Slurm wrote before those."""
+    """Return the lines of every log since the job's last start: its last ones, and all that Slurm wrote before them."""
     kept = []
     for log in logs:
         lines = [line for line in since_last_start(_end_of_file(log)).splitlines() if _says_something(line)]
@@ -307,7 +307,7 @@ def _telling_lines(logs: list[Path]) -> str:
 
 
 def log_tail(logs: list[Path], lines: int = LOG_TAIL_LINES) -> str:
-    """The last lines of every log, each under its name where there are several."""
+    """Return the last lines of every log, each under the log's name."""
     parts = []
     for log in logs:
         kept = [line for line in _end_of_file(log).splitlines() if _says_something(line)][-lines:]

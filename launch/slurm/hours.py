@@ -1,4 +1,4 @@
-"""What a plan's stages take on a profile's GPUs, for a dry run: a table of hours and what is assumed."""
+"""Time that a plan's stages take on a profile's GPUs, for a dry run: a table of hours, and the assumptions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hfprune_dist.store.stage import Stage
 
 @dataclass(frozen=True)
 class StageHours:
-    """A stage and what it is expected to take."""
+    """A stage and the time that it is expected to take."""
 
     stage: Stage
     time: StageTime
@@ -29,7 +29,7 @@ class StageHours:
 
 @dataclass(frozen=True)
 class Total:
-    """Of stages one after the other, and of how many it is; what is not known is left out."""
+    """Total time of stages run one at a time, and the number of stages counted; those of unknown time are left out."""
 
     hours: float
     gpu_hours: float
@@ -42,7 +42,7 @@ class Total:
 
 
 def plan_hours(plan: Plan, todo: Sequence[str], profile: Profile, runtime: RuntimeConfig) -> list[StageHours]:
-    """Of some stages, by id, each on the nodes that the profile has for its kind."""
+    """Return the hours of the stages in ``todo``, each on the nodes that the profile has for its kind."""
     times = StageTimes(plan, checkpointing=runtime.activation_checkpointing)
     stages = [plan.stages[stage_id] for stage_id in todo]
     return [StageHours(stage, _time(times, plan, stage, (profile, runtime))) for stage in stages]
@@ -56,11 +56,11 @@ def _time(times: StageTimes, plan: Plan, stage: Stage, where: tuple[Profile, Run
     if gpus is not None and runs_a_model(stage.params):
         dims = checkpoint_dimensions(plan.dense_checkpoint(stage))
         job, placed = placed_job(job_of(plan, stage, runtime), dims, gpus, runtime)
-    return replace(times.of(stage, job, gpus, placed), gpus=resources.gpus)  # some may have no rank
+    return replace(times.of(stage, job, gpus, placed), gpus=resources.gpus)  # some GPUs may have no rank
 
 
 def show_hours(console: Console, hours: Sequence[StageHours]) -> None:
-    """Print the hours as a table with its total; nothing where no stage has GPUs."""
+    """Print the hours as a table with its total; print nothing if no stage has GPUs."""
     if not any(it.time.gpus for it in hours):
         return
     lines = Table(box=None, pad_edge=False)
@@ -81,5 +81,5 @@ def show_hours(console: Console, hours: Sequence[StageHours]) -> None:
 
 
 def shown(hours: float | None) -> str:
-    """Two digits that count, at least."""
+    """Format hours: two decimals below 10, otherwise none; "?" if unknown."""
     return "?" if hours is None else f"{hours:.2f}" if hours < 10 else f"{hours:,.0f}"

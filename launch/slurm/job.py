@@ -1,6 +1,6 @@
-"""What runs in a Slurm job: every task of srun is one rank of the stage.
+"""The program that runs in a Slurm job, where every task of srun is one rank of the stage.
 
-submitit starts it and pickles a ``StageJob``, nothing else: what the stage is and needs lies in the store.
+submitit starts it and pickles only a ``StageJob``; the stage's definition and its inputs are in the store.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from hfprune_dist.store.heartbeat import Failure
 if TYPE_CHECKING:
     from hfprune_dist.distributed.world import World
 
-FIRST_PORT, PORTS = 20000, 12000  # below the range from which systems take ports for outgoing connections
+FIRST_PORT, PORTS = 20000, 12000  # below the range that systems use for outgoing connections
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 CLAIM_POLL_S = 1.0
 CLAIM_PATIENCE_S = RENEWAL_LIMIT_S + 30.0
 
 
 class NodeError(UserError):
-    """A node, or what the job was given of it, can't run the stage; another node may."""
+    """A node, or the part of it that the job was given, can't run the stage; another node may."""
 
     CAUSE = "bad node"
 
@@ -64,29 +64,29 @@ class DuplicateError(Exception):
 
 @dataclass(frozen=True)
 class StageJob:
-    """All that submitit pickles. Has no ``checkpoint`` method: a requeued job goes on from the stage's work folder."""
+    """All that submitit pickles. Has no ``checkpoint`` method: a requeued job resumes from the stage's work folder."""
 
     store: str
     stage_id: str
 
     def __call__(self) -> None:
-        """Run this rank; the process ends here."""
+        """Run this rank, then end the process."""
         print(f"{START} {os.environ.get('SLURM_RESTART_COUNT', '0')}", file=sys.stderr, flush=True)
         interruption = Interruption()
-        # Slurm announces the time limit and preemption by USR2, scancel and preemption by TERM; submitit's handlers go.
+        # In place of submitit's handlers: Slurm signals the time limit and preemption by USR2, scancel and preemption by TERM.
         interruption.listen(signal.SIGUSR2, signal.SIGTERM)
         die_with_parent()
         _Rank(Store(Path(self.store)), self.stage_id, interruption).run()
 
 
 def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
-    """torch.distributed's variables for a task of srun.
+    """Return torch.distributed's environment variables for a task of srun.
 
-    The first rank is met at the address of the node that launched the step, where srun has put it: unlike names of
-    nodes, an address needs no resolving. The port follows from the job, so that all ranks know it.
+    Ranks meet at the address of the node that launched the step, where srun has put the first rank; unlike the name of
+    a node, an address needs no resolving. The port is derived from the job's id, so that all ranks know it.
 
     Raises:
-        NodeError: where this is no task of srun, or its launch node can't be found.
+        NodeError: if this is not a task of srun, or its launch node can't be found.
     """
     try:
         rank, size, local_rank = slurm["SLURM_PROCID"], slurm["SLURM_NTASKS"], slurm["SLURM_LOCALID"]
@@ -117,9 +117,9 @@ def _master_address(slurm: Mapping[str, str]) -> str:
 
 
 def _interface_towards(address: str) -> str:
-    """The network interface of this node from which an address is reached.
+    """Return the network interface of this node from which an address is reached.
 
-    Left to itself, gloo takes that of the node's own name, which Debian gives an address that no other node reaches.
+    By itself, gloo takes that of the node's own name, to which Debian gives an address that no other node reaches.
     """
     family, kind, _, _, target = socket.getaddrinfo(address, FIRST_PORT, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
@@ -138,7 +138,7 @@ def preflight(store: Store, environment: Mapping[str, str]) -> None:
     """Check that the node sees the store, the sweep's code and its GPUs, before anything slow is imported.
 
     Raises:
-        NodeError: naming the node and what it lacks.
+        NodeError: if it doesn't, naming the node and what it lacks.
     """
     node = environment.get("SLURMD_NODENAME", socket.gethostname())
     if not store.root.is_dir():
@@ -183,11 +183,11 @@ class _Rank:
         except Exception as error:
             self._fail(error)
         self._end("done")
-        # Not back to submitit: it would pickle a result that nobody reads, and the exit code must not depend on it.
+        # Don't return to submitit: it would pickle a result that nobody reads; the exit code must not depend on that.
         leave_process(0)
 
     def _admit(self, world: World) -> Admission:
-        """Whether the stage has to run here: rank 0 asks until there is an answer, which all ranks learn."""
+        """Return whether the stage has to run here: rank 0 asks until there is an answer, which all ranks learn."""
         answer = "wait"
         while answer == "wait":
             answer = world.broadcast(self._gate.ask() if self._gate else "")
@@ -199,8 +199,8 @@ class _Rank:
         """On rank 0, once all ranks have saved their work: put the job back into the queue.
 
         Returns:
-            False where the job is to end: the user has cancelled it, or each of its starts reaches the time limit
-            before it gets any further than the one before.
+            False if the job is to end, because the user has cancelled it, its last starts got no further than those
+            before, or Slurm did not answer.
         """
         self._end("interrupted")
         job_id = array_job_id(os.environ)
@@ -249,7 +249,7 @@ class _StartGate:
     """On rank 0: decides whether the stage has to run here, and keeps the record of this start of the job.
 
     Attributes:
-        claim: on the stage; None until it is known that the stage has to run here.
+        claim: claim on the stage; None until it is known that the stage has to run here.
     """
 
     def __init__(self, store: Store, stage_id: str, folder: Path) -> None:
@@ -266,7 +266,7 @@ class _StartGate:
         self._attempt.record_run(self._run)
 
     def ask(self) -> str:
-        """``run``, ``done`` (nothing to do), ``wait`` (ask again) or ``held`` (another process is at it)."""
+        """Return ``run``, ``done`` (nothing to do), ``wait`` (ask again) or ``held`` (another process runs it)."""
         if self._handle.is_done():
             return "done"
         claim = self._handle.claim(self._run.job_id)
@@ -285,19 +285,19 @@ class _StartGate:
         return "run"
 
     def end(self, how: str) -> None:
-        """Record how this start of the job ended, and let the stage go."""
+        """Record how this start of the job ended, and release the stage."""
         progress = as_progress(self._handle.heartbeat())
         self._attempt.record_run(replace(self._run, ended=time.time(), how=how, progress=progress))
         if self.claim is not None:
             self.claim.release()
 
     def discard_draft(self) -> None:
-        """Remove what this start of the job has written of the artifact."""
+        """Remove the part of the artifact that this start of the job has written."""
         if self.claim is not None:
             self._handle.discard_drafts(self.claim)
 
     def _close_earlier_runs(self) -> None:
-        """Record the ends of earlier starts of this job that were killed, at the last heartbeat or later."""
+        """Record the ends of earlier, killed starts of this job, at the last heartbeat, or at their start if later."""
         heartbeat = self._handle.heartbeat()
         for run in self._attempt.runs():
             if run.job_id == self._run.job_id and run.restart < self._run.restart and run.ended is None:
@@ -306,7 +306,7 @@ class _StartGate:
 
 
 def _renew(renewal: Renewal) -> None:
-    """Renew the claim until it is released or lost; that it is lost the stage itself notices at its next heartbeat."""
+    """Renew the claim until it is released or lost; the stage itself notices a loss at its next heartbeat."""
     with contextlib.suppress(ClaimLostError):
         while True:
             sleep(CLAIM_POLL_S)
@@ -314,9 +314,9 @@ def _renew(renewal: Renewal) -> None:
 
 
 def array_job_id(slurm: Mapping[str, str]) -> str:
-    """The id by which Slurm's commands know this job.
+    """Return the id by which Slurm's commands know this job.
 
-    Of an element of a job array that is ``<array>_<index>``: its plain id may stand for the whole array.
+    For an element of a job array that is ``<array>_<index>``, since its plain id may stand for the whole array.
     """
     if "SLURM_ARRAY_JOB_ID" in slurm:
         return f"{slurm['SLURM_ARRAY_JOB_ID']}_{slurm['SLURM_ARRAY_TASK_ID']}"

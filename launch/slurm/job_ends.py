@@ -1,4 +1,4 @@
-"""What has become of a sweep's jobs: jobs are found, attempts are closed with a cause, hopeless jobs are given up."""
+"""The ends of a sweep's jobs: jobs are found, attempts are closed with a cause, hopeless jobs are given up."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.heartbeat import Failure
 from hfprune_dist.store.stage import Stage
 
-# How long after a job has completed its artifact has to be visible here (file systems lag).
+# Time after a job's completion by which its artifact has to be visible here (file systems lag).
 LAG_S = 60.0
-# The reason lies in another stage or outside: the stage itself has no failure to report.
+# Causes in another stage or outside, for which the stage itself has no failure to report.
 NO_FAILURE = ("dependency", "duplicate", "lost job", QUEUE_FULL, NEED_ENDED)
 
 
@@ -30,25 +30,25 @@ class JobEnds:
     def __init__(self, jobs: SweepJobs) -> None:
         self._jobs = jobs
         self._pending = PendingJobs(lambda message: jobs.tell(Event("waiting", None, None, message)), jobs.clock)
-        # Causes of the attempts that ended while this launcher watched: what ended before it came counts no more.
+        # Causes of the attempts that ended while this launcher watched; those that ended earlier no longer count.
         self._ended: dict[str, list[str]] = {}
         self._completed_since: dict[str, float] = {}
-        # Attempts whose jobs would never have started: cancelled by us, and why.
+        # Stage id -> why we cancelled its job, which would never have started.
         self._given_up: dict[str, End] = {}
-        # Names of jobs that had been missing when this launcher started: how they ended counts as before it.
+        # Names of jobs that were missing when this launcher started: they count as having ended before that.
         self._inherited: set[str] = set()
 
     def take_up_earlier(self) -> None:
-        """Take up what earlier launchers left; none of it counts as tried by this one."""
+        """Take over what earlier launchers left; none of it counts as tried by this one."""
         self.take_up()
         self._ended.clear()
         live = self._jobs.live.values()
         self._inherited = {attempt.intent.job_name for attempt in live if self._jobs.is_missing(attempt)}
 
     def take_up(self) -> None:
-        """See what has become of all jobs, and close the attempts whose jobs are over."""
+        """Look up the states of all jobs, and close the attempts whose jobs are over."""
         jobs = self._jobs
-        # Records of attempts are read before squeue: a job that is in them by then is in squeue, or over.
+        # Records of attempts are read before squeue, so that a recorded job is either in squeue or over.
         for stage_id in jobs.todo - jobs.live.keys():
             if attempt := jobs.handle(stage_id).open_attempt():
                 jobs.live[stage_id] = attempt
@@ -65,12 +65,12 @@ class JobEnds:
                 self._close_if_over(attempt, sightings[stage_id])
 
     def may_try(self, stage: Stage) -> bool:
-        """Whether a stage may be tried again, after all that this launcher saw of it."""
+        """Return whether a stage may be tried again, given all of its ends that this launcher saw."""
         ended = Counter(self._ended.get(stage.id, []))
         return all(count <= RETRIES.get(cause, 0) for cause, count in ended.items())
 
     def close(self, stage: Stage, attempt: Attempt, end: End) -> None:
-        """Record how an attempt ended, where the next launcher and the report find it."""
+        """Record how an attempt ended, for the next launcher and the report."""
         jobs = self._jobs
         attempt.close(end)
         jobs.live.pop(stage.id, None)
@@ -88,17 +88,17 @@ class JobEnds:
         jobs.tell(Event("ended", stage, attempt.job_id, f"{end.cause}: {end.message}"))
 
     def _report_failure(self, stage: Stage, end: End) -> None:
-        """Leave the cause where the report finds it, in place of what ranks said as they died."""
+        """Leave the cause for the report, instead of what the ranks said as they died."""
         handle = self._jobs.handle(stage.id)
         handle.work.mkdir(parents=True, exist_ok=True)
         handle.clear_failures()
         if end.cause not in NO_FAILURE:
             handle.report_failure(Failure(end.cause, end.message, -1, end.at))
 
-    # Jobs of which no id is known.
+    # Jobs whose ids are unknown.
 
     def _find(self, attempt: Attempt) -> None:
-        """A launcher wrote this intent and died before it wrote the job's id, or is about to write it."""
+        """Find the job of an intent whose launcher died before it wrote the job's id, or is about to write it."""
         job = self._jobs.whereabouts.named(attempt.intent.job_name)
         if job is None and not self._jobs.is_foreign(attempt):
             job = self._find_claimed(attempt)
@@ -107,9 +107,9 @@ class JobEnds:
             self._jobs.tell(Event("adopted", self._jobs.stage_of(attempt), job.job_id))
 
     def _find_claimed(self, attempt: Attempt) -> JobInfo | None:
-        """The job that a second look shows; the attempt is closed where there is none, for certain."""
+        """Look a second time and return the job; if there certainly is none, close the attempt."""
         stage, name = self._jobs.stage_of(attempt), attempt.intent.job_name
-        # Only who holds the claim may say that a submission came to nothing: its launcher may be at it.
+        # Only the claim's holder may decide that a submission came to nothing: its launcher may still be submitting.
         claim = self._jobs.handle(stage.id).claim()
         if isinstance(claim, Holder):
             return None
@@ -123,7 +123,7 @@ class JobEnds:
         return job
 
     def _came_to_nothing(self, attempt: Attempt) -> bool:
-        """Whether there is no job of an intent, for certain: that squeue does not list it is not enough."""
+        """Return whether an intent certainly has no job; that squeue does not list one is not enough."""
         jobs = self._jobs
         if not (attempt.folder / SCRIPT).exists():
             return True  # the launcher died before sbatch
@@ -132,7 +132,7 @@ class JobEnds:
         jobs.slurm.cancel_named(attempt.intent.job_name)
         return True
 
-    # Jobs whose ids are known.
+    # Jobs with known ids.
 
     def _close_if_over(self, attempt: Attempt, sighting: Sighting) -> None:
         stage, job = self._jobs.stage_of(attempt), sighting.job
@@ -148,14 +148,14 @@ class JobEnds:
             self._tell_of_missing(stage, attempt)
 
     def _may_lag(self, stage: Stage, job: JobInfo | None, end: End) -> bool:
-        """Whether the artifact of a job that has completed may still become visible here."""
+        """Return whether the artifact of a completed job may still become visible here."""
         if job is None or job.state != "COMPLETED" or end.cause == "done":
             return False
         now = self._jobs.clock()
         return now - self._completed_since.setdefault(stage.id, now) < LAG_S
 
     def _close_gone(self, stage: Stage, attempt: Attempt) -> None:
-        """Close an attempt whose job nobody knows any more, unless its claim shows that it lives."""
+        """Close an attempt whose job is no longer known anywhere, unless its claim shows that it lives."""
         claim = self._jobs.handle(stage.id).claim()
         if isinstance(claim, Holder):
             self._tell_of_missing(stage, attempt)

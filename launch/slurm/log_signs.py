@@ -1,4 +1,4 @@
-"""What the words in a job's logs mean: the table by which ``exit_causes`` tells why a job ended."""
+"""Meanings of words in a job's logs: the table from which ``exit_causes`` determines why a job ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Sign:
 
     Attributes:
         cause: one of ``exit_causes.RETRIES``.
-        meaning: for the user: what has happened, and what to do.
+        meaning: explanation for the user of what has happened and what to do.
     """
 
     words: re.Pattern[str]
@@ -32,12 +32,12 @@ OUT_OF_MEMORY = _sign(
     "ran out of memory; give the stage more nodes or memory in the profile",
 )
 
-# What the batch script writes where a setup line fails.
+# What the batch script writes if a setup line fails.
 SETUP_FAILED = "hfprune: setup failed"
-# What the batch script and every rank write first, followed by how often the job had been requeued.
+# What the batch script and every rank write first, followed by the number of times the job had been requeued.
 START = "hfprune: start"
 
-# In this order: a sign explains those below it.
+# In order of precedence: a sign explains those below it.
 SIGNS = (
     _sign(
         rf"^{SETUP_FAILED}.*$|slurm_script: line \d+: syntax error.*$",
@@ -106,7 +106,7 @@ COLLECTIVE_TIMEOUT = _sign(
 
 
 def find_sign(text: str, signs: Iterable[Sign] = SIGNS) -> tuple[Sign, str] | None:
-    """The first sign of the table that is in a text, and its words there."""
+    """Return the first sign of the table that occurs in a text, and its words there."""
     for sign in signs:
         found = sign.words.search(text)
         if found is not None:
@@ -116,7 +116,7 @@ def find_sign(text: str, signs: Iterable[Sign] = SIGNS) -> tuple[Sign, str] | No
 
 @dataclass(frozen=True)
 class Death:
-    """The first rank that srun saw end badly; it ends all others.
+    """The first rank that srun saw end badly; srun then ends all others.
 
     Attributes:
         node, ranks: in Slurm's notation.
@@ -148,12 +148,12 @@ SIGNALS = {
 
 
 def first_death(text: str) -> Death | None:
-    """What srun says about the first rank that ended badly; those that come after it were ended by srun."""
+    """Return what srun says about the first rank that ended badly; later ones were ended by srun itself."""
     found = _DEATH.search(text)
     return None if found is None else Death(found[1], found[2], found[3])
 
 
 def since_last_start(text: str) -> str:
-    """The part of a log that a requeued job has written since it was started for the last time."""
+    """Return the part of a log that a requeued job has written since its last start."""
     starts = re.findall(rf"^{START} \d+$", text, re.MULTILINE)
     return text[text.index(starts[-1]) :] if starts else text

@@ -1,4 +1,4 @@
-"""What the records of attempts on a cluster come to, for a report."""
+"""Past attempts on a cluster, summarized from their records for a report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hfprune_dist.store.attempt import Attempt
 
 
 def past_attempts(handle: SlurmStage) -> list[Attempt]:
-    """Jobs of a stage, first to last; one that was requeued, once for each of its starts."""
+    """Return the jobs of a stage, first to last; a requeued job appears once for each of its starts."""
     return [it for attempt in handle.attempts() for it in _starts(attempt)]
 
 

@@ -1,4 +1,4 @@
-"""Why jobs wait: which reasons a user is told about and when, and which jobs will never start by themselves."""
+"""Reasons why jobs wait: which of them the user is told and when, and which jobs will never start by themselves."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Callable, Sequence
 
 from hfprune_launch.slurm.commands import JobInfo
 
-# A node could not launch the job: Slurm holds it for ever, also when the node has been mended.
+# A node could not launch the job: Slurm holds it for ever, even after the node has been repaired.
 LAUNCH_FAILED = re.compile(r"launch.failed.requeued.held|JobHoldMaxRequeue", re.IGNORECASE)
 NEVER = "DependencyNeverSatisfied"
 HELD = ("JobHeldUser", "JobHeldAdmin")
-# What every queue says; of interest only where it takes long.
+# Reasons that occur in every queue, of interest only if the wait is long.
 ORDINARY = ("None", "Priority", "Resources", "BeginTime", "Prolog", "Cleaning")
 LONG_WAIT_S = 300.0
-# kill-on-invalid-dep ends a job whose dependency failed; where it has not by then, it does not work.
+# kill-on-invalid-dep ends a job whose dependency failed; if it hasn't after this time, it does not work.
 STUCK_S = 60.0
 REMIND_S = 3600.0
 NAMED_JOBS = 3
 
 
 class PendingJobs:
-    """Remembers which reasons jobs wait for, and since when.
+    """Remembers the reasons for which jobs wait, and since when.
 
     Args:
-        tell: is told one line per reason.
-        clock: seconds that only grow.
+        tell: called with one line per reason.
+        clock: seconds of a monotonic clock.
     """
 
     def __init__(self, tell: Callable[[str], None], clock: Callable[[], float]) -> None:
@@ -36,7 +36,7 @@ class PendingJobs:
         self._stuck_since: dict[str, float] = {}
 
     def note(self, jobs: Sequence[JobInfo]) -> None:
-        """Tell of new reasons for which jobs of the sweep wait, and of those that last."""
+        """Report new reasons for which jobs of the sweep wait, and those that last."""
         now = self._clock()
         waiting: dict[str, list[str]] = {}
         for job in jobs:
@@ -51,7 +51,7 @@ class PendingJobs:
                 self._tell(_sentence(reason, job_ids, lasted))
 
     def hopeless(self, job: JobInfo) -> str | None:
-        """The cause for which a job is given up that will never start by itself; None where it may start."""
+        """Return the cause for giving up a job that will never start by itself; None if it may start."""
         if job.state != "PENDING":
             return None
         if LAUNCH_FAILED.search(job.reason):
@@ -64,7 +64,7 @@ class PendingJobs:
 
 
 def _short(reason: str) -> str:
-    """A reason without the nodes that Slurm may list after it."""
+    """Return a reason without the nodes that Slurm may list after it."""
     return re.split(r"[,(:]", reason)[0].strip()
 
 

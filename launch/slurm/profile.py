@@ -1,4 +1,4 @@
-"""Profiles: what a sweep asks of a Slurm cluster, for all stages and for each kind of stage (slurm/profiles/*.yaml)."""
+"""Profiles: resources to ask a Slurm cluster for, for all stages and for each kind of stage (slurm/profiles/*.yaml)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from hfprune_dist.store.stage import STAGE_VERSIONS
 
 Kind = Literal["importance", "reference", "prune", "distill", "recover", "evaluate", "efficiency", "loraprune"]
 Scalar = str | int | bool
-# Of Slurm's --mem; megabytes where none is given.
+# Units of Slurm's --mem; megabytes if none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# Options of sbatch that a sweep gives itself, most of them from settings of their own.
+# Options of sbatch that a sweep sets itself, most of them from settings of their own.
 OWN_OPTIONS = {
     *("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "signal", "partition"),
     *("account", "qos", "constraint", "exclude", "dependency", "requeue", "chdir", "job-name", "output", "error"),
@@ -30,7 +30,7 @@ OWN_OPTIONS = {
 
 
 class Resources(Section):
-    """What one job asks for. Null leaves a setting to the cluster's default."""
+    """Resources that one job asks for. Null leaves a setting to the cluster's default."""
 
     partition: str | None = None
     """Partition; several may be given, separated by commas."""
@@ -49,7 +49,7 @@ class Resources(Section):
     gpu_tflops: Annotated[float, Field(gt=0)] | None = None
     """Nominal rate of one GPU in dense bfloat16 products, in TFLOP/s; with it, --dry-run estimates hours."""
     network_gbits: Annotated[float, Field(gt=0)] | None = None
-    """Nominal rate of the network between two nodes, in Gb/s; null: taken not to be the limit."""
+    """Nominal rate of the network between two nodes, in Gb/s; null: assumed not to be the limit."""
     gpu_link_gbytes: Annotated[float, Field(gt=0)] = LINK / 1e9
     """Nominal rate between a GPU and the others of its node, one way, in GB/s; the default is PCIe 4.0's. NVLink: 300
     on an A100, 450 on an H100."""
@@ -58,13 +58,13 @@ class Resources(Section):
     memory: Annotated[str, Field(pattern=r"^\d+[KMGTkmgt]?[Bb]?$")] | None = None
     """Main memory per node, in Slurm's notation, e.g. 200G."""
     time_minutes: Positive = 60
-    """Time limit of one job. If a stage needs longer, its job is requeued and goes on where it stopped."""
+    """Time limit of one job. If a stage needs longer, its job is requeued and resumes where it stopped."""
     signal_seconds: Annotated[int, Field(ge=10)] = 120
-    """How long before the time limit a job is asked to save its work: longer than a save and the work between two."""
+    """Seconds before the time limit at which a job is asked to save; longer than a save and the work between two."""
     constraint: str | None = None
     """Features that nodes must have."""
     exclude: str | None = None
-    """Nodes that are not used, e.g. node[07-09]."""
+    """Nodes that must not be used, e.g. node[07-09]."""
     setup: list[str] = Field(default_factory=list)
     """Shell lines that run on the first node of a job before the ranks start, e.g. module load cuda; the first that
     fails ends the job."""
@@ -99,7 +99,7 @@ class Resources(Section):
 
     @property
     def memory_bytes(self) -> float | None:
-        """Main memory per node; None where it is the cluster's default, or all of it."""
+        """Main memory per node in bytes; None if it is the cluster's default, or all of it."""
         found = re.match(r"(\d+)([KMGT]?)", self.memory or "", re.IGNORECASE)
         if found is None or int(found[1]) == 0:
             return None
@@ -111,20 +111,20 @@ class Resources(Section):
 
     @property
     def device(self) -> str:
-        """What a rank computes on, as far as it is asked for."""
+        """The device of a rank, as far as the profile specifies it."""
         asked = {"partition": self.partition, "constraint": self.constraint, "gres": self.sbatch.get("gres")}
         told = [f"{name} {value}" for name, value in asked.items() if value is not None]
         return ", ".join([*told, "a GPU" if self.gpus else f"threads: {self.cpus_per_task}"])
 
 
 class ProfileFile(Resources):
-    """A whole file: resources of all stages, and what differs for some kinds."""
+    """A whole file: resources of all stages, and the settings that differ for some kinds."""
 
     max_running: Positive | None = None
-    """The most jobs of a sweep that run at once; null: as many as the cluster lets run."""
+    """The most jobs of a sweep that run at once; null: as many as the cluster allows."""
     stages: dict[Kind, dict[str, Any]] = Field(default_factory=dict)
-    """Kind of stage -> the settings that differ for it. Of environment and sbatch, the keys that are named here are
-    added or replaced, and removed where they are null; setup and srun_args are replaced as a whole."""
+    """Kind of stage -> the settings that differ for it. In environment and sbatch, the keys given here are added or
+    replaced, or removed if they are null; setup and srun_args are replaced as a whole."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Profile:
     """A checked profile.
 
     Attributes:
-        resources: kind of stage -> what its jobs ask for.
+        resources: kind of stage -> the resources of its jobs.
         max_running: the most jobs that run at once, None for no limit.
     """
 
@@ -142,7 +142,7 @@ class Profile:
 
 
 def load_profile(name: str, shipped: Path) -> Profile:
-    """Read a profile by the name of a shipped file, or by path.
+    """Read a profile, given the name of a shipped one or a path.
 
     Raises:
         UserError: for an unknown profile, an unknown key or a wrong value.
@@ -160,7 +160,7 @@ def load_profile(name: str, shipped: Path) -> Profile:
 
 
 def _require_gpus(file: Path, kinds: Sequence[Resources]) -> None:
-    """Refuse what is said of GPUs where no kind of stage asks for any."""
+    """Refuse settings about GPUs if no kind of stage asks for any."""
     told = [key for key in ("gpu_memory_gib", "gpu_tflops") if any(getattr(it, key) for it in kinds)]
     if told and not any(it.gpus for it in kinds):
         raise UserError(
@@ -170,20 +170,20 @@ def _require_gpus(file: Path, kinds: Sequence[Resources]) -> None:
 
 
 def _shared(common: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    """The settings of all stages, as far as a kind takes them: one on a single rank takes one GPU at most."""
+    """Return the settings of all stages, adapted to a kind: one that runs on a single rank takes at most one GPU."""
     if not PARAMETERS[kind].on_one_rank:
         return common
     return {**common, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, common["gpus_per_node"])}
 
 
 def _own(whole: ProfileFile, kind: str) -> Mapping[str, Any]:
-    """The settings that differ for a kind; without any, LoRAPrune has those of the recovery that it is."""
+    """Return the settings that differ for a kind; LoRAPrune, being a recovery, has those of recovery by default."""
     own: Mapping[str, Mapping[str, Any]] = whole.stages  # type: ignore[assignment]
     return own.get(kind, own.get("recover", {}) if kind == "loraprune" else {})
 
 
 def _laid_over(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A kind's settings over those of all stages."""
+    """Return the settings of all stages, overridden by a kind's own."""
     merged = {**common, **own}
     for key in ("environment", "sbatch"):
         if isinstance(own.get(key), dict):

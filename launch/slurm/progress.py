@@ -1,4 +1,4 @@
-"""How far the starts of a stage's jobs got: whether they get anywhere, or only use up their time."""
+"""Progress over the starts of a stage's jobs: whether they get further, or only use up their time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hfprune_dist.store.heartbeat import Heartbeat
 
 
 def fruitless_starts(progress: Sequence[dict[str, Any] | None]) -> int:
-    """How many starts got nowhere since the last one that got further than all before it.
+    """Return the number of fruitless starts since the last one that got further than all before it.
 
-    A start that only makes up ground, after work has begun anew, counts neither way: it is not fruitless, and it
-    doesn't make up for those that were. So a job whose starts go back and forth comes to an end, too.
+    A start that only regains lost ground after the work started over counts neither way: it is not fruitless, and it
+    doesn't reset the count. So a job whose starts go back and forth comes to an end, too.
 
     Args:
-        progress: the last heartbeats of all starts, oldest first; None where a start came to no heartbeat.
+        progress: the last heartbeats of all starts, oldest first; None for a start without one.
     """
     count = 0
     furthest: dict[str, int] = {}
@@ -33,7 +33,7 @@ def fruitless_starts(progress: Sequence[dict[str, Any] | None]) -> int:
 
 
 def _goes_on(last: dict[str, Any], previous: dict[str, Any] | None) -> bool:
-    """Whether a start got further in the phase in which the previous one ended."""
+    """Return whether a start got further in the phase in which the previous one ended."""
     return previous is not None and previous["phase"] == last["phase"] and bool(last["done"] > previous["done"])
 
 

@@ -1,7 +1,7 @@
-"""The limit on a sweep's jobs that run at once (``--max-running``), which Slurm enforces without a launcher.
+"""The limit on how many jobs of a sweep run at once (``--max-running``), enforced by Slurm without a launcher.
 
-There are as many slots as jobs may run at once. The jobs of a slot run one after the other: a job
-starts when the one before it in its slot is over.
+There are as many slots as jobs that may run at once. The jobs of a slot run one at a time: each starts when the one
+before it is over.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class Slot(NamedTuple):
     """A place for a job.
 
     Attributes:
-        number: of the slot; None where there is no limit.
-        after_any: id of the job that has to be over first; None where none has to be.
+        number: number of the slot; None if there is no limit.
+        after_any: id of the job that has to be over first; None if there is none.
     """
 
     number: int | None
@@ -25,10 +25,10 @@ class Slot(NamedTuple):
 
 
 def choose_slot(limit: int | None, live: Iterable[Attempt], after_ok: Collection[str]) -> Slot:
-    """The slot that a new job joins.
+    """Choose the slot that a new job joins.
 
     Args:
-        limit: the most jobs that run at once; None: no limit.
+        limit: the most jobs that run at once; None for no limit.
         live: attempts whose jobs may be waiting or running.
         after_ok: ids of the jobs that the new one has to wait for in any case.
     """
@@ -41,7 +41,7 @@ def choose_slot(limit: int | None, live: Iterable[Attempt], after_ok: Collection
     free = next((slot for slot in range(limit) if slot not in last), None)
     if free is not None:
         return Slot(free, None)
-    # Behind a job that has to be waited for anyway, else behind the one that was submitted first.
+    # Behind a job that the new one has to wait for anyway, else behind the one that was submitted first.
     slots = [slot for slot in last if slot < limit]
     slot = min(slots, key=lambda slot: (last[slot].job_id not in after_ok, last[slot].intent.created))
     return Slot(slot, last[slot].job_id)

@@ -1,4 +1,4 @@
-"""A stage's handle where its jobs are Slurm's: it knows the attempts at the stage too."""
+"""Handle of a stage that runs in Slurm jobs, which also knows the attempts at the stage."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ class SlurmStage(StageHandle):
         self._attempts = Attempts(store.root)
 
     def attempts(self) -> list[Attempt]:
-        """All attempts, first to last."""
+        """Return all attempts, first to last."""
         return self._attempts.of(self.id)
 
     def last_attempt(self) -> Attempt | None:
-        """The newest attempt; None before the first."""
+        """Return the newest attempt; None before the first."""
         return self._attempts.last(self.id)
 
     def open_attempt(self) -> Attempt | None:
-        """The newest attempt where it has no end yet: its job may be waiting, running or over."""
+        """Return the newest attempt if it has no end yet; its job may be waiting, running or over."""
         last = self.last_attempt()
         return last if last is not None and last.end is None else None
 
     def claim(self, job: str | None = None, ended_jobs: Collection[str] = ()) -> Claim | Holder:
-        """As ``StageHandle.claim``; what jobs hold that are known to be over is free."""
+        """As ``StageHandle.claim``; claims of jobs that are known to be over count as free."""
         return super().claim(job, {*ended_jobs, *self._attempts.ended_jobs(self.id)})
 
     def open_claim(self) -> OpenClaim | None:
-        """As ``StageHandle.open_claim``; None where a job holds it that is over: what ended it is told elsewhere."""
+        """As ``StageHandle.open_claim``, but None if held by a job that is over: its end is recorded elsewhere."""
         claim = super().open_claim()
         if claim is None or claim.holder.job is None:
             return claim

@@ -1,4 +1,4 @@
-"""The state of a sweep as a table, from artifacts, claims, records of attempts, heartbeats, squeue; and cells' logs."""
+"""The state of a sweep as a table, from artifacts, claims, attempt records, heartbeats and squeue; logs of cells."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ COLORS = {"done": "green", "running": "cyan", "failed": "red", "died": "red"}
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One line of the table; an empty string where there is nothing to say.
+    """One line of the table; strings are empty if there is nothing to show.
 
     Attributes:
-        state: done, running, queued, failed, died, waiting, missing or not needed; or as Slurm calls its job's.
-        detail: why it waits or failed, who runs it, for how long it has given no sign of life.
+        state: done, running, queued, failed, died, waiting, missing or not needed; or Slurm's state of its job.
+        detail: why it waits or failed, who runs it, or for how long it has given no sign of life.
         left: time until the end of its current phase.
-        gpu_hours, core_hours: over all attempts, None before the first.
+        gpu_hours, core_hours: totals of all attempts, None before the first.
     """
 
     stage: Stage
@@ -48,7 +48,7 @@ class StageStatus:
 
 
 def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo]) -> list[StageStatus]:
-    """One line per stage, in plan order."""
+    """Return one line per stage, in plan order."""
     now = time.time()
     statuses = [_status(stage, SlurmStage(store, stage.id), jobs, now) for stage in plan.stages.values()]
     needed = set(plan.lacking(lambda stage_id: store.handle(stage_id).is_committed()))
@@ -76,7 +76,7 @@ def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo], now: 
         state=state,
         detail="; ".join(part for part in (detail, stale) if part),
         progress="" if heartbeat is None else str(heartbeat),
-        # A heartbeat of before the start is of an earlier one.
+        # A heartbeat from before the start belongs to an earlier one.
         left="" if heartbeat is None or heartbeat.updated < max(started, default=0.0) else time_left(heartbeat),
         job=(last.job_id or "") if last is not None else "",
         nodes=job.nodes if job is not None else "",
@@ -89,7 +89,7 @@ def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo], now: 
 def _state(stage: Stage, handle: SlurmStage, job: JobInfo | None) -> tuple[str, str]:
     claim = handle.open_claim()
     if job is not None and claim is not None and claim.holder.job is not None:
-        claim = None  # Slurm itself says how its job is
+        claim = None  # Slurm itself knows the state of its job
     standing = standing_of(stage, handle, claim)
     if job is not None and job.is_live and standing.state != "done":
         return ("queued", job.reason) if job.state == "PENDING" else (job.state.lower(), "")
@@ -97,7 +97,7 @@ def _state(stage: Stage, handle: SlurmStage, job: JobInfo | None) -> tuple[str, 
 
 
 def _started(open_attempt: Attempt | None, handle: SlurmStage) -> list[float]:
-    """Unix times at which the stage was started: as jobs, or on this machine."""
+    """Return the unix times at which the stage was started, in jobs or on this machine."""
     if open_attempt is not None:
         return [run.started for run in open_attempt.runs()]
     began = began_at(handle)
@@ -114,7 +114,7 @@ def _hours(seconds: list[float], units: list[int]) -> float | None:
 
 
 def status_table(statuses: list[StageStatus]) -> Table:
-    """The table; jobs are in it where there are any. Hours are GPU-hours, or core-hours where no job has a GPU."""
+    """Return the table, with jobs if there are any. Hours are GPU-hours, or core-hours if no job has a GPU."""
     on_gpus = any(status.gpu_hours for status in statuses)
     of_jobs = ["job", "nodes", "attempts", "GPU-h" if on_gpus else "core-h"]
     has_jobs = any(status.attempts for status in statuses)
@@ -141,13 +141,13 @@ def _of_its_jobs(status: StageStatus, on_gpus: bool) -> list[str]:
 
 
 def cell_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int) -> str:
-    """The last lines of the newest log of every stage behind a cell.
+    """Return the last lines of the newest log of every stage behind a cell.
 
     Args:
         name: the cell's label, as the tables show it, or the id or fingerprint of a stage.
 
     Raises:
-        UserError: for a name that is no cell's.
+        UserError: for a name of no cell or stage.
     """
     stages = _stages_of(plan, name)
     parts = []

@@ -1,4 +1,4 @@
-"""Submits the jobs of a sweep: every stage that is missing and whose inputs are there or on their way."""
+"""Submission of a sweep's jobs: every missing stage whose inputs exist or are being made."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from hfprune_dist.store.atomic_files import fsync_folders
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.stage import Stage
 
-# The nodes at fault of so many attempts before are avoided.
+# The nodes at fault in this many previous attempts are avoided.
 EXCLUDING_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
 class Submitting:
-    """How new jobs are made.
+    """Settings for new jobs.
 
     Attributes:
-        snapshot: the code that jobs run.
-        max_running: the most jobs of the sweep that run at once; None: no limit.
+        snapshot: folder of the code that jobs run.
+        max_running: the most jobs of the sweep that run at once; None for no limit.
     """
 
     provenance: Provenance
@@ -46,10 +46,10 @@ class Submitting:
 
 
 class Submission:
-    """Submits what is missing.
+    """Submits missing stages.
 
     Attributes:
-        is_held_up: whether the last round left out a stage that could be submitted, to be tried again.
+        is_held_up: whether the last round left out a stage that could be submitted and has to be tried again.
     """
 
     def __init__(self, jobs: SweepJobs, ends: JobEnds, submitting: Submitting) -> None:
@@ -60,7 +60,7 @@ class Submission:
         self.is_held_up = False
 
     def submit_missing(self) -> None:
-        """Submit every stage that is missing and whose inputs are there or on their way, in plan order."""
+        """Submit every missing stage whose inputs exist or are being made, in plan order."""
         self.is_held_up = False
         for stage in self._jobs.plan.stages.values():
             try:
@@ -77,7 +77,7 @@ class Submission:
         try:
             self._submit_if_possible(stage)
         except NeedEndedError:
-            # A long submission outlasts Slurm's memory of jobs that have ended (MinJobAge).
+            # A long submission can outlast Slurm's memory of ended jobs (MinJobAge).
             self.is_held_up = True
             self._ends.take_up()
             self._submit_if_possible(stage)
@@ -88,14 +88,14 @@ class Submission:
             return
         pending = [need for need in stage.needs if need in jobs.todo and not jobs.handle(need).is_done()]
         needed = [jobs.live[need] for need in pending if need in jobs.live]
-        # On a job of which Slurm may know nothing, nothing can depend.
+        # Nothing can depend on a job of which Slurm may know nothing.
         job_ids = [attempt.job_id for attempt in needed if not jobs.is_missing(attempt)]
         after_ok = [job_id for job_id in job_ids if job_id is not None]
         if len(after_ok) == len(pending):
             self._submit(stage, after_ok)
 
     def _submit(self, stage: Stage, after_ok: Sequence[str]) -> None:
-        """Submit a stage, unless somebody else did or does."""
+        """Submit a stage, unless another launcher has done so or is doing so."""
         handle = self._jobs.handle(stage.id)
         claim = handle.claim()
         if isinstance(claim, Holder):
@@ -116,7 +116,7 @@ class Submission:
             claim.release()
 
     def _submit_claimed(self, stage: Stage, after_ok: Sequence[str]) -> None:
-        """Write-ahead, submit, record: a death between any two of these is mended by ``JobEnds``."""
+        """Record the intent, submit, record the job; ``JobEnds`` repairs a death between any two of these steps."""
         submitting, handle = self._submitting, self._jobs.handle(stage.id)
         resources = submitting.profile.resources[stage.kind]
         slot = choose_slot(submitting.max_running, self._jobs.live.values(), after_ok)
@@ -136,7 +136,7 @@ class Submission:
             exclude=self._nodes_to_avoid(stage),
         )
         script = write_submission(request, attempt, self._jobs.store.root)
-        # A job outlives this machine: so must what it reads, and what tells the next launcher of it.
+        # A job may outlive this machine, so what it reads and what tells the next launcher about it must do so as well.
         for folder in (attempt.folder, handle.work):
             fsync_folders(folder, self._jobs.store.root)
         self._hand_over(stage, attempt, script)

@@ -1,4 +1,4 @@
-"""The tools of one launcher of a sweep, and what it remembers about the sweep's jobs from round to round."""
+"""The tools of a sweep's launcher, and what it remembers about the sweep's jobs from round to round."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Jobs = Mapping[str, JobInfo]
 
 @dataclass(frozen=True)
 class Event:
-    """Something that the user is told: what happened to a stage, and in which job."""
+    """A message for the user: what happened, to which stage, and in which job."""
 
     what: str
     stage: Stage | None
@@ -31,13 +31,13 @@ class SweepJobs:
     """The jobs of one sweep, as one launcher knows them.
 
     Args:
-        tell: is told what happens.
-        clock: seconds that only grow.
+        tell: called with every event.
+        clock: seconds of a monotonic clock.
 
     Attributes:
         todo: ids of the stages that are missing.
-        live: stage id -> its attempt that has no end yet.
-        without_id: stages whose jobs Slurm took from here without saying their ids.
+        live: stage id -> its attempt without an end so far.
+        without_id: ids of stages whose jobs Slurm accepted from this launcher without saying their ids.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class SweepJobs:
         return self.plan.stages[attempt.intent.stage_id]
 
     def is_missing(self, attempt: Attempt) -> bool:
-        """Whether nobody in Slurm could say anything about an attempt's job."""
+        """Return whether nothing in Slurm knew an attempt's job."""
         return self.whereabouts.is_missing(attempt)
 
     def is_foreign(self, attempt: Attempt) -> bool:
-        """Whether a job can't be seen from here; if so, say whose it is."""
+        """Return whether a job can't be seen from here; if so, report whose it is."""
         intent = attempt.intent
         if not (self.whereabouts.is_elsewhere(attempt) or self.whereabouts.is_somebody_elses(attempt)):
             return False

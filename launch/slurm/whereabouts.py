@@ -1,8 +1,8 @@
-"""What has become of the jobs of open attempts, as far as squeue, the controller or accounting know.
+"""The states of open attempts' jobs, as far as squeue, the controller or accounting know them.
 
-squeue lists a user's jobs. That it does not list one says nothing yet: its answer may be cut short between two lines,
-the job may be another user's or another cluster's, or have ended long ago. So the controller is asked about it
-(scontrol), and where it knows no such job, accounting (sacct). A job that none of them knows counts as gone after some
+squeue lists a user's jobs. A job's absence from that list says nothing yet: the answer may be cut short between two
+lines, or the job may be another user's or cluster's, or have ended long ago. So the controller is asked about it
+(scontrol), and if it knows no such job, accounting (sacct). A job that none of them knows counts as gone after some
 minutes in which nothing in the store shows that it lives.
 """
 
@@ -19,20 +19,20 @@ from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailab
 
 from hfprune_dist.store.artifacts import Store
 
-# So long a job must have been unknown, without a sign of life, before it counts as gone.
+# Seconds for which a job must have been unknown, without a sign of life, before it counts as gone.
 GONE_AFTER_S = 180.0
-# How often the controller is asked about a job that squeue does not list.
+# Seconds between two questions to the controller about a job that squeue does not list.
 ASK_AGAIN_S = 60.0
 
 
 @dataclass(frozen=True)
 class Sighting:
-    """What is known about an attempt's job.
+    """Knowledge about an attempt's job.
 
     Attributes:
-        job: what Slurm says about it; None: nothing.
-        is_gone: whether the job counts as over although Slurm says nothing about it, unless somebody holds the stage's
-            claim. Where it is False and ``job`` is None, the job may be running.
+        job: what Slurm says about it; None if it says nothing.
+        is_gone: whether the job counts as over although Slurm says nothing about it, unless the stage's claim is held.
+            If this is False and ``job`` is None, the job may be running.
     """
 
     job: JobInfo | None
@@ -45,7 +45,7 @@ GONE_SIGHTING = Sighting(None, is_gone=True)
 
 @dataclass
 class _Absence:
-    """Since when squeue has not listed a job, and the signs of life in the store then. Times are those of the clock."""
+    """The time since which squeue has not listed a job, and the store's signs of life then. Times are of the clock."""
 
     since: float
     signs: object
@@ -56,7 +56,7 @@ class Whereabouts:
     """Looks for jobs, and remembers since when each missing one has been missing.
 
     Args:
-        clock: seconds that only grow.
+        clock: seconds of a monotonic clock.
     """
 
     def __init__(self, store: Store, slurm: SlurmCommands, clock: Callable[[], float]) -> None:
@@ -80,7 +80,7 @@ class Whereabouts:
             attempts: open attempts, by job id.
 
         Raises:
-            SlurmUnavailableError: where squeue did not answer.
+            SlurmUnavailableError: if squeue did not answer.
         """
         self.jobs = self._slurm.jobs()
         by_name = {job.name: job for job in sorted(self.jobs.values(), key=lambda job: job.is_live)}
@@ -96,28 +96,28 @@ class Whereabouts:
         self._ask_about(unlisted)
 
     def named(self, job_name: str) -> JobInfo | None:
-        """The job that squeue lists under a name; a live one, where there are several."""
+        """Return the job that squeue lists under a name; a live one if there are several."""
         found = [job for job in self.jobs.values() if job.name == job_name]
         return max(found, key=lambda job: job.is_live, default=None)
 
     def sighting(self, attempt: Attempt) -> Sighting:
-        """What the last look showed."""
+        """Return what the last look showed about an attempt's job."""
         return self._sightings.get(attempt.folder, UNKNOWN)
 
     def is_missing(self, attempt: Attempt) -> bool:
-        """Whether nobody in Slurm could say anything about a job."""
+        """Return whether nothing in Slurm knew a job."""
         return attempt.folder in self._absences
 
     def is_elsewhere(self, attempt: Attempt) -> bool:
-        """Whether a job is another cluster's, about which Slurm can say nothing here."""
+        """Return whether a job is on another cluster, about which Slurm knows nothing here."""
         return bool(attempt.intent.cluster) and attempt.intent.cluster != self._slurm.cluster()
 
     def is_somebody_elses(self, attempt: Attempt) -> bool:
-        """Whether a job is another user's, which squeue does not list and scontrol may hide."""
+        """Return whether a job is another user's, which squeue does not list and scontrol may hide."""
         return attempt.intent.user not in ("", self._user)
 
     def missing_for(self, attempt: Attempt) -> float:
-        """For how many seconds a job has not been seen, whether or not its id is known; 0.0 at the first call."""
+        """Return the seconds since a job was last seen, whether or not its id is known; 0.0 at the first call."""
         return self._clock() - self._absence(attempt).since
 
     def _ask_about(self, unlisted: Mapping[str, Attempt]) -> None:
@@ -134,7 +134,7 @@ class Whereabouts:
                 self._absences.pop(attempt.folder, None)
 
     def _is_due(self, attempt: Attempt) -> bool:
-        """Whether it is time to ask the controller about a job, which happens once in ``ASK_AGAIN_S``."""
+        """Return whether to ask the controller about a job now, which happens once in ``ASK_AGAIN_S``."""
         absence = self._absence(attempt)
         if self.is_elsewhere(attempt):
             return False
@@ -146,9 +146,9 @@ class Whereabouts:
 
     def _ask(self, job_id: str, attempt: Attempt, past: JobInfo | None) -> Sighting:
         job = self._slurm.job(job_id)
-        if job is not None and _is_named(job, attempt):  # ids come again where a cluster was set up anew
+        if job is not None and _is_named(job, attempt):  # ids are reused if a cluster was set up anew
             return Sighting(job)
-        # Only now: accounting may still show the end of a start after which the job was requeued.
+        # Only after the controller: accounting may still show the end of a start after which the job was requeued.
         if past is not None and _is_named(past, attempt) and not past.is_live:
             return Sighting(past)
         if self.is_somebody_elses(attempt):
@@ -158,7 +158,7 @@ class Whereabouts:
         return GONE_SIGHTING if self.missing_for(attempt) >= GONE_AFTER_S else UNKNOWN
 
     def _absence(self, attempt: Attempt) -> _Absence:
-        """Since when a job is missing; counted anew from each sign of life in the store."""
+        """Return since when a job is missing; each sign of life in the store resets it."""
         signs = self._signs_of_life(attempt)
         absence = self._absences.get(attempt.folder)
         if absence is None or absence.signs != signs:
@@ -171,11 +171,11 @@ class Whereabouts:
 
 
 def _is_named(job: JobInfo, attempt: Attempt) -> bool:
-    """Whether a job has an attempt's name. Damaged records may have lost its end, so that its beginning decides."""
+    """Return whether a job has an attempt's name. Only the beginning counts, as damaged records may lose the rest."""
     return job.name.startswith(attempt.intent.job_name)
 
 
 def _said_that_it_ended(attempt: Attempt) -> bool:
-    """Whether the last start of a job recorded that it ended in a way after which the job is not requeued."""
+    """Return whether a job's last start recorded an end after which the job is not requeued."""
     runs = attempt.runs()
     return bool(runs) and runs[-1].how in ("done", "failed", "duplicate")
