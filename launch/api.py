@@ -52,7 +52,7 @@ class Session:
 
         Raises:
             UserError: for bad input.
-            RuntimeError: where a stage fails.
+            RuntimeError: if a stage fails.
         """
         prepared = prepare(self._command, download=True)
         passes = [stage for stage in prepared.sweep.plan.stages.values() if _scores_a_dense_model(stage)]
@@ -69,7 +69,7 @@ class Session:
 
         Raises:
             UserError: for bad input.
-            RuntimeError: where a stage fails.
+            RuntimeError: if a stage fails.
         """
         prepared = prepare(self._command, download=True)
         made: dict[tuple[str, float, str], str] = {}

@@ -36,7 +36,7 @@ class BuildWheel(build_py):  # type: ignore[misc]
     """Collects the files of a wheel."""
 
     def run(self) -> None:
-        """Add a record of their origin; an editable installation looks up its commit when it runs."""
+        """Add a record of the files' origin; an editable installation looks up its commit when it runs."""
         version = _built_from()
         super().run()
         if not self.editable_mode:
@@ -47,7 +47,7 @@ class BuildSource(sdist):  # type: ignore[misc]
     """Collects the files of a source distribution."""
 
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
-        """Add a record of their origin."""
+        """Add a record of the files' origin."""
         version = _built_from()  # before the new files count as a change of the working tree
         super().make_release_tree(base_dir, files)
         _write(Path(base_dir) / "launch", version)

@@ -1,5 +1,5 @@
 """Write a sweep's tables, report.html and named checkpoints again from its store, and show the table of results. The
-sweep need not have finished; runs nothing.
+sweep need not have finished; nothing is run.
 
 example:  python launch/report.py runs/demo --published
 """

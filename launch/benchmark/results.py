@@ -38,7 +38,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Findings:
-    """What one section found."""
+    """Findings of one section."""
 
     lines: list[Line] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)

@@ -19,7 +19,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "depth": (2, 4, 8, 16),
     "micro-batches of a shard": (1, 2, 4, 8),
 }
-# Axes along which our memory must not grow -> its most growth, from the first point to the last.
+# Axes along which our memory must not grow -> the most growth allowed from the first point to the last.
 FLAT = {"vocabulary": 1.1, "micro-batches of a shard": 1.1}
 METHODS = ("ours", "published")
 HEAD_SIZE = 32

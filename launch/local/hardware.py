@@ -18,7 +18,7 @@ from hfprune_dist.store.stage import Stage
 
 GPUS = Path("/proc/driver/nvidia/gpus")
 # Kind of stage -> the configuration section that sets its compute dtype. A prune stage uses that of the calibration
-# pass. References are not listed: they use the dtype of the stage that reads them, which is.
+# pass. References are not listed: they use the dtype of the stage that reads them, which is listed.
 SECTIONS = {
     "importance": "importance",
     "prune": "importance",
@@ -54,7 +54,7 @@ def threads_of_a_rank(runtime: RuntimeConfig, ranks: int) -> int:
 
 
 def fitting_runtime(runtime: RuntimeConfig) -> tuple[RuntimeConfig, str]:
-    """Return a runtime with at most one rank per GPU, if this machine has GPUs, and a note if ranks had to be removed.
+    """Return a runtime with at most one rank per GPU, if this machine has GPUs, and a note if there had to be fewer.
 
     This is for numbers of ranks from a file, which may have been written for another machine.
     """

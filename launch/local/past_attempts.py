@@ -23,7 +23,7 @@ TIME, RANKS = "%Y-%m-%d %H:%M:%S", re.compile(r"--nproc-per-node=(\d+)")
 
 
 def logs_below(folder: Path) -> LogsOfStages:
-    """Find the logs of all stages of a sweep, in one look at their folder."""
+    """Find the logs of all stages of a sweep in a single pass over their folder."""
     found: dict[str, dict[int, Path]] = {}
     for log in folder.glob("*.*.log"):
         stage, *_, number, _ = log.name.split(".")

@@ -54,7 +54,7 @@ class Generation:
         A profile's GPUs are checked elsewhere, with everything that its stages need.
 
         Raises:
-            UserError: if it hasn't, naming the stage, what it needs and what helps.
+            UserError: if it has no room; names the stage, what it needs and what helps.
         """
         gpus = gpus_here(self._config.runtime) if self._profile is None and self._measurements() else None
         for stage in self._measurements() if gpus else ():

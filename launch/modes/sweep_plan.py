@@ -1,4 +1,4 @@
-"""The way from a configuration to a plan that can run: what is missing, where it would run, and whether it can."""
+"""Preparation of a runnable plan from a configuration: what is missing, where it would run, and whether it can."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def run_missing(command: Command, prepared: Prepared, finish: Callable[[], None]
     """Run missing stages and keep report.html up to date; return an exit code if leaving before they have ended.
 
     Args:
-        finish: called once every stage that can has run, before the report is written for the last time.
+        finish: called once all stages that can run have run, before the report is written for the last time.
 
     Raises:
         UserError: if stages can't run as asked for; nothing has been written.

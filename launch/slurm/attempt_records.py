@@ -95,7 +95,7 @@ class Run:
 
 @dataclass(frozen=True)
 class End:
-    """How an attempt ended.
+    """The end of an attempt.
 
     Attributes:
         cause: done, or one of ``hfprune_launch.slurm.exit_causes``.

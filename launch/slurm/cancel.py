@@ -18,7 +18,7 @@ class Cancelled:
     """The outcome of cancelling a sweep.
 
     Attributes:
-        outside: stages of cancelled jobs that are not in the plan, after an edit of the configuration or a new version.
+        outside: stages of cancelled jobs that are not in the plan, from an edited configuration or an earlier version.
         foreign: open attempts of other users or clusters, which can't be cancelled from here.
     """
 

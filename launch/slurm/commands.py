@@ -80,7 +80,7 @@ class NeedEndedError(Exception):
 
 @dataclass(frozen=True)
 class JobInfo:
-    """What Slurm says about a job.
+    """Slurm's information on a job.
 
     Attributes:
         state: as squeue names it, e.g. RUNNING or NODE_FAIL.
@@ -232,7 +232,7 @@ class SlurmCommands:
             self._query(["scancel", *job_ids], ignore=re.compile("Invalid job id|already completed", re.IGNORECASE))
 
     def cancel_named(self, job_name: str) -> None:
-        """Cancel all jobs of a name."""
+        """Cancel all jobs with a given name."""
         self._query(["scancel", f"--jobname={job_name}"], ignore=INVALID_JOB_ID)
 
     def fate(self, job_id: str) -> Fate:

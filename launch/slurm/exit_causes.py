@@ -258,7 +258,7 @@ def _without_a_word(evidence: _Evidence) -> str:
 
 
 def never_gets_further(attempt: Attempt) -> Failure | None:
-    """Return why an interrupted job must not be requeued, if its last starts got no further than those before."""
+    """Return why an interrupted job must not be requeued, or None if its last starts got further than those before."""
     starts = fruitless_starts(attempt.earlier_progress())
     if starts < FRUITLESS_STARTS:
         return None

@@ -1,6 +1,6 @@
 """The program that runs in a Slurm job, where every task of srun is one rank of the stage.
 
-submitit starts it and pickles only a ``StageJob``; the stage's definition and its inputs are in the store.
+submitit starts it and pickles only a ``StageJob``; everything else about the stage is in the store.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class StageJob:
         """Run this rank, then end the process."""
         print(f"{START} {os.environ.get('SLURM_RESTART_COUNT', '0')}", file=sys.stderr, flush=True)
         interruption = Interruption()
-        # In place of submitit's handlers: Slurm signals the time limit and preemption by USR2, scancel and preemption by TERM.
+        # Replaces submitit's handlers. USR2 announces the time limit and preemption, TERM scancel and preemption.
         interruption.listen(signal.SIGUSR2, signal.SIGTERM)
         die_with_parent()
         _Rank(Store(Path(self.store)), self.stage_id, interruption).run()
@@ -138,7 +138,7 @@ def preflight(store: Store, environment: Mapping[str, str]) -> None:
     """Check that the node sees the store, the sweep's code and its GPUs, before anything slow is imported.
 
     Raises:
-        NodeError: if it doesn't, naming the node and what it lacks.
+        NodeError: if it does not; names the node and what it lacks.
     """
     node = environment.get("SLURMD_NODENAME", socket.gethostname())
     if not store.root.is_dir():

@@ -129,7 +129,7 @@ class Death:
 
 
 _DEATH = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.+?)(?: \(core dumped\))?$", re.MULTILINE)
-# How srun names a signal -> the signal, the cause, and what it means.
+# srun's name of a signal -> the signal, the cause, and its meaning.
 SIGNALS = {
     "Segmentation fault": ("SIGSEGV", "crash", "a fault of a native library, or of the node"),
     "Bus error": ("SIGBUS", "crash", "a file that was cut while it was read, a full /dev/shm, or a fault of the node"),

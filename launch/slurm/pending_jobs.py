@@ -1,4 +1,4 @@
-"""Reasons why jobs wait: which of them the user is told and when, and which jobs will never start by themselves."""
+"""Reasons why jobs wait: which to report to the user and when, and which jobs will never start by themselves."""
 
 from __future__ import annotations
 

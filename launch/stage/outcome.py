@@ -1,4 +1,4 @@
-"""How an attempt at a stage ended."""
+"""The outcome of an attempt at a stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hfprune_dist.store.heartbeat import Failure
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt at a stage ended; ``failure`` says why if it isn't done."""
+    """The outcome of an attempt at a stage; ``failure`` says why if it isn't done."""
 
     state: Literal["done", "failed"]
     seconds: float

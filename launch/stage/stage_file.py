@@ -16,7 +16,7 @@ from hfprune_dist.store.stage_handle import StageHandle
 
 @dataclass(frozen=True)
 class Provenance:
-    """Origin of a sweep's stages, which is passed to their ranks.
+    """Settings and origin of a sweep's stages, passed on to their ranks.
 
     Attributes:
         config: the sweep's resolved configuration, kept in every manifest.
