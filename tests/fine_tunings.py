@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import torch
 from forks import on_ranks
+from gather_counter import counting_gathers
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.data.schedule import Schedule
-from hfprune_dist.distributed.gather_counter import counting_gathers
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.world import World
 from hfprune_dist.distributed.zero3 import init_deepspeed

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from hfprune_dist.planning.dimensions import Dimensions
 
-# DeepSpeed's defaults, in elements: how much may be gathered at a time, and which parameters are too small to shard.
+# How many elements DeepSpeed gathers at a time, by default.
 LIVE_PARAMETERS = 1_000_000_000
-SMALL_PARAMETER = 100_000
 
 
 def gathered_at_a_time(dims: Dimensions, itemsize: int, ranks: int) -> float:

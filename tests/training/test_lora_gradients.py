@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fine_tunings import make_task, train
+from gather_counter import SMALL_PARAMETER
 from peft import LoraConfig, get_peft_model
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
@@ -13,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.core.lora_scores import DECAY
-from hfprune_dist.planning.gathering import SMALL_PARAMETER
 from hfprune_dist.planning.training_memory import Placement
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.training import snapshots, trainer

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from fine_tunings import ROWS, STEPS, make_task, train
+from gather_counter import SMALL_PARAMETER
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.planning.gathering import SMALL_PARAMETER
 from hfprune_dist.planning.training_memory import Placement
 from hfprune_dist.training import trainer
 

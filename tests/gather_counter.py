@@ -1,14 +1,12 @@
 """Counts of what ZeRO-3 gathers."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from deepspeed.comm import comm
+
+# Parameters with at most so many elements DeepSpeed leaves unsharded, by default.
+SMALL_PARAMETER = 100_000
 
 
 @dataclass
@@ -25,13 +23,13 @@ class Gathered:
 
 
 @contextmanager
-def counting_gathers() -> Iterator[Gathered]:
+def counting_gathers():
     """Count the all-gathers that DeepSpeed starts within the context."""
     gathered = Gathered()
-    backend: Any = comm.cdb
+    backend = comm.cdb
     original = backend.all_gather_function
 
-    def counted(output_tensor: torch.Tensor, **arguments: Any) -> Any:
+    def counted(output_tensor, **arguments):
         gathered.calls += 1
         gathered.bytes += output_tensor.nbytes
         return original(output_tensor=output_tensor, **arguments)

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
+from gather_counter import counting_gathers
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.criteria import CRITERIA
-from hfprune_dist.distributed.gather_counter import counting_gathers
 from hfprune_dist.distributed.world import join_world
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 

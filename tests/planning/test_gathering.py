@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gather_counter import SMALL_PARAMETER
 from ranks import result_of
 from tiny import save_tiny
 
@@ -11,7 +12,6 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.planning import gathering
 from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import Importance
-from hfprune_dist.planning.gathering import SMALL_PARAMETER
 
 pytestmark = pytest.mark.slow
 
