@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,10 +73,14 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 
 def listed(folder: Path, pattern: str) -> list[Path]:
-    """Files in a folder that match a pattern, sorted by name; empty if the folder is gone or vanishes meanwhile."""
+    """Files in a folder that match a pattern, sorted by name; empty if there is no such folder (any more).
+
+    Raises:
+        OSError: if the folder can't be listed, which says nothing about its files; ``Path.glob`` would find none.
+    """
     try:
-        return sorted(folder.glob(pattern))
-    except FileNotFoundError:
+        return sorted(path for path in folder.iterdir() if fnmatchcase(path.name, pattern))
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -148,6 +148,21 @@ def test_a_claim_that_can_not_be_read_is_not_taken(tmp_path, monkeypatch):
     assert holder.is_held()
 
 
+def test_a_folder_that_can_not_be_listed_takes_no_claim_away(tmp_path, monkeypatch):
+    """Where a ticket for the file system has expired, or a server does not answer."""
+    claim = try_claim(tmp_path)
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "expired")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", refuse)
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(PermissionError, match="expired"):
+            claim.is_held()
+    assert claim.is_held()
+
+
 def test_a_link_whose_answer_was_lost_is_ours(tmp_path, monkeypatch):
     """NFS sends the request again, and hears that the name exists."""
     link = os.link
