@@ -332,18 +332,3 @@ def _umask() -> int:
     mask = os.umask(0)  # it can't be read without being set
     os.umask(mask)
     return mask
-
-
-def require_writable(root: Path) -> None:
-    """Create a folder and check that it can be written to, before any work starts.
-
-    Raises:
-        UserError: if it can't; the message names the folder and the reason.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".probe-{uuid.uuid4().hex[:8]}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{root}: can't be written to ({error.strerror or error}); choose another --out") from None

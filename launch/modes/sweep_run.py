@@ -23,7 +23,7 @@ from hfprune_dist.planning.earlier_rows import kept_rows, with_earlier_rows
 from hfprune_dist.planning.plan import Cell
 from hfprune_dist.results.rows import DenseModel
 from hfprune_dist.results.table import RESULTS, write_reports
-from hfprune_dist.store.artifacts import require_writable
+from hfprune_dist.store.file_system import require_usable
 from hfprune_dist.store.stage import Stage
 
 RunStages = Callable[[Callable[[], None]], int | None]
@@ -59,7 +59,7 @@ def run_missing(command: Command, prepared: Prepared, finish: Callable[[], None]
     run_stages = _runner(command, prepared) if prepared.todo else None
     for remark in prepared.generation.remarks():
         command.tell(f"note: {remark}")
-    require_writable(command.out)
+    require_usable(command.out)
     write_config(command.out, prepared.config, prepared.models)
     write_record(command.out, _with_earlier(command, prepared))
     store.hashes.save()  # of input files; every stage that reads one compares its hash with the plan

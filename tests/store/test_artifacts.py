@@ -3,9 +3,8 @@ import os
 
 import pytest
 
-from hfprune_dist.errors import UserError
 from hfprune_dist.store import hashing
-from hfprune_dist.store.artifacts import MANIFEST, Store, require_writable
+from hfprune_dist.store.artifacts import MANIFEST, Store
 from hfprune_dist.store.stage import Input, Stage
 
 STAGE = Stage("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -110,10 +109,3 @@ def test_drafts_of_dead_attempts_go(store):
     stale = store.open_draft(STAGE.id)
     fresh = store.open_draft(STAGE.id)
     assert not stale.exists() and fresh.is_dir()
-
-
-def test_an_unwritable_folder_is_named(tmp_path):
-    blocker = tmp_path / "file"
-    blocker.write_text("")
-    with pytest.raises(UserError, match="choose another --out"):
-        require_writable(blocker / "out")

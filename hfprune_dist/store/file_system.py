@@ -1,0 +1,39 @@
+"""What a store needs of its file system, checked before any work starts."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+from hfprune_dist.errors import UserError
+
+
+def require_usable(root: Path) -> None:
+    """Create a folder and check that it can be written to and has hard links, with which stages are claimed.
+
+    Raises:
+        UserError: if not; the message names the folder and the reason.
+    """
+    probe = root / f".probe-{uuid.uuid4().hex[:8]}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        try:
+            _require_hard_links(probe)
+        finally:
+            probe.unlink()
+    except OSError as error:
+        raise UserError(f"{root}: can't be written to ({error.strerror or error}); choose another --out") from None
+
+
+def _require_hard_links(probe: Path) -> None:
+    twin = probe.with_name(f"{probe.name}-twin")
+    try:
+        os.link(probe, twin)
+    except OSError as error:
+        raise UserError(
+            f"{probe.parent}: no hard links on this file system ({error.strerror or error}), so stages can't be "
+            "claimed there; choose another --out"
+        ) from None
+    twin.unlink()

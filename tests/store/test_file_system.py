@@ -1,0 +1,31 @@
+import errno
+import os
+
+import pytest
+
+from hfprune_dist.errors import UserError
+from hfprune_dist.store.file_system import require_usable
+
+
+def test_a_usable_folder_is_made_and_left_empty(tmp_path):
+    require_usable(tmp_path / "runs" / "out")
+    assert list((tmp_path / "runs" / "out").iterdir()) == []
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(UserError, match=r"can't be written to .*choose another --out"):
+        require_usable(blocker / "out")
+
+
+def test_a_file_system_without_hard_links_is_named(tmp_path, monkeypatch):
+    """Such as FAT, and many that mount the storage of a cloud."""
+
+    def link(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(UserError, match=r"no hard links on this file system \(Operation not supported\)"):
+        require_usable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
