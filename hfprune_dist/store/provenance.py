@@ -21,7 +21,7 @@ def code_version(root: Path) -> dict[str, Any]:
     if commit is None:
         return {"git_commit": None, "dirty_diff_sha256": None}
     changes = (_git(root, "diff", "HEAD") or "") + (_git(root, "status", "--porcelain") or "")
-    dirty = hashlib.sha256(changes.encode()).hexdigest() if changes.strip() else None
+    dirty = hashlib.sha256(changes.encode(errors="surrogateescape")).hexdigest() if changes.strip() else None
     return {"git_commit": commit.strip(), "dirty_diff_sha256": dirty}
 
 
@@ -52,8 +52,11 @@ def cpu_model() -> str:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
+    """Output of git, bytes that aren't UTF-8 as surrogates; None if it fails, e.g. outside a repository."""
+    command = ["git", "-C", str(root), *arguments]
     try:
-        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="surrogateescape", check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    return result.stdout

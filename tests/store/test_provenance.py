@@ -1,0 +1,23 @@
+import subprocess
+
+from hfprune_dist.store.provenance import code_version
+
+
+def git(folder, *arguments):
+    subprocess.run(["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True)
+
+
+def test_changes_in_any_encoding_have_a_digest(tmp_path):
+    """git shows a text in Latin-1 as it is."""
+    git(tmp_path, "init", "--quiet")
+    text = tmp_path / "notes.txt"
+    text.write_bytes(b"caf\xe9\n")
+    git(tmp_path, "add", "notes.txt")
+    git(tmp_path, "commit", "--quiet", "--message", "notes")
+    committed = code_version(tmp_path)
+    assert committed["git_commit"] and committed["dirty_diff_sha256"] is None
+    found = set()
+    for changed in (b"\xe9t\xe9\n", b"\xe0\n"):
+        text.write_bytes(changed)
+        found.add(code_version(tmp_path)["dirty_diff_sha256"])
+    assert len(found) == 2 and None not in found
