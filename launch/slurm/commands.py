@@ -294,13 +294,21 @@ def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = command_environment(os.environ)
+    """Run a command; one that takes too long or can't be started is one that failed, and may succeed another time."""
     try:
         return subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_S
+            command,
+            env=command_environment(os.environ),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",  # names of a user's other jobs may be in any encoding
+            check=False,
+            timeout=COMMAND_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: timed out after {COMMAND_TIMEOUT_S:.0f} s")
+    except OSError as error:  # e.g. a node on which the user may start no more processes at this moment
+        return subprocess.CompletedProcess(command, -1, "", f"{command[0]}: {error.strerror or error}")
 
 
 def _is_whole_listing(text: str) -> bool:

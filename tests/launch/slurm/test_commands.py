@@ -1,3 +1,6 @@
+import errno
+import subprocess
+
 import pytest
 from fake_slurm import HEADER, FakeSlurm
 from hfprune_launch.slurm.commands import (
@@ -95,6 +98,29 @@ def test_jobs_are_parsed(fake, slurm):
     assert jobs["7"].is_live and jobs["7"].nodes == "n[1-2]" and jobs["7"].name == "a|strange|name"
     assert not jobs["8"].is_live
     assert len(fake.calls("squeue")) == 1
+
+
+def test_jobs_with_names_in_any_encoding_are_parsed(fake, slurm):
+    lines = b"7|RUNNING|None|n1|N/A|N/A|caf\xe9|;\n8|PENDING|Priority||N/A|N/A|b|;\n"
+    (fake.folder / "answer.1").write_bytes(HEADER.encode() + lines)
+    assert [job.state for job in slurm.jobs().values()] == ["RUNNING", "PENDING"]
+
+
+def test_a_command_that_can_not_be_started_is_tried_again(fake, slurm, slept, monkeypatch):
+    """A login node lets a user start so many processes at once; a node of a job may lack Slurm's commands."""
+    run, failing = subprocess.run, [BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")] * 2
+
+    def start(*arguments, **options):
+        if failing:
+            raise failing.pop()
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    assert slurm.jobs() == {} and slept == list(RETRY_DELAYS_S[:2])
+    (fake.bin / "squeue").unlink()
+    monkeypatch.setenv("PATH", str(fake.bin))
+    with pytest.raises(SlurmUnavailableError, match="squeue: No such file or directory"):
+        slurm.jobs()
 
 
 def test_history_is_empty_without_accounting(fake, slurm):
