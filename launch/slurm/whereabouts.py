@@ -9,6 +9,7 @@ minutes in which nothing in the store shows that it lives.
 from __future__ import annotations
 
 import getpass
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Whereabouts:
         self._store = store
         self._slurm = slurm
         self._clock = clock
-        self._user = getpass.getuser()
+        self._user = _own_name()
         self._absences: dict[Path, _Absence] = {}
         self._sightings: dict[Path, Sighting] = {}
         self.jobs: dict[str, JobInfo] = {}
@@ -168,6 +169,14 @@ class Whereabouts:
 
     def _signs_of_life(self, attempt: Attempt) -> Any:
         return self._store.handle(attempt.intent.stage_id).heartbeat(), attempt.runs()
+
+
+def _own_name() -> str:
+    """Return the user's name, or number if it has no name, as in a container that runs as a user of its host."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13 on
+        return str(os.getuid())
 
 
 def _is_named(job: JobInfo, attempt: Attempt) -> bool:
