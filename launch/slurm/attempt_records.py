@@ -100,6 +100,7 @@ class End:
     Attributes:
         cause: done, or one of ``hfprune_launch.slurm.exit_causes``.
         message: for the user.
+        at: unix time, as far as Slurm or the stage's heartbeat tells it; a launcher may learn of it days later.
         state: the job's last state in Slurm, or GONE; empty if nothing has confirmed that the job is over.
         bad_nodes: nodes that the next attempt should avoid.
     """

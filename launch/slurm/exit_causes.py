@@ -120,14 +120,14 @@ _Explanation = tuple[str, str] | None
 
 def explain_end(store: Store, stage: Stage, attempt: Attempt, job: JobInfo | None) -> End:
     """Return how an attempt whose job is over ended; only a verified artifact counts as success."""
-    now = time.time()
     evidence = _collect(store, stage, attempt, job)
     cause, message = _cause(evidence)
-    seconds = attempt.run_seconds(_end_of(job, evidence.heartbeat, now))
+    ended = _end_of(job, evidence.heartbeat)
+    seconds = attempt.run_seconds(ended)
     return End(
         cause=cause,
         message=message,
-        at=now,
+        at=ended,
         state=evidence.state,
         nodes=job.nodes if job is not None else "",
         bad_nodes=_bad_nodes(cause, evidence.text, attempt),
@@ -269,14 +269,14 @@ def never_gets_further(attempt: Attempt) -> Failure | None:
     return Failure(NO_PROGRESS, message, 0, time.time(), attempt.intent.number)
 
 
-def _end_of(job: JobInfo | None, heartbeat: Heartbeat | None, now: float) -> float:
-    """Return the unix time at which a job ended without a record: from Slurm, its last heartbeat, or else ``now``."""
+def _end_of(job: JobInfo | None, heartbeat: Heartbeat | None) -> float:
+    """Return the unix time at which a job ended: from Slurm, its last heartbeat, or else the present."""
     if job is not None:
         try:
             return time.mktime(time.strptime(job.end, "%Y-%m-%dT%H:%M:%S"))
         except ValueError:
             pass
-    return now if heartbeat is None else heartbeat.updated
+    return time.time() if heartbeat is None else heartbeat.updated
 
 
 def _bad_nodes(cause: str, text: str, attempt: Attempt) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from hfprune_launch.slurm import attempts
@@ -23,11 +23,17 @@ def _starts(attempt: attempts.Attempt) -> Iterator[Attempt]:
     for run in runs[:-1]:
         how, where = run.how or "died", _where(run)
         yield Attempt(number, "failed", run.started, run.ended, how, "requeued", where, logs, ranks)
-    last = runs[-1] if runs else None
-    ended = (last.ended if last is not None else None) or (end.at if end is not None else None)
+    last, ended = runs[-1] if runs else None, _ended(runs, end)
     started, where = (last.started, _where(last)) if last is not None else (None, f"job {attempt.job_id or 'unknown'}")
     cause, message = (end.cause, end.message) if end is not None else ("no end known", "")
     yield Attempt(number, _state(end), started, ended, cause, message, where, logs, ranks)
+
+
+def _ended(runs: Sequence[Run], end: End | None) -> float | None:
+    """Return when the last start ended, by its own record or else by that of the attempt's end."""
+    if runs and runs[-1].ended is not None:
+        return runs[-1].ended
+    return None if end is None else max([end.at, *(run.started for run in runs)])
 
 
 def _state(end: End | None) -> Literal["done", "failed", "open"]:

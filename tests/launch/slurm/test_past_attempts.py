@@ -1,11 +1,19 @@
 """What records of jobs come to in a report."""
 
+import time
+from dataclasses import asdict
+
+import pytest
 from hfprune_launch.slurm.attempt_records import End, Run
 from hfprune_launch.slurm.attempts import Attempts
+from hfprune_launch.slurm.commands import JobInfo
+from hfprune_launch.slurm.exit_causes import explain_end
 from hfprune_launch.slurm.past_attempts import past_attempts
 from hfprune_launch.slurm.slurm_stage import SlurmStage
 
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.atomic_files import write_json
+from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Input, Stage
 
 STAGE = Stage("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -33,3 +41,24 @@ def test_every_start_of_every_job_has_its_end(tmp_path):
         (1, "failed", 200.0, 250.0, "node failure", "job 7 on n2"),
         (2, "done", 300.0, 400.0, "done", "job 8 on n3"),
     ]
+
+
+def test_a_start_that_was_killed_ended_when_slurm_or_its_heartbeat_says(tmp_path):
+    """The next launcher may learn of it days later."""
+    store, started = Store(tmp_path), time.time() - 86_400
+    store.work(STAGE.id).mkdir(parents=True)
+    attempt = Attempts(tmp_path).open_attempt(STAGE, 8, 64, 30, None)
+    attempt.record_job("7")
+    attempt.record_run(Run("7", 0, "n1", started))
+    ended = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(started + 600))
+    job = JobInfo("7", "NODE_FAIL", "None", "n1", "N/A", ended, attempt.intent.job_name)
+    attempt.close(explain_end(store, STAGE, attempt, job))
+    (start,) = past_attempts(SlurmStage(store, STAGE.id))
+    assert start.ended - start.started == pytest.approx(600, abs=1)
+    write_json(store.work(STAGE.id) / "progress.json", asdict(Heartbeat("layers", 1, 2, started + 300)))
+    attempt.close(explain_end(store, STAGE, attempt, None))
+    (start,) = past_attempts(SlurmStage(store, STAGE.id))
+    assert start.ended - start.started == pytest.approx(300)
+    attempt.record_run(Run("7", 1, "n1", started + 400))
+    (_, last) = past_attempts(SlurmStage(store, STAGE.id))
+    assert last.started == last.ended, "it ended before its first heartbeat"
