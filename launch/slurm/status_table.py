@@ -19,6 +19,7 @@ from rich.table import Table
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
 
 COLORS = {"done": "green", "running": "cyan", "failed": "red", "died": "red"}
@@ -66,11 +67,13 @@ def _status(stage: Stage, handle: SlurmStage, jobs: Mapping[str, JobInfo], now: 
     open_attempt = last if last is not None and last.end is None else None
     job = jobs.get(open_attempt.job_id or "") if open_attempt is not None else None
     state, detail = _state(stage, handle, job)
-    heartbeat = handle.heartbeat() if state == "running" else None
+    last_beat = handle.heartbeat()
+    heartbeat = last_beat if state == "running" else None
     started = _started(open_attempt, handle)
     signs = [*started, *([heartbeat.updated] if heartbeat is not None else [])]
     stale = staleness(signs, now) if state == "running" else ""
-    seconds = [_seconds(attempt, now) for attempt in attempts]
+    held_until = _held_until(state, last_beat, now)
+    seconds = [_seconds(attempt, held_until) for attempt in attempts]
     return StageStatus(
         stage=stage,
         state=state,
@@ -104,9 +107,16 @@ def _started(open_attempt: Attempt | None, handle: SlurmStage) -> list[float]:
     return [] if began is None else [began]
 
 
-def _seconds(attempt: Attempt, now: float) -> float:
+def _held_until(state: str, heartbeat: Heartbeat | None, now: float) -> float:
+    """Return until when a start without a recorded end held its nodes; it was killed if its job waits again."""
+    if state != "queued":
+        return now
+    return 0.0 if heartbeat is None else heartbeat.updated
+
+
+def _seconds(attempt: Attempt, held_until: float) -> float:
     end = attempt.end
-    return attempt.run_seconds(now) if end is None else end.run_seconds
+    return attempt.run_seconds(held_until) if end is None else end.run_seconds
 
 
 def _hours(seconds: list[float], units: list[int]) -> float | None:
@@ -154,11 +164,22 @@ def cell_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int)
     for stage_id in stages:
         stage = plan.stages[stage_id]
         attempt = SlurmStage(store, stage_id).last_attempt()
-        local = sorted(local_logs.glob(f"{stage.kind}-{stage.fingerprint}.*.log"), key=lambda log: log.stat().st_mtime)
-        logs = attempt.logs() if attempt is not None else local[-1:]
+        local = sorted(local_logs.glob(f"{stage.kind}-{stage.fingerprint}.*.log"), key=_written)
+        logs = _newest_logs(attempt, local)
         shown = log_tail(logs, lines) or f"  no log: {_why_no_log(stage, SlurmStage(store, stage_id))}"
         parts.append(f"{stage.kind} {stage.label} ({stage_id})\n{shown}")
     return "\n".join(parts)
+
+
+def _newest_logs(attempt: Attempt | None, local: list[Path]) -> list[Path]:
+    """Return the logs of the last job, or the last log on this machine if it was written after the job's submission."""
+    if attempt is None or (local and _written(local[-1]) > attempt.intent.created):
+        return local[-1:]
+    return attempt.logs()
+
+
+def _written(log: Path) -> float:
+    return log.stat().st_mtime
 
 
 def _why_no_log(stage: Stage, handle: SlurmStage) -> str:

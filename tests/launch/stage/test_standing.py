@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 from hfprune_launch.slurm import cli
+from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.status_table import cell_logs, stage_statuses, status_table
 from hfprune_launch.stage.standing import time_left
 from hfprune_launch.sweep_folder import Sweep
@@ -92,6 +93,22 @@ def test_logs_of_a_stage_without_any_say_why(store, tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / f"importance-{STAGE.fingerprint}.1.log").write_text("now importance a\n")
     assert logs()[-1] == "    now importance a"
+
+
+def test_logs_are_those_of_the_last_start_on_either_side(store, tmp_path):
+    def shown_log():
+        return cell_logs(PLAN, store, tmp_path / "logs", STAGE.fingerprint, 40).splitlines()[-1].strip()
+
+    attempt = Attempts(store.root).open_attempt(STAGE, 0, 1, 30, None)
+    (attempt.folder / "7_0_log.out").write_text("in a job\n")
+    assert shown_log() == "in a job"
+    (tmp_path / "logs").mkdir()
+    local = tmp_path / "logs" / f"importance-{STAGE.fingerprint}.1.log"
+    local.write_text("here\n")
+    os.utime(local, (attempt.intent.created + 60,) * 2)
+    assert shown_log() == "here"
+    os.utime(local, (attempt.intent.created - 60,) * 2)
+    assert shown_log() == "in a job"
 
 
 def test_who_follows_does_not_leave_between_two_stages(store, tmp_path, monkeypatch):
