@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hfprune_dist.config.load import parse, read_yaml
 from hfprune_dist.config.parameters import PARAMETERS
@@ -71,9 +71,14 @@ class Resources(Section):
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
     """Environment variables of all ranks."""
     sbatch: dict[str, Scalar] = Field(default_factory=dict)
-    """Further sbatch options, without the dashes: {reservation: week4, exclusive: true}."""
+    """Further sbatch options, without the dashes: {reservation: week4, exclusive: true}; false leaves one out."""
     srun_args: list[str] = Field(default_factory=list)
     """Further arguments of srun."""
+
+    @field_validator("sbatch")
+    @classmethod
+    def _without_false(cls, sbatch: dict[str, Scalar]) -> dict[str, Scalar]:
+        return {name: value for name, value in sbatch.items() if value is not False}
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Resources:
