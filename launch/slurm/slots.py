@@ -24,8 +24,8 @@ class Slot(NamedTuple):
     after_any: str | None
 
 
-def choose_slot(limit: int | None, live: Iterable[Attempt], after_ok: Collection[str]) -> Slot:
-    """Choose the slot that a new job joins.
+def choose_slot(limit: int | None, live: Iterable[Attempt], after_ok: Collection[str]) -> Slot | None:
+    """Choose the slot that a new job joins; None if the last jobs of all slots have ids that aren't known (yet).
 
     Args:
         limit: the most jobs that run at once; None for no limit.
@@ -42,6 +42,8 @@ def choose_slot(limit: int | None, live: Iterable[Attempt], after_ok: Collection
     if free is not None:
         return Slot(free, None)
     # Behind a job that the new one has to wait for anyway, else behind the one that was submitted first.
-    slots = [slot for slot in last if slot < limit]
-    slot = min(slots, key=lambda slot: (last[slot].job_id not in after_ok, last[slot].intent.created))
-    return Slot(slot, last[slot].job_id)
+    ids = {slot: job_id for slot in last if slot < limit and (job_id := last[slot].job_id) is not None}
+    if not ids:
+        return None
+    slot = min(ids, key=lambda slot: (ids[slot] not in after_ok, last[slot].intent.created))
+    return Slot(slot, ids[slot])

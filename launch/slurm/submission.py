@@ -120,6 +120,9 @@ class Submission:
         submitting, handle = self._submitting, self._jobs.handle(stage.id)
         resources = submitting.profile.resources[stage.kind]
         slot = choose_slot(submitting.max_running, self._jobs.live.values(), after_ok)
+        if slot is None:
+            self.is_held_up = True
+            return
         attempt = self._attempts.open_attempt(
             stage, resources.gpus, resources.cores, resources.time_minutes, slot.number, **self._jobs.whereabouts.me
         )

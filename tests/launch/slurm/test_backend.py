@@ -449,6 +449,21 @@ def test_never_more_lanes_than_max_running(fake, store):
     assert found == [[], [], *([f"#SBATCH --dependency=afterany:{job}"] for job in (101, 102, 103))]
 
 
+def test_nothing_joins_a_slot_whose_last_job_has_no_known_id(fake, store):
+    """Slurm took a job without saying its id, or another launcher is submitting it."""
+    complete(store, SCORES)
+    (fake.folder / "answer").write_text("")
+    fake.answer_squeue(*[HEADER] * 8)
+    backend = make_backend(store, max_running=1)
+    backend.start()
+    assert len(fake.calls("sbatch")) == 1
+    fake.answer_squeue(None)
+    (fake.folder / "answer").unlink()
+    backend.step()
+    assert len(fake.calls("sbatch")) == 2
+    assert "#SBATCH --dependency=afterany:101" in script_of(store, PRUNES[1])
+
+
 def test_what_only_results_that_stand_were_made_from_is_not_submitted(fake, store):
     plan = Plan(PLAN.stages, (), asked=tuple(stage.id for stage in PRUNES))
     complete(store, PRUNES[0])
