@@ -132,7 +132,7 @@ class _Attempt:
 
 def _first_line(stage: Stage, command: Sequence[str]) -> str:
     """Return the first line of a log: the time, the stage and the command that runs it."""
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {stage.kind} {stage.label} ({stage.id}): {shlex.join(command)}\n"
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {stage.kind} {stage.label} ({stage.id}): {shlex.join(command)}\n"
 
 
 def _claim(handle: StageHandle, on_heartbeat: OnHeartbeat) -> Claim:

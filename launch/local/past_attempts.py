@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 from hfprune_launch.stage.stage_file import find_stage_file
@@ -18,8 +18,8 @@ from hfprune_dist.store.stage_handle import StageHandle
 # ``<kind>-<fingerprint>`` of a stage -> its logs, by attempt number.
 LogsOfStages = Mapping[str, Mapping[int, Path]]
 
-# Parts of a log's first line (``local.backend``): local time, and the number of ranks among torchrun's options.
-TIME, RANKS = "%Y-%m-%d %H:%M:%S", re.compile(r"--nproc-per-node=(\d+)")
+# Part of a log's first line (``local.backend``): the number of ranks among torchrun's options.
+RANKS = re.compile(r"--nproc-per-node=(\d+)")
 
 
 def logs_below(folder: Path) -> LogsOfStages:
@@ -53,11 +53,14 @@ def _cut_off(number: int, log: Path) -> Attempt:
 
 
 def _beginning(log: Path) -> tuple[float | None, int | None]:
-    """Return unix time and ranks from a log's first line, as the backend writes it; None if it is something else."""
+    """Return unix time and ranks from a log's first line, as the backend writes it; None if it is something else.
+
+    The line begins with the time and, except in logs of earlier versions, its offset from UTC.
+    """
     try:
         with log.open(errors="replace") as stream:
             first = stream.readline()
-        started = time.mktime(time.strptime(first[: len("2000-01-31 00:00:00")], TIME))
+        started = datetime.fromisoformat(" ".join(first.split(" ", 2)[:2])).timestamp()
     except (OSError, ValueError, OverflowError):
         return None, None
     ranks = RANKS.search(first)

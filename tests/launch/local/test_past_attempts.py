@@ -62,6 +62,24 @@ def test_a_stage_that_is_tried_until_it_is_made(handle, logs):
     assert past_attempts(STAGE, handle, logs)[1].started == 2.0
 
 
+def test_the_time_of_a_beginning_is_the_same_in_any_zone(handle, logs, monkeypatch):
+    """A container's clock is often at UTC, and its host's is not."""
+    before = int(time.time())
+    try:
+        monkeypatch.setenv("TZ", "UTC-5")
+        time.tzset()
+        begin(handle, logs, 1).write_text(_first_line(STAGE, []))
+        begin(handle, logs, 2).write_text("1970-01-02 05:00:00 prune, as earlier versions wrote it")
+        begin(handle, logs, 3)
+        assert past_attempts(STAGE, handle, logs)[1].started == 86_400
+        monkeypatch.setenv("TZ", "UTC+3")
+        time.tzset()
+        assert before <= past_attempts(STAGE, handle, logs)[0].started <= time.time()
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_a_log_tells_when_an_attempt_began_and_on_how_many_ranks(handle, logs):
     """As the backend begins it; whatever else a log begins with tells nothing."""
     beginnings = {
