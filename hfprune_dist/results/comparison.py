@@ -23,6 +23,8 @@ from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_l
 
 Scores = Mapping[str, list[NDArray[np.float64]]]
 MEASURES = ("kl", "top1_agreement", "perplexity")
+# Kinds of units that a layer's MLPs consist of.
+_MLPS = (NEURONS, EXPERT_NEURONS, SHARED_NEURONS)
 
 
 @dataclass(frozen=True)
@@ -109,37 +111,53 @@ def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
     Raises:
         UserError: if the file is missing.
     """
+    neurons, experts = scores_to_compare(importance)
+    return {name: neurons.get(name) or experts[name] for name in sorted({*neurons, *experts})}
+
+
+def scores_to_compare(importance: Path) -> tuple[Scores, Scores]:
+    """Criterion -> its scores of every layer's neurons, as in ``read_scores``; and the same of whole experts.
+
+    Raises:
+        UserError: if the file is missing.
+    """
     file = importance / SCORES
     if not file.is_file():
         raise UserError(f"{file}: missing; run the sweep again, it makes only what is missing")
     stored = load_file(file)
-    return {name: _of_all_mlps(stored, name) for name in criteria_in(stored)}
+    of_all = ({name: _of_layers(stored, name, kinds) for name in criteria_in(stored)} for kinds in (_MLPS, [EXPERTS]))
+    neurons, experts = ({name: rows for name, rows in of_kinds.items() if rows} for of_kinds in of_all)
+    return neurons, experts
 
 
-def _of_all_mlps(stored: Mapping[str, NDArray[np.float64]], criterion: str) -> list[NDArray[np.float64]]:
-    of_mlps = (scores_of_layers(stored, criterion, kind) for kind in (NEURONS, EXPERT_NEURONS, SHARED_NEURONS))
-    kinds = [of_layers for of_layers in of_mlps if of_layers] or [scores_of_layers(stored, criterion, EXPERTS)]
-    layers = zip(*kinds, strict=True)
+def _of_layers(
+    stored: Mapping[str, NDArray[np.float64]], criterion: str, kinds: Sequence[str]
+) -> list[NDArray[np.float64]]:
+    of_kinds = (scores_of_layers(stored, criterion, kind) for kind in kinds)
+    layers = zip(*(of_layers for of_layers in of_kinds if of_layers), strict=True)
     return [np.concatenate(of_layer) if len(of_layer) > 1 else of_layer[0] for of_layer in layers]
 
 
-def compare_criteria(scores: Scores, shares_kept: Sequence[float]) -> list[dict[str, Any]]:
+def compare_criteria(of_units: Iterable[Scores], shares_kept: Sequence[float]) -> list[dict[str, Any]]:
     """For every pair of criteria: rank correlation and overlap of the kept sets, layer by layer.
 
     Args:
-        scores: criterion -> scores of each layer, float64 [units].
+        of_units: for each sort of units, criterion -> scores of each layer, float64 [units]. A pair is compared by the
+            first that both score, in the layers that have such units.
         shares_kept: widths to compare, as shares of the layer's units.
     """
+    pairs: dict[tuple[str, str], list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {}
+    for scores in of_units:
+        for first, second in combinations(scores, 2):
+            layers = zip(scores[first], scores[second], strict=True)
+            pairs.setdefault((first, second), [layer for layer in layers if len(layer[0])])
     return [
         {
-            "criteria": [first, second],
-            "spearman": [spearman(a, b) for a, b in zip(scores[first], scores[second], strict=True)],
-            "overlap": {
-                f"{share:g}": [overlap(a, b, share) for a, b in zip(scores[first], scores[second], strict=True)]
-                for share in shares_kept
-            },
+            "criteria": list(names),
+            "spearman": [spearman(a, b) for a, b in pairs[names]],
+            "overlap": {f"{share:g}": [overlap(a, b, share) for a, b in pairs[names]] for share in shares_kept},
         }
-        for first, second in combinations(scores, 2)
+        for names in sorted(pairs)
     ]
 
 

@@ -25,7 +25,7 @@ from hfprune_dist.results.comparison import (
     criteria_table,
     few_columns_of_methods,
     methods_table,
-    read_scores,
+    scores_to_compare,
 )
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_text
@@ -120,7 +120,9 @@ def _calibrations(sweep: Finished) -> list[Stage]:
 
 def _criteria(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
     """Model -> agreement of its criteria, from the first sweep's scores of the dense model."""
-    return {label: compare_criteria(read_scores(scored.artifact), SHARES_KEPT) for label, scored in _scored(sweep)}
+    return {
+        label: compare_criteria(scores_to_compare(scored.artifact), SHARES_KEPT) for label, scored in _scored(sweep)
+    }
 
 
 def _settling(sweep: Finished) -> dict[str, list[dict[str, Any]]]:

@@ -15,6 +15,7 @@ from hfprune_dist.results.comparison import (
     methods_table,
     overlap,
     read_scores,
+    scores_to_compare,
     spearman,
     spread,
 )
@@ -83,7 +84,7 @@ def test_rank_correlation_and_overlap():
 
 def test_every_pair_of_criteria_in_every_layer():
     scores = {name: [np.random.default_rng(seed).random(20) for seed in (k, k + 9)] for k, name in enumerate("abc")}
-    pairs = compare_criteria(scores, [0.5])
+    pairs = compare_criteria([scores], [0.5])
     assert [pair["criteria"] for pair in pairs] == [["a", "b"], ["a", "c"], ["b", "c"]]
     assert all(len(pair["spearman"]) == 2 == len(pair["overlap"]["0.5"]) for pair in pairs)
     assert json.dumps(pairs) and criteria_table(pairs).count("\n") == 5
@@ -112,3 +113,16 @@ def test_scores_of_other_units_than_neurons_are_left_out(tmp_path):
     read = read_scores(tmp_path)
     assert list(read) == ["entropy", "fisher"]
     assert all([row.tolist() for row in rows] == [[layer / 2] * 4 for layer in layers] for rows in read.values())
+
+
+def test_criteria_are_compared_by_units_that_both_score_in_layers_that_have_some(tmp_path):
+    rng = np.random.default_rng(0)
+    # Layer 0 has no experts, as in models whose first layers are dense.
+    experts = {f"layers.{n}.experts.{it}": rng.random(4 if n else 0) for n in range(3) for it in ("entropy", "reap")}
+    neurons = {f"layers.{n}.{kind}entropy": rng.random(8) for n in range(3) for kind in ("", "expert_neurons.")}
+    save_file(experts | neurons, tmp_path / "importance.safetensors")
+    (pair,) = compare_criteria(scores_to_compare(tmp_path), [0.5])
+    assert pair["criteria"] == ["entropy", "reap"] and len(pair["spearman"]) == 2 == len(pair["overlap"]["0.5"])
+    json.dumps(pair, allow_nan=False)
+    assert [len(row) for row in read_scores(tmp_path)["entropy"]] == [16] * 3
+    assert [len(row) for row in read_scores(tmp_path)["reap"]] == [0, 4, 4]
