@@ -62,7 +62,15 @@ def _carried_over(folder: Path) -> dict[str, Any]:
     """Licence and language from the card; the licence from config.json if the card has none."""
     metadata, config = _metadata(folder / CARD), read_object(folder / "config.json") or {}
     licence = {"license": config["license"]} if isinstance(config.get("license"), str) else {}
-    return {key: value for key, value in {**licence, **metadata}.items() if key in _CARRIED_OVER and value}
+    stated = {key: _with_norwegian(value) for key, value in {**licence, **metadata}.items() if key in _CARRIED_OVER}
+    return {key: value for key, value in stated.items() if value}
+
+
+def _with_norwegian(stated: Any) -> Any:
+    """A value of a card in which ``no``, the code of Norwegian, isn't taken for false, as YAML 1.1 does."""
+    if isinstance(stated, list):
+        return [_with_norwegian(it) for it in stated]
+    return "no" if stated is False else stated
 
 
 def _metadata(card: Path) -> Mapping[str, Any]:

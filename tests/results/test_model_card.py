@@ -206,6 +206,9 @@ def test_a_base_of_the_hub_is_named_with_its_licence(tmp_path):
         "license_link": "LICENSE",
         "language": ["en"],
     }
+    (snapshot / "README.md").write_text("---\nlanguage: [en, no]\n---\n")
+    norwegian = BaseModel.of("m", Input("digest", str(snapshot), content="commit"))
+    assert norwegian.carried == {"language": ["en", "no"]}
     (snapshot / "README.md").write_text("---\n: [\n---\n")
     (snapshot / "config.json").write_text('{"license": "mit"}')
     assert BaseModel.of("m", Input("digest", str(snapshot), content="checkpoint")) == BaseModel(
