@@ -25,7 +25,7 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
     methods: dict[str, Method] = {}
     seen: dict[Path, str] = {}
     for name in config.methods:
-        file = files.get(name, Path(name).expanduser())
+        file = files.get(name, Path(name))
         if name not in files and file.suffix not in (".yaml", ".yml"):
             raise UserError(
                 f"--methods: unknown method {name!r}{did_you_mean(name, files)}; valid: {', '.join(files)}, "

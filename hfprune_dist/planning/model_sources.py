@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-import yaml
-
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.config.load import is_hub_id, parse
+from hfprune_dist.config.load import is_hub_id, parse, read_yaml
 from hfprune_dist.config.schema import ModelAlias, SweepConfig
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.user_files import checkpoint_identity, content_files
@@ -65,9 +63,13 @@ def _refuse_twice(sources: Sequence[ModelSource]) -> None:
 
 
 def shipped_aliases(folder: Path) -> dict[str, ModelAlias]:
-    """Read the alias files of a folder: ``<alias>.yaml`` with a hub_id or a path."""
+    """Read the alias files of a folder: ``<alias>.yaml`` with a hub_id or a path.
+
+    Raises:
+        UserError: for a file that can't be read as one.
+    """
     return {
-        file.stem: parse(ModelAlias, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+        file.stem: parse(ModelAlias, read_yaml(file, "alias", "the keys of an alias"), str(file))
         for file in sorted(folder.glob("*.yaml"))
     }
 
@@ -75,7 +77,7 @@ def shipped_aliases(folder: Path) -> dict[str, ModelAlias]:
 def _resolve(name: str, aliases: Mapping[str, ModelAlias], hashes: FileHashes, download: bool) -> ModelSource:
     alias = aliases.get(name)
     if alias is None:
-        folder = Path(name).expanduser()
+        folder = Path(name)
         if folder.is_file():
             raise UserError(f"--models: {name} is a file; give the folder of a Hugging Face checkpoint")
         if not folder.is_dir() and is_hub_id(name):
@@ -121,9 +123,15 @@ def _snapshot(name: str, hub_id: str, revision: str, download: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
+    # Mistral's models hold all weights twice, once more in their publisher's own format.
+    twice = ["consolidated*.safetensors"]
     try:
-        return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=not download)
+        found = snapshot_download(
+            hub_id,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=twice,
+            local_files_only=not download,
         )
     except LocalEntryNotFoundError:
         action = "check the network" if download else "it is downloaded when the sweep runs without --dry-run"
@@ -133,3 +141,4 @@ def _snapshot(name: str, hub_id: str, revision: str, download: bool) -> Path:
             f"model {name!r}: {hub_id}@{revision} can't be downloaded: {error}; for a gated model, accept its licence "
             "on its page and run `hf auth login`"
         ) from None
+    return Path(found)

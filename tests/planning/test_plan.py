@@ -2,7 +2,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -398,6 +400,34 @@ def test_an_unreachable_ratio_is_refused(world):
 def test_an_unknown_alias_lists_the_known_ones(world):
     with pytest.raises(UserError, match=r"unknown model 'c'.*valid: a, b"):
         plan_of(world, models=["c"])
+
+
+def test_an_alias_file_that_is_none_is_named(world, tmp_path):
+    (tmp_path / "mine.yaml").write_text("hub_id: [\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: not valid YAML"):
+        resolve_models(load_config([], {"models": ["mine"]}), tmp_path, FileHashes(None), download=False)
+    (tmp_path / "mine.yaml").write_text("")
+    with pytest.raises(UserError, match=r"(?s)mine\.yaml.*needs exactly one of path and hub_id"):
+        resolve_models(load_config([], {"models": ["mine"]}), tmp_path, FileHashes(None), download=False)
+
+
+def test_a_name_that_begins_like_a_home_folder_is_unknown_like_any_other(world):
+    with pytest.raises(UserError, match="unknown model '~no-such-user'"):
+        plan_of(world, models=["~no-such-user"])
+    with pytest.raises(UserError, match="unknown method '~no-such-user'"):
+        plan_of(world, methods=["~no-such-user"])
+
+
+def test_weights_in_the_publishers_own_format_are_not_downloaded(tmp_path, monkeypatch):
+    files = ["config.json", "model-00001-of-00002.safetensors", "consolidated.safetensors", "README.md"]
+
+    def downloaded(_hub_id, **asked):
+        chosen = filter_repo_objects(files, **{key: asked[key] for key in ("allow_patterns", "ignore_patterns")})
+        raise ValueError(f"downloads {', '.join(chosen)}")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
+    with pytest.raises(UserError, match=r"downloads config\.json, model-00001-of-00002\.safetensors, README\.md"):
+        resolve_models(load_config([], {"models": ["org/name"]}), tmp_path, FileHashes(None), download=True)
 
 
 def test_a_file_is_no_model(world, tmp_path):
