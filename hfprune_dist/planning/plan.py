@@ -5,7 +5,7 @@ Pure and instant: no torch, no clock, nothing written. Two sweeps that want the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,16 +61,14 @@ class Plan:
     asked: tuple[str, ...] = ()
     _opened: dict[Path, Checkpoint] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def lacking(self, is_done: Callable[[str], bool], cells: Sequence[Cell] | None = None) -> list[str]:
+    def lacking(self, is_done: Callable[[str], bool]) -> list[str]:
         """Ids of the stages that must run, in order. Stages that only serve existing results may lack their artifacts.
 
         Args:
             is_done: whether the stage with this id has its artifact.
-            cells: consider only these; None: all cells, and the stages in ``asked``.
         """
-        wanted = [*self.asked] if cells is None else []
-        wanted += [stage_id for cell in (self.cells if cells is None else cells) for stage_id in cell.results]
-        return self.lacking_for(wanted, is_done)
+        results = (stage_id for cell in self.cells for stage_id in cell.results)
+        return self.lacking_for([*self.asked, *results], is_done)
 
     def lacking_for(self, stage_ids: Iterable[str], is_done: Callable[[str], bool]) -> list[str]:
         """Ids of the stages that must run for the artifacts of some stages, in order.

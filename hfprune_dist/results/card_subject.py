@@ -42,7 +42,7 @@ class Subject:
         found = {stage_id: store.handle(stage_id).manifest() for stage_id in plan.upstream(cell)}
         manifests = {stage_id: manifest for stage_id, manifest in found.items() if manifest is not None}
         checkpoint = cell.producers[-1]
-        if not store.handle(checkpoint).is_committed():
+        if checkpoint not in manifests or not store.handle(checkpoint).is_committed():
             return None
         return cls(name, cell, plan, dense, manifests[checkpoint], manifests, _dense_scores(cell, plan, store))
 

@@ -126,10 +126,11 @@ def _row(cell: Cell, known: _Known, dense: DenseModel) -> Row:
     plan, store = known.plan, known.store
     manifests = {stage_id: known.manifests[stage_id] for stage_id in plan.upstream(cell)}
     evaluation = manifests[cell.evaluate]
-    missing = plan.lacking(lambda stage_id: manifests[stage_id] is not None, [cell])
-    unmeasured = cell.efficiency if cell.efficiency in missing else None
-    if unmeasured is not None:  # the row is complete even without its speed
-        missing.remove(unmeasured)
+    # The row is complete even without its speed.
+    needed = [stage_id for stage_id in cell.results if stage_id != cell.efficiency]
+    missing = plan.lacking_for(needed, lambda stage_id: manifests[stage_id] is not None)
+    unmeasured = cell.efficiency if cell.efficiency and manifests[cell.efficiency] is None else None
+    if unmeasured is not None:
         del manifests[unmeasured]
     cause = _cause(missing[0], plan, store) if missing else None
     metrics: Mapping[str, Any] = evaluation["metrics"] if evaluation else {}

@@ -191,6 +191,22 @@ def test_the_adapter_names_what_it_was_trained_on(config, tmp_path, monkeypatch)
     assert json.loads(gone["alpha-0.2-lora"])["base_model_name_or_path"] is None
 
 
+def test_a_checkpoint_that_is_committed_meanwhile_is_left_for_the_next_time(config, tmp_path, monkeypatch):
+    plan, store = planned(config)[1], Store(tmp_path / "store")
+    fill(store, plan)
+    named, read = named_checkpoints(plan, store, DENSE), Store.manifest
+    unseen = {cell.producers[-1] for cell in plan.cells if cell.label == "alpha 0.2 + lora"}
+
+    def read_too_early(store, stage_id):
+        if stage_id not in unseen:
+            return read(store, stage_id)
+        unseen.remove(stage_id)
+        return None
+
+    monkeypatch.setattr(Store, "manifest", read_too_early)
+    assert named_checkpoints(plan, store, DENSE).keys() == named.keys() - {"alpha-0.2-lora"}
+
+
 def test_a_base_of_the_hub_is_named_with_its_licence(tmp_path):
     snapshot = tmp_path / "models--some-org--a-model" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)

@@ -140,6 +140,21 @@ def test_a_row_stands_without_its_speed(store):
     assert row["status"] == "missing" and row["cause"] == "prune has not run yet"
 
 
+def test_a_row_stands_without_what_only_its_speed_needs(store):
+    recover = Stage("recover", "m 0.2", {}, {"model": PRUNE.as_input()})
+    evaluate = Stage("evaluate", "m 0.2 + lora", {}, {"model": recover.as_input()})
+    measured = Stage("efficiency", "m 0.2", {}, {"model": PRUNE.as_input(), "dense": MODEL})
+    added = {stage.id: stage for stage in (recover, evaluate, measured)}
+    producers = (*PLAN.cells[1].producers, recover.id)
+    cell = Cell("m 0.2 + lora", "m", 0.2, "hfprune", "entropy", "lora", producers, evaluate.id, measured.id)
+    commit(store, recover)
+    commit(store, evaluate, **SCORES)
+    shutil.rmtree(store.path(PRUNE.id))
+    (row,) = collect_rows(Plan({**PLAN.stages, **added}, (cell,)), store, DENSE)
+    assert (row["status"], row["cause"], row["kl"]) == ("done", None, 0.25)
+    assert (row["decode_speed"], row["speed_cause"]) == (None, "prune has not run yet")
+
+
 def test_a_result_stands_when_a_pass_behind_it_is_made_again(tmp_path):
     """For a further criterion, say; what it will cost is not known yet."""
     store = Store(tmp_path)
