@@ -12,6 +12,8 @@ from pathlib import Path
 
 from hfprune_dist.config.parameters import EvaluateParameters
 from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.data.formats import files_of
+from hfprune_dist.errors import UserError
 
 # Number of instruction pairs in a data set of the hub.
 PAIRS = {"MBZUAI/LaMini-instruction": 2_585_615}
@@ -85,8 +87,11 @@ def packed_rows(recovery: RecoveryConfig) -> int | None:
 
 def _pairs_of_files(place: Path) -> tuple[int, int] | None:
     """Number of records in files with one per line, estimated from their beginnings, and tokens per record."""
-    files = [place] if place.is_file() else sorted(it for it in place.glob("*") if it.is_file())
-    if not files or any(file.suffix not in LINES for file in files):
+    try:
+        files = files_of(place)
+    except UserError:  # a record doesn't say where they lie
+        return None
+    if any(file.suffix not in LINES for file in files):
         return None
     beginnings = [_beginning(file) for file in files]
     size, lines, read = sum(it.stat().st_size for it in files), *_sums(beginnings)

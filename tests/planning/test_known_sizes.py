@@ -60,6 +60,15 @@ def test_pairs_of_files_are_counted(tmp_path_factory, files, lengths):
     assert known_sizes.TEMPLATE < tokens < 300
 
 
+def test_other_files_of_a_folder_are_not_counted(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"instruction": "what", "response": "that"}\n' * 5)
+    alone = packed_rows(RecoveryConfig(path=str(tmp_path)))
+    (tmp_path / "README.md").write_text("# Pairs\n")
+    (tmp_path / ".hidden").write_text("{}")
+    assert packed_rows(RecoveryConfig(path=str(tmp_path))) == alone == 1
+    assert packed_rows(RecoveryConfig(path=str(tmp_path / "gone"))) is None
+
+
 def test_long_files_are_told_from_their_beginning(tmp_path, monkeypatch):
     monkeypatch.setattr(known_sizes, "BEGINNING", 1000)
     file = tmp_path / "pairs.jsonl"
