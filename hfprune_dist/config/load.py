@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from hfprune_dist.config.schema import SweepConfig
@@ -34,27 +35,29 @@ class _YamlLoader(yaml.SafeLoader):
     12:30, which YAML 1.1 reads in bases 8 and 60. A repeated key is an error, where PyYAML drops the first.
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The keys and values of a mapping.
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping as it is written: later, what it merges (``<<``) stands in it too, and may repeat its keys.
 
         Raises:
-            ConstructorError: for a repeated key.
+            ComposerError: for a repeated key.
         """
+        node = super().compose_mapping_node(anchor)
         names = [key.value for key, _ in node.value]
         for name, (key, _) in zip(names, node.value, strict=True):
             if names.count(name) > 1:
-                raise ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
-        return super().construct_mapping(node, deep)
+                raise ComposerError(None, None, f"the key {name!r} stands twice", key.start_mark)
+        return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """The value of a node.
 
         Raises:
-            ConstructorError: for text in the form of a type that is no valid value of it, such as 2024-13-45.
+            ConstructorError: for text in the form of a type that is no valid value of it, such as 2024-13-45 or
+                !!bool maybe.
         """
         try:
             return super().construct_object(node, deep)
-        except ValueError as error:
+        except (ValueError, LookupError, AttributeError) as error:
             raise ConstructorError(None, None, f"{node.value!r}: {error}", node.start_mark) from None
 
 

@@ -216,3 +216,22 @@ def test_lists_and_ratios_from_the_command_line():
             parse_list("--models", bad)
     with pytest.raises(UserError, match="--ratios 'half'"):
         parse_ratios("half")
+
+
+def test_what_is_merged_may_itself_have_been_merged(tmp_path):
+    file = tmp_path / "anchors.yaml"
+    file.write_text(
+        "evaluation: {fidelity: {texts: {a: &a {path: a, text_field: x}, b: &b {<<: *a, path: b}}}}\n"
+        "calibration: {<<: *b, samples: 3}\n"
+    )
+    config = load_config([file], {})
+    assert (config.calibration.path, config.calibration.text_field) == (str(tmp_path / "b"), "x")
+    file.write_text("seed: 1\nseed: 2\n")
+    with pytest.raises(UserError, match="the key 'seed' stands twice"):
+        load_config([file], {})
+
+
+@pytest.mark.parametrize("value", ["2024-13-45", "!!int ''", "!!bool maybe", "!!timestamp soon"])
+def test_values_that_their_tags_do_not_allow_are_refused(value):
+    with pytest.raises(UserError, match="is not a YAML value"):
+        parse_assignment(f"seed={value}")
