@@ -235,7 +235,7 @@ def _resolve_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     for key, is_path in (("methods", _is_file), ("models", _is_folder)):
         names = raw.get(key)
         if isinstance(names, list):
-            raw[key] = [_absolute(name, base) if is_path(name, base) else name for name in names]
+            raw[key] = [absolute_path(name, base) if is_path(name, base) else name for name in names]
     return raw
 
 
@@ -248,7 +248,7 @@ def _value_at(raw: Any, keys: Iterable[str]) -> Any:
 
 def _resolve_key(section: Any, key: str, base: Path) -> None:
     if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:  # empty ones are refused
-        section[key] = _absolute(section[key], base)
+        section[key] = absolute_path(section[key], base)
 
 
 def _is_file(method: Any, _base: Path) -> bool:
@@ -257,7 +257,9 @@ def _is_file(method: Any, _base: Path) -> bool:
 
 def _is_folder(model: Any, base: Path) -> bool:
     """Aliases have no slash; a name that could be a hub id is a folder only if that folder exists."""
-    return isinstance(model, str) and "/" in model and (not is_hub_id(model) or Path(_absolute(model, base)).is_dir())
+    return (
+        isinstance(model, str) and "/" in model and (not is_hub_id(model) or Path(absolute_path(model, base)).is_dir())
+    )
 
 
 def is_hub_id(model: str) -> bool:
@@ -265,7 +267,12 @@ def is_hub_id(model: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", model, re.ASCII) is not None
 
 
-def _absolute(path: str, base: Path) -> str:
+def absolute_path(path: str, base: Path) -> str:
+    """The absolute form of a path that is relative to ``base`` or begins with ``~``.
+
+    Raises:
+        UserError: if there is none.
+    """
     try:
         return str((base / Path(path).expanduser()).resolve())
     except (ValueError, RuntimeError, OSError) as error:  # a NUL byte, a loop of links

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hfprune_dist.config.load import parse, read_yaml
+from hfprune_dist.config.load import absolute_path, parse, read_yaml
 from hfprune_dist.config.parameters import PARAMETERS
 from hfprune_dist.config.section import Positive, Section
 from hfprune_dist.errors import UserError, did_you_mean
@@ -200,7 +200,7 @@ def _find(name: str, shipped: Path) -> Path:
     names = sorted(file.stem for file in shipped.glob("*.yaml"))
     if name in names:
         return shipped / f"{name}.yaml"
-    file = Path(name).expanduser()
+    file = Path(absolute_path(name, Path.cwd()))
     if not file.is_file():
         raise UserError(
             f"--profile: no profile {name!r}{did_you_mean(name, names)}; valid: {', '.join(names)} (slurm/profiles), "
