@@ -131,15 +131,18 @@ def plain(value: Any) -> Any:
 
 
 def scores_of(name: str, result: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """The scores of a task or group under its name; if it has none of its own (a tag), those of its members.
+    """The scores of a task or group under its name; if it has none of its own (a tag, a group that doesn't aggregate),
+    those of its members. Members of a member that has scores are left out: averages would count them twice.
 
     Args:
         result: result of ``lm_eval.evaluator.evaluate`` for ``name``, converted by ``plain``.
     """
     cleaned = {member: clean_metrics(metrics) for member, metrics in result["results"].items()}
-    return (
-        {name: cleaned[name]} if cleaned.get(name) else {member: scores for member, scores in cleaned.items() if scores}
-    )
+    wanted = [name] if name in cleaned else list(cleaned)
+    for each in wanted:  # grows while groups without scores unfold
+        members = [] if cleaned.get(each) else result["group_subtasks"].get(each, [])
+        wanted += [member for member in members if member not in wanted]
+    return {each: cleaned[each] for each in wanted if cleaned.get(each)}
 
 
 def clean_metrics(metrics: Mapping[str, Any]) -> dict[str, float | None]:

@@ -4,6 +4,7 @@ from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation import lm_eval_tasks as evaluation
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, check_tasks, clean_metrics, details_of, plain, scores_of
+from hfprune_dist.results.headline import averages
 
 TASK = """
 task: my_task
@@ -119,12 +120,23 @@ def test_metric_names_are_readable():
 
 
 def test_scores_of_groups_and_tags():
-    group = {"results": {"g": {"alias": "g", "acc,none": 0.5}, "a": {"acc,none": 0.4}}}
-    assert scores_of("g", group) == {"g": {"acc": 0.5}}
-    tag = {"results": {"b": {"acc,none": 0.6}, "a": {"acc,none": 0.4}}}
+    tasks = {"a": {"acc,none": 0.4}, "b": {"acc,none": 0.6}, "c": {"acc,none": 0.2}}
+    inner = {"alias": "inner", "acc,none": 0.5}
+    group = {"results": tasks | {"inner": inner}, "group_subtasks": {"inner": ["a", "b"]}}
+    assert scores_of("inner", group) == {"inner": {"acc": 0.5}}
+    tag = {"results": {"b": tasks["b"], "a": tasks["a"]}, "group_subtasks": {}}
     assert scores_of("t", tag) == {"a": {"acc": 0.4}, "b": {"acc": 0.6}}
-    unweighted = {"results": {"g": {"alias": "g"}, "a": {"acc,none": 0.4}}}
+    unweighted = {"results": {"g": {"alias": "g"}, "a": tasks["a"]}, "group_subtasks": {"g": ["a"]}}
     assert scores_of("g", unweighted) == {"a": {"acc": 0.4}}
+
+
+def test_an_average_counts_no_member_of_a_group_twice():
+    results = {task: {"acc,none": 0.0} for task in ("a", "b")} | {"c": {"acc,none": 1.0}}
+    results |= {"outer": {"alias": "outer"}, "inner": {"acc,none": 0.0}, "middle": {"alias": "middle"}}
+    members = {"outer": ["middle", "c"], "middle": ["inner"], "inner": ["a", "b"]}
+    scores = scores_of("outer", {"results": results, "group_subtasks": members})
+    assert scores == {"inner": {"acc": 0.0}, "c": {"acc": 1.0}}
+    assert averages(scores)[0] == 0.5
 
 
 def test_values_become_json():
