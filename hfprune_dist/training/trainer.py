@@ -126,6 +126,9 @@ class _LoraTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         super().__init__(**trainer_arguments, data_collator=_stack, callbacks=[_PrepareEngine(task, whole, world)])
         self.remove_callback(PrinterCallback)
+        # Some models of images and text deny that they can divide their loss by all tokens of a step. They can; else it
+        # would be a mean over each micro-batch, which is NaN if that has no label.
+        self.model_accepts_loss_kwargs = True
         self._task = task
         self._snapshots = snapshots
         self._world = world
