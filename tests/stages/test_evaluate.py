@@ -467,6 +467,20 @@ def test_a_broken_task_is_named(inputs, tmp_path, change, message):
         run_alone(store, write_stage_file(store, broken, ["tiny_broken"]))
 
 
+def test_a_name_with_slashes_is_a_file_not_a_folder(inputs, tmp_path):
+    own = tmp_path / "inputs"
+    own.mkdir()
+    for name in ("dense", "model", "held-out.jsonl"):
+        (own / name).symlink_to(inputs / name)
+    shutil.copytree(inputs / "tasks", own / "tasks")
+    file = own / "tasks/tiny_lonely.yaml"
+    file.write_text(file.read_text().replace("task: tiny_lonely", "task: tiny/lonely"))
+    store = Store(tmp_path / "store")
+    stage = write_stage_file(store, own, ["tiny/lonely"])
+    assert set(run_alone(store, stage)["tasks"]) == {"tiny/lonely"}
+    assert [it.name for it in (store.path(stage.id) / "tasks").iterdir()] == ["tiny%2Flonely.json"]
+
+
 @pytest.mark.parametrize(
     ("requested", "free", "expected"),
     [
