@@ -101,6 +101,8 @@ def load_trainable_model(task: FineTuning) -> nn.Module:
     configs: list[Any] = [model.config, task.checkpoint.family.body_of(model).config]
     for config in configs:
         config.use_cache = False
+        # Where a configuration asks for it, experts' load balance would enter the loss, once for every micro-batch.
+        config.output_router_logits = False
     set_seed(task.seed)
     adapter = LoraConfig(
         task_type="CAUSAL_LM",

@@ -15,10 +15,17 @@ from hfprune_dist.models.loading import load_causal_lm
 ROWS, TOKENS = 3, 24
 
 
-# Left to themselves, all but the first would take the mean of each micro-batch; one without a label then makes it NaN.
-@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"])
-def test_rows_count_by_their_tokens_and_idle_slots_not_at_all(tmp_path, model_type):
-    checkpoint = open_checkpoint(save_model(tmp_path / "model", model_type))
+# Left to themselves, qwens would take the mean of each micro-batch, which is NaN without a label, and mixtral would add
+# the load balance of its experts.
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        *((it, {}) for it in ("gemma3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")),
+        ("mixtral", {"output_router_logits": True}),
+    ],
+)
+def test_rows_count_by_their_tokens_and_idle_slots_not_at_all(tmp_path, model_type, changes):
+    checkpoint = open_checkpoint(save_model(tmp_path / "model", model_type, **changes))
     ids_ST = torch.randint(3, 30, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     labels_ST = torch.stack([it.index_fill(0, torch.arange(5 * row + 1), IGNORED) for row, it in enumerate(ids_ST)])
     positions_T = torch.arange(TOKENS)
