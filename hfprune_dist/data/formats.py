@@ -33,6 +33,8 @@ SUPPORTED = (
     "but .parquet also compressed (.gz, .bz2, .xz, .zst); or a folder of such files"
 )
 PLAIN = "plain text"
+# Begins a file that some editors save as UTF-8; it is no part of the text.
+_MARK = codecs.BOM_UTF8.decode()
 _BY_ENDING = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -92,9 +94,21 @@ def identity_of(path: Path, hashes: FileHashes, after_each: AfterEach = nothing)
         UserError: if a file can't be read.
     """
     files = files_of(path)
-    if files == [path] and (path.suffix == ".jsonl" or _format_of(path) == (PLAIN, "")):
+    if files == [path] and (path.suffix == ".jsonl" or _way_of_reading(path) == [PLAIN, ""]):
         return hashes.of_file(path, after_each)  # only that, as before there were other formats
-    return digest_of([[*_format_of(file), hashes.of_file(file, after_each)] for file in files])
+    return digest_of([[*_way_of_reading(file), hashes.of_file(file, after_each)] for file in files])
+
+
+def _way_of_reading(file: Path) -> list[str]:
+    """Format and compression, and that plain text is read without its mark, which was once read as a part of it."""
+    kind, compression = _format_of(file)
+    is_marked = False
+    if kind == PLAIN:
+        with _explaining(file):
+            refuse_pointer(file)
+            with _OPENERS[compression](file) as stream:
+                is_marked = stream.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    return [kind, compression, *(["without mark"] if is_marked else [])]
 
 
 def read_files(path: Path, fields: Sequence[str]) -> Iterator[Placed]:
@@ -153,7 +167,7 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
 
 
 def _read_plain(file: Path, stream: BinaryIO, fields: Sequence[str]) -> Placed:
-    text = io.TextIOWrapper(stream, encoding="utf-8").read()
+    text = io.TextIOWrapper(stream, encoding="utf-8").read().removeprefix(_MARK)
     if "\0" in text:
         raise UserError(f"{file}: not text (it holds NUL bytes); {SUPPORTED}")
     if len(fields) > 1:
@@ -272,18 +286,21 @@ _READERS: dict[str, Callable[[Path, BinaryIO], Iterator[Placed]]] = {
 
 
 def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[Placed]:
-    """Yield the rows of a Parquet file, reading only the wanted columns if it has all of them."""
+    """Yield the rows of a Parquet file; columns that aren't wanted are named in them, but not read."""
     from pyarrow import ArrowException, parquet
 
     try:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            columns = list(fields) if set(fields) <= set(names) else names
+            columns = [field for field in fields if field in names]
+            unread = dict.fromkeys(names) if len(columns) < len(fields) else {}
             batches = table.iter_batches(batch_size=1024, columns=columns)
             for number, record in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
-                yield f"{file}, row {number}", record
+                yield f"{file}, row {number}", unread | record
     except ArrowException as error:
         raise UserError(f"{file}: not a whole Parquet file ({' '.join(str(error).split())})") from None
+    except OverflowError as error:  # a time that Python can't represent, in a column that is wanted
+        raise UserError(f"{file}: {' or '.join(columns)} holds times, not text ({error})") from None
 
 
 @contextmanager

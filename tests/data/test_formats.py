@@ -21,7 +21,7 @@ from hfprune_dist.data.formats import identity_of, read_files
 from hfprune_dist.data.text import read_beginning, read_texts
 from hfprune_dist.data.windows import Sampling, read_windows
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.hashing import FileHashes
+from hfprune_dist.store.hashing import FileHashes, digest_of
 
 # Line ends, quotes, separators, marks that are no ASCII, and none of what csv and plain text can't tell apart.
 CHARACTERS = st.characters(codec="utf-8", exclude_characters="\0")
@@ -113,7 +113,7 @@ def test_the_same_documents_give_the_same_windows(tmp_path):
 @pytest.mark.parametrize("content", ["one\r\ntwo\rthree\n", "\ufeffmarked", "", "ends without a line end"])
 def test_plain_text_is_one_document_as_python_reads_it(tmp_path, content):
     (tmp_path / "text.txt").write_bytes(content.encode())
-    whole = (tmp_path / "text.txt").read_text(encoding="utf-8")
+    whole = (tmp_path / "text.txt").read_text(encoding="utf-8-sig")
     assert texts_of(tmp_path / "text.txt") == [whole]
     for compression, compress in COMPRESSIONS.items():
         (tmp_path / f"packed.txt{compression}").write_bytes(compress(content.encode()))
@@ -153,6 +153,17 @@ def test_a_wide_table_is_read_by_column(tmp_path):
         list(read_texts({}, tmp_path / "wide.parquet", ["body"], 0, "here"))
 
 
+def test_times_that_python_cannot_represent_hide_no_message(tmp_path):
+    """Columns that aren't wanted aren't read, not even to say which columns there are."""
+    file = tmp_path / "times.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a"], "when": pyarrow.array([2**62], pyarrow.timestamp("us"))}), file)
+    for fields in (["body"], ["text", "body"]):
+        with pytest.raises(UserError, match="row 1: no text in field 'body'; the record has text, when"):
+            list(read_texts({}, file, fields, 0, "here"))
+    with pytest.raises(UserError, match="when holds times, not text"):
+        list(read_texts({}, file, ["when"], 0, "here"))
+
+
 # Fingerprints.
 
 
@@ -172,6 +183,23 @@ def test_what_is_read_otherwise_than_before_is_something_else(tmp_path):
     for name in names:
         (tmp_path / name).write_text('{"text": "a"}\n')
     assert len({identity(tmp_path / name) for name in names}) == len(names)
+
+
+def test_a_pointer_under_the_name_of_a_packed_text_is_told_as_one(tmp_path):
+    (tmp_path / "text.txt.gz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="Git LFS pointer"):
+        identity(tmp_path / "text.txt.gz")
+
+
+@pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".txt.zst"])
+def test_the_mark_of_plain_text_is_told_by_the_identity_and_nothing_else_is(tmp_path, ending):
+    """Windows of a marked text began with the mark once, so those aren't taken for the ones that are cut now."""
+    compress, file = COMPRESSIONS[ending.removeprefix(".txt")], tmp_path / f"text{ending}"
+    for text, way in (("text\ufeff", []), ("\ufeff", ["without mark"]), ("\ufefftext", ["without mark"])):
+        file.write_bytes(compress(text.encode()))
+        content = FileHashes(None).of_file(file)
+        kind = ["plain text", ending.removeprefix(".txt"), *way]
+        assert identity(file) == (content if kind == ["plain text", ""] else digest_of([[*kind, content]]))
 
 
 def test_names_and_places_of_files_are_not_part_of_it(tmp_path):
