@@ -18,6 +18,7 @@ from hfprune_dist.evaluation.task_definitions import (
     Definition,
     explain,
     own_definitions,
+    refuse_renamed,
     shipped_definitions,
     unfolded,
     with_included,
@@ -33,12 +34,16 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
 
     Raises:
         UserError: for unknown names, listing all of them with close matches, if any; for an ``include_path`` without
-            tasks; for a missing or empty file that one of the user's own tasks reads, naming it.
+            tasks; for a group of which lm-eval would score only some tasks; for a missing or empty file that one of
+            the user's own tasks reads, naming it.
     """
     own, unreadable = own_definitions(include_path)
     if include_path is not None and not (own or unreadable):
         raise UserError(f"evaluation.include_path: no task is defined in {include_path}/**/*.yaml")
-    _refuse_unknown(tasks, include_path, own, unreadable)
+    shipped = shipped_definitions() if set(unfolded(tasks, own)) - set(own) else {}
+    known = {**shipped, **own}
+    _refuse_unknown([task for task in tasks if task not in known], include_path, own, unreadable)
+    refuse_renamed(tasks, known)
     for name in unfolded(tasks, own):
         if name in own and own[name].kind != "group":
             assert include_path is not None
@@ -48,13 +53,11 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
 def _refuse_unknown(
     tasks: Sequence[str], include_path: Path | None, own: Mapping[str, Definition], unreadable: Mapping[Path, str]
 ) -> None:
-    unknown = [task for task in tasks if task not in own]
-    shipped = shipped_definitions() if unknown else {}
-    unknown = [task for task in unknown if task not in shipped]
-    if not unknown:
+    """Refuse names that only lm-eval's index may know, if it doesn't."""
+    if not tasks:
         return
     known = set(own) | set(_open_index(None, include_path).task_index)
-    unknown = [task for task in unknown if task not in known]
+    unknown = [task for task in tasks if task not in known]
     if unknown:
         lines = [f"unknown task {task!r}{did_you_mean(task, known)}" for task in unknown]
         lines += [f"{file}: can't be read: {reason}" for file, reason in unreadable.items()]

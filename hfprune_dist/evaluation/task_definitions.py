@@ -74,6 +74,58 @@ def _generates(task: Definition) -> bool:
     return "class" not in content and content.get("output_type", GENERATES) == GENERATES
 
 
+def refuse_renamed(tasks: Sequence[str], known: Mapping[str, Definition]) -> None:
+    """Refuse groups in which lm-eval gives several tasks one name, of which only the last would be scored.
+
+    It does where a group lists another group, or a tag, with settings (``{task: mmlu, num_fewshot: 5}``), and hands
+    these down to each task in there, the name among them.
+
+    Raises:
+        UserError: naming the first such group, and what to evaluate in its place.
+    """
+    wanted = list(tasks)
+    for name in wanted:  # grows while groups unfold
+        if name not in known or known[name].kind != "group":
+            continue
+        members = _listed(known[name])
+        if renamed := list(_renamed(members, known)):
+            raise UserError(
+                f"evaluation.tasks: in group {name!r} ({known[name].file}), lm-eval gives all tasks of "
+                f"{' and of '.join(renamed)} one name, so that only the last is scored; "
+                f"name the members in place of the group: {', '.join(_names_in(members))}"
+            )
+        wanted += [member for member in dict.fromkeys(_names_in(members)) if member not in wanted]
+
+
+def _listed(group: Definition) -> list[Any]:
+    members = with_included(group.file).get("task")
+    return members if isinstance(members, list) else []
+
+
+def _names_in(members: Sequence[Any]) -> Iterator[str]:
+    """Yield the names that a group's members refer to; those in an inline group in its place."""
+    for member in members:
+        if isinstance(member, Mapping) and isinstance(member.get("task"), list):
+            yield from _names_in(member["task"])
+        else:
+            yield str(member.get("group", member.get("task")) if isinstance(member, Mapping) else member)
+
+
+def _renamed(members: Sequence[Any], known: Mapping[str, Definition]) -> Iterator[str]:
+    """Yield the groups and tags among a group's members whose tasks lose their names."""
+    for member in members:
+        if isinstance(member, Mapping) and isinstance(member.get("task"), list):
+            yield from _renamed(member["task"], known)
+        elif _is_with_settings(member) and (definition := known.get(str(member["task"]))) is not None:
+            is_named_inside = all(_is_with_settings(inner) for inner in _listed(definition))
+            if definition.kind == "tag" or (definition.kind == "group" and not is_named_inside):
+                yield str(member["task"])
+
+
+def _is_with_settings(member: Any) -> bool:
+    return isinstance(member, Mapping) and "task" in member and "group" not in member
+
+
 def explain(error: Exception) -> str:
     """Describe an error raised by a library in one line."""
     text = " ".join(str(error).split())

@@ -49,7 +49,16 @@ def test_groups_of_lm_eval_are_known(no_full_index):
 
 def test_own_tasks_are_known_without_lm_eval(own, no_full_index, monkeypatch):
     monkeypatch.setattr(evaluation, "shipped_definitions", lambda: pytest.fail("searched lm-eval's tasks"))
-    check_tasks(["my_task", "my_group", "my_tag"], own)
+    check_tasks(["my_task", "my_tag"], own)
+
+
+def test_groups_with_members_of_lm_eval_are_known(own, no_full_index):
+    check_tasks(["my_group", "tinyBenchmarks"], own)
+
+
+def test_a_group_of_which_lm_eval_scores_only_some_tasks_is_refused(no_full_index):
+    with pytest.raises(UserError, match=r"in group 'openllm' \(.*openllm.yaml\), lm-eval gives all tasks of mmlu one"):
+        check_tasks(["piqa", "openllm"], None)
 
 
 class Index:

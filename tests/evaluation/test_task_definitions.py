@@ -1,7 +1,11 @@
 """Which tasks let the model write its answer, told by their YAML files alone."""
 
+import json
+
 import pytest
 
+from hfprune_dist.errors import UserError
+from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, check_tasks
 from hfprune_dist.evaluation.task_definitions import generating_tasks
 
 OWN = {
@@ -40,3 +44,47 @@ def test_what_lm_evals_tasks_do():
     """Through files that are included, too."""
     asked = ["gsm8k", "arc_easy", "triviaqa", "nq_open", "wikitext", "hellaswag", "bbh_cot_fewshot", "mmlu", "no_such"]
     assert generating_tasks(asked, None) == ["gsm8k", "triviaqa", "nq_open", "bbh_cot_fewshot"]
+
+
+# Groups, by whether lm-eval keeps the names of all tasks in them.
+KEPT = {
+    "plain": "[a, b]",
+    "each": "[{task: a, num_fewshot: 0}, {task: b, num_fewshot: 0}]",
+    "each_below": "[{task: each, num_fewshot: 0}, c]",
+    "as_group": "[{group: plain, num_fewshot: 0}, c]",
+    "inline": "[plain, {group: sub, task: [c]}]",
+}
+LOST = {
+    "with_settings": ("[{task: plain, num_fewshot: 0}, c]", "all tasks of plain one name", "plain, c"),
+    "tagged": ("[{task: tag, num_fewshot: 0}]", "all tasks of tag one name", "tag"),
+    "inside": ("[{group: other, task: [{task: plain}]}, {task: tag}]", "of plain and of tag one name", "plain, tag"),
+    "below": ("[a, with_settings]", "in group 'with_settings'", "plain, c"),
+}
+
+
+@pytest.fixture
+def groups(tmp_path):
+    task = (
+        "tag: tag\ndataset_path: json\ndataset_kwargs: {data_files: {test: data.json}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: c\ndoc_to_target: l\n"
+    )
+    (tmp_path / "data.json").write_text(json.dumps({"q": "x", "c": ["y", "z"], "l": 0}))
+    for name in "abc":
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{task}")
+    for name, members in (KEPT | {name: members for name, (members, _, _) in LOST.items()}).items():
+        (tmp_path / f"group_{name}.yaml").write_text(f"group: {name}\ntask: {members}\n")
+    return tmp_path
+
+
+def test_only_groups_in_which_tasks_lose_their_names_are_refused(groups):
+    for name in KEPT:
+        check_tasks([name], groups)
+    for name, (_, reason, instead) in LOST.items():
+        with pytest.raises(UserError, match=f"{reason}.*: {instead}$"):
+            check_tasks([name], groups)
+
+
+def test_lm_eval_still_takes_names_away_where_a_group_is_refused(groups, tmp_path):
+    loader = TaskLoader([*KEPT, *LOST], groups, tmp_path / "cache")
+    for name in (*KEPT, *LOST):
+        assert (set(loader.load(name, 0)["tasks"]) <= {"a", "b", "c"}) == (name in KEPT), name
