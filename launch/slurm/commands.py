@@ -21,9 +21,10 @@ from hfprune_dist.errors import UserError
 
 COMMAND_TIMEOUT_S = 90.0
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-TRANSIENT = re.compile(
-    r"timed out|unable to contact slurm controller|temporarily|zero bytes|connection (refused|reset|failure)"
-    r"|communication|controller .*not responding|slurmctld.*(down|restart)|try again|backup|shutdown",
+TRANSIENT = re.compile(  # whole phrases of Slurm's, since a refusal repeats names such as a partition's
+    r"timed out|unable to contact slurm controller|temporarily un(available|able)|zero bytes were|rate limit exceeded"
+    r"|connection (refused|reset)|(message|communication) \w+ failure|missing socket|controller .*not responding"
+    r"|slurmctld\b.*\b(down|restart)|try again|backup controller in standby|is shutting down",
     re.IGNORECASE,
 )
 # Variables with which a user changes what Slurm's commands ask for or show.

@@ -55,11 +55,32 @@ def test_a_submission_that_arrived_in_spite_of_an_error_is_not_repeated(fake, sl
     assert len(fake.jobs()) == 1 and len(fake.calls("sbatch")) == 1
 
 
-def test_a_refusal_says_why_and_is_not_repeated(fake, slurm, script, slept):
-    fake.fail_next("sbatch", "sbatch: error: invalid partition specified: nowhere")
-    with pytest.raises(SubmissionRefusedError, match=r"invalid partition specified: nowhere.*check the profile"):
+@pytest.mark.parametrize("name", ["nowhere", "backup", "shutdown-soon", "temporarily", "communication", "zero_bytes"])
+def test_a_refusal_says_why_and_is_not_repeated(fake, slurm, script, slept, name):
+    fake.fail_next("sbatch", f"sbatch: error: invalid partition specified: {name}")
+    with pytest.raises(SubmissionRefusedError, match=rf"invalid partition specified: {name}.*check the profile"):
         slurm.submit(script, "a-name")
     assert slept == []
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        *(
+            f"Unable to contact slurm controller ({when} failure)"
+            for when in ("connect", "send", "receive", "shutdown")
+        ),
+        *("Communication connection failure", "Communication shutdown failure", "Message receive failure"),
+        *("Slurm backup controller in standby mode", "Rate limit exceeded, please retry momentarily"),
+        *("Zero Bytes were transmitted or received", "Slurm temporarily unable to accept job, sleeping and retrying"),
+        *("Resource temporarily unavailable", "Unable to create job record, try again", "Connection timed out writing"),
+        *("Process is shutting down and closing all communications", "Unexpected missing socket error"),
+    ],
+)
+def test_what_slurm_says_while_it_does_not_answer_is_no_refusal(fake, slurm, script, slept, problem):
+    fake.fail_next("sbatch", f"sbatch: error: Batch job submission failed: {problem}")
+    assert slurm.submit(script, "a-name") == "101"
+    assert slept == list(RETRY_DELAYS_S[:1])
 
 
 POLICY = (
