@@ -179,6 +179,17 @@ def test_two_launchers_that_find_the_same_damage(project, folder, monkeypatch):
         assert not list(folder.glob(".draft-*"))
 
 
+def test_drafts_of_killed_launchers_are_removed_and_those_being_made_are_not(project, folder):
+    for name, hours in ((".draft-killed", 25), (".draft-made-now", 23), (".draft-ahead", -30), ("other", 99)):
+        (folder / name / "hfprune_dist").mkdir(parents=True)
+        changed = (folder / name).stat().st_mtime - hours * 3600
+        os.utime(folder / name, (changed, changed))
+    (folder / ".draft-dangling").symlink_to("nowhere")
+    snapshot = snapshot_of(project, folder, COMMIT)
+    kept = {".draft-made-now", ".draft-ahead", ".draft-dangling", "other", snapshot.name}
+    assert {path.name for path in folder.iterdir()} == kept
+
+
 def test_files_that_an_editor_has_open_are_no_part_of_it(project, folder):
     (project / "launch" / ".#job.py").symlink_to("somebody@somewhere.1234")
     (project / "launch" / "gone.py").symlink_to("nowhere.py")
