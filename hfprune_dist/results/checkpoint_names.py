@@ -50,4 +50,4 @@ def _plain_name(cell: Cell, with_method: bool) -> str:
     model = cell.model if _KNOWN.search(cell.model) else "model"
     name = "-".join(part for part in (model, ratio, method, recovery) if part)
     name = re.sub(r"[^A-Za-z0-9._]+", "-", name)
-    return re.sub(r"-*\.{2,}-*|-{2,}", "-", name).strip("-.")
+    return re.sub(r"-*(?:\.{2,}-*)+|-{2,}", "-", name).strip("-.")

@@ -28,7 +28,11 @@ def test_the_dense_model_is_the_users_own():
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [("a/../b c", "a-b-c-0.2-lora"), (".hidden", "hidden-0.2-lora"), ("模 a", "a-0.2-lora")]
+    ("model", "name"),
+    [
+        *(("a/../b c", "a-b-c-0.2-lora"), (".hidden", "hidden-0.2-lora"), ("模 a", "a-0.2-lora")),
+        *(("a..-..b", "a-b-0.2-lora"), ("a/../../b", "a-b-0.2-lora"), ("a...--..-...b.c", "a-b.c-0.2-lora")),
+    ],
 )
 def test_unsafe_characters_are_left_out(model, name):
     assert [*checkpoint_names([cell(model)])] == [name]
@@ -48,7 +52,7 @@ def test_rows_whose_names_would_be_the_same_are_told_apart_whatever_the_order():
     assert names[with_digits("a-b-0.2-lora", rows[0])] == rows[0]
 
 
-MODELS = st.text("aA.-_ /模\n", max_size=8) | st.sampled_from(["a" * 100, "a" * 120, "A" * 120])
+MODELS = st.text("aA.-_ /模\n", max_size=8) | st.sampled_from(["a..-..a", "a" * 100, "a" * 120, "A" * 120])
 
 
 @settings(max_examples=60, deadline=None)
