@@ -172,11 +172,18 @@ def _traces(inverse_Ucc: Tensor, matrix_Ucc: Tensor) -> Tensor:
 
 
 def _correction(curvature_Ucc: Tensor, gram_Ucc: Tensor, fisher_U: Tensor) -> Tensor:
-    """Return the term that turns W^T F W of the original columns into its geometric mean with exact Fisher scores."""
-    tiny = torch.finfo(gram_Ucc.dtype).tiny
+    """Return the term that turns W^T F W of the original columns into its geometric mean with exact Fisher scores.
+
+    A unit too quiet for the Gram matrix, whose terms are rounded, may still have a Fisher score; it counts as silent.
+    """
     if gram_Ucc.shape[1] == 1:
-        exact_Ucc = fisher_U[:, None, None] / gram_Ucc.clamp(min=tiny)
+        exact_Ucc = _quotient(fisher_U[:, None, None], gram_Ucc)
         return (exact_Ucc * curvature_Ucc).sqrt() - curvature_Ucc
     independent_U = (gram_Ucc * curvature_Ucc).sum(dim=(1, 2))
-    share_U = (fisher_U / independent_U.clamp(min=tiny)).sqrt()
+    share_U = _quotient(fisher_U, independent_U).sqrt()
     return (share_U - 1)[:, None, None] * curvature_Ucc
+
+
+def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Return numerator / denominator, or 0 where the denominator is not positive."""
+    return torch.where(denominator > 0, numerator / denominator, 0.0)

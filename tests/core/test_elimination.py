@@ -118,6 +118,20 @@ def test_neurons_of_a_silent_layer_cost_nothing():
     assert (scores < 1e-290).all() and len(scores.unique()) == D
 
 
+@CHANNELS
+def test_a_unit_too_quiet_for_the_rounded_gram_matrix_goes_first(channels):
+    gram, curvature, weight = layer()
+    quiet = slice(0, channels)
+    gram[quiet] = gram[:, quiet] = 0
+    fisher = independent(gram, curvature, weight, channels)
+    fisher[0] = 1e-20
+    order, costs = eliminate(gram, curvature, weight, fisher, block=1)
+    assert order[0] == 0
+    silent = fisher.clone()
+    silent[0] = 0
+    assert torch.equal(costs, eliminate(gram, curvature, weight, silent, block=1)[1])
+
+
 def test_exact_scores_correct_half_way_in_the_logarithm():
     gram, curvature, weight = layer()
     fisher = independent(gram, curvature, weight)
