@@ -42,7 +42,8 @@ class GramScale:
         largest_D = torch.maximum(diagonal_D, floor) * terms * HEADROOM
         # A power of two, so that scaling rounds nothing.
         self._scale_D = torch.exp2(torch.floor(31 - torch.log2(largest_D) / 2))
-        self._limit_D = largest_D / terms
+        # If the first term is not finite, no term can be added.
+        self._limit_D = torch.where(largest_D.isfinite(), largest_D / terms, -1.0)
 
     @staticmethod
     def first_of(term_DD: Tensor) -> Tensor:

@@ -76,6 +76,14 @@ def test_what_is_out_of_range_is_refused(bad):
     assert torch.equal(gram.value(), torch.eye(3).double())
 
 
+@pytest.mark.parametrize("first", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [GramScale, PackedGramScale])
+def test_a_first_term_that_is_not_finite_holds_nothing(scale, first):
+    holds = scale(torch.tensor([1.0, first]), 4).holds
+    assert not holds(torch.diag(torch.tensor([1.0, first])))
+    assert not holds(torch.eye(2))
+
+
 def test_plain_sums_are_as_exact_and_as_free_of_order():
     generator = torch.Generator().manual_seed(5)
     terms = [torch.randn(4, 3, generator=generator) for _ in range(7)]
