@@ -61,7 +61,8 @@ def run(context: Context) -> None:
             shutil.copyfile(context.work / PROBE, draft / PROBE)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
     means = {f"mean_{loss.name}_nats": totals.losses[loss.name] / len(windows_ST) for loss in losses}
-    context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents, **_curve(context, totals)})
+    curve = _curve(context, totals, len(windows_ST))
+    context.commit(draft, {"tokens": windows_ST.numel(), **means, **documents, **curve})
 
 
 def _windows_used(context: Context, totals: Accumulation, windows: int) -> int:
@@ -74,11 +75,15 @@ def _windows_per_shard(context: Context) -> int:
     return calibration.shard_size * calibration.micro_batch_size
 
 
-def _curve(context: Context, totals: Accumulation) -> dict[str, Any]:
-    """Overlap of what two halves of the windows keep, by windows, criterion and share: how the kept set settled."""
+def _curve(context: Context, totals: Accumulation, windows: int) -> dict[str, Any]:
+    """Overlap of what two halves of the windows keep, by windows, criterion and share: how the kept set settled.
+
+    Args:
+        windows: number of windows that were used; the last shard may have fewer than others.
+    """
     points = [
         {
-            "windows": shards * _windows_per_shard(context),
+            "windows": min(shards * _windows_per_shard(context), windows),
             "criterion": name,
             "compared": CRITERIA[name].compared,
             "share_kept": share,

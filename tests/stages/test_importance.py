@@ -156,6 +156,15 @@ def test_every_criterion_that_sums_has_a_curve_and_can_end_the_pass(tmp_path, mo
             assert torch.equal(scores_of(store, early)[name], expected), name
 
 
+def test_a_curve_that_ends_with_a_shorter_shard_says_how_many_windows_there_were(tmp_path, monkeypatch):
+    without_deepspeed(monkeypatch)
+    stage = make_stage(tmp_path, criteria=["activation"], samples=6, micro_batch_size=1, shard_size=4)
+    store = Store(tmp_path / "store")
+    run_in_threads(store, stage, Ranks(1))
+    points = store.manifest(stage.id)["metrics"]["split_half_overlap"]
+    assert [point["windows"] for point in points] == [6, 6, 6]
+
+
 @pytest.mark.parametrize("lost", [None, "windows.json", "windows.safetensors", "damaged"])
 def test_the_text_is_read_by_one_attempt_alone_unless_its_windows_are_lost(tmp_path, monkeypatch, lost):
     without_deepspeed(monkeypatch)
