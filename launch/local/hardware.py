@@ -8,9 +8,8 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from hfprune_launch.stage.threads import threads_allowed
-
 from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.store.provenance import CPU_INFO, cpu_model
@@ -50,7 +49,7 @@ def device_here(runtime: RuntimeConfig) -> str:
 
 def threads_of_a_rank(runtime: RuntimeConfig, ranks: int) -> int:
     """Return the CPU threads of each rank of a stage that has ``ranks`` ranks on this machine."""
-    return runtime.threads_per_rank or threads_allowed() or max(1, (os.cpu_count() or 1) // ranks)
+    return runtime.threads_per_rank or threads_allowed(os.environ) or max(1, (os.cpu_count() or 1) // ranks)
 
 
 def fitting_runtime(runtime: RuntimeConfig) -> tuple[RuntimeConfig, str]:

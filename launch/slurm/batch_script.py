@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import unicodedata
 from collections.abc import Sequence
@@ -13,10 +14,10 @@ from hfprune_launch.slurm.attempts import Attempt
 from hfprune_launch.slurm.job import StageJob
 from hfprune_launch.slurm.log_signs import SETUP_FAILED, START
 from hfprune_launch.slurm.profile import Resources
-from hfprune_launch.stage.threads import threads_allowed
 from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmExecutor
 
+from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import fsync_path, write_text
 from hfprune_dist.store.stage import Stage
@@ -210,5 +211,5 @@ def _srun_arguments(resources: Resources) -> list[str]:
 
 def default_threads(resources: Resources, threads_per_rank: int | None) -> int:
     """Return the CPU threads of a rank: as configured, else its cores, but no more than OMP_NUM_THREADS, if set."""
-    limit = threads_allowed() or resources.cpus_per_task
+    limit = threads_allowed(os.environ) or resources.cpus_per_task
     return threads_per_rank or min(limit, resources.cpus_per_task)

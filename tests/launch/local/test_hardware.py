@@ -1,15 +1,17 @@
 """What this machine computes on, and whether ranks would compute in a dtype that its CPU is slow with."""
 
+import os
+
 import pytest
 from hfprune_launch.local import hardware
 from hfprune_launch.local.hardware import SECTIONS, device_here, note_on_bfloat16
-from hfprune_launch.stage.threads import threads_allowed
 from sweeps import make_inputs, planned
 
 from hfprune_dist.config.parameters import ImportanceParameters, RecoverParameters
 from hfprune_dist.config.schema import EvaluationConfig, RuntimeConfig
 from hfprune_dist.config.texts import CalibrationConfig
 from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.store import provenance
 from hfprune_dist.store.stage import Stage
 
@@ -75,7 +77,7 @@ def test_threads_are_those_of_the_outermost_level(monkeypatch, value, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if value is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert threads_allowed() == threads
+    assert threads_allowed(os.environ) == threads
 
 
 def test_no_note_where_all_that_is_left_computes_in_float32(machine, tmp_path, monkeypatch):

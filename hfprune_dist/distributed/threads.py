@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Mapping
 
 
-def threads_allowed() -> int | None:
+def threads_allowed(environment: Mapping[str, str]) -> int | None:
     """Return the first number in ``OMP_NUM_THREADS``; None if there is none, or if it is 0."""
-    found = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))
+    found = re.match(r"\s*(\d+)", environment.get("OMP_NUM_THREADS", ""))
     return (int(found[1]) or None) if found else None
