@@ -40,6 +40,8 @@ _UNLISTED = {
     ),
     "smollm3": "no_rope_layers",
 }
+# Architectures whose classes give the last layer full attention, whatever config.json says.
+_FULL_AT_THE_END = ("gemma4_text", "gemma4_unified_text")
 # Lists of the numbers of the layers of one kind.
 NUMBERS = ("full_attn_idxs", "attn_layer_indices")
 _SHARED = "num_kv_shared_layers"
@@ -71,6 +73,8 @@ def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
         return dict.fromkeys(layers, f"its last {config[_SHARED]} layers read keys and values of others ({_SHARED})")
     if len(layers) == 1:
         return dict.fromkeys(layers, "it is the only one")
+    if model_type in _FULL_AT_THE_END:
+        return {layers[-1]: f"the last layer of a {model_type} has full attention, so another couldn't take its place"}
     first = len(config.get(DEEPSTACK) or ())
     return dict.fromkeys(layers[:first], f"images enter behind the first {first} layers ({DEEPSTACK})")
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masking import some
-from transformers import JambaConfig, Qwen2Config, Qwen3Config
+from transformers import Gemma4TextConfig, Gemma4UnifiedTextConfig, JambaConfig, Qwen2Config, Qwen3Config
 
 from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
 from hfprune_dist.structures.experts import has_experts
@@ -41,6 +41,15 @@ def test_layers_that_others_are_told_by_stay(config, why):
     reasons = undroppable_layers(config)
     assert list(reasons) == list(range(config["num_hidden_layers"]))
     assert all(why in reason for reason in reasons.values())
+
+
+@pytest.mark.parametrize("config_class", [Gemma4TextConfig, Gemma4UnifiedTextConfig])
+def test_a_last_layer_that_always_has_full_attention_stays(config_class):
+    config = config_class(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2).to_dict()
+    assert list(undroppable_layers(config)) == [3]
+    for layers in ([0, 2, 3], [2, 3], [1, 3]):
+        kinds = [config["layer_types"][layer] for layer in layers]
+        assert config_class(**config | of_layers(config, layers)).layer_types == kinds
 
 
 def test_all_other_layers_can_be_dropped():
