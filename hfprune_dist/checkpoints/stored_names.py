@@ -20,8 +20,11 @@ def _in_layers(*pairs: Pair, layers: str = "model.layers.#.") -> tuple[Pair, ...
 
 _OF_GATE = "mlp.gate.e_score_correction_bias"
 _SINKS = "self_attn.sinks"
+# A text decoder alone, as transformers saves it after it was loaded from a model of images and text.
+_TAKEN_OUT = (("model.", "model.language_model."),)
 # model_type -> beginnings of its names that differ; the first that matches counts.
 _RENAMED: dict[str, tuple[Pair, ...]] = {
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "apertus1p5_text"), _TAKEN_OUT),
     "gpt_neox": (("lm_head.", "embed_out."),),
     "exaone": (
         ("model.embed_tokens.", "transformer.wte."),

@@ -13,6 +13,8 @@ from masking import write
 from mixtures import KIND, WHOLE, definition, experts_of
 from ranks import SoloWorld
 from safetensors.torch import load_file, save_file
+from tiny import tiny_tokenizer
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -141,6 +143,23 @@ def test_other_layouts_of_files_are_read_and_kept(checkpoint_of, tmp_path, model
     assert {it.split(".")[0] for it in load_file(tmp_path / "pruned" / "model.safetensors")} == {
         it.split(".")[0] for it in load_file(other.path / "model.safetensors")
     }
+
+
+@pytest.mark.parametrize("widths", [(15, 15), (15, 11)], ids=["plain", "of each layer"])
+def test_a_decoder_that_was_saved_without_its_encoder_is_pruned(checkpoint_of, tmp_path, widths):
+    """transformers then calls its tensors what they are called in the whole model."""
+    decoder = tmp_path / "decoder"
+    AutoModelForCausalLM.from_pretrained(checkpoint_of("qwen3_5").path).save_pretrained(decoder)
+    tiny_tokenizer().save_pretrained(decoder)
+    checkpoint = open_checkpoint(decoder)
+    require_own_weights(checkpoint)
+    kept = some_kept(checkpoint, (0, 2), widths)
+    write(checkpoint, kept, tmp_path / "pruned")
+    theirs = load(tmp_path / "pruned", trust_remote_code=len({*widths}) > 1)
+    models = theirs, load_causal_lm(tmp_path / "pruned", torch.float32), masked(checkpoint, kept)
+    by_them, by_us, wanted = (model(input_ids=torch.tensor([[1, *TEXT]]), use_cache=False).logits for model in models)
+    assert_same(by_them, wanted)
+    assert_same(by_us, wanted)
 
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
