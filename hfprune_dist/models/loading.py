@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
 from hfprune_dist.checkpoints import modeling_pruned
@@ -44,8 +44,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def _loaded(checkpoint: Checkpoint, **options: Any) -> tuple[PreTrainedModel, list[str]]:
     """The model that transformers makes from a checkpoint, and the missing tensors that it fills at random."""
-    # Left to itself, transformers compares the head with the embedding, which it can't do if both are sharded.
-    changes = {"tie_word_embeddings": False} if checkpoint.has_untied_head else {}
+    changes = {"tie_word_embeddings": False} if _seems_tied(checkpoint) else {}
     with ONE_AT_A_TIME:
         model, told = model_class(checkpoint).from_pretrained(
             checkpoint.path,
@@ -55,6 +54,16 @@ def _loaded(checkpoint: Checkpoint, **options: Any) -> tuple[PreTrainedModel, li
             **options,
         )
     return model, sorted(told["missing_keys"])
+
+
+def _seems_tied(checkpoint: Checkpoint) -> bool:
+    """Whether transformers takes a head that counts by itself for tied, since config.json says so, or since it says
+    nothing and the class's default does.
+
+    Left to itself, it then compares the head with the embedding: if both are sharded, it sees no values, and ties them.
+    """
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    return bool(getattr(config, "tie_word_embeddings", False)) and not checkpoint.config.get("tie_word_embeddings")
 
 
 def _refuse_missing(checkpoint: Checkpoint, missing: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Loading whole models: what must hold of every one, which weights are a model's own, and which are refused."""
 
+import json
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,6 +79,22 @@ def test_a_tied_head_may_be_there_or_not(tmp_path):
     require_own_weights(open_checkpoint(folder))
     head = {"lm_head.weight": torch.zeros(264, 32)}
     require_own_weights(change_weights(folder, lambda weights: weights.update(head)))
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "mistral3"])
+def test_a_head_is_not_tied_where_only_the_default_of_a_class_says_so(tmp_path, model_type):
+    """transformers tells by comparing it with the embedding, and two sharded tensors look alike to it."""
+    folder = save_model(tmp_path / "m", model_type)
+    stated = json.loads((folder / "config.json").read_text())
+    for config in (stated, stated.get("text_config", {})):
+        config.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(stated))
+    head = torch.randn(64, 32)
+    checkpoint = change_weights(folder, lambda weights: weights.update({"lm_head.weight": head}))
+    assert AutoConfig.from_pretrained(folder).tie_word_embeddings and not checkpoint.config["tie_word_embeddings"]
+    model = load_causal_lm(folder, torch.float32)
+    assert not model.config.tie_word_embeddings
+    assert torch.equal(checkpoint.family.head_of(model).weight, head)
 
 
 def test_a_padding_token_needs_no_embedding_and_an_eos_token_does(tmp_path):
