@@ -52,7 +52,7 @@ _CLASSES = {
 _BESIDE_EXPERTS = ("mlp", ("gate_proj", "up_proj"), "down_proj", 1)
 # Extra layers after the last one, which predict further tokens; they aren't part of the model, and pruning leaves them
 # out. They are either numbered like the others or named differently.
-_PREDICTING, _PREDICTING_NAMES = "num_nextn_predict_layers", ("mtp.", "mtp_")
+_PREDICTING, _PREDICTING_NAMES = ("num_nextn_predict_layers", "mtp_num_hidden_layers"), ("mtp.", "mtp_")
 
 
 def discover(
@@ -124,7 +124,7 @@ def _stated(config: Mapping[str, Any], family: Family, parts: Shapes, head: set[
     if family.heads.get("head_dim", config["hidden_size"] // queries) != config["hidden_size"] // queries:
         silent["head_dim"] = family.heads["head_dim"]
     told = {key: value for key, value in silent.items() if config.get(key) is None}
-    told |= {_PREDICTING: 0} if config.get(_PREDICTING) else {}
+    told |= {key: 0 for key in _PREDICTING if config.get(key)}
     if config.get("block_auto_adjust_ff_dim", False) or (
         config["model_type"] == "lfm2" and "block_auto_adjust_ff_dim" not in config
     ):

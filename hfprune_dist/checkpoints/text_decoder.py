@@ -14,6 +14,8 @@ KNOWN = ("gemma3", "idefics3", "llava", "mistral3", "qwen2_5_vl", "qwen3_5", "qw
 # Beginnings of the names of a text decoder's modules.
 BODIES = ("model.language_model.", "model.text_model.")
 HEAD = "lm_head."
+# Beginning of the names of extra layers, which predict further tokens and aren't part of the model.
+_PREDICTING = "mtp."
 # Keys of a config.json that describe the whole model, wherever those of its text decoder are.
 _OF_THE_WHOLE = ("architectures", "auto_map", "tie_word_embeddings")
 # The key of ``vision_config`` that lists the encoder's layers whose outputs enter behind the decoder's first layers.
@@ -86,4 +88,4 @@ def is_of_decoder(name: str) -> bool:
 
 def beside_decoder(names: Iterable[str]) -> frozenset[str]:
     """Names of the tensors outside the text decoder, which are copied."""
-    return frozenset(name for name in names if not is_of_decoder(name))
+    return frozenset(name for name in names if not is_of_decoder(name) and not name.startswith(_PREDICTING))

@@ -145,6 +145,22 @@ def test_other_layouts_of_files_are_read_and_kept(checkpoint_of, tmp_path, model
     }
 
 
+def test_layers_that_predict_further_tokens_are_left_out(checkpoint_of, tmp_path):
+    """transformers doesn't load them, and pruning would leave them wider than config.json says."""
+    source = checkpoint_of("qwen3_5")
+    further = {"mtp.fc.weight": torch.zeros(32, 64), "mtp.layers.0.mlp.down_proj.weight": torch.zeros(32, 24)}
+    folder = renamed(source.path, tmp_path / "dense", {}, dict(source.whole)).path
+    save_file(load_file(folder / "model.safetensors") | further, folder / "model.safetensors", {"format": "pt"})
+    text = source.whole["text_config"] | {"mtp_num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps({**source.whole, "text_config": text}))
+    checkpoint = open_checkpoint(folder)
+    require_own_weights(checkpoint)
+    assert (checkpoint.parameters, checkpoint.surplus) == (source.parameters, sorted(further))
+    write(checkpoint, some_kept(checkpoint, (0, 2), (15, 15)), tmp_path / "pruned")
+    assert not further.keys() & load_file(tmp_path / "pruned" / "model.safetensors").keys()
+    assert open_checkpoint(tmp_path / "pruned").whole["text_config"]["mtp_num_hidden_layers"] == 0
+
+
 @pytest.mark.parametrize("widths", [(15, 15), (15, 11)], ids=["plain", "of each layer"])
 def test_a_decoder_that_was_saved_without_its_encoder_is_pruned(checkpoint_of, tmp_path, widths):
     """transformers then calls its tensors what they are called in the whole model."""
