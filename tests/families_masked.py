@@ -9,6 +9,7 @@ import torch
 from families import ALL_SEEING
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.models.single_layer import LayerReader, run
 from hfprune_dist.structures.kept import Kept
@@ -33,6 +34,11 @@ def _loaded(folder, *, is_plain):
 def kinds_of(checkpoint):
     """The kinds of units that can be pruned."""
     return ["neurons"] if checkpoint.family.whole_groups else ["neurons", "kv_groups"]
+
+
+def two_layers(checkpoint):
+    """Two of three layers that may stay alone: the first, and the last unless the one before it can't go."""
+    return (0, 1) if 1 in undroppable_layers(checkpoint.config) else (0, 2)
 
 
 def some_kept(checkpoint, layers, neurons):

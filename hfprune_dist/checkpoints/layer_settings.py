@@ -42,8 +42,10 @@ _UNLISTED = {
 }
 # Architectures whose classes give the last layer full attention, whatever config.json says.
 _FULL_AT_THE_END = ("gemma4_text", "gemma4_unified_text")
-# Lists of the numbers of the layers of one kind.
+# Lists of the numbers of the layers with attention, where others have none.
 NUMBERS = ("full_attn_idxs", "attn_layer_indices")
+# Entries of layer_types that stand for a layer with attention over earlier tokens' keys.
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 _SHARED = "num_kv_shared_layers"
 # The name that exaone's files use for the number of layers.
 OTHER_LAYERS = "num_layers"
@@ -76,7 +78,19 @@ def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
     if model_type in _FULL_AT_THE_END:
         return {layers[-1]: f"the last layer of a {model_type} has full attention, so another couldn't take its place"}
     first = len(config.get(DEEPSTACK) or ())
-    return dict.fromkeys(layers[:first], f"images enter behind the first {first} layers ({DEEPSTACK})")
+    stuck = dict.fromkeys(layers[:first], f"images enter behind the first {first} layers ({DEEPSTACK})")
+    attending = _with_attention(config)
+    if 0 < len(attending) < len(layers):
+        stuck[attending[-1]] = "it is the last one with attention, without which caches can't count tokens"
+    return stuck
+
+
+def _with_attention(config: Mapping[str, Any]) -> list[int]:
+    """Numbers of the layers with attention, where config.json says which these are."""
+    for numbers in NUMBERS:
+        if config.get(numbers):
+            return sorted(config[numbers])
+    return [number for number, kind in enumerate(config.get("layer_types") or ()) if kind in _ATTENTION]
 
 
 def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:

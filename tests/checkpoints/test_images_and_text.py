@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from families import ALL_SEEING, IMAGE_TOKEN, IMAGE_TOKENS, SEEING, SEEING_EXPERTS, SHAPE, save_model
-from families_masked import assert_same, load, masked, some_kept, through_layers
+from families_masked import assert_same, load, masked, some_kept, through_layers, two_layers
 from masking import write
 from mixtures import KIND, WHOLE, definition, experts_of
 from ranks import SoloWorld
@@ -77,7 +77,7 @@ def logits_of(model, model_type):
 @every_model
 def test_with_an_image_it_is_the_masked_model(checkpoint_of, tmp_path, model_type):
     checkpoint = checkpoint_of(model_type)
-    kept = some_kept(checkpoint, (0, 2), (15, 15))
+    kept = some_kept(checkpoint, two_layers(checkpoint), (15, 15))
     write(checkpoint, kept, tmp_path)
     assert_same(logits_of(load(tmp_path), model_type), logits_of(masked(checkpoint, kept), model_type))
 
@@ -85,7 +85,7 @@ def test_with_an_image_it_is_the_masked_model(checkpoint_of, tmp_path, model_typ
 @every_model
 def test_nothing_but_the_text_decoder_changes(checkpoint_of, tmp_path, model_type):
     checkpoint = checkpoint_of(model_type)
-    write(checkpoint, some_kept(checkpoint, (0, 2), (15, 15)), tmp_path)
+    write(checkpoint, some_kept(checkpoint, two_layers(checkpoint), (15, 15)), tmp_path)
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint.path, tmp_path))
     assert len(checkpoint.beside_decoder) > 10
     for name in checkpoint.beside_decoder:
@@ -136,7 +136,7 @@ def test_other_layouts_of_files_are_read_and_kept(checkpoint_of, tmp_path, model
     checkpoint, (names, change) = checkpoint_of(model_type), LAYOUTS[model_type]
     other = renamed(checkpoint.path, tmp_path / "other", names, change(dict(checkpoint.whole)))
     require_own_weights(other)
-    kept = some_kept(checkpoint, (0, 2), (15, 15))
+    kept = some_kept(checkpoint, two_layers(checkpoint), (15, 15))
     write(other, kept, tmp_path / "pruned")
     assert_same(logits_of(load(tmp_path / "pruned"), model_type), logits_of(masked(checkpoint, kept), model_type))
     assert ("text_config" in open_checkpoint(tmp_path / "pruned").whole) == ("text_config" in other.whole)
@@ -156,7 +156,7 @@ def test_layers_that_predict_further_tokens_are_left_out(checkpoint_of, tmp_path
     checkpoint = open_checkpoint(folder)
     require_own_weights(checkpoint)
     assert (checkpoint.parameters, checkpoint.surplus) == (source.parameters, sorted(further))
-    write(checkpoint, some_kept(checkpoint, (0, 2), (15, 15)), tmp_path / "pruned")
+    write(checkpoint, some_kept(checkpoint, two_layers(checkpoint), (15, 15)), tmp_path / "pruned")
     assert not further.keys() & load_file(tmp_path / "pruned" / "model.safetensors").keys()
     assert open_checkpoint(tmp_path / "pruned").whole["text_config"]["mtp_num_hidden_layers"] == 0
 
@@ -169,7 +169,7 @@ def test_a_decoder_that_was_saved_without_its_encoder_is_pruned(checkpoint_of, t
     tiny_tokenizer().save_pretrained(decoder)
     checkpoint = open_checkpoint(decoder)
     require_own_weights(checkpoint)
-    kept = some_kept(checkpoint, (0, 2), widths)
+    kept = some_kept(checkpoint, two_layers(checkpoint), widths)
     write(checkpoint, kept, tmp_path / "pruned")
     theirs = load(tmp_path / "pruned", trust_remote_code=len({*widths}) > 1)
     models = theirs, load_causal_lm(tmp_path / "pruned", torch.float32), masked(checkpoint, kept)

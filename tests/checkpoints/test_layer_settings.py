@@ -52,7 +52,22 @@ def test_a_last_layer_that_always_has_full_attention_stays(config_class):
         assert config_class(**config | of_layers(config, layers)).layer_types == kinds
 
 
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {"layer_types": ["full_attention", "linear_attention", "sliding_attention", "linear_attention"]},
+        {"layer_types": ["conv", "attention", "full_attention", "mamba"]},
+        {"attn_layer_indices": [2, 0]},
+        {"full_attn_idxs": [2]},
+    ],
+)
+def test_one_layer_with_attention_stays_where_others_have_none(kinds):
+    assert list(undroppable_layers({"num_hidden_layers": 4, **kinds})) == [2]
+
+
 def test_all_other_layers_can_be_dropped():
+    assert undroppable_layers({"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}) == {}
+    assert undroppable_layers({"num_hidden_layers": 2, "layer_types": ["linear_attention"] * 2}) == {}
     assert undroppable_layers({"num_hidden_layers": 3, "max_window_layers": 2}) == {}
     listed = {"num_hidden_layers": 2, "no_rope_layer_interval": 2, "no_rope_layers": [1, 0]}
     assert undroppable_layers(listed) == {}
