@@ -127,12 +127,14 @@ class Cluster:
 
     def _place(self, step: psutil.Process) -> tuple[str | None, str] | None:
         """Cluster and node on which a step runs, as its tasks know it; all clusters and nodes are this machine."""
-        try:
-            environments = [it.environ() for it in [step, *step.children(recursive=True)]]
-        except psutil.Error:
-            return None
-        places = [(it.get("SLURM_CONF"), it["SLURMD_NODENAME"]) for it in environments if "SLURMD_NODENAME" in it]
-        return next(iter(places), None)
+        with suppress(psutil.NoSuchProcess):
+            for process in [step, *step.children(recursive=True)]:
+                # One of them may just have ended: the others know it still.
+                with suppress(psutil.NoSuchProcess):
+                    environment = process.environ()
+                    if "SLURMD_NODENAME" in environment:
+                        return environment.get("SLURM_CONF"), environment["SLURMD_NODENAME"]
+        return None
 
 
 class Submitted:

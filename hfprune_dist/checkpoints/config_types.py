@@ -19,6 +19,8 @@ from hfprune_dist.structures.experts import (
 
 # The type or types for ``isinstance``, and their description for messages.
 Kind = tuple[type | tuple[type, ...], str]
+# Lists of layers' numbers.
+_OF_NUMBERS = (*NUMBERS, LAYERS_WITHOUT, DEEPSTACK)
 
 
 def check_types(config: Mapping[str, Any], where: str) -> None:
@@ -35,6 +37,9 @@ def check_types(config: Mapping[str, Any], where: str) -> None:
     for key in ALL_WIDTHS if number_of_experts(config) else ():
         if config.get(key) is not None and config[key] < 1:
             raise refusals.invalid(key, config[key], "a positive integer")
+    for key in _OF_NUMBERS:
+        if not all(isinstance(number, int) for number in config.get(key) or ()):
+            raise refusals.invalid(key, config[key], "a list of integers")
     layers = config["num_hidden_layers"]
     for key in (it for it in LISTS if config.get(it)):
         if not isinstance(config[key], list) or len(config[key]) < layers:
@@ -46,6 +51,6 @@ def _kinds(config: Mapping[str, Any]) -> dict[str, Kind]:
     integers = (*OF_THE_FIRST, *PLACES, *PERIODS, *PERIODS.values())
     if number_of_experts(config):
         integers = (*integers, *ALL_WIDTHS, *SHARED_WIDTHS, *SHARED_NUMBERS)
-    lists = (*NUMBERS, LAYERS_WITHOUT, DEEPSTACK, "architectures")
+    lists = (*_OF_NUMBERS, "architectures")
     kinds: dict[str, Kind] = {"residual_multiplier": ((int, float), "a number"), "auto_map": (dict, "an object")}
     return kinds | dict.fromkeys(integers, (int, "an integer")) | dict.fromkeys(lists, (list, "a list"))

@@ -89,7 +89,7 @@ def _with_attention(config: Mapping[str, Any]) -> list[int]:
     """Numbers of the layers with attention, where config.json says which these are."""
     for numbers in NUMBERS:
         if config.get(numbers):
-            return sorted(config[numbers])
+            return sorted(set(config[numbers]) & set(range(int(config["num_hidden_layers"]))))
     return [number for number, kind in enumerate(config.get("layer_types") or ()) if kind in _ATTENTION]
 
 

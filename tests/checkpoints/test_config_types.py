@@ -109,6 +109,8 @@ def test_a_tensor_of_any_shape_is_taken_or_told(folder_of, name, data):
         ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types must be a list with an entry for each of 3 layers"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size must be a positive integer, not 0"),
         ({"mlp_only_layers": 1}, "mlp_only_layers must be a list, not 1"),
+        ({"mlp_only_layers": [1, "a"]}, "mlp_only_layers must be a list of integers, not [1, 'a']"),
+        ({"full_attn_idxs": [[1]]}, "full_attn_idxs must be a list of integers, not [[1]]"),
         ({"architectures": "Glm4MoeForCausalLM"}, "architectures must be a list, not 'Glm4MoeForCausalLM'"),
     ],
 )

@@ -58,7 +58,7 @@ def test_a_last_layer_that_always_has_full_attention_stays(config_class):
         {"layer_types": ["full_attention", "linear_attention", "sliding_attention", "linear_attention"]},
         {"layer_types": ["conv", "attention", "full_attention", "mamba"]},
         {"attn_layer_indices": [2, 0]},
-        {"full_attn_idxs": [2]},
+        {"full_attn_idxs": [2, 9]},
     ],
 )
 def test_one_layer_with_attention_stays_where_others_have_none(kinds):
