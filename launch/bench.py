@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from hfprune_launch.command import folder, make_parser, run
 
 from hfprune_dist.errors import UserError, did_you_mean
+from hfprune_dist.store.machine import usable_cores
 
 if TYPE_CHECKING:
     from hfprune_launch.benchmark.results import Findings
@@ -116,7 +117,7 @@ def _machine() -> dict[str, Any]:
 
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -112,7 +112,7 @@ class RuntimeConfig(Section):
     ranks: Positive | None = None
     """Processes per stage; null: one per GPU, or 1 without a GPU."""
     threads_per_rank: Positive | None = None
-    """CPU threads of each rank; null: OMP_NUM_THREADS if set, otherwise the cores divided by the ranks."""
+    """CPU threads of each rank; null: OMP_NUM_THREADS if set, otherwise the usable cores divided by the ranks."""
     activation_checkpointing: bool = False
     """Importance: keep only the layers' inputs and run each layer again in backward; less memory, identical scores."""
     sharding: Literal["auto", "replicate", "zero3"] = "auto"

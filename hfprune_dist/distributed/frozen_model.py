@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.memory_limits import WEIGHTS_SHARE
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.store.machine import available_memory
 
 Sharding = Literal["replicate", "zero3"]
 # Alignment of torch's allocations, in bytes.
@@ -35,7 +35,7 @@ def free_bytes(world: World) -> float:
     """Free memory of this rank: its GPU's, or its share of the available main memory."""
     if world.device.type == "cuda":
         return float(torch.cuda.mem_get_info(world.device)[0])
-    return float(psutil.virtual_memory().available / world.local_size)
+    return available_memory() / world.local_size
 
 
 class FrozenModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import resource
 import sys
 from collections.abc import Callable, MutableMapping
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from hfprune_dist.distributed.determinism import compute_deterministically
 from hfprune_dist.distributed.gpus import claim_device, place_of, require_own_gpus
 from hfprune_dist.distributed.threads import threads_allowed
+from hfprune_dist.store.machine import usable_cores
 
 T = TypeVar("T")
 # How often a rank that is busy for long tells the others that it is at work: far more often than collectives time out.
@@ -117,7 +117,7 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
     if reproducible and torch.cuda.is_available():
         compute_deterministically()
     device = claim_device(environment)
-    torch.set_num_threads(threads_allowed(environment) or os.cpu_count() or 1)
+    torch.set_num_threads(threads_allowed(environment) or usable_cores())
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes)
     )

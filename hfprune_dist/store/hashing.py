@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import read_object, write_json
+from hfprune_dist.store.machine import usable_cores
 
 # Bytes per read. ``after_each`` is called in between: a slow disk must not keep other ranks waiting for minutes.
 CHUNK_BYTES = 16 * 1024 * 1024
@@ -136,7 +136,7 @@ def _in_threads(files: Sequence[Path], work: Callable[[Path, AfterEach], T], aft
             raise _AbandonedError
         told.put(False)
 
-    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(len(files), usable_cores())) as pool:
         reading = {file: pool.submit(work, file, tell) for file in files}
         for future in reading.values():
             future.add_done_callback(lambda _: told.put(True))

@@ -12,6 +12,7 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.threads import threads_allowed
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.gpu_needs import Gpus
+from hfprune_dist.store.machine import usable_cores
 from hfprune_dist.store.provenance import CPU_INFO, cpu_model
 from hfprune_dist.store.stage import Stage
 
@@ -49,7 +50,7 @@ def device_here(runtime: RuntimeConfig) -> str:
 
 def threads_of_a_rank(runtime: RuntimeConfig, ranks: int) -> int:
     """Return the CPU threads of each rank of a stage that has ``ranks`` ranks on this machine."""
-    return runtime.threads_per_rank or threads_allowed(os.environ) or max(1, (os.cpu_count() or 1) // ranks)
+    return runtime.threads_per_rank or threads_allowed(os.environ) or max(1, usable_cores() // ranks)
 
 
 def fitting_runtime(runtime: RuntimeConfig) -> tuple[RuntimeConfig, str]:

@@ -189,7 +189,7 @@ def test_large_files_are_read_side_by_side_and_others_hear_of_it_from_one_thread
 @pytest.mark.usefixtures("all_large")
 def test_large_files_wait_for_each_other_only_where_cores_are_few(tmp_path, monkeypatch):
     """Two threads meet in the middle of their files: neither could go on alone."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(identity, "usable_cores", lambda: 2)
     meeting = threading.Barrier(2, timeout=60)
 
     def work(file, tell):
