@@ -105,6 +105,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         self._interruption = interruption
         self._frozen = model
         self._speaking = threading.Lock()  # on rank 0: held from a message to the others until all have acted on it
+        self._over = threading.Event()  # on rank 0: nothing more is to be told, or can be
         self._log: AnswerLog | None = None
         self._report: Callable[[int, int], None] = lambda done, total: None
 
@@ -113,19 +114,20 @@ class ShardedLM(HFLM):  # type: ignore[misc]
     @contextmanager
     def telling_others(self) -> Iterator[None]:
         """Notify serving ranks while lm-eval is at work, so that none runs into the collective timeout meanwhile."""
-        over = threading.Event()
+        self._over.clear()
 
         def tell() -> None:
-            while not over.wait(TELL_EVERY_S):
+            while not self._over.wait(TELL_EVERY_S):
                 with self._speaking:
-                    self._world.broadcast([])
+                    if not self._over.is_set():
+                        self._world.broadcast([])
 
         teller = threading.Thread(target=tell, name=TELLER, daemon=True)
         teller.start()
         try:
             yield
         finally:
-            over.set()
+            self._over.set()
             teller.join()
 
     @contextmanager
@@ -166,16 +168,28 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         for start in range(0, len(missing), self._world.size):
             self._report(len(requests) - sum(len(places[number]) for number in missing[start:]), len(requests))
             now = missing[start : start + self._world.size]
-            with self._speaking:
-                answers = self._share([chunks[number] for number in now])
-                self._log.add([chunks[number] for number in now], answers)
-                self._interruption.stop_if_agreed(self._world)
+            answers = self._round(self._log, [chunks[number] for number in now])
             for number, chunk_answers in zip(now, answers, strict=True):
                 known[number] = chunk_answers
         self._report(len(requests), len(requests))
         if any(_is_nan(answer) for answers in known for answer in answers or ()):
             raise UserError(f"{method}: the model's log-likelihoods are NaN; check the checkpoint's weights")
         return _in_place(places, known, len(requests))
+
+    def _round(self, log: AnswerLog, chunks: list[Chunk]) -> list[list[Any]]:
+        """Have every rank answer a chunk at most, and keep the answers.
+
+        If that fails, the others may wait in another collective than for a message: telling them would hang this rank.
+        """
+        with self._speaking:
+            try:
+                answers = self._share(chunks)
+                log.add(chunks, answers)
+                self._interruption.stop_if_agreed(self._world)
+            except BaseException:
+                self._over.set()
+                raise
+        return answers
 
     # On all ranks.
 

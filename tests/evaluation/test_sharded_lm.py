@@ -1,6 +1,7 @@
 """How the requests of a task are cut into chunks that ranks share; ranks that wait for lm-eval hear of it."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -82,3 +83,35 @@ def test_nobody_is_told_of_work_that_has_failed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="a task of others"):
         ranks.run(work)
     assert tellers() == 0
+
+
+def test_nobody_is_told_anything_once_rank_0_has_failed_to_answer(tmp_path, monkeypatch):
+    """The others wait for its answers, while the thread that tells them waits for its turn: it must not take it."""
+    monkeypatch.setattr(sharded_lm, "TELL_EVERY_S", 0.001)
+    checkpoint, ranks = open_checkpoint(save_tiny(tmp_path / "model")), Ranks(2)
+    told = []
+
+    def work(world):
+        model = FrozenModel(checkpoint, torch.float32, 2, "replicate", world)
+        lm = ShardedLM(model, load_tokenizer(checkpoint.path), Interruption(), 2, True)
+        if not world.is_first:
+            lm.serve()
+            return
+
+        def fail(*_):
+            time.sleep(0.1)  # by then, the thread waits
+            told.append(len(ranks.logs[0]))
+            raise MemoryError("no room for a chunk")
+
+        monkeypatch.setattr(lm, "_answer", fail)
+        with lm.telling_others(), lm.task(AnswerLog(tmp_path / "log"), lambda _done, _total: None):
+            try:
+                lm.loglikelihood([Instance("loglikelihood", {}, ("a b", " c"), 0)] * 4)
+            finally:
+                time.sleep(0.1)
+                told.append(len(ranks.logs[0]))
+
+    with pytest.raises(sharded_lm.ModelError, match="no room for a chunk"):
+        ranks.run(work)
+    before, after = told
+    assert after == before
