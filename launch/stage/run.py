@@ -64,11 +64,12 @@ def main() -> NoReturn:
         mended = from_os_error(error)
         with contextlib.suppress(OSError):  # a full disk has no room for the reason; the launcher detects that
             leave_reason(handle, mended, rank, None if content is None else content.attempt, claim)
+        # The other ranks may wait in a collective for this one: end without waiting for them, or for threads of work.
         if isinstance(mended, UserError):
             print(f"error: {mended}", file=sys.stderr)
-            # The other ranks may hang in a collective with this one: end without waiting for them.
             leave_process(UserError.EXIT_CODE)
-        raise
+        sys.excepthook(type(error), error, error.__traceback__)
+        leave_process(1)
     leave_process(0)
 
 
