@@ -165,13 +165,16 @@ def record_probe(model: nn.Module, family: Family, file: Path) -> None:
 
 def _computed(checkpoint: Checkpoint, windows_BT: Tensor, dtype: torch.dtype, sharding: Any, world: World) -> Probe:
     placed = choose_sharding(sharding, checkpoint, dtype, world)
-    probes: list[Probe] = []
-    if placed == "zero3" or world.is_first:
+
+    def compute() -> Probe:
+        probes: list[Probe] = []
         model = FrozenModel(checkpoint, dtype, len(windows_BT), placed, world)
         _record(model.module, checkpoint.family, probes.append)
         model.run_body(windows_BT)
         model.release()
-    return world.broadcast(probes[0] if probes else Probe(windows_BT[0], torch.empty(0)))
+        return probes[0]
+
+    return world.broadcast(compute()) if placed == "zero3" else world.wait_for_first(compute)
 
 
 def _record(model: nn.Module, family: Family, take: Callable[[Probe], None]) -> None:

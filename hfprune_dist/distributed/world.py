@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import resource
 import sys
-from collections.abc import Callable, MutableMapping
+import threading
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -81,6 +83,18 @@ class World:
             done, answer = self.broadcast(not_yet)
         return answer  # type: ignore[return-value]
 
+    def wait_for_first(self, work: Callable[[], T]) -> T:
+        """Run work on rank 0 only, and return its result on every rank, however long it takes.
+
+        It runs in the calling thread, whose GPU and number of threads it may need; another one tells the others.
+        """
+
+        def action(go_on: Callable[[], None]) -> T:
+            with _telling(go_on):
+                return work()
+
+        return self.let_first(action)
+
     def broadcast_tensor(self, tensor: torch.Tensor, source: int) -> None:
         """Overwrite a tensor of every rank, on the CPU or the device, with that of rank ``source``."""
         dist.broadcast(tensor, src=source)
@@ -129,6 +143,24 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
     )
     require_own_gpus(world, place_of(device))
     return world
+
+
+@contextmanager
+def _telling(tell: Callable[[], None]) -> Iterator[None]:
+    """Call a function now and then, in a thread of its own, until the context ends."""
+    over = threading.Event()
+
+    def keep_telling() -> None:
+        while not over.wait(TELL_EVERY_S):
+            tell()
+
+    teller = threading.Thread(target=keep_telling, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
 
 
 def _max_resident_bytes() -> int:

@@ -8,12 +8,14 @@ from ranks import SoloWorld
 from safetensors.torch import load_file, save_file
 from scoring import LAYERS, files_of, make_stage, run
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
+from worlds import Ranks, until_told
 
 from hfprune_dist.checkpoints import families as families_module
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.families import FAMILIES, Family
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed import whole_model_probe as probes
+from hfprune_dist.distributed import world as worlds
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.whole_model_probe import PROBE, obtain_probe
 from hfprune_dist.errors import UserError
@@ -207,3 +209,14 @@ def test_a_probe_is_the_same_wherever_the_whole_model_is_placed(tmp_path):
         assert torch.equal(sharded.states_LPC, whole.states_LPC)
 
     assert on_ranks(2, compare).codes == [0, 0]
+
+
+def test_ranks_that_wait_for_a_whole_model_hear_of_it(tmp_path, monkeypatch):
+    """However long the first one takes to load it."""
+    checkpoint, ranks = open_checkpoint(tiny.save_tiny(tmp_path / "model", num_hidden_layers=LAYERS)), Ranks(3)
+    windows_ST = torch.randint(3, 264, (4, 20), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(worlds, "TELL_EVERY_S", 0.001)
+    monkeypatch.setattr(probes, "FrozenModel", until_told(ranks, probes.FrozenModel))
+    where = checkpoint, windows_ST, torch.float32, 2
+    found = ranks.run(lambda world: obtain_probe(*where, world, saved=None, sharding="replicate"))
+    assert all(it.window_T.equal(windows_ST[0]) and it.states_LPC.equal(found[0].states_LPC) for it in found)
