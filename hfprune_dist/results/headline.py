@@ -11,6 +11,8 @@ from typing import Any
 HEADLINE_METRICS = ("acc_norm", "acc", "pct_stereotype", "exact_match", "em", "f1", "pass@1")
 # lm-eval's usual filters, the strictest first: metric[filter].
 FILTERS = ("", "[strict-match]", "[flexible-extract]")
+# Reported beside ``f1`` by lm-eval's squadv2, all of whose scores are in percent.
+OF_SQUAD_2 = "HasAns_f1"
 
 
 def headline(metrics: Mapping[str, Any]) -> float | None:
@@ -30,7 +32,9 @@ def headline_error(metrics: Mapping[str, Any]) -> float | None:
 
 def _number(metrics: Mapping[str, Any], name: str | None) -> float | None:
     value = None if name is None else metrics.get(name)
-    return None if value is None else float(value)
+    if value is None:
+        return None
+    return float(value) / 100 if OF_SQUAD_2 in metrics else float(value)
 
 
 def headline_metric(metrics: Mapping[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ from hfprune_dist.results.headline import average_errors, averages, headline, he
         ({"exact_match[flexible-extract]": 0.3, "exact_match[strict-match]": 0.2}, 0.2),
         ({"exact_match[get-answer]": 0.7, "exact_match[get-answer]_stderr": 0.1}, 0.7),
         ({"acc": 0, "acc_norm": 0}, 0.0),
+        ({"exact": 61.2, "f1": 75.0, "HasAns_exact": 60.1, "HasAns_f1": 74.9}, 0.75),  # squadv2, in percent
         ({"word_perplexity": 12.0, "byte_perplexity": 2.0}, None),
         ({}, None),
     ],
