@@ -70,8 +70,9 @@ def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Com
     return [_comparison(*key, members) for key, members in groups.items()]
 
 
-def _place(row: Row) -> tuple[str, float, str]:
-    return row["model"], row["ratio"], row["recovery"]
+def _place(row: Row) -> tuple[str, float, str, str]:
+    """Key shared by rows of a sweep that can be compared; rows of its earlier runs may be measured in another way."""
+    return row["model"], row["ratio"], row["recovery"], row["measured_as"]
 
 
 def _comparison(

@@ -21,9 +21,10 @@ from hfprune_dist.results.comparison import (
 )
 
 
-def row(method, kl, ratio=0.2, status="done"):
+def row(method, kl, ratio=0.2, status="done", measured_as="0123456789ab"):
     measures = {"kl": kl, "top1_agreement": 0.6, "perplexity": 20.0, "wall_time_s": 10.0, "peak_memory_bytes": 2**30}
-    return {"model": "m", "ratio": ratio, "method": method, "recovery": "none", "status": status, **measures}
+    of_cell = {"model": "m", "ratio": ratio, "method": method, "recovery": "none", "status": status}
+    return {**of_cell, "measured_as": measured_as, **measures}
 
 
 def shown(comparisons, reference):
@@ -42,6 +43,13 @@ def test_methods_are_set_against_the_reference_of_their_own_sweep():
     assert ours.sweeps == 2
     assert ours.peak_memory_bytes == 2**30
     assert shown([reference, ours], "hfprune")[1]["KL"] == "0.550±0.071"
+
+
+def test_a_share_is_of_a_reference_that_was_measured_alike():
+    """Rows of a folder's earlier runs may be of another text."""
+    ours = [row("ours", 0.5), row("other", 0.6, measured_as="another")]
+    _, mine, other = compare_methods([[row("hfprune", 1.0), *ours]], "hfprune")
+    assert mine.kl_share.mean == 0.5 and other.kl_share is None
 
 
 def test_missing_cells_are_left_out_and_a_single_sweep_has_no_spread():
