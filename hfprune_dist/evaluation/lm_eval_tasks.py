@@ -124,8 +124,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set):
         return [plain(entry) for entry in value]
-    if hasattr(value, "item"):  # a numpy number
-        return plain(value.item())
+    if hasattr(value, "tolist"):  # a number or an array of numpy or torch
+        return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):

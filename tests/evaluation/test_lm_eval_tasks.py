@@ -154,6 +154,8 @@ def test_values_become_json():
     assert plain({1: (float("nan"), float("inf"), np.float64(0.5), np.int64(2), True, None, len, {"x"})}) == {
         "1": [None, None, 0.5, 2, True, None, "len", ["x"]]
     }
+    of_classes = plain({"f1,none": np.array([0.5, float("nan")])})  # as a task's own aggregation may return
+    assert of_classes == {"f1,none": [0.5, None]} and clean_metrics(of_classes) == {"f1": None}
 
 
 def test_the_configuration_is_kept_as_a_hash():
