@@ -19,6 +19,7 @@ from hfprune_dist.evaluation.task_definitions import (
     explain,
     own_definitions,
     refuse_renamed,
+    refuse_unsuited,
     shipped_definitions,
     unfolded,
     with_included,
@@ -34,8 +35,8 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
 
     Raises:
         UserError: for unknown names, listing all of them with close matches, if any; for an ``include_path`` without
-            tasks; for a group of which lm-eval would score only some tasks; for a missing or empty file that one of
-            the user's own tasks reads, naming it.
+            tasks; for a group of which lm-eval would score only some tasks; for tasks that run code or need images; for
+            a missing or empty file that one of the user's own tasks reads, naming it.
     """
     own, unreadable = own_definitions(include_path)
     if include_path is not None and not (own or unreadable):
@@ -44,6 +45,7 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
     known = {**shipped, **own}
     _refuse_unknown([task for task in tasks if task not in known], include_path, own, unreadable)
     refuse_renamed(tasks, known)
+    refuse_unsuited(tasks, known)
     for name in unfolded(tasks, own):
         if name in own and own[name].kind != "group":
             assert include_path is not None

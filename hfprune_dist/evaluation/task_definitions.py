@@ -19,6 +19,12 @@ from hfprune_dist.errors import UserError
 DEFINITION = re.compile(r"^(task|group|tag):[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*$", re.MULTILINE)
 # The default output type of a task; see ``lm_eval.config.task.TaskConfig``.
 GENERATES = "generate_until"
+# Keys of tasks that lm-eval refuses to evaluate without more than a language model, and what they need.
+_UNSUITED = {
+    "unsafe_code": "runs code that the model writes",
+    "doc_to_image": "shows images to the model",
+    "doc_to_audio": "plays sounds to the model",
+}
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,29 @@ def _members_in(group: Definition) -> tuple[str, ...]:
 
 
 def _generates(task: Definition) -> bool:
+    content = _content_of(task)
+    return content is not None and "class" not in content and content.get("output_type", GENERATES) == GENERATES
+
+
+def _content_of(task: Definition) -> dict[str, Any] | None:
+    """Content of a task's YAML file and of those that it includes; None if it can't be read."""
     try:
-        content = with_included(task.file)
+        return with_included(task.file)
     except (UserError, yaml.YAMLError, OSError, ValueError):
-        return False
-    return "class" not in content and content.get("output_type", GENERATES) == GENERATES
+        return None
+
+
+def refuse_unsuited(tasks: Sequence[str], known: Mapping[str, Definition]) -> None:
+    """Refuse tasks that lm-eval wouldn't evaluate: only when a model has been made, it says so.
+
+    Raises:
+        UserError: naming the first of them, and what it needs.
+    """
+    for task in tasks:
+        for definition in _tasks_of(task, known):
+            content = _content_of(definition) or {}
+            if needs := next((told for key, told in _UNSUITED.items() if content.get(key, False) is not False), None):
+                raise UserError(f"evaluation.tasks: {task!r} ({definition.file}) {needs}, which isn't done here")
 
 
 def refuse_renamed(tasks: Sequence[str], known: Mapping[str, Definition]) -> None:

@@ -67,6 +67,15 @@ class Index:
     task_index = dict.fromkeys(["arc_easy", "arc_challenge", "ai2_arc"])
 
 
+@pytest.mark.parametrize(
+    ("task", "needs"), [("humaneval", "runs code"), ("mbpp_instruct", "runs code"), ("mmmu_val", "shows images")]
+)
+def test_tasks_that_lm_eval_would_refuse_later_are_refused_at_once(no_full_index, task, needs):
+    """With settings that are included, or in groups of groups."""
+    with pytest.raises(UserError, match=rf"'{task}' \(.*yaml\) {needs}.* isn't done here"):
+        check_tasks(["arc_easy", task], None)
+
+
 def test_unknown_names_are_listed_with_close_ones(own, monkeypatch):
     monkeypatch.setattr(evaluation, "_open_index", lambda folders, include_path: Index)
     (own / "broken.yaml").write_text("task: [")
