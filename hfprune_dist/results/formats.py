@@ -16,8 +16,8 @@ def number(value: float | None, form: str) -> str:
 
 
 def measured(value: float | None, error: float | None, digits: int) -> str:
-    """A value and its error, with this many digits after the decimal point."""
-    form = f".{digits}f"
+    """A value and its error, with this many digits after the decimal point; zero has no sign."""
+    form = f"z.{digits}f"
     return number(value, form) + ("" if value is None else f"±{number(error, form)}")
 
 
@@ -36,18 +36,18 @@ def count(value: float | None) -> str:
     """A number of parameters, tokens or operations, in four digits."""
     if value is None:
         return "-"
-    amount, unit = _scaled(value, _COUNTS, 1000)
+    amount, unit = _scaled(value, _COUNTS, 999.95)
     return f"{amount:.4g}{unit}"
 
 
 def flop_count(value: float | None) -> str:
     """Floating-point operations, in two or three digits."""
-    return "-" if value is None else _short(value, _FLOPS, 1000)
+    return "-" if value is None else _short(value, _FLOPS, 999.5)
 
 
 def byte_count(value: float | None) -> str:
     """Bytes, in units of powers of ten, in two or three digits."""
-    return "-" if value is None else _short(value, _BYTES, 1000)
+    return "-" if value is None else _short(value, _BYTES, 999.5)
 
 
 def hours(value: float | None) -> str:
@@ -57,7 +57,7 @@ def hours(value: float | None) -> str:
 
 def duration(seconds: float | None) -> str:
     """Seconds, minutes, hours or days in two digits."""
-    return "-" if seconds is None else _short(seconds, _SECONDS, 100)
+    return "-" if seconds is None else _short(seconds, _SECONDS, 99.5)
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -65,12 +65,14 @@ def milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1000 * seconds:.3g}ms"
 
 
-def _short(value: float, units: Mapping[str, int], limit: int) -> str:
+def _short(value: float, units: Mapping[str, int], limit: float) -> str:
     amount, unit = _scaled(value, units, limit)
     return f"{amount:.{0 if units[unit] == 1 or amount >= 10 else 1}f}{unit}"
 
 
-def _scaled(value: float, units: Mapping[str, int], limit: int) -> tuple[float, str]:
-    """A value in the first unit in which it is below ``limit``, and that unit."""
+def _scaled(value: float, units: Mapping[str, int], limit: float) -> tuple[float, str]:
+    """A value in the first unit in which it is below ``limit``, from where it would be rounded to a further digit; and
+    that unit.
+    """
     unit = next((unit for unit, size in units.items() if value < limit * size), [*units][-1])
     return value / units[unit], unit
