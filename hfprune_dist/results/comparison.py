@@ -41,7 +41,8 @@ class Comparison:
 
     Attributes:
         measures: kl, top1_agreement and perplexity; None if the value isn't a number in some sweep.
-        kl_share: KL divided by the reference method's KL in the same sweep, over sweeps; None without a reference.
+        kl_share: KL divided by the reference method's KL in the same sweep, over sweeps with a reference; None without
+            any, and if KL isn't a number in one of them.
         sweeps: number of sweeps with a result.
         wall_time_s: time of all stages behind a row, shared ones included; mean over the rows for which it is known.
         peak_memory_bytes: the highest peak of a rank in any of these stages, None if none was recorded.
@@ -79,7 +80,7 @@ def _comparison(
     model: str, ratio: float, method: str, recovery: str, members: Sequence[tuple[Row, float | None]]
 ) -> Comparison:
     rows = [row for row, _ in members]
-    shares = [row["kl"] / reference for row, reference in members if reference and row["kl"] is not None]
+    shares = [None if row["kl"] is None else row["kl"] / reference for row, reference in members if reference]
     times = [row["wall_time_s"] for row in rows if row["wall_time_s"] is not None]
     return Comparison(
         model,
@@ -87,7 +88,7 @@ def _comparison(
         method,
         recovery,
         {name: _spread_of_known([row[name] for row in rows]) for name in MEASURES},
-        spread(shares) if shares else None,
+        _spread_of_known(shares) if shares else None,
         len(rows),
         statistics.fmean(times) if times else None,
         max((row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"]), default=None),

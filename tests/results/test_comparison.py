@@ -67,6 +67,7 @@ def test_what_a_sweep_has_no_number_for_is_missing(measure, reference):
     *_, ours = compare_methods(sweeps, "hfprune")
     assert ours.measures[measure] is None and ours.sweeps == 2
     assert sum(it is None for it in ours.measures.values()) == 1
+    assert (ours.kl_share is None) == (measure == "kl"), "a mean of the other sweeps' would be too low"
     header = {"kl": "KL", "top1_agreement": "agreement", "perplexity": "perplexity"}[measure]
     assert shown([ours], "hfprune")[0][header] == "-"
     json.dumps([asdict(ours)], allow_nan=False)
