@@ -40,7 +40,7 @@ def cancel_jobs(plan: Plan, store: Store, slurm: SlurmCommands) -> Cancelled:
     stages = {attempt.intent.job_name: attempt.intent.stage_id for attempt in attempts if attempt not in foreign}
     # Pending jobs come first: they would start when the jobs that they wait for are gone.
     found = [job for job in whereabouts.jobs.values() if job.name in stages and job.is_live]
-    found.sort(key=lambda job: (job.state != "PENDING", job.job_id))
+    found.sort(key=lambda job: (not job.is_waiting, job.job_id))
     slurm.cancel([job.job_id for job in found])
     for name in stages.keys() - {job.name for job in whereabouts.jobs.values()}:
         slurm.cancel_named(name)  # squeue may have missed it

@@ -35,22 +35,12 @@ NO_CONFIGURATION = re.compile("could not establish a configuration source|unable
 # Slurm names the limit that a job exceeds, before a sentence that is the same for all limits.
 NAMED_LIMIT = re.compile(r"\b(?:QOS|Assoc)\w*Limit\b", re.IGNORECASE)
 TOO_MANY_JOBS = re.compile(r"MaxSubmit|SubmitJob|job count limit|job submit limit", re.IGNORECASE)
-LIVE_STATES = frozenset(
-    {
-        *(
-            "PENDING",
-            "CONFIGURING",
-            "RUNNING",
-            "COMPLETING",
-            "SUSPENDED",
-            "STOPPED",
-            "RESIZING",
-            "SIGNALING",
-            "STAGE_OUT",
-        ),
-        *("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
-    }
-)
+# Live, but on no node; in the last three Slurm holds a job until somebody releases or cancels it.
+WAITING_STATES = frozenset({"PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
+LIVE_STATES = WAITING_STATES | {
+    *("CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"),
+    *("REQUEUED", "REQUEUE_FED", "EXPEDITING"),
+}
 # The final mark shows that a line is complete, since names may contain any character, including line ends.
 SQUEUE_FIELDS = "%i|%T|%r|%N|%S|%e|%j|;"
 SQUEUE_HEADER = re.compile(r"^JOBID\|.*\|;\n", re.MULTILINE)
@@ -100,6 +90,10 @@ class JobInfo:
     @property
     def is_live(self) -> bool:
         return self.state in LIVE_STATES
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.state in WAITING_STATES
 
 
 class SlurmCommands:

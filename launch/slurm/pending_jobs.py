@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 
 from hfprune_launch.slurm.commands import JobInfo
 
-# A node could not launch the job: Slurm holds it for ever, even after the node has been repaired.
-LAUNCH_FAILED = re.compile(r"launch.failed.requeued.held|JobHoldMaxRequeue", re.IGNORECASE)
+# A node could not launch the job, once or more often than the cluster allows ("launch failure limit exceeded requeued
+# held"), or could not read the user's environment: Slurm holds it for ever, even after the node has been repaired.
+LAUNCH_FAILED = re.compile(r"requeued.held|JobHoldMaxRequeue", re.IGNORECASE)
 NEVER = "DependencyNeverSatisfied"
-HELD = ("JobHeldUser", "JobHeldAdmin")
+HELD = ("JobHeldUser", "JobHeldAdmin", "job requeued in held state", "job requeued in special exit state")
 # Reasons that occur in every queue, of interest only if the wait is long.
 ORDINARY = ("None", "Priority", "Resources", "BeginTime", "Prolog", "Cleaning")
 LONG_WAIT_S = 300.0
@@ -40,7 +41,7 @@ class PendingJobs:
         now = self._clock()
         waiting: dict[str, list[str]] = {}
         for job in jobs:
-            if job.state == "PENDING" and job.reason != "Dependency":
+            if job.is_waiting and job.reason != "Dependency":
                 waiting.setdefault(_short(job.reason), []).append(job.job_id)
         self._since = {reason: self._since.get(reason, now) for reason in waiting}
         for reason, job_ids in waiting.items():
@@ -52,7 +53,7 @@ class PendingJobs:
 
     def hopeless(self, job: JobInfo) -> str | None:
         """Return the cause for giving up a job that will never start by itself; None if it may start."""
-        if job.state != "PENDING":
+        if not job.is_waiting:
             return None
         if LAUNCH_FAILED.search(job.reason):
             return "bad node"

@@ -95,7 +95,7 @@ def _state(stage: Stage, handle: SlurmStage, job: JobInfo | None) -> tuple[str, 
         claim = None  # Slurm itself knows the state of its job
     standing = standing_of(stage, handle, claim)
     if job is not None and job.is_live and standing.state != "done":
-        return ("queued", job.reason) if job.state == "PENDING" else (job.state.lower(), "")
+        return ("queued", job.reason) if job.is_waiting else (job.state.lower(), "")
     return standing.state, standing.detail
 
 

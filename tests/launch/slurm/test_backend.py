@@ -405,6 +405,24 @@ def test_a_job_that_could_not_be_launched_is_tried_elsewhere(fake, store):
     assert "could not be started on n0" in told[0] and HELD in told[0]
 
 
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ("REQUEUE_HOLD", "launch failure limit exceeded requeued held"),  # of MaxBatchRequeue
+        ("PENDING", "user env retrieval failed requeued held"),
+    ],
+)
+def test_a_job_that_slurm_holds_after_failed_launches_is_tried_again(fake, store, state, reason):
+    backend = make_backend(store)
+    backend.start()
+    fake.set_state("101", state, nodes="", reason=reason)
+    backend.step_after(1)
+    assert fake.calls("scancel") == ["scancel 101"]
+    fake.set_state("101", "CANCELLED")
+    backend.step_after(1)
+    assert causes(store, SCORES) == ["bad node", None]
+
+
 def test_a_dependency_that_can_never_be_satisfied_is_not_waited_for(fake, store):
     backend = make_backend(store)
     backend.start()
@@ -438,6 +456,24 @@ def test_why_jobs_wait_is_said_once(fake, store):
     ]
     assert "2 jobs" in told[0] and "101, 102" in told[0] and "for 5 min" in told[2] and "scontrol release" in told[3]
     assert fake.calls("scancel") == [], "who holds a job means it"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ("RESV_DEL_HOLD", "Reservation week4 was deleted"),
+        ("SPECIAL_EXIT", "job requeued in special exit state"),
+        ("PENDING", "job requeued in held state"),
+    ],
+)
+def test_why_slurm_holds_a_job_is_said(fake, store, state, reason):
+    backend = make_backend(store)
+    backend.start()
+    fake.set_state("101", state, nodes="", reason=reason)
+    backend.step_after(1)
+    (told,) = [event.message for event in backend.told if event.what == "waiting"]
+    assert reason in told and ("scontrol release" in told) == ("requeued" in reason)
+    assert fake.calls("scancel") == []
 
 
 def test_never_more_lanes_than_max_running(fake, store):

@@ -63,8 +63,9 @@ def test_a_job_that_waits_does_not(status):
     assert "stale" not in status(started=60, beat=50, state="PENDING").detail
 
 
+@pytest.mark.parametrize("state", ["PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"])
 @pytest.mark.parametrize(("beat", "hours"), [(120, 2.0), (None, 0.0)])
-def test_a_killed_job_that_waits_again_uses_up_no_hours(status, beat, hours):
+def test_a_killed_job_that_waits_again_uses_up_no_hours(status, beat, hours, state):
     """Neither preemption without notice nor the death of a node leaves a record of the end."""
-    assert status(started=180, beat=beat, state="PENDING").core_hours == pytest.approx(hours, abs=0.01)
+    assert status(started=180, beat=beat, state=state).core_hours == pytest.approx(hours, abs=0.01)
     assert status(started=180, beat=beat, state="RUNNING").core_hours > 5.9
