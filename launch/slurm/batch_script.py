@@ -42,6 +42,7 @@ SRUN_VARIABLES = (
     *("EXPORT_ENV", "WORKING_DIR", "REMOTE_CWD", "TIMELIMIT", "IMMEDIATE", "DEPENDENCY", "TEST_EXEC", "BCAST"),
     *("STDINMODE", "STDOUTMODE", "STDERRMODE", "LABELIO", "PROLOG", "EPILOG", "TASK_PROLOG", "TASK_EPILOG"),
     *("MPI_TYPE", "NETWORK", "RESV_PORTS"),
+    "CLUSTERS",  # for which srun would need slurmdbd; the job's own cluster is that of its nodes
 )
 # Variables that tell a rank about GPUs; they are another job's if its own asks for none.
 GPU_VARIABLES = ("GPUS_ON_NODE", "JOB_GPUS", "STEP_GPUS")

@@ -92,6 +92,11 @@ class Resources(Section):
         taken = sorted(OWN_OPTIONS & {name.replace("_", "-") for name in self.sbatch})
         if taken:
             raise ValueError(f"sbatch: {taken[0]} is not to be given there; see the settings of this file")
+        if "clusters" in self.sbatch or "cluster" in self.sbatch:
+            raise ValueError(
+                "sbatch: the cluster is not to be given there, since jobs have to be found there too; before each "
+                "command, export SLURM_CLUSTERS=..., which all of Slurm's commands obey"
+            )
         return self
 
     @property

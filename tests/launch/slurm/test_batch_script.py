@@ -64,7 +64,9 @@ def run(tmp_path):
 
 
 def test_the_environment_of_another_job_is_left_behind(run):
-    leaked = {f"SLURM_{name}": "4" for name in (*SRUN_VARIABLES, "GPUS_ON_NODE", "JOB_GPUS", "ARRAY_JOB_ID")}
+    leaked = {
+        f"SLURM_{name}": "4" for name in (*SRUN_VARIABLES, "GPUS_ON_NODE", "JOB_GPUS", "ARRAY_JOB_ID", "CLUSTERS")
+    }
     job = {
         "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "1",

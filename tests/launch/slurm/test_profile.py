@@ -72,6 +72,8 @@ def test_an_option_that_is_false_is_left_out(tmp_path):
         ("stages: {recover: {environment: [A]}}", ["stages.recover", "environment", "dictionary"]),
         ("stages: {recover: {sbatch: {mem: 3}}}", ["stages.recover", "mem is not to be given there"]),
         ("sbatch: {ntasks_per_node: 7}", ["ntasks-per-node is not to be given there"]),
+        ("sbatch: {clusters: other}", ["cluster is not to be given there", "export SLURM_CLUSTERS"]),
+        ("stages: {recover: {sbatch: {cluster: other}}}", ["stages.recover", "export SLURM_CLUSTERS"]),
         ("[a", ["not valid YAML"]),
         ("just text", ["keys and values"]),
     ],
