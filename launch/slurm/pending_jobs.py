@@ -66,7 +66,7 @@ class PendingJobs:
 
 def _short(reason: str) -> str:
     """Return a reason without the nodes that Slurm may list after it."""
-    return re.split(r"[,(:]", reason)[0].strip()
+    return re.split(r"[,_ (]*Unavailable\w*:", reason)[0]
 
 
 def _sentence(reason: str, job_ids: Sequence[str], lasted: float) -> str:

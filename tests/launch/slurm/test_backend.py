@@ -459,6 +459,23 @@ def test_why_jobs_wait_is_said_once(fake, store):
 
 
 @pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("ReqNodeNotAvail, UnavailableNodes:n[1-2]", "ReqNodeNotAvail"),
+        ("ReqNodeNotAvail,_UnavailableNodes:n[1-2]", "ReqNodeNotAvail"),
+        *[("ReqNodeNotAvail, Reserved for maintenance",) * 2],
+        *[("Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions",) * 2],
+    ],
+)
+def test_a_reason_is_said_without_its_nodes_but_else_whole(fake, store, reason, said):
+    backend = make_backend(store)
+    backend.start()
+    fake.set_state("101", "PENDING", nodes="", reason=reason)
+    backend.step_after(1)
+    assert [event.message for event in backend.told if event.what == "waiting"] == [f"1 job can't start: {said} (101)"]
+
+
+@pytest.mark.parametrize(
     ("state", "reason"),
     [
         ("RESV_DEL_HOLD", "Reservation week4 was deleted"),
