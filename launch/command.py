@@ -5,6 +5,7 @@ This holds from the start, since this module imports next to nothing and command
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -49,11 +50,16 @@ def make_parser(doc: str | None) -> ArgumentParser:
 
 
 def _require_streams() -> None:
-    """Give a command that was started without output (``>&-``) somewhere to write."""
+    """Let a command write whatever it has to say: to nowhere if it was started without output (``>&-``), and with
+    escapes for what a terminal's encoding lacks, such as a model's name in Chinese.
+    """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             # Open until the process ends.
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def folder(argument: str) -> Path:

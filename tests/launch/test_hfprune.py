@@ -1,11 +1,13 @@
 """The command hfprune: its sub-commands are the commands of the project, and it answers at once."""
 
+import io
 import os
 import subprocess
 import sys
 
 import pytest
 from hfprune_launch import hfprune, status
+from hfprune_launch.command import run
 from hfprune_launch.project import PROJECT
 from sweeps import in_process
 from test_imports import COMMANDS
@@ -82,3 +84,12 @@ print({"torch", "transformers", "yaml", "rich"} & set(sys.modules))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.endswith("set()\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_what_a_terminal_can_not_show_is_escaped(monkeypatch, encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert run(lambda: print("\u6a21 \xb1 \udcff") or 0) == 0
+    shown = stream.buffer.getvalue().decode(encoding)
+    assert shown == ("\\u6a21 \\xb1 \\udcff\n" if encoding == "ascii" else "\u6a21 \xb1 \\udcff\n")
