@@ -212,8 +212,10 @@ class SlurmCommands:
         if not job_ids or shutil.which("sacct") is None:
             return []
         fields = "JobIDRaw,State,Reason,NodeList,Start,End,JobName"
-        command = ["sacct", "--allocations", *options, "--noheader", "--parsable2", f"--format={fields}"]
-        result = _run([*command, "--jobs", ",".join(job_ids)])
+        clusters = os.environ.get("SLURM_CLUSTERS")  # which sacct alone does not obey by itself
+        command = ["sacct", *([f"--clusters={clusters}"] if clusters else []), "--allocations", *options]
+        command += ["--noheader", "--parsable2", f"--format={fields}", "--jobs", ",".join(job_ids)]
+        result = _run(command)
         if result.returncode != 0:
             return []
         lines = [line for line in result.stdout.splitlines(keepends=True) if line.endswith("\n")]

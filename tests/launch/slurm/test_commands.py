@@ -227,6 +227,13 @@ def test_listings_of_several_clusters(fake, slurm):
     assert {job.name for job in slurm.jobs().values()} == {"name 1", "name 2"}
 
 
+def test_accounting_is_asked_about_the_cluster_that_the_other_commands_ask(fake, slurm, monkeypatch):
+    slurm.history(["7"])
+    monkeypatch.setenv("SLURM_CLUSTERS", "other")
+    slurm.history(["7"])
+    assert ["--clusters=other" in call for call in fake.calls("sacct")] == [False, True]
+
+
 def test_commands_do_not_see_what_a_user_set_for_them(fake, slurm, monkeypatch):
     kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CLUSTERS": "a", "SLURM_JWT": "token", "PATH": "/bin", "HOME": "/"}
     dropped = ["SQUEUE_PARTITION", "SLURM_TIME_FORMAT", "SLURM_MEM_PER_CPU", "SBATCH_QOS", "SACCT_FORMAT"]
