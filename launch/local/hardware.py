@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,8 @@ from hfprune_dist.store.provenance import CPU_INFO, cpu_model
 from hfprune_dist.store.stage import Stage
 
 GPUS = Path("/proc/driver/nvidia/gpus")
+# What names a GPU in CUDA_VISIBLE_DEVICES; other words name none: NoDevFiles of older Slurm, void, none.
+DEVICE = re.compile(r"\s*(\d|GPU-|MIG-)")
 # Kind of stage -> the configuration section that sets its compute dtype. A prune stage uses that of the calibration
 # pass. References are not listed: they use the dtype of the stage that reads them, which is listed.
 SECTIONS = {
@@ -34,8 +37,7 @@ def count_gpus() -> int:
     """Return the number of GPUs that ranks may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        devices = [device.strip() for device in visible.split(",")]
-        return len(list(itertools.takewhile(lambda it: it and not it.startswith("-"), devices)))  # as CUDA reads it
+        return len(list(itertools.takewhile(DEVICE.match, visible.split(","))))  # as CUDA reads it
     return len(list(GPUS.iterdir())) if GPUS.is_dir() else 0
 
 

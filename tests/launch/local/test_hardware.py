@@ -64,7 +64,10 @@ def test_no_note_where_bfloat16_is_no_slower(machine, line, gpus):
     assert not note_on_bfloat16(STAGES)
 
 
-@pytest.mark.parametrize(("visible", "gpus"), [("", 0), ("0", 1), ("0, 2", 2), ("-1", 0), ("1,-1,0", 1)])
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [("", 0), ("0", 1), ("0, 2", 2), ("-1", 0), ("1,-1,0", 1), ("GPU-1f,MIG-2", 2), ("NoDevFiles", 0)],
+)
 def test_gpus_are_counted_as_cuda_does(monkeypatch, visible, gpus):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert hardware.count_gpus() == gpus
