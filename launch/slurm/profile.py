@@ -54,7 +54,8 @@ class Resources(Section):
     """Nominal rate between a GPU and the others of its node, one way, in GB/s; the default is PCIe 4.0's. NVLink: 300
     on an A100, 450 on an H100."""
     cpus_per_task: Positive = 1
-    """CPU cores of each rank; also its number of threads, unless runtime.threads_per_rank is set."""
+    """CPU cores of each rank; also its number of threads, unless runtime.threads_per_rank is set, or OMP_NUM_THREADS is
+    and is smaller where the sweep is started, as on some login nodes."""
     memory: Annotated[str, Field(pattern=r"^\d+[KMGTkmgt]?[Bb]?$")] | None = None
     """Main memory per node, in Slurm's notation, e.g. 200G."""
     time_minutes: Positive = 60
