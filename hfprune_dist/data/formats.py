@@ -94,9 +94,21 @@ def identity_of(path: Path, hashes: FileHashes, after_each: AfterEach = nothing)
         UserError: if a file can't be read.
     """
     files = files_of(path)
-    if files == [path] and (path.suffix == ".jsonl" or _way_of_reading(path) == [PLAIN, ""]):
+    if files == [path] and (path.suffix == ".jsonl" or _is_nothing_but_plain(path)):
         return hashes.of_file(path, after_each)  # only that, as before there were other formats
     return digest_of([[*_way_of_reading(file), hashes.of_file(file, after_each)] for file in files])
+
+
+def _is_nothing_but_plain(file: Path) -> bool:
+    """Whether a file is plain text that can't be read as .jsonl too; the same bytes as .jsonl are another text."""
+    if _way_of_reading(file) != [PLAIN, ""]:
+        return False
+    with _explaining(file), file.open("rb") as stream:
+        first = next((line for line in stream if line.strip()), b"")
+    try:
+        return not (first.lstrip().startswith(b"{") and isinstance(json.loads(first), dict))
+    except (ValueError, RecursionError):
+        return True
 
 
 def _way_of_reading(file: Path) -> list[str]:

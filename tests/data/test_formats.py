@@ -173,13 +173,18 @@ def identity(path):
 
 @pytest.mark.parametrize("name", ["text.jsonl", "text.txt", "text", "text.md"])
 def test_what_was_read_before_is_known_by_its_content_alone(tmp_path, name):
-    (tmp_path / name).write_text('{"text": "a"}\n')
-    assert identity(tmp_path / name) == FileHashes(None).of_file(tmp_path / name)
+    file = tmp_path / name
+    records = (
+        ['{"text": "a"}\n'] if name == "text.jsonl" else []
+    )  # which plain text that could be them must differ from
+    for content in [*records, "a text\n", "{set} of braces\n", "{\n}\n", "", "\n"]:
+        file.write_text(content)
+        assert identity(file) == FileHashes(None).of_file(file)
 
 
 def test_what_is_read_otherwise_than_before_is_something_else(tmp_path):
     """The same bytes as plain text, as records, as a table: texts of their own."""
-    names = ["text.jsonl", "text.json", "text.JSONL", "text.csv", "text.tsv", "text.json.gz"]
+    names = ["text.jsonl", "text.txt", "text.json", "text.JSONL", "text.csv", "text.tsv", "text.json.gz"]
     for name in names:
         (tmp_path / name).write_text('{"text": "a"}\n')
     assert len({identity(tmp_path / name) for name in names}) == len(names)
