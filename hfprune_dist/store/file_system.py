@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from pathlib import Path
 
 from hfprune_dist.errors import UserError
+from hfprune_dist.store.atomic_files import listed
+
+PROBE = ".probe-"
+# A probe exists for moments only; one that is older than this was left by a process that died.
+LEFT_BEHIND_S = 3600
 
 
 def require_usable(root: Path) -> None:
@@ -15,12 +21,13 @@ def require_usable(root: Path) -> None:
     Raises:
         UserError: if not; the message names the folder and the reason.
     """
-    probe = root / f".probe-{uuid.uuid4().hex[:8]}"
+    probe = root / f"{PROBE}{uuid.uuid4().hex[:8]}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe.touch()
         try:
             _require_hard_links(probe)
+            _remove_older(probe)
         finally:
             probe.unlink()
     except OSError as error:
@@ -37,3 +44,12 @@ def _require_hard_links(probe: Path) -> None:
             "claimed there; choose another --out"
         ) from None
     twin.unlink()
+
+
+def _remove_older(probe: Path) -> None:
+    """Remove probes that dead processes left behind, by the clock of the file system."""
+    now = probe.stat().st_mtime
+    for other in listed(probe.parent, f"{PROBE}*"):
+        with contextlib.suppress(OSError):  # another process is removing it, or another user left it
+            if now - other.stat().st_mtime > LEFT_BEHIND_S:
+                other.unlink()

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.file_system import require_usable
+from hfprune_dist.store.file_system import LEFT_BEHIND_S, require_usable
 
 
 def test_a_usable_folder_is_made_and_left_empty(tmp_path):
@@ -29,3 +29,13 @@ def test_a_file_system_without_hard_links_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no hard links on this file system \(Operation not supported\)"):
         require_usable(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_dead_process_left_goes_and_what_a_living_one_needs_stays(tmp_path):
+    left, in_use = tmp_path / ".probe-00000000-twin", tmp_path / ".probe-11111111"
+    for probe in (left, in_use):
+        probe.touch()
+    an_age_ago = left.stat().st_mtime - 2 * LEFT_BEHIND_S
+    os.utime(left, (an_age_ago, an_age_ago))
+    require_usable(tmp_path)
+    assert list(tmp_path.iterdir()) == [in_use]
