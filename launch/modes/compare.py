@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -119,20 +120,28 @@ def _calibrations(sweep: Finished) -> list[Stage]:
 
 
 def _criteria(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
-    """Model -> agreement of its criteria, from the first sweep's scores of the dense model."""
+    """Model, or pass over it -> agreement of its criteria, from the first sweep's scores of the dense model."""
     return {
         label: compare_criteria(scores_to_compare(scored.artifact), SHARES_KEPT) for label, scored in _scored(sweep)
     }
 
 
 def _settling(sweep: Finished) -> dict[str, list[dict[str, Any]]]:
-    """Model -> how the units that its criteria keep settle with more windows, from the first sweep's scores."""
+    """Model, or pass over it -> how the units that its criteria keep settle with more windows, from the first sweep's
+    scores.
+    """
     manifests = {label: scored.manifest() for label, scored in _scored(sweep)}
     return {label: found["metrics"].get("split_half_overlap", []) for label, found in manifests.items() if found}
 
 
 def _scored(sweep: Finished) -> list[tuple[str, StageHandle]]:
-    """Return (model, stage) for every dense model that has been scored."""
+    """Return (model, stage) for every calibration pass of a dense model that has been made.
+
+    If rows of earlier runs have passes of their own, as with other calibration text, the ids of a model's passes are
+    part of their names.
+    """
     store = Store(sweep.folder / "store")
-    handles = [(stage.label, store.handle(stage.id)) for stage in _calibrations(sweep)]
-    return [(label, handle) for label, handle in handles if handle.is_committed()]
+    made = [(stage.label, store.handle(stage.id)) for stage in _calibrations(sweep)]
+    made = [(label, handle) for label, handle in made if handle.is_committed()]
+    passes = Counter(label for label, _ in made)
+    return [(label if passes[label] == 1 else f"{label}, {handle.id}", handle) for label, handle in made]

@@ -275,6 +275,23 @@ def test_a_comparison_shows_a_few_columns_and_writes_all(config, tmp_path):
     assert "| memory |" in (both / "comparison.md").read_text()
 
 
+def test_a_comparison_tells_the_passes_of_one_model_apart(config, tmp_path):
+    """Rows of an earlier run were scored on other windows."""
+    out = tmp_path / "out"
+    for ratio, samples in ((0.1, 8), (0.2, 9)):
+        overrides = {"models": ["alpha"], "ratios": [ratio], "calibration__samples": samples}
+        done(
+            config, out, "--models", "alpha", "--ratios", ratio, "--set", f"calibration.samples={samples}", **overrides
+        )
+    passes = [*(out / "store" / "importance").iterdir()]
+    for artifact in passes:
+        save_file({f"layers.0.{name}": np.arange(8.0) for name in ("entropy", "surgeon")}, artifact / SCORES)
+    code, shown, said = run(out, "--out", tmp_path / "both", command=compare)
+    assert code == 0, said
+    named = sorted(line for line in shown.splitlines() if line.startswith("# Criteria"))
+    assert named == sorted(f"# Criteria: alpha, importance/{it.name}" for it in passes) and len(passes) == 2
+
+
 def test_models_that_only_share_a_name_are_not_compared(config, tmp_path):
     """Their rows would pass for two seeds of one model."""
     other = config.with_name("other.yaml")
