@@ -86,7 +86,7 @@ class CheckpointFolders:
             ]
             remarks += [remark for folder, contents in places.items() for remark in self._write(folder, contents)]
             gone = [it for it in self._folders() if it not in places and it.name not in wanted]
-            remarks += [remark for folder in gone for remark in self._remove(folder)]
+            remarks += [remark for folder in gone for remark in self._remove(folder, self._successor(folder, places))]
             return Update(dict(zip(wanted, places, strict=True)), remarks)
 
     def linked(self) -> set[Path]:
@@ -146,14 +146,19 @@ class CheckpointFolders:
         for draft in self._root.glob(f"{DRAFT}*"):
             shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
-    def _remove(self, folder: Path) -> list[str]:
-        """Remove a folder whose row is gone, unless it holds files of the user's."""
+    def _remove(self, folder: Path, successor: Path | None) -> list[str]:
+        """Remove a folder whose row is gone or has another name now, unless it holds files of the user's."""
         if not self._links(folder):
             return []  # was never one of ours
         if others := self._others(folder):
-            return [f"{folder}: its row is gone, but it stays, since it holds files of yours ({others[0]})"]
+            why = "its row is gone" if successor is None else f"its checkpoint is called {successor.name} now"
+            return [f"{folder}: {why}, but it stays, since it holds files of yours ({others[0]})"]
         shutil.rmtree(self._outgoing(folder))
-        return []
+        return [] if successor is None else [f"{folder} is called {successor.name} now"]
+
+    def _successor(self, folder: Path, places: Mapping[Path, Contents]) -> Path | None:
+        """The folder that has the checkpoint of another one, as when rows of a second method change names."""
+        return next((place for place, contents in places.items() if self._has(folder, contents)), None)
 
     # What is on disk.
 

@@ -97,6 +97,17 @@ def test_an_edited_card_and_files_of_the_users_stay(sweep):
     assert "name: its row is gone, but it stays" in remark and [*sweep.shown()] == ["name"]
 
 
+def test_a_row_that_gets_another_name_says_so(sweep):
+    """As all rows of a folder do when a second method joins."""
+    sweep.update(one=sweep.contents("a"), two=sweep.contents("b"))
+    (sweep.root / "two" / "notes.txt").write_text("mine")
+    renamed = {"one-hfprune": sweep.contents("a"), "two-hfprune": sweep.contents("b")}
+    one, two = sweep.update(**renamed)
+    assert one == f"{sweep.root / 'one'} is called one-hfprune now"
+    assert two.startswith(f"{sweep.root / 'two'}: its checkpoint is called two-hfprune now, but it stays")
+    assert {*sweep.shown()} == {*renamed, "two"}
+
+
 def test_what_was_never_ours_is_not_touched(sweep):
     sweep.root.mkdir()
     (sweep.root / "name").write_text("a file")
