@@ -49,6 +49,7 @@ class Intent:
         slot: jobs in the same slot run one at a time (``--max-running``); None without a limit. Records of earlier
             versions call it ``lane``.
         cluster, user: where the job is submitted and by whom; empty in records of earlier versions.
+        ranks: of the whole job; None in records of earlier versions. Some GPUs may have no rank.
     """
 
     stage_id: str
@@ -61,6 +62,7 @@ class Intent:
     slot: Annotated[int | None, Field(validation_alias=AliasChoices("slot", "lane"))] = None
     cluster: str = ""
     user: str = ""
+    ranks: int | None = None
 
 
 @dataclass(frozen=True)

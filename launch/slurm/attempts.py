@@ -145,6 +145,7 @@ class Attempts:
         *,
         cluster: str = "",
         user: str = "",
+        ranks: int | None = None,
     ) -> Attempt:
         """Record the next attempt; the caller must hold the stage's claim."""
         folder = self._root / stage.id
@@ -156,7 +157,7 @@ class Attempts:
         name = job_name_of(stage.id, number) + uuid.uuid4().hex[:8]
         attempt = Attempt(
             folder / str(number),
-            Intent(stage.id, number, name, time.time(), gpus, cores, time_minutes, slot, cluster, user),
+            Intent(stage.id, number, name, time.time(), gpus, cores, time_minutes, slot, cluster, user, ranks),
         )
         attempt.folder.mkdir()
         write_json(attempt.folder / INTENT, asdict(attempt.intent))

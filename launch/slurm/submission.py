@@ -124,7 +124,13 @@ class Submission:
             self.is_held_up = True
             return
         attempt = self._attempts.open_attempt(
-            stage, resources.gpus, resources.cores, resources.time_minutes, slot.number, **self._jobs.whereabouts.me
+            stage,
+            resources.gpus,
+            resources.cores,
+            resources.time_minutes,
+            slot.number,
+            **self._jobs.whereabouts.me,
+            ranks=resources.ranks,
         )
         write_stage_file(handle, stage, submitting.provenance, attempt.intent.number)
         request = Request(
