@@ -6,6 +6,7 @@ differ. Memory holds one layer, and the windows' hidden states for each candidat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -21,6 +22,7 @@ from hfprune_dist.distributed.gram_sums import is_held_out
 from hfprune_dist.distributed.host_transfers import HostTransfers
 from hfprune_dist.distributed.layer_states import LayerStates, Named
 from hfprune_dist.distributed.world import World
+from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import LayerReader, put_weights, run
 from hfprune_dist.store.atomic_files import read_json, set_aside, write_json
 from hfprune_dist.store.hashing import digest_of
@@ -79,6 +81,7 @@ class Measurement:
         self._variants = variants
         self._reference = reference
         self._every = every
+        self._dtype = dtype
         self._world = world
         self._folder = folder
         self._after_each = after_each
@@ -90,7 +93,11 @@ class Measurement:
         self._batches = _share_of(micro_batches, world)
 
     def kl(self, candidates: Sequence[Candidate]) -> list[float]:
-        """Return every candidate's KL(dense || candidate) per token, in nats; equal candidates are measured once."""
+        """Return every candidate's KL(dense || candidate) per token, in nats; equal candidates are measured once.
+
+        Raises:
+            UserError: on all ranks, if one is NaN or infinite.
+        """
         unknown = [it for it in dict.fromkeys(candidates) if digest_of(it) not in self._known]
         if unknown:
             self._known |= {digest_of(it): kl for it, kl in zip(unknown, self._measure(unknown), strict=True)}
@@ -156,6 +163,11 @@ class Measurement:
         totals = [0.0] * count
         for member, index in sorted(everywhere):
             totals[member] += everywhere[member, index]
+        if strange := sum(not math.isfinite(total) for total in totals):
+            raise UserError(
+                f"{strange} of {count} shapes can't be compared: their outputs, or the dense model's, are NaN or "
+                f"infinite in {self._dtype}; set importance.dtype=float32, or check the checkpoint's weights"
+            )
         return [total / tokens for total in totals]
 
 
