@@ -10,6 +10,7 @@ from hfprune_launch.screen import make_console, say
 from hfprune_launch.sweep_folder import Finished, read_sweep
 
 from hfprune_dist.errors import UserError
+from hfprune_dist.results.as_made import as_made
 from hfprune_dist.results.named_checkpoints import checkpoint_folders
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.leftovers import Leftover, files_of, running, unused
@@ -29,7 +30,7 @@ def clean(out: Path, *, intermediates: bool, dry_run: bool) -> None:
     sweep, store = read_sweep(out, past_attempts(out)), Store(out / "store")
     _refuse_while_needed(store)
     linked = _linked(out, store)
-    found = list(unused(store, {*sweep.plan.stages, *linked}))
+    found = list(unused(store, {*as_made(sweep.plan, store).stages, *linked}))
     if intermediates:
         found += _intermediates(sweep, store, linked)
     console = make_console()

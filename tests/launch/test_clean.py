@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from hfprune_launch import clean, report, sweep
+from hfprune_launch.sweep_folder import Record, read_record, write_record
 from sweeps import in_process, make_inputs, planned
 
 from hfprune_dist.store.artifacts import Store
@@ -107,6 +108,17 @@ def test_intermediate_checkpoints_go_and_tables_stay(config, out):
 
 def to_run(plan):
     return [line.split()[0] for line in plan.splitlines() if re.search(r"\b[0-9a-f]{20}  run", line)]
+
+
+def test_the_pass_that_a_row_was_made_from_stays(config, out):
+    """The folder's plan has one that scores for a second method too, and hasn't run."""
+    joined = planned(config, models=["alpha"], ratios=[0.2], methods=["surgeon-uniform-block", "hfprune"])[1]
+    record = read_record(out)
+    assert not {it for it in joined.stages if it.startswith("importance/")} & {*record.plan.stages}
+    write_record(out, Record(joined, record.dense))
+    (made,) = (out / "store" / "importance").iterdir()
+    run(out)
+    assert made.is_dir()
 
 
 def test_what_a_missing_row_needs_stays(config, out):
