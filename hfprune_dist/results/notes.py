@@ -52,12 +52,12 @@ def causes(rows: Sequence[Row]) -> list[str]:
             unmeasured.setdefault(row["speed_cause"], []).append(row["label"])
     return [
         *missing,
-        *_measured_otherwise(rows),
+        *measured_otherwise(rows),
         *(f"speed missing: {', '.join(labels)}: {cause}" for cause, labels in unmeasured.items()),
     ]
 
 
-def _measured_otherwise(rows: Sequence[Row]) -> list[str]:
+def measured_otherwise(rows: Sequence[Row]) -> list[str]:
     """Rows whose scores can't be compared with those of their model's first row: other weights, text or tasks."""
     first: dict[str, str] = {}
     others = [row["label"] for row in rows if first.setdefault(row["model"], row["measured_as"]) != row["measured_as"]]

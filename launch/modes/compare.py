@@ -28,6 +28,7 @@ from hfprune_dist.results.comparison import (
     methods_table,
     scores_to_compare,
 )
+from hfprune_dist.results.notes import measured_otherwise
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_text
 from hfprune_dist.store.stage import Stage
@@ -67,9 +68,13 @@ def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -
     }
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "comparison.json", json.dumps(record, indent=1) + "\n")
-    write_text(out / "comparison.md", "\n".join([f"# Methods\n\n{methods_table(methods, reference)}", *pages]))
+    warnings = _measured_otherwise(sweeps)
+    table = "\n".join([methods_table(methods, reference), *(f"{it}\n" for it in warnings)])
+    write_text(out / "comparison.md", "\n".join([f"# Methods\n\n{table}", *pages]))
     console = make_console()
     show_methods(console, methods, reference, wide)
+    for warning in warnings:
+        say(console, warning)
     for page in pages:
         say(console, f"\n{page}")
     console.print(f"written: {out / 'comparison.md'}, comparison.json", highlight=False)
@@ -111,6 +116,17 @@ def _refuse_rows_twice(sweeps: Sequence[Finished]) -> None:
                     f"{sweep.folder}: its row {cell.label!r} is the same as in {first}, seed and settings too; "
                     "compare sweeps that differ in their seed (--set seed=1)"
                 )
+
+
+def _measured_otherwise(sweeps: Sequence[Finished]) -> list[str]:
+    """Name the finished rows whose scores can't be compared with their model's first one, as of other held-out text."""
+    rows = [
+        {**row, "label": f"{sweep.folder}: {row['label']}"}
+        for sweep in sweeps
+        for row in sweep.rows
+        if row["status"] == "done"
+    ]
+    return measured_otherwise(rows)
 
 
 def _calibrations(sweep: Finished) -> list[Stage]:

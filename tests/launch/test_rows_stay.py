@@ -275,6 +275,23 @@ def test_a_comparison_shows_a_few_columns_and_writes_all(config, tmp_path):
     assert "| memory |" in (both / "comparison.md").read_text()
 
 
+def test_a_comparison_names_rows_that_were_measured_otherwise(config, tmp_path):
+    """Their scores would pass for those of another seed."""
+    for name, seed, windows in (("one", 0, 4), ("two", 1, 4), ("other", 2, 3)):
+        overrides = {"models": ["alpha"], "ratios": [0.1], "seed": seed, "evaluation__fidelity__windows": windows}
+        settings = ("--set", f"seed={seed}", "--set", f"evaluation.fidelity.windows={windows}")
+        done(config, tmp_path / name, "--models", "alpha", "--ratios", 0.1, *settings, **overrides)
+        for artifact in (tmp_path / name / "store" / "importance").iterdir():
+            save_file({"layers.0.entropy": np.arange(8.0)}, artifact / SCORES)
+    for second, told in (("two", False), ("other", True)):
+        both = tmp_path / f"with {second}"
+        code, shown, said = run(tmp_path / "one", tmp_path / second, "--out", both, command=compare)
+        assert code == 0, said
+        for text in (shown, (both / "comparison.md").read_text()):
+            named = "measured in another way" in text and f"{tmp_path / second}: alpha 0.1 + lora" in text
+            assert named == told and f"{tmp_path / 'one'}: alpha" not in text
+
+
 def test_a_comparison_tells_the_passes_of_one_model_apart(config, tmp_path):
     """Rows of an earlier run were scored on other windows."""
     out = tmp_path / "out"
