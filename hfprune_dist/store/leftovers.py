@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import MANIFEST, Store
 from hfprune_dist.store.atomic_files import listed
 from hfprune_dist.store.stage import STAGE_VERSIONS
@@ -85,4 +86,15 @@ def size_of(path: Path) -> int:
 
 
 def _folder(folder: Path, reason: str) -> Leftover:
-    return Leftover(folder, reason, size_of(folder), partial(shutil.rmtree, folder, ignore_errors=True))
+    return Leftover(folder, reason, size_of(folder), partial(_remove, folder))
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, which another process may be removing as well.
+
+    Raises:
+        UserError: if part of it stays.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        raise UserError(f"{folder}: part of it can't be removed; is it another user's?")

@@ -121,6 +121,19 @@ def test_the_pass_that_a_row_was_made_from_stays(config, out):
     assert made.is_dir()
 
 
+def test_what_cannot_be_removed_does_not_count_as_removed(out, monkeypatch):
+    """Such as another user's folder."""
+    folder = out / "store" / "quarantine" / "theirs"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(os, "rmdir", refuse)
+    code, shown, said = in_process(clean.main, out)
+    assert code == 2 and f"{folder}: part of it can't be removed" in said and "theirs" not in shown
+
+
+def refuse(*_, **__):
+    raise PermissionError(1, "Operation not permitted")
+
+
 def test_what_a_missing_row_needs_stays(config, out):
     for folder in (out / "store" / "evaluate").glob("*"):
         shutil.rmtree(folder)
