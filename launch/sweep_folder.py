@@ -125,6 +125,15 @@ def write_record(out: Path, record: Record) -> None:
     write_json(out / SWEEP_FILE, {**record.plan.to_json(), "dense": dense})
 
 
+def set_record_aside(out: Path) -> str:
+    """Rename a record that can't be read, as another version may be able to, and return its new name."""
+    number = 1
+    while (aside := out / f"{SWEEP_FILE}.unread-{number}").exists():
+        number += 1
+    (out / SWEEP_FILE).rename(aside)
+    return aside.name
+
+
 def forget_rows(out: Path, labels: Sequence[str], attempts_of: AttemptsOf) -> tuple[list[Row], Update]:
     """Remove rows from a folder's record, tables and named checkpoints; the store stays as it is.
 

@@ -16,7 +16,7 @@ from hfprune_launch.screen import StageScreen, show_checkpoints, show_results, s
 from hfprune_launch.slurm.cli import NewJobs, run_on_slurm
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.stage.stage_file import Provenance
-from hfprune_launch.sweep_folder import Record, Sweep, read_record, write_config, write_record
+from hfprune_launch.sweep_folder import Record, Sweep, read_record, set_record_aside, write_config, write_record
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.earlier_rows import kept_rows, with_earlier_rows
@@ -136,7 +136,7 @@ def _with_earlier(command: Command, prepared: Prepared) -> Record:
     try:
         earlier = read_record(command.out)
     except UserError as error:
-        command.tell(f"note: rows of earlier runs are lost: {error}")
+        command.tell(f"note: rows of earlier runs are lost: {error}; kept as {set_record_aside(command.out)}")
         return Record(plan, dense)
     return Record(with_earlier_rows(plan, earlier.plan), {**earlier.dense, **dense}) if earlier else Record(plan, dense)
 

@@ -220,6 +220,7 @@ def test_a_damaged_record_loses_rows_aloud_and_keeps_nothing_from_running(config
     (out / "sweep.json").write_text('{"stages": 3')
     shown = done(config, out, "--ratios", "0.2", ratios=[0.2])
     assert "rows of earlier runs are lost" in shown and "sweep.json: damaged" in shown and len(labels(out)) == 6
+    assert "kept as sweep.json.unread-1" in shown and (out / "sweep.json.unread-1").read_text() == '{"stages": 3'
 
 
 def test_without_a_config_the_folder_has_its_own(config, tmp_path, monkeypatch):
