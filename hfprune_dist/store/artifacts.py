@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import fsync_path, listed, read_object, write_json
+from hfprune_dist.store.atomic_files import fsync_path, listed, read_object, usual_mode, write_json
 from hfprune_dist.store.claims import CLAIM_FILES, Claim
 from hfprune_dist.store.hashing import AfterEach, FileHashes, for_each_file, nothing
 from hfprune_dist.store.heartbeat import FAILURES, PROGRESS
@@ -31,7 +30,6 @@ from hfprune_dist.store.stage_handle import StageHandle
 MANIFEST = "manifest.json"
 # Marks the manifest of an artifact whose files were removed; the manifest stays, for the tables.
 EMPTIED = "emptied"
-READABLE = 0o666  # minus the bits in the umask
 STAGE_FILE = "stage.json"  # in a work folder: written by ``launch/stage/stage_file.py`` for the ranks
 # After each failed attempt, a corrupt artifact found in the place of ours is set aside.
 PUBLISHING_ATTEMPTS = 3
@@ -228,7 +226,7 @@ class Store:
     def _seal(self, stage: Stage, draft: Path, record: dict[str, Any], after_each: AfterEach) -> None:
         """Flush all files of a draft and write its manifest."""
         files = sorted(file for file in draft.rglob("*") if file.is_file())
-        mode = READABLE & ~_umask()
+        mode = usual_mode()
         sealed = for_each_file({file: file.stat().st_size for file in files}, partial(_sealed, mode), after_each)
         listing = {str(file.relative_to(draft)): entry for file, entry in sealed.items()}
         write_json(draft / MANIFEST, {"format": 1, "stage": stage.to_json(), "files": listing, **record})
@@ -326,9 +324,3 @@ def _inode(folder: Path) -> int | None:
         return folder.stat().st_ino
     except FileNotFoundError:
         return None
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # it can't be read without being set
-    os.umask(mask)
-    return mask

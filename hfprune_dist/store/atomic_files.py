@@ -102,10 +102,21 @@ def fsync_folders(folder: Path, root: Path) -> None:
 
 
 def publish(draft: Path, file: Path) -> None:
-    """Give a finished draft its final name, durably: a file of that name is complete even if the node dies."""
+    """Give a finished draft its final name, durably: a file of that name is complete even if the node dies.
+
+    Its mode becomes the usual one; safetensors makes files private, which others of a group couldn't resume from.
+    """
+    draft.chmod(usual_mode())
     fsync_path(draft)
     draft.replace(file)
     fsync_path(file.parent)
+
+
+def usual_mode() -> int:
+    """The mode of new files: readable and writable, minus the bits in the umask."""
+    mask = os.umask(0)  # it can't be read without being set
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def set_aside(file: Path, reason: str) -> None:

@@ -30,6 +30,16 @@ def test_what_was_written_is_read(tmp_path):
     assert file.read_bytes() == content
 
 
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+def test_colleagues_may_go_on_from_what_the_umask_allows(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_tensors(TENSORS, tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     file = tmp_path_factory.mktemp("written") / "a.safetensors"
