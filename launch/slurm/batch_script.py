@@ -103,7 +103,7 @@ def batch_script(request: Request) -> str:
         qos=resources.qos,
         nodes=resources.nodes,
         ntasks_per_node=resources.tasks_per_node,
-        gpus_per_node=resources.gpus_per_node or None,
+        gpus_per_node=resources.gpus_per_node_option,
         cpus_per_task=resources.cpus_per_task,
         time=resources.time_minutes,
         constraint=resources.constraint,

@@ -44,6 +44,9 @@ class Resources(Section):
     """Ranks on each node; on a GPU cluster, one per GPU."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     """GPUs on each node; 0 asks for none."""
+    gpu_type: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    """Type of these GPUs, as the cluster calls it, e.g. a100 (sinfo -o %G lists gpu:a100:8); some clusters require it.
+    Null takes any."""
     gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
     """Memory of one GPU; with it, plans that can't fit are refused before anything is submitted."""
     gpu_tflops: Annotated[float, Field(gt=0)] | None = None
@@ -109,6 +112,12 @@ class Resources(Section):
         return self.nodes * self.gpus_per_node
 
     @property
+    def gpus_per_node_option(self) -> str | None:
+        """What sbatch's --gpus-per-node is given; None if no GPUs are asked for."""
+        typed = "" if self.gpu_type is None else f"{self.gpu_type}:"
+        return f"{typed}{self.gpus_per_node}" if self.gpus_per_node else None
+
+    @property
     def memory_bytes(self) -> float | None:
         """Main memory per node in bytes; None if it is the cluster's default, or all of it."""
         found = re.match(r"(\d+)([KMGT]?)", self.memory or "", re.IGNORECASE)
@@ -124,7 +133,8 @@ class Resources(Section):
     def device(self) -> str:
         """The device of a rank, as far as the profile specifies it."""
         asked = {"partition": self.partition, "constraint": self.constraint, "gres": self.sbatch.get("gres")}
-        told = [f"{name} {value}" for name, value in asked.items() if value is not None]
+        typed = {"gpu_type": self.gpu_type if self.gpus else None}
+        told = [f"{name} {value}" for name, value in {**asked, **typed}.items() if value is not None]
         return ", ".join([*told, "a GPU" if self.gpus else f"threads: {self.cpus_per_task}"])
 
 
@@ -172,7 +182,7 @@ def load_profile(name: str, shipped: Path) -> Profile:
 
 def _require_gpus(file: Path, kinds: Sequence[Resources]) -> None:
     """Refuse settings about GPUs if no kind of stage asks for any."""
-    told = [key for key in ("gpu_memory_gib", "gpu_tflops") if any(getattr(it, key) for it in kinds)]
+    told = [key for key in ("gpu_type", "gpu_memory_gib", "gpu_tflops") if any(getattr(it, key) for it in kinds)]
     if told and not any(it.gpus for it in kinds):
         raise UserError(
             f"{file}: {told[0]} tells of GPUs, but gpus_per_node is 0 for every kind of stage; set gpus_per_node, or "

@@ -98,6 +98,13 @@ def test_gpus_asked_for_by_other_options_are_gpus(run):
     assert "SLURM_GPUS_ON_NODE" in run({"SLURM_GPUS_ON_NODE": "4"}, sbatch={"gres": "gpu:4"}).ranks
 
 
+def test_a_type_of_gpus_is_asked_for_where_gpus_are(tmp_path):
+    typed = {"gpu_type": "a100"}
+    assert "#SBATCH --gpus-per-node=a100:8\n" in batch_script(request(tmp_path, gpus_per_node=8, **typed))
+    assert "#SBATCH --gpus-per-node=8\n" in batch_script(request(tmp_path, gpus_per_node=8))
+    assert "--gpus-per-node" not in batch_script(request(tmp_path, **typed))
+
+
 def test_a_profile_may_set_what_srun_takes(run):
     result = run(setup=["export SLURM_CPU_BIND=none"], environment={"SLURM_MPI_TYPE": "none"})
     assert result.ranks["SLURM_CPU_BIND"] == "none" and result.ranks["SLURM_MPI_TYPE"] == "none"

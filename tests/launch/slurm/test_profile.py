@@ -64,6 +64,8 @@ def test_an_option_that_is_false_is_left_out(tmp_path):
         ("memory: lots", ["memory", "pattern"]),
         ("time_minutes: 5\nsignal_seconds: 6000", ["signal_seconds 6000 is more than time_minutes 5"]),
         ("gpus_per_node: 8\ntasks_per_node: 16", ["tasks_per_node 16 is more than gpus_per_node 8"]),
+        ("gpus_per_node: 8\ngpu_type: 'a100:8'", ["gpu_type", "'a100:8'"]),
+        ("gpu_type: a100", ["gpu_type tells of GPUs", "gpus_per_node is 0"]),
         ("gpu_tflops: .inf", ["gpu_tflops", "finite"]),
         ("gpu_memory_gib: 80", ["gpu_memory_gib tells of GPUs", "gpus_per_node is 0", "set gpus_per_node"]),
         ("gpu_tflops: 300\nstages: {prune: {gpu_memory_gib: 4}}", ["leave gpu_memory_gib and gpu_tflops out"]),
@@ -104,6 +106,8 @@ def test_efficiency_is_measured_by_one_rank_on_what_is_asked_for(tmp_path):
     efficiency = load_profile(write(tmp_path, common), SHIPPED).resources["efficiency"]
     assert (efficiency.ranks, efficiency.gpus) == (1, 1)
     assert efficiency.device == "partition gpu, constraint a100, a GPU"
+    typed = load_profile(write(tmp_path, common + "gpu_type: a100\n"), SHIPPED).resources["efficiency"]
+    assert typed.device == "partition gpu, constraint a100, gpu_type a100, a GPU"
     own = "stages: {efficiency: {constraint: h100, sbatch: {gres: 'gpu:h100:1'}}}\n"
     other = load_profile(write(tmp_path, common + own), SHIPPED).resources["efficiency"]
     assert other.device == "partition gpu, constraint h100, gres gpu:h100:1, a GPU"
