@@ -11,6 +11,7 @@ wait for it. Weights use memory of their own stream, whose copies begin as soon 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -130,7 +131,7 @@ class CudaLanes:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._inward, self._outward, self._files = (torch.cuda.Stream(device) for _ in range(3))
+        self._inward, self._outward, self._files = _streams(device)
         self._reader = ThreadPoolExecutor(1)  # its thread ends with this object
 
     def to_device(self, tensor: Tensor) -> InFlight[Tensor]:
@@ -159,6 +160,16 @@ class CudaLanes:
             for _ in one_ahead(pairs, lambda it: _Arrival(it[0].to(dtype).pin_memory(), it[1], self._files)):
                 pass
         return placed
+
+
+@functools.cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream, torch.cuda.Stream]:
+    """Return the streams of copies inward and outward, and of weights, the same for all lanes to a GPU.
+
+    torch keeps the memory of freed weights for the stream that they were in: if each pass had its own, what earlier ones
+    left would fill the GPU, and cuSOLVER and NCCL, which ask CUDA for memory, would find none.
+    """
+    return torch.cuda.Stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 def _computing(device: torch.device) -> torch.cuda.Stream:

@@ -286,7 +286,9 @@ def log(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: log.append(("shared with", stream.name)))
     monkeypatch.setattr(host_transfers, "lanes_of", CudaLanes)
-    return log
+    host_transfers._streams.cache_clear()
+    yield log
+    host_transfers._streams.cache_clear()
 
 
 def test_a_gpus_copies_wait_for_what_was_computed_and_what_is_computed_waits_for_them(log):
@@ -297,6 +299,14 @@ def test_a_gpus_copies_wait_for_what_was_computed_and_what_is_computed_waits_for
     back, here = ("outward", "waits for", "computing"), ("host", "waits for", "copy of outward")
     assert [it for it in log if it != ("host", "waits for", "copy of inward")][:4] == [begin, begin, arrive, back]
     assert log.count(begin) == log.count(arrive) == log.count(back) == 2 and log.count(here) >= 2
+
+
+def test_later_passes_copy_in_the_same_streams_or_memory_would_stay_with_those_of_earlier_ones(log, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: made.append(FakeStream(log, len(made))) or made[-1])
+    for _ in range(3):
+        dict(HostTransfers(CPU).through({0: torch.ones(2)}.items(), lambda it: it + 1))
+    assert len(made) == 3 and all(log.count((stream.name, "waits for", "computing")) == 3 for stream in made[:2])
 
 
 def test_a_gpus_layers_are_read_in_portions_by_a_thread(log, tmp_path, monkeypatch):
