@@ -25,3 +25,5 @@ def compute_deterministically() -> None:
     filling: Any = torch.utils.deterministic
     filling.fill_uninitialized_memory = False  # a pass over each new tensor that we fill anyway
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward is not among the operations that raise
+    # NVIDIA's containers ask by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE for products of float32 with three digits.
+    torch.set_float32_matmul_precision("highest")

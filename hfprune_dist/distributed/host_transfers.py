@@ -166,8 +166,8 @@ class CudaLanes:
 def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream, torch.cuda.Stream]:
     """Return the streams of copies inward and outward, and of weights, the same for all lanes to a GPU.
 
-    torch keeps the memory of freed weights for the stream that they were in: if each pass had its own, what earlier ones
-    left would fill the GPU, and cuSOLVER and NCCL, which ask CUDA for memory, would find none.
+    torch keeps the memory of freed weights for the stream that they were in: if each pass had its own, what earlier
+    ones left would fill the GPU, and cuSOLVER and NCCL, which ask CUDA for memory, would find none.
     """
     return torch.cuda.Stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device)
 

@@ -29,26 +29,29 @@ class StoppedError(Exception):
 def flags(monkeypatch):
     """What a rank sees of the flags; they are put back."""
     monkeypatch.delenv(WORKSPACE, raising=False)
+    torch.set_float32_matmul_precision("high")  # as in NVIDIA's containers
     yield lambda: (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,
         torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.get_float32_matmul_precision(),
         os.environ.get(WORKSPACE),
     )
     os.environ.pop(WORKSPACE, None)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.set_float32_matmul_precision("highest")
 
 
-AS_THEY_WERE = (False, False, True, True, None)
+AS_THEY_WERE = (False, False, True, True, "high", None)
 
 
 @pytest.mark.parametrize(
     ("on_gpu", "reproducible", "expected"),
     [
-        (True, True, (True, False, False, False, ":4096:8")),
+        (True, True, (True, False, False, False, "highest", ":4096:8")),
         (True, False, AS_THEY_WERE),
         (False, True, AS_THEY_WERE),
     ],
