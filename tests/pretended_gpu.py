@@ -1,0 +1,169 @@
+"""A GPU that is none: tensors that are said to lie on it are on the CPU, but don't mix with those that aren't."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from lanes import Arrived
+from torch import Tensor
+from torch.autograd import Variable
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hfprune_dist.distributed import host_transfers
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+# Operations that take tensors of both devices; the first one says where the result is.
+_MIXING = ("copy_", "index", "index_put", "index_put_", "_index_put_impl_", "set_", "_to_copy")
+
+
+_DEVICE_OF = Tensor.device.__get__
+
+
+class MixedError(AssertionError):
+    """An operation got tensors of both devices."""
+
+
+class _Places:
+    """The storages that are said to be on the GPU."""
+
+    def __init__(self) -> None:
+        self._there: set[int] = set()
+
+    def put(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._there:
+            self._there.add(storage._cdata)
+            weakref.finalize(storage, self._there.discard, storage._cdata)
+        return tensor
+
+    def holds(self, tensor: Tensor) -> bool:
+        return not tensor.is_meta and tensor.untyped_storage()._cdata in self._there
+
+
+class _Operations(TorchDispatchMode):
+    """Lets results be where their arguments are, which must be in one place; scalars of the CPU go anywhere."""
+
+    def __init__(self, places: _Places) -> None:
+        super().__init__()
+        self._places = places
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        tensors = [it for it in tree_leaves((args, kwargs or {})) if isinstance(it, Tensor) and not it.is_meta]
+        there = [self._places.holds(it) for it in tensors]
+        name = function._schema.name.removeprefix("aten::")
+        if name in _MIXING:
+            there = there[:1]
+        elif any(there) and any(it.dim() for it, is_there in zip(tensors, there, strict=True) if not is_there):
+            shapes = [tuple(it.shape) for it in tensors]
+            raise MixedError(f"{name} of {shapes}, of which these are on the GPU: {there}")
+        results = function(*args, **(kwargs or {}))
+        if any(there):
+            for it in tree_leaves(results):
+                if isinstance(it, Tensor):
+                    self._places.put(it)
+        return results
+
+
+class _Calls(TorchFunctionMode):
+    """Answers where tensors are, and takes them there."""
+
+    def __init__(self, places: _Places) -> None:
+        super().__init__()
+        self._places = places
+
+    def __torch_function__(self, function, _types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is Tensor.backward:  # its hooks ask, too
+            with self:
+                run, keeps_graph = Variable._execution_engine.run_backward, bool(kwargs["retain_graph"])
+                how = {"allow_unreachable": True, "accumulate_grad": True}
+                return run(args, (kwargs["gradient"],), keeps_graph, False, (), **how)
+        with torch._C.DisableTorchFunction():
+            first = args[0] if args and isinstance(args[0], Tensor) else None
+            name = getattr(function, "__name__", "")
+            is_there = first is not None and self._places.holds(first)
+            if function == _DEVICE_OF:
+                return GPU if is_there else function(*args)
+            if name == "numpy" and is_there:
+                raise MixedError("numpy of a tensor on the GPU")
+            if name == "cpu":
+                return self._away(first, is_there)
+            if name == "cuda":
+                return self._here(first, is_there)
+            if name == "to" and first is not None:
+                return self._moved(first, is_there, args[1:], kwargs)
+            if name == "histc":  # of integers, which only a GPU counts
+                args = first.float(), *args[1:]
+            target = kwargs.get("device")
+            if target is not None:
+                kwargs["device"] = CPU if torch.device(target).type == "cuda" else target
+            result = function(*args, **kwargs)
+            if isinstance(result, Tensor) and not result.is_meta:
+                if target is not None and torch.device(target).type == "cuda":
+                    self._places.put(result)
+                elif target is not None and is_there and torch.device(target).type == "cpu":
+                    return self._away(result, self._places.holds(result))
+                elif name == "new_tensor" and is_there:
+                    self._places.put(result)
+            return result
+
+    def _moved(self, tensor, is_there, args, kwargs):
+        target, others = kwargs.pop("device", None), []
+        for it in args:
+            if isinstance(it, Tensor):
+                target = GPU if self._places.holds(it) else it.device
+                others.append(it.dtype)
+            elif isinstance(it, torch.dtype):
+                others.append(it)
+            elif isinstance(it, torch.device | str):
+                target = it
+        if target is not None and torch.device(target).type == "meta":
+            return tensor.to(target, *others, **kwargs)
+        result = tensor.to(*others, **kwargs) if others or kwargs else tensor
+        if target is None:
+            return self._places.put(result) if is_there else result
+        wanted = torch.device(target).type == "cuda"
+        if is_there:
+            self._places.put(result)
+        return self._here(result, is_there) if wanted else self._away(result, is_there)
+
+    def _here(self, tensor, is_there):
+        return tensor if is_there else self._places.put(tensor.clone())
+
+    def _away(self, tensor, is_there):
+        if not is_there:
+            return tensor
+        away = torch.empty(tensor.shape, dtype=tensor.dtype)
+        with torch.no_grad():
+            away.copy_(tensor)
+        return away
+
+
+class _Lanes:
+    """``Lanes`` on which everybody waits."""
+
+    def to_device(self, tensor):
+        return Arrived(tensor.to(GPU))
+
+    def to_host(self, tensor):
+        return Arrived(tensor.cpu())
+
+    def weights(self, reader, number):
+        return Arrived(reader.weights(number, lambda tensor, dtype: tensor.to(GPU, dtype)))
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[None]:
+    """Within the context, tensors may be moved to ``GPU``; whatever mixes them with others raises ``MixedError``."""
+    places = _Places()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_transfers, "lanes_of", lambda device: _Lanes() if device.type == "cuda" else None)
+        patch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (7, 0))
+        with _Calls(places), _Operations(places):
+            yield
