@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import StudentParameters
 from hfprune_dist.core.criteria import lacking
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.local_shapes import LocalTarget
+from hfprune_dist.planning.multiples import protected_by, target_of
+from hfprune_dist.planning.widths import Target, size_of
+from hfprune_dist.structures import NEURONS
 
 # Ratio -> the teacher's share of the loss and its temperature, as in SDMPrune (arXiv 2506.11120; its code's settings
 # for Llama-3.2-1B).
@@ -30,16 +36,42 @@ def student_of(method: Method, ratio: float) -> StudentParameters | None:
 def check_student(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> None:
     """Refuse a ratio at which some neurons without a score would stay: those that the student lacks.
 
+    Args:
+        method: with numbers, as ``with_numbers`` returns it.
+
     Raises:
-        UserError: stating how much the student lacks.
+        UserError: stating how much the student lacks; or as ``_widths`` does.
     """
     if method.student_chosen_by is None:
         return
-    gone = sum(lacking(count, method.student_lacks) for count in checkpoint.units.counts)
-    least = gone * checkpoint.parameters_per_unit / checkpoint.parameters
+    counts = checkpoint.units.counts
+    lacks = [lacking(count, method.student_lacks) for count in counts]
+    least = sum(lacks) * checkpoint.parameters_per_unit / checkpoint.parameters
     if ratio < least:
         raise UserError(
             f"{where}: ratio {ratio:g} removes less than the student of {method.criterion} lacks, which is "
             f"{method.student_lacks:g} of the neurons or {least:.4f} of all parameters; use a larger ratio or a "
             "smaller prune.student_lacks"
         )
+    for count, width, missing in zip(counts, _widths(checkpoint, ratio, method, where), lacks, strict=True):
+        if 0 < count - width < missing:
+            raise UserError(
+                f"{where}: at ratio {ratio:g}, with widths that are multiples of {method.multiple_of}, layers lose "
+                f"{count - width} of {count} neurons, fewer than the {missing} that the student of {method.criterion} "
+                "lacks; use a larger ratio or a smaller prune.multiple_of or prune.student_lacks"
+            )
+
+
+def _widths(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> Sequence[int]:
+    """The width of every layer if the ratio decides it; if scores do, the dense model's.
+
+    Raises:
+        UserError: as ``Target.uniform_width`` and ``LocalTarget.shape`` do.
+    """
+    asked = target_of(method, checkpoint, ratio, where)
+    if method.allocation == "uniform":
+        width = Target(size_of(checkpoint), ratio, asked.multiple_of, where).uniform_width()
+        return (width,) * checkpoint.num_layers
+    if method.allocation == "local":
+        return LocalTarget(asked, *protected_by(method)).shape().units[NEURONS]
+    return checkpoint.units.counts

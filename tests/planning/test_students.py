@@ -39,6 +39,20 @@ def test_a_ratio_at_which_neurons_without_a_score_would_stay_is_refused(tmp_path
         check_ratios(checkpoint, [0.9 * least], method, "here")
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "local"])
+def test_so_is_one_at_which_they_would_stay_once_widths_are_rounded(tmp_path, allocation):
+    """Of 100 neurons the student lacks 10. The multiples of 7 next to them are 91, which loses fewer, and 84."""
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", intermediate_size=100))
+    method = Method(criterion=CRITERION, student_lacks=0.1, allocation=allocation, multiple_of=7)
+    fewer, more = (2 * gone * 3 * 32 / checkpoint.parameters for gone in (10, 13))
+    with pytest.raises(UserError, match=r"multiples of 7, layers lose 9 of 100 neurons, fewer than the 10 that"):
+        check_ratios(checkpoint, [fewer], method, "here")
+    check_ratios(checkpoint, [more], method, "here")
+    check_ratios(checkpoint, [fewer], method.model_copy(update={"multiple_of": 1}), "here")
+    if allocation == "local":  # then the other layer loses the neurons of both
+        check_ratios(checkpoint, [fewer], method.model_copy(update={"protect_last": 1}), "here")
+
+
 @pytest.fixture(scope="module")
 def drawing(tmp_path_factory):
     return Drawing(tmp_path_factory.mktemp("drawing"))
