@@ -47,7 +47,8 @@ def native_ratios(decoder: Decoder | None, removed: int | None, sizes: Mapping[s
     Args:
         removed: number of removed parameters; None if it isn't known.
         sizes: the shape reported by the prune stage: ``intermediate_size`` or, by layer, ``intermediate_sizes``; if
-            heads or layers were removed, ``num_key_value_heads`` and ``num_hidden_layers`` likewise.
+            heads or layers were removed, ``num_key_value_heads`` and ``num_hidden_layers`` likewise; if attention got
+            matrices of low rank, ``attention_ranks``.
 
     Returns:
         ``ratio_of_decoder``: removed / weights of all layers' matrices. ``ratio_of_pruned_layers``: removed / weights
@@ -63,6 +64,8 @@ def native_ratios(decoder: Decoder | None, removed: int | None, sizes: Mapping[s
 
 def _pruned_layers(decoder: Decoder, sizes: Mapping[str, Any]) -> int:
     """Number of layers that lose something, including those removed as a whole."""
+    if sizes.get("attention_ranks"):
+        return decoder.layers
     staying = sizes.get("num_hidden_layers") or decoder.layers
     widths = _by_layer("intermediate_size", sizes, staying, decoder.intermediate_size)
     groups = _by_layer("num_key_value_heads", sizes, staying, decoder.num_key_value_heads)

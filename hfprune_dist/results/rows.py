@@ -219,7 +219,7 @@ def _shape(cell: Cell, manifests: Mapping[str, Manifest | None], dense: DenseMod
     always = ("ratio_reached", "parameters", "intermediate_size", "intermediate_sizes")
     told = {key: metrics.get(key) for key in (*always, *(key for key in _OF_MORE_THAN_NEURONS if key in metrics))}
     left = told["parameters"]
-    return told | native_ratios(dense.decoder, None if left is None else dense.parameters - left, told)
+    return told | native_ratios(dense.decoder, None if left is None else dense.parameters - left, metrics)
 
 
 def _with_experts(sizes: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -63,6 +63,11 @@ def test_one_width_says_as_much_as_a_list():
     )
 
 
+def test_a_layer_whose_attention_has_low_rank_is_pruned_even_if_rounding_leaves_all_its_neurons():
+    sizes = {"intermediate_size": 8, "intermediate_sizes": [8, 8], "attention_ranks": {"q_proj": 3}}
+    assert native_ratios(Decoder(120, 2, 8, 2), 30, sizes)["ratio_of_pruned_layers"] == 0.25
+
+
 @pytest.mark.parametrize(("decoder", "removed"), [(None, 5), (Decoder(120, 2, 8, 2), None)])
 def test_what_is_not_known_stays_so(decoder, removed):
     unknown = {"ratio_of_decoder": None, "ratio_of_pruned_layers": None}
