@@ -227,6 +227,8 @@ class Train:
     """LoRA training: ``rows`` of ``tokens`` at a time, rank ``rank`` on all projections of a layer.
 
     If it ``distills``, its head never holds the logits of all tokens, but has a dense model's in addition to its own.
+    If it ``masks`` units (LoRAPrune), the inputs of output projections are multiplied by masks. Scores take less, after
+    backward, than activations before it.
     """
 
     rows: int
@@ -236,9 +238,10 @@ class Train:
     itemsize: int = 2
     distills: bool = False
     checkpointing: bool = False
+    masks: bool = False
 
     @classmethod
-    def of(cls, settings: LoraTraining, tokens: int, distills: bool) -> Train:
+    def of(cls, settings: LoraTraining, tokens: int, distills: bool, *, masks: bool = False) -> Train:
         """Return the job of a stage with these settings on rows of ``tokens`` tokens."""
         return cls(
             rows=settings.rows_at_once,
@@ -247,6 +250,7 @@ class Train:
             dropout=settings.dropout > 0,
             itemsize=ITEMSIZE[settings.dtype],
             distills=distills,
+            masks=masks,
         )
 
     def resized(self, rows: int) -> Train:
@@ -302,7 +306,9 @@ class Train:
             inputs += (2 * dims.hidden_size + dims.intermediate_size) * self.itemsize * sharded
         else:
             inputs = (2 * dims.hidden_size + dims.intermediate_size) * self.itemsize
-        return norms + attention + gated + inputs
+        # Attention keeps its output; whoever keeps the output projection's input keeps that one masked.
+        masked = heads * self.itemsize * (self.masks and (sharded or not self.dropout))
+        return norms + attention + gated + inputs + masked
 
     def work(self, dims: Dimensions) -> Work:
         """Work of one micro-batch: a forward, a backward without gradients of frozen weights, and a teacher's head.

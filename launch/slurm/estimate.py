@@ -171,7 +171,8 @@ def job_of(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
         case PruneParameters() as params:
             return _refit(params, plan, stage)
         case RecoverParameters(recovery=settings) | LoraPruneParameters(recovery=settings):
-            return Train.of(settings, settings.sequence_length, distills=False)
+            masks = isinstance(stage.params, LoraPruneParameters)
+            return Train.of(settings, settings.sequence_length, distills=False, masks=masks)
         case DistillParameters(distillation=settings):
             return Train.of(settings, _calibration(plan, stage).sequence_length, distills=True)
         case EvaluateParameters() as params:

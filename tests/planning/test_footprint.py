@@ -45,7 +45,8 @@ from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.scoring.curvature import Curvature
 from hfprune_dist.scoring.weight_gradients import WeightGradients
-from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.kept import Kept, Shape
+from hfprune_dist.training.unit_masks import UnitMasks
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": 264}
 PUBLISHED = {
@@ -579,6 +580,31 @@ def test_kept_activations_of_lora_training(monkeypatch, sharded, dropout):
         assert 2 * 128 * dims.num_layers * job.layer_bytes(dims, sharded=sharded) == pytest.approx(counted(), rel=0.15)
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     assert job.lora_parameters(dims) == trained
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_kept_activations_of_masked_units(monkeypatch, sharded, dropout):
+    """What masks add to the activations of LoRA training, beside themselves: one number per channel."""
+    if sharded:
+        monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    kept = []
+    for masks in (False, True):
+        model = tiny_model("llama", **SHAPE).bfloat16()
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=4, lora_dropout=dropout, target_modules=lora_targets(FAMILIES["llama"])
+        )
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False).train()
+        structures = FAMILIES["llama"].structures(model.config.to_dict())
+        shape = Shape((0, 1, 2, 3), {kind: tuple(it - masks for it in of.counts) for kind, of in structures.items()})
+        UnitMasks(structures, shape).attach(adapted.get_base_model(), torch.device("cpu"), torch.bfloat16)
+        with kept_for_backward(adapted) as counted:
+            adapted.base_model.model.model(torch.ones(2, 128, dtype=torch.int64), use_cache=False)
+            kept.append(counted())
+    jobs = [Train(rows=2, tokens=128, rank=4, dropout=dropout > 0, masks=masks) for masks in (False, True)]
+    dims = dimensions_of(model.config.to_dict())
+    before, after = (2 * 128 * job.activation_bytes(dims, sharded=sharded) for job in jobs)
+    assert kept[1] - kept[0] == after - before + 4 * 2 * (dims.intermediate_size + dims.attention_size)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
