@@ -7,6 +7,7 @@ import pytest
 import torch
 from fine_tunings import make_task, train
 from gather_counter import SMALL_PARAMETER
+from peak_bytes import PeakBytes
 from peft import LoraConfig, get_peft_model
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
@@ -18,6 +19,7 @@ from hfprune_dist.planning.training_memory import Placement
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.training import snapshots, trainer
 from hfprune_dist.training.engine_setup import MAX_GRAD_NORM
+from hfprune_dist.training.lora_gradients import LoraGradients
 from hfprune_dist.training.snapshots import read_snapshot
 from hfprune_dist.training.unit_masks import UnitMasks
 
@@ -138,3 +140,33 @@ def test_sharded_weights_and_any_snapshot_lead_to_the_same_bits(monkeypatch, tmp
     alone, _ = train(tmp_path / "alone", 1, task)
     for key, average in ((key, it) for key, it in expected.units.items() if key.endswith("average")):
         torch.testing.assert_close(alone.units[key], average, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize(("ranks", "whole"), [(1, True), (2, True), (2, False)])
+def test_memory_of_scores(monkeypatch, tmp_path, ranks, whole):
+    """For one weight at a time, three numbers in float32 for each of its own, and its factors, their gradients and what
+    clipping makes of these; the same on any number of ranks.
+    """
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", "qwen3", num_hidden_layers=3, **WIDE))
+    task, scores = masking_task(checkpoint, dtype="bfloat16"), LoraGradients.scores
+
+    def counted_scores(self, layers):
+        with PeakBytes() as counted:
+            for known in (*self._model.parameters(), *self._model.buffers()):
+                counted._sizes[known.untyped_storage()._cdata] = 0
+            found = scores(self, layers)
+        (tmp_path / f"peak-{self._world.rank}").write_text(str(counted.peak))
+        return found
+
+    monkeypatch.setattr(LoraGradients, "scores", counted_scores)
+    monkeypatch.setattr(trainer, "place_training", lambda *_: Placement(whole, False, fits=True))
+    last, _ = train(tmp_path / "run", ranks, replace(task, total_steps=1))
+    sizes = [checkpoint.tensors[name].shape for name in scored_weights(task)]
+    expected = max(4 * 3 * (outputs * inputs + task.settings.rank * (outputs + inputs)) for outputs, inputs in sizes)
+    # The optimizer's shards of LoRA and of its gradient are read, and so counted although they were there before.
+    expected += 2 * 4 * sum(it.numel() for it in last.weights.values()) / ranks
+    if not whole:  # a layer at a time is gathered: the middle one is the largest; its shards were there before, too
+        middle = (checkpoint.tensors[name].numel for name in scored_weights(task) if ".layers.1." in name)
+        expected += 2 * sum(numel for numel in middle if numel > SMALL_PARAMETER) * (1 + 1 / ranks)
+    peak = max(int((tmp_path / f"peak-{rank}").read_text()) for rank in range(ranks))
+    assert 0.95 < peak / expected < 1.05
