@@ -13,6 +13,8 @@ from hfprune_dist.structures.units import PER_LAYER
 LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 # The number of leading layers of one kind.
 OF_THE_FIRST = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
+# Architectures whose layers from max_window_layers on have a sliding window -> their classes' default for it.
+_WINDOWS_FROM = {"qwen2": 28, "qwen3": 28, "qwen2_5_vl_text": 80}
 # Intervals at which layers of another kind recur -> the list that states the same explicitly, if there is one.
 _INTERVALS = {
     "no_rope_layer_interval": "no_rope_layers",
@@ -96,7 +98,7 @@ def _with_attention(config: Mapping[str, Any]) -> list[int]:
 def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
     """New values of the config.json keys that change if only these layers (ascending) stay, renumbered from 0."""
     kinds = {key: [config[key][layer] for layer in layers] for key in LISTS if config.get(key)}
-    firsts = {key: sum(layer < config[key] for layer in layers) for key in OF_THE_FIRST if config.get(key) is not None}
+    firsts = {key: sum(layer < count for layer in layers) for key, count in _of_the_first(config).items()}
     places = {
         key: [number for number, layer in enumerate(layers) if layer in config[key]]
         for key in NUMBERS
@@ -115,6 +117,16 @@ def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any
         **kept,
         **_experts_of(config, layers),
     }
+
+
+def _of_the_first(config: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers of leading layers of one kind: those in config.json, and one that layers are told apart by although
+    it is missing there.
+    """
+    stated = {key: config[key] for key in OF_THE_FIRST if config.get(key) is not None}
+    model_type = str(config.get("model_type"))
+    is_implied = config.get("use_sliding_window") and not config.get("layer_types") and model_type in _WINDOWS_FROM
+    return {"max_window_layers": _WINDOWS_FROM[model_type], **stated} if is_implied else stated
 
 
 def _experts_of(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masking import some
-from transformers import Gemma4TextConfig, Gemma4UnifiedTextConfig, JambaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma4TextConfig,
+    Gemma4UnifiedTextConfig,
+    JambaConfig,
+    Qwen2_5_VLTextConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
 from hfprune_dist.structures.experts import has_experts
@@ -24,6 +31,15 @@ def test_layers_keep_the_kind_that_they_had(data):
     changed = config | of_layers(config, layers)
     assert changed["num_hidden_layers"] == len(layers)
     assert config_class(**changed).layer_types == [before[layer] for layer in layers]
+
+
+@pytest.mark.parametrize("config_class", [Qwen2Config, Qwen3Config, Qwen2_5_VLTextConfig])
+def test_layers_keep_the_kind_that_they_had_where_config_does_not_say_from_which_one_on_windows_slide(config_class):
+    config = {"model_type": config_class.model_type, "num_hidden_layers": 90, "use_sliding_window": True}
+    before, layers = config_class(**config).layer_types, [*range(5, 90, 3)]
+    assert len({*before}) == 2
+    assert config_class(**config | of_layers(config, layers)).layer_types == [before[layer] for layer in layers]
+    assert "max_window_layers" not in of_layers(config | {"use_sliding_window": False}, layers)
 
 
 @pytest.mark.parametrize(
