@@ -46,6 +46,10 @@ COMPANION_PATTERNS = (
 )
 # For models of images and text, further files, which say how images become tokens.
 PROCESSOR_PATTERNS = ("*processor_config.json",)
+# Files that travel with every pruned copy too, but that no result depends on, so that they aren't part of its identity:
+# named chat templates, code for a tokenizer (which runs only with trust_remote_code), and the form of a tokenizer that
+# transformers takes where mistral-common is installed.
+UNREAD_PATTERNS = ("additional_chat_templates/*.jinja", "tokenization_*.py", "tekken.json")
 COMPARED_BYTES = 2**20
 # Kinds of rope scaling whose factor multiplies max_position_embeddings, or the original number of positions.
 _STRETCHING = ("linear", "dynamic", "yarn")
@@ -172,6 +176,11 @@ class Checkpoint:
     def companion_files(self) -> list[str]:
         processors = PROCESSOR_PATTERNS if self.family.has_vision else ()
         return matching(self.path, (*COMPANION_PATTERNS, *processors))
+
+    @cached_property
+    def travelling_files(self) -> list[str]:
+        """Names, relative to its folder, of the files that a pruned copy has unchanged, config.json aside."""
+        return [*self.companion_files, *matching(self.path, UNREAD_PATTERNS)]
 
     @cached_property
     def beside_decoder(self) -> frozenset[str]:

@@ -77,8 +77,8 @@ def _is_file_name(name: Any) -> bool:
 
 
 def matching(path: Path, patterns: Iterable[str]) -> list[str]:
-    """Names of the files of a folder that match any of the patterns."""
-    return sorted({file.name for pattern in patterns for file in path.glob(pattern) if file.is_file()})
+    """Names, relative to a folder, of its files that match any of the patterns."""
+    return sorted({str(file.relative_to(path)) for it in patterns for file in path.glob(it) if file.is_file()})
 
 
 def read_json_object(file: Path, why: str) -> dict[str, Any]:

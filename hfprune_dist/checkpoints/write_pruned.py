@@ -262,12 +262,13 @@ def _copy(source: BufferedReader, stream: BinaryIO, size: int) -> None:
 def write_companions(checkpoint: Checkpoint, target: Path, config: Mapping[str, Any]) -> None:
     """Copy tokenizer, generation config and licences; write ``config`` as config.json, and the weights' index.
 
-    A checkpoint that isn't plain gets the file that plain transformers needs to load it. Other code that came with the
-    dense checkpoint is left out, and so are config.json's references to it.
+    A checkpoint that isn't plain gets the file that plain transformers needs to load it. Other code for the model that
+    came with the dense checkpoint is left out, and so are config.json's references to it.
     """
     needs_ours = str((config.get("auto_map") or {}).get(AUTO_CLASS)).startswith(f"{MODELING_FILE.stem}.")
-    for name in checkpoint.companion_files:
+    for name in checkpoint.travelling_files:
         if name not in ("config.json", MODELING_FILE.name):
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(checkpoint.path / name, target / name)
     if config["model_type"] != checkpoint.config["model_type"]:
         _write_tokenizer(checkpoint, target)

@@ -123,6 +123,7 @@ def _snapshot(name: str, hub_id: str, revision: str, download: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
+    patterns += ["tokenization_*.py"]
     # Mistral's models hold all weights twice, once more in their publisher's own format.
     twice = ["consolidated*.safetensors"]
     try:

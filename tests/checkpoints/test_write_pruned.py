@@ -67,3 +67,24 @@ def test_tokenizer_and_index_travel_along(tmp_path):
     index = json.loads((tmp_path / "pruned" / INDEX_FILE).read_text())
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict()
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in state.values())
+
+
+def test_files_for_other_programs_travel_along_without_identifying_the_checkpoint(tmp_path):
+    dense = save_tiny(tmp_path / "dense")
+    before = open_checkpoint(dense).companion_files
+    (dense / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (dense / name).write_text(f"{{{{ '{name}' }}}}")
+    (dense / "tekken.json").write_text("{}")
+    (dense / "tokenization_own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    told = json.loads((dense / "tokenizer_config.json").read_text())
+    auto_map = {"AutoTokenizer": [None, "tokenization_own.Own"]}
+    (dense / "tokenizer_config.json").write_text(json.dumps(told | {"auto_map": auto_map}))
+    prune(dense, tmp_path / "pruned")
+    assert open_checkpoint(dense).companion_files == sorted([*before, "chat_template.jinja"])
+    templates = AutoTokenizer.from_pretrained(tmp_path / "pruned").chat_template
+    assert set(templates) == {"default", "tool_use"}
+    trusted = AutoTokenizer.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
+    assert type(trusted).__name__ == "Own" and (tmp_path / "pruned" / "tekken.json").is_file()

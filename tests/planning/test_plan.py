@@ -418,15 +418,27 @@ def test_a_name_that_begins_like_a_home_folder_is_unknown_like_any_other(world):
         plan_of(world, methods=["~no-such-user"])
 
 
-def test_weights_in_the_publishers_own_format_are_not_downloaded(tmp_path, monkeypatch):
-    files = ["config.json", "model-00001-of-00002.safetensors", "consolidated.safetensors", "README.md"]
+@pytest.mark.parametrize(
+    ("files", "chosen"),
+    [
+        (
+            ["config.json", "model-00001-of-00002.safetensors", "consolidated.safetensors", "README.md"],
+            r"config\.json, model-00001-of-00002\.safetensors, README\.md",
+        ),
+        (
+            ["additional_chat_templates/rag.jinja", "tokenization_own.py", "modeling_own.py", "tekken.json"],
+            r"additional_chat_templates/rag\.jinja, tokenization_own\.py, tekken\.json",
+        ),
+    ],
+)
+def test_what_is_downloaded_is_what_a_pruned_copy_needs_and_weights_once(tmp_path, monkeypatch, files, chosen):
 
     def downloaded(_hub_id, **asked):
         chosen = filter_repo_objects(files, **{key: asked[key] for key in ("allow_patterns", "ignore_patterns")})
         raise ValueError(f"downloads {', '.join(chosen)}")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
-    with pytest.raises(UserError, match=r"downloads config\.json, model-00001-of-00002\.safetensors, README\.md"):
+    with pytest.raises(UserError, match=f"downloads {chosen};"):
         resolve_models(load_config([], {"models": ["org/name"]}), tmp_path, FileHashes(None), download=True)
 
 
