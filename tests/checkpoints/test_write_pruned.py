@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from tiny import VARIANTS, save_tiny, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hfprune_dist.checkpoints import write_pruned as surgery
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -88,3 +88,12 @@ def test_files_for_other_programs_travel_along_without_identifying_the_checkpoin
     assert set(templates) == {"default", "tool_use"}
     trusted = AutoTokenizer.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
     assert type(trusted).__name__ == "Own" and (tmp_path / "pruned" / "tekken.json").is_file()
+
+
+def test_infinite_numbers_in_a_config_stay(tmp_path):
+    dense = save_tiny(tmp_path / "dense")
+    told = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(told | {"time_step_limit": [0.0, float("inf")]}))
+    prune(dense, tmp_path / "pruned")
+    assert '"time_step_limit": [\n  0.0,\n  Infinity\n ]' in (tmp_path / "pruned" / "config.json").read_text()
+    assert AutoConfig.from_pretrained(tmp_path / "pruned").time_step_limit == [0.0, float("inf")]
