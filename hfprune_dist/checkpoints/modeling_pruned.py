@@ -21,9 +21,15 @@ from torch import nn
 _PRUNED, _RANK = "Pruned", "_rank"
 
 
+def _settings_of_layer(config: Any, number: int) -> Any:
+    """What transformers takes for the configuration of one layer; for older versions, all layers have the same."""
+    every = getattr(config, "per_layer_config", None)
+    return config if every is None else every[number]
+
+
 def config_of_layer(config: Any, number: int) -> Any:
     """A copy of the configuration with the sizes of one layer."""
-    own = copy.copy(config.per_layer_config[number])
+    own = copy.copy(_settings_of_layer(config, number))
     for field, values in (getattr(config, "layer_sizes", None) or {}).items():
         setattr(own, field, values[number])
     return own
@@ -63,7 +69,7 @@ class SizesPerLayer:
 
     def __init__(self, config: Any) -> None:
         sizes = getattr(config, "layer_sizes", None)
-        super().__init__(config if sizes else config.per_layer_config[0])  # type: ignore[call-arg]
+        super().__init__(config if sizes else _settings_of_layer(config, 0))  # type: ignore[call-arg]
         body = self.base_model  # type: ignore[attr-defined]
         body = getattr(body, "decoder", body)
         for number, layer in enumerate(body.layers):

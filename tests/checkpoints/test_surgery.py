@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from masking import kept_of, mask, models, write
 from tiny import VARIANTS, save_tiny
 from transformers import AutoModelForCausalLM
+from transformers.integrations.heterogeneity.configuration_utils import HeterogeneousConfigMixin
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import is_plain, plain_group_counts, pruned_config
@@ -127,6 +128,16 @@ def test_layers_that_differ_load_with_the_code_in_their_folder_and_generate(tmp_
         {"cache_implementation": "static", "prefill_chunk_size": 4, "disable_compile": True},
     ):
         assert torch.equal(loaded.generate(IDS, **steps, **cache), without_cache), cache
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_that_differ_load_where_transformers_has_no_settings_of_single_layers(tmp_path, monkeypatch, variant):
+    """As in 4.57, with which this was run too."""
+    write(open_checkpoint(save_tiny(tmp_path / "dense", variant, num_hidden_layers=3)), RAGGED, tmp_path / "pruned")
+    expected = load(tmp_path / "pruned", trust_remote_code=True)(IDS, use_cache=False).logits
+    monkeypatch.delattr(HeterogeneousConfigMixin, "per_layer_config")
+    loaded = load(tmp_path / "pruned", trust_remote_code=True)
+    assert torch.equal(loaded(IDS, use_cache=False).logits, expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
