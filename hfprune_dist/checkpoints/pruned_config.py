@@ -20,8 +20,8 @@ from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER
 MODELING_FILE = Path(__file__).with_name("modeling_pruned.py")
 AUTO_CLASS = "AutoModelForCausalLM"
 HEADS = "num_attention_heads"
-# Keys that the configuration class of a family's twin doesn't have; ``rope_parameters`` replaces ``rope_scaling``.
-_NOT_OF_A_TWIN = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_scaling")
+# Keys that the configuration class of a family's twin doesn't have.
+_NOT_OF_A_TWIN = ("attention_bias", "mlp_bias", "pretraining_tp")
 # Defaults of LlamaConfig that its twin doesn't share.
 _DEFAULTS_OF_A_TWIN = {"max_position_embeddings": 2048, "tie_word_embeddings": False}
 # The version whose form a twin's config.json has. With one before 5, transformers suspects a faulty tokenizer.
@@ -127,6 +127,7 @@ def _as_twin(config: Mapping[str, Any], twin: Family) -> dict[str, Any]:
         "model_type": twin.model_type,
         "architectures": [twin.plain_class],
         "rope_parameters": rope,
+        **({"rope_scaling": rope} if config.get("rope_scaling") else {}),  # which transformers before 5 reads
         "sliding_window": None,
         "transformers_version": _TRANSFORMERS,
     }

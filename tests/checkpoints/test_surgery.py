@@ -224,6 +224,9 @@ def test_a_llama_whose_heads_do_not_divide_is_written_as_mistral_with_equal_bits
         write(checkpoint, kept, pruned)
         loaded = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
         divides = hidden % (kept_groups * queries) == 0
+        if "rope_scaling" in rope and not divides:  # where transformers before 5 looks
+            stated = json.loads((pruned / "config.json").read_text())
+            assert stated["rope_scaling"] == stated["rope_parameters"] == loaded.config.rope_parameters
         assert loaded.config.model_type == ("llama" if divides else "mistral")
         assert is_plain(checkpoint, kept.shape) and plain_group_counts(checkpoint) == list(range(1, groups + 1))
         with torch.no_grad():
