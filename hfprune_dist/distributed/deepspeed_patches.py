@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -99,7 +98,9 @@ def empty_shards(model: nn.Module) -> None:
         parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
 
 
-def limit_timeouts(minutes: int) -> None:
-    """Limit the timeouts of all process groups: DeepSpeed makes some of half an hour, and has no setting for it."""
+def limit_timeouts() -> None:
+    """Give all process groups the timeout that the ranks joined with: DeepSpeed makes some of half an hour."""
+    joined: Any = dist.distributed_c10d._get_default_group()
+    timeout = joined._get_backend(torch.device("cpu")).options._timeout
     for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=minutes), group)
+        dist.distributed_c10d._set_pg_timeout(timeout, group)

@@ -27,3 +27,4 @@ def compute_deterministically() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward is not among the operations that raise
     # NVIDIA's containers ask by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE for products of float32 with three digits.
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions, which hybrids have

@@ -34,7 +34,9 @@ def choose_sharding(
 def free_bytes(world: World) -> float:
     """Free memory of this rank: its GPU's, or its share of the available main memory."""
     if world.device.type == "cuda":
-        return float(torch.cuda.mem_get_info(world.device)[0])
+        # What torch keeps of memory that was freed is free for tensors, although the device counts it as taken.
+        kept = torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
+        return float(torch.cuda.mem_get_info(world.device)[0] + kept)
     return available_memory() / world.local_size
 
 

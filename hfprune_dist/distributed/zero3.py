@@ -16,7 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.module_tensors import module_tensors
 from hfprune_dist.checkpoints.read_tensors import read_module_tensor
-from hfprune_dist.distributed.deepspeed_patches import begin_steps_at, skip_inference_kernels
+from hfprune_dist.distributed.deepspeed_patches import begin_steps_at, limit_timeouts, skip_inference_kernels
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm, require_exact_rotary, stays_float32
 
@@ -70,6 +70,7 @@ def load_frozen(
     model.requires_grad_(False)
     model.config.use_cache = False
     engine, *_ = deepspeed.initialize(model=model, config=config)
+    limit_timeouts()
     module: nn.Module = engine.module
     require_exact_rotary(module, checkpoint)
     if dtype != torch.float32:

@@ -262,7 +262,7 @@ class _PrepareEngine(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
         require_exact_rotary(trained["model"], self._task.checkpoint.path)
-        limit_timeouts(self._task.timeout_minutes)
+        limit_timeouts()
         if self._task.start is not None:
             _restore(trained["model"], self._task.start, self._world.rank)
         if self._whole:

@@ -36,6 +36,7 @@ def flags(monkeypatch):
         torch.utils.deterministic.fill_uninitialized_memory,
         torch.backends.cuda.cudnn_sdp_enabled(),
         torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
         os.environ.get(WORKSPACE),
     )
     os.environ.pop(WORKSPACE, None)
@@ -43,15 +44,16 @@ def flags(monkeypatch):
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.backends.cuda.enable_cudnn_sdp(True)
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
 
 
-AS_THEY_WERE = (False, False, True, True, "high", None)
+AS_THEY_WERE = (False, False, True, True, "high", True, None)
 
 
 @pytest.mark.parametrize(
     ("on_gpu", "reproducible", "expected"),
     [
-        (True, True, (True, False, False, False, "highest", ":4096:8")),
+        (True, True, (True, False, False, False, "highest", False, ":4096:8")),
         (True, False, AS_THEY_WERE),
         (False, True, AS_THEY_WERE),
     ],
