@@ -37,7 +37,7 @@ class Reading:
         sequence_length: tokens per window, or per row of pairs.
         where: name of the text in the stages' messages.
         beginning: its first texts; None if they come from the hub.
-        windows: number of windows that must not overlap; 0 if the text is pairs to train on.
+        windows: number of windows for which the text must have tokens enough; 0 if it is pairs to train on.
         add_bos_token: whether windows begin with BOS.
     """
 

@@ -45,7 +45,8 @@ class CalibrationConfig(TextSource):
     dataset: str | None = "allenai/c4"
     name: str | None = "en"
     samples: Positive = 1024
-    """Number of calibration windows."""
+    """Number of calibration windows, one at random from each document that is long enough. If there are fewer such
+    documents, each gives several, which may overlap; a plain-text file is one document."""
     sequence_length: Annotated[int, Field(ge=8)] = 1024
     """Tokens per window, the beginning-of-sequence token included."""
     micro_batch_size: Positive = 1
@@ -122,7 +123,8 @@ class FidelityConfig(HeldOutText):
     dataset: str | None = "allenai/c4"
     name: str | None = "en"
     windows: Positive = 64
-    """Number of held-out windows from each text."""
+    """Number of held-out windows from each text, cut as those of calibration. Standard errors take them for
+    independent: with far fewer documents than windows they are too small."""
     sequence_length: Annotated[int, Field(ge=8)] = 1024
     """Tokens per window, the beginning-of-sequence token included."""
     texts: Annotated[dict[Annotated[str, AfterValidator(_text_name)], HeldOutText] | None, LeftOutAt(None)] = None
