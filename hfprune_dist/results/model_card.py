@@ -99,13 +99,15 @@ def _number(value: float | None, template: str) -> str | None:
 
 
 def _method(subject: Subject) -> str:
-    settings = next(it.params.to_json() for it in reversed(subject.stages) if it.kind in CUTTING)
+    cuts = [it.params.to_json() for it in subject.stages if it.kind in CUTTING]
+    settings = cuts[-1]
     what = " and ".join(settings.get("structures", ["neurons"])).replace("_", " ")
     if subject.cell.recovery == OWN:
         return f"{what} go, scored by LoRA's own gradients while it recovers the model"
+    in_parts = f" anew in each of {len(cuts)} parts" if len(cuts) > 1 else ""
     distilled = ", distillation" if any(it.kind == "distill" for it in subject.stages) else ""
     return (
-        f"{what} go, scored by {settings.get('criterion')}; allocation {settings.get('allocation')}, refit "
+        f"{what} go, scored by {settings.get('criterion')}{in_parts}; allocation {settings.get('allocation')}, refit "
         f"{settings.get('refit')}{distilled}"
     )
 

@@ -136,6 +136,13 @@ def test_people_read_how_it_was_made(config, tmp_path):
     assert "trust_remote_code" not in card
 
 
+def test_it_says_in_how_many_parts_the_model_was_pruned(config, tmp_path):
+    cards = texts(config, tmp_path, methods=["surgeon-uniform", "surgeon-uniform-2-steps"])
+    told = {name: re.search(r"scored by [^;]*", card)[0] for name, card in cards.items() if "scored by" in card}
+    assert told.pop("alpha-0.2-surgeon-uniform-lora") == "scored by surgeon"
+    assert told.pop("alpha-0.2-surgeon-uniform-2-steps-lora") == "scored by surgeon anew in each of 2 parts"
+
+
 def test_shells_and_people_read_odd_names_and_ratios_as_they_are(config, tmp_path):
     plan, store = planned(config)[1], Store(tmp_path / "store")
     fill(store, plan)
