@@ -92,7 +92,7 @@ class Session:
             UserError: for bad input.
         """
         prepared = prepare(self._command, download=True)
-        prepared.require_runnable()
+        prepared.require_runnable(self._command)
         run_prepared(self._command, prepared)
         return read_sweep(self._command.out, past_attempts(self._command.out)).rows
 
@@ -101,7 +101,7 @@ class Session:
         wanted = list(stage_ids)
         todo = sweep.plan.lacking_for(wanted, lambda stage_id: prepared.verdicts[stage_id].state == "done")
         chosen = replace(prepared, todo=todo)
-        chosen.require_runnable()
+        chosen.require_runnable(self._command)
         run_missing(self._command, chosen)
         for handle in map(sweep.store.handle, todo):
             if (failure := handle.failure()) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ class Reading:
         sequence_length: tokens per window, or per row of pairs.
         where: name of the text in the stages' messages.
         beginning: its first texts; None if they come from the hub.
-        windows: number of windows for which the text must have tokens enough; 0 if it is pairs to train on.
+        windows: number of windows that are cut from the text; 0 if it is pairs to train on.
+        overlaps: whether it may have fewer tokens than all windows together.
         add_bos_token: whether windows begin with BOS.
     """
 
@@ -46,11 +47,14 @@ class Reading:
     where: str
     beginning: Beginning | None
     windows: int = 0
+    overlaps: bool = False
     add_bos_token: bool = False
 
 
-def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: Profile | None) -> None:
+def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: Profile | None) -> list[str]:
     """Before any missing stage runs, check what the stages will read for every model, and that ranks can share it.
+
+    Returns sentences about what they read that are no reason to refuse it.
 
     Args:
         todo: ids of the stages.
@@ -73,9 +77,12 @@ def check_stages(config: SweepConfig, plan: Plan, todo: Sequence[str], profile: 
 
         include_path = config.evaluation.include_path
         check_tasks(config.evaluation.tasks, Path(include_path) if include_path else None)
+    remarks: list[str] = []
     for folder in dict.fromkeys(folder for folders in models.values() for folder in folders):
         kinds = [kind for kind, folders in models.items() if folder in folders]
-        _check_model(config, folder, [it for kind in kinds for it in readings.get(kind, [])], "evaluate" in kinds)
+        of_folder = [it for kind in kinds for it in readings.get(kind, [])]
+        remarks += _check_model(config, folder, of_folder, "evaluate" in kinds)
+    return list(dict.fromkeys(remarks))
 
 
 def _check_trackers(runtime: RuntimeConfig) -> None:
@@ -110,14 +117,15 @@ def _calibration_texts(config: SweepConfig) -> Iterator[Reading]:
     for share in calibration.shares():
         place = _begin("calibration", share.text, [share.text.text_field])
         yield Reading(
-            "calibration", calibration.sequence_length, *place, share.windows if calibration.mixture else 1, bos
+            "calibration", calibration.sequence_length, *place, share.windows, calibration.mixture is None, bos
         )
 
 
 def _held_out_texts(config: SweepConfig) -> Iterator[Reading]:
     for text in config.evaluation.fidelity.each().values():
         place = _begin("fidelity", text, [text.text_field])
-        yield Reading("evaluation.fidelity", text.sequence_length, *place, 1, config.evaluation.add_bos_token)
+        bos = config.evaluation.add_bos_token
+        yield Reading("evaluation.fidelity", text.sequence_length, *place, text.windows, True, bos)
 
 
 def _pairs(config: SweepConfig) -> Iterator[Reading]:
@@ -134,7 +142,7 @@ def _begin(
     return f"{where} {source.path}", beginning
 
 
-def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading], evaluates: bool) -> None:
+def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading], evaluates: bool) -> list[str]:
     # These import torch and transformers, which takes seconds.
     from hfprune_dist.data.tokenizer import load_tokenizer, require_embedded
     from hfprune_dist.models.loading import require_finite_routers, require_own_weights
@@ -149,7 +157,7 @@ def _check_model(config: SweepConfig, folder: Path, readings: Sequence[Reading],
         raise UserError(f"{folder}: the tokenizer has no chat template, which evaluation.apply_chat_template needs")
     for reading in readings:
         _check_length(reading, folder, checkpoint.max_positions)
-        _check_text(reading, folder, tokenizer)
+    return [remark for reading in readings if (remark := _check_text(reading, folder, tokenizer))]
 
 
 def _check_length(reading: Reading, folder: Path, positions: int | None) -> None:
@@ -161,11 +169,11 @@ def _check_length(reading: Reading, folder: Path, positions: int | None) -> None
         )
 
 
-def _check_text(reading: Reading, folder: Path, tokenizer: Any) -> None:
-    """Check that the part of a text that was read holds its windows, or a pair to train on."""
+def _check_text(reading: Reading, folder: Path, tokenizer: Any) -> str | None:
+    """Check that the part of a text that was read holds its windows, or a pair to train on; return a remark on it."""
     from hfprune_dist.data.instructions import require_room, require_trainable
     from hfprune_dist.data.tokenizer import require_eos
-    from hfprune_dist.data.windows import Sampling, require_long_enough
+    from hfprune_dist.data.windows import Sampling, remark_on_overlap, require_long_enough
 
     length, beginning = reading.sequence_length, reading.beginning
     if not reading.windows:
@@ -175,4 +183,7 @@ def _check_text(reading: Reading, folder: Path, tokenizer: Any) -> None:
             require_trainable(beginning, tokenizer, length, reading.where)
     elif beginning is not None:
         sampling = Sampling(reading.windows, length, seed=0, add_bos_token=reading.add_bos_token)
-        require_long_enough(beginning, tokenizer, sampling, reading.where)
+        enough = replace(sampling, samples=1) if reading.overlaps else sampling
+        require_long_enough(beginning, tokenizer, enough, reading.where)
+        return remark_on_overlap(beginning, tokenizer, sampling, reading.where)
+    return None

@@ -95,8 +95,34 @@ def require_long_enough(beginning: Beginning, tokenizer: Any, sampling: Sampling
     Raises:
         UserError: as ``read_windows`` and ``require_tokens``.
     """
-    if not beginning.is_all:
+    if (counted := _tokens_if_too_few(beginning, tokenizer, sampling)) is None:
         return
+    found, longest = counted
+    body = sampling.body(tokenizer)
+    if not found:
+        raise _too_short(where, body, len(beginning.texts), longest)
+    require_tokens(found, sampling, body, where)
+
+
+def remark_on_overlap(beginning: Beginning, tokenizer: Any, sampling: Sampling, where: str) -> str | None:
+    """Return a sentence about a source that has fewer tokens than all its windows together, as far as can be told."""
+    counted = _tokens_if_too_few(beginning, tokenizer, sampling)
+    if counted is None:
+        return None
+    needed = sampling.samples * sampling.body(tokenizer)
+    return (
+        f"{where}: {counted[0]} tokens in documents that are long enough, and {sampling.samples} windows take "
+        f"{needed}: they overlap, and tell less than as many windows of a longer text"
+    )
+
+
+def _tokens_if_too_few(beginning: Beginning, tokenizer: Any, sampling: Sampling) -> tuple[int, int] | None:
+    """Return the tokens in documents that are long enough, and in the longest document.
+
+    None if all windows have tokens enough, or if that can't be told from what was read and is quickly tokenized.
+    """
+    if not beginning.is_all:
+        return None
     body = sampling.body(tokenizer)
     needed = sampling.samples * body
     found = longest = tokenized = 0
@@ -105,15 +131,13 @@ def require_long_enough(beginning: Beginning, tokenizer: Any, sampling: Sampling
         for part in _parts_to_try(text, CHARACTERS_PER_TOKEN * (needed - found)):
             tokens = len(plain_ids(tokenizer, part))
             if tokens >= max(body, needed - found):
-                return
+                return None
             tokenized += len(part)
         longest = max(longest, tokens)
         found += tokens if tokens >= body else 0
         if tokenized > TOKENIZED_CHARACTERS:
-            return
-    if not found:
-        raise _too_short(where, body, len(beginning.texts), longest)
-    require_tokens(found, sampling, body, where)
+            return None
+    return found, longest
 
 
 def require_tokens(found: int, sampling: Sampling, body: int, where: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from hfprune_dist.config.load import parse, read_yaml
@@ -40,10 +39,3 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
         where = f"{file} with prune.{', prune.'.join(on_top)}" if on_top else str(file)
         methods[file.stem] = parse(Method, {**settings, **on_top}, where)
     return methods
-
-
-def remarks_on_methods(config: SweepConfig, methods: Mapping[str, Method]) -> list[str]:
-    """Return sentences about settings of the ``prune`` section that have no effect with some of the methods."""
-    given = config.prune.model_dump(exclude_none=True)
-    idle = {name: [it for it, method in methods.items() if name in method.without_effect] for name in given}
-    return [f"prune.{name} changes nothing with {', '.join(those)}" for name, those in idle.items() if those]

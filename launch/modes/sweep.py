@@ -58,7 +58,7 @@ def _mode(arguments: Namespace) -> Callable[[Command], int]:
 def run(command: Command) -> int:
     """Run the sweep: configuration -> plan -> stages -> artifacts -> tables."""
     prepared = prepare(command, download=True)
-    prepared.require_runnable()
+    prepared.require_runnable(command)
     return run_prepared(command, prepared)
 
 
@@ -74,7 +74,7 @@ def dry_run(command: Command) -> int:
         show_jobs(console, prepared.sweep, profile, runtime, prepared.verdicts)
         show_estimates(console, prepared.estimates)
         show_hours(console, plan_hours(plan, prepared.todo, profile, runtime))
-    prepared.require_runnable()
+    prepared.require_runnable(command)
     return 0
 
 

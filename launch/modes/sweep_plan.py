@@ -26,11 +26,12 @@ from hfprune_dist.planning.dimensions import checkpoint_dimensions
 from hfprune_dist.planning.earlier_passes import with_earlier_passes
 from hfprune_dist.planning.earlier_rows import with_earlier_rows
 from hfprune_dist.planning.known_shapes import KnownShape, dense_shape, known_shape
-from hfprune_dist.planning.methods import remarks_on_methods, resolve_methods
+from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.planning.ratios import remarks_on_shapes
 from hfprune_dist.planning.refusals import place_of
+from hfprune_dist.planning.remarks import remarks_on_settings
 from hfprune_dist.planning.training_memory import choose_micro_batches, chooses
 from hfprune_dist.store.artifacts import Verdict
 
@@ -91,11 +92,15 @@ class Prepared:
                 known[cell.label] = known_shape(checkpoint, cell.ratio, self.methods[cell.method], where)
         return known
 
-    def require_runnable(self) -> None:
-        """Raise UserError for input that a stage would otherwise refuse only after hours of other stages' work."""
+    def require_runnable(self, command: Command) -> None:
+        """Raise UserError for input that a stage would otherwise refuse only after hours of other stages' work.
+
+        Notes on input that is accepted are told.
+        """
         refuse_what_cannot_fit(self.estimates)
         self.generation.require_room()
-        check_stages(self.here, self.sweep.plan, self.todo, self.profile)
+        for remark in check_stages(self.here, self.sweep.plan, self.todo, self.profile):
+            command.tell(f"note: {remark}")
 
 
 def prepare(command: Command, *, download: bool) -> Prepared:
@@ -113,7 +118,7 @@ def prepare(command: Command, *, download: bool) -> Prepared:
     device = None if profile is None else profile.resources["efficiency"].device
     config, models, methods, plan = _plan(command, device, download=download)
     require_apart(command.out, plan)
-    for remark in remarks_on_methods(config, methods):
+    for remark in remarks_on_settings(config, methods):
         command.tell(f"note: {remark}")
     for model in models:
         for remark in model.checkpoint.remarks:

@@ -8,7 +8,7 @@ from hfprune_dist.data import windows
 from hfprune_dist.data.instructions import encode_for, nothing_to_train_on, prompt_for, require_room, require_trainable
 from hfprune_dist.data.text import Beginning
 from hfprune_dist.data.tokenizer import bos_id, plain_ids
-from hfprune_dist.data.windows import Sampling, require_long_enough, require_tokens, sample_windows
+from hfprune_dist.data.windows import Sampling, remark_on_overlap, require_long_enough, require_tokens, sample_windows
 from hfprune_dist.errors import UserError
 
 TOKENIZER = tiny_tokenizer()
@@ -70,6 +70,20 @@ def test_a_little_of_a_long_document_is_tokenized():
     tokenizer = CountingTokenizer(4)
     require_long_enough(Beginning([("x" * 10**7,)], is_all=True), tokenizer, Sampling(1, 100, 0), "here")
     assert tokenizer.characters < 10**4
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.integers(1, 9), st.integers(8, 20))
+def test_a_text_whose_windows_must_overlap_is_told(lengths, samples, sequence_length):
+    tokenizer = CountingTokenizer(1)
+    whole = Beginning([("x" * length,) for length in lengths], is_all=True)
+    sampling = Sampling(samples, sequence_length, 0, add_bos_token=False)
+    found = sum(length for length in lengths if length >= sequence_length)
+    remark = remark_on_overlap(whole, tokenizer, sampling, "here")
+    assert (remark is not None) == (found < samples * sequence_length)
+    beginning = f"here: {found} tokens in documents that are long enough, and {samples} windows"
+    assert remark is None or remark.startswith(beginning)
+    assert remark_on_overlap(Beginning(whole.texts, is_all=False), tokenizer, sampling, "here") is None
 
 
 def test_a_document_of_few_tokens_is_tokenized_as_a_whole():

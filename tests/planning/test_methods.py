@@ -5,7 +5,7 @@ import pytest
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.methods import remarks_on_methods, resolve_methods
+from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.widths import ModelSize, Target
 
 SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "methods"
@@ -149,27 +149,3 @@ def test_rounds_from_the_command_line_are_refused_where_ranks_are_low():
     assert resolved(methods=["surgeon-plain"], **{"prune.steps": 3})["surgeon-plain"].steps == 3
     with pytest.raises(UserError, match=r"lorap\.yaml.*\n.*round_ratio: 0.1 needs allocation: uniform"):
         resolved(methods=["lorap"], **{"prune.round_ratio": 0.1})
-
-
-@pytest.mark.parametrize(
-    ("methods", "settings", "idle"),
-    [
-        (["hfprune"], {"floor": 0.1, "multiple_of": 8}, ["floor: hfprune"]),
-        (["surgeon"], {"floor": 0.1}, []),
-        (["hfprune", "surgeon-plain"], {"tensor_parallel": 3}, ["tensor_parallel: hfprune"]),
-        (
-            ["hfprune", "wanda-sp"],
-            {"floor": 0.1, "protect_first": 1},
-            ["floor: hfprune, wanda-sp", "protect_first: hfprune"],
-        ),
-        (
-            ["sdmprune", "flap"],
-            {"tensor_parallel": 2, "student_lacks": 0.1},
-            ["tensor_parallel: sdmprune", "student_lacks: flap"],
-        ),
-    ],
-)
-def test_a_setting_that_a_method_takes_no_notice_of_is_told(methods, settings, idle):
-    config = load_config([], {"methods": methods, **{f"prune.{name}": value for name, value in settings.items()}})
-    told = remarks_on_methods(config, resolve_methods(config, SHIPPED))
-    assert told == [f"prune.{it.replace(': ', ' changes nothing with ')}" for it in idle]
