@@ -1,8 +1,8 @@
 """Push a named checkpoint of a sweep to the Hugging Face hub.
 
 examples:
-  python launch/publish.py runs/demo llama-0.2-lora me/llama-pruned --dry-run     the files, their sizes, and the card
-  python launch/publish.py runs/demo llama-0.2-lora me/llama-pruned --private
+  python launch/publish.py runs/demo llama-0.2-hfprune-lora me/llama-pruned --dry-run     the files, their sizes, the card
+  python launch/publish.py runs/demo llama-0.2-hfprune-lora me/llama-pruned --private
 
 The folder checkpoints/NAME is pushed as it is, including its card, README.md, which you may edit first. An adapter
 whose base is not on the hub is left out, since nobody else could load it; the weights already contain it. Log in with
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _publish(argv: Sequence[str] | None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
-    parser.add_argument("name", help="of a folder in its checkpoints/, e.g. llama-0.2-lora")
+    parser.add_argument("name", help="of a folder in its checkpoints/, e.g. llama-0.2-hfprune-lora")
     parser.add_argument("repo_id", help="repository on the hub, e.g. me/llama-pruned; it is made where it isn't there")
     parser.add_argument("--private", action="store_true", help="where the repository is made, make it private")
     parser.add_argument("--dry-run", action="store_true", help="show what would be pushed; pushes nothing")

@@ -138,12 +138,15 @@ def sweep_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="end what runs of the sweep, its process on this machine or all jobs of its store; saved work stays",
     )
-    instead.add_argument("--logs", metavar="CELL", help="show the last lines of a cell's logs, e.g. 'llama 0.2 + lora'")
+    instead.add_argument(
+        "--logs", metavar="CELL", help="show the last lines of a cell's logs, e.g. 'llama 0.2 hfprune + lora'"
+    )
     instead.add_argument(
         "--forget",
         metavar="ROW",
         action="append",
-        help="remove a row from the folder's tables, e.g. 'llama 0.2 + lora'; may be repeated; its artifacts stay",
+        help="remove a row from the folder's tables, e.g. 'llama 0.2 hfprune + lora'; may be repeated; its artifacts "
+        "stay",
     )
     instead.add_argument(
         "--dry-run",

@@ -32,6 +32,8 @@ WRITTEN = {"results.md", "comparison.md", "bench.md", "bench.png"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 FILE_NAME = re.compile(r"[\w./-]+\.(py|sh|md|png)")
+# A row's label and the name of its checkpoint; a sweep that names no methods has two, so both have the method.
+ROW = re.compile(r"'[\w.-]+ 0\.\d+ ([^']*)'|\b[\w.]+-0\.\d+-([\w-]+)")
 SHIPPED_PATH = re.compile(rf"({'|'.join(TOP)})/[\w./-]*")
 
 
@@ -220,6 +222,14 @@ def wrong_methods(text, _folder):
             yield f"method {name}"
 
 
+def wrong_rows(text, _folder):
+    methods = [file.stem for file in (ROOT / "configs" / "methods").glob("*.yaml")]
+    for found in ROW.finditer(text):
+        rest = found[1] or found[2]
+        if not any(re.match(rf"{method}( \+ |-|$)", rest) for method in methods):
+            yield f"row {found[0]}: its method is left out"
+
+
 def problems_in(text, folder, parsers, scratch):
     return [
         *wrong_links(text, folder),
@@ -230,6 +240,7 @@ def problems_in(text, folder, parsers, scratch):
         *wrong_options(text, folder, parsers),
         *wrong_keys(text, folder),
         *wrong_methods(text, folder),
+        *wrong_rows(text, folder),
     ]
 
 
@@ -256,6 +267,7 @@ def test_commands_in_comments_and_help_texts_exist(file, parsers):
     shown = file.read_text().replace("\\\n#", "").replace(" ...", "").replace(" | --cancel", "")
     lines = [re.split(r"   +", line)[0] for line in re.findall(r"python launch/[^`\n]*", shown)]
     assert list(wrong_commands("```bash\n" + "\n".join(lines) + "\n```", ROOT, parsers)) == []
+    assert list(wrong_rows(shown, ROOT)) == []
 
 
 @pytest.mark.parametrize(
@@ -282,6 +294,8 @@ def test_commands_in_comments_and_help_texts_exist(file, parsers):
         "set `calibration.sample`",
         "set `--set evaluation.fidelity.window=3`",
         "| method | KL |\n|---|---|\n| `hfprun` | 1 |\n",
+        "```bash\npython launch/sweep.py --out runs/my --forget 'llama 0.2 + lora'\n```",
+        "```bash\npython launch/publish.py runs/my llama-0.2-lora me/llama\n```",
     ],
 )
 def test_what_does_not_exist_is_found(text, parsers, tmp_path):

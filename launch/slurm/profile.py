@@ -70,8 +70,8 @@ class Resources(Section):
     exclude: str | None = None
     """Nodes that must not be used, e.g. node[07-09]."""
     setup: list[str] = Field(default_factory=list)
-    """Shell lines that run on the first node of a job before the ranks start, e.g. module load cuda; the first that
-    fails ends the job."""
+    """Shell lines that run on the first node of a job before the ranks start, e.g. module load git; the first that
+    fails ends the job. Neither CUDA nor a Python is needed."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
     """Environment variables of all ranks."""
     sbatch: dict[str, Scalar] = Field(default_factory=dict)
