@@ -65,8 +65,8 @@ class Method(Section):
     structures: Structures = Field(default=[NEURONS])
     """What is pruned. neurons: channels of MLPs. In addition: kv_groups, the key-value heads of attention with the
     query heads that read them; layers, whole layers. Neurons and groups are scored; the effect of removing a layer is
-    measured. Anything besides neurons requires an allocation other than uniform. Or only experts: whole experts of a
-    mixture of experts, which requires allocation: uniform, and neither refit nor distillation."""
+    measured. Anything besides neurons requires an allocation other than uniform and low_rank. Or only experts: whole
+    experts of a mixture of experts, which requires allocation: uniform, and neither refit nor distillation."""
     allocation: Allocation = "uniform"
     """The shape of the pruned model. uniform: the same width, or number of experts, in all layers. plain: the same
     numbers of KV groups and neurons in all layers, perhaps fewer layers; such shapes are measured on calibration
