@@ -1,7 +1,7 @@
 """Push a named checkpoint of a sweep to the Hugging Face hub.
 
 examples:
-  python launch/publish.py runs/demo llama-0.2-hfprune-lora me/llama-pruned --dry-run     the files, their sizes, the card
+  python launch/publish.py runs/demo llama-0.2-hfprune-lora me/llama-pruned --dry-run     files, and what the card lacks
   python launch/publish.py runs/demo llama-0.2-hfprune-lora me/llama-pruned --private
 
 The folder checkpoints/NAME is pushed as it is, including its card, README.md, which you may edit first. An adapter
