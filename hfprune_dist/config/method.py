@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from hfprune_dist.config.section import NumberOrShare, Positive, PositiveOrAuto, Section
+from hfprune_dist.config.section import NumberOrShare, Positive, PositiveOrAuto, Section, explained_by
 from hfprune_dist.core.criteria import CRITERIA, SCORED_WHILE_PRUNED, CriterionName, MethodCriterion
 from hfprune_dist.structures import EXPERTS, KV_GROUPS, LAYERS, NEURONS, TOGETHER, Kind, Structure
 
@@ -280,6 +280,8 @@ class Method(Section):
 
 class PruneConfig(Section):
     """Settings that override those of every method; null keeps the method's own value (see ``Method``)."""
+
+    model_config = ConfigDict(json_schema_extra=explained_by(Method))
 
     criterion: MethodCriterion | None = None
     structures: Structures | None = None

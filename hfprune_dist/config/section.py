@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -35,11 +36,31 @@ def _number_or_share(value: object) -> object:
 NumberOrShare = Annotated[int | float, BeforeValidator(_number_or_share)]
 
 
+def explained_by(*others: type[BaseModel]) -> Callable[[dict[str, Any], type[BaseModel]], None]:
+    """Return what completes a section's JSON schema: keys without an explanation get that of the same key in a section
+    that theirs inherits from, or in another one.
+    """
+
+    def explain(schema: dict[str, Any], section: type[BaseModel]) -> None:
+        known = [it.model_fields for it in (*section.__mro__, *others) if issubclass(it, BaseModel)]
+        for name, key in schema["properties"].items():
+            found = next((it[name].description for it in known if name in it and it[name].description), None)
+            if found is not None:
+                key.setdefault("description", found)
+
+    return explain
+
+
 class Section(BaseModel):
     """A group of keys: immutable, without type conversions; unknown keys are refused."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        json_schema_extra=explained_by(),
     )
 
 

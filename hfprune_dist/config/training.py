@@ -11,7 +11,9 @@ from hfprune_dist.errors import UserError
 
 
 class LoraTraining(Section):
-    """Settings of LoRA training, on all attention and MLP projections, which is then merged into the weights."""
+    """Settings of LoRA training, on all attention and MLP projections (of mixtures of experts on attention's alone),
+    which is then merged into the weights.
+    """
 
     batch_size: Positive = 128
     """Rows per optimizer step, over all ranks together."""
@@ -56,13 +58,15 @@ class RecoveryConfig(TextSource, LoraTraining):
     """Fine-tuning after pruning. The defaults are the paper's recipe; rows are packed instruction pairs."""
 
     method: Literal["none", "lora"] = "lora"
-    """lora: LoRA on all attention and MLP projections, merged afterwards. none: no recovery."""
+    """lora: LoRA on all attention and MLP projections (of mixtures of experts on attention's alone), merged afterwards.
+    none: no recovery."""
     dataset: str | None = "MBZUAI/LaMini-instruction"
     instruction_field: str = "instruction"
     """Field that holds the instruction."""
     response_field: str = "response"
     """Field that holds the response; the loss is computed on its tokens only."""
     text_field: str = "response"
+    """Without effect: pairs are read from instruction_field and response_field."""
     samples: Positive | None = None
     """Use only this many instruction pairs, the first ones; null uses all of them."""
     sequence_length: Annotated[int, Field(ge=8)] = 1024

@@ -95,3 +95,14 @@ def test_keys_are_explained(schemas):
     """An editor shows the text below a field of the configuration's classes."""
     section = schemas["sweep"]["$defs"]["EvaluationConfig"]["properties"]
     assert section["batch_size"]["description"] == "Requests per forward pass of one rank."
+    sections = [*schemas["sweep"]["$defs"].values(), *(schemas[kind] for kind in ("method", "profile", "model"))]
+    keys = [(name, key) for section in sections for name, key in section["properties"].items() if "$ref" not in key]
+    assert [name for name, key in keys if "description" not in key] == []
+
+
+def test_keys_without_an_explanation_of_their_own_have_that_of_what_they_change(schemas):
+    sections = {name: it["properties"] for name, it in schemas["sweep"]["$defs"].items()}
+    assert sections["CalibrationConfig"]["dataset"]["description"].startswith("Hub id of a data set")
+    assert sections["DistillationConfig"]["batch_size"]["description"].startswith("Rows per optimizer step")
+    told = schemas["method"]["properties"]
+    assert all(key["description"] == told[name]["description"] for name, key in sections["PruneConfig"].items())
