@@ -112,7 +112,7 @@ class EfficiencyConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """How stages run. Nothing in this section changes a result, so nothing in it is part of a fingerprint."""
+    """How stages run. Nothing here changes a result beyond rounding, so nothing here is part of a fingerprint."""
 
     ranks: Positive | None = None
     """Processes per stage; null: one per GPU, or 1 without a GPU."""
@@ -162,7 +162,8 @@ class SweepConfig(Section):
     """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``. By default, the
     published method and the best one whose checkpoints load everywhere."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of the calibration windows, the order of the training rows and the LoRA initialisation."""
+    """Seed of the calibration windows, of scores that draw random numbers, of the order of the training rows, of
+    dropout and of the LoRA initialisation."""
     aliases: dict[str, ModelAlias] = Field(default={})
     """Further model aliases; they take precedence over those shipped in configs/models."""
     calibration: CalibrationConfig = CalibrationConfig()
