@@ -11,8 +11,9 @@ rows, tables, named checkpoints and logs, and whatever is linked to from checkpo
 
 Later sweeps: the same command still runs nothing, since the rows are complete. --intermediates removes pruned and
 distilled checkpoints that finished rows were recovered from; they are made again only if something needs them, such as
-another recovery of the same pruned model, or a recovered checkpoint that was deleted. Scores of calibration passes
-stay, so another ratio costs as much as before. An adapter in checkpoints/ no longer names a base that was removed.
+another recovery of the same pruned model, a recovered checkpoint that was deleted, or a ratio that shares its first
+rounds. Scores of calibration passes stay, so another ratio costs as much as before otherwise. An adapter in
+checkpoints/ no longer names a base that was removed.
 
 exit codes: 0 done; 2 a stage of the sweep is running, or bad input
 """

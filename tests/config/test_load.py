@@ -8,6 +8,8 @@ from hfprune_dist.config.load import load_config, parse_assignment, parse_list, 
 from hfprune_dist.core.criteria import CRITERIA, CriterionName
 from hfprune_dist.errors import UserError
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
 
 def write(folder, content):
     file = folder / "sweep.yaml"
@@ -23,6 +25,14 @@ def test_layers_defaults_file_command_line(tmp_path):
     assert config.ratios == [0.3]
     assert (config.calibration.samples, config.calibration.sequence_length) == (9, 32)
     assert config.recovery.rank == 32
+
+
+@pytest.mark.parametrize("base", ["demo.yaml", "sweeps/own-model.yaml"])
+@pytest.mark.parametrize("suite", ["generative", "paper", "wikitext"])
+def test_suites_lie_over_any_configuration(base, suite):
+    config = load_config([CONFIGS / base, CONFIGS / "suites" / f"{suite}.yaml"], {})
+    fidelity = config.evaluation.fidelity
+    assert (fidelity.path is None and fidelity.texts is None) == (suite == "wikitext")
 
 
 def test_paths_of_several_texts_are_seen_from_their_file(tmp_path):
