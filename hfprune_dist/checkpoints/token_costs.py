@@ -6,11 +6,18 @@ Layers may differ in width and heads, because every number is a sum over the ten
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import ATTENTION
 from hfprune_dist.structures.low_rank import linear_modules
+
+# The rates of decay that attention has if it carries a state along; and the projection that makes what is cached, where
+# one latent vector stands for the keys and values of all heads.
+_DECAY = re.compile(r"(self_attn|attention)\.(\w+\.)?A_log$")
+_LATENT = "kv_a_proj_with_mqa"
 
 
 @dataclass(frozen=True)
@@ -22,8 +29,9 @@ class TokenCosts:
         parameters_without_embeddings: the same, without the table of embeddings and the head.
         active_parameters: parameters that a token's output is computed with: all except those of experts not chosen.
         multiplied: entries of the matrices that a token's vectors are multiplied by, including the head's.
-        query_channels: channels of the queries of all heads in all layers.
-        cached_channels: channels of the keys and values in all layers.
+        query_channels: channels of the queries of all heads in all layers, each of which is multiplied by a key's.
+        value_channels: channels of the values that all heads in all layers add up.
+        cached_channels: channels of the keys and values in all layers, or of latent vectors in their place.
     """
 
     parameters: int
@@ -31,6 +39,7 @@ class TokenCosts:
     active_parameters: int
     multiplied: int
     query_channels: int
+    value_channels: int
     cached_channels: int
 
     @classmethod
@@ -47,13 +56,14 @@ class TokenCosts:
             if name.startswith(f"{family.layers}.") and len(shape) in dimensions and "bias" not in name
         )
         idle, idle_matrices = _idle(checkpoint)
-        queries, cached = _attention_channels(checkpoint)
+        queries, values, cached = (sum(them) for them in zip(*_attention_channels(checkpoint), strict=True))
         return cls(
             parameters=checkpoint.parameters,
             parameters_without_embeddings=checkpoint.parameters - outside,
             active_parameters=checkpoint.parameters - idle,
             multiplied=sum(of_layers) - idle_matrices + math.prod(table),
             query_channels=queries,
+            value_channels=values,
             cached_channels=cached,
         )
 
@@ -62,7 +72,7 @@ class TokenCosts:
         attention's two products with each of ``context`` tokens, itself included. Norms, activations, biases and
         rotations are left out, as in ``torch.utils.flop_counter``.
         """
-        return 2 * self.multiplied + 4 * context * self.query_channels
+        return 2 * (self.multiplied + context * (self.query_channels + self.value_channels))
 
     def cache_bytes(self, itemsize: int) -> int:
         """Bytes that the keys and values of one token take in the cache.
@@ -90,19 +100,35 @@ def _idle(checkpoint: Checkpoint) -> tuple[int, int]:
     return sum(sizes.values()) // experts.count * idle, of_matrices // experts.count * idle
 
 
-def _attention_channels(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Channels of the queries, and of the keys and values, in all layers together."""
-    family = checkpoint.family
-    if family.attention_projections[:3] == ATTENTION[:3]:
-        projections = family.attention_modules[:3]
-        query, key, value = (f".{linear_modules(name, checkpoint.ranks)[-1]}.weight" for name in projections)
-        of_layers = {name: it.shape for name, it in checkpoint.tensors.items() if name.startswith(family.layers)}
-        queries, cached = (
-            sum(shape[0] for name, shape in of_layers.items() if name.endswith(names))
-            for names in ((query,), (key, value))
-        )
-        return queries, cached
-    config = family.completed(checkpoint.config)
-    latent, heads = config.get("kv_lora_rank"), 2 * config["num_key_value_heads"] * config["head_dim"]
-    cached = int(latent) + int(config.get("qk_rope_head_dim") or 0) if latent else heads
-    return checkpoint.num_layers * config["num_attention_heads"] * config["head_dim"], checkpoint.num_layers * cached
+def _attention_channels(checkpoint: Checkpoint) -> list[tuple[int, int, int]]:
+    """For each layer, channels of its queries, of the values that its heads add up, and of what it caches."""
+    of_layers: list[dict[str, Sequence[int]]] = [{} for _ in range(checkpoint.num_layers)]
+    prefix = f"{checkpoint.family.layers}."
+    for name, info in checkpoint.tensors.items():
+        if name.startswith(prefix):
+            number, _, part = name.removeprefix(prefix).partition(".")
+            of_layers[int(number)][part] = info.shape
+    return [_channels_of(checkpoint, shapes) for shapes in of_layers]
+
+
+def _channels_of(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int, int]:
+    """The same for a layer with tensors of these shapes; zeros if it has no attention, or carries a state along instead
+    of keys and values. A projection of queries may make a gate too, so the other projections tell their size.
+    """
+    family, config = checkpoint.family, checkpoint.family.completed(checkpoint.config)
+    if any(_DECAY.match(name) for name in shapes):
+        return 0, 0, 0
+    latent = shapes.get(f"{family.attention}.{_LATENT}.weight")
+    if latent:
+        own = f"{family.attention}.q_b_proj.weight", f"{family.attention}.q_proj.weight"
+        queries = next(shapes[name][0] for name in own if name in shapes)
+        return queries, shapes[f"{family.attention}.o_proj.weight"][1], latent[0]
+    if family.attention_projections[:3] != ATTENTION[:3]:
+        channels = config["num_attention_heads"] * config["head_dim"]
+        return channels, channels, 2 * config["num_key_value_heads"] * config["head_dim"]
+    _, key, value, output = (linear_modules(name, checkpoint.ranks) for name in family.attention_modules)
+    if f"{key[-1]}.weight" not in shapes:
+        return 0, 0, 0
+    keys, values = (shapes[f"{linears[-1]}.weight"][0] for linears in (key, value))
+    summed = shapes[f"{output[0]}.weight"][1]
+    return summed * keys // values, summed, keys + values

@@ -5,8 +5,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from families import save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from more_families import MORE_EXPERTS
 from tiny import VARIANTS, save_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -99,3 +101,26 @@ def test_attention_of_low_rank(tmp_path, variant):
     checkpoint = written(tmp_path, dense, kept, factors)
     assert checkpoint.ranks == ranks and checkpoint.parameters == dense.parameter_counts.of(kept.shape)
     check(checkpoint, 2, 5)
+
+
+def test_latent_attention_has_queries_and_values_of_sizes_of_their_own(tmp_path):
+    checkpoint = open_checkpoint(save_model(tmp_path, "youtu"))
+    costs, model = TokenCosts.of(checkpoint), load_causal_lm(checkpoint.path, torch.float32)
+    assert (costs.query_channels, costs.value_channels) == (3 * 4 * (8 + 8), 3 * 4 * 8)
+    flops, cache = counted_flops(model, torch.randint(64, (2, 7)))
+    assert flops == 2 * 7 * costs.flops(7)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == 2 * 7 * costs.cache_bytes(torch.float32.itemsize)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "queries", "values", "cached"),
+    [
+        ("qwen3_next", 4 * 8, 4 * 8, 2 * 2 * 8),  # a gate comes with the queries
+        ("kimi_linear", 4 * (8 + 8), 4 * 8, 16 + 8),  # linear attention has queries, keys and values as well
+        ("bailing_hybrid", 4 * (8 + 8), 4 * 8, 16 + 8),
+    ],
+)
+def test_only_layers_that_attend_to_earlier_tokens_cache_them(tmp_path, model_type, queries, values, cached):
+    costs = TokenCosts.of(open_checkpoint(save_model(tmp_path, model_type, **MORE_EXPERTS[model_type])))
+    assert (costs.query_channels, costs.value_channels, costs.cached_channels) == (queries, values, cached)
