@@ -11,9 +11,9 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import ATTENTION
 from hfprune_dist.planning.dimensions import Dimensions, dimensions_of, row_projections_of
 from hfprune_dist.structures.experts import (
+    ALL_WIDTHS,
     NUMBERS,
     SHARED_WIDTHS,
-    WIDTHS,
     expert_sizes,
     mlp_widths,
     number_of_experts,
@@ -25,7 +25,7 @@ _HEADS = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_key_va
 _OF_LAYERS = {"intermediate_size": "intermediate_size", **_HEADS}
 
 # Fields of a mixture of experts, whose values are the same in all layers.
-_OF_EXPERTS = (*NUMBERS, *WIDTHS, *SHARED_WIDTHS)
+_OF_EXPERTS = (*NUMBERS, *ALL_WIDTHS, *SHARED_WIDTHS)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ SHARED_NUMBERS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_expe
 _UNSTATED_SHARED = {"hunyuan_v1_moe": 1}
 # Keys for the width of MLPs in layers without experts, where it isn't ``intermediate_size``.
 _DENSE_WIDTHS = ("dense_intermediate_size", "prefix_dense_intermediate_size")
-# Keys that say which layers have experts: those from a given number on, ...
+# Keys that say which layers have experts: lists of an entry for each layer, as transformers writes it or (numbers that
+# are 0 for layers without) as files of mimo_v2_flash and minimax_m3 have it; those from a given number on, ...
+_KINDS, _FLAGS = "mlp_layer_types", "moe_layer_freq"
 _FIRSTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 # ... those whose number plus one is divisible by a step; those whose number modulo a period is the offset; ...
 _STEPS = ("decoder_sparse_step", "moe_layer_interval")
@@ -164,9 +166,11 @@ def mlp_widths(config: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 def has_experts(config: Mapping[str, Any], layer: int) -> bool:
     """Whether a layer of a mixture of experts has experts rather than a plain MLP."""
-    kinds = config.get("mlp_layer_types")
+    kinds, flags = config.get(_KINDS), config.get(_FLAGS)
     if kinds:
         return bool(kinds[layer] == "sparse")
+    if isinstance(flags, list):
+        return bool(flags[layer])
     last = config.get(_LAST)
     if layer in (config.get(LAYERS_WITHOUT) or ()) or (last not in (None, -1) and layer > last):
         return False

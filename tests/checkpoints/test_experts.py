@@ -36,8 +36,10 @@ from hfprune_dist.core.criteria import CRITERIA
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.models.single_layer import LayerReader, run
+from hfprune_dist.planning.model_shape import ModelShape
 from hfprune_dist.planning.ratios import check_ratios, remarks_on_shapes
 from hfprune_dist.scoring.shard_scorer import ShardScorer
+from hfprune_dist.stages.told_of_shape import told_of_shape
 from hfprune_dist.structures import EXPERTS as WHOLE
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.experts import mlp_widths
@@ -237,6 +239,29 @@ def test_config_json_alone_tells_the_neurons_of_each_layer(checkpoint_of, model_
     checkpoint = checkpoint_of(model_type)
     counts = zip(*(it.counts for it in checkpoint.pruned_kinds([NEURONS])), strict=True)
     assert [stored for _, stored in mlp_widths(checkpoint.config)] == [sum(layer) for layer in counts]
+
+
+def test_files_may_list_the_layers_with_experts_as_numbers(checkpoint_of, tmp_path):
+    shutil.copytree(checkpoint_of("mimo_v2_flash").path, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("mlp_layer_types") == ["dense", "sparse", "sparse"]
+    file.write_text(json.dumps(config | {"moe_layer_freq": [0, 1, 1]}))
+    checkpoint = open_checkpoint(tmp_path / "model")
+    assert mlp_widths(checkpoint.config) == mlp_widths(checkpoint_of("mimo_v2_flash").config)
+    require_own_weights(checkpoint)
+    file.write_text(json.dumps(config | {"moe_layer_freq": [0, 1]}))
+    with pytest.raises(UserError, match="it can't be read as one of a mimo_v2_flash"):
+        open_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize("model_type", ["cohere2_moe", "minimax_m3_vl_text"])
+def test_widths_of_layers_without_experts_count_in_what_is_left(checkpoint_of, tmp_path, model_type):
+    checkpoint = checkpoint_of(model_type)
+    kept = some_kept(checkpoint, 2 / 3)
+    write(checkpoint, kept, tmp_path / "pruned")
+    told = told_of_shape(checkpoint, kept.shape, checkpoint.config)
+    assert ModelShape.of(checkpoint).pruned(told) == ModelShape.of(open_checkpoint(tmp_path / "pruned"))
 
 
 def scorer_of(checkpoint, world):
