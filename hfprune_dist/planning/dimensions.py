@@ -96,6 +96,12 @@ class Dimensions:
         return self.attention_parameters + self.mlp_matrices * self.hidden_size * neurons
 
     @property
+    def expert_parameters(self) -> int:
+        """The matrices of all experts of one layer, if any layer has some."""
+        neurons = 0 if self.experts is None else self.experts.count * self.experts.width
+        return self.mlp_matrices * self.hidden_size * neurons
+
+    @property
     def body_parameters(self) -> int:
         return self.num_layers * self.layer_parameters
 

@@ -657,3 +657,15 @@ def test_more_ranks_need_less_memory_each_and_more_windows_more():
     totals = [job.memory(dims, ranks).total for ranks in (2, 8, 64)]
     assert totals == sorted(totals, reverse=True)
     assert Importance(windows=4, tokens=1024).memory(dims, 8).total > totals[1]
+
+
+@pytest.mark.parametrize(("experts", "billions"), [(8, 1.0), (128, 128 * 3 * 4096 * 1536 / 1e9)])
+def test_all_experts_of_a_layer_are_gathered_together(experts, billions):
+    """Layers of Qwen3-235B-A22B; where experts are few, DeepSpeed gathers as far ahead as it may."""
+    layers = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 94, "num_attention_heads": 64}
+    routed = {"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": 1536}
+    dims = dimensions_of(layers | routed | {"vocab_size": 151936, "num_key_value_heads": 4, "head_dim": 128})
+    gathered = 2 * (billions * 1e9 + dims.head_parameters)
+    jobs = Importance(windows=1, tokens=1024), Train(1, 1024, rank=8, dropout=False), Evaluate(1, 1024)
+    assert {job.memory(dims, 16).gathered for job in jobs} == {gathered}
+    assert {job.memory(dims, 1).gathered for job in jobs} == {0.0}
