@@ -22,7 +22,8 @@ _LATENT = "kv_a_proj_with_mqa"
 
 @dataclass(frozen=True)
 class TokenCosts:
-    """Costs of one token in a model in which every layer attends to all previous tokens.
+    """Costs of one token in a model in which every layer with attention attends to all previous tokens; states that
+    layers carry along in place of keys and values aren't counted.
 
     Attributes:
         parameters: parameters of the whole model; a head tied to the embedding counts once.
