@@ -267,9 +267,10 @@ def placed_job(job: Job, dims: Dimensions, gpus: Gpus, runtime: RuntimeConfig) -
     return job, gpus
 
 
-def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: int | None) -> str:
+def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, rows: _SharedRows) -> str:
     """Return the fewest nodes, if possible from the profile's number up, that hold one window, and the smallest
     micro-batch, of at least ``ENOUGH_ROWS`` if they fit, whose work hides the time of the network and of calls.
+    Where possible, these nodes and micro-batches share a step evenly if they have to.
 
     A job that keeps all it needs on each GPU (``placed`` is then one GPU) gathers nothing; if it doesn't fit, return
     the largest micro-batch that does.
@@ -277,24 +278,24 @@ def _advice(job: Job, dims: Dimensions, gpus: Gpus, placed: Gpus, shared_rows: i
     if isinstance(job, Generate):
         return "" if fits(job, dims, placed) else "fewer efficiency.batch_sizes or tokens, or efficiency.enabled false"
     if isinstance(job, LayerPass) or placed != gpus:
-        return "" if fits(job, dims, placed) else _smaller(job, dims, placed)
+        return "" if fits(job, dims, placed) else _smaller(job, dims, placed, rows.sizes(gpus.ranks))
     smallest = job.resized(1)
     # A single rank gathers nothing, so fewer nodes may hold a job that more nodes can't.
     candidates = (dataclasses.replace(gpus, nodes=n) for n in (*range(gpus.nodes, MOST_NODES), *range(1, gpus.nodes)))
-    advised = next((it for it in candidates if fits(smallest, dims, it)), None)
-    if advised is None:
+    holding = [it for it in candidates if fits(smallest, dims, it)]
+    if not holding:
         return ""
-    shared = [size for size in MICRO_BATCHES if not shared_rows or size * advised.ranks <= shared_rows]
-    fitting = [size for size in shared or MICRO_BATCHES[:1] if fits(job.resized(size), dims, advised)]
+    advised = next((it for it in holding if not rows.evenly or rows.allow(it.ranks)), holding[0])
+    fitting = [size for size in rows.sizes(advised.ranks) if fits(job.resized(size), dims, advised)]
     hidden = [size for size in fitting if gpus.flops and seconds(job.resized(size), dims, advised).is_work]
     enough = [size for size in fitting if size >= ENOUGH_ROWS] or fitting[-1:]
     size = max(hidden[0] if hidden else fitting[-1], enough[0]) if gpus.flops else enough[0]
     return f"nodes {advised.nodes}, {_setting_of(job)} {size}"
 
 
-def _smaller(job: TimedJob | LayerPass, dims: Dimensions, placed: Gpus) -> str:
+def _smaller(job: TimedJob | LayerPass, dims: Dimensions, placed: Gpus, sizes: Sequence[int]) -> str:
     """Return what helps a job that keeps all it needs on each GPU and doesn't fit."""
-    fitting = [size for size in MICRO_BATCHES if fits(job.resized(size), dims, placed)]
+    fitting = [size for size in sizes if fits(job.resized(size), dims, placed)]
     if fitting:
         return f"{_setting_of(job)} {fitting[-1]}"
     return "runtime.sharding zero3" if isinstance(job, Evaluate | Train) else ""
@@ -310,17 +311,38 @@ def _setting_of(job: TimedJob | LayerPass) -> str:
     return "calibration.micro_batch_size"
 
 
-def _shared_rows(stage: Stage) -> int | None:
-    """Return the most rows that the micro-batches of all ranks can have together; None if nothing limits them.
+@dataclass(frozen=True)
+class _SharedRows:
+    """The rows that the micro-batches of all ranks have together.
 
-    In training, these are the rows of an optimizer step. In calibration, a shard belongs to one rank, so its
-    ``shard_size`` micro-batches run one at a time.
+    Attributes:
+        most: the most they can have; None if nothing limits them.
+        evenly: whether they must divide that number.
+    """
+
+    most: int | None = None
+    evenly: bool = False
+
+    def allow(self, rows: int) -> bool:
+        if self.most is None:
+            return True
+        return self.most % rows == 0 if self.evenly else rows <= self.most
+
+    def sizes(self, ranks: int) -> Sequence[int]:
+        """Return the sizes that a micro-batch can have on this many ranks; the smallest if none suits them."""
+        return [size for size in MICRO_BATCHES if self.allow(size * ranks)] or MICRO_BATCHES[:1]
+
+
+def _shared_rows(stage: Stage) -> _SharedRows:
+    """Return the rows that ranks share: in training, those of an optimizer step, in recovery evenly.
+
+    In calibration, a shard belongs to one rank, so its ``shard_size`` micro-batches run one at a time.
     """
     match stage.params:
         case ImportanceParameters(calibration=calibration):
-            return max(1, calibration.samples // calibration.shard_size)
+            return _SharedRows(max(1, calibration.samples // calibration.shard_size))
         case RecoverParameters(recovery=recovery) | LoraPruneParameters(recovery=recovery):
-            return recovery.batch_size
+            return _SharedRows(recovery.batch_size, evenly=True)
         case DistillParameters(distillation=settings):
-            return settings.batch_size
-    return None
+            return _SharedRows(settings.batch_size)
+    return _SharedRows()

@@ -66,6 +66,17 @@ def test_a_micro_batch_has_four_rows_where_ranks_can_share_so_many(inputs, tmp_p
     assert importance(300, **many).advice == "nodes 4, calibration.micro_batch_size 16", "nothing is hidden"
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "advice"),
+    [(8, "nodes 4, recovery.micro_batch_size 2"), (6, "nodes 3, recovery.micro_batch_size 2"), (2, "nodes 1, ")],
+)
+def test_a_recovery_is_to_have_nodes_and_rows_that_share_a_step_evenly(inputs, tmp_path, batch_size, advice):
+    profile = "nodes: 3\ntasks_per_node: 1\ngpus_per_node: 1\ngpu_memory_gib: 80\n"
+    settings = {"recovery__batch_size": batch_size, "recovery__micro_batch_size": 1, "runtime__sharding": "zero3"}
+    found = estimates(inputs, tmp_path, profile, **settings)
+    assert next(each for each in found if each.stage.kind == "recover").advice.startswith(advice)
+
+
 def test_whole_weights_that_do_not_fit_are_to_be_sharded(inputs, tmp_path):
     def evaluation(gib, **overrides):
         found = estimates(
