@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hfprune_launch.project import PROJECT
 
-from hfprune_dist.config.load import Layer, load_config, read_layers, read_yaml
+from hfprune_dist.config.load import Layer, load_config, read_layers, read_yaml, to_yaml
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.earlier_rows import without_rows
@@ -203,7 +202,7 @@ def require_sweep(out: Path) -> None:
 def write_config(out: Path, config: SweepConfig, models: Sequence[ModelSource]) -> None:
     """Write the resolved configuration, in which models are named so that they can be found from any folder."""
     names = [model.spelling for model in models]
-    write_text(out / CONFIG_FILE, yaml.safe_dump(config.model_dump() | {"models": names}, sort_keys=False))
+    write_text(out / CONFIG_FILE, to_yaml(config.model_dump() | {"models": names}))
 
 
 def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> tuple[SweepConfig, str]:

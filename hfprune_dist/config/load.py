@@ -69,9 +69,16 @@ _YamlLoader.yaml_implicit_resolvers = {
 _YamlLoader.add_implicit_resolver(
     _INTEGER, re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"), list("-+0123456789")
 )
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]\d+$"), list("-+0123456789")
-)
+
+
+class _YamlDumper(yaml.SafeDumper):
+    """Dumper that quotes text that the loader would read as a number."""
+
+
+for _class in (_YamlLoader, _YamlDumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]\d+$"), list("-+0123456789")
+    )
 
 
 @dataclass(frozen=True)
@@ -202,6 +209,17 @@ def read_yaml(file: Path, flag: str, expected: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"{flag} {file}: expected {expected}, found {type(raw).__name__}")
     return raw
+
+
+def to_yaml(value: Any, *, width: float = 80, flow: bool = False) -> str:
+    """YAML that reads back as ``value``, whose keys keep their order.
+
+    Args:
+        width: of a line, beyond which values are continued on the next one.
+        flow: whether sections and lists are written in brackets.
+    """
+    text: str = yaml.dump(value, Dumper=_YamlDumper, default_flow_style=flow, sort_keys=False, width=width)
+    return text
 
 
 def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
-
-from hfprune_dist.config.load import Layer
+from hfprune_dist.config.load import Layer, to_yaml
 from hfprune_dist.config.schema import SweepConfig
 
 Key = tuple[str, ...]
@@ -48,5 +46,4 @@ def _lines(section: Mapping[str, Any], sources: Mapping[Key, str]) -> Iterable[s
 
 def _flow(value: Any) -> str:
     """A value on one line."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)
-    return text.removesuffix("...\n").rstrip("\n")
+    return to_yaml(value, width=math.inf, flow=True).removesuffix("...\n").rstrip("\n")

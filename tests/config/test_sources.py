@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from hfprune_dist.config.load import load_config, merge_layers, read_layers
+from hfprune_dist.config.load import load_config, merge_layers, read_layers, to_yaml
 from hfprune_dist.config.sources import with_sources
 
 FIRST = {
@@ -43,3 +43,12 @@ def test_defaults_read_back_too(tmp_path):
     file = tmp_path / "shown.yaml"
     file.write_text(with_sources(load_config([], {}), []))
     assert load_config([file], {}) == load_config([], {})
+
+
+def test_text_that_looks_like_a_number_reads_back_as_text(tmp_path):
+    names = ["1e-3", "5E+4", "1e3", "0x1f", "010", "12:30", "1_0", "null", "no", "=", "2024-01-02"]
+    config = load_config([], {"aliases": {name: {"path": "/m"} for name in names}, "models": names})
+    for number, written in enumerate((with_sources(config, []), to_yaml(config.model_dump()))):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(written)
+        assert load_config([file], {}) == config
