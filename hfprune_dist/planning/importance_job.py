@@ -18,7 +18,7 @@ def importance_job(params: ImportanceParameters, checkpointing: bool) -> Importa
     criteria = [CRITERIA[name] for name in params.criteria]
     losses = losses_of(criteria)
     return Importance(
-        windows=params.calibration.micro_batch_size,
+        windows=min(params.calibration.micro_batch_size, params.calibration.samples),
         tokens=params.calibration.sequence_length,
         losses=sum(loss.of == "dense" for loss in losses),
         student=any(loss.of == "student" for loss in losses),

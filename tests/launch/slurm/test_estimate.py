@@ -103,6 +103,21 @@ def test_a_distillation_is_estimated_from_the_windows_that_it_reads(inputs, tmp_
     assert longer.memory.activations > twice.memory.activations
 
 
+def test_no_more_windows_are_counted_than_run_at_once(inputs, tmp_path):
+    """Neither in a calibration with fewer windows than a micro-batch could have, nor where only texts are compared."""
+
+    def memory(kind, **overrides):
+        found = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 80\n", **overrides)
+        return next(each.memory for each in found if each.stage.kind == kind)
+
+    whole, more = (
+        memory("importance", calibration__samples=16, calibration__micro_batch_size=size) for size in (16, 64)
+    )
+    assert whole == more
+    one, eight = (memory("evaluate", evaluation__batch_size=size) for size in (1, 8))
+    assert memory("evaluate", evaluation__batch_size=8, evaluation__tasks=[]) == one != eight
+
+
 def test_two_models_that_are_timed_in_turn_must_fit_one_gpu(inputs, tmp_path):
     def measurement(gib, **overrides):
         settings = {"efficiency__enabled": True, "efficiency__new_tokens": 8, "efficiency__prompt_tokens": [8]}
@@ -121,7 +136,8 @@ def test_nothing_is_claimed_that_the_profile_does_not_say(inputs, tmp_path):
 
 
 def test_a_plan_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path):
-    small = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 0.3\n", calibration__micro_batch_size=4096)
+    many = {"calibration__samples": 4096, "calibration__micro_batch_size": 4096}
+    small = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 0.3\n", **many)
     with pytest.raises(
         UserError, match=r"importance alpha: about .* GiB on each GPU, which has 0.3 GiB.*micro_batch_size 4"
     ):
