@@ -78,16 +78,17 @@ class Generation:
         return generating_tasks(self._config.evaluation.tasks, Path(include_path) if include_path else None)
 
     def _gathered(self) -> Mapping[str, tuple[int, int]]:
-        """Dense model of each sharded evaluation -> bytes gathered for each token, and number of ranks."""
+        """Name of each sharded evaluation's dense model -> bytes gathered for each token, and number of ranks."""
         if not self._config.evaluation.tasks:
             return {}
         gpus, found = self._gpus_of_evaluations(), {}
+        names = {cell.evaluate: cell.model for cell in self._plan.cells}
         for stage in self._stages:
             if isinstance(stage.params, EvaluateParameters):
                 runtime, itemsize = self._config.runtime, ITEMSIZE[stage.params.dtype]
                 size = gathered_per_token(self._dims(stage), itemsize, gpus, runtime)
                 if size:
-                    found[self._plan.dense_folder(stage).name] = size, gpus.ranks
+                    found[names[stage.id]] = size, gpus.ranks
         return found
 
     def _gpus_of_evaluations(self) -> Gpus:

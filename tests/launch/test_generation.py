@@ -57,6 +57,13 @@ def test_what_every_token_gathers_is_told_of_tasks_that_generate(inputs, ranks):
     assert f"gathers all {gathered:,.3g} GB of it for every token" in told and "tiny_choice" not in told
 
 
+def test_a_model_has_the_name_that_the_table_gives_it(inputs):
+    """Its folder's name is no help: that of a snapshot of the hub is a commit."""
+    own = {"models": ["mine"], "aliases": {"mine": {"path": str(inputs.parent / "alpha")}}}
+    (told,) = remarks(inputs, **ALPHA | own, runtime__sharding="zero3", runtime__ranks=2)
+    assert "mine is sharded over 2 ranks" in told
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
