@@ -102,9 +102,11 @@ class RecoveryConfig(TextSource, LoraTraining):
             return
         most = self.batch_size // self.rows_at_once
         rank_counts = [n for n in range(1, most + 1) if self.batch_size % (n * self.rows_at_once) == 0]
+        fewer = [rows for rows in range(1, self.rows_at_once) if self.batch_size % (rows * world_size) == 0]
+        rows = f", or micro_batch_size to {fewer[-1]}" if fewer else ""  # it may be an earlier run's choice
         ranks = f", or the ranks to one of {', '.join(map(str, rank_counts))}" if rank_counts else ""
         raise UserError(
             f"recovery.batch_size {self.batch_size} isn't a multiple of recovery.micro_batch_size "
             f"{self.micro_batch_size} times {world_size} ranks; set batch_size to "
-            f"{f'{below} or ' if below else ''}{below + at_once}{ranks}"
+            f"{f'{below} or ' if below else ''}{below + at_once}{rows}{ranks}"
         )

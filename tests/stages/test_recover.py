@@ -255,12 +255,18 @@ def test_another_tokenizer_makes_its_own_rows(tmp_path, source, monkeypatch):
     assert made
 
 
-def test_batch_size_that_ranks_cannot_share_names_those_that_work():
+@pytest.mark.parametrize(
+    ("batch_size", "rows", "ranks", "told"),
+    [
+        (12, 2, 4, "set batch_size to 8 or 16, or micro_batch_size to 1, or the ranks to one of 1, 2, 3, 6"),
+        (32, 8, 8, "set batch_size to 64, or micro_batch_size to 4, or the ranks to one of 1, 2, 4"),
+        (3, 4, 2, "set batch_size to 8"),
+    ],
+)
+def test_batch_size_that_ranks_cannot_share_names_those_that_work(batch_size, rows, ranks, told):
     RecoveryConfig(batch_size=12, micro_batch_size=2).require_shared_evenly(3)
-    with pytest.raises(UserError, match=r"set batch_size to 8 or 16, or the ranks to one of 1, 2, 3, 6$"):
-        RecoveryConfig(batch_size=12, micro_batch_size=2).require_shared_evenly(4)
-    with pytest.raises(UserError, match=r"set batch_size to 8$"):
-        RecoveryConfig(batch_size=3, micro_batch_size=4).require_shared_evenly(2)
+    with pytest.raises(UserError, match=rf"; {told}$"):
+        RecoveryConfig(batch_size=batch_size, micro_batch_size=rows).require_shared_evenly(ranks)
 
 
 def test_two_newest_snapshots_stay_and_a_damaged_one_is_passed_over(tmp_path):
