@@ -182,7 +182,7 @@ class TensorScale:
     def holds(self, term: Tensor) -> Tensor:
         """Return whether a term can be added: a bool on the term's device, also False if the term is not finite."""
         least, most = torch.aminmax(term)
-        return torch.maximum(-least, most) <= self._limit
+        return torch.maximum(-least, most).double() <= self._limit  # which may be beyond float32
 
     def add(self, term: Tensor, total: Tensor) -> None:
         """Add a term that this scale ``holds``, float32 or float64, to an int64 total."""

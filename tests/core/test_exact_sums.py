@@ -106,6 +106,14 @@ def test_a_sum_does_not_begin_with_what_is_not_finite(maximum):
         ExactSum(maximum, 3, torch.Size([2]), torch.device("cpu"))
 
 
+def test_infinity_is_refused_even_if_the_range_goes_beyond_float32():
+    exact = ExactSum(1e35, 3, torch.Size([2, 2]), torch.device("cpu"))
+    exact.add(torch.full((2, 2), 2e35))
+    with pytest.raises(ExactOverflowError):
+        exact.add(torch.tensor([[1.0, 1.0], [torch.inf, 1.0]]))
+    torch.testing.assert_close(exact.value(), torch.full((2, 2), 2e35, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 20])
 def test_a_packed_total_is_the_same_matrix(size, monkeypatch):
     monkeypatch.setattr(triangle, "BLOCK", 8)
