@@ -175,10 +175,11 @@ def _correction(curvature_Ucc: Tensor, gram_Ucc: Tensor, fisher_U: Tensor) -> Te
     """Return the term that turns W^T F W of the original columns into its geometric mean with exact Fisher scores.
 
     A unit too quiet for the Gram matrix, whose terms are rounded, may still have a Fisher score; it counts as silent.
+    Rounding can make W^T F W negative where it is 0, as for columns that no gradient touches.
     """
     if gram_Ucc.shape[1] == 1:
         exact_Ucc = _quotient(fisher_U[:, None, None], gram_Ucc)
-        return (exact_Ucc * curvature_Ucc).sqrt() - curvature_Ucc
+        return (exact_Ucc * curvature_Ucc.clamp(min=0)).sqrt() - curvature_Ucc
     independent_U = (gram_Ucc * curvature_Ucc).sum(dim=(1, 2))
     share_U = _quotient(fisher_U, independent_U).sqrt()
     return (share_U - 1)[:, None, None] * curvature_Ucc

@@ -132,6 +132,17 @@ def test_a_unit_too_quiet_for_the_rounded_gram_matrix_goes_first(channels):
     assert torch.equal(costs, eliminate(gram, curvature, weight, silent, block=1)[1])
 
 
+def test_a_column_that_no_gradient_touches_has_a_score_however_its_zero_is_rounded():
+    gram, _, weight = layer()
+    direction_C = torch.nn.functional.normalize(weight[:, 4], dim=0)
+    curvature = torch.eye(C, dtype=torch.float64) - (1 + 1e-14) * torch.outer(direction_C, direction_C)
+    assert weight[:, 4] @ curvature @ weight[:, 4] < 0
+    fisher = independent(gram, curvature, weight).clamp(min=0)
+    fisher[4] = 1e-20
+    scores = elimination_scores(gram, curvature, weight, fisher)
+    assert scores.isfinite().all() and scores.argmin() == 4
+
+
 def test_exact_scores_correct_half_way_in_the_logarithm():
     gram, curvature, weight = layer()
     fisher = independent(gram, curvature, weight)
