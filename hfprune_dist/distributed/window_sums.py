@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -44,14 +46,17 @@ class WindowSums(ABC, Generic[Sums, Read]):
         Raises:
             UserError: if they are not finite, or out of all proportion.
         """
-        try:
+        with self._explaining():
             self._add(index, read)
-        except ExactOverflowError as error:
-            raise unusable(self._number, error) from None
 
     def begin(self) -> None:
-        """Call after the last ``add``, so that ranks without windows take part in the first one's collective."""
-        self._at_scale_of(torch.zeros(self._size))
+        """Call after the last ``add``, so that ranks without windows take part in the first one's collective.
+
+        Raises:
+            UserError: if rank 0's first term is not finite, and no sums can be made at its scale.
+        """
+        with self._explaining():
+            self._at_scale_of(torch.zeros(self._size))
 
     @abstractmethod
     def _add(self, index: int, read: Read) -> None:
@@ -72,6 +77,13 @@ class WindowSums(ABC, Generic[Sums, Read]):
             self._world.broadcast_tensor(first_D, 0)
             self._sums = self._empty(first_D.to(self._world.device))
         return self._sums
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except ExactOverflowError as error:
+            raise unusable(self._number, error) from None
 
     def _begun(self) -> Sums:
         assert self._sums is not None, "not begun"

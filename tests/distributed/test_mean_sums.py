@@ -49,3 +49,14 @@ def test_what_is_not_finite_or_out_of_all_proportion_names_the_layer(place, valu
     with pytest.raises(UserError, match=r"activations of layer 3: .*check the checkpoint's weights"):
         for index, batch in enumerate(batches):
             sums.add(index, batch)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_rank_without_windows_says_the_same_of_what_is_not_finite(value):
+    class Second(SoloWorld):
+        def broadcast_tensor(self, tensor, source):
+            tensor.fill_(value)
+
+    sums = MeanSums(3, 2, 1, Second(rank=1, size=2))
+    with pytest.raises(UserError, match=r"activations of layer 3: .*check the checkpoint's weights"):
+        sums.begin()
