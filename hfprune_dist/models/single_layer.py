@@ -262,7 +262,7 @@ def added(layer: nn.Module, units: Units, output_BTC: Tensor) -> Tensor:
 def put_out(layer: nn.Module, units: Units, wanted_NC: Tensor, like_NC: Tensor) -> Tensor:
     """The output that the units' output projection needs for ``wanted_NC`` to be added to the residual stream.
 
-    A norm after it divides by each token's size, which is taken from ``like_NC``.
+    A norm after it divides by each token's size, taken from ``like_NC``; channels that it multiplies by 0 need nothing.
 
     Args:
         wanted_NC: float32 [tokens, hidden_size].
@@ -272,7 +272,7 @@ def put_out(layer: nn.Module, units: Units, wanted_NC: Tensor, like_NC: Tensor) 
         return wanted_NC
     sizes_NC = like_NC.float().square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-12).expand_as(wanted_NC)
     scale_NC = added(layer, units, sizes_NC.to(like_NC.dtype)).float() / sizes_NC
-    return wanted_NC / scale_NC.where(scale_NC.abs() > 1e-6, torch.inf)
+    return wanted_NC / scale_NC.where(scale_NC.abs() * sizes_NC.clamp(min=1) > 1e-6, torch.inf)
 
 
 @dataclass(frozen=True)

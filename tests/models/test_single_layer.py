@@ -1,10 +1,11 @@
 import pytest
 import torch
+from families import save_model
 from tiny import VARIANTS, save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.models.single_layer import LayerReader, part_of, run
+from hfprune_dist.models.single_layer import LayerReader, added, part_of, put_out, run
 
 CPU = torch.device("cpu")
 
@@ -58,3 +59,18 @@ def test_a_layer_has_its_own_weights_alone(tmp_path):
     weight = whole.model.layers[2].mlp.down_proj.weight
     assert torch.equal(part_of(layer, "mlp").down_proj.weight, weight)
     assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in whole.model.layers[2].parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3, 1e6])
+def test_an_output_of_any_size_is_what_its_own_effect_needs_and_channels_without_effect_need_none(tmp_path, size):
+    """gemma2 has a norm behind its MLP."""
+    checkpoint = open_checkpoint(save_model(tmp_path, "gemma2"))
+    layer = LayerReader(checkpoint, torch.float32, CPU).layer(0)
+    norm = part_of(layer, checkpoint.units.block.norm_after)
+    norm.weight.data = torch.linspace(-0.95, 0.95, len(norm.weight))  # plus one
+    norm.weight.data[3] = -1
+    output_NC = torch.randn(5, len(norm.weight), generator=torch.Generator().manual_seed(0)) * size
+    needed_NC = put_out(layer, checkpoint.units, added(layer, checkpoint.units, output_NC), output_NC)
+    output_NC[:, 3] = 0
+    torch.testing.assert_close(needed_NC, output_NC, rtol=1e-3, atol=0)
