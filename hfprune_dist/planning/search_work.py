@@ -98,8 +98,7 @@ class Search:
     @property
     def _judged(self) -> Windows:
         """The windows that are kept apart if there may be finals."""
-        count = max(1, self.windows.batches // JUDGED_EVERY) * self.windows.micro_batch
-        return replace(self.windows, count=min(count, self.windows.count))
+        return replace(self.windows, count=self.windows.count - self._seen.count or self.windows.count)
 
     @property
     def _seen(self) -> Windows:
