@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hfprune_dist.config.texts import FIRST, OTHER_TEXTS
 from hfprune_dist.results.card_subject import Subject, text_of
 from hfprune_dist.results.column import markdown_of
+from hfprune_dist.results.formats import counted
 
 if TYPE_CHECKING:  # takes a while to import; commands should answer at once
     from huggingface_hub import EvalResult
@@ -56,7 +57,7 @@ def _fidelity(subject: Subject) -> Iterator[Score]:
         settings = reference.params.to_json().get("text") or {}
         source = reference.inputs.get("text")
         described = (
-            f"held-out text, {settings.get('windows')} windows of {settings.get('sequence_length')} tokens of "
+            f"held-out text, {counted(settings.get('windows'), 'window')} of {settings.get('sequence_length')} tokens of "
             f"{text_of(settings, source)}"
         )
         place = _on_hub(settings) if source is None else {"type": "held-out", "config": name}
@@ -84,7 +85,7 @@ def _tasks(subject: Subject) -> Iterator[Score]:
     settings = subject.evaluation.params.to_json()
     shots, limit = settings.get("num_fewshot"), settings.get("limit")
     how = f"lm-eval{'' if shots is None else f', {shots}-shot'}"
-    how += "" if limit is None else f", at most {limit} documents a task"
+    how += "" if limit is None else f", at most {counted(limit, 'document')} a task"
     for task, metrics in subject.scores.get("tasks", {}).items():
         dense: Mapping[str, Any] = dense_tasks.get(task, {})
         for metric, value in metrics.items():

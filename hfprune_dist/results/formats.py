@@ -21,6 +21,11 @@ def measured(value: float | None, error: float | None, digits: int) -> str:
     return number(value, form) + ("" if value is None else f"±{number(error, form)}")
 
 
+def counted(amount: int | str | None, noun: str) -> str:
+    """A number, or a range of numbers, with its noun, whose plural ends in s."""
+    return f"{amount} {noun}" if str(amount) == "1" else f"{amount} {noun}s"
+
+
 def percent(share: float | None) -> str:
     """A share in percent."""
     return "-" if share is None else f"{100 * share:.1f}"

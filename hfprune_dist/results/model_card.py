@@ -6,7 +6,7 @@ The format: https://huggingface.co/docs/hub/model-cards; the metadata is written
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ from hfprune_dist.planning.plan import OWN
 from hfprune_dist.results.card_scores import TASK_TYPE, eval_results, scores_of, scores_table
 from hfprune_dist.results.card_subject import Subject, text_of
 from hfprune_dist.results.column import markdown_of
+from hfprune_dist.results.formats import counted
 from hfprune_dist.results.rows import EXPERT_WIDTHS, weight_bytes_of
 from hfprune_dist.store.stage import CUTTING, RECOVERING, Stage
 from hfprune_dist.structures.experts import NUMBERS, SHARED_WIDTHS
 from hfprune_dist.structures.units import plural_of
 
 TAGS = ("hfprune", "pruned", "model-compression")
+_READS_IMAGES = "image-text-to-text"
 NEEDS_CODE = "modeling_pruned.py"  # plain transformers loads it only with trust_remote_code
 PROJECT = "hfprune_dist"
+# What people call structures, where that differs.
+_STRUCTURES = {"kv_groups": "KV groups"}
 
 
 def model_card(subject: Subject) -> str:
@@ -36,7 +40,7 @@ def model_card(subject: Subject) -> str:
         model_name=subject.name,
         base_model=base.hub_id,
         library_name="transformers",
-        pipeline_tag=TASK_TYPE,
+        pipeline_tag=_READS_IMAGES if subject.dense.has_vision else TASK_TYPE,
         tags=[*TAGS, *([subject.cell.method] if subject.cell.method else [])],
         datasets=sorted(_datasets(subject)) or None,
         eval_results=eval_results(scores) or None,
@@ -101,7 +105,7 @@ def _number(value: float | None, template: str) -> str | None:
 def _method(subject: Subject) -> str:
     cuts = [it.params.to_json() for it in subject.stages if it.kind in CUTTING]
     settings = cuts[-1]
-    what = " and ".join(settings.get("structures", ["neurons"])).replace("_", " ")
+    what = _listed([_STRUCTURES.get(it, it) for it in settings.get("structures", ["neurons"])])
     if subject.cell.recovery == OWN:
         return f"{what} go, scored by LoRA's own gradients while it recovers the model"
     in_parts = f" anew in each of {len(cuts)} parts" if len(cuts) > 1 else ""
@@ -110,6 +114,11 @@ def _method(subject: Subject) -> str:
         f"{what} go, scored by {settings.get('criterion')}{in_parts}; allocation {settings.get('allocation')}, refit "
         f"{settings.get('refit')}{distilled}"
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in a sentence: a, b and c."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def _sizes(shape: Mapping[str, Any]) -> str | None:
@@ -140,8 +149,8 @@ def _calibration(subject: Subject) -> str | None:
     settings = stage.params.to_json().get("calibration", {})
     texts = settings.get("mixture") or [settings]
     roles = ["calibration"] if len(texts) == 1 else [f"calibration {number}" for number in range(1, len(texts) + 1)]
-    named = " and ".join(text_of(it, stage.inputs.get(role)) for it, role in zip(texts, roles, strict=True))
-    return f"{settings.get('samples')} windows of {settings.get('sequence_length')} tokens of {named}"
+    named = _listed([text_of(it, stage.inputs.get(role)) for it, role in zip(texts, roles, strict=True)])
+    return f"{counted(settings.get('samples'), 'window')} of {settings.get('sequence_length')} tokens of {named}"
 
 
 def _recovery(subject: Subject) -> str | None:
@@ -150,7 +159,7 @@ def _recovery(subject: Subject) -> str | None:
         return None
     settings = stage.params.to_json().get("recovery", {})
     steps = settings.get("max_steps")
-    length = f"{steps} steps" if steps else f"{settings.get('epochs')} epochs"
+    length = counted(steps, "step") if steps else counted(settings.get("epochs"), "epoch")
     return (
         f"LoRA (r {settings.get('rank')}, alpha {settings.get('alpha')}, learning rate {settings.get('learning_rate')},"
         f" batch size {settings.get('batch_size')}, {length}) on "
@@ -205,9 +214,17 @@ def _how_it_was_made(subject: Subject) -> str:
     settings = [_portable(_settings(stage)) for stage in subject.stages]
     return (
         f"## How it was made\n\nWith {_versions(subject.manifest.get('provenance', {}))}:\n\n```bash\n"
-        f"{command}\n```\n\nand these settings of its stages (files by name and sha256):\n\n```yaml\n"
+        f"{command}\n```\n\n{_whose(cell.method)}and these settings of its stages (files by name and sha256):\n\n```yaml\n"
         f"{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```"
     )
+
+
+def _whose(method: str | None) -> str:
+    """Tell where a method is found, since its name alone may be that of the author's own file."""
+    if method is None:
+        return ""
+    file = shlex.quote(f"{method}.yaml")
+    return f"where `{method}` is a method of the project's, or else its author's own (`--methods {file}`), "
 
 
 def _versions(provenance: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from hfprune_dist.planning.plan import OWN as OWN_RECOVERY
 from hfprune_dist.results.costs import OWN, SHARED
 from hfprune_dist.results.efficiency import workload
-from hfprune_dist.results.formats import duration, flop_count, hours, percent
+from hfprune_dist.results.formats import counted, duration, flop_count, hours, percent
 from hfprune_dist.results.headline import headline_metric, is_bias_task
 from hfprune_dist.results.rows import Row
 
@@ -75,7 +75,7 @@ def _fidelity(rows: Sequence[Row]) -> list[str]:
     windows, tokens = _range(row["windows"] for row in rows), _range(row["tokens"] for row in rows)
     if not tokens:
         return []
-    where = f"{windows} windows, {tokens} tokens" if windows else f"{tokens} tokens"
+    where = ", ".join(counted(number, noun) for number, noun in ((windows, "window"), (tokens, "token")) if number)
     error = "; ±: standard error over windows" if any(row["kl_stderr"] is not None for row in rows) else ""
     return [
         f"KL: mean divergence of the next token's distribution from the dense model's, nats, lower is better; held-out "

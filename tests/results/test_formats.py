@@ -2,7 +2,7 @@
 
 import pytest
 
-from hfprune_dist.results.formats import byte_count, count, duration, flop_count, measured
+from hfprune_dist.results.formats import byte_count, count, counted, duration, flop_count, measured
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,10 @@ def test_what_would_be_rounded_to_a_further_digit_is_in_the_next_unit(shown, exp
 def test_a_divergence_that_rounding_made_negative_is_shown_as_zero():
     assert measured(-1e-9, 1e-9, 3) == "0.000±0.000"
     assert measured(-0.25, None, 1) == "-0.2±-"
+
+
+def test_one_of_something_is_not_several():
+    assert [counted(it, "window") for it in (1, 2, "1", "1-4", None)] == [
+        *("1 window", "2 windows", "1 window"),
+        *("1-4 windows", "None windows"),
+    ]

@@ -136,6 +136,29 @@ def test_people_read_how_it_was_made(config, tmp_path):
     assert "trust_remote_code" not in card
 
 
+def test_sentences_read_well_whatever_goes_and_however_little_was_read(config, tmp_path):
+    once = {"calibration__samples": 1, "evaluation__fidelity__windows": 1, "recovery__max_steps": 1}
+    cards = texts(config, tmp_path, methods=["surgeon-plain"], runtime__ranks=1, **once)
+    card = cards["alpha-0.2-lora"]
+    for shown in (
+        "`surgeon-plain`: neurons, KV groups and layers go",
+        "| 1 window of 32 tokens of the file `calibration.jsonl`",
+        "held-out text, 1 window of 32 tokens",
+        "1 step)",
+        "method of the project's, or else its author's own (`--methods surgeon-plain.yaml`)",
+    ):
+        assert shown in card, shown
+    assert "author's own" not in cards["alpha-dense-lora"]
+
+
+def test_a_model_that_reads_images_is_found_among_its_kind(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(DENSE, "alpha", replace(DENSE["alpha"], has_vision=True))
+    cards = texts(config, tmp_path)
+    kinds = {name: ModelCard(card).data.pipeline_tag for name, card in cards.items()}
+    assert (kinds["alpha-0.2-lora"], kinds["beta-0.2-lora"]) == ("image-text-to-text", "text-generation")
+    assert "AutoModelForImageTextToText" in cards["alpha-0.2-lora"]
+
+
 def test_it_says_in_how_many_parts_the_model_was_pruned(config, tmp_path):
     cards = texts(config, tmp_path, methods=["surgeon-uniform", "surgeon-uniform-2-steps"])
     told = {name: re.search(r"scored by [^;]*", card)[0] for name, card in cards.items() if "scored by" in card}
