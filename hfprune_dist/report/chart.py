@@ -17,6 +17,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#888888"
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+# On a line that has marks to tell it from others of its colour.
+MOST_MARKS = 8
 NAMES = {"solid": "solid", "dash": "dashed", "dot": "dotted", "dashdot": "dashes and dots", "longdash": "long dashes"}
 
 
@@ -37,9 +39,9 @@ def style(number: int) -> Style:
     return Style(PALETTE[number % len(PALETTE)], SYMBOLS[number % len(SYMBOLS)])
 
 
-def method_color(method: str | None, methods: Sequence[str]) -> str:
-    """The colour that a method has in all charts; grey for the dense model."""
-    return GREY if method is None else style(methods.index(method)).color
+def percent_of(share: float) -> str:
+    """A ratio or share as it was asked for, in percent."""
+    return f"{100 * share:.4g}%"
 
 
 def dash(value: float, values: Sequence[float]) -> str:
@@ -49,17 +51,33 @@ def dash(value: float, values: Sequence[float]) -> str:
 
 def dashes_told(values: Sequence[float], meaning: str) -> str:
     """A sentence that explains the dash patterns; empty if there is nothing to tell apart."""
-    told = [f"{NAMES[dash(value, values)]} {value:.0%}" for value in values]
+    told = [f"{NAMES[dash(value, values)]} {percent_of(value)}" for value in values]
     return f" Lines by {meaning}: {', '.join(told)}." if len(told) > 1 else ""
 
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a chart's legend, for all traces whose ``legendgroup`` is its name."""
+    """An entry of a chart's legend, for all traces whose ``legendgroup`` is its name.
+
+    Attributes:
+        symbol: a marker symbol of plotly.js; None if its lines have no marks.
+    """
 
     name: str
     color: str
     dash: str = "solid"
+    symbol: str | None = None
+
+
+def method_key(method: str | None, methods: Sequence[str]) -> Key:
+    """The entry for a method's lines, in its colour in all charts; grey for the dense model. They have marks
+    if an earlier method has their colour.
+    """
+    if method is None:
+        return Key("dense", GREY)
+    number = methods.index(method)
+    look = style(number)
+    return Key(method, look.color, symbol=look.symbol if number >= len(PALETTE) else None)
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,9 @@ def line(key: Key, xs: Sequence[Any], ys: Sequence[Any], **settings: Any) -> Tra
     """A line that belongs to an entry of the legend."""
     look = {"color": key.color, "dash": key.dash, "width": 2}
     named = {"name": shown(key.name), "legendgroup": key.name, "hovertemplate": "%{fullData.name}<br>%{x}, %{y}"}
-    return {"type": "scatter", "mode": "lines", **named, "x": xs, "y": ys, "line": look, **settings}
+    marks = {} if key.symbol is None else {"marker": {"symbol": key.symbol, "size": 7, "maxdisplayed": MOST_MARKS}}
+    mode = "lines+markers" if marks else "lines"
+    return {"type": "scatter", "mode": mode, **marks, **named, "x": xs, "y": ys, "line": look, **settings}
 
 
 def band(key: Key, xs: Sequence[Any], low: Sequence[float], high: Sequence[float]) -> Trace:

@@ -21,7 +21,8 @@ from hfprune_dist.report.chart import (
     dash,
     dashes_told,
     line,
-    method_color,
+    method_key,
+    percent_of,
     shown,
     style,
 )
@@ -53,7 +54,7 @@ def curve_charts(evidence: Evidence) -> list[Chart]:
 def _losses(evidence: Evidence) -> Chart:
     curves = [*_curves(evidence)]
     methods = list(dict.fromkeys(it.method for it in curves))
-    keys = {method: Key(method or "dense", method_color(method, evidence.methods)) for method in methods}
+    keys = {method: method_key(method, evidence.methods) for method in methods}
     figures = []
     for model, kind in product(evidence.models, TITLES):
         those = [it for it in curves if (it.model, it.kind) == (model, kind)]
@@ -133,7 +134,7 @@ def _halves(points: Sequence[Mapping[str, Any]], keys: Mapping[str, Key], shares
         those.sort(key=lambda it: it["windows"])
         if those:
             dashed = replace(key, dash=dash(share, shares))
-            name = shown(f"{criterion}, {share:.0%} kept")
+            name = shown(f"{criterion}, {percent_of(share)} kept")
             xs, ys = [it["windows"] for it in those], [it["overlap"] for it in those]
             traces.append(line(dashed, xs, ys, name=name, mode="lines+markers"))
     return traces

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 
 from hfprune_dist.report.evidence import Evidence
 from hfprune_dist.report.rows_table import link
+from hfprune_dist.results.formats import counted
+from hfprune_dist.results.notes import MEASURED_OTHERWISE, otherwise_measured
 from hfprune_dist.store.attempt import Attempt
 from hfprune_dist.store.heartbeat import in_one_line
 from hfprune_dist.store.stage import Stage
@@ -18,6 +20,8 @@ from hfprune_dist.store.stage import Stage
 Manifest = Mapping[str, Any]
 
 LONGEST_MESSAGE = 500
+# With more stages or rows of a kind than this, the others are counted.
+MOST_NAMES = 12
 
 
 def time_of(moment: float) -> str:
@@ -31,11 +35,12 @@ def summary(evidence: Evidence) -> str:
     made = [manifest for manifest in evidence.manifests.values() if manifest]
     hours = sum(manifest.get("wall_time_s", 0.0) for manifest in made) / 3600
     lacking = evidence.plan.lacking(lambda stage_id: evidence.manifests[stage_id] is not None)
-    stages = f"{len(made)} of {len(made) + len(lacking)} stages made, in {hours:.1f} hours"
+    stages = f"{len(made)} of {counted(len(made) + len(lacking), 'stage')} made, in {hours:.1f} hours"
     return (
-        f"<p><b>{done} of {len(evidence.rows)} rows</b> have their result; {stages}.</p>"
+        f"<p><b>{done} of {counted(len(evidence.rows), 'row')}</b> with a result; {stages}.</p>"
         + _open(evidence)
         + _missing(evidence)
+        + _otherwise(evidence)
     )
 
 
@@ -47,7 +52,7 @@ def _open(evidence: Evidence) -> str:
         for attempt in evidence.attempts[stage.id]
         if attempt.state == "open"
     ]
-    return f"<p>Begun, without an end: {escape(', '.join(told[:12]))}{_further(len(told) - 12)}.</p>" if told else ""
+    return f"<p>Begun, without an end: {_first(told)}.</p>" if told else ""
 
 
 def _missing(evidence: Evidence) -> str:
@@ -55,15 +60,20 @@ def _missing(evidence: Evidence) -> str:
     for row in evidence.rows:
         if row["status"] != "done":
             causes.setdefault(row["cause"], []).append(row["label"])
-    lines = "".join(
-        f"<li><b>{escape(cause)}</b>: {escape(', '.join(labels[:12]))}{_further(len(labels) - 12)}</li>"
-        for cause, labels in causes.items()
-    )
+    lines = "".join(f"<li><b>{escape(cause)}</b>: {_first(labels)}</li>" for cause, labels in causes.items())
     return f"<div class=note id=missing><p>Missing, and why:</p><ul>{lines}</ul></div>" if lines else ""
 
 
-def _further(number: int) -> str:
-    return f" and {number} more" if number > 0 else ""
+def _otherwise(evidence: Evidence) -> str:
+    """Rows that charts and table show beside others with which they can't be compared."""
+    labels = otherwise_measured(evidence.rows)
+    return f"<p class=note>{MEASURED_OTHERWISE.capitalize()}: {_first(labels)}.</p>" if labels else ""
+
+
+def _first(names: Sequence[str]) -> str:
+    """HTML of the first names, and how many more there are."""
+    more = len(names) - MOST_NAMES
+    return escape(", ".join(names[:MOST_NAMES])) + (f" and {more} more" if more > 0 else "")
 
 
 def failures(evidence: Evidence) -> str:
@@ -139,7 +149,9 @@ def _counted(values: Iterable[str]) -> str:
     counts = Counter(values)
     if len(counts) == 1:
         return escape(next(iter(counts)))
-    return "<br>".join(f"{escape(value)} <small>({number} stages)</small>" for value, number in counts.most_common())
+    return "<br>".join(
+        f"{escape(value)} <small>({counted(number, 'stage')})</small>" for value, number in counts.most_common()
+    )
 
 
 def _times(made: Iterable[Manifest]) -> Iterator[tuple[str, str]]:

@@ -21,7 +21,8 @@ from hfprune_dist.report.chart import (
     dash,
     dashes_told,
     line,
-    method_color,
+    method_key,
+    percent_of,
     shown,
 )
 from hfprune_dist.report.evidence import Evidence
@@ -103,12 +104,12 @@ def _bits(numbers: Sequence[int]) -> int:
 
 def _sizes(evidence: Evidence, pruned: Sequence[Pruned]) -> Chart:
     methods = _methods(pruned)
-    keys = {method: Key(method, method_color(method, evidence.methods)) for method in methods}
+    keys = {method: method_key(method, evidence.methods) for method in methods}
     figures = []
     for model, kind in product(evidence.models, TITLES):
         those = [it for it in pruned if it.model == model and kind in it.units]
         if those:
-            layout = {"xaxis": axis("layer"), "yaxis": _counting(those, kind)}
+            layout = {"xaxis": axis("layer", **_whole(_depth(those, kind))), "yaxis": _counting(those, kind)}
             many = evidence.has_many_cells
             lines = _averaged(those, kind, keys) if many else _single(those, kind, keys, evidence.ratios)
             figures.append(Figure(f"{model}: {TITLES[kind]} kept", model, lines, layout))
@@ -123,9 +124,14 @@ def _methods(pruned: Sequence[Pruned]) -> list[str]:
 
 
 def _counting(pruned: Sequence[Pruned], kind: str) -> dict[str, Any]:
-    """Settings for an axis of whole numbers."""
+    """Settings for an axis that counts units."""
     most = max(bits.bit_count() for it in pruned for bits in it.units[kind].layers.values())
-    return {"rangemode": "tozero", **({"dtick": 1} if most < 10 else {})}
+    return {"rangemode": "tozero", **_whole(most)}
+
+
+def _whole(most: int) -> dict[str, Any]:
+    """Settings for an axis of whole numbers."""
+    return {"dtick": 1} if most < 10 else {}
 
 
 def _depth(pruned: Sequence[Pruned], kind: str) -> int:
@@ -175,5 +181,5 @@ def _heat_map(model: str, ratio: float, kind: str, pruned: Sequence[Pruned]) -> 
     map_of = {"type": "heatmap", "x": names, "y": names, "z": shares, "zmin": 0, "zmax": 1, "colorscale": "Cividis"}
     text = {"texttemplate": "%{z:.2f}", "hovertemplate": "%{y} and %{x}: %{z:.3f}", "name": "", "showscale": False}
     layout = {"xaxis": {"type": "category"}, "yaxis": {"type": "category", "autorange": "reversed"}}
-    title = f"{model}, {ratio:.0%} removed: {TITLES[kind]}"
+    title = f"{model}, {percent_of(ratio)} removed: {TITLES[kind]}"
     return Figure(title, model, [map_of | text], layout, height=160 + 28 * len(those))

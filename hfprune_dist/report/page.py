@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
-from hfprune_dist.report.chart import Chart, Figure, Key
+from hfprune_dist.report.chart import Chart, Figure
 from hfprune_dist.report.curves import curve_charts
 from hfprune_dist.report.evidence import Evidence
 from hfprune_dist.report.facts import failures, provenance, summary, time_of
 from hfprune_dist.report.layers import layer_charts
+from hfprune_dist.report.legend import legend_entry
 from hfprune_dist.report.quality import quality_charts
 from hfprune_dist.report.rows_table import rows_table
 from hfprune_dist.report.timeline import timeline_chart
@@ -86,17 +87,9 @@ def _chart(chart: Chart) -> str:
 def _body(chart: Chart) -> str:
     if not chart.figures:
         return f"<p class=absent>{escape(chart.absent)}</p>"
-    keys = "".join(map(_key, chart.keys))
+    keys = "".join(map(legend_entry, chart.keys))
     panels = "".join(map(_panel, chart.figures))
     return f"<p>{escape(chart.about)}</p><div class=keys>{keys}</div><div class=panels>{panels}</div>"
-
-
-def _key(key: Key) -> str:
-    """HTML of a legend entry, a button that hides and shows its traces."""
-    stroke = f'stroke="{key.color}" stroke-width="3" stroke-dasharray="{"" if key.dash == "solid" else "2 4"}"'
-    swatch = f'<svg width="28" height="8"><path d="M0 4H28" {stroke}/></svg>'
-    name = escape(key.name)
-    return f'<button type=button class=key aria-pressed=true data-key="{name}">{swatch} {name}</button>'
 
 
 def _panel(figure: Figure) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import NONE, OWN
-from hfprune_dist.report.chart import GREY, Chart, Figure, Key, Trace, axis, line, method_color, style
+from hfprune_dist.report.chart import GREY, Chart, Figure, Key, Trace, axis, line, method_key, style
 from hfprune_dist.report.evidence import Evidence
 from hfprune_dist.results.headline import headline, headline_error
 from hfprune_dist.results.rows import Row
@@ -119,14 +119,17 @@ def quality_charts(evidence: Evidence) -> list[Chart]:
 
 
 def keys_of(evidence: Evidence) -> Keys:
-    """(method, recovery) -> legend entry: one colour per method, dotted without recovery."""
+    """(method, recovery) -> legend entry: one colour per method, dotted without recovery, where marks are open."""
     methods = evidence.methods
     found = sorted({(row["method"], row["recovery"]) for row in evidence.rows}, key=lambda it: _place(it, methods))
     return {
-        (method, recovery): Key(
-            _name(method, recovery), method_color(method, methods), "dot" if recovery == NONE else "solid"
+        (method, recovery): replace(
+            method_key(method, methods),
+            name=_name(method, recovery),
+            dash="dot" if recovery == NONE else "solid",
+            symbol=None if method is None else style(number).symbol,
         )
-        for method, recovery in found
+        for number, (method, recovery) in enumerate(found)
     }
 
 
@@ -146,11 +149,11 @@ def _figure(evidence: Evidence, model: str, measure: Measure, scale: Scale) -> F
     if not known:
         return None
     traces: list[Trace] = []
-    for number, ((method, recovery), key) in enumerate(keys_of(evidence).items()):
+    for (method, recovery), key in keys_of(evidence).items():
         of_key = [row for row in known if (row["method"], row["recovery"]) == (method, recovery)]
         if of_key:
             trace = _points(key, of_key, measure, scale)
-            traces.append((trace if method else _across(trace, known, scale)) | _marks(number, key))
+            traces.append((trace if method else _across(trace, known, scale)) | _marks(key))
     traces += _floors(known, measure, scale)
     return Figure(f"{model}: {measure.title}", model, traces, _layout(measure, scale))
 
@@ -176,8 +179,8 @@ def _across(trace: Trace, rows: Sequence[Row], scale: Scale) -> Trace:
     return trace | level | ({"error_y": _bars([None, *trace["error_y"]["array"]])} if "error_y" in trace else {})
 
 
-def _marks(number: int, key: Key) -> dict[str, Any]:
-    symbol = style(number).symbol + ("-open" if key.dash == "dot" else "")
+def _marks(key: Key) -> dict[str, Any]:
+    symbol = (key.symbol or "circle") + ("-open" if key.dash == "dot" else "")
     return {"marker": {"symbol": symbol, "size": 9, "color": key.color}}
 
 

@@ -50,7 +50,7 @@ def rows_table(evidence: Evidence) -> str:
     few = [column for column in FEW if any(row[column] is not None for row in flat)]
     more = list(dict.fromkeys(column for row in flat for column in row if column not in few))
     names = {cell.label: name for name, cell in checkpoint_names(evidence.plan.cells).items()}
-    headers = "".join([*map(_header, few), '<th scope="col">logs</th>', *map(_header, more)])
+    headers = "".join([*map(_header, few), '<th scope="col" class=logs>logs</th>', *map(_header, more)])
     body = "\n".join(
         _line(
             row,
@@ -97,6 +97,7 @@ def _few(columns: Sequence[str], row: Row, name: str, evidence: Evidence) -> Ite
         value, text = row[column], escape(FEW[column][1](row))
         if column == "checkpoint" and value is not None and Path(value).is_dir():
             text = f'<a href="{link(_named(name, Path(value), evidence.out), evidence.out)}">{text}</a>'
+        text = f"<span>{text}</span>" if column == "label" else text
         yield f'<td data-v="{escape("" if value is None else str(value))}">{text}</td>'
 
 

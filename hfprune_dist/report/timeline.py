@@ -97,7 +97,7 @@ def _figure(evidence: Evidence, periods: Sequence[Period], sessions: Sequence[tu
         "barmode": "overlay",
         "xaxis": {
             "tickvals": [place for place, _ in marks],
-            "ticktext": [_time(moment) for _, moment in marks],
+            "ticktext": [_time(moment).replace(" ", "<br>") for _, moment in marks],
             # plotly.js omits the last label if there is no room for it.
             "range": [-LEFT_ROOM * marks[-1][0], (1 + RIGHT_ROOM) * marks[-1][0]],
         },

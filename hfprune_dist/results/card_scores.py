@@ -57,8 +57,8 @@ def _fidelity(subject: Subject) -> Iterator[Score]:
         settings = reference.params.to_json().get("text") or {}
         source = reference.inputs.get("text")
         described = (
-            f"held-out text, {counted(settings.get('windows'), 'window')} of {settings.get('sequence_length')} tokens of "
-            f"{text_of(settings, source)}"
+            f"held-out text, {counted(settings.get('windows'), 'window')} of {settings.get('sequence_length')} tokens "
+            f"of {text_of(settings, source)}"
         )
         place = _on_hub(settings) if source is None else {"type": "held-out", "config": name}
         for metric, title in _COMPARED.items():

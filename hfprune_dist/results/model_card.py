@@ -214,8 +214,8 @@ def _how_it_was_made(subject: Subject) -> str:
     settings = [_portable(_settings(stage)) for stage in subject.stages]
     return (
         f"## How it was made\n\nWith {_versions(subject.manifest.get('provenance', {}))}:\n\n```bash\n"
-        f"{command}\n```\n\n{_whose(cell.method)}and these settings of its stages (files by name and sha256):\n\n```yaml\n"
-        f"{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```"
+        f"{command}\n```\n\n{_whose(cell.method)}and these settings of its stages (files by name and sha256):\n\n"
+        f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```"
     )
 
 

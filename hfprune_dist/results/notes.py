@@ -13,6 +13,7 @@ from hfprune_dist.results.formats import counted, duration, flop_count, hours, p
 from hfprune_dist.results.headline import headline_metric, is_bias_task
 from hfprune_dist.results.rows import Row
 
+MEASURED_OTHERWISE = "not to be compared with the first rows of their models, since measured in another way"
 # Type of device -> name of the hours on it.
 DEVICE_HOURS = {"cuda": "GPU-hours", "cpu": "CPU rank-hours"}
 
@@ -58,11 +59,15 @@ def causes(rows: Sequence[Row]) -> list[str]:
 
 
 def measured_otherwise(rows: Sequence[Row]) -> list[str]:
-    """Rows whose scores can't be compared with those of their model's first row: other weights, text or tasks."""
+    """A line on the rows that ``otherwise_measured`` finds."""
+    others = otherwise_measured(rows)
+    return [f"{MEASURED_OTHERWISE}: {', '.join(others)}"] if others else []
+
+
+def otherwise_measured(rows: Sequence[Row]) -> list[str]:
+    """Labels of rows whose scores can't be compared with their model's first row's: other weights, text or tasks."""
     first: dict[str, str] = {}
-    others = [row["label"] for row in rows if first.setdefault(row["model"], row["measured_as"]) != row["measured_as"]]
-    told = "not to be compared with the first rows of their models, since measured in another way"
-    return [f"{told}: {', '.join(others)}"] if others else []
+    return [row["label"] for row in rows if first.setdefault(row["model"], row["measured_as"]) != row["measured_as"]]
 
 
 def _recovery(rows: Sequence[Row]) -> list[str]:

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfprune_dist.report import curves
+from hfprune_dist.report.chart import GREY, SYMBOLS, Key, dashes_told, line, method_key
 from hfprune_dist.report.layers import Units, _bits
+from hfprune_dist.report.legend import legend_entry
 from hfprune_dist.report.timeline import (
     COLORS,
     LONG_IDLE_S,
@@ -62,6 +64,19 @@ def test_every_attempt_is_a_bar_where_it_ran(tmp_path):
 
 def test_kinds_of_stages_differ_in_colour():
     assert len({*COLORS.values()}) == len(COLORS) == len(STAGE_VERSIONS)
+
+
+def test_many_methods_can_be_told_apart_by_colour_and_mark():
+    methods = [f"method {number}" for number in range(20)]
+    keys = [method_key(method, methods) for method in methods]
+    assert len({(key.color, key.symbol) for key in keys}) == len(keys)
+    traces = [line(key, [0, 1], [2, 3]) for key in keys]
+    assert [trace["mode"] for trace in traces[5:7]] == ["lines", "lines+markers"]
+    assert all(legend_entry(Key("m", GREY, symbol=symbol)).count("<path") == 2 for symbol in SYMBOLS)
+
+
+def test_ratios_are_told_as_they_were_asked_for():
+    assert dashes_told([0.125, 0.3], "ratio") == " Lines by ratio: solid 12.5%, dashed 30%."
 
 
 def test_long_curves_are_thinned_to_their_end(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+from browser import opened
 from drawn_sweep import BEGIN, DrawnSweep, made
 
 from hfprune_dist.planning.plan import Plan
@@ -142,6 +143,25 @@ def test_names_are_text_whatever_is_in_them(tmp_path):
     # plotly.js reads some HTML in names.
     names = {trace.get("name", "") for figure in parsed.figures for trace in figure["data"]}
     assert not any("<" in name for name in names) and any("&lt;/script&gt;" in name for name in names)
+
+
+def test_the_ends_of_long_names_can_be_read_on_a_phone(tmp_path):
+    sweep = DrawnSweep(tmp_path, ["some-organisation/a-model-with-a-name-of-70B-parameters-Instruct"])
+    (tmp_path / "report.html").write_text(page(sweep.evidence()))
+    with opened(tmp_path / "report.html") as shown:
+        assert shown.overflow(390) == 0
+        cells = "[...document.querySelectorAll('#rows td:first-child')]"
+        assert shown.page.evaluate(f"{cells}.filter((it) => it.scrollWidth > it.clientWidth).length") == 0
+
+
+def test_rows_that_were_measured_in_another_way_are_named_above_the_charts(tmp_path):
+    sweep = DrawnSweep(tmp_path)
+    rows = [dict(row, measured_as="a") for row in sweep.evidence().rows]
+    rows[-1]["measured_as"] = "b"
+    told = f"measured in another way: {rows[-1]['label']}."
+    assert told in page(collect(tmp_path, sweep.plan, rows, lambda _: (), math.pi))
+    rows[-1]["measured_as"] = "a"
+    assert "another way" not in page(collect(tmp_path, sweep.plan, rows, lambda _: (), math.pi))
 
 
 def test_a_missing_row_says_why(tmp_path):
