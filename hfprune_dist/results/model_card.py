@@ -16,7 +16,7 @@ from hfprune_dist.planning.plan import OWN
 from hfprune_dist.results.card_scores import TASK_TYPE, eval_results, scores_of, scores_table
 from hfprune_dist.results.card_subject import Subject, text_of
 from hfprune_dist.results.column import markdown_of
-from hfprune_dist.results.formats import counted
+from hfprune_dist.results.formats import counted, number
 from hfprune_dist.results.rows import EXPERT_WIDTHS, weight_bytes_of
 from hfprune_dist.store.stage import CUTTING, RECOVERING, Stage
 from hfprune_dist.structures.experts import NUMBERS, SHARED_WIDTHS
@@ -159,7 +159,7 @@ def _recovery(subject: Subject) -> str | None:
         return None
     settings = stage.params.to_json().get("recovery", {})
     steps = settings.get("max_steps")
-    length = counted(steps, "step") if steps else counted(settings.get("epochs"), "epoch")
+    length = counted(steps, "step") if steps else counted(number(settings.get("epochs"), "g"), "epoch")
     return (
         f"LoRA (r {settings.get('rank')}, alpha {settings.get('alpha')}, learning rate {settings.get('learning_rate')},"
         f" batch size {settings.get('batch_size')}, {length}) on "

@@ -145,13 +145,17 @@ def test_names_are_text_whatever_is_in_them(tmp_path):
     assert not any("<" in name for name in names) and any("&lt;/script&gt;" in name for name in names)
 
 
-def test_the_ends_of_long_names_can_be_read_on_a_phone(tmp_path):
+def test_the_ends_of_long_names_can_be_read_on_phones_and_on_paper(tmp_path):
     sweep = DrawnSweep(tmp_path, ["some-organisation/a-model-with-a-name-of-70B-parameters-Instruct"])
     (tmp_path / "report.html").write_text(page(sweep.evidence()))
     with opened(tmp_path / "report.html") as shown:
         assert shown.overflow(390) == 0
         cells = "[...document.querySelectorAll('#rows td:first-child')]"
         assert shown.page.evaluate(f"{cells}.filter((it) => it.scrollWidth > it.clientWidth).length") == 0
+        shown.page.emulate_media(media="print")
+        shown.overflow(700)
+        right = "(it) => document.querySelector(it).getBoundingClientRect().right"
+        assert shown.page.evaluate(right, "#rows") <= shown.page.evaluate(right, "#rows-section")
 
 
 def test_rows_that_were_measured_in_another_way_are_named_above_the_charts(tmp_path):

@@ -149,6 +149,8 @@ def test_sentences_read_well_whatever_goes_and_however_little_was_read(config, t
     ):
         assert shown in card, shown
     assert "author's own" not in cards["alpha-dense-lora"]
+    once |= {"recovery__max_steps": None, "recovery__epochs": 1.0}
+    assert "batch size 2, 1 epoch)" in texts(config, tmp_path / "epoch", **once)["alpha-0.2-lora"]
 
 
 def test_a_model_that_reads_images_is_found_among_its_kind(config, tmp_path, monkeypatch):
