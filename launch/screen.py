@@ -40,8 +40,11 @@ T = TypeVar("T")
 
 
 def make_console() -> Console:
-    """Return a console as wide as the terminal; a pipe or file has no width, so tables keep their full width there."""
-    return Console() if sys.stdout.isatty() else Console(width=400)
+    """Return a console as wide as the terminal; a pipe or file has no width, so tables keep their full width there.
+
+    Rich would show the ``:100:`` of ``train.py:100: error`` as a picture.
+    """
+    return Console(width=None if sys.stdout.isatty() else 400, emoji=False)
 
 
 def say(console: Console, text: str) -> None:

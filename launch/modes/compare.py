@@ -77,7 +77,7 @@ def compare(folders: Sequence[Path], out: Path, named: str | None, wide: bool) -
         say(console, warning)
     for page in pages:
         say(console, f"\n{page}")
-    console.print(f"written: {out / 'comparison.md'}, comparison.json", highlight=False)
+    say(console, f"written: {out / 'comparison.md'}, comparison.json")
 
 
 def show_methods(console: Console, methods: Sequence[Comparison], reference: str, wide: bool) -> None:

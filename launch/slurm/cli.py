@@ -76,8 +76,8 @@ def run_on_slurm(
         the exit code when leaving at once; None after staying.
     """
     store = sweep.store
-    console.print(f"{len(todo)} of {len(sweep.plan.stages)} stages to run on Slurm; logs in {store.root / 'attempts'}")
     provenance, say = new_jobs.provenance, partial(console.print, markup=False)
+    say(f"{len(todo)} of {len(sweep.plan.stages)} stages to run on Slurm; logs in {store.root / 'attempts'}")
     snapshot = take_snapshot(new_jobs.project, (sweep.out / "code").resolve(), provenance.code, say)
     with _Screen(console, sweep).shown() as screen:
         submitting = Submitting(provenance, new_jobs.profile, snapshot, new_jobs.max_running)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hfprune_launch.modes.compare import show_methods
 from hfprune_launch.project import PROJECT
-from hfprune_launch.screen import make_console, show_checkpoints, show_published, show_results, stage_screen
+from hfprune_launch.screen import make_console, say, show_checkpoints, show_published, show_results, stage_screen
 from hfprune_launch.stage import progress_lines
 from hfprune_launch.stage.outcome import Outcome
 from hfprune_launch.stage.progress_lines import ProgressLines
@@ -183,3 +183,10 @@ def test_it_is_said_where_checkpoints_are(on_terminal):
     update = Update({folder.name: folder}, ["edited"])
     assert on_terminal(show_checkpoints, update) == ["checkpoints:", f"  {folder}", "note: edited"]
     assert on_terminal(show_checkpoints, Update({}, [])) == []
+
+
+def test_no_part_of_a_message_or_name_becomes_a_picture(on_terminal):
+    """Rich has pictures for ``:100:`` and ``:x:``, among others."""
+    told = "train.py:100: error in a:x:b"
+    assert on_terminal(say, told) == [told]
+    assert any(told in line for line in on_terminal(show_results, [row_of(model=told)], wide=True))
