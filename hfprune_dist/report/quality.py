@@ -47,7 +47,8 @@ class Scale:
 
 
 FLOORS = "Thin dots across: what always choosing the same answer gets."
-PERCENT = {"tickformat": ".3~p"}
+# Of values that are all alike, as those of dense models, plotly.js would show the axis to 200 %; marks need some room.
+PERCENT = {"tickformat": ".3~p", "autorangeoptions": {"clipmin": -0.05, "clipmax": 1.05}}
 LOG = {"type": "log", "exponentformat": "none"}
 SIZE = Scale("parameters", lambda row: row["parameters"], {"tickformat": ".4~s"})
 SPEED = Scale("decoding speed, dense = 1", lambda row: row["decode_speed"], {"tickformat": ".3~g"})

@@ -158,6 +158,15 @@ def test_the_ends_of_long_names_can_be_read_on_phones_and_on_paper(tmp_path):
         assert shown.page.evaluate(right, "#rows") <= shown.page.evaluate(right, "#rows-section")
 
 
+def test_shares_that_are_all_alike_are_on_an_axis_of_possible_shares(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the library is needed
+    (tmp_path / "report.html").write_text(page(DrawnSweep(tmp_path, methods=(), ratios=()).evidence()))
+    with opened(tmp_path / "report.html") as shown:
+        shown.drawn()
+        ranges = "[...document.querySelectorAll('#distance .plot')].map((it) => it.layout.yaxis.range)"
+        assert [-0.05, 1.05] in shown.page.evaluate(ranges)
+
+
 def test_rows_that_were_measured_in_another_way_are_named_above_the_charts(tmp_path):
     sweep = DrawnSweep(tmp_path)
     rows = [dict(row, measured_as="a") for row in sweep.evidence().rows]
