@@ -3,8 +3,9 @@
 example:  python launch/compare.py runs/fidelity/0 runs/fidelity/1 runs/fidelity/2 --out runs/fidelity
 
 Writes comparison.md and comparison.json. For each method: the mean and standard deviation of KL to the dense model,
-agreement and perplexity, and time and memory. For each pair of criteria: the rank correlation of their scores and the
-overlap of what they keep, by layer. For each criterion: how many kept neurons still change as windows are added.
+agreement, perplexity and the average of tasks, time and memory. For each pair of criteria: the rank correlation of their
+scores and the overlap of what they keep, by layer. For each criterion: how many kept neurons still change as windows are
+added.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def _compare(argv: Sequence[str] | None) -> int:
     parser.add_argument("sweeps", metavar="SWEEP", type=folder, nargs="+", help="folders of sweeps")
     parser.add_argument("--out", type=folder, required=True, help="folder for comparison.md and comparison.json")
     parser.add_argument("--reference", help="the method whose KL the others are divided by; default: hfprune")
-    parser.add_argument("--wide", action="store_true", help="show perplexity, time and memory too")
+    parser.add_argument(
+        "--wide", action="store_true", help="show perplexity, the average of tasks, time and memory too"
+    )
     arguments = parser.parse_args(argv)
     from hfprune_launch.modes.compare import compare
 

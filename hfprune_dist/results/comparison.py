@@ -22,7 +22,7 @@ from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEU
 from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_layers
 
 Scores = Mapping[str, list[NDArray[np.float64]]]
-MEASURES = ("kl", "top1_agreement", "perplexity")
+MEASURES = ("kl", "top1_agreement", "perplexity", "average")
 # Kinds of units that a layer's MLPs consist of.
 _MLPS = (NEURONS, EXPERT_NEURONS, SHARED_NEURONS)
 
@@ -40,7 +40,8 @@ class Comparison:
     """Results of one method, on one model at one ratio.
 
     Attributes:
-        measures: kl, top1_agreement and perplexity; None if the value isn't a number in some sweep.
+        measures: kl, top1_agreement, perplexity, and the average of the tasks' scores; None if the value isn't a number
+            in some sweep.
         kl_share: KL divided by the reference method's KL in the same sweep, over sweeps with a reference; None without
             any, and if KL isn't a number in one of them.
         sweeps: number of sweeps with a result.
@@ -176,10 +177,12 @@ def overlap(a_D: NDArray[np.float64], b_D: NDArray[np.float64], share: float) ->
     return len(kept[0] & kept[1]) / width
 
 
-NOTE_ON_METHODS = (
-    "KL: mean divergence from the dense model, nats per token, lower is better; agreement: share of tokens with its "
-    "most likely next token, higher is better; ±: standard deviation over seeds"
-)
+# Header of a column -> what it says.
+_MEANINGS = {
+    "KL": "mean divergence from the dense model, nats per token, lower is better",
+    "agreement": "share of tokens with its most likely next token, higher is better",
+    "avg": "mean of the tasks' scores in %, higher is better",
+}
 
 
 def few_columns_of_methods(comparisons: Sequence[Comparison], reference: str) -> list[Column[Comparison]]:
@@ -199,17 +202,26 @@ def few_columns_of_methods(comparisons: Sequence[Comparison], reference: str) ->
 
 def all_columns_of_methods(comparisons: Sequence[Comparison], reference: str) -> list[Column[Comparison]]:
     """All columns; the time is that of all stages behind a row, shared ones included."""
+    scored = any(it.measures["average"] for it in comparisons)
     return [
         *few_columns_of_methods(comparisons, reference),
         Column("perplexity", lambda it: _shown(it.measures["perplexity"], 1)),
+        *[Column[Comparison]("avg", lambda it: _shown(it.measures["average"], 1, 100))] * scored,
         Column("time", lambda it: duration(it.wall_time_s)),
         Column("memory", lambda it: byte_count(it.peak_memory_bytes)),
     ]
 
 
+def note_on_methods(columns: Sequence[Column[Comparison]]) -> str:
+    """A sentence for below the table, on what these columns say."""
+    told = [f"{it.header}: {_MEANINGS[it.header]}" for it in columns if it.header in _MEANINGS]
+    return "; ".join([*told, "±: standard deviation over seeds"])
+
+
 def methods_table(comparisons: Sequence[Comparison], reference: str) -> str:
     """Markdown table of methods, with a note below."""
-    return f"{markdown(comparisons, all_columns_of_methods(comparisons, reference))}\n{NOTE_ON_METHODS}\n"
+    columns = all_columns_of_methods(comparisons, reference)
+    return f"{markdown(comparisons, columns)}\n{note_on_methods(columns)}\n"
 
 
 def criteria_table(pairs: Sequence[Mapping[str, Any]]) -> str:
@@ -249,12 +261,12 @@ def _overlap(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _shown(value: Spread | None, digits: int) -> str:
+def _shown(value: Spread | None, digits: int, times: int = 1) -> str:
     if value is None or not math.isfinite(value.mean):
         return "-"
     if value.deviation is None:
-        return number(value.mean, f".{digits}f")
-    return measured(value.mean, value.deviation, digits)
+        return number(times * value.mean, f".{digits}f")
+    return measured(times * value.mean, times * value.deviation, digits)
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -17,7 +17,6 @@ from rich.console import Console
 from hfprune_dist.core.split_half import SHARES_KEPT
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.results.comparison import (
-    NOTE_ON_METHODS,
     Comparison,
     all_columns_of_methods,
     compare_criteria,
@@ -26,6 +25,7 @@ from hfprune_dist.results.comparison import (
     criteria_table,
     few_columns_of_methods,
     methods_table,
+    note_on_methods,
     scores_to_compare,
 )
 from hfprune_dist.results.notes import measured_otherwise
@@ -88,7 +88,7 @@ def show_methods(console: Console, methods: Sequence[Comparison], reference: str
     """
     columns = (all_columns_of_methods if wide else few_columns_of_methods)(methods, reference)
     show_table(console, [table_of(methods, columns, gap) for gap in (ROOMY, TIGHT)], wide)
-    for note in [NOTE_ON_METHODS, *([] if wide else [SAID_OF_WIDE])]:
+    for note in [note_on_methods(columns), *([] if wide else [SAID_OF_WIDE])]:
         console.print(note, markup=False, highlight=False)
 
 

@@ -22,7 +22,8 @@ from hfprune_dist.results.comparison import (
 
 
 def row(method, kl, ratio=0.2, status="done", measured_as="0123456789ab"):
-    measures = {"kl": kl, "top1_agreement": 0.6, "perplexity": 20.0, "wall_time_s": 10.0, "peak_memory_bytes": 2**30}
+    quality = {"kl": kl, "top1_agreement": 0.6, "perplexity": 20.0, "average": 0.512}
+    measures = {**quality, "wall_time_s": 10.0, "peak_memory_bytes": 2**30}
     of_cell = {"model": "m", "ratio": ratio, "method": method, "recovery": "none", "status": status}
     return {**of_cell, "measured_as": measured_as, **measures}
 
@@ -45,6 +46,13 @@ def test_methods_are_set_against_the_reference_of_their_own_sweep():
     assert shown([reference, ours], "hfprune")[1]["KL"] == "0.550±0.071"
 
 
+def test_averages_of_tasks_are_in_percent_and_without_tasks_there_is_no_column():
+    (ours,) = compare_methods([[row("ours", 0.5)], [row("ours", 0.5) | {"average": 0.532}]], "ours")
+    assert shown([ours], "ours")[0]["avg"] == "52.2±1.4"
+    (untested,) = compare_methods([[row("ours", 0.5) | {"average": None}]], "ours")
+    assert "avg" not in shown([untested], "ours")[0]
+
+
 def test_a_share_is_of_a_reference_that_was_measured_alike():
     """Rows of a folder's earlier runs may be of another text."""
     ours = [row("ours", 0.5), row("other", 0.6, measured_as="another")]
@@ -60,16 +68,16 @@ def test_missing_cells_are_left_out_and_a_single_sweep_has_no_spread():
 
 
 @pytest.mark.parametrize("reference", [0.5, None, 0.0])
-@pytest.mark.parametrize("measure", ["kl", "top1_agreement", "perplexity"])
+@pytest.mark.parametrize("measure", ["kl", "top1_agreement", "perplexity", "average"])
 def test_what_a_sweep_has_no_number_for_is_missing(measure, reference):
     """A model whose logits are no numbers has a result without KL and perplexity."""
     sweeps = [[row("hfprune", reference), row("ours", 0.5)], [row("hfprune", 0.4), {**row("ours", 0.3), measure: None}]]
-    *_, ours = compare_methods(sweeps, "hfprune")
+    reference, ours = compare_methods(sweeps, "hfprune")
     assert ours.measures[measure] is None and ours.sweeps == 2
     assert sum(it is None for it in ours.measures.values()) == 1
     assert (ours.kl_share is None) == (measure == "kl"), "a mean of the other sweeps' would be too low"
-    header = {"kl": "KL", "top1_agreement": "agreement", "perplexity": "perplexity"}[measure]
-    assert shown([ours], "hfprune")[0][header] == "-"
+    header = {"kl": "KL", "top1_agreement": "agreement", "perplexity": "perplexity", "average": "avg"}[measure]
+    assert shown([reference, ours], "hfprune")[1][header] == "-"
     json.dumps([asdict(ours)], allow_nan=False)
 
 
