@@ -9,6 +9,9 @@ from hfprune_dist.planning.gathering import attention_flops, gathered_at_a_time
 from hfprune_dist.planning.gpu_needs import Memory, Work
 from hfprune_dist.planning.layer_pass_footprint import widest
 
+# Few tasks have longer requests.
+REQUEST_TOKENS = 1024
+
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -17,6 +20,19 @@ class Evaluate:
     sequences: int
     tokens: int
     itemsize: int = 2
+
+    @classmethod
+    def of(cls, batch_size: int, sequence_length: int, itemsize: int) -> Evaluate:
+        """Return the larger of a batch of tasks' requests and a window of text, which are compared one by one.
+
+        Args:
+            batch_size: number of requests, whose lengths aren't known before a stage runs: they are taken to be as long
+                as windows, up to ``REQUEST_TOKENS``. 0 without tasks.
+            sequence_length: tokens per window of text.
+        """
+        window = cls(1, sequence_length, itemsize)
+        requests = cls(batch_size, min(sequence_length, REQUEST_TOKENS), itemsize)
+        return max(window, requests, key=lambda it: (it.sequences * it.tokens, it.sequences))
 
     def resized(self, sequences: int) -> Evaluate:
         """Return a copy with this many sequences in a batch."""

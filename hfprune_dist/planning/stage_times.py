@@ -266,8 +266,8 @@ class StageTimes:
             total = _sum(total, NO_SECONDS if is_dense else window * (2 * rounds))
         known, unknown = requests_of(params)
         for task in known:
-            batch = _of_shape(replace(job, tokens=task.tokens), shape, placed)
-            total = _sum(total, batch * _ceil(task.count, job.sequences * everywhere.ranks))
+            batch = _of_shape(replace(job, sequences=params.batch_size, tokens=task.tokens), shape, placed)
+            total = _sum(total, batch * _ceil(task.count, params.batch_size * everywhere.ranks))
         missing = [f"documents of {', '.join(unknown)} (evaluation.limit bounds them)"] if unknown else []
         others = [task for task in params.tasks if task not in TASKS and task not in unknown]
         missing += [f"answers that a model writes for {', '.join(others)}"] if others else []

@@ -176,8 +176,8 @@ def job_of(plan: Plan, stage: Stage, runtime: RuntimeConfig) -> Job:
         case DistillParameters(distillation=settings):
             return Train.of(settings, _calibration(plan, stage).sequence_length, distills=True)
         case EvaluateParameters() as params:
-            at_once = params.batch_size if params.tasks else 1  # texts are compared window by window
-            return Evaluate(at_once, _held_out(plan, stage).sequence_length, ITEMSIZE[params.dtype])
+            batch_size = params.batch_size if params.tasks else 0
+            return Evaluate.of(batch_size, _held_out(plan, stage).sequence_length, ITEMSIZE[params.dtype])
         case EfficiencyParameters() as params:
             return Generate(max(params.batch_sizes), params.most_tokens, ITEMSIZE[params.dtype])
     raise AssertionError(f"{stage.id} was planned by another version of the code")

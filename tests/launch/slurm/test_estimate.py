@@ -7,6 +7,7 @@ from sweeps import make_inputs, planned, sweep
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.dimensions import checkpoint_dimensions, dimensions_of
+from hfprune_dist.planning.evaluation_footprint import Evaluate
 from hfprune_dist.planning.expert_shapes import ExpertTarget
 from hfprune_dist.planning.footprint import RESERVE
 from hfprune_dist.planning.layer_pass_footprint import LowRank, Reference, Refit
@@ -116,6 +117,12 @@ def test_no_more_windows_are_counted_than_run_at_once(inputs, tmp_path):
     assert whole == more
     one, eight = (memory("evaluate", evaluation__batch_size=size) for size in (1, 8))
     assert memory("evaluate", evaluation__batch_size=8, evaluation__tasks=[]) == one != eight
+
+
+def test_windows_of_text_are_never_batched_and_requests_of_tasks_are_not_taken_to_be_as_long():
+    assert Evaluate.of(8, 512, 2) == Evaluate(8, 512, 2) and Evaluate.of(8, 1024, 2) == Evaluate(8, 1024, 2)
+    assert Evaluate.of(4, 8192, 2) == Evaluate(1, 8192, 2) and Evaluate.of(16, 8192, 2) == Evaluate(16, 1024, 2)
+    assert Evaluate.of(0, 512, 2) == Evaluate.of(1, 512, 2) == Evaluate(1, 512, 2)
 
 
 def test_two_models_that_are_timed_in_turn_must_fit_one_gpu(inputs, tmp_path):
