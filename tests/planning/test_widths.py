@@ -32,6 +32,13 @@ def test_out_of_reach_names_the_largest_ratio_that_is_not():
     assert Target(SMOLLM2, 0.5915, 1, "m").uniform_width() == 1
 
 
+def test_floors_are_rounded_up_to_multiples_but_never_beyond_a_layers_units():
+    size = ModelSize(10_000, (100, 100, 10, 100), 3, "neurons")
+    assert Target(size, 0.1, 8, "m").narrowest_widths(0.3, 0, 1) == [32, 32, 8, 100]
+    assert Target(size, 0.1, 1, "m").narrowest_widths(0.0, 1, 0) == [100, 1, 1, 1]
+    assert Target(size, 0.1, 16, "m").narrowest_widths(0.32, 0, 0) == [32, 32, 10, 32]
+
+
 def test_rounding_that_removes_nothing_is_refused():
     with pytest.raises(UserError, match="removes nothing"):
         Target(SMOLLM2, 0.001, 128, "m").uniform_width()

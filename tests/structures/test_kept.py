@@ -51,3 +51,14 @@ def test_layers_stand_in_order(layers):
     units = FAMILIES["llama"].units(tiny_model().config.to_dict())
     with pytest.raises(AssertionError, match="layers"):
         Shape(layers).counts(units)
+
+
+def test_a_layer_keeps_at_least_one_of_its_units_and_at_most_all():
+    units = FAMILIES["llama"].units(tiny_model().config.to_dict())
+    layers, most = tuple(range(units.num_layers)), units.most
+    assert Shape(layers).counts(units) == units.counts
+    for count in (1, most):
+        assert Shape(layers, {"neurons": (count,) * units.num_layers}).counts(units) == (count,) * units.num_layers
+    for count in (0, most + 1):
+        with pytest.raises(AssertionError, match="can't keep"):
+            Shape(layers, {"neurons": (count,) * units.num_layers}).counts(units)

@@ -73,3 +73,10 @@ def test_what_config_json_says_is_read_back(counts, pairs):
         size = CHANNELS if pairs else 1
         assert units.sizes(counts)["intermediate_sizes"] == [count * size for count in counts]
         assert units.sizes(counts)["intermediate_size"] == (size * counts[0] if len(set(counts)) == 1 else None)
+
+
+def test_layers_without_units_have_no_say_in_the_one_size_that_results_state():
+    units = units_of({"model_type": "llama", "num_hidden_layers": 3, "intermediate_size": 80})
+    assert units.sizes([0, 40, 40]) == {"intermediate_size": 40}
+    assert units.sizes([0, 40, 30]) == {"intermediate_size": None}
+    assert units.sizes([40, 40, 40]) == {"intermediate_size": 40, "intermediate_sizes": [40, 40, 40]}
