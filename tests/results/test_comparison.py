@@ -1,10 +1,12 @@
 import json
+import re
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from hfprune_dist.errors import UserError
 from hfprune_dist.results.column import cells
 from hfprune_dist.results.comparison import (
     all_columns_of_methods,
@@ -19,6 +21,7 @@ from hfprune_dist.results.comparison import (
     spearman,
     spread,
 )
+from hfprune_dist.structures.score_names import SCORES
 
 
 def row(method, kl, ratio=0.2, status="done", measured_as="0123456789ab"):
@@ -143,3 +146,8 @@ def test_criteria_are_compared_by_units_that_both_score_in_layers_that_have_some
     json.dumps(pair, allow_nan=False)
     assert [len(row) for row in read_scores(tmp_path)["entropy"]] == [16] * 3
     assert [len(row) for row in read_scores(tmp_path)["reap"]] == [0, 4, 4]
+
+
+def test_scores_that_are_missing_are_named(tmp_path):
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / SCORES}: missing")):
+        read_scores(tmp_path)

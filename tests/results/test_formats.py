@@ -2,7 +2,7 @@
 
 import pytest
 
-from hfprune_dist.results.formats import byte_count, count, counted, duration, flop_count, measured
+from hfprune_dist.results.formats import byte_count, count, counted, duration, flop_count, measured, percent_measured
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,8 @@ def test_one_of_something_is_not_several():
         *("1 window", "2 windows", "1 window"),
         *("1-4 windows", "None windows"),
     ]
+
+
+def test_a_share_and_its_error_are_both_in_percent():
+    assert percent_measured(0.4567, 0.0123) == "45.7±1.2"
+    assert percent_measured(0.0, None) == "0.0±-" and percent_measured(None, None) == "-"

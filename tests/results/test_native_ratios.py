@@ -1,7 +1,9 @@
 import pytest
+from families import save_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.planning.dimensions import Dimensions
 from hfprune_dist.results.native_ratios import Decoder, native_ratios
 
@@ -26,6 +28,13 @@ def test_what_papers_removed_of_llama_7b(layers_that_lose, share_of_units, share
     found = native_ratios(Decoder.of_dimensions(LLAMA_7B), removed, sizes)
     assert found["ratio_of_pruned_layers"] == pytest.approx(share_of_units, abs=0.005)
     assert found["ratio_of_decoder"] == pytest.approx(share_of_units * layers_that_lose / 32, abs=0.005)
+
+
+def test_a_dense_checkpoint_has_a_decoder_and_a_mixture_of_experts_none(tmp_path):
+    dense = open_checkpoint(save_model(tmp_path / "dense", "llama"))
+    attention, mlp = 2 * 32 * 32 + 2 * 32 * 16, 3 * 32 * 24
+    assert Decoder.of(dense) == Decoder(3 * (attention + mlp), 3, 24, 2)
+    assert Decoder.of(open_checkpoint(save_model(tmp_path / "experts", "mixtral"))) is None
 
 
 @st.composite

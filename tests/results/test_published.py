@@ -40,3 +40,10 @@ def test_rows_that_miss_their_columns_are_refused(scores):
     row = {"method": "mine", "scores": scores}
     with pytest.raises(ValidationError, match="more or fewer scores"):
         PublishedTable.model_validate({"title": "t", "protocol": "p", "columns": ["avg"], "rows": [row]})
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda it: it.title)
+def test_scores_are_numbers_and_what_names_a_row_is_text(table):
+    texts = {column.header for column in table.shown(wide=True) if column.is_text}
+    assert texts - {"recovery"} == {"published", "ratio", "of all"}
+    assert ("recovery" in texts) == any(row.recovery != "none" for row in table.rows)
