@@ -13,7 +13,14 @@ from hfprune_dist.planning.dimensions import dimensions_of
 from hfprune_dist.planning.footprint import Train, fits
 from hfprune_dist.planning.gpu_needs import Gpus
 from hfprune_dist.planning.timing import seconds
-from hfprune_dist.planning.training_memory import as_chosen_before, choose_micro_batches, chooses, copy_of, place
+from hfprune_dist.planning.training_memory import (
+    MOST_ROWS,
+    as_chosen_before,
+    choose_micro_batches,
+    chooses,
+    copy_of,
+    place,
+)
 
 GIB = 2**30
 LLAMA = {"vocab_size": 32000, "num_attention_heads": 32}
@@ -53,6 +60,14 @@ def test_7b_on_80_gib_takes_at_least_four_rows_with_whole_weights():
         rows = chosen(["7B"], gpus(count))
         assert rows >= 4
         assert place(job(rows), DIMS["7B"], gpus(count), "auto").whole
+
+
+@pytest.mark.parametrize(("per_rank", "expected"), [(128, MOST_ROWS), (64, 64), (48, 16), (3, 1)])
+def test_no_more_rows_at_once_than_divide_a_step_and_than_ever_help(per_rank, expected):
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 1000}
+    config = SweepConfig(recovery={"batch_size": 2 * per_rank, "sequence_length": 8})
+    dims = dimensions_of({**small, "num_attention_heads": 2})
+    assert choose_micro_batches(config, [dims], {"recovery": gpus(2)}).recovery.rows_at_once == expected
 
 
 @given(
