@@ -1,0 +1,36 @@
+"""Low-rank projections as config.json and tensors tell of them."""
+
+import pytest
+
+from hfprune_dist.structures.low_rank import factor_shapes, linear_modules, read_ranks, with_products
+from hfprune_dist.structures.units import LAYER_SIZES
+
+FACTORS = {"self_attn.q_proj.0.weight": [3, 32], "self_attn.q_proj.1.weight": [16, 3]}
+OTHERS = {"self_attn.k_proj.weight": [8, 32], "self_attn.k_proj.bias": [8]}
+CONFIG = {LAYER_SIZES: {"q_proj_rank": [3, 5]}}
+
+
+def test_factors_count_as_the_matrix_that_they_stand_for():
+    assert with_products(CONFIG, FACTORS | OTHERS) == OTHERS | {"self_attn.q_proj.weight": [16, 32]}
+    biased = FACTORS | {"self_attn.q_proj.1.bias": [16]}
+    assert with_products(CONFIG, biased) == {"self_attn.q_proj.weight": [16, 32], "self_attn.q_proj.bias": [16]}
+    shapes = factor_shapes([16, 32], 3)
+    assert [list(it) for it in shapes] == [*FACTORS.values()]
+
+
+@pytest.mark.parametrize("config", [{}, {LAYER_SIZES: None}, {LAYER_SIZES: {"k_proj_rank": [3, 5]}}])
+def test_what_config_json_does_not_call_low_rank_is_left_alone(config):
+    assert with_products(config, FACTORS | OTHERS) == FACTORS | OTHERS
+
+
+@pytest.mark.parametrize("missing", FACTORS)
+def test_so_is_a_factor_without_the_other(missing):
+    one = {name: shape for name, shape in FACTORS.items() if name != missing}
+    assert with_products(CONFIG, one | OTHERS) == one | OTHERS
+
+
+def test_ranks_are_those_of_the_projections_asked_for():
+    assert read_ranks(CONFIG, "self_attn", ["q_proj", "k_proj"]) == {"self_attn.q_proj": (3, 5)}
+    assert read_ranks({}, "self_attn", ["q_proj"]) == read_ranks(CONFIG, "self_attn", ["k_proj"]) == {}
+    assert linear_modules("q_proj", {"q_proj": 3}) == ("q_proj.0", "q_proj.1")
+    assert linear_modules("k_proj", {"q_proj": 3}) == ("k_proj",)
