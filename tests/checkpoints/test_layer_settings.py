@@ -36,9 +36,10 @@ def test_layers_keep_the_kind_that_they_had(data):
 @pytest.mark.parametrize("config_class", [Qwen2Config, Qwen3Config, Qwen2_5_VLTextConfig])
 def test_layers_keep_the_kind_that_they_had_where_config_does_not_say_from_which_one_on_windows_slide(config_class):
     config = {"model_type": config_class.model_type, "num_hidden_layers": 90, "use_sliding_window": True}
-    before, layers = config_class(**config).layer_types, [*range(5, 90, 3)]
+    before = config_class(**config).layer_types
     assert len({*before}) == 2
-    assert config_class(**config | of_layers(config, layers)).layer_types == [before[layer] for layer in layers]
+    for layers in ([*range(1, 90)], [*range(5, 90, 3)]):
+        assert config_class(**config | of_layers(config, layers)).layer_types == [before[layer] for layer in layers]
     assert "max_window_layers" not in of_layers(config | {"use_sliding_window": False}, layers)
 
 

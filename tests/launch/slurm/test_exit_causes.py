@@ -83,6 +83,15 @@ def test_by_the_log_where_slurm_has_forgotten_the_job(store, attempt, line, expe
     assert cause(store, attempt, None) == expected
 
 
+@pytest.mark.parametrize("telling", range(3))
+def test_any_of_the_logs_may_say_it(store, attempt, telling):
+    started(attempt)
+    for number in range(3):
+        line = "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0" if number == telling else "all is well"
+        (attempt.folder / f"7_{number}_log.err").write_text(f"{line}\n")
+    assert cause(store, attempt, None) == "out of memory"
+
+
 @pytest.mark.parametrize(
     ("failure", "message", "expected"),
     [
