@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hfprune_dist.core.allocation import Ladder, allocate_globally, layer_mean_one
+from hfprune_dist.core.allocation import Ladder, allocate_globally, layer_mean_one, standardized
 
 
 def scores(*layers):
@@ -57,6 +57,15 @@ def test_normalised_layers_have_mean_one():
     for layer in layer_mean_one(scores([1, 2, 3], [100, 200, 600])):
         assert layer.mean() == 1
     assert torch.equal(layer_mean_one(scores([0, 0]))[0], torch.zeros(2, dtype=torch.float64))
+
+
+def test_standardized_layers_have_mean_zero_and_deviation_one_unless_they_are_in_deviations():
+    layers = scores([1, 2, 3], [100, 200, 600], [5, 5], [7])
+    first, second, alike, single = standardized(layers, in_deviations=False)
+    assert first.tolist() == [-1, 0, 1] and float(second.std()) == pytest.approx(1.0)
+    assert alike.tolist() == [0, 0] and single.tolist() == [0]
+    centred = standardized(layers, in_deviations=True)
+    assert [it.tolist() for it in centred] == [[-1, 0, 1], [-200, -100, 300], [0, 0], [0]]
 
 
 def of_neurons_alone(layers, removals, narrowest, multiple_of):

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from hfprune_dist.core.selection import entries_of, top_units, top_units_of_each
@@ -38,3 +39,9 @@ def test_entries_of_units_follow_one_another_in_every_part():
     units = torch.tensor([2, 0])
     assert entries_of(units, 3).tolist() == [6, 7, 8, 0, 1, 2]
     assert entries_of(units, 2, parts=2, units=3).tolist() == [4, 5, 0, 1, 10, 11, 6, 7]
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_neither_none_nor_more_than_there_are(count):
+    with pytest.raises(AssertionError, match="of 4 units"):
+        top_units(torch.ones(4), count)

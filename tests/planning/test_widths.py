@@ -1,7 +1,8 @@
 import pytest
+from blank import blank
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.planning.widths import ModelSize, Target
+from hfprune_dist.planning.widths import ModelSize, Target, round_down, size_of
 
 SMOLLM2 = ModelSize(134_515_008, (1536,) * 30, 3 * 576, "neurons")
 LLAMA_3_2_1B = ModelSize(1_235_814_400, (8192,) * 16, 3 * 2048, "neurons")
@@ -37,6 +38,25 @@ def test_floors_are_rounded_up_to_multiples_but_never_beyond_a_layers_units():
     assert Target(size, 0.1, 8, "m").narrowest_widths(0.3, 0, 1) == [32, 32, 8, 100]
     assert Target(size, 0.1, 1, "m").narrowest_widths(0.0, 1, 0) == [100, 1, 1, 1]
     assert Target(size, 0.1, 16, "m").narrowest_widths(0.32, 0, 0) == [32, 32, 10, 32]
+
+
+def test_what_is_to_be_removed_is_as_close_as_units_allow_and_no_more_than_floors_do():
+    size = ModelSize(10_000, (100, 100), 3, "neurons")
+    target = Target(size, 0.03, 1, "m")
+    assert (size.units, size.num_layers, size.reached([50, 100])) == (100, 2, 0.015)
+    assert target.removals([50, 50]) == 100 == size.removed([50, 50])
+    with pytest.raises(UserError, match=r"largest possible is 0.0297 \(multiple_of 1\)"):
+        target.removals([50, 51])
+    # The last step of 100 in steps of 48 removes 4: a ratio that removes 2 is rounded to it, and one of 1 to nothing.
+    assert Target(size, 0.0006, 48, "m").removals([1, 1]) == 2
+    with pytest.raises(UserError, match="removes nothing"):
+        Target(size, 0.0003, 48, "m").removals([1, 1])
+
+
+def test_a_checkpoint_has_these_numbers():
+    checkpoint = blank("llama", intermediate_size=40, num_hidden_layers=3)
+    assert size_of(checkpoint) == ModelSize(checkpoint.parameters, (40,) * 3, checkpoint.parameters_per_unit, "neurons")
+    assert (round_down(0.12349), round_down(0.5), round_down(0.99999)) == ("0.1234", "0.5000", "0.9999")
 
 
 def test_rounding_that_removes_nothing_is_refused():
