@@ -50,6 +50,16 @@ def test_all_columns_have_the_rest():
     assert everything.keys() > {"reached", "params", "size", "width", "avg"}
 
 
+def test_further_texts_have_a_column_that_names_the_worst_if_there_are_several():
+    none, one = row_of(other_texts={}), row_of(other_texts={"code": {"kl": 0.5, "kl_stderr": None}})
+    assert not {it for it in shown([none], all_columns([none])) if "KL " in it or "other KL" in it}
+    assert shown([none, one], all_columns([none, one]))["KL code"] == ("-", "0.5000")
+    several = row_of(other_texts={"code": {"kl": 0.5, "kl_stderr": 0.01}, "chat": {"kl": 0.4, "kl_stderr": 0.02}})
+    lost = row_of(other_texts={"code": {"kl": 0.5, "kl_stderr": 0.01}, "chat": {"kl": None, "kl_stderr": None}})
+    worst = shown([several, lost], all_columns([several, lost]))["worst other KL"]
+    assert worst == ("0.5000±0.0100 (code)", "- (chat)"), "one that isn't known was too large"
+
+
 def test_mixtures_of_experts_have_columns_of_their_own():
     sizes = {"num_experts": 8, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
     rows = [row_of(ratio=0.0, **sizes), row_of(**sizes | {"num_experts": 6}), row_of()]

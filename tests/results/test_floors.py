@@ -22,6 +22,7 @@ def test_it_is_the_best_of_all_constant_answers(answers):
     counts = [answers.count(place) for place in range(max(answers) + 1)]
     best = max(sum(answer == constant for answer in answers) / len(answers) for constant in range(5))
     assert floor_of(counts) == (best if len(set(answers)) > 1 else None)
+    assert floor_of([]) is None, "a task without documents"
 
 
 def test_tasks_and_groups_have_floors_where_answers_are_chosen():

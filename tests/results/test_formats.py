@@ -2,7 +2,18 @@
 
 import pytest
 
-from hfprune_dist.results.formats import byte_count, count, counted, duration, flop_count, measured, percent_measured
+from hfprune_dist.results.formats import (
+    byte_count,
+    count,
+    counted,
+    duration,
+    flop_count,
+    hours,
+    measured,
+    milliseconds,
+    percent,
+    percent_measured,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,3 +43,26 @@ def test_one_of_something_is_not_several():
 def test_a_share_and_its_error_are_both_in_percent():
     assert percent_measured(0.4567, 0.0123) == "45.7±1.2"
     assert percent_measured(0.0, None) == "0.0±-" and percent_measured(None, None) == "-"
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (count, ["5", "5k", "5M", "5B"]),
+        (flop_count, ["5", *(f"5.0{unit}" for unit in "kMGTPEZ")]),
+        (byte_count, ["5B", *(f"5.0{unit}B" for unit in "kMGT")]),
+    ],
+)
+def test_each_unit_is_a_thousand_of_the_one_before(form, expected):
+    assert [form(5 * 1000**power) for power in range(len(expected))] == expected
+
+
+def test_times_have_two_or_three_digits():
+    assert [hours(it) for it in (0.0123, 9.4, 10, 12.4, 1234.5)] == ["0.012", "9.4", "10", "12", "1234"]
+    assert [milliseconds(it) for it in (0.00012345, 0.0123, 1.5)] == ["0.123ms", "12.3ms", "1.5e+03ms"]
+    assert [duration(it) for it in (5, 300, 7200, 864_000)] == ["5s", "5.0m", "2.0h", "10d"]
+
+
+@pytest.mark.parametrize("form", [byte_count, count, duration, flop_count, hours, milliseconds, percent])
+def test_what_is_not_known_is_a_dash(form):
+    assert form(None) == "-"

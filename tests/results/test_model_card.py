@@ -262,3 +262,5 @@ def test_a_base_of_the_hub_is_named_with_its_licence(tmp_path):
     assert BaseModel.of("m", Input("digest", str(snapshot), content="checkpoint")) == BaseModel(
         "m", "digest", None, None, {"license": "mit"}
     )
+    assert BaseModel.of("m", Input("digest", str(snapshot), content="checkpoint")).licence == "mit"
+    assert norwegian.licence is None

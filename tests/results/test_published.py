@@ -47,3 +47,14 @@ def test_scores_are_numbers_and_what_names_a_row_is_text(table):
     texts = {column.header for column in table.shown(wide=True) if column.is_text}
     assert texts - {"recovery"} == {"published", "ratio", "of all"}
     assert ("recovery" in texts) == any(row.recovery != "none" for row in table.rows)
+
+
+def test_figures_are_shown_as_printed_and_what_a_paper_leaves_out_is_a_dash():
+    rows = [
+        {"method": "dense", "scores": [12, 68.30], "of_tasks": [70.1]},
+        {"method": "mine", "ratio": 0.2, "removed": 0.195, "recovery": "lora", "scores": [None, 60]},
+    ]
+    table = {"title": "t", "protocol": "p", "columns": ["ppl", "avg"], "tasks": ["piqa"], "rows": rows}
+    shown = cells((made := PublishedTable.model_validate(table)).rows, made.shown(wide=True))
+    assert shown[0] == ["dense", "dense", "-", "none", "70.1", "12", "68.3"]
+    assert shown[1] == ["mine", "0.2", "0.195", "lora", "-", "-", "60"]
