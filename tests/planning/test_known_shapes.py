@@ -47,6 +47,12 @@ def test_biases_that_a_refit_adds_count(variant, allocation):
     assert known_shape(checkpoint, 0.2, method, "m").reached == one(pytest.approx(without.least - more))
 
 
+def test_low_rank_leaves_layers_and_heads_alone():
+    shape = known(criterion="lorap", allocation="low_rank")
+    assert (shape.layers, shape.kv_heads) == (one(3), one(2))
+    assert shape.width.least == shape.width.most < 512 and shape.reached.least == pytest.approx(0.2, abs=0.01)
+
+
 def test_plain_shapes_are_known_as_those_that_compete():
     shape = known(0.5, SMOLLM2, allocation="plain", structures=ALL)
     assert shape.open == "the closest of 18 shapes, by measurement"

@@ -48,6 +48,15 @@ def test_hours_are_of_all_attempts_and_wasted_ones_of_those_that_failed(attempts
     assert device_hours({"wall_time_s": seconds}, attempts) == (None, None), "of an artifact that tells no ranks"
 
 
+def test_hours_of_an_attempt_that_saved_its_work_count_but_are_not_wasted():
+    attempts = [
+        Attempt(number=1, state="failed", started=0.0, ended=3600.0, cause="interrupted", ranks=2),
+        Attempt(number=2, state="failed", started=0.0, ended=7200.0, cause="killed", ranks=None),
+        Attempt(number=3, state="done", started=0.0, ended=9000.0, cause="", ranks=8),
+    ]
+    assert device_hours({"wall_time_s": 1800.0, "world_size": 4}, attempts) == (0.5 * 4 + 1 * 2 + 2 * 4, 2 * 4)
+
+
 @pytest.fixture
 def sweep(tmp_path):
     """Two ratios of one pass, the first of which is recovered as well; and the dense model's own row."""

@@ -10,6 +10,7 @@ from hfprune_dist.config.parameters import read_parameters
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.column import cells
 from hfprune_dist.results.columns import all_columns
+from hfprune_dist.results.native_ratios import Decoder
 from hfprune_dist.results.rows import DenseModel, collect_rows
 from hfprune_dist.results.table import flat_row, write_reports
 from hfprune_dist.store.artifacts import Store
@@ -75,6 +76,20 @@ def test_a_finished_cell_shows_what_was_measured(store):
     assert pruned["wall_time_s"] == 6.0 and pruned["checkpoint"].endswith(PRUNE.id)
     assert pruned["average"] == pytest.approx(0.65)
     assert pruned["average_without_crows_pairs"] == pytest.approx(0.6)
+
+
+def test_rows_tell_the_ratio_as_other_papers_define_it(store):
+    decoder = Decoder(matrices=80, layers=2, intermediate_size=48, num_key_value_heads=4)
+    dense, pruned = collect_rows(PLAN, store, {"m": replace(DENSE["m"], decoder=decoder)})
+    assert (dense["ratio_of_decoder"], dense["ratio_of_pruned_layers"]) == (0.0, 0.0)
+    assert (pruned["ratio_of_decoder"], pruned["ratio_of_pruned_layers"]) == (21 / 80, 21 / 80)
+    store.discard(PRUNE.id)
+    commit(store, PRUNE, ratio_reached=0.1, parameters=90, intermediate_size=None, intermediate_sizes=[48, 15])
+    _, pruned = collect_rows(PLAN, store, {"m": replace(DENSE["m"], decoder=decoder)})
+    assert (pruned["ratio_of_decoder"], pruned["ratio_of_pruned_layers"]) == (10 / 80, 10 / 40), "of one layer's 40"
+    store.discard(PRUNE.id)
+    _, missing = collect_rows(PLAN, store, {"m": replace(DENSE["m"], decoder=decoder)})
+    assert missing["ratio_of_decoder"] is missing["ratio_of_pruned_layers"] is None
 
 
 def test_a_row_without_a_checkpoint_names_none(store):

@@ -83,6 +83,15 @@ def test_by_the_log_where_slurm_has_forgotten_the_job(store, attempt, line, expe
     assert cause(store, attempt, None) == expected
 
 
+def test_folders_that_nodes_may_not_see_are_suspected_only_if_a_job_left_nothing(store, attempt):
+    def said():
+        return explain_end(store, STAGE, attempt, job("FAILED", attempt)).message
+
+    assert "its nodes may not see that folder" in said()
+    started(attempt)
+    assert "a rank died without a message" in said(), "it wrote that it had started"
+
+
 @pytest.mark.parametrize("telling", range(3))
 def test_any_of_the_logs_may_say_it(store, attempt, telling):
     started(attempt)
