@@ -122,3 +122,7 @@ def test_a_layer_alone_has_attention_where_it_had_it():
 def test_all_that_says_how_many_layers_there_are_follows():
     assert of_layers({"num_hidden_layers": 4, "num_layers": 4}, [1, 3])["num_layers"] == 2
     assert "num_layers" not in of_layers({"num_hidden_layers": 4}, [1, 3])
+
+
+def test_nothing_is_said_of_layers_that_are_all_alike():
+    assert of_layers({"num_hidden_layers": 4, "hidden_size": 8}, [0, 2]) == {"num_hidden_layers": 2}

@@ -2,7 +2,9 @@
 
 import pytest
 from blank import SMOLLM2, blank, parameters_of
+from families import save_model
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.known_shapes import KnownShape, Span, dense_shape, known_shape
@@ -22,6 +24,11 @@ def one(number):
 
 def test_a_dense_model_is_as_it_is():
     assert dense_shape(blank("llama", **SMALL)) == KnownShape(one(3), one(2), one(512), one(0.0))
+
+
+def test_so_is_a_dense_mixture_with_its_experts(tmp_path):
+    shape = dense_shape(open_checkpoint(save_model(tmp_path / "m", "mixtral", num_local_experts=4)))
+    assert shape == KnownShape(one(3), one(2), one(24), one(0.0), experts=one(4))
 
 
 @pytest.mark.parametrize("multiple_of", [1, 32, "auto"])

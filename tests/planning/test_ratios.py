@@ -80,3 +80,14 @@ def test_where_a_ratio_is_out_of_reach_only_what_the_allocation_takes_is_named(t
     target = target_of(method, checkpoint, 0.9, "m by it")
     with pytest.raises(UserError, match=rf"; with {helps}[a-z]* in prune.structures"):
         budget_of(target, (0.2, 0, 0))
+
+
+@pytest.mark.parametrize("structures", [["neurons"], ["neurons", "kv_groups"]])
+def test_ratios_that_scores_divide_among_layers_differ_by_a_step_and_stay_above_floors(tmp_path, structures):
+    checkpoint = open_checkpoint(save_model(tmp_path / "m", "llama", intermediate_size=64))
+    method = Method(criterion="entropy", allocation="global", structures=structures, multiple_of=8, floor=0.5)
+    check_ratios(checkpoint, [0.1, 0.15], method, "m by it")
+    with pytest.raises(UserError, match=r"ratios 0.1 and 0.1001 would be the same checkpoint"):
+        check_ratios(checkpoint, [0.1, 0.1001], method, "m by it")
+    with pytest.raises(UserError, match=r"ratio 0.6 can't be reached.* with the floors"):
+        check_ratios(checkpoint, [0.6], method, "m by it")

@@ -45,6 +45,8 @@ def test_methods_are_set_against_the_reference_of_their_own_sweep():
         0.0707, 1e-3
     )
     assert ours.sweeps == 2
+    texts = [it.header for it in all_columns_of_methods([reference, ours], "hfprune") if it.is_text]
+    assert texts == ["model", "ratio", "method"]
     assert ours.peak_memory_bytes == 2**30
     assert shown([reference, ours], "hfprune")[1]["KL"] == "0.550±0.071"
 

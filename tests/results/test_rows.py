@@ -92,6 +92,12 @@ def test_rows_tell_the_ratio_as_other_papers_define_it(store):
     assert missing["ratio_of_decoder"] is missing["ratio_of_pruned_layers"] is None
 
 
+def test_records_of_earlier_versions_are_of_models_without_images():
+    assert DenseModel.from_json({"parameters": 100, "intermediate_size": 48}) == DenseModel(
+        100, 48, weight_bytes=None, decoder=None, expert_widths=None, has_vision=False
+    )
+
+
 def test_a_row_without_a_checkpoint_names_none(store):
     """Nobody can load one that isn't there; without its evaluation, a row has it all the same."""
     assert collect_rows(PLAN, store, DENSE)[1]["checkpoint"].endswith(PRUNE.id)

@@ -8,7 +8,7 @@ from pairs import CHANNELS, prune_pairs
 from tiny import VARIANTS, tiny_model
 
 from hfprune_dist.checkpoints.families import FAMILIES
-from hfprune_dist.structures.units import LAYER_SIZES, PER_LAYER
+from hfprune_dist.structures.units import LAYER_SIZES, PER_LAYER, Block, Owned
 
 
 @pytest.fixture(params=["neurons", "pairs"])
@@ -73,6 +73,11 @@ def test_what_config_json_says_is_read_back(counts, pairs):
         size = CHANNELS if pairs else 1
         assert units.sizes(counts)["intermediate_sizes"] == [count * size for count in counts]
         assert units.sizes(counts)["intermediate_size"] == (size * counts[0] if len(set(counts)) == 1 else None)
+
+
+def test_parts_have_entries_of_every_unit_and_blocks_without_a_norm_read_the_stream_themselves():
+    assert Owned("gate_up_proj.weight", 0, per_unit=3, parts=2).entries == 6
+    assert Block("model.layers", "mlp", "norm").reader == "norm" and Block("model.layers", "mlp", None).reader == "mlp"
 
 
 def test_layers_without_units_have_no_say_in_the_one_size_that_results_state():
