@@ -32,10 +32,11 @@ def test_a_file_system_without_hard_links_is_named(tmp_path, monkeypatch):
 
 
 def test_what_a_dead_process_left_goes_and_what_a_living_one_needs_stays(tmp_path):
-    left, in_use = tmp_path / ".probe-00000000-twin", tmp_path / ".probe-11111111"
-    for probe in (left, in_use):
+    *left, in_use = (tmp_path / f".probe-{name}" for name in ("00000000", "00000000-twin", "22222222", "11111111"))
+    for probe in (*left, in_use):
         probe.touch()
-    an_age_ago = left.stat().st_mtime - 2 * LEFT_BEHIND_S
-    os.utime(left, (an_age_ago, an_age_ago))
+    an_age_ago = in_use.stat().st_mtime - 2 * LEFT_BEHIND_S
+    for probe in left:
+        os.utime(probe, (an_age_ago, an_age_ago))
     require_usable(tmp_path)
     assert list(tmp_path.iterdir()) == [in_use]

@@ -7,7 +7,7 @@ from hfprune_launch.slurm.attempt_records import Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.exit_causes import RETRIES, explain_end
-from hfprune_launch.slurm.log_signs import SIGNALS, SIGNS
+from hfprune_launch.slurm.log_signs import SIGNALS, SIGNS, START, since_last_start
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.heartbeat import Failure, write_failure_record
@@ -276,3 +276,12 @@ def test_a_damaged_record_of_a_failure_is_left_out(end_of, store):
     (store.work(STAGE.id) / "failure.4.json").write_text("")
     (store.work(STAGE.id) / "progress.json").write_text("{")
     assert end_of("", {1: "ValueError: we are wrong"}).cause == "code"
+
+
+def test_a_requeued_job_is_judged_by_what_it_has_written_since_its_last_start():
+    assert since_last_start("no start\nat all") == "no start\nat all"
+    once = f"before\n{START} 0\nfirst\n"
+    assert since_last_start(once) == f"{START} 0\nfirst\n"
+    assert since_last_start(f"{once}{START} 1\nsecond\nsays {START} 2\n") == f"{START} 1\nsecond\nsays {START} 2\n"
+    # The batch script and srun's ranks may write to one file.
+    assert since_last_start(f"{once}{START} 1\nscript\n{START} 1\nrank\n").startswith(f"{START} 1\nscript\n")
