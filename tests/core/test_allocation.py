@@ -37,6 +37,13 @@ def test_ties_are_taken_from_lower_layers_then_from_earlier_ladders():
     assert allocate_globally(kinds[::-1], 1) == [1, 2]
 
 
+def test_steps_of_a_ladder_end_at_its_floor_and_at_all_its_units():
+    ladder = Ladder(0, scores(range(10))[0], 3, 1, multiple_of=4)
+    assert (ladder.most, ladder.least) == (10, 4)
+    assert [ladder.below(it) for it in (10, 9, 8, 4)] == [8, 8, 4, 4]
+    assert [ladder.above(it) for it in (4, 7, 8, 10)] == [8, 8, 10, 10]
+
+
 def test_widths_are_multiples_where_layers_lose_neurons():
     generator = torch.Generator().manual_seed(0)
     layers = [torch.rand(50, generator=generator, dtype=torch.float64) for _ in range(6)]

@@ -202,6 +202,7 @@ def test_files_hold_every_metric_and_agree(store, tmp_path):
     write_reports(rows, tmp_path)
     with (tmp_path / "results.csv").open(newline="") as stream:
         flat = list(csv.DictReader(stream))
+    assert b"\r" not in (tmp_path / "results.csv").read_bytes()
     assert flat[0]["piqa/acc_norm_stderr"] == "0.1" and flat[0]["crows_pairs_english/pct_stereotype"] == "0.7"
     assert flat[1]["kl"] == "" and flat[1]["cause"] == "evaluate has not run yet"
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
