@@ -103,6 +103,7 @@ PERIODS = {"expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_perio
         {"num_dense_layers": 2},
         {"first_k_dense_replace": 3},
         {"mlp_only_layers": [0, 4], "decoder_sparse_step": 2},
+        {"decoder_sparse_step": 3},
         {"mlp_layer_types": ["dense", "sparse", "sparse", "dense", "sparse", "dense"]},
     ],
 )

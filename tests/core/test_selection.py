@@ -24,6 +24,10 @@ def test_smaller_widths_keep_subsets():
         previous = kept
 
 
+def test_all_may_stay():
+    assert top_units(torch.tensor([1.0, 3.0, 2.0]), 3).tolist() == [0, 1, 2]
+
+
 def test_equal_parts_keep_equal_numbers():
     scores = torch.tensor([9.0, 8.0, 7.0, 1.0, 3.0, 2.0])
     assert top_units_of_each(scores, 4, 2).tolist() == [0, 1, 4, 5]

@@ -51,6 +51,10 @@ def test_what_is_to_be_removed_is_as_close_as_units_allow_and_no_more_than_floor
     assert Target(size, 0.0006, 48, "m").removals([1, 1]) == 2
     with pytest.raises(UserError, match="removes nothing"):
         Target(size, 0.0003, 48, "m").removals([1, 1])
+    even = ModelSize(10_000, (96, 96), 3, "neurons")
+    assert Target(even, 0.0075, 48, "m").removals([1, 1]) == 25
+    with pytest.raises(UserError, match="removes nothing"):
+        Target(even, 0.0069, 48, "m").removals([1, 1])
 
 
 def test_a_checkpoint_has_these_numbers():

@@ -91,6 +91,8 @@ def test_speed_has_columns_where_it_was_measured():
     assert told.endswith("(batch 4, 32 in, 16 out; a processor, threads: 2)")
     flat = flat_row(rows[1])
     assert flat["efficiency/batch 1, 32 in, 16 out/decode_speed"] == 1.0 and "efficiency" not in flat
+    assert flat["efficiency/batch 4, 32 in, 16 out/peak_memory_bytes"] == 3_000_000
+    assert rows[1]["efficiency"].keys() == {"device", "threads", "model", "runs"}, "the dense model has its own row"
     assert flat["efficiency/batch 4, 32 in, 16 out/decode_tokens_per_s"] == flat["decode_tokens_per_s"] == 123.4
     unmeasured = [DENSE, row_of()]
     assert "speed" not in shown(unmeasured, few_columns(unmeasured))

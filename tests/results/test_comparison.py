@@ -47,6 +47,7 @@ def test_methods_are_set_against_the_reference_of_their_own_sweep():
     assert ours.sweeps == 2
     texts = [it.header for it in all_columns_of_methods([reference, ours], "hfprune") if it.is_text]
     assert texts == ["model", "ratio", "method"]
+    assert {it["ratio"] for it in shown([reference, ours], "hfprune")} == {"0.2"}
     assert ours.peak_memory_bytes == 2**30
     assert shown([reference, ours], "hfprune")[1]["KL"] == "0.550±0.071"
 

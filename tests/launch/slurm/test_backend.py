@@ -400,6 +400,7 @@ def test_a_job_that_could_not_be_launched_is_tried_elsewhere(fake, store):
         fake.set_state(job_id, "CANCELLED")
         backend.step_after(1)
     assert causes(store, SCORES) == ["bad node"] * 4, "bounded"
+    assert [failure.cause for failure in store.handle(SCORES.id).failures()] == ["bad node"], "for the report"
     assert "#SBATCH --exclude=n0,n1,n2\n" in script_of(store, SCORES, 4), script_of(store, SCORES, 4)
     told = [event.message for event in backend.told if event.what == "ended"]
     assert "could not be started on n0" in told[0] and HELD in told[0]

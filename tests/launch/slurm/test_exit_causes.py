@@ -98,7 +98,9 @@ def test_any_of_the_logs_may_say_it(store, attempt, telling):
     for number in range(3):
         line = "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0" if number == telling else "all is well"
         (attempt.folder / f"7_{number}_log.err").write_text(f"{line}\n")
-    assert cause(store, attempt, None) == "out of memory"
+    end = explain_end(store, STAGE, attempt, None)
+    assert end.cause == "out of memory"
+    assert [f"7_{number}_log.err:" in end.log_tail for number in range(3)] == [True] * 3
 
 
 @pytest.mark.parametrize(
