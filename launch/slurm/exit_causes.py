@@ -18,6 +18,7 @@ from hfprune_launch.slurm.log_signs import (
     START,
     find_sign,
     first_death,
+    last_start,
     since_last_start,
 )
 from hfprune_launch.slurm.progress import as_progress, fruitless_starts
@@ -297,10 +298,15 @@ def _state_from(text: str) -> str:
 
 
 def _telling_lines(logs: list[Path]) -> str:
-    """Return the lines of every log since the job's last start: its last ones, and all that Slurm wrote before them."""
+    """Return the lines of every log since the job's last start: its last ones, and all that Slurm wrote before them.
+
+    A log that knows only of earlier starts has none: the last one ended before this rank began.
+    """
     kept = []
-    for log in logs:
-        lines = [line for line in since_last_start(_end_of_file(log)).splitlines() if _says_something(line)]
+    texts = [_end_of_file(log) for log in logs]
+    newest = max((start for start in map(last_start, texts) if start is not None), default=None)
+    for text in (it for it in texts if last_start(it) in (None, newest)):
+        lines = [line for line in since_last_start(text).splitlines() if _says_something(line)]
         early, late = lines[:-LOG_TAIL_LINES], lines[-LOG_TAIL_LINES:]
         kept += [*(line for line in early if BY_SLURM.match(line)), *late]
     return "\n".join(kept)

@@ -153,6 +153,12 @@ def first_death(text: str) -> Death | None:
     return None if found is None else Death(found[1], found[2], found[3])
 
 
+def last_start(text: str) -> int | None:
+    """Return the number of the last start that a log has lines of, counted from 0; None if it doesn't say."""
+    starts = re.findall(rf"^{START} (\d+)$", text, re.MULTILINE)
+    return int(starts[-1]) if starts else None
+
+
 def since_last_start(text: str) -> str:
     """Return the part of a log that a requeued job has written since its last start."""
     starts = re.findall(rf"^{START} \d+$", text, re.MULTILINE)

@@ -7,6 +7,7 @@ from hfprune_launch.slurm.attempt_records import End, Run
 from hfprune_launch.slurm.attempts import Attempts
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.exit_causes import FRUITLESS_STARTS, RETRIES, explain_end, never_gets_further
+from hfprune_launch.slurm.log_signs import SETUP_FAILED, START
 from hfprune_launch.slurm.progress import fruitless_starts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,6 +102,19 @@ def test_any_of_the_logs_may_say_it(store, attempt, telling):
     end = explain_end(store, STAGE, attempt, None)
     assert end.cause == "out of memory"
     assert [f"7_{number}_log.err:" in end.log_tail for number in range(3)] == [True] * 3
+
+
+@pytest.mark.parametrize("starts_again", [False, True])
+def test_ranks_that_did_not_start_again_say_nothing_of_the_last_end(store, attempt, starts_again):
+    """The batch script says first that a job starts; a failing line of setup ends it before its ranks do."""
+    started(attempt)
+    script, rank = (attempt.folder / f"7_{name}_log.err" for name in ("0", "1"))
+    rank.write_text(f"{START} 0\nRuntimeError: CUDA out of memory\n")
+    script.write_text(f"{START} 0\nall is well\n{START} 1\n{SETUP_FAILED} with exit code 1: module load git\n")
+    if starts_again:
+        with rank.open("a") as log:
+            log.write(f"{START} 1\nRuntimeError: CUDA out of memory\n")
+    assert (explain_end(store, STAGE, attempt, job("FAILED", attempt)).cause == "out of memory") == starts_again
 
 
 @pytest.mark.parametrize(
