@@ -1,4 +1,4 @@
-"""Checkpoints of any size without files: what is computed from a config.json and from the shapes of tensors."""
+"""Checkpoints of any size without files, for everything that is computed from a config.json and tensor shapes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMOLLM2 = {
 
 
 def parameters_of(variant: str, **changes: object) -> int:
-    """Distinct parameters of the model that transformers makes; its weights have shapes alone."""
+    """Return the number of distinct parameters of transformers' model, whose weights have shapes but no data."""
     config_class, model_class, options = VARIANTS[variant]
     with torch.device("meta"):
         model = model_class(config_class(**{**SHAPE, **options, **changes}))
@@ -40,7 +40,7 @@ def parameters_of(variant: str, **changes: object) -> int:
 
 
 def blank(variant: str = "llama", **changes: object) -> Checkpoint:
-    """The checkpoint of such a model."""
+    """Return the checkpoint of such a model."""
     config_class, _, options = VARIANTS[variant]
     stated = {**SHAPE, **options, **changes}
     config = {"model_type": config_class.model_type, **stated}
@@ -51,7 +51,7 @@ def blank(variant: str = "llama", **changes: object) -> Checkpoint:
 
 
 def _shape(name: str, config: dict[str, int]) -> tuple[int, ...]:
-    """Of a tensor: rows, and columns unless it is a bias or a norm's weight."""
+    """Return a tensor's rows, and its columns unless it is a bias or a norm's weight."""
     hidden, head_dim = config["hidden_size"], config["head_dim"]
     queries, keys = (config[key] * head_dim for key in ("num_attention_heads", "num_key_value_heads"))
     inner, vocabulary = config["intermediate_size"], config["vocab_size"]
@@ -75,7 +75,7 @@ def _shape(name: str, config: dict[str, int]) -> tuple[int, ...]:
 
 @st.composite
 def sizes(draw):
-    """Numbers of a config.json: a hidden size that few numbers of heads divide, one layer or many."""
+    """Draw the numbers of a config.json: a hidden size that few numbers of heads divide, one layer or many."""
     groups, queries = draw(st.sampled_from([1, 2, 3, 4, 5, 8, 12])), draw(st.integers(1, 3))
     return {
         "num_key_value_heads": groups,

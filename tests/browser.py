@@ -1,4 +1,4 @@
-"""A page in headless Chromium, Debian's own: what it draws, complains about and asks for."""
+"""Opens a page in headless Chromium, Debian's own, to see what it draws, complains about and requests."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# After so long something hangs: other tests share a slow machine.
+# Anything slower than this hangs; the limit is generous because other tests share a slow machine.
 PATIENCE_MS = 600_000
 DRAWN = """() => [...document.querySelectorAll(".plot")].map((plot) => ({
     section: plot.closest("section").id,
@@ -21,14 +21,14 @@ DRAWN = """() => [...document.querySelectorAll(".plot")].map((plot) => ({
 
 @dataclass
 class Opened:
-    """A page, the errors that it has had, and the addresses that it has asked for."""
+    """A page, the errors that it has reported and the addresses that it has requested."""
 
     page: object
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
     def drawn(self):
-        """All figures, once each has been in view."""
+        """Return all figures, once each has been in view."""
         height = self.page.evaluate("document.documentElement.scrollHeight")
         for place in range(0, height, 700):
             self.page.evaluate(f"scrollTo(0, {place})")
@@ -37,14 +37,14 @@ class Opened:
         return self.page.evaluate(DRAWN)
 
     def overflow(self, width):
-        """By how many pixels it is wider than a window of so many."""
+        """Return by how many pixels the page is wider than a window of this width."""
         self.page.set_viewport_size({"width": width, "height": 900})
         return self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[Opened]:
-    """The page of a file; the test is skipped without a browser, or fails where CI is set."""
+    """Open a file's page. Without a browser the test is skipped, or fails where CI is set."""
     chromium = shutil.which("chromium")
     if chromium is None:
         message = "Chromium is not installed; on Debian, as root: apt-get install chromium"
@@ -52,7 +52,7 @@ def opened(file: Path) -> Iterator[Opened]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        # Its sandbox refuses to start as root, as which CI runs.
+        # Chromium's sandbox refuses to start as root, and CI runs as root.
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=PATIENCE_MS)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(PATIENCE_MS)

@@ -1,4 +1,4 @@
-"""Local Slurm clusters for tests, and what can be seen of a sweep that runs on one."""
+"""Local Slurm clusters for tests, and views of a sweep that runs on one."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from sweeps import artifacts, command, finish, results, without_costs
 from hfprune_dist.store.atomic_files import read_json
 
 SCRIPT = ROOT / "slurm" / "cluster.sh"
-# Ranks sleep before each heartbeat, so that there is a moment in which to disturb them.
+# Ranks sleep before each heartbeat, so that tests have a moment in which to disturb them.
 SLOWLY = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "progress.json", "SLOW_S": "0.5"}
 CONTROL = "recover alpha dense"
 DENSE = "evaluate alpha dense"
 PRUNE = "prune alpha 0.2"
-# After so long something hangs: tests that run beside each other, and those of other workers, share a slow machine.
+# Anything slower than this hangs: tests that run in parallel, and those of other workers, share a slow machine.
 PATIENCE_S = 1800.0
 ONE_CELL = ("--models", "alpha", "--ratios", "0.2", "--set", "recovery.max_steps=12")
 TELLING = re.compile("requeue|preempt|respon|down|error|fail|signal|cancel|kill|limit|complete", re.IGNORECASE)
-# All that were started: those that still run are killed with the tests that started them.
+# All clusters that were started: those still running are killed together with the tests that started them.
 LAUNCHERS: list[subprocess.Popen[str]] = []
 
 
@@ -63,7 +63,7 @@ class Cluster:
         assert result.returncode == 0, log.read_text()
 
     def slurm(self, *arguments: str) -> str:
-        """What a command of Slurm answers, which must succeed."""
+        """Return the output of a Slurm command, which must succeed."""
         environment = {**os.environ, **self.environment}
         result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False, timeout=120)
         assert result.returncode == 0, f"{arguments}: {result.stdout}{result.stderr}"
@@ -78,45 +78,45 @@ class Cluster:
         real: bool = False,
         **environment: str,
     ) -> Submitted:
-        """Start a sweep on this cluster; ``real`` as in ``sweeps.sweep``."""
+        """Start a sweep on this cluster; ``real`` has the same meaning as in ``sweeps.sweep``."""
         started = command(config, out, *ONE_CELL, "--profile", profile, *arguments)
         whole = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1", **environment}
         return Submitted(started if real else forked(started), whole, out)
 
     def sweep(self, config: Path, out: Path, *arguments: str) -> str:
-        """Output of a command that looks at a sweep or stops it."""
+        """Return the output of a command that looks at a sweep or stops it."""
         return finish(config, out, *ONE_CELL, *arguments, environment=self.environment).stdout
 
     def pid(self, daemon: str) -> int:
         return int((self.folder / "run" / f"{daemon}.pid").read_text())
 
     def controller_log(self) -> str:
-        """The last lines in which the controller tells of what it did to jobs and nodes, or of what went wrong."""
+        """Return the last lines in which the controller reports an action on jobs or nodes, or a problem."""
         lines = (self.folder / "logs" / "slurmctld.log").read_text(errors="replace").splitlines()
         return "\n".join([line for line in lines if TELLING.search(line)][-80:])
 
     def states(self, names: set[str]) -> dict[str, str]:
-        """Job id -> state of the jobs with these names that have not ended."""
+        """Return job id -> state, for jobs with these names that have not ended."""
         lines = self.slurm("squeue", "--noheader", "--format=%i|%T|%j").splitlines()
         jobs = [line.split("|") for line in lines]
         return {job_id: state for job_id, state, name in jobs if name in names}
 
     def partition(self, name: str, **settings: str) -> str:
-        """Make a partition for the jobs of one sweep; returns the profile that asks for it."""
+        """Create a partition for the jobs of one sweep and return the profile that asks for it."""
         self.slurm(
             "scontrol", "create", f"partitionname={name}", *(f"{key}={value}" for key, value in settings.items())
         )
         return self.profile(name, partition=name)
 
     def profile(self, name: str, **settings: object) -> str:
-        """The shipped profile of the test cluster with some settings more; returns the file."""
+        """Write the shipped profile of the test cluster with some additional settings and return the file."""
         file = self.folder / f"{name}.yaml"
         shipped = yaml.safe_load((ROOT / "slurm" / "profiles" / "local-cluster.yaml").read_text())
         file.write_text(yaml.safe_dump({**shipped, **settings}))
         return str(file)
 
     def kill_node(self, node: str) -> None:
-        """What the death of a machine looks like: its slurmd, its slurmstepds and all of their processes are gone."""
+        """Imitate the death of a machine: kill its slurmd, its slurmstepds and all of their processes."""
         daemon = psutil.Process(self.pid(node))
         steps = [it for it in psutil.process_iter(["name"]) if it.info["name"].startswith("slurmstepd")]
         own = [step for step in steps if self._place(step) == (self.environment["SLURM_CONF"], node)]
@@ -126,10 +126,10 @@ class Cluster:
                 process.send_signal(signal.SIGKILL)
 
     def _place(self, step: psutil.Process) -> tuple[str | None, str] | None:
-        """Cluster and node on which a step runs, as its tasks know it; all clusters and nodes are this machine."""
+        """Return the cluster and node of a step, as its tasks know them; all clusters and nodes are this machine."""
         with suppress(psutil.NoSuchProcess):
             for process in [step, *step.children(recursive=True)]:
-                # One of them may just have ended: the others know it still.
+                # One process may have just ended; the others still know the place.
                 with suppress(psutil.NoSuchProcess):
                     environment = process.environ()
                     if "SLURMD_NODENAME" in environment:
@@ -138,7 +138,7 @@ class Cluster:
 
 
 class Submitted:
-    """A sweep on the cluster, as a launcher and as files."""
+    """A sweep on the cluster, with its launcher and its files."""
 
     def __init__(self, launcher: list[str], environment: dict[str, str], out: Path) -> None:
         self.out = out
@@ -148,21 +148,21 @@ class Submitted:
         LAUNCHERS.append(self._launcher)
 
     def end(self) -> tuple[int, str]:
-        """Exit code and output."""
+        """Wait for the launcher to end and return its exit code and output."""
         output, _ = self._launcher.communicate(timeout=PATIENCE_S)
         return self._launcher.returncode, output
 
     def job_at_work(self, stage: str, beats: int = 1) -> str:
-        """Wait until a stage has made some progress; return its job."""
+        """Wait until a stage has made some progress and return its job."""
         return str(wait_for(lambda: self.is_at_work(stage, beats)))
 
     def is_at_work(self, stage: str, beats: int = 1) -> str | None:
-        """The job of a stage that has made some progress."""
+        """Return the job of a stage if it has made some progress."""
         for folder in attempt_folders(self.out, stage):
             run = next(folder.glob("run.*.json"), None)
             work = self.out / "store" / "work" / folder.parent.relative_to(self.out / "store" / "attempts")
             beat = read_json(work / "progress.json")
-            # Tokenizing comes first, and is over in no time.
+            # Tokenizing comes first and takes almost no time.
             if run and beat and beat["done"] >= beats and not beat["phase"].startswith("tokenizing"):
                 return str(read(run)["job_id"])
         return None
@@ -181,24 +181,24 @@ def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
 
 
 def label_of(out: Path, folder: Path) -> str:
-    """``kind label`` of the stage whose attempts or artifact lie in a folder."""
+    """Return ``kind label`` of the stage whose attempts or artifact are in a folder."""
     stages = read(out / "sweep.json")["stages"]
     return next(f"{s['kind']} {s['label']}" for s in stages if f"{s['kind']}/{s['fingerprint']}" in str(folder))
 
 
 def attempt_folders(out: Path, stage: str = "") -> list[Path]:
-    """Folders of all attempts, in the order of their creation; ``stage`` is the start of ``kind label``."""
+    """Return the folders of all attempts in order of creation; ``stage`` is the start of ``kind label``."""
     intents = sorted((out / "store" / "attempts").glob("*/*/*/intent.json"), key=lambda file: read(file)["created"])
     return [file.parent for file in intents if label_of(out, file.parent).startswith(stage)]
 
 
 def causes(out: Path, stage: str = "") -> list[str]:
-    """How the attempts ended, in order."""
+    """Return how the attempts ended, in order."""
     return [read(folder / "end.json")["cause"] for folder in attempt_folders(out, stage)]
 
 
 def runs(out: Path, stage: str) -> list[str]:
-    """How each start of a stage's jobs ended, in order."""
+    """Return how each start of a stage's jobs ended, in order."""
     files = [file for folder in attempt_folders(out, stage) for file in sorted(folder.glob("run.*.json"))]
     return [read(file)["how"] for file in files]
 
@@ -208,7 +208,7 @@ def job_names(out: Path) -> set[str]:
 
 
 def rank_processes(out: Path, stage: str) -> dict[int, psutil.Process]:
-    """Rank -> process of the ranks that run a stage."""
+    """Return rank -> process, for the ranks that run a stage."""
     found = {}
     for process in psutil.process_iter():
         try:
@@ -227,7 +227,7 @@ def table(out: Path) -> list[dict[str, str]]:
 
 
 def assert_undisturbed(cluster: Cluster, out: Path, finished: Path) -> None:
-    """The final table and all weights are those of the undisturbed sweep, and Slurm has nothing left of this one."""
+    """Check that the final table and all weights equal the undisturbed sweep's and that Slurm has no jobs left."""
     assert table(out) == table(finished)
     for kind in ("importance", "prune", "recover"):
         assert artifacts(out, kind) == artifacts(finished, kind)

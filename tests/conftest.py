@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures and hooks that several test files share."""
 
 import gc
 import os
@@ -13,7 +13,7 @@ from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parent
-# Those that take more than ten seconds, the longest first: the rest fills the gaps at the end.
+# Tests that take more than ten seconds, longest first: the others fill the gaps at the end.
 LONG = [
     "slurm",
     "launch/test_real_model.py",
@@ -24,7 +24,7 @@ LONG = [
     "launch",
     "stages",
 ]
-# How long an example takes says something of the machine alone.
+# How long an example takes depends only on the machine.
 settings.register_profile("without deadlines", parent=settings.default, deadline=None)
 settings.load_profile("without deadlines")
 DEMO_ASSETS = ("tests/launch/test_real_model.py", "tests/test_demo_assets.py", "tests/checkpoints/test_llama_cpp.py")
@@ -32,7 +32,7 @@ DEMO_ASSETS = ("tests/launch/test_real_model.py", "tests/test_demo_assets.py", "
 
 @pytest.fixture(scope="session")
 def real_assets(tmp_path_factory):
-    """The demo's models, text and tasks, made once from the packages that carry them."""
+    """The demo's models, text and tasks, made once from the packages that contain them."""
     folder = tmp_path_factory.mktemp("demo-assets")
     build(folder)
     return folder
@@ -43,20 +43,20 @@ def pytest_addoption(parser):
 
 
 def pytest_configure():
-    """A suite that was started in the background ignores Ctrl-C, and so would all processes that it starts."""
+    """A suite started in the background ignores Ctrl-C, and so would all processes that it starts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_setupnodes(config, specs):
-    """Workers share one fork server; without them, it is started by the first test that needs it."""
+    """Workers share one fork server; without workers, the first test that needs the server starts it."""
     if len(specs) > 1:
         os.environ[fork_server.ADDRESS] = fork_server.start()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """What imports make is no garbage: looking for some takes a quarter of their time, and copies pages of forks."""
+    """Imports leave no garbage: collecting it would take a quarter of their time, and copy pages of forks."""
     gc.disable()
     result = yield
     gc.freeze()
@@ -65,14 +65,14 @@ def pytest_collection():
 
 
 def pytest_runtest_setup(item):
-    """Tests that wait for GPUs are skipped where there are none, before anything is made for them."""
+    """Skip tests that need GPUs where there are none, before anything is made for them."""
     reason = lacking(item)
     if reason:
         pytest.skip(reason)
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Two more than there are processors: tests wait for the Slurm cluster, for timeouts and for the death of ranks."""
+    """Return the number of processors plus two: tests wait for the Slurm cluster, timeouts and the death of ranks."""
     return len(os.sched_getaffinity(0)) + 2
 
 
@@ -81,8 +81,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 class TogetherByFile(LoadScopeScheduling):
-    """Where several workers run the tests, those of a file stay together, and those of files that share what is dear:
-    the one Slurm cluster, the GPUs, and the demo's assets.
+    """Where several workers run the tests, keeps those of one file together, and those of files that share something
+    expensive: the one Slurm cluster, the GPUs or the demo's assets.
     """
 
     def _split_scope(self, nodeid):
@@ -94,7 +94,7 @@ class TogetherByFile(LoadScopeScheduling):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The longest come first, so that no worker is left with them alone at the end."""
+    """Run the longest tests first, so that no worker is left with only those at the end."""
     items.sort(key=lambda item: _turn(item.path))
     if not config.getoption("engines"):
         for item in items:

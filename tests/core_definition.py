@@ -1,4 +1,4 @@
-"""The definitions, word by word, in float64 autograd: what every implementation is held against."""
+"""Literal definitions in float64 autograd, against which every implementation is checked."""
 
 import copy
 import itertools
@@ -36,7 +36,7 @@ def self_distillation(logits, teacher, **_):
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-# Criterion -> its loss, and what is summed over tokens; x is h * dL/dh.
+# Criterion -> its loss and the function that is summed over tokens; x is h * dL/dh.
 GRADIENT_CRITERIA = {
     "entropy": (entropy, lambda x: x.abs()),
     "entropy_bfloat16": (entropy, lambda x: x.abs()),
@@ -49,7 +49,7 @@ GRADIENT_CRITERIA = {
 
 
 def student(model, windows, channels=1):
-    """Which units the student has, bool [layers, units]: all but the tenth that is active least in some windows."""
+    """Return the units of the student, bool [layers, units]: all but the tenth that is least active in the windows."""
     scores = definition(model, windows, "activation", channels=channels)
     return torch.stack([student_keeps(scores_U) for scores_U in scores])
 
@@ -58,23 +58,23 @@ NEURONS = "mlp.down_proj"
 
 
 def layers_of(model):
-    """The decoder layers of a causal language model, whatever it calls its decoder."""
+    """Return the decoder layers of a causal language model, whatever it calls its decoder."""
     body = model.base_model
     names = [name for name in ("decoder", "language_model", "text_model") if hasattr(body, name)]
     return (getattr(body, names[0]) if names else body).layers
 
 
-# Criteria for which one pass is enough, of any model.
+# Criteria that need only one pass, of any model.
 OF_ONE_PASS = sorted(
     name for name, it in CRITERIA.items() if it.student_of is None and not it.is_of_whole_experts_alone
 )
 
 
 def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels=1, output=NEURONS):
-    """Scores of every layer's units, float64 [layers, units]: a sum over windows and tokens.
+    """Scores of every layer's units, float64 [layers, units]: sums over windows and tokens.
 
-    ``keeps`` is the student's mask of neurons, at which self_distillation takes its derivatives by the mask. A unit is
-    so many ``channels`` of what the projection ``output`` of each layer reads, one after another.
+    ``keeps`` is the student's mask of neurons, at which self_distillation takes its derivatives with respect to the
+    mask. A unit is this many consecutive ``channels`` of what the projection ``output`` of each layer reads.
     """
     model = copy.deepcopy(model).double().requires_grad_()
     layers = layers_of(model)
@@ -88,7 +88,7 @@ def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels
         captured = []
 
         def keep(module, inputs, captured=captured):
-            hidden = inputs[0] if inputs[0].ndim == 3 else inputs[0][None]  # some see the tokens of all windows as one
+            hidden = inputs[0] if inputs[0].ndim == 3 else inputs[0][None]  # some see all windows' tokens as one
             width = getattr(model.config, "intermediate_size", None)
             masked = hidden * (next(masks, 1.0) if module.in_features == width else 1.0)
             if module in projections:
@@ -125,14 +125,14 @@ def definition(model, windows, criterion="entropy", seed=0, keeps=None, channels
 
 
 def fluctuation(hidden, weight, channels=1):
-    """FLAP's metric of channels, in standard deviations of all of them, averaged over each unit's."""
+    """FLAP's metric of channels, in standard deviations over all channels, averaged over each unit's channels."""
     metric = (hidden - hidden.mean(0)).square().sum(0) * weight.square().sum(0)
     metric = metric**2 if channels > 1 else metric
     return of_units(metric / metric.std(), channels) / channels
 
 
 def _added(criterion, total, terms):
-    """As if every window were a micro-batch."""
+    """Add terms as if every window were a micro-batch."""
     return (total.bfloat16() + terms.bfloat16()).double() if criterion == "entropy_bfloat16" else total + terms
 
 
@@ -144,11 +144,11 @@ def _summed(criterion, hidden, gradient, channels):
 
 
 def of_units(values, channels):
-    """Values of channels, in the last dimension, added up for each unit."""
+    """Add up values of channels, in the last dimension, for each unit."""
     return values.unflatten(-1, (-1, channels)).sum(-1)
 
 
-# Output projection of a kind of units -> those that make what it reads.
+# Output projection of a kind of units -> the projections that make what it reads.
 ROWS = {
     NEURONS: ("mlp.gate_proj", "mlp.up_proj"),
     "self_attn.o_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -157,7 +157,7 @@ ROWS = {
 
 def weight_taylor(model, windows, units, output=NEURONS, vectorized=False):
     """Scores of every layer's units, float64 [layers, units]: sum |W * dL/dW| over the weights that each owns, L the
-    mean cross-entropy of all windows at once; or sum over rows and columns of the sum's absolute value.
+    the mean cross-entropy of all windows at once; or sum over rows and columns of the sum's absolute value.
     """
     model = copy.deepcopy(model).double().requires_grad_()
     logits = model(input_ids=windows).logits
@@ -175,7 +175,7 @@ def weight_taylor(model, windows, units, output=NEURONS, vectorized=False):
 
 def weight_taylor_second_order(model, windows, units, output=NEURONS):
     """Scores of every layer's units, float64 [layers, units]: a sum over windows of sum (W * dL/dW)^2 over the weights
-    that each owns, L a window's mean cross-entropy.
+    that each owns, where L is a window's mean cross-entropy.
     """
     model = copy.deepcopy(model).double().requires_grad_()
     scores = torch.zeros(len(model.model.layers), units, dtype=torch.float64)
@@ -192,7 +192,7 @@ def weight_taylor_second_order(model, windows, units, output=NEURONS):
 
 
 def labels_and_teacher(logits, input_ids, teacher, share, temperature):
-    """The teacher's logits alone are divided by the temperature."""
+    """The loss on labels and teacher; only the teacher's logits are divided by the temperature."""
     p, log_q = (teacher / temperature).softmax(-1), logits.log_softmax(-1)
     divergence = torch.nn.functional.kl_div(log_q, p, reduction="sum") / len(logits)
     return (1 - share) * cross_entropy(logits, input_ids) + share * divergence
@@ -202,7 +202,7 @@ def coupled_taylor(model, windows, keeps=None, share=0.0, temperature=1.0):
     """Scores of every layer's neurons, float64 [layers, neurons]: a sum over windows of the mean over hidden channels
     of |gate * dL/dgate + up * dL/dup + down * dL/ddown|.
 
-    With ``keeps`` that of a student from which the other neurons have really gone; theirs are zeros.
+    With ``keeps``, the scores of a student from which the other neurons have really been cut; theirs are zeros.
     """
     teacher = copy.deepcopy(model).double()
     model = copy.deepcopy(model).double().requires_grad_()
@@ -236,11 +236,11 @@ def _cut(mlp, numbers):
 
 
 def assert_scores_of_weights(of_criterion, model, windows, units, output):
-    """That criteria made of weights and their gradients have the scores that autograd gives.
+    """Check criteria made of weights and their gradients against the scores that autograd gives.
 
     Args:
-        of_criterion: its name -> our scores [layers, units].
-        units: how many a layer has; those of the projection ``output``.
+        of_criterion: name of a criterion -> our scores [layers, units].
+        units: number of units in a layer, those of the projection ``output``.
     """
     expected = {
         "weight_taylor": weight_taylor(model, windows, units, output),
@@ -252,8 +252,8 @@ def assert_scores_of_weights(of_criterion, model, windows, units, output):
 
 
 def moments(model, windows, seed=0, channels=1, output=NEURONS):
-    """Of every layer: mean h h^T, mean g g^T at the output of the projection and mean (h dL/dh)^2, L the random signs'
-    loss, and h dL/dh is added up for each unit.
+    """For every layer: mean h h^T, mean g g^T at the output of the projection, and mean (h dL/dh)^2, where L is the
+    random signs' loss and h dL/dh is added up for each unit.
     """
     model = copy.deepcopy(model).double().requires_grad_()
     layers = layers_of(model)
@@ -279,10 +279,10 @@ def moments(model, windows, seed=0, channels=1, output=NEURONS):
 
 
 def label_terms(model, window):
-    """Every word of the vocabulary in turn as the label of every token: what each neuron does to its likelihood.
+    """The effect of each neuron on the likelihood of every token's label, for every word of the vocabulary in turn.
 
     Returns:
-        p(y_t) [tokens t, words, 1], and of each layer h_s * dlog p(y_t)/dh_s [tokens t, words, tokens s, neurons].
+        p(y_t) [tokens t, words, 1], and for each layer h_s * dlog p(y_t)/dh_s [tokens t, words, tokens s, neurons].
     """
     captured = []
 

@@ -1,4 +1,4 @@
-"""What torch's own counter finds, with factors of matrices and what a CPU fuses of attention, which it passes over."""
+"""Operations counted by torch's own counter, plus those that it skips: matrix factors and fused CPU attention."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ aten = torch.ops.aten
 
 
 def _attention(query, key, value, *_, is_causal=False, out_val=None, **__):
-    """Both products; where nothing comes from later tokens, half of them."""
+    """Both products; half of them where nothing comes from later tokens."""
     *batch, length, size = query.shape
     whole = 2 * 2 * torch.Size(batch).numel() * length * key.shape[-2] * size
     return whole // 2 if is_causal else whole
@@ -53,6 +53,6 @@ for formula in MAPPING.values():
 
 @contextlib.contextmanager
 def counting():
-    """Yields a function that gives the operations counted so far."""
+    """Yield a function that returns the operations counted so far."""
     with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
         yield counter.get_total_flops

@@ -1,4 +1,4 @@
-"""What a node's death, or a bad disk, leaves of a file."""
+"""Damage to files as a node's death or a bad disk leaves it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-# Share of the file that is whole, and what follows it up to the old length.
+# Share of the file that is intact, and what follows it up to the old length.
 DAMAGES = st.tuples(st.floats(0, 0.999), st.sampled_from(("nothing", "zeros", "garbage")))
 
 
 def damage(file: Path, share: float, rest: str) -> bool:
-    """Damage a file in this way; False where that left its content as it was."""
+    """Damage a file in this way and return whether its content changed."""
     content = file.read_bytes()
     whole = int(share * len(content))
     missing = len(content) - whole
@@ -27,7 +27,7 @@ def damage(file: Path, share: float, rest: str) -> bool:
 
 @contextmanager
 def nothing_reaches_the_disk() -> Iterator[None]:
-    """For tests that save hundreds of times and read files of this process alone."""
+    """Skip fsync, for tests that save hundreds of times and read only files of this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _handle: None)
         yield

@@ -1,4 +1,4 @@
-"""A finished sweep of any size, with drawn results: manifests and small files, as a report reads them."""
+"""A finished sweep of any size with drawn results: the manifests and small files that a report reads."""
 
 import json
 import random
@@ -18,10 +18,10 @@ BEGIN = 1_800_000_000.0
 
 
 class DrawnSweep:
-    """Every model pruned by every method at every ratio, with and without recovery, beside the dense models.
+    """Every model pruned by every method at every ratio, with and without recovery, plus the dense models.
 
     Args:
-        missing: labels of rows whose evaluation isn't there.
+        missing: labels of rows that have no evaluation.
         timed: whether the efficiency of each shape was measured.
     """
 
@@ -113,5 +113,5 @@ class DrawnSweep:
 
 
 def made(number: int, started: float, ended: float | None, **facts) -> Attempt:
-    """An attempt that made its artifact, unless ``facts`` tell otherwise."""
+    """Return an attempt that made its artifact, unless ``facts`` say otherwise."""
     return Attempt(**{"number": number, "state": "done", "started": started, "ended": ended, **facts})

@@ -1,4 +1,4 @@
-"""Fake sbatch, squeue, sacct, scancel and scontrol: shell scripts that keep jobs in a file and a log of their calls."""
+"""Fake sbatch, squeue, sacct, scancel and scontrol: shell scripts that keep jobs in a file and log their calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ echo "$id|PENDING|Priority||N/A|N/A|$name" >>jobs
 after_arrival
 if [ -e answer ]; then sed "s/ID/$id/" answer; else echo $id; fi
 """,
-    # An answer.<n> is what the n-th call prints.
+    # The file answer.<n> holds what the n-th call prints.
     "squeue": """
 next_failure
 calls=$(grep -c ^squeue calls)
@@ -61,7 +61,7 @@ after_arrival() {{
 
 
 class FakeSlurm:
-    """A folder for PATH with fake commands, and what they do."""
+    """A folder of fake commands for PATH, and control over what they do."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,7 +84,7 @@ class FakeSlurm:
         return [line for line in lines if line.startswith(name)]
 
     def answer_squeue(self, *answers: str | None) -> None:
-        """What the next calls of squeue print; None: the truth."""
+        """Set what the next calls of squeue print; None stands for the truth."""
         for number, answer in enumerate(answers, len(self.calls("squeue")) + 1):
             if answer is not None:
                 (self.folder / f"answer.{number}").write_text(answer)
@@ -104,7 +104,7 @@ class FakeSlurm:
 
 
 class Clock:
-    """Time that passes by sleeping only."""
+    """A clock on which time passes only by sleeping."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -118,14 +118,14 @@ class Clock:
 
 @dataclass
 class Controller:
-    """Slurm inside this process, in place of its commands: thousands of rounds in seconds.
+    """Slurm inside this process, in place of its commands: thousands of polls in seconds.
 
     Attributes:
-        jobs: id -> [name, state]; a forgotten job is gone from here.
-        past: what accounting keeps; None: there is no accounting.
-        faults: command -> what its next calls do in place of the truth: "error" (no answer), "empty" or "cut" (output
-            cut off), "header" (squeue lists nothing), "lost" (the submission arrives, but sbatch gets no answer),
-            "silent" (it arrives, and sbatch prints no id).
+        jobs: id -> [name, state]; a forgotten job is no longer listed.
+        past: what accounting keeps; None if there is no accounting.
+        faults: command -> faults of its next calls: "error" (no answer), "empty" or "cut" (output cut off), "header"
+            (squeue lists nothing), "lost" (the submission arrives, but sbatch gets no answer), "silent" (it arrives,
+            but sbatch prints no id).
     """
 
     jobs: dict[str, list[str]] = field(default_factory=dict)

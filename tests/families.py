@@ -1,8 +1,8 @@
-"""Tiny random models of many architectures, each from its own configuration class, and what they compute."""
+"""Tiny random models of many architectures, each made from its own configuration class, and their outputs."""
 
 from __future__ import annotations
 
-from copy import deepcopy as own  # classes of configurations change lists that they are given
+from copy import deepcopy as own  # configuration classes change lists that they are given
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ SHAPE = {
     "eos_token_id": 2,
 }
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-# model_type -> settings that make the architecture do all that it can do.
+# model_type -> settings that turn on every feature of the architecture.
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
     "mistral": {"sliding_window": 4},
@@ -73,7 +73,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "vaultgemma": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, **SLIDING},
     "youtu": {
         **LATENT,
-        "pad_token_id": None,  # whose row transformers empties as it loads
+        "pad_token_id": None,  # transformers zeroes the row of a padding token when it loads
     },
     "qwen3_5_text": {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -112,7 +112,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "exaone": {},
     "doge": {"num_experts": 4},
 }
-# The same of mixtures of experts.
+# Likewise for mixtures of experts.
 EXPERTS: dict[str, dict[str, object]] = {
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "mlp_only_layers": [1], "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 4},
@@ -144,7 +144,7 @@ EXPERTS: dict[str, dict[str, object]] = {
 }
 
 
-# The token that stands for a part of an image, and how many stand for one.
+# The token that stands for a part of an image, and how many of them stand for one image.
 IMAGE_TOKEN, IMAGE_TOKENS = 2, 4
 ENCODER = {
     "hidden_size": 16,
@@ -157,7 +157,7 @@ ENCODER = {
 _AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 _QWEN_ENCODER = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
 _QWEN = {"image_token_id": IMAGE_TOKEN, "video_token_id": 1, "vision_start_token_id": 1}
-# The same of models of images and text; sizes of their text decoders are ``SHAPE``.
+# Likewise for models of images and text; the sizes of their text decoders are ``SHAPE``.
 SEEING: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": {"query_pre_attn_scalar": 8, **SLIDING},
@@ -207,7 +207,7 @@ SEEING: dict[str, dict[str, Any]] = {
 }
 
 
-# The same of mixtures of experts.
+# Likewise for mixtures of experts among these.
 SEEING_EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {
         "text_config": FAMILIES["qwen3_5_text"]
@@ -226,13 +226,13 @@ ALL_SEEING = SEEING | SEEING_EXPERTS
 
 
 def with_experts(model_type: str, count: int) -> dict[str, int]:
-    """The setting by which a model of such an architecture has so many experts in a layer."""
+    """Return the setting that gives a model of such an architecture this many experts in a layer."""
     settings = (EXPERTS | MORE_EXPERTS)[model_type]
     return {next(key for key in NUMBERS if key in settings): count}
 
 
 def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Module:
-    """A random float32 model whose outputs are far from uniform."""
+    """Return a random float32 model whose outputs are far from uniform."""
     torch.manual_seed(seed)
     if model_type in ALL_SEEING:
         settings = own(ALL_SEEING[model_type])
@@ -246,7 +246,7 @@ def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Mo
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.copy_(torch.randn_like(parameter) * 0.3)
-            else:  # around 0 or 1, as the architecture begins them
+            else:  # around 0 or 1, as the architecture initializes them
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -255,7 +255,7 @@ def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Mo
 
 
 def save_model(folder: Path, model_type: str, **changes: object) -> Path:
-    """A checkpoint folder as a user has it."""
+    """Write a checkpoint folder as a user has it."""
     make_model(model_type, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""LoRA on checkpoints of ``families``: trained by peft, written and merged by us."""
+"""LoRA on checkpoints of ``families``: trained by peft, written and merged by our code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hfprune_dist.checkpoints.write_pruned import write_companions
 
 
 def trained_and_merged(checkpoint, folder, windows):
-    """Train for some steps, so that the loss falls; write ``folder/adapter`` and ``folder/merged``.
+    """Train for some steps until the loss has fallen; write ``folder/adapter`` and ``folder/merged``.
 
     Returns:
         The model with its adapter.

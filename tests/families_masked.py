@@ -1,4 +1,4 @@
-"""Checkpoints of ``families`` as transformers loads them, and what they compute once some of their parts are masked."""
+"""Checkpoints of ``families`` as transformers loads them, and their outputs once some of their parts are masked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load(folder, **options):
 
 
 def dense_of(checkpoint):
-    """Its model, for the caller alone; its files are read once."""
+    """Return the checkpoint's model, for the caller's own use; its files are read only once."""
     return copy.deepcopy(_loaded(checkpoint.path, is_plain=checkpoint.is_plain))
 
 
@@ -32,17 +32,17 @@ def _loaded(folder, *, is_plain):
 
 
 def kinds_of(checkpoint):
-    """The kinds of units that can be pruned."""
+    """Return the kinds of units that can be pruned."""
     return ["neurons"] if checkpoint.family.whole_groups else ["neurons", "kv_groups"]
 
 
 def two_layers(checkpoint):
-    """Two of three layers that may stay alone: the first, and the last unless the one before it can't go."""
+    """Return two of three layers that can stay alone: the first, and the last unless the middle one must stay too."""
     return (0, 1) if 1 in undroppable_layers(checkpoint.config) else (0, 2)
 
 
 def some_kept(checkpoint, layers, neurons):
-    """So many neurons in each of these layers, and the second KV group alone where groups can go."""
+    """Keep this many neurons in each of these layers, and only the second KV group where groups can go."""
     generator = torch.Generator().manual_seed(1)
     width = checkpoint.units.most
     units = {"neurons": [torch.randperm(width, generator=generator)[:count].sort().values for count in neurons]}
@@ -52,7 +52,7 @@ def some_kept(checkpoint, layers, neurons):
 
 
 def masked(checkpoint, kept):
-    """The dense model, in which what goes puts nothing out."""
+    """Return the dense model with zero outputs for every part that goes."""
     model = dense_of(checkpoint)
     for number, layer in enumerate(checkpoint.family.layers_of(model)):
         if number not in kept.layers:
@@ -68,15 +68,15 @@ def masked(checkpoint, kept):
 
 
 def _skip(_layer, inputs, output):
-    """Puts out what goes in, alone or as the first of several."""
+    """Return a layer's input as its output, either by itself or as the first of several."""
     return (inputs[0], *output[1:]) if isinstance(output, tuple) else inputs[0]
 
 
 def through_layers(checkpoint, model, windows):
-    """Take windows through a checkpoint's layers one at a time, and hold each against the model's own, bit for bit.
+    """Take windows through a checkpoint's layers one at a time, and compare each with the model's own, bit for bit.
 
     Returns:
-        What reads the layers, the last one's output, and the model's logits.
+        The reader of the layers, the last layer's output, and the model's logits.
     """
     seen = []
     for layer in checkpoint.family.layers_of(model):
@@ -92,5 +92,5 @@ def through_layers(checkpoint, model, windows):
 
 
 def assert_same(ours, theirs):
-    """Within 1e-5 of the largest logit."""
+    """Check that logits differ by at most 1e-5 of the largest."""
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()

@@ -6,13 +6,13 @@ from ranks import SoloWorld
 
 
 def assert_two_ranks_have_the_bits_of_one(checkpoints, scorer_of, folder, *, shards):
-    """Each rank scores its own windows; one rank scores those of both, one after the other.
+    """Check that two ranks, each scoring its own windows, give the bits of one rank that scores all windows in turn.
 
     ``checkpoints``: by name. ``scorer_of``: (checkpoint, world) -> its scorer. ``shards``: the windows of each rank.
     """
 
     def sums_of(name, world, *ranks):
-        """Those of each of some ranks."""
+        """Return the sums of each of some ranks."""
         scorer = scorer_of(checkpoints[name], world)
         sums = [scorer.score([shards[rank]]) for rank in ranks]
         scorer.release()

@@ -1,4 +1,4 @@
-"""Fine-tuning on ranks that are forks, of random rows."""
+"""Fine-tuning on random rows, by ranks that are forks."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def make_task(checkpoint: Checkpoint, **settings: object) -> FineTuning:
 
 
 def train(folder: Path, ranks: int, task: FineTuning) -> tuple[Snapshot, list[int]]:
-    """The last snapshot, and the bytes that had been gathered when each step had ended."""
+    """Return the last snapshot, and the bytes that had been gathered by the end of each step."""
     file = folder / "counts.json"
 
     folder.mkdir(exist_ok=True)
 
     def act(world: World) -> None:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # which nobody connects to any more
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # nobody connects to this address any more
         init_deepspeed(world)
         counts: list[int] = []
         with counting_gathers() as gathered:

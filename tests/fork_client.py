@@ -1,4 +1,4 @@
-"""Stands for a process of the fork server (fork_server.py): hands over its streams and signals, and ends as that one.
+"""Stands in for a process of the fork server (fork_server.py): passes on streams and signals, and ends as it ends.
 
 python -IS tests/fork_client.py SOCKET ARGUMENT...
 """

@@ -1,11 +1,11 @@
-"""Processes of this project without the seconds that their imports take: forks of a server that has imported all.
+"""Processes of this project without the seconds that imports take: forks of a server that has imported everything.
 
 The server has computed nothing: it has one thread and no process group. Every process that it forks gets a session,
-an environment, a folder, streams and seeds of its own, runs its script as ``__main__``, and starts its own processes
-of this project in the same way. What starts and watches ranks in it is not torchrun but an agent that does as torchrun
-does; every kind of stage also runs under torchrun in one test at least.
+an environment, a folder, streams and seeds of its own, runs its script as ``__main__``, and starts its own project
+processes in the same way. The server starts and watches ranks with an agent that behaves as torchrun does, instead of
+torchrun; every kind of stage also runs under torchrun in at least one test.
 
-Since all forks have the server's hash seed and its environment of import time, real processes stay the measure.
+Since all forks share the server's hash seed and its environment at import time, real processes remain the reference.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from hfprune_dist.config.parameters import PARAMETERS
 FOLDER = Path(__file__).resolve().parent
 TORCHRUN = "torch.distributed.run"
 SCRIPTS = FOLDER.parent / "launch"
-ADDRESS = "HFPRUNE_FORK_SERVER"  # of processes that the server forks
+ADDRESS = "HFPRUNE_FORK_SERVER"  # set in processes that the server forks
 IMPORTED = (
     "torch.distributed",
     "transformers.integrations",
@@ -61,7 +61,7 @@ IMPORTED = (
     *(f"hfprune_dist.stages.{kind}" for kind in PARAMETERS),
     *(f"hfprune_launch.{name}" for name in ("modes.sweep", "modes.compare", "stage.run", "slurm.job", "report")),
 )
-# Libraries that would start threads, or ask the network, when they are imported.
+# Libraries that would start threads or query the network when they are imported.
 QUIET = {
     "OMP_NUM_THREADS": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
@@ -73,13 +73,13 @@ TERMINATION_GRACE_S = 10.0
 POLL_S = 0.01
 
 
-# What tests use.
+# Functions that tests use.
 
 
 def forked(command: Sequence[str | Path]) -> list[str]:
-    """The same command, ``python [-m torch.distributed.run ...] script.py ...``, as a process of the fork server.
+    """Return ``python [-m torch.distributed.run ...] script.py ...`` as a command that runs in the fork server instead.
 
-    Where a fork would not do it stays as it is: a GPU's driver that was asked anything does not survive one.
+    Where a fork would not work the command stays as it is: a GPU's driver that has been queried does not survive one.
     """
     from hfprune_launch.local.hardware import count_gpus
 
@@ -91,7 +91,7 @@ def forked(command: Sequence[str | Path]) -> list[str]:
 
 @functools.cache
 def _address() -> str:
-    """The socket of a server that is ready; it is started where there is none."""
+    """Return the socket of a server that is ready, and start one if there is none."""
     address = os.environ.get(ADDRESS) or start()
     while not Path(address).exists():
         assert Path(address).parent.is_dir(), "the fork server is gone"
@@ -101,7 +101,7 @@ def _address() -> str:
 
 
 def start() -> str:
-    """The socket of a new server, which appears once the server is ready; both end with this process."""
+    """Return the socket of a new server, which appears once the server is ready; both end with this process."""
     folder = tempfile.TemporaryDirectory(prefix="hfprune-fork-server-")
     address, log = f"{folder.name}/socket", Path(folder.name, "log")
     with log.open("wb") as stream:
@@ -127,7 +127,7 @@ def start() -> str:
 
 @dataclass(frozen=True)
 class Process:
-    """What a client asks for: a script, its arguments and what surrounds it; ``ranks`` where it is under torchrun."""
+    """A client's request: a script, its arguments and its surroundings; ``ranks`` where it runs under torchrun."""
 
     script: str
     arguments: list[str]
@@ -146,25 +146,25 @@ class Process:
 
 
 def serve(address: str) -> NoReturn:
-    """Import all, then fork an agent for every connection."""
+    """Import everything, then fork an agent for every connection."""
     die_with_parent()
-    gc.disable()  # looking through what imports make takes a quarter of their time
+    gc.disable()  # searching the objects that imports make takes a quarter of their time
     for name in IMPORTED:
         importlib.import_module(name)
     from transformers import conversion_mapping
 
     from hfprune_dist.store import provenance
 
-    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # whose thousand patterns every model needs
-    provenance.environment()  # reads all that packages say of themselves
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # its thousand patterns are needed by every model
+    provenance.environment()  # reads all metadata of packages
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a library has started a thread when it was imported"
-    sys.stdout.flush()  # else every fork would say again what imports said
-    gc.freeze()  # what is never collected stays shared with the forks
+    sys.stdout.flush()  # otherwise every fork would repeat what imports printed
+    gc.freeze()  # objects that are never collected stay shared with the forks
     gc.enable()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{address}.new")
         listener.listen(64)
-        Path(f"{address}.new").rename(address)  # only now, as clients connect at once
+        Path(f"{address}.new").rename(address)  # only now, because clients connect at once
         signal.signal(signal.SIGCHLD, _reap)
         while True:
             connection, _ = listener.accept()
@@ -181,7 +181,7 @@ def _reap(*_: object) -> None:
 
 
 def _be_agent(client: socket.socket) -> NoReturn:
-    """Run what a client asks for, and tell it how that ended; where the client is gone, end it."""
+    """Run what a client asks for and report how that ended; if the client is gone, end it."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
@@ -214,17 +214,17 @@ def _watch_one(process: Process, client: socket.socket) -> int:
 
 
 def _signal_from(client: socket.socket) -> int | None:
-    """A signal that the client passes on; SIGKILL where it is gone. Waits a moment for one."""
+    """Wait a moment for a signal that the client passes on and return it; SIGKILL if the client is gone."""
     if not select.select([client], [], [], POLL_S)[0]:
         return None
     return (client.recv(1) or bytes([signal.SIGKILL]))[0]
 
 
-# Ranks, as torchrun starts and watches them.
+# Ranks, started and watched as torchrun does.
 
 
 def _watch_ranks(process: Process, client: socket.socket) -> int:
-    """Start all ranks; when one fails, or a signal comes, end the others. Returns torchrun's exit code."""
+    """Start all ranks; when one fails or a signal comes, end the others. Return torchrun's exit code."""
     from torch.distributed import TCPStore
 
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -249,7 +249,7 @@ def _watch_ranks(process: Process, client: socket.socket) -> int:
 
 
 def _ended(ranks: Sequence[int], known: dict[int, int]) -> dict[int, int]:
-    """Rank -> exit code, of those that have ended and aren't known to have."""
+    """Return rank -> exit code, for ranks that have ended and aren't in ``known``."""
     codes = {}
     for rank, pid in enumerate(ranks):
         if rank not in known:
@@ -260,7 +260,7 @@ def _ended(ranks: Sequence[int], known: dict[int, int]) -> dict[int, int]:
 
 
 def _end(ranks: Sequence[int], codes: dict[int, int], number: int) -> None:
-    """End the ranks that still run, and note their exit codes."""
+    """End the ranks that still run and record their exit codes."""
     deadline = time.monotonic() + TERMINATION_GRACE_S
     for rank, pid in enumerate(ranks):
         if rank not in codes:
@@ -274,10 +274,10 @@ def _end(ranks: Sequence[int], codes: dict[int, int], number: int) -> None:
 
 
 def _summary(script: str, failures: Sequence[tuple[int, int, int]]) -> str:
-    """What torchrun says of ranks that failed, the first one last.
+    """Return torchrun's summary of ranks that failed, with the first failure last.
 
     Args:
-        failures: rank, process id and exit code of each.
+        failures: rank, process id and exit code of each failed rank.
     """
     entries = []
     for number, (rank, pid, code) in enumerate(failures):
@@ -304,7 +304,7 @@ def _be_rank(rank: int, port: int, process: Process, client: socket.socket, list
     _be(process, client)
 
 
-# A process that was forked.
+# A forked process.
 
 
 def _fork(child: Callable[[], Any]) -> int:
@@ -318,7 +318,7 @@ def _fork(child: Callable[[], Any]) -> int:
 
 
 def _be(process: Process, client: socket.socket) -> NoReturn:
-    """Become the process: run the script as the interpreter does, and end as it does."""
+    """Become the process: run the script and end as the interpreter does."""
     client.close()
     die_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -336,7 +336,7 @@ def _be(process: Process, client: socket.socket) -> NoReturn:
 
 
 def _surround(process: Process) -> None:
-    """Environment, folder, paths of imports, seeds."""
+    """Set the environment, folder, import paths and seeds."""
     import numpy as np
 
     os.environ.clear()
@@ -353,12 +353,12 @@ def _surround(process: Process) -> None:
             importlib.import_module("sitecustomize")
     if process.environment.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)
-    np.random.seed()  # random does it by itself
+    np.random.seed()  # unlike numpy, random reseeds itself
     subprocess.Popen = _Popen
 
 
 class _Popen(subprocess.Popen):
-    """Starts what are processes of this project by the server, too."""
+    """Starts the project's own processes by the server, too."""
 
     def __init__(self, command: Any, *arguments: Any, **options: Any) -> None:
         if not isinstance(command, str) and _is_ours([str(part) for part in command]):
@@ -373,7 +373,7 @@ def _is_ours(command: Sequence[str]) -> bool:
 
 
 def _run(process: Process) -> int:
-    """The exit code of the script, or minus the signal that ends it."""
+    """Return the exit code of the script, or minus the signal that ends it."""
     try:
         runpy.run_path(process.script, run_name="__main__")
     except SystemExit as end:

@@ -1,4 +1,4 @@
-"""Real ranks without the seconds that an interpreter needs to start: forks of the test's process, joined by gloo."""
+"""Real ranks without the seconds that an interpreter takes to start: forks of the test's process, joined by gloo."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Ended:
     """How ranks ended: 0, the exit code of a ``UserError``, INTERRUPTED, 1 for other errors, or minus a signal.
 
     Attributes:
-        messages: of the ranks that ended with a ``UserError``.
+        messages: messages of the ranks that ended with a ``UserError``.
     """
 
     codes: list[int]
@@ -36,9 +36,9 @@ class Ended:
 
 
 def on_ranks(size: int, action: Callable[[World], None]) -> Ended:
-    """Run ``action`` on so many ranks, each a fork with one thread, and wait for all of them.
+    """Run ``action`` on ``size`` ranks, each a fork with one thread, and wait for all of them.
 
-    Whoever dies takes the others along, as the launcher does it.
+    A rank that dies takes the others with it, as under the launcher.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -64,7 +64,7 @@ def _fork(rank: int, size: int, action: Callable[[World], None], folder: Path) -
     if child:
         return child
     code = 1
-    gc.freeze()  # what the parent has made is never collected, and so stays shared with it
+    gc.freeze()  # the parent's objects are never collected, and so stay shared with it
     try:
         torch.set_num_threads(1)  # the parent's thread pool did not survive the fork
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}

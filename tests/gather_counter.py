@@ -1,11 +1,11 @@
-"""Counts of what ZeRO-3 gathers."""
+"""Counters of what ZeRO-3 gathers."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from deepspeed.comm import comm
 
-# Parameters with at most so many elements DeepSpeed leaves unsharded, by default.
+# By default, DeepSpeed leaves parameters with at most this many elements unsharded.
 SMALL_PARAMETER = 100_000
 
 
@@ -14,7 +14,7 @@ class Gathered:
     """All-gathers of parameters on this rank.
 
     Attributes:
-        calls: collectives; one may gather several parameters.
+        calls: number of collectives; one may gather several parameters.
         bytes: size of whole parameters, including padding to a multiple of the number of ranks.
     """
 

@@ -1,6 +1,6 @@
-"""What tests that are marked ``gpu`` or ``multi_gpu`` need; without torch, since every run of the suite asks.
+"""Requirements of tests marked ``gpu`` or ``multi_gpu``; without torch, since every run of the suite imports this.
 
-They run wherever there are GPUs. Some take more than the demo's small models, by environment variables:
+They run wherever there are GPUs. Some need more than the demo's small models, given by environment variables:
 
 HFPRUNE_GPU_MODEL        folder of a model of about 7B parameters, e.g. Llama-2-7B
 HFPRUNE_GPU_LARGE_MODEL  folder of one of about 70B
@@ -18,7 +18,7 @@ MODEL, LARGE_MODEL, PROFILE = "HFPRUNE_GPU_MODEL", "HFPRUNE_GPU_LARGE_MODEL", "H
 
 
 def lacking(item: pytest.Item) -> str:
-    """What a test needs of GPUs and this machine has not; empty where there is nothing."""
+    """Return what a test requires of GPUs that this machine doesn't have; empty if nothing is lacking."""
     several = item.get_closest_marker("multi_gpu")
     if several is not None and several.kwargs.get("nodes"):
         return "" if PROFILE in os.environ else f"needs two nodes with GPUs: {PROFILE} names no profile"

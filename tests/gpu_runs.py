@@ -1,4 +1,4 @@
-"""What tests on GPUs share: larger models, long texts, and sweeps whose heartbeats are kept."""
+"""Helpers for tests on GPUs: larger models, long texts, and sweeps whose heartbeats are recorded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POLL_S = 0.5
 
 
 def folder_of(variable: str) -> Path:
-    """The folder that an environment variable names; without it the test is skipped."""
+    """Return the folder that an environment variable names; without it, skip the test."""
     if variable not in os.environ:
         pytest.skip(f"needs a large model: {variable} names no folder")
     return Path(os.environ[variable])
@@ -36,14 +36,14 @@ def shape_of(model: Path) -> Dimensions:
 
 
 def visible(count: int) -> dict[str, str]:
-    """Environment in which the first so many GPUs of this test are seen."""
+    """Return an environment in which only the first ``count`` GPUs of this test are visible."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = shown.split(",") if shown else [str(number) for number in range(count_gpus())]
     return {"CUDA_VISIBLE_DEVICES": ",".join(devices[:count])}
 
 
 def write_config(folder: Path, assets: Path, model: Path, **sections: object) -> Path:
-    """A sweep of one model on the demo's text, in windows of 1,024 tokens, without recovery and tasks."""
+    """Write a sweep of one model on the demo's text, in windows of 1,024 tokens, without recovery or tasks."""
     texts = {name: _long_texts(assets, name, folder) for name in ("calibration", "heldout")}
     defaults: dict[str, dict[str, object]] = {
         "calibration": {"path": str(texts["calibration"]), "samples": 64, "sequence_length": 1024},
@@ -61,7 +61,7 @@ def write_config(folder: Path, assets: Path, model: Path, **sections: object) ->
 
 
 def _long_texts(assets: Path, name: str, folder: Path) -> Path:
-    """The demo's texts of one kind, drawn and joined until each is long enough for any window."""
+    """Write the demo's texts of one kind, drawn and joined until each is long enough for any window."""
     lines = (assets / "text" / f"{name}.jsonl").read_text().splitlines()
     texts, generator = [json.loads(line)["text"] for line in lines], random.Random(name)
     joined = ["\n\n".join(generator.sample(texts, 4)) for _ in range(400)]
@@ -72,7 +72,7 @@ def _long_texts(assets: Path, name: str, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a running stage, by its id, said, when, and how busy the GPUs were then, in %, each."""
+    """A heartbeat of a running stage (its id, progress and time) and the load of each GPU at that moment, in %."""
 
     stage: str
     phase: str
@@ -82,7 +82,7 @@ class Beat:
 
 
 def finish_watched(config: Path, out: Path, *arguments: str, environment: dict[str, str]) -> list[Beat]:
-    """Run a sweep that must end well, and look at its stages twice a second."""
+    """Run a sweep that must succeed, and look at its stages twice a second."""
     log = out.with_suffix(".log")
     beats: list[Beat] = []
     with log.open("w") as stream:
@@ -110,7 +110,7 @@ def _beats(out: Path, gpus: str) -> Iterator[Beat]:
 
 
 def _busy(gpus: str) -> list[int]:
-    if not gpus:  # those of other nodes
+    if not gpus:  # GPUs of other nodes
         return []
     query = ["nvidia-smi", f"--id={gpus}", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
@@ -118,7 +118,7 @@ def _busy(gpus: str) -> list[int]:
 
 
 def seconds_per_unit(beats: list[Beat], kind: str, phase: str, first: int) -> float:
-    """Of a phase, from the heartbeat after its first so many units to its last one; the mean of all such stages."""
+    """Return a phase's mean time per unit over stages, from the heartbeat after its first ``first`` units on."""
     seconds = []
     for stage in {beat.stage for beat in beats if beat.stage.startswith(f"{kind}/") and beat.phase == phase}:
         of_stage = [beat for beat in beats if beat.stage == stage and beat.phase == phase and beat.done >= first]
@@ -128,12 +128,12 @@ def seconds_per_unit(beats: list[Beat], kind: str, phase: str, first: int) -> fl
 
 
 def manifest_of(out: Path, kind: str) -> dict:
-    """Of the only artifact of a kind."""
+    """Return the manifest of the only artifact of a kind."""
     (manifest,) = (out / "store" / kind).glob("*/manifest.json")
     return json.loads(manifest.read_text())
 
 
 def logs_of(out: Path) -> str:
-    """All that ranks and launchers have written."""
+    """Return everything that ranks and launchers have written."""
     files = [file for pattern in ("*.log", "*.out", "*.err") for file in out.rglob(pattern)]
     return "\n".join(file.read_text(errors="replace") for file in sorted(files))

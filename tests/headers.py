@@ -1,4 +1,4 @@
-"""Mixtures of experts by the names and shapes of their tensors alone: of any size, without a file."""
+"""Mixtures of experts of any size, given by the names and shapes of their tensors, without files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ATTENTION = {"q_proj": [64, 64], "k_proj": [32, 64], "v_proj": [32, 64], "o_proj
 
 @st.composite
 def mixtures(draw: Any) -> dict[str, Any]:
-    """A config.json: some experts, a shared one of its own width, of so many experts' width, or none; dense layers."""
+    """Draw a config.json: experts; a shared one of its own width or of several experts', or none; dense layers."""
     layers = draw(st.integers(1, 4))
     shared = draw(
         st.sampled_from([{}, {"n_shared_experts": draw(st.integers(1, 3))}, {"shared_expert_intermediate_size": 40}])
@@ -45,7 +45,7 @@ def mixtures(draw: Any) -> dict[str, Any]:
 
 @st.composite
 def grouped_mixtures(draw: Any) -> dict[str, Any]:
-    """The same with more experts, among which a router chooses by groups, by scores that are corrected, or neither."""
+    """Draw one with more experts, chosen by groups and corrected scores or by neither."""
     config = draw(mixtures())
     groups, of_group = draw(st.integers(1, 3)), draw(st.integers(2, 6))
     chosen_groups = draw(st.integers(1, groups))
@@ -55,13 +55,13 @@ def grouped_mixtures(draw: Any) -> dict[str, Any]:
 
 
 def gated(name: str, width: int) -> dict[str, list[int]]:
-    """The weights of an MLP."""
+    """Return the weights of an MLP."""
     rows = {f"{name}.{projection}.weight": [width, 64] for projection in ("gate_proj", "up_proj")}
     return rows | {f"{name}.down_proj.weight": [64, width]}
 
 
 def tensors_of(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Name -> shape of all that the files of such a model have."""
+    """Return name -> shape, for all tensors in the files of such a model."""
     width = config["moe_intermediate_size"]
     shared = config.get("shared_expert_intermediate_size") or config.get("n_shared_experts", 0) * width
     shapes: dict[str, list[int]] = {"model.embed_tokens.weight": [1000, 64], "model.norm.weight": [64]}
@@ -81,7 +81,7 @@ def tensors_of(config: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def checkpoint_of(config: Mapping[str, Any], shapes: Mapping[str, list[int]] | None = None) -> Checkpoint:
-    """The checkpoint whose files have these tensors; those of ``tensors_of`` where none are given."""
+    """Return the checkpoint whose files have these tensors; by default those of ``tensors_of``."""
     shapes = tensors_of(config) if shapes is None else shapes
     family, stated = discover(config, shapes, "here")
     infos = {name: TensorInfo("", "F32", tuple(shape), 0, 4 * math.prod(shape)) for name, shape in shapes.items()}

@@ -1,6 +1,6 @@
-"""Ways to a device that is none: what a GPU's would do, on the CPU, late and with everything counted.
+"""Fake lanes: a GPU's transfers imitated on the CPU, with every copy late and counted.
 
-A copy is made when it is waited for, and not before, so that whoever changes or drops a tensor too early is found out.
+A copy is made only when it is waited for, so that changing or dropping a tensor too early is found out.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class FakeLanes:
     """``Lanes`` to a device in main memory.
 
     Attributes:
-        copied: way -> bytes of every tensor that went it.
-        most: way -> the most bytes on the device that came it or are about to go it, at a time; and of pinned memory.
+        copied: way -> bytes of every tensor that was copied that way.
+        most: way -> peak bytes on the device that came that way or are about to leave by it; and of pinned memory.
     """
 
     def __init__(self):
@@ -60,7 +60,7 @@ class FakeLanes:
 
     @property
     def on_the_way(self):
-        """What is there of anything now, but for weights and states that somebody holds."""
+        """Return the pinned bytes that are still in use."""
         return {way: size for way, size in self._now.items() if way.startswith("pinned") and size}
 
 
@@ -94,7 +94,7 @@ class _Late:
 
 
 class Arrived:
-    """What is on its way has arrived."""
+    """Weights that have arrived as soon as they are on their way."""
 
     def __init__(self, weights):
         self._weights = weights
@@ -109,7 +109,7 @@ class Arrived:
 
 @contextmanager
 def lanes() -> Iterator[list[FakeLanes]]:
-    """Let all passes go through fake lanes; those that were made."""
+    """Let all passes use fake lanes, and yield those that are made."""
     made: list[FakeLanes] = []
 
     def make(_device):

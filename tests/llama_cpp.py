@@ -1,6 +1,6 @@
-"""llama.cpp, built from the sdist of llama-cpp-python: its converter, and the tools that quantize and measure.
+"""llama.cpp, built from the sdist of llama-cpp-python: its converter, and its tools that quantize and measure.
 
-Built once: 25 minutes on two slow cores. All lies in a folder of the user's cache that the sdist's hash names.
+Built once, in 25 minutes on two slow cores. Everything is in a folder of the user's cache named by the sdist's hash.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPTIONS = (
 
 
 class LlamaCpp:
-    """The tools; making one builds what is missing."""
+    """The tools; creating an object builds what is missing."""
 
     def __init__(self) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -36,14 +36,14 @@ class LlamaCpp:
         self._build()
 
     def convert(self, checkpoint: Path, target: Path) -> Path:
-        """A checkpoint folder as a file of half-precision weights."""
+        """Convert a checkpoint folder to a file of half-precision weights."""
         script = [sys.executable, self._source / "convert_hf_to_gguf.py"]
         needs = {"PYTHONPATH": str(self._tools)}  # sentencepiece is imported for every model
         _run(*script, checkpoint, "--outtype", "f16", "--outfile", target, environment=needs)
         return target
 
     def quantize(self, file: Path, target: Path, kind: str) -> None:
-        """Write a file whose matrices are quantized."""
+        """Write a file with quantized matrices."""
         _run(self._root / "build" / "bin" / "llama-quantize", file, target, kind)
 
     def perplexity(self, file: Path, text: Path, context: int, chunks: int) -> float:
@@ -82,7 +82,7 @@ def _install(tools: Path) -> None:
 
 
 def _run(*command: object, environment: dict[str, str] | None = None) -> str:
-    """Everything that a command says, which must end well. In one pipe, the tools' lines would cut into each other."""
+    """Run a command that must succeed, and return its output from one pipe, in which lines stay whole."""
     ended = subprocess.run(
         [str(part) for part in command],
         env={**os.environ, **(environment or {})},

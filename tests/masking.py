@@ -1,4 +1,4 @@
-"""The dense model with what pruning removes masked: what a pruned checkpoint must compute."""
+"""The dense model with masks on what pruning removes: it computes what a pruned checkpoint must compute."""
 
 import torch
 from hypothesis import strategies as st
@@ -13,7 +13,7 @@ HIDDEN = SHAPE["hidden_size"]
 
 @st.composite
 def models(draw, **fixed):
-    """Arguments of ``save_tiny``: a variant with some number of heads, layers and neurons."""
+    """Draw arguments of ``save_tiny``: a variant with some number of heads, layers and neurons."""
     variant = draw(st.sampled_from(list(VARIANTS)))
     options = {
         "num_hidden_layers": draw(st.integers(1, 4)),
@@ -24,7 +24,7 @@ def models(draw, **fixed):
     }
     if variant.startswith("llama") and HIDDEN % heads:
         options |= {"num_key_value_heads": 4, "num_attention_heads": draw(st.sampled_from([4, 8]))}
-    if variant == "qwen2":  # whose modules read head_dim where config.json has one
+    if variant == "qwen2":  # its modules read head_dim if config.json has one
         options["num_attention_heads"] = options["num_key_value_heads"] * draw(st.integers(1, 4))
     if variant == "qwen3":
         options["attention_bias"] = draw(st.booleans())
@@ -35,14 +35,14 @@ def models(draw, **fixed):
 
 
 def some(draw, count, size=None):
-    """Ascending numbers below ``count``, at least one of them; ``size``: how many."""
+    """Draw ascending numbers below ``count``, at least one of them; ``size`` is how many."""
     size = draw(st.integers(1, count)) if size is None else size
     return sorted(draw(st.permutations(range(count)))[:size])
 
 
 @st.composite
 def kept_of(draw, model, *, uniform, layers=True):
-    """What stays of such a model: some units of some kinds, in all layers or some."""
+    """Draw what stays of such a model: some units of some kinds, in all layers or some."""
     count = model["num_hidden_layers"]
     staying = some(draw, count) if layers else list(range(count))
     sizes = {"neurons": model["intermediate_size"], "kv_groups": model["num_key_value_heads"]}
@@ -54,7 +54,7 @@ def kept_of(draw, model, *, uniform, layers=True):
 
 
 def write(checkpoint, kept, target, replacements=None):
-    """As the prune stage writes it."""
+    """Write a checkpoint as the prune stage does."""
     target.mkdir(exist_ok=True)
     for file in checkpoint.weight_files:
         write_weight_file(checkpoint, file, kept, target, replacements)
@@ -62,7 +62,7 @@ def write(checkpoint, kept, target, replacements=None):
 
 
 def mask(model, kept):
-    """Zero what the removed units put into output projections, and skip the layers that go.
+    """Zero the contributions of removed units to output projections, and skip the layers that go.
 
     Query head ``j`` belongs to KV group ``j // (query heads of a group)``.
     """

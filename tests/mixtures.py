@@ -1,4 +1,4 @@
-"""What experts compute, from its definition: every expert for every token, with a mask on each of its neurons."""
+"""The definition of what experts compute: every expert on every token, with a mask on each of its neurons."""
 
 import copy
 from collections import defaultdict
@@ -20,13 +20,13 @@ LAYERS, COUNT, WIDTH = SHAPE["num_hidden_layers"], 4, SHAPE["intermediate_size"]
 
 
 def family_of(model):
-    """Where its parts are."""
+    """Return the family, which knows where the model's parts are."""
     name = type(model).__name__.removesuffix("ForCausalLM")
     return Family(model.config.model_type, name, mlp="block_sparse_moe" if name == "GraniteMoe" else "mlp")
 
 
 def experts_of(model):
-    """Number of a layer with experts -> the module that has them."""
+    """Return layer number -> its module of experts, for layers that have one."""
     found = {}
     for number, layer in enumerate(model.get_decoder().layers):
         for module in layer.modules():
@@ -36,8 +36,8 @@ def experts_of(model):
 
 
 def some_kept(checkpoint, share, structure=NEURONS, *, groups=False):
-    """This share of the neurons of every MLP, at random, of every expert as many; or of experts, of each group; and one
-    KV group, if asked.
+    """Keep this share, at random, of every MLP's neurons (equally many of every expert) or of each group's experts;
+    and one KV group, if ``groups``.
     """
     generator = torch.Generator().manual_seed(1)
     units = {}
@@ -53,7 +53,7 @@ def some_kept(checkpoint, share, structure=NEURONS, *, groups=False):
 
 
 def gated(experts, made):
-    """What neurons of experts make of what gate and up put out, as the papers have it."""
+    """Return the activations of experts' neurons from the outputs of gate and up, as the papers define them."""
     if experts.is_transposed:  # gpt_oss, whose gate and up are interleaved
         gate, up = made[..., 0::2].clamp(max=experts.limit), made[..., 1::2].clamp(-experts.limit, experts.limit)
         return (up + 1) * gate * torch.sigmoid(experts.alpha * gate)
@@ -65,16 +65,16 @@ def gated(experts, made):
 
 
 class Definition:
-    """Every expert computes for every token, with a mask on its neurons; routing weights are zero of other experts.
+    """Lets every expert compute every token, with masks on neurons; its routing weight is zero where it isn't chosen.
 
     Args:
         keeps: (kind, layer) -> which units a student has, bool [units].
-        others: (kind, layer) -> name of the output projection of neurons that are of no experts.
+        others: (kind, layer) -> name of the output projection of neurons that belong to no expert.
 
     Attributes:
         masks, hidden: (kind, layer) -> masks and activations [..., tokens, neurons] in the last forward.
-        routed: layer -> norms of what experts put out, as the router weighs them, and whether they were given the
-            token, [2, experts, tokens] in the last forward.
+        routed: layer -> norms of experts' outputs, as weighted by the router, and whether they were given the token,
+            [2, experts, tokens] in the last forward.
         routing: layer -> weights of the experts' outputs [experts, tokens] in the last forward.
     """
 
@@ -117,8 +117,8 @@ class Definition:
 
 @torch.no_grad()
 def projections(checkpoint, windows_ST):
-    """Of each expert and each other MLP of a mixture: kind, layer, number, and in float64 its down projection's weight
-    [hidden_size, channels] and what that reads [windows, tokens, channels], times what the router makes of its output.
+    """For each expert and each other MLP of a mixture, yield kind, layer, number and, in float64, its down projection's
+    weight [hidden_size, channels] and that projection's input [windows, tokens, channels] times the routing weight.
     """
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float64)
     kinds = {it.kind: it for it in checkpoint.pruned_kinds([NEURONS])}
@@ -140,7 +140,7 @@ moe.ALL_EXPERTS_FUNCTIONS.register("definition", lambda module, *inputs: module.
 
 
 def routed_outputs(model, windows):
-    """(kind, layer) -> means over the tokens that an expert is given, float64 [experts]; see ``Definition``."""
+    """(kind, layer) -> means over the tokens given to each expert, float64 [experts]; see ``Definition``."""
     dense, sums = copy.deepcopy(model).double(), defaultdict(float)
     scored = Definition(dense)
     for window in windows:
@@ -151,8 +151,8 @@ def routed_outputs(model, windows):
 
 
 def definition(model, windows, criterion, seed=0, *, keeps=None, others=None):
-    """(kind, layer) -> sums over windows and tokens, float64 [units]; by a student where the criterion has one, but not
-    of whole experts, nor of these sums of activations.
+    """(kind, layer) -> sums over windows and tokens, float64 [units]; of a student where the criterion has one, but not
+    for whole experts or for sums of activations.
 
     See ``Definition``.
     """
@@ -172,8 +172,8 @@ def definition(model, windows, criterion, seed=0, *, keeps=None, others=None):
         loss, terms = GRADIENT_CRITERIA[criterion]
         loss(logits, input_ids=window, window=number, seed=seed, teacher=teacher).backward()
         for place, masks_ND in scored.masks.items():
-            # A mask's gradient is h * dL/dh, but where the mask is 0: there it is what the neuron's return would do.
+            # A mask's gradient is h * dL/dh, except where the mask is 0: there it is the effect of the neuron's return.
             sums[place] += terms(masks_ND.grad).sum(-2).flatten()
-            if place[0] == KIND and student is dense:  # an expert's mask is one on all its neurons
+            if place[0] == KIND and student is dense:  # an expert's mask is a single one on all of its neurons
                 sums[WHOLE, place[1]] += terms(masks_ND.grad.sum(-1)).sum(-1)
     return dict(sums)

@@ -1,4 +1,4 @@
-"""Further mixtures of experts, whose form one of ``families.EXPERTS`` has; with them their tests are cheaper."""
+"""Further mixtures of experts that share the form of one in ``families.EXPERTS``, so that fewer tests cover them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A second kind of unit, made up for tests: two neurons that stand side by side stay or go together."""
+"""A second kind of unit, made up for tests: pairs of adjacent neurons that stay or go together."""
 
 from dataclasses import dataclass, fields
 
@@ -13,7 +13,7 @@ class FamilyOfPairs(Family):
     def units(self, config):
         parts = [f"{self.mlp}.{name}.{part}" for name in self.row_projections for part in ("weight", "bias")]
         return Units(
-            kind="neurons",  # for which they stand
+            kind="neurons",  # the kind that they replace
             counts=read_counts(config, "intermediate_size", CHANNELS),
             rows=tuple(Owned(part, axis=0, per_unit=CHANNELS) for part in parts),
             output=f"{self.mlp}.{self.down_projection}",
@@ -24,7 +24,7 @@ class FamilyOfPairs(Family):
 
 
 def prune_pairs(patch):
-    """Let pruning remove pairs of neurons instead of neurons, from models of every family."""
+    """Let pruning remove pairs of neurons instead of single neurons, from models of every family."""
     for name, family in FAMILIES.items():
         pairs = FamilyOfPairs(**{field.name: getattr(family, field.name) for field in fields(family)})
         patch.setitem(FAMILIES, name, pairs)

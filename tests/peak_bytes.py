@@ -1,4 +1,4 @@
-"""How much memory tensors take, counted as they are made and freed, on any device."""
+"""Memory of tensors, counted as they are made and freed, on any device."""
 
 import weakref
 
@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most that tensors made meanwhile take at a time."""
+    """Peak memory of the tensors that are made within the mode."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A GPU that is none: tensors that are said to lie on it are on the CPU, but don't mix with those that aren't."""
+"""A pretended GPU: its tensors are really on the CPU, but don't mix with tensors that aren't on this GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from hfprune_dist.distributed import host_transfers
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-# Operations that take tensors of both devices; the first one says where the result is.
+# Operations that take tensors of both devices; the first tensor determines where the result is.
 _MIXING = ("copy_", "index", "index_put", "index_put_", "_index_put_impl_", "set_", "_to_copy")
 
 
@@ -30,7 +30,7 @@ class MixedError(AssertionError):
 
 
 class _Places:
-    """The storages that are said to be on the GPU."""
+    """The storages that are considered to be on the GPU."""
 
     def __init__(self) -> None:
         self._there: set[int] = set()
@@ -47,7 +47,7 @@ class _Places:
 
 
 class _Operations(TorchDispatchMode):
-    """Lets results be where their arguments are, which must be in one place; scalars of the CPU go anywhere."""
+    """Puts results where their arguments are, which must be in one place; CPU scalars may go anywhere."""
 
     def __init__(self, places: _Places) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """Answers where tensors are, and takes them there."""
+    """Reports where tensors are, and moves them."""
 
     def __init__(self, places: _Places) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, function, _types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if function is Tensor.backward:  # its hooks ask, too
+        if function is Tensor.backward:  # hooks of backward ask for places, too
             with self:
                 run, keeps_graph = Variable._execution_engine.run_backward, bool(kwargs["retain_graph"])
                 how = {"allow_unreachable": True, "accumulate_grad": True}
@@ -98,7 +98,7 @@ class _Calls(TorchFunctionMode):
                 return self._here(first, is_there)
             if name == "to" and first is not None:
                 return self._moved(first, is_there, args[1:], kwargs)
-            if name == "histc":  # of integers, which only a GPU counts
+            if name == "histc":  # of integers, which only a GPU can count
                 args = first.float(), *args[1:]
             target = kwargs.get("device")
             if target is not None:
@@ -146,7 +146,7 @@ class _Calls(TorchFunctionMode):
 
 
 class _Lanes:
-    """``Lanes`` on which everybody waits."""
+    """``Lanes`` on which every copy is waited for."""
 
     def to_device(self, tensor):
         return Arrived(tensor.to(GPU))
@@ -160,7 +160,7 @@ class _Lanes:
 
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
-    """Within the context, tensors may be moved to ``GPU``; whatever mixes them with others raises ``MixedError``."""
+    """Within the context, tensors may be moved to ``GPU``; mixing them with others raises ``MixedError``."""
     places = _Places()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_transfers, "lanes_of", lambda device: _Lanes() if device.type == "cuda" else None)

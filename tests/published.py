@@ -1,4 +1,4 @@
-"""Checkpoints of published shapes whose weights are holes in files: a plan reads their headers alone."""
+"""Checkpoints of published shapes whose weights are holes in files, because a plan reads only their headers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SHAPES = {
 
 
 def published_model(folder: Path, name: str) -> ModelSource:
-    """A model of the sweep with the shape of a published one, under ``folder``."""
+    """Write a model with the shape of a published one under ``folder``, and return it as a sweep's model."""
     config_class, model_class = (Qwen2Config, Qwen2ForCausalLM) if "qwen" in name else (LlamaConfig, LlamaForCausalLM)
     with torch.device("meta"):
         model = model_class(config_class(**SHAPES[name]))
@@ -75,7 +75,7 @@ def _write_holes(file: Path, shapes: dict[str, torch.Size]) -> None:
 def published_plan(
     models: Sequence[ModelSource], methods: Sequence[str], gpus: Gpus, **overrides: object
 ) -> tuple[SweepConfig, Plan]:
-    """What configs/sweeps/paper.yaml comes to with these models and methods; a key's dots are written as ``__``."""
+    """Plan configs/sweeps/paper.yaml with these models and methods; dots in keys are written as ``__``."""
     changed = {"methods": list(methods), **{key.replace("__", "."): value for key, value in overrides.items()}}
     config = load_config([ROOT / "configs" / "sweeps" / "paper.yaml"], changed)
     dims = [dimensions_of(it.checkpoint.config) for it in models]

@@ -1,4 +1,4 @@
-"""Ranks for tests: one in this process, or real ones: a stage laid out as the launcher does, run as it runs it."""
+"""Ranks for tests: one in this process, or real ones, which run a stage that is laid out as the launcher does it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class SoloWorld(World):
-    """A world of one rank, without a process group; or one of several, whose others bring nothing."""
+    """A world of one rank without a process group, or one of several ranks of which the others contribute nothing."""
 
     def __init__(self, rank=0, size=1, device=CPU):
         super().__init__(rank=rank, size=size, local_size=1, device=device)
@@ -80,10 +80,10 @@ def run_ranks(
     environment: dict[str, str] | None = None,
     torchrun: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a stage that is laid out to its end, with one thread per rank so that its bits can be compared.
+    """Run a stage that is already laid out to its end, with one thread per rank so that its bits can be compared.
 
     Args:
-        torchrun: whether ranks are interpreters that torchrun starts, and not forks (fork_server.py).
+        torchrun: whether ranks are interpreters started by torchrun, rather than forks (fork_server.py).
     """
     launcher = _torchrun(ranks) if torchrun or ranks > 1 else []
     script = ROOT / "launch" / "stage" / "run.py"
@@ -103,7 +103,7 @@ def _torchrun(ranks: int) -> list[str]:
 
 
 def result_of(script: Path, ranks: int, *arguments: str) -> Any:
-    """What a script prints behind "result: " as JSON, on one of the ranks on which torchrun runs it."""
+    """Return the JSON that a script prints after "result: " on one of the ranks on which torchrun runs it."""
     result = subprocess.run(
         forked([sys.executable, *_torchrun(ranks), str(script), *arguments]),
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
@@ -118,16 +118,16 @@ def result_of(script: Path, ranks: int, *arguments: str) -> Any:
 
 
 def killing(rank: int | str, kill_at: int, match: str) -> dict[str, str]:
-    """Environment in which one process dies before its ``kill_at``-th file-system operation on a matching path."""
+    """Return an environment in which a process dies before its ``kill_at``-th file operation on a matching path."""
     return {"PYTHONPATH": str(FAULTS), "KILL_RANK": str(rank), "KILL_AT": str(kill_at), "KILL_MATCH": match}
 
 
 def killing_in_reduction(rank: int, kill_at: int) -> dict[str, str]:
-    """Environment in which one rank dies before its ``kill_at``-th all-reduce."""
+    """Return an environment in which one rank dies before its ``kill_at``-th all-reduce."""
     return {"PYTHONPATH": str(FAULTS), "KILL_RANK": str(rank), "KILL_AT": str(kill_at)}
 
 
 def failure_of(store: Store, stage: Stage) -> dict[str, object]:
-    """The failure file that a stage left."""
+    """Return the failure file that a stage left."""
     (file,) = store.work(stage.id).glob("failure.*.json")
     return dict(read_json(file))

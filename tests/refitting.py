@@ -1,4 +1,4 @@
-"""Refits of tiny models that lose neurons, KV groups and layers; and the same by whole layers in float64."""
+"""Refits of tiny models that lose neurons, KV groups and layers, and the same by whole layers in float64."""
 
 import mixtures
 import torch
@@ -29,7 +29,7 @@ def checkpoint_in(folder, variant="llama", layers=3):
 
 
 def to_prune(folder, variant, layers):
-    """A model and what stays of it: some units of these layers, or of a mixture of experts some of each MLP."""
+    """Return a model and what stays of it: some units of these layers or, in a mixture of experts, some of each MLP."""
     if variant in EXPERTS:
         checkpoint = open_checkpoint(save_model(folder, variant, vocab_size=264))
         return checkpoint, mixtures.some_kept(checkpoint, 2 / 3)
@@ -41,7 +41,7 @@ def windows_of(count, seed=0, tokens=20):
 
 
 def some_kept(layers, seed=0, kinds=KINDS):
-    """Some units of every kind in these layers, the last of which loses no group."""
+    """Keep some units of every kind in these layers, and all groups of the last layer."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(count, size):
@@ -59,10 +59,10 @@ def fitted_in(checkpoint, folder, refit, kinds=KINDS):
 
 
 def refit(method, checkpoint, kept, folder, *, dense=None, **options):
-    """Refit what stays, as the prune stage does; returns where its layers are.
+    """Refit what stays, as the prune stage does, and return where the refitted layers are.
 
     Args:
-        dense: the dense checkpoint and the numbers of the layers there, where it is another one.
+        dense: the dense checkpoint and the numbers of the layers there, if it is another one.
         options: ``world``, ``windows_ST``, ``dtype`` and ``after_each``.
     """
     world, windows_ST = options["world"], options["windows_ST"]
@@ -84,12 +84,12 @@ def weights_in(folder):
 
 
 def found(folder, number, name):
-    """A refitted weight."""
+    """Return a refitted weight."""
     return load_file(folder / f"layer-{number}.safetensors")[f"model.layers.{number}.{name}.weight"].double()
 
 
 def in_files(files, units, number, expert):
-    """The output projection of an expert, or of a single MLP [hidden_size, kept], of tensors as files have them."""
+    """Return the output projection of an expert or single MLP [hidden_size, kept], from tensors as files have them."""
     first = units.output_columns[0]
     if not first.stacked:
         return files[units.tensor(number, units.output_columns[expert].tensor)]
@@ -98,12 +98,12 @@ def in_files(files, units, number, expert):
 
 
 def columns(kept, number, kind, per_unit):
-    """The channels of an output projection that stay."""
+    """Return the channels of an output projection that stay."""
     return (kept.of_layer(number, kind)[:, None] * per_unit + torch.arange(per_unit)).flatten()
 
 
 def pruned_layer(reader, number, kept):
-    """A layer without what goes, cut by hand."""
+    """Return a layer cut by hand, without what goes."""
     layer = reader.layer(number)
     attention, mlp = part_of(layer, "self_attn"), part_of(layer, "mlp")
     head_dim = attention.head_dim
@@ -121,7 +121,7 @@ def pruned_layer(reader, number, kept):
 
 
 def inside(layer, hidden_BTC):
-    """What goes into every module of a layer and out of it, and out of the layer, by name; [tokens, ...]."""
+    """Return what goes into some modules of a layer and out of them, and out of the layer, by name; [tokens, ...]."""
     seen = {}
 
     def hook(name):
@@ -140,13 +140,13 @@ def inside(layer, hidden_BTC):
 
 
 def embedded(checkpoint, windows_ST):
-    """A reader of its layers in float64, and what the first one reads."""
+    """Return a reader of the checkpoint's layers in float64, and the first layer's input."""
     reader = LayerReader(checkpoint, torch.float64, torch.device("cpu"))
     return reader, reader.embed({0: windows_ST})[0]
 
 
 def ridge_regression(weight, hidden, targets, ridge):
-    """Weights near ``weight`` that make ``targets`` of ``hidden``, by QR of the stacked problem."""
+    """Return weights near ``weight`` that map ``hidden`` to ``targets``, by QR of the stacked problem."""
     strength = (ridge * hidden.square().sum(0).mean()).sqrt()
     rows = torch.cat([hidden, strength * torch.eye(hidden.shape[1]).double()])
     missing = targets - hidden @ weight.T
@@ -155,26 +155,26 @@ def ridge_regression(weight, hidden, targets, ridge):
 
 
 def best_of(ridges, weight, hidden_BTK, targets_BTC):
-    """The ridge whose weights, fitted on all other windows, are closest on those that are held out."""
+    """Return the ridge whose weights, fitted on all other windows, come closest on the held-out ones."""
     errors = held_out_errors(ridges, weight, hidden_BTK, targets_BTC)
     return min(errors, key=errors.get)
 
 
 def is_as_good_as_any(ridge, ridges, weight, hidden_BTK, targets_BTC):
-    """Whether no other ridge is closer by more than rounding; where nothing is lost, all are as good."""
+    """Return whether no other ridge is closer by more than rounding; where nothing is lost, all are equally good."""
     errors = held_out_errors(ridges, weight, hidden_BTK, targets_BTC)
     return errors[ridge] <= min(errors.values()) * (1 + 1e-6) + 1e-14
 
 
 def apart(rows_BTD):
-    """Of windows those that are fitted, and those that are held out [tokens, ...]."""
+    """Return the windows that are fitted and the windows that are held out [tokens, ...]."""
     count = -(-len(rows_BTD) // MICRO_BATCH)
     held_out = torch.tensor([is_held_out(row // MICRO_BATCH, count) for row in range(len(rows_BTD))])
     return rows_BTD[~held_out].flatten(0, 1), rows_BTD[held_out].flatten(0, 1)
 
 
 def held_out_errors(ridges, weight, hidden_BTK, targets_BTC):
-    """Ridge -> squared error on what is held out of weights that are fitted on all else, as a share of the targets."""
+    """Ridge -> squared error on the held-out windows of weights fitted on all others, as a share of the targets."""
     (hidden, unseen_hidden), (targets, unseen_targets) = apart(hidden_BTK), apart(targets_BTC)
     missed = {
         ridge: (unseen_hidden @ ridge_regression(weight, hidden, targets, ridge).T - unseen_targets).square().sum()

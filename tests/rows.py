@@ -18,7 +18,7 @@ TRAINING["training_device"] = "cpu"
 
 
 def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surgeon-plain", **changes: Any) -> Row:
-    """A finished row of a usual sweep, but for what ``changes`` says."""
+    """Return a finished row of a usual sweep, modified by ``changes``."""
     method = method if ratio else None
     scores = {"acc_norm": 0.7333, "acc_norm_stderr": 0.0576}
     row = {
@@ -70,7 +70,7 @@ def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surge
 
 
 def efficiency(factor: float, tokens_per_s: float, seconds: float) -> dict[str, Any]:
-    """Metrics of an efficiency stage, of two workloads; the first is as fast as the dense model."""
+    """Return metrics of an efficiency stage with two workloads, the first of which is as fast as the dense model."""
 
     def spread(value: float) -> dict[str, float]:
         return {"median": value, "min": 0.9 * value, "max": 1.1 * value}
@@ -87,7 +87,7 @@ def efficiency(factor: float, tokens_per_s: float, seconds: float) -> dict[str, 
 
 
 def missing(row: Row) -> Row:
-    """The same row before anything of it was made."""
+    """Return the same row before anything of it was made."""
     unknown = [*MEASURES, *ERRORS, "windows", "tokens", "average", "average_without_crows_pairs", "parameters"]
     unknown += ["average_stderr", "average_without_crows_pairs_stderr", "ratio_reached", "weight_bytes", "own_time_s"]
     unknown += ["shared_time_s", "wall_time_s", "peak_memory_bytes", "ratio_of_decoder", "ratio_of_pruned_layers"]

@@ -1,4 +1,4 @@
-"""The prune stage of methods that look for a shape, over tiny models with random scores."""
+"""The prune stage of methods that search for a shape, over tiny models with random scores."""
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,10 +25,10 @@ MICRO_BATCH = 2
 
 
 def prepare(folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS, silent=None, worth=1.0, **settings):
-    """A store with an importance artifact of random scores, and the stage that looks for a shape by them.
+    """A store with an importance artifact of random scores, and the stage that searches for a shape by them.
 
-    ``silent``: what the names of tensors end with that are all zeros. ``worth``: of a group's score, where a neuron's
-    is 1. ``settings``: of the stage; ``attention_bias`` is the model's.
+    ``silent``: ending of the names of tensors that are all zeros. ``worth``: of a group's score, relative to a
+    neuron's. ``settings``: of the stage; ``attention_bias`` is the model's.
     """
     folder.mkdir(exist_ok=True)
     store = Store(folder / "store")
@@ -63,13 +63,13 @@ def prepare(folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS,
     }
     inputs = {"model": Input(FileHashes(None).of_folder(model), str(model)), "importance": IMPORTANCE.as_input()}
     params = {**defaults, **settings}
-    if params["structures"] == ["neurons"]:  # which records leave out
+    if params["structures"] == ["neurons"]:  # records leave the default out
         del params["structures"]
     return store, Stage("prune", "tiny", params, inputs)
 
 
 def next_round(store, first, ratio, worth=4.0):
-    """The stage that prunes what another one left, once that has run, by random scores of what there is."""
+    """Return the stage that prunes the result of another, already run, by random scores of the units that remain."""
     pruned = store.path(first.id)
     scored = Stage("importance", "next", {"of": first.id}, {})
     draft = store.open_draft(scored.id)
@@ -107,7 +107,7 @@ def run(store, stage, world, interruption=None):
 
 
 def outcome(store, stage):
-    """All that must have the same bits."""
+    """Return everything that must have the same bits."""
     folder = store.path(stage.id)
     names = ("model.safetensors", "kept.json", "config.json")
     files = {name: (folder / name).read_bytes() for name in names}
@@ -136,6 +136,6 @@ def load(folder):
 
 @torch.no_grad()
 def divergence(dense, model, windows_ST, every=1):
-    """Nats per token, of one token in so many."""
+    """KL divergence in nats per token, over one in ``every`` tokens."""
     log_p, log_q = (it(windows_ST, use_cache=False).logits.double().log_softmax(-1) for it in (dense, model))
     return (log_p.exp() * (log_p - log_q)).sum(-1)[:, ::every].mean().item()

@@ -1,4 +1,4 @@
-"""Whole sweeps over tiny models, as a user starts them."""
+"""Whole sweeps over tiny models, started as a user starts them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 
 
 def make_inputs(folder: Path) -> Path:
-    """Models, texts, an lm-eval task and a configuration that uses them; returns the configuration's file."""
+    """Make models, texts, an lm-eval task and a configuration that uses them; return the configuration's file."""
     save_tiny(folder / "alpha", "llama")
     save_tiny(folder / "beta", "qwen2")
     write_documents(folder / "calibration.jsonl")
@@ -77,7 +77,7 @@ def make_inputs(folder: Path) -> Path:
 
 
 def planned(config_file: Path, *, device: str = "", **overrides: object) -> tuple[SweepConfig, Plan]:
-    """What a sweep would do; a key's dots are written as ``__``."""
+    """Plan a sweep from a configuration; dots in keys are written as ``__``."""
     config = load_config([config_file], {key.replace("__", "."): value for key, value in overrides.items()})
     hashes = FileHashes(None)
     models = resolve_models(config, config_file.parent / "none", hashes, download=False)
@@ -100,7 +100,7 @@ def sweep(
     """Run a sweep to its end, one thread per rank so that its bits can be compared.
 
     Args:
-        real: whether it runs in processes as a user's does, and not in forks (fork_server.py).
+        real: whether it runs in processes as a user's does, rather than in forks (fork_server.py).
     """
     started = command(config, out, *arguments)
     return subprocess.run(
@@ -114,7 +114,7 @@ def sweep(
 
 
 def in_process(main: Callable[[Sequence[str]], int], *arguments: object) -> tuple[int, str, str]:
-    """Run a command whose stages are all there, or that refuses: (exit code, stdout, stderr)."""
+    """Run a command whose stages are all finished, or that refuses: (exit code, stdout, stderr)."""
     shown, said = io.StringIO(), io.StringIO()
     with redirect_stdout(shown), redirect_stderr(said):
         try:
@@ -127,7 +127,7 @@ def in_process(main: Callable[[Sequence[str]], int], *arguments: object) -> tupl
 def finish(
     config: Path, out: Path, *arguments: str, environment: dict[str, str] | None = None, real: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run a sweep that must end well; ``real`` as in ``sweep``."""
+    """Run a sweep that must succeed; ``real`` as in ``sweep``."""
     result = sweep(config, out, *arguments, environment=environment, real=real)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
@@ -139,12 +139,12 @@ def results(out: Path) -> list[dict[str, str]]:
 
 
 def without_costs(row: dict[str, str]) -> dict[str, str]:
-    """What two undisturbed sweeps have in common: no times, no memory."""
+    """Return what two undisturbed sweeps have in common: everything but times and memory."""
     costs = ("own_time_s", "shared_time_s", "wall_time_s", "peak_memory_bytes")
     return {name: value for name, value in row.items() if name not in costs and not name.endswith("device_hours")}
 
 
 def artifacts(out: Path, kind: str) -> dict[str, bytes]:
-    """Every weight and score of one kind of stage, by artifact and file name."""
+    """Return every weight and score of one kind of stage, by artifact and file name."""
     folder = out / "store" / kind
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}

@@ -1,4 +1,4 @@
-"""The demo's assets: real text in disjoint parts, a suite lm-eval can load from anywhere, real models."""
+"""The demo's assets: real text in disjoint parts, a suite that lm-eval can load from anywhere, real models."""
 
 import json
 import sys
@@ -83,7 +83,7 @@ def read_jsonl(file):
 def test_documents_are_long_enough_and_many(prose):
     assert len(prose.calibration) >= 32
     assert len(prose.held_out) >= 12
-    # 3 characters a token is the least that the reference's text comes to: 600 tokens each.
+    # The reference's text has at least 3 characters a token: 600 tokens each.
     assert min(map(len, prose.calibration + prose.held_out)) >= 1800
 
 
@@ -155,7 +155,7 @@ def test_instruction_pairs_are_many_clean_and_distinct(library):
 def test_instruction_pairs_do_not_depend_on_the_order_of_files(library):
     pairs = instruction_pairs(library)
     assert pairs == instruction_pairs(library)
-    # The first ones come from many modules: `recovery.samples` takes a beginning.
+    # The first ones come from many modules, because `recovery.samples` takes the beginning.
     assert len({pair["instruction"].split("`")[1].split(".")[0] for pair in pairs[:100]}) > 20
 
 

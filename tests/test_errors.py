@@ -1,4 +1,4 @@
-"""What the operating system refuses is told in one message, whoever met the refusal."""
+"""Whatever the operating system refuses is reported in one message, wherever it was refused."""
 
 import errno
 
@@ -10,7 +10,7 @@ from hfprune_dist.errors import UserError, did_you_mean, explained, from_os_erro
 
 
 def test_a_full_disk_met_by_safetensors_is_one_too(tmp_path):
-    """Its errors are no OSError."""
+    """Its errors are not OSErrors."""
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(Exception, match="os error") as met:
         save_file({"a": torch.zeros(2)}, tmp_path / "loop" / "file")
@@ -22,7 +22,7 @@ def test_a_full_disk_met_by_safetensors_is_one_too(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError("28"), UserError("task 'a': (os error 13)"), FileExistsError(17, "")])
 def test_other_exceptions_pass_through(error):
-    """Those that say more already, and those that would be our own mistake in a stage."""
+    """Exceptions that already say more, and those that would be our own bugs in a stage."""
     assert from_os_error(error) is error
 
 

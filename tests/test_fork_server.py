@@ -1,4 +1,4 @@
-"""Processes of the fork server are what other tests take them for: processes of their own, that end as they should."""
+"""Processes of the fork server are what other tests assume: separate processes that end as they should."""
 
 import json
 import os
@@ -94,7 +94,7 @@ time.sleep(60)
 )
 @pytest.mark.parametrize("torchrun", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
 def test_signals_reach_it(script, torchrun, number, code):
-    """Also the one that nobody can catch; and ranks do not outlive what stands for torchrun."""
+    """Also the signal that nobody can catch; and ranks do not outlive the process that stands in for torchrun."""
     process = subprocess.Popen(
         forked([sys.executable, *torchrun, script(WAIT)]), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -135,7 +135,7 @@ def test_one_rank_takes_the_others_along(script):
 
 
 def test_its_own_processes_are_forks_too(script):
-    """Those of commands of the project: others are left alone."""
+    """Only processes of the project's commands: others are left alone."""
     text = """
 import subprocess, sys
 from pathlib import Path

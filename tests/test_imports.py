@@ -1,4 +1,4 @@
-"""The rules of the house: data flows one way, rooms that must not know each other don't, login nodes need no torch."""
+"""Import rules: data flows one way, some rooms must not know each other, and login nodes need no torch."""
 
 import ast
 import subprocess
@@ -16,7 +16,7 @@ ROOMS = {
 }
 COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "publish", "demo_assets", "schema"]
 SHARED = ["command", "project", "api", "build_steps", "sweep_folder", "preflight", "screen"]
-# These wait for no torch: a login node answers at once.
+# These don't wait for torch, so that a login node answers at once.
 TORCH_FREE = [
     *(f"hfprune_dist.{room}" for room in ("config", "store", "planning", "report", "results", "structures")),
     *(f"hfprune_dist.checkpoints.{name}" for name in ("checkpoint", "families", "kept_numbers", "lfs_pointers")),
@@ -34,7 +34,7 @@ MOST_LINES = 350
 
 
 def name_of(file):
-    """A module's name, from its place in the project."""
+    """Return a module's name, from its place in the project."""
     package = next(package for package, folder in PACKAGES.items() if file.is_relative_to(ROOT / folder))
     parts = file.relative_to(ROOT / PACKAGES[package]).with_suffix("").parts
     return ".".join([package, *parts]).removesuffix(".__init__")
@@ -57,7 +57,7 @@ def room_of(module):
 
 
 def arrows():
-    """(module, imported) across rooms of both packages."""
+    """Return (module, imported) across rooms of both packages."""
     for package in PACKAGES:
         for module, file in modules(package).items():
             for name in imports_of(file):
@@ -120,7 +120,7 @@ def test_commands_never_import_commands():
 
 
 def test_stages_are_imported_by_none_of_their_room():
-    """Parts that a stage consists of, or that stages share, may be."""
+    """Parts that a stage consists of, or that stages share, may be imported."""
     stages = {f"hfprune_dist.stages.{kind}" for kind in PARAMETERS}
     room = {name for name in modules("hfprune_dist") if name.startswith("hfprune_dist.stages.")}
     assert stages <= room
@@ -144,7 +144,7 @@ def test_submitit_is_known_to_launch_only():
 
 
 def test_a_stage_in_a_store_is_reached_by_its_handle_alone():
-    """Outside of the store nobody asks for a stage's folders, artifact, claim or failures by its id."""
+    """Outside the store, no code looks up a stage's folders, artifact, claim or failures by its id."""
     by_id = {"path", "work", "manifest", "is_committed", "verify", "set_aside", "open_draft", *DISCARDS}
     of_a_work_folder = {"try_claim", "read_heartbeat", "read_failure", "read_failures", "clear_failures"}
     of_a_work_folder |= {"write_failure", "write_failure_record"}
@@ -159,7 +159,7 @@ def test_a_stage_in_a_store_is_reached_by_its_handle_alone():
 
 
 def is_store(node):
-    """Whether an expression is a variable or attribute that holds a store."""
+    """Return whether an expression is a variable or attribute that holds a store."""
     name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
     return name.strip("_") == "store"
 
@@ -171,7 +171,7 @@ def test_modules_are_short():
 
 
 def positional_parameters():
-    """(module.function, how many parameters may be given by position) of all functions, without self and cls."""
+    """Return (module.function, number of positional parameters) of all functions, without self and cls."""
     for package in PACKAGES:
         for module, file in modules(package).items():
             yield from positional_of(ast.parse(file.read_text()), module, in_class=False)
@@ -191,7 +191,7 @@ def positional_of(node, prefix, in_class):
 
 
 def test_functions_have_at_most_five_positional_parameters():
-    """What travels together is an object."""
+    """Arguments that belong together are passed as one object."""
     assert not {name for name, count in positional_parameters() if count > MOST_PARAMETERS}
 
 
@@ -202,7 +202,7 @@ def test_every_package_is_installed():
 
 
 def test_the_login_node_never_waits_for_torch():
-    """All in one process, which tells the first that brings a large library."""
+    """All imports in one process, which reports the first that brings in a large library."""
     names = [
         name
         for module in TORCH_FREE

@@ -1,4 +1,4 @@
-"""What READMEs and examples show exists: links, paths, commands and their options, keys, methods."""
+"""Everything that READMEs and examples show exists: links, paths, commands and their options, keys, methods."""
 
 import argparse
 import contextlib
@@ -27,12 +27,12 @@ TOP = ["hfprune_dist", "launch", "configs", "slurm", "tests"]
 READMES = sorted([ROOT / "README.md", *(file for top in TOP for file in (ROOT / top).rglob("README.md"))])
 COMMANDS = ["hfprune", "sweep", "status", "report", "compare", "bench", "clean", "publish", "demo_assets", "schema"]
 LONGEST = 199
-# By commands; all other files that a README names are files of the project.
+# Files made by commands; all other files that a README names are files of the project.
 WRITTEN = {"results.md", "comparison.md", "bench.md", "bench.png"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 FILE_NAME = re.compile(r"[\w./-]+\.(py|sh|md|png)")
-# A row's label and the name of its checkpoint; a sweep that names no methods has two, so both have the method.
+# A row's label and the name of its checkpoint; a sweep that names no methods has two, so both names include the method.
 ROW = re.compile(r"'[\w.-]+ 0\.\d+ ([^']*)'|\b[\w.]+-0\.\d+-([\w-]+)")
 SHIPPED_PATH = re.compile(rf"({'|'.join(TOP)})/[\w./-]*")
 
@@ -43,7 +43,7 @@ def names(readme):
 
 @pytest.fixture(scope="module")
 def parsers():
-    """Each command's parser, taken where the command is about to use it."""
+    """Return each command's parser, captured where the command is about to use it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", _hand_over)
         return {command: _parser_of(command, patch) for command in COMMANDS}
@@ -64,7 +64,7 @@ def _parser_of(command, patch):
     return caught.value.args[0]
 
 
-# What is in a README. Each function below yields what is wrong in a text that lies in a folder.
+# Contents of a README. Each function below yields the problems of a text that lies in a folder.
 
 
 def prose_of(text):
@@ -76,7 +76,7 @@ def blocks_of(text, language):
 
 
 def slug(heading):
-    """The anchor that GitHub gives to a heading."""
+    """Return the anchor that GitHub gives to a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
@@ -108,7 +108,7 @@ def wrong_paths(text, folder):
 
 
 def tree_of(text):
-    """(folder of the top level, what a line of the tree names in it)."""
+    """Yield (folder of the top level, name in it), for each line of a tree."""
     tree = next((body for kind, body in FENCE.findall(text) if not kind and body.startswith("launch/")), "")
     top = ""
     for line in tree.splitlines():
@@ -124,7 +124,7 @@ def wrong_tree(text, _folder):
 
 
 def commands_of(text):
-    """(command, its arguments) of every call of a command in a block of shell lines, by its path or by hfprune."""
+    """Yield (command, its arguments) for every call of a command in a block of shell lines, by its path or hfprune."""
     for body in blocks_of(text, "bash"):
         for line in body.replace("\\\n", " ").replace("$seed", "0").splitlines():
             words = shlex.split(line.split(" > ")[0], comments=True)
@@ -154,7 +154,7 @@ def wrong_commands(text, _folder, parsers):
 
 
 def _check_sweep(parsed):
-    """As far as a sweep's command line can be checked without what only the user has."""
+    """Check a sweep's command line as far as that is possible without the user's own files."""
     files = [ROOT / file for file in parsed.config if (ROOT / file).exists() or file.parts[0] in TOP]
     _check_config(load_config(files, Command(parsed, ROOT, Console()).overrides()))
     if parsed.profile is not None and (not parsed.profile.endswith(".yaml") or parsed.profile.startswith("slurm/")):
@@ -191,7 +191,7 @@ def wrong_options(text, _folder, parsers):
 
 
 def wrong_keys(text, _folder):
-    """Keys in inline code: section.key, with or without a value."""
+    """Check keys in inline code: section.key, with or without a value."""
     sections = {name: field.annotation for name, field in SweepConfig.model_fields.items()}
     for code in CODE.findall(prose_of(text)):
         found = re.match(r"(?:--set )?'?(\w+)\.(\w+)(?:\.(\w+))?\b", code)
@@ -203,7 +203,7 @@ def wrong_keys(text, _folder):
 
 
 def tables_of(text):
-    """Tables as lists of rows, the first of which has the headings."""
+    """Return tables as lists of rows, the first of which holds the headings."""
     for block in re.findall(r"(?:^\|.*\n)+", prose_of(text), re.MULTILINE):
         lines = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in block.splitlines()]
         rows = [[cell.strip() for cell in row] for row in lines]
@@ -263,7 +263,7 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=names)
 def test_commands_in_comments_and_help_texts_exist(file, parsers):
-    """An example ends with its line, or before an explanation that stands apart; "..." stands for other options."""
+    """An example ends with its line, or before an explanation set apart from it; "..." stands for other options."""
     shown = file.read_text().replace("\\\n#", "").replace(" ...", "").replace(" | --cancel", "")
     lines = [re.split(r"   +", line)[0] for line in re.findall(r"python launch/[^`\n]*", shown)]
     assert list(wrong_commands("```bash\n" + "\n".join(lines) + "\n```", ROOT, parsers)) == []

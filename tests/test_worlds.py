@@ -1,4 +1,4 @@
-"""The worlds that other tests put their trust in: ranks that are threads."""
+"""The worlds that other tests rely on: ranks that are threads."""
 
 import pytest
 import torch

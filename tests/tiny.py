@@ -1,4 +1,4 @@
-"""Tiny random models, tokenizers and texts: real architectures and files, milliseconds of work."""
+"""Tiny random models, tokenizers and texts: real architectures and files, but milliseconds of work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hfprune_dist.store.stage import Input, Stage
 VOCABULARY = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
 WORDS = [a + b + c for a in "bdfgklmnprstv" for b in "aeiou" for c in "nrstl"]
 SHAPE = {
-    "vocab_size": 264,  # room for the special tokens that tokenizer classes add by themselves
+    "vocab_size": 264,  # room for the special tokens that tokenizer classes add themselves
     "hidden_act": "silu",
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -55,7 +55,7 @@ VARIANTS = {
 
 
 def tiny_model(variant: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A random float32 model whose outputs are far from uniform."""
+    """Return a random float32 model whose outputs are far from uniform."""
     config_class, model_class, options = VARIANTS[variant]
     torch.manual_seed(seed)
     model = model_class(config_class(**{**SHAPE, **options, **changes})).eval()
@@ -69,7 +69,7 @@ def tiny_model(variant: str = "llama", seed: int = 0, **changes: object) -> PreT
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE without merges."""
+    """Return a byte-level BPE tokenizer without merges."""
     vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -85,7 +85,7 @@ def save_tiny(
     dtype: torch.dtype = torch.float32,
     **options: object,
 ) -> Path:
-    """A checkpoint folder as a user has it."""
+    """Write a checkpoint folder as a user has it."""
     tiny_model(variant, **options).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -97,14 +97,14 @@ def tiny_text(words: int, seed: int) -> str:
 
 
 def write_documents(file: Path, count: int = 12, words: int = 40, seed: int = 0) -> Path:
-    """A jsonl file of random documents."""
+    """Write a jsonl file of random documents."""
     lines = [json.dumps({"text": tiny_text(words, seed * 1000 + number)}) for number in range(count)]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 
 
 def write_pairs(file: Path, count: int = 40, seed: int = 0) -> Path:
-    """A jsonl file of random instruction pairs."""
+    """Write a jsonl file of random instruction pairs."""
     generator = random.Random(seed)
     lines = []
     for number in range(count):
@@ -118,7 +118,7 @@ def write_pairs(file: Path, count: int = 40, seed: int = 0) -> Path:
 
 
 def importance_stage(folder: Path, label: str, params: dict[str, Any]) -> Stage:
-    """Over the model and the text in a folder, as ``save_tiny`` and ``write_documents`` leave them."""
+    """Return the stage over the model and text in a folder, as ``save_tiny`` and ``write_documents`` leave them."""
     model, text, hashes = folder / "model", folder / "text.jsonl", FileHashes(None)
     inputs = {
         "model": Input(hashes.of_folder(model), str(model)),

@@ -1,11 +1,11 @@
-"""What a training has reported to TensorBoard, read back from its files."""
+"""Values that a training has reported to TensorBoard, read back from its files."""
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def require_reported(folder, lines):
-    """Check that a folder has one run, which shows what a ``loss.jsonl`` records: each step once."""
+    """Check that a folder has one run, which shows the records of a ``loss.jsonl``, each step once."""
     (run,) = folder.iterdir()
     events = EventAccumulator(str(run)).Reload()
     assert sorted(events.Tags()["scalars"]) == sorted(f"train/{key}" for key in lines[0] if key != "step")

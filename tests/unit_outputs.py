@@ -1,4 +1,4 @@
-"""Where a model's units are seen, with what makes them, as the calibration pass has it."""
+"""Output projections of a model's units, and the projections that feed them, as the calibration pass has them."""
 
 from hfprune_dist.core.unit_sums import Maker, UnitOutputs
 

@@ -1,10 +1,10 @@
 """Worlds of several ranks that are threads of this process: milliseconds where real ranks take seconds.
 
-Ranks meet in each collective and go on together. Where they don't all come to the same one, every rank gets a
-``DivergedError`` that says who went where, instead of hanging. Collectives are logged per rank, with their bytes. A
-rank can be made to die before any of its collectives.
+Ranks wait for each other in each collective. Where they don't all call the same one, every rank gets a
+``DivergedError`` that says which rank called what, instead of hanging. Collectives are logged per rank, with their
+bytes. A rank can be made to die before any of its collectives.
 
-``without_deepspeed`` gives these ranks a calibration pass without ZeRO-3, whose gathers are collectives all the same.
+``without_deepspeed`` gives these ranks a calibration pass without ZeRO-3, but its gathers still count as collectives.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ PATIENCE_S = 600.0
 
 
 class DivergedError(AssertionError):
-    """Ranks came to different collectives, or one ended while others wait for it."""
+    """Ranks called different collectives, or one ended while others waited for it."""
 
 
 class LostRankError(Exception):
-    """What the other ranks get in their next collective once one has failed."""
+    """Raised on the other ranks in their next collective once one has failed."""
 
 
 class Death(BaseException):
-    """The end of a rank that was to die."""
+    """The end of a rank that was scheduled to die."""
 
 
 class Call(NamedTuple):
-    """One collective of a rank, and the bytes that it brought."""
+    """One collective of a rank, and the bytes that it transferred to the rank."""
 
     kind: str
     bytes: int
 
 
 class Ranks:
-    """Some ranks, each a thread, and where they meet.
+    """Several ranks, each a thread, and the place where they meet.
 
     Args:
-        deaths: rank -> the number, from 0, of the collective before which it dies.
+        deaths: rank -> number, from 0, of the collective before which it dies.
 
     Attributes:
-        logs: of every rank, its collectives in order.
+        logs: the collectives of every rank, in order.
     """
 
     def __init__(self, size: int, deaths: Mapping[int, int] | None = None) -> None:
@@ -78,7 +78,7 @@ class Ranks:
         self._causes: list[BaseException] = []
 
     def run(self, work: Callable[[World], T]) -> list[T]:
-        """What ``work`` returns on every rank; raises what the first rank to fail raised."""
+        """Return what ``work`` returns on every rank; raise what the first rank to fail raised."""
         results: dict[int, T] = {}
 
         def live(rank: int) -> None:
@@ -90,7 +90,7 @@ class Ranks:
                 self._end(rank)
 
         threads = [threading.Thread(target=live, args=(rank,), daemon=True) for rank in range(self.size)]
-        # Making a model changes the process's default for a while; threads that do so at once may restore each other's.
+        # Making a model changes the process's default for a while; threads doing so at once may restore each other's.
         default_dtype = torch.get_default_dtype()
         for thread in threads:
             thread.start()
@@ -102,14 +102,14 @@ class Ranks:
         return [results[rank] for rank in range(self.size)]
 
     def counts(self, rank: int = 0) -> Counter[str]:
-        """How often a rank took part in each kind of collective."""
+        """Return how often a rank took part in each kind of collective."""
         return Counter(call.kind for call in self.logs[rank])
 
     def meet(self, rank: int, kind: str, mine: Any = None, size: int = 0) -> list[Any]:
-        """Take part in a collective; returns what each rank brought, in rank order.
+        """Take part in a collective and return what each rank contributed, in rank order.
 
         Args:
-            kind: which collective; in the same words on every rank.
+            kind: which collective, in the same words on every rank.
             size: of ``mine``, in bytes.
         """
         if self._deaths.get(rank) == len(self.logs[rank]):
@@ -171,7 +171,7 @@ class ThreadWorld(World):
         object.__setattr__(self, "_ranks", ranks)
 
     def together(self, kind: str) -> None:
-        """A collective that is none of a world's: a forward of a sharded model, say."""
+        """Take part in a collective outside the world's methods, such as a forward of a sharded model."""
         self._meet(kind)
 
     def broadcast(self, value: T, source: int = 0) -> T:
@@ -203,7 +203,7 @@ class ThreadWorld(World):
 
 
 def until_told(ranks: Ranks, work: Callable[..., T]) -> Callable[..., T]:
-    """Work of rank 0 that isn't over before the others have been told twice that it goes on."""
+    """Wrap rank 0's work so that it ends only after the others have been told twice that it is still running."""
 
     def slow(*arguments: Any, **options: Any) -> T:
         told = len(ranks.logs[0])
@@ -221,7 +221,7 @@ FORWARD, BACKWARD, HEAD = "forward", "backward", "gather head"
 
 
 def without_deepspeed(monkeypatch: Any) -> None:
-    """Let ``ShardScorer`` load whole models, whose forwards and backwards are collectives as those of sharded ones."""
+    """Let ``ShardScorer`` load whole models; their forwards and backwards are collectives, as if they were sharded."""
     loaded: dict[Any, torch.nn.Module] = {}
     reading = threading.Lock()
 
