@@ -1,4 +1,4 @@
-"""Nonsense in a config.json or in headers is told by name, and nothing but what tells it is raised for it."""
+"""Nonsense in a config.json or in headers is refused with its name, and never ends in any other exception."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def folder_of(tmp_path_factory):
 
 
 def is_refused(folder):
-    """Whether a folder isn't opened; else all is asked of it that planning asks."""
+    """Return whether opening a folder is refused; if it opens, compute everything that planning asks of it."""
     try:
         checkpoint = open_checkpoint(folder)
         assert checkpoint.parameters > 0 and checkpoint.structures
@@ -64,7 +64,7 @@ def is_refused(folder):
 
 @contextmanager
 def holding(file, content):
-    """A file with other content for a while."""
+    """Give a file other content within the context."""
     before = file.read_bytes()
     file.write_bytes(content)
     try:

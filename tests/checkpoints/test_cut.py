@@ -1,4 +1,4 @@
-"""Cut tensors hold what indexing holds, bit by bit."""
+"""Cut tensors equal indexed ones, bit for bit."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Parts of architectures that aren't listed, found by names and shapes; and what is refused, by name."""
+"""Discovery of parts by names and shapes in architectures that aren't listed, and refusals that name the cause."""
 
 import pytest
 

@@ -1,7 +1,7 @@
-"""config.json of plain checkpoints against the rules of engines with model code of their own, which are not run.
+"""Plain checkpoints' config.json against the rules of engines with their own model code, which are not run.
 
-Read in the model code of vLLM and SGLang (llama.py, qwen2.py): the sizes that they make parameters of, and what they
-assert where a layer is split over devices. llama.cpp is run, see test_llama_cpp.py.
+The rules come from the model code of vLLM and SGLang (llama.py, qwen2.py): the sizes of their parameters, and their
+assertions where a layer is split over devices. llama.cpp is really run, see test_llama_cpp.py.
 """
 
 from blank import blank, sizes
@@ -18,7 +18,7 @@ CLASSES |= {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 @st.composite
 def pruned(draw):
-    """A dense checkpoint, a plain shape of it, and the number of devices that it was made for."""
+    """Draw a dense checkpoint, a plain shape of it, and the number of devices that the shape was made for."""
     variant = draw(st.sampled_from(sorted(VARIANTS)))
     model_type = VARIANTS[variant][0].model_type
     dense = blank(variant, **draw(sizes()), architectures=[CLASSES[model_type]])
@@ -52,12 +52,12 @@ def test_config_json_alone_gives_the_sizes_that_were_written(drawn):
 
 
 def head_dim_of(config):
-    """As llama.py of both engines has it, and qwen3.py."""
+    """Return the head size as llama.py of both engines and qwen3.py compute it."""
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def parameters(config, head_dim):
-    """What an engine makes room for."""
+    """Return the number of parameters that an engine allocates."""
     hidden, width, model_type = config["hidden_size"], config["intermediate_size"], config["model_type"]
     queries, keys = (config[key] * head_dim for key in ("num_attention_heads", "num_key_value_heads"))
     layer = hidden * (2 * queries + 2 * keys + 3 * width + 2)
@@ -74,7 +74,7 @@ def parameters(config, head_dim):
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(pruned())
 def test_engines_whose_qwen2_divides_the_hidden_size_by_its_heads_need_all_of_them(drawn):
-    """qwen2.py of both doesn't read head_dim: README says what to leave in place for them."""
+    """qwen2.py of both engines doesn't read head_dim: the README says what to keep for them."""
     dense, shape, _ = drawn
     config = pruned_config(dense, shape)
     if config["model_type"] == "qwen2":

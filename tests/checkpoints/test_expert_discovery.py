@@ -1,4 +1,4 @@
-"""Experts found by names and shapes, and what is refused because it isn't as they are."""
+"""Discovery of experts by names and shapes, and refusals of what doesn't have their form."""
 
 import pytest
 from headers import checkpoint_of, grouped_mixtures, mixtures, tensors_of
@@ -132,7 +132,7 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(config, data):
         del shapes[name]
         part = name.partition("layers.")[2].partition(".")[2]
         lacks = f"contradicts the tensors .*: layer .* has no {part}, of {config['num_experts']} experts"
-        known = "experts.0." in part or "shared" in part  # which tell of what kind they are
+        known = "experts.0." in part or "shared" in part  # these show what kind of experts they are
         with pytest.raises(UserError, match="not supported|has no" if known else lacks):
             discover(config, shapes, "here")
 
@@ -171,7 +171,7 @@ def test_config_json_must_agree_with_itself(config):
 
 @given(mixtures())
 def test_all_that_config_json_says_of_experts_widths_follows(config):
-    """Some classes read intermediate_size for it, whatever else a file says."""
+    """Some classes read intermediate_size for the width, whatever else a file says."""
     both = {**config, "intermediate_size": config["moe_intermediate_size"]}
     fields = {"moe_intermediate_size"} | ({"intermediate_size"} if not config["first_k_dense_replace"] else set())
     assert checkpoint_of(both).structures[EXPERT_NEURONS].fields.keys() == fields

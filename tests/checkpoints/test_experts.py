@@ -1,7 +1,7 @@
-"""Every mixture of experts that is pruned, held against what transformers makes of a tiny model of it.
+"""Every mixture of experts that can be pruned, compared with transformers on a tiny model of it.
 
-Experts of ``MORE_EXPERTS`` have a form that one of ``EXPERTS`` has too: of these is tested what could differ, which is
-all that is around experts, and their names in files and in config.json.
+Experts of ``MORE_EXPERTS`` share the form of one in ``EXPERTS``, so that only their differences are tested: everything
+around the experts, and their names in files and in config.json.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from hfprune_dist.structures.kept import Shape
 README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
-# Of what is kept, and then of that.
+# Shares that are kept: of the dense model, and then of the result.
 SHARES = {NEURONS: (2 / 3, 1 / 2), WHOLE: (3 / 4, 2 / 3)}
 every_family = pytest.mark.parametrize("model_type", EXPERTS)
 every_mixture = pytest.mark.parametrize("model_type", EXPERTS | MORE_EXPERTS)
@@ -57,7 +57,7 @@ further = pytest.mark.parametrize("model_type", MORE_EXPERTS)
 
 @pytest.fixture(scope="module")
 def checkpoint_of(tmp_path_factory):
-    """The checkpoint of a family, the same for all tests of what is pruned; with more experts where these go."""
+    """A family's checkpoint, shared by all tests of one kind of unit; with more experts where experts go."""
 
     @functools.cache
     def made(name, structure=NEURONS):
@@ -77,7 +77,7 @@ def logits_of(model):
 
 
 def routing_of(model):
-    """The experts of each token, sorted, in every layer that has some [tokens, chosen]."""
+    """Return the sorted experts of each token, in every layer that has some [tokens, chosen]."""
     chosen = []
     for experts in (it for it in model.modules() if hasattr(it, "_apply_gate")):
         experts.register_forward_pre_hook(lambda _, inputs: chosen.append(inputs[1].sort().values))
@@ -86,14 +86,14 @@ def routing_of(model):
 
 
 def gone_of(units, kept, layer):
-    """Whether each unit of a layer goes, for each expert [experts, units of it]."""
+    """Return which units of a layer go, for each expert [experts, units of it]."""
     gone_U = torch.ones(units.counts[layer], dtype=torch.bool)
     gone_U[kept.of_layer(layer, units.kind)] = False
     return gone_U.view(units.parts, -1)
 
 
 def never_chosen(layer, gone_E):
-    """Let a layer's router choose none of these experts: their logits and corrected scores are -inf."""
+    """Keep a layer's router from choosing these experts: set their logits and corrected scores to -inf."""
     router = next(it for name, it in layer.named_modules() if name.rpartition(".")[2] in ("gate", "router"))
     compute, linear = router.forward, torch.nn.functional.linear
     without = partial(torch.masked_fill, mask=gone_E, value=float("-inf"))
@@ -110,7 +110,7 @@ def never_chosen(layer, gone_E):
 
 
 def masked(checkpoint, kept):
-    """The dense model, in which neurons that go put nothing out, and experts that go aren't chosen."""
+    """Return the dense model with zero outputs of neurons that go, and a router that never chooses experts that go."""
     model = load(checkpoint.path)
     for layer, rows in zip(kept.layers, kept.units.get(WHOLE, ()), strict=False):
         if len(rows):
@@ -132,12 +132,12 @@ def masked(checkpoint, kept):
 
 
 def assert_same(ours, theirs):
-    """Within 1e-5 of the largest logit."""
+    """Check that logits differ by at most 1e-5 of the largest."""
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 def as_modules_have_it(folder, target, model_type):
-    """The same checkpoint with all experts of a layer in one tensor."""
+    """Write the same checkpoint with all experts of a layer in one tensor."""
     load(folder).save_pretrained(target, save_original_format=False)
     tiny_tokenizer().save_pretrained(target)
     return open_checkpoint(target)
@@ -158,7 +158,7 @@ def test_the_readme_lists_what_is_covered(checkpoint_of):
 
 
 def as_numbered(checkpoint, kept, routing):
-    """Experts of each token as a checkpoint numbers them that keeps these -> as the dense one numbers them."""
+    """Translate the experts of each token from a pruned checkpoint's numbers to those of the dense one."""
     if WHOLE not in kept.units:
         return routing
     sparse = [kept.of_layer(layer, WHOLE) for layer in checkpoint.family.experts.layers]
@@ -296,7 +296,7 @@ def test_scores_are_those_that_are_defined(checkpoint_of, model_type):
     ],
 )
 def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type, fused, groups):
-    """Of every layer's output on the calibration text, and of the model's."""
+    """Both the error of every layer's output on the calibration text, and the model's."""
     checkpoint, windows_ST = checkpoint_of(model_type), torch.cat([WINDOWS, WINDOWS.flip(1), WINDOWS.roll(1, 1)])
     if fused:
         checkpoint = as_modules_have_it(checkpoint.path, tmp_path / "fused", model_type)
@@ -312,7 +312,7 @@ def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type, fused, gr
         assert all(it.error_after < it.error_before for it in report.values())
     dense, cut, better = (load(it) for it in (checkpoint.path, tmp_path / "cut", tmp_path / "fitted"))
     assert type(better).__module__.startswith("transformers.")
-    if model_type != "minimax":  # whose layers make more of what the first ones lose than a refit gives back
+    if model_type != "minimax":  # its layers amplify the first ones' losses by more than a refit recovers
         assert divergence(dense, better) < divergence(dense, cut)
 
 
@@ -323,7 +323,7 @@ def divergence(dense, other):
 
 
 def errors_of_layers(checkpoint, folder, windows_ST):
-    """Of each layer's output, where it reads what the dense one does, the share that is lost."""
+    """Return the share of each layer's output that is lost when the layer reads the dense model's states."""
     dense, pruned = (LayerReader(it, torch.float32, CPU) for it in (checkpoint, open_checkpoint(folder)))
     hidden_BTC, errors = dense.embed({0: windows_ST})[0], []
     for number in range(checkpoint.num_layers):
@@ -484,7 +484,7 @@ def test_code_that_came_with_a_checkpoint_is_left_behind(checkpoint_of, tmp_path
 
 
 def test_tensors_that_files_call_otherwise_are_not_made_up(checkpoint_of, tmp_path):
-    """An architecture's experts under names of another one's, which loading would leave at random."""
+    """Experts of one architecture under the names of another, which loading would leave at random."""
     shutil.copytree(checkpoint_of("olmoe").path, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     told = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}

@@ -1,4 +1,4 @@
-"""Every architecture that is pruned, held against what transformers and autograd say of a tiny random model of it."""
+"""Every architecture that can be pruned, compared with transformers and autograd on a tiny random model of it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ every_decoder = pytest.mark.parametrize("model_type", FAMILIES | SEEING)
 
 @pytest.fixture(scope="module")
 def checkpoint_of(tmp_path_factory):
-    """The checkpoint of a family, the same for all tests."""
+    """A family's checkpoint, shared by all tests."""
     return functools.cache(lambda name: open_checkpoint(save_model(tmp_path_factory.mktemp(name) / "model", name)))
 
 
@@ -113,7 +113,7 @@ def test_a_plain_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_t
 
 
 def unchanged(checkpoint, smaller):
-    """What config.json says of neither units nor layers."""
+    """Return the entries of config.json that describe neither units nor layers."""
     fields = {field for units in checkpoint.structures.values() for field in units.fields}
     ours = {
         *fields,
@@ -129,7 +129,7 @@ def unchanged(checkpoint, smaller):
 
 
 def test_an_older_name_of_the_width_follows(tmp_path):
-    """Files of lfm2 say block_ff_dim and full_attn_idxs, which its configuration reads first."""
+    """Files of lfm2 use block_ff_dim and full_attn_idxs, which its configuration class reads first."""
     folder = save_model(tmp_path / "dense", "lfm2")
     file = folder / "config.json"
     config = json.loads(file.read_text())
@@ -145,7 +145,7 @@ def test_an_older_name_of_the_width_follows(tmp_path):
 
 
 def test_the_number_of_layers_follows_whatever_it_is_called(tmp_path):
-    """Files of exaone say num_layers, and name a class that transformers hasn't."""
+    """Files of exaone use num_layers, and name a class that transformers doesn't have."""
     folder = save_model(tmp_path / "dense", "exaone")
     file = folder / "config.json"
     config = json.loads(file.read_text())
@@ -161,7 +161,7 @@ def test_the_number_of_layers_follows_whatever_it_is_called(tmp_path):
 @every_family
 def test_layers_that_differ_load_with_their_code_and_are_pruned_again(checkpoint_of, tmp_path, model_type):
     checkpoint = checkpoint_of(model_type)
-    kept = some_kept(checkpoint, (1, 2), (9, 20))  # one of each kind, where there are several
+    kept = some_kept(checkpoint, (1, 2), (9, 20))  # one of each kind, if there are several
     write(checkpoint, kept, tmp_path / "once")
     expected = logits_of(masked(checkpoint, kept))
     assert_same(logits_of(load(tmp_path / "once", trust_remote_code=True)), expected)
@@ -195,7 +195,7 @@ def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type, method):
     layers = range(3)
     units = {"neurons": [torch.arange(2, 20)] * 3}
     if "kv_groups" in kinds_of(checkpoint) and method != "block":
-        others = torch.tensor([1]) if model_type in SEEING else torch.arange(2)  # which must stay plain
+        others = torch.tensor([1]) if model_type in SEEING else torch.arange(2)  # models of images must stay plain
         units["kv_groups"] = [torch.tensor([0])] + [others] * 2
     kept = Kept(tuple(layers), units)
     windows_ST = torch.randint(3, 64, (24, 12), generator=torch.Generator().manual_seed(2))
@@ -218,7 +218,7 @@ def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type, method):
 
 @every_family
 def test_layers_that_are_told_apart_by_their_number_stay(model_type):
-    """Where config.json lists no kinds of layers, the class of the configuration may make such a list."""
+    """Where config.json doesn't list the kinds of layers, the configuration class may make such a list."""
     needed = {key: value for key, value in FAMILIES[model_type].items() if key.startswith("mamba_")}
     made = CONFIG_MAPPING[model_type](**SHAPE | needed | {"num_hidden_layers": 12}).to_dict()
     lists = [key for key in ("layer_types", "no_rope_layers") if len(set(map(str, made.get(key) or []))) > 1]

@@ -1,4 +1,4 @@
-"""Models of images and text: their text decoders are pruned, and everything else of them is as it was."""
+"""Models of images and text: their text decoders are pruned, and everything else stays as it was."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def checkpoint_of(tmp_path_factory):
 
 @torch.no_grad()
 def logits_of(model, model_type):
-    """Of a text with a random image in it."""
+    """Return the logits of a text with a random image in it."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.tensor([[1, *TEXT, *[IMAGE_TOKEN] * IMAGE_TOKENS, *reversed(TEXT)]])
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28, generator=generator)}
@@ -99,7 +99,7 @@ def test_nothing_but_the_text_decoder_changes(checkpoint_of, tmp_path, model_typ
 
 
 def renamed(source, folder, names, config):
-    """The same checkpoint with other names in its file, and another config.json."""
+    """Write the same checkpoint with other names in its file, and another config.json."""
     folder.mkdir()
     for file in source.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -112,7 +112,7 @@ def renamed(source, folder, names, config):
 
 
 def flat(config):
-    """As files of qwen2_5_vl were before there was a text_config."""
+    """Return a config.json in the layout that qwen2_5_vl had before text_config existed."""
     text = {key: value for key, value in config["text_config"].items() if key not in ("model_type", "dtype")}
     return {key: value for key, value in config.items() if key != "text_config"} | text
 
@@ -146,7 +146,7 @@ def test_other_layouts_of_files_are_read_and_kept(checkpoint_of, tmp_path, model
 
 
 def test_layers_that_predict_further_tokens_are_left_out(checkpoint_of, tmp_path):
-    """transformers doesn't load them, and pruning would leave them wider than config.json says."""
+    """transformers doesn't load these layers, and pruning would leave them wider than config.json says."""
     source = checkpoint_of("qwen3_5")
     further = {"mtp.fc.weight": torch.zeros(32, 64), "mtp.layers.0.mlp.down_proj.weight": torch.zeros(32, 24)}
     folder = renamed(source.path, tmp_path / "dense", {}, dict(source.whole)).path
@@ -163,7 +163,7 @@ def test_layers_that_predict_further_tokens_are_left_out(checkpoint_of, tmp_path
 
 @pytest.mark.parametrize("widths", [(15, 15), (15, 11)], ids=["plain", "of each layer"])
 def test_a_decoder_that_was_saved_without_its_encoder_is_pruned(checkpoint_of, tmp_path, widths):
-    """transformers then calls its tensors what they are called in the whole model."""
+    """transformers then gives its tensors the names that they have in the whole model."""
     decoder = tmp_path / "decoder"
     AutoModelForCausalLM.from_pretrained(checkpoint_of("qwen3_5").path).save_pretrained(decoder)
     tiny_tokenizer().save_pretrained(decoder)
@@ -247,7 +247,7 @@ WINDOWS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(
 
 @every_mixture
 def test_a_pruned_mixture_is_the_masked_model_with_an_image(checkpoint_of, tmp_path, model_type):
-    """Of each MLP and expert the first neurons go."""
+    """The first neurons of each MLP and expert go."""
     checkpoint = checkpoint_of(model_type)
     require_own_weights(checkpoint)
     units, dense = {it.kind: it for it in checkpoint.pruned_kinds([NEURONS])}, load(checkpoint.path)

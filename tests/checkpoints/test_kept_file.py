@@ -1,4 +1,4 @@
-"""kept.json: read as it was written, by this version or an earlier one."""
+"""kept.json reads back as it was written, by this version or an earlier one."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Settings of layers follow them."""
+"""Settings of single layers stay with their layers."""
 
 import pytest
 from hypothesis import given, settings

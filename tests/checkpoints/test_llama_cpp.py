@@ -20,8 +20,8 @@ from hfprune_dist.structures.kept import Kept
 
 pytestmark = pytest.mark.engines
 CONTEXT, CHUNKS = 128, 6
-# Relative, of perplexities. Seen with the real model: half precision costs 0.01 %; eight bits a weight cost 0.9 %,
-# and 5 % once it is cut without a refit.
+# Relative differences of perplexities. With the real model, half precision costs 0.01 %; eight bits per weight cost
+# 0.9 %, and 5 % once it is cut without a refit.
 F16_TOLERANCE, Q8_0_TOLERANCE = 5e-3, 8e-2
 
 
@@ -48,7 +48,7 @@ def test_a_real_model_with_fewer_layers_and_neurons(llama_cpp, text, tmp_path, r
 
 
 def strongest(folder, layer, count):
-    """The neurons of a layer whose columns of down_proj are longest, ascending."""
+    """Return the neurons of a layer whose columns of down_proj are longest, in ascending order."""
     (file,) = folder.glob("*.safetensors")
     with safe_open(file, framework="pt") as weights:
         norms_I = weights.get_tensor(f"model.layers.{layer}.mlp.down_proj.weight").float().norm(dim=0)
@@ -59,13 +59,13 @@ def strongest(folder, layer, count):
     ("variant", "groups", "written"), [("llama", 4, "llama"), ("llama", 5, "mistral"), ("qwen3", 5, "qwen3")]
 )
 def test_fewer_heads_of_the_same_size(llama_cpp, text, tmp_path, real_assets, variant, groups, written):
-    """Tiny models with the real one's tokenizer, which llama.cpp knows. 5 heads don't divide the hidden size."""
+    """Tiny models with the real one's tokenizer, which llama.cpp knows. The hidden size isn't divisible by 5 heads."""
     dense, pruned = tmp_path / "dense", tmp_path / "pruned"
     shutil.copytree(real_assets / "llama", dense, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
     shape = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32}
     model = tiny_model(variant, vocab_size=len(AutoTokenizer.from_pretrained(dense)), intermediate_size=128, **shape)
     with torch.no_grad():
-        model.lm_head.weight.mul_(0.2)  # else perplexities are astronomic, and so are their differences
+        model.lm_head.weight.mul_(0.2)  # otherwise perplexities are astronomic, and so are their differences
     model.save_pretrained(dense)
     kept = {"neurons": [torch.arange(96)] * 2, "kv_groups": [torch.arange(groups)] * 2}
     write(open_checkpoint(dense), Kept.of_all_layers(kept), pruned)
@@ -74,7 +74,7 @@ def test_fewer_heads_of_the_same_size(llama_cpp, text, tmp_path, real_assets, va
 
 
 def require_same_perplexity(llama_cpp, text, tmp_path, folder):
-    """Check both kinds of files against transformers, whose perplexity is returned."""
+    """Check both kinds of files against transformers, and return the perplexity that transformers computes."""
     expected = perplexity(folder, text.read_text())
     half, eighth = llama_cpp.convert(folder, tmp_path / "f16.gguf"), tmp_path / "q8_0.gguf"
     assert llama_cpp.perplexity(half, text, CONTEXT, CHUNKS) == pytest.approx(expected, rel=F16_TOLERANCE)
@@ -84,8 +84,8 @@ def require_same_perplexity(llama_cpp, text, tmp_path, folder):
 
 
 def perplexity(folder, text):
-    """As llama-perplexity measures it: over the second half of each chunk of the text, which begins with BOS where the
-    tokenizer begins a text with it.
+    """Measure perplexity as llama-perplexity does: over the second half of each chunk of the text, which begins with
+    BOS if the tokenizer begins texts with it.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The adapter on disk is peft's, and the merged checkpoint computes what model + adapter compute."""
+"""The adapter on disk is peft's, and the merged checkpoint computes what model and adapter compute together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INPUT_IDS = torch.arange(3, 43).view(2, 20)
 
 
 def adapted_model(folder):
-    """A peft model whose adapter does something."""
+    """Return a peft model whose adapter has an effect."""
     checkpoint = open_checkpoint(folder)
     targets = lora_targets(checkpoint.family, checkpoint.ranks)
     config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=targets)

@@ -1,4 +1,4 @@
-"""LoRAP on every architecture whose attention has separate projections, by dense models; others refused."""
+"""LoRAP on every architecture whose attention has separate projections, against dense models; others are refused."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from hfprune_dist.structures.kept import Kept
 
 README = Path(__file__).parents[2] / "hfprune_dist" / "checkpoints" / "README.md"
 WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
-RATIO = 0.45  # so that no matrix of attention stays whole
+RATIO = 0.45  # low enough that no matrix of attention stays whole
 METHOD = Method(criterion="lorap", allocation="low_rank")
 ONE_MATRIX, NOT_ALL = "its queries, keys and values are one matrix", "not all layers have attention (layer 0 has none)"
 ONE_LATENT, OTHER_HEADS = "its attention keeps one latent vector for all heads", "its layers differ in heads"
-# Architecture -> why not.
+# Architecture -> reason why it is refused.
 REFUSED = {
     **dict.fromkeys(("phi3", "gpt_neox", "persimmon"), ONE_MATRIX),
     **dict.fromkeys(("lfm2", "lfm3", "qwen3_5_text", "bamba", "granitemoehybrid"), NOT_ALL),
@@ -51,7 +51,7 @@ every_possible = pytest.mark.parametrize("model_type", [it for it in FAMILIES if
 
 @pytest.fixture(scope="module")
 def cut_of(tmp_path_factory):
-    """A family's model, what LoRAP's pass makes of it, and where that is; the same for all tests."""
+    """A family's model, the result of LoRAP's pass and its checkpoint; shared by all tests."""
 
     @functools.cache
     def cut(model_type):
@@ -77,7 +77,7 @@ def logits_of(model):
 
 
 def read_by(model, names):
-    """d of what modules read: of each channel the root of its squares' sum over a window, of these the mean."""
+    """Return d of modules' inputs: of each channel, the root of the mean over windows of its sum of squares."""
     read = {}
 
     def observe(name, _module, inputs):
@@ -91,15 +91,15 @@ def read_by(model, names):
 
 
 def truncated(weight, read, rank):
-    """The product of LoRAP's factors."""
+    """Return the product of LoRAP's factors."""
     left, values, right = torch.linalg.svd(weight.double() * read, full_matrices=False)
     return ((left[:, :rank] * values[:rank]) @ right[:rank] / read).to(weight.dtype)
 
 
 def defined(dense, ranks, width):
-    """The dense model with products in place of attention's matrices and zeros for neurons that go; which of them stay.
+    """The dense model with products for attention's matrices and zeros for neurons that go, and the neurons that stay.
 
-    Layer after layer, the whole model runs, so that every layer reads what those before it have become.
+    The whole model runs once per layer, so that every layer reads the outputs of layers that are already changed.
     """
     model, units, kept = dense_of(dense), dense.units, []
     attention = [f"{dense.family.attention}.{name}" for name in dense.family.attention_projections]
@@ -162,7 +162,7 @@ def test_costs_and_dimensions_know_factors(cut_of, model_type):
 
 
 def matrices_of(checkpoint):
-    """Numbers in the matrices of its layers, without the tiny one by which attention of doge forgets."""
+    """Count the elements of the layers' matrices, without the tiny one by which attention of doge forgets."""
     in_layers = {name: it for name, it in checkpoint.tensors.items() if name.startswith(f"{checkpoint.family.layers}.")}
     of_layers = [it for name, it in in_layers.items() if "dt_proj" not in name]
     return sum(it.numel for it in of_layers if len(it.shape) == 2)
@@ -204,7 +204,7 @@ def test_what_has_low_rank_is_not_pruned_again(cut_of):
 
 
 def copied(folder, target, config):
-    """A checkpoint's folder that says something else in config.json."""
+    """Copy a checkpoint's folder with changes in its config.json."""
     target.mkdir()
     for file in folder.iterdir():
         (target / file.name).symlink_to(file.resolve())

@@ -1,4 +1,4 @@
-"""What counts as a parameter is what a loaded model computes with, whatever else is in the files."""
+"""Parameters that count are those that a loaded model computes with, whatever else is in the files."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def count(model):
 
 
 def save(folder, variant, *, tied, head="as it is", layers_more=0, junk=(), **options):
-    """A checkpoint whose files hold more, or something else, than its config.json tells of."""
+    """Write a checkpoint whose files hold more than its config.json describes, or something else."""
     save_tiny(folder, variant, tie_word_embeddings=tied, **options)
     file = folder / "model.safetensors"
     weights = load_file(file)
@@ -80,7 +80,7 @@ def checkpoints(draw):
 
 
 def prune(checkpoint, folder):
-    """As the prune stage writes it, each layer's first half kept; returns the ratio that is reported."""
+    """Prune as the prune stage does, with each layer's first half kept, and return the ratio that is reported."""
     width = checkpoint.units.most // 2
     kept = Kept.of_all_layers({"neurons": [torch.arange(width)] * checkpoint.num_layers})
     for file in checkpoint.weight_files:
@@ -129,7 +129,7 @@ def identity(folder):
 
 
 def test_only_what_was_counted_otherwise_has_another_identity(tmp_path):
-    """What an earlier version made of such a checkpoint, for another ratio than it said, isn't taken up."""
+    """Results of an earlier version for such a checkpoint, whose ratio it misreported, aren't reused."""
 
     def of_files(folder):
         return FileHashes(None).of_files(folder, sorted(it.name for it in folder.iterdir()))

@@ -1,4 +1,4 @@
-"""Checkpoints without some neurons, KV groups and layers, against the dense model with these masked."""
+"""Checkpoints without some neurons, KV groups and layers, compared with the dense model that has these masked."""
 
 import json
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_layers_that_differ_load_with_the_code_in_their_folder_and_generate(tmp_
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layers_that_differ_load_where_transformers_has_no_settings_of_single_layers(tmp_path, monkeypatch, variant):
-    """As in 4.57, with which this was run too."""
+    """As in transformers 4.57, with which this was run too."""
     write(open_checkpoint(save_tiny(tmp_path / "dense", variant, num_hidden_layers=3)), RAGGED, tmp_path / "pruned")
     expected = load(tmp_path / "pruned", trust_remote_code=True)(IDS, use_cache=False).logits
     monkeypatch.delattr(HeterogeneousConfigMixin, "per_layer_config")
@@ -168,7 +168,7 @@ def test_widths_as_an_earlier_version_wrote_them_are_read_and_pruned_again(tmp_p
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_group_is_a_key_value_head_and_the_query_heads_that_stand_together(tmp_path, variant):
-    """Of 2 groups of 2 query heads, group 0 is the heads 0 and 1, and not 0 and 2."""
+    """With 2 groups of 2 query heads each, group 0 consists of heads 0 and 1, not 0 and 2."""
     kept = Kept.of_all_layers({"kv_groups": [torch.tensor([1])] * 2})
     write(open_checkpoint(save_tiny(tmp_path / "dense", variant)), kept, tmp_path / "pruned")
     dense, pruned = load(tmp_path / "dense"), load(tmp_path / "pruned")
@@ -208,7 +208,7 @@ ROPES = [
 def test_a_llama_whose_heads_do_not_divide_is_written_as_mistral_with_equal_bits(
     groups, queries, kept_groups, rope, tied
 ):
-    """Equal to the class that it is written for and to a llama that is given as many heads behind its check's back."""
+    """Equal to the class that it is written for, and to a llama whose check was bypassed to give it as many heads."""
     kept_groups, heads = min(kept_groups, groups), groups * queries
     hidden = 4 * heads
     with TemporaryDirectory() as name:
@@ -224,7 +224,7 @@ def test_a_llama_whose_heads_do_not_divide_is_written_as_mistral_with_equal_bits
         write(checkpoint, kept, pruned)
         loaded = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
         divides = hidden % (kept_groups * queries) == 0
-        if "rope_scaling" in rope and not divides:  # where transformers before 5 looks
+        if "rope_scaling" in rope and not divides:  # transformers before 5 looks there
             stated = json.loads((pruned / "config.json").read_text())
             assert stated["rope_scaling"] == stated["rope_parameters"] == loaded.config.rope_parameters
         assert loaded.config.model_type == ("llama" if divides else "mistral")
@@ -235,7 +235,7 @@ def test_a_llama_whose_heads_do_not_divide_is_written_as_mistral_with_equal_bits
 
 
 def as_llama(checkpoint, pruned):
-    """The weights of a pruned checkpoint in the llama that it was, whose attention is made without a check."""
+    """Load a pruned checkpoint's weights into its original llama class, whose attention is made without a check."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
     config = model.config
     units = open_checkpoint(pruned).structures["kv_groups"]

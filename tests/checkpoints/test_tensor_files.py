@@ -59,7 +59,7 @@ def test_any_damage_is_noticed(written, how):
 
 @pytest.mark.parametrize("place", range(8))
 def test_any_flipped_bit_is_noticed(written, place):
-    """If it changes what is read; in the header's texts, names and shapes as well."""
+    """As far as it changes what is read, including texts, names and shapes in the header."""
     file, content = written
     for number in range(8, len(content)):
         flipped = content[:number] + bytes([content[number] ^ 1 << place]) + content[number + 1 :]
@@ -68,7 +68,7 @@ def test_any_flipped_bit_is_noticed(written, place):
             tensors, texts = load_tensors(file)
         except DamagedFileError:
             continue
-        # What isn't noticed has left the content alone: a blank between two numbers of the header, or its title.
+        # Flips that go unnoticed change no content: a blank between two numbers of the header, or its title.
         assert texts.get("step", "3") == "3" and all(torch.equal(tensors[name], it) for name, it in TENSORS.items())
 
 

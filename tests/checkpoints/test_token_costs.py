@@ -1,4 +1,4 @@
-"""What a token costs, against torch's own counter and against the tensors of a real cache."""
+"""Costs of a token, compared with torch's own counter and with the tensors of a real cache."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,14 +25,14 @@ SHAPE = {"num_hidden_layers": LAYERS, "num_key_value_heads": GROUPS, "num_attent
 
 
 def cut(folder, variant, layers, widths, groups):
-    """A checkpoint whose staying layers have so many neurons and KV groups."""
+    """Write a checkpoint whose remaining layers have these numbers of neurons and KV groups."""
     dense = open_checkpoint(save_tiny(folder / "dense", variant, hidden_size=36, **SHAPE))
     units = {"neurons": [torch.arange(it) for it in widths], "kv_groups": [torch.arange(it) for it in groups]}
     return written(folder, dense, Kept(layers, units))
 
 
 def written(folder, dense, kept, factors=None):
-    """What stays of a model, with the factors that it gets."""
+    """Write what stays of a model, with its factors of low rank."""
     (folder / "pruned").mkdir()
     for file in dense.weight_files:
         write_weight_file(dense, file, kept, folder / "pruned", factors)
@@ -42,7 +42,7 @@ def written(folder, dense, kept, factors=None):
 
 @st.composite
 def shapes(draw):
-    """Layers that stay, and the neurons and KV groups of each: all alike, or of their own."""
+    """Draw layers that stay, and the numbers of neurons and KV groups of each: equal in all layers, or different."""
     layers = tuple(sorted(draw(st.sets(st.integers(0, LAYERS - 1), min_size=1))))
     alike = draw(st.booleans())
 
@@ -54,7 +54,7 @@ def shapes(draw):
 
 
 def counted_flops(model, input_ids_BT, cache=None):
-    """torch's number for one forward pass, and the cache after it; its counter knows nothing of fused attention."""
+    """Return torch's count for one forward pass, and the cache after it; the counter ignores fused attention."""
     model.set_attn_implementation("eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         outputs = model(input_ids=input_ids_BT, past_key_values=cache, use_cache=True)

@@ -1,4 +1,4 @@
-"""A llama that is written as mistral gives a text the same ids, although transformers makes their tokenizers apart."""
+"""A llama written as mistral gives a text the same ids, although transformers makes their tokenizers differently."""
 
 import json
 
@@ -19,7 +19,7 @@ FLAGS = [{}, {"legacy": True}, {"legacy": False}, {"add_bos_token": True}, {"add
 
 
 def of_pieces(normalizer, pre_tokenizer):
-    """As a tokenizer.json that was made from a sentencepiece model."""
+    """Return a tokenizer in the form of a tokenizer.json that was converted from a sentencepiece model."""
     vocabulary = {piece: index for index, piece in enumerate(PIECES)}
     tokenizer = Tokenizer(models.BPE(vocabulary, MERGES, unk_token="<unk>", fuse_unk=True))
     if normalizer:

@@ -1,4 +1,4 @@
-"""Pruned checkpoints against the dense model with the removed channels zeroed."""
+"""Pruned checkpoints, compared with the dense model whose removed channels are zeroed."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_forward_equals_the_dense_model_with_removed_channels_zeroed(tmp_path, v
 
 
 def test_other_tensors_and_dtype_are_untouched(tmp_path, monkeypatch):
-    monkeypatch.setattr(surgery, "COPY_BYTES", 1000)  # smaller than the embedding, and no divisor of its size
+    monkeypatch.setattr(surgery, "COPY_BYTES", 1000)  # smaller than the embedding, and not a divisor of its size
     source = prune(save_tiny(tmp_path / "dense", dtype=torch.bfloat16), tmp_path / "pruned")
     pruned = open_checkpoint(tmp_path / "pruned")
     assert set(pruned.tensors) == set(source.tensors)
