@@ -195,7 +195,7 @@ def test_paths_are_seen_from_the_file_that_names_them(tmp_path, monkeypatch):
 
 
 def test_a_shipped_file_is_found_by_the_name_it_has_in_a_clone(tmp_path, monkeypatch):
-    """Its paths are as if it lay there; a file that does lie there is meant before it."""
+    """Its paths are resolved as if it were there; a file that really is there takes precedence."""
     (tmp_path / "shipped" / "sweeps").mkdir(parents=True)
     write(tmp_path / "shipped" / "sweeps", {"calibration": {"path": "../../runs/text"}, "seed": 1})
     monkeypatch.chdir(tmp_path)

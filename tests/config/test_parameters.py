@@ -1,4 +1,4 @@
-"""What stages are planned with, recorded and handed: typed settings whose records never move by mistake."""
+"""Parameters with which stages are planned, recorded and run: typed settings whose records never change by mistake."""
 
 import json
 from typing import Annotated, get_args
@@ -30,7 +30,7 @@ def planned(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Stages of one that measures speed as well, and of a method that prunes in recovery."""
+    """Stages of a configuration that also measures speed, and of a method that prunes in recovery."""
     first, efficiency = PLANS[0], {"enabled": True, "prompt_tokens": [3], "new_tokens": 2}
     drawing = Drawing(tmp_path_factory.mktemp("measured"))
     changes = {"efficiency": efficiency, "recovery.method": "lora"}
@@ -39,7 +39,7 @@ def measured(tmp_path_factory):
 
 
 def sections_of(kind):
-    """A class of settings, and those of its parts."""
+    """Yield a class of settings and the classes of its parts."""
     yield kind
     for field in kind.model_fields.values():
         for part in (field.annotation, *get_args(field.annotation)):
@@ -77,7 +77,7 @@ def test_no_path_and_of_a_file_no_data_set_is_recorded(planned):
 @settings(derandomize=True, deadline=None)
 @given(data=st.data())
 def test_a_record_of_another_version_keeps_its_name_and_is_not_run(planned, data):
-    """Of the same number: with a key more, or less, or an integer in place of a number, at any depth."""
+    """With the same version number, but one key more or less, or an integer in place of a float, at any depth."""
     record = through_json(data.draw(st.sampled_from(sorted(planned.values(), key=lambda stage: stage.id))))
     holders = [record["params"], *(value for value in record["params"].values() if isinstance(value, dict))]
     holder = data.draw(st.sampled_from(holders))
@@ -121,7 +121,7 @@ def test_a_setting_that_came_later_is_left_out_where_it_changes_nothing():
 
 
 def test_what_may_be_left_out_is_the_default():
-    """So a record of before there was the setting is read as what it was."""
+    """So a record from before the setting existed is read with its meaning unchanged."""
     for kind in PARAMETERS.values():
         for section in sections_of(kind):
             for name, field in section.model_fields.items():

@@ -1,4 +1,4 @@
-"""A configuration that says where its values come from is a configuration itself, of the same values."""
+"""A configuration annotated with the sources of its values is itself a configuration, with the same values."""
 
 import pytest
 import yaml

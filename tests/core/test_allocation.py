@@ -76,7 +76,7 @@ def test_standardized_layers_have_mean_zero_and_deviation_one_unless_they_are_in
 
 
 def of_neurons_alone(layers, removals, narrowest, multiple_of):
-    """What earlier versions did, which knew neurons alone: stop where one step more would be further off."""
+    """Earlier versions, which knew only neurons: stop where another step would be further from the target."""
     steps = []
     for layer, scores_D in enumerate(layers):
         rising, width, price, number = scores_D.sort().values.tolist(), len(scores_D), 0.0, 0
@@ -109,7 +109,7 @@ def test_of_neurons_alone_the_same_go_as_in_earlier_versions(data):
 
 @st.composite
 def two_kinds(draw):
-    """Neurons and, from the middle of the list on, groups, which are as large as several neurons."""
+    """Draw neurons and, from the middle of the list on, groups, each as large as several neurons."""
     layers, cost = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     size = cost * draw(st.integers(2, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
@@ -127,20 +127,20 @@ def gone(kept, counts):
 
 
 def price_of(ladder, count):
-    """What a ladder's units lose with its cheapest ones, in exact numbers."""
+    """Return the exact sum of the scores of a ladder's cheapest units, which go."""
     return sum(map(Fraction, ladder.scores.sort().values[: ladder.most - count].tolist()))
 
 
 @settings(max_examples=60, deadline=None)
 @given(two_kinds(), st.floats(0, 1))
 def test_of_all_that_remove_as_much_none_is_cheaper(kept, share):
-    """Where the last step hits what was asked, prices in order are the best of all combinations."""
+    """If the last step hits the target exactly, taking units in order of price is the best of all combinations."""
     lowest = [ladder.least for ladder in kept]
     removals = round(share * gone(kept, lowest))
     counts = allocate_globally(kept, removals)
     assert all(low <= count <= it.most for low, count, it in zip(lowest, counts, kept, strict=True))
     assume(gone(kept, counts) == removals)
-    # A step of a large unit that had to be made room for is no threshold: compare where nothing was taken back.
+    # A step of a large unit for which room had to be made is no threshold: compare only where nothing was taken back.
     paid = sum(map(price_of, kept, counts))
     worst = (
         max(
@@ -187,6 +187,6 @@ def test_the_dearer_groups_are_the_more_of_them_stay(kept, share, rate):
 def test_groups_go_where_a_parameter_of_theirs_is_cheaper():
     neurons, groups = scores([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]), scores([12, 20], [3, 30])
     kept = [*ladders(neurons, [1, 1]), *ladders(groups, [1, 1], parameters=4)]
-    assert allocate_globally(kept, 6) == [5, 5, 2, 1]  # a group of 3 for 4 parameters, then neurons of 1
+    assert allocate_globally(kept, 6) == [5, 5, 2, 1]  # a group at 3 per parameter for 4 parameters, then neurons at 1
     assert allocate_globally(kept, 4) == [6, 6, 2, 1]
     assert allocate_globally(kept, 3) == [6, 6, 2, 1], "one parameter too many: there are no neurons to take back"

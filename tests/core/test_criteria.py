@@ -72,7 +72,7 @@ def test_activation_is_the_norm_of_what_the_neuron_adds_to_the_residual_stream()
 
 
 def test_activation_l1_is_what_wanda_sp_scores():
-    """|W| times the root of the mean square of h, averaged over rows; of several channels the sum. All but a factor."""
+    """|W| times the root mean square of h, averaged over rows; summed over a unit's channels; all up to a factor."""
     layer = dataclasses.replace(some_layer(), units=2)
     hidden = torch.randn(9, 6, dtype=torch.float64)
     scores = finished(CRITERIA["activation_l1"], hidden.square().sum(0), layer)
@@ -84,7 +84,7 @@ def test_activation_l1_is_what_wanda_sp_scores():
 
 @pytest.mark.parametrize("units", [6, 2, 1])
 def test_fluctuation_is_what_flap_scores_also_where_means_dwarf_deviations(units):
-    """From sums of h and of h^2, in which nine of sixteen digits are those of means."""
+    """From sums of h and of h^2, nine of whose sixteen digits belong to the means."""
     layer = dataclasses.replace(some_layer(), units=units, tokens=50)
     hidden = torch.randn(50, 6, dtype=torch.float64) + 3e4 * torch.randn(6, dtype=torch.float64)
     sums = torch.stack([hidden.sum(0), hidden.square().sum(0)], dim=1).flatten()

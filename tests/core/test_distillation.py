@@ -1,4 +1,4 @@
-"""The divergence as a loss: value and gradient against float64 autograd of its definition."""
+"""The divergence as a loss: its value and gradient, compared with float64 autograd of its definition."""
 
 import pytest
 import torch

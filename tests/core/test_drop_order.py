@@ -1,4 +1,4 @@
-"""The order in which layers are given up, against trying all of them."""
+"""The order in which layers are dropped, compared with a search that tries all of them."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from hfprune_dist.core.drop_order import CONTENDERS, drop_order
 
 
 def costs(layers, seed):
-    """A divergence for every set of layers that go, in which layers that stand side by side are missed more."""
+    """Return a divergence for every set of layers that go; adjacent layers cost more together than alone."""
 
     def of(gone):
         alone = sum(((layer + 1) * 7919 + seed) % 101 for layer in gone)
@@ -21,7 +21,7 @@ def costs(layers, seed):
 
 
 def greedy(droppable, count, measure):
-    """Every layer that is left is measured again after each."""
+    """Drop layers one at a time, and measure every remaining layer again after each."""
     order = []
     while len(order) < min(count, len(droppable)):
         left = [layer for layer in droppable if layer not in order]
@@ -55,7 +55,7 @@ def test_each_layer_that_goes_costs_one_measurement_of_few(layers, count, seed):
 
 
 def test_a_layer_that_is_missed_more_beside_another_waits(monkeypatch):
-    """Alone 1, 2 and 3 cost least, in this order; without 1, its neighbour 2 costs more than 3 does."""
+    """Dropped alone, 1, 2 and 3 cost least, in this order; without 1, its neighbour 2 costs more than 3 does."""
     kl = {(1,): 0.1, (2,): 0.2, (3,): 0.3, (1, 2): 0.9, (1, 3): 0.4, (1, 2, 3): 1.0}
     assert drop_order([1, 2, 3], 3, lambda sets: [kl[gone] for gone in sets]) == [1, 3, 2]
     monkeypatch.setattr(module, "CONTENDERS", 1)

@@ -8,7 +8,7 @@ D, C, T = 20, 6, 400
 
 
 def layer(seed=0):
-    """Correlated neurons, a weight, gradients; all float64."""
+    """Return correlated neurons, a weight and gradients, all float64."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(D, D, generator=generator, dtype=torch.float64)
     hidden_TD = torch.randn(T, D, generator=generator, dtype=torch.float64) @ mix
@@ -19,13 +19,13 @@ def layer(seed=0):
 
 
 def independent(gram, curvature, weight, channels=1):
-    """The Fisher scores of units whose activations and gradients are independent: they correct nothing."""
+    """Fisher scores of units with independent activations and gradients: no other units can compensate for them."""
     products = (gram * (weight.T @ curvature @ weight)).unflatten(1, (-1, channels)).unflatten(0, (-1, channels))
     return products.sum((1, 3)).diagonal()
 
 
 def cost_of_removing(gram, curvature, weight, removed, channels=1):
-    """1/2 tr(F E G E^T): E the change of the weight when the rest is refitted by least squares."""
+    """1/2 tr(F E G E^T), where E is the change of the weight when the rest is refitted by least squares."""
     gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(D)
     stay = [n for n in range(D) if n // channels not in removed]
     refitted = torch.zeros_like(weight)

@@ -16,7 +16,7 @@ from hfprune_dist.core.triangle import packed_size
 
 def terms(count=12, width=9):
     generator = torch.Generator().manual_seed(0)
-    scale = torch.logspace(-1.5, 1.5, width)  # neurons of very different size
+    scale = torch.logspace(-1.5, 1.5, width)  # neurons of very different sizes
     hidden = [torch.randn(20, width, generator=generator) * scale for _ in range(count)]
     return [rows.T @ rows for rows in hidden]
 

@@ -1,4 +1,4 @@
-"""Sums of experts' neurons against the definition: float64 autograd by a mask on every neuron at every token."""
+"""Sums of experts' neurons, compared with the definition: float64 autograd by a mask on every neuron at every token."""
 
 import contextlib
 
@@ -22,7 +22,7 @@ from hfprune_dist.models.memory_efficient_backward import (
 
 NAMES = [*(name for name in GRADIENT_CRITERIA if not CRITERIA[name].is_rounded), "activation"]
 WINDOWS = torch.randint(3, 64, (4, 11), generator=torch.Generator().manual_seed(1))
-# Which units a student has.
+# Units of the student.
 KEEPS = torch.stack([(torch.arange(COUNT * WIDTH) + layer) % 10 != 0 for layer in range(LAYERS)])
 
 
@@ -41,14 +41,14 @@ def checkpointed(model, family):
 
 
 def outputs_of(model, kinds):
-    """Where experts' neurons are seen, and perhaps what attention puts out, as if it were of other units."""
+    """Return the places of experts' neurons and, if asked, attention's outputs, treated as another kind of units."""
     attention = [layer.self_attn.o_proj for layer in model.model.layers]
     outputs = {KIND: UnitOutputs(see_experts(model, family_of(model)), 1, experts=COUNT)}
     return outputs | ({"attention": UnitOutputs(attention, 4)} if "attention" in kinds else {})
 
 
 def sums_of(model, names, micro_batch_size=2, prepare=lean, kinds=(KIND,)):
-    """Sums of some criteria, name -> float64 [layers, experts * neurons]."""
+    """Return sums of some criteria, name -> float64 [layers, experts * neurons]."""
     model = model.requires_grad_(False)
     prepare(model, family_of(model))
     scored = ScoredModel(
@@ -67,7 +67,7 @@ def sums_of(model, names, micro_batch_size=2, prepare=lean, kinds=(KIND,)):
 
 @pytest.mark.parametrize("model_type", EXPERTS)
 def test_every_family_has_the_sums_that_are_defined(model_type):
-    """Also in float64, but for routers, which compute in float32 in most families."""
+    """Also in float64, except for routers, which compute in float32 in most families."""
     narrow, wide = sums_of(make_model(model_type), NAMES), sums_of(make_model(model_type).double(), NAMES)
     keeps = {(KIND, layer): keeps_U for layer, keeps_U in enumerate(KEEPS)}
     for name in NAMES:

@@ -32,7 +32,7 @@ def following(tokens=13, vocabulary=17):
 
 
 def reference(dense_NV, model_NV, next_ids_N):
-    """The definitions, token by token in plain Python."""
+    """Compute the definitions token by token, in plain Python."""
     kl = nll = agree = 0.0
     for p_row, q_row, following_id in zip(dense_NV.softmax(-1), model_NV.softmax(-1), next_ids_N.tolist(), strict=True):
         kl += sum(p * math.log(p / q) for p, q in zip(p_row.tolist(), q_row.tolist(), strict=True))
@@ -64,7 +64,7 @@ def test_chunks_change_nothing(monkeypatch, rows):
 @pytest.mark.parametrize("rows", [1, 4, 100])
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_several_models_diverge_as_each_does_alone(monkeypatch, rows, count):
-    """To the bit, while the dense model's logits are computed once."""
+    """Bit for bit, while the dense model's logits are computed only once."""
     monkeypatch.setattr(head, "CHUNK_BYTES", rows * 17 * 8)
     models = [outputs(seed) for seed in range(1, 1 + count)]
     alone = [compare_outputs(outputs(0), model, following()).kl for model in models]
@@ -106,7 +106,7 @@ def test_sums_add_up_and_divide_once():
     padding=st.integers(0, 3),
 )
 def test_errors_are_those_of_a_mean_over_windows(windows, padding):
-    """Windows of one length have the textbook's error; windows without a token count for their number alone."""
+    """Windows of equal length have the textbook's error; windows without a token affect only the number of windows."""
     sums = [FidelitySums(kl, agree, nll, 8, 7) for kl, agree, nll in windows]
     errors, count = standard_errors(sums), len(sums)
     textbook = {name: statistics.stdev(values) / count**0.5 for name, values in means_of(sums).items()}
@@ -138,7 +138,7 @@ def test_the_last_position_has_no_next_token():
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(tokens=st.integers(1, 9), vocabulary=st.integers(2, 7), where=st.sets(st.integers(0, 62)), data=st.randoms())
 def test_what_is_no_number_agrees_with_nothing(tokens, vocabulary, where, data):
-    """Not with itself either: a broken model is its own reference in the dense row."""
+    """Not even with itself: a broken model is its own reference in the dense row."""
     logits_NV = torch.randn(tokens, vocabulary, generator=torch.Generator().manual_seed(data.randrange(99)))
     broken_NV = logits_NV.clone()
     for place in where:

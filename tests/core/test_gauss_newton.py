@@ -71,7 +71,7 @@ def test_the_diagonal_is_about_right():
 
 
 def test_the_inverse_is_that_of_each_block():
-    """Where derivatives don't depend on the token: with biases so large that no input moves them."""
+    """With derivatives that don't depend on the token, because biases are so large that no input matters."""
     weights, x = some()
     biases = Biases((torch.full((K,), 40.0), torch.linspace(100, 200, K)))
     small = MlpWeights.of(*(1e-3 * row for row in weights.rows_KC), weights.down_CK)
@@ -92,7 +92,7 @@ def test_the_inverse_is_that_of_each_block():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_few_iterations_come_closer_with_it_than_without(seed):
-    """Where inputs are correlated, as hidden states are."""
+    """With correlated inputs, as hidden states are."""
     weights, x = some(seed)
     x = x @ (0.4 * torch.eye(C) + 0.6)
     at = Linearized(weights, Biases(), x)
@@ -141,7 +141,7 @@ def test_a_step_or_two_find_weights_that_were_moved_a_little():
 
 
 def test_a_silent_mlp_is_left_alone():
-    """Activations of 0, and nothing that a down projection of 0 would pass back."""
+    """Its activations are 0, and its down projection of 0 passes nothing back."""
     weights, x = some()
     silent = MlpWeights.of(*(torch.zeros_like(it) for it in weights.tensors()))
     at = Linearized(silent, Biases(), x)

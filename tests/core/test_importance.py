@@ -1,4 +1,4 @@
-"""Sums against the definitions: float64 autograd through the whole model, per window."""
+"""Sums, compared with the definitions: float64 autograd through the whole model, per window."""
 
 import contextlib
 from collections import defaultdict
@@ -26,12 +26,12 @@ SUMMED = [name for name, it in CRITERIA.items() if it.has_sums_of_units and name
 
 
 def ours(model, windows, micro_batch_size, names=("entropy",), **options):
-    """Sums of some criteria, name -> float64 [layers, neurons]."""
+    """Return sums of some criteria, name -> float64 [layers, neurons]."""
     return all_sums(model, windows, micro_batch_size, names, **options)[NEURONS].exact
 
 
 def all_sums(model, windows, micro_batch_size, names, seed=0, prepare=use_memory_efficient_backward, kinds=(NEURONS,)):
-    """Sums of each kind; and, as ``curvature``, those of g g^T at their output projections' outputs, by layer."""
+    """Return sums of each kind and, as ``curvature``, those of g g^T at its output projections' outputs, by layer."""
     model = model.requires_grad_(False)
     family = FAMILIES[model.config.model_type]
     prepare(model, family)
@@ -70,7 +70,7 @@ def channels_of_groups(model):
 
 
 def a_student(model):
-    """Without every tenth neuron, other ones in each layer."""
+    """Return a student without every tenth neuron, different ones in each layer."""
     numbers = torch.arange(model.config.intermediate_size)
     return torch.stack([(numbers + layer) % 10 != 0 for layer in range(model.config.num_hidden_layers)])
 
@@ -87,7 +87,7 @@ def test_entropy_matches_the_definition_in_every_family(variant):
     for micro_batch_size in (1, 3):
         scores = ours(model, windows, micro_batch_size)["entropy"]
         assert scores.dtype == torch.float64
-        assert ((scores - expected).abs() / expected).max() < 1e-4  # a single small score may cancel; the bulk does not
+        assert ((scores - expected).abs() / expected).max() < 1e-4  # a single small score may cancel; most don't
         assert torch.linalg.norm(scores - expected) / torch.linalg.norm(expected) < 1e-5
 
 
@@ -118,7 +118,7 @@ def assert_moments(sums, expected_moments, tokens):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kv_groups_match_the_definitions_in_every_family(variant):
-    """Of what o_proj reads, whatever biases and norms make of queries, keys and values."""
+    """The sums are of o_proj's inputs, whatever biases and norms do to queries, keys and values."""
     model, windows = tiny_model(variant), some_windows()
     channels = channels_of_groups(model)
     names = [name for name in GRADIENT_CRITERIA if name in SUMMED]
@@ -134,7 +134,7 @@ def test_kv_groups_match_the_definitions_in_every_family(variant):
 
 
 class Counted(torch.nn.Module):
-    """What a module does, counted forward and backward."""
+    """A wrapper that counts a module's forwards and backwards."""
 
     def __init__(self, inner):
         super().__init__()
@@ -152,7 +152,7 @@ class Counted(torch.nn.Module):
 
 
 def test_any_number_of_kinds_shares_a_forward_the_logits_and_a_backward_for_each_loss(monkeypatch):
-    """A student takes them once more; entropy's two criteria share one backward, so do those of random signs."""
+    """A student needs one more of each; entropy's two criteria share one backward, as do those of random signs."""
     calls = []
 
     def counted(*given, **options):
@@ -232,14 +232,14 @@ def test_another_seed_draws_other_labels_and_signs():
 
 
 def exact_fisher(model, window):
-    """sum over tokens s and t of E[(h_s * dlog p(y_t)/dh_s)^2], every word of the vocabulary in turn as y_t."""
+    """sum over tokens s and t of E[(h_s * dlog p(y_t)/dh_s)^2], with every word of the vocabulary in turn as y_t."""
     p, products = label_terms(model, window)
     return torch.stack([(p * x.square().sum(2)).sum((0, 1)) for x in products])
 
 
 @pytest.mark.parametrize("name", ["fisher", "fisher_signs"])
 def test_many_draws_average_to_the_exact_fisher_of_the_whole_model(name):
-    """Also that what one token's neuron does to several later tokens adds up, as the criteria's comment claims."""
+    """Also that effects of one token's neuron on several later tokens add up, as the criteria's comment claims."""
     model = tiny_model(vocab_size=9).double()
     window, draws, parts = torch.tensor([3, 8, 4, 7]), 1200, 12
     expected = exact_fisher(model, window)
@@ -262,7 +262,7 @@ def test_activations_alone_need_no_graph():
 
 @pytest.mark.parametrize("lacking", [True, False])
 def test_a_students_scores_are_derivatives_by_the_mask_of_every_neuron(lacking):
-    """Of a neuron that the student lacks: what its return would do, for a window of one token."""
+    """For a neuron that the student lacks: the effect of its return, for a window of one token."""
     model, window = tiny_model().double(), torch.tensor([[7]])
     keeps = a_student(model)
     scores = ours(model, window, 1, ["self_distillation"])["self_distillation"]

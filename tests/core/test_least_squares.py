@@ -56,7 +56,7 @@ def test_error_is_the_lost_share_of_the_outputs_energy():
 
 @pytest.mark.parametrize("silent", ["activations", "outputs"])
 def test_a_silent_mlp_stays_as_it_is(silent):
-    """Layers that were added with zeros, for example."""
+    """For example, layers that were added with zero weights."""
     weight_CD, gram_DD, kept = torch.randn(4, 6), torch.eye(6, dtype=torch.float64), torch.tensor([0, 2, 5])
     (gram_DD if silent == "activations" else weight_CD).zero_()
     problem = Projection(weight_CD, gram_DD).keeping(kept)

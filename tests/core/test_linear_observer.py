@@ -1,4 +1,4 @@
-"""What is shown of linear layers makes the gradients of their weights, as float64 autograd has them."""
+"""Inputs and gradients observed at linear layers give the gradients of their weights, as float64 autograd has them."""
 
 import contextlib
 import copy
@@ -29,7 +29,7 @@ def some_windows(count=3, tokens=16):
 
 
 def gradients_of(model, windows, criteria=("weight_taylor",), names=NAMES, prepare=(use_memory_efficient_backward,)):
-    """(layer, name) -> the sum over windows of dL/dW, L a window's mean cross-entropy; and all sums of units."""
+    """(layer, name) -> sum over windows of dL/dW, where L is a window's mean cross-entropy; and all sums of units."""
     model, family = model.requires_grad_(False), FAMILIES[model.config.model_type]
     for change in prepare:
         change(model, family)
@@ -99,7 +99,7 @@ def test_other_backwards_and_criteria_beside_change_no_bits(prepare, options):
     alone, _ = gradients_of(copy.deepcopy(model), windows)
     beside, sums = gradients_of(copy.deepcopy(model), windows, ("weight_taylor", *OTHERS), prepare=prepare)
     _, expected = gradients_of(copy.deepcopy(model), windows, OTHERS, prepare=prepare)
-    # Without ours, the backward of norms and gated products is torch's.
+    # Without our own backward, that of norms and gated products is torch's.
     same = torch.equal if prepare else (lambda one, other: torch.allclose(one, other, rtol=1e-4, atol=1e-6))
     assert beside.keys() == alone.keys() and all(same(beside[key], it) for key, it in alone.items())
     assert sums.keys() == expected.keys() and all(torch.equal(sums[name], it) for name, it in expected.items())

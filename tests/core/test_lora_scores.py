@@ -1,4 +1,4 @@
-"""LoRAPrune's scores against the weight's own gradient, and its schedule for any number of steps."""
+"""LoRAPrune's scores compared with the weight's own gradient, and its schedule for any number of steps."""
 
 from itertools import pairwise
 
@@ -15,13 +15,13 @@ STEPS = st.one_of(st.integers(1, 120), st.integers(1, 200_000))
 
 @st.composite
 def weights(draw):
-    """Seed, units, entries of a unit, the other dimension, and along which axis units follow one another."""
+    """Draw a seed, units, entries of a unit, the other dimension, and the axis along which units are consecutive."""
     return *(draw(st.integers(1, most)) for most in (1000, 6, 4, 7)), draw(st.integers(0, 1))
 
 
 @given(weights(), st.floats(0.1, 4.0), st.integers(1, 40))
 def test_where_the_factors_span_the_gradient_units_are_scored_by_weight_times_gradient(drawn, scale, portion):
-    """A is orthogonal and as large as the weight is wide, and B is 0: then g_B A is the whole gradient."""
+    """A is orthogonal and square, as large as the weight is wide, and B is 0: then g_B A is the whole gradient."""
     seed, units, per_unit, other, axis = drawn
     generator = torch.Generator().manual_seed(seed)
     shape = (units * per_unit, other) if axis == 0 else (other, units * per_unit)
@@ -44,14 +44,14 @@ def test_where_the_factors_span_the_gradient_units_are_scored_by_weight_times_gr
 
 
 def test_the_gradient_is_the_step_of_the_product():
-    """(B - g_B)(A - g_A) is B A less the gradient."""
+    """(B - g_B)(A - g_A) equals B A less the gradient."""
     a, b, grad_a, grad_b = (torch.randn(*size, dtype=torch.float64) for size in ((2, 5), (4, 2), (2, 5), (4, 2)))
     gradient = Factors(a, b, grad_a, grad_b, 2.0).gradient()
     torch.testing.assert_close(b @ a - (b - grad_b) @ (a - grad_a), gradient)
 
 
 def test_what_is_scored_is_the_weight_with_the_adapter():
-    """A weight that the adapter cancels is worth nothing; no weight at all is no division by 0."""
+    """A weight that the adapter cancels scores 0; scores that are all 0 cause no division by 0."""
     a, b = torch.randn(2, 5, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
     cancelled = -0.5 * b @ a
     cancelled[0] += 1
@@ -99,7 +99,7 @@ def test_the_only_unit_that_goes_does_not_wait_for_the_end():
 
 @given(total=st.integers(10, 3000))
 def test_what_is_masked_last_is_masked_while_there_are_steps_left(total):
-    """Ten times in a training at least, and every ten steps where it is longer."""
+    """At least ten times in a training, and every ten steps in longer ones."""
     masked = [step for step in range(1, total + 1) if masks_after(step, total)]
     assert len(masked) >= 10 and max(b - a for a, b in pairwise(masked)) <= 10
     complete = next(step for step in masked if gone_after(step, total, 1000) == 1000)

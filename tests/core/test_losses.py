@@ -27,7 +27,7 @@ def fisher_matrix(logits_1V):
 
 
 def compare(result, logits, loss_of):
-    """A closed form against autograd."""
+    """Compare a closed form with autograd."""
     logits = logits.clone().requires_grad_()
     expected = loss_of(logits)
     (gradient,) = torch.autograd.grad(expected.sum(), logits)
@@ -123,7 +123,7 @@ def test_over_all_signs_the_expectation_is_the_exact_fisher_matrix():
 
 
 def test_signs_spread_less_than_labels_over_a_neuron_that_reaches_the_whole_vocabulary():
-    """Variance of the estimate (w . g)^2 of w^T F w, over all draws: what a lower variance is claimed of."""
+    """Variance of the estimate (w . g)^2 of w^T F w, over all draws: the variance that is claimed to be lower."""
     logits = torch.zeros(1, 8, dtype=torch.float64)
     logits[0, 0] = 3.0
     weight = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -181,7 +181,7 @@ def test_large_logits_stay_finite():
 
 
 def test_in_float32_a_large_vocabulary_costs_no_digits():
-    """A sum over the vocabulary that adds word after word has an error a hundred times as large."""
+    """A sum that adds word after word of the vocabulary has an error a hundred times as large."""
     logits, teacher = (torch.randn(4, 50_000, generator=torch.Generator().manual_seed(seed)) * 3 for seed in (0, 1))
     bits = draw_sign_bits(0, 0, 0, 50_000)[:4]
     for loss in (

@@ -1,4 +1,4 @@
-"""Factors and scores against definitions: torch's singular value decomposition, and sums written out."""
+"""Factors and scores compared with definitions: torch's singular value decomposition, and sums written out."""
 
 import math
 

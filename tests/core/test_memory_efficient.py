@@ -1,4 +1,4 @@
-"""Fused parts against the layers that they stand in for: the same bits forward, the float64 gradient backward."""
+"""Fused parts compared with the layers that they replace: the same bits forward, the float64 gradient backward."""
 
 import pytest
 import torch

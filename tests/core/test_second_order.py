@@ -1,8 +1,8 @@
-"""What second-order scores estimate: the KL divergence, in exact arithmetic, that removing a neuron really costs.
+"""Second-order scores estimate the KL divergence that removing a neuron really costs: checked in exact arithmetic.
 
-A share eps of neuron n goes at all tokens s: h_sn becomes (1 - eps) h_sn. Of the mean over tokens t of KL(p_t || q_t)
-the first order vanishes. The second is eps^2 / 2 times the mean over t of E[(sum_s h_sn * dlog p(y_t)/dh_sn)^2], with
-labels y_t drawn from p_t.
+A share eps of neuron n goes at all tokens s: h_sn becomes (1 - eps) h_sn. In the mean over tokens t of
+KL(p_t || q_t), the first order vanishes. The second is eps^2 / 2 times the mean over t of
+E[(sum_s h_sn * dlog p(y_t)/dh_sn)^2], with labels y_t drawn from p_t.
 """
 
 import pytest
@@ -15,7 +15,7 @@ WINDOW = torch.tensor([1, 8, 4, 7, 3])
 
 @pytest.fixture(scope="module")
 def model():
-    """In float64 throughout: a norm of transformers rounds to float32."""
+    """Entirely in float64: a norm of transformers would round to float32."""
     model = tiny_model(vocab_size=11).double().requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def terms(model):
-    """p(y_t) [tokens, words, 1], and h_sn * dlog p(y_t)/dh_sn of each layer: [tokens t, words, tokens s, neurons]."""
+    """p(y_t) [tokens, words, 1], and h_sn * dlog p(y_t)/dh_sn of each layer [tokens t, words, tokens s, neurons]."""
     return label_terms(model, WINDOW)
 
 
@@ -46,14 +46,14 @@ def token_by_token(x):
 
 
 def measured(model, eps, at=slice(None)):
-    """Mean KL divergence per token where a share eps of a neuron goes at some tokens, for every neuron in turn."""
+    """Mean KL divergence per token if a share eps of a neuron goes at some tokens, for every neuron in turn."""
     layers = model.model.layers
     neurons = model.config.intermediate_size
     found = torch.zeros(len(layers), neurons, dtype=torch.float64)
     with torch.no_grad():
         dense = model(input_ids=WINDOW[None]).logits.log_softmax(-1)
         for number, layer in enumerate(layers):
-            # One copy of the window for each neuron, which is scaled down in that copy.
+            # One copy of the window for each neuron, scaled down only in its copy.
             keeps = torch.ones(neurons, len(WINDOW), neurons, dtype=torch.float64)
             keeps[torch.arange(neurons), :, torch.arange(neurons)] = (~chosen(at)).double() + chosen(at) * (1 - eps)
             handle = layer.mlp.down_proj.register_forward_pre_hook(lambda _m, inputs, it=keeps: (inputs[0] * it,))
@@ -87,14 +87,14 @@ def test_it_ranks_whole_removals_of_single_neurons(model, terms):
 
 
 def test_fisher_is_twice_what_removals_at_single_tokens_cost_together(model, terms):
-    """As the comment above ``CRITERIA`` has it."""
+    """As the comment above ``CRITERIA`` says."""
     eps = 1e-3
     together = sum(measured(model, eps, token) for token in range(len(WINDOW)))
     torch.testing.assert_close(2 * together / eps**2, expectation(terms, token_by_token), rtol=1e-2, atol=0.0)
 
 
 def test_fisher_leaves_out_what_one_tokens_neuron_and_anothers_do_together(model, terms):
-    """Nothing in the last layer, where a neuron reaches its own token alone; before it, attention mixes tokens."""
+    """None in the last layer, where a neuron reaches only its own token; before it, attention mixes tokens."""
     (first, last), (whole_first, whole_last) = expectation(terms, token_by_token), expectation(terms, whole)
     torch.testing.assert_close(last, whole_last)
     assert (first / whole_first - 1).abs().max() > 0.2

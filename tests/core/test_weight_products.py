@@ -1,4 +1,4 @@
-"""Products of units' weights and their gradients, against autograd through models that are really cut."""
+"""Products of units' weights and their gradients, compared with autograd through models that are really cut."""
 
 import contextlib
 import copy
@@ -35,7 +35,7 @@ def some_windows(count=3, tokens=16):
 
 
 def a_student(model):
-    """Without every tenth neuron, other ones in each layer."""
+    """Return a student without every tenth neuron, different ones in each layer."""
     numbers = torch.arange(model.config.intermediate_size)
     return torch.stack([(numbers + layer) % 10 != 0 for layer in range(model.config.num_hidden_layers)])
 
@@ -46,7 +46,7 @@ def outputs_of(model, kinds):
 
 
 def sums_of(model, windows, names, *, at_once=1, prepare=(use_memory_efficient_backward,), kinds=(NEURONS,), teaching):
-    """Sums of each kind: kind -> criterion -> float64 [layers, units]."""
+    """Return sums of each kind: kind -> criterion -> float64 [layers, units]."""
     model, family = copy.deepcopy(model).requires_grad_(False), FAMILIES[model.config.model_type]
     for change in prepare:
         change(model, family)
@@ -84,7 +84,7 @@ def test_scores_are_those_of_autograd_in_every_family(variant, at_once):
 @pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_squares_are_those_of_autograd_in_every_family_for_both_kinds(variant, at_once):
-    """Biases, of which some families have some, don't count."""
+    """Biases don't count, in families that have some."""
     model, windows = tiny_model(variant), some_windows()
     found = sums_of(model, windows, [SQUARED], at_once=at_once, kinds=(NEURONS, GROUPS), teaching=(0.4, 0.2))
     for (kind, sums), output in zip(found.items(), ROWS, strict=True):
@@ -143,7 +143,7 @@ def test_other_backwards_criteria_and_kinds_beside_change_no_bits(prepare, optio
     given_beside = {"prepare": prepare, "kinds": (NEURONS, GROUPS), "teaching": (0.4, 0.2)}
     beside = sums_of(model, windows, [*OTHERS, *chosen], **given_beside)
     expected = sums_of(model, windows, OTHERS, **given_beside)
-    # Without ours, the backward of norms and gated products is torch's.
+    # Without our own backward, that of norms and gated products is torch's.
     same = torch.equal if prepare else (lambda one, other: torch.allclose(one, other, rtol=1e-4, atol=1e-6))
     assert all(same(beside[NEURONS][name], alone[name]) for name in chosen)
     for kind, sums in expected.items():
@@ -165,7 +165,7 @@ def test_a_layer_with_nan_weights_is_named(layer, name):
 
 @pytest.mark.parametrize("form", [CoupledProducts, SquaredProducts])
 def test_no_weights_whole_gradient_ever_exists(form, monkeypatch):
-    """Where portions fit a cache; a window's inputs and gradients are given."""
+    """Where portions fit into a cache; a window's inputs and gradients are given."""
     width, hidden, tokens = 600, 400, 4
     monkeypatch.setattr(blocks, "CACHE_BYTES", 2**16)
     linears = [torch.nn.Linear(hidden, width), torch.nn.Linear(hidden, width), torch.nn.Linear(width, hidden)]
@@ -177,5 +177,5 @@ def test_no_weights_whole_gradient_ever_exists(form, monkeypatch):
             seen.see(*pair)
             seen.see_weight(seen.module.weight.detach())
     assert len(scores) == 1 and scores[0].shape == (width // 2,)
-    # Weights count as well: views of them are made meanwhile.
+    # Weights count as well, because views of them are made meanwhile.
     assert counted.peak < 4 * width * hidden * 3.3
