@@ -1,13 +1,13 @@
-"""Replays every state that a crash may leave of a run, and gives the same command again.
+"""Replays every state in which a crash may leave a run, and repeats the same command there.
 
 cd tests
 python -m faults.campaign                      all states of all subjects (an hour), and of some second crashes
-python -m faults.campaign --draw 8             so many of each, drawn with --seed
+python -m faults.campaign --draw 8             this many of each, drawn with --seed
 python -m faults.campaign commit importance    of some subjects
 python -m faults.campaign 'commit!b.bin'       as if the program did not fsync paths with this text: must fail
 
-Prints a line per subject, and how states ended badly. Exit code 1 where any did. The model of a crash: faults.crash;
-the subjects: faults.subjects.
+Prints a line per subject, and how states ended badly. Exit code 1 if any did. The model of a crash is in faults.crash,
+the subjects are in faults.subjects.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fork_server import IMPORTED
 from faults.crash import Event, Recorder, State, states_of
 from faults.subjects import Subject, subjects
 
-# Runs after a crash that are recorded in their turn, for a second crash.
+# Runs after a crash that are themselves recorded, for a second crash.
 SECOND_CRASHES = 6
 AFTER_EACH = 30  # states, where all are run
 LINES_OF_TRACEBACK = 12
@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--show", type=int, default=5, help="failures to print per subject")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    for name in IMPORTED:  # once, and not in every fork
+    for name in IMPORTED:  # once, instead of in every fork
         importlib.import_module(name)
     gc.freeze()  # memory that forks share
     known = {subject.name: subject for subject in subjects()}
@@ -79,8 +79,8 @@ class Recorded:
     """A run that ended well, step by step.
 
     Attributes:
-        begins: number of events that were over before it began.
-        result: what it returned.
+        begins: number of events before it began.
+        result: its return value.
     """
 
     events: list[Event]
@@ -88,7 +88,7 @@ class Recorded:
     result: dict
 
     def units(self, events: int | None = None) -> int:
-        """How many units of work it had begun by that event; all by default."""
+        """Return how many units of work it had begun by that event; by default, all of them."""
         return sum(event.kind == "unit" for event in self.events[:events])
 
 
@@ -102,7 +102,7 @@ class Campaign:
         self._count = itertools.count()
 
     def run(self, draw: int | None, seed: int) -> dict:
-        """Run, crash, run again; then crash some of those second runs in their turn."""
+        """Run, crash, and run again; then crash some of those second runs as well."""
         choose = random.Random(seed)
         self._subject.prepared = in_fork(lambda: self._subject.prepare(self._folder))
         root = self._next_root()
@@ -119,7 +119,7 @@ class Campaign:
             state.write(root)
             again = self._record(root, state.marks)
             if isinstance(again, str):
-                continue  # told already, where it was drawn
+                continue  # already reported, if it was drawn
             seconds = states_of(again.events, again.begins)
             count += len(seconds)
             for second in choose.sample(seconds, min(len(seconds), draw // 2 if draw else AFTER_EACH)):
@@ -133,7 +133,7 @@ class Campaign:
         return folder / "store"
 
     def _record(self, root: Path, marks: list) -> Recorded | str:
-        """Run the command and note what it does; where it fails, how."""
+        """Run the command and record what it does; if it fails, return how."""
 
         def recorded() -> Recorded:
             recorder = Recorder(root, marks, self._unsynced)
@@ -145,7 +145,7 @@ class Campaign:
         return in_fork(recorded)
 
     def _ended_badly(self, crashed: Recorded, state: State, expected: dict) -> str | None:
-        """Give the command again where it crashed; what is wrong with its end, None where nothing is."""
+        """Repeat the command in the state after a crash; return what is wrong with its end, or None."""
         root = self._next_root()
         state.write(root)
         units: list[None] = []
@@ -175,7 +175,7 @@ def _first_difference(found: Any, expected: Any, where: str = "result") -> str:
 
 
 def in_fork(action: Callable[[], Any]) -> Any:
-    """What an action returns in a forked process; where it raises, the end of its traceback."""
+    """Return an action's result from a forked process or, if it raises, the end of its traceback."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -184,7 +184,7 @@ def in_fork(action: Callable[[], Any]) -> Any:
             os.dup2(quiet.fileno(), 1)
             os.dup2(quiet.fileno(), 2)
             torch.set_num_threads(1)
-            os.fsync = lambda _: None  # nothing here has to outlast a crash
+            os.fsync = lambda _: None  # nothing here has to survive a crash
             try:
                 told = action()
             except BaseException:

@@ -1,18 +1,18 @@
-"""What a crash of the machine may leave of the files that a process was writing: recorded from one run, then drawn up.
+"""States in which a crash of the machine may leave the files of a process, derived from a recording of one run.
 
-A killed process leaves what it wrote; a machine that loses its power also loses what it had not flushed. The model is
-that of a journaling file system such as ext4 or XFS, taken at its word:
+A killed process leaves what it wrote; a machine that loses power also loses what it had not flushed. The model is
+that of a journaling file system such as ext4 or XFS, taken literally:
 
-- Operations on names (create, mkdir, link, rename, unlink, rmdir) reach the disk in their order: a crash leaves a
-  prefix of them. The prefix holds at least all that was done before the last fsync of any folder; an fsync of a file
+- Operations on names (create, mkdir, link, rename, unlink, rmdir) reach the disk in order: a crash leaves a prefix of
+  them. The prefix includes at least everything done before the last fsync of any folder; an fsync of a file
   promises nothing about names.
-- The content of a file is safe once it was fsynced. What was written since may be there whole, not at all, cut in
-  half, or as half of it and zeros, whatever name the file has got meanwhile: a rename over an older file may leave
-  the new name with nothing in it. What was fsynced before stays, where later writes only appended to it. Where a
-  symbolic link leads is part of its name.
-- What left the machine (``mark``), such as a job that was submitted, stays whatever is lost here.
+- The content of a file is safe once it has been fsynced. What was written since may be there whole, not at all, cut in
+  half, or as half of it followed by zeros, whatever name the file has by then: a rename over an older file may leave
+  the new name with nothing in it. What was fsynced before stays, if later writes only appended to it. The target of a
+  symbolic link is part of its name.
+- What left the machine (``mark``), such as a submitted job, stays whatever is lost here.
 
-Not in the model: names that reach the disk in another order, writes of single blocks in any order, disks that lie.
+Not in the model: names that reach the disk in another order, single blocks written in any order, disks that lie.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 PATCHED = ("fsync", "fdatasync", "rename", "replace", "link", "unlink", "remove", "mkdir", "rmdir")
 FOLDER = -1
-# The content of a symbolic link, followed by where it leads.
+# Content of a symbolic link, followed by its target.
 LEADS_TO = b"\0leads to "
 
 
@@ -51,14 +51,14 @@ class Event:
 
 
 class Recorder:
-    """Records what this process does below a folder, beginning with what is there.
+    """Records what this process does below a folder, beginning with what is already there.
 
-    Python's own calls are seen as they are made. What libraries write in other languages is found when the next call is
-    made: new files and new contents, which is early enough, since only calls make anything durable.
+    Python's own calls are seen as they are made. What libraries in other languages write is found at the next call, as
+    new files and new contents. That is early enough, because only calls make anything durable.
 
     Args:
-        marks: made before.
-        unsynced: fsyncs of paths that contain this text are not recorded, as if the program had none; empty: all
+        marks: marks that were made before.
+        unsynced: fsyncs of paths that contain this text are not recorded, as if the program had none; if empty, all
             are recorded.
     """
 
@@ -76,7 +76,7 @@ class Recorder:
         self.begins = len(self.events)
 
     def arm(self) -> None:
-        """From now on, record."""
+        """Start to record."""
         for name in PATCHED:
             setattr(os, name, getattr(self, f"_{name}"))
 
@@ -86,12 +86,12 @@ class Recorder:
         self._look()
 
     def unit(self) -> None:
-        """A unit of work begins."""
+        """Record that a unit of work begins."""
         self._look()
         self.events.append(Event("unit"))
 
     def mark(self, value: Any) -> None:
-        """Something happened that no crash takes back."""
+        """Record something that no crash takes back."""
         self._look()
         self.events.append(Event("mark", value=value))
 
@@ -105,7 +105,7 @@ class Recorder:
             self.events.append(Event("sync names", str(path.relative_to(self.root))))
         else:
             name = str(path.relative_to(self.root))
-            if name in self._names:  # else it was removed meanwhile
+            if name in self._names:  # otherwise it was removed meanwhile
                 self.events.append(Event("fsync", name, file=self._names[name]))
 
     _fdatasync = _fsync
@@ -158,14 +158,14 @@ class Recorder:
             self._names[name] = FOLDER
 
     def _inside(self, path, dir_fd=None) -> str | None:
-        """The path below the root; None elsewhere."""
+        """Return the path relative to the root, or None if it is elsewhere."""
         base = Path.cwd() if dir_fd is None else Path(f"/proc/self/fd/{dir_fd}").readlink()
         whole = Path(os.path.normpath(base / os.fsdecode(path)))
         whole = whole.parent.resolve() / whole.name
         return str(whole.relative_to(self.root)) if whole.is_relative_to(self.root) and whole != self.root else None
 
     def _look(self) -> None:
-        """Note files and folders that are new, changed or gone without a call that was seen."""
+        """Record files and folders that are new, changed or gone without an observed call."""
         found = set()
         for folder, names, files in os.walk(self.root):
             base = "" if folder == str(self.root) else folder[len(str(self.root)) + 1 :] + "/"
@@ -199,7 +199,7 @@ class Recorder:
             self.events.append(Event("write", name, file=file, content=path.read_bytes(), mtime_ns=stat.st_mtime_ns))
 
     def _look_at_link(self, name: str, path: Path) -> None:
-        """Its content is safe before it has a name."""
+        """A link's content is safe before the link has a name."""
         if name not in self._names:
             self._last += 1
             self._names[name] = self._last
@@ -216,15 +216,15 @@ def _rename(names: dict[str, int], old: str, new: str) -> None:
 
 @dataclass(frozen=True)
 class State:
-    """What a crash may leave.
+    """A state that a crash may leave.
 
     Attributes:
         at: number of events before the crash.
         named: number of events whose effects on names reached the disk.
-        lost: what became of contents, for messages.
+        lost: what happened to contents, for messages.
         names: path -> file, or ``FOLDER``.
         contents: file -> (content, mtime in ns).
-        marks: all before the crash.
+        marks: all marks before the crash.
     """
 
     at: int
@@ -235,7 +235,7 @@ class State:
     marks: list[Any] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
-        """Make a folder look like that."""
+        """Make a folder look like this state."""
         folder.mkdir(parents=True)
         first: dict[int, Path] = {}
         for name in sorted(self.names):
@@ -270,9 +270,9 @@ class State:
 
 
 def states_of(events: list[Event], begins: int) -> list[State]:
-    """Every state that a crash may leave, once; ``begins``: events that were over before.
+    """Return every state that a crash may leave, once; ``begins`` is the number of events before the run.
 
-    Of several files that are at risk, all are lost; or one alone, where what is at risk, or its name, is new.
+    If several files are at risk, all are lost; or only one, if the content at risk or its name is new.
     """
     seen: set[str] = set()
     found = []
@@ -310,9 +310,9 @@ def _apply(names: dict[str, int], event: Event) -> None:
 
 
 def _crashes(events: list[Event], named: int, alive: set[int]) -> Iterator[int]:
-    """SecondMoments at which a crash may leave these names: until a folder is fsynced that has got others.
+    """Yield moments at which a crash may leave these names: until a folder is fsynced after further changes of names.
 
-    Between two of them that are told, nothing happens that makes a difference to what is left.
+    Between two of these moments, nothing happens that changes what is left.
     """
     yield named
     others = False
@@ -350,7 +350,7 @@ def _with_losses(
             yield State(at, named, told, names, latest | lost, marks)
 
 
-# A file's content, and what is left of it, is that of many states.
+# Many states share a file's content and its remains.
 @functools.lru_cache(maxsize=4096)
 def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
@@ -358,7 +358,7 @@ def _digest(content: bytes) -> bytes:
 
 @functools.lru_cache(maxsize=4096)
 def _lose(safe: bytes, latest: bytes, loss: str) -> bytes:
-    """What is left of a file that held ``safe`` when it was fsynced, and ``latest`` at the end."""
+    """Return the remains of a file that held ``safe`` when it was fsynced, and ``latest`` at the end."""
     kept = len(safe) if latest.startswith(safe) else 0
     half = (kept + len(latest)) // 2
     if loss == "gone":

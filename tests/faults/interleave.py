@@ -1,4 +1,4 @@
-"""Several actors in one process, of which one at a time goes on to its next file-system operation, in a drawn order."""
+"""Several actors in one process, of which one at a time advances to its next file-system operation, in drawn order."""
 
 import io
 import os
@@ -13,7 +13,7 @@ OPERATIONS.append((io, "open"))
 
 
 class Actor(threading.Thread):
-    """Runs an action up to the next file-system operation whenever it is told to go on."""
+    """Runs an action up to the next file-system operation whenever it is told to continue."""
 
     def __init__(self, action):
         super().__init__(daemon=True)
@@ -41,10 +41,10 @@ class Actor(threading.Thread):
 
 
 def interleave(actions, choices):
-    """Run actions together; ``choices`` say who goes on next, then those that are left go on in turn.
+    """Run actions together; ``choices`` say who continues next, and then the remaining actions take turns.
 
     Returns:
-        what each action returned.
+        The result of each action.
     """
     actors = [Actor(action) for action in actions]
     with _pausing():

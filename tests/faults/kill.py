@@ -32,7 +32,7 @@ def arm_reductions(kill_at):
 
 
 def countdown(kill_at):
-    """A function whose ``kill_at``-th call is this process's last."""
+    """Return a function whose ``kill_at``-th call is this process's last."""
     calls = itertools.count(1)
 
     def count():
@@ -79,12 +79,12 @@ def die_in_fork(action, kill_at, store, operations=OPERATIONS):
 def deaths_during(action, folder, copies, operations=OPERATIONS):
     """Run ``action`` here, and copy ``folder`` as a death before each of its operations would leave it.
 
-    A killed process loses nothing but its memory, so that a copy is what its death leaves. Operations that find the
-    same files as those before them, such as the fsyncs of one write, share a copy: whoever goes on can't tell them
+    A killed process loses nothing but its memory, so a copy is what its death leaves. Operations that find the same
+    files as those before them, such as the fsyncs of one write, share a copy, because no later run can tell them
     apart.
 
     Returns:
-        The copies, in ``copies``, in their order; the last is of what the whole run leaves.
+        The copies, in ``copies``, in order; the last one is what the complete run leaves.
     """
     states, originals = [], {name: getattr(os, name) for name in operations}
 
@@ -104,5 +104,5 @@ def deaths_during(action, folder, copies, operations=OPERATIONS):
 
 
 def _files_in(folder):
-    """Path below the folder -> content; None of a folder."""
+    """Return path below the folder -> content, which is None for a folder."""
     return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}

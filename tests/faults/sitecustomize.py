@@ -1,10 +1,10 @@
 """Put on PYTHONPATH by fault tests: kills or slows down a process at chosen file-system operations.
 
 KILL_RANK=r       the process whose rank is r ("launcher": the one without a rank)
-KILL_AT=n         before its n-th operation that makes something durable or visible (0: never)
+KILL_AT=n         it dies before its n-th operation that makes something durable or visible (0: never)
 KILL_MATCH=text   counting only operations on paths that contain this text; without it, all-reduces are counted
 SLOW_MATCH=text   ranks sleep before each operation on a path that contains this text
-SLOW_S=seconds    so long
+SLOW_S=seconds    how long they sleep
 SLOW_STARTS=n     only in the first n starts of a job; without it, in all of them
 """
 

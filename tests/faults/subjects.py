@@ -1,4 +1,4 @@
-"""What the crash campaign runs: commands on a store, each as a user or a launcher would give it again."""
+"""Commands on a store that the crash campaign runs, each repeated as a user or a launcher would repeat it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ Mark = Callable[[object], None]
 
 
 WITHOUT_RECOVERY = ["--set", "recovery.method=none"]
-# What ``files.write_text`` leaves of a record where it dies.
+# Remains of a record if ``files.write_text`` dies.
 DRAFT_OF_RECORD = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
@@ -65,7 +65,7 @@ class Subject(ABC):
     """A command on a folder.
 
     Attributes:
-        prepared: what ``prepare`` returned.
+        prepared: the result of ``prepare``.
     """
 
     prepared: Any
@@ -74,22 +74,22 @@ class Subject(ABC):
         self.name = name
 
     def prepare(self, folder: Path) -> Any:
-        """Make inputs, and ``folder/store`` as the command finds it."""
+        """Make inputs, and ``folder/store`` in the state that the command expects."""
         (folder / "store").mkdir()
 
     @abstractmethod
     def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
-        """Give the command; what it returns must be the same after any crash.
+        """Run the command; its result must be the same after any crash.
 
         Args:
-            root: a store as a crash may have left it.
+            root: a store in a state that a crash may have left.
             count: called before every unit of work that a crash must not undo once the next one has begun.
-            mark: called with what no crash takes back.
-            marks: of the run that crashed.
+            mark: called with everything that no crash takes back.
+            marks: marks of the run that crashed.
         """
 
     def leftovers(self, root: Path) -> list[str]:
-        """Files that nobody will ever use or remove, but for drafts of records, which have a few hundred bytes."""
+        """Return files that nobody will ever use or remove, except drafts of records (a few hundred bytes each)."""
         hidden = [path.relative_to(root) for path in root.rglob(".*") if not DRAFT_OF_RECORD.fullmatch(path.name)]
         work = [path.relative_to(root) for path in root.glob("**/work/**/*") if path.is_file()]
         return sorted(map(str, {*hidden, *work}))
@@ -128,7 +128,7 @@ class StageSubject(Subject):
 
 
 class InProcess(LocalBackend):
-    """The local backend, whose rank is this process."""
+    """The local backend, with this process as its rank."""
 
     def __init__(self, store: Store, logs: Path) -> None:
         super().__init__(store, logs, Provenance(RuntimeConfig(ranks=1, save_every_steps=1), {}, {}))
@@ -139,7 +139,7 @@ class InProcess(LocalBackend):
         sys.argv = ["run.py", str(self._store.root), stage.id, "--claim", claim.ticket]
         stage_script.die_with_parent = lambda: None
         stage_script.leave_process = sys.exit
-        with contextlib.suppress(Exception, SystemExit):  # whose reason it has left
+        with contextlib.suppress(Exception, SystemExit):  # it has left its reason behind
             stage_script.main()
         return SimpleNamespace(poll=lambda: 0)
 
@@ -246,7 +246,7 @@ def _write_tasks(folder: Path) -> None:
 
 
 def _loraprune(folder: Path, store: Store) -> Stage:
-    """It writes what recovery writes, and more."""
+    """It writes everything that recovery writes, and more."""
     model, pairs = save_tiny(folder / "model"), write_pairs(folder / "pairs.jsonl", count=12)
     settings = {"sequence_length": 320, "batch_size": 1, "max_steps": 3, "rank": 2, "alpha": 4, "dtype": "float32"}
     recovery = RecoveryConfig(**settings).model_dump(exclude={"path", "dataset", "name", "split", "revision"})
@@ -264,11 +264,11 @@ def _file(path: Path) -> Input:
     return Input(FileHashes(None).of_file(path), str(path))
 
 
-# The store's own.
+# The store's own commands.
 
 
 class Commit(Subject):
-    """An artifact with files in folders of folders, and the end of its work."""
+    """An artifact with files in nested folders, and the end of its work."""
 
     STAGE = Stage("prune", "a label", {"ratio": 0.2}, {})
 
@@ -307,7 +307,7 @@ class Claims(Subject):
 
 
 class Cache(Subject):
-    """A file that stages share, and one that is made again where it is damaged."""
+    """A file that stages share, and one that is made again if it is damaged."""
 
     def run(self, root: Path, count: Count, mark: Mark, marks: list) -> dict:
         cache, content = FileCache(root / "rows"), "rows " * 100
@@ -335,18 +335,18 @@ class Code(Subject):
         snapshot = take_snapshot(Project.around(self.prepared / "launch"), root, {"commit": "abc"})
         files = sorted(path for path in snapshot.rglob("*") if path.is_file())
         for path in files:
-            if path.suffix == ".pyc":  # names the draft that it was made in
+            if path.suffix == ".pyc":  # contains the name of the draft in which it was made
                 marshal.loads(path.read_bytes()[16:])
         texts = {path: "" if path.suffix == ".pyc" else path.read_text() for path in files}
         return {"files": {str(path.relative_to(root)): digest_of(text) for path, text in texts.items()}}
 
     def leftovers(self, root: Path) -> list[str]:
-        return []  # half a copy may stay, a megabyte: it might be another launcher's, which is at it
+        return []  # half a copy, a megabyte, may stay: another launcher might be making it
 
 
 # Whole sweeps.
 
-# What tells checkpoints by name from files of the user's, for as long as there are any.
+# Files that tell checkpoints by name apart from the user's own files, for as long as there are any.
 BOOKKEEPING = {"checkpoints/.lock", "checkpoints/.written"}
 
 
@@ -393,7 +393,7 @@ class SlurmSweep(Subject):
             (fake.folder / name).write_text(content)
         self._mark_submissions(fake, mark)
         store = Store(root)
-        for _ in range(2):  # where a launcher gives up, the user gives the command again
+        for _ in range(2):  # where a launcher gives up, the user repeats the command
             for stage in self.PLAN.stages.values():
                 if store.verify(stage.id).state == "done":
                     store.handle(stage.id).discard_leftovers()
@@ -438,7 +438,7 @@ class SlurmSweep(Subject):
                 )
 
     def _run_job(self, store: Store, stage: Stage, job_id: str, name: str, restart: bool) -> bool:
-        """What the first rank of a job does."""
+        """Do what the first rank of a job does."""
         os.environ |= {"SLURM_JOB_ID": job_id, "SLURM_RESTART_COUNT": str(int(restart))}
         attempt = next((it for it in Attempts(store.root).of(stage.id) if it.intent.job_name == name), None)
         if (
@@ -463,7 +463,7 @@ class SlurmSweep(Subject):
 
 
 def subjects() -> list[Subject]:
-    """All of them; the last ones take longest."""
+    """Return all subjects; the last ones take longest."""
     return [
         Commit("commit"),
         Claims("claims"),

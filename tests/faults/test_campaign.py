@@ -15,9 +15,9 @@ SUBJECTS = [
     *("commit", "claims", "cache", "code", "slurm", "sweep", "reference", "prune block", "prune dense"),
     *("prune searched", "prune plain", "importance", "importance's second pass", "evaluate", "loraprune"),
 ]
-# Of each subject, and half as many after a second crash.
+# States per subject, and half as many after a second crash.
 DRAWN = 4
-# A subject that must end badly: as if one fsync were missing.
+# Subjects that must end badly, because one fsync is left out.
 BROKEN = ["commit!b.bin", "commit!manifest", "importance!partial"]
 
 

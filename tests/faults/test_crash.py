@@ -1,4 +1,4 @@
-"""The model of a crash, on sequences of a few calls."""
+"""The model of a crash, applied to sequences of a few calls."""
 
 import os
 
@@ -10,7 +10,7 @@ from hfprune_dist.store.atomic_files import fsync_path
 
 @pytest.fixture
 def recorded(tmp_path):
-    """A function that records an action below a folder, and returns what crashes may leave: path -> text, of each."""
+    """Return a function that records an action below a folder and returns path -> text for each state of a crash."""
 
     def record(action, unsynced=""):
         recorder = Recorder(tmp_path, [], unsynced)
