@@ -1,4 +1,4 @@
-"""The same documents in every format that is read, and what stands for a text in fingerprints."""
+"""The same documents in every format that can be read, and the identity of a text in fingerprints."""
 
 import bz2
 import csv
@@ -23,7 +23,7 @@ from hfprune_dist.data.windows import Sampling, read_windows
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import FileHashes, digest_of
 
-# Line ends, quotes, separators, marks that are no ASCII, and none of what csv and plain text can't tell apart.
+# Line ends, quotes, separators and non-ASCII characters, but nothing that csv and plain text can't tell apart.
 CHARACTERS = st.characters(codec="utf-8", exclude_characters="\0")
 DOCUMENTS = st.lists(
     st.text(CHARACTERS, max_size=60) | st.sampled_from(['a "b",\tc\r\n', "\ufeffx", "é\u2028ü"]), max_size=8
@@ -65,7 +65,7 @@ def parquet_of(documents):
 
 
 def every_format(documents):
-    """Names of files and their content."""
+    """Return names of files and their content."""
     for ending, write in RECORDS.items():
         for compression, compress in COMPRESSIONS.items():
             yield f"text{ending}{compression}", compress(write(documents).encode())
@@ -90,7 +90,7 @@ def test_every_format_gives_the_same_texts(documents):
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=30), min_size=1, max_size=6), st.integers(1, 9))
 def test_json_is_read_across_the_ends_of_portions(documents, size):
-    """A portion may end anywhere: inside a value, between two, inside a mark of several bytes."""
+    """A portion may end anywhere: inside a value, between two values, inside a character of several bytes."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr("hfprune_dist.data.formats._CHUNK_CHARACTERS", size)
         for content in (json.dumps([{"text": text} for text in documents]), json_lines(documents)):
@@ -154,7 +154,7 @@ def test_a_wide_table_is_read_by_column(tmp_path):
 
 
 def test_times_that_python_cannot_represent_hide_no_message(tmp_path):
-    """Columns that aren't wanted aren't read, not even to say which columns there are."""
+    """Columns that aren't needed aren't read, not even to list the columns that exist."""
     file = tmp_path / "times.parquet"
     parquet.write_table(pyarrow.table({"text": ["a"], "when": pyarrow.array([2**62], pyarrow.timestamp("us"))}), file)
     for fields in (["body"], ["text", "body"]):
@@ -176,14 +176,14 @@ def test_what_was_read_before_is_known_by_its_content_alone(tmp_path, name):
     file = tmp_path / name
     records = (
         ['{"text": "a"}\n'] if name == "text.jsonl" else []
-    )  # which plain text that could be them must differ from
+    )  # plain text that could be records must differ from them
     for content in [*records, "a text\n", "{set} of braces\n", "{\n}\n", "", "\n"]:
         file.write_text(content)
         assert identity(file) == FileHashes(None).of_file(file)
 
 
 def test_what_is_read_otherwise_than_before_is_something_else(tmp_path):
-    """The same bytes as plain text, as records, as a table: texts of their own."""
+    """The same bytes are different texts as plain text, as records and as a table."""
     names = ["text.jsonl", "text.txt", "text.json", "text.JSONL", "text.csv", "text.tsv", "text.json.gz"]
     for name in names:
         (tmp_path / name).write_text('{"text": "a"}\n')
@@ -198,7 +198,7 @@ def test_a_pointer_under_the_name_of_a_packed_text_is_told_as_one(tmp_path):
 
 @pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".txt.zst"])
 def test_the_mark_of_plain_text_is_told_by_the_identity_and_nothing_else_is(tmp_path, ending):
-    """Windows of a marked text began with the mark once, so those aren't taken for the ones that are cut now."""
+    """Windows of a text with a byte order mark once began with it, so they aren't mistaken for the current ones."""
     compress, file = COMPRESSIONS[ending.removeprefix(".txt")], tmp_path / f"text{ending}"
     for text, way in (("text\ufeff", []), ("\ufeff", ["without mark"]), ("\ufefftext", ["without mark"])):
         file.write_bytes(compress(text.encode()))

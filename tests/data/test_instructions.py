@@ -1,4 +1,4 @@
-"""Template, boundaries of the loss, and packing."""
+"""The template of instructions, the boundaries of the loss, and packing."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_rows_restart_positions_and_train_responses_only():
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "mistral"])
 def test_attention_does_not_cross_pairs(variant):
-    """A packed row's logits are those of its pairs alone."""
+    """A packed row's logits equal those of each pair on its own."""
     pairs = encode([("ask one\n", "tell"), ("a\n", "b"), ("third question\n", "and its answer")])
     rows = fill_rows(pairs, [[0, 1, 2]], 60, pad=EOS)
     model = tiny_model(variant)

@@ -1,4 +1,4 @@
-"""Windows of several texts: each in its share, wherever windows are cut in two, and the same however often drawn."""
+"""Windows of several texts: every part of the windows has each text in its share, in the same order at every draw."""
 
 import pytest
 from hypothesis import given, settings
@@ -33,7 +33,7 @@ def test_every_part_of_the_windows_has_the_texts_in_their_shares(counts, micro_b
 
 
 def test_no_text_is_in_every_other_shard_alone():
-    """One in eight windows, in shards of four: were they equally far apart, one half of the shards would have all."""
+    """One in eight windows, in shards of four: if equally spaced, all would fall into every second shard."""
     order = interleaved([28, 196], [False] * 224, seed=0)
     odd = sum(text == 0 for window, text in enumerate(order) if window // 4 % 2)
     assert 7 <= odd <= 21
@@ -62,7 +62,7 @@ def test_windows_of_a_mixture_are_those_of_its_texts(tmp_path):
 
 
 def test_a_text_with_less_than_its_share_is_refused(tmp_path):
-    """On its own, a text may be seen several times."""
+    """A text on its own may be seen several times."""
     file = write_documents(tmp_path / "few.jsonl", count=2, words=40)
     tokenizer, sampling = tiny_tokenizer(), Sampling(40, 16, seed=0)
     read_windows(TEXT, file, tokenizer, sampling, "calibration")

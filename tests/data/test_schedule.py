@@ -1,4 +1,4 @@
-"""Which rows each optimizer step sees."""
+"""The rows that each optimizer step sees."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What is known of a text before a sweep begins, and what the stage makes of it: the same verdict."""
+"""Checks of a text before a sweep begins, and the stage's own: both reach the same verdict."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,7 +39,7 @@ def message_of(function, *arguments):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.text(max_size=30), max_size=5), st.integers(8, 40), st.booleans(), st.integers(1, 4))
 def test_the_check_and_the_stage_agree_on_windows(documents, length, add_bos, apart):
-    """Also on whether the windows of a mixture can be cut ``apart``, so that nothing is in all of them twice."""
+    """Also on whether a text has enough tokens for ``apart`` windows of a mixture, without using any twice."""
     sampling = Sampling(apart, length, 0, add_bos)
 
     def stage():
@@ -50,7 +50,7 @@ def test_the_check_and_the_stage_agree_on_windows(documents, length, add_bos, ap
     whole = Beginning([(text,) for text in documents], is_all=True)
     assert message_of(require_long_enough, whole, TOKENIZER, sampling, "here") == message_of(stage)
     part = Beginning(whole.texts, is_all=False)
-    require_long_enough(part, TOKENIZER, sampling, "here")  # the rest may have longer ones
+    require_long_enough(part, TOKENIZER, sampling, "here")  # the rest of the text may have longer documents
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -1,4 +1,4 @@
-"""On each of torchrun's ranks: load a model sharded over them, and print what each of them took for that."""
+"""Run on each of torchrun's ranks: loads a sharded model and prints how much memory each rank used for that."""
 
 import json
 import os

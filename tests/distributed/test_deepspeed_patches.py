@@ -1,4 +1,4 @@
-"""What loading sharded models leaves behind in a process: nothing that changes later results."""
+"""Loading sharded models leaves nothing behind in a process that changes later results."""
 
 import torch
 from forks import on_ranks

@@ -1,4 +1,4 @@
-"""GPUs give the same bits each time: the flags are set before CUDA starts, and no stage needs what they refuse."""
+"""GPUs give the same bits each time: flags are set before CUDA starts, and no stage needs what they refuse."""
 
 import os
 
@@ -22,14 +22,14 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 class StoppedError(Exception):
-    """Instead of what would start CUDA, or a process group."""
+    """Raised instead of starting CUDA or a process group."""
 
 
 @pytest.fixture
 def flags(monkeypatch):
-    """What a rank sees of the flags; they are put back."""
+    """The flags as a rank sees them; they are restored afterwards."""
     monkeypatch.delenv(WORKSPACE, raising=False)
-    torch.set_float32_matmul_precision("high")  # as in NVIDIA's containers
+    torch.set_float32_matmul_precision("high")  # as NVIDIA's containers set it
     yield lambda: (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -92,8 +92,8 @@ def test_stages_whose_bits_are_promised_ask_for_them(monkeypatch, tmp_path):
     assert asked.keys() == PARAMETERS.keys() and asked.keys() > REPRODUCIBLE
 
 
-# What raises on a GPU under deterministic algorithms: torch's own list (torch.use_deterministic_algorithms), and what
-# its CUDA kernels refuse besides. Those with a condition are judged by their arguments.
+# Operations that raise on a GPU under deterministic algorithms: torch's own list (torch.use_deterministic_algorithms),
+# and others that its CUDA kernels refuse. Conditional ones are judged by their arguments.
 REFUSED = (
     *("avg_pool3d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward"),
     *("adaptive_max_pool2d_backward", "fractional_max_pool2d_backward", "fractional_max_pool3d_backward"),
@@ -108,7 +108,7 @@ REFUSED_OF_FLOATS = ("cumsum", "cumsum_", "logcumsumexp", "_logcumsumexp")
 
 
 class Refusals(TorchDispatchMode):
-    """Keeps the names of the operations that are called, and of those that a GPU would refuse."""
+    """Records the names of operations that are called, and of those that a GPU would refuse."""
 
     def __init__(self):
         super().__init__()

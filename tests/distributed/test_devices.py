@@ -1,4 +1,4 @@
-"""Scoring, refits and measurements keep tensors of a GPU, here a pretended one, apart from those of main memory."""
+"""Scoring, refits and measurements keep tensors of a GPU, here a pretended one, apart from those in main memory."""
 
 from functools import partial
 

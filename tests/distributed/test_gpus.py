@@ -1,4 +1,4 @@
-"""Every rank finds a GPU of its own, however a launcher binds them; two on one are named before NCCL refuses them."""
+"""Every rank finds its own GPU under any binding by a launcher; two ranks on one GPU are named before NCCL refuses."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from hfprune_dist.errors import UserError
 
 
 def claimed(monkeypatch, visible, local_rank):
-    """The numbers of the GPU that is made the current one, of the one returned, and the one left in LOCAL_RANK."""
+    """Return the numbers of the GPU made current, of the GPU returned, and the one left in LOCAL_RANK."""
     current, environment = [], {"LOCAL_RANK": str(local_rank)}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
@@ -25,7 +25,7 @@ def claimed(monkeypatch, visible, local_rank):
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(ranks=st.integers(1, 8), each=st.integers(1, 4), shown=st.sampled_from(["all", "own", "one"]))
 def test_ranks_of_a_node_have_different_gpus_under_every_binding(ranks, each, shown):
-    """A launcher shows a task all GPUs of its node, its own few, by an environment variable or a cgroup, or one."""
+    """A launcher shows a task all GPUs of its node, only its own (by environment variable or cgroup), or just one."""
     gpus = []
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(ranks):

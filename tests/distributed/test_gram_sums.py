@@ -1,4 +1,4 @@
-"""Gram matrices of experts, which are given many tokens, few or none: drawn numbers and sizes of them."""
+"""Gram matrices of experts that are given many tokens, few or none, drawn together with scales of activations."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.refit.least_squares_fit import solve_expert
 
 EXPERTS, OUTPUTS = 3, 4
-# What routers and gates make of an expert's activations.
+# Scales that routers and gates give to an expert's activations.
 SCALES = st.sampled_from([1e-12, 1e-6, 1e-3, 0.1, 1.0, 10.0])
 
 
 @st.composite
 def read(draw):
-    """Of each micro-batch, what each expert reads [tokens, size]; the first token is an ordinary one."""
+    """Draw each expert's inputs [tokens, size] for each micro-batch; the first token is an ordinary one."""
     size, generator = draw(st.integers(1, 6)), torch.Generator().manual_seed(draw(st.integers(0, 99)))
     batches = [
         [torch.randn(draw(st.integers(0, 9)), size, generator=generator) * draw(SCALES) for _ in range(EXPERTS)]
@@ -30,7 +30,7 @@ def read(draw):
 
 
 def summed(batches, ranks):
-    """Of each expert the sum of what is fitted, and of what is held out [experts, 2, size, size]; on every rank."""
+    """Return each expert's sums over fitted and over held-out tokens [experts, 2, size, size], equal on every rank."""
 
     def work(world):
         sums = ExpertGramSums(0, batches[0][0].shape[1], EXPERTS, len(batches), world)

@@ -1,4 +1,4 @@
-"""Copies that go on meanwhile: each once, two at a time, in order, with the bits of plain ones; none is left over."""
+"""Copies in the background: each once, two at a time, in order, with the bits of plain copies, and none left over."""
 
 import contextlib
 import threading
@@ -30,7 +30,7 @@ class FailedError(Exception):
 
 
 class Flights:
-    """Begins flights and watches them."""
+    """Begins flights and keeps track of them."""
 
     def __init__(self, fails=()):
         self.begun, self.waited, self.alive = [], [], set()
@@ -78,7 +78,7 @@ def test_every_item_comes_once_in_order_and_the_next_is_on_its_way(count):
 @DRAWN
 @given(st.integers(1, 7), st.data())
 def test_nothing_stays_on_its_way_wherever_it_ends(count, data):
-    """A failure of an item's source, of its beginning or its arrival, or of whoever gets it; or nobody wants more."""
+    """The source of an item, its start, its arrival or its consumer fails, or nobody wants more items."""
     where = data.draw(st.integers(0, count - 1))
     what = data.draw(st.sampled_from(["source", "begin", "wait", "consumer", "closed"]))
     flights, got = Flights([(what, where)]), []
@@ -96,7 +96,7 @@ def test_nothing_stays_on_its_way_wherever_it_ends(count, data):
             if what == "closed" and key == where:
                 break
     ahead.close()
-    # What failed on its way out keeps back the one before it.
+    # An item that fails on departure holds back the one before it.
     expected = max(where - 1, 0) if what in ("source", "begin") else where + (what in ("consumer", "closed"))
     assert got == list(range(expected))
     assert not flights.alive and len(set(flights.begun)) == len(flights.begun)
@@ -158,13 +158,13 @@ def test_refits_have_the_bits_of_plain_copies(tmp_path, method, staying):
     assert weights_in(tmp_path / "ahead") == weights_in(tmp_path / "plain")
     assert any(fake.copied[TO_DEVICE] for fake in made) and not any(fake.on_the_way for fake in made)
     for fake in made:
-        gap = 2 if len(staying) < 4 and method != "dense" else 0  # a block before layers that go holds them
+        gap = 2 if len(staying) < 4 and method != "dense" else 0  # the block before dropped layers holds them
         assert fake.most[WEIGHTS] <= (2 + gap) * max(fake.copied[WEIGHTS], default=0)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_micro_batch_goes_once_each_way_in_every_layer(tmp_path, ranks):
-    """Bytes to main memory are the micro-batch's, layer by layer and in the end; on any number of ranks."""
+    """Bytes to main memory are the micro-batch's, in every layer and at the end; on any number of ranks."""
     checkpoint, windows_ST = checkpoint_in(tmp_path / "model", layers=3), windows_of(7)
     size, batches = checkpoint.config["hidden_size"], windows_ST.split(MICRO_BATCH)
     folders = [tmp_path / name for name in ("plain", "ahead")]
@@ -191,14 +191,14 @@ def test_a_micro_batch_goes_once_each_way_in_every_layer(tmp_path, ranks):
         assert sorted(it.total() for it in of_ranks) == shares
 
 
-# In every layer: the dense model's windows go before and behind its MLP, then the pruned one's do.
-TIMES = {"dense": 1, "layerwise": 4, "block": 4 + 1}  # what an MLP reads
+# In every layer, the dense model's windows move before and after its MLP, and then the pruned model's windows do.
+TIMES = {"dense": 1, "layerwise": 4, "block": 4 + 1}  # the MLP's input
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("method", REFITS)
 def test_bytes_that_a_refit_brings_to_main_memory(tmp_path, method, ranks):
-    """A micro-batch's states so many times in every layer, and targets of steps, in float32; all ranks together."""
+    """A micro-batch's states this many times in every layer, and float32 targets of steps; summed over all ranks."""
     checkpoint, windows_ST, kept = checkpoint_in(tmp_path / "model", layers=3), windows_of(7), some_kept((0, 1, 2))
     options = {"windows_ST": windows_ST, "dtype": torch.bfloat16}
     with lanes() as made:
@@ -238,7 +238,7 @@ class Same:
 
 
 class FakeStream:
-    """What ``CudaLanes`` asks of a stream, without a GPU: a log of it."""
+    """A log of everything that ``CudaLanes`` asks of a stream, without a GPU."""
 
     def __init__(self, log, name):
         self.log, self.name = log, name
@@ -263,7 +263,7 @@ class FakeEvent:
 
 @pytest.fixture
 def log(monkeypatch):
-    """CUDA's streams and pinned memory, as ``CudaLanes`` sees them, on a machine that has neither."""
+    """CUDA's streams and pinned memory as ``CudaLanes`` sees them, on a machine without either."""
     log = []
     computing = FakeStream(log, "computing")
     names = iter(("inward", "outward", "files"))
@@ -323,7 +323,7 @@ def test_a_gpus_layers_are_read_in_portions_by_a_thread(log, tmp_path, monkeypat
     tensors = plain_weights(0, lambda tensor, _dtype: tensor)
     portions = sum(-(-tensor.numel() // 500) for tensor in tensors.values())
     assert log.count(("shared with", "computing")) == 3 * len(tensors)
-    # Waited for when they arrive, or when they are settled: nothing on the device waits for weights.
+    # Awaited when they arrive or are settled: nothing on the device waits for weights.
     assert Counter(log)["host", "waits for", "copy of files"] >= 3 * portions
     assert not [it for it in log if it[0] == "computing"]
 

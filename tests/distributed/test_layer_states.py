@@ -1,4 +1,4 @@
-"""Hidden states on disk: another number of ranks finds them, damaged ones are not taken for whole ones."""
+"""Hidden states on disk: any number of ranks finds them, and damaged ones are not taken for intact ones."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_any_number_of_ranks_finds_what_any_other_saved_last(tmp_path_factory, c
 def test_a_layer_counts_once_all_its_micro_batches_are_there_and_whole(tmp_path):
     save(tmp_path, [0, 1, 2], 1, 1)
     first, _ = states_of(tmp_path, [0, 1, 2], 2)
-    first.save(2, {index: {"a": value_of(2, index), "0,2": value_of(2, index)} for index in (0, 2)})  # 1 died
+    first.save(2, {index: {"a": value_of(2, index), "0,2": value_of(2, index)} for index in (0, 2)})  # rank 1 died
     (tmp_path / "1.0.safetensors").unlink(missing_ok=True)
     whole = LayerStates(tmp_path, [0, 1, 2], SoloWorld())
     assert whole.newest() == (0, {})

@@ -1,4 +1,4 @@
-"""What each of some real ranks takes while it loads a sharded model, against what is planned for it."""
+"""Memory that real ranks use while they load a sharded model, compared with the memory planned for it."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ SHAPE = {"hidden_size": 320, "intermediate_size": 832, "num_hidden_layers": 4, "
 
 
 def taken(folder, ranks):
-    """(peak, what is left of it) of each rank, in bytes."""
+    """Return (peak, what stays after loading) of each rank's memory, in bytes."""
     return result_of(Path(__file__).with_name("load_sharded.py"), ranks, str(folder))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_rank_takes_its_shards_and_few_tensors_and_the_first_has_the_files_mapped(tmp_path, ranks):
-    """So no rank reads the model into memory of its own, and the host needs none for those of a GPU."""
+    """No rank reads the model into its own memory, and the host needs no memory for a model on GPUs."""
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **SHAPE))
     dims, whole = dimensions_of(checkpoint.config), checkpoint.parameters * 4
     shards = Evaluate(1, 1, itemsize=4).memory(dims, ranks).weights

@@ -1,4 +1,4 @@
-"""Means over windows of all ranks: exact in any order, and refused where they can't be."""
+"""Means over windows of all ranks: exact in any order, and refused where exactness is impossible."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from hfprune_dist.errors import UserError
 
 
 def total_of(batches, ranks):
-    """The sum on every rank, of micro-batches that are dealt out."""
+    """Return the sum on every rank over micro-batches that are dealt out."""
 
     def work(world):
         sums = MeanSums(3, batches[0].shape[1], len(batches), world)
@@ -34,7 +34,7 @@ def total_of(batches, ranks):
 def test_sums_have_the_same_bits_on_any_number_of_ranks_also_where_terms_cancel(count, ranks, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     batches = [(torch.randn(7, 4, generator=generator) * 10**index).to(dtype) for index in range(count)]
-    batches[0][3:] = -batches[0][:4]  # a first sum of nothing but what is left over
+    batches[0][3:] = -batches[0][:4]  # a first sum in which most terms cancel
     (alone,) = total_of(batches, 1)
     assert all(torch.equal(it, alone) for it in total_of(batches, ranks))
     torch.testing.assert_close(alone, torch.cat(batches).double().sum(0), rtol=1e-6, atol=1e-6)
@@ -42,7 +42,7 @@ def test_sums_have_the_same_bits_on_any_number_of_ranks_also_where_terms_cancel(
 
 @pytest.mark.parametrize(("place", "value"), [(0, float("nan")), (0, float("inf")), (1, float("nan")), (1, 1e30)])
 def test_what_is_not_finite_or_out_of_all_proportion_names_the_layer(place, value):
-    """The first decides what is in proportion."""
+    """The first micro-batch decides what is in proportion."""
     sums = MeanSums(3, 2, 2, SoloWorld())
     batches = [torch.ones(5, 2), torch.ones(5, 2)]
     batches[place][2, 1] = value

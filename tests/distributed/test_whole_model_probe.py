@@ -1,4 +1,4 @@
-"""Passes through single layers are held against the whole model, and refuse architectures that they don't reproduce."""
+"""Passes through single layers are compared with the whole model and refuse architectures they don't reproduce."""
 
 import pytest
 import tiny
@@ -29,7 +29,7 @@ from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input, Stage
 
 IMPORTANCE = Stage("importance", "tiny", {}, {})
-# The one's attention knows the number of its layer, which a single layer doesn't show; the other is said to be Llama.
+# The first one's attention depends on its layer's number, which a single layer hides; the other poses as a Llama.
 ADDED = {
     "diffllama": (DiffLlamaConfig, DiffLlamaForCausalLM, {"tie_word_embeddings": False}),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"tie_word_embeddings": False}),
@@ -42,13 +42,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @pytest.fixture(autouse=True)
 def families(monkeypatch):
     monkeypatch.setitem(FAMILIES, "olmo2", OLMO2)
-    monkeypatch.delitem(families_module._UNFIT, "diffllama")  # as if nobody knew
+    monkeypatch.delitem(families_module._UNFIT, "diffllama")  # as if this weren't known yet
     for name, variant in ADDED.items():
         monkeypatch.setitem(tiny.VARIANTS, name, variant)
 
 
 def prepare(folder, variant, **params):
-    """A store with scores and windows, as a version that kept no probe left it, and the stage that uses them."""
+    """Return a store with scores and windows but no probe, as an earlier version left it, and a stage on them."""
     store, dtype = Store(folder / "store"), params.pop("dtype", "float32")
     draft = store.open_draft(IMPORTANCE.id)
     generator = torch.Generator().manual_seed(0)
@@ -107,7 +107,7 @@ def test_all_ranks_of_a_second_pass_learn_that_it_is_refused(tmp_path):
 def test_a_norm_after_the_mlp_is_refused_by_refits_of_whole_layers_before_they_fit_anything(
     tmp_path, monkeypatch, dtype
 ):
-    """Whose targets are what is missing from the residual stream; other passes reproduce such a model."""
+    """Their targets are what the residual stream lacks; other passes reproduce such a model."""
     monkeypatch.setattr(SequentialRefit, "_fit", lambda *_: pytest.fail("fitted"))
     for method in ({"refit": "layerwise"}, {"refit": "block"}):
         (tmp_path / method["refit"]).mkdir()
@@ -122,7 +122,7 @@ def test_a_norm_after_the_mlp_is_refused_by_refits_of_whole_layers_before_they_f
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", ["llama", "llama-tied-biases", "mistral", "qwen2", "qwen3"])
 def test_every_family_is_reproduced_bit_for_bit(tmp_path, variant, dtype):
-    """Where micro-batches have the same shape; else up to rounding."""
+    """Exactly where micro-batches have the same shape; otherwise up to rounding."""
     store, _ = prepare(tmp_path, variant, dtype=dtype)
     checkpoint, windows_ST = open_checkpoint(tmp_path / "model"), windows_of(store)
     for size, exact in ((2, True), (3, False)):
@@ -159,7 +159,7 @@ def test_a_departure_is_found_at_every_place(tmp_path, place):
 
 
 def test_the_calibration_pass_leaves_the_probe_of_the_whole_model(tmp_path):
-    """The same on any number of ranks."""
+    """The probe is the same on any number of ranks."""
     stage, stores = make_stage(tmp_path, "qwen2"), [Store(tmp_path / str(ranks)) for ranks in (1, 2)]
     for ranks, store in enumerate(stores, 1):
         assert on_ranks(ranks, lambda world, store=store: run(store, stage, world)).codes == [0] * ranks
@@ -171,7 +171,7 @@ def test_the_calibration_pass_leaves_the_probe_of_the_whole_model(tmp_path):
     with torch.no_grad():
         states = model.model(windows_ST[:1], output_hidden_states=True).hidden_states
     assert len(saved["hidden_states"]) == LAYERS + 2
-    for place in range(LAYERS):  # transformers shows the last layer's outputs after the norm alone
+    for place in range(LAYERS):  # transformers shows the last layer's outputs only after the norm
         torch.testing.assert_close(saved["hidden_states"][place], states[place][0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(saved["hidden_states"][-1], states[-1][0], rtol=1e-4, atol=1e-5)
 
@@ -212,7 +212,7 @@ def test_a_probe_is_the_same_wherever_the_whole_model_is_placed(tmp_path):
 
 
 def test_ranks_that_wait_for_a_whole_model_hear_of_it(tmp_path, monkeypatch):
-    """However long the first one takes to load it."""
+    """However long the first rank takes to load it."""
     checkpoint, ranks = open_checkpoint(tiny.save_tiny(tmp_path / "model", num_hidden_layers=LAYERS)), Ranks(3)
     windows_ST = torch.randint(3, 264, (4, 20), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(worlds, "TELL_EVERY_S", 0.001)

@@ -1,4 +1,4 @@
-"""What a rank tells of its memory."""
+"""Memory of ranks as it is reported."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_the_most_memory_of_a_rank_is_told_and_of_no_gpu_what_was_reserved(size)
 
 
 def test_of_gpus_tensors_are_told_and_what_the_allocator_kept_for_them(monkeypatch):
-    """The most of any rank, each of them."""
+    """Each is the maximum over ranks."""
 
     class OnGpus(World):
         def gather(self, value):

@@ -1,4 +1,4 @@
-"""Greedy generation: the tokens that transformers would generate, and memory that can be told beforehand."""
+"""Greedy generation: the tokens that transformers would generate, and memory that is known beforehand."""
 
 import pytest
 import torch

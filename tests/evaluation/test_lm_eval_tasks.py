@@ -31,7 +31,7 @@ def own(tmp_path):
 
 @pytest.fixture
 def no_full_index(monkeypatch):
-    """Fail where lm-eval's own index, which takes ten seconds, is opened."""
+    """Fail if lm-eval's own index, which takes ten seconds, is opened."""
 
     def refuse(folders, include_path):
         pytest.fail("opened lm-eval's whole index")
@@ -62,7 +62,7 @@ def test_a_group_of_which_lm_eval_scores_only_some_tasks_is_refused(no_full_inde
 
 
 class Index:
-    """lm-eval's index, in a moment."""
+    """A stand-in for lm-eval's index that is instantly ready."""
 
     task_index = dict.fromkeys(["arc_easy", "arc_challenge", "ai2_arc"])
 
@@ -71,7 +71,7 @@ class Index:
     ("task", "needs"), [("humaneval", "runs code"), ("mbpp_instruct", "runs code"), ("mmmu_val", "shows images")]
 )
 def test_tasks_that_lm_eval_would_refuse_later_are_refused_at_once(no_full_index, task, needs):
-    """With settings that are included, or in groups of groups."""
+    """Also with included settings, or in groups of groups."""
     with pytest.raises(UserError, match=rf"'{task}' \(.*yaml\) {needs}.* isn't done here"):
         check_tasks(["arc_easy", task], None)
 
@@ -163,7 +163,7 @@ def test_values_become_json():
     assert plain({1: (float("nan"), float("inf"), np.float64(0.5), np.int64(2), True, None, len, {"x"})}) == {
         "1": [None, None, 0.5, 2, True, None, "len", ["x"]]
     }
-    of_classes = plain({"f1,none": np.array([0.5, float("nan")])})  # as a task's own aggregation may return
+    of_classes = plain({"f1,none": np.array([0.5, float("nan")])})  # as a task's own aggregation may return it
     assert of_classes == {"f1,none": [0.5, None]} and clean_metrics(of_classes) == {"f1": None}
 
 

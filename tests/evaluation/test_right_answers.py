@@ -1,4 +1,4 @@
-"""Places of right answers, counted as lm-eval's own scoring sees them: against constant answers that it scores."""
+"""Positions of right answers, compared with lm-eval's scores of constant answers."""
 
 import json
 
@@ -28,7 +28,7 @@ OTHERS = {
 
 @pytest.fixture
 def load(tmp_path):
-    """Writes a task over documents with these answers, and loads it."""
+    """Return a function that writes a task over documents with these answers, and loads it."""
 
     def loaded(settings):
         documents = [{"text": "a b", "choices": ["x", "y", "z"], "label": label} for label in ANSWERS]

@@ -1,4 +1,4 @@
-"""How the requests of a task are cut into chunks that ranks share; ranks that wait for lm-eval hear of it."""
+"""How a task's requests are cut into chunks for ranks to share, and messages to ranks that wait for lm-eval."""
 
 import threading
 import time
@@ -38,7 +38,7 @@ def test_small_tasks_make_many_chunks_and_large_ones_large_chunks(method, reques
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_ranks_that_wait_for_lm_eval_hear_that_it_is_at_work(tmp_path, monkeypatch, size):
-    """It works before and after it asks, each time until they have been told twice; answers are those of one rank."""
+    """lm-eval works before and after its requests, each time until the others have been told twice."""
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model"))
     monkeypatch.setattr(sharded_lm, "TELL_EVERY_S", 0.001)
     ranks = Ranks(size)
@@ -76,7 +76,7 @@ def test_nobody_is_told_of_work_that_has_failed(tmp_path, monkeypatch):
             assert tellers() == 1
             raise ValueError("a task of others")
 
-    # By name: the libraries that load a model leave threads of their own behind.
+    # By name, because libraries that load a model leave threads of their own behind.
     def tellers():
         return sum(thread.name == sharded_lm.TELLER for thread in threading.enumerate())
 
@@ -86,7 +86,7 @@ def test_nobody_is_told_of_work_that_has_failed(tmp_path, monkeypatch):
 
 
 def test_nobody_is_told_anything_once_rank_0_has_failed_to_answer(tmp_path, monkeypatch):
-    """The others wait for its answers, while the thread that tells them waits for its turn: it must not take it."""
+    """The others wait for answers while the notifying thread waits for its turn, which it must not take."""
     monkeypatch.setattr(sharded_lm, "TELL_EVERY_S", 0.001)
     checkpoint, ranks = open_checkpoint(save_tiny(tmp_path / "model")), Ranks(2)
     told = []

@@ -1,4 +1,4 @@
-"""Which tasks let the model write its answer, told by their YAML files alone."""
+"""Tasks in which the model writes its answer, recognized by their YAML files alone."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_what_the_users_tasks_do(own, task, expected):
 
 
 def test_what_lm_evals_tasks_do():
-    """Through files that are included, too."""
+    """Also through included files."""
     asked = ["gsm8k", "arc_easy", "triviaqa", "nq_open", "wikitext", "hellaswag", "bbh_cot_fewshot", "mmlu", "no_such"]
     assert generating_tasks(asked, None) == ["gsm8k", "triviaqa", "nq_open", "bbh_cot_fewshot"]
 

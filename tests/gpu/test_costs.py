@@ -10,7 +10,7 @@ from hfprune_launch.local.hardware import count_gpus
 
 from hfprune_dist.planning.footprint import Importance
 
-# What an estimate leaves out: CUDA's own memory, NCCL's buffers, what the allocator can't use.
+# Parts that an estimate leaves out: CUDA's own memory, NCCL's buffers, and memory that the allocator can't use.
 MEMORY_TOLERANCE = 0.25
 
 

@@ -1,4 +1,4 @@
-"""The demo's sweep on GPUs gives what the README shows of CPUs (checks 1 and 2)."""
+"""The demo's sweep on GPUs gives the results that the README shows for CPUs (checks 1 and 2)."""
 
 import re
 
@@ -7,12 +7,12 @@ from gpu_runs import logs_of, visible
 from ranks import ROOT
 from sweeps import finish, results
 
-# Rounding differs, and with it some of the units that are kept, and four steps of training.
+# Rounding differs, and with it some of the units that are kept and four steps of training.
 KL_TOLERANCE, KL_FLOOR, SIZE_TOLERANCE = 0.1, 0.02, 0.02
 
 
 def readme_rows():
-    """(KL, millions of parameters) of each row of the README's first table."""
+    """Return (KL, millions of parameters) of each row of the README's first table."""
     text = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| (?:llama|qwen) \|.*$", text, re.MULTILINE)
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]

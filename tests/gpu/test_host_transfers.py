@@ -1,4 +1,4 @@
-"""Copies that go on while a GPU computes have the bits of plain ones, and keep to the memory planned for them."""
+"""Copies made while a GPU computes have the bits of plain ones, and stay within the memory planned for them."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ TOKENS, SIZE = 2048, 4096
 
 
 def busy(weight_CC):
-    """Takes the GPU longer than a copy, so that copies that don't wait for it, or it for them, are found out."""
+    """Keep the GPU busy for longer than a copy takes, so that copies and computations that don't wait are found out."""
 
     def compute(hidden_TC):
         for _ in range(8):
@@ -30,7 +30,7 @@ def test_states_have_the_bits_of_plain_copies():
     generator = torch.Generator().manual_seed(0)
     states = {
         index: torch.randn(TOKENS + index, SIZE, generator=generator).bfloat16() for index in range(24)
-    }  # of different sizes, so that memory is used again in other places
+    }  # of different sizes, so that memory is reused at other addresses
     compute = busy(torch.randn(SIZE, SIZE, generator=generator).bfloat16().to(GPU) / 64)
     plain = {index: compute(hidden_TC.to(GPU)).cpu() for index, hidden_TC in states.items()}
     for _ in range(3):
@@ -68,7 +68,7 @@ def test_who_stops_early_leaves_nothing_on_its_way(taken):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_have_the_bits_of_those_read_one_by_one(tmp_path, dtype, monkeypatch):
-    """In several portions each; converted on the way."""
+    """In several portions each, converted on the way."""
     monkeypatch.setattr(host_transfers, "PINNED_BYTES", 1000)
     reader = LayerReader(checkpoint_in(tmp_path / "model", layers=5), dtype, GPU)
     for number, layer in HostTransfers(GPU).layers(reader, range(5)):
@@ -90,7 +90,7 @@ def test_refits_have_the_bits_of_plain_copies(tmp_path, method, monkeypatch):
 
 
 class Plain:
-    """``Lanes`` on which everybody waits."""
+    """``Lanes`` on which every copy is waited for."""
 
     def to_device(self, tensor):
         return Arrived(tensor.to(GPU))

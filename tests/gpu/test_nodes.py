@@ -1,4 +1,4 @@
-"""Two nodes of a Slurm cluster: their networks, how ranks are bound to GPUs, a large model (checks 8, 9 and 10)."""
+"""Two nodes of a Slurm cluster: their network, the binding of ranks to GPUs, a large model (checks 8, 9 and 10)."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ MEMORY_TOLERANCE = 0.25
 
 
 def profile_in(folder, **changes):
-    """The cluster's profile with importance on two nodes, whose NCCL tells what it does; its path."""
+    """Write the cluster's profile with importance on two nodes and NCCL's log turned on; return its path."""
     profile = yaml.safe_load(Path(os.environ[PROFILE]).read_text()) | changes
     profile["environment"] = {**profile.get("environment", {}), "NCCL_DEBUG": "INFO"}
     profile["stages"] = {**profile.get("stages", {}), "importance": {"nodes": 2}}
@@ -34,14 +34,14 @@ def profile_in(folder, **changes):
 
 
 def run(config, folder, **changes):
-    """Heartbeats of a sweep in a folder that all nodes see: the one in which the tests run."""
+    """Return heartbeats of a sweep in a folder that all nodes see: the one in which the tests run."""
     profile = profile_in(folder, **changes)
     return finish_watched(config, folder / "out", "--profile", profile, environment={})
 
 
 @pytest.fixture
 def shared(tmp_path_factory):
-    """A new folder beside the profile, which lies where all nodes see it."""
+    """A new folder next to the profile, where all nodes see it."""
     folder = Path(os.environ[PROFILE]).resolve().parent / tmp_path_factory.mktemp("gpu").name
     folder.mkdir()
     return folder

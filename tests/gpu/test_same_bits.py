@@ -25,7 +25,7 @@ def on_one(config, tmp_path_factory):
 
 
 def bits_of(out):
-    """Scores, windows, kept units and weights of a sweep, by file."""
+    """Return scores, windows, kept units and weights of a sweep, by file."""
     found = {kind: artifacts(out, kind) for kind in ("importance", "prune")}
     assert all(found.values())
     return found
@@ -40,7 +40,7 @@ def test_a_second_run_has_the_same_bits(config, on_one, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("where", ["partial.draft", "layer-"])
 def test_a_resume_has_the_same_bits(config, on_one, tmp_path, where):
-    """Killed in the middle of the calibration pass, or of the layers that follow."""
+    """It is killed in the middle of the calibration pass, or of the layers that follow."""
     killed = sweep(config, tmp_path / "out", environment={**visible(1), **killing(0, 5, where)}, real=True)
     assert killed.returncode == 1
     finish(config, tmp_path / "out", environment=visible(1), real=True)

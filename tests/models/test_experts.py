@@ -1,4 +1,4 @@
-"""Experts that run one after another, against the models as they come."""
+"""Experts that run one after another, compared with unmodified models."""
 
 import copy
 
@@ -14,7 +14,7 @@ WINDOWS = torch.randint(3, 64, (2, 13), generator=torch.Generator().manual_seed(
 
 
 def run(model):
-    """Logits, and a gradient at the token embeddings."""
+    """Return logits, and a gradient at the token embeddings."""
     embedded = model.model.embed_tokens(WINDOWS).detach().requires_grad_()
     logits = model.requires_grad_(False)(inputs_embeds=embedded, use_cache=False).logits
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))

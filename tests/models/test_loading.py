@@ -1,4 +1,4 @@
-"""Loading whole models: what must hold of every one, which weights are a model's own, and which are refused."""
+"""Loading whole models: what holds for every model, which weights are its own, and which models are refused."""
 
 import json
 import tempfile
@@ -83,7 +83,7 @@ def test_a_tied_head_may_be_there_or_not(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["gemma", "mistral3"])
 def test_a_head_is_not_tied_where_only_the_default_of_a_class_says_so(tmp_path, model_type):
-    """transformers tells by comparing it with the embedding, and two sharded tensors look alike to it."""
+    """transformers compares it with the embedding to tell, and two sharded tensors look alike to it."""
     folder = save_model(tmp_path / "m", model_type)
     stated = json.loads((folder / "config.json").read_text())
     for config in (stated, stated.get("text_config", {})):
@@ -110,7 +110,7 @@ def test_a_padding_token_needs_no_embedding_and_an_eos_token_does(tmp_path):
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_every_tensor_is_needed_and_has_one_shape(tmp_path, variant):
-    """Of each kind one tensor is left out of all layers, or has another shape."""
+    """One tensor of each kind is left out of all layers, or has another shape."""
     folder = save_tiny(tmp_path / "m", variant)
     whole = load_file(folder / "model.safetensors")
     for name in [name for name in whole if "layers.1" not in name]:
@@ -131,7 +131,7 @@ def change_and_refuse(folder, weights, expected):
     [("glm4_moe", "gate.e_score_correction_bias"), ("llava", "multi_modal_projector"), ("llava", "vision_tower")],
 )
 def test_buffers_and_what_sees_images_are_needed_too(tmp_path, model_type, part):
-    """No module of the text decoder has them as parameters, and loading would make them up."""
+    """The text decoder has no such parameters, and loading would make them up."""
     folder = save_model(tmp_path / "m", model_type)
     require_own_weights(open_checkpoint(folder))
     weights = load_file(folder / "model.safetensors")
@@ -190,7 +190,7 @@ def test_rounded_rotary_frequencies_are_refused(tmp_path):
 
 
 def test_models_made_in_threads_leave_defaults_as_they_were(tmp_path):
-    """transformers changes them meanwhile: for the process, and not for a thread."""
+    """transformers changes the defaults meanwhile, for the process rather than for a thread."""
     folder = save_tiny(tmp_path / "tied", "llama-tied-biases")
     checkpoint = open_checkpoint(folder)
 

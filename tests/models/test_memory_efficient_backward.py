@@ -1,4 +1,4 @@
-"""Lean layers against the models as they come: the same bits forward, the same gradient backward."""
+"""Lean layers, compared with unmodified models: the same bits forward, the same gradient backward."""
 
 import copy
 
@@ -13,7 +13,7 @@ WINDOWS = torch.randint(3, 200, (2, 21), generator=torch.Generator().manual_seed
 
 
 def run(model):
-    """Final hidden states, and a gradient at the token embeddings."""
+    """Return final hidden states, and a gradient at the token embeddings."""
     model = model.requires_grad_(False)
     embedded = model.model.embed_tokens(WINDOWS).requires_grad_()
     hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state

@@ -40,7 +40,7 @@ def test_the_head_gives_the_model_s_logits(tmp_path, variant):
 
 
 def test_a_sliding_window_is_kept(tmp_path):
-    """Mistral's mask differs from a causal one where windows are longer than its sliding window."""
+    """Mistral's mask differs from a causal one if windows are longer than its sliding window."""
     folder = save_tiny(tmp_path, "mistral", sliding_window=4)
     input_ids_BT = torch.arange(12)[None] + 3
     body = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model
@@ -64,7 +64,7 @@ def test_a_layer_has_its_own_weights_alone(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3, 1e6])
 def test_an_output_of_any_size_is_what_its_own_effect_needs_and_channels_without_effect_need_none(tmp_path, size):
-    """gemma2 has a norm behind its MLP."""
+    """gemma2 has a norm after its MLP."""
     checkpoint = open_checkpoint(save_model(tmp_path, "gemma2"))
     layer = LayerReader(checkpoint, torch.float32, CPU).layer(0)
     norm = part_of(layer, checkpoint.units.block.norm_after)
